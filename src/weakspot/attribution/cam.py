@@ -1,0 +1,135 @@
+"""Class activation: where in the image a network gathers evidence for a class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from weakspot.attribution.layers import Layer, find_layer
+from weakspot.attribution.registration import Grid, effective_grid, place, receptive_grid
+from weakspot.checks import check_classes, check_logits
+from weakspot.classifier import Classifier, check_images, default_batch, evaluating
+
+REGISTRATIONS = ("resize", "receptive_field", "effective")
+
+
+def class_activation(
+    model: nn.Module,
+    images: Tensor,
+    classes: Tensor,
+    *,
+    layer: str | None = None,
+    registration: str = "resize",
+) -> Tensor:
+    """Evidence for a class, site by site, signed and not normalised.
+
+    Where the network ends in pooling + linear this is the plain CAM, sum_c w_kc A_c (Zhou et al. 2016, arXiv
+    1512.04150), whose mean over the map is the logit less its bias. Elsewhere it is Grad-CAM (Selvaraju et al.
+    2017, arXiv 1610.02391) with gradients summed, not averaged, over the map, so that both agree where both
+    exist, and without its final ReLU: clamp(min=0) gives that. Of a token network the last normalised tokens
+    that reach the logit are used. A network that keeps no map at all gets gradient times image.
+
+    Args:
+        model: any classifier.
+        images: (N, C, H, W) in [0, 1].
+        classes: (N,) the class each image is explained for.
+        layer: the module whose output is used; the last that keeps a map where not given.
+        registration: "resize" lets the cells tile the image, as other tools do; "receptive_field" puts each at
+            the centre of its receptive field, "effective" where gradients say that it really looks (both of
+            convolutional networks; others are resized).
+
+    Returns:
+        (N, 1, H, W).
+
+    Raises:
+        ValueError: when an argument does not fit, naming it.
+    """
+    with evaluating(model) as classifier:
+        images = check_images(images, classifier)
+        check_classes(classes, len(images), name="classes")
+        every = classes.to(images.device, torch.long)[:, None]
+        return class_activations(classifier, images, every, layer=layer, registration=registration)
+
+
+def class_activations(
+    classifier: Classifier,
+    images: Tensor,
+    classes: Tensor,
+    *,
+    layer: str | None = None,
+    registration: str = "resize",
+) -> Tensor:
+    """`class_activation` for several classes of each image from one forward pass.
+
+    Args:
+        classifier: in eval mode, gradients on.
+        images: (N, C, H, W), checked.
+        classes: (N, M).
+        layer: as in `class_activation`.
+        registration: as in `class_activation`.
+
+    Returns:
+        (N, M, H, W).
+    """
+    if registration not in REGISTRATIONS:
+        raise ValueError(f"registration is {registration!r}; accepted are {' and '.join(REGISTRATIONS)}")
+    found = find_layer(classifier, images[:1], layer)
+    if found is None:
+        batches = _batches(images, classes)
+        return torch.cat([(_gradients(classifier, x, wanted) * x[:, None]).sum(2) for x, wanted in batches])
+    grid = _grid(classifier, images[:1], found, registration)
+    maps = [
+        place(_evidence(classifier, found, batch, wanted), (images.shape[2], images.shape[3]), grid)
+        for batch, wanted in _batches(images, classes)
+    ]
+    return torch.cat(maps)
+
+
+def _grid(classifier: Classifier, image: Tensor, layer: Layer, registration: str) -> Grid | None:
+    if registration == "receptive_field":
+        return receptive_grid(classifier, image, layer)
+    return effective_grid(classifier, image, layer) if registration == "effective" else None
+
+
+def _batches(images: Tensor, classes: Tensor) -> list[tuple[Tensor, Tensor]]:
+    size = default_batch(images)
+    return list(zip(images.split(size), classes.split(size), strict=True))
+
+
+def _evidence(classifier: Classifier, layer: Layer, images: Tensor, classes: Tensor) -> Tensor:
+    """(n, M, h, w) cells of the layer's own map."""
+    point = images.clone().requires_grad_()
+    with layer.watched() as seen:
+        logits = classifier(point)
+    _check(logits, classes, classifier)
+    activation = seen[-1]
+    maps = layer.layout.maps(activation)
+    if layer.head is not None:
+        return torch.einsum("nmc,nchw->nmhw", layer.head[classes], maps.detach()).float()
+    evidence = []
+    for wanted in classes.unbind(1):
+        picked = logits.gather(1, wanted[:, None]).sum()
+        (gradient,) = torch.autograd.grad(picked, activation, retain_graph=True)
+        weights = layer.layout.maps(gradient).sum((2, 3))
+        evidence.append(torch.einsum("nc,nchw->nhw", weights, maps.detach()))
+    return torch.stack(evidence, 1).float()
+
+
+def logit_gradient(classifier: Classifier, images: Tensor, classes: Tensor) -> Tensor:
+    """(N, 1, H, W) norm over channels of the gradient of each image's class (N,) (Simonyan et al. 2014, 1312.6034)."""
+    batches = _batches(images, classes[:, None])
+    return torch.cat([_gradients(classifier, x, wanted).norm(dim=2) for x, wanted in batches])
+
+
+def _gradients(classifier: Classifier, images: Tensor, classes: Tensor) -> Tensor:
+    """(n, M, C, H, W) gradients of the logits of M classes."""
+    point = images.clone().requires_grad_()
+    logits = classifier(point)
+    _check(logits, classes, classifier)
+    picked = [logits.gather(1, wanted[:, None]).sum() for wanted in classes.unbind(1)]
+    return torch.stack([torch.autograd.grad(logit, point, retain_graph=True)[0] for logit in picked], 1)
+
+
+def _check(logits: Tensor, classes: Tensor, classifier: Classifier) -> None:
+    check_logits(logits.detach(), classifier.name)
+    check_classes(classes.flatten(), classes.numel(), logits.shape[1], name="classes")

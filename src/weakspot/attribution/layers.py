@@ -1,0 +1,285 @@
+"""Layers: find where a network last keeps a map of the image, and read that map.
+
+Calls are watched through torch's function mode rather than module hooks alone: the last map of a network is
+often made by a bare `relu(x + y)` that belongs to no module, and exported networks have no modules at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from weakspot.checks import closest
+from weakspot.classifier import Classifier
+
+ASPECT_TOLERANCE = 0.2  # a grid this far from the image's own aspect ratio is no picture of it
+LEARNED = {"linear", "matmul", "__matmul__", "bmm", "mm", "addmm", "einsum"}
+LARGEST_PREFIX = 8  # class, distillation and register tokens before the patches
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an activation is a map of the image.
+
+    Attributes:
+        kind: "channels_first" (N, C, h, w), "channels_last" (N, h, w, C) or "tokens" (N, prefix + h w, C).
+        height: of the map, in cells.
+        width: of the map, in cells.
+        prefix: tokens before the first patch.
+    """
+
+    kind: str
+    height: int
+    width: int
+    prefix: int = 0
+
+    def maps(self, activation: Tensor) -> Tensor:
+        """The activation as (N, C, h, w)."""
+        if self.kind == "channels_last":
+            return activation.permute(0, 3, 1, 2)
+        if self.kind == "tokens":
+            patches = activation[:, self.prefix :].transpose(1, 2)
+            return patches.reshape(*patches.shape[:2], self.height, self.width)
+        return activation
+
+    @staticmethod
+    def of(activation: Tensor, image: Tensor) -> Layout | None:
+        """The layout whose cells have the image's aspect ratio, or None where there is no such."""
+        aspect = image.shape[-2] / image.shape[-1]
+        if activation.ndim == 4:
+            _, first, second, third = activation.shape
+            if _alike(second, third, aspect):
+                return Layout("channels_first", second, third)
+            if _alike(first, second, aspect):
+                return Layout("channels_last", first, second)
+        if activation.ndim == 3:
+            for prefix in range(LARGEST_PREFIX + 1):
+                patches = activation.shape[1] - prefix
+                height = round((max(patches, 0) * aspect) ** 0.5)
+                if height and patches % height == 0 and _alike(height, patches // height, aspect):
+                    return Layout("tokens", height, patches // height, prefix)
+        return None
+
+
+def _alike(height: int, width: int, aspect: float) -> bool:
+    # A grid of a few cells cannot match an aspect closely: one cell more or less is always forgiven.
+    exact = height * width > 1 and abs(height / width / aspect - 1) <= ASPECT_TOLERANCE
+    rounded = height * width > 1 and min(abs(height - width * aspect), abs(width - height / aspect)) < 1
+    return exact or rounded
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A place in the network whose output is a map of the image.
+
+    Attributes:
+        name: the module's name, or what and which call it is.
+        layout: how its output is a map.
+        module: the module that makes it, or None for a bare function call.
+        call: the number of that call in a forward pass.
+        head: (K, C) weights, where logits are these times the map's mean (plus a bias), else None.
+    """
+
+    name: str
+    layout: Layout
+    module: nn.Module | None = None
+    call: int | None = None
+    head: Tensor | None = field(default=None, repr=False)
+
+    @contextmanager
+    def watched(self) -> Iterator[list[Tensor]]:
+        """While open, each forward pass leaves this layer's output in the list (the last one counts).
+
+        The network goes on with a copy, so that an in-place operation behind the layer cannot change it. Passes
+        must run with gradients on, as `find_layer` did: without them some modules take other paths.
+        """
+        seen: list[Tensor] = []
+        if self.module is None:
+            with _Calls(
+                lambda number, output, *_: self._keep(seen, output) if number == self.call else output
+            ):
+                yield seen
+            return
+
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            tensor = _first_tensor(output)
+            if tensor is None:
+                return output
+            copy = self._keep(seen, tensor)
+            return copy if tensor is output else output
+
+        handle = self.module.register_forward_hook(hook)
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+    @staticmethod
+    def _keep(seen: list[Tensor], output: Tensor) -> Tensor:
+        seen.append(output)
+        return output.clone()
+
+
+def find_layer(classifier: Classifier, image: Tensor, name: str | None = None) -> Layer | None:
+    """The named layer, or the last that keeps a map of the image; None where the network keeps none.
+
+    Args:
+        classifier: in eval mode, gradients on.
+        image: (1, C, H, W).
+        name: a module's name as `model.named_modules()` has it.
+
+    Raises:
+        ValueError: when there is no layer of that name, or its output is no map of the image.
+    """
+    if name is not None:
+        return _named_layer(classifier, image, name)
+    calls: list[_Call] = []
+    linear: list[tuple[Tensor, Tensor | None]] = []
+
+    def record(number: int, output: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        kind = getattr(function, "__name__", str(function)).split(".")[0]
+        if kind == "linear" and len(arguments) >= 2:
+            linear.append((arguments[1], arguments[2] if len(arguments) > 2 else None))
+        if isinstance(output, Tensor) and output.is_floating_point() and output.requires_grad:
+            calls.append(_Call(number, kind, output))
+        return output
+
+    point = image.detach().requires_grad_()
+    with _Calls(record):
+        logits = classifier(point)
+    candidates = _candidates(calls, image)
+    gradients = torch.autograd.grad(
+        logits.max(), [call.output for call, _ in candidates], allow_unused=True, materialize_grads=True
+    )
+    live = [
+        (call, layout)
+        for (call, layout), gradient in zip(candidates, gradients, strict=True)
+        if bool(layout.maps(gradient).any())
+    ]
+    if not live:
+        return None
+    chosen, layout = live[-1]
+    module_name = _module_that_made(classifier, image, chosen)
+    readable = module_name or f"{chosen.kind} (call {chosen.number})"
+    return Layer(
+        readable, layout, call=chosen.number, head=_pooling_head(layout.maps(chosen.output), linear, logits)
+    )
+
+
+@dataclass(frozen=True)
+class _Call:
+    number: int
+    kind: str
+    output: Tensor
+
+
+def _candidates(calls: list[_Call], image: Tensor) -> list[tuple[_Call, Layout]]:
+    """Calls whose output could be the last map: of a token network its normalised tokens, else any map."""
+    last_convolution = max((call.number for call in calls if "conv" in call.kind), default=-1)
+    # What stands before the first learned operation is the image itself, normalised or the like.
+    first_learned = min(
+        (call.number for call in calls if call.kind in LEARNED or "conv" in call.kind), default=torch.inf
+    )
+    maps = [
+        (call, layout)
+        for call in calls
+        # A view is the same map in another shape, in which channels and sites can be mistaken for each other.
+        if call.number >= first_learned
+        and call.output.shape[0] == 1
+        and not call.output._is_view()
+        and "pool" not in call.kind
+        if (layout := Layout.of(call.output, image)) is not None
+    ]
+    tokens = [(call, layout) for call, layout in maps if layout.kind != "channels_first"]
+    if any(call.number > last_convolution and call.output.ndim == 3 for call, _ in tokens):
+        return [(call, layout) for call, layout in tokens if call.kind == "layer_norm"] or tokens
+    return [(call, layout) for call, layout in maps if call.output.ndim == 4 and "softmax" not in call.kind]
+
+
+def _pooling_head(maps: Tensor, linear: list[tuple[Tensor, Tensor | None]], logits: Tensor) -> Tensor | None:
+    """The last linear layer's weights if the logits are exactly that layer of the maps' mean, tried on the image."""
+    if not linear:
+        return None
+    weight, bias = linear[-1]
+    if weight.shape != (logits.shape[1], maps.shape[1]):
+        return None
+    rebuilt = nn.functional.linear(maps.mean((2, 3)), weight, bias)
+    return weight.detach() if torch.allclose(rebuilt, logits, rtol=1e-3, atol=1e-4) else None
+
+
+def _module_that_made(classifier: Classifier, image: Tensor, chosen: _Call) -> str | None:
+    """The name of the outermost module whose output equals the chosen one, for people to read."""
+    names: list[str] = []
+    handles = []
+    for name, module in classifier.network.named_modules():
+
+        def hook(_module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
+            if (
+                isinstance(output, Tensor)
+                and output.shape == chosen.output.shape
+                and torch.equal(output, chosen.output)
+            ):
+                names.append(name)
+
+        if name:
+            handles.append(module.register_forward_hook(hook))
+    try:
+        classifier(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return min(names, key=lambda name: name.count("."), default=None)
+
+
+def _named_layer(classifier: Classifier, image: Tensor, name: str) -> Layer:
+    modules = {key: module for key, module in classifier.network.named_modules() if key}
+    module = modules.get(name, modules.get(name.removeprefix("network.")))
+    if module is None:
+        raise ValueError(f"layer is {name!r}, which {classifier.name} has not; {closest(name, modules)}")
+    probe = Layer(name, Layout("channels_first", 0, 0), module)
+    with probe.watched() as seen:
+        classifier(image.detach().requires_grad_())
+    if not seen:
+        raise ValueError(f"layer {name!r} did not run, or returned no tensor; {closest(name, modules)}")
+    layout = Layout.of(seen[-1], image)
+    if layout is None:
+        raise ValueError(
+            f"layer {name!r} returns {tuple(seen[-1].shape)}, which is no map of an image of "
+            f"{image.shape[-2]} x {image.shape[-1]}; name a layer that keeps height and width"
+        )
+    return replace(probe, layout=layout)
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, tuple | list):
+        return next((item for item in output if isinstance(item, Tensor)), None)
+    state = getattr(output, "last_hidden_state", None)
+    return state if isinstance(state, Tensor) else None
+
+
+class _Calls(TorchFunctionMode):
+    """Numbers torch calls in a forward pass and lets `visit(number, output, function, arguments)` replace outputs."""
+
+    def __init__(self, visit: Callable[..., Any]) -> None:
+        super().__init__()
+        self.visit = visit
+        self.number = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.number += 1
+        return self.visit(self.number, output, func, args)

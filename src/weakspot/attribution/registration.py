@@ -1,0 +1,213 @@
+"""Registration: where the cells of a layer's map lie in the image.
+
+Resizing a map as if its cells tiled the image can put them wrong: padding shifts them. In ResNet-18 the last map at
+224 pixels is drawn 15.5 pixels down and right of the centres of its receptive fields. Those centres follow from
+stride, kernel, padding and dilation of each operation on the way (Araujo et al. 2019, "Computing receptive fields of
+convolutional neural networks", doi 10.23915/distill.00021). But a trained network can undo the shift with its
+weights, and networks padded as TensorFlow does have undone most of it: there the centre of the effective receptive
+field (Luo et al. 2016, arXiv 1701.04128), measured from gradients, is the truer place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from weakspot.attribution.layers import Layer
+from weakspot.classifier import Classifier, default_batch
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Along one axis, cell i is centred on pixel `offset + stride * i` (pixel centres at 0, 1, 2, ...)."""
+
+    offset: float = 0.0
+    stride: float = 1.0
+
+    def windowed(self, kernel: int, stride: int, padding: int, dilation: int = 1) -> Axis:
+        return Axis(self.offset + self.stride * ((kernel - 1) * dilation / 2 - padding), self.stride * stride)
+
+    def sliced(self, start: int, step: int) -> Axis:
+        return Axis(self.offset + self.stride * start, self.stride * step)
+
+    def resized(self, before: int, after: int) -> Axis:
+        stride = self.stride * before / after
+        return Axis(self.offset + (stride - self.stride) / 2, stride)
+
+
+Grid = tuple[Axis, Axis]
+
+
+def receptive_grid(classifier: Classifier, image: Tensor, layer: Layer) -> Grid | None:
+    """Centres of the receptive fields of the layer's cells, vertical and horizontal; None where not known.
+
+    Args:
+        classifier: in eval mode.
+        image: (1, C, H, W).
+        layer: where the map is made.
+    """
+    if layer.layout.kind != "channels_first":
+        return None
+    grids = _Grids(image)
+    with layer.watched() as seen, grids:
+        classifier(image)
+    known: Grid | None = grids.known.get(seen[-1])
+    return known
+
+
+def effective_grid(classifier: Classifier, image: Tensor, layer: Layer) -> Grid | None:
+    """Centres of the effective receptive fields: the strides of `receptive_grid`, the offsets measured.
+
+    The energy of the gradient of the map's central cells is averaged over fixed noise images, coarse and fine, so
+    that the answer depends on the network and the image's size alone; its centroid is where those cells look.
+
+    Args:
+        classifier: in eval mode, gradients on.
+        image: (1, C, H, W), of which only the size matters.
+        layer: where the map is made.
+    """
+    if layer.layout.kind != "channels_first":
+        return None
+    size, cells = image.shape[2:], (layer.layout.height, layer.layout.width)
+    known = receptive_grid(classifier, image, layer)
+    strides = [axis.stride for axis in known] if known else [a / b for a, b in zip(size, cells, strict=True)]
+    central = [slice((count - 1) // 2 - (count > 2), count // 2 + 1 + (count > 2)) for count in cells]
+    energy = torch.zeros(size, device=image.device)
+    probes = _probes(image)
+    for batch in probes.split(default_batch(image)):
+        point = batch.clone().requires_grad_()
+        with layer.watched() as seen:
+            classifier(point)
+        looked_at = seen[-1][:, :, central[0], central[1]].square().sum()
+        (gradient,) = torch.autograd.grad(looked_at, point)
+        each = gradient.square().sum(1)
+        energy += (each / each.sum((1, 2), keepdim=True).clamp(min=1e-30)).sum(0)
+    if not bool(energy.any()):
+        return known
+    axes = []
+    for along, stride, cell in zip((energy.sum(1), energy.sum(0)), strides, central, strict=True):
+        pixels = torch.arange(len(along), device=along.device)
+        centroid = float((along * pixels).sum() / along.sum())
+        axes.append(Axis(centroid - stride * (cell.start + cell.stop - 1) / 2, stride))
+    return axes[0], axes[1]
+
+
+def _probes(image: Tensor) -> Tensor:
+    """Noise images of the image's size, two of each grain; the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = image.shape[2:]
+    grains = [grain for grain in (1, 4, 16) if grain == 1 or min(height, width) >= 2 * grain]
+    noise = [
+        torch.rand(2, image.shape[1], -(-height // grain), -(-width // grain), generator=generator)
+        for grain in grains
+    ]
+    return torch.cat([F.interpolate(n, (height, width), mode="bilinear") for n in noise]).to(image)
+
+
+def place(maps: Tensor, size: tuple[int, int], grid: Grid | None) -> Tensor:
+    """Maps (N, M, h, w) bilinearly over the image: (N, M, height, width).
+
+    With a grid, each cell's value stands at the centre of its receptive field, and the outermost values go on to
+    the border; without one, cells tile the image.
+    """
+    if grid is None:
+        return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+    positions = []
+    for axis, pixels, cells in zip(grid, size, maps.shape[2:], strict=True):
+        cell = (torch.arange(pixels, device=maps.device, dtype=maps.dtype) - axis.offset) / axis.stride
+        positions.append(2 * cell / max(cells - 1, 1) - 1)
+    down, across = torch.meshgrid(*positions, indexing="ij")
+    where = torch.stack([across, down], -1).expand(len(maps), -1, -1, -1)
+    return F.grid_sample(maps, where, mode="bilinear", padding_mode="border", align_corners=True)
+
+
+class _Grids(TorchDispatchMode):
+    """Follows the image's grid through every operation of a forward pass."""
+
+    def __init__(self, image: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known: Any = WeakIdKeyDictionary({image: (Axis(), Axis())})
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        made = output[0] if isinstance(output, tuple | list) and output else output
+        if isinstance(made, Tensor) and made.ndim == 4:
+            sources = [tensor for tensor in _tensors(args) if tensor in self.known]
+            if sources:
+                grid = self._after(func.overloadpacket.__name__, args, sources, made)
+                if grid is not None:
+                    self.known[made] = grid
+        return output
+
+    def _after(self, name: str, args: tuple[Any, ...], sources: list[Tensor], made: Tensor) -> Grid | None:
+        rows, columns = self.known[sources[0]]
+        sizes = sources[0].shape[2:], made.shape[2:]
+        if name in _WINDOWS:
+            vertical, horizontal = _WINDOWS[name](args)
+            return rows.windowed(*vertical), columns.windowed(*horizontal)
+        if name.endswith(("_pad_nd", "_pad2d")):
+            padding = [*args[1], 0, 0]
+            left, top = padding[0], padding[2]
+            return rows.sliced(-top, 1), columns.sliced(-left, 1)
+        if name == "slice" and args[1] in {2, 3, -1, -2}:
+            start, _, step = (*args[2:], None, None, None)[:3]
+            move = (start or 0, step or 1)
+            return (rows.sliced(*move), columns) if args[1] in {2, -2} else (rows, columns.sliced(*move))
+        if "adaptive" in name or "upsample" in name:
+            return rows.resized(sizes[0][0], sizes[1][0]), columns.resized(sizes[0][1], sizes[1][1])
+        alike = [self.known[tensor] for tensor in sources if tensor.shape[2:] == made.shape[2:]]
+        return _mean(alike) if alike else None
+
+
+def _mean(grids: list[Grid]) -> Grid | None:
+    """Branches that meet: the mean of their offsets, if they agree on strides."""
+    strides = {(rows.stride, columns.stride) for rows, columns in grids}
+    if len(strides) != 1:
+        return None
+    ((down, across),) = strides
+    count = len(grids)
+    return (
+        Axis(sum(rows.offset for rows, _ in grids) / count, down),
+        Axis(sum(columns.offset for _, columns in grids) / count, across),
+    )
+
+
+def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, tuple | list):
+            yield from _tensors(tuple(arg))
+
+
+Window = tuple[int, int, int, int]  # kernel, stride, padding, dilation
+
+
+def _convolution(args: tuple[Any, ...]) -> list[Window]:
+    kernel, stride, padding, dilation = args[1].shape[2:], *(_both(args[i]) for i in (3, 4, 5))
+    return list(zip(kernel, stride, padding, dilation, strict=True))
+
+
+def _pool(args: tuple[Any, ...]) -> list[Window]:
+    kernel, stride, padding = ((*args[1:4], [], 0) if len(args) < 4 else args[1:4])[:3]
+    kernel = _both(kernel)
+    return list(zip(kernel, _both(stride) if stride else kernel, _both(padding), (1, 1), strict=True))
+
+
+def _both(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    first, *rest = value
+    return first, rest[0] if rest else first
+
+
+_WINDOWS = {"convolution": _convolution, "max_pool2d_with_indices": _pool, "avg_pool2d": _pool}

@@ -1,0 +1,113 @@
+"""What bad input is told: one sentence with the argument, what it was, and what is accepted."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+ROUNDING = 1e-5
+
+
+class ModelWarning(UserWarning):
+    """The model is probably not what its user believes it to be."""
+
+
+class ImageWarning(UserWarning):
+    """A picture was skipped or read in a way worth knowing, or values lie outside [0, 1]."""
+
+
+def closest(name: str, accepted: Iterable[str]) -> str:
+    """'did you mean ...?' where an accepted name is near, else the accepted names."""
+    names = list(accepted)
+    near = difflib.get_close_matches(name, names, n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"accepted: {', '.join(names[:20]) or 'none'}"
+
+
+def check_batch(images: Tensor, *, name: str = "images") -> None:
+    """Raises ValueError unless `images` is a finite float batch (N, C, H, W) with N, C, H, W of at least one."""
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f"{name} is a {type(images).__name__}; accepted is a float tensor (N, C, H, W) in [0, 1]"
+        )
+    if images.ndim != 4:
+        hint = "; add a batch dimension with images[None]" if images.ndim == 3 else ""
+        raise ValueError(f"{name} has shape {tuple(images.shape)}; accepted is (N, C, H, W){hint}")
+    if not images.is_floating_point():
+        raise ValueError(
+            f"{name} has dtype {images.dtype}; accepted are floats in [0, 1] (divide bytes by 255)"
+        )
+    if 0 in images.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(images.shape)}, which holds no pixels; accepted is at least one"
+        )
+    if not bool(images.isfinite().all()):
+        bad = int((~images.isfinite()).flatten(1).any(1).nonzero()[0])
+        raise ValueError(f"{name}[{bad}] holds NaN or infinity; accepted are numbers in [0, 1]")
+
+
+def check_range(images: Tensor, *, name: str = "images") -> None:
+    """Warns with ImageWarning when values leave [0, 1] by more than rounding."""
+    low, high = float(images.min()), float(images.max())
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        warnings.warn(
+            f"{name} span {low:.3g} to {high:.3g} and are cut to [0, 1]; give unnormalised images and let the "
+            "classifier normalise them: Classifier.wrap(module, mean=..., std=...)",
+            ImageWarning,
+            stacklevel=4,
+        )
+
+
+def check_classes(
+    classes: Tensor, count: int, class_count: int | None = None, *, name: str = "labels"
+) -> None:
+    """Raises ValueError unless `classes` holds one class number, below `class_count`, for each of `count` images."""
+    if not isinstance(classes, Tensor) or classes.shape != (count,) or classes.dtype.is_floating_point:
+        what = (
+            f"{tuple(classes.shape)} {classes.dtype}"
+            if isinstance(classes, Tensor)
+            else type(classes).__name__
+        )
+        raise ValueError(
+            f"{name} is {what}; accepted is an integer tensor of shape ({count},), one class per image"
+        )
+    wrong = classes < 0 if class_count is None else (classes < 0) | (classes >= class_count)
+    if bool(wrong.any()):
+        accepted = "0 and up" if class_count is None else f"0 to {class_count - 1}"
+        raise ValueError(f"{name} holds class {int(classes[wrong][0])}; accepted are classes {accepted}")
+
+
+def check_region(region: Tensor, images: Tensor) -> None:
+    """Raises ValueError unless `region` is bool (N, 1, H, W), or (1, 1, H, W) for every image."""
+    count, _, height, width = images.shape
+    shapes = {(count, 1, height, width), (1, 1, height, width)}
+    if not isinstance(region, Tensor) or region.dtype != torch.bool or tuple(region.shape) not in shapes:
+        what = (
+            f"{tuple(region.shape)} {region.dtype}" if isinstance(region, Tensor) else type(region).__name__
+        )
+        raise ValueError(
+            f"region is {what}; accepted is a bool tensor of shape ({count}, 1, {height}, {width})"
+        )
+
+
+def check_share(keep: float) -> None:
+    """Raises ValueError unless `keep` is a share of the image, 0 to 1."""
+    if not 0 <= keep <= 1:
+        raise ValueError(f"keep is {keep}; accepted is a share of the image from 0 to 1")
+
+
+def check_logits(logits: Tensor, name: str) -> None:
+    """Warns with ModelWarning when logits (N, K) look like probabilities; raises ValueError when they are NaN."""
+    if bool(logits.isnan().any()):
+        bad = int(logits.isnan().any(1).nonzero()[0])
+        raise ValueError(f"{name} returned NaN for image {bad}; check its weights and normalisation")
+    if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-4).all()):
+        warnings.warn(
+            f"{name} returns rows that are probabilities (they sum to one), not logits: gradients fade where it is "
+            "certain and margins mislead; return the values before the softmax",
+            ModelWarning,
+            stacklevel=4,
+        )

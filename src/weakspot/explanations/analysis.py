@@ -1,0 +1,105 @@
+"""Analyses: functions from a model and pairs to scores per image and maps, found by entry point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from weakspot.checks import closest
+from weakspot.classifier import Classifier, predict, runner_up
+from weakspot.pairs import Pairs
+
+GROUP = "weakspot.analyses"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """How one map is drawn.
+
+    Attributes:
+        title: its heading; "{label}" and "{target}" become the names of the pair's classes.
+        kind: "magnitude" (from zero up), "signed" (around zero) or "category" (whole numbers from 0).
+        scale: maps of one scale share their colour limits, image by image.
+        fixed: limits (low, high) that hold for every image, where the quantity has natural ones.
+        categories: of a category map, what each number stands for.
+        meaning: one sentence for the reader.
+    """
+
+    title: str
+    kind: str = "magnitude"
+    scale: str | None = None
+    fixed: tuple[float, float] | None = None
+    categories: Sequence[str] = ()
+    meaning: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """What an analysis returns.
+
+    Attributes:
+        scores: one row per pair. A column X may bring X_null, X_null_low, X_null_high and X_p: its mean by
+            chance, the range of 95% of chance, and its p value.
+        maps: name to (N, 1, H, W).
+        meanings: score name to one sentence for the reader.
+        pictures: map name to how it is drawn; others are drawn as magnitudes.
+    """
+
+    scores: pd.DataFrame
+    maps: Mapping[str, Tensor]
+    meanings: Mapping[str, str] = field(default_factory=dict)
+    pictures: Mapping[str, Picture] = field(default_factory=dict)
+
+
+AnalysisFunction = Callable[..., Analysis]  # (model, pairs, *, seed) -> Analysis
+
+
+def available_analyses() -> list[str]:
+    """Names that `explain(analyses=...)` takes, in the order they are run: cam, ssim, overlap, then others."""
+    names = {entry.name for entry in entry_points(group=GROUP)}
+    own = [name for name in ("cam", "ssim", "overlap") if name in names]
+    return own + sorted(names.difference(own))
+
+
+def find_analyses(names: Sequence[str] | None) -> dict[str, AnalysisFunction]:
+    """Name to function, all of them where no names are given.
+
+    Raises:
+        ValueError: when a name is not registered in the entry-point group "weakspot.analyses".
+    """
+    known = available_analyses()
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"analyses has {name!r}, which is not installed; {closest(name, known)}")
+    wanted = known if names is None else [name for name in known if name in names]
+    return {entry.name: entry.load() for name in wanted for entry in entry_points(group=GROUP, name=name)}
+
+
+def rivals(classifier: Classifier, pairs: Pairs) -> Tensor:
+    """(N,) the class each label loses to: the target, or where that is the label itself the runner-up.
+
+    An untargeted attack that failed has its own label as target; what it came closest to is then explained.
+    """
+    same = pairs.targets == pairs.labels
+    if not bool(same.any()):
+        return pairs.targets
+    logits = predict(classifier, pairs.adversarial)
+    return torch.where(same, runner_up(logits, pairs.labels)[1], pairs.targets)
+
+
+def check_pairs(pairs: Pairs, model: nn.Module) -> None:
+    """Raises ValueError unless `pairs` are Pairs and `model` is a module."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is a {type(model).__name__}; accepted is a torch.nn.Module that returns logits"
+        )
+    if not isinstance(pairs, Pairs):
+        raise ValueError(
+            f"pairs is a {type(pairs).__name__}; accepted are Pairs, as attacks return and "
+            "Pairs.of(model, clean, adversarial) makes"
+        )

@@ -1,0 +1,46 @@
+"""Evidence: class activation of both classes in both images, on one scale."""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+from torch import nn
+
+from weakspot.attribution.cam import class_activations
+from weakspot.classifier import evaluating
+from weakspot.explanations.analysis import Analysis, Picture, rivals
+from weakspot.pairs import Pairs
+from weakspot.statistics import standardized
+
+MEANING = (
+    "Where the network gathers evidence for this class (class activation map); the four share one scale."
+)
+
+
+def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:  # noqa: ARG001 - the contract's signature
+    """Class activation of label and target, in the clean and in the adversarial image.
+
+    Both images are explained for both classes, so that the four maps of a pair can be compared.
+    """
+    with evaluating(model) as classifier:
+        both = torch.stack([pairs.labels, rivals(classifier, pairs)], 1)
+        clean, adversarial = (
+            class_activations(classifier, images, both, registration="effective")
+            for images in (pairs.clean, pairs.adversarial)
+        )
+    names = ("cam_label_clean", "cam_target_clean", "cam_label_adversarial", "cam_target_adversarial")
+    maps = dict(zip(names, (*clean.split(1, 1), *adversarial.split(1, 1)), strict=True))
+    kept = (standardized(clean[:, 0]) * standardized(adversarial[:, 0])).mean((1, 2))
+    return Analysis(
+        scores=pd.DataFrame({"evidence_kept": kept.cpu().numpy()}),
+        maps=maps,
+        meanings={
+            "evidence_kept": "Correlation of the label's class activation before and after the attack; 1 means that "
+            "the network looks at the same places for it."
+        },
+        pictures={
+            name: Picture(f"{{{role}}}, {image} image", scale="class activation", meaning=MEANING)
+            for name in names
+            for _, role, image in [name.split("_")]
+        },
+    )

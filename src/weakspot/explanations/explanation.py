@@ -1,0 +1,199 @@
+"""Explain: run analyses on pairs and keep what they found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from weakspot.checks import check_classes
+from weakspot.classifier import Classifier, evaluating, margin, predict
+from weakspot.explanations.analysis import Analysis, Picture, check_pairs, find_analyses, rivals
+from weakspot.pairs import AttackResult, Pairs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """Scores and maps of N pairs, and what is needed to show them.
+
+    Attributes:
+        scores: one row per pair: image, label, target and landed (class names), success, confidences, sizes of
+            the perturbation, then the scores of every analysis.
+        maps: name to (N, 1, H, W), of every analysis.
+        pairs: what was explained, on the CPU.
+        analyses: name to what each analysis returned.
+        model: the classifier's name.
+        class_names: names of label and of target, one of each per pair.
+        made: how it came about (budget, region, seed, command, versions), for the reader.
+    """
+
+    scores: pd.DataFrame
+    maps: Mapping[str, Tensor]
+    pairs: Pairs
+    analyses: Mapping[str, Analysis]
+    model: str
+    class_names: Sequence[tuple[str, str]]
+    made: Mapping[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def meanings(self) -> dict[str, str]:
+        """Score name to one sentence, of every analysis."""
+        return {name: text for analysis in self.analyses.values() for name, text in analysis.meanings.items()}
+
+    @property
+    def pictures(self) -> dict[str, Picture]:
+        """Map name to how it is drawn, of every analysis."""
+        return {
+            name: analysis.pictures.get(name, Picture(name.replace("_", " ")))
+            for analysis in self.analyses.values()
+            for name in analysis.maps
+        }
+
+    def verdict(self, index: int = 0) -> str:
+        """What happened to one image, in plain words, with number, chance and doubt."""
+        from weakspot.report.words import verdict
+
+        return verdict(self, index)
+
+    def figure(self, index: int = 0) -> Figure:
+        """A matplotlib figure of one pair: both images, their difference and every map with its scale."""
+        from weakspot.report.figures import figure
+
+        return figure(self, index)
+
+    def to_html(self, path: Path | str) -> Path:
+        """Write one self-contained page; returns its path."""
+        from weakspot.report.page import write_page
+
+        return write_page(self, Path(path))
+
+    def _repr_html_(self) -> str:
+        from weakspot.report.page import notebook_frame
+
+        return notebook_frame(self)
+
+
+def explain(
+    model: nn.Module,
+    pairs: Pairs,
+    *,
+    analyses: Sequence[str] | None = None,
+    seed: int = 0,
+    names: Sequence[str] | None = None,
+    made: Mapping[str, str] | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Explanation:
+    """Where each perturbation acts, and whether the network was looking there.
+
+    Args:
+        model: any classifier; left as it was.
+        pairs: from an attack, or `Pairs.of(model, clean, adversarial)`.
+        analyses: names from the entry-point group "weakspot.analyses"; all that are installed where not given.
+        seed: handed to every analysis.
+        names: what to call each image.
+        made: what the report should say of how the pairs came about.
+        progress: called with the share done, 0 to 1.
+
+    Raises:
+        ValueError: when an argument does not fit, naming it.
+
+    >>> from weakspot.attacks import pgd
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> pairs = pgd(model.eval(), torch.rand(2, 3, 16, 16), torch.tensor([0, 1]), steps=2)
+    >>> explain(model, pairs, names=["first", "second"]).scores["image"].tolist()
+    ['first', 'second']
+    """
+    check_pairs(pairs, model)
+    if names is not None and len(names) != len(pairs):
+        raise ValueError(f"names has {len(names)} entries; accepted is one for each of {len(pairs)} pairs")
+    functions = find_analyses(analyses)
+    with evaluating(model) as classifier:
+        pairs = pairs.to(classifier.mean.device)
+        base, losing = _base_scores(classifier, pairs, names)
+        found: dict[str, Analysis] = {}
+        for number, (name, function) in enumerate(functions.items()):
+            found[name] = _checked(name, function(classifier, pairs, seed=seed), len(pairs))
+            if progress is not None:
+                progress((number + 1) / len(functions))
+    class_names = [
+        (classifier.class_name(int(own)), classifier.class_name(int(other)))
+        for own, other in zip(pairs.labels, losing, strict=True)
+    ]
+    return Explanation(
+        scores=_joined(base, {name: analysis.scores for name, analysis in found.items()}),
+        maps={
+            name: maps.detach().cpu() for analysis in found.values() for name, maps in analysis.maps.items()
+        },
+        pairs=pairs.to("cpu"),
+        analyses=found,
+        model=classifier.name,
+        class_names=class_names,
+        made=dict(made or {}),
+    )
+
+
+def _base_scores(
+    classifier: Classifier, pairs: Pairs, names: Sequence[str] | None
+) -> tuple[pd.DataFrame, Tensor]:
+    """What is true of a pair whatever the analysis; and the class each label loses to."""
+    clean, adversarial = predict(classifier, pairs.clean), predict(classifier, pairs.adversarial)
+    for name, classes in (("labels", pairs.labels), ("targets", pairs.targets)):
+        check_classes(classes, len(pairs), clean.shape[1], name=name)
+    losing = rivals(classifier, pairs)
+    landed = adversarial.argmax(1)
+    success = pairs.success if isinstance(pairs, AttackResult) else landed != pairs.labels
+    change = pairs.perturbation.flatten(1)
+    before, after = clean.softmax(1), adversarial.softmax(1)
+
+    def of(chances: Tensor, classes: Tensor) -> Tensor:
+        return chances.gather(1, classes[:, None])[:, 0]
+
+    numbers = {
+        "success": success,
+        "label_clean": of(before, pairs.labels),
+        "label_adversarial": of(after, pairs.labels),
+        "target_clean": of(before, losing),
+        "target_adversarial": of(after, losing),
+        "landed_adversarial": of(after, landed),
+        "margin_clean": margin(clean, pairs.labels),
+        "margin_adversarial": margin(adversarial, pairs.labels),
+        "linf": change.abs().amax(1),
+        "l2": torch.linalg.vector_norm(change, dim=1),
+    }
+    words = {
+        "image": list(names) if names is not None else [f"image {number}" for number in range(len(pairs))],
+        "label": [classifier.class_name(int(index)) for index in pairs.labels],
+        "target": [classifier.class_name(int(index)) for index in losing],
+        "landed": [classifier.class_name(int(index)) for index in landed],
+        "read_clean_as": [classifier.class_name(int(index)) for index in clean.argmax(1)],
+    }
+    return pd.DataFrame({**words, **{name: values.cpu().numpy() for name, values in numbers.items()}}), losing
+
+
+def _checked(name: str, analysis: Analysis, count: int) -> Analysis:
+    if not isinstance(analysis, Analysis) or len(analysis.scores) != count:
+        rows = f"{len(analysis.scores)} rows" if isinstance(analysis, Analysis) else type(analysis).__name__
+        raise ValueError(
+            f"analysis {name!r} returned {rows}; accepted is an Analysis with one row for each of {count} pairs"
+        )
+    return analysis
+
+
+def _joined(base: pd.DataFrame, others: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """One table; a column two analyses share keeps its name in the first and is prefixed in the next."""
+    joined = base
+    for name, scores in others.items():
+        taken = {column: f"{name}_{column}" for column in scores if column in joined}
+        joined = pd.concat([joined, scores.rename(columns=taken).set_axis(joined.index)], axis=1)
+    return joined

@@ -1,0 +1,216 @@
+"""Overlap: is the attack's work done where the network looks?
+
+Region of importance (RoI) and region of attack (RoA) after Chattopadhyay et al. 2020 (arXiv 2011.10794), re-specified
+from the abstract: how both are computed, and every parameter, is ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from skimage.measure import label as connected_components
+from torch import Tensor, nn
+
+from weakspot.attribution.cam import class_activation, logit_gradient
+from weakspot.attribution.path import MarginDrop, margin_drop
+from weakspot.checks import check_share, closest
+from weakspot.classifier import Classifier, evaluating
+from weakspot.explanations.analysis import Analysis, Picture, check_pairs, rivals
+from weakspot.explanations.smoothing import gaussian
+from weakspot.pairs import Pairs
+from weakspot.regions import top
+from weakspot.statistics import ShiftTest, products_over_shifts, queen_lag, ranks, shift_test, standardized
+
+FRAGMENT = 4  # pixels; smaller components are speckle, not regions
+CHUNK = 8  # images whose shifts are in memory at once
+IMPORTANCES = ("cam", "gradient")
+PARTITION = ("rest", "essential", "contested", "neutralizable")
+
+
+@dataclass(frozen=True, eq=False)
+class Overlap:
+    """Where the network looks, where the attack works, and what they share.
+
+    Attributes:
+        importance: (N, 1, H, W) evidence for the label in the clean image.
+        vulnerability: (N, 1, H, W) what each site of the perturbation took from the margin; sums to the drop.
+        roi: bool (N, 1, H, W), the top share of importance.
+        roa: bool (N, 1, H, W), the top share of vulnerability.
+        scores: one row per image; see `MEANINGS`. effect_in_roi, jaccard, spearman and moran_i come with
+            _null, _null_low, _null_high and _p from shifting the attack against the image.
+    """
+
+    importance: Tensor
+    vulnerability: Tensor
+    roi: Tensor
+    roa: Tensor
+    scores: pd.DataFrame
+
+    @property
+    def essential(self) -> Tensor:
+        """Looked at and not attacked: roi & ~roa."""
+        return self.roi & ~self.roa
+
+    @property
+    def contested(self) -> Tensor:
+        """Looked at and attacked: roi & roa."""
+        return self.roi & self.roa
+
+    @property
+    def neutralizable(self) -> Tensor:
+        """Attacked and not looked at, which could be blocked out: roa & ~roi."""
+        return self.roa & ~self.roi
+
+
+MEANINGS = {
+    "effect_in_roi": "Share of the lost margin that was lost inside the region of importance.",
+    "jaccard": "Overlap of the two regions: their intersection over their union.",
+    "spearman": "Rank correlation of importance and vulnerability over all sites.",
+    "moran_i": "Bivariate Moran's I: correlation of importance with the vulnerability of neighbouring sites.",
+    "margin_drop": "How much of the label's logit lead over its rival the perturbation took.",
+    "completeness_gap": "How far the vulnerability map is from summing to that drop, as a share of it.",
+    "roa_components": "Connected parts of the region of attack; fragments under 4 pixels are left out.",
+    "roa_largest_share": "Share of the region of attack that lies in its largest connected part.",
+    "changed_share": "Share of the pixels that the attack changed at all.",
+    "changed_in_roi": "Share of the changed pixels that lie in the region of importance.",
+}
+
+
+def overlap(
+    model: nn.Module, pairs: Pairs, *, keep: float = 0.2, seed: int = 0, importance: str | Tensor = "cam"
+) -> Overlap:
+    """Region of importance and region of attack, what they share, and what they would share by chance.
+
+    Importance is the class activation of the label in the clean image. Vulnerability is what each site of the
+    perturbation took from the margin z_label - z_target: integrated gradients from the clean to the adversarial
+    image, which sum to the whole drop, spread by a Gaussian of 1/64 of the image's shorter side. Either region
+    is the top `keep` share of its map. Chance is the attack shifted against the image by every possible amount,
+    wrapping around; p is the share of shifts that agree at least as well.
+
+    Where an untargeted attack failed, the target is the class it came closest to.
+
+    Args:
+        model: any classifier.
+        pairs: N pairs.
+        keep: share of the image in either region, 0 to 1.
+        seed: taken by every analysis; here nothing is random.
+        importance: "cam", "gradient" (norm of the gradient of the label's logit), or scores (N, 1, H, W).
+
+    Raises:
+        ValueError: when an argument does not fit, naming it.
+    """
+    del seed
+    check_pairs(pairs, model)
+    check_share(keep)
+    with evaluating(model) as classifier:
+        pairs = pairs.to(classifier.mean.device)
+        drop = margin_drop(
+            classifier, pairs.clean, pairs.adversarial, pairs.labels, rivals(classifier, pairs)
+        )
+        important = _importance(classifier, pairs, importance)
+    sigma = min(drop.sites.shape[2:]) / 64
+    vulnerable = gaussian(drop.sites.double(), sigma, max(1, round(4 * sigma))).float()
+    roi, roa = top(important, keep), top(vulnerable, keep)
+    tests = _shift_tests(important[:, 0], vulnerable[:, 0], roi[:, 0], roa[:, 0])
+    columns = [test.columns(name) for name, test in tests.items()]
+    columns.append(pd.DataFrame({"effect_in_roi_p_less": tests["effect_in_roi"].p_less.cpu().numpy()}))
+    scores = pd.concat([*columns, _plain_scores(pairs, drop, roi, roa)], axis=1)
+    return Overlap(important, vulnerable, roi, roa, scores)
+
+
+def _importance(classifier: Classifier, pairs: Pairs, importance: str | Tensor) -> Tensor:
+    if isinstance(importance, Tensor):
+        if importance.shape != pairs.clean[:, :1].shape:
+            raise ValueError(
+                f"importance has shape {tuple(importance.shape)}; accepted is {tuple(pairs.clean[:, :1].shape)}"
+            )
+        return importance.to(pairs.clean)
+    if importance == "cam":
+        return class_activation(classifier, pairs.clean, pairs.labels, registration="effective")
+    if importance == "gradient":
+        return logit_gradient(classifier, pairs.clean, pairs.labels)
+    raise ValueError(
+        f"importance is {importance!r}; {closest(importance, IMPORTANCES)}, or a tensor of scores"
+    )
+
+
+def _shift_tests(important: Tensor, vulnerable: Tensor, roi: Tensor, roa: Tensor) -> dict[str, ShiftTest]:
+    """Statistics of the two maps (N, H, W) and their regions, tested against every shift."""
+    sites = important[0].numel()
+    over_shifts: dict[str, list[Tensor]] = {
+        name: [] for name in ("effect_in_roi", "jaccard", "spearman", "moran_i")
+    }
+    for i, v, region_i, region_v in zip(
+        *(x.split(CHUNK) for x in (important, vulnerable, roi, roa)), strict=True
+    ):
+        total = v.double().sum((1, 2), keepdim=True)
+        # Only of a margin that was lost can a share have been lost somewhere.
+        total = torch.where(total > 1e-6, total, torch.nan)
+        common = products_over_shifts(region_i, region_v).round()
+        union = region_i.sum((1, 2), keepdim=True) + region_v.sum((1, 2), keepdim=True) - common
+        scattered = standardized(i)
+        over_shifts["effect_in_roi"].append(products_over_shifts(region_i, v) / total)
+        over_shifts["jaccard"].append(common / union + 0 * scattered.mean((1, 2), keepdim=True))
+        over_shifts["spearman"].append(
+            products_over_shifts(standardized(ranks(i)), standardized(ranks(v))) / sites
+        )
+        over_shifts["moran_i"].append(products_over_shifts(scattered, queen_lag(standardized(v))) / sites)
+    return {name: shift_test(torch.cat(parts)) for name, parts in over_shifts.items()}
+
+
+def _plain_scores(pairs: Pairs, drop: MarginDrop, roi: Tensor, roa: Tensor) -> pd.DataFrame:
+    changed = (pairs.perturbation != 0).any(1, keepdim=True)
+    area = changed.flatten(1).float().mean(1)
+    inside = (changed & roi).flatten(1).float().mean(1)
+    components, largest = zip(*(_isolation(region) for region in roa[:, 0].cpu().numpy()), strict=True)
+    return pd.DataFrame(
+        {
+            "margin_drop": drop.total.cpu().numpy(),
+            "completeness_gap": drop.gap.cpu().numpy(),
+            "roa_components": components,
+            "roa_largest_share": largest,
+            "changed_share": area.cpu().numpy(),
+            "changed_in_roi": (inside / area).cpu().numpy(),
+        }
+    )
+
+
+def _isolation(region: NDArray[np.bool_]) -> tuple[int, float]:
+    """How many 8-connected parts of at least 4 pixels there are, and the largest one's share of the region."""
+    sizes = np.bincount(connected_components(region, connectivity=2).ravel())[1:]
+    regions = sizes[sizes >= FRAGMENT]
+    return len(regions), float(regions.max() / region.sum()) if len(regions) else 0.0
+
+
+def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
+    """`overlap` as the report shows it."""
+    found = overlap(model, pairs, seed=seed)
+    partition = found.essential * 1 + found.contested * 2 + found.neutralizable * 3
+    return Analysis(
+        scores=found.scores,
+        maps={"partition": partition, "vulnerability": found.vulnerability, "importance": found.importance},
+        meanings=MEANINGS,
+        pictures={
+            "partition": Picture(
+                "Looked at, attacked, or both",
+                kind="category",
+                categories=PARTITION,
+                meaning="The 20% of the image that matters most for {label} against the 20% where the attack "
+                "takes most of its margin.",
+            ),
+            "vulnerability": Picture(
+                "Where the attack works",
+                kind="signed",
+                meaning="What each place of the perturbation took from the lead of {label} over {target}; the "
+                "values sum to the whole loss.",
+            ),
+            "importance": Picture(
+                "Where the network looks",
+                meaning="Evidence for {label} in the clean image (class activation map).",
+            ),
+        },
+    )

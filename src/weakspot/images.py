@@ -1,0 +1,176 @@
+"""Pictures come in: files, folders and sample photographs become (N, C, H, W) in [0, 1]."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from weakspot.checks import ImageWarning
+
+LARGEST_PICTURE = 120_000_000  # pixels; decoded this takes 360 MB, a phone's largest photograph stays below
+SAMPLES = ("chelsea", "coffee", "rocket", "motorcycle_left")
+SAMPLE_NAMES = ("chelsea", "coffee", "rocket", "motorcycle")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One file: its pixels (C, H, W) in [0, 1], or the reason why there are none."""
+
+    name: str
+    pixels: Tensor | None
+    remark: str = ""
+
+
+def read_images(
+    source: Path | str, *, size: tuple[int, int] | None = None, channels: int = 3
+) -> tuple[Tensor, list[str]]:
+    """Read a picture, or every picture in a folder and its subfolders, sorted by path.
+
+    EXIF rotation is applied, transparency is laid on white, 16-bit and CMYK are converted, of an animation the
+    first frame is taken. Files that cannot be read are named in a warning and skipped.
+
+    Args:
+        source: a file or a folder; names that start with a dot are passed over.
+        size: (height, width); each picture is cropped at its centre to this shape and resized with
+            anti-aliasing. Without it pictures keep their size and must agree.
+        channels: 3 for colour, 1 for grey.
+
+    Returns:
+        Images (N, C, H, W), float32 in [0, 1], and one name for each: the path below `source`.
+
+    Raises:
+        FileNotFoundError: when there is nothing at `source`.
+        ValueError: when no picture could be read, or sizes differ and no `size` was given.
+    """
+    pictures = open_pictures(Path(source), size=size, channels=channels)
+    for picture in pictures:
+        if picture.remark:
+            warnings.warn(f"{picture.name}: {picture.remark}", ImageWarning, stacklevel=2)
+    good = [(picture.name, picture.pixels) for picture in pictures if picture.pixels is not None]
+    if not good:
+        reasons = "; ".join(f"{picture.name}: {picture.remark}" for picture in pictures[:3])
+        raise ValueError(f"{source} holds no picture that can be read ({reasons or 'it is an empty folder'})")
+    first_name, first = good[0]
+    for name, pixels in good:
+        if pixels.shape != first.shape:
+            raise ValueError(
+                f"pictures differ in size: {first_name} is {tuple(first.shape[1:])}, {name} is "
+                f"{tuple(pixels.shape[1:])} (height, width); give size=(height, width) to bring them to one"
+            )
+    return torch.stack([pixels for _, pixels in good]), [name for name, _ in good]
+
+
+def open_pictures(source: Path, *, size: tuple[int, int] | None = None, channels: int = 3) -> list[Picture]:
+    """Every file at `source`, readable or not, in the order of `read_images`."""
+    if channels not in {1, 3}:
+        raise ValueError(f"channels is {channels}; accepted are 3 (colour) and 1 (grey)")
+    if size is not None and not (len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
+        raise ValueError(f"size is {size}; accepted is (height, width) in pixels, both at least 1")
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: there is no such file or folder")
+    if not source.is_dir():
+        return [_open_picture(source, source.name, size, channels)]
+    below = ((path, path.relative_to(source)) for path in sorted(source.rglob("*")) if not path.is_dir())
+    files = [(path, name) for path, name in below if not any(part.startswith(".") for part in name.parts)]
+    return [_open_picture(path, name.as_posix(), size, channels) for path, name in files]
+
+
+def sample_images(size: tuple[int, int] = (224, 224)) -> tuple[Tensor, list[str]]:
+    """Four real photographs that come with scikit-image: a cat, a coffee, a rocket, a motorcycle; works offline.
+
+    Args:
+        size: (height, width) they are cropped and resized to.
+
+    Returns:
+        Images (4, 3, height, width), float32 in [0, 1], and their names.
+    """
+    import skimage.data
+
+    folder = Path(skimage.data.__file__).parent
+    files = [
+        next(path for path in folder.glob(f"{name}.*") if path.suffix in {".png", ".jpg"}) for name in SAMPLES
+    ]
+    images = [read_images(file, size=size)[0] for file in files]
+    return torch.cat(images), list(SAMPLE_NAMES)
+
+
+def _open_picture(path: Path, name: str, size: tuple[int, int] | None, channels: int) -> Picture:
+    try:
+        if not path.is_file():
+            return Picture(name, None, "not a regular file; skipped")
+        if path.stat().st_size == 0:
+            return Picture(name, None, "the file is empty (0 bytes); skipped")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own remarks; what matters is said here, by name
+            with Image.open(path) as opened:
+                return _decode(opened, name, size, channels)
+    except UnidentifiedImageError:
+        return Picture(name, None, "not an image in a known format; skipped")
+    except Image.DecompressionBombError:
+        return Picture(name, None, f"more than {LARGEST_PICTURE // 1_000_000} million pixels; refused")
+    except PermissionError:
+        return Picture(name, None, "no permission to read the file; skipped")
+    except MemoryError:
+        return Picture(name, None, "too large to decode in memory; skipped")
+    # Pillow's decoders raise nearly anything on damaged input; any of it means one thing to the user.
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        IndexError,
+        KeyError,
+        TypeError,
+        EOFError,
+        OverflowError,
+    ) as error:
+        reason = "the image is truncated" if "truncated" in str(error) else f"the image is damaged ({error})"
+        return Picture(name, None, f"{reason}; skipped")
+
+
+def _decode(opened: Image.Image, name: str, size: tuple[int, int] | None, channels: int) -> Picture:
+    if opened.width * opened.height > LARGEST_PICTURE:
+        return Picture(
+            name,
+            None,
+            f"{opened.width} x {opened.height} is more than {LARGEST_PICTURE // 10**6} million pixels; refused",
+        )
+    frames = int(getattr(opened, "n_frames", 1))
+    remark = f"holds {frames} frames, the first is used" if frames > 1 else ""
+    if opened.mode == "F":
+        return Picture(
+            name, None, "floating-point pixels have no known range; convert to 8 or 16 bits; skipped"
+        )
+    image = _eight_bits(ImageOps.exif_transpose(opened))
+    image = image.convert("L" if channels == 1 else "RGB")
+    if size is not None:
+        image = _fit(image, size)
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
+    return Picture(name, pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous(), remark)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Deep grey as 8 bits and transparency laid on white; other modes as they are."""
+    if image.mode.startswith("I"):
+        deep: NDArray[np.float64] = np.asarray(image).astype(np.float64)
+        top = 65535 if deep.max() <= 65535 else 2**32 - 1
+        return Image.fromarray(np.rint(deep.clip(0) * (255 / top)).astype(np.uint8))
+    if image.has_transparency_data:
+        solid = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", solid.size, "white"), solid)
+    return image
+
+
+def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The largest centred crop of the asked shape, resized. Crop and resize are one step: a strip stays small."""
+    height, width = size
+    scale = min(image.width / width, image.height / height)
+    left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
+    box = (left, top, min(left + width * scale, image.width), min(top + height * scale, image.height))
+    return image.resize((width, height), Image.Resampling.BILINEAR, box=box)

@@ -1,0 +1,143 @@
+"""Pairs: clean and adversarial images side by side, the noun that everything is about."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from weakspot.checks import check_batch, check_classes, check_range
+from weakspot.classifier import evaluating, predict
+
+FORMAT = {"format": "weakspot pairs", "version": "1"}
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """N clean images, the adversarial image made of each, and the two classes the pair is about.
+
+    Attributes:
+        clean: (N, C, H, W) in [0, 1].
+        adversarial: (N, C, H, W) in [0, 1].
+        labels: (N,) class t0 the clean image stands for.
+        targets: (N,) class t the adversarial image lands in, or was asked to.
+
+    Raises:
+        ValueError: when shapes do not fit each other or values are not finite.
+    """
+
+    clean: Tensor
+    adversarial: Tensor
+    labels: Tensor
+    targets: Tensor
+
+    def __post_init__(self) -> None:
+        check_batch(self.clean, name="clean")
+        check_batch(self.adversarial, name="adversarial")
+        if self.clean.shape != self.adversarial.shape:
+            raise ValueError(
+                f"clean has shape {tuple(self.clean.shape)} and adversarial {tuple(self.adversarial.shape)}; "
+                "accepted are two batches of one shape"
+            )
+        check_classes(self.labels, len(self.clean), name="labels")
+        check_classes(self.targets, len(self.clean), name="targets")
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    @property
+    def perturbation(self) -> Tensor:
+        """adversarial - clean, (N, C, H, W)."""
+        return self.adversarial - self.clean
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same pairs on another device."""
+        return type(self)(**{name: tensor.to(device) for name, tensor in self._tensors().items()})
+
+    @classmethod
+    def of(cls, model: nn.Module, clean: Tensor, adversarial: Tensor, labels: Tensor | None = None) -> Pairs:
+        """Pairs made by any tool; missing labels and all targets are the model's own predictions.
+
+        Args:
+            model: the classifier under attack.
+            clean: (N, C, H, W) in [0, 1].
+            adversarial: (N, C, H, W) in [0, 1].
+            labels: (N,) class of each clean image.
+
+        Raises:
+            ValueError: when shapes do not fit or a label is no class of the model.
+
+        Warns:
+            ImageWarning: when values lie outside [0, 1].
+        """
+        with evaluating(model) as classifier, torch.no_grad():
+            for name, images in (("clean", clean), ("adversarial", adversarial)):
+                check_batch(images, name=name)
+                check_range(images, name=name)
+            device = classifier.mean.device
+            clean, adversarial = (
+                images.detach().to(device, torch.float32).clamp(0, 1) for images in (clean, adversarial)
+            )
+            logits = predict(classifier, adversarial)
+            if labels is None:
+                labels = predict(classifier, clean).argmax(1)
+            check_classes(labels, len(clean), logits.shape[1])
+            return Pairs(clean, adversarial, labels.to(device), logits.argmax(1))
+
+    def save(self, path: Path | str) -> None:
+        """Write a safetensors file, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in self._tensors().items()}, draft, FORMAT)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read what `save` wrote, onto the CPU.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: when the file is no safetensors file or holds no pairs.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: there is no such file")
+        try:
+            with safe_open(path, "pt") as file:
+                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is no safetensors file ({error}); accepted is what Pairs.save wrote"
+            ) from None
+        missing = [field.name for field in fields(cls) if field.name not in stored]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}; accepted is what {cls.__name__}.save wrote")
+        return cls(**{field.name: stored[field.name] for field in fields(cls)})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True, eq=False)
+class AttackResult(Pairs):
+    """Pairs an attack made, with what it cost.
+
+    Attributes:
+        success: (N,) bool, from a fresh forward pass of the returned images.
+        forwards: (N,) images of this sample sent through the model, that fresh pass included.
+        backwards: (N,) gradients of this sample taken.
+    """
+
+    success: Tensor
+    forwards: Tensor
+    backwards: Tensor

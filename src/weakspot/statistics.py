@@ -1,0 +1,112 @@
+"""Statistics: what chance would have given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import rankdata
+from torch import Tensor
+
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class ShiftTest:
+    """A statistic of two maps, beside its values when one is shifted, wrapping around, by every possible amount.
+
+    Shifting keeps each map's own texture and breaks only their alignment. As all H * W shifts are taken, the one
+    by zero among them, nothing is drawn and p is exact: were alignment arbitrary, p <= a would happen with
+    probability at most a. Every field is (N,).
+
+    Attributes:
+        value: as observed.
+        null: mean over all shifts.
+        low: 2.5% quantile over all shifts.
+        high: 97.5% quantile over all shifts.
+        p: share of shifts with a value at least as large.
+        p_less: share of shifts with a value at most as large.
+    """
+
+    value: Tensor
+    null: Tensor
+    low: Tensor
+    high: Tensor
+    p: Tensor
+    p_less: Tensor
+
+    def columns(self, name: str) -> pd.DataFrame:
+        """One row per image: name, name_null, name_null_low, name_null_high, name_p."""
+        fields = {
+            "": self.value,
+            "_null": self.null,
+            "_null_low": self.low,
+            "_null_high": self.high,
+            "_p": self.p,
+        }
+        return pd.DataFrame({f"{name}{suffix}": values.cpu().numpy() for suffix, values in fields.items()})
+
+
+def shift_test(over_shifts: Tensor) -> ShiftTest:
+    """The test of a statistic (N, H, W) known at every shift, [:, 0, 0] being the one observed.
+
+    Where the statistic is not defined (NaN), so is all of its test.
+    """
+    values = over_shifts.flatten(1)
+    observed = values[:, :1]
+    slack = ROUNDING * values.abs().amax(1, keepdim=True)
+    undefined = values.isnan().any(1)
+    quantiles = np.quantile(values.cpu().numpy(), [0.025, 0.975], axis=1)
+    low, high = torch.from_numpy(quantiles).to(values).unbind(0)
+
+    def share(counted: Tensor) -> Tensor:
+        return torch.where(undefined, torch.nan, counted.double().mean(1).to(values.dtype))
+
+    return ShiftTest(
+        value=observed[:, 0],
+        null=values.mean(1),
+        low=low,
+        high=high,
+        p=share(values >= observed - slack),
+        p_less=share(values <= observed + slack),
+    )
+
+
+def products_over_shifts(fixed: Tensor, shifted: Tensor) -> Tensor:
+    """sum_i fixed_i * shifted_(i - s) for every circular shift s: (N, H, W) each, and so is the result.
+
+    One Fourier transform each instead of H * W sums (the cross-correlation theorem); float64.
+
+    >>> products_over_shifts(torch.tensor([[[1.0, 0.0, 2.0]]]), torch.tensor([[[1.0, 0.0, 0.0]]]))
+    tensor([[[1., 0., 2.]]], dtype=torch.float64)
+    """
+    spectra = torch.fft.rfft2(fixed.double()) * torch.fft.rfft2(shifted.double()).conj()
+    products: Tensor = torch.fft.irfft2(spectra, s=fixed.shape[-2:])
+    return products
+
+
+def standardized(maps: Tensor) -> Tensor:
+    """(N, H, W) less their mean over their deviation, float64; a constant map has none and becomes NaN."""
+    maps = maps.double()
+    centred = maps - maps.mean((1, 2), keepdim=True)
+    spread = centred.square().mean((1, 2), keepdim=True).sqrt()
+    return centred / torch.where(spread > ROUNDING * maps.abs().amax((1, 2), keepdim=True), spread, torch.nan)
+
+
+def ranks(maps: Tensor) -> Tensor:
+    """(N, H, W) ranks of the sites of each map, ties sharing their mean rank."""
+    ranked = rankdata(maps.flatten(1).cpu().numpy(), axis=1)
+    return torch.from_numpy(ranked).to(maps.device).view_as(maps)
+
+
+def queen_lag(maps: Tensor) -> Tensor:
+    """(N, H, W) mean of each site's neighbours, diagonal ones included; at the border of those there are."""
+    kernel = torch.ones(1, 1, 3, 3, dtype=torch.float64, device=maps.device)
+    kernel[..., 1, 1] = 0
+    sums, counts = (
+        torch.nn.functional.conv2d(tensor[:, None], kernel, padding=1)[:, 0]
+        for tensor in (maps.double(), torch.ones_like(maps[:1], dtype=torch.float64))
+    )
+    return sums / counts.clamp(min=1)
