@@ -9,7 +9,7 @@ from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from weakspot.checks import check_batch, check_classes, check_range
@@ -96,7 +96,12 @@ class Pairs:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            save_file({k: v.detach().cpu().contiguous() for k, v in self._tensors().items()}, draft, FORMAT)
+            draft.write_bytes(
+                save(
+                    {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors().items()},
+                    FORMAT,
+                )
+            )
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)

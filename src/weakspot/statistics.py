@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ROUNDING = 1e-9
 
@@ -39,6 +41,8 @@ class ShiftTest:
 
     def columns(self, name: str) -> pd.DataFrame:
         """One row per image: name, name_null, name_null_low, name_null_high, name_p."""
+        import pandas as pd
+
         fields = {
             "": self.value,
             "_null": self.null,
@@ -97,8 +101,10 @@ def standardized(maps: Tensor) -> Tensor:
 
 def ranks(maps: Tensor) -> Tensor:
     """(N, H, W) ranks of the sites of each map, ties sharing their mean rank."""
-    ranked = rankdata(maps.flatten(1).cpu().numpy(), axis=1)
-    return torch.from_numpy(ranked).to(maps.device).view_as(maps)
+    import pandas as pd
+
+    ranked = pd.DataFrame(maps.flatten(1).T.cpu().numpy()).rank().to_numpy().T
+    return torch.from_numpy(ranked.copy()).to(maps.device).view_as(maps)
 
 
 def queen_lag(maps: Tensor) -> Tensor:

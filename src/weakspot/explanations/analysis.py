@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from weakspot.checks import closest
 from weakspot.classifier import Classifier, predict, runner_up
 from weakspot.pairs import Pairs
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 GROUP = "weakspot.analyses"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pandas as pd
 import torch
 from torch import nn
 
@@ -22,6 +21,8 @@ def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:  # no
 
     Both images are explained for both classes, so that the four maps of a pair can be compared.
     """
+    import pandas as pd
+
     with evaluating(model) as classifier:
         both = torch.stack([pairs.labels, rivals(classifier, pairs)], 1)
         clean, adversarial = (

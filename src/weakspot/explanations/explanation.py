@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from weakspot.explanations.analysis import Analysis, Picture, check_pairs, find_
 from weakspot.pairs import AttackResult, Pairs
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 
@@ -147,6 +147,8 @@ def _base_scores(
     classifier: Classifier, pairs: Pairs, names: Sequence[str] | None
 ) -> tuple[pd.DataFrame, Tensor]:
     """What is true of a pair whatever the analysis; and the class each label loses to."""
+    import pandas as pd
+
     clean, adversarial = predict(classifier, pairs.clean), predict(classifier, pairs.adversarial)
     for name, classes in (("labels", pairs.labels), ("targets", pairs.targets)):
         check_classes(classes, len(pairs), clean.shape[1], name=name)
@@ -192,6 +194,8 @@ def _checked(name: str, analysis: Analysis, count: int) -> Analysis:
 
 def _joined(base: pd.DataFrame, others: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """One table; a column two analyses share keeps its name in the first and is prefixed in the next."""
+    import pandas as pd
+
     joined = base
     for name, scores in others.items():
         taken = {column: f"{name}_{column}" for column in scores if column in joined}

@@ -7,12 +7,11 @@ from the abstract: how both are computed, and every parameter, is ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
-from skimage.measure import label as connected_components
 from torch import Tensor, nn
 
 from weakspot.attribution.cam import class_activation, logit_gradient
@@ -24,6 +23,9 @@ from weakspot.explanations.smoothing import gaussian
 from weakspot.pairs import Pairs
 from weakspot.regions import top
 from weakspot.statistics import ShiftTest, products_over_shifts, queen_lag, ranks, shift_test, standardized
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FRAGMENT = 4  # pixels; smaller components are speckle, not regions
 CHUNK = 8  # images whose shifts are in memory at once
@@ -103,6 +105,8 @@ def overlap(
     Raises:
         ValueError: when an argument does not fit, naming it.
     """
+    import pandas as pd
+
     del seed
     check_pairs(pairs, model)
     check_share(keep)
@@ -163,6 +167,8 @@ def _shift_tests(important: Tensor, vulnerable: Tensor, roi: Tensor, roa: Tensor
 
 
 def _plain_scores(pairs: Pairs, drop: MarginDrop, roi: Tensor, roa: Tensor) -> pd.DataFrame:
+    import pandas as pd
+
     changed = (pairs.perturbation != 0).any(1, keepdim=True)
     area = changed.flatten(1).float().mean(1)
     inside = (changed & roi).flatten(1).float().mean(1)
@@ -181,6 +187,8 @@ def _plain_scores(pairs: Pairs, drop: MarginDrop, roi: Tensor, roa: Tensor) -> p
 
 def _isolation(region: NDArray[np.bool_]) -> tuple[int, float]:
     """How many 8-connected parts of at least 4 pixels there are, and the largest one's share of the region."""
+    from skimage.measure import label as connected_components
+
     sizes = np.bincount(connected_components(region, connectivity=2).ravel())[1:]
     regions = sizes[sizes >= FRAGMENT]
     return len(regions), float(regions.max() / region.sum()) if len(regions) else 0.0

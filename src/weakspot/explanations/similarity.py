@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +40,7 @@ def ssim_map(clean: Tensor, adversarial: Tensor) -> Tensor:
         )
     # float64: local variances are small differences of large squares.
     precision = torch.float32 if clean.device.type == "mps" else torch.float64
-    first, second = _luma(clean.detach().to(precision)), _luma(adversarial.detach().to(precision))
+    first, second = luma(clean.detach().to(precision)), luma(adversarial.detach().to(precision))
     moments = gaussian(torch.cat([first, second, first**2, second**2, first * second], 1), SIGMA, RADIUS)
     mean_1, mean_2, square_1, square_2, product = moments.split(1, 1)
     variance_1, variance_2 = square_1 - mean_1**2, square_2 - mean_2**2
@@ -52,7 +51,8 @@ def ssim_map(clean: Tensor, adversarial: Tensor) -> Tensor:
     return similarity.float()
 
 
-def _luma(images: Tensor) -> Tensor:
+def luma(images: Tensor) -> Tensor:
+    """(N, 1, H, W) brightness of images (N, C, H, W)."""
     if images.shape[1] == 3:
         return torch.einsum("nchw,c->nhw", images, images.new_tensor(LUMA))[:, None]
     return images.mean(1, keepdim=True)
@@ -60,6 +60,8 @@ def _luma(images: Tensor) -> Tensor:
 
 def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:  # noqa: ARG001 - the contract's signature
     """SSIM maps and their means."""
+    import pandas as pd
+
     maps = ssim_map(pairs.clean, pairs.adversarial)
     return Analysis(
         scores=pd.DataFrame({"ssim": maps.mean((1, 2, 3)).cpu().numpy()}),

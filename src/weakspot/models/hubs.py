@@ -118,7 +118,7 @@ def _preprocessing(folder: Path | None, name: str) -> dict[str, Any]:
 def _both(size: Any) -> tuple[int, int]:
     if isinstance(size, dict):
         side = size.get("shortest_edge", 224)
-        return int(size.get("height", side)), int(size.get("width", side))
+        return int(size.get("height") or side), int(size.get("width") or side)
     if isinstance(size, list | tuple):
         return int(size[0]), int(size[1])
     return int(size), int(size)

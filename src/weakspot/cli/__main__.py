@@ -1,0 +1,5 @@
+"""`python -m weakspot.cli`."""
+
+from weakspot.cli import main
+
+main()

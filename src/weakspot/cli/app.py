@@ -1,0 +1,110 @@
+"""The application: options, exit codes, and the one place that turns exceptions into sentences."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, TextIO
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+import weakspot
+
+USAGE, UNREADABLE, INTERRUPTED = 2, 4, 130
+app = typer.Typer(
+    name="weakspot",
+    help="Find where an image classifier is weak, why, and what helps.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+notes = Console(stderr=True, highlight=False)
+
+
+class Failure(Exception):  # noqa: N818 - what the user did is not an error of the program
+    """One sentence for the user and the exit code it ends with."""
+
+    def __init__(self, sentence: str, code: int) -> None:
+        super().__init__(sentence)
+        self.code = code
+
+
+def complain(sentence: str) -> None:
+    """One line of what was wrong, to standard error."""
+    notes.print(f"[red]weakspot:[/red] {escape(sentence)}", soft_wrap=True)
+
+
+def note(sentence: str) -> None:
+    """One line worth knowing, to standard error."""
+    notes.print(f"[yellow]note:[/yellow] {escape(sentence)}", soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line; the only place that turns exceptions into sentences and exit codes."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except Failure as failure:
+        if debug:
+            raise
+        complain(str(failure))
+        sys.exit(failure.code)
+    except (ValueError, FileNotFoundError, OSError) as error:
+        if debug:
+            raise
+        complain(str(error).strip() or type(error).__name__)
+        sys.exit(UNREADABLE if isinstance(error, OSError) else USAGE)
+    except KeyboardInterrupt:
+        complain("interrupted")
+        sys.exit(INTERRUPTED)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"weakspot {weakspot.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Find where an image classifier is weak, why, and what helps."""
+
+
+@contextmanager
+def progress_bar(silent: bool) -> Iterator[Callable[[str, float], None]]:
+    """`advance(what, share)` moves a bar on the terminal; nothing where there is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=notes, transient=True, disable=silent or not notes.is_terminal) as bar:
+        task = bar.add_task("starting", total=1.0)
+        yield lambda what, share: bar.update(task, description=what, completed=share)
+
+
+@contextmanager
+def notes_for_people(quiet: bool) -> Iterator[None]:
+    """Warnings as one line each, without the place in the code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("once")
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,  # noqa: ARG001 - the signature that warnings calls
+            lineno: int,  # noqa: ARG001
+            file: TextIO | None = None,  # noqa: ARG001
+            line: str | None = None,  # noqa: ARG001
+        ) -> None:
+            if not quiet and not issubclass(category, DeprecationWarning | FutureWarning):
+                note(str(message))
+
+        warnings.showwarning = show
+        yield

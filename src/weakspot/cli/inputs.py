@@ -1,0 +1,215 @@
+"""Inputs: what options and paths on the command line stand for."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weakspot.cli.app import UNREADABLE, USAGE, Failure, note
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from weakspot.classifier import Classifier
+    from weakspot.pairs import Pairs
+
+
+def check_sources(sources: Sequence[Path], *, pair: bool, samples: bool) -> None:
+    """Raises Failure unless the paths fit the options."""
+    if samples and (sources or pair):
+        raise Failure("--samples takes no pictures besides; give either", USAGE)
+    saved = len(sources) == 1 and sources[0].suffix == ".safetensors"
+    if pair and len(sources) != 2 and not saved:
+        raise Failure(
+            f"--pair takes CLEAN ADVERSARIAL or one pairs.safetensors; {len(sources)} paths were given", USAGE
+        )
+    if not sources and not samples:
+        raise Failure("no pictures were named; give files, folders, or --samples", USAGE)
+
+
+def number(text: str) -> float:
+    """0.03 or 8/255."""
+    try:
+        return float(Fraction(text.replace(" ", "")))
+    except (ValueError, ZeroDivisionError):
+        raise Failure(f"eps is {text!r}; accepted is a number such as 0.03 or 8/255", USAGE) from None
+
+
+def load_classifier(
+    model: str,
+    weights: Path | None,
+    mean: str | None,
+    std: str | None,
+    classes: Path | None,
+    size: str | None,
+    device: str,
+) -> Classifier:
+    """The classifier that the options name."""
+    from weakspot.models import load
+
+    return load(
+        model,
+        weights=weights,
+        device=device,
+        mean=numbers("mean", mean),
+        std=numbers("std", std),
+        input_size=image_size(size),
+        class_names=None if classes is None else class_names(classes),
+    )
+
+
+def numbers(name: str, text: str | None) -> list[float] | None:
+    """Numbers separated by commas, or None."""
+    if text is None:
+        return None
+    try:
+        return [float(Fraction(part.strip())) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError):
+        raise Failure(
+            f"{name} is {text!r}; accepted are numbers separated by commas, one per channel", USAGE
+        ) from None
+
+
+def image_size(text: str | None) -> tuple[int, int] | None:
+    """HEIGHTxWIDTH as (height, width), or None."""
+    if text is None:
+        return None
+    height, _, width = text.lower().partition("x")
+    if not (height.isdigit() and (width or height).isdigit() and int(height) and int(width or height)):
+        raise Failure(f"size is {text!r}; accepted is HEIGHTxWIDTH in pixels, such as 224x224", USAGE)
+    return int(height), int(width or height)
+
+
+def class_names(path: Path) -> list[str]:
+    """Names in a text file, one per line, or in a JSON list or mapping from number to name."""
+    if not path.is_file():
+        raise Failure(f"classes: {path}: there is no such file", UNREADABLE)
+    text = path.read_text("utf-8", errors="replace")
+    if path.suffix != ".json":
+        return text.splitlines()
+    try:
+        names = json.loads(text)
+    except ValueError:
+        raise Failure(f"classes: {path} is no JSON; accepted is a list of names", UNREADABLE) from None
+    names = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else names
+    return [str(name) for name in names]
+
+
+def read_pictures(
+    classifier: Classifier, sources: Sequence[Path], *, samples: bool
+) -> tuple[Tensor, list[str], list[str], list[Path]]:
+    """Images, their names, one sentence for each file skipped, and the sources of which nothing could be read."""
+    import torch
+
+    from weakspot.images import open_pictures, sample_images
+
+    if samples:
+        batch, names = sample_images(classifier.input_size)
+        return _with_channels(batch, classifier), names, [], []
+    good, skipped, unread = [], [], []
+    for source in sources:
+        pictures = (
+            open_pictures(source, size=classifier.input_size, channels=classifier.channels)
+            if source.exists()
+            else []
+        )
+        for picture in pictures:
+            name = str(source / picture.name) if source.is_dir() else str(source)
+            if picture.remark:
+                note(f"{name}: {picture.remark}")
+            if picture.pixels is None:
+                skipped.append(f"{name}: {picture.remark}")
+            else:
+                good.append((name if len(sources) > 1 or source.is_dir() else source.name, picture.pixels))
+        if not any(picture.pixels is not None for picture in pictures):
+            unread.append(source)
+            if not pictures and source.exists():
+                note(f"{source}: the folder holds no files")
+    if not good:
+        raise Failure("none of the pictures could be read", UNREADABLE)
+    names = _shortened([name for name, _ in good])
+    return torch.stack([pixels for _, pixels in good]), names, skipped, unread
+
+
+def _shortened(names: list[str]) -> list[str]:
+    """Paths less the folders they all share."""
+    common = os.path.commonpath([Path(name).parent for name in names]) if len(names) > 1 else ""
+    return [os.path.relpath(name, common) if common else Path(name).name for name in names]
+
+
+def _with_channels(batch: Tensor, classifier: Classifier) -> Tensor:
+    from weakspot.explanations.similarity import luma
+
+    return luma(batch) if classifier.channels == 1 else batch
+
+
+def read_pair(classifier: Classifier, sources: Sequence[Path]) -> tuple[Pairs, list[str]]:
+    """The pair in two pictures, or the pairs in one file of `Pairs.save`, and their names."""
+    from weakspot.images import open_pictures
+    from weakspot.pairs import Pairs
+
+    if len(sources) == 1:
+        pairs = Pairs.load(sources[0])
+        return pairs, [f"{sources[0].stem} {number}" for number in range(len(pairs))]
+    both = []
+    for source in sources:
+        if source.is_dir() or not source.exists():
+            raise Failure(f"{source}: --pair takes two picture files", UNREADABLE)
+        (native,) = open_pictures(source, channels=classifier.channels)
+        if native.pixels is None:
+            raise Failure(f"{source}: {native.remark}", UNREADABLE)
+        both.append(native.pixels)
+    clean, adversarial = both
+    if clean.shape != adversarial.shape:
+        sizes = " and ".join(f"{pixels.shape[1]} x {pixels.shape[2]}" for pixels in both)
+        raise Failure(
+            f"the two pictures differ in size ({sizes}, height x width); accepted is one size", UNREADABLE
+        )
+    if clean.shape[1:] != classifier.input_size:
+        warnings.warn(
+            f"both pictures are brought from {clean.shape[1]} x {clean.shape[2]} to {classifier.input_size[0]} x "
+            f"{classifier.input_size[1]}, which weakens a perturbation; save adversarial images at the model's size",
+            stacklevel=2,
+        )
+        both = [
+            pixels
+            for source in sources
+            for picture in open_pictures(source, size=classifier.input_size, channels=classifier.channels)
+            if (pixels := picture.pixels) is not None
+        ]
+        clean, adversarial = both
+    return Pairs.of(classifier, clean[None], adversarial[None]), [f"{sources[0].name} → {sources[1].name}"]
+
+
+def class_index(classifier: Classifier, target: str, count: int) -> int:
+    """The number of the class that `target` names or is."""
+    from weakspot.checks import closest
+
+    if target.isdigit() and int(target) < count:
+        return int(target)
+    lowered = [name.lower() for name in classifier.class_names]
+    if target.lower() in lowered:
+        return lowered.index(target.lower())
+    numbers = f"a number from 0 to {count - 1}"
+    raise Failure(f"target is {target!r}; {closest(target, classifier.class_names)} (or {numbers})", USAGE)
+
+
+def read_mask(path: Path, images: Tensor) -> Tensor:
+    """Bool (1, 1, H, W): where the picture is white."""
+    from weakspot.images import open_pictures
+
+    height, width = images.shape[2:]
+    (picture,) = open_pictures(path, size=(height, width), channels=1)
+    if picture.pixels is None:
+        raise Failure(f"region: {path}: {picture.remark.removesuffix('; skipped')}", UNREADABLE)
+    mask = picture.pixels[None] > 0.5
+    if not bool(mask.any()):
+        raise Failure(
+            f"region: {path} has no white pixel, so nothing may change; white is where the attack acts", USAGE
+        )
+    return mask.to(images.device)

@@ -1,0 +1,66 @@
+"""Output: scores for people and for machines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from weakspot.explanations import Explanation
+
+
+def print_json(explanation: Explanation, paths: dict[str, Path], skipped: list[str]) -> None:
+    """Every score, verdicts and files as one JSON document on standard output."""
+    rows = json.loads(explanation.scores.to_json(orient="records", double_precision=9))
+    verdicts = [explanation.verdict(index) for index in range(len(explanation))]
+    for row, said in zip(rows, verdicts, strict=True):
+        row["verdict"] = said
+    files = {name: str(path.resolve()) for name, path in paths.items()}
+    typer.echo(json.dumps({"scores": rows, "skipped": skipped, "files": files}, indent=2))
+
+
+def print_table(explanation: Explanation, seconds: float, skipped: int) -> None:
+    """A table, then a verdict per image."""
+    from weakspot.report.words import headline, p_value, percent
+
+    console = Console(highlight=False)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("image", "before → after", "effect where it looks", "chance", "p"):
+        table.add_column(heading, overflow="fold")
+    for _, row in explanation.scores.iterrows():
+        measured = "effect_in_roi" in row
+        free = measured and row["changed_share"] >= 0.95
+        table.add_row(
+            escape(str(row["image"])),
+            escape(headline(row)) + ("" if row["success"] else " [yellow](failed)[/yellow]"),
+            percent(row["effect_in_roi"]) if measured else "",
+            percent(row["effect_in_roi_null"]) if measured else "",
+            p_value(row["effect_in_roi_p"]).removeprefix("p = ").removeprefix("p ") if free else "",
+        )
+    console.print(table)
+    for index in range(len(explanation)):
+        console.print(
+            f"\n[bold]{escape(str(explanation.scores['image'].iloc[index]))}[/bold]", soft_wrap=True
+        )
+        console.print(escape(explanation.verdict(index)))
+    tail = f", {skipped} skipped" if skipped else ""
+    console.print(f"\n{len(explanation)} explained{tail} in {seconds:.1f} s", style="dim")
+
+
+def print_rows(rows: list[dict[str, str]], as_json: bool) -> None:
+    """Rows of one shape as a table or as JSON."""
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in rows[0]:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(value) for value in row.values()))
+    Console(highlight=False).print(table)

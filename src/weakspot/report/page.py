@@ -1,0 +1,176 @@
+"""The page: one self-contained HTML file that opens by double click, offline."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+import zlib
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from PIL import Image
+from torch import Tensor
+
+from weakspot.report.colors import CATEGORIES, gradient, table
+from weakspot.report.drawing import Drawing, drawings
+from weakspot.report.words import headline, number, p_value, percent
+
+if TYPE_CHECKING:
+    from weakspot.explanations.explanation import Explanation
+
+SHARES = {
+    "effect_in_roi",
+    "jaccard",
+    "roa_largest_share",
+    "changed_share",
+    "changed_in_roi",
+    "completeness_gap",
+}
+SUFFIXES = ("_null", "_null_low", "_null_high", "_p", "_p_less")
+
+
+def write_page(explanation: Explanation, path: Path) -> Path:
+    """Write the report to `path`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(page(explanation), encoding="utf-8")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def page(explanation: Explanation) -> str:
+    """The whole report as HTML; whatever came from outside is escaped."""
+    templates = files("weakspot.report").joinpath("templates")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(templates.joinpath("page.html").read_text("utf-8"))
+    return template.render(
+        style=templates.joinpath("page.css").read_text("utf-8"),
+        script=templates.joinpath("page.js").read_text("utf-8"),
+        model=explanation.model,
+        pairs=[_pair(explanation, index) for index in range(len(explanation))],
+        attack=explanation.made.get("attack", ""),
+        made=dict(explanation.made),
+        gradients={kind: gradient(kind) for kind in ("signed", "magnitude")},
+        shared={
+            "tables": {kind: _text(table(kind).tobytes()) for kind in ("signed", "magnitude")},
+            "categories": list(CATEGORIES),
+        },
+    )
+
+
+def notebook_frame(explanation: Explanation) -> str:
+    """The page in a frame of its own, so that its style and a notebook's do not meet."""
+    source = html.escape(page(explanation), quote=True)
+    return f'<iframe srcdoc="{source}" style="width:100%;height:60rem;border:1px solid #8888"></iframe>'
+
+
+def _pair(explanation: Explanation, index: int) -> dict[str, Any]:
+    row = explanation.scores.iloc[index]
+    maps = drawings(explanation, index)
+    height, width = explanation.pairs.clean.shape[2:]
+    return {
+        "name": str(row["image"]),
+        "headline": headline(row),
+        "verdict": explanation.verdict(index),
+        "success": bool(row["success"]),
+        "clean": _png(explanation.pairs.clean[index]),
+        "adversarial": _png(explanation.pairs.adversarial[index]),
+        "maps": [_map(drawing) for drawing in maps],
+        "scales": _scales(maps),
+        "scores": _score_rows(row, explanation.meanings),
+        "sort": {
+            key: float(row[key]) for key in ("effect_in_roi", "effect_in_roi_p", "margin_drop") if key in row
+        },
+        "data": {
+            "height": height,
+            "width": width,
+            "maps": {drawing.name: _packed(drawing) for drawing in maps},
+        },
+    }
+
+
+def _map(drawing: Drawing) -> dict[str, Any]:
+    values, picture = drawing.values, drawing.picture  # noqa: PD011 - an array, not a frame
+    return {
+        "name": drawing.name,
+        "title": drawing.title,
+        "meaning": drawing.meaning,
+        "kind": picture.kind,
+        "scale": picture.scale,
+        "low": drawing.low,
+        "high": drawing.high,
+        "legend": [
+            {"name": name, "category": category, "area": percent(float((values == category).mean()))}
+            for category, name in enumerate(picture.categories)
+        ],
+    }
+
+
+def _scales(maps: list[Drawing]) -> list[dict[str, Any]]:
+    """Maps in groups that share one scale, in the order they came; the difference is drawn elsewhere."""
+    groups: dict[str, list[str]] = {}
+    for drawing in maps:
+        if drawing.name != "difference":
+            groups.setdefault(drawing.picture.scale or drawing.name, []).append(drawing.name)
+    return [{"title": title if len(names) > 1 else "", "names": names} for title, names in groups.items()]
+
+
+def _packed(drawing: Drawing) -> dict[str, Any]:
+    """The raw map as bytes between its own least and greatest value, compressed."""
+    values = np.nan_to_num(drawing.values)
+    low, high = (
+        (0.0, 255.0) if drawing.picture.kind == "category" else (float(values.min()), float(values.max()))
+    )
+    levels = np.rint((values - low) * (255 / ((high - low) or 1))).astype(np.uint8)
+    return {
+        "values": _text(zlib.compress(levels.tobytes(), 9)),
+        "range": [low, high],
+        "limits": [drawing.low, drawing.high],
+        "kind": drawing.picture.kind,
+        "categories": list(drawing.picture.categories),
+    }
+
+
+def _score_rows(row: pd.Series, meanings: dict[str, str]) -> list[dict[str, str]]:
+    rows = []
+    for name, meaning in meanings.items():
+        if name not in row or name.endswith(SUFFIXES):
+            continue
+        say = percent if name in SHARES else number
+        tested = f"{name}_p" in row
+        rows.append(
+            {
+                "name": name.replace("_", " "),
+                "meaning": meaning,
+                "value": say(float(row[name])),
+                "chance": say(float(row[f"{name}_null"])) if tested else "",
+                "range": f"{say(float(row[f'{name}_null_low']))} to {say(float(row[f'{name}_null_high']))}"
+                if tested
+                else "",
+                "p": p_value(float(row[f"{name}_p"])).removeprefix("p = ").removeprefix("p ")
+                if tested
+                else "",
+            }
+        )
+    return rows
+
+
+def _png(image: Tensor) -> str:
+    levels = (image.clamp(0, 1) * 255).round().byte().numpy()
+    pixels = levels.transpose(1, 2, 0) if len(levels) == 3 else levels.mean(0).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + _text(buffer.getvalue())
+
+
+def _text(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")

@@ -1,0 +1,220 @@
+"use strict";
+// Every map comes as raw levels with its range and is coloured here, so opacity, overlay and zoom need no server.
+
+const shared = JSON.parse(document.getElementById("shared").textContent);
+const bytes = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+const tables = Object.fromEntries(Object.entries(shared.tables).map(([kind, text]) => [kind, bytes(text)]));
+const categories = shared.categories.map((color) => [1, 3, 5].map((at) => parseInt(color.slice(at, at + 2), 16)));
+const controls = { opacity: document.getElementById("opacity"), grey: document.getElementById("grey") };
+
+async function inflate(text) {
+  const stream = new Blob([bytes(text)]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
+async function readPixels(source, width, height) {
+  const picture = new Image();
+  picture.src = source;
+  await picture.decode();
+  const canvas = Object.assign(document.createElement("canvas"), { width, height });
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.drawImage(picture, 0, 0);
+  return context.getImageData(0, 0, width, height).data;
+}
+
+// Marks a category's sites so that it can be told without colour: solid, stripes, dots, then both.
+function marked(category, x, y) {
+  if (category === 1) return true;
+  if (category === 2) return (x + y) % 6 < 4;
+  if (category === 3) return !(x % 4 < 2 && y % 4 < 2);
+  return (x - y + 4096) % (category + 2) > 1;
+}
+
+// The colour of one site of a map as [red, green, blue, share], or null where the photograph shows through.
+function colorOf(map, at, x, y) {
+  const level = map.levels[at];
+  if (map.kind === "category") {
+    if (level === 0) return null;
+    const color = categories[level % categories.length];
+    return marked(level, x, y) ? color : color.map((part) => part * 0.45);
+  }
+  const [low, high] = map.limits;
+  const value = map.range[0] + (level / 255) * (map.range[1] - map.range[0]);
+  const place = Math.max(0, Math.min(255, Math.round((255 * (value - low)) / (high - low))));
+  return tables[map.kind].subarray(3 * place, 3 * place + 3);
+}
+
+class Pair {
+  constructor(article) {
+    this.article = article;
+    this.data = JSON.parse(article.querySelector(".data").textContent);
+    this.views = [...article.querySelectorAll("canvas.view, canvas.map")];
+    this.overlay = article.querySelector(".overlay");
+    this.zoom = article.querySelector(".zoom");
+    this.blinking = article.querySelector(".blink");
+    this.readout = article.querySelector(".readout");
+    this.centre = [this.data.width / 2, this.data.height / 2];
+    this.swapped = false;
+  }
+
+  async open() {
+    const { width, height, maps } = this.data;
+    const [clean, adversarial] = await Promise.all(
+      ["clean", "adversarial"].map((name) => readPixels(this.data[name], width, height)));
+    this.images = { clean, adversarial };
+    await Promise.all(Object.values(maps).map(async (map) => { map.levels = await inflate(map.values); }));
+    this.listen();
+    this.draw();
+    this.article.dataset.ready = "yes";
+  }
+
+  listen() {
+    this.overlay.addEventListener("change", () => this.draw());
+    this.zoom.addEventListener("change", () => this.draw());
+    this.blinking.addEventListener("click", () => this.blink());
+    for (const canvas of this.views) {
+      canvas.addEventListener("pointermove", (event) => this.point(canvas, event));
+      canvas.addEventListener("pointerleave", () => { this.cursor = null; this.draw(); });
+      canvas.addEventListener("click", (event) => { this.centre = this.site(canvas, event); this.draw(); });
+    }
+  }
+
+  blink() {
+    const on = this.blinking.getAttribute("aria-pressed") !== "true";
+    this.blinking.setAttribute("aria-pressed", String(on));
+    clearInterval(this.timer);
+    this.swapped = false;
+    if (on) this.timer = setInterval(() => { this.swapped = !this.swapped; this.draw(); }, 500);
+    this.draw();
+  }
+
+  // What part of the image is in view, in pixels: left, top, width, height.
+  window() {
+    const zoom = Number(this.zoom.value);
+    const width = Math.max(1, Math.round(this.data.width / zoom));
+    const height = Math.max(1, Math.round(this.data.height / zoom));
+    const left = Math.max(0, Math.min(this.data.width - width, Math.round(this.centre[0] - width / 2)));
+    const top = Math.max(0, Math.min(this.data.height - height, Math.round(this.centre[1] - height / 2)));
+    return [left, top, width, height];
+  }
+
+  site(canvas, event) {
+    const box = canvas.getBoundingClientRect();
+    const [left, top, width, height] = this.window();
+    const x = left + Math.floor(((event.clientX - box.left) / box.width) * width);
+    const y = top + Math.floor(((event.clientY - box.top) / box.height) * height);
+    return [Math.max(left, Math.min(left + width - 1, x)), Math.max(top, Math.min(top + height - 1, y))];
+  }
+
+  point(canvas, event) {
+    this.cursor = this.site(canvas, event);
+    const [x, y] = this.cursor;
+    const at = y * this.data.width + x;
+    const color = (name) => [...this.images[name].subarray(4 * at, 4 * at + 3)].join(" ");
+    const name = canvas.dataset.map || this.overlay.value || "difference";
+    const map = this.data.maps[name];
+    const value = map.kind === "category" ? map.categories[map.levels[at]]
+      : (map.range[0] + (map.levels[at] / 255) * (map.range[1] - map.range[0])).toPrecision(3);
+    this.readout.textContent =
+      `row ${y}, column ${x} · clean ${color("clean")} · adversarial ${color("adversarial")} · ${name.replaceAll("_", " ")} ${value}`;
+    this.draw();
+  }
+
+  draw() {
+    for (const canvas of this.views) this.drawOne(canvas);
+    const shown = this.article.querySelector(".shown");
+    shown.textContent = this.swapped ? "clean (blinking)" : "adversarial";
+  }
+
+  drawOne(canvas) {
+    const [left, top, width, height] = this.window();
+    let image = canvas.dataset.image || "clean";
+    if (image === "adversarial" && this.swapped) image = "clean";
+    const name = canvas.dataset.map || this.overlay.value;
+    const map = name ? this.data.maps[name] : null;
+    const bare = canvas.dataset.bare !== undefined;
+    const share = bare ? 1 : controls.opacity.value / 100;
+    const source = this.images[/adversarial$/.test(canvas.dataset.map || "") ? "adversarial" : image];
+    canvas.width = width;
+    canvas.height = height;
+    const context = canvas.getContext("2d");
+    const drawn = context.createImageData(width, height);
+    for (let row = 0; row < height; row++) {
+      for (let column = 0; column < width; column++) {
+        const x = left + column, y = top + row, at = y * this.data.width + x, to = 4 * (row * width + column);
+        let red = source[4 * at], green = source[4 * at + 1], blue = source[4 * at + 2];
+        const color = map && colorOf(map, at, x, y);
+        if (map && controls.grey.checked) red = green = blue = 0.299 * red + 0.587 * green + 0.114 * blue;
+        if (color) {
+          red += share * (color[0] - red);
+          green += share * (color[1] - green);
+          blue += share * (color[2] - blue);
+        }
+        drawn.data.set([red, green, blue, 255], to);
+      }
+    }
+    context.putImageData(drawn, 0, 0);
+    if (this.cursor) this.cross(context, this.cursor[0] - left, this.cursor[1] - top, width, height);
+  }
+
+  cross(context, x, y, width, height) {
+    const arm = Math.max(1, Math.round(width / 28));
+    context.fillStyle = "#fff";
+    context.globalCompositeOperation = "difference";
+    context.fillRect(x - arm, y, 2 * arm + 1, 1);
+    context.fillRect(x, y - arm, 1, 2 * arm + 1);
+    context.globalCompositeOperation = "source-over";
+  }
+}
+
+function drawSwatches() {
+  for (const canvas of document.querySelectorAll(".swatch")) {
+    const category = Number(canvas.dataset.category);
+    const context = canvas.getContext("2d");
+    for (let y = 0; y < canvas.height; y++) {
+      for (let x = 0; x < canvas.width; x++) {
+        const dim = marked(category, x, y) ? 1 : 0.45;
+        context.fillStyle = `rgb(${categories[category % categories.length].map((part) => part * dim).join(",")})`;
+        context.fillRect(x, y, 1, 1);
+      }
+    }
+  }
+}
+
+function sortSheet(key) {
+  const sheet = document.getElementById("sheet");
+  const value = (item) => (key ? -Number(item.getAttribute(`data-${key.replaceAll("_", "-")}`)) : Number(item.dataset.order));
+  const sign = key.endsWith("_p") ? -1 : 1;
+  const last = (number) => (Number.isNaN(number) ? Infinity : number);
+  [...sheet.children].sort((a, b) => last(sign * value(a)) - last(sign * value(b))).forEach((item) => sheet.append(item));
+}
+
+const pairs = [...document.querySelectorAll(".pair")].map((article) => new Pair(article));
+let current = 0;
+
+function go(step) {
+  current = Math.max(0, Math.min(pairs.length - 1, current + step));
+  pairs[current].article.scrollIntoView();
+  pairs[current].article.focus({ preventScroll: true });
+}
+
+document.addEventListener("keydown", (event) => {
+  if (/^(INPUT|SELECT|BUTTON|TEXTAREA)$/.test(event.target.tagName) || event.ctrlKey || event.metaKey || event.altKey) return;
+  const pair = pairs[current];
+  if (event.key === "ArrowRight") go(1);
+  else if (event.key === "ArrowLeft") go(-1);
+  else if (event.key === " ") pair.blink();
+  else if (/^\d$/.test(event.key) && Number(event.key) < pair.overlay.length) {
+    pair.overlay.selectedIndex = Number(event.key);
+    pair.draw();
+  } else return;
+  event.preventDefault();
+});
+document.addEventListener("focusin", (event) => {
+  const article = event.target.closest(".pair");
+  if (article) current = pairs.findIndex((pair) => pair.article === article);
+});
+for (const control of Object.values(controls)) control.addEventListener("input", () => pairs.forEach((pair) => pair.draw()));
+document.getElementById("sort")?.addEventListener("change", (event) => sortSheet(event.target.value));
+drawSwatches();
+Promise.all(pairs.map((pair) => pair.open())).then(() => { document.body.dataset.ready = "yes"; });

@@ -1,0 +1,126 @@
+"""Words: what happened to an image, with the number, the chance level and the doubt in one sentence."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    from weakspot.explanations.explanation import Explanation
+
+SMALL = 0.05
+WHOLE = 0.95  # share of changed pixels from which an attack counts as free to act anywhere
+
+
+def headline(row: pd.Series) -> str:
+    """Class and confidence before and after: "Egyptian cat 40% → lynx 97%"."""
+    before = f"{row['label']} {percent(row['label_clean'])}"
+    return f"{before} → {row['landed']} {percent(row['landed_adversarial'])}"
+
+
+def verdict(explanation: Explanation, index: int = 0) -> str:
+    """One or two sentences on one pair.
+
+    Args:
+        explanation: of the pair among others.
+        index: of the pair.
+    """
+    row = explanation.scores.iloc[index]
+    if row["linf"] == 0:
+        return "The two images are identical; there is nothing to explain."
+    sentences = [_what_happened(row)]
+    if "effect_in_roi" in row:
+        sentences.append(_where(row))
+    return " ".join(sentences)
+
+
+def _what_happened(row: pd.Series) -> str:
+    before, after = percent(row["label_clean"]), percent(row["landed_adversarial"])
+    misread = "" if row["read_clean_as"] == row["label"] else (
+        f" (the clean image was already read as {row['read_clean_as']})"
+    )  # fmt: skip
+    if row["success"]:
+        return f"The attack moved the image from {row['label']} {before} to {row['landed']} {after}{misread}."
+    if row["landed"] == row["label"]:
+        return (
+            f"The attack failed: the image is still read as {row['label']} ({before} before, {after} after); "
+            f"it came closest to {row['target']}{misread}."
+        )
+    return (
+        f"The attack failed: it asked for {row['target']} and reached {percent(row['target_adversarial'])}; the image "
+        f"is read as {row['landed']} {after}{misread}."
+    )
+
+
+def _where(row: pd.Series) -> str:
+    effect, chance, p = row["effect_in_roi"], row["effect_in_roi_null"], row["effect_in_roi_p"]
+    if math.isnan(effect):
+        return f"It took nothing from the lead of {row['label']}, so there is no effect to place."
+    looked_at = f"the {percent(chance)} of the image that matters most for {row['label']}"
+    share = percent(effect)
+    if row["changed_share"] < WHOLE:
+        return (
+            f"It changed only {percent(row['changed_share'])} of the pixels, {percent(row['changed_in_roi'])} of them "
+            f"in {looked_at}, where {share} of its effect lies. With the attack confined, that says more about where "
+            "it was allowed to act than about the network."
+        )
+    if p <= SMALL:
+        lead = "mostly" if effect > 0.5 else "more than chance would have it"
+        return (
+            f"It works {lead} where the network looks: {share} of its effect falls on {looked_at} "
+            f"(by chance {percent(chance)}, {p_value(p)})."
+        )
+    if row["effect_in_roi_p_less"] <= SMALL:
+        return (
+            f"It works away from where the network looks: only {share} of its effect falls on {looked_at} "
+            f"(by chance {percent(chance)}, {p_value(row['effect_in_roi_p_less'])})."
+        )
+    low, high = percent(row["effect_in_roi_null_low"]), percent(row["effect_in_roi_null_high"])
+    return (
+        f"It works where the network looks no more than by chance: {share} of its effect falls on {looked_at} "
+        f"(by chance {percent(chance)}, mostly between {low} and {high}; {p_value(p)})."
+    )
+
+
+def percent(share: float) -> str:
+    """A share as people read it.
+
+    >>> percent(0.414), percent(0.0004), percent(0.9996), percent(1.0), percent(0.0)
+    ('41%', 'under 0.1%', 'over 99.9%', '100%', '0%')
+    """
+    if math.isnan(share):
+        return "not defined"
+    if 0 < share < 0.001:
+        return "under 0.1%"
+    if 0.999 < share < 1:
+        return "over 99.9%"
+    if 0 < share < 0.01 or 0.99 < share < 1:
+        return f"{share:.1%}"
+    return f"{share:.0%}"
+
+
+def p_value(p: float) -> str:
+    """A p value without false precision.
+
+    >>> p_value(0.0123), p_value(0.00002), p_value(0.26), p_value(1.0)
+    ('p = .012', 'p < .001', 'p = .26', 'p = 1')
+    """
+    if math.isnan(p):
+        return "p not defined"
+    if p < 0.001:
+        return "p < .001"
+    digits = f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+    return "p = 1" if float(digits) == 1 else f"p = {digits.lstrip('0')}"
+
+
+def number(value: float) -> str:
+    """A score in three figures.
+
+    >>> number(0.123456), number(51.97), number(float("nan")), number(31)
+    ('0.123', '52', 'not defined', '31')
+    """
+    if math.isnan(value):
+        return "not defined"
+    return f"{value:.3g}"

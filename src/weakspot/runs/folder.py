@@ -1,0 +1,85 @@
+"""The run folder: report, scores, pairs, maps, and how they were made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import weakspot
+from weakspot.explanations.explanation import Explanation
+
+SCHEMA = 1
+FILES = ("report.html", "scores.csv", "pairs.safetensors", "maps.npz", "run.json")
+
+
+def write_run(explanation: Explanation, folder: Path, about: Mapping[str, Any]) -> dict[str, Path]:
+    """Write `FILES` into `folder`, each whole or not at all; others that lie there stay.
+
+    Args:
+        explanation: what was found.
+        folder: made where it is missing.
+        about: what run.json says besides versions.
+
+    Returns:
+        File name to path.
+
+    Raises:
+        ValueError: when `folder` is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out is {folder}, which is a file; accepted is a folder, made where it is missing")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / name for name in FILES}
+    explanation.to_html(paths["report.html"])
+    explanation.pairs.save(paths["pairs.safetensors"])
+    maps = {name: tensor.numpy() for name, tensor in explanation.maps.items()}
+    _whole(paths["scores.csv"], lambda draft: explanation.scores.to_csv(draft, index=False))
+    _whole(paths["maps.npz"], lambda draft: _save_maps(draft, maps))
+    record = {"schema": SCHEMA, **about, "versions": versions()}
+    _whole(paths["run.json"], lambda draft: draft.write_text(json.dumps(record, indent=2) + "\n", "utf-8"))
+    return paths
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    return {
+        "weakspot": weakspot.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": version("numpy"),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Sixteen hex digits that change with any weight: SHA-256 over names, shapes and bytes of the state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(plain.shape)} {plain.dtype}".encode())
+        digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _save_maps(draft: Path, maps: Mapping[str, np.ndarray]) -> None:
+    with draft.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **maps)
+
+
+def _whole(path: Path, write: Callable[[Path], Any]) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
