@@ -154,6 +154,8 @@ def find_layer(classifier: Classifier, image: Tensor, name: str | None = None) -
     with _Calls(record):
         logits = classifier(point)
     candidates = _candidates(calls, image)
+    if not candidates:
+        return None
     gradients = torch.autograd.grad(
         logits.max(), [call.output for call, _ in candidates], allow_unused=True, materialize_grads=True
     )

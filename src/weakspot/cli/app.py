@@ -49,7 +49,7 @@ def main() -> None:
     """Run the command line; the only place that turns exceptions into sentences and exit codes."""
     debug = "--debug" in sys.argv
     try:
-        app()
+        app(prog_name="weakspot")
     except Failure as failure:
         if debug:
             raise

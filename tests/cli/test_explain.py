@@ -1,0 +1,303 @@
+"""The command line on real and on odd input: sentences, files, exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from weakspot import Pairs, cli, sample_images
+from weakspot.cli.app import Failure
+from weakspot.runs.folder import FILES
+
+
+@dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+TINY = """
+import torch
+from torch import nn
+
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    ).eval()
+
+
+def grey():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 10)).eval()
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `weakspot ARGUMENTS` in a folder of its own, which holds tiny networks in tiny_networks.py."""
+    (tmp_path / "tiny_networks.py").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["weakspot", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        captured = capsys.readouterr()
+        return Ended(code, captured.out, captured.err)
+
+    yield call  # type: ignore[misc]
+    sys.modules.pop("tiny_networks", None)
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    images, names = sample_images((64, 64))
+    for image, name in zip(images, names, strict=True):
+        save(image, folder / f"{name}.png")
+    return folder
+
+
+def save(image: torch.Tensor, path: Path) -> None:
+    Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
+
+
+TINY_OPTIONS = ("--model", "tiny_networks:build", "--size", "64x64", "--steps", 3)
+
+
+def test_a_folder_is_explained_and_everything_promised_is_written(run: Run, photographs: Path, tmp_path: Path) -> None:
+    ended = run("explain", photographs, *TINY_OPTIONS, "--eps", "16/255", "--out", "run", "--seed", 3)
+    assert ended.code == 0, ended.err
+    assert f"Report: {tmp_path / 'run' / 'report.html'}" in ended.out
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(FILES)
+    scores = pd.read_csv(tmp_path / "run/scores.csv")
+    assert scores["image"].tolist() == ["chelsea.png", "coffee.png", "motorcycle.png", "rocket.png"]
+    pairs = Pairs.load(tmp_path / "run/pairs.safetensors")
+    assert float(pairs.perturbation.abs().max()) == pytest.approx(16 / 255, abs=1e-6)
+    with np.load(tmp_path / "run/maps.npz", allow_pickle=False) as maps:
+        assert maps["partition"].shape == (4, 1, 64, 64)
+        assert maps["vulnerability"][0].sum() == pytest.approx(scores["margin_drop"][0], rel=0.02)
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["seed"] == "3"
+    assert record["schema"] == 1
+    assert record["attack"] == "PGD, 16/255 L-infinity, 3 steps, whole image"
+    assert record["command"].startswith("weakspot explain")
+
+
+def test_the_same_seed_writes_the_same_scores_and_pairs(run: Run, photographs: Path, tmp_path: Path) -> None:
+    for out in ("a", "b"):
+        assert run("explain", photographs, *TINY_OPTIONS, "--out", out).code == 0
+    for name in ("scores.csv", "pairs.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_bad_files_among_good_ones_are_named_once_each_and_the_good_ones_explained(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    good = photographs / "coffee.png"
+    (photographs / "rocket.png").unlink()
+    (photographs / "notes.txt").write_text("not a picture")
+    (photographs / "empty.png").touch()
+    (photographs / "cut.png").write_bytes(good.read_bytes()[:2000])
+    (photographs / "text.jpg").write_text("hello")
+    (photographs / "half.jpg").write_bytes(b"\xff\xd8\xff\xe0" + bytes(20))
+    (photographs / "broken.gif").write_bytes(b"GIF89a")
+    Image.fromarray(np.zeros((8, 8), np.float32), mode="F").save(photographs / "float.tiff")
+    ended = run("explain", photographs, *TINY_OPTIONS, "--json")
+    assert ended.code == 0
+    printed = json.loads(ended.out)
+    assert [row["image"] for row in printed["scores"]] == ["chelsea.png", "coffee.png", "motorcycle.png"]
+    lines = [line for line in ended.err.splitlines() if line]
+    bad = ["notes.txt", "empty.png", "cut.png", "text.jpg", "half.jpg", "broken.gif", "float.tiff"]
+    assert len(lines) == len(printed["skipped"]) == len(bad)
+    for name in bad:
+        assert sum(name in line for line in lines) == 1
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wanted"),
+    [
+        ("missing.png", None, "missing.png: there is no such file or folder"),
+        ("empty.png", b"", "empty.png: the file is empty (0 bytes)"),
+        ("notes.txt", b"some notes", "notes.txt: not an image in a known format"),
+    ],
+)
+def test_a_picture_that_cannot_be_read_ends_with_code_4(
+    run: Run, tmp_path: Path, name: str, content: bytes | None, wanted: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    ended = run("explain", name, *TINY_OPTIONS)
+    assert ended.code == 4
+    assert wanted in ended.err
+    assert "Traceback" not in ended.err
+    assert not (tmp_path / "weakspot-out").exists()
+
+
+def test_a_named_file_that_is_missing_does_not_stop_the_others_but_shows_in_the_code(
+    run: Run, photographs: Path
+) -> None:
+    ended = run("explain", photographs / "coffee.png", "missing.png", *TINY_OPTIONS, "--json")
+    assert ended.code == 4
+    assert [row["image"] for row in json.loads(ended.out)["scores"]] == ["coffee.png"]
+    assert ended.err.count("missing.png") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["explain"], "no pictures were named"),
+        (["explain", "--samples", "x.png"], "--samples takes no pictures besides"),
+        (["explain", "--pair", "one.png"], "--pair takes CLEAN ADVERSARIAL"),
+        (["explain", "--samples", "--eps", "four"], "eps is 'four'; accepted is a number such as 0.03 or 8/255"),
+        (["explain", "--samples", "--eps", "8"], "write 8/255, not 8"),
+        (["explain", "--samples", "--norm", "l7"], "norm is 'l7'; accepted are linf and l2"),
+        (["explain", "--samples", "--region", "nowhere"], "region is 'nowhere'; accepted are none, cam"),
+        (["explain", "--samples", "--size", "big"], "size is 'big'; accepted is HEIGHTxWIDTH"),
+        (["explain", "--samples", "--mean", "a,b"], "mean is 'a,b'"),
+        (["explain", "--samples", "--analyses", "overlop"], "did you mean overlap?"),
+        (["explain", "--samples", "--target", "nothing"], "target is 'nothing'"),
+        (["explain", "--samples", "--model", "tiny_networks:biuld"], "did you mean build?"),
+        (["explain", "--samples", "--device", "toaster"], "device is 'toaster'"),
+        (["explain", "--samples", "--out", "tiny_networks.py"], "which is a file; accepted is a folder"),
+    ],
+)
+def test_a_wrong_option_gets_one_sentence_and_code_2(run: Run, arguments: list[str], wanted: str) -> None:
+    defaults = [] if "--model" in arguments else ["--model", "tiny_networks:build"]
+    ended = run(*arguments, *defaults)
+    assert ended.code == 2
+    assert wanted in ended.err
+    assert len(ended.err.strip().splitlines()) == 1
+
+
+def test_a_mask_confines_the_attack_to_its_white_part(run: Run, photographs: Path, tmp_path: Path) -> None:
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:16, 32:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    ended = run("explain", photographs, *TINY_OPTIONS, "--region", "mask.png", "--out", "run")
+    assert ended.code == 0, ended.err
+    changed = (Pairs.load(tmp_path / "run/pairs.safetensors").perturbation != 0).any(1)
+    assert not changed[:, mask == 0].any()
+    assert changed[:, mask == 255].float().mean() > 0.9
+    assert "It changed only" in ended.out
+
+
+def test_a_black_mask_is_refused(run: Run, photographs: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "mask.png")
+    ended = run("explain", photographs, *TINY_OPTIONS, "--region", "mask.png")
+    assert ended.code == 2
+    assert "mask.png has no white pixel" in ended.err
+
+
+def test_the_cam_region_changes_its_share_of_the_image(run: Run, photographs: Path, tmp_path: Path) -> None:
+    ended = run("explain", photographs, *TINY_OPTIONS, "--region", "cam", "--keep", 0.25, "--out", "run")
+    assert ended.code == 0, ended.err
+    changed = (Pairs.load(tmp_path / "run/pairs.safetensors").perturbation != 0).any(1).float().mean((1, 2))
+    assert bool((changed <= 0.25).all())
+    assert bool((changed > 0.2).all())
+
+
+def test_a_pair_of_pictures_is_taken_as_it_is(run: Run, photographs: Path, tmp_path: Path) -> None:
+    clean = sample_images((64, 64))[0][0]
+    adversarial = clean.clone()
+    adversarial[:, 10:20, 10:20] = 1 - adversarial[:, 10:20, 10:20]
+    save(adversarial, tmp_path / "adversarial.png")
+    ended = run("explain", "--pair", photographs / "chelsea.png", "adversarial.png", *TINY_OPTIONS, "--out", "run")
+    assert ended.code == 0, ended.err
+    changed = (Pairs.load(tmp_path / "run/pairs.safetensors").perturbation != 0).any(1)[0]
+    assert bool(changed[10:20, 10:20].all())
+    assert int(changed.sum()) == 100
+
+
+def test_saved_pairs_are_explained_again_with_the_same_scores(run: Run, photographs: Path, tmp_path: Path) -> None:
+    assert run("explain", photographs, *TINY_OPTIONS, "--out", "first").code == 0
+    assert run("explain", "--pair", "first/pairs.safetensors", *TINY_OPTIONS, "--out", "second").code == 0
+    first, second = (pd.read_csv(tmp_path / out / "scores.csv").drop(columns="image") for out in ("first", "second"))
+    pd.testing.assert_frame_equal(first, second)
+
+
+def test_pairs_of_different_sizes_are_refused_and_other_sizes_than_the_models_noted(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    save(sample_images((32, 64))[0][0], tmp_path / "small.png")
+    ended = run("explain", "--pair", photographs / "chelsea.png", "small.png", *TINY_OPTIONS)
+    assert ended.code == 4
+    assert "differ in size (64 x 64 and 32 x 64" in ended.err
+    options = ("--model", "tiny_networks:build", "--size", "48x48")
+    ended = run("explain", "--pair", photographs / "chelsea.png", photographs / "coffee.png", *options)
+    assert ended.code == 0
+    assert "brought from 64 x 64 to 48 x 48" in ended.err
+
+
+def test_a_grey_network_with_class_names_and_a_target(run: Run, photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("\n".join(f"digit {number}" for number in range(10)))
+    options = ("--model", "tiny_networks:grey", "--size", "28x28", "--classes", "names.txt", "--target", "Digit 3")
+    ended = run("explain", photographs, *options, "--eps", "0.5", "--steps", 30, "--json")
+    assert ended.code == 0, ended.err
+    rows = json.loads(ended.out)["scores"]
+    assert all(row["success"] and row["landed"] == "digit 3" for row in rows)
+
+
+def test_an_l2_budget_is_kept(run: Run, photographs: Path) -> None:
+    ended = run("explain", photographs, *TINY_OPTIONS, "--norm", "l2", "--eps", "1.5", "--json")
+    assert ended.code == 0, ended.err
+    assert all(row["l2"] <= 1.5 + 1e-4 for row in json.loads(ended.out)["scores"])
+
+
+def test_quiet_prints_nothing_and_chosen_analyses_are_the_only_ones(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    ended = run("explain", photographs, *TINY_OPTIONS, "--quiet", "--analyses", "ssim", "--out", "run")
+    assert (ended.code, ended.out, ended.err) == (0, "", "")
+    columns = set(pd.read_csv(tmp_path / "run/scores.csv"))
+    assert "ssim" in columns
+    assert "jaccard" not in columns
+
+
+def test_debug_shows_the_traceback(run: Run) -> None:
+    with pytest.raises(Failure, match="no pictures were named"):
+        run("explain", "--debug")
+
+
+def test_models_lists_the_embedded_network_and_says_what_is_missing(run: Run) -> None:
+    rows = {row["model"]: row["usable"] for row in json.loads(run("models", "--json").out)}
+    assert rows["efficientnet_lite0"] == "yes"
+    assert {"hf:DIRECTORY", "timm:NAME", "torchvision:NAME", "model.pt2", "package.module:factory"} < set(rows)
+
+
+def test_doctor_finds_this_installation_well(run: Run) -> None:
+    ended = run("doctor", "--json")
+    assert ended.code == 0, ended.out + ended.err
+    found = {row["check"]: row["found"] for row in json.loads(ended.out)}
+    assert found["verdict"] == "all is well"
+    assert found["analyses"].startswith("cam, ssim, overlap")
+
+
+@pytest.mark.parametrize("command", [[], ["explain"], ["models"], ["doctor"]])
+def test_help_has_an_example(run: Run, command: list[str]) -> None:
+    ended = run(*command, "--help")
+    assert ended.code == 0
+    assert "Usage: weakspot" in ended.out
+    if command:
+        assert f"weakspot {command[0]}" in ended.out.split("Usage: weakspot", 1)[1].split("\n", 1)[1]
