@@ -14,12 +14,16 @@ import weakspot
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "weakspot"
-FILES = sorted(path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or not path.stem.startswith("__"))
+FILES = sorted(
+    path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or not path.stem.startswith("__")
+)
 LATE = {("explanations", "report")}  # Explanation.figure, .to_html and .verdict, when called
 
 
 def rooms() -> list[str]:
-    listed = re.findall(r"^\| `([a-z_]+)(?:\.py|/)` \|", (ROOT / "docs/architecture.md").read_text("utf-8"), re.M)
+    listed = re.findall(
+        r"^\| `([a-z_]+)(?:\.py|/)` \|", (ROOT / "docs/architecture.md").read_text("utf-8"), re.MULTILINE
+    )
     assert len(listed) > 10
     return listed
 
@@ -64,15 +68,34 @@ def test_every_public_name_is_there_and_the_function_explain_is_not_shadowed_by_
 
 
 def test_importing_weakspot_leaves_heavy_libraries_alone() -> None:
-    heavy = ["pandas", "matplotlib", "skimage", "scipy", "transformers", "torchvision", "timm", "jinja2", "typer"]
-    code = f"import sys, torch; before = set(sys.modules); import weakspot; print([m for m in {heavy} if m in sys.modules and m not in before])"
+    heavy = [
+        "pandas",
+        "matplotlib",
+        "skimage",
+        "scipy",
+        "transformers",
+        "torchvision",
+        "timm",
+        "jinja2",
+        "typer",
+    ]
+    code = (
+        "import sys, torch; before = set(sys.modules); import weakspot; "
+        f"print([m for m in {heavy} if m in sys.modules and m not in before])"
+    )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"
 
 
 def test_no_source_file_names_a_registry_or_unpickles_freely() -> None:
     registries = re.compile("pypi" + r"\.org|download\.py" + "torch|registry" + r"\.npmjs")
-    for path in [*SOURCE.rglob("*"), *ROOT.glob("*.*"), *ROOT.glob("docs/*.md"), ROOT / "Makefile", ROOT / ".ci/run"]:
+    for path in [
+        *SOURCE.rglob("*"),
+        *ROOT.glob("*.*"),
+        *ROOT.glob("docs/*.md"),
+        ROOT / "Makefile",
+        ROOT / ".ci/run",
+    ]:
         if path.is_file() and path.suffix not in {".png", ".pyc"}:
             text = path.read_text("utf-8")
             assert not registries.search(text), path

@@ -85,7 +85,9 @@ def save(image: torch.Tensor, path: Path) -> None:
 TINY_OPTIONS = ("--model", "tiny_networks:build", "--size", "64x64", "--steps", 3)
 
 
-def test_a_folder_is_explained_and_everything_promised_is_written(run: Run, photographs: Path, tmp_path: Path) -> None:
+def test_a_folder_is_explained_and_everything_promised_is_written(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
     ended = run("explain", photographs, *TINY_OPTIONS, "--eps", "16/255", "--out", "run", "--seed", 3)
     assert ended.code == 0, ended.err
     assert f"Report: {tmp_path / 'run' / 'report.html'}" in ended.out
@@ -170,7 +172,10 @@ def test_a_named_file_that_is_missing_does_not_stop_the_others_but_shows_in_the_
         (["explain"], "no pictures were named"),
         (["explain", "--samples", "x.png"], "--samples takes no pictures besides"),
         (["explain", "--pair", "one.png"], "--pair takes CLEAN ADVERSARIAL"),
-        (["explain", "--samples", "--eps", "four"], "eps is 'four'; accepted is a number such as 0.03 or 8/255"),
+        (
+            ["explain", "--samples", "--eps", "four"],
+            "eps is 'four'; accepted is a number such as 0.03 or 8/255",
+        ),
         (["explain", "--samples", "--eps", "8"], "write 8/255, not 8"),
         (["explain", "--samples", "--norm", "l7"], "norm is 'l7'; accepted are linf and l2"),
         (["explain", "--samples", "--region", "nowhere"], "region is 'nowhere'; accepted are none, cam"),
@@ -223,17 +228,23 @@ def test_a_pair_of_pictures_is_taken_as_it_is(run: Run, photographs: Path, tmp_p
     adversarial = clean.clone()
     adversarial[:, 10:20, 10:20] = 1 - adversarial[:, 10:20, 10:20]
     save(adversarial, tmp_path / "adversarial.png")
-    ended = run("explain", "--pair", photographs / "chelsea.png", "adversarial.png", *TINY_OPTIONS, "--out", "run")
+    ended = run(
+        "explain", "--pair", photographs / "chelsea.png", "adversarial.png", *TINY_OPTIONS, "--out", "run"
+    )
     assert ended.code == 0, ended.err
     changed = (Pairs.load(tmp_path / "run/pairs.safetensors").perturbation != 0).any(1)[0]
     assert bool(changed[10:20, 10:20].all())
     assert int(changed.sum()) == 100
 
 
-def test_saved_pairs_are_explained_again_with_the_same_scores(run: Run, photographs: Path, tmp_path: Path) -> None:
+def test_saved_pairs_are_explained_again_with_the_same_scores(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
     assert run("explain", photographs, *TINY_OPTIONS, "--out", "first").code == 0
     assert run("explain", "--pair", "first/pairs.safetensors", *TINY_OPTIONS, "--out", "second").code == 0
-    first, second = (pd.read_csv(tmp_path / out / "scores.csv").drop(columns="image") for out in ("first", "second"))
+    first, second = (
+        pd.read_csv(tmp_path / out / "scores.csv").drop(columns="image") for out in ("first", "second")
+    )
     pd.testing.assert_frame_equal(first, second)
 
 
@@ -252,7 +263,16 @@ def test_pairs_of_different_sizes_are_refused_and_other_sizes_than_the_models_no
 
 def test_a_grey_network_with_class_names_and_a_target(run: Run, photographs: Path, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("\n".join(f"digit {number}" for number in range(10)))
-    options = ("--model", "tiny_networks:grey", "--size", "28x28", "--classes", "names.txt", "--target", "Digit 3")
+    options = (
+        "--model",
+        "tiny_networks:grey",
+        "--size",
+        "28x28",
+        "--classes",
+        "names.txt",
+        "--target",
+        "Digit 3",
+    )
     ended = run("explain", photographs, *options, "--eps", "0.5", "--steps", 30, "--json")
     assert ended.code == 0, ended.err
     rows = json.loads(ended.out)["scores"]
@@ -283,7 +303,9 @@ def test_debug_shows_the_traceback(run: Run) -> None:
 def test_models_lists_the_embedded_network_and_says_what_is_missing(run: Run) -> None:
     rows = {row["model"]: row["usable"] for row in json.loads(run("models", "--json").out)}
     assert rows["efficientnet_lite0"] == "yes"
-    assert {"hf:DIRECTORY", "timm:NAME", "torchvision:NAME", "model.pt2", "package.module:factory"} < set(rows)
+    assert {"hf:DIRECTORY", "timm:NAME", "torchvision:NAME", "model.pt2", "package.module:factory"} < set(
+        rows
+    )
 
 
 def test_doctor_finds_this_installation_well(run: Run) -> None:

@@ -21,6 +21,25 @@ from weakspot import Classifier, Explanation, Linf, explain
 from weakspot.attacks import pgd
 from weakspot.report.page import notebook_frame, page
 
+HOSTILE = [
+    "<img src=x onerror=\"document.title='broken'\">",
+    "</script><script>document.title='broken'</script>",
+]
+
+
+def explained(module: torch.nn.Module, images: torch.Tensor) -> Explanation:
+    model = Classifier.wrap(module, class_names=[HOSTILE[0], "b & b", "{target}", "d"])
+    labels = model(images).argmax(1)
+    pairs = pgd(model, images, labels, budget=Linf(0.2), steps=4)
+    return explain(
+        model, pairs, names=[HOSTILE[1], "second", "third"], made={"attack": HOSTILE[1], "seed": "0"}
+    )
+
+
+@pytest.fixture
+def explanation(pooling: tuple[torch.nn.Module, torch.Tensor]) -> Explanation:
+    return explained(*pooling)
+
 
 class Reader(HTMLParser):
     """Collects tags and the JSON that the page carries."""
@@ -68,7 +87,11 @@ def test_maps_come_back_from_the_page_as_they_were_found(explanation: Explanatio
     for index, document in enumerate(documents):
         assert set(document["maps"]) == {"difference", *explanation.maps}
         for name, packed in document["maps"].items():
-            found = explanation.pairs.perturbation.mean(1) if name == "difference" else explanation.maps[name][:, 0]
+            found = (
+                explanation.pairs.perturbation.mean(1)
+                if name == "difference"
+                else explanation.maps[name][:, 0]
+            )
             wanted = found[index].double().numpy()
             levels = np.frombuffer(zlib.decompress(base64.b64decode(packed["values"])), np.uint8)
             low, high = packed["range"]
@@ -81,14 +104,22 @@ def test_pictures_in_the_page_are_the_images_to_eight_bits(explanation: Explanat
     for name in ("clean", "adversarial"):
         picture = Image.open(io.BytesIO(base64.b64decode(document[name].split(",")[1])))
         image = getattr(explanation.pairs, name)[0]
-        np.testing.assert_array_equal(np.asarray(picture), (image * 255).round().byte().permute(1, 2, 0).numpy())
+        np.testing.assert_array_equal(
+            np.asarray(picture), (image * 255).round().byte().permute(1, 2, 0).numpy()
+        )
 
 
 def test_class_activations_of_a_pair_share_one_scale(explanation: Explanation) -> None:
-    for index, document in enumerate(found for found in Reader(page(explanation)).documents if "maps" in found):
-        limits = {tuple(packed["limits"]) for name, packed in document["maps"].items() if name.startswith("cam_")}
+    for index, document in enumerate(
+        found for found in Reader(page(explanation)).documents if "maps" in found
+    ):
+        limits = {
+            tuple(packed["limits"]) for name, packed in document["maps"].items() if name.startswith("cam_")
+        }
         assert len(limits) == 1
-        highest = max(float(explanation.maps[name][index].max()) for name in explanation.maps if name.startswith("cam_"))
+        highest = max(
+            float(explanation.maps[name][index].max()) for name in explanation.maps if name.startswith("cam_")
+        )
         assert limits.pop() == pytest.approx((0, highest if highest > 0 else 1))
 
 
@@ -103,7 +134,9 @@ def test_class_names_with_braces_stay_as_they_are(explanation: Explanation) -> N
         assert titles["cam_target_clean"] == f"{other}, clean image"
 
 
-def test_the_page_of_four_photographs_stays_under_five_megabytes_and_says_the_verdicts(tmp_path: Path) -> None:
+def test_the_page_of_four_photographs_stays_under_five_megabytes_and_says_the_verdicts(
+    tmp_path: Path,
+) -> None:
     class Mean(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return torch.stack([images[:, :, :112].mean((1, 2, 3)), images[:, :, 112:].mean((1, 2, 3))], 1)
@@ -124,7 +157,7 @@ def test_the_page_of_four_photographs_stays_under_five_megabytes_and_says_the_ve
 
 def test_a_notebook_shows_the_page_in_a_frame(explanation: Explanation) -> None:
     framed = notebook_frame(explanation)
-    assert html.unescape(re.findall(r'srcdoc="(.*?)" style', framed, re.S)[0]) == page(explanation)
+    assert html.unescape(re.findall(r'srcdoc="(.*?)" style', framed, re.DOTALL)[0]) == page(explanation)
     assert explanation._repr_html_() == framed
 
 
@@ -140,7 +173,9 @@ def test_images_of_other_channel_counts_are_drawn(channels: int) -> None:
     assert explanation.figure().axes
 
 
-def test_a_pair_without_any_change_is_reported_and_not_explained(pooling: tuple[torch.nn.Module, torch.Tensor]) -> None:
+def test_a_pair_without_any_change_is_reported_and_not_explained(
+    pooling: tuple[torch.nn.Module, torch.Tensor],
+) -> None:
     from weakspot import Pairs
 
     model, images = pooling

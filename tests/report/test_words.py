@@ -34,24 +34,42 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
 @pytest.mark.parametrize(
     ("changed", "wanted"),
     [
-        ({}, "It works mostly where the network looks: 61% of its effect falls on the 20% of the image that matters most "
-             "for lynx (by chance 20%, p = .012)."),
+        (
+            {},
+            "It works mostly where the network looks: 61% of its effect falls on the 20% of the image that matters "
+            "most for lynx (by chance 20%, p = .012).",
+        ),
         ({"effect_in_roi": 0.36}, "It works more than chance would have it where the network looks: 36%"),
-        ({"effect_in_roi_p": 0.26, "effect_in_roi": 0.22}, "no more than by chance: 22% of its effect falls on the 20% of "
-             "the image that matters most for lynx (by chance 20%, mostly between 10% and 30%; p = .26)."),
-        ({"effect_in_roi_p": 0.99, "effect_in_roi_p_less": 0.02, "effect_in_roi": 0.05}, "It works away from where the "
-             "network looks: only 5% of its effect falls on the 20% of the image that matters most for lynx (by chance "
-             "20%, p = .020)."),
-        ({"changed_share": 0.3, "changed_in_roi": 0.66}, "It changed only 30% of the pixels, 66% of them in the 20%"),
-        ({"effect_in_roi": float("nan")}, "It took nothing from the lead of lynx, so there is no effect to place."),
-        ({"success": False, "landed": "lynx", "landed_adversarial": 0.3}, "The attack failed: the image is still read as "
-             "lynx (40% before, 30% after); it came closest to tabby."),
-        ({"success": False, "landed": "fox", "landed_adversarial": 0.5}, "The attack failed: it asked for tabby and "
-             "reached 97%; the image is read as fox 50%."),
+        (
+            {"effect_in_roi_p": 0.26, "effect_in_roi": 0.22},
+            "no more than by chance: 22% of its effect falls on the 20% of the image that matters most for lynx "
+            "(by chance 20%, mostly between 10% and 30%; p = .26).",
+        ),
+        (
+            {"effect_in_roi_p": 0.99, "effect_in_roi_p_less": 0.02, "effect_in_roi": 0.05},
+            "It works away from where the network looks: only 5% of its effect falls on the 20% of the image that "
+            "matters most for lynx (by chance 20%, p = .020).",
+        ),
+        (
+            {"changed_share": 0.3, "changed_in_roi": 0.66},
+            "It changed only 30% of the pixels, 66% of them in the 20%",
+        ),
+        (
+            {"effect_in_roi": float("nan")},
+            "It took nothing from the lead of lynx, so there is no effect to place.",
+        ),
+        (
+            {"success": False, "landed": "lynx", "landed_adversarial": 0.3},
+            "The attack failed: the image is still read as lynx (40% before, 30% after); it came closest to tabby.",
+        ),
+        (
+            {"success": False, "landed": "fox", "landed_adversarial": 0.5},
+            "The attack failed: it asked for tabby and reached 97%; the image is read as fox 50%.",
+        ),
         ({"read_clean_as": "dog"}, "(the clean image was already read as dog)"),
         ({"linf": 0.0}, "The two images are identical; there is nothing to explain."),
     ],
-)  # fmt: skip
+)
 def test_a_case_is_said_in_its_own_words(changed: dict[str, object], wanted: str) -> None:
     assert wanted in said(**changed)
 

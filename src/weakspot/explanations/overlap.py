@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 FRAGMENT = 4  # pixels; smaller components are speckle, not regions
 CHUNK = 8  # images whose shifts are in memory at once
 IMPORTANCES = ("cam", "gradient")
-PARTITION = ("rest", "essential", "contested", "neutralizable")
+PARTITION = ("rest", "essential: looked at only", "contested: both", "neutralizable: attacked only")
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,68 @@
+"""Where do the cells of a class activation map belong? Evidence from occlusion. Run: python -m benchmarks.registration
+
+Each photograph is occluded in a grid of grey squares, and the loss of the class's logit is laid out over the image. The
+class activation map under each registration is then correlated with it. A registration that puts cells where the
+network really looks correlates more. Photographs are ImageNet samples from the folder that WEAKSPOT_DATA names.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from weakspot import Classifier, class_activation, load
+from weakspot.attribution.cam import REGISTRATIONS
+from weakspot.classifier import predict
+
+SQUARE, STRIDE = 32, 16
+
+
+def occlusion(model: Classifier, image: Tensor, label: Tensor) -> Tensor:
+    """(H, W) mean loss of the label's logit over the squares that cover each site."""
+    height, width = image.shape[1:]
+    places = [
+        (y, x) for y in range(0, height - SQUARE + 1, STRIDE) for x in range(0, width - SQUARE + 1, STRIDE)
+    ]
+    covered = torch.zeros(len(places), 1, height, width)
+    for square, (y, x) in zip(covered, places, strict=True):
+        square[:, y : y + SQUARE, x : x + SQUARE] = 1
+    mean = image.mean((1, 2))[:, None, None]
+    occluded = torch.where(covered > 0, mean, image)
+    lost = predict(model, image[None])[0, label] - predict(model, occluded)[:, label]
+    return (lost.view(-1, 1, 1, 1) * covered).sum(0)[0] / covered.sum(0)[0].clamp(min=1)
+
+
+def main() -> None:
+    """Print mean correlations and paired differences from plain resizing."""
+    folder = Path(os.environ.get("WEAKSPOT_DATA", "../shared/data"))
+    if not (folder / "networks.py").is_file():
+        sys.exit(f"no real data at {folder}; set WEAKSPOT_DATA")
+    sys.path.insert(0, str(folder))
+    import networks  # type: ignore[import-not-found]
+
+    every: Tensor = networks.imagenet(count=500)[0][:: int(sys.argv[1]) if len(sys.argv) > 1 else 16]
+    mobilenet: nn.Module = networks.network("mobilenet_v2_1.0_224")
+    models = {
+        "EfficientNet-Lite0": load("efficientnet_lite0", device="cpu"),
+        "MobileNetV2": Classifier.wrap(mobilenet),
+    }
+    print("| network | photographs | " + " | ".join(f"correlation, {name}" for name in REGISTRATIONS) + " |")
+    print("|---|---|" + "---|" * len(REGISTRATIONS))
+    for name, model in models.items():
+        labels = predict(model, every).argmax(1)
+        lost = [occlusion(model, image, label).flatten() for image, label in zip(every, labels, strict=True)]
+        cells = []
+        for registration in REGISTRATIONS:
+            maps = class_activation(model, every, labels, registration=registration).flatten(1)
+            found = np.array([np.corrcoef(cam, loss)[0, 1] for cam, loss in zip(maps, lost, strict=True)])
+            cells.append(f"{found.mean():.3f} ± {found.std(ddof=1) / len(found) ** 0.5:.3f}")
+        print(f"| {name} | {len(every)} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Timing inside one run: alternate what is compared, report medians, spread and ratios."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+
+def alternate(jobs: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, list[float]]:
+    """Seconds of every job in every round, jobs taking turns so that a machine's drift hits all alike."""
+    for job in jobs.values():
+        job()
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            begun = time.perf_counter()
+            job()
+            seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def show(title: str, seconds: Mapping[str, list[float]], floor: str) -> None:
+    """A table of medians, ranges and the median of round-by-round ratios to `floor`."""
+    print(f"\n{title}\n| job | median | range | times the floor |\n|---|---|---|---|")
+    for name, values in seconds.items():
+        ratio = statistics.median(value / base for value, base in zip(values, seconds[floor], strict=True))
+        print(
+            f"| {name} | {1000 * statistics.median(values):.0f} ms | {1000 * min(values):.0f} to "
+            f"{1000 * max(values):.0f} ms | {ratio:.2f} |"
+        )
+
+
+def peak_gigabytes() -> float:
+    """The most memory this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)
