@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def grey():
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
     """Runs `weakspot ARGUMENTS` in a folder of its own, which holds tiny networks in tiny_networks.py."""
     (tmp_path / "tiny_networks.py").write_text(TINY)
     monkeypatch.chdir(tmp_path)
@@ -64,7 +64,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         captured = capsys.readouterr()
         return Ended(code, captured.out, captured.err)
 
-    yield call  # type: ignore[misc]
+    yield call
     sys.modules.pop("tiny_networks", None)
 
 

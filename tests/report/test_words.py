@@ -36,19 +36,25 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
     [
         (
             {},
-            "It works mostly where the network looks: 61% of its effect falls on the 20% of the image that matters "
-            "most for lynx (by chance 20%, p = .012).",
+            (
+                "It works mostly where the network looks: 61% of its effect falls on the 20% of the image that matters "
+                "most for lynx (by chance 20%, p = .012)."
+            ),
         ),
         ({"effect_in_roi": 0.36}, "It works more than chance would have it where the network looks: 36%"),
         (
             {"effect_in_roi_p": 0.26, "effect_in_roi": 0.22},
-            "no more than by chance: 22% of its effect falls on the 20% of the image that matters most for lynx "
-            "(by chance 20%, mostly between 10% and 30%; p = .26).",
+            (
+                "no more than by chance: 22% of its effect falls on the 20% of the image that matters most for lynx "
+                "(by chance 20%, mostly between 10% and 30%; p = .26)."
+            ),
         ),
         (
             {"effect_in_roi_p": 0.99, "effect_in_roi_p_less": 0.02, "effect_in_roi": 0.05},
-            "It works away from where the network looks: only 5% of its effect falls on the 20% of the image that "
-            "matters most for lynx (by chance 20%, p = .020).",
+            (
+                "It works away from where the network looks: only 5% of its effect falls on the 20% of the image that "
+                "matters most for lynx (by chance 20%, p = .020)."
+            ),
         ),
         (
             {"changed_share": 0.3, "changed_in_roi": 0.66},

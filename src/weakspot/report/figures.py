@@ -37,7 +37,7 @@ def figure(explanation: Explanation, index: int = 0) -> Figure:
         raise IndexError(f"index is {index}; there are {len(explanation)} pairs")
     maps = drawings(explanation, index)
     rows = math.ceil((2 + len(maps)) / COLUMNS)
-    sheet = Figure(figsize=(3.2 * COLUMNS, 3.3 * rows + 0.9), layout="constrained")
+    sheet = Figure(figsize=(3.3 * COLUMNS, 2.9 * rows + 0.9), layout="compressed")
     axes = list(sheet.subplots(rows, COLUMNS, squeeze=False).flat)
     row = explanation.scores.iloc[index]
     heading = f"{row['image']}: {headline(row)}"
@@ -83,5 +83,5 @@ def _draw(axis: Axes, drawing: Drawing, photograph: np.ndarray) -> None:
             Patch(facecolor=color, hatch=hatch, label=f"{title} {chosen.mean():.0%}", edgecolor="0.4")
         )
     axis.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2, fontsize=7, frameon=False
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=7, frameon=False
     )
