@@ -21,9 +21,7 @@ class PoolingNetwork(nn.Module):
 
     def __init__(self, channels: int = 3, classes: int = 4) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(channels, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
-        )
+        self.stem = nn.Sequential(nn.Conv2d(channels, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
         self.branch = nn.Conv2d(8, 8, 3, 1, 1)
         self.head = nn.Linear(8, classes)
 
@@ -126,7 +124,8 @@ def untouched(model: nn.Module, *tensors: Tensor) -> Iterator[None]:
             "needs gradients": [parameter.requires_grad for parameter in model.parameters()],
             "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
             "hooks": [
-                (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()
+                (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
+                for m in model.modules()
             ],
             "random": torch.random.get_rng_state(),
             "grad mode": torch.is_grad_enabled(),

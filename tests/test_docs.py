@@ -16,7 +16,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [
     pytest.param(block, id=f"{page.name}-{number}")
     for page in PAGES
-    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S))
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL))
 ]
 
 
@@ -36,7 +36,9 @@ def test_the_analysis_of_the_how_to_measures_what_it_says() -> None:
 
     from weakspot import Pairs
 
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/how-to-add-an-analysis.md").read_text("utf-8"), re.S)
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/how-to-add-an-analysis.md").read_text("utf-8"), re.DOTALL
+    )
     names: dict[str, object] = {}
     exec(compile(block, "example", "exec"), names)  # noqa: S102
     clean = torch.full((1, 3, 32, 32), 0.5)
@@ -51,7 +53,9 @@ def test_the_command_line_example_of_the_readme_parses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its folder is missing here, so it must end with the code for input that could not be read, not of usage."""
-    (command,) = re.findall(r"```console\n(weakspot explain .*)\n```", (ROOT / "README.md").read_text("utf-8"))
+    (command,) = re.findall(
+        r"```console\n(weakspot explain .*)\n```", (ROOT / "README.md").read_text("utf-8")
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", shlex.split(command))
     with pytest.raises(SystemExit) as stopped:

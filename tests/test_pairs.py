@@ -1,8 +1,356 @@
+"""Pairs: what does not fit is refused by name, and what is stored comes back bit for bit."""
+
 from __future__ import annotations
 
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
 from tests.conftest import Made, untouched
+from weakspot.checks import ImageWarning, ModelWarning
+from weakspot.pairs import AttackResult, Pairs
 
 
-def test_x(pooling: Made) -> None:
-    with untouched(pooling[0]):
-        assert True
+def fields_of(pairs: Pairs) -> dict[str, Tensor]:
+    return {field.name: getattr(pairs, field.name) for field in dataclasses.fields(pairs)}
+
+
+def parts(count: int = 3, seed: int = 0) -> dict[str, Tensor]:
+    """What a good Pairs is made of."""
+    generator = torch.Generator().manual_seed(seed)
+    clean, adversarial = torch.rand(2, count, 3, 5, 7, generator=generator).unbind()
+    labels, targets = torch.randint(0, 9, (2, count), generator=generator).unbind()
+    return {"clean": clean, "adversarial": adversarial, "labels": labels, "targets": targets}
+
+
+def results(count: int = 3, seed: int = 0) -> AttackResult:
+    generator = torch.Generator().manual_seed(seed)
+    forwards, backwards = torch.randint(0, 99, (2, count), generator=generator).unbind()
+    success = torch.rand(count, generator=generator) > 0.5
+    return AttackResult(**parts(count, seed), success=success, forwards=forwards, backwards=backwards)
+
+
+def assert_same(found: Pairs, expected: Pairs) -> None:
+    """The same type and, field by field, the same dtype and bits."""
+    assert type(found) is type(expected)
+    for name, tensor in fields_of(expected).items():
+        assert getattr(found, name).dtype == tensor.dtype
+        assert torch.equal(getattr(found, name), tensor), name
+
+
+# ---------------------------------------------------------------- construction
+
+REFUSED: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
+    "clean, three-dimensional": ("clean", lambda images: images[0]),
+    "clean, NaN": ("clean", lambda images: images.clone().index_fill(0, torch.tensor([1]), torch.nan)),
+    "clean, infinity": ("clean", lambda images: images / 0),
+    "clean, bytes": ("clean", lambda images: (images * 255).byte()),
+    "clean, whole numbers": ("clean", lambda images: images.long()),
+    "clean, no pixels": ("clean", lambda images: images[..., :0]),
+    "clean, no images": ("clean", lambda images: images[:0]),
+    "clean, a list": ("clean", lambda images: images.tolist()),
+    "clean, nothing": ("clean", lambda images: None),
+    "adversarial, three-dimensional": ("adversarial", lambda images: images[0]),
+    "adversarial, NaN": ("adversarial", lambda images: images * torch.nan),
+    "adversarial, bytes": ("adversarial", lambda images: (images * 255).byte()),
+    "adversarial, other size": ("adversarial", lambda images: images[..., 1:]),
+    "adversarial, fewer": ("adversarial", lambda images: images[1:]),
+    "adversarial, one channel": ("adversarial", lambda images: images[:, :1]),
+    "labels, too few": ("labels", lambda labels: labels[1:]),
+    "labels, a column": ("labels", lambda labels: labels[:, None]),
+    "labels, floats": ("labels", lambda labels: labels.float()),
+    "labels, yes and no": ("labels", lambda labels: labels > 3),
+    "labels, complex": ("labels", lambda labels: labels.to(torch.complex64)),
+    "labels, negative": ("labels", lambda labels: labels - 9),
+    "labels, a list": ("labels", lambda labels: labels.tolist()),
+    "targets, too few": ("targets", lambda targets: targets[1:]),
+    "targets, floats": ("targets", lambda targets: targets.double()),
+    "targets, negative": ("targets", lambda targets: targets - 9),
+}
+
+
+@pytest.mark.parametrize(("name", "spoil"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused_in_one_sentence_that_names_it(
+    name: str, spoil: Callable[[Tensor], Any]
+) -> None:
+    good = parts()
+    Pairs(**good)
+    with pytest.raises(ValueError, match=rf"\b{name}\b.*accepted (is|are) ") as refusal:
+        Pairs(**{**good, name: spoil(good[name])})
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_error_says_which_image_is_not_finite() -> None:
+    good = parts()
+    good["adversarial"][2, 1, 4, 6] = torch.nan
+    with pytest.raises(ValueError, match=r"adversarial\[2\] holds NaN"):
+        Pairs(**good)
+
+
+def test_pairs_cannot_be_changed_in_place() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Pairs(**parts()).labels = torch.zeros(3)  # type: ignore[misc]
+
+
+def test_the_perturbation_leads_from_clean_to_adversarial() -> None:
+    pairs = Pairs(**parts())
+    torch.testing.assert_close(pairs.clean + pairs.perturbation, pairs.adversarial)
+    assert torch.equal(
+        Pairs(pairs.adversarial, pairs.clean, pairs.targets, pairs.labels).perturbation, -pairs.perturbation
+    )
+    assert len(pairs) == 3
+
+
+# ---------------------------------------------------------------- of
+
+
+def test_labels_and_targets_are_the_models_own_predictions(any_model: Made) -> None:
+    model, images = any_model
+    adversarial = images.flip(0)
+    with untouched(model, images, adversarial):
+        pairs = Pairs.of(model, images, adversarial)
+    with torch.no_grad():
+        output = model(images)
+    assert torch.equal(pairs.labels, output.argmax(1))
+    assert torch.equal(pairs.targets, output.argmax(1).flip(0))
+    assert torch.equal(pairs.clean, images)
+    assert torch.equal(pairs.adversarial, adversarial)
+
+
+def test_given_labels_are_kept_and_targets_are_still_predicted(any_model: Made) -> None:
+    model, images = any_model
+    predicted = Pairs.of(model, images, images.flip(0))
+    wrong = 1 - predicted.labels.clamp(0, 1)
+    pairs = Pairs.of(model, images, images.flip(0), wrong)
+    assert torch.equal(pairs.labels, wrong)
+    assert torch.equal(pairs.targets, predicted.targets)
+
+
+def test_a_pair_does_not_depend_on_its_neighbours(any_model: Made) -> None:
+    model, images = any_model
+    together = Pairs.of(model, images, images.flip(0))
+    for index in range(3):
+        alone = Pairs.of(model, images[index, None], images.flip(0)[index, None])
+        assert int(alone.labels) == int(together.labels[index])
+        assert int(alone.targets) == int(together.targets[index])
+
+
+def test_pairs_are_detached_from_the_callers_tensors(pooling: Made) -> None:
+    model, images = pooling
+    asked = images.clone().requires_grad_()
+    with untouched(model, images):
+        pairs = Pairs.of(model, asked, asked * 0.9)
+    assert not any(tensor.requires_grad for tensor in fields_of(pairs).values())
+    pairs.clean.zero_()
+    assert torch.equal(asked, images)
+
+
+def test_values_outside_the_unit_range_are_cut_and_told(pooling: Made) -> None:
+    model, images = pooling
+    bright = images + 0.2
+    with pytest.warns(ImageWarning, match=r"^adversarial span .* to 1\."):
+        pairs = Pairs.of(model, images, bright)
+    assert torch.equal(pairs.adversarial, bright.clamp(0, 1))
+    assert torch.equal(pairs.targets, model(bright.clamp(0, 1)).argmax(1))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "name"),
+    [
+        (lambda images: {"adversarial": images[..., 1:]}, "adversarial"),
+        (lambda images: {"adversarial": images[1:]}, "adversarial"),
+        (lambda images: {"adversarial": images[:, :1]}, "adversarial"),
+        (lambda images: {"clean": images[0]}, "clean"),
+        (lambda images: {"adversarial": images * torch.nan}, "adversarial"),
+        (lambda images: {"labels": torch.tensor([0, 1, 4])}, "labels"),
+        (lambda images: {"labels": torch.tensor([0, 1])}, "labels"),
+        (lambda images: {"labels": torch.zeros(3)}, "labels"),
+        (lambda images: {"labels": [0, 1, 2]}, "labels"),
+    ],
+)
+def test_of_refuses_by_name_what_does_not_fit_and_leaves_the_model_alone(
+    pooling: Made, spoil: Callable[[Tensor], dict[str, Any]], name: str
+) -> None:
+    model, images = pooling
+    with untouched(model, images), pytest.raises(ValueError, match=rf"\b{name}\b.*accepted (is|are) "):
+        Pairs.of(model, **{"clean": images, "adversarial": images, **spoil(images)})
+
+
+def test_of_names_the_last_class_a_label_may_be(pooling: Made) -> None:
+    model, images = pooling
+    with pytest.raises(ValueError, match="labels holds class 4; accepted are classes 0 to 3"):
+        Pairs.of(model, images, images, torch.tensor([0, 4, 1]))
+    assert Pairs.of(model, images, images, torch.tensor([0, 3, 1])).labels.tolist() == [0, 3, 1]
+
+
+def test_of_warns_of_a_model_that_returns_probabilities(pooling: Made) -> None:
+    model, images = pooling
+    with pytest.warns(ModelWarning, match="probabilities"):
+        Pairs.of(nn.Sequential(model, nn.Softmax(1)).eval(), images, images)
+
+
+# ---------------------------------------------------------------- files
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(1, 4), st.integers(0, 2**31), st.sampled_from([torch.float32, torch.float64, torch.float16])
+)
+def test_pairs_come_back_bit_for_bit(tmp_path: Path, count: int, seed: int, dtype: torch.dtype) -> None:
+    made = parts(count, seed)
+    pairs = Pairs(made["clean"].to(dtype), made["adversarial"].to(dtype), made["labels"], made["targets"])
+    pairs.save(tmp_path / "pairs.safetensors")
+    assert_same(Pairs.load(tmp_path / "pairs.safetensors"), pairs)
+
+
+def test_the_smallest_numbers_and_the_sign_of_zero_come_back(tmp_path: Path) -> None:
+    made = parts()
+    made["clean"].view(-1)[:3] = torch.tensor([-0.0, 1e-45, 1.0 - 2**-24])
+    pairs = Pairs(**made)
+    pairs.save(tmp_path / "pairs.safetensors")
+    loaded = Pairs.load(tmp_path / "pairs.safetensors")
+    assert torch.equal(loaded.clean.view(torch.int32), pairs.clean.view(torch.int32))
+
+
+def test_an_attack_result_comes_back_bit_for_bit_and_is_also_a_file_of_pairs(tmp_path: Path) -> None:
+    result = results()
+    result.save(tmp_path / "result.safetensors")
+    assert_same(AttackResult.load(tmp_path / "result.safetensors"), result)
+    assert_same(Pairs.load(tmp_path / "result.safetensors"), Pairs(**parts()))
+
+
+def test_pairs_are_no_attack_result(tmp_path: Path) -> None:
+    Pairs(**parts()).save(tmp_path / "pairs.safetensors")
+    with pytest.raises(ValueError, match=r"lacks success, forwards, backwards; .*AttackResult\.save"):
+        AttackResult.load(tmp_path / "pairs.safetensors")
+
+
+SHARING: dict[str, Callable[[dict[str, Tensor]], Pairs]] = {
+    "an unchanged image": lambda made: Pairs(made["clean"], made["clean"], made["labels"], made["targets"]),
+    "one class": lambda made: Pairs(made["clean"], made["adversarial"], made["labels"], made["labels"]),
+    "views": lambda made: Pairs(
+        *torch.stack([made["clean"], made["adversarial"]]), *torch.stack([made["labels"]] * 2)
+    ),
+    "not contiguous": lambda made: Pairs(
+        made["clean"].mT, made["adversarial"].mT, made["labels"], made["targets"]
+    ),
+    "expanded": lambda made: Pairs(
+        made["clean"][:1].expand(3, -1, -1, -1), made["adversarial"], made["labels"], made["targets"]
+    ),
+    "with gradients": lambda made: Pairs(
+        made["clean"].requires_grad_(), made["adversarial"], made["labels"], made["targets"]
+    ),
+}
+
+
+@pytest.mark.parametrize("share", SHARING.values(), ids=SHARING)
+def test_fields_may_share_memory_or_lie_in_any_order(
+    tmp_path: Path, share: Callable[[dict[str, Tensor]], Pairs]
+) -> None:
+    pairs = share(parts())
+    pairs.save(tmp_path / "pairs.safetensors")
+    assert_same(Pairs.load(tmp_path / "pairs.safetensors"), pairs)
+
+
+def test_a_file_may_be_named_by_a_string_and_its_folder_is_made(tmp_path: Path) -> None:
+    pairs = Pairs(**parts())
+    pairs.save(f"{tmp_path}/new/folder/pairs.safetensors")
+    assert_same(Pairs.load(f"{tmp_path}/new/folder/pairs.safetensors"), pairs)
+
+
+def test_saving_again_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.safetensors"
+    for seed in (0, 1):
+        Pairs(**parts(seed=seed)).save(path)
+    assert_same(Pairs.load(path), Pairs(**parts(seed=1)))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file may grow beyond `room` bytes."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_no_draft(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.safetensors"
+    Pairs(**parts()).save(path)
+    with pytest.raises(OSError, match="File too large"), full_disk(room=1000):
+        Pairs(**parts(seed=1)).save(path)
+    assert_same(Pairs.load(path), Pairs(**parts()))
+    assert os.listdir(tmp_path) == [path.name]  # noqa: PTH208 - hidden files included
+
+
+def test_a_folder_in_the_way_stays_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "pairs.safetensors"
+    folder.mkdir()
+    (folder / "kept").write_text("kept")
+    with pytest.raises(OSError, match=folder.name):
+        Pairs(**parts()).save(folder)
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == [folder.name, "kept"]
+
+
+def test_a_missing_file_is_file_not_found(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors: there is no such file"):
+        Pairs.load(tmp_path / "none.safetensors")
+
+
+def whole_file(folder: Path) -> bytes:
+    Pairs(**parts()).save(folder / "whole")
+    return (folder / "whole").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda whole: b"",
+        lambda whole: b"no pairs at all",
+        lambda whole: b"\xff" * 500,
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: whole[:-1],
+        lambda whole: whole + b"more",
+        lambda whole: whole.replace(b"F32", b"F99"),
+        lambda whole: b"PK\x03\x04" + whole,
+    ],
+)
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
+    (tmp_path / "spoilt.safetensors").write_bytes(spoil(whole_file(tmp_path)))
+    with pytest.raises(ValueError, match=r"spoilt\.safetensors is no safetensors file .*Pairs\.save"):
+        Pairs.load(tmp_path / "spoilt.safetensors")
+
+
+def test_a_file_of_other_tensors_is_refused_with_what_it_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({"clean": torch.zeros(1, 3, 2, 2), "bias": torch.zeros(3)}, path)
+    with pytest.raises(
+        ValueError, match=r"weights\.safetensors lacks adversarial, labels, targets; accepted"
+    ):
+        Pairs.load(path)
+
+
+def test_pairs_that_do_not_fit_are_refused_from_a_file_too(tmp_path: Path) -> None:
+    made = parts()
+    save_file({**made, "clean": made["clean"] * torch.nan}, tmp_path / "pairs.safetensors")
+    with pytest.raises(ValueError, match=r"clean\[0\] holds NaN"):
+        Pairs.load(tmp_path / "pairs.safetensors")
+
+
+def test_moving_to_a_device_keeps_type_and_values() -> None:
+    result = results()
+    assert_same(result.to("cpu"), result)

@@ -65,7 +65,7 @@ def check_classes(
     classes: Tensor, count: int, class_count: int | None = None, *, name: str = "labels"
 ) -> None:
     """Raises ValueError unless `classes` holds one class number, below `class_count`, for each of `count` images."""
-    if not isinstance(classes, Tensor) or classes.shape != (count,) or classes.dtype.is_floating_point:
+    if not isinstance(classes, Tensor) or classes.shape != (count,) or not _is_whole(classes.dtype):
         what = (
             f"{tuple(classes.shape)} {classes.dtype}"
             if isinstance(classes, Tensor)
@@ -78,6 +78,10 @@ def check_classes(
     if bool(wrong.any()):
         accepted = "0 and up" if class_count is None else f"0 to {class_count - 1}"
         raise ValueError(f"{name} holds class {int(classes[wrong][0])}; accepted are classes {accepted}")
+
+
+def _is_whole(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def check_region(region: Tensor, images: Tensor) -> None:

@@ -140,12 +140,17 @@ def _describe(output: Any) -> str:
 
 
 def _check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
+    for name, values in (("mean", mean), ("std", std)):
+        if not isinstance(values, Sequence):
+            raise ValueError(
+                f"{name} is {values!r}; accepted is a list, one number for all channels or one for each"
+            )
     lengths = {len(mean), len(std)} - {1}
     if len(lengths) > 1 or 0 in lengths:
         raise ValueError(
             f"mean has {len(mean)} and std {len(std)} values; accepted is one for all channels or one for each"
         )
-    if not all(value > 0 for value in std):
+    if not all(0 < value < float("inf") for value in std):
         raise ValueError(f"std is {list(std)}; accepted are positive numbers on the [0, 1] scale of images")
     if not all(-1 <= value <= 2 for value in mean):
         raise ValueError(
@@ -182,7 +187,8 @@ def evaluating(model: nn.Module) -> Iterator[Classifier]:
             ModelWarning,
             stacklevel=4,
         )
-    classifier = as_classifier(model)
+    with torch.inference_mode(mode=False):  # buffers made in inference mode cannot take part in gradients
+        classifier = as_classifier(model)
     modes = [(module, module.training) for module in classifier.modules()]
     device = classifier.mean.device
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,15 +72,32 @@ def open_pictures(source: Path, *, size: tuple[int, int] | None = None, channels
     """Every file at `source`, readable or not, in the order of `read_images`."""
     if channels not in {1, 3}:
         raise ValueError(f"channels is {channels}; accepted are 3 (colour) and 1 (grey)")
-    if size is not None and not (len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
+    if size is not None and not (
+        isinstance(size, tuple | list)
+        and len(size) == 2
+        and all(isinstance(side, int) and side > 0 for side in size)
+    ):
         raise ValueError(f"size is {size}; accepted is (height, width) in pixels, both at least 1")
     if not source.exists():
         raise FileNotFoundError(f"{source}: there is no such file or folder")
     if not source.is_dir():
         return [_open_picture(source, source.name, size, channels)]
-    below = ((path, path.relative_to(source)) for path in sorted(source.rglob("*")) if not path.is_dir())
-    files = [(path, name) for path, name in below if not any(part.startswith(".") for part in name.parts)]
-    return [_open_picture(path, name.as_posix(), size, channels) for path, name in files]
+    closed: list[Path] = []
+    found = [
+        Path(folder, name)
+        for folder, _, names in os.walk(source, onerror=lambda error: closed.append(Path(error.filename)))
+        for name in names
+    ]
+    pictures = []
+    for path in sorted(found + closed):
+        name = path.relative_to(source)
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        if path in closed:
+            pictures.append(Picture(name.as_posix(), None, "no permission to read the folder; skipped"))
+        else:
+            pictures.append(_open_picture(path, name.as_posix(), size, channels))
+    return pictures
 
 
 def sample_images(size: tuple[int, int] = (224, 224)) -> tuple[Tensor, list[str]]:
@@ -109,7 +127,8 @@ def _open_picture(path: Path, name: str, size: tuple[int, int] | None, channels:
             return Picture(name, None, "the file is empty (0 bytes); skipped")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own remarks; what matters is said here, by name
-            with Image.open(path) as opened:
+            Image.init()
+            with Image.open(path, formats=[kind for kind in Image.OPEN if kind != "EPS"]) as opened:
                 return _decode(opened, name, size, channels)
     except UnidentifiedImageError:
         return Picture(name, None, "not an image in a known format; skipped")
@@ -120,16 +139,7 @@ def _open_picture(path: Path, name: str, size: tuple[int, int] | None, channels:
     except MemoryError:
         return Picture(name, None, "too large to decode in memory; skipped")
     # Pillow's decoders raise nearly anything on damaged input; any of it means one thing to the user.
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        IndexError,
-        KeyError,
-        TypeError,
-        EOFError,
-        OverflowError,
-    ) as error:
+    except Exception as error:  # noqa: BLE001
         reason = "the image is truncated" if "truncated" in str(error) else f"the image is damaged ({error})"
         return Picture(name, None, f"{reason}; skipped")
 
@@ -171,6 +181,7 @@ def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The largest centred crop of the asked shape, resized. Crop and resize are one step: a strip stays small."""
     height, width = size
     scale = min(image.width / width, image.height / height)
-    left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
+    # Rounding must not lead out of the picture, not even by 1e-14.
+    left, top = max(0.0, (image.width - width * scale) / 2), max(0.0, (image.height - height * scale) / 2)
     box = (left, top, min(left + width * scale, image.width), min(top + height * scale, image.height))
     return image.resize((width, height), Image.Resampling.BILINEAR, box=box)

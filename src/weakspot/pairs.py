@@ -80,6 +80,11 @@ class Pairs:
             for name, images in (("clean", clean), ("adversarial", adversarial)):
                 check_batch(images, name=name)
                 check_range(images, name=name)
+            if clean.shape != adversarial.shape:
+                raise ValueError(
+                    f"clean has shape {tuple(clean.shape)} and adversarial {tuple(adversarial.shape)}; "
+                    "accepted are two batches of one shape"
+                )
             device = classifier.mean.device
             clean, adversarial = (
                 images.detach().to(device, torch.float32).clamp(0, 1) for images in (clean, adversarial)
@@ -98,7 +103,10 @@ class Pairs:
         try:
             draft.write_bytes(
                 save(
-                    {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors().items()},
+                    {
+                        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                        for name, tensor in self._tensors().items()
+                    },
                     FORMAT,
                 )
             )

@@ -10,9 +10,13 @@ from __future__ import annotations
 import ast
 import io
 import json
+import logging
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +24,19 @@ import torch
 from torch import Tensor, nn
 
 OPERATORS = re.compile(
-    r"(torch\.ops\.(aten|prims|torchvision|quantized_decomposed)\.|_operator\.|math\.|torch\.sym_)[\w.]+"
+    r"torch\.ops\.(aten|prims|torchvision|quantized_decomposed)\.(?!from_file\b)\w+\.\w+|"
+    r"(_operator|math)\.\w+|torch\.sym_\w+"
 )
+# What torch.export.save writes, now and in the format of torch 2.7; torch itself would find names in any case.
+ENTRIES = re.compile(
+    r"([^/]+/)?(archive_format|archive_version|byteorder|version|\.data/\w+|\.\w+|models/model\.json|"
+    r"data/weights/(model_weights_config\.json|model\.pt|weight_\d+)|"
+    r"data/constants/(model_constants_config\.json|model\.pt|tensor_\d+)|data/sample_inputs/model\.pt|"
+    r"serialized_(exported_program\.json|(state_dict|constants|example_inputs)\.pt))"
+)
+EXTRA = re.compile(r"([^/]+/)?(extra|extra_files)/")
+NAMES = {"name", "as_name", "forward_arg_names"}  # torch prints these into Python code, which it then runs
+PATHS = {"fqn", "parameter_name", "buffer_name", "tensor_constant_name", "custom_obj_name"}
 EXPRESSIONS = (
     ast.Expression, ast.Expr, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Compare, ast.Call, ast.Constant, ast.Name,
     ast.Attribute, ast.Subscript, ast.keyword, ast.Tuple, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.Load,
@@ -45,20 +60,31 @@ def load_exported(path: Path) -> nn.Module:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     try:
-        with zipfile.ZipFile(path) as archive:
-            _refuse_code(archive, path)
-    except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError, NotImplementedError, RuntimeError):
+        inspected = _inspected(path)
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        struct.error,
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        NotImplementedError,
+        RuntimeError,
+    ):
         raise ValueError(f"{path} is damaged or no archive of torch.export.save") from None
     try:
-        program = torch.export.load(path)
+        with _quiet("torch.export"):
+            program = torch.export.load(inspected)
+        network = program.module()
     except Exception as error:  # noqa: BLE001 - schema, version and zip errors alike
-        raise ValueError(f"{path} cannot be read by torch {torch.__version__}: {error}") from None
+        why = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} cannot be read by torch {torch.__version__}: {why}") from None
     inputs = set(program.graph_signature.user_inputs)
     places = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs]
     if len(places) != 1:
         raise ValueError(f"{path} takes {len(places)} inputs; accepted is a network of one, the images")
     batch = places[0].meta["val"].shape[0]
-    network = program.module()
     return ExportedNetwork(network, batch) if isinstance(batch, int) else network
 
 
@@ -85,6 +111,33 @@ def _first(output: Any) -> Tensor:
     return logits_of(output)
 
 
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """torch logs a traceback for what is told in one sentence here."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _inspected(path: Path) -> io.BytesIO:
+    """The archive written anew from the entries that were inspected, so that torch reads those and no others.
+
+    Python's and torch's zip readers disagree about what a crafted file holds, and torch checks no checksums.
+    """
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(buffer, "w") as copy:
+        _refuse_code(archive, path)
+        for name in archive.namelist():
+            if not EXTRA.match(name):
+                copy.writestr(name, archive.read(name))
+    buffer.seek(0)
+    return buffer
+
+
 def _refuse_code(archive: zipfile.ZipFile, path: Path) -> None:
     names = archive.namelist()
     if len(set(names)) < len(names):
@@ -100,12 +153,16 @@ def _refuse_code(archive: zipfile.ZipFile, path: Path) -> None:
             raise ValueError(
                 f"{path} holds a pickled object ({name}), which is refused because it can run code"
             )
+        if EXTRA.match(name):
+            continue
+        if not ENTRIES.fullmatch(name):
+            raise ValueError(f"{path} holds {name}, which torch.export.save does not write; it is refused")
         if name.endswith(".pt"):
             _refuse_pickle(archive.read(name), name, path)
         if name.endswith(".json"):
             content = json.loads(archive.read(name))
             for key, value in _leaves(content):
-                _refuse_entry(key, value, name, path)
+                _refuse_entry(key, value, name, path, names)
 
 
 def _refuse_pickle(content: bytes, name: str, path: Path) -> None:
@@ -117,12 +174,22 @@ def _refuse_pickle(content: bytes, name: str, path: Path) -> None:
         raise ValueError(f"{path} holds a pickle that is more than tensors ({name}); it is refused") from None
 
 
-def _refuse_entry(key: str, value: Any, name: str, path: Path) -> None:
+def _refuse_entry(key: str, value: Any, name: str, path: Path, names: list[str]) -> None:
     if key == "use_pickle" and value:
         raise ValueError(
             f"{path} keeps tensors as pickles ({name}), which is refused because they can run code"
         )
-    if key == "target" and isinstance(value, str) and not OPERATORS.fullmatch(value):
+    if key == "path_name" and not any(entry.endswith(f"/{value}") for entry in names):
+        raise ValueError(f"{path} is damaged: it lacks {value}")
+    if key in NAMES and isinstance(value, str) and value and not value.isidentifier():
+        raise ValueError(f"{path} has a name that is none ({value[:60]!r}); it is refused")
+    if key in PATHS and isinstance(value, str) and not re.fullmatch(r"[\w.]*", value):
+        raise ValueError(f"{path} has a name that is none ({value[:60]!r}); it is refused")
+    if key in {"in_spec", "out_spec"} and isinstance(value, str) and not _is_plain(json.loads(value)):
+        raise ValueError(
+            f"{path} takes or returns more than tuples, lists and mappings of tensors; it is refused"
+        )
+    if key in {"target", "as_operator"} and isinstance(value, str) and not OPERATORS.fullmatch(value):
         raise ValueError(f"{path} calls {value!r}, which is none of torch's own operators; it is refused")
     if key in {"expr_str", "guards_code"} and isinstance(value, str) and not _is_arithmetic(value):
         raise ValueError(
@@ -142,12 +209,32 @@ def _leaves(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, content
 
 
+def _is_plain(spec: Any) -> bool:
+    """Whether a serialised tree holds only containers and names: a context can make torch import any module."""
+    if isinstance(spec, list):
+        return all(_is_plain(part) for part in spec if not isinstance(part, int))
+    context = spec["context"]
+    keys = json.loads(context) if isinstance(context, str) else context
+    plain = keys is None or (
+        isinstance(keys, list) and all(isinstance(key, str) and key.isidentifier() for key in keys)
+    )
+    return plain and all(_is_plain(child) for child in spec["children_spec"])
+
+
 def _is_arithmetic(expression: str) -> bool:
     try:
         nodes = list(ast.walk(ast.parse(expression, mode="eval")))
     except (SyntaxError, ValueError, RecursionError):
         return False
     if not all(isinstance(node, EXPRESSIONS) for node in nodes):
+        return False
+    # sympy evaluates strings that its functions are given, and torch prints those of guards into code.
+    if any(
+        isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and not re.fullmatch(r"\w+", node.value)
+        for node in nodes
+    ):
         return False
     names = [
         node.attr if isinstance(node, ast.Attribute) else node.id

@@ -21,21 +21,32 @@ def from_transformers(name: str) -> Classifier:
     if not from_disk and (name.startswith((".", "/", "~")) or not name):
         raise FileNotFoundError(f"hf:{name}: there is no such directory")
     try:
-        network = transformers.AutoModelForImageClassification.from_pretrained(
-            name, use_safetensors=True, trust_remote_code=False, local_files_only=from_disk
+        network, report = transformers.AutoModelForImageClassification.from_pretrained(
+            name,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=from_disk,
+            output_loading_info=True,
         )
     except Exception as error:
         raise ValueError(f"hf:{name} cannot be loaded as an image classifier: {_sentence(error)}") from error
+    if report["missing_keys"]:
+        raise ValueError(
+            f"hf:{name} lacks weights that the network needs, {sorted(report['missing_keys'])[0]} for one"
+        )
     config = network.config
     how = _preprocessing(Path(name) if from_disk else None, name)
     names = [str(config.id2label[index]) for index in sorted(config.id2label)]
     known = not all(label == f"LABEL_{index}" for index, label in enumerate(names))
     return Classifier(
         network,
-        mean=how.get("image_mean", [0.0]),
-        std=how.get("image_std", [1.0]),
+        mean=how.get("image_mean") or [0.0],
+        std=how.get("image_std") or [1.0],
         input_size=_both(
-            how.get("crop_size") or how.get("size") or getattr(config, "image_size", None) or 224
+            (how.get("do_center_crop", True) and how.get("crop_size"))
+            or how.get("size")
+            or getattr(config, "image_size", None)
+            or 224
         ),
         class_names=names if known else None,
         name=name.rstrip("/").split("/")[-1],
@@ -104,15 +115,20 @@ def _preprocessing(folder: Path | None, name: str) -> dict[str, Any]:
             from transformers.utils import cached_file
 
             folder = Path(str(cached_file(name, "preprocessor_config.json"))).parent
-        return dict(json.loads((folder / "preprocessor_config.json").read_text("utf-8")))
-    except (OSError, ValueError):
-        warnings.warn(
-            f"hf:{name} has no preprocessor_config.json that says how images are normalised; they are not (give "
-            "mean and std)",
-            ModelWarning,
-            stacklevel=4,
-        )
-        return {}
+        how = dict(json.loads((folder / "preprocessor_config.json").read_text("utf-8")))
+        if how.get("do_normalize") is False:
+            return how | {"image_mean": None, "image_std": None}
+        if how.get("image_mean") and how.get("image_std"):
+            return how
+    except (OSError, ValueError, TypeError):
+        how = {}
+    warnings.warn(
+        f"hf:{name} has no preprocessor_config.json that says how images are normalised; they are not (give "
+        "mean and std)",
+        ModelWarning,
+        stacklevel=4,
+    )
+    return how
 
 
 def _both(size: Any) -> tuple[int, int]:

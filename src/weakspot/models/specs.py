@@ -127,6 +127,10 @@ def _factory(module_name: str, name: str) -> Any:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"model {module_name}:{name}: {module_name!r} is no module's name; {FORMS} are accepted"
+        ) from None
     except ModuleNotFoundError as error:
         why = f"there is no module {error.name!r}"
         raise ValueError(
@@ -157,7 +161,7 @@ def _load_weights(network: nn.Module, path: Path) -> None:
     # Training wrappers (DataParallel, Lightning, torch.compile) put a word before every name.
     spellings = [
         {key.removeprefix(prefix): value for key, value in state.items()}
-        for prefix in ("", "module.", "model.", "_orig_mod.")
+        for prefix in ("", "module.", "model.", "_orig_mod.", "network.")
     ]
     stripped = max(spellings, key=lambda spelling: len(own.keys() & spelling.keys()))
     missing = sorted(
@@ -193,7 +197,9 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise ValueError(
             f"{path} holds a {type(state).__name__} and not names with tensors; accepted is a state dict"
         )

@@ -1,0 +1,344 @@
+"""Explain: base scores by brute force, analyses by entry point, and what a badly behaved one may not do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import NETWORKS, Made, untouched
+from weakspot.attacks import pgd
+from weakspot.attribution import class_activation
+from weakspot.budgets import L2, Linf
+from weakspot.checks import ModelWarning
+from weakspot.classifier import Classifier
+from weakspot.explanations import Analysis, Picture, explain, overlap, ssim_map
+from weakspot.explanations.analysis import available_analyses
+from weakspot.pairs import AttackResult, Pairs
+
+OWN = ["cam", "ssim", "overlap"]
+
+
+def attacked(model: nn.Module, images: Tensor) -> AttackResult:
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    return pgd(model, images, labels, budget=L2(1.5), steps=5)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What importlib.metadata gives for an installed entry point."""
+
+    name: str
+    function: Callable[..., Any]
+
+    def load(self) -> Callable[..., Any]:
+        return self.function
+
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Register functions as analyses, beside those that are installed."""
+
+    def installed(**functions: Callable[..., Any]) -> None:
+        def entry_points(*, group: str, name: str | None = None) -> Sequence[Any]:
+            own = metadata.entry_points(group=group, **({} if name is None else {"name": name}))
+            third = [Entry(key, function) for key, function in functions.items() if name in {None, key}]
+            return [*own, *third]
+
+        monkeypatch.setattr("weakspot.explanations.analysis.entry_points", entry_points)
+
+    return installed
+
+
+def returning(
+    scores: dict[str, Any], maps: dict[str, Tensor] | None = None, **extra: Any
+) -> Callable[..., Analysis]:
+    def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
+        return Analysis(pd.DataFrame(scores), maps or {}, **extra)
+
+    return analyse
+
+
+@pytest.mark.parametrize("from_attack", [True, False])
+def test_base_scores_are_what_the_model_says_of_each_image(any_model: Made, from_attack: bool) -> None:
+    model, images = any_model
+    result = attacked(model, images)
+    pairs = result if from_attack else Pairs.of(model, result.clean, result.adversarial, result.labels)
+    found = explain(model, pairs, analyses=[])
+    assert found.scores["image"].tolist() == ["image 0", "image 1", "image 2"]
+    for index, row in found.scores.iterrows():
+        assert isinstance(index, int)
+        with torch.no_grad():
+            clean, adversarial = (
+                model(batch[index : index + 1])[0] for batch in (images, result.adversarial)
+            )
+        label, landed = int(pairs.labels[index]), int(adversarial.argmax())
+        others = [k for k in range(len(clean)) if k != label]
+        target = landed if landed != label else max(others, key=lambda k: float(adversarial[k]))
+        names = [f"class {k}" for k in (label, target, landed, int(clean.argmax()))]
+        assert row[["label", "target", "landed", "read_clean_as"]].tolist() == names
+        assert found.class_names[index] == (names[0], names[1])
+        before, after = (torch.exp(z) / torch.exp(z).sum() for z in (clean.double(), adversarial.double()))
+        change = (result.adversarial[index] - images[index]).double()
+        expected = {
+            "success": landed != label,
+            "label_clean": before[label],
+            "label_adversarial": after[label],
+            "target_clean": before[target],
+            "target_adversarial": after[target],
+            "landed_adversarial": after[landed],
+            "margin_clean": clean[label] - max(clean[k] for k in others),
+            "margin_adversarial": adversarial[label] - max(adversarial[k] for k in others),
+            "linf": max(change.abs().flatten().tolist()),
+            "l2": sum(value**2 for value in change.flatten().tolist()) ** 0.5,
+        }
+        for name, value in expected.items():
+            assert float(row[name]) == pytest.approx(float(value), rel=1e-3, abs=1e-5), name
+
+
+def test_success_of_an_attack_is_its_own_verdict() -> None:
+    model, images = NETWORKS["linear"]()
+    labels = model(images).argmax(1)
+    targets = model(images).argsort(1)[:, 0]
+    missed = pgd(model, images, labels, targets=targets, budget=Linf(1e-4))
+    assert missed.success.tolist() == [False] * 3
+    assert explain(model, missed, analyses=[]).scores["success"].tolist() == [False] * 3
+    reached = pgd(model, images, labels, targets=targets, budget=Linf(0.6))
+    found = explain(model, reached, analyses=[])
+    assert found.scores["success"].tolist() == reached.success.tolist() == [True] * 3
+    assert found.scores["target"].tolist() == [f"class {int(k)}" for k in targets]
+
+
+def test_images_and_classes_are_called_by_their_names() -> None:
+    model, images = NETWORKS["linear"]()
+    named = Classifier.wrap(model, class_names=["cat", "dog", "owl"])
+    pairs = attacked(named, images)
+    found = explain(named, pairs, analyses=[], names=["a.png", "b.png", "c.png"], made={"budget": "1.5 L2"})
+    assert found.scores["image"].tolist() == ["a.png", "b.png", "c.png"]
+    assert found.scores["label"].tolist() == [["cat", "dog", "owl"][int(k)] for k in pairs.labels]
+    assert found.scores["landed"].tolist() == [["cat", "dog", "owl"][int(k)] for k in pairs.targets]
+    assert dict(found.made) == {"budget": "1.5 L2"}
+    assert found.model == "Sequential"
+    assert len(found) == 3
+
+
+def test_every_analysis_adds_its_scores_and_maps_on_the_cpu(any_model: Made) -> None:
+    model, images = any_model
+    pairs = attacked(model, images)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    with untouched(model, pairs.clean, pairs.adversarial, pairs.labels):
+        found = explain(model, pairs)
+    assert list(found.analyses) == OWN
+    for maps in found.maps.values():
+        assert maps.device.type == "cpu"
+        assert not maps.requires_grad
+        assert maps.shape == (3, 1, *images.shape[2:])
+    assert set(found.pictures) == set(found.maps)
+    torch.testing.assert_close(found.maps["ssim"], 1 - ssim_map(pairs.clean, pairs.adversarial))
+    alone = overlap(model, pairs)
+    pd.testing.assert_frame_equal(found.scores[list(alone.scores)], alone.scores, rtol=1e-3)
+    torch.testing.assert_close(found.maps["vulnerability"], alone.vulnerability, rtol=1e-3, atol=1e-6)
+    partition = alone.essential * 1 + alone.contested * 2 + alone.neutralizable * 3
+    assert torch.equal(found.maps["partition"], partition)
+    assert set(found.meanings) <= set(found.scores)
+
+
+def test_evidence_is_shown_for_both_classes_in_both_images(any_model: Made) -> None:
+    model, images = any_model
+    pairs = attacked(model, images)
+    found = explain(model, pairs, analyses=["cam"])
+    with torch.no_grad():
+        second = model(pairs.adversarial).scatter(1, pairs.labels[:, None], -1e9).argmax(1)
+    rivals = torch.where(pairs.targets == pairs.labels, second, pairs.targets)
+    for role, classes in (("label", pairs.labels), ("target", rivals)):
+        for when, batch in (("clean", pairs.clean), ("adversarial", pairs.adversarial)):
+            expected = class_activation(model, batch, classes, registration="effective")
+            torch.testing.assert_close(found.maps[f"cam_{role}_{when}"], expected, rtol=1e-4, atol=1e-5)
+    before, after = (found.maps[f"cam_label_{when}"].flatten(1).numpy() for when in ("clean", "adversarial"))
+    expected_kept = [np.corrcoef(a, b)[0, 1] for a, b in zip(before, after, strict=True)]
+    np.testing.assert_allclose(found.scores["evidence_kept"], expected_kept, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["pooling", "flat, grey, two classes, not square"])
+def test_randomised_weights_change_every_map_that_comes_from_the_model(name: str) -> None:
+    model, images = NETWORKS[name]()
+    pairs = attacked(model, images)
+    before = explain(model, pairs).maps
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    after = explain(model, pairs).maps
+    assert torch.equal(before["ssim"], after["ssim"])  # the eye's map is no claim about the model
+    for key in ("importance", "vulnerability", "cam_label_clean", "cam_target_adversarial"):
+        pairs_of_maps = zip(before[key].flatten(1).numpy(), after[key].flatten(1).numpy(), strict=True)
+        assert abs(np.mean([np.corrcoef(a, b)[0, 1] for a, b in pairs_of_maps])) < 0.6, key
+
+
+def test_analyses_run_in_their_order_whatever_the_order_asked_for(pooling: Made) -> None:
+    model, images = pooling
+    pairs = attacked(model, images)
+    assert available_analyses() == OWN
+    assert list(explain(model, pairs, analyses=["overlap", "ssim"]).analyses) == ["ssim", "overlap"]
+
+
+def test_progress_rises_to_one(pooling: Made) -> None:
+    model, images = pooling
+    told: list[float] = []
+    explain(model, attacked(model, images), progress=told.append)
+    assert told == sorted(told)
+    assert told[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"analyses": ["overlp"]}, r"analyses has 'overlp', which is not installed; did you mean overlap\?"),
+        ({"analyses": ["nothing like it"]}, r"accepted: cam, ssim, overlap"),
+        ({"names": ["one", "two"]}, r"names has 2 entries; accepted is one for each of 3 pairs"),
+        ({"pairs": (torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4))}, "pairs is a tuple; accepted are Pairs"),
+        ({"pairs": None}, "pairs is a NoneType; accepted are Pairs"),
+        ({"model": "resnet18"}, "model is a str; accepted is a torch.nn.Module"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(pooling: Made, options: dict[str, Any], message: str) -> None:
+    model, images = pooling
+    arguments = {"model": model, "pairs": attacked(model, images), **options}
+    with untouched(model), pytest.raises(ValueError, match=message):
+        explain(**arguments)
+
+
+@pytest.mark.parametrize("name", ["labels", "targets"])
+def test_classes_the_model_has_not_are_refused_by_name(pooling: Made, name: str) -> None:
+    model, images = pooling
+    classes = {"labels": torch.tensor([0, 1, 2]), "targets": torch.tensor([1, 2, 3])}
+    classes[name] = torch.tensor([0, 1, 9])
+    with pytest.raises(ValueError, match=f"{name} holds class 9"):
+        explain(model, Pairs(images, images, **classes))
+
+
+def test_a_third_partys_analysis_is_run_like_our_own(pooling: Made, install: Install) -> None:
+    model, images = pooling
+    pairs = attacked(model, images)
+    given: list[tuple[bool, int, int]] = []
+
+    def brightness(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
+        given.append((model.training, len(pairs), seed))
+        maps = pairs.adversarial.mean(1, keepdim=True).requires_grad_() * 1
+        return Analysis(
+            pd.DataFrame({"brightness": pairs.adversarial.mean((1, 2, 3)).numpy()}, index=[7, 8, 9]),
+            {"bright": maps},
+            meanings={"brightness": "How bright it is."},
+            pictures={"bright": Picture("Brightness", fixed=(0, 1))},
+        )
+
+    install(brightness=brightness)
+    assert available_analyses() == [*OWN, "brightness"]
+    found = explain(model, pairs, analyses=["ssim", "brightness"], seed=5)
+    assert given == [(False, 3, 5)]
+    np.testing.assert_allclose(found.scores["brightness"], pairs.adversarial.mean((1, 2, 3)).numpy())
+    assert len(found.scores) == 3
+    assert not found.maps["bright"].requires_grad
+    torch.testing.assert_close(found.maps["bright"], pairs.adversarial.mean(1, keepdim=True))
+    assert found.meanings["brightness"] == "How bright it is."
+    assert found.pictures["bright"].title == "Brightness"
+    assert "brightness" in explain(model, pairs).scores
+
+
+@pytest.mark.parametrize(
+    ("result", "what"),
+    [
+        (Analysis(pd.DataFrame({"x": [1.0, 2.0]}), {}), "2 rows"),
+        (Analysis(pd.DataFrame({"x": [1.0] * 4}), {}), "4 rows"),
+        (pd.DataFrame({"x": [1.0] * 3}), "DataFrame"),
+        (None, "NoneType"),
+    ],
+)
+def test_an_analysis_without_one_row_for_each_pair_is_refused(
+    pooling: Made, install: Install, result: Any, what: str
+) -> None:
+    model, images = pooling
+    install(mine=lambda model, pairs, *, seed: result)
+    with untouched(model), pytest.raises(ValueError, match=f"analysis 'mine' returned {what}; accepted"):
+        explain(model, attacked(model, images), analyses=["mine"])
+
+
+def test_a_column_that_is_taken_is_prefixed_and_overwrites_nothing(pooling: Made, install: Install) -> None:
+    model, images = pooling
+    pairs = attacked(model, images)
+    install(
+        mine=returning({"l2": [7.0] * 3, "ssim": [8.0] * 3, "fresh": [9.0] * 3}),
+        other=returning({"fresh": [10.0] * 3}),
+    )
+    plain = explain(model, pairs, analyses=["ssim"]).scores
+    found = explain(model, pairs, analyses=["ssim", "mine", "other"]).scores
+    pd.testing.assert_frame_equal(found[list(plain)], plain)
+    added = {"mine_l2": [7.0] * 3, "mine_ssim": [8.0] * 3, "fresh": [9.0] * 3, "other_fresh": [10.0] * 3}
+    assert {name: found[name].tolist() for name in found if name not in plain} == added
+
+
+def test_a_map_that_is_taken_overwrites_nothing(pooling: Made, install: Install) -> None:
+    model, images = pooling
+    pairs = attacked(model, images)
+    install(mine=returning({"x": [1.0] * 3}, {"ssim": torch.full((3, 1, 20, 20), 7.0)}))
+    found = explain(model, pairs, analyses=["ssim", "mine"])
+    torch.testing.assert_close(found.maps["ssim"], 1 - ssim_map(pairs.clean, pairs.adversarial))
+    assert torch.equal(found.maps["mine_ssim"], torch.full((3, 1, 20, 20), 7.0))
+    assert set(found.pictures) == set(found.maps)
+    assert found.pictures["ssim"].title == "Visible change (1 - SSIM)"
+
+
+def test_the_meaning_of_a_column_that_is_taken_goes_with_its_new_name(
+    pooling: Made, install: Install
+) -> None:
+    model, images = pooling
+    install(mine=returning({"ssim": [8.0] * 3}, meanings={"ssim": "Something else."}))
+    found = explain(model, attacked(model, images), analyses=["ssim", "mine"])
+    assert found.meanings["ssim"].startswith("Mean structural similarity")
+    assert found.meanings["mine_ssim"] == "Something else."
+
+
+@pytest.mark.filterwarnings("ignore:.*train mode")
+@pytest.mark.parametrize("training", [False, True])
+def test_an_analysis_that_raises_leaves_the_model_as_it_was(
+    any_model: Made, install: Install, training: bool
+) -> None:
+    model, images = any_model
+    pairs = attacked(model, images)
+
+    def reckless(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
+        torch.rand(3)
+        torch.set_grad_enabled(False)
+        for module in model.modules():
+            module.training = True
+        raise RuntimeError("out of memory, say")
+
+    install(reckless=reckless)
+    model.train(training)
+    with (
+        untouched(model, pairs.clean, pairs.adversarial),
+        pytest.raises(RuntimeError, match="out of memory, say"),
+    ):
+        explain(model, pairs, analyses=["reckless"])
+
+
+def test_a_model_in_train_mode_is_explained_in_eval_mode_and_put_back(pooling: Made) -> None:
+    model, images = pooling
+    pairs = attacked(model, images)
+    expected = explain(model, pairs).scores
+    model.train()
+    with untouched(model), pytest.warns(ModelWarning, match="train mode"):
+        found = explain(model, pairs).scores
+    pd.testing.assert_frame_equal(found, expected)

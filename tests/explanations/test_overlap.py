@@ -1,0 +1,458 @@
+"""Overlap: a planted weakness is found, a model without one is not accused, numbers equal their definitions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy.stats import kstest, spearmanr
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.conftest import NETWORKS, LinearNetwork, Made, untouched
+from weakspot.attacks import fgsm, pgd
+from weakspot.attribution import class_activation, margin_drop
+from weakspot.budgets import L2, Linf
+from weakspot.explanations import Overlap, overlap
+from weakspot.pairs import Pairs
+
+TESTED = ("effect_in_roi", "jaccard", "spearman", "moran_i")
+
+
+def attacked(model: nn.Module, images: Tensor) -> Pairs:
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    return pgd(model, images, labels, budget=L2(1.5), steps=5)
+
+
+def smooth_fields(count: int, size: int, seed: int) -> Tensor:
+    """Random fields (N, 1, H, W) whose statistics are the same after any circular shift, within 0.2 to 0.8."""
+    noise = torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(seed))
+    down, across = torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None]
+    blurred = torch.fft.irfft2(
+        torch.fft.rfft2(noise) * torch.exp(-60 * (down**2 + across**2)), s=(size, size)
+    )
+    low, high = blurred.amin((2, 3), keepdim=True), blurred.amax((2, 3), keepdim=True)
+    fields: Tensor = 0.2 + 0.6 * (blurred - low) / (high - low)
+    return fields
+
+
+class WeakPatch(nn.Module):
+    """Evidence for class 0 is brightness; class 1 is a linear function, with large weights on one small patch."""
+
+    def __init__(self, patch: Tensor) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.gather = nn.Conv2d(3, 1, 1, bias=False)
+        nn.init.constant_(self.gather.weight, 1 / 3)
+        signs = torch.randn(3, *patch.shape[2:], generator=generator).sign()
+        self.weight = nn.Parameter(signs * torch.where(patch[0, 0], 1.0, 0.005))
+        self.offset = nn.Parameter(torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        evidence = 4 * F.relu(self.gather(images)).mean((1, 2, 3))
+        weak = (self.weight * (images - 0.5)).sum((1, 2, 3)) / 10
+        return torch.stack([evidence, weak], 1)
+
+
+def planted(bright: bool) -> tuple[nn.Module, Tensor, Tensor]:
+    """A model with a weak patch, images where it says class 0, bright on the patch or elsewhere, and the patch."""
+    patch = torch.zeros(1, 1, 24, 32, dtype=torch.bool)
+    patch[..., 6:13, 18:27] = True
+    lit = patch if bright else patch.roll((-2, -13), (2, 3))
+    images = 0.15 + 0.02 * torch.rand(4, 3, 24, 32, generator=torch.Generator().manual_seed(1))
+    images = images + 0.7 * lit
+    return WeakPatch(patch).eval(), images, patch
+
+
+def test_a_planted_weak_patch_is_found_and_its_tie_to_the_evidence_is_seen() -> None:
+    model, images, patch = planted(bright=True)
+    result = pgd(model, images, torch.zeros(4, dtype=torch.long), budget=Linf(0.1))
+    assert bool(result.success.all())
+    found = overlap(model, result, keep=float(patch.float().mean()))
+    for region in (found.roa, found.roi):
+        common, either = (region & patch).sum((1, 2, 3)), (region | patch).sum((1, 2, 3))
+        assert float((common / either).min()) > 0.9
+    for name in TESTED:
+        assert found.scores[f"{name}_p"].max() < 0.02, name
+        assert (found.scores[name] > found.scores[f"{name}_null_high"]).all(), name
+    assert (found.scores["roa_components"] == 1).all()
+
+
+def test_a_weak_patch_away_from_the_evidence_is_not_tied_to_it() -> None:
+    model, images, patch = planted(bright=False)
+    result = pgd(model, images, torch.zeros(4, dtype=torch.long), budget=Linf(0.1))
+    assert bool(result.success.all())
+    found = overlap(model, result, keep=float(patch.float().mean()))
+    common, either = (found.roa & patch).sum((1, 2, 3)), (found.roa | patch).sum((1, 2, 3))
+    assert float((common / either).min()) > 0.9
+    assert not bool(found.contested.any())
+    assert torch.equal(found.neutralizable, found.roa)
+    assert (found.scores["effect_in_roi"] < 0.05).all()
+    assert (found.scores["effect_in_roi_p"] > 0.3).all()
+    assert (found.scores["jaccard_p"] == 1).all()
+
+
+@pytest.mark.parametrize("related", [True, False])
+def test_importance_may_be_given_and_is_what_is_tested(related: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.full((3, 20, 20), 0.01)
+    weight[:, 4:9, 4:9] = 1
+    model = LinearNetwork(weight * torch.randn(weight.shape, generator=generator).sign()).eval()
+    images = 0.5 + 0.1 * torch.rand(3, 3, 20, 20, generator=generator)
+    labels = model(images).argmax(1)
+    given = torch.rand(3, 1, 20, 20, generator=generator)
+    given[..., 4:9, slice(4, 9) if related else slice(12, 17)] += 2
+    found = overlap(model, fgsm(model, images, labels), keep=25 / 400, importance=given)
+    assert torch.equal(found.importance, given)
+    p = found.scores[[f"{name}_p" for name in TESTED]].to_numpy()
+    assert (p < 0.05).all() if related else (p > 0.1).all()
+
+
+class Unrelated(nn.Module):
+    """Evidence for class 0 is the red channel; class 1 is the product of green and blue.
+
+    The attack's gradient on green is the blue field and the other way round; red is pushed everywhere alike. Where
+    the fields are independent, so are evidence and vulnerability.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gather = nn.Conv2d(3, 1, 1, bias=False)
+        self.gather.weight.data = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        evidence = 2 * F.relu(self.gather(images)).mean((1, 2, 3))
+        attackable = 20 * ((images[:, 1] - 0.5) * (images[:, 2] - 0.5)).mean((1, 2))
+        return torch.stack([evidence, attackable], 1)
+
+
+@pytest.fixture(scope="module")
+def unrelated() -> pd.DataFrame:
+    """Scores of 240 images whose evidence has nothing to do with their weakness."""
+    images = torch.cat([smooth_fields(240, 24, seed) for seed in (1, 2, 3)], 1)
+    model, labels = Unrelated().eval(), torch.zeros(240, dtype=torch.long)
+    return overlap(model, fgsm(model, images, labels, budget=Linf(0.1))).scores
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_a_model_without_a_relation_is_not_accused(unrelated: pd.DataFrame, name: str) -> None:
+    p = unrelated[f"{name}_p"].to_numpy()
+    assert kstest(p, "uniform").pvalue > 0.01
+    assert 0.01 <= (p <= 0.05).mean() <= 0.09  # two and a half standard errors
+    outside = (unrelated[name] < unrelated[f"{name}_null_low"]) | (
+        unrelated[name] > unrelated[f"{name}_null_high"]
+    )
+    assert outside.mean() <= 0.09
+
+
+def test_less_than_chance_is_not_claimed_either(unrelated: pd.DataFrame) -> None:
+    p = unrelated["effect_in_roi_p_less"].to_numpy()
+    assert kstest(p, "uniform").pvalue > 0.01
+    assert 0.01 <= (p <= 0.05).mean() <= 0.09
+
+
+def test_the_same_test_has_the_power_to_accuse() -> None:
+    fields = [smooth_fields(40, 24, seed) for seed in (1, 2)]
+    images = torch.cat(
+        [fields[0], fields[0], fields[1]], 1
+    )  # vulnerability on blue follows green, which is red
+    images[:, 2] = 0.5
+    model, labels = Unrelated().eval(), torch.zeros(40, dtype=torch.long)
+    adversarial = images.clone()
+    adversarial[:, 2] += 0.1
+    scores = overlap(model, Pairs(images, adversarial, labels, 1 - labels)).scores
+    for name in TESTED:
+        # Where the green field is under one half the blue one helps class 0; red is then low as well.
+        defined = scores[f"{name}_p"].dropna()
+        assert len(defined) >= 10
+        assert (defined <= 0.05).mean() > 0.9, name
+
+
+def test_vulnerability_sums_to_the_margin_drop(any_model: Made) -> None:
+    model, images = any_model
+    pairs = attacked(model, images)
+    found = overlap(model, pairs)
+    total = found.scores["margin_drop"].to_numpy()
+    np.testing.assert_allclose(found.vulnerability.double().sum((1, 2, 3)).numpy(), total, rtol=0.011)
+    assert (found.scores["completeness_gap"] <= 0.01).all()
+    labels, rivals = pairs.labels, second_best_where_failed(model, pairs)
+    np.testing.assert_allclose(margins(model, pairs, labels, rivals), total, rtol=1e-3, atol=1e-6)
+
+
+def second_best_where_failed(model: nn.Module, pairs: Pairs) -> Tensor:
+    with torch.no_grad():
+        second = model(pairs.adversarial).scatter(1, pairs.labels[:, None], -1e9).argmax(1)
+    return torch.where(pairs.targets == pairs.labels, second, pairs.targets)
+
+
+def margins(model: nn.Module, pairs: Pairs, labels: Tensor, rivals: Tensor) -> NDArray[np.float32]:
+    """The margin of the clean less that of the adversarial images."""
+    rows = torch.arange(len(labels))
+    with torch.no_grad():
+        clean, adversarial = model(pairs.clean), model(pairs.adversarial)
+        drop = (clean - adversarial)[rows, labels] - (clean - adversarial)[rows, rivals]
+    values: NDArray[np.float32] = drop.numpy()
+    return values
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.07, 0.2, 0.5, 1.0])
+def test_regions_have_their_exact_area_and_the_four_parts_cover_the_image_once(
+    any_model: Made, keep: float
+) -> None:
+    model, images = any_model
+    found = overlap(model, attacked(model, images), keep=keep)
+    sites = images.shape[2] * images.shape[3]
+    for region in (found.roi, found.roa):
+        assert region.dtype == torch.bool
+        assert region.flatten(1).sum(1).tolist() == [round(keep * sites)] * 3
+    rest = ~(found.roi | found.roa)
+    parts = found.essential.int() + found.contested.int() + found.neutralizable.int() + rest.int()
+    assert torch.equal(parts, torch.ones_like(parts))
+    assert torch.equal(found.essential | found.contested, found.roi)
+    assert torch.equal(found.neutralizable | found.contested, found.roa)
+    for scores, region in ((found.importance, found.roi), (found.vulnerability, found.roa)):
+        for values, inside in zip(scores, region, strict=True):
+            if bool(inside.any()) and not bool(inside.all()):
+                assert float(values[inside].min()) >= float(values[~inside].max())
+
+
+def neighbours_mean(field: NDArray[np.float64]) -> NDArray[np.float64]:
+    found = np.empty_like(field)
+    height, width = field.shape
+    for y, x in np.ndindex(*field.shape):
+        window = field[max(0, y - 1) : min(height, y + 2), max(0, x - 1) : min(width, x + 2)]
+        found[y, x] = (window.sum() - field[y, x]) / (window.size - 1)
+    return found
+
+
+def by_definition(found: Overlap, index: int) -> dict[str, NDArray[np.float64]]:
+    """Every statistic of one image at every shift of the attack, the one observed first, by loops."""
+    importance, vulnerability, roi, roa = (
+        maps[index, 0].double().numpy()
+        for maps in (found.importance, found.vulnerability, found.roi, found.roa)
+    )
+    looked = (importance - importance.mean()) / importance.std()
+    lagged = neighbours_mean((vulnerability - vulnerability.mean()) / vulnerability.std())
+    rows: dict[str, list[float]] = {name: [] for name in TESTED}
+    for move in np.ndindex(*importance.shape):
+        moved_v, moved_roa, moved_lag = (np.roll(m, move, (0, 1)) for m in (vulnerability, roa, lagged))
+        common = (roi * moved_roa).sum()
+        rows["effect_in_roi"].append(moved_v[roi > 0].sum() / vulnerability.sum())
+        rows["jaccard"].append(common / (roi.sum() + roa.sum() - common))
+        rows["spearman"].append(float(spearmanr(importance.ravel(), moved_v.ravel()).statistic))
+        rows["moran_i"].append((looked * moved_lag).mean())
+    return {name: np.array(values) for name, values in rows.items()}
+
+
+@pytest.mark.parametrize("network", ["flat, grey, two classes, not square", "linear"])
+def test_scores_nulls_and_p_values_equal_loops_over_every_shift(network: str) -> None:
+    model, images = NETWORKS[network]()
+    found = overlap(model, attacked(model, images), keep=0.3)
+    for index in range(3):
+        row = found.scores.loc[index]
+        for name, values in by_definition(found, index).items():
+            observed = values[0]
+            assert row[name] == pytest.approx(observed, abs=1e-5)
+            assert row[f"{name}_null"] == pytest.approx(values.mean(), abs=1e-5)
+            low, high = np.quantile(values, [0.025, 0.975])
+            assert row[f"{name}_null_low"] == pytest.approx(low, abs=1e-5)
+            assert row[f"{name}_null_high"] == pytest.approx(high, abs=1e-5)
+            assert row[f"{name}_p"] == pytest.approx((values >= observed - 1e-9).mean(), abs=1e-6)
+        effects = by_definition(found, index)["effect_in_roi"]
+        assert row["effect_in_roi_p_less"] == pytest.approx((effects <= effects[0] + 1e-9).mean(), abs=1e-6)
+
+
+def test_plain_scores_equal_their_definitions() -> None:
+    weight = torch.zeros(3, 16, 20)
+    weight[:, 2:6, 3:8] = 1.0  # 20 sites
+    weight[:, 10:13, 12:15] = 0.8  # 9 sites
+    weight[:, 14, 1] = 0.6  # a fragment
+    model = LinearNetwork(weight).eval()
+    images = torch.full((1, 3, 16, 20), 0.5)
+    adversarial = images.clone()
+    adversarial[:, :, weight[0] > 0] -= 0.1
+    importance = torch.arange(320.0).flip(0).view(1, 1, 16, 20)  # the upper rows are looked at
+    zero = torch.zeros(1, dtype=torch.long)
+    found = overlap(model, Pairs(images, adversarial, zero, 1 - zero), keep=30 / 320, importance=importance)
+    assert torch.equal(found.roa[0, 0], weight[0] > 0)
+    row = found.scores.loc[0]
+    assert row["roa_components"] == 2
+    assert row["roa_largest_share"] == pytest.approx(20 / 30)
+    assert row["changed_share"] == pytest.approx(30 / 320)
+    inside = (weight[0] > 0) & found.roi[0, 0]
+    assert row["changed_in_roi"] == pytest.approx(int(inside.sum()) / 30)
+    assert row["margin_drop"] == pytest.approx(2 * 0.1 * float(weight.sum()), rel=1e-4)
+
+
+def test_identical_images_claim_nothing(any_model: Made) -> None:
+    model, images = any_model
+    labels = model(images).argmax(1)
+    found = overlap(model, Pairs(images, images.clone(), labels, labels))
+    assert not bool(found.vulnerability.any())
+    for name in TESTED:
+        for column in (name, f"{name}_p", f"{name}_null", f"{name}_null_low", f"{name}_null_high"):
+            assert found.scores[column].isna().all(), column
+    assert (found.scores["margin_drop"] == 0).all()
+    assert (found.scores["changed_share"] == 0).all()
+    assert found.scores["changed_in_roi"].isna().all()
+
+
+@pytest.mark.parametrize("level", [0.0, 0.1, -3.0])
+def test_constant_importance_claims_nothing(pooling: Made, level: float) -> None:
+    model, images = pooling
+    pairs = attacked(model, images)
+    importance = torch.rand(3, 1, 20, 20, generator=torch.Generator().manual_seed(0))
+    expected = overlap(model, pairs, importance=importance).scores
+    importance[1] = level
+    found = overlap(model, pairs, importance=importance).scores
+    for name in TESTED:
+        assert np.isnan(found.loc[1, [name, f"{name}_p"]].to_numpy(float)).all(), name
+        assert not expected[[name, f"{name}_p"]].isna().to_numpy().any(), name
+        pd.testing.assert_series_equal(found.loc[[0, 2], name], expected.loc[[0, 2], name])
+
+
+def test_a_margin_that_grew_was_lost_nowhere(pooling: Made) -> None:
+    model, images = pooling
+    pairs = attacked(model, images)
+    back = Pairs(pairs.adversarial, pairs.clean, pairs.labels, second_best_where_failed(model, pairs))
+    found = overlap(model, back).scores
+    assert (found["margin_drop"] < 0).all()
+    assert found[["effect_in_roi", "effect_in_roi_p", "effect_in_roi_p_less"]].isna().to_numpy().all()
+
+
+def test_a_failed_untargeted_attack_is_explained_against_the_runner_up() -> None:
+    model, images = NETWORKS["linear"]()
+    labels = model(images).argmax(1)
+    failed = pgd(model, images, labels, budget=Linf(1e-4))
+    assert torch.equal(failed.targets, labels)
+    found = overlap(model, failed)
+    rivals = model(failed.adversarial).argsort(1, descending=True)[:, 1]
+    np.testing.assert_allclose(found.scores["margin_drop"], margins(model, failed, labels, rivals), rtol=1e-2)
+    expected = margin_drop(model, images, failed.adversarial, labels, rivals).sites
+    torch.testing.assert_close(found.vulnerability, expected, rtol=0.05, atol=1e-6)
+
+
+def test_a_mixed_batch_keeps_each_images_own_target() -> None:
+    model, images = NETWORKS["linear"]()
+    labels = model(images).argmax(1)
+    mixed = Pairs(
+        images, 1 - images, labels, torch.stack([labels[0], (labels[1] + 1) % 3, (labels[2] + 2) % 3])
+    )
+    rivals = second_best_where_failed(model, mixed)
+    assert rivals[1:].tolist() == mixed.targets[1:].tolist()
+    np.testing.assert_allclose(
+        overlap(model, mixed).scores["margin_drop"], margins(model, mixed, labels, rivals), rtol=1e-3
+    )
+
+
+def test_results_are_deterministic_and_no_row_depends_on_another(any_model: Made) -> None:
+    model, images = any_model
+    pairs = attacked(model, images)
+    found = overlap(model, pairs, seed=0)
+    pd.testing.assert_frame_equal(overlap(model, pairs, seed=7).scores, found.scores)
+    for index in (2, 0, 1):
+        one = slice(index, index + 1)
+        alone = overlap(
+            model, Pairs(pairs.clean[one], pairs.adversarial[one], pairs.labels[one], pairs.targets[one])
+        )
+        torch.testing.assert_close(alone.vulnerability, found.vulnerability[one], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(alone.importance, found.importance[one], rtol=1e-3, atol=1e-5)
+        for name in TESTED:
+            assert alone.scores.loc[0, name] == pytest.approx(found.scores.loc[index, name], abs=0.02)
+
+
+def test_importance_by_gradient_is_its_norm_over_channels(any_model: Made) -> None:
+    model, images = any_model
+    pairs = attacked(model, images)
+    found = overlap(model, pairs, importance="gradient").importance
+    for index in range(3):
+        image = images[index : index + 1].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(image)[0, pairs.labels[index]], image)
+        torch.testing.assert_close(
+            found[index], gradient[0].square().sum(0, keepdim=True).sqrt(), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_importance_by_default_is_the_registered_class_activation_of_the_label(any_model: Made) -> None:
+    model, images = any_model
+    pairs = attacked(model, images)
+    expected = class_activation(model, images, pairs.labels, registration="effective")
+    torch.testing.assert_close(overlap(model, pairs).importance, expected)
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.MaxPool2d(3, 2, 1)], ids=repr)
+def test_networks_with_pooling_layers_are_explained(pool: nn.Module) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 4, 3, 1, 1), nn.ReLU(), pool, nn.Conv2d(4, 4, 3, 1, 1), nn.ReLU(), pool, nn.Flatten()
+        )
+        model = model.append(nn.LazyLinear(3)).eval()
+        images = torch.rand(2, 1, 16, 16)
+        model(images)
+    found = overlap(model, attacked(model, images))
+    assert bool(found.importance.flatten(1).any(1).all())
+    assert found.scores[[f"{name}_p" for name in TESTED]].notna().to_numpy().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": -0.1}, "keep is -0.1; accepted is a share"),
+        ({"keep": 1.1}, "keep is 1.1; accepted is a share"),
+        ({"importance": "camm"}, r"importance is 'camm'; did you mean cam\?"),
+        ({"importance": torch.rand(3, 20, 20)}, r"importance has shape .*accepted is \(3, 1, 20, 20\)"),
+        ({"importance": torch.rand(3, 3, 20, 20)}, r"importance has shape .*accepted is \(3, 1, 20, 20\)"),
+        ({"importance": torch.full((3, 1, 20, 20), torch.nan)}, "holds NaN or infinity"),
+        ({"pairs": (torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4))}, "pairs is a tuple; accepted are Pairs"),
+        ({"model": "resnet18"}, "model is a str; accepted is a torch.nn.Module"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(pooling: Made, options: dict[str, Any], message: str) -> None:
+    model, images = pooling
+    arguments = {"model": model, "pairs": attacked(model, images), **options}
+    with untouched(model), pytest.raises(ValueError, match=message):
+        overlap(**arguments)
+
+
+@pytest.mark.parametrize("name", ["labels", "targets"])
+def test_classes_the_model_has_not_are_refused_by_name(pooling: Made, name: str) -> None:
+    model, images = pooling
+    classes = {"labels": torch.tensor([0, 1, 2]), "targets": torch.tensor([1, 2, 3])}
+    classes[name] = torch.tensor([0, 1, 9])
+    with pytest.raises(ValueError, match=r"(labels|targets|rivals|classes) holds class 9"):
+        overlap(model, Pairs(images, 1 - images, **classes))
+
+
+@pytest.mark.parametrize("importance", ["cam", "gradient"])
+def test_model_and_pairs_are_left_alone_even_on_failure(
+    any_model: Made, importance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images = any_model
+    pairs = attacked(model, images)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    with untouched(model, pairs.clean, pairs.adversarial, pairs.labels, pairs.targets):
+        overlap(model, pairs, importance=importance)
+
+    def failing(*_: Any) -> Tensor:
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setattr(type(model), "forward", failing_after(2, type(model).forward, failing))
+    with untouched(model, pairs.clean), pytest.raises(RuntimeError, match="out of memory, say"):
+        overlap(model, pairs, importance=importance)
+
+
+def failing_after(allowed: int, first: Callable[..., Any], then: Callable[..., Any]) -> Callable[..., Any]:
+    left = [first] * allowed
+
+    def forward(*arguments: Any) -> Any:
+        return (left.pop() if left else then)(*arguments)
+
+    return forward

@@ -1,0 +1,487 @@
+"""Classifiers: any network's logits, normalised as said, evaluated without leaving a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.conftest import Made, PoolingNetwork, untouched
+from weakspot.checks import ImageWarning, ModelWarning
+from weakspot.classifier import (
+    Classifier,
+    as_classifier,
+    check_images,
+    evaluating,
+    logits_of,
+    margin,
+    predict,
+    runner_up,
+)
+
+
+class Returning(nn.Module):
+    """A linear network that returns its logits in a shape of its own."""
+
+    def __init__(self, form: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 4)
+        self.form = form
+
+    def forward(self, images: Tensor) -> Any:
+        return self.form(self.head(images.flatten(1)))
+
+
+class Drawing(nn.Module):
+    """Draws random numbers whenever it is called, as stochastic depth or a randomised defence does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 4)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.dropout(self.head(images.flatten(1)))
+        return logits + 0.1 * torch.randn_like(logits)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+
+
+# ---------------------------------------------------------------- normalisation
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ([0.5, 0.4, 0.3], [0.2, 0.3, 0.25]),
+        ([0.5], [0.2, 0.3, 0.25]),
+        ([0.5, 0.4, 0.3], [0.2]),
+        ([0.5], [0.25]),
+        ([0.0], [1.0]),
+        ([0.0], [1 / 255]),
+    ],
+)
+def test_the_network_sees_images_less_mean_by_std(
+    images: Tensor, mean: Sequence[float], std: Sequence[float]
+) -> None:
+    linear = nn.Linear(12, 4)
+    logits = Classifier.wrap(nn.Sequential(nn.Flatten(), linear).eval(), mean=mean, std=std)(images)
+    by_hand = images.double().clone()
+    for channel in range(3):
+        by_hand[:, channel] -= mean[channel % len(mean)]
+        by_hand[:, channel] /= std[channel % len(std)]
+    expected = by_hand.flatten(1) @ linear.weight.double().T + linear.bias.double()
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_mean_and_std_the_network_sees_the_images_themselves(any_model: Made) -> None:
+    model, images = any_model
+    assert torch.equal(Classifier.wrap(model)(images), model(images))
+
+
+def test_the_network_is_used_as_it_is(any_model: Made) -> None:
+    model, images = any_model
+    with untouched(model, images):
+        classifier = Classifier.wrap(model, mean=[0.5], std=[0.5], class_names=["a", "b"])
+        classifier(images)
+    assert classifier.network is model
+    assert as_classifier(classifier) is classifier
+
+
+def test_a_double_precision_network_is_given_doubles(images: Tensor) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).double().eval()
+    logits = Classifier.wrap(network, mean=[0.1, 0.2, 0.3], std=[0.7])(images)
+    mean = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64).view(3, 1, 1)
+    torch.testing.assert_close(logits, network((images.double() - mean) / 0.7), rtol=1e-12, atol=1e-12)
+
+
+def test_images_with_other_channels_than_the_normalisation_are_refused(images: Tensor) -> None:
+    classifier = Classifier.wrap(Returning(lambda logits: logits), mean=[0.1, 0.2, 0.3], std=[1.0])
+    with pytest.raises(ValueError, match="images have 1 channels; Returning is normalised for 3"):
+        classifier(images[:, :1])
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        ([0.1, 0.2], [1.0, 1.0, 1.0], "mean has 2 and std 3"),
+        ([], [1.0], "mean has 0"),
+        ([0.0], [], "std 0"),
+        ([0.0], [0.0], "^std is"),
+        ([0.0], [0.5, -0.5, 0.5], "^std is"),
+        ([0.0], [float("nan")], "^std is"),
+        ([0.0], [float("inf")], "^std is"),
+        ([123.7, 116.3, 103.5], [1.0], "^mean is .*divide 255ths by 255"),
+        ([float("nan")], [1.0], "^mean is"),
+        (0.5, [1.0], "^mean is"),
+        ([0.5], 0.25, "^std is"),
+    ],
+)
+def test_a_wrong_mean_or_std_is_refused_by_name(mean: Any, std: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Classifier.wrap(nn.Linear(2, 2), mean=mean, std=std)
+
+
+@pytest.mark.parametrize("module", [None, "model", lambda images: images, PoolingNetwork, {"a": 1}])
+def test_what_is_no_module_is_refused(module: Any) -> None:
+    with pytest.raises(ValueError, match=r"^model is a \w+; accepted is a torch\.nn\.Module"):
+        Classifier.wrap(module)
+    with pytest.raises(ValueError, match=r"^model is a \w+; accepted"), evaluating(module):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("network", "mean", "channels"),
+    [
+        (PoolingNetwork(1), [0.5], 1),
+        (PoolingNetwork(3), [0.5], 3),
+        (PoolingNetwork(3), [0.5, 0.5, 0.5], 3),
+        (nn.Linear(3, 2), [0.5], 3),
+    ],
+)
+def test_pictures_have_as_many_channels_as_the_network_takes(
+    network: nn.Module, mean: list[float], channels: int
+) -> None:
+    assert Classifier.wrap(network, mean=mean).channels == channels
+
+
+@pytest.mark.parametrize(("index", "name"), [(0, "cat"), (1, "dog"), (2, "class 2"), (-1, "class -1")])
+def test_a_class_without_a_name_is_called_by_its_number(index: int, name: str) -> None:
+    assert Classifier.wrap(nn.Linear(2, 3), class_names=["cat", "dog"]).class_name(index) == name
+    assert Classifier.wrap(nn.Linear(2, 3)).class_name(index) == f"class {index}"
+
+
+# ---------------------------------------------------------------- what networks return
+
+FORMS: dict[str, Callable[[Tensor], Any]] = {
+    "a tensor": lambda logits: logits,
+    "a tuple": lambda logits: (logits, logits.mean()),
+    "a tuple, features last": lambda logits: (logits, torch.zeros(len(logits), 64, 2, 2)),
+    "a list": lambda logits: [logits],
+    "a tuple in a list": lambda logits: [(logits,)],
+    "a mapping with logits": lambda logits: {"features": torch.zeros(len(logits), 9), "logits": logits},
+    "a mapping with out": lambda logits: {"aux": -logits, "out": logits},
+    "a mapping with any name": lambda logits: {"loss": torch.zeros(()), "scores": logits},
+    "an object": lambda logits: SimpleNamespace(hidden=torch.zeros(len(logits), 9), logits=logits),
+    "one-pixel maps": lambda logits: logits[:, :, None, None],
+    "an object with one-pixel maps": lambda logits: SimpleNamespace(logits=logits[:, :, None, None]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_logits_are_found_in_whatever_a_network_returns(
+    images: Tensor, form: Callable[[Tensor], Any]
+) -> None:
+    network = Returning(form).eval()
+    assert torch.equal(Classifier.wrap(network)(images), network.head(images.flatten(1)))
+
+
+NO_LOGITS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "one score": (lambda logits: logits[:, :1], r"tensor of shape \(5, 1\)"),
+    "a vector": (lambda logits: logits[:, 0], r"tensor of shape \(5,\)"),
+    "a number": (lambda logits: logits.sum(), r"tensor of shape \(\)"),
+    "maps": (lambda logits: logits[:, :, None, None].expand(-1, -1, 7, 7), r"shape \(5, 4, 7, 7\)"),
+    "a sequence": (lambda logits: logits[:, None].expand(-1, 3, -1), r"shape \(5, 3, 4\)"),
+    "nothing": (lambda logits: None, "a NoneType"),
+    "an empty tuple": (lambda logits: (), "a tuple"),
+    "a tuple of scores": (lambda logits: (logits[:, 0], logits[:, :1]), "a tuple"),
+    "an empty mapping": (lambda logits: {}, "a dict"),
+    "a name": (lambda logits: "cat", "a str"),
+    "an object without": (lambda logits: SimpleNamespace(scores=logits), "a SimpleNamespace"),
+}
+
+
+@pytest.mark.parametrize(("form", "what"), NO_LOGITS.values(), ids=NO_LOGITS)
+def test_what_holds_no_logits_is_refused_with_what_it_is(
+    images: Tensor, form: Callable[[Tensor], Any], what: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"the network returned .*{what}; accepted are logits"):
+        Classifier.wrap(Returning(form))(images)
+
+
+def test_logits_keep_their_gradient(images: Tensor) -> None:
+    asked = images.clone().requires_grad_()
+    logits_of({"logits": (asked * 2,)[0].flatten(1)}).sum().backward()
+    assert asked.grad is not None
+    assert torch.equal(asked.grad, torch.full_like(images, 2))
+
+
+# ---------------------------------------------------------------- evaluating
+
+
+def evaluated(model: nn.Module, images: Tensor) -> Tensor:
+    """What the model returns inside evaluating, where every part of it must be in eval mode."""
+    with evaluating(model) as classifier:
+        assert not any(module.training for module in classifier.modules())
+        logits: Tensor = classifier(images)
+        return logits
+
+
+def test_a_module_left_in_train_mode_is_told_and_comes_back_as_it_was(pooling: Made) -> None:
+    model, images = pooling
+    assert isinstance(model, PoolingNetwork)
+    expected = model(images)
+    model.train()
+    model.branch.eval()
+    with untouched(model, images), pytest.warns(ModelWarning, match="PoolingNetwork was left in train mode"):
+        logits = evaluated(model, images)
+    torch.testing.assert_close(logits, expected)
+    assert model.training
+    assert model.stem.training
+    assert not model.branch.training
+
+
+def test_an_evaluated_model_with_one_part_in_train_mode_is_evaluated_whole(pooling: Made) -> None:
+    model, images = pooling
+    assert isinstance(model, PoolingNetwork)
+    expected = model(images)
+    model.stem.train()
+    with untouched(model, images):
+        torch.testing.assert_close(evaluated(model, images), expected)
+    assert model.stem[1].training
+
+
+def test_a_model_in_eval_mode_is_not_told_off(any_model: Made) -> None:
+    model, images = any_model  # a ModelWarning would be an error here
+    with untouched(model, images), evaluating(model) as classifier:
+        classifier(images)
+
+
+@pytest.mark.filterwarnings("ignore::weakspot.checks.ModelWarning")
+@pytest.mark.parametrize("training", [True, False])
+def test_everything_comes_back_when_the_body_raises(pooling: Made, training: bool) -> None:
+    model, images = pooling
+    model.train(training)
+    next(model.children()).train(not training)
+
+    def body() -> None:
+        with evaluating(model) as classifier:
+            torch.rand(3)
+            classifier(images)
+            raise KeyError("the body")
+
+    with untouched(model, images), pytest.raises(KeyError, match="the body"):
+        body()
+
+
+class KeepsItsMode(nn.Sequential):
+    """Refuses .train() and .eval(), as exported modules do."""
+
+    def train(self, mode: bool = True) -> KeepsItsMode:
+        raise NotImplementedError
+
+
+def test_a_module_that_refuses_eval_is_evaluated_all_the_same(images: Tensor) -> None:
+    model = KeepsItsMode(nn.Flatten(), nn.Dropout(0.5), nn.Linear(12, 4))
+    with pytest.warns(ModelWarning):
+        assert torch.equal(evaluated(model, images), model[2](images.flatten(1)))
+    assert all(module.training for module in model.modules())
+
+
+SWITCHES: dict[str, Callable[[], Any]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "neither": torch.enable_grad,
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
+def test_gradients_are_on_inside_and_the_switches_come_back(
+    any_model: Made, switch: Callable[[], Any]
+) -> None:
+    model, images = any_model
+    leaf = images.clone().requires_grad_()
+    expected = torch.autograd.grad(model(leaf)[:, 0].sum(), leaf)[0]
+    with switch():
+        before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        with evaluating(model) as classifier:
+            inside = images.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(classifier(inside)[:, 0].sum(), inside)
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_random_numbers_drawn_inside_do_not_change_those_drawn_after(images: Tensor) -> None:
+    model = Drawing()
+    torch.manual_seed(7)
+    expected = torch.rand(4)
+    torch.manual_seed(7)
+    with pytest.warns(ModelWarning):
+        drawn = evaluated(model, images)
+    assert not torch.equal(drawn, model.head(images.flatten(1)))
+    assert torch.equal(torch.rand(4), expected)
+
+
+# ---------------------------------------------------------------- images at the door
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.1, 0.5), (0.0, 1.1), (-2.1, 2.6), (0.0, 255.0)])
+def test_images_outside_the_unit_range_are_told_and_cut(images: Tensor, low: float, high: float) -> None:
+    stretched = low + images * (high - low) / images.max()
+    stretched[0, 0, 0, 0] = low
+    with pytest.warns(ImageWarning, match=r"^images span .* mean=\.\.\., std=\.\.\."):
+        checked = check_images(stretched, Classifier.wrap(nn.Linear(2, 2)))
+    assert torch.equal(checked, stretched.clamp(0, 1))
+
+
+@pytest.mark.parametrize(("low", "high"), [(-3e-8, 1.0), (0.0, 1 + 1.2e-7), (0.0, 1.0)])
+def test_rounding_is_not_told_and_still_cut(images: Tensor, low: float, high: float) -> None:
+    images[0, 0, 0, 0], images[0, 0, 0, 1] = low, high
+    checked = check_images(images, Classifier.wrap(nn.Linear(2, 2)))  # an ImageWarning would be an error
+    assert torch.equal(checked, images.clamp(0, 1))
+
+
+def test_checked_images_are_never_the_callers_own(images: Tensor) -> None:
+    before = images.clone()
+    check_images(images, Classifier.wrap(nn.Linear(2, 2))).zero_()
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda images: images.index_fill(0, torch.tensor([3]), torch.nan), r"^images\[3\] holds NaN"),
+        (
+            lambda images: images.index_fill(0, torch.tensor([4]), -torch.inf),
+            r"^images\[4\] holds NaN or infinity",
+        ),
+        (lambda images: (images * 255).byte(), r"^images has dtype torch\.uint8; .*divide bytes by 255"),
+        (lambda images: images > 0.5, r"^images has dtype torch\.bool"),
+        (lambda images: images[0], r"^images has shape \(3, 2, 2\).*images\[None\]"),
+        (lambda images: images[None], r"^images has shape \(1, 5, 3, 2, 2\)"),
+        (lambda images: images[:0], r"^images has shape \(0, 3, 2, 2\), which holds no pixels"),
+        (lambda images: images[..., :0], "which holds no pixels"),
+        (lambda images: images.numpy(), "^images is a ndarray; accepted is a float tensor"),
+        (list, "^images is a list"),
+        (lambda images: None, "^images is a NoneType"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_refused_with_what_it_is(
+    images: Tensor, spoil: Callable[[Tensor], Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_images(spoil(images), Classifier.wrap(nn.Linear(2, 2)))
+
+
+# ---------------------------------------------------------------- predicting
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100, None])
+def test_logits_do_not_depend_on_the_batch_size(any_model: Made, batch_size: int | None) -> None:
+    model, images = any_model
+    with untouched(model, images), evaluating(model) as classifier:
+        logits = predict(classifier, images, batch_size)
+    assert not logits.requires_grad
+    torch.testing.assert_close(logits, model(images).detach())
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda logits: logits.softmax(1),
+        lambda logits: F.one_hot(logits.argmax(1), 4).float(),
+        lambda logits: (logits.softmax(1), logits),
+    ],
+)
+def test_a_model_that_returns_probabilities_is_told(images: Tensor, broken: Callable[[Tensor], Any]) -> None:
+    classifier = Classifier(Returning(broken), name="softened")
+    with pytest.warns(
+        ModelWarning, match=r"^softened returns rows that are probabilities.*before the softmax"
+    ):
+        predict(classifier, images)
+
+
+@pytest.mark.parametrize(
+    "sound",
+    [
+        lambda logits: logits,
+        lambda logits: logits.log_softmax(1),
+        lambda logits: logits.abs(),
+        lambda logits: logits.sigmoid(),
+        lambda logits: logits - logits.mean(1, keepdim=True) + 0.25,  # sums to one, but with negative values
+    ],
+)
+def test_a_model_that_returns_logits_is_not_told_off(
+    images: Tensor, sound: Callable[[Tensor], Tensor]
+) -> None:
+    network = Returning(sound)
+    logits = predict(Classifier.wrap(network), images)  # a ModelWarning would be an error here
+    assert torch.equal(logits, sound(network.head(images.flatten(1))))
+
+
+class NegativeRoots(nn.Module):
+    """NaN wherever a pixel is black."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.flatten(1) - 0.05).sqrt()
+
+
+@pytest.mark.parametrize("bad", [0, 3, 4])
+def test_logits_that_are_nan_are_refused_with_the_image(images: Tensor, bad: int) -> None:
+    classifier = Classifier.wrap(NegativeRoots())
+    images = images.clamp_min(0.1)
+    assert bool(predict(classifier, images, batch_size=2).isfinite().all())
+    images[bad, 0, 0, 0] = 0
+    with pytest.raises(ValueError, match=f"NegativeRoots returned NaN for image {bad}; check its weights"):
+        predict(classifier, images, batch_size=2)
+
+
+# ---------------------------------------------------------------- margins
+
+
+@st.composite
+def scored(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Logits (N, K), ties among them, and a label for each row."""
+    count, classes = draw(st.integers(1, 4)), draw(st.integers(2, 6))
+    rows = st.lists(st.integers(-3, 3), min_size=classes, max_size=classes)
+    logits = torch.tensor(draw(st.lists(rows, min_size=count, max_size=count)), dtype=torch.float32)
+    labels = draw(st.lists(st.integers(0, classes - 1), min_size=count, max_size=count))
+    return logits, torch.tensor(labels)
+
+
+@given(scored())
+def test_the_margin_is_the_labels_lead_over_the_best_other_class(case: tuple[Tensor, Tensor]) -> None:
+    logits, labels = case
+    best, classes = runner_up(logits, labels)
+    for row, label, value, rival, lead in zip(
+        logits.tolist(),
+        labels.tolist(),
+        best.tolist(),
+        classes.tolist(),
+        margin(logits, labels).tolist(),
+        strict=True,
+    ):
+        others = [score for index, score in enumerate(row) if index != label]
+        assert value == max(others)
+        assert rival != label
+        assert row[rival] == value
+        assert lead == row[label] - max(others)
+
+
+@given(scored(), st.integers(0, 5))
+def test_the_margin_over_a_named_rival_is_the_difference_of_two_logits(
+    case: tuple[Tensor, Tensor], shift: int
+) -> None:
+    logits, labels = case
+    rivals = (labels + shift) % logits.shape[1]
+    expected = [row[label] - row[rival] for row, label, rival in zip(logits, labels, rivals, strict=True)]
+    assert torch.equal(margin(logits, labels, rivals), torch.stack(expected))
+
+
+@given(scored())
+def test_a_negative_margin_is_another_class_predicted(case: tuple[Tensor, Tensor]) -> None:
+    logits, labels = case
+    lead = margin(logits, labels)
+    predicted = logits.argmax(1)
+    assert bool((predicted[lead < 0] != labels[lead < 0]).all())
+    assert bool((predicted[lead > 0] == labels[lead > 0]).all())
