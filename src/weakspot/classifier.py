@@ -25,6 +25,8 @@ class Classifier(nn.Module):
         input_size: (height, width) that pictures are brought to.
         channels: 1 for grey images, 3 for colour.
         class_names: one name per class, or empty where none are known.
+        fixed_batch: the one batch size the network can take, or None. `forward` takes any all the same, but who
+            looks inside the network must give it that many images.
     """
 
     mean: Tensor
@@ -51,6 +53,7 @@ class Classifier(nn.Module):
         self.input_size = input_size or (224, 224)
         self.channels = _image_channels(network, max(len(mean), len(std)))
         self.class_names = tuple(class_names or ())
+        self.fixed_batch: int | None = getattr(network, "fixed_batch", None)
         self.training = network.training
 
     @staticmethod
@@ -91,6 +94,11 @@ class Classifier(nn.Module):
                 f"images have {images.shape[1]} channels; {self.name} is normalised for {self.mean.shape[1]}"
             )
         return logits_of(self.network((images.to(self.mean) - self.mean) / self.std))
+
+    def filled(self, images: Tensor) -> Tensor:
+        """The images, the last one repeated until the network's own batch size divides their number."""
+        missing = -len(images) % (self.fixed_batch or 1)
+        return torch.cat([images, images[-1:].expand(missing, *images.shape[1:])]) if missing else images
 
     def class_name(self, index: int) -> str:
         """The class's name, or its number where no names are known."""

@@ -344,6 +344,17 @@ def test_equal_images_get_equal_starts_and_restarts_differ(pooling: Made) -> Non
     assert not torch.equal(first, images[[0, 0]])
 
 
+@pytest.mark.parametrize("budget", [Linf(0.1), L2(0.7)], ids=str)
+def test_random_starts_are_drawn_in_the_region_and_not_cut_down_to_it(pooling: Made, budget: Budget) -> None:
+    network, images = pooling
+    images = 0.3 + 0.4 * images
+    model, region = Watched(network).eval(), torch.zeros(3, 1, 20, 20, dtype=torch.bool)
+    region[..., 4:8, 9:13] = True
+    pgd(model, images, predicted(network, images), budget=budget, region=region, steps=1, restarts=2)
+    sizes = budget.size(model.seen[2] - images, images)
+    assert bool((sizes > 0.4 * limit(budget)).all())
+
+
 @pytest.mark.parametrize("budget", [Linf(0.15), L2(1.0)], ids=str)
 @pytest.mark.parametrize("restarts", [1, 3])
 def test_the_best_of_all_iterates_is_returned(budget: Budget, restarts: int) -> None:

@@ -316,6 +316,7 @@ class TwoPaths(nn.Module):
         self.red, self.green = nn.Conv2d(1, 2, 3), nn.Conv2d(1, 2, 3)
         for convolution in (self.red, self.green):
             nn.init.constant_(convolution.weight, 0.2)
+            nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor) -> Tensor:
         red = F.relu(self.red(images[:, :1])).mean((1, 2, 3))

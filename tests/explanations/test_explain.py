@@ -52,7 +52,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
 
     def installed(**functions: Callable[..., Any]) -> None:
         def entry_points(*, group: str, name: str | None = None) -> Sequence[Any]:
-            own = metadata.entry_points(group=group, **({} if name is None else {"name": name}))
+            own = [entry for entry in metadata.entry_points(group=group) if name in {None, entry.name}]
             third = [Entry(key, function) for key, function in functions.items() if name in {None, key}]
             return [*own, *third]
 

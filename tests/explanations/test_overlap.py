@@ -271,22 +271,23 @@ def test_scores_nulls_and_p_values_equal_loops_over_every_shift(network: str) ->
 def test_plain_scores_equal_their_definitions() -> None:
     weight = torch.zeros(3, 16, 20)
     weight[:, 2:6, 3:8] = 1.0  # 20 sites
-    weight[:, 10:13, 12:15] = 0.8  # 9 sites
-    weight[:, 14, 1] = 0.6  # a fragment
+    weight[:, 6:9, 8:11] = 0.9  # 9 sites that touch those by a corner
+    weight[:, 11:14, 15:18] = 0.8  # 9 sites by themselves
+    weight[:, 14, 1] = 0.7  # a fragment
     model = LinearNetwork(weight).eval()
     images = torch.full((1, 3, 16, 20), 0.5)
     adversarial = images.clone()
     adversarial[:, :, weight[0] > 0] -= 0.1
     importance = torch.arange(320.0).flip(0).view(1, 1, 16, 20)  # the upper rows are looked at
     zero = torch.zeros(1, dtype=torch.long)
-    found = overlap(model, Pairs(images, adversarial, zero, 1 - zero), keep=30 / 320, importance=importance)
+    found = overlap(model, Pairs(images, adversarial, zero, 1 - zero), keep=39 / 320, importance=importance)
     assert torch.equal(found.roa[0, 0], weight[0] > 0)
     row = found.scores.loc[0]
     assert row["roa_components"] == 2
-    assert row["roa_largest_share"] == pytest.approx(20 / 30)
-    assert row["changed_share"] == pytest.approx(30 / 320)
+    assert row["roa_largest_share"] == pytest.approx(29 / 39)
+    assert row["changed_share"] == pytest.approx(39 / 320)
     inside = (weight[0] > 0) & found.roi[0, 0]
-    assert row["changed_in_roi"] == pytest.approx(int(inside.sum()) / 30)
+    assert row["changed_in_roi"] == pytest.approx(int(inside.sum()) / 39)
     assert row["margin_drop"] == pytest.approx(2 * 0.1 * float(weight.sum()), rel=1e-4)
 
 
@@ -336,6 +337,21 @@ def test_a_failed_untargeted_attack_is_explained_against_the_runner_up() -> None
     np.testing.assert_allclose(found.scores["margin_drop"], margins(model, failed, labels, rivals), rtol=1e-2)
     expected = margin_drop(model, images, failed.adversarial, labels, rivals).sites
     torch.testing.assert_close(found.vulnerability, expected, rtol=0.05, atol=1e-6)
+
+
+def test_the_runner_up_is_what_the_adversarial_image_came_closest_to() -> None:
+    head = nn.Linear(3 * 4 * 4, 3)
+    head.weight.data = torch.stack([torch.zeros(48), torch.zeros(48), torch.full((48,), 1 / 48)])
+    head.bias.data = torch.tensor([3.0, 1.0, 0.4])
+    model = nn.Sequential(nn.Flatten(), head).eval()
+    images = torch.full((1, 3, 4, 4), 0.2)
+    assert model(images).argsort(1).tolist() == [[2, 1, 0]]
+    brighter = torch.full_like(images, 0.9)
+    assert model(brighter).argsort(1).tolist() == [[1, 2, 0]]
+    zero = torch.zeros(1, dtype=torch.long)
+    assert overlap(model, Pairs(images, brighter, zero, zero)).scores.loc[0, "margin_drop"] == pytest.approx(
+        0.7
+    )
 
 
 def test_a_mixed_batch_keeps_each_images_own_target() -> None:

@@ -14,7 +14,6 @@ from weakspot.checks import ModelWarning
 from weakspot.pairs import AttackResult
 
 DEFAULT_BUDGET = Linf(4 / 255)
-PATH_LENGTH = 2.5  # of all steps together, in budgets, as Madry et al. 2018 (arXiv 1706.06083) set it
 
 
 def fgsm(
@@ -59,7 +58,8 @@ def pgd(
 
     The margin z_label - max other z (targeted: max other z - z_target) is driven down; its gradient does not
     fade where the network is certain. Of all iterates, the last included, the one with the lowest margin is
-    kept. Region and budget hold inside the search: the gradient is masked before it is normalised, the start is
+    kept. Steps shrink: large ones reach the budget's far side from any start, small ones settle there (a fixed
+    2.5 / steps leaves more images robust; see `benchmarks/steps.py`). Region and budget hold inside the search: the gradient is masked before it is normalised, the start is
     drawn in the region, and pixels outside it come back bit for bit. Each image draws from a generator of its
     own, seeded by `seed` and its content, so its result depends on no other image.
 
@@ -70,7 +70,7 @@ def pgd(
         budget: how much may change.
         region: bool (N, 1, H, W) of the sites that may change; all of them where not given.
         targets: (N,) classes to reach; leaving the label is enough where not given.
-        steps: gradient steps per restart, each 2.5 / steps of the budget.
+        steps: gradient steps per restart, from the whole budget down to 1 / steps of it in equal parts.
         restarts: random starts; each image keeps its best.
         seed: of the random starts.
         batch_size: images at once; bounds memory and changes no result.
@@ -101,7 +101,7 @@ def pgd(
         for number, part in enumerate(parts):
             best, lowest = part.clean, torch.full_like(part.labels, torch.inf, dtype=part.clean.dtype)
             for restart in range(restarts):
-                start = _random_start(part, budget, seed, restart)
+                start = random_start(part, budget, seed, restart)
                 for step, (point, margins) in enumerate(_descend(part, budget, start, steps)):
                     better = margins < lowest
                     best = torch.where(better[:, None, None, None], point, best)
@@ -113,7 +113,7 @@ def pgd(
         return problem.result(torch.cat(found), **cost)
 
 
-def _random_start(problem: Problem, budget: Budget, seed: int, restart: int) -> Tensor:
+def random_start(problem: Problem, budget: Budget, seed: int, restart: int) -> Tensor:
     """A perturbation drawn inside region and budget: uniform in the cube for Linf, within the ball for others."""
     gaussian, uniform = problem.noise(seed, restart)
     still = torch.zeros_like(problem.clean)
@@ -131,7 +131,7 @@ def _descend(problem: Problem, budget: Budget, start: Tensor, steps: int) -> Ite
             _warn_of_zero_gradients(problem, direction)
         yield point, margins
         ascent = budget.ascend(direction, perturbation, problem.clean)
-        perturbation = budget.project(perturbation + PATH_LENGTH / steps * ascent, problem.clean)
+        perturbation = budget.project(perturbation + (1 - step / steps) * ascent, problem.clean)
     point = problem.apply(perturbation)
     with torch.no_grad():
         yield point, problem.margins(problem.classifier(point))

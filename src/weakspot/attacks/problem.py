@@ -125,10 +125,11 @@ def attacking(
         clean = check_images(images, classifier)
         count, device = len(clean), clean.device
         check_classes(labels, count)
-        labels = labels.to(device, torch.long)
+        # Copies: tensors made in inference mode cannot take part in gradients.
+        labels = labels.to(device, torch.long, copy=True)
         if targets is not None:
             check_classes(targets, count, name="targets")
-            targets = targets.to(device, torch.long)
+            targets = targets.to(device, torch.long, copy=True)
             if bool((targets == labels).any()):
                 same = int((targets == labels).nonzero()[0])
                 raise ValueError(
@@ -139,5 +140,5 @@ def attacking(
         check_region(region, clean)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; accepted is a whole number of at least 1")
-        region = region.to(device).expand(count, -1, -1, -1)
+        region = region.to(device, copy=True).expand(count, -1, -1, -1)
         yield Problem(classifier, clean, labels, targets, region, batch_size or default_batch(clean))

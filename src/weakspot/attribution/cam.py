@@ -47,7 +47,7 @@ def class_activation(
     with evaluating(model) as classifier:
         images = check_images(images, classifier)
         check_classes(classes, len(images), name="classes")
-        every = classes.to(images.device, torch.long)[:, None]
+        every = classes.to(images.device, torch.long, copy=True)[:, None]
         return class_activations(classifier, images, every, layer=layer, registration=registration)
 
 
@@ -74,15 +74,38 @@ def class_activations(
     if registration not in REGISTRATIONS:
         raise ValueError(f"registration is {registration!r}; accepted are {' and '.join(REGISTRATIONS)}")
     found = find_layer(classifier, images[:1], layer)
-    if found is None:
-        batches = _batches(images, classes)
+    maps = _placed(classifier, found, images, classes, registration)
+    if layer is None and found is not None:
+        _repair(classifier, found, images, classes, registration, maps)
+    return maps
+
+
+def _placed(
+    classifier: Classifier, layer: Layer | None, images: Tensor, classes: Tensor, registration: str
+) -> Tensor:
+    """(N, M, H, W) evidence at the layer, laid over the images; gradient times image without a layer."""
+    if layer is None:
+        batches = _batches(classifier, images, classes)
         return torch.cat([(_gradients(classifier, x, wanted) * x[:, None]).sum(2) for x, wanted in batches])
-    grid = _grid(classifier, images[:1], found, registration)
-    maps = [
-        place(_evidence(classifier, found, batch, wanted), (images.shape[2], images.shape[3]), grid)
-        for batch, wanted in _batches(images, classes)
-    ]
-    return torch.cat(maps)
+    grid = _grid(classifier, images[:1], layer, registration)
+    size = (images.shape[2], images.shape[3])
+    batches = _batches(classifier, images, classes)
+    return torch.cat([place(_evidence(classifier, layer, x, wanted), size, grid) for x, wanted in batches])
+
+
+def _repair(
+    classifier: Classifier, found: Layer, images: Tensor, classes: Tensor, registration: str, maps: Tensor
+) -> None:
+    """Explain classes that do not depend on the layer found at the last layer that they do depend on."""
+    empty = ~maps.flatten(2).any(2)
+    for wanted in classes[empty].unique().tolist():
+        other = find_layer(classifier, images[:1], wanted=wanted)
+        if other is None or other.call == found.call:
+            continue
+        for row, column in (empty & (classes == wanted)).nonzero().tolist():
+            one = slice(row, row + 1)
+            only = classes[one, column : column + 1]
+            maps[one, column : column + 1] = _placed(classifier, other, images[one], only, registration)
 
 
 def _grid(classifier: Classifier, image: Tensor, layer: Layer, registration: str) -> Grid | None:
@@ -91,33 +114,36 @@ def _grid(classifier: Classifier, image: Tensor, layer: Layer, registration: str
     return effective_grid(classifier, image, layer) if registration == "effective" else None
 
 
-def _batches(images: Tensor, classes: Tensor) -> list[tuple[Tensor, Tensor]]:
-    size = default_batch(images)
+def _batches(classifier: Classifier, images: Tensor, classes: Tensor) -> list[tuple[Tensor, Tensor]]:
+    size = classifier.fixed_batch or default_batch(images)
     return list(zip(images.split(size), classes.split(size), strict=True))
 
 
 def _evidence(classifier: Classifier, layer: Layer, images: Tensor, classes: Tensor) -> Tensor:
     """(n, M, h, w) cells of the layer's own map."""
-    point = images.clone().requires_grad_()
+    count = len(images)
+    point = classifier.filled(images).clone().requires_grad_()
     with layer.watched() as seen:
-        logits = classifier(point)
+        logits = classifier(point)[:count]
     _check(logits, classes, classifier)
     activation = seen[-1]
-    maps = layer.layout.maps(activation)
+    maps = layer.layout.maps(activation).detach()[:count]
     if layer.head is not None:
-        return torch.einsum("nmc,nchw->nmhw", layer.head[classes], maps.detach()).float()
+        return torch.einsum("nmc,nchw->nmhw", layer.head[classes], maps).float()
     evidence = []
     for wanted in classes.unbind(1):
         picked = logits.gather(1, wanted[:, None]).sum()
-        (gradient,) = torch.autograd.grad(picked, activation, retain_graph=True)
-        weights = layer.layout.maps(gradient).sum((2, 3))
-        evidence.append(torch.einsum("nc,nchw->nhw", weights, maps.detach()))
+        (gradient,) = torch.autograd.grad(
+            picked, activation, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        weights = layer.layout.maps(gradient)[:count].sum((2, 3))
+        evidence.append(torch.einsum("nc,nchw->nhw", weights, maps))
     return torch.stack(evidence, 1).float()
 
 
 def logit_gradient(classifier: Classifier, images: Tensor, classes: Tensor) -> Tensor:
     """(N, 1, H, W) norm over channels of the gradient of each image's class (N,) (Simonyan et al. 2014, 1312.6034)."""
-    batches = _batches(images, classes[:, None])
+    batches = _batches(classifier, images, classes[:, None])
     return torch.cat([_gradients(classifier, x, wanted).norm(dim=2) for x, wanted in batches])
 
 

@@ -20,6 +20,13 @@ from weakspot.classifier import Classifier
 
 ASPECT_TOLERANCE = 0.2  # a grid this far from the image's own aspect ratio is no picture of it
 LEARNED = {"linear", "matmul", "__matmul__", "bmm", "mm", "addmm", "einsum"}
+SEQUENCE = {
+    "layer_norm",
+    "rms_norm",
+    "linear",
+    "scaled_dot_product_attention",
+    "multi_head_attention_forward",
+}
 LARGEST_PREFIX = 8  # class, distillation and register tokens before the patches
 
 
@@ -54,15 +61,16 @@ class Layout:
         aspect = image.shape[-2] / image.shape[-1]
         if activation.ndim == 4:
             _, first, second, third = activation.shape
-            if _alike(second, third, aspect):
-                return Layout("channels_first", second, third)
-            if _alike(first, second, aspect):
-                return Layout("channels_last", first, second)
+            orders = {"channels_first": (second, third), "channels_last": (first, second)}
+            fitting = {kind: cells for kind, cells in orders.items() if _alike(*cells, aspect)}
+            if fitting:
+                kind = min(fitting, key=lambda kind: abs(fitting[kind][0] / fitting[kind][1] / aspect - 1))
+                return Layout(kind, *fitting[kind])
         if activation.ndim == 3:
             for prefix in range(LARGEST_PREFIX + 1):
                 patches = activation.shape[1] - prefix
                 height = round((max(patches, 0) * aspect) ** 0.5)
-                if height and patches % height == 0 and _alike(height, patches // height, aspect):
+                if height and patches % height == 0 and _tiles(height, patches // height, image):
                     return Layout("tokens", height, patches // height, prefix)
         return None
 
@@ -74,12 +82,25 @@ def _alike(height: int, width: int, aspect: float) -> bool:
     return exact or rounded
 
 
+def _tiles(height: int, width: int, image: Tensor) -> bool:
+    """Whether patches of one size, the last ones cut off or filled up, make this grid of the image."""
+    if height * width <= 1:
+        return False
+    sides = ((image.shape[-2], height), (image.shape[-1], width))
+    cut = max(side / (cells + 1) for side, cells in sides) < min(side / cells for side, cells in sides)
+    filled = max(side / cells for side, cells in sides) < min(
+        side / max(cells - 1, 1e-9) for side, cells in sides
+    )
+    return cut or filled
+
+
 @dataclass(frozen=True)
 class Layer:
     """A place in the network whose output is a map of the image.
 
     Attributes:
         name: the module's name, or what and which call it is.
+        root: the classifier, whose forward passes are watched.
         layout: how its output is a map.
         module: the module that makes it, or None for a bare function call.
         call: the number of that call in a forward pass.
@@ -87,6 +108,7 @@ class Layer:
     """
 
     name: str
+    root: Classifier = field(repr=False)
     layout: Layout
     module: nn.Module | None = None
     call: int | None = None
@@ -101,9 +123,10 @@ class Layer:
         """
         seen: list[Tensor] = []
         if self.module is None:
-            with _Calls(
+            calls = _Calls(
                 lambda number, output, *_: self._keep(seen, output) if number == self.call else output
-            ):
+            )
+            with calls.counted(self.root):
                 yield seen
             return
 
@@ -126,19 +149,25 @@ class Layer:
         return output.clone()
 
 
-def find_layer(classifier: Classifier, image: Tensor, name: str | None = None) -> Layer | None:
+def find_layer(
+    classifier: Classifier, image: Tensor, name: str | None = None, *, wanted: int | None = None
+) -> Layer | None:
     """The named layer, or the last that keeps a map of the image; None where the network keeps none.
+
+    The search looks at one fixed noise image of the given size, so that the answer depends on the network alone.
 
     Args:
         classifier: in eval mode, gradients on.
-        image: (1, C, H, W).
+        image: (1, C, H, W), of which only the size matters.
         name: a module's name as `model.named_modules()` has it.
+        wanted: the class whose logit the layer must reach; any where not given.
 
     Raises:
         ValueError: when there is no layer of that name, or its output is no map of the image.
     """
+    point = classifier.filled(noise_like(image)).requires_grad_()
     if name is not None:
-        return _named_layer(classifier, image, name)
+        return _named_layer(classifier, point, name)
     calls: list[_Call] = []
     linear: list[tuple[Tensor, Tensor | None]] = []
 
@@ -150,14 +179,18 @@ def find_layer(classifier: Classifier, image: Tensor, name: str | None = None) -
             calls.append(_Call(number, kind, output))
         return output
 
-    point = image.detach().requires_grad_()
-    with _Calls(record):
+    with _Calls(record).counted(classifier):
         logits = classifier(point)
-    candidates = _candidates(calls, image)
+    candidates = _candidates(calls, point)
     if not candidates:
         return None
+    # Unequal weights, so that what the classes have in common does not cancel.
+    weights = noise_like(logits) if wanted is None else torch.eye(logits.shape[1]).to(logits)[wanted]
     gradients = torch.autograd.grad(
-        logits.max(), [call.output for call, _ in candidates], allow_unused=True, materialize_grads=True
+        (logits * weights).sum(),
+        [call.output for call, _ in candidates],
+        allow_unused=True,
+        materialize_grads=True,
     )
     live = [
         (call, layout)
@@ -167,11 +200,14 @@ def find_layer(classifier: Classifier, image: Tensor, name: str | None = None) -
     if not live:
         return None
     chosen, layout = live[-1]
-    module_name = _module_that_made(classifier, image, chosen)
-    readable = module_name or f"{chosen.kind} (call {chosen.number})"
-    return Layer(
-        readable, layout, call=chosen.number, head=_pooling_head(layout.maps(chosen.output), linear, logits)
-    )
+    readable = _module_that_made(classifier, point, chosen) or f"{chosen.kind} (call {chosen.number})"
+    head = _pooling_head(layout.maps(chosen.output), linear, logits)
+    return Layer(readable, classifier, layout, call=chosen.number, head=head)
+
+
+def noise_like(image: Tensor) -> Tensor:
+    """Uniform noise of the given shape, the same every time."""
+    return torch.rand(image.shape, generator=torch.Generator().manual_seed(0)).to(image)
 
 
 @dataclass(frozen=True)
@@ -193,13 +229,15 @@ def _candidates(calls: list[_Call], image: Tensor) -> list[tuple[_Call, Layout]]
         for call in calls
         # A view is the same map in another shape, in which channels and sites can be mistaken for each other.
         if call.number >= first_learned
-        and call.output.shape[0] == 1
+        and call.output.ndim in {3, 4}
+        and len(call.output) == len(image)
         and not call.output._is_view()
         and "pool" not in call.kind
         if (layout := Layout.of(call.output, image)) is not None
     ]
     tokens = [(call, layout) for call, layout in maps if layout.kind != "channels_first"]
-    if any(call.number > last_convolution and call.output.ndim == 3 for call, _ in tokens):
+    after = (call for call, _ in tokens if call.number > last_convolution)
+    if any(call.output.ndim == 3 and call.kind in SEQUENCE for call in after):
         return [(call, layout) for call, layout in tokens if call.kind == "layer_norm"] or tokens
     return [(call, layout) for call, layout in maps if call.output.ndim == 4 and "softmax" not in call.kind]
 
@@ -244,9 +282,9 @@ def _named_layer(classifier: Classifier, image: Tensor, name: str) -> Layer:
     module = modules.get(name, modules.get(name.removeprefix("network.")))
     if module is None:
         raise ValueError(f"layer is {name!r}, which {classifier.name} has not; {closest(name, modules)}")
-    probe = Layer(name, Layout("channels_first", 0, 0), module)
+    probe = Layer(name, classifier, Layout("channels_first", 0, 0), module)
     with probe.watched() as seen:
-        classifier(image.detach().requires_grad_())
+        classifier(image)
     if not seen:
         raise ValueError(f"layer {name!r} did not run, or returned no tensor; {closest(name, modules)}")
     layout = Layout.of(seen[-1], image)
@@ -274,6 +312,20 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self.visit = visit
         self.number = 0
+
+    @contextmanager
+    def counted(self, root: nn.Module) -> Iterator[None]:
+        """Watch calls, counting from the start of each forward pass of `root`."""
+
+        def restart(_module: nn.Module, _inputs: Any) -> None:
+            self.number = 0
+
+        handle = root.register_forward_pre_hook(restart)
+        try:
+            with self:
+                yield
+        finally:
+            handle.remove()
 
     def __torch_function__(
         self,

@@ -52,10 +52,22 @@ def margin_drop(
     with evaluating(model) as classifier:
         clean = check_images(clean, classifier, name="clean")
         adversarial = check_images(adversarial, classifier, name="adversarial")
+        if clean.shape != adversarial.shape:
+            raise ValueError(
+                f"clean has shape {tuple(clean.shape)} and adversarial {tuple(adversarial.shape)}; accepted are two "
+                "batches of one shape"
+            )
+        with torch.no_grad():
+            class_count = classifier(clean[:1]).shape[1]
         for name, classes in (("labels", labels), ("rivals", rivals)):
-            check_classes(classes, len(clean), name=name)
+            check_classes(classes, len(clean), class_count, name=name)
         device = clean.device
-        return _integrate(classifier, clean, adversarial, labels.to(device), rivals.to(device))
+        return _integrate(
+            classifier,
+            clean,
+            adversarial,
+            *(classes.to(device, torch.long, copy=True) for classes in (labels, rivals)),
+        )
 
 
 def _integrate(

@@ -34,6 +34,10 @@ class Axis:
     def windowed(self, kernel: int, stride: int, padding: int, dilation: int = 1) -> Axis:
         return Axis(self.offset + self.stride * ((kernel - 1) * dilation / 2 - padding), self.stride * stride)
 
+    def transposed(self, kernel: int, stride: int, padding: int, dilation: int = 1) -> Axis:
+        before = self.stride / stride
+        return Axis(self.offset - before * ((kernel - 1) * dilation / 2 - padding), before)
+
     def sliced(self, start: int, step: int) -> Axis:
         return Axis(self.offset + self.stride * start, self.stride * step)
 
@@ -55,6 +59,7 @@ def receptive_grid(classifier: Classifier, image: Tensor, layer: Layer) -> Grid 
     """
     if layer.layout.kind != "channels_first":
         return None
+    image = classifier.filled(image)
     grids = _Grids(image)
     with layer.watched() as seen, grids:
         classifier(image)
@@ -81,13 +86,13 @@ def effective_grid(classifier: Classifier, image: Tensor, layer: Layer) -> Grid 
     central = [slice((count - 1) // 2 - (count > 2), count // 2 + 1 + (count > 2)) for count in cells]
     energy = torch.zeros(size, device=image.device)
     probes = _probes(image)
-    for batch in probes.split(default_batch(image)):
-        point = batch.clone().requires_grad_()
+    for batch in probes.split(classifier.fixed_batch or default_batch(image)):
+        point = classifier.filled(batch).clone().requires_grad_()
         with layer.watched() as seen:
             classifier(point)
-        looked_at = seen[-1][:, :, central[0], central[1]].square().sum()
+        looked_at = seen[-1][: len(batch), :, central[0], central[1]].square().sum()
         (gradient,) = torch.autograd.grad(looked_at, point)
-        each = gradient.square().sum(1)
+        each = gradient[: len(batch)].square().sum(1)
         energy += (each / each.sum((1, 2), keepdim=True).clamp(min=1e-30)).sum(0)
     if not bool(energy.any()):
         return known
@@ -151,6 +156,8 @@ class _Grids(TorchDispatchMode):
     def _after(self, name: str, args: tuple[Any, ...], sources: list[Tensor], made: Tensor) -> Grid | None:
         rows, columns = self.known[sources[0]]
         sizes = sources[0].shape[2:], made.shape[2:]
+        if name == "convolution" and args[6]:
+            return rows.transposed(*_convolution(args)[0]), columns.transposed(*_convolution(args)[1])
         if name in _WINDOWS:
             vertical, horizontal = _WINDOWS[name](args)
             return rows.windowed(*vertical), columns.windowed(*horizontal)
@@ -160,7 +167,8 @@ class _Grids(TorchDispatchMode):
             return rows.sliced(-top, 1), columns.sliced(-left, 1)
         if name == "slice" and args[1] in {2, 3, -1, -2}:
             start, _, step = (*args[2:], None, None, None)[:3]
-            move = (start or 0, step or 1)
+            size = sources[0].shape[args[1]]
+            move = (max(start + size, 0) if start and start < 0 else start or 0, step or 1)
             return (rows.sliced(*move), columns) if args[1] in {2, -2} else (rows, columns.sliced(*move))
         if "adaptive" in name or "upsample" in name:
             return rows.resized(sizes[0][0], sizes[1][0]), columns.resized(sizes[0][1], sizes[1][1])
@@ -198,9 +206,16 @@ def _convolution(args: tuple[Any, ...]) -> list[Window]:
 
 
 def _pool(args: tuple[Any, ...]) -> list[Window]:
-    kernel, stride, padding = ((*args[1:4], [], 0) if len(args) < 4 else args[1:4])[:3]
-    kernel = _both(kernel)
-    return list(zip(kernel, _both(stride) if stride else kernel, _both(padding), (1, 1), strict=True))
+    """Arguments that were left out stand for: stride as the kernel, no padding, no dilation."""
+    kernel = _both(args[1])
+    stride = _both(args[2]) if len(args) > 2 and args[2] else kernel
+    padding = _both(args[3]) if len(args) > 3 else (0, 0)
+    return list(zip(kernel, stride, padding, (1, 1), strict=True))
+
+
+def _max_pool(args: tuple[Any, ...]) -> list[Window]:
+    dilation = _both(args[4]) if len(args) > 4 else (1, 1)
+    return [(*window[:3], step) for window, step in zip(_pool(args), dilation, strict=True)]
 
 
 def _both(value: Any) -> tuple[int, int]:
@@ -210,4 +225,4 @@ def _both(value: Any) -> tuple[int, int]:
     return first, rest[0] if rest else first
 
 
-_WINDOWS = {"convolution": _convolution, "max_pool2d_with_indices": _pool, "avg_pool2d": _pool}
+_WINDOWS = {"convolution": _convolution, "max_pool2d_with_indices": _max_pool, "avg_pool2d": _pool}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,6 +114,8 @@ def explain(
     >>> explain(model, pairs, names=["first", "second"]).scores["image"].tolist()
     ['first', 'second']
     """
+    import pandas as pd
+
     check_pairs(pairs, model)
     if names is not None and len(names) != len(pairs):
         raise ValueError(f"names has {len(names)} entries; accepted is one for each of {len(pairs)} pairs")
@@ -126,12 +128,13 @@ def explain(
             found[name] = _checked(name, function(classifier, pairs, seed=seed), len(pairs))
             if progress is not None:
                 progress((number + 1) / len(functions))
+    found = _unlike(found, base)
     class_names = [
         (classifier.class_name(int(own)), classifier.class_name(int(other)))
         for own, other in zip(pairs.labels, losing, strict=True)
     ]
     return Explanation(
-        scores=_joined(base, {name: analysis.scores for name, analysis in found.items()}),
+        scores=pd.concat([base, *(a.scores.set_axis(base.index) for a in found.values())], axis=1),
         maps={
             name: maps.detach().cpu() for analysis in found.values() for name, maps in analysis.maps.items()
         },
@@ -192,12 +195,20 @@ def _checked(name: str, analysis: Analysis, count: int) -> Analysis:
     return analysis
 
 
-def _joined(base: pd.DataFrame, others: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """One table; a column two analyses share keeps its name in the first and is prefixed in the next."""
-    import pandas as pd
-
-    joined = base
-    for name, scores in others.items():
-        taken = {column: f"{name}_{column}" for column in scores if column in joined}
-        joined = pd.concat([joined, scores.rename(columns=taken).set_axis(joined.index)], axis=1)
-    return joined
+def _unlike(found: Mapping[str, Analysis], base: pd.DataFrame) -> dict[str, Analysis]:
+    """The analyses, a score or map whose name is taken carrying its analysis's name in front, wherever it is named."""
+    scores, maps = set(base.columns), {"difference"}
+    unlike = {}
+    for prefix, analysis in found.items():
+        columns = {column: f"{prefix}_{column}" for column in analysis.scores if column in scores}
+        taken = {name: f"{prefix}_{name}" for name in analysis.maps if name in maps}
+        unlike[prefix] = replace(
+            analysis,
+            scores=analysis.scores.rename(columns=columns),
+            meanings={columns.get(name, name): text for name, text in analysis.meanings.items()},
+            maps={taken.get(name, name): tensor for name, tensor in analysis.maps.items()},
+            pictures={taken.get(name, name): picture for name, picture in analysis.pictures.items()},
+        )
+        scores |= set(unlike[prefix].scores.columns)
+        maps |= set(unlike[prefix].maps)
+    return unlike

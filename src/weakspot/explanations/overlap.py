@@ -156,13 +156,15 @@ def _shift_tests(important: Tensor, vulnerable: Tensor, roi: Tensor, roa: Tensor
         total = torch.where(total > 1e-6, total, torch.nan)
         common = products_over_shifts(region_i, region_v).round()
         union = region_i.sum((1, 2), keepdim=True) + region_v.sum((1, 2), keepdim=True) - common
-        scattered = standardized(i)
-        over_shifts["effect_in_roi"].append(products_over_shifts(region_i, v) / total)
-        over_shifts["jaccard"].append(common / union + 0 * scattered.mean((1, 2), keepdim=True))
+        scattered, worked = standardized(i), standardized(v)
+        # A map without any contrast has no top share: nothing that is said of it would mean anything.
+        blank = 0 * (scattered + worked).mean((1, 2), keepdim=True)
+        over_shifts["effect_in_roi"].append(products_over_shifts(region_i, v) / total + blank)
+        over_shifts["jaccard"].append(common / union + blank)
         over_shifts["spearman"].append(
             products_over_shifts(standardized(ranks(i)), standardized(ranks(v))) / sites
         )
-        over_shifts["moran_i"].append(products_over_shifts(scattered, queen_lag(standardized(v))) / sites)
+        over_shifts["moran_i"].append(products_over_shifts(scattered, queen_lag(worked)) / sites)
     return {name: shift_test(torch.cat(parts)) for name, parts in over_shifts.items()}
 
 

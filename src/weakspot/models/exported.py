@@ -94,12 +94,12 @@ class ExportedNetwork(nn.Module):
     def __init__(self, network: nn.Module, batch: int) -> None:
         super().__init__()
         self.network = network
-        self.batch = batch
+        self.fixed_batch = batch
 
     def forward(self, images: Tensor) -> Any:
         outputs = []
-        for part in images.split(self.batch):
-            missing = self.batch - len(part)
+        for part in images.split(self.fixed_batch):
+            missing = self.fixed_batch - len(part)
             filled = torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part
             outputs.append(_first(self.network(filled))[: len(part)])
         return torch.cat(outputs)

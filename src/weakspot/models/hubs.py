@@ -32,7 +32,7 @@ def from_transformers(name: str) -> Classifier:
         raise ValueError(f"hf:{name} cannot be loaded as an image classifier: {_sentence(error)}") from error
     if report["missing_keys"]:
         raise ValueError(
-            f"hf:{name} lacks weights that the network needs, {sorted(report['missing_keys'])[0]} for one"
+            f"hf:{name} lacks weights that the network needs, {min(report['missing_keys'])} for one"
         )
     config = network.config
     how = _preprocessing(Path(name) if from_disk else None, name)

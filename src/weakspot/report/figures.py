@@ -82,6 +82,4 @@ def _draw(axis: Axes, drawing: Drawing, photograph: np.ndarray) -> None:
         handles.append(
             Patch(facecolor=color, hatch=hatch, label=f"{title} {chosen.mean():.0%}", edgecolor="0.4")
         )
-    axis.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=7, frameon=False
-    )
+    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=7, frameon=False)
