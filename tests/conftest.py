@@ -16,6 +16,10 @@ from torch.nn import functional as F
 from weakspot.classifier import Classifier
 
 
+# Networks this small lose more by waiting for each other's threads than they gain.
+torch.set_num_threads(1)
+
+
 class PoolingNetwork(nn.Module):
     """Convolutions with batch-norm and in-place ReLU, a residual sum by function, then pooling + linear."""
 

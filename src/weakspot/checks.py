@@ -51,7 +51,7 @@ def check_batch(images: Tensor, *, name: str = "images") -> None:
 
 def check_range(images: Tensor, *, name: str = "images") -> None:
     """Warns with ImageWarning when values leave [0, 1] by more than rounding."""
-    low, high = float(images.min()), float(images.max())
+    low, high = float(images.detach().min()), float(images.detach().max())
     if low < -ROUNDING or high > 1 + ROUNDING:
         warnings.warn(
             f"{name} span {low:.3g} to {high:.3g} and are cut to [0, 1]; give unnormalised images and let the "

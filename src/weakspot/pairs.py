@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from weakspot.checks import check_batch, check_classes, check_range
 from weakspot.classifier import evaluating, predict
 
-FORMAT = {"format": "weakspot pairs", "version": "1"}
+FORMAT = {"weakspot": "pairs 1"}  # one entry: of several, safetensors would change the order from run to run
 
 
 @dataclass(frozen=True, eq=False)

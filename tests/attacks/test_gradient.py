@@ -135,9 +135,9 @@ def steepest_within(direction: Tensor, image: Tensor, budget: Budget) -> Tensor:
     [
         (Linf(0.05), 0.8, 1 - 1e-5),
         (Linf(0.4), 1.0, 1 - 1e-5),
-        # A constant step turns the random start towards the gradient but never quite onto it.
-        (L2(0.05), 0.8, 0.94),
-        (L2(1.5), 1.0, 0.94),
+        # A step on the ball turns the random start towards the gradient; a few turn it onto it.
+        (L2(0.05), 0.8, 1 - 1e-4),
+        (L2(1.5), 1.0, 1 - 1e-4),
     ],
     ids=["Linf, box far", "Linf, box near", "L2, box far", "L2, box near"],
 )
@@ -156,7 +156,7 @@ def test_pgd_on_a_linear_model_reaches_the_closed_form_optimum_inside_the_region
         direction = -sign * model.weight.detach() * region[index]
         best = steepest_within(direction, images[index], budget)
         share = float((direction * result.perturbation[index]).sum() / (direction * best).sum())
-        assert least <= share <= 1 + 1e-5
+        assert (least if isinstance(budget, Linf) or steps >= 7 else 0.93) <= share <= 1 + 1e-5
         if isinstance(budget, Linf):
             torch.testing.assert_close(result.perturbation[index].double(), best, rtol=0, atol=1e-6)
 
@@ -360,7 +360,7 @@ def test_random_starts_are_drawn_in_the_region_and_not_cut_down_to_it(pooling: M
 def test_the_best_of_all_iterates_is_returned(budget: Budget, restarts: int) -> None:
     model = Watched(Waves()).eval()
     images = 0.3 + 0.4 * torch.rand(8, 3, 5, 4, generator=torch.Generator().manual_seed(0))
-    labels, steps = torch.zeros(8, dtype=torch.long), 4
+    labels, steps = torch.zeros(8, dtype=torch.long), 5
     result = pgd(model, images, labels, budget=budget, steps=steps, restarts=restarts)
     *iterates, verified = model.seen
     assert len(iterates) == restarts * (steps + 1)
@@ -383,7 +383,8 @@ def test_every_step_is_the_one_written_by_hand(pooling: Made, budget: Budget, ta
     targets = (labels + 1) % 4 if targeted else None
     model, steps = Watched(network).eval(), 4
     pgd(model, images, labels, budget=budget, region=region, targets=targets, steps=steps)
-    for now, after in zip(model.seen[:steps], model.seen[1:], strict=False):
+    for step, (now, after) in enumerate(zip(model.seen[:steps], model.seen[1:], strict=False)):
+        part = 2 * (steps - step) / steps
         point = now.clone().requires_grad_()
         logits = network(point)
         own = logits.gather(1, (labels if targets is None else targets)[:, None])[:, 0]
@@ -393,11 +394,11 @@ def test_every_step_is_the_one_written_by_hand(pooling: Made, budget: Budget, ta
         downhill = point.grad * region * (1 if targeted else -1)
         eps = limit(budget)
         if isinstance(budget, Linf):
-            moved = now - images + 2.5 / steps * eps * downhill.sign()
+            moved = now - images + part * eps * downhill.sign()
             expected = (images + moved.clamp(-eps, eps)).clamp(0, 1)
         else:
             unit = downhill / downhill.flatten(1).norm(dim=1)[:, None, None, None]
-            expected = images + budget.project(now - images + 2.5 / steps * eps * unit, images)
+            expected = images + budget.project(now - images + part * eps * unit, images)
         torch.testing.assert_close(after, expected, rtol=0, atol=1e-5)
 
 

@@ -90,7 +90,9 @@ def effective_grid(classifier: Classifier, image: Tensor, layer: Layer) -> Grid 
         point = classifier.filled(batch).clone().requires_grad_()
         with layer.watched() as seen:
             classifier(point)
-        looked_at = seen[-1][: len(batch), :, central[0], central[1]].square().sum()
+        cells_seen = seen[-1][: len(batch), :, central[0], central[1]]
+        # Lengths and not squares: a cell that is loud counts no more than its neighbours.
+        looked_at = (cells_seen.square().sum(1) + 1e-12).sqrt().sum()
         (gradient,) = torch.autograd.grad(looked_at, point)
         each = gradient[: len(batch)].square().sum(1)
         energy += (each / each.sum((1, 2), keepdim=True).clamp(min=1e-30)).sum(0)
