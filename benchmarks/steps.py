@@ -1,8 +1,8 @@
 """Shrinking against fixed steps of PGD at equal cost. Run: python -m benchmarks.steps
 
 Robust accuracy (lower is the better attack) and mean margin on the first 200 CIFAR-10 test images, on networks from
-the folder that WEAKSPOT_DATA names. The fixed step is Madry's, 2.5 / steps of the budget, with the same starts, objective
-and best iterate.
+the folder that WEAKSPOT_DATA names. The fixed step is Madry's, 2.5 / steps of the budget; starts, objective and best
+iterate are the same.
 """
 
 from __future__ import annotations

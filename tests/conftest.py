@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from weakspot.classifier import Classifier
 
-
 # Networks this small lose more by waiting for each other's threads than they gain.
 torch.set_num_threads(1)
 
