@@ -1,17 +1,9 @@
-"""Exported models: torch.export archives (.pt2), read only when nothing in them could run code.
-
-torch.export.load falls back to full unpickling for weights, constants and sample inputs, and evaluates symbolic
-expressions and guards from the archive. A file from a stranger is therefore inspected first: every pickle in it must
-load as plain tensors, every expression be arithmetic, every operator be torch's own.
-"""
+"""Exported models: torch.export archives (.pt2), read only when nothing in them could run code."""
 
 from __future__ import annotations
 
-import ast
-import io
 import json
 import logging
-import re
 import struct
 import zipfile
 import zlib
@@ -23,29 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-OPERATORS = re.compile(
-    r"torch\.ops\.(aten|prims|torchvision|quantized_decomposed)\.(?!from_file\b)\w+\.\w+|"
-    r"(_operator|math)\.\w+|torch\.sym_\w+"
-)
-# What torch.export.save writes, now and in the format of torch 2.7; torch itself would find names in any case.
-ENTRIES = re.compile(
-    r"([^/]+/)?(archive_format|archive_version|byteorder|version|\.data/\w+|\.\w+|models/model\.json|"
-    r"data/weights/(model_weights_config\.json|model\.pt|weight_\d+)|"
-    r"data/constants/(model_constants_config\.json|model\.pt|tensor_\d+)|data/sample_inputs/model\.pt|"
-    r"serialized_(exported_program\.json|(state_dict|constants|example_inputs)\.pt))"
-)
-EXTRA = re.compile(r"([^/]+/)?(extra|extra_files)/")
-NAMES = {"name", "as_name", "forward_arg_names"}  # torch prints these into Python code, which it then runs
-PATHS = {"fqn", "parameter_name", "buffer_name", "tensor_constant_name", "custom_obj_name"}
-EXPRESSIONS = (
-    ast.Expression, ast.Expr, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Compare, ast.Call, ast.Constant, ast.Name,
-    ast.Attribute, ast.Subscript, ast.keyword, ast.Tuple, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.Load,
-)  # fmt: skip
-FUNCTIONS = re.compile(
-    r"Symbol|Integer|Rational|Float|Mod|PythonMod|FloorDiv|CleanDiv|CeilDiv|Max|Min|Add|Mul|Pow|Eq|Ne|Lt|Le|Gt|Ge|"
-    r"StrictLessThan|LessThan|GreaterThan|StrictGreaterThan|Equality|Unequality|And|Or|Not|Piecewise|"
-    r"ExprCondPair|Where|Identity|floor|ceiling|Abs|size|stride|storage_offset"
-)
+from weakspot.models.inspection import inspected_archive
 
 
 def load_exported(path: Path) -> nn.Module:
@@ -60,7 +30,7 @@ def load_exported(path: Path) -> nn.Module:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     try:
-        inspected = _inspected(path)
+        inspected = inspected_archive(path)
     except (
         zipfile.BadZipFile,
         zlib.error,
@@ -121,130 +91,3 @@ def _quiet(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _inspected(path: Path) -> io.BytesIO:
-    """The archive written anew from the entries that were inspected, so that torch reads those and no others.
-
-    Python's and torch's zip readers disagree about what a crafted file holds, and torch checks no checksums.
-    """
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(buffer, "w") as copy:
-        _refuse_code(archive, path)
-        for name in archive.namelist():
-            if not EXTRA.match(name):
-                copy.writestr(name, archive.read(name))
-    buffer.seek(0)
-    return buffer
-
-
-def _refuse_code(archive: zipfile.ZipFile, path: Path) -> None:
-    names = archive.namelist()
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"{path} holds two entries of one name, of which only one can be inspected; it is refused"
-        )
-    for name in names:
-        if "aotinductor" in name or name.endswith((".so", ".dll", ".dylib", ".pyd")):
-            raise ValueError(
-                f"{path} holds compiled code ({name}), which is refused; save it with torch.export.save"
-            )
-        if "custom_obj" in name or "opaque_obj" in name:
-            raise ValueError(
-                f"{path} holds a pickled object ({name}), which is refused because it can run code"
-            )
-        if EXTRA.match(name):
-            continue
-        if not ENTRIES.fullmatch(name):
-            raise ValueError(f"{path} holds {name}, which torch.export.save does not write; it is refused")
-        if name.endswith(".pt"):
-            _refuse_pickle(archive.read(name), name, path)
-        if name.endswith(".json"):
-            content = json.loads(archive.read(name))
-            for key, value in _leaves(content):
-                _refuse_entry(key, value, name, path, names)
-
-
-def _refuse_pickle(content: bytes, name: str, path: Path) -> None:
-    if not content:
-        return
-    try:
-        torch.load(io.BytesIO(content), weights_only=True)
-    except Exception:  # noqa: BLE001 - whatever is not plain tensors
-        raise ValueError(f"{path} holds a pickle that is more than tensors ({name}); it is refused") from None
-
-
-def _refuse_entry(key: str, value: Any, name: str, path: Path, names: list[str]) -> None:
-    if key == "use_pickle" and value:
-        raise ValueError(
-            f"{path} keeps tensors as pickles ({name}), which is refused because they can run code"
-        )
-    if key == "path_name" and not any(entry.endswith(f"/{value}") for entry in names):
-        raise ValueError(f"{path} is damaged: it lacks {value}")
-    if key in NAMES and isinstance(value, str) and value and not value.isidentifier():
-        raise ValueError(f"{path} has a name that is none ({value[:60]!r}); it is refused")
-    if key in PATHS and isinstance(value, str) and not re.fullmatch(r"[\w.]*", value):
-        raise ValueError(f"{path} has a name that is none ({value[:60]!r}); it is refused")
-    if key in {"in_spec", "out_spec"} and isinstance(value, str) and not _is_plain(json.loads(value)):
-        raise ValueError(
-            f"{path} takes or returns more than tuples, lists and mappings of tensors; it is refused"
-        )
-    if key in {"target", "as_operator"} and isinstance(value, str) and not OPERATORS.fullmatch(value):
-        raise ValueError(f"{path} calls {value!r}, which is none of torch's own operators; it is refused")
-    if key in {"expr_str", "guards_code"} and isinstance(value, str) and not _is_arithmetic(value):
-        raise ValueError(
-            f"{path} holds an expression that is more than arithmetic ({value[:60]!r}); it is refused"
-        )
-
-
-def _leaves(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every scalar in nested JSON, with the key it stands under."""
-    if isinstance(content, dict):
-        for name, value in content.items():
-            yield from _leaves(value, name)
-    elif isinstance(content, list):
-        for value in content:
-            yield from _leaves(value, key)
-    else:
-        yield key, content
-
-
-def _is_plain(spec: Any) -> bool:
-    """Whether a serialised tree holds only containers and names: a context can make torch import any module."""
-    if isinstance(spec, list):
-        return all(_is_plain(part) for part in spec if not isinstance(part, int))
-    context = spec["context"]
-    keys = json.loads(context) if isinstance(context, str) else context
-    plain = keys is None or (
-        isinstance(keys, list) and all(isinstance(key, str) and key.isidentifier() for key in keys)
-    )
-    return plain and all(_is_plain(child) for child in spec["children_spec"])
-
-
-def _is_arithmetic(expression: str) -> bool:
-    try:
-        nodes = list(ast.walk(ast.parse(expression, mode="eval")))
-    except (SyntaxError, ValueError, RecursionError):
-        return False
-    if not all(isinstance(node, EXPRESSIONS) for node in nodes):
-        return False
-    # sympy evaluates strings that its functions are given, and torch prints those of guards into code.
-    if any(
-        isinstance(node, ast.Constant)
-        and isinstance(node.value, str)
-        and not re.fullmatch(r"\w+", node.value)
-        for node in nodes
-    ):
-        return False
-    names = [
-        node.attr if isinstance(node, ast.Attribute) else node.id
-        for node in nodes
-        if isinstance(node, ast.Attribute | ast.Name)
-    ]
-    called = [node.func for node in nodes if isinstance(node, ast.Call)]
-    functions = [
-        node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "?") for node in called
-    ]
-    return all(FUNCTIONS.fullmatch(function) for function in functions) and not any(
-        "__" in name for name in names
-    )
