@@ -83,8 +83,8 @@ def products_over_shifts(fixed: Tensor, shifted: Tensor) -> Tensor:
 
     One Fourier transform each instead of H * W sums (the cross-correlation theorem); float64.
 
-    >>> products_over_shifts(torch.tensor([[[1.0, 0.0, 2.0]]]), torch.tensor([[[1.0, 0.0, 0.0]]]))
-    tensor([[[1., 0., 2.]]], dtype=torch.float64)
+    >>> products_over_shifts(torch.tensor([[[1.0, 3.0, 2.0]]]), torch.tensor([[[1.0, 0.0, 0.0]]])).round()
+    tensor([[[1., 3., 2.]]], dtype=torch.float64)
     """
     spectra = torch.fft.rfft2(fixed.double()) * torch.fft.rfft2(shifted.double()).conj()
     products: Tensor = torch.fft.irfft2(spectra, s=fixed.shape[-2:])
