@@ -37,6 +37,11 @@ def occlusion(model: Classifier, image: Tensor, label: Tensor) -> Tensor:
     return (lost.view(-1, 1, 1, 1) * covered).sum(0)[0] / covered.sum(0)[0].clamp(min=1)
 
 
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean."""
+    return float(values.std(ddof=1) / len(values) ** 0.5)
+
+
 def main() -> None:
     """Print mean correlations and paired differences from plain resizing."""
     folder = Path(os.environ.get("WEAKSPOT_DATA", "../shared/data"))
@@ -51,16 +56,21 @@ def main() -> None:
         "EfficientNet-Lite0": load("efficientnet_lite0", device="cpu"),
         "MobileNetV2": Classifier.wrap(mobilenet),
     }
-    print("| network | photographs | " + " | ".join(f"correlation, {name}" for name in REGISTRATIONS) + " |")
-    print("|---|---|" + "---|" * len(REGISTRATIONS))
+    others = " | ".join(f"{name} less resize, paired" for name in REGISTRATIONS[1:])
+    print(f"| network | photographs | correlation, resize | {others} |\n|---|---|---|---|---|")
     for name, model in models.items():
         labels = predict(model, every).argmax(1)
         lost = [occlusion(model, image, label).flatten() for image, label in zip(every, labels, strict=True)]
-        cells = []
+        found = {}
         for registration in REGISTRATIONS:
             maps = class_activation(model, every, labels, registration=registration).flatten(1)
-            found = np.array([np.corrcoef(cam, loss)[0, 1] for cam, loss in zip(maps, lost, strict=True)])
-            cells.append(f"{found.mean():.3f} ± {found.std(ddof=1) / len(found) ** 0.5:.3f}")
+            found[registration] = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(maps, lost, strict=True)])
+        plain = found[REGISTRATIONS[0]]
+        cells = [f"{plain.mean():.3f} ± {standard_error(plain):.3f}"]
+        cells += [
+            f"{(found[other] - plain).mean():+.3f} ± {standard_error(found[other] - plain):.3f}"
+            for other in REGISTRATIONS[1:]
+        ]
         print(f"| {name} | {len(every)} | " + " | ".join(cells) + " |", flush=True)
 
 
