@@ -432,7 +432,9 @@ def test_logits_that_are_nan_are_refused_with_the_image(images: Tensor, bad: int
     images = images.clamp_min(0.1)
     assert bool(predict(classifier, images, batch_size=2).isfinite().all())
     images[bad, 0, 0, 0] = 0
-    with pytest.raises(ValueError, match=f"NegativeRoots returned NaN for image {bad}; check its weights"):
+    with pytest.raises(
+        ValueError, match=f"NegativeRoots returned NaN or infinity for image {bad}; check its weights"
+    ):
         predict(classifier, images, batch_size=2)
 
 

@@ -104,10 +104,12 @@ def check_share(keep: float) -> None:
 
 
 def check_logits(logits: Tensor, name: str) -> None:
-    """Warns with ModelWarning when logits (N, K) look like probabilities; raises ValueError when they are NaN."""
-    if bool(logits.isnan().any()):
-        bad = int(logits.isnan().any(1).nonzero()[0])
-        raise ValueError(f"{name} returned NaN for image {bad}; check its weights and normalisation")
+    """Warns with ModelWarning when logits (N, K) look like probabilities; raises ValueError when not finite."""
+    if not bool(logits.isfinite().all()):
+        bad = int((~logits.isfinite()).any(1).nonzero()[0])
+        raise ValueError(
+            f"{name} returned NaN or infinity for image {bad}; check its weights and normalisation"
+        )
     if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-4).all()):
         warnings.warn(
             f"{name} returns rows that are probabilities (they sum to one), not logits: gradients fade where it is "

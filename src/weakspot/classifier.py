@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -93,7 +95,8 @@ class Classifier(nn.Module):
             raise ValueError(
                 f"images have {images.shape[1]} channels; {self.name} is normalised for {self.mean.shape[1]}"
             )
-        return logits_of(self.network((images.to(self.mean) - self.mean) / self.std))
+        logits = logits_of(self.network((images.to(self.mean) - self.mean) / self.std))
+        return logits if logits.dtype in {torch.float32, torch.float64} else logits.float()
 
     def filled(self, images: Tensor) -> Tensor:
         """The images, the last one repeated until the network's own batch size divides their number."""
@@ -199,6 +202,7 @@ def evaluating(model: nn.Module) -> Iterator[Classifier]:
         classifier = as_classifier(model)
     modes = [(module, module.training) for module in classifier.modules()]
     device = classifier.mean.device
+    others = random.getstate(), np.random.get_state()  # noqa: NPY002 - what a model may draw from is put back
     try:
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
@@ -212,6 +216,8 @@ def evaluating(model: nn.Module) -> Iterator[Classifier]:
     finally:
         for module, mode in modes:
             module.training = mode
+        random.setstate(others[0])
+        np.random.set_state(others[1])  # noqa: NPY002
 
 
 def check_images(images: Tensor, classifier: Classifier, *, name: str = "images") -> Tensor:

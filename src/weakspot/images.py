@@ -68,8 +68,10 @@ def read_images(
     return torch.stack([pixels for _, pixels in good]), [name for name, _ in good]
 
 
-def open_pictures(source: Path, *, size: tuple[int, int] | None = None, channels: int = 3) -> list[Picture]:
-    """Every file at `source`, readable or not, in the order of `read_images`."""
+def open_pictures(
+    source: Path, *, size: tuple[int, int] | None = None, channels: int = 3, background: str = "white"
+) -> list[Picture]:
+    """Every file at `source`, readable or not, in the order of `read_images`; transparency is laid on `background`."""
     if channels not in {1, 3}:
         raise ValueError(f"channels is {channels}; accepted are 3 (colour) and 1 (grey)")
     if size is not None and not (
@@ -81,7 +83,7 @@ def open_pictures(source: Path, *, size: tuple[int, int] | None = None, channels
     if not source.exists():
         raise FileNotFoundError(f"{source}: there is no such file or folder")
     if not source.is_dir():
-        return [_open_picture(source, source.name, size, channels)]
+        return [_open_picture(source, source.name, size, channels, background)]
     closed: list[Path] = []
     found = [
         Path(folder, name)
@@ -96,7 +98,7 @@ def open_pictures(source: Path, *, size: tuple[int, int] | None = None, channels
         if path in closed:
             pictures.append(Picture(name.as_posix(), None, "no permission to read the folder; skipped"))
         else:
-            pictures.append(_open_picture(path, name.as_posix(), size, channels))
+            pictures.append(_open_picture(path, name.as_posix(), size, channels, background))
     return pictures
 
 
@@ -119,7 +121,9 @@ def sample_images(size: tuple[int, int] = (224, 224)) -> tuple[Tensor, list[str]
     return torch.cat(images), list(SAMPLE_NAMES)
 
 
-def _open_picture(path: Path, name: str, size: tuple[int, int] | None, channels: int) -> Picture:
+def _open_picture(
+    path: Path, name: str, size: tuple[int, int] | None, channels: int, background: str
+) -> Picture:
     try:
         if not path.is_file():
             return Picture(name, None, "not a regular file; skipped")
@@ -129,7 +133,7 @@ def _open_picture(path: Path, name: str, size: tuple[int, int] | None, channels:
             warnings.simplefilter("ignore")  # Pillow's own remarks; what matters is said here, by name
             Image.init()
             with Image.open(path, formats=[kind for kind in Image.OPEN if kind != "EPS"]) as opened:
-                return _decode(opened, name, size, channels)
+                return _decode(opened, name, size, channels, background)
     except UnidentifiedImageError:
         return Picture(name, None, "not an image in a known format; skipped")
     except Image.DecompressionBombError:
@@ -144,7 +148,9 @@ def _open_picture(path: Path, name: str, size: tuple[int, int] | None, channels:
         return Picture(name, None, f"{reason}; skipped")
 
 
-def _decode(opened: Image.Image, name: str, size: tuple[int, int] | None, channels: int) -> Picture:
+def _decode(
+    opened: Image.Image, name: str, size: tuple[int, int] | None, channels: int, background: str
+) -> Picture:
     if opened.width * opened.height > LARGEST_PICTURE:
         return Picture(
             name,
@@ -157,7 +163,7 @@ def _decode(opened: Image.Image, name: str, size: tuple[int, int] | None, channe
         return Picture(
             name, None, "floating-point pixels have no known range; convert to 8 or 16 bits; skipped"
         )
-    image = _eight_bits(ImageOps.exif_transpose(opened))
+    image = _eight_bits(ImageOps.exif_transpose(opened), background)
     image = image.convert("L" if channels == 1 else "RGB")
     if size is not None:
         image = _fit(image, size)
@@ -165,15 +171,15 @@ def _decode(opened: Image.Image, name: str, size: tuple[int, int] | None, channe
     return Picture(name, pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous(), remark)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Deep grey as 8 bits and transparency laid on white; other modes as they are."""
+def _eight_bits(image: Image.Image, background: str) -> Image.Image:
+    """Deep grey as 8 bits and transparency laid on the background; other modes as they are."""
     if image.mode.startswith("I"):
         deep: NDArray[np.float64] = np.asarray(image).astype(np.float64)
         top = 65535 if deep.max() <= 65535 else 2**32 - 1
         return Image.fromarray(np.rint(deep.clip(0) * (255 / top)).astype(np.uint8))
     if image.has_transparency_data:
         solid = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", solid.size, "white"), solid)
+        return Image.alpha_composite(Image.new("RGBA", solid.size, background), solid)
     return image
 
 

@@ -384,7 +384,7 @@ def test_every_step_is_the_one_written_by_hand(pooling: Made, budget: Budget, ta
     model, steps = Watched(network).eval(), 4
     pgd(model, images, labels, budget=budget, region=region, targets=targets, steps=steps)
     for step, (now, after) in enumerate(zip(model.seen[:steps], model.seen[1:], strict=False)):
-        part = 2 * (steps - step) / steps
+        part = 2 * (1 - step / (steps + 1))
         point = now.clone().requires_grad_()
         logits = network(point)
         own = logits.gather(1, (labels if targets is None else targets)[:, None])[:, 0]

@@ -300,11 +300,17 @@ def test_each_cells_own_value_stands_at_its_centre(rows: Axis, columns: Axis) ->
 
 def test_placed_maps_are_straight_between_centres_and_flat_beyond_them() -> None:
     maps = torch.tensor([[[[1.0, 3.0], [5.0, 11.0]]]])
-    placed = place(maps, (20, 12), (Axis(4.5, 8), Axis(2, 4)))[0, 0]
+    placed = place(maps, (20, 12), (Axis(4.5, 8, reach=99), Axis(2, 4, reach=99)))[0, 0]
     down = ((torch.arange(20.0) - 4.5) / 8).clamp(0, 1)[:, None]
     across = ((torch.arange(12.0) - 2) / 4).clamp(0, 1)[None]
     expected = (1 - down) * (1 + 2 * across) + down * (5 + 6 * across)
     torch.testing.assert_close(placed, expected, rtol=0, atol=1e-5)
+
+
+def test_nothing_is_claimed_of_pixels_that_no_cell_can_see() -> None:
+    placed = place(torch.ones(1, 1, 2, 2), (40, 6), (Axis(10, 4, reach=7), Axis(1, 2, reach=7)))[0, 0]
+    assert placed[:, 0].nonzero()[:, 0].tolist() == list(range(3, 22))
+    assert bool((placed[3:22] == 1).all())
 
 
 def test_a_single_cell_fills_the_image() -> None:

@@ -208,9 +208,10 @@ def test_regions_have_their_exact_area_and_the_four_parts_cover_the_image_once(
     model, images = any_model
     found = overlap(model, attacked(model, images), keep=keep)
     sites = images.shape[2] * images.shape[3]
-    for region in (found.roi, found.roa):
-        assert region.dtype == torch.bool
-        assert region.flatten(1).sum(1).tolist() == [round(keep * sites)] * 3
+    assert found.roi.dtype == found.roa.dtype == torch.bool
+    assert found.roi.flatten(1).sum(1).tolist() == [round(keep * sites)] * 3
+    took = (found.vulnerability > 0).flatten(1).sum(1)
+    assert found.roa.flatten(1).sum(1).tolist() == took.clamp(max=round(keep * sites)).tolist()
     rest = ~(found.roi | found.roa)
     parts = found.essential.int() + found.contested.int() + found.neutralizable.int() + rest.int()
     assert torch.equal(parts, torch.ones_like(parts))
@@ -472,3 +473,41 @@ def failing_after(allowed: int, first: Callable[..., Any], then: Callable[..., A
         return (left.pop() if left else then)(*arguments)
 
     return forward
+
+
+class Corner(nn.Module):
+    """Reads nothing but the top right corner of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(3, 2, 3, padding=1, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        corner = torch.zeros_like(images[:, :1])
+        corner[..., :6, 14:] = 1
+        logits: Tensor = F.relu(self.head(images * corner)).mean((2, 3))
+        return logits
+
+
+def test_no_region_is_filled_up_with_sites_that_do_not_matter() -> None:
+    """Ties in reading order would call the top rows important and attacked, and their overlap significant."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, images = Corner().eval(), torch.rand(3, 3, 16, 24)
+    found = overlap(model, attacked(model, images))
+    read = torch.zeros(16, 24, dtype=torch.bool)
+    read[:9, 11:] = True  # the corner, the kernel's reach and the Gaussian's
+    for region in (found.roi, found.roa):
+        assert bool(region.any())
+        assert not bool((region & ~read).any())
+
+
+def test_what_a_confined_attack_never_touched_is_not_called_attacked(pooling: Made) -> None:
+    model, images = pooling
+    region = torch.zeros(3, 1, 20, 20, dtype=torch.bool)
+    region[..., 12:16, 3:6] = True
+    found = overlap(model, pgd(model, images, model(images).argmax(1), region=region, steps=3))
+    near = torch.zeros(20, 20, dtype=torch.bool)
+    near[10:18, 1:8] = True
+    assert not bool((found.roa & ~near).any())
+    assert (found.scores["reached_share"] < 0.5).all()

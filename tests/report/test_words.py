@@ -9,7 +9,8 @@ from weakspot.report.words import headline, verdict
 
 BASE = {
     "image": "cat.png", "label": "lynx", "target": "tabby", "landed": "tabby", "read_clean_as": "lynx",
-    "success": True, "label_clean": 0.4, "label_adversarial": 0.01, "target_clean": 0.1, "target_adversarial": 0.97,
+    "success": True, "asked_for_target": False, "completeness_gap": 0.002, "reached_share": 1.0,
+    "label_clean": 0.4, "label_adversarial": 0.01, "target_clean": 0.1, "target_adversarial": 0.97,
     "landed_adversarial": 0.97, "linf": 0.016, "changed_share": 1.0, "changed_in_roi": 0.2,
     "effect_in_roi": 0.61, "effect_in_roi_null": 0.2, "effect_in_roi_null_low": 0.1, "effect_in_roi_null_high": 0.3,
     "effect_in_roi_p": 0.012, "effect_in_roi_p_less": 0.99,
@@ -57,22 +58,34 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
             ),
         ),
         (
-            {"changed_share": 0.3, "changed_in_roi": 0.66},
+            {"changed_share": 0.3, "reached_share": 0.4, "changed_in_roi": 0.66},
             "It changed only 30% of the pixels, 66% of them in the 20%",
         ),
         (
             {"effect_in_roi": float("nan")},
-            "It took nothing from the lead of lynx, so there is no effect to place.",
+            "It took next to nothing from the lead of lynx, or nothing that could be placed.",
         ),
         (
             {"success": False, "landed": "lynx", "landed_adversarial": 0.3},
             "The attack failed: the image is still read as lynx (40% before, 30% after); it came closest to tabby.",
         ),
         (
-            {"success": False, "landed": "fox", "landed_adversarial": 0.5},
+            {"success": False, "asked_for_target": True, "landed": "fox", "landed_adversarial": 0.5},
             "The attack failed: it asked for tabby and reached 97%; the image is read as fox 50%.",
         ),
-        ({"read_clean_as": "dog"}, "(the clean image was already read as dog)"),
+        (
+            {"read_clean_as": "dog"},
+            (
+                "Without any attack the image is read as dog and not as lynx (40%), so there is no success to explain; "
+                "the adversarial image is read as tabby 97%."
+            ),
+        ),
+        (
+            {"success": False, "asked_for_target": True, "landed": "lynx", "landed_adversarial": 0.3},
+            "The attack failed: it asked for tabby and reached 97%; the image is read as lynx 30%.",
+        ),
+        ({"changed_share": 0.27}, "It works mostly where the network looks"),
+        ({"completeness_gap": 0.96}, "What it did could not be placed: the vulnerability map is 96% off"),
         ({"linf": 0.0}, "The two images are identical; there is nothing to explain."),
     ],
 )
@@ -81,7 +94,7 @@ def test_a_case_is_said_in_its_own_words(changed: dict[str, object], wanted: str
 
 
 def test_a_confined_attack_is_not_credited_with_alignment() -> None:
-    assert "p =" not in said(changed_share=0.3, effect_in_roi=0.99, effect_in_roi_p=0.001)
+    assert "p =" not in said(changed_share=0.3, reached_share=0.4, effect_in_roi=0.99, effect_in_roi_p=0.001)
 
 
 def test_without_overlap_only_what_happened_is_said() -> None:

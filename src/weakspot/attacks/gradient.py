@@ -72,7 +72,7 @@ def pgd(
         budget: how much may change.
         region: bool (N, 1, H, W) of the sites that may change; all of them where not given.
         targets: (N,) classes to reach; leaving the label is enough where not given.
-        steps: gradient steps per restart, shrinking evenly from twice the budget to 2 / steps of it.
+        steps: gradient steps per restart, shrinking evenly from twice the budget to 2 / (steps + 1) of it.
         restarts: random starts; each image keeps its best.
         seed: of the random starts.
         batch_size: images at once; bounds memory and changes no result.
@@ -133,7 +133,7 @@ def _descend(problem: Problem, budget: Budget, start: Tensor, steps: int) -> Ite
             _warn_of_zero_gradients(problem, direction)
         yield point, margins
         ascent = budget.ascend(direction, perturbation, problem.clean)
-        perturbation = budget.project(perturbation + 2 * (1 - step / steps) * ascent, problem.clean)
+        perturbation = budget.project(perturbation + 2 * (1 - step / (steps + 1)) * ascent, problem.clean)
     point = problem.apply(perturbation)
     with torch.no_grad():
         yield point, problem.margins(problem.classifier(point))

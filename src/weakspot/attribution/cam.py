@@ -152,6 +152,8 @@ def _gradients(classifier: Classifier, images: Tensor, classes: Tensor) -> Tenso
     point = images.clone().requires_grad_()
     logits = classifier(point)
     _check(logits, classes, classifier)
+    if not logits.requires_grad:
+        return torch.zeros(len(images), classes.shape[1], *images.shape[1:], device=images.device)
     picked = [logits.gather(1, wanted[:, None]).sum() for wanted in classes.unbind(1)]
     return torch.stack([torch.autograd.grad(logit, point, retain_graph=True)[0] for logit in picked], 1)
 

@@ -117,7 +117,7 @@ def find_layer(
     with _Calls(record).counted(classifier):
         logits = classifier(point)
     candidates = _candidates(calls, point)
-    if not candidates:
+    if not candidates or not logits.requires_grad:
         return None
     # Unequal weights, so that what the classes have in common does not cancel.
     weights = noise_like(logits) if wanted is None else torch.eye(logits.shape[1]).to(logits)[wanted]

@@ -11,7 +11,7 @@ field (Luo et al. 2016, arXiv 1701.04128), measured from gradients, is the truer
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,24 +26,30 @@ from weakspot.classifier import Classifier, default_batch
 
 @dataclass(frozen=True)
 class Axis:
-    """Along one axis, cell i is centred on pixel `offset + stride * i` (pixel centres at 0, 1, 2, ...)."""
+    """Along one axis, cell i is centred on pixel `offset + stride * i` (pixel centres at 0, 1, 2, ...).
+
+    `reach` is how far from its centre a cell can see.
+    """
 
     offset: float = 0.0
     stride: float = 1.0
+    reach: float = field(default=0.5, compare=False)
 
     def windowed(self, kernel: int, stride: int, padding: int, dilation: int = 1) -> Axis:
-        return Axis(self.offset + self.stride * ((kernel - 1) * dilation / 2 - padding), self.stride * stride)
+        half = self.stride * (kernel - 1) * dilation / 2
+        return Axis(self.offset + half - self.stride * padding, self.stride * stride, self.reach + half)
 
     def transposed(self, kernel: int, stride: int, padding: int, dilation: int = 1) -> Axis:
         before = self.stride / stride
-        return Axis(self.offset - before * ((kernel - 1) * dilation / 2 - padding), before)
+        half = before * (kernel - 1) * dilation / 2
+        return Axis(self.offset - half + before * padding, before, self.reach + half)
 
     def sliced(self, start: int, step: int) -> Axis:
-        return Axis(self.offset + self.stride * start, self.stride * step)
+        return Axis(self.offset + self.stride * start, self.stride * step, self.reach)
 
     def resized(self, before: int, after: int) -> Axis:
         stride = self.stride * before / after
-        return Axis(self.offset + (stride - self.stride) / 2, stride)
+        return Axis(self.offset + (stride - self.stride) / 2, stride, self.reach + max(stride, self.stride))
 
 
 Grid = tuple[Axis, Axis]
@@ -99,10 +105,13 @@ def effective_grid(classifier: Classifier, image: Tensor, layer: Layer) -> Grid 
     if not bool(energy.any()):
         return known
     axes = []
-    for along, stride, cell in zip((energy.sum(1), energy.sum(0)), strides, central, strict=True):
+    reaches = [axis.reach for axis in known] if known else [float("inf")] * 2
+    for along, stride, cell, reach in zip(
+        (energy.sum(1), energy.sum(0)), strides, central, reaches, strict=True
+    ):
         pixels = torch.arange(len(along), device=along.device)
         centroid = float((along * pixels).sum() / along.sum())
-        axes.append(Axis(centroid - stride * (cell.start + cell.stop - 1) / 2, stride))
+        axes.append(Axis(centroid - stride * (cell.start + cell.stop - 1) / 2, stride, reach))
     return axes[0], axes[1]
 
 
@@ -121,18 +130,22 @@ def _probes(image: Tensor) -> Tensor:
 def place(maps: Tensor, size: tuple[int, int], grid: Grid | None) -> Tensor:
     """Maps (N, M, h, w) bilinearly over the image: (N, M, height, width).
 
-    With a grid, each cell's value stands at the centre of its receptive field, and the outermost values go on to
-    the border; without one, cells tile the image.
+    With a grid, each cell's value stands at the centre of its receptive field, and the outermost values go on as far
+    as their cells can see; without one, cells tile the image.
     """
     if grid is None:
         return F.interpolate(maps, size, mode="bilinear", align_corners=False)
-    positions = []
+    positions, seen = [], []
     for axis, pixels, cells in zip(grid, size, maps.shape[2:], strict=True):
-        cell = (torch.arange(pixels, device=maps.device, dtype=maps.dtype) - axis.offset) / axis.stride
+        pixel = torch.arange(pixels, device=maps.device, dtype=maps.dtype)
+        cell = (pixel - axis.offset) / axis.stride
         positions.append(2 * cell / max(cells - 1, 1) - 1)
+        beyond = torch.maximum(axis.offset - pixel, pixel - axis.offset - axis.stride * (cells - 1))
+        seen.append(beyond <= max(axis.reach, axis.stride))
     down, across = torch.meshgrid(*positions, indexing="ij")
     where = torch.stack([across, down], -1).expand(len(maps), -1, -1, -1)
-    return F.grid_sample(maps, where, mode="bilinear", padding_mode="border", align_corners=True)
+    placed = F.grid_sample(maps, where, mode="bilinear", padding_mode="border", align_corners=True)
+    return placed * (seen[0][:, None] & seen[1][None])
 
 
 class _Grids(TorchDispatchMode):
@@ -186,8 +199,8 @@ def _mean(grids: list[Grid]) -> Grid | None:
     ((down, across),) = strides
     count = len(grids)
     return (
-        Axis(sum(rows.offset for rows, _ in grids) / count, down),
-        Axis(sum(columns.offset for _, columns in grids) / count, across),
+        Axis(sum(rows.offset for rows, _ in grids) / count, down, max(rows.reach for rows, _ in grids)),
+        Axis(sum(columns.offset for _, columns in grids) / count, across, max(c.reach for _, c in grids)),
     )
 
 

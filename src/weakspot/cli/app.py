@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import weakspot
 
-USAGE, UNREADABLE, INTERRUPTED = 2, 4, 130
+UNEXPECTED, USAGE, UNREADABLE, INTERRUPTED = 1, 2, 4, 130
 app = typer.Typer(
     name="weakspot",
     help="Find where an image classifier is weak, why, and what helps.",
@@ -60,6 +60,12 @@ def main() -> None:
             raise
         complain(str(error).strip() or type(error).__name__)
         sys.exit(UNREADABLE if isinstance(error, OSError) else USAGE)
+    except Exception as error:
+        if debug:
+            raise
+        why = str(error).strip().partition("\n")[0]
+        complain(f"{type(error).__name__} that was not expected: {why} (run again with --debug to see where)")
+        sys.exit(UNEXPECTED)
     except KeyboardInterrupt:
         complain("interrupted")
         sys.exit(INTERRUPTED)

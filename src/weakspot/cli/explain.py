@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weakspot.cli.app import UNREADABLE, USAGE, Failure, app, complain, notes_for_people, progress_bar
+from weakspot.cli.app import UNREADABLE, USAGE, Failure, app, complain, note, notes_for_people, progress_bar
 from weakspot.cli.inputs import (
     check_sources,
     class_index,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from weakspot.classifier import Classifier
     from weakspot.pairs import Pairs
 
+LABELS = "the model's own predictions on the clean images"
 ModelOption = Annotated[
     str,
     typer.Option(
@@ -132,17 +135,20 @@ def explain(
     if sources and not any(source.exists() for source in sources):
         raise typer.Exit(UNREADABLE)
 
-    with notes_for_people(quiet), progress_bar(quiet or as_json) as advance:
+    # Whatever a model prints must not end up among the scores.
+    with redirect_stdout(sys.stderr), notes_for_people(quiet), progress_bar(quiet or as_json) as advance:
         advance("loading the model", 0.0)
         classifier = load_classifier(model, weights, mean, std, classes, size, device)
         if pair:
             (pairs, names), how = read_pair(classifier, sources), "a pair taken as it is"
             skipped: list[str] = []
             unread: list[Path] = []
+            _make_folder(out)
         else:
             batch, names, skipped, unread = read_pictures(classifier, sources, samples=samples)
-            pairs, how = _attack(
-                classifier, batch, region, keep, norm, budget_eps, steps, target, seed,
+            _make_folder(out)
+            pairs, names, how = _attack(
+                classifier, batch, names, region, keep, norm, budget_eps, steps, target, seed,
                 lambda share: advance("attacking", 0.1 + 0.4 * share),
             )  # fmt: skip
         from weakspot.explanations import explain as explain_pairs
@@ -151,7 +157,7 @@ def explain(
 
         made = {
             "attack": how,
-            "labels": "the model's own predictions on the clean images",
+            "labels": "as the file has them" if pair and len(sources) == 1 else LABELS,
             "model": f"{classifier.name} ({model}), weights {fingerprint(classifier)}",
             "seed": str(seed),
             "device": str(classifier.mean.device),
@@ -164,7 +170,7 @@ def explain(
         explanation = explain_pairs(
             classifier,
             pairs,
-            analyses=analyses.split(",") if analyses else None,
+            analyses=[name.strip() for name in analyses.split(",")] if analyses else None,
             seed=seed,
             names=names,
             made=made,
@@ -183,9 +189,20 @@ def explain(
         raise typer.Exit(UNREADABLE)
 
 
+def _make_folder(out: Path) -> None:
+    """Before the work, so that nothing is computed that cannot be kept."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failure(f"out is {out}, which cannot be made ({error.strerror})", USAGE) from None
+    if not os.access(out, os.W_OK):
+        raise Failure(f"out is {out}, where you may not write", USAGE)
+
+
 def _attack(
     classifier: Classifier,
     images: Tensor,
+    names: list[str],
     region: str,
     keep: float,
     norm: str,
@@ -194,8 +211,8 @@ def _attack(
     target: str | None,
     seed: int,
     progress: Callable[[float], None],
-) -> tuple[Pairs, str]:
-    """The pairs, and in words how they were made."""
+) -> tuple[Pairs, list[str], str]:
+    """The pairs, their names, and in words how they were made."""
     import torch
 
     from weakspot import regions
@@ -210,12 +227,27 @@ def _attack(
         images = check_images(images, classifier)
         logits = predict(classifier, images)
     labels = logits.argmax(1)
-    targets = (
-        None if target is None else torch.full_like(labels, class_index(classifier, target, logits.shape[1]))
-    )
+    targets = None
+    if target is not None:
+        wanted = class_index(classifier, target, logits.shape[1])
+        others = labels != wanted
+        for name, other in zip(names, others.tolist(), strict=True):
+            if not other:
+                note(f"{name}: already read as {classifier.class_name(wanted)}; skipped")
+        if not bool(others.any()):
+            raise Failure(
+                f"every picture is already read as {classifier.class_name(wanted)}, the target", USAGE
+            )
+        images, labels = images[others], labels[others]
+        names = [name for name, other in zip(names, others.tolist(), strict=True) if other]
+        targets = torch.full_like(labels, wanted)
     if region == "cam":
         mask = regions.cam(classifier, images, labels, keep=keep)
         where = f"the {keep:.0%} of the image with most evidence for its class"
+        if not bool(mask.any()):
+            raise Failure(
+                f"keep is {keep}, which leaves no pixel to change; accepted is more, up to 1", USAGE
+            )
     elif region == "none":
         mask, where = None, "whole image"
     else:
@@ -232,4 +264,4 @@ def _attack(
         progress=progress,
     )
     asked = "" if targets is None else f", towards {classifier.class_name(int(targets[0]))}"
-    return pairs, f"PGD, {budget}, {steps} steps, {where}{asked}"
+    return pairs, names, f"PGD, {budget}, {steps} steps, {where}{asked}"

@@ -28,6 +28,8 @@ def check_sources(sources: Sequence[Path], *, pair: bool, samples: bool) -> None
         raise Failure(
             f"--pair takes CLEAN ADVERSARIAL or one pairs.safetensors; {len(sources)} paths were given", USAGE
         )
+    if saved and not pair:
+        raise Failure(f"{sources[0]} is no picture; to explain saved pairs again add --pair", USAGE)
     if not sources and not samples:
         raise Failure("no pictures were named; give files, folders, or --samples", USAGE)
 
@@ -36,7 +38,7 @@ def number(text: str) -> float:
     """0.03 or 8/255."""
     try:
         return float(Fraction(text.replace(" ", "")))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise Failure(f"eps is {text!r}; accepted is a number such as 0.03 or 8/255", USAGE) from None
 
 
@@ -50,9 +52,12 @@ def load_classifier(
     device: str,
 ) -> Classifier:
     """The classifier that the options name."""
+    import torch
+
+    from weakspot.classifier import evaluating, predict
     from weakspot.models import load
 
-    return load(
+    classifier = load(
         model,
         weights=weights,
         device=device,
@@ -61,6 +66,18 @@ def load_classifier(
         input_size=image_size(size),
         class_names=None if classes is None else class_names(classes),
     )
+    height, width = classifier.input_size
+    grey = torch.full((1, classifier.channels, height, width), 0.5, device=classifier.mean.device)
+    try:
+        with evaluating(classifier):
+            predict(classifier, grey)
+    except (RuntimeError, AssertionError) as error:
+        raise Failure(
+            f"model {model} does not take images of {classifier.channels} x {height} x {width} (channels x height x "
+            f"width): {str(error).strip().splitlines()[0][:120]}; give --size, or --mean with one value per channel",
+            USAGE,
+        ) from None
+    return classifier
 
 
 def numbers(name: str, text: str | None) -> list[float] | None:
@@ -121,9 +138,9 @@ def read_pictures(
         for picture in pictures:
             name = str(source / picture.name) if source.is_dir() else str(source)
             if picture.remark:
-                note(f"{name}: {picture.remark}")
+                note(_printable(f"{name}: {picture.remark}"))
             if picture.pixels is None:
-                skipped.append(f"{name}: {picture.remark}")
+                skipped.append(_printable(f"{name}: {picture.remark}"))
             else:
                 good.append((name if len(sources) > 1 or source.is_dir() else source.name, picture.pixels))
         if not any(picture.pixels is not None for picture in pictures):
@@ -137,9 +154,14 @@ def read_pictures(
 
 
 def _shortened(names: list[str]) -> list[str]:
-    """Paths less the folders they all share."""
-    common = os.path.commonpath([Path(name).parent for name in names]) if len(names) > 1 else ""
-    return [os.path.relpath(name, common) if common else Path(name).name for name in names]
+    """Paths less the folders they all share; bytes that are no text are spelled out."""
+    paths = [Path(name).absolute() for name in names]
+    common = os.path.commonpath([path.parent for path in paths])
+    return [_printable(os.path.relpath(path, common)) for path in paths]
+
+
+def _printable(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _with_channels(batch: Tensor, classifier: Classifier) -> Tensor:
@@ -151,10 +173,15 @@ def _with_channels(batch: Tensor, classifier: Classifier) -> Tensor:
 def read_pair(classifier: Classifier, sources: Sequence[Path]) -> tuple[Pairs, list[str]]:
     """The pair in two pictures, or the pairs in one file of `Pairs.save`, and their names."""
     from weakspot.images import open_pictures
-    from weakspot.pairs import Pairs
+    from weakspot.pairs import AttackResult, Pairs
 
     if len(sources) == 1:
-        pairs = Pairs.load(sources[0])
+        try:
+            pairs: Pairs = AttackResult.load(sources[0])
+        except (
+            ValueError
+        ):  # pairs of another tool, without success and counts; or no pairs at all, which is said
+            pairs = Pairs.load(sources[0])
         return pairs, [f"{sources[0].stem} {number}" for number in range(len(pairs))]
     both = []
     for source in sources:
@@ -190,8 +217,9 @@ def class_index(classifier: Classifier, target: str, count: int) -> int:
     """The number of the class that `target` names or is."""
     from weakspot.checks import closest
 
-    if target.isdigit() and int(target) < count:
-        return int(target)
+    number = target.lower().removeprefix("class ")
+    if number.isascii() and number.isdigit() and int(number) < count:
+        return int(number)
     lowered = [name.lower() for name in classifier.class_names]
     if target.lower() in lowered:
         return lowered.index(target.lower())
@@ -204,12 +232,14 @@ def read_mask(path: Path, images: Tensor) -> Tensor:
     from weakspot.images import open_pictures
 
     height, width = images.shape[2:]
-    (picture,) = open_pictures(path, size=(height, width), channels=1)
+    (picture,) = open_pictures(path, size=(height, width), channels=1, background="black")
     if picture.pixels is None:
         raise Failure(f"region: {path}: {picture.remark.removesuffix('; skipped')}", UNREADABLE)
     mask = picture.pixels[None] > 0.5
     if not bool(mask.any()):
         raise Failure(
-            f"region: {path} has no white pixel, so nothing may change; white is where the attack acts", USAGE
+            f"region: {path} has no white pixel where the model looks ({height} x {width}, cropped at the centre as "
+            "pictures are), so nothing may change; white is where the attack acts",
+            USAGE,
         )
     return mask.to(images.device)

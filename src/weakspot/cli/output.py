@@ -27,7 +27,7 @@ def print_json(explanation: Explanation, paths: dict[str, Path], skipped: list[s
 
 def print_table(explanation: Explanation, seconds: float, skipped: int) -> None:
     """A table, then a verdict per image."""
-    from weakspot.report.words import headline, p_value, percent
+    from weakspot.report.words import WHOLE, headline, p_value, percent
 
     console = Console(highlight=False)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
@@ -35,10 +35,11 @@ def print_table(explanation: Explanation, seconds: float, skipped: int) -> None:
         table.add_column(heading, overflow="fold")
     for _, row in explanation.scores.iterrows():
         measured = "effect_in_roi" in row
-        free = measured and row["changed_share"] >= 0.95
+        free = measured and row["reached_share"] >= WHOLE
         table.add_row(
             escape(str(row["image"])),
-            escape(headline(row)) + ("" if row["success"] else " [yellow](failed)[/yellow]"),
+            escape(headline(row))
+            + ("" if row["success"] or row["linf"] == 0 else " [yellow](failed)[/yellow]"),
             percent(row["effect_in_roi"]) if measured else "",
             percent(row["effect_in_roi_null"]) if measured else "",
             p_value(row["effect_in_roi_p"]).removeprefix("p = ").removeprefix("p ") if free else "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from weakspot.checks import check_classes
+from weakspot.checks import ModelWarning, check_classes
 from weakspot.classifier import Classifier, evaluating, margin, predict
 from weakspot.explanations.analysis import Analysis, Picture, check_pairs, find_analyses, rivals
 from weakspot.pairs import AttackResult, Pairs
@@ -157,7 +158,13 @@ def _base_scores(
         check_classes(classes, len(pairs), clean.shape[1], name=name)
     losing = rivals(classifier, pairs)
     landed = adversarial.argmax(1)
-    success = pairs.success if isinstance(pairs, AttackResult) else landed != pairs.labels
+    if len(classifier.class_names) not in {0, clean.shape[1]}:
+        raise ValueError(
+            f"class_names has {len(classifier.class_names)} names; {classifier.name} has {clean.shape[1]} classes"
+        )
+    _warn_of_randomness(classifier, pairs.clean[:1], clean[:1])
+    reached = (landed != pairs.labels) & (landed == pairs.targets)
+    success = pairs.success if isinstance(pairs, AttackResult) else reached
     change = pairs.perturbation.flatten(1)
     before, after = clean.softmax(1), adversarial.softmax(1)
 
@@ -166,6 +173,7 @@ def _base_scores(
 
     numbers = {
         "success": success,
+        "asked_for_target": pairs.targets != landed,
         "label_clean": of(before, pairs.labels),
         "label_adversarial": of(after, pairs.labels),
         "target_clean": of(before, losing),
@@ -184,6 +192,17 @@ def _base_scores(
         "read_clean_as": [classifier.class_name(int(index)) for index in clean.argmax(1)],
     }
     return pd.DataFrame({**words, **{name: values.cpu().numpy() for name, values in numbers.items()}}), losing
+
+
+def _warn_of_randomness(classifier: Classifier, image: Tensor, logits: Tensor) -> None:
+    again = predict(classifier, image)
+    if not torch.allclose(again, logits, rtol=1e-2, atol=1e-3 * float(logits.abs().max())):
+        warnings.warn(
+            f"{classifier.name} answers differently when it is given the same image twice: what is explained is one "
+            "draw among many",
+            ModelWarning,
+            stacklevel=4,
+        )
 
 
 def _checked(name: str, analysis: Analysis, count: int) -> Analysis:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from weakspot.attribution.cam import class_activation, logit_gradient
 from weakspot.attribution.path import MarginDrop, margin_drop
@@ -27,6 +28,9 @@ from weakspot.statistics import ShiftTest, products_over_shifts, queen_lag, rank
 if TYPE_CHECKING:
     import pandas as pd
 
+CANCELLED = 0.05  # a drop smaller than this share of all gains and losses has no place
+REACH = 1 / 50  # of the shorter side: how far from a changed pixel a site counts as reached by the attack
+ARBITRARY = 0.9  # a region of which less than this share is above a tie has no right to its size
 FRAGMENT = 4  # pixels; smaller components are speckle, not regions
 CHUNK = 8  # images whose shifts are in memory at once
 IMPORTANCES = ("cam", "gradient")
@@ -40,8 +44,8 @@ class Overlap:
     Attributes:
         importance: (N, 1, H, W) evidence for the label in the clean image.
         vulnerability: (N, 1, H, W) what each site of the perturbation took from the margin; sums to the drop.
-        roi: bool (N, 1, H, W), the top share of importance.
-        roa: bool (N, 1, H, W), the top share of vulnerability.
+        roi: bool (N, 1, H, W), the top share of importance; fewer sites where many tie at the cut.
+        roa: bool (N, 1, H, W), the top share of vulnerability; fewer where many tie or nothing was taken.
         scores: one row per image; see `MEANINGS`. effect_in_roi, jaccard, spearman and moran_i come with
             _null, _null_low, _null_high and _p from shifting the attack against the image.
     """
@@ -78,6 +82,7 @@ MEANINGS = {
     "roa_components": "Connected parts of the region of attack; fragments under 4 pixels are left out.",
     "roa_largest_share": "Share of the region of attack that lies in its largest connected part.",
     "changed_share": "Share of the pixels that the attack changed at all.",
+    "reached_share": "Share of the image near a changed pixel; under 95% the attack is taken to have been confined.",
     "changed_in_roi": "Share of the changed pixels that lie in the region of importance.",
 }
 
@@ -118,12 +123,21 @@ def overlap(
         important = _importance(classifier, pairs, importance)
     sigma = min(drop.sites.shape[2:]) / 64
     vulnerable = gaussian(drop.sites.double(), sigma, max(1, round(4 * sigma))).float()
-    roi, roa = top(important, keep), top(vulnerable, keep)
+    roi, roa = _above(important, keep), _above(vulnerable, keep) & (vulnerable > 0)
     tests = _shift_tests(important[:, 0], vulnerable[:, 0], roi[:, 0], roa[:, 0])
     columns = [test.columns(name) for name, test in tests.items()]
     columns.append(pd.DataFrame({"effect_in_roi_p_less": tests["effect_in_roi"].p_less.cpu().numpy()}))
     scores = pd.concat([*columns, _plain_scores(pairs, drop, roi, roa)], axis=1)
     return Overlap(important, vulnerable, roi, roa, scores)
+
+
+def _above(scores: Tensor, keep: float) -> Tensor:
+    """The top share of sites; where ties across the cut would fill over a tenth of it, only those above the tie."""
+    chosen = top(scores, keep)
+    left_out = torch.where(chosen, -torch.inf, scores).flatten(1).amax(1).view(-1, 1, 1, 1)
+    above = chosen & (scores > left_out)
+    sizes = [region.flatten(1).sum(1).view(-1, 1, 1, 1) for region in (above, chosen)]
+    return torch.where(sizes[0] < ARBITRARY * sizes[1], above, chosen)
 
 
 def _importance(classifier: Classifier, pairs: Pairs, importance: str | Tensor) -> Tensor:
@@ -153,7 +167,8 @@ def _shift_tests(important: Tensor, vulnerable: Tensor, roi: Tensor, roa: Tensor
     ):
         total = v.double().sum((1, 2), keepdim=True)
         # Only of a margin that was lost can a share have been lost somewhere.
-        total = torch.where(total > 1e-6, total, torch.nan)
+        moved = v.double().abs().sum((1, 2), keepdim=True)
+        total = torch.where((total > 1e-6) & (total > CANCELLED * moved), total, torch.nan)
         common = products_over_shifts(region_i, region_v).round()
         union = region_i.sum((1, 2), keepdim=True) + region_v.sum((1, 2), keepdim=True) - common
         scattered, worked = standardized(i), standardized(v)
@@ -173,6 +188,8 @@ def _plain_scores(pairs: Pairs, drop: MarginDrop, roi: Tensor, roa: Tensor) -> p
 
     changed = (pairs.perturbation != 0).any(1, keepdim=True)
     area = changed.flatten(1).float().mean(1)
+    radius = max(2, round(REACH * min(changed.shape[2:])))
+    reached = F.max_pool2d(changed.float(), 2 * radius + 1, 1, radius).flatten(1).mean(1)
     inside = (changed & roi).flatten(1).float().mean(1)
     components, largest = zip(*(_isolation(region) for region in roa[:, 0].cpu().numpy()), strict=True)
     return pd.DataFrame(
@@ -182,6 +199,7 @@ def _plain_scores(pairs: Pairs, drop: MarginDrop, roi: Tensor, roa: Tensor) -> p
             "roa_components": components,
             "roa_largest_share": largest,
             "changed_share": area.cpu().numpy(),
+            "reached_share": reached.cpu().numpy(),
             "changed_in_roi": (inside / area).cpu().numpy(),
         }
     )
@@ -209,8 +227,8 @@ def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
                 "Looked at, attacked, or both",
                 kind="category",
                 categories=PARTITION,
-                meaning="The 20% of the image that matters most for {label} against the 20% where the attack "
-                "takes most of its margin.",
+                meaning="The fifth of the image that matters most for {label} against the fifth where the attack "
+                "takes most of its lead; less where fewer places matter.",
             ),
             "vulnerability": Picture(
                 "Where the attack works",

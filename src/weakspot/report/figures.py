@@ -41,16 +41,20 @@ def figure(explanation: Explanation, index: int = 0) -> Figure:
     axes = list(sheet.subplots(rows, COLUMNS, squeeze=False).flat)
     row = explanation.scores.iloc[index]
     heading = f"{row['image']}: {headline(row)}"
-    sheet.suptitle(heading + "\n" + "\n".join(textwrap.wrap(explanation.verdict(index), 130)), fontsize=10)
+    sheet.suptitle(
+        heading + "\n" + "\n".join(textwrap.wrap(explanation.verdict(index), 130)),
+        fontsize=10,
+        parse_math=False,
+    )
     for axis in axes:
         axis.set_axis_off()
     photographs = {"clean": explanation.pairs.clean, "adversarial": explanation.pairs.adversarial}
     for axis, (title, images) in zip(axes, photographs.items(), strict=False):
         _photograph(axis, images[index].numpy())
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title, fontsize=9, parse_math=False)
     for axis, drawing in zip(axes[2:], maps, strict=False):
         _draw(axis, drawing, explanation.pairs.clean[index].numpy())
-        axis.set_title("\n".join(textwrap.wrap(drawing.title, 36)), fontsize=9)
+        axis.set_title("\n".join(textwrap.wrap(drawing.title, 36)), fontsize=9, parse_math=False)
     return sheet
 
 
@@ -77,7 +81,7 @@ def _draw(axis: Axes, drawing: Drawing, photograph: np.ndarray) -> None:
     for category, title in enumerate(drawing.picture.categories):
         chosen = drawing.values == category
         color, hatch = CATEGORIES[category % len(CATEGORIES)], HATCHES[category % len(HATCHES)]
-        if category and chosen.any():
+        if category and chosen.any() and min(chosen.shape) > 1:
             axis.contourf(chosen, levels=[0.5, 1.5], colors=[color], alpha=0.6, hatches=[hatch])
         handles.append(
             Patch(facecolor=color, hatch=hatch, label=f"{title} {chosen.mean():.0%}", edgecolor="0.4")

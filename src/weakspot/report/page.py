@@ -81,7 +81,7 @@ def _pair(explanation: Explanation, index: int) -> dict[str, Any]:
         "name": str(row["image"]),
         "headline": headline(row),
         "verdict": explanation.verdict(index),
-        "success": bool(row["success"]),
+        "success": bool(row["success"]) and row["read_clean_as"] == row["label"],
         "clean": _png(explanation.pairs.clean[index]),
         "adversarial": _png(explanation.pairs.adversarial[index]),
         "maps": [_map(drawing) for drawing in maps],

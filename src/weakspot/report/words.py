@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from weakspot.explanations.explanation import Explanation
 
 SMALL = 0.05
-WHOLE = 0.95  # share of changed pixels from which an attack counts as free to act anywhere
+WHOLE = 0.95  # share of the image near changed pixels from which an attack counts as free to act anywhere
+UNACCOUNTED = 0.1  # completeness gap above which nothing is claimed
 
 
 def headline(row: pd.Series) -> str:
@@ -38,29 +39,36 @@ def verdict(explanation: Explanation, index: int = 0) -> str:
 
 def _what_happened(row: pd.Series) -> str:
     before, after = percent(row["label_clean"]), percent(row["landed_adversarial"])
-    misread = "" if row["read_clean_as"] == row["label"] else (
-        f" (the clean image was already read as {row['read_clean_as']})"
-    )  # fmt: skip
-    if row["success"]:
-        return f"The attack moved the image from {row['label']} {before} to {row['landed']} {after}{misread}."
-    if row["landed"] == row["label"]:
+    if row["read_clean_as"] != row["label"]:
         return (
-            f"The attack failed: the image is still read as {row['label']} ({before} before, {after} after); "
-            f"it came closest to {row['target']}{misread}."
+            f"Without any attack the image is read as {row['read_clean_as']} and not as {row['label']} ({before}), so "
+            f"there is no success to explain; the adversarial image is read as {row['landed']} {after}."
+        )
+    if row["success"]:
+        return f"The attack moved the image from {row['label']} {before} to {row['landed']} {after}."
+    if row["asked_for_target"]:
+        return (
+            f"The attack failed: it asked for {row['target']} and reached {percent(row['target_adversarial'])}; the "
+            f"image is read as {row['landed']} {after}."
         )
     return (
-        f"The attack failed: it asked for {row['target']} and reached {percent(row['target_adversarial'])}; the image "
-        f"is read as {row['landed']} {after}{misread}."
+        f"The attack failed: the image is still read as {row['label']} ({before} before, {after} after); "
+        f"it came closest to {row['target']}."
     )
 
 
 def _where(row: pd.Series) -> str:
     effect, chance, p = row["effect_in_roi"], row["effect_in_roi_null"], row["effect_in_roi_p"]
     if math.isnan(effect):
-        return f"It took nothing from the lead of {row['label']}, so there is no effect to place."
+        return f"It took next to nothing from the lead of {row['label']}, or nothing that could be placed."
+    if row["completeness_gap"] > UNACCOUNTED:
+        return (
+            f"What it did could not be placed: the vulnerability map is {percent(row['completeness_gap'])} off the "
+            "whole effect, as happens where a network answers at random."
+        )
     looked_at = f"the {percent(chance)} of the image that matters most for {row['label']}"
     share = percent(effect)
-    if row["changed_share"] < WHOLE:
+    if row["reached_share"] < WHOLE:
         return (
             f"It changed only {percent(row['changed_share'])} of the pixels, {percent(row['changed_in_roi'])} of them "
             f"in {looked_at}, where {share} of its effect lies. With the attack confined, that says more about where "
@@ -94,6 +102,8 @@ def percent(share: float) -> str:
         return "not defined"
     if 0 < share < 0.001:
         return "under 0.1%"
+    if -0.005 < share < 0:
+        return "0%"
     if 0.999 < share < 1:
         return "over 99.9%"
     if 0 < share < 0.01 or 0.99 < share < 1:
