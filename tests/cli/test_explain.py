@@ -40,6 +40,16 @@ def build():
     ).eval()
 
 
+class Loud(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = build()
+
+    def forward(self, images):
+        print("hello from forward")
+        return self.inner(images)
+
+
 def grey():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 10)).eval()
@@ -323,3 +333,77 @@ def test_help_has_an_example(run: Run, command: list[str]) -> None:
     assert "Usage: weakspot" in ended.out
     if command:
         assert f"weakspot {command[0]}" in ended.out.split("Usage: weakspot", 1)[1].split("\n", 1)[1]
+
+
+def test_what_a_model_prints_does_not_end_up_in_the_json(run: Run, photographs: Path) -> None:
+    ended = run(
+        "explain", photographs / "coffee.png", *TINY_OPTIONS, "--model", "tiny_networks:Loud", "--json"
+    )
+    assert ended.code == 0, ended.err
+    assert len(json.loads(ended.out)["scores"]) == 1
+    assert "hello from forward" in ended.err
+
+
+def test_absolute_and_relative_paths_mix_and_equal_names_stay_apart(run: Run, photographs: Path) -> None:
+    other = photographs.parent / "other"
+    other.mkdir()
+    (other / "coffee.png").write_bytes((photographs / "coffee.png").read_bytes())
+    ended = run("explain", photographs / "coffee.png", "other/coffee.png", *TINY_OPTIONS, "--json")
+    assert ended.code == 0, ended.err
+    assert [row["image"] for row in json.loads(ended.out)["scores"]] == [
+        "photos/coffee.png",
+        "other/coffee.png",
+    ]
+
+
+def test_a_mask_on_a_transparent_ground_is_white_only_where_it_was_painted(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    mask = np.zeros((64, 64, 4), np.uint8)
+    mask[10:20, 5:30] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    assert run("explain", photographs, *TINY_OPTIONS, "--region", "mask.png", "--out", "run").code == 0
+    changed = (Pairs.load(tmp_path / "run/pairs.safetensors").perturbation != 0).any(1)
+    assert not changed[:, mask[..., 3] == 0].any()
+
+
+def test_a_picture_already_read_as_the_target_is_named_and_left_out(run: Run, photographs: Path) -> None:
+    said = json.loads(run("explain", photographs, *TINY_OPTIONS, "--json").out)["scores"]
+    target = said[0]["label"]
+    alike = [row["image"] for row in said if row["label"] == target]
+    ended = run("explain", photographs, *TINY_OPTIONS, "--target", target, "--json")
+    if len(alike) == len(said):
+        assert ended.code == 2
+        assert f"already read as {target}" in ended.err
+    else:
+        assert [row["image"] for row in json.loads(ended.out)["scores"]] == [
+            row["image"] for row in said if row["image"] not in alike
+        ]
+    assert all(f"{name}: already read as {target}" in ended.err for name in alike)
+
+
+def test_a_failure_stays_a_failure_when_it_is_saved_and_explained_again(run: Run, photographs: Path) -> None:
+    options = (*TINY_OPTIONS, "--eps", "0.0001")
+    first = json.loads(run("explain", photographs, *options, "--out", "run", "--json").out)["scores"]
+    again = json.loads(run("explain", "--pair", "run/pairs.safetensors", *options, "--json").out)["scores"]
+    assert not any(row["success"] for row in first)
+    assert [row["verdict"] for row in again] == [row["verdict"] for row in first]
+    assert all(row["verdict"].startswith("The attack failed") for row in again)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--model", "tiny_networks:grey"], "does not take images of 1 x 64 x 64"),
+        (["--classes", "tiny_networks.py"], "names; "),
+        (["--out", "/proc/nowhere"], "cannot be made"),
+        (["--region", "cam", "--keep", "0"], "leaves no pixel to change"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_sentence(
+    run: Run, photographs: Path, arguments: list[str], wanted: str
+) -> None:
+    ended = run("explain", photographs, *TINY_OPTIONS, *arguments)
+    assert ended.code == 2
+    assert wanted in ended.err
+    assert len(ended.err.strip().splitlines()) == 1
