@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from weakspot.explanations.explanation import Explanation
 
 SMALL = 0.05
+ROUNDING = 1e-9
 WHOLE = 0.95  # share of the image near changed pixels from which an attack counts as free to act anywhere
 UNACCOUNTED = 0.1  # completeness gap above which nothing is claimed
 
@@ -128,9 +129,9 @@ def p_value(p: float) -> str:
 def number(value: float) -> str:
     """A score in three figures.
 
-    >>> number(0.123456), number(51.97), number(float("nan")), number(31)
-    ('0.123', '52', 'not defined', '31')
+    >>> number(0.123456), number(51.97), number(float("nan")), number(31), number(-1.5e-17)
+    ('0.123', '52', 'not defined', '31', '0')
     """
     if math.isnan(value):
         return "not defined"
-    return f"{value:.3g}"
+    return "0" if abs(value) < ROUNDING else f"{value:.3g}"
