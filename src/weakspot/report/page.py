@@ -29,6 +29,7 @@ SHARES = {
     "jaccard",
     "roa_largest_share",
     "changed_share",
+    "reached_share",
     "changed_in_roi",
     "completeness_gap",
 }
