@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from weakspot import Classifier, class_activation, load
 from weakspot.attribution.cam import REGISTRATIONS
-from weakspot.classifier import predict
+from weakspot.attribution.layers import find_layer
+from weakspot.attribution.registration import effective_grid, receptive_grid
+from weakspot.classifier import evaluating, predict
 
 SQUARE, STRIDE = 32, 16
 
@@ -35,6 +37,29 @@ def occlusion(model: Classifier, image: Tensor, label: Tensor) -> Tensor:
     occluded = torch.where(covered > 0, mean, image)
     lost = predict(model, image[None])[0, label] - predict(model, occluded)[:, label]
     return (lost.view(-1, 1, 1, 1) * covered).sum(0)[0] / covered.sum(0)[0].clamp(min=1)
+
+
+def shifts(name: str, model: nn.Module) -> None:
+    """Print how far from resizing arithmetic and gradients put the cells of the last map at 224 pixels."""
+    image = torch.zeros(1, 3, 224, 224)
+    with evaluating(model) as classifier:
+        layer = find_layer(classifier, image)
+        if layer is None:
+            return
+        tile = 224 / layer.layout.height
+        found = [grid(classifier, image, layer) for grid in (receptive_grid, effective_grid)]
+    told = [", ".join(f"{axis.offset - (tile - 1) / 2:+.1f}" for axis in grid) for grid in found if grid]
+    print(f"| {name} | {' | '.join(told)} |")
+
+
+def untrained_resnet18() -> nn.Module:
+    """ResNet-18 with random weights."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    config = ResNetConfig(layer_type="basic", depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512])
+    network: nn.Module = ResNetForImageClassification(config)
+    return network.eval()
 
 
 def standard_error(values: np.ndarray) -> float:
@@ -56,6 +81,10 @@ def main() -> None:
         "EfficientNet-Lite0": load("efficientnet_lite0", device="cpu"),
         "MobileNetV2": Classifier.wrap(mobilenet),
     }
+    print("| network | arithmetic, px down and across | measured by gradients |\n|---|---|---|")
+    for name, model in {**models, "ResNet-18, untrained": untrained_resnet18()}.items():
+        shifts(name, model)
+    print()
     others = " | ".join(f"{name} less resize, paired" for name in REGISTRATIONS[1:])
     print(f"| network | photographs | correlation, resize | {others} |\n|---|---|---|---|---|")
     for name, model in models.items():

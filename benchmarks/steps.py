@@ -45,6 +45,23 @@ def fixed_steps(model: Classifier, images: Tensor, labels: Tensor, budget: Budge
         return problem.result(torch.cat(found), forwards=STEPS + 1, backwards=STEPS)
 
 
+def linear() -> None:
+    """Print the share of an L2 ball's optimum on a linear model, whose closed form is known: eps times |weight|."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3 * 8 * 8, generator=generator)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(len(weight), 2, bias=False)).eval()
+    network[1].weight.data = torch.stack([weight, -weight])
+    images = 0.4 + 0.2 * torch.rand(8, 3, 8, 8, generator=generator)
+    labels, budget = predict(Classifier.wrap(network), images).argmax(1), L2(0.3)
+    results = {
+        "fixed": fixed_steps(Classifier.wrap(network), images, labels, budget),
+        "shrinking": attacks.pgd(network, images, labels, budget=budget, steps=STEPS),
+    }
+    for name, result in results.items():
+        share = (result.perturbation.flatten(1) @ weight).abs() / (budget.eps * weight.norm())
+        print(f"Linear model, {budget}, {STEPS} steps, {name}: {float(share.mean()):.5f} of the optimum")
+
+
 def main() -> None:
     """Print the table."""
     folder = Path(os.environ.get("WEAKSPOT_DATA", "../shared/data"))
@@ -53,6 +70,7 @@ def main() -> None:
     sys.path.insert(0, str(folder))
     import networks  # type: ignore[import-not-found]
 
+    linear()
     images, labels = networks.cifar10("test", 200)
     print(
         "| network | budget | robust, fixed | robust, shrinking | margin, fixed | margin, shrinking |\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -252,9 +253,12 @@ def test_an_evaluated_model_with_one_part_in_train_mode_is_evaluated_whole(pooli
 
 
 def test_a_model_in_eval_mode_is_not_told_off(any_model: Made) -> None:
-    model, images = any_model  # a ModelWarning would be an error here
-    with untouched(model, images), evaluating(model) as classifier:
-        classifier(images)
+    model, images = any_model
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with untouched(model, images), evaluating(model) as classifier:
+            classifier(images)
+    assert [str(warning.message) for warning in told if issubclass(warning.category, ModelWarning)] == []
 
 
 @pytest.mark.filterwarnings("ignore::weakspot.checks.ModelWarning")

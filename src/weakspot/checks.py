@@ -97,6 +97,12 @@ def check_region(region: Tensor, images: Tensor) -> None:
         )
 
 
+def check_seed(seed: int) -> None:
+    """Raises ValueError unless `seed` is a whole number that fits 64 bits."""
+    if not isinstance(seed, int) or abs(seed) >= 2**63:
+        raise ValueError(f"seed is {seed!r}; accepted is a whole number between -2**63 and 2**63")
+
+
 def check_share(keep: float) -> None:
     """Raises ValueError unless `keep` is a share of the image, 0 to 1."""
     if not 0 <= keep <= 1:

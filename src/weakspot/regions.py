@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot.attribution.cam import class_activation
-from weakspot.checks import check_share, closest
+from weakspot.checks import check_seed, check_share, closest
 
 CONTROLS = ("shift", "random", "border")
 
@@ -78,6 +78,7 @@ def matched(region: Tensor, *, kind: str = "shift", seed: int = 0) -> Tensor:
     """
     if region.dtype != torch.bool or region.ndim != 4 or region.shape[1] != 1:
         raise ValueError(f"region is {tuple(region.shape)} {region.dtype}; accepted is bool (N, 1, H, W)")
+    check_seed(seed)
     if kind not in CONTROLS:
         raise ValueError(f"kind is {kind!r}; {closest(kind, CONTROLS)}")
     return torch.cat([_control(mask, kind, seed) for mask in region.split(1)])

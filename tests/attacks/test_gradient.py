@@ -591,6 +591,22 @@ def test_normalised_images_trip_a_warning(pooling: Made, attack: Attack) -> None
         attack(model, 3 * images - 1, torch.tensor([0, 1, 2]))
 
 
+@pytest.mark.parametrize("seed", [10**70, 0.5, "zero", None], ids=str)
+def test_a_seed_that_is_no_64_bit_number_is_refused(pooling: Made, seed: Any) -> None:
+    model, images = pooling
+    with pytest.raises(ValueError, match=r"^seed is "):
+        pgd(model, images, torch.tensor([0, 1, 2]), seed=seed)
+
+
+@pytest.mark.parametrize("seed", [-7, 2**63 - 1], ids=str)
+def test_seeds_reach_over_64_bits(pooling: Made, seed: int) -> None:
+    model, images = pooling
+    labels = predicted(model, images)
+    first, again, other = (pgd(model, images, labels, seed=s, steps=1) for s in (seed, seed, seed - 1))
+    assert torch.equal(first.adversarial, again.adversarial)
+    assert not torch.equal(first.adversarial, other.adversarial)
+
+
 @pytest.mark.parametrize("made_inside", [False, True], ids=["tensors from outside", "tensors made inside"])
 @pytest.mark.parametrize("network", ["pooling", "normalised"])
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])

@@ -157,7 +157,8 @@ def test_other_weights_of_the_same_network_can_be_given(
 
 def test_reading_an_archive_draws_no_random_numbers(archive: Path, small: nn.Module, images: Tensor) -> None:
     with untouched(small, images):
-        load_exported(archive)
+        network = load_exported(archive)
+    assert isinstance(network, nn.Module)
 
 
 def test_a_compressed_archive_is_an_archive(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from weakspot.attacks.problem import Problem, attacking
 from weakspot.budgets import Budget, Linf
-from weakspot.checks import ModelWarning
+from weakspot.checks import ModelWarning, check_seed
 from weakspot.pairs import AttackResult
 
 DEFAULT_BUDGET = Linf(4 / 255)
@@ -97,6 +97,7 @@ def pgd(
     for name, value in (("steps", steps), ("restarts", restarts)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value}; accepted is a whole number of at least 1")
+    check_seed(seed)
     with attacking(model, images, labels, region, targets, batch_size) as problem:
         parts = problem.batches()
         found = []

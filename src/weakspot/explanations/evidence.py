@@ -25,10 +25,9 @@ def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:  # no
 
     with evaluating(model) as classifier:
         both = torch.stack([pairs.labels, rivals(classifier, pairs)], 1)
-        clean, adversarial = (
-            class_activations(classifier, images, both, registration="effective")
-            for images in (pairs.clean, pairs.adversarial)
-        )
+        images, classes = torch.cat([pairs.clean, pairs.adversarial]), torch.cat([both, both])
+        evidence = class_activations(classifier, images, classes, registration="effective")
+        clean, adversarial = evidence.chunk(2)
     names = ("cam_label_clean", "cam_target_clean", "cam_label_adversarial", "cam_target_adversarial")
     maps = dict(zip(names, (*clean.split(1, 1), *adversarial.split(1, 1)), strict=True))
     kept = (standardized(clean[:, 0]) * standardized(adversarial[:, 0])).mean((1, 2))
