@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from weakspot import L2, AttackResult, Budget, Classifier, Linf, attacks
-from weakspot.attacks.gradient import random_start
+from weakspot.attacks.gradient import Search, random_start
+from weakspot.attacks.objectives import margin as margin_objective
 from weakspot.attacks.problem import attacking
 from weakspot.classifier import margin, predict
 
@@ -26,23 +27,9 @@ STEPS = 10
 def fixed_steps(model: Classifier, images: Tensor, labels: Tensor, budget: Budget) -> AttackResult:
     """PGD with Madry's step, otherwise as attacks.pgd."""
     with attacking(model, images, labels, None, None, None) as problem:
-        found = []
-        for part in problem.batches():
-            perturbation = random_start(part, budget, 0, 0)
-            best, lowest = part.clean, torch.full((len(part.clean),), torch.inf)
-            for step in range(STEPS + 1):
-                point = part.apply(perturbation)
-                margins, direction = part.descent(point)
-                better = margins < lowest
-                best, lowest = (
-                    torch.where(better[:, None, None, None], point, best),
-                    torch.minimum(margins, lowest),
-                )
-                if step < STEPS:
-                    ascent = budget.ascend(direction, perturbation, part.clean)
-                    perturbation = budget.project(perturbation + 2.5 / STEPS * ascent, part.clean)
-            found.append(best)
-        return problem.result(torch.cat(found), forwards=STEPS + 1, backwards=STEPS)
+        search = Search(problem, budget, margin_objective, momentum=0, stop_early=False)
+        search.run(random_start(problem, budget, 0), [2.5 / STEPS] * STEPS, None)
+        return problem.result(search.best)
 
 
 def linear() -> None:

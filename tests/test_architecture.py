@@ -64,11 +64,14 @@ def test_every_public_name_is_there_and_the_function_explain_is_not_shadowed_by_
     assert callable(weakspot.explain)
     assert callable(weakspot.overlap)
     assert {"fgsm", "pgd"} <= set(dir(weakspot.attacks))
-    assert {"cam", "top", "matched"} <= set(dir(weakspot.regions))
+    assert {"background", "border", "cam", "matched", "superpixels", "support", "top"} <= set(
+        dir(weakspot.regions)
+    )
 
 
 def test_importing_weakspot_leaves_heavy_libraries_alone() -> None:
     heavy = [
+        "cv2",
         "pandas",
         "matplotlib",
         "skimage",

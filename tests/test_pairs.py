@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -22,7 +23,8 @@ from weakspot.pairs import AttackResult, Pairs
 
 
 def fields_of(pairs: Pairs) -> dict[str, Tensor]:
-    return {field.name: getattr(pairs, field.name) for field in dataclasses.fields(pairs)}
+    known = {field.name: getattr(pairs, field.name) for field in dataclasses.fields(pairs)}
+    return {name: tensor for name, tensor in known.items() if tensor is not None}
 
 
 def parts(count: int = 3, seed: int = 0) -> dict[str, Tensor]:
@@ -33,16 +35,19 @@ def parts(count: int = 3, seed: int = 0) -> dict[str, Tensor]:
     return {"clean": clean, "adversarial": adversarial, "labels": labels, "targets": targets}
 
 
-def results(count: int = 3, seed: int = 0) -> AttackResult:
+def results(count: int = 3, seed: int = 0, *, optional: bool = True) -> AttackResult:
     generator = torch.Generator().manual_seed(seed)
-    forwards, backwards = torch.randint(0, 99, (2, count), generator=generator).unbind()
-    success = torch.rand(count, generator=generator) > 0.5
-    return AttackResult(**parts(count, seed), success=success, forwards=forwards, backwards=backwards)
+    forwards, backwards, seeds = torch.randint(0, 99, (3, count), generator=generator).unbind()
+    success, success_8bit = (torch.rand(2, count, generator=generator) > 0.5).unbind()
+    known = {"success": success, "forwards": forwards, "backwards": backwards}
+    extra = {"success_8bit": success_8bit, "seed": seeds} if optional else {}
+    return AttackResult(**parts(count, seed), **known, **extra)
 
 
 def assert_same(found: Pairs, expected: Pairs) -> None:
     """The same type and, field by field, the same dtype and bits."""
     assert type(found) is type(expected)
+    assert fields_of(found).keys() == fields_of(expected).keys()
     for name, tensor in fields_of(expected).items():
         assert getattr(found, name).dtype == tensor.dtype
         assert torch.equal(getattr(found, name), tensor), name
@@ -222,8 +227,11 @@ def test_the_smallest_numbers_and_the_sign_of_zero_come_back(tmp_path: Path) -> 
     assert torch.equal(loaded.clean.view(torch.int32), pairs.clean.view(torch.int32))
 
 
-def test_an_attack_result_comes_back_bit_for_bit_and_is_also_a_file_of_pairs(tmp_path: Path) -> None:
-    result = results()
+@pytest.mark.parametrize("optional", [True, False])
+def test_an_attack_result_comes_back_bit_for_bit_and_is_also_a_file_of_pairs(
+    tmp_path: Path, optional: bool
+) -> None:
+    result = results(optional=optional)
     result.save(tmp_path / "result.safetensors")
     assert_same(AttackResult.load(tmp_path / "result.safetensors"), result)
     assert_same(Pairs.load(tmp_path / "result.safetensors"), Pairs(**parts()))
@@ -351,6 +359,56 @@ def test_pairs_that_do_not_fit_are_refused_from_a_file_too(tmp_path: Path) -> No
         Pairs.load(tmp_path / "pairs.safetensors")
 
 
-def test_moving_to_a_device_keeps_type_and_values() -> None:
-    result = results()
+@pytest.mark.parametrize("optional", [True, False])
+def test_moving_to_a_device_keeps_type_and_values(optional: bool) -> None:
+    result = results(optional=optional)
     assert_same(result.to("cpu"), result)
+
+
+# ---------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_distances_are_numpys_norms_and_scikit_images_ssim(channels: int) -> None:
+    structural_similarity = pytest.importorskip("skimage.metrics").structural_similarity
+    generator = torch.Generator().manual_seed(1)
+    clean = torch.rand(3, channels, 24, 17, generator=generator)
+    noise = 0.1 * torch.randn(clean.shape, generator=generator)
+    adversarial = torch.where(
+        torch.rand(3, 1, 24, 17, generator=generator) < 0.3, clean + noise, clean
+    ).clamp(0, 1)
+    adversarial[1] = clean[1]
+    table = Pairs(clean, adversarial, torch.arange(3), torch.arange(3)).distances
+    assert list(table.columns) == ["linf", "l2", "l1", "pixels", "ssim"]
+    weights = np.array([0.299, 0.587, 0.114]) if channels == 3 else np.ones(1)
+    for index in range(3):
+        pair = (clean[index].double().numpy(), adversarial[index].double().numpy())
+        moved = pair[1] - pair[0]
+        first, second = (np.tensordot(weights, image, 1) for image in pair)
+        options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
+        everywhere = structural_similarity(first, second, full=True, **options)[1]
+        expected = {
+            "linf": np.abs(moved).max(),
+            "l2": np.linalg.norm(moved.ravel(), 2),
+            "l1": np.linalg.norm(moved.ravel(), 1),
+            "pixels": (moved != 0).any(0).sum(),
+            "ssim": everywhere.mean(),
+        }
+        for name, value in expected.items():
+            assert table[name][index] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+    assert table.iloc[1].tolist() == [0, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("optional", [True, False])
+def test_a_table_has_every_known_field_and_the_distances_one_row_per_image(optional: bool) -> None:
+    result = results(optional=optional)
+    table, distances = result.table, result.distances
+    fields = {"label": result.labels, "target": result.targets, "success": result.success}
+    fields |= {"forwards": result.forwards, "backwards": result.backwards}
+    if result.success_8bit is not None and result.seed is not None:
+        fields |= {"success_8bit": result.success_8bit, "seed": result.seed}
+    assert set(table.columns) == fields.keys() | set(distances.columns)
+    for name, tensor in fields.items():
+        assert table[name].tolist() == tensor.tolist()
+    for name in distances.columns:
+        assert table[name].tolist() == distances[name].tolist()

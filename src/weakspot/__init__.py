@@ -8,17 +8,20 @@
 
 from weakspot import attacks, regions
 from weakspot.attribution import class_activation
-from weakspot.budgets import L2, Budget, Linf
+from weakspot.budgets import L1, L2, SSIM, Budget, Linf, read_budget
 from weakspot.checks import ImageWarning, ModelWarning
 from weakspot.classifier import Classifier
-from weakspot.explanations import Analysis, Explanation, Overlap, Picture, explain, overlap, ssim_map
+from weakspot.explanations import Analysis, Explanation, Overlap, Picture, explain, overlap
 from weakspot.images import read_images, sample_images
 from weakspot.models import load
 from weakspot.pairs import AttackResult, Pairs
+from weakspot.similarity import ssim_map
 
 __version__ = "0.1.0"
 __all__ = [
+    "L1",
     "L2",
+    "SSIM",
     "Analysis",
     "AttackResult",
     "Budget",
@@ -35,6 +38,7 @@ __all__ = [
     "explain",
     "load",
     "overlap",
+    "read_budget",
     "read_images",
     "regions",
     "sample_images",

@@ -27,6 +27,11 @@ def closest(name: str, accepted: Iterable[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"accepted: {', '.join(names[:20]) or 'none'}"
 
 
+def is_number(value: object) -> bool:
+    """Whether it is a real number, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def check_batch(images: Tensor, *, name: str = "images") -> None:
     """Raises ValueError unless `images` is a finite float batch (N, C, H, W) with N, C, H, W of at least one."""
     if not isinstance(images, Tensor):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +14,10 @@ from torch import Tensor, nn
 
 from weakspot.checks import check_batch, check_classes, check_range
 from weakspot.classifier import evaluating, predict
+from weakspot.similarity import ssim_map
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FORMAT = {"weakspot": "pairs 1"}  # one entry: of several, safetensors would change the order from run to run
 
@@ -55,6 +59,24 @@ class Pairs:
     def perturbation(self) -> Tensor:
         """adversarial - clean, (N, C, H, W)."""
         return self.adversarial - self.clean
+
+    @property
+    def distances(self) -> pd.DataFrame:
+        """How far each pair is apart, one row each.
+
+        Columns: linf, l2, l1 (images in [0, 1]), pixels (sites where any channel changed), ssim (mean of `ssim_map`).
+        """
+        import pandas as pd
+
+        rows = self.perturbation.detach().float().flatten(1)
+        measured = {
+            "linf": rows.abs().amax(1),
+            "l2": rows.norm(dim=1),
+            "l1": rows.abs().sum(1),
+            "pixels": (self.perturbation != 0).any(1).flatten(1).sum(1),
+            "ssim": ssim_map(self.clean, self.adversarial).mean((1, 2, 3)),
+        }
+        return pd.DataFrame({name: values.cpu().numpy() for name, values in measured.items()})
 
     def to(self, device: torch.device | str) -> Self:
         """The same pairs on another device."""
@@ -132,13 +154,16 @@ class Pairs:
             raise ValueError(
                 f"{path} is no safetensors file ({error}); accepted is what Pairs.save wrote"
             ) from None
-        missing = [field.name for field in fields(cls) if field.name not in stored]
+        missing = [
+            field.name for field in fields(cls) if field.name not in stored and field.default is MISSING
+        ]
         if missing:
             raise ValueError(f"{path} lacks {', '.join(missing)}; accepted is what {cls.__name__}.save wrote")
-        return cls(**{field.name: stored[field.name] for field in fields(cls)})
+        return cls(**{field.name: stored[field.name] for field in fields(cls) if field.name in stored})
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        every = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in every.items() if tensor is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,8 +174,26 @@ class AttackResult(Pairs):
         success: (N,) bool, from a fresh forward pass of the returned images.
         forwards: (N,) images of this sample sent through the model, that fresh pass included.
         backwards: (N,) gradients of this sample taken.
+        success_8bit: (N,) bool, likewise after rounding to the 256 levels that a PNG file keeps.
+        seed: (N,) of everything random; 0 where nothing is.
     """
 
     success: Tensor
     forwards: Tensor
     backwards: Tensor
+    success_8bit: Tensor | None = None
+    seed: Tensor | None = None
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per image: label, target, success, success_8bit, `distances`, forwards, backwards, seed."""
+        import pandas as pd
+
+        def columns(**known: Tensor | None) -> pd.DataFrame:
+            return pd.DataFrame({name: t.cpu().numpy() for name, t in known.items() if t is not None})
+
+        before = columns(
+            label=self.labels, target=self.targets, success=self.success, success_8bit=self.success_8bit
+        )
+        after = columns(forwards=self.forwards, backwards=self.backwards, seed=self.seed)
+        return pd.concat([before, self.distances, after], axis=1)

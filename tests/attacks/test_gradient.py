@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.conftest import NETWORKS, LinearNetwork, Made, untouched
-from weakspot.attacks import fgsm, pgd
-from weakspot.budgets import L2, Budget, Linf
+from weakspot.attacks import fgsm, iterative, pgd
+from weakspot.budgets import L1, L2, SSIM, Budget, Linf
 from weakspot.checks import ImageWarning, ModelWarning
 from weakspot.classifier import margin
 from weakspot.pairs import AttackResult
 
 Attack = Callable[..., AttackResult]
 
-BUDGETS: list[Budget] = [Linf(8 / 255), L2(0.8)]
+BUDGETS: list[Budget] = [Linf(8 / 255), L2(0.8), L1(6), SSIM(0.01), SSIM(0.01, mode="local")]
 REGIONS = ("everywhere", "scattered", "one for all", "block", "empty for one")
 
 
@@ -280,7 +282,9 @@ def test_counts_are_what_each_image_went_through_the_model(
     network, images = NETWORKS["pooling"]()
     region = torch.ones(3, 1, 20, 20, dtype=torch.bool)
     region[..., 0, 0] = False
-    images[:, 0, 0, 0] = torch.tensor([0.1, 0.2, 0.3])  # a name tag that no attack may change
+    images[:, 0, 0, 0] = (
+        torch.tensor([26, 51, 77]) / 255
+    )  # a name tag: no attack may change it, 8 bits keep it
     model = Watched(network).eval()
     result = attack(
         model, images, predicted(network, images), region=region, batch_size=batch_size, **options
@@ -362,13 +366,14 @@ def test_the_best_of_all_iterates_is_returned(budget: Budget, restarts: int) -> 
     images = 0.3 + 0.4 * torch.rand(8, 3, 5, 4, generator=torch.Generator().manual_seed(0))
     labels, steps = torch.zeros(8, dtype=torch.long), 5
     result = pgd(model, images, labels, budget=budget, steps=steps, restarts=restarts)
-    *iterates, verified = model.seen
+    *iterates, verified, stored = model.seen
     assert len(iterates) == restarts * (steps + 1)
-    margins = torch.stack([margin(logits, labels) for logits in model.logits[:-1]])
+    margins = torch.stack([margin(logits, labels) for logits in model.logits[:-2]])
     best = margins.argmin(0)
     for index in range(8):
         assert torch.equal(result.adversarial[index], iterates[int(best[index])][index])
     assert torch.equal(verified, result.adversarial)
+    assert torch.equal(stored, (result.adversarial * 255).round() / 255)
     # The case is a hard one: neither the first nor the last iterate would do.
     assert bool((margins.amin(0) < margins[0]).any())
     assert bool((margins.amin(0) < margins[-1]).any())
@@ -658,3 +663,234 @@ def test_strided_images_and_other_precisions_are_taken(pooling: Made, attack: At
     expected = attack(model, images, labels).adversarial
     torch.testing.assert_close(attack(model, strided, labels).adversarial, expected, rtol=0, atol=1e-5)
     assert torch.equal(attack(model, images.double(), labels.int()).adversarial, expected)
+
+
+def tagged(images: Tensor) -> tuple[Tensor, Tensor]:
+    """The images with a name tag in one corner that 8 bits keep, and the region without that corner."""
+    images = images.clone()
+    images[:, 0, 0, 0] = torch.arange(1, len(images) + 1) / 255
+    region = torch.ones(len(images), 1, *images.shape[2:], dtype=torch.bool)
+    region[..., 0, 0] = False
+    return images, region
+
+
+def times(batches: list[Tensor], images: Tensor) -> list[int]:
+    """How often each tagged image is in the batches."""
+    tags = torch.cat(batches)[:, 0, 0, 0]
+    return [int((tags == tag).sum()) for tag in images[:, 0, 0, 0]]
+
+
+def balanced(count: int = 24) -> Made:
+    """A network and images that lie close to the borders of its classes, so that a small budget fools some of them."""
+    network, _ = NETWORKS["pooling"]()
+    images = torch.rand(count, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        network.get_submodule("head").bias -= network(images).mean(0)
+    return network, images
+
+
+STOPPING: dict[str, tuple[Attack, dict[str, Any]]] = {
+    "pgd": (pgd, {"steps": 6}),
+    "pgd with restarts": (pgd, {"steps": 3, "restarts": 3}),
+    "pgd with momentum": (pgd, {"steps": 6, "momentum": 0.7}),
+    "iterative": (iterative, {"steps": 6}),
+}
+
+
+@pytest.mark.parametrize(("attack", "options"), STOPPING.values(), ids=STOPPING)
+@pytest.mark.parametrize("batch_size", [7, None])
+@pytest.mark.parametrize("budget", [Linf(0.01), L2(0.2), L1(1.0), SSIM(0.00003)], ids=str)
+def test_stopping_early_finds_the_same_successes_for_less_and_finished_images_leave(
+    budget: Budget, batch_size: int | None, attack: Attack, options: dict[str, Any]
+) -> None:
+    network, images = balanced()
+    images, region = tagged(images)
+    labels = predicted(network, images)
+    given = {"budget": budget, "region": region, "batch_size": batch_size, **options}
+    long = attack(network, images, labels, **given)
+    model = Watched(network).eval()
+    short = attack(model, images, labels, **given, stop_early=True)
+    assert torch.equal(short.success, long.success)
+    assert 0 < int(short.success.sum()) < 24
+    assert bool((short.forwards <= long.forwards).all())
+    assert bool((short.backwards <= long.backwards).all())
+    assert short.forwards.tolist() == times(model.seen, images)
+    assert short.backwards.tolist() == times(model.differentiated, images)
+    assert torch.equal(short.forwards[~long.success], long.forwards[~long.success])
+    # Who fooled was seen doing so at its last search pass, and never before.
+    tags = images[:, 0, 0, 0]
+    rows, logits = torch.cat(model.seen)[:, 0, 0, 0], torch.cat(model.logits)
+    for index in short.success.nonzero()[:, 0].tolist():
+        mine = logits[rows == tags[index]][:-2]
+        lost = mine.argmax(1) != labels[index]
+        assert lost.tolist() == [False] * (len(mine) - 1) + [True]
+
+
+def test_stopping_early_saves_passes_where_images_fall() -> None:
+    network, images = NETWORKS["pooling"]()
+    labels = network(images).argmin(1)
+    result = pgd(network, images, labels, steps=9, restarts=4, stop_early=True)
+    assert result.success.tolist() == [True] * 3
+    assert result.forwards.tolist() == [1 + 2] * 3  # the start, and both verifications
+    assert result.backwards.tolist() == [1] * 3
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+@pytest.mark.parametrize("contrast", [0.8, 1.0], ids=["box far", "box near"])
+@pytest.mark.parametrize("objective", ["margin", "cross_entropy", "dlr"])
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 1.0])
+def test_the_iterative_method_on_a_linear_model_ends_in_the_corner_of_the_cube(
+    steps: int, contrast: float, objective: str, momentum: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = LinearNetwork(0.3 * torch.randn(3, 6, 8, generator=generator)).eval()
+    images = 0.5 + contrast * (torch.rand(4, 3, 6, 8, generator=generator) - 0.5)
+    region = torch.rand(4, 1, 6, 8, generator=generator) < 0.4
+    labels, eps = predicted(model, images), 0.05
+    result = iterative(
+        model,
+        images,
+        labels,
+        budget=Linf(eps),
+        region=region,
+        steps=steps,
+        momentum=momentum,
+        objective=objective,
+    )
+    downhill = torch.where(labels == 0, -1, 1)[:, None, None, None] * model.weight.detach().sign()
+    expected = (images + eps * downhill * region).clamp(0, 1)
+    torch.testing.assert_close(result.adversarial, expected, rtol=0, atol=1e-6)
+    assert result.forwards.tolist() == [steps + 3] * 4
+    assert result.backwards.tolist() == [steps] * 4
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("budget", [Linf(0.1), L2(0.7)], ids=str)
+def test_every_iterative_step_is_the_one_written_by_hand(
+    pooling: Made, budget: Budget, momentum: float, targeted: bool
+) -> None:
+    network, images = pooling
+    labels, region = predicted(network, images), region_of("scattered", images)
+    assert region is not None
+    targets = (labels + 1) % 4 if targeted else None
+    model, steps = Watched(network).eval(), 4
+    iterative(
+        model, images, labels, budget=budget, region=region, targets=targets, steps=steps, momentum=momentum
+    )
+    assert torch.equal(model.seen[0], images)
+    gathered = torch.zeros_like(images)
+    for now, after in zip(model.seen[:steps], model.seen[1:], strict=False):
+        point = now.clone().requires_grad_()
+        loss = nn.functional.cross_entropy(
+            network(point), labels if targets is None else targets, reduction="sum"
+        )
+        (gradient,) = torch.autograd.grad(loss, point)
+        wanted = gradient * region * (-1 if targeted else 1)
+        gathered = momentum * gathered + wanted / wanted.abs().mean((1, 2, 3), keepdim=True)
+        eps = limit(budget)
+        length = gathered.flatten(1).norm(dim=1)[:, None, None, None]
+        unit = gathered.sign() if isinstance(budget, Linf) else gathered / length
+        expected = images + budget.project(now - images + eps / steps * unit, images)
+        torch.testing.assert_close(after, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", range(3))
+@pytest.mark.parametrize("momentum", [0.0, 1.0])
+def test_the_targeted_iterative_method_reaches_its_target_on_a_linear_model(
+    target: int, momentum: float
+) -> None:
+    model, images = NETWORKS["linear"]()
+    labels = predicted(model, images)
+    labels = torch.where(labels == target, (target + 1) % 3, labels)
+    targets = torch.full_like(labels, target)
+    result = iterative(model, images, labels, targets=targets, budget=Linf(0.5), momentum=momentum)
+    assert bool(result.success.all())
+    assert torch.equal(predicted(model, result.adversarial), targets)
+
+
+def test_the_iterative_method_draws_nothing() -> None:
+    model, images = NETWORKS["pooling"]()
+    labels = predicted(model, images)
+    first = iterative(model, images, labels)
+    torch.rand(3)
+    assert torch.equal(iterative(model, images, labels).adversarial, first.adversarial)
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("attack", [pgd, iterative])
+def test_momentum_is_a_share(attack: Attack, momentum: float) -> None:
+    model, images = NETWORKS["pooling"]()
+    with untouched(model, images), pytest.raises(ValueError, match=r"^momentum is .*; accepted"):
+        attack(model, images, torch.tensor([0, 1, 2]), momentum=momentum)
+
+
+@pytest.mark.parametrize("attack", [fgsm, iterative, pgd])
+@pytest.mark.parametrize(("eps", "stored"), [(0.4 / 255, False), (1.6 / 255, True)], ids=["lost", "kept"])
+def test_8_bit_success_is_what_png_files_say(
+    tmp_path: Path, attack: Attack, eps: float, stored: bool
+) -> None:
+    image_module = pytest.importorskip("PIL.Image")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 12, 10, generator=generator)
+    images = torch.randint(40, 210, (6, 3, 12, 10), generator=generator) / 255
+
+    class Shifted(LinearNetwork):
+        """The border between its classes is a fifth of an 8-bit level away from the image in every channel."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            score = super().forward(images - centre)[:, 0]
+            return torch.stack([score, -score], 1)
+
+    for index in range(6):
+        centre = images[index] - 0.2 / 255 * weight.sign()
+        model = Shifted(weight).eval()
+        result = attack(model, images[index, None], torch.tensor([0]), budget=Linf(eps))
+        levels = (result.adversarial[0] * 255).round().byte().permute(1, 2, 0).numpy()
+        image_module.fromarray(levels).save(tmp_path / "adversarial.png")
+        read = np.asarray(image_module.open(tmp_path / "adversarial.png"))
+        back = torch.from_numpy(read.copy()).permute(2, 0, 1)[None] / 255
+        assert result.success_8bit is not None
+        assert result.success.tolist() == [True]
+        assert result.success_8bit.tolist() == (predicted(model, back) != 0).tolist() == [stored]
+
+
+def test_targeted_8_bit_success_is_reaching_the_target() -> None:
+    model, images = NETWORKS["linear"]()
+    scores = model(images)
+    labels, targets = scores.argmin(1), scores.argsort(1)[:, 1]
+    result = fgsm(model, images, labels, targets=targets, budget=Linf(0.0))
+    assert result.success_8bit is not None
+    assert result.success_8bit.tolist() == [False] * 3
+
+
+@pytest.mark.parametrize("attack", [fgsm, iterative, pgd])
+@pytest.mark.parametrize("attached", [False, True], ids=["no graph", "zero graph"])
+def test_a_constant_model_is_not_fooled_and_trips_a_warning(attack: Attack, attached: bool) -> None:
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.logits = nn.Parameter(torch.tensor([1.0, 3.0, 2.0]))
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits = self.logits.detach().expand(len(images), 3)
+            return logits + 0 * images.sum((1, 2, 3))[:, None] if attached else logits
+
+    model, images = Constant().eval(), torch.rand(5, 3, 8, 8)
+    labels = torch.ones(5, dtype=torch.long)
+    with (
+        untouched(model, images),
+        pytest.warns(ModelWarning, match=r"zero everywhere in the region for 5 of 5"),
+    ):
+        result = attack(model, images, labels)
+    assert result.success_8bit is not None
+    assert not bool(result.success.any() | result.success_8bit.any())
+    assert torch.equal(result.targets, labels)
+    assert float(result.perturbation.abs().max()) <= 4 / 255 + 1e-6
+
+
+def test_the_seed_of_every_image_is_in_the_table() -> None:
+    model, images = NETWORKS["pooling"]()
+    labels = predicted(model, images)
+    assert pgd(model, images, labels, seed=17, steps=1).table["seed"].tolist() == [17] * 3
+    assert fgsm(model, images, labels).table["seed"].tolist() == [0] * 3

@@ -225,6 +225,19 @@ def test_a_black_mask_is_refused(run: Run, photographs: Path, tmp_path: Path) ->
     assert "mask.png has no white pixel" in ended.err
 
 
+def test_a_mask_that_is_no_picture_is_refused_and_one_of_another_shape_is_noted(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mask.png").write_text("white")
+    ended = run("explain", photographs, *TINY_OPTIONS, "--region", "mask.png")
+    assert ended.code == 4
+    assert "region: mask.png: not an image in a known format" in ended.err
+    Image.fromarray(np.full((64, 96), 255, np.uint8)).save(tmp_path / "mask.png")
+    ended = run("explain", photographs, *TINY_OPTIONS, "--region", "mask.png")
+    assert ended.code == 0
+    assert "note: mask.png: the mask is 64 x 96 and the images are 64 x 64" in ended.err
+
+
 def test_the_cam_region_changes_its_share_of_the_image(run: Run, photographs: Path, tmp_path: Path) -> None:
     ended = run("explain", photographs, *TINY_OPTIONS, "--region", "cam", "--keep", 0.25, "--out", "run")
     assert ended.code == 0, ended.err

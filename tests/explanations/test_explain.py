@@ -19,9 +19,10 @@ from weakspot.attribution import class_activation
 from weakspot.budgets import L2, Linf
 from weakspot.checks import ModelWarning
 from weakspot.classifier import Classifier
-from weakspot.explanations import Analysis, Picture, explain, overlap, ssim_map
+from weakspot.explanations import Analysis, Picture, explain, overlap
 from weakspot.explanations.analysis import available_analyses
 from weakspot.pairs import AttackResult, Pairs
+from weakspot.similarity import ssim_map
 
 OWN = ["cam", "ssim", "overlap"]
 

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tests.conftest import Made
-from weakspot.explanations import ssim_map
 from weakspot.explanations.similarity import analyse
 from weakspot.pairs import Pairs
+from weakspot.similarity import ssim_map
 
 LUMA = np.array([0.299, 0.587, 0.114])
 

@@ -1,5 +1,20 @@
 """Attacks: images come in, AttackResults go out."""
 
-from weakspot.attacks.gradient import fgsm, pgd
+from weakspot.attacks.ensemble import auto
+from weakspot.attacks.few_pixels import pixels
+from weakspot.attacks.gradient import fgsm, iterative, pgd
+from weakspot.attacks.minimal import carlini_wagner
+from weakspot.attacks.objectives import OBJECTIVES
+from weakspot.attacks.sparse import elastic_net, structured
 
-__all__ = ["fgsm", "pgd"]
+__all__ = [
+    "OBJECTIVES",
+    "auto",
+    "carlini_wagner",
+    "elastic_net",
+    "fgsm",
+    "iterative",
+    "pgd",
+    "pixels",
+    "structured",
+]

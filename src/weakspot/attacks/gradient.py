@@ -1,19 +1,22 @@
-"""Gradient attacks: FGSM and PGD inside any region and any budget."""
+"""Gradient attacks: FGSM, its iterations, and PGD inside any region and any budget."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from weakspot.attacks import draws
+from weakspot.attacks.objectives import Objective, find_objective
 from weakspot.attacks.problem import Problem, attacking
 from weakspot.budgets import Budget, Linf
-from weakspot.checks import ModelWarning, check_seed
+from weakspot.checks import ModelWarning
 from weakspot.pairs import AttackResult
 
 DEFAULT_BUDGET = Linf(4 / 255)
+Progress = Callable[[float], None]
 
 
 def fgsm(
@@ -24,20 +27,62 @@ def fgsm(
     budget: Budget = DEFAULT_BUDGET,
     region: Tensor | None = None,
     targets: Tensor | None = None,
+    objective: str | Objective = "margin",
     batch_size: int | None = None,
 ) -> AttackResult:
     """One step of the whole budget along the gradient (Goodfellow et al. 2015, arXiv 1412.6572).
 
-    The gradient is that of the margin; arguments, result, errors and warnings are those of `pgd`.
+    Arguments, result, errors and warnings are those of `pgd`.
     """
+    falling = find_objective(objective)
     with attacking(model, images, labels, region, targets, batch_size) as problem:
-        found = []
-        for part in problem.batches():
-            _, direction = part.descent(part.clean)
-            _warn_of_zero_gradients(part, direction)
-            still = torch.zeros_like(part.clean)
-            found.append(part.apply(budget.project(budget.ascend(direction, still, part.clean), part.clean)))
-        return problem.result(torch.cat(found), forwards=1, backwards=1)
+        with problem.searching():
+            direction = problem.descend(problem.clean, falling).direction
+        warn_of_zero_gradients(problem, direction)
+        step = budget.ascend(direction, torch.zeros_like(problem.clean), problem.clean)
+        return problem.result(problem.apply(problem.project(budget, step)))
+
+
+def iterative(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    budget: Budget = DEFAULT_BUDGET,
+    region: Tensor | None = None,
+    targets: Tensor | None = None,
+    steps: int = 10,
+    momentum: float = 0.0,
+    objective: str | Objective = "cross_entropy",
+    stop_early: bool = False,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> AttackResult:
+    """FGSM in steps of one size from the image itself (Kurakin et al. 2017, arXiv 1607.02533); nothing is random.
+
+    Args:
+        model: as for `pgd`, like the other arguments that are not named here.
+        images: likewise.
+        labels: likewise.
+        budget: likewise.
+        region: likewise.
+        targets: (N,) classes to reach: the targeted iterative method.
+        steps: each of budget / steps.
+        momentum: share of the gradients so far, each scaled to mean size one, that is added to the next; 1 is
+            MI-FGSM (Dong et al. 2018, arXiv 1710.06081).
+        objective: what is driven down.
+        stop_early: an image that fools leaves the search.
+        batch_size: images at once.
+        progress: called with the share done.
+    """
+    falling = find_objective(objective)
+    check_counts(steps=steps)
+    _check_momentum(momentum)
+    with attacking(model, images, labels, region, targets, batch_size) as problem:
+        search = Search(problem, budget, falling, momentum, stop_early)
+        with problem.searching():
+            search.run(torch.zeros_like(problem.clean), [1 / steps] * steps, progress)
+        return problem.result(search.best)
 
 
 def pgd(
@@ -51,19 +96,22 @@ def pgd(
     steps: int = 20,
     restarts: int = 1,
     seed: int = 0,
+    momentum: float = 0.0,
+    objective: str | Objective = "margin",
+    stop_early: bool = False,
     batch_size: int | None = None,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress | None = None,
 ) -> AttackResult:
-    """Projected gradient descent on the margin, from random starts (Madry et al. 2018, arXiv 1706.06083).
+    """Projected gradient descent from random starts (Madry et al. 2018, arXiv 1706.06083).
 
-    The margin z_label - max other z (targeted: max other z - z_target) is driven down; its gradient does not
-    fade where the network is certain. Of all iterates, the last included, the one with the lowest margin is
+    By default the margin z_label - max other z (targeted: max other z - z_target) is driven down; its gradient does
+    not fade where the network is certain. Of all iterates, the last included, the one with the lowest margin is
     kept. Steps shrink from twice the budget, its diameter, so that any start can reach the far side, to a small part
     of it; at equal cost this beats a fixed step (`benchmarks/steps.py`).
 
     Region and budget hold inside the search: the gradient is masked before it is normalised, the start is drawn in
-    the region, and pixels outside it come back bit for bit. Each image draws from a generator of its own, seeded by
-    `seed` and its content, so its result depends on no other image.
+    the region, and pixels outside it come back bit for bit. Each image draws by `seed` and its own content, so its
+    result depends on no other image.
 
     Args:
         model: any classifier of images in [0, 1]; left as it was.
@@ -75,7 +123,12 @@ def pgd(
         steps: gradient steps per restart, shrinking evenly from twice the budget to 2 / (steps + 1) of it.
         restarts: random starts; each image keeps its best.
         seed: of the random starts.
-        batch_size: images at once; bounds memory and changes no result.
+        momentum: share of the gradients so far that is added to the next, each scaled to mean size one; 0 for none.
+        objective: what is driven down: "margin", "cross_entropy", "dlr" or a function (logits (N, K), labels (N,),
+            targets (N,) or None) -> values (N,). Success and the best iterate are judged by the margin all the same.
+        stop_early: an image leaves the search as soon as it fools: faster, with a margin just below zero instead
+            of the lowest found.
+        batch_size: images through the model at once; bounds its memory and changes no result beyond rounding.
         progress: called with the share done, 0 to 1.
 
     Returns:
@@ -92,60 +145,115 @@ def pgd(
     >>> images = torch.full((1, 3, 4, 4), 0.5)
     >>> result = pgd(model, images, model(images).argmax(1), budget=Linf(0.5), steps=5)
     >>> bool(result.success[0]), int(result.forwards[0]), int(result.backwards[0])
-    (True, 7, 5)
+    (True, 8, 5)
     """
-    for name, value in (("steps", steps), ("restarts", restarts)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value}; accepted is a whole number of at least 1")
-    check_seed(seed)
-    with attacking(model, images, labels, region, targets, batch_size) as problem:
-        parts = problem.batches()
-        found = []
-        for number, part in enumerate(parts):
-            best, lowest = part.clean, torch.full_like(part.labels, torch.inf, dtype=part.clean.dtype)
+    falling = find_objective(objective)
+    check_counts(steps=steps, restarts=restarts)
+    _check_momentum(momentum)
+    sizes = [2 * (1 - step / (steps + 1)) for step in range(steps)]
+    with attacking(model, images, labels, region, targets, batch_size, seed) as problem:
+        search = Search(problem, budget, falling, momentum, stop_early)
+        with problem.searching():
             for restart in range(restarts):
-                start = random_start(part, budget, seed, restart)
-                for step, (point, margins) in enumerate(_descend(part, budget, start, steps)):
-                    better = margins < lowest
-                    best = torch.where(better[:, None, None, None], point, best)
-                    lowest = torch.where(better, margins, lowest)
-                    if progress is not None:
-                        progress((number + (restart + step / steps) / restarts) / len(parts))
-            found.append(best)
-        cost = {"forwards": restarts * (steps + 1), "backwards": restarts * steps}
-        return problem.result(torch.cat(found), **cost)
+                start = random_start(problem, budget, restart)
+                share = part_of(progress, restart, restarts)
+                search.run(start, sizes, share)
+        return problem.result(search.best)
 
 
-def random_start(problem: Problem, budget: Budget, seed: int, restart: int) -> Tensor:
+def random_start(problem: Problem, budget: Budget, stream: int) -> Tensor:
     """A perturbation drawn inside region and budget: uniform in the cube for Linf, within the ball for others."""
-    gaussian, uniform = problem.noise(seed, restart)
+    shape = problem.clean.shape[1:]
+    gaussian = draws.normal(problem.keys, 2 * stream, *shape).to(problem.clean)
+    uniform = draws.uniform(problem.keys, 2 * stream + 1, *shape).to(problem.clean)
     still = torch.zeros_like(problem.clean)
     extreme = budget.ascend(gaussian * problem.region, still, problem.clean)
-    return budget.project(extreme * uniform, problem.clean)
+    return problem.project(budget, extreme * uniform)
 
 
-def _descend(problem: Problem, budget: Budget, start: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every iterate and its margins (N,), the start first and the last step's end included."""
-    perturbation = start
-    for step in range(steps):
-        point = problem.apply(perturbation)
-        margins, direction = problem.descent(point)
-        if step == 0:
-            _warn_of_zero_gradients(problem, direction)
-        yield point, margins
-        ascent = budget.ascend(direction, perturbation, problem.clean)
-        perturbation = budget.project(perturbation + 2 * (1 - step / (steps + 1)) * ascent, problem.clean)
-    point = problem.apply(perturbation)
-    with torch.no_grad():
-        yield point, problem.margins(problem.classifier(point))
+class Search:
+    """Descents on one problem, and the best point that any of them has passed.
+
+    Attributes:
+        best: (N, C, H, W) the images with the lowest margins so far.
+        lowest: (N,) those margins.
+    """
+
+    def __init__(
+        self, problem: Problem, budget: Budget, objective: Objective, momentum: float, stop_early: bool
+    ) -> None:
+        self.problem, self.budget, self.objective = problem, budget, objective
+        self.momentum, self.stop_early = momentum, stop_early
+        self.best = problem.clean.clone()
+        self.lowest = torch.full_like(problem.clean[:, 0, 0, 0], torch.inf)
+        self.warned = False
+
+    def run(self, perturbation: Tensor, sizes: Sequence[float], progress: Progress | None) -> None:
+        """Descend from a perturbation, in steps of these sizes in units of the budget."""
+        here = torch.arange(len(self.problem), device=perturbation.device)
+        if self.stop_early:
+            here = here[self.lowest >= 0]
+        part, perturbation = self.problem.select(here), perturbation[here]
+        velocity = torch.zeros_like(perturbation)
+        for number, size in enumerate(sizes):
+            if not len(here):
+                break
+            point = part.apply(perturbation)
+            margins, _, direction = part.descend(point, self.objective)
+            if not self.warned:
+                warn_of_zero_gradients(part, direction)
+                self.warned = True
+            self._keep(here, point, margins)
+            if self.stop_early and bool((margins < 0).any()):
+                left = margins >= 0
+                here, part, perturbation = here[left], part.select(left), perturbation[left]
+                direction, velocity = direction[left], velocity[left]
+            if self.momentum:
+                scale = direction.abs().mean((1, 2, 3), keepdim=True)
+                velocity = self.momentum * velocity + direction / scale.clamp(min=1e-30)
+                direction = velocity
+            step = self.budget.ascend(direction, perturbation, part.clean)
+            perturbation = part.project(self.budget, perturbation + size * step)
+            if progress is not None:
+                progress((number + 1) / len(sizes))
+        if len(here):
+            point = part.apply(perturbation)
+            self._keep(here, point, part.evaluate(point))
+        if progress is not None:
+            progress(1.0)
+
+    def _keep(self, rows: Tensor, images: Tensor, margins: Tensor) -> None:
+        better = margins < self.lowest[rows]
+        self.best[rows[better]] = images[better]
+        self.lowest[rows[better]] = margins[better]
 
 
-def _warn_of_zero_gradients(problem: Problem, direction: Tensor) -> None:
+def warn_of_zero_gradients(problem: Problem, direction: Tensor) -> None:
+    """Warn where a gradient attack can judge nothing."""
     flat = (direction == 0).flatten(1).all(1) & problem.region.flatten(1).any(1)
     if bool(flat.any()):
         warnings.warn(
             f"the gradient of {problem.classifier.name} is zero everywhere in the region for {int(flat.sum())} of "
             f"{len(flat)} images: a gradient attack cannot judge it (masked or saturated gradients)",
             ModelWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
+
+
+def part_of(progress: Progress | None, number: int, count: int) -> Progress | None:
+    """Progress of one of several pieces as progress of the whole."""
+    if progress is None:
+        return None
+    return lambda share: progress((number + share) / count)
+
+
+def check_counts(*, least: int = 1, **counts: int) -> None:
+    """Raises ValueError unless every argument is a whole number of at least `least`."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is {value}; accepted is a whole number of at least {least}")
+
+
+def _check_momentum(momentum: float) -> None:
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum is {momentum}; accepted is a share from 0 to 1")

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
+import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from weakspot.checks import check_classes, check_logits, check_region
-from weakspot.classifier import Classifier, check_images, default_batch, evaluating, margin, predict
+from weakspot.attacks import draws
+from weakspot.attacks.objectives import Objective, check_values, margin, sure_margin
+from weakspot.budgets import Budget
+from weakspot.checks import check_classes, check_logits, check_region, check_seed
+from weakspot.classifier import Classifier, check_images, evaluating, predict
+from weakspot.fusion import fused, measured_batch
 from weakspot.pairs import AttackResult
 
 
-@dataclass(frozen=True)
+class Descent(NamedTuple):
+    """Where an objective falls.
+
+    Attributes:
+        margins: (N,) below zero where the images fool the classifier.
+        values: (N,) of the objective.
+        direction: (N, C, H, W) minus its gradient, zero outside the region.
+    """
+
+    margins: Tensor
+    values: Tensor
+    direction: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Problem:
     """Images to fool the classifier on, and where: everything checked, on the model's device.
+
+    An attack works on all images at once; what goes through the model goes in batches and is counted here.
 
     Attributes:
         classifier: in eval mode.
@@ -26,6 +47,12 @@ class Problem:
         targets: (N,) classes to reach, or None when leaving the label is enough.
         region: bool (N, 1, H, W), the sites that may change.
         batch_size: images that go through the model at once.
+        seed: of everything random.
+        keys: (N,) of each image's random numbers.
+        rows: (N,) which of the images that were given these are.
+        forwards: of each image given, how many of it went through the model; counted as they do.
+        backwards: likewise, gradients taken.
+        aims: (N,) classes that objectives are told to aim at instead of `targets`; success is judged by the latter.
     """
 
     classifier: Classifier
@@ -34,76 +61,124 @@ class Problem:
     targets: Tensor | None
     region: Tensor
     batch_size: int
+    seed: int
+    keys: Tensor
+    rows: Tensor
+    forwards: Tensor
+    backwards: Tensor
+    aims: Tensor | None = None
 
-    def batches(self) -> list[Problem]:
-        """The same problem in pieces of at most `batch_size` images."""
-        return [
-            self._part(slice(start, start + self.batch_size))
-            for start in range(0, len(self.clean), self.batch_size)
-        ]
+    def __len__(self) -> int:
+        return len(self.clean)
 
-    def _part(self, part: slice) -> Problem:
-        targets = None if self.targets is None else self.targets[part]
-        return Problem(
-            self.classifier, self.clean[part], self.labels[part], targets, self.region[part], self.batch_size
+    def select(self, chosen: Tensor) -> Problem:
+        """The same problem for some of its images, by number or by a bool mask (N,)."""
+        if chosen.dtype == torch.bool and bool(chosen.all()):
+            return self
+        targets, aims = (None if known is None else known[chosen] for known in (self.targets, self.aims))
+        return replace(
+            self,
+            clean=self.clean[chosen],
+            labels=self.labels[chosen],
+            targets=targets,
+            aims=aims,
+            region=self.region[chosen],
+            keys=self.keys[chosen],
+            rows=self.rows[chosen],
         )
 
-    def margins(self, logits: Tensor) -> Tensor:
-        """(N,) what an attack drives below zero; there it has succeeded."""
-        if self.targets is None:
-            return margin(logits, self.labels)
-        return -margin(logits, self.targets)
+    def aiming(self, aims: Tensor) -> Problem:
+        """The same problem, objectives aiming at these classes (N,); any success counts as before."""
+        return replace(self, aims=aims)
+
+    def searching(self) -> AbstractContextManager[None]:
+        """The classifier in its fused form, for the search; the verification is done without."""
+        return fused(self.classifier, self.clean[:1])
 
     def apply(self, perturbation: Tensor) -> Tensor:
         """The images with the perturbation inside the region, and their own bits outside it."""
         return torch.where(self.region, (self.clean + perturbation).clamp(0, 1), self.clean)
 
-    def descent(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Margins (N,) of the images and the direction (N, C, H, W) in which they fall, zero outside the region."""
-        point = images.detach().requires_grad_()
-        logits = self.classifier(point)
-        self._check(logits)
-        margins = self.margins(logits)
-        if not margins.requires_grad:
-            return margins.detach(), torch.zeros_like(images)
-        (gradient,) = torch.autograd.grad(margins.sum(), point, allow_unused=True, materialize_grads=True)
-        return margins.detach(), torch.where(self.region, -gradient, 0)
+    def project(self, budget: Budget, perturbation: Tensor) -> Tensor:
+        """The perturbation brought inside budget, box and region."""
+        wanted = torch.where(self.region, perturbation, 0)
+        if "region" in inspect.signature(budget.project).parameters:
+            return budget.project(wanted, self.clean, region=self.region)
+        return torch.where(self.region, budget.project(wanted, self.clean), 0)
 
-    def _check(self, logits: Tensor) -> None:
-        check_logits(logits.detach(), self.classifier.name)
-        for name, classes in (("labels", self.labels), ("targets", self.targets)):
+    def evaluate(self, images: Tensor, owners: Tensor | None = None) -> Tensor:
+        """(M,) margins of images (M, C, H, W), below zero where they fool; `owners` (M,) says whose each is."""
+        return self.logits(images, owners)[0]
+
+    def logits(self, images: Tensor, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Margins (M,) as `evaluate` gives, and logits (M, K)."""
+        if owners is None:
+            owners = torch.arange(len(self), device=images.device)
+        margins, every = [], []
+        with torch.no_grad():
+            for part in torch.arange(len(images), device=images.device).split(self.batch_size):
+                mine = owners[part]
+                logits = self.classifier(images[part])
+                targets = None if self.targets is None else self.targets[mine]
+                self._check(logits, self.labels[mine], targets)
+                margins.append(sure_margin(logits, self.labels[mine], targets))
+                every.append(logits)
+        self._count(self.forwards, owners)
+        return torch.cat(margins), torch.cat(every)
+
+    def descend(self, images: Tensor, objective: Objective = margin) -> Descent:
+        """Margins, values and falling direction of the images (N, C, H, W), each in its own row."""
+        found = []
+        for part in torch.arange(len(images), device=images.device).split(self.batch_size):
+            point = images[part].detach().requires_grad_()
+            labels, targets = self.labels[part], None if self.targets is None else self.targets[part]
+            logits = self.classifier(point)
+            self._check(logits.detach(), labels, targets)
+            values = objective(logits, labels, targets if self.aims is None else self.aims[part])
+            check_values(values, len(part))
+            if values.requires_grad:
+                (gradient,) = torch.autograd.grad(
+                    values.sum(), point, allow_unused=True, materialize_grads=True
+                )
+            else:
+                gradient = torch.zeros_like(point)
+            direction = torch.where(self.region[part], -gradient, 0)
+            found.append((sure_margin(logits.detach(), labels, targets), values.detach(), direction))
+        everyone = torch.arange(len(self), device=images.device)
+        self._count(self.forwards, everyone)
+        self._count(self.backwards, everyone)
+        return Descent(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def _count(self, tally: Tensor, owners: Tensor) -> None:
+        tally.index_add_(0, self.rows[owners], torch.ones_like(owners))
+
+    def _check(self, logits: Tensor, labels: Tensor, targets: Tensor | None) -> None:
+        check_logits(logits, self.classifier.name)
+        for name, classes in (("labels", labels), ("targets", targets)):
             if classes is not None:
                 check_classes(classes, len(logits), logits.shape[1], name=name)
 
-    def noise(self, seed: int, restart: int) -> tuple[Tensor, Tensor]:
-        """Gaussian and uniform noise (N, C, H, W), each image's from a generator of its own.
-
-        The generator is seeded by `seed`, `restart` and the image's 8-bit content, so that neither its place
-        in a batch nor the batch's size changes what an image is given.
-        """
-        levels = (self.clean * 255).round().byte().cpu().flatten(1).numpy()
-        gaussian, uniform = [], []
-        for pixels in levels:
-            digest = hashlib.blake2b(
-                pixels.tobytes(), digest_size=7, key=f"{seed} {restart}".encode()
-            ).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest))
-            gaussian.append(torch.randn(self.clean.shape[1:], generator=generator))
-            uniform.append(torch.rand(self.clean.shape[1:], generator=generator))
-        return torch.stack(gaussian).to(self.clean), torch.stack(uniform).to(self.clean)
-
-    def result(self, adversarial: Tensor, *, forwards: int, backwards: int) -> AttackResult:
-        """Verify by a fresh forward pass, which is counted on top of the search's own forwards."""
-        landed = predict(self.classifier, adversarial, self.batch_size).argmax(1)
-        spent = torch.ones_like(self.labels)
+    def result(self, adversarial: Tensor) -> AttackResult:
+        """Verify by fresh forward passes, of the images as they are and as 8-bit files keep them; both are counted."""
+        levels = (adversarial * 255).round() / 255
+        landed, stored = (
+            predict(self.classifier, images, self.batch_size).argmax(1) for images in (adversarial, levels)
+        )
+        self.forwards.add_(2)
+        success, success_8bit = (
+            found != self.labels if self.targets is None else found == self.targets
+            for found in (landed, stored)
+        )
         return AttackResult(
             clean=self.clean,
             adversarial=adversarial,
             labels=self.labels,
             targets=landed if self.targets is None else self.targets,
-            success=landed != self.labels if self.targets is None else landed == self.targets,
-            forwards=spent * (forwards + 1),
-            backwards=spent * backwards,
+            success=success,
+            forwards=self.forwards,
+            backwards=self.backwards,
+            success_8bit=success_8bit,
+            seed=torch.full_like(self.labels, self.seed),
         )
 
 
@@ -115,12 +190,14 @@ def attacking(
     region: Tensor | None,
     targets: Tensor | None,
     batch_size: int | None,
+    seed: int = 0,
 ) -> Iterator[Problem]:
     """The checked problem while the model is in eval mode.
 
     Raises:
         ValueError: when an argument does not fit, naming it.
     """
+    check_seed(seed)
     with evaluating(model) as classifier:
         clean = check_images(images, classifier)
         count, device = len(clean), clean.device
@@ -138,7 +215,19 @@ def attacking(
         if region is None:
             region = torch.ones(1, 1, *clean.shape[2:], dtype=torch.bool)
         check_region(region, clean)
-        if batch_size is not None and batch_size < 1:
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f"batch_size is {batch_size}; accepted is a whole number of at least 1")
         region = region.to(device, copy=True).expand(count, -1, -1, -1)
-        yield Problem(classifier, clean, labels, targets, region, batch_size or default_batch(clean))
+        yield Problem(
+            classifier,
+            clean,
+            labels,
+            targets,
+            region,
+            batch_size or measured_batch(classifier, clean),
+            seed,
+            draws.keys(clean, seed),
+            torch.arange(count, device=device),
+            torch.zeros_like(labels),
+            torch.zeros_like(labels),
+        )

@@ -165,7 +165,7 @@ def _printable(name: str) -> str:
 
 
 def _with_channels(batch: Tensor, classifier: Classifier) -> Tensor:
-    from weakspot.explanations.similarity import luma
+    from weakspot.similarity import luma
 
     return luma(batch) if classifier.channels == 1 else batch
 
@@ -229,17 +229,12 @@ def class_index(classifier: Classifier, target: str, count: int) -> int:
 
 def read_mask(path: Path, images: Tensor) -> Tensor:
     """Bool (1, 1, H, W): where the picture is white."""
-    from weakspot.images import open_pictures
+    from weakspot.regions import from_file
+    from weakspot.regions.files import UnreadableError
 
-    height, width = images.shape[2:]
-    (picture,) = open_pictures(path, size=(height, width), channels=1, background="black")
-    if picture.pixels is None:
-        raise Failure(f"region: {path}: {picture.remark.removesuffix('; skipped')}", UNREADABLE)
-    mask = picture.pixels[None] > 0.5
-    if not bool(mask.any()):
-        raise Failure(
-            f"region: {path} has no white pixel where the model looks ({height} x {width}, cropped at the centre as "
-            "pictures are), so nothing may change; white is where the attack acts",
-            USAGE,
-        )
-    return mask.to(images.device)
+    try:
+        return from_file(path, images)
+    except (UnreadableError, FileNotFoundError) as error:
+        raise Failure(f"region: {error}", UNREADABLE) from None
+    except ValueError as error:
+        raise Failure(f"region: {error}", USAGE) from None

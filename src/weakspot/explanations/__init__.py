@@ -3,6 +3,5 @@
 from weakspot.explanations.analysis import Analysis, Picture
 from weakspot.explanations.explanation import Explanation, explain
 from weakspot.explanations.overlap import Overlap, overlap
-from weakspot.explanations.similarity import ssim_map
 
-__all__ = ["Analysis", "Explanation", "Overlap", "Picture", "explain", "overlap", "ssim_map"]
+__all__ = ["Analysis", "Explanation", "Overlap", "Picture", "explain", "overlap"]

@@ -20,9 +20,9 @@ from weakspot.attribution.path import MarginDrop, margin_drop
 from weakspot.checks import check_share, closest
 from weakspot.classifier import Classifier, evaluating
 from weakspot.explanations.analysis import Analysis, Picture, check_pairs, rivals
-from weakspot.explanations.smoothing import gaussian
 from weakspot.pairs import Pairs
 from weakspot.regions import top
+from weakspot.smoothing import gaussian
 from weakspot.statistics import ShiftTest, products_over_shifts, queen_lag, ranks, shift_test, standardized
 
 if TYPE_CHECKING:

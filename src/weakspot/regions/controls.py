@@ -1,63 +1,16 @@
-"""Regions: where. Boolean masks (N, 1, H, W), combined with `&`, `|` and `~`, and controls of equal area."""
+"""Controls: regions of equal area that are somewhere else."""
 
 from __future__ import annotations
 
 import hashlib
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from weakspot.attribution.cam import class_activation
-from weakspot.checks import check_seed, check_share, closest
+from weakspot.checks import check_seed, closest
+from weakspot.regions.shares import top
 
 CONTROLS = ("shift", "random", "border")
-
-
-def cam(
-    model: nn.Module, images: Tensor, classes: Tensor, *, keep: float = 0.3, layer: str | None = None
-) -> Tensor:
-    """Where the network gathers most evidence for a class: the top share of its class activation.
-
-    Args:
-        model: any classifier.
-        images: (N, C, H, W) in [0, 1].
-        classes: (N,) the class each image is explained for.
-        keep: share of the image, 0 to 1.
-        layer: the module whose map is used; the last that keeps one where not given.
-
-    Returns:
-        Bool (N, 1, H, W), round(keep * H * W) sites true in each.
-    """
-    check_share(keep)
-    return top(class_activation(model, images, classes, layer=layer, registration="effective"), keep)
-
-
-def top(scores: Tensor, keep: float) -> Tensor:
-    """The highest `keep` share of sites; ties go to the site that comes first in reading order.
-
-    Args:
-        scores: (N, 1, H, W), finite.
-        keep: share of the image, 0 to 1.
-
-    Returns:
-        Bool (N, 1, H, W), exactly round(keep * H * W) sites true in each.
-
-    Raises:
-        ValueError: when scores have another shape or are not finite, or keep is no share.
-
-    >>> top(torch.tensor([[[[3.0, 1.0], [2.0, 3.0]]]]), 0.5)
-    tensor([[[[ True, False],
-              [False,  True]]]])
-    """
-    check_share(keep)
-    if scores.ndim != 4 or scores.shape[1] != 1:
-        raise ValueError(f"scores has shape {tuple(scores.shape)}; accepted is (N, 1, H, W)")
-    if not bool(scores.isfinite().all()):
-        raise ValueError("scores holds NaN or infinity; accepted are finite numbers")
-    flat = scores.flatten(1)
-    chosen = flat.argsort(dim=1, descending=True, stable=True)[:, : round(keep * flat.shape[1])]
-    region = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, chosen, value=True)
-    return region.view_as(scores)
 
 
 def matched(region: Tensor, *, kind: str = "shift", seed: int = 0) -> Tensor:

@@ -1,0 +1,53 @@
+"""Random numbers that belong to an image: the same whatever its batch, its place in it, the device or the order.
+
+A counter is hashed with a key made of the image's content and a seed (splitmix64: Steele et al. 2014, doi
+10.1145/2714064.2660195), so any number of any image's stream is had at once, for all images together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+GOLDEN, FIRST, SECOND = (
+    value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)  # as signed 64-bit numbers; products wrap around
+
+
+def keys(images: Tensor, seed: int) -> Tensor:
+    """(N,) one key for each of the images (N, C, H, W), from its 8-bit content and the seed."""
+    levels = (images * 255).round().byte().cpu().flatten(1).numpy()
+    digests = [
+        hashlib.blake2b(pixels.tobytes(), digest_size=8, key=str(seed).encode()).digest() for pixels in levels
+    ]
+    numbers = [int.from_bytes(digest, signed=True) for digest in digests]
+    return torch.tensor(numbers, dtype=torch.int64, device=images.device)
+
+
+def uniform(keys: Tensor, stream: int, *shape: int) -> Tensor:
+    """(N, *shape) uniform in (0, 1), one of 2^23 values, float32; streams are independent of each other."""
+    counter = torch.arange(math.prod(shape), device=keys.device)
+    start = mixed(keys + ((stream * GOLDEN + 2**63) % 2**64 - 2**63))
+    bits = mixed(start[:, None] + (counter + 1) * GOLDEN)
+    return ((_shifted(bits, 41).float() + 0.5) / 2**23).view(-1, *shape)
+
+
+def normal(keys: Tensor, stream: int, *shape: int) -> Tensor:
+    """(N, *shape) standard normal, float32."""
+    return torch.erfinv(uniform(keys, stream, *shape) * 2 - 1).mul(2**0.5)
+
+
+def mixed(numbers: Tensor) -> Tensor:
+    """Hash 64-bit numbers of any shape."""
+    numbers = (numbers ^ _shifted(numbers, 30)) * FIRST
+    numbers = (numbers ^ _shifted(numbers, 27)) * SECOND
+    return numbers ^ _shifted(numbers, 31)
+
+
+def _shifted(numbers: Tensor, places: int) -> Tensor:
+    """Shifted right without the sign."""
+    shifted: Tensor = (numbers >> places) & (2 ** (64 - places) - 1)
+    return shifted

@@ -1,0 +1,105 @@
+"""Few-pixel search in the order that the gradient suggests, then around the best sites found."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from weakspot.attacks.gradient import Progress, part_of
+from weakspot.attacks.painting import evaluate_painted, paint
+from weakspot.attacks.problem import Problem
+
+ECONOMY = 16  # evolution's forward passes per one of this search's
+ROUND = 100  # candidates of each image tried at once, in the order of the gradient
+CENTRES = 8  # best sites whose neighbours are tried next
+
+
+def follow_gradient(
+    problem: Problem, *, count: int, population: int, generations: int, progress: Progress | None
+) -> Tensor:
+    """Images (N, C, H, W) of the lowest margin found, pixel after pixel; see `pixels`."""
+    adversarial, lowest = problem.clean.clone(), torch.full_like(problem.clean[:, 0, 0, 0], torch.inf)
+    limit = max(ROUND, population * generations // ECONOMY // count)
+    for pixel in range(count):
+        here = (lowest >= 0).nonzero()[:, 0]
+        if not len(here):
+            break
+        found, margins = _next_pixel(
+            problem.select(here), adversarial[here], limit, part_of(progress, pixel, count)
+        )
+        better = margins < lowest[here]
+        adversarial[here[better]], lowest[here[better]] = found[better], margins[better]
+    return adversarial
+
+
+def _next_pixel(
+    problem: Problem, images: Tensor, limit: int, progress: Progress | None
+) -> tuple[Tensor, Tensor]:
+    """The images with the one pixel more that lowers their margin most, and those margins (N,).
+
+    Half of the forward passes go to candidates in the order of the gradient, the other half to the neighbours of the
+    best sites so far: sites near a weak one are weak too (Vargas and Su 2019). Where there are fewer candidates than
+    forward passes, all are tried.
+    """
+    number, channels, height, width = images.shape
+    corners = torch.tensor(list(itertools.product([0.0, 1.0], repeat=channels)), device=images.device)
+    order, allowed = _by_gradient(problem, images, corners)
+    found, lowest = images.clone(), torch.full_like(images[:, 0, 0, 0], torch.inf)
+    here, part, base = torch.arange(number, device=images.device), problem, images
+    seen = ~allowed
+    site_margins = torch.full((number, height * width), torch.inf, device=images.device)
+    used = torch.zeros_like(site_margins, dtype=torch.bool)
+    spent, last = 0, order.shape[1] if order.shape[1] <= limit else limit // 2
+    for start in itertools.count(0, ROUND):
+        chosen = torch.zeros_like(seen)
+        if start < last:
+            chosen.scatter_(1, order[:, start : min(start + ROUND, last)], value=True)
+        else:
+            best = site_margins.masked_fill(used, torch.inf).topk(min(CENTRES, height * width), largest=False)
+            centres = torch.zeros_like(used).scatter_(1, best.indices, best.values.isfinite())
+            used |= centres
+            near = F.max_pool2d(centres.view(-1, 1, height, width).float(), 3, 1, 1) > 0
+            chosen |= near.view(len(here), -1, 1).expand(-1, -1, len(corners)).flatten(1)
+            if not bool(centres.any()):
+                break
+        chosen &= ~seen
+        owners, candidates = chosen.nonzero().unbind(1)
+        if len(owners):
+            sites, colors = candidates // len(corners), corners[candidates % len(corners)]
+            margins = evaluate_painted(part, base, owners, sites[:, None], colors[:, None]).margins
+            seen |= chosen
+            places = owners * height * width + sites
+            site_margins.view(-1).scatter_reduce_(0, places, margins.to(site_margins), "amin")
+            table = torch.full(seen.shape, torch.inf, device=images.device)
+            table[owners, candidates] = margins.to(table)
+            values, best_candidates = table.min(1)
+            better = values < lowest[here]
+            painted = paint(
+                base,
+                (best_candidates // len(corners))[:, None],
+                corners[best_candidates % len(corners)][:, None],
+            )
+            found[here[better]], lowest[here[better]] = painted[better], values[better].to(lowest)
+            spent += -(-len(owners) // len(here))
+            left = values >= 0
+            if not bool(left.all()):
+                here, part, base = here[left], part.select(left), base[left]
+                order, seen, site_margins, used = order[left], seen[left], site_margins[left], used[left]
+        if progress is not None:
+            progress(min(1.0, spent / limit))
+        if not len(here) or spent >= limit:
+            break
+    return found, lowest
+
+
+def _by_gradient(problem: Problem, images: Tensor, corners: Tensor) -> tuple[Tensor, Tensor]:
+    """Candidates, site * corners + corner, by the margin's first-order change, and which are in the region."""
+    falling = problem.descend(images).direction.flatten(2)
+    flat = images.flatten(2)
+    gain = torch.einsum("ncs,kc->nsk", falling, corners) - (falling * flat).sum(1)[:, :, None]
+    inside = problem.region.flatten(1)[:, :, None].expand_as(gain)
+    gain = gain.masked_fill(~inside, -torch.inf).flatten(1)
+    return gain.argsort(dim=1, descending=True, stable=True), inside.flatten(1)

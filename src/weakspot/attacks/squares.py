@@ -1,0 +1,84 @@
+"""Square search: random squares, kept where they help (Andriushchenko et al. 2020, arXiv 1912.00049)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from weakspot.attacks import draws
+from weakspot.attacks.gradient import Progress
+from weakspot.attacks.problem import Problem
+from weakspot.budgets import Budget
+
+FIRST_SHARE = 0.8  # of the image in the first squares, as the authors set it for L-infinity
+HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
+BLOCK = 64  # random numbers of so many queries are drawn at once
+
+
+def square_search(
+    problem: Problem, budget: Budget, *, queries: int, stream: int, progress: Progress | None = None
+) -> tuple[Tensor, Tensor]:
+    """Change one random square at a time to a random colour at the budget's end; keep it where the margin falls.
+
+    The start is vertical stripes, as for L-infinity in the paper. For other budgets a square is the budget's whole
+    step on that square added twice, then projected: for L-infinity the same, for others ours.
+
+    Args:
+        problem: what to fool.
+        budget: how much may change.
+        queries: forward passes of each image, at most.
+        stream: which of each image's random numbers.
+        progress: called with the share done.
+
+    Returns:
+        Images (N, C, H, W) of lowest margin and those margins (N,).
+    """
+    channels, height, width = problem.clean.shape[1:]
+    signs = draws.uniform(problem.keys, stream, channels, 1, width).sub(0.5).sign().to(problem.clean)
+    perturbation = _whole_step(
+        problem, budget, signs.expand_as(problem.clean), torch.zeros_like(problem.clean)
+    )
+    found = problem.apply(perturbation)
+    lowest = problem.evaluate(found)
+    here = (lowest >= 0).nonzero()[:, 0]
+    part, perturbation = problem.select(here), perturbation[here]
+    rows = torch.arange(height, device=found.device)[:, None]
+    columns = torch.arange(width, device=found.device)[None]
+    for query in range(1, queries):
+        if not len(here):
+            break
+        if query % BLOCK == 1:
+            random = draws.uniform(part.keys, stream + 1 + query // BLOCK, BLOCK, channels + 2).to(found)
+        drawn = random[:, (query - 1) % BLOCK]
+        side = _side(query / queries, height, width)
+        top = (drawn[:, 0] * (height - side + 1)).long().view(-1, 1, 1, 1)
+        left = (drawn[:, 1] * (width - side + 1)).long().view(-1, 1, 1, 1)
+        inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
+        colors = drawn[:, 2 : 2 + channels].sub(0.5).sign().view(-1, channels, 1, 1)
+        tried = _whole_step(part, budget, colors * inside, perturbation)
+        images = part.apply(tried)
+        margins = part.evaluate(images)
+        better = margins < lowest[here]
+        perturbation = torch.where(better[:, None, None, None], tried, perturbation)
+        found[here[better]], lowest[here[better]] = images[better], margins[better]
+        done = margins < 0
+        if bool(done.any()):
+            here, part = here[~done], part.select(~done)
+            perturbation, random = perturbation[~done], random[~done]
+        if progress is not None:
+            progress(query / queries)
+    return found, lowest
+
+
+def _whole_step(problem: Problem, budget: Budget, signs: Tensor, perturbation: Tensor) -> Tensor:
+    step = budget.ascend(signs * problem.region, torch.zeros_like(perturbation), problem.clean)
+    return problem.project(budget, perturbation + 2 * step)
+
+
+def _side(share: float, height: int, width: int) -> int:
+    """Of the squares after a share of all queries: they cover less and less."""
+    halvings = sum(share * 10_000 > mark for mark in HALVED_AT)
+    side = round(math.sqrt(FIRST_SHARE / 2**halvings * height * width))
+    return max(1, min(side, height - 1 or 1, width - 1 or 1))

@@ -1,0 +1,172 @@
+"""Budgets that are norms: L-infinity, L2 and L1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weakspot.checks import is_number
+
+
+@dataclass(frozen=True)
+class Linf:
+    """Every channel of every pixel moves by at most `eps` (image range [0, 1])."""
+
+    eps: float
+
+    def __post_init__(self) -> None:
+        if not is_number(self.eps) or not 0 <= self.eps <= 1:
+            raise ValueError(
+                f"Linf eps is {self.eps!r}; accepted is 0 to 1, the range of images (write 8/255, not 8)"
+            )
+
+    def project(self, perturbation: Tensor, images: Tensor, *, region: Tensor | None = None) -> Tensor:
+        """The nearest point of cube and box."""
+        bounded = _inside(perturbation, region).clamp(-self.eps, self.eps)
+        return (images + bounded).clamp(0, 1) - images
+
+    def ascend(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
+        return self.eps * gradient.sign()
+
+    def size(self, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
+        return perturbation.abs().flatten(1).amax(1)
+
+    def __str__(self) -> str:
+        return f"{_in_255ths(self.eps)} L-infinity"
+
+
+@dataclass(frozen=True)
+class L2:
+    """The Euclidean length of the whole perturbation is at most `eps` (image range [0, 1])."""
+
+    eps: float
+
+    def __post_init__(self) -> None:
+        if not is_number(self.eps) or not 0 <= self.eps < float("inf"):
+            raise ValueError(
+                f"L2 eps is {self.eps!r}; accepted is a finite length of at least 0, images being in [0, 1]"
+            )
+
+    def project(self, perturbation: Tensor, images: Tensor, *, region: Tensor | None = None) -> Tensor:
+        """Exact projection on the intersection of ball and box, not one after the other.
+
+        It is clip(s * perturbation) with the one scale s that meets the budget. Starting from the scale of the
+        unclipped ball, each round frees the length that clipping saved; s only grows and the clipped set with
+        it, so few rounds suffice.
+        """
+        wanted = _inside(perturbation, region).flatten(1)
+        low, high = -images.flatten(1), 1 - images.flatten(1)
+        square = self.eps**2
+        scale = (self.eps / _length(wanted)).clamp(max=1)
+        for _ in range(50):
+            scaled = scale * wanted
+            clipped = (scaled < low) | (scaled > high)
+            spent = torch.where(clipped, scaled.clamp(low, high), 0).square().sum(1, keepdim=True)
+            free = torch.where(clipped, 0, wanted).square().sum(1, keepdim=True)
+            grown = ((square - spent).clamp(min=0) / free.clamp(min=1e-20)).sqrt().clamp(max=1)
+            grown = torch.maximum(grown, scale)
+            if torch.allclose(grown, scale, rtol=1e-6, atol=0):
+                break
+            scale = grown
+        inside = (scale * wanted).clamp(low, high)
+        return (inside * (self.eps / _length(inside)).clamp(max=1)).view_as(perturbation)
+
+    def ascend(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
+        # Divided by the largest entry first: squares of a faded gradient would vanish in float32.
+        rows = gradient.flatten(1)
+        rows = rows / rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+        step: Tensor = self.eps * rows / _length(rows)
+        return step.view_as(gradient)
+
+    def size(self, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
+        length: Tensor = torch.linalg.vector_norm(perturbation.flatten(1), dim=1)
+        return length
+
+    def __str__(self) -> str:
+        return f"{self.eps:g} L2"
+
+
+@dataclass(frozen=True)
+class L1:
+    """The absolute changes of all channels of all pixels sum to at most `eps` (image range [0, 1])."""
+
+    eps: float
+
+    def __post_init__(self) -> None:
+        if not is_number(self.eps) or not 0 <= self.eps < float("inf"):
+            raise ValueError(
+                f"L1 eps is {self.eps!r}; accepted is a finite sum of at least 0, images being in [0, 1]"
+            )
+
+    def project(self, perturbation: Tensor, images: Tensor, *, region: Tensor | None = None) -> Tensor:
+        """Exact projection on the intersection of the cross-polytope and the box.
+
+        Each entry is shrunk by one amount and cut to its room in the box (Croce and Hein 2021, arXiv 2103.01208,
+        proposition 2.1). The amount solves a decreasing, piecewise linear equation: Newton's steps, kept in a
+        bracket by bisection, end on the piece that holds it.
+        """
+        wanted = _inside(perturbation, region).flatten(1)
+        flat = images.flatten(1)
+        room, size = torch.where(wanted < 0, flat, 1 - flat), wanted.abs()
+        low = torch.zeros_like(size[:, :1])
+        high = size.amax(1, keepdim=True)
+        shrink = low
+        for _ in range(100):
+            left = size - shrink
+            kept = torch.minimum(left.clamp(min=0), room)
+            over = kept.sum(1, keepdim=True) - self.eps
+            if bool((over.abs() <= 1e-6 * self.eps).logical_or((over <= 0) & (shrink <= 0)).all()):
+                break
+            low, high = torch.where(over > 0, shrink, low), torch.where(over > 0, high, shrink)
+            slope = ((left > 0) & (left < room)).sum(1, keepdim=True)
+            newton = shrink + over / slope.clamp(min=1)
+            middle = (low + high) / 2
+            fits = (slope > 0) & (newton > low) & (newton < high)
+            moved = torch.where(over.abs() <= 1e-6 * self.eps, shrink, torch.where(fits, newton, middle))
+            shrink = torch.where((over <= 0) & (shrink <= 0), shrink, moved)
+        inside = torch.minimum((size - shrink).clamp(min=0), room)
+        total = inside.sum(1, keepdim=True).clamp(min=1e-20)
+        return (inside * (self.eps / total).clamp(max=1) * wanted.sign()).view_as(perturbation)
+
+    def ascend(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
+        """The steepest perturbation: entries of the largest gradient, each moved to its end of the box."""
+        rows, flat = gradient.flatten(1), images.flatten(1)
+        room = torch.where(rows < 0, flat, torch.where(rows > 0, 1 - flat, 0))
+        # The budget holds as many entries as their rooms sum to; usually few, so that sorting all would be waste.
+        count = min(rows.shape[1], max(64, int(4 * self.eps)))
+        # Equal gradients go by position: what topk makes of them depends on how many it is asked for.
+        order = torch.arange(rows.shape[1], device=rows.device) * 1e-14
+        precise = rows.abs() if rows.device.type == "mps" else rows.abs().double()
+        sorted_by = precise - order * precise.amax(1, keepdim=True)
+        while True:
+            largest = sorted_by.topk(count, 1).indices
+            taken = room.gather(1, largest)
+            before = taken.cumsum(1) - taken
+            if count == rows.shape[1] or bool((before[:, -1] >= self.eps).all()):
+                break
+            count = min(rows.shape[1], 4 * count)
+        moved = torch.minimum(taken, (self.eps - before).clamp(min=0)) * rows.gather(1, largest).sign()
+        return torch.zeros_like(rows).scatter_(1, largest, moved).view_as(gradient)
+
+    def size(self, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
+        return perturbation.abs().flatten(1).sum(1)
+
+    def __str__(self) -> str:
+        return f"{self.eps:g} L1"
+
+
+def _inside(perturbation: Tensor, region: Tensor | None) -> Tensor:
+    return perturbation if region is None else torch.where(region, perturbation, 0)
+
+
+def _length(rows: Tensor) -> Tensor:
+    """(N, 1) Euclidean lengths, tiny instead of zero so that they can divide."""
+    length: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return length.clamp(min=1e-20)
+
+
+def _in_255ths(eps: float) -> str:
+    levels = eps * 255
+    return f"{levels:g}/255" if abs(levels - round(levels, 2)) < 1e-6 else f"{eps:g}"

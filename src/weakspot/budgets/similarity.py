@@ -1,0 +1,265 @@
+"""The perceptual budget: balls of structural similarity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from weakspot.checks import closest, is_number
+
+C1, C2 = 0.01**2, 0.03**2  # Wang et al. 2004, doi 10.1109/TIP.2003.819861, for images in [0, 1]
+MODES = ("global", "local")
+TINY = 1e-20
+MARGIN = 1 - 4e-6  # what rounding in float32 may add to a size is left free
+
+
+@dataclass(frozen=True)
+class SSIM:
+    """How much structure may change, measured where the eye does: against each patch's own mean and contrast.
+
+    The quality ball of Pochimireddy et al. 2021 (arXiv 2106.12731), re-specified from its abstract with the normalised
+    distances of Brunet et al. 2012 (doi 10.1109/TIP.2011.2173206); patch size, ragged borders and both modes
+    are this project's own. On every non-overlapping patch of n pixels of every channel, x = mean + centred part:
+
+        d1^2 = (change of mean)^2 / (mean^2 + changed mean^2 + c1)
+        d2^2 = |change of centred part|^2 / (|centred part|^2 + |changed centred part|^2 + (n - 1) c2)
+        SSIM = (1 - d1^2) (1 - d2^2)
+
+    Attributes:
+        eps: 0 to below 1. In mode "global" the mean of d1^2 + d2^2 over patches and channels is at most `eps`, so
+            that the mean SSIM of patches is at least 1 - eps; in mode "local" both are, in every patch.
+        patch: side of a patch in pixels. Patches at the right and lower border are cut where it does not divide.
+        mode: "global" or "local". Locally every patch ends on its bound and the map of change is flat: an
+            attack, but no evidence of where a network is weak.
+    """
+
+    eps: float
+    patch: int = field(default=8, kw_only=True)
+    mode: str = field(default="global", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not is_number(self.eps) or not 0 <= self.eps < 1:
+            raise ValueError(f"SSIM eps is {self.eps!r}; accepted is 0 to below 1, what may be lost of 1")
+        if not isinstance(self.patch, int) or self.patch < 2:
+            raise ValueError(f"SSIM patch is {self.patch}; accepted is a whole number of pixels, at least 2")
+        if self.mode not in MODES:
+            raise ValueError(f"SSIM mode is {self.mode!r}; {closest(str(self.mode), MODES)}")
+
+    def project(self, perturbation: Tensor, images: Tensor, *, region: Tensor | None = None) -> Tensor:
+        """Into region and box, then straight towards the image until the true budget is met, exactly.
+
+        In mode "local" projections on the patches' balls alternate with region and box before that; where neither
+        cuts the ball the result is the nearest point.
+        """
+        if self.eps == 0:
+            return torch.zeros_like(perturbation)
+        patches = _Patches(images, self.patch)
+        if self.mode == "global":
+            inside = _in_box(perturbation, images, region)
+            return inside * self._share_within(patches, inside)
+        # Where the box does not cut the ball's nearest point, that is the answer; elsewhere they alternate.
+        nearest = patches.join(self._nearest(patches, patches.split(perturbation)))
+        uncut = (
+            ((_in_box(nearest, images, region) - nearest).abs() < 1e-6).flatten(1).all(1).view(-1, 1, 1, 1)
+        )
+        inside = _in_box(torch.where(uncut, nearest, perturbation), images, region)
+        for _ in range(10):
+            if bool(uncut.all()):
+                break
+            nearest = patches.join(self._nearest(patches, patches.split(inside)))
+            inside = torch.where(uncut, inside, _in_box(nearest, images, region))
+            uncut = uncut | ((inside - nearest).abs() < 1e-6).flatten(1).all(1).view(-1, 1, 1, 1)
+        return patches.join(patches.split(inside) * self._shares_within(patches, patches.split(inside)))
+
+    def ascend(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:
+        """Steepest step; sites without gradient are not to change.
+
+        Mode "local": from where we are to the exact maximiser of the linear objective. Mode "global": the gradient
+        preconditioned by each patch's denominators, which are taken where the perturbed image now is, scaled to spend
+        the whole budget under them.
+        """
+        patches = _Patches(images, self.patch)
+        largest = gradient.abs().amax((1, 2, 3), keepdim=True).clamp(min=torch.finfo(gradient.dtype).tiny)
+        slope, changed = patches.split(gradient / largest), patches.split(perturbation)
+        step = (self._step_locally if self.mode == "local" else self._step_globally)(patches, slope, changed)
+        return patches.join(step)
+
+    def _step_locally(self, patches: _Patches, slope: Tensor, changed: Tensor) -> Tensor:
+        ball, interval = _Ball(patches, self.eps), _Interval(patches, self.eps)
+        slope_sum = patches.total(slope)
+        centred = (slope - slope_sum / patches.count) * patches.valid
+        length = patches.total(centred.square()).sqrt()
+        mean = patches.total(changed) / patches.count
+        centred = (
+            ball.middle + ball.radius * centred / length.clamp(min=TINY) - (changed - mean) * patches.valid
+        )
+        mean = interval.middle + interval.radius * slope_sum.sign() - mean
+        return torch.where(length > 0, centred, 0) + torch.where(slope_sum != 0, mean, 0) * patches.valid
+
+    def _step_globally(self, patches: _Patches, slope: Tensor, changed: Tensor) -> Tensor:
+        """Inverse of the patch's quadratic form on the sites with gradient (Sherman and Morrison 1950) times it."""
+        mean = patches.total(changed) / patches.count
+        energy = patches.total((patches.centred + (changed - mean) * patches.valid).square())
+        structure = patches.energy + energy + patches.steady
+        level = patches.mean.square() + (patches.mean + mean).square() + C1
+        movable = slope != 0
+        joint = structure / (level * patches.count.square()) - 1 / patches.count
+        share = joint / (1 + joint * patches.total(movable.to(slope))).clamp(min=TINY)
+        step = structure * (slope - share * patches.total(slope)) * movable
+        step = torch.where(patches.count == 1, level * slope, step)  # one pixel has no structure
+        spent = patches.total(slope * step).mean((1, 2, 3, 4, 5), keepdim=True)
+        return step * torch.where(spent > 0, (self.eps / spent.clamp(min=TINY)).sqrt(), 0)
+
+    def size(self, perturbation: Tensor, images: Tensor) -> Tensor:
+        patches = _Patches(images, self.patch)
+        level, structure = patches.distances(patches.split(perturbation))
+        if self.mode == "local":
+            return torch.maximum(level, structure).amax((1, 2, 3, 4, 5))
+        return (level + structure).mean((1, 2, 3, 4, 5))
+
+    def _nearest(self, patches: _Patches, changed: Tensor) -> Tensor:
+        """Each patch's change on its ball and interval, or inside."""
+        ball, interval = _Ball(patches, self.eps), _Interval(patches, self.eps)
+        mean = patches.total(changed) / patches.count
+        centred = (changed - mean) * patches.valid - ball.middle
+        length = patches.total(centred.square()).sqrt()
+        centred = ball.middle + centred * (ball.radius / length.clamp(min=TINY)).clamp(max=1)
+        mean = interval.middle + (mean - interval.middle).clamp(-interval.radius, interval.radius)
+        return centred + mean * patches.valid
+
+    def _shares_within(self, patches: _Patches, changed: Tensor) -> Tensor:
+        """The largest share of each patch's change that is within its bounds: the root of t^2 a + 2 t b = c."""
+        mean = patches.total(changed) / patches.count
+        centred = (changed - mean) * patches.valid
+        eps = self.eps * MARGIN
+        share = torch.ones_like(mean)
+        for square, product, bound in (
+            (
+                patches.total(centred.square()),
+                patches.total(patches.centred * centred),
+                2 * patches.energy + patches.steady,
+            ),
+            (mean.square(), patches.mean * mean, 2 * patches.mean.square() + C1),
+        ):
+            a, b, c = (1 - eps) * square, -eps * product, eps * bound
+            root = c / (b + (b.square() + a * c).sqrt()).clamp(min=TINY)
+            share = torch.minimum(share, torch.where(a + 2 * b <= c, 1, root))
+        return share.clamp(0, 1)
+
+    def _share_within(self, patches: _Patches, perturbation: Tensor) -> Tensor:
+        """(N, 1, 1, 1) the largest share of the perturbation found within the budget.
+
+        What is spent grows nearly with the square of the share: steps of that law alternate with bisection.
+        """
+        precision = torch.float32 if perturbation.device.type == "mps" else torch.float64
+        changed = patches.split(perturbation)
+        mean = patches.total(changed) / patches.count
+        centred = changed - mean * patches.valid
+        square = patches.total(centred.square()).to(precision)
+        product = patches.total(patches.centred * centred).to(precision)
+        bound = (2 * patches.energy + patches.steady).to(precision)
+        mean, level = mean.to(precision), patches.mean.to(precision)
+
+        def spent(share: Tensor) -> Tensor:
+            structure = (
+                share.square() * square / (bound + share * (2 * product + share * square)).clamp(min=TINY)
+            )
+            levels = (share * mean).square() / (level.square() + (level + share * mean).square() + C1)
+            return (structure + levels).mean((1, 2, 3, 4, 5), keepdim=True)
+
+        limit = self.eps * MARGIN
+        share = torch.ones_like(mean[:, :1, :1, :, :1]).view(-1, 1, 1, 1, 1, 1)
+        low, high = torch.zeros_like(share), share
+        for number in range(80):
+            now = spent(share)
+            low, high = torch.where(now <= limit, share, low), torch.where(now > limit, share, high)
+            if bool((low >= high * (1 - 1e-6)).all()):
+                break
+            guess = share * (limit * (1 - 1e-7) / now.clamp(min=TINY)).sqrt()
+            lawful = (guess > low) & (guess < high) & (number % 2 == 0)
+            share = torch.where(lawful, guess, (low + high) / 2)
+            share = torch.where(low >= high * (1 - 1e-6), low, share)
+        return low.to(perturbation.dtype).view(-1, 1, 1, 1)
+
+    def __str__(self) -> str:
+        return f"{self.eps:g} SSIM ({self.mode}, patches of {self.patch})"
+
+
+class _Patches:
+    """Images (N, C, H, W) as patches (N, C, rows, patch, columns, patch), zeros beyond the border, and their moments.
+
+    Attributes:
+        valid: 1 where there are pixels, broadcasting over patches.
+        count: pixels in each patch.
+        steady: (count - 1) c2.
+    """
+
+    def __init__(self, images: Tensor, patch: int) -> None:
+        self.patch = patch
+        self.height, self.width = images.shape[2:]
+        self.rows, self.columns = -(-self.height // patch), -(-self.width // patch)
+        self.valid = self.split(torch.ones_like(images[:1, :1]))
+        self.count = self.total(self.valid)
+        self.steady = (self.count - 1) * C2
+        self.images = images
+
+    @cached_property
+    def mean(self) -> Tensor:
+        return self.total(self.split(self.images)) / self.count
+
+    @cached_property
+    def centred(self) -> Tensor:
+        return (self.split(self.images) - self.mean) * self.valid
+
+    @cached_property
+    def energy(self) -> Tensor:
+        return self.total(self.centred.square())
+
+    def split(self, images: Tensor) -> Tensor:
+        below, beside = self.rows * self.patch - self.height, self.columns * self.patch - self.width
+        if below or beside:
+            images = F.pad(images, (0, beside, 0, below))
+        return images.reshape(*images.shape[:2], self.rows, self.patch, self.columns, self.patch)
+
+    def join(self, patches: Tensor) -> Tensor:
+        whole = patches.reshape(*patches.shape[:2], self.rows * self.patch, self.columns * self.patch)
+        return whole[:, :, : self.height, : self.width]
+
+    def total(self, patches: Tensor) -> Tensor:
+        return patches.sum((3, 5), keepdim=True)
+
+    def distances(self, changed: Tensor) -> tuple[Tensor, Tensor]:
+        """d1^2 and d2^2 of every patch and channel."""
+        mean = self.total(changed) / self.count
+        centred = (changed - mean) * self.valid
+        energy = self.total((self.centred + centred).square())
+        level = mean.square() / (self.mean.square() + (self.mean + mean).square() + C1)
+        bound = (self.energy + energy + self.steady).clamp(min=TINY)
+        return level, self.total(centred.square()) / bound
+
+
+class _Ball:
+    """d2^2 <= eps, as middle and radius of the changes of the centred part."""
+
+    def __init__(self, patches: _Patches, eps: float) -> None:
+        self.middle = patches.centred * (eps / (1 - eps))
+        square = patches.energy * (eps * (2 - eps) / (1 - eps) ** 2) + patches.steady * (eps / (1 - eps))
+        self.radius = square.sqrt()
+
+
+class _Interval:
+    """d1^2 <= eps, as middle and half width of the changes of the mean."""
+
+    def __init__(self, patches: _Patches, eps: float) -> None:
+        self.middle = patches.mean * (eps / (1 - eps))
+        square = patches.mean.square() * (eps * (2 - eps) / (1 - eps) ** 2) + C1 * (eps / (1 - eps))
+        self.radius = square.sqrt()
+
+
+def _in_box(perturbation: Tensor, images: Tensor, region: Tensor | None) -> Tensor:
+    inside = (images + perturbation).clamp(0, 1) - images
+    return inside if region is None else torch.where(region, inside, 0)

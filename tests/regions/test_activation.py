@@ -1,0 +1,85 @@
+"""Activation: the top share of the registered map, of one class and of two."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import Made, untouched
+from weakspot import regions
+from weakspot.attribution import class_activation
+from weakspot.classifier import as_classifier, predict
+
+
+@pytest.mark.parametrize("layer", [None, "stem", "branch"])
+def test_cam_is_the_top_of_the_registered_class_activation(
+    pooling: tuple[nn.Module, Tensor], layer: str | None
+) -> None:
+    model, images = pooling
+    classes = torch.tensor([0, 3, 1])
+    maps = class_activation(model, images, classes, layer=layer, registration="effective")
+    for keep in (0.0, 0.1, 0.3, 1.0):
+        region = regions.cam(model, images, classes, keep=keep, layer=layer)
+        assert region.flatten(1).sum(1).tolist() == [round(keep * 400)] * 3
+        assert torch.equal(region, regions.top(maps, keep))
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 1.0])
+def test_support_is_the_union_of_both_classes_and_no_larger_than_both(any_model: Made, keep: float) -> None:
+    model, images = any_model
+    count = predict(as_classifier(model), images).shape[1]
+    labels = torch.tensor([0, 1, 0])
+    targets = torch.tensor([1, 1, count - 1])
+    with untouched(model, images, labels, targets):
+        region = regions.support(model, images, labels, targets, keep=keep)
+    of_labels, of_targets = (regions.cam(model, images, each, keep=keep) for each in (labels, targets))
+    assert torch.equal(region, of_labels | of_targets)
+    assert torch.equal(region[1], of_labels[1])  # label and target are one class
+    assert torch.equal(region, regions.support(model, images, targets, labels, keep=keep))
+
+
+def test_support_follows_the_layer_and_is_the_same_alone(pooling: Made) -> None:
+    model, images = pooling
+    labels, targets = torch.tensor([0, 1, 2]), torch.tensor([3, 2, 0])
+    region = regions.support(model, images, labels, targets, layer="stem")
+    classes = [regions.cam(model, images, each, layer="stem") for each in (labels, targets)]
+    assert torch.equal(region, classes[0] | classes[1])
+    one = regions.support(model, images[1:2], labels[1:2], targets[1:2], layer="stem")
+    assert torch.equal(region[1:2], one)
+
+
+def test_support_finds_the_two_patches_that_two_classes_read() -> None:
+    class Patches(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.stack([images[..., :4, :4].sum((1, 2, 3)), images[..., -4:, -4:].sum((1, 2, 3))], 1)
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, 12, 16, generator=generator) + 0.1
+    planted = torch.zeros(12, 16, dtype=torch.bool)
+    planted[:4, :4] = planted[-4:, -4:] = True
+    region = regions.support(
+        Patches().eval(), images.clamp(max=1), torch.tensor([0, 1]), torch.tensor([1, 0]), keep=16 / 192
+    )
+    assert torch.equal(region, planted.expand(2, 1, -1, -1))
+
+
+@pytest.mark.parametrize("keep", [-0.01, 1.01, float("nan")])
+def test_what_is_no_share_is_refused(pooling: Made, keep: float) -> None:
+    model, images = pooling
+    classes = torch.zeros(3, dtype=torch.long)
+    with pytest.raises(ValueError, match="keep is"):
+        regions.cam(model, images, classes, keep=keep)
+    with pytest.raises(ValueError, match="keep is"):
+        regions.support(model, images, classes, classes, keep=keep)
+
+
+def test_support_says_which_classes_are_wrong(pooling: Made) -> None:
+    model, images = pooling
+    good = torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match=r"labels is \(2,\)"):
+        regions.support(model, images, good[:2], good)
+    with pytest.raises(ValueError, match=r"targets is .*float"):
+        regions.support(model, images, good, good.float())
+    with pytest.raises(ValueError, match="holds class 4; accepted are classes 0 to 3"):
+        regions.support(model, images, good, good + 2)

@@ -1,0 +1,87 @@
+"""Files: what was painted white is what comes in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from weakspot import ImageWarning, regions
+from weakspot.cli.app import UNREADABLE, USAGE, Failure
+from weakspot.cli.inputs import read_mask
+
+
+def paint(path: Path, mask: Tensor) -> Path:
+    Image.fromarray(mask.numpy().astype(np.uint8) * 255).save(path)
+    return path
+
+
+@pytest.mark.parametrize("size", [(9, 14), (14, 9), (1, 1)])
+def test_a_mask_of_the_images_size_comes_in_as_it_was_painted(tmp_path: Path, size: tuple[int, int]) -> None:
+    painted = torch.rand(size, generator=torch.Generator().manual_seed(0)) > 0.4
+    painted[0, 0] = True
+    images = torch.rand(3, 3, *size)
+    path = paint(tmp_path / "mask.png", painted)
+    region = regions.from_file(path, images)
+    assert region.dtype == torch.bool
+    assert torch.equal(region, painted[None, None])
+    assert torch.equal(region, regions.from_file(str(path), images))
+    assert torch.equal(region, read_mask(path, images))
+
+
+@pytest.mark.parametrize("zoom", [0.5, 2, 3])
+def test_a_mask_of_another_size_keeps_its_place(tmp_path: Path, zoom: float) -> None:
+    painted = torch.zeros(round(16 * zoom), round(24 * zoom), dtype=torch.bool)
+    painted[: round(8 * zoom), round(16 * zoom) :] = True
+    region = regions.from_file(paint(tmp_path / "mask.png", painted), torch.rand(1, 3, 16, 24))
+    expected = torch.zeros(1, 1, 16, 24, dtype=torch.bool)
+    expected[..., :8, 16:] = True
+    assert torch.equal(region, expected)
+
+
+def test_a_mask_of_another_shape_is_cropped_at_its_centre_with_a_warning(tmp_path: Path) -> None:
+    painted = torch.zeros(32, 64, dtype=torch.bool)
+    painted[:, :24] = True  # of which the outer 16 columns lie outside the crop
+    path = paint(tmp_path / "mask.png", painted)
+    with pytest.warns(ImageWarning, match=r"mask\.png: the mask is 32 x 64 and the images are 32 x 32"):
+        region = regions.from_file(path, torch.rand(1, 1, 32, 32))
+    assert torch.equal(region, (torch.arange(32) < 8).expand(1, 1, 32, 32))
+    with (
+        pytest.warns(ImageWarning, match="another shape"),
+        pytest.raises(ValueError, match="no white pixel where the model looks"),
+    ):
+        regions.from_file(paint(path, painted & (torch.arange(64) < 16)), torch.rand(1, 1, 32, 32))
+
+
+@pytest.mark.parametrize("size", [(300, 451), (199, 300), (150, 224)])
+def test_a_shape_that_differs_by_rounding_is_no_other_shape(tmp_path: Path, size: tuple[int, int]) -> None:
+    path = paint(tmp_path / "mask.png", torch.ones(size, dtype=torch.bool))
+    assert bool(regions.from_file(path, torch.rand(1, 3, 200, 300)).all())
+
+
+def test_only_the_first_frame_counts_and_that_is_said(tmp_path: Path) -> None:
+    frames = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (255, 0)]
+    frames[0].save(tmp_path / "mask.gif", save_all=True, append_images=frames[1:])
+    with pytest.warns(ImageWarning, match="holds 2 frames"):
+        assert bool(regions.from_file(tmp_path / "mask.gif", torch.rand(1, 3, 8, 8)).all())
+
+
+def test_what_is_no_mask_is_refused_and_the_command_line_says_so_with_its_code(tmp_path: Path) -> None:
+    images = torch.rand(1, 3, 8, 8)
+    (tmp_path / "text.png").write_text("white")
+    paint(tmp_path / "black.png", torch.zeros(8, 8, dtype=torch.bool))
+    for name, error, sentence, code in (
+        ("none.png", FileNotFoundError, "there is no such file", UNREADABLE),
+        ("text.png", ValueError, "text.png: not an image in a known format$", UNREADABLE),
+        (".", ValueError, "it is a folder", UNREADABLE),
+        ("black.png", ValueError, "has no white pixel .* white is where the attack acts$", USAGE),
+    ):
+        with pytest.raises(error, match=sentence):
+            regions.from_file(tmp_path / name, images)
+        with pytest.raises(Failure, match=f"^region: .*{sentence}") as caught:
+            read_mask(tmp_path / name, images)
+        assert caught.value.code == code
