@@ -2,6 +2,7 @@
 
 from weakspot.attacks.ensemble import auto
 from weakspot.attacks.few_pixels import pixels
+from weakspot.attacks.foreign import external
 from weakspot.attacks.gradient import fgsm, iterative, pgd
 from weakspot.attacks.minimal import carlini_wagner
 from weakspot.attacks.objectives import OBJECTIVES
@@ -12,6 +13,7 @@ __all__ = [
     "auto",
     "carlini_wagner",
     "elastic_net",
+    "external",
     "fgsm",
     "iterative",
     "pgd",

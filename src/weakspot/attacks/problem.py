@@ -123,7 +123,7 @@ class Problem:
                 self._check(logits, self.labels[mine], targets)
                 margins.append(sure_margin(logits, self.labels[mine], targets))
                 every.append(logits)
-        self._count(self.forwards, owners)
+        self.count_forwards(owners)
         return torch.cat(margins), torch.cat(every)
 
     def descend(self, images: Tensor, objective: Objective = margin) -> Descent:
@@ -145,12 +145,17 @@ class Problem:
             direction = torch.where(self.region[part], -gradient, 0)
             found.append((sure_margin(logits.detach(), labels, targets), values.detach(), direction))
         everyone = torch.arange(len(self), device=images.device)
-        self._count(self.forwards, everyone)
-        self._count(self.backwards, everyone)
+        self.count_forwards(everyone)
+        self.count_backwards(everyone)
         return Descent(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
-    def _count(self, tally: Tensor, owners: Tensor) -> None:
-        tally.index_add_(0, self.rows[owners], torch.ones_like(owners))
+    def count_forwards(self, owners: Tensor) -> None:
+        """Images of these went through the model: (M,) numbers of mine."""
+        self.forwards.index_add_(0, self.rows[owners], torch.ones_like(owners))
+
+    def count_backwards(self, owners: Tensor) -> None:
+        """Likewise, gradients."""
+        self.backwards.index_add_(0, self.rows[owners], torch.ones_like(owners))
 
     def _check(self, logits: Tensor, labels: Tensor, targets: Tensor | None) -> None:
         check_logits(logits, self.classifier.name)
