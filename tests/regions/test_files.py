@@ -8,11 +8,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from weakspot import ImageWarning, regions
+from weakspot import Classifier, ImageWarning, regions
+from weakspot.cli.aims import Aim, find_region
 from weakspot.cli.app import UNREADABLE, USAGE, Failure
-from weakspot.cli.inputs import read_mask
+
+
+def named(path: Path, images: Tensor) -> Tensor:
+    """As --region PATH on the command line."""
+    zeros = torch.zeros(len(images), dtype=torch.long)
+    region, _ = find_region(str(path), 0.3, Classifier.wrap(nn.Identity()), Aim(images, zeros, None, []), 0)
+    assert region is not None
+    return region
 
 
 def paint(path: Path, mask: Tensor) -> Path:
@@ -30,7 +38,7 @@ def test_a_mask_of_the_images_size_comes_in_as_it_was_painted(tmp_path: Path, si
     assert region.dtype == torch.bool
     assert torch.equal(region, painted[None, None])
     assert torch.equal(region, regions.from_file(str(path), images))
-    assert torch.equal(region, read_mask(path, images))
+    assert torch.equal(region.expand(3, -1, -1, -1), named(path, images))
 
 
 @pytest.mark.parametrize("zoom", [0.5, 2, 3])
@@ -83,5 +91,5 @@ def test_what_is_no_mask_is_refused_and_the_command_line_says_so_with_its_code(t
         with pytest.raises(error, match=sentence):
             regions.from_file(tmp_path / name, images)
         with pytest.raises(Failure, match=f"^region: .*{sentence}") as caught:
-            read_mask(tmp_path / name, images)
+            named(tmp_path / name, images)
         assert caught.value.code == code

@@ -6,15 +6,18 @@ from weakspot.attacks.foreign import external
 from weakspot.attacks.gradient import fgsm, iterative, pgd
 from weakspot.attacks.minimal import carlini_wagner
 from weakspot.attacks.objectives import OBJECTIVES
+from weakspot.attacks.registry import available_attacks, find_attack
 from weakspot.attacks.sparse import elastic_net, structured
 
 __all__ = [
     "OBJECTIVES",
     "auto",
+    "available_attacks",
     "carlini_wagner",
     "elastic_net",
     "external",
     "fgsm",
+    "find_attack",
     "iterative",
     "pgd",
     "pixels",

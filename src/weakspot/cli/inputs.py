@@ -10,7 +10,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weakspot.cli.app import UNREADABLE, USAGE, Failure, note
+import typer
+
+from weakspot.cli.app import UNREADABLE, USAGE, Failure, complain, note
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +34,15 @@ def check_sources(sources: Sequence[Path], *, pair: bool, samples: bool) -> None
         raise Failure(f"{sources[0]} is no picture; to explain saved pairs again add --pair", USAGE)
     if not sources and not samples:
         raise Failure("no pictures were named; give files, folders, or --samples", USAGE)
+
+
+def check_existing(sources: Sequence[Path]) -> None:
+    """Names what is not there; ends the program where nothing is."""
+    for source in sources:
+        if not source.exists():
+            complain(f"{source}: there is no such file or folder")
+    if sources and not any(source.exists() for source in sources):
+        raise typer.Exit(UNREADABLE)
 
 
 def number(text: str) -> float:
@@ -225,16 +236,3 @@ def class_index(classifier: Classifier, target: str, count: int) -> int:
         return lowered.index(target.lower())
     numbers = f"a number from 0 to {count - 1}"
     raise Failure(f"target is {target!r}; {closest(target, classifier.class_names)} (or {numbers})", USAGE)
-
-
-def read_mask(path: Path, images: Tensor) -> Tensor:
-    """Bool (1, 1, H, W): where the picture is white."""
-    from weakspot.regions import from_file
-    from weakspot.regions.files import UnreadableError
-
-    try:
-        return from_file(path, images)
-    except (UnreadableError, FileNotFoundError) as error:
-        raise Failure(f"region: {error}", UNREADABLE) from None
-    except ValueError as error:
-        raise Failure(f"region: {error}", USAGE) from None

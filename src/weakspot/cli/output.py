@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +15,45 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from weakspot.cli.app import USAGE, Failure
+
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from weakspot.classifier import Classifier
     from weakspot.explanations import Explanation
+
+
+def check_folder(out: Path) -> None:
+    """Raises Failure where `out` is a file."""
+    if out.exists() and not out.is_dir():
+        raise Failure(f"out is {out}, which is a file; accepted is a folder", USAGE)
+
+
+def make_folder(out: Path) -> None:
+    """Before the work, so that nothing is computed that cannot be kept."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failure(f"out is {out}, which cannot be made ({error.strerror})", USAGE) from None
+    if not os.access(out, os.W_OK):
+        raise Failure(f"out is {out}, where you may not write", USAGE)
+
+
+def describe_run(classifier: Classifier, model: str, seed: int, skipped: list[str]) -> dict[str, str]:
+    """How it was made, for report and run.json."""
+    from weakspot.runs import fingerprint
+    from weakspot.runs.folder import versions
+
+    made = {
+        "model": f"{classifier.name} ({model}), weights {fingerprint(classifier)}",
+        "seed": str(seed),
+        "device": str(classifier.mean.device),
+        "command": shlex.join(["weakspot", *sys.argv[1:]]),
+        "versions": ", ".join(f"{name} {value}" for name, value in versions().items()),
+        "made at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    return made | ({"skipped": "; ".join(skipped)} if skipped else {})
 
 
 def print_json(explanation: Explanation, paths: dict[str, Path], skipped: list[str]) -> None:
@@ -52,6 +93,40 @@ def print_table(explanation: Explanation, seconds: float, skipped: int) -> None:
         console.print(escape(explanation.verdict(index)))
     tail = f", {skipped} skipped" if skipped else ""
     console.print(f"\n{len(explanation)} explained{tail} in {seconds:.1f} s", style="dim")
+
+
+def print_attack(scores: pd.DataFrame, seconds: float, skipped: int) -> None:
+    """A row for each image: what it was read as before and after, how far it was moved, what that cost."""
+    console = Console(highlight=False)
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    headings = (
+        "image",
+        "before → after",
+        "fooled",
+        "as PNG",
+        "linf",
+        "l2",
+        "pixels",
+        "ssim",
+        "forwards",
+        "backwards",
+    )
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for _, row in scores.iterrows():
+        table.add_row(
+            escape(str(row["image"])),
+            escape(f"{row['before']} → {row['after']}"),
+            *("yes" if row[key] else "[yellow]no[/yellow]" for key in ("success", "success_8bit")),
+            *(f"{row[key]:.3g}" for key in ("linf", "l2")),
+            str(row["pixels"]),
+            f"{row['ssim']:.3f}",
+            *(str(row[key]) for key in ("forwards", "backwards")),
+        )
+    console.print(table)
+    tail = f", {skipped} skipped" if skipped else ""
+    fooled = int(scores["success"].sum())
+    console.print(f"\n{fooled} of {len(scores)} fooled{tail}, in {seconds:.1f} s", style="dim")
 
 
 def print_rows(rows: list[dict[str, str]], as_json: bool) -> None:

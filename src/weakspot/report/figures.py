@@ -50,7 +50,7 @@ def figure(explanation: Explanation, index: int = 0) -> Figure:
         axis.set_axis_off()
     photographs = {"clean": explanation.pairs.clean, "adversarial": explanation.pairs.adversarial}
     for axis, (title, images) in zip(axes, photographs.items(), strict=False):
-        _photograph(axis, images[index].numpy())
+        photograph(axis, images[index].numpy())
         axis.set_title(title, fontsize=9, parse_math=False)
     for axis, drawing in zip(axes[2:], maps, strict=False):
         _draw(axis, drawing, explanation.pairs.clean[index].numpy())
@@ -58,7 +58,8 @@ def figure(explanation: Explanation, index: int = 0) -> Figure:
     return sheet
 
 
-def _photograph(axis: Axes, pixels: np.ndarray) -> None:
+def photograph(axis: Axes, pixels: np.ndarray) -> None:
+    """Draw (C, H, W) in [0, 1], in colour or grey."""
     if len(pixels) == 3:
         axis.imshow(pixels.transpose(1, 2, 0))
     else:

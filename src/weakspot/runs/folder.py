@@ -9,7 +9,7 @@ import platform
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from torch import nn
 
 import weakspot
 from weakspot.explanations.explanation import Explanation
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA = 1
 FILES = ("report.html", "scores.csv", "pairs.safetensors", "maps.npz", "run.json")
@@ -43,11 +46,18 @@ def write_run(explanation: Explanation, folder: Path, about: Mapping[str, Any]) 
     explanation.to_html(paths["report.html"])
     explanation.pairs.save(paths["pairs.safetensors"])
     maps = {name: tensor.numpy() for name, tensor in explanation.maps.items()}
-    _whole(paths["scores.csv"], lambda draft: explanation.scores.to_csv(draft, index=False))
-    _whole(paths["maps.npz"], lambda draft: _save_maps(draft, maps))
-    record = {"schema": SCHEMA, **about, "versions": versions()}
-    _whole(paths["run.json"], lambda draft: draft.write_text(json.dumps(record, indent=2) + "\n", "utf-8"))
+    write_whole(paths["maps.npz"], lambda draft: _save_maps(draft, maps))
+    write_scores(explanation.scores, about, folder)
     return paths
+
+
+def write_scores(scores: pd.DataFrame, about: Mapping[str, Any], folder: Path) -> None:
+    """Write scores.csv and, last of all files, run.json, which says how they were made."""
+    write_whole(folder / "scores.csv", lambda draft: scores.to_csv(draft, index=False))
+    record = {"schema": SCHEMA, **about, "versions": versions()}
+    write_whole(
+        folder / "run.json", lambda draft: draft.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    )
 
 
 def versions() -> dict[str, str]:
@@ -76,7 +86,8 @@ def _save_maps(draft: Path, maps: Mapping[str, np.ndarray]) -> None:
         np.savez_compressed(file, allow_pickle=False, **maps)
 
 
-def _whole(path: Path, write: Callable[[Path], Any]) -> None:
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a draft beside `path` and put it in its place: there whole, or not at all."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(draft)

@@ -1,0 +1,40 @@
+"""Attacks by name: our own and installed ones from the entry-point group, foreign ones as LIBRARY:CLASS."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import entry_points
+
+from weakspot.attacks.foreign import LIBRARIES, external
+from weakspot.checks import closest
+from weakspot.pairs import AttackResult
+
+GROUP = "weakspot.attacks"
+ORDER = ("pgd", "auto", "fgsm", "iterative", "carlini_wagner", "elastic_net", "structured", "pixels")
+Attack = Callable[..., AttackResult]  # (model, images, labels, *, region, targets, seed, ...) -> AttackResult
+
+
+def available_attacks() -> dict[str, str]:
+    """Names that `find_attack` takes, ours first, each with the first sentence of what it says of itself."""
+    entries = {entry.name: entry for entry in entry_points(group=GROUP)}
+    names = [name for name in ORDER if name in entries] + sorted(set(entries) - set(ORDER))
+    return {name: (inspect.getdoc(entries[name].load()) or "").partition("\n")[0] for name in names}
+
+
+def find_attack(name: str) -> Attack:
+    """The attack of that name, or of another library: "foolbox:LinfPGD", "torchattacks:PGD", "art:FastGradientMethod".
+
+    Raises:
+        ValueError: when no attack of that name is installed.
+    """
+    if name.partition(":")[0] in LIBRARIES:
+        return partial(external, name)
+    for entry in entry_points(group=GROUP, name=name):
+        found: Attack = entry.load()
+        return found
+    known = [entry.name for entry in entry_points(group=GROUP)]
+    raise ValueError(
+        f"attack is {name!r}; {closest(name, known)} (or LIBRARY:CLASS of {', '.join(LIBRARIES)})"
+    )

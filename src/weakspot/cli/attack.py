@@ -1,0 +1,285 @@
+"""`weakspot attack`: attack pictures and keep what was made, with what it cost."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from weakspot.cli.aims import Aim, find_aim, find_region
+from weakspot.cli.app import UNREADABLE, USAGE, Failure, app, notes_for_people, progress_bar
+from weakspot.cli.inputs import check_existing, check_sources, load_classifier, read_pictures
+from weakspot.cli.options import (
+    ClassesOption,
+    DebugOption,
+    DeviceOption,
+    KeepOption,
+    MeanOption,
+    ModelOption,
+    QuietOption,
+    RegionOption,
+    SamplesOption,
+    SeedOption,
+    SizeOption,
+    StdOption,
+    TargetOption,
+    WeightsOption,
+)
+from weakspot.cli.output import (
+    check_folder,
+    describe_run,
+    make_folder,
+    print_attack,
+    print_rows,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from weakspot.budgets import Budget
+    from weakspot.classifier import Classifier
+    from weakspot.pairs import AttackResult
+
+DEFAULT_BUDGET = "linf:4/255"
+COMMON = {"model", "images", "labels", "budget", "region", "targets", "seed", "batch_size", "progress"}
+EXAMPLES = """
+
+[bold]Examples[/bold]
+
+weakspot attack cat.jpg dog.jpg
+
+weakspot attack photos/ --attack pgd --budget ssim:0.01 --region background --out runs/background
+
+weakspot attack photos/ --attack pixels --set method=guided --set count=3
+
+weakspot attack photos/ --attack foolbox:L2CarliniWagnerAttack --region '~cam'
+
+weakspot attack --list
+"""
+
+
+@app.command(epilog=EXAMPLES)
+def attack(
+    images: Annotated[
+        list[Path] | None, typer.Argument(help="Pictures or folders of pictures.", show_default=False)
+    ] = None,
+    samples: SamplesOption = False,
+    name: Annotated[
+        str,
+        typer.Option(
+            "--attack", "-a", help="One of --list, or foolbox:CLASS, torchattacks:CLASS, art:CLASS."
+        ),
+    ] = "pgd",
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            "-b",
+            help="How much may change: linf:4/255, l2:1.5, l1:20, ssim:0.01, ssim-local:0.05; linf:4/255 where "
+            "the attack takes a budget and none is given.",
+            show_default=False,
+        ),
+    ] = None,
+    region: RegionOption = "none",
+    keep: KeepOption = 0.3,
+    target: TargetOption = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="NAME=VALUE of the attack's own arguments: --set steps=50.", show_default=False
+        ),
+    ] = None,
+    model: ModelOption = "efficientnet_lite0",
+    weights: WeightsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    classes: ClassesOption = None,
+    size: SizeOption = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for clean/, adversarial/, overview.png, scores.csv, pairs.safetensors, run.json."
+        ),
+    ] = Path("weakspot-attack"),
+    seed: SeedOption = 0,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images through the model at once; measured by default.", min=1)
+    ] = None,
+    device: DeviceOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print scores as JSON.")] = False,
+    quiet: QuietOption = False,
+    list_all: Annotated[
+        bool, typer.Option("--list", help="List attacks, their arguments, budgets and regions, and stop.")
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Attack pictures; write the pairs, PNG files and what each cost.
+
+    Labels are the model's own predictions on the clean pictures. Success is judged by a fresh forward pass, also of the
+    PNG files. `weakspot explain --pair OUT/pairs.safetensors` then explains them.
+    """
+    del debug
+    if list_all:
+        print_rows(_everything(), as_json)
+        return
+    started = time.perf_counter()
+    sources = list(images or [])
+    check_sources(sources, pair=False, samples=samples)
+    check_folder(out)
+    check_existing(sources)
+    with redirect_stdout(sys.stderr), notes_for_people(quiet), progress_bar(quiet or as_json) as advance:
+        from weakspot.attacks import find_attack
+
+        run = find_attack(name)
+        spent, options = _arguments(name, run, budget, settings or [])
+        advance("loading the model", 0.0)
+        classifier = load_classifier(model, weights, mean, std, classes, size, device)
+        batch, names, skipped, unread = read_pictures(classifier, sources, samples=samples)
+        make_folder(out)
+        aim = find_aim(classifier, batch, names, target)
+        mask, where = find_region(region, keep, classifier, aim, seed)
+        result = run(
+            classifier,
+            aim.images,
+            aim.labels,
+            region=mask,
+            targets=aim.targets,
+            batch_size=batch_size,
+            progress=lambda share: advance("attacking", 0.1 + 0.8 * share),
+            **options,
+            **({"seed": seed} if "seed" in inspect.signature(run).parameters else {}),
+        )
+        advance("writing", 0.92)
+        about = {
+            "attack": ", ".join([name, *(settings or [])]) + (f", {spent}" if spent else "") + f", {where}",
+            "labels": "the model's own predictions on the clean images",
+            **describe_run(classifier, model, seed, skipped),
+        }
+        scores = _write(out, classifier, result, aim, about)
+    seconds = time.perf_counter() - started
+    if as_json:
+        rows = json.loads(scores.to_json(orient="records", double_precision=9))
+        typer.echo(json.dumps({"scores": rows, "skipped": skipped, "folder": str(out.resolve())}, indent=2))
+    elif not quiet:
+        print_attack(scores, seconds, len(skipped))
+        typer.echo(f"\nWritten to {out.resolve()}; look at overview.png")
+    if unread:
+        raise typer.Exit(UNREADABLE)
+
+
+def _arguments(
+    name: str, run: Any, budget: str | None, settings: list[str]
+) -> tuple[Budget | None, dict[str, Any]]:
+    """The budget, and all keyword arguments that the options stand for."""
+    from weakspot.budgets import read_budget
+    from weakspot.checks import closest
+
+    parameters = inspect.signature(run).parameters
+    free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    own = {key for key, p in parameters.items() if key not in COMMON and p.kind is not p.VAR_KEYWORD}
+    options: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise Failure(f"--set is {setting!r}; accepted is NAME=VALUE", USAGE)
+        if key in COMMON or (key not in own and not free):
+            raise Failure(
+                f"--set is {setting!r}, which {name} does not take; {closest(key, sorted(own))}", USAGE
+            )
+        options[key] = _value(value)
+    if "budget" not in parameters:
+        if budget is not None:
+            raise Failure(f"{name} looks for the smallest change and takes no --budget", USAGE)
+        return None, options
+    if budget is None and parameters["budget"].default is None:
+        return None, options
+    spent = read_budget(budget or DEFAULT_BUDGET)
+    return spent, {"budget": spent, **options}
+
+
+def _value(text: str) -> Any:
+    """A number, true, false or null as JSON writes them, else the text itself."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, int | float | bool | None) else text
+
+
+def _write(
+    out: Path, classifier: Classifier, result: AttackResult, aim: Aim, about: Mapping[str, Any]
+) -> pd.DataFrame:
+    """All files; returns what scores.csv holds."""
+    from weakspot.classifier import evaluating, predict
+    from weakspot.report.sheets import overview
+    from weakspot.runs.folder import write_scores
+    from weakspot.runs.pictures import write_pngs
+
+    with evaluating(classifier):
+        landed = predict(classifier, result.adversarial).argmax(1).tolist()
+    scores = result.table
+    scores.insert(0, "image", aim.names)
+    scores.insert(2, "before", [classifier.class_name(label) for label in result.labels.tolist()])
+    scores.insert(3, "after", [classifier.class_name(label) for label in landed])
+    files = write_pngs(result.adversarial, aim.names, out / "adversarial")
+    write_pngs(result.clean, aim.names, out / "clean")
+    scores["png"] = [f"adversarial/{file}" for file in files]
+    captions = [
+        f"{row['image']}: {row['before']} → {row['after']}{'' if row['success'] else ' (failed)'}"
+        for _, row in scores.iterrows()
+    ]
+    overview(result, captions, out / "overview.png")
+    result.save(out / "pairs.safetensors")
+    write_scores(scores, {**about, "images": list(aim.names)}, out)
+    return scores
+
+
+def _everything() -> list[dict[str, str]]:
+    from weakspot.attacks import available_attacks, find_attack
+    from weakspot.attacks.foreign import LIBRARIES, PACKAGES, installed
+    from weakspot.budgets.reading import MAKERS
+    from weakspot.regions.reading import NAMES
+
+    rows = []
+    for name, summary in available_attacks().items():
+        parameters = inspect.signature(find_attack(name)).parameters
+        own = ", ".join(key for key in parameters if key not in COMMON)
+        rows.append({"kind": "attack", "name": name, "what": summary, "--set": own})
+    foreign = installed()
+    for library in LIBRARIES:
+        known = [name.partition(":")[2] for name in foreign if name.startswith(f"{library}:")]
+        what = ", ".join(known) or f"not installed; pip install {PACKAGES[library]}"
+        rows.append(
+            {"kind": "attack", "name": f"{library}:CLASS", "what": what, "--set": "as the class has them"}
+        )
+    rows += [
+        {"kind": "budget", "name": f"{kind}:AMOUNT", "what": BUDGETS[kind], "--set": ""} for kind in MAKERS
+    ]
+    rows += [{"kind": "region", "name": kind, "what": REGIONS[kind], "--set": ""} for kind in NAMES]
+    rows.append(
+        {"kind": "region", "name": "PICTURE", "what": "the white part of a mask picture", "--set": ""}
+    )
+    return rows
+
+
+BUDGETS = {
+    "linf": "largest change of any channel of any pixel, as in linf:4/255",
+    "l2": "Euclidean length of the whole change, as in l2:1.5",
+    "l1": "sum of all absolute changes, as in l1:20",
+    "ssim": "structural similarity lost on the mean over patches, as in ssim:0.01",
+    "ssim-local": "structural similarity lost in every patch, as in ssim-local:0.05",
+}
+REGIONS = {
+    "none": "anywhere",
+    "cam": "where the model gathers most evidence for the label, the share --keep of the image",
+    "background": "outside the object (threshold on grey pictures, GrabCut on colour)",
+    "border": "a frame, 8 pixels wide or border:WIDTH",
+    "support": "most evidence for label or target, each the share --keep of the image; needs --target",
+}

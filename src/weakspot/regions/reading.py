@@ -1,0 +1,99 @@
+"""Regions as text, as people write them on a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from weakspot.checks import closest
+from weakspot.regions.activation import cam, support
+from weakspot.regions.backgrounds import background
+from weakspot.regions.controls import matched
+from weakspot.regions.files import from_file
+from weakspot.regions.frames import border
+
+BORDER = 8  # pixels where no width is said
+NAMES = ("none", "cam", "background", "border", "support")
+FORMS = (
+    "none, cam, background, border:WIDTH, support (of label and target), the path of a mask picture (white),"
+    " or these with ~ (not), & (and), | (or) and matched: (a control of equal area) before a name"
+)
+
+
+def read_region(
+    text: str,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    targets: Tensor | None = None,
+    keep: float = 0.3,
+    seed: int = 0,
+) -> Tensor:
+    """The region that `text` names on these images.
+
+    Args:
+        text: "none" (anywhere), "cam", "background", "border:WIDTH", "support" or a mask picture's path; "~cam" for
+            all but that, "matched:cam" for a control of equal area, and several joined by "&" and, after these, "|".
+        model: whose class activation counts.
+        images: (N, C, H, W) in [0, 1].
+        labels: (N,) classes that "cam" and "support" are for.
+        targets: (N,) the other class of "support".
+        keep: share of the image in "cam" and "support".
+        seed: of "matched:".
+
+    Returns:
+        Bool (N, 1, H, W).
+
+    Raises:
+        ValueError: when it is no such text, or a term does not fit.
+        FileNotFoundError: when a mask picture is not there.
+    """
+
+    def whole(_: str) -> Tensor:
+        return torch.ones_like(images[:, :1], dtype=torch.bool)
+
+    def framed(width: str) -> Tensor:
+        if width and not width.isdigit():
+            raise ValueError(f"region is {text!r}; accepted after border: is a width in pixels")
+        return border(images, width=int(width or BORDER))
+
+    def supported(_: str) -> Tensor:
+        if targets is None:
+            raise ValueError("region is 'support', which needs a class to reach: give a target")
+        return support(model, images, labels, targets, keep=keep)
+
+    makers: dict[str, Callable[[str], Tensor]] = {
+        "none": whole,
+        "cam": lambda _: cam(model, images, labels, keep=keep),
+        "background": lambda _: background(images, model=model, classes=labels),
+        "border": framed,
+        "support": supported,
+    }
+
+    def term(word: str) -> Tensor:
+        word = word.strip()
+        if word.startswith("~"):
+            return ~term(word[1:])
+        if word.startswith("matched:"):
+            return matched(term(word.removeprefix("matched:")), seed=seed)
+        name, _, argument = word.partition(":")
+        if name in makers and (not argument or name == "border"):
+            return makers[name](argument)
+        if not Path(word).suffix:
+            near = closest(word, NAMES)
+            raise ValueError(f"region is {text!r}; {near if near.endswith('?') else f'accepted are {FORMS}'}")
+        return from_file(word, images).expand(len(images), -1, -1, -1)
+
+    if Path(text).is_file():
+        return from_file(text, images).expand(len(images), -1, -1, -1)
+    every = torch.zeros_like(images[:, :1], dtype=torch.bool)
+    for union in text.split("|"):
+        both = whole("")
+        for word in union.split("&"):
+            both &= term(word)
+        every |= both
+    return every
