@@ -16,8 +16,8 @@ MEAN, SPREAD = 128 / 255, 127 / 255  # of the first colours, as published
 
 def evolve(
     problem: Problem, *, count: int, population: int, generations: int, progress: Progress | None
-) -> Tensor:
-    """Images (N, C, H, W) of the lowest margin that differential evolution finds; see `pixels`."""
+) -> tuple[Tensor, Tensor]:
+    """Images (N, C, H, W) of the lowest margin that differential evolution finds, and those; see `pixels`."""
     height, width = problem.clean.shape[2:]
     adversarial, lowest = problem.clean.clone(), torch.full_like(problem.clean[:, 0, 0, 0], torch.inf)
     here, part, nearest = (
@@ -54,7 +54,7 @@ def evolve(
             places=held.mixed("places", first, second, third).clamp(min=0).minimum(sides - 1e-3),
             colors=held.mixed("colors", first, second, third).clamp(0, 1),
         )
-    return adversarial
+    return adversarial, lowest
 
 
 class _Candidates:

@@ -73,14 +73,17 @@ def pixels(
                 f"count is {count}; accepted is at most the {images[0, 0].numel()} pixels of an image"
             )
         adversarial = problem.clean.clone()
-        rows = (sites > 0).nonzero()[:, 0]
-        if len(rows):
-            with problem.searching():
-                adversarial[rows] = METHODS[method](
+        with problem.searching():
+            lowest = problem.evaluate(adversarial)
+            rows = ((sites > 0) & (lowest >= 0)).nonzero()[:, 0]
+            if len(rows):
+                found, margins = METHODS[method](
                     problem.select(rows),
                     count=count,
                     population=population,
                     generations=generations,
                     progress=progress,
                 )
+                better = margins < lowest[rows]
+                adversarial[rows[better]] = found[better]
         return problem.result(adversarial)

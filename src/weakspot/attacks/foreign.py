@@ -76,9 +76,8 @@ def external(
     eps = None if budget is None else _eps(name, budget)
     with attacking(model, images, labels, region, targets, batch_size, seed) as problem:
         adversarial = problem.clean.clone()
-        whole = bool(problem.region.all())
         with problem.searching(), _without_parameter_gradients(problem.classifier):
-            parts = problem.rows.split(problem.batch_size if whole else 1)
+            parts = problem.rows.split(problem.batch_size if problem.whole else 1)
             for number, rows in enumerate(parts):
                 part = problem.select(rows)
                 if bool(part.region.any()):
@@ -137,7 +136,7 @@ class Watched(nn.Module):
         super().__init__()
         self.classifier = problem.classifier
         self.problem = problem
-        self.confined = not bool(problem.region.all())
+        self.confined = not problem.whole
         self.training = False
 
     def forward(self, images: Tensor) -> Tensor:

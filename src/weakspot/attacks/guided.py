@@ -19,8 +19,8 @@ CENTRES = 8  # best sites whose neighbours are tried next
 
 def follow_gradient(
     problem: Problem, *, count: int, population: int, generations: int, progress: Progress | None
-) -> Tensor:
-    """Images (N, C, H, W) of the lowest margin found, pixel after pixel; see `pixels`."""
+) -> tuple[Tensor, Tensor]:
+    """Images (N, C, H, W) of the lowest margin found, pixel after pixel, and those margins; see `pixels`."""
     adversarial, lowest = problem.clean.clone(), torch.full_like(problem.clean[:, 0, 0, 0], torch.inf)
     limit = max(ROUND, population * generations // ECONOMY // count)
     for pixel in range(count):
@@ -32,7 +32,7 @@ def follow_gradient(
         )
         better = margins < lowest[here]
         adversarial[here[better]], lowest[here[better]] = found[better], margins[better]
-    return adversarial
+    return adversarial, lowest
 
 
 def _next_pixel(
@@ -40,9 +40,9 @@ def _next_pixel(
 ) -> tuple[Tensor, Tensor]:
     """The images with the one pixel more that lowers their margin most, and those margins (N,).
 
-    Half of the forward passes go to candidates in the order of the gradient, the other half to the neighbours of the
-    best sites so far: sites near a weak one are weak too (Vargas and Su 2019). Where there are fewer candidates than
-    forward passes, all are tried.
+    Of each image's `limit` forward passes half go to candidates in the order of the gradient, the others to the
+    neighbours of the best sites so far: sites near a weak one are weak too (Vargas and Su 2019). Where there are fewer
+    candidates than that, all are tried.
     """
     number, channels, height, width = images.shape
     corners = torch.tensor(list(itertools.product([0.0, 1.0], repeat=channels)), device=images.device)
@@ -52,20 +52,23 @@ def _next_pixel(
     seen = ~allowed
     site_margins = torch.full((number, height * width), torch.inf, device=images.device)
     used = torch.zeros_like(site_margins, dtype=torch.bool)
-    spent, last = 0, order.shape[1] if order.shape[1] <= limit else limit // 2
+    candidates_of = allowed.sum(1)
+    by_gradient = torch.where(candidates_of <= limit, candidates_of, limit // 2)
+    spent = torch.zeros_like(by_gradient)
     for start in itertools.count(0, ROUND):
-        chosen = torch.zeros_like(seen)
-        if start < last:
-            chosen.scatter_(1, order[:, start : min(start + ROUND, last)], value=True)
-        else:
+        ranked = start < by_gradient
+        chosen = torch.zeros_like(seen).scatter_(1, order[:, start : start + ROUND], value=True)
+        chosen &= ranked[:, None]
+        if not bool(ranked.all()):
             best = site_margins.masked_fill(used, torch.inf).topk(min(CENTRES, height * width), largest=False)
             centres = torch.zeros_like(used).scatter_(1, best.indices, best.values.isfinite())
+            centres &= ~ranked[:, None]
             used |= centres
             near = F.max_pool2d(centres.view(-1, 1, height, width).float(), 3, 1, 1) > 0
             chosen |= near.view(len(here), -1, 1).expand(-1, -1, len(corners)).flatten(1)
-            if not bool(centres.any()):
-                break
         chosen &= ~seen
+        chosen &= chosen.cumsum(1) <= (limit - spent)[:, None]
+        spent = spent + chosen.sum(1)
         owners, candidates = chosen.nonzero().unbind(1)
         if len(owners):
             sites, colors = candidates // len(corners), corners[candidates % len(corners)]
@@ -83,14 +86,15 @@ def _next_pixel(
                 corners[best_candidates % len(corners)][:, None],
             )
             found[here[better]], lowest[here[better]] = painted[better], values[better].to(lowest)
-            spent += -(-len(owners) // len(here))
-            left = values >= 0
-            if not bool(left.all()):
-                here, part, base = here[left], part.select(left), base[left]
-                order, seen, site_margins, used = order[left], seen[left], site_margins[left], used[left]
+        # An image that has gone through its ranks and found no new neighbours is done.
+        left = (lowest[here] >= 0) & (spent < limit) & (ranked | chosen.any(1))
+        if not bool(left.all()):
+            here, part, base = here[left], part.select(left), base[left]
+            order, seen, site_margins, used = order[left], seen[left], site_margins[left], used[left]
+            by_gradient, spent = by_gradient[left], spent[left]
         if progress is not None:
-            progress(min(1.0, spent / limit))
-        if not len(here) or spent >= limit:
+            progress(float(spent.max()) / limit if len(here) else 1.0)
+        if not len(here):
             break
     return found, lowest
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from weakspot.attacks.gradient import Progress, check_counts, part_of
 from weakspot.attacks.problem import Problem, attacking
+from weakspot.checks import is_number
 from weakspot.pairs import AttackResult
 
 SEARCHES = 5  # weights tried for each image
@@ -26,24 +27,24 @@ class Round(Protocol):
 
 
 class Smallest:
-    """Of all points passed, each image's smallest that fools, else the one nearest to fooling.
+    """Of all points passed, each image's smallest that fools by `confidence`, else the one nearest to that.
 
     Attributes:
         images: (N, C, H, W).
         size: (N,) of what fools; infinite where nothing does.
     """
 
-    def __init__(self, problem: Problem, size: Size) -> None:
-        self.problem, self.measure = problem, size
+    def __init__(self, problem: Problem, size: Size, confidence: float) -> None:
+        self.problem, self.measure, self.confidence = problem, size, confidence
         self.images = problem.clean.clone()
         self.lowest = problem.evaluate(problem.clean)
-        self.size = torch.where(self.lowest < 0, 0, torch.inf)
-        self.fooled = self.lowest < 0
+        self.fooled = self.lowest < -confidence
+        self.size = torch.where(self.fooled, 0, torch.inf)
 
     def keep(self, points: Tensor, margins: Tensor) -> None:
         """Take up points (N, C, H, W) and their margins (N,)."""
         size = self.measure(points - self.problem.clean)
-        fools = margins < 0
+        fools = margins < -self.confidence
         better = torch.where(fools, size < self.size, self.size.isinf() & (margins < self.lowest))
         self.images = torch.where(better[:, None, None, None], points, self.images)
         self.lowest = torch.minimum(margins, self.lowest)
@@ -98,9 +99,10 @@ def carlini_wagner(
         ValueError: when an argument does not fit, naming it.
     """
     check_counts(least=SEARCHES, steps=steps)
+    check_rates(learning_rate, confidence)
     with attacking(model, images, labels, region, targets, batch_size, seed) as problem:
         with problem.searching():
-            found = Smallest(problem, squared)
+            found = Smallest(problem, squared, confidence)
             found.search(adam_round(problem, steps // SEARCHES, learning_rate, confidence), progress)
         return problem.result(found.images)
 
@@ -128,6 +130,14 @@ def adam_round(problem: Problem, steps: int, learning_rate: float, confidence: f
         keep(point, problem.evaluate(point))
 
     return descend
+
+
+def check_rates(learning_rate: float, confidence: float) -> None:
+    """Raises ValueError unless both are numbers that a descent can use."""
+    if not (is_number(learning_rate) and 0 < learning_rate < float("inf")):
+        raise ValueError(f"learning_rate is {learning_rate}; accepted is a finite number above 0")
+    if not (is_number(confidence) and 0 <= confidence < float("inf")):
+        raise ValueError(f"confidence is {confidence}; accepted is a finite margin of at least 0, in logits")
 
 
 def squared(perturbation: Tensor) -> Tensor:

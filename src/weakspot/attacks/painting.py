@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from weakspot.attacks.objectives import cross_entropy
+from weakspot.attacks.objectives import log_odds
 from weakspot.attacks.problem import Problem
 
 
@@ -35,5 +35,5 @@ def evaluate_painted(
         found, logits = problem.logits(paint(images[mine], sites[part], colors[part]), mine)
         targets = None if problem.targets is None else problem.targets[mine]
         margins.append(found)
-        fitness.append(cross_entropy(logits, problem.labels[mine], targets))
+        fitness.append(log_odds(logits, problem.labels[mine], targets))
     return Painted(torch.cat(margins), torch.cat(fitness))

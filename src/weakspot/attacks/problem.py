@@ -52,6 +52,7 @@ class Problem:
         rows: (N,) which of the images that were given these are.
         forwards: of each image given, how many of it went through the model; counted as they do.
         backwards: likewise, gradients taken.
+        whole: whether the region is every site of every image; what masks would do is then left out.
         aims: (N,) classes that objectives are told to aim at instead of `targets`; success is judged by the latter.
     """
 
@@ -66,6 +67,7 @@ class Problem:
     rows: Tensor
     forwards: Tensor
     backwards: Tensor
+    whole: bool = False
     aims: Tensor | None = None
 
     def __len__(self) -> int:
@@ -97,10 +99,13 @@ class Problem:
 
     def apply(self, perturbation: Tensor) -> Tensor:
         """The images with the perturbation inside the region, and their own bits outside it."""
-        return torch.where(self.region, (self.clean + perturbation).clamp(0, 1), self.clean)
+        changed = (self.clean + perturbation).clamp_(0, 1)
+        return changed if self.whole else torch.where(self.region, changed, self.clean)
 
     def project(self, budget: Budget, perturbation: Tensor) -> Tensor:
         """The perturbation brought inside budget, box and region."""
+        if self.whole:
+            return budget.project(perturbation, self.clean)
         wanted = torch.where(self.region, perturbation, 0)
         if "region" in inspect.signature(budget.project).parameters:
             return budget.project(wanted, self.clean, region=self.region)
@@ -142,7 +147,9 @@ class Problem:
                 )
             else:
                 gradient = torch.zeros_like(point)
-            direction = torch.where(self.region[part], -gradient, 0)
+            direction = gradient.neg().contiguous()  # the fused form's gradient is channels last
+            if not self.whole:
+                direction = torch.where(self.region[part], direction, 0)
             found.append((sure_margin(logits.detach(), labels, targets), values.detach(), direction))
         everyone = torch.arange(len(self), device=images.device)
         self.count_forwards(everyone)
@@ -235,4 +242,5 @@ def attacking(
             torch.arange(count, device=device),
             torch.zeros_like(labels),
             torch.zeros_like(labels),
+            whole=bool(region.all()),
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot.attacks.gradient import Progress, check_counts, part_of
-from weakspot.attacks.minimal import SEARCHES, Round, Smallest, adam_round, squared
+from weakspot.attacks.minimal import SEARCHES, Round, Smallest, adam_round, check_rates, squared
 from weakspot.attacks.problem import Problem, attacking
 from weakspot.pairs import AttackResult
 
@@ -57,6 +57,7 @@ def elastic_net(
         ValueError: when an argument does not fit, naming it.
     """
     check_counts(least=SEARCHES, steps=steps)
+    check_rates(learning_rate, confidence)
     if not beta >= 0:
         raise ValueError(f"beta is {beta}; accepted is a weight of at least 0")
 
@@ -65,7 +66,7 @@ def elastic_net(
 
     with attacking(model, images, labels, region, targets, batch_size, seed) as problem:
         with problem.searching():
-            found = Smallest(problem, lambda d: d.abs().flatten(1).sum(1))
+            found = Smallest(problem, lambda d: d.abs().flatten(1).sum(1), confidence)
             found.search(
                 proximal_round(problem, shrink, steps // SEARCHES, learning_rate, confidence), progress
             )
@@ -115,6 +116,7 @@ def structured(
         ValueError: when an argument does not fit, naming it.
     """
     check_counts(least=2 * SEARCHES, steps=steps)
+    check_rates(learning_rate, confidence)
     if not sparsity >= 0:
         raise ValueError(f"sparsity is {sparsity}; accepted is a weight of at least 0")
     with attacking(model, images, labels, region, targets, batch_size, seed) as problem:
@@ -128,13 +130,13 @@ def structured(
         refining = max(1, int(REFINED * steps) // SEARCHES)
         searching = max(1, steps // SEARCHES - refining)
         with problem.searching():
-            found = Smallest(problem, lambda d: group_lengths(d, groups).sum(1))
+            found = Smallest(problem, lambda d: group_lengths(d, groups).sum(1), confidence)
             found.search(
                 proximal_round(problem, shrink, searching, learning_rate, confidence), part_of(progress, 0, 2)
             )
             changed = (group_lengths(found.images - problem.clean, groups) > 0).gather(1, groups.flatten(1))
-            inside = replace(problem, region=problem.region & changed.view_as(groups))
-            refined = Smallest(inside, squared)
+            inside = replace(problem, region=problem.region & changed.view_as(groups), whole=False)
+            refined = Smallest(inside, squared, confidence)
             refined.images, refined.lowest = found.images, found.lowest
             refined.size = torch.where(found.size.isinf(), torch.inf, squared(found.images - problem.clean))
             refined.search(adam_round(inside, refining, learning_rate, confidence), part_of(progress, 1, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -57,10 +58,10 @@ class SSIM:
         """
         if self.eps == 0:
             return torch.zeros_like(perturbation)
-        patches = _Patches(images, self.patch)
+        patches = _patches(images, self.patch)
         if self.mode == "global":
             inside = _in_box(perturbation, images, region)
-            return inside * self._share_within(patches, inside)
+            return inside.mul_(self._share_within(patches, inside))
         # Where the box does not cut the ball's nearest point, that is the answer; elsewhere they alternate.
         nearest = patches.join(self._nearest(patches, patches.split(perturbation)))
         uncut = (
@@ -82,7 +83,7 @@ class SSIM:
         preconditioned by each patch's denominators, which are taken where the perturbed image now is, scaled to spend
         the whole budget under them.
         """
-        patches = _Patches(images, self.patch)
+        patches = _patches(images, self.patch)
         largest = gradient.abs().amax((1, 2, 3), keepdim=True).clamp(min=torch.finfo(gradient.dtype).tiny)
         slope, changed = patches.split(gradient / largest), patches.split(perturbation)
         step = (self._step_locally if self.mode == "local" else self._step_globally)(patches, slope, changed)
@@ -91,31 +92,34 @@ class SSIM:
     def _step_locally(self, patches: _Patches, slope: Tensor, changed: Tensor) -> Tensor:
         ball, interval = _Ball(patches, self.eps), _Interval(patches, self.eps)
         slope_sum = patches.total(slope)
-        centred = (slope - slope_sum / patches.count) * patches.valid
+        centred = patches.within(slope - slope_sum / patches.count)
         length = patches.total(centred.square()).sqrt()
         mean = patches.total(changed) / patches.count
-        centred = (
-            ball.middle + ball.radius * centred / length.clamp(min=TINY) - (changed - mean) * patches.valid
-        )
-        mean = interval.middle + interval.radius * slope_sum.sign() - mean
-        return torch.where(length > 0, centred, 0) + torch.where(slope_sum != 0, mean, 0) * patches.valid
+        centred *= ball.radius / length.clamp(min=TINY)
+        centred += ball.middle
+        centred -= patches.within(changed - mean)
+        mean = torch.where(slope_sum != 0, interval.middle + interval.radius * slope_sum.sign() - mean, 0)
+        return centred.mul_((length > 0).to(centred)).add_(patches.within(mean.expand_as(centred)))
 
     def _step_globally(self, patches: _Patches, slope: Tensor, changed: Tensor) -> Tensor:
         """Inverse of the patch's quadratic form on the sites with gradient (Sherman and Morrison 1950) times it."""
         mean = patches.total(changed) / patches.count
-        energy = patches.total((patches.centred + (changed - mean) * patches.valid).square())
+        energy = patches.total(patches.within(changed - mean).add_(patches.centred).square_())
         structure = patches.energy + energy + patches.steady
         level = patches.mean.square() + (patches.mean + mean).square() + C1
-        movable = slope != 0
-        joint = structure / (level * patches.count.square()) - 1 / patches.count
-        share = joint / (1 + joint * patches.total(movable.to(slope))).clamp(min=TINY)
-        step = structure * (slope - share * patches.total(slope)) * movable
-        step = torch.where(patches.count == 1, level * slope, step)  # one pixel has no structure
-        spent = patches.total(slope * step).mean((1, 2, 3, 4, 5), keepdim=True)
-        return step * torch.where(spent > 0, (self.eps / spent.clamp(min=TINY)).sqrt(), 0)
+        movable = slope.sign().abs_()
+        moved = patches.total(movable)
+        slope_mean = patches.total(slope) / moved.clamp(min=1)
+        # Written so that nothing cancels: the deviation from the mean slope, and the mean slope's own step.
+        common = 1 - moved / patches.count + moved * structure / (level * patches.count.square())
+        step = (slope - slope_mean).add_(slope_mean / common.clamp(min=TINY)).mul_(structure).mul_(movable)
+        if patches.has_single:  # one pixel has no structure
+            step = torch.where(patches.count == 1, level * slope, step)
+        spent = (slope * step).sum((1, 2, 3, 4, 5), keepdim=True) / patches.mean.shape[1:].numel()
+        return step.mul_(torch.where(spent > 0, (self.eps / spent.clamp(min=TINY)).sqrt(), 0))
 
     def size(self, perturbation: Tensor, images: Tensor) -> Tensor:
-        patches = _Patches(images, self.patch)
+        patches = _patches(images, self.patch)
         level, structure = patches.distances(patches.split(perturbation))
         if self.mode == "local":
             return torch.maximum(level, structure).amax((1, 2, 3, 4, 5))
@@ -125,16 +129,16 @@ class SSIM:
         """Each patch's change on its ball and interval, or inside."""
         ball, interval = _Ball(patches, self.eps), _Interval(patches, self.eps)
         mean = patches.total(changed) / patches.count
-        centred = (changed - mean) * patches.valid - ball.middle
+        centred = patches.within(changed - mean).sub_(ball.middle)
         length = patches.total(centred.square()).sqrt()
-        centred = ball.middle + centred * (ball.radius / length.clamp(min=TINY)).clamp(max=1)
+        centred.mul_((ball.radius / length.clamp(min=TINY)).clamp(max=1)).add_(ball.middle)
         mean = interval.middle + (mean - interval.middle).clamp(-interval.radius, interval.radius)
-        return centred + mean * patches.valid
+        return centred.add_(patches.within(mean.expand_as(centred)))
 
     def _shares_within(self, patches: _Patches, changed: Tensor) -> Tensor:
         """The largest share of each patch's change that is within its bounds: the root of t^2 a + 2 t b = c."""
         mean = patches.total(changed) / patches.count
-        centred = (changed - mean) * patches.valid
+        centred = patches.within(changed - mean)
         eps = self.eps * MARGIN
         share = torch.ones_like(mean)
         for square, product, bound in (
@@ -158,9 +162,9 @@ class SSIM:
         precision = torch.float32 if perturbation.device.type == "mps" else torch.float64
         changed = patches.split(perturbation)
         mean = patches.total(changed) / patches.count
-        centred = changed - mean * patches.valid
-        square = patches.total(centred.square()).to(precision)
+        centred = patches.within(changed - mean)
         product = patches.total(patches.centred * centred).to(precision)
+        square = patches.total(centred.square_()).to(precision)
         bound = (2 * patches.energy + patches.steady).to(precision)
         mean, level = mean.to(precision), patches.mean.to(precision)
 
@@ -189,6 +193,21 @@ class SSIM:
         return f"{self.eps:g} SSIM ({self.mode}, patches of {self.patch})"
 
 
+_latest: list[tuple[weakref.ref[Tensor], int, _Patches]] = []
+
+
+def _patches(images: Tensor, patch: int) -> _Patches:
+    """The images' patches, remembered while the same images are asked for: an attack does so twice a step."""
+    if images.is_inference():
+        return _Patches(images, patch)
+    for known, version, patches in _latest:
+        if known() is images and version == images._version and patches.patch == patch:
+            return patches
+    patches = _Patches(images.detach(), patch)
+    _latest[:] = [(weakref.ref(images, lambda _: _latest.clear()), images._version, patches)]
+    return patches
+
+
 class _Patches:
     """Images (N, C, H, W) as patches (N, C, rows, patch, columns, patch), zeros beyond the border, and their moments.
 
@@ -196,12 +215,16 @@ class _Patches:
         valid: 1 where there are pixels, broadcasting over patches.
         count: pixels in each patch.
         steady: (count - 1) c2.
+        whole: whether no patch is cut at the border.
+        has_single: whether a patch of one pixel is left in the corner.
     """
 
     def __init__(self, images: Tensor, patch: int) -> None:
         self.patch = patch
         self.height, self.width = images.shape[2:]
         self.rows, self.columns = -(-self.height // patch), -(-self.width // patch)
+        self.whole = not (self.height % patch or self.width % patch)
+        self.has_single = self.height % patch == self.width % patch == 1
         self.valid = self.split(torch.ones_like(images[:1, :1]))
         self.count = self.total(self.valid)
         self.steady = (self.count - 1) * C2
@@ -213,7 +236,7 @@ class _Patches:
 
     @cached_property
     def centred(self) -> Tensor:
-        return (self.split(self.images) - self.mean) * self.valid
+        return self.within(self.split(self.images) - self.mean)
 
     @cached_property
     def energy(self) -> Tensor:
@@ -230,12 +253,16 @@ class _Patches:
         return whole[:, :, : self.height, : self.width]
 
     def total(self, patches: Tensor) -> Tensor:
-        return patches.sum((3, 5), keepdim=True)
+        return patches.sum(5, keepdim=True).sum(3, keepdim=True)
+
+    def within(self, patches: Tensor) -> Tensor:
+        """Zero beyond the border."""
+        return patches if self.whole else patches * self.valid
 
     def distances(self, changed: Tensor) -> tuple[Tensor, Tensor]:
         """d1^2 and d2^2 of every patch and channel."""
         mean = self.total(changed) / self.count
-        centred = (changed - mean) * self.valid
+        centred = self.within(changed - mean)
         energy = self.total((self.centred + centred).square())
         level = mean.square() / (self.mean.square() + (self.mean + mean).square() + C1)
         bound = (self.energy + energy + self.steady).clamp(min=TINY)
@@ -261,5 +288,5 @@ class _Interval:
 
 
 def _in_box(perturbation: Tensor, images: Tensor, region: Tensor | None) -> Tensor:
-    inside = (images + perturbation).clamp(0, 1) - images
+    inside = (images + perturbation).clamp_(0, 1).sub_(images)
     return inside if region is None else torch.where(region, inside, 0)

@@ -1,0 +1,261 @@
+"""Attacks that look for the smallest change: laws that all three keep, and Carlini and Wagner's closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.attacks.test_few_pixels import (
+    SHAPES,
+    Constant,
+    Needle,
+    assert_sound,
+    convolutional,
+    drawn,
+    leaning,
+    random_images,
+)
+from tests.attacks.test_gradient import Watched, bits, margins_of, predicted, region_of, tagged, times
+from tests.conftest import FlatNetwork, untouched
+from weakspot.attacks import carlini_wagner, elastic_net, structured
+from weakspot.attacks.minimal import Smallest, squared
+from weakspot.attacks.problem import attacking
+from weakspot.pairs import AttackResult
+
+Attack = Callable[..., AttackResult]
+
+
+def structured_in_small_cells(*arguments: Any, **options: Any) -> AttackResult:
+    return structured(*arguments, **{"group": 3, **options})
+
+
+ATTACKS: dict[str, Attack] = {
+    "carlini_wagner": carlini_wagner,
+    "elastic_net": elastic_net,
+    "structured": structured_in_small_cells,
+}
+
+each_attack = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+
+
+@pytest.mark.parametrize("kind", ["everywhere", "empty for one"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_attack
+def test_results_are_in_range_in_the_region_and_verified(
+    attack: Attack, shape: tuple[int, ...], kind: str
+) -> None:
+    model, images = convolutional(shape)
+    labels, region = predicted(model, images), region_of(kind, images)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    with untouched(model, images, labels, *([] if region is None else [region])):
+        result = attack(model, images, labels, region=region, steps=20, learning_rate=0.1)
+    assert_sound(result, model, images, labels, region)
+    assert bool(result.success.any())
+    moved = (bits(result.adversarial) != bits(images)).flatten(1).any(1)
+    assert moved.tolist() == [True, kind != "empty for one", True, True]
+
+
+@pytest.mark.parametrize("batch_size", [4, None])
+@each_attack
+def test_counts_are_what_each_image_went_through_the_model(attack: Attack, batch_size: int | None) -> None:
+    network, images = convolutional((3, 8, 8), 6)
+    images, region = tagged(images)
+    model, through = Watched(network).eval(), 0
+
+    def hook(_: nn.Module, arguments: tuple[Tensor, ...], __: Tensor) -> None:
+        nonlocal through
+        through += len(arguments[0])
+
+    with model.register_forward_hook(hook):
+        result = attack(
+            model, images, predicted(network, images), region=region, batch_size=batch_size, steps=40
+        )
+    assert int(result.forwards.sum()) == through
+    assert result.forwards.tolist() == times(model.seen, images)
+    assert result.backwards.tolist() == times(model.differentiated, images)
+    assert result.backwards.tolist() == [40] * 6
+    assert max(len(batch) for batch in model.seen) == (batch_size or 6)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 7, 10)], ids=str)
+@each_attack
+def test_an_images_result_depends_on_no_batch_size_no_order_and_no_neighbour(
+    attack: Attack, shape: tuple[int, ...]
+) -> None:
+    model, images = convolutional(shape, 5)
+    labels, region = predicted(model, images), region_of("scattered", images)
+    assert region is not None
+    images[0] = 0.2 * images[0]  # neighbours that could not be less alike
+
+    def adversarial(indices: list[int], batch_size: int | None = None) -> Tensor:
+        options: dict[str, Any] = {"region": region[indices], "batch_size": batch_size, "steps": 20}
+        return attack(model, images[indices], labels[indices], **options).adversarial
+
+    together = adversarial([0, 1, 2, 3, 4])
+    for other in (
+        adversarial([0, 1, 2, 3, 4], 2),
+        adversarial([2, 0, 4, 1, 3])[[1, 3, 0, 4, 2]],
+        torch.cat([adversarial([index]) for index in range(5)]),
+    ):
+        torch.testing.assert_close(other, together, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["everywhere", "scattered"])
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 9, 14)], ids=str)
+def test_carlini_wagner_on_a_linear_model_finds_the_nearest_point_of_the_border(
+    shape: tuple[int, ...], kind: str
+) -> None:
+    model, images = leaning(shape, lead=1.5), random_images(6, *shape, contrast=0.1)
+    labels, region = predicted(model, images), region_of(kind, images)
+    result = carlini_wagner(model, images, labels, region=region, steps=500)
+    inside = torch.ones(6, 1, *shape[1:]) if region is None else region.float()
+    nearest = margins_of(model, images, labels) / (model.weight.detach() * inside).flatten(1).norm(dim=1)
+    ratio = result.perturbation.flatten(1).norm(dim=1) / nearest
+    assert bool(result.success.all())
+    assert bool(((ratio >= 1 - 1e-5) & (ratio <= 1.05)).all()), ratio
+
+
+@each_attack
+def test_confidence_is_the_margin_by_which_images_fool(attack: Attack) -> None:
+    model, images = leaning((3, 8, 8), lead=1.0), random_images(4, 3, 8, 8, contrast=0.1)
+    labels = predicted(model, images)
+    result = attack(model, images, labels, confidence=1.0, steps=100, learning_rate=0.05)
+    assert bool(result.success.all())
+    assert bool((margins_of(model, result.adversarial, labels) <= -1.0 + 1e-4).all())
+
+
+def test_each_images_weight_is_raised_tenfold_until_it_fools_and_then_bisected() -> None:
+    model, images = leaning((3, 8, 8), lead=20), random_images(4, 3, 8, 8)
+    needed, tried = torch.tensor([0.3, 2.0, 30.0, 1e9]), []
+    with attacking(model, images, torch.zeros(4, dtype=torch.long), None, None, None) as problem:
+
+        def descend(weights: Tensor, keep: Callable[[Tensor, Tensor], None], progress: object) -> None:
+            tried.append(weights.tolist())
+            keep(problem.clean, needed - weights - 1e-6)
+
+        Smallest(problem, squared, confidence=0.0).search(descend, None)
+    assert list(zip(*tried, strict=True)) == [
+        (1.0, 0.5, 0.25, 0.375, 0.3125),
+        (1.0, 10.0, 5.5, 3.25, 2.125),
+        (1.0, 10.0, 100.0, 55.0, 32.5),
+        (1.0, 10.0, 100.0, 1000.0, 10000.0),
+    ]
+
+
+@each_attack
+def test_images_already_misread_are_returned_as_they_are(attack: Attack) -> None:
+    model, images = convolutional((3, 8, 8))
+    with torch.no_grad():
+        labels = model(images).argmin(1)
+    result = attack(model, images, labels, steps=20)
+    assert result.success.tolist() == [True] * 4
+    assert torch.equal(bits(result.adversarial), bits(images))
+
+
+@each_attack
+def test_an_image_that_is_misread_as_it_is_is_a_success_whatever_lies_around_it(attack: Attack) -> None:
+    image = random_images(1, 3, 8, 8, contrast=0.2)
+    assert attack(Needle(image).eval(), image, torch.tensor([0]), steps=20).success.tolist() == [True]
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["read well", "misread"])
+@each_attack
+def test_an_empty_region_returns_the_clean_bits_and_success_as_it_is(attack: Attack, wrong: bool) -> None:
+    model, images = convolutional((3, 8, 8))
+    labels, region = (predicted(model, images) + wrong) % 4, torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    result = attack(model, images, labels, region=region, steps=20)
+    assert torch.equal(bits(result.adversarial), bits(images))
+    assert result.success.tolist() == [wrong] * 4
+
+
+@each_attack
+def test_where_no_image_falls_the_best_attempts_are_kept(attack: Attack) -> None:
+    model, images = leaning((3, 8, 8), lead=300), random_images(4, 3, 8, 8)
+    labels = torch.zeros(4, dtype=torch.long)
+    result = attack(model, images, labels, steps=60, learning_rate=0.1)
+    assert_sound(result, model, images, labels)
+    assert result.success.tolist() == [False] * 4
+    weight = model.weight.detach()
+    possible = torch.maximum(weight * images, -weight * (1 - images)).flatten(1).sum(1)
+    gained = margins_of(model, images, labels) - margins_of(model, result.adversarial, labels)
+    assert bool((gained > 0.5 * possible).all()), gained / possible
+
+
+@each_attack
+def test_where_nothing_can_succeed_no_success_is_claimed(attack: Attack) -> None:
+    model, images, labels = Constant().eval(), random_images(3, 3, 8, 8), torch.ones(3, dtype=torch.long)
+    result = attack(model, images, labels, steps=20)
+    assert_sound(result, model, images, labels)
+    assert result.success.tolist() == [False] * 3
+
+
+@each_attack
+def test_a_targeted_attack_reaches_its_target(attack: Attack) -> None:
+    model, images = convolutional((3, 8, 8))
+    labels = predicted(model, images)
+    targets = (labels + 1) % 4
+    result = attack(model, images, labels, targets=targets, steps=60, learning_rate=0.1)
+    assert_sound(result, model, images, labels, targets=targets)
+    assert bool(result.success.all())
+
+
+@each_attack
+def test_leaving_the_label_short_of_the_target_is_no_targeted_success(attack: Attack) -> None:
+    model, images = convolutional((3, 8, 8))
+    with torch.no_grad():
+        order = model(images).argsort(1)
+    region = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    result = attack(model, images, order[:, 0], targets=order[:, 1], region=region, steps=20)
+    assert result.success.tolist() == [False] * 4
+
+
+@each_attack
+def test_two_classes_are_enough(attack: Attack) -> None:
+    model, images = drawn(FlatNetwork, (8, 6), 1, 2), random_images(6, 1, 8, 6)
+    labels = predicted(model, images)
+    result = attack(model, images, labels, steps=60, learning_rate=0.1)
+    assert_sound(result, model, images, labels)
+    assert bool(result.success.all())
+
+
+@each_attack
+def test_nothing_is_random(attack: Attack) -> None:
+    model, images = convolutional((3, 8, 8))
+    labels = predicted(model, images)
+    first, other = (attack(model, images, labels, seed=seed, steps=20) for seed in (0, 1))
+    assert torch.equal(first.adversarial, other.adversarial)
+
+
+@each_attack
+def test_progress_rises_to_one(attack: Attack) -> None:
+    model, images = convolutional((3, 8, 8))
+    told: list[float] = []
+    attack(model, images, predicted(model, images), steps=40, progress=told.append)
+    assert told == sorted(told)
+    assert 0 <= told[0] < 0.2
+    assert told[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("steps", 0),
+        ("steps", 4),
+        ("steps", 20.5),
+        *(("learning_rate", value) for value in (0.0, float("nan"))),
+        *(("confidence", value) for value in (-1.0, float("nan"))),
+    ],
+)
+@each_attack
+def test_what_does_not_fit_is_refused_by_name(attack: Attack, argument: str, value: Any) -> None:
+    model, images = convolutional((3, 8, 8), 1)
+    with (
+        untouched(model, images),
+        pytest.raises(ValueError, match=rf"^{argument} is {value}; accepted[^\n]*$"),
+    ):
+        attack(model, images, predicted(model, images), **{"steps": 10, argument: value})
