@@ -250,7 +250,7 @@ def part_of(progress: Progress | None, number: int, count: int) -> Progress | No
 def check_counts(*, least: int = 1, **counts: int) -> None:
     """Raises ValueError unless every argument is a whole number of at least `least`."""
     for name, value in counts.items():
-        if not isinstance(value, int) or value < least:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} is {value}; accepted is a whole number of at least {least}")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from weakspot.checks import check_classes
 from weakspot.classifier import Classifier, check_images, default_batch, evaluating, margin
+from weakspot.fusion import fused
 
 POINTS = (16, 32, 64, 128, 256)
 TOLERANCE = 0.01  # of the margin drop
@@ -62,18 +63,21 @@ def margin_drop(
         for name, classes in (("labels", labels), ("rivals", rivals)):
             check_classes(classes, len(clean), class_count, name=name)
         device = clean.device
-        return _integrate(
-            classifier,
-            clean,
-            adversarial,
-            *(classes.to(device, torch.long, copy=True) for classes in (labels, rivals)),
-        )
+        own, other = (classes.to(device, torch.long, copy=True) for classes in (labels, rivals))
+        return _integrate(classifier, clean, adversarial, own, other)
 
 
 def _integrate(
     classifier: Classifier, clean: Tensor, adversarial: Tensor, labels: Tensor, rivals: Tensor
 ) -> MarginDrop:
     total = _margins(classifier, clean, labels, rivals) - _margins(classifier, adversarial, labels, rivals)
+    with fused(classifier, clean[:1]):
+        return _sites_of(classifier, clean, adversarial, labels, rivals, total)
+
+
+def _sites_of(
+    classifier: Classifier, clean: Tensor, adversarial: Tensor, labels: Tensor, rivals: Tensor, total: Tensor
+) -> MarginDrop:
     sites = torch.zeros_like(clean[:, :1])
     gap = torch.full_like(total, torch.inf)
     for points in POINTS:

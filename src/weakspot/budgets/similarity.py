@@ -15,6 +15,8 @@ from weakspot.checks import closest, is_number
 C1, C2 = 0.01**2, 0.03**2  # Wang et al. 2004, doi 10.1109/TIP.2003.819861, for images in [0, 1]
 MODES = ("global", "local")
 TINY = 1e-20
+CLOSE = 1e-6  # points nearer to each other than this are one
+ROUNDS = 10  # of alternating projections
 MARGIN = 1 - 4e-6  # what rounding in float32 may add to a size is left free
 
 
@@ -63,18 +65,14 @@ class SSIM:
             inside = _in_box(perturbation, images, region)
             return inside.mul_(self._share_within(patches, inside))
         # Where the box does not cut the ball's nearest point, that is the answer; elsewhere they alternate.
-        nearest = patches.join(self._nearest(patches, patches.split(perturbation)))
-        uncut = (
-            ((_in_box(nearest, images, region) - nearest).abs() < 1e-6).flatten(1).all(1).view(-1, 1, 1, 1)
-        )
-        inside = _in_box(torch.where(uncut, nearest, perturbation), images, region)
-        for _ in range(10):
-            if bool(uncut.all()):
-                break
-            nearest = patches.join(self._nearest(patches, patches.split(inside)))
-            inside = torch.where(uncut, inside, _in_box(nearest, images, region))
-            uncut = uncut | ((inside - nearest).abs() < 1e-6).flatten(1).all(1).view(-1, 1, 1, 1)
-        return patches.join(patches.split(inside) * self._shares_within(patches, patches.split(inside)))
+        nearest = self._nearest(patches, patches.split(perturbation))
+        inside = patches.split(_in_box(patches.join(nearest), images, region))
+        cut = (inside - nearest).abs_().amax((3, 5)) >= CLOSE
+        if bool(cut.any()):
+            start = patches.split(_in_box(perturbation, images, region))
+            allowed = None if region is None else patches.split(region.expand_as(images))
+            by_patch(inside)[cut] = self._alternated(patches, start, allowed, cut)
+        return patches.join(inside * self._shares_within(patches, inside))
 
     def ascend(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:
         """Steepest step; sites without gradient are not to change.
@@ -124,6 +122,31 @@ class SSIM:
         if self.mode == "local":
             return torch.maximum(level, structure).amax((1, 2, 3, 4, 5))
         return (level + structure).mean((1, 2, 3, 4, 5))
+
+    def _alternated(self, patches: _Patches, start: Tensor, allowed: Tensor | None, cut: Tensor) -> Tensor:
+        """(M, patch, patch) changes of the M patches that `cut` (N, C, rows, columns) marks, on box and region."""
+        ball, interval = _Ball(patches, self.eps), _Interval(patches, self.eps)
+        images, valid = patches.split(patches.images), patches.valid.expand_as(start)
+        pixels, inside, valid, middle = (by_patch(t)[cut] for t in (images, start, valid, ball.middle))
+        count = by_patch(patches.count.expand_as(ball.radius))[cut]
+        radius, centre, width = (by_patch(t)[cut] for t in (ball.radius, interval.middle, interval.radius))
+        locked = None if allowed is None else ~by_patch(allowed)[cut]
+        done = torch.zeros_like(radius, dtype=torch.bool)
+        for _ in range(ROUNDS):
+            mean = inside.sum((1, 2), keepdim=True) / count
+            centred = (inside - mean) * valid - middle
+            length = centred.square().sum((1, 2), keepdim=True).sqrt()
+            centred = middle + centred * (radius / length.clamp(min=TINY)).clamp(max=1)
+            mean = centre + (mean - centre).clamp(-width, width)
+            nearest = centred + mean * valid
+            after = (pixels + nearest).clamp_(0, 1).sub_(pixels)
+            if locked is not None:
+                after.masked_fill_(locked, 0)
+            inside = torch.where(done, inside, after)
+            done |= (after - nearest).abs().amax((1, 2), keepdim=True) < CLOSE
+            if bool(done.all()):
+                break
+        return inside
 
     def _nearest(self, patches: _Patches, changed: Tensor) -> Tensor:
         """Each patch's change on its ball and interval, or inside."""
@@ -267,6 +290,11 @@ class _Patches:
         level = mean.square() / (self.mean.square() + (self.mean + mean).square() + C1)
         bound = (self.energy + energy + self.steady).clamp(min=TINY)
         return level, self.total(centred.square()) / bound
+
+
+def by_patch(patches: Tensor) -> Tensor:
+    """(N, C, rows, columns, patch, patch), a view of (N, C, rows, patch, columns, patch)."""
+    return patches.permute(0, 1, 2, 4, 3, 5)
 
 
 class _Ball:

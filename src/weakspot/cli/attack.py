@@ -145,17 +145,16 @@ def attack(
         make_folder(out)
         aim = find_aim(classifier, batch, names, target)
         mask, where = find_region(region, keep, classifier, aim, seed)
-        result = run(
-            classifier,
-            aim.images,
-            aim.labels,
-            region=mask,
-            targets=aim.targets,
-            batch_size=batch_size,
-            progress=lambda share: advance("attacking", 0.1 + 0.8 * share),
-            **options,
-            **({"seed": seed} if "seed" in inspect.signature(run).parameters else {}),
-        )
+        options |= {
+            "region": mask,
+            "targets": aim.targets,
+            "batch_size": batch_size,
+            "seed": seed,
+            "progress": lambda share: advance("attacking", 0.1 + 0.8 * share),
+        }
+        taken = inspect.signature(run).parameters
+        known = {key: value for key, value in options.items() if key in taken or key not in COMMON}
+        result = run(classifier, aim.images, aim.labels, **known)
         advance("writing", 0.92)
         about = {
             "attack": ", ".join([name, *(settings or [])]) + (f", {spent}" if spent else "") + f", {where}",

@@ -1,0 +1,190 @@
+"""`weakspot attack`: what it writes, what it prints, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from tests.cli.test_explain import Run, photographs, run, save
+from weakspot import SSIM, AttackResult, ImageWarning, Linf, attacks, load, read_images, regions
+from weakspot.attacks.registry import ORDER
+
+__all__ = ["photographs", "run"]  # fixtures
+
+TINY = ("--model", "tiny_networks:build", "--size", "64x64")
+NAMES = ["chelsea.png", "coffee.png", "motorcycle.png", "rocket.png"]
+
+
+def test_pairs_pictures_and_scores_are_written_and_agree(run: Run, photographs: Path, tmp_path: Path) -> None:
+    ended = run(
+        "attack", photographs, *TINY, "--attack", "pgd", "--budget", "ssim:0.01", "--region", "background",
+        "--set", "steps=4", "--set", "momentum=0.5", "--seed", 3, "--out", "made",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert f"Written to {tmp_path / 'made'}" in ended.out
+    folder = tmp_path / "made"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adversarial", "clean", "overview.png", "pairs.safetensors", "run.json", "scores.csv",
+    ]  # fmt: skip
+    result = AttackResult.load(folder / "pairs.safetensors")
+    clean, names = read_images(photographs, size=(64, 64))
+    assert names == NAMES
+    torch.testing.assert_close(result.clean, clean)
+    scores = pd.read_csv(folder / "scores.csv")
+    assert scores["image"].tolist() == NAMES
+    assert scores["forwards"].tolist() == result.forwards.tolist()
+    assert scores["success"].tolist() == result.success.tolist()
+    assert scores["backwards"].tolist() == [4] * 4
+    assert scores["seed"].tolist() == [3] * 4
+    written, _ = read_images(folder / "adversarial")
+    assert torch.equal(written, (result.adversarial * 255).round() / 255)
+    before, _ = read_images(folder / "clean")
+    assert torch.equal(before, (clean * 255).round() / 255)
+    # The same in Python.
+    model = load("tiny_networks:build", input_size=(64, 64))
+    with torch.no_grad():
+        labels = model(clean).argmax(1)
+        landed = model(written).argmax(1)
+    with pytest.warns(ImageWarning, match="GrabCut found"):
+        region = regions.background(clean, model=model, classes=labels)
+    expected = attacks.pgd(
+        model, clean, labels, budget=SSIM(0.01), region=region, steps=4, momentum=0.5, seed=3
+    )
+    torch.testing.assert_close(result.adversarial, expected.adversarial, atol=1e-5, rtol=0)
+    assert bool((SSIM(0.01).size(result.perturbation, clean) <= 0.01).all())
+    assert scores["success_8bit"].tolist() == (landed != labels).tolist()
+    record = json.loads((folder / "run.json").read_text())
+    assert record["attack"] == "pgd, steps=4, momentum=0.5, 0.01 SSIM (global, patches of 8), background"
+    assert record["images"] == NAMES
+
+
+def test_the_overview_shows_clean_adversarial_and_difference(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    assert run("attack", photographs, *TINY, "--set", "steps=2", "--out", "made").code == 0
+    with Image.open(tmp_path / "made/overview.png") as sheet:
+        pixels = np.asarray(sheet.convert("RGB")).astype(float)
+    assert pixels.shape[1] == 900
+    # Four rows of three pictures: nothing of the sheet is left blank where a picture belongs.
+    for row in range(4):
+        for column in range(3):
+            top, left = round((row + 0.45) * pixels.shape[0] / 4), round((column + 0.5) * 300)
+            assert pixels[top - 40 : top + 40, left - 40 : left + 40].std() > 1
+
+
+def test_saved_pairs_are_explained_by_the_other_command(run: Run, photographs: Path) -> None:
+    assert run("attack", photographs / NAMES[0], *TINY, "--set", "steps=2", "--out", "made").code == 0
+    ended = run("explain", "--pair", "made/pairs.safetensors", *TINY, "--out", "explained")
+    assert ended.code == 0, ended.err
+
+
+def test_scores_as_json_are_nothing_but_json(run: Run, photographs: Path) -> None:
+    ended = run(
+        "attack", photographs, *TINY, "--json", "--budget", "linf:8/255", "--target", 2, "--out", "made"
+    )
+    assert ended.code == 0, ended.err
+    told = json.loads(ended.out)
+    assert {row["image"] for row in told["scores"]} <= set(NAMES)
+    assert {row["target"] for row in told["scores"]} == {2}
+    assert all(row["linf"] <= 8 / 255 + 1e-6 for row in told["scores"])
+    assert Path(told["folder"]).name == "made"
+
+
+def test_quiet_prints_nothing(run: Run, photographs: Path) -> None:
+    ended = run("attack", photographs, *TINY, "--quiet", "--attack", "fgsm", "--out", "made")
+    assert (ended.code, ended.out) == (0, "")
+
+
+@pytest.mark.parametrize("attack", ORDER)
+def test_every_attack_on_the_list_runs(run: Run, photographs: Path, tmp_path: Path, attack: str) -> None:
+    short = {
+        "pixels": ["population=8", "generations=2", "count=2"],
+        "structured": ["steps=10", "group=8"],
+        "carlini_wagner": ["steps=10"],
+        "elastic_net": ["steps=10"],
+    }
+    settings = [part for setting in short.get(attack, []) for part in ("--set", setting)]
+    ended = run("attack", photographs / NAMES[0], *TINY, "--attack", attack, *settings, "--out", "made")
+    assert ended.code == 0, ended.err
+    result = AttackResult.load(tmp_path / "made/pairs.safetensors")
+    if attack not in {"pixels", "structured", "carlini_wagner", "elastic_net"}:
+        assert bool((Linf(4 / 255).size(result.perturbation, result.clean) <= 4 / 255 + 1e-6).all())
+    if attack == "pixels":
+        assert int(result.distances["pixels"].max()) <= 2
+
+
+def test_the_list_names_attacks_budgets_and_regions(run: Run) -> None:
+    ended = run("attack", "--list", "--json")
+    assert ended.code == 0
+    rows = json.loads(ended.out)
+    named = {
+        kind: [row["name"] for row in rows if row["kind"] == kind] for kind in ("attack", "budget", "region")
+    }
+    assert named["attack"] == [*ORDER, "foolbox:CLASS", "torchattacks:CLASS", "art:CLASS"]
+    assert {"linf:AMOUNT", "ssim:AMOUNT", "ssim-local:AMOUNT"} <= set(named["budget"])
+    assert {"none", "cam", "background", "border", "support", "PICTURE"} == set(named["region"])
+    assert next(row for row in rows if row["name"] == "pgd")["--set"].startswith("steps, restarts")
+    assert "pgd" in run("attack", "--list").out
+
+
+def test_pictures_of_one_name_in_two_folders_keep_apart(run: Run, photographs: Path, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / "two" / folder).mkdir(parents=True)
+        save(read_images(photographs / NAMES[0])[0][0], tmp_path / "two" / folder / "same.png")
+    save(read_images(photographs / NAMES[1])[0][0], tmp_path / "two/a/same.bmp")
+    ended = run("attack", tmp_path / "two", *TINY, "--attack", "fgsm", "--out", "made")
+    assert ended.code == 0, ended.err
+    files = pd.read_csv(tmp_path / "made/scores.csv")["png"].tolist()
+    assert files == ["adversarial/a/same.png", "adversarial/a/same-2.png", "adversarial/b/same.png"]
+    assert all((tmp_path / "made" / file).is_file() for file in files)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--attack", "pgdd"], "attack is 'pgdd'; did you mean pgd?"),
+        (
+            ["--attack", "carlini_wagner", "--budget", "l2:1"],
+            "looks for the smallest change and takes no --budget",
+        ),
+        (["--budget", "ssm:0.1"], "budget is 'ssm:0.1'; did you mean ssim?"),
+        (["--budget", "linf:8"], "write 8/255, not 8"),
+        (["--set", "stes=3"], "--set is 'stes=3', which pgd does not take; did you mean steps?"),
+        (["--set", "seed=3"], "--set is 'seed=3', which pgd does not take"),
+        (["--set", "steps"], "--set is 'steps'; accepted is NAME=VALUE"),
+        (["--set", "steps=many"], "steps is many; accepted is a whole number"),
+        (["--set", "steps=true"], "steps is True; accepted is a whole number"),
+        (["--region", "backgroud"], "region is 'backgroud'; did you mean background?"),
+        (["--region", "support"], "region is 'support', which needs a class to reach"),
+        (["--region", "~none"], "leaves no pixel to change"),
+        (["--attack", "nolibrary:X"], "LIBRARY:CLASS of foolbox, torchattacks, art"),
+        (["--out", "tiny_networks.py"], "which is a file; accepted is a folder"),
+    ],
+)
+def test_a_wrong_option_gets_one_sentence_and_code_2(
+    run: Run, photographs: Path, arguments: list[str], wanted: str
+) -> None:
+    ended = run("attack", photographs, *TINY, *arguments)
+    assert ended.code == 2
+    assert wanted in ended.err
+    assert len(ended.err.strip().splitlines()) == 1
+    assert not Path("weakspot-attack/scores.csv").exists()
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_attacked(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    (photographs / "broken.png").write_bytes(b"no picture")
+    ended = run("attack", photographs, "missing.png", *TINY, "--attack", "fgsm", "--out", "made")
+    assert ended.code == 4
+    assert "missing.png: there is no such file" in ended.err
+    assert "broken.png" in json.loads((tmp_path / "made/run.json").read_text())["skipped"]
+    assert len(pd.read_csv(tmp_path / "made/scores.csv")) == 4
+    assert run("attack", "missing.png", *TINY).code == 4
+    assert "no pictures were named" in run("attack", *TINY).err

@@ -1,0 +1,89 @@
+"""Regions as text mean what the functions of those names return."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import Made, untouched
+from tests.regions.test_files import paint
+from weakspot import regions
+from weakspot.regions import read_region
+
+
+def predicted(model: torch.nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        classes: Tensor = model(images).argmax(1)
+    return classes
+
+
+@pytest.fixture
+def painted(tmp_path: Path) -> Path:
+    mask = torch.zeros(20, 20, dtype=torch.bool)
+    mask[3:9, 4:15] = True
+    return paint(tmp_path / "a mask.png", mask)
+
+
+@pytest.mark.filterwarnings("ignore::weakspot.checks.ImageWarning")
+def test_every_term_and_join_means_the_function_and_operator_of_its_name(
+    pooling: Made, painted: Path
+) -> None:
+    model, images = pooling
+    labels = predicted(model, images)
+    targets = (labels + 1) % 4
+    cam = regions.cam(model, images, labels, keep=0.2)
+    frame, background = (
+        regions.border(images, width=3),
+        regions.background(images, model=model, classes=labels),
+    )
+    support = regions.support(model, images, labels, targets, keep=0.2)
+    white = regions.from_file(painted, images).expand(3, -1, -1, -1)
+    meanings = {
+        "none": torch.ones_like(cam),
+        "cam": cam,
+        "border:3": frame,
+        "border": regions.border(images, width=8),
+        "background": background,
+        "support": support,
+        str(painted): white,
+        "~cam": ~cam,
+        "~~cam": cam,
+        "cam & border:3": cam & frame,
+        "cam&~border:3|background": (cam & ~frame) | background,
+        "background | cam & border:3": background | (cam & frame),
+        "matched:cam": regions.matched(cam, seed=5),
+        "~matched:cam": ~regions.matched(cam, seed=5),
+        f"~{painted} & cam": ~white & cam,
+    }
+    with untouched(model, images, labels, targets):
+        for text, expected in meanings.items():
+            found = read_region(text, model, images, labels, targets=targets, keep=0.2, seed=5)
+            assert torch.equal(found, expected), text
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("camm", "region is 'camm'; did you mean cam?"),
+        ("", "region is ''; accepted are none, cam"),
+        ("cam &", "region is 'cam &'; accepted are none, cam"),
+        ("somewhere", "region is 'somewhere'; accepted are none, cam, background, border:WIDTH"),
+        ("border:wide", "accepted after border: is a width in pixels"),
+        ("cam:3", "region is 'cam:3'; did you mean cam"),
+        ("support", "region is 'support', which needs a class to reach"),
+    ],
+)
+def test_other_text_is_refused_in_one_sentence(pooling: Made, text: str, sentence: str) -> None:
+    model, images = pooling
+    with pytest.raises(ValueError, match=sentence) as caught:
+        read_region(text, model, images, predicted(model, images))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mask_that_is_not_there_is_named(pooling: Made) -> None:
+    model, images = pooling
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+        read_region("cam & gone.png", model, images, predicted(model, images))
