@@ -88,6 +88,26 @@ def test_a_hook_on_a_container_reads_and_changes_what_it_does_without_fusion(pla
     assert_the_same_fused(classifier, images)
 
 
+def test_a_hook_elsewhere_leaves_folds_as_they_are() -> None:
+    last = nn.Sequential(nn.ReLU(), nn.Conv2d(6, 6, 1))
+    classifier, images = pipeline(nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), last)
+    last.register_forward_hook(halved)
+    last[0].register_forward_pre_hook(lambda module, given: (given[0] * 2,))
+    assert_the_same_fused(classifier, images, folds=1)
+
+
+def test_hooks_on_all_modules_at_once_switch_fusion_off() -> None:
+    classifier, images = pipeline(nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6))
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, given, output: output.clamp(min=0) if isinstance(module, nn.Conv2d) else None
+    )
+    try:
+        assert_the_same_fused(classifier, images, folds=0)
+    finally:
+        handle.remove()
+    assert_the_same_fused(classifier, images, folds=1)
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["hook first", "plan first"])
 def test_a_hook_before_a_container_of_a_norm_changes_what_it_does_without_fusion(first: bool) -> None:
     inner = nn.Sequential(nn.BatchNorm2d(6))
@@ -121,7 +141,7 @@ def test_a_pruned_convolution_stays_as_it_is() -> None:
     classifier, images = pipeline(convolution, nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6))
     assert_the_same_fused(classifier, images, folds=2)
     prune.random_unstructured(convolution, "weight", 0.5)
-    assert_the_same_fused(classifier, images, folds=0)
+    assert_the_same_fused(classifier, images, folds=1)
 
 
 class Standardised(nn.Conv2d):
@@ -218,7 +238,7 @@ def test_an_attack_is_the_same_with_and_without_fusion(name: str, monkeypatch: p
     labels = model(images).argmax(1)
     with untouched(model, images, labels):
         found = pgd(model, images, labels, steps=5)
-    monkeypatch.setattr(fusion, "_plan", lambda classifier, image: ())
+    monkeypatch.setattr(fusion, "_plan", lambda classifier, image: {})
     plain = pgd(model, images, labels, steps=5)
     torch.testing.assert_close(found.adversarial, plain.adversarial, rtol=0, atol=1e-5)
     assert torch.equal(found.success, plain.success)

@@ -16,7 +16,7 @@ import copy
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -29,9 +29,13 @@ from weakspot.classifier import Classifier, default_batch
 
 TOLERANCE = 1e-5  # of the largest logit
 LOOKS = {"dim", "ndimension", "size", "stride", "numel", "is_contiguous", "is_floating_point", "is_complex"}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 Fold = tuple[str, str]  # names of a convolution and of the batch-norm that follows it
+Plan = Mapping[
+    Fold, frozenset[str]
+]  # folds, and the modules that what flows between the two goes into or comes out of
 
-_plans: weakref.WeakKeyDictionary[nn.Module, tuple[object, Sequence[Fold]]] = weakref.WeakKeyDictionary()
+_plans: weakref.WeakKeyDictionary[nn.Module, tuple[object, Plan]] = weakref.WeakKeyDictionary()
 _batches: weakref.WeakKeyDictionary[nn.Module, dict[object, int]] = weakref.WeakKeyDictionary()
 
 
@@ -50,10 +54,10 @@ def fused(classifier: Classifier, image: Tensor) -> Iterator[None]:
     modules = dict(network.named_modules())
     folds = [
         (modules[convolution], modules[norm])
-        for convolution, norm in _plan(classifier, image)
+        for (convolution, norm), seen_by in _plan(classifier, image).items()
         if _is_convolution(modules[convolution])
         and _is_norm(modules[norm])
-        and not _hooked_between(modules, convolution, norm)
+        and not any(_hooked(modules[name]) for name in seen_by)
     ]
     with ExitStack() as stack:
         if folds:
@@ -66,7 +70,7 @@ def fused(classifier: Classifier, image: Tensor) -> Iterator[None]:
         yield
 
 
-def _plan(classifier: Classifier, image: Tensor) -> Sequence[Fold]:
+def _plan(classifier: Classifier, image: Tensor) -> Plan:
     """The folds that hold for this network and image shape, from memory where they were found before."""
     network = classifier.network
     structure = [(name, type(module)) for name, module in network.named_modules()]
@@ -75,8 +79,9 @@ def _plan(classifier: Classifier, image: Tensor) -> Sequence[Fold]:
         not norms
         or not image.is_floating_point()
         or any(issubclass(k, nn.DataParallel) for _, k in structure)
+        or _hooked_everywhere()
     ):
-        return ()
+        return {}
     signature = _signature(classifier, image)
     known = _plans.get(network)
     if known is None or known[0] != signature:
@@ -85,7 +90,7 @@ def _plan(classifier: Classifier, image: Tensor) -> Sequence[Fold]:
     return known[1]
 
 
-def _find_folds(classifier: Classifier, image: Tensor) -> Sequence[Fold]:
+def _find_folds(classifier: Classifier, image: Tensor) -> Plan:
     """Watch the image go through a copy; keep the folds if the copy says the same with them."""
     try:
         with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(_devices(image)):
@@ -97,9 +102,9 @@ def _find_folds(classifier: Classifier, image: Tensor) -> Sequence[Fold]:
             with fused(twin, image):
                 found = twin(probe)
     except Exception:  # noqa: BLE001 - whatever a strange module raises, it then stays as it is
-        return ()
+        return {}
     scale = expected.abs().amax(1, keepdim=True)
-    return folds if bool(((found - expected).abs() <= TOLERANCE * scale).all()) else ()
+    return folds if bool(((found - expected).abs() <= TOLERANCE * scale).all()) else {}
 
 
 def _signature(classifier: Classifier, image: Tensor) -> object:
@@ -116,31 +121,38 @@ def _without_hooks(classifier: Classifier) -> Classifier:
     return twin
 
 
-def _watch(twin: Classifier, images: Tensor) -> tuple[Tensor, Sequence[Fold]]:
+def _watch(twin: Classifier, images: Tensor) -> tuple[Tensor, Plan]:
     """Logits, and every batch-norm that alone reads the output of a convolution, each called once."""
     modules = dict(twin.network.named_modules())
     calls: dict[str, int] = {}
     made: dict[int, tuple[str, Tensor]] = {}  # holding the tensors keeps their ids from being used again
     read: dict[str, str] = {}
+    seen_by: dict[str, set[str]] = {}  # convolution to the modules that its output goes into or comes out of
     names = {id(module): name for name, module in modules.items()}
 
-    def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def note(name: str, values: Any) -> None:
+        for leaf in _pytree.tree_leaves(values):
+            if id(leaf) in made:
+                seen_by.setdefault(made[id(leaf)][0], set()).add(name)
+
+    def before(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        name = names[id(module)]
+        note(name, (arguments, keywords))
         source = made.get(id(arguments[0])) if arguments else None
-        if source is not None:
-            read[names[id(module)]] = source[0]
+        if source is not None and _is_norm(module):
+            read[name] = source[0]
 
     def after(module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
         name = names[id(module)]
         calls[name] = calls.get(name, 0) + 1
         if _is_convolution(module) and isinstance(output, Tensor):
             made[id(output)] = (name, output)
+        note(name, output)
 
     handles = []
     for module in modules.values():
-        if _is_norm(module):
-            handles.append(module.register_forward_pre_hook(before))
-        if _is_norm(module) or _is_convolution(module):
-            handles.append(module.register_forward_hook(after))
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after))
     readers = _Readers(made)
     try:
         with readers:
@@ -149,12 +161,12 @@ def _watch(twin: Classifier, images: Tensor) -> tuple[Tensor, Sequence[Fold]]:
         for handle in handles:
             handle.remove()
     uses = {made[key][0]: count for key, count in readers.counts.items() if key in made}
-    folds = [
-        (convolution, norm)
+    folds = {
+        (convolution, norm): frozenset(seen_by[convolution])
         for norm, convolution in read.items()
         if calls.get(convolution) == calls.get(norm) == uses.get(convolution) == 1
         and modules[convolution].out_channels == modules[norm].num_features
-    ]
+    }
     return logits, folds
 
 
@@ -199,17 +211,14 @@ def _devices(images: Tensor) -> list[torch.device]:
     return [images.device] if images.is_cuda else []
 
 
-def _hooked_between(modules: Mapping[str, nn.Module], convolution: str, norm: str) -> bool:
-    """Whether a hook may see what flows from one to the other: any hook on a module that does not hold both."""
-    hooked = [name for name, module in modules.items() if name and _hooked(module)]
-    return any(not (f"{convolution}.".startswith(f"{n}.") and f"{norm}.".startswith(f"{n}.")) for n in hooked)
+def _hooked_everywhere() -> bool:
+    """Whether hooks are registered for all modules at once, as some profilers do."""
+    own = nn.modules.module
+    return any(bool(getattr(own, f"_global{name}", None)) for name in HOOKS)
 
 
 def _hooked(module: nn.Module) -> bool:
-    return any(
-        bool(getattr(module, name))
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    )
+    return any(bool(getattr(module, name)) for name in HOOKS)
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def scattered(images: Tensor, share: float = 0.4) -> Tensor:
     return sites < share
 
 
-@pytest.mark.parametrize("budget", [b for b in BUDGETS if "local" not in str(b)], ids=str)
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
 def test_more_steps_are_not_weaker_than_one_on_a_linear_model(budget: Budget) -> None:
     model, images, labels = linear(3, 16, 12)
     once = gained(model, fgsm(model, images, labels, budget=budget))

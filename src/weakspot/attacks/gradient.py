@@ -81,7 +81,7 @@ def iterative(
     with attacking(model, images, labels, region, targets, batch_size) as problem:
         search = Search(problem, budget, falling, momentum, stop_early)
         with problem.searching():
-            search.run(torch.zeros_like(problem.clean), [1 / steps] * steps, progress)
+            search.run(torch.zeros_like(problem.clean), _even_steps(budget, steps), progress)
         return problem.result(search.best)
 
 
@@ -159,6 +159,13 @@ def pgd(
                 share = part_of(progress, restart, restarts)
                 search.run(start, sizes, share)
         return problem.result(search.best)
+
+
+def _even_steps(budget: Budget, steps: int) -> list[float]:
+    """Steps that together go the budget's whole length; where each is the way to the optimum, shares of the rest."""
+    if getattr(budget, "steps_to_optimum", False):
+        return [1 / (steps - step) for step in range(steps)]
+    return [1 / steps] * steps
 
 
 def random_start(problem: Problem, budget: Budget, stream: int) -> Tensor:

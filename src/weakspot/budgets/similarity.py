@@ -52,6 +52,11 @@ class SSIM:
         if self.mode not in MODES:
             raise ValueError(f"SSIM mode is {self.mode!r}; {closest(str(self.mode), MODES)}")
 
+    @property
+    def steps_to_optimum(self) -> bool:
+        """Whether `ascend` gives the way from the perturbation to the best one, no step of the budget's size."""
+        return self.mode == "local"
+
     def project(self, perturbation: Tensor, images: Tensor, *, region: Tensor | None = None) -> Tensor:
         """Into region and box, then straight towards the image until the true budget is met, exactly.
 
