@@ -221,11 +221,11 @@ def _interval(values: np.ndarray) -> str:
 
 ROBUST = {
     "mnist_cnn_pgd_eps0.3": 0.3,
-    "mnist_cnn_fgsm_eps0.3": 0.3,
-    "mnist_cnn_a_adv": 0.3,
     "cifar10_resnet2b_adv": 2 / 255,
-    "cifar10_resnet4b_adv": 2 / 255,
     "cifar10_cnn_a_adv": 2 / 255,
+    "mnist_cnn_a_adv": 0.3,
+    "mnist_cnn_fgsm_eps0.3": 0.3,
+    "cifar10_resnet4b_adv": 2 / 255,
     "cifar10_cnn_a_adv4": 2 / 255,
     "cifar10_cnn_a_mix": 2 / 255,
     "cifar10_conv_small_pgd": 2 / 255,
