@@ -16,7 +16,7 @@ import copy
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -35,7 +35,7 @@ Plan = Mapping[
     Fold, frozenset[str]
 ]  # folds, and the modules that what flows between the two goes into or comes out of
 
-_plans: weakref.WeakKeyDictionary[nn.Module, tuple[object, Plan]] = weakref.WeakKeyDictionary()
+_plans: weakref.WeakKeyDictionary[nn.Module, tuple[object, Sequence[Fold]]] = weakref.WeakKeyDictionary()
 _batches: weakref.WeakKeyDictionary[nn.Module, dict[object, int]] = weakref.WeakKeyDictionary()
 
 
@@ -43,7 +43,7 @@ _batches: weakref.WeakKeyDictionary[nn.Module, dict[object, int]] = weakref.Weak
 def fused(classifier: Classifier, image: Tensor) -> Iterator[None]:
     """The classifier in its fused form, equal to its own to 1e-5 of the largest logit; as it was on exit.
 
-    What cannot be fused stays as it is: networks without batch-norm, modules with hooks, a convolution whose output
+    What cannot be fused stays as it is: networks without batch-norm or with hooks inside, a convolution whose output
     is read by more than its batch-norm, a module that cannot be copied.
 
     Args:
@@ -54,10 +54,8 @@ def fused(classifier: Classifier, image: Tensor) -> Iterator[None]:
     modules = dict(network.named_modules())
     folds = [
         (modules[convolution], modules[norm])
-        for (convolution, norm), seen_by in _plan(classifier, image).items()
-        if _is_convolution(modules[convolution])
-        and _is_norm(modules[norm])
-        and not any(_hooked(modules[name]) for name in seen_by)
+        for convolution, norm in _plan(classifier, image)
+        if _is_convolution(modules[convolution]) and _is_norm(modules[norm])
     ]
     with ExitStack() as stack:
         if folds:
@@ -65,12 +63,12 @@ def fused(classifier: Classifier, image: Tensor) -> Iterator[None]:
             for convolution, norm in folds:
                 stack.enter_context(_folded(convolution, norm))
             for module in modules.values():
-                if _is_convolution(module) and id(module) not in folded and not _hooked(module):
+                if _is_convolution(module) and id(module) not in folded:
                     stack.enter_context(_replaced(module, weight=_channels_last(module.weight)))
         yield
 
 
-def _plan(classifier: Classifier, image: Tensor) -> Plan:
+def _plan(classifier: Classifier, image: Tensor) -> Sequence[Fold]:
     """The folds that hold for this network and image shape, from memory where they were found before."""
     network = classifier.network
     structure = [(name, type(module)) for name, module in network.named_modules()]
@@ -79,9 +77,9 @@ def _plan(classifier: Classifier, image: Tensor) -> Plan:
         not norms
         or not image.is_floating_point()
         or any(issubclass(k, nn.DataParallel) for _, k in structure)
-        or _hooked_everywhere()
+        or _hooked_inside(network)
     ):
-        return {}
+        return ()
     signature = _signature(classifier, image)
     known = _plans.get(network)
     if known is None or known[0] != signature:
@@ -90,7 +88,7 @@ def _plan(classifier: Classifier, image: Tensor) -> Plan:
     return known[1]
 
 
-def _find_folds(classifier: Classifier, image: Tensor) -> Plan:
+def _find_folds(classifier: Classifier, image: Tensor) -> Sequence[Fold]:
     """Watch the image go through a copy; keep the folds if the copy says the same with them."""
     try:
         with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(_devices(image)):
@@ -102,9 +100,9 @@ def _find_folds(classifier: Classifier, image: Tensor) -> Plan:
             with fused(twin, image):
                 found = twin(probe)
     except Exception:  # noqa: BLE001 - whatever a strange module raises, it then stays as it is
-        return {}
+        return ()
     scale = expected.abs().amax(1, keepdim=True)
-    return folds if bool(((found - expected).abs() <= TOLERANCE * scale).all()) else {}
+    return folds if bool(((found - expected).abs() <= TOLERANCE * scale).all()) else ()
 
 
 def _signature(classifier: Classifier, image: Tensor) -> object:
@@ -121,38 +119,31 @@ def _without_hooks(classifier: Classifier) -> Classifier:
     return twin
 
 
-def _watch(twin: Classifier, images: Tensor) -> tuple[Tensor, Plan]:
+def _watch(twin: Classifier, images: Tensor) -> tuple[Tensor, Sequence[Fold]]:
     """Logits, and every batch-norm that alone reads the output of a convolution, each called once."""
     modules = dict(twin.network.named_modules())
     calls: dict[str, int] = {}
     made: dict[int, tuple[str, Tensor]] = {}  # holding the tensors keeps their ids from being used again
     read: dict[str, str] = {}
-    seen_by: dict[str, set[str]] = {}  # convolution to the modules that its output goes into or comes out of
     names = {id(module): name for name, module in modules.items()}
 
-    def note(name: str, values: Any) -> None:
-        for leaf in _pytree.tree_leaves(values):
-            if id(leaf) in made:
-                seen_by.setdefault(made[id(leaf)][0], set()).add(name)
-
-    def before(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        name = names[id(module)]
-        note(name, (arguments, keywords))
+    def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         source = made.get(id(arguments[0])) if arguments else None
-        if source is not None and _is_norm(module):
-            read[name] = source[0]
+        if source is not None:
+            read[names[id(module)]] = source[0]
 
     def after(module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
         name = names[id(module)]
         calls[name] = calls.get(name, 0) + 1
         if _is_convolution(module) and isinstance(output, Tensor):
             made[id(output)] = (name, output)
-        note(name, output)
 
     handles = []
     for module in modules.values():
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after))
+        if _is_norm(module):
+            handles.append(module.register_forward_pre_hook(before))
+        if _is_norm(module) or _is_convolution(module):
+            handles.append(module.register_forward_hook(after))
     readers = _Readers(made)
     try:
         with readers:
@@ -161,12 +152,12 @@ def _watch(twin: Classifier, images: Tensor) -> tuple[Tensor, Plan]:
         for handle in handles:
             handle.remove()
     uses = {made[key][0]: count for key, count in readers.counts.items() if key in made}
-    folds = {
-        (convolution, norm): frozenset(seen_by[convolution])
+    folds = [
+        (convolution, norm)
         for norm, convolution in read.items()
         if calls.get(convolution) == calls.get(norm) == uses.get(convolution) == 1
         and modules[convolution].out_channels == modules[norm].num_features
-    }
+    ]
     return logits, folds
 
 
@@ -211,10 +202,18 @@ def _devices(images: Tensor) -> list[torch.device]:
     return [images.device] if images.is_cuda else []
 
 
-def _hooked_everywhere() -> bool:
-    """Whether hooks are registered for all modules at once, as some profilers do."""
-    own = nn.modules.module
-    return any(bool(getattr(own, f"_global{name}", None)) for name in HOOKS)
+def _hooked_inside(network: nn.Module) -> bool:
+    """Whether a hook may see, change or call what folding changes: on all modules at once, or on any inner one.
+
+    Modules around all convolutions and batch-norms are not inner ones; what counters hang on goes on working.
+    """
+    if any(bool(getattr(nn.modules.module, f"_global{name}", None)) for name in HOOKS):
+        return True
+    folded = {id(module) for module in network.modules() if isinstance(module, nn.Conv2d | nn.BatchNorm2d)}
+    return any(
+        _hooked(module) and not folded <= {id(inner) for inner in module.modules()}
+        for module in network.modules()
+    )
 
 
 def _hooked(module: nn.Module) -> bool:

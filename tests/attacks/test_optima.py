@@ -125,7 +125,7 @@ def best_in_ssim(
 @pytest.mark.peers
 @pytest.mark.parametrize("share", [1.0, 0.4], ids=["everywhere", "in a region"])
 @pytest.mark.parametrize("contrast", [0.3, 1.0], ids=["smooth images", "rough images"])
-@pytest.mark.parametrize("budget", [SSIM(0.005), SSIM(0.05, patch=4)], ids=str)
+@pytest.mark.parametrize("budget", [SSIM(0.005, level=1), SSIM(0.05, patch=4, level=1)], ids=str)
 def test_pgd_reaches_what_a_general_solver_finds_in_the_ssim_budget(
     budget: SSIM, contrast: float, share: float
 ) -> None:

@@ -193,7 +193,7 @@ def test_a_global_step_meets_the_conditions_of_lagrange(
 ) -> None:
     """Under denominators held where the perturbed image is, the budget's slope is parallel to the gradient."""
     images = pictures(3, size)
-    budget = SSIM(0.02, patch=patch)
+    budget = SSIM(0.02, patch=patch, level=1)
     start = budget.project(drawn(images, 0.1, seed=5), images) if begun else torch.zeros_like(images)
     gradient = drawn(images, 1.0)
     steps = budget.ascend(gradient, start, images)

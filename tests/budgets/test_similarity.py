@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.budgets.strategies import LAW, Case, cases, similarities
 from weakspot.budgets import SSIM
+from weakspot.similarity import ssim_map
 
 C1, C2 = 0.01**2, 0.03**2
 
@@ -113,7 +114,7 @@ def test_the_global_projection_goes_straight_home_and_stops_on_the_budget(
 ) -> None:
     images, wanted = drawn(height, width)
     region = torch.rand(2, 1, height, width, generator=torch.Generator().manual_seed(1)) < 0.7
-    budget = SSIM(eps, patch=patch)
+    budget = SSIM(eps, patch=patch, level=1)
     found = budget.project(wanted, images, region=region)
     for image, goal, mask, point in zip(images, wanted, region, found, strict=True):
         inside = torch.where(mask, (image + goal).clamp(0, 1) - image, 0).double()
@@ -242,7 +243,7 @@ def test_the_global_step_is_the_steepest_under_frozen_denominators(
 ) -> None:
     """By the conditions of Lagrange and Cauchy-Schwarz: gradient proportional to the constraint's, all of it spent."""
     images, gradients = drawn(height, width)
-    budget = SSIM(eps, patch=patch)
+    budget = SSIM(eps, patch=patch, level=1)
     here = budget.project(0.1 * gradients.roll(1, 3), images) if moved else torch.zeros_like(images)
     steps = budget.ascend(gradients, here, images)
     for image, point, gradient, step in zip(images, here, gradients, steps, strict=True):
@@ -267,7 +268,7 @@ def test_the_global_step_is_the_steepest_under_frozen_denominators(
 def test_a_convex_solver_finds_the_same_global_step(height: int, width: int, patch: int) -> None:
     solver = convex()
     images, gradients = (tensor[:1, :1] for tensor in drawn(height, width))
-    step = SSIM(0.01, patch=patch).ascend(gradients, torch.zeros_like(images), images)
+    step = SSIM(0.01, patch=patch, level=1).ascend(gradients, torch.zeros_like(images), images)
     rows, spent, gained = [], [], []
     for slope, (level, structure) in zip(
         pieces(gradients[0], patch), frozen(images[0], torch.zeros_like(images[0]), patch), strict=True
@@ -288,7 +289,7 @@ def test_the_global_step_asks_little_of_smooth_patches_and_much_of_rough_ones() 
     images = torch.full((1, 1, 8, 16), 0.5)
     images[..., 8:] += 0.3 * (-1) ** torch.arange(8).view(8, 1).add(torch.arange(8))
     gradient = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(1, 1, 1, 2)
-    step = SSIM(0.01).ascend(gradient - gradient.mean(), torch.zeros_like(images), images)
+    step = SSIM(0.01, level=1).ascend(gradient - gradient.mean(), torch.zeros_like(images), images)
     smooth, rough = step[..., :8].norm(), step[..., 8:].norm()
     energy = 64 * 0.3**2
     assert float(rough / smooth) == pytest.approx((2 * energy + 63 * C2) / (63 * C2), rel=1e-3)
@@ -328,3 +329,58 @@ def test_flat_images_may_be_roughened_by_what_the_constant_allows(level: float, 
     projected = budget.project(10 * checks, images)
     assert 0 <= float((images + projected).min()) <= float((images + projected).max()) <= 1
     assert size_of(budget, images[0], projected[0]) == pytest.approx(eps, rel=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("moved", [False, True], ids=["from the image", "from elsewhere"])
+@pytest.mark.parametrize("level", [0.03, 0.1, 0.5])
+@pytest.mark.parametrize(("height", "width", "patch"), LAYOUTS)
+def test_means_take_their_share_of_the_steepest_step_and_all_of_the_budget_is_spent(
+    height: int, width: int, patch: int, level: float, moved: bool, masked: bool
+) -> None:
+    images, gradients = drawn(height, width)
+    if masked:
+        gradients = gradients * (
+            torch.rand(2, 1, height, width, generator=torch.Generator().manual_seed(1)) < 0.6
+        )
+    here = SSIM(0.01, patch=patch).project(0.1 * gradients.roll(1, 3), images) if moved else 0 * images
+    steepest = SSIM(0.01, patch=patch, level=1).ascend(gradients, here, images)
+    steps = SSIM(0.01, patch=patch, level=level).ascend(gradients, here, images)
+    for image, point, full, step, movable in zip(images, here, steepest, steps, gradients != 0, strict=True):
+        spent, shares, rests = [], [], []
+        for whole, change, moves, (bright, structure) in zip(
+            pieces(full, patch), pieces(step, patch), pieces(movable.float(), patch), frozen(image, point, patch),
+            strict=True,
+        ):  # fmt: skip
+            mean, centred = change.mean(), change - change.mean()
+            spent.append(mean**2 / bright + ((centred @ centred) / structure if len(change) > 1 else 0))
+            if not moves.any():
+                continue
+            on = moves > 0
+            shares.append(change[on].mean() / whole[on].mean())
+            if on.sum() > 1:
+                rests.extend((change[on] - change[on].mean()) / (whole[on] - whole[on].mean()))
+        assert sum(spent) / len(spent) == pytest.approx(0.01, rel=1e-4)
+        scale = np.median(rests)
+        assert np.quantile(shares, 0.1) == pytest.approx(level * scale, rel=2e-2)
+        assert np.quantile(shares, 0.9) == pytest.approx(level * scale, rel=2e-2)
+
+
+def test_a_smaller_share_of_means_leaves_fewer_edges_between_patches() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = 0.5 + 0.02 * torch.rand(2, 3, 64, 64, generator=generator)
+    gradients = torch.randn(2, 3, 64, 64, generator=generator)
+
+    def quality(budget: SSIM) -> Tensor:
+        """Mean SSIM under sliding windows of a step of one and the same gain."""
+        step = budget.ascend(gradients, torch.zeros_like(images), images)
+        gain = (gradients * step).sum((1, 2, 3), keepdim=True)
+        return ssim_map(images, images + 20 * step / gain).mean((1, 2, 3))
+
+    assert bool((1 - quality(SSIM(0.01)) < 0.8 * (1 - quality(SSIM(0.01, level=1)))).all())
+
+
+@pytest.mark.parametrize("level", [0, -1, 1.1, True, "0.1", float("nan")])
+def test_a_share_of_means_outside_its_range_is_refused(level: Any) -> None:
+    with pytest.raises(ValueError, match=r"SSIM level is .*; accepted is a share above 0, up to 1"):
+        SSIM(0.01, level=level)

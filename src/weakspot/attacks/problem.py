@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from weakspot.attacks import draws
 from weakspot.attacks.objectives import Objective, check_values, margin, sure_margin
 from weakspot.budgets import Budget
+from weakspot.budgets.budget import MEMO
 from weakspot.checks import check_classes, check_logits, check_region, check_seed
 from weakspot.classifier import Classifier, check_images, evaluating, predict
 from weakspot.fusion import fused, measured_batch
@@ -69,6 +70,10 @@ class Problem:
     backwards: Tensor
     whole: bool = False
     aims: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.clean, MEMO):
+            setattr(self.clean, MEMO, {})
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -230,7 +235,7 @@ def attacking(
         if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
             raise ValueError(f"batch_size is {batch_size}; accepted is a whole number of at least 1")
         region = region.to(device, copy=True).expand(count, -1, -1, -1)
-        yield Problem(
+        problem = Problem(
             classifier,
             clean,
             labels,
@@ -244,3 +249,7 @@ def attacking(
             torch.zeros_like(labels),
             whole=bool(region.all()),
         )
+        try:
+            yield problem
+        finally:
+            delattr(clean, MEMO)

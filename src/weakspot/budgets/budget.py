@@ -6,6 +6,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+MEMO = "_weakspot_memo"
+"""Attribute that an attack gives to images that it will not change; what is computed of them may be kept there."""
+
 
 class Budget(Protocol):
     """A set of admissible perturbations around each image, zero among them; shapes are (N, C, H, W)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from weakspot.budgets.budget import MEMO
 from weakspot.checks import closest, is_number
 
 C1, C2 = 0.01**2, 0.03**2  # Wang et al. 2004, doi 10.1109/TIP.2003.819861, for images in [0, 1]
@@ -36,6 +36,9 @@ class SSIM:
         eps: 0 to below 1. In mode "global" the mean of d1^2 + d2^2 over patches and channels is at most `eps`, so
             that the mean SSIM of patches is at least 1 - eps; in mode "local" both are, in every patch.
         patch: side of a patch in pixels. Patches at the right and lower border are cut where it does not divide.
+        level: share of their own best step that patches' means take in mode "global"; 1 is the steepest step for the
+            distances above. These do not see the edge that a change of mean leaves between two patches; the eye
+            and sliding windows do.
         mode: "global" or "local". Locally every patch ends on its bound and the map of change is flat: an
             attack, but no evidence of where a network is weak.
     """
@@ -43,6 +46,7 @@ class SSIM:
     eps: float
     patch: int = field(default=8, kw_only=True)
     mode: str = field(default="global", kw_only=True)
+    level: float = field(default=0.1, kw_only=True)
 
     def __post_init__(self) -> None:
         if not is_number(self.eps) or not 0 <= self.eps < 1:
@@ -51,6 +55,8 @@ class SSIM:
             raise ValueError(f"SSIM patch is {self.patch}; accepted is a whole number of pixels, at least 2")
         if self.mode not in MODES:
             raise ValueError(f"SSIM mode is {self.mode!r}; {closest(str(self.mode), MODES)}")
+        if not is_number(self.level) or not 0 < self.level <= 1:
+            raise ValueError(f"SSIM level is {self.level!r}; accepted is a share above 0, up to 1")
 
     @property
     def steps_to_optimum(self) -> bool:
@@ -83,8 +89,8 @@ class SSIM:
         """Steepest step; sites without gradient are not to change.
 
         Mode "local": from where we are to the exact maximiser of the linear objective. Mode "global": the gradient
-        preconditioned by each patch's denominators, which are taken where the perturbed image now is, scaled to spend
-        the whole budget under them.
+        preconditioned by each patch's denominators, which are taken where the perturbed image now is, the part of the
+        patches' means times `level`, scaled to spend the whole budget under them.
         """
         patches = _patches(images, self.patch)
         largest = gradient.abs().amax((1, 2, 3), keepdim=True).clamp(min=torch.finfo(gradient.dtype).tiny)
@@ -115,10 +121,18 @@ class SSIM:
         slope_mean = patches.total(slope) / moved.clamp(min=1)
         # Written so that nothing cancels: the deviation from the mean slope, and the mean slope's own step.
         common = 1 - moved / patches.count + moved * structure / (level * patches.count.square())
-        step = (slope - slope_mean).add_(slope_mean / common.clamp(min=TINY)).mul_(structure).mul_(movable)
+        of_mean = slope_mean / common.clamp(min=TINY)
+        step = (slope - slope_mean).add_(self.level * of_mean).mul_(structure).mul_(movable)
+        spent_on_means = patches.total(slope) * of_mean * structure
         if patches.has_single:  # one pixel has no structure
-            step = torch.where(patches.count == 1, level * slope, step)
-        spent = (slope * step).sum((1, 2, 3, 4, 5), keepdim=True) / patches.mean.shape[1:].numel()
+            step = torch.where(patches.count == 1, self.level * level * slope, step)
+            spent_on_means = torch.where(
+                patches.count == 1, level * patches.total(slope).square(), spent_on_means
+            )
+        # What the two parts spend adds up, and the means' goes with the square of their share.
+        spent = (slope * step).sum((1, 2, 3, 4, 5), keepdim=True)
+        spent -= self.level * (1 - self.level) * spent_on_means.sum((1, 2, 3, 4, 5), keepdim=True)
+        spent = spent / patches.mean.shape[1:].numel()
         return step.mul_(torch.where(spent > 0, (self.eps / spent.clamp(min=TINY)).sqrt(), 0))
 
     def size(self, perturbation: Tensor, images: Tensor) -> Tensor:
@@ -221,19 +235,14 @@ class SSIM:
         return f"{self.eps:g} SSIM ({self.mode}, patches of {self.patch})"
 
 
-_latest: list[tuple[weakref.ref[Tensor], int, _Patches]] = []
-
-
 def _patches(images: Tensor, patch: int) -> _Patches:
-    """The images' patches, remembered while the same images are asked for: an attack does so twice a step."""
-    if images.is_inference():
+    """The images' patches, kept with images that an attack has marked as staying what they are."""
+    memo: dict[int, _Patches] | None = getattr(images, MEMO, None)
+    if memo is None:
         return _Patches(images, patch)
-    for known, version, patches in _latest:
-        if known() is images and version == images._version and patches.patch == patch:
-            return patches
-    patches = _Patches(images.detach(), patch)
-    _latest[:] = [(weakref.ref(images, lambda _: _latest.clear()), images._version, patches)]
-    return patches
+    if patch not in memo:
+        memo[patch] = _Patches(images.detach(), patch)
+    return memo[patch]
 
 
 class _Patches:
