@@ -65,7 +65,7 @@ def pixels(
     check_counts(count=count, generations=generations)
     check_counts(least=4, population=population)
     if method not in METHODS:
-        raise ValueError(f"method is {method!r}; {closest(method, METHODS)}")
+        raise ValueError(f"method is {method!r}; {closest(str(method), METHODS)}")
     with attacking(model, images, labels, region, targets, batch_size, seed) as problem:
         sites = problem.region.flatten(1).sum(1)
         if count > images.shape[2] * images.shape[3]:

@@ -6,9 +6,10 @@ import importlib
 import inspect
 import math
 import random
+import sys
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from weakspot.attacks.problem import Problem, attacking
 from weakspot.budgets import L1, L2, Budget, Linf
-from weakspot.checks import closest
+from weakspot.checks import ModelWarning, closest
 from weakspot.pairs import AttackResult
 
 if TYPE_CHECKING:
@@ -26,6 +27,19 @@ if TYPE_CHECKING:
 
     from weakspot.attacks.gradient import Progress
 
+UNUSABLE = {  # what the contract has no place for: other inputs than images, several models, other frameworks
+    *("ImperceptibleASR", "ImperceptibleASRPyTorch", "CarliniWagnerASR", "RobustDPatch", "DPatch", "SNAL"),
+    *("DecisionTreeAttack", "MalwareGDTensorFlow", "HighConfidenceLowUncertainty", "LowProFool"),
+    *(
+        "AdversarialPatchTensorFlowV2",
+        "FeatureAdversariesTensorFlowV2",
+        "ProjectedGradientDescentTensorFlowV2",
+    ),
+    *("OverTheAirFlickeringPyTorch", "AdversarialTexturePyTorch", "OverloadPyTorch"),
+    *("CompositeAdversarialAttackPyTorch", "MultiAttack", "LGV", "DatasetAttack"),
+}
+ONLY_TARGETED = {"SaliencyMapMethod", "TargetedUniversalPerturbation"}
+ONE_BY_ONE = {"SimBA", "ShadowAttack"}
 PACKAGES = {"foolbox": "foolbox", "torchattacks": "torchattacks", "art": "adversarial-robustness-toolbox"}
 NORMS: dict[type, float] = {Linf: math.inf, L2: 2, L1: 1}
 ROUNDING = 1e-5  # of a budget, that a foreign attack may overspend before it is brought back
@@ -33,6 +47,7 @@ ROUNDING = 1e-5  # of a budget, that a foreign attack may overspend before it is
 
 def external(
     name: str,
+    /,
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
@@ -68,7 +83,11 @@ def external(
         options: further arguments of the attack's class, such as steps=20.
 
     Raises:
-        ValueError: when the library is not installed, it has no such attack, that cannot do what is asked or fails.
+        ValueError: when the library is not installed, it has no such attack, that cannot do what is asked, or fails on
+            every image.
+
+    Warns:
+        ModelWarning: when it fails on some images, which then stay clean.
 
     >>> external("foolbox:LinfPGD", model, images, labels, budget=Linf(4 / 255), steps=10)  # doctest: +SKIP
     """
@@ -76,15 +95,37 @@ def external(
     eps = None if budget is None else _eps(name, budget)
     with attacking(model, images, labels, region, targets, batch_size, seed) as problem:
         adversarial = problem.clean.clone()
+        failures: list[ValueError] = []
+
+        def run(rows: Tensor) -> None:
+            """Attack these images; where that fails each by itself, so that one does not cost the others theirs."""
+            part = problem.select(rows)
+            if not bool(part.region.any()) or eps == 0:
+                return
+            try:
+                adversarial[rows] = _run(library, Task(name, attack, part, budget, eps, dict(options)))
+            except ValueError as error:
+                if len(rows) == 1:
+                    failures.append(error)
+                    return
+                for row in rows.split(1):
+                    run(row)
+
         with problem.searching(), _without_parameter_gradients(problem.classifier):
-            parts = problem.rows.split(problem.batch_size if problem.whole else 1)
+            alone = not problem.whole or attack.__name__ in ONE_BY_ONE
+            parts = problem.rows.split(1 if alone else problem.batch_size)
             for number, rows in enumerate(parts):
-                part = problem.select(rows)
-                if bool(part.region.any()):
-                    task = Task(name, attack, part, budget, eps, dict(options))
-                    adversarial[rows] = _run(library, task)
+                run(rows)
                 if progress is not None:
                     progress((number + 1) / len(parts))
+        if len(failures) == len(problem):
+            raise failures[0]
+        if failures:
+            warnings.warn(
+                f"{len(failures)} of {len(problem)} images stay clean: {failures[0]}",
+                ModelWarning,
+                stacklevel=2,
+            )
         return problem.result(_brought_back(problem, budget, adversarial))
 
 
@@ -124,6 +165,14 @@ class Task:
         known = _parameters(self.attack)
         fitting = {key: value for key, value in defaults.items() if key in known}
         return self.attack(*arguments, **fitting | self.options)
+
+    def check_norm(self, *norms: float) -> None:
+        """Raises ValueError unless the budget is of a norm that the attack searches in."""
+        if self.budget is not None and NORMS[type(self.budget)] not in norms:
+            known = " or ".join(f"L{norm:g}" for norm in norms)
+            raise self.refuse(
+                f"an attack in {known}, and budget is {self.budget}; give a budget of its own norm"
+            )
 
     def refuse(self, what: str) -> ValueError:
         return ValueError(f"attack is {self.name}, {what}")
@@ -174,7 +223,7 @@ def _run(library: Callable[[Task, Watched], Any], task: Task) -> Tensor:
     np.random.seed(number)  # noqa: NPY002 - foreign attacks draw from it
     random.seed(number)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")  # theirs, about their own insides
             found = library(task, Watched(task.problem))
     except ValueError as error:
@@ -192,16 +241,15 @@ def _run(library: Callable[[Task, Watched], Any], task: Task) -> Tensor:
 def _foolbox(task: Task, model: Watched) -> Any:
     foolbox = importlib.import_module("foolbox")
     problem = task.problem
-    attack = task.made()
     eps = task.options.pop("epsilons", task.eps)
+    distance = foolbox.distances.LpDistance(_norm(task.budget) or 2)
+    attack = task.made(distance=distance)
     norm = getattr(getattr(attack, "distance", None), "p", None)
-    if task.budget is not None and norm is not None and norm != NORMS[type(task.budget)]:
-        raise task.refuse(
-            f"an attack in L{norm:g}, and budget is {task.budget}; give a budget of its own norm"
-        )
+    if norm is not None:
+        task.check_norm(norm)
     fixed = importlib.import_module("foolbox.attacks.base").FixedEpsilonAttack
     if eps is None and isinstance(attack, fixed):
-        raise task.refuse("which needs a budget, such as Linf(4 / 255)")
+        raise task.refuse("which needs a budget, such as linf:4/255 (in Python Linf(4 / 255))")
     criterion = (
         foolbox.criteria.Misclassification(problem.labels)
         if problem.targets is None
@@ -212,13 +260,19 @@ def _foolbox(task: Task, model: Watched) -> Any:
 
 
 def _torchattacks(task: Task, model: Watched) -> Any:
-    if task.budget is not None and "eps" not in _parameters(task.attack):
-        raise task.refuse("which takes no budget")
+    known = _parameters(task.attack)
+    if task.budget is not None:
+        if "eps" not in known:
+            raise task.refuse("which takes no budget")
+        task.check_norm(
+            *((math.inf, 2) if "norm" in known else (2,) if "L2" in task.attack.__name__ else (math.inf,))
+        )
     named = {math.inf: "Linf", 2: "L2", 1: "L1", None: None}[_norm(task.budget)]
     given: dict[str, Any] = {} if task.eps is None else {"eps": task.eps, "norm": named}
-    if "n_classes" in _parameters(task.attack):
+    if "n_classes" in known:
         given["n_classes"] = task.classes()
     attack = task.made(model, **given)
+    attack.set_device(task.problem.clean.device)
     if task.problem.targets is None:
         return attack(task.images, task.problem.labels)
     if "targeted" not in attack.supported_mode:
@@ -230,10 +284,16 @@ def _torchattacks(task: Task, model: Watched) -> Any:
 def _art(task: Task, model: Watched) -> Any:
     estimators = importlib.import_module("art.estimators.classification")
     problem, known = task.problem, _parameters(task.attack)
-    if task.budget is not None and "eps" not in known:
-        raise task.refuse("which takes no budget")
-    if problem.targets is not None and "targeted" not in known:
+    if task.budget is not None:
+        if "eps" not in known:
+            raise task.refuse("which takes no budget")
+        several = (math.inf, 2) if task.attack.__name__ == "SquareAttack" else (math.inf, 2, 1)
+        task.check_norm(*(several if "norm" in known else (math.inf,)))
+    only_targeted = task.attack.__name__ in ONLY_TARGETED
+    if problem.targets is not None and "targeted" not in known and not only_targeted:
         raise task.refuse("which cannot aim at targets")
+    if problem.targets is None and only_targeted:
+        raise task.refuse("which needs targets")
     classes = task.classes()
     estimator = estimators.PyTorchClassifier(
         model,
@@ -247,8 +307,7 @@ def _art(task: Task, model: Watched) -> Any:
     if task.eps is not None:
         # ART refuses steps longer than the budget, and its own default is one for large budgets.
         given |= {"eps": task.eps, "eps_step": task.eps / 4, "norm": _norm(task.budget)}
-    if problem.targets is not None:
-        given["targeted"] = True
+    given["targeted"] = problem.targets is not None  # some of them aim by default, and would at the label
     wanted = problem.labels if problem.targets is None else problem.targets
     return task.made(estimator, **given).generate(
         task.images.cpu().numpy(), nn.functional.one_hot(wanted, classes).cpu().numpy()
@@ -297,7 +356,10 @@ def _attacks_of(library: str) -> Mapping[str, Any] | None:
     return {
         name: value
         for name, value in vars(place).items()
-        if isinstance(value, type) and issubclass(value, base) and not inspect.isabstract(value)
+        if isinstance(value, type)
+        and issubclass(value, base)
+        and not inspect.isabstract(value)
+        and name not in UNUSABLE
     }
 
 

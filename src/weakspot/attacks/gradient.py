@@ -12,7 +12,7 @@ from weakspot.attacks import draws
 from weakspot.attacks.objectives import Objective, find_objective
 from weakspot.attacks.problem import Problem, attacking
 from weakspot.budgets import Budget, Linf
-from weakspot.checks import ModelWarning
+from weakspot.checks import ModelWarning, is_number
 from weakspot.pairs import AttackResult
 
 DEFAULT_BUDGET = Linf(4 / 255)
@@ -262,5 +262,5 @@ def check_counts(*, least: int = 1, **counts: int) -> None:
 
 
 def _check_momentum(momentum: float) -> None:
-    if not 0 <= momentum <= 1:
+    if not is_number(momentum) or not 0 <= momentum <= 1:
         raise ValueError(f"momentum is {momentum}; accepted is a share from 0 to 1")

@@ -20,19 +20,28 @@ def available_attacks() -> dict[str, str]:
     """Names that `find_attack` takes, ours first, each with the first sentence of what it says of itself."""
     entries = {entry.name: entry for entry in entry_points(group=GROUP)}
     names = [name for name in ORDER if name in entries] + sorted(set(entries) - set(ORDER))
-    return {name: (inspect.getdoc(entries[name].load()) or "").partition("\n")[0] for name in names}
+    told = {}
+    for name in names:
+        try:
+            told[name] = (inspect.getdoc(find_attack(name)) or "").partition("\n")[0]
+        except ValueError as error:
+            told[name] = str(error)
+    return told
 
 
 def find_attack(name: str) -> Attack:
     """The attack of that name, or of another library: "foolbox:LinfPGD", "torchattacks:PGD", "art:FastGradientMethod".
 
     Raises:
-        ValueError: when no attack of that name is installed.
+        ValueError: when no attack of that name is installed, or it cannot be loaded.
     """
     if name.partition(":")[0] in LIBRARIES:
         return partial(external, name)
     for entry in entry_points(group=GROUP, name=name):
-        found: Attack = entry.load()
+        try:
+            found: Attack = entry.load()
+        except Exception as error:
+            raise ValueError(f"attack {name} ({entry.value}) cannot be loaded: {error}") from error
         return found
     known = [entry.name for entry in entry_points(group=GROUP)]
     raise ValueError(

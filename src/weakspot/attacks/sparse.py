@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from weakspot.attacks.gradient import Progress, check_counts, part_of
 from weakspot.attacks.minimal import SEARCHES, Round, Smallest, adam_round, check_rates, squared
 from weakspot.attacks.problem import Problem, attacking
+from weakspot.checks import is_number
 from weakspot.pairs import AttackResult
 
 Shrink = Callable[
@@ -58,8 +59,7 @@ def elastic_net(
     """
     check_counts(least=SEARCHES, steps=steps)
     check_rates(learning_rate, confidence)
-    if not beta >= 0:
-        raise ValueError(f"beta is {beta}; accepted is a weight of at least 0")
+    _check_weight("beta", beta)
 
     def shrink(perturbation: Tensor, step: float) -> Tensor:
         return perturbation.sign() * (perturbation.abs() - beta * step).clamp(min=0)
@@ -117,8 +117,7 @@ def structured(
     """
     check_counts(least=2 * SEARCHES, steps=steps)
     check_rates(learning_rate, confidence)
-    if not sparsity >= 0:
-        raise ValueError(f"sparsity is {sparsity}; accepted is a weight of at least 0")
+    _check_weight("sparsity", sparsity)
     with attacking(model, images, labels, region, targets, batch_size, seed) as problem:
         groups = _groups(group, problem.clean)
 
@@ -173,6 +172,11 @@ def group_lengths(perturbation: Tensor, groups: Tensor) -> Tensor:
     count = int(groups.max()) + 1
     sums = squares.new_zeros(len(squares), count).scatter_add_(1, groups.flatten(1), squares)
     return sums.sqrt()
+
+
+def _check_weight(name: str, value: float) -> None:
+    if not is_number(value) or not 0 <= value < float("inf"):
+        raise ValueError(f"{name} is {value}; accepted is a finite weight of at least 0")
 
 
 def _groups(group: int | Tensor, images: Tensor) -> Tensor:

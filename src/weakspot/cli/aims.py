@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from weakspot.cli.app import UNREADABLE, USAGE, Failure, note
@@ -50,9 +50,12 @@ def find_region(
     text: str, keep: float, classifier: Classifier, aim: Aim, seed: int
 ) -> tuple[Tensor | None, str]:
     """The region that the option names, None where that is everywhere, and the region in words."""
+    from weakspot.checks import check_share
     from weakspot.regions import read_region
     from weakspot.regions.files import UnreadableError
+    from weakspot.regions.reading import NAMES
 
+    check_share(keep)
     if text == "none":
         return None, "whole image"
     try:
@@ -70,4 +73,4 @@ def find_region(
         )
     if text == "cam":
         return region, f"the {keep:.0%} of the image with most evidence for its class"
-    return region, f"the white part of {text}" if Path(text).is_file() else text
+    return region, f"the white part of {text}" if text not in NAMES and os.path.isfile(text) else text  # noqa: PTH113

@@ -133,6 +133,7 @@ def attack(
     sources = list(images or [])
     check_sources(sources, pair=False, samples=samples)
     check_folder(out)
+    _check_apart(out, sources)
     check_existing(sources)
     with redirect_stdout(sys.stderr), notes_for_people(quiet), progress_bar(quiet or as_json) as advance:
         from weakspot.attacks import find_attack
@@ -152,9 +153,7 @@ def attack(
             "seed": seed,
             "progress": lambda share: advance("attacking", 0.1 + 0.8 * share),
         }
-        taken = inspect.signature(run).parameters
-        known = {key: value for key, value in options.items() if key in taken or key not in COMMON}
-        result = run(classifier, aim.images, aim.labels, **known)
+        result = _run(name, run, aim, options, classifier)
         advance("writing", 0.92)
         about = {
             "attack": ", ".join([name, *(settings or [])]) + (f", {spent}" if spent else "") + f", {where}",
@@ -171,6 +170,42 @@ def attack(
         typer.echo(f"\nWritten to {out.resolve()}; look at overview.png")
     if unread:
         raise typer.Exit(UNREADABLE)
+
+
+def _check_apart(out: Path, sources: list[Path]) -> None:
+    """Raises Failure where pictures would be written over those that are read, or be read in the next run."""
+    written = [out.resolve() / part for part in ("clean", "adversarial", "overview.png")]
+    for part in written[:2]:
+        if part.exists() and not part.is_dir():
+            raise Failure(f"out is {out}, where {part.name} is a file; give another folder", USAGE)
+    if written[2].is_dir():
+        raise Failure(f"out is {out}, where overview.png is a folder; give another folder", USAGE)
+    for source in (source.resolve() for source in sources):
+        inside = any(part == source or part in source.parents for part in [*written, out.resolve()])
+        around = source.is_dir() and source in written[0].parents
+        if inside or (around and out.exists() and any(part.exists() for part in written)):
+            raise Failure(
+                f"out is {out}, where pictures lie that are to be attacked; give another folder", USAGE
+            )
+
+
+def _run(name: str, run: Any, aim: Aim, options: dict[str, Any], classifier: Classifier) -> AttackResult:
+    """The attack with as many of the common arguments as it takes; an error where one that matters is not taken."""
+    from weakspot.pairs import AttackResult
+
+    parameters = inspect.signature(run).parameters
+    free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key in ("region", "targets"):
+        if options[key] is not None and not free and key not in parameters:
+            raise Failure(f"{name} takes no --{key.removesuffix('s')}", USAGE)
+    taken = {key: value for key, value in options.items() if free or key in parameters or key not in COMMON}
+    try:
+        result = run(classifier, aim.images, aim.labels, **taken)
+    except TypeError as error:
+        raise Failure(f"{name} cannot work with these arguments: {error}", USAGE) from error
+    if not isinstance(result, AttackResult):
+        raise Failure(f"{name} returned a {type(result).__name__}; accepted is an AttackResult", USAGE)
+    return result
 
 
 def _arguments(
@@ -193,13 +228,13 @@ def _arguments(
                 f"--set is {setting!r}, which {name} does not take; {closest(key, sorted(own))}", USAGE
             )
         options[key] = _value(value)
-    if "budget" not in parameters:
+    if "budget" not in parameters and not free:
         if budget is not None:
             raise Failure(f"{name} looks for the smallest change and takes no --budget", USAGE)
         return None, options
-    if budget is None and parameters["budget"].default is None:
+    if budget is None and ("budget" not in parameters or parameters["budget"].default is None):
         return None, options
-    spent = read_budget(budget or DEFAULT_BUDGET)
+    spent = read_budget(DEFAULT_BUDGET if budget is None else budget)
     return spent, {"budget": spent, **options}
 
 

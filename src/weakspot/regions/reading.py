@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def read_region(
 ) -> Tensor:
     """The region that `text` names on these images.
 
+    These names come before files of the same name, which ./NAME reaches.
+
     Args:
         text: "none" (anywhere), "cam", "background", "border:WIDTH", "support" or a mask picture's path; "~cam" for
             all but that, "matched:cam" for a control of equal area, and several joined by "&" and, after these, "|".
@@ -57,7 +60,7 @@ def read_region(
         return torch.ones_like(images[:, :1], dtype=torch.bool)
 
     def framed(width: str) -> Tensor:
-        if width and not width.isdigit():
+        if width and not (width.isascii() and width.isdigit() and len(width) < 6):
             raise ValueError(f"region is {text!r}; accepted after border: is a width in pixels")
         return border(images, width=int(width or BORDER))
 
@@ -75,20 +78,21 @@ def read_region(
     }
 
     def term(word: str) -> Tensor:
-        word = word.strip()
-        if word.startswith("~"):
-            return ~term(word[1:])
+        bare = word.strip().lstrip("~ ")
+        if word[: len(word) - len(word.lstrip(" ~"))].count("~") % 2:
+            return ~term(bare)
+        word = bare
         if word.startswith("matched:"):
             return matched(term(word.removeprefix("matched:")), seed=seed)
         name, _, argument = word.partition(":")
         if name in makers and (not argument or name == "border"):
             return makers[name](argument)
-        if not Path(word).suffix:
+        if not (os.path.isfile(word) or Path(word).suffix):  # noqa: PTH113 - Path.is_file raises on long names
             near = closest(word, NAMES)
             raise ValueError(f"region is {text!r}; {near if near.endswith('?') else f'accepted are {FORMS}'}")
         return from_file(word, images).expand(len(images), -1, -1, -1)
 
-    if Path(text).is_file():
+    if text not in NAMES and os.path.isfile(text):  # noqa: PTH113 - likewise
         return from_file(text, images).expand(len(images), -1, -1, -1)
     every = torch.zeros_like(images[:, :1], dtype=torch.bool)
     for union in text.split("|"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,7 +39,13 @@ def overview(pairs: Pairs, captions: Sequence[str], path: Path) -> Path:
             axis.set_title(title, fontsize=8, parse_math=False)
             axis.set_axis_off()
         axes[row, 0].text(
-            0, -0.04, captions[row], transform=axes[row, 0].transAxes, va="top", fontsize=8, parse_math=False
+            0,
+            -0.04,
+            textwrap.shorten(captions[row], 130),
+            transform=axes[row, 0].transAxes,
+            va="top",
+            fontsize=8,
+            parse_math=False,
         )
     sheet.savefig(path, dpi=100)
     return path
