@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tests.budgets.strategies import LAW, Case, cases, similarities
+from weakspot import attacks
 from weakspot.budgets import SSIM
+from weakspot.budgets.budget import MEMO
 from weakspot.similarity import ssim_map
 
 C1, C2 = 0.01**2, 0.03**2
@@ -384,3 +386,28 @@ def test_a_smaller_share_of_means_leaves_fewer_edges_between_patches() -> None:
 def test_a_share_of_means_outside_its_range_is_refused(level: Any) -> None:
     with pytest.raises(ValueError, match=r"SSIM level is .*; accepted is a share above 0, up to 1"):
         SSIM(0.01, level=level)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_remembered_of_images_that_may_change(mode: str) -> None:
+    budget = SSIM(0.01, mode=mode)
+    pixels = np.random.default_rng(0).random((2, 3, 16, 16)).astype("float32")
+    images, change = torch.from_numpy(pixels), torch.full((2, 3, 16, 16), 0.03)
+    budget.size(change, images)
+    pixels[:] = 0.02  # torch does not see this
+    torch.testing.assert_close(budget.size(change, images), budget.size(change, images.clone()))
+    bright = torch.rand(2, 3, 16, 16, requires_grad=True)
+    budget.size(change, bright).sum().backward()
+    assert bright.grad is not None
+    assert bool(bright.grad.any())
+    with torch.inference_mode():
+        budget.size(change, images)
+    moved = change.clone().requires_grad_()
+    budget.size(moved, images).sum().backward()
+
+
+def test_what_an_attack_remembers_is_gone_when_it_ends() -> None:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3)).eval()
+    images = torch.rand(2, 3, 8, 8)
+    result = attacks.pgd(model, images, torch.zeros(2, dtype=torch.long), budget=SSIM(0.01), steps=2)
+    assert not any(hasattr(tensor, MEMO) for tensor in (images, result.clean, result.adversarial))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 from tests.cli.test_explain import Run, photographs, run, save
 from weakspot import SSIM, AttackResult, ImageWarning, Linf, attacks, load, read_images, regions
+from weakspot.attacks import registry
 from weakspot.attacks.registry import ORDER
 
 __all__ = ["photographs", "run"]  # fixtures
@@ -188,3 +190,106 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_attacked(
     assert len(pd.read_csv(tmp_path / "made/scores.csv")) == 4
     assert run("attack", "missing.png", *TINY).code == 4
     assert "no pictures were named" in run("attack", *TINY).err
+
+
+@pytest.mark.parametrize(
+    ("source", "out"),
+    [
+        ("made/clean", "made"),
+        ("made/adversarial/a.png", "made"),
+        ("made", "made"),
+        ("made/clean", "made/clean"),
+    ],
+)
+def test_pictures_that_are_read_are_not_written_over(run: Run, tmp_path: Path, source: str, out: str) -> None:
+    for part in ("clean", "adversarial"):
+        (tmp_path / "made" / part).mkdir(parents=True)
+        save(torch.rand(3, 50, 40), tmp_path / "made" / part / "a.png")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    ended = run("attack", source, *TINY, "--attack", "fgsm", "--out", out)
+    assert ended.code == 2
+    assert "where pictures lie that are to be attacked; give another folder" in ended.err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.png")} == before
+
+
+def test_names_that_clash_or_are_too_long_find_a_place(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "v/x/a.png").mkdir(parents=True)
+    for name in ("x/a.jpg", "x/a.png/c.jpg", "n" * 240 + ".jpg", "x/[red]é ü.png"):
+        save(torch.rand(3, 20, 20), tmp_path / "v" / name)
+    ended = run("attack", "v", *TINY, "--attack", "fgsm", "--out", "made")
+    assert ended.code == 0, ended.err
+    files = pd.read_csv(tmp_path / "made/scores.csv")["png"].tolist()
+    assert len(set(files)) == 4
+    assert all((tmp_path / "made" / file).is_file() for file in files)
+
+
+PLUGIN = """
+import weakspot
+from weakspot import attacks
+
+
+def simple(model, images, labels, *, budget):
+    return attacks.fgsm(model, images, labels, budget=budget)
+
+
+def free(model, images, labels, **options):
+    options.setdefault("budget", weakspot.Linf(0.01))
+    return attacks.pgd(model, images, labels, steps=2, **options)
+
+
+def wrong(model, images, labels):
+    return images
+"""
+
+
+@pytest.fixture
+def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attacks of another package, one of which cannot be imported."""
+    (tmp_path / "plugged.py").write_text(PLUGIN)
+    entries = [
+        EntryPoint(name, f"plugged:{name}", registry.GROUP) for name in ("simple", "free", "wrong")
+    ] + [EntryPoint("broken", "no_such_package:attack", registry.GROUP)]
+
+    def found(*, group: str, name: str | None = None) -> list[EntryPoint]:
+        own = entries if group == registry.GROUP else []
+        every = [*entry_points(group=group), *own]
+        return [entry for entry in every if name is None or entry.name == name]
+
+    monkeypatch.setattr(registry, "entry_points", found)
+
+
+@pytest.mark.usefixtures("plugins")
+def test_attacks_of_other_packages_are_listed_and_get_what_they_take(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    picture = photographs / NAMES[0]
+    rows = {row["name"]: row for row in json.loads(run("attack", "--list", "--json").out)}
+    assert "cannot be loaded" in rows["broken"]["what"]
+    assert rows["simple"]["kind"] == "attack"
+    assert run("attack", picture, *TINY, "--attack", "simple", "--out", "made").code == 0
+    ended = run(
+        "attack", picture, *TINY, "--attack", "free", "--region", "border:2", "--seed", 4, "--out", "made"
+    )
+    assert ended.code == 0, ended.err
+    result = AttackResult.load(tmp_path / "made/pairs.safetensors")
+    assert not bool(result.perturbation[..., 2:-2, 2:-2].any())
+    assert result.seed is not None
+    assert result.seed.tolist() == [4]
+    for arguments, wanted in (
+        (["simple", "--region", "border:2"], "simple takes no --region"),
+        (["simple", "--target", "1"], "simple takes no --target"),
+        (["wrong"], "wrong returned a Tensor; accepted is an AttackResult"),
+        (["broken"], "attack broken (no_such_package:attack) cannot be loaded"),
+        (["free", "--set", "stpes=1"], "free cannot work with these arguments"),
+    ):
+        ended = run("attack", picture, *TINY, "--out", "other", "--attack", *arguments)
+        assert (ended.code, wanted in ended.err) == (2, True), ended.err
+
+
+@pytest.mark.parametrize(
+    "setting", ["momentum=x", "momentum=null", "objective=3", "restarts=0", "stop_early=perhaps"]
+)
+def test_a_value_that_an_attack_cannot_use_is_no_crash(run: Run, photographs: Path, setting: str) -> None:
+    ended = run("attack", photographs, *TINY, "--set", "steps=1", "--set", setting, "--out", "made")
+    assert ended.code in {0, 2}
+    assert "not expected" not in ended.err

@@ -64,6 +64,33 @@ def test_every_term_and_join_means_the_function_and_operator_of_its_name(
             assert torch.equal(found, expected), text
 
 
+def test_a_name_comes_before_a_file_of_that_name(
+    pooling: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images = pooling
+    labels = predicted(model, images)
+    mask = torch.zeros(20, 20, dtype=torch.bool)
+    mask[3:9, 4:15] = True
+    paint(tmp_path / "m.png", mask).rename(tmp_path / "cam")
+    (tmp_path / "mask").write_bytes((tmp_path / "cam").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    cam = regions.cam(model, images, labels, keep=0.3)
+    white = mask.expand(3, 1, -1, -1)
+    for text, expected in {"cam": cam, "~cam": ~cam, "./cam": white, "mask": white, "~mask": ~white}.items():
+        assert torch.equal(read_region(text, model, images, labels), expected), text
+
+
+def test_many_complements_and_long_texts_are_no_trouble(pooling: Made) -> None:
+    model, images = pooling
+    labels = predicted(model, images)
+    frame = regions.border(images, width=3)
+    assert torch.equal(read_region("~" * 2001 + "border:3", model, images, labels), ~frame)
+    assert torch.equal(read_region(" & ".join(["border:3"] * 100), model, images, labels), frame)
+    for text in ("border:²", "border:" + "9" * 300, "x" * 300):
+        with pytest.raises(ValueError, match=r"^region is"):
+            read_region(text, model, images, labels)
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

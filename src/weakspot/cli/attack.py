@@ -6,7 +6,7 @@ import inspect
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -283,7 +283,10 @@ def _everything() -> list[dict[str, str]]:
 
     rows = []
     for name, summary in available_attacks().items():
-        parameters = inspect.signature(find_attack(name)).parameters
+        try:
+            parameters: Iterable[str] = inspect.signature(find_attack(name)).parameters
+        except ValueError:  # it cannot be loaded, which its summary says
+            parameters = ()
         own = ", ".join(key for key in parameters if key not in COMMON)
         rows.append({"kind": "attack", "name": name, "what": summary, "--set": own})
     foreign = installed()
