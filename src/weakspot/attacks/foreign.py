@@ -27,17 +27,31 @@ if TYPE_CHECKING:
 
     from weakspot.attacks.gradient import Progress
 
-UNUSABLE = {  # what the contract has no place for: other inputs than images, several models, other frameworks
-    *("ImperceptibleASR", "ImperceptibleASRPyTorch", "CarliniWagnerASR", "RobustDPatch", "DPatch", "SNAL"),
-    *("DecisionTreeAttack", "MalwareGDTensorFlow", "HighConfidenceLowUncertainty", "LowProFool"),
-    *(
+# What the contract has no place for: other inputs than images, several models, other frameworks.
+UNUSABLE = frozenset(
+    [
+        "ImperceptibleASR",
+        "ImperceptibleASRPyTorch",
+        "CarliniWagnerASR",
+        "RobustDPatch",
+        "DPatch",
+        "SNAL",
+        "DecisionTreeAttack",
+        "MalwareGDTensorFlow",
+        "HighConfidenceLowUncertainty",
+        "LowProFool",
         "AdversarialPatchTensorFlowV2",
         "FeatureAdversariesTensorFlowV2",
         "ProjectedGradientDescentTensorFlowV2",
-    ),
-    *("OverTheAirFlickeringPyTorch", "AdversarialTexturePyTorch", "OverloadPyTorch"),
-    *("CompositeAdversarialAttackPyTorch", "MultiAttack", "LGV", "DatasetAttack"),
-}
+        "OverTheAirFlickeringPyTorch",
+        "AdversarialTexturePyTorch",
+        "OverloadPyTorch",
+        "CompositeAdversarialAttackPyTorch",
+        "MultiAttack",
+        "LGV",
+        "DatasetAttack",
+    ]
+)
 ONLY_TARGETED = {"SaliencyMapMethod", "TargetedUniversalPerturbation"}
 ONE_BY_ONE = {"SimBA", "ShadowAttack"}
 PACKAGES = {"foolbox": "foolbox", "torchattacks": "torchattacks", "art": "adversarial-robustness-toolbox"}
