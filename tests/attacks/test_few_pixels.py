@@ -197,15 +197,28 @@ def test_evolution_asks_for_no_candidate_that_its_population_holds_and_for_none_
     assert not first & set().union(*later)
 
 
+def between_corners(model: nn.Module, image: Tensor, label: Tensor, site: int) -> float:
+    """The lowest margin at a site over colours of five levels a channel, in 255ths."""
+    levels = (torch.linspace(0, 1, 5) * 255).round() / 255
+    painted = image.repeat(125, 1, 1, 1)
+    painted[:, :, site // image.shape[2], site % image.shape[2]] = torch.cartesian_prod(
+        levels, levels, levels
+    )
+    return float(margins_of(model, painted, label.expand(125)).min())
+
+
 def test_guided_finds_what_brute_force_over_all_sites_and_corner_colours_finds() -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.Flatten(), drawn(nn.Linear, 288, 3))
     network[0] = drawn(nn.Conv2d, 3, 8, 3, 1, 1)
     model, images = network.eval(), random_images(40, 3, 6, 6)
     labels = predicted(model, images)
-    lowest = torch.stack(
-        [one_pixel_margins(model, image, label).min() for image, label in zip(images, labels, strict=True)]
-    )
-    result = pixels(model, images, labels, method="guided", population=50, generations=100)
+    lowest = torch.zeros(40)
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        corners = one_pixel_margins(model, image, label).view(36, 8).amin(1)
+        best = corners.topk(4, largest=False).indices.tolist()
+        finer = [between_corners(model, image, label, site) for site in best]
+        lowest[index] = corners.min() if corners.min() < 0 else min(finer)
+    result = pixels(model, images, labels, method="guided", population=100, generations=100)
     assert 0 < int(result.success.sum()) < 40
     assert torch.equal(result.success, lowest < 0)
     failed = ~result.success

@@ -35,7 +35,7 @@ def pixels(
     of three others without crossover replaces only its own parent, the fitness is the label's probability (targeted:
     the target's), colours are 8-bit. A candidate that the population already holds is not sent through the model
     again. "guided" tries the corners of the colour cube at the sites where the gradient promises most, then around
-    the best sites found, and needs about a twentieth of the forward passes; pixels are added one after the other.
+    the best sites found, then colours between the corners; pixels are added one after the other.
     Images leave as soon as they fool.
 
     Args:
@@ -46,7 +46,7 @@ def pixels(
         region: bool (N, 1, H, W) of the sites that may change.
         targets: (N,) classes to reach.
         population: candidates of each image.
-        generations: at most; "guided" spends about population x generations / 16 forward passes, at most.
+        generations: at most; "guided" spends population x generations / 12 forward passes, at most.
         method: "evolution" or "guided".
         seed: of the evolution; nothing in "guided" is random.
         batch_size: images at once.

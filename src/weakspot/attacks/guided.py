@@ -12,9 +12,10 @@ from weakspot.attacks.gradient import Progress, part_of
 from weakspot.attacks.painting import evaluate_painted, paint
 from weakspot.attacks.problem import Problem
 
-ECONOMY = 16  # evolution's forward passes per one of this search's
+ECONOMY = 12  # evolution's forward passes per one of this search's
 ROUND = 100  # candidates of each image tried at once, in the order of the gradient
 CENTRES = 8  # best sites whose neighbours are tried next
+FINER, COLORS = 4, 125  # best sites that are at last tried in about so many colours between the corners
 
 
 def follow_gradient(
@@ -40,6 +41,24 @@ def _next_pixel(
 ) -> tuple[Tensor, Tensor]:
     """The images with the one pixel more that lowers their margin most, and those margins (N,).
 
+    What corners leave of each image's `limit` forward passes, a sixth at least, goes to colours between them.
+    """
+    found, lowest, site_margins, spent = _corners(problem, images, limit - limit // 6, progress)
+    rest = (lowest >= 0).nonzero()[:, 0]
+    if len(rest):
+        finer, margins = _between_corners(
+            problem.select(rest), images[rest], site_margins[rest], limit - spent[rest]
+        )
+        better = margins < lowest[rest]
+        found[rest[better]], lowest[rest[better]] = finer[better], margins[better].to(lowest)
+    return found, lowest
+
+
+def _corners(
+    problem: Problem, images: Tensor, limit: int, progress: Progress | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best images with one pixel in a corner of the colour cube, their margins, those of sites, and passes spent.
+
     Of each image's `limit` forward passes half go to candidates in the order of the gradient, the others to the
     neighbours of the best sites so far: sites near a weak one are weak too (Vargas and Su 2019). Where there are fewer
     candidates than that, all are tried.
@@ -55,6 +74,7 @@ def _next_pixel(
     candidates_of = allowed.sum(1)
     by_gradient = torch.where(candidates_of <= limit, candidates_of, limit // 2)
     spent = torch.zeros_like(by_gradient)
+    total, best_sites = spent.clone(), site_margins.clone()
     for start in itertools.count(0, ROUND):
         ranked = start < by_gradient
         chosen = torch.zeros_like(seen).scatter_(1, order[:, start : start + ROUND], value=True)
@@ -88,6 +108,7 @@ def _next_pixel(
             found[here[better]], lowest[here[better]] = painted[better], values[better].to(lowest)
         # An image that has gone through its ranks and found no new neighbours is done.
         left = (lowest[here] >= 0) & (spent < limit) & (ranked | chosen.any(1))
+        total[here], best_sites[here] = spent, site_margins
         if not bool(left.all()):
             here, part, base = here[left], part.select(left), base[left]
             order, seen, site_margins, used = order[left], seen[left], site_margins[left], used[left]
@@ -96,7 +117,37 @@ def _next_pixel(
             progress(float(spent.max()) / limit if len(here) else 1.0)
         if not len(here):
             break
-    return found, lowest
+    return found, lowest, best_sites, total
+
+
+def _between_corners(
+    problem: Problem, images: Tensor, site_margins: Tensor, left_over: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The images with the best colour of an even grid at their best sites, and those margins (N,).
+
+    Args:
+        problem: what to fool.
+        images: (N, C, H, W), to which a pixel is added.
+        site_margins: (N, H * W) lowest margin found at each site, infinite where none was tried.
+        left_over: (N,) forward passes that may be spent.
+    """
+    count, channels = images.shape[:2]
+    levels = (torch.linspace(0, 1, max(2, round(COLORS ** (1 / channels)))) * 255).round() / 255
+    colors = torch.tensor(list(itertools.product(levels.tolist(), repeat=channels)), device=images.device)
+    best = site_margins.topk(min(FINER, site_margins.shape[1]), largest=False)
+    ranks = torch.arange(best.values.shape[1], device=images.device)
+    tried = best.values.isfinite() & (ranks < (left_over // len(colors))[:, None])
+    table = torch.full((count, len(ranks), len(colors)), torch.inf, device=images.device)
+    owners, places = tried.nonzero().unbind(1)
+    if len(owners):
+        sites = best.indices[owners, places].repeat_interleave(len(colors))
+        every = colors.repeat(len(owners), 1)
+        who = owners.repeat_interleave(len(colors))
+        found = evaluate_painted(problem, images, who, sites[:, None], every[:, None]).margins
+        table[owners, places] = found.view(-1, len(colors)).to(table)
+    margins, chosen = table.flatten(1).min(1)
+    sites = best.indices.gather(1, (chosen // len(colors))[:, None])
+    return paint(images, sites, colors[chosen % len(colors)][:, None]), margins
 
 
 def _by_gradient(problem: Problem, images: Tensor, corners: Tensor) -> tuple[Tensor, Tensor]:
