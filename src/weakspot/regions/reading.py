@@ -87,7 +87,7 @@ def read_region(
         name, _, argument = word.partition(":")
         if name in makers and (not argument or name == "border"):
             return makers[name](argument)
-        if not (os.path.isfile(word) or Path(word).suffix):  # noqa: PTH113 - Path.is_file raises on long names
+        if not (os.path.exists(word) or Path(word).suffix):  # noqa: PTH110 - Path.exists raises on long names
             near = closest(word, NAMES)
             raise ValueError(f"region is {text!r}; {near if near.endswith('?') else f'accepted are {FORMS}'}")
         return from_file(word, images).expand(len(images), -1, -1, -1)
