@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.attacks.test_gradient import predicted, region_of
 from tests.conftest import Made, untouched
 from weakspot import L1, L2, SSIM, Linf, ModelWarning
-from weakspot.attacks import external, foreign
+from weakspot.attacks import external, libraries
 
 Search = Callable[..., Tensor]
 
@@ -40,7 +40,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Callable[[Search], str]:
                 return search(self.model, images, wanted, self.eps)
 
         monkeypatch.setattr(
-            foreign, "_attacks_of", lambda name: {"It": Attack} if name == "torchattacks" else None
+            libraries, "attacks_of", lambda name: {"It": Attack} if name == "torchattacks" else None
         )
         return "torchattacks:It"
 

@@ -53,3 +53,17 @@ def cases(draw: st.DrawFn) -> Case:
 
 def limit(budget: Budget) -> float:
     return float(getattr(budget, "eps"))  # noqa: B009 - Budget does not promise a limit's name
+
+
+def pictures(channels: int, size: tuple[int, int]) -> Tensor:
+    """Noise, low contrast, mostly black and white, constant grey, black, white; (6, C, H, W)."""
+    noise = torch.rand(3, channels, *size, generator=torch.Generator().manual_seed(0))
+    noise[1] = 0.6 + 0.05 * noise[1]
+    noise[2] = (0.5 + 6 * (noise[2] - 0.5)).clamp(0, 1)
+    flat = torch.tensor([0.37, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, channels, *size)
+    return torch.cat([noise, flat])
+
+
+def drawn(images: Tensor, scale: float, seed: int = 1) -> Tensor:
+    """Normal noise of the images' shape."""
+    return scale * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))

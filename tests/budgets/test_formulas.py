@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.budgets.strategies import drawn, pictures
 from weakspot.budgets import SSIM
 
 LEVEL, STRUCTURE = 0.01**2, 0.03**2
@@ -17,19 +18,6 @@ SIZES = [(8, 8), (16, 8), (9, 9), (7, 13), (3, 2), (1, 5)]
 
 every_patch = pytest.mark.parametrize("patch", [2, 3, 8])
 every_size = pytest.mark.parametrize("size", SIZES, ids=str)
-
-
-def pictures(channels: int, size: tuple[int, int]) -> Tensor:
-    """Noise, low contrast, mostly black and white, constant grey, black, white; (6, C, H, W)."""
-    noise = torch.rand(3, channels, *size, generator=torch.Generator().manual_seed(0))
-    noise[1] = 0.6 + 0.05 * noise[1]
-    noise[2] = (0.5 + 6 * (noise[2] - 0.5)).clamp(0, 1)
-    flat = torch.tensor([0.37, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, channels, *size)
-    return torch.cat([noise, flat])
-
-
-def drawn(images: Tensor, scale: float, seed: int = 1) -> Tensor:
-    return scale * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
 
 
 def blocks(image: Tensor, patch: int) -> Iterator[Tensor]:

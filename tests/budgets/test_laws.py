@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.budgets.strategies import drawn, pictures
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf
 
 BUDGETS: list[Budget] = [
@@ -27,19 +28,6 @@ every_region = pytest.mark.parametrize("kind", REGIONS)
 
 def limit(budget: Budget) -> float:
     return float(getattr(budget, "eps"))  # noqa: B009 - Budget does not promise a limit's name
-
-
-def pictures(channels: int, size: tuple[int, int]) -> Tensor:
-    """Noise, low contrast, mostly black and white, constant grey, black, white; (6, C, H, W)."""
-    noise = torch.rand(3, channels, *size, generator=torch.Generator().manual_seed(0))
-    noise[1] = 0.6 + 0.05 * noise[1]
-    noise[2] = (0.5 + 6 * (noise[2] - 0.5)).clamp(0, 1)
-    flat = torch.tensor([0.37, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, channels, *size)
-    return torch.cat([noise, flat])
-
-
-def drawn(images: Tensor, scale: float, seed: int = 1) -> Tensor:
-    return scale * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
 
 
 def region_of(kind: str, images: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ from tests.attacks.test_gradient import predicted
 from tests.conftest import Made, untouched
 from weakspot import L2, Budget, Linf
 from weakspot.attacks import external, pgd
-from weakspot.attacks.foreign import LIBRARIES, _attacks_of, installed
+from weakspot.attacks.libraries import LIBRARIES, attacks_of, installed
 
 pytestmark = pytest.mark.peers
 
@@ -96,5 +96,5 @@ def test_what_cannot_aim_says_so(pooling: Made, name: str) -> None:
 def test_what_is_installed_is_listed() -> None:
     names = installed()
     for library, some in {"foolbox": "LinfPGD", "torchattacks": "PGD", "art": "DeepFool"}.items():
-        assert (f"{library}:{some}" in names) == (_attacks_of(library) is not None)
+        assert (f"{library}:{some}" in names) == (attacks_of(library) is not None)
     assert {name.partition(":")[0] for name in names} <= set(LIBRARIES)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import entry_points
 
-from weakspot.attacks.foreign import LIBRARIES, external
+from weakspot.attacks.foreign import external
+from weakspot.attacks.libraries import LIBRARIES
 from weakspot.checks import closest
 from weakspot.pairs import AttackResult
 

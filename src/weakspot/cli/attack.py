@@ -277,7 +277,7 @@ def _write(
 
 def _everything() -> list[dict[str, str]]:
     from weakspot.attacks import available_attacks, find_attack
-    from weakspot.attacks.foreign import LIBRARIES, PACKAGES, installed
+    from weakspot.attacks.libraries import LIBRARIES, PACKAGES, installed
     from weakspot.budgets.reading import MAKERS
     from weakspot.regions.reading import NAMES
 
