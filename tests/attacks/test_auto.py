@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from tests.attacks.test_gradient import Watched, balanced, bits, limit, predicted, region_of, tagged, times
 from tests.conftest import NETWORKS, LinearNetwork, Made, untouched
+from weakspot import Classifier, attacks
 from weakspot.attacks import auto
 from weakspot.attacks.adaptive import adaptive_descent, checkpoints
 from weakspot.attacks.objectives import cross_entropy
@@ -357,3 +359,16 @@ def test_the_smallest_images_are_taken(shape: tuple[int, int, int]) -> None:
     for budget in (Linf(1e-3), L2(1e-3), L1(1e-3)):
         result = auto(model, images, labels, budget=budget)
         assert bool((budget.size(result.perturbation, images) <= limit(budget) + 1e-6).all())
+
+
+@pytest.mark.parametrize(
+    "attack", [attacks.auto, attacks.pgd, attacks.fgsm, attacks.pixels, attacks.carlini_wagner]
+)
+def test_a_network_in_double_precision_is_attacked_all_the_same(attack: Any, pooling: Made) -> None:
+    network, images = pooling
+    model = copy.deepcopy(network).double()
+    labels = model(images.double()).argmax(1)
+    short = {attacks.pixels: {"population": 8, "generations": 2}, attacks.carlini_wagner: {"steps": 10}}
+    result = attack(Classifier.wrap(model), images, labels, **short.get(attack, {}))
+    assert torch.equal(result.success, model(result.adversarial.double()).argmax(1) != labels)
+    assert result.adversarial.dtype == torch.float32

@@ -131,7 +131,7 @@ class Problem:
                 logits = self.classifier(images[part])
                 targets = None if self.targets is None else self.targets[mine]
                 self._check(logits, self.labels[mine], targets)
-                margins.append(sure_margin(logits, self.labels[mine], targets))
+                margins.append(sure_margin(logits, self.labels[mine], targets).to(self.clean))
                 every.append(logits)
         self.count_forwards(owners)
         return torch.cat(margins), torch.cat(every)
@@ -155,7 +155,8 @@ class Problem:
             direction = gradient.neg().contiguous()  # the fused form's gradient is channels last
             if not self.whole:
                 direction = torch.where(self.region[part], direction, 0)
-            found.append((sure_margin(logits.detach(), labels, targets), values.detach(), direction))
+            margins = sure_margin(logits.detach(), labels, targets)
+            found.append((margins.to(self.clean), values.detach().to(self.clean), direction))
         everyone = torch.arange(len(self), device=images.device)
         self.count_forwards(everyone)
         self.count_backwards(everyone)
