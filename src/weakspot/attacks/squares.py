@@ -10,7 +10,7 @@ from torch import Tensor
 from weakspot.attacks import draws
 from weakspot.attacks.gradient import Progress
 from weakspot.attacks.problem import Problem
-from weakspot.budgets import Budget
+from weakspot.budgets import Budget, Linf
 
 FIRST_SHARE = 0.8  # of the image in the first squares, as the authors set it for L-infinity
 HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
@@ -37,15 +37,14 @@ def square_search(
     """
     channels, height, width = problem.clean.shape[1:]
     signs = draws.uniform(problem.keys, stream, channels, 1, width).sub(0.5).sign().to(problem.clean)
-    perturbation = _whole_step(
-        problem, budget, signs.expand_as(problem.clean), torch.zeros_like(problem.clean)
-    )
+    everywhere = torch.ones_like(problem.region)
+    perturbation = _painted(problem, budget, everywhere, signs, torch.zeros_like(problem.clean))
     found = problem.apply(perturbation)
     lowest = problem.evaluate(found)
     here = (lowest >= 0).nonzero()[:, 0]
     part, perturbation = problem.select(here), perturbation[here]
-    rows = torch.arange(height, device=found.device)[:, None]
-    columns = torch.arange(width, device=found.device)[None]
+    rows = torch.arange(height, device=found.device).view(1, 1, -1, 1)
+    columns = torch.arange(width, device=found.device).view(1, 1, 1, -1)
     for query in range(1, queries):
         if not len(here):
             break
@@ -55,25 +54,28 @@ def square_search(
         side = _side(query / queries, height, width)
         top = (drawn[:, 0] * (height - side + 1)).long().view(-1, 1, 1, 1)
         left = (drawn[:, 1] * (width - side + 1)).long().view(-1, 1, 1, 1)
-        inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
+        inside = ((rows >= top) & (rows < top + side)) & ((columns >= left) & (columns < left + side))
         colors = drawn[:, 2 : 2 + channels].sub(0.5).sign().view(-1, channels, 1, 1)
-        tried = _whole_step(part, budget, colors * inside, perturbation)
+        tried = _painted(part, budget, inside, colors, perturbation)
         images = part.apply(tried)
         margins = part.evaluate(images)
         better = margins < lowest[here]
-        perturbation = torch.where(better[:, None, None, None], tried, perturbation)
-        found[here[better]], lowest[here[better]] = images[better], margins[better]
-        done = margins < 0
-        if bool(done.any()):
-            here, part = here[~done], part.select(~done)
-            perturbation, random = perturbation[~done], random[~done]
+        if bool(better.any()):
+            perturbation = torch.where(better[:, None, None, None], tried, perturbation)
+            found[here[better]], lowest[here[better]] = images[better], margins[better]
+            left_standing = margins >= 0
+            here, part = here[left_standing], part.select(left_standing)
+            perturbation, random = perturbation[left_standing], random[left_standing]
         if progress is not None:
             progress(query / queries)
     return found, lowest
 
 
-def _whole_step(problem: Problem, budget: Budget, signs: Tensor, perturbation: Tensor) -> Tensor:
-    step = budget.ascend(signs * problem.region, torch.zeros_like(perturbation), problem.clean)
+def _painted(problem: Problem, budget: Budget, inside: Tensor, signs: Tensor, perturbation: Tensor) -> Tensor:
+    """The perturbation with each image's square moved to the budget's end on the side of `signs`."""
+    if isinstance(budget, Linf):  # what the lines below come to; box and region are `Problem.apply`'s
+        return torch.where(inside, budget.eps * signs, perturbation)
+    step = budget.ascend(signs * (inside & problem.region), torch.zeros_like(perturbation), problem.clean)
     return problem.project(budget, perturbation + 2 * step)
 
 
