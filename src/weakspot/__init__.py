@@ -11,6 +11,7 @@ from weakspot.attribution import class_activation
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf, read_budget
 from weakspot.checks import ImageWarning, ModelWarning
 from weakspot.classifier import Classifier
+from weakspot.edits import LocalEdits
 from weakspot.explanations import Analysis, Explanation, Overlap, Picture, explain, overlap
 from weakspot.images import read_images, sample_images
 from weakspot.models import load
@@ -29,6 +30,7 @@ __all__ = [
     "Explanation",
     "ImageWarning",
     "Linf",
+    "LocalEdits",
     "ModelWarning",
     "Overlap",
     "Pairs",

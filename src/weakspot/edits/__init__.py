@@ -1,0 +1,5 @@
+"""Exact logits of many small edits of an image, without redoing the whole forward pass."""
+
+from weakspot.edits.local import Edits, LocalEdits, Prepared, prepare
+
+__all__ = ["Edits", "LocalEdits", "Prepared", "prepare"]

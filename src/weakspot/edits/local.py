@@ -1,0 +1,288 @@
+"""LocalEdits: exact logits of an image under many small edits, by whichever way is faster."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from weakspot.checks import check_range
+from weakspot.classifier import Classifier, check_images, default_batch, evaluating
+from weakspot.edits.engine import Engine
+from weakspot.edits.recording import CannotRecordError, Recording, record
+from weakspot.edits.windows import paste
+from weakspot.fusion import HOOKS, fused
+
+TOLERANCE = 1e-4  # of the range of the logits
+LARGEST_CHUNK = 128
+Progress = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A classifier's recording for images of one shape.
+
+    Attributes:
+        recording: its steps, or None where edits go through the network itself.
+        reason: why there is none, else empty.
+    """
+
+    recording: Recording | None
+    reason: str = ""
+
+
+def prepare(classifier: Classifier, image: Tensor) -> Prepared:
+    """Record the classifier, and try the recording on a few edits against the network itself.
+
+    Args:
+        classifier: in eval mode.
+        image: (1, C, H, W) in [0, 1].
+    """
+    if _watched(classifier):
+        return Prepared(None, "hooks on it would not see the edits")
+    try:
+        with warnings.catch_warnings(), fused(classifier, image), torch.no_grad():
+            warnings.simplefilter("ignore")
+            recording = record(classifier, image)
+            tops, lefts, patches = _trial(image)
+            owners = torch.zeros_like(tops)
+            found = Engine(recording, image, full_batch=2).edited(owners, tops, lefts, patches)
+            expected = classifier(_edited_images(image, owners, tops, lefts, patches))
+    except CannotRecordError as reason:
+        return Prepared(None, str(reason))
+    except Exception as error:  # noqa: BLE001 - whatever a strange module raises, its edits go through itself
+        return Prepared(None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    span = (expected.amax() - expected.amin()).clamp(min=1e-12)
+    off = float(((found - expected).abs().amax() / span).nan_to_num(torch.inf))
+    if off > TOLERANCE:
+        return Prepared(None, f"its recording is off by {off:.1e} of the range of its logits")
+    return Prepared(recording)
+
+
+def _watched(classifier: Classifier) -> bool:
+    forward = [name for name in HOOKS if "forward" in name]
+    return any(bool(getattr(nn.modules.module, f"_global{name}", None)) for name in forward) or any(
+        bool(getattr(module, name)) for module in classifier.modules() for name in forward
+    )
+
+
+def _trial(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Five edits in corners, at an edge and within."""
+    channels, height, width = image.shape[1:]
+    tall, wide = max(1, height // 16), max(1, width // 16)
+    shares = torch.tensor([[0, 0], [1, 1], [0.5, 0.4], [0, 0.7], [0.33, 1]], device=image.device)
+    tops, lefts = (shares * torch.tensor([height - tall, width - wide], device=image.device)).long().T
+    ramp = torch.linspace(0, 1, 5 * channels * tall * wide, device=image.device)
+    patches = ((ramp * 7919).frac()).view(5, channels, tall, wide).to(image.dtype)
+    return tops, lefts, patches
+
+
+def _edited_images(images: Tensor, owners: Tensor, tops: Tensor, lefts: Tensor, patches: Tensor) -> Tensor:
+    sites = images[owners].permute(0, 2, 3, 1).contiguous()
+    return paste(sites, tops, lefts, patches.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+
+
+@dataclass
+class _Seconds:
+    """What each way took for one edit, where it was tried."""
+
+    of: dict[bool, float] = field(default_factory=dict)
+    warm: set[bool] = field(default_factory=set)
+
+
+class Edits:
+    """Logits of several images under edits that are each confined to one window.
+
+    Recomputing windows costs less than whole images for most networks and small edits, and more for some: where
+    there are many edits, both ways do a share of them, once for each size of window, and the faster does the rest.
+
+    Attributes:
+        images: (N, C, H, W) in [0, 1].
+        windows: None to choose by measuring; True or False to have one way only, for tests and benchmarks.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        images: Tensor,
+        prepared: Prepared | None = None,
+        *,
+        batch_size: int | None = None,
+        windows: bool | None = None,
+    ) -> None:
+        self.classifier, self.images, self.windows = classifier, images, windows
+        self.prepared = prepare(classifier, images[:1]) if prepared is None else prepared
+        usual, largest = default_batch(images), batch_size or 2**30
+        self._whole_batch = min(usual, largest)
+        self._chunk = min(8 * usual, LARGEST_CHUNK, largest)
+        self._seconds: dict[tuple[int, int], _Seconds] = {}
+        self._engine = None
+        if self.prepared.recording is not None:
+            self._engine = Engine(self.prepared.recording, images, full_batch=min(2 * usual, self._chunk))
+
+    def logits(
+        self,
+        owners: Tensor,
+        tops: Tensor,
+        lefts: Tensor,
+        patches: Tensor,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """(M, K) logits with patches (M, C, h, w) at (tops, lefts) of the images numbered `owners`, each (M,)."""
+        found: list[Tensor] = []
+        done, count = 0, len(owners)
+        while done < count:
+            by_windows = self._next_way(patches, count - done)
+            rows = slice(done, done + (self._chunk if by_windows else self._whole_batch))
+            begun = _now(patches)
+            found.append(self._part(by_windows, owners[rows], tops[rows], lefts[rows], patches[rows]))
+            self._note(by_windows, patches, len(found[-1]), _now(patches) - begun)
+            done = min(rows.stop, count)
+            if progress is not None:
+                progress(done / count)
+        return torch.cat(found)
+
+    def _part(self, by_windows: bool, owners: Tensor, tops: Tensor, lefts: Tensor, patches: Tensor) -> Tensor:
+        if by_windows and self._engine is not None:
+            return self._engine.edited(owners, tops, lefts, patches)
+        with fused(self.classifier, self.images[:1]), torch.no_grad():
+            logits: Tensor = self.classifier(_edited_images(self.images, owners, tops, lefts, patches))
+            return logits
+
+    def _next_way(self, patches: Tensor, left: int) -> bool:
+        """Whether the next chunk goes by windows. Each way is warmed up, then timed, before one is kept to."""
+        if self._engine is None or self.windows is not None:
+            return self._engine is not None and self.windows is not False
+        known = self._seconds.setdefault(_shape(patches), _Seconds())
+        if len(known.of) == 2:
+            return known.of[True] <= known.of[False]
+        if True not in known.of:
+            return True
+        return left <= 4 * self._chunk  # too few edits for another trial to pay
+
+    def _note(self, by_windows: bool, patches: Tensor, count: int, seconds: float) -> None:
+        known = self._seconds.setdefault(_shape(patches), _Seconds())
+        if by_windows in known.warm and by_windows not in known.of:
+            known.of[by_windows] = seconds / count
+        known.warm.add(by_windows)
+
+
+def _shape(patches: Tensor) -> tuple[int, int]:
+    return patches.shape[2], patches.shape[3]
+
+
+def _now(tensor: Tensor) -> float:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class LocalEdits:
+    """Exact logits of an image under many edits, each confined to one window.
+
+    The network is recorded once as a list of tensor functions; for each, only the window that an edit reaches is
+    computed again, from the maps of the unedited image, until the window is most of the map. Networks that cannot be
+    recorded, or have hooks, take the edited images whole; `reason` then says why. What a recording holds of the
+    network is as it was when it was made.
+
+    Attributes:
+        reason: why edits go through the whole network, or empty.
+
+    Args:
+        model: a classifier, or any network that takes images in [0, 1].
+        image: (C, H, W) or (1, C, H, W) in [0, 1].
+        batch_size: edits at once, at most; changes no result.
+
+    Raises:
+        ValueError: when the image is not one such image.
+
+    >>> from torch import nn
+    >>> toy = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 2)).eval()
+    >>> edits = LocalEdits(toy, torch.rand(3, 8, 8))
+    >>> edits.logits(torch.tensor([0, 7]), torch.tensor([3, 7]), torch.ones(2, 3, 1, 1)).shape
+    torch.Size([2, 2])
+    """
+
+    def __init__(self, model: nn.Module, image: Tensor, *, batch_size: int | None = None) -> None:
+        if isinstance(image, Tensor) and image.ndim == 3:
+            image = image[None]
+        if isinstance(image, Tensor) and image.ndim == 4 and len(image) != 1:
+            raise ValueError(
+                f"image is a batch of {len(image)}; accepted is one image, (C, H, W) or (1, C, H, W)"
+            )
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ValueError(f"batch_size is {batch_size}; accepted is a whole number of at least 1")
+        self._model = model
+        with evaluating(model) as classifier:
+            self._edits = Edits(
+                classifier, check_images(image, classifier, name="image"), batch_size=batch_size
+            )
+        self.reason = self._edits.prepared.reason
+
+    def logits(
+        self, tops: Tensor, lefts: Tensor, patches: Tensor, *, progress: Progress | None = None
+    ) -> Tensor:
+        """Paste each patch at its place, alone, and classify.
+
+        Args:
+            tops: (M,) whole numbers, the row of each patch's first pixel.
+            lefts: (M,) column likewise.
+            patches: (M, C, h, w) in [0, 1].
+            progress: called with the share done.
+
+        Returns:
+            (M, K) logits, equal to those of the whole network to 1e-4 of their range.
+
+        Raises:
+            ValueError: when a patch does not lie inside the image, or shapes do not fit.
+
+        Warns:
+            ImageWarning: where patches leave [0, 1]; they are cut to it.
+        """
+        image = self._edits.images
+        tops, lefts, patches = _checked(tops, lefts, patches, image)
+        with evaluating(self._model):
+            owners = torch.zeros_like(tops)
+            if not len(tops):
+                owners, tops, lefts = (torch.zeros(1, dtype=torch.long, device=image.device),) * 3
+                return self._edits.logits(owners, tops, lefts, image[:, :, :1, :1])[:0]
+            return self._edits.logits(owners, tops, lefts, patches, progress)
+
+
+def _checked(tops: Tensor, lefts: Tensor, patches: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _, channels, height, width = image.shape
+    if not isinstance(patches, Tensor) or patches.ndim != 4 or patches.shape[1] != channels:
+        shape = tuple(patches.shape) if isinstance(patches, Tensor) else type(patches).__name__
+        raise ValueError(f"patches is {shape}; accepted is a float tensor (M, {channels}, h, w)")
+    if not patches.is_floating_point() or not bool(patches.isfinite().all()):
+        raise ValueError("patches are not all finite floats; accepted are numbers in [0, 1]")
+    count, _, tall, wide = patches.shape
+    if not 1 <= tall <= height or not 1 <= wide <= width:
+        raise ValueError(
+            f"patches are {tall} x {wide}; accepted is 1 x 1 to {height} x {width}, the size of the image"
+        )
+    for name, places, last in (("tops", tops, height - tall), ("lefts", lefts, width - wide)):
+        whole = isinstance(places, Tensor) and not places.is_floating_point() and places.dtype != torch.bool
+        if not whole or places.shape != (count,):
+            what = (
+                f"{tuple(places.shape)} {places.dtype}"
+                if isinstance(places, Tensor)
+                else type(places).__name__
+            )
+            raise ValueError(
+                f"{name} is {what}; accepted is an integer tensor ({count},), one for each patch"
+            )
+        if count and not (int(places.min()) >= 0 and int(places.max()) <= last):
+            wrong = int(((places < 0) | (places > last)).nonzero()[0])
+            raise ValueError(
+                f"{name}[{wrong}] is {int(places[wrong])}; patches of {tall} x {wide} fit at 0 to {last}"
+            )
+    if count:
+        check_range(patches, name="patches")
+    device = image.device
+    patches = patches.detach().to(device, image.dtype, copy=True).clamp_(0, 1)
+    return tops.to(device, torch.long), lefts.to(device, torch.long), patches

@@ -1,0 +1,164 @@
+"""Windows: the parts of feature maps that an edit changes, with the map of the unedited image around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Layout = Literal["maps", "sites", "rows"]
+"""How a network sees a map just now: (N, C, H, W), (N, H, W, C), or (N * H * W, C)."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What M edits change of a map: a window each, all of one size.
+
+    Attributes:
+        values: (M, h, w, C) contiguous, whatever the layout.
+        tops: (M,) row of each window's first site.
+        lefts: (M,) column likewise.
+        layout: how the network sees the whole map.
+    """
+
+    values: Tensor
+    tops: Tensor
+    lefts: Tensor
+    layout: Layout = "maps"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.values.shape[1], self.values.shape[2]
+
+    def select(self, rows: slice) -> Windows:
+        return replace(self, values=self.values[rows], tops=self.tops[rows], lefts=self.lefts[rows])
+
+    def seen(self) -> Tensor:
+        """The values in the network's layout, as if the window were the whole map."""
+        return as_seen(self.values, self.layout)
+
+    def changed(self, seen: Tensor) -> Windows:
+        """The same windows with other values, given in the network's layout."""
+        return replace(self, values=as_sites(seen, self.layout, self.size))
+
+
+@dataclass(frozen=True)
+class Map:
+    """A map of the unedited images.
+
+    Attributes:
+        sites: (N, H, W, C) contiguous.
+        layout: how the network sees it.
+        padded: copies with borders, by the widths and the value of these.
+    """
+
+    sites: Tensor
+    layout: Layout = "maps"
+    padded: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.sites.shape[1], self.sites.shape[2]
+
+    def with_border(self, widths: Sequence[int], value: float) -> Tensor:
+        """(N, H', W', C) with (left, right, top, bottom) more sites of the value."""
+        if not any(widths):
+            return self.sites
+        key = (*widths, value)
+        if key not in self.padded:
+            self.padded[key] = F.pad(self.sites, (0, 0, *widths), value=value)
+        return self.padded[key]
+
+
+def as_seen(sites: Tensor, layout: Layout) -> Tensor:
+    """(N, H, W, C) in the network's layout."""
+    if layout == "maps":
+        return sites.permute(0, 3, 1, 2)
+    return sites if layout == "sites" else sites.reshape(-1, sites.shape[3])
+
+
+def as_sites(seen: Tensor, layout: Layout, size: tuple[int, int]) -> Tensor:
+    """(N, H, W, C), contiguous, of a map of this height and width in the network's layout."""
+    if layout == "maps":
+        return seen.permute(0, 2, 3, 1).contiguous()
+    return seen.contiguous() if layout == "sites" else seen.reshape(-1, *size, seen.shape[1]).contiguous()
+
+
+def gathered(sites: Tensor, owners: Tensor, tops: Tensor, lefts: Tensor, height: int, width: int) -> Tensor:
+    """(M, height, width, C): the windows at these places of the maps (N, H, W, C) of their owners."""
+    flat = _flat(owners, tops, lefts, height, width, sites.shape[1], sites.shape[2])
+    rows = sites.view(-1, sites.shape[3]).index_select(0, flat)
+    return rows.view(-1, height, width, sites.shape[3])
+
+
+def paste(onto: Tensor, tops: Tensor, lefts: Tensor, values: Tensor) -> Tensor:
+    """Write values (M, h, w, C) into (M, H, W, C), each at its place; returns what was written into."""
+    count, height, width, channels = values.shape
+    owners = torch.arange(count, device=values.device)
+    flat = _flat(owners, tops, lefts, height, width, onto.shape[1], onto.shape[2])
+    onto.view(-1, channels).index_copy_(0, flat, values.reshape(-1, channels))
+    return onto
+
+
+def _flat(
+    owners: Tensor, tops: Tensor, lefts: Tensor, height: int, width: int, rows: int, columns: int
+) -> Tensor:
+    """Numbers of the sites of windows in maps that lie one after the other."""
+    down = torch.arange(height, device=tops.device)
+    along = torch.arange(width, device=tops.device)
+    first = (owners * rows + tops)[:, None] + down
+    return (first[:, :, None] * columns + (lefts[:, None] + along)[:, None, :]).view(-1)
+
+
+def whole(windows: Windows, clean: Map, owners: Tensor) -> Tensor:
+    """(M, H, W, C): the whole maps of the edited images."""
+    return paste(clean.sites.index_select(0, owners), windows.tops, windows.lefts, windows.values)
+
+
+def joined(
+    several: Sequence[Windows], cleans: Sequence[Map], owners: Tensor, room: float
+) -> list[Windows] | None:
+    """The windows grown to common places and one size, or None where that takes more than `room` of the map.
+
+    What is grown over is the unedited map.
+    """
+    first = several[0]
+    if all(
+        one.size == first.size and (one.tops is first.tops or torch.equal(one.tops, first.tops))
+        and (one.lefts is first.lefts or torch.equal(one.lefts, first.lefts))
+        for one in several[1:]
+    ):  # fmt: skip
+        return list(several)
+    height, width = cleans[0].size
+    tops, tall = _span([one.tops for one in several], [one.size[0] for one in several], height)
+    lefts, wide = _span([one.lefts for one in several], [one.size[1] for one in several], width)
+    if tall * wide > room * height * width:
+        return None
+    return [
+        replace(
+            one,
+            values=paste(
+                gathered(clean.sites, owners, tops, lefts, tall, wide),
+                one.tops - tops,
+                one.lefts - lefts,
+                one.values,
+            ),
+            tops=tops,
+            lefts=lefts,
+        )
+        if one.size != (tall, wide) or not torch.equal(one.tops, tops) or not torch.equal(one.lefts, lefts)
+        else one
+        for one, clean in zip(several, cleans, strict=True)
+    ]
+
+
+def _span(starts: Sequence[Tensor], lengths: Sequence[int], limit: int) -> tuple[Tensor, int]:
+    """Starts (M,) and the one length of stretches that hold all stretches, row by row, within 0 to limit."""
+    start = torch.stack(list(starts)).amin(0)
+    end = torch.stack([begin + length for begin, length in zip(starts, lengths, strict=True)]).amax(0)
+    length = int((end - start).max())
+    return start.clamp(max=limit - length), length
