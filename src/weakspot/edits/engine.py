@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from weakspot.edits.recording import CannotRecordError, Recording
-from weakspot.edits.rules import State, apply, layout_after, needs_clean
+from weakspot.edits.recording import CannotRecordError, Recording, Step
+from weakspot.edits.rules import SITEWISE, State, apply, layout_after, needs_clean
 from weakspot.edits.windows import Layout, Map, Windows, as_seen, as_sites, whole
 
+FRESH = {"convolution", "addmm", "add", "native_batch_norm", "_native_batch_norm_legit_no_training"}
 ROOM = 0.7  # windows that take more of a map are computed as whole maps
 
 
@@ -24,13 +28,13 @@ class Engine:
     def __init__(self, recording: Recording, images: Tensor, *, full_batch: int) -> None:
         """Run the recording once on the images (N, C, H, W) and keep the maps that edits may need."""
         self.recording, self.full_batch = recording, full_batch
-        steps = recording.steps
+        kept = {slot for step in recording.steps for slot in step.inputs if needs_clean(step, "maps")}
+        self._steps = steps = _in_place(recording.steps, kept)
         self._last = {slot: number for number, step in enumerate(steps) for slot in step.inputs}
         self._last[recording.logits] = len(steps)
         self._cleans: dict[int, Map] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
         layouts: dict[int, Layout | None] = {}
-        kept = {slot for step in steps for slot in step.inputs if needs_clean(step, "maps")}
         values: dict[int, Any] = {}
         self._take(0, images, "maps", layouts, values, kept)
         with torch.no_grad():
@@ -82,7 +86,7 @@ class Engine:
 
     def _go_on(self, start: int, values: dict[int, Any], owners: Tensor, *, windows: bool) -> Tensor:
         """From a step on. Whole maps are computed for fewer edits at once than windows: they take more room."""
-        steps, count = self.recording.steps, len(owners)
+        steps, count = self._steps, len(owners)
         state = State(owners, self._cleans, self._sizes, ROOM)
         for number in range(start, len(steps)):
             step = steps[number]
@@ -113,6 +117,22 @@ class Engine:
             raise CannotRecordError("its logits have sites")
         logits: Tensor = found.flatten(1)
         return logits
+
+
+def _in_place(steps: Sequence[Step], kept: set[int]) -> list[Step]:
+    """The steps; activation functions of what nothing else reads write into it, which spares memory and time."""
+    made = {slot: step.name for step in steps for slot in step.outputs}
+    readers = Counter(slot for step in steps for slot in step.inputs)
+
+    def thrifty(step: Step) -> Step:
+        twin = getattr(getattr(torch.ops.aten, f"{step.name}_", None), "default", None)
+        if step.name not in SITEWISE or twin is None or len(step.inputs) != 1:
+            return step
+        (read,) = step.inputs
+        alone = readers[read] == 1 and read not in kept and made.get(read) in FRESH
+        return replace(step, call=twin) if alone else step
+
+    return [thrifty(step) for step in steps]
 
 
 def _selected(values: dict[int, Any], rows: slice) -> dict[int, Any]:
