@@ -7,12 +7,26 @@
 """
 
 from weakspot import attacks, regions
-from weakspot.attribution import class_activation
+from weakspot.attribution import class_activation, occlusion
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf, read_budget
 from weakspot.checks import ImageWarning, ModelWarning
 from weakspot.classifier import Classifier
 from weakspot.edits import LocalEdits
-from weakspot.explanations import Analysis, Explanation, Overlap, Picture, explain, overlap
+from weakspot.explanations import (
+    Analysis,
+    Explanation,
+    Locality,
+    Overlap,
+    Picture,
+    Promotion,
+    Restoration,
+    explain,
+    interpretability_score,
+    locality,
+    overlap,
+    promotion_suppression,
+    restoration,
+)
 from weakspot.images import read_images, sample_images
 from weakspot.models import load
 from weakspot.pairs import AttackResult, Pairs
@@ -31,18 +45,26 @@ __all__ = [
     "ImageWarning",
     "Linf",
     "LocalEdits",
+    "Locality",
     "ModelWarning",
     "Overlap",
     "Pairs",
     "Picture",
+    "Promotion",
+    "Restoration",
     "attacks",
     "class_activation",
     "explain",
+    "interpretability_score",
     "load",
+    "locality",
+    "occlusion",
     "overlap",
+    "promotion_suppression",
     "read_budget",
     "read_images",
     "regions",
+    "restoration",
     "sample_images",
     "ssim_map",
 ]

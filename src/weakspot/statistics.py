@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -76,6 +77,22 @@ def shift_test(over_shifts: Tensor) -> ShiftTest:
         p=share(values >= observed - slack),
         p_less=share(values <= observed + slack),
     )
+
+
+def mean_interval(values: NDArray[np.floating], seed: int = 0) -> tuple[float, float, float]:
+    """The mean and its 95% interval by the percentile bootstrap over images; of one value, or none, no interval.
+
+    >>> mean_interval(np.array([0.0, 1.0, 1.0, 0.0]))
+    (0.5, 0.0, 1.0)
+    """
+    if len(values) == 0:
+        return np.nan, np.nan, np.nan
+    if len(values) == 1:
+        return float(values[0]), np.nan, np.nan
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), (10_000, len(values)))].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)
 
 
 def products_over_shifts(fixed: Tensor, shifted: Tensor) -> Tensor:

@@ -8,9 +8,11 @@ from weakspot.attacks.minimal import carlini_wagner
 from weakspot.attacks.objectives import OBJECTIVES
 from weakspot.attacks.registry import available_attacks, find_attack
 from weakspot.attacks.sparse import elastic_net, structured
+from weakspot.attacks.sweep import PixelSweep, pixel_sweep
 
 __all__ = [
     "OBJECTIVES",
+    "PixelSweep",
     "auto",
     "available_attacks",
     "carlini_wagner",
@@ -20,6 +22,7 @@ __all__ = [
     "find_attack",
     "iterative",
     "pgd",
+    "pixel_sweep",
     "pixels",
     "structured",
 ]

@@ -65,7 +65,7 @@ def _corners(
     """
     number, channels, height, width = images.shape
     corners = torch.tensor(list(itertools.product([0.0, 1.0], repeat=channels)), device=images.device)
-    order, allowed = _by_gradient(problem, images, corners)
+    order, allowed = in_gradient_order(problem, images, corners)
     found, lowest = images.clone(), torch.full_like(images[:, 0, 0, 0], torch.inf)
     here, part, base = torch.arange(number, device=images.device), problem, images
     seen = ~allowed
@@ -150,7 +150,7 @@ def _between_corners(
     return paint(images, sites, colors[chosen % len(colors)][:, None]), margins
 
 
-def _by_gradient(problem: Problem, images: Tensor, corners: Tensor) -> tuple[Tensor, Tensor]:
+def in_gradient_order(problem: Problem, images: Tensor, corners: Tensor) -> tuple[Tensor, Tensor]:
     """Candidates, site * corners + corner, by the margin's first-order change, and which are in the region."""
     falling = problem.descend(images).direction.flatten(2)
     flat = images.flatten(2)

@@ -1,5 +1,6 @@
 """Exact logits of many small edits of an image, without redoing the whole forward pass."""
 
+from weakspot.edits.groups import Windowed, cells, exchanged, grid, windowed
 from weakspot.edits.local import Edits, LocalEdits, Prepared, prepare
 
-__all__ = ["Edits", "LocalEdits", "Prepared", "prepare"]
+__all__ = ["Edits", "LocalEdits", "Prepared", "Windowed", "cells", "exchanged", "grid", "prepare", "windowed"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot.checks import check_range
-from weakspot.classifier import Classifier, check_images, default_batch, evaluating
+from weakspot.classifier import Classifier, check_images, default_batch, evaluating, predict
 from weakspot.edits.engine import Engine
 from weakspot.edits.recording import CannotRecordError, Recording, record
 from weakspot.edits.windows import paste
@@ -145,6 +145,13 @@ class Edits:
             if progress is not None:
                 progress(done / count)
         return torch.cat(found)
+
+    def clean_logits(self) -> Tensor:
+        """(N, K) of the unedited images."""
+        if self._engine is not None:
+            return self._engine.logits
+        with fused(self.classifier, self.images[:1]):
+            return predict(self.classifier, self.images, self._whole_batch)
 
     def _part(self, by_windows: bool, owners: Tensor, tops: Tensor, lefts: Tensor, patches: Tensor) -> Tensor:
         if by_windows and self._engine is not None:

@@ -2,6 +2,29 @@
 
 from weakspot.explanations.analysis import Analysis, Picture
 from weakspot.explanations.explanation import Explanation, explain
+from weakspot.explanations.locality import Locality, locality
 from weakspot.explanations.overlap import Overlap, overlap
+from weakspot.explanations.promotion import (
+    Promotion,
+    interpretability_score,
+    interpretability_test,
+    promotion_suppression,
+)
+from weakspot.explanations.restoration import Restoration, restoration
 
-__all__ = ["Analysis", "Explanation", "Overlap", "Picture", "explain", "overlap"]
+__all__ = [
+    "Analysis",
+    "Explanation",
+    "Locality",
+    "Overlap",
+    "Picture",
+    "Promotion",
+    "Restoration",
+    "explain",
+    "interpretability_score",
+    "interpretability_test",
+    "locality",
+    "overlap",
+    "promotion_suppression",
+    "restoration",
+]

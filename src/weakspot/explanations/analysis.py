@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 GROUP = "weakspot.analyses"
+OWN = ("cam", "ssim", "overlap", "promotion", "restoration", "locality")
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ AnalysisFunction = Callable[..., Analysis]  # (model, pairs, *, seed) -> Analysi
 
 
 def available_analyses() -> list[str]:
-    """Names that `explain(analyses=...)` takes, in the order they are run: cam, ssim, overlap, then others."""
+    """Names that `explain(analyses=...)` takes, in the order they are run: our own, then others by name."""
     names = {entry.name for entry in entry_points(group=GROUP)}
-    own = [name for name in ("cam", "ssim", "overlap") if name in names]
+    own = [name for name in OWN if name in names]
     return own + sorted(names.difference(own))
 
 

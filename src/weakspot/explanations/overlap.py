@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weakspot.attribution.cam import class_activation, logit_gradient
+from weakspot.attribution.occlusion import occlusion
 from weakspot.attribution.path import MarginDrop, margin_drop
 from weakspot.checks import check_share, closest
 from weakspot.classifier import Classifier, evaluating
@@ -33,7 +34,7 @@ REACH = 1 / 50  # of the shorter side: how far from a changed pixel a site count
 ARBITRARY = 0.9  # a region of which less than this share is above a tie has no right to its size
 FRAGMENT = 4  # pixels; smaller components are speckle, not regions
 CHUNK = 8  # images whose shifts are in memory at once
-IMPORTANCES = ("cam", "gradient")
+IMPORTANCES = ("cam", "gradient", "occlusion")
 PARTITION = ("rest", "essential: looked at only", "contested: both", "neutralizable: attacked only")
 
 
@@ -105,7 +106,8 @@ def overlap(
         pairs: N pairs.
         keep: share of the image in either region, 0 to 1.
         seed: taken by every analysis; here nothing is random.
-        importance: "cam", "gradient" (norm of the gradient of the label's logit), or scores (N, 1, H, W).
+        importance: "cam", "gradient" (norm of the gradient of the label's logit), "occlusion" (fall of that logit where
+            a cell, a fourteenth of the image, is covered), or scores (N, 1, H, W).
 
     Raises:
         ValueError: when an argument does not fit, naming it.
@@ -151,6 +153,9 @@ def _importance(classifier: Classifier, pairs: Pairs, importance: str | Tensor) 
         return class_activation(classifier, pairs.clean, pairs.labels, registration="effective")
     if importance == "gradient":
         return logit_gradient(classifier, pairs.clean, pairs.labels)
+    if importance == "occlusion":
+        side = max(1, round(min(pairs.clean.shape[2:]) / 14))
+        return occlusion(classifier, pairs.clean, pairs.labels, cell=side)
     raise ValueError(
         f"importance is {importance!r}; {closest(importance, IMPORTANCES)}, or a tensor of scores"
     )

@@ -1,0 +1,283 @@
+"""Locality: does the same pixel value, moved elsewhere, still fool the network?
+
+After Vargas and Su 2019 (arXiv 1902.02947). Rings, intervals over images and the controls are ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from weakspot.attacks import draws
+from weakspot.attacks.sweep import pixel_sweep
+from weakspot.classifier import Classifier, evaluating, predict
+from weakspot.edits import Edits, Prepared, prepare
+from weakspot.explanations.analysis import Analysis, Picture, check_pairs
+from weakspot.pairs import Pairs
+from weakspot.statistics import mean_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLORS = 32  # random colours tried at the attack's own site
+SHIFTS = [(down, along) for down in (-1, 0, 1) for along in (-1, 0, 1) if (down, along) != (0, 0)]
+
+
+@dataclass(frozen=True, eq=False)
+class Locality:
+    """Where the one changed pixel of an attack would have worked as well.
+
+    Attributes:
+        success: bool (N, H, W), whether the same pixel value moved there changes the class from the label.
+        same_class: bool (N, H, W), whether into the class that the attack itself reached.
+        by_radius: rates over the attacks that succeed: one row for each radius 1 to R, the sites at that Chebyshev
+            distance, and a row "random" of all other sites; columns radius, rate, low, high (95% interval of the mean
+            over images), same_class, images.
+        controls: likewise, rows "neighbours", "random", "neighbours of failed attacks", "random site of failed
+            attacks", "random colour", "moved with the image".
+    """
+
+    success: Tensor
+    same_class: Tensor
+    by_radius: pd.DataFrame
+    controls: pd.DataFrame
+
+
+def locality(
+    model: nn.Module, pairs: Pairs, *, radius: int = 8, seed: int = 0, batch_size: int | None = None
+) -> Locality:
+    """Move the changed pixel of one-pixel attacks to every other site of the image.
+
+    Neighbours share the weakness if it belongs to what filters see around the pixel, and not if it is the pixel's
+    own. Controls: attacks that failed, moved likewise; 32 random colours at the attack's own site; image and pixel
+    moved together by one site (wrapping around), which filters should not mind.
+
+    Args:
+        model: any classifier.
+        pairs: N pairs, each different in exactly one pixel.
+        radius: of the largest ring.
+        seed: of the random colours.
+        batch_size: edits at once; changes no result.
+
+    Raises:
+        ValueError: when a pair differs in another number of pixels, or an argument does not fit, naming it.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2, bias=False)).eval()
+    >>> clean = torch.full((1, 3, 4, 4), 0.5)
+    >>> adversarial = clean.clone()
+    >>> adversarial[0, :, 1, 2] = 1
+    >>> locality(model, Pairs.of(model, clean, adversarial), radius=2).by_radius["radius"].tolist()
+    [1, 2, 'random']
+    """
+    check_pairs(pairs, model)
+    if not isinstance(radius, int) or radius < 1:
+        raise ValueError(f"radius is {radius!r}; accepted is a whole number of pixels from 1")
+    changed = (pairs.perturbation != 0).any(1).flatten(1)
+    counts = changed.sum(1)
+    if not bool((counts == 1).all()):
+        wrong = int((counts != 1).nonzero()[0])
+        raise ValueError(
+            f"pairs[{wrong}] differ in {int(counts[wrong])} pixels; accepted are pairs that differ in exactly one"
+        )
+    with evaluating(model) as classifier:
+        pairs = pairs.to(classifier.mean.device)
+        site = changed.to(pairs.clean.device).long().argmax(1)
+        prepared = prepare(classifier, pairs.clean[:1])
+        landed = predict(classifier, pairs.adversarial).argmax(1)
+        right = predict(classifier, pairs.clean).argmax(1) == pairs.labels
+        predicted = torch.stack(
+            [
+                _everywhere(classifier, pairs, number, site, prepared, batch_size)
+                for number in range(len(pairs))
+            ]
+        )
+        colored = _recolored(classifier, pairs, site, prepared, seed, batch_size)
+        moved = _moved_together(classifier, pairs)
+    success = predicted != pairs.labels[:, None, None]
+    same = success & (predicted == landed[:, None, None])
+    fooled, failed = right & (landed != pairs.labels), landed == pairs.labels
+    rings = _rings(site, pairs.clean.shape[2:])
+    return Locality(
+        success,
+        same,
+        _by_radius(success, same, rings, fooled, radius),
+        _controls(success, rings, fooled, failed, colored, moved),
+    )
+
+
+def _everywhere(
+    classifier: Classifier,
+    pairs: Pairs,
+    number: int,
+    site: Tensor,
+    prepared: Prepared,
+    batch_size: int | None,
+) -> Tensor:
+    """(H, W) classes of the clean image with the pair's pixel value at every site."""
+    height, width = pairs.clean.shape[2:]
+    color = pairs.adversarial[number].flatten(1)[:, site[number]]
+    places = torch.arange(height * width, device=site.device)
+    edits = Edits(classifier, pairs.clean[number : number + 1], prepared, batch_size=batch_size)
+    patches = color.view(1, -1, 1, 1).expand(len(places), -1, -1, -1)
+    logits = edits.logits(torch.zeros_like(places), places // width, places % width, patches)
+    return logits.argmax(1).view(height, width)
+
+
+def _recolored(
+    classifier: Classifier,
+    pairs: Pairs,
+    site: Tensor,
+    prepared: Prepared,
+    seed: int,
+    batch_size: int | None,
+) -> Tensor:
+    """(N,) share of random colours at the attack's own site that fool."""
+    channels, width = pairs.clean.shape[1], pairs.clean.shape[3]
+    colors = draws.uniform(draws.keys(pairs.clean, seed), 0, COLORS, channels)
+    rates = []
+    for number in range(len(pairs)):
+        edits = Edits(classifier, pairs.clean[number : number + 1], prepared, batch_size=batch_size)
+        places = site[number].expand(COLORS)
+        logits = edits.logits(
+            torch.zeros_like(places),
+            places // width,
+            places % width,
+            colors[number, :, :, None, None].to(pairs.clean),
+        )
+        rates.append((logits.argmax(1) != pairs.labels[number]).double().mean())
+    return torch.stack(rates)
+
+
+def _moved_together(classifier: Classifier, pairs: Pairs) -> Tensor:
+    """(N,) share of the eight shifts under which the clean image is still read rightly and the attack still fools.
+
+    Only shifts that leave the clean image's class count; NaN where none does.
+    """
+    worked, counted = (
+        torch.zeros(len(pairs), dtype=torch.float64, device=pairs.clean.device) for _ in range(2)
+    )
+    for shift in SHIFTS:
+        clean, adversarial = (
+            predict(classifier, images.roll(shift, (2, 3))).argmax(1)
+            for images in (pairs.clean, pairs.adversarial)
+        )
+        right = clean == pairs.labels
+        counted += right
+        worked += right & (adversarial != pairs.labels)
+    return worked / counted.where(counted > 0, torch.nan)
+
+
+def _rings(site: Tensor, size: torch.Size) -> Tensor:
+    """(N, H, W) Chebyshev distance from each pair's changed pixel."""
+    rows = torch.arange(size[0], device=site.device)[:, None]
+    columns = torch.arange(size[1], device=site.device)
+    down = (rows - (site // size[1]).view(-1, 1, 1)).abs()
+    along = (columns - (site % size[1]).view(-1, 1, 1)).abs()
+    return torch.maximum(down, along)
+
+
+def _rates(hits: Tensor, where: Tensor, chosen: Tensor) -> np.ndarray:
+    """Of each chosen image that has such sites, the share of them that hit."""
+    sites = where[chosen].flatten(1).sum(1).double()
+    found = (hits & where)[chosen].flatten(1).sum(1) / sites
+    return found[sites > 0].cpu().numpy()
+
+
+def _row(name: object, rates: np.ndarray) -> dict[str, object]:
+    rate, low, high = mean_interval(rates)
+    return {"radius": name, "rate": rate, "low": low, "high": high, "images": len(rates)}
+
+
+def _by_radius(success: Tensor, same: Tensor, rings: Tensor, fooled: Tensor, radius: int) -> pd.DataFrame:
+    import pandas as pd
+
+    areas: list[tuple[object, Tensor]] = [(ring, rings == ring) for ring in range(1, radius + 1)]
+    areas.append(("random", rings > 0))
+    table = pd.DataFrame([_row(name, _rates(success, area, fooled)) for name, area in areas])
+    reached = [_rates(same, area, fooled) for _, area in areas]
+    table.insert(4, "same_class", [float(rates.mean()) if len(rates) else np.nan for rates in reached])
+    return table
+
+
+def _controls(
+    success: Tensor, rings: Tensor, fooled: Tensor, failed: Tensor, colored: Tensor, moved: Tensor
+) -> pd.DataFrame:
+    import pandas as pd
+
+    near, far = rings == 1, rings > 0
+    rates = {
+        "neighbours": _rates(success, near, fooled),
+        "random": _rates(success, far, fooled),
+        "neighbours of failed attacks": _rates(success, near, failed),
+        "random site of failed attacks": _rates(success, far, failed),
+        "random colour": colored[fooled].cpu().numpy(),
+        "moved with the image": moved[fooled & moved.isfinite()].cpu().numpy(),
+    }
+    table = pd.DataFrame([_row(name, values) for name, values in rates.items()])
+    return table.rename(columns={"radius": "control"})
+
+
+SITES = 1024  # pixels that `analyse` sweeps at most; of larger images every so many-th
+
+
+def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
+    """What one pixel can do anywhere; for pairs that differ in one pixel also where else it would have worked."""
+    import pandas as pd
+
+    height, width = pairs.clean.shape[2:]
+    step = max(1, int(np.ceil(np.sqrt(height * width / SITES))))
+    region = torch.zeros(1, 1, height, width, dtype=torch.bool)
+    region[:, :, step // 2 :: step, step // 2 :: step] = True
+    sweep = pixel_sweep(model, pairs.clean, pairs.labels, region=region)
+    tried = sweep.margin[:, step // 2 :: step, step // 2 :: step]
+    margins = tried.repeat_interleave(step, 1).repeat_interleave(step, 2)[:, None, :height, :width]
+    margins = torch.nn.functional.pad(
+        margins, (0, width - margins.shape[3], 0, height - margins.shape[2]), mode="replicate"
+    )
+    scores = {
+        "weakest_pixel": tried.flatten(1).amin(1),
+        "weak_pixels": (tried < 0).flatten(1).double().mean(1),
+    }
+    every = "pixel" if step == 1 else f"{step}th pixel down and along"
+    maps, meanings, pictures = (
+        {"one_pixel_margin": margins},
+        {
+            "weakest_pixel": f"Smallest lead of the label when one pixel, every {every}, takes a corner colour; below "
+            "0 that pixel is enough.",
+            "weak_pixels": "Share of these pixels that are enough alone.",
+        },
+        {
+            "one_pixel_margin": Picture(
+                "Lead left after one pixel",
+                kind="signed",
+                meaning=f"The smallest lead of {{label}} over any class when this pixel alone takes the worst corner "
+                f"colour; every {every} was tried. Below 0 it is enough.",
+            )
+        },
+    )
+    one = (pairs.perturbation != 0).any(1).flatten(1).sum(1) == 1
+    if bool(one.all()):
+        moved = locality(model, pairs, seed=seed)
+        site = (pairs.perturbation != 0).any(1).flatten(1).long().argmax(1)
+        rings = _rings(site.to(moved.success.device), moved.success.shape[1:])
+        for name, area in (("neighbours_fool", rings == 1), ("elsewhere_fools", rings > 1)):
+            scores[name] = (moved.success & area).flatten(1).sum(1) / area.flatten(1).sum(1)
+        maps["moved_pixel"] = (moved.success * 1 + moved.same_class)[:, None]
+        meanings["neighbours_fool"] = "Share of the eight neighbours where the same pixel value also fools."
+        meanings["elsewhere_fools"] = "Share of all sites farther away where it does."
+        pictures["moved_pixel"] = Picture(
+            "The same pixel moved",
+            kind="category",
+            categories=("does not fool", "fools into another class", "fools into the same class"),
+            meaning="Where the attack's pixel value would have worked as well.",
+        )
+    return Analysis(
+        scores=pd.DataFrame({name: values.cpu().numpy() for name, values in scores.items()}),
+        maps=maps,
+        meanings=meanings,
+        pictures=pictures,
+    )

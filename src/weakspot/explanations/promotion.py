@@ -1,0 +1,299 @@
+"""Promotion and suppression: which parts of a perturbation raise the target, and which lower the label.
+
+After Xu et al. 2019 (arXiv 1904.02057). The floors, the inactive cells, the shares of negative effects, the gap of
+additivity and the add-one variant are ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from weakspot.attribution import class_activation
+from weakspot.checks import check_share, closest
+from weakspot.classifier import Classifier, evaluating, predict
+from weakspot.edits import Edits, Prepared, cells, exchanged, grid, prepare, windowed
+from weakspot.explanations.analysis import Analysis, Picture, check_pairs, rivals
+from weakspot.pairs import Pairs
+from weakspot.regions import top
+from weakspot.statistics import ShiftTest, products_over_shifts, shift_test
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FLOOR = 1e-6  # of effects, so that their ratio exists
+CLIP = 10.0  # of the ratio's logarithm
+ACTIVE = 0.001  # share of the whole change of the margin that a cell's larger effect must reach
+SUPPRESSION, BALANCED, PROMOTION, INACTIVE = -1, 0, 1, -128
+VARIANTS = ("leave_one_out", "add_one")
+KINDS = ("inactive", "suppresses the label", "both", "promotes the target")
+
+
+@dataclass(frozen=True, eq=False)
+class Promotion:
+    """What each cell of a perturbation does to the two logits. Shapes are (N, rows, columns) of cells, or (N, 1, G).
+
+    Attributes:
+        promotion: by how much the cell raises the target's logit.
+        suppression: by how much it lowers the label's.
+        ratio: log2(promotion / suppression), both at least 1e-6, cut to -10 to 10; NaN where inactive.
+        kind: int8: -1 suppression (ratio under -1), 0 balanced, 1 promotion (ratio over 1), -128 inactive: neither
+            effect reaches 0.1% of the whole change of the margin.
+        groups: (N, 1, H, W) the number of the cell, in reading order, or superpixel that each pixel belongs to.
+        scores: one row per image; see `MEANINGS`.
+    """
+
+    promotion: Tensor
+    suppression: Tensor
+    ratio: Tensor
+    kind: Tensor
+    groups: Tensor
+    scores: pd.DataFrame
+
+    def on_pixels(self, values: Tensor) -> Tensor:
+        """(N, 1, H, W): values (N, rows, columns) of cells at every pixel of them."""
+        return values.flatten(1).gather(1, self.groups.flatten(1)).view(self.groups.shape)
+
+
+MEANINGS = {
+    "promoted": "By how much all parts of the perturbation, each alone, raise the target's logit.",
+    "suppressed": "By how much all parts of the perturbation, each alone, lower the label's logit.",
+    "promoting_share": "Share of the active cells that mainly promote the target.",
+    "suppressing_share": "Share of the active cells that mainly suppress the label.",
+    "active_share": "Share of the cells that do at least 0.1% of the whole change.",
+    "negative_share": "Share of the cells that work against the attack on either logit.",
+    "additivity_gap": "How far the cells' effects are from summing to the whole change, as a share of it; far from 0, "
+    "cells act together and no cell's effect is its own.",
+}
+
+
+def promotion_suppression(
+    model: nn.Module,
+    pairs: Pairs,
+    *,
+    cell: int = 16,
+    groups: Tensor | None = None,
+    variant: str = "leave_one_out",
+    batch_size: int | None = None,
+) -> Promotion:
+    """What each part of the perturbation does to the label's and to the target's logit, found by leaving it out.
+
+    With x' the adversarial image and x'_i the same with part i as it was: promotion_i = z_target(x') - z_target(x'_i),
+    suppression_i = z_label(x'_i) - z_label(x'). With `variant="add_one"` the clean image takes part i only.
+
+    Args:
+        model: any classifier.
+        pairs: N pairs; where an untargeted attack failed, the target is the class it came closest to.
+        cell: side of the square cells in pixels; cells at the far borders may be smaller.
+        groups: (N, 1, H, W) numbers of superpixels, from `regions.superpixels`, in place of cells.
+        variant: "leave_one_out" or "add_one".
+        batch_size: edits at once; changes no result.
+
+    Raises:
+        ValueError: when an argument does not fit, naming it.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2, bias=False)).eval()
+    >>> pairs = Pairs.of(model, torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4))
+    >>> promotion_suppression(model, pairs, cell=2).promotion.shape
+    torch.Size([1, 2, 2])
+    """
+    check_pairs(pairs, model)
+    if variant not in VARIANTS:
+        raise ValueError(f"variant is {variant!r}; {closest(str(variant), VARIANTS)}")
+    with evaluating(model) as classifier:
+        pairs = pairs.to(classifier.mean.device)
+        every, shape, side = _groups_of(pairs, cell, groups)
+        prepared = prepare(classifier, pairs.clean[:1])
+        both = torch.stack([pairs.labels, rivals(classifier, pairs)], 1)
+        clean, adversarial = (
+            predict(classifier, images).gather(1, both).double()
+            for images in (pairs.clean, pairs.adversarial)
+        )
+        effects = [
+            _effects(classifier, pairs, number, both, every, side, variant, prepared, batch_size)
+            for number in range(len(pairs))
+        ]
+    size = max(len(one) for one in effects)
+    padded = torch.stack(
+        [torch.nn.functional.pad(one, (0, 0, 0, size - len(one)), value=torch.nan) for one in effects]
+    )
+    suppression, promotion = padded.unbind(2)
+    change = (clean - adversarial)[:, 0] - (clean - adversarial)[:, 1]
+    ratio = (promotion.clamp(min=FLOOR) / suppression.clamp(min=FLOOR)).log2().clamp(-CLIP, CLIP)
+    inactive = ~(torch.maximum(promotion, suppression) >= ACTIVE * change.abs()[:, None])
+    ratio = ratio.masked_fill(inactive, torch.nan)
+    kind = (
+        ((ratio > 1) * PROMOTION + (ratio < -1) * SUPPRESSION).masked_fill(inactive, INACTIVE).to(torch.int8)
+    )
+    rows = shape or (1, size)
+    return Promotion(
+        promotion.float().view(-1, *rows),
+        suppression.float().view(-1, *rows),
+        ratio.float().view(-1, *rows),
+        kind.view(-1, *rows),
+        every,
+        _scores(promotion, suppression, kind, change),
+    )
+
+
+def _groups_of(
+    pairs: Pairs, cell: int, groups: Tensor | None
+) -> tuple[Tensor, tuple[int, int] | None, int | None]:
+    """Numbers (N, 1, H, W), rows and columns where they are cells, and the cells' side."""
+    height, width = pairs.clean.shape[2:]
+    shape = (len(pairs), 1, height, width)
+    if groups is not None:
+        if (
+            not isinstance(groups, Tensor)
+            or groups.is_floating_point()
+            or groups.shape != shape
+            or bool((groups < 0).any())
+        ):
+            what = (
+                f"{tuple(groups.shape)} {groups.dtype}"
+                if isinstance(groups, Tensor)
+                else type(groups).__name__
+            )
+            raise ValueError(f"groups is {what}; accepted is an integer tensor {shape} of numbers from 0")
+        return groups.to(pairs.clean.device, torch.long), None, None
+    if not isinstance(cell, int) or cell < 1:
+        raise ValueError(f"cell is {cell!r}; accepted is a whole number of pixels from 1")
+    numbers = cells(height, width, cell).to(pairs.clean.device)
+    return numbers.expand(shape), grid(height, width, cell), cell
+
+
+def _effects(
+    classifier: Classifier,
+    pairs: Pairs,
+    number: int,
+    both: Tensor,
+    groups: Tensor,
+    side: int | None,
+    variant: str,
+    prepared: Prepared,
+    batch_size: int | None,
+) -> Tensor:
+    """(G, 2) suppression and promotion of each group of one pair."""
+    clean, adversarial = pairs.clean[number : number + 1], pairs.adversarial[number : number + 1]
+    whole, part = (adversarial, clean) if variant == "leave_one_out" else (clean, adversarial)
+    edits = Edits(classifier, whole, prepared, batch_size=batch_size)
+    edited = exchanged(edits, part, windowed(groups[number, 0], side))[:, both[number]].double()
+    before = edits.clean_logits()[:, both[number]].double()
+    without, with_it = (edited, before) if variant == "leave_one_out" else (before, edited)
+    change = with_it - without
+    return torch.stack([-change[:, 0], change[:, 1]], 1)
+
+
+def _scores(promotion: Tensor, suppression: Tensor, kind: Tensor, change: Tensor) -> pd.DataFrame:
+    import pandas as pd
+
+    there = promotion.isfinite()
+    number = there.sum(1).double()
+    active = (there & (kind != INACTIVE)).sum(1).double()
+    promoted, suppressed = promotion.nansum(1), suppression.nansum(1)
+    rounding = 1e-5 * torch.maximum(promotion, suppression).nan_to_num(0).abs().amax(1, keepdim=True)
+    negative = (there & ((promotion < -rounding) | (suppression < -rounding))).sum(1) / number
+    return pd.DataFrame(
+        {
+            name: values.cpu().numpy()
+            for name, values in {
+                "promoted": promoted,
+                "suppressed": suppressed,
+                "promoting_share": (kind == PROMOTION).sum(1) / active,
+                "suppressing_share": (kind == SUPPRESSION).sum(1) / active,
+                "active_share": active / number,
+                "negative_share": negative,
+                "additivity_gap": (promoted + suppressed - change) / change.where(change != 0, torch.nan),
+            }.items()
+        }
+    )
+
+
+def interpretability_score(model: nn.Module, pairs: Pairs, *, keep: float = 0.3, of: str = "label") -> Tensor:
+    """(N,) share of the perturbation's length that lies where the network sees a class: ||B * d||_2 / ||d||_2.
+
+    B is the top `keep` share of the class activation of label or target in the clean image (Xu et al. 2019, arXiv
+    1904.02057). A perturbation spread evenly has sqrt(keep), .548 for .3, by its area alone; `interpretability_test`
+    compares with class activations shifted over the image. NaN where nothing is perturbed.
+
+    Args:
+        model: any classifier.
+        pairs: N pairs.
+        keep: share of the image in B.
+        of: "label" or "target".
+
+    Raises:
+        ValueError: when an argument does not fit, naming it.
+    """
+    return interpretability_test(model, pairs, keep=keep, of=of).value.float()
+
+
+def interpretability_test(
+    model: nn.Module, pairs: Pairs, *, keep: float = 0.3, of: str = "label"
+) -> ShiftTest:
+    """`interpretability_score` beside its values when B is shifted against the perturbation by every amount."""
+    check_pairs(pairs, model)
+    check_share(keep)
+    if of not in {"label", "target"}:
+        raise ValueError(f"of is {of!r}; {closest(str(of), ['label', 'target'])}")
+    with evaluating(model) as classifier:
+        pairs = pairs.to(classifier.mean.device)
+        classes = pairs.labels if of == "label" else rivals(classifier, pairs)
+        evidence = class_activation(classifier, pairs.clean, classes, registration="effective")
+    region = top(evidence, keep)[:, 0]
+    energy = pairs.perturbation.double().square().sum(1)
+    total = energy.sum((1, 2), keepdim=True)
+    shares = products_over_shifts(region, energy) / total.where(total > 0, torch.nan)
+    return shift_test(shares.clamp(0, 1).sqrt())
+
+
+def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
+    """Promotion and suppression in cells of a fourteenth of the image, and how well the perturbation fits the CAM."""
+    import pandas as pd
+
+    del seed
+    side = max(1, round(min(pairs.clean.shape[2:]) / 14))
+    found = promotion_suppression(model, pairs, cell=side)
+    alone = promotion_suppression(model, pairs, cell=side, variant="add_one")
+    tests = {of: interpretability_test(model, pairs, of=of) for of in ("label", "target")}
+    columns = [test.columns(f"interpretability_{of}") for of, test in tests.items()]
+    gap = alone.scores[["additivity_gap"]].add_suffix("_add_one")
+    ordered = (found.kind.long() + 2).clamp(min=0)
+    return Analysis(
+        scores=pd.concat([found.scores, gap, *columns], axis=1),
+        maps={
+            "promotion": found.on_pixels(found.promotion)[:, :1],
+            "suppression": found.on_pixels(found.suppression)[:, :1],
+            "effect_kind": found.on_pixels(ordered),
+        },
+        meanings={
+            **MEANINGS,
+            "additivity_gap_add_one": "The same with each cell of the perturbation added alone to the clean image.",
+            "interpretability_label": "Share of the perturbation's length in the 30% of the image that matter most for "
+            "the label; by area alone it would be .548.",
+            "interpretability_target": "Likewise for the target.",
+        },
+        pictures={
+            "promotion": Picture(
+                "Raises {target}",
+                kind="signed",
+                scale="logit effect",
+                meaning="By how much the logit of {target} falls when this cell of the perturbation is taken out.",
+            ),
+            "suppression": Picture(
+                "Lowers {label}",
+                kind="signed",
+                scale="logit effect",
+                meaning="By how much the logit of {label} rises when this cell of the perturbation is taken out.",
+            ),
+            "effect_kind": Picture(
+                "Promotion or suppression",
+                kind="category",
+                categories=KINDS,
+                meaning="Which of the two effects is more than twice the other, cell by cell.",
+            ),
+        },
+    )
