@@ -12,6 +12,7 @@ from weakspot.classifier import Classifier, evaluating, margin, predict
 from weakspot.edits import Edits, Prepared, cells, exchanged, prepare, windowed
 from weakspot.edits.groups import Windowed
 from weakspot.explanations.analysis import Analysis, Picture, check_pairs
+from weakspot.fusion import fused
 from weakspot.pairs import Pairs
 
 if TYPE_CHECKING:
@@ -86,6 +87,103 @@ def restoration(
         necessary[:, groups][:, None],
         sufficient[:, groups][:, None],
         _scores(deletion, insertion, necessary, sufficient),
+    )
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Greedy search for small sets of cells.
+
+    Attributes:
+        classifier: in eval mode.
+        groups: (H, W) numbers of the cells.
+        lots: their windows.
+        prepared: the classifier's recording.
+        batch_size: edits at once.
+    """
+
+    classifier: Classifier
+    groups: Tensor
+    lots: list[Windowed]
+    prepared: Prepared
+    batch_size: int | None
+
+    def of(self, pairs: Pairs, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Deletion and insertion curves (G + 1,), necessary and sufficient cells (G,) of one pair."""
+        clean, adversarial = pairs.clean[number : number + 1], pairs.adversarial[number : number + 1]
+        label = pairs.labels[number]
+        out = self._alone(adversarial, clean, label).argsort(descending=True, stable=True)
+        into = self._alone(clean, adversarial, label).argsort(stable=True)
+        deletion = self._along(adversarial, clean, out, label)
+        insertion = self._along(clean, adversarial, into, label)
+        none = torch.zeros(len(out), dtype=torch.bool, device=clean.device)
+        if not bool((deletion[0] < 0) & (deletion[-1] >= 0)):
+            return deletion, insertion, none, none
+        necessary = self._flipping(adversarial, clean, label, wanted=1)
+        sufficient = self._flipping(clean, adversarial, label, wanted=-1)
+        return deletion, insertion, necessary, sufficient
+
+    def _alone(self, image: Tensor, other: Tensor, label: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """(G,) margins of the image with each cell, alone, from the other; NaN for cells not chosen."""
+        edits = Edits(self.classifier, image, self.prepared, batch_size=self.batch_size)
+        logits = exchanged(edits, other, self.lots, chosen)
+        found = margin(logits.nan_to_num(0), label.expand(len(logits)))
+        return found if chosen is None else found.masked_fill(~chosen, torch.nan)
+
+    def _mixed(self, image: Tensor, other: Tensor, chosen: Tensor) -> Tensor:
+        """(M, C, H, W): the image with chosen cells (M, G) from the other."""
+        return torch.where(chosen[:, self.groups][:, None], other, image)
+
+    def _margins(self, images: Tensor, label: Tensor) -> Tensor:
+        with fused(self.classifier, images[:1]):
+            logits = predict(self.classifier, images, self.batch_size)
+        return margin(logits, label.expand(len(images)))
+
+    def _along(self, image: Tensor, other: Tensor, order: Tensor, label: Tensor) -> Tensor:
+        """(G + 1,) margins while cells go over to the other in this order."""
+        rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        counts = torch.arange(len(order) + 1, device=order.device)
+        parts = [
+            self._margins(self._mixed(image, other, rank < part[:, None]), label) for part in counts.split(64)
+        ]
+        return torch.cat(parts)
+
+    def _flipping(self, image: Tensor, other: Tensor, label: Tensor, *, wanted: int) -> Tensor:
+        """(G,) bool, cells that bring the margin to the wanted sign when they go over to the other."""
+        chosen = torch.zeros(int(self.groups.max()) + 1, dtype=torch.bool, device=image.device)
+        step = -(-len(chosen) // ROUNDS)
+        order: list[int] = []
+        while not self._flipped(image, other, chosen, label, wanted) and not bool(chosen.all()):
+            alone = wanted * self._alone(self._mixed(image, other, chosen[None]), other, label, ~chosen)
+            added = alone.nan_to_num(-torch.inf).topk(min(step, int((~chosen).sum()))).indices
+            chosen[added] = True
+            order += added.tolist()
+        for number in reversed(order):
+            without = chosen.clone()
+            without[number] = False
+            if self._flipped(image, other, without, label, wanted):
+                chosen = without
+        return chosen
+
+    def _flipped(self, image: Tensor, other: Tensor, chosen: Tensor, label: Tensor, wanted: int) -> bool:
+        margins = self._margins(self._mixed(image, other, chosen[None]), label)
+        return bool(margins[0] >= 0) if wanted > 0 else bool(margins[0] < 0)
+
+
+def _scores(deletion: Tensor, insertion: Tensor, necessary: Tensor, sufficient: Tensor) -> pd.DataFrame:
+    import pandas as pd
+
+    lost = (deletion[:, -1] - deletion[:, 0]).double()
+    lost = lost.where(lost > 1e-6, torch.nan)
+    regained = torch.trapezoid(deletion.double() - deletion[:, :1], dim=1) / (deletion.shape[1] - 1) / lost
+    taken = torch.trapezoid(insertion[:, :1] - insertion.double(), dim=1) / (insertion.shape[1] - 1) / lost
+    none = ~necessary.any(1)
+    shares = [chosen.double().mean(1).masked_fill(none, torch.nan) for chosen in (necessary, sufficient)]
+    return pd.DataFrame(
+        {
+            name: values.cpu().numpy()
+            for name, values in zip(MEANINGS, (regained, taken, *shares), strict=True)
+        }
     )
 
 
