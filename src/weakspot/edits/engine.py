@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weakspot.edits.recording import CannotRecordError, Recording, Step
+from weakspot.edits.recording import CannotRecordError, Recording, Slot, Step
 from weakspot.edits.rules import SITEWISE, State, apply, layout_after, needs_clean
 from weakspot.edits.windows import Layout, Map, Windows, as_seen, as_sites, whole
 
@@ -28,8 +28,9 @@ class Engine:
     def __init__(self, recording: Recording, images: Tensor, *, full_batch: int) -> None:
         """Run the recording once on the images (N, C, H, W) and keep the maps that edits may need."""
         self.recording, self.full_batch = recording, full_batch
-        kept = {slot for step in recording.steps for slot in step.inputs if needs_clean(step, "maps")}
-        self._steps = steps = _in_place(recording.steps, kept)
+        merged = _padding_merged(recording.steps)
+        kept = {slot for step in merged for slot in step.inputs if needs_clean(step, "maps")}
+        self._steps = steps = _in_place(merged, kept)
         self._last = {slot: number for number, step in enumerate(steps) for slot in step.inputs}
         self._last[recording.logits] = len(steps)
         self._cleans: dict[int, Map] = {}
@@ -117,6 +118,35 @@ class Engine:
             raise CannotRecordError("its logits have sites")
         logits: Tensor = found.flatten(1)
         return logits
+
+
+def _padding_merged(steps: Sequence[Step]) -> list[Step]:
+    """The steps; zero padding that a convolution alone reads, and could do itself, is done by it."""
+    readers = Counter(slot for step in steps for slot in step.inputs)
+    padded: dict[int, tuple[int, list[int]]] = {}
+    found = []
+    for step in steps:
+        if step.name == "constant_pad_nd" and readers[step.outputs[0]] == 1 and len(step.inputs) == 1:
+            widths, value = list(step.arguments[1]), (*step.arguments, 0)[2]
+            if (
+                len(widths) == 4
+                and value == 0
+                and widths[0] == widths[1] >= 0
+                and widths[2] == widths[3] >= 0
+            ):
+                padded[step.outputs[0]] = (step.inputs[0], [widths[2], widths[0]])
+                found.append(step)
+                continue
+        if step.name == "convolution" and step.inputs[0] in padded and not step.arguments[6]:
+            source, widths = padded[step.inputs[0]]
+            own = step.arguments[4] if len(step.arguments[4]) == 2 else step.arguments[4] * 2
+            both = [width + more for width, more in zip(own, widths, strict=True)]
+            arguments = (Slot(source), *step.arguments[1:4], both, *step.arguments[5:])
+            found = [one for one in found if step.inputs[0] not in one.outputs]
+            found.append(replace(step, arguments=arguments, inputs=(source,)))
+            continue
+        found.append(step)
+    return found
 
 
 def _in_place(steps: Sequence[Step], kept: set[int]) -> list[Step]:

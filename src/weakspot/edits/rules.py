@@ -42,6 +42,7 @@ NORMS = {
     "_batch_norm_no_update",
     "cudnn_batch_norm",
 }
+STEPS = 8
 Rule = Callable[["State", Step, dict[int, Any]], "Windows | Tensor | None"]
 
 
@@ -349,9 +350,13 @@ def _reach(
     starts: Tensor, length: int, kernel: int, stride: int, padding: int, dilation: int, results: int
 ) -> _Reach:
     extent = dilation * (kernel - 1) + 1
-    count = min((length + extent - 2) // stride + 1, results)
-    first = torch.div(starts + padding - extent + stride, stride, rounding_mode="floor")
-    first = first.clamp(0, results - count)
+    first = torch.div(starts + padding - extent + stride, stride, rounding_mode="floor").clamp(min=0)
+    last = torch.div(starts + padding + length - 1, stride, rounding_mode="floor").clamp(max=results - 1)
+    # Fewer at the borders. In steps, so that not every size comes up: kernels are set up for each.
+    step = max(1, results // STEPS)
+    reached = max(1, -(-int((last - first).amax() + 1) // step) * step)
+    count = min(reached, (length + extent - 2) // stride + 1, results)
+    first = first.clamp(max=results - count)
     # A stride longer than the kernel skips sites; the window may begin or end on them.
     before, behind = max(0, stride - extent), stride - 1
     cut = first * stride
