@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weakspot.edits.recording import Slot, Step, filled
-from weakspot.edits.windows import Layout, Map, Windows, gathered, joined, paste
+from weakspot.edits.windows import Layout, Map, Windows, as_seen, gathered, joined, paste
 
 SITEWISE = {
     "relu", "hardtanh", "sigmoid", "tanh", "gelu", "silu", "hardswish", "hardsigmoid", "elu", "leaky_relu", "celu",
@@ -310,7 +310,7 @@ def _sliding(
     around = clean.with_border(border_widths, border)
     cut = gathered(around, state.owners, down.cut, along.cut, down.length, along.length)
     paste(cut, down.inside, along.inside, windows.values)
-    seen = cut[:, down.before :, along.before :].permute(0, 3, 1, 2)
+    seen = as_seen(cut[:, down.before :, along.before :], "maps")
     found = function(seen)[:, :, : down.count, : along.count]
     return Windows(found.permute(0, 2, 3, 1).contiguous(), down.first, along.first)
 
