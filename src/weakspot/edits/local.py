@@ -14,7 +14,7 @@ from weakspot.checks import check_range
 from weakspot.classifier import Classifier, check_images, default_batch, evaluating, predict
 from weakspot.edits.engine import Engine
 from weakspot.edits.recording import CannotRecordError, Recording, record
-from weakspot.edits.windows import paste
+from weakspot.edits.windows import as_seen, paste
 from weakspot.fusion import HOOKS, fused
 
 TOLERANCE = 1e-4  # of the range of the logits
@@ -84,7 +84,7 @@ def _trial(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _edited_images(images: Tensor, owners: Tensor, tops: Tensor, lefts: Tensor, patches: Tensor) -> Tensor:
     sites = images[owners].permute(0, 2, 3, 1).contiguous()
-    return paste(sites, tops, lefts, patches.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+    return as_seen(paste(sites, tops, lefts, patches.permute(0, 2, 3, 1)), "maps").contiguous()
 
 
 @dataclass

@@ -1,0 +1,161 @@
+"""Promotion and suppression: closed forms on a linear model, brute force on any, nulls that are known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import PoolingNetwork, TokenNetwork
+from weakspot import Pairs, interpretability_score, promotion_suppression, regions
+from weakspot.explanations import interpretability_test
+
+
+class Three(nn.Module):
+    """Linear, three classes: what each pixel does to each logit is its weight."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, *shape))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = torch.einsum("nchw,kchw->nk", images, self.weight)
+        return logits
+
+
+def pairs_of(model: nn.Module, shape: tuple[int, ...], labels: list[int], targets: list[int]) -> Pairs:
+    clean = torch.rand(shape)
+    return Pairs(clean, torch.rand(shape), torch.tensor(labels), torch.tensor(targets))
+
+
+def in_cells(effects: Tensor, cell: int) -> Tensor:
+    """(N, H, W) summed over cells, smaller ones at the far borders among them."""
+    rows = [part.sum(1, keepdim=True) for part in effects.split(cell, 1)]
+    return torch.cat([part.sum(2, keepdim=True) for part in torch.cat(rows, 1).split(cell, 2)], 2)
+
+
+@pytest.mark.parametrize("variant", ["leave_one_out", "add_one"])
+@pytest.mark.parametrize("size", [(8, 8), (9, 14)])
+def test_a_linear_model_has_its_weights_as_effects(variant: str, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    model = Three((3, *size)).eval()
+    pairs = pairs_of(model, (2, 3, *size), [0, 1], [1, 2])
+    found = promotion_suppression(model, pairs, cell=4, variant=variant)
+    effects = torch.einsum("nchw,kchw->nkhw", pairs.perturbation, model.weight.detach())
+    raised = in_cells(effects[torch.arange(2), pairs.targets], 4)
+    lowered = in_cells(-effects[torch.arange(2), pairs.labels], 4)
+    torch.testing.assert_close(found.promotion, raised, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.suppression, lowered, atol=1e-4, rtol=1e-4)
+    assert found.scores["additivity_gap"].abs().max() < 1e-4
+    ratio = (raised.clamp(min=1e-6) / lowered.clamp(min=1e-6)).log2().clamp(-10, 10)
+    change = (raised + lowered).sum((1, 2), keepdim=True).abs()
+    active = torch.maximum(raised, lowered) >= 0.001 * change
+    assert torch.equal(found.ratio.isnan(), ~active)
+    torch.testing.assert_close(found.ratio[active], ratio[active], atol=1e-2, rtol=1e-2)
+    clear = active & ((ratio.abs() - 1).abs() > 0.01)
+    assert torch.equal(found.kind[clear], ((ratio > 1).byte() - (ratio < -1).byte()).to(torch.int8)[clear])
+    assert bool((found.kind[~active] == -128).all())
+    negative = ((raised < 0) | (lowered < 0)).flatten(1).double().mean(1)
+    assert found.scores["negative_share"].tolist() == pytest.approx(negative.tolist())
+
+
+def test_any_network_equals_leaving_cells_out_one_by_one() -> None:
+    torch.manual_seed(1)
+    for model, size in ((PoolingNetwork().eval(), (18, 13)), (TokenNetwork().eval(), (16, 24))):
+        clean, adversarial = torch.rand(2, 3, *size), torch.rand(2, 3, *size)
+        pairs = Pairs(clean, adversarial, torch.tensor([0, 1]), torch.tensor([2, 0]))
+        found = promotion_suppression(model, pairs, cell=5)
+        with torch.no_grad():
+            base = model(adversarial)
+            for row in range(found.promotion.shape[1]):
+                for column in range(found.promotion.shape[2]):
+                    where = (
+                        slice(None),
+                        slice(None),
+                        slice(5 * row, 5 * row + 5),
+                        slice(5 * column, 5 * column + 5),
+                    )
+                    edited = adversarial.clone()
+                    edited[where] = clean[where]
+                    change = base - model(edited)
+                    raised = change.gather(1, pairs.targets[:, None])[:, 0]
+                    lowered = -change.gather(1, pairs.labels[:, None])[:, 0]
+                    torch.testing.assert_close(found.promotion[:, row, column], raised, atol=2e-5, rtol=1e-3)
+                    torch.testing.assert_close(
+                        found.suppression[:, row, column], lowered, atol=2e-5, rtol=1e-3
+                    )
+
+
+def test_superpixels_take_the_place_of_cells() -> None:
+    torch.manual_seed(2)
+    model = Three((3, 12, 15)).eval()
+    pairs = pairs_of(model, (2, 3, 12, 15), [0, 1], [1, 2])
+    groups = regions.superpixels(pairs.clean, count=9)
+    found = promotion_suppression(model, pairs, groups=groups)
+    effects = torch.einsum("nchw,kchw->nkhw", pairs.perturbation, model.weight.detach())
+    for number in range(2):
+        raised = effects[number, pairs.targets[number]]
+        for group in range(int(groups[number].max()) + 1):
+            inside = groups[number, 0] == group
+            torch.testing.assert_close(
+                found.promotion[number, 0, group], raised[inside].sum(), atol=1e-4, rtol=1e-4
+            )
+            on_pixels = found.on_pixels(found.promotion)[number, 0][inside]
+            assert bool((on_pixels == found.promotion[number, 0, group]).all())
+    assert found.promotion.shape[2] == int(groups.max()) + 1
+
+
+def test_no_perturbation_has_no_effect_and_no_kind() -> None:
+    model = PoolingNetwork().eval()
+    images = torch.rand(1, 3, 16, 16)
+    found = promotion_suppression(model, Pairs(images, images, torch.tensor([0]), torch.tensor([1])), cell=8)
+    assert bool((found.promotion.abs() < 1e-5).all())
+    assert found.scores["additivity_gap"].isna().all() or abs(found.scores["additivity_gap"][0]) < 1e3
+
+
+def test_bad_input_gets_one_sentence() -> None:
+    model, images = PoolingNetwork().eval(), torch.rand(1, 3, 8, 8)
+    pairs = Pairs(images, images, torch.tensor([0]), torch.tensor([1]))
+    with pytest.raises(ValueError, match="cell is 0; accepted is a whole number of pixels from 1"):
+        promotion_suppression(model, pairs, cell=0)
+    with pytest.raises(ValueError, match="did you mean add_one"):
+        promotion_suppression(model, pairs, variant="add_on")
+    with pytest.raises(ValueError, match=r"groups is \(1, 8, 8\)"):
+        promotion_suppression(model, pairs, groups=torch.zeros(1, 8, 8, dtype=torch.long))
+    with pytest.raises(ValueError, match="of is 'labels'; did you mean label"):
+        interpretability_score(model, pairs, of="labels")
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.3, 0.75])
+def test_an_even_perturbation_scores_the_root_of_the_area(keep: float) -> None:
+    torch.manual_seed(3)
+    model = PoolingNetwork().eval()
+    clean = torch.rand(2, 3, 20, 20) * 0.5
+    pairs = Pairs(clean, clean + 0.1, torch.tensor([0, 1]), torch.tensor([1, 0]))
+    score = interpretability_score(model, pairs, keep=keep)
+    torch.testing.assert_close(score, torch.full((2,), math.sqrt(keep)), atol=0.01, rtol=0)
+    test = interpretability_test(model, pairs, keep=keep)
+    torch.testing.assert_close(test.null.float(), score)
+
+
+def test_a_perturbation_inside_the_evidence_scores_one_and_beats_its_null() -> None:
+    torch.manual_seed(4)
+    model = PoolingNetwork().eval()
+    clean = torch.rand(2, 3, 20, 20) * 0.5
+    labels = torch.tensor([0, 1])
+    from weakspot import class_activation
+
+    inside = regions.top(class_activation(model, clean, labels, registration="effective"), 0.3)
+    pairs = Pairs(clean, clean + 0.2 * inside, labels, labels.flip(0))
+    assert interpretability_score(model, pairs).tolist() == pytest.approx([1, 1])
+    assert bool((interpretability_test(model, pairs).p < 0.01).all())
+    outside = Pairs(clean, clean + 0.2 * ~inside, labels, labels.flip(0))
+    assert interpretability_score(model, outside).tolist() == pytest.approx([0, 0])
+
+
+def test_nothing_perturbed_has_no_score() -> None:
+    images = torch.rand(1, 3, 16, 16)
+    pairs = Pairs(images, images, torch.tensor([0]), torch.tensor([1]))
+    assert bool(interpretability_score(PoolingNetwork().eval(), pairs).isnan().all())

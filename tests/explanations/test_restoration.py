@@ -1,0 +1,129 @@
+"""Restoration: causal sets flip the decision, and a planted one is found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import PoolingNetwork
+from weakspot import Linf, Pairs, attacks, occlusion, overlap, restoration
+
+
+def test_sets_flip_the_decision_and_every_member_is_needed() -> None:
+    torch.manual_seed(0)
+    model = PoolingNetwork().eval()
+    images = torch.rand(3, 3, 16, 16)
+    with torch.no_grad():
+        model.head.bias -= model(images).mean(0)  # close calls, that an attack can turn
+    labels = model(images).argmax(1)
+    pairs = attacks.pgd(model, images, labels, budget=Linf(0.3), steps=20)
+    assert bool(pairs.success.all())
+    found = restoration(model, pairs, cell=4)
+    with torch.no_grad():
+        alone = model(torch.where(found.sufficient, pairs.adversarial, images)).argmax(1)
+        without = model(torch.where(found.necessary, images, pairs.adversarial)).argmax(1)
+    assert bool((alone != labels).all())
+    assert bool((without == labels).all())
+    for number in range(3):
+        cells = found.sufficient[number, 0, ::4, ::4].nonzero()
+        for row, column in cells.tolist():
+            fewer = found.sufficient[number : number + 1].clone()
+            fewer[0, 0, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = False
+            with torch.no_grad():
+                left = model(torch.where(fewer, pairs.adversarial[number], images[number])).argmax(1)
+            assert int(left) == int(labels[number])
+
+
+class Threshold(nn.Module):
+    """Class 0 while the weighted sum of the image is above a level."""
+
+    def __init__(self, weight: torch.Tensor, level: float) -> None:
+        super().__init__()
+        self.weight, self.level = nn.Parameter(weight), level
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        score = torch.einsum("nchw,chw->n", images, self.weight) - self.level
+        return torch.stack([score, -score], 1)
+
+
+def test_one_planted_cell_is_both_enough_and_needed() -> None:
+    weight = torch.full((3, 12, 12), 0.1)
+    weight[:, 4:8, 8:] = 5
+    clean = torch.full((1, 3, 12, 12), 0.5)
+    model = Threshold(weight, float((clean * weight).sum()) - 50).eval()
+    adversarial = clean - 0.05
+    adversarial[:, :, 4:8, 8:] = 0
+    found = restoration(model, Pairs.of(model, clean, adversarial), cell=4)
+    planted = torch.zeros(1, 1, 12, 12, dtype=torch.bool)
+    planted[:, :, 4:8, 8:] = True
+    assert torch.equal(found.sufficient, planted)
+    assert torch.equal(found.necessary, planted)
+    assert found.scores["necessary_share"][0] == pytest.approx(1 / 9)
+    assert found.scores["deletion_auc"][0] > 0.9
+    assert found.scores["insertion_auc"][0] > 0.9
+
+
+def test_curves_run_from_one_image_to_the_other() -> None:
+    torch.manual_seed(1)
+    model = PoolingNetwork().eval()
+    images = torch.rand(2, 3, 10, 13)
+    labels = model(images).argmax(1)
+    pairs = attacks.pgd(model, images, labels, budget=Linf(0.2), steps=5)
+    found = restoration(model, pairs, cell=4)
+    with torch.no_grad():
+        ends = [model(x) for x in (pairs.adversarial, images)]
+    margins = [
+        z.gather(1, labels[:, None])[:, 0] - z.scatter(1, labels[:, None], -torch.inf).amax(1) for z in ends
+    ]
+    assert found.deletion.shape == (2, 3 * 4 + 1)
+    torch.testing.assert_close(found.deletion[:, 0], margins[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.deletion[:, -1], margins[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.insertion[:, 0], margins[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.insertion[:, -1], margins[0], atol=1e-4, rtol=1e-4)
+
+
+def test_an_attack_that_fails_has_no_causal_set() -> None:
+    model = PoolingNetwork().eval()
+    images = torch.rand(1, 3, 8, 8)
+    labels = model(images).argmax(1)
+    found = restoration(model, Pairs(images, images, labels, (labels + 1) % 4), cell=4)
+    assert not bool(found.necessary.any() | found.sufficient.any())
+    assert found.scores.isna().all(axis=None)
+
+
+def test_occlusion_equals_covering_cells_one_by_one() -> None:
+    torch.manual_seed(2)
+    model = PoolingNetwork().eval()
+    images, classes = torch.rand(2, 3, 11, 14), torch.tensor([2, 0])
+    for fill in ("mean", "grey", "black"):
+        found = occlusion(model, images, classes, cell=4, fill=fill)
+        with torch.no_grad():
+            for top in range(0, 11, 4):
+                for left in range(0, 14, 4):
+                    covered = images.clone()
+                    colors = {"mean": images.mean((2, 3), keepdim=True), "grey": 0.5, "black": 0.0}[fill]
+                    covered[:, :, top : top + 4, left : left + 4] = colors
+                    fall = (model(images) - model(covered)).gather(1, classes[:, None])[:, 0]
+                    torch.testing.assert_close(found[:, 0, top, left], fall, atol=2e-5, rtol=1e-3)
+                    same = found[:, 0, top : top + 4, left : left + 4].flatten(1)
+                    assert bool((same == same[:, :1]).all())
+
+
+def test_overlap_takes_occlusion_as_importance() -> None:
+    torch.manual_seed(3)
+    model = PoolingNetwork().eval()
+    images = torch.rand(2, 3, 28, 28)
+    pairs = attacks.pgd(model, images, model(images).argmax(1), steps=3)
+    found = overlap(model, pairs, importance="occlusion")
+    torch.testing.assert_close(found.importance, occlusion(model, images, pairs.labels, cell=2))
+
+
+def test_bad_input_gets_one_sentence() -> None:
+    model, images = PoolingNetwork().eval(), torch.rand(1, 3, 8, 8)
+    with pytest.raises(ValueError, match="fill is 'gray'; did you mean grey"):
+        occlusion(model, images, torch.tensor([0]), fill="gray")
+    with pytest.raises(ValueError, match=r"cell is 1\.5"):
+        occlusion(model, images, torch.tensor([0]), cell=1.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="cell is -1"):
+        restoration(model, Pairs(images, images, torch.tensor([0]), torch.tensor([1])), cell=-1)
