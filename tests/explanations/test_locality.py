@@ -19,8 +19,8 @@ def triggered_pair() -> tuple[Triggered, Pairs]:
 
 
 def by_control(found: Locality, column: str) -> dict[str, float]:
-    values = found.controls.set_index("control")[column].astype(float)
-    return {str(name): float(value) for name, value in values.items()}
+    table: dict[str, list[object]] = found.controls.to_dict("list")  # type: ignore[assignment]
+    return {str(name): float(str(value)) for name, value in zip(table["control"], table[column], strict=True)}
 
 
 def test_exactly_the_receptive_field_shares_the_weakness() -> None:
@@ -30,16 +30,12 @@ def test_exactly_the_receptive_field_shares_the_weakness() -> None:
         (row, column) for row in range(3, 6) for column in range(5, 8)
     }
     assert torch.equal(found.same_class, found.success)
-    table = found.by_radius.set_index("radius")
-    assert table.loc[[1, 2, 3, 4], "rate"].tolist() == [1, 0, 0, 0]
-    assert table.loc["random", "rate"] == pytest.approx(8 / 119)
-    controls = found.controls.set_index("control")
-    assert controls.loc["neighbours", "rate"] == 1
-    assert (
-        controls.loc["moved with the image", "rate"] == 1
-    )  # by one site the pixel stays in the filter's window
-    assert 0 < controls.loc["random colour", "rate"] < 1
-    assert controls.loc["neighbours of failed attacks", "images"] == 0
+    assert found.by_radius["rate"].tolist() == pytest.approx([1, 0, 0, 0, 8 / 119])
+    rates, images = by_control(found, "rate"), by_control(found, "images")
+    assert rates["neighbours"] == 1
+    assert rates["moved with the image"] == 1  # by one site the pixel stays in the filter's window
+    assert 0 < rates["random colour"] < 1
+    assert images["neighbours of failed attacks"] == 0
 
 
 def test_failures_are_controls_and_not_results() -> None:

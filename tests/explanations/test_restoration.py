@@ -15,7 +15,7 @@ def test_sets_flip_the_decision_and_every_member_is_needed() -> None:
     model = PoolingNetwork().eval()
     images = torch.rand(3, 3, 16, 16)
     with torch.no_grad():
-        model.head.bias -= model(images).mean(0)  # close calls, that an attack can turn
+        model.head.bias.sub_(model(images).mean(0))  # close calls, that an attack can turn
     labels = model(images).argmax(1)
     pairs = attacks.pgd(model, images, labels, budget=Linf(0.3), steps=20)
     assert bool(pairs.success.all())
@@ -92,6 +92,9 @@ def test_an_attack_that_fails_has_no_causal_set() -> None:
     assert found.scores.isna().all(axis=None)
 
 
+COLORS = {"grey": 0.5, "black": 0.0}
+
+
 def test_occlusion_equals_covering_cells_one_by_one() -> None:
     torch.manual_seed(2)
     model = PoolingNetwork().eval()
@@ -102,8 +105,10 @@ def test_occlusion_equals_covering_cells_one_by_one() -> None:
             for top in range(0, 11, 4):
                 for left in range(0, 14, 4):
                     covered = images.clone()
-                    colors = {"mean": images.mean((2, 3), keepdim=True), "grey": 0.5, "black": 0.0}[fill]
-                    covered[:, :, top : top + 4, left : left + 4] = colors
+                    color = (
+                        images.mean((2, 3), keepdim=True) if fill == "mean" else torch.tensor(COLORS[fill])
+                    )
+                    covered[:, :, top : top + 4, left : left + 4] = color
                     fall = (model(images) - model(covered)).gather(1, classes[:, None])[:, 0]
                     torch.testing.assert_close(found[:, 0, top, left], fall, atol=2e-5, rtol=1e-3)
                     same = found[:, 0, top : top + 4, left : left + 4].flatten(1)

@@ -52,7 +52,11 @@ class Smallest:
         self.fooled = self.fooled | fools
 
     def search(self, descend: Round, progress: Progress | None, searches: int = SEARCHES) -> None:
-        """Bisect each image's weight: down where a round fooled, tenfold up until one does (arXiv 1608.04644)."""
+        """Bisect each image's weight on a logarithmic scale.
+
+        Up tenfold until a round fools (arXiv 1608.04644), and down tenfold until one does not: a weight that is far
+        too large fools and leaves a change that is far too large.
+        """
         low, high = torch.zeros_like(self.lowest), torch.full_like(self.lowest, torch.inf)
         weights = torch.full_like(self.lowest, FIRST_WEIGHT)
         for number in range(searches):
@@ -60,7 +64,9 @@ class Smallest:
             descend(weights, self.keep, part_of(progress, number, searches))
             high = torch.where(self.fooled, weights, high)
             low = torch.where(self.fooled, low, weights)
-            weights = torch.where(high.isinf(), 10 * weights, (low + high) / 2)
+            weights = torch.where(
+                high.isinf(), 10 * weights, torch.where(low == 0, weights / 10, (low * high).sqrt())
+            )
 
 
 def carlini_wagner(
