@@ -76,7 +76,7 @@ def test_curves_run_from_one_image_to_the_other() -> None:
     margins = [
         z.gather(1, labels[:, None])[:, 0] - z.scatter(1, labels[:, None], -torch.inf).amax(1) for z in ends
     ]
-    assert found.deletion.shape == (2, 3 * 4 + 1)
+    assert found.share.tolist() == pytest.approx([number / 12 for number in range(13)])
     torch.testing.assert_close(found.deletion[:, 0], margins[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found.deletion[:, -1], margins[1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found.insertion[:, 0], margins[1], atol=1e-4, rtol=1e-4)

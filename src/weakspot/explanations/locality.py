@@ -221,7 +221,10 @@ def _controls(
     return table.rename(columns={"radius": "control"})
 
 
-SITES = 1024  # pixels that `analyse` sweeps at most; of larger images every so many-th
+SMALL, FEW = (
+    64 * 64,
+    14 * 14,
+)  # images of up to so many pixels are swept by `analyse`, of larger ones so many pixels
 
 
 def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
@@ -229,7 +232,7 @@ def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
     import pandas as pd
 
     height, width = pairs.clean.shape[2:]
-    step = max(1, int(np.ceil(np.sqrt(height * width / SITES))))
+    step = 1 if height * width <= SMALL else int(np.ceil(np.sqrt(height * width / FEW)))
     region = torch.zeros(1, 1, height, width, dtype=torch.bool)
     region[:, :, step // 2 :: step, step // 2 :: step] = True
     sweep = pixel_sweep(model, pairs.clean, pairs.labels, region=region)

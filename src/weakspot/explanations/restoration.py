@@ -18,7 +18,7 @@ from weakspot.pairs import Pairs
 if TYPE_CHECKING:
     import pandas as pd
 
-ROUNDS = 20  # of the greedy search: so many times the rest is judged anew
+POINTS = 50  # of a curve, at most, after its beginning
 PARTS = ("neither", "in the set that is enough", "in the set that is needed", "in both")
 
 
@@ -27,14 +27,16 @@ class Restoration:
     """What taking parts of the perturbation out, or putting them in, does to the decision.
 
     Attributes:
-        deletion: (N, G + 1) margin of the label after the first 0 to G cells were taken out of the perturbation, those
-            that raise the margin most, each alone, first.
-        insertion: (N, G + 1) margin after as many were put into the clean image, those that lower it most first.
+        share: (P,) of the cells, from 0 to 1, that have gone over at each point of a curve.
+        deletion: (N, P) margin of the label while cells are taken out of the perturbation, those that raise the margin
+            most, each alone, first.
+        insertion: (N, P) margin while cells are put into the clean image, those that lower it most first.
         necessary: bool (N, 1, H, W), a small set of cells without which the attack fails.
         sufficient: bool (N, 1, H, W), a small set of cells that fools the model alone.
         scores: one row per image; see `MEANINGS`.
     """
 
+    share: Tensor
     deletion: Tensor
     insertion: Tensor
     necessary: Tensor
@@ -57,9 +59,9 @@ def restoration(
 ) -> Restoration:
     """Deletion and insertion of the perturbation (after Petsiuk et al. 2018, arXiv 1806.07421), and small causal sets.
 
-    Sets are found greedily: the cells that change the margin most, given those already chosen, are added a twentieth
-    at a time until the decision flips, and then left out again one by one where the decision stays flipped. They are
-    small, not proven smallest. Where the attack does not fool the model there are none.
+    Sets are found greedily: cells go over in the order of what each does alone until the decision flips; then, from the
+    least of them on, every one goes back without which the decision stays flipped. So each cell of a set is needed in
+    it; the sets are small, not proven smallest. Where the attack does not fool the model there are none.
 
     Args:
         model: any classifier.
@@ -81,12 +83,14 @@ def restoration(
         )
         found = [search.of(pairs, number) for number in range(len(pairs))]
     deletion, insertion, necessary, sufficient = (torch.stack(parts) for parts in zip(*found, strict=True))
+    share = search.counts.double() / search.counts[-1]
     return Restoration(
+        share,
         deletion,
         insertion,
         necessary[:, groups][:, None],
         sufficient[:, groups][:, None],
-        _scores(deletion, insertion, necessary, sufficient),
+        _scores(share, deletion, insertion, necessary, sufficient),
     )
 
 
@@ -108,8 +112,14 @@ class _Search:
     prepared: Prepared
     batch_size: int | None
 
+    @property
+    def counts(self) -> Tensor:
+        """(P,) how many cells have gone over at each point of a curve."""
+        total = int(self.groups.max()) + 1
+        return torch.linspace(0, total, min(total, POINTS) + 1, device=self.groups.device).round().long()
+
     def of(self, pairs: Pairs, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Deletion and insertion curves (G + 1,), necessary and sufficient cells (G,) of one pair."""
+        """Deletion and insertion curves (P,), necessary and sufficient cells (G,) of one pair."""
         clean, adversarial = pairs.clean[number : number + 1], pairs.adversarial[number : number + 1]
         label = pairs.labels[number]
         out = self._alone(adversarial, clean, label).argsort(descending=True, stable=True)
@@ -119,16 +129,15 @@ class _Search:
         none = torch.zeros(len(out), dtype=torch.bool, device=clean.device)
         if not bool((deletion[0] < 0) & (deletion[-1] >= 0)):
             return deletion, insertion, none, none
-        necessary = self._flipping(adversarial, clean, label, wanted=1)
-        sufficient = self._flipping(clean, adversarial, label, wanted=-1)
+        necessary = self._pruned(adversarial, clean, out, deletion >= 0, label, wanted=1)
+        sufficient = self._pruned(clean, adversarial, into, insertion < 0, label, wanted=-1)
         return deletion, insertion, necessary, sufficient
 
-    def _alone(self, image: Tensor, other: Tensor, label: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """(G,) margins of the image with each cell, alone, from the other; NaN for cells not chosen."""
+    def _alone(self, image: Tensor, other: Tensor, label: Tensor) -> Tensor:
+        """(G,) margins of the image with each cell, alone, from the other."""
         edits = Edits(self.classifier, image, self.prepared, batch_size=self.batch_size)
-        logits = exchanged(edits, other, self.lots, chosen)
-        found = margin(logits.nan_to_num(0), label.expand(len(logits)))
-        return found if chosen is None else found.masked_fill(~chosen, torch.nan)
+        logits = exchanged(edits, other, self.lots)
+        return margin(logits, label.expand(len(logits)))
 
     def _mixed(self, image: Tensor, other: Tensor, chosen: Tensor) -> Tensor:
         """(M, C, H, W): the image with chosen cells (M, G) from the other."""
@@ -140,43 +149,36 @@ class _Search:
         return margin(logits, label.expand(len(images)))
 
     def _along(self, image: Tensor, other: Tensor, order: Tensor, label: Tensor) -> Tensor:
-        """(G + 1,) margins while cells go over to the other in this order."""
-        rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        counts = torch.arange(len(order) + 1, device=order.device)
-        parts = [
-            self._margins(self._mixed(image, other, rank < part[:, None]), label) for part in counts.split(64)
-        ]
-        return torch.cat(parts)
+        """(P,) margins while cells go over to the other in this order."""
+        return self._margins(self._mixed(image, other, _ranks(order) < self.counts[:, None]), label)
 
-    def _flipping(self, image: Tensor, other: Tensor, label: Tensor, *, wanted: int) -> Tensor:
-        """(G,) bool, cells that bring the margin to the wanted sign when they go over to the other."""
-        chosen = torch.zeros(int(self.groups.max()) + 1, dtype=torch.bool, device=image.device)
-        step = -(-len(chosen) // ROUNDS)
-        order: list[int] = []
-        while not self._flipped(image, other, chosen, label, wanted) and not bool(chosen.all()):
-            alone = wanted * self._alone(self._mixed(image, other, chosen[None]), other, label, ~chosen)
-            added = alone.nan_to_num(-torch.inf).topk(min(step, int((~chosen).sum()))).indices
-            chosen[added] = True
-            order += added.tolist()
-        for number in reversed(order):
-            without = chosen.clone()
-            without[number] = False
-            if self._flipped(image, other, without, label, wanted):
-                chosen = without
+    def _pruned(
+        self, image: Tensor, other: Tensor, order: Tensor, flipped: Tensor, label: Tensor, *, wanted: int
+    ) -> Tensor:
+        """(G,) bool, of the first cells in this order that flip the decision, those that it takes."""
+        first = int(self.counts[flipped.long().argmax()])
+        chosen = _ranks(order) < first
+        for number in order[:first].flip(0).tolist():
+            chosen[number] = False
+            margins = self._margins(self._mixed(image, other, chosen[None]), label)
+            if not bool(margins[0] >= 0 if wanted > 0 else margins[0] < 0):
+                chosen[number] = True
         return chosen
 
-    def _flipped(self, image: Tensor, other: Tensor, chosen: Tensor, label: Tensor, wanted: int) -> bool:
-        margins = self._margins(self._mixed(image, other, chosen[None]), label)
-        return bool(margins[0] >= 0) if wanted > 0 else bool(margins[0] < 0)
+
+def _ranks(order: Tensor) -> Tensor:
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
-def _scores(deletion: Tensor, insertion: Tensor, necessary: Tensor, sufficient: Tensor) -> pd.DataFrame:
+def _scores(
+    share: Tensor, deletion: Tensor, insertion: Tensor, necessary: Tensor, sufficient: Tensor
+) -> pd.DataFrame:
     import pandas as pd
 
     lost = (deletion[:, -1] - deletion[:, 0]).double()
     lost = lost.where(lost > 1e-6, torch.nan)
-    regained = torch.trapezoid(deletion.double() - deletion[:, :1], dim=1) / (deletion.shape[1] - 1) / lost
-    taken = torch.trapezoid(insertion[:, :1] - insertion.double(), dim=1) / (insertion.shape[1] - 1) / lost
+    regained = torch.trapezoid(deletion.double() - deletion[:, :1], share, dim=1) / lost
+    taken = torch.trapezoid(insertion[:, :1] - insertion.double(), share, dim=1) / lost
     none = ~necessary.any(1)
     shares = [chosen.double().mean(1).masked_fill(none, torch.nan) for chosen in (necessary, sufficient)]
     return pd.DataFrame(
