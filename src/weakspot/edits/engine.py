@@ -172,5 +172,11 @@ def _selected(values: dict[int, Any], rows: slice) -> dict[int, Any]:
     }
 
 
+def evenly(count: int, size: int) -> int:
+    """Of how many each part is best, no more than a size: a small last part costs almost as much as a full one."""
+    return -(-count // -(-count // size))
+
+
 def _slices(count: int, size: int) -> list[slice]:
+    size = evenly(count, size)
     return [slice(start, start + size) for start in range(0, count, size)]

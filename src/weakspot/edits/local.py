@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -12,14 +13,14 @@ from torch import Tensor, nn
 
 from weakspot.checks import check_range
 from weakspot.classifier import Classifier, check_images, default_batch, evaluating, predict
-from weakspot.edits.engine import Engine
+from weakspot.edits.engine import Engine, evenly
 from weakspot.edits.recording import CannotRecordError, Recording, record
 from weakspot.edits.windows import as_seen, paste
 from weakspot.fusion import HOOKS, fused
 
 TOLERANCE = 1e-4  # of the range of the logits
 LARGEST_CHUNK = 256
-RANKS = 4  # of nearness to the border, down and along
+RANKS = 6  # of nearness to the border, down and along, at most
 Progress = Callable[[float], None]
 
 
@@ -141,7 +142,7 @@ class Edits:
         order = self._in_order_of_reach(tops, lefts, patches)
         while done < count:
             by_windows = self._next_way(patches, count - done)
-            rows = order[done : done + (self._chunk if by_windows else self._whole_batch)]
+            rows = order[done : done + evenly(count - done, self._chunk if by_windows else self._whole_batch)]
             begun = _now(patches)
             found.append(self._part(by_windows, owners[rows], tops[rows], lefts[rows], patches[rows]))
             self._note(by_windows, patches, len(rows), _now(patches) - begun)
@@ -152,14 +153,15 @@ class Edits:
 
     def _in_order_of_reach(self, tops: Tensor, lefts: Tensor, patches: Tensor) -> Tensor:
         """(M,) edits as near to a border as each other together: their windows are cut off alike."""
-        ranks = []
+        ranks: list[Tensor] = []
+        number = round(min(RANKS, max(1.0, math.sqrt(len(tops) / self._chunk))))
         for starts, length, size in (
             (tops, patches.shape[2], self.images.shape[2]),
             (lefts, patches.shape[3], self.images.shape[3]),
         ):
             depth = torch.minimum(starts, size - length - starts)
-            ranks.append(depth * 2 * RANKS // size)
-        return (ranks[0] * RANKS + ranks[1]).argsort(stable=True)
+            ranks.append(depth * 2 * number // size)
+        return (ranks[0] * number + ranks[1]).argsort(stable=True)
 
     def clean_logits(self) -> Tensor:
         """(N, K) of the unedited images."""
