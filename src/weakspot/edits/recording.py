@@ -179,7 +179,14 @@ class _Recorder(TorchDispatchMode):
 
 def filled(arguments: Any, values: dict[int, Any]) -> Any:
     """The arguments with values in place of slots."""
-    return _pytree.tree_map(lambda leaf: values[leaf.number] if isinstance(leaf, Slot) else leaf, arguments)
+    kind = type(arguments)
+    if kind is Slot:
+        return values[arguments.number]
+    if kind is tuple or kind is list:
+        return kind(filled(leaf, values) for leaf in arguments)
+    if kind is dict:
+        return {name: filled(leaf, values) for name, leaf in arguments.items()}
+    return arguments
 
 
 def _without_writing(func: Any, name: str) -> tuple[Any, str]:

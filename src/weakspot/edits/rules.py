@@ -350,8 +350,10 @@ def _reach(
     starts: Tensor, length: int, kernel: int, stride: int, padding: int, dilation: int, results: int
 ) -> _Reach:
     extent = dilation * (kernel - 1) + 1
-    first = torch.div(starts + padding - extent + stride, stride, rounding_mode="floor").clamp(min=0)
-    last = torch.div(starts + padding + length - 1, stride, rounding_mode="floor").clamp(max=results - 1)
+    first, last = starts + (padding - extent + stride), starts + (padding + length - 1)
+    if stride > 1:
+        first, last = (torch.div(ends, stride, rounding_mode="floor") for ends in (first, last))
+    first, last = first.clamp(min=0), last.clamp(max=results - 1)
     # Fewer at the borders. In steps, so that not every size comes up: kernels are set up for each.
     step = max(1, results // STEPS)
     reached = max(1, -(-int((last - first).amax() + 1) // step) * step)

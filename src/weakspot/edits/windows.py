@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -112,10 +113,15 @@ def _flat(
     owners: Tensor, tops: Tensor, lefts: Tensor, height: int, width: int, rows: int, columns: int
 ) -> Tensor:
     """Numbers of the sites of windows in maps that lie one after the other."""
-    down = torch.arange(height, device=tops.device)
-    along = torch.arange(width, device=tops.device)
-    first = (owners * rows + tops)[:, None] + down
-    return (first[:, :, None] * columns + (lefts[:, None] + along)[:, None, :]).view(-1)
+    first = (owners * rows + tops) * columns + lefts
+    return (first[:, None] + _offsets(height, width, columns, tops.device)).view(-1)
+
+
+@lru_cache(maxsize=512)
+def _offsets(height: int, width: int, columns: int, device: torch.device) -> Tensor:
+    """(height * width,) how far a window's sites lie behind its first in a map of so many columns."""
+    down, along = torch.arange(height, device=device), torch.arange(width, device=device)
+    return (down[:, None] * columns + along).view(-1)
 
 
 def whole(windows: Windows, clean: Map, owners: Tensor) -> Tensor:
