@@ -15,7 +15,7 @@ from weakspot.edits.rules import SITEWISE, State, apply, layout_after, needs_cle
 from weakspot.edits.windows import Layout, Map, Windows, as_seen, as_sites, whole
 
 FRESH = {"convolution", "addmm", "add", "native_batch_norm", "_native_batch_norm_legit_no_training"}
-ROOM = 0.7  # windows that take more of a map are computed as whole maps
+ROOM = 0.6  # windows that take more of a map are computed as whole maps
 
 
 class Engine:
