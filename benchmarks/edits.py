@@ -23,7 +23,7 @@ from weakspot.edits import Edits, prepare
 from weakspot.fusion import fused
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
-ROUNDS = 9
+ROUNDS = 7
 
 
 def bottleneck_network() -> nn.Module:

@@ -125,7 +125,7 @@ class Edits:
         self._engine = None
         if self.prepared.recording is not None:
             self._engine = Engine(
-                self.prepared.recording, images, full_batch=min(4 * usual, LARGEST_CHUNK // 2, largest)
+                self.prepared.recording, images, full_batch=min(4 * usual, LARGEST_CHUNK // 4, largest)
             )
 
     def logits(
