@@ -239,11 +239,11 @@ def local(wanted: int = 100) -> None:
     """One-pixel successes against ResNet-20 moved to every other pixel, beside the published figures."""
     if not real.there():
         return
-    model, images, labels = real.correct("cifar10_resnet20", 400)
-    found = attacks.pixel_sweep(model, images, labels, stop_early=True)
-    pairs = found.pairs(images, labels)
-    rows = found.success.nonzero()[:wanted, 0]
-    failed = (~found.success).nonzero()[: len(rows), 0]
+    model, images, labels = real.correct("cifar10_resnet20", 320)
+    pairs = attacks.pixels(model, images, labels, method="guided")
+    one = (pairs.perturbation != 0).any(1).flatten(1).sum(1) == 1
+    rows = (pairs.success & one).nonzero()[:wanted, 0]
+    failed = (~pairs.success & one).nonzero()[: len(rows), 0]
     both = torch.cat([rows, failed])
     chosen = Pairs(pairs.clean[both], pairs.adversarial[both], pairs.labels[both], pairs.targets[both])
     result = locality(model, chosen)
