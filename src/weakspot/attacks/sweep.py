@@ -57,7 +57,8 @@ class PixelSweep:
             self.color.flatten(2).gather(2, best[:, None].expand(-1, images.shape[1], -1)).transpose(1, 2)
         )
         targets = self.predicted.flatten(1).gather(1, best)[:, 0]
-        return Pairs(images, paint(images, best, colors), labels, targets)
+        clean = images.detach().to(colors).clamp(0, 1)
+        return Pairs(clean, paint(clean, best, colors), labels, targets)
 
 
 def pixel_sweep(
@@ -135,7 +136,7 @@ def _palette(colors: str | Tensor, images: Tensor) -> Tensor:
         )
     if not bool(((colors >= 0) & (colors <= 1)).all()):
         raise ValueError("colors leave [0, 1]; accepted are colours on the images' scale")
-    return colors.to(images)
+    return colors.detach().to(images)
 
 
 def _grid(levels: int, channels: int) -> Tensor:

@@ -50,14 +50,16 @@ def occlusion(
     with evaluating(model) as classifier:
         images = check_images(images, classifier)
         check_classes(classes, len(images), name="classes")
-        classes = classes.to(images.device)
+        classes = classes.to(images.device, torch.long)
         groups = cells(images.shape[2], images.shape[3], cell).to(images.device)
         lots = windowed(groups, cell)
         prepared = prepare(classifier, images[:1])
         maps = []
         for image, wanted in zip(images.split(1), classes, strict=True):
             edits = Edits(classifier, image, prepared, batch_size=batch_size)
-            before = edits.clean_logits()[0, wanted]
+            logits = edits.clean_logits()
+            check_classes(classes, len(images), logits.shape[1], name="classes")
+            before = logits[0, wanted]
             covered = exchanged(edits, _cover(image, fill), lots)[:, wanted]
             maps.append((before - covered)[groups][None, None].float())
     return torch.cat(maps)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from weakspot.checks import check_range
+from weakspot.checks import check_logits, check_range
 from weakspot.classifier import Classifier, check_images, default_batch, evaluating, predict
 from weakspot.edits.engine import Engine, evenly
 from weakspot.edits.recording import CannotRecordError, Recording, record
@@ -116,6 +116,7 @@ class Edits:
         batch_size: int | None = None,
         windows: bool | None = None,
     ) -> None:
+        check_batch_size(batch_size)
         self.classifier, self.images, self.windows = classifier, images, windows
         self.prepared = prepare(classifier, images[:1]) if prepared is None else prepared
         usual, largest = default_batch(images), batch_size or 2**30
@@ -149,7 +150,9 @@ class Edits:
             done += len(rows)
             if progress is not None:
                 progress(done / count)
-        return torch.cat(found)[order.argsort()]
+        logits = torch.cat(found)[order.argsort()]
+        check_logits(logits, self.classifier.name)
+        return logits
 
     def _in_order_of_reach(self, tops: Tensor, lefts: Tensor, patches: Tensor) -> Tensor:
         """(M,) edits as near to a border as each other together: their windows are cut off alike."""
@@ -238,8 +241,6 @@ class LocalEdits:
             raise ValueError(
                 f"image is a batch of {len(image)}; accepted is one image, (C, H, W) or (1, C, H, W)"
             )
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise ValueError(f"batch_size is {batch_size}; accepted is a whole number of at least 1")
         self._model = model
         with evaluating(model) as classifier:
             self._edits = Edits(
@@ -275,6 +276,12 @@ class LocalEdits:
                 owners, tops, lefts = (torch.zeros(1, dtype=torch.long, device=image.device),) * 3
                 return self._edits.logits(owners, tops, lefts, image[:, :, :1, :1])[:0]
             return self._edits.logits(owners, tops, lefts, patches, progress)
+
+
+def check_batch_size(batch_size: int | None) -> None:
+    """Raises ValueError unless `batch_size` is None or a whole number of at least 1."""
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size is {batch_size!r}; accepted is a whole number of at least 1")
 
 
 def _checked(tops: Tensor, lefts: Tensor, patches: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:

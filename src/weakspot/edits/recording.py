@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weakspot.classifier import Classifier
 
+LOOKS = {"tolist", "numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage"}
 RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias", "expand"}  # their second argument is a shape
 
 
@@ -97,7 +99,7 @@ def record(classifier: Classifier, image: Tensor) -> Recording:
     count = classifier.fixed_batch or 2
     images = image.detach().expand(count, -1, -1, -1).clone()
     recorder = _Recorder(images)
-    with torch.no_grad(), recorder:
+    with torch.no_grad(), recorder, _Looking(recorder):
         logits = classifier(images)
     slot = recorder.slot_of(logits)
     if slot is None:
@@ -175,6 +177,22 @@ class _Recorder(TorchDispatchMode):
             elif storage in self.current:
                 self.current[storage].add(id(value))
         self.steps.append(Step(name, call, mark[0], mark[1], inputs, tuple(outputs), several))
+
+
+class _Looking(TorchFunctionMode):
+    """Refuses what hands an image's values to Python past the recorder."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        if getattr(func, "__name__", "") in LOOKS and args and self.recorder.slot_of(args[0]) is not None:
+            raise CannotRecordError("it decides by the values of an image")
+        return func(*args, **(kwargs or {}))
 
 
 def filled(arguments: Any, values: dict[int, Any]) -> Any:

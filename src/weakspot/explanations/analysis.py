@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from weakspot.checks import closest
+from weakspot.checks import check_classes, closest
 from weakspot.classifier import Classifier, predict, runner_up
 from weakspot.pairs import Pairs
 
 if TYPE_CHECKING:
     import pandas as pd
 
+P = TypeVar("P", bound=Pairs)
 GROUP = "weakspot.analyses"
 OWN = ("cam", "ssim", "overlap", "promotion", "restoration", "locality")
 
@@ -94,6 +95,25 @@ def rivals(classifier: Classifier, pairs: Pairs) -> Tensor:
         return pairs.targets
     logits = predict(classifier, pairs.adversarial)
     return torch.where(same, runner_up(logits, pairs.labels)[1], pairs.targets)
+
+
+def settled(classifier: Classifier, pairs: P) -> P:
+    """The pairs on the classifier's device: images float32 without gradients, classes checked and int64.
+
+    Raises:
+        ValueError: when a label or target is no class of the model.
+    """
+    pairs = pairs.to(classifier.mean.device)
+    classes = predict(classifier, pairs.clean[:1].float()).shape[1]
+    for name in ("labels", "targets"):
+        check_classes(getattr(pairs, name), len(pairs), classes, name=name)
+    return replace(
+        pairs,
+        clean=pairs.clean.detach().float(),
+        adversarial=pairs.adversarial.detach().float(),
+        labels=pairs.labels.long(),
+        targets=pairs.targets.long(),
+    )
 
 
 def check_pairs(pairs: Pairs, model: nn.Module) -> None:

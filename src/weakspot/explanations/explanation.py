@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from weakspot.checks import ModelWarning, check_classes
 from weakspot.classifier import Classifier, evaluating, margin, predict
-from weakspot.explanations.analysis import Analysis, Picture, check_pairs, find_analyses, rivals
+from weakspot.explanations.analysis import Analysis, Picture, check_pairs, find_analyses, rivals, settled
 from weakspot.pairs import AttackResult, Pairs
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def explain(
         raise ValueError(f"names has {len(names)} entries; accepted is one for each of {len(pairs)} pairs")
     functions = find_analyses(analyses)
     with evaluating(model) as classifier:
-        pairs = pairs.to(classifier.mean.device)
+        pairs = settled(classifier, pairs)
         base, losing = _base_scores(classifier, pairs, names)
         found: dict[str, Analysis] = {}
         for number, (name, function) in enumerate(functions.items()):

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from weakspot.attacks import draws
 from weakspot.attacks.sweep import pixel_sweep
+from weakspot.checks import check_seed
 from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.edits import Edits, Prepared, prepare
-from weakspot.explanations.analysis import Analysis, Picture, check_pairs
+from weakspot.explanations.analysis import Analysis, Picture, check_pairs, settled
 from weakspot.pairs import Pairs
 from weakspot.statistics import mean_interval
 
@@ -74,6 +75,7 @@ def locality(
     [1, 2, 'random']
     """
     check_pairs(pairs, model)
+    check_seed(seed)
     if not isinstance(radius, int) or radius < 1:
         raise ValueError(f"radius is {radius!r}; accepted is a whole number of pixels from 1")
     changed = (pairs.perturbation != 0).any(1).flatten(1)
@@ -84,7 +86,7 @@ def locality(
             f"pairs[{wrong}] differ in {int(counts[wrong])} pixels; accepted are pairs that differ in exactly one"
         )
     with evaluating(model) as classifier:
-        pairs = pairs.to(classifier.mean.device)
+        pairs = settled(classifier, pairs)
         site = changed.to(pairs.clean.device).long().argmax(1)
         prepared = prepare(classifier, pairs.clean[:1])
         landed = predict(classifier, pairs.adversarial).argmax(1)
@@ -99,7 +101,7 @@ def locality(
         moved = _moved_together(classifier, pairs)
     success = predicted != pairs.labels[:, None, None]
     same = success & (predicted == landed[:, None, None])
-    fooled, failed = right & (landed != pairs.labels), landed == pairs.labels
+    fooled, failed = right & (landed != pairs.labels), right & (landed == pairs.labels)
     rings = _rings(site, pairs.clean.shape[2:])
     return Locality(
         success,
@@ -221,66 +223,81 @@ def _controls(
     return table.rename(columns={"radius": "control"})
 
 
-SMALL, FEW = (
-    64 * 64,
-    14 * 14,
-)  # images of up to so many pixels are swept by `analyse`, of larger ones so many pixels
+SMALL = 64 * 64  # pixels of an image that `analyse` sweeps whole
+FEW = 14 * 14  # pixels that it sweeps of a larger one, about
+MOVED = ("does not fool", "fools into another class", "fools into the same class", "no attack by one pixel")
 
 
 def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
-    """What one pixel can do anywhere; for pairs that differ in one pixel also where else it would have worked."""
+    """What one pixel can do anywhere; for pairs that differ in one pixel also where else it would have worked.
+
+    Images that are misread without any attack have no scores: there is nothing to fool.
+    """
     import pandas as pd
 
     height, width = pairs.clean.shape[2:]
     step = 1 if height * width <= SMALL else int(np.ceil(np.sqrt(height * width / FEW)))
+    first = [min(step // 2, size - 1) for size in (height, width)]
     region = torch.zeros(1, 1, height, width, dtype=torch.bool)
-    region[:, :, step // 2 :: step, step // 2 :: step] = True
+    region[:, :, first[0] :: step, first[1] :: step] = True
+    with evaluating(model) as classifier:
+        misread = predict(classifier, pairs.clean).argmax(1) != pairs.labels
     sweep = pixel_sweep(model, pairs.clean, pairs.labels, region=region)
-    tried = sweep.margin[:, step // 2 :: step, step // 2 :: step]
-    margins = tried.repeat_interleave(step, 1).repeat_interleave(step, 2)[:, None, :height, :width]
-    margins = torch.nn.functional.pad(
-        margins, (0, width - margins.shape[3], 0, height - margins.shape[2]), mode="replicate"
-    )
+    tried = sweep.margin[:, first[0] :: step, first[1] :: step]
+    margins = torch.nn.functional.interpolate(tried[:, None], (height, width), mode="nearest")
     scores = {
-        "weakest_pixel": tried.flatten(1).amin(1),
+        "weakest_pixel": tried.flatten(1).amin(1).double(),
         "weak_pixels": (tried < 0).flatten(1).double().mean(1),
     }
     every = "pixel" if step == 1 else f"{step}th pixel down and along"
-    maps, meanings, pictures = (
-        {"one_pixel_margin": margins},
-        {
-            "weakest_pixel": f"Smallest lead of the label when one pixel, every {every}, takes a corner colour; below "
-            "0 that pixel is enough.",
-            "weak_pixels": "Share of these pixels that are enough alone.",
-        },
-        {
-            "one_pixel_margin": Picture(
-                "Lead left after one pixel",
-                kind="signed",
-                meaning=f"The smallest lead of {{label}} over any class when this pixel alone takes the worst corner "
-                f"colour; every {every} was tried. Below 0 it is enough.",
-            )
-        },
-    )
+    maps = {"one_pixel_margin": margins}
+    meanings = {
+        "weakest_pixel": f"Smallest lead of the label when one pixel, every {every}, takes a corner colour; below 0 "
+        "that pixel is enough.",
+        "weak_pixels": "Share of these pixels that are enough alone.",
+    }
+    pictures = {
+        "one_pixel_margin": Picture(
+            "Lead left after one pixel",
+            kind="signed",
+            meaning=f"The smallest lead of {{label}} over any class when this pixel alone takes the worst corner "
+            f"colour; every {every} was tried. Below 0 it is enough.",
+        )
+    }
     one = (pairs.perturbation != 0).any(1).flatten(1).sum(1) == 1
-    if bool(one.all()):
-        moved = locality(model, pairs, seed=seed)
-        site = (pairs.perturbation != 0).any(1).flatten(1).long().argmax(1)
-        rings = _rings(site.to(moved.success.device), moved.success.shape[1:])
-        for name, area in (("neighbours_fool", rings == 1), ("elsewhere_fools", rings > 1)):
-            scores[name] = (moved.success & area).flatten(1).sum(1) / area.flatten(1).sum(1)
-        maps["moved_pixel"] = (moved.success * 1 + moved.same_class)[:, None]
-        meanings["neighbours_fool"] = "Share of the eight neighbours where the same pixel value also fools."
+    if bool(one.any()):
+        rates, maps["moved_pixel"] = _moved(model, pairs, one, seed)
+        scores |= rates
+        meanings["neighbours_fool"] = (
+            "Share of the neighbouring sites where the same pixel value changes the class."
+        )
         meanings["elsewhere_fools"] = "Share of all sites farther away where it does."
         pictures["moved_pixel"] = Picture(
             "The same pixel moved",
             kind="category",
-            categories=("does not fool", "fools into another class", "fools into the same class"),
+            categories=MOVED,
             meaning="Where the attack's pixel value would have worked as well.",
         )
     return Analysis(
-        scores=pd.DataFrame({name: values.cpu().numpy() for name, values in scores.items()}),
+        scores=pd.DataFrame(
+            {name: values.masked_fill(misread, torch.nan).cpu().numpy() for name, values in scores.items()}
+        ),
         maps=maps,
         meanings=meanings,
         pictures=pictures,
     )
+
+
+def _moved(model: nn.Module, pairs: Pairs, one: Tensor, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Rates (N,) near and far, NaN where not one pixel differs, and the map of `MOVED` (N, 1, H, W)."""
+    chosen = Pairs(*(part[one] for part in (pairs.clean, pairs.adversarial, pairs.labels, pairs.targets)))
+    found = locality(model, chosen, seed=seed)
+    site = (chosen.perturbation != 0).any(1).flatten(1).long().argmax(1)
+    rings = _rings(site, found.success.shape[1:])
+    rates = {}
+    for name, area in (("neighbours_fool", rings == 1), ("elsewhere_fools", rings > 1)):
+        rates[name] = torch.full((len(pairs),), torch.nan, dtype=torch.float64, device=site.device)
+        rates[name][one] = (found.success & area).flatten(1).sum(1) / area.flatten(1).sum(1).double()
+    kinds = torch.full_like(pairs.clean[:, :1], len(MOVED) - 1, dtype=torch.long)
+    kinds[one] = (found.success * 1 + found.same_class)[:, None]
+    return rates, kinds

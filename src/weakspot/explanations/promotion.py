@@ -16,16 +16,17 @@ from weakspot.attribution import class_activation
 from weakspot.checks import check_share, closest
 from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.edits import Edits, Prepared, cells, exchanged, grid, prepare, windowed
-from weakspot.explanations.analysis import Analysis, Picture, check_pairs, rivals
+from weakspot.explanations.analysis import Analysis, Picture, check_pairs, rivals, settled
 from weakspot.pairs import Pairs
 from weakspot.regions import top
-from weakspot.statistics import ShiftTest, products_over_shifts, shift_test
+from weakspot.statistics import ShiftTest, products_over_shifts, shift_test, standardized
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FLOOR = 1e-6  # of effects, so that their ratio exists
 CLIP = 10.0  # of the ratio's logarithm
+NOISE = 1e-5  # of the largest logit
 ACTIVE = 0.001  # share of the whole change of the margin that a cell's larger effect must reach
 SUPPRESSION, BALANCED, PROMOTION, INACTIVE = -1, 0, 1, -128
 VARIANTS = ("leave_one_out", "add_one")
@@ -104,7 +105,7 @@ def promotion_suppression(
     if variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}; {closest(str(variant), VARIANTS)}")
     with evaluating(model) as classifier:
-        pairs = pairs.to(classifier.mean.device)
+        pairs = settled(classifier, pairs)
         every, shape, side = _groups_of(pairs, cell, groups)
         prepared = prepare(classifier, pairs.clean[:1])
         both = torch.stack([pairs.labels, rivals(classifier, pairs)], 1)
@@ -123,7 +124,11 @@ def promotion_suppression(
     suppression, promotion = padded.unbind(2)
     change = (clean - adversarial)[:, 0] - (clean - adversarial)[:, 1]
     ratio = (promotion.clamp(min=FLOOR) / suppression.clamp(min=FLOOR)).log2().clamp(-CLIP, CLIP)
-    inactive = ~(torch.maximum(promotion, suppression) >= ACTIVE * change.abs()[:, None])
+    # What rounding makes of logits this large is no effect.
+    noise = NOISE * torch.maximum(clean.abs().amax(1), adversarial.abs().amax(1))
+    change = change.where(change.abs() > noise, 0)
+    larger = torch.maximum(promotion, suppression)
+    inactive = ~((larger >= ACTIVE * change.abs()[:, None]) & (larger > noise[:, None]))
     ratio = ratio.masked_fill(inactive, torch.nan)
     kind = (
         ((ratio > 1) * PROMOTION + (ratio < -1) * SUPPRESSION).masked_fill(inactive, INACTIVE).to(torch.int8)
@@ -135,7 +140,7 @@ def promotion_suppression(
         ratio.float().view(-1, *rows),
         kind.view(-1, *rows),
         every,
-        _scores(promotion, suppression, kind, change),
+        _scores(promotion, suppression, kind, change, noise),
     )
 
 
@@ -150,14 +155,17 @@ def _groups_of(
             not isinstance(groups, Tensor)
             or groups.is_floating_point()
             or groups.shape != shape
-            or bool((groups < 0).any())
+            or bool(((groups < 0) | (groups >= height * width)).any())
         ):
             what = (
                 f"{tuple(groups.shape)} {groups.dtype}"
                 if isinstance(groups, Tensor)
                 else type(groups).__name__
             )
-            raise ValueError(f"groups is {what}; accepted is an integer tensor {shape} of numbers from 0")
+            raise ValueError(
+                f"groups is {what}; accepted is an integer tensor {shape} of numbers from 0 to "
+                f"{height * width - 1}"
+            )
         return groups.to(pairs.clean.device, torch.long), None, None
     if not isinstance(cell, int) or cell < 1:
         raise ValueError(f"cell is {cell!r}; accepted is a whole number of pixels from 1")
@@ -183,19 +191,25 @@ def _effects(
     edited = exchanged(edits, part, windowed(groups[number, 0], side))[:, both[number]].double()
     before = edits.clean_logits()[:, both[number]].double()
     without, with_it = (edited, before) if variant == "leave_one_out" else (before, edited)
-    change = with_it - without
+    touched = torch.zeros(len(edited), dtype=torch.bool, device=edited.device)
+    touched[groups[number, 0][(clean != adversarial).any(1)[0]]] = True
+    change = (with_it - without).where(
+        touched[:, None] | edited.isnan(), 0
+    )  # else rounding would be an effect
     return torch.stack([-change[:, 0], change[:, 1]], 1)
 
 
-def _scores(promotion: Tensor, suppression: Tensor, kind: Tensor, change: Tensor) -> pd.DataFrame:
+def _scores(
+    promotion: Tensor, suppression: Tensor, kind: Tensor, change: Tensor, noise: Tensor
+) -> pd.DataFrame:
     import pandas as pd
 
     there = promotion.isfinite()
     number = there.sum(1).double()
     active = (there & (kind != INACTIVE)).sum(1).double()
     promoted, suppressed = promotion.nansum(1), suppression.nansum(1)
-    rounding = 1e-5 * torch.maximum(promotion, suppression).nan_to_num(0).abs().amax(1, keepdim=True)
-    negative = (there & ((promotion < -rounding) | (suppression < -rounding))).sum(1) / number
+    against = (promotion < -noise[:, None]) | (suppression < -noise[:, None])
+    negative = (there & against).sum(1) / number
     return pd.DataFrame(
         {
             name: values.cpu().numpy()
@@ -240,13 +254,16 @@ def interpretability_test(
     if of not in {"label", "target"}:
         raise ValueError(f"of is {of!r}; {closest(str(of), ['label', 'target'])}")
     with evaluating(model) as classifier:
-        pairs = pairs.to(classifier.mean.device)
+        pairs = settled(classifier, pairs)
         classes = pairs.labels if of == "label" else rivals(classifier, pairs)
         evidence = class_activation(classifier, pairs.clean, classes, registration="effective")
     region = top(evidence, keep)[:, 0]
     energy = pairs.perturbation.double().square().sum(1)
     total = energy.sum((1, 2), keepdim=True)
-    shares = products_over_shifts(region, energy) / total.where(total > 0, torch.nan)
+    # Evidence without contrast has no top share: nothing that is said of it would mean anything.
+    blank = 0 * standardized(evidence[:, 0]).mean((1, 2), keepdim=True)
+    shares = products_over_shifts(region, energy) / total.where(total > 0, torch.nan) + blank
+    shares = shares.where(~(shares < 1e-12), 0)  # what Fourier transforms leave of nothing
     return shift_test(shares.clamp(0, 1).sqrt())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from weakspot.classifier import Classifier, evaluating, margin, predict
 from weakspot.edits import Edits, Prepared, cells, exchanged, prepare, windowed
 from weakspot.edits.groups import Windowed
-from weakspot.explanations.analysis import Analysis, Picture, check_pairs
+from weakspot.explanations.analysis import Analysis, Picture, check_pairs, settled
 from weakspot.fusion import fused
 from weakspot.pairs import Pairs
 
@@ -76,7 +76,7 @@ def restoration(
     if not isinstance(cell, int) or cell < 1:
         raise ValueError(f"cell is {cell!r}; accepted is a whole number of pixels from 1")
     with evaluating(model) as classifier:
-        pairs = pairs.to(classifier.mean.device)
+        pairs = settled(classifier, pairs)
         groups = cells(pairs.clean.shape[2], pairs.clean.shape[3], cell).to(pairs.clean.device)
         search = _Search(
             classifier, groups, windowed(groups, cell), prepare(classifier, pairs.clean[:1]), batch_size
@@ -158,11 +158,14 @@ class _Search:
         """(G,) bool, of the first cells in this order that flip the decision, those that it takes."""
         first = int(self.counts[flipped.long().argmax()])
         chosen = _ranks(order) < first
-        for number in order[:first].flip(0).tolist():
-            chosen[number] = False
-            margins = self._margins(self._mixed(image, other, chosen[None]), label)
-            if not bool(margins[0] >= 0 if wanted > 0 else margins[0] < 0):
-                chosen[number] = True
+        before = -1
+        while before != int(chosen.sum()):  # what one cell's going makes superfluous goes in another pass
+            before = int(chosen.sum())
+            for number in order[:first].flip(0)[chosen[order[:first].flip(0)]].tolist():
+                chosen[number] = False
+                margins = self._margins(self._mixed(image, other, chosen[None]), label)
+                if not bool(margins[0] >= 0 if wanted > 0 else margins[0] < 0):
+                    chosen[number] = True
         return chosen
 
 
@@ -176,7 +179,7 @@ def _scores(
     import pandas as pd
 
     lost = (deletion[:, -1] - deletion[:, 0]).double()
-    lost = lost.where(lost > 1e-6, torch.nan)
+    lost = lost.where((lost > 1e-6) & (deletion[:, -1] >= 0), torch.nan)  # of a lead that was there
     regained = torch.trapezoid(deletion.double() - deletion[:, :1], share, dim=1) / lost
     taken = torch.trapezoid(insertion[:, :1] - insertion.double(), share, dim=1) / lost
     none = ~necessary.any(1)
