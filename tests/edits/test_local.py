@@ -441,3 +441,84 @@ def test_one_channel_in_many_edits_at_once(channels: int) -> None:
     torch.manual_seed(0)
     model = ended(nn.Conv2d(channels, 1, 2, (1, 2)), nn.Conv2d(1, 1, 2, (1, 2)), channels=1)
     assert largest_error(model, torch.rand(1, channels, 29, 31), (1, 1)) < TOLERANCE
+
+
+class Built(nn.Module):
+    """A convolution, then whatever the test is about."""
+
+    def __init__(
+        self, ending: Callable[[nn.Module, Tensor, Tensor], Tensor], features: int = 4 * 19 * 23
+    ) -> None:
+        super().__init__()
+        self.convolution, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(features, 3)
+        self.ending = ending
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.ending(self.head, self.convolution(images), images)
+
+
+ENDINGS: dict[str, tuple[Callable[[nn.Module, Tensor, Tensor], Tensor], int]] = {
+    "generalised mean pooling": (lambda h, y, x: h(y.clamp(min=1e-6).pow(3).mean((2, 3)).pow(1 / 3)), 4),
+    "root of a sum of squares": (lambda h, y, x: h(y.relu().pow(2).sum((2, 3)).sqrt()), 4),
+    "a constant of the batch's size": (lambda h, y, x: h(y.flatten(1)) + torch.zeros(len(y), 3), 4 * 19 * 23),
+    "a slice of the batch": (lambda h, y, x: h(y[: len(x)].flatten(1)), 4 * 19 * 23),
+    "a map broadcast along rows": (
+        lambda h, y, x: h((y * torch.sigmoid(99 * F.avg_pool2d(y, (1, 23)))).flatten(1)), 4 * 19 * 23
+    ),
+    "padding channels last": (
+        lambda h, y, x: h(F.pad(y.permute(0, 2, 3, 1), (0, 0, 0, 1, 0, 1)).mean((1, 2))), 4
+    ),
+    "counting": (lambda h, y, x: h((y > 0).sum((2, 3)).float()), 4),
+    "a count of bright values decides": (
+        lambda h, y, x: h((2 * y if len((x > 0.99).nonzero()) else y).flatten(1)), 4 * 19 * 23
+    ),
+    "a mask decides": (lambda h, y, x: h((2 * y if x[x > 0.99].numel() else y).flatten(1)), 4 * 19 * 23),
+    "numpy decides": (
+        lambda h, y, x: h((2 * y if x.detach().numpy().max() > 0.99 else y).flatten(1)), 4 * 19 * 23
+    ),
+    "a list decides": (
+        lambda h, y, x: h((2 * y if max(x.flatten().tolist()) > 0.99 else y).flatten(1)), 4 * 19 * 23
+    ),
+    "an argument is written into": (
+        lambda h, y, x: torch.mul(h(y.mean((2, 3))), 2.0, out=torch.empty(0)), 4
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 9)], ids=str)
+@pytest.mark.parametrize("name", ENDINGS)
+def test_whatever_the_ending_the_answer_is_the_networks(name: str, size: tuple[int, int]) -> None:
+    torch.manual_seed(5)
+    ending, features = ENDINGS[name]
+    model = Built(ending, features).eval().requires_grad_(False)
+    image = torch.rand(1, 3, 19, 23) * 0.02
+    image[:, :, 6:12, 8:14] = torch.rand(1, 3, 6, 6)  # what the logits rest on, and edits take away
+    tops, lefts, patches = everywhere(image, size)
+    patches[::3], patches[1::3] = 0, 1
+    with torch.no_grad():
+        expected = torch.cat([model(one[None]) for one in pasted(image, tops, lefts, patches)])
+    with evaluating(model) as classifier:
+        edits = Edits(classifier, image, windows=True, batch_size=None if "decides" not in name else 1)
+        found = edits.logits(torch.zeros_like(tops), tops, lefts, patches)
+    assert "decides" not in name or "values of an image" in edits.prepared.reason
+    assert float((found - expected).abs().max() / (expected.max() - expected.min())) < TOLERANCE
+
+
+def test_maps_of_one_column_do_not_end_the_interpreter() -> None:
+    model = nn.Sequential(
+        nn.AvgPool2d(5, 3), nn.Conv2d(6, 2, 2, (1, 2), (0, 3), 2), nn.Flatten(), nn.Linear(6, 3)
+    )
+    assert largest_error(model.eval(), torch.rand(1, 6, 11, 7), (1, 1)) < TOLERANCE
+
+
+def test_a_recording_keeps_the_weights_of_its_time(image: Tensor) -> None:
+    torch.manual_seed(6)
+    model = NETWORKS["flat"]()
+    with evaluating(model) as classifier:
+        edits = Edits(classifier, image, windows=True)
+    tops, lefts, patches = everywhere(image, (2, 2))
+    before = edits.logits(torch.zeros_like(tops), tops, lefts, patches)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    torch.testing.assert_close(edits.logits(torch.zeros_like(tops), tops, lefts, patches), before)

@@ -156,6 +156,8 @@ def _in_place(steps: Sequence[Step], kept: set[int]) -> list[Step]:
 
     def thrifty(step: Step) -> Step:
         twin = getattr(getattr(torch.ops.aten, f"{step.name}_", None), "default", None)
+        if getattr(step.call, "_overloadname", "") != "default":
+            return step
         if step.name not in SITEWISE or twin is None or len(step.inputs) != 1:
             return step
         (read,) = step.inputs

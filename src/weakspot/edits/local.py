@@ -50,16 +50,15 @@ def prepare(classifier: Classifier, image: Tensor) -> Prepared:
         with warnings.catch_warnings(), fused(classifier, image), torch.no_grad():
             warnings.simplefilter("ignore")
             recording = record(classifier, image)
-            tops, lefts, patches = _trial(image)
-            owners = torch.zeros_like(tops)
-            found = Engine(recording, image, full_batch=2).edited(owners, tops, lefts, patches)
-            expected = classifier(_edited_images(image, owners, tops, lefts, patches))
+            engine = Engine(recording, image, full_batch=recording.count + 1)
+            off = max(
+                _off(classifier, engine, image, *_trial(image, share, recording.count + 1))
+                for share in (None, 16)
+            )
     except CannotRecordError as reason:
         return Prepared(None, str(reason))
     except Exception as error:  # noqa: BLE001 - whatever a strange module raises, its edits go through itself
         return Prepared(None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
-    span = (expected.amax() - expected.amin()).clamp(min=1e-12)
-    off = float(((found - expected).abs().amax() / span).nan_to_num(torch.inf))
     if off > TOLERANCE:
         return Prepared(None, f"its recording is off by {off:.1e} of the range of its logits")
     return Prepared(recording)
@@ -72,14 +71,28 @@ def _watched(classifier: Classifier) -> bool:
     )
 
 
-def _trial(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Edits in two corners and at an edge."""
+def _off(
+    classifier: Classifier, engine: Engine, image: Tensor, tops: Tensor, lefts: Tensor, patches: Tensor
+) -> float:
+    """How far the engine's logits are from the network's, over their range."""
+    owners = torch.zeros_like(tops)
+    found = engine.edited(owners, tops, lefts, patches)
+    expected = classifier(_edited_images(image, owners, tops, lefts, patches))
+    if found.shape != expected.shape:
+        return math.inf
+    span = (expected.amax() - expected.amin()).clamp(min=1e-12)
+    return float(((found - expected).abs().amax() / span).nan_to_num(torch.inf))
+
+
+def _trial(image: Tensor, share: int | None, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Edits from one corner to the other: of a pixel, or of a share of the image's sides."""
     channels, height, width = image.shape[1:]
-    tall, wide = max(1, height // 16), max(1, width // 16)
-    shares = torch.tensor([[0, 0], [1, 1], [0.33, 0.7]], device=image.device)
-    tops, lefts = (shares * torch.tensor([height - tall, width - wide], device=image.device)).long().T
-    ramp = torch.linspace(0, 1, 3 * channels * tall * wide, device=image.device)
-    patches = ((ramp * 7919).frac()).view(3, channels, tall, wide).to(image.dtype)
+    tall, wide = (1, 1) if share is None else (max(1, height // share), max(1, width // share))
+    places = torch.linspace(0, 1, count, device=image.device)
+    tops, lefts = (places * (height - tall)).long(), (places.roll(1) * (width - wide)).long()
+    ramp = torch.linspace(0, 1, count * channels * tall * wide, device=image.device)
+    patches = (ramp * 7919).frac().view(count, channels, tall, wide).to(image.dtype)
+    patches[0], patches[-1] = 0, 1
     return tops, lefts, patches
 
 
@@ -175,10 +188,17 @@ class Edits:
 
     def _part(self, by_windows: bool, owners: Tensor, tops: Tensor, lefts: Tensor, patches: Tensor) -> Tensor:
         if by_windows and self._engine is not None:
-            return self._engine.edited(owners, tops, lefts, patches)
+            try:
+                logits = self._engine.edited(owners, tops, lefts, patches)
+                if len(logits) == len(owners):
+                    return logits
+            except (RuntimeError, IndexError, KeyError, ValueError, CannotRecordError) as error:
+                if "out of memory" in str(error):
+                    raise
+            self._engine = None  # it cannot do what its trial did not try
         with fused(self.classifier, self.images[:1]), torch.no_grad():
-            logits: Tensor = self.classifier(_edited_images(self.images, owners, tops, lefts, patches))
-            return logits
+            whole: Tensor = self.classifier(_edited_images(self.images, owners, tops, lefts, patches))
+        return whole
 
     def _next_way(self, patches: Tensor, left: int) -> bool:
         """Whether the next chunk goes by windows. Each way is warmed up, then timed, before one is kept to."""

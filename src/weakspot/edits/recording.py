@@ -54,6 +54,9 @@ class Step:
     def run(self, values: dict[int, Any], count: int, recorded: int) -> Any:
         """Call the function on these values of `count` images; the shapes in it were recorded with `recorded`."""
         arguments, keywords = filled(self.arguments, values), filled(self.keywords, values)
+        if self.name == "convolution" and 1 in arguments[0].shape[1:]:
+            # On CPUs torch 2.13 gives wrong numbers, or dies, for such maps with channels-last strides.
+            arguments = (arguments[0].clone(memory_format=torch.contiguous_format), *arguments[1:])
         if self.name in RESHAPES:
             shape = list(arguments[1])
             if shape and shape[0] != -1:
@@ -115,6 +118,7 @@ class _Recorder(TorchDispatchMode):
         self.steps: list[Step] = []
         self.alive: list[Tensor] = [images]  # so that no id and no storage is used again
         self.slots = {id(images): 0}
+        self.constants: dict[int, tuple[Tensor, Tensor]] = {}  # as given, and as they were then
         self.current: dict[int, set[int]] = {}  # storages written into: the tensors that are up to date
 
     def slot_of(self, value: object) -> int | None:
@@ -130,6 +134,17 @@ class _Recorder(TorchDispatchMode):
         # Attention carries the tag for the dropout that no network has in eval mode.
         if torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in name:
             raise CannotRecordError(f"it draws random numbers ({func})")
+        looks = torch.Tag.data_dependent_output in func.tags or (
+            torch.Tag.dynamic_output_shape in func.tags and not _by_numbers(name, args)
+        )
+        if looks and any(id(leaf) in self.slots for leaf in leaves):
+            raise CannotRecordError("it decides by the values of an image")
+        if any(
+            argument.alias_info is not None and argument.alias_info.is_write
+            for argument in func._schema.arguments
+            if argument.name in kwargs
+        ):
+            raise CannotRecordError(f"{func} writes into a tensor that it is given")
         for leaf in leaves:
             fresh = self.current.get(_storage(leaf))
             if fresh is not None and id(leaf) not in fresh:
@@ -157,10 +172,7 @@ class _Recorder(TorchDispatchMode):
         elif written:
             call, name = _without_writing(func, name)
         mark = _pytree.tree_map(
-            lambda leaf: (
-                Slot(self.slots[id(leaf)]) if isinstance(leaf, Tensor) and id(leaf) in self.slots else leaf
-            ),
-            (arguments, kwargs),
+            lambda leaf: self._mark(leaf) if isinstance(leaf, Tensor) else leaf, (arguments, kwargs)
         )
         inputs = tuple(leaf.number for leaf in _pytree.tree_leaves(mark) if isinstance(leaf, Slot))
         outputs = []
@@ -177,6 +189,14 @@ class _Recorder(TorchDispatchMode):
             elif storage in self.current:
                 self.current[storage].add(id(value))
         self.steps.append(Step(name, call, mark[0], mark[1], inputs, tuple(outputs), several))
+
+    def _mark(self, tensor: Tensor) -> Slot | Tensor:
+        """The slot of what depends on the images; of a constant a copy, whatever becomes of the network's own."""
+        if id(tensor) in self.slots:
+            return Slot(self.slots[id(tensor)])
+        if id(tensor) not in self.constants:
+            self.constants[id(tensor)] = (tensor, tensor.detach().clone())
+        return self.constants[id(tensor)][1]
 
 
 class _Looking(TorchFunctionMode):
@@ -205,6 +225,14 @@ def filled(arguments: Any, values: dict[int, Any]) -> Any:
     if kind is dict:
         return {name: filled(leaf, values) for name, leaf in arguments.items()}
     return arguments
+
+
+def _by_numbers(name: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether it indexes with whole numbers only: the shape of that is known without looking at values."""
+    masks = {torch.bool, torch.uint8}
+    return name == "index" and not any(
+        isinstance(leaf, Tensor) and leaf.dtype in masks for leaf in _pytree.tree_leaves(arguments[1])
+    )
 
 
 def _without_writing(func: Any, name: str) -> tuple[Any, str]:

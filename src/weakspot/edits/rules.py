@@ -43,7 +43,7 @@ NORMS = {
     "cudnn_batch_norm",
 }
 STEPS = 8
-Rule = Callable[["State", Step, dict[int, Any]], "Windows | Tensor | None"]
+Rule = Callable[["State", Step, dict[int, Any]], "Windows | None"]
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,8 @@ class State:
     room: float
 
 
-def apply(state: State, step: Step, values: dict[int, Any]) -> Windows | Tensor | None:
-    """What a step makes of windows, or None where it needs whole maps.
-
-    A result without sites, such as a mean over all of them, comes as a tensor (M, ...).
-    """
+def apply(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
+    """What a step makes of windows, or None where it needs whole maps."""
     rule = RULES.get(step.name)
     return None if rule is None else rule(state, step, values)
 
@@ -78,7 +75,8 @@ def _sitewise(state: State, step: Step, values: dict[int, Any]) -> Windows | Non
     if not all(isinstance(one, Windows) for one in windows):
         return None
     layout = windows[0].layout
-    if any(one.layout != layout for one in windows):
+    sizes = {state.sizes[slot] for slot in step.inputs}
+    if any(one.layout != layout for one in windows) or len(sizes) > 1:
         return None
     if not all(_spread_evenly(leaf, layout) for leaf in (*step.arguments, *step.keywords.values())):
         return None
@@ -164,6 +162,7 @@ def _joined_channels(state: State, step: Step, values: dict[int, Any]) -> Window
     if (
         place != 1
         or len(parts) != len(windows)
+        or len({state.sizes[slot] for slot in step.inputs}) > 1
         or not all(isinstance(one, Windows) and one.layout == "maps" for one in windows)
     ):
         return None
@@ -184,32 +183,21 @@ def _pad(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
     return Windows(values_, windows.tops + top, windows.lefts + left)
 
 
-def _mean(state: State, step: Step, values: dict[int, Any]) -> Windows | Tensor | None:
-    """Over channels site by site; over all sites, the unedited mean and what the window adds to it."""
+def _over_channels(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
+    """Means and sums over channels, site by site.
+
+    Over all sites whole maps are needed: the unedited sum and what the window adds to it is no short cut, because
+    where the edit takes away what the sum was made of, rounding is all that is left.
+    """
+    del state
     windows: Windows = values[step.inputs[0]]
     over = step.arguments[1] if len(step.arguments) > 1 else None
-    if windows.layout != "maps" or not isinstance(over, list | tuple) or "dtype" in step.keywords:
+    if windows.layout != "maps" or not isinstance(over, list | tuple) or [place % 4 for place in over] != [1]:
         return None
-    places = sorted(place % 4 for place in over)
-    keep = len(step.arguments) > 2 and step.arguments[2]
-    if places == [1] and keep:
-        return windows.changed(step.call(*filled(step.arguments, {step.inputs[0]: windows.seen()})))
-    if places != [2, 3]:
+    if len(step.arguments) < 3 or not step.arguments[2]:
         return None
-    clean = state.cleans[step.inputs[0]]
-    before = gathered(clean.sites, state.owners, windows.tops, windows.lefts, *windows.size)
-    change = (windows.values - before).sum((1, 2))
-    total = _remembered_sum(clean)[state.owners] + change
-    if step.name == "mean":
-        total = total / (clean.size[0] * clean.size[1])
-    return total[:, :, None, None] if keep else total
-
-
-def _remembered_sum(clean: Map) -> Tensor:
-    key = ("sum",)
-    if key not in clean.padded:
-        clean.padded[key] = clean.sites.sum((1, 2))
-    return clean.padded[key]
+    seen = {step.inputs[0]: windows.seen()}
+    return windows.changed(step.call(*filled(step.arguments, seen), **step.keywords))
 
 
 def _convolution(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
@@ -391,8 +379,8 @@ RULES: dict[str, Rule] = {
     "_unsafe_view": _view,
     "cat": _joined_channels,
     "constant_pad_nd": _pad,
-    "mean": _mean,
-    "sum": _mean,
+    "mean": _over_channels,
+    "sum": _over_channels,
     "convolution": _convolution,
     "max_pool2d_with_indices": _max_pool,
     "avg_pool2d": _average_pool,
@@ -404,7 +392,7 @@ def needs_clean(step: Step, layout: Layout) -> bool:
     """Whether windows may have to be seen in their maps for this step."""
     if step.name in SITEWISE | NORMS and len(step.inputs) == 1:
         return step.name in SITEWISE and not all(_spread_evenly(leaf, layout) for leaf in step.arguments)
-    return step.name != "constant_pad_nd" or min(step.arguments[1]) < 0
+    return True
 
 
 def layout_after(step: Step, layouts: dict[int, Layout | None], value: Tensor) -> Layout | None:

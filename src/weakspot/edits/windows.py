@@ -79,7 +79,7 @@ def as_seen(sites: Tensor, layout: Layout) -> Tensor:
     """(N, H, W, C) in the network's layout."""
     if layout == "maps":
         count, height, width, channels = sites.shape
-        if channels == 1 or height * width == 1:
+        if channels == 1:
             # One channel with channels-last strides, torch 2.13's convolution on CPUs gives wrong numbers for.
             return sites.reshape(count, channels, height, width)
         return sites.permute(0, 3, 1, 2)
