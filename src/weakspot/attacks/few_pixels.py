@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from weakspot.attacks.evolution import evolve
 from weakspot.attacks.gradient import Progress, check_counts
 from weakspot.attacks.guided import follow_gradient
+from weakspot.attacks.painting import with_windows
 from weakspot.attacks.problem import attacking
 from weakspot.checks import closest
 from weakspot.pairs import AttackResult
@@ -36,7 +37,8 @@ def pixels(
     the target's), colours are 8-bit. A candidate that the population already holds is not sent through the model
     again. "guided" tries the corners of the colour cube at the sites where the gradient promises most, then around
     the best sites found, then colours between the corners; pixels are added one after the other.
-    Images leave as soon as they fool.
+    Images leave as soon as they fool. On images of 96 x 96 pixels and more, a single pixel's candidates go through
+    `LocalEdits` where that saves a quarter of the multiplications.
 
     Args:
         model: as for `pgd`, like the other arguments that are not named here.
@@ -77,8 +79,9 @@ def pixels(
             lowest = problem.evaluate(adversarial)
             rows = ((sites > 0) & (lowest >= 0)).nonzero()[:, 0]
             if len(rows):
+                chosen = problem.select(rows)
                 found, margins = METHODS[method](
-                    problem.select(rows),
+                    with_windows(chosen) if count == 1 or method == "guided" else chosen,
                     count=count,
                     population=population,
                     generations=generations,

@@ -17,6 +17,7 @@ from weakspot.budgets import Budget
 from weakspot.budgets.budget import MEMO
 from weakspot.checks import check_classes, check_logits, check_region, check_seed
 from weakspot.classifier import Classifier, check_images, evaluating, predict
+from weakspot.edits import Prepared
 from weakspot.fusion import fused, measured_batch
 from weakspot.pairs import AttackResult
 
@@ -55,6 +56,7 @@ class Problem:
         backwards: likewise, gradients taken.
         whole: whether the region is every site of every image; what masks would do is then left out.
         aims: (N,) classes that objectives are told to aim at instead of `targets`; success is judged by the latter.
+        prepared: the classifier's recording, where edits of one pixel go by windows.
     """
 
     classifier: Classifier
@@ -70,6 +72,7 @@ class Problem:
     backwards: Tensor
     whole: bool = False
     aims: Tensor | None = None
+    prepared: Prepared | None = None
 
     def __post_init__(self) -> None:
         if not hasattr(self.clean, MEMO):
@@ -127,14 +130,17 @@ class Problem:
         margins, every = [], []
         with torch.no_grad():
             for part in torch.arange(len(images), device=images.device).split(self.batch_size):
-                mine = owners[part]
                 logits = self.classifier(images[part])
-                targets = None if self.targets is None else self.targets[mine]
-                self._check(logits, self.labels[mine], targets)
-                margins.append(sure_margin(logits, self.labels[mine], targets).to(self.clean))
+                margins.append(self.judge(logits, owners[part]))
                 every.append(logits)
-        self.count_forwards(owners)
         return torch.cat(margins), torch.cat(every)
+
+    def judge(self, logits: Tensor, owners: Tensor) -> Tensor:
+        """(M,) margins of logits (M, K) of images that went through the model; `owners` (M,) says whose each is."""
+        targets = None if self.targets is None else self.targets[owners]
+        self._check(logits, self.labels[owners], targets)
+        self.count_forwards(owners)
+        return sure_margin(logits, self.labels[owners], targets).to(self.clean)
 
     def descend(self, images: Tensor, objective: Objective = margin) -> Descent:
         """Margins, values and falling direction of the images (N, C, H, W), each in its own row."""

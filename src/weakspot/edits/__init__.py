@@ -2,5 +2,17 @@
 
 from weakspot.edits.groups import Windowed, cells, exchanged, grid, windowed
 from weakspot.edits.local import Edits, LocalEdits, Prepared, prepare
+from weakspot.edits.work import work_saved
 
-__all__ = ["Edits", "LocalEdits", "Prepared", "Windowed", "cells", "exchanged", "grid", "prepare", "windowed"]
+__all__ = [
+    "Edits",
+    "LocalEdits",
+    "Prepared",
+    "Windowed",
+    "cells",
+    "exchanged",
+    "grid",
+    "prepare",
+    "windowed",
+    "work_saved",
+]

@@ -1,0 +1,24 @@
+"""How much work windows save, by counting."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from weakspot.edits.engine import Engine
+from weakspot.edits.recording import Recording
+
+
+def work_saved(recording: Recording, image: Tensor) -> float:
+    """How many times the multiplications of one edited pixel, in the middle of the image (1, C, H, W), a pass takes.
+
+    Convolutions and matrix products are counted; infinite where there are none by windows.
+    """
+    engine = Engine(recording, image, full_batch=1)
+    middle = torch.tensor([[size // 2] for size in image.shape[2:]], device=image.device)
+    with FlopCounterMode(display=False) as by_windows:
+        engine.edited(torch.zeros_like(middle[0]), *middle, image[:, :, :1, :1])
+    with FlopCounterMode(display=False) as whole:
+        engine.replayed(image)
+    return whole.get_total_flops() / max(1e-9, by_windows.get_total_flops())
