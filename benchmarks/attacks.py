@@ -8,7 +8,6 @@ torchattacks, foolbox and ART are compared where they are installed. Every figur
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import torch
 from scipy.stats import bootstrap
 from torch import Tensor, nn
 
-from benchmarks import real, rivals
+from benchmarks import real, rivals, sections
 from benchmarks.rivals import Attack, Counted
 from benchmarks.timing import peak_gigabytes
 from weakspot import L2, SSIM, AttackResult, Budget, Linf, Pairs, attacks, ssim_map
@@ -300,15 +299,5 @@ def smallest(budget: int = 1000) -> None:
 SECTIONS = {"steps": steps, "pixels": pixels, "quality": quality, "smallest": smallest, "robust": robust}
 
 
-def main() -> None:
-    """Run the sections that the command line names."""
-    wanted = sys.argv[1:] or list(SECTIONS)
-    unknown = [name for name in wanted if name not in SECTIONS]
-    if unknown:
-        sys.exit(f"no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
-    for name in wanted:
-        SECTIONS[name]()
-
-
 if __name__ == "__main__":
-    main()
+    sections.run(SECTIONS)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks import real, rivals
+from benchmarks import real, rivals, sections
 from benchmarks.timing import peak_gigabytes
 from weakspot import Pairs, attacks, load, locality, promotion_suppression, sample_images
 from weakspot.classifier import Classifier, evaluating
@@ -248,9 +248,9 @@ def local(wanted: int = 100) -> None:
     chosen = Pairs(pairs.clean[both], pairs.adversarial[both], pairs.labels[both], pairs.targets[both])
     result = locality(model, chosen)
     print(f"\nLocality: ResNet-20, {len(rows)} one-pixel successes and {len(failed)} failures\n")
-    print(result.by_radius.to_markdown(index=False, floatfmt=".3f"))
+    print(sections.table(result.by_radius))
     print()
-    print(result.controls.to_markdown(index=False, floatfmt=".3f"))
+    print(sections.table(result.controls))
     print(
         "\nPublished (arXiv 1902.02947, as recalled): neighbours 31.3%, random site 3.1% of ResNet's successes, 33.1% "
         "and 4.9% of LeNet's."
@@ -260,15 +260,5 @@ def local(wanted: int = 100) -> None:
 SECTIONS = {"throughput": throughput, "promotion": promotion, "locality": local, "sweep": sweep}
 
 
-def main() -> None:
-    """Run the sections that the command line names."""
-    wanted = sys.argv[1:] or list(SECTIONS)
-    unknown = [name for name in wanted if name not in SECTIONS]
-    if unknown:
-        sys.exit(f"no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
-    for name in wanted:
-        SECTIONS[name]()
-
-
 if __name__ == "__main__":
-    main()
+    sections.run(SECTIONS)

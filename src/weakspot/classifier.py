@@ -95,7 +95,15 @@ class Classifier(nn.Module):
             raise ValueError(
                 f"images have {images.shape[1]} channels; {self.name} is normalised for {self.mean.shape[1]}"
             )
-        logits = logits_of(self.network((images.to(self.mean) - self.mean) / self.std))
+        try:
+            output = self.network((images.to(self.mean) - self.mean) / self.std)
+        except RuntimeError as error:
+            if images.shape[1] == self.channels:
+                raise
+            raise ValueError(
+                f"images have {images.shape[1]} channels; {self.name}'s first convolution takes {self.channels}"
+            ) from error
+        logits = logits_of(output)
         return logits if logits.dtype in {torch.float32, torch.float64} else logits.float()
 
     def filled(self, images: Tensor) -> Tensor:

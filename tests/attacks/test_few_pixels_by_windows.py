@@ -36,7 +36,7 @@ def made(count: int) -> tuple[nn.Module, Tensor, Tensor]:
         torch.manual_seed(0)
         model, images = Strided().eval(), 0.4 + 0.2 * torch.rand(count, 3, SIDE, SIDE)
     with torch.no_grad():
-        model.head.bias -= model(images).mean(0)
+        model.head.bias.sub_(model(images).mean(0))
         return model, images, model(images).argmax(1)
 
 
@@ -45,9 +45,9 @@ def through(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     logits = Edits.logits
 
-    def watched(self: Edits, owners: Tensor, *rest: Tensor) -> Tensor:
+    def watched(self: Edits, owners: Tensor, tops: Tensor, lefts: Tensor, patches: Tensor) -> Tensor:
         seen.append(len(owners))
-        return logits(self, owners, *rest)
+        return logits(self, owners, tops, lefts, patches)
 
     monkeypatch.setattr(Edits, "logits", watched)
     return seen

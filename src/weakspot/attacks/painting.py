@@ -12,9 +12,7 @@ from weakspot.attacks.objectives import log_odds
 from weakspot.attacks.problem import Problem
 from weakspot.edits import Edits, prepare, work_saved
 
-LARGE = (
-    96 * 96
-)  # pixels of an image from which on edits may go by windows: smaller ones share batches instead
+LARGE = 96 * 96  # pixels of an image from which on edits may go by windows; smaller ones share batches
 WORTH = 1.3  # times the multiplications that windows must save; the time they save is more (`benchmarks/edits.py`)
 
 

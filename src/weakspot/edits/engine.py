@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from weakspot.edits.recording import CannotRecordError, Recording, Slot, Step
-from weakspot.edits.rules import SITEWISE, State, apply, layout_after, needs_clean
+from weakspot.edits.rules import SITEWISE, apply, layout_after, needs_clean
+from weakspot.edits.sliding import State
 from weakspot.edits.windows import Layout, Map, Windows, as_seen, as_sites, whole
 
 FRESH = {"convolution", "addmm", "add", "native_batch_norm", "_native_batch_norm_legit_no_training"}

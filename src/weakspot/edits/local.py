@@ -46,6 +46,9 @@ def prepare(classifier: Classifier, image: Tensor) -> Prepared:
     """
     if _watched(classifier):
         return Prepared(None, "hooks on it would not see the edits")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in classifier.modules()):
+        return Prepared(None, "TorchScript runs past the recorder")
+    recording = None
     try:
         with warnings.catch_warnings(), fused(classifier, image), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -58,7 +61,10 @@ def prepare(classifier: Classifier, image: Tensor) -> Prepared:
     except CannotRecordError as reason:
         return Prepared(None, str(reason))
     except Exception as error:  # noqa: BLE001 - whatever a strange module raises, its edits go through itself
-        return Prepared(None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        where = (
+            "it cannot be recorded" if recording is None else "its recording fits one number of images only"
+        )
+        return Prepared(None, f"{where} ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
     if off > TOLERANCE:
         return Prepared(None, f"its recording is off by {off:.1e} of the range of its logits")
     return Prepared(recording)

@@ -16,9 +16,9 @@ def work_saved(recording: Recording, image: Tensor) -> float:
     Convolutions and matrix products are counted; infinite where there are none by windows.
     """
     engine = Engine(recording, image, full_batch=1)
-    middle = torch.tensor([[size // 2] for size in image.shape[2:]], device=image.device)
+    top, left = (torch.tensor([size // 2], device=image.device) for size in image.shape[2:])
     with FlopCounterMode(display=False) as by_windows:
-        engine.edited(torch.zeros_like(middle[0]), *middle, image[:, :, :1, :1])
+        engine.edited(torch.zeros_like(top), top, left, image[:, :, :1, :1])
     with FlopCounterMode(display=False) as whole:
         engine.replayed(image)
-    return whole.get_total_flops() / max(1e-9, by_windows.get_total_flops())
+    return float(whole.get_total_flops()) / float(max(1e-9, by_windows.get_total_flops()))

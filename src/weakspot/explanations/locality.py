@@ -224,7 +224,7 @@ def _controls(
 
 
 SMALL = 64 * 64  # pixels of an image that `analyse` sweeps whole
-FEW = 14 * 14  # pixels that it sweeps of a larger one, about
+FEW = 7 * 7  # pixels that it sweeps of a larger one, about
 MOVED = ("does not fool", "fools into another class", "fools into the same class", "no attack by one pixel")
 
 
@@ -249,10 +249,10 @@ def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
         "weakest_pixel": tried.flatten(1).amin(1).double(),
         "weak_pixels": (tried < 0).flatten(1).double().mean(1),
     }
-    every = "pixel" if step == 1 else f"{step}th pixel down and along"
+    which = "every pixel" if step == 1 else f"one pixel of every {step} x {step}"
     maps = {"one_pixel_margin": margins}
     meanings = {
-        "weakest_pixel": f"Smallest lead of the label when one pixel, every {every}, takes a corner colour; below 0 "
+        "weakest_pixel": f"Smallest lead of the label when a pixel takes a corner colour, {which} tried; below 0 "
         "that pixel is enough.",
         "weak_pixels": "Share of these pixels that are enough alone.",
     }
@@ -261,7 +261,7 @@ def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
             "Lead left after one pixel",
             kind="signed",
             meaning=f"The smallest lead of {{label}} over any class when this pixel alone takes the worst corner "
-            f"colour; every {every} was tried. Below 0 it is enough.",
+            f"colour; {which} was tried. Below 0 it is enough.",
         )
     }
     one = (pairs.perturbation != 0).any(1).flatten(1).sum(1) == 1
