@@ -68,6 +68,12 @@ def fused(classifier: Classifier, image: Tensor) -> Iterator[None]:
         yield
 
 
+def folded_convolutions(classifier: Classifier, image: Tensor) -> frozenset[nn.Module]:
+    """The convolutions that `fused` would give other weights: their own outputs are not what they were, then."""
+    modules = dict(classifier.network.named_modules())
+    return frozenset(modules[convolution] for convolution, _ in _plan(classifier, image))
+
+
 def _plan(classifier: Classifier, image: Tensor) -> Sequence[Fold]:
     """The folds that hold for this network and image shape, from memory where they were found before."""
     network = classifier.network

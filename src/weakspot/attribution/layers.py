@@ -58,7 +58,7 @@ class Layer:
         """
         seen: list[Tensor] = []
         if self.module is None:
-            calls = _Calls(
+            calls = Calls(
                 lambda number, output, *_: self._keep(seen, output) if number == self.call else output
             )
             with calls.counted(self.root):
@@ -66,7 +66,7 @@ class Layer:
             return
 
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            tensor = _first_tensor(output)
+            tensor = first_tensor(output)
             if tensor is None:
                 return output
             copy = self._keep(seen, tensor)
@@ -114,7 +114,7 @@ def find_layer(
             calls.append(_Call(number, kind, output))
         return output
 
-    with _Calls(record).counted(classifier):
+    with Calls(record).counted(classifier):
         logits = classifier(point)
     candidates = _candidates(calls, point)
     if not candidates or not logits.requires_grad:
@@ -231,7 +231,8 @@ def _named_layer(classifier: Classifier, image: Tensor, name: str) -> Layer:
     return replace(probe, layout=layout)
 
 
-def _first_tensor(output: Any) -> Tensor | None:
+def first_tensor(output: Any) -> Tensor | None:
+    """The tensor that a module returned, the first of several, or None."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, tuple | list):
@@ -240,7 +241,7 @@ def _first_tensor(output: Any) -> Tensor | None:
     return state if isinstance(state, Tensor) else None
 
 
-class _Calls(TorchFunctionMode):
+class Calls(TorchFunctionMode):
     """Numbers torch calls in a forward pass and lets `visit(number, output, function, arguments)` replace outputs."""
 
     def __init__(self, visit: Callable[..., Any]) -> None:

@@ -26,6 +26,11 @@ class Layout:
     width: int
     prefix: int = 0
 
+    @property
+    def cells(self) -> tuple[int, int]:
+        """Height and width of the map."""
+        return self.height, self.width
+
     def maps(self, activation: Tensor) -> Tensor:
         """The activation as (N, C, h, w)."""
         if self.kind == "channels_last":

@@ -1,0 +1,232 @@
+"""Reading: the maps of many layers in one forward pass, each handed on as it appears and never kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weakspot.attribution.layers import Calls, first_tensor, noise_like
+from weakspot.attribution.layout import Layout
+from weakspot.checks import closest
+from weakspot.classifier import Classifier
+from weakspot.fusion import folded_convolutions, fused
+
+Visit = Callable[[str, Tensor], None]
+"""Told the layer's name and its maps (N, C, h, w), which it must not change or keep."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a map of the image is made.
+
+    Attributes:
+        layout: how the output is a map.
+        module: the module that makes it, or None for a bare function call.
+        turn: which of the module's calls in a forward pass, from 1; of a bare function the number of the call.
+    """
+
+    layout: Layout
+    module: nn.Module | None
+    turn: int
+
+
+def spatial_layers(
+    classifier: Classifier, image: Tensor, names: Sequence[str] | None = None
+) -> dict[str, Place]:
+    """Name to place of the layers whose outputs are maps of the image, in the order they are made.
+
+    Without names: behind every learned operation the last of its norms and activations, and each block whose output
+    none of its parts made. Later calls of a module that is used several times are named "relu (call 2)". A network
+    without modules, as exported ones are, has its convolutions' and attentions' function calls.
+
+    Args:
+        classifier: in eval mode.
+        image: (1, C, H, W), of which only the size matters.
+        names: modules, as `model.named_modules()` has them.
+
+    Raises:
+        ValueError: when a name is no such layer, or there are no such layers.
+    """
+    outputs = _watch(classifier, classifier.filled(noise_like(image)))
+    every = {output.name: output.place for output in outputs}
+    if names is None:
+        chosen = {output.name: output.place for output in _last_of_each(outputs)} or _calls(classifier, image)
+        if not chosen:
+            raise ValueError(
+                f"{classifier.name} keeps no map of the image; give a network with convolutions or tokens"
+            )
+        return chosen
+    if isinstance(names, str) or not len(names):
+        raise ValueError(f"layers is {names!r}; accepted is a list of layer names")
+    known = {}
+    for name in names:
+        plain = name if name in every else str(name).removeprefix("network.")
+        if plain not in every:
+            modules = {key for key, _ in classifier.network.named_modules()}
+            why = "keeps no map of the image" if plain in modules else "is not in the network"
+            raise ValueError(f"layers has {name!r}, which {why}; {closest(plain, every)}")
+        known[name] = every[plain]
+    return known
+
+
+@contextmanager
+def reading(classifier: Classifier, places: Mapping[str, Place], visit: Visit) -> Iterator[None]:
+    """While open, every forward pass hands the maps of these places on as they are made.
+
+    Modules are watched by hooks, gone on exit whatever happens: what a later in-place operation does to an output
+    comes after it was read.
+
+    Args:
+        classifier: in eval mode.
+        places: from `spatial_layers`.
+        visit: called for each place in each pass.
+    """
+    turns: dict[nn.Module, int] = {}
+    wanted: dict[nn.Module, dict[int, tuple[str, Layout]]] = {}
+    calls: dict[int, tuple[str, Layout]] = {}
+    for name, place in places.items():
+        table = calls if place.module is None else wanted.setdefault(place.module, {})
+        table[place.turn] = (name, place.layout)
+
+    def see(known: tuple[str, Layout] | None, tensor: Tensor | None) -> None:
+        if known is not None and tensor is not None:
+            visit(known[0], known[1].maps(tensor.detach()))
+
+    def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
+        turns[module] = turns.get(module, 0) + 1
+        see(wanted[module].get(turns[module]), first_tensor(output))
+
+    def called(number: int, output: Any, *_: Any) -> Any:
+        see(calls.get(number), output if isinstance(output, Tensor) else None)
+        return output
+
+    with ExitStack() as stack:
+        first = classifier.register_forward_pre_hook(lambda *_: turns.clear())
+        stack.callback(first.remove)
+        for module in wanted:
+            stack.callback(module.register_forward_hook(hook).remove)
+        if calls:
+            stack.enter_context(Calls(called).counted(classifier))
+        yield
+
+
+@contextmanager
+def fused_for(classifier: Classifier, image: Tensor, places: Mapping[str, Place]) -> Iterator[None]:
+    """The classifier in its fused form, unless that would change what one of the places hands on."""
+    with ExitStack() as stack:
+        modules = {place.module for place in places.values()}
+        if modules.isdisjoint(folded_convolutions(classifier, image)):
+            stack.enter_context(fused(classifier, image))
+        yield
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What one call of a module returned in the pass that was watched.
+
+    Attributes:
+        name: of the module, with the number of the call from the second on.
+        place: where it is.
+        read: ids of the tensors it was given.
+        made: id of the tensor it returned.
+        learned: whether it, or a module in it, has a weight matrix.
+        leaf: whether it is an operation of its own: it holds weights, or has no parts.
+    """
+
+    name: str
+    place: Place
+    read: frozenset[int]
+    made: int
+    learned: bool
+    leaf: bool
+
+
+def _watch(classifier: Classifier, images: Tensor) -> list[_Output]:
+    """Every call of a module in a forward pass that returned a map of the image, in the order they returned."""
+    outputs: list[_Output] = []
+    alive: list[Any] = []  # so that no id is used again
+    turns: dict[str, int] = {}
+    versions: dict[int, int] = {}  # of tensors: in-place operations raise them
+
+    def hook(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        tensor = first_tensor(output)
+        turns[name] = turns.get(name, 0) + 1
+        if tensor is None or len(tensor) != len(images) or not tensor.is_floating_point():
+            return
+        layout = Layout.of(tensor, images)
+        if layout is None:
+            return
+        given = frozenset(id(one) for one in inputs if isinstance(one, Tensor))
+        if versions.get(id(tensor)) == tensor._version and id(tensor) in given:
+            return  # it handed on what it was given
+        alive.extend((inputs, tensor))
+        versions[id(tensor)] = tensor._version
+        turn = turns[name]
+        outputs.append(
+            _Output(
+                name if turn == 1 else f"{name} (call {turn})",
+                Place(layout, module, turn),
+                given,
+                id(tensor),
+                any(weight.ndim > 1 for weight in module.parameters()),
+                bool(module._parameters) or next(module.children(), None) is None,
+            )
+        )
+
+    with ExitStack() as stack, torch.no_grad():
+        for name, module in classifier.network.named_modules():
+            if name and not isinstance(module, torch.jit.ScriptModule):
+                handle = module.register_forward_hook(
+                    lambda module, inputs, output, name=name: hook(name, module, inputs, output)
+                )
+                stack.callback(handle.remove)
+        classifier(images)
+    return outputs
+
+
+def _last_of_each(outputs: Sequence[_Output]) -> list[_Output]:
+    """Of each chain of a learned operation, norms and activations the end, and blocks; what returns the same once."""
+    first = next((number for number, output in enumerate(outputs) if output.learned and output.leaf), 0)
+    rest = outputs[first:]
+    outermost = {output.made: number for number, output in enumerate(rest)}  # the last to return it
+    grids = {output.made: output.place.layout.cells for output in rest}
+    chained: set[int] = set()
+    continued: set[int] = set()
+    for output in rest:
+        behind = {given for given in output.read & chained if grids[given] == output.place.layout.cells}
+        if output.leaf and (output.learned or behind):
+            chained.add(output.made)
+        if output.leaf and not output.learned:
+            continued |= behind - {output.made}
+    return [
+        output
+        for number, output in enumerate(rest)
+        if outermost[output.made] == number
+        and (output.made not in continued if output.made in chained else not output.leaf)
+    ]
+
+
+def _calls(classifier: Classifier, image: Tensor) -> dict[str, Place]:
+    """Function calls with weights whose outputs are maps of the image, for networks that have no modules."""
+    images, found = classifier.filled(noise_like(image)), {}
+
+    def note(number: int, output: Any, function: Callable[..., Any], _arguments: Any) -> Any:
+        kind = getattr(function, "__name__", str(function)).split(".")[0]
+        if (
+            ("conv" in kind or "attention" in kind)
+            and isinstance(output, Tensor)
+            and len(output) == len(images)
+        ):
+            layout = Layout.of(output, images)
+            if layout is not None:
+                found[f"{kind} (call {number})"] = Place(layout, None, number)
+        return output
+
+    with Calls(note).counted(classifier), torch.no_grad():
+        classifier(images)
+    return found
