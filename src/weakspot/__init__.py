@@ -25,6 +25,8 @@ from weakspot.explanations import (
     locality,
     overlap,
     promotion_suppression,
+    propagation,
+    propagation_study,
     restoration,
 )
 from weakspot.images import read_images, sample_images
@@ -61,6 +63,8 @@ __all__ = [
     "occlusion",
     "overlap",
     "promotion_suppression",
+    "propagation",
+    "propagation_study",
     "read_budget",
     "read_images",
     "regions",

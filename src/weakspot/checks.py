@@ -128,3 +128,9 @@ def check_logits(logits: Tensor, name: str) -> None:
             ModelWarning,
             stacklevel=4,
         )
+
+
+def check_batch_size(batch_size: int | None) -> None:
+    """Raises ValueError unless `batch_size` is None or a whole number of at least 1."""
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size is {batch_size!r}; accepted is a whole number of at least 1")

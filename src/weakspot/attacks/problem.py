@@ -15,7 +15,7 @@ from weakspot.attacks import draws
 from weakspot.attacks.objectives import Objective, check_values, margin, sure_margin
 from weakspot.budgets import Budget
 from weakspot.budgets.budget import MEMO
-from weakspot.checks import check_classes, check_logits, check_region, check_seed
+from weakspot.checks import check_batch_size, check_classes, check_logits, check_region, check_seed
 from weakspot.classifier import Classifier, check_images, evaluating, predict
 from weakspot.edits import Prepared
 from weakspot.fusion import fused, measured_batch
@@ -239,8 +239,7 @@ def attacking(
         if region is None:
             region = torch.ones(1, 1, *clean.shape[2:], dtype=torch.bool)
         check_region(region, clean)
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-            raise ValueError(f"batch_size is {batch_size}; accepted is a whole number of at least 1")
+        check_batch_size(batch_size)
         region = region.to(device, copy=True).expand(count, -1, -1, -1)
         problem = Problem(
             classifier,

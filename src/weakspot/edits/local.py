@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from weakspot.checks import check_logits, check_range
+from weakspot.checks import check_batch_size, check_logits, check_range
 from weakspot.classifier import Classifier, check_images, default_batch, evaluating, predict
 from weakspot.edits.engine import Engine, evenly
 from weakspot.edits.recording import CannotRecordError, Recording, record
@@ -302,12 +302,6 @@ class LocalEdits:
                 owners, tops, lefts = (torch.zeros(1, dtype=torch.long, device=image.device),) * 3
                 return self._edits.logits(owners, tops, lefts, image[:, :, :1, :1])[:0]
             return self._edits.logits(owners, tops, lefts, patches, progress)
-
-
-def check_batch_size(batch_size: int | None) -> None:
-    """Raises ValueError unless `batch_size` is None or a whole number of at least 1."""
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"batch_size is {batch_size!r}; accepted is a whole number of at least 1")
 
 
 def _checked(tops: Tensor, lefts: Tensor, patches: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:

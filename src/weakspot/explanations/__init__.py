@@ -1,6 +1,6 @@
 """Explanations: pairs become scores and maps."""
 
-from weakspot.explanations.analysis import Analysis, Picture
+from weakspot.explanations.analysis import Analysis, Picture, Series
 from weakspot.explanations.explanation import Explanation, explain
 from weakspot.explanations.locality import Locality, locality
 from weakspot.explanations.overlap import Overlap, overlap
@@ -10,6 +10,8 @@ from weakspot.explanations.promotion import (
     interpretability_test,
     promotion_suppression,
 )
+from weakspot.explanations.propagation import Propagation, propagation
+from weakspot.explanations.propagation_study import PropagationStudy, propagation_study, random_edits
 from weakspot.explanations.restoration import Restoration, restoration
 
 __all__ = [
@@ -19,12 +21,18 @@ __all__ = [
     "Overlap",
     "Picture",
     "Promotion",
+    "Propagation",
+    "PropagationStudy",
     "Restoration",
+    "Series",
     "explain",
     "interpretability_score",
     "interpretability_test",
     "locality",
     "overlap",
     "promotion_suppression",
+    "propagation",
+    "propagation_study",
+    "random_edits",
     "restoration",
 ]

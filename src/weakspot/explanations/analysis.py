@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 P = TypeVar("P", bound=Pairs)
 GROUP = "weakspot.analyses"
-OWN = ("cam", "ssim", "overlap", "promotion", "restoration", "locality")
+OWN = ("cam", "ssim", "overlap", "promotion", "restoration", "locality", "propagation")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,27 @@ class Picture:
 
 
 @dataclass(frozen=True, eq=False)
+class Series:
+    """Maps of one quantity along the layers of a network, to be leafed through.
+
+    Attributes:
+        title: its heading.
+        steps: names of the layers, first to last.
+        maps: (N, h, w) of each, from 0 up; sizes may differ.
+        tops: (N,) of each, the value that is drawn as the brightest colour.
+        curves: name of a curve to (N, layers), numbers that are drawn over the layers.
+        meaning: one sentence for the reader.
+    """
+
+    title: str
+    steps: Sequence[str]
+    maps: Sequence[Tensor]
+    tops: Sequence[Tensor]
+    curves: Mapping[str, Tensor] = field(default_factory=dict)
+    meaning: str = ""
+
+
+@dataclass(frozen=True, eq=False)
 class Analysis:
     """What an analysis returns.
 
@@ -53,12 +74,14 @@ class Analysis:
         maps: name to (N, 1, H, W).
         meanings: score name to one sentence for the reader.
         pictures: map name to how it is drawn; others are drawn as magnitudes.
+        series: name to maps along the layers.
     """
 
     scores: pd.DataFrame
     maps: Mapping[str, Tensor]
     meanings: Mapping[str, str] = field(default_factory=dict)
     pictures: Mapping[str, Picture] = field(default_factory=dict)
+    series: Mapping[str, Series] = field(default_factory=dict)
 
 
 AnalysisFunction = Callable[..., Analysis]  # (model, pairs, *, seed) -> Analysis

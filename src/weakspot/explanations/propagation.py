@@ -1,0 +1,178 @@
+"""Propagation: how far a perturbation travels through the layers of a network.
+
+After Vargas and Su 2019 (arXiv 1902.02947); the shares are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from weakspot.attribution.reading import Place, fused_for, reading, spatial_layers
+from weakspot.checks import check_batch_size
+from weakspot.classifier import Classifier, default_batch, evaluating
+from weakspot.explanations.analysis import check_pairs, settled
+from weakspot.explanations.gaps import Gap, gap
+from weakspot.pairs import Pairs
+
+NOTABLE = 0.1  # of the layer's own peak: from there on a site counts as reached
+
+
+@dataclass(frozen=True, eq=False)
+class Propagation:
+    """What a perturbation changes in each layer.
+
+    Attributes:
+        layers: names, in the order in which they are computed.
+        maximum: layer to (N, h, w), largest over channels of |A(x) - A(x')|.
+        mean: layer to (N, h, w), mean over channels likewise.
+        peak: layer to (N,), largest |A(x)| of the clean image.
+    """
+
+    layers: Sequence[str]
+    maximum: Mapping[str, Tensor]
+    mean: Mapping[str, Tensor]
+    peak: Mapping[str, Tensor]
+
+    @property
+    def spread(self) -> dict[str, Tensor]:
+        """Layer to (N,): share of the sites changed by over a tenth of the layer's peak in the clean image."""
+        return {name: spread_of(self.maximum[name], self.peak[name]) for name in self.layers}
+
+    @property
+    def reach(self) -> dict[str, Tensor]:
+        """Layer to (N,): the largest change, over the layer's peak in the clean image."""
+        return {name: reach_of(self.maximum[name], self.peak[name]) for name in self.layers}
+
+
+def propagation(
+    model: nn.Module, pairs: Pairs, *, layers: Sequence[str] | None = None, batch_size: int | None = None
+) -> Propagation:
+    """Maps of what a perturbation changes, layer by layer, from one pass over the stacked pairs.
+
+    Spread alone says little: attacks that fail spread almost as far. `propagation_study` has the controls.
+
+    Args:
+        model: any classifier; maps of tokens are the grid of their patches.
+        pairs: N pairs.
+        layers: names of modules whose outputs are maps; where not given behind every learned operation the last of
+            its norms and activations, and each block.
+        batch_size: pairs at once; changes no result.
+
+    Raises:
+        ValueError: when an argument does not fit, naming it.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> clean = torch.rand(2, 3, 16, 16)
+    >>> found = propagation(model.eval(), Pairs.of(model, clean, (clean + 0.1).clamp(0, 1)))
+    >>> found.layers, found.maximum["1"].shape
+    (['1'], torch.Size([2, 14, 14]))
+    """
+    check_pairs(pairs, model)
+    check_batch_size(batch_size)
+    with evaluating(model) as classifier:
+        pairs = settled(classifier, pairs)
+        places = spatial_layers(classifier, pairs.clean[:1], layers)
+        gaps: dict[str, list[Gap]] = {name: [] for name in places}
+        with fused_for(classifier, pairs.clean[:1], places):
+            for read in stream(classifier, places, pairs.clean, [pairs.adversarial], batch_size):
+                for name, (found,) in read.gaps.items():
+                    gaps[name].append(found)
+    together = {name: Gap.joined(parts) for name, parts in gaps.items()}
+    return Propagation(
+        list(places),
+        {name: found.maximum for name, found in together.items()},
+        {name: found.mean for name, found in together.items()},
+        {name: found.peak for name, found in together.items()},
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """What a batch of pairs changed.
+
+    Attributes:
+        rows: which pairs.
+        gaps: layer to one gap for each way in which the images were changed.
+        predicted: (1 + ways, n) classes of the clean and of the changed images.
+    """
+
+    rows: slice
+    gaps: Mapping[str, Sequence[Gap]]
+    predicted: Tensor
+
+
+def stream(
+    classifier: Classifier,
+    places: Mapping[str, Place],
+    clean: Tensor,
+    others: Sequence[Tensor],
+    batch_size: int | None,
+) -> Iterator[Read]:
+    """Batch by batch, the clean images stacked with the changed ones; only gaps leave the pass."""
+    stacked = classifier.fixed_batch is None
+    size = batch_size or max(1, default_batch(clean) // 2)
+    for start in range(0, len(clean), size if stacked else classifier.fixed_batch or 1):
+        rows = slice(start, min(start + (size if stacked else classifier.fixed_batch or 1), len(clean)))
+        batches = [images[rows] for images in (clean, *others)]
+        yield (
+            _stacked(classifier, places, rows, batches)
+            if stacked
+            else _in_turn(classifier, places, rows, batches)
+        )
+
+
+def _stacked(
+    classifier: Classifier, places: Mapping[str, Place], rows: slice, batches: Sequence[Tensor]
+) -> Read:
+    gaps: dict[str, list[Gap]] = {}
+    count = len(batches[0])
+
+    def visit(name: str, maps: Tensor) -> None:
+        gaps[name] = [gap(maps[:count], part) for part in maps[count:].split(count)]
+
+    with reading(classifier, places, visit), torch.no_grad():
+        logits = classifier(torch.cat(list(batches)))
+    return Read(rows, _all(gaps, places), logits.argmax(1).view(len(batches), count))
+
+
+def _in_turn(
+    classifier: Classifier, places: Mapping[str, Place], rows: slice, batches: Sequence[Tensor]
+) -> Read:
+    """For networks of one batch size, which cannot take the stack: the clean maps wait for the others."""
+    gaps: dict[str, list[Gap]] = {name: [] for name in places}
+    waiting: dict[str, Tensor] = {}
+    count = len(batches[0])
+
+    def visit(name: str, maps: Tensor) -> None:
+        if name in waiting:
+            gaps[name].append(gap(waiting[name], maps[:count]))
+        else:
+            waiting[name] = maps[:count].clone()
+
+    with reading(classifier, places, visit), torch.no_grad():
+        predicted = [classifier(classifier.filled(batch))[:count].argmax(1) for batch in batches]
+    return Read(rows, _all(gaps, places), torch.stack(predicted))
+
+
+def _all(gaps: Mapping[str, Sequence[Gap]], places: Mapping[str, Place]) -> Mapping[str, Sequence[Gap]]:
+    missing = [name for name in places if not gaps.get(name)]
+    if missing:
+        raise ValueError(
+            f"layer {missing[0]!r} did not run in every forward pass; accepted are layers that each image goes through"
+        )
+    return {name: gaps[name] for name in places}
+
+
+def spread_of(maximum: Tensor, peak: Tensor) -> Tensor:
+    """(N,) share of the sites that change by over a tenth of the peak; of a silent layer any change counts."""
+    return (maximum > NOTABLE * peak[:, None, None]).flatten(1).double().mean(1)
+
+
+def reach_of(maximum: Tensor, peak: Tensor) -> Tensor:
+    """(N,) the largest change over the peak."""
+    largest = maximum.flatten(1).amax(1).double()
+    return torch.where(largest > 0, largest / peak.double(), 0.0)

@@ -1,0 +1,336 @@
+"""Propagation against a brute-force reading of hooks, on networks of every kind, and the study's controls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import FlatNetwork, PoolingNetwork, TokenNetwork, untouched
+from weakspot import Pairs, attacks
+from weakspot.attribution.reading import reading, spatial_layers
+from weakspot.classifier import as_classifier
+from weakspot.explanations import PropagationStudy, propagation, propagation_study, random_edits
+from weakspot.explanations.gaps import TILE, gap
+
+
+class Shared(nn.Module):
+    """One in-place ReLU called twice, and a residual sum by operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3, 1, 1), nn.Conv2d(6, 6, 3, 1, 1)
+        self.norm, self.relu = nn.BatchNorm2d(6), nn.ReLU(inplace=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.relu(self.first(images))
+        maps = maps + self.relu(self.norm(self.second(maps)))
+        logits: Tensor = self.head(maps.mean((2, 3)))
+        return logits
+
+
+def drawn(build: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = build(*arguments)
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+        return network.eval()
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
+    "convolutions": (lambda: drawn(PoolingNetwork), (3, 20, 16)),
+    "grey": (lambda: drawn(FlatNetwork), (1, 16, 12)),
+    "tokens": (lambda: drawn(TokenNetwork), (3, 16, 24)),
+    "shared": (lambda: drawn(Shared), (3, 11, 13)),
+    "channels last": (lambda: drawn(Shared).to(memory_format=torch.channels_last), (3, 11, 13)),
+}
+each_network = pytest.mark.parametrize("kind", NETWORKS)
+
+
+def made(kind: str, count: int = 5) -> tuple[nn.Module, Pairs]:
+    build, shape = NETWORKS[kind]
+    model, generator = build(), torch.Generator().manual_seed(1)
+    clean = torch.rand(count, *shape, generator=generator)
+    change = 0.2 * torch.randn(count, *shape, generator=generator)
+    labels = model(clean).argmax(1)
+    return model, Pairs(clean, (clean + change).clamp(0, 1), labels, labels)
+
+
+def by_hooks(model: nn.Module, name: str, turn: int, images: Tensor) -> Tensor:
+    """What the module's call returned, copied before anything else could change it."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_hook(
+        lambda _m, _i, output: seen.append(
+            (output[0] if isinstance(output, tuple) else output).detach().clone()
+        )
+    )
+    with torch.no_grad():
+        model(images)
+    handle.remove()
+    return seen[turn - 1]
+
+
+def as_maps(activation: Tensor, cells: torch.Size) -> Tensor:
+    if activation.ndim == 4:
+        return activation
+    patches = activation[:, activation.shape[1] - cells.numel() :]
+    return patches.transpose(1, 2).reshape(len(patches), -1, *cells)
+
+
+@each_network
+def test_equals_a_brute_force_reading_of_every_layer(kind: str) -> None:
+    model, pairs = made(kind)
+    found = propagation(model, pairs)
+    assert found.layers
+    for layer in found.layers:
+        name, _, call = layer.partition(" (call ")
+        turn = int(call.rstrip(")")) if call else 1
+        cells = found.maximum[layer].shape[1:]
+        first, second = (
+            as_maps(by_hooks(model, name, turn, images), cells) for images in (pairs.clean, pairs.adversarial)
+        )
+        expected = (first - second).abs()
+        torch.testing.assert_close(found.maximum[layer], expected.amax(1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.mean[layer], expected.mean(1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.peak[layer], first.abs().flatten(1).amax(1), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_are_named_are_read_as_they_are_even_where_fusing_would_change_them() -> None:
+    model, pairs = made("shared")
+    found = propagation(model, pairs, layers=["second", "norm", "relu (call 2)"])
+    assert list(found.layers) == ["second", "norm", "relu (call 2)"]
+    for layer, (name, turn) in {
+        "second": ("second", 1),
+        "norm": ("norm", 1),
+        "relu (call 2)": ("relu", 2),
+    }.items():
+        first, second = (by_hooks(model, name, turn, images) for images in (pairs.clean, pairs.adversarial))
+        torch.testing.assert_close(found.maximum[layer], (first - second).abs().amax(1), rtol=1e-4, atol=1e-5)
+
+
+def test_default_layers_are_ends_of_chains_and_blocks() -> None:
+    assert list(propagation(*made("shared")).layers) == ["relu", "relu (call 2)"]
+    assert list(propagation(*made("convolutions")).layers) == ["stem", "branch"]
+    tokens = propagation(*made("tokens")).layers
+    assert tokens[0] == "embed"
+    assert "encoder.layers.0" in tokens
+    assert not any("norm1" in name for name in tokens)
+
+
+@each_network
+def test_no_perturbation_changes_nothing(kind: str) -> None:
+    model, pairs = made(kind)
+    found = propagation(model, Pairs(pairs.clean, pairs.clean, pairs.labels, pairs.labels))
+    for layer in found.layers:
+        assert not found.maximum[layer].any()
+        assert not found.mean[layer].any()
+        assert not found.spread[layer].any()
+        assert not found.reach[layer].any()
+
+
+@each_network
+@pytest.mark.parametrize("batch_size", [1, 2, 7])
+def test_no_result_depends_on_the_batch_size(kind: str, batch_size: int) -> None:
+    model, pairs = made(kind)
+    one, other = propagation(model, pairs), propagation(model, pairs, batch_size=batch_size)
+    for layer in one.layers:
+        torch.testing.assert_close(one.maximum[layer], other.maximum[layer], rtol=1e-5, atol=1e-6)
+
+
+@each_network
+def test_the_model_comes_back_untouched(kind: str) -> None:
+    model, pairs = made(kind)
+    with untouched(model, pairs.clean, pairs.adversarial):
+        propagation(model, pairs)
+        propagation_study(model, pairs)
+
+
+def test_hooks_are_gone_after_an_exception() -> None:
+    model, pairs = made("convolutions")
+    classifier = as_classifier(model)
+    places = spatial_layers(classifier, pairs.clean[:1])
+
+    def refuse(name: str, maps: Tensor) -> None:
+        raise RuntimeError(name)
+
+    with pytest.raises(RuntimeError, match="stem"), reading(classifier, places, refuse):
+        classifier(pairs.clean)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in classifier.modules())
+
+
+class OneSize(nn.Module):
+    """Takes batches of one size only, as exported networks may."""
+
+    def __init__(self, network: nn.Module, size: int) -> None:
+        super().__init__()
+        self.network, self.fixed_batch = network, size
+
+    def forward(self, images: Tensor) -> Tensor:
+        missing = -len(images) % self.fixed_batch
+        filled = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
+        return torch.cat([self.network(part) for part in filled.split(self.fixed_batch)])[: len(images)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_networks_of_one_batch_size(size: int) -> None:
+    model, pairs = made("shared")
+    plain = propagation(model, pairs)
+    fixed = propagation(OneSize(model, size).eval(), pairs, layers=["network.relu", "network.relu (call 2)"])
+    for one, other in zip(plain.layers, fixed.layers, strict=True):
+        torch.testing.assert_close(plain.maximum[one], fixed.maximum[other], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3, 5), (3, 7, 4, 4), (2, 700, 9, 31), (2, 3, 300, 500)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gaps_equal_brute_force_whatever_the_memory_layout(
+    shape: tuple[int, ...], layout: torch.memory_format
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(shape, generator=generator).to(memory_format=layout) for _ in range(2))
+    found, difference = gap(first, second), (first - second).abs()
+    assert torch.equal(found.maximum, difference.amax(1))
+    torch.testing.assert_close(found.mean, difference.mean(1))
+    assert torch.equal(found.peak, first.abs().flatten(1).amax(1))
+    assert shape[1] * shape[2] * shape[3] < TILE or shape[0] > 1
+
+
+def one_pixel_pairs(model: nn.Module, clean: Tensor, row: int, column: int) -> Pairs:
+    adversarial = clean.clone()
+    adversarial[:, :, row, column] = 1 - adversarial[:, :, row, column].round()
+    return Pairs.of(model, clean, adversarial)
+
+
+def test_one_pixel_reaches_exactly_the_sites_that_see_it() -> None:
+    model, _ = made("shared")
+    clean = torch.rand(3, 3, 11, 13, generator=torch.Generator().manual_seed(2))
+    found = propagation(model, one_pixel_pairs(model, clean, 4, 6))
+    for layer, radius in (("relu", 1), ("relu (call 2)", 2)):
+        touched = torch.zeros(11, 13, dtype=torch.bool)
+        touched[4 - radius : 5 + radius, 6 - radius : 7 + radius] = True
+        assert not found.maximum[layer][:, ~touched].any()
+        assert found.maximum[layer][:, touched].any()
+
+
+def test_random_edits_keep_the_size_of_the_change_and_depend_on_image_and_seed_alone() -> None:
+    _, pairs = made("convolutions")
+    pairs = Pairs(
+        pairs.clean, pairs.clean + 0.4 * (pairs.adversarial - pairs.clean), pairs.labels, pairs.targets
+    )
+    edits = random_edits(pairs, seed=3)
+    assert float(edits.min()) >= 0
+    assert float(edits.max()) <= 1
+    sizes = [change.flatten(1).abs().sort(1).values for change in (pairs.perturbation, edits - pairs.clean)]
+    torch.testing.assert_close(*sizes)
+    alone = Pairs(*(part[2:3] for part in (pairs.clean, pairs.adversarial, pairs.labels, pairs.targets)))
+    assert torch.equal(random_edits(alone, seed=3), edits[2:3])
+    assert not torch.equal(random_edits(pairs, seed=4), edits)
+    one = one_pixel_pairs(made("shared")[0], pairs.clean, 3, 3)
+    assert ((random_edits(one) - one.clean).abs().amax(1) > 0).flatten(1).sum(1).tolist() == [1] * len(one)
+
+
+def attacked(count: int = 12) -> tuple[nn.Module, Pairs]:
+    """Pairs of which some succeed and some fail."""
+    model, pairs = made("shared", count)
+    with torch.no_grad():
+        model.get_submodule("head").bias.sub_(model(pairs.clean).mean(0))  # type: ignore[operator]
+    labels = model(pairs.clean).argmax(1)
+    return model, attacks.pgd(model, pairs.clean, labels, steps=3)
+
+
+def rows_of(study: PropagationStudy, layer: str) -> dict[str, dict[str, float]]:
+    rows = study.table[study.table["layer"] == layer].set_index("group").drop(columns="layer")
+    return {
+        str(group): {str(name): float(row[name]) for name in rows.columns} for group, row in rows.iterrows()
+    }
+
+
+def test_the_study_says_of_each_group_what_the_pairs_of_it_show() -> None:
+    model, pairs = attacked()
+    fooled = model(pairs.adversarial).argmax(1) != pairs.labels
+    assert 0 < int(fooled.sum()) < len(fooled)
+    study, found = propagation_study(model, pairs), propagation(model, pairs)
+    for layer in found.layers:
+        rows = rows_of(study, layer)
+        for group, chosen in (("successes", fooled), ("failures", ~fooled)):
+            assert rows[group]["images"] == int(chosen.sum())
+            assert rows[group]["spread"] == pytest.approx(float(found.spread[layer][chosen].mean()))
+            assert rows[group]["reach"] == pytest.approx(float(found.reach[layer][chosen].mean()))
+            assert rows[group]["reach_low"] <= rows[group]["reach"] <= rows[group]["reach_high"]
+            torch.testing.assert_close(
+                study.maximum[group][layer], found.maximum[layer][chosen].mean(0), rtol=1e-4, atol=1e-6
+            )
+        assert rows["random edits"]["images"] == int(fooled.sum())
+
+
+def test_lots_in_a_stream_give_what_one_lot_gives() -> None:
+    model, pairs = made("shared", 7)
+    whole = propagation_study(model, pairs)
+    lots = (
+        Pairs(*(part[rows] for part in (pairs.clean, pairs.adversarial, pairs.labels, pairs.targets)))
+        for rows in torch.arange(7).split(3)
+    )
+    streamed = propagation_study(model, lots, batch_size=2)
+    numbers = whole.table.columns.difference(["layer", "group"])
+    assert whole.table[numbers].to_numpy() == pytest.approx(
+        streamed.table[numbers].to_numpy(), abs=1e-6, nan_ok=True
+    )
+
+
+def test_a_study_without_successes_has_random_edits_of_all_pairs_and_says_nothing_of_successes() -> None:
+    model, pairs = made("convolutions")
+    none = Pairs(pairs.clean, pairs.clean, pairs.labels, pairs.labels)
+    study = propagation_study(model, none)
+    for layer in study.layers:
+        rows = rows_of(study, layer)
+        assert rows["successes"]["images"] == 0
+        assert math.isnan(rows["successes"]["spread"])
+        assert rows["random edits"]["images"] == len(pairs)
+
+
+def test_the_figure_draws_a_line_for_each_group_that_has_pairs() -> None:
+    figure = propagation_study(*attacked()).figure()
+    assert [len(axis.lines) for axis in figure.axes] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("layers", "told"),
+    [
+        (["stam"], "layers has 'stam', which is not in the network; did you mean stem"),
+        (["head"], "layers has 'head', which keeps no map of the image"),
+        ("stem", "accepted is a list of layer names"),
+        ([], "accepted is a list of layer names"),
+    ],
+)
+def test_layers_that_do_not_fit_are_refused_by_name(layers: Any, told: str) -> None:
+    model, pairs = made("convolutions")
+    with pytest.raises(ValueError, match=told):
+        propagation(model, pairs, layers=layers)
+
+
+def test_a_network_without_maps_is_told_so() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2)).eval()
+    with pytest.raises(ValueError, match="keeps no map of the image"):
+        propagation(model, Pairs.of(model, torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)))
+
+
+def test_exported_networks_are_read_by_their_function_calls() -> None:
+    model, pairs = made("convolutions", 4)
+    program = torch.export.export(
+        model, (pairs.clean[:2],), dynamic_shapes=({0: torch.export.Dim("images", min=1)},)
+    )
+    exported = program.module()
+    for module in exported.modules():
+        module.training = False
+    found = propagation(exported, pairs)
+    plain = propagation(model, pairs, layers=["stem.0", "branch"])
+    assert len(found.layers) == 2
+    for one, other in zip(plain.layers, found.layers, strict=True):
+        torch.testing.assert_close(plain.maximum[one], found.maximum[other], rtol=1e-4, atol=1e-5)
