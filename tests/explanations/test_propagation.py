@@ -40,8 +40,8 @@ def drawn(build: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
         network = build(*arguments)
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_()
-                module.running_var.uniform_(0.5, 2)
+                nn.init.normal_(module.running_mean)  # type: ignore[arg-type]
+                nn.init.uniform_(module.running_var, 0.5, 2)  # type: ignore[arg-type]
         return network.eval()
 
 
@@ -50,7 +50,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
     "grey": (lambda: drawn(FlatNetwork), (1, 16, 12)),
     "tokens": (lambda: drawn(TokenNetwork), (3, 16, 24)),
     "shared": (lambda: drawn(Shared), (3, 11, 13)),
-    "channels last": (lambda: drawn(Shared).to(memory_format=torch.channels_last), (3, 11, 13)),
+    "channels last": (
+        lambda: drawn(Shared).to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+        (3, 11, 13),
+    ),
 }
 each_network = pytest.mark.parametrize("kind", NETWORKS)
 

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from weakspot.checks import ModelWarning, check_classes
 from weakspot.classifier import Classifier, evaluating, margin, predict
-from weakspot.explanations.analysis import Analysis, Picture, check_pairs, find_analyses, rivals, settled
+from weakspot.explanations.analysis import (
+    Analysis,
+    Picture,
+    Series,
+    check_pairs,
+    find_analyses,
+    rivals,
+    settled,
+)
 from weakspot.pairs import AttackResult, Pairs
 
 if TYPE_CHECKING:
@@ -59,6 +67,13 @@ class Explanation:
             name: analysis.pictures.get(name, Picture(name.replace("_", " ")))
             for analysis in self.analyses.values()
             for name in analysis.maps
+        }
+
+    @property
+    def series(self) -> dict[str, Series]:
+        """Name to maps along the layers, of every analysis."""
+        return {
+            name: series for analysis in self.analyses.values() for name, series in analysis.series.items()
         }
 
     def verdict(self, index: int = 0) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 import os
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from weakspot.report.colors import CATEGORIES, gradient, table
 from weakspot.report.drawing import Drawing, drawings
+from weakspot.report.leafing import leaves, text
 from weakspot.report.words import headline, number, p_value, percent
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def page(explanation: Explanation) -> str:
         made=dict(explanation.made),
         gradients={kind: gradient(kind) for kind in ("signed", "magnitude")},
         shared={
-            "tables": {kind: _text(table(kind).tobytes()) for kind in ("signed", "magnitude")},
+            "tables": {kind: text(table(kind).tobytes()) for kind in ("signed", "magnitude")},
             "categories": list(CATEGORIES),
         },
     )
@@ -77,6 +77,8 @@ def notebook_frame(explanation: Explanation) -> str:
 def _pair(explanation: Explanation, index: int) -> dict[str, Any]:
     row = explanation.scores.iloc[index]
     maps = drawings(explanation, index)
+    told = [leaves(series, index) for series in explanation.series.values()]
+    leafed = [heading for heading, _ in told]
     height, width = explanation.pairs.clean.shape[2:]
     return {
         "name": str(row["image"]),
@@ -91,10 +93,12 @@ def _pair(explanation: Explanation, index: int) -> dict[str, Any]:
         "sort": {
             key: float(row[key]) for key in ("effect_in_roi", "effect_in_roi_p", "margin_drop") if key in row
         },
+        "series": leafed,
         "data": {
             "height": height,
             "width": width,
             "maps": {drawing.name: _packed(drawing) for drawing in maps},
+            "series": [frames for _, frames in told],
         },
     }
 
@@ -133,7 +137,7 @@ def _packed(drawing: Drawing) -> dict[str, Any]:
     )
     levels = np.rint((values - low) * (255 / ((high - low) or 1))).astype(np.uint8)
     return {
-        "values": _text(zlib.compress(levels.tobytes(), 9)),
+        "values": text(zlib.compress(levels.tobytes(), 9)),
         "range": [low, high],
         "limits": [drawing.low, drawing.high],
         "kind": drawing.picture.kind,
@@ -170,8 +174,4 @@ def _png(image: Tensor) -> str:
     pixels = levels.transpose(1, 2, 0) if len(levels) == 3 else levels.mean(0).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + _text(buffer.getvalue())
-
-
-def _text(content: bytes) -> str:
-    return base64.b64encode(content).decode("ascii")
+    return "data:image/png;base64," + text(buffer.getvalue())

@@ -63,6 +63,8 @@ class Pair {
       ["clean", "adversarial"].map((name) => readPixels(this.data[name], width, height)));
     this.images = { clean, adversarial };
     await Promise.all(Object.values(maps).map(async (map) => { map.levels = await inflate(map.values); }));
+    await Promise.all([...this.article.querySelectorAll(".leafing")].map((section) =>
+      new Leafing(section, this.data.series[Number(section.dataset.series)]).open()));
     this.listen();
     this.draw();
     this.article.dataset.ready = "yes";
@@ -164,6 +166,46 @@ class Pair {
     context.fillRect(x - arm, y, 2 * arm + 1, 1);
     context.fillRect(x, y - arm, 1, 2 * arm + 1);
     context.globalCompositeOperation = "source-over";
+  }
+}
+
+// Maps along the layers, leafed through with a slider.
+class Leafing {
+  constructor(section, frames) {
+    this.frames = frames;
+    this.canvas = section.querySelector(".leaf");
+    this.slider = section.querySelector("input");
+    this.cursor = section.querySelector(".cursor");
+    this.step = section.querySelector(".step");
+    this.top = section.querySelector(".top");
+    this.curves = [...section.querySelectorAll(".value")].map((place) => [place, JSON.parse(place.dataset.values)]);
+    this.width = section.querySelector("svg").viewBox.baseVal.width;
+    this.slider.addEventListener("input", () => this.draw());
+  }
+
+  async open() {
+    await Promise.all(this.frames.map(async (frame) => { frame.levels = await inflate(frame.values); }));
+    this.draw();
+  }
+
+  draw() {
+    const number = Number(this.slider.value), frame = this.frames[number];
+    const { width, height } = frame;
+    this.canvas.width = width;
+    this.canvas.height = height;
+    const context = this.canvas.getContext("2d");
+    const drawn = context.createImageData(width, height);
+    frame.levels.forEach((level, at) => {
+      const place = Math.max(0, Math.min(255, Math.round((level * frame.highest) / frame.top)));
+      drawn.data.set([...tables.magnitude.subarray(3 * place, 3 * place + 3), 255], 4 * at);
+    });
+    context.putImageData(drawn, 0, 0);
+    const across = this.frames.length > 1 ? (this.width * number) / (this.frames.length - 1) : this.width / 2;
+    this.cursor.setAttribute("x1", across);
+    this.cursor.setAttribute("x2", across);
+    this.step.textContent = `${number + 1} of ${this.frames.length}: ${frame.step}, ${height} × ${width}`;
+    this.top.textContent = frame.top.toPrecision(3);
+    for (const [place, values] of this.curves) place.textContent = String(values[number]);
   }
 }
 
