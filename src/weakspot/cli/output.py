@@ -42,7 +42,7 @@ def make_folder(out: Path) -> None:
 
 def describe_run(classifier: Classifier, model: str, seed: int, skipped: list[str]) -> dict[str, str]:
     """How it was made, for report and run.json."""
-    from weakspot.runs import fingerprint
+    from weakspot.models.fingerprint import fingerprint
     from weakspot.runs.folder import versions
 
     made = {

@@ -1,5 +1,5 @@
 """Runs: what a command leaves on disk."""
 
-from weakspot.runs.folder import fingerprint, write_run
+from weakspot.runs.folder import write_run
 
-__all__ = ["fingerprint", "write_run"]
+__all__ = ["write_run"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
 import weakspot
 from weakspot.explanations.explanation import Explanation
@@ -69,16 +67,6 @@ def versions() -> dict[str, str]:
         "numpy": version("numpy"),
         "system": f"{platform.system()} {platform.machine()}",
     }
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Sixteen hex digits that change with any weight: SHA-256 over names, shapes and bytes of the state dict."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        plain = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(plain.shape)} {plain.dtype}".encode())
-        digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _save_maps(draft: Path, maps: Mapping[str, np.ndarray]) -> None:
