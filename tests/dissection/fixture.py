@@ -6,8 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+
+# Every example writes over the files of the one before.
+LAW = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 # Pictures are 16 x 16 and masks 8 x 8, that is 64 sites. All twelve pictures are the same: red is 255 in the left
 # half and 0 elsewhere, green likewise in the top half, blue in the top left quarter. A unit that passes red on is
@@ -121,3 +126,33 @@ def paint(path: Path, labels: NDArray[np.integer]) -> Path:
     colors[..., 1] = labels >> 8
     Image.fromarray(colors).save(path)
     return path
+
+
+def grey(values: NDArray[np.integer]) -> Image.Image:
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def deep(values: NDArray[np.integer]) -> Image.Image:
+    return Image.fromarray(values.astype(np.uint16))
+
+
+def palette(values: NDArray[np.integer]) -> Image.Image:
+    image = grey(values).convert("P")  # grey levels become the indices of a grey palette
+    image.putpalette(np.random.default_rng(0).permutation(256).repeat(3).astype(np.uint8).tobytes())
+    image.frombytes(values.astype(np.uint8).tobytes())
+    return image
+
+
+def class_maps(count: int = 4, sides: tuple[int, int] = (12, 18)) -> list[NDArray[np.int64]]:
+    """Class numbers 0 to 2 and 255 in blocks of 6 x 6."""
+    generator = np.random.default_rng(1)
+    blocks = generator.choice([0, 1, 2, 255], (count, sides[0] // 6, sides[1] // 6))
+    return list(blocks.repeat(6, 1).repeat(6, 2))
+
+
+def label_maps(largest: int = 65_535) -> st.SearchStrategy[NDArray[np.int64]]:
+    def draw(height: int, width: int, few: int, seed: int) -> NDArray[np.int64]:
+        generator = np.random.default_rng(seed)
+        return generator.choice(generator.integers(0, largest + 1, few), (height, width))
+
+    return st.builds(draw, st.integers(1, 9), st.integers(1, 9), st.integers(1, 80), st.integers(0, 2**32))

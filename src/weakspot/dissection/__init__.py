@@ -1,6 +1,33 @@
-"""Dissection: which concepts a network's units stand for."""
+"""Dissection: which concepts a network's units stand for, and which of them a perturbation moves."""
 
 from weakspot.dissection.broden import Annotation, Concept, ConceptSet
+from weakspot.dissection.building import build_concepts
+from weakspot.dissection.pictures import demo_concepts
+from weakspot.dissection.sensitivity import (
+    Association,
+    associate,
+    by_category,
+    in_words,
+    join,
+    moved_concepts,
+    unit_sensitivity,
+)
 from weakspot.dissection.units import Dissection, dissect, dissection
 
-__all__ = ["Annotation", "Concept", "ConceptSet", "Dissection", "dissect", "dissection"]
+__all__ = [
+    "Annotation",
+    "Association",
+    "Concept",
+    "ConceptSet",
+    "Dissection",
+    "associate",
+    "build_concepts",
+    "by_category",
+    "demo_concepts",
+    "dissect",
+    "dissection",
+    "in_words",
+    "join",
+    "moved_concepts",
+    "unit_sensitivity",
+]

@@ -76,7 +76,7 @@ def nearest(
     scale = 1.0 if crop is None else min(labels.shape[0] / crop[0], labels.shape[1] / crop[1])
     spans = labels.shape if crop is None else (crop[0] * scale, crop[1] * scale)
     rows, columns = (
-        ((own - span) / 2 + (np.arange(side) + 0.0) * (span / side)).astype(np.int64)
+        ((own - span) / 2 + (np.arange(side) + 0.5) * (span / side)).astype(np.int64)
         for own, side, span in zip(labels.shape, shape, spans, strict=True)
     )
     return np.asarray(labels[rows[:, None], columns])
