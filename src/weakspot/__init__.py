@@ -6,11 +6,21 @@
 ['chelsea', 'coffee', 'rocket', 'motorcycle']
 """
 
-from weakspot import attacks, regions
+from weakspot import attacks, defenses, regions
 from weakspot.attribution import class_activation, occlusion
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf, read_budget
 from weakspot.checks import ImageWarning, ModelWarning
 from weakspot.classifier import Classifier
+from weakspot.dissection import (
+    ConceptSet,
+    Dissection,
+    build_concepts,
+    demo_concepts,
+    dissect,
+    dissection,
+    unit_restoration,
+    unit_sensitivity,
+)
 from weakspot.edits import LocalEdits
 from weakspot.explanations import (
     Analysis,
@@ -19,6 +29,8 @@ from weakspot.explanations import (
     Overlap,
     Picture,
     Promotion,
+    Propagation,
+    PropagationStudy,
     Restoration,
     explain,
     interpretability_score,
@@ -43,6 +55,8 @@ __all__ = [
     "AttackResult",
     "Budget",
     "Classifier",
+    "ConceptSet",
+    "Dissection",
     "Explanation",
     "ImageWarning",
     "Linf",
@@ -53,9 +67,16 @@ __all__ = [
     "Pairs",
     "Picture",
     "Promotion",
+    "Propagation",
+    "PropagationStudy",
     "Restoration",
     "attacks",
+    "build_concepts",
     "class_activation",
+    "defenses",
+    "demo_concepts",
+    "dissect",
+    "dissection",
     "explain",
     "interpretability_score",
     "load",
@@ -71,4 +92,6 @@ __all__ = [
     "restoration",
     "sample_images",
     "ssim_map",
+    "unit_restoration",
+    "unit_sensitivity",
 ]

@@ -60,6 +60,12 @@ class Layout:
         return None
 
 
+def unit_axis(activation: Tensor, images: Tensor) -> int:
+    """Which axis of an activation numbers the units; of rows of features the second."""
+    layout = Layout.of(activation, images)
+    return activation.ndim - 1 if layout is not None and layout.kind != "channels_first" else 1
+
+
 def _alike(height: int, width: int, aspect: float) -> bool:
     # A grid of a few cells cannot match an aspect closely: one cell more or less is always forgiven.
     exact = height * width > 1 and abs(height / width / aspect - 1) <= ASPECT_TOLERANCE

@@ -2,6 +2,7 @@
 
 from weakspot.dissection.broden import Annotation, Concept, ConceptSet
 from weakspot.dissection.building import build_concepts
+from weakspot.dissection.causal import unit_restoration
 from weakspot.dissection.pictures import demo_concepts
 from weakspot.dissection.sensitivity import (
     Association,
@@ -29,5 +30,6 @@ __all__ = [
     "in_words",
     "join",
     "moved_concepts",
+    "unit_restoration",
     "unit_sensitivity",
 ]

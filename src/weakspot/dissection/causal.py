@@ -1,0 +1,139 @@
+"""Causal check: the units that a perturbation moves get their clean values back; does the decision follow?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from weakspot.attacks import draws
+from weakspot.attribution.layout import unit_axis
+from weakspot.attribution.reading import Place, spatial_layers
+from weakspot.attribution.replacing import replacing
+from weakspot.checks import check_batch_size, check_seed
+from weakspot.classifier import Classifier, default_batch, evaluating
+from weakspot.explanations.analysis import check_pairs, settled
+from weakspot.pairs import Pairs
+from weakspot.statistics import mean_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+def unit_restoration(
+    model: nn.Module,
+    layer: str,
+    pairs: Pairs,
+    *,
+    shares: Sequence[float] = SHARES,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> pd.DataFrame:
+    """How often the decision comes back when the units that changed most are put back, against random units.
+
+    Of each pair that fools the model, the units of the layer are ranked by their mean absolute change over all sites; a
+    share of them gets its clean values back, the others stay as they were attacked.
+
+    Args:
+        model: any classifier.
+        layer: a module whose output is a map.
+        pairs: N pairs.
+        shares: of the units that are put back; at least one unit is.
+        seed: of the random units.
+        batch_size: pairs at once; changes no result.
+
+    Returns:
+        One row per share: share, units, reverted, reverted_low, reverted_high (share of the pairs that are read as
+        their label again, with its 95% interval over pairs), random, random_low, random_high (as many random units),
+        images.
+
+    Raises:
+        ValueError: when an argument does not fit, naming it.
+    """
+    import pandas as pd
+
+    check_pairs(pairs, model)
+    check_seed(seed)
+    check_batch_size(batch_size)
+    if not len(shares) or not all(0 < share <= 1 for share in shares):
+        raise ValueError(f"shares is {list(shares)}; accepted are shares of the units above 0, up to 1")
+    with evaluating(model) as classifier:
+        pairs = settled(classifier, pairs)
+        places = spatial_layers(classifier, pairs.clean[:1], [layer])
+        place = places[layer]
+        if place.module is None or place.turn > 1:
+            raise ValueError(f"layer is {layer!r}; accepted is a module, by its first call in a forward pass")
+        size = classifier.fixed_batch or batch_size or default_batch(pairs.clean)
+        keys = draws.keys(pairs.clean, seed)
+        found = [
+            _restored(classifier, place, pairs, part, keys[part], shares)
+            for part in torch.arange(len(pairs), device=pairs.clean.device).split(size)
+        ]
+        units = found[0][2]
+    changed, random = (
+        torch.cat(ways, 1).cpu().numpy()
+        for ways in ([changed for changed, _, _ in found], [random for _, random, _ in found])
+    )
+    table = []
+    for number, share in enumerate(shares):
+        row: dict[str, object] = {"share": share, "units": _count(share, units)}
+        for name, values in (("reverted", changed[number]), ("random", random[number])):
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), mean_interval(values), strict=True))
+        table.append({**row, "images": changed.shape[1]})
+    return pd.DataFrame(table)
+
+
+def _restored(
+    classifier: Classifier,
+    place: Place,
+    pairs: Pairs,
+    rows: Tensor,
+    keys: Tensor,
+    shares: Sequence[float],
+) -> tuple[Tensor, Tensor, int]:
+    """Whether the decision came back (shares, n fooled), by changed and by random units; and the number of units."""
+    clean, adversarial, labels = pairs.clean[rows], pairs.adversarial[rows], pairs.labels[rows]
+    seen: list[Tensor] = []
+    assert place.module is not None  # noqa: S101 - the caller has looked
+
+    def keep(activation: Tensor) -> Tensor:
+        seen.append(activation.clone())
+        return activation
+
+    def classes(images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        with replacing(place.module, change), torch.no_grad():  # type: ignore[arg-type]
+            predicted: Tensor = classifier(classifier.filled(images))[: len(rows)].argmax(1)
+        return predicted
+
+    right, fooled = classes(clean, keep) == labels, classes(adversarial, keep) != labels
+    own, attacked = seen
+    axis = unit_axis(own, clean)
+    count = own.shape[axis]
+    change = (own - attacked).abs().movedim(axis, 1).flatten(2).mean(2)[: len(rows)]
+    chance = draws.uniform(keys, 0, count)
+    outcomes: list[Tensor] = []
+    for scores in (change, chance):
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        ranks = torch.arange(count, device=order.device).expand_as(order)
+        ranks = torch.empty_like(order).scatter_(1, order, ranks)
+        back = []
+        for share in shares:
+            chosen = torch.zeros(len(own), count, dtype=torch.bool, device=own.device)
+            chosen[: len(rows)] = ranks < _count(share, count)
+            chosen = chosen.view(len(own), *(count if at == axis else 1 for at in range(1, own.ndim)))
+            again = classes(adversarial, partial(_put_back, own, chosen))
+            back.append((again == labels)[right & fooled].double())
+        outcomes.append(torch.stack(back))
+    return outcomes[0], outcomes[1], count
+
+
+def _put_back(own: Tensor, chosen: Tensor, activation: Tensor) -> Tensor:
+    return torch.where(chosen, own, activation)
+
+
+def _count(share: float, units: int) -> int:
+    return max(1, round(share * units))

@@ -1,0 +1,148 @@
+"""Masked units: what the mask does, to whom, and the test by an attacker who knows it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import NETWORKS, PoolingNetwork, untouched
+from weakspot import Classifier, LocalEdits, attacks
+from weakspot.budgets import Linf
+from weakspot.defenses import mask_units, masking_test
+
+LAYERS = {"pooling": "stem.0", "tokens, not square": "encoder.layers.0", "normalised": "network.branch"}
+
+
+def by_hand(model: nn.Module, layer: str, units: list[int], images: Tensor, axis: int) -> Tensor:
+    def silence(_m: nn.Module, _i: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        output.index_fill_(axis, torch.tensor(units), 0)
+        return output
+
+    handle = model.get_submodule(layer).register_forward_hook(silence)
+    with torch.no_grad():
+        logits: Tensor = model(images)
+    handle.remove()
+    return logits
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_masked_network_is_the_network_with_these_units_at_zero(kind: str) -> None:
+    model, images = NETWORKS[kind]()
+    with untouched(model, images):
+        masked = mask_units(model, LAYERS[kind], [1, 3])
+        found = masked(images).detach()
+    expected = by_hand(model, LAYERS[kind], [1, 3], images, 2 if "tokens" in kind else 1)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, model(images))
+    torch.testing.assert_close(mask_units(model, LAYERS[kind], [])(images), model(images))
+
+
+def test_rows_of_features_can_be_masked_too() -> None:
+    model, images = NETWORKS["pooling"]()
+    found = mask_units(model, "head", [2])(images)
+    torch.testing.assert_close(found[:, [0, 1, 3]], model(images)[:, [0, 1, 3]])
+    assert not found[:, 2].any()
+
+
+def test_gradients_fused_passes_edits_and_copies_see_the_mask() -> None:
+    model, images = NETWORKS["pooling"]()
+    masked = mask_units(model, "stem.0", [0, 2, 5])
+    labels = masked(images).argmax(1)
+    result = attacks.pgd(masked, images, labels, budget=Linf(0.2), steps=5)
+    with torch.no_grad():
+        assert torch.equal(masked(result.adversarial).argmax(1) != labels, result.success)
+        edits = LocalEdits(masked, images[:1]).logits(
+            torch.tensor([3]), torch.tensor([4]), torch.ones(1, 3, 2, 2)
+        )
+        edited = images[:1].clone()
+        edited[:, :, 3:5, 4:6] = 1
+        torch.testing.assert_close(edits, masked(edited), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(copy.deepcopy(masked)(images), masked(images))
+    point = images.clone().requires_grad_()
+    masked(point).sum().backward()
+    unmasked = images.clone().requires_grad_()
+    model(unmasked).sum().backward()
+    assert point.grad is not None
+    assert unmasked.grad is not None
+    assert not torch.allclose(point.grad, unmasked.grad)
+
+
+def test_normalisation_names_and_size_stay() -> None:
+    model = Classifier.wrap(
+        PoolingNetwork().eval(),
+        mean=[0.5, 0.4, 0.3],
+        std=[0.2, 0.3, 0.25],
+        input_size=(18, 26),
+        class_names=list("abcd"),
+    )
+    masked = mask_units(model, "branch", [0])
+    assert masked.input_size == (18, 26)
+    assert list(masked.class_names) == list("abcd")
+    assert torch.equal(masked.mean, model.mean)
+
+
+class Leaky(nn.Module):
+    """Unit 0 sees the class in the first channel; unit 1 is a loud detector of the second, which attacks use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.look, self.head = nn.Conv2d(2, 2, 1, bias=False), nn.Linear(2, 2, bias=False)
+        with torch.no_grad():
+            self.look.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 20.0]])[:, :, None, None])
+            self.head.weight.copy_(torch.tensor([[-8.0, 1.0], [8.0, -1.0]]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.look(images - 0.5).mean((2, 3)))
+        return logits
+
+
+def leaky() -> tuple[nn.Module, Tensor, Tensor]:
+    labels = torch.arange(20) % 2
+    images = torch.full((20, 2, 8, 8), 0.5)
+    images[:, 0] += ((labels.float() - 0.5) * 0.6)[:, None, None]
+    images[:, 0] += 0.01 * torch.randn(20, 8, 8, generator=torch.Generator().manual_seed(0))
+    return Classifier.wrap(Leaky().eval(), input_size=(8, 8)), images, labels
+
+
+def by_pgd(model: nn.Module, images: Tensor, labels: Tensor) -> Any:
+    return attacks.pgd(model, images, labels, budget=Linf(0.2), steps=10)
+
+
+def test_masking_the_unit_that_attacks_use_helps_against_all_who_know() -> None:
+    model, images, labels = leaky()
+    table = masking_test(model, "look", [1], images, labels, attack=by_pgd, seed=3).set_index("masked")
+    assert table["attacked_again"]["bare"] == 0
+    assert table["clean"]["these units"] == 1
+    assert table["attacked_again"]["these units"] == 1
+    assert table["units"].to_dict() == {
+        "bare": 0,
+        "these units": 1,
+        "random units": 1,
+        "most active units": 1,
+    }
+    assert table["attacked_again"]["random units"] < 1
+
+
+def test_masking_what_attacks_do_not_use_is_exposed_by_attacking_again() -> None:
+    model, images, labels = leaky()
+    table = masking_test(model, "look", [0], images, labels, attack=by_pgd).set_index("masked")
+    assert table["attacked_again"]["these units"] == 0
+    for name in ("clean", "transfer", "attacked_again"):
+        assert (table[f"{name}_low"] <= table[name]).all()
+        assert (table[name] <= table[f"{name}_high"]).all()
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    model, images = NETWORKS["normalised"]()
+    with pytest.raises(ValueError, match="has not; did you mean branch"):
+        mask_units(model, "brunch", [0])
+    with pytest.raises(ValueError, match="accepted are numbers from 0"):
+        mask_units(model, "branch", [-1])
+    with pytest.raises(ValueError, match="units has 9; 'branch' has units 0 to 7"):
+        mask_units(model, "branch", [9])
+    del images

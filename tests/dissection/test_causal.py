@@ -1,0 +1,67 @@
+"""The causal check: a planted unit that carries the decision brings it back, others do not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import NETWORKS, untouched
+from weakspot import Pairs, attacks, unit_restoration
+from weakspot.budgets import Linf
+
+
+class Carried(nn.Module):
+    """Eight units see the image's brightness; the decision hangs on the blue one, number 3, alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.look = nn.Conv2d(3, 8, 1, bias=False)
+        with torch.no_grad():
+            self.look.weight.fill_(0.01)
+            self.look.weight[3, :, 0, 0] = torch.tensor([0.0, 0.0, 1.0])
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        seen = self.relu(self.look(images)).mean((2, 3))[:, 3]
+        return torch.stack([seen, 0.5 - seen], 1)
+
+
+def carried() -> tuple[nn.Module, Pairs]:
+    model, clean = Carried().eval(), torch.full((6, 3, 5, 5), 0.4)
+    adversarial = clean.clone()
+    adversarial[:, 2] = 0.1
+    adversarial[5] = clean[5]
+    return model, Pairs.of(model, clean, adversarial)
+
+
+def test_the_unit_that_carries_the_decision_brings_it_back() -> None:
+    model, pairs = carried()
+    with untouched(model, pairs.clean, pairs.adversarial):
+        table = unit_restoration(model, "look", pairs, shares=(1 / 8, 1.0))
+    assert table["images"].tolist() == [5, 5]
+    assert table["units"].tolist() == [1, 8]
+    assert table["reverted"].tolist() == [1, 1]
+    assert table["random"][0] < 1
+    assert table["random"][1] == 1
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("pooling", "stem"), ("tokens, not square", "encoder.layers.0")])
+def test_all_units_of_the_only_way_back_are_the_clean_decision(kind: str, layer: str) -> None:
+    model, images = NETWORKS[kind]()
+    with torch.no_grad():
+        model.get_submodule("head").bias.sub_(model(images).mean(0))  # type: ignore[operator]
+    labels = model(images).argmax(1)
+    pairs = attacks.pgd(model, images, labels, budget=Linf(0.5), steps=10)
+    assert bool(pairs.success.any())
+    table = unit_restoration(model, layer, pairs, shares=(0.2, 1.0), batch_size=2)
+    assert table["reverted"][1] == table["random"][1] == 1
+    assert unit_restoration(model, layer, pairs, shares=(0.2, 1.0)).equals(table)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model, pairs = carried()
+    with pytest.raises(ValueError, match="shares is"):
+        unit_restoration(model, "look", pairs, shares=(0.0,))
+    with pytest.raises(ValueError, match="layers has 'luck'"):
+        unit_restoration(model, "luck", pairs)
