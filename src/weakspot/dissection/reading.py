@@ -34,7 +34,7 @@ def image_batches(
 
     def read(start: int) -> tuple[Tensor, list[Annotation]]:
         rows = range(start, min(start + batch, len(concepts)))
-        images = torch.stack([_image(concepts, row, size, channels) for row in rows])
+        images = torch.stack([picture(concepts, row, size, channels) for row in rows])
         grid = (max(1, size[0] // 2), max(1, size[1] // 2))
         return images, [_cut(concepts.annotation(row), grid) for row in rows] if annotated else []
 
@@ -47,7 +47,8 @@ def image_batches(
             yield ready
 
 
-def _image(concepts: ConceptSet, row: int, size: tuple[int, int], channels: int) -> Tensor:
+def picture(concepts: ConceptSet, row: int, size: tuple[int, int], channels: int) -> Tensor:
+    """One image (C, H, W), cropped and resized as the network takes it."""
     path = concepts.image(row)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: the image that {concepts.folder / 'index.csv'} names is not there")

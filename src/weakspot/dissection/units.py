@@ -129,7 +129,7 @@ def dissection(
                 tops, best = work.thresholds(quantile)
                 thresholds = {name: values.thresholds() for name, values in tops.items()}
                 grids = {
-                    name: _grid(classifier, image, name, place, alignment) for name, place in places.items()
+                    name: grid_of(classifier, image, name, place, alignment) for name, place in places.items()
                 }
                 tallies = work.tallies(thresholds, grids)
             categories = _categories(concepts)
@@ -240,7 +240,7 @@ def _categories(concepts: ConceptSet) -> Tensor:
     return torch.tensor([numbers[concept.category] for concept in concepts.concepts], dtype=torch.long)
 
 
-def _grid(classifier: Classifier, image: Tensor, name: str, place: Place, alignment: str) -> Grid | None:
+def grid_of(classifier: Classifier, image: Tensor, name: str, place: Place, alignment: str) -> Grid | None:
     """Where the layer's cells lie among sites of half the image's size."""
     if alignment == "resize" or place.module is None or place.turn > 1:
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,97 +13,13 @@ from torch import Tensor, nn
 from weakspot.checks import check_batch_size, check_logits, check_range
 from weakspot.classifier import Classifier, check_images, default_batch, evaluating, predict
 from weakspot.edits.engine import Engine, evenly
-from weakspot.edits.recording import CannotRecordError, Recording, record
-from weakspot.edits.windows import as_seen, paste
-from weakspot.fusion import HOOKS, fused
+from weakspot.edits.preparing import Prepared, edited_images, prepare
+from weakspot.edits.recording import CannotRecordError
+from weakspot.fusion import fused
 
-TOLERANCE = 1e-4  # of the range of the logits
 LARGEST_CHUNK = 256
 RANKS = 6  # of nearness to the border, down and along, at most
 Progress = Callable[[float], None]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A classifier's recording for images of one shape.
-
-    Attributes:
-        recording: its steps, or None where edits go through the network itself.
-        reason: why there is none, else empty.
-    """
-
-    recording: Recording | None
-    reason: str = ""
-
-
-def prepare(classifier: Classifier, image: Tensor) -> Prepared:
-    """Record the classifier, and try the recording on a few edits against the network itself.
-
-    Args:
-        classifier: in eval mode.
-        image: (1, C, H, W) in [0, 1].
-    """
-    if _watched(classifier):
-        return Prepared(None, "hooks on it would not see the edits")
-    if any(isinstance(module, torch.jit.ScriptModule) for module in classifier.modules()):
-        return Prepared(None, "TorchScript runs past the recorder")
-    recording = None
-    try:
-        with warnings.catch_warnings(), fused(classifier, image), torch.no_grad():
-            warnings.simplefilter("ignore")
-            recording = record(classifier, image)
-            engine = Engine(recording, image, full_batch=recording.count + 1)
-            off = max(
-                _off(classifier, engine, image, *_trial(image, share, recording.count + 1))
-                for share in (None, 16)
-            )
-    except CannotRecordError as reason:
-        return Prepared(None, str(reason))
-    except Exception as error:  # noqa: BLE001 - whatever a strange module raises, its edits go through itself
-        where = (
-            "it cannot be recorded" if recording is None else "its recording fits one number of images only"
-        )
-        return Prepared(None, f"{where} ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
-    if off > TOLERANCE:
-        return Prepared(None, f"its recording is off by {off:.1e} of the range of its logits")
-    return Prepared(recording)
-
-
-def _watched(classifier: Classifier) -> bool:
-    forward = [name for name in HOOKS if "forward" in name]
-    return any(bool(getattr(nn.modules.module, f"_global{name}", None)) for name in forward) or any(
-        bool(getattr(module, name)) for module in classifier.modules() for name in forward
-    )
-
-
-def _off(
-    classifier: Classifier, engine: Engine, image: Tensor, tops: Tensor, lefts: Tensor, patches: Tensor
-) -> float:
-    """How far the engine's logits are from the network's, over their range."""
-    owners = torch.zeros_like(tops)
-    found = engine.edited(owners, tops, lefts, patches)
-    expected = classifier(_edited_images(image, owners, tops, lefts, patches))
-    if found.shape != expected.shape:
-        return math.inf
-    span = (expected.amax() - expected.amin()).clamp(min=1e-12)
-    return float(((found - expected).abs().amax() / span).nan_to_num(torch.inf))
-
-
-def _trial(image: Tensor, share: int | None, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Edits from one corner to the other: of a pixel, or of a share of the image's sides."""
-    channels, height, width = image.shape[1:]
-    tall, wide = (1, 1) if share is None else (max(1, height // share), max(1, width // share))
-    places = torch.linspace(0, 1, count, device=image.device)
-    tops, lefts = (places * (height - tall)).long(), (places.roll(1) * (width - wide)).long()
-    ramp = torch.linspace(0, 1, count * channels * tall * wide, device=image.device)
-    patches = (ramp * 7919).frac().view(count, channels, tall, wide).to(image.dtype)
-    patches[0], patches[-1] = 0, 1
-    return tops, lefts, patches
-
-
-def _edited_images(images: Tensor, owners: Tensor, tops: Tensor, lefts: Tensor, patches: Tensor) -> Tensor:
-    sites = images[owners].permute(0, 2, 3, 1).contiguous()
-    return as_seen(paste(sites, tops, lefts, patches.permute(0, 2, 3, 1)), "maps").contiguous()
 
 
 @dataclass
@@ -203,7 +118,7 @@ class Edits:
                     raise
             self._engine = None  # it cannot do what its trial did not try
         with fused(self.classifier, self.images[:1]), torch.no_grad():
-            whole: Tensor = self.classifier(_edited_images(self.images, owners, tops, lefts, patches))
+            whole: Tensor = self.classifier(edited_images(self.images, owners, tops, lefts, patches))
         return whole
 
     def _next_way(self, patches: Tensor, left: int) -> bool:

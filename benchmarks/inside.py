@@ -1,0 +1,261 @@
+"""Inside the network: propagation, dissection, sensitivity, masking. Run: python -m benchmarks.inside [SECTION ...]
+
+Sections: propagation (against bare forward passes and Captum's layer activations), dissection (against bare passes over
+the data, memory as data grow), spread (one-pixel successes beside failures and random edits), masking (units of
+ResNet-20 masked, attacked again). All but propagation need real data and say so where there is none.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import real, sections
+from benchmarks.timing import peak_gigabytes
+from weakspot import (
+    Pairs,
+    attacks,
+    build_concepts,
+    defenses,
+    dissection,
+    load,
+    propagation,
+    propagation_study,
+    sample_images,
+    unit_sensitivity,
+)
+from weakspot.attribution.reading import spatial_layers
+from weakspot.budgets import Linf
+from weakspot.classifier import Classifier, as_classifier, evaluating
+from weakspot.dissection import ConceptSet
+from weakspot.dissection.reading import image_batches
+
+ROUNDS = 9
+LAYERS = ("_blocks.10", "_blocks.15")
+
+
+def seconds(job: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    job()
+    return time.perf_counter() - begun
+
+
+def spread_pairs(count: int = 8) -> tuple[Classifier, Pairs]:
+    """The embedded network and pairs of photographs with noise: what it costs does not depend on the attack."""
+    model = load("efficientnet_lite0", device="cpu")
+    images = torch.cat([sample_images()[0], sample_images()[0].flip(3)])[:count]
+    noise = 0.03 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return model, Pairs.of(model, images, (images + noise).clamp(0, 1))
+
+
+def propagation_section() -> None:
+    """Seconds and memory of propagation beside two bare forward passes, batch 8."""
+    model, pairs = spread_pairs()
+    with evaluating(model) as classifier:
+        layers = list(spatial_layers(classifier, pairs.clean[:1]))
+
+    def bare() -> None:
+        with torch.inference_mode():
+            model(pairs.clean)
+            model(pairs.adversarial)
+
+    jobs: dict[str, Callable[[], object]] = {
+        "two bare forward passes": bare,
+        f"propagation, {len(layers)} layers": lambda: propagation(model, pairs),
+        "propagation, the last layer": lambda: propagation(model, pairs, layers=layers[-1:]),
+    }
+    captum = _captum(model, pairs)
+    if captum is not None:
+        jobs["Captum LayerActivation, the same layers, and the maxima"] = captum
+    for job in jobs.values():
+        job()
+    times = [[seconds(job) for job in jobs.values()] for _ in range(ROUNDS)]
+    print("\nEfficientNet-Lite0, 8 pairs at 224 x 224, medians of 9 rounds\n")
+    print("| job | seconds | x bare |\n|---|---|---|")
+    for place, name in enumerate(jobs):
+        mine = statistics.median(row[place] for row in times)
+        ratio = statistics.median(row[place] / row[0] for row in times)
+        print(f"| {name} | {mine:.3f} | {ratio:.2f} |", flush=True)
+    print(
+        "\n| job, alone in its process | peak memory, GB | above the loaded model and pairs, MB |\n|---|---|---|"
+    )
+    for name in ("nothing", "bare", "propagation"):
+        print(f"| {name} | " + _alone("memory", name) + " |", flush=True)
+
+
+def _captum(model: Classifier, pairs: Pairs) -> Callable[[], object] | None:
+    """The same maps from what Captum gives, whole activations, for the modules that are called once."""
+    try:
+        from captum.attr import LayerActivation
+    except ImportError:
+        return None
+    with evaluating(model) as classifier:
+        names = [name for name in spatial_layers(classifier, pairs.clean[:1]) if "(call" not in name]
+    modules: list[nn.Module] = [model.network.get_submodule(name) for name in names]
+
+    def job() -> None:
+        with torch.no_grad():
+            clean, adversarial = (
+                LayerActivation(model, modules).attribute(images)
+                for images in (pairs.clean, pairs.adversarial)
+            )
+            for first, second in zip(clean, adversarial, strict=True):
+                first, second = (value[0] if isinstance(value, tuple) else value for value in (first, second))  # noqa: PLW2901
+                gap = (first - second).abs()
+                gap.amax(1), gap.mean(1), first.abs().flatten(1).amax(1)
+
+    return job
+
+
+def memory(kind: str) -> None:
+    """Prints the peak of one job; runs in a process of its own."""
+    model, pairs = spread_pairs()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if kind == "bare":
+        with torch.inference_mode():
+            model(pairs.clean)
+            model(pairs.adversarial)
+    elif kind == "propagation":
+        propagation(model, pairs)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"{peak_gigabytes():.3f} | {(after - before) / 1024:.0f}")
+
+
+def _alone(*arguments: str) -> str:
+    command = [sys.executable, "-m", "benchmarks.inside", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+
+
+def camvid(folder: Path, count: int | None = None) -> Path:
+    """CamVid in Broden's layout, its first so many images."""
+    source = real.FOLDER / "camvid"
+    whole = build_concepts(
+        source / "images",
+        folder / "camvid",
+        masks=source / "labels",
+        names=source / "classes.txt",
+        void=(11,),
+    )
+    if count is not None:
+        table = (whole / "index.csv").read_text().splitlines()
+        (whole / "index.csv").write_text("\n".join(table[: count + 1]) + "\n")
+    return whole
+
+
+def dissection_section() -> None:
+    """Two layers on CamVid beside bare passes over the data; memory from 60 to 233 images."""
+    if not real.there():
+        return
+    model = load("efficientnet_lite0", device="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = camvid(Path(folder))
+        concepts = ConceptSet.open(dataset)
+
+        def bare(*, reading: bool) -> float:
+            begun, spent = time.perf_counter(), 0.0
+            with torch.inference_mode():
+                for images, _ in image_batches(concepts, (224, 224), 3, 8, annotated=False):
+                    start = time.perf_counter()
+                    model(images)
+                    spent += time.perf_counter() - start
+            return time.perf_counter() - begun if reading else spent
+
+        found = dissection(model, LAYERS, dataset)
+        rows = [
+            (seconds(lambda: dissection(model, LAYERS, dataset)), bare(reading=True) + bare(reading=True),
+             bare(reading=False) + bare(reading=False))
+            for _ in range(3)
+        ]  # fmt: skip
+        mine, whole, forward = (statistics.median(column) for column in zip(*rows, strict=True))
+        print(
+            f"\nDissection of {' and '.join(LAYERS)} of EfficientNet-Lite0 on CamVid, {len(concepts)} images\n"
+        )
+        print("| job | seconds | dissection is |\n|---|---|---|")
+        print(f"| dissection | {mine:.1f} | |")
+        print(f"| two bare passes, reading the images included | {whole:.1f} | {mine / whole:.2f} |")
+        print(f"| two bare passes, network alone | {forward:.1f} | {mine / forward:.2f} |")
+        for layer in LAYERS:
+            detectors = found[layer].units.dropna(subset=["concept"])
+            counts = detectors.groupby("concept")["iou"].agg(["size", "max"])
+            told = ", ".join(
+                f"{name} {row['size']:.0f} (best {row['max']:.3f})" for name, row in counts.iterrows()
+            )
+            print(
+                f"\n{layer}: {len(detectors)} of {len(found[layer].units)} units stand for a concept: {told or 'none'}"
+            )
+    print("\n| images | peak memory, GB |\n|---|---|")
+    for count in (60, 120, 233):
+        print(f"| {count} | {_alone('dissection_memory', str(count))} |", flush=True)
+
+
+def dissection_memory(count: str) -> None:
+    """Prints the peak of dissecting so many images; runs in a process of its own."""
+    model = load("efficientnet_lite0", device="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        dissection(model, LAYERS, camvid(Path(folder), int(count)))
+    print(f"{peak_gigabytes():.3f}")
+
+
+def spread_section() -> None:
+    """How far one-pixel attacks travel in ResNet-20: successes, failures, random edits."""
+    if not real.there():
+        return
+    model, images, labels = real.correct("cifar10_resnet20", 320)
+    pairs = attacks.pixels(model, images, labels, method="guided")
+    study = propagation_study(model, pairs)
+    last = study.table[study.table["layer"] == study.layers[-1]]
+    print(
+        "\nOne pixel, ResNet-20 on CIFAR-10, the last layer: share of its sites that change by over 10% of its peak,"
+    )
+    print("and largest change over that peak; means over images with 95% intervals\n")
+    print(sections.table(last.drop(columns=["depth"])))
+    print(
+        "\nPublished (arXiv 1902.02947, as recalled): one pixel reaches the last layer and spreads, near the layer's "
+        "own maximum; a replay on ResNet-32 had 44% of sites for successes and 38% for failures."
+    )
+
+
+def masking_section(count: int = 300) -> None:
+    """Sensitive units of ResNet-20 masked: clean, replayed and attacked again, beside random and most active units."""
+    if not real.there():
+        return
+    model, images, labels = real.correct("cifar10_resnet20", 2 * count)
+    found, judged = (images[:count], labels[:count]), (images[count:], labels[count:])
+
+    def attack(network: nn.Module, batch: Tensor, wanted: Tensor) -> Pairs:
+        return attacks.pgd(network, batch, wanted, budget=Linf(1 / 255), steps=20)
+
+    layer = list(spatial_layers(as_classifier(model), images[:1]))[-1]
+    table = unit_sensitivity(model, layer, attack(model, *found))
+    print(
+        f"\nResNet-20, {layer}, {len(table)} units; PGD-20, 1/255; units by sensitivity on {count} other images,"
+    )
+    print(f"judged on {count}\n")
+    for number in (3, 6, 13):
+        units = table.sort_values("sensitivity", ascending=False)["unit"].head(number).tolist()
+        result = defenses.masking_test(model, layer, units, *judged, attack=attack)
+        print(sections.table(result) + "\n", flush=True)
+
+
+SECTIONS = {
+    "propagation": propagation_section,
+    "dissection": dissection_section,
+    "spread": spread_section,
+    "masking": masking_section,
+}
+ALONE = {"memory": memory, "dissection_memory": dissection_memory}
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3 and sys.argv[1] in ALONE:
+        ALONE[sys.argv[1]](sys.argv[2])
+    else:
+        sections.run(SECTIONS)

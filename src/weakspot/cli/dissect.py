@@ -1,0 +1,236 @@
+"""`weakspot dissect`: what the units of a network stand for."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from weakspot.cli.app import USAGE, Failure, app, notes_for_people, progress_bar
+from weakspot.cli.inputs import load_classifier
+from weakspot.cli.options import (
+    ClassesOption,
+    DebugOption,
+    DeviceOption,
+    MeanOption,
+    ModelOption,
+    QuietOption,
+    SizeOption,
+    StdOption,
+    WeightsOption,
+)
+from weakspot.cli.output import check_folder, describe_run, make_folder, print_rows
+
+if TYPE_CHECKING:
+    from weakspot.classifier import Classifier
+    from weakspot.dissection import Dissection
+
+SHOWN = 40  # units of a layer whose pictures are shown
+EXAMPLES = """
+
+[bold]Examples[/bold]
+
+weakspot dissect --demo
+
+weakspot dissect broden1_224/ --layer layer4 --model torchvision:resnet18
+
+weakspot dissect photos/ --masks labels/ --names classes.txt --void 11 --out runs/camvid
+
+weakspot dissect textures/ --layer features.12 --layer features.18 --model my_package.models:build
+"""
+
+
+@app.command(epilog=EXAMPLES)
+def dissect(
+    dataset: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A folder in Broden's layout (index.csv, label.csv, images/); or of pictures, with --masks or with "
+            "one subfolder for each label.",
+            show_default=False,
+        ),
+    ] = None,
+    demo: Annotated[
+        bool,
+        typer.Option("--demo", help="Generate pictures of colours and textures, and dissect with those."),
+    ] = False,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A module whose output is a map; may be given several times. The last of each of the two "
+            "coarsest map sizes by default."
+        ),
+    ] = None,
+    masks: Annotated[
+        Path | None, typer.Option(help="Folder of PNGs named as the pictures; pixels are class numbers.")
+    ] = None,
+    names: Annotated[Path | None, typer.Option(help="Names of the classes in --masks, one per line.")] = None,
+    void: Annotated[str | None, typer.Option(help="Class numbers that mean nothing: 0,255.")] = None,
+    quantile: Annotated[float, typer.Option(help="Share of all sites at which a unit is active.")] = 0.005,
+    min_iou: Annotated[float, typer.Option(help="Least intersection over union that counts.")] = 0.04,
+    denominator: Annotated[
+        str, typer.Option(help="Sites that the union counts: category, activated or all.")
+    ] = "category",
+    alignment: Annotated[
+        str, typer.Option(help="Where a map's cells lie: receptive_field, effective or resize.")
+    ] = "receptive_field",
+    model: ModelOption = "efficientnet_lite0",
+    weights: WeightsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    classes: ClassesOption = None,
+    size: SizeOption = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for report.html, a table for each layer, run.json.")
+    ] = Path("weakspot-units"),
+    device: DeviceOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the detectors as JSON.")] = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Find what the units of a network stand for: which concept's sites agree with the sites where a unit is active.
+
+    Results are kept in OUT/cache, and given back for the same network, pictures and options.
+    """
+    del debug
+    started = time.perf_counter()
+    if demo == (dataset is not None):
+        raise Failure("give either a folder of labelled pictures or --demo", USAGE)
+    check_folder(out)
+    with redirect_stdout(sys.stderr), notes_for_people(quiet), progress_bar(quiet or as_json) as advance:
+        advance("loading the model", 0.0)
+        classifier = load_classifier(model, weights, mean, std, classes, size, device)
+        make_folder(out)
+        advance("reading the pictures", 0.02)
+        concepts = _concepts(dataset, out, classifier, masks, names, void)
+        from weakspot.dissection import dissection
+        from weakspot.dissection.showing import show_units
+        from weakspot.report.unit_page import unit_page, write_unit_page
+        from weakspot.runs.folder import write_scores, write_whole
+
+        layers = list(layer or _last_layers(classifier))
+        found = dissection(
+            classifier, layers, concepts, quantile=quantile, min_iou=min_iou, denominator=denominator,
+            alignment=alignment, cache=out / "cache",
+            progress=lambda share: advance("dissecting", 0.05 + 0.8 * share),
+        )  # fmt: skip
+        pictures = {}
+        for name, one in found.items():
+            advance("drawing", 0.9)
+            best = one.units.sort_values("iou", ascending=False)["unit"].head(SHOWN).tolist()
+            pictures[name] = show_units(classifier, one, concepts, best)
+        made = {
+            "concepts": f"{concepts}"
+            if dataset is not None
+            else "colours and textures that weakspot generated",
+            "layers": ", ".join(layers),
+            **{
+                name: str(value)
+                for name, value in next(iter(found.values())).options.items()
+                if name != "dataset"
+            },
+            **describe_run(classifier, model, 0, []),
+        }
+        page = write_unit_page(
+            out / "report.html", unit_page(found, pictures, model=classifier.name, made=made)
+        )
+        for name, one in found.items():
+            write_whole(out / f"{_file(name)}.csv", partial(one.units.to_csv, index=False))
+        seconds = time.perf_counter() - started
+        write_scores(_together(found), {**made, "seconds": round(seconds, 2)}, out)
+    rows = _rows(found)
+    if as_json:
+        typer.echo(json.dumps({"layers": rows, "files": {"report.html": str(page.resolve())}}, indent=2))
+    elif not quiet:
+        print_rows(rows, as_json=False)
+        console = Console(highlight=False)
+        console.print(f"\n{len(layers)} layers in {seconds:.1f} s", style="dim")
+        console.print(f"\nReport: {escape(str(page.resolve()))}", soft_wrap=True)
+
+
+def _concepts(
+    dataset: Path | None,
+    out: Path,
+    classifier: Classifier,
+    masks: Path | None,
+    names: Path | None,
+    void: str | None,
+) -> Path:
+    """The folder in Broden's layout: the one given, or made of it, or generated."""
+    from weakspot.dissection import build_concepts, demo_concepts
+
+    if dataset is None:
+        folder = out / "concepts"
+        return (
+            folder
+            if (folder / "index.csv").is_file()
+            else demo_concepts(folder, size=min(classifier.input_size))
+        )
+    if not dataset.exists():
+        raise Failure(f"{dataset}: there is no such folder", USAGE)
+    if (dataset / "index.csv").is_file() and masks is None:
+        return dataset
+    folder = out / "concepts"
+    if (folder / "index.csv").is_file():
+        raise Failure(f"{folder} holds concepts from before; give another --out, or {folder} itself", USAGE)
+    try:
+        values = [int(value) for value in void.split(",")] if void else []
+    except ValueError:
+        raise Failure(f"void is {void!r}; accepted are whole numbers such as 0,255", USAGE) from None
+    return build_concepts(dataset, folder, masks=masks, names=names, void=values)
+
+
+def _last_layers(classifier: Classifier) -> list[str]:
+    """The last layer of each of the two coarsest map sizes, by its first call."""
+    import torch
+
+    from weakspot.attribution.reading import spatial_layers
+    from weakspot.classifier import evaluating
+
+    with evaluating(classifier):
+        image = torch.zeros(1, classifier.channels, *classifier.input_size, device=classifier.mean.device)
+        places = spatial_layers(classifier, image)
+    last = {
+        place.layout.cells: name
+        for name, place in places.items()
+        if place.module is not None and place.turn == 1
+    }
+    return [last[cells] for cells in sorted(last)[:2]][::-1] or [list(places)[-1]]
+
+
+def _file(layer: str) -> str:
+    return (
+        "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in layer).lstrip(".")
+        or "layer"
+    )
+
+
+def _rows(found: dict[str, Dissection]) -> list[dict[str, str]]:
+    """One row per layer, for people."""
+    rows = []
+    for name, one in found.items():
+        detectors = one.units[one.units["concept"].notna()]
+        counts = detectors.groupby("concept").size().sort_values(ascending=False)
+        rows.append(
+            {
+                "layer": name,
+                "units": str(len(one.units)),
+                "stand for a concept": str(len(detectors)),
+                "concepts": ", ".join(f"{concept} {number}" for concept, number in counts.head(8).items()),
+            }
+        )
+    return rows
+
+
+def _together(found: dict[str, Dissection]):  # type: ignore[no-untyped-def]
+    import pandas as pd
+
+    return pd.concat([one.units.assign(layer=name) for name, one in found.items()], ignore_index=True)

@@ -1,0 +1,111 @@
+"""The unit page: what a layer's units stand for, with the pictures that excite them; one self-contained HTML file."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from weakspot.report.leafing import text
+
+if TYPE_CHECKING:
+    from weakspot.dissection import Dissection
+    from weakspot.dissection.showing import Shown
+
+DIMMED = 0.3  # brightness outside the unit's active sites
+
+
+def unit_page(
+    found: Mapping[str, Dissection],
+    pictures: Mapping[str, Mapping[int, Sequence[Shown]]],
+    *,
+    model: str,
+    made: Mapping[str, str],
+) -> str:
+    """The page as HTML; whatever came from outside is escaped.
+
+    Args:
+        found: layer to its dissection.
+        pictures: layer to unit to the pictures that are shown of it.
+        model: the classifier's name.
+        made: how it came about.
+    """
+    templates = files("weakspot.report").joinpath("templates")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(templates.joinpath("units.html").read_text("utf-8"))
+    return template.render(
+        style=templates.joinpath("page.css").read_text("utf-8"),
+        model=model,
+        made=dict(made),
+        layers=[_layer(one, pictures.get(name, {})) for name, one in found.items()],
+    )
+
+
+def _layer(found: Dissection, pictures: Mapping[int, Sequence[Shown]]) -> dict[str, Any]:
+    table = found.units
+    detectors = table[table["concept"].notna()]
+    counts = detectors.groupby(["category", "concept"]).size().sort_values(ascending=False)
+    largest = int(counts.max()) if len(counts) else 1
+    shown = table.sort_values("iou", ascending=False)
+    return {
+        "name": found.layer,
+        "units": len(table),
+        "detectors": len(detectors),
+        "least": found.options["min_iou"],
+        "bars": [
+            {
+                "concept": concept,
+                "category": category,
+                "units": int(number),
+                "width": round(100 * number / largest),
+            }
+            for category, concept, number in counts.reset_index().itertuples(index=False)
+        ],
+        "rows": [
+            {
+                "unit": int(row["unit"]),
+                "concept": row["concept"] if isinstance(row["concept"], str) else "",
+                "category": row["category"] if isinstance(row["category"], str) else "",
+                "iou": float(row["iou"]),
+                "others": ", ".join(
+                    f"{row[name]} {row[f'{name}_iou']:.3f}" for name in ("second", "third") if name in row
+                ),
+                "pictures": [
+                    {"image": one.image, "data": _picture(one), "share": float(one.active.float().mean())}
+                    for one in pictures.get(int(row["unit"]), ())
+                ],
+            }
+            for _, row in shown.iterrows()
+        ],
+    }
+
+
+def _picture(shown: Shown) -> str:
+    """The picture as JPEG data, dim where the unit is not active and with the border between drawn."""
+    pixels = shown.pixels.permute(1, 2, 0).numpy()
+    pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+    active = shown.active.numpy()
+    lit = np.where(active[..., None], pixels, DIMMED * pixels)
+    inner = np.pad(active, 1)
+    edge = active & ~(inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:])
+    lit[edge] = (1.0, 0.85, 0.0)
+    buffer = io.BytesIO()
+    Image.fromarray((lit * 255).round().astype(np.uint8)).save(buffer, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + text(buffer.getvalue())
+
+
+def write_unit_page(path: Path, content: str) -> Path:
+    """Write the page, whole or not at all."""
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        draft.write_text(content, encoding="utf-8")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
