@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,11 +28,13 @@ class Place:
         layout: how the output is a map.
         module: the module that makes it, or None for a bare function call.
         turn: which of the module's calls in a forward pass, from 1; of a bare function the number of the call.
+        calls: how often the module is called in a forward pass.
     """
 
     layout: Layout
     module: nn.Module | None
     turn: int
+    calls: int = 1
 
 
 def spatial_layers(
@@ -186,7 +188,10 @@ def _watch(classifier: Classifier, images: Tensor) -> list[_Output]:
                 )
                 stack.callback(handle.remove)
         classifier(images)
-    return outputs
+    return [
+        replace(one, place=replace(one.place, calls=turns[one.name.partition(" (call ")[0]]))
+        for one in outputs
+    ]
 
 
 def _last_of_each(outputs: Sequence[_Output]) -> list[_Output]:

@@ -189,7 +189,7 @@ def _concepts(
 
 
 def _last_layers(classifier: Classifier) -> list[str]:
-    """The last layer of each of the two coarsest map sizes, by its first call."""
+    """The last layer of each of the two coarsest map sizes, of those that are called once."""
     import torch
 
     from weakspot.attribution.reading import spatial_layers
@@ -201,7 +201,7 @@ def _last_layers(classifier: Classifier) -> list[str]:
     last = {
         place.layout.cells: name
         for name, place in places.items()
-        if place.module is not None and place.turn == 1
+        if place.module is not None and place.calls == 1
     }
     return [last[cells] for cells in sorted(last)[:2]][::-1] or [list(places)[-1]]
 

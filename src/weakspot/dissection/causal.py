@@ -66,8 +66,11 @@ def unit_restoration(
         pairs = settled(classifier, pairs)
         places = spatial_layers(classifier, pairs.clean[:1], [layer])
         place = places[layer]
-        if place.module is None or place.turn > 1:
-            raise ValueError(f"layer is {layer!r}; accepted is a module, by its first call in a forward pass")
+        if place.module is None or place.calls > 1:
+            raise ValueError(
+                f"layer is {layer!r}, which is called {place.calls} times in a forward pass; accepted is a module that "
+                "is called once, such as the block around it"
+            )
         size = classifier.fixed_batch or batch_size or default_batch(pairs.clean)
         keys = draws.keys(pairs.clean, seed)
         found = [

@@ -241,8 +241,8 @@ def _categories(concepts: ConceptSet) -> Tensor:
 
 
 def grid_of(classifier: Classifier, image: Tensor, name: str, place: Place, alignment: str) -> Grid | None:
-    """Where the layer's cells lie among sites of half the image's size."""
-    if alignment == "resize" or place.module is None or place.turn > 1:
+    """Where the layer's cells lie among sites of half the image's size; not known of a module with several calls."""
+    if alignment == "resize" or place.module is None or place.calls > 1:
         return None
     layer = find_layer(classifier, image, name)
     if layer is None:
