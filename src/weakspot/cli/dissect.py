@@ -74,7 +74,13 @@ def dissect(
     ] = None,
     names: Annotated[Path | None, typer.Option(help="Names of the classes in --masks, one per line.")] = None,
     void: Annotated[str | None, typer.Option(help="Class numbers that mean nothing: 0,255.")] = None,
-    quantile: Annotated[float, typer.Option(help="Share of all sites at which a unit is active.")] = 0.005,
+    quantile: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of all sites at which a unit is active: 0.005, or 0.01 with --demo, whose concepts are large.",
+            show_default=False,
+        ),
+    ] = None,
     min_iou: Annotated[float, typer.Option(help="Least intersection over union that counts.")] = 0.04,
     denominator: Annotated[
         str, typer.Option(help="Sites that the union counts: category, activated or all.")
@@ -118,7 +124,7 @@ def dissect(
 
         layers = list(layer or _last_layers(classifier))
         found = dissection(
-            classifier, layers, concepts, quantile=quantile, min_iou=min_iou, denominator=denominator,
+            classifier, layers, concepts, quantile=quantile or (0.01 if demo else 0.005), min_iou=min_iou, denominator=denominator,
             alignment=alignment, cache=out / "cache",
             progress=lambda share: advance("dissecting", 0.05 + 0.8 * share),
         )  # fmt: skip
