@@ -7,7 +7,6 @@ ResNet-20 masked, attacked again). All but propagation need real data and say so
 
 from __future__ import annotations
 
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import real, sections
-from benchmarks.timing import peak_gigabytes
+from benchmarks.timing import peak_of
 from weakspot import (
     Pairs,
     attacks,
@@ -119,15 +118,14 @@ def _captum(model: Classifier, pairs: Pairs) -> Callable[[], object] | None:
 def memory(kind: str) -> None:
     """Prints the peak of one job; runs in a process of its own."""
     model, pairs = spread_pairs()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if kind == "bare":
+
+    def bare() -> None:
         with torch.inference_mode():
             model(pairs.clean)
             model(pairs.adversarial)
-    elif kind == "propagation":
-        propagation(model, pairs)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{peak_gigabytes():.3f} | {(after - before) / 1024:.0f}")
+
+    peak, more = peak_of(bare if kind == "bare" else lambda: propagation(model, pairs))
+    print(f"{peak:.0f} | {more:.0f}")
 
 
 def _alone(*arguments: str) -> str:
@@ -192,7 +190,7 @@ def dissection_section() -> None:
             print(
                 f"\n{layer}: {len(detectors)} of {len(found[layer].units)} units stand for a concept: {told or 'none'}"
             )
-    print("\n| images | peak memory, GB |\n|---|---|")
+    print("\n| images | peak memory, MB | of that not held before, MB |\n|---|---|---|")
     for count in (60, 120, 233):
         print(f"| {count} | {_alone('dissection_memory', str(count))} |", flush=True)
 
@@ -201,8 +199,9 @@ def dissection_memory(count: str) -> None:
     """Prints the peak of dissecting so many images; runs in a process of its own."""
     model = load("efficientnet_lite0", device="cpu")
     with tempfile.TemporaryDirectory() as folder:
-        dissection(model, LAYERS, camvid(Path(folder), int(count)))
-    print(f"{peak_gigabytes():.3f}")
+        dataset = camvid(Path(folder), int(count))
+        peak, more = peak_of(lambda: dissection(model, LAYERS, dataset))
+    print(f"{peak:.0f} | {more:.0f}")
 
 
 def spread_section() -> None:

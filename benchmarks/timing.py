@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 
 def alternate(jobs: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, list[float]]:
@@ -37,3 +38,20 @@ def peak_gigabytes() -> float:
     """The most memory this process has held so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def peak_of(job: Callable[[], object]) -> tuple[float, float]:
+    """Megabytes: the most that this process held during the job, and how much of that it did not hold before.
+
+    Linux only: the kernel's high-water mark is set back first.
+    """
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    job()
+    peak = _status("VmHWM")
+    return peak, peak - before
+
+
+def _status(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(name)) / 1000

@@ -123,8 +123,9 @@ def dissect(
         from weakspot.runs.folder import write_scores, write_whole
 
         layers = list(layer or _last_layers(classifier))
+        share_active = quantile or (0.01 if demo else 0.005)
         found = dissection(
-            classifier, layers, concepts, quantile=quantile or (0.01 if demo else 0.005), min_iou=min_iou, denominator=denominator,
+            classifier, layers, concepts, quantile=share_active, min_iou=min_iou, denominator=denominator,
             alignment=alignment, cache=out / "cache",
             progress=lambda share: advance("dissecting", 0.05 + 0.8 * share),
         )  # fmt: skip
