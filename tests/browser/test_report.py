@@ -144,8 +144,17 @@ def test_space_blinks_between_the_two_images_and_digits_choose_overlays(opened: 
     assert clean != adversarial
     opened.page.focus("#pair-0")
     opened.page.keyboard.press("Space")
-    opened.page.wait_for_selector("#pair-0 .shown:has-text('clean')", timeout=5000)
-    assert opened.pixels(ADVERSARIAL) == clean
+    # Looked at in one go: half a second later it is the other image.
+    opened.page.wait_for_function(
+        """([selector, wanted]) => {
+          const canvas = document.querySelector(selector);
+          const shown = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+          const said = document.querySelector("#pair-0 .shown").textContent;
+          return said.includes("clean") && shown.every((value, place) => value === wanted[place]);
+        }""",
+        arg=[ADVERSARIAL, clean],
+        timeout=20_000,
+    )
     opened.page.keyboard.press("Space")
     assert opened.pixels(ADVERSARIAL) == adversarial
     opened.page.keyboard.press("2")
@@ -173,6 +182,19 @@ def test_zoom_is_linked_and_a_pointer_reads_both_images(opened: Opened) -> None:
     assert {row, column} <= {47, 48}
     wanted = (sample_images((96, 96))[0][0, :, row, column] * 255).round().int().tolist()
     assert "clean {} {} {} ·".format(*wanted) in said
+
+
+def test_layers_can_be_leafed_through(opened: Opened) -> None:
+    slider, said = "#pair-0 .leafing input", "#pair-0 .leafing .step"
+    last = opened.page.inner_text(said)
+    before = opened.pixels("#pair-0 canvas.leaf")
+    assert len(set(before)) > 2
+    assert last.startswith("1 of 1: 1, 24")
+    opened.page.focus(slider)
+    opened.page.keyboard.press("ArrowLeft")
+    assert opened.page.inner_text(said) == last  # a network of one layer has nowhere to go
+    shown = opened.page.inner_text("#pair-0 .leafing .value >> nth=0")
+    assert float(shown) > 0
 
 
 def test_the_contact_sheet_can_be_sorted(opened: Opened) -> None:

@@ -57,7 +57,7 @@ def spatial_layers(
     outputs = _watch(classifier, classifier.filled(noise_like(image)))
     every = {output.name: output.place for output in outputs}
     if names is None:
-        chosen = {output.name: output.place for output in _last_of_each(outputs)} or _calls(classifier, image)
+        chosen = _default(classifier, image, outputs)
         if not chosen:
             raise ValueError(
                 f"{classifier.name} keeps no map of the image; give a network with convolutions or tokens"
@@ -74,6 +74,15 @@ def spatial_layers(
             raise ValueError(f"layers has {name!r}, which {why}; {closest(plain, every)}")
         known[name] = every[plain]
     return known
+
+
+def keeps_maps(classifier: Classifier, image: Tensor) -> bool:
+    """Whether there are such layers."""
+    return bool(_default(classifier, image, _watch(classifier, classifier.filled(noise_like(image)))))
+
+
+def _default(classifier: Classifier, image: Tensor, outputs: Sequence[_Output]) -> dict[str, Place]:
+    return {output.name: output.place for output in _last_of_each(outputs)} or _calls(classifier, image)
 
 
 @contextmanager

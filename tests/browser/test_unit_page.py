@@ -1,0 +1,51 @@
+"""The unit page in a real browser: sorting, filtering, and names that are no markup."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser.test_report import HOSTILE, Opened, browser  # noqa: F401 - a fixture
+from tests.dissection.test_units import planted, seeing
+from weakspot.dissection import dissection
+from weakspot.dissection.showing import show_units
+from weakspot.report.unit_page import unit_page, write_unit_page
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+
+@pytest.fixture
+def page(tmp_path: Path, browser: Any) -> Opened:  # noqa: F811
+    dataset = planted(tmp_path / "set")
+    label = dataset / "label.csv"
+    label.write_text(label.read_text().replace("red", HOSTILE.replace('"', "'")))
+    model = seeing((32, 32))
+    found = dissection(model, ["look"], dataset, quantile=0.07)
+    pictures = {"look": show_units(model, found["look"], dataset, [0, 1, 2, 3])}
+    content = unit_page(found, pictures, model=HOSTILE, made={"set": HOSTILE})
+    return Opened(browser, write_unit_page(tmp_path / "units.html", content))
+
+
+def units(page: Opened) -> list[int]:
+    shown: list[int] = page.page.eval_on_selector_all(
+        "tbody tr:not([hidden])", "rows => rows.map(row => Number(row.dataset.unit))"
+    )
+    return shown
+
+
+def test_units_can_be_sorted_and_filtered_and_nothing_hostile_runs(page: Opened) -> None:
+    assert page.wrong == []
+    assert len(page.asked) == 1
+    assert page.page.title().startswith("weakspot: units of <img")
+    assert set(units(page)[:2]) == {0, 1}
+    page.page.click("button[data-key=unit]")
+    assert units(page) == [3, 2, 1, 0]
+    page.page.click("button[data-key=unit]")
+    assert units(page) == [0, 1, 2, 3]
+    page.page.select_option(".concepts", "green")
+    assert units(page) == [1]
+    drawn = page.page.eval_on_selector_all("img", "all => all.every(one => one.loading === 'lazy')")
+    assert drawn
+    assert page.page.locator("tr[data-unit='1'] img").count() == 4
