@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tests.conftest import NETWORKS, untouched
 from weakspot import Pairs, attacks, unit_restoration
 from weakspot.budgets import Linf
+from weakspot.dissection.causal import analyse
 
 
 class Carried(nn.Module):
@@ -65,3 +66,13 @@ def test_what_does_not_fit_is_refused() -> None:
         unit_restoration(model, "look", pairs, shares=(0.0,))
     with pytest.raises(ValueError, match="layers has 'luck'"):
         unit_restoration(model, "luck", pairs)
+
+
+def test_the_analysis_says_how_many_units_it_takes() -> None:
+    model, pairs = carried()
+    found = analyse(model, pairs)
+    assert found.scores["units_to_revert"].tolist()[:5] == [0.01] * 5
+    assert found.scores["units_to_revert"].isna().tolist() == [False] * 5 + [True]
+    assert (found.scores["random_units_to_revert"][:5] >= 0.01).all()
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(75, 2)).eval()
+    assert len(analyse(flat, pairs).scores) == len(pairs)

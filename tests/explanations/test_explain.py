@@ -24,7 +24,7 @@ from weakspot.explanations.analysis import available_analyses
 from weakspot.pairs import AttackResult, Pairs
 from weakspot.similarity import ssim_map
 
-OWN = ["cam", "ssim", "overlap", "promotion", "restoration", "locality", "propagation"]
+OWN = ["cam", "ssim", "overlap", "promotion", "restoration", "locality", "propagation", "units"]
 
 
 def attacked(model: nn.Module, images: Tensor) -> AttackResult:

@@ -54,10 +54,8 @@ def spatial_layers(
     Raises:
         ValueError: when a name is no such layer, or there are no such layers.
     """
-    outputs = _watch(classifier, classifier.filled(noise_like(image)))
-    every = {output.name: output.place for output in outputs}
     if names is None:
-        chosen = _default(classifier, image, outputs)
+        chosen = default_layers(classifier, image)
         if not chosen:
             raise ValueError(
                 f"{classifier.name} keeps no map of the image; give a network with convolutions or tokens"
@@ -65,6 +63,8 @@ def spatial_layers(
         return chosen
     if isinstance(names, str) or not len(names):
         raise ValueError(f"layers is {names!r}; accepted is a list of layer names")
+    outputs = _watch(classifier, classifier.filled(noise_like(image)))
+    every = {output.name: output.place for output in outputs}
     known = {}
     for name in names:
         plain = name if name in every else str(name).removeprefix("network.")
@@ -76,12 +76,9 @@ def spatial_layers(
     return known
 
 
-def keeps_maps(classifier: Classifier, image: Tensor) -> bool:
-    """Whether there are such layers."""
-    return bool(_default(classifier, image, _watch(classifier, classifier.filled(noise_like(image)))))
-
-
-def _default(classifier: Classifier, image: Tensor, outputs: Sequence[_Output]) -> dict[str, Place]:
+def default_layers(classifier: Classifier, image: Tensor) -> dict[str, Place]:
+    """`spatial_layers` without names; none where the network keeps no maps."""
+    outputs = _watch(classifier, classifier.filled(noise_like(image)))
     return {output.name: output.place for output in _last_of_each(outputs)} or _calls(classifier, image)
 
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from weakspot.attacks import draws
 from weakspot.attribution.layout import unit_axis
-from weakspot.attribution.reading import Place, spatial_layers
+from weakspot.attribution.reading import Place, default_layers, spatial_layers
 from weakspot.attribution.replacing import replacing
 from weakspot.checks import check_batch_size, check_seed
 from weakspot.classifier import Classifier, default_batch, evaluating
-from weakspot.explanations.analysis import check_pairs, settled
+from weakspot.explanations.analysis import Analysis, check_pairs, settled
 from weakspot.pairs import Pairs
 from weakspot.statistics import mean_interval
 
@@ -64,31 +64,41 @@ def unit_restoration(
         raise ValueError(f"shares is {list(shares)}; accepted are shares of the units above 0, up to 1")
     with evaluating(model) as classifier:
         pairs = settled(classifier, pairs)
-        places = spatial_layers(classifier, pairs.clean[:1], [layer])
-        place = places[layer]
+        place = spatial_layers(classifier, pairs.clean[:1], [layer])[layer]
         if place.module is None or place.calls > 1:
             raise ValueError(
                 f"layer is {layer!r}, which is called {place.calls} times in a forward pass; accepted is a module that "
                 "is called once, such as the block around it"
             )
-        size = classifier.fixed_batch or batch_size or default_batch(pairs.clean)
-        keys = draws.keys(pairs.clean, seed)
-        found = [
-            _restored(classifier, place, pairs, part, keys[part], shares)
-            for part in torch.arange(len(pairs), device=pairs.clean.device).split(size)
-        ]
-        units = found[0][2]
-    changed, random = (
-        torch.cat(ways, 1).cpu().numpy()
-        for ways in ([changed for changed, _, _ in found], [random for _, random, _ in found])
-    )
+        changed, random, units = _all_restored(classifier, place, pairs, shares, seed, batch_size)
+    fooled = changed[0].isfinite()
     table = []
     for number, share in enumerate(shares):
         row: dict[str, object] = {"share": share, "units": _count(share, units)}
-        for name, values in (("reverted", changed[number]), ("random", random[number])):
-            row |= dict(zip((name, f"{name}_low", f"{name}_high"), mean_interval(values), strict=True))
-        table.append({**row, "images": changed.shape[1]})
+        for name, values in (("reverted", changed), ("random", random)):
+            found = mean_interval(values[number, fooled].cpu().numpy())
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
+        table.append({**row, "images": int(fooled.sum())})
     return pd.DataFrame(table)
+
+
+def _all_restored(
+    classifier: Classifier,
+    place: Place,
+    pairs: Pairs,
+    shares: Sequence[float],
+    seed: int,
+    batch_size: int | None,
+) -> tuple[Tensor, Tensor, int]:
+    """`_restored` of all pairs, batch by batch."""
+    size = classifier.fixed_batch or batch_size or default_batch(pairs.clean)
+    keys = draws.keys(pairs.clean, seed)
+    found = [
+        _restored(classifier, place, pairs, part, keys[part], shares)
+        for part in torch.arange(len(pairs), device=pairs.clean.device).split(size)
+    ]
+    changed, random, units = zip(*found, strict=True)
+    return torch.cat(changed, 1), torch.cat(random, 1), units[0]
 
 
 def _restored(
@@ -99,7 +109,10 @@ def _restored(
     keys: Tensor,
     shares: Sequence[float],
 ) -> tuple[Tensor, Tensor, int]:
-    """Whether the decision came back (shares, n fooled), by changed and by random units; and the number of units."""
+    """Whether the decision came back (shares, n), by changed and by random units; and the number of units.
+
+    NaN for pairs that do not fool the model.
+    """
     clean, adversarial, labels = pairs.clean[rows], pairs.adversarial[rows], pairs.labels[rows]
     seen: list[Tensor] = []
     assert place.module is not None  # noqa: S101 - the caller has looked
@@ -130,7 +143,7 @@ def _restored(
             chosen[: len(rows)] = ranks < _count(share, count)
             chosen = chosen.view(len(own), *(count if at == axis else 1 for at in range(1, own.ndim)))
             again = classes(adversarial, partial(_put_back, own, chosen))
-            back.append((again == labels)[right & fooled].double())
+            back.append((again == labels).double().where(right & fooled, torch.nan))
         outcomes.append(torch.stack(back))
     return outcomes[0], outcomes[1], count
 
@@ -141,3 +154,29 @@ def _put_back(own: Tensor, chosen: Tensor, activation: Tensor) -> Tensor:
 
 def _count(share: float, units: int) -> int:
     return max(1, round(share * units))
+
+
+MEANINGS = {
+    "units_to_revert": "Smallest share of the last layer's units, those that changed most, whose clean values bring "
+    "the decision back; shares of 1, 3, 10, 30 and 100% are tried.",
+    "random_units_to_revert": "The same for units at random.",
+}
+
+
+def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
+    """How many of the last layer's units carry the decision; nothing of networks without such a layer."""
+    import pandas as pd
+
+    with evaluating(model) as classifier:
+        pairs = settled(classifier, pairs)
+        places = default_layers(classifier, pairs.clean[:1])
+        once = [place for place in places.values() if place.module is not None and place.calls == 1]
+        if not once:
+            return Analysis(scores=pd.DataFrame(index=range(len(pairs))), maps={})
+        changed, random, _ = _all_restored(classifier, once[-1], pairs, SHARES, seed, None)
+    smallest = torch.tensor(SHARES, dtype=torch.float64, device=changed.device)[:, None]
+    scores = {}
+    for name, back in zip(MEANINGS, (changed, random), strict=True):
+        found = smallest.where(back == 1, torch.inf).amin(0)
+        scores[name] = found.where(found.isfinite(), torch.nan).cpu().numpy()
+    return Analysis(scores=pd.DataFrame(scores), maps={}, meanings=MEANINGS)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 P = TypeVar("P", bound=Pairs)
 GROUP = "weakspot.analyses"
-OWN = ("cam", "ssim", "overlap", "promotion", "restoration", "locality", "propagation")
+OWN = ("cam", "ssim", "overlap", "promotion", "restoration", "locality", "propagation", "units")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot.attacks import draws
-from weakspot.attribution.reading import fused_for, keeps_maps, spatial_layers
+from weakspot.attribution.reading import default_layers, fused_for, spatial_layers
 from weakspot.checks import check_batch_size, check_seed
 from weakspot.classifier import evaluating
 from weakspot.explanations.analysis import Analysis, Series, check_pairs, settled
@@ -216,7 +216,7 @@ def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
 
     with evaluating(model) as classifier:
         pairs = settled(classifier, pairs)
-        if not keeps_maps(classifier, pairs.clean[:1]):
+        if not default_layers(classifier, pairs.clean[:1]):
             return Analysis(scores=pd.DataFrame(index=range(len(pairs))), maps={})
     attack = propagation(model, pairs)
     random = propagation(model, replace(pairs, adversarial=random_edits(pairs, seed)))
