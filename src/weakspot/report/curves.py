@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weakspot.report.colors import CATEGORIES
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -15,6 +13,7 @@ AXES = {
     "spread": "Share of sites changed by over 10% of the layer's peak",
     "reach": "Largest change over the layer's peak",
 }
+COLORS = ("#0072b2", "#d55e00", "#555555")
 DASHES = ("solid", "dashed", "dotted")
 
 
@@ -28,7 +27,7 @@ def depth_figure(study: PropagationStudy) -> Figure:
             if not rows["images"].iloc[0]:
                 continue
             places = range(len(rows))
-            color = CATEGORIES[number + 1]
+            color = COLORS[number % len(COLORS)]
             axis.fill_between(
                 places, rows[f"{measure}_low"], rows[f"{measure}_high"], color=color, alpha=0.2, lw=0
             )
