@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import NETWORKS, PoolingNetwork, untouched
-from weakspot import Classifier, LocalEdits, attacks
+from tests.dissection.test_units import planted, seeing
+from weakspot import Classifier, LocalEdits, Pairs, attacks, dissect, unit_sensitivity
 from weakspot.budgets import Linf
 from weakspot.defenses import mask_units, masking_test
 
@@ -141,8 +143,64 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     model, images = NETWORKS["normalised"]()
     with pytest.raises(ValueError, match="has not; did you mean branch"):
         mask_units(model, "brunch", [0])
-    with pytest.raises(ValueError, match="accepted are numbers from 0"):
+    with pytest.raises(ValueError, match="accepted are whole numbers from 0"):
         mask_units(model, "branch", [-1])
     with pytest.raises(ValueError, match="units has 9; 'branch' has units 0 to 7"):
         mask_units(model, "branch", [9])
     del images
+
+
+class Aside(nn.Module):
+    """Has a part that no image goes through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.aside = PoolingNetwork(), nn.Conv2d(3, 3, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.body(images)
+        return logits
+
+
+def test_a_mask_that_would_mask_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing would be masked"):
+        mask_units(Classifier.wrap(Aside().eval(), input_size=(16, 16)), "aside", [0])
+    traced = torch.jit.trace(PoolingNetwork().eval(), torch.rand(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="nothing would be masked"):
+        mask_units(Classifier.wrap(traced, input_size=(16, 16)), "branch", [0])
+
+
+@pytest.mark.parametrize("units", [torch.zeros(8, dtype=torch.bool), [1.7], "12", 3, [True]])
+def test_what_is_no_number_of_a_unit_is_refused(units: Any) -> None:
+    model, _ = NETWORKS["pooling"]()
+    with pytest.raises(ValueError, match="accepted are whole numbers from 0"):
+        mask_units(model, "branch", units)
+
+
+def test_readers_see_the_masked_units() -> None:
+    model, images = NETWORKS["pooling"]()
+    pairs = Pairs.of(model, images, 1 - images)
+    masked = mask_units(model, "branch", [0])
+    for layer in ("branch", "network.branch"):
+        table = unit_sensitivity(masked, layer, pairs)
+        assert table["mean_activation"][0] == table["change"][0] == 0
+        assert (table["change"][1:] != 0).all()
+
+
+def test_caches_tell_masked_networks_apart(tmp_path: Path) -> None:
+    dataset = planted(tmp_path / "set")
+    model = seeing((32, 32))
+    tables = [
+        dissect(mask_units(model, "look", units), "look", dataset, quantile=0.07, cache=tmp_path / "cache")
+        for units in ([0], [1])
+    ]
+    assert tables[0]["concept"].isna()[0]
+    assert tables[1]["concept"][0] == "red"
+
+
+def test_units_in_tensors_and_rows_of_features_are_judged_fairly() -> None:
+    model, images, labels = leaky()
+    table = masking_test(model, "head", torch.tensor([1, 1]), images, labels, attack=by_pgd)
+    assert table["units"].tolist() == [0, 1, 1, 1]
+    with pytest.raises(ValueError, match="accepted are 1 to 2, as many as 'look' has"):
+        masking_test(model, "look", [0, 1, 2], images, labels, attack=by_pgd)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -337,3 +338,110 @@ def test_exported_networks_are_read_by_their_function_calls() -> None:
     assert len(found.layers) == 2
     for one, other in zip(plain.layers, found.layers, strict=True):
         torch.testing.assert_close(plain.maximum[one], found.maximum[other], rtol=1e-4, atol=1e-5)
+
+
+class Wrapped(nn.Module):
+    """Hands on what its convolution made; the norm behind it lies outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(3, 6, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps: Tensor = self.inner(images)
+        return maps
+
+
+def test_a_layer_that_hands_on_a_folded_convolution_is_read_as_it_is() -> None:
+    model = nn.Sequential(
+        Wrapped(), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)
+    ).eval()
+    with torch.no_grad():
+        model[1].running_var.fill_(4)  # type: ignore[operator]
+    clean = torch.rand(2, 3, 9, 9)
+    pairs = Pairs.of(model, clean, 1 - clean)
+    for layer in ("0", "0.inner"):
+        found = propagation(model, pairs, layers=[layer])
+        expected = (model[0](clean) - model[0](1 - clean)).abs().amax(1)
+        torch.testing.assert_close(found.maximum[layer], expected, rtol=1e-4, atol=1e-5)
+
+
+class Odd(nn.Module):
+    """Modules that return a scalar, nothing, and one map for all images."""
+
+    class Scale(nn.Module):
+        def forward(self) -> Tensor:
+            return torch.tensor(2.0)
+
+    class Place(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = nn.Parameter(torch.rand(1, 4, 8, 8))
+
+        def forward(self, _images: Tensor) -> Tensor:
+            return self.map * 1
+
+    class Silent(nn.Module):
+        def forward(self, _images: Tensor) -> None:
+            return None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.look, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 2)
+        self.scale, self.place, self.silent = self.Scale(), self.Place(), self.Silent()
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.silent(images)
+        maps = self.look(images) * self.scale() + self.place(images)
+        logits: Tensor = self.head(maps.mean((2, 3)))
+        return logits
+
+
+def test_modules_that_return_no_map_of_their_image_are_passed_over() -> None:
+    model = Odd().eval()
+    clean = torch.rand(3, 3, 8, 8)
+    found = propagation(model, Pairs.of(model, clean, 1 - clean))
+    assert list(found.layers) == ["look"]
+
+
+def test_layers_of_exported_networks_can_be_named() -> None:
+    model, pairs = made("convolutions", 4)
+    exported = torch.export.export(
+        model, (pairs.clean[:2],), dynamic_shapes=({0: torch.export.Dim("n", min=1)},)
+    ).module()
+    for module in exported.modules():
+        module.training = False
+    every = propagation(exported, pairs)
+    last = propagation(exported, pairs, layers=every.layers[-1:])
+    assert torch.equal(last.maximum[every.layers[-1]], every.maximum[every.layers[-1]])
+
+
+def test_a_layer_named_twice_is_refused() -> None:
+    model, pairs = made("convolutions")
+    with pytest.raises(ValueError, match="has already"):
+        propagation(model, pairs, layers=["stem", "network.stem"])
+
+
+def test_random_edits_of_one_pixel_are_as_large_as_the_attack() -> None:
+    clean = torch.rand(60, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    adversarial = clean.clone()
+    adversarial[:, :, 8, 8] = torch.where(clean[:, :, 8, 8] < 0.5, 1.0, 0.0)
+    zeros = torch.zeros(60, dtype=torch.long)
+    pairs = Pairs(clean, adversarial, zeros, zeros)
+    sizes = [(images - clean).abs().flatten(1).sum(1) for images in (adversarial, random_edits(pairs))]
+    assert float((sizes[1] / sizes[0]).mean()) > 0.97
+
+
+def test_silent_layers_and_nan_are_not_taken_for_calm() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2)
+    ).eval()
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)  # type: ignore[operator]
+        model[0].bias.fill_(-1.0)  # type: ignore[operator]
+    clean = torch.zeros(2, 3, 4, 4)
+    found = propagation(model, Pairs.of(model, clean, clean + 1))
+    assert found.reach["1"].isnan().all()
+    assert (found.spread["1"] == 1).all()
+    table = propagation_study(model, Pairs.of(model, clean, clean + 1)).table
+    assert not np.isinf(table["reach"]).any()

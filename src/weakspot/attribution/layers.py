@@ -214,7 +214,8 @@ def _module_that_made(classifier: Classifier, image: Tensor, chosen: _Call) -> s
 
 def _named_layer(classifier: Classifier, image: Tensor, name: str) -> Layer:
     modules = {key: module for key, module in classifier.network.named_modules() if key}
-    module = modules.get(name, modules.get(name.removeprefix("network.")))
+    spellings = (name, name.removeprefix("network."), f"network.{name}")
+    module = next((modules[spelling] for spelling in spellings if spelling in modules), None)
     if module is None:
         raise ValueError(f"layer is {name!r}, which {classifier.name} has not; {closest(name, modules)}")
     probe = Layer(name, classifier, Layout("channels_first", 0, 0), module)

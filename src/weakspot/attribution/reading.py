@@ -29,12 +29,14 @@ class Place:
         module: the module that makes it, or None for a bare function call.
         turn: which of the module's calls in a forward pass, from 1; of a bare function the number of the call.
         calls: how often the module is called in a forward pass.
+        maker: the module that made the output, where the module only hands on what a part of it made.
     """
 
     layout: Layout
     module: nn.Module | None
     turn: int
     calls: int = 1
+    maker: nn.Module | None = None
 
 
 def spatial_layers(
@@ -58,28 +60,37 @@ def spatial_layers(
         chosen = default_layers(classifier, image)
         if not chosen:
             raise ValueError(
-                f"{classifier.name} keeps no map of the image; give a network with convolutions or tokens"
+                f"{classifier.name} keeps no map of the image that can be watched; accepted are networks with "
+                "convolutions or tokens that are not TorchScript"
             )
         return chosen
     if isinstance(names, str) or not len(names):
         raise ValueError(f"layers is {names!r}; accepted is a list of layer names")
-    outputs = _watch(classifier, classifier.filled(noise_like(image)))
-    every = {output.name: output.place for output in outputs}
-    known = {}
+    every = {output.name: output.place for output in _watch(classifier, _two(classifier, image))}
+    every = every or _calls(classifier, image)
+    known: dict[str, Place] = {}
     for name in names:
-        plain = name if name in every else str(name).removeprefix("network.")
+        spellings = (str(name), str(name).removeprefix("network."), f"network.{name}")
+        plain = next((spelling for spelling in spellings if spelling in every), str(name))
         if plain not in every:
             modules = {key for key, _ in classifier.network.named_modules()}
             why = "keeps no map of the image" if plain in modules else "is not in the network"
             raise ValueError(f"layers has {name!r}, which {why}; {closest(plain, every)}")
+        if every[plain] in known.values():
+            raise ValueError(f"layers has {name!r}, which it has already; accepted is each layer once")
         known[name] = every[plain]
     return known
 
 
 def default_layers(classifier: Classifier, image: Tensor) -> dict[str, Place]:
     """`spatial_layers` without names; none where the network keeps no maps."""
-    outputs = _watch(classifier, classifier.filled(noise_like(image)))
+    outputs = _watch(classifier, _two(classifier, image))
     return {output.name: output.place for output in _last_of_each(outputs)} or _calls(classifier, image)
+
+
+def _two(classifier: Classifier, image: Tensor) -> Tensor:
+    """Two images, so that what is made once for all images is not taken for a map of one."""
+    return classifier.filled(noise_like(image).expand(2, -1, -1, -1)[: classifier.fixed_batch or 2])
 
 
 @contextmanager
@@ -127,8 +138,8 @@ def reading(classifier: Classifier, places: Mapping[str, Place], visit: Visit) -
 def fused_for(classifier: Classifier, image: Tensor, places: Mapping[str, Place]) -> Iterator[None]:
     """The classifier in its fused form, unless that would change what one of the places hands on."""
     with ExitStack() as stack:
-        modules = {place.module for place in places.values()}
-        if modules.isdisjoint(folded_convolutions(classifier, image)):
+        makers = {place.maker for place in places.values()}
+        if makers.isdisjoint(folded_convolutions(classifier, image)):
             stack.enter_context(fused(classifier, image))
         yield
 
@@ -143,7 +154,7 @@ class _Output:
         read: ids of the tensors it was given.
         made: id of the tensor it returned.
         learned: whether it, or a module in it, has a weight matrix.
-        leaf: whether it is an operation of its own: it holds weights, or has no parts.
+        leaf: whether it is an operation of its own: it holds a weight matrix itself, or has no parts.
     """
 
     name: str
@@ -160,11 +171,12 @@ def _watch(classifier: Classifier, images: Tensor) -> list[_Output]:
     alive: list[Any] = []  # so that no id is used again
     turns: dict[str, int] = {}
     versions: dict[int, int] = {}  # of tensors: in-place operations raise them
+    makers: dict[int, nn.Module] = {}
 
     def hook(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         tensor = first_tensor(output)
         turns[name] = turns.get(name, 0) + 1
-        if tensor is None or len(tensor) != len(images) or not tensor.is_floating_point():
+        if tensor is None or not tensor.ndim or len(tensor) != len(images) or not tensor.is_floating_point():
             return
         layout = Layout.of(tensor, images)
         if layout is None:
@@ -173,16 +185,19 @@ def _watch(classifier: Classifier, images: Tensor) -> list[_Output]:
         if versions.get(id(tensor)) == tensor._version and id(tensor) in given:
             return  # it handed on what it was given
         alive.extend((inputs, tensor))
+        if versions.get(id(tensor)) != tensor._version:
+            makers[id(tensor)] = module
         versions[id(tensor)] = tensor._version
         turn = turns[name]
         outputs.append(
             _Output(
                 name if turn == 1 else f"{name} (call {turn})",
-                Place(layout, module, turn),
+                Place(layout, module, turn, maker=makers[id(tensor)]),
                 given,
                 id(tensor),
                 any(weight.ndim > 1 for weight in module.parameters()),
-                bool(module._parameters) or next(module.children(), None) is None,
+                next(module.children(), None) is None
+                or any(weight is not None and weight.ndim > 1 for weight in module._parameters.values()),
             )
         )
 
@@ -224,7 +239,7 @@ def _last_of_each(outputs: Sequence[_Output]) -> list[_Output]:
 
 def _calls(classifier: Classifier, image: Tensor) -> dict[str, Place]:
     """Function calls with weights whose outputs are maps of the image, for networks that have no modules."""
-    images, found = classifier.filled(noise_like(image)), {}
+    images, found = _two(classifier, image), {}
 
     def note(number: int, output: Any, function: Callable[..., Any], _arguments: Any) -> Any:
         kind = getattr(function, "__name__", str(function)).split(".")[0]

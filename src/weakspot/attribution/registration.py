@@ -127,11 +127,11 @@ def _probes(image: Tensor) -> Tensor:
     return torch.cat([F.interpolate(n, (height, width), mode="bilinear") for n in noise]).to(image)
 
 
-def place(maps: Tensor, size: tuple[int, int], grid: Grid | None) -> Tensor:
+def place(maps: Tensor, size: tuple[int, int], grid: Grid | None, *, unseen: float = 0.0) -> Tensor:
     """Maps (N, M, h, w) bilinearly over the image: (N, M, height, width).
 
     With a grid, each cell's value stands at the centre of its receptive field, and the outermost values go on as far
-    as their cells can see; without one, cells tile the image.
+    as their cells can see, `unseen` beyond; without one, cells tile the image.
     """
     if grid is None:
         return F.interpolate(maps, size, mode="bilinear", align_corners=False)
@@ -145,7 +145,7 @@ def place(maps: Tensor, size: tuple[int, int], grid: Grid | None) -> Tensor:
     down, across = torch.meshgrid(*positions, indexing="ij")
     where = torch.stack([across, down], -1).expand(len(maps), -1, -1, -1)
     placed = F.grid_sample(maps, where, mode="bilinear", padding_mode="border", align_corners=True)
-    return placed * (seen[0][:, None] & seen[1][None])
+    return placed.masked_fill(~(seen[0][:, None] & seen[1][None]), unseen)
 
 
 class _Grids(TorchDispatchMode):

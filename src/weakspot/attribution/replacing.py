@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ def replacing(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator
             return output
         return _with_first(output, change(tensor))
 
-    handle = module.register_forward_hook(hook)
+    handle = module.register_forward_hook(hook, prepend=True)  # who reads the module sees the change
     try:
         yield
     finally:
@@ -39,6 +40,9 @@ def _with_first(output: Any, tensor: Tensor) -> Any:
         return tensor
     if isinstance(output, tuple | list):
         place = next(number for number, item in enumerate(output) if isinstance(item, Tensor))
-        return type(output)([*output[:place], tensor, *output[place + 1 :]])
+        items = [*output[:place], tensor, *output[place + 1 :]]
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    if is_dataclass(output) and not isinstance(output, type):
+        return replace(output, last_hidden_state=tensor)
     output.last_hidden_state = tensor
     return output

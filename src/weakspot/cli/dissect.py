@@ -123,7 +123,7 @@ def dissect(
         from weakspot.runs.folder import write_scores, write_whole
 
         layers = list(layer or _last_layers(classifier))
-        share_active = quantile or (0.01 if demo else 0.005)
+        share_active = (0.01 if demo else 0.005) if quantile is None else quantile
         found = dissection(
             classifier, layers, concepts, quantile=share_active, min_iou=min_iou, denominator=denominator,
             alignment=alignment, cache=out / "cache",
@@ -175,12 +175,9 @@ def _concepts(
     from weakspot.dissection import build_concepts, demo_concepts
 
     if dataset is None:
-        folder = out / "concepts"
-        return (
-            folder
-            if (folder / "index.csv").is_file()
-            else demo_concepts(folder, size=min(classifier.input_size))
-        )
+        side = min(classifier.input_size)
+        folder = out / f"demo-concepts-{side}"
+        return folder if (folder / "index.csv").is_file() else demo_concepts(folder, size=side)
     if not dataset.exists():
         raise Failure(f"{dataset}: there is no such folder", USAGE)
     if (dataset / "index.csv").is_file() and masks is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from weakspot.attacks import pgd
+from weakspot.attribution.layout import unit_axis
+from weakspot.attribution.replacing import replacing
 from weakspot.checks import check_classes, check_seed
-from weakspot.classifier import check_images, evaluating, predict
-from weakspot.defenses.masking import mask_units
-from weakspot.dissection.sensitivity import unit_means
+from weakspot.classifier import check_images, default_batch, evaluating, predict
+from weakspot.defenses.masking import mask_units, unit_numbers
 from weakspot.pairs import Pairs
 from weakspot.statistics import mean_interval
 
@@ -27,7 +29,7 @@ Attack = Callable[[nn.Module, Tensor, Tensor], Pairs]
 def masking_test(
     model: nn.Module,
     layer: str,
-    units: Sequence[int],
+    units: Sequence[int] | Tensor,
     images: Tensor,
     labels: Tensor,
     *,
@@ -63,13 +65,14 @@ def masking_test(
         images = check_images(images, classifier)
         check_classes(labels, len(images))
         labels = labels.to(images.device, torch.long)
-    zeros = torch.zeros_like(labels)
-    activity = unit_means(model, layer, Pairs(images, images, zeros, zeros))[0].mean(0)
-    count = len(set(units))
+    wanted = unit_numbers(units)
+    activity, count = _activity(model, layer, images), len(wanted)
+    if not 0 < count <= len(activity):
+        raise ValueError(f"units are {count}; accepted are 1 to {len(activity)}, as many as {layer!r} has")
     rng = np.random.default_rng(seed)
     groups: Mapping[str, list[Sequence[int]]] = {
         "bare": [()],
-        "these units": [units],
+        "these units": [wanted],
         "random units": [rng.choice(len(activity), count, replace=False).tolist() for _ in range(DRAWS)],
         "most active units": [activity.topk(count).indices.tolist()],
     }
@@ -92,3 +95,23 @@ def masking_test(
             row |= dict(zip((key, f"{key}_low", f"{key}_high"), found, strict=True))
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _activity(model: nn.Module, layer: str, images: Tensor) -> Tensor:
+    """(U,) mean activation of the layer's units."""
+    bare = mask_units(model, layer, [])
+    sums: list[Tensor] = []
+    inner = bare.network
+    module = inner.get_submodule("network").get_submodule(str(inner.layer))
+
+    def note(activation: Tensor, count: int) -> Tensor:
+        axis = unit_axis(activation, images)
+        by_unit = activation[:count].movedim(axis, 1).reshape(count, activation.shape[axis], -1)
+        sums.append(by_unit.mean(2).sum(0))
+        return activation
+
+    with evaluating(bare) as classifier, torch.no_grad():
+        for part in images.split(classifier.fixed_batch or default_batch(images)):
+            with replacing(module, partial(note, count=len(part))):
+                classifier(classifier.filled(part))
+    return torch.stack(sums).sum(0) / len(images)

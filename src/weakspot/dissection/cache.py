@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch import Tensor
 from weakspot.classifier import Classifier
 from weakspot.dissection.broden import ConceptSet
 from weakspot.models.fingerprint import fingerprint
+from weakspot.models.settings import settings
 
 SCHEMA = 1
 
@@ -51,11 +54,15 @@ class Cache:
             raise ValueError(
                 f"cache is {self.folder}, which is a file; accepted is a folder, made where it is missing"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cache is {self.folder}, which cannot be made ({error.strerror})") from None
         self._common = {
             "schema": SCHEMA,
             "weights": fingerprint(classifier),
             "network": repr(classifier.network),
+            "settings": repr(settings(classifier.network)),
             "normalisation": [classifier.mean.flatten().tolist(), classifier.std.flatten().tolist()],
             "size": list(classifier.input_size),
             "data": _of_data(concepts),
@@ -72,7 +79,7 @@ class Cache:
                 return Numbers(
                     **{field.name: torch.from_numpy(kept[field.name]) for field in fields(Numbers)}
                 )
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             return None
 
     def put(self, layer: str, numbers: Numbers) -> None:

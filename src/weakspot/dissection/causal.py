@@ -13,7 +13,7 @@ from weakspot.attacks import draws
 from weakspot.attribution.layout import unit_axis
 from weakspot.attribution.reading import Place, default_layers, spatial_layers
 from weakspot.attribution.replacing import replacing
-from weakspot.checks import check_batch_size, check_seed
+from weakspot.checks import check_batch_size, check_seed, is_number
 from weakspot.classifier import Classifier, default_batch, evaluating
 from weakspot.explanations.analysis import Analysis, check_pairs, settled
 from weakspot.pairs import Pairs
@@ -60,8 +60,9 @@ def unit_restoration(
     check_pairs(pairs, model)
     check_seed(seed)
     check_batch_size(batch_size)
-    if not len(shares) or not all(0 < share <= 1 for share in shares):
-        raise ValueError(f"shares is {list(shares)}; accepted are shares of the units above 0, up to 1")
+    listed = isinstance(shares, Sequence) and len(shares) and all(is_number(share) for share in shares)
+    if not listed or not all(0 < share <= 1 for share in shares):
+        raise ValueError(f"shares is {shares!r}; accepted is a list of shares of the units, above 0 up to 1")
     with evaluating(model) as classifier:
         pairs = settled(classifier, pairs)
         place = spatial_layers(classifier, pairs.clean[:1], [layer])[layer]

@@ -65,6 +65,10 @@ def unit_sensitivity(
     if len(clean) < 2:
         raise ValueError(f"pairs has {len(clean)} pair; accepted are at least two, for a spread")
     change = adversarial - clean
+    if not np.isfinite(change).all():
+        raise ValueError(
+            f"layer {layer!r} has NaN or infinity in pair {int((~np.isfinite(change)).any(1).argmax())}"
+        )
     spread = clean.std(0, ddof=1)
     mean = change.mean(0)
     still = np.ptp(change, 0) == 0  # the same change in every pair, which is none or beyond any doubt
@@ -170,7 +174,15 @@ def associate(joined: pd.DataFrame, *, seed: int = 0) -> Association:
 
 
 def join(sensitivity: pd.DataFrame, units: pd.DataFrame) -> pd.DataFrame:
-    """One row per unit: what `unit_sensitivity` and `dissect` say of it."""
+    """One row per unit: what `unit_sensitivity` and `dissect` say of it.
+
+    Raises:
+        ValueError: when they are not of the same units.
+    """
+    if set(sensitivity["unit"]) != set(units["unit"]):
+        raise ValueError(
+            f"units has {len(units)} units and sensitivity {len(sensitivity)}; accepted are both of one layer"
+        )
     return sensitivity.merge(units, on="unit", validate="one_to_one")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +51,7 @@ def show_units(
     Raises:
         ValueError: when there is no such unit.
     """
+    units = [operator.index(unit) for unit in units]
     total = len(found.units)
     wrong = [unit for unit in units if not 0 <= unit < total]
     if wrong:
@@ -62,6 +64,8 @@ def show_units(
             if image >= 0:
                 wanted.setdefault(image, []).append(unit)
     shown: dict[tuple[int, int], Shown] = {}
+    if not wanted:
+        return {unit: [] for unit in units}
     with evaluating(model) as classifier:
         size = classifier.input_size
         half = (max(1, size[0] // 2), max(1, size[1] // 2))
@@ -82,7 +86,9 @@ def show_units(
                 small = nn.functional.interpolate(images, half, mode="bilinear", antialias=True)
                 for row, number in enumerate(numbers):
                     mine = wanted[number]
-                    laid = place(seen[0][row, mine][:, None], half, grid)[:, 0].cpu()
+                    laid = place(seen[0][row, mine][:, None].float(), half, grid, unseen=-torch.inf)[
+                        :, 0
+                    ].cpu()
                     for unit, values in zip(mine, laid, strict=True):
                         shown[unit, number] = Shown(number, small[row].clamp(0, 1), values > thresholds[unit])
     return {

@@ -10,6 +10,7 @@ from torch import Tensor
 from weakspot.attribution.registration import Grid, place
 from weakspot.dissection.broden import Annotation
 
+TOGETHER = 256  # maps laid out at once
 DENOMINATORS = ("category", "activated", "all")
 
 
@@ -76,8 +77,12 @@ class Tally:
         """
         owners, units = (maps.flatten(2).amax(2) > thresholds).nonzero().unbind(1)
         size = annotations[0].masks.shape[1:]
-        laid = place(maps[owners, units][:, None], (size[0], size[1]), grid)[:, 0]
-        sites = (laid > thresholds[units, None, None]).flatten(1).cpu()
+        sites = torch.zeros(0, size[0] * size[1], dtype=torch.bool)
+        for one, unit in zip(owners.split(TOGETHER), units.split(TOGETHER), strict=True):
+            if len(one):
+                shown = maps[one, unit][:, None].float()
+                laid = place(shown, (size[0], size[1]), grid, unseen=-torch.inf)[:, 0]
+                sites = torch.cat([sites, (laid > thresholds[unit, None, None]).flatten(1).cpu()])
         owners, units = owners.cpu(), units.cpu()
         for number, annotation in enumerate(annotations):
             mine = owners == number

@@ -113,9 +113,14 @@ def dissection(
     """`dissect` for several layers in the same two passes over the data, with all concepts and the best images."""
     _check(quantile, min_iou, denominator, alignment)
     check_batch_size(batch_size)
+    if isinstance(layers, str) or not isinstance(layers, Sequence) or not len(layers):
+        raise ValueError(f"layers is {layers!r}; accepted is a list of layer names")
     concepts = ConceptSet.open(dataset)
-    if not len(concepts):
-        raise ValueError(f"{Path(dataset) / 'index.csv'} names no images; accepted is at least one")
+    for file, rows in (("index.csv", len(concepts)), ("label.csv", len(concepts.concepts))):
+        if not rows:
+            raise ValueError(
+                f"{Path(dataset) / file} has no rows that say anything; accepted is at least one"
+            )
     options = {"quantile": quantile, "denominator": denominator, "alignment": alignment}
     with evaluating(model) as classifier:
         kept = Cache(cache, classifier, concepts, options)
@@ -154,6 +159,11 @@ class _Best:
 
     def add(self, maps: Tensor) -> None:
         values = maps.flatten(2).amax(2).T.float().cpu()
+        if bool(values.isnan().any() or (values == torch.inf).any()):
+            bad = self.seen + int((values.isnan() | (values == torch.inf)).any(0).nonzero()[0])
+            raise ValueError(
+                f"the layer has NaN or infinity for image {bad} of the data set; check the network's weights"
+            )
         images = torch.arange(self.seen, self.seen + len(maps)).expand_as(values)
         self.seen += len(maps)
         values, images = torch.cat([self.values, values], 1), torch.cat([self.images, images], 1)
@@ -261,7 +271,7 @@ def _dissection(
 
     ious, ranked = numbers.iou.sort(dim=1, descending=True, stable=True)
     best = [concepts.concepts[place] for place in ranked[:, 0].tolist()]
-    detects = (ious[:, 0] >= min_iou).tolist()
+    detects = ((ious[:, 0] >= min_iou) & (ious[:, 0] > 0)).tolist()
     table: dict[str, object] = {
         "unit": range(len(ious)),
         "threshold": numbers.thresholds.numpy(),

@@ -16,6 +16,7 @@ from weakspot.edits.engine import Engine
 from weakspot.edits.recording import CannotRecordError, Recording, record
 from weakspot.edits.windows import as_seen, paste
 from weakspot.fusion import HOOKS, fused
+from weakspot.models.settings import settings
 
 TOLERANCE = 1e-4  # of the range of the logits
 
@@ -80,15 +81,8 @@ def prepare(classifier: Classifier, image: Tensor) -> Prepared:
 
 def _signature(classifier: Classifier, image: Tensor) -> object:
     """What decides a recording besides weights, as far as it can be seen from outside."""
-    modules = [(name, type(module)) for name, module in classifier.named_modules()]
-    return (
-        type(classifier),
-        modules,
-        tuple(image.shape[1:]),
-        image.dtype,
-        image.device,
-        classifier.fixed_batch,
-    )
+    shape = tuple(image.shape[1:]), image.dtype, image.device
+    return type(classifier), repr(settings(classifier.network)), shape, classifier.fixed_batch
 
 
 def _sums(classifier: Classifier) -> Tensor:

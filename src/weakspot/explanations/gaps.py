@@ -48,13 +48,13 @@ def _site_after_site(first: Tensor, second: Tensor) -> Gap:
     """Of values whose channels lie together."""
     count, channels, height, width = first.shape
     rows = max(1, TILE // channels)
-    maximum, mean, peak = (first.new_empty(count * height * width) for _ in range(3))
+    maximum, mean, peak = (_exact(first[:0]).new_empty(count * height * width) for _ in range(3))
     start = 0
     for one, other in zip(
         *(maps.permute(0, 2, 3, 1).reshape(-1, channels).split(rows) for maps in (first, second)), strict=True
     ):
         part = slice(start, start + len(one))
-        difference = (one - other).abs_()
+        difference = _exact(one).sub(_exact(other)).abs_()
         maximum[part], mean[part] = difference.amax(1), difference.mean(1)
         least, most = one.aminmax(dim=1)
         peak[part] = torch.maximum(-least, most)
@@ -72,10 +72,10 @@ def _channel_after_channel(first: Tensor, second: Tensor) -> Gap:
     for one, other in zip(
         *(maps.reshape(count, channels, -1).split(images) for maps in (first, second)), strict=True
     ):
-        maximum, total = (torch.zeros_like(one[:, 0]) for _ in range(2))
+        maximum, total = (torch.zeros_like(_exact(one[:, 0])) for _ in range(2))
         peak = torch.zeros_like(one[:, 0, 0])
         for mine, theirs in zip(one.split(step, 1), other.split(step, 1), strict=True):
-            difference = (mine - theirs).abs_()
+            difference = _exact(mine).sub(_exact(theirs)).abs_()
             maximum = torch.maximum(maximum, difference.amax(1))
             total = total + difference.sum(1)
             least, most = mine.flatten(1).aminmax(dim=1)
@@ -83,3 +83,8 @@ def _channel_after_channel(first: Tensor, second: Tensor) -> Gap:
         shape = (len(one), height, width)
         gaps.append(Gap(maximum.view(shape).float(), (total / channels).view(shape).float(), peak.float()))
     return Gap.joined(gaps)
+
+
+def _exact(values: Tensor) -> Tensor:
+    """Half precision as single: sums over many channels need it."""
+    return values.float() if values.dtype in {torch.float16, torch.bfloat16} else values

@@ -169,10 +169,12 @@ def _all(gaps: Mapping[str, Sequence[Gap]], places: Mapping[str, Place]) -> Mapp
 
 def spread_of(maximum: Tensor, peak: Tensor) -> Tensor:
     """(N,) share of the sites that change by over a tenth of the peak; of a silent layer any change counts."""
-    return (maximum > NOTABLE * peak[:, None, None]).flatten(1).double().mean(1)
+    share = (maximum > NOTABLE * peak[:, None, None]).flatten(1).double().mean(1)
+    return share.where(maximum.flatten(1).isfinite().all(1), torch.nan)
 
 
 def reach_of(maximum: Tensor, peak: Tensor) -> Tensor:
-    """(N,) the largest change over the peak."""
+    """(N,) the largest change over the peak; NaN of a layer that is silent in the clean image and not in the other."""
     largest = maximum.flatten(1).amax(1).double()
-    return torch.where(largest > 0, largest / peak.double(), 0.0)
+    reach = torch.where(largest == 0, 0.0, largest / peak.double())
+    return reach.where(reach.isfinite(), torch.nan)

@@ -18,8 +18,8 @@ def leaves(series: Series, index: int) -> tuple[dict[str, Any], list[dict[str, A
     """What the page writes of one pair's series, and the frames that its script draws."""
     frames = []
     for step, maps, tops in zip(series.steps, series.maps, series.tops, strict=True):
-        values = np.nan_to_num(maps[index].numpy().astype(np.float32))
-        highest, top = float(values.max()), float(tops[index])
+        values = np.nan_to_num(maps[index].numpy().astype(np.float32), posinf=0, neginf=0)
+        highest, top = float(values.max()), float(np.nan_to_num(tops[index].item(), posinf=0))
         frames.append(
             {
                 "step": step,
@@ -33,7 +33,10 @@ def leaves(series: Series, index: int) -> tuple[dict[str, Any], list[dict[str, A
             }
         )
     curves = {name: values[index].double().numpy() for name, values in series.curves.items()}
-    limit = max((float(np.nanmax(values, initial=0)) for values in curves.values()), default=0) or 1.0
+    limit = (
+        max((float(np.nanmax(values, initial=0)) for values in map(_finite, curves.values())), default=0)
+        or 1.0
+    )
     return {
         "title": series.title,
         "meaning": series.meaning,
@@ -56,10 +59,14 @@ def leaves(series: Series, index: int) -> tuple[dict[str, Any], list[dict[str, A
 def _points(values: np.ndarray, limit: float) -> str:
     """Of an SVG polyline, from left to right."""
     across = np.linspace(0, WIDTH, len(values)) if len(values) > 1 else np.array([WIDTH / 2])
-    down = HEIGHT * (1 - np.nan_to_num(values) / limit)
+    down = HEIGHT * (1 - np.nan_to_num(_finite(values)) / limit)
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
 
 
 def text(content: bytes) -> str:
     """Bytes as base64."""
     return base64.b64encode(content).decode("ascii")
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(values), values, np.nan)

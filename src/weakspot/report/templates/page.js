@@ -205,7 +205,7 @@ class Leafing {
     this.cursor.setAttribute("x2", across);
     this.step.textContent = `${number + 1} of ${this.frames.length}: ${frame.step}, ${height} × ${width}`;
     this.top.textContent = frame.top.toPrecision(3);
-    for (const [place, values] of this.curves) place.textContent = String(values[number]);
+    for (const [place, values] of this.curves) place.textContent = values[number] === null ? "not defined" : String(values[number]);
   }
 }
 
