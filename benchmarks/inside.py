@@ -93,10 +93,8 @@ def propagation_section() -> None:
         mine = statistics.median(row[place] for row in times)
         ratio = statistics.median(row[place] / row[0] for row in times)
         print(f"| {name} | {mine:.3f} | {ratio:.2f} |", flush=True)
-    print(
-        "\n| job, alone in its process | peak memory, GB | above the loaded model and pairs, MB |\n|---|---|---|"
-    )
-    for name in ("nothing", "bare", "propagation"):
+    print("\n| job, alone in its process | peak memory, MB | of that not held before, MB |\n|---|---|---|")
+    for name in ("bare", "propagation"):
         print(f"| {name} | " + _alone("memory", name) + " |", flush=True)
 
 
