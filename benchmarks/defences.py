@@ -1,7 +1,7 @@
 """What helps, judged by an attacker who knows. Run: python -m benchmarks.defences [SECTION ...]
 
-Sections: imagenet (neutralization on 200 photographs), cifar10 (neutralization, every fill). Real data from the folder that
-WEAKSPOT_DATA names.
+Sections: imagenet (neutralization on 200 photographs), cifar10 (neutralization, every fill). Real data from the folder
+that WEAKSPOT_DATA names.
 """
 
 from __future__ import annotations
