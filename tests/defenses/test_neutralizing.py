@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -178,3 +179,19 @@ def test_what_does_not_fit_is_refused(arguments: dict[str, Any], told: str) -> N
     with pytest.raises(ValueError, match="region is"):
         defenses.neutralize(images, torch.ones(1, 1, 2, 2, dtype=torch.bool))
     assert isinstance(neutralizing(model), Classifier)
+
+
+def judged(bare: float, defended: float, spread: float) -> pd.DataFrame:
+    rows = []
+    for attack in ("clean", "replayed", "worst of all"):
+        row: dict[str, object] = {"attack": attack}
+        for title, value in (("bare", bare), ("defended", defended)):
+            row |= {title: value, f"{title}_low": value - spread, f"{title}_high": value + spread}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def test_the_verdict_wants_a_lead_and_intervals_apart() -> None:
+    assert "no protection against" in verdict(judged(0.2, 0.24, 0.001))
+    assert "no protection beyond doubt" in verdict(judged(0.2, 0.3, 0.06))
+    assert "some protection" in verdict(judged(0.2, 0.3, 0.03))

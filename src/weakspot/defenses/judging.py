@@ -107,13 +107,18 @@ def judge_defense(
 
 
 def verdict(judged: pd.DataFrame) -> str:
-    """One sentence: what the defence is worth against an attacker who knows of it."""
+    """One sentence: what the defence is worth against an attacker who knows of it.
+
+    Protection counts where it is over five points and the intervals of the two accuracies do not overlap.
+    """
     table = {str(row["attack"]): row for _, row in judged.iterrows()}
     naive, worst = float(table["replayed"]["defended"]), float(table["worst of all"]["defended"])
     bare = float(table["worst of all"]["bare"])
     numbers = f"replayed attacks {naive:.0%}, informed attacks {worst:.0%}, without the defence {bare:.0%}"
     if worst <= bare + CLOSE:
         return f"{numbers[0].upper()}{numbers[1:]}: no protection against an informed attacker."
+    if float(table["worst of all"]["defended_low"]) <= float(table["worst of all"]["bare_high"]):
+        return f"{numbers[0].upper()}{numbers[1:]}: no protection beyond doubt against an informed attacker."
     cost = float(table["clean"]["bare"]) - float(table["clean"]["defended"])
     price = f", at {cost:.0%} of clean accuracy" if cost > 0.005 else ""
     return f"{numbers[0].upper()}{numbers[1:]}: some protection against these attacks{price}."
