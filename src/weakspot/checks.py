@@ -89,6 +89,14 @@ def _is_whole(dtype: torch.dtype) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
+def check_budget(budget: object) -> None:
+    """Raises ValueError unless `budget` has what the protocol `Budget` asks for."""
+    if not all(callable(getattr(budget, method, None)) for method in ("project", "ascend", "size")):
+        raise ValueError(
+            f"budget is {budget!r}; accepted is a budget such as Linf(4 / 255), L2(1.0), L1(10) or SSIM(0.01)"
+        )
+
+
 def check_region(region: Tensor, images: Tensor) -> None:
     """Raises ValueError unless `region` is bool (N, 1, H, W), or (1, 1, H, W) for every image."""
     count, _, height, width = images.shape

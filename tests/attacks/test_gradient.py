@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import NETWORKS, LinearNetwork, Made, untouched
-from weakspot.attacks import fgsm, iterative, pgd
+from weakspot.attacks import auto, fgsm, iterative, pgd
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf
 from weakspot.checks import ImageWarning, ModelWarning
 from weakspot.classifier import margin
@@ -894,3 +894,11 @@ def test_the_seed_of_every_image_is_in_the_table() -> None:
     labels = predicted(model, images)
     assert pgd(model, images, labels, seed=17, steps=1).table["seed"].tolist() == [17] * 3
     assert fgsm(model, images, labels).table["seed"].tolist() == [0] * 3
+
+
+@pytest.mark.parametrize("attack", [fgsm, iterative, pgd, auto])
+@pytest.mark.parametrize("budget", [0.1, "linf", None], ids=str)
+def test_what_is_no_budget_is_refused_by_name(attack: Any, budget: Any) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2)).eval()
+    with pytest.raises(ValueError, match=r"budget is .*; accepted is a budget such as Linf"):
+        attack(model, torch.rand(1, 3, 4, 4), torch.tensor([0]), budget=budget)

@@ -14,7 +14,7 @@ from weakspot.attacks.objectives import Objective, cross_entropy, dlr
 from weakspot.attacks.problem import Problem, attacking
 from weakspot.attacks.squares import square_search
 from weakspot.budgets import Budget
-from weakspot.checks import ModelWarning
+from weakspot.checks import ModelWarning, check_budget
 from weakspot.pairs import AttackResult
 
 STEPS, QUERIES, TARGETS = (
@@ -65,6 +65,7 @@ def auto(
         ModelWarning: where gradients are zero, and where more than 5% of the images fall to the search without
             gradients alone: the model hides its gradients, and attacks that follow them overrate it.
     """
+    check_budget(budget)
     with attacking(model, images, labels, region, targets, batch_size, seed) as problem:
         with problem.searching():
             best = problem.clean.clone()

@@ -12,7 +12,7 @@ from weakspot.attacks import draws
 from weakspot.attacks.objectives import Objective, find_objective
 from weakspot.attacks.problem import Problem, attacking
 from weakspot.budgets import Budget, Linf
-from weakspot.checks import ModelWarning, is_number
+from weakspot.checks import ModelWarning, check_budget, is_number
 from weakspot.pairs import AttackResult
 
 DEFAULT_BUDGET = Linf(4 / 255)
@@ -35,6 +35,7 @@ def fgsm(
     Arguments, result, errors and warnings are those of `pgd`.
     """
     falling = find_objective(objective)
+    check_budget(budget)
     with attacking(model, images, labels, region, targets, batch_size) as problem:
         with problem.searching():
             direction = problem.descend(problem.clean, falling).direction
@@ -78,6 +79,7 @@ def iterative(
     falling = find_objective(objective)
     check_counts(steps=steps)
     _check_momentum(momentum)
+    check_budget(budget)
     with attacking(model, images, labels, region, targets, batch_size) as problem:
         search = Search(problem, budget, falling, momentum, stop_early)
         with problem.searching():
@@ -151,6 +153,7 @@ def pgd(
     check_counts(steps=steps, restarts=restarts)
     _check_momentum(momentum)
     sizes = [2 * (1 - step / (steps + 1)) for step in range(steps)]
+    check_budget(budget)
     with attacking(model, images, labels, region, targets, batch_size, seed) as problem:
         search = Search(problem, budget, falling, momentum, stop_early)
         with problem.searching():

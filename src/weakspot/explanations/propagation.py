@@ -75,12 +75,29 @@ def propagation(
     check_batch_size(batch_size)
     with evaluating(model) as classifier:
         pairs = settled(classifier, pairs)
-        places = spatial_layers(classifier, pairs.clean[:1], layers)
-        gaps: dict[str, list[Gap]] = {name: [] for name in places}
-        with fused_for(classifier, pairs.clean[:1], places):
-            for read in stream(classifier, places, pairs.clean, [pairs.adversarial], batch_size):
-                for name, (found,) in read.gaps.items():
-                    gaps[name].append(found)
+        (found,) = propagations(classifier, pairs.clean, [pairs.adversarial], layers, batch_size)
+    return found
+
+
+def propagations(
+    classifier: Classifier,
+    clean: Tensor,
+    others: Sequence[Tensor],
+    layers: Sequence[str] | None = None,
+    batch_size: int | None = None,
+) -> list[Propagation]:
+    """`propagation` from the clean images to each of several others, the clean ones going through the network once."""
+    places = spatial_layers(classifier, clean[:1], layers)
+    gaps: list[dict[str, list[Gap]]] = [{name: [] for name in places} for _ in others]
+    with fused_for(classifier, clean[:1], places):
+        for read in stream(classifier, places, clean, others, batch_size):
+            for name, ways in read.gaps.items():
+                for mine, found in zip(gaps, ways, strict=True):
+                    mine[name].append(found)
+    return [_joined(places, mine) for mine in gaps]
+
+
+def _joined(places: Mapping[str, Place], gaps: Mapping[str, Sequence[Gap]]) -> Propagation:
     together = {name: Gap.joined(parts) for name, parts in gaps.items()}
     return Propagation(
         list(places),

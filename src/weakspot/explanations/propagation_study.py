@@ -6,7 +6,7 @@ After Vargas and Su 2019 (arXiv 1902.02947). The controls and intervals are ours
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +19,7 @@ from weakspot.checks import check_batch_size, check_seed
 from weakspot.classifier import evaluating
 from weakspot.explanations.analysis import Analysis, Series, check_pairs, settled
 from weakspot.explanations.gaps import Gap
-from weakspot.explanations.propagation import Read, propagation, reach_of, spread_of, stream
+from weakspot.explanations.propagation import Read, propagations, reach_of, spread_of, stream
 from weakspot.pairs import Pairs
 from weakspot.statistics import mean_interval
 
@@ -237,8 +237,8 @@ def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
         pairs = settled(classifier, pairs)
         if not default_layers(classifier, pairs.clean[:1]):
             return Analysis(scores=pd.DataFrame(index=range(len(pairs))), maps={})
-    attack = propagation(model, pairs)
-    random = propagation(model, replace(pairs, adversarial=random_edits(pairs, seed)))
+        others = [pairs.adversarial, random_edits(pairs, seed)]
+        attack, random = propagations(classifier, pairs.clean, others)
     last = attack.layers[-1]
     scores = {
         "last_spread": attack.spread[last],
