@@ -163,12 +163,18 @@ def _decode(
         return Picture(
             name, None, "floating-point pixels have no known range; convert to 8 or 16 bits; skipped"
         )
-    image = _eight_bits(ImageOps.exif_transpose(opened), background)
-    image = image.convert("L" if channels == 1 else "RGB")
-    if size is not None:
-        image = _fit(image, size)
+    image = fitted(opened, size, channels, background)
     pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
     return Picture(name, pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous(), remark)
+
+
+def fitted(
+    opened: Image.Image, size: tuple[int, int] | None, channels: int, background: str = "white"
+) -> Image.Image:
+    """A picture turned upright, in 8 bits, grey or RGB, cropped at the centre and resized to `size`."""
+    image = _eight_bits(ImageOps.exif_transpose(opened), background)
+    image = image.convert("L" if channels == 1 else "RGB")
+    return image if size is None else _fit(image, size)
 
 
 def _eight_bits(image: Image.Image, background: str) -> Image.Image:

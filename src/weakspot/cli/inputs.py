@@ -45,12 +45,12 @@ def check_existing(sources: Sequence[Path]) -> None:
         raise typer.Exit(UNREADABLE)
 
 
-def number(text: str) -> float:
-    """0.03 or 8/255."""
+def number(text: str, name: str = "eps") -> float:
+    """0.03 or 8/255; `name` is what the option is called."""
     try:
         return float(Fraction(text.replace(" ", "")))
     except (ValueError, ZeroDivisionError, OverflowError):
-        raise Failure(f"eps is {text!r}; accepted is a number such as 0.03 or 8/255", USAGE) from None
+        raise Failure(f"{name} is {text!r}; accepted is a number such as 0.03 or 8/255", USAGE) from None
 
 
 def load_classifier(

@@ -12,7 +12,8 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="efficientnet_lite0 (embedded), package.module:factory, model.pt2, hf:DIR, timm:NAME, torchvision:NAME.",
+        help="efficientnet_lite0 (embedded), package.module:factory, model.pt2, a folder of `weakspot train`, hf:DIR, "
+        "timm:NAME, torchvision:NAME.",
     ),
 ]
 WeightsOption = Annotated[Path | None, typer.Option(help="Weights: .safetensors, or a plain state dict.")]

@@ -5,5 +5,6 @@ from weakspot.defenses.judging import judge_defense, verdict
 from weakspot.defenses.masking import mask_units
 from weakspot.defenses.masking_test import masking_test
 from weakspot.defenses.neutralizing import neutralizing
+from weakspot.defenses.training import train
 
-__all__ = ["judge_defense", "mask_units", "masking_test", "neutralize", "neutralizing", "verdict"]
+__all__ = ["judge_defense", "mask_units", "masking_test", "neutralize", "neutralizing", "train", "verdict"]

@@ -19,11 +19,12 @@ from weakspot.checks import closest
 from weakspot.classifier import Classifier
 from weakspot.models.exported import load_exported
 from weakspot.models.hubs import HUBS
+from weakspot.models.trained import from_training, is_trained
 
 GROUP = "weakspot.models"
 FORMS = (
-    "NAME of an installed model (see `weakspot models`), package.module:factory, model.pt2, hf:DIRECTORY, timm:NAME or "
-    "torchvision:NAME"
+    "NAME of an installed model (see `weakspot models`), package.module:factory, model.pt2, a folder that "
+    "`weakspot train` wrote, hf:DIRECTORY, timm:NAME or torchvision:NAME"
 )
 
 
@@ -102,6 +103,8 @@ def find_device(device: str) -> torch.device:
 
 
 def _from_name(spec: str) -> nn.Module:
+    if is_trained(Path(spec)):
+        return from_training(Path(spec))
     if spec.endswith(".pt2"):
         return load_exported(Path(spec))
     if Path(spec).suffix in {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".safetensors"}:

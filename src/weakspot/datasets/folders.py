@@ -1,0 +1,81 @@
+"""Folders of classes: DATA/train/CLASS/picture.jpg, or DATA/CLASS/picture.jpg."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from weakspot.datasets.labelled import Labelled, from_files
+
+SPLITS = {"train": ("train", "training"), "test": ("val", "valid", "validation", "test", "testing")}
+PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+
+
+def has_classes(folder: Path) -> bool:
+    """Whether there are folders of pictures."""
+    roots = [folder, *(folder / name for names in SPLITS.values() for name in names)]
+    return any(_classes(root) for root in roots)
+
+
+def read_class_folders(folder: Path, split: str, *, size: tuple[int, int] | None, channels: int) -> Labelled:
+    """The pictures of a split; classes are the names of the folders, sorted, those of the training split for both.
+
+    Args:
+        folder: with a folder for each split, or for each class: then that is the training split.
+        split: "train" or "test".
+        size: (height, width) pictures are cropped and resized to.
+        channels: 3 for colour, 1 for grey.
+
+    Raises:
+        FileNotFoundError: when the split is not there.
+        ValueError: when no size is given, or a folder of the split is no class of the training.
+    """
+    if size is None:
+        raise ValueError(f"size is not given; pictures in {folder} need (height, width) to be brought to")
+    roots = {part: _root(folder, part) for part in SPLITS}
+    if roots["train"] is None and _classes(folder):
+        roots["train"] = folder
+    root = roots[split]
+    if root is None:
+        raise FileNotFoundError(f"{folder}: there is no folder {' or '.join(SPLITS[split])} in it")
+    names = [path.name for path in _classes(roots["train"] or root)]
+    paths, labels = [], []
+    for path in _classes(root):
+        if path.name not in names:
+            raise ValueError(f"{path} is no class of the training data; accepted: {', '.join(names[:20])}")
+        files = _pictures(path)
+        paths += files
+        labels += [names.index(path.name)] * len(files)
+    return from_files(
+        paths,
+        torch.tensor(labels, dtype=torch.int64),
+        names,
+        size=size,
+        channels=channels,
+        name=f"{folder.name} {split}",
+    )
+
+
+def _root(folder: Path, split: str) -> Path | None:
+    return next((folder / name for name in SPLITS[split] if _classes(folder / name)), None)
+
+
+def _classes(root: Path) -> list[Path]:
+    """Folders in it that hold pictures; those of splits are no classes."""
+    splits = {name for names in SPLITS.values() for name in names}
+    if not root.is_dir():
+        return []
+    return [
+        path
+        for path in sorted(root.iterdir())
+        if path.is_dir() and not path.name.startswith(".") and path.name not in splits and _pictures(path)
+    ]
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in PICTURES and not path.name.startswith(".")
+    )

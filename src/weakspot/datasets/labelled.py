@@ -1,0 +1,131 @@
+"""Images with their classes, decoded when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from weakspot.checks import check_classes
+from weakspot.images import open_pictures
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images and the class of each.
+
+    Attributes:
+        labels: (N,) int64.
+        class_names: one per class.
+        shape: (C, H, W) of every image.
+        name: what records call it.
+        pixels: row numbers (n,) to these images, (n, C, H, W), bytes or floats in [0, 1].
+        held: whether all images lie in memory, so that asking costs next to nothing.
+    """
+
+    labels: Tensor
+    class_names: tuple[str, ...]
+    shape: tuple[int, int, int]
+    name: str
+    pixels: Callable[[Tensor], Tensor]
+    held: bool = True
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, rows: Tensor) -> Tensor:
+        """(n, C, H, W) float32 in [0, 1]."""
+        return as_float(self.pixels(rows))
+
+    def subset(self, rows: Tensor) -> Labelled:
+        """These rows alone."""
+        return replace(self, labels=self.labels[rows], pixels=_Subset(self.pixels, rows))
+
+
+def from_tensors(
+    images: Tensor, labels: Tensor, *, class_names: Sequence[str] | None = None, name: str = "tensors"
+) -> Labelled:
+    """Images (N, C, H, W), bytes or floats in [0, 1], and their classes (N,); neither is copied.
+
+    Raises:
+        ValueError: when they do not fit each other.
+    """
+    if not isinstance(images, Tensor) or images.ndim != 4 or 0 in images.shape:
+        what = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(
+            f"images is {what}; accepted is a tensor (N, C, H, W) of bytes or of floats in [0, 1]"
+        )
+    if images.is_floating_point():
+        low, high = float(images.min()), float(images.max())
+        if not (low >= -1e-5 and high <= 1 + 1e-5):  # NaN too
+            raise ValueError(f"images span {low:.3g} to {high:.3g}; accepted are floats in [0, 1] or bytes")
+    elif images.dtype != torch.uint8:
+        raise ValueError(f"images are {images.dtype}; accepted are bytes (uint8) or floats in [0, 1]")
+    check_classes(labels, len(images))
+    count = int(labels.max()) + 1
+    names = tuple(class_names or (str(number) for number in range(count)))
+    if len(names) < count:
+        raise ValueError(f"labels holds class {count - 1}; there are names for {len(names)} classes")
+    _, channels, height, width = images.shape
+    return Labelled(labels.long(), names, (channels, height, width), name, _Held(images))
+
+
+def from_files(
+    paths: Sequence[Path],
+    labels: Tensor,
+    class_names: Sequence[str],
+    *,
+    size: tuple[int, int],
+    channels: int,
+    name: str,
+) -> Labelled:
+    """Picture files, cropped at the centre and resized to `size` (height, width) each time that they are asked for.
+
+    A file that cannot be read when its turn comes is an error that names it: what was left out of a training would
+    change it in silence.
+    """
+    return Labelled(
+        labels, tuple(class_names), (channels, *size), name, _Files(tuple(paths), size, channels), held=False
+    )
+
+
+def as_float(pixels: Tensor) -> Tensor:
+    """Bytes as floats in [0, 1]; floats as they are."""
+    return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
+
+
+# Classes rather than closures: worker processes are sent copies of them.
+@dataclass(frozen=True)
+class _Held:
+    tensor: Tensor
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self.tensor[rows]
+
+
+@dataclass(frozen=True)
+class _Subset:
+    every: Callable[[Tensor], Tensor]
+    rows: Tensor
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self.every(self.rows[rows])
+
+
+@dataclass(frozen=True)
+class _Files:
+    paths: tuple[Path, ...]
+    size: tuple[int, int]
+    channels: int
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return torch.stack([self.read(self.paths[row]) for row in rows.tolist()])
+
+    def read(self, path: Path) -> Tensor:
+        (picture,) = open_pictures(path, size=self.size, channels=self.channels)
+        if picture.pixels is None:
+            raise ValueError(f"{path}: {picture.remark.removesuffix('; skipped')}; take it out of the data")
+        return (picture.pixels * 255).round().byte()

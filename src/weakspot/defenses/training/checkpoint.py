@@ -1,0 +1,71 @@
+"""Checkpoints: a training as it stood between two updates, on disk whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CHECKPOINT, RECORD, WEIGHTS = "checkpoint.pt", "training.json", "model.safetensors"
+FORMAT = 1
+
+
+def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
+    """Tensors and plain values alone, so that it is read without unpickling anything else."""
+    write_synced(folder / CHECKPOINT, lambda draft: torch.save({"format": FORMAT, **state}, draft))
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """What `write_checkpoint` wrote, None where nothing was.
+
+    Raises:
+        ValueError: when the file is damaged or of a newer version.
+    """
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it to begin anew") from error
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is of format {state.get('format')}; this version of weakspot reads {FORMAT}"
+        )
+    return state
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """What was asked, and how it went so far, as JSON."""
+    text = json.dumps(record, indent=2) + "\n"
+    write_synced(folder / RECORD, lambda draft: draft.write_text(text, "utf-8"))
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What `write_record` wrote, None where nothing was."""
+    path = folder / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is damaged (it holds no mapping)")
+    return record
+
+
+def write_synced(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a draft beside `path`, bring it to the disk itself, and put it in its place."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(draft)
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -1,0 +1,67 @@
+"""Held-out images: how a network in training does on pictures that it is not trained on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from weakspot.attacks import pgd
+from weakspot.checks import ModelWarning
+from weakspot.classifier import Classifier, predict
+from weakspot.defenses.training.settings import Settings
+
+STEPS = 10  # of the attack that judges; many-step, so that it sees what single-step training overfits to
+FALL, PART = 0.2, 0.5  # robust accuracy that lost more than this, and this part of its best, has collapsed
+
+
+class HeldOut(NamedTuple):
+    """Images (N, C, H, W), labels (N,), and the region (N, 1, H, W) of the attack, None for everywhere."""
+
+    images: Tensor
+    labels: Tensor
+    region: Tensor | None
+
+    def judge(self, classifier: Classifier, settings: Settings) -> dict[str, float]:
+        """Shares of the images that are read rightly: as they are ("clean"), and attacked ("robust")."""
+        modes = [(module, module.training) for module in classifier.modules()]
+        classifier.eval()
+        try:
+            device = classifier.mean.device
+            images, labels = self.images.to(device), self.labels.to(device)
+            clean = predict(classifier, images).argmax(1) == labels
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore", ModelWarning
+                )  # an untrained network may well have no gradient
+                attacked = pgd(
+                    classifier,
+                    images,
+                    labels,
+                    budget=settings.budget,
+                    region=None if self.region is None else self.region.to(device),
+                    steps=STEPS,
+                    stop_early=True,
+                )
+            robust = predict(classifier, attacked.adversarial).argmax(1) == labels
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        return {"clean": float(clean.double().mean()), "robust": float((clean & robust).double().mean())}
+
+
+def collapsed(robust: Sequence[float]) -> bool:
+    """Whether the last of these accuracies says that robustness was there and is lost.
+
+    Catastrophic overfitting (Wong et al. 2020, arXiv 2001.03994): a network learns to stand single steps alone, and
+    its accuracy under many steps falls to nothing from one epoch to the next.
+
+    >>> collapsed([0.3, 0.41, 0.02]), collapsed([0.3, 0.41, 0.35])
+    (True, False)
+    """
+    if not robust:
+        return False
+    best = max(robust)
+    return robust[-1] < best - FALL and robust[-1] < PART * best

@@ -1,0 +1,201 @@
+"""The evaluation matrix: networks trained by every recipe against every test."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from weakspot.datasets import Labelled
+from weakspot.defenses.training.checkpoint import read_record, write_synced
+from weakspot.defenses.training.recipes import find_recipe
+from weakspot.defenses.training.settings import defaults
+from weakspot.defenses.training.testing import TESTS, Judged, judged_images, outcomes
+from weakspot.defenses.training.training import train
+from weakspot.models.fingerprint import fingerprint
+from weakspot.statistics import mean_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RECIPES = ("standard", "localized", "foreground", "random_mask", "full", "noise")
+TEST_STEPS = {
+    1: 40,
+    3: 20,
+}  # of PGD, by the channels of the images (science.md of Madry's tables: MNIST 40, CIFAR 20)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What came out.
+
+    Attributes:
+        accuracy: a row for each recipe and test: recipe, test, accuracy, low, high (95% interval over images, of the
+            mean over seeds), spread (between the seeds, largest less smallest), seeds, images.
+        differences: a row for each test and ordered pair of recipes: test, recipe, against, difference, low, high, by
+            the bootstrap over images of the paired difference.
+        stopped: for each network that stopped early, why.
+    """
+
+    accuracy: pd.DataFrame
+    differences: pd.DataFrame
+    stopped: Mapping[str, str]
+
+
+def evaluation_matrix(
+    make: Callable[[int], nn.Module],
+    data: Labelled,
+    test: Labelled,
+    *,
+    out: Path,
+    recipes: Sequence[str] = RECIPES,
+    seeds: int = 1,
+    limit: int | None = None,
+    strongest: int = 500,
+    about: Mapping[str, Any] | None = None,
+    told: Callable[[str, Mapping[str, float]], None] | None = None,
+    progress: Callable[[str, float], None] | None = None,
+    **options: Any,
+) -> Matrix:
+    """Train a network by every recipe and seed, and test each in every way (science: arXiv 1909.04779).
+
+    All networks of one seed start from the same weights and see the images in the same order. What is finished stays
+    finished: called again after any death, the matrix goes on.
+
+    Args:
+        make: seed to a network with fresh weights.
+        data: images to train on.
+        test: images to test on.
+        out: folder; each network lies in RECIPE-SEED below it.
+        recipes: names of recipes.
+        seeds: networks per recipe.
+        limit: test images, the first; all where not given.
+        strongest: images for the ensemble of attacks, the first of these.
+        about: what every training.json says besides.
+        told: called with a network's name and its row after each epoch and, at last, its accuracies.
+        progress: called with what is being done and the share done.
+        **options: of `train`.
+
+    Raises:
+        ValueError: when an argument does not fit, naming it.
+    """
+    for name in recipes:
+        find_recipe(name)
+    if seeds < 1 or not recipes:
+        raise ValueError(
+            f"seeds is {seeds} and recipes are {list(recipes)}; accepted is at least one of each"
+        )
+    budget = options.get("budget") or defaults(data.shape[0])["budget"]
+    steps = TEST_STEPS.get(data.shape[0], 20)
+    names = [f"{recipe}-{seed}" for seed in range(seeds) for recipe in recipes]
+
+    def shown(what: str, start: float, end: float) -> Callable[[float], None] | None:
+        return None if progress is None else lambda done: progress(what, start + (end - start) * done)
+
+    tested = judged_images(test, limit=limit, masks=out, progress=shown("finding backgrounds", 0, 0.02))
+    found: dict[str, dict[str, Tensor]] = {}
+    stopped = {}
+    for number, name in enumerate(names):
+        recipe, _, seed = name.rpartition("-")
+        begin, middle, end = (0.02 + 0.98 * (number + part) / len(names) for part in (0, 0.85, 1))
+        network = train(
+            make(int(seed)),
+            data,
+            recipe=recipe,
+            seed=int(seed),
+            out=out / name,
+            masks=out,
+            about=about,
+            told=None if told is None else (lambda row, name=name: told(name, row)),  # type: ignore[misc]
+            progress=shown(f"training {name}", begin, middle),
+            **options,
+        )
+        why = (read_record(out / name) or {}).get("stopped")
+        if why:
+            stopped[name] = why
+        asked = {"budget": budget, "steps": steps, "strongest": strongest}
+        found[name] = _kept_outcomes(
+            out / name, network, tested, asked, shown(f"testing {name}", middle, end)
+        )
+        if told is not None:
+            told(name, {test: float(right.double().mean()) for test, right in found[name].items()})
+    return Matrix(_accuracy(found, recipes, seeds), _differences(found, recipes, seeds), stopped)
+
+
+def _kept_outcomes(
+    folder: Path,
+    network: nn.Module,
+    test: Judged,
+    asked: Mapping[str, Any],
+    progress: Callable[[float], None] | None,
+) -> dict[str, Tensor]:
+    """The outcomes that an earlier call kept for this network, these images and these attacks, else made now."""
+    pixels = hashlib.sha256(test.images.numpy().tobytes()).hexdigest()
+    asked_for = json.dumps([str(asked), pixels, fingerprint(network)])
+    path = folder / f"outcomes-{hashlib.sha256(asked_for.encode()).hexdigest()[:16]}.npz"
+    if path.is_file():
+        with np.load(path, allow_pickle=False) as kept:
+            return {name: torch.from_numpy(kept[name]) for name in TESTS}
+    made = outcomes(network, test, **asked, progress=progress)
+
+    def write(draft: Path) -> None:
+        with draft.open("wb") as file:
+            np.savez_compressed(
+                file, allow_pickle=False, **{name: right.numpy() for name, right in made.items()}
+            )
+
+    write_synced(path, write)
+    return made
+
+
+def _accuracy(found: Mapping[str, Mapping[str, Tensor]], recipes: Sequence[str], seeds: int) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = []
+    for recipe in recipes:
+        for test in TESTS:
+            right = _by_image(found, recipe, test, seeds)
+            each = right.mean(1)
+            mean, low, high = mean_interval(right.mean(0))
+            rows.append(
+                {
+                    "recipe": recipe,
+                    "test": test,
+                    "accuracy": mean,
+                    "low": low,
+                    "high": high,
+                    "spread": float(each.max() - each.min()),
+                    "seeds": seeds,
+                    "images": right.shape[1],
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _differences(
+    found: Mapping[str, Mapping[str, Tensor]], recipes: Sequence[str], seeds: int
+) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = []
+    for test in TESTS:
+        for one, other in permutations(recipes, 2):
+            gain = (_by_image(found, one, test, seeds) - _by_image(found, other, test, seeds)).mean(0)
+            mean, low, high = mean_interval(gain)
+            rows.append(
+                {"test": test, "recipe": one, "against": other, "difference": mean, "low": low, "high": high}
+            )
+    return pd.DataFrame(rows, columns=["test", "recipe", "against", "difference", "low", "high"])
+
+
+def _by_image(found: Mapping[str, Mapping[str, Tensor]], recipe: str, test: str, seeds: int) -> np.ndarray:
+    """(seeds, images) 1 where right."""
+    return np.stack([found[f"{recipe}-{seed}"][test].double().numpy() for seed in range(seeds)])
