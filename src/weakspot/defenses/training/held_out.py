@@ -24,6 +24,11 @@ class HeldOut(NamedTuple):
     labels: Tensor
     region: Tensor | None
 
+    @property
+    def constant(self) -> float:
+        """The share that the commonest class has."""
+        return float(self.labels.bincount().max()) / len(self.labels)
+
     def judge(self, classifier: Classifier, settings: Settings) -> dict[str, float]:
         """Shares of the images that are read rightly: as they are ("clean"), and attacked ("robust")."""
         modes = [(module, module.training) for module in classifier.modules()]
@@ -52,16 +57,16 @@ class HeldOut(NamedTuple):
         return {"clean": float(clean.double().mean()), "robust": float((clean & robust).double().mean())}
 
 
-def collapsed(robust: Sequence[float]) -> bool:
+def collapsed(robust: Sequence[float], constant: float) -> bool:
     """Whether the last of these accuracies says that robustness was there and is lost.
+
+    What a network had that always names the commonest class, right for the share `constant`, was no robustness.
 
     Catastrophic overfitting (Wong et al. 2020, arXiv 2001.03994): a network learns to stand single steps alone, and
     its accuracy under many steps falls to nothing from one epoch to the next.
 
-    >>> collapsed([0.3, 0.41, 0.02]), collapsed([0.3, 0.41, 0.35])
-    (True, False)
+    >>> collapsed([0.3, 0.41, 0.02], 0.1), collapsed([0.3, 0.41, 0.35], 0.1), collapsed([0.5, 0.1], 0.5)
+    (True, False, False)
     """
-    if not robust:
-        return False
     best = max(robust)
-    return robust[-1] < best - FALL and robust[-1] < PART * best
+    return robust[-1] < best - FALL and robust[-1] - constant < PART * (best - constant)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 ORDER, NOISE, SCATTER, DROPOUT = 0, 2, 3, 4  # streams of random numbers; 1 is that of augmentation
+ENOUGH = 100  # held-out images from which on a fall in their accuracy is more than chance
 State = dict[str, Any]
 
 
@@ -66,12 +67,12 @@ class Loop:
             weight_decay=settings.weight_decay,
         )
         classifier.train()
+        self.layout = layout_of(classifier)
+        classifier.to(memory_format=self.layout)  # type: ignore[call-overload]  # as torch documents it
         # Known before the wrapper takes it: the adversary goes through the bare network, which moves no buckets of
         # gradients between devices.
         self.classifier = classifier
         self.network, self.optimizer = fabric.setup(classifier, optimizer)
-        self.layout = layout_of(classifier)
-        classifier.to(memory_format=self.layout)  # type: ignore[call-overload]  # as torch documents it
 
     def run(
         self,
@@ -249,9 +250,14 @@ class Loop:
 
     def _watch(self, row: dict[str, float]) -> None:
         """Stop where robustness has collapsed; else remember the best."""
-        if "robust" not in row or self.recipe.search in {"none", "noise"} or not self.settings.attacked:
+        if (
+            self.held_out is None
+            or len(self.held_out.labels) < ENOUGH
+            or self.recipe.search in {"none", "noise"}
+            or not self.settings.attacked
+        ):
             return
-        if collapsed([past["robust"] for past in self.history]):
+        if collapsed([past["robust"] for past in self.history], self.held_out.constant):
             self.stopped = (
                 f"robust accuracy fell to {row['robust']:.0%} in epoch {self.epoch} (catastrophic overfitting); the "
                 "weights are those of the best epoch before"

@@ -103,7 +103,7 @@ def train(
         beta: of TRADES.
         augment: "none", "crop" (shifts up to an eighth of the side), "crop,flip"; none for grey, both for colour images
             where not given.
-        held_out: images kept from training for judging, at most a tenth; 0 for none, and no early stop.
+        held_out: images kept from training for judging, at most a tenth; under 100 nothing stops early.
         precision: "32-true", "16-mixed" or "bf16-mixed".
         device: "cpu", "cuda", ...; the model's own where not given.
         workers: processes that decode pictures, where they do not lie in memory.

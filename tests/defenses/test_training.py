@@ -1,0 +1,513 @@
+"""Training obeys its recipe, is the same after any death, and leaves everything else as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.conftest import FlatNetwork, LinearNetwork, PoolingNetwork, TokenNetwork, untouched
+from weakspot import L2, Linf, attacks, defenses
+from weakspot.checks import ModelWarning
+from weakspot.classifier import Classifier
+from weakspot.datasets import from_tensors
+from weakspot.defenses.training import backgrounds as finding
+from weakspot.defenses.training import loop as loops
+from weakspot.defenses.training.adversary import perturbed
+from weakspot.defenses.training.augmentation import Moves
+from weakspot.defenses.training.held_out import HeldOut
+from weakspot.defenses.training.recipes import RECIPES, find_recipe
+from weakspot.defenses.training.settings import Settings
+from weakspot.defenses.training.training import make_fabric
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*lightning.*")
+QUICK: dict[str, Any] = {"epochs": 2, "steps": 3, "batch_size": 20, "learning_rate": 0.05, "held_out": 20}
+UNJUDGED = {**QUICK, "held_out": 0}
+
+
+def halves(count: int = 200, channels: int = 1, size: tuple[int, int] = (16, 12)) -> tuple[Tensor, Tensor]:
+    """Noise, brighter in its upper half (class 1) or its lower."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(count, channels, *size, generator=generator) * 0.6
+    labels = torch.arange(count) % 2
+    rows = torch.arange(size[0]) < size[0] // 2
+    images += 0.3 * (rows[:, None] == (labels == 1)[:, None, None, None])
+    return images, labels
+
+
+def fresh(build: Callable[[], nn.Module] = FlatNetwork) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build()
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([tensor.double().flatten() for tensor in model.state_dict().values()])
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "standard"])
+def test_a_share_of_nothing_is_standard_training_bit_for_bit(recipe: str) -> None:
+    data = halves()
+    standard = defenses.train(fresh(), data, recipe="standard", **QUICK)
+    nothing = defenses.train(fresh(), data, recipe=recipe, share=0.0, **QUICK)
+    assert torch.equal(weights(standard), weights(nothing))
+    some = defenses.train(fresh(), data, recipe=recipe, share=0.5, **QUICK)
+    assert not torch.equal(weights(standard), weights(some))
+
+
+@pytest.mark.parametrize("build", [FlatNetwork, PoolingNetwork, TokenNetwork], ids=lambda b: b.__name__)
+def test_network_data_and_random_numbers_come_back_untouched_and_a_seed_gives_one_result(
+    build: Callable[[], nn.Module],
+) -> None:
+    channels = 1 if build is FlatNetwork else 3
+    images, labels = halves(60, channels, (16, 24) if build is TokenNetwork else (16, 12))
+    model = fresh(build)
+    model.train()
+    trained = []
+    for seed, draws in ((0, 0), (0, 5), (1, 0)):
+        torch.rand(draws)  # what was drawn before a training is nothing to it
+        with untouched(model, images, labels):
+            trained.append(
+                defenses.train(
+                    model,
+                    (images, labels),
+                    recipe="full",
+                    budget=Linf(0.1),
+                    seed=seed,
+                    **UNJUDGED,
+                )
+            )
+    assert torch.equal(weights(trained[0]), weights(trained[1]))
+    assert not torch.equal(weights(trained[0]), weights(trained[2]))
+    assert type(trained[0]) is type(model)
+    assert trained[0].training
+
+
+class Dropping(nn.Module):
+    """Batch-norm and dropout, which a resumed training must meet as it left them; returns a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Flatten(), nn.Dropout(0.3)
+        )
+        self.head = nn.Linear(8 * 8 * 6, 2)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, int]:
+        return self.head(self.body(images)), 0
+
+
+@pytest.mark.parametrize("recipe", ["localized", "random_mask", "trades"])
+def test_a_training_cut_off_anywhere_goes_on_to_the_same_weights(recipe: str, tmp_path: Path) -> None:
+    data = halves()
+    options = {**QUICK, "epochs": 3, "augment": "crop,flip", "recipe": recipe}
+    whole = defenses.train(fresh(Dropping), data, **options)
+    rows: list[dict[str, float]] = []
+    for cut in (0.34, 0.5, 0.97):
+
+        def interrupt(done: float, cut: float = cut) -> None:
+            if done >= cut:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            defenses.train(fresh(Dropping), data, out=tmp_path / "run", progress=interrupt, **options)
+    resumed = defenses.train(fresh(Dropping), data, out=tmp_path / "run", told=rows.append, **options)
+    assert torch.equal(weights(whole), weights(resumed))
+    assert [row["epoch"] for row in rows] == [3]
+    record = json.loads((tmp_path / "run/training.json").read_text())
+    assert record["finished"]
+    assert [row["epoch"] for row in record["epochs"]] == [1, 2, 3]
+    assert {
+        path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith("backgrounds")
+    } == {
+        "model.safetensors",
+        "training.json",
+    }
+    # Finished is finished: called again, it is read and not trained.
+    assert torch.equal(
+        weights(defenses.train(fresh(Dropping), data, out=tmp_path / "run", **options)), weights(whole)
+    )
+
+
+KILLED = """
+import sys, torch
+from pathlib import Path
+from tests.defenses.test_training import Dropping, fresh, halves
+from weakspot import defenses
+torch.set_num_threads(1)
+defenses.train(
+    fresh(Dropping), halves(), recipe="localized", epochs=4, steps=40, batch_size=20, learning_rate=0.05, held_out=20,
+    out=Path(sys.argv[1]), save_every=0.05,
+)
+"""
+
+
+@pytest.mark.slow
+def test_a_training_killed_at_random_moments_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+
+    def start(out: Path) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", KILLED, str(out)], cwd=root, stderr=subprocess.DEVNULL)
+
+    def saved(out: Path) -> float:
+        path = out / "checkpoint.pt"
+        return path.stat().st_mtime if path.exists() else 0.0
+
+    assert start(tmp_path / "whole").wait() == 0
+    generator = torch.Generator().manual_seed(0)
+    killed = 0
+    for _ in range(6):
+        process = start(tmp_path / "cut")
+        before = saved(tmp_path / "cut")
+        while process.poll() is None and saved(tmp_path / "cut") == before:
+            time.sleep(0.01)
+        time.sleep(float(torch.rand((), generator=generator)) * 0.3)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        process.wait()
+    assert start(tmp_path / "cut").wait() == 0
+    assert killed >= 3
+    for name in ("model.safetensors",):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["full", "localized", "random_mask", "noise"])
+def test_two_processes_give_what_one_gives(recipe: str, tmp_path: Path) -> None:
+    script = tmp_path / "both.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from tests.defenses.test_training import QUICK, fresh, halves\n"
+        "from weakspot import defenses\n"
+        f"defenses.train(fresh(), halves(), recipe={recipe!r}, out=Path(sys.argv[1]), **QUICK)\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for command, out in (([sys.executable], "one"), (launch, "two")):
+        ended = subprocess.run(
+            [*command, str(script), str(tmp_path / out)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr[-2000:]
+    from safetensors.torch import load_file
+
+    one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two"))
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def settings(**changes: Any) -> Settings:
+    numbers: dict[str, Any] = {
+        "recipe": "full", "budget": Linf(0.1), "share": 0.5, "epochs": 1, "seed": 0, "steps": 8, "step_size": 0.03,
+        "batch_size": 6, "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.0, "beta": 6.0, "augment": "none",
+        "held_out": 0, "precision": "32-true",
+    }  # fmt: skip
+    return Settings(**{**numbers, **changes})
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["everywhere", "in a region"])
+@pytest.mark.parametrize("budget", [Linf(0.1), L2(0.7)], ids=str)
+def test_the_adversary_reaches_the_optimum_of_a_linear_network_inside_its_region(
+    budget: Linf | L2, inside: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, 6, 5, generator=generator)
+    images = torch.rand(6, 2, 6, 5, generator=generator) * 0.2 + 0.4
+    noise = torch.rand(images.shape, generator=generator) * 2 - 1
+    labels = torch.tensor([0, 1, 0, 1, 1, 0])
+    region = torch.rand(6, 1, 6, 5, generator=generator) < 0.5 if inside else None
+    where = torch.ones(6, 1, 6, 5, dtype=torch.bool) if region is None else region
+    numbers = settings(budget=budget, steps=60, step_size=budget.eps / 6)
+    with untouched(model := LinearNetwork(weight), images):
+        found = perturbed(model, images, labels, region, noise, find_recipe("full"), numbers)
+    downhill = torch.where(labels[:, None, None, None] == 0, -1.0, 1.0) * weight * where
+    best = downhill.sign() * budget.eps
+    if isinstance(budget, L2):
+        best = budget.eps * downhill / downhill.flatten(1).norm(dim=1)[:, None, None, None]
+    torch.testing.assert_close(found, images + best, rtol=0, atol=2e-3)
+    assert torch.equal(found.where(~where, images), images), "outside the region nothing changes, bit for bit"
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.search != "none"])
+@pytest.mark.parametrize("budget", [Linf(0.1), L2(0.7)], ids=str)
+def test_every_search_stays_in_budget_range_and_region(name: str, budget: Linf | L2) -> None:
+    model = fresh().eval()
+    images, labels = halves(8)
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    region = torch.zeros(8, 1, 16, 12, dtype=torch.bool)
+    region[..., 3:9, 2:7] = True
+    found = perturbed(model, images, labels, region, noise, find_recipe(name), settings(budget=budget))
+    assert bool((found != images).any())
+    assert torch.equal(found.where(~region, images), images)
+    assert float(found.min()) >= 0
+    assert float(found.max()) <= 1
+    assert float(budget.size(found - images, images).max()) <= budget.eps * (1 + 1e-5)
+
+
+def test_descent_finds_what_pgd_of_the_attacks_finds() -> None:
+    images, labels = halves(60)
+    model = defenses.train(fresh(), (images, labels), recipe="standard", **QUICK).eval()
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    numbers = settings(budget=Linf(0.03), steps=40, step_size=0.003)
+    found = perturbed(model, images, labels, None, noise, find_recipe("full"), numbers)
+    fooled = model(found).argmax(1) != labels
+    other = attacks.pgd(model, images, labels, budget=Linf(0.03), steps=40).success
+    assert 5 < int(other.sum()) < 60
+    assert abs(int(fooled.sum()) - int(other.sum())) <= 2
+
+
+def test_masks_are_cropped_and_flipped_with_their_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(50, 3, 16, 24, generator=generator) + 0.1
+    masks = images[:, :1] > 0.6
+    rows = torch.randperm(50, generator=generator)[:20]
+    moves = Moves("crop,flip", 50, (16, 24), 0, 3)
+    moved = moves.apply(rows, images[rows])
+    followed = moves.apply(rows, masks[rows].byte(), fill=1).bool()
+    outside = moved[:, :1] == 0
+    assert torch.equal(followed, (moved[:, :1] > 0.6) | outside)
+    assert 0.02 < float(outside.float().mean()) < 0.2
+    # By brute force: every image is one of its own shifts, mirrored or not, and which depends on no other image.
+    for number, row in enumerate(rows.tolist()):
+        down, right = moves.shifts[row].tolist()
+        picture = F.pad(images[row], (3, 3, 2, 2))
+        own = picture[:, 2 + down : 18 + down, 3 + right : 27 + right]
+        own = own.flip(2) if moves.flips[row] else own
+        assert torch.equal(moved[number], own)
+    alone = moves.apply(rows[3:4], images[rows[3:4]])
+    assert torch.equal(alone, moved[3:4])
+    assert len({tuple(shift) for shift in moves.shifts.tolist()}) > 15
+    assert not torch.equal(moves.shifts, Moves("crop,flip", 50, (16, 24), 0, 4).shifts)
+
+
+class Watched(nn.Module):
+    """Keeps every batch that it is shown, and in which mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.flat = nn.BatchNorm2d(1), nn.Flatten()
+        self.head = nn.Linear(16 * 12, 2)
+        self.seen: list[tuple[bool, Tensor]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.append((self.training, images.detach().clone()))
+        logits: Tensor = self.head(self.flat(self.norm(images)))
+        return logits
+
+
+def loop_of(model: nn.Module, recipe: str, masks: Tensor, **changes: Any) -> loops.Loop:
+    import numpy as np
+
+    numbers = settings(recipe=recipe, batch_size=20, steps=3, **changes)
+    bits = np.packbits(masks.flatten(1).numpy(), axis=1)
+    data = from_tensors(*halves(40))
+    kept = (
+        finding.Backgrounds(bits, (16, 12)) if recipe in {"localized", "foreground", "random_mask"} else None
+    )
+    with torch.random.fork_rng():
+        return loops.Loop(make_fabric("cpu", "32-true"), Classifier(model), data, kept, None, numbers, 0)
+
+
+@pytest.mark.parametrize("recipe", ["localized", "foreground", "random_mask", "full", "fast"])
+def test_the_adversary_costs_its_steps_moves_no_statistics_and_alters_only_where_the_recipe_says(
+    recipe: str,
+) -> None:
+    masks = torch.zeros(40, 1, 16, 12, dtype=torch.bool)
+    masks[..., :5, :] = True
+    model = Watched()
+    loop = loop_of(model, recipe, masks)
+    with torch.random.fork_rng():
+        batches = list(loop._batches())
+        rows, pixels, places, moves = batches[0]
+        before = {name: tensor.clone() for name, tensor in model.norm.state_dict().items()}
+        clean = pixels[:10]
+        adversarial = loop._attacked(rows[:10], clean, loop.data.labels[rows[:10]], places[:10], moves)
+    steps = 1 if recipe == "fast" else 3
+    assert [mode for mode, _ in model.seen] == [False] * steps
+    assert sum(len(images) for _, images in model.seen) == 10 * steps
+    assert model.training
+    assert model.norm.training
+    torch.testing.assert_close(model.norm.state_dict(), before, rtol=0, atol=0)
+    changed = (adversarial != clean).any(1, keepdim=True)
+    allowed = {"localized": masks[:10], "foreground": ~masks[:10]}.get(recipe)
+    if allowed is not None:
+        assert not bool((changed & ~allowed).any())
+        assert float((changed & allowed).float().sum() / allowed.float().sum()) > 0.9
+    if recipe == "random_mask":
+        area = int(masks[0].sum())
+        assert int(changed.flatten(1).sum(1).max()) <= area
+        assert int(changed.flatten(1).sum(1).min()) >= 0.9 * area
+        assert float((changed & masks[:10]).float().sum() / changed.float().sum()) < 0.6, "scattered"
+        assert len({tuple(map(int, mask.flatten())) for mask in changed}) > 1
+    if recipe in {"full", "fast"}:
+        assert float(changed.float().mean()) > 0.9
+
+
+def test_trades_is_its_formula_by_hand() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16 * 12, 2))
+    data = halves(40)
+    kept: list[tuple[Tensor, Tensor]] = []
+    loop = loop_of(model, "trades", torch.zeros(40, 1, 16, 12, dtype=torch.bool), beta=4.0, share=0.5)
+    real = loop._attacked
+
+    def watching(rows: Tensor, images: Tensor, labels: Tensor, places: Tensor, moves: Moves) -> Tensor:
+        made = real(rows, images, labels, places, moves)
+        kept.append((images, made))
+        return made
+
+    loop._attacked = watching  # type: ignore[method-assign]
+    with torch.random.fork_rng():
+        rows, pixels, places, moves = next(loop._batches())
+        wanted_clean = model(data[0][rows]).log_softmax(1).detach()
+        weight, bias = (tensor.detach().clone() for tensor in model[1].parameters())
+        loss = loop._step(rows, pixels, places, moves)
+    clean, made = kept[0]
+    wanted = (clean.flatten(1) @ weight.T + bias).softmax(1)
+    given = (made.flatten(1) @ weight.T + bias).softmax(1)
+    gap = (wanted * (wanted / given).log()).sum() / 20
+    cross = -wanted_clean.gather(1, data[1][rows][:, None]).mean()
+    assert loss == pytest.approx(float(cross + 4.0 * gap), rel=1e-4)
+    assert float(gap) > 1e-4
+
+
+# A network that has learnt to leave the background alone has no gradient there, which an attack remarks.
+@pytest.mark.filterwarnings("ignore:.*is zero everywhere in the region")
+def test_training_helps_against_a_planted_weakness_and_only_there() -> None:
+    """The object says the class, the background too: attacks there undo a network that listens to it."""
+    generator = torch.Generator().manual_seed(0)
+    count = 400
+    labels = torch.arange(count) % 2
+    sign = (labels * 2 - 1)[:, None, None, None]
+    images = torch.full((count, 1, 16, 12), 0.05)
+    images[..., 4:12, 3:9] = 0.5 + sign * 0.06 + 0.3 * torch.randn(count, 1, 8, 6, generator=generator)
+    images[..., :3, :] = 0.05 + 0.08 * (sign > 0)
+    images = images.clamp(0, 1)
+    accuracy = {}
+    masks = images.new_zeros(count, 1, 16, 12, dtype=torch.bool)
+    masks[..., :3, :] = masks[..., 13:, :] = True
+    for recipe in ("standard", "localized"):
+        options = {**QUICK, "epochs": 8, "learning_rate": 0.1}
+        model = defenses.train(fresh(), (images, labels), recipe=recipe, budget=Linf(0.1), **options).eval()
+        attacked = attacks.pgd(model, images, labels, budget=Linf(0.1), region=masks).adversarial
+        accuracy[recipe] = float((model(attacked).argmax(1) == labels).float().mean())
+    assert accuracy["localized"] > 0.8
+    assert accuracy["standard"] < 0.5
+
+
+def test_training_stops_where_robustness_is_lost_and_returns_the_best_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = iter(
+        [{"clean": 0.9, "robust": 0.6}, {"clean": 0.9, "robust": 0.85}, {"clean": 0.99, "robust": 0.02}]
+    )
+    at: list[Tensor] = []
+
+    def judge(self: Any, classifier: Classifier, numbers: Settings) -> dict[str, float]:
+        at.append(weights(classifier.network))
+        return next(told)
+
+    monkeypatch.setattr(HeldOut, "judge", judge)
+    monkeypatch.setattr(loops, "ENOUGH", 20)
+    with pytest.warns(ModelWarning, match="fell to 2% in epoch 3"):
+        trained = defenses.train(fresh(), halves(), recipe="fast", **{**QUICK, "epochs": 5})
+    assert len(at) == 3
+    assert torch.equal(weights(trained), at[1])
+
+
+def test_half_precision_learns_too() -> None:
+    images, labels = halves(400)
+    trained = defenses.train(
+        fresh(),
+        (images, labels),
+        recipe="full",
+        budget=Linf(0.02),
+        **{**QUICK, "epochs": 6, "precision": "bf16-mixed"},
+    ).eval()
+    assert next(trained.parameters()).dtype == torch.float32
+    assert float((trained(images).argmax(1) == labels).float().mean()) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"recipe": "localised"}, "recipe is 'localised'; did you mean localized"),
+        ({"share": 1.5}, "share is 1.5; accepted is a number from 0 to 1"),
+        ({"share": float("nan")}, "share is nan"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"batch_size": 500}, "batch_size is 500; there are 180 images to train on"),
+        ({"learning_rate": -1}, "learning_rate is -1"),
+        ({"augment": "rotate"}, "augment is 'rotate'"),
+        ({"precision": "8"}, "precision is '8'"),
+        ({"budget": 0.1}, "budget is 0.1"),
+        ({"seed": 0.5}, "seed is 0.5"),
+        ({"device": "abacus"}, "device is 'abacus'"),
+        ({"learning_rate": 1e30}, "the loss is not a number in epoch 1"),
+    ],
+)
+def test_bad_arguments_are_told_in_one_sentence(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said.replace("(", r"\(")):
+        defenses.train(fresh(), halves(), **{**QUICK, "recipe": "full", **arguments})
+
+
+def test_bad_data_and_another_training_in_the_folder_are_told(tmp_path: Path) -> None:
+    images, labels = halves()
+    for data, said in (
+        (images, "data is a Tensor"),
+        ((images, labels[:5]), "labels is"),
+        ((images * 3, labels), "images span"),
+        ((images[:, 0], labels), r"accepted is a tensor \(N, C, H, W\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            defenses.train(fresh(), data, **QUICK)  # type: ignore[arg-type]
+    defenses.train(fresh(), (images, labels), recipe="standard", out=tmp_path, **QUICK)
+    with pytest.raises(ValueError, match=r"other settings \(recipe is standard there, full here\)"):
+        defenses.train(fresh(), (images, labels), recipe="full", out=tmp_path, **QUICK)
+    with pytest.raises(ValueError, match="other data"):
+        defenses.train(fresh(), (images, 1 - labels), recipe="standard", out=tmp_path, **QUICK)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        other = FlatNetwork()
+    with pytest.raises(ValueError, match="other start"):
+        defenses.train(other, (images, labels), recipe="standard", out=tmp_path, **QUICK)
+    (tmp_path / "training.json").write_text("{")
+    with pytest.raises(ValueError, match=r"training.json is damaged"):
+        defenses.train(fresh(), (images, labels), recipe="standard", out=tmp_path, **QUICK)
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ValueError, match="which is a file"):
+        defenses.train(fresh(), (images, labels), recipe="standard", out=file, **QUICK)
+
+
+def test_a_damaged_checkpoint_is_told_and_a_pickle_in_its_place_is_not_run(tmp_path: Path) -> None:
+    def interrupt(done: float) -> None:
+        if done > 0.6:
+            raise KeyboardInterrupt
+
+    data = halves()
+    with pytest.raises(KeyboardInterrupt):
+        defenses.train(fresh(), data, recipe="standard", out=tmp_path, progress=interrupt, **QUICK)
+    for content in (b"", b"PK\x03\x04 no", b"cos\nsystem\n(S'touch pwned'\ntR."):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"checkpoint.pt is damaged"):
+            defenses.train(fresh(), data, recipe="standard", out=tmp_path, **QUICK)
+
+
+def test_without_fabric_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lightning_fabric", None)
+    with pytest.raises(ValueError, match=r"pip install 'weakspot\[train\]'"):
+        defenses.train(fresh(), halves(), **QUICK)
