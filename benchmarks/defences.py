@@ -24,7 +24,7 @@ def imagenet() -> None:
     if not real.there():
         return
     model, images, labels = real.embedded(IMAGES)
-    _judged("EfficientNet-Lite0", model, images, labels, fills=("mean",), eps=1 / 255, steps=10)
+    _judged("EfficientNet-Lite0", model, images, labels, fills=("mean",), eps=1 / 255, steps=10, queries=25)
 
 
 def cifar10() -> None:
@@ -32,7 +32,9 @@ def cifar10() -> None:
     if not real.there():
         return
     model, images, labels = real.correct("cifar10_resnet20", IMAGES)
-    _judged("ResNet-20, CIFAR-10", model, images, labels, fills=tuple(FILLS), eps=1 / 255, steps=20)
+    _judged(
+        "ResNet-20, CIFAR-10", model, images, labels, fills=tuple(FILLS), eps=1 / 255, steps=20, queries=100
+    )
 
 
 def _judged(
@@ -44,11 +46,14 @@ def _judged(
     fills: Sequence[str],
     eps: float,
     steps: int,
+    queries: int,
 ) -> None:
     for fill in fills:
         begun = time.perf_counter()
         defended = defenses.neutralizing(model, keep=0.2, fill=fill)
-        table = defenses.judge_defense(model, defended, images, labels, budget=Linf(eps), steps=steps)
+        table = defenses.judge_defense(
+            model, defended, images, labels, budget=Linf(eps), steps=steps, queries=queries
+        )
         print(
             f"\n{name}, {len(images)} images, neutralization by {fill}, PGD-{steps} at {eps * 255:.3g}/255\n"
         )

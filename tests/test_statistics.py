@@ -14,6 +14,7 @@ from weakspot.statistics import (
     products_over_shifts,
     queen_lag,
     ranks,
+    share_interval,
     shift_test,
     standardized,
 )
@@ -147,3 +148,18 @@ def test_queen_lag_is_the_mean_of_the_neighbours_there_are(values: Tensor) -> No
         ]
         expected = sum(around) / len(around) if around else 0.0
         assert float(found[image, y, x]) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 1), (1, 1), (0, 12), (5, 12), (12, 12), (199, 200)])
+def test_the_interval_of_a_share_is_wilsons(hits: int, count: int) -> None:
+    from scipy.stats import binomtest
+
+    expected = binomtest(hits, count).proportion_ci(method="wilson")
+    share, low, high = share_interval(np.arange(count) < hits)
+    assert share == hits / count
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert 0 <= low <= share <= high <= 1
+
+
+def test_no_cases_have_no_share() -> None:
+    assert np.isnan(share_interval(np.zeros(0, dtype=bool))).all()

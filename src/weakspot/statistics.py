@@ -107,6 +107,26 @@ def mean_interval(values: NDArray[np.floating], seed: int = 0) -> tuple[float, f
     return float(values.mean()), float(low), float(high)
 
 
+def share_interval(hits: NDArray[np.bool_]) -> tuple[float, float, float]:
+    """The share of hits and its 95% interval (Wilson 1927, doi 10.1080/01621459.1927.10502953).
+
+    Unlike the bootstrap it says how little few cases tell when all of them, or none, are hits.
+
+    >>> tuple(round(bound, 3) for bound in share_interval(np.array([True] * 4)))
+    (1.0, 0.51, 1.0)
+    """
+    count, squared = len(hits), 1.959964**2
+    if not count:
+        return np.nan, np.nan, np.nan
+    share = float(hits.mean())
+    centre = (share + squared / (2 * count)) / (1 + squared / count)
+    half = (
+        squared**0.5 / (1 + squared / count) * (share * (1 - share) / count + squared / (4 * count**2)) ** 0.5
+    )
+    # The formula's ends are the share itself where all or none are hits, but for rounding.
+    return share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
+
+
 def products_over_shifts(fixed: Tensor, shifted: Tensor) -> Tensor:
     """sum_i fixed_i * shifted_(i - s) for every circular shift s: (N, H, W) each, and so is the result.
 

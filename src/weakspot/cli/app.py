@@ -99,7 +99,8 @@ def progress_bar(silent: bool) -> Iterator[Callable[[str, float], None]]:
 def notes_for_people(quiet: bool) -> Iterator[None]:
     """Warnings as one line each, without the place in the code."""
     with warnings.catch_warnings():
-        warnings.simplefilter("once")
+        warnings.simplefilter("always")
+        said: set[str] = set()  # "once" forgets whenever code in between changes the filters for a while
 
         def show(
             message: Warning | str,
@@ -109,8 +110,10 @@ def notes_for_people(quiet: bool) -> Iterator[None]:
             file: TextIO | None = None,  # noqa: ARG001
             line: str | None = None,  # noqa: ARG001
         ) -> None:
-            if not quiet and not issubclass(category, DeprecationWarning | FutureWarning):
-                note(str(message))
+            if quiet or str(message) in said or issubclass(category, DeprecationWarning | FutureWarning):
+                return
+            said.add(str(message))
+            note(str(message))
 
         warnings.showwarning = show
         yield

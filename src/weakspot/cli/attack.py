@@ -15,7 +15,13 @@ import typer
 
 from weakspot.cli.aims import Aim, find_aim, find_region
 from weakspot.cli.app import UNREADABLE, USAGE, Failure, app, notes_for_people, progress_bar
-from weakspot.cli.inputs import check_existing, check_sources, load_classifier, read_pictures
+from weakspot.cli.inputs import (
+    check_existing,
+    check_sources,
+    load_classifier,
+    read_pictures,
+    setting_value,
+)
 from weakspot.cli.options import (
     ClassesOption,
     DebugOption,
@@ -227,7 +233,7 @@ def _arguments(
             raise Failure(
                 f"--set is {setting!r}, which {name} does not take; {closest(key, sorted(own))}", USAGE
             )
-        options[key] = _value(value)
+        options[key] = setting_value(value)
     if "budget" not in parameters and not free:
         if budget is not None:
             raise Failure(f"{name} looks for the smallest change and takes no --budget", USAGE)
@@ -236,15 +242,6 @@ def _arguments(
         return None, options
     spent = read_budget(DEFAULT_BUDGET if budget is None else budget)
     return spent, {"budget": spent, **options}
-
-
-def _value(text: str) -> Any:
-    """A number, true, false or null as JSON writes them, else the text itself."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    return value if isinstance(value, int | float | bool | None) else text
 
 
 def _write(

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -91,6 +91,15 @@ def load_classifier(
     return classifier
 
 
+def setting_value(text: str) -> Any:
+    """What stands after NAME= in --set: a number, true, false or null as JSON writes them, else the text itself."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, int | float | bool | None) else text
+
+
 def numbers(name: str, text: str | None) -> list[float] | None:
     """Numbers separated by commas, or None."""
     if text is None:
@@ -132,6 +141,14 @@ def read_pictures(
     classifier: Classifier, sources: Sequence[Path], *, samples: bool
 ) -> tuple[Tensor, list[str], list[str], list[Path]]:
     """Images, their names, one sentence for each file skipped, and the sources of which nothing could be read."""
+    batch, paths, skipped, unread = located_pictures(classifier, sources, samples=samples)
+    return batch, paths if samples else shortened(paths), skipped, unread
+
+
+def located_pictures(
+    classifier: Classifier, sources: Sequence[Path], *, samples: bool
+) -> tuple[Tensor, list[str], list[str], list[Path]]:
+    """As `read_pictures`, with whole paths for names, but of samples."""
     import torch
 
     from weakspot.images import open_pictures, sample_images
@@ -153,18 +170,17 @@ def read_pictures(
             if picture.pixels is None:
                 skipped.append(_printable(f"{name}: {picture.remark}"))
             else:
-                good.append((name if len(sources) > 1 or source.is_dir() else source.name, picture.pixels))
+                good.append((name, picture.pixels))
         if not any(picture.pixels is not None for picture in pictures):
             unread.append(source)
             if not pictures and source.exists():
                 note(f"{source}: the folder holds no files")
     if not good:
         raise Failure("none of the pictures could be read", UNREADABLE)
-    names = _shortened([name for name, _ in good])
-    return torch.stack([pixels for _, pixels in good]), names, skipped, unread
+    return torch.stack([pixels for _, pixels in good]), [name for name, _ in good], skipped, unread
 
 
-def _shortened(names: list[str]) -> list[str]:
+def shortened(names: list[str]) -> list[str]:
     """Paths less the folders they all share; bytes that are no text are spelled out."""
     paths = [Path(name).absolute() for name in names]
     common = os.path.commonpath([path.parent for path in paths])
@@ -224,8 +240,8 @@ def read_pair(classifier: Classifier, sources: Sequence[Path]) -> tuple[Pairs, l
     return Pairs.of(classifier, clean[None], adversarial[None]), [f"{sources[0].name} → {sources[1].name}"]
 
 
-def class_index(classifier: Classifier, target: str, count: int) -> int:
-    """The number of the class that `target` names or is."""
+def class_index(classifier: Classifier, target: str, count: int, name: str = "target") -> int:
+    """The number of the class that `target` names or is; `name` is what an error calls it."""
     from weakspot.checks import closest
 
     number = target.lower().removeprefix("class ")
@@ -235,4 +251,4 @@ def class_index(classifier: Classifier, target: str, count: int) -> int:
     if target.lower() in lowered:
         return lowered.index(target.lower())
     numbers = f"a number from 0 to {count - 1}"
-    raise Failure(f"target is {target!r}; {closest(target, classifier.class_names)} (or {numbers})", USAGE)
+    raise Failure(f"{name} is {target!r}; {closest(target, classifier.class_names)} (or {numbers})", USAGE)

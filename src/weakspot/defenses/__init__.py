@@ -1,10 +1,24 @@
 """What helps against attacks, and the tests that tell help from illusion."""
 
 from weakspot.defenses.fills import neutralize
-from weakspot.defenses.judging import judge_defense, verdict
+from weakspot.defenses.judging import judge_defense
 from weakspot.defenses.masking import mask_units
 from weakspot.defenses.masking_test import masking_test
 from weakspot.defenses.neutralizing import neutralizing
+from weakspot.defenses.oracle import oracle_neutralized
+from weakspot.defenses.randomness import DrawnByImage, expectation
 from weakspot.defenses.training import train
+from weakspot.defenses.verdicts import verdict
 
-__all__ = ["judge_defense", "mask_units", "masking_test", "neutralize", "neutralizing", "train", "verdict"]
+__all__ = [
+    "DrawnByImage",
+    "expectation",
+    "judge_defense",
+    "mask_units",
+    "masking_test",
+    "neutralize",
+    "neutralizing",
+    "oracle_neutralized",
+    "train",
+    "verdict",
+]

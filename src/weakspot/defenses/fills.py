@@ -41,10 +41,15 @@ def neutralize(images: Tensor, region: Tensor, *, fill: str = "mean") -> Tensor:
     """
     check_batch(images)
     check_region(region, images)
-    if fill not in FILLS:
-        raise ValueError(f"fill is {fill!r}; {closest(str(fill), FILLS)}")
+    check_fill(fill)
     where = region.to(images.device).expand(len(images), -1, -1, -1)
     return torch.where(where, FILLS[fill](images, where), images)
+
+
+def check_fill(fill: str) -> None:
+    """Raises ValueError unless `fill` is the name of a fill."""
+    if fill not in FILLS:
+        raise ValueError(f"fill is {fill!r}; {closest(str(fill), FILLS)}")
 
 
 def _mean(images: Tensor, region: Tensor) -> Tensor:

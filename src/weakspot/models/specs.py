@@ -116,15 +116,25 @@ def _from_name(spec: str) -> nn.Module:
     if colon and source in HUBS:
         return HUBS[source](name)
     if colon:
-        return _made_by(_factory(source, name), spec)
+        return _made_by(find_factory(source, name), spec)
     entries = entry_points(group=GROUP, name=spec)
     for entry in entries:
         return _made_by(entry.load(), spec)
     raise ValueError(f"model is {spec!r}; {closest(spec, available_models())} (or {FORMS})")
 
 
-def _factory(module_name: str, name: str) -> Any:
-    """`module_name.name`, looked for in the working directory too, as `python -m` does."""
+def find_factory(module_name: str, name: str, *, kind: str = "model", forms: str = FORMS) -> Any:
+    """`module_name.name`, looked for in the working directory too, as `python -m` does.
+
+    Args:
+        module_name: a dotted name.
+        name: what to take of it.
+        kind: what errors call it.
+        forms: what errors say is accepted.
+
+    Raises:
+        ValueError: when there is no such module or it has no such name.
+    """
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -132,16 +142,16 @@ def _factory(module_name: str, name: str) -> Any:
         module = importlib.import_module(module_name)
     except (TypeError, ValueError):
         raise ValueError(
-            f"model {module_name}:{name}: {module_name!r} is no module's name; {FORMS} are accepted"
+            f"{kind} {module_name}:{name}: {module_name!r} is no module's name; {forms} are accepted"
         ) from None
     except ModuleNotFoundError as error:
         why = f"there is no module {error.name!r}"
         raise ValueError(
-            f"model {module_name}:{name}: {why} here or installed; {FORMS} are accepted"
+            f"{kind} {module_name}:{name}: {why} here or installed; {forms} are accepted"
         ) from None
     if not hasattr(module, name):
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ValueError(f"model {module_name}:{name}: the module has no {name!r}; {closest(name, public)}")
+        raise ValueError(f"{kind} {module_name}:{name}: the module has no {name!r}; {closest(name, public)}")
     return getattr(module, name)
 
 

@@ -49,9 +49,11 @@ def write_run(explanation: Explanation, folder: Path, about: Mapping[str, Any]) 
     return paths
 
 
-def write_scores(scores: pd.DataFrame, about: Mapping[str, Any], folder: Path) -> None:
-    """Write scores.csv and, last of all files, run.json, which says how they were made."""
-    write_whole(folder / "scores.csv", lambda draft: scores.to_csv(draft, index=False))
+def write_scores(
+    scores: pd.DataFrame, about: Mapping[str, Any], folder: Path, *, name: str = "scores.csv"
+) -> None:
+    """Write the scores under that name and, last of all files, run.json, which says how they were made."""
+    write_whole(folder / name, lambda draft: scores.to_csv(draft, index=False))
     record = {"schema": SCHEMA, **about, "versions": versions()}
     write_whole(
         folder / "run.json", lambda draft: draft.write_text(json.dumps(record, indent=2) + "\n", "utf-8")

@@ -1,0 +1,204 @@
+"""Randomness: draws that belong to an image, draws that are the attacker's own, and what averages over them see."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import NETWORKS, LinearNetwork, PoolingNetwork, untouched
+from weakspot import attacks
+from weakspot.budgets import Linf
+from weakspot.classifier import as_classifier
+from weakspot.defenses import DrawnByImage, expectation, neutralize, neutralizing
+from weakspot.defenses.bypassing import bypassing
+from weakspot.defenses.neutralizing import vulnerable_region
+from weakspot.defenses.randomness import as_played, is_random
+
+
+class Shaking(nn.Module):
+    """A linear network plus a wave along a direction drawn for each batch: little of the answer, all of its slope."""
+
+    def __init__(self, network: nn.Module, size: float, frequency: float) -> None:
+        super().__init__()
+        self.network, self.size, self.frequency = network, size, frequency
+
+    def forward(self, images: Tensor) -> Tensor:
+        along = torch.einsum("nchw,chw->n", images, torch.randn(images.shape[1:]))
+        wave = self.size * torch.sin(self.frequency * along)
+        logits: Tensor = self.network(images) + torch.stack([wave, -wave], 1)
+        return logits
+
+
+def linear(count: int = 20) -> tuple[LinearNetwork, Tensor, Tensor, Linf]:
+    """A linear network, images that it scores 5, their labels, and a budget that suffices by a fifth."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 8, 8, generator=generator)
+    images = 0.4 + 0.2 * torch.rand(count, 3, 8, 8, generator=generator)
+    missing = 5 - (images * weight).sum((1, 2, 3))
+    images = images + missing.view(-1, 1, 1, 1) * weight / weight.square().sum()
+    labels = torch.zeros(count, dtype=torch.long)
+    return LinearNetwork(weight).eval(), images, labels, Linf(1.2 * 5 / float(weight.abs().sum()))
+
+
+@pytest.mark.parametrize("randomness", [0.3, 1.0])
+def test_a_random_region_belongs_to_the_image_whatever_its_batch_and_order(randomness: float) -> None:
+    model, images = NETWORKS["pooling"]()
+    classifier = as_classifier(model)
+
+    def region(shown: Tensor, seed: int = 0, draw: int = 0) -> Tensor:
+        return vulnerable_region(classifier, shown, keep=0.3, randomness=randomness, seed=seed, draw=draw)
+
+    with untouched(model, images):
+        together = region(images)
+    assert torch.equal(together, torch.cat([region(image[None]) for image in images]))
+    assert torch.equal(together.flip(0), region(images.flip(0)))
+    assert 0 < float(together.float().mean()) <= 0.3
+    for other in (
+        region(images, seed=1),
+        region(images, draw=-1),
+        vulnerable_region(classifier, images, keep=0.3),
+    ):
+        assert not torch.equal(together, other)
+
+
+def test_a_defence_that_is_random_by_the_image_answers_alike_and_leaves_generators_alone() -> None:
+    model, images = NETWORKS["pooling"]()
+    defended = neutralizing(model, keep=0.3, randomness=0.5, seed=3)
+    with untouched(model, images):
+        first = defended(images)
+    torch.rand(1)
+    assert torch.equal(first, defended(images))
+    torch.testing.assert_close(first[1:2], defended(images[1:2]))
+    assert not torch.equal(first, neutralizing(model, keep=0.3, randomness=0.5, seed=4)(images))
+    assert torch.equal(
+        neutralizing(model, keep=0.3, randomness=0)(images), neutralizing(model, keep=0.3, seed=9)(images)
+    )
+
+
+def test_the_attackers_draws_are_never_the_defenders() -> None:
+    model, images = NETWORKS["pooling"]()
+    classifier = as_classifier(model)
+    defended = neutralizing(model, keep=0.3, randomness=1.0)
+
+    def by_hand(draw: int) -> Tensor:
+        region = vulnerable_region(classifier, images, keep=0.3, randomness=1.0, draw=draw)
+        logits: Tensor = classifier(neutralize(images, region))
+        return logits
+
+    torch.testing.assert_close(expectation(defended, 2)(images), (by_hand(-1) + by_hand(-2)) / 2)
+    torch.testing.assert_close(as_played(defended)(images), by_hand(0))
+    torch.testing.assert_close(defended(images), by_hand(0))
+
+
+def test_gradients_are_the_mean_over_draws_and_a_sure_model_keeps_its_own() -> None:
+    model, images = NETWORKS["pooling"]()
+    assert torch.equal(expectation(model, 1)(images), model(images))
+
+    def slope(network: nn.Module, point: Tensor) -> Tensor:
+        point = point.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(network(point)[:, 0].sum(), point)
+        return gradient
+
+    torch.testing.assert_close(slope(expectation(model, 3), images), slope(model, images))
+    defended = neutralizing(model, keep=0.3, randomness=1.0)
+    module = defended.network
+    assert isinstance(module, DrawnByImage)
+    singly = []
+    for draw in (-1, -2, -3):
+        module.draw = draw
+        singly.append(slope(defended, images))
+    module.draw = 0
+    torch.testing.assert_close(slope(expectation(defended, 3), images), torch.stack(singly).mean(0))
+
+
+def test_global_generators_are_seeded_for_a_draw_and_put_back() -> None:
+    class Everything(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            shift = torch.rand(2) + random.random() + float(np.random.rand())  # noqa: NPY002, S311
+            return images.flatten(1)[:, :2] + shift
+
+    images = torch.rand(2, 3, 4, 4)
+    states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
+    first = expectation(Everything().eval(), 3)(images)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert str(np.random.get_state()) == states[2]  # noqa: NPY002
+    torch.rand(3)
+    assert torch.equal(first, expectation(Everything().eval(), 3)(images))
+    assert not torch.equal(first, expectation(Everything().eval(), 3, seed=1)(images))
+    # Other images, other draws: the steps of an attack do not all follow one draw.
+    moved = expectation(Everything().eval(), 1)(images + 0.1) - expectation(Everything().eval(), 1)(images)
+    assert not torch.allclose(moved, torch.full_like(moved, 0.1))
+    assert is_random(Everything().eval(), images)
+    assert not is_random(PoolingNetwork().eval(), images)
+
+
+def test_a_defence_that_fails_has_its_draw_put_back() -> None:
+    class Failing(DrawnByImage):
+        def forward(self, images: Tensor) -> Tensor:
+            raise RuntimeError("no")
+
+    failing = Failing().eval()
+    with pytest.raises(RuntimeError, match="no"), untouched(failing):
+        expectation(failing, 2)(torch.zeros(1, 3, 4, 4))
+    assert failing.draw == 0
+
+
+def test_averaging_over_draws_breaks_what_only_its_randomness_protects() -> None:
+    model, images, labels, budget = linear()
+    defended = Shaking(model, 0.5, 8.0).eval()
+
+    def standing(draws: int) -> float:
+        made = attacks.pgd(expectation(defended, draws), images, labels, budget=budget, steps=10).adversarial
+        with torch.no_grad():
+            return float((as_played(defended)(made).argmax(1) == labels).float().mean())
+
+    assert standing(1) >= 0.6
+    assert standing(64) <= 0.1
+
+
+def test_gradients_through_the_defence_are_the_true_ones_where_the_region_stays() -> None:
+    # A linear network's gradient, and so the region, is the same everywhere: nothing is held fixed that moves.
+    model, images, _, _ = linear(2)
+    images = images.double()
+    defended = neutralizing(model.double(), keep=0.3, fill="mean")
+    point, direction = images.clone().requires_grad_(), torch.randn_like(images)
+    (gradient,) = torch.autograd.grad(defended(point)[:, 0].sum(), point)
+    with torch.no_grad():
+        ahead, behind = (defended(images + sign * 1e-4 * direction)[:, 0] for sign in (1, -1))
+    torch.testing.assert_close(
+        (gradient * direction).sum((1, 2, 3)), ((ahead - behind) / 2e-4), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_bypass_answers_as_the_defence_and_leads_as_the_bare_model() -> None:
+    model, images = NETWORKS["pooling"]()
+
+    class Rounding(nn.Module):
+        def forward(self, shown: Tensor) -> Tensor:
+            logits: Tensor = model((shown * 16).round() / 16)
+            return logits
+
+    bypass = bypassing(model, Rounding().eval())
+    point = images.clone().requires_grad_()
+    logits = bypass(point)
+    torch.testing.assert_close(logits, Rounding()(images), rtol=0, atol=0)
+    (found,) = torch.autograd.grad(logits[:, 1].sum(), point)
+    (expected,) = torch.autograd.grad(model(point)[:, 1].sum(), point)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(bypass(images), Rounding()(images))
+
+
+@pytest.mark.parametrize("randomness", [-0.1, 1.5, "half", True, float("nan")])
+def test_no_such_randomness(randomness: float) -> None:
+    with pytest.raises(ValueError, match=r"randomness is .*accepted is a number from 0"):
+        neutralizing(PoolingNetwork().eval(), randomness=randomness)
+
+
+def test_no_such_draws() -> None:
+    with pytest.raises(ValueError, match="draws is 0; accepted is a whole number of at least 1"):
+        expectation(PoolingNetwork().eval(), 0)
