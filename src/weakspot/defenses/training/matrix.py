@@ -117,7 +117,7 @@ def evaluation_matrix(
             told=None if told is None else (lambda row, name=name: told(name, row)),  # type: ignore[misc]
             progress=shown(f"training {name}", begin, middle),
             **options,
-        )
+        ).eval()
         why = (read_record(out / name) or {}).get("stopped")
         if why:
             stopped[name] = why

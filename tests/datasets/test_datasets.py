@@ -1,0 +1,232 @@
+"""Every format gives back the images and labels that were put in; what is damaged or dangerous is told."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_numpy
+from PIL import Image
+from torch import Tensor
+
+from weakspot.datasets import from_tensors, read_labelled
+from weakspot.datasets.idx import read_idx
+
+ROWS = torch.arange(12)
+
+
+def bytes_of(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def idx(array: np.ndarray) -> bytes:
+    head = bytes([0, 0, 8, array.ndim]) + b"".join(side.to_bytes(4, "big") for side in array.shape)
+    return head + array.tobytes()
+
+
+def write_mnist(folder: Path, *, packed: bool) -> tuple[np.ndarray, np.ndarray]:
+    folder.mkdir(parents=True, exist_ok=True)
+    images, labels = bytes_of(12, 9, 7), np.arange(12, dtype=np.uint8) % 10
+    for part in ("train", "t10k"):
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            content = idx(array)
+            path = folder / f"{part}-{kind}-ubyte{'.gz' if packed else ''}"
+            path.write_bytes(gzip.compress(content) if packed else content)
+    return images, labels
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_mnist_is_read_as_it_was_written(tmp_path: Path, packed: bool, nested: bool, split: str) -> None:
+    images, labels = write_mnist(tmp_path / "raw" if nested else tmp_path, packed=packed)
+    data = read_labelled(tmp_path, split=split)
+    assert data.shape == (1, 9, 7)
+    assert torch.equal(data.pixels(ROWS)[:, 0], torch.from_numpy(images))
+    assert torch.equal(data.labels, torch.from_numpy(labels).long())
+    assert data.class_names == tuple("0123456789")
+    assert float((data.images(ROWS) * 255 - data.pixels(ROWS)).abs().max()) < 1e-4
+
+
+@given(st_numpy.arrays(np.uint8, st_numpy.array_shapes(max_dims=4, max_side=5)), st.binary(max_size=3))
+def test_any_idx_file_comes_back_and_any_other_length_is_damage(array: np.ndarray, more: bytes) -> None:
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "x-ubyte"
+        path.write_bytes(idx(array) + more)
+        if more:
+            with pytest.raises(ValueError, match="damaged"):
+                read_idx(path)
+        else:
+            assert np.array_equal(read_idx(path).numpy(), array)
+
+
+def cifar_rows(count: int, head: int) -> tuple[np.ndarray, Tensor, Tensor]:
+    rows = bytes_of(count, head + 3072)
+    rows[:, :head] %= 10
+    images = torch.from_numpy(rows[:, head:].copy()).view(-1, 3, 32, 32)
+    return rows, images, torch.from_numpy(rows[:, head - 1].astype(np.int64))
+
+
+@pytest.mark.parametrize("kind", ["binary", "pickle", "hundred binary", "hundred pickle"])
+def test_cifar_is_read_as_it_was_written(tmp_path: Path, kind: str) -> None:
+    hundred = kind.startswith("hundred")
+    rows, images, labels = cifar_rows(12, 2 if hundred else 1)
+    parts = {"train": [rows]} if hundred else {"data_batch_1": [rows[:5]], "data_batch_2": [rows[5:]]}
+    for name, (part,) in parts.items():
+        if "binary" in kind:
+            (tmp_path / f"{name}.bin").write_bytes(part.tobytes())
+        else:
+            head = 2 if hundred else 1
+            key = b"fine_labels" if hundred else b"labels"
+            content = {b"data": part[:, head:], key: part[:, head - 1].tolist(), b"batch_label": b"one"}
+            (tmp_path / name).write_bytes(pickle.dumps(content, protocol=2))
+    names = [f"kind {number}" for number in range(10)]
+    if "pickle" in kind:
+        meta = {b"fine_label_names" if hundred else b"label_names": [name.encode() for name in names]}
+        (tmp_path / ("meta" if hundred else "batches.meta")).write_bytes(pickle.dumps(meta, protocol=2))
+    data = read_labelled(tmp_path)
+    assert torch.equal(data.pixels(ROWS), images)
+    assert torch.equal(data.labels, labels)
+    if "pickle" in kind:
+        assert data.class_names == tuple(names)
+    with pytest.raises(FileNotFoundError, match="test"):
+        read_labelled(tmp_path, split="test")
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch pwned",)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
+    tmp_path: Path, protocol: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for content in (Harmful(), {b"data": Harmful(), b"labels": [1]}, {b"data": [1], b"labels": [1]}, [1]):
+        (tmp_path / "data_batch_1").write_bytes(pickle.dumps(content, protocol=protocol))
+        with pytest.raises(ValueError, match="data_batch_1"):
+            read_labelled(tmp_path)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels last", "channels first"])
+@pytest.mark.parametrize("floats", [True, False])
+def test_arrays_are_read_as_they_were_written(tmp_path: Path, last: bool, floats: bool) -> None:
+    images = bytes_of(12, 3, 8, 6)
+    held = images.transpose(0, 2, 3, 1) if last else images
+    held = (held / 255).astype(np.float32) if floats else held
+    labels = np.arange(12).reshape(-1, 1) % 3
+    np.savez(tmp_path / "plain.npz", images=held, labels=labels)
+    np.savez(tmp_path / "keras.npz", x_train=held, y_train=labels, x_test=held[:4], y_test=labels[:4])
+    for name in ("plain.npz", "keras.npz"):
+        data = read_labelled(tmp_path / name)
+        torch.testing.assert_close(data.images(ROWS), torch.from_numpy(images).float() / 255)
+        assert data.labels.tolist() == [0, 1, 2] * 4
+    assert len(read_labelled(tmp_path / "keras.npz", split="test")) == 4
+
+
+@pytest.mark.parametrize("split", [True, False], ids=["with splits", "without"])
+def test_folders_of_classes_are_read_in_order_and_when_asked(tmp_path: Path, split: bool) -> None:
+    for part in ("train", "val") if split else (".",):
+        for number, name in enumerate(("zebra", "ant")):
+            folder = tmp_path / part / name
+            folder.mkdir(parents=True)
+            for picture in range(3):
+                array = np.full((10, 14, 3), 40 * number + 10 * picture, np.uint8)
+                Image.fromarray(array).save(folder / f"{picture}.png")
+    data = read_labelled(tmp_path, size=(8, 8))
+    assert data.class_names == ("ant", "zebra")
+    assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.pixels(torch.tensor([5, 0]))[:, 0, 0, 0].tolist() == [20, 40]
+    assert read_labelled(tmp_path, size=(8, 8), channels=1).pixels(ROWS[:1]).shape == (1, 1, 8, 8)
+    assert data.subset(torch.tensor([4, 1])).pixels(ROWS[:2])[:, 0, 0, 0].tolist() == [10, 50]
+    sent = pickle.loads(pickle.dumps(data))  # noqa: S301 - as worker processes are
+    assert sent.pixels(ROWS[:1]).shape == (1, 3, 8, 8)
+    with pytest.raises(ValueError, match="size is not given"):
+        read_labelled(tmp_path)
+    if split:
+        (tmp_path / "val/wasp").mkdir()
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "val/wasp/0.png")
+        with pytest.raises(ValueError, match="wasp is no class of the training data; accepted: ant, zebra"):
+            read_labelled(tmp_path, split="test", size=(8, 8))
+    (tmp_path / ("train" if split else ".") / "ant/0.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"ant/0.png: not an image in a known format; take it out"):
+        data.pixels(ROWS[:1])
+
+
+def test_a_hub_data_set_on_disk_is_read_as_it_was_written(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    pictures = [Image.fromarray(array) for array in bytes_of(12, 8, 8, 3)]
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    )
+    made = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1] * 6}, features=features)
+    datasets.DatasetDict({"train": made, "validation": made}).save_to_disk(str(tmp_path / "set"))
+    for split in ("train", "test"):
+        data = read_labelled(f"hf:{tmp_path / 'set'}", split=split)
+        assert data.class_names == ("cat", "dog")
+        assert data.labels.tolist() == [0, 1] * 6
+        assert torch.equal(data.pixels(ROWS), torch.from_numpy(bytes_of(12, 8, 8, 3)).permute(0, 3, 1, 2))
+
+
+def test_without_the_library_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"pip install 'weakspot\[datasets\]'"):
+        read_labelled("hf:somewhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("train-images-idx3-ubyte", b"\x00\x00\x09\x01", "is no IDX file of bytes"),
+        (
+            "train-images-idx3-ubyte",
+            idx(bytes_of(3, 4, 4))[:-1],
+            r"damaged: it says \[3, 4, 4\] and holds 47 bytes",
+        ),
+        ("train-images-idx3-ubyte.gz", b"\x1f\x8b no", "gzip"),
+        ("data_batch_1.bin", b"12345", "5 bytes are no multiple of 3073"),
+        ("x.npz", b"no zip", "cannot be read as an .npz"),
+        ("nothing.txt", b"", "is no data set; accepted is a folder of MNIST"),
+    ],
+)
+def test_damage_is_told_with_the_file(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros(3, np.uint8))) if "idx3" in name else None
+    with pytest.raises(ValueError, match=said):
+        read_labelled(path if path.suffix == ".npz" else tmp_path)
+
+
+def test_bad_arguments_are_told_in_one_sentence(tmp_path: Path) -> None:
+    images, labels = torch.zeros(3, 1, 4, 4), torch.tensor([0, 1, 2])
+    for given_images, given_labels, names, said in (
+        (images[0], labels, None, "images is"),
+        (images.long(), labels, None, "images are torch.int64"),
+        (images * torch.nan, labels, None, "images span"),
+        (images, labels[:2], None, "labels is"),
+        (images, -labels, None, "labels holds class"),
+        (images, labels, ["a"], "there are names for 1 classes"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            from_tensors(given_images, given_labels, class_names=names)
+    with pytest.raises(ValueError, match="split is 'trian'; did you mean train"):
+        read_labelled(tmp_path, split="trian")
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        read_labelled(tmp_path / "missing")
+    np.savez(tmp_path / "odd.npz", pictures=np.zeros(3))
+    with pytest.raises(ValueError, match="holds pictures; accepted are images or images_train"):
+        read_labelled(tmp_path / "odd.npz")

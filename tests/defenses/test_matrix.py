@@ -1,0 +1,155 @@
+"""The matrix of trained networks against tests: its numbers are those of the attacks, and it goes on after a death."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import FlatNetwork, LinearNetwork, untouched
+from tests.defenses.test_training import UNJUDGED, fresh, halves
+from weakspot import Linf, attacks
+from weakspot.datasets import Labelled, from_tensors
+from weakspot.defenses.training import (
+    TESTS,
+    evaluation_matrix,
+    judged_images,
+    matrix,
+    outcomes,
+    swap_backgrounds,
+)
+from weakspot.defenses.training.testing import Judged
+
+
+def make(seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return FlatNetwork()
+
+
+def data(count: int) -> Labelled:
+    return from_tensors(*halves(count))
+
+
+def test_swapped_backgrounds_keep_the_object_and_come_from_somebody_else() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(9, 3, 8, 6, generator=generator)
+    masks = torch.rand(9, 1, 8, 6, generator=generator) < 0.5
+    swapped = swap_backgrounds(images, masks)
+    assert torch.equal(swapped.masked_select(~masks), images.masked_select(~masks))
+    givers = []
+    for number in range(9):
+        both = masks[number] & masks
+        same = ((swapped[number] == images) | ~both).flatten(1).all(1)
+        assert int(same.sum()) == 1, "what lies behind is the background of one other image"
+        giver = int(same.nonzero())
+        assert giver != number
+        givers.append(giver)
+        hidden = masks[number] & ~masks[giver]
+        mean = images[giver].masked_select(masks[giver].expand(3, -1, -1)).view(3, -1).mean(1)
+        torch.testing.assert_close(
+            swapped[number].masked_select(hidden).view(3, -1), mean[:, None].expand(3, int(hidden.sum()))
+        )
+    assert sorted(givers) == list(range(9))
+    assert torch.equal(swapped, swap_backgrounds(images, masks))
+    with pytest.raises(ValueError, match="at least two"):
+        swap_backgrounds(images[:1], masks[:1])
+
+
+def test_outcomes_are_those_of_a_linear_network_by_its_closed_form() -> None:
+    """An image stands while its lead is over what the budget can take from it inside the region."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1, 6, 5, generator=generator)
+    images = torch.rand(40, 1, 6, 5, generator=generator) * 0.2 + 0.4
+    masks = torch.rand(40, 1, 6, 5, generator=generator) < 0.4
+    model = LinearNetwork(weight).eval()
+    lead = torch.einsum("nchw,chw->n", images, weight)
+    labels = (lead < 0).long()
+    labels[:5] = 1 - labels[:5]
+    right = torch.arange(40) >= 5
+    with untouched(model, images, labels):
+        found = outcomes(model, Judged(images, labels, masks), budget=Linf(0.1), steps=20, strongest=15)
+    assert tuple(found) == tuple(TESTS)
+    taken = {
+        name: 0.1 * (weight.abs() * where).flatten(1).sum(1)
+        for name, where in (("localized", masks), ("full", 1.0))
+    }
+    assert torch.equal(found["clean"], right)
+    for name in ("localized", "full"):
+        assert torch.equal(found[name], right & (lead.abs() > taken[name]))
+    assert torch.equal(found["strongest"], found["full"][:15])
+    assert 0 < int(found["full"].sum()) < int(found["localized"].sum()) < 35
+
+
+def test_the_matrix_is_what_its_networks_do_and_says_what_differs(tmp_path: Path) -> None:
+    rows: list[str] = []
+    options: dict[str, Any] = {**UNJUDGED, "epochs": 3, "budget": Linf(0.05)}
+    found = evaluation_matrix(
+        make, data(200), data(60), out=tmp_path, recipes=("standard", "full"), seeds=2, strongest=20,
+        told=lambda name, _: rows.append(name), **options,
+    )  # fmt: skip
+    assert len(found.accuracy) == 2 * len(TESTS)
+    assert len(found.differences) == 2 * len(TESTS)
+    images, labels = halves(60)
+    from safetensors.torch import load_file
+
+    for recipe in ("standard", "full"):
+        each = []
+        for seed in range(2):
+            model = fresh().eval()
+            model.load_state_dict(load_file(tmp_path / f"{recipe}-{seed}" / "model.safetensors"))
+            right = model(images).argmax(1) == labels
+            made = attacks.pgd(model, images, labels, budget=Linf(0.05), steps=40, stop_early=True)
+            each.append(float((right & ~made.success).double().mean()))
+        row = found.accuracy.set_index(["recipe", "test"]).loc[(recipe, "full")]
+        assert row["accuracy"] == pytest.approx(np.mean(each))
+        assert row["spread"] == pytest.approx(max(each) - min(each))
+        assert row["low"] <= row["accuracy"] <= row["high"]
+    difference = found.differences.set_index(["test", "recipe", "against"])["difference"].to_dict()
+    accuracy = found.accuracy.set_index(["test", "recipe"])["accuracy"].to_dict()
+    gain = difference["full", "full", "standard"]
+    assert gain == pytest.approx(accuracy["full", "full"] - accuracy["full", "standard"])
+    assert gain == -difference["full", "standard", "full"]
+    # Called again, everything is read: no epoch is told, and the numbers are the same.
+    again: list[str] = []
+    same = evaluation_matrix(
+        make, data(200), data(60), out=tmp_path, recipes=("standard", "full"), seeds=2, strongest=20,
+        told=lambda name, row: again.append(name) if "epoch" in row else None, **options,
+    )  # fmt: skip
+    assert not again
+    assert same.accuracy.equals(found.accuracy)
+    assert rows.count("full-0") == 4  # three epochs and the result
+
+
+def test_kept_outcomes_of_other_weights_or_attacks_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[float] = []
+
+    def counting(*arguments: Any, **options: Any) -> dict[str, Tensor]:
+        calls.append(options["budget"].eps)
+        return outcomes(*arguments, **options)
+
+    monkeypatch.setattr(matrix, "outcomes", counting)
+    tested = judged_images(data(20))
+    model = fresh().eval()
+    asked = {"budget": Linf(0.05), "steps": 2, "strongest": 2}
+    for changed in ({}, {}, {"budget": Linf(0.06)}, {"steps": 3}):
+        matrix._kept_outcomes(tmp_path, model, tested, {**asked, **changed}, None)
+    matrix._kept_outcomes(tmp_path, make(5).eval(), tested, asked, None)
+    matrix._kept_outcomes(tmp_path, model, tested._replace(images=tested.images + 0.01), asked, None)
+    assert calls == [0.05, 0.06, 0.05, 0.05, 0.05]
+
+
+def test_bad_arguments_are_told_in_one_sentence(tmp_path: Path) -> None:
+    for arguments, said in (
+        ({"recipes": ("standard", "fool")}, "recipe is 'fool'; accepted: standard, localized"),
+        ({"recipes": ()}, "accepted is at least one of each"),
+        ({"seeds": 0}, "seeds is 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            evaluation_matrix(make, data(40), data(20), out=tmp_path, **arguments)
