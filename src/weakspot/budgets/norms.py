@@ -169,4 +169,5 @@ def _length(rows: Tensor) -> Tensor:
 
 def _in_255ths(eps: float) -> str:
     levels = eps * 255
-    return f"{levels:g}/255" if abs(levels - round(levels, 2)) < 1e-6 else f"{eps:g}"
+    whole, short = (abs(value - round(value)) < 1e-6 for value in (levels, 100 * eps))
+    return f"{levels:g}/255" if whole or (abs(levels - round(levels, 2)) < 1e-6 and not short) else f"{eps:g}"

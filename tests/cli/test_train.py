@@ -1,0 +1,178 @@
+"""`weakspot train` on arrays and folders, cut off and again, and on what cannot be meant."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from tests.cli.test_explain import Run, run  # noqa: F401 - a fixture
+from tests.defenses.test_training import halves
+from weakspot import cli, load
+from weakspot.defenses import training
+
+QUICK = ("--epochs", "2", "--batch-size", "20", "--steps", "2", "--learning-rate", "0.05")
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Path:
+    images, labels = halves(240)
+    pixels = (images[:, 0] * 255).round().byte().numpy()
+    np.savez(
+        tmp_path / "digits.npz",
+        x_train=pixels[:200],
+        y_train=labels[:200],
+        x_test=pixels[200:],
+        y_test=labels[200:],
+    )
+    return tmp_path / "digits.npz"
+
+
+def test_a_network_is_trained_judged_and_used(run: Run, digits: Path, tmp_path: Path) -> None:  # noqa: F811
+    ended = run(
+        "train",
+        digits,
+        "--recipe",
+        "full",
+        "--budget",
+        "linf:0.05",
+        *QUICK,
+        "--out",
+        "runs/full",
+        "--evaluate",
+        "own",
+    )
+    assert ended.code == 0, ended.err
+    assert "full, epoch 2: loss" in ended.err
+    assert all(test in ended.out for test in training.TESTS)
+    written = {
+        path.name for path in (tmp_path / "runs/full").iterdir() if not path.name.startswith("backgrounds")
+    }
+    assert written == {"model.safetensors", "training.json"}
+    record = json.loads((tmp_path / "runs/full/training.json").read_text())
+    assert record["settings"]["recipe"] == "full"
+    assert record["settings"]["budget"] == "0.05 L-infinity"
+    assert record["settings"]["step_size"] == pytest.approx(2.5 * 0.05 / 2)
+    assert load("runs/full", device="cpu")(torch.rand(1, 1, 16, 12)).shape == (1, 2)
+    again = run(
+        "train", digits, "--recipe", "full", "--budget", "linf:0.05", *QUICK, "--out", "runs/full", "--json"
+    )
+    assert "epoch" not in again.err
+    assert json.loads(again.out)["weights"] == record["weights"]
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 12), dtype=np.uint8)).save("digit.png")
+    used = run("explain", "digit.png", "--model", "runs/full", "--analyses", "cam", "--out", "seen", "-q")
+    assert used.code == 0, used.err
+
+
+def test_a_matrix_is_a_table_a_picture_and_sentences(run: Run, digits: Path, tmp_path: Path) -> None:  # noqa: F811
+    command = (
+        "train", digits, "--evaluate", "matrix", "--recipes", "standard,localized", "--seeds", "2", *QUICK,
+        "--limit", "30", "--strongest", "10", "--out", "runs/matrix",
+    )  # fmt: skip
+    ended = run(*command)
+    assert ended.code == 0, ended.err
+    assert "localized" in ended.out
+    table = pd.read_csv(tmp_path / "runs/matrix/accuracy.csv")
+    assert set(table["recipe"]) == {"standard", "localized"}
+    assert set(table["seeds"]) == {2}
+    with Image.open(tmp_path / "runs/matrix/matrix.png") as picture:
+        assert picture.width > 800
+    same = run(*command, "--json")
+    assert json.loads(same.out)["accuracy"][0]["accuracy"] == pytest.approx(table["accuracy"][0], abs=1e-6)
+    assert load("runs/matrix/standard-1", device="cpu").name == "two_conv trained standard"
+
+
+def test_folders_of_pictures_and_a_network_of_ones_own(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(("dark", "light")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for picture in range(20):
+            pixels = rng.integers(0, 128, (20, 24, 3)) + 127 * number
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / name / f"{picture}.jpg")
+    ended = run(
+        "train", "photos", "--recipe", "localized", "--model", "tiny_networks:build", "--size", "16x16", *QUICK, "-q",
+        "--workers", "1",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert (ended.out, ended.err) == ("", "")
+    record = json.loads((tmp_path / "weakspot-train/training.json").read_text())
+    assert record["network"]["spec"] == "tiny_networks:build"
+    assert record["network"]["class_names"] == ["dark", "light"]
+
+
+def test_an_interrupted_training_says_so_and_goes_on(
+    run: Run,  # noqa: F811
+    digits: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = ("train", digits, "--recipe", "full", *QUICK, "--out", "cut")
+    from weakspot.defenses.training import loop
+    from weakspot.defenses.training.adversary import perturbed
+
+    calls = [0]
+
+    def interrupting(*arguments: object) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 12:
+            raise KeyboardInterrupt
+        return perturbed(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "perturbed", interrupting)
+    ended = run(*command)
+    assert ended.code == 5
+    assert "interrupted; the same command goes on from cut" in ended.err
+    cut = run(*command, "--json")
+    assert cut.code == 0, cut.err
+    whole = run(*command[:-1], "whole", "--json")
+    assert json.loads(cut.out)["weights"] == json.loads(whole.out)["weights"]
+
+
+def test_recipes_and_tests_are_listed(run: Run) -> None:  # noqa: F811
+    listed = json.loads(run("train", "--list", "--json").out)
+    assert {row["name"] for row in listed} == {*training.RECIPES, *training.TESTS}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ((), 2, "no data was named"),
+        (("missing",), 4, "missing: there is no such file or folder"),
+        (("digits.npz", "--recipe", "fulll"), 2, "recipe is 'fulll'; did you mean full"),
+        (("digits.npz", "--model", "resnet19"), 2, "model is 'resnet19'; did you mean resnet18"),
+        (("digits.npz", "--model", "nowhere:build"), 2, "there is no module 'nowhere'"),
+        (("digits.npz", "--budget", "0.3"), 2, "budget"),
+        (("digits.npz", "--step-size", "tiny"), 2, "step_size is 'tiny'"),
+        (("digits.npz", "--share", "2"), 2, "share is 2.0"),
+        (("digits.npz", "--evaluate", "all"), 2, "--evaluate is 'all'"),
+        (("digits.npz", "--size", "big"), 2, "size"),
+        (("digits.npz", "--out", "digits.npz"), 2, "which is a file"),
+        (("digits.npz", "--batch-size", "1000"), 2, "batch_size is 1000; there are 180 images"),
+        (("digits.npz", "--evaluate", "matrix", "--recipes", "standard,foo"), 2, "recipe is 'foo'"),
+        (("digits.npz", "--device", "abacus"), 2, "device is 'abacus'"),
+        (("digits.npz", "--model", "tiny_networks:build", *QUICK), 2, "channels"),
+    ],
+)
+def test_mistakes_get_one_sentence(
+    run: Run,  # noqa: F811
+    digits: Path,
+    arguments: tuple[str, ...],
+    code: int,
+    said: str,
+) -> None:
+    assert digits.exists()
+    ended = run("train", *arguments)
+    assert ended.code == code, ended.err
+    assert said in ended.err
+    assert len([line for line in ended.err.splitlines() if line.strip()]) == 1
+    assert "Traceback" not in ended.err
+
+
+def test_help_shows_examples(run: Run) -> None:  # noqa: F811
+    ended = run("train", "--help")
+    assert "weakspot train mnist/ --recipe localized" in ended.out
+    assert cli.app is not None
