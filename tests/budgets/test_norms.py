@@ -257,7 +257,7 @@ def test_l2_and_l1_refuse_what_is_not_finite_or_below_zero(
     ("budget", "words"),
     [
         (Linf(8 / 255), "8/255 L-infinity"),
-        (Linf(0.03), "7.65/255 L-infinity"),
+        (Linf(0.03), "0.03 L-infinity"),
         (L2(0.5), "0.5 L2"),
         (L1(12), "12 L1"),
     ],

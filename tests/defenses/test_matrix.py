@@ -110,14 +110,11 @@ def test_the_matrix_is_what_its_networks_do_and_says_what_differs(tmp_path: Path
         assert row["accuracy"] == pytest.approx(np.mean(each))
         assert row["spread"] == pytest.approx(max(each) - min(each))
         assert row["low"] <= row["accuracy"] <= row["high"]
-    columns = ["test", "recipe", "against", "difference"]
-    difference = {
-        (test, one, other): gain for test, one, other, gain in found.differences[columns].to_numpy()
-    }
-    accuracy = {(row.test, row.recipe): row.accuracy for row in found.accuracy.itertuples()}
-    gain = difference["full", "full", "standard"]
-    assert gain == pytest.approx(accuracy["full", "full"] - accuracy["full", "standard"])
-    assert gain == -difference["full", "standard", "full"]
+    difference = found.differences.set_index(["test", "recipe", "against"])["difference"]
+    accuracy = found.accuracy.set_index(["test", "recipe"])["accuracy"]
+    gain = difference.loc[("full", "full", "standard")]
+    assert gain == pytest.approx(accuracy.loc[("full", "full")] - accuracy.loc[("full", "standard")])
+    assert gain == -difference.loc[("full", "standard", "full")]
     # Called again, everything is read: no epoch is told, and the numbers are the same.
     again: list[str] = []
     same = evaluation_matrix(
