@@ -110,8 +110,8 @@ def test_the_matrix_is_what_its_networks_do_and_says_what_differs(tmp_path: Path
         assert row["accuracy"] == pytest.approx(np.mean(each))
         assert row["spread"] == pytest.approx(max(each) - min(each))
         assert row["low"] <= row["accuracy"] <= row["high"]
-    difference = found.differences.set_index(["test", "recipe", "against"])["difference"]
-    accuracy = found.accuracy.set_index(["test", "recipe"])["accuracy"]
+    difference: Any = found.differences.set_index(["test", "recipe", "against"])["difference"]
+    accuracy: Any = found.accuracy.set_index(["test", "recipe"])["accuracy"]
     gain = difference.loc[("full", "full", "standard")]
     assert gain == pytest.approx(accuracy.loc[("full", "full")] - accuracy.loc[("full", "standard")])
     assert gain == -difference.loc[("full", "standard", "full")]
