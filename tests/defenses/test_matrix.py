@@ -106,7 +106,7 @@ def test_the_matrix_is_what_its_networks_do_and_says_what_differs(tmp_path: Path
             right = model(images).argmax(1) == labels
             made = attacks.pgd(model, images, labels, budget=Linf(0.05), steps=40, stop_early=True)
             each.append(float((right & ~made.success).double().mean()))
-        row = found.accuracy.set_index(["recipe", "test"]).loc[(recipe, "full")]
+        row: Any = found.accuracy.set_index(["recipe", "test"]).loc[(recipe, "full")]
         assert row["accuracy"] == pytest.approx(np.mean(each))
         assert row["spread"] == pytest.approx(max(each) - min(each))
         assert row["low"] <= row["accuracy"] <= row["high"]
