@@ -1,0 +1,127 @@
+"""What training costs, and what it gives. Run: python -m benchmarks.training [SECTION ...]
+
+Sections: cost (a localized epoch against bare training passes), mnist and cifar10 (the matrix: networks trained by
+four recipes against every test, as `weakspot train --evaluate matrix` makes it). Real data from the folder that
+WEAKSPOT_DATA names; the matrices are kept in the folder that WEAKSPOT_MATRIX names, ./matrix-NAME by default, and go on
+after a death.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks import real, sections
+from weakspot import defenses, zoo
+from weakspot.budgets import Linf
+from weakspot.datasets import Labelled, from_tensors, read_labelled
+from weakspot.defenses.training import evaluation_matrix
+
+ROUNDS = 5
+RECIPES = ("standard", "localized", "random_mask", "full")
+
+
+def cost() -> None:
+    """Seconds of a localized epoch, without judging, against 1 + steps x share bare training passes of its batches."""
+    if not real.there():
+        return
+    print(
+        "\n| network | images | steps | bare pass, ms an image | epoch | of 1 + steps x share bare passes | range |"
+        "\n|---|---|---|---|---|---|---|"
+    )
+    digits = read_labelled(real.FOLDER / "mnist").subset(torch.arange(6400))
+    photos = cifar("train", 512)
+    for name, data, steps in (
+        ("two_conv", digits, 40),
+        ("two_conv", cifar("train", 6400), 10),
+        ("resnet20", photos, 10),
+    ):
+        _epoch_against_passes(name, data, steps)
+
+
+def _epoch_against_passes(name: str, data: Labelled, steps: int) -> None:
+    from tempfile import TemporaryDirectory
+
+    count, share, batch = len(data), 0.5, 128
+    model = zoo.build(name, classes=10, channels=data.shape[0], size=data.shape[1:])
+    epochs, passes = [], []
+    with TemporaryDirectory() as kept:
+        for number in range(ROUNDS + 1):
+            told: list[dict[str, float]] = []
+            # The backgrounds are found once, in the round that is thrown away, and kept.
+            defenses.train(
+                model, data, recipe="localized", epochs=1, held_out=0, steps=steps, step_size=0.01, budget=Linf(0.1),
+                share=share, batch_size=batch, masks=Path(kept), told=told.append,
+            )  # fmt: skip
+            bare = _bare(name, data, batch)
+            if number:
+                epochs.append(told[0]["seconds"])
+                passes.append(bare)
+    ratios = [epoch / (bare * (1 + steps * share)) for epoch, bare in zip(epochs, passes, strict=True)]
+    print(
+        f"| {name}, {data.shape[0]} x {data.shape[1]} x {data.shape[2]} | {count} | {steps} | "
+        f"{1e3 * statistics.median(passes) / count:.3f} | {statistics.median(epochs):.1f} s | "
+        f"{statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} |",
+        flush=True,
+    )
+
+
+def _bare(name: str, data: Labelled, batch: int) -> float:
+    """Seconds for forward, backward and update of every batch, on images that lie ready in the faster layout."""
+    model = zoo.build(name, classes=10, channels=data.shape[0], size=data.shape[1:]).train()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as torch documents it
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    images = data.images(torch.arange(len(data))).contiguous(memory_format=torch.channels_last)
+    begun = time.perf_counter()
+    for rows in torch.arange(len(data)).split(batch):
+        loss = F.cross_entropy(model(images[rows[0] : rows[-1] + 1]), data.labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return time.perf_counter() - begun
+
+
+def mnist() -> None:
+    """Two convolutions, 6 epochs, all 60,000 and 10,000 digits."""
+    if real.there():
+        folder = real.FOLDER / "mnist"
+        _matrix("mnist", "two_conv", read_labelled(folder), read_labelled(folder, split="test"), epochs=6)
+
+
+def cifar10() -> None:
+    """Two convolutions, 15 epochs, 30,000 training images, the first 1000 test images."""
+    if real.there():
+        _matrix("cifar10", "two_conv", cifar("train"), cifar("test", 1000), epochs=15)
+
+
+def cifar(split: str, count: int | None = None) -> Labelled:
+    """The folder's CIFAR-10 images."""
+    images, labels = real.networks().cifar10(split, count) if count else real.networks().cifar10(split)
+    return from_tensors((images * 255).round().byte(), labels, name=f"cifar10 {split}")
+
+
+def _matrix(title: str, network: str, data: Labelled, test: Labelled, *, epochs: int) -> None:
+    begun = time.perf_counter()
+    out = Path(os.environ.get("WEAKSPOT_MATRIX", f"matrix-{title}"))
+    found = evaluation_matrix(
+        lambda seed: zoo.build(network, classes=10, channels=data.shape[0], size=data.shape[1:], seed=seed),
+        data, test, out=out, recipes=RECIPES, epochs=epochs, strongest=300,
+        told=lambda name, row: print(name, {key: round(value, 4) for key, value in row.items()}, flush=True),
+    )  # fmt: skip
+    print(
+        f"\n{title}, {network}, {epochs} epochs, {len(data)} training images: {time.perf_counter() - begun:.0f} s\n"
+    )
+    print(sections.table(found.accuracy))
+    against = found.differences[found.differences["against"] == "standard"]
+    print("\n" + sections.table(against))
+
+
+SECTIONS = {"cost": cost, "mnist": mnist, "cifar10": cifar10}
+
+if __name__ == "__main__":
+    sections.run(SECTIONS)
