@@ -362,13 +362,15 @@ def _teller() -> Callable[[str, Mapping[str, float]], None]:
 
     def tell(name: str, row: Mapping[str, float]) -> None:
         if "epoch" not in row:
-            console.print(f"{name}: " + ", ".join(f"{test} {value:.1%}" for test, value in row.items()))
+            line = ", ".join(f"{test} {value:.1%}" for test, value in row.items())
+            console.print(f"{name}: {line}", soft_wrap=True)
             return
         judged = ", ".join(f"{key} {row[key]:.1%}" for key in ("clean", "robust") if key in row)
         console.print(
             f"{name}, epoch {row['epoch']:.0f}: loss {row['loss']:.3f}, held out: {judged or 'none'}; "
             f"{row['seconds']:.0f} s",
             style="dim",
+            soft_wrap=True,
         )
 
     return tell

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from weakspot.budgets import Budget
@@ -251,7 +251,8 @@ def _train(
         warnings.warn(loop.stopped, ModelWarning, stacklevel=4)
     if out is not None and writes:
         tensors = {name: tensor.contiguous() for name, tensor in classifier.network.state_dict().items()}
-        write_synced(out / WEIGHTS, lambda draft: save_file(tensors, draft))
+        # Not save_file, which lets nobody else read what it writes.
+        write_synced(out / WEIGHTS, lambda draft: draft.write_bytes(save(tensors)))
         finished = {"finished": True, "stopped": loop.stopped, "weights": fingerprint(classifier.network)}
         write_record(out, {**record, **finished, "epochs": loop.history})
         (out / CHECKPOINT).unlink(missing_ok=True)
