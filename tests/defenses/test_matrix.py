@@ -146,6 +146,37 @@ def test_kept_outcomes_of_other_weights_or_attacks_are_not_taken(
     assert calls == [0.05, 0.06, 0.05, 0.05, 0.05]
 
 
+def test_backgrounds_cut_off_go_on_and_are_found_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from weakspot.defenses.training import backgrounds as finding
+
+    monkeypatch.setattr(finding, "CHUNK", 8)
+    images = from_tensors(*halves(50))
+    whole = finding.find_backgrounds(images)
+    expected = torch.nn.functional.max_pool2d((images.images(torch.arange(50)) > 0.1).float(), 3, 1, 1) == 0
+    told: list[float] = []
+
+    def die(done: float) -> None:
+        told.append(done)
+        if done > 0.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finding.find_backgrounds(images, cache=tmp_path, progress=die)
+    (part,) = tmp_path.iterdir()
+    with part.open("ab") as file:
+        file.write(b"torn")
+    again: list[float] = []
+    found = finding.find_backgrounds(images, cache=tmp_path, progress=again.append)
+    assert again[0] == pytest.approx(told[-1] + 8 / 50), "the first chunks are not found again"
+    assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
+    rows = torch.tensor([49, 0, 17])
+    for kept in (whole, found, finding.find_backgrounds(images, cache=tmp_path, progress=die)):
+        assert torch.equal(kept.masks(rows), whole.masks(rows))
+        assert kept.masks(torch.arange(50)).shape == expected.shape
+
+
 def test_bad_arguments_are_told_in_one_sentence(tmp_path: Path) -> None:
     for arguments, said in (
         ({"recipes": ("standard", "fool")}, "recipe is 'fool'; accepted: standard, localized"),

@@ -226,7 +226,7 @@ def _own(
     from weakspot.defenses.training import judged_images, outcomes
     from weakspot.defenses.training.matrix import TEST_STEPS
     from weakspot.defenses.training.settings import defaults
-    from weakspot.statistics import mean_interval
+    from weakspot.statistics import share_interval
 
     tested = judged_images(test, limit=limit, masks=out)
     found = outcomes(
@@ -239,7 +239,7 @@ def _own(
     )
     rows = []
     for name, right in found.items():
-        mean, low, high = mean_interval(right.double().numpy())
+        mean, low, high = share_interval(right.numpy())
         rows.append({"test": name, "accuracy": mean, "low": low, "high": high, "images": len(right)})
     return {"tests": rows}
 

@@ -16,7 +16,7 @@ from weakspot.checks import ImageWarning
 from weakspot.datasets import Labelled
 from weakspot.regions import background
 
-CHUNK = 64
+CHUNK, SAMPLED = 64, 256  # images: at once in a thread, and for a fingerprint
 
 
 class Backgrounds:
@@ -42,7 +42,8 @@ def find_backgrounds(
 
     Args:
         data: N images.
-        cache: a folder where they are kept under a name made of the data, so that they are found once.
+        cache: a folder where they are kept under a name made of the data, so that they are found once; what was found
+            before a death is kept too. One process at a time.
         progress: called with the share done.
     """
     height, width = data.shape[1:]
@@ -51,8 +52,10 @@ def find_backgrounds(
         bits = np.load(kept, mmap_mode="r", allow_pickle=False)
         if bits.shape == (len(data), -(-height * width // 8)):
             return Backgrounds(bits, (height, width))
-    chunks = torch.arange(len(data)).split(CHUNK)
     bits = np.empty((len(data), -(-height * width // 8)), np.uint8)
+    part = None if kept is None else kept.with_suffix(".part")
+    done = 0 if part is None else _taken_up(part, bits)
+    chunks = torch.arange(len(data)).split(CHUNK)[done:]
 
     def find(rows: Tensor) -> np.ndarray:
         return np.packbits(background(data.images(rows)).flatten(1).numpy(), axis=1)
@@ -62,23 +65,39 @@ def find_backgrounds(
         warnings.simplefilter("ignore", ImageWarning)
         # OpenCV leaves the interpreter's lock alone while it works, so threads are enough.
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            for number, (rows, found) in enumerate(zip(chunks, pool.map(find, chunks), strict=True)):
+            for rows, found in zip(chunks, pool.map(find, chunks), strict=True):
                 bits[rows[0] : rows[-1] + 1] = found
+                if part is not None:
+                    with part.open("ab") as file:
+                        file.write(found.tobytes())
                 if progress is not None:
-                    progress((number + 1) / len(chunks))
-    if kept is not None:
+                    progress(float(rows[-1] + 1) / len(data))
+    if kept is not None and part is not None:
         _keep(kept, bits)
+        part.unlink(missing_ok=True)
     return Backgrounds(bits, (height, width))
 
 
+def _taken_up(part: Path, bits: np.ndarray) -> int:
+    """Fill in the whole chunks that an earlier call wrote before it died, and cut off what follows; their number."""
+    part.parent.mkdir(parents=True, exist_ok=True)
+    held = np.fromfile(part, np.uint8) if part.is_file() else np.empty(0, np.uint8)
+    width = int(bits.shape[1])
+    rows = min(len(held) // width, len(bits)) // CHUNK * CHUNK
+    bits[:rows] = held[: rows * width].reshape(rows, width)
+    part.write_bytes(bits[:rows].tobytes())
+    return rows // CHUNK
+
+
 def data_fingerprint(data: Labelled) -> str:
-    """Sixteen hex digits made of all labels and of up to 256 images spread over the data."""
+    """Sixteen hex digits made of all labels and all images, or of 256 spread over data that has to be decoded."""
     import hashlib
 
     digest = hashlib.sha256(repr((len(data), data.shape)).encode())
     digest.update(data.labels.numpy().tobytes())
-    rows = torch.linspace(0, len(data) - 1, min(256, len(data))).round().long()
-    digest.update((data.images(rows) * 255).round().byte().numpy().tobytes())
+    count = len(data) if data.held else min(SAMPLED, len(data))
+    for rows in torch.linspace(0, len(data) - 1, count, dtype=torch.float64).round().long().split(SAMPLED):
+        digest.update(data.pixels(rows).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -21,7 +21,7 @@ from weakspot.defenses.training.settings import defaults
 from weakspot.defenses.training.testing import TESTS, Judged, judged_images, outcomes
 from weakspot.defenses.training.training import train
 from weakspot.models.fingerprint import fingerprint
-from weakspot.statistics import mean_interval
+from weakspot.statistics import mean_interval, share_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -164,7 +164,8 @@ def _accuracy(found: Mapping[str, Mapping[str, Tensor]], recipes: Sequence[str],
         for test in TESTS:
             right = _by_image(found, recipe, test, seeds)
             each = right.mean(1)
-            mean, low, high = mean_interval(right.mean(0))
+            # Of one network an image stands or falls: Wilson's interval has a width at 0% and 100% too.
+            mean, low, high = share_interval(right[0] > 0) if seeds == 1 else mean_interval(right.mean(0))
             rows.append(
                 {
                     "recipe": recipe,

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 NEEDS_BACKGROUND = {"background", "foreground", "random"}
 SPLIT_SEED = 0  # which images are held out is a matter of the data, the same for every seed that is compared
+PATIENCE = timedelta(days=1)  # of processes for the one that finds backgrounds
 FINDING = 0.3  # of the progress, where backgrounds have to be found first
 
 
@@ -218,7 +220,8 @@ def _train(
     region = find_recipe(settings.recipe).region
     if region in NEEDS_BACKGROUND and settings.attacked:
         first = None if progress is None else lambda done: progress(FINDING * done)
-        found = find_backgrounds(everything, cache=masks, progress=first)
+        with fabric.rank_zero_first():  # the others find what it kept
+            found = find_backgrounds(everything, cache=masks, progress=first)
         advance = None if progress is None else lambda done: progress(FINDING + (1 - FINDING) * done)
     loop = Loop(
         fabric,
@@ -273,6 +276,7 @@ def make_fabric(device: str, precision: str) -> Fabric:
     """
     try:
         from lightning_fabric import Fabric
+        from lightning_fabric.strategies.ddp import DDPStrategy
     except ImportError:
         raise ValueError("training needs Lightning Fabric: pip install 'weakspot[train]'") from None
     kind, _, number = device.partition(":")
@@ -285,7 +289,7 @@ def make_fabric(device: str, precision: str) -> Fabric:
         accelerator=kind,
         devices=1 if kind == "mps" else devices,
         num_nodes=nodes,
-        strategy="ddp" if many else "auto",
+        strategy=DDPStrategy(timeout=PATIENCE) if many else "auto",
         precision=precision,  # type: ignore[arg-type]  # checked by Settings
     )
     fabric.launch()
