@@ -30,7 +30,7 @@ RECIPES = ("standard", "localized", "foreground", "random_mask", "full", "noise"
 TEST_STEPS = {
     1: 40,
     3: 20,
-}  # of PGD, by the channels of the images (science.md of Madry's tables: MNIST 40, CIFAR 20)
+}  # of PGD by channels: MNIST 40 and CIFAR-10 20, as Madry et al. 2018 test
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def evaluation_matrix(
     progress: Callable[[str, float], None] | None = None,
     **options: Any,
 ) -> Matrix:
-    """Train a network by every recipe and seed, and test each in every way (science: arXiv 1909.04779).
+    """Train a network by every recipe and seed, and test each in every way (arXiv 1909.04779).
 
     All networks of one seed start from the same weights and see the images in the same order. What is finished stays
     finished: called again after any death, the matrix goes on.
