@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ROUNDING = 1e-9
+RESAMPLES = 10_000  # of the bootstrap
+DRAWS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,13 @@ def mean_interval(values: NDArray[np.floating], seed: int = 0) -> tuple[float, f
     if len(values) == 1:
         return float(values[0]), np.nan, np.nan
     rng = np.random.default_rng(seed)
-    means = values[rng.integers(0, len(values), (10_000, len(values)))].mean(1)
+    rows = max(1, DRAWS // len(values))  # drawn at once: memory does not grow with the number of images
+    means = np.concatenate(
+        [
+            values[rng.integers(0, len(values), (min(rows, RESAMPLES - start), len(values)))].mean(1)
+            for start in range(0, RESAMPLES, rows)
+        ]
+    )
     low, high = np.quantile(means, [0.025, 0.975])
     return float(values.mean()), float(low), float(high)
 

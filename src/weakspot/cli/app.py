@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import weakspot
 
-UNEXPECTED, USAGE, UNREADABLE, INTERRUPTED = 1, 2, 4, 130
+UNEXPECTED, USAGE, UNREADABLE, RESUMABLE, INTERRUPTED = 1, 2, 4, 5, 130
 app = typer.Typer(
     name="weakspot",
     help="Find where an image classifier is weak, why, and what helps.",
