@@ -20,7 +20,7 @@ from weakspot.explanations import explain
 from weakspot.pairs import AttackResult
 from weakspot.regions import read_region
 from weakspot.runs.attacking import call_attack, chosen, joined
-from weakspot.runs.isolation import Lots, isolated
+from weakspot.runs.isolation import Lots
 from weakspot.runs.listing import Entry
 from weakspot.runs.maps import BlockBuilder, MapBlock
 from weakspot.runs.plan import AttackPlan, Plan
@@ -63,7 +63,7 @@ class Machine:
         classifier: as it was loaded; analyses look inside it.
         steady: the same network for attacks.
         lots: how many images are attacked at once.
-        pairs: how many pairs are explained at once.
+        pairs: how many are explained at once, or have their regions found.
     """
 
     classifier: Classifier
@@ -76,6 +76,20 @@ class Machine:
         """For a plan; without a batch size all images of a shard are attacked at once, fewer when memory runs out."""
         steady = SteadyClassifier(classifier, plan.group)
         return cls(classifier, steady, Lots(batch_size, steady), Lots(None, None))
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits (N, K), in groups; NaN as they come."""
+        troubles: dict[int, str] = {}
+
+        def go(mine: Tensor) -> Tensor:
+            with torch.no_grad():
+                return torch.cat([self.steady(images[part]) for part in mine.split(self.steady.group)])
+
+        rows = torch.arange(len(images), device=images.device)
+        found = self.lots.each(go, rows, troubles, f"a pass through {self.steady.name}")
+        if troubles:
+            raise ValueError(next(iter(troubles.values())))
+        return torch.cat([logits for _, logits in found])
 
 
 def audit_shard(
@@ -120,8 +134,7 @@ class _Shard:
         self.machine, self.plan, self.opened, self.places = machine, plan, opened, places
         device = machine.steady.mean.device
         self.images = opened.images.to(device)
-        with torch.no_grad():
-            self.clean = torch.cat([machine.steady(part) for part in self.images.split(machine.steady.group)])
+        self.clean = machine.predict(self.images)
         given = torch.tensor([entry.label for entry in opened.entries], device=device)
         self.labels = torch.where(given >= 0, given, self.clean.argmax(1))
         self.sound = self.clean.isfinite().all(1)
@@ -161,7 +174,7 @@ class _Shard:
                 seed=self.plan.seed,
             )
 
-        for mine, found in isolated(find, rows, troubles, f"region {text}"):
+        for mine, found in self.machine.pairs.each(find, rows, troubles, f"region {text}"):
             region[mine] = found
         return region, troubles
 
@@ -178,7 +191,7 @@ class _Shard:
         begun = time.perf_counter()
         rows, result = self._attacked(attack, text, region, troubles, lambda share: progress(share / 2))
         attacked = time.perf_counter()
-        logits = None if result is None else self._logits(result.adversarial)
+        logits = None if result is None else self.machine.predict(result.adversarial)
         explained = [] if result is None else self._explained(rows, result, troubles)
         self._keep(builder, cell, rows, result, explained)
         spent = (attacked - begun, time.perf_counter() - attacked)
@@ -227,10 +240,6 @@ class _Shard:
         if not found:
             return rows[:0], None
         return torch.cat([mine for mine, _ in found]), joined([one for _, one in found])
-
-    def _logits(self, images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return torch.cat([self.machine.steady(part) for part in images.split(self.machine.steady.group)])
 
     def _explained(
         self, rows: Tensor, result: AttackResult, troubles: dict[int, str]

@@ -98,7 +98,7 @@ def _model(said: Any, folder: Path) -> ModelPlan:
 def _attacks(said: Any, budgets: Any) -> list[AttackPlan]:
     every: list[str | None] = [None] if budgets is None else [*_texts("budget", budgets)]
     found = []
-    for entry in said.split(",") if isinstance(said, str) else said:
+    for entry in _texts("attacks", said) if isinstance(said, str) else said:
         table = {"name": entry.strip()} if isinstance(entry, str) else dict(entry)
         _check_keys("attacks", table, {one.name for one in fields(AttackPlan)})
         if "name" not in table:

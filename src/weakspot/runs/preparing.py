@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from weakspot.checks import NotFiniteError
 from weakspot.classifier import Classifier, evaluating
 from weakspot.models import load
 from weakspot.models.fingerprint import fingerprint
@@ -139,6 +140,8 @@ def _try_regions(plan: Plan, classifier: Classifier) -> None:
         for text in plan.regions:
             try:
                 read_region(text, classifier, images, labels, keep=plan.keep, seed=plan.seed)
+            except NotFiniteError:
+                continue  # rows will say so
             except (ValueError, FileNotFoundError) as error:
                 said = str(error)
                 raise ValueError(
