@@ -124,8 +124,8 @@ def small_plan(*sources: Path, **changes: object) -> Plan:
 
 def same_records(one: Run, other: Run) -> None:
     """Asserts that all records are the same to the last bit, times apart."""
-    frames = [run.records.drop(columns=list(TIMES)) for run in (one, other)]
-    pd.testing.assert_frame_equal(*frames, check_exact=True)
+    left, right = (run.records.drop(columns=list(TIMES)) for run in (one, other))
+    pd.testing.assert_frame_equal(left, right, check_exact=True)
 
 
 def same_maps(one: Run, other: Run) -> None:

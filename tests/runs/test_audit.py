@@ -109,7 +109,7 @@ def test_the_batch_size_and_the_order_of_images_change_no_bit(
     whole: Run, pictures: Path, batch_size: int
 ) -> None:
     files = list(pictures.rglob("*.png"))
-    random.Random(batch_size).shuffle(files)
+    random.Random(batch_size).shuffle(files)  # noqa: S311 - no secret
     if batch_size == 1:
         changed = replace(small_plan(pictures), sources=(str(pictures), str(pictures) + "/"))
         same_records(whole, audit(changed, pictures.parent / "other", batch_size=batch_size))
@@ -148,19 +148,21 @@ def test_a_disk_that_is_full_at_any_moment_costs_nothing_but_time(
 
     for module in ("folder", "maps"):
         monkeypatch.setattr(f"weakspot.runs.{module}.synchronize", full)
+    said: list[str] = []
+    twice = 0
     go: Callable[[], Run] = lambda: audit(small_plan(pictures), out)  # noqa: E731
     for _ in range(60):
         try:
             found = go()
             break
         except StoppedError as stopped:
-            assert str(stopped).count("\n") == 0
-            assert "No space left on device" in str(stopped)
-            assert Run(out).records.drop_duplicates(["image", "attack", "region"]).shape[0] == len(
-                Run(out).records
-            )
+            said.append(str(stopped))
+            rows = Run(out).records
+            twice += int(rows.duplicated(["image", "attack", "region"]).sum()) if len(rows) else 0
             if stopped.resumable:
                 go = lambda: resume(out)  # noqa: E731
+    assert twice == 0
+    assert all("No space left on device" in sentence and "\n" not in sentence for sentence in said)
     assert stops[0] > 5
     same_records(whole, found)
     same_maps(whole, found)
@@ -216,7 +218,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_never_was(
     with pytest.raises(KeyboardInterrupt):
         audit(small_plan(pictures), out, watch=stop)
     assert not Run(out).complete
-    rng = random.Random(kills)
+    rng = random.Random(kills)  # noqa: S311 - no secret
     begun = time.perf_counter()
     audit(small_plan(pictures), pictures.parent / "timed")
     whole_time = time.perf_counter() - begun
@@ -410,7 +412,8 @@ def test_files_are_read_by_duckdb_and_zarr_alone(whole: Run) -> None:
     import duckdb
 
     path = whole.folder / "records.parquet"
-    rows = duckdb.sql(f"select attack, region, avg(success::int) from '{path}' group by all").fetchall()
+    query = f"select attack, region, avg(success::int) from '{path}' group by all"  # noqa: S608
+    rows = duckdb.connect().sql(query).fetchall()
     assert len(rows) == 4
     group = zarr.open_group(whole.folder / "maps.zarr", mode="r")
     assert group["partition"].shape == (14, 2, 2, 24, 24)  # type: ignore[union-attr]
@@ -433,10 +436,11 @@ def test_columns_that_only_some_shards_have_are_missing_elsewhere(pictures: Path
     # Only pairs that differ in one pixel have a locality.
     plan = small_plan(pictures, analyses=("locality", "ssim"), regions=("none",))
     records = audit(plan, pictures.parent / "other").records
-    own = [name for name in records if name.startswith("moved") or "neighbour" in name]
+    own = [name for name in map(str, records) if name.startswith("moved") or "neighbour" in name]
     assert "ssim_score" in records
     assert pd.api.types.is_float_dtype(records["ssim_score"])
-    assert all(records.loc[records["attack"] == "pgd", name].isna().all() for name in own)
+    assert own
+    assert records[records["attack"] == "pgd"][own].isna().all(axis=None)
 
 
 def test_warnings_of_train_mode_come_and_nothing_else(pictures: Path) -> None:

@@ -48,7 +48,7 @@ def test_a_lock_of_another_machine_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(
         json.dumps({"pid": 1, "host": platform.node() + "-other", "since": "yesterday"})
     )
-    with pytest.raises(LockedError, match="if that one is dead, delete .*audit.lock"), locked(tmp_path):
+    with pytest.raises(LockedError, match=r"if that one is dead, delete .*audit\.lock"), locked(tmp_path):
         pass
 
 

@@ -91,7 +91,7 @@ def test_two_attacks_of_one_label_are_refused(pictures: Path) -> None:
 
 def test_no_toml_is_said_with_the_file(tmp_path: Path) -> None:
     (tmp_path / "plan.toml").write_text("images = [")
-    with pytest.raises(ValueError, match="plan.toml is no TOML"):
+    with pytest.raises(ValueError, match=r"plan\.toml is no TOML"):
         read_plan(tmp_path / "plan.toml")
-    with pytest.raises(FileNotFoundError, match="nowhere.toml"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.toml"):
         read_plan(tmp_path / "nowhere.toml")

@@ -15,7 +15,6 @@ from weakspot.classifier import Classifier, as_classifier
 from weakspot.runs.isolation import Lots, isolated
 from weakspot.runs.steady import SteadyClassifier
 
-
 PARTS = (slice(0, 4), slice(4, None))  # of whole groups, as lots are
 
 
@@ -107,5 +106,5 @@ def test_memory_that_does_not_hold_one_image_is_said() -> None:
     def work(rows: Tensor) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(ValueError, match="work: CUDA out of memory .*too small for this model"):
+    with pytest.raises(ValueError, match=r"work: CUDA out of memory .*too small for this model"):
         Lots(None, None).each(work, torch.arange(4), {}, "work")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
@@ -166,7 +167,7 @@ class Plan:
             attacks=_labelled(attacks),
             regions=tuple(dict.fromkeys(region.strip() for region in self.regions)),
             analyses=tuple(name for name in available_analyses() if name in self.analyses),
-            sources=tuple(sorted(set(self.sources))),
+            sources=tuple(sorted({os.path.normpath(source) for source in self.sources})),
         )
 
     def as_mapping(self) -> dict[str, Any]:

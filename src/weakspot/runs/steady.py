@@ -1,8 +1,8 @@
 """Steady batches: an image's logits are the same to the last bit, whatever images it comes with.
 
 The kernels of a convolution or a matrix product choose their order of summation by the number of images; an attack
-then follows the last bit to another perturbation. So every pass goes in groups of one size. What is left is the place in
-the group, which tells where rows of an odd number of features begin in memory; shards and lots keep it.
+then follows the last bit to another perturbation. So every pass goes in groups of one size. What is left is the place
+in the group, which tells where rows of an odd number of features begin in memory; shards and lots keep it.
 """
 
 from __future__ import annotations
