@@ -37,7 +37,7 @@ def test_a_folder_is_audited_and_told_in_a_table_and_a_sentence(
     )  # fmt: skip
     assert ended.code == 0, ended.err
     for word in (
-        "robust accuracy",
+        "robust",
         "background",
         "pixels",
         "The weakest region is ",

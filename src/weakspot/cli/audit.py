@@ -255,17 +255,8 @@ def _tell(run: Run, seconds: float, *, as_json: bool, quiet: bool) -> None:
 
 def _print(summary: Summary, console: Console) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in (
-        "attack",
-        "budget",
-        "region",
-        "of the image",
-        "images",
-        "robust accuracy",
-        "95% interval",
-        "in trouble",
-    ):
-        table.add_column(heading, overflow="fold")
+    for heading in ("attack", "budget", "region", "area", "images", "robust", "95% interval", "trouble"):
+        table.add_column(heading, overflow="fold", no_wrap=heading not in {"attack", "region"})
     for cell in summary.cells:
         table.add_row(
             escape(cell.attack),
@@ -279,5 +270,6 @@ def _print(summary: Summary, console: Console) -> None:
         )
     console.print(table)
     if summary.images:
-        console.print(f"\nWith nothing changed: {summary.clean_accuracy:.1%}. Labels: {summary.labels}.")
+        said = f"With nothing changed {summary.clean_accuracy:.1%} are read as their label. Labels: {summary.labels}."
+        console.print(f"\n{said}", soft_wrap=True)
     console.print(escape(summary.weakest), soft_wrap=True)

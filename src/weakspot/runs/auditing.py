@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any
 
 from weakspot.classifier import Classifier
 from weakspot.models.fingerprint import fingerprint
-from weakspot.runs.execution import Machine, audit_shard
+from weakspot.runs.execution import Machine, ShardResult, audit_shard
 from weakspot.runs.folder import versions
 from weakspot.runs.listing import entries
 from weakspot.runs.lock import FILE as LOCK
@@ -165,20 +166,30 @@ def _go(prepared: Prepared, out: Path, batch_size: int | None, watch: Watch | No
             elapsed = time.perf_counter() - started
             watch(Standing(done, total, (done - before) / elapsed if elapsed else 0.0))
 
-    tell(images)
-    for number in numbers:
-        if number in done:
-            continue
-        batch = entries(listing, number * size, size)
-
-        def advance(share: float, start: int, count: int) -> None:
-            tell(start + share * count)
-
-        result = audit_shard(machine, plan, batch, partial(advance, start=images, count=len(batch)))
+    def write(number: int, result: ShardResult) -> None:
         if store is not None:
             store.write(number, result.maps)
         write_shard(out, number, result.rows, Note(result.read, result.skipped, result.seconds))
-        images += len(batch)
+
+    tell(images)
+    # One shard is written while the next is worked on; at the end of the block, however it comes, what was begun is done.
+    with ThreadPoolExecutor(1, thread_name_prefix="weakspot-writer") as writer:
+        written: Future[None] | None = None
+        for number in numbers:
+            if number in done:
+                continue
+            batch = entries(listing, number * size, size)
+
+            def advance(share: float, start: int, count: int) -> None:
+                tell(start + share * count)
+
+            result = audit_shard(machine, plan, batch, partial(advance, start=images, count=len(batch)))
+            if written is not None:
+                written.result()
+            written = writer.submit(write, number, result)
+            images += len(batch)
+        if written is not None:
+            written.result()
     tell(images)
     compact(out)
     notes = list(read_notes(out))

@@ -5,8 +5,11 @@ It writes nothing and knows of no other shard, so that anything may call it: a l
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -165,14 +168,15 @@ class _Shard:
         troubles = dict(self.lost)
 
         def find(mine: Tensor) -> Tensor:
-            return read_region(
-                text,
-                self.machine.classifier,
-                self.images[mine],
-                self.labels[mine],
-                keep=self.plan.keep,
-                seed=self.plan.seed,
-            )
+            with _numbers_left_out():
+                return read_region(
+                    text,
+                    self.machine.classifier,
+                    self.images[mine],
+                    self.labels[mine],
+                    keep=self.plan.keep,
+                    seed=self.plan.seed,
+                )
 
         for mine, found in self.machine.pairs.each(find, rows, troubles, f"region {text}"):
             region[mine] = found
@@ -288,3 +292,14 @@ class _Shard:
                     builder.add(
                         f"{name}/{step}", here, cell, maps.cpu().numpy(), {"title": f"{series.title}, {step}"}
                     )
+
+
+@contextmanager
+def _numbers_left_out() -> Iterator[None]:
+    """Warnings about some images of a shard without their places in it, so that the reader is told once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        text = re.sub(r"images? \d+(, \d+)*", "some images", str(warning.message))
+        warnings.warn(text, warning.category, stacklevel=4)
