@@ -22,7 +22,7 @@ from weakspot.runs.lock import locked
 from weakspot.runs.maps import MapStore
 from weakspot.runs.plan import Plan
 from weakspot.runs.plan_files import read_mapping
-from weakspot.runs.preparing import SHARD, Prepared, beginning, load_planned, now, prepare
+from weakspot.runs.preparing import Prepared, beginning, load_planned, now, prepare, usual_shard
 from weakspot.runs.records import (
     Note,
     clear_drafts,
@@ -151,7 +151,7 @@ def resume(
 def _go(prepared: Prepared, out: Path, batch_size: int | None, watch: Watch | None) -> Run:
     """Every shard that is missing, then the end."""
     plan, listing = prepared.plan, prepared.listing
-    total, size = len(listing), plan.shard or SHARD
+    total, size = len(listing), plan.shard or usual_shard(prepared.classifier)
     numbers = range(-(-total // size))
     done = finished_shards(out)
     machine = Machine.of(prepared.classifier, plan, batch_size)
@@ -172,7 +172,7 @@ def _go(prepared: Prepared, out: Path, batch_size: int | None, watch: Watch | No
         write_shard(out, number, result.rows, Note(result.read, result.skipped, result.seconds))
 
     tell(images)
-    # One shard is written while the next is worked on; at the end of the block, however it comes, what was begun is done.
+    # One shard is written while the next is worked on; at the end of the block, however it comes, that is done.
     with ThreadPoolExecutor(1, thread_name_prefix="weakspot-writer") as writer:
         written: Future[None] | None = None
         for number in numbers:

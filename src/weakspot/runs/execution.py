@@ -20,6 +20,7 @@ from torch import Tensor
 from weakspot.attacks.registry import find_attack
 from weakspot.classifier import Classifier, evaluating
 from weakspot.explanations import explain
+from weakspot.explanations.analysis import Series
 from weakspot.pairs import AttackResult
 from weakspot.regions import read_region
 from weakspot.runs.attacking import call_attack, chosen, joined
@@ -288,10 +289,19 @@ class _Shard:
                     facts["categories"] = list(picture.categories)
                 builder.add(name, here, cell, maps[:, 0].numpy(), facts)
             for name, series in explanation.series.items():
-                for step, maps in zip(series.steps, series.maps, strict=True):
-                    builder.add(
-                        f"{name}/{step}", here, cell, maps.cpu().numpy(), {"title": f"{series.title}, {step}"}
-                    )
+                for size, (steps, alike) in _by_size(series).items():
+                    facts = {"title": series.title, "steps": steps}
+                    builder.add(f"{name}/{size}", here, cell, torch.stack(alike, 1).cpu().numpy(), facts)
+
+
+def _by_size(series: Series) -> dict[str, tuple[list[str], list[Tensor]]]:
+    """Layers and maps (n, h, w) of a series, those of one size together: a few arrays instead of dozens."""
+    sizes: dict[str, tuple[list[str], list[Tensor]]] = {}
+    for step, maps in zip(series.steps, series.maps, strict=True):
+        steps, alike = sizes.setdefault("x".join(map(str, maps.shape[1:])), ([], []))
+        steps.append(step)
+        alike.append(maps)
+    return sizes
 
 
 @contextmanager

@@ -177,7 +177,11 @@ class MapStore:
         if name in self.group:
             return self.group[name]
         axes = ["image", "attack", "region"] if about["kind"] != "picture" or values.ndim > 4 else ["image"]
-        inner = ["channel", "y", "x"][-(values.ndim - len(axes)) :] if values.ndim > len(axes) else []
+        inner = (
+            ["layer" if "steps" in about else "channel", "y", "x"][-(values.ndim - len(axes)) :]
+            if values.ndim > len(axes)
+            else []
+        )
         # A scale is one unless it says otherwise.
         fill: Any = MISSING if values.dtype == np.uint8 else 1.0 if about["kind"] == "scale" else float("nan")
         array = self.group.create_array(

@@ -29,7 +29,8 @@ from weakspot.runs.steady import usual_group
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SHARD, LARGE_SHARD, LARGE = 32, 16, 128 * 128  # images; fewer of large ones, whose maps must fit in memory
+SHARDS = (16, 128)  # images, at least and at most: what is lost by a death, and what every shard costs anew
+SHARD_PIXELS = 32 * 128 * 128  # of the images of a shard, whose maps must fit in memory
 
 
 def load_planned(model: ModelPlan) -> Classifier:
@@ -99,8 +100,7 @@ def prepare(plan: Plan, out: Path, command: str) -> Prepared:
     plan = replace(
         plan,
         group=classifier.fixed_batch or plan.group or usual_group(classifier),
-        shard=plan.shard
-        or (LARGE_SHARD if classifier.input_size[0] * classifier.input_size[1] > LARGE else SHARD),
+        shard=plan.shard or usual_shard(classifier),
     )
     listing = list_images(
         plan.sources,
@@ -128,6 +128,12 @@ def prepare(plan: Plan, out: Path, command: str) -> Prepared:
     write_whole(out / LISTING, lambda draft: pq.write_table(listing, draft), durable=True)
     write_json(out / ABOUT, about)
     return Prepared(plan, classifier, listing, about)
+
+
+def usual_shard(classifier: Classifier) -> int:
+    """How many images are worked on and written together, unless a plan says otherwise."""
+    height, width = classifier.input_size
+    return max(SHARDS[0], min(SHARDS[1], SHARD_PIXELS // (height * width)))
 
 
 def _try_regions(plan: Plan, classifier: Classifier) -> None:
