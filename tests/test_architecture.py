@@ -81,6 +81,9 @@ def test_importing_weakspot_leaves_heavy_libraries_alone() -> None:
         "timm",
         "jinja2",
         "typer",
+        "pyarrow",
+        "duckdb",
+        "zarr",
     ]
     code = (
         "import sys, torch; before = set(sys.modules); import weakspot; "

@@ -20,6 +20,10 @@ class ImageWarning(UserWarning):
     """A picture was skipped or read in a way worth knowing, or values lie outside [0, 1]."""
 
 
+class NotFiniteError(ValueError):
+    """A network returned NaN or infinity, of which no attack or analysis can make anything."""
+
+
 def closest(name: str, accepted: Iterable[str]) -> str:
     """'did you mean ...?' where an accepted name is near, else the accepted names."""
     names = list(accepted)
@@ -123,10 +127,10 @@ def check_share(keep: float) -> None:
 
 
 def check_logits(logits: Tensor, name: str) -> None:
-    """Warns with ModelWarning when logits (N, K) look like probabilities; raises ValueError when not finite."""
+    """Warns with ModelWarning when logits (N, K) look like probabilities; raises NotFiniteError when not finite."""
     if not bool(logits.isfinite().all()):
         bad = int((~logits.isfinite()).any(1).nonzero()[0])
-        raise ValueError(
+        raise NotFiniteError(
             f"{name} returned NaN or infinity for image {bad}; check its weights and normalisation"
         )
     if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-4).all()):

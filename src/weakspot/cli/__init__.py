@@ -2,6 +2,7 @@
 
 from weakspot.cli import (  # noqa: F401 - importing a command registers it
     attack,
+    audit,
     defend,
     dissect,
     explain,

@@ -76,11 +76,29 @@ def _save_maps(draft: Path, maps: Mapping[str, np.ndarray]) -> None:
         np.savez_compressed(file, allow_pickle=False, **maps)
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a draft beside `path` and put it in its place: there whole, or not at all."""
+def write_whole(path: Path, write: Callable[[Path], Any], *, durable: bool = False) -> None:
+    """Let `write` make a draft beside `path` and put it in its place: there whole, or not at all.
+
+    Where it is to be `durable`, it has reached the disk on return and outlives a loss of power.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(draft)
+        if durable:
+            synchronize(draft)
         draft.replace(path)
+        if durable:
+            synchronize(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def synchronize(path: Path) -> None:
+    """Wait until a file, or the names in a folder, have reached the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # folders cannot be opened there
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

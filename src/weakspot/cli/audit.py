@@ -1,0 +1,275 @@
+"""`weakspot audit`: every attack in every region on every image, kept in a folder, resumable."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from weakspot.cli.app import (
+    RESUMABLE,
+    UNREADABLE,
+    USAGE,
+    Failure,
+    app,
+    notes_for_people,
+    progress_bar,
+)
+from weakspot.cli.inputs import class_names, image_size, numbers
+from weakspot.cli.options import (
+    ClassesOption,
+    DebugOption,
+    MeanOption,
+    QuietOption,
+    SizeOption,
+    StdOption,
+    WeightsOption,
+)
+from weakspot.cli.plans import known, lot_size, plan_table
+
+if TYPE_CHECKING:
+    from weakspot.runs import Run, Standing, Summary
+
+EXAMPLES = """
+
+[bold]Examples[/bold]
+
+weakspot audit photos/ --model my_package.models:build --out runs/v7
+
+weakspot audit photos/ --attacks pgd,pixels --set pixels.method=guided --regions none,cam,background --out runs/v7
+
+weakspot audit cifar.npz --model nets:resnet20 --size 32x32 --budget linf:2/255,linf:8/255 --limit 500 --out runs/eps
+
+weakspot audit plan.toml
+
+weakspot audit --resume runs/v7
+
+duckdb -c "select attack, region, avg(success::int) from 'runs/v7/records.parquet' group by all"
+"""
+SHOWN = 5  # skipped images that are named; all are in skipped.parquet
+
+
+@app.command(epilog=EXAMPLES)
+def audit(
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Pictures, folders, .npz or .npy arrays; or one plan.toml, which options given beside it overrule.",
+            show_default=False,
+        ),
+    ] = None,
+    attacks: Annotated[
+        str | None,
+        typer.Option(
+            "--attacks", "-a", help="Separated by commas, see `weakspot attack --list`. [default: pgd]"
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            "-b",
+            help="For every attack that takes one; several make several of each. [default: linf:4/255]",
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="ATTACK.NAME=VALUE of that attack's own arguments: --set pgd.steps=50."),
+    ] = None,
+    regions: Annotated[
+        str | None,
+        typer.Option(
+            help="Separated by commas, as --region of `weakspot attack`: none,cam,~cam. [default: none]"
+        ),
+    ] = None,
+    analyses: Annotated[
+        str | None,
+        typer.Option(help="Separated by commas, or all, or none. [default: overlap,promotion,propagation]"),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="folders (named like classes), a CSV file (columns file, label), predictions (the model's own), or "
+            "auto: what the array has, else folders where all match, else predictions. [default: auto]"
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="As for `weakspot attack`. [default: efficientnet_lite0]"),
+    ] = None,
+    weights: WeightsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    classes: ClassesOption = None,
+    size: SizeOption = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps. [default: auto]")] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the image in the region cam. [default: 0.3]")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="At most so many images, drawn by name and --seed. [default: all]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random. [default: 0]")] = None,
+    maps: Annotated[
+        bool | None, typer.Option("--maps/--no-maps", help="Keep maps and pictures. [default: maps]")
+    ] = None,
+    batch_size: Annotated[
+        str,
+        typer.Option(help="Images attacked at once, or auto: as many as memory holds. Changes no result."),
+    ] = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for run.json, records.parquet, skipped.parquet, maps.zarr; out in a plan."),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on with the audit in this folder, which must be the only thing given."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Attack every image in every way, in every region, and keep what was found: one row per image x attack x region.
+
+    Killed at any moment, it goes on by --resume, and ends as if it had never stopped. Images that cannot be read are
+    skipped and listed. The same seed gives the same records whatever the batch size and the order of images.
+    """
+    del debug
+    given = {
+        "attacks": attacks, "budget": budget, "regions": regions, "analyses": analyses, "labels": labels, "keep": keep,
+        "limit": limit, "seed": seed, "maps": maps,
+    }  # fmt: skip
+    network = {
+        "spec": model, "weights": None if weights is None else str(weights), "mean": numbers("mean", mean),
+        "std": numbers("std", std), "size": image_size(size), "device": device,
+        "classes": None if classes is None else class_names(classes),
+    }  # fmt: skip
+    said = known({**given, "model": known(network) or None})
+    sources = list(images or [])
+    lot = lot_size(batch_size)
+    command = shlex.join(["weakspot", *sys.argv[1:]])
+    if resume is not None:
+        if sources or said or settings or out is not None:
+            raise Failure("--resume takes no images and no options of the plan: the folder holds them", USAGE)
+        where: Path = resume
+        missing: list[Path] = []
+    else:
+        table, where, missing = plan_table(sources, said, settings or [], out)
+    started = time.perf_counter()
+    with (
+        redirect_stdout(sys.stderr),
+        notes_for_people(quiet),
+        _progress(quiet or as_json) as watch,
+        _stopping(where),
+    ):
+        from weakspot.runs import audit as carry_out
+        from weakspot.runs import read_mapping
+        from weakspot.runs import resume as go_on
+
+        if resume is not None:
+            run = go_on(where, batch_size=lot, command=command, watch=watch)
+        else:
+            run = carry_out(read_mapping(table), where, batch_size=lot, command=command, watch=watch)
+    _tell(run, time.perf_counter() - started, as_json=as_json, quiet=quiet)
+    if missing or not run.about["images"]["read"]:
+        raise typer.Exit(UNREADABLE)
+
+
+@contextmanager
+def _progress(silent: bool) -> Iterator[Any]:
+    with progress_bar(silent) as advance:
+        advance("loading the model", 0.0)
+
+        def watch(standing: Standing) -> None:
+            speed = f", {standing.speed:.3g} images/s" if standing.speed else ""
+            what = f"auditing {int(standing.done)}/{standing.total}{speed}"
+            advance(what, standing.done / standing.total)
+
+        yield watch
+
+
+@contextmanager
+def _stopping(where: Path) -> Iterator[None]:
+    """An interrupt, or a request to end, stops between any two steps; the folder can be resumed."""
+    from weakspot.runs.auditing import StoppedError
+
+    def ask(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    own = None
+    if threading.current_thread() is threading.main_thread():
+        own = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    except KeyboardInterrupt:
+        begun = (where / "run.json").is_file()
+        go_on = f"go on by weakspot audit --resume {shlex.quote(str(where))}"
+        raise Failure(f"interrupted; {go_on if begun else 'nothing was begun'}", RESUMABLE) from None
+    except StoppedError as stopped:
+        raise Failure(str(stopped), RESUMABLE if stopped.resumable else USAGE) from stopped
+    finally:
+        if own is not None:
+            signal.signal(signal.SIGTERM, own)
+
+
+def _tell(run: Run, seconds: float, *, as_json: bool, quiet: bool) -> None:
+    from weakspot.runs import summarize
+
+    summary = summarize(run)
+    skipped = run.skipped
+    if as_json:
+        rows = json.loads(skipped.to_json(orient="records"))
+        about = {
+            "folder": str(run.folder.resolve()),
+            "status": run.about["status"],
+            "counts": run.about["images"],
+        }
+        typer.echo(json.dumps({**about, **summary.as_mapping(), "skipped": rows}, indent=2))
+        return
+    if quiet:
+        return
+    _print(summary, Console(highlight=False))
+    console = Console(highlight=False, style="dim")
+    for _, row in skipped.head(SHOWN).iterrows():
+        console.print(
+            escape(f"skipped {row['image']}: {row['reason'].removesuffix('; skipped')}"), soft_wrap=True
+        )
+    if len(skipped) > SHOWN:
+        console.print(f"... and {len(skipped) - SHOWN} more, in skipped.parquet")
+    tail = f", {len(skipped)} skipped" if len(skipped) else ""
+    console.print(f"{summary.images} images audited{tail}, in {seconds:.1f} s")
+    typer.echo(f"\nWritten to {run.folder.resolve()}")
+
+
+def _print(summary: Summary, console: Console) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("attack", "budget", "region", "area", "images", "robust", "95% interval", "trouble"):
+        table.add_column(heading, overflow="fold", no_wrap=heading not in {"attack", "region"})
+    for cell in summary.cells:
+        table.add_row(
+            escape(cell.attack),
+            escape(cell.budget or ""),
+            escape(cell.region),
+            f"{cell.region_share:.0%}",
+            str(cell.images),
+            f"{cell.robust_accuracy:.1%}" if cell.images else "",
+            "" if cell.low != cell.low else f"{cell.low:.1%} to {cell.high:.1%}",
+            str(cell.troubled or ""),
+        )
+    console.print(table)
+    if summary.images:
+        said = f"With nothing changed {summary.clean_accuracy:.1%} are read as their label. Labels: {summary.labels}."
+        console.print(f"\n{said}", soft_wrap=True)
+    console.print(escape(summary.weakest), soft_wrap=True)

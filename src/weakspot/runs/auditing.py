@@ -1,0 +1,253 @@
+"""Audits: a plan carried out shard by shard into a folder, from which it can go on after any death."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from weakspot.classifier import Classifier
+from weakspot.models.fingerprint import fingerprint
+from weakspot.runs.execution import Machine, ShardResult, audit_shard
+from weakspot.runs.folder import versions
+from weakspot.runs.listing import entries
+from weakspot.runs.lock import FILE as LOCK
+from weakspot.runs.lock import locked
+from weakspot.runs.maps import MapStore
+from weakspot.runs.plan import Plan
+from weakspot.runs.plan_files import read_mapping
+from weakspot.runs.preparing import Prepared, beginning, load_planned, now, prepare, usual_shard
+from weakspot.runs.records import (
+    Note,
+    clear_drafts,
+    compact,
+    drop_shards,
+    finished_shards,
+    read_notes,
+    write_json,
+    write_shard,
+)
+from weakspot.runs.run import ABOUT, LISTING, Run, read_about
+
+OURS = (ABOUT, LISTING, "records.parquet", "skipped.parquet", "shards", "maps.zarr")
+
+
+class StoppedError(Exception):
+    """The folder could not be written; what is in it is whole, and an audit that had begun can go on.
+
+    Attributes:
+        resumable: whether it had begun.
+    """
+
+    def __init__(self, sentence: str, *, resumable: bool) -> None:
+        super().__init__(sentence)
+        self.resumable = resumable
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far an audit is.
+
+    Attributes:
+        done: images, those of earlier sessions and those that could not be read too.
+        total: images.
+        speed: images per second of this session.
+    """
+
+    done: float
+    total: int
+    speed: float
+
+    @property
+    def seconds_left(self) -> float:
+        """At this speed; infinity before there is one."""
+        return (self.total - self.done) / self.speed if self.speed else float("inf")
+
+
+Watch = Callable[[Standing], None]
+
+
+def audit(
+    plan: Plan,
+    out: Path | str,
+    *,
+    batch_size: int | None = None,
+    command: str = "",
+    watch: Watch | None = None,
+) -> Run:
+    """Carry out a plan.
+
+    Args:
+        plan: what is to be done.
+        out: folder, made where it is missing.
+        batch_size: images attacked at once; changes no result. Where not given all of a shard, fewer when memory
+            runs out.
+        command: what run.json says it was.
+        watch: called with the `Standing` as it changes.
+
+    Raises:
+        ValueError: when the plan does not fit, naming what; or `out` holds a run already or is written by another.
+        FileNotFoundError: when none of the sources is there.
+        StoppedError: when `out` cannot be written.
+    """
+    out = Path(out)
+    plan = plan.resolved()
+    fresh = not out.exists()
+    with _writing(out):
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"out is {out}, which is a file; accepted is a folder, made where it is missing")
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out):
+            _check_free(out)
+            write_json(out / ABOUT, {**beginning(plan, command), "status": "planned"})
+            try:
+                prepared = prepare(plan, out, command)
+            except (ValueError, FileNotFoundError):
+                for name in (ABOUT, LISTING):
+                    (out / name).unlink(missing_ok=True)
+                if fresh:
+                    (out / LOCK).unlink(missing_ok=True)
+                    out.rmdir()
+                raise
+            return _go(prepared, out, batch_size, watch)
+
+
+def resume(
+    out: Path | str, *, batch_size: int | None = None, command: str = "", watch: Watch | None = None
+) -> Run:
+    """Go on with an audit that was cut off; of one that is complete nothing is done.
+
+    Arguments and errors are those of `audit`.
+
+    Raises:
+        FileNotFoundError: when there is no such run.
+        ValueError: when model or folder are not what they were.
+    """
+    out = Path(out)
+    about = read_about(out)
+    with _writing(out), locked(out):
+        about = read_about(out)  # again: it may have been finished in the meantime
+        plan = read_mapping(about["plan"])
+        if about["status"] == "complete":
+            drop_shards(out)
+            return Run(out)
+        clear_drafts(out)
+        if about["status"] == "planned":
+            return _go(prepare(plan.resolved(), out, about["command"] or command), out, batch_size, watch)
+        classifier = load_planned(plan.model)
+        _check_same(about, classifier)
+        import pyarrow.parquet as pq
+
+        prepared = Prepared(plan, classifier, pq.read_table(out / LISTING), about)
+        return _go(prepared, out, batch_size, watch)
+
+
+def _go(prepared: Prepared, out: Path, batch_size: int | None, watch: Watch | None) -> Run:
+    """Every shard that is missing, then the end."""
+    plan, listing = prepared.plan, prepared.listing
+    total, size = len(listing), plan.shard or usual_shard(prepared.classifier)
+    numbers = range(-(-total // size))
+    done = finished_shards(out)
+    machine = Machine.of(prepared.classifier, plan, batch_size)
+    store = None
+    if plan.maps:
+        store = MapStore(out, total, [attack.label for attack in plan.attacks], plan.regions, size)
+    started = time.perf_counter()
+    before = images = sum(min(size, total - number * size) for number in done)
+
+    def tell(done: float) -> None:
+        if watch is not None:
+            elapsed = time.perf_counter() - started
+            watch(Standing(done, total, (done - before) / elapsed if elapsed else 0.0))
+
+    def write(number: int, result: ShardResult) -> None:
+        if store is not None:
+            store.write(number, result.maps)
+        write_shard(out, number, result.rows, Note(result.read, result.skipped, result.seconds))
+
+    tell(images)
+    # One shard is written while the next is worked on; at the end of the block, however it comes, that is done.
+    with ThreadPoolExecutor(1, thread_name_prefix="weakspot-writer") as writer:
+        written: Future[None] | None = None
+        for number in numbers:
+            if number in done:
+                continue
+            batch = entries(listing, number * size, size)
+
+            def advance(share: float, start: int, count: int) -> None:
+                tell(start + share * count)
+
+            result = audit_shard(machine, plan, batch, partial(advance, start=images, count=len(batch)))
+            if written is not None:
+                written.result()
+            written = writer.submit(write, number, result)
+            images += len(batch)
+        if written is not None:
+            written.result()
+    tell(images)
+    compact(out)
+    notes = list(read_notes(out))
+    read, skipped = sum(note.read for note in notes), sum(len(note.skipped) for note in notes)
+    seconds = sum(note.seconds for note in notes)
+    finished = {
+        **prepared.about,
+        "status": "complete",
+        "images": {"listed": total, "read": read, "skipped": skipped},
+        "finished": now(),
+        "seconds": round(seconds, 3),
+        "images_per_second": round(total / seconds, 3) if seconds else None,
+    }
+    write_json(out / ABOUT, finished)
+    drop_shards(out)
+    return Run(out)
+
+
+def _check_free(out: Path) -> None:
+    """Raises ValueError where a run lies already."""
+    taken = next((name for name in OURS if (out / name).exists()), None)
+    if taken is not None and not (out / ABOUT).exists() and taken == LISTING:
+        return  # a run that died before it began
+    if taken is not None:
+        raise ValueError(
+            f"out is {out}, which holds a run already ({taken}); go on with it by --resume {out}, or give another "
+            "folder"
+        )
+
+
+def _check_same(about: Mapping[str, Any], classifier: Classifier) -> None:
+    """Raises ValueError where the model is another; warns where what computes is."""
+    found = fingerprint(classifier)
+    if found != about["model"]["fingerprint"]:
+        raise ValueError(
+            f"model {about['plan']['model']['spec']} has other weights than when the audit began (fingerprint {found}, "
+            f"then {about['model']['fingerprint']}); start another audit"
+        )
+    now = versions()
+    other = [f"{name} {about['versions'].get(name)} then, {value} now" for name, value in now.items()
+             if about["versions"].get(name) != value]  # fmt: skip
+    if other:
+        warnings.warn(
+            f"versions have changed ({'; '.join(other)}); last digits may differ", UserWarning, stacklevel=3
+        )
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Turns what the system says of a folder that cannot be written into one sentence."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise  # says itself what is missing
+    except OSError as error:
+        why = error.strerror or str(error).strip().partition("\n")[0]
+        begun = (out / ABOUT).is_file()
+        go_on = f"; what is there is whole: go on by weakspot audit --resume {out} once there is room"
+        raise StoppedError(
+            f"{out} cannot be written ({why}){go_on if begun else ''}", resumable=begun
+        ) from error

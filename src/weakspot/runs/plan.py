@@ -1,0 +1,201 @@
+"""Plans: what an audit is to do, said once and in full before it starts."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from weakspot.attacks.registry import find_attack
+from weakspot.budgets import read_budget
+from weakspot.checks import check_seed, check_share, closest
+from weakspot.explanations.analysis import available_analyses, find_analyses
+
+DEFAULT_BUDGET = "linf:4/255"
+DEFAULT_ANALYSES = ("overlap", "promotion", "propagation")
+TAKEN = {"model", "images", "labels", "budget", "region", "targets", "seed", "batch_size", "progress"}
+LABELS = ("auto", "folders", "predictions")
+Value = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """Which network: what `weakspot.load` takes.
+
+    Attributes:
+        spec: as `load` has it.
+        weights: file, or None.
+        mean: normalisation on the [0, 1] scale, one per channel; None for the network's own.
+        std: likewise.
+        size: (height, width) that images are brought to; None for the network's own.
+        classes: names of the classes; None for the network's own.
+        device: auto, cpu, cuda or mps.
+    """
+
+    spec: str = "efficientnet_lite0"
+    weights: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    size: tuple[int, int] | None = None
+    classes: tuple[str, ...] | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class AttackPlan:
+    """One attack with its budget and its own settings.
+
+    Attributes:
+        name: as `weakspot attack --list` has it.
+        budget: text such as linf:4/255; None where the attack takes none.
+        settings: its other arguments, (name, value) each.
+        label: what records and maps call it, unlike all others of the plan.
+    """
+
+    name: str
+    budget: str | None = None
+    settings: tuple[tuple[str, Value], ...] = ()
+    label: str = ""
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for the attack of that name.
+
+        Raises:
+            ValueError: when there is no such attack, or it does not take them.
+        """
+        parameters = inspect.signature(find_attack(self.name)).parameters
+        free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        own = {key for key, p in parameters.items() if key not in TAKEN and p.kind is not p.VAR_KEYWORD}
+        for key, _ in self.settings:
+            if key in TAKEN or (key not in own and not free):
+                raise ValueError(
+                    f"attacks has {self.name} with the setting {key!r}, which it does not take; "
+                    f"{closest(key, sorted(own))}"
+                )
+        spent = {} if self.budget is None else {"budget": read_budget(self.budget)}
+        return {**spent, **dict(self.settings)}
+
+    def takes_budget(self) -> bool:
+        """Whether the attack is told how much may change."""
+        parameters = inspect.signature(find_attack(self.name)).parameters
+        return "budget" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+    def _needs_budget(self) -> bool:
+        parameters = inspect.signature(find_attack(self.name)).parameters
+        return "budget" in parameters and parameters["budget"].default is not None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cross product of images, attacks and regions, and what is found out about each pair.
+
+    Attributes:
+        sources: files, folders, arrays (.npz, .npy); absolute paths.
+        model: which network.
+        attacks: without two alike.
+        regions: texts as `read_region` takes, without two alike.
+        analyses: names, in the order they are run.
+        labels: "folders" (a folder is named like a class), a CSV file's path, "predictions" (of the model), or
+            "auto": what an array brings, else folders where all match, else predictions.
+        keep: share of the image in the region cam.
+        seed: of everything random, the choice of `limit` images too.
+        limit: how many images at most; None for all.
+        maps: whether maps and pictures are kept.
+        shard: images that are worked on and written together.
+        group: images that go through the model at once, always as many; None until it is known for the model.
+    """
+
+    sources: tuple[str, ...]
+    model: ModelPlan = field(default_factory=ModelPlan)
+    attacks: tuple[AttackPlan, ...] = (AttackPlan("pgd"),)
+    regions: tuple[str, ...] = ("none",)
+    analyses: tuple[str, ...] = DEFAULT_ANALYSES
+    labels: str = "auto"
+    keep: float = 0.3
+    seed: int = 0
+    limit: int | None = None
+    maps: bool = True
+    shard: int | None = None
+    group: int | None = None
+
+    @property
+    def cells(self) -> list[tuple[AttackPlan, str]]:
+        """Every attack in every region."""
+        return list(product(self.attacks, self.regions))
+
+    def resolved(self) -> Plan:
+        """The same plan with defaults filled in, without repetitions, and checked as far as it can be without images.
+
+        Raises:
+            ValueError: when something does not fit, naming it.
+        """
+        if not self.sources:
+            raise ValueError("images names nothing; accepted are files, folders, .npz and .npy arrays")
+        check_seed(self.seed)
+        check_share(self.keep)
+        for name, least in (("limit", 1), ("shard", 1), ("group", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ValueError(f"{name} is {value!r}; accepted is a whole number of at least {least}")
+        for name in ("attacks", "regions"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; accepted is at least one")
+        if self.labels not in LABELS and not Path(self.labels).is_file():
+            raise ValueError(
+                f"labels is {self.labels!r}; accepted are {', '.join(LABELS)} or a CSV file's path"
+            )
+        find_analyses(self.analyses)
+        attacks = [
+            replace(attack, budget=DEFAULT_BUDGET)
+            if attack.budget is None and attack._needs_budget()
+            else attack
+            for attack in self.attacks
+        ]
+        for attack in attacks:
+            if attack.budget is not None and not attack.takes_budget():
+                raise ValueError(
+                    f"attacks has {attack.name} with budget {attack.budget}, but it looks for the smallest change and "
+                    "takes none"
+                )
+            attack.arguments()
+        return replace(
+            self,
+            attacks=_labelled(attacks),
+            regions=tuple(dict.fromkeys(region.strip() for region in self.regions)),
+            analyses=tuple(name for name in available_analyses() if name in self.analyses),
+            sources=tuple(sorted({os.path.normpath(source) for source in self.sources})),
+        )
+
+    def as_mapping(self) -> dict[str, Any]:
+        """What `read_mapping` takes, of plain values."""
+        mapping = asdict(self)
+        mapping["images"] = mapping.pop("sources")
+        mapping["attacks"] = [
+            {**attack, "settings": dict(attack["settings"])} for attack in mapping["attacks"]
+        ]
+        return mapping
+
+
+def _labelled(attacks: Iterable[AttackPlan]) -> tuple[AttackPlan, ...]:
+    """Without repetitions, each with a label of its own: the name, and where that is not enough what else differs."""
+    unique = list(dict.fromkeys(attacks))
+    for attack in unique:
+        alike = [other for other in unique if (other.label or other.name) == (attack.label or attack.name)]
+        if len(alike) > 1 and attack.label:
+            raise ValueError(f"attacks has two of label {attack.label!r}; accepted is one of each")
+    names = [attack.name for attack in unique]
+    return tuple(
+        attack
+        if attack.label
+        else replace(attack, label=attack.name if names.count(attack.name) == 1 else _in_full(attack))
+        for attack in unique
+    )
+
+
+def _in_full(attack: AttackPlan) -> str:
+    settings = [f"{key}={value}" for key, value in attack.settings]
+    return " ".join([attack.name, *([attack.budget] if attack.budget else []), *settings])

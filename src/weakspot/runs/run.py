@@ -1,0 +1,142 @@
+"""Run: what an audit has left on disk, opened to be asked."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weakspot.runs.maps import FOLDER, Maps
+from weakspot.runs.records import SKIPPED, read_all, read_notes, scan
+
+if TYPE_CHECKING:
+    import duckdb
+    import pandas as pd
+    import pyarrow as pa
+
+    from weakspot.runs.plan import Plan
+
+SCHEMA = 1  # of the folder; grows when what is written could no longer be read by the version before
+KIND = "audit"
+ABOUT, LISTING = "run.json", "images.parquet"
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What run.json says.
+
+    Raises:
+        FileNotFoundError: when there is no run.
+        ValueError: when it is damaged, no audit, or of a newer schema.
+    """
+    path = folder / ABOUT
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no run (there is no {ABOUT} in it)")
+    try:
+        about = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        raise ValueError(f"{path} is damaged: it is no JSON") from None
+    if not isinstance(about, dict) or about.get("kind") != KIND:
+        raise ValueError(f"{folder} holds a run of another command; accepted is what weakspot audit wrote")
+    if not isinstance(about.get("schema"), int) or about["schema"] > SCHEMA:
+        raise ValueError(
+            f"{folder} was written by a newer weakspot (schema {about.get('schema')}; this one reads up to {SCHEMA}): "
+            "upgrade weakspot to open it"
+        )
+    return about
+
+
+class Run:
+    """A run folder, complete or not.
+
+    Attributes:
+        folder: where it is.
+        about: what run.json says: plan, model and its fingerprint, versions, host, times.
+
+    Args:
+        folder: of `weakspot audit`.
+
+    Raises:
+        FileNotFoundError: when there is no run.
+        ValueError: when it is no audit, or of a newer schema.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.about = read_about(self.folder)
+
+    def __repr__(self) -> str:
+        model = self.about.get("model", {}).get("name", "no model yet")
+        return f"Run({str(self.folder)!r}: {model}, {self.about['status']})"
+
+    @property
+    def complete(self) -> bool:
+        """Whether the audit has come to its end; until then there are the records of the shards that are done."""
+        return bool(self.about["status"] == "complete")
+
+    @property
+    def plan(self) -> Plan:
+        """What was asked for, with all defaults."""
+        from weakspot.runs.plan_files import read_mapping
+
+        return read_mapping(self.about["plan"])
+
+    @property
+    def records(self) -> pd.DataFrame:
+        """One row per image x attack x region, in the order of images; all in memory."""
+        return _frame(read_all(self.folder))
+
+    @property
+    def skipped(self) -> pd.DataFrame:
+        """Columns image and reason, one row for each that could not be read."""
+        import pandas as pd
+        import pyarrow.parquet as pq
+
+        if (self.folder / SKIPPED).is_file():
+            return _frame(pq.read_table(self.folder / SKIPPED))
+        pairs = [pair for note in read_notes(self.folder) for pair in note.skipped]
+        return pd.DataFrame(pairs, columns=["image", "reason"], dtype="str")
+
+    @property
+    def relation(self) -> duckdb.DuckDBPyRelation:
+        """The records as a DuckDB relation: read from the disk as it is asked, whatever their number."""
+        return self.sql("select * from records")
+
+    def sql(self, query: str) -> duckdb.DuckDBPyRelation:
+        """A DuckDB query about the tables records, skipped and images; `.df()` makes a DataFrame of the answer.
+
+        Raises:
+            duckdb.Error: when DuckDB does not understand it.
+        """
+        return self._connection.sql(query)
+
+    @property
+    def maps(self) -> Maps:
+        """Name to map: `run.maps["overlap"][image, attack, region]` reads one."""
+        return Maps(self.folder / FOLDER)
+
+    @cached_property
+    def _connection(self) -> duckdb.DuckDBPyConnection:
+        import duckdb
+        import pyarrow.dataset as ds
+
+        connection = duckdb.connect()
+        # Through Arrow rather than by path: a path may hold what DuckDB takes for a pattern.
+        connection.register("records", scan(self.folder))
+        connection.register("skipped", self.skipped)
+        if (self.folder / LISTING).is_file():
+            connection.register("images", ds.dataset(self.folder / LISTING))
+        return connection
+
+
+def _frame(table: pa.Table) -> pd.DataFrame:
+    """A DataFrame whose whole numbers and truth values stay such where some are missing."""
+    import pandas as pd
+    import pyarrow as pa
+
+    kinds = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}
+    frame = {}
+    for field, column in zip(table.schema, table.columns, strict=True):
+        own = kinds.get(field.type) if column.null_count else None
+        frame[field.name] = column.to_pandas(types_mapper=None if own is None else {field.type: own}.get)
+    return pd.DataFrame(frame)

@@ -1,0 +1,150 @@
+"""Summary of an audit: robust accuracy of every attack in every region, and the weakest region in words."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from weakspot.runs.run import Run
+from weakspot.statistics import mean_interval
+
+
+@dataclass(frozen=True)
+class CellSummary:
+    """One attack in one region.
+
+    Attributes:
+        attack: its label.
+        budget: of the attack, or None.
+        region: as the plan has it.
+        region_share: of the image, on the mean over images.
+        images: of which it is known how the attack ended.
+        robust_accuracy: share of these that are still read as their label.
+        low: lower end of its 95% interval over images; NaN of a single image.
+        high: upper end.
+        troubled: images on which something went wrong.
+    """
+
+    attack: str
+    budget: str | None
+    region: str
+    region_share: float
+    images: int
+    robust_accuracy: float
+    low: float
+    high: float
+    troubled: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An audit in short.
+
+    Attributes:
+        cells: every attack in every region.
+        images: that could be read.
+        clean_accuracy: share of them that the model reads as their label, with nothing changed.
+        labels: where the labels come from, in words.
+        weakest: the weakest region in one sentence.
+    """
+
+    cells: tuple[CellSummary, ...]
+    images: int
+    clean_accuracy: float
+    labels: str
+    weakest: str
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Plain values; what is unknown is None."""
+        return {
+            **asdict(self),
+            "clean_accuracy": _plain(self.clean_accuracy),
+            "cells": [{key: _plain(value) for key, value in asdict(cell).items()} for cell in self.cells],
+        }
+
+
+def summarize(run: Run) -> Summary:
+    """The summary of a run, complete or not; only the columns it needs are read."""
+    found = run.sql(
+        "select attack, region, index, success, correct, region_share, trouble is not null as troubled from records"
+    ).df()
+    cells = []
+    for attack, region in run.plan.cells:
+        mine = found[(found["attack"] == attack.label) & (found["region"] == region)].sort_values("index")
+        known = mine.loc[mine["success"].notna(), "success"].to_numpy(dtype=float)
+        robust, low, high = mean_interval(1 - known)
+        cells.append(
+            CellSummary(
+                attack.label,
+                attack.budget,
+                region,
+                float(mine["region_share"].mean()),
+                len(known),
+                robust,
+                low,
+                high,
+                int(mine["troubled"].sum()),
+            )
+        )
+    clean = found.drop_duplicates("index")["correct"].dropna().to_numpy(dtype=float)
+    return Summary(
+        tuple(cells),
+        int(found["index"].nunique()),
+        float(clean.mean()) if len(clean) else np.nan,
+        _labels(run.about.get("labels", {})),
+        weakest(cells),
+    )
+
+
+def weakest(cells: list[CellSummary]) -> str:
+    """One sentence on the region where least is needed, and whether the next could be as weak."""
+    known = [cell for cell in cells if cell.images]
+    if not known:
+        return "Nothing could be measured."
+    confined = [cell for cell in known if cell.region != "none"]
+    if not confined:
+        cell = min(known, key=lambda one: one.robust_accuracy)
+        return f"{cell.attack}, free to change any pixel, leaves {_figure(cell)} still read as their class."
+    cell = min(confined, key=lambda one: one.robust_accuracy)
+    said = (
+        f"The weakest region is {cell.region} ({cell.region_share:.0%} of the image): {cell.attack} confined to it "
+        f"leaves {_figure(cell)} still read as their class"
+    )
+    rivals = [one for one in confined if one.attack == cell.attack and one.region != cell.region]
+    if rivals:
+        rival = min(rivals, key=lambda one: one.robust_accuracy)
+        apart = rival.low > cell.high
+        doubt = "more" if apart else "which the intervals cannot tell apart"
+        said += f"; {rival.region} ({rival.region_share:.0%}) leaves {_range(rival)}, {doubt}"
+    whole = [one for one in known if one.region == "none" and one.attack == cell.attack]
+    if whole:
+        said += f"; free to change any pixel it leaves {whole[0].robust_accuracy:.0%}"
+    return said + "."
+
+
+def _figure(cell: CellSummary) -> str:
+    return f"{_range(cell)} of {cell.images} image{'s' if cell.images > 1 else ''}"
+
+
+def _range(cell: CellSummary) -> str:
+    if np.isnan(cell.low):
+        return f"{cell.robust_accuracy:.0%}"
+    return f"{cell.robust_accuracy:.0%} [{cell.low:.0%}, {cell.high:.0%}]"
+
+
+def _labels(counts: dict[str, int]) -> str:
+    words = {
+        "prediction": "the model's own predictions",
+        "folder": "folder names",
+        "csv": "a CSV file",
+        "array": "the array's own",
+    }
+    if len(counts) == 1:
+        return words[next(iter(counts))]
+    return ", ".join(f"{words[key]} ({count} images)" for key, count in counts.items())
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and np.isnan(value) else value

@@ -1,0 +1,234 @@
+"""`weakspot audit`: what it prints, what it refuses, how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import weakspot
+from tests.cli.test_explain import Run, photographs, run
+from weakspot import runs
+from weakspot.runs.lock import locked
+
+__all__ = ["photographs", "run"]  # fixtures
+
+TINY = ("--model", "tiny_networks:build", "--size", "32x32")
+WRITER = "weakspot.runs.auditing.write_shard"
+QUICK = ("--set", "pgd.steps=2", "--attacks", "pgd", "--analyses", "none")
+
+
+def test_a_folder_is_audited_and_told_in_a_table_and_a_sentence(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    ended = run(
+        "audit", photographs, *TINY, "--attacks", "pgd,pixels", "--regions", "none,cam,background", "--analyses",
+        "overlap", "--set", "pgd.steps=2", "--set", "pixels.method=guided", "--set", "pixels.population=4",
+        "--set", "pixels.generations=1", "--budget", "linf:8/255", "--out", "made",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    for word in (
+        "robust",
+        "background",
+        "pixels",
+        "The weakest region is ",
+        "4 images audited",
+        "predictions",
+    ):
+        assert word in ended.out
+    assert f"Written to {tmp_path / 'made'}" in ended.out
+    found = runs.Run("made")
+    assert len(found.records) == 4 * 2 * 3
+    assert found.about["plan"]["attacks"][0]["settings"] == {"steps": 2}
+    assert found.about["command"].startswith("weakspot audit ")
+    assert {"importance", "partition", "clean", "adversarial"} <= set(found.maps)
+
+
+def test_a_summary_as_json_is_nothing_but_json(run: Run, photographs: Path) -> None:
+    (photographs / "broken.png").write_bytes(b"\x89PNG")
+    ended = run(
+        "audit", photographs, *TINY, *QUICK, "--out", "made", "--json", "--model", "tiny_networks:Loud"
+    )
+    assert ended.code == 0, ended.err
+    told = json.loads(ended.out)
+    assert told["counts"] == {"listed": 5, "read": 4, "skipped": 1}
+    assert told["skipped"][0]["image"] == "broken.png"
+    assert [cell["region"] for cell in told["cells"]] == ["none"]
+    assert told["status"] == "complete"
+
+
+def test_quiet_prints_nothing(run: Run, photographs: Path) -> None:
+    ended = run("audit", photographs, *TINY, *QUICK, "--out", "made", "--quiet")
+    assert (ended.code, ended.out, ended.err) == (0, "", "")
+
+
+def test_a_plan_file_does_the_same_and_options_overrule_it(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "classes.txt").write_text("a\nb\nc\nd\n")
+    (tmp_path / "inner/plan.toml").write_text(
+        'images = ["../photos"]\nout = "../planned"\nanalyses = "none"\nseed = 4\n'
+        '[model]\nspec = "tiny_networks:build"\nsize = [32, 32]\nclasses = "../classes.txt"\n'
+        '[[attacks]]\nname = "pgd"\nsettings = {steps = 2}\n'
+    )
+    assert run("audit", "inner/plan.toml").code == 0
+    ended = run(
+        "audit", photographs, *TINY, *QUICK, "--seed", 4, "--classes", "classes.txt", "--out", "typed",
+        "--batch-size", 1,
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    one, other = (
+        runs.Run(folder).records.drop(columns=list(runs.tables.TIMES)) for folder in ("planned", "typed")
+    )
+    pd.testing.assert_frame_equal(one, other)
+    assert runs.Run("planned").plan == runs.Run("typed").plan
+    ended = run("audit", "inner/plan.toml", "--limit", 2, "--out", "less", "--set", "pgd.steps=1")
+    assert ended.code == 0, ended.err
+    less = runs.Run("less")
+    assert (less.plan.limit, less.plan.seed, dict(less.plan.attacks[0].settings)) == (2, 4, {"steps": 1})
+    assert len(less.records) == 2
+
+
+def test_an_array_brings_its_labels(run: Run, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "set.npz", images=images, labels=np.arange(6) % 4)
+    ended = run("audit", "set.npz", *TINY, *QUICK, "--out", "made")
+    assert ended.code == 0, ended.err
+    assert "Labels: the array's own" in ended.out
+    assert runs.Run("made").records["label"].tolist() == [0, 1, 2, 3, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (("--out", "x"), 2, "no images were named"),
+        (("photos",), 2, "no folder was named"),
+        (("nowhere", "--out", "x"), 4, "nowhere: there is no such file or folder"),
+        (("nowhere.toml", "--out", "x"), 4, "nowhere.toml: there is no such plan"),
+        (("photos", "--out", "x", "--attacks", "pgdd"), 2, "did you mean pgd"),
+        (("photos", "--out", "x", "--regions", "cma"), 2, "region is 'cma'"),
+        (("photos", "--out", "x", "--analyses", "overlpa"), 2, "did you mean overlap"),
+        (("photos", "--out", "x", "--set", "steps=2"), 2, "accepted is ATTACK.NAME=VALUE"),
+        (("photos", "--out", "x", "--set", "fgsm.steps=2"), 2, "fgsm is none of the attacks"),
+        (("photos", "--out", "x", "--set", "pgd.stepps=2"), 2, "did you mean steps"),
+        (("photos", "--out", "x", "--budget", "linf"), 2, "accepted is KIND:AMOUNT"),
+        (("photos", "--out", "x", "--batch-size", "0"), 2, "accepted are auto and whole numbers"),
+        (("photos", "--out", "x", "--model", "nothing:build"), 2, "there is no module 'nothing'"),
+        (("photos", "--out", "x", "--labels", "nowhere.csv"), 2, "labels is"),
+        (("--resume", "x"), 4, "x holds no run"),
+        (("photos", "--resume", "x"), 2, "--resume takes no images"),
+        (("--resume", "x", "--seed", "1"), 2, "--resume takes no images and no options"),
+        (("photos", "--out", "tiny_networks.py"), 2, "which is a file"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence_and_leaves_nothing(
+    run: Run, photographs: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, sentence: str
+) -> None:
+    model = () if "--model" in arguments or "--resume" in arguments else TINY
+    ended = run("audit", *arguments, *model)
+    assert ended.code == code, ended.err
+    assert sentence in ended.err
+    assert ended.err.count("weakspot:") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_missing_source_is_told_and_the_others_are_audited(run: Run, photographs: Path) -> None:
+    ended = run("audit", photographs, "nowhere", *TINY, *QUICK, "--out", "made")
+    assert ended.code == 4
+    assert "nowhere: there is no such file" in ended.err
+    assert len(runs.Run("made").records) == 4
+
+
+def test_nothing_that_can_be_read_is_code_four(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.png").write_text("no picture")
+    ended = run("audit", "texts", *TINY, *QUICK, "--out", "made")
+    assert ended.code == 4
+    assert "Nothing could be measured." in ended.out
+
+
+def test_an_interrupt_ends_with_five_and_resume_goes_on(
+    run: Run, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("audit", photographs, *TINY, *QUICK, "--out", "whole").code == 0
+
+    def interrupt(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WRITER, interrupt)
+        ended = run("audit", photographs, *TINY, *QUICK, "--out", "made")
+    assert ended.code == 5
+    assert "interrupted; go on by weakspot audit --resume made" in ended.err
+    assert run("audit", photographs, *TINY, *QUICK, "--out", "made").code == 2  # a run lies there
+    ended = run("audit", "--resume", "made")
+    assert ended.code == 0, ended.err
+    one, other = (
+        runs.Run(folder).records.drop(columns=list(runs.tables.TIMES)) for folder in ("whole", "made")
+    )
+    pd.testing.assert_frame_equal(one, other)
+    assert run("audit", "--resume", "made").code == 0
+
+
+def test_a_full_disk_ends_with_five_and_one_sentence(
+    run: Run, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if "parquet" in path.name:
+            raise OSError(28, "No space left on device", str(path))
+        return own(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    ended = run("audit", photographs, *TINY, *QUICK, "--out", "made")
+    assert ended.code == 5
+    assert ended.err.count("\n") == 1
+    assert "made cannot be written (No space left on device)" in ended.err
+    assert "--resume made" in ended.err
+    monkeypatch.undo()
+
+
+def test_a_folder_in_use_is_refused(run: Run, photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    with locked(tmp_path / "made"):
+        ended = run("audit", photographs, *TINY, *QUICK, "--out", "made")
+    assert ended.code == 2
+    assert f"is being written by process {os.getpid()}" in ended.err
+
+
+@pytest.mark.slow
+def test_a_request_to_end_from_outside_is_an_interrupt(run: Run, photographs: Path, tmp_path: Path) -> None:
+    source = str(Path(weakspot.__file__).parents[1])
+    command = [
+        sys.executable,
+        "-m",
+        "weakspot",
+        "audit",
+        "photos",
+        *TINY,
+        "--set",
+        "pgd.steps=3000",
+        "--out",
+        "made",
+    ]
+    environment = {**os.environ, "PYTHONPATH": source}
+    child = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "made/run.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 5, err
+    assert "go on by weakspot audit --resume made" in err

@@ -1,0 +1,136 @@
+"""Small pictures, small networks, and what it means that two runs are the same."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from weakspot.runs import AttackPlan, ModelPlan, Plan, Run
+from weakspot.runs.tables import TIMES
+
+NETWORKS = """
+import torch
+from torch import nn
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, 1), nn.ReLU())
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, images):
+        return self.head(self.body(images).mean((2, 3)))
+
+
+def build():
+    torch.manual_seed(0)
+    return Tiny().eval()
+
+
+def other():
+    torch.manual_seed(1)
+    return Tiny().eval()
+
+
+class Silent(nn.Module):
+    # NaN for dark images; for bright ones too as soon as they are changed.
+    def __init__(self):
+        super().__init__()
+        self.inner = build()
+
+    def forward(self, images):
+        logits = self.inner(images)
+        dark = images.mean((1, 2, 3)) < 0.2
+        odd = (images.mean((1, 2, 3)) > 0.8) & ((images * 255 - (images * 255).round()).abs().amax((1, 2, 3)) > 1e-3)
+        return torch.where((dark | odd)[:, None], torch.nan, logits)
+
+
+def silent():
+    return Silent().eval()
+
+
+def mute():
+    network = build()
+    network.head.bias.data.fill_(float("nan"))
+    return network
+
+
+class Hungry(nn.Module):
+    def __init__(self, most):
+        super().__init__()
+        self.inner, self.most = build(), most
+
+    def forward(self, images):
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return self.inner(images)
+
+
+def hungry():
+    return Hungry(8).eval()
+"""
+TINY = ModelPlan("audited_networks:build", size=(24, 24), classes=("cat", "dog", "fish", "owl"))
+
+
+@pytest.fixture
+def networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with audited_networks.py, which can be imported and is the working directory."""
+    (tmp_path / "audited_networks.py").write_text(NETWORKS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    sys.modules.pop("audited_networks", None)
+
+
+@pytest.fixture
+def pictures(networks: Path) -> Path:
+    """Fourteen pictures in folders named like classes."""
+    return draw_pictures(networks / "pictures", 14)
+
+
+def draw_pictures(folder: Path, count: int) -> Path:
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        path = folder / ("cat", "dog", "fish")[number % 3] / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(rng.integers(30, 226, (6, 6, 3), dtype=np.uint8))
+        coarse.resize((24, 24), Image.Resampling.BICUBIC).save(path)
+    return folder
+
+
+def small_plan(*sources: Path, **changes: object) -> Plan:
+    """Two attacks in two regions, an analysis, shards of four, groups of four."""
+    plan = {
+        "sources": tuple(str(source) for source in sources),
+        "model": TINY,
+        "attacks": (
+            AttackPlan("pgd", settings=(("steps", 3),)),
+            AttackPlan("pixels", settings=(("generations", 3), ("population", 6))),
+        ),
+        "regions": ("none", "cam"),
+        "analyses": ("overlap",),
+        "shard": 4,
+        "group": 4,
+    }
+    return Plan(**{**plan, **changes})  # type: ignore[arg-type]
+
+
+def same_records(one: Run, other: Run) -> None:
+    """Asserts that all records are the same to the last bit, times apart."""
+    left, right = (run.records.drop(columns=list(TIMES)) for run in (one, other))
+    pd.testing.assert_frame_equal(left, right, check_exact=True)
+
+
+def same_maps(one: Run, other: Run) -> None:
+    """Asserts that all maps are the same to the last bit."""
+    assert list(one.maps) == list(other.maps)
+    for name, stored in one.maps.items():
+        np.testing.assert_array_equal(stored[:], other.maps[name][:], err_msg=name)
+        assert stored.about == other.maps[name].about

@@ -1,0 +1,449 @@
+"""Audits: the same records whatever happens on the way, everything reported, nothing fatal."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import zarr
+from PIL import Image
+
+import weakspot
+from tests.runs.fixtures import (
+    NETWORKS,
+    draw_pictures,
+    networks,
+    pictures,
+    same_maps,
+    same_records,
+    small_plan,
+)
+from weakspot import explain, regions
+from weakspot.attacks import pgd
+from weakspot.checks import ModelWarning
+from weakspot.images import open_pictures
+from weakspot.runs import AttackPlan, Run, Standing, StoppedError, audit, resume, summarize
+from weakspot.runs import folder as folder_module
+from weakspot.runs.preparing import load_planned
+
+__all__ = ["networks", "pictures"]  # fixtures
+FILES = ["images.parquet", "maps.zarr", "records.parquet", "run.json", "skipped.parquet"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an audit of all pictures that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "audited_networks.py").write_text(NETWORKS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        audit(small_plan(draw_pictures(folder / "pictures", 14)), folder / "whole")
+        sys.modules.pop("audited_networks", None)
+    return folder / "whole"
+
+
+@pytest.fixture
+def whole(undisturbed: Path, pictures: Path) -> Run:
+    """That audit, in a folder of its own."""
+    return Run(shutil.copytree(undisturbed, pictures.parent / "whole"))
+
+
+def test_one_row_per_image_attack_and_region_and_nothing_else_is_left(whole: Run, pictures: Path) -> None:
+    assert sorted(path.name for path in whole.folder.iterdir()) == FILES
+    records = whole.records
+    assert len(records) == 14 * 2 * 2
+    assert not records.duplicated(["image", "attack", "region"]).any()
+    assert records["image"].is_monotonic_increasing
+    assert set(records["label_name"]) == {"cat", "dog", "fish"}
+    assert set(records["label_from"]) == {"folder"}
+    confined = records[(records["attack"] == "pgd") & (records["region"] == "cam")]
+    assert (confined["pixels"] <= round(0.3 * 24 * 24)).all()
+    np.testing.assert_allclose(confined["region_share"], 0.3, atol=1e-3)
+    assert (records["landed"] == records["label"]).equals(~records["success"])
+    assert whole.complete
+    assert whole.about["images"] == {"listed": 14, "read": 14, "skipped": 0}
+    assert whole.about["host"]["cpus"] == os.cpu_count()
+    assert replace(whole.plan, sources=(str(pictures),)) == small_plan(pictures).resolved()
+
+
+def test_records_and_maps_are_what_bare_calls_give(whole: Run, pictures: Path) -> None:
+    model = load_planned(whole.plan.model)
+    found = [picture for picture in open_pictures(pictures, size=(24, 24)) if picture.pixels is not None]
+    images = torch.stack([picture.pixels for picture in found if picture.pixels is not None])
+    records = whole.records[(whole.records["attack"] == "pgd") & (whole.records["region"] == "cam")]
+    labels = torch.tensor(records["label"].to_numpy(dtype=np.int64))
+    assert records["image"].tolist() == [picture.name for picture in found]
+    region = regions.cam(model, images, labels, keep=0.3)
+    pairs = pgd(model, images, labels, region=region, steps=3)
+    bare = explain(model, pairs, analyses=["overlap"])
+    table = pairs.table
+    assert records["success"].tolist() == table["success"].tolist()
+    assert records["forwards"].tolist() == table["forwards"].tolist()
+    for name, values in (("l2", table["l2"]), ("effect_in_roi", bare.scores["effect_in_roi"])):
+        np.testing.assert_allclose(records[name].to_numpy(dtype=float), values, rtol=1e-3, atol=1e-4)
+    stored = whole.maps["importance"][:, 0, 1]
+    loss = np.abs(stored).max() / 2000
+    np.testing.assert_allclose(stored, bare.maps["importance"][:, 0], atol=loss + 1e-5, rtol=0)
+    np.testing.assert_array_equal(whole.maps["clean"][:], (images * 255).round().byte().numpy())
+    np.testing.assert_allclose(whole.maps["adversarial"][:, 0, 1] / 255, pairs.adversarial, atol=0.51 / 255)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_the_batch_size_and_the_order_of_images_change_no_bit(
+    whole: Run, pictures: Path, batch_size: int
+) -> None:
+    files = list(pictures.rglob("*.png"))
+    random.Random(batch_size).shuffle(files)  # noqa: S311 - no secret
+    if batch_size == 1:
+        changed = replace(small_plan(pictures), sources=(str(pictures), str(pictures) + "/"))
+        same_records(whole, audit(changed, pictures.parent / "other", batch_size=batch_size))
+        return
+    found = audit(small_plan(*files, labels="predictions"), pictures.parent / "other", batch_size=batch_size)
+    again = audit(small_plan(pictures, labels="predictions"), pictures.parent / "again")
+    same_records(found, again)
+    same_maps(found, again)
+
+
+def test_memory_that_is_too_small_is_met_by_smaller_batches_with_the_same_records(pictures: Path) -> None:
+    plan = small_plan(pictures, analyses=())
+    expected = audit(plan, pictures.parent / "expected")
+    hungry = replace(plan, model=replace(plan.model, spec="audited_networks:hungry"))
+    same_records(expected, audit(hungry, pictures.parent / "a"))
+    larger = replace(hungry, group=16, shard=16)
+    with pytest.warns(
+        RuntimeWarning, match="memory does not hold 16 images at once; they go through the model 8"
+    ):
+        found = audit(larger, pictures.parent / "b")
+    assert found.records["success"].tolist() == expected.records["success"].tolist()
+
+
+def test_a_disk_that_is_full_at_any_moment_costs_nothing_but_time(
+    whole: Run, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = pictures.parent / "other"
+    own, calls, stops = folder_module.synchronize, [0], [0]
+
+    def full(path: Path) -> None:
+        calls[0] += 1
+        if calls[0] % 9 == 0:
+            stops[0] += 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        own(path)
+
+    for module in ("folder", "maps"):
+        monkeypatch.setattr(f"weakspot.runs.{module}.synchronize", full)
+    said: list[str] = []
+    twice = 0
+    go: Callable[[], Run] = lambda: audit(small_plan(pictures), out)  # noqa: E731
+    for _ in range(60):
+        try:
+            found = go()
+            break
+        except StoppedError as stopped:
+            said.append(str(stopped))
+            rows = Run(out).records
+            twice += int(rows.duplicated(["image", "attack", "region"]).sum()) if len(rows) else 0
+            if stopped.resumable:
+                go = lambda: resume(out)  # noqa: E731
+    assert twice == 0
+    assert all("No space left on device" in sentence and "\n" not in sentence for sentence in said)
+    assert stops[0] > 5
+    same_records(whole, found)
+    same_maps(whole, found)
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    assert not list(out.rglob("*.partial"))
+
+
+CHILD = """
+import sys, torch
+torch.set_num_threads(1)
+from weakspot.runs import resume
+print("ready", flush=True)
+sys.stdin.readline()
+resume(sys.argv[1])
+"""
+
+
+def killed(out: Path, seconds: float) -> bool:
+    """Resumes in a process of its own and kills that after so many seconds; whether it was still at work."""
+    source = str(Path(weakspot.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, str(out.parent)])}
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(out)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert child.stdout is not None
+    assert child.stdin is not None
+    assert child.stdout.readline() == "ready\n"
+    child.stdin.write("\n")
+    child.stdin.flush()
+    try:
+        child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        return True
+    assert child.returncode == 0
+    return False
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_as_if_it_never_was(
+    whole: Run, pictures: Path, kills: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = pictures.parent / "other"
+
+    def stop(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        audit(small_plan(pictures), out, watch=stop)
+    assert not Run(out).complete
+    rng = random.Random(kills)  # noqa: S311 - no secret
+    begun = time.perf_counter()
+    audit(small_plan(pictures), pictures.parent / "timed")
+    whole_time = time.perf_counter() - begun
+    for _ in range(kills):
+        if not killed(out, rng.uniform(0, 1.5 * whole_time / min(kills, 4))):
+            break
+        assert not Run(out).records.duplicated(["image", "attack", "region"]).any()
+    found = resume(out)
+    same_records(whole, found)
+    same_maps(whole, found)
+    assert sorted(path.name for path in out.iterdir()) == FILES
+
+
+def test_only_missing_shards_are_done_again(pictures: Path) -> None:
+    out = pictures.parent / "other"
+
+    def stop(standing: Standing) -> None:
+        if standing.done > 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        audit(small_plan(pictures), out, watch=stop)
+    shards = {path: path.stat().st_mtime_ns for path in sorted((out / "shards").iterdir())}
+    assert len(shards) == 2
+    assert len(Run(out).records) == 8 * 4
+    assert Run(out).sql("select count(*) from records").fetchall() == [(32,)]
+    seen: list[Standing] = []
+
+    def stop_again(standing: Standing) -> None:
+        seen.append(standing)
+        if standing.done > 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        resume(out, watch=stop_again)
+    assert seen[0].done == 8
+    assert {path: path.stat().st_mtime_ns for path in shards} == shards
+    assert seen[-1].seconds_left > 0
+    assert resume(out).complete
+    assert resume(out).complete  # of what is complete nothing is done
+
+
+def test_damaged_files_among_good_ones_are_told_and_cost_nothing(whole: Run, pictures: Path) -> None:
+    good = (pictures / "cat/00.png").read_bytes()
+    damaged = {
+        "cat/01-cut.png": good[: len(good) // 2],
+        "cat/02-empty.png": b"",
+        "dog/notes.txt": b"no picture",
+        "dog/text.png": b"<html>",
+        "fish/flipped.png": good[:40] + bytes(byte ^ 0x55 for byte in good[40:80]) + good[80:],
+    }
+    for name, content in damaged.items():
+        (pictures / name).write_bytes(content)
+    odd = ("L", "LA", "RGBA", "P", "CMYK", "I;16", "1")
+    for mode in odd:
+        kind = "tiff" if mode == "CMYK" else "png"
+        Image.new(mode, (30, 26), 1 if mode == "I;16" else None).save(
+            pictures / f"fish/odd-{mode.replace(';', '')}.{kind}"
+        )
+    (pictures / "owl").mkdir()
+    Image.open(pictures / "dog/01.png").save(pictures / "owl/really-a-jpeg.png", "JPEG")
+    found = audit(small_plan(pictures), pictures.parent / "other")
+    assert set(found.skipped["image"]) == set(damaged)
+    assert found.skipped["reason"].str.len().min() > 5
+    assert found.about["images"] == {"listed": 27, "read": 22, "skipped": 5}
+    records = found.records
+    assert "owl/really-a-jpeg.png" in set(records["image"])
+    same = records[records["image"].isin(whole.records["image"])]
+    assert same["success"].tolist() == whole.records["success"].tolist()
+    assert np.isnan(found.maps["importance"][1]).all()  # cat/01-cut.png
+
+
+def test_images_that_vanish_are_skipped(pictures: Path) -> None:
+    def vanish(_: Any) -> None:
+        (pictures / "fish/02.png").unlink(missing_ok=True)
+
+    found = audit(small_plan(pictures, analyses=()), pictures.parent / "other", watch=vanish)
+    assert found.skipped["image"].tolist() == ["fish/02.png"]
+    assert "no longer there" in found.skipped["reason"][0]
+
+
+def test_a_network_that_returns_nan_is_said_row_by_row(pictures: Path) -> None:
+    Image.new("RGB", (24, 24), (3, 3, 3)).save(pictures / "dog/dark.png")
+    Image.new("RGB", (24, 24), (250, 250, 250)).save(pictures / "dog/bright.png")
+    plan = small_plan(pictures, attacks=(AttackPlan("pgd", settings=(("steps", 2),)),))
+    found = audit(
+        replace(plan, model=replace(plan.model, spec="audited_networks:silent")), pictures.parent / "other"
+    )
+    records = found.records
+    assert len(records) == 16 * 2
+    odd = records[records["trouble"].notna()]
+    assert set(odd["image"]) == {"dog/dark.png", "dog/bright.png"}
+    assert odd["success"].isna().all()
+    assert (
+        odd[odd["image"] == "dog/dark.png"]["trouble"]
+        .str.contains("NaN or infinity for the clean image")
+        .all()
+    )
+    assert (
+        odd[odd["image"] == "dog/bright.png"]["trouble"]
+        .str.contains("attack pgd in region .*: the model returned")
+        .all()
+    )
+    fine = records[records["trouble"].isna()]
+    assert fine["success"].notna().all()
+    assert [cell.troubled for cell in summarize(found).cells] == [2, 2]
+    assert [cell.images for cell in summarize(found).cells] == [14, 14]
+
+
+def test_a_network_that_returns_nothing_but_nan_is_no_reason_to_stop(pictures: Path) -> None:
+    plan = small_plan(pictures)
+    found = audit(
+        replace(plan, model=replace(plan.model, spec="audited_networks:mute")), pictures.parent / "other"
+    )
+    assert found.records["trouble"].notna().all()
+    assert summarize(found).weakest == "Nothing could be measured."
+
+
+def test_a_folder_takes_one_run(whole: Run, pictures: Path) -> None:
+    with pytest.raises(ValueError, match=r"whole, which holds a run already .*--resume"):
+        audit(small_plan(pictures), whole.folder)
+    (pictures.parent / "file").write_text("x")
+    with pytest.raises(ValueError, match="which is a file"):
+        audit(small_plan(pictures), pictures.parent / "file")
+
+
+def test_what_cannot_be_done_leaves_no_folder(pictures: Path) -> None:
+    out = pictures.parent / "other"
+    for change, sentence in [
+        ({"regions": ("cma",)}, "region is 'cma'"),
+        ({"regions": ("support",)}, "needs a class to reach"),
+        ({"sources": (str(pictures / "nowhere"),)}, "nowhere: there is no such file"),
+        ({"labels": "folders", "sources": (str(pictures / "cat"),)}, "it has no folders"),
+    ]:
+        with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+            audit(replace(small_plan(pictures), **change), out)  # type: ignore[arg-type]
+        assert not out.exists()
+
+
+def test_a_model_with_other_weights_does_not_go_on(pictures: Path, networks: Path) -> None:
+    out = pictures.parent / "other"
+
+    def stop(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        audit(small_plan(pictures), out, watch=stop)
+    about = json.loads((out / "run.json").read_text())
+    about["plan"]["model"]["spec"] = "audited_networks:other"
+    (out / "run.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="has other weights than when the audit began"):
+        resume(out)
+
+
+def test_a_newer_schema_is_said_in_one_sentence(whole: Run) -> None:
+    about = {**whole.about, "schema": 2}
+    (whole.folder / "run.json").write_text(json.dumps(about))
+    for call in (Run, resume):
+        with pytest.raises(
+            ValueError, match=r"written by a newer weakspot \(schema 2; this one reads up to 1\)"
+        ) as told:
+            call(whole.folder)
+        assert "\n" not in str(told.value)
+    (whole.folder / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        Run(whole.folder)
+    (whole.folder / "run.json").write_text('{"schema": 1, "attack": "pgd"}')
+    with pytest.raises(ValueError, match="of another command"):
+        Run(whole.folder)
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        resume(whole.folder.parent / "nowhere")
+
+
+def test_a_run_is_asked_in_sql_whatever_its_path(pictures: Path) -> None:
+    found = audit(small_plan(pictures, analyses=(), maps=False), pictures.parent / "it's [a] run*")
+    rows = found.sql(
+        "select attack, region, avg(success::int) as fooled from records group by all order by all"
+    ).df()
+    expected = found.records.groupby(["attack", "region"])["success"].mean()
+    assert dict(
+        zip(zip(rows["attack"], rows["region"], strict=True), rows["fooled"], strict=True)
+    ) == pytest.approx(expected.astype(float).to_dict())
+    assert found.relation.aggregate("count(*)").fetchall() == [(56,)]
+    assert found.sql("select count(*) from images").fetchall() == [(14,)]
+    assert found.sql("select count(*) from skipped").fetchall() == [(0,)]
+    assert list(found.maps) == []
+    assert not (found.folder / "maps.zarr").exists()
+
+
+def test_files_are_read_by_duckdb_and_zarr_alone(whole: Run) -> None:
+    import duckdb
+
+    path = whole.folder / "records.parquet"
+    query = f"select attack, region, avg(success::int) from '{path}' group by all"  # noqa: S608
+    rows = duckdb.connect().sql(query).fetchall()
+    assert len(rows) == 4
+    group = zarr.open_group(whole.folder / "maps.zarr", mode="r")
+    assert group["partition"].shape == (14, 2, 2, 24, 24)  # type: ignore[union-attr]
+    assert group.attrs["attacks"] == ["pgd", "pixels"]
+
+
+def test_the_summary_counts_and_says_which_region_is_weakest(whole: Run) -> None:
+    summary = summarize(whole)
+    records = whole.records
+    for cell in summary.cells:
+        mine = records[(records["attack"] == cell.attack) & (records["region"] == cell.region)]
+        assert cell.robust_accuracy == pytest.approx(1 - mine["success"].mean())
+        assert cell.low <= cell.robust_accuracy <= cell.high
+    assert summary.labels == "folder names"
+    assert summary.weakest.startswith("The weakest region is cam (30% of the image): ")
+    assert json.dumps(summary.as_mapping())
+
+
+def test_columns_that_only_some_shards_have_are_missing_elsewhere(pictures: Path) -> None:
+    # Only pairs that differ in one pixel have a locality.
+    plan = small_plan(pictures, analyses=("locality", "ssim"), regions=("none",))
+    records = audit(plan, pictures.parent / "other").records
+    own = [name for name in map(str, records) if name.startswith("moved") or "neighbour" in name]
+    assert "ssim_score" in records
+    assert pd.api.types.is_float_dtype(records["ssim_score"])
+    assert own
+    assert records[records["attack"] == "pgd"][own].isna().all(axis=None)
+
+
+def test_warnings_of_train_mode_come_and_nothing_else(pictures: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ModelWarning)
+        audit(small_plan(pictures, analyses=()), pictures.parent / "other")

@@ -1,0 +1,59 @@
+"""The lock: one writer; the dead hold nothing."""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from weakspot.runs.lock import FILE, LockedError, locked
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from weakspot.runs.lock import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_writer_is_told_who_holds_it_and_a_dead_one_blocks_nobody(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(LockedError, match=f"is being written by process {holder.pid} on "),
+            locked(tmp_path),
+        ):
+            pass
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    assert (tmp_path / FILE).exists()
+    with locked(tmp_path), pytest.raises(LockedError), locked(tmp_path):
+        pass
+    assert not (tmp_path / FILE).exists()
+
+
+def test_a_lock_of_another_machine_is_not_taken(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(
+        json.dumps({"pid": 1, "host": platform.node() + "-other", "since": "yesterday"})
+    )
+    with pytest.raises(LockedError, match=r"if that one is dead, delete .*audit\.lock"), locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("left", ["", "{", "[]", '{"pid": 4194304}'])
+def test_a_file_that_nobody_holds_is_no_lock(tmp_path: Path, left: str) -> None:
+    (tmp_path / FILE).write_text(left)
+    with locked(tmp_path):
+        assert (tmp_path / FILE).exists()

@@ -1,0 +1,67 @@
+"""Maps: packed within the loss that is stated, read back where they were put."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from weakspot.runs.maps import BlockBuilder, Maps, MapStore, _packed
+
+ANY = st.floats(-(2.0**99), 2.0**99, width=32)
+
+
+@given(arrays(np.float32, (3, 4, 5), elements=ANY))
+def test_no_value_is_off_by_more_than_is_stated(maps: np.ndarray) -> None:
+    packed, scales = _packed(maps)
+    back = packed.astype(np.float32) * scales[:, None, None]
+    top = np.abs(maps).max((1, 2), keepdims=True)
+    assert (np.abs(back - maps) <= np.maximum(np.abs(maps) / 2048, top / 4096)).all()
+
+
+def test_maps_come_back_where_they_were_put_and_others_are_missing(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    store = MapStore(tmp_path, 6, ["pgd", "pixels"], ["none"], 4)
+    put = {}
+    for number, images in ((1, 2), (0, 4)):
+        block = BlockBuilder(images, 2, 1)
+        tiny, large = rng.normal(size=(2, 5, 7)), rng.integers(0, 4, (1, 5, 7))
+        block.add("tiny", [0], (0, 0), tiny[:1] * 1e-9, {"kind": "signed"})
+        block.add("tiny", [0], (1, 0), tiny[1:] * 1e9, {"kind": "signed"})
+        block.add("cells", [1], (1, 0), large, {"kind": "category", "categories": list("abcd")})
+        block.add_pictures("clean", [0, 1], rng.random((2, 3, 5, 7)), {})
+        store.write(number, block.blocks)
+        store.write(number, block.blocks)  # a shard that is done again changes nothing
+        put[4 * number] = (tiny, large)
+    maps = Maps(store.path)
+    assert list(maps) == ["cells", "clean", "tiny"]
+    assert maps["tiny"].shape == (6, 2, 1, 5, 7)
+    assert [str(maps[name].dtype) for name in ("tiny", "cells", "clean")] == ["float16", "uint8", "uint8"]
+    assert maps["clean"].shape == (6, 3, 5, 7)
+    for place, (tiny, large) in put.items():
+        expected = tiny * np.array([1e-9, 1e9])[:, None, None]
+        for attack in (0, 1):
+            bound = np.abs(expected[attack]).max() / 2048
+            for key in (
+                (place, attack, 0),
+                (place, attack, 0, ...),
+                (place, attack, ..., slice(None)),
+                (place, attack),
+            ):
+                np.testing.assert_allclose(maps["tiny"][key].squeeze(), expected[attack], atol=bound, rtol=0)
+        np.testing.assert_array_equal(maps["tiny"][place, :, 0, 2], maps["tiny"][:][place, :, 0, 2])
+        np.testing.assert_array_equal(maps["cells"][place + 1, 1, 0], large[0])
+    assert np.isnan(maps["tiny"][1]).all()
+    assert (maps["cells"][0] == 255).all()
+    assert maps["cells"].about["categories"] == list("abcd")
+    assert maps["cells"].about["loss"] == "none"
+    outside = zarr.open_array(store.path / "tiny", mode="r")
+    assert outside.metadata.to_dict()["dimension_names"] == ("image", "attack", "region", "y", "x")
+    assert outside.chunks == (1, 2, 1, 5, 7)
+    with pytest.raises(KeyError, match="the run has the maps cells, clean, tiny"):
+        maps["cell"]

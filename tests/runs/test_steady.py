@@ -1,0 +1,110 @@
+"""Steady batches and isolation: neighbours decide nothing, failures stay where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import Made
+from weakspot.attacks import pgd
+from weakspot.checks import NotFiniteError
+from weakspot.classifier import Classifier, as_classifier
+from weakspot.runs.isolation import Lots, isolated
+from weakspot.runs.steady import SteadyClassifier
+
+PARTS = (slice(0, 4), slice(4, None))  # of whole groups, as lots are
+
+
+def test_logits_are_the_same_to_the_last_bit_in_any_company(any_model: Made) -> None:
+    model, images = any_model
+    steady = SteadyClassifier(as_classifier(model), 4)
+    many = torch.cat([images, images.flip(3), images.flip(2)])
+    with torch.no_grad():
+        together = steady(many)
+        torch.testing.assert_close(together, as_classifier(model)(many), rtol=1e-4, atol=1e-5)
+        for count in range(1, len(many)):
+            assert torch.equal(steady(many[:count]), together[:count])
+        assert torch.equal(
+            steady(torch.rand_like(many).index_copy(0, torch.tensor([5]), many[[5]]))[5], together[5]
+        )
+
+
+def test_attacks_are_the_same_to_the_last_bit_in_any_company(any_model: Made) -> None:
+    model, images = any_model
+    steady = SteadyClassifier(as_classifier(model), 4)
+    many = torch.cat([images, images.flip(3)])
+    with torch.no_grad():
+        labels = steady(many).argmax(1)
+    together = pgd(steady, many, labels, steps=3, batch_size=4).adversarial
+    parts = [pgd(steady, many[rows], labels[rows], steps=3, batch_size=4).adversarial for rows in PARTS]
+    assert torch.equal(together, torch.cat(parts))
+
+
+def test_the_network_never_sees_another_number_of_images(pooling: Made) -> None:
+    seen: set[int] = set()
+    model, images = pooling
+    model.register_forward_pre_hook(lambda _, given: seen.add(len(given[0])))
+    steady = SteadyClassifier(Classifier.wrap(model), 2)
+    steady(images)
+    assert seen == {2}
+
+
+def failing(bad: set[int], error: Callable[[], Exception]) -> Callable[[Tensor], list[int]]:
+    def work(rows: Tensor) -> list[int]:
+        if bad & set(rows.tolist()):
+            raise error()
+        return rows.tolist()
+
+    return work
+
+
+@pytest.mark.parametrize("bad", [set(), {0}, {3, 7}, {8}])
+def test_what_fails_is_found_and_the_rest_is_done(bad: set[int]) -> None:
+    troubles: dict[int, str] = {}
+    found = isolated(failing(bad, lambda: ValueError("odd\nand more")), torch.arange(9), troubles, "work")
+    assert [row for _, rows in found for row in rows] == [row for row in range(9) if row not in bad]
+    assert [row for rows, _ in found for row in rows.tolist()] == [row for row in range(9) if row not in bad]
+    assert troubles == dict.fromkeys(sorted(bad), "work: odd")
+
+
+def test_what_fails_everywhere_is_nobodys_fault_unless_it_is_nan() -> None:
+    everyone = set(range(4))
+    with pytest.raises(ValueError, match="work failed on every image: odd"):
+        isolated(failing(everyone, lambda: ValueError("odd")), torch.arange(4), {}, "work")
+    troubles: dict[int, str] = {}
+    assert isolated(failing(everyone, lambda: NotFiniteError("x")), torch.arange(4), troubles, "work") == []
+    assert troubles == dict.fromkeys(range(4), "work: the model returned NaN or infinity")
+
+
+def test_a_full_disk_is_no_images_fault() -> None:
+    with pytest.raises(OSError, match="full"):
+        isolated(failing({1}, lambda: OSError("full")), torch.arange(4), {}, "work")
+
+
+@pytest.mark.parametrize("most", [1, 3, 5, 16])
+def test_lots_are_halved_until_memory_holds_them(most: int) -> None:
+    calls = []
+
+    def work(rows: Tensor) -> list[int]:
+        calls.append(len(rows))
+        if len(rows) > most:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return rows.tolist()
+
+    lots = Lots(None, None)
+    found = lots.each(work, torch.arange(13), {}, "work")
+    assert [row for _, rows in found for row in rows] == list(range(13))
+    calls.clear()
+    lots.each(work, torch.arange(13), {}, "work")
+    assert max(calls) <= most  # what was learnt is kept
+
+
+def test_memory_that_does_not_hold_one_image_is_said() -> None:
+    def work(rows: Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(ValueError, match=r"work: CUDA out of memory .*too small for this model"):
+        Lots(None, None).each(work, torch.arange(4), {}, "work")
