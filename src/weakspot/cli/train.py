@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from weakspot.datasets import Labelled
     from weakspot.defenses.training import Matrix
 
+WIDE = 125  # columns of a terminal that takes the table with intervals
 EVALUATIONS = ("none", "own", "matrix")
 EXAMPLES = """
 
@@ -382,12 +383,13 @@ def _print(said: Mapping[str, Any], seconds: float, out: Path, *, matrix: bool) 
     if rows:
         tests = list(dict.fromkeys(row["test"] for row in rows))
         table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+        wide = console.width >= WIDE
         for heading in (["trained"] if matrix else []) + tests:
-            table.add_column(heading)
+            table.add_column(heading, no_wrap=True)
         names = list(dict.fromkeys(row.get("recipe", "") for row in rows))
         for name in names:
             cells = [
-                f"{row['accuracy']:.1%} [{row['low']:.1%}, {row['high']:.1%}]".replace("[", "\\[")
+                f"{row['accuracy']:.1%}" + (f" ({row['low']:.1%}-{row['high']:.1%})" if wide else "")
                 for row in rows
                 if row.get("recipe", "") == name
             ]

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+import weakspot
 from weakspot.budgets import Budget
 from weakspot.checks import ModelWarning
 from weakspot.classifier import Classifier, as_classifier
@@ -164,6 +165,7 @@ def train(
             "fingerprint": data_fingerprint(everything),
         },
         "start": fingerprint(classifier.network),
+        "versions": {"weakspot": weakspot.__version__, "torch": torch.__version__},
         **(about or {}),
     }
     earlier = None if out is None else _earlier(Path(out), record)
