@@ -11,6 +11,7 @@ from torch import Tensor
 
 from weakspot.statistics import (
     ShiftTest,
+    mean_interval,
     products_over_shifts,
     queen_lag,
     ranks,
@@ -163,3 +164,13 @@ def test_the_interval_of_a_share_is_wilsons(hits: int, count: int) -> None:
 
 def test_no_cases_have_no_share() -> None:
     assert np.isnan(share_interval(np.zeros(0, dtype=bool))).all()
+
+
+def test_the_interval_of_many_values_is_that_of_drawing_them() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.choice([-1.0, 0.0, 1.0], 3000, p=[0.1, 0.7, 0.2])
+    mean, low, high = mean_interval(values)
+    means = [rng.choice(values, 3000).mean() for _ in range(4000)]
+    drawn = np.quantile(means, [0.025, 0.975])
+    assert mean == pytest.approx(values.mean())
+    assert [low, high] == pytest.approx(drawn, abs=0.1 * (high - low))

@@ -87,8 +87,17 @@ def test_a_matrix_is_a_table_a_picture_and_sentences(run: Run, digits: Path, tmp
     assert load("runs/matrix/standard-1", device="cpu").name == "two_conv trained standard"
 
 
+UNSEEDED = """
+
+def unseeded():
+    return nn.Sequential(nn.Flatten(), nn.Linear(768, 2))
+"""
+
+
 def test_folders_of_pictures_and_a_network_of_ones_own(run: Run, tmp_path: Path) -> None:  # noqa: F811
     rng = np.random.default_rng(0)
+    with (tmp_path / "tiny_networks.py").open("a") as file:
+        file.write(UNSEEDED)
     for number, name in enumerate(("dark", "light")):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for picture in range(20):
@@ -103,6 +112,37 @@ def test_folders_of_pictures_and_a_network_of_ones_own(run: Run, tmp_path: Path)
     record = json.loads((tmp_path / "weakspot-train/training.json").read_text())
     assert record["network"]["spec"] == "tiny_networks:build"
     assert record["network"]["class_names"] == ["dark", "light"]
+    again = run(
+        "train",
+        "photos",
+        "--recipe",
+        "localized",
+        "--model",
+        "tiny_networks:unseeded",
+        "--size",
+        "16x16",
+        *QUICK,
+        "--out",
+        "own",
+    )
+    assert again.code == 0, again.err
+    assert "--model tiny_networks:unseeded --weights own/model.safetensors" in again.out
+    torch.rand(3)
+    same = run(
+        "train",
+        "photos",
+        "--recipe",
+        "localized",
+        "--model",
+        "tiny_networks:unseeded",
+        "--size",
+        "16x16",
+        *QUICK,
+        "--out",
+        "own",
+        "-q",
+    )
+    assert same.code == 0, same.err
 
 
 def test_an_interrupted_training_says_so_and_goes_on(
@@ -153,6 +193,14 @@ def test_recipes_and_tests_are_listed(run: Run) -> None:  # noqa: F811
         (("digits.npz", "--out", "digits.npz"), 2, "which is a file"),
         (("digits.npz", "--batch-size", "1000"), 2, "batch_size is 1000; there are 180 images"),
         (("digits.npz", "--evaluate", "matrix", "--recipes", "standard,foo"), 2, "recipe is 'foo'"),
+        (
+            ("digits.npz", "--evaluate", "matrix", "--recipe", "full"),
+            2,
+            "--recipe goes without --evaluate matrix",
+        ),
+        (("digits.npz", "--recipes", "full"), 2, "--recipes goes with --evaluate matrix"),
+        (("digits.npz", "--limit", "3"), 2, "--limit goes with --evaluate own or matrix"),
+        (("digits.npz", "--evaluate", "own", "--seeds", "2"), 2, "--seeds goes with --evaluate matrix"),
         (("digits.npz", "--device", "abacus"), 2, "device is 'abacus'"),
         (("digits.npz", "--model", "tiny_networks:build", *QUICK), 2, "channels"),
     ],

@@ -126,6 +126,62 @@ def test_the_matrix_is_what_its_networks_do_and_says_what_differs(tmp_path: Path
     assert rows.count("full-0") == 4  # three epochs and the result
 
 
+def test_test_images_of_another_kind_are_told_before_anything_is_trained(tmp_path: Path) -> None:
+    images, labels = halves(20)
+    for test, said in (
+        (from_tensors(images.repeat(1, 3, 1, 1), labels), r"test has images of \(3, 16, 12\)"),
+        (from_tensors(images, labels + 1), "test holds class 2; the data has 2 classes"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            evaluation_matrix(make, data(40), test, out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_strongest_test_counts_every_attack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the ensemble fools is lost, and nothing comes back that PGD has fooled."""
+    from weakspot.defenses.training import testing
+
+    images, labels = halves(30)
+    model = fresh().eval()
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    asked: list[int] = []
+
+    def fooling(_: nn.Module, given: Tensor, *rest: Any, **options: Any) -> Any:
+        asked.append(len(given))
+        fooled = torch.arange(len(given)) % 2 == 0
+        return type("Made", (), {"success": fooled})()
+
+    monkeypatch.setattr(testing, "auto", fooling)
+    found = outcomes(model, Judged(images, labels, images > 0.4), budget=Linf(0.002), steps=2, strongest=20)
+    standing = (found["full"] & found["localized"])[:20]
+    assert asked == [int(standing.sum())]
+    assert int(found["strongest"].sum()) == asked[0] // 2
+    assert not bool((found["strongest"] & ~standing).any())
+
+
+def test_differences_are_paired_by_image() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one = torch.rand(400, generator=generator) < 0.5
+    other = one.clone()
+    other[:8] = ~one[:8]
+    found = {f"{name}-0": dict.fromkeys(TESTS, right) for name, right in (("standard", one), ("full", other))}
+    rows = matrix._differences(found, ["standard", "full"], [0])
+    width = float((rows["high"] - rows["low"]).max())
+    assert width < 0.04, "unpaired it would be 0.14"
+    assert float((rows["low"] - rows["difference"]).max()) <= 0
+
+
+def test_backgrounds_are_those_of_the_very_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = (torch.rand(12, 1, 16, 12, generator=generator) > 0.9).float()
+    tested = judged_images(from_tensors(images, torch.arange(12) % 2), limit=9)
+    from weakspot.regions import background
+
+    assert torch.equal(tested.images, images[:9])
+    assert torch.equal(tested.backgrounds, background(images[:9]))
+
+
 def test_kept_outcomes_of_other_weights_or_attacks_are_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,8 +198,13 @@ def test_kept_outcomes_of_other_weights_or_attacks_are_not_taken(
     for changed in ({}, {}, {"budget": Linf(0.06)}, {"steps": 3}):
         matrix._kept_outcomes(tmp_path, model, tested, {**asked, **changed}, None)
     matrix._kept_outcomes(tmp_path, make(5).eval(), tested, asked, None)
-    matrix._kept_outcomes(tmp_path, model, tested._replace(images=tested.images + 0.01), asked, None)
-    assert calls == [0.05, 0.06, 0.05, 0.05, 0.05]
+    for other in (
+        {"images": tested.images + 0.01},
+        {"labels": 1 - tested.labels},
+        {"backgrounds": ~tested.backgrounds},
+    ):
+        matrix._kept_outcomes(tmp_path, model, tested._replace(**other), asked, None)
+    assert calls == [0.05, 0.06, 0.05, 0.05, 0.05, 0.05, 0.05]
 
 
 def test_backgrounds_cut_off_go_on_and_are_found_once(
@@ -180,8 +241,11 @@ def test_backgrounds_cut_off_go_on_and_are_found_once(
 def test_bad_arguments_are_told_in_one_sentence(tmp_path: Path) -> None:
     for arguments, said in (
         ({"recipes": ("standard", "fool")}, "recipe is 'fool'; accepted: standard, localized"),
-        ({"recipes": ()}, "accepted is at least one of each"),
+        ({"recipes": ()}, "recipes is empty"),
         ({"seeds": 0}, "seeds is 0"),
+        ({"seeds": "2"}, "seeds is 2; accepted is a whole number"),
+        ({"limit": 1}, "limit is 1 of 20 test images"),
+        ({"strongest": 0}, "strongest is 0"),
     ):
         with pytest.raises(ValueError, match=said):
             evaluation_matrix(make, data(40), data(20), out=tmp_path, **arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -21,15 +22,16 @@ from tests.conftest import FlatNetwork, LinearNetwork, PoolingNetwork, TokenNetw
 from weakspot import L2, Linf, attacks, defenses
 from weakspot.checks import ModelWarning
 from weakspot.classifier import Classifier
-from weakspot.datasets import from_tensors
+from weakspot.datasets import from_tensors, read_labelled
 from weakspot.defenses.training import backgrounds as finding
 from weakspot.defenses.training import loop as loops
 from weakspot.defenses.training.adversary import perturbed
 from weakspot.defenses.training.augmentation import Moves
+from weakspot.defenses.training.devices import make_fabric
 from weakspot.defenses.training.held_out import HeldOut
 from weakspot.defenses.training.recipes import RECIPES, find_recipe
 from weakspot.defenses.training.settings import Settings
-from weakspot.defenses.training.training import make_fabric
+from weakspot.defenses.training.training import held_out_images, split
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lightning.*")
 QUICK: dict[str, Any] = {"epochs": 2, "steps": 3, "batch_size": 20, "learning_rate": 0.05, "held_out": 20}
@@ -113,6 +115,7 @@ def test_a_training_cut_off_anywhere_goes_on_to_the_same_weights(recipe: str, tm
     data = halves()
     options = {**QUICK, "epochs": 3, "augment": "crop,flip", "recipe": recipe}
     whole = defenses.train(fresh(Dropping), data, **options)
+    options["save_every"] = 0.0  # after every update, so that each cut is in the middle of an epoch
     rows: list[dict[str, float]] = []
     for cut in (0.34, 0.5, 0.97):
 
@@ -138,6 +141,46 @@ def test_a_training_cut_off_anywhere_goes_on_to_the_same_weights(recipe: str, tm
     assert torch.equal(
         weights(defenses.train(fresh(Dropping), data, out=tmp_path / "run", **options)), weights(whole)
     )
+
+
+class Striking(nn.Module):
+    """Is interrupted in the middle of an update, when batch-norm has moved and the weights have not."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.body, self.at, self.calls = Dropping(), at, 0
+        self.average: Tensor
+        self.register_buffer("average", torch.zeros(2), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits, _ = self.body(images)
+        if self.training:
+            self.calls += 1
+            self.average.copy_(0.9 * self.average + 0.1 * logits.detach().mean(0))
+            if self.calls == self.at:
+                signal.raise_signal(signal.SIGINT)
+        moved: Tensor = logits + random.random() + 0.01 * self.average  # noqa: S311 - a network that draws
+        return moved
+
+
+@pytest.mark.parametrize("at", [1, 7, 9, 10])
+def test_ctrl_c_in_the_middle_of_an_update_waits_for_its_end(at: int, tmp_path: Path) -> None:
+    data = halves()
+    handler = signal.getsignal(signal.SIGINT)
+    before = random.getstate()
+    whole = defenses.train(fresh(lambda: Striking(-1)), data, recipe="full", **QUICK)
+    with pytest.raises(KeyboardInterrupt):
+        defenses.train(
+            fresh(lambda: Striking(at)), data, recipe="full", out=tmp_path, save_every=1e9, **QUICK
+        )
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["epoch"] * 9 + state["update"] == at
+    resumed = defenses.train(fresh(lambda: Striking(-1)), data, recipe="full", out=tmp_path, **QUICK)
+    assert torch.equal(weights(whole), weights(resumed))
+    assert torch.equal(whole.average, resumed.average)  # type: ignore[arg-type]
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert random.getstate() == before
+    assert all(weight.grad is None for weight in resumed.parameters())
 
 
 KILLED = """
@@ -295,6 +338,94 @@ def test_masks_are_cropped_and_flipped_with_their_images() -> None:
     assert not torch.equal(moves.shifts, Moves("crop,flip", 50, (16, 24), 0, 4).shifts)
 
 
+@pytest.mark.parametrize("recipe", ["localized", "foreground", "random_mask"])
+def test_in_a_training_each_image_meets_its_own_mask(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through split, shuffle, crop and flip: the mask that the adversary gets is that of the image that it gets."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.zeros(80, 1, 16, 24)
+    images[..., 5:11, 7:17] = (
+        torch.rand(80, 1, 6, 10, generator=generator) > 0.7
+    ).float()  # crops never cut it
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def watching(network: Any, shown: Tensor, labels: Tensor, region: Tensor, *rest: Any) -> Tensor:
+        seen.append((shown.clone(), region.clone()))
+        return shown
+
+    monkeypatch.setattr(loops, "perturbed", watching)
+    defenses.train(
+        fresh(lambda: FlatNetwork((16, 24))), (images, torch.arange(80) % 2), recipe=recipe, augment="crop,flip",
+        **{**QUICK, "held_out": 8},
+    )  # fmt: skip
+    assert len(seen) == 2 * 3
+    for shown, region in seen:
+        background = F.max_pool2d((shown > 0.1).float(), 3, 1, 1) == 0
+        if recipe == "random_mask":
+            assert torch.equal(region.sum((2, 3)), background.sum((2, 3)))
+            assert not torch.equal(region, background)
+        else:
+            assert torch.equal(region, background if recipe == "localized" else ~background)
+    assert not torch.equal(seen[0][1], seen[3][1])
+
+
+def test_held_out_images_are_never_trained_on_and_judged_in_the_recipe_s_region() -> None:
+    rows, kept = split(100, 30)
+    assert sorted([*rows.tolist(), *kept.tolist()]) == list(range(100))
+    assert len(kept) == 10, "at most a tenth"
+    data = from_tensors(*halves(100))
+    found = finding.find_backgrounds(data)
+    masks = found.masks(kept)
+    regions = {
+        region: held_out_images(data, kept, None if region == "everywhere" else found, region, 0)
+        for region in ("everywhere", "background", "foreground", "random")
+    }
+    assert all(held is not None and torch.equal(held.labels, data.labels[kept]) for held in regions.values())
+    assert regions["everywhere"].region is None  # type: ignore[union-attr]
+    assert torch.equal(regions["background"].region, masks)  # type: ignore[union-attr, arg-type]
+    assert torch.equal(regions["foreground"].region, ~masks)  # type: ignore[union-attr, arg-type]
+    assert torch.equal(regions["random"].region.sum((2, 3)), masks.sum((2, 3)))  # type: ignore[union-attr]
+    assert held_out_images(data, kept[:0], found, "background", 0) is None
+
+
+def test_updates_are_those_of_sgd_with_decay_along_the_cosine() -> None:
+    images, labels = halves(60)
+    trained = defenses.train(
+        fresh(),
+        (images, labels),
+        recipe="standard",
+        **{**UNJUDGED, "epochs": 2, "batch_size": 60, "weight_decay": 0.3},
+    )
+    twin = fresh()
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9, weight_decay=0.3)
+    for rate in (0.05, 0.025):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        F.cross_entropy(twin(images), labels).backward()
+        optimizer.step()
+    torch.testing.assert_close(trained.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_single_step_and_trades_begin_where_their_papers_say() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1, 6, 5, generator=generator)
+    images, labels = torch.full((4, 1, 6, 5), 0.5), torch.tensor([0, 1, 0, 1])
+    noise = torch.rand(images.shape, generator=generator) * 2 - 1
+    uphill = torch.where(labels[:, None, None, None] == 0, -1.0, 1.0) * weight.sign()
+    found = perturbed(
+        LinearNetwork(weight), images, labels, None, noise, find_recipe("fast"), settings(steps=9)
+    )
+    torch.testing.assert_close(found, images + (0.1 * noise + 1.25 * 0.1 * uphill).clamp(-0.1, 0.1))
+    starts: list[Tensor] = []
+
+    def network(given: Tensor) -> Tensor:
+        starts.append(given.detach())
+        logits: Tensor = LinearNetwork(weight)(given)
+        return logits
+
+    perturbed(network, images, labels, None, noise, find_recipe("trades"), settings(steps=1))
+    torch.testing.assert_close(starts[1], images + 1e-3 * noise)
+
+
 class Watched(nn.Module):
     """Keeps every batch that it is shown, and in which mode."""
 
@@ -429,6 +560,66 @@ def test_training_stops_where_robustness_is_lost_and_returns_the_best_before(
     assert torch.equal(weights(trained), at[1])
 
 
+def test_the_best_weights_survive_a_death(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    at: list[Tensor] = []
+    told = iter([0.6, 0.85, 0.8, 0.02])
+
+    def judge(self: Any, classifier: Classifier, numbers: Settings) -> dict[str, float]:
+        at.append(weights(classifier.network))
+        return {"clean": 0.9, "robust": next(told)}
+
+    def die(row: dict[str, float]) -> None:
+        if row["epoch"] == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(HeldOut, "judge", judge)
+    monkeypatch.setattr(loops, "ENOUGH", 20)
+    options = {**QUICK, "epochs": 6}
+    with pytest.raises(KeyboardInterrupt):
+        defenses.train(fresh(), halves(), recipe="fast", out=tmp_path, told=die, **options)
+    for _ in range(2):  # trained to its end, and read again
+        with pytest.warns(ModelWarning, match="fell to 2% in epoch 4"):
+            trained = defenses.train(fresh(), halves(), recipe="fast", out=tmp_path, **options)
+        assert torch.equal(weights(trained), at[1])
+
+
+class Unlike(nn.Module):
+    """Weights that two modules share, a frozen batch-norm and a module that computes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+        self.one = nn.Linear(16 * 12, 16 * 12)
+        self.two = self.one
+        self.rectify = nn.ReLU(inplace=True)
+        self.head = nn.Linear(16 * 12, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        flat = self.norm(images).flatten(1)
+        logits: Tensor = self.head(self.rectify(self.two(self.rectify(self.one(flat)))))
+        return logits
+
+
+def test_shared_weights_are_written_and_frozen_norms_stay_frozen(tmp_path: Path) -> None:
+    model = fresh(Unlike).train()
+    model.norm.eval()  # type: ignore[union-attr]
+    images, labels = halves(60)
+    images.requires_grad_()
+    trained = [
+        defenses.train(
+            model, (images, labels), recipe="full", out=tmp_path, **{**UNJUDGED, "learning_rate": 0.01}
+        )
+        for _ in range(2)
+    ]
+    assert torch.equal(weights(trained[0]), weights(trained[1]))
+    for made in trained:
+        assert made.one is made.two
+        assert made.training
+        assert not made.norm.training  # type: ignore[union-attr]
+        assert torch.equal(made.norm.running_mean, model.norm.running_mean)  # type: ignore[union-attr, arg-type]
+    assert images.grad is None
+
+
 def test_half_precision_learns_too() -> None:
     images, labels = halves(400)
     trained = defenses.train(
@@ -439,6 +630,10 @@ def test_half_precision_learns_too() -> None:
         **{**QUICK, "epochs": 6, "precision": "bf16-mixed"},
     ).eval()
     assert next(trained.parameters()).dtype == torch.float32
+    whole = defenses.train(
+        fresh(), (images, labels), recipe="full", budget=Linf(0.02), **{**QUICK, "epochs": 6}
+    )
+    assert not torch.equal(weights(trained), weights(whole))
     assert float((trained(images).argmax(1) == labels).float().mean()) > 0.95
 
 
@@ -456,7 +651,13 @@ def test_half_precision_learns_too() -> None:
         ({"budget": 0.1}, "budget is 0.1"),
         ({"seed": 0.5}, "seed is 0.5"),
         ({"device": "abacus"}, "device is 'abacus'"),
-        ({"learning_rate": 1e30}, "the loss is not a number in epoch 1"),
+        ({"recipe": ["full"]}, "recipe is \\['full'\\]"),
+        ({"steps": "3"}, "steps is '3'"),
+        ({"out": 3}, "out is 3"),
+        ({"workers": -1}, "workers is -1"),
+        ({"about": {"settings": 1}}, "about has 'settings'"),
+        ({"about": {"path": Path()}}, "about cannot be written as JSON"),
+        ({"learning_rate": 1e30}, "the training diverged in epoch 1: learning_rate is 1e.30"),
     ],
 )
 def test_bad_arguments_are_told_in_one_sentence(arguments: dict[str, Any], said: str) -> None:
@@ -484,6 +685,28 @@ def test_bad_data_and_another_training_in_the_folder_are_told(tmp_path: Path) ->
         other = FlatNetwork()
     with pytest.raises(ValueError, match="other start"):
         defenses.train(other, (images, labels), recipe="standard", out=tmp_path, **QUICK)
+    changed = images.clone()
+    changed[7] = 1 - changed[7]
+    for model, data, more, said in (
+        (Classifier.wrap(fresh(), mean=[0.5], std=[0.5]), (images, labels), {}, "other start"),
+        (fresh(), (changed, labels), {}, "other data"),
+        (fresh(), (images, labels), {"budget": L2(1.0000004)}, "other settings"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            defenses.train(model, data, recipe="standard", out=tmp_path, **{**QUICK, **more})
+    content = (tmp_path / "model.safetensors").read_bytes()
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o044 == (
+        tmp_path / "training.json"
+    ).stat().st_mode & 0o044
+    for damage in (b"", content[:-4] + b"\0\0\0\1", None):
+        (tmp_path / "model.safetensors").unlink()
+        if damage is not None:
+            (tmp_path / "model.safetensors").write_bytes(damage)
+        else:
+            (tmp_path / "model.safetensors").with_suffix(".x").write_bytes(content)
+        with pytest.raises(ValueError, match=r"(is damaged|does not hold|is missing).* to begin anew"):
+            defenses.train(fresh(), (images, labels), recipe="standard", out=tmp_path, **QUICK)
+        (tmp_path / "model.safetensors").write_bytes(content)
     (tmp_path / "training.json").write_text("{")
     with pytest.raises(ValueError, match=r"training.json is damaged"):
         defenses.train(fresh(), (images, labels), recipe="standard", out=tmp_path, **QUICK)
@@ -501,10 +724,69 @@ def test_a_damaged_checkpoint_is_told_and_a_pickle_in_its_place_is_not_run(tmp_p
     data = halves()
     with pytest.raises(KeyboardInterrupt):
         defenses.train(fresh(), data, recipe="standard", out=tmp_path, progress=interrupt, **QUICK)
+    (tmp_path / "training.json").unlink()
+    with pytest.raises(ValueError, match=r"other settings \(recipe is standard there, full here\)"):
+        defenses.train(fresh(), data, recipe="full", out=tmp_path, **QUICK)
     for content in (b"", b"PK\x03\x04 no", b"cos\nsystem\n(S'touch pwned'\ntR."):
         (tmp_path / "checkpoint.pt").write_bytes(content)
         with pytest.raises(ValueError, match=r"checkpoint.pt is damaged"):
             defenses.train(fresh(), data, recipe="standard", out=tmp_path, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: FlatNetwork((20, 20)), r"does not take the data's images of 1 x 16 x 12"),
+        (
+            lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 2)).requires_grad_(False),
+            "no weights that require grad",
+        ),
+        (nn.Flatten, "no weights that require gradients"),
+    ],
+)
+def test_networks_that_cannot_be_trained_on_the_data_are_told(
+    build: Callable[[], nn.Module], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        defenses.train(build(), halves(), **QUICK)
+
+
+def test_labels_beyond_the_logits_are_told_and_inference_mode_does_no_harm() -> None:
+    images, labels = halves(60)
+    with pytest.raises(ValueError, match="labels holds class 2; accepted are classes 0 to 1"):
+        defenses.train(fresh(), (images, labels + 1), **QUICK)
+    with torch.inference_mode():
+        trained = defenses.train(fresh(), (images.clone(), labels), recipe="full", **UNJUDGED)
+    assert torch.equal(
+        weights(trained), weights(defenses.train(fresh(), (images, labels), recipe="full", **UNJUDGED))
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_are_decoded_alike_by_any_number_of_workers_and_damage_is_told(
+    workers: int, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    images, _ = halves(40)
+    for number, image in enumerate(images):
+        folder = tmp_path / "photos" / ("one" if number % 2 else "two")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image[0] * 255).byte().numpy()).save(folder / f"{number:02}.png")
+    data = read_labelled(tmp_path / "photos", size=(16, 12), channels=1)
+    options = {**UNJUDGED, "recipe": "full", "workers": workers}
+    trained = defenses.train(fresh(), data, **options)
+    again = defenses.train(fresh(), data, **{**options, "workers": 1})
+    assert torch.equal(weights(trained), weights(again))
+    loop_data = read_labelled(tmp_path / "photos", size=(16, 12), channels=1)
+
+    def damage(row: dict[str, float]) -> None:
+        (tmp_path / "photos/one/03.png").write_bytes(b"no picture")
+
+    with pytest.raises(
+        ValueError, match=r"one/03.png: not an image in a known format; take it out of the data$"
+    ):
+        defenses.train(fresh(), loop_data, told=damage, **{**options, "epochs": 3})
 
 
 def test_without_fabric_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

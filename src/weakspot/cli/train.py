@@ -57,7 +57,10 @@ def train(
             show_default=False,
         ),
     ] = None,
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="One of --list.")] = "localized",
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", help="One of --list; localized by default.", show_default=False),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -109,13 +112,21 @@ def train(
     recipes: Annotated[
         str | None, typer.Option(help="Of the matrix, separated by commas.", show_default=False)
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Of the matrix: networks per recipe.", min=1)] = 1,
+    seeds: Annotated[
+        int | None,
+        typer.Option(help="Of the matrix: networks per recipe; 1 by default.", min=1, show_default=False),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(help="Images of the test split, the first; all by default.", min=2)
     ] = None,
     strongest: Annotated[
-        int, typer.Option(help="Images for the ensemble of attacks, the first of these.", min=1)
-    ] = 500,
+        int | None,
+        typer.Option(
+            help="Images for the ensemble of attacks, the first of these; 500 by default.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
     seed: SeedOption = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     workers: Annotated[int, typer.Option(help="Processes that decode picture files.", min=0)] = 2,
@@ -139,6 +150,7 @@ def train(
         from weakspot.checks import closest
 
         raise Failure(f"--evaluate is {evaluate!r}; {closest(evaluate, EVALUATIONS)}", USAGE)
+    _check_used(evaluate, recipe, recipes=recipes, seeds=seeds, limit=limit, strongest=strongest)
     silent = quiet or as_json or os.environ.get("RANK", "0") != "0"
     started = time.perf_counter()
     try:
@@ -151,6 +163,12 @@ def train(
             shape = image_size(size) or (32, 32)
             advance("reading the data", 0.0)
             training = read_labelled(data, size=shape, channels=channels)
+            # Read now, so that what is wrong with it is said before hours of work.
+            test = (
+                None
+                if evaluate == "none"
+                else read_labelled(data, split="test", size=shape, channels=channels)
+            )
             maker = _maker(model, weights, training, where)
             options: dict[str, Any] = {
                 "share": share,
@@ -166,16 +184,15 @@ def train(
                 "about": {"network": _description(model, training)},
             }
             told = None if silent else _teller()
-            if evaluate == "matrix":
-                test = read_labelled(data, split="test", size=shape, channels=channels)
+            judged = {"limit": limit, "strongest": 500 if strongest is None else strongest}
+            if evaluate == "matrix" and test is not None:
                 said = _matrix(
-                    maker, training, test, out, recipes, seeds, limit, strongest, options, told, advance
+                    maker, training, test, out, recipes, seeds or 1, seed, judged, options, told, advance
                 )
             else:
-                said = _one(maker, training, recipe, seed, out, options, told, advance)
-                if evaluate == "own":
-                    test = read_labelled(data, split="test", size=shape, channels=channels)
-                    said |= _own(said.pop("model"), test, out, limit, strongest, options, advance)
+                said = _one(maker, training, recipe or "localized", seed, out, options, told, advance)
+                if test is not None:
+                    said |= _own(said.pop("model"), test, out, judged, options, advance)
                 said.pop("model", None)
     except KeyboardInterrupt:
         complain(f"interrupted; the same command goes on from {out}")
@@ -218,8 +235,7 @@ def _own(
     model: Classifier,
     test: Labelled,
     out: Path,
-    limit: int | None,
-    strongest: int,
+    judged: Mapping[str, Any],
     options: Mapping[str, Any],
     advance: Callable[[str, float], None],
 ) -> dict[str, Any]:
@@ -229,13 +245,13 @@ def _own(
     from weakspot.defenses.training.settings import defaults
     from weakspot.statistics import share_interval
 
-    tested = judged_images(test, limit=limit, masks=out)
+    tested = judged_images(test, limit=judged["limit"], masks=out)
     found = outcomes(
         model,
         tested,
         budget=options["budget"] or defaults(test.shape[0])["budget"],
         steps=TEST_STEPS.get(test.shape[0], 20),
-        strongest=strongest,
+        strongest=judged["strongest"],
         progress=lambda done: advance("testing", done),
     )
     rows = []
@@ -252,8 +268,8 @@ def _matrix(
     out: Path,
     recipes: str | None,
     seeds: int,
-    limit: int | None,
-    strongest: int,
+    seed: int,
+    judged: Mapping[str, Any],
     options: Mapping[str, Any],
     told: Callable[[str, Mapping[str, float]], None] | None,
     advance: Callable[[str, float], None],
@@ -271,8 +287,8 @@ def _matrix(
         out=out,
         recipes=chosen,
         seeds=seeds,
-        limit=limit,
-        strongest=strongest,
+        seed=seed,
+        **judged,
         told=told,
         progress=advance,
         **options,
@@ -333,9 +349,31 @@ def _maker(
         raise Failure(
             f"model is {name!r}; {closest(name, [*NETWORKS, *ALIASES])} (or package.module:factory)", USAGE
         )
-    return lambda _: load(
-        name, weights=weights, device=device, input_size=data.shape[1:], class_names=data.class_names
-    )
+
+    def made(seed: int) -> Classifier:
+        import torch
+
+        # A factory draws its weights from the global generator.
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return load(
+                name, weights=weights, device=device, input_size=data.shape[1:], class_names=data.class_names
+            )
+
+    return made
+
+
+def _check_used(evaluate: str, recipe: str | None, **options: object) -> None:
+    """Raises Failure where an option was given that this evaluation has no use for."""
+    if evaluate == "matrix" and recipe is not None:
+        raise Failure("--recipe goes without --evaluate matrix, which takes --recipes", USAGE)
+    used = {"none": (), "own": ("limit", "strongest"), "matrix": tuple(options)}[evaluate]
+    for name, value in options.items():
+        if value is not None and name not in used:
+            raise Failure(
+                f"--{name} goes with --evaluate {'own or matrix' if name in {'limit', 'strongest'} else 'matrix'}",
+                USAGE,
+            )
 
 
 def _usual(data: Labelled) -> str:
@@ -399,7 +437,9 @@ def _print(said: Mapping[str, Any], seconds: float, out: Path, *, matrix: bool) 
         console.print(f"[yellow]stopped early:[/yellow] {said['stopped']}")
     for name, why in said["stopped"].items() if matrix else ():
         console.print(f"[yellow]{name} stopped early:[/yellow] {why}")
-    what = "matrix.png and accuracy.csv" if matrix else f"weakspot explain PICTURES --model {out}"
+    spec = said.get("network", {}).get("spec")
+    use = f"{spec} --weights {out / 'model.safetensors'}" if spec else str(out)
+    what = "matrix.png and accuracy.csv" if matrix else f"weakspot explain PICTURES --model {use}"
     console.print(f"\nWritten to {out.resolve()} in {seconds:.0f} s; next: {what}", style="dim")
 
 

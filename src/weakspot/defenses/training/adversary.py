@@ -14,6 +14,7 @@ from weakspot.defenses.training.settings import Settings
 
 Network = Callable[[Tensor], Tensor]
 FAST_STEP = 1.25  # of the budget (Wong et al. 2020, arXiv 2001.03994)
+HALF_FACTOR = 1024.0
 NEAR = 1e-3  # deviation of TRADES' start: at the image itself its gradient is zero
 
 
@@ -48,11 +49,14 @@ def perturbed(
             wanted = F.log_softmax(network(images), 1)
         noise = noise * min(1.0, NEAR / max(_limit(budget), 1e-12))
 
+    # Steps go by the gradient's direction alone, so any factor will do that keeps it out of half precision's zero.
+    factor = HALF_FACTOR if settings.precision == "16-mixed" else 1.0
+
     def loss(point: Tensor) -> Tensor:
         logits = network(point)
         if recipe.trades:
-            return F.kl_div(F.log_softmax(logits, 1), wanted, reduction="sum", log_target=True)
-        return F.cross_entropy(logits, labels, reduction="sum")
+            return factor * F.kl_div(F.log_softmax(logits, 1), wanted, reduction="sum", log_target=True)
+        return factor * F.cross_entropy(logits, labels, reduction="sum")
 
     start = _start(budget, images, region, noise)
     if type(budget) is Linf:

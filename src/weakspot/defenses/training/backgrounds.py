@@ -14,9 +14,10 @@ from torch import Tensor
 
 from weakspot.checks import ImageWarning
 from weakspot.datasets import Labelled
+from weakspot.defenses.training.identity import data_fingerprint
 from weakspot.regions import background
 
-CHUNK, SAMPLED = 64, 256  # images: at once in a thread, and for a fingerprint
+CHUNK = 64  # images at once in a thread
 
 
 class Backgrounds:
@@ -48,11 +49,10 @@ def find_backgrounds(
     """
     height, width = data.shape[1:]
     kept = None if cache is None else cache / f"backgrounds-{data_fingerprint(data)}.npy"
-    if kept is not None and kept.is_file():
-        bits = np.load(kept, mmap_mode="r", allow_pickle=False)
-        if bits.shape == (len(data), -(-height * width // 8)):
-            return Backgrounds(bits, (height, width))
-    bits = np.empty((len(data), -(-height * width // 8)), np.uint8)
+    shape = (len(data), -(-height * width // 8))
+    if kept is not None and (held := _read(kept, shape)) is not None:
+        return Backgrounds(held, (height, width))
+    bits = np.empty(shape, np.uint8)
     part = None if kept is None else kept.with_suffix(".part")
     done = 0 if part is None else _taken_up(part, bits)
     chunks = torch.arange(len(data)).split(CHUNK)[done:]
@@ -89,16 +89,13 @@ def _taken_up(part: Path, bits: np.ndarray) -> int:
     return rows // CHUNK
 
 
-def data_fingerprint(data: Labelled) -> str:
-    """Sixteen hex digits made of all labels and all images, or of 256 spread over data that has to be decoded."""
-    import hashlib
-
-    digest = hashlib.sha256(repr((len(data), data.shape)).encode())
-    digest.update(data.labels.numpy().tobytes())
-    count = len(data) if data.held else min(SAMPLED, len(data))
-    for rows in torch.linspace(0, len(data) - 1, count, dtype=torch.float64).round().long().split(SAMPLED):
-        digest.update(data.pixels(rows).contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """What an earlier call kept, None where there is nothing or it is damaged: then it is found again."""
+    try:
+        bits: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return bits if bits.shape == shape and bits.dtype == np.uint8 else None
 
 
 def _keep(path: Path, bits: np.ndarray) -> None:

@@ -31,7 +31,8 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it to begin anew") from error
+        # Not torch's own words, which advise to unpickle it.
+        raise ValueError(f"{path} is damaged ({type(error).__name__}); remove it to begin anew") from error
     if state.get("format") != FORMAT:
         raise ValueError(
             f"{path} is of format {state.get('format')}; this version of weakspot reads {FORMAT}"
@@ -67,5 +68,27 @@ def write_synced(path: Path, write: Callable[[Path], Any]) -> None:
         with draft.open("rb") as file:
             os.fsync(file.fileno())
         draft.replace(path)
+        _sync_folder(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def clear_drafts(folder: Path) -> None:
+    """Remove what processes that were killed had begun to write."""
+    for name in (CHECKPOINT, RECORD, WEIGHTS):
+        for draft in folder.glob(f".{name}.*"):
+            draft.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the new name to the disk too, where the system lets folders be opened."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -66,13 +68,20 @@ class Loop:
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
         )
-        classifier.train()
+        # What is in eval mode inside a network in train mode was meant to stay there, such as frozen batch-norm.
+        if not classifier.training:
+            classifier.train()
+        modes = [(module, module.training) for module in classifier.modules()]
         self.layout = layout_of(classifier)
         classifier.to(memory_format=self.layout)  # type: ignore[call-overload]  # as torch documents it
         # Known before the wrapper takes it: the adversary goes through the bare network, which moves no buckets of
         # gradients between devices.
         self.classifier = classifier
         self.network, self.optimizer = fabric.setup(classifier, optimizer)
+        for module, mode in modes:
+            module.training = mode
+        stored = classifier.state_dict().keys()
+        self.unstored = [name for name, _ in classifier.named_buffers() if name not in stored]
 
     def run(
         self,
@@ -81,6 +90,7 @@ class Loop:
         keep: Callable[[State], None] | None,
         told: Callable[[dict[str, float]], None] | None,
         progress: Callable[[float], None] | None,
+        heed: Callable[[], None],
     ) -> None:
         """To the end.
 
@@ -89,6 +99,7 @@ class Loop:
             keep: called with the state, at the end of every epoch and that often besides.
             told: called with each epoch's row.
             progress: called with the share done.
+            heed: called between updates, when the state is whole; what it raises ends the loop, the state kept.
         """
         kept = time.monotonic()
         total = self.per_epoch * self.settings.epochs
@@ -97,11 +108,14 @@ class Loop:
             for batch in self._batches():
                 self.losses.append(self._step(*batch))
                 self.update += 1
-                if progress is not None:
-                    progress((self.epoch * self.per_epoch + self.update) / total)
                 if keep is not None and time.monotonic() - kept > every:
                     keep(self.state())
                     kept = time.monotonic()
+                self._heed(heed, keep)
+                if progress is not None:
+                    progress((self.epoch * self.per_epoch + self.update) / total)
+            self._check_finite()
+            self._agree()
             row = self._row() | {"seconds": time.perf_counter() - begun}
             self.history.append(row)
             self.epoch, self.update, self.losses = self.epoch + 1, 0, []
@@ -109,6 +123,7 @@ class Loop:
             if keep is not None:
                 keep(self.state())
                 kept = time.monotonic()
+            self._heed(heed, keep)
             if told is not None:
                 told(row)
 
@@ -121,6 +136,9 @@ class Loop:
             "losses": self.losses,
             "stopped": self.stopped,
             "model": _on_cpu(self.classifier.state_dict()),
+            "buffers": {
+                name: self.classifier.get_buffer(name).detach().cpu().clone() for name in self.unstored
+            },
             "optimizer": self.optimizer.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),
             "best": None if self.best is None else {"robust": self.best[0], "model": self.best[1]},
@@ -131,6 +149,8 @@ class Loop:
         for name in ("epoch", "update", "history", "losses", "stopped"):
             setattr(self, name, state[name])
         self.classifier.load_state_dict(state["model"])
+        for name, tensor in state["buffers"].items():
+            self.classifier.get_buffer(name).copy_(tensor)
         self.optimizer.load_state_dict(state["optimizer"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         best = state["best"]
@@ -140,6 +160,32 @@ class Loop:
         """Where robustness was lost, the weights before it was."""
         if self.stopped and self.best is not None:
             self.classifier.load_state_dict(self.best[1])
+        self.optimizer.zero_grad()
+
+    def _heed(self, heed: Callable[[], None], keep: Callable[[State], None] | None) -> None:
+        try:
+            heed()
+        except KeyboardInterrupt:
+            if keep is not None:
+                keep(self.state())
+            raise
+
+    def _agree(self) -> None:
+        """Buffers of all processes as those of the first: each moved its own batch-norm statistics."""
+        if self.fabric.world_size > 1:
+            for buffer in self.classifier.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    def _check_finite(self) -> None:
+        """Raises ValueError where a weight is no number any more."""
+        if not all(bool(weight.isfinite().all()) for weight in self.classifier.parameters()):
+            raise ValueError(self._diverged())
+
+    def _diverged(self) -> str:
+        return (
+            f"the training diverged in epoch {self.epoch + 1}: learning_rate is {self.settings.learning_rate:g}; "
+            "accepted is one at which the loss stays a number"
+        )
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Moves]]:
         """Row numbers of this device's part of each batch, their pixels, their places in the whole batch, moves."""
@@ -159,8 +205,11 @@ class Loop:
                 batch_size=None,
                 num_workers=self.workers,
                 generator=torch.Generator(),  # else it draws from the global random numbers
+                collate_fn=_as_it_is,
             )
         for rows, pixels in zip(mine, read, strict=True):
+            if isinstance(pixels, ValueError):
+                raise pixels
             yield rows, pixels, places, moves
 
     def _step(self, rows: Tensor, pixels: Tensor, places: Tensor, moves: Moves) -> float:
@@ -169,11 +218,13 @@ class Loop:
         done = self.epoch * self.per_epoch + self.update
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate(done / (self.per_epoch * settings.epochs))
-        images = moves.apply(rows, as_float(pixels.to(device))).contiguous(memory_format=self.layout)
+        images = moves.apply(rows, as_float(pixels.detach().to(device))).contiguous(memory_format=self.layout)
         labels = self.data.labels[rows].to(device)
-        torch.manual_seed(
-            mixed_seed(settings.seed, self.epoch, self.update, self.fabric.global_rank, DROPOUT)
-        )
+        start = mixed_seed(settings.seed, self.epoch, self.update, self.fabric.global_rank, DROPOUT)
+        torch.manual_seed(start)
+        random.seed(start)
+        np.random.seed(start % 2**32)  # noqa: NPY002 - a network may draw from it
+        self._agree()
         attacked = int((places < settings.attacked).sum())  # the first of the whole batch
         adversarial = self._attacked(
             rows[:attacked], images[:attacked], labels[:attacked], places[:attacked], moves
@@ -196,11 +247,8 @@ class Loop:
         self.fabric.backward(loss)
         self.optimizer.step()
         value = float(loss.detach())
-        if math.isnan(value):
-            raise ValueError(
-                f"the loss is not a number in epoch {self.epoch + 1}; learning_rate is {settings.learning_rate:g}: "
-                "accepted is one at which the training is stable"
-            )
+        if not math.isfinite(value):
+            raise ValueError(self._diverged())
         return value
 
     def _attacked(self, rows: Tensor, images: Tensor, labels: Tensor, places: Tensor, moves: Moves) -> Tensor:
@@ -277,15 +325,24 @@ def scattered(region: Tensor, places: Tensor, settings: Settings, seed: int) -> 
 def layout_of(network: nn.Module) -> torch.memory_format:
     """channels_last where it is the faster: everywhere but with grouped convolutions, whose backward it cripples."""
     grouped = any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in network.modules())
-    return torch.contiguous_format if grouped else torch.channels_last
+    deep = any(weight.ndim > 4 for weight in network.parameters())  # for which there is no such layout
+    return torch.contiguous_format if grouped or deep else torch.channels_last
 
 
-def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    """Copies of tensors; whatever else a module keeps in its state as it is."""
+    return {
+        name: value.detach().cpu().clone() if isinstance(value, Tensor) else value
+        for name, value in state.items()
+    }
 
 
-class _Rows(torch.utils.data.Dataset[Tensor]):
-    """Batches of pixels by their row numbers, for worker processes."""
+def _as_it_is(pixels: Any) -> Any:
+    return pixels
+
+
+class _Rows(torch.utils.data.Dataset[Any]):
+    """Batches of pixels by their row numbers, for worker processes; what they cannot read comes back as its error."""
 
     def __init__(self, data: Labelled) -> None:
         self.data = data
@@ -293,5 +350,8 @@ class _Rows(torch.utils.data.Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, rows: Any) -> Tensor:
-        return self.data.pixels(rows)
+    def __getitem__(self, rows: Any) -> Tensor | ValueError:
+        try:
+            return self.data.pixels(rows)
+        except ValueError as error:
+            return error

@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import weakspot
+from weakspot.attacks.gradient import check_counts
+from weakspot.checks import check_seed
 from weakspot.datasets import Labelled
 from weakspot.defenses.training.checkpoint import read_record, write_synced
 from weakspot.defenses.training.recipes import find_recipe
@@ -58,6 +61,7 @@ def evaluation_matrix(
     out: Path,
     recipes: Sequence[str] = RECIPES,
     seeds: int = 1,
+    seed: int = 0,
     limit: int | None = None,
     strongest: int = 500,
     about: Mapping[str, Any] | None = None,
@@ -77,6 +81,7 @@ def evaluation_matrix(
         out: folder; each network lies in RECIPE-SEED below it.
         recipes: names of recipes.
         seeds: networks per recipe.
+        seed: of the first network of each; those after it have the next.
         limit: test images, the first; all where not given.
         strongest: images for the ensemble of attacks, the first of these.
         about: what every training.json says besides.
@@ -87,15 +92,19 @@ def evaluation_matrix(
     Raises:
         ValueError: when an argument does not fit, naming it.
     """
+    recipes = list(dict.fromkeys(recipes))
     for name in recipes:
         find_recipe(name)
-    if seeds < 1 or not recipes:
-        raise ValueError(
-            f"seeds is {seeds} and recipes are {list(recipes)}; accepted is at least one of each"
-        )
+    if not recipes:
+        raise ValueError("recipes is empty; accepted is at least one name")
+    check_counts(seeds=seeds, strongest=strongest)
+    check_seed(seed)
+    _check_alike(data, test)
+    out = Path(out)
     budget = options.get("budget") or defaults(data.shape[0])["budget"]
     steps = TEST_STEPS.get(data.shape[0], 20)
-    names = [f"{recipe}-{seed}" for seed in range(seeds) for recipe in recipes]
+    numbers = range(seed, seed + seeds)
+    names = [f"{recipe}-{number}" for number in numbers for recipe in recipes]
 
     def shown(what: str, start: float, end: float) -> Callable[[float], None] | None:
         return None if progress is None else lambda done: progress(what, start + (end - start) * done)
@@ -104,13 +113,13 @@ def evaluation_matrix(
     found: dict[str, dict[str, Tensor]] = {}
     stopped = {}
     for number, name in enumerate(names):
-        recipe, _, seed = name.rpartition("-")
+        recipe, _, own = name.rpartition("-")
         begin, middle, end = (0.02 + 0.98 * (number + part) / len(names) for part in (0, 0.85, 1))
         network = train(
-            make(int(seed)),
+            make(int(own)),
             data,
             recipe=recipe,
-            seed=int(seed),
+            seed=int(own),
             out=out / name,
             masks=out,
             about=about,
@@ -127,7 +136,19 @@ def evaluation_matrix(
         )
         if told is not None:
             told(name, {test: float(right.double().mean()) for test, right in found[name].items()})
-    return Matrix(_accuracy(found, recipes, seeds), _differences(found, recipes, seeds), stopped)
+    return Matrix(_accuracy(found, recipes, numbers), _differences(found, recipes, numbers), stopped)
+
+
+def _check_alike(data: Labelled, test: Labelled) -> None:
+    """Raises ValueError unless the test images are of the training's shape and classes."""
+    if data.shape != test.shape:
+        raise ValueError(
+            f"test has images of {test.shape} and data of {data.shape} (channels, height, width); accepted is one shape"
+        )
+    if int(test.labels.max()) >= len(data.class_names):
+        raise ValueError(
+            f"test holds class {int(test.labels.max())}; the data has {len(data.class_names)} classes, from 0"
+        )
 
 
 def _kept_outcomes(
@@ -138,9 +159,10 @@ def _kept_outcomes(
     progress: Callable[[float], None] | None,
 ) -> dict[str, Tensor]:
     """The outcomes that an earlier call kept for this network, these images and these attacks, else made now."""
-    pixels = hashlib.sha256(test.images.numpy().tobytes()).hexdigest()
-    asked_for = json.dumps([str(asked), pixels, fingerprint(network)])
-    path = folder / f"outcomes-{hashlib.sha256(asked_for.encode()).hexdigest()[:16]}.npz"
+    digest = hashlib.sha256(json.dumps([repr(asked), fingerprint(network), weakspot.__version__]).encode())
+    for tensor in test:
+        digest.update(tensor.numpy().tobytes())
+    path = folder / f"outcomes-{digest.hexdigest()[:16]}.npz"
     if path.is_file():
         with np.load(path, allow_pickle=False) as kept:
             return {name: torch.from_numpy(kept[name]) for name in TESTS}
@@ -156,7 +178,9 @@ def _kept_outcomes(
     return made
 
 
-def _accuracy(found: Mapping[str, Mapping[str, Tensor]], recipes: Sequence[str], seeds: int) -> pd.DataFrame:
+def _accuracy(
+    found: Mapping[str, Mapping[str, Tensor]], recipes: Sequence[str], seeds: Sequence[int]
+) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
@@ -165,7 +189,9 @@ def _accuracy(found: Mapping[str, Mapping[str, Tensor]], recipes: Sequence[str],
             right = _by_image(found, recipe, test, seeds)
             each = right.mean(1)
             # Of one network an image stands or falls: Wilson's interval has a width at 0% and 100% too.
-            mean, low, high = share_interval(right[0] > 0) if seeds == 1 else mean_interval(right.mean(0))
+            mean, low, high = (
+                share_interval(right[0] > 0) if len(seeds) == 1 else mean_interval(right.mean(0))
+            )
             rows.append(
                 {
                     "recipe": recipe,
@@ -174,7 +200,7 @@ def _accuracy(found: Mapping[str, Mapping[str, Tensor]], recipes: Sequence[str],
                     "low": low,
                     "high": high,
                     "spread": float(each.max() - each.min()),
-                    "seeds": seeds,
+                    "seeds": len(seeds),
                     "images": right.shape[1],
                 }
             )
@@ -182,7 +208,7 @@ def _accuracy(found: Mapping[str, Mapping[str, Tensor]], recipes: Sequence[str],
 
 
 def _differences(
-    found: Mapping[str, Mapping[str, Tensor]], recipes: Sequence[str], seeds: int
+    found: Mapping[str, Mapping[str, Tensor]], recipes: Sequence[str], seeds: Sequence[int]
 ) -> pd.DataFrame:
     import pandas as pd
 
@@ -197,6 +223,8 @@ def _differences(
     return pd.DataFrame(rows, columns=["test", "recipe", "against", "difference", "low", "high"])
 
 
-def _by_image(found: Mapping[str, Mapping[str, Tensor]], recipe: str, test: str, seeds: int) -> np.ndarray:
+def _by_image(
+    found: Mapping[str, Mapping[str, Tensor]], recipe: str, test: str, seeds: Sequence[int]
+) -> np.ndarray:
     """(seeds, images) 1 where right."""
-    return np.stack([found[f"{recipe}-{seed}"][test].double().numpy() for seed in range(seeds)])
+    return np.stack([found[f"{recipe}-{seed}"][test].double().numpy() for seed in seeds])

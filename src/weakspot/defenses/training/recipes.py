@@ -46,6 +46,6 @@ def find_recipe(name: str) -> Recipe:
     Raises:
         ValueError: when there is none.
     """
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise ValueError(f"recipe is {name!r}; {closest(str(name), RECIPES)}")
     return RECIPES[name]

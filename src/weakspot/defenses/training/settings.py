@@ -91,7 +91,7 @@ class Settings:
 
     def as_record(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self) | {"budget": str(self.budget)}
+        return asdict(self) | {"budget": str(self.budget), "budget exactly": repr(self.budget)}
 
 
 def defaults(channels: int) -> Mapping[str, Any]:

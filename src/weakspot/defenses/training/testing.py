@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot.attacks import auto, pgd
+from weakspot.attacks.gradient import check_counts
 from weakspot.budgets import Budget
 from weakspot.checks import check_classes
 from weakspot.classifier import evaluating, predict
@@ -20,7 +21,7 @@ TESTS = {
     "clean": "the images as they are",
     "localized": "PGD in the background",
     "full": "PGD everywhere",
-    "strongest": "the ensemble `attacks.auto` everywhere, on the first images",
+    "strongest": "both and the ensemble `attacks.auto` everywhere, on the first images",
     "swapped": "another image's background behind the object",
 }
 
@@ -40,8 +41,16 @@ def judged_images(
     masks: Path | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Judged:
-    """The first `limit` images of the data with their backgrounds, which `masks` keeps."""
-    rows = torch.arange(min(limit or len(data), len(data)))
+    """The first `limit` images of the data with their backgrounds, which `masks` keeps.
+
+    Raises:
+        ValueError: when these are fewer than two images.
+    """
+    if len(data) < 2 or (limit is not None and (not isinstance(limit, int) or limit < 2)):
+        raise ValueError(
+            f"limit is {limit} of {len(data)} test images; accepted are two and more, to swap backgrounds"
+        )
+    rows = torch.arange(len(data) if limit is None else min(limit, len(data)))
     part = data.subset(rows)
     found = find_backgrounds(part, cache=masks, progress=progress)
     return Judged(part.images(rows), part.labels, found.masks(rows))
@@ -70,6 +79,7 @@ def outcomes(
         seed: of attacks and of the swap.
         progress: called with the share done.
     """
+    check_counts(steps=steps, strongest=strongest)
     images, labels, masks = test
     with evaluating(model) as classifier:
         device = classifier.mean.device
@@ -103,7 +113,7 @@ def outcomes(
 
     localized = standing(masks, 0.0, 0.3)
     full = standing(None, 0.3, 0.6)
-    few = full[:strongest].clone()
+    few = (full & localized)[:strongest]
     left = few.nonzero()[:, 0]  # what PGD has fooled needs no stronger attack
     if len(left):
         made = auto(model, images[left], labels[left], budget=budget, seed=seed, progress=told(0.6, 1.0))

@@ -3,45 +3,46 @@
 from __future__ import annotations
 
 import copy
-import os
+import json
+import random
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-import weakspot
 from weakspot.budgets import Budget
-from weakspot.checks import ModelWarning
+from weakspot.checks import ModelWarning, check_classes
 from weakspot.classifier import Classifier, as_classifier
 from weakspot.datasets import Labelled, from_tensors, read_labelled
-from weakspot.defenses.training.backgrounds import Backgrounds, data_fingerprint, find_backgrounds
+from weakspot.defenses.training.backgrounds import Backgrounds, find_backgrounds
 from weakspot.defenses.training.checkpoint import (
     CHECKPOINT,
     WEIGHTS,
+    clear_drafts,
     read_checkpoint,
-    read_record,
     write_checkpoint,
     write_record,
     write_synced,
 )
+from weakspot.defenses.training.devices import make_fabric
 from weakspot.defenses.training.held_out import HeldOut
+from weakspot.defenses.training.identity import check_same, find_earlier, make_record
+from weakspot.defenses.training.interrupts import deferred
 from weakspot.defenses.training.loop import Loop
 from weakspot.defenses.training.recipes import find_recipe
 from weakspot.defenses.training.settings import Settings, defaults
 from weakspot.models.fingerprint import fingerprint
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
+from weakspot.regions import matched
 
 NEEDS_BACKGROUND = {"background", "foreground", "random"}
 SPLIT_SEED = 0  # which images are held out is a matter of the data, the same for every seed that is compared
-PATIENCE = timedelta(days=1)  # of processes for the one that finds backgrounds
 FINDING = 0.3  # of the progress, where backgrounds have to be found first
 
 
@@ -77,7 +78,7 @@ def train(
 
     Of a batch of n, the first round(share * n) are attacked and the loss is the mean over all: an estimate of
     (1 - share) CE(x) + share CE(x') at a cost of 1 + share * steps passes (Rothberg et al. 2019, arXiv 1909.04779, who
-    alter the background; recipe "localized"). With "trades" the attacked share adds beta * KL(x' || x) (Zhang et al.
+    alter the background; recipe "localized"). With "trades" the attacked share adds beta * KL(x || x') (Zhang et al.
     2019, arXiv 1901.08573). The network never sees a mask, only the adversary does; masks are cropped and flipped with
     their image. The adversary works on the network in eval mode: batch-norm statistics move by training alone.
 
@@ -88,7 +89,8 @@ def train(
     best weights before are returned.
 
     Args:
-        model: any classifier of images in [0, 1], its weights the start; left as it is.
+        model: any classifier of images in [0, 1], its weights the start; left as it is. Of a model in train mode, parts
+            that are in eval mode (frozen batch-norm) stay so. Its hooks are copied with it, and run.
         data: images (N, C, H, W) with labels (N,), a `Labelled`, or a path for `read_labelled`.
         recipe: "standard", "localized", "foreground", "random_mask", "full", "fast" (one step, Wong et al. 2020, arXiv
             2001.03994), "noise" or "trades".
@@ -131,66 +133,123 @@ def train(
     >>> bool((trained[1].weight != network[1].weight).any())
     True
     """
-    classifier = as_classifier(copy.deepcopy(model))
-    everything = _as_labelled(data, classifier)
-    usual = defaults(everything.shape[0])
-    limits = usual["budget"] if budget is None else budget
-    count = usual["steps"] if steps is None else steps
-    size = step_size
-    if size is None:
-        own = budget is None and steps is None
-        size = usual["step_size"] if own else 2.5 * float(getattr(limits, "eps", 1.0)) / max(1, count)
-    settings = Settings(
-        recipe=recipe,
-        budget=limits,
-        share=share,
-        epochs=epochs,
-        seed=seed,
-        steps=count,
-        step_size=size,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        beta=beta,
-        augment=usual["augment"] if augment is None else augment,
-        held_out=held_out,
-        precision=precision,
-    )
-    record = {
-        "settings": settings.as_record(),
-        "data": {
-            "name": everything.name,
-            "images": len(everything),
-            "fingerprint": data_fingerprint(everything),
-        },
-        "start": fingerprint(classifier.network),
-        "versions": {"weakspot": weakspot.__version__, "torch": torch.__version__},
-        **(about or {}),
-    }
-    earlier = None if out is None else _earlier(Path(out), record)
-    home = classifier.mean.device
-    if earlier is not None and earlier.get("finished"):
-        _load_finished(classifier, Path(out or ""))
-    else:
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is a {type(model).__name__}; accepted is a torch.nn.Module that returns logits"
+        )
+    if out is not None and not isinstance(out, Path | str):
+        raise ValueError(f"out is {out!r}; accepted is a folder's path")
+    if not isinstance(workers, int) or workers < 0:
+        raise ValueError(f"workers is {workers!r}; accepted is a whole number from 0 up")
+    folder = None if out is None else Path(out)
+    others = random.getstate(), np.random.get_state()  # noqa: NPY002 - what a model may draw from is put back
+    try:
         with torch.random.fork_rng(), torch.inference_mode(mode=False), torch.enable_grad():
-            _train(
-                classifier,
-                everything,
-                settings,
-                record,
-                out=None if out is None else Path(out),
-                device=device or str(home),
-                workers=workers,
-                every=save_every,
-                masks=masks or out,
-                told=told,
-                progress=progress,
+            classifier = _copied(model)
+            everything = _as_labelled(data, classifier)
+            _check_fit(classifier, everything)
+            recipe_search = find_recipe(recipe).search
+            usual = defaults(everything.shape[0])
+            limits = usual["budget"] if budget is None else budget
+            descends = recipe_search == "descent"
+            count = 1 if not descends else usual["steps"] if steps is None else steps
+            settings = Settings(
+                recipe=recipe,
+                budget=limits,
+                share=share,
+                epochs=epochs,
+                seed=seed,
+                steps=count,
+                step_size=_step_size(usual, budget, steps, step_size) if descends else 0.0,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                momentum=momentum,
+                weight_decay=weight_decay,
+                beta=beta,
+                augment=usual["augment"] if augment is None else augment,
+                held_out=held_out,
+                precision=precision,
             )
-    result = classifier if isinstance(model, Classifier) else classifier.network
-    result.to(home, memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as torch documents it
-    result.train(model.training)
+            record = make_record(settings, everything, classifier, about)
+            earlier = None if folder is None else find_earlier(folder, record)
+            home = classifier.mean.device
+            if folder is not None and earlier is not None and earlier.get("finished"):
+                _load_finished(classifier, folder, earlier)
+            else:
+                _train(
+                    classifier,
+                    everything,
+                    settings,
+                    record,
+                    out=folder,
+                    device=device or str(home),
+                    workers=workers,
+                    every=save_every,
+                    masks=masks or folder,
+                    told=told,
+                    progress=progress,
+                )
+            result = classifier if isinstance(model, Classifier) else classifier.network
+            result.to(home, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    finally:
+        random.setstate(others[0])
+        np.random.set_state(others[1])  # noqa: NPY002
+    for module, own in zip(result.modules(), model.modules(), strict=True):
+        module.training = own.training
     return result
+
+
+def _step_size(
+    usual: Mapping[str, Any], budget: Budget | None, steps: int | None, step_size: float | None
+) -> float:
+    """As given; else the usual one, but of another budget or number of steps 2.5 times their ratio."""
+    if step_size is not None:
+        return step_size
+    if budget is None and steps is None:
+        return float(usual["step_size"])
+    count = usual["steps"] if steps is None else steps
+    limit = getattr(usual["budget"] if budget is None else budget, "eps", 1.0)
+    return 2.5 * float(limit) / count if isinstance(count, int) and count > 0 else 1.0
+
+
+def _copied(model: nn.Module) -> Classifier:
+    """A copy to train.
+
+    Raises:
+        ValueError: when it cannot be copied or has no weights to train.
+    """
+    try:
+        classifier = as_classifier(copy.deepcopy(model))
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"model cannot be copied to be trained: {str(error).partition(chr(10))[0]}"
+        ) from error
+    if not any(weight.requires_grad for weight in classifier.parameters()):
+        raise ValueError(
+            f"{classifier.name} has no weights that require gradients; accepted is a model with some"
+        )
+    return classifier
+
+
+def _check_fit(classifier: Classifier, data: Labelled) -> None:
+    """Raises ValueError unless the network takes the images and has a logit for every label."""
+    modes = [(module, module.training) for module in classifier.modules()]
+    size = " x ".join(map(str, data.shape))
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad():
+            images = data.images(torch.arange(min(2, len(data)))).to(classifier.mean)
+            classes = classifier(classifier.filled(images)).shape[1]
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        raise ValueError(
+            f"{classifier.name} does not take the data's images of {size} (channels x height x width): "
+            f"{str(error).strip().partition(chr(10))[0][:160]}"
+        ) from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    check_classes(data.labels, len(data), classes)
 
 
 def _train(
@@ -218,6 +277,10 @@ def _train(
         raise ValueError(
             f"batch_size is {settings.batch_size}; accepted with {fabric.world_size} processes is a multiple of that"
         )
+    writes = fabric.global_rank == 0
+    if out is not None and writes:
+        out.mkdir(parents=True, exist_ok=True)
+        clear_drafts(out)
     found, advance = None, progress
     region = find_recipe(settings.recipe).region
     if region in NEEDS_BACKGROUND and settings.attacked:
@@ -230,32 +293,40 @@ def _train(
         classifier,
         everything.subset(rows),
         None if found is None else Backgrounds(found.bits[rows.numpy()], found.size),
-        _held_out(everything, kept, found, region, settings.seed),
+        held_out_images(everything, kept, found, region, settings.seed),
         settings,
         workers,
     )
     state = None if out is None else read_checkpoint(out)
-    if state is not None:
+    if out is not None and state is not None:
+        check_same(out / CHECKPOINT, record, json.loads(state.pop("record")))
         loop.go_on_from(state)
-    writes = out is not None and fabric.global_rank == 0
-    if out is not None and writes:
-        out.mkdir(parents=True, exist_ok=True)
-        write_record(out, {**record, "finished": False, "epochs": loop.history})
 
     def keep(now: Mapping[str, Any]) -> None:
         if out is not None and writes:
-            write_checkpoint(out, now)
+            write_checkpoint(out, {**now, "record": json.dumps(record)})
+            write_record(out, {**record, "finished": False, "epochs": loop.history})
 
-    try:
-        loop.run(every=every, keep=keep if writes else None, told=told, progress=advance)
-    except KeyboardInterrupt:
+    if state is None:
         keep(loop.state())
-        raise
+    with deferred() as interrupts:
+        loop.run(
+            every=every,
+            keep=keep if out is not None else None,
+            told=told,
+            progress=advance,
+            heed=interrupts.heed,
+        )
     loop.finish()
     if loop.stopped:
         warnings.warn(loop.stopped, ModelWarning, stacklevel=4)
     if out is not None and writes:
-        tensors = {name: tensor.contiguous() for name, tensor in classifier.network.state_dict().items()}
+        # Copies: weights that modules share are written for each.
+        tensors = {
+            name: tensor.detach().cpu().contiguous().clone()
+            for name, tensor in classifier.network.state_dict().items()
+            if isinstance(tensor, Tensor)
+        }
         # Not save_file, which lets nobody else read what it writes.
         write_synced(out / WEIGHTS, lambda draft: draft.write_bytes(save(tensors)))
         finished = {"finished": True, "stopped": loop.stopped, "weights": fingerprint(classifier.network)}
@@ -270,43 +341,18 @@ def split(count: int, held_out: int) -> tuple[Tensor, Tensor]:
     return order[held:].sort().values, order[:held].sort().values
 
 
-def make_fabric(device: str, precision: str) -> Fabric:
-    """One process on the device, or as many as torchrun or SLURM have started.
-
-    Raises:
-        ValueError: when Lightning Fabric is not installed or knows no such device.
-    """
-    try:
-        from lightning_fabric import Fabric
-        from lightning_fabric.strategies.ddp import DDPStrategy
-    except ImportError:
-        raise ValueError("training needs Lightning Fabric: pip install 'weakspot[train]'") from None
-    kind, _, number = device.partition(":")
-    if kind not in {"cpu", "cuda", "mps"}:
-        raise ValueError(f"device is {device!r}; accepted for training: cpu, cuda, cuda:NUMBER, mps")
-    nodes, processes = _started()
-    many = nodes * processes > 1
-    devices: Any = processes if many or kind == "cpu" else [int(number or 0)]
-    fabric = Fabric(
-        accelerator=kind,
-        devices=1 if kind == "mps" else devices,
-        num_nodes=nodes,
-        strategy=DDPStrategy(timeout=PATIENCE) if many else "auto",
-        precision=precision,  # type: ignore[arg-type]  # checked by Settings
-    )
-    fabric.launch()
-    return fabric
-
-
-def _started() -> tuple[int, int]:
-    """Nodes, and processes on each, that torchrun or SLURM have started."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        here = int(os.environ["LOCAL_WORLD_SIZE"])
-        return int(os.environ["WORLD_SIZE"]) // here, here
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
-        nodes = int(os.environ.get("SLURM_NNODES", "1"))
-        return nodes, int(os.environ["SLURM_NTASKS"]) // nodes
-    return 1, 1
+def held_out_images(
+    everything: Labelled, kept: Tensor, found: Backgrounds | None, region: str, seed: int
+) -> HeldOut | None:
+    """The held-out rows with the region that the recipe attacks, None where nothing is held out."""
+    if not len(kept):
+        return None
+    masks = None if found is None else found.masks(kept)
+    if masks is not None and region == "foreground":
+        masks = ~masks
+    if masks is not None and region == "random":
+        masks = matched(masks, kind="random", seed=seed)
+    return HeldOut(everything.images(kept), everything.labels[kept], masks)
 
 
 def _as_labelled(data: Any, classifier: Classifier) -> Labelled:
@@ -321,46 +367,19 @@ def _as_labelled(data: Any, classifier: Classifier) -> Labelled:
     )
 
 
-def _held_out(
-    everything: Labelled, kept: Tensor, found: Backgrounds | None, region: str, seed: int
-) -> HeldOut | None:
-    if not len(kept):
-        return None
-    masks = None if found is None else found.masks(kept)
-    if masks is not None and region == "foreground":
-        masks = ~masks
-    if masks is not None and region == "random":
-        from weakspot.regions import matched
-
-        masks = matched(masks, kind="random", seed=seed)
-    return HeldOut(everything.images(kept), everything.labels[kept], masks)
-
-
-def _earlier(out: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record of the training that `out` holds.
-
-    Raises:
-        ValueError: when it is of another training, naming what differs.
-    """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out is {out}, which is a file; accepted is a folder, made where it is missing")
-    earlier = read_record(out)
-    if earlier is None:
-        return None
-    for part in ("settings", "data", "start"):
-        asked, there = record[part], earlier.get(part)
-        if asked != there:
-            detail = ""
-            if isinstance(asked, Mapping) and isinstance(there, Mapping):
-                name = next(key for key in asked if asked[key] != there.get(key))
-                detail = f" ({name} is {there.get(name)} there, {asked[name]} here)"
-            raise ValueError(
-                f"out is {out}, which holds a training with other {part}{detail}; give another folder"
-            )
-    return earlier
-
-
-def _load_finished(classifier: Classifier, out: Path) -> None:
-    from safetensors.torch import load_file
-
-    classifier.network.load_state_dict(load_file(out / WEIGHTS))
+def _load_finished(classifier: Classifier, out: Path, record: Mapping[str, Any]) -> None:
+    """The weights that a finished training left; says again why it stopped early, where it did."""
+    path = out / WEIGHTS
+    try:
+        tensors = load_file(path)
+        classifier.network.load_state_dict(tensors, strict=False)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} is missing, although the training is finished; remove {out} to begin anew"
+        ) from None
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove {out} to begin anew") from None
+    if fingerprint(classifier.network) != record.get("weights"):
+        raise ValueError(f"{path} does not hold the weights of its training; remove {out} to begin anew")
+    if record.get("stopped"):
+        warnings.warn(str(record["stopped"]), ModelWarning, stacklevel=3)
