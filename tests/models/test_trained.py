@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,68 @@ def test_what_is_no_finished_network_of_the_zoo_is_told(
     said(json.dumps(record), "is damaged")
     (folder / "model.safetensors").unlink()
     said(json.dumps(record), "not finished")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"size": [8]}, r"size is \[8\]; accepted is \[height, width\]"),
+        ({"size": 8}, "size is 8; accepted is"),
+        ({"size": [12, -8]}, r"size\[1\] is -8; accepted are whole numbers from 8 to 4096"),
+        ({"size": [12, 8.0]}, r"size\[1\] is 8.0"),
+        ({"size": [10**9, 8]}, r"size\[0\] is 1000000000"),
+        (
+            {"size": [4096, 4096]},
+            "does not hold the weights of two_conv with 3 classes, 1 channels and images of 4096",
+        ),
+        ({"classes": float("inf")}, "classes is inf; accepted are whole numbers from 2 to 100000"),
+        ({"classes": 10**12}, "classes is 1000000000000"),
+        ({"classes": "3"}, "classes is '3'"),
+        ({"classes": True}, "classes is True"),
+        ({"classes": None}, "classes is None"),
+        ({"classes": 4}, "does not hold the weights of two_conv with 4 classes"),
+        ({"channels": 0}, "channels is 0; accepted are whole numbers from 1 to 16"),
+        ({"channels": "x" * 1000}, "channels is 'xxx.*; accepted"),
+        ({"class_names": 5}, "class_names is 5; accepted is a list of names"),
+        ({"class_names": "abc"}, "class_names is 'abc'"),
+        ({"class_names": [["a"], "b", "c"]}, "class_names is"),
+        ({"class_names": ["a"]}, "class_names holds 1 names; accepted is one for each of 3"),
+    ],
+)
+def test_a_record_that_cannot_be_is_told(shared: Path, changed: dict[str, object], said: str) -> None:
+    record = json.loads((shared / "kept.json").read_text())
+    told(shared, json.dumps({**record, "network": {**record["network"], **changed}}), f"is damaged: .*{said}")
+
+
+@pytest.mark.parametrize("settings", [None, 5, {}, {"recipe": 5}, "missing"])
+def test_a_record_without_its_recipe_is_told(shared: Path, settings: object) -> None:
+    record = json.loads((shared / "kept.json").read_text())
+    record |= {"settings": settings}
+    if settings == "missing":
+        del record["settings"]
+    told(shared, json.dumps(record), "is damaged: training.json does not say the recipe")
+
+
+def test_a_record_nested_without_end_is_told(shared: Path) -> None:
+    told(shared, "[" * 200_000, "training.json is damaged")
+    told(shared, json.dumps({"network": 5}), "training.json is damaged")
+    told(shared, b"\xff", "training.json is damaged")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = trained(tmp_path_factory.mktemp("trained") / "run")
+    (folder / "training.json").rename(folder / "kept.json")
+    return folder
+
+
+def told(folder: Path, record: str | bytes, said: str) -> None:
+    (folder / "training.json").write_bytes(record.encode() if isinstance(record, str) else record)
+    with pytest.raises(ValueError, match=re.escape(str(folder))) as caught:
+        load(str(folder), device="cpu")
+    assert re.search(said, str(caught.value)), caught.value
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("recipe", ["standard", "localized", "full"])

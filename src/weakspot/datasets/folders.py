@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".t
 def has_classes(folder: Path) -> bool:
     """Whether there are folders of pictures."""
     roots = [folder, *(folder / name for names in SPLITS.values() for name in names)]
-    return any(_classes(root) for root in roots)
+    return any(_holds_classes(root) for root in roots)
 
 
 def read_class_folders(folder: Path, split: str, *, size: tuple[int, int] | None, channels: int) -> Labelled:
@@ -34,19 +36,21 @@ def read_class_folders(folder: Path, split: str, *, size: tuple[int, int] | None
     if size is None:
         raise ValueError(f"size is not given; pictures in {folder} need (height, width) to be brought to")
     roots = {part: _root(folder, part) for part in SPLITS}
-    if roots["train"] is None and _classes(folder):
+    if roots["train"] is None and _holds_classes(folder):
         roots["train"] = folder
     root = roots[split]
     if root is None:
         raise FileNotFoundError(f"{folder}: there is no folder {' or '.join(SPLITS[split])} in it")
-    names = [path.name for path in _classes(roots["train"] or root)]
+    listed = _listed(root)
+    names = list(listed if roots["train"] in {root, None} else _listed(roots["train"]))
     paths, labels = [], []
-    for path in _classes(root):
-        if path.name not in names:
-            raise ValueError(f"{path} is no class of the training data; accepted: {', '.join(names[:20])}")
-        files = _pictures(path)
+    for name, files in listed.items():
+        if name not in names:
+            raise ValueError(
+                f"{root / name} is no class of the training data; accepted: {', '.join(names[:20])}"
+            )
         paths += files
-        labels += [names.index(path.name)] * len(files)
+        labels += [names.index(name)] * len(files)
     return from_files(
         paths,
         torch.tensor(labels, dtype=torch.int64),
@@ -58,24 +62,35 @@ def read_class_folders(folder: Path, split: str, *, size: tuple[int, int] | None
 
 
 def _root(folder: Path, split: str) -> Path | None:
-    return next((folder / name for name in SPLITS[split] if _classes(folder / name)), None)
+    return next((folder / name for name in SPLITS[split] if _holds_classes(folder / name)), None)
 
 
-def _classes(root: Path) -> list[Path]:
-    """Folders in it that hold pictures; those of splits are no classes."""
+def _holds_classes(root: Path) -> bool:
+    """Whether a folder in it holds a picture; looks no further than the first."""
+    return any(True for folder in _folders(root) for _ in _pictures(folder))
+
+
+def _listed(root: Path) -> dict[str, list[Path]]:
+    """The pictures of every class, sorted; each folder is gone through once."""
+    found = {folder.name: sorted(_pictures(folder)) for folder in _folders(root)}
+    return {name: pictures for name, pictures in found.items() if pictures}
+
+
+def _folders(root: Path) -> list[Path]:
+    """Folders in it that may be classes; those of splits are none."""
     splits = {name for names in SPLITS.values() for name in names}
     if not root.is_dir():
         return []
     return [
         path
         for path in sorted(root.iterdir())
-        if path.is_dir() and not path.name.startswith(".") and path.name not in splits and _pictures(path)
+        if not path.name.startswith(".") and path.name not in splits and path.is_dir()
     ]
 
 
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in PICTURES and not path.name.startswith(".")
-    )
+def _pictures(folder: Path) -> Iterator[Path]:
+    for inner, _, names in os.walk(folder):
+        for name in names:
+            path = Path(inner, name)
+            if path.suffix.lower() in PICTURES and not name.startswith("."):
+                yield path

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import gzip
+import math
+import zlib
 from pathlib import Path
+from typing import IO
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from weakspot.datasets.labelled import Labelled, from_tensors
 
 PARTS = {"train": "train", "test": "t10k"}
+KINDS = {"images": "idx3", "labels": "idx1"}
+MOST_AXES = 4
+PACKING = 1032  # deflate makes nothing smaller than by this
+BLOCK = 2**20
 
 
 def has_idx(folder: Path) -> bool:
     """Whether MNIST's four files, or two of them, lie there."""
-    return any(_find(folder, f"{part}-images") is not None for part in PARTS.values())
+    return any(_find(folder, part, "images") is not None for part in PARTS.values())
 
 
 def read_idx_folder(folder: Path, split: str) -> Labelled:
@@ -27,12 +33,11 @@ def read_idx_folder(folder: Path, split: str) -> Labelled:
         ValueError: when one is damaged.
     """
     arrays = []
-    for kind in ("images", "labels"):
-        path = _find(folder, f"{PARTS[split]}-{kind}")
+    for kind in KINDS:
+        path = _find(folder, PARTS[split], kind)
         if path is None:
             raise FileNotFoundError(
-                f"{folder}: there is no {PARTS[split]}-{kind}-idx{3 if kind == 'images' else 1}-ubyte, with or "
-                "without .gz"
+                f"{folder}: there is no {_names(PARTS[split], kind)[0]}, with or without .gz"
             )
         arrays.append(read_idx(path))
     images, labels = arrays
@@ -41,29 +46,65 @@ def read_idx_folder(folder: Path, split: str) -> Labelled:
             f"{folder}: images are {tuple(images.shape)} and labels {tuple(labels.shape)}; accepted are "
             "(N, height, width) and (N,)"
         )
-    return from_tensors(images[:, None], labels.long(), name=f"{folder.name} {split}")
+    try:
+        return from_tensors(images[:, None], labels.long(), name=f"{folder.name} {split}")
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
 def read_idx(path: Path) -> Tensor:
-    """The bytes in an IDX file in their shape, uint8.
+    """The bytes in an IDX file in their shape, uint8; no more of it is unpacked than its head announces.
 
     Raises:
         ValueError: when it is no such file, or its length is not what its head says.
     """
+    packed = path.suffix == ".gz"
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as a gzip file ({error})") from None
-    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+        with path.open("rb") as file:
+            if not packed:
+                return _read(file, path, path.stat().st_size)
+            with gzip.open(file) as unpacked:
+                return _read(unpacked, path, path.stat().st_size * PACKING)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{path} cannot be read as {'a gzip' if packed else 'an IDX'} file ({error})"
+        ) from None
+
+
+def _read(file: IO[bytes] | gzip.GzipFile, path: Path, most: int) -> Tensor:
+    start = file.read(4)
+    if len(start) < 4 or start[:3] != b"\x00\x00\x08":
         raise ValueError(f"{path} is no IDX file of bytes (it must start with 00 00 08)")
-    count = content[3]
-    shape = [int.from_bytes(content[4 + 4 * axis : 8 + 4 * axis]) for axis in range(count)]
-    body = np.frombuffer(content, np.uint8, offset=min(len(content), 4 + 4 * count))
-    if len(body) != int(np.prod(shape)):
-        raise ValueError(f"{path} is damaged: it says {shape} and holds {len(body)} bytes")
-    return torch.from_numpy(body.copy()).reshape(shape)
+    count = start[3]
+    if not 1 <= count <= MOST_AXES:
+        raise ValueError(
+            f"{path} is damaged: it says that it has {count} axes; accepted are 1 to {MOST_AXES}"
+        )
+    sides = file.read(4 * count)
+    if len(sides) < 4 * count:
+        raise ValueError(f"{path} is damaged: it ends within its head")
+    shape = [int.from_bytes(sides[4 * axis : 4 * axis + 4]) for axis in range(count)]
+    announced = math.prod(shape)
+    if announced > most:
+        raise ValueError(
+            f"{path} is damaged: it says {shape}, which are {announced} bytes, and can hold {most} at most"
+        )
+    body = bytearray()  # grows by what is there: memory is not taken on the word of a head
+    while len(body) <= announced and (block := file.read(min(BLOCK, announced + 1 - len(body)))):
+        body += block
+    if len(body) != announced:
+        holds = f"{len(body)} bytes" if len(body) < announced else "more bytes"
+        raise ValueError(f"{path} is damaged: it says {shape} and holds {holds}")
+    if not announced:
+        return torch.empty(shape, dtype=torch.uint8)
+    return torch.frombuffer(body, dtype=torch.uint8).reshape(shape)
 
 
-def _find(folder: Path, start: str) -> Path | None:
-    found = [path for path in sorted(folder.glob(f"{start}*ubyte*")) if path.suffix in {"", ".gz"}]
-    return found[0] if found else None
+def _find(folder: Path, part: str, kind: str) -> Path | None:
+    return next((folder / name for name in _names(part, kind) if (folder / name).is_file()), None)
+
+
+def _names(part: str, kind: str) -> list[str]:
+    return [
+        f"{part}-{kind}{between}{KINDS[kind]}-ubyte{packed}" for packed in ("", ".gz") for between in "-."
+    ]

@@ -12,6 +12,9 @@ from torch import Tensor
 from weakspot.checks import check_classes
 from weakspot.images import open_pictures
 
+MOST_CLASSES = 100_000  # more are identifiers taken for classes: a network of them would fill the memory
+UNSIGNED = {torch.uint16, torch.uint32, torch.uint64}  # torch stores them and cannot compare them
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -48,29 +51,49 @@ class Labelled:
 def from_tensors(
     images: Tensor, labels: Tensor, *, class_names: Sequence[str] | None = None, name: str = "tensors"
 ) -> Labelled:
-    """Images (N, C, H, W), bytes or floats in [0, 1], and their classes (N,); neither is copied.
+    """Images (N, C, H, W), bytes or floats in [0, 1], and their classes (N,); images are not copied.
+
+    Images stay on their device and take no gradients; classes are brought to the CPU.
 
     Raises:
-        ValueError: when they do not fit each other.
+        ValueError: when they do not fit each other, or there are more than 100,000 classes.
     """
     if not isinstance(images, Tensor) or images.ndim != 4 or 0 in images.shape:
         what = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(
             f"images is {what}; accepted is a tensor (N, C, H, W) of bytes or of floats in [0, 1]"
         )
+    images = images.detach()
     if images.is_floating_point():
         low, high = float(images.min()), float(images.max())
         if not (low >= -1e-5 and high <= 1 + 1e-5):  # NaN too
             raise ValueError(f"images span {low:.3g} to {high:.3g}; accepted are floats in [0, 1] or bytes")
     elif images.dtype != torch.uint8:
         raise ValueError(f"images are {images.dtype}; accepted are bytes (uint8) or floats in [0, 1]")
-    check_classes(labels, len(images))
-    count = int(labels.max()) + 1
-    names = tuple(class_names or (str(number) for number in range(count)))
-    if len(names) < count:
-        raise ValueError(f"labels holds class {count - 1}; there are names for {len(names)} classes")
+    if isinstance(labels, Tensor):
+        labels = labels.cpu()
+        labels = labels.long() if labels.dtype in UNSIGNED else labels
+    names = names_of_classes(labels, len(images), class_names)
     _, channels, height, width = images.shape
     return Labelled(labels.long(), names, (channels, height, width), name, _Held(images))
+
+
+def names_of_classes(labels: Tensor, count: int, class_names: Sequence[str] | None) -> tuple[str, ...]:
+    """One name per class: those given, or the classes' numbers.
+
+    Raises:
+        ValueError: when `labels` are not one class for each of `count` images, or do not fit the names.
+    """
+    check_classes(labels, count)
+    classes = int(labels.max()) + 1
+    if classes > MOST_CLASSES:
+        raise ValueError(
+            f"labels holds class {classes - 1}; accepted are at most {MOST_CLASSES} classes, numbered from 0"
+        )
+    names = tuple(class_names or (str(number) for number in range(classes)))
+    if len(names) < classes:
+        raise ValueError(f"labels holds class {classes - 1}; there are names for {len(names)} classes")
+    return names
 
 
 def from_files(
@@ -103,7 +126,7 @@ class _Held:
     tensor: Tensor
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return self.tensor[rows]
+        return self.tensor[rows.to(self.tensor.device)]  # the images of these rows alone are copied
 
 
 @dataclass(frozen=True)
@@ -125,6 +148,8 @@ class _Files:
         return torch.stack([self.read(self.paths[row]) for row in rows.tolist()])
 
     def read(self, path: Path) -> Tensor:
+        if not path.is_file():
+            raise ValueError(f"{path}: the file is gone since the folder was listed; give the data anew")
         (picture,) = open_pictures(path, size=self.size, channels=self.channels)
         if picture.pixels is None:
             raise ValueError(f"{path}: {picture.remark.removesuffix('; skipped')}; take it out of the data")

@@ -1,0 +1,326 @@
+"""What is damaged, missing or not what it seems is told in one sentence with its path; what is unusual is read."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from weakspot.datasets import from_tensors, read_labelled
+from weakspot.datasets.idx import read_idx
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8)
+LABELS = np.arange(6) % 3
+ROWS = torch.arange(6)
+
+
+def refused(
+    source: Path | str, said: str, *, kind: type[Exception] = ValueError, split: str = "train"
+) -> None:
+    with pytest.raises(kind, match=re.escape(str(source))) as told:
+        read_labelled(source, split=split)
+    assert type(told.value) is kind
+    assert re.search(said, str(told.value)), told.value
+    assert "\n" not in str(told.value)
+
+
+def idx(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+# .npz
+
+
+def test_arrays_without_a_split_are_those_of_training(tmp_path: Path) -> None:
+    np.savez(tmp_path / "plain.npz", images=IMAGES, labels=LABELS)
+    said = "there is no images_test or x_test in it, only images, labels"
+    refused(tmp_path / "plain.npz", said, kind=FileNotFoundError, split="test")
+    np.savez(tmp_path / "test.npz", x_test=IMAGES, y_test=LABELS)
+    refused(tmp_path / "test.npz", "there is no images_train or x_train", kind=FileNotFoundError)
+    assert len(read_labelled(tmp_path / "test.npz", split="test")) == 6
+    np.save(tmp_path / "one.npy", IMAGES)
+    refused((tmp_path / "one.npy").rename(tmp_path / "one.npz"), "is one array")
+    np.savez(tmp_path / "odd.npz", pictures=IMAGES)
+    refused(tmp_path / "odd.npz", "holds pictures; accepted are images or images_test", split="test")
+
+
+def test_numbers_of_the_other_byte_order_are_read(tmp_path: Path) -> None:
+    floats = IMAGES / 255
+    np.savez(tmp_path / "x.npz", images=floats.astype(">f4"), labels=LABELS.astype(">i4"))
+    data = read_labelled(tmp_path / "x.npz")
+    torch.testing.assert_close(data.images(ROWS)[:, 0], torch.from_numpy(floats).float())
+    assert data.labels.tolist() == LABELS.tolist()
+    np.savez(tmp_path / "long.npz", images=floats.astype(np.longdouble), labels=LABELS.astype(np.uint64))
+    assert read_labelled(tmp_path / "long.npz").labels.tolist() == LABELS.tolist()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "said"),
+    [
+        (IMAGES.astype("U"), LABELS, "images are text; accepted are bytes"),
+        (IMAGES.astype(np.int64), LABELS, "images are int64; accepted are bytes"),
+        (IMAGES > 9, LABELS, "images are bool; accepted are bytes"),
+        (IMAGES + 0j, LABELS, "images are complex128"),
+        (IMAGES.astype(object), LABELS, "cannot be read as an .npz file of arrays of numbers"),
+        (IMAGES, LABELS.astype("U"), "labels are text; accepted are whole numbers"),
+        (IMAGES, LABELS.astype("S"), "labels are text; accepted are whole numbers"),
+        (IMAGES, LABELS / 2, "labels are float64; accepted are whole numbers"),
+        (IMAGES, LABELS.astype(object), "cannot be read as an .npz file of arrays of numbers"),
+        (IMAGES, np.eye(3, dtype=int)[LABELS], r"labels are \(6, 3\), a column for every class; .*argmax"),
+        (IMAGES, np.eye(3)[LABELS], "a column for every class"),
+        (IMAGES, LABELS[:4], r"labels is \(4,\)"),
+        (IMAGES, np.int64(3), r"labels is \(\)"),
+        (IMAGES, LABELS - 1, "labels holds class -1; accepted are classes 0 and up"),
+        (IMAGES, LABELS * 1_500_000, "labels holds class 3000000?.*at most 100000 classes"),
+        (IMAGES, LABELS.astype(np.uint64) + np.uint64(2**64 - 9), "accepted are whole numbers below"),
+        (IMAGES[:0], LABELS[:0], "images is"),
+    ],
+)
+def test_other_arrays_are_told(tmp_path: Path, images: Any, labels: Any, said: str) -> None:
+    np.savez(tmp_path / "x.npz", images=images, labels=labels)
+    refused(tmp_path / "x.npz", said)
+
+
+def test_only_arrays_of_the_split_are_read(tmp_path: Path) -> None:
+    np.savez(
+        tmp_path / "x.npz",
+        x_train=IMAGES.astype(object),
+        y_train=LABELS,
+        notes=np.array([None]),
+        x_test=IMAGES,
+        y_test=LABELS,
+    )
+    assert len(read_labelled(tmp_path / "x.npz", split="test")) == 6
+
+
+# IDX
+
+
+@pytest.mark.parametrize("between", ["-", "."])
+@pytest.mark.parametrize("packed", [True, False])
+def test_both_ways_to_write_the_names_are_found(tmp_path: Path, between: str, packed: bool) -> None:
+    for kind, array in (("images", IMAGES), ("labels", LABELS.astype(np.uint8))):
+        name = f"train-{kind}{between}idx{array.ndim}-ubyte"
+        (tmp_path / name).mkdir() if packed else None  # some archives unpack to folders of these names
+        stored = gzip.compress(idx(array)) if packed else idx(array)
+        (tmp_path / f"{name}{'.gz' if packed else ''}").write_bytes(stored)
+    data = read_labelled(tmp_path)
+    assert torch.equal(data.pixels(ROWS)[:, 0], torch.from_numpy(IMAGES))
+    assert data.labels.tolist() == LABELS.tolist()
+
+
+@pytest.mark.parametrize(
+    ("stored", "said"),
+    [
+        (
+            b"\x00\x00\x08\x03" + b"\x80\x00\x00\x00" * 2 + b"\x00\x00\x00\x04",
+            "which are 18446744073709551616 bytes",
+        ),
+        (b"\x00\x00\x08\x09" + b"\x00\x00\x00\x01" * 9 + b"x", "has 9 axes; accepted are 1 to 4"),
+        (b"\x00\x00\x08\x00x", "has 0 axes"),
+        (b"\x00\x00\x08\x03\x00\x00", "ends within its head"),
+        (idx(IMAGES) + b"x", r"says \[6, 8, 8\] and holds more bytes"),
+        (idx(IMAGES)[:-1], r"says \[6, 8, 8\] and holds 383 bytes"),
+        (b"", "no IDX file of bytes"),
+    ],
+    ids=["overflow", "nine axes", "no axes", "short head", "more", "fewer", "empty"],
+)
+@pytest.mark.parametrize("packed", [True, False])
+def test_heads_that_lie_are_told(tmp_path: Path, stored: bytes, said: str, packed: bool) -> None:
+    path = tmp_path / ("a-ubyte.gz" if packed else "a-ubyte")
+    path.write_bytes(gzip.compress(stored) if packed else stored)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{said}"):
+        read_idx(path)
+
+
+def test_any_damaged_byte_of_a_gzip_file_is_told(tmp_path: Path) -> None:
+    whole = gzip.compress(idx(IMAGES), mtime=0)
+    path = tmp_path / "a-ubyte.gz"
+    for place in range(10, len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"a-ubyte\.gz"):
+            read_idx(path)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"a-ubyte.gz cannot be read as a gzip file"):
+        read_idx(path)
+
+
+def test_a_file_that_unpacks_to_more_than_it_says_does_not_fill_the_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a-ubyte.gz"
+    path.write_bytes(gzip.compress(idx(IMAGES) + bytes(200_000_000), compresslevel=1))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="holds more bytes"):
+        read_idx(path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 20_000_000
+
+
+def test_no_images_are_told_with_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(IMAGES[:0]))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(LABELS[:0].astype(np.uint8)))
+    refused(tmp_path, "images is")
+
+
+# Tensors
+
+
+def test_images_that_take_gradients_give_none() -> None:
+    images = torch.rand(3, 1, 4, 4, requires_grad=True)
+    data = from_tensors(images, torch.arange(3))
+    assert not data.images(torch.arange(3)).requires_grad
+    with torch.no_grad():
+        images[0] = 0.5
+    assert torch.equal(data.pixels(ROWS[:1]), images[:1]), "it is not copied"
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8])
+def test_classes_may_be_any_whole_numbers(dtype: torch.dtype) -> None:
+    assert from_tensors(torch.rand(3, 1, 4, 4), torch.arange(3).to(dtype)).labels.tolist() == [0, 1, 2]
+
+
+def test_absurd_classes_are_told_and_take_no_memory() -> None:
+    with pytest.raises(ValueError, match="labels holds class 1099511627776; accepted are at most 100000"):
+        from_tensors(torch.rand(2, 1, 4, 4), torch.tensor([0, 2**40]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_images_stay_on_their_device_and_classes_come_to_the_cpu() -> None:
+    images = torch.rand(3, 1, 4, 4, device="cuda")
+    data = from_tensors(images, torch.arange(3, device="cuda"))
+    assert data.labels.device.type == "cpu"
+    for rows in (torch.tensor([2, 0]), torch.tensor([2, 0], device="cuda")):
+        assert torch.equal(data.pixels(rows), images[[2, 0]])
+    assert from_tensors(images.cpu(), torch.arange(3)).pixels(rows).device.type == "cpu"
+
+
+# Folders
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    for part in ("train", "val"):
+        for name in ("ant", "bee"):
+            inner = tmp_path / part / name / "inner"
+            inner.mkdir(parents=True)
+            for path in (inner.parent / "1.png", inner / "0.PNG"):
+                Image.new("RGB", (8, 8)).save(path)
+            (inner / ".hidden.png").write_bytes(b"")
+            (inner / "notes.txt").write_bytes(b"")
+    return tmp_path
+
+
+def test_a_folder_is_listed_once_and_looked_into_little(
+    classes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scanned: list[str] = []
+    real = os.scandir
+
+    def scandir(path: Any = ".") -> Any:
+        scanned.append(str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    data = read_labelled(classes, size=(8, 8))
+    monkeypatch.undo()
+    assert len(data) == 4
+    assert data.labels.tolist() == [0, 0, 1, 1]
+    pictures = [path for path in scanned if path.endswith(("ant", "bee", "inner"))]
+    assert pictures.count(str(classes / "train/bee/inner")) == 1
+    # Whether there is a class at all is asked thrice, and stops at the first picture.
+    assert len(pictures) <= 4 + 3, pictures
+
+
+def test_a_picture_that_is_gone_is_told(classes: Path) -> None:
+    data = read_labelled(classes, size=(8, 8))
+    (classes / "train/ant/1.png").unlink()
+    with pytest.raises(ValueError, match=r"ant/1.png: the file is gone") as told:
+        data.pixels(ROWS[:4])
+    assert type(told.value) is ValueError
+
+
+# Hugging Face
+
+
+Make = Callable[..., str]
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Make:
+    """Writes a data set of one split, with other columns where they are given, and returns how to name it."""
+    datasets = pytest.importorskip("datasets")
+
+    def make(split: str | None = None, features: dict[str, str] | None = None, **columns: Any) -> str:
+        kinds: dict[str, Any] = {"image": datasets.Image(), "label": datasets.Value("int64")}
+        for name, kind in (features or {}).items():
+            inner = datasets.Value(kind.removesuffix("s") if kind == "int64s" else kind)
+            kinds[name] = datasets.Sequence(inner) if kind == "int64s" else inner
+        usual = {"image": [Image.fromarray(array) for array in IMAGES], "label": LABELS.tolist()}
+        made = datasets.Dataset.from_dict(usual | columns, features=datasets.Features(kinds), split=split)
+        made.save_to_disk(str(tmp_path / "set"))
+        return f"hf:{tmp_path / 'set'}"
+
+    return make
+
+
+def test_one_data_set_alone_is_that_of_training(hub: Make) -> None:
+    source = hub()
+    assert len(read_labelled(source)) == 6
+    refused(
+        source, "has no split test or validation or valid, only train", kind=FileNotFoundError, split="test"
+    )
+
+
+def test_one_data_set_alone_that_says_test_is_no_training(hub: Make) -> None:
+    source = hub(split="test")
+    assert len(read_labelled(source, split="test")) == 6
+    refused(source, "has no split train, only test", kind=FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"label": [0, 1, -1, 0, 1, 2]}, "label is -1 in row 2, which says that it has none"),
+        ({"label": [0, None, 1, 0, 1, 2]}, "label is None in row 1"),
+        ({"label": [0, 10**9, 1, 0, 1, 2]}, "labels holds class 1000000000; accepted are at most"),
+        (
+            {"label": list("abcdef"), "features": {"label": "string"}},
+            "the column label holds string; accepted are whole numbers",
+        ),
+        (
+            {"label": [0.5] * 6, "features": {"label": "float64"}},
+            "the column label holds float64; accepted are whole numbers",
+        ),
+        (
+            {"label": [[0]] * 6, "features": {"label": "int64s"}},
+            "the column label holds .*; accepted are whole numbers",
+        ),
+        (
+            {"image": ["a.png"] * 6, "features": {"image": "string"}},
+            "the column image holds string; accepted are pictures",
+        ),
+        ({"image": [None] * 6}, "there is no picture in row 0"),
+        ({"image": [{"bytes": b"no picture", "path": None}] * 6}, "the picture in row 0 cannot be read"),
+        ({"image": [], "label": []}, "holds no rows|cannot be loaded"),
+    ],
+)
+def test_other_columns_are_told(hub: Make, columns: dict[str, Any], said: str) -> None:
+    refused(hub(**columns), said)
+
+
+def test_a_picture_missing_further_on_is_told_when_asked_for(hub: Make) -> None:
+    pictures: list[Any] = [Image.fromarray(array) for array in IMAGES]
+    pictures[4] = None
+    data = read_labelled(hub(image=pictures))
+    assert data.pixels(ROWS[:3]).shape == (3, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"set: there is no picture in row 4; take it out of the data"):
+        data.pixels(ROWS)
