@@ -254,6 +254,32 @@ def test_two_processes_give_what_one_gives(recipe: str, tmp_path: Path) -> None:
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_two_processes_keep_one_set_of_statistics_and_go_on_with_it(tmp_path: Path) -> None:
+    """Each moves its own batch-norm; the adversary, the checkpoint and what is returned are the first one's for all."""
+    script = tmp_path / "both.py"
+    script.write_text(
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from tests.defenses.test_training import Dropping, fresh, halves, weights\n"
+        "from weakspot import defenses\n"
+        "def told(row):\n"
+        "    if row['epoch'] == 1 and sys.argv[2] == 'die':\n"
+        "        os._exit(3)\n"
+        "made = defenses.train(fresh(Dropping), halves(), recipe='full', epochs=3, steps=3, batch_size=20,\n"
+        "    learning_rate=0.05, held_out=20, out=Path(sys.argv[1]), told=told)\n"
+        "Path(sys.argv[1], 'rank' + os.environ['RANK']).write_bytes(weights(made).numpy().tobytes())\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for out, mode, code in (("whole", "live", 0), ("cut", "die", 1), ("cut", "live", 0)):
+        command = [*launch, str(script), str(tmp_path / out), mode]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == code, ended.stderr[-2000:]
+    found = {(tmp_path / out / f"rank{rank}").read_bytes() for out in ("whole", "cut") for rank in range(2)}
+    assert len(found) == 1
+
+
 def settings(**changes: Any) -> Settings:
     numbers: dict[str, Any] = {
         "recipe": "full", "budget": Linf(0.1), "share": 0.5, "epochs": 1, "seed": 0, "steps": 8, "step_size": 0.03,
