@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ def test_an_interrupt_ends_with_five_and_resume_goes_on(
     assert run("audit", photographs, *TINY, *QUICK, "--out", "whole").code == 0
 
     def interrupt(*_: Any) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # where Ctrl-C arrives
         time.sleep(1)
 
     with monkeypatch.context() as patch:

@@ -69,4 +69,5 @@ def collapsed(robust: Sequence[float], constant: float) -> bool:
     (True, False, False)
     """
     best = max(robust)
-    return robust[-1] < best - FALL and robust[-1] - constant < PART * (best - constant)
+    gained = best - constant
+    return gained > FALL / 2 and robust[-1] < best - FALL and robust[-1] - constant < PART * gained
