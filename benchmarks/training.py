@@ -12,6 +12,7 @@ import os
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -92,9 +93,10 @@ def mnist() -> None:
 
 
 def cifar10() -> None:
-    """Two convolutions, 15 epochs, 30,000 training images, the first 1000 test images."""
+    """Two convolutions, 8 epochs at a fifth of the learning rate, 30,000 training images, the first 1000 test images."""
     if real.there():
-        _matrix("cifar10", "two_conv", cifar("train"), cifar("test", 1000), epochs=15)
+        # At 0.1 the network, which has no normalisation, ends up naming one class under full attacks.
+        _matrix("cifar10", "two_conv", cifar("train"), cifar("test", 1000), epochs=8, learning_rate=0.02)
 
 
 def cifar(split: str, count: int | None = None) -> Labelled:
@@ -103,16 +105,16 @@ def cifar(split: str, count: int | None = None) -> Labelled:
     return from_tensors((images * 255).round().byte(), labels, name=f"cifar10 {split}")
 
 
-def _matrix(title: str, network: str, data: Labelled, test: Labelled, *, epochs: int) -> None:
+def _matrix(title: str, network: str, data: Labelled, test: Labelled, **options: Any) -> None:
     begun = time.perf_counter()
     out = Path(os.environ.get("WEAKSPOT_MATRIX", f"matrix-{title}"))
     found = evaluation_matrix(
         lambda seed: zoo.build(network, classes=10, channels=data.shape[0], size=data.shape[1:], seed=seed),
-        data, test, out=out, recipes=RECIPES, epochs=epochs, strongest=300,
+        data, test, out=out, recipes=RECIPES, strongest=300, **options,
         told=lambda name, row: print(name, {key: round(value, 4) for key, value in row.items()}, flush=True),
     )  # fmt: skip
     print(
-        f"\n{title}, {network}, {epochs} epochs, {len(data)} training images: {time.perf_counter() - begun:.0f} s\n"
+        f"\n{title}, {network}, {options}, {len(data)} training images: {time.perf_counter() - begun:.0f} s\n"
     )
     print(sections.table(found.accuracy))
     against = found.differences[found.differences["against"] == "standard"]
