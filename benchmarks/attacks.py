@@ -279,6 +279,15 @@ def smallest(budget: int = 1000) -> None:
         ),
     }
     batches = [(images, labels)]
+    short = {
+        "weakspot fmn": ours(attacks.fmn, steps=100),
+        **rivals.installed(foolbox_FMN=rivals.foolbox("LInfFMNAttack", None, steps=100)),
+    }
+    outcomes = race(short, model, batches, rounds=3)
+    show(
+        "Smallest L-infinity: ResNet-20, first 32 correct CIFAR-10 test images, 100 gradients",
+        outcomes, model, images, labels,
+    )  # fmt: skip
     title = f"ResNet-20, first 32 correct CIFAR-10 test images, {budget} gradients"
     outcomes = race(jobs, model, batches, rounds=1, warm=False)
     show(f"Smallest L2: {title}", outcomes, model, images, labels)

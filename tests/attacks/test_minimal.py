@@ -1,8 +1,9 @@
-"""Attacks that look for the smallest change: laws that all three keep, and Carlini and Wagner's closed form."""
+"""Attacks that look for the smallest change: laws that all keep, and closed forms on linear models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,9 +22,10 @@ from tests.attacks.test_few_pixels import (
 )
 from tests.attacks.test_gradient import Watched, bits, margins_of, predicted, region_of, tagged, times
 from tests.conftest import FlatNetwork, untouched
-from weakspot.attacks import carlini_wagner, elastic_net, structured
+from weakspot.attacks import carlini_wagner, elastic_net, fmn, pgd, structured
 from weakspot.attacks.minimal import Smallest, squared
 from weakspot.attacks.problem import attacking
+from weakspot.budgets import Linf
 from weakspot.pairs import AttackResult
 
 Attack = Callable[..., AttackResult]
@@ -33,13 +35,26 @@ def structured_in_small_cells(*arguments: Any, **options: Any) -> AttackResult:
     return structured(*arguments, **{"group": 3, **options})
 
 
-ATTACKS: dict[str, Attack] = {
+def fmn_without_a_rate(
+    *arguments: Any, learning_rate: float = 0.0, norm: str = "linf", **options: Any
+) -> AttackResult:
+    del learning_rate  # it has none
+    return fmn(*arguments, norm=norm, **options)
+
+
+WEIGHED: dict[str, Attack] = {
     "carlini_wagner": carlini_wagner,
     "elastic_net": elastic_net,
     "structured": structured_in_small_cells,
 }
+ATTACKS: dict[str, Attack] = {
+    **WEIGHED,
+    "fmn": fmn_without_a_rate,
+    "fmn in L2": partial(fmn_without_a_rate, norm="l2"),
+}
 
 each_attack = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+each_weighed_attack = pytest.mark.parametrize("attack", WEIGHED.values(), ids=WEIGHED)
 
 
 @pytest.mark.parametrize("kind", ["everywhere", "empty for one"])
@@ -120,7 +135,51 @@ def test_carlini_wagner_on_a_linear_model_finds_the_nearest_point_of_the_border(
     assert bool(((ratio >= 1 - 1e-5) & (ratio <= 1.05)).all()), ratio
 
 
-@each_attack
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("kind", ["everywhere", "scattered"])
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 9, 14)], ids=str)
+def test_fmn_on_a_linear_model_finds_the_distance_to_the_border(
+    shape: tuple[int, ...], kind: str, norm: str
+) -> None:
+    model, images = leaning(shape, lead=1.5), random_images(6, *shape, contrast=0.1)
+    labels, region = predicted(model, images), region_of(kind, images)
+    result = fmn(model, images, labels, norm=norm, region=region)
+    inside = torch.ones(6, 1, *shape[1:]) if region is None else region.float()
+    slope = (model.weight.detach() * inside).flatten(1)
+    dual, own = (1, torch.inf) if norm == "linf" else (2, 2)
+    nearest = margins_of(model, images, labels) / slope.norm(p=dual, dim=1)
+    ratio = result.perturbation.flatten(1).norm(p=own, dim=1) / nearest
+    assert bool(result.success.all())
+    assert bool(((ratio >= 1 - 1e-4) & (ratio <= 1.01)).all()), ratio
+
+
+def test_pgd_brackets_what_fmn_finds() -> None:
+    model, images = convolutional((3, 12, 12), 8)
+    labels, region = predicted(model, images), region_of("scattered", images)
+    result = fmn(model, images, labels, region=region)
+    assert bool(result.success.all())
+    falls = []
+    for image, size in enumerate(result.perturbation.abs().flatten(1).amax(1).tolist()):
+        own = (images[image : image + 1], labels[image : image + 1])
+        place = None if region is None else region[image : image + 1]
+        falls.append(
+            [
+                bool(pgd(model, *own, budget=Linf(share * size), region=place, steps=40).success)
+                for share in (0.9, 1.1)
+            ]
+        )
+    assert falls == [[False, True]] * 8
+
+
+def test_fmn_refuses_other_norms_and_no_steps() -> None:
+    model, images = convolutional((3, 8, 8), 1)
+    with pytest.raises(ValueError, match=r"^norm is 'l0'; accepted: linf, l2$"):
+        fmn(model, images, predicted(model, images), norm="l0")
+    with pytest.raises(ValueError, match=r"^steps is 0; accepted is a whole number of at least 1$"):
+        fmn(model, images, predicted(model, images), steps=0)
+
+
+@each_weighed_attack
 def test_confidence_is_the_margin_by_which_images_fool(attack: Attack) -> None:
     model, images = leaning((3, 8, 8), lead=1.0), random_images(4, 3, 8, 8, contrast=0.1)
     labels = predicted(model, images)
@@ -186,6 +245,7 @@ def test_where_no_image_falls_the_best_attempts_are_kept(attack: Attack) -> None
     assert bool((gained > 0.5 * possible).all()), gained / possible
 
 
+@pytest.mark.filterwarnings("ignore:the gradient of Constant is zero everywhere")
 @each_attack
 def test_where_nothing_can_succeed_no_success_is_claimed(attack: Attack) -> None:
     model, images, labels = Constant().eval(), random_images(3, 3, 8, 8), torch.ones(3, dtype=torch.long)
@@ -251,7 +311,7 @@ def test_progress_rises_to_one(attack: Attack) -> None:
         *(("confidence", value) for value in (-1.0, float("nan"))),
     ],
 )
-@each_attack
+@each_weighed_attack
 def test_what_does_not_fit_is_refused_by_name(attack: Attack, argument: str, value: Any) -> None:
     model, images = convolutional((3, 8, 8), 1)
     with (

@@ -1,5 +1,6 @@
 """Attacks: images come in, AttackResults go out."""
 
+from weakspot.attacks.boundary import fmn
 from weakspot.attacks.ensemble import auto
 from weakspot.attacks.few_pixels import pixels
 from weakspot.attacks.foreign import external
@@ -20,6 +21,7 @@ __all__ = [
     "external",
     "fgsm",
     "find_attack",
+    "fmn",
     "iterative",
     "pgd",
     "pixel_sweep",

@@ -13,7 +13,7 @@ from weakspot.checks import closest
 from weakspot.pairs import AttackResult
 
 GROUP = "weakspot.attacks"
-ORDER = ("pgd", "auto", "fgsm", "iterative", "carlini_wagner", "elastic_net", "structured", "pixels")
+ORDER = ("pgd", "auto", "fgsm", "iterative", "fmn", "carlini_wagner", "elastic_net", "structured", "pixels")
 Attack = Callable[..., AttackResult]  # (model, images, labels, *, region, targets, seed, ...) -> AttackResult
 
 
