@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -12,11 +14,13 @@ from torch import Tensor
 from weakspot.statistics import (
     ShiftTest,
     mean_interval,
+    mean_intervals,
     products_over_shifts,
     queen_lag,
     ranks,
     share_interval,
     shift_test,
+    sign_flip_test,
     standardized,
 )
 
@@ -174,3 +178,63 @@ def test_the_interval_of_many_values_is_that_of_drawing_them() -> None:
     drawn = np.quantile(means, [0.025, 0.975])
     assert mean == pytest.approx(values.mean())
     assert [low, high] == pytest.approx(drawn, abs=0.1 * (high - low))
+
+
+def test_a_tables_intervals_are_those_of_its_columns() -> None:
+    rng = np.random.default_rng(0)
+    table = np.stack([rng.normal(size=200), rng.integers(0, 2, 200), rng.exponential(size=200)], 1)
+    for column, found in zip(table.T, mean_intervals(table), strict=True):
+        alone = np.array(mean_interval(column))
+        width = alone[2] - alone[1]
+        np.testing.assert_allclose(found, alone, atol=0.03 * width)
+
+
+def test_a_tables_intervals_leave_out_what_is_missing() -> None:
+    rng = np.random.default_rng(1)
+    whole = rng.normal(size=120)
+    table = np.full((150, 4), np.nan)
+    table[:120, 0], table[:1, 1], table[:, 3] = whole, 2.0, 5.0
+    found = mean_intervals(table)
+    np.testing.assert_allclose(found[0], mean_interval(whole), atol=0.02)
+    assert found[1, 0] == 2.0
+    assert np.isnan(found[1, 1:]).all()
+    assert np.isnan(found[2]).all()
+    assert found[3].tolist() == [5.0, 5.0, 5.0]
+    assert mean_intervals(np.empty((0, 2))).shape == (2, 3)
+
+
+def test_beyond_many_images_the_interval_is_the_normal_one_and_as_good() -> None:
+    values = np.random.default_rng(2).exponential(size=4000)
+    (found,) = mean_intervals(values[:, None])
+    alone = np.array(mean_interval(values))
+    np.testing.assert_allclose(found, alone, atol=0.03 * (alone[2] - alone[1]))
+
+
+def test_sign_flips_of_yes_and_no_are_the_exact_binomial_test() -> None:
+    from scipy.stats import binomtest
+
+    for ups, downs, ties in ((9, 2, 5), (0, 7, 0), (30, 28, 100), (400, 300, 0), (1, 0, 0), (4, 4, 1)):
+        differences = np.array([1.0] * ups + [-1.0] * downs + [0.0] * ties)
+        assert sign_flip_test(differences) == pytest.approx(binomtest(ups, ups + downs).pvalue)
+
+
+def test_few_sign_flips_are_all_tried() -> None:
+    differences = np.array([0.5, 1.5, -0.25, 2.0])
+    sums = [abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
+            for signs in itertools.product((1, -1), repeat=4)]  # fmt: skip
+    assert sign_flip_test(differences) == np.mean([total >= 3.75 for total in sums])
+
+
+@pytest.mark.parametrize("count", [30, 3000])
+def test_where_signs_are_chance_p_below_a_level_is_no_likelier_than_the_level(count: int) -> None:
+    rng = np.random.default_rng(3)
+    found = np.array([sign_flip_test(rng.normal(size=count), seed) for seed in range(200)])
+    assert (found < 0.05).mean() < 0.10
+    assert 0.35 < (found < 0.5).mean() < 0.65
+    assert sign_flip_test(rng.normal(size=count) + 1) < 0.001
+
+
+def test_no_differences_tell_nothing() -> None:
+    assert (
+        sign_flip_test(np.zeros(5)) == sign_flip_test(np.empty(0)) == sign_flip_test(np.full(3, np.nan)) == 1
+    )

@@ -428,7 +428,10 @@ def test_the_summary_counts_and_says_which_region_is_weakest(whole: Run) -> None
         assert cell.robust_accuracy == pytest.approx(1 - mine["success"].mean())
         assert cell.low <= cell.robust_accuracy <= cell.high
     assert summary.labels == "folder names"
-    assert summary.weakest.startswith("The weakest region is cam (30% of the image): ")
+    assert summary.weakest.startswith(
+        "pgd does most in cam (30% of the image): confined to it, it leaves 29% ["
+    )
+    assert summary.regions == ()
     assert json.dumps(summary.as_mapping())
 
 

@@ -3,6 +3,7 @@
 from weakspot.cli import (  # noqa: F401 - importing a command registers it
     attack,
     audit,
+    compare,
     defend,
     dissect,
     explain,

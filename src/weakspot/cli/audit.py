@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +27,7 @@ from weakspot.cli.app import (
     notes_for_people,
     progress_bar,
 )
+from weakspot.cli.gates import FailIfOption, JUnitOption, check_gate, pass_gate, plain, tell_gate
 from weakspot.cli.inputs import class_names, image_size, numbers
 from weakspot.cli.options import (
     ClassesOption,
@@ -41,6 +42,7 @@ from weakspot.cli.plans import known, lot_size, plan_table
 
 if TYPE_CHECKING:
     from weakspot.runs import Run, Standing, Summary
+    from weakspot.runs.gate import Verdict
 
 EXAMPLES = """
 
@@ -52,9 +54,13 @@ weakspot audit photos/ --attacks pgd,pixels --set pixels.method=guided --regions
 
 weakspot audit cifar.npz --model nets:resnet20 --size 32x32 --budget linf:2/255,linf:8/255 --limit 500 --out runs/eps
 
+weakspot audit photos/ --attacks fmn,pgd --regions cam,background --controls --out runs/weak_places
+
 weakspot audit plan.toml
 
 weakspot audit --resume runs/v7
+
+weakspot audit --resume runs/v7 --fail-if "robust_accuracy < 0.4" --junit gate.xml
 
 duckdb -c "select attack, region, avg(success::int) from 'runs/v7/records.parquet' group by all"
 """
@@ -92,6 +98,13 @@ def audit(
         str | None,
         typer.Option(
             help="Separated by commas, as --region of `weakspot attack`: none,cam,~cam. [default: none]"
+        ),
+    ] = None,
+    controls: Annotated[
+        bool | None,
+        typer.Option(
+            "--controls/--no-controls",
+            help="Attack in a control of equal area beside every region too: what tells a weak place from a large one.",
         ),
     ] = None,
     analyses: Annotated[
@@ -137,6 +150,8 @@ def audit(
         Path | None,
         typer.Option(help="Go on with the audit in this folder, which must be the only thing given."),
     ] = None,
+    fail_if: FailIfOption = None,
+    junit: JUnitOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -145,11 +160,15 @@ def audit(
 
     Killed at any moment, it goes on by --resume, and ends as if it had never stopped. Images that cannot be read are
     skipped and listed. The same seed gives the same records whatever the batch size and the order of images.
+
+    A gate (--fail-if) is asked of every attack in every region: robust_accuracy, robust_low, robust_high,
+    clean_accuracy, images, skipped, troubled, region_share, and the mean of any score with NAME_low and NAME_high. With
+    --resume of a finished audit it is asked at once.
     """
     del debug
     given = {
-        "attacks": attacks, "budget": budget, "regions": regions, "analyses": analyses, "labels": labels, "keep": keep,
-        "limit": limit, "seed": seed, "maps": maps,
+        "attacks": attacks, "budget": budget, "regions": regions, "controls": controls, "analyses": analyses,
+        "labels": labels, "keep": keep, "limit": limit, "seed": seed, "maps": maps,
     }  # fmt: skip
     network = {
         "spec": model, "weights": None if weights is None else str(weights), "mean": numbers("mean", mean),
@@ -159,6 +178,8 @@ def audit(
     said = known({**given, "model": known(network) or None})
     sources = list(images or [])
     lot = lot_size(batch_size)
+    conditions = list(fail_if or [])
+    check_gate(conditions, junit)
     command = shlex.join(["weakspot", *sys.argv[1:]])
     if resume is not None:
         if sources or said or settings or out is not None:
@@ -175,16 +196,26 @@ def audit(
         _stopping(where),
     ):
         from weakspot.runs import audit as carry_out
-        from weakspot.runs import read_mapping
+        from weakspot.runs import read_mapping, summarize
         from weakspot.runs import resume as go_on
+        from weakspot.runs.summary import cell_table
 
         if resume is not None:
             run = go_on(where, batch_size=lot, command=command, watch=watch)
         else:
             run = carry_out(read_mapping(table), where, batch_size=lot, command=command, watch=watch)
-    _tell(run, time.perf_counter() - started, as_json=as_json, quiet=quiet)
+    summary = summarize(run)
+    verdicts = pass_gate(
+        conditions, lambda: cell_table(run, summary), _cell_name, junit, f"audit {run.folder}"
+    )
+    _tell(run, summary, verdicts, time.perf_counter() - started, as_json=as_json, quiet=quiet)
+    tell_gate(verdicts, quiet=quiet or as_json)
     if missing or not run.about["images"]["read"]:
         raise typer.Exit(UNREADABLE)
+
+
+def _cell_name(row: Mapping[str, Any]) -> str:
+    return f"{row['attack']} in {row['region']}"
 
 
 @contextmanager
@@ -224,10 +255,9 @@ def _stopping(where: Path) -> Iterator[None]:
             signal.signal(signal.SIGTERM, own)
 
 
-def _tell(run: Run, seconds: float, *, as_json: bool, quiet: bool) -> None:
-    from weakspot.runs import summarize
-
-    summary = summarize(run)
+def _tell(
+    run: Run, summary: Summary, verdicts: Sequence[Verdict], seconds: float, *, as_json: bool, quiet: bool
+) -> None:
     skipped = run.skipped
     if as_json:
         rows = json.loads(skipped.to_json(orient="records"))
@@ -236,7 +266,9 @@ def _tell(run: Run, seconds: float, *, as_json: bool, quiet: bool) -> None:
             "status": run.about["status"],
             "counts": run.about["images"],
         }
-        typer.echo(json.dumps({**about, **summary.as_mapping(), "skipped": rows}, indent=2))
+        typer.echo(
+            json.dumps({**about, **summary.as_mapping(), **plain(verdicts), "skipped": rows}, indent=2)
+        )
         return
     if quiet:
         return
@@ -272,4 +304,5 @@ def _print(summary: Summary, console: Console) -> None:
     if summary.images:
         said = f"With nothing changed {summary.clean_accuracy:.1%} are read as their label. Labels: {summary.labels}."
         console.print(f"\n{said}", soft_wrap=True)
-    console.print(escape(summary.weakest), soft_wrap=True)
+    for sentence in (summary.weakest, *summary.regions):
+        console.print(escape(sentence), soft_wrap=True)

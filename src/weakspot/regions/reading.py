@@ -20,7 +20,7 @@ BORDER = 8  # pixels where no width is said
 NAMES = ("none", "cam", "background", "border", "support")
 FORMS = (
     "none, cam, background, border:WIDTH, support (of label and target), the path of a mask picture (white),"
-    " or these with ~ (not), & (and), | (or) and matched: (a control of equal area) before a name"
+    " or these with ~ (not), & (and), | (or) and matched: (a control of equal area) before a name or (all of it)"
 )
 
 
@@ -40,7 +40,8 @@ def read_region(
 
     Args:
         text: "none" (anywhere), "cam", "background", "border:WIDTH", "support" or a mask picture's path; "~cam" for
-            all but that, "matched:cam" for a control of equal area, and several joined by "&" and, after these, "|".
+            all but that, "matched:cam" for a control of equal area, and several joined by "&" and, after these, "|";
+            "matched:(cam&background)" for a control of what several make.
         model: whose class activation counts.
         images: (N, C, H, W) in [0, 1].
         labels: (N,) classes that "cam" and "support" are for.
@@ -94,6 +95,10 @@ def read_region(
 
     if text not in NAMES and os.path.isfile(text):  # noqa: PTH113 - likewise
         return from_file(text, images).expand(len(images), -1, -1, -1)
+    if text.startswith("matched:(") and text.endswith(")"):
+        inner = text.removeprefix("matched:(").removesuffix(")")
+        whole_of_it = read_region(inner, model, images, labels, targets=targets, keep=keep, seed=seed)
+        return matched(whole_of_it, seed=seed)
     every = torch.zeros_like(images[:, :1], dtype=torch.bool)
     for union in text.split("|"):
         both = whole("")

@@ -1,6 +1,8 @@
 """Runs: what a command leaves on disk, and audits, which leave most."""
 
 from weakspot.runs.auditing import Standing, StoppedError, audit, resume
+from weakspot.runs.comparing import Comparison, compare
+from weakspot.runs.findings import budget_curves, region_contrasts, score_findings
 from weakspot.runs.folder import write_run
 from weakspot.runs.plan import AttackPlan, ModelPlan, Plan
 from weakspot.runs.plan_files import read_mapping, read_plan
@@ -9,6 +11,7 @@ from weakspot.runs.summary import Summary, summarize
 
 __all__ = [
     "AttackPlan",
+    "Comparison",
     "ModelPlan",
     "Plan",
     "Run",
@@ -16,9 +19,13 @@ __all__ = [
     "StoppedError",
     "Summary",
     "audit",
+    "budget_curves",
+    "compare",
     "read_mapping",
     "read_plan",
+    "region_contrasts",
     "resume",
+    "score_findings",
     "summarize",
     "write_run",
 ]

@@ -98,6 +98,7 @@ class Plan:
         model: which network.
         attacks: without two alike.
         regions: texts as `read_region` takes, without two alike.
+        controls: whether every region gets a control of equal area beside it.
         analyses: names, in the order they are run.
         labels: "folders" (a folder is named like a class), a CSV file's path, "predictions" (of the model), or
             "auto": what an array brings, else folders where all match, else predictions.
@@ -113,6 +114,7 @@ class Plan:
     model: ModelPlan = field(default_factory=ModelPlan)
     attacks: tuple[AttackPlan, ...] = (AttackPlan("pgd"),)
     regions: tuple[str, ...] = ("none",)
+    controls: bool = False
     analyses: tuple[str, ...] = DEFAULT_ANALYSES
     labels: str = "auto"
     keep: float = 0.3
@@ -148,6 +150,8 @@ class Plan:
             raise ValueError(
                 f"labels is {self.labels!r}; accepted are {', '.join(LABELS)} or a CSV file's path"
             )
+        if not isinstance(self.controls, bool):
+            raise ValueError(f"controls is {self.controls!r}; accepted are true and false")
         find_analyses(self.analyses)
         attacks = [
             replace(attack, budget=DEFAULT_BUDGET)
@@ -165,10 +169,22 @@ class Plan:
         return replace(
             self,
             attacks=_labelled(attacks),
-            regions=tuple(dict.fromkeys(region.strip() for region in self.regions)),
+            regions=self._placed(),
             analyses=tuple(name for name in available_analyses() if name in self.analyses),
             sources=tuple(sorted({os.path.normpath(source) for source in self.sources})),
         )
+
+    def _placed(self) -> tuple[str, ...]:
+        """The regions, each followed by its control where controls are wanted."""
+        regions = list(dict.fromkeys(region.strip() for region in self.regions))
+        if self.controls:
+            bare = [region for region in regions if region != "none" and not region.startswith("matched:")]
+            if not bare:
+                raise ValueError(
+                    "controls were asked for, but regions names none to control; add some, such as cam"
+                )
+            regions += [control_of(region) for region in bare]
+        return tuple(dict.fromkeys(regions))
 
     def as_mapping(self) -> dict[str, Any]:
         """What `read_mapping` takes, of plain values."""
@@ -178,6 +194,11 @@ class Plan:
             {**attack, "settings": dict(attack["settings"])} for attack in mapping["attacks"]
         ]
         return mapping
+
+
+def control_of(region: str) -> str:
+    """The region of equal area somewhere else."""
+    return f"matched:({region})" if any(sign in region for sign in "&|~") else f"matched:{region}"
 
 
 def _labelled(attacks: Iterable[AttackPlan]) -> tuple[AttackPlan, ...]:

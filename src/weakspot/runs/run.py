@@ -102,13 +102,15 @@ class Run:
         """The records as a DuckDB relation: read from the disk as it is asked, whatever their number."""
         return self.sql("select * from records")
 
-    def sql(self, query: str) -> duckdb.DuckDBPyRelation:
+    def sql(self, query: str, **values: object) -> duckdb.DuckDBPyRelation:
         """A DuckDB query about the tables records, skipped and images; `.df()` makes a DataFrame of the answer.
+
+        Values stand in the query as $name.
 
         Raises:
             duckdb.Error: when DuckDB does not understand it.
         """
-        return self._connection.sql(query)
+        return self._connection.sql(query, params=values) if values else self._connection.sql(query)
 
     @property
     def maps(self) -> Maps:

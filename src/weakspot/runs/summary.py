@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from weakspot.runs.findings import region_contrasts, score_findings, told
 from weakspot.runs.run import Run
-from weakspot.statistics import mean_interval
+from weakspot.statistics import mean_interval, share_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Summary:
         clean_accuracy: share of them that the model reads as their label, with nothing changed.
         labels: where the labels come from, in words.
         weakest: the weakest region in one sentence.
+        regions: each region beside its control of equal area in a sentence, where the plan has controls.
     """
 
     cells: tuple[CellSummary, ...]
@@ -55,11 +61,13 @@ class Summary:
     clean_accuracy: float
     labels: str
     weakest: str
+    regions: tuple[str, ...] = ()
 
     def as_mapping(self) -> dict[str, Any]:
         """Plain values; what is unknown is None."""
         return {
             **asdict(self),
+            "regions": list(self.regions),
             "clean_accuracy": _plain(self.clean_accuracy),
             "cells": [{key: _plain(value) for key, value in asdict(cell).items()} for cell in self.cells],
         }
@@ -74,7 +82,7 @@ def summarize(run: Run) -> Summary:
     for attack, region in run.plan.cells:
         mine = found[(found["attack"] == attack.label) & (found["region"] == region)].sort_values("index")
         known = mine.loc[mine["success"].notna(), "success"].to_numpy(dtype=float)
-        robust, low, high = mean_interval(1 - known)
+        robust, low, high = share_interval(known == 0)
         cells.append(
             CellSummary(
                 attack.label,
@@ -94,34 +102,70 @@ def summarize(run: Run) -> Summary:
         int(found["index"].nunique()),
         float(clean.mean()) if len(clean) else np.nan,
         _labels(run.about.get("labels", {})),
-        weakest(cells),
+        weakest(cells, found),
+        tuple(told(region_contrasts(run))),
     )
 
 
-def weakest(cells: list[CellSummary]) -> str:
-    """One sentence on the region where least is needed, and whether the next could be as weak."""
+def cell_table(run: Run, summary: Summary) -> pd.DataFrame:
+    """A row for each attack and region: what a gate can be asked about.
+
+    Returns:
+        Columns attack, budget, region, region_share, images, robust_accuracy, robust_low, robust_high, clean_accuracy,
+        troubled, skipped, and of every score its mean, NAME_low and NAME_high.
+    """
+    import pandas as pd
+
+    table = pd.DataFrame([asdict(cell) for cell in summary.cells])
+    table = table.rename(columns={"low": "robust_low", "high": "robust_high"})
+    table = table.assign(clean_accuracy=summary.clean_accuracy, skipped=len(run.skipped))
+    for score, rows in score_findings(run).groupby("score", sort=False):
+        own = rows.set_index(["attack", "region"])[["mean", "low", "high"]]
+        own.columns = pd.Index([re.sub(r"\W", "_", f"{score}{suffix}") for suffix in ("", "_low", "_high")])
+        table = table.join(own.drop(columns=own.columns.intersection(table.columns)), on=["attack", "region"])
+    return table
+
+
+def weakest(cells: list[CellSummary], found: pd.DataFrame) -> str:
+    """One sentence on the region where most fall, and whether the next is as weak on the same images.
+
+    Args:
+        cells: of the run.
+        found: columns attack, region, index, success.
+    """
     known = [cell for cell in cells if cell.images]
     if not known:
         return "Nothing could be measured."
-    confined = [cell for cell in known if cell.region != "none"]
+    confined = [cell for cell in known if cell.region != "none" and not cell.region.startswith("matched:")]
     if not confined:
         cell = min(known, key=lambda one: one.robust_accuracy)
         return f"{cell.attack}, free to change any pixel, leaves {_figure(cell)} still read as their class."
     cell = min(confined, key=lambda one: one.robust_accuracy)
     said = (
-        f"The weakest region is {cell.region} ({cell.region_share:.0%} of the image): {cell.attack} confined to it "
+        f"{cell.attack} does most in {cell.region} ({cell.region_share:.0%} of the image): confined to it, it "
         f"leaves {_figure(cell)} still read as their class"
     )
     rivals = [one for one in confined if one.attack == cell.attack and one.region != cell.region]
     if rivals:
         rival = min(rivals, key=lambda one: one.robust_accuracy)
-        apart = rival.low > cell.high
-        doubt = "more" if apart else "which the intervals cannot tell apart"
-        said += f"; {rival.region} ({rival.region_share:.0%}) leaves {_range(rival)}, {doubt}"
+        said += f"; in {rival.region} ({rival.region_share:.0%}) it leaves {_range(rival)}"
+        said += f", {_apart(cell, rival, found)}"
     whole = [one for one in known if one.region == "none" and one.attack == cell.attack]
     if whole:
         said += f"; free to change any pixel it leaves {whole[0].robust_accuracy:.0%}"
     return said + "."
+
+
+def _apart(cell: CellSummary, rival: CellSummary, found: pd.DataFrame) -> str:
+    """How many more hold in the rival than in the cell, of the same images."""
+    fell = []
+    for one in (cell, rival):
+        mine = found[(found["attack"] == one.attack) & (found["region"] == one.region)]
+        fell.append(mine.set_index("index")["success"].astype("Float64"))
+    mean, low, high = mean_interval((fell[0] - fell[1]).dropna().to_numpy(float))
+    if not low > 0:
+        return "a difference that chance can explain"
+    return f"{100 * mean:.0f} points more [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def _figure(cell: CellSummary) -> str:

@@ -1,0 +1,214 @@
+"""Comparison of two runs on the images that both have: which scores moved, by how much, with what confidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from weakspot.runs.findings import score_names
+from weakspot.runs.plan import AttackPlan
+from weakspot.runs.run import Run
+from weakspot.statistics import false_discovery, mean_intervals, sign_flip_test
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = (
+    "score", "attack", "region", "images", "before", "after", "difference", "low", "high", "p", "q",
+)  # fmt: skip
+ROBUST, CLEAN = "robust_accuracy", "clean_accuracy"
+CLEAR = 0.05  # of q
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs beside each other.
+
+    Attributes:
+        table: a row for each score, attack and region that both have: images, the mean before and after, the mean
+            difference after - before of the same images with its 95% interval (low, high), p by flipping signs, q
+            corrected over all rows (Benjamini and Hochberg). "clean_accuracy" has no attack and no region.
+        images: that both have.
+        only: what only one of the runs has, in words.
+        remarks: what else makes them unlike, in words.
+    """
+
+    table: pd.DataFrame
+    images: int
+    only: tuple[str, ...]
+    remarks: tuple[str, ...]
+
+    @property
+    def moved(self) -> pd.DataFrame:
+        """The rows whose q is below 0.05 and whose interval leaves zero out, the surest first."""
+        table = self.table
+        clear = table[(table["q"] < CLEAR) & ((table["low"] > 0) | (table["high"] < 0))]
+        return clear.sort_values(["q", "p"], kind="stable")
+
+    def sentence(self) -> str:
+        """The verdict on robust accuracy."""
+        robust = self.table[self.table["score"] == ROBUST]
+        if robust.empty:
+            return "No attack and region was run in both: there is nothing to compare."
+        clear = self.moved[self.moved["score"] == ROBUST]
+        if clear.empty:
+            return (
+                f"Robust accuracy has not moved beyond chance in any of {len(robust)} attacks x regions, on "
+                f"{self.images} images that both have."
+            )
+        parts = [_in_words(row) for row in clear.itertuples(index=False)]
+        return f"Robust accuracy has moved: {'; '.join(parts)}."
+
+    def as_mapping(self) -> dict[str, Any]:
+        """Plain values; what is unknown is None."""
+        plain = self.table.astype(object).where(self.table.notna(), None)
+        return {
+            "verdict": self.sentence(),
+            "images": self.images,
+            "scores": plain.to_dict("records"),
+            "only": list(self.only),
+            "remarks": list(self.remarks),
+        }
+
+
+def _in_words(row: Any) -> str:
+    return (
+        f"{row.attack} in {row.region} {row.before:.0%} to {row.after:.0%} ({100 * row.difference:+.0f} points, "
+        f"95% from {100 * row.low:+.0f} to {100 * row.high:+.0f})"
+    )
+
+
+def compare(before: Run, after: Run) -> Comparison:
+    """Compare two runs, image by image.
+
+    Images are the same where their stored content is, wherever they lie and whatever they are called; attacks are the
+    same where name, budget and settings are, regions where their text is.
+
+    Args:
+        before: a run.
+        after: another one, of another model or version as a rule.
+
+    Raises:
+        ValueError: when they share no image, or no records are there.
+    """
+    import pandas as pd
+
+    plans = (before.plan, after.plan)
+    shared_attacks = _shared(plans[0].attacks, plans[1].attacks)
+    regions = [region for region in plans[0].regions if region in plans[1].regions]
+    names = [name for name in score_names(before) if name in score_names(after)]
+    rows, common = [_clean(before, after)], 0
+    for own, other in shared_attacks:
+        for region in regions:
+            pair = _pair(_cell(before, own.label, region, names), _cell(after, other.label, region, names))
+            common = max(common, len(pair))
+            rows.append(_moves(pair, [ROBUST, *names], own.label, region))
+    if not common and not len(rows[0]):
+        raise ValueError(
+            f"{before.folder} and {after.folder} share no image: none has the same content in both"
+        )
+    table = pd.concat(rows, ignore_index=True)
+    known = table["p"].notna()
+    table["q"] = np.nan
+    table.loc[known, "q"] = false_discovery(table.loc[known, "p"].to_numpy(float))
+    only = [*_only(before, plans[0].attacks, [one for one, _ in shared_attacks], plans[0].regions, regions),
+            *_only(after, plans[1].attacks, [one for _, one in shared_attacks], plans[1].regions, regions)]  # fmt: skip
+    images = int(table.loc[table["score"] == CLEAN, "images"].max())
+    return Comparison(table[list(COLUMNS)], images, tuple(only), tuple(_remarks(before, after)))
+
+
+def _moves(pair: pd.DataFrame, names: Sequence[str], attack: str, region: str) -> pd.DataFrame:
+    """A row for each score of the pair's columns NAME and NAME_after."""
+    import pandas as pd
+
+    sides = [pair[[f"{name}{suffix}" for name in names]].to_numpy(float) for suffix in ("", "_after")]
+    known = np.isfinite(sides[0]) & np.isfinite(sides[1])
+    before, after = (np.where(known, side, np.nan) for side in sides)
+    found = mean_intervals(after - before)
+    counts = known.sum(0)
+    means = [np.where(counts, np.nansum(side, 0) / np.maximum(counts, 1), np.nan) for side in (before, after)]
+    p = [
+        sign_flip_test((after - before)[:, place]) if counts[place] else np.nan for place in range(len(names))
+    ]
+    return pd.DataFrame(
+        {
+            "score": list(names), "attack": attack, "region": region, "images": counts, "before": means[0],
+            "after": means[1], "difference": found[:, 0], "low": found[:, 1], "high": found[:, 2], "p": p,
+        }
+    )  # fmt: skip
+
+
+def _clean(before: Run, after: Run) -> pd.DataFrame:
+    """Clean accuracy, once for every image."""
+    query = (
+        "select content, any_value(index) as index, any_value(image) as image, any_value(correct) as correct, "
+        "any_value(label) as label from records group by content, index order by index"
+    )
+    pair = _pair(*(run.sql(query).df() for run in (before, after)))
+    pair = pair.rename(columns={"correct": CLEAN, "correct_after": f"{CLEAN}_after"})
+    return _moves(pair, [CLEAN], "", "") if len(pair) else _moves(pair, [CLEAN], "", "").iloc[:0]
+
+
+def _cell(run: Run, attack: str, region: str, names: Sequence[str]) -> pd.DataFrame:
+    chosen = "".join(', "' + name.replace('"', '""') + '"' for name in names)
+    query = (
+        f"select index, content, image, label, 1 - success::int as {ROBUST}{chosen} from records "  # noqa: S608
+        "where attack = $attack and region = $region order by index"
+    )
+    found: pd.DataFrame = run.sql(query, attack=attack, region=region).df()
+    return found
+
+
+def _pair(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
+    """Side by side by content; the same content several times is paired in order."""
+    for frame in (before, after):
+        frame["copy"] = frame.groupby("content").cumcount()
+    return before.merge(after, on=["content", "copy"], suffixes=("", "_after"), validate="one_to_one")
+
+
+def _shared(before: Sequence[AttackPlan], after: Sequence[AttackPlan]) -> list[tuple[AttackPlan, AttackPlan]]:
+    same = {_identity(attack): attack for attack in after}
+    return [(attack, same[_identity(attack)]) for attack in before if _identity(attack) in same]
+
+
+def _identity(attack: AttackPlan) -> tuple[Any, ...]:
+    return attack.name, attack.budget, attack.settings
+
+
+def _only(
+    run: Run,
+    attacks: Sequence[AttackPlan],
+    shared: Sequence[AttackPlan],
+    regions: Sequence[str],
+    common: Sequence[str],
+) -> list[str]:
+    """What a run alone has."""
+    said = [f"attack {attack.label}" for attack in attacks if attack not in shared]
+    said += [f"region {region}" for region in regions if region not in common]
+    return [f"{what} only in {run.folder}" for what in said]
+
+
+def _remarks(before: Run, after: Run) -> list[str]:
+    """What makes two runs unlike besides what is compared."""
+    said = []
+    models: list[Mapping[str, Any]] = [run.about.get("model", {}) for run in (before, after)]
+    if models[0].get("fingerprint") == models[1].get("fingerprint"):
+        said.append("both runs are of the same weights")
+    facts: dict[str, list[Any]] = {
+        "seed": [run.plan.seed for run in (before, after)],
+        "keep": [run.plan.keep for run in (before, after)],
+        "input size": [tuple(model.get("input_size", ())) for model in models],
+        "labels": [", ".join(sorted(run.about.get("labels", {}))) for run in (before, after)],
+        "weakspot": [run.about.get("versions", {}).get("weakspot") for run in (before, after)],
+        "torch": [run.about.get("versions", {}).get("torch") for run in (before, after)],
+    }
+    for name, values in facts.items():
+        if values[0] != values[1]:
+            said.append(f"{name} differs: {values[0]} before, {values[1]} after")
+    said += [f"{run.folder} is not complete" for run in (before, after) if not run.complete]
+    if all(set(run.about.get("labels", {})) == {"prediction"} for run in (before, after)):
+        said.append("labels are each model's own predictions: what is robust is the answer, right or wrong")
+    return said

@@ -1,0 +1,121 @@
+"""`weakspot compare` and the gates: what they print, how they end, what they leave."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pandas as pd
+import pytest
+
+from tests.cli.test_audit import QUICK, TINY
+from tests.cli.test_explain import Run, photographs, run
+
+__all__ = ["photographs", "run"]  # fixtures
+
+
+@pytest.fixture
+def audited(run: Run, photographs: Path, tmp_path: Path) -> Path:
+    for name, steps in (("one", 1), ("two", 2)):
+        ended = run(
+            "audit", photographs, *TINY, *QUICK, "--set", f"pgd.steps={steps}", "--out", name, "--quiet"
+        )
+        assert ended.code == 0, ended.err
+    return tmp_path
+
+
+def test_two_runs_of_unlike_attacks_share_clean_accuracy_only(run: Run, audited: Path) -> None:
+    ended = run("compare", audited / "one", audited / "two")
+    assert ended.code == 0, ended.err
+    assert "nothing to compare" in ended.out
+    assert "attack pgd only in" in ended.out
+
+
+def test_a_comparison_is_a_table_a_sentence_and_files(run: Run, audited: Path, tmp_path: Path) -> None:
+    ended = run("compare", audited / "one", audited / "one", "--all", "--csv", "moved.csv")
+    assert ended.code == 0, ended.err
+    for word in ("robust_accuracy", "margin_adversarial", "has not moved beyond chance", "the same weights"):
+        assert word in ended.out
+    assert "robust_accuracy" in set(pd.read_csv(tmp_path / "moved.csv")["score"])
+    found = json.loads(run("compare", audited / "one", audited / "one", "--json").out)
+    assert found["images"] == 4
+    assert found["scores"][0]["score"] == "clean_accuracy"
+
+
+def test_a_shut_gate_ends_with_three_and_tells_build_servers(run: Run, audited: Path, tmp_path: Path) -> None:
+    ended = run(
+        "compare", audited / "one", audited / "one", "--fail-if", "difference <= 0", "--junit", "gate.xml"
+    )
+    assert ended.code == 3
+    assert "gate: robust_accuracy / pgd / none: difference <= 0: difference is 0" in ended.err
+    root = ET.parse(tmp_path / "gate.xml").getroot()  # noqa: S314 - ours
+    assert int(root.attrib["failures"]) == int(root.attrib["tests"]) > 1
+
+
+@pytest.mark.parametrize(
+    ("condition", "code"),
+    [
+        ("robust_accuracy < 0", 0),
+        ("robust_accuracy >= 0", 3),
+        ("region == 'none' and margin_adversarial > 1e9", 0),
+        ("clean_accuracy < 0.5 or images < 4 or skipped > 0 or troubled > 0", 0),
+        ("robust_low > robust_high", 0),
+    ],
+)
+def test_an_audit_is_gated_when_it_is_done_and_again_later(
+    run: Run, audited: Path, tmp_path: Path, condition: str, code: int
+) -> None:
+    ended = run("audit", "--resume", audited / "two", "--fail-if", condition, "--junit", "gate.xml", "--json")
+    assert ended.code == code, ended.err
+    gate = json.loads(ended.out)["gate"]
+    assert gate["failed"] == (code == 3)
+    assert gate["checks"][0]["condition"] == condition
+    assert (tmp_path / "gate.xml").is_file()
+
+
+def test_a_gate_that_makes_no_sense_is_said_before_anything_is_computed(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    for options, said in (
+        (("--fail-if", "robust_accuracy <"), "accepted is a condition such as"),
+        (("--fail-if", "robust_accuracy.x < 1"), "accepted are column names"),
+        (("--junit", "gate.xml"), "--junit has nothing to tell without --fail-if"),
+        (
+            ("--fail-if", "images < 1", "--junit", "nowhere/gate.xml"),
+            "accepted is a file in a folder that is there",
+        ),
+    ):
+        ended = run("audit", photographs, *TINY, *QUICK, "--out", "made", *options)
+        assert (ended.code, ended.err.count("\n")) == (2, 1)
+        assert said in ended.err
+        assert not (tmp_path / "made").exists()
+
+
+def test_a_gate_on_a_column_that_is_not_there_names_those_that_are(run: Run, audited: Path) -> None:
+    ended = run("audit", "--resume", audited / "two", "--fail-if", "robust_acuracy < 1")
+    assert ended.code == 2
+    assert "did you mean robust_accuracy" in ended.err
+
+
+def test_what_cannot_be_compared_is_one_sentence(run: Run, audited: Path, tmp_path: Path) -> None:
+    for arguments, code, said in (
+        ((tmp_path / "nowhere", audited / "one"), 4, "holds no run"),
+        ((audited / "one", audited / "two", "--csv", "nowhere/moved.csv"), 2, "--csv is"),
+    ):
+        ended = run("compare", *arguments)
+        assert (ended.code, ended.err.count("\n")) == (code, 1), ended.err
+        assert said in ended.err
+
+
+def test_controls_are_named_in_a_sentence(run: Run, photographs: Path) -> None:
+    ended = run(
+        "audit", photographs, *TINY, "--attacks", "fmn,pgd", "--set", "fmn.steps=10", "--analyses", "none", "--regions",
+        "cam,border&~cam", "--controls", "--out", "made",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert "matched:(border&~cam)" in ended.out
+    assert "fmn confined to cam (30% of the image) and in controls of equal area fools none" in ended.out
+    assert "pgd confined to cam (30% of the image) fools 0%, in controls of equal area 0%" in ended.out
+    ended = run("audit", photographs, *TINY, "--controls", "--out", "other")
+    assert (ended.code, "regions names none to control" in ended.err) == (2, True)

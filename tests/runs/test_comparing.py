@@ -1,0 +1,142 @@
+"""Comparison: paired by what images hold, silent where nothing moved, exact where something did."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.runs.fixtures import TINY, draw_pictures, networks, pictures, small_plan
+from weakspot.runs import AttackPlan, Run, audit, compare
+from weakspot.runs.records import FILE
+from weakspot.statistics import false_discovery, mean_interval, sign_flip_test
+
+__all__ = ["networks", "pictures"]  # fixtures
+OTHER = replace(TINY, spec="audited_networks:other")
+
+
+@pytest.fixture
+def before(pictures: Path) -> Run:
+    return audit(small_plan(pictures, maps=False), pictures.parent / "before")
+
+
+def test_a_run_has_not_moved_from_itself(before: Run, pictures: Path) -> None:
+    again = audit(small_plan(pictures, maps=False), pictures.parent / "again")
+    found = compare(before, again)
+    assert found.moved.empty
+    assert (found.table["difference"].dropna() == 0).all()
+    assert found.images == 14
+    assert "both runs are of the same weights" in found.remarks
+    assert found.sentence() == (
+        "Robust accuracy has not moved beyond chance in any of 4 attacks x regions, on 14 images that both have."
+    )
+
+
+def test_rows_are_paired_differences_of_the_records(before: Run, pictures: Path) -> None:
+    after = audit(small_plan(pictures, model=OTHER, maps=False), pictures.parent / "after")
+    found = compare(before, after)
+    sides = [run.records.set_index(["attack", "region", "index"]).sort_index() for run in (before, after)]
+    for row in found.table.to_dict("records"):
+        if row["score"] == "clean_accuracy":
+            values = [side["correct"].groupby("index").first() for side in sides]
+        elif row["score"] == "robust_accuracy":
+            values = [1 - side.loc[(row["attack"], row["region"])]["success"].astype(float) for side in sides]
+        else:
+            values = [side.loc[(row["attack"], row["region"])][row["score"]] for side in sides]
+        one, other = (side.astype(float).to_numpy() for side in values)
+        known = np.isfinite(one) & np.isfinite(other)
+        assert row["images"] == known.sum()
+        if known.any():
+            np.testing.assert_allclose(row["before"], one[known].mean())
+            np.testing.assert_allclose(row["difference"], (other - one)[known].mean(), atol=1e-12)
+            assert row["p"] == sign_flip_test((other - one)[known])
+        if known.sum() > 8:
+            width = row["high"] - row["low"]
+            exact = mean_interval((other - one)[known])
+            np.testing.assert_allclose([row["low"], row["high"]], exact[1:], atol=0.1 * width + 1e-12)
+    tested = found.table.dropna(subset=["p"])
+    np.testing.assert_allclose(tested["q"], false_discovery(tested["p"].to_numpy()))
+
+
+def test_images_are_the_same_by_content_whatever_they_are_called(before: Run, pictures: Path) -> None:
+    moved = pictures.parent / "elsewhere"
+    for number, path in enumerate(sorted(pictures.rglob("*.png"), reverse=True)):
+        target = moved / path.parent.name / f"renamed{number:02d}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    first = min(moved.rglob("*.png"))
+    shutil.copy(first, first.with_name("twice.png"))  # one more than before
+    after = audit(small_plan(moved, maps=False, analyses=()), moved.parent / "after")
+    found = compare(before, after)
+    table = found.table[found.table["score"] == "margin_adversarial"]
+    assert set(table["images"]) == {14}
+    assert np.abs(table["difference"]).max() < 1e-3  # each image's random start is its content's
+
+
+def test_a_planted_change_is_found_and_said(before: Run) -> None:
+    planted = before.folder.parent / "planted"
+    shutil.copytree(before.folder, planted)
+    records = pd.read_parquet(planted / FILE)
+    weaker = (records["attack"] == "pgd") & (records["region"] == "cam")
+    records.loc[weaker, "success"] = True
+    records.to_parquet(planted / FILE)
+    found = compare(before, Run(planted))
+    moved = found.table[found.table["difference"] != 0].dropna()
+    assert list(zip(moved["score"], moved["attack"], moved["region"], strict=True)) == [
+        ("robust_accuracy", "pgd", "cam")
+    ]
+    records.loc[weaker, "margin_adversarial"] -= 3.0
+    records.to_parquet(planted / FILE)
+    found = compare(before, Run(planted))
+    assert list(found.moved["score"]) == ["margin_adversarial"]
+    assert found.moved.iloc[0]["difference"] == pytest.approx(-3)
+    back = compare(Run(planted), before)
+    assert back.moved.iloc[0]["difference"] == pytest.approx(3)
+
+
+def test_what_only_one_has_is_said_and_left_out(before: Run, pictures: Path) -> None:
+    plan = small_plan(
+        pictures, attacks=(AttackPlan("pgd", settings=(("steps", 3),)), AttackPlan("fgsm")), regions=("none", "border"),
+        analyses=(), maps=False, seed=1,
+    )  # fmt: skip
+    found = compare(before, audit(plan, pictures.parent / "after"))
+    assert set(found.table["attack"]) == {"", "pgd"}
+    assert set(found.table["region"]) == {"", "none"}
+    said = " ".join(found.only)
+    for word in (
+        "attack pixels only in",
+        "region cam only in",
+        "attack fgsm only in",
+        "region border only in",
+    ):
+        assert word in said
+    assert "seed differs: 0 before, 1 after" in found.remarks
+
+
+def test_nothing_in_common_is_one_sentence(before: Run, networks: Path) -> None:
+    rng = np.random.default_rng(7)
+    other = draw_pictures(networks / "others", 3)
+    for path in other.rglob("*.png"):
+        from PIL import Image
+
+        Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(path)
+    after = audit(small_plan(other, maps=False, analyses=()), networks / "after")
+    with pytest.raises(ValueError, match=r"share no image: none has the same content in both$"):
+        compare(before, after)
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        Run(networks)
+
+
+def test_attacks_that_differ_leave_clean_accuracy(before: Run, pictures: Path) -> None:
+    after = audit(
+        small_plan(pictures, attacks=(AttackPlan("fgsm"),), analyses=(), maps=False),
+        pictures.parent / "after",
+    )
+    found = compare(before, after)
+    assert list(found.table["score"]) == ["clean_accuracy"]
+    assert found.sentence() == "No attack and region was run in both: there is nothing to compare."
+    assert found.as_mapping()["scores"][0]["difference"] == 0

@@ -1,0 +1,208 @@
+"""What a run says beyond single images: planted weak places are found, even ones are not accused, numbers are those of
+the records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from tests.runs.fixtures import draw_pictures, networks, pictures, small_plan  # noqa: F401 - fixtures
+from weakspot.runs import AttackPlan, ModelPlan, Plan, Run, audit
+from weakspot.runs.findings import budget_curves, region_contrasts, score_findings, told
+from weakspot.runs.records import FILE
+from weakspot.statistics import false_discovery, mean_interval
+
+QUADRANT = """
+import torch
+from torch import nn
+
+
+class Quadrant(nn.Module):
+    # Everything hangs on the upper left quarter.
+    def forward(self, images):
+        lead = images[:, :, :12, :12].mean((1, 2, 3)) * 20 - 8
+        return torch.stack([lead, -lead], 1)
+
+
+def quadrant():
+    return Quadrant().eval()
+
+
+class Even(nn.Module):
+    # Every pixel counts alike.
+    def forward(self, images):
+        lead = images.mean((1, 2, 3)) * 20 - 8
+        return torch.stack([lead, -lead], 1)
+
+
+def even():
+    return Even().eval()
+"""
+SIZE = (24, 24)
+
+
+def rows(frame: pd.DataFrame) -> Iterator[Any]:
+    """As named tuples."""
+    return iter(frame.itertuples(index=False))
+
+
+@pytest.fixture
+def planted(networks: Path) -> Path:  # noqa: F811
+    """Where a network with a weak quarter, and one without, can be imported; quarter.png is that quarter."""
+    (networks / "planted_networks.py").write_text(QUADRANT)
+    mask = np.zeros(SIZE, np.uint8)
+    mask[:12, :12] = 255
+    Image.fromarray(mask).save(networks / "quarter.png")
+    draw_pictures(networks / "many", 30)
+    return networks
+
+
+def plan_for(folder: Path, network: str, **changes: object) -> Plan:
+    steps = (("steps", 20),)
+    usual = {
+        "model": ModelPlan(f"planted_networks:{network}", size=SIZE),
+        "attacks": (
+            AttackPlan("fmn", settings=steps),
+            *(AttackPlan("pgd", f"linf:{amount}/255", steps) for amount in (2, 8, 24)),
+        ),
+        "regions": (str(folder / "quarter.png"),),
+        "controls": True,
+        "analyses": (),
+        "maps": False,
+        "labels": "predictions",
+        "shard": 16,
+        "group": 16,
+    }
+    return small_plan(folder / "many", **{**usual, **changes})
+
+
+@pytest.fixture
+def weak(planted: Path) -> Run:
+    return audit(plan_for(planted, "quadrant"), planted / "weak")
+
+
+@pytest.mark.filterwarnings("ignore:the gradient of")
+def test_a_planted_weak_place_is_found_and_said(weak: Run) -> None:
+    found = region_contrasts(weak).set_index("attack")
+    smallest = found.loc["fmn"]
+    assert smallest["measure"] == "smallest size"
+    assert smallest["region_share"] == smallest["control_share"] == 0.25
+    assert smallest["low"] > 0
+    assert smallest["q"] < 0.01
+    assert smallest["here"] < smallest["there"]
+    assert any("a weak region" in sentence for sentence in told(region_contrasts(weak)))
+
+
+def test_a_network_without_a_weak_place_is_not_accused(planted: Path) -> None:
+    run = audit(plan_for(planted, "even"), planted / "sound")
+    found = region_contrasts(run)
+    assert (found["q"] > 0.05).all()
+    assert not any("a weak region" in sentence for sentence in told(found))
+
+
+@pytest.mark.filterwarnings("ignore:the gradient of")
+def test_contrasts_are_paired_differences_of_the_records(weak: Run) -> None:
+    found = region_contrasts(weak)
+    records = weak.records
+    for row in rows(found[found["measure"] == "fooled"]):
+        sides = [
+            records[(records["attack"] == row.attack) & (records["region"] == region)].set_index("index")[
+                "success"
+            ]
+            for region in (row.region, row.control)
+        ]
+        differences = sides[0].astype(float) - sides[1].astype(float)
+        assert (row.here, row.there) == (sides[0].mean(), sides[1].mean())
+        assert (row.difference, row.low, row.high) == mean_interval(differences.to_numpy())
+    np.testing.assert_allclose(found["q"], false_discovery(found["p"].to_numpy()))
+
+
+@pytest.mark.filterwarnings("ignore:the gradient of")
+def test_curves_count_the_images_that_fell_at_a_size_or_a_smaller_one(weak: Run) -> None:
+    curves = budget_curves(weak)
+    records = weak.records
+    assert set(curves["attack"]) == {"fmn", "pgd steps=20"}
+    assert curves.loc[curves["region"].str.startswith("matched:"), "control"].all()
+    for (attack, region), curve in curves.groupby(["attack", "region"]):
+        assert curve["size"].is_monotonic_increasing
+        assert curve["fooled"].is_monotonic_increasing
+        mine = records[records["region"] == region]
+        last = curve.iloc[-1]
+        if attack == "fmn":
+            mine = mine[mine["attack"] == "fmn"]
+            fell = mine["success"] & (mine["linf"] <= last["size"] * 1.0001)
+            assert last["fooled"] == fell.mean()
+        else:
+            fell = mine[mine["attack"] != "fmn"].groupby("index")["success"].any()
+            assert last["fooled"] == fell.mean()
+            assert curve["size"].tolist() == pytest.approx([2 / 255, 8 / 255, 24 / 255])
+        assert ((curve["low"] <= curve["fooled"]) & (curve["fooled"] <= curve["high"])).all()
+
+
+def test_scores_are_means_over_images_and_their_excess_over_chance(pictures: Path) -> None:  # noqa: F811
+    run = audit(small_plan(pictures, maps=False), pictures.parent / "run")
+    found = score_findings(run)
+    records = run.records
+    tested = found[found["null"].notna()]
+    assert {"margin_adversarial", "ssim"} <= set(found["score"])
+    assert not any(name.endswith(("_null", "_p")) for name in found["score"])
+    assert len(tested)
+    for row in rows(found):
+        mine = records[(records["attack"] == row.attack) & (records["region"] == row.region)]
+        values = mine[row.score].astype(float)
+        assert row.images == values.notna().sum()
+        np.testing.assert_allclose(row.mean, values.mean())
+        if np.isfinite(row.null):
+            np.testing.assert_allclose(row.excess, (values - mine[f"{row.score}_null"].astype(float)).mean())
+            assert row.excess_low <= row.excess <= row.excess_high
+            assert 0 < row.p <= row.q <= 1
+
+
+def test_a_run_without_controls_budgets_or_analyses_has_no_findings(pictures: Path) -> None:  # noqa: F811
+    run = audit(small_plan(pictures, analyses=(), maps=False), pictures.parent / "run")
+    assert region_contrasts(run).empty
+    assert budget_curves(run).empty
+    assert set(score_findings(run)["score"]) == {"confidence_adversarial", "margin_adversarial", "ssim"}
+    assert told(region_contrasts(run)) == []
+
+
+def test_an_image_that_falls_in_one_place_only_counts_with_the_largest_size_there(weak: Run) -> None:
+    records = weak.records
+    region = weak.plan.regions[0]
+    records = records[records["attack"] == "fmn"].copy()
+    index = records["index"]
+    records["success"] = (records["region"] == region) | (index == 0)
+    records["linf"] = np.where(records["region"] == region, 0.1, 0.4)
+    records.to_parquet(weak.folder / FILE)
+    about = json.loads((weak.folder / "run.json").read_text())
+    about["plan"]["attacks"] = [one for one in about["plan"]["attacks"] if one["name"] == "fmn"]
+    (weak.folder / "run.json").write_text(json.dumps(about))
+    (row,) = rows(region_contrasts(Run(weak.folder)))
+    assert row.here == pytest.approx(0.1)
+    assert row.there == pytest.approx(0.4)
+    assert row.difference == pytest.approx(2.0)
+    assert row.images == 30
+
+
+def test_sentences_hedge_where_there_is_no_interval_or_it_holds_zero() -> None:
+    row: dict[str, Any] = dict(  # noqa: C408 - shorter
+        attack="pgd", region="cam", control="matched:cam", region_share=0.3, control_share=0.3, images=40,
+        measure="fooled", here=0.5, there=0.45, difference=0.05, low=-0.02, high=0.12, p=0.2, q=0.2,
+    )  # fmt: skip
+    doubtful, alone = told(pd.DataFrame([row, {**row, "low": np.nan, "high": np.nan, "difference": 0.04}]))
+    for sentence in (doubtful, alone):
+        assert sentence.endswith("no weaker or stronger than chance can explain.")
+    (sure,) = told(pd.DataFrame([{**row, "low": 0.01, "p": 0.001, "q": 0.004}]))
+    assert sure == (
+        "pgd confined to cam (30% of the image) fools 50%, in controls of equal area 45% "
+        "(+5 points, 95% from +1 to +12; q 0.004): a weak region."
+    )
+    (other,) = told(pd.DataFrame([{**row, "difference": -0.1, "low": -0.2, "high": -0.05, "q": 0.001}]))
+    assert other.endswith("stronger than controls.")

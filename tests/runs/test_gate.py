@@ -1,0 +1,103 @@
+"""Gates: conditions are what Python makes of them, nothing else is run, and what is unknown never passes."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree as ET
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weakspot.runs.gate import Condition, judge, junit
+
+NAMES = ("attack", "robust_accuracy", "low", "images")
+ROW = {"attack": "pgd", "robust_accuracy": 0.31, "low": 0.2, "images": 40}
+LEAVES = st.sampled_from(["robust_accuracy", "low", "images", "0.25", "3", "-1"])
+SUMS = st.recursive(
+    LEAVES, lambda inner: st.builds("({} {} {})".format, inner, st.sampled_from("+-*"), inner), max_leaves=4
+)
+CONDITIONS = st.recursive(
+    st.builds("({} {} {})".format, SUMS, st.sampled_from(["<", "<=", ">", ">=", "==", "!="]), SUMS),
+    lambda inner: st.one_of(
+        st.builds("({} {} {})".format, inner, st.sampled_from(["and", "or"]), inner),
+        st.builds("(not {})".format, inner),
+    ),
+    max_leaves=4,
+)
+
+
+@given(CONDITIONS)
+def test_a_condition_is_what_python_makes_of_it(text: str) -> None:
+    found = Condition(text, NAMES).judge(ROW, "pgd")
+    assert found.failed == eval(text, {}, dict(ROW))  # noqa: S307 - made above
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("robust_acuracy < 0.4", "with 'robust_acuracy'; did you mean robust_accuracy?"),
+        ("", "accepted is a condition such as"),
+        ("robust_accuracy <", "accepted is a condition such as"),
+        ("robust_accuracy", "which compares nothing"),
+        ("robust_accuracy - 1", "which compares nothing"),
+        ("-low", "which compares nothing"),
+        ("__import__('os').system('true') == 0", "accepted are column names"),
+        ("attack.__class__ == 3", "accepted are column names"),
+        ("low < [1][0]", "accepted are column names"),
+        ("(lambda: 1)() == 1", "accepted are column names"),
+        ("images ** images > 3", "accepted are column names"),
+        ("attack in 'pgd'", "accepted are column names"),
+        ("low < None", "accepted are numbers and texts"),
+        ("low < 1j", "accepted are numbers and texts"),
+        ("low\x00 < 1", "accepted is a condition such as"),
+        ("(" * 5000 + "low < 1" + ")" * 5000, "accepted is a condition such as"),
+    ],
+)
+def test_anything_else_is_refused_in_one_sentence(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=r"^fail-if is ") as raised:
+        Condition(text, NAMES)
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value).replace(text, "")
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_what_is_unknown_shuts_the_gate(missing: float | None) -> None:
+    found = Condition("robust_accuracy < 0.4", NAMES).judge({**ROW, "robust_accuracy": missing}, "pgd")
+    assert found.failed
+    assert found.why == "robust_accuracy is not known, so robust_accuracy < 0.4 cannot be judged"
+    # ... but not where it does not decide
+    assert not Condition("attack == 'none' and low < 1", NAMES).judge({**ROW, "low": missing}, "pgd").failed
+
+
+@pytest.mark.parametrize("text", ["attack < 3", "attack == 3", "low / 0 < 1", "attack * 2 < 1 + attack"])
+def test_what_cannot_be_judged_shuts_the_gate(text: str) -> None:
+    assert Condition(text, NAMES).judge(ROW, "pgd").failed
+
+
+def test_every_condition_is_asked_of_every_row_and_nothing_to_ask_is_no_pass() -> None:
+    rows = pd.DataFrame([ROW, {**ROW, "robust_accuracy": 0.6}])
+    found = judge(["robust_accuracy < 0.4", "images < 10"], rows, lambda row: f"at {row['robust_accuracy']}")
+    assert [(one.row, one.failed) for one in found] == [
+        ("at 0.31", True), ("at 0.6", False), ("at 0.31", False), ("at 0.6", False)
+    ]  # fmt: skip
+    assert found[0].why == "robust_accuracy < 0.4: robust_accuracy is 0.31"
+    (nothing,) = judge(["images < 10"], rows.iloc[:0], str)
+    assert nothing.failed
+
+
+def test_junit_counts_failures_and_holds_any_text() -> None:
+    rows = pd.DataFrame([{**ROW, "attack": "odd"}, ROW])
+    odd = 'p<g>&"d\x00\x1b\ud800'
+    found = judge(
+        ["robust_accuracy < 0.4 and attack != 'pgd'"],
+        rows,
+        lambda row: odd if row["attack"] == "odd" else "pgd",
+    )
+    text = junit(found, "audit <x>")
+    root = ET.fromstring(text.encode())  # noqa: S314 - ours
+    assert root.attrib["failures"] == "1"
+    assert root.attrib["tests"] == "2"
+    cases = root.findall("testsuite/testcase")
+    assert [case.find("failure") is not None for case in cases] == [True, False]
+    assert cases[0].attrib["classname"] == 'p<g>&"d???'
