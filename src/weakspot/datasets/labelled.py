@@ -115,9 +115,10 @@ def from_files(
     )
 
 
-def as_float(pixels: Tensor) -> Tensor:
-    """Bytes as floats in [0, 1]; floats as they are."""
-    return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
+def as_float(pixels: Tensor, layout: torch.memory_format = torch.preserve_format) -> Tensor:
+    """Bytes as floats in [0, 1], floats as they are; in this layout."""
+    floats = pixels.to(torch.float32, memory_format=layout)
+    return floats.div_(255) if pixels.dtype == torch.uint8 else floats
 
 
 # Classes rather than closures: worker processes are sent copies of them.

@@ -219,7 +219,7 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate(done / (self.per_epoch * settings.epochs))
         moved = moves.apply(rows, pixels.detach().to(device))  # as bytes: a quarter of what floats would move
-        images = as_float(moved).contiguous(memory_format=self.layout)
+        images = as_float(moved, self.layout)
         labels = self.data.labels[rows].to(device)
         start = mixed_seed(settings.seed, self.epoch, self.update, self.fabric.global_rank, DROPOUT)
         torch.manual_seed(start)
@@ -258,7 +258,8 @@ class Loop:
             return images
         settings = self.settings
         generator = torch.Generator().manual_seed(mixed_seed(settings.seed, self.epoch, self.update, NOISE))
-        noise = torch.rand((settings.attacked, *images.shape[1:]), generator=generator)[places] * 2 - 1
+        noise = torch.rand((settings.attacked, *images.shape[1:]), generator=generator)
+        noise = noise[places].mul_(2).sub_(1)
         region = self._region(rows, images, places, moves)
         modes = [module for module in self.classifier.modules() if module.training]
         for module in modes:
