@@ -70,3 +70,9 @@ def predictions(model: nn.Module, images: Tensor) -> Tensor:
     """(N,) classes, in small batches."""
     with torch.no_grad():
         return torch.cat([model(batch).argmax(1) for batch in images.split(16)])
+
+
+def resnet20() -> nn.Module:
+    """CIFAR-10's ResNet-20, as "benchmarks.real:resnet20" for commands."""
+    model: nn.Module = networks().network("cifar10_resnet20")
+    return model.eval()
