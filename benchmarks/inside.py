@@ -137,7 +137,7 @@ def memory(kind: str) -> None:
 
 def _alone(*arguments: str) -> str:
     command = [sys.executable, "-m", "benchmarks.inside", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def camvid(folder: Path, count: int | None = None) -> Path:
