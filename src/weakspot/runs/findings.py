@@ -240,15 +240,17 @@ def _amount(attack: AttackPlan) -> float:
 
 def _falls(run: Run, attacks: Sequence[AttackPlan], region: str, norm: str) -> NDArray[np.float64]:
     """(images,) the size at which each fell, infinite where it held."""
-    least: dict[int, float] = {}
+    import pandas as pd
+
+    found = []
     for attack in attacks:
         table = _cell(run, attack.label, region, ["index", "success", "correct", norm])
         table = table[table["correct"].fillna(False) & table["success"].notna()]
         size = table[norm].to_numpy(float) if len(attacks) == 1 else np.full(len(table), _amount(attack))
         size = np.where(table["success"].to_numpy(bool), size, np.inf)
-        for index, value in zip(table["index"], size, strict=True):
-            least[index] = min(value, least.get(index, np.inf))
-    return np.array(list(least.values()), dtype=np.float64)
+        found.append(pd.Series(size, index=table["index"].to_numpy()))
+    every = pd.concat(found)
+    return every.groupby(level=0).min().to_numpy(float)
 
 
 def _grid(falls: NDArray[np.float64]) -> list[float]:
