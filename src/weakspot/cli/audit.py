@@ -56,6 +56,8 @@ weakspot audit plan.toml
 
 weakspot audit --resume runs/v7
 
+weakspot audit photos/ --model nets:resnet20 --engine ray --workers 8 --out runs/v7
+
 duckdb -c "select attack, region, avg(success::int) from 'runs/v7/records.parquet' group by all"
 """
 SHOWN = 5  # skipped images that are named; all are in skipped.parquet
@@ -137,6 +139,16 @@ def audit(
         Path | None,
         typer.Option(help="Go on with the audit in this folder, which must be the only thing given."),
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: several workers, here or on a cluster. Changes no result.")
+    ] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="Of Ray. [default: one for each CPU, or GPU where the model is on one]")
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Of a Ray cluster, or auto. [default: RAY_ADDRESS, else one is started here]"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -158,8 +170,10 @@ def audit(
     }  # fmt: skip
     said = known({**given, "model": known(network) or None})
     sources = list(images or [])
-    lot = lot_size(batch_size)
-    command = shlex.join(["weakspot", *sys.argv[1:]])
+    how: dict[str, Any] = {
+        "batch_size": lot_size(batch_size), "command": shlex.join(["weakspot", *sys.argv[1:]]), "engine": engine,
+        "workers": workers, "address": ray_address,
+    }  # fmt: skip
     if resume is not None:
         if sources or said or settings or out is not None:
             raise Failure("--resume takes no images and no options of the plan: the folder holds them", USAGE)
@@ -179,9 +193,9 @@ def audit(
         from weakspot.runs import resume as go_on
 
         if resume is not None:
-            run = go_on(where, batch_size=lot, command=command, watch=watch)
+            run = go_on(where, watch=watch, **how)
         else:
-            run = carry_out(read_mapping(table), where, batch_size=lot, command=command, watch=watch)
+            run = carry_out(read_mapping(table), where, watch=watch, **how)
     _tell(run, time.perf_counter() - started, as_json=as_json, quiet=quiet)
     if missing or not run.about["images"]["read"]:
         raise typer.Exit(UNREADABLE)
@@ -203,7 +217,7 @@ def _progress(silent: bool) -> Iterator[Any]:
 @contextmanager
 def _stopping(where: Path) -> Iterator[None]:
     """An interrupt, or a request to end, stops between any two steps; the folder can be resumed."""
-    from weakspot.runs.auditing import StoppedError
+    from weakspot.runs import StoppedError
 
     def ask(*_: object) -> None:
         raise KeyboardInterrupt

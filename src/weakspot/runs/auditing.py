@@ -6,17 +6,16 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from weakspot.classifier import Classifier
 from weakspot.models.fingerprint import fingerprint
-from weakspot.runs.execution import Machine, ShardResult, audit_shard
+from weakspot.runs.engines import Engine, Work, opened
+from weakspot.runs.execution import ShardResult
 from weakspot.runs.folder import versions
-from weakspot.runs.listing import entries
 from weakspot.runs.lock import FILE as LOCK
 from weakspot.runs.lock import locked
 from weakspot.runs.maps import MapStore
@@ -34,20 +33,9 @@ from weakspot.runs.records import (
     write_shard,
 )
 from weakspot.runs.run import ABOUT, LISTING, Run, read_about
+from weakspot.runs.stopping import StoppedError
 
 OURS = (ABOUT, LISTING, "records.parquet", "skipped.parquet", "shards", "maps.zarr")
-
-
-class StoppedError(Exception):
-    """The folder could not be written; what is in it is whole, and an audit that had begun can go on.
-
-    Attributes:
-        resumable: whether it had begun.
-    """
-
-    def __init__(self, sentence: str, *, resumable: bool) -> None:
-        super().__init__(sentence)
-        self.resumable = resumable
 
 
 @dataclass(frozen=True)
@@ -80,6 +68,9 @@ def audit(
     batch_size: int | None = None,
     command: str = "",
     watch: Watch | None = None,
+    engine: str = "local",
+    workers: int | None = None,
+    address: str | None = None,
 ) -> Run:
     """Carry out a plan.
 
@@ -90,16 +81,19 @@ def audit(
             runs out.
         command: what run.json says it was.
         watch: called with the `Standing` as it changes.
+        engine: local or ray; changes no result, nor do the next two.
+        workers: of Ray; one for each CPU or GPU where not given.
+        address: of a Ray cluster; where not given one is started on this machine, unless this process has joined one.
 
     Raises:
         ValueError: when the plan does not fit, naming what; or `out` holds a run already or is written by another.
         FileNotFoundError: when none of the sources is there.
-        StoppedError: when `out` cannot be written.
+        StoppedError: when `out` cannot be written, or Ray gives up.
     """
     out = Path(out)
     plan = plan.resolved()
     fresh = not out.exists()
-    with _writing(out):
+    with opened(engine, workers, address) as ready, _writing(out):
         if out.exists() and not out.is_dir():
             raise ValueError(f"out is {out}, which is a file; accepted is a folder, made where it is missing")
         out.mkdir(parents=True, exist_ok=True)
@@ -115,11 +109,18 @@ def audit(
                     (out / LOCK).unlink(missing_ok=True)
                     out.rmdir()
                 raise
-            return _go(prepared, out, batch_size, watch)
+            return _go(prepared, out, batch_size, watch, ready)
 
 
 def resume(
-    out: Path | str, *, batch_size: int | None = None, command: str = "", watch: Watch | None = None
+    out: Path | str,
+    *,
+    batch_size: int | None = None,
+    command: str = "",
+    watch: Watch | None = None,
+    engine: str = "local",
+    workers: int | None = None,
+    address: str | None = None,
 ) -> Run:
     """Go on with an audit that was cut off; of one that is complete nothing is done.
 
@@ -138,23 +139,25 @@ def resume(
             drop_shards(out)
             return Run(out)
         clear_drafts(out)
-        if about["status"] == "planned":
-            return _go(prepare(plan.resolved(), out, about["command"] or command), out, batch_size, watch)
-        classifier = load_planned(plan.model)
-        _check_same(about, classifier)
-        import pyarrow.parquet as pq
+        with opened(engine, workers, address) as ready:
+            if about["status"] == "planned":
+                prepared = prepare(plan.resolved(), out, about["command"] or command)
+                return _go(prepared, out, batch_size, watch, ready)
+            classifier = load_planned(plan.model)
+            _check_same(about, classifier)
+            import pyarrow.parquet as pq
 
-        prepared = Prepared(plan, classifier, pq.read_table(out / LISTING), about)
-        return _go(prepared, out, batch_size, watch)
+            prepared = Prepared(plan, classifier, pq.read_table(out / LISTING), about)
+            return _go(prepared, out, batch_size, watch, ready)
 
 
-def _go(prepared: Prepared, out: Path, batch_size: int | None, watch: Watch | None) -> Run:
+def _go(prepared: Prepared, out: Path, batch_size: int | None, watch: Watch | None, engine: Engine) -> Run:
     """Every shard that is missing, then the end."""
     plan, listing = prepared.plan, prepared.listing
     total, size = len(listing), plan.shard or usual_shard(prepared.classifier)
-    numbers = range(-(-total // size))
     done = finished_shards(out)
-    machine = Machine.of(prepared.classifier, plan, batch_size)
+    missing = [number for number in range(-(-total // size)) if number not in done]
+    work = Work(plan, prepared.classifier, listing, size, missing, batch_size)
     store = None
     if plan.maps:
         store = MapStore(out, total, [attack.label for attack in plan.attacks], plan.regions, size)
@@ -173,21 +176,17 @@ def _go(prepared: Prepared, out: Path, batch_size: int | None, watch: Watch | No
 
     tell(images)
     # One shard is written while the next is worked on; at the end of the block, however it comes, that is done.
-    with ThreadPoolExecutor(1, thread_name_prefix="weakspot-writer") as writer:
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="weakspot-writer") as writer,
+        closing(engine.results(work, lambda part: tell(images + part))) as results,
+    ):
         written: Future[None] | None = None
-        for number in numbers:
-            if number in done:
-                continue
-            batch = entries(listing, number * size, size)
-
-            def advance(share: float, start: int, count: int) -> None:
-                tell(start + share * count)
-
-            result = audit_shard(machine, plan, batch, partial(advance, start=images, count=len(batch)))
+        for number, result in results:
             if written is not None:
                 written.result()
             written = writer.submit(write, number, result)
-            images += len(batch)
+            images += min(size, total - number * size)
+            tell(images)
         if written is not None:
             written.result()
     tell(images)
@@ -198,6 +197,7 @@ def _go(prepared: Prepared, out: Path, batch_size: int | None, watch: Watch | No
     finished = {
         **prepared.about,
         "status": "complete",
+        "engine": dict(engine.about),
         "images": {"listed": total, "read": read, "skipped": skipped},
         "finished": now(),
         "seconds": round(seconds, 3),
