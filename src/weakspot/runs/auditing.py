@@ -19,6 +19,7 @@ from weakspot.runs.folder import versions
 from weakspot.runs.lock import FILE as LOCK
 from weakspot.runs.lock import locked
 from weakspot.runs.maps import MapStore
+from weakspot.runs.mirror import Kept, kept
 from weakspot.runs.plan import Plan
 from weakspot.runs.plan_files import read_mapping
 from weakspot.runs.preparing import Prepared, beginning, load_planned, now, prepare, usual_shard
@@ -76,7 +77,7 @@ def audit(
 
     Args:
         plan: what is to be done.
-        out: folder, made where it is missing.
+        out: folder, made where it is missing; or a URL, where what is found is sent as it is found.
         batch_size: images attacked at once; changes no result. Where not given all of a shard, fewer when memory
             runs out.
         command: what run.json says it was.
@@ -90,10 +91,10 @@ def audit(
         FileNotFoundError: when none of the sources is there.
         StoppedError: when `out` cannot be written, or Ray gives up.
     """
-    out = Path(out)
     plan = plan.resolved()
-    fresh = not out.exists()
-    with opened(engine, workers, address) as ready, _writing(out):
+    with kept(out) as place, opened(engine, workers, address) as ready, _writing(place):
+        out, fresh = place.folder, not place.folder.exists()
+        place.check_free(OURS)
         if out.exists() and not out.is_dir():
             raise ValueError(f"out is {out}, which is a file; accepted is a folder, made where it is missing")
         out.mkdir(parents=True, exist_ok=True)
@@ -109,7 +110,7 @@ def audit(
                     (out / LOCK).unlink(missing_ok=True)
                     out.rmdir()
                 raise
-            return _go(prepared, out, batch_size, watch, ready)
+            return _go(prepared, place, batch_size, watch, ready)
 
 
 def resume(
@@ -130,29 +131,44 @@ def resume(
         FileNotFoundError: when there is no such run.
         ValueError: when model or folder are not what they were.
     """
-    out = Path(out)
-    about = read_about(out)
-    with _writing(out), locked(out):
+    with kept(out) as place, _writing(place):
+        place.fetch()
+        read_about(place.folder)
+        return _resumed(place, batch_size, command, watch, (engine, workers, address))
+
+
+def _resumed(
+    place: Kept,
+    batch_size: int | None,
+    command: str,
+    watch: Watch | None,
+    who: tuple[str, int | None, str | None],
+) -> Run:
+    out = place.folder
+    with locked(out):
         about = read_about(out)  # again: it may have been finished in the meantime
         plan = read_mapping(about["plan"])
         if about["status"] == "complete":
             drop_shards(out)
-            return Run(out)
+            place.end()
+            return place.run()
         clear_drafts(out)
-        with opened(engine, workers, address) as ready:
+        with opened(*who) as ready:
             if about["status"] == "planned":
                 prepared = prepare(plan.resolved(), out, about["command"] or command)
-                return _go(prepared, out, batch_size, watch, ready)
+                return _go(prepared, place, batch_size, watch, ready)
             classifier = load_planned(plan.model)
             _check_same(about, classifier)
             import pyarrow.parquet as pq
 
             prepared = Prepared(plan, classifier, pq.read_table(out / LISTING), about)
-            return _go(prepared, out, batch_size, watch, ready)
+            return _go(prepared, place, batch_size, watch, ready)
 
 
-def _go(prepared: Prepared, out: Path, batch_size: int | None, watch: Watch | None, engine: Engine) -> Run:
+def _go(prepared: Prepared, place: Kept, batch_size: int | None, watch: Watch | None, engine: Engine) -> Run:
     """Every shard that is missing, then the end."""
+    out = place.folder
+    place.begin()
     plan, listing = prepared.plan, prepared.listing
     total, size = len(listing), plan.shard or usual_shard(prepared.classifier)
     done = finished_shards(out)
@@ -173,6 +189,7 @@ def _go(prepared: Prepared, out: Path, batch_size: int | None, watch: Watch | No
         if store is not None:
             store.write(number, result.maps)
         write_shard(out, number, result.rows, Note(result.read, result.skipped, result.seconds))
+        place.add(number)
 
     tell(images)
     # One shard is written while the next is worked on; at the end of the block, however it comes, that is done.
@@ -204,8 +221,9 @@ def _go(prepared: Prepared, out: Path, batch_size: int | None, watch: Watch | No
         "images_per_second": round(total / seconds, 3) if seconds else None,
     }
     write_json(out / ABOUT, finished)
+    place.end()
     drop_shards(out)
-    return Run(out)
+    return place.run()
 
 
 def _check_free(out: Path) -> None:
@@ -238,7 +256,7 @@ def _check_same(about: Mapping[str, Any], classifier: Classifier) -> None:
 
 
 @contextmanager
-def _writing(out: Path) -> Iterator[None]:
+def _writing(place: Kept) -> Iterator[None]:
     """Turns what the system says of a folder that cannot be written into one sentence."""
     try:
         yield
@@ -246,8 +264,8 @@ def _writing(out: Path) -> Iterator[None]:
         raise  # says itself what is missing
     except OSError as error:
         why = error.strerror or str(error).strip().partition("\n")[0]
-        begun = (out / ABOUT).is_file()
-        go_on = f"; what is there is whole: go on by weakspot audit --resume {out} once there is room"
+        begun = (place.folder / ABOUT).is_file()
+        go_on = f"; what is there is whole: go on by weakspot audit --resume {place.name} once there is room"
         raise StoppedError(
-            f"{out} cannot be written ({why}){go_on if begun else ''}", resumable=begun
+            f"{place.name} cannot be written ({why}){go_on if begun else ''}", resumable=begun
         ) from error

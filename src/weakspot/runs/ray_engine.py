@@ -15,6 +15,7 @@ from weakspot.models.fingerprint import fingerprint
 from weakspot.runs.engines import Results, Work
 from weakspot.runs.execution import ShardResult
 from weakspot.runs.folder import versions
+from weakspot.runs.places import is_url
 from weakspot.runs.ray_session import session
 from weakspot.runs.ray_worker import Attempts, GivenUpError, Task, Worker
 from weakspot.runs.stopping import StoppedError
@@ -95,7 +96,7 @@ def _batches(work: Work, workers: int, threads: int, gpus: float) -> Generator[A
         batch_size=work.batch_size,
         fingerprint=fingerprint(work.classifier),
         versions=versions(),
-        sources=tuple(source for source in work.plan.sources if Path(source).exists()),
+        sources=tuple(source for source in work.plan.sources if not is_url(source) and Path(source).exists()),
         threads=threads,
         paths=tuple(path or str(Path.cwd()) for path in sys.path),
         folder=str(Path.cwd()),

@@ -13,3 +13,10 @@ class StoppedError(Exception):
     def __init__(self, sentence: str, *, resumable: bool) -> None:
         super().__init__(sentence)
         self.resumable = resumable
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _again, (str(self), self.resumable)
+
+
+def _again(sentence: str, resumable: bool) -> StoppedError:
+    return StoppedError(sentence, resumable=resumable)
