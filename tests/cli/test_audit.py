@@ -301,3 +301,21 @@ def test_an_interrupt_ends_workers_and_cluster_too(
     assert child.returncode == 5, err
     assert err == "weakspot: interrupted; go on by weakspot audit --resume made\n"
     assert is_gone(child.pid)
+
+
+def test_from_and_to_urls(run: Run, photographs: Path, tmp_path: Path) -> None:
+    assert run("audit", photographs, *TINY, *QUICK, "--out", "here").code == 0
+    source, out = f"file://{photographs}", f"file://{tmp_path}/there"
+    ended = run("audit", source, *TINY, *QUICK, "--out", out)
+    assert ended.code == 0, ended.err
+    assert f"Written to {out}" in ended.out
+    one, other = (runs.Run(place).records.drop(columns=list(runs.tables.TIMES)) for place in ("here", out))
+    pd.testing.assert_frame_equal(one, other)
+    assert run("audit", "--resume", out).code == 0
+    assert f"--resume {out}" in run("audit", source, *TINY, *QUICK, "--out", out).err
+    ended = run("audit", "warp://photos", *TINY, *QUICK, "--out", "x")
+    assert (ended.code, ended.err.count("weakspot:")) == (2, 1)
+    ended = run("audit", "--resume", "memory://nowhere")
+    assert (ended.code, ended.err) == (
+        4, "weakspot: memory://nowhere holds no run (there is no run.json in it)\n",
+    )  # fmt: skip

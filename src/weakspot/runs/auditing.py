@@ -264,8 +264,7 @@ def _writing(place: Kept) -> Iterator[None]:
         raise  # says itself what is missing
     except OSError as error:
         why = error.strerror or str(error).strip().partition("\n")[0]
-        begun = (place.folder / ABOUT).is_file()
         go_on = f"; what is there is whole: go on by weakspot audit --resume {place.name} once there is room"
         raise StoppedError(
-            f"{place.name} cannot be written ({why}){go_on if begun else ''}", resumable=begun
+            f"{place.name} cannot be written ({why}){go_on if place.begun else ''}", resumable=place.begun
         ) from error

@@ -42,6 +42,11 @@ class Kept:
         """Raises ValueError where a run is kept already."""
         del names  # the folder is looked into by who works in it
 
+    @property
+    def begun(self) -> bool:
+        """Whether it can be gone on with."""
+        return (self.folder / ABOUT).is_file()
+
     def fetch(self) -> None:
         """Make ready to go on.
 
@@ -74,6 +79,10 @@ class Mirrored(Kept):
         super().__init__(folder, url)
         self.there = place(url)
         self.sent: dict[Path, tuple[int, int]] = {}
+
+    @property
+    def begun(self) -> bool:
+        return self.folder / ABOUT in self.sent
 
     def check_free(self, names: tuple[str, ...]) -> None:
         for name in names:
