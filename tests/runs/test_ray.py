@@ -236,8 +236,12 @@ resume(sys.argv[1], engine="ray", workers=2)
 """
 
 
-def killed(out: Path, seconds: float) -> bool:
-    """Resumes on a cluster of its own and kills all of its process group after so long; whether it was at work."""
+def killed(out: Path, seconds: float, *, at_work: bool) -> bool:
+    """Resumes on a cluster of its own and kills all of its process group; whether it had not come to its end.
+
+    The blow falls so many seconds after the start, or where it is to be at work, after its first shard.
+    """
+    before, deadline = len(finished_shards(out)), time.monotonic() + 120
     source = str(Path(weakspot.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, str(out.parent)])}
     environment.pop("RAY_ADDRESS", None)
@@ -248,6 +252,10 @@ def killed(out: Path, seconds: float) -> bool:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
+    while at_work and child.poll() is None and time.monotonic() < deadline:
+        if len(finished_shards(out)) != before:
+            break
+        time.sleep(0.02)
     try:
         child.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -265,7 +273,7 @@ def test_killed_with_all_its_workers_at_random_moments_it_ends_as_if_it_never_wa
 ) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'weakspot[ray]'")
     draw_pictures(pictures, 28)
-    plan = small_plan(pictures, shard=2, attacks=(AttackPlan("pgd", settings=(("steps", 200),)),))
+    plan = small_plan(pictures, shard=1, attacks=(AttackPlan("pgd", settings=(("steps", 200),)),))
     expected = audit(plan, pictures.parent / "expected")
     out = pictures.parent / "found"
 
@@ -276,8 +284,9 @@ def test_killed_with_all_its_workers_at_random_moments_it_ends_as_if_it_never_wa
         audit(plan, out, watch=stop)
     rng = random.Random(kills)  # noqa: S311 - no secret
     finished = []
-    for _ in range(kills):
-        if not killed(out, rng.uniform(6, 20)):
+    for number in range(kills):
+        at_work = bool(number % 2 == 0)
+        if not killed(out, rng.uniform(0, 0.5 if at_work else 12), at_work=at_work):
             break
         finished.append(len(finished_shards(out)))
         records = Run(out).records

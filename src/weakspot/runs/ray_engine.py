@@ -106,8 +106,6 @@ def _batches(work: Work, workers: int, threads: int, gpus: float) -> Generator[A
     numbers = ray.data.from_items(
         [{"number": number} for number in work.missing], override_num_blocks=len(work.missing)
     )
-    numbers.context.enable_progress_bars = False
-    numbers.context.print_on_execution_start = False
     done = numbers.map_batches(
         Worker,
         fn_constructor_args=(task,),

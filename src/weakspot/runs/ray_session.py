@@ -17,6 +17,7 @@ from typing import Any
 
 STORE = 2**30  # bytes of shared memory of a cluster of our own; beyond that Ray goes to the disk
 PATIENCE = 10  # seconds for a cluster to answer at all
+TALK = ("enable_progress_bars", "print_on_execution_start")  # of Ray Data
 SILENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
@@ -148,11 +149,19 @@ class _WithoutRay:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
+    import ray.data
+
     logger = logging.getLogger("ray.data")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
+    context = ray.data.DataContext.get_current()
+    spoken = {name: getattr(context, name) for name in TALK if hasattr(context, name)}
+    for name in spoken:
+        setattr(context, name, False)
     try:
         with contextlib.redirect_stdout(_WithoutRay(sys.stdout)):
             yield
     finally:
         logger.setLevel(level)
+        for name, value in spoken.items():
+            setattr(context, name, value)
