@@ -130,6 +130,13 @@ def test_an_array_brings_its_labels(run: Run, tmp_path: Path) -> None:
         (("photos", "--resume", "x"), 2, "--resume takes no images"),
         (("--resume", "x", "--seed", "1"), 2, "--resume takes no images and no options"),
         (("photos", "--out", "tiny_networks.py"), 2, "which is a file"),
+        (("photos", "--out", "x", "--engine", "rya"), 2, "did you mean ray"),
+        (
+            ("photos", "--out", "x", "--workers", "2"),
+            2,
+            "the engine local is one process; accepted with --engine",
+        ),
+        (("photos", "--out", "x", "--engine", "ray", "--workers", "0"), 2, "workers is 0; accepted is"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence_and_leaves_nothing(
@@ -233,3 +240,82 @@ def test_a_request_to_end_from_outside_is_an_interrupt(run: Run, photographs: Pa
     _, err = child.communicate(timeout=60)
     assert child.returncode == 5, err
     assert "go on by weakspot audit --resume made" in err
+
+
+def with_ray(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The command in a process group of its own, with a cluster of its own."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'weakspot[ray]'")
+    environment = {**os.environ, "PYTHONPATH": str(Path(weakspot.__file__).parents[1])}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "weakspot", "audit", *arguments, "--engine", "ray", "--workers", "1"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def is_gone(group: int) -> bool:
+    """Whether the process group has no process left, within a while."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.2)
+    return False
+
+
+@pytest.mark.slow
+def test_ray_prints_nothing_of_its_own_and_leaves_nothing_running(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    assert run("audit", photographs, *TINY, *QUICK, "--out", "here").code == 0
+    child = with_ray(tmp_path, "photos", *TINY, *QUICK, "--out", "made")
+    out, err = child.communicate(timeout=200)
+    assert (child.returncode, err) == (0, "")
+    assert "4 images audited" in out
+    assert "raylet" not in out
+    one, other = (runs.Run(tmp_path / folder) for folder in ("here", "made"))
+    times = list(runs.tables.TIMES)
+    pd.testing.assert_frame_equal(one.records.drop(columns=times), other.records.drop(columns=times))
+    assert is_gone(child.pid)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("request_to_end", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_workers_and_cluster_too(
+    run: Run, photographs: Path, tmp_path: Path, request_to_end: signal.Signals
+) -> None:
+    child = with_ray(tmp_path, "photos", *TINY, "--set", "pgd.steps=100000", "--out", "made")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "made/maps.zarr").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(3)
+    child.send_signal(request_to_end)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 5, err
+    assert err == "weakspot: interrupted; go on by weakspot audit --resume made\n"
+    assert is_gone(child.pid)
+
+
+def test_from_and_to_urls(run: Run, photographs: Path, tmp_path: Path) -> None:
+    assert run("audit", photographs, *TINY, *QUICK, "--out", "here").code == 0
+    source, out = f"file://{photographs}", f"file://{tmp_path}/there"
+    ended = run("audit", source, *TINY, *QUICK, "--out", out)
+    assert ended.code == 0, ended.err
+    assert f"Written to {out}" in ended.out
+    one, other = (runs.Run(place).records.drop(columns=list(runs.tables.TIMES)) for place in ("here", out))
+    pd.testing.assert_frame_equal(one, other)
+    assert run("audit", "--resume", out).code == 0
+    assert f"--resume {out}" in run("audit", source, *TINY, *QUICK, "--out", out).err
+    ended = run("audit", "warp://photos", *TINY, *QUICK, "--out", "x")
+    assert (ended.code, ended.err.count("weakspot:")) == (2, 1)
+    ended = run("audit", "--resume", "memory://nowhere")
+    assert (ended.code, ended.err) == (
+        4, "weakspot: memory://nowhere holds no run (there is no run.json in it)\n",
+    )  # fmt: skip

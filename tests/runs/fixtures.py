@@ -105,7 +105,7 @@ def draw_pictures(folder: Path, count: int) -> Path:
     return folder
 
 
-def small_plan(*sources: Path, **changes: object) -> Plan:
+def small_plan(*sources: Path | str, **changes: object) -> Plan:
     """Two attacks in two regions, an analysis, shards of four, groups of four."""
     plan = {
         "sources": tuple(str(source) for source in sources),

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -62,6 +61,10 @@ weakspot audit --resume runs/v7
 
 weakspot audit --resume runs/v7 --fail-if "robust_accuracy < 0.4" --junit gate.xml
 
+weakspot audit photos/ --model nets:resnet20 --engine ray --workers 8 --out runs/v7
+
+weakspot audit s3://bucket/photos --model nets:resnet20 --out s3://bucket/runs/v7
+
 duckdb -c "select attack, region, avg(success::int) from 'runs/v7/records.parquet' group by all"
 """
 SHOWN = 5  # skipped images that are named; all are in skipped.parquet
@@ -70,9 +73,10 @@ SHOWN = 5  # skipped images that are named; all are in skipped.parquet
 @app.command(epilog=EXAMPLES)
 def audit(
     images: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Argument(
-            help="Pictures, folders, .npz or .npy arrays; or one plan.toml, which options given beside it overrule.",
+            help="Pictures, folders, .npz or .npy arrays, by path or URL (s3://...); or one plan.toml, which "
+            "options given beside it overrule.",
             show_default=False,
         ),
     ] = None,
@@ -143,12 +147,26 @@ def audit(
         typer.Option(help="Images attacked at once, or auto: as many as memory holds. Changes no result."),
     ] = "auto",
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for run.json, records.parquet, skipped.parquet, maps.zarr; out in a plan."),
+        str | None,
+        typer.Option(
+            help="Folder or URL for run.json, records.parquet, skipped.parquet, maps.zarr; out in a plan."
+        ),
     ] = None,
     resume: Annotated[
-        Path | None,
-        typer.Option(help="Go on with the audit in this folder, which must be the only thing given."),
+        str | None,
+        typer.Option(
+            help="Go on with the audit in this folder or at this URL, which must be the only thing given."
+        ),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: several workers, here or on a cluster. Changes no result.")
+    ] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="Of Ray. [default: one for each CPU, or GPU where the model is on one]")
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Of a Ray cluster, or auto. [default: RAY_ADDRESS, else one is started here]"),
     ] = None,
     fail_if: FailIfOption = None,
     junit: JUnitOption = None,
@@ -177,15 +195,17 @@ def audit(
     }  # fmt: skip
     said = known({**given, "model": known(network) or None})
     sources = list(images or [])
-    lot = lot_size(batch_size)
+    how: dict[str, Any] = {
+        "batch_size": lot_size(batch_size), "command": shlex.join(["weakspot", *sys.argv[1:]]), "engine": engine,
+        "workers": workers, "address": ray_address,
+    }  # fmt: skip
     conditions = list(fail_if or [])
     check_gate(conditions, junit)
-    command = shlex.join(["weakspot", *sys.argv[1:]])
     if resume is not None:
         if sources or said or settings or out is not None:
             raise Failure("--resume takes no images and no options of the plan: the folder holds them", USAGE)
-        where: Path = resume
-        missing: list[Path] = []
+        where: str = resume
+        missing: list[str] = []
     else:
         table, where, missing = plan_table(sources, said, settings or [], out)
     started = time.perf_counter()
@@ -201,13 +221,11 @@ def audit(
         from weakspot.runs.summary import cell_table
 
         if resume is not None:
-            run = go_on(where, batch_size=lot, command=command, watch=watch)
+            run = go_on(where, watch=watch, **how)
         else:
-            run = carry_out(read_mapping(table), where, batch_size=lot, command=command, watch=watch)
+            run = carry_out(read_mapping(table), where, watch=watch, **how)
     summary = summarize(run)
-    verdicts = pass_gate(
-        conditions, lambda: cell_table(run, summary), _cell_name, junit, f"audit {run.folder}"
-    )
+    verdicts = pass_gate(conditions, lambda: cell_table(run, summary), _cell_name, junit, f"audit {run.name}")
     _tell(run, summary, verdicts, time.perf_counter() - started, as_json=as_json, quiet=quiet)
     tell_gate(verdicts, quiet=quiet or as_json)
     if missing or not run.about["images"]["read"]:
@@ -232,9 +250,10 @@ def _progress(silent: bool) -> Iterator[Any]:
 
 
 @contextmanager
-def _stopping(where: Path) -> Iterator[None]:
+def _stopping(where: str) -> Iterator[None]:
     """An interrupt, or a request to end, stops between any two steps; the folder can be resumed."""
-    from weakspot.runs.auditing import StoppedError
+    from weakspot.runs import StoppedError
+    from weakspot.runs.places import exists
 
     def ask(*_: object) -> None:
         raise KeyboardInterrupt
@@ -245,8 +264,8 @@ def _stopping(where: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        begun = (where / "run.json").is_file()
-        go_on = f"go on by weakspot audit --resume {shlex.quote(str(where))}"
+        begun = exists(f"{where.rstrip('/')}/run.json")
+        go_on = f"go on by weakspot audit --resume {shlex.quote(where)}"
         raise Failure(f"interrupted; {go_on if begun else 'nothing was begun'}", RESUMABLE) from None
     except StoppedError as stopped:
         raise Failure(str(stopped), RESUMABLE if stopped.resumable else USAGE) from stopped
@@ -258,11 +277,14 @@ def _stopping(where: Path) -> Iterator[None]:
 def _tell(
     run: Run, summary: Summary, verdicts: Sequence[Verdict], seconds: float, *, as_json: bool, quiet: bool
 ) -> None:
+    from weakspot.runs.places import is_url
+
+    where = run.name if is_url(run.name) else str(run.folder.resolve())
     skipped = run.skipped
     if as_json:
         rows = json.loads(skipped.to_json(orient="records"))
         about = {
-            "folder": str(run.folder.resolve()),
+            "folder": where,
             "status": run.about["status"],
             "counts": run.about["images"],
         }
@@ -282,7 +304,7 @@ def _tell(
         console.print(f"... and {len(skipped) - SHOWN} more, in skipped.parquet")
     tail = f", {len(skipped)} skipped" if len(skipped) else ""
     console.print(f"{summary.images} images audited{tail}, in {seconds:.1f} s")
-    typer.echo(f"\nWritten to {run.folder.resolve()}")
+    typer.echo(f"\nWritten to {where}")
 
 
 def _print(summary: Summary, console: Console) -> None:

@@ -33,8 +33,8 @@ SHOWN = 20
 
 @app.command(epilog=EXAMPLES)
 def compare(
-    before: Annotated[Path, typer.Argument(help="Folder of an audit.", show_default=False)],
-    after: Annotated[Path, typer.Argument(help="Folder of another, on the same images.", show_default=False)],
+    before: Annotated[str, typer.Argument(help="Folder of an audit, or its URL.", show_default=False)],
+    after: Annotated[str, typer.Argument(help="Folder of another, on the same images.", show_default=False)],
     every: Annotated[
         bool, typer.Option("--all", help="Show all scores, not only those that have moved.")
     ] = False,

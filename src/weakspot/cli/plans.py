@@ -28,26 +28,27 @@ def lot_size(text: str) -> int | None:
 
 
 def plan_table(
-    sources: list[Path], said: dict[str, Any], settings: list[str], out: Path | None
-) -> tuple[dict[str, Any], Path, list[Path]]:
+    sources: list[str], said: dict[str, Any], settings: list[str], out: str | None
+) -> tuple[dict[str, Any], str, list[str]]:
     """The plan as a mapping, the folder, and the sources that are not there."""
+    from weakspot.runs.places import exists, is_url
     from weakspot.runs.plan_files import absolute, read_plan
 
     table: dict[str, Any] = {}
-    if len(sources) == 1 and sources[0].suffix == ".toml":
-        plan = sources.pop()
+    if len(sources) == 1 and Path(sources[0]).suffix == ".toml" and not is_url(sources[0]):
+        plan = Path(sources.pop())
         table = absolute(read_plan(plan), plan.absolute().parent)
         if "out" in table and not isinstance(table["out"], str):
             raise Failure(f"{plan}: out is {table['out']!r}; accepted is a folder's path", USAGE)
         planned = table.pop("out", None)
-        out = Path(planned) if out is None and planned is not None else out
+        out = planned if out is None else out
         named = table.get("model")
         if isinstance(named, dict) and isinstance(named.get("classes"), str):
             named["classes"] = class_names(Path(named["classes"]))
         if isinstance(named, str):
             table["model"] = {"spec": named}
     elif sources:
-        table["images"] = [str(source) for source in sources]
+        table["images"] = list(sources)
     if not table.get("images"):
         raise Failure(
             "no images were named; give files, folders, arrays, a plan.toml, or --resume RUN", USAGE
@@ -59,10 +60,8 @@ def plan_table(
     table["model"] = model
     if settings:
         table["attacks"] = with_settings(table.get("attacks", "pgd"), settings)
-    paths = [
-        Path(path) for path in ([table["images"]] if isinstance(table["images"], str) else table["images"])
-    ]
-    missing = [path for path in paths if not path.exists()]
+    paths: list[str] = [table["images"]] if isinstance(table["images"], str) else table["images"]
+    missing = [path for path in paths if not exists(path)]
     for path in missing:
         complain(f"{path}: there is no such file or folder")
     if len(missing) == len(paths):

@@ -1,12 +1,13 @@
 """Runs: what a command leaves on disk, and audits, which leave most."""
 
-from weakspot.runs.auditing import Standing, StoppedError, audit, resume
+from weakspot.runs.auditing import Standing, audit, resume
 from weakspot.runs.comparing import Comparison, compare
 from weakspot.runs.findings import budget_curves, region_contrasts, score_findings
 from weakspot.runs.folder import write_run
 from weakspot.runs.plan import AttackPlan, ModelPlan, Plan
 from weakspot.runs.plan_files import read_mapping, read_plan
 from weakspot.runs.run import Run
+from weakspot.runs.stopping import StoppedError
 from weakspot.runs.summary import Summary, summarize
 
 __all__ = [

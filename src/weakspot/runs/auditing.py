@@ -6,20 +6,20 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from weakspot.classifier import Classifier
 from weakspot.models.fingerprint import fingerprint
-from weakspot.runs.execution import Machine, ShardResult, audit_shard
+from weakspot.runs.engines import Engine, Work, opened
+from weakspot.runs.execution import ShardResult
 from weakspot.runs.folder import versions
-from weakspot.runs.listing import entries
 from weakspot.runs.lock import FILE as LOCK
 from weakspot.runs.lock import locked
 from weakspot.runs.maps import MapStore
+from weakspot.runs.mirror import Kept, kept
 from weakspot.runs.plan import Plan
 from weakspot.runs.plan_files import read_mapping
 from weakspot.runs.preparing import Prepared, beginning, load_planned, now, prepare, usual_shard
@@ -34,20 +34,9 @@ from weakspot.runs.records import (
     write_shard,
 )
 from weakspot.runs.run import ABOUT, LISTING, Run, read_about
+from weakspot.runs.stopping import StoppedError
 
 OURS = (ABOUT, LISTING, "records.parquet", "skipped.parquet", "shards", "maps.zarr")
-
-
-class StoppedError(Exception):
-    """The folder could not be written; what is in it is whole, and an audit that had begun can go on.
-
-    Attributes:
-        resumable: whether it had begun.
-    """
-
-    def __init__(self, sentence: str, *, resumable: bool) -> None:
-        super().__init__(sentence)
-        self.resumable = resumable
 
 
 @dataclass(frozen=True)
@@ -80,26 +69,32 @@ def audit(
     batch_size: int | None = None,
     command: str = "",
     watch: Watch | None = None,
+    engine: str = "local",
+    workers: int | None = None,
+    address: str | None = None,
 ) -> Run:
     """Carry out a plan.
 
     Args:
         plan: what is to be done.
-        out: folder, made where it is missing.
+        out: folder, made where it is missing; or a URL, where what is found is sent as it is found.
         batch_size: images attacked at once; changes no result. Where not given all of a shard, fewer when memory
             runs out.
         command: what run.json says it was.
         watch: called with the `Standing` as it changes.
+        engine: local or ray; changes no result, nor do the next two.
+        workers: of Ray; one for each CPU or GPU where not given.
+        address: of a Ray cluster; where not given one is started on this machine, unless this process has joined one.
 
     Raises:
         ValueError: when the plan does not fit, naming what; or `out` holds a run already or is written by another.
         FileNotFoundError: when none of the sources is there.
-        StoppedError: when `out` cannot be written.
+        StoppedError: when `out` cannot be written, or Ray gives up.
     """
-    out = Path(out)
     plan = plan.resolved()
-    fresh = not out.exists()
-    with _writing(out):
+    with kept(out) as place, opened(engine, workers, address) as ready, _writing(place):
+        out, fresh = place.folder, not place.folder.exists()
+        place.check_free(OURS)
         if out.exists() and not out.is_dir():
             raise ValueError(f"out is {out}, which is a file; accepted is a folder, made where it is missing")
         out.mkdir(parents=True, exist_ok=True)
@@ -115,11 +110,18 @@ def audit(
                     (out / LOCK).unlink(missing_ok=True)
                     out.rmdir()
                 raise
-            return _go(prepared, out, batch_size, watch)
+            return _go(prepared, place, batch_size, watch, ready)
 
 
 def resume(
-    out: Path | str, *, batch_size: int | None = None, command: str = "", watch: Watch | None = None
+    out: Path | str,
+    *,
+    batch_size: int | None = None,
+    command: str = "",
+    watch: Watch | None = None,
+    engine: str = "local",
+    workers: int | None = None,
+    address: str | None = None,
 ) -> Run:
     """Go on with an audit that was cut off; of one that is complete nothing is done.
 
@@ -129,32 +131,49 @@ def resume(
         FileNotFoundError: when there is no such run.
         ValueError: when model or folder are not what they were.
     """
-    out = Path(out)
-    about = read_about(out)
-    with _writing(out), locked(out):
+    with kept(out) as place, _writing(place):
+        place.fetch()
+        read_about(place.folder)
+        return _resumed(place, batch_size, command, watch, (engine, workers, address))
+
+
+def _resumed(
+    place: Kept,
+    batch_size: int | None,
+    command: str,
+    watch: Watch | None,
+    who: tuple[str, int | None, str | None],
+) -> Run:
+    out = place.folder
+    with locked(out):
         about = read_about(out)  # again: it may have been finished in the meantime
         plan = read_mapping(about["plan"])
         if about["status"] == "complete":
             drop_shards(out)
-            return Run(out)
+            place.end()
+            return place.run()
         clear_drafts(out)
-        if about["status"] == "planned":
-            return _go(prepare(plan.resolved(), out, about["command"] or command), out, batch_size, watch)
-        classifier = load_planned(plan.model)
-        _check_same(about, classifier)
-        import pyarrow.parquet as pq
+        with opened(*who) as ready:
+            if about["status"] == "planned":
+                prepared = prepare(plan.resolved(), out, about["command"] or command)
+                return _go(prepared, place, batch_size, watch, ready)
+            classifier = load_planned(plan.model)
+            _check_same(about, classifier)
+            import pyarrow.parquet as pq
 
-        prepared = Prepared(plan, classifier, pq.read_table(out / LISTING), about)
-        return _go(prepared, out, batch_size, watch)
+            prepared = Prepared(plan, classifier, pq.read_table(out / LISTING), about)
+            return _go(prepared, place, batch_size, watch, ready)
 
 
-def _go(prepared: Prepared, out: Path, batch_size: int | None, watch: Watch | None) -> Run:
+def _go(prepared: Prepared, place: Kept, batch_size: int | None, watch: Watch | None, engine: Engine) -> Run:
     """Every shard that is missing, then the end."""
+    out = place.folder
+    place.begin()
     plan, listing = prepared.plan, prepared.listing
     total, size = len(listing), plan.shard or usual_shard(prepared.classifier)
-    numbers = range(-(-total // size))
     done = finished_shards(out)
-    machine = Machine.of(prepared.classifier, plan, batch_size)
+    missing = [number for number in range(-(-total // size)) if number not in done]
+    work = Work(plan, prepared.classifier, listing, size, missing, batch_size)
     store = None
     if plan.maps:
         store = MapStore(out, total, [attack.label for attack in plan.attacks], plan.regions, size)
@@ -170,24 +189,21 @@ def _go(prepared: Prepared, out: Path, batch_size: int | None, watch: Watch | No
         if store is not None:
             store.write(number, result.maps)
         write_shard(out, number, result.rows, Note(result.read, result.skipped, result.seconds))
+        place.add(number)
 
     tell(images)
     # One shard is written while the next is worked on; at the end of the block, however it comes, that is done.
-    with ThreadPoolExecutor(1, thread_name_prefix="weakspot-writer") as writer:
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="weakspot-writer") as writer,
+        closing(engine.results(work, lambda part: tell(images + part))) as results,
+    ):
         written: Future[None] | None = None
-        for number in numbers:
-            if number in done:
-                continue
-            batch = entries(listing, number * size, size)
-
-            def advance(share: float, start: int, count: int) -> None:
-                tell(start + share * count)
-
-            result = audit_shard(machine, plan, batch, partial(advance, start=images, count=len(batch)))
+        for number, result in results:
             if written is not None:
                 written.result()
             written = writer.submit(write, number, result)
-            images += len(batch)
+            images += min(size, total - number * size)
+            tell(images)
         if written is not None:
             written.result()
     tell(images)
@@ -198,14 +214,16 @@ def _go(prepared: Prepared, out: Path, batch_size: int | None, watch: Watch | No
     finished = {
         **prepared.about,
         "status": "complete",
+        "engine": dict(engine.about),
         "images": {"listed": total, "read": read, "skipped": skipped},
         "finished": now(),
         "seconds": round(seconds, 3),
         "images_per_second": round(total / seconds, 3) if seconds else None,
     }
     write_json(out / ABOUT, finished)
+    place.end()
     drop_shards(out)
-    return Run(out)
+    return place.run()
 
 
 def _check_free(out: Path) -> None:
@@ -238,7 +256,7 @@ def _check_same(about: Mapping[str, Any], classifier: Classifier) -> None:
 
 
 @contextmanager
-def _writing(out: Path) -> Iterator[None]:
+def _writing(place: Kept) -> Iterator[None]:
     """Turns what the system says of a folder that cannot be written into one sentence."""
     try:
         yield
@@ -246,8 +264,7 @@ def _writing(out: Path) -> Iterator[None]:
         raise  # says itself what is missing
     except OSError as error:
         why = error.strerror or str(error).strip().partition("\n")[0]
-        begun = (out / ABOUT).is_file()
-        go_on = f"; what is there is whole: go on by weakspot audit --resume {out} once there is room"
+        go_on = f"; what is there is whole: go on by weakspot audit --resume {place.name} once there is room"
         raise StoppedError(
-            f"{out} cannot be written ({why}){go_on if begun else ''}", resumable=begun
+            f"{place.name} cannot be written ({why}){go_on if place.begun else ''}", resumable=place.begun
         ) from error

@@ -107,9 +107,7 @@ def compare(before: Run, after: Run) -> Comparison:
             common = max(common, len(pair))
             rows.append(_moves(pair, [ROBUST, *names], own.label, region))
     if not common and not len(rows[0]):
-        raise ValueError(
-            f"{before.folder} and {after.folder} share no image: none has the same content in both"
-        )
+        raise ValueError(f"{before.name} and {after.name} share no image: none has the same content in both")
     table = pd.concat(rows, ignore_index=True)
     known = table["p"].notna()
     table["q"] = np.nan
@@ -188,7 +186,7 @@ def _only(
     """What a run alone has."""
     said = [f"attack {attack.label}" for attack in attacks if attack not in shared]
     said += [f"region {region}" for region in regions if region not in common]
-    return [f"{what} only in {run.folder}" for what in said]
+    return [f"{what} only in {run.name}" for what in said]
 
 
 def _remarks(before: Run, after: Run) -> list[str]:
@@ -208,7 +206,7 @@ def _remarks(before: Run, after: Run) -> list[str]:
     for name, values in facts.items():
         if values[0] != values[1]:
             said.append(f"{name} differs: {values[0]} before, {values[1]} after")
-    said += [f"{run.folder} is not complete" for run in (before, after) if not run.complete]
+    said += [f"{run.name} is not complete" for run in (before, after) if not run.complete]
     if all(set(run.about.get("labels", {})) == {"prediction"} for run in (before, after)):
         said.append("labels are each model's own predictions: what is robust is the answer, right or wrong")
     return said

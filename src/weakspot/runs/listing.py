@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from weakspot.runs.arrays import ARRAYS, array_labels, array_length
+from weakspot.runs.places import exists, files, is_url, local_copy
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,7 +27,7 @@ class Entry:
     Attributes:
         index: its place in the listing, and in every map.
         name: what records call it: its path below what all sources share; of an array, and its row.
-        path: the file.
+        path: the file, or its URL.
         row: of the array, -1 in a picture file.
         label: its class, -1 where the model's own prediction is to be it.
         label_from: "folder", "csv", "array" or "prediction".
@@ -43,7 +44,8 @@ class Entry:
 
 
 class _Found(NamedTuple):
-    path: Path
+    path: Path  # of what a URL names, the URL made a path, for its name alone
+    place: bytes  # path or URL to open
     row: int
     folder: str  # the first folder below the source, or empty
     label: int
@@ -62,7 +64,7 @@ def list_images(
     """A table of `Entry`, sorted by name: the same whatever the order of sources, and of files on the disk.
 
     Args:
-        sources: absolute paths; what is not there is left out.
+        sources: absolute paths or URLs; what is not there is left out.
         class_names: of the model; may be empty.
         class_count: how many classes the model has.
         labels: as in `Plan`.
@@ -74,15 +76,14 @@ def list_images(
     """
     import pyarrow as pa
 
-    paths = sorted({Path(os.path.normpath(source)) for source in sources})
-    present = [path for path in paths if path.exists()]
+    present = {Path(os.path.normpath(source)): source for source in sorted(sources) if exists(source)}
     classes = _classes(class_names, class_count)
-    rows: dict[Path, list[_Found]] = {source: list(_walk(source)) for source in present}
-    root = _root(present)
+    rows = {source: list(_walk(source, present[source])) for source in sorted(present)}
+    root = _root(rows)
     table = _read_table(Path(labels), classes, class_count) if Path(labels).suffix else None
     found: dict[str, tuple[_Found, int, str]] = {}
     for source, inside in rows.items():
-        by_folder = _by_folder(source, inside, classes, labels)
+        by_folder = _by_folder(present[source], inside, classes, labels)
         for one in inside:
             name = _name(one, root)
             label, label_from, trouble = -1, "prediction", one.trouble
@@ -104,7 +105,7 @@ def list_images(
     return pa.table(
         {
             "name": pa.array(names, pa.large_string()),
-            "path": pa.array([os.fsencode(one.path) for one, _, _ in chosen], pa.large_binary()),
+            "path": pa.array([one.place for one, _, _ in chosen], pa.large_binary()),
             "row": pa.array([one.row for one, _, _ in chosen], pa.int64()),
             "label": pa.array([label for _, label, _ in chosen], pa.int64()),
             "label_from": pa.array([label_from for _, _, label_from in chosen], pa.string()),
@@ -118,14 +119,17 @@ def entries(listing: pa.Table, start: int, count: int) -> list[Entry]:
     return [Entry(start + place, **row) for place, row in enumerate(listing.slice(start, count).to_pylist())]
 
 
-def _walk(source: Path) -> Iterator[_Found]:
+def _walk(source: Path, text: str) -> Iterator[_Found]:
+    if is_url(text):
+        yield from _walk_url(source, text)
+        return
     if source.suffix.lower() in ARRAYS and source.is_file():
         labels = array_labels(source)
         for row in range(array_length(source)):
-            yield _Found(source, row, "", -1 if labels is None else int(labels[row]), "")
+            yield _Found(source, os.fsencode(source), row, "", -1 if labels is None else int(labels[row]), "")
         return
     if not source.is_dir():
-        yield _Found(source, -1, "", -1, "")
+        yield _Found(source, os.fsencode(source), -1, "", -1, "")
         return
     closed: list[Path] = []
     for folder, inner, names in os.walk(source, onerror=lambda error: closed.append(Path(error.filename))):
@@ -134,20 +138,39 @@ def _walk(source: Path) -> Iterator[_Found]:
             if not name.startswith("."):
                 path = Path(folder, name)
                 below = path.relative_to(source).parts
-                yield _Found(path, -1, below[0] if len(below) > 1 else "", -1, "")
+                yield _Found(path, os.fsencode(path), -1, below[0] if len(below) > 1 else "", -1, "")
     for path in closed:
-        yield _Found(path, -1, "", -1, "no permission to read the folder; skipped")
+        yield _Found(path, os.fsencode(path), -1, "", -1, "no permission to read the folder; skipped")
 
 
-def _root(sources: Sequence[Path]) -> Path:
-    """What names are relative to: the one folder, or what several sources share."""
-    if len(sources) == 1 and sources[0].is_dir():
+def _walk_url(source: Path, url: str) -> Iterator[_Found]:
+    if source.suffix.lower() in ARRAYS:
+        for one in _walk(local_copy(url), ""):
+            yield one._replace(path=source, place=url.encode())
+        return
+    for found, below in files(url):
+        folder, slash, _ = below.partition("/")
+        yield _Found(source / below, found.encode(), -1, folder if slash else "", -1, "")
+
+
+def _root(rows: Mapping[Path, Sequence[_Found]]) -> Path | None:
+    """What names are relative to: the one folder, or what several sources share; None where they share nothing."""
+    sources = list(rows)
+    if len(sources) == 1 and _is_folder(sources[0], rows[sources[0]]):
         return sources[0]
-    return Path(os.path.commonpath([source.parent for source in sources])) if sources else Path()
+    try:
+        return Path(os.path.commonpath([source.parent for source in sources])) if sources else Path()
+    except ValueError:  # paths and URLs
+        return None
 
 
-def _name(found: _Found, root: Path) -> str:
-    path = Path(os.path.relpath(found.path, root)).as_posix().encode("utf-8", "surrogateescape")
+def _is_folder(source: Path, inside: Sequence[_Found]) -> bool:
+    return source.is_dir() or any(one.path != source for one in inside)
+
+
+def _name(found: _Found, root: Path | None) -> str:
+    near = found.path if root is None else Path(os.path.relpath(found.path, root))
+    path = near.as_posix().encode("utf-8", "surrogateescape")
     printable = path.decode("utf-8", "backslashreplace")
     return printable if found.row < 0 else f"{printable}#{found.row:07d}"
 
@@ -171,7 +194,7 @@ def _plain(name: str) -> str:
 
 
 def _by_folder(
-    source: Path, inside: Sequence[_Found], classes: Mapping[str, int], labels: str
+    source: str, inside: Sequence[_Found], classes: Mapping[str, int], labels: str
 ) -> dict[str, int]:
     """Folder to class, where every folder of the source is named like one."""
     if labels not in {"auto", "folders"}:
@@ -218,7 +241,7 @@ def _read_table(path: Path, classes: Mapping[str, int], class_count: int) -> dic
 def _looked_up(table: Mapping[str, int], found: _Found, source: Path) -> int:
     """The class by the path below the source, by the path from the source on, or by the file's own name."""
     name = found.path.name if found.row < 0 else str(found.row)
-    below = found.path.relative_to(source).as_posix() if source.is_dir() else name
+    below = found.path.relative_to(source).as_posix() if found.path != source else name
     for spelling in (below, f"{source.name}/{below}", name):
         if spelling in table:
             return table[spelling]

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weakspot.runs.folder import synchronize
+from weakspot.runs.places import place
 
 FOLDER = "maps.zarr"
 SCALE = ".scale"
@@ -200,9 +201,9 @@ class MapStore:
 
 
 class Maps(Mapping[str, "StoredMap"]):
-    """The maps of a run: name to `StoredMap`, read from the disk image by image."""
+    """The maps of a run: name to `StoredMap`, read from the disk, or from a URL, image by image."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str) -> None:
         self.path = path
 
     def __getitem__(self, name: str) -> StoredMap:
@@ -220,15 +221,30 @@ class Maps(Mapping[str, "StoredMap"]):
 
     def _names(self) -> list[str]:
         return sorted(
-            node.parent.relative_to(self.path).as_posix()
-            for node in self.path.rglob("zarr.json")
-            if json.loads(node.read_text("utf-8")).get("node_type") == "array"
+            name.rpartition("/")[0]
+            for name, content in (self._nodes() if isinstance(self.path, Path) else self._nodes_there())
+            if json.loads(content).get("node_type") == "array"
         )
+
+    def _nodes(self) -> Iterator[tuple[str, str | bytes]]:
+        for node in Path(self.path).rglob("zarr.json"):
+            yield node.relative_to(self.path).as_posix(), node.read_text("utf-8")
+
+    def _nodes_there(self) -> Iterator[tuple[str, str | bytes]]:
+        system, path = place(str(self.path))
+        for found in system.find(path):
+            if found.endswith("/zarr.json"):
+                yield found[len(path) :].lstrip("/"), system.cat_file(found)
 
     def _group(self) -> Any:
         import zarr
 
-        return zarr.open_group(self.path, mode="r", zarr_format=3)
+        if isinstance(self.path, Path):
+            return zarr.open_group(self.path, mode="r", zarr_format=3)
+        from zarr.storage import FsspecStore
+
+        store = FsspecStore.from_url(self.path, read_only=True)
+        return zarr.open_group(store, mode="r", zarr_format=3)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from weakspot.attacks.registry import find_attack
 from weakspot.budgets import read_budget
 from weakspot.checks import check_seed, check_share, closest
 from weakspot.explanations.analysis import available_analyses, find_analyses
+from weakspot.runs.places import is_url
 
 DEFAULT_BUDGET = "linf:4/255"
 DEFAULT_ANALYSES = ("overlap", "promotion", "propagation")
@@ -94,7 +95,7 @@ class Plan:
     """The cross product of images, attacks and regions, and what is found out about each pair.
 
     Attributes:
-        sources: files, folders, arrays (.npz, .npy); absolute paths.
+        sources: files, folders, arrays (.npz, .npy); absolute paths or URLs.
         model: which network.
         attacks: without two alike.
         regions: texts as `read_region` takes, without two alike.
@@ -171,7 +172,7 @@ class Plan:
             attacks=_labelled(attacks),
             regions=self._placed(),
             analyses=tuple(name for name in available_analyses() if name in self.analyses),
-            sources=tuple(sorted({os.path.normpath(source) for source in self.sources})),
+            sources=tuple(sorted({_normal(source) for source in self.sources})),
         )
 
     def _placed(self) -> tuple[str, ...]:
@@ -199,6 +200,10 @@ class Plan:
 def control_of(region: str) -> str:
     """The region of equal area somewhere else."""
     return f"matched:({region})" if any(sign in region for sign in "&|~") else f"matched:{region}"
+
+
+def _normal(source: str) -> str:
+    return source.rstrip("/") if is_url(source) else os.path.normpath(source)
 
 
 def _labelled(attacks: Iterable[AttackPlan]) -> tuple[AttackPlan, ...]:

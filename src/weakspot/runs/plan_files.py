@@ -10,6 +10,7 @@ from typing import Any
 
 from weakspot.checks import closest
 from weakspot.explanations.analysis import available_analyses
+from weakspot.runs.places import is_url
 from weakspot.runs.plan import LABELS, AttackPlan, ModelPlan, Plan
 
 
@@ -34,11 +35,11 @@ def absolute(mapping: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     images = table.get("images") or ()
     if isinstance(images, str | list | tuple):
         table["images"] = [
-            str(folder / str(path)) for path in ([images] if isinstance(images, str) else images)
+            _within(folder, str(path)) for path in ([images] if isinstance(images, str) else images)
         ]
     for key in ("out", "labels"):
         if isinstance(table.get(key), str) and table[key] not in LABELS:
-            table[key] = str(folder / table[key])
+            table[key] = _within(folder, table[key])
     if isinstance(table.get("model"), dict):
         own = dict(table["model"])
         table["model"] = own | {
@@ -77,11 +78,15 @@ def read_mapping(mapping: Mapping[str, Any], folder: Path | None = None) -> Plan
     paths = _texts("images", [sources] if isinstance(sources, str) else sources)
     attacks = _attacks(mapping.get("attacks", "pgd"), mapping.get("budget"))
     return Plan(
-        sources=tuple(str(folder / path) for path in paths),
+        sources=tuple(_within(folder, path) for path in paths),
         model=_model(mapping.get("model", {}), folder),
         attacks=tuple(attacks),
         **found,
     )
+
+
+def _within(folder: Path, path: str) -> str:
+    return path if is_url(path) else str(folder / path)
 
 
 def _model(said: Any, folder: Path) -> ModelPlan:

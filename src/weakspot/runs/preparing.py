@@ -21,6 +21,7 @@ from weakspot.models.fingerprint import fingerprint
 from weakspot.regions import read_region
 from weakspot.runs.folder import versions, write_whole
 from weakspot.runs.listing import list_images
+from weakspot.runs.places import exists
 from weakspot.runs.plan import ModelPlan, Plan
 from weakspot.runs.records import write_json
 from weakspot.runs.run import ABOUT, KIND, LISTING, SCHEMA
@@ -88,7 +89,7 @@ def prepare(plan: Plan, out: Path, command: str) -> Prepared:
     """Load the model, try what can be tried, list the images; from then on the run is fixed."""
     import pyarrow.parquet as pq
 
-    if not any(Path(source).exists() for source in plan.sources):
+    if not any(exists(source) for source in plan.sources):
         raise FileNotFoundError(f"{plan.sources[0]}: there is no such file or folder")
     classifier = load_planned(plan.model)
     count = class_count(classifier)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,9 @@ from weakspot.classifier import Classifier
 from weakspot.images import open_pictures
 from weakspot.runs.arrays import array_image
 from weakspot.runs.listing import Entry
+from weakspot.runs.places import fetched, is_url, local_copy
+
+GONE = "the file is no longer there, or cannot be read any more; skipped"
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +44,18 @@ def open_entries(entries: Sequence[Entry], classifier: Classifier) -> Opened:
     """Open every image of a shard; what cannot be read is skipped, with the reason."""
     good: list[tuple[Entry, Tensor, str, str]] = []
     skipped = []
+    remote = [entry for entry in entries if is_url(_text(entry)) and entry.row < 0 and not entry.trouble]
+    contents = dict(
+        zip((entry.index for entry in remote), fetched([_text(entry) for entry in remote]), strict=True)
+    )
     for entry in entries:
-        pixels, content, remark = (None, b"", entry.trouble) if entry.trouble else _opened(entry, classifier)
+        pixels: Tensor | None
+        if entry.trouble:
+            pixels, content, remark = None, b"", entry.trouble
+        elif entry.index in contents:
+            pixels, content, remark = _opened_content(entry, contents.pop(entry.index), classifier)
+        else:
+            pixels, content, remark = _opened(entry, classifier)
         if pixels is None:
             skipped.append((entry.name, remark or "it cannot be read; skipped"))
         else:
@@ -52,12 +66,28 @@ def open_entries(entries: Sequence[Entry], classifier: Classifier) -> Opened:
     )
 
 
+def _text(entry: Entry) -> str:
+    return os.fsdecode(entry.path)
+
+
+def _opened_content(
+    entry: Entry, content: bytes | None, classifier: Classifier
+) -> tuple[Tensor | None, bytes, str]:
+    if content is None:
+        return None, b"", GONE
+    with tempfile.TemporaryDirectory(prefix="weakspot-") as folder:
+        path = Path(folder, "picture").with_suffix(Path(entry.name).suffix)
+        path.write_bytes(content)
+        return _opened(replace(entry, path=os.fsencode(path)), classifier)
+
+
 def _opened(entry: Entry, classifier: Classifier) -> tuple[Tensor | None, bytes, str]:
-    path = Path(os.fsdecode(entry.path))
+    text = _text(entry)
+    path = local_copy(text) if is_url(text) else Path(text)
     if entry.row >= 0:
         return array_image(path, entry.row, classifier.input_size, classifier.channels)
     try:
         (picture,) = open_pictures(path, size=classifier.input_size, channels=classifier.channels)
         return picture.pixels, path.read_bytes() if picture.pixels is not None else b"", picture.remark
     except (OSError, ValueError):  # ValueError: it has become a folder, which holds any number
-        return None, b"", "the file is no longer there, or cannot be read any more; skipped"
+        return None, b"", GONE

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weakspot.runs.maps import FOLDER, Maps
+from weakspot.runs.places import is_url, place
 from weakspot.runs.records import SKIPPED, read_all, read_notes, scan
 
 if TYPE_CHECKING:
@@ -50,11 +52,12 @@ class Run:
     """A run folder, complete or not.
 
     Attributes:
-        folder: where it is.
+        folder: where it is; of a run kept by URL a copy here of all but its maps, as long as this object lives.
+        name: the folder's path, or the URL.
         about: what run.json says: plan, model and its fingerprint, versions, host, times.
 
     Args:
-        folder: of `weakspot audit`.
+        folder: of `weakspot audit`, or its URL.
 
     Raises:
         FileNotFoundError: when there is no run.
@@ -62,12 +65,18 @@ class Run:
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+        self.name = str(folder)
+        if is_url(folder):
+            from weakspot.runs.mirror import download
+
+            self._copy = tempfile.TemporaryDirectory(prefix="weakspot-")
+            download(place(self.name), Path(self._copy.name), self.name)
+        self.folder = Path(self._copy.name if is_url(folder) else folder)
         self.about = read_about(self.folder)
 
     def __repr__(self) -> str:
         model = self.about.get("model", {}).get("name", "no model yet")
-        return f"Run({str(self.folder)!r}: {model}, {self.about['status']})"
+        return f"Run({self.name!r}: {model}, {self.about['status']})"
 
     @property
     def complete(self) -> bool:
@@ -115,6 +124,8 @@ class Run:
     @property
     def maps(self) -> Maps:
         """Name to map: `run.maps["overlap"][image, attack, region]` reads one."""
+        if is_url(self.name):
+            return Maps(f"{self.name.rstrip('/')}/{FOLDER}")
         return Maps(self.folder / FOLDER)
 
     @cached_property

@@ -1,0 +1,196 @@
+"""Runs from and to URLs: twins of local runs."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from tests.runs.fixtures import networks, pictures, same_maps, same_records, small_plan
+from weakspot.runs import Run, StoppedError, audit, resume
+from weakspot.runs.records import finished_shards
+
+__all__ = ["networks", "pictures"]  # fixtures
+FILES = ["images.parquet", "maps.zarr", "records.parquet", "run.json", "skipped.parquet"]
+
+
+class Flaky(MemoryFileSystem):  # type: ignore[misc]
+    """A store that breaks down when it has been written so often, and a host that does not answer where told so."""
+
+    protocol = "flaky"
+    store: dict[str, Any] = {}  # noqa: RUF012 - as in the class it is made of
+    pseudo_dirs = [""]  # noqa: RUF012
+    writes_left = 10**9
+    silent = False
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("flaky://", "memory://")))
+
+    def put_file(self, *arguments: Any, **options: Any) -> None:
+        type(self).writes_left -= 1
+        if self.writes_left < 0:
+            raise RuntimeError("503 Slow Down\nrequest 17")
+        super().put_file(*arguments, **options)
+
+    def cat_file(self, *arguments: Any, **options: Any) -> bytes:
+        if self.silent:
+            raise ConnectionError("no route to host")
+        return bytes(super().cat_file(*arguments, **options))
+
+
+@pytest.fixture(autouse=True)
+def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Empty stores in memory, caches and scratch folders of the test's own."""
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    yield
+    for system in (MemoryFileSystem, Flaky):
+        system.store.clear()
+        system.pseudo_dirs[:] = [""]
+    Flaky.writes_left, Flaky.silent = 10**9, False
+
+
+def upload(folder: Path, url: str) -> str:
+    system, path = fsspec.core.url_to_fs(url)
+    system.put(str(folder), path, recursive=True)
+    return url
+
+
+def listed(url: str) -> list[str]:
+    system, path = fsspec.core.url_to_fs(url)
+    return sorted({name[len(path) :].strip("/").split("/")[0] for name in system.find(path)})
+
+
+@pytest.mark.parametrize("protocol", ["memory", "file"])
+def test_a_run_from_and_to_urls_is_the_local_one(pictures: Path, tmp_path: Path, protocol: str) -> None:
+    (pictures / "dog/notes.txt").write_text("no picture")
+    (pictures / "dog/.hidden.png").write_text("hidden")
+    expected = audit(small_plan(pictures), tmp_path / "expected")
+    base = "memory://bucket" if protocol == "memory" else f"file://{tmp_path}/bucket"
+    source = upload(pictures, f"{base}/pictures")
+    found = audit(small_plan(source), f"{base}/runs/v7")
+    same_records(expected, found)
+    same_maps(expected, found)
+    assert found.skipped.equals(expected.skipped)
+    assert listed(f"{base}/runs/v7") == FILES
+    again = Run(f"{base}/runs/v7")
+    assert again.complete
+    assert again.sql("select count(*) from records").fetchall() == [(56,)]
+    assert again.about["plan"]["images"] == [source]
+    assert resume(f"{base}/runs/v7").complete
+    del found, again
+    assert list((tmp_path / "scratch").glob("weakspot-*")) == []
+    with pytest.raises(ValueError, match=r"which holds a run already \(run.json\)"):
+        audit(small_plan(source), f"{base}/runs/v7")
+
+
+def test_stopped_at_any_upload_it_goes_on_from_what_is_there(pictures: Path, tmp_path: Path) -> None:
+    expected = audit(small_plan(pictures), tmp_path / "expected")
+    url = "flaky://bucket/v7"
+    said: list[str] = []
+    begun, uploads = False, 13
+    for _ in range(30):
+        Flaky.writes_left = uploads
+        try:
+            found = resume(url) if begun else audit(small_plan(pictures), url)
+            break
+        except StoppedError as stopped:
+            said.append(str(stopped))
+            begun = True
+        assert list((tmp_path / "scratch").glob("weakspot-*")) == []
+        rows = Run(url).records
+        assert not len(rows) or not rows.duplicated(["image", "attack", "region"]).any()
+    assert len(said) > 1
+    assert all("503 Slow Down" in one and f"--resume {url}" in one and "\n" not in one for one in said)
+    same_records(expected, found)
+    same_maps(expected, found)
+    assert listed(url) == FILES
+
+
+def test_only_missing_shards_are_done_again_on_another_machine(pictures: Path, tmp_path: Path) -> None:
+    url = "memory://bucket/v7"
+
+    def stop(standing: Any) -> None:
+        if standing.done > 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        audit(small_plan(pictures), url, watch=stop)
+    assert finished_shards(Run(url).folder) == {0, 1}
+    seen: list[float] = []
+    found = resume(url, watch=lambda standing: seen.append(standing.done))
+    assert seen[0] == 8
+    same_maps(audit(small_plan(pictures), tmp_path / "expected"), found)
+
+
+def test_arrays_are_fetched_once_and_bring_their_labels(networks: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(
+        tmp_path / "set.npz",
+        images=rng.integers(0, 256, (6, 24, 24, 3), dtype=np.uint8),
+        labels=np.arange(6) % 4,
+    )
+    expected = audit(small_plan(tmp_path / "set.npz"), tmp_path / "expected")
+    fsspec.filesystem("memory").put_file(str(tmp_path / "set.npz"), "/bucket/set.npz")
+    found = audit(small_plan("memory://bucket/set.npz"), tmp_path / "found")
+    same_records(expected, found)
+    same_maps(expected, found)
+    assert len(list((tmp_path / "cache").rglob("*.npz"))) == 1
+
+
+def test_several_sources_local_and_remote(pictures: Path, tmp_path: Path) -> None:
+    shutil.move(pictures / "fish", tmp_path / "moved")
+    upload(tmp_path / "moved", "memory://bucket/fish")
+    plan = small_plan(pictures, "memory://bucket/fish", analyses=(), labels="predictions")
+    assert len(set(audit(plan, tmp_path / "found").records["image"])) == 14
+
+
+def test_images_that_vanish_are_skipped_but_a_silent_host_stops(pictures: Path, tmp_path: Path) -> None:
+    source = upload(pictures, "flaky://bucket/pictures")
+
+    def vanish(_: Any) -> None:
+        Flaky.store.pop("/bucket/pictures/fish/02.png", None)
+
+    found = audit(small_plan(source, analyses=()), tmp_path / "found", watch=vanish)
+    assert found.skipped["image"].tolist() == ["fish/02.png"]
+
+    def fall_silent(_: Any) -> None:
+        Flaky.silent = True
+
+    with pytest.raises(
+        StoppedError, match=r"fish/05.png cannot be fetched \(no route|cat/00.png cannot be f"
+    ) as told:
+        audit(small_plan(source, analyses=()), tmp_path / "other", watch=fall_silent)
+    assert told.value.resumable
+    Flaky.silent = False
+    same_records(audit(small_plan(source, analyses=()), tmp_path / "whole"), resume(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("warp://bucket/photos", "nothing installed knows the protocol warp"),
+        ("gdrive://bucket/photos", r"the package for gdrive is missing .* install it by pip"),
+        ("zip://photos::memory://a.zip", "a chain of protocols; accepted is one"),
+        ("memory://nowhere", "memory://nowhere: there is no such file or folder"),
+    ],
+)
+def test_what_cannot_be_reached_is_one_sentence(
+    pictures: Path, tmp_path: Path, url: str, sentence: str
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence) as told:
+        audit(small_plan(url), tmp_path / "found")
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "found").exists()
+    with pytest.raises((ValueError, FileNotFoundError)):
+        Run(url)

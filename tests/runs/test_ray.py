@@ -1,0 +1,298 @@
+"""The Ray engine: the same records as one process, whoever dies."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import weakspot
+from tests.runs.fixtures import (
+    draw_pictures,
+    networks,
+    pictures,
+    same_maps,
+    same_records,
+    small_plan,
+)
+from weakspot.runs import AttackPlan, Run, StoppedError, audit, resume
+from weakspot.runs.engines import opened
+from weakspot.runs.ray_engine import shares
+from weakspot.runs.records import finished_shards
+
+__all__ = ["networks", "pictures"]  # fixtures
+FILES = ["images.parquet", "maps.zarr", "records.parquet", "run.json", "skipped.parquet"]
+CHECKED = """
+import os, signal, sys
+from pathlib import Path
+from audited_networks import build
+
+class Mortal(type(build())):
+    # Dies in a worker: once, or each time; or says what is wrong.
+    def forward(self, images):
+        here = Path("{folder}")
+        if os.environ.get("RAY_JOB_ID") or "default_worker" in sys.argv[0]:
+            if (here / "once").exists() and images.shape[0] > 1:
+                (here / "once").unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if (here / "always").exists() and images.shape[0] > 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(images)
+
+def mortal():
+    network = Mortal()
+    network.load_state_dict(build().state_dict())
+    return network.eval()
+
+def absent():
+    if "default_worker" in sys.argv[0]:
+        raise ValueError("weights are on another machine")
+    return build()
+
+def others():
+    network = build()
+    if "default_worker" in sys.argv[0]:
+        network.head.bias.data += 1
+    return network
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Ray on this machine, shared by the tests of this module; that an audit leaves it alone is tested by the way."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'weakspot[ray]'")
+    source = str(Path(weakspot.__file__).parents[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([source, str(Path(__file__).parents[2])]))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
+        ray.init(
+            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
+            logging_level=logging.CRITICAL, object_store_memory=2**28,
+        )  # fmt: skip
+    yield
+    assert ray.is_initialized()
+    ray.shutdown()
+
+
+@pytest.fixture
+def mortal(pictures: Path) -> Path:
+    """The folder of the pictures, with networks that know whether a worker holds them."""
+    (pictures.parent / "checked_networks.py").write_text(CHECKED.replace("{folder}", str(pictures.parent)))
+    return pictures
+
+
+def with_model(pictures: Path, factory: str, **changes: object) -> Any:
+    plan = small_plan(pictures, **changes)
+    return replace(plan, model=replace(plan.model, spec=f"checked_networks:{factory}"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_records_and_maps_are_those_of_one_process(
+    cluster: None, pictures: Path, workers: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "dog/notes.txt").write_text("no picture")
+    expected = audit(small_plan(pictures), pictures.parent / "expected")
+    capfd.readouterr()
+    found = audit(small_plan(pictures), pictures.parent / "found", engine="ray", workers=workers)
+    assert capfd.readouterr() == ("", "")
+    same_records(expected, found)
+    same_maps(expected, found)
+    assert found.skipped.equals(expected.skipped)
+    assert sorted(path.name for path in found.folder.iterdir()) == FILES
+    assert found.about["engine"]["workers"] == workers
+    assert found.about["engine"]["threads"] == 2 // workers
+    assert found.plan == expected.plan
+
+
+def test_a_worker_that_is_killed_costs_a_retry(
+    cluster: None, mortal: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    expected = audit(small_plan(mortal), mortal.parent / "expected")
+    (mortal.parent / "once").touch()
+    capfd.readouterr()
+    found = audit(with_model(mortal, "mortal"), mortal.parent / "found", engine="ray", workers=2)
+    assert capfd.readouterr() == ("", "")
+    assert not (mortal.parent / "once").exists()
+    same_records(expected, found)
+    same_maps(expected, found)
+
+
+@pytest.mark.slow
+def test_a_shard_that_kills_every_worker_stops_the_run_which_can_go_on(cluster: None, mortal: Path) -> None:
+    out = mortal.parent / "found"
+    (mortal.parent / "always").touch()
+    with pytest.raises(StoppedError, match=r"shard 0 .* was given up after 3 workers") as told:
+        audit(with_model(mortal, "mortal"), out, engine="ray", workers=1)
+    assert told.value.resumable
+    assert "\n" not in str(told.value)
+    (mortal.parent / "always").unlink()
+    same_records(audit(small_plan(mortal), mortal.parent / "expected"), resume(out))
+
+
+@pytest.mark.parametrize(
+    ("factory", "sentence"),
+    [
+        ("absent", "weights are on another machine"),
+        ("others", "model checked_networks:others has other weights on the machine"),
+    ],
+)
+def test_what_goes_wrong_in_a_worker_is_told_as_it_would_be_here(
+    cluster: None, mortal: Path, factory: str, sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence) as told:
+        audit(with_model(mortal, factory), mortal.parent / "found", engine="ray", workers=1)
+    assert "\n" not in str(told.value)
+    assert "ray" not in str(told.value).lower().replace("array", "")
+
+
+def test_stopped_in_the_middle_it_leaves_no_worker_and_goes_on_with_either_engine(
+    cluster: None, pictures: Path
+) -> None:
+    expected = audit(small_plan(pictures), pictures.parent / "expected")
+    out = pictures.parent / "found"
+
+    def stop(standing: Any) -> None:
+        if standing.done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        audit(small_plan(pictures), out, engine="ray", workers=1, watch=stop)
+    assert len(finished_shards(out)) in {1, 2}
+    found = resume(out)
+    same_records(expected, found)
+    same_maps(expected, found)
+    assert found.about["engine"] == {"name": "local"}
+    assert idle(2)
+
+
+def idle(cpus: int) -> bool:
+    """Whether all of the cluster is free, within a while."""
+    import ray
+
+    free: Any = ray.available_resources
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if free().get("CPU") == cpus:
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def test_what_the_cluster_lacks_is_told_before_anything_is_done(cluster: None, pictures: Path) -> None:
+    with pytest.raises(ValueError, match="workers is 9; accepted are at most 2, the CPUs of the Ray cluster"):
+        audit(small_plan(pictures), pictures.parent / "found", engine="ray", workers=9)
+    with pytest.raises(ValueError, match="the Ray cluster has no GPU"):
+        shares("cuda", 1)
+    with (
+        pytest.raises(ValueError, match="this process has joined a Ray cluster; accepted is no address"),
+        opened("ray", None, "auto"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (("rya", None, None), "engine is 'rya'.*ray"),
+        (("ray", 0, None), "workers is 0; accepted is a whole number of at least 1"),
+        (("local", 2, None), "workers is 2, but the engine local is one process"),
+        (("local", None, "auto"), "ray-address is auto, but the engine local"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(
+    given: tuple[str, int | None, str | None], sentence: str, pictures: Path
+) -> None:
+    engine, workers, address = given
+    with pytest.raises(ValueError, match=sentence):
+        audit(small_plan(pictures), pictures.parent / "x", engine=engine, workers=workers, address=address)
+    assert not (pictures.parent / "x").exists()
+
+
+def test_without_ray_the_remedy_is_told(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(
+        ValueError, match=r"Ray is not installed; install it by pip install 'weakspot\[ray\]'"
+    ):
+        audit(small_plan(pictures), pictures.parent / "x", engine="ray")
+    assert not (pictures.parent / "x").exists()
+
+
+CHILD = """
+import sys, torch
+torch.set_num_threads(1)
+from weakspot.runs import resume
+resume(sys.argv[1], engine="ray", workers=2)
+"""
+
+
+def killed(out: Path, seconds: float, *, at_work: bool) -> bool:
+    """Resumes on a cluster of its own and kills all of its process group; whether it had not come to its end.
+
+    The blow falls so many seconds after the start, or where it is to be at work, after its first shard.
+    """
+    before, deadline = len(finished_shards(out)), time.monotonic() + 120
+    source = str(Path(weakspot.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, str(out.parent)])}
+    environment.pop("RAY_ADDRESS", None)
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(out)],
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    while at_work and child.poll() is None and time.monotonic() < deadline:
+        if len(finished_shards(out)) != before:
+            break
+        time.sleep(0.02)
+    try:
+        child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        return True
+    assert child.returncode == 0, child.communicate()[1]
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [3, 20])
+def test_killed_with_all_its_workers_at_random_moments_it_ends_as_if_it_never_was(
+    pictures: Path, kills: int
+) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'weakspot[ray]'")
+    draw_pictures(pictures, 28)
+    plan = small_plan(pictures, shard=1, attacks=(AttackPlan("pgd", settings=(("steps", 200),)),))
+    expected = audit(plan, pictures.parent / "expected")
+    out = pictures.parent / "found"
+
+    def stop(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        audit(plan, out, watch=stop)
+    rng = random.Random(kills)  # noqa: S311 - no secret
+    finished = []
+    for number in range(kills):
+        at_work = bool(number % 2 == 0)
+        if not killed(out, rng.uniform(0, 0.5 if at_work else 12), at_work=at_work):
+            break
+        finished.append(len(finished_shards(out)))
+        records = Run(out).records
+        assert not len(records) or not records.duplicated(["image", "attack", "region"]).any()
+    assert finished[-1] > 0, finished
+    found = resume(out, engine="ray", workers=2) if kills == 3 else resume(out)
+    same_records(expected, found)
+    same_maps(expected, found)
+    assert sorted(path.name for path in out.iterdir()) == FILES
