@@ -24,6 +24,7 @@ from weakspot.cli.app import (
     USAGE,
     Failure,
     app,
+    note,
     notes_for_people,
     progress_bar,
 )
@@ -125,13 +126,18 @@ def audit(
     maps: Annotated[
         bool | None, typer.Option("--maps/--no-maps", help="Keep maps and pictures. [default: maps]")
     ] = None,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write report.html at the end.")
+    ] = True,
     batch_size: Annotated[
         str,
         typer.Option(help="Images attacked at once, or auto: as many as memory holds. Changes no result."),
     ] = "auto",
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for run.json, records.parquet, skipped.parquet, maps.zarr; out in a plan."),
+        typer.Option(
+            help="Folder for run.json, records.parquet, skipped.parquet, maps.zarr, report.html; out in a plan."
+        ),
     ] = None,
     resume: Annotated[
         Path | None,
@@ -182,6 +188,8 @@ def audit(
             run = go_on(where, batch_size=lot, command=command, watch=watch)
         else:
             run = carry_out(read_mapping(table), where, batch_size=lot, command=command, watch=watch)
+        if report:
+            _report(run)
     _tell(run, time.perf_counter() - started, as_json=as_json, quiet=quiet)
     if missing or not run.about["images"]["read"]:
         raise typer.Exit(UNREADABLE)
@@ -222,6 +230,19 @@ def _stopping(where: Path) -> Iterator[None]:
     finally:
         if own is not None:
             signal.signal(signal.SIGTERM, own)
+
+
+def _report(run: Run) -> None:
+    """Write the page; the audit is done, whether there is room for that or not."""
+    from weakspot.runs.reporting import FILE, write_run_report
+
+    try:
+        write_run_report(run, run.folder / FILE)
+    except OSError as error:
+        again = f"weakspot report {shlex.quote(str(run.folder))}"
+        note(
+            f"{FILE} could not be written ({error.strerror or error}); the audit is whole: {again} tries again"
+        )
 
 
 def _tell(run: Run, seconds: float, *, as_json: bool, quiet: bool) -> None:
