@@ -18,13 +18,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tests.runs.fixtures import NETWORKS, draw_pictures, networks, pictures, small_plan
+from tests.runs.fixtures import NETWORKS, TINY, draw_pictures, networks, pictures, small_plan
 from weakspot.runs import AttackPlan, ModelPlan, Run, audit, auditing, summarize, write_run_report
 from weakspot.runs.reporting import run_report
 from weakspot.statistics import share_interval
 
 __all__ = ["networks", "pictures"]  # fixtures
-HOSTILE = "<script>document.title='broken'<\\script>"
+HOSTILE = "<script>document.title='broken'<\\script>"  # a slash cannot be in a name
 ANALYSES = ("overlap", "promotion", "propagation")
 
 
@@ -81,10 +81,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reported")
     (folder / "audited_networks.py").write_text(NETWORKS)
     draw_pictures(folder / "pictures", 20)
-    (folder / "pictures" / "cat" / f"{HOSTILE}.png").symlink_to(folder / "pictures" / "cat" / "00.png")
-    (folder / "pictures" / "cat" / "broken.png").write_bytes(b"\x89PNG")
+    (folder / "pictures" / "cat" / f"{HOSTILE}.png").write_bytes(b"\x89PNG")
+    (folder / "pictures" / "fish").rename(folder / "pictures" / HOSTILE)
     plan = small_plan(
-        folder / "pictures", analyses=ANALYSES, regions=("none", "cam", "matched:cam"), shard=8, group=8
+        folder / "pictures",
+        analyses=ANALYSES,
+        regions=("none", "cam", "matched:cam"),
+        shard=8,
+        group=8,
+        model=replace(TINY, classes=("cat", "dog", HOSTILE, "</script><b>owl</b>")),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
@@ -142,7 +147,7 @@ def test_distributions_are_those_of_the_records(made: Path, read: Reader) -> Non
 
 def test_classes_have_wilsons_intervals_and_where_their_images_land(made: Path, read: Reader) -> None:
     records, table = Run(made).records, read.frame("classes")
-    assert table["label"].tolist() == ["cat", "dog", "fish"]
+    assert table["label"].tolist() == ["cat", "dog", HOSTILE]
     for row in table.to_dict("records"):
         mine = records[records["label_name"] == row["label"]]
         images = mine.drop_duplicates("index")
@@ -200,6 +205,7 @@ def test_the_page_asks_for_nothing_from_outside(read: Reader) -> None:
 def test_names_from_outside_are_escaped(read: Reader) -> None:
     assert HOSTILE not in read.text
     assert HOSTILE.replace("<", "&lt;").replace(">", "&gt;").replace("'", "&#39;") in read.text
+    assert "<b>owl" not in read.text
     assert len([tag for tag, _ in read.tags if tag == "script"]) == 4
 
 
@@ -209,7 +215,7 @@ def test_a_page_of_few_images_is_small_and_its_libraries_are_in_it_once(read: Re
 
 
 def test_what_was_skipped_is_said(read: Reader) -> None:
-    assert read.frame("skipped")["image"].tolist() == ["cat/broken.png"]
+    assert read.frame("skipped")["image"].tolist() == [f"cat/{HOSTILE}.png"]
     assert "1 image could not be read" in read.text
 
 
@@ -259,10 +265,10 @@ QUICK = (AttackPlan("pgd", settings=(("steps", 2),)),)
         ),
         (
             3,
-            {"attacks": (AttackPlan("carlini_wagner", settings=(("steps", 3), ("searches", 1))),)},
+            {"attacks": (AttackPlan("carlini_wagner", settings=(("steps", 9),)),)},
             "by the smallest change",
         ),
-        (3, {"regions": ("superpixel:0&~superpixel:0", "none")}, "0.0%"),
+        (3, {"regions": ("cam&~cam", "none")}, "0.0%"),
     ],
     ids=["one image", "no analyses", "no maps", "predictions", "no success", "smallest", "empty region"],
 )

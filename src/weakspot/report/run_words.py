@@ -93,7 +93,8 @@ def class_sentences(classes: pd.DataFrame, cells: pd.DataFrame, landings: pd.Dat
     if known.empty:
         return ["No image has a label and an attack whose end is known."]
     if len(classes) == 1:
-        return [f"All {counted(int(classes['images'].iloc[0]))} are labelled {classes['name'].iloc[0]}."]
+        said = f"There is one class only: {counted(int(classes['images'].iloc[0]))} of {classes['name'].iloc[0]}."
+        return [said, *_landing(landings, names)]
     held = (known["robust"] * known["images"]).groupby([known["attack"], known["region"]]).sum()
     attack, region = held.index[int(held.to_numpy().argmin())]
     mine = known[(known["attack"] == attack) & (known["region"] == region)]
