@@ -47,7 +47,8 @@ def test_every_chart_is_drawn_in_the_colours_of_the_page(
         for option in select.query_selector_all("option"):
             select.select_option(label=option.inner_text())
             opened.page.wait_for_function(
-                "() => [...document.querySelectorAll('.drawn:not([hidden]) .chart')].every(c => c.dataset.drawn === 'yes')"
+                "() => [...document.querySelectorAll('.drawn:not([hidden]) .chart')]"
+                ".every((chart) => chart.dataset.drawn === 'yes')"
             )
             for chart in opened.page.query_selector_all(".drawn:not([hidden]) .chart"):
                 assert chart.query_selector_all(MARKS)
@@ -94,7 +95,7 @@ def test_curves_over_sizes_are_drawn(browser: Any, tmp_path: Path) -> None:
     )
     opened = Opened(browser, path)
     assert len(opened.page.query_selector_all(".chart svg .mark-line path")) == 2
-    assert "</script>" in opened.page.inner_text(".chart svg")
+    assert "</script>" in (opened.page.text_content(".chart svg") or "")
     assert opened.wrong == []
 
 

@@ -51,7 +51,7 @@ def test_nothing_to_compare_says_which_option_adds_it() -> None:
 def test_the_size_that_fools_half_is_that_of_the_curve() -> None:
     section = budget_section(curves(), contrast(0.001))
     assert section.sentences[0] == (
-        "pgd has fooled half of the images at a linf size of 0.02 in cam, in others at: matched:cam never here."
+        "pgd has fooled half of the images at an linf size of 0.02 in cam (elsewhere: matched:cam never here)."
     )
     assert "Of 1 comparison of a region with a control of its area, 1 differs" in section.sentences[1]
     assert "fooled 0.6 here, 0.2 there (difference 0.4 [0.3, 0.5])" in section.sentences[2]
@@ -92,7 +92,8 @@ def cells(*robust: float) -> pd.DataFrame:
         [
             {
                 "attack": "pgd", "budget": None, "region": f"region {number}", "region_share": 0.1 * number,
-                "images": 9, "robust_accuracy": value, "low": max(0.0, value - 0.1), "high": min(1.0, value + 0.1), "troubled": 0,
+                "images": 9,
+                "robust_accuracy": value, "low": max(0.0, value - 0.1), "high": min(1.0, value + 0.1), "troubled": 0,
             }
             for number, value in enumerate(robust)
         ]

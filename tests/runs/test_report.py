@@ -140,9 +140,9 @@ def test_distributions_are_those_of_the_records(made: Path, read: Reader) -> Non
     bars = [row for row in read.values(1) if "images" in row]
     assert sum(row["images"] for row in bars) == len(records)
     assert sum(row["images"] for row in bars if row["outcome"] == "fooled") == records["success"].sum()
-    for row in bars:  # below zero a margin is lost, up to the bar that zero lies in
-        assert row["outcome"] == "fooled" or row["high"] > 0
-        assert row["outcome"] == "held" or row["low"] <= 0
+    for bar in bars:  # below zero a margin is lost, up to the bar that zero lies in
+        assert bar["outcome"] == "fooled" or bar["high"] > 0
+        assert bar["outcome"] == "held" or bar["low"] <= 0
 
 
 def test_classes_have_wilsons_intervals_and_where_their_images_land(made: Path, read: Reader) -> None:
@@ -265,7 +265,7 @@ QUICK = (AttackPlan("pgd", settings=(("steps", 2),)),)
         ),
         (
             3,
-            {"attacks": (AttackPlan("carlini_wagner", settings=(("steps", 9),)),)},
+            {"labels": "predictions", "attacks": (AttackPlan("carlini_wagner", settings=(("steps", 9),)),)},
             "by the smallest change",
         ),
         (3, {"regions": ("cam&~cam", "none")}, "0.0%"),

@@ -62,8 +62,7 @@ def robust_sentences(cells: pd.DataFrame) -> list[str]:
 
 
 def _there(row: Row) -> str:
-    region = "with any pixel free" if row["region"] == "none" else f"in {row['region']}"
-    return f"{region} ({percent(row['region_share'])} of the image)"
+    return f"{_inside(row['region'])} ({percent(row['region_share'])} of the image)"
 
 
 def margin_sentences(summaries: pd.DataFrame) -> list[str]:
@@ -93,8 +92,8 @@ def class_sentences(classes: pd.DataFrame, cells: pd.DataFrame, landings: pd.Dat
     if known.empty:
         return ["No image has a label and an attack whose end is known."]
     if len(classes) == 1:
-        said = f"There is one class only: {counted(int(classes['images'].iloc[0]))} of {classes['name'].iloc[0]}."
-        return [said, *_landing(landings, names)]
+        only = f"There is one class only: {counted(int(classes['images'].iloc[0]))} of {classes['name'].iloc[0]}."
+        return [only, *_landing(landings, names)]
     held = (known["robust"] * known["images"]).groupby([known["attack"], known["region"]]).sum()
     attack, region = held.index[int(held.to_numpy().argmin())]
     mine = known[(known["attack"] == attack) & (known["region"] == region)]
@@ -151,16 +150,34 @@ def budget_sentences(curves: pd.DataFrame) -> list[str]:
             said.append(f"{attack} ({norm}) fools less than half of the images in every region.")
             continue
         least = min(found, key=lambda region: found[region])
-        others = ", ".join(
-            f"{region} {number(size) if math.isfinite(size) else 'never here'}"
-            for region, size in halves.items()
-            if region != least
+        others = sorted((region for region in halves if region != least), key=lambda region: halves[region])
+        told = ", ".join(
+            f"{_free(region)} {number(halves[region]) if math.isfinite(halves[region]) else 'never here'}"
+            for region in others
         )
-        said.append(
-            f"{attack} has fooled half of the images at a {norm} size of {number(found[least])} in {least!s}"
-            f"{f', in others at: {others}' if others else ''}."
-        )
+        size = number(found[least])
+        sentence = f"{attack} has fooled half of the images at an {norm} size of {size} {_inside(least)}"
+        if others:
+            sentence += f" (elsewhere: {told})"
+            at = [_at(mine[mine["region"] == region], found[least]) for region in (least, others[0])]
+            if at[1] is not None and at[0] is not None and not apart(at[0], at[1]):
+                sentence += f"; the intervals there cannot tell it from {_free(others[0])}"
+        said.append(sentence + ".")
     return said
+
+
+def _free(region: object) -> str:
+    return "any pixel free" if region == "none" else str(region)
+
+
+def _inside(region: object) -> str:
+    return "with any pixel free" if region == "none" else f"in {region}"
+
+
+def _at(curve: pd.DataFrame, size: float) -> Row | None:
+    """The point of a curve at that size, or None where it begins later."""
+    reached = curve[curve["size"] <= size].sort_values("size")
+    return None if reached.empty else reached.iloc[-1].to_dict()
 
 
 def contrast_sentences(contrasts: pd.DataFrame) -> list[str]:

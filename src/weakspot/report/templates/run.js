@@ -27,7 +27,10 @@ async function appeared() {
 async function draw(place) {
   if (place.dataset.drawn) return;
   place.dataset.drawn = "begun";
-  const options = { mode: "vega-lite", renderer: "svg", actions: false, ast: true, config: drawings.config };
+  const wide = place.clientWidth;
+  const legend = { ...drawings.config.legend, columns: Math.max(1, Math.floor(wide / 140)), labelLimit: Math.min(220, wide / 2) };
+  const config = { ...drawings.config, legend };
+  const options = { mode: "vega-lite", renderer: "svg", actions: false, ast: true, config };
   await vegaEmbed(place, drawings.specs[Number(place.dataset.chart)], options);
   place.dataset.drawn = "yes";
 }
