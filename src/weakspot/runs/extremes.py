@@ -14,6 +14,7 @@ from weakspot.report.words import number
 from weakspot.runs.run import Run
 
 SHOWN = 12  # at either end
+COUNTED = ("pixels",)
 MARGIN = "They are ranked by the least margin that any attack in any region has left them."
 SIZE = (
     "They are ranked by the smallest change (L2 norm) that fooled them in any region, of "
@@ -38,15 +39,12 @@ class Extremes:
 
 def extremes(run: Run, shown: int = SHOWN) -> Extremes:
     """A dozen at either end; of few images none is at both."""
-    sized = bool(
-        run.sql(
-            "select count(*) from records where success and correct and budget is null and l2 is not null"
-        ).fetchall()[0][0]
-    )
+    # What a budget bounds says nothing by its size, nor does the change of so many pixels by any amount.
+    sized = not any(attack.takes_budget() or attack.name in COUNTED for attack in run.plan.attacks)
     # Each image by the attack and region that brought it furthest; ties by name, so that no page differs.
     if sized:
         kept, value = (
-            "correct and success is not null and budget is null",
+            "correct and success is not null",
             "case when success then l2 else 'inf'::double end",
         )
         better = "value, margin_adversarial, attack, region"
