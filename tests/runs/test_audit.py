@@ -120,6 +120,30 @@ def test_the_batch_size_and_the_order_of_images_change_no_bit(
     same_maps(found, again)
 
 
+def test_curves_over_the_layers_are_those_of_the_analysis_whatever_batch_and_shard(
+    networks: Path, pictures: Path
+) -> None:
+    plan = small_plan(pictures, analyses=("propagation",))
+    found = audit(plan, networks / "found")
+    curves = {name: stored for name, stored in found.maps.items() if "curve" in stored.about}
+    assert set(curves) == {
+        f"propagation/curves/{name}"
+        for name in ("reach", "reach, random edit", "spread", "spread, random edit")
+    }
+    spread = curves["propagation/curves/spread"]
+    assert spread.about["steps"] == ["body.1", "body"]
+    assert spread.shape == (14, 2, 2, 2)
+    assert spread.array.metadata.dimension_names == ("image", "attack", "region", "layer")
+    np.testing.assert_allclose(
+        spread[..., -1].reshape(-1),
+        found.records["last_spread"].to_numpy(dtype=float),
+        rtol=1 / 2048,
+        atol=1e-6,
+    )
+    for other in (replace(plan, shard=5), replace(plan, shard=14)):
+        same_maps(found, audit(other, networks / f"shard{other.shard}", batch_size=3))
+
+
 def test_memory_that_is_too_small_is_met_by_smaller_batches_with_the_same_records(pictures: Path) -> None:
     plan = small_plan(pictures, analyses=())
     expected = audit(plan, pictures.parent / "expected")

@@ -23,6 +23,7 @@ from weakspot.cli.app import (
     USAGE,
     Failure,
     app,
+    note,
     notes_for_people,
     progress_bar,
 )
@@ -142,6 +143,9 @@ def audit(
     maps: Annotated[
         bool | None, typer.Option("--maps/--no-maps", help="Keep maps and pictures. [default: maps]")
     ] = None,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write report.html at the end.")
+    ] = True,
     batch_size: Annotated[
         str,
         typer.Option(help="Images attacked at once, or auto: as many as memory holds. Changes no result."),
@@ -149,7 +153,7 @@ def audit(
     out: Annotated[
         str | None,
         typer.Option(
-            help="Folder or URL for run.json, records.parquet, skipped.parquet, maps.zarr; out in a plan."
+            help="Folder or URL for run.json, records.parquet, skipped.parquet, maps.zarr, report.html; out in a plan."
         ),
     ] = None,
     resume: Annotated[
@@ -224,6 +228,8 @@ def audit(
             run = go_on(where, watch=watch, **how)
         else:
             run = carry_out(read_mapping(table), where, watch=watch, **how)
+        if report:
+            _report(run)
     summary = summarize(run)
     verdicts = pass_gate(conditions, lambda: cell_table(run, summary), _cell_name, junit, f"audit {run.name}")
     _tell(run, summary, verdicts, time.perf_counter() - started, as_json=as_json, quiet=quiet)
@@ -272,6 +278,19 @@ def _stopping(where: str) -> Iterator[None]:
     finally:
         if own is not None:
             signal.signal(signal.SIGTERM, own)
+
+
+def _report(run: Run) -> None:
+    """Write the page; the audit is done, whether there is room for that or not."""
+    from weakspot.runs.reporting import FILE, keep_run_report
+
+    try:
+        keep_run_report(run)
+    except OSError as error:
+        again = f"weakspot report {shlex.quote(run.name)}"
+        note(
+            f"{FILE} could not be written ({error.strerror or error}); the audit is whole: {again} tries again"
+        )
 
 
 def _tell(

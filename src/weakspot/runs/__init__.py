@@ -6,6 +6,7 @@ from weakspot.runs.findings import budget_curves, region_contrasts, score_findin
 from weakspot.runs.folder import write_run
 from weakspot.runs.plan import AttackPlan, ModelPlan, Plan
 from weakspot.runs.plan_files import read_mapping, read_plan
+from weakspot.runs.reporting import write_run_report
 from weakspot.runs.run import Run
 from weakspot.runs.stopping import StoppedError
 from weakspot.runs.summary import Summary, summarize
@@ -29,4 +30,5 @@ __all__ = [
     "score_findings",
     "summarize",
     "write_run",
+    "write_run_report",
 ]

@@ -26,7 +26,7 @@ from weakspot.regions import read_region
 from weakspot.runs.attacking import call_attack, chosen, joined
 from weakspot.runs.isolation import Lots
 from weakspot.runs.listing import Entry
-from weakspot.runs.maps import BlockBuilder, MapBlock
+from weakspot.runs.maps import BlockBuilder, MapBlock, curve_name
 from weakspot.runs.plan import AttackPlan, Plan
 from weakspot.runs.reading import Opened, open_entries
 from weakspot.runs.steady import SteadyClassifier
@@ -292,6 +292,9 @@ class _Shard:
                 for size, (steps, alike) in _by_size(series).items():
                     facts = {"title": series.title, "steps": steps}
                     builder.add(f"{name}/{size}", here, cell, torch.stack(alike, 1).cpu().numpy(), facts)
+                for curve, values in series.curves.items():
+                    facts = {"title": series.title, "steps": list(series.steps), "curve": curve}
+                    builder.add(curve_name(name, curve), here, cell, values.cpu().numpy(), facts)
 
 
 def _by_size(series: Series) -> dict[str, tuple[list[str], list[Tensor]]]:

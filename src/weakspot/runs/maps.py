@@ -3,7 +3,8 @@
 Whole numbers from 0 to 254 (categories, regions) are kept as they are, in uint8. All else is kept in float16, a map
 whose largest value lies outside float16's best range being divided by a power of two first, which `<name>.scale` holds:
 no value is off by more than 1/2048 of itself or 1/4096 of its map's largest. Pictures are kept in uint8, as PNG files
-would: off by at most half of 1/255.
+would: off by at most half of 1/255. The numbers of a series that are drawn over the layers are kept as maps are, in
+`<series>/curves/<curve>`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ LOSS = {
     "category": "none",
     "magnitude": "at most 1/2048 of a value or 1/4096 of its map's largest",
 }
+
+
+def curve_name(series: str, curve: str) -> str:
+    """Of the array (image, attack, region, layer) that holds the numbers of one curve of a series."""
+    return f"{series}/curves/{curve.replace('/', ' ')}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,11 +184,9 @@ class MapStore:
         if name in self.group:
             return self.group[name]
         axes = ["image", "attack", "region"] if about["kind"] != "picture" or values.ndim > 4 else ["image"]
-        inner = (
-            ["layer" if "steps" in about else "channel", "y", "x"][-(values.ndim - len(axes)) :]
-            if values.ndim > len(axes)
-            else []
-        )
+        first = "layer" if "steps" in about else "channel"
+        more = values.ndim - len(axes)
+        inner = [first] if "curve" in about else [first, "y", "x"][-more:] if more else []
         # A scale is one unless it says otherwise.
         fill: Any = MISSING if values.dtype == np.uint8 else 1.0 if about["kind"] == "scale" else float("nan")
         array = self.group.create_array(

@@ -150,6 +150,11 @@ def _files(folder: Path) -> list[Path]:
     return [shard_path(folder, number) for number in sorted(finished_shards(folder))]
 
 
+def has_records(folder: Path) -> bool:
+    """Whether there is a row, or could be: a shard of a run that goes on, or the file of one that is complete."""
+    return bool(_files(folder))
+
+
 def read_all(folder: Path) -> pa.Table:
     """All records that are there, of a run that goes on too."""
     import pyarrow as pa

@@ -1,0 +1,189 @@
+"""Sections on what was tested: sizes that fool, regions against controls, scores against chance, depth."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from weakspot.report.run_curves import RANDOM, budget_chart, depth_chart
+from weakspot.report.run_sections import title
+from weakspot.report.run_words import (
+    Row,
+    budget_sentences,
+    contrast_sentences,
+    depth_sentences,
+    finding_sentences,
+    heading,
+)
+from weakspot.report.sections import Cell, Section, Table, count, figure, share, word
+from weakspot.report.words import p_value
+
+ABREAST = 12  # attacks x regions whose curves are shown at once; of more one attack is chosen
+
+
+def budget_section(curves: pd.DataFrame, contrasts: pd.DataFrame) -> Section:
+    """Which size of change fools how many images in which region, and whether a control of its area does as well.
+
+    Args:
+        curves: columns attack, region, control, norm, size, fooled, low, high, images.
+        contrasts: columns attack, region, control, region_share, control_share, images, measure, here, there,
+            difference, low, high, p, q.
+    """
+    key, name = "sizes", "How much it takes in each region"
+    if curves.empty and contrasts.empty:
+        return Section(
+            key,
+            name,
+            [
+                (
+                    "The run has nothing to compare sizes by: several budgets (--budget linf:1/255,linf:4/255) or an "
+                    "attack that looks for the smallest change give curves, and --controls adds area-matched controls."
+                )
+            ],
+        )
+    sentences = budget_sentences(curves) + contrast_sentences(contrasts)
+    if contrasts.empty:
+        sentences.append(
+            "There are no area-matched controls, so a region's lead may be a matter of its area; --controls adds them."
+        )
+    charts = [
+        budget_chart(f"{attack}, {norm}", mine)
+        for (attack, norm), mine in curves.groupby(["attack", "norm"], sort=False)
+    ]
+    listed = [
+        [
+            word(row["attack"]), word(row["region"]), word(row["control"]), share(row["region_share"]),
+            share(row["control_share"]), count(row["images"]), word(row["measure"]), figure(row["here"]),
+            figure(row["there"]), figure(row["difference"], row["low"], row["high"]), _p(row["p"]), _p(row["q"]),
+        ]
+        for row in contrasts.to_dict("records")
+    ]  # fmt: skip
+    columns = (
+        "attack", "region", "control", "area", "control's area", "images", "measure", "here", "there",
+        "difference [95%]", "p", "q",
+    )  # fmt: skip
+    return Section(
+        key,
+        name,
+        sentences,
+        charts=charts,
+        choose="Attack and norm" if len(charts) > 1 else "",
+        tables=[Table("contrasts", columns, listed), _curve_table(curves)] if listed else [_curve_table(curves)],
+        notes=[
+            ("q is p corrected for the number of comparisons (Benjamini and Hochberg); measured as fooled, more is "
+            "weaker, measured as smallest size, less is weaker.")
+        ]
+        if listed
+        else [],
+    )  # fmt: skip
+
+
+def _curve_table(curves: pd.DataFrame) -> Table:
+    """The end of every curve, and its size at quarters of the images."""
+    listed = []
+    for (attack, norm, region), mine in curves.groupby(["attack", "norm", "region"], sort=False):
+        ordered = mine.sort_values("size")
+        end = ordered.iloc[-1]
+        sizes = [ordered[ordered["fooled"] >= part]["size"].min() for part in (0.25, 0.5, 0.75)]
+        listed.append(
+            [
+                word(attack), word(norm), word(region), word("yes" if end["control"] else "no"), count(end["images"]),
+                *(figure(float(size)) for size in sizes), figure(float(end["size"])),
+                share(end["fooled"], end["low"], end["high"]),
+            ]
+        )  # fmt: skip
+    columns = (
+        "attack", "norm", "region", "control", "images", "size that fools 25%", "50%", "75%", "largest size",
+        "fooled by then",
+    )  # fmt: skip
+    return Table("sizes", columns, listed)
+
+
+def finding_section(found: pd.DataFrame) -> Section:
+    """The means of the analyses' scores against chance.
+
+    Args:
+        found: columns attack, region, score, images, mean, low, high, null, excess, excess_low, excess_high, p, q.
+    """
+    key, name = "findings", "Scores against chance"
+    untested = "There are no scores to be tested; --analyses overlap,promotion,propagation adds them."
+    if found.empty:
+        return Section(key, name, [untested])
+    listed = [
+        [
+            word(row["attack"]), word(row["region"]), word(title(row["score"])), count(row["images"]),
+            figure(row["mean"], row["low"], row["high"]), figure(row["null"]),
+            figure(row["excess"], row["excess_low"], row["excess_high"]), _p(row["p"]), _p(row["q"]),
+        ]
+        for row in found.to_dict("records")
+    ]  # fmt: skip
+    columns = ("attack", "region", "score", "images", "mean [95%]", "by chance", "excess [95%]", "p", "q")
+    said = finding_sentences(found) if found["p"].notna().any() else [untested]
+    return Section(key, name, said, tables=[Table("findings", columns, listed)])
+
+
+def depth_section(depths: pd.DataFrame) -> Section:
+    """How the change spreads through the layers.
+
+    Args:
+        depths: columns measure, attack, region, outcome, place, layer, mean, low, high, images.
+    """
+    key, name = "depth", "How the change travels through the layers"
+    if depths.empty:
+        return Section(
+            key,
+            name,
+            ["The run keeps no curves over the layers; --analyses propagation, with maps, adds them."],
+        )
+    charts, last, listed = [], [], []
+    groups = depths.groupby(["measure", "attack", "region"], sort=False)
+    cells = len(depths[["attack", "region"]].drop_duplicates())
+    for (measure, attack, region), mine in groups:
+        where = {"attack": attack, "region": region}
+        highest = depths[depths["measure"] == measure][["mean", "high"]].max().max()
+        if mine["mean"].notna().any():
+            group = f"{measure}, {attack}" if cells > ABREAST else str(measure)
+            charts.append(
+                depth_chart(f"{measure}: {heading(where)}", group, str(measure), mine, float(highest))
+            )
+        ends: dict[str, Row] = {
+            row["outcome"]: row
+            for row in mine[mine["place"] == mine["place"].max()].to_dict("records")
+            if row["images"]
+        }  # fmt: skip
+        if measure == depths["measure"].iloc[0]:
+            last.append((ends.get("fooled"), ends.get("held")))
+        told = next(iter(ends.values()), None)
+        listed.append(
+            [word(measure), word(attack), word(region), word(told["layer"] if told else None)]
+            + [
+                figure(row["mean"], row["low"], row["high"]) if (row := ends.get(outcome)) else figure(float("nan"))
+                for outcome in ("fooled", "held", *RANDOM)
+            ]
+            + [count(ends[outcome]["images"] if outcome in ends else 0) for outcome in ("fooled", "held")]
+        )  # fmt: skip
+    columns = (
+        "measure", "attack", "region", "last layer", "fooled [95%]", "held [95%]", "random edit [95%]",
+        "images fooled", "images that held",
+    )  # fmt: skip
+    return Section(
+        key,
+        name,
+        depth_sentences(last),
+        charts=charts,
+        choose="What is drawn",
+        tables=[Table("depth", columns, listed)],
+        notes=[
+            (
+                "Spread is the share of a layer's sites that change by over a tenth of the layer's peak in the clean "
+                "image, reach the largest change over that peak. Of images that were read rightly before; a random "
+                "edit of the attack's size stands beside. Intervals are 1.96 standard "
+                "errors of the mean, from five images up."
+            )
+        ],
+    )
+
+
+def _p(value: float) -> Cell:
+    return Cell("" if math.isnan(value) else p_value(value).removeprefix("p = ").removeprefix("p "), value)

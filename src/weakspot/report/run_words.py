@@ -1,0 +1,255 @@
+"""Words on a run: each sentence says what the numbers carry, and no more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from weakspot.report.words import number, percent
+
+CERTAIN = 0.05  # a q value up to which a difference is said to be one
+Row = Mapping[Any, Any]
+
+
+def where(row: Row) -> str:
+    """Of an attack in a region: "pgd in cam"."""
+    return (
+        f"{row['attack']} free to change any pixel"
+        if row["region"] == "none"
+        else f"{row['attack']} in {row['region']}"
+    )
+
+
+def heading(row: Row) -> str:
+    """The same in short, for a chart."""
+    return f"{row['attack']} · {'anywhere' if row['region'] == 'none' else row['region']}"
+
+
+def ranged(value: float, low: float, high: float) -> str:
+    """A share with its interval."""
+    return percent(value) + ("" if math.isnan(low) else f" [{percent(low)}, {percent(high)}]")
+
+
+def counted(count: int, what: str = "image") -> str:
+    """So many of them: "1 image", "2,000 images"."""
+    return f"{count:,} {what}{'' if count == 1 else 'es' if what.endswith('s') else 's'}"
+
+
+def apart(one: Row, other: Row) -> bool:
+    """Whether the intervals of two rows do not touch."""
+    return bool(one["high"] < other["low"] or other["high"] < one["low"])
+
+
+def robust_sentences(cells: pd.DataFrame) -> list[str]:
+    """On every attack: where least is left and where most, and whether the intervals tell them apart."""
+    said = []
+    for attack, mine in cells[cells["images"] > 0].groupby("attack", sort=False):
+        ranked: Sequence[Row] = mine.sort_values("robust_accuracy", kind="stable").to_dict("records")
+        least, most = ranked[0], ranked[-1]
+        left = ranged(least["robust_accuracy"], least["low"], least["high"])
+        if len(ranked) == 1:
+            said.append(f"{where(least)} leaves {left} of {counted(least['images'])} read as their class.")
+            continue
+        told = "" if apart(least, most) else ", which the intervals cannot tell apart"
+        said.append(
+            f"{attack} leaves {left} read as their class {_there(least)}, where it does most, and "
+            f"{ranged(most['robust_accuracy'], most['low'], most['high'])} {_there(most)}, where it does least{told}."
+        )
+    return said or ["No attack ended in a way that is known."]
+
+
+def _there(row: Row) -> str:
+    return f"{_inside(row['region'])} ({percent(row['region_share'])} of the image)"
+
+
+def margin_sentences(summaries: pd.DataFrame) -> list[str]:
+    """On the margins that the attacks leave."""
+    mine = summaries[(summaries["score"] == "margin_adversarial") & (summaries["images"] > 0)]
+    if mine.empty:
+        return ["No image has a margin that is known."]
+    ranked: Sequence[Row] = mine.sort_values("median", kind="stable").to_dict("records")
+    least, most = ranked[0], ranked[-1]
+    said = (
+        f"The margin is the lead of the label's logit over the next, below zero once the image is fooled. Its median "
+        f"after {where(least)} is {number(least['median'])}"
+    )
+    return [said + (f", after {where(most)} {number(most['median'])}." if len(ranked) > 1 else ".")]
+
+
+def class_sentences(classes: pd.DataFrame, cells: pd.DataFrame, landings: pd.DataFrame) -> list[str]:
+    """On the weakest and the strongest class under the strongest attack, and where images land.
+
+    Args:
+        classes: columns label, name, images, clean.
+        cells: columns label, attack, region, images, robust, low, high.
+        landings: columns label, landed, fooled, of: most frequent class and how many fooled attacks in all.
+    """
+    names = dict(zip(classes["label"], classes["name"], strict=True))
+    known = cells[cells["images"] > 0]
+    if known.empty:
+        return ["No image has a label and an attack whose end is known."]
+    if len(classes) == 1:
+        only = f"There is one class only: {counted(int(classes['images'].iloc[0]))} of {classes['name'].iloc[0]}."
+        return [only, *_landing(landings, names)]
+    held = (known["robust"] * known["images"]).groupby([known["attack"], known["region"]]).sum()
+    attack, region = held.index[int(held.to_numpy().argmin())]
+    mine = known[(known["attack"] == attack) & (known["region"] == region)]
+    # By the ends of the intervals: a class of two images that are both fooled is no sure loser.
+    weak: Row = mine.sort_values(["high", "robust"], kind="stable").iloc[0].to_dict()
+    strong: Row = mine.sort_values(["low", "robust"], ascending=False, kind="stable").iloc[0].to_dict()
+    if weak["label"] == strong["label"] or (weak["robust"], strong["robust"]) == (0, 0):
+        said = [
+            (
+                f"Under {where(weak)}, which does most, no class stands out: {names[weak['label']]} is left with "
+                f"{ranged(weak['robust'], weak['low'], weak['high'])} of {counted(int(weak['images']))}."
+            )
+        ]
+    else:
+        doubt = (
+            f" With {len(mine)} classes compared, some of that is chance."
+            if apart(weak, strong)
+            else " The intervals cannot tell them apart."
+        )
+        said = [
+            (
+                f"Under {where(weak)}, which does most, {names[weak['label']]} is left with "
+                f"{ranged(weak['robust'], weak['low'], weak['high'])} of {counted(int(weak['images']))} and "
+                f"{names[strong['label']]} with {ranged(strong['robust'], strong['low'], strong['high'])} of "
+                f"{counted(int(strong['images']))}.{doubt}"
+            )
+        ]
+    return said + _landing(landings, names)
+
+
+def _landing(landings: pd.DataFrame, names: dict[Any, str]) -> list[str]:
+    if landings.empty:
+        return ["No image that was read rightly was fooled, so there is nothing to say on where images land."]
+    row = landings.sort_values("fooled", ascending=False, kind="stable").iloc[0]
+    share = percent(row["fooled"] / row["of"])
+    return [
+        (
+            f"Most often {names.get(row['label'], 'a class')} lands in {row['landed']}: in {row['fooled']:,} of "
+            f"the {counted(int(row['of']), 'attack')} that fooled one of its images ({share})."
+        )
+    ]
+
+
+def budget_sentences(curves: pd.DataFrame) -> list[str]:
+    """On the size at which half of the images are fooled."""
+    said = []
+    for (attack, norm), mine in curves.groupby(["attack", "norm"], sort=False):
+        halves = {}
+        for region, curve in mine.groupby("region", sort=False):
+            reached = curve[curve["fooled"] >= 0.5]["size"]
+            halves[region] = float(reached.min()) if len(reached) else math.inf
+        found = {region: size for region, size in halves.items() if math.isfinite(size)}
+        if not found:
+            said.append(f"{attack} ({norm}) fools less than half of the images in every region.")
+            continue
+        least = min(found, key=lambda region: found[region])
+        others = sorted((region for region in halves if region != least), key=lambda region: halves[region])
+        told = ", ".join(
+            f"{_free(region)} {number(halves[region]) if math.isfinite(halves[region]) else 'never here'}"
+            for region in others
+        )
+        size = number(found[least])
+        sentence = f"{attack} has fooled half of the images at an {norm} size of {size} {_inside(least)}"
+        if others:
+            sentence += f" (elsewhere: {told})"
+            at = [_at(mine[mine["region"] == region], found[least]) for region in (least, others[0])]
+            if at[1] is not None and at[0] is not None and not apart(at[0], at[1]):
+                sentence += f"; the intervals there cannot tell it from {_free(others[0])}"
+        said.append(sentence + ".")
+    return said
+
+
+def _free(region: object) -> str:
+    return "any pixel free" if region == "none" else str(region)
+
+
+def _inside(region: object) -> str:
+    return "with any pixel free" if region == "none" else f"in {region}"
+
+
+def _at(curve: pd.DataFrame, size: float) -> Row | None:
+    """The point of a curve at that size, or None where it begins later."""
+    reached = curve[curve["size"] <= size].sort_values("size")
+    return None if reached.empty else reached.iloc[-1].to_dict()
+
+
+def contrast_sentences(contrasts: pd.DataFrame) -> list[str]:
+    """On regions against regions of the same area drawn at random."""
+    if contrasts.empty:
+        return []
+    sure = contrasts[contrasts["q"] <= CERTAIN]
+    said = [
+        (
+            f"Of {counted(len(contrasts), 'comparison')} of a region with a control of its area, {len(sure)} "
+            f"{'differs' if len(sure) == 1 else 'differ'} by more than chance (q at most {CERTAIN:.2g})."
+        )
+    ]
+    return said + [
+        f"{row['attack']} in {row['region']} against {row['control']}: {row['measure']} {number(row['here'])} "
+        f"here, {number(row['there'])} there (difference {number(row['difference'])} "
+        f"[{number(row['low'])}, {number(row['high'])}])."
+        for row in sure.sort_values("q").head(2).to_dict("records")
+    ]
+
+
+def finding_sentences(found: pd.DataFrame) -> list[str]:
+    """On scores against chance."""
+    tested = found[found["q"].notna()]
+    if tested.empty:
+        return ["None of the scores here has a chance level to be compared with; their means follow."]
+    sure = tested[tested["q"] <= CERTAIN].sort_values("q")
+    said = [
+        (
+            f"Of {counted(len(tested), 'mean score')} with a chance level, {len(sure)} "
+            f"{'differs' if len(sure) == 1 else 'differ'} from it by more than chance (q at most {CERTAIN:.2g})."
+        )
+    ]
+    return said + [
+        f"{str(row['score']).replace('_', ' ')} of {where(row)} is {number(row['mean'])} "
+        f"[{number(row['low'])}, {number(row['high'])}], by chance {number(row['null'])}."
+        for row in sure.head(2).to_dict("records")
+    ]
+
+
+def depth_sentences(last: Sequence[tuple[Row | None, Row | None]]) -> list[str]:
+    """On the last layer, of each attack in each region: fooled and held, either of which may be missing."""
+    both = [(fooled, held) for fooled, held in last if fooled and held]
+    said = []
+    if both:
+        fooled, held = max(both, key=lambda pair: min(pair[0]["images"], pair[1]["images"]))
+        measured = not math.isnan(fooled["low"]) and not math.isnan(held["low"])
+        doubt = (
+            "too few to compare"
+            if not measured
+            else "apart"
+            if apart(fooled, held)
+            else "the intervals cannot tell them apart"
+        )
+        said.append(
+            f"In the last layer ({fooled['layer']}) the {fooled['measure']} of {where(fooled)} is "
+            f"{_figured(fooled)} over {counted(fooled['images'])} that were fooled "
+            f"and {_figured(held)} over {counted(held['images'])} that held"
+            f"{': ' + doubt if doubt != 'apart' else ''}."
+        )
+    else:
+        said.append(
+            "No attack in any region left both images that were fooled and images that held, so there is no control to "
+            "compare with."
+        )
+    said.append(
+        "Failed attacks are the control here: their changes travel through the layers too, so spread alone explains "
+        "nothing."
+    )
+    return said
+
+
+def _figured(row: Row) -> str:
+    interval = "" if math.isnan(row["low"]) else f" [{number(row['low'])}, {number(row['high'])}]"
+    return number(row["mean"]) + interval

@@ -1,0 +1,163 @@
+"""Tallies: what a report says of a run, counted on the disk; only the columns that are asked for are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from weakspot.runs.run import Run
+from weakspot.runs.tables import COLUMNS
+from weakspot.statistics import share_interval
+
+BINS = 30
+TAIL = 0.005  # of the values at either end, which may lie so far out that they would hide the others
+SCORES = (
+    "margin_adversarial", "confidence_adversarial", "l2", "linf", "pixels", "ssim", "margin_clean", "confidence_clean",
+)  # fmt: skip
+BESIDE = ("_null", "_null_low", "_null_high", "_p", "_p_less")  # what stands beside a score
+NUMBERS = ("DOUBLE", "FLOAT", "BIGINT", "INTEGER", "SMALLINT", "TINYINT")
+GRID = 20  # names of classes up to which confusions are counted pair by pair
+LISTED = 2_000  # classes of a table; of more those with most images
+
+
+@dataclass(frozen=True, eq=False)
+class Distributions:
+    """How scores are distributed.
+
+    Attributes:
+        summaries: columns score, attack, region, images, missing, mean, median.
+        bins: columns score, attack, region, outcome, low, high, count.
+    """
+
+    summaries: pd.DataFrame
+    bins: pd.DataFrame
+
+
+@dataclass(frozen=True, eq=False)
+class Classes:
+    """What became of each class.
+
+    Attributes:
+        classes: columns label, name, images, clean.
+        cells: columns label, attack, region, images, robust, low, high.
+        landings: columns label, landed, fooled, of; of images that were read rightly before.
+        confusions: columns attack, region, label, landed, fooled, by name, likewise; empty where classes are many.
+    """
+
+    classes: pd.DataFrame
+    cells: pd.DataFrame
+    landings: pd.DataFrame
+    confusions: pd.DataFrame
+
+
+def scores_of(run: Run) -> list[str]:
+    """Columns of numbers that are worth a histogram: the attack's first, then the analyses'."""
+    described = run.sql("describe records").df()
+    kinds = dict(zip(described["column_name"], described["column_type"], strict=True))
+    own = [name for name in SCORES if name in kinds]
+    return own + [
+        name
+        for name, kind in kinds.items()
+        if name not in COLUMNS and kind in NUMBERS and not name.endswith(BESIDE)
+    ]
+
+
+def distributions(run: Run) -> Distributions:
+    """Of every score, one after the other."""
+    order = {(attack.label, region): place for place, (attack, region) in enumerate(run.plan.cells)}
+    summaries, bins = [], []
+    for score in scores_of(run):
+        column = '"' + score.replace('"', '""') + '"'
+        values = (
+            f"(select attack, region, success, case when isfinite({column}::double) then {column}::double end as x "
+            "from records)"
+        )
+        found = run.sql(
+            "select attack, region, count(x) as images, count(*) - count(x) as missing, avg(x) as mean, "
+            "median(x) as median, min(x) as least, max(x) as most, "
+            f"quantile_cont(x, {TAIL}) as lower, quantile_cont(x, {1 - TAIL}) as upper from {values} group by all"
+        ).df()
+        summaries.append(_ordered(found.assign(score=score), order))
+        if not found["images"].sum():
+            continue
+        low, high = _limits(found)
+        width = (high - low) / BINS
+        counted = run.sql(
+            "select attack, region, case when success then 'fooled' else 'held' end as outcome, "
+            f"greatest(0, least({BINS - 1}, floor((x - {low!r}) / {width!r})))::integer as bin, count(*) as count "
+            f"from {values} where x is not null and success is not null group by all"
+        ).df()
+        counted["low"] = low + counted["bin"] * width
+        counted["high"] = low + (counted["bin"] + 1) * width
+        bins.append(_ordered(counted.assign(score=score).sort_values("bin"), order))
+    columns = ["score", "attack", "region"]
+    return Distributions(
+        _together(summaries, [*columns, "images", "missing", "mean", "median"]),
+        _together(bins, [*columns, "outcome", "low", "high", "count"]),
+    )
+
+
+def _limits(found: pd.DataFrame) -> tuple[float, float]:
+    """Of the axis: from the least to the greatest value, without the tails where they would take most of it."""
+    low, high = float(found["least"].min()), float(found["most"].max())
+    inner = float(found["lower"].min()), float(found["upper"].max())
+    if inner[1] > inner[0] and high - low > 3 * (inner[1] - inner[0]):
+        low, high = inner
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        pad = abs(low) * 0.05 or 0.5
+        low, high = low - pad, high + pad
+    return low, high
+
+
+def classes(run: Run) -> Classes:
+    """Of every label that occurs."""
+    attack, region = run.plan.cells[0]
+    first = f"attack = {_quoted(attack.label)} and region = {_quoted(region)}"
+    listed = run.sql(
+        "select label, any_value(label_name) as name, count(*) as images, avg(correct::double) as clean from records "
+        f"where {first} and label is not null group by label order by images desc, label limit {LISTED}"
+    ).df()
+    listed["name"] = listed["name"].fillna(listed["label"].astype(str))
+    listed = listed.sort_values("label", ignore_index=True)
+    order = {(one.label, place): number for number, (one, place) in enumerate(run.plan.cells)}
+    cells = run.sql(
+        "select label, attack, region, count(success) as images, count(*) filter (where not success) as held "
+        "from records where label is not null group by all order by label"
+    ).df()
+    cells = _ordered(cells[cells["label"].isin(listed["label"])], order)
+    ranges = [
+        share_interval(np.arange(images) < held)
+        for images, held in zip(cells["images"], cells["held"], strict=True)
+    ]
+    cells[["robust", "low", "high"]] = np.array(ranges, dtype=float).reshape(-1, 3)
+    fooled = "success and correct and label is not null and landed_name is not null"
+    landings = run.sql(
+        "select label, arg_max(landed, n) as landed, max(n)::bigint as fooled, sum(n)::bigint as of from "
+        f"(select label, landed_name as landed, count(*) as n from records where {fooled} group by all "
+        "order by landed) group by label order by label"
+    ).df()
+    names = listed["name"].nunique()
+    confusions = pd.DataFrame(columns=["attack", "region", "label", "landed", "fooled"])
+    if names <= GRID:
+        confusions = run.sql(
+            "select attack, region, label_name as label, landed_name as landed, count(*) as fooled from records "
+            f"where {fooled} and label_name is not null group by all order by label, landed"
+        ).df()
+        confusions = _ordered(confusions, order)
+    return Classes(listed, cells, landings, confusions)
+
+
+def _ordered(found: pd.DataFrame, order: dict[tuple[str, str], int]) -> pd.DataFrame:
+    """Rows in the order of the plan's attacks and regions."""
+    places = [order.get(cell, len(order)) for cell in zip(found["attack"], found["region"], strict=True)]
+    return found.iloc[np.argsort(places, kind="stable")].reset_index(drop=True)
+
+
+def _together(parts: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

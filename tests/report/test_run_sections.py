@@ -1,0 +1,158 @@
+"""Sections of a run's report, from frames that are made up: what is said follows from the numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from weakspot.report.charts import CONFIG
+from weakspot.report.run_findings import budget_section, depth_section, finding_section
+from weakspot.report.run_page import SHOWN, Heading, run_page
+from weakspot.report.run_sections import class_section, robust_section
+from weakspot.report.sections import Section
+from weakspot.runs.findings import CONTRASTS, CURVES, SCORES
+
+NONE = pd.DataFrame(columns=list(CONTRASTS))
+
+
+def curves(**changes: Any) -> pd.DataFrame:
+    rows = [
+        {
+            "attack": "pgd", "region": region, "control": control, "norm": "linf", "size": size, "fooled": fooled,
+            "low": fooled - 0.1, "high": min(1.0, fooled + 0.1), "images": 50, **changes,
+        }
+        for region, control, shares in (("cam", False, (0.2, 0.6, 0.9)), ("matched:cam", True, (0.1, 0.2, 0.4)))
+        for size, fooled in zip((0.01, 0.02, 0.04), shares, strict=True)
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=list(CURVES))
+
+
+def contrast(q: float) -> pd.DataFrame:
+    row = ("pgd", "cam", "matched:cam", 0.3, 0.3, 50, "fooled", 0.6, 0.2, 0.4, 0.3, 0.5, q, q)
+    return pd.DataFrame([row], columns=list(CONTRASTS))
+
+
+def page(*sections: Section) -> str:
+    return run_page(Heading("title", "", "", [], []), sections, {}, {"shell": "", "python": ""})
+
+
+def test_nothing_to_compare_says_which_option_adds_it() -> None:
+    bare = budget_section(pd.DataFrame(columns=list(CURVES)), NONE)
+    assert len(bare.sentences) == 1
+    assert "--controls" in bare.sentences[0]
+    assert not bare.charts
+    assert "--analyses" in finding_section(pd.DataFrame(columns=list(SCORES))).sentences[0]
+    assert "--analyses propagation" in depth_section(pd.DataFrame()).sentences[0]
+
+
+def test_the_size_that_fools_half_is_that_of_the_curve() -> None:
+    section = budget_section(curves(), contrast(0.001))
+    assert section.sentences[0] == (
+        "pgd has fooled half of the images at an linf size of 0.02 in cam (elsewhere: matched:cam never here)."
+    )
+    assert "Of 1 comparison of a region with a control of its area, 1 differs" in section.sentences[1]
+    assert "fooled 0.6 here, 0.2 there (difference 0.4 [0.3, 0.5])" in section.sentences[2]
+    (cam, control) = section.tables[1].rows
+    assert [cell.text for cell in cam][:8] == ["pgd", "linf", "cam", "no", "50", "0.02", "0.02", "0.04"]
+    assert [cell.text for cell in control][5:9] == ["0.04", "", "", "0.04"]
+    drawn = section.charts[0].spec
+    assert len(next(iter(drawn["datasets"].values()))) == 6
+    dashes = drawn["layer"][1]["encoding"]["strokeDash"]["scale"]
+    assert dashes["range"][0] == [1, 0]
+    assert dashes["range"][1] != [1, 0]
+
+
+def test_without_controls_a_lead_may_be_a_matter_of_area() -> None:
+    said = budget_section(curves(), NONE).sentences[-1]
+    assert "may be a matter of its area; --controls adds them" in said
+    assert len(budget_section(pd.DataFrame(columns=list(CURVES)), contrast(0.5)).tables) >= 1
+
+
+def test_no_difference_is_claimed_where_there_is_none() -> None:
+    assert "0 differ by more than chance" in " ".join(budget_section(curves(), contrast(0.5)).sentences)
+
+
+def test_scores_without_a_chance_level_are_not_tested() -> None:
+    nan = math.nan
+    rows = [
+        ("pgd", "cam", "effect_in_roi", 50, 0.5, 0.4, 0.6, 0.2, 0.3, 0.2, 0.4, 0.001, 0.002),
+        ("pgd", "cam", "margin_drop", 50, 3.0, 2.0, 4.0, nan, nan, nan, nan, nan, nan),
+    ]
+    section = finding_section(pd.DataFrame(rows, columns=list(SCORES)))
+    assert section.sentences[0].startswith("Of 1 mean score with a chance level, 1 differs")
+    assert section.sentences[1] == "effect in roi of pgd in cam is 0.5 [0.4, 0.6], by chance 0.2."
+    assert [cell.text for cell in section.tables[0].rows[1]][5:] == ["", "", "", ""]
+
+
+def cells(*robust: float) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "attack": "pgd", "budget": None, "region": f"region {number}", "region_share": 0.1 * number,
+                "images": 9,
+                "robust_accuracy": value, "low": max(0.0, value - 0.1), "high": min(1.0, value + 0.1), "troubled": 0,
+            }
+            for number, value in enumerate(robust)
+        ]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("robust", "told"), [((0.2, 0.9), True), ((0.5, 0.55), False)])
+def test_intervals_that_overlap_are_said_to(robust: tuple[float, float], told: bool) -> None:
+    (sentence,) = robust_section(cells(*robust), 1.0).sentences
+    assert ("cannot tell apart" in sentence) is not told
+
+
+def depths(held: float) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "measure": "spread", "attack": "pgd", "region": "cam", "outcome": outcome, "place": 1, "layer": "conv",
+                "mean": mean, "low": mean - 0.05, "high": mean + 0.05, "images": 20,
+            }
+            for outcome, mean in (("fooled", 0.5), ("held", held), ("random edit", 0.1))
+        ]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("held", "told"), [(0.1, True), (0.48, False)])
+def test_depth_is_told_against_its_control(held: float, told: bool) -> None:
+    section = depth_section(depths(held))
+    assert ("cannot tell them apart" in section.sentences[0]) is not told
+    assert "spread alone explains nothing" in section.sentences[1]
+    only = depth_section(depths(held).query("outcome == 'fooled'"))
+    assert "no control to compare with" in only.sentences[0]
+
+
+def many_classes(count: int) -> Section:
+    classes = pd.DataFrame(
+        {"label": range(count), "name": [f"</script>{n}" for n in range(count)], "images": 5, "clean": 1.0}
+    )
+    per = classes.assign(attack="pgd", region="none", robust=0.4, low=0.1, high=0.8)[
+        ["label", "attack", "region", "images", "robust", "low", "high"]
+    ]
+    landings = pd.DataFrame({"label": [0], "landed": ["</script><script>x"], "fooled": [3], "of": [4]})
+    return class_section(
+        classes, per, landings, pd.DataFrame(columns=["attack", "region", "label", "landed", "fooled"])
+    )
+
+
+def test_a_thousand_classes_are_all_in_the_page_and_some_on_it() -> None:
+    section = many_classes(1000)
+    text = page(section)
+    assert len(section.tables[0].rows) == 1000
+    assert text.count("<tr>") == SHOWN + 1
+    assert f"{SHOWN} of 1000 rows are shown" in text
+    assert text.count("script>") == 5  # four that close, and the one that opens without attributes
+    assert not section.charts
+    assert len(text) < 400_000
+
+
+def test_colours_of_a_chart_are_those_of_the_page() -> None:
+    spec = str(robust_section(cells(0.2, 0.9), 1.0).charts[0].spec)
+    assert "var(--series-0)" in spec
+    assert "#" not in spec
+    assert "http" not in spec + str(CONFIG)

@@ -1,0 +1,318 @@
+"""The report of a run: every number is that of the records, whatever the run is like."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import zlib
+from base64 import b64decode
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from tests.runs.fixtures import NETWORKS, TINY, draw_pictures, networks, pictures, small_plan
+from weakspot.runs import AttackPlan, ModelPlan, Run, audit, auditing, summarize, write_run_report
+from weakspot.runs.reporting import run_report
+from weakspot.statistics import share_interval
+
+__all__ = ["networks", "pictures"]  # fixtures
+HOSTILE = "<script>document.title='broken'<\\script>"  # a slash cannot be in a name
+ANALYSES = ("overlap", "promotion", "propagation")
+
+
+class Reader(HTMLParser):
+    """Collects tags, tables (rows of cells) and what the page carries."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.table = ""
+        self.cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "table":
+            self.table = str(dict(attrs)["id"]).removeprefix("table-")
+            self.tables[self.table] = []
+        elif tag == "tr":
+            self.tables[self.table].append([])
+        elif tag in {"td", "th"}:
+            self.tables[self.table][-1].append("")
+        self.cell = tag in {"td", "th"} or (self.cell and tag in {"button", "small"})
+
+    def handle_endtag(self, tag: str) -> None:
+        self.cell = self.cell and tag not in {"td", "th"}
+
+    def handle_data(self, data: str) -> None:
+        if self.cell:
+            self.tables[self.table][-1][-1] += data
+
+    def frame(self, name: str) -> pd.DataFrame:
+        head, *rows = self.tables[name]
+        return pd.DataFrame(rows, columns=head)
+
+    @property
+    def drawings(self) -> dict[str, Any]:
+        packed = re.search(r'<script type="text/plain" id="drawings">([^<]*)</script>', self.text)
+        assert packed is not None
+        found: dict[str, Any] = json.loads(zlib.decompress(b64decode(packed[1])))
+        return found
+
+    def values(self, number: int) -> list[dict[str, Any]]:
+        """All rows of data of a drawing."""
+        spec = self.drawings["specs"][number]
+        return [row for rows in spec["datasets"].values() for row in rows]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an audit with everything in it."""
+    folder = tmp_path_factory.mktemp("reported")
+    (folder / "audited_networks.py").write_text(NETWORKS)
+    draw_pictures(folder / "pictures", 20)
+    (folder / "pictures" / "cat" / f"{HOSTILE}.png").write_bytes(b"\x89PNG")
+    (folder / "pictures" / "fish").rename(folder / "pictures" / HOSTILE)
+    plan = small_plan(
+        folder / "pictures",
+        analyses=ANALYSES,
+        regions=("none", "cam", "matched:cam"),
+        shard=8,
+        group=8,
+        model=replace(TINY, classes=("cat", "dog", HOSTILE, "</script><b>owl</b>")),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        audit(plan, folder / "run")
+        sys.modules.pop("audited_networks", None)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def read(made: Path) -> Reader:
+    return Reader(run_report(Run(made)))
+
+
+def percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def test_robust_accuracy_is_that_of_the_records(made: Path, read: Reader) -> None:
+    records, table = Run(made).records, read.frame("robust")
+    assert len(table) == 6
+    for row in table.to_dict("records"):
+        mine = records[(records["attack"] == row["attack"]) & (records["region"] == row["region"])]
+        assert row["robust accuracy"] == percent(1 - float(mine["success"].mean()))
+        assert row["area"] == percent(float(mine["region_share"].mean()))
+        assert int(row["images"]) == len(mine)
+    summary = summarize(Run(made))
+    assert [row["robust"] for row in read.values(0) if "robust" in row][:6] == [
+        pytest.approx(cell.robust_accuracy, rel=1e-3) for cell in summary.cells
+    ]
+    assert summary.weakest.replace("'", "&#39;") in read.text
+
+
+def test_distributions_are_those_of_the_records(made: Path, read: Reader) -> None:
+    records, table = Run(made).records, read.frame("distributions")
+    names = {
+        "margin after the attack": "margin_adversarial",
+        "effect in roi": "effect_in_roi",
+        "last spread": "last_spread",
+    }
+    for row in table[table["score"].isin(list(names))].to_dict("records"):
+        mine = records[(records["attack"] == row["attack"]) & (records["region"] == row["region"])]
+        values = mine[names[row["score"]]].to_numpy(dtype=float)
+        values = values[np.isfinite(values)]
+        assert int(row["images"]) + int(row["not known"]) == len(mine)
+        assert float(row["median"]) == pytest.approx(np.median(values), rel=5e-3)
+        assert float(row["mean"]) == pytest.approx(values.mean(), rel=5e-3)
+    assert not [score for score in table["score"] if score.endswith((" p", " null"))]
+    bars = [row for row in read.values(1) if "images" in row]
+    assert sum(row["images"] for row in bars) == len(records)
+    assert sum(row["images"] for row in bars if row["outcome"] == "fooled") == records["success"].sum()
+    for bar in bars:  # below zero a margin is lost, up to the bar that zero lies in
+        assert bar["outcome"] == "fooled" or bar["high"] > 0
+        assert bar["outcome"] == "held" or bar["low"] <= 0
+
+
+def test_classes_have_wilsons_intervals_and_where_their_images_land(made: Path, read: Reader) -> None:
+    records, table = Run(made).records, read.frame("classes")
+    assert table["label"].tolist() == ["cat", "dog", HOSTILE]
+    for row in table.to_dict("records"):
+        mine = records[records["label_name"] == row["label"]]
+        images = mine.drop_duplicates("index")
+        assert int(row["images"]) == len(images)
+        assert row["clean accuracy"] == percent(float(images["correct"].mean()))
+        for attack, region, heading in (("pgd", "cam", "pgd · cam"), ("pixels", "none", "pixels · anywhere")):
+            held = ~mine[(mine["attack"] == attack) & (mine["region"] == region)]["success"].to_numpy(
+                dtype=bool
+            )
+            share, low, high = share_interval(held)
+            assert row[heading] == f"{percent(share)} {percent(low)} to {percent(high)}"
+        landed = mine[mine["success"] & mine["correct"]]["landed_name"].value_counts()
+        if len(landed):
+            assert f"{landed.max()} of {landed.sum()} fooled" in row["lands most often in"]
+            assert landed[row["lands most often in"].partition(" ")[0]] == landed.max()
+        else:
+            assert row["lands most often in"] == ""
+
+
+def test_depth_curves_set_successes_against_failures(made: Path, read: Reader) -> None:
+    run, table = Run(made), read.frame("depth")
+    records = run.records
+    spread = run.maps["propagation/curves/spread"]
+    for row in table[table["measure"] == "spread"].to_dict("records"):
+        cell = (["pgd", "pixels"].index(row["attack"]), ["none", "cam", "matched:cam"].index(row["region"]))
+        mine = records[
+            (records["attack"] == row["attack"]) & (records["region"] == row["region"]) & records["correct"]
+        ]
+        for outcome, success in (("fooled", True), ("held", False)):
+            places = mine[mine["success"] == success]["index"].to_numpy()
+            assert int(row[f"images {'that ' if not success else ''}{outcome}"]) == len(places)
+            said = row[f"{outcome} [95%]"].split(" ")[0]
+            if len(places):
+                assert float(said) == pytest.approx(
+                    spread[:][places, cell[0], cell[1], -1].mean(), rel=6e-3, abs=1e-6
+                )
+            else:
+                assert said == ""
+    assert "spread alone explains nothing" in read.text
+
+
+def test_the_page_asks_for_nothing_from_outside(read: Reader) -> None:
+    for tag, attributes in read.tags:
+        for name in ("src", "href", "action", "data", "poster"):
+            value = attributes.get(name) or ""
+            assert value == "" or value.startswith(("data:image/", "#")), (tag, name, value[:80])
+    assert "default-src 'none'" in read.text
+    assert "unsafe-eval" not in read.text
+    assert "@import" not in read.text
+    assert not re.search(r"https?://", read.text)  # the libraries, which name their schemas, are compressed
+    assert "$schema" not in json.dumps(read.drawings)
+    assert '"url"' not in json.dumps(read.drawings)
+
+
+def test_names_from_outside_are_escaped(read: Reader) -> None:
+    assert HOSTILE not in read.text
+    assert HOSTILE.replace("<", "&lt;").replace(">", "&gt;").replace("'", "&#39;") in read.text
+    assert "<b>owl" not in read.text
+    assert len([tag for tag, _ in read.tags if tag == "script"]) == 4
+
+
+def test_a_page_of_few_images_is_small_and_its_libraries_are_in_it_once(read: Reader) -> None:
+    assert len(read.text) < 1_500_000
+    assert len(re.findall(r'id="libraries">[A-Za-z0-9+/=]{100000,}<', read.text)) == 1
+
+
+def test_what_was_skipped_is_said(read: Reader) -> None:
+    assert read.frame("skipped")["image"].tolist() == [f"cat/{HOSTILE}.png"]
+    assert "1 image could not be read" in read.text
+
+
+def test_the_page_is_written_whole_into_a_folder_that_is_made(made: Path, tmp_path: Path) -> None:
+    path = write_run_report(Run(made), tmp_path / "deep" / "page.html")
+    assert [one.name for one in path.parent.iterdir()] == ["page.html"]
+    assert path.read_text("utf-8").endswith("</html>")
+
+
+def test_an_incomplete_run_says_how_much_of_it_is_there(
+    networks: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(auditing, "compact", stop)
+    with pytest.raises(KeyboardInterrupt):
+        audit(small_plan(pictures), networks / "cut")
+    (networks / "cut/shards/0000001.parquet").unlink()
+    read = Reader(run_report(Run(networks / "cut")))
+    assert "This audit is not complete: 10 of 14 images are done" in read.text
+    assert set(read.frame("robust")["images"]) == {"10"}
+    for shard in (networks / "cut/shards").iterdir():
+        shard.unlink()
+    bare = run_report(Run(networks / "cut"))
+    assert "0 of 14 images are done" in bare
+    assert "There are no records yet." in bare
+
+
+QUICK = (AttackPlan("pgd", settings=(("steps", 2),)),)
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "said"),
+    [
+        (1, {}, "1 image"),
+        (3, {"analyses": ()}, "no scores to be tested"),
+        (3, {"maps": False}, "The run kept no maps"),
+        (3, {"labels": "predictions"}, "the model&#39;s own predictions"),
+        (
+            4,
+            {
+                "attacks": (AttackPlan("pgd", budget="linf:0.00001", settings=(("steps", 1),)),),
+                "labels": "predictions",
+            },
+            "nothing to say on where images land",
+        ),
+        (
+            3,
+            {"labels": "predictions", "attacks": (AttackPlan("carlini_wagner", settings=(("steps", 9),)),)},
+            "by the smallest change",
+        ),
+        (3, {"regions": ("cam&~cam", "none")}, "0.0%"),
+    ],
+    ids=["one image", "no analyses", "no maps", "predictions", "no success", "smallest", "empty region"],
+)
+def test_odd_runs_have_sound_pages(networks: Path, count: int, changes: dict[str, Any], said: str) -> None:
+    folder = draw_pictures(networks / "few", count)
+    plan = small_plan(folder, **{"attacks": QUICK, "regions": ("none",), **changes})
+    read = Reader(run_report(audit(plan, networks / "run")))
+    assert said in read.text
+    for rows in read.tables.values():
+        assert not [cell for row in rows for cell in row if re.search(r"\bnan\b|\binf\b", cell)]
+    assert not re.search(r"\b(nan|inf)\b", " ".join(re.findall(r'class="said">([^<]*)', read.text)))
+
+
+def test_a_network_that_answers_nothing_has_a_page(networks: Path, pictures: Path) -> None:
+    plan = small_plan(pictures, attacks=QUICK)
+    mute = replace(plan, model=replace(plan.model, spec="audited_networks:mute"))
+    read = Reader(run_report(audit(mute, networks / "run")))
+    assert "Nothing could be measured." in read.text
+    assert set(read.frame("robust")["robust accuracy"]) == {""}
+
+
+def test_grey_pictures_and_a_thousand_classes(networks: Path) -> None:
+    folder = networks / "grey"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        Image.fromarray(rng.integers(0, 255, (28, 28), dtype=np.uint8)).save(folder / f"{number}.png")
+    (networks / "grey_network.py").write_text(
+        "import torch\nfrom torch import nn\n\ndef build():\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), "
+        "nn.Linear(4, 1000)).eval()\n"
+    )
+    plan = small_plan(folder, attacks=QUICK, model=ModelPlan("grey_network:build", size=(28, 28)))
+    read = Reader(run_report(audit(plan, networks / "run")))
+    assert len([tag for tag, attributes in read.tags if tag == "img"]) == 3 * 6
+    assert 1 <= len(read.frame("classes")) <= 6
+    sys.modules.pop("grey_network", None)
+
+
+def test_the_same_run_has_the_same_page_and_reading_changes_nothing(
+    made: Path, tmp_path: Path, read: Reader
+) -> None:
+    copied = Path(shutil.copytree(made, tmp_path / "run"))
+    before = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()}
+    again = run_report(Run(copied))
+    assert again.replace(str(copied), str(made)) == read.text
+    assert {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()} == before
