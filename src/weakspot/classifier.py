@@ -50,6 +50,7 @@ class Classifier(nn.Module):
         for key, values in (("mean", mean), ("std", std)):
             statistics = torch.tensor(values, dtype=reference.dtype, device=reference.device)
             self.register_buffer(key, statistics.view(1, -1, 1, 1), persistent=False)
+        self.unscaled = all(value == 1 for value in std) and len(std) <= len(mean)
         self.network = network
         self.name = name or type(network).__name__
         self.input_size = input_size or (224, 224)
@@ -96,7 +97,10 @@ class Classifier(nn.Module):
                 f"images have {images.shape[1]} channels; {self.name} is normalised for {self.mean.shape[1]}"
             )
         try:
-            output = self.network((images.to(self.mean) - self.mean) / self.std)
+            shifted = (
+                images.to(self.mean) - self.mean
+            )  # a copy: what a network does in place, it does to that
+            output = self.network(shifted if self.unscaled else shifted / self.std)
         except RuntimeError as error:
             if images.shape[1] == self.channels:
                 raise

@@ -58,10 +58,9 @@ def perturbed(
             return factor * F.kl_div(F.log_softmax(logits, 1), wanted, reduction="sum", log_target=True)
         return factor * F.cross_entropy(logits, labels, reduction="sum")
 
-    start = _start(budget, images, region, noise)
     if type(budget) is Linf:
-        return _descend_cube(loss, images, region, start, steps, size * budget.eps, budget.eps)
-    point = images + start
+        return _descend_cube(loss, images, region, noise, steps, size * budget.eps, budget.eps)
+    point = images + _start(budget, images, region, noise)
     for _ in range(steps):
         gradient = _gradient(loss, point)
         gradient = gradient if region is None else gradient * region
@@ -74,7 +73,7 @@ def _descend_cube(
     loss: Callable[[Tensor], Tensor],
     images: Tensor,
     region: Tensor | None,
-    start: Tensor,
+    noise: Tensor,
     steps: int,
     step: float,
     eps: float,
@@ -82,7 +81,7 @@ def _descend_cube(
     """Steps of the sign inside the cube. Budget, range and region are one pair of bounds, met in one operation."""
     room = eps if region is None else eps * region
     low, high = (images - room).clamp_(min=0), (images + room).clamp_(max=1)
-    point = images + start
+    point = (images + room * noise).clamp_(0, 1)
     for _ in range(steps):
         gradient = _gradient(loss, point)
         point = point.add(gradient.sign_(), alpha=step).clamp_(low, high)
