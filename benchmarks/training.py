@@ -36,7 +36,7 @@ def cost() -> None:
         "\n|---|---|---|---|---|---|---|"
     )
     digits = read_labelled(real.FOLDER / "mnist").subset(torch.arange(1280))
-    # Epochs of many updates where these are quick, so that what an epoch costs once does not pass for what updates cost.
+    # Many updates where they are quick, so that what an epoch costs once does not pass for what updates cost.
     many, few = cifar("train", 2560), cifar("train", 256)
     for name, data, steps in (("two_conv", digits, 40), ("two_conv", many, 10), ("resnet20", few, 10)):
         _epoch_against_passes(name, data, steps)

@@ -29,6 +29,7 @@ from weakspot.defenses.training.adversary import perturbed
 from weakspot.defenses.training.augmentation import Moves
 from weakspot.defenses.training.devices import make_fabric
 from weakspot.defenses.training.held_out import HeldOut
+from weakspot.defenses.training.loop import uniform
 from weakspot.defenses.training.recipes import RECIPES, find_recipe
 from weakspot.defenses.training.settings import Settings
 from weakspot.defenses.training.training import held_out_images, split
@@ -224,6 +225,20 @@ def test_a_training_killed_at_random_moments_goes_on_to_the_same_weights(tmp_pat
     assert killed >= 3
     for name in ("model.safetensors",):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_noise_is_uniform_in_every_place_and_of_any_shape() -> None:
+    noise = uniform((512, 3, 5, 7), torch.Generator().manual_seed(0))
+    assert noise.shape == (512, 3, 5, 7)
+    assert bool(((noise >= -1) & (noise < 1)).all())
+    flat = noise.flatten(1)
+    deviation = 1 / 3**0.5 / 512**0.5
+    assert bool((flat.mean(0).abs() < 5 * deviation).all())
+    assert bool((flat.std(0) - 3**-0.5).abs().max() < 0.06)
+    assert float(flat.unique().numel()) > 0.5 * 2**16  # all bits are drawn
+    together = torch.corrcoef(flat.T) - torch.eye(flat.shape[1])
+    assert float(together.abs().max()) < 0.25  # of 105 places, none tells of another
+    assert torch.equal(noise, uniform((512, 3, 5, 7), torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.slow

@@ -258,8 +258,9 @@ class Loop:
             return images
         settings = self.settings
         generator = torch.Generator().manual_seed(mixed_seed(settings.seed, self.epoch, self.update, NOISE))
-        noise = torch.rand((settings.attacked, *images.shape[1:]), generator=generator)
-        noise = noise[places].mul_(2).sub_(1)
+        noise = uniform((settings.attacked, *images.shape[1:]), generator)
+        if self.fabric.world_size > 1:
+            noise = noise[places]
         region = self._region(rows, images, places, moves)
         modes = [module for module in self.classifier.modules() if module.training]
         for module in modes:
@@ -314,6 +315,15 @@ class Loop:
             )
         elif self.best is None or row["robust"] > self.best[0]:
             self.best = (row["robust"], _on_cpu(self.classifier.state_dict()))
+
+
+def uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """(n, C, H, W) uniform in [-1, 1) in steps of 2**-15: four numbers of each that is drawn, channels last."""
+    count, channels, height, width = shape
+    size = count * channels * height * width
+    drawn = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    levels = drawn.view(torch.int16)[:size].view(count, height, width, channels)
+    return levels.permute(0, 3, 1, 2).to(torch.float32).div_(2**15)
 
 
 def scattered(region: Tensor, places: Tensor, settings: Settings, seed: int) -> Tensor:
