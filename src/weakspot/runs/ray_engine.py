@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 import warnings
@@ -64,7 +65,7 @@ class RayEngine:
 
 
 def shares(device: str, workers: int | None) -> tuple[int, int, float]:
-    """How many workers, CPU threads of each, GPUs of each.
+    """How many workers, CPU threads of each (as many as there is room for, or OMP_NUM_THREADS), GPUs of each.
 
     Raises:
         ValueError: when the cluster has too little for so many, or for any.
@@ -82,7 +83,9 @@ def shares(device: str, workers: int | None) -> tuple[int, int, float]:
                if sum(own // threads for own in cpus) >= count]  # fmt: skip
     if not fitting:
         raise ValueError(f"workers is {count}; accepted are at most {sum(cpus)}, the CPUs of the Ray cluster")
-    return count, max(fitting), min(1.0, gpus / count)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    most = int(asked) if asked.isdigit() and int(asked) else max(fitting)
+    return count, min(max(fitting), most), min(1.0, gpus / count)
 
 
 def _batches(work: Work, workers: int, threads: int, gpus: float) -> Generator[Any, None, None]:
