@@ -201,6 +201,15 @@ def test_what_the_cluster_lacks_is_told_before_anything_is_done(cluster: None, p
         pass
 
 
+def test_workers_share_the_cpus_and_keep_to_what_threads_are_asked_for(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [shares("cpu", count) for count in (1, 2)] == [(1, 2, 0), (2, 1, 0)]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert shares("cpu", 1) == (1, 1, 0)
+
+
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
