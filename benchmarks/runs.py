@@ -31,7 +31,7 @@ MODEL = ModelPlan("benchmarks.real:resnet20", size=(32, 32))
 ATTACKS = (AttackPlan("pgd", "linf:2/255"), AttackPlan("fmn", settings=(("steps", 20),)))
 REGIONS = ("none", "cam")
 ANALYSES = ("overlap", "ssim")
-ROUNDS = 3  # and one before that is not counted
+ROUNDS = 2  # and one before them that is not counted
 
 
 def photographs(folder: Path, count: int) -> Path:
@@ -43,7 +43,7 @@ def photographs(folder: Path, count: int) -> Path:
     return path
 
 
-def overhead(count: int = 256) -> None:
+def overhead(count: int = 192) -> None:
     """Images are read, attacked in regions and explained, by the audit and by hand in batches of its shards."""
     if not real.there():
         return
