@@ -134,7 +134,7 @@ def ray(count: int = 768, steps: int = 40) -> None:
                 print(f"| {label} | {value:.1f} | {seconds['Ray, 1 worker'] / value:.2f} |", flush=True)
 
 
-def resume(count: int = 512) -> None:
+def resume(count: int = 256) -> None:
     """Killed when half of the shards are there, then resumed: seconds of both together, against never stopped."""
     if not real.there():
         return

@@ -276,7 +276,18 @@ def killed(out: Path, seconds: float, *, at_work: bool) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [3, 20])
+@pytest.mark.parametrize(
+    "kills",
+    [
+        3,
+        pytest.param(
+            20,
+            marks=pytest.mark.skipif(
+                not os.environ.get("WEAKSPOT_LONG"), reason="minutes: WEAKSPOT_LONG=1 runs it"
+            ),
+        ),
+    ],
+)
 def test_killed_with_all_its_workers_at_random_moments_it_ends_as_if_it_never_was(
     pictures: Path, kills: int
 ) -> None:
