@@ -314,5 +314,5 @@ def _numbers_left_out() -> Iterator[None]:
         warnings.simplefilter("always")
         yield
     for warning in caught:
-        text = re.sub(r"images? \d+(, \d+)*", "some images", str(warning.message))
+        text = re.sub(r"images? \d+(, \d+)*( and \d+ more)?", "some images", str(warning.message))
         warnings.warn(text, warning.category, stacklevel=4)

@@ -162,6 +162,11 @@ def norm_of(attack: AttackPlan) -> str | None:
     return own.get(attack.name)
 
 
+def bounded_attacks(plan: Plan) -> list[str]:
+    """Labels of the attacks whose success is news: those that look for the smallest change find one nearly always."""
+    return [attack.label for attack in plan.attacks if norm_of(attack) is None]
+
+
 def told(contrasts: pd.DataFrame) -> list[str]:
     """Each contrast in a sentence, the weakest place first; without an interval that leaves zero it says so."""
     order = contrasts.sort_values("difference", ascending=False)

@@ -9,12 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weakspot.runs.findings import bounded_attacks
 from weakspot.runs.folder import write_whole
 from weakspot.runs.records import has_records
 from weakspot.runs.run import Run
 from weakspot.runs.summary import Summary, summarize
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from weakspot.report.run_page import Heading
     from weakspot.report.sections import Section
 
@@ -98,15 +101,23 @@ def _sections(run: Run, summary: Summary) -> list[Section]:
     pictured = any(image.pictures for image in (*ends.easiest, *ends.hardest))
     missing = "" if pictured else "The run kept no maps, so that there are names only; --maps keeps pictures."
     return [
-        robust_section(pd.DataFrame([asdict(cell) for cell in summary.cells]), summary.clean_accuracy),
+        robust_section(
+            _bounded(pd.DataFrame([asdict(cell) for cell in summary.cells]), run), summary.clean_accuracy
+        ),
         distribution_section(spread.summaries, spread.bins),
-        class_section(found.classes, found.cells, found.landings, found.confusions),
+        class_section(found.classes, _bounded(found.cells, run), found.landings, found.confusions),
         image_section(ends.easiest, ends.hardest, ends.told, missing),
         budget_section(budget_curves(run), region_contrasts(run)),
         finding_section(score_findings(run)),
         depth_section(depths(run)),
         *_skipped(run),
     ]
+
+
+def _bounded(rows: pd.DataFrame, run: Run) -> pd.DataFrame:
+    """Without attacks that look for the smallest change, where there are others: their sizes have a section."""
+    bounded = rows[rows["attack"].isin(bounded_attacks(run.plan))]
+    return bounded if len(bounded) else rows
 
 
 def _heading(run: Run, summary: Summary | None) -> Heading:
@@ -131,7 +142,9 @@ def _heading(run: Run, summary: Summary | None) -> Heading:
     subtitle = f"{attacks}; each in {counted(len(plan.regions), 'region')}."
     if summary is None or not summary.images:
         return Heading(f"Where {name} is weak", subtitle, warning, [], ["There are no records yet."])
+    bounded = bounded_attacks(plan)
     known = [cell for cell in summary.cells if cell.images]
+    known = [cell for cell in known if cell.attack in bounded] or known
     facts = [(f"{summary.images:,}", "images attacked")]
     if not math.isnan(summary.clean_accuracy):
         facts.append((percent(summary.clean_accuracy), "read as their label with nothing changed"))

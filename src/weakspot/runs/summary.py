@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weakspot.runs.findings import region_contrasts, score_findings, told
+from weakspot.runs.findings import bounded_attacks, region_contrasts, score_findings, told
 from weakspot.runs.run import Run
 from weakspot.statistics import mean_interval, share_interval
 
@@ -96,13 +96,14 @@ def summarize(run: Run) -> Summary:
                 int(mine["troubled"].sum()),
             )
         )
+    bounded = bounded_attacks(run.plan)
     clean = found.drop_duplicates("index")["correct"].dropna().to_numpy(dtype=float)
     return Summary(
         tuple(cells),
         int(found["index"].nunique()),
         float(clean.mean()) if len(clean) else np.nan,
         _labels(run.about.get("labels", {})),
-        weakest(cells, found),
+        weakest([cell for cell in cells if cell.attack in bounded] or cells, found),
         tuple(told(region_contrasts(run))),
     )
 
