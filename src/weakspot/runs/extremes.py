@@ -11,10 +11,12 @@ from weakspot.report.run_images import overlaid, picture, pixelated
 from weakspot.report.run_words import counted, heading
 from weakspot.report.sections import Thumbnail
 from weakspot.report.words import number
+from weakspot.runs.findings import bounded_attacks
 from weakspot.runs.run import Run
 
 SHOWN = 12  # at either end
 COUNTED = ("pixels",)
+ASIDE = ", attacks that look for the smallest change aside"
 MARGIN = "They are ranked by the least margin that any attack in any region has left them."
 SIZE = (
     "They are ranked by the smallest change (L2 norm) that fooled them in any region, of "
@@ -49,18 +51,29 @@ def extremes(run: Run, shown: int = SHOWN) -> Extremes:
         )
         better = "value, margin_adversarial, attack, region"
     else:
-        kept, value = "correct and success is not null and isfinite(margin_adversarial)", "margin_adversarial"
+        kept, value = (
+            "correct and success is not null and isfinite(margin_adversarial) and list_contains($attacks, attack)",
+            "margin_adversarial",
+        )
         better = "value, attack, region"
+    bounded = bounded_attacks(run.plan)
+    every = sized or len(bounded) == len(run.plan.attacks) or not bounded
+    told: dict[str, Any] = (
+        {} if sized else {"attacks": bounded or [attack.label for attack in run.plan.attacks]}
+    )
     ranked = (
         f'select * exclude (place) from (select *, row_number() over (partition by "index" order by {better}) as place '
         'from (select "index", image, label_name, landed_name, attack, region, success, margin_adversarial, '
         f"{value} as value from records where {kept})) where place = 1"
     )
-    count, fooled = run.sql(f"select count(*), count(*) filter (where success) from ({ranked})").fetchall()[0]
+    count, fooled = run.sql(
+        f"select count(*), count(*) filter (where success) from ({ranked})", **told
+    ).fetchall()[0]
     half = min(shown, count - count // 2)
-    easiest = run.sql(f'{ranked} order by value, margin_adversarial, "index" limit {half}').df()
+    easiest = run.sql(f'{ranked} order by value, margin_adversarial, "index" limit {half}', **told).df()
     hardest = run.sql(
-        f'{ranked} order by value desc, margin_adversarial desc, "index" desc limit {min(shown, count - half)}'
+        f'{ranked} order by value desc, margin_adversarial desc, "index" desc limit {min(shown, count - half)}',
+        **told,
     ).df()
     drawer = _Drawer(run)
     return Extremes(
@@ -69,7 +82,7 @@ def extremes(run: Run, shown: int = SHOWN) -> Extremes:
         [
             (
                 f"Of {counted(count)} that were read rightly before, {fooled:,} were fooled in some way and "
-                f"{count - fooled:,} held against everything."
+                f"{count - fooled:,} held against everything{'' if every else ASIDE}."
             ),
             SIZE if sized else MARGIN,
         ],

@@ -20,7 +20,7 @@ from weakspot.statistics import false_discovery, mean_interval, mean_intervals, 
 if TYPE_CHECKING:
     import pandas as pd
 
-NULL_SUFFIXES = ("_null", "_null_low", "_null_high", "_p")
+NULL_SUFFIXES = ("_null", "_null_low", "_null_high", "_p", "_p_less")
 MEASURES = (
     "confidence_adversarial",
     "margin_adversarial",
@@ -138,7 +138,7 @@ def score_findings(run: Run) -> pd.DataFrame:
             own = (int(table[name].notna().sum()), *found[name])
             beside: tuple[float, ...] = (np.nan,) * 5
             if name in excess:
-                null = float(table[f"{name}_null"].mean()) if own[0] else np.nan
+                null = round(float(table[f"{name}_null"].mean()), 12) if own[0] else np.nan
                 p = sign_flip_test(excess[name].to_numpy(float)) if excess[name].notna().any() else np.nan
                 beside = (null, *found[f"{name}_excess"], p)
             rows.append((attack.label, region, name, *own, *beside))
