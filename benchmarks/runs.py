@@ -25,7 +25,7 @@ import weakspot
 from benchmarks import real, sections
 from weakspot.attacks import find_attack
 from weakspot.regions import read_region
-from weakspot.runs import AttackPlan, ModelPlan, Plan, audit
+from weakspot.runs import AttackPlan, ModelPlan, Plan, Standing, audit
 
 MODEL = ModelPlan("benchmarks.real:resnet20", size=(32, 32))
 ATTACKS = (AttackPlan("pgd", "linf:2/255"), AttackPlan("fmn", settings=(("steps", 20),)))
@@ -105,33 +105,38 @@ def one_thread() -> dict[str, str]:
     }
 
 
-def ray(count: int = 768, steps: int = 40) -> None:
-    """Seconds of the whole command, Ray's own start with it; one thread for each worker."""
+def ray(count: int = 2048, steps: int = 20) -> None:
+    """Images a second once every worker has done its first shard, and seconds of all, Ray's own start with it."""
     if not real.there():
         return
-    jobs = {
-        "local": (),
-        "Ray, 1 worker": ("--engine", "ray", "--workers", "1"),
-        "Ray, 2 workers": ("--engine", "ray", "--workers", "2"),
-    }
+    os.environ["OMP_NUM_THREADS"] = "1"  # of each worker
     print(
-        f"\n| {count} CIFAR-10 images, ResNet-20, PGD-{steps}, one thread | seconds | times Ray's 1 worker |"
-        "\n|---|---|---|"
+        f"\n| {count} CIFAR-10 images, ResNet-20, PGD-{steps}, one thread for each worker | seconds in all "
+        "| images/s at work | times 1 worker |\n|---|---|---|---|"
     )
     with TemporaryDirectory() as name:
         folder = Path(name)
         source = photographs(folder, count)
+        attack = AttackPlan("pgd", "linf:2/255", settings=(("steps", steps),))
         for number in range(2):
-            seconds: dict[str, float] = {}
-            for label, options in jobs.items():
+            speeds: list[float] = []
+            for workers in (1, 2):
+                seen: list[tuple[float, float]] = []
+
+                def watch(standing: Standing, seen: list[tuple[float, float]] = seen) -> None:
+                    seen.append((time.perf_counter(), standing.done))
+
+                plan = Plan((str(source),), MODEL, (attack,), ("none",), analyses=(), maps=False)
                 begun = time.perf_counter()
-                plan = ("--set", f"pgd.steps={steps}", "--analyses", "none", *options)
-                subprocess.run(
-                    command(source, folder / f"{label} {number}", *plan), check=True, env=one_thread()
+                audit(plan, folder / f"{workers} {number}", engine="ray", workers=workers, watch=watch)
+                whole = time.perf_counter() - begun
+                start = next(mark for mark in seen if mark[1] >= workers * 128)
+                end = next(mark for mark in seen if mark[1] == count)
+                speeds.append((end[1] - start[1]) / (end[0] - start[0]))
+                print(
+                    f"| Ray, {workers} | {whole:.1f} | {speeds[-1]:.1f} | {speeds[-1] / speeds[0]:.2f} |",
+                    flush=True,
                 )
-                seconds[label] = time.perf_counter() - begun
-            for label, value in seconds.items():
-                print(f"| {label} | {value:.1f} | {seconds['Ray, 1 worker'] / value:.2f} |", flush=True)
 
 
 def resume(count: int = 256) -> None:
