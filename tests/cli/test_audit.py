@@ -242,6 +242,17 @@ def test_a_request_to_end_from_outside_is_an_interrupt(run: Run, photographs: Pa
     assert "go on by weakspot audit --resume made" in err
 
 
+@pytest.mark.slow
+def test_an_interrupt_inside_made_code_keeps_the_exit_code(photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "planted.py").write_text("def net():\n    exec('raise KeyboardInterrupt')\n")
+    environment = {**os.environ, "PYTHONPATH": f"{Path(weakspot.__file__).parents[1]}{os.pathsep}{tmp_path}"}
+    command = [sys.executable, "-m", "weakspot", "audit", "photos", "--model", "planted:net", "--out", "made"]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (ended.returncode, "--resume made" in ended.stderr) == (5, True), ended.stderr
+
+
 def with_ray(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     """The command in a process group of its own, with a cluster of its own."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'weakspot[ray]'")

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, TextIO
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -54,7 +54,7 @@ def main() -> None:
         if debug:
             raise
         complain(str(failure))
-        sys.exit(failure.code)
+        _end(failure.code)
     except (ValueError, FileNotFoundError, OSError) as error:
         if debug:
             raise
@@ -68,7 +68,17 @@ def main() -> None:
         sys.exit(UNEXPECTED)
     except KeyboardInterrupt:
         complain("interrupted")
-        sys.exit(INTERRUPTED)
+        _end(INTERRUPTED)
+
+
+def _end(code: int) -> NoReturn:
+    """Exit with the code, after an interrupt too.
+
+    `python -m` kills itself by SIGINT, whatever the code, where the interrupt arrived inside an `exec`
+    of a string (as in the making of dataclasses, while libraries are imported), unless another `exec` ended well.
+    """
+    exec("")  # noqa: S102
+    sys.exit(code)
 
 
 def _version(wanted: bool) -> None:
