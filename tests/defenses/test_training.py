@@ -573,11 +573,11 @@ def test_training_helps_against_a_planted_weakness_and_only_there() -> None:
     masks = images.new_zeros(count, 1, 16, 12, dtype=torch.bool)
     masks[..., :3, :] = masks[..., 13:, :] = True
     for recipe in ("standard", "localized"):
-        options = {**QUICK, "epochs": 8, "learning_rate": 0.1}
+        options = {**QUICK, "epochs": 16, "learning_rate": 0.03}
         model = defenses.train(fresh(), (images, labels), recipe=recipe, budget=Linf(0.1), **options).eval()
         attacked = attacks.pgd(model, images, labels, budget=Linf(0.1), region=masks).adversarial
         accuracy[recipe] = float((model(attacked).argmax(1) == labels).float().mean())
-    assert accuracy["localized"] > 0.7
+    assert accuracy["localized"] > 0.8
     assert accuracy["standard"] < 0.5
 
 
