@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from tests.runs.fixtures import draw_pictures, networks, pictures, small_plan  # noqa: F401 - fixtures
-from weakspot.runs import AttackPlan, ModelPlan, Plan, Run, audit
-from weakspot.runs.findings import budget_curves, region_contrasts, score_findings, told
+from weakspot.runs import AttackPlan, ModelPlan, Plan, Run, audit, summarize
+from weakspot.runs.findings import bounded_attacks, budget_curves, region_contrasts, score_findings, told
 from weakspot.runs.records import FILE
 from weakspot.statistics import false_discovery, mean_interval
 
@@ -194,7 +194,7 @@ def test_an_image_that_falls_in_one_place_only_counts_with_the_largest_size_ther
 def test_sentences_hedge_where_there_is_no_interval_or_it_holds_zero() -> None:
     row: dict[str, Any] = dict(  # noqa: C408 - shorter
         attack="pgd", region="cam", control="matched:cam", region_share=0.3, control_share=0.3, images=40,
-        measure="fooled", here=0.5, there=0.45, difference=0.05, low=-0.02, high=0.12, p=0.2, q=0.2,
+        measure="fooled", norm="", here=0.5, there=0.45, difference=0.05, low=-0.02, high=0.12, p=0.2, q=0.2,
     )  # fmt: skip
     doubtful, alone = told(pd.DataFrame([row, {**row, "low": np.nan, "high": np.nan, "difference": 0.04}]))
     for sentence in (doubtful, alone):
@@ -206,3 +206,75 @@ def test_sentences_hedge_where_there_is_no_interval_or_it_holds_zero() -> None:
     )
     (other,) = told(pd.DataFrame([{**row, "difference": -0.1, "low": -0.2, "high": -0.05, "q": 0.001}]))
     assert other.endswith("stronger than controls.")
+
+
+def test_sizes_are_told_in_the_norm_of_the_attack() -> None:
+    row: dict[str, Any] = dict(  # noqa: C408 - shorter
+        attack="fmn", region="cam", control="matched:cam", region_share=0.3, control_share=0.3, images=40,
+        measure="smallest size", norm="linf", here=0.002, there=0.5, difference=8.0, low=7.9, high=8.1, p=0.001,
+        q=0.002,
+    )  # fmt: skip
+    (steps,) = told(pd.DataFrame([row]))
+    assert "needs 0.51/255, in controls of equal area 128/255 (256.00 times as much" in steps
+    (length,) = told(pd.DataFrame([{**row, "norm": "l2"}]))
+    assert "needs 0.002 in L2, in controls of equal area 0.5 in L2" in length
+
+
+@pytest.mark.filterwarnings("ignore:the gradient of")
+def test_the_norm_of_sizes_is_that_of_the_attack_whatever_its_label(planted: Path) -> None:
+    steps = ("steps", 20)
+    attacks = (
+        AttackPlan("fmn", settings=(steps,), label="short"),
+        AttackPlan("fmn", settings=(steps, ("norm", "l2"))),
+    )
+    found = region_contrasts(audit(plan_for(planted, "quadrant", attacks=attacks), planted / "norms"))
+    assert list(found["norm"]) == ["linf", "l2"]
+    linf, l2 = told(found.assign(difference=[2.0, 1.0]))
+    assert "/255" in linf
+    assert "/255" not in l2
+    assert "in L2" in l2
+
+
+def test_where_nothing_fell_no_region_is_called_the_weakest(planted: Path) -> None:
+    attacks = tuple(AttackPlan("pgd", f"linf:{eps}", (("steps", 1),)) for eps in ("0.0001", "0.0002"))
+    said = summarize(audit(plan_for(planted, "even", attacks=attacks), planted / "strong")).weakest
+    assert said.startswith("No image fell to an attack confined to a region")
+    assert "quarter.png" in said
+    assert "matched" not in said
+
+
+@pytest.mark.filterwarnings("ignore:the gradient of")
+def test_attacks_that_always_succeed_stay_out_of_rankings_unless_they_are_alone(
+    weak: Run, planted: Path
+) -> None:
+    assert bounded_attacks(weak.plan) == [f"pgd linf:{amount}/255 steps=20" for amount in (2, 8, 24)]
+    assert not summarize(weak).weakest.startswith("fmn")
+    alone = plan_for(planted, "quadrant", attacks=weak.plan.attacks[:1])
+    assert bounded_attacks(alone) == []
+    assert summarize(audit(alone, planted / "alone")).weakest.startswith("fmn does most in")
+
+
+@pytest.mark.filterwarnings("ignore:the gradient of")
+def test_findings_of_a_complete_run_are_computed_once_and_belong_to_who_asks(
+    weak: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(weak.folder)
+    asked: list[str] = []
+    own = Run.sql
+
+    def ask(self: Run, query: str, **values: object) -> object:
+        asked.append(query)
+        return own(self, query, **values)
+
+    monkeypatch.setattr(Run, "sql", ask)
+    first = region_contrasts(run)
+    assert asked
+    asked.clear()
+    first["difference"] = 0.0
+    again = region_contrasts(run)
+    assert not asked
+    pd.testing.assert_frame_equal(again, region_contrasts(Run(weak.folder)))
+    run.about["status"] = "running"
+    asked.clear()
+    region_contrasts(run)
+    assert asked

@@ -27,8 +27,8 @@ def budget_section(curves: pd.DataFrame, contrasts: pd.DataFrame) -> Section:
 
     Args:
         curves: columns attack, region, control, norm, size, fooled, low, high, images.
-        contrasts: columns attack, region, control, region_share, control_share, images, measure, here, there,
-            difference, low, high, p, q.
+        contrasts: columns attack, region, control, region_share, control_share, images, measure, norm, here,
+            there, difference, low, high, p, q.
     """
     key, name = "sizes", "How much it takes in each region"
     if curves.empty and contrasts.empty:
@@ -54,7 +54,8 @@ def budget_section(curves: pd.DataFrame, contrasts: pd.DataFrame) -> Section:
     listed = [
         [
             word(row["attack"]), word(row["region"]), word(row["control"]), share(row["region_share"]),
-            share(row["control_share"]), count(row["images"]), word(row["measure"]), figure(row["here"]),
+            share(row["control_share"]), count(row["images"]), word(f"{row['measure']} {row['norm']}".strip()),
+            figure(row["here"]),
             figure(row["there"]), figure(row["difference"], row["low"], row["high"]), _p(row["p"]), _p(row["q"]),
         ]
         for row in contrasts.to_dict("records")

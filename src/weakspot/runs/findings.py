@@ -6,8 +6,10 @@ p values are corrected for their number (q).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +29,7 @@ MEASURES = (
     "ssim",
 )  # of the attack itself, beside analyses' scores
 CONTRASTS = (
-    "attack", "region", "control", "region_share", "control_share", "images", "measure",
+    "attack", "region", "control", "region_share", "control_share", "images", "measure", "norm",
     "here", "there", "difference", "low", "high", "p", "q",
 )  # fmt: skip
 CURVES = ("attack", "region", "control", "norm", "size", "fooled", "low", "high", "images")
@@ -38,6 +40,22 @@ SCORES = (
 POINTS = 40  # of a curve
 
 
+def _once(compute: Callable[[Run], pd.DataFrame]) -> Callable[[Run], pd.DataFrame]:
+    """Computed once for each `Run` that is complete: the summary, the page and a gate all ask."""
+    known: WeakKeyDictionary[Run, pd.DataFrame] = WeakKeyDictionary()
+
+    @wraps(compute)
+    def look(run: Run) -> pd.DataFrame:
+        if not run.complete:
+            return compute(run)
+        if run not in known:
+            known[run] = compute(run)
+        return known[run].copy()
+
+    return look
+
+
+@_once
 def region_contrasts(run: Run) -> pd.DataFrame:
     """Every region beside its control of equal area, on the images that the model reads rightly.
 
@@ -47,7 +65,8 @@ def region_contrasts(run: Run) -> pd.DataFrame:
     that the attack needed anywhere in the run, which makes differences smaller rather than larger.
 
     Returns:
-        Columns attack, region, control; region_share, control_share of the image; images; measure; here, there;
+        Columns attack, region, control; region_share, control_share of the image; images; measure and the norm of
+        its sizes, "" of shares; here, there;
         difference with low and high, its 95% interval over images: of shares here - there, of sizes
         log2(there / here), so that above zero the region is the weaker place; p by flipping signs, two-sided;
         q corrected over all rows (Benjamini and Hochberg).
@@ -69,16 +88,17 @@ def region_contrasts(run: Run) -> pd.DataFrame:
         mean, low, high = mean_interval(differences)
         # Of all images, those that fell nowhere too.
         shares = [_mean(found[side].to_numpy(float)) for side in ("region_share", "region_share_there")]
-        measure = "fooled" if norm is None else "smallest size"
+        measure = ("fooled", "") if norm is None else ("smallest size", norm)
         p = sign_flip_test(differences) if len(differences) else np.nan
         rows.append(
-            (attack.label, region, control, *shares, len(differences), measure, *middles, mean, low, high, p)
+            (attack.label, region, control, *shares, len(differences), *measure, *middles, mean, low, high, p)
         )
     table = pd.DataFrame(rows, columns=list(CONTRASTS[:-1]))
     table["q"] = _corrected(table["p"])
     return table
 
 
+@_once
 def budget_curves(run: Run) -> pd.DataFrame:
     """How many images fall to changes up to a size, in every region; of those that the model reads rightly.
 
@@ -115,6 +135,7 @@ def budget_curves(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(CURVES))
 
 
+@_once
 def score_findings(run: Run) -> pd.DataFrame:
     """The mean of every score in every attack x region with its interval, and how far it lies from its null.
 
@@ -184,8 +205,8 @@ def _sentence(row: Any) -> str:
             apart += f", 95% from {100 * row.low:+.0f} to {100 * row.high:+.0f}"
     else:
         seen = (
-            f"{row.attack} confined to {place} needs {_in_steps(row.here, row.attack)}, in controls of equal area "
-            f"{_in_steps(row.there, row.attack)}"
+            f"{row.attack} confined to {place} needs {_in_steps(row.here, row.norm)}, in controls of equal area "
+            f"{_in_steps(row.there, row.norm)}"
         )
         apart = f"{2**row.difference:.2f} times as much there"
         if np.isfinite(row.low):
@@ -197,12 +218,12 @@ def _sentence(row: Any) -> str:
     return f"{seen} ({apart}; q {_p(row.q)}): {verdict}."
 
 
-def _in_steps(size: float, attack: str) -> str:
-    return (
-        f"{255 * size:.2g}/255"
-        if size < 0.5 and "l2" not in attack and "carlini" not in attack
-        else f"{size:.3g}"
-    )
+def _in_steps(size: float, norm: str) -> str:
+    """A size in words: of single pixels in steps of a picture file, else with the name of its norm."""
+    steps = 255 * size
+    if norm == "linf":
+        return f"{steps:.2g}/255" if steps < 10 else f"{steps:.0f}/255"
+    return f"{size:.3g} in {norm.upper()}"
 
 
 def _p(value: float) -> str:

@@ -142,6 +142,9 @@ def weakest(cells: list[CellSummary], found: pd.DataFrame) -> str:
         cell = min(known, key=lambda one: one.robust_accuracy)
         return f"{cell.attack}, free to change any pixel, leaves {_figure(cell)} still read as their class."
     cell = min(confined, key=lambda one: one.robust_accuracy)
+    if cell.robust_accuracy == 1:
+        where = ", ".join(dict.fromkeys(one.region for one in confined))
+        return f"No image fell to an attack confined to a region ({where}): the run tells no region from another."
     said = (
         f"{cell.attack} does most in {cell.region} ({cell.region_share:.0%} of the image): confined to it, it "
         f"leaves {_figure(cell)} still read as their class"
