@@ -491,3 +491,15 @@ def test_a_negative_margin_is_another_class_predicted(case: tuple[Tensor, Tensor
     predicted = logits.argmax(1)
     assert bool((predicted[lead < 0] != labels[lead < 0]).all())
     assert bool((predicted[lead > 0] == labels[lead > 0]).all())
+
+
+@pytest.mark.parametrize("std", [(1.0,), (1.0, 1.0, 1.0), (2.0, 2.0, 2.0)])
+def test_a_grey_image_reaches_a_colour_network_in_as_many_channels_as_it_is_scaled_in(
+    std: tuple[float, ...], images: Tensor
+) -> None:
+    seen: list[Tensor] = []
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4 * len(std), 2))
+    network.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    grey = images[:, :1]
+    Classifier.wrap(network, mean=(0.0,), std=std)(grey)
+    torch.testing.assert_close(seen[0], (grey / torch.tensor(std)[:, None, None]))

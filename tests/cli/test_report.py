@@ -66,3 +66,22 @@ def test_a_folder_is_no_file_to_write_to(run: Run, photographs: Path, tmp_path: 
     ended = run("report", "made", "--out", tmp_path)
     assert ended.code == 2
     assert "which is a folder; accepted is a file's path" in ended.err
+
+
+def test_runs_kept_by_url_are_reported_and_compared_where_they_are(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    there = f"file://{tmp_path}/there"
+    ended = run("audit", photographs, *AUDIT, "--analyses", "overlap", "--out", there)
+    assert ended.code == 0, ended.err
+    page = tmp_path / "there/report.html"
+    first = page.read_text("utf-8")
+    assert "<title>weakspot: Where" in first
+    page.unlink()
+    ended = run("report", there)
+    assert (ended.code, ended.out) == (0, f"Written to {there}/report.html\n")
+    assert page.read_text("utf-8") == first
+    assert run("audit", photographs, *AUDIT, "--analyses", "overlap", "--out", "here").code == 0
+    ended = run("compare", there, "here")
+    assert ended.code == 0, ended.err
+    assert "has not moved beyond chance" in ended.out

@@ -76,6 +76,7 @@ class Hungry(nn.Module):
 def hungry():
     return Hungry(8).eval()
 """
+FILES = ["images.parquet", "maps.zarr", "records.parquet", "run.json", "skipped.parquet"]  # of a whole run
 TINY = ModelPlan("audited_networks:build", size=(24, 24), classes=("cat", "dog", "fish", "owl"))
 
 

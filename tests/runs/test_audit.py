@@ -26,6 +26,7 @@ from PIL import Image
 
 import weakspot
 from tests.runs.fixtures import (
+    FILES,
     NETWORKS,
     draw_pictures,
     networks,
@@ -43,7 +44,6 @@ from weakspot.runs import folder as folder_module
 from weakspot.runs.preparing import load_planned
 
 __all__ = ["networks", "pictures"]  # fixtures
-FILES = ["images.parquet", "maps.zarr", "records.parquet", "run.json", "skipped.parquet"]
 
 
 @pytest.fixture(scope="module")

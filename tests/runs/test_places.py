@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tests.runs.fixtures import networks, pictures, same_maps, same_records, small_plan
+from tests.runs.fixtures import FILES, networks, pictures, same_maps, same_records, small_plan
 from weakspot.runs import Run, StoppedError, audit, resume
 from weakspot.runs.records import finished_shards
 
 __all__ = ["networks", "pictures"]  # fixtures
-FILES = ["images.parquet", "maps.zarr", "records.parquet", "run.json", "skipped.parquet"]
 
 
 class Flaky(MemoryFileSystem):  # type: ignore[misc]

@@ -18,6 +18,7 @@ import pytest
 
 import weakspot
 from tests.runs.fixtures import (
+    FILES,
     draw_pictures,
     networks,
     pictures,
@@ -31,7 +32,6 @@ from weakspot.runs.ray_engine import shares
 from weakspot.runs.records import finished_shards
 
 __all__ = ["networks", "pictures"]  # fixtures
-FILES = ["images.parquet", "maps.zarr", "records.parquet", "run.json", "skipped.parquet"]
 CHECKED = """
 import os, signal, sys
 from pathlib import Path
@@ -67,13 +67,17 @@ def others():
 """
 
 
+def cluster_path() -> list[str]:
+    """Where workers find weakspot and these tests."""
+    return [str(Path(weakspot.__file__).parents[1]), str(Path(__file__).parents[2])]
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """Ray on this machine, shared by the tests of this module; that an audit leaves it alone is tested by the way."""
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'weakspot[ray]'")
-    source = str(Path(weakspot.__file__).parents[1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([source, str(Path(__file__).parents[2])]))
+        patch.setenv("PYTHONPATH", os.pathsep.join(cluster_path()))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
         ray.init(
@@ -99,8 +103,13 @@ def with_model(pictures: Path, factory: str, **changes: object) -> Any:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_records_and_maps_are_those_of_one_process(
-    cluster: None, pictures: Path, workers: int, capfd: pytest.CaptureFixture[str]
+    cluster: None,
+    pictures: Path,
+    workers: int,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     (pictures / "dog/notes.txt").write_text("no picture")
     expected = audit(small_plan(pictures), pictures.parent / "expected")
     capfd.readouterr()
@@ -132,7 +141,9 @@ def test_a_worker_that_is_killed_costs_a_retry(
 def test_a_shard_that_kills_every_worker_stops_the_run_which_can_go_on(cluster: None, mortal: Path) -> None:
     out = mortal.parent / "found"
     (mortal.parent / "always").touch()
-    with pytest.raises(StoppedError, match=r"shard 0 .* was given up after 3 workers") as told:
+    firsts = [path.relative_to(mortal).as_posix() for path in sorted(mortal.rglob("*.png"))][::4]
+    any_shard = "|".join(rf"shard {number} \({first} .*" for number, first in enumerate(firsts))
+    with pytest.raises(StoppedError, match=rf"({any_shard}) was given up after 3 workers") as told:
         audit(with_model(mortal, "mortal"), out, engine="ray", workers=1)
     assert told.value.resumable
     assert "\n" not in str(told.value)
@@ -199,6 +210,28 @@ def test_what_the_cluster_lacks_is_told_before_anything_is_done(cluster: None, p
         opened("ray", None, "auto"),
     ):
         pass
+
+
+def test_another_process_joins_a_cluster_by_its_address(cluster: None, pictures: Path) -> None:
+    import ray
+
+    expected = audit(small_plan(pictures), pictures.parent / "expected")
+    address = ray.get_runtime_context().gcs_address
+    program = (
+        "import sys; from tests.runs.fixtures import small_plan; from weakspot.runs import audit; "
+        "audit(small_plan('pictures'), 'found', engine='ray', workers=2, address=sys.argv[1])"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, address], cwd=pictures.parent, capture_output=True, text=True, timeout=200,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([*cluster_path(), str(pictures.parent)])},
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    found = Run(pictures.parent / "found")
+    assert found.about["engine"]["workers"] == 2
+    same_records(expected, found)
+    same_maps(expected, found)
+    assert idle(2)  # the cluster goes on without the one who joined
 
 
 def test_workers_share_the_cpus_and_keep_to_what_threads_are_asked_for(

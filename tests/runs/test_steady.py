@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from tests.conftest import Made
 from weakspot.attacks import pgd
 from weakspot.checks import NotFiniteError
 from weakspot.classifier import Classifier, as_classifier
+from weakspot.runs.execution import _numbers_left_out
 from weakspot.runs.isolation import Lots, isolated
 from weakspot.runs.steady import SteadyClassifier
 
@@ -108,3 +110,17 @@ def test_memory_that_does_not_hold_one_image_is_said() -> None:
 
     with pytest.raises(ValueError, match=r"work: CUDA out of memory .*too small for this model"):
         Lots(None, None).each(work, torch.arange(4), {}, "work")
+
+
+@pytest.mark.parametrize("places", ["image 3", "images 0, 12", "images 0, 1, 2, 5 and 9 more"])
+def test_what_is_said_of_some_images_is_the_same_wherever_they_stand(places: str) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with _numbers_left_out():
+            warnings.warn(
+                f"the gradient of {places} is zero in the region of 30 pixels", UserWarning, stacklevel=1
+            )
+    assert [str(one.message) for one in told] == [
+        "the gradient of some images is zero in the region of 30 pixels"
+    ]
+    assert told[0].category is UserWarning
