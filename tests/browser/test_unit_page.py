@@ -11,7 +11,7 @@ from tests.browser.test_report import HOSTILE, Opened, browser  # noqa: F401 - a
 from tests.dissection.test_units import planted, seeing
 from weakspot.dissection import dissection
 from weakspot.dissection.showing import show_units
-from weakspot.report.unit_page import unit_page, write_unit_page
+from weakspot.report.unit_page import unit_page
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
@@ -25,7 +25,8 @@ def page(tmp_path: Path, browser: Any) -> Opened:  # noqa: F811
     found = dissection(model, ["look"], dataset, quantile=0.07)
     pictures = {"look": show_units(model, found["look"], dataset, [0, 1, 2, 3])}
     content = unit_page(found, pictures, model=HOSTILE, made={"set": HOSTILE})
-    return Opened(browser, write_unit_page(tmp_path / "units.html", content))
+    (tmp_path / "units.html").write_text(content, "utf-8")
+    return Opened(browser, tmp_path / "units.html")
 
 
 def units(page: Opened) -> list[int]:

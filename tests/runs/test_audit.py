@@ -35,12 +35,11 @@ from tests.runs.fixtures import (
     same_records,
     small_plan,
 )
-from weakspot import explain, regions
+from weakspot import explain, regions, writing
 from weakspot.attacks import pgd
 from weakspot.checks import ModelWarning
 from weakspot.images import open_pictures
 from weakspot.runs import AttackPlan, Run, Standing, StoppedError, audit, resume, summarize
-from weakspot.runs import folder as folder_module
 from weakspot.runs.preparing import load_planned
 
 __all__ = ["networks", "pictures"]  # fixtures
@@ -161,7 +160,7 @@ def test_a_disk_that_is_full_at_any_moment_costs_nothing_but_time(
     whole: Run, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = pictures.parent / "other"
-    own, calls, stops = folder_module.synchronize, [0], [0]
+    own, calls, stops = writing.synchronize, [0], [0]
 
     def full(path: Path) -> None:
         calls[0] += 1
@@ -170,8 +169,8 @@ def test_a_disk_that_is_full_at_any_moment_costs_nothing_but_time(
             raise OSError(errno.ENOSPC, "No space left on device")
         own(path)
 
-    for module in ("folder", "maps"):
-        monkeypatch.setattr(f"weakspot.runs.{module}.synchronize", full)
+    for module in ("writing", "runs.maps"):
+        monkeypatch.setattr(f"weakspot.{module}.synchronize", full)
     said: list[str] = []
     twice = 0
     go: Callable[[], Run] = lambda: audit(small_plan(pictures), out)  # noqa: E731

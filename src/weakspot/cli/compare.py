@@ -59,7 +59,7 @@ def compare(
     with notes_for_people(quiet):
         from weakspot.runs import Run
         from weakspot.runs import compare as beside
-        from weakspot.runs.folder import write_whole
+        from weakspot.writing import write_whole
 
         found = beside(Run(before), Run(after))
         verdicts = pass_gate(conditions, lambda: found.table, _name, junit, f"compare {before} {after}")

@@ -233,7 +233,8 @@ def _as_json(judged: pd.DataFrame, about: Mapping[str, Any]) -> dict[str, Any]:
 def _write(out: Path, judged: pd.DataFrame, about: Mapping[str, Any], title: str) -> None:
     """All files, run.json last."""
     from weakspot.report.accuracies import accuracy_figure
-    from weakspot.runs.folder import write_scores, write_whole
+    from weakspot.runs.folder import write_scores
+    from weakspot.writing import write_whole
 
     text = json.dumps({"verdict": about["verdict"], **_as_json(judged, about)}, indent=2) + "\n"
     write_whole(out / "defence.json", lambda draft: draft.write_text(text, "utf-8"))

@@ -119,8 +119,9 @@ def dissect(
         concepts = _concepts(dataset, out, classifier, masks, names, void)
         from weakspot.dissection import dissection
         from weakspot.dissection.showing import show_units
-        from weakspot.report.unit_page import unit_page, write_unit_page
-        from weakspot.runs.folder import write_scores, write_whole
+        from weakspot.report.unit_page import unit_page
+        from weakspot.runs.folder import write_scores
+        from weakspot.writing import write_whole
 
         layers = list(layer or _last_layers(classifier))
         share_active = (0.01 if demo else 0.005) if quantile is None else quantile
@@ -146,9 +147,9 @@ def dissect(
             },
             **describe_run(classifier, model, 0, []),
         }
-        page = write_unit_page(
-            out / "report.html", unit_page(found, pictures, model=classifier.name, made=made)
-        )
+        page = out / "report.html"
+        content = unit_page(found, pictures, model=classifier.name, made=made)
+        write_whole(page, lambda draft: draft.write_text(content, "utf-8"))
         for name, one in found.items():
             write_whole(out / f"{_file(name)}.csv", partial(one.units.to_csv, index=False))
         seconds = time.perf_counter() - started

@@ -51,9 +51,9 @@ def pass_gate(
     suite: str,
 ) -> list[Verdict]:
     """The verdicts, written to the file where one is named; nothing where there are no conditions."""
-    from weakspot.runs.folder import write_whole
     from weakspot.runs.gate import judge
     from weakspot.runs.gate import junit as as_junit
+    from weakspot.writing import write_whole
 
     if not conditions:
         return []

@@ -304,7 +304,7 @@ def _matrix(
 def _write(found: Matrix, out: Path) -> None:
     from weakspot.defenses.training.testing import TESTS
     from weakspot.report.heat import matrix_figure
-    from weakspot.runs.folder import write_whole
+    from weakspot.writing import write_whole
 
     write_whole(out / "accuracy.csv", lambda draft: found.accuracy.to_csv(draft, index=False))
     write_whole(out / "differences.csv", lambda draft: found.differences.to_csv(draft, index=False))

@@ -23,6 +23,7 @@ from weakspot.explanations.analysis import (
     settled,
 )
 from weakspot.pairs import AttackResult, Pairs
+from weakspot.writing import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,9 +91,13 @@ class Explanation:
 
     def to_html(self, path: Path | str) -> Path:
         """Write one self-contained page; returns its path."""
-        from weakspot.report.page import write_page
+        from weakspot.report.page import page
 
-        return write_page(self, Path(path))
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = page(self)
+        write_whole(path, lambda draft: draft.write_text(content, "utf-8"))
+        return path
 
     def _repr_html_(self) -> str:
         from weakspot.report.page import notebook_frame

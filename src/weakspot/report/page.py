@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import html
 import io
-import os
 import zlib
-from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 import pandas as pd
 from PIL import Image
@@ -19,6 +15,7 @@ from torch import Tensor
 from weakspot.report.colors import CATEGORIES, gradient, table
 from weakspot.report.drawing import Drawing, drawings
 from weakspot.report.leafing import leaves, text
+from weakspot.report.rendering import rendered
 from weakspot.report.words import headline, number, p_value, percent
 
 if TYPE_CHECKING:
@@ -36,26 +33,11 @@ SHARES = {
 SUFFIXES = ("_null", "_null_low", "_null_high", "_p", "_p_less")
 
 
-def write_page(explanation: Explanation, path: Path) -> Path:
-    """Write the report to `path`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(page(explanation), encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-    return path
-
-
 def page(explanation: Explanation) -> str:
     """The whole report as HTML; whatever came from outside is escaped."""
-    templates = files("weakspot.report").joinpath("templates")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(templates.joinpath("page.html").read_text("utf-8"))
-    return template.render(
-        style=templates.joinpath("page.css").read_text("utf-8"),
-        script=templates.joinpath("page.js").read_text("utf-8"),
+    return rendered(
+        "page.html",
+        script="page.js",
         model=explanation.model,
         pairs=[_pair(explanation, index) for index in range(len(explanation))],
         attack=explanation.made.get("attack", ""),

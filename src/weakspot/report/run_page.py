@@ -6,12 +6,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
-import jinja2
-
 from weakspot.report.charts import CONFIG, libraries, packed
+from weakspot.report.rendering import rendered
 from weakspot.report.sections import Section, Table
 
 SHOWN = 200  # rows of a table that are on the page at once
@@ -47,13 +45,11 @@ def run_page(
         made: how it came about.
         questions: how to ask further: shell and python.
     """
-    templates = files("weakspot.report").joinpath("templates")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     drawn = [chart for section in sections for chart in section.charts]
-    return environment.from_string(templates.joinpath("run.html").read_text("utf-8")).render(
-        style=templates.joinpath("page.css").read_text("utf-8")
-        + templates.joinpath("run.css").read_text("utf-8"),
-        script=templates.joinpath("run.js").read_text("utf-8"),
+    return rendered(
+        "run.html",
+        styles=["run.css"],
+        script="run.js",
         heading=heading,
         sections=sections,
         made=dict(made),

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 from PIL import Image
 
 from weakspot.report.leafing import text
+from weakspot.report.rendering import rendered
 
 if TYPE_CHECKING:
     from weakspot.dissection import Dissection
@@ -36,11 +34,10 @@ def unit_page(
         model: the classifier's name.
         made: how it came about.
     """
-    templates = files("weakspot.report").joinpath("templates")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(templates.joinpath("units.html").read_text("utf-8"))
-    return template.render(
-        style=templates.joinpath("page.css").read_text("utf-8"),
+    return rendered(
+        "units.html",
+        styles=["units.css"],
+        script="units.js",
         model=model,
         made=dict(made),
         layers=[_layer(one, pictures.get(name, {})) for name, one in found.items()],
@@ -98,14 +95,3 @@ def _picture(shown: Shown) -> str:
     buffer = io.BytesIO()
     Image.fromarray((lit * 255).round().astype(np.uint8)).save(buffer, "JPEG", quality=82)
     return "data:image/jpeg;base64," + text(buffer.getvalue())
-
-
-def write_unit_page(path: Path, content: str) -> Path:
-    """Write the page, whole or not at all."""
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        draft.write_text(content, encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-    return path

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import torch
 
 import weakspot
 from weakspot.explanations.explanation import Explanation
+from weakspot.writing import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,31 +74,3 @@ def versions() -> dict[str, str]:
 def _save_maps(draft: Path, maps: Mapping[str, np.ndarray]) -> None:
     with draft.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **maps)
-
-
-def write_whole(path: Path, write: Callable[[Path], Any], *, durable: bool = False) -> None:
-    """Let `write` make a draft beside `path` and put it in its place: there whole, or not at all.
-
-    Where it is to be `durable`, it has reached the disk on return and outlives a loss of power.
-    """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(draft)
-        if durable:
-            synchronize(draft)
-        draft.replace(path)
-        if durable:
-            synchronize(path.parent)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def synchronize(path: Path) -> None:
-    """Wait until a file, or the names in a folder, have reached the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # folders cannot be opened there
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

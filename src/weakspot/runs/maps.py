@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from weakspot.runs.folder import synchronize
 from weakspot.runs.places import place
+from weakspot.writing import synchronize
 
 FOLDER = "maps.zarr"
 SCALE = ".scale"

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 from torch import Tensor
 
-from weakspot.runs.folder import write_whole
+from weakspot.writing import write_whole
 
 LONGEST = 180  # bytes of a file name
 

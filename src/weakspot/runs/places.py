@@ -11,8 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from weakspot.runs.folder import write_whole
 from weakspot.runs.stopping import StoppedError
+from weakspot.writing import write_whole
 
 AT_ONCE = 8  # files that are fetched at the same time
 LOST = (FileNotFoundError, IsADirectoryError, PermissionError)

@@ -19,13 +19,14 @@ from weakspot.classifier import Classifier, evaluating
 from weakspot.models import load
 from weakspot.models.fingerprint import fingerprint
 from weakspot.regions import read_region
-from weakspot.runs.folder import versions, write_whole
+from weakspot.runs.folder import versions
 from weakspot.runs.listing import list_images
 from weakspot.runs.places import exists
 from weakspot.runs.plan import ModelPlan, Plan
 from weakspot.runs.records import write_json
 from weakspot.runs.run import ABOUT, KIND, LISTING, SCHEMA
 from weakspot.runs.steady import usual_group
+from weakspot.writing import write_whole
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from weakspot.runs.folder import write_whole
+from weakspot.writing import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd

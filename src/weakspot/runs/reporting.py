@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weakspot.runs.findings import bounded_attacks
-from weakspot.runs.folder import write_whole
 from weakspot.runs.records import has_records
 from weakspot.runs.run import Run
 from weakspot.runs.summary import Summary, summarize
+from weakspot.writing import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd

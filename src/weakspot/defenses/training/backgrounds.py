@@ -16,6 +16,7 @@ from weakspot.checks import ImageWarning
 from weakspot.datasets import Labelled
 from weakspot.defenses.training.identity import data_fingerprint
 from weakspot.regions import background
+from weakspot.writing import write_whole
 
 CHUNK = 64  # images at once in a thread
 
@@ -100,10 +101,9 @@ def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
 
 def _keep(path: Path, bits: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+
+    def write(draft: Path) -> None:
         with draft.open("wb") as file:
             np.save(file, bits, allow_pickle=False)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+
+    write_whole(path, write)

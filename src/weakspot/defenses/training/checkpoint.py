@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from weakspot.writing import write_whole
 
 CHECKPOINT, RECORD, WEIGHTS = "checkpoint.pt", "training.json", "model.safetensors"
 FORMAT = 1
@@ -16,7 +17,9 @@ FORMAT = 1
 
 def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
     """Tensors and plain values alone, so that it is read without unpickling anything else."""
-    write_synced(folder / CHECKPOINT, lambda draft: torch.save({"format": FORMAT, **state}, draft))
+    write_whole(
+        folder / CHECKPOINT, lambda draft: torch.save({"format": FORMAT, **state}, draft), durable=True
+    )
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any] | None:
@@ -43,7 +46,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """What was asked, and how it went so far, as JSON."""
     text = json.dumps(record, indent=2) + "\n"
-    write_synced(folder / RECORD, lambda draft: draft.write_text(text, "utf-8"))
+    write_whole(folder / RECORD, lambda draft: draft.write_text(text, "utf-8"), durable=True)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -60,35 +63,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def write_synced(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a draft beside `path`, bring it to the disk itself, and put it in its place."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(draft)
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
-        _sync_folder(path.parent)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
 def clear_drafts(folder: Path) -> None:
     """Remove what processes that were killed had begun to write."""
     for name in (CHECKPOINT, RECORD, WEIGHTS):
         for draft in folder.glob(f".{name}.*"):
             draft.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring the new name to the disk too, where the system lets folders be opened."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)

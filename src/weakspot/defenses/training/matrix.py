@@ -18,13 +18,14 @@ import weakspot
 from weakspot.attacks.gradient import check_counts
 from weakspot.checks import check_seed
 from weakspot.datasets import Labelled
-from weakspot.defenses.training.checkpoint import read_record, write_synced
+from weakspot.defenses.training.checkpoint import read_record
 from weakspot.defenses.training.recipes import find_recipe
 from weakspot.defenses.training.settings import defaults
 from weakspot.defenses.training.testing import TESTS, Judged, judged_images, outcomes
 from weakspot.defenses.training.training import train
 from weakspot.models.fingerprint import fingerprint
 from weakspot.statistics import mean_interval, share_interval
+from weakspot.writing import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -174,7 +175,7 @@ def _kept_outcomes(
                 file, allow_pickle=False, **{name: right.numpy() for name, right in made.items()}
             )
 
-    write_synced(path, write)
+    write_whole(path, write, durable=True)
     return made
 
 

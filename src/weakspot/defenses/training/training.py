@@ -29,7 +29,6 @@ from weakspot.defenses.training.checkpoint import (
     read_checkpoint,
     write_checkpoint,
     write_record,
-    write_synced,
 )
 from weakspot.defenses.training.devices import make_fabric
 from weakspot.defenses.training.held_out import HeldOut
@@ -40,6 +39,7 @@ from weakspot.defenses.training.recipes import find_recipe
 from weakspot.defenses.training.settings import Settings, defaults
 from weakspot.models.fingerprint import fingerprint
 from weakspot.regions import matched
+from weakspot.writing import write_whole
 
 NEEDS_BACKGROUND = {"background", "foreground", "random"}
 SPLIT_SEED = 0  # which images are held out is a matter of the data, the same for every seed that is compared
@@ -328,7 +328,7 @@ def _train(
             if isinstance(tensor, Tensor)
         }
         # Not save_file, which lets nobody else read what it writes.
-        write_synced(out / WEIGHTS, lambda draft: draft.write_bytes(save(tensors)))
+        write_whole(out / WEIGHTS, lambda draft: draft.write_bytes(save(tensors)), durable=True)
         finished = {"finished": True, "stopped": loop.stopped, "weights": fingerprint(classifier.network)}
         write_record(out, {**record, **finished, "epochs": loop.history})
         (out / CHECKPOINT).unlink(missing_ok=True)
