@@ -246,10 +246,11 @@ def test_noise_is_uniform_in_every_place_and_of_any_shape() -> None:
 def test_two_processes_give_what_one_gives(recipe: str, tmp_path: Path) -> None:
     script = tmp_path / "both.py"
     script.write_text(
-        "import sys, torch\n"
+        "import atexit, sys, torch\n"
         "from pathlib import Path\n"
         "from tests.defenses.test_training import QUICK, fresh, halves\n"
         "from weakspot import defenses\n"
+        "atexit.register(lambda: print('joined:', torch.distributed.is_initialized()))\n"  # the last thing done
         f"defenses.train(fresh(), halves(), recipe={recipe!r}, out=Path(sys.argv[1]), **QUICK)\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -262,7 +263,9 @@ def test_two_processes_give_what_one_gives(recipe: str, tmp_path: Path) -> None:
             text=True,
             check=False,
         )
-        assert ended.returncode == 0, ended.stderr[-2000:]
+        assert ended.returncode == 0, ended.stderr
+        assert "joined: False" in ended.stdout
+        assert "joined: True" not in ended.stdout
     from safetensors.torch import load_file
 
     one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,17 @@ def make_fabric(device: str, precision: str) -> Fabric:
         precision=precision,  # type: ignore[arg-type]  # checked by Settings
     )
     fabric.launch()
+    if many:
+        atexit.register(_leave)
     return fabric
+
+
+def _leave() -> None:
+    """End the connection while Python is still whole: threads of it that outlive Python abort the process."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _started() -> tuple[int, int]:
