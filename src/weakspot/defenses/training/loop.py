@@ -22,6 +22,7 @@ from weakspot.defenses.training.backgrounds import Backgrounds
 from weakspot.defenses.training.held_out import HeldOut, collapsed
 from weakspot.defenses.training.recipes import find_recipe
 from weakspot.defenses.training.settings import Settings
+from weakspot.defenses.training.stem import quick_stem
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -266,7 +267,10 @@ class Loop:
         for module in modes:
             module.training = False
         try:
-            return perturbed(self._logits, images, labels, region, noise.to(images), self.recipe, settings)
+            with quick_stem(self.classifier):
+                return perturbed(
+                    self._logits, images, labels, region, noise.to(images), self.recipe, settings
+                )
         finally:
             for module in modes:
                 module.training = True
