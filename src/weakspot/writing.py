@@ -12,8 +12,13 @@ from typing import Any
 def write_whole(path: Path, write: Callable[[Path], Any], *, durable: bool = False) -> None:
     """Let `write` make a draft beside `path` and put it in its place: there whole, or not at all.
 
-    Where it is to be `durable`, it has reached the disk on return and outlives a loss of power.
+    Where it is to be `durable`, it has reached the disk on return and outlives a loss of power. What a link points to
+    is replaced, not the link; a pipe or a device is written to as it is.
     """
+    if path.exists() and not path.is_file():
+        write(path)
+        return
+    path = Path(os.path.realpath(path))
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(draft)

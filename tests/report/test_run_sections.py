@@ -31,7 +31,7 @@ def curves(**changes: Any) -> pd.DataFrame:
 
 
 def contrast(q: float) -> pd.DataFrame:
-    row = ("pgd", "cam", "matched:cam", 0.3, 0.3, 50, "fooled", "", 0.6, 0.2, 0.4, 0.3, 0.5, q, q)
+    row = ("pgd", "cam", "matched:cam", 0.3, 0.3, 50, "fooled", "", 0.6, 0.2, 0.0, 0.0, 0.4, 0.3, 0.5, q, q)
     return pd.DataFrame([row], columns=list(CONTRASTS))
 
 

@@ -194,7 +194,8 @@ def test_an_image_that_falls_in_one_place_only_counts_with_the_largest_size_ther
 def test_sentences_hedge_where_there_is_no_interval_or_it_holds_zero() -> None:
     row: dict[str, Any] = dict(  # noqa: C408 - shorter
         attack="pgd", region="cam", control="matched:cam", region_share=0.3, control_share=0.3, images=40,
-        measure="fooled", norm="", here=0.5, there=0.45, difference=0.05, low=-0.02, high=0.12, p=0.2, q=0.2,
+        measure="fooled", norm="", here=0.5, there=0.45, held_here=0.0,
+        held_there=0.0, difference=0.05, low=-0.02, high=0.12, p=0.2, q=0.2,
     )  # fmt: skip
     doubtful, alone = told(pd.DataFrame([row, {**row, "low": np.nan, "high": np.nan, "difference": 0.04}]))
     for sentence in (doubtful, alone):
@@ -211,7 +212,8 @@ def test_sentences_hedge_where_there_is_no_interval_or_it_holds_zero() -> None:
 def test_sizes_are_told_in_the_norm_of_the_attack() -> None:
     row: dict[str, Any] = dict(  # noqa: C408 - shorter
         attack="fmn", region="cam", control="matched:cam", region_share=0.3, control_share=0.3, images=40,
-        measure="smallest size", norm="linf", here=0.002, there=0.5, difference=8.0, low=7.9, high=8.1, p=0.001,
+        measure="smallest size", norm="linf", here=0.002, there=0.5, held_here=0.0,
+        held_there=0.0, difference=8.0, low=7.9, high=8.1, p=0.001,
         q=0.002,
     )  # fmt: skip
     (steps,) = told(pd.DataFrame([row]))
@@ -238,7 +240,7 @@ def test_the_norm_of_sizes_is_that_of_the_attack_whatever_its_label(planted: Pat
 def test_where_nothing_fell_no_region_is_called_the_weakest(planted: Path) -> None:
     attacks = tuple(AttackPlan("pgd", f"linf:{eps}", (("steps", 1),)) for eps in ("0.0001", "0.0002"))
     said = summarize(audit(plan_for(planted, "even", attacks=attacks), planted / "strong")).weakest
-    assert said.startswith("No image fell to an attack confined to a region")
+    assert said.startswith("No image fell to pgd")
     assert "quarter.png" in said
     assert "matched" not in said
 

@@ -36,6 +36,12 @@ def _length(rows: Tensor) -> Tensor:
     return length
 
 
+def _safe_length(rows: Tensor) -> Tensor:
+    """Of rows whose squares float32 may not hold."""
+    peak = rows.abs().amax((1, 2, 3)).clamp(min=1e-30)
+    return peak * _length(rows / _spread(peak))
+
+
 def _unit_length(gradient: Tensor) -> Tensor:
     # Divided by the largest entry first: squares of a faded gradient would vanish in float32.
     scaled = gradient / gradient.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-30)
@@ -55,7 +61,7 @@ NORMS = {
     ),
     "l2": _Norm(
         size=_length,
-        dual=_length,
+        dual=_safe_length,
         unit=_unit_length,
         into=lambda change, radius: (
             change * (radius / _spread(_length(change)).clamp(min=1e-30)).clamp(max=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import signal
 import sys
@@ -335,7 +336,7 @@ def _print(summary: Summary, console: Console) -> None:
             escape(cell.attack),
             escape(cell.budget or ""),
             escape(cell.region),
-            f"{cell.region_share:.0%}",
+            "" if math.isnan(cell.region_share) else f"{cell.region_share:.0%}",
             str(cell.images),
             f"{cell.robust_accuracy:.1%}" if cell.images else "",
             "" if cell.low != cell.low else f"{cell.low:.1%} to {cell.high:.1%}",
@@ -343,7 +344,13 @@ def _print(summary: Summary, console: Console) -> None:
         )
     console.print(table)
     if summary.images:
-        said = f"With nothing changed {summary.clean_accuracy:.1%} are read as their label. Labels: {summary.labels}."
+        clean = summary.clean_accuracy
+        known = (
+            "Of no image a reading is known"
+            if math.isnan(clean)
+            else f"With nothing changed {clean:.1%} are read as their label"
+        )
+        said = f"{known}. Labels: {summary.labels}."
         console.print(f"\n{said}", soft_wrap=True)
     for sentence in (summary.weakest, *summary.regions):
         console.print(escape(sentence), soft_wrap=True)

@@ -83,7 +83,11 @@ def depth_chart(title: str, group: str, measure: str, found: pd.DataFrame, highe
     known = found[found["mean"].notna()]
     names = ("outcome", "place", "layer", "mean", "low", "high", "images")
     table = [
-        {**{key: row[key] for key in names}, "low": max(0.0, row["low"])} for row in known.to_dict("records")
+        {
+            **{key: row[key] for key in names},
+            "low": row["low"] if row["low"] != row["low"] else max(0.0, row["low"]),
+        }
+        for row in known.to_dict("records")
     ]
     outcomes = [name for name in (*OUTCOMES, *RANDOM) if name in set(known["outcome"])]
     base = alt.Chart(rows(table)).encode(

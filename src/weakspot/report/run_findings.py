@@ -73,7 +73,7 @@ def budget_section(curves: pd.DataFrame, contrasts: pd.DataFrame) -> Section:
         tables=[Table("contrasts", columns, listed), _curve_table(curves)] if listed else [_curve_table(curves)],
         notes=[
             ("q is p corrected for the number of comparisons (Benjamini and Hochberg); measured as fooled, more is "
-            "weaker, measured as smallest size, less is weaker.")
+            "weaker, measured as smallest size, less is weaker, and the difference is log2 of there over here.")
         ]
         if listed
         else [],

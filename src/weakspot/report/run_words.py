@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from weakspot.report.words import number, percent
+from weakspot.statistics import share_interval
 
 CERTAIN = 0.05  # a q value up to which a difference is said to be one
 Row = Mapping[Any, Any]
@@ -94,7 +96,8 @@ def class_sentences(classes: pd.DataFrame, cells: pd.DataFrame, landings: pd.Dat
     if len(classes) == 1:
         only = f"There is one class only: {counted(int(classes['images'].iloc[0]))} of {classes['name'].iloc[0]}."
         return [only, *_landing(landings, names)]
-    held = (known["robust"] * known["images"]).groupby([known["attack"], known["region"]]).sum()
+    whose = [known["attack"], known["region"]]
+    held = (known["robust"] * known["images"]).groupby(whose).sum() / known["images"].groupby(whose).sum()
     attack, region = held.index[int(held.to_numpy().argmin())]
     mine = known[(known["attack"] == attack) & (known["region"] == region)]
     # By the ends of the intervals: a class of two images that are both fooled is no sure loser.
@@ -160,7 +163,7 @@ def budget_sentences(curves: pd.DataFrame) -> list[str]:
         if others:
             sentence += f" (elsewhere: {told})"
             at = [_at(mine[mine["region"] == region], found[least]) for region in (least, others[0])]
-            if at[1] is not None and at[0] is not None and not apart(at[0], at[1]):
+            if not apart(at[0], at[1]):
                 sentence += f"; the intervals there cannot tell it from {_free(others[0])}"
         said.append(sentence + ".")
     return said
@@ -174,10 +177,13 @@ def _inside(region: object) -> str:
     return "with any pixel free" if region == "none" else f"in {region}"
 
 
-def _at(curve: pd.DataFrame, size: float) -> Row | None:
-    """The point of a curve at that size, or None where it begins later."""
+def _at(curve: pd.DataFrame, size: float) -> Row:
+    """The point of a curve at that size; nothing has fallen where it begins later."""
     reached = curve[curve["size"] <= size].sort_values("size")
-    return None if reached.empty else reached.iloc[-1].to_dict()
+    if len(reached):
+        return {str(key): value for key, value in reached.iloc[-1].to_dict().items()}
+    fooled, low, high = share_interval(np.zeros(int(curve["images"].max()), bool))
+    return {"fooled": fooled, "low": low, "high": high}
 
 
 def contrast_sentences(contrasts: pd.DataFrame) -> list[str]:
@@ -193,10 +199,17 @@ def contrast_sentences(contrasts: pd.DataFrame) -> list[str]:
     ]
     return said + [
         f"{row['attack']} in {row['region']} against {row['control']}: {row['measure']} {number(row['here'])} "
-        f"here, {number(row['there'])} there (difference {number(row['difference'])} "
-        f"[{number(row['low'])}, {number(row['high'])}])."
+        f"here, {'at least ' if row['held_there'] else ''}{number(row['there'])} there ({_apart(row)})."
         for row in sure.sort_values("q").head(2).to_dict("records")
     ]
+
+
+def _apart(row: Row) -> str:
+    """A difference of shares, or how many times the size there is that here."""
+    if row["measure"] == "fooled":
+        return f"difference {number(row['difference'])} [{number(row['low'])}, {number(row['high'])}]"
+    times, low, high = (number(2 ** row[key]) for key in ("difference", "low", "high"))
+    return f"{times} times as much [{low}, {high}]"
 
 
 def finding_sentences(found: pd.DataFrame) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from weakspot.runs.findings import score_names
 from weakspot.runs.plan import AttackPlan
+from weakspot.runs.records import has_records
 from weakspot.runs.run import Run
 from weakspot.statistics import false_discovery, mean_intervals, sign_flip_test
 
@@ -53,6 +54,8 @@ class Comparison:
         robust = self.table[self.table["score"] == ROBUST]
         if robust.empty:
             return "No attack and region was run in both: there is nothing to compare."
+        if not robust["images"].any():
+            return "Of no image is it known in both runs how an attack ended: there is nothing to compare."
         clear = self.moved[self.moved["score"] == ROBUST]
         if clear.empty:
             return (
@@ -96,17 +99,21 @@ def compare(before: Run, after: Run) -> Comparison:
     """
     import pandas as pd
 
+    for run in (before, after):
+        if not has_records(run.folder):
+            raise ValueError(f"{run.name} has no records yet")
     plans = (before.plan, after.plan)
     shared_attacks = _shared(plans[0].attacks, plans[1].attacks)
     regions = [region for region in plans[0].regions if region in plans[1].regions]
     names = [name for name in score_names(before) if name in score_names(after)]
-    rows, common = [_clean(before, after)], 0
+    pair = _whole(before, after)
+    rows, common = [_moves(pair, [CLEAN], "", "").iloc[: 1 if len(pair) else 0]], len(pair)
+    relabelled = int((pair["label"] != pair["label_after"]).sum())
     for own, other in shared_attacks:
         for region in regions:
             pair = _pair(_cell(before, own.label, region, names), _cell(after, other.label, region, names))
-            common = max(common, len(pair))
             rows.append(_moves(pair, [ROBUST, *names], own.label, region))
-    if not common and not len(rows[0]):
+    if not common:
         raise ValueError(f"{before.name} and {after.name} share no image: none has the same content in both")
     table = pd.concat(rows, ignore_index=True)
     known = table["p"].notna()
@@ -114,8 +121,10 @@ def compare(before: Run, after: Run) -> Comparison:
     table.loc[known, "q"] = false_discovery(table.loc[known, "p"].to_numpy(float))
     only = [*_only(before, plans[0].attacks, [one for one, _ in shared_attacks], plans[0].regions, regions),
             *_only(after, plans[1].attacks, [one for _, one in shared_attacks], plans[1].regions, regions)]  # fmt: skip
-    images = int(table.loc[table["score"] == CLEAN, "images"].max())
-    return Comparison(table[list(COLUMNS)], images, tuple(only), tuple(_remarks(before, after)))
+    remarks = _remarks(before, after)
+    if relabelled and not all(_predicted(run) for run in (before, after)):
+        remarks.append(f"labels differ on {relabelled} of these images")
+    return Comparison(table[list(COLUMNS)], common, tuple(only), tuple(remarks))
 
 
 def _moves(pair: pd.DataFrame, names: Sequence[str], attack: str, region: str) -> pd.DataFrame:
@@ -139,15 +148,14 @@ def _moves(pair: pd.DataFrame, names: Sequence[str], attack: str, region: str) -
     )  # fmt: skip
 
 
-def _clean(before: Run, after: Run) -> pd.DataFrame:
-    """Clean accuracy, once for every image."""
+def _whole(before: Run, after: Run) -> pd.DataFrame:
+    """Every image that both have, once, with whether it is read rightly, as of clean accuracy, and its label."""
     query = (
         "select content, any_value(index) as index, any_value(image) as image, any_value(correct) as correct, "
         "any_value(label) as label from records group by content, index order by index"
     )
     pair = _pair(*(run.sql(query).df() for run in (before, after)))
-    pair = pair.rename(columns={"correct": CLEAN, "correct_after": f"{CLEAN}_after"})
-    return _moves(pair, [CLEAN], "", "") if len(pair) else _moves(pair, [CLEAN], "", "").iloc[:0]
+    return pair.rename(columns={"correct": CLEAN, "correct_after": f"{CLEAN}_after"})
 
 
 def _cell(run: Run, attack: str, region: str, names: Sequence[str]) -> pd.DataFrame:
@@ -189,6 +197,11 @@ def _only(
     return [f"{what} only in {run.name}" for what in said]
 
 
+def _predicted(run: Run) -> bool:
+    """Whether its labels are the model's own predictions."""
+    return set(run.about.get("labels", {})) == {"prediction"}
+
+
 def _remarks(before: Run, after: Run) -> list[str]:
     """What makes two runs unlike besides what is compared."""
     said = []
@@ -207,6 +220,6 @@ def _remarks(before: Run, after: Run) -> list[str]:
         if values[0] != values[1]:
             said.append(f"{name} differs: {values[0]} before, {values[1]} after")
     said += [f"{run.name} is not complete" for run in (before, after) if not run.complete]
-    if all(set(run.about.get("labels", {})) == {"prediction"} for run in (before, after)):
+    if all(_predicted(run) for run in (before, after)):
         said.append("labels are each model's own predictions: what is robust is the answer, right or wrong")
     return said

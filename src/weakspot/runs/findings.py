@@ -30,7 +30,7 @@ MEASURES = (
 )  # of the attack itself, beside analyses' scores
 CONTRASTS = (
     "attack", "region", "control", "region_share", "control_share", "images", "measure", "norm",
-    "here", "there", "difference", "low", "high", "p", "q",
+    "here", "there", "held_here", "held_there", "difference", "low", "high", "p", "q",
 )  # fmt: skip
 CURVES = ("attack", "region", "control", "norm", "size", "fooled", "low", "high", "images")
 SCORES = (
@@ -66,7 +66,8 @@ def region_contrasts(run: Run) -> pd.DataFrame:
 
     Returns:
         Columns attack, region, control; region_share, control_share of the image; images; measure and the norm of
-        its sizes, "" of shares; here, there;
+        its sizes, "" of shares; here, there; held_here, held_there, the share of these images that fell in the other
+        place only, so that "here" or "there" is a least size;
         difference with low and high, its 95% interval over images: of shares here - there, of sizes
         log2(there / here), so that above zero the region is the weaker place; p by flipping signs, two-sided;
         q corrected over all rows (Benjamini and Hochberg).
@@ -80,11 +81,11 @@ def region_contrasts(run: Run) -> pd.DataFrame:
         found = _side_by_side(run, attack.label, region, control, norm)
         if norm is None:
             here, there = (found[side].to_numpy(float) for side in ("success", "success_there"))
-            differences, middles = here - there, (_mean(here), _mean(there))
+            differences, middles = here - there, (_mean(here), _mean(there), 0.0, 0.0)
         else:
-            here, there = _sizes(run, attack.label, found, norm)
+            here, there, held = _sizes(run, attack.label, found, norm)
             differences = np.log2(there) - np.log2(here)
-            middles = (_geometric(here), _geometric(there))
+            middles = (_geometric(here), _geometric(there), *held)
         mean, low, high = mean_interval(differences)
         # Of all images, those that fell nowhere too.
         shares = [_mean(found[side].to_numpy(float)) for side in ("region_share", "region_share_there")]
@@ -115,11 +116,15 @@ def budget_curves(run: Run) -> pd.DataFrame:
     controls = {control_of(region) for region in plan.regions}
     rows: list[tuple[Any, ...]] = []
     for name, norm, attacks in _families(plan):
-        for region in plan.regions:
-            falls = _falls(run, attacks, region, norm)
+        found = {region: _falls(run, attacks, region, norm) for region in plan.regions}
+        largest = max((falls[np.isfinite(falls)].max(initial=0) for falls in found.values()), default=0)
+        for region, falls in found.items():
             if not len(falls):
                 continue
-            sizes = _grid(falls) if len(attacks) == 1 else [_amount(attack) for attack in attacks]
+            if len(attacks) > 1:
+                sizes = [_amount(attack) for attack in attacks]
+            else:
+                sizes = _grid(falls) or ([float(largest)] if largest else [])
             rows += [
                 (
                     name,
@@ -196,6 +201,8 @@ def told(contrasts: pd.DataFrame) -> list[str]:
 
 def _sentence(row: Any) -> str:
     place = f"{row.region} ({row.region_share:.0%} of the image)"
+    if np.isnan(row.region_share):
+        return f"{row.attack} confined to {row.region}: no image is known to have been attacked there and in controls."
     if not row.images:
         return f"{row.attack} confined to {place} and in controls of equal area fools none of the images read rightly."
     if row.measure == "fooled":
@@ -205,8 +212,8 @@ def _sentence(row: Any) -> str:
             apart += f", 95% from {100 * row.low:+.0f} to {100 * row.high:+.0f}"
     else:
         seen = (
-            f"{row.attack} confined to {place} needs {_in_steps(row.here, row.norm)}, in controls of equal area "
-            f"{_in_steps(row.there, row.norm)}"
+            f"{row.attack} confined to {place} needs {_least(row.held_here)}{_in_steps(row.here, row.norm)}, in "
+            f"controls of equal area {_least(row.held_there)}{_in_steps(row.there, row.norm)}"
         )
         apart = f"{2**row.difference:.2f} times as much there"
         if np.isfinite(row.low):
@@ -216,6 +223,10 @@ def _sentence(row: Any) -> str:
     else:
         verdict = "a weak region" if row.difference > 0 else "stronger than controls"
     return f"{seen} ({apart}; q {_p(row.q)}): {verdict}."
+
+
+def _least(held: float) -> str:
+    return "at least " if held else ""
 
 
 def _in_steps(size: float, norm: str) -> str:
@@ -268,15 +279,22 @@ def _falls(run: Run, attacks: Sequence[AttackPlan], region: str, norm: str) -> N
     """(images,) the size at which each fell, infinite where it held."""
     import pandas as pd
 
-    found = []
+    found, missing = [], []
     for attack in attacks:
         table = _cell(run, attack.label, region, ["index", "success", "correct", norm])
-        table = table[table["correct"].fillna(False) & table["success"].notna()]
+        table = table[table["correct"].fillna(False)]
+        if len(attacks) > 1:
+            unknown = table.loc[table["success"].isna(), "index"]
+            missing.append(pd.Series(_amount(attack), index=unknown.to_numpy(), dtype=float))
+        table = table[table["success"].notna()]
         size = table[norm].to_numpy(float) if len(attacks) == 1 else np.full(len(table), _amount(attack))
         size = np.where(table["success"].to_numpy(bool), size, np.inf)
         found.append(pd.Series(size, index=table["index"].to_numpy()))
-    every = pd.concat(found)
-    return every.groupby(level=0).min().to_numpy(float)
+    falls = pd.concat(found).groupby(level=0).min()
+    if missing:  # who is unknown at a smaller budget may have fallen there
+        least = pd.concat(missing).groupby(level=0).min().reindex(falls.index)
+        falls = falls[~(least < falls)]
+    return falls.to_numpy(float)
 
 
 def _grid(falls: NDArray[np.float64]) -> list[float]:
@@ -297,15 +315,15 @@ def _side_by_side(run: Run, attack: str, region: str, control: str, norm: str | 
 
 def _sizes(
     run: Run, attack: str, found: pd.DataFrame, norm: str
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Smallest sizes here and there of the images that fell in either."""
+) -> tuple[NDArray[np.float64], NDArray[np.float64], tuple[float, float]]:
+    """Smallest sizes here and there of the images that fell in either, and the shares that held in the one."""
     query = f"select max({norm}) from records where success and attack = $attack"  # noqa: S608 - linf, l1 or l2
     (worst,) = run.sql(query, attack=attack).fetchall()[0]
     fell = [found[side].to_numpy(bool) for side in ("success", "success_there")]
     sizes = [found[side].to_numpy(float) for side in (norm, f"{norm}_there")]
     here, there = (np.where(ok, size, worst or np.nan) for ok, size in zip(fell, sizes, strict=True))
     kept = (fell[0] | fell[1]) & (here > 0) & (there > 0)
-    return here[kept], there[kept]
+    return here[kept], there[kept], (_mean(~fell[0][kept]), _mean(~fell[1][kept]))
 
 
 def _cell(run: Run, attack: str, region: str, columns: Sequence[str]) -> pd.DataFrame:

@@ -67,7 +67,10 @@ class Condition:
                 f"fail-if is {text!r}; accepted is a condition such as robust_accuracy < 0.4"
             ) from None
         self.names: list[str] = []
-        self._check(self.tree, names)
+        try:
+            self._check(self.tree, names)
+        except RecursionError:
+            raise ValueError(f"fail-if has {len(self.text)} characters; accepted are fewer") from None
         if not isinstance(self.tree, ast.Compare | ast.BoolOp) and not (
             isinstance(self.tree, ast.UnaryOp) and isinstance(self.tree.op, ast.Not)
         ):
@@ -118,6 +121,19 @@ class Condition:
         seen = ", ".join(f"{name} is {_shown(row[name])}" for name in dict.fromkeys(self.names))
         return Verdict(self.text, words, holds, f"{self.text}: {seen}")
 
+    def _together(self, node: ast.BoolOp, row: Row) -> bool:
+        """What and, or make of their parts; one that is missing counts only where no other decides."""
+        every, unknown = isinstance(node.op, ast.And), None
+        for part in node.values:  # noqa: PD011
+            try:
+                if bool(self._value(part, row)) != every:
+                    return not every
+            except _UnknownError as error:
+                unknown = unknown or error
+        if unknown is not None:
+            raise unknown
+        return every
+
     def _value(self, node: ast.AST, row: Row) -> Any:
         match node:
             case ast.Name():
@@ -128,11 +144,7 @@ class Condition:
             case ast.Constant():
                 return node.value
             case ast.BoolOp():
-                every = isinstance(node.op, ast.And)
-                for part in node.values:  # noqa: PD011
-                    if bool(self._value(part, row)) != every:
-                        return not every
-                return every
+                return self._together(node, row)
             case ast.Compare():
                 left = self._value(node.left, row)
                 for sign, part in zip(node.ops, node.comparators, strict=True):
@@ -144,7 +156,10 @@ class Condition:
                     left = right
                 return True
             case ast.BinOp():
-                return OPERATIONS[type(node.op)](self._value(node.left, row), self._value(node.right, row))
+                sides = self._value(node.left, row), self._value(node.right, row)
+                if any(isinstance(side, str) for side in sides):
+                    raise TypeError("a text is no number")
+                return OPERATIONS[type(node.op)](*sides)
             case ast.UnaryOp():
                 return OPERATIONS[type(node.op)](self._value(node.operand, row))
         raise TypeError(f"{type(node).__name__} is not understood")
@@ -200,6 +215,8 @@ def _shown(value: Any) -> str:
 def _legal(text: str) -> str:
     """Without characters that XML does not know."""
     return "".join(
-        char if char in "\t\n" or 32 <= ord(char) < 0xD800 or 0xE000 <= ord(char) < 0xFFFE else "?"
+        char
+        if char in "\t\n" or 32 <= ord(char) < 0xD800 or 0xE000 <= ord(char) < 0xFFFE or ord(char) > 0xFFFF
+        else "?"
         for char in text
     )

@@ -141,11 +141,18 @@ def _heading(run: Run, summary: Summary | None) -> Heading:
     )
     subtitle = f"{attacks}; each in {counted(len(plan.regions), 'region')}."
     if summary is None or not summary.images:
-        return Heading(f"Where {name} is weak", subtitle, warning, [], ["There are no records yet."])
+        nothing = "No image could be read." if run.complete else "There are no records yet."
+        facts = [(f"{skipped:,}", "skipped, as they could not be read")] if skipped else []
+        return Heading(f"Where {name} is weak", subtitle, warning, facts, [nothing])
     bounded = bounded_attacks(plan)
     known = [cell for cell in summary.cells if cell.images]
     known = [cell for cell in known if cell.attack in bounded] or known
-    facts = [(f"{summary.images:,}", "images attacked")]
+    facts = [
+        (
+            f"{summary.images:,}",
+            "images attacked" if known else "images read, of none of which an end is known",
+        )
+    ]
     if not math.isnan(summary.clean_accuracy):
         facts.append((percent(summary.clean_accuracy), "read as their label with nothing changed"))
     if known:

@@ -10,7 +10,7 @@ import numpy as np
 
 from weakspot.runs.findings import bounded_attacks, region_contrasts, score_findings, told
 from weakspot.runs.run import Run
-from weakspot.statistics import mean_interval, share_interval
+from weakspot.statistics import mean_interval, share_interval, sign_flip_test
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +24,7 @@ class CellSummary:
         attack: its label.
         budget: of the attack, or None.
         region: as the plan has it.
-        region_share: of the image, on the mean over images.
+        region_share: of the image, on the mean over the images that are known; NaN where there are none.
         images: of which it is known how the attack ended.
         robust_accuracy: share of these that are still read as their label.
         low: lower end of its 95% interval over images; NaN of a single image.
@@ -88,7 +88,7 @@ def summarize(run: Run) -> Summary:
                 attack.label,
                 attack.budget,
                 region,
-                float(mine["region_share"].mean()),
+                float(mine.loc[mine["success"].notna(), "region_share"].mean()),
                 len(known),
                 robust,
                 low,
@@ -112,12 +112,14 @@ def cell_table(run: Run, summary: Summary) -> pd.DataFrame:
     """A row for each attack and region: what a gate can be asked about.
 
     Returns:
-        Columns attack, budget, region, region_share, images, robust_accuracy, robust_low, robust_high, clean_accuracy,
-        troubled, skipped, and of every score its mean, NAME_low and NAME_high.
+        Columns attack, budget ("" where the attack looks for the smallest change), region, region_share, images,
+        robust_accuracy, robust_low, robust_high, clean_accuracy, troubled, skipped, and of every score its mean,
+        NAME_low and NAME_high.
     """
     import pandas as pd
 
     table = pd.DataFrame([asdict(cell) for cell in summary.cells])
+    table["budget"] = table["budget"].fillna("")
     table = table.rename(columns={"low": "robust_low", "high": "robust_high"})
     table = table.assign(clean_accuracy=summary.clean_accuracy, skipped=len(run.skipped))
     for score, rows in score_findings(run).groupby("score", sort=False):
@@ -144,7 +146,8 @@ def weakest(cells: list[CellSummary], found: pd.DataFrame) -> str:
     cell = min(confined, key=lambda one: one.robust_accuracy)
     if cell.robust_accuracy == 1:
         where = ", ".join(dict.fromkeys(one.region for one in confined))
-        return f"No image fell to an attack confined to a region ({where}): the run tells no region from another."
+        attacks = ", ".join(dict.fromkeys(one.attack for one in confined))
+        return f"No image fell to {attacks} confined to a region ({where})."
     said = (
         f"{cell.attack} does most in {cell.region} ({cell.region_share:.0%} of the image): confined to it, it "
         f"leaves {_figure(cell)} still read as their class"
@@ -166,8 +169,9 @@ def _apart(cell: CellSummary, rival: CellSummary, found: pd.DataFrame) -> str:
     for one in (cell, rival):
         mine = found[(found["attack"] == one.attack) & (found["region"] == one.region)]
         fell.append(mine.set_index("index")["success"].astype("Float64"))
-    mean, low, high = mean_interval((fell[0] - fell[1]).dropna().to_numpy(float))
-    if not low > 0:
+    differences = (fell[0] - fell[1]).dropna().to_numpy(float)
+    mean, low, high = mean_interval(differences)
+    if not low > 0 or sign_flip_test(differences) > 0.05:
         return "a difference that chance can explain"
     return f"{100 * mean:.0f} points more [{100 * low:.0f}, {100 * high:.0f}]"
 
