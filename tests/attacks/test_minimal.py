@@ -319,3 +319,19 @@ def test_what_does_not_fit_is_refused_by_name(attack: Attack, argument: str, val
         pytest.raises(ValueError, match=rf"^{argument} is {value}; accepted[^\n]*$"),
     ):
         attack(model, images, predicted(model, images), **{"steps": 10, argument: value})
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e21])
+def test_fmn_finds_the_boundary_of_steep_and_of_flat_networks(norm: str, scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2, bias=False)).eval()
+    model[1].weight.data = scale * torch.randn(2, 48, generator=generator)
+    images = 0.3 + 0.4 * torch.rand(4, 3, 4, 4, generator=generator)
+    labels = model(images).argmax(1)
+    found = fmn(model, images, labels, norm=norm)
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(48, 2, bias=False)).eval()
+    plain[1].weight.data = model[1].weight.data / scale
+    expected = fmn(plain, images, labels, norm=norm)
+    assert bool(found.success.all())
+    torch.testing.assert_close(found.adversarial, expected.adversarial, rtol=1e-3, atol=1e-3)

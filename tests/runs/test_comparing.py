@@ -140,3 +140,17 @@ def test_attacks_that_differ_leave_clean_accuracy(before: Run, pictures: Path) -
     assert list(found.table["score"]) == ["clean_accuracy"]
     assert found.sentence() == "No attack and region was run in both: there is nothing to compare."
     assert found.as_mapping()["scores"][0]["difference"] == 0
+
+
+def test_a_run_without_a_record_is_one_sentence(before: Run, pictures: Path) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out = pictures.parent / "begun"
+    with pytest.raises(KeyboardInterrupt):
+        audit(small_plan(pictures, maps=False), out, watch=stop)
+    assert not (out / "records.parquet").exists()
+    assert not list(out.glob("shards/*.parquet"))
+    for pair in ((before, Run(out)), (Run(out), before)):
+        with pytest.raises(ValueError, match=r"begun has no records yet$"):
+            compare(*pair)

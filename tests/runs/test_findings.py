@@ -15,8 +15,10 @@ from PIL import Image
 
 from tests.runs.fixtures import draw_pictures, networks, pictures, small_plan  # noqa: F401 - fixtures
 from weakspot.runs import AttackPlan, ModelPlan, Plan, Run, audit, summarize
+from weakspot.runs.comparing import compare
 from weakspot.runs.findings import bounded_attacks, budget_curves, region_contrasts, score_findings, told
 from weakspot.runs.records import FILE
+from weakspot.runs.summary import CellSummary, weakest
 from weakspot.statistics import false_discovery, mean_interval
 
 QUADRANT = """
@@ -280,3 +282,62 @@ def test_findings_of_a_complete_run_are_computed_once_and_belong_to_who_asks(
     asked.clear()
     region_contrasts(run)
     assert asked
+
+
+def test_a_region_where_nothing_falls_has_its_curve_and_its_control_a_least_size(weak: Run) -> None:
+    records = weak.records
+    region = weak.plan.regions[0]
+    smallest = records["attack"] == "fmn"
+    records.loc[smallest, "success"] = records["region"] == region
+    records.loc[smallest, "linf"] = 0.1
+    records.to_parquet(weak.folder / FILE)
+    run = Run(weak.folder)
+    curves = budget_curves(run)
+    (flat,) = rows(curves[(curves["attack"] == "fmn") & curves["control"]])
+    assert (flat.size, flat.fooled, flat.images) == (0.1, 0.0, 30)
+    found = region_contrasts(run)
+    (row,) = rows(found[found["attack"] == "fmn"])
+    assert (row.held_here, row.held_there) == (0.0, 1.0)
+    assert any(
+        "in controls of equal area at least 26/255" in sentence for sentence in told(region_contrasts(run))
+    )
+
+
+def test_an_image_unknown_at_a_smaller_budget_is_in_no_curve(weak: Run) -> None:
+    records = weak.records
+    lost = (records["attack"] == "pgd linf:8/255 steps=20") & (records["index"] < 10)
+    records["success"] = records["success"].astype("boolean").mask(lost)
+    held = (records["attack"] == "pgd linf:2/255 steps=20") & (records["index"] == 0)
+    records["success"] = records["success"].mask(records["attack"] == "pgd linf:2/255 steps=20", held)
+    records.to_parquet(weak.folder / FILE)
+    curves = budget_curves(Run(weak.folder))
+    assert set(curves[curves["attack"] == "pgd steps=20"]["images"]) == {
+        21
+    }  # the first fell before it was lost
+
+
+def test_two_images_prove_no_region_weaker(planted: Path) -> None:
+    found = pd.DataFrame(
+        {"attack": "pgd", "region": region, "index": [0, 1], "success": fell}
+        for region, fell in (("cam", [True, True]), ("background", [False, False]))
+    ).explode(["index", "success"])
+    cells = [
+        CellSummary("pgd", "linf:1/255", region, 0.3, 2, held, 0.1, 0.9, 0)
+        for region, held in (("cam", 0.0), ("background", 1.0))
+    ]
+    assert "a difference that chance can explain" in weakest(cells, found)
+
+
+def test_areas_are_those_of_images_that_were_attacked_and_nothing_is_no_robustness(networks: Path) -> None:  # noqa: F811
+    draw_pictures(networks / "few", 3)
+    plan = small_plan(
+        networks / "few", model=ModelPlan("audited_networks:mute", size=SIZE), controls=True, regions=("cam",),
+        analyses=(), maps=False,
+    )  # fmt: skip
+    run = audit(plan, networks / "mute")
+    summary = summarize(run)
+    assert all(np.isnan(cell.region_share) for cell in summary.cells)
+    assert all("no image is known to have been attacked" in sentence for sentence in summary.regions)
+    compared = compare(run, run)
+    assert compared.images == 3
+    assert compared.sentence().startswith("Of no image is it known in both runs")

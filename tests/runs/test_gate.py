@@ -101,3 +101,22 @@ def test_junit_counts_failures_and_holds_any_text() -> None:
     cases = root.findall("testsuite/testcase")
     assert [case.find("failure") is not None for case in cases] == [True, False]
     assert cases[0].attrib["classname"] == 'p<g>&"d???'
+
+
+@pytest.mark.parametrize(
+    ("text", "failed"),
+    [
+        ("low < 0 and attack == 'fmn'", False),
+        ("attack == 'fmn' and low < 0", False),
+        ("low < 0 or images == 40", True),
+        ("low < 0 and attack == 'pgd'", True),
+        ("attack * 2 == 'pgdpgd'", True),
+    ],
+)
+def test_what_is_not_known_counts_only_where_no_other_part_decides(text: str, failed: bool) -> None:
+    assert Condition(text, NAMES).judge({**ROW, "low": float("nan")}, "pgd").failed == failed
+
+
+def test_signs_beyond_the_first_plane_reach_the_file() -> None:
+    (verdict,) = judge(["images > 1"], pd.DataFrame([ROW]), lambda _: "\U0001f431\x00")
+    assert "\U0001f431?" in junit([verdict], "suite")

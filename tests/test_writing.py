@@ -1,0 +1,48 @@
+"""Files are there whole, or not at all; pipes and links stay what they are."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from weakspot.writing import write_whole
+
+
+def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("before")
+
+    def fail(draft: Path) -> None:
+        draft.write_text("half")
+        raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        write_whole(path, fail)
+    assert path.read_text() == "before"
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_what_a_link_points_to_is_replaced_and_the_link_stays(tmp_path: Path, durable: bool) -> None:
+    (tmp_path / "target").write_text("before")
+    (tmp_path / "link").symlink_to("target")
+    write_whole(tmp_path / "link", lambda draft: draft.write_text("after"), durable=durable)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "after"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipes by name there")
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    write_whole(pipe, lambda draft: draft.write_text("after"))
+    reader.join(10)
+    assert read == ["after"]
+    assert pipe.is_fifo()
