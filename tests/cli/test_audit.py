@@ -41,7 +41,7 @@ def test_a_folder_is_audited_and_told_in_a_table_and_a_sentence(
         "robust",
         "background",
         "pixels",
-        " does most in ",
+        "No image fell to pgd, pixels confined to a region (cam, background).",
         "4 images audited",
         "predictions",
     ):
