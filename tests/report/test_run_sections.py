@@ -156,3 +156,10 @@ def test_colours_of_a_chart_are_those_of_the_page() -> None:
     assert "var(--series-0)" in spec
     assert "#" not in spec
     assert "http" not in spec + str(CONFIG)
+
+
+def test_a_curve_that_begins_later_is_doubted_too() -> None:
+    found = curves(images=3)
+    found = found[~(found["control"] & (found["size"] < 0.04))]
+    section = budget_section(found, NONE)
+    assert "the intervals there cannot tell it from matched:cam" in section.sentences[0]

@@ -120,3 +120,8 @@ def test_what_is_not_known_counts_only_where_no_other_part_decides(text: str, fa
 def test_signs_beyond_the_first_plane_reach_the_file() -> None:
     (verdict,) = judge(["images > 1"], pd.DataFrame([ROW]), lambda _: "\U0001f431\x00")
     assert "\U0001f431?" in junit([verdict], "suite")
+
+
+def test_a_sum_too_long_to_be_read_is_one_sentence() -> None:
+    with pytest.raises(ValueError, match="fail-if"):
+        Condition("+".join(["images"] * 5000) + " > 1", NAMES)
