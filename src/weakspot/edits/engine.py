@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from weakspot.edits.recording import CannotRecordError, Recording, Slot, Step
-from weakspot.edits.rules import SITEWISE, apply, layout_after, needs_clean
+from weakspot.edits.merging import in_place, merged
+from weakspot.edits.recording import CannotRecordError, Recording
+from weakspot.edits.rules import apply, layout_after, needs_clean
 from weakspot.edits.sliding import State
 from weakspot.edits.windows import Layout, Map, Windows, as_seen, as_sites, whole
 
-FRESH = {"convolution", "addmm", "add", "native_batch_norm", "_native_batch_norm_legit_no_training"}
 ROOM = 0.6  # windows that take more of a map are computed as whole maps
+LARGEST = (
+    24 * 2**20
+)  # bytes of a tensor of whole maps; malloc takes larger ones anew from the system each time
+FEWEST = 4  # edits at once; fewer cost more each
 
 
 class Engine:
@@ -29,13 +31,16 @@ class Engine:
     def __init__(self, recording: Recording, images: Tensor, *, full_batch: int) -> None:
         """Run the recording once on the images (N, C, H, W) and keep the maps that edits may need."""
         self.recording, self.full_batch = recording, full_batch
-        merged = _padding_merged(recording.steps)
-        kept = {slot for step in merged for slot in step.inputs if needs_clean(step, "maps")}
-        self._steps = steps = _in_place(merged, kept)
+        steps = merged(recording.steps, recording.logits)
+        kept = {slot for step in steps for slot in step.inputs if needs_clean(step, "maps")}
+        self._steps = steps = in_place(steps, kept)
         self._last = {slot: number for number, step in enumerate(steps) for slot in step.inputs}
         self._last[recording.logits] = len(steps)
         self._cleans: dict[int, Map] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
+        self._bytes = [0] * (
+            len(steps) + 1
+        )  # of the largest tensor that a step or one after it makes, an image
         layouts: dict[int, Layout | None] = {}
         values: dict[int, Any] = {}
         self._take(0, images, "maps", layouts, values, kept)
@@ -44,12 +49,19 @@ class Engine:
                 result = step.run(values, len(images), recording.count)
                 for slot, value in zip(step.outputs, result if step.several else [result], strict=True):
                     if isinstance(value, Tensor) and slot in self._last:
+                        self._bytes[number] = max(self._bytes[number], value.nbytes // len(images))
                         layout = layout_after(step, layouts, value)
                         if layout == "rows":
                             self._sizes[slot] = self._sizes[step.inputs[0]]
                         self._take(slot, value, layout, layouts, values, kept)
                 self._drop(values, step.inputs, number)
         self.logits: Tensor = values[recording.logits].flatten(1)
+        self._bytes = list(accumulate(reversed(self._bytes), max))[::-1]
+
+    def _whole_at_once(self, number: int) -> int:
+        """For how many edits whole maps are computed at once from a step on."""
+        fits = LARGEST // max(1, self._bytes[number])
+        return min(self.full_batch, max(FEWEST, fits))
 
     def _take(
         self,
@@ -100,11 +112,12 @@ class Engine:
                 if step.several:
                     result = (result, *[None] * (len(step.outputs) - 1)) if result is not None else None
             if result is None:
-                if within and count > self.full_batch:
+                at_once = self._whole_at_once(number)
+                if within and count > at_once:
                     return torch.cat(
                         [
                             self._go_on(number, _selected(values, rows), owners[rows], windows=windows)
-                            for rows in _slices(count, self.full_batch)
+                            for rows in _slices(count, at_once)
                         ]
                     )
                 for slot in set(within):
@@ -119,53 +132,6 @@ class Engine:
             raise CannotRecordError("its logits have sites")
         logits: Tensor = found.flatten(1)
         return logits
-
-
-def _padding_merged(steps: Sequence[Step]) -> list[Step]:
-    """The steps; zero padding that a convolution alone reads, and could do itself, is done by it."""
-    readers = Counter(slot for step in steps for slot in step.inputs)
-    padded: dict[int, tuple[int, list[int]]] = {}
-    found = []
-    for step in steps:
-        if step.name == "constant_pad_nd" and readers[step.outputs[0]] == 1 and len(step.inputs) == 1:
-            widths, value = list(step.arguments[1]), (*step.arguments, 0)[2]
-            if (
-                len(widths) == 4
-                and value == 0
-                and widths[0] == widths[1] >= 0
-                and widths[2] == widths[3] >= 0
-            ):
-                padded[step.outputs[0]] = (step.inputs[0], [widths[2], widths[0]])
-                found.append(step)
-                continue
-        if step.name == "convolution" and step.inputs[0] in padded and not step.arguments[6]:
-            source, widths = padded[step.inputs[0]]
-            own = step.arguments[4] if len(step.arguments[4]) == 2 else step.arguments[4] * 2
-            both = [width + more for width, more in zip(own, widths, strict=True)]
-            arguments = (Slot(source), *step.arguments[1:4], both, *step.arguments[5:])
-            found = [one for one in found if step.inputs[0] not in one.outputs]
-            found.append(replace(step, arguments=arguments, inputs=(source,)))
-            continue
-        found.append(step)
-    return found
-
-
-def _in_place(steps: Sequence[Step], kept: set[int]) -> list[Step]:
-    """The steps; activation functions of what nothing else reads write into it, which spares memory and time."""
-    made = {slot: step.name for step in steps for slot in step.outputs}
-    readers = Counter(slot for step in steps for slot in step.inputs)
-
-    def thrifty(step: Step) -> Step:
-        twin = getattr(getattr(torch.ops.aten, f"{step.name}_", None), "default", None)
-        if getattr(step.call, "_overloadname", "") != "default":
-            return step
-        if step.name not in SITEWISE or twin is None or len(step.inputs) != 1:
-            return step
-        (read,) = step.inputs
-        alone = readers[read] == 1 and read not in kept and made.get(read) in FRESH
-        return replace(step, call=twin) if alone else step
-
-    return [thrifty(step) for step in steps]
 
 
 def _selected(values: dict[int, Any], rows: slice) -> dict[int, Any]:

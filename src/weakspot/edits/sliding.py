@@ -35,16 +35,28 @@ class State:
 
 def convolution(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
     """Any but transposed ones."""
-    _, weight, bias, stride, padding, dilation, transposed, _, groups = step.arguments
+    _, weight, bias, stride, padding, dilation, transposed, *rest = step.arguments
     if transposed or weight.ndim != 4 or len(step.inputs) != 1:
         return None
 
     def convolve(maps: Tensor) -> Tensor:
-        return F.conv2d(maps, weight, bias, _pair(stride), 0, _pair(dilation), groups)
+        found: Tensor = step.call(maps, weight, bias, stride, (0, 0), dilation, transposed, *rest)
+        return found
 
+    if is_pointwise(step):
+        windows: Windows = values[step.inputs[0]]
+        return windows.changed(convolve(windows.seen()))
     return _sliding(
         state, step, values, convolve, weight.shape[2:], _pair(stride), _pair(padding), _pair(dilation), 0.0
     )
+
+
+def is_pointwise(step: Step) -> bool:
+    """Whether it is a convolution of each site's own channels."""
+    if step.name != "convolution" or len(step.inputs) != 1:
+        return False
+    _, weight, _, stride, padding, _, transposed, *_ = step.arguments
+    return weight.shape[2:] == (1, 1) and not transposed and set(stride) == {1} and set(padding) == {0}
 
 
 def max_pool(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
