@@ -18,7 +18,7 @@ ROOM = 0.6  # windows that take more of a map are computed as whole maps
 LARGEST = (
     24 * 2**20
 )  # bytes of a tensor of whole maps; malloc takes larger ones anew from the system each time
-FEWEST = 4  # edits at once; fewer cost more each
+FEWEST = 4
 
 
 class Engine:
@@ -34,34 +34,36 @@ class Engine:
         steps = merged(recording.steps, recording.logits)
         kept = {slot for step in steps for slot in step.inputs if needs_clean(step, "maps")}
         self._steps = steps = in_place(steps, kept)
-        self._last = {slot: number for number, step in enumerate(steps) for slot in step.inputs}
-        self._last[recording.logits] = len(steps)
+        last = {slot: number for number, step in enumerate(steps) for slot in step.inputs}
+        last[recording.logits] = len(steps)
+        self._read = frozenset(last)
+        self._done_with = [{slot for slot in step.inputs if last[slot] == k} for k, step in enumerate(steps)]
         self._cleans: dict[int, Map] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
-        self._bytes = [0] * (
-            len(steps) + 1
-        )  # of the largest tensor that a step or one after it makes, an image
         layouts: dict[int, Layout | None] = {}
         values: dict[int, Any] = {}
+        room = {0: images.nbytes}  # bytes, by slot
         self._take(0, images, "maps", layouts, values, kept)
         with torch.no_grad():
             for number, step in enumerate(steps):
                 result = step.run(values, len(images), recording.count)
                 for slot, value in zip(step.outputs, result if step.several else [result], strict=True):
-                    if isinstance(value, Tensor) and slot in self._last:
-                        self._bytes[number] = max(self._bytes[number], value.nbytes // len(images))
+                    if isinstance(value, Tensor) and slot in self._read:
+                        room[slot] = value.nbytes
                         layout = layout_after(step, layouts, value)
                         if layout == "rows":
                             self._sizes[slot] = self._sizes[step.inputs[0]]
                         self._take(slot, value, layout, layouts, values, kept)
-                self._drop(values, step.inputs, number)
+                self._drop(values, number)
         self.logits: Tensor = values[recording.logits].flatten(1)
-        self._bytes = list(accumulate(reversed(self._bytes), max))[::-1]
+        most = [max(room.get(slot, 0) for slot in (*step.inputs, *step.outputs)) for step in steps]
+        self._room = [most // len(images) for most in accumulate(reversed(most), max)][::-1]
 
     def _whole_at_once(self, number: int) -> int:
         """For how many edits whole maps are computed at once from a step on."""
-        fits = LARGEST // max(1, self._bytes[number])
-        return min(self.full_batch, max(FEWEST, fits))
+        if self.logits.device.type != "cpu":
+            return self.full_batch
+        return min(self.full_batch, max(FEWEST, LARGEST // max(1, self._room[number])))
 
     def _take(
         self,
@@ -81,10 +83,9 @@ class Engine:
         if slot in kept:
             self._cleans[slot] = Map(as_sites(value, layout, self._sizes[slot]), layout)
 
-    def _drop(self, values: dict[int, Any], slots: tuple[int, ...], number: int) -> None:
-        for slot in set(slots):
-            if self._last[slot] == number:
-                values.pop(slot, None)
+    def _drop(self, values: dict[int, Any], number: int) -> None:
+        for slot in self._done_with[number]:
+            values.pop(slot, None)
 
     def edited(self, owners: Tensor, tops: Tensor, lefts: Tensor, patches: Tensor) -> Tensor:
         """(M, K) logits with patches (M, C, h, w) at (tops, lefts) of the images numbered `owners`, each (M,)."""
@@ -106,8 +107,7 @@ class Engine:
             step = steps[number]
             within = [slot for slot in step.inputs if isinstance(values[slot], Windows)]
             result: Any = None
-            others_wanted = any(slot in self._last for slot in step.outputs[1:])
-            if windows and within and not others_wanted:
+            if windows and within and self._read.isdisjoint(step.outputs[1:]):
                 result = apply(state, step, values)
                 if step.several:
                     result = (result, *[None] * (len(step.outputs) - 1)) if result is not None else None
@@ -125,8 +125,8 @@ class Engine:
                     values[slot] = as_seen(whole(values[slot], clean, owners), clean.layout)
                 result = step.run(values, count, self.recording.count)
             parts = zip(step.outputs, result if step.several else [result], strict=True)
-            values.update({slot: part for slot, part in parts if slot in self._last and part is not None})
-            self._drop(values, step.inputs, number)
+            values.update({slot: part for slot, part in parts if slot in self._read and part is not None})
+            self._drop(values, number)
         found = values[self.recording.logits]
         if isinstance(found, Windows):
             raise CannotRecordError("its logits have sites")

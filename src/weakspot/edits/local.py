@@ -55,12 +55,12 @@ class Edits:
         self.prepared = prepare(classifier, images[:1]) if prepared is None else prepared
         usual, largest = default_batch(images), batch_size or 2**30
         self._whole_batch = min(usual, largest)
-        self._chunk = min(16 * usual, LARGEST_CHUNK, largest)
+        self._chunk = min(24 * usual, LARGEST_CHUNK, largest)
         self._seconds: dict[tuple[int, int], _Seconds] = {}
         self._engine = None
         if self.prepared.recording is not None:
             self._engine = Engine(
-                self.prepared.recording, images, full_batch=min(4 * usual, LARGEST_CHUNK // 4, largest)
+                self.prepared.recording, images, full_batch=min(LARGEST_CHUNK // 2, largest)
             )
 
     def logits(

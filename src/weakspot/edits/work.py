@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from weakspot.edits.engine import Engine
+from weakspot.edits.merging import FUSED
 from weakspot.edits.recording import Recording
 
 
@@ -17,8 +18,13 @@ def work_saved(recording: Recording, image: Tensor) -> float:
     """
     engine = Engine(recording, image, full_batch=1)
     top, left = (torch.tensor([size // 2], device=image.device) for size in image.shape[2:])
-    with FlopCounterMode(display=False) as by_windows:
+    fused = {} if FUSED is None else {FUSED: _of_fused}
+    with FlopCounterMode(display=False, custom_mapping=fused) as by_windows:
         engine.edited(torch.zeros_like(top), top, left, image[:, :, :1, :1])
-    with FlopCounterMode(display=False) as whole:
+    with FlopCounterMode(display=False, custom_mapping=fused) as whole:
         engine.replayed(image)
     return float(whole.get_total_flops()) / float(max(1e-9, by_windows.get_total_flops()))
+
+
+def _of_fused(maps: list[int], weight: list[int], *_: object, out_shape: list[int], **__: object) -> int:
+    return conv_flop_count(maps, weight, out_shape, transposed=False)
