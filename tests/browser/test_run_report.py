@@ -15,7 +15,8 @@ from tests.runs.fixtures import NETWORKS, draw_pictures, small_plan
 from weakspot.report.run_findings import budget_section
 from weakspot.report.run_page import Heading, run_page
 from weakspot.runs import Run, audit, write_run_report
-from weakspot.runs.findings import CONTRASTS, CURVES
+from weakspot.runs.contrasts import CONTRASTS
+from weakspot.runs.curves import CURVES
 
 __all__ = ["browser"]  # a fixture
 pytestmark = [pytest.mark.browser, pytest.mark.slow]

@@ -13,7 +13,9 @@ from weakspot.report.run_findings import budget_section, depth_section, finding_
 from weakspot.report.run_page import SHOWN, Heading, run_page
 from weakspot.report.run_sections import class_section, robust_section
 from weakspot.report.sections import Section
-from weakspot.runs.findings import CONTRASTS, CURVES, SCORES
+from weakspot.runs.contrasts import CONTRASTS
+from weakspot.runs.curves import CURVES
+from weakspot.runs.scores import SCORES
 
 NONE = pd.DataFrame(columns=list(CONTRASTS))
 

@@ -16,8 +16,11 @@ from PIL import Image
 from tests.runs.fixtures import draw_pictures, networks, pictures, small_plan  # noqa: F401 - fixtures
 from weakspot.runs import AttackPlan, ModelPlan, Plan, Run, audit, summarize
 from weakspot.runs.comparing import compare
-from weakspot.runs.findings import bounded_attacks, budget_curves, region_contrasts, score_findings, told
+from weakspot.runs.contrasts import region_contrasts, told
+from weakspot.runs.curves import budget_curves
+from weakspot.runs.plan import bounded_attacks
 from weakspot.runs.records import FILE
+from weakspot.runs.scores import score_findings
 from weakspot.runs.summary import CellSummary, weakest
 from weakspot.statistics import false_discovery, mean_interval
 

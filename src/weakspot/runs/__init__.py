@@ -2,12 +2,14 @@
 
 from weakspot.runs.auditing import Standing, audit, resume
 from weakspot.runs.comparing import Comparison, compare
-from weakspot.runs.findings import budget_curves, region_contrasts, score_findings
+from weakspot.runs.contrasts import region_contrasts
+from weakspot.runs.curves import budget_curves
 from weakspot.runs.folder import write_run
 from weakspot.runs.plan import AttackPlan, ModelPlan, Plan
 from weakspot.runs.plan_files import read_mapping, read_plan
 from weakspot.runs.reporting import write_run_report
 from weakspot.runs.run import Run
+from weakspot.runs.scores import score_findings
 from weakspot.runs.stopping import StoppedError
 from weakspot.runs.summary import Summary, summarize
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weakspot.runs.findings import score_names
 from weakspot.runs.plan import AttackPlan
 from weakspot.runs.records import has_records
 from weakspot.runs.run import Run
+from weakspot.runs.scores import score_names
 from weakspot.statistics import false_discovery, mean_intervals, sign_flip_test
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from weakspot.report.run_images import overlaid, picture, pixelated
 from weakspot.report.run_words import counted, heading
 from weakspot.report.sections import Thumbnail
 from weakspot.report.words import number
-from weakspot.runs.findings import bounded_attacks
+from weakspot.runs.plan import bounded_attacks
 from weakspot.runs.run import Run
 
 SHOWN = 12  # at either end

@@ -225,3 +225,16 @@ def _labelled(attacks: Iterable[AttackPlan]) -> tuple[AttackPlan, ...]:
 def _in_full(attack: AttackPlan) -> str:
     settings = [f"{key}={value}" for key, value in attack.settings]
     return " ".join([attack.name, *([attack.budget] if attack.budget else []), *settings])
+
+
+def norm_of(attack: AttackPlan) -> str | None:
+    """Of an attack that looks for the smallest change, the norm in which it does; else None."""
+    own = {"carlini_wagner": "l2", "elastic_net": "l1"}
+    if attack.name == "fmn":
+        return str(dict(attack.settings).get("norm", "linf"))
+    return own.get(attack.name)
+
+
+def bounded_attacks(plan: Plan) -> list[str]:
+    """Labels of the attacks whose success is news: those that look for the smallest change find one nearly always."""
+    return [attack.label for attack in plan.attacks if norm_of(attack) is None]

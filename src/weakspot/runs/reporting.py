@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weakspot.runs.findings import bounded_attacks
+from weakspot.runs.plan import bounded_attacks
 from weakspot.runs.records import has_records
 from weakspot.runs.run import Run
 from weakspot.runs.summary import Summary, summarize
@@ -92,9 +92,11 @@ def _sections(run: Run, summary: Summary) -> list[Section]:
         image_section,
         robust_section,
     )
+    from weakspot.runs.contrasts import region_contrasts
+    from weakspot.runs.curves import budget_curves
     from weakspot.runs.depths import depths
     from weakspot.runs.extremes import extremes
-    from weakspot.runs.findings import budget_curves, region_contrasts, score_findings
+    from weakspot.runs.scores import score_findings
     from weakspot.runs.tallies import classes, distributions
 
     spread, found, ends = distributions(run), classes(run), extremes(run)

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weakspot.runs.findings import bounded_attacks, region_contrasts, score_findings, told
+from weakspot.runs.contrasts import region_contrasts, told
+from weakspot.runs.plan import bounded_attacks
 from weakspot.runs.run import Run
+from weakspot.runs.scores import score_findings
 from weakspot.statistics import mean_interval, share_interval, sign_flip_test
 
 if TYPE_CHECKING:
