@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -12,9 +13,11 @@ from weakspot.report.charts import CONFIG
 from weakspot.report.run_findings import budget_section, depth_section, finding_section
 from weakspot.report.run_page import SHOWN, Heading, run_page
 from weakspot.report.run_sections import class_section, robust_section
+from weakspot.report.run_words import class_sentences
 from weakspot.report.sections import Section
 from weakspot.runs.contrasts import CONTRASTS
 from weakspot.runs.curves import CURVES
+from weakspot.runs.depths import FEW
 from weakspot.runs.scores import SCORES
 
 NONE = pd.DataFrame(columns=list(CONTRASTS))
@@ -140,6 +143,34 @@ def many_classes(count: int) -> Section:
     return class_section(
         classes, per, landings, pd.DataFrame(columns=["attack", "region", "label", "landed", "fooled"])
     )
+
+
+def test_what_does_most_is_judged_over_images_not_over_classes() -> None:
+    """Ninety images of one class weigh as much as they are, however many small classes there are."""
+    labels = ["large", "small", "tiny"]
+    classes = pd.DataFrame({"label": range(3), "name": labels, "images": (90, 5, 5), "clean": 1.0})
+    rows = [
+        (label, "pgd", region, images, robust, max(0.0, robust - 0.1), min(1.0, robust + 0.1))
+        for region, shares in (("cam", (0.1, 1.0, 1.0)), ("border", (0.9, 0.0, 0.0)))
+        for label, (images, robust) in enumerate(zip((90, 5, 5), shares, strict=True))
+    ]
+    per = pd.DataFrame(rows, columns=["label", "attack", "region", "images", "robust", "low", "high"])
+    none = pd.DataFrame(columns=["label", "landed", "fooled", "of"])
+    (said, *_) = class_sentences(
+        classes, per, none
+    )  # cam leaves 19 of 100, border 81; by classes .70 and .30
+    assert "pgd in cam, which does most" in said
+    assert "large is left with 10%" in said
+
+
+def test_depths_of_few_images_have_no_interval_and_a_page() -> None:
+    few = depths(0.1).assign(images=FEW - 1, low=np.nan, high=np.nan)
+    section = depth_section(few)
+    text = page(section)
+    assert "nan" not in " ".join(section.sentences).lower()
+    assert "from five images up" in text
+    cells_ = [cell for table in section.tables for row in table.rows for cell in row]
+    assert not [cell for cell in cells_ if "nan" in str(cell).lower()]
 
 
 def test_a_thousand_classes_are_all_in_the_page_and_some_on_it() -> None:

@@ -98,6 +98,17 @@ def test_a_planted_change_is_found_and_said(before: Run) -> None:
     assert back.moved.iloc[0]["difference"] == pytest.approx(3)
 
 
+def test_labels_that_changed_are_counted(before: Run) -> None:
+    """Three of the same images carry another label in the second run."""
+    relabelled = before.folder.parent / "relabelled"
+    shutil.copytree(before.folder, relabelled)
+    records = pd.read_parquet(relabelled / FILE)
+    records.loc[records["index"] < 3, "label"] = 3  # owl, which no folder is called
+    records.to_parquet(relabelled / FILE)
+    assert "labels differ on 3 of these images" in compare(before, Run(relabelled)).remarks
+    assert not [remark for remark in compare(before, before).remarks if "labels differ" in remark]
+
+
 def test_what_only_one_has_is_said_and_left_out(before: Run, pictures: Path) -> None:
     plan = small_plan(
         pictures, attacks=(AttackPlan("pgd", settings=(("steps", 3),)), AttackPlan("fgsm")), regions=("none", "border"),

@@ -282,6 +282,18 @@ def test_odd_runs_have_sound_pages(networks: Path, count: int, changes: dict[str
     assert not re.search(r"\b(nan|inf)\b", " ".join(re.findall(r'class="said">([^<]*)', read.text)))
 
 
+def test_a_run_of_which_no_image_could_be_read_says_so(networks: Path) -> None:
+    broken = networks / "broken"
+    broken.mkdir()
+    for name in ("one.png", "two.jpg"):
+        (broken / name).write_bytes(b"not a picture")
+    folder = networks / "run"
+    read = Reader(run_report(audit(small_plan(broken, attacks=QUICK), folder)))
+    assert "No image could be read." in read.text
+    assert "skipped, as they could not be read" in read.text
+    assert "There are no records yet." not in read.text
+
+
 def test_a_network_that_answers_nothing_has_a_page(networks: Path, pictures: Path) -> None:
     plan = small_plan(pictures, attacks=QUICK)
     mute = replace(plan, model=replace(plan.model, spec="audited_networks:mute"))
