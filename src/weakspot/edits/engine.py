@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weakspot.edits.merging import in_place, merged
-from weakspot.edits.recording import CannotRecordError, Recording
+from weakspot.edits.merging import in_place
+from weakspot.edits.recording import CannotRecordError, Recording, Step
 from weakspot.edits.rules import apply, layout_after, needs_clean
 from weakspot.edits.sliding import State
 from weakspot.edits.windows import Layout, Map, Windows, as_seen, as_sites, whole
 
 ROOM = 0.6  # windows that take more of a map are computed as whole maps
-LARGEST = (
-    24 * 2**20
-)  # bytes of a tensor of whole maps; malloc takes larger ones anew from the system each time
-FEWEST = 4
+# Bytes of a tensor of whole maps: glibc takes those from 32 MiB on anew from the system each time.
+LARGEST = 28 * 2**20
+FEWEST = 4  # edits that whole maps are computed for at once, however large they are
 
 
 class Engine:
@@ -31,29 +30,36 @@ class Engine:
     def __init__(self, recording: Recording, images: Tensor, *, full_batch: int) -> None:
         """Run the recording once on the images (N, C, H, W) and keep the maps that edits may need."""
         self.recording, self.full_batch = recording, full_batch
-        steps = merged(recording.steps, recording.logits)
-        kept = {slot for step in steps for slot in step.inputs if needs_clean(step, "maps")}
-        self._steps = steps = in_place(steps, kept)
+        steps = recording.steps
+        layouts: tuple[Layout, ...] = ("maps", "sites", "rows")
+        asked = {
+            slot for step in steps for slot in step.inputs if any(needs_clean(step, one) for one in layouts)
+        }
+        self._steps = steps = in_place(steps, asked)
+        readers: dict[int, list[Step]] = {}
+        for step in steps:
+            for slot in step.inputs:
+                readers.setdefault(slot, []).append(step)
         last = {slot: number for number, step in enumerate(steps) for slot in step.inputs}
         last[recording.logits] = len(steps)
         self._read = frozenset(last)
         self._done_with = [{slot for slot in step.inputs if last[slot] == k} for k, step in enumerate(steps)]
         self._cleans: dict[int, Map] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
-        layouts: dict[int, Layout | None] = {}
+        seen_as: dict[int, Layout | None] = {}
         values: dict[int, Any] = {}
         room = {0: images.nbytes}  # bytes, by slot
-        self._take(0, images, "maps", layouts, values, kept)
+        self._take(0, images, "maps", seen_as, values, readers)
         with torch.no_grad():
             for number, step in enumerate(steps):
                 result = step.run(values, len(images), recording.count)
                 for slot, value in zip(step.outputs, result if step.several else [result], strict=True):
                     if isinstance(value, Tensor) and slot in self._read:
                         room[slot] = value.nbytes
-                        layout = layout_after(step, layouts, value)
+                        layout = layout_after(step, seen_as, value)
                         if layout == "rows":
                             self._sizes[slot] = self._sizes[step.inputs[0]]
-                        self._take(slot, value, layout, layouts, values, kept)
+                        self._take(slot, value, layout, seen_as, values, readers)
                 self._drop(values, number)
         self.logits: Tensor = values[recording.logits].flatten(1)
         most = [max(room.get(slot, 0) for slot in (*step.inputs, *step.outputs)) for step in steps]
@@ -72,7 +78,7 @@ class Engine:
         layout: Layout | None,
         layouts: dict[int, Layout | None],
         values: dict[int, Any],
-        kept: set[int],
+        readers: dict[int, list[Step]],
     ) -> None:
         values[slot], layouts[slot] = value, layout
         if layout is None:
@@ -80,7 +86,7 @@ class Engine:
         if layout != "rows":
             height, width = value.shape[2:] if layout == "maps" else value.shape[1:3]
             self._sizes[slot] = (int(height), int(width))
-        if slot in kept:
+        if any(needs_clean(step, layout) for step in readers.get(slot, ())):
             self._cleans[slot] = Map(as_sites(value, layout, self._sizes[slot]), layout)
 
     def _drop(self, values: dict[int, Any], number: int) -> None:

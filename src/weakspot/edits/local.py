@@ -55,12 +55,15 @@ class Edits:
         self.prepared = prepare(classifier, images[:1]) if prepared is None else prepared
         usual, largest = default_batch(images), batch_size or 2**30
         self._whole_batch = min(usual, largest)
-        self._chunk = min(24 * usual, LARGEST_CHUNK, largest)
+        at_once, whole = (
+            (24 * usual, LARGEST_CHUNK // 2) if images.device.type == "cpu" else (16 * usual, 4 * usual)
+        )
+        self._chunk = min(at_once, LARGEST_CHUNK, largest)
         self._seconds: dict[tuple[int, int], _Seconds] = {}
         self._engine = None
         if self.prepared.recording is not None:
             self._engine = Engine(
-                self.prepared.recording, images, full_batch=min(LARGEST_CHUNK // 2, largest)
+                self.prepared.recording, images, full_batch=min(whole, LARGEST_CHUNK // 2, largest)
             )
 
     def logits(
@@ -113,7 +116,14 @@ class Edits:
                 logits = self._engine.edited(owners, tops, lefts, patches)
                 if len(logits) == len(owners):
                     return logits
-            except (RuntimeError, IndexError, KeyError, ValueError, CannotRecordError) as error:
+            except (
+                RuntimeError,
+                LookupError,
+                TypeError,
+                ValueError,
+                AttributeError,
+                CannotRecordError,
+            ) as error:
                 if "out of memory" in str(error):
                     raise
             self._engine = None  # it cannot do what its trial did not try

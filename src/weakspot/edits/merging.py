@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from weakspot.edits.recording import Slot, Step
+from weakspot.edits.bounds import bounds
+from weakspot.edits.recording import Recording, Slot, Step
 from weakspot.edits.rules import SITEWISE
 
 FRESH = {"convolution", "addmm", "add", "native_batch_norm", "_native_batch_norm_legit_no_training"}
@@ -30,11 +32,13 @@ class Activation:
         name: by which oneDNN knows it.
         numbers: that oneDNN wants with it.
         call: the same in place, for tensors that oneDNN does not take.
+        keeps_nan: whether oneDNN makes NaN of NaN.
     """
 
     name: str
     numbers: tuple[float, ...]
     call: Callable[[Tensor], Tensor]
+    keeps_nan: bool
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,18 @@ class Convolution:
         return found if activation is None else activation.call(found)
 
 
-def merged(steps: Sequence[Step], logits: int) -> list[Step]:
-    """The steps, with padding and activations done by the convolutions that they belong to."""
-    return _activated(_padded(steps), logits)
+def merged(recording: Recording) -> Recording:
+    """The same with padding and activations done by the convolutions that they belong to."""
+    return replace(recording, steps=_activated(_padded(recording.steps), recording.logits))
+
+
+def without_growth(recording: Recording) -> Recording:
+    """The same with uneven padding done by padding: no multiplications by zeros."""
+    steps = [
+        replace(step, call=replace(step.call, grown=None)) if isinstance(step.call, Convolution) else step
+        for step in recording.steps
+    ]
+    return replace(recording, steps=steps)
 
 
 def _padded(steps: Sequence[Step]) -> list[Step]:
@@ -130,13 +143,20 @@ def _padding_taken_over(step: Step, before: Step) -> Step:
 
 
 def _activated(steps: Sequence[Step], logits: int) -> list[Step]:
-    """An activation that alone reads what a convolution makes is done by it."""
+    """An activation that alone reads what a convolution makes is done by it.
+
+    oneDNN's ReLU and clamp make 0 of NaN, which would hide that an edit breaks the network: they are left as they are
+    where NaN cannot be ruled out.
+    """
     alone = _read_once(steps) - {logits}
+    largest = bounds(steps)
     made = {step.outputs[0] for step in steps if _is_plain(step)} & alone
     ends = {
         step.inputs[0]: step
         for step in steps
-        if step.inputs[:1] and step.inputs[0] in made and _activation(step)
+        if (activation := _activation(step))
+        and step.inputs[0] in made
+        and (activation.keeps_nan or math.isfinite(largest[step.inputs[0]]))
     }
     own = {step.outputs[0] for step in ends.values()}
     return [
@@ -160,17 +180,21 @@ def _read_once(steps: Sequence[Step]) -> set[int]:
 def _activation(step: Step) -> Activation | None:
     """The activation that a step is, or None for what oneDNN does not know."""
     numbers = step.arguments[1:]
-    if step.keywords or any(not isinstance(number, int | float) for number in numbers):
+    if (
+        len(step.inputs) != 1
+        or step.keywords
+        or any(not isinstance(number, int | float) for number in numbers)
+    ):
         return None
     if step.name == "relu":
-        return Activation("relu", (), torch.relu_)
+        return Activation("relu", (), torch.relu_, keeps_nan=False)
     if step.name in {"hardtanh", "clamp"} and len(numbers) == 2 and numbers[0] <= numbers[1]:
         low, high = numbers
-        return Activation("hardtanh", (low, high), lambda maps: maps.clamp_(low, high))
+        return Activation("hardtanh", (low, high), lambda maps: maps.clamp_(low, high), keeps_nan=False)
     if step.name == "silu":
-        return Activation("swish", (), lambda maps: F.silu(maps, inplace=True))
+        return Activation("swish", (), lambda maps: F.silu(maps, inplace=True), keeps_nan=True)
     if step.name == "hardswish":
-        return Activation("hardswish", (), lambda maps: F.hardswish(maps, inplace=True))
+        return Activation("hardswish", (), lambda maps: F.hardswish(maps, inplace=True), keeps_nan=True)
     return None
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from weakspot.classifier import Classifier
 from weakspot.edits.engine import Engine
+from weakspot.edits.merging import merged
 from weakspot.edits.recording import CannotRecordError, Recording, record
 from weakspot.edits.windows import as_seen, paste
 from weakspot.fusion import HOOKS, fused
@@ -60,7 +61,7 @@ def prepare(classifier: Classifier, image: Tensor) -> Prepared:
             kept = known is not None and known[0] == structure and torch.equal(known[1], sums)
             if known is not None and kept and _same_logits(known[2], classifier, image):
                 return Prepared(known[2])
-            recording = record(classifier, image)
+            recording = merged(record(classifier, image))
             engine = Engine(recording, image, full_batch=recording.count + 1)
             off = max(
                 _off(classifier, engine, image, *_trial(image, share, recording.count + 1))

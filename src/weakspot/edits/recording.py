@@ -35,7 +35,7 @@ class Step:
 
     Attributes:
         name: of the function without overload: "convolution".
-        call: the function; it changes none of its arguments.
+        call: the function; as recorded it changes none of its arguments.
         arguments: positional, with slots for what depends on the image; other tensors are constants.
         keywords: likewise.
         inputs: the slots among them, in order.

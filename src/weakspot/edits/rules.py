@@ -207,7 +207,7 @@ def needs_clean(step: Step, layout: Layout) -> bool:
     """Whether windows may have to be seen in their maps for this step."""
     if step.name in SITEWISE | NORMS and len(step.inputs) == 1:
         return step.name in SITEWISE and not all(_spread_evenly(leaf, layout) for leaf in step.arguments)
-    return not is_pointwise(step)
+    return layout != "maps" or not is_pointwise(step)
 
 
 def layout_after(step: Step, layouts: dict[int, Layout | None], value: Tensor) -> Layout | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from weakspot.edits.recording import Step
+from weakspot.edits.recording import Slot, Step
 from weakspot.edits.windows import Map, Windows, as_seen, gathered, paste
 
 STEPS = 8  # sizes of windows, at most, on any map
@@ -35,8 +35,10 @@ class State:
 
 def convolution(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
     """Any but transposed ones."""
-    _, weight, bias, stride, padding, dilation, transposed, *rest = step.arguments
-    if transposed or weight.ndim != 4 or len(step.inputs) != 1:
+    windows: Windows = values[step.inputs[0]]
+    maps, weight, bias, stride, padding, dilation, transposed, *rest = step.arguments
+    of_maps = isinstance(maps, Slot) and len(step.inputs) == 1 and windows.layout == "maps"
+    if not of_maps or transposed or weight.ndim != 4:
         return None
 
     def convolve(maps: Tensor) -> Tensor:
@@ -44,7 +46,6 @@ def convolution(state: State, step: Step, values: dict[int, Any]) -> Windows | N
         return found
 
     if is_pointwise(step):
-        windows: Windows = values[step.inputs[0]]
         return windows.changed(convolve(windows.seen()))
     return _sliding(
         state, step, values, convolve, weight.shape[2:], _pair(stride), _pair(padding), _pair(dilation), 0.0
@@ -53,7 +54,7 @@ def convolution(state: State, step: Step, values: dict[int, Any]) -> Windows | N
 
 def is_pointwise(step: Step) -> bool:
     """Whether it is a convolution of each site's own channels."""
-    if step.name != "convolution" or len(step.inputs) != 1:
+    if step.name != "convolution" or len(step.inputs) != 1 or not isinstance(step.arguments[0], Slot):
         return False
     _, weight, _, stride, padding, _, transposed, *_ = step.arguments
     return weight.shape[2:] == (1, 1) and not transposed and set(stride) == {1} and set(padding) == {0}

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from weakspot.edits.engine import Engine
-from weakspot.edits.merging import FUSED
+from weakspot.edits.merging import FUSED, without_growth
 from weakspot.edits.recording import Recording
 
 
@@ -16,7 +16,7 @@ def work_saved(recording: Recording, image: Tensor) -> float:
 
     Convolutions and matrix products are counted; infinite where there are none by windows.
     """
-    engine = Engine(recording, image, full_batch=1)
+    engine = Engine(without_growth(recording), image, full_batch=1)
     top, left = (torch.tensor([size // 2], device=image.device) for size in image.shape[2:])
     fused = {} if FUSED is None else {FUSED: _of_fused}
     with FlopCounterMode(display=False, custom_mapping=fused) as by_windows:
