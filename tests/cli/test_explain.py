@@ -92,7 +92,8 @@ def save(image: torch.Tensor, path: Path) -> None:
     Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
 
 
-TINY_OPTIONS = ("--model", "tiny_networks:build", "--size", "64x64", "--steps", 3)
+TINY_MODEL = ("--model", "tiny_networks:build", "--size", "64x64")
+TINY_OPTIONS = (*TINY_MODEL, "--steps", 3)
 
 
 def test_a_folder_is_explained_and_everything_promised_is_written(
@@ -252,7 +253,7 @@ def test_a_pair_of_pictures_is_taken_as_it_is(run: Run, photographs: Path, tmp_p
     adversarial[:, 10:20, 10:20] = 1 - adversarial[:, 10:20, 10:20]
     save(adversarial, tmp_path / "adversarial.png")
     ended = run(
-        "explain", "--pair", photographs / "chelsea.png", "adversarial.png", *TINY_OPTIONS, "--out", "run"
+        "explain", "--pair", photographs / "chelsea.png", "adversarial.png", *TINY_MODEL, "--out", "run"
     )
     assert ended.code == 0, ended.err
     changed = (Pairs.load(tmp_path / "run/pairs.safetensors").perturbation != 0).any(1)[0]
@@ -264,18 +265,72 @@ def test_saved_pairs_are_explained_again_with_the_same_scores(
     run: Run, photographs: Path, tmp_path: Path
 ) -> None:
     assert run("explain", photographs, *TINY_OPTIONS, "--out", "first").code == 0
-    assert run("explain", "--pair", "first/pairs.safetensors", *TINY_OPTIONS, "--out", "second").code == 0
+    assert run("explain", "--pair", "first/pairs.safetensors", *TINY_MODEL, "--out", "second").code == 0
     first, second = (
         pd.read_csv(tmp_path / out / "scores.csv").drop(columns="image") for out in ("first", "second")
     )
     pd.testing.assert_frame_equal(first, second)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--region", "cam"], "--region does"),
+        (["--keep", "0.3"], "--keep does"),
+        (["--norm", "l2"], "--norm does"),
+        (["--eps", "8/255"], "--eps does"),
+        (["--steps", "20"], "--steps does"),
+        (["--target", "2"], "--target does"),
+        (["--steps", "5", "--eps", "8/255"], "--eps and --steps do"),
+        (["--steps", "5", "--norm", "l2", "--eps", "1"], "--norm, --eps and --steps do"),
+    ],
+)
+def test_an_attack_option_beside_a_pair_is_refused_by_name_even_where_it_says_the_default(
+    run: Run, photographs: Path, arguments: list[str], named: str
+) -> None:
+    ended = run(
+        "explain", "--pair", *sorted(photographs.iterdir())[:2], *TINY_MODEL, *arguments, "--out", "run"
+    )
+    assert ended.code == 2
+    assert f"weakspot: {named} nothing with --pair" in ended.err
+    assert len(ended.err.strip().splitlines()) == 1
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("region", "used"),
+    [
+        (None, False),
+        ("none", False),
+        ("border:4", False),
+        ("cam.png", False),
+        ("cam", True),
+        ("~matched:cam", True),
+        ("matched:(border & ~ cam)", True),
+        ("border|cam", True),
+    ],
+)
+def test_a_share_to_keep_is_refused_exactly_where_no_region_is_a_share(
+    run: Run, photographs: Path, region: str | None, used: bool
+) -> None:
+    Image.fromarray(np.full((64, 64), 255, np.uint8)).save("cam.png")
+    where = [] if region is None else ["--region", region]
+    for command in ("explain", "attack"):
+        steps = ("--steps", 1) if command == "explain" else ("--set", "steps=1")
+        few = photographs / "coffee.png"
+        ended = run(command, few, *TINY_MODEL, *steps, *where, "--keep", 0.5, "--out", "run", "--quiet")
+        assert ended.code == (0 if used else 2), ended.err
+        assert used or (
+            ended.err == "weakspot: --keep does nothing without cam or support in --region; add one of them, "
+            "or leave it out\n"
+        )
+
+
 def test_pairs_of_different_sizes_are_refused_and_other_sizes_than_the_models_noted(
     run: Run, photographs: Path, tmp_path: Path
 ) -> None:
     save(sample_images((32, 64))[0][0], tmp_path / "small.png")
-    ended = run("explain", "--pair", photographs / "chelsea.png", "small.png", *TINY_OPTIONS)
+    ended = run("explain", "--pair", photographs / "chelsea.png", "small.png", *TINY_MODEL)
     assert ended.code == 4
     assert "differ in size (64 x 64 and 32 x 64" in ended.err
     options = ("--model", "tiny_networks:build", "--size", "48x48")
@@ -398,7 +453,7 @@ def test_a_picture_already_read_as_the_target_is_named_and_left_out(run: Run, ph
 def test_a_failure_stays_a_failure_when_it_is_saved_and_explained_again(run: Run, photographs: Path) -> None:
     options = (*TINY_OPTIONS, "--eps", "0.0001")
     first = json.loads(run("explain", photographs, *options, "--out", "run", "--json").out)["scores"]
-    again = json.loads(run("explain", "--pair", "run/pairs.safetensors", *options, "--json").out)["scores"]
+    again = json.loads(run("explain", "--pair", "run/pairs.safetensors", *TINY_MODEL, "--json").out)["scores"]
     assert not any(row["success"] for row in first)
     assert [row["verdict"] for row in again] == [row["verdict"] for row in first]
     assert all(row["verdict"].startswith("The attack failed") for row in again)

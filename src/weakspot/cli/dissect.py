@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from weakspot.cli.app import USAGE, Failure, app, notes_for_people, progress_bar
+from weakspot.cli.given import refuse
 from weakspot.cli.inputs import load_classifier
 from weakspot.cli.options import (
     ClassesOption,
@@ -50,6 +51,7 @@ weakspot dissect textures/ --layer features.12 --layer features.18 --model my_pa
 
 @app.command(epilog=EXAMPLES)
 def dissect(
+    context: typer.Context,
     dataset: Annotated[
         Path | None,
         typer.Argument(
@@ -110,6 +112,14 @@ def dissect(
     started = time.perf_counter()
     if demo == (dataset is not None):
         raise Failure("give either a folder of labelled pictures or --demo", USAGE)
+    if demo:
+        refuse(
+            context,
+            ["masks", "names", "void"],
+            "with --demo, whose pictures come with theirs; leave out one or the other",
+        )
+    if masks is None:
+        refuse(context, ["names", "void"], "without --masks; add the folder of masks, or leave it out")
     check_folder(out)
     with redirect_stdout(sys.stderr), notes_for_people(quiet), progress_bar(quiet or as_json) as advance:
         advance("loading the model", 0.0)
