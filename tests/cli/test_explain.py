@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+import weakspot
 from weakspot import Pairs, cli, sample_images
 from weakspot.cli.app import Failure
 from weakspot.runs.folder import FILES
@@ -371,6 +376,108 @@ def test_quiet_prints_nothing_and_chosen_analyses_are_the_only_ones(
     columns = set(pd.read_csv(tmp_path / "run/scores.csv"))
     assert "ssim" in columns
     assert "jaccard" not in columns
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("command", "where"),
+    [
+        (("explain", *TINY_OPTIONS), "weakspot.attacks.pgd"),
+        (("explain", *TINY_OPTIONS, "--debug"), "weakspot.cli.explain.load_classifier"),
+        (("attack", *TINY_MODEL), "weakspot.cli.attack._run"),
+        (("defend", *TINY_OPTIONS), "weakspot.defenses.judge_defense"),
+        (("dissect", "--demo", *TINY_MODEL), "weakspot.cli.dissect._last_layers"),
+    ],
+)
+def test_an_interrupt_before_anything_is_written_says_so_whatever_lies_there(
+    run: Run, photographs: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], where: str
+) -> None:
+    Path("run").mkdir()
+    for name in ("run.json", "scores.csv", "notes.txt"):
+        Path("run", name).write_text("of an earlier run")
+    if command[0] == "dissect":
+        assert run(*command, "--out", "run", "--quiet").code == 0
+    monkeypatch.setattr(where, interrupt)
+    ended = run(*command, *([] if "--demo" in command else [photographs]), "--out", "run")
+    assert (ended.code, ended.out) == (130, "")
+    assert ended.err == "weakspot: interrupted; nothing was written\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "where", "kept"),
+    [
+        (("explain", *TINY_OPTIONS), "weakspot.runs.folder._save_maps", "report.html, pairs.safetensors"),
+        (
+            ("explain", *TINY_OPTIONS),
+            "weakspot.cli.explain.print_table",
+            "report.html, scores.csv, pairs.safetensors, maps.npz, run.json",
+        ),
+        (
+            ("attack", *TINY_MODEL, "--set", "steps=1"),
+            "weakspot.report.sheets.overview",
+            "clean/ (4 files), adversarial/ (4 files)",
+        ),
+        (("defend", *TINY_OPTIONS), "weakspot.report.accuracies.accuracy_figure", "defence.json"),
+    ],
+)
+def test_an_interrupt_names_the_files_that_were_written_by_then_and_no_others(
+    run: Run,
+    photographs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+    where: str,
+    kept: str,
+) -> None:
+    Path("run").mkdir()
+    Path("run/defence.csv").write_text("of an earlier run")
+    Path("run/notes.txt").write_text("of somebody else")
+    monkeypatch.setattr(where, interrupt)
+    ended = run(*command, photographs, "--out", "run")
+    assert ended.code == 130
+    assert ended.err == f"weakspot: interrupted; written to run by then: {kept}\n"
+    again = run(*command, photographs, "--out", "run")
+    assert again.err == ended.err  # written anew is written too
+
+
+def test_a_command_that_watches_no_folder_says_that_it_was_interrupted(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weakspot.cli.inspect.print_rows", interrupt)
+    ended = run("models")
+    assert (ended.code, ended.err) == (130, "weakspot: interrupted\n")
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_middle_of_an_attack_is_one_sentence(photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny_networks.py").write_text(TINY)
+    command = [
+        sys.executable,
+        "-m",
+        "weakspot",
+        "explain",
+        str(photographs),
+        *TINY_MODEL,
+        "--steps",
+        "100000",
+    ]
+    child = subprocess.Popen(
+        [*command, "--out", "run"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(weakspot.__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out) == (130, "")
+    assert err == "weakspot: interrupted; nothing was written\n"
 
 
 def test_debug_shows_the_traceback(run: Run) -> None:

@@ -23,6 +23,7 @@ from weakspot.cli.inputs import (
     read_pictures,
     setting_value,
 )
+from weakspot.cli.kept import watch
 from weakspot.cli.options import (
     ClassesOption,
     DebugOption,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from weakspot.classifier import Classifier
     from weakspot.pairs import AttackResult
 
+FILES = ("clean", "adversarial", "overview.png", "scores.csv", "pairs.safetensors", "run.json")
 DEFAULT_BUDGET = "linf:4/255"
 COMMON = {"model", "images", "labels", "budget", "region", "targets", "seed", "batch_size", "progress"}
 EXAMPLES = """
@@ -140,6 +142,7 @@ def attack(
     started = time.perf_counter()
     sources = list(images or [])
     check_sources(sources, pair=False, samples=samples)
+    watch(context, out, FILES)
     check_folder(out)
     _check_apart(out, sources)
     check_existing(sources)

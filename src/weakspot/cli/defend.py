@@ -26,6 +26,7 @@ from weakspot.cli.inputs import (
     located_pictures,
     shortened,
 )
+from weakspot.cli.kept import watch
 from weakspot.cli.labels import find_labels
 from weakspot.cli.options import (
     ClassesOption,
@@ -152,6 +153,7 @@ def defend(
     started = time.perf_counter()
     sources = list(images or [])
     check_sources(sources, pair=False, samples=samples)
+    watch(context, out, FILES)
     check_folder(out)
     _check_apart(out, sources)
     check_existing(sources)

@@ -17,6 +17,7 @@ from rich.markup import escape
 from weakspot.cli.app import USAGE, Failure, app, notes_for_people, progress_bar
 from weakspot.cli.given import refuse
 from weakspot.cli.inputs import load_classifier
+from weakspot.cli.kept import watch
 from weakspot.cli.options import (
     ClassesOption,
     DebugOption,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from weakspot.classifier import Classifier
     from weakspot.dissection import Dissection
 
+FILES = ("cache", "concepts", "demo-concepts-*", "report.html", "*.csv", "run.json")
 SHOWN = 40  # units of a layer whose pictures are shown
 EXAMPLES = """
 
@@ -112,6 +114,7 @@ def dissect(
     started = time.perf_counter()
     if demo == (dataset is not None):
         raise Failure("give either a folder of labelled pictures or --demo", USAGE)
+    watch(context, out, FILES)
     if demo:
         refuse(
             context,

@@ -22,6 +22,7 @@ from weakspot.cli.inputs import (
     read_pair,
     read_pictures,
 )
+from weakspot.cli.kept import watch
 from weakspot.cli.options import (
     ClassesOption,
     DebugOption,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from weakspot.classifier import Classifier
     from weakspot.pairs import Pairs
 
+FILES = ("report.html", "scores.csv", "pairs.safetensors", "maps.npz", "run.json")
 OF_ATTACK = ("region", "keep", "norm", "eps", "steps", "target")
 LABELS = "the model's own predictions on the clean images"
 EXAMPLES = """
@@ -95,9 +97,7 @@ def explain(
     analyses: Annotated[
         str | None, typer.Option(help="Which analyses, separated by commas; all by default.")
     ] = None,
-    out: Annotated[
-        Path, typer.Option(help="Folder for report.html, scores.csv, pairs.safetensors, maps.npz, run.json.")
-    ] = Path("weakspot-out"),
+    out: Annotated[Path, typer.Option(help=f"Folder for {', '.join(FILES)}.")] = Path("weakspot-out"),
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print scores as JSON.")] = False,
@@ -112,6 +112,7 @@ def explain(
     started = time.perf_counter()
     sources = list(images or [])
     check_sources(sources, pair=pair, samples=samples)
+    watch(context, out, FILES)
     if pair:
         refuse(context, OF_ATTACK, "with --pair, which takes the pair as it is; leave out one or the other")
     budget_eps = number(eps)
