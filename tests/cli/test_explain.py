@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from typer.core import TyperGroup
 
 import weakspot
 from weakspot import Pairs, cli, sample_images
@@ -448,6 +449,14 @@ def test_a_command_that_watches_no_folder_says_that_it_was_interrupted(
     monkeypatch.setattr("weakspot.cli.inspect.print_rows", interrupt)
     ended = run("models")
     assert (ended.code, ended.err) == (130, "weakspot: interrupted\n")
+
+
+def test_an_interrupt_before_any_command_has_begun_is_told_too(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TyperGroup, "make_context", interrupt)
+    ended = run("explain", "--samples")
+    assert (ended.code, ended.err) == (130, "weakspot: interrupted; nothing was written\n")
 
 
 @pytest.mark.slow

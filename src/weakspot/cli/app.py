@@ -18,6 +18,7 @@ import weakspot
 from weakspot.cli.kept import what_is_kept
 
 UNEXPECTED, USAGE, UNREADABLE, RESUMABLE, INTERRUPTED = 1, 2, 4, 5, 130
+BEFORE = "interrupted; nothing was written"
 
 
 class Failure(Exception):  # noqa: N818 - what the user did is not an error of the program
@@ -88,11 +89,15 @@ def main() -> None:
         complain(f"{type(error).__name__} that was not expected: {why} (run again with --debug to see where)")
         sys.exit(UNEXPECTED)
     except KeyboardInterrupt:
-        complain("interrupted")
+        complain(BEFORE)
         _end(INTERRUPTED)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # typer's, for an interrupt before it called a command
+            complain(BEFORE)
+        _end(ended.code)
 
 
-def _end(code: int) -> NoReturn:
+def _end(code: int | str | None) -> NoReturn:
     """Exit with the code, after an interrupt too.
 
     `python -m` kills itself by SIGINT, whatever the code, where the interrupt arrived inside an `exec`
