@@ -19,7 +19,8 @@ import pytest
 import weakspot
 from tests.cli.test_explain import Run, photographs, run
 from weakspot import runs
-from weakspot.runs.lock import locked
+from weakspot.lock import locked
+from weakspot.runs.auditing import LOCK
 
 __all__ = ["photographs", "run"]  # fixtures
 
@@ -218,7 +219,7 @@ def test_a_full_disk_ends_with_five_and_one_sentence(
 
 def test_a_folder_in_use_is_refused(run: Run, photographs: Path, tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
-    with locked(tmp_path / "made"):
+    with locked(tmp_path / "made", LOCK):
         ended = run("audit", photographs, *TINY, *QUICK, "--out", "made")
     assert ended.code == 2
     assert f"is being written by process {os.getpid()}" in ended.err

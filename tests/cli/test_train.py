@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from tests.cli.test_explain import Run, run  # noqa: F401 - a fixture
 from tests.defenses.test_training import halves
 from weakspot import cli, load
 from weakspot.defenses import training
+from weakspot.lock import locked
 
 QUICK = ("--epochs", "2", "--batch-size", "20", "--steps", "2", "--learning-rate", "0.05")
 
@@ -170,6 +172,20 @@ def test_an_interrupted_training_says_so_and_goes_on(
     assert cut.code == 0, cut.err
     whole = run(*command[:-1], "whole", "--json")
     assert json.loads(cut.out)["weights"] == json.loads(whole.out)["weights"]
+
+
+def test_a_folder_that_another_training_writes_to_is_refused_in_one_sentence(
+    run: Run,  # noqa: F811
+    digits: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "held").mkdir()
+    with locked(tmp_path / "held", "training.lock"):
+        ended = run("train", digits, *QUICK, "--out", "held")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith(f"weakspot: held is being written by process {os.getpid()} on ")
+    assert ended.err.endswith("; wait for it, or give another folder\n")
+    assert list((tmp_path / "held").iterdir()) == []
 
 
 def test_recipes_and_tests_are_listed(run: Run) -> None:  # noqa: F811
