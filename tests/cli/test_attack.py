@@ -80,6 +80,18 @@ def test_the_overview_shows_clean_adversarial_and_difference(
             assert pixels[top - 40 : top + 40, left - 40 : left + 40].std() > 1
 
 
+def test_an_overview_that_is_cut_off_is_not_there(
+    run: Run, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(_: object, path: Path, **__: object) -> None:
+        Path(path).write_bytes(b"half a picture")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", cut)
+    assert run("attack", photographs, *TINY, "--attack", "fgsm", "--out", "made").code == 130
+    assert {path.name for path in (tmp_path / "made").iterdir()} == {"clean", "adversarial"}
+
+
 def test_saved_pairs_are_explained_by_the_other_command(run: Run, photographs: Path) -> None:
     assert run("attack", photographs / NAMES[0], *TINY, "--set", "steps=2", "--out", "made").code == 0
     ended = run("explain", "--pair", "made/pairs.safetensors", *TINY, "--out", "explained")
@@ -278,6 +290,7 @@ def test_attacks_of_other_packages_are_listed_and_get_what_they_take(
     for arguments, wanted in (
         (["simple", "--region", "border:2"], "simple takes no --region"),
         (["simple", "--target", "2"], "simple takes no --target"),
+        (["simple", "--batch-size", "2"], "simple takes no --batch-size"),
         (["wrong"], "wrong returned a Tensor; accepted is an AttackResult"),
         (["broken"], "attack broken (no_such_package:attack) cannot be loaded"),
         (["free", "--set", "stpes=1"], "free cannot work with these arguments"),

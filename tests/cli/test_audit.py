@@ -19,7 +19,8 @@ import pytest
 import weakspot
 from tests.cli.test_explain import Run, photographs, run
 from weakspot import runs
-from weakspot.runs.lock import locked
+from weakspot.lock import locked
+from weakspot.runs.auditing import LOCK
 
 __all__ = ["photographs", "run"]  # fixtures
 
@@ -123,6 +124,14 @@ def test_an_array_brings_its_labels(run: Run, tmp_path: Path) -> None:
         (("photos", "--out", "x", "--set", "fgsm.steps=2"), 2, "fgsm is none of the attacks"),
         (("photos", "--out", "x", "--set", "pgd.stepps=2"), 2, "did you mean steps"),
         (("photos", "--out", "x", "--budget", "linf"), 2, "accepted is KIND:AMOUNT"),
+        (
+            ("photos", "--out", "x", "--keep", "0.5"),
+            2,
+            "--keep does nothing without cam or support in --regions",
+        ),
+        (("photos", "--out", "x", "--regions", "border:2,none", "--keep", "0.5"), 2, "--keep does nothing"),
+        (("photos", "--out", "x", "--attacks", "fmn", "--budget", "linf:1/255"), 2, "takes none"),
+        (("photos", "--out", "x", "--controls"), 2, "names none to control"),
         (("photos", "--out", "x", "--batch-size", "0"), 2, "accepted are auto and whole numbers"),
         (("photos", "--out", "x", "--model", "nothing:build"), 2, "there is no module 'nothing'"),
         (("photos", "--out", "x", "--labels", "nowhere.csv"), 2, "labels is"),
@@ -210,7 +219,7 @@ def test_a_full_disk_ends_with_five_and_one_sentence(
 
 def test_a_folder_in_use_is_refused(run: Run, photographs: Path, tmp_path: Path) -> None:
     (tmp_path / "made").mkdir()
-    with locked(tmp_path / "made"):
+    with locked(tmp_path / "made", LOCK):
         ended = run("audit", photographs, *TINY, *QUICK, "--out", "made")
     assert ended.code == 2
     assert f"is being written by process {os.getpid()}" in ended.err

@@ -205,6 +205,9 @@ def test_folders_that_are_no_names_stand_for_classes_in_sorted_order(
         (("--defense", "mask_units", "--oracle"), 2, "--oracle goes with --defense neutralize"),
         (("--budget", "linf"), 2, "budget is 'linf'"),
         (("--keep", "3"), 2, "keep is 3"),
+        (("--draws", "5"), 2, "--draws does nothing with neutralize, which is not random; leave it out"),
+        (("--set", "seed=3"), 2, "--set seed=3 does nothing without randomness; add --set randomness=0.5"),
+        (("--set", "seed=3", "--set", "randomness=0"), 2, "--set seed=3 does nothing without randomness"),
         (("--labels", "nowhere.csv"), 4, "labels: nowhere.csv: there is no such file"),
         (
             ("--labels", "odd.csv"),

@@ -60,6 +60,10 @@ def test_what_cannot_be_meant_is_told_in_a_sentence(run: Run, tmp_path: Path) ->
         ((), "give either a folder of labelled pictures or --demo"),
         ((dataset, "--demo"), "give either"),
         (("nowhere",), "there is no such folder"),
+        (("--demo", "--masks", "m"), "--masks does nothing with --demo"),
+        (("--demo", "--void", "0", "--names", "n"), "--names and --void do nothing with --demo"),
+        ((dataset, *TINY, "--names", "n"), "--names does nothing without --masks"),
+        ((dataset, *TINY, "--void", "0"), "--void does nothing without --masks"),
         ((dataset, *TINY[:4], "--layer", "9"), "layers has '9'"),
         ((dataset, *TINY, "--denominator", "none"), "denominator is 'none'"),
     ):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +17,9 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from typer.core import TyperGroup
 
+import weakspot
 from weakspot import Pairs, cli, sample_images
 from weakspot.cli.app import Failure
 from weakspot.runs.folder import FILES
@@ -92,7 +98,8 @@ def save(image: torch.Tensor, path: Path) -> None:
     Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
 
 
-TINY_OPTIONS = ("--model", "tiny_networks:build", "--size", "64x64", "--steps", 3)
+TINY_MODEL = ("--model", "tiny_networks:build", "--size", "64x64")
+TINY_OPTIONS = (*TINY_MODEL, "--steps", 3)
 
 
 def test_a_folder_is_explained_and_everything_promised_is_written(
@@ -252,7 +259,7 @@ def test_a_pair_of_pictures_is_taken_as_it_is(run: Run, photographs: Path, tmp_p
     adversarial[:, 10:20, 10:20] = 1 - adversarial[:, 10:20, 10:20]
     save(adversarial, tmp_path / "adversarial.png")
     ended = run(
-        "explain", "--pair", photographs / "chelsea.png", "adversarial.png", *TINY_OPTIONS, "--out", "run"
+        "explain", "--pair", photographs / "chelsea.png", "adversarial.png", *TINY_MODEL, "--out", "run"
     )
     assert ended.code == 0, ended.err
     changed = (Pairs.load(tmp_path / "run/pairs.safetensors").perturbation != 0).any(1)[0]
@@ -264,18 +271,72 @@ def test_saved_pairs_are_explained_again_with_the_same_scores(
     run: Run, photographs: Path, tmp_path: Path
 ) -> None:
     assert run("explain", photographs, *TINY_OPTIONS, "--out", "first").code == 0
-    assert run("explain", "--pair", "first/pairs.safetensors", *TINY_OPTIONS, "--out", "second").code == 0
+    assert run("explain", "--pair", "first/pairs.safetensors", *TINY_MODEL, "--out", "second").code == 0
     first, second = (
         pd.read_csv(tmp_path / out / "scores.csv").drop(columns="image") for out in ("first", "second")
     )
     pd.testing.assert_frame_equal(first, second)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--region", "cam"], "--region does"),
+        (["--keep", "0.3"], "--keep does"),
+        (["--norm", "l2"], "--norm does"),
+        (["--eps", "8/255"], "--eps does"),
+        (["--steps", "20"], "--steps does"),
+        (["--target", "2"], "--target does"),
+        (["--steps", "5", "--eps", "8/255"], "--eps and --steps do"),
+        (["--steps", "5", "--norm", "l2", "--eps", "1"], "--norm, --eps and --steps do"),
+    ],
+)
+def test_an_attack_option_beside_a_pair_is_refused_by_name_even_where_it_says_the_default(
+    run: Run, photographs: Path, arguments: list[str], named: str
+) -> None:
+    ended = run(
+        "explain", "--pair", *sorted(photographs.iterdir())[:2], *TINY_MODEL, *arguments, "--out", "run"
+    )
+    assert ended.code == 2
+    assert f"weakspot: {named} nothing with --pair" in ended.err
+    assert len(ended.err.strip().splitlines()) == 1
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("region", "used"),
+    [
+        (None, False),
+        ("none", False),
+        ("border:4", False),
+        ("cam.png", False),
+        ("cam", True),
+        ("~matched:cam", True),
+        ("matched:(border & ~ cam)", True),
+        ("border|cam", True),
+    ],
+)
+def test_a_share_to_keep_is_refused_exactly_where_no_region_is_a_share(
+    run: Run, photographs: Path, region: str | None, used: bool
+) -> None:
+    Image.fromarray(np.full((64, 64), 255, np.uint8)).save("cam.png")
+    where = [] if region is None else ["--region", region]
+    for command in ("explain", "attack"):
+        steps = ("--steps", 1) if command == "explain" else ("--set", "steps=1")
+        few = photographs / "coffee.png"
+        ended = run(command, few, *TINY_MODEL, *steps, *where, "--keep", 0.5, "--out", "run", "--quiet")
+        assert ended.code == (0 if used else 2), ended.err
+        assert used or (
+            ended.err == "weakspot: --keep does nothing without cam or support in --region; add one of them, "
+            "or leave it out\n"
+        )
+
+
 def test_pairs_of_different_sizes_are_refused_and_other_sizes_than_the_models_noted(
     run: Run, photographs: Path, tmp_path: Path
 ) -> None:
     save(sample_images((32, 64))[0][0], tmp_path / "small.png")
-    ended = run("explain", "--pair", photographs / "chelsea.png", "small.png", *TINY_OPTIONS)
+    ended = run("explain", "--pair", photographs / "chelsea.png", "small.png", *TINY_MODEL)
     assert ended.code == 4
     assert "differ in size (64 x 64 and 32 x 64" in ended.err
     options = ("--model", "tiny_networks:build", "--size", "48x48")
@@ -316,6 +377,116 @@ def test_quiet_prints_nothing_and_chosen_analyses_are_the_only_ones(
     columns = set(pd.read_csv(tmp_path / "run/scores.csv"))
     assert "ssim" in columns
     assert "jaccard" not in columns
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("command", "where"),
+    [
+        (("explain", *TINY_OPTIONS), "weakspot.attacks.pgd"),
+        (("explain", *TINY_OPTIONS, "--debug"), "weakspot.cli.explain.load_classifier"),
+        (("attack", *TINY_MODEL), "weakspot.cli.attack._run"),
+        (("defend", *TINY_OPTIONS), "weakspot.defenses.judge_defense"),
+        (("dissect", "--demo", *TINY_MODEL), "weakspot.cli.dissect._last_layers"),
+    ],
+)
+def test_an_interrupt_before_anything_is_written_says_so_whatever_lies_there(
+    run: Run, photographs: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], where: str
+) -> None:
+    Path("run").mkdir()
+    for name in ("run.json", "scores.csv", "notes.txt"):
+        Path("run", name).write_text("of an earlier run")
+    if command[0] == "dissect":
+        assert run(*command, "--out", "run", "--quiet").code == 0
+    monkeypatch.setattr(where, interrupt)
+    ended = run(*command, *([] if "--demo" in command else [photographs]), "--out", "run")
+    assert (ended.code, ended.out) == (130, "")
+    assert ended.err == "weakspot: interrupted; nothing was written\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "where", "kept"),
+    [
+        (("explain", *TINY_OPTIONS), "weakspot.runs.folder._save_maps", "report.html, pairs.safetensors"),
+        (
+            ("explain", *TINY_OPTIONS),
+            "weakspot.cli.explain.print_table",
+            "report.html, scores.csv, pairs.safetensors, maps.npz, run.json",
+        ),
+        (
+            ("attack", *TINY_MODEL, "--set", "steps=1"),
+            "weakspot.report.sheets.overview",
+            "clean/ (4 files), adversarial/ (4 files)",
+        ),
+        (("defend", *TINY_OPTIONS), "weakspot.report.accuracies.accuracy_figure", "defence.json"),
+    ],
+)
+def test_an_interrupt_names_the_files_that_were_written_by_then_and_no_others(
+    run: Run,
+    photographs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+    where: str,
+    kept: str,
+) -> None:
+    Path("run").mkdir()
+    Path("run/defence.csv").write_text("of an earlier run")
+    Path("run/notes.txt").write_text("of somebody else")
+    monkeypatch.setattr(where, interrupt)
+    ended = run(*command, photographs, "--out", "run")
+    assert ended.code == 130
+    assert ended.err == f"weakspot: interrupted; written to run by then: {kept}\n"
+    again = run(*command, photographs, "--out", "run")
+    assert again.err == ended.err  # written anew is written too
+
+
+def test_a_command_that_watches_no_folder_says_that_it_was_interrupted(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weakspot.cli.inspect.print_rows", interrupt)
+    ended = run("models")
+    assert (ended.code, ended.err) == (130, "weakspot: interrupted\n")
+
+
+def test_an_interrupt_before_any_command_has_begun_is_told_too(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TyperGroup, "make_context", interrupt)
+    ended = run("explain", "--samples")
+    assert (ended.code, ended.err) == (130, "weakspot: interrupted; nothing was written\n")
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_middle_of_an_attack_is_one_sentence(photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny_networks.py").write_text(TINY)
+    command = [
+        sys.executable,
+        "-m",
+        "weakspot",
+        "explain",
+        str(photographs),
+        *TINY_MODEL,
+        "--steps",
+        "100000",
+    ]
+    child = subprocess.Popen(
+        [*command, "--out", "run"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(weakspot.__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out) == (130, "")
+    assert err == "weakspot: interrupted; nothing was written\n"
 
 
 def test_debug_shows_the_traceback(run: Run) -> None:
@@ -398,7 +569,7 @@ def test_a_picture_already_read_as_the_target_is_named_and_left_out(run: Run, ph
 def test_a_failure_stays_a_failure_when_it_is_saved_and_explained_again(run: Run, photographs: Path) -> None:
     options = (*TINY_OPTIONS, "--eps", "0.0001")
     first = json.loads(run("explain", photographs, *options, "--out", "run", "--json").out)["scores"]
-    again = json.loads(run("explain", "--pair", "run/pairs.safetensors", *options, "--json").out)["scores"]
+    again = json.loads(run("explain", "--pair", "run/pairs.safetensors", *TINY_MODEL, "--json").out)["scores"]
     assert not any(row["success"] for row in first)
     assert [row["verdict"] for row in again] == [row["verdict"] for row in first]
     assert all(row["verdict"].startswith("The attack failed") for row in again)

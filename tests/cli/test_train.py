@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from tests.cli.test_explain import Run, run  # noqa: F401 - a fixture
 from tests.defenses.test_training import halves
 from weakspot import cli, load
 from weakspot.defenses import training
+from weakspot.lock import locked
 
 QUICK = ("--epochs", "2", "--batch-size", "20", "--steps", "2", "--learning-rate", "0.05")
 
@@ -172,6 +174,20 @@ def test_an_interrupted_training_says_so_and_goes_on(
     assert json.loads(cut.out)["weights"] == json.loads(whole.out)["weights"]
 
 
+def test_a_folder_that_another_training_writes_to_is_refused_in_one_sentence(
+    run: Run,  # noqa: F811
+    digits: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "held").mkdir()
+    with locked(tmp_path / "held", "training.lock"):
+        ended = run("train", digits, *QUICK, "--out", "held")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith(f"weakspot: held is being written by process {os.getpid()} on ")
+    assert ended.err.endswith("; wait for it, or give another folder\n")
+    assert list((tmp_path / "held").iterdir()) == []
+
+
 def test_recipes_and_tests_are_listed(run: Run) -> None:  # noqa: F811
     listed = json.loads(run("train", "--list", "--json").out)
     assert {row["name"] for row in listed} == {*training.RECIPES, *training.TESTS}
@@ -198,6 +214,35 @@ def test_recipes_and_tests_are_listed(run: Run) -> None:  # noqa: F811
             2,
             "--recipe goes without --evaluate matrix",
         ),
+        (
+            ("digits.npz", "--recipe", "standard", "--share", "0.2"),
+            2,
+            "--share does nothing with the recipe standard",
+        ),
+        (
+            ("digits.npz", "--recipe", "standard", "--steps", "2"),
+            2,
+            "--steps does nothing with the recipe standard",
+        ),
+        (
+            ("digits.npz", "--recipe", "noise", "--step-size", "1"),
+            2,
+            "--step-size does nothing with the recipe noise",
+        ),
+        (
+            ("digits.npz", "--recipe", "fast", "--steps", "2", "--step-size", "1"),
+            2,
+            "--steps and --step-size do nothing with the recipe fast",
+        ),
+        (("digits.npz", "--share", "0", "--steps", "3"), 2, "--steps does nothing with --share 0"),
+        (
+            ("digits.npz", "--evaluate", "matrix", "--recipes", "standard,noise", "--steps", "3"),
+            2,
+            "--steps does nothing with the recipes standard, noise",
+        ),
+        (("digits.npz", "--size", "16x16"), 2, "--size does nothing with digits.npz, which holds arrays"),
+        (("digits.npz", "--channels", "1"), 2, "--channels does nothing with digits.npz"),
+        (("digits.npz", "--workers", "1"), 2, "--workers does nothing with digits.npz"),
         (("digits.npz", "--recipes", "full"), 2, "--recipes goes with --evaluate matrix"),
         (("digits.npz", "--limit", "3"), 2, "--limit goes with --evaluate own or matrix"),
         (("digits.npz", "--evaluate", "own", "--seeds", "2"), 2, "--seeds goes with --evaluate matrix"),

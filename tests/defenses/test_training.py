@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from weakspot.classifier import Classifier
 from weakspot.datasets import from_tensors, read_labelled
 from weakspot.defenses.training import backgrounds as finding
 from weakspot.defenses.training import loop as loops
+from weakspot.defenses.training import training
 from weakspot.defenses.training.adversary import perturbed
 from weakspot.defenses.training.augmentation import Moves
 from weakspot.defenses.training.devices import make_fabric
@@ -33,6 +36,7 @@ from weakspot.defenses.training.loop import uniform
 from weakspot.defenses.training.recipes import RECIPES, find_recipe
 from weakspot.defenses.training.settings import Settings
 from weakspot.defenses.training.training import held_out_images, split
+from weakspot.lock import LockedError, locked
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lightning.*")
 QUICK: dict[str, Any] = {"epochs": 2, "steps": 3, "batch_size": 20, "learning_rate": 0.05, "held_out": 20}
@@ -758,6 +762,110 @@ def test_bad_data_and_another_training_in_the_folder_are_told(tmp_path: Path) ->
     file.write_text("")
     with pytest.raises(ValueError, match="which is a file"):
         defenses.train(fresh(), (images, labels), recipe="standard", out=file, **QUICK)
+
+
+def test_a_second_training_in_the_folder_is_told_who_writes_there_and_the_first_is_as_if_alone(
+    tmp_path: Path,
+) -> None:
+    data, options = halves(), {**QUICK, "recipe": "full", "save_every": 0.0}
+    alone = defenses.train(fresh(), data, **options)
+    refused = []
+
+    def intrude(row: dict[str, float]) -> None:
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(LockedError, match=f"{tmp_path} is being written by process {os.getpid()} on "):
+            defenses.train(fresh(), data, out=tmp_path, **options)
+        refused.append(row["epoch"])
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    first = defenses.train(fresh(), data, out=tmp_path, told=intrude, **options)
+    assert refused == [1, 2]
+    assert torch.equal(weights(first), weights(alone))
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "training.json"}
+
+
+def test_a_lock_is_gone_after_any_end_and_one_left_by_the_dead_blocks_nobody(tmp_path: Path) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    data, lock = halves(), tmp_path / "training.lock"
+    with pytest.raises(KeyboardInterrupt):
+        defenses.train(fresh(), data, recipe="standard", out=tmp_path, progress=interrupt, **QUICK)
+    assert (tmp_path / "checkpoint.pt").exists()
+    assert not lock.exists()
+    torch.save({"format": 0}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="format"):
+        defenses.train(fresh(), data, recipe="standard", out=tmp_path, **QUICK)
+    assert not lock.exists()
+    (tmp_path / "checkpoint.pt").unlink()
+    lock.write_text(json.dumps({"pid": 1, "host": platform.node(), "since": "yesterday"}))  # nobody holds it
+    defenses.train(fresh(), data, recipe="standard", out=tmp_path, **QUICK)
+    assert not lock.exists()
+
+
+def test_a_training_that_another_process_finished_in_the_meantime_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, options = halves(), {**QUICK, "recipe": "full"}
+    rows: list[dict[str, float]] = []
+    others = []
+
+    @contextmanager
+    def late(folder: Path, name: str) -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "locked", locked)
+            others.append(defenses.train(fresh(), data, out=tmp_path, **options))
+        with locked(folder, name):
+            yield
+
+    monkeypatch.setattr(training, "locked", late)
+    made = defenses.train(fresh(), data, out=tmp_path, told=rows.append, **options)
+    assert len(others) == 1
+    assert rows == []
+    assert torch.equal(weights(made), weights(others[0]))
+
+
+@pytest.mark.slow
+def test_two_processes_of_one_training_take_the_lock_once_and_are_both_refused_where_it_is_held(
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "both.py"
+    script.write_text(
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from tests.defenses.test_training import QUICK, fresh, halves\n"
+        "from weakspot import defenses\n"
+        "out = Path(sys.argv[1])\n"
+        "try:\n"
+        "    defenses.train(fresh(), halves(), recipe='full', out=out / 'run', **QUICK)\n"
+        "    said = 'trained'\n"
+        "except ValueError as error:\n"
+        "    said = str(error)\n"
+        "(out / ('said' + os.environ['RANK'])).write_text(said)\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment["PYTHONPATH"] += os.pathsep + str(Path(defenses.__file__).parents[2])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+    def said() -> set[str]:
+        ended = subprocess.run(
+            [*launch, str(script), str(tmp_path)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert ended.returncode == 0, ended.stderr[-2000:]
+        return {(tmp_path / f"said{rank}").read_text() for rank in range(2)}
+
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run", "training.lock"):
+        (refusal,) = said()
+    assert f"is being written by process {os.getpid()} on" in refusal
+    assert {path.name for path in (tmp_path / "run").iterdir()} == set()
+    assert said() == {"trained"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"model.safetensors", "training.json"}
 
 
 def test_a_damaged_checkpoint_is_told_and_a_pickle_in_its_place_is_not_run(tmp_path: Path) -> None:

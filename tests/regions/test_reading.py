@@ -12,6 +12,7 @@ from tests.conftest import Made, untouched
 from tests.regions.test_files import paint
 from weakspot import regions
 from weakspot.regions import read_region
+from weakspot.regions.reading import depends_on_keep
 
 
 def predicted(model: torch.nn.Module, images: Tensor) -> Tensor:
@@ -114,3 +115,27 @@ def test_a_mask_that_is_not_there_is_named(pooling: Made) -> None:
     model, images = pooling
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
         read_region("cam & gone.png", model, images, predicted(model, images))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "none", "cam", "support", "border", "border:3", "~cam", "~~ support", "cam & border:3", "border:3|~support",
+        "matched:cam", "~matched:cam", "matched:(border:3 & cam)", "matched:border:3", "PAINTED", "~PAINTED & border",
+    ],
+)  # fmt: skip
+def test_a_region_depends_on_the_share_to_keep_exactly_where_it_says_so(
+    pooling: Made, tmp_path: Path, text: str
+) -> None:
+    model, images = pooling
+    labels = predicted(model, images)
+    mask = torch.zeros(20, 20, dtype=torch.bool)
+    mask[3:9, 4:15] = True
+    said = text.replace("PAINTED", str(paint(tmp_path / "cam & support.png", mask)))
+    said = said if text == "PAINTED" else said.replace("cam & support.png", "mask.png")
+    paint(tmp_path / "mask.png", mask)
+    few, many = (
+        read_region(said, model, images, labels, targets=(labels + 1) % 4, keep=keep, seed=5)
+        for keep in (0.1, 0.7)
+    )
+    assert depends_on_keep(said) == (not few.equal(many))

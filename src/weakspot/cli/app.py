@@ -6,25 +6,19 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, NoReturn, TextIO
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from typer.core import TyperGroup
 
 import weakspot
+from weakspot.cli.kept import what_is_kept
 
 UNEXPECTED, USAGE, UNREADABLE, RESUMABLE, INTERRUPTED = 1, 2, 4, 5, 130
-app = typer.Typer(
-    name="weakspot",
-    help="Find where an image classifier is weak, why, and what helps.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-notes = Console(stderr=True, highlight=False)
+BEFORE = "interrupted; nothing was written"
 
 
 class Failure(Exception):  # noqa: N818 - what the user did is not an error of the program
@@ -33,6 +27,34 @@ class Failure(Exception):  # noqa: N818 - what the user did is not an error of t
     def __init__(self, sentence: str, code: int) -> None:
         super().__init__(sentence)
         self.code = code
+
+
+class Commands(TyperGroup):
+    """All commands; an interrupt of one that has no words of its own for it becomes a sentence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was named.
+
+        Raises:
+            Failure: when it was interrupted, saying what it had written by then.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # here, because typer ends with the code alone
+            kept = what_is_kept(ctx)
+            raise Failure(f"interrupted; {kept}" if kept else "interrupted", INTERRUPTED) from None
+
+
+app = typer.Typer(
+    name="weakspot",
+    cls=Commands,
+    help="Find where an image classifier is weak, why, and what helps.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+notes = Console(stderr=True, highlight=False)
 
 
 def complain(sentence: str) -> None:
@@ -51,7 +73,7 @@ def main() -> None:
     try:
         app(prog_name="weakspot")
     except Failure as failure:
-        if debug:
+        if debug and failure.code != INTERRUPTED:
             raise
         complain(str(failure))
         _end(failure.code)
@@ -67,11 +89,15 @@ def main() -> None:
         complain(f"{type(error).__name__} that was not expected: {why} (run again with --debug to see where)")
         sys.exit(UNEXPECTED)
     except KeyboardInterrupt:
-        complain("interrupted")
+        complain(BEFORE)
         _end(INTERRUPTED)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # typer's, for an interrupt before it called a command
+            complain(BEFORE)
+        _end(ended.code)
 
 
-def _end(code: int) -> NoReturn:
+def _end(code: int | str | None) -> NoReturn:
     """Exit with the code, after an interrupt too.
 
     `python -m` kills itself by SIGINT, whatever the code, where the interrupt arrived inside an `exec`

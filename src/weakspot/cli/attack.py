@@ -15,6 +15,7 @@ import typer
 
 from weakspot.cli.aims import Aim, find_aim, find_region
 from weakspot.cli.app import UNREADABLE, USAGE, Failure, app, notes_for_people, progress_bar
+from weakspot.cli.given import refuse_keep
 from weakspot.cli.inputs import (
     check_existing,
     check_sources,
@@ -22,6 +23,7 @@ from weakspot.cli.inputs import (
     read_pictures,
     setting_value,
 )
+from weakspot.cli.kept import watch
 from weakspot.cli.options import (
     ClassesOption,
     DebugOption,
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from weakspot.classifier import Classifier
     from weakspot.pairs import AttackResult
 
+FILES = ("clean", "adversarial", "overview.png", "scores.csv", "pairs.safetensors", "run.json")
 DEFAULT_BUDGET = "linf:4/255"
 COMMON = {"model", "images", "labels", "budget", "region", "targets", "seed", "batch_size", "progress"}
 EXAMPLES = """
@@ -73,6 +76,7 @@ weakspot attack --list
 
 @app.command(epilog=EXAMPLES)
 def attack(
+    context: typer.Context,
     images: Annotated[
         list[Path] | None, typer.Argument(help="Pictures or folders of pictures.", show_default=False)
     ] = None,
@@ -138,12 +142,14 @@ def attack(
     started = time.perf_counter()
     sources = list(images or [])
     check_sources(sources, pair=False, samples=samples)
+    watch(context, out, FILES)
     check_folder(out)
     _check_apart(out, sources)
     check_existing(sources)
     with redirect_stdout(sys.stderr), notes_for_people(quiet), progress_bar(quiet or as_json) as advance:
         from weakspot.attacks import find_attack
 
+        refuse_keep(context, [region])
         run = find_attack(name)
         spent, options = _arguments(name, run, budget, settings or [])
         advance("loading the model", 0.0)
@@ -201,9 +207,9 @@ def _run(name: str, run: Any, aim: Aim, options: dict[str, Any], classifier: Cla
 
     parameters = inspect.signature(run).parameters
     free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for key in ("region", "targets"):
+    for key, option in (("region", "--region"), ("targets", "--target"), ("batch_size", "--batch-size")):
         if options[key] is not None and not free and key not in parameters:
-            raise Failure(f"{name} takes no --{key.removesuffix('s')}", USAGE)
+            raise Failure(f"{name} takes no {option}", USAGE)
     taken = {key: value for key, value in options.items() if free or key in parameters or key not in COMMON}
     try:
         result = run(classifier, aim.images, aim.labels, **taken)

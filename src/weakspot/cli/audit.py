@@ -29,6 +29,7 @@ from weakspot.cli.app import (
     progress_bar,
 )
 from weakspot.cli.gates import FailIfOption, JUnitOption, check_gate, pass_gate, plain, tell_gate
+from weakspot.cli.given import refuse_keep
 from weakspot.cli.inputs import class_names, image_size, numbers
 from weakspot.cli.options import (
     ClassesOption,
@@ -74,6 +75,7 @@ SHOWN = 5  # skipped images that are named; all are in skipped.parquet
 
 @app.command(epilog=EXAMPLES)
 def audit(
+    context: typer.Context,
     images: Annotated[
         list[str] | None,
         typer.Argument(
@@ -228,7 +230,9 @@ def audit(
         if resume is not None:
             run = go_on(where, watch=watch, **how)
         else:
-            run = carry_out(read_mapping(table), where, watch=watch, **how)
+            plan = read_mapping(table)
+            refuse_keep(context, plan.regions, "--regions")
+            run = carry_out(plan, where, watch=watch, **how)
         if report:
             _report(run)
     summary = summarize(run)

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from weakspot.cli.app import UNREADABLE, USAGE, Failure, app, notes_for_people, progress_bar
 from weakspot.cli.defenses import find_defense
+from weakspot.cli.given import given, refuse
 from weakspot.cli.inputs import (
     check_existing,
     check_sources,
@@ -25,6 +26,7 @@ from weakspot.cli.inputs import (
     located_pictures,
     shortened,
 )
+from weakspot.cli.kept import watch
 from weakspot.cli.labels import find_labels
 from weakspot.cli.options import (
     ClassesOption,
@@ -65,6 +67,7 @@ weakspot defend photos/ --defense my_package.defences:jpeg --set quality=75 --th
 
 @app.command(epilog=EXAMPLES)
 def defend(
+    context: typer.Context,
     images: Annotated[
         list[Path] | None, typer.Argument(help="Pictures or folders of pictures.", show_default=False)
     ] = None,
@@ -150,6 +153,7 @@ def defend(
     started = time.perf_counter()
     sources = list(images or [])
     check_sources(sources, pair=False, samples=samples)
+    watch(context, out, FILES)
     check_folder(out)
     _check_apart(out, sources)
     check_existing(sources)
@@ -158,7 +162,9 @@ def defend(
     with redirect_stdout(sys.stderr), notes_for_people(quiet), progress_bar(quiet or as_json) as advance:
         from weakspot.budgets import read_budget
         from weakspot.checks import check_share
+        from weakspot.classifier import check_images
         from weakspot.defenses import judge_defense, oracle_neutralized, verdict
+        from weakspot.defenses.randomness import is_random
 
         spent = read_budget(budget)
         check_share(keep)
@@ -170,6 +176,8 @@ def defend(
             sides = "x".join(map(str, classifier.input_size))
             other = load_classifier(substitute, None, None, None, None, sides, device)
         batch, paths, skipped, unread = located_pictures(classifier, sources, samples=samples)
+        if given(context, ["draws"]) and not is_random(defended, check_images(batch, classifier), seed=seed):
+            refuse(context, ["draws"], f"with {defense}, which is not random; leave it out")
         truth, where = find_labels(labels, classifier, batch, paths)
         make_folder(out)
         module = getattr(defended, "network", None)

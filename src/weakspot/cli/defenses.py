@@ -79,6 +79,12 @@ def _ours(name: str, settings: Sequence[str], classifier: Classifier) -> nn.Modu
             f"{name} needs {' and '.join(missing)}: --set layer=_blocks.5 --set units=3,17 for example",
             USAGE,
         )
+    if name == "neutralize" and "seed" in given and not given.get("randomness"):
+        raise Failure(
+            f"--set seed={given['seed']} does nothing without randomness; add --set randomness=0.5 for example, or "
+            "leave it out",
+            USAGE,
+        )
     if "units" in given:
         given["units"] = _whole_numbers(given["units"])
     try:

@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from weakspot.cli.app import USAGE, Failure, app, notes_for_people, progress_bar
+from weakspot.cli.given import refuse
 from weakspot.cli.inputs import load_classifier
+from weakspot.cli.kept import watch
 from weakspot.cli.options import (
     ClassesOption,
     DebugOption,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from weakspot.classifier import Classifier
     from weakspot.dissection import Dissection
 
+FILES = ("cache", "concepts", "demo-concepts-*", "report.html", "*.csv", "run.json")
 SHOWN = 40  # units of a layer whose pictures are shown
 EXAMPLES = """
 
@@ -50,6 +53,7 @@ weakspot dissect textures/ --layer features.12 --layer features.18 --model my_pa
 
 @app.command(epilog=EXAMPLES)
 def dissect(
+    context: typer.Context,
     dataset: Annotated[
         Path | None,
         typer.Argument(
@@ -110,6 +114,15 @@ def dissect(
     started = time.perf_counter()
     if demo == (dataset is not None):
         raise Failure("give either a folder of labelled pictures or --demo", USAGE)
+    watch(context, out, FILES)
+    if demo:
+        refuse(
+            context,
+            ["masks", "names", "void"],
+            "with --demo, whose pictures come with theirs; leave out one or the other",
+        )
+    if masks is None:
+        refuse(context, ["names", "void"], "without --masks; add the folder of masks, or leave it out")
     check_folder(out)
     with redirect_stdout(sys.stderr), notes_for_people(quiet), progress_bar(quiet or as_json) as advance:
         advance("loading the model", 0.0)

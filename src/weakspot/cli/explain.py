@@ -13,6 +13,7 @@ import typer
 
 from weakspot.cli.aims import find_aim, find_region
 from weakspot.cli.app import UNREADABLE, USAGE, Failure, app, notes_for_people, progress_bar
+from weakspot.cli.given import refuse, refuse_keep
 from weakspot.cli.inputs import (
     check_existing,
     check_sources,
@@ -21,6 +22,7 @@ from weakspot.cli.inputs import (
     read_pair,
     read_pictures,
 )
+from weakspot.cli.kept import watch
 from weakspot.cli.options import (
     ClassesOption,
     DebugOption,
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from weakspot.classifier import Classifier
     from weakspot.pairs import Pairs
 
+FILES = ("report.html", "scores.csv", "pairs.safetensors", "maps.npz", "run.json")
+OF_ATTACK = ("region", "keep", "norm", "eps", "steps", "target")
 LABELS = "the model's own predictions on the clean images"
 EXAMPLES = """
 
@@ -62,6 +66,7 @@ weakspot explain --samples --json > scores.json
 
 @app.command(epilog=EXAMPLES)
 def explain(
+    context: typer.Context,
     images: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -92,9 +97,7 @@ def explain(
     analyses: Annotated[
         str | None, typer.Option(help="Which analyses, separated by commas; all by default.")
     ] = None,
-    out: Annotated[
-        Path, typer.Option(help="Folder for report.html, scores.csv, pairs.safetensors, maps.npz, run.json.")
-    ] = Path("weakspot-out"),
+    out: Annotated[Path, typer.Option(help=f"Folder for {', '.join(FILES)}.")] = Path("weakspot-out"),
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print scores as JSON.")] = False,
@@ -109,12 +112,17 @@ def explain(
     started = time.perf_counter()
     sources = list(images or [])
     check_sources(sources, pair=pair, samples=samples)
+    watch(context, out, FILES)
+    if pair:
+        refuse(context, OF_ATTACK, "with --pair, which takes the pair as it is; leave out one or the other")
     budget_eps = number(eps)
     check_folder(out)
     check_existing(sources)
 
     # Whatever a model prints must not end up among the scores.
     with redirect_stdout(sys.stderr), notes_for_people(quiet), progress_bar(quiet or as_json) as advance:
+        if not pair:
+            refuse_keep(context, [region])
         advance("loading the model", 0.0)
         classifier = load_classifier(model, weights, mean, std, classes, size, device)
         if pair:

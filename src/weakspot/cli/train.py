@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from weakspot.cli.app import RESUMABLE, USAGE, Failure, app, complain, notes_for_people, progress_bar
+from weakspot.cli.given import refuse
 from weakspot.cli.inputs import image_size, number
 from weakspot.cli.options import DebugOption, QuietOption, SeedOption, WeightsOption
 from weakspot.cli.output import print_rows
@@ -49,6 +50,7 @@ The same command goes on with a training that was cut off; weakspot explain DIGI
 
 @app.command(epilog=EXAMPLES)
 def train(
+    context: typer.Context,
     data: Annotated[
         str | None,
         typer.Argument(
@@ -161,8 +163,14 @@ def train(
 
             where = str(find_device(device))
             shape = image_size(size) or (32, 32)
+            _check_attacked(
+                context, _chosen(recipes) if evaluate == "matrix" else [recipe or "localized"], share
+            )
             advance("reading the data", 0.0)
             training = read_labelled(data, size=shape, channels=channels)
+            if training.held:
+                why = f"with {data}, which holds arrays and no picture files; leave it out"
+                refuse(context, ["size", "channels", "workers"], why)
             # Read now, so that what is wrong with it is said before hours of work.
             test = (
                 None
@@ -187,7 +195,17 @@ def train(
             judged = {"limit": limit, "strongest": 500 if strongest is None else strongest}
             if evaluate == "matrix" and test is not None:
                 said = _matrix(
-                    maker, training, test, out, recipes, seeds or 1, seed, judged, options, told, advance
+                    maker,
+                    training,
+                    test,
+                    out,
+                    _chosen(recipes),
+                    seeds or 1,
+                    seed,
+                    judged,
+                    options,
+                    told,
+                    advance,
                 )
             else:
                 said = _one(maker, training, recipe or "localized", seed, out, options, told, advance)
@@ -266,7 +284,7 @@ def _matrix(
     data: Labelled,
     test: Labelled,
     out: Path,
-    recipes: str | None,
+    recipes: Sequence[str],
     seeds: int,
     seed: int,
     judged: Mapping[str, Any],
@@ -275,17 +293,13 @@ def _matrix(
     advance: Callable[[str, float], None],
 ) -> dict[str, Any]:
     from weakspot.defenses.training import evaluation_matrix
-    from weakspot.defenses.training.matrix import RECIPES
 
-    chosen = (
-        RECIPES if recipes is None else tuple(name.strip() for name in recipes.split(",") if name.strip())
-    )
     found = evaluation_matrix(
         maker,
         data,
         test,
         out=out,
-        recipes=chosen,
+        recipes=recipes,
         seeds=seeds,
         seed=seed,
         **judged,
@@ -374,6 +388,28 @@ def _check_used(evaluate: str, recipe: str | None, **options: object) -> None:
                 f"--{name} goes with --evaluate {'own or matrix' if name in {'limit', 'strongest'} else 'matrix'}",
                 USAGE,
             )
+
+
+def _chosen(recipes: str | None) -> Sequence[str]:
+    """The recipes of the matrix."""
+    from weakspot.defenses.training.matrix import RECIPES
+
+    return RECIPES if recipes is None else [name.strip() for name in recipes.split(",") if name.strip()]
+
+
+def _check_attacked(context: typer.Context, recipes: Sequence[str], share: float) -> None:
+    """Raises Failure where an option of the adversary was given and no recipe has an adversary that it is for."""
+    from weakspot.defenses.training.recipes import find_recipe
+
+    searches = {find_recipe(name).search for name in recipes}
+    named = f"the recipe{'s' if len(recipes) > 1 else ''} {', '.join(recipes)}"
+    if searches <= {"none"}:
+        refuse(context, ["share", "steps", "step_size"], f"with {named}: nothing is attacked; leave it out")
+    elif "descent" not in searches:
+        why = f"with {named}: the adversary takes no steps of that kind; leave it out"
+        refuse(context, ["steps", "step_size"], why)
+    elif not share:
+        refuse(context, ["steps", "step_size"], "with --share 0: nothing is attacked; leave it out")
 
 
 def _usual(data: Labelled) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,18 @@ FORMS = (
     "none, cam, background, border:WIDTH, support (of label and target), the path of a mask picture (white),"
     " or these with ~ (not), & (and), | (or) and matched: (a control of equal area) before a name or (all of it)"
 )
+
+
+def depends_on_keep(text: str) -> bool:
+    """Whether the region of that text is, or is made of, a share of the image: "cam" or "support".
+
+    >>> depends_on_keep("border:4 & ~matched:cam"), depends_on_keep("border:4"), depends_on_keep("cam.png")
+    (True, False, False)
+    """
+    if text not in NAMES and os.path.isfile(text):  # noqa: PTH113 - Path.is_file raises on long names
+        return False
+    words = re.findall(r"[^&|~() ]+", text.replace("matched:", " "))
+    return not {"cam", "support"}.isdisjoint(words)
 
 
 def read_region(

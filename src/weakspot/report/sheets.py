@@ -8,6 +8,7 @@ from pathlib import Path
 
 from weakspot.pairs import Pairs
 from weakspot.report.figures import photograph
+from weakspot.writing import write_whole
 
 ROWS = 12
 WIDTH, HEIGHT = 9.0, 3.2  # inches, of the sheet and of a row
@@ -47,5 +48,5 @@ def overview(pairs: Pairs, captions: Sequence[str], path: Path) -> Path:
             fontsize=8,
             parse_math=False,
         )
-    sheet.savefig(path, dpi=100)
+    write_whole(path, lambda draft: sheet.savefig(draft, dpi=100, format="png"))
     return path

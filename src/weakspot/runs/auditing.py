@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from weakspot.classifier import Classifier
+from weakspot.lock import locked
 from weakspot.models.fingerprint import fingerprint
 from weakspot.runs.engines import Engine, Work, opened
 from weakspot.runs.execution import ShardResult
 from weakspot.runs.folder import versions
-from weakspot.runs.lock import FILE as LOCK
-from weakspot.runs.lock import locked
 from weakspot.runs.maps import MapStore
 from weakspot.runs.mirror import Kept, kept
 from weakspot.runs.plan import Plan
@@ -36,6 +35,7 @@ from weakspot.runs.records import (
 from weakspot.runs.run import ABOUT, LISTING, Run, read_about
 from weakspot.runs.stopping import StoppedError
 
+LOCK = "audit.lock"
 OURS = (ABOUT, LISTING, "records.parquet", "skipped.parquet", "shards", "maps.zarr")
 
 
@@ -98,7 +98,7 @@ def audit(
         if out.exists() and not out.is_dir():
             raise ValueError(f"out is {out}, which is a file; accepted is a folder, made where it is missing")
         out.mkdir(parents=True, exist_ok=True)
-        with locked(out):
+        with locked(out, LOCK):
             _check_free(out)
             write_json(out / ABOUT, {**beginning(plan, command), "status": "planned"})
             try:
@@ -145,7 +145,7 @@ def _resumed(
     who: tuple[str, int | None, str | None],
 ) -> Run:
     out = place.folder
-    with locked(out):
+    with locked(out, LOCK):
         about = read_about(out)  # again: it may have been finished in the meantime
         plan = read_mapping(about["plan"])
         if about["status"] == "complete":

@@ -91,7 +91,7 @@ def evaluation_matrix(
         **options: of `train`.
 
     Raises:
-        ValueError: when an argument does not fit, naming it.
+        ValueError: when an argument does not fit, naming it, or another process trains one of the networks.
     """
     recipes = list(dict.fromkeys(recipes))
     for name in recipes:

@@ -6,10 +6,11 @@ import copy
 import json
 import random
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,10 +38,15 @@ from weakspot.defenses.training.interrupts import deferred
 from weakspot.defenses.training.loop import Loop
 from weakspot.defenses.training.recipes import find_recipe
 from weakspot.defenses.training.settings import Settings, defaults
+from weakspot.lock import LockedError, locked
 from weakspot.models.fingerprint import fingerprint
 from weakspot.regions import matched
 from weakspot.writing import write_whole
 
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+LOCK = "training.lock"
 NEEDS_BACKGROUND = {"background", "foreground", "random"}
 SPLIT_SEED = 0  # which images are held out is a matter of the data, the same for every seed that is compared
 FINDING = 0.3  # of the progress, where backgrounds have to be found first
@@ -123,6 +129,7 @@ def train(
 
     Raises:
         ValueError: when an argument does not fit, naming it, or `out` holds another training.
+        LockedError: a ValueError, when another process trains into `out`, saying which and since when.
 
     Warns:
         ModelWarning: when training stopped because robustness was lost.
@@ -176,19 +183,29 @@ def train(
             if folder is not None and earlier is not None and earlier.get("finished"):
                 _load_finished(classifier, folder, earlier)
             else:
-                _train(
-                    classifier,
-                    everything,
-                    settings,
-                    record,
-                    out=folder,
-                    device=device or str(home),
-                    workers=workers,
-                    every=save_every,
-                    masks=masks or folder,
-                    told=told,
-                    progress=progress,
-                )
+                fabric = make_fabric(device or str(home), precision)
+                rows, kept = split(len(everything), held_out)
+                _check_batches(batch_size, len(rows), fabric.world_size)
+                with _alone(folder, fabric):
+                    # Again: another process may have finished it in the meantime.
+                    earlier = None if folder is None else find_earlier(folder, record)
+                    if folder is not None and earlier is not None and earlier.get("finished"):
+                        _load_finished(classifier, folder, earlier)
+                    else:
+                        _train(
+                            classifier,
+                            everything,
+                            (rows, kept),
+                            settings,
+                            record,
+                            fabric,
+                            out=folder,
+                            workers=workers,
+                            every=save_every,
+                            masks=masks or folder,
+                            told=told,
+                            progress=progress,
+                        )
             result = classifier if isinstance(model, Classifier) else classifier.network
             result.to(home, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     finally:
@@ -252,14 +269,51 @@ def _check_fit(classifier: Classifier, data: Labelled) -> None:
     check_classes(data.labels, len(data), classes)
 
 
+def _check_batches(batch_size: int, images: int, processes: int) -> None:
+    """Raises ValueError unless there are images for a batch, and the processes have equal parts of it."""
+    if images < batch_size:
+        raise ValueError(
+            f"batch_size is {batch_size}; there are {images} images to train on: accepted is no more"
+        )
+    if batch_size % processes:
+        raise ValueError(
+            f"batch_size is {batch_size}; accepted with {processes} processes is a multiple of that"
+        )
+
+
+@contextmanager
+def _alone(out: Path | None, fabric: Fabric) -> Iterator[None]:
+    """Hold the lock of the folder, which is made where it is missing; the first process of a training does for all.
+
+    Raises:
+        LockedError: in all processes, when another training holds it.
+    """
+    if out is None:
+        yield
+        return
+    with ExitStack() as held:
+        refusal = ""
+        if fabric.global_rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(locked(out, LOCK))
+            except LockedError as error:
+                refusal = str(error)
+        refusal = fabric.broadcast(refusal)  # the others would wait for the first in vain
+        if refusal:
+            raise LockedError(refusal)
+        yield
+
+
 def _train(
     classifier: Classifier,
     everything: Labelled,
+    parts: tuple[Tensor, Tensor],
     settings: Settings,
     record: Mapping[str, Any],
+    fabric: Fabric,
     *,
     out: Path | None,
-    device: str,
     workers: int,
     every: float,
     masks: Path | None,
@@ -267,19 +321,9 @@ def _train(
     progress: Callable[[float], None] | None,
 ) -> None:
     """Train the classifier itself."""
-    fabric = make_fabric(device, settings.precision)
-    rows, kept = split(len(everything), settings.held_out)
-    if len(rows) < settings.batch_size:
-        raise ValueError(
-            f"batch_size is {settings.batch_size}; there are {len(rows)} images to train on: accepted is no more"
-        )
-    if settings.batch_size % fabric.world_size:
-        raise ValueError(
-            f"batch_size is {settings.batch_size}; accepted with {fabric.world_size} processes is a multiple of that"
-        )
+    rows, kept = parts
     writes = fabric.global_rank == 0
     if out is not None and writes:
-        out.mkdir(parents=True, exist_ok=True)
         clear_drafts(out)
     found, advance = None, progress
     region = find_recipe(settings.recipe).region

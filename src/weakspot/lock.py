@@ -1,4 +1,4 @@
-"""The lock of a run folder: one process writes, others are told who it is."""
+"""The lock of a folder: one process writes, others are told who it is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-FILE = "audit.lock"
+_handles: set[int] = set()  # of the locks that this process holds
 
 
 class LockedError(ValueError):
@@ -19,18 +19,23 @@ class LockedError(ValueError):
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock.
+def locked(folder: Path, name: str) -> Iterator[None]:
+    """Hold the folder's lock of that name.
 
     The system frees it when its holder dies, however that happens, so that a dead process on this machine blocks
-    nobody. What holds it on another machine cannot be asked.
+    nobody; processes that the holder has forked do not hold it. What holds it on another machine cannot be asked.
+
+    Args:
+        folder: must be there.
+        name: of the file, which says who holds the lock and is gone with it.
 
     Raises:
         LockedError: when another process holds it, saying which and since when.
         OSError: when the folder cannot be written.
     """
-    path = folder / FILE
+    path = folder / name
     handle = _open(path)
+    _handles.add(handle)
     try:
         about = {
             "pid": os.getpid(),
@@ -41,8 +46,21 @@ def locked(folder: Path) -> Iterator[None]:
         os.pwrite(handle, json.dumps(about).encode(), 0)
         yield
     finally:
-        path.unlink(missing_ok=True)  # before it is let go: who opens it later makes a new one
+        if handle in _handles:  # not in a forked child that leaves the block too
+            path.unlink(missing_ok=True)  # before it is let go: who opens it later makes a new one
+            _handles.remove(handle)
+            os.close(handle)
+
+
+def _let_go() -> None:
+    """In a forked child: a copy of the handle would keep the lock when its holder is dead."""
+    for handle in _handles:
         os.close(handle)
+    _handles.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def _open(path: Path) -> int:
