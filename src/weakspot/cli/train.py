@@ -6,29 +6,24 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from weakspot.cli.app import RESUMABLE, USAGE, Failure, app, complain, notes_for_people, progress_bar
 from weakspot.cli.given import refuse
 from weakspot.cli.inputs import image_size, number
 from weakspot.cli.options import DebugOption, QuietOption, SeedOption, WeightsOption
 from weakspot.cli.output import print_rows
+from weakspot.cli.training_jobs import description, fit_matrix, fit_one, judge_own, maker_of
+from weakspot.cli.training_words import everything, print_training, teller
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
-    from weakspot.classifier import Classifier
-    from weakspot.datasets import Labelled
-    from weakspot.defenses.training import Matrix
-
-WIDE = 125  # columns of a terminal that takes the table with intervals
 EVALUATIONS = ("none", "own", "matrix")
 EXAMPLES = """
 
@@ -144,7 +139,7 @@ def train(
     """
     del debug
     if list_all:
-        print_rows(_everything(), as_json)
+        print_rows(everything(), as_json)
         return
     if data is None:
         raise Failure("no data was named; give a folder, an .npz file or hf:NAME", USAGE)
@@ -177,7 +172,7 @@ def train(
                 if evaluate == "none"
                 else read_labelled(data, split="test", size=shape, channels=channels)
             )
-            maker = _maker(model, weights, training, where)
+            maker = maker_of(model, weights, training, where)
             options: dict[str, Any] = {
                 "share": share,
                 "epochs": epochs,
@@ -189,12 +184,12 @@ def train(
                 "augment": augment,
                 "precision": precision,
                 "workers": workers,
-                "about": {"network": _description(model, training)},
+                "about": {"network": description(model, training)},
             }
-            told = None if silent else _teller()
+            told = None if silent else teller()
             judged = {"limit": limit, "strongest": 500 if strongest is None else strongest}
             if evaluate == "matrix" and test is not None:
-                said = _matrix(
+                said = fit_matrix(
                     maker,
                     training,
                     test,
@@ -208,9 +203,9 @@ def train(
                     advance,
                 )
             else:
-                said = _one(maker, training, recipe or "localized", seed, out, options, told, advance)
+                said = fit_one(maker, training, recipe or "localized", seed, out, options, told, advance)
                 if test is not None:
-                    said |= _own(said.pop("model"), test, out, judged, options, advance)
+                    said |= judge_own(said.pop("model"), test, out, judged, options, advance)
                 said.pop("model", None)
     except KeyboardInterrupt:
         complain(f"interrupted; the same command goes on from {out}")
@@ -220,161 +215,7 @@ def train(
     if as_json:
         typer.echo(json.dumps({**said, "folder": str(out.resolve())}, indent=2))
     elif not quiet:
-        _print(said, time.perf_counter() - started, out, matrix=evaluate == "matrix")
-
-
-def _one(
-    maker: Callable[[int], Classifier],
-    data: Labelled,
-    recipe: str,
-    seed: int,
-    out: Path,
-    options: Mapping[str, Any],
-    told: Callable[[str, Mapping[str, float]], None] | None,
-    advance: Callable[[str, float], None],
-) -> dict[str, Any]:
-    from weakspot.defenses import train as fit
-    from weakspot.defenses.training.checkpoint import read_record
-
-    trained = fit(
-        maker(seed),
-        data,
-        recipe=recipe,
-        seed=seed,
-        out=out,
-        told=None if told is None else (lambda row: told(recipe, row)),
-        progress=lambda done: advance(f"training ({recipe})", done),
-        **options,
-    )
-    return {"model": trained, **(read_record(out) or {})}
-
-
-def _own(
-    model: Classifier,
-    test: Labelled,
-    out: Path,
-    judged: Mapping[str, Any],
-    options: Mapping[str, Any],
-    advance: Callable[[str, float], None],
-) -> dict[str, Any]:
-    """Accuracy with its interval under every test."""
-    from weakspot.defenses.training import judged_images, outcomes
-    from weakspot.defenses.training.matrix import TEST_STEPS
-    from weakspot.defenses.training.settings import defaults
-    from weakspot.statistics import share_interval
-
-    tested = judged_images(test, limit=judged["limit"], masks=out)
-    found = outcomes(
-        model,
-        tested,
-        budget=options["budget"] or defaults(test.shape[0])["budget"],
-        steps=TEST_STEPS.get(test.shape[0], 20),
-        strongest=judged["strongest"],
-        progress=lambda done: advance("testing", done),
-    )
-    rows = []
-    for name, right in found.items():
-        mean, low, high = share_interval(right.numpy())
-        rows.append({"test": name, "accuracy": mean, "low": low, "high": high, "images": len(right)})
-    return {"tests": rows}
-
-
-def _matrix(
-    maker: Callable[[int], Classifier],
-    data: Labelled,
-    test: Labelled,
-    out: Path,
-    recipes: Sequence[str],
-    seeds: int,
-    seed: int,
-    judged: Mapping[str, Any],
-    options: Mapping[str, Any],
-    told: Callable[[str, Mapping[str, float]], None] | None,
-    advance: Callable[[str, float], None],
-) -> dict[str, Any]:
-    from weakspot.defenses.training import evaluation_matrix
-
-    found = evaluation_matrix(
-        maker,
-        data,
-        test,
-        out=out,
-        recipes=recipes,
-        seeds=seeds,
-        seed=seed,
-        **judged,
-        told=told,
-        progress=advance,
-        **options,
-    )
-    _write(found, out)
-    return {
-        "accuracy": json.loads(found.accuracy.to_json(orient="records", double_precision=6)),
-        "differences": json.loads(found.differences.to_json(orient="records", double_precision=6)),
-        "stopped": dict(found.stopped),
-    }
-
-
-def _write(found: Matrix, out: Path) -> None:
-    from weakspot.defenses.training.testing import TESTS
-    from weakspot.report.heat import matrix_figure
-    from weakspot.writing import write_whole
-
-    write_whole(out / "accuracy.csv", lambda draft: found.accuracy.to_csv(draft, index=False))
-    write_whole(out / "differences.csv", lambda draft: found.differences.to_csv(draft, index=False))
-    figure = matrix_figure(found.accuracy, _titles(found.accuracy, TESTS))
-    write_whole(out / "matrix.png", lambda draft: figure.savefig(draft, dpi=150, format="png"))
-
-
-def _titles(accuracy: pd.DataFrame, tests: Mapping[str, str]) -> dict[str, str]:
-    """A title for each test, with the number of its images."""
-    short = {
-        "clean": "clean",
-        "localized": "PGD, background",
-        "full": "PGD, everywhere",
-        "strongest": "ensemble, everywhere",
-        "swapped": "background swapped",
-    }
-    images = accuracy.groupby("test")["images"].first()
-    return {test: f"{short[test]}\n{images[test]:,} images" for test in tests if test in images}
-
-
-def _maker(
-    model: str | None, weights: Path | None, data: Labelled, device: str
-) -> Callable[[int], Classifier]:
-    """Seed to a network for the data: of the zoo with fresh weights, or whatever the spec names."""
-    from weakspot.models import load
-    from weakspot.zoo import NETWORKS, build
-    from weakspot.zoo.networks import ALIASES
-
-    name = model or _usual(data)
-    if name in NETWORKS or name in ALIASES:
-
-        def make(seed: int) -> Classifier:
-            fresh = build(
-                name, classes=len(data.class_names), channels=data.shape[0], size=data.shape[1:], seed=seed
-            )
-            return load(fresh, weights=weights, device=device, class_names=data.class_names)
-
-        return make
-    if ":" not in name:
-        from weakspot.checks import closest
-
-        raise Failure(
-            f"model is {name!r}; {closest(name, [*NETWORKS, *ALIASES])} (or package.module:factory)", USAGE
-        )
-
-    def made(seed: int) -> Classifier:
-        import torch
-
-        # A factory draws its weights from the global generator.
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return load(
-                name, weights=weights, device=device, input_size=data.shape[1:], class_names=data.class_names
-            )
-
-    return made
+        print_training(said, time.perf_counter() - started, out, matrix=evaluate == "matrix")
 
 
 def _check_used(evaluate: str, recipe: str | None, **options: object) -> None:
@@ -410,77 +251,3 @@ def _check_attacked(context: typer.Context, recipes: Sequence[str], share: float
         refuse(context, ["steps", "step_size"], why)
     elif not share:
         refuse(context, ["steps", "step_size"], "with --share 0: nothing is attacked; leave it out")
-
-
-def _usual(data: Labelled) -> str:
-    return "two_conv" if data.shape[0] == 1 else "resnet20"
-
-
-def _description(model: str | None, data: Labelled) -> dict[str, Any]:
-    """What training.json says of the network, enough to build one of the zoo again."""
-    from weakspot.zoo.networks import ALIASES, NETWORKS
-
-    name = model or _usual(data)
-    name = ALIASES.get(name, name)
-    made = {"zoo": name} if name in NETWORKS else {"spec": name}
-    return made | {
-        "classes": len(data.class_names),
-        "channels": data.shape[0],
-        "size": list(data.shape[1:]),
-        "class_names": list(data.class_names),
-    }
-
-
-def _teller() -> Callable[[str, Mapping[str, float]], None]:
-    """A line on standard error for every epoch."""
-    console = Console(stderr=True, highlight=False)
-
-    def tell(name: str, row: Mapping[str, float]) -> None:
-        if "epoch" not in row:
-            line = ", ".join(f"{test} {value:.1%}" for test, value in row.items())
-            console.print(f"{name}: {line}", soft_wrap=True)
-            return
-        judged = ", ".join(f"{key} {row[key]:.1%}" for key in ("clean", "robust") if key in row)
-        console.print(
-            f"{name}, epoch {row['epoch']:.0f}: loss {row['loss']:.3f}, held out: {judged or 'none'}; "
-            f"{row['seconds']:.0f} s",
-            style="dim",
-            soft_wrap=True,
-        )
-
-    return tell
-
-
-def _print(said: Mapping[str, Any], seconds: float, out: Path, *, matrix: bool) -> None:
-    console = Console(highlight=False)
-    rows = said.get("accuracy") or said.get("tests") or []
-    if rows:
-        tests = list(dict.fromkeys(row["test"] for row in rows))
-        table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-        wide = console.width >= WIDE
-        for heading in (["trained"] if matrix else []) + tests:
-            table.add_column(heading, no_wrap=True)
-        names = list(dict.fromkeys(row.get("recipe", "") for row in rows))
-        for name in names:
-            cells = [
-                f"{row['accuracy']:.1%}" + (f" ({row['low']:.1%}-{row['high']:.1%})" if wide else "")
-                for row in rows
-                if row.get("recipe", "") == name
-            ]
-            table.add_row(*([name] if matrix else []), *cells)
-        console.print(table)
-    if said.get("stopped") and not matrix:
-        console.print(f"[yellow]stopped early:[/yellow] {said['stopped']}")
-    for name, why in said["stopped"].items() if matrix else ():
-        console.print(f"[yellow]{name} stopped early:[/yellow] {why}")
-    spec = said.get("network", {}).get("spec")
-    use = f"{spec} --weights {out / 'model.safetensors'}" if spec else str(out)
-    what = "matrix.png and accuracy.csv" if matrix else f"weakspot explain PICTURES --model {use}"
-    console.print(f"\nWritten to {out.resolve()} in {seconds:.0f} s; next: {what}", style="dim")
-
-
-def _everything() -> list[dict[str, str]]:
-    from weakspot.defenses.training import RECIPES, TESTS
-
-    rows = [{"kind": "recipe", "name": name, "what": recipe.summary} for name, recipe in RECIPES.items()]
-    return rows + [{"kind": "test", "name": name, "what": what} for name, what in TESTS.items()]
