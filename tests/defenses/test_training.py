@@ -26,16 +26,16 @@ from weakspot.checks import ModelWarning
 from weakspot.classifier import Classifier
 from weakspot.datasets import from_tensors, read_labelled
 from weakspot.defenses.training import backgrounds as finding
+from weakspot.defenses.training import fitting
 from weakspot.defenses.training import loop as loops
-from weakspot.defenses.training import training
 from weakspot.defenses.training.adversary import perturbed
 from weakspot.defenses.training.augmentation import Moves
 from weakspot.defenses.training.devices import make_fabric
+from weakspot.defenses.training.fitting import held_out_images, split
 from weakspot.defenses.training.held_out import HeldOut
 from weakspot.defenses.training.loop import uniform
 from weakspot.defenses.training.recipes import RECIPES, find_recipe
 from weakspot.defenses.training.settings import Settings
-from weakspot.defenses.training.training import held_out_images, split
 from weakspot.lock import LockedError, locked
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lightning.*")
@@ -813,12 +813,12 @@ def test_a_training_that_another_process_finished_in_the_meantime_is_not_done_ag
     @contextmanager
     def late(folder: Path, name: str) -> Iterator[None]:
         with monkeypatch.context() as patch:
-            patch.setattr(training, "locked", locked)
+            patch.setattr(fitting, "locked", locked)
             others.append(defenses.train(fresh(), data, out=tmp_path, **options))
         with locked(folder, name):
             yield
 
-    monkeypatch.setattr(training, "locked", late)
+    monkeypatch.setattr(fitting, "locked", late)
     made = defenses.train(fresh(), data, out=tmp_path, told=rows.append, **options)
     assert len(others) == 1
     assert rows == []
