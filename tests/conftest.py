@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -80,6 +81,12 @@ class LinearNetwork(nn.Module):
 
 
 Made = tuple[nn.Module, Tensor]
+
+
+def doubled(made: Made) -> Made:
+    """The network, a copy of it, and the images in double precision."""
+    network, images = made
+    return copy.deepcopy(network).double(), images.double()
 
 
 def _seeded(build: Callable[[], nn.Module], *size: int) -> Made:

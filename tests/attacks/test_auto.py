@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.attacks.test_gradient import Watched, balanced, bits, limit, predicted, region_of, tagged, times
-from tests.conftest import NETWORKS, LinearNetwork, Made, untouched
+from tests.conftest import NETWORKS, LinearNetwork, Made, doubled, untouched
 from weakspot import Classifier, attacks
 from weakspot.attacks import auto
 from weakspot.attacks.adaptive import adaptive_descent, checkpoints
@@ -80,7 +80,8 @@ def test_results_are_in_range_in_budget_in_region_and_verified(
 def test_an_images_result_depends_on_no_batch_size_no_order_and_no_neighbour(
     any_model: Made, budget: Budget
 ) -> None:
-    model, images = any_model
+    """In double precision: an attack's choices turn last bits, which kernels round by the batch, into more."""
+    model, images = doubled(any_model)
     labels, region = predicted(model, images), region_of("scattered", images)
     assert region is not None
 
@@ -94,7 +95,7 @@ def test_an_images_result_depends_on_no_batch_size_no_order_and_no_neighbour(
         adversarial([2, 0, 1])[[1, 2, 0]],
         torch.cat([adversarial([index]) for index in range(3)]),
     ):
-        torch.testing.assert_close(other, together, rtol=0, atol=1e-5)
+        torch.testing.assert_close(other, together, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("targeted", [False, True])
