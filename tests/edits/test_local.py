@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from weakspot import Classifier, ImageWarning, LocalEdits, ModelWarning
 from weakspot.classifier import evaluating
-from weakspot.edits import Edits, prepare
+from weakspot.edits import Edits, local, prepare
 
 TOLERANCE = 1e-4  # of the range of the logits
 
@@ -310,6 +310,32 @@ def test_batch_size_and_way_change_no_result(batch_size: int, windows: bool | No
         found = edits.logits(torch.zeros_like(tops), tops, lefts, patches)
         with torch.no_grad():
             torch.testing.assert_close(found, classifier(pasted(image, tops, lefts, patches)))
+
+
+@pytest.mark.parametrize("windows_cost", [1.0, 3.0])
+def test_the_faster_way_is_found_by_measuring_once(
+    windows_cost: float, image: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each way is warmed up and timed, then the cheaper does the rest, of later calls too."""
+    torch.manual_seed(0)
+    clock, went = [0.0], []
+    monkeypatch.setattr(local, "_now", lambda _: clock[0])
+    own = Edits._part
+
+    def part(self: Edits, by_windows: bool, owners: Tensor, *rest: Tensor) -> Tensor:
+        went.append(by_windows)
+        clock[0] += len(owners) * (windows_cost if by_windows else 2.0)
+        return own(self, by_windows, owners, *rest)
+
+    monkeypatch.setattr(Edits, "_part", part)
+    places = torch.arange(19 * 19)
+    tops, lefts = places // 19, places % 19
+    with evaluating(NETWORKS["residual"]()) as classifier:
+        edits = Edits(classifier, image, batch_size=4)
+        for _ in range(2):
+            edits.logits(torch.zeros_like(tops), tops, lefts, torch.rand(len(tops), 3, 1, 1))
+    assert went[:4] == [True, True, False, False]
+    assert set(went[4:]) == {windows_cost < 2.0}
 
 
 class Choosing(nn.Module):

@@ -145,6 +145,23 @@ def _merged(model: nn.Module, image: Tensor) -> Sequence[Step]:
     return merging.merged(record(Classifier(model), image)).steps
 
 
+@pytest.mark.skipif(merging.FUSED is None, reason="this torch has no oneDNN")
+@pytest.mark.parametrize(("dtype", "used"), [(torch.float32, True), (torch.float64, False)], ids=str)
+def test_onednn_does_what_it_can(dtype: torch.dtype, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, own = [], merging.FUSED
+    assert own is not None
+
+    def watched(*given: Any) -> Tensor:
+        calls.append(given[7])
+        found: Tensor = own(*given)
+        return found
+
+    monkeypatch.setattr(merging, "FUSED", watched)
+    model = Padded((1, 2, 0, 3), "relu6", kernel_size=3, groups=6).eval().to(dtype)
+    assert difference(model, torch.rand(1, 3, 9, 9, dtype=dtype)) < 1e-5
+    assert set(calls) == ({"hardtanh"} if used else set())
+
+
 def test_of_activations_in_a_row_the_first_is_merged() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Hardtanh(0, 0.1), nn.Flatten(), nn.Linear(4 * 36, 3)

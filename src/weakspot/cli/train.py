@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -20,9 +20,6 @@ from weakspot.cli.options import DebugOption, QuietOption, SeedOption, WeightsOp
 from weakspot.cli.output import print_rows
 from weakspot.cli.training_jobs import description, fit_matrix, fit_one, judge_own, maker_of
 from weakspot.cli.training_words import everything, print_training, teller
-
-if TYPE_CHECKING:
-    pass
 
 EVALUATIONS = ("none", "own", "matrix")
 EXAMPLES = """

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from weakspot.edits.recording import Slot, Step
+from weakspot.edits.sliding import is_convolution
 
 LARGEST = 1e37  # a tenth of the largest float32, for sums that round up
 NO_LARGER = {
@@ -58,9 +59,9 @@ def _of(value: Any, known: Mapping[int, float]) -> float:
 
 
 def _convolution(step: Step, known: Mapping[int, float]) -> float:
-    maps, weight, bias, *_ = step.arguments
-    if not isinstance(maps, Slot) or not isinstance(weight, Tensor) or step.arguments[6]:
+    if not is_convolution(step):
         return math.inf
+    maps, weight, bias, *_ = step.arguments
     sums = weight.abs().sum((1, 2, 3))
     return known[maps.number] * float(sums.amax()) + (0.0 if bias is None else _of(bias, known))
 

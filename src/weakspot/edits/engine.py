@@ -30,12 +30,7 @@ class Engine:
     def __init__(self, recording: Recording, images: Tensor, *, full_batch: int) -> None:
         """Run the recording once on the images (N, C, H, W) and keep the maps that edits may need."""
         self.recording, self.full_batch = recording, full_batch
-        steps = recording.steps
-        layouts: tuple[Layout, ...] = ("maps", "sites", "rows")
-        asked = {
-            slot for step in steps for slot in step.inputs if any(needs_clean(step, one) for one in layouts)
-        }
-        self._steps = steps = in_place(steps, asked)
+        self._steps = steps = in_place(recording.steps)
         readers: dict[int, list[Step]] = {}
         for step in steps:
             for slot in step.inputs:

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weakspot.edits.bounds import bounds
-from weakspot.edits.recording import Recording, Slot, Step
+from weakspot.edits.recording import Recording, Step
 from weakspot.edits.rules import SITEWISE
+from weakspot.edits.sliding import is_convolution, pair
 
 FRESH = {"convolution", "addmm", "add", "native_batch_norm", "_native_batch_norm_legit_no_training"}
 FUSED = (
@@ -81,7 +82,7 @@ class Convolution:
             and maps.device.type == "cpu"
             and maps.dtype == weight.dtype == torch.float32
         ):
-            shared = (_pair(padding), _pair(stride), _pair(dilation), groups)
+            shared = (pair(padding), pair(stride), pair(dilation), groups)
             fused: Tensor = FUSED(
                 maps, weight, bias, *shared, activation.name, list(activation.numbers), "none"
             )
@@ -110,10 +111,10 @@ def _padded(steps: Sequence[Step]) -> list[Step]:
     """Zero padding that a convolution alone reads is done by it."""
     alone = _read_once(steps)
     paddings = {step.outputs[0]: step for step in steps if step.outputs[0] in alone and _is_padding(step)}
-    taken = {step.inputs[0] for step in steps if _is_plain(step)} & paddings.keys()
+    taken = {step.inputs[0] for step in steps if is_convolution(step)} & paddings.keys()
     return [
         _padding_taken_over(step, paddings[step.inputs[0]])
-        if _is_plain(step) and step.inputs[0] in taken
+        if is_convolution(step) and step.inputs[0] in taken
         else step
         for step in steps
         if step.outputs[0] not in taken
@@ -130,12 +131,12 @@ def _is_padding(step: Step) -> bool:
 
 def _padding_taken_over(step: Step, before: Step) -> Step:
     _, weight, bias, stride, padding, dilation, *rest = step.arguments
-    widths, (down, along) = before.arguments[1], _pair(padding)
+    widths, (down, along) = before.arguments[1], pair(padding)
     left, right, top, bottom = widths[0] + along, widths[1] + along, widths[2] + down, widths[3] + down
     together, call = [top, left], step.call
     if (top, left) != (bottom, right):
         together += [bottom, right]
-        cheap = weight.shape[1] == 1 and _pair(dilation) == [1, 1]
+        cheap = weight.shape[1] == 1 and pair(dilation) == (1, 1)
         ends = [max(0, width) for width in (right - left, left - right, bottom - top, top - bottom)]
         call = Convolution(grown=F.pad(weight, ends) if cheap else None)
     arguments = (before.arguments[0], weight, bias, stride, together, dilation, *rest)
@@ -150,7 +151,7 @@ def _activated(steps: Sequence[Step], logits: int) -> list[Step]:
     """
     alone = _read_once(steps) - {logits}
     largest = bounds(steps)
-    made = {step.outputs[0] for step in steps if _is_plain(step)} & alone
+    made = {step.outputs[0] for step in steps if is_convolution(step)} & alone
     ends = {
         step.inputs[0]: step
         for step in steps
@@ -198,31 +199,18 @@ def _activation(step: Step) -> Activation | None:
     return None
 
 
-def _is_plain(step: Step) -> bool:
-    """Whether it is a convolution of two axes that reads maps with weights that are constant."""
-    if step.name != "convolution" or len(step.inputs) != 1:
-        return False
-    maps, weight, *_ = step.arguments
-    return isinstance(maps, Slot) and weight.ndim == 4 and not step.arguments[6]
-
-
-def _pair(value: Sequence[int]) -> list[int]:
-    return [value[0], value[-1]]
-
-
-def in_place(steps: Sequence[Step], kept: set[int]) -> list[Step]:
+def in_place(steps: Sequence[Step]) -> list[Step]:
     """The steps; activation functions of what nothing else reads write into it, which spares memory and time."""
     made = {slot: step.name for step in steps for slot in step.outputs}
-    readers = Counter(slot for step in steps for slot in step.inputs)
+    alone = _read_once(steps)
 
     def thrifty(step: Step) -> Step:
         twin = getattr(getattr(torch.ops.aten, f"{step.name}_", None), "default", None)
-        if getattr(step.call, "_overloadname", "") != "default":
+        if getattr(step.call, "_overloadname", "") != "default" or step.name not in SITEWISE or twin is None:
             return step
-        if step.name not in SITEWISE or twin is None or len(step.inputs) != 1:
-            return step
-        (read,) = step.inputs
-        alone = readers[read] == 1 and read not in kept and made.get(read) in FRESH
-        return replace(step, call=twin) if alone else step
+        # A constant with sites would need the map that is written over.
+        constants = any(isinstance(leaf, Tensor) for leaf in step.arguments)
+        fresh = len(step.inputs) == 1 and step.inputs[0] in alone and made.get(step.inputs[0]) in FRESH
+        return replace(step, call=twin) if fresh and not constants else step
 
     return [thrifty(step) for step in steps]

@@ -36,10 +36,9 @@ class State:
 def convolution(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
     """Any but transposed ones."""
     windows: Windows = values[step.inputs[0]]
-    maps, weight, bias, stride, padding, dilation, transposed, *rest = step.arguments
-    of_maps = isinstance(maps, Slot) and len(step.inputs) == 1 and windows.layout == "maps"
-    if not of_maps or transposed or weight.ndim != 4:
+    if not is_convolution(step) or windows.layout != "maps":
         return None
+    _, weight, bias, stride, padding, dilation, transposed, *rest = step.arguments
 
     def convolve(maps: Tensor) -> Tensor:
         found: Tensor = step.call(maps, weight, bias, stride, (0, 0), dilation, transposed, *rest)
@@ -48,28 +47,36 @@ def convolution(state: State, step: Step, values: dict[int, Any]) -> Windows | N
     if is_pointwise(step):
         return windows.changed(convolve(windows.seen()))
     return _sliding(
-        state, step, values, convolve, weight.shape[2:], _pair(stride), _pair(padding), _pair(dilation), 0.0
+        state, step, values, convolve, weight.shape[2:], pair(stride), pair(padding), pair(dilation), 0.0
     )
+
+
+def is_convolution(step: Step) -> bool:
+    """Whether it is a convolution of two axes, not transposed, of maps with weights that do not depend on the image."""
+    if step.name != "convolution" or len(step.inputs) != 1:
+        return False
+    maps, weight, _, _, _, _, transposed, *_ = step.arguments
+    return isinstance(maps, Slot) and weight.ndim == 4 and not transposed
 
 
 def is_pointwise(step: Step) -> bool:
     """Whether it is a convolution of each site's own channels."""
-    if step.name != "convolution" or len(step.inputs) != 1 or not isinstance(step.arguments[0], Slot):
+    if not is_convolution(step):
         return False
-    _, weight, _, stride, padding, _, transposed, *_ = step.arguments
-    return weight.shape[2:] == (1, 1) and not transposed and set(stride) == {1} and set(padding) == {0}
+    _, weight, _, stride, padding, *_ = step.arguments
+    return weight.shape[2:] == (1, 1) and set(stride) == {1} and set(padding) == {0}
 
 
 def max_pool(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
     """Over windows of two axes; beyond the border lies minus infinity."""
     _, kernel, stride, padding, dilation, _ = (*step.arguments, *[None] * 6)[:6]
-    kernel = _pair(kernel)
-    stride, dilation = _pair(stride) if stride else kernel, _pair(dilation or 1)
+    kernel = pair(kernel)
+    stride, dilation = pair(stride) if stride else kernel, pair(dilation or 1)
 
     def pool(maps: Tensor) -> Tensor:
         return F.max_pool2d(maps, kernel, stride, 0, dilation)
 
-    return _sliding(state, step, values, pool, kernel, stride, _pair(padding or 0), dilation, -torch.inf)
+    return _sliding(state, step, values, pool, kernel, stride, pair(padding or 0), dilation, -torch.inf)
 
 
 def average_pool(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
@@ -77,8 +84,8 @@ def average_pool(state: State, step: Step, values: dict[int, Any]) -> Windows | 
     defaults = (None, None, None, 0, False, True, None)
     given = (*step.arguments, *defaults[len(step.arguments) :])
     _, kernel, stride, padding, ceil, counts_border, divisor = given
-    kernel, padding = _pair(kernel), _pair(padding)
-    stride = _pair(stride) if stride else kernel
+    kernel, padding = pair(kernel), pair(padding)
+    stride = pair(stride) if stride else kernel
     if ceil or (any(padding) and not counts_border and divisor is None):
         return None
 
@@ -211,7 +218,8 @@ def _reach(
     )
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def pair(value: Any) -> tuple[int, int]:
+    """Down and along, of an argument that may be one number for both; of four numbers the first two."""
     if isinstance(value, int):
         return value, value
     return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from weakspot.defenses.training.fitting import alone, fit, load_finished, split
 from weakspot.defenses.training.identity import find_earlier, make_record
 from weakspot.defenses.training.recipes import find_recipe
 from weakspot.defenses.training.settings import Settings, defaults
-
-if TYPE_CHECKING:
-    pass
 
 
 def train(
