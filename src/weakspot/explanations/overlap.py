@@ -6,7 +6,7 @@ from the abstract: how both are computed, and every parameter, is ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,20 +19,27 @@ from weakspot.attribution.cam import class_activation, logit_gradient
 from weakspot.attribution.occlusion import occlusion
 from weakspot.attribution.path import MarginDrop, margin_drop
 from weakspot.checks import check_share, closest
-from weakspot.classifier import Classifier, evaluating
+from weakspot.classifier import Classifier, evaluating, predict
+from weakspot.explanations.agreement import agreement, attack_region, lost_margin, top_region
 from weakspot.explanations.analysis import Analysis, Picture, check_pairs, rivals
 from weakspot.pairs import Pairs
-from weakspot.regions import top
 from weakspot.smoothing import gaussian
-from weakspot.statistics import ShiftTest, products_over_shifts, queen_lag, ranks, shift_test, standardized
+from weakspot.statistics import (
+    ShiftTest,
+    other_image_test,
+    products_over_shifts,
+    queen_lag,
+    ranks,
+    shift_test,
+    standardized,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CANCELLED = 0.05  # a drop smaller than this share of all gains and losses has no place
 REACH = 1 / 50  # of the shorter side: how far from a changed pixel a site counts as reached by the attack
-ARBITRARY = 0.9  # a region of which less than this share is above a tie has no right to its size
 FRAGMENT = 4  # pixels; smaller components are speckle, not regions
+WHOLE = 0.95  # fraction of the image near changed pixels from which an attack counts as free to act anywhere
 CHUNK = 8  # images whose shifts are in memory at once
 IMPORTANCES = ("cam", "gradient", "occlusion")
 PARTITION = ("rest", "essential: looked at only", "contested: both", "neutralizable: attacked only")
@@ -47,8 +54,9 @@ class Overlap:
         vulnerability: (N, 1, H, W) what each site of the perturbation took from the margin; sums to the drop.
         roi: bool (N, 1, H, W), the top share of importance; fewer sites where many tie at the cut.
         roa: bool (N, 1, H, W), the top share of vulnerability; fewer where many tie or nothing was taken.
-        scores: one row per image; see `MEANINGS`. effect_in_roi, jaccard, spearman and moran_i come with
-            _null, _null_low, _null_high and _p from shifting the attack against the image.
+        scores: one row per image; see `MEANINGS`. effect_in_roi, jaccard, spearman and moran_i come with _null, _p
+            and _q from other images' importance maps, NaN below 19 of them and where the attack did not reach the
+            whole image, and with _shift_null and _shift_p from shifting the attack within its image.
     """
 
     importance: Tensor
@@ -89,17 +97,26 @@ MEANINGS = {
 
 
 def overlap(
-    model: nn.Module, pairs: Pairs, *, keep: float = 0.2, seed: int = 0, importance: str | Tensor = "cam"
+    model: nn.Module,
+    pairs: Pairs,
+    *,
+    keep: float = 0.2,
+    seed: int = 0,
+    importance: str | Tensor = "cam",
+    reference: Tensor | None = None,
 ) -> Overlap:
-    """Region of importance and region of attack, what they share, and what they would share by chance.
+    """Region of importance and region of attack, what they share, and what they share in unrelated images.
 
     Importance is the class activation of the label in the clean image. Vulnerability is what each site of the
     perturbation took from the margin z_label - z_target: integrated gradients from the clean to the adversarial
     image, which sum to the whole drop, spread by a Gaussian of 1/64 of the image's shorter side. Either region
-    is the top `keep` share of its map. Chance is the attack shifted against the image by every possible amount,
-    wrapping around; p is the share of shifts that agree at least as well.
+    is the top `keep` share of its map. The null is the same attack with the importance maps of the other images of
+    the batch, and of `reference`: p is the pooled rank of the own map among them, from 19 other images on, and q is p
+    corrected over the batch. They must come from the same source as the images: maps of other photographs do not
+    share the habits of these. An attack that did not reach the whole image has no p, as where it acts follows from
+    where it was allowed to.
 
-    Where an untargeted attack failed, the target is the class it came closest to.
+    If an untargeted attack failed, the target is the class it came closest to.
 
     Args:
         model: any classifier.
@@ -108,6 +125,8 @@ def overlap(
         seed: taken by every analysis; here nothing is random.
         importance: "cam", "gradient" (norm of the gradient of the label's logit), "occlusion" (fall of that logit where
             a cell, a fourteenth of the image, is covered), or scores (N, 1, H, W).
+        reference: (R, C, H, W) other images of the same source; their importance is of the predicted class. With
+            scores given as `importance`, scores (R, 1, H, W) of other images.
 
     Raises:
         ValueError: when an argument does not fit, naming it.
@@ -122,43 +141,59 @@ def overlap(
         drop = margin_drop(
             classifier, pairs.clean, pairs.adversarial, pairs.labels, rivals(classifier, pairs)
         )
-        important = _importance(classifier, pairs, importance)
+        important = _importance(classifier, pairs.clean, pairs.labels, importance)
+        others = _reference_importance(classifier, pairs, importance, reference)
     sigma = min(drop.sites.shape[2:]) / 64
     vulnerable = gaussian(drop.sites.double(), sigma, max(1, round(4 * sigma))).float()
-    roi, roa = _above(important, keep), _above(vulnerable, keep) & (vulnerable > 0)
-    tests = _shift_tests(important[:, 0], vulnerable[:, 0], roi[:, 0], roa[:, 0])
-    columns = [test.columns(name) for name, test in tests.items()]
-    columns.append(pd.DataFrame({"effect_in_roi_p_less": tests["effect_in_roi"].p_less.cpu().numpy()}))
-    scores = pd.concat([*columns, _plain_scores(pairs, drop, roi, roa)], axis=1)
-    return Overlap(important, vulnerable, roi, roa, scores)
+    roi, roa = top_region(important, keep), attack_region(vulnerable, keep)
+    plain = _plain_scores(pairs, drop, roi, roa)
+    confined = torch.tensor((plain["reached_share"] < WHOLE).tolist()).to(vulnerable.device)
+    agreed = agreement(torch.cat([important, others]), vulnerable, fraction=keep)
+    columns = []
+    for name, shifted in _shift_tests(important[:, 0], vulnerable[:, 0], roi[:, 0], roa[:, 0]).items():
+        tested = torch.where(confined[:, None], torch.nan, agreed[name])
+        columns.append(replace(other_image_test(tested), value=shifted.value).columns(name))
+        columns.append(shifted.columns(name))
+        columns[-1].loc[confined.cpu().numpy()] = np.nan
+    return Overlap(important, vulnerable, roi, roa, pd.concat([*columns, plain], axis=1))
 
 
-def _above(scores: Tensor, keep: float) -> Tensor:
-    """The top share of sites; where ties across the cut would fill over a tenth of it, only those above the tie."""
-    chosen = top(scores, keep)
-    left_out = torch.where(chosen, -torch.inf, scores).flatten(1).amax(1).view(-1, 1, 1, 1)
-    above = chosen & (scores > left_out)
-    sizes = [region.flatten(1).sum(1).view(-1, 1, 1, 1) for region in (above, chosen)]
-    return torch.where(sizes[0] < ARBITRARY * sizes[1], above, chosen)
-
-
-def _importance(classifier: Classifier, pairs: Pairs, importance: str | Tensor) -> Tensor:
+def _importance(classifier: Classifier, images: Tensor, classes: Tensor, importance: str | Tensor) -> Tensor:
     if isinstance(importance, Tensor):
-        if importance.shape != pairs.clean[:, :1].shape:
+        if importance.shape != images[:, :1].shape:
             raise ValueError(
-                f"importance has shape {tuple(importance.shape)}; accepted is {tuple(pairs.clean[:, :1].shape)}"
+                f"importance has shape {tuple(importance.shape)}; accepted is {tuple(images[:, :1].shape)}"
             )
-        return importance.to(pairs.clean)
+        return importance.to(images)
     if importance == "cam":
-        return class_activation(classifier, pairs.clean, pairs.labels, registration="effective")
+        return class_activation(classifier, images, classes, registration="effective")
     if importance == "gradient":
-        return logit_gradient(classifier, pairs.clean, pairs.labels)
+        return logit_gradient(classifier, images, classes)
     if importance == "occlusion":
-        side = max(1, round(min(pairs.clean.shape[2:]) / 14))
-        return occlusion(classifier, pairs.clean, pairs.labels, cell=side)
+        side = max(1, round(min(images.shape[2:]) / 14))
+        return occlusion(classifier, images, classes, cell=side)
     raise ValueError(
         f"importance is {importance!r}; {closest(importance, IMPORTANCES)}, or a tensor of scores"
     )
+
+
+def _reference_importance(
+    classifier: Classifier, pairs: Pairs, importance: str | Tensor, reference: Tensor | None
+) -> Tensor:
+    """(R, 1, H, W), R = 0 without references."""
+    if reference is None:
+        return pairs.clean[:0, :1]
+    given = isinstance(importance, Tensor)
+    wanted = (1 if given else pairs.clean.shape[1], *pairs.clean.shape[2:])
+    if not isinstance(reference, Tensor) or tuple(reference.shape[1:]) != wanted:
+        got = tuple(reference.shape) if isinstance(reference, Tensor) else type(reference).__name__
+        raise ValueError(
+            f"reference must be {'scores' if given else 'images'} (R, {', '.join(map(str, wanted))}), got {got}"
+        )
+    reference = reference.to(pairs.clean)
+    if isinstance(importance, Tensor):
+        return reference
+    return _importance(classifier, reference, predict(classifier, reference).argmax(1), importance)
 
 
 def _shift_tests(important: Tensor, vulnerable: Tensor, roi: Tensor, roa: Tensor) -> dict[str, ShiftTest]:
@@ -170,16 +205,12 @@ def _shift_tests(important: Tensor, vulnerable: Tensor, roi: Tensor, roa: Tensor
     for i, v, region_i, region_v in zip(
         *(x.split(CHUNK) for x in (important, vulnerable, roi, roa)), strict=True
     ):
-        total = v.double().sum((1, 2), keepdim=True)
-        # Only of a margin that was lost can a share have been lost somewhere.
-        moved = v.double().abs().sum((1, 2), keepdim=True)
-        total = torch.where((total > 1e-6) & (total > CANCELLED * moved), total, torch.nan)
         common = products_over_shifts(region_i, region_v).round()
         union = region_i.sum((1, 2), keepdim=True) + region_v.sum((1, 2), keepdim=True) - common
         scattered, worked = standardized(i), standardized(v)
         # A map without any contrast has no top share: nothing that is said of it would mean anything.
         blank = 0 * (scattered + worked).mean((1, 2), keepdim=True)
-        over_shifts["effect_in_roi"].append(products_over_shifts(region_i, v) / total + blank)
+        over_shifts["effect_in_roi"].append(products_over_shifts(region_i, v) / lost_margin(v) + blank)
         over_shifts["jaccard"].append(common / union + blank)
         over_shifts["spearman"].append(
             products_over_shifts(standardized(ranks(i)), standardized(ranks(v))) / sites

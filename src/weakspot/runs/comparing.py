@@ -12,7 +12,7 @@ from weakspot.runs.plan import AttackPlan
 from weakspot.runs.records import has_records
 from weakspot.runs.run import Run
 from weakspot.runs.scores import score_names
-from weakspot.statistics import false_discovery, mean_intervals, sign_flip_test
+from weakspot.statistics import false_discovery, mean_intervals, mean_test
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -137,9 +137,7 @@ def _moves(pair: pd.DataFrame, names: Sequence[str], attack: str, region: str) -
     found = mean_intervals(after - before)
     counts = known.sum(0)
     means = [np.where(counts, np.nansum(side, 0) / np.maximum(counts, 1), np.nan) for side in (before, after)]
-    p = [
-        sign_flip_test((after - before)[:, place]) if counts[place] else np.nan for place in range(len(names))
-    ]
+    p = [mean_test((after - before)[:, place]) if counts[place] else np.nan for place in range(len(names))]
     return pd.DataFrame(
         {
             "score": list(names), "attack": attack, "region": region, "images": counts, "before": means[0],

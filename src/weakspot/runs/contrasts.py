@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from weakspot.runs.cells import cell, corrected, once
 from weakspot.runs.plan import AttackPlan, Plan, control_of, norm_of
 from weakspot.runs.run import Run
-from weakspot.statistics import mean_interval, sign_flip_test
+from weakspot.statistics import mean_interval, mean_test
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,7 +57,7 @@ def region_contrasts(run: Run) -> pd.DataFrame:
         # Of all images, those that fell nowhere too.
         shares = [_mean(found[side].to_numpy(float)) for side in ("region_share", "region_share_there")]
         measure = ("fooled", "") if norm is None else ("smallest size", norm)
-        p = sign_flip_test(differences) if len(differences) else np.nan
+        p = mean_test(differences) if len(differences) else np.nan
         rows.append(
             (attack.label, region, control, *shares, len(differences), *measure, *middles, mean, low, high, p)
         )

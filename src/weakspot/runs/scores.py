@@ -9,7 +9,7 @@ import numpy as np
 from weakspot.runs.cells import cell, corrected, numeric_columns, once
 from weakspot.runs.run import Run
 from weakspot.runs.tables import COLUMNS
-from weakspot.statistics import mean_intervals, sign_flip_test
+from weakspot.statistics import mean_intervals, mean_test
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +51,7 @@ def score_findings(run: Run) -> pd.DataFrame:
             beside: tuple[float, ...] = (np.nan,) * 5
             if name in excess:
                 null = round(float(table[f"{name}_null"].mean()), 12) if own[0] else np.nan
-                p = sign_flip_test(excess[name].to_numpy(float)) if excess[name].notna().any() else np.nan
+                p = mean_test(excess[name].to_numpy(float)) if excess[name].notna().any() else np.nan
                 beside = (null, *found[f"{name}_excess"], p)
             rows.append((attack.label, region, name, *own, *beside))
     table = pd.DataFrame(rows, columns=list(SCORES[:-1]))

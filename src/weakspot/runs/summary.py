@@ -12,7 +12,7 @@ from weakspot.runs.contrasts import region_contrasts, told
 from weakspot.runs.plan import bounded_attacks
 from weakspot.runs.run import Run
 from weakspot.runs.scores import score_findings
-from weakspot.statistics import mean_interval, share_interval, sign_flip_test
+from weakspot.statistics import mean_interval, mean_test, share_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -173,7 +173,7 @@ def _apart(cell: CellSummary, rival: CellSummary, found: pd.DataFrame) -> str:
         fell.append(mine.set_index("index")["success"].astype("Float64"))
     differences = (fell[0] - fell[1]).dropna().to_numpy(float)
     mean, low, high = mean_interval(differences)
-    if not low > 0 or sign_flip_test(differences) > 0.05:
+    if not low > 0 or mean_test(differences) > 0.05:
         return "a difference that chance can explain"
     return f"{100 * mean:.0f} points more [{100 * low:.0f}, {100 * high:.0f}]"
 

@@ -1,0 +1,38 @@
+"""Statistics: intervals that cover, p values that keep their promise, nulls that are ones."""
+
+from weakspot.statistics.intervals import mean_interval, mean_intervals, paired_share_interval, share_interval
+from weakspot.statistics.maps import products_over_shifts, queen_lag, ranks, standardized
+from weakspot.statistics.nulls import (
+    LEAST_OTHERS,
+    LEAST_RUN,
+    OtherImageTest,
+    RunTest,
+    ShiftTest,
+    other_image_test,
+    run_test,
+    shift_test,
+)
+from weakspot.statistics.significance import false_discovery, mcnemar, mean_test, region_test
+
+__all__ = [
+    "LEAST_OTHERS",
+    "LEAST_RUN",
+    "OtherImageTest",
+    "RunTest",
+    "ShiftTest",
+    "false_discovery",
+    "mcnemar",
+    "mean_interval",
+    "mean_intervals",
+    "mean_test",
+    "other_image_test",
+    "paired_share_interval",
+    "products_over_shifts",
+    "queen_lag",
+    "ranks",
+    "region_test",
+    "run_test",
+    "share_interval",
+    "shift_test",
+    "standardized",
+]

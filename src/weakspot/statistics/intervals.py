@@ -1,0 +1,177 @@
+"""95% intervals over images, each with a coverage of at least .92 in tests/test_intervals.py, or none at all.
+
+The percentile bootstrap is not among them: at ten images of yes or no it covers .62 instead of .95.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+LEVEL = 0.95
+LEAST_IMAGES = 20  # of a mean: below it no interval covers skewed data
+LEAST_VARIED = 5  # images that differ from the most common value: with fewer, the spread is not known
+LEAST_PAIRS = 5  # of a paired difference of proportions
+BOOTSTRAP_TAIL = (
+    0.02  # on either side: with .025 twenty lognormal values are covered .93 of the time, with .02 .94
+)
+RESAMPLES = 10_000  # of the bootstrap
+MANY = 2000  # images beyond which the bootstrap's interval has become Student's
+ROUNDING = 1e-9
+
+Interval = tuple[float, float, float]
+
+
+def share_interval(hits: NDArray[np.bool_]) -> Interval:
+    """The proportion of hits and its exact 95% interval (Clopper and Pearson 1934, doi 10.1093/biomet/26.4.404).
+
+    Wilson's interval is shorter by a twelfth, but covers only .83 where hits are rare (1 in 50 among ten images).
+
+    Args:
+        hits: (images,) yes or no.
+
+    Returns:
+        Proportion, low and high; NaN without images.
+
+    >>> tuple(round(bound, 3) for bound in share_interval(np.array([True] * 4)))
+    (1.0, 0.398, 1.0)
+    """
+    from scipy.stats import beta
+
+    count = len(hits)
+    if not count:
+        return np.nan, np.nan, np.nan
+    found = int(np.count_nonzero(hits))
+    tail = (1 - LEVEL) / 2
+    low = float(beta.ppf(tail, found, count - found + 1)) if found else 0.0
+    high = float(beta.ppf(1 - tail, found + 1, count - found)) if found < count else 1.0
+    return found / count, low, high
+
+
+def paired_share_interval(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Interval:
+    """The difference of two proportions on the same images, first - second, and its 95% interval.
+
+    Adjusted Wald interval of Bonett and Price (2012, doi 10.3102/1076998611411915), with Student's quantile in place
+    of the normal one: without it, ten images in which every pair disagrees are covered .89 of the time.
+
+    Args:
+        first: (images,) yes or no.
+        second: (images,) yes or no, of the same images.
+
+    Returns:
+        Difference, low and high; no interval (NaN) below 5 images.
+
+    >>> yes, no = np.array([True] * 5), np.array([False] * 5)
+    >>> tuple(round(bound, 3) for bound in paired_share_interval(yes, no))
+    (1.0, -0.02, 1.0)
+    """
+    from scipy.stats import t
+
+    first, second = np.asarray(first, bool), np.asarray(second, bool)
+    count = len(first)
+    if not count:
+        return np.nan, np.nan, np.nan
+    difference = float(first.mean() - second.mean())
+    if count < LEAST_PAIRS:
+        return difference, np.nan, np.nan
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    up, down = (only_first + 1) / (count + 2), (only_second + 1) / (count + 2)
+    half = t.ppf((1 + LEVEL) / 2, count - 1) * ((up + down - (up - down) ** 2) / (count + 2)) ** 0.5
+    return difference, max(-1.0, float(up - down - half)), min(1.0, float(up - down + half))
+
+
+def mean_interval(values: NDArray[np.floating], seed: int = 0) -> Interval:
+    """The mean and its 95% interval over images: `mean_intervals` of one column.
+
+    >>> mean_interval(np.arange(10.0))
+    (4.5, nan, nan)
+    """
+    mean, low, high = mean_intervals(np.asarray(values, dtype=np.float64)[:, None], seed)[0]
+    return float(mean), float(low), float(high)
+
+
+def mean_intervals(values: NDArray[np.floating], seed: int = 0) -> NDArray[np.float64]:
+    """Mean and 95% interval of every column of a table, missing values (NaN) left out.
+
+    A column of yes and no (0 and 1) is a proportion and gets `share_interval`; one of -1, 0 and 1 a difference of two
+    and gets `paired_share_interval`. Any other gets the wider of Student's interval and the bootstrap-t interval
+    (Efron 1981, doi 10.2307/3314608): the first is right for heavy tails, the second for skewed values. It needs at
+    least 20 values, 5 of them unlike the most common one; with fewer the column has no interval (NaN). What no
+    interval can cover is an extreme so rare that none of the images shows it.
+
+    Args:
+        values: (images, columns).
+        seed: of the bootstrap. All columns share their resamples.
+
+    Returns:
+        (columns, 3) mean, low and high.
+    """
+    table: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
+    known = np.isfinite(table)
+    found = np.full((table.shape[1], 3), np.nan)
+    studied = []
+    for number, column in enumerate(table.T):
+        mine = column[known[:, number]]
+        if not len(mine):
+            continue
+        found[number, 0] = mine.mean()
+        distinct, counts = np.unique(mine, return_counts=True)
+        if len(distinct) > 1 and np.isin(distinct, (0, 1)).all():
+            found[number] = share_interval(mine == 1)
+        elif len(distinct) > 1 and np.isin(distinct, (-1, 0, 1)).all():
+            found[number] = paired_share_interval(mine == 1, mine == -1)
+        elif len(mine) >= LEAST_IMAGES and len(mine) - counts.max() >= LEAST_VARIED:
+            studied.append(number)
+    if studied:
+        low, high = _studentized(table[:, studied], seed)
+        found[studied, 1], found[studied, 2] = low, high
+    return found
+
+
+def _studentized(values: NDArray[np.float64], seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Low and high of every column: the wider of Student's interval and the bootstrap-t's on either side."""
+    from scipy.stats import t
+
+    tail = (1 - LEVEL) / 2
+    mean, error, count = _moments(values)
+    half = t.ppf(1 - tail, count - 1) * error
+    low, high = mean - half, mean + half
+    short = count <= MANY
+    if short.any():
+        drawn = _bootstrap_t(values[:, short], seed)
+        upper, lower = np.quantile(drawn, [1 - BOOTSTRAP_TAIL, BOOTSTRAP_TAIL], axis=0)
+        low[short] = np.fmin(low[short], mean[short] - upper * error[short])
+        high[short] = np.fmax(high[short], mean[short] - lower * error[short])
+    return low, high
+
+
+def _moments(
+    values: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """Mean, standard error and count of every column."""
+    count = np.isfinite(values).sum(0)
+    mean = np.nanmean(values, axis=0)
+    return mean, np.nanstd(values, axis=0, ddof=1) / np.sqrt(count), count
+
+
+def _bootstrap_t(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """(resamples, columns) of (mean* - mean) / standard error*, the images drawn with replacement."""
+    known = np.isfinite(values)
+    centered = np.where(known, values - np.nanmean(values, axis=0), 0.0)
+    spread = np.nanstd(values, axis=0)
+    rng = np.random.default_rng(seed)
+    images = len(values)
+    drawn = np.empty((RESAMPLES, values.shape[1]))
+    rows = max(1, 4_000_000 // images)  # at once: memory does not grow with the number of images
+    for start in range(0, RESAMPLES, rows):
+        size = min(rows, RESAMPLES - start)
+        weights = rng.multinomial(images, np.full(images, 1 / images), size).astype(np.float64)
+        counts = np.maximum(weights @ known, 2)  # a resample may hold hardly any of a column's images
+        shift = weights @ centered / counts
+        error = np.sqrt(np.maximum(weights @ centered**2 / counts - shift**2, 0) / (counts - 1))
+        # A resample of one value only has no error: its statistic is beyond all others.
+        flat = error <= ROUNDING * spread
+        with np.errstate(divide="ignore", invalid="ignore"):
+            studentized = np.where(flat, np.where(shift == 0, 0.0, np.sign(shift) * np.inf), shift / error)
+        drawn[start : start + size] = studentized
+    return drawn

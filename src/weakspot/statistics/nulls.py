@@ -1,0 +1,193 @@
+"""Nulls for "the attack acts where the network looks": other images of the same source, and shifts of one image.
+
+Attacks and attention both gather in the middle of images. Shifting a map against its own image breaks that common
+habit as well as the alignment, so it finds "alignment" between unrelated images: only other images' maps are a null.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weakspot.statistics.maps import ROUNDING
+from weakspot.statistics.significance import false_discovery
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LEAST_OTHERS = 19  # other images for a p value of one image: with 19, p <= .05 is within reach
+LEAST_RUN = 10  # images for the p value of a whole run
+PERMUTATIONS = 9999
+
+
+@dataclass(frozen=True)
+class OtherImageTest:
+    """A statistic of each attack and its own image's map, beside its values with other images' maps.
+
+    Every field is (N,), NaN where the statistic is not defined; all but `value` are NaN below 19 other images.
+
+    Attributes:
+        value: with the image's own map.
+        null: mean over the other images' maps.
+        p: two-sided pooled rank.
+        q: p corrected over the N images (Benjamini and Hochberg).
+    """
+
+    value: Tensor
+    null: Tensor
+    p: Tensor
+    q: Tensor
+
+    def columns(self, name: str) -> pd.DataFrame:
+        """One row per image: name, name_null, name_p, name_q."""
+        import pandas as pd
+
+        fields = {"": self.value, "_null": self.null, "_p": self.p, "_q": self.q}
+        return pd.DataFrame({f"{name}{suffix}": values.cpu().numpy() for suffix, values in fields.items()})
+
+
+def other_image_test(matrix: Tensor) -> OtherImageTest:
+    """Test each image's own value against the values with other images' maps.
+
+    Each attack's values with other images' maps are brought to a common scale by the mean and deviation of that
+    attack's remaining ones, its own by those of all; p ranks its own among all of them, of every attack.
+
+    Args:
+        matrix: (N, N + R), the statistic of attack j and importance map i: the own value at [j, j], values with the
+            other images of the batch beside it, and in the last R columns values with reference images. NaN where
+            it is not defined.
+    """
+    values = matrix.detach().double().cpu().numpy()
+    count = len(values)
+    own = values.diagonal().copy()
+    others = values.copy()
+    np.fill_diagonal(others, np.nan)
+    others[np.isnan(own)] = (
+        np.nan
+    )  # an attack without a statistic of its own is no null for the others either
+    known = np.isfinite(others)
+    number = known.sum(1)
+    enough = number >= LEAST_OTHERS
+    null, p = np.full(count, np.nan), np.full(count, np.nan)
+    if enough.any():
+        pool, scores = _standardized(np.where(enough[:, None], others, np.nan), own)
+        null[enough] = np.nanmean(others[enough], axis=1)
+        p[enough] = _pooled_rank(pool, scores[enough])
+    fields = (own, null, p, false_discovery(p))
+    return OtherImageTest(*(torch.from_numpy(field).to(matrix.device) for field in fields))
+
+
+def _standardized(others: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values of other images' maps, each in deviations from the rest of its row, and the own ones from all of it."""
+    known = np.isfinite(others)
+    number = known.sum(1, keepdims=True).astype(float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = np.nansum(others, 1, keepdims=True) / number
+        centered = others - mean
+        squares = np.nansum(centered**2, 1, keepdims=True)
+        scale = np.abs(np.where(known, others, 0)).max(1, keepdims=True)
+        flat = squares <= (ROUNDING * scale) ** 2 * number  # all other maps give the same value
+        # Leave one out: without x, the mean moves by -x / (n - 1), the sum of squares by -x^2 n / (n - 1).
+        moved = centered * number / (number - 1)
+        rest = np.maximum(squares - centered**2 * number / (number - 1), 0) / (number - 2)
+        pool = np.where(flat, 0.0, moved / np.sqrt(rest))
+        apart = own[:, None] - mean
+        sign = np.where(np.abs(apart) <= ROUNDING * scale, 0.0, np.sign(apart) * np.inf)
+        scores = np.where(flat, sign, apart / np.sqrt(squares / (number - 1)))
+    return pool[known], scores[:, 0]
+
+
+def _pooled_rank(pool: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Two-sided p of every score among the pool, itself among them."""
+    ordered = np.sort(pool)
+    slack = ROUNDING * np.abs(scores)
+    slack[np.isinf(scores)] = 0.0
+    above = len(ordered) - np.searchsorted(ordered, scores - slack, "left")
+    below = np.searchsorted(ordered, scores + slack, "right")
+    p: np.ndarray = np.minimum(1.0, 2 * (1 + np.minimum(above, below)) / (1 + len(ordered)))
+    return p
+
+
+@dataclass(frozen=True)
+class RunTest:
+    """Whether attacks go with their own images' maps on the mean of a run.
+
+    Attributes:
+        images: how many have a statistic.
+        value: mean over images of the statistic with their own map; NaN without images.
+        null: mean over all ways to give the maps to other images, own ones among them.
+        p: two-sided, by permutation of the maps among the images; NaN below 10 images.
+    """
+
+    images: int
+    value: float
+    null: float
+    p: float
+
+
+def run_test(matrix: Tensor, *, seed: int = 0) -> RunTest:
+    """Test whether attacks go with their own images' maps, by giving the maps to the images at random.
+
+    Args:
+        matrix: (N, N), the statistic of attack j and importance map i; an image whose own value is NaN is left out.
+        seed: of 9,999 permutations.
+    """
+    values = matrix.detach().double().cpu().numpy()
+    sound = np.isfinite(values.diagonal())
+    values = values[np.ix_(sound, sound)]
+    count = len(values)
+    if not count:
+        return RunTest(0, np.nan, np.nan, np.nan)
+    values = np.where(np.isfinite(values), values, np.nanmean(values, 1, keepdims=True))
+    value, null = float(values.diagonal().mean()), float(values.mean())
+    if count < LEAST_RUN:
+        return RunTest(count, value, null, np.nan)
+    rng = np.random.default_rng(seed)
+    rows = np.arange(count)
+    drawn = np.array([values[rows, rng.permutation(count)].mean() for _ in range(PERMUTATIONS)])
+    slack = ROUNDING * np.abs(values).max()
+    tails = (drawn >= value - slack).sum(), (drawn <= value + slack).sum()
+    p = min(1.0, 2 * (1 + int(min(tails))) / (1 + PERMUTATIONS))
+    return RunTest(count, value, null, p)
+
+
+@dataclass(frozen=True)
+class ShiftTest:
+    """A statistic of two maps, beside its values when one is shifted, wrapping around, by every possible amount.
+
+    All H * W shifts are taken, so that nothing is drawn: were alignment within the image arbitrary, p <= a would
+    happen with probability at most a. It is not arbitrary where both maps favor the middle of the image: a low p does
+    not say that the two belong together (see `other_image_test`). Every field is (N,), NaN where not defined.
+
+    Attributes:
+        value: as observed.
+        null: mean over all shifts.
+        p: two-sided.
+    """
+
+    value: Tensor
+    null: Tensor
+    p: Tensor
+
+    def columns(self, name: str) -> pd.DataFrame:
+        """One row per image: name_shift_null, name_shift_p."""
+        import pandas as pd
+
+        fields = {"_shift_null": self.null, "_shift_p": self.p}
+        return pd.DataFrame({f"{name}{suffix}": values.cpu().numpy() for suffix, values in fields.items()})
+
+
+def shift_test(over_shifts: Tensor) -> ShiftTest:
+    """The test of a statistic (N, H, W) known at every shift, [:, 0, 0] being the one observed."""
+    values = over_shifts.flatten(1)
+    observed = values[:, :1]
+    slack = ROUNDING * values.abs().amax(1, keepdim=True)
+    undefined = values.isnan().any(1)
+    above = (values >= observed - slack).double().mean(1)
+    below = (values <= observed + slack).double().mean(1)
+    p = (2 * torch.minimum(above, below)).clamp(max=1).to(values.dtype)
+    return ShiftTest(value=observed[:, 0], null=values.mean(1), p=torch.where(undefined, torch.nan, p))

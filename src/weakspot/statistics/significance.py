@@ -1,0 +1,148 @@
+"""P values over images: paired proportions, means, regions against other images' regions, many tests at once."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weakspot.statistics.intervals import (
+    BOOTSTRAP_TAIL,
+    LEAST_IMAGES,
+    LEAST_VARIED,
+    LEVEL,
+    MANY,
+    ROUNDING,
+    _bootstrap_t,
+    _moments,
+)
+
+PERMUTATIONS = 9999
+
+
+def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_], *, alternative: str = "two-sided") -> float:
+    """McNemar's exact test (1947, doi 10.1007/BF02295996) of two proportions on the same images.
+
+    Args:
+        first: (images,) yes or no.
+        second: (images,) yes or no, of the same images.
+        alternative: "two-sided", or "greater": first holds more often than second.
+
+    Returns:
+        p; 1 where no image tells the two apart.
+
+    >>> mcnemar(np.array([True] * 5 + [False]), np.array([False] * 6))
+    0.0625
+    >>> mcnemar(np.array([True] * 5 + [False]), np.array([False] * 6), alternative="greater")
+    0.03125
+    """
+    from scipy.stats import binomtest
+
+    first, second = np.asarray(first, bool), np.asarray(second, bool)
+    only_first, apart = int((first & ~second).sum()), int((first ^ second).sum())
+    return float(binomtest(only_first, apart, alternative=alternative).pvalue) if apart else 1.0
+
+
+def mean_test(differences: NDArray[np.floating], seed: int = 0) -> float:
+    """The two-sided p value of paired differences whose mean is zero.
+
+    Of -1, 0 and 1 it is McNemar's; of any other values it belongs to `mean_interval`, which leaves zero out exactly
+    where p is below .05. Signs are not flipped at random: on skewed differences that rejects 10 to 16% at .05.
+
+    Args:
+        differences: (images,), NaN left out.
+        seed: of the bootstrap.
+
+    Returns:
+        p; NaN where `mean_interval` gives no interval.
+    """
+    from scipy.stats import t
+
+    values = np.asarray(differences, dtype=np.float64)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return np.nan
+    distinct, counts = np.unique(values, return_counts=True)
+    if np.isin(distinct, (-1, 0, 1)).all():
+        return mcnemar(values == 1, values == -1)
+    if len(values) < LEAST_IMAGES or len(values) - counts.max() < LEAST_VARIED:
+        return np.nan
+    (mean,), (error,), (count,) = _moments(values[:, None])
+    observed = mean / error
+    student = float(2 * t.sf(abs(observed), count - 1))
+    if count > MANY:
+        return student
+    drawn = _bootstrap_t(values[:, None], seed)[:, 0]
+    slack = ROUNDING * abs(observed)
+    tails = (drawn >= observed - slack).sum(), (drawn <= observed + slack).sum()
+    bootstrap = (1 + int(min(tails))) / (1 + len(drawn)) * (1 - LEVEL) / BOOTSTRAP_TAIL
+    return max(student, min(1.0, bootstrap))
+
+
+def region_test(own: NDArray[np.floating], others: NDArray[np.floating], *, seed: int = 0) -> float:
+    """The two-sided p value of outcomes in a region against outcomes in regions made for other images.
+
+    If the region has nothing to do with its image, which of an image's K + 1 outcomes belongs to it is arbitrary. Of
+    yes and no the distribution of the sum is known (Poisson-binomial) and p is exact, as mid-p (Lancaster 1961, doi
+    10.1080/01621459.1961.10482105); of any other outcomes it is drawn.
+
+    Args:
+        own: (images,) outcomes in the image's own region: 1 and 0, or any measure.
+        others: (images, K) outcomes of the same image in other images' regions; NaN where there is none.
+        seed: of the draws.
+
+    Returns:
+        p; NaN without any image that has an own and another outcome.
+
+    >>> region_test(np.ones(3), np.zeros((3, 1)))
+    0.125
+    """
+    outcomes = np.column_stack([own, others]).astype(np.float64)
+    outcomes = outcomes[np.isfinite(outcomes[:, 0]) & np.isfinite(outcomes[:, 1:]).any(1)]
+    if not len(outcomes):
+        return np.nan
+    known = np.isfinite(outcomes)
+    if np.isin(outcomes[known], (0, 1)).all():
+        return _poisson_binomial_p(outcomes, known)
+    filled = np.where(known, outcomes, 0.0)
+    centered = np.where(known, filled - filled.sum(1, keepdims=True) / known.sum(1, keepdims=True), 0.0)
+    # Known outcomes first, so that a draw below their number is a draw among them.
+    packed = np.take_along_axis(centered, np.argsort(~known, axis=1, kind="stable"), axis=1)
+    rng = np.random.default_rng(seed)
+    observed = centered[:, 0].sum()
+    sums = np.zeros(PERMUTATIONS)
+    for row, count in zip(packed, known.sum(1), strict=True):
+        sums += row[rng.integers(0, count, PERMUTATIONS)]
+    slack = ROUNDING * np.abs(centered).sum()
+    tails = (sums >= observed - slack).sum(), (sums <= observed + slack).sum()
+    return min(1.0, 2 * (1 + int(min(tails))) / (1 + PERMUTATIONS))
+
+
+def _poisson_binomial_p(outcomes: NDArray[np.float64], known: NDArray[np.bool_]) -> float:
+    """Two-sided mid-p of the sum of own outcomes, each of which is any of its image's with equal probability."""
+    from scipy.stats import binom
+
+    chances = np.nansum(outcomes, 1) / known.sum(1)
+    law = np.ones(1)
+    for chance, images in zip(*np.unique(chances, return_counts=True), strict=True):
+        law = np.convolve(law, binom.pmf(np.arange(images + 1), images, chance))
+    observed = int(outcomes[:, 0].sum())
+    tie = law[observed] / 2
+    return float(min(1.0, 2 * min(law[observed + 1 :].sum() + tie, law[:observed].sum() + tie)))
+
+
+def false_discovery(p: NDArray[np.floating]) -> NDArray[np.float64]:
+    """P values corrected for their number, so that rejecting below a level keeps that share of false discoveries.
+
+    Benjamini and Hochberg 1995, doi 10.1111/j.2517-6161.1995.tb02031.x. NaN stays NaN and is not counted.
+
+    >>> false_discovery(np.array([0.01, np.nan, 0.04, 0.03])).round(3).tolist()
+    [0.03, nan, 0.04, 0.04]
+    """
+    from scipy.stats import false_discovery_control
+
+    p = np.asarray(p, dtype=np.float64)
+    found = np.full(len(p), np.nan)
+    known = np.isfinite(p)
+    if known.any():
+        found[known] = false_discovery_control(p[known])
+    return found
