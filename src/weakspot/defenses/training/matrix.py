@@ -189,10 +189,11 @@ def _accuracy(
         for test in TESTS:
             right = _by_image(found, recipe, test, seeds)
             each = right.mean(1)
-            # Of one network each image is right or wrong; of several, a mean over them.
-            mean, low, high = (
-                share_interval(right[0] > 0) if len(seeds) == 1 else mean_interval(right.mean(0))
-            )
+            mean, low, high = mean_interval(right.mean(0))
+            if np.isnan(
+                low
+            ):  # few images, or hardly any on which the networks differ: bounds from both sides
+                low, high = share_interval(right.min(0) > 0)[1], share_interval(right.max(0) > 0)[2]
             rows.append(
                 {
                     "recipe": recipe,
