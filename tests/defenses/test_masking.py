@@ -147,7 +147,9 @@ def test_masking_the_unit_that_attacks_use_helps_against_all_who_know() -> None:
     assert rows["p"]["these units"] == 1
     # Wilson's interval of 20 of 20.
     assert rows["attacked_again_low"]["these units"] == pytest.approx(0.8389, abs=1e-3)
-    assert masking_sentence(table).startswith("Masking 1 unit helps, and more than masking as many random")
+    assert masking_sentence(table).startswith(
+        "Masking 1 unit helps, and more than masking as many others, at"
+    )
 
 
 def test_masking_what_attacks_do_not_use_is_exposed_by_attacking_again() -> None:
@@ -262,5 +264,5 @@ def test_units_in_tensors_and_rows_of_features_are_judged_fairly() -> None:
     model, images, labels = leaky()
     table = masking_test(model, "head", torch.tensor([1, 1]), images, labels, attack=by_pgd)
     assert table["units"].tolist()[:2] == [0, 1]
-    with pytest.raises(ValueError, match="accepted are 1 to 2, as many as 'look' has"):
+    with pytest.raises(ValueError, match="must be 1 to 2 units, as many as 'look' has, got 3"):
         masking_test(model, "look", [0, 1, 2], images, labels, attack=by_pgd)

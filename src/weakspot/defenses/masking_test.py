@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -126,35 +126,36 @@ def masking_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
         table: from `masking_test`.
         level: of McNemar's test; a lead over the controls must reach it against each of them.
     """
-    rows = table.set_index("masked")
-    bare, these, controls = rows.loc[UNMASKED], rows.loc[THESE], rows.drop([UNMASKED, THESE])
+    rows = {row["masked"]: row for row in table.to_dict("records")}
+    bare, these = rows.pop(UNMASKED), rows.pop(THESE)
     count = int(these["units"])
     units = f"{count} unit{'s' if count > 1 else ''}"
     figures = (
-        f"attacked again, the masked network classifies {_ranged(these, 'attacked_again')} of {these['images']} images "
-        f"correctly, the unmasked one {_ranged(bare, 'attacked_again')} (p = {bare['p']:.2g})"
+        f"attacked again, the masked network classifies {_ranged(these)} of {these['images']} images correctly, the "
+        f"unmasked one {_ranged(bare)} (p = {bare['p']:.2g})"
     )
     cost = f"Without any attack it is {these['clean']:.0%} masked and {bare['clean']:.0%} unmasked."
     if bare["p"] > level or bare["lead"] == 0:
         return f"Masking {units} is not shown to change robustness: {figures}. {cost}"
     if bare["lead"] < 0:
         return f"Masking {units} makes the network weaker: {figures}. {cost}"
-    behind = controls[(controls["lead"] <= 0) | (controls["p"] > level)]
-    if controls.empty:
+    if not rows:
         return f"Masking {units} helps; there are no other units to compare with: {figures}. {cost}"
-    if len(behind):
+    behind = [str(name) for name, row in rows.items() if row["lead"] <= 0 or row["p"] > level]
+    if behind:
         return (
             f"Masking {units} helps, but is not shown to help more than masking as many others "
-            f"({', '.join(behind.index)}): {figures}. {cost}"
+            f"({', '.join(behind)}): {figures}. {cost}"
         )
     return (
-        f"Masking {units} helps, and more than masking as many random or most active ones (p at most "
-        f"{controls['p'].max():.2g}): {figures}. {cost}"
+        f"Masking {units} helps, and more than masking as many others, at random or the most active (p at most "
+        f"{max(row['p'] for row in rows.values()):.2g}): {figures}. {cost}"
     )
 
 
-def _ranged(row: pd.Series, measure: str) -> str:
-    return f"{row[measure]:.0%} [{row[f'{measure}_low']:.0%}, {row[f'{measure}_high']:.0%}]"
+def _ranged(row: dict[Hashable, Any]) -> str:
+    share, low, high = (row[f"attacked_again{suffix}"] for suffix in ("", "_low", "_high"))
+    return f"{share:.0%} [{low:.0%}, {high:.0%}]"
 
 
 def _activity(model: nn.Module, layer: str, images: Tensor) -> Tensor:
