@@ -61,7 +61,7 @@ def scatter(units: pd.DataFrame, level: float) -> Scatter | None:
     if drawn.empty:
         return None
     logs = drawn["sensitivity"].map(math.log10)
-    low, high = math.floor(logs.min()), math.ceil(logs.max())
+    low, high = math.floor(float(logs.min())), math.ceil(float(logs.max()))
     high = high if high > low else low + 1
     most, step = _limit(float(drawn["iou"].max()))
 
