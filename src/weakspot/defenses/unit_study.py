@@ -118,7 +118,7 @@ def association_sentences(table: pd.DataFrame) -> list[str]:
     if found.units >= ENOUGH and np.isfinite(noise["sensitivity"]).sum() >= ENOUGH:
         of_noise = associate(noise)
         sentences.append(
-            f"Of sensitivity to noise of the same size, {of_noise.partial:.2f} "
+            f"For sensitivity to noise of the same size, {of_noise.partial:.2f} "
             f"[{of_noise.low:.2f}, {of_noise.high:.2f}] is left."
         )
     return sentences

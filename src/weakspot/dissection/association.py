@@ -62,10 +62,10 @@ class Association:
         if self.low <= 0 <= self.high:
             return (
                 "It is not shown that units that agree better with a concept are more or less sensitive: "
-                f"{raw}, but {left} {interval}, an interval that includes zero."
+                f"{raw}; {left} {interval}, an interval that includes zero."
             )
         more = "more" if self.partial > 0 else "less"
-        return f"Units that agree better with a concept are {more} sensitive: {raw}, and {left} {interval}."
+        return f"Units that agree better with a concept are {more} sensitive: {raw}; {left} {interval}."
 
 
 def associate(joined: pd.DataFrame, *, seed: int = 0) -> Association:
@@ -153,6 +153,8 @@ def moved_concepts(joined: pd.DataFrame, *, level: float = 0.05) -> pd.DataFrame
 
 def in_words(concepts: pd.DataFrame, most: int = 3) -> str:
     """One sentence: the concepts whose detectors an attack moves more than noise does, and in which direction."""
+    if concepts.empty:
+        return "No unit stands for a concept."
     up, down = concepts["promoted"] > 0, concepts["suppressed"] > 0
     groups = {
         "promotes": (concepts[up & ~down], "promoted"),
@@ -168,7 +170,8 @@ def in_words(concepts: pd.DataFrame, most: int = 3) -> str:
         more = f" and {len(rows) - most} more" if len(rows) > most else ""
         if named:
             parts.append(
-                f"{verb} {', '.join(named)}{more}" + (" in no one direction" if verb == "moves" else "")
+                f"{verb} {', '.join(named)}{more}"
+                + (" without a common direction" if verb == "moves" else "")
             )
     if not parts:
         return "No detector is shown to move more than under noise of the same size."
