@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
@@ -54,8 +55,46 @@ def test_pictures_with_masks_and_folders_of_pictures(run: Run, tmp_path: Path) -
     assert "holds concepts from before" in ended.err
 
 
+def draw(folder: Path, count: int) -> Path:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(3)
+    for number in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        coarse.resize((32, 32), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+    return folder
+
+
+def test_units_under_attack_are_in_the_page_the_tables_and_the_json(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    dataset, photos = planted(tmp_path / "set"), draw(tmp_path / "photos", 12)
+    attack = ("--images", photos, "--budget", "linf:16/255", "--steps", "4")
+    ended = run("dissect", dataset, *TINY, *attack, "--mask", "sensitive:2", "--out", "units", "--json")
+    assert ended.code == 0, ended.err
+    told = json.loads(ended.out)
+    table = pd.read_csv(tmp_path / "units/0.csv")
+    assert {"concept", "iou", "sensitivity", "noise", "p_value", "change"} <= set(table)
+    assert (table["images"] == 12).all()
+    masking = pd.read_csv(tmp_path / "units/0-masking.csv")
+    assert masking["masked"].tolist()[:2] == ["none", "these units"]
+    assert (masking["images"] == 6).all()
+    assert [row["masked"] for row in told["masking"]["0"]] == masking["masked"].tolist()
+    page = (tmp_path / "units/report.html").read_text()
+    sentences = told["sentences"]["0"]
+    assert len(sentences) >= 4
+    for sentence in sentences:
+        assert html.escape(sentence, quote=True).replace("&#x27;", "&#39;") in page
+    assert page.count("<circle") == int((table["sensitivity"] > 0).sum())
+    assert "PGD" in json.loads((tmp_path / "units/run.json").read_text())["attack"]
+    people = run("dissect", dataset, *TINY, *attack, "--mask", "0,3", "--out", "units")
+    assert people.code == 0, people.err
+    assert f"\n0: {sentences[0]}" in people.out
+    assert (pd.read_csv(tmp_path / "units/0-masking.csv")["images"] == 12).all()
+    again = run("dissect", dataset, *TINY, "--out", "units", "-q")
+    assert again.code == 0
+    assert "Under attack" not in (tmp_path / "units/report.html").read_text()
+
+
 def test_what_cannot_be_meant_is_told_in_a_sentence(run: Run, tmp_path: Path) -> None:  # noqa: F811
-    dataset = planted(tmp_path / "set")
+    dataset, photos = planted(tmp_path / "set"), draw(tmp_path / "photos", 3)
     for arguments, told in (
         ((), "give either a folder of labelled pictures or --demo"),
         ((dataset, "--demo"), "give either"),
@@ -66,6 +105,24 @@ def test_what_cannot_be_meant_is_told_in_a_sentence(run: Run, tmp_path: Path) ->
         ((dataset, *TINY, "--void", "0"), "--void does nothing without --masks"),
         ((dataset, *TINY[:4], "--layer", "9"), "layers has '9'"),
         ((dataset, *TINY, "--denominator", "none"), "denominator is 'none'"),
+        ((dataset, *TINY, "--mask", "sensitive"), "--mask does nothing without --images"),
+        (
+            (dataset, *TINY, "--budget", "linf:1/255", "--steps", "3"),
+            "--budget and --steps do nothing without",
+        ),
+        (
+            (dataset, *TINY, "--images", photos, "--mask", "many"),
+            "--mask must be sensitive, sensitive:COUNT or unit",
+        ),
+        ((dataset, *TINY, "--images", photos, "--mask", "sensitive:0"), "--mask must be sensitive"),
+        (
+            (dataset, *TINY[:4], "--images", photos, "--mask", "1,2"),
+            "must go with exactly one --layer, got 0",
+        ),
+        ((dataset, *TINY, "--images", photos, "--mask", "99"), "units"),
+        ((dataset, *TINY, "--images", photos / "0.png"), "--images must hold at least 2 pictures, got 1"),
+        ((dataset, *TINY, "--images", photos, "--mask", "sensitive"), "at least 4 pictures, got 3"),
+        ((dataset, *TINY, "--images", "nowhere.png"), "nowhere.png: there is no such file"),
     ):
         ended = run("dissect", *arguments)
         assert ended.code in {2, 4}

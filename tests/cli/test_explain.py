@@ -591,3 +591,60 @@ def test_what_cannot_work_is_said_in_one_sentence(
     assert ended.code == 2
     assert wanted in ended.err
     assert len(ended.err.strip().splitlines()) == 1
+
+
+BRITTLE = """
+import torch
+from torch import nn
+
+
+class Brittle(nn.Module):
+    # A bright value in the middle third is enough.
+    def forward(self, images):
+        lead = 20 * (images[..., 10:20].amax((1, 2, 3)) - 0.8)
+        return torch.stack([-lead, lead], 1)
+
+
+def build():
+    return Brittle().eval()
+"""
+
+
+def test_one_pixel_pairs_get_a_table_by_radius(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "brittle_networks.py").write_text(BRITTLE)
+    clean = torch.rand(24, 3, 30, 30, generator=torch.Generator().manual_seed(0)) * 0.5
+    adversarial = clean.clone()
+    adversarial[:, 0, 12, 15] = 1.0
+    adversarial[20:, 0, 12, 15] = 0.6  # too little: these attacks fail
+    zeros = torch.zeros(24, dtype=torch.long)
+    Pairs(clean, adversarial, zeros, 1 - zeros).save(tmp_path / "pairs.safetensors")
+    options = (
+        "--model",
+        "brittle_networks:build",
+        "--size",
+        "30x30",
+        "--analyses",
+        "locality",
+        "--out",
+        "moved",
+    )
+    ended = run("explain", "--pair", "pairs.safetensors", *options)
+    assert ended.code == 0, ended.err
+    table = pd.read_csv(tmp_path / "moved/locality.csv").set_index("radius")
+    # Column 15: within four pixels every site is in the middle third, elsewhere a third of them is.
+    assert table["rate"][["1", "2", "3", "4"]].tolist() == [1] * 4
+    assert table["rate"]["random site"] == pytest.approx(299 / 899)
+    assert table["images"].tolist() == [20] * len(table)
+    assert table["failed_images"].tolist() == [4] * len(table)
+    assert (table["failed_rate"] == 0).all()
+    assert table["low"]["1"] == pytest.approx(0.8389, abs=1e-3)
+    assert "Neighboring sites share the weakness" in ended.out
+    page = (tmp_path / "moved/report.html").read_text()
+    assert "Neighboring sites share the weakness" in page
+    assert "The same pixel at other sites, all images" in page
+    plain = run(
+        "explain", "--pair", "pairs.safetensors", *options[:4], "--analyses", "ssim", "--out", "plain", "-q"
+    )
+    assert plain.code == 0
+    assert not (tmp_path / "plain/locality.csv").exists()
+    assert "The same pixel at other sites" not in (tmp_path / "plain/report.html").read_text()

@@ -14,7 +14,7 @@ from tests.conftest import NETWORKS, PoolingNetwork, untouched
 from tests.dissection.test_units import planted, seeing
 from weakspot import Classifier, LocalEdits, Pairs, attacks, dissect, unit_sensitivity
 from weakspot.budgets import Linf
-from weakspot.defenses import mask_units, masking_test
+from weakspot.defenses import mask_units, masking_sentence, masking_test
 
 LAYERS = {"pooling": "stem.0", "tokens, not square": "encoder.layers.0", "normalised": "network.branch"}
 
@@ -115,28 +115,90 @@ def by_pgd(model: nn.Module, images: Tensor, labels: Tensor) -> Any:
     return attacks.pgd(model, images, labels, budget=Linf(0.2), steps=10)
 
 
+class Leaking(nn.Module):
+    """As `Leaky`, with six quiet units beside that carry nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.look, self.head = nn.Conv2d(2, 8, 1, bias=False), nn.Linear(8, 2, bias=False)
+        with torch.no_grad():
+            self.look.weight.zero_()
+            self.head.weight.zero_()
+            self.look.weight[:2] = Leaky().look.weight
+            self.head.weight[:, :2] = Leaky().head.weight
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.look(images - 0.5).mean((2, 3)))
+        return logits
+
+
 def test_masking_the_unit_that_attacks_use_helps_against_all_who_know() -> None:
-    model, images, labels = leaky()
-    table = masking_test(model, "look", [1], images, labels, attack=by_pgd, seed=3).set_index("masked")
-    assert table["attacked_again"]["bare"] == 0
-    assert table["clean"]["these units"] == 1
-    assert table["attacked_again"]["these units"] == 1
-    assert table["units"].to_dict() == {
-        "bare": 0,
-        "these units": 1,
-        "random units": 1,
-        "most active units": 1,
-    }
-    assert table["attacked_again"]["random units"] < 1
+    _, images, labels = leaky()
+    images[:, 1] -= 0.05  # so that unit 1 is not the most active one
+    table = masking_test(Leaking().eval(), "look", [1], images, labels, attack=by_pgd)
+    rows = table.set_index("masked")
+    controls = [name for name in rows.index if name not in {"none", "these units"}]
+    assert len(controls) >= 2
+    assert rows["attacked_again"]["none"] == 0
+    assert rows["clean"]["these units"] == rows["attacked_again"]["these units"] == 1
+    assert rows["units"].to_dict() == {"none": 0, "these units": 1, **dict.fromkeys(controls, 1)}
+    assert (rows["lead"][["none", *controls]] == 1).all()
+    assert rows["p"].drop("these units").to_numpy() == pytest.approx(2.0**-19)  # 20 of 20 on one side
+    assert rows["p"]["these units"] == 1
+    # Wilson's interval of 20 of 20.
+    assert rows["attacked_again_low"]["these units"] == pytest.approx(0.8389, abs=1e-3)
+    assert masking_sentence(table).startswith(
+        "Masking 1 unit helps, and more than masking as many others, at"
+    )
 
 
 def test_masking_what_attacks_do_not_use_is_exposed_by_attacking_again() -> None:
     model, images, labels = leaky()
-    table = masking_test(model, "look", [0], images, labels, attack=by_pgd).set_index("masked")
-    assert table["attacked_again"]["these units"] == 0
+    table = masking_test(model, "look", [0], images, labels, attack=by_pgd)
+    rows = table.set_index("masked")
+    assert rows["attacked_again"]["these units"] == 0
+    assert masking_sentence(table).startswith(
+        "Masking 1 unit is not shown to change robustness: attacked again"
+    )
     for name in ("clean", "transfer", "attacked_again"):
         assert (table[f"{name}_low"] <= table[name]).all()
         assert (table[name] <= table[f"{name}_high"]).all()
+
+
+def test_what_any_masked_units_would_do_is_not_praised() -> None:
+    """Every network without two of these units is as robust as one without any other two."""
+    model, images, labels = Alike().eval(), torch.full((20, 3, 4, 4), 0.45), torch.ones(20, dtype=torch.long)
+    table = masking_test(model, "look", [0, 1], images, labels, attack=by_pgd).set_index("masked")
+    assert table["lead"]["none"] == 1
+    assert table["p"]["none"] < 1e-5
+    assert "is not shown to help more than masking as many others (random units 1" in masking_sentence(
+        table.reset_index()
+    )
+
+
+class Alike(nn.Module):
+    """Six equal units that see brightness; the bias of the head outweighs four of them and not six."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.look = nn.Conv2d(3, 6, 1, bias=False)
+        with torch.no_grad():
+            self.look.weight.fill_(1 / 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        lead = self.look(images).mean((2, 3)).sum(1) - 3
+        return torch.stack([lead, -lead], 1)
+
+
+def test_masking_what_the_network_needs_makes_it_weaker() -> None:
+    model, images, labels = leaky()
+    weak = attacks.pgd(model, images, labels, budget=Linf(1 / 255), steps=2)
+    assert not bool(weak.success.any())
+    table = masking_test(
+        model, "look", [0], images, labels,
+        attack=lambda network, batch, wanted: attacks.pgd(network, batch, wanted, budget=Linf(1 / 255), steps=2),
+    )  # fmt: skip
+    assert masking_sentence(table).startswith("Masking 1 unit makes the network weaker")
 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:
@@ -201,6 +263,6 @@ def test_caches_tell_masked_networks_apart(tmp_path: Path) -> None:
 def test_units_in_tensors_and_rows_of_features_are_judged_fairly() -> None:
     model, images, labels = leaky()
     table = masking_test(model, "head", torch.tensor([1, 1]), images, labels, attack=by_pgd)
-    assert table["units"].tolist() == [0, 1, 1, 1]
-    with pytest.raises(ValueError, match="accepted are 1 to 2, as many as 'look' has"):
+    assert table["units"].tolist()[:2] == [0, 1]
+    with pytest.raises(ValueError, match="must be 1 to 2 units, as many as 'look' has, got 3"):
         masking_test(model, "look", [0, 1, 2], images, labels, attack=by_pgd)

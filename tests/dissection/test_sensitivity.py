@@ -1,17 +1,20 @@
-"""Unit sensitivity: a planted responsive unit, uniform p values where nothing is there, and the join's controls."""
+"""Unit sensitivity: a planted unit ranks first, changes do not cancel, and noise is not taken for an attack."""
 
 from __future__ import annotations
 
-import numpy as np
-import pandas as pd
+from types import ModuleType
+
 import pytest
 import torch
-from scipy.stats import kstest
+from scipy.stats import kstest, ttest_1samp
 from torch import Tensor, nn
 
 from tests.conftest import NETWORKS, PoolingNetwork, TokenNetwork, untouched
-from weakspot import Pairs
-from weakspot.dissection import associate, by_category, in_words, join, moved_concepts, unit_sensitivity
+from tests.data.test_real_networks import networks  # noqa: F401 - a fixture
+from weakspot import Classifier, Linf, Pairs, attacks
+from weakspot.classifier import predict
+from weakspot.dissection import sensitivity_sentence, unit_sensitivity
+from weakspot.dissection.noise import equal_noise
 
 
 class Planted(nn.Module):
@@ -55,6 +58,21 @@ def test_a_planted_responsive_unit_ranks_first() -> None:
     assert table["sensitivity"].idxmax() == 5
     assert table["change"][5] > 0
     assert table["p_value"][5] < 1e-6
+    assert table["direction_p"][5] < 1e-6
+    assert table["excess"][5] == pytest.approx(table["change"][5], rel=0.1)
+
+
+def test_changes_of_opposite_sign_do_not_cancel() -> None:
+    """What a signed mean misses: blue goes up in one half of the images and down in the other."""
+    clean = 0.4 + 0.2 * noise(30, 1)
+    adversarial = clean.clone()
+    adversarial[:15, 2] += 0.3
+    adversarial[15:, 2] -= 0.3
+    table = unit_sensitivity(planted(), "look", pairs_of(clean, adversarial))
+    assert abs(table["change"][5]) < 1e-6
+    assert table["sensitivity"].idxmax() == 5
+    assert table["p_value"][5] < 1e-6
+    assert table["direction_p"][5] > 0.05
 
 
 def test_the_columns_are_what_brute_force_finds() -> None:
@@ -65,40 +83,97 @@ def test_the_columns_are_what_brute_force_finds() -> None:
         first, second = (
             model.get_submodule("look")(images).double().mean((2, 3)) for images in (clean, adversarial)
         )
-    change = second - first
-    assert table["change"].to_numpy() == pytest.approx(change.mean(0).numpy(), abs=1e-6)
-    assert table["spread"].to_numpy() == pytest.approx(first.std(0).numpy(), rel=1e-4)
-    assert table["sensitivity"].to_numpy() == pytest.approx(
-        (change.mean(0).abs() / first.std(0)).numpy(), rel=1e-3
-    )
+    pairs = pairs_of(clean, adversarial)
+    with torch.no_grad():
+        drawn = torch.stack([equal_noise(pairs, number)[0] for number in range(4)])
+        noisy = torch.stack([model.get_submodule("look")(one).double().mean((2, 3)) for one in drawn])
+    change, noises = (second - first).numpy(), (noisy - first).numpy()
+    spread = first.numpy().std(0, ddof=1)
+    assert table["change"].to_numpy() == pytest.approx(change.mean(0), abs=1e-6)
+    assert table["excess"].to_numpy() == pytest.approx((change - noises.mean(0)).mean(0), abs=1e-6)
+    assert table["spread"].to_numpy() == pytest.approx(spread, rel=1e-4)
+    assert table["sensitivity"].to_numpy() == pytest.approx(abs(change).mean(0) / spread, rel=1e-3)
+    assert table["noise"].to_numpy() == pytest.approx(abs(noises).mean((0, 1)) / spread, rel=1e-3)
+    p = ttest_1samp(abs(change) - abs(noises).mean(0), 0, alternative="greater").pvalue
+    assert table["p"].to_numpy() == pytest.approx(p.clip(5.0**-9), rel=1e-3)
     assert table["mean_activation"].to_numpy() == pytest.approx(first.mean(0).numpy(), abs=1e-6)
     assert (table["p_value"] >= table["p"] - 1e-12).all()
+    assert (table["images"] == 9).all()
 
 
-def test_null_pairs_give_uniform_p_values() -> None:
-    model = planted()
-    found = []
-    for seed in range(25):
-        both = noise(24, 10 + seed).view(2, 12, 3, 12, 12)
-        found.append(unit_sensitivity(model, "look", pairs_of(*both))["p"].to_numpy()[:1])
-    assert kstest(np.concatenate(found), "uniform").pvalue > 0.01
+def attacked_by_noise(clean: Tensor, seed: int, size: float = 0.1) -> Pairs:
+    """Pairs whose perturbation is itself noise of the kind that the test draws."""
+    change = size * torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
+    return pairs_of(clean, equal_noise(pairs_of(clean, (clean + change).clamp(0, 1)), 0, seed)[0])
+
+
+def test_noise_gives_uniform_p_values_and_moves_no_unit() -> None:
+    model, p, accused = planted(), [], 0
+    for seed in range(60):
+        table = unit_sensitivity(model, "look", attacked_by_noise(noise(20, seed), 1000 + seed))
+        p.append(float(table["p"][seed % 16]))
+        accused += bool((table["p_value"] <= 0.05).any())
+    assert kstest(p, "uniform").pvalue > 0.01
+    assert accused / 60 <= 0.1
+    assert "No unit is shown to move" in sensitivity_sentence(table)
+
+
+@pytest.mark.parametrize("size", [8 / 255, 0.4])
+def test_noise_has_the_size_of_the_perturbation_and_stays_in_range(size: float) -> None:
+    clean = noise(6, 1)
+    pairs = pairs_of(clean, (clean + size * noise(6, 2).sub(0.5).sign()).clamp(0, 1))
+    noisy, kept = equal_noise(pairs, 0)
+    change = noisy - clean
+    assert float(noisy.min()) >= 0
+    assert float(noisy.max()) <= 1
+    assert kept.tolist() == pytest.approx([1] * 6, abs=1e-4)
+    ordered = [values.abs().flatten(1).sort(1).values for values in (change, pairs.perturbation)]
+    torch.testing.assert_close(*ordered, atol=1e-5, rtol=0)
+    again = equal_noise(pairs, 1)[0] - clean
+    assert float((again - change).abs().max()) > size / 2
+    one = equal_noise(pairs_of(clean[3:4], pairs.adversarial[3:4]), 0)[0]
+    assert torch.equal(one, noisy[3:4])
+
+
+def test_noise_of_one_pixel_is_one_pixel_that_fits() -> None:
+    clean = noise(5, 1)
+    clean[:, :, 0, 0], clean[0] = 0.0, 0.5
+    adversarial = clean.clone()
+    adversarial[:, :, 0, 0] = 1.0
+    noisy, kept = equal_noise(pairs_of(clean, adversarial), 0)
+    assert ((noisy != clean).any(1).flatten(1).sum(1) == 1).all()
+    table = unit_sensitivity(planted(), "look", pairs_of(clean, adversarial))
+    assert (table["images"] == int((kept > 0.99).sum())).all()
+    only = unit_sensitivity(planted(), "look", pairs_of(clean[1:], (clean[1:] < 0.5).float()))
+    assert (
+        only["p_value"] == 1
+    ).all()  # full contrast has no equal elsewhere: nothing is tested, nothing claimed
+    assert "No unit was tested" in sensitivity_sentence(only)
 
 
 def test_pairs_without_a_difference_move_nothing() -> None:
     clean = noise(5, 1)
     table = unit_sensitivity(planted(), "look", pairs_of(clean, clean))
     assert (table["sensitivity"] == 0).all()
+    assert (table["noise"] == 0).all()
     assert (table["p_value"] == 1).all()
 
 
-def test_lots_in_a_stream_are_one_lot_and_the_model_comes_back() -> None:
+def test_a_few_pairs_never_give_a_smaller_p_than_they_can_show() -> None:
+    clean = torch.full((2, 3, 12, 12), 0.4)
+    clean[1] = 0.5
+    table = unit_sensitivity(planted(), "look", pairs_of(clean, clean + 0.3))
+    assert (table["p"] >= 5.0**-2).all()
+
+
+def test_batches_in_a_stream_are_one_batch_and_the_model_comes_back() -> None:
     model, clean = planted(), noise(9, 1)
     adversarial = (clean + 0.1 * noise(9, 2)).clamp(0, 1)
     whole = unit_sensitivity(model, "look", pairs_of(clean, adversarial))
     with untouched(model, clean, adversarial):
-        lots = (pairs_of(*both) for both in zip(clean.split(4), adversarial.split(4), strict=True))
-        streamed = unit_sensitivity(model, "look", lots)
-    assert streamed.to_numpy(float) == pytest.approx(whole.to_numpy(float), rel=1e-4, abs=1e-7)
+        batches = (pairs_of(*both) for both in zip(clean.split(4), adversarial.split(4), strict=True))
+        streamed = unit_sensitivity(model, "look", batches)
+    assert streamed.to_numpy(float) == pytest.approx(whole.to_numpy(float), rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "layer"), [("pooling", "stem"), ("tokens, not square", "encoder.layers.0")])
@@ -109,78 +184,28 @@ def test_networks_of_every_kind(kind: str, layer: str) -> None:
     assert isinstance(model, PoolingNetwork | TokenNetwork)
 
 
-def made_up(units: int, linked: float, seed: int = 0) -> pd.DataFrame:
-    """Units whose activation drives both sensitivity and IoU, with or without a link of their own."""
-    rng = np.random.default_rng(seed)
-    activation, own = rng.normal(size=(2, units))
-    return pd.DataFrame(
-        {
-            "sensitivity": np.exp(activation + 0.3 * rng.normal(size=units) + linked * own),
-            "iou": np.exp(activation + 0.3 * rng.normal(size=units) + linked * own),
-            "mean_activation": activation,
-        }
-    )
-
-
-def test_an_association_that_activation_explains_is_none() -> None:
-    found = associate(made_up(400, linked=0.0))
-    assert found.correlation > 0.7
-    assert found.low < 0 < found.high
-    assert abs(found.partial) < 0.15
-    linked = associate(made_up(400, linked=1.0))
-    assert linked.low > 0.5
-
-
-def test_an_association_that_layers_explain_is_none() -> None:
-    rng = np.random.default_rng(0)
-    layers = np.repeat([0, 1], 150)
-    table = pd.DataFrame(
-        {
-            "sensitivity": layers + 0.2 * rng.normal(size=300), "iou": layers + 0.2 * rng.normal(size=300),
-            "mean_activation": rng.normal(size=300), "layer": np.where(layers, "late", "early"),
-        }
-    )  # fmt: skip
-    found = associate(table)
-    assert found.correlation > 0.6
-    assert found.low < 0 < found.high
-
-
-def test_joined_units_say_which_concepts_an_attack_moves() -> None:
-    sensitivity = pd.DataFrame(
-        {
-            "unit": range(5), "change": [2.0, 1.0, -3.0, -0.1, 5.0], "spread": [1.0, 1.0, 1.0, 1.0, 1.0],
-            "sensitivity": [2.0, 1.0, 3.0, 0.1, 5.0], "p_value": [0.01, 0.2, 0.001, 0.9, 0.001],
-            "mean_activation": range(5),
-        }
-    )  # fmt: skip
-    units = pd.DataFrame(
-        {
-            "unit": range(5), "concept": ["dotted", "dotted", "ear", "sky", None], "iou": [0.1] * 5,
-            "category": ["texture", "texture", "part", "object", None],
-        }
-    )  # fmt: skip
-    table = join(sensitivity, units)
-    moved = moved_concepts(table).set_index("concept")
-    assert moved.loc[["dotted", "ear", "sky"], ["promoted", "suppressed"]].to_numpy().tolist() == [
-        [1, 0],
-        [0, 1],
-        [0, 0],
-    ]
-    assert moved["change"].to_dict() == pytest.approx({"dotted": 1.5, "ear": -3.0, "sky": -0.1})
-    assert in_words(moved_concepts(table)) == "The attack promotes dotted and suppresses ear."
-    assert in_words(moved_concepts(table, level=0.0)) == "The attack moves no detector beyond doubt."
-    kinds = by_category(table).set_index("category")
-    assert kinds["units"].to_dict() == {"texture": 2, "part": 1, "object": 1, "none": 1}
-    assert kinds.loc["texture", "sensitivity"] == pytest.approx(1.5)
-
-
 def test_what_does_not_fit_is_refused() -> None:
     model, clean = planted(), noise(3, 1)
-    with pytest.raises(ValueError, match="at least two, for a spread"):
+    with pytest.raises(ValueError, match="at least two pairs, for a spread, got 1"):
         unit_sensitivity(model, "look", pairs_of(clean[:1], clean[:1]))
     with pytest.raises(ValueError, match="did you mean look"):
         unit_sensitivity(model, "lok", pairs_of(clean, clean))
-    with pytest.raises(ValueError, match="no column 'iou'"):
-        associate(made_up(20, 0).drop(columns="iou"))
-    with pytest.raises(ValueError, match="3 units; accepted are at least ten"):
-        associate(made_up(3, 0))
+    with pytest.raises(ValueError, match="noises must be a whole number from 1, got 0"):
+        unit_sensitivity(model, "look", pairs_of(clean, clean), noises=0)
+    with pytest.raises(ValueError, match="at least two pairs, got none"):
+        unit_sensitivity(model, "look", [])
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", ["body.layer2", "body.layer3"])
+def test_an_attack_moves_more_units_of_a_trained_network_than_noise(networks: ModuleType, layer: str) -> None:  # noqa: F811
+    images, labels = networks.cifar10("test", 110)
+    model = Classifier.wrap(networks.network("cifar10_resnet20"))
+    right = predict(model, images).argmax(1) == labels
+    images, labels = images[right][:100], labels[right][:100]
+    pairs = attacks.pgd(model, images, labels, budget=Linf(2 / 255), steps=10)
+    fake = Pairs(images, equal_noise(pairs, 0, seed=5)[0], labels, labels)
+    moved = [(unit_sensitivity(model, layer, one)["p_value"] <= 0.05).mean() for one in (pairs, fake)]
+    assert moved[0] > 0.9
+    assert moved[1] <= 0.05

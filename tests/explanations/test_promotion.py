@@ -61,6 +61,63 @@ def test_a_linear_model_has_its_weights_as_effects(variant: str, size: tuple[int
     assert found.scores["negative_share"].tolist() == pytest.approx(negative.tolist())
 
 
+class Moved(nn.Module):
+    """Linear: the first channel feeds the label's logit, the second the target's, the third nothing."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        label, target, _ = images.mean((2, 3)).unbind(1)
+        return torch.stack([6 * label, 6 * target - 1, torch.full_like(label, -9)], 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted", "ratio"),
+    [
+        ((-0.3, 0.0, 0.2), "suppression-dominated", -10.0),
+        ((0.0, 0.3, 0.2), "promotion-dominated", 10.0),
+        ((-0.1, 0.1, 0.2), "balanced", 0.0),
+        ((-0.1, 0.19, 0.0), "balanced", math.log2(1.9)),
+        ((-0.1, 0.21, 0.0), "promotion-dominated", math.log2(2.1)),
+        ((-0.21, 0.1, 0.0), "suppression-dominated", -math.log2(2.1)),
+        ((0.1, 0.3, 0.0), "promotion-dominated", 10.0),  # the label's logit rises as well
+        ((0.1, -0.1, 0.0), None, math.nan),  # works against the attack on both
+        ((0.0, 0.0, 0.2), None, math.nan),
+    ],
+)
+def test_the_type_of_a_perturbation_is_that_of_the_logits_it_moves(
+    change: tuple[float, float, float], wanted: str | None, ratio: float
+) -> None:
+    clean = torch.full((1, 3, 6, 5), 0.5)
+    pairs = Pairs(
+        clean, clean + torch.tensor(change)[None, :, None, None], torch.tensor([0]), torch.tensor([1])
+    )
+    row = promotion_suppression(Moved().eval(), pairs, cell=2).scores.iloc[0]
+    assert row["perturbation_type"] == wanted
+    assert row["promotion_log2_ratio"] == pytest.approx(ratio, abs=1e-3, nan_ok=True)
+    assert row["whole_suppression"] == pytest.approx(-6 * change[0], abs=1e-5)
+    assert row["whole_promotion"] == pytest.approx(6 * change[1], abs=1e-5)
+
+
+def test_the_whole_perturbation_is_one_cell_that_covers_the_image() -> None:
+    torch.manual_seed(1)
+    for model, size in ((PoolingNetwork().eval(), (18, 13)), (TokenNetwork().eval(), (16, 24))):
+        clean, adversarial = torch.rand(4, 3, *size), torch.rand(4, 3, *size)
+        pairs = Pairs(clean, adversarial, torch.tensor([0, 1, 2, 0]), torch.tensor([2, 0, 1, 1]))
+        for variant in ("leave_one_out", "add_one"):
+            one = promotion_suppression(model, pairs, cell=24, variant=variant)
+            whole = promotion_suppression(model, pairs, cell=5, variant=variant).scores
+            assert one.promotion.flatten().tolist() == pytest.approx(
+                whole["whole_promotion"].tolist(), abs=1e-4
+            )
+            assert one.suppression.flatten().tolist() == pytest.approx(
+                whole["whole_suppression"].tolist(), abs=1e-4
+            )
+            types = [
+                {-1: "suppression-dominated", 0: "balanced", 1: "promotion-dominated", -128: None}[kind]
+                for kind in one.kind.flatten().tolist()
+            ]
+            assert [kind if isinstance(kind, str) else None for kind in whole["perturbation_type"]] == types
+
+
 def test_any_network_equals_leaving_cells_out_one_by_one() -> None:
     torch.manual_seed(1)
     for model, size in ((PoolingNetwork().eval(), (18, 13)), (TokenNetwork().eval(), (16, 24))):

@@ -101,3 +101,28 @@ def test_without_overlap_only_what_happened_is_said() -> None:
     told = Told()
     told.scores = told.scores.drop(columns=[column for column in BASE if column.startswith("effect")])
     assert verdict(told) == "The attack moved the image from lynx 40% to tabby 97%."  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("promotion", "suppression", "ratio", "kind", "wanted"),
+    [
+        (8.2, 1.5, 2.45, "promotion-dominated", "promotion-dominated: it raises the logit of tabby by 8.2 and lowers "),
+        (8.2, 1.5, 2.45, "promotion-dominated", "and lowers that of lynx by 1.5."),
+        (8.2, -1.5, 10.0, "promotion-dominated", "it raises the logit of tabby by 8.2 and raises that of lynx by 1.5."),
+        (0.5, 3.0, -2.58, "suppression-dominated", "suppression-dominated: it raises the logit of tabby by 0.5"),
+        (2.0, 3.0, -0.58, "balanced", "balanced: it raises the logit of tabby by 2 and lowers that of lynx by 3, and "),
+        (2.0, 3.0, -0.58, "balanced", "and neither effect is more than twice the other."),
+        (-1.0, -2.0, float("nan"), None, "It neither raises the logit of tabby nor lowers that of lynx."),
+    ],
+)  # fmt: skip
+def test_the_type_of_the_perturbation_is_one_sentence(
+    promotion: float, suppression: float, ratio: float, kind: str | None, wanted: str
+) -> None:
+    known = {
+        "whole_promotion": promotion, "whole_suppression": suppression, "promotion_log2_ratio": ratio,
+        "perturbation_type": kind,
+    }  # fmt: skip
+    assert wanted in said(**known)
+    # Of an image that is misclassified without any attack, nothing is typed.
+    assert "logit" not in said(**known, read_clean_as="dog")
+    assert "logit" not in said(**known, linf=0)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
-from weakspot.cli.app import USAGE, Failure, app, notes_for_people, progress_bar
+from weakspot.cli.app import UNREADABLE, USAGE, Failure, app, notes_for_people, progress_bar
+from weakspot.cli.attacked_units import BUDGET, OPTIONS, AttackedUnits, attack_units, read_asked, read_mask
 from weakspot.cli.given import refuse
-from weakspot.cli.inputs import load_classifier
+from weakspot.cli.inputs import check_existing, load_classifier
 from weakspot.cli.kept import watch
 from weakspot.cli.options import (
     ClassesOption,
@@ -25,6 +25,7 @@ from weakspot.cli.options import (
     MeanOption,
     ModelOption,
     QuietOption,
+    SeedOption,
     SizeOption,
     StdOption,
     WeightsOption,
@@ -32,6 +33,8 @@ from weakspot.cli.options import (
 from weakspot.cli.output import check_folder, describe_run, make_folder, print_rows
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from weakspot.classifier import Classifier
     from weakspot.dissection import Dissection
 
@@ -48,6 +51,8 @@ weakspot dissect broden1_224/ --layer layer4 --model torchvision:resnet18
 weakspot dissect photos/ --masks labels/ --names classes.txt --void 11 --out runs/camvid
 
 weakspot dissect textures/ --layer features.12 --layer features.18 --model my_package.models:build
+
+weakspot dissect broden1_224/ --images photos/ --budget linf:2/255 --mask sensitive
 """
 
 
@@ -92,6 +97,30 @@ def dissect(
     alignment: Annotated[
         str, typer.Option(help="Where a map's cells lie: receptive_field, effective or resize.")
     ] = "receptive_field",
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Pictures or folders to attack; may be given several times. Shows which units move more than under "
+            "noise, and whether those that stand for something move more.",
+            show_default=False,
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget", "-b", help=f"Of the attack on --images: {BUDGET} by default.", show_default=False
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the attack on --images.", min=1)] = 20,
+    mask: Annotated[
+        str | None,
+        typer.Option(
+            help="Mask units and attack again: sensitive (at most a fifth of the layer), sensitive:COUNT, or unit "
+            "numbers such as 3,17. Sensitive units are chosen on one half of --images and judged on the other.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: SeedOption = 0,
     model: ModelOption = "efficientnet_lite0",
     weights: WeightsOption = None,
     mean: MeanOption = None,
@@ -108,7 +137,8 @@ def dissect(
 ) -> None:
     """Find what the units of a network stand for: which concept's sites agree with the sites where a unit is active.
 
-    Results are kept in OUT/cache, and given back for the same network, pictures and options.
+    With --images also which units an attack moves more than noise of the same size does. Dissections are kept in
+    OUT/cache, and given back for the same network, pictures and options.
     """
     del debug
     started = time.perf_counter()
@@ -123,58 +153,88 @@ def dissect(
         )
     if masks is None:
         refuse(context, ["names", "void"], "without --masks; add the folder of masks, or leave it out")
+    if not images:
+        refuse(context, OPTIONS, "without --images; add pictures to attack, or leave it out")
+    wanted = read_mask(mask, len(layer or []))
     check_folder(out)
+    check_existing(images or [])
     with redirect_stdout(sys.stderr), notes_for_people(quiet), progress_bar(quiet or as_json) as advance:
         advance("loading the model", 0.0)
         classifier = load_classifier(model, weights, mean, std, classes, size, device)
+        asked = read_asked(classifier, images, budget, steps, wanted, seed) if images else None
         make_folder(out)
         advance("reading the pictures", 0.02)
         concepts = _concepts(dataset, out, classifier, masks, names, void)
         from weakspot.dissection import dissection
-        from weakspot.dissection.showing import show_units
-        from weakspot.report.unit_page import unit_page
-        from weakspot.runs.folder import write_scores
-        from weakspot.writing import write_whole
 
         layers = list(layer or _last_layers(classifier))
         share_active = (0.01 if demo else 0.005) if quantile is None else quantile
         found = dissection(
             classifier, layers, concepts, quantile=share_active, min_iou=min_iou, denominator=denominator,
             alignment=alignment, cache=out / "cache",
-            progress=lambda share: advance("dissecting", 0.05 + 0.8 * share),
+            progress=lambda share: advance("dissecting", 0.05 + (0.45 if asked else 0.8) * share),
         )  # fmt: skip
-        pictures = {}
-        for name, one in found.items():
-            advance("drawing", 0.9)
-            best = one.units.sort_values("iou", ascending=False)["unit"].head(SHOWN).tolist()
-            pictures[name] = show_units(classifier, one, concepts, best)
+        attacked = attack_units(
+            classifier, found, asked, lambda share: advance("attacking", 0.5 + 0.35 * share)
+        )
+        advance("drawing", 0.9)
+        options = {name: str(value) for name, value in next(iter(found.values())).options.items()}
         made = {
-            "concepts": f"{concepts}"
-            if dataset is not None
-            else "colours and textures that weakspot generated",
+            "concepts": f"{concepts}" if dataset else "colours and textures that weakspot generated",
             "layers": ", ".join(layers),
-            **{
-                name: str(value)
-                for name, value in next(iter(found.values())).options.items()
-                if name != "dataset"
-            },
-            **describe_run(classifier, model, 0, []),
+            **{name: value for name, value in options.items() if name != "dataset"},
+            **({"attack": attacked.attack} if asked else {}),
+            **describe_run(classifier, model, seed, asked.skipped if asked else []),
         }
-        page = out / "report.html"
-        content = unit_page(found, pictures, model=classifier.name, made=made)
-        write_whole(page, lambda draft: draft.write_text(content, "utf-8"))
-        for name, one in found.items():
-            write_whole(out / f"{_file(name)}.csv", partial(one.units.to_csv, index=False))
-        seconds = time.perf_counter() - started
-        write_scores(_together(found), {**made, "seconds": round(seconds, 2)}, out)
+        page, seconds = _write(out, classifier, concepts, found, attacked, made, started)
     rows = _rows(found)
     if as_json:
-        typer.echo(json.dumps({"layers": rows, "files": {"report.html": str(page.resolve())}}, indent=2))
+        files = {"report.html": str(page.resolve())}
+        typer.echo(json.dumps({"layers": rows, **attacked.as_json(), "files": files}, indent=2))
     elif not quiet:
         print_rows(rows, as_json=False)
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+        for line in attacked.lines():
+            console.print(f"\n{line}")
         console.print(f"\n{len(layers)} layers in {seconds:.1f} s", style="dim")
-        console.print(f"\nReport: {escape(str(page.resolve()))}", soft_wrap=True)
+        console.print(f"\nReport: {page.resolve()}")
+    if asked and asked.unread:
+        raise typer.Exit(UNREADABLE)
+
+
+def _write(
+    out: Path,
+    classifier: Classifier,
+    concepts: Path,
+    found: dict[str, Dissection],
+    attacked: AttackedUnits,
+    made: dict[str, str],
+    started: float,
+) -> tuple[Path, float]:
+    """All files; returns the page's path and the seconds that all took."""
+    from weakspot.dissection.showing import show_units
+    from weakspot.report.unit_page import unit_page
+    from weakspot.runs.folder import write_scores
+    from weakspot.writing import write_whole
+
+    pictures = {}
+    for name, one in found.items():
+        best = one.units.sort_values("iou", ascending=False)["unit"].head(SHOWN).tolist()
+        pictures[name] = show_units(classifier, one, concepts, best)
+    page, studies = out / "report.html", attacked.studies
+    content = unit_page(
+        found, pictures, model=classifier.name, made=made, studies=studies, together=attacked.sentences
+    )
+    write_whole(page, lambda draft: draft.write_text(content, "utf-8"))
+    tables = {name: studies[name].units if studies else one.units for name, one in found.items()}
+    for name, table in tables.items():
+        write_whole(out / f"{_file(name)}.csv", partial(table.to_csv, index=False))
+    for name, study in studies.items():
+        if study.masking is not None:
+            write_whole(out / f"{_file(name)}-masking.csv", partial(study.masking.to_csv, index=False))
+    seconds = time.perf_counter() - started
+    write_scores(_together(tables), {**made, "seconds": round(seconds, 2)}, out)
+    return page, seconds
 
 
 def _concepts(
@@ -248,7 +308,7 @@ def _rows(found: dict[str, Dissection]) -> list[dict[str, str]]:
     return rows
 
 
-def _together(found: dict[str, Dissection]):  # type: ignore[no-untyped-def]
+def _together(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     import pandas as pd
 
-    return pd.concat([one.units.assign(layer=name) for name, one in found.items()], ignore_index=True)
+    return pd.concat([table.assign(layer=name) for name, table in tables.items()], ignore_index=True)

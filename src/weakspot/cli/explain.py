@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from weakspot.classifier import Classifier
     from weakspot.pairs import Pairs
 
-FILES = ("report.html", "scores.csv", "pairs.safetensors", "maps.npz", "run.json")
+FILES = ("report.html", "scores.csv", "pairs.safetensors", "maps.npz", "locality.csv", "run.json")
 OF_ATTACK = ("region", "keep", "norm", "eps", "steps", "target")
 LABELS = "the model's own predictions on the clean images"
 EXAMPLES = """
@@ -61,6 +62,10 @@ weakspot explain photos/ --region cam --eps 8/255 --out runs/cam
 weakspot explain --pair clean.png adversarial.png --model my_package.models:build
 
 weakspot explain --samples --json > scores.json
+
+weakspot attack photos/ --attack pixels --out runs/pixels
+
+weakspot explain --pair runs/pixels/pairs.safetensors --analyses locality
 """
 
 
@@ -138,7 +143,9 @@ def explain(
                 lambda share: advance("attacking", 0.1 + 0.4 * share),
             )  # fmt: skip
         from weakspot.explanations import explain as explain_pairs
+        from weakspot.explanations.radii import locality_of, locality_sentence
         from weakspot.runs import write_run
+        from weakspot.writing import write_whole
 
         made = {
             "attack": how,
@@ -158,10 +165,16 @@ def explain(
         seconds = time.perf_counter() - started
         about = {**made, "images": list(names), "skipped": skipped, "seconds": round(seconds, 2)}
         paths = write_run(explanation, out, about)
+        moved = locality_of(explanation.scores)
+        if moved is not None:
+            paths["locality.csv"] = out / "locality.csv"
+            write_whole(paths["locality.csv"], partial(moved.to_csv, index=False))
     if as_json:
         print_json(explanation, paths, skipped)
     elif not quiet:
         print_table(explanation, seconds, len(skipped))
+        if moved is not None:
+            typer.echo(f"\n{locality_sentence(moved)}")
         typer.echo(f"\nReport: {paths['report.html'].resolve()}")
     if unread:
         raise typer.Exit(UNREADABLE)

@@ -3,7 +3,7 @@
 from weakspot.defenses.fills import neutralize
 from weakspot.defenses.judging import judge_defense
 from weakspot.defenses.masking import mask_units
-from weakspot.defenses.masking_test import masking_test
+from weakspot.defenses.masking_test import masking_sentence, masking_test
 from weakspot.defenses.neutralizing import neutralizing
 from weakspot.defenses.oracle import oracle_neutralized
 from weakspot.defenses.randomness import DrawnByImage, expectation
@@ -15,6 +15,7 @@ __all__ = [
     "expectation",
     "judge_defense",
     "mask_units",
+    "masking_sentence",
     "masking_test",
     "neutralize",
     "neutralizing",

@@ -1,13 +1,14 @@
-"""Does masking units help? Attacks made before are weak evidence; the attacker who knows the mask attacks again."""
+"""Does masking units help? The attacker who knows the mask attacks again; replayed attacks are weak evidence."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from weakspot.attacks import pgd
@@ -16,13 +17,17 @@ from weakspot.attribution.replacing import replacing
 from weakspot.checks import check_classes, check_seed
 from weakspot.classifier import check_images, default_batch, evaluating, predict
 from weakspot.defenses.masking import mask_units, unit_numbers
+from weakspot.dissection.causal import mcnemar
 from weakspot.pairs import Pairs
-from weakspot.statistics import mean_interval
+from weakspot.statistics import share_interval
 
 if TYPE_CHECKING:
     import pandas as pd
 
 DRAWS = 3  # sets of random units
+LEVEL = 0.05  # of McNemar's test
+UNMASKED, THESE, ACTIVE = "none", "these units", "most active units"
+MEASURES = ("clean", "transfer", "attacked_again")
 Attack = Callable[[nn.Module, Tensor, Tensor], Pairs]
 
 
@@ -37,26 +42,29 @@ def masking_test(
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> pd.DataFrame:
-    """Accuracy of the network with units masked: clean, against attacks on the bare network, and attacked again.
+    """Accuracy of the network with units masked: clean, under replayed attacks, and attacked again.
 
-    Beside the units asked for stand as many at random, three sets of them, and the most active ones.
+    The controls are as many random units, three sets of them, and the most active units. A control that happens to be
+    the same set as these units or another control is left out.
 
     Args:
         model: any classifier.
-        layer: as for `mask_units`.
-        units: to be masked, as found to be sensitive on *other* images.
+        layer: as in `mask_units`.
+        units: to be masked; if they were chosen by their sensitivity, then on *other* images.
         images: (N, C, H, W).
         labels: (N,).
         attack: `attacks.pgd` or any function of model, images and labels that returns pairs.
         seed: of the random units.
-        progress: called with the share done.
+        progress: called with the fraction done.
 
     Returns:
-        One row per network (bare, these units, random units, most active units): masked, units, then clean, transfer
-        (attacks on the bare network replayed) and attacked_again, each with _low and _high, 95% intervals over images.
+        One row per network (masked: "none", "these units", "random units 1" to "3", "most active units"), with
+        units, images; clean, transfer (attacks on the unmasked network, replayed) and attacked_again, each with _low
+        and _high, 95% intervals by Wilson; lead (attacked_again of these units less that of this row, on the same
+        images) and p (of the lead, by McNemar's exact test).
 
     Raises:
-        ValueError: when an argument does not fit, naming it.
+        ValueError: if an argument does not fit, naming it.
     """
     import pandas as pd
 
@@ -68,37 +76,90 @@ def masking_test(
     wanted = unit_numbers(units)
     activity, count = _activity(model, layer, images), len(wanted)
     if not 0 < count <= len(activity):
-        raise ValueError(f"units are {count}; accepted are 1 to {len(activity)}, as many as {layer!r} has")
-    rng = np.random.default_rng(seed)
-    groups: Mapping[str, list[Sequence[int]]] = {
-        "bare": [()],
-        "these units": [wanted],
-        "random units": [rng.choice(len(activity), count, replace=False).tolist() for _ in range(DRAWS)],
-        "most active units": [activity.topk(count).indices.tolist()],
-    }
+        raise ValueError(f"units must be 1 to {len(activity)} units, as many as {layer!r} has, got {count}")
+    groups: dict[str, Sequence[int]] = {UNMASKED: (), THESE: wanted, **_controls(wanted, activity, seed)}
     replayed = attack(model, images, labels).adversarial
-    rows, done, total = [], 0, sum(len(sets) for sets in groups.values())
-    for name, sets in groups.items():
-        right: dict[str, list[np.ndarray]] = {"clean": [], "transfer": [], "attacked_again": []}
-        for chosen in sets:
-            masked = mask_units(model, layer, chosen) if len(chosen) else model
-            again = attack(masked, images, labels).adversarial if len(chosen) else replayed
-            with evaluating(masked) as classifier:
-                for key, shown in zip(right, (images, replayed, again), strict=True):
-                    right[key].append((predict(classifier, shown).argmax(1) == labels).double().cpu().numpy())
-            done += 1
-            if progress is not None:
-                progress(done / total)
-        row: dict[str, object] = {"masked": name, "units": len(sets[0])}
-        for key, values in right.items():
-            found = mean_interval(np.mean(values, 0))
-            row |= dict(zip((key, f"{key}_low", f"{key}_high"), found, strict=True))
-        rows.append(row)
-    return pd.DataFrame(rows)
+    outcomes: dict[str, dict[str, NDArray[np.bool_]]] = {}
+    for number, (name, chosen) in enumerate(groups.items(), start=1):
+        masked = mask_units(model, layer, chosen) if len(chosen) else model
+        again = attack(masked, images, labels).adversarial if len(chosen) else replayed
+        with evaluating(masked) as classifier:
+            outcomes[name] = {
+                measure: (predict(classifier, shown).argmax(1) == labels).cpu().numpy()
+                for measure, shown in zip(MEASURES, (images, replayed, again), strict=True)
+            }
+        if progress is not None:
+            progress(number / len(groups))
+    return pd.DataFrame([_row(name, len(chosen), outcomes) for name, chosen in groups.items()])
+
+
+def _controls(wanted: Sequence[int], activity: Tensor, seed: int) -> dict[str, Sequence[int]]:
+    """As many random and most active units, without sets that are the units asked for or another control."""
+    rng = np.random.default_rng(seed)
+    sets = {
+        f"random units {number}": rng.choice(len(activity), len(wanted), replace=False).tolist()
+        for number in range(1, DRAWS + 1)
+    } | {ACTIVE: activity.topk(len(wanted)).indices.tolist()}
+    seen = [set(wanted)]
+    different = {}
+    for name, chosen in sets.items():
+        if set(chosen) not in seen:
+            different[name] = chosen
+            seen.append(set(chosen))
+    return different
+
+
+def _row(name: str, count: int, outcomes: dict[str, dict[str, NDArray[np.bool_]]]) -> dict[str, object]:
+    own, these = outcomes[name], outcomes[THESE]["attacked_again"]
+    row: dict[str, object] = {"masked": name, "units": count, "images": len(these)}
+    for measure, right in own.items():
+        interval = share_interval(right)
+        row |= dict(zip((measure, f"{measure}_low", f"{measure}_high"), interval, strict=True))
+    other = own["attacked_again"]
+    return row | {"lead": float(these.mean() - other.mean()), "p": mcnemar(these, other)}
+
+
+def masking_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
+    """Whether masking these units is shown to help against an attack made anew, and more than the controls do.
+
+    Args:
+        table: from `masking_test`.
+        level: of McNemar's test; a lead over the controls must reach it against each of them.
+    """
+    rows = {row["masked"]: row for row in table.to_dict("records")}
+    bare, these = rows.pop(UNMASKED), rows.pop(THESE)
+    count = int(these["units"])
+    units = f"{count} unit{'s' if count > 1 else ''}"
+    figures = (
+        f"attacked again, the masked network classifies {_ranged(these)} of {these['images']} images correctly, the "
+        f"unmasked one {_ranged(bare)} (p = {bare['p']:.2g})"
+    )
+    cost = f"Without any attack it is {these['clean']:.0%} masked and {bare['clean']:.0%} unmasked."
+    if bare["p"] > level or bare["lead"] == 0:
+        return f"Masking {units} is not shown to change robustness: {figures}. {cost}"
+    if bare["lead"] < 0:
+        return f"Masking {units} makes the network weaker: {figures}. {cost}"
+    if not rows:
+        return f"Masking {units} helps; there are no other units to compare with: {figures}. {cost}"
+    behind = [str(name) for name, row in rows.items() if row["lead"] <= 0 or row["p"] > level]
+    if behind:
+        return (
+            f"Masking {units} helps, but is not shown to help more than masking as many others "
+            f"({', '.join(behind)}): {figures}. {cost}"
+        )
+    return (
+        f"Masking {units} helps, and more than masking as many others, at random or the most active (p at most "
+        f"{max(row['p'] for row in rows.values()):.2g}): {figures}. {cost}"
+    )
+
+
+def _ranged(row: dict[Hashable, Any]) -> str:
+    share, low, high = (row[f"attacked_again{suffix}"] for suffix in ("", "_low", "_high"))
+    return f"{share:.0%} [{low:.0%}, {high:.0%}]"
 
 
 def _activity(model: nn.Module, layer: str, images: Tensor) -> Tensor:
-    """(U,) mean activation of the layer's units."""
+    """(U,) mean activation of the layer's units in these images."""
     bare = mask_units(model, layer, [])
     sums: list[Tensor] = []
     inner = bare.network

@@ -1,18 +1,18 @@
 """Dissection: which concepts a network's units stand for, and which of them a perturbation moves."""
 
-from weakspot.dissection.broden import Annotation, Concept, ConceptSet
-from weakspot.dissection.building import build_concepts
-from weakspot.dissection.causal import unit_restoration
-from weakspot.dissection.pictures import demo_concepts
-from weakspot.dissection.sensitivity import (
+from weakspot.dissection.association import (
     Association,
     associate,
     by_category,
     in_words,
     join,
     moved_concepts,
-    unit_sensitivity,
 )
+from weakspot.dissection.broden import Annotation, Concept, ConceptSet
+from weakspot.dissection.building import build_concepts
+from weakspot.dissection.causal import unit_restoration
+from weakspot.dissection.pictures import demo_concepts
+from weakspot.dissection.sensitivity import sensitivity_sentence, unit_sensitivity
 from weakspot.dissection.units import Dissection, dissect, dissection
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "in_words",
     "join",
     "moved_concepts",
+    "sensitivity_sentence",
     "unit_restoration",
     "unit_sensitivity",
 ]

@@ -1,4 +1,4 @@
-"""Causal check: the units that a perturbation moves get their clean values back; does the decision follow?"""
+"""Causal check: the units that change most get their clean values back; does the decision follow?"""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from weakspot.attacks import draws
@@ -17,7 +19,7 @@ from weakspot.checks import check_batch_size, check_seed, is_number
 from weakspot.classifier import Classifier, default_batch, evaluating
 from weakspot.explanations.analysis import Analysis, check_pairs, settled
 from weakspot.pairs import Pairs
-from weakspot.statistics import mean_interval
+from weakspot.statistics import share_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,10 +36,11 @@ def unit_restoration(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> pd.DataFrame:
-    """How often the decision comes back when the units that changed most are put back, against random units.
+    """How often the decision comes back when the units that change most get their clean values back.
 
     Of each pair that fools the model, the units of the layer are ranked by their mean absolute change over all sites; a
-    share of them gets its clean values back, the others stay as they were attacked.
+    share of them gets its clean values back, the others keep their values under attack. The control are as many units
+    drawn at random for each pair. The ranking says nothing about noise: `unit_sensitivity` does.
 
     Args:
         model: any classifier.
@@ -48,12 +51,12 @@ def unit_restoration(
         batch_size: pairs at once; changes no result.
 
     Returns:
-        One row per share: share, units, reverted, reverted_low, reverted_high (share of the pairs that are read as
-        their label again, with its 95% interval over pairs), random, random_low, random_high (as many random units),
-        images.
+        One row per share: share, units, reverted, reverted_low, reverted_high (share of the pairs that are classified
+        as their label again, with its 95% interval by Wilson), random, random_low, random_high (as many random units),
+        p (of the difference of the two, by McNemar's exact test), images.
 
     Raises:
-        ValueError: when an argument does not fit, naming it.
+        ValueError: if an argument does not fit, naming it.
     """
     import pandas as pd
 
@@ -77,8 +80,9 @@ def unit_restoration(
     for number, share in enumerate(shares):
         row: dict[str, object] = {"share": share, "units": _count(share, units)}
         for name, values in (("reverted", changed), ("random", random)):
-            found = mean_interval(values[number, fooled].cpu().numpy())
-            row |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
+            interval = share_interval((values[number, fooled] == 1).cpu().numpy())
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
+        row["p"] = mcnemar(*((values[number, fooled] == 1).cpu().numpy() for values in (changed, random)))
         table.append({**row, "images": int(fooled.sum())})
     return pd.DataFrame(table)
 
@@ -151,6 +155,18 @@ def _restored(
 
 def _put_back(own: Tensor, chosen: Tensor, activation: Tensor) -> Tensor:
     return torch.where(chosen, own, activation)
+
+
+def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
+    """Two-sided p of McNemar's exact test: that yes-no outcomes (N,) of the same images differ.
+
+    >>> mcnemar(np.array([True] * 5 + [False]), np.array([False] * 6))
+    0.0625
+    """
+    from scipy.stats import binomtest
+
+    ups, downs = int((first & ~second).sum()), int((second & ~first).sum())
+    return float(binomtest(ups, ups + downs).pvalue) if ups + downs else 1.0
 
 
 def _count(share: float, units: int) -> int:

@@ -18,8 +18,8 @@ from weakspot.checks import check_seed
 from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.edits import Edits, Prepared, prepare
 from weakspot.explanations.analysis import Analysis, Picture, check_pairs, settled
+from weakspot.explanations.radii import MEANINGS, RADII, RANDOM, rate_interval, ring_score
 from weakspot.pairs import Pairs
-from weakspot.statistics import mean_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,8 +36,8 @@ class Locality:
         success: bool (N, H, W), whether the same pixel value moved there changes the class from the label.
         same_class: bool (N, H, W), whether into the class that the attack itself reached.
         by_radius: rates over the attacks that succeed: one row for each radius 1 to R, the sites at that Chebyshev
-            distance, and a row "random" of all other sites; columns radius, rate, low, high (95% interval of the mean
-            over images), same_class, images.
+            distance, and a row "random" of all other sites; columns radius, rate, low, high (mean over images with its
+            95% interval by Wilson), same_class, images.
         controls: likewise, rows "neighbours", "random", "neighbours of failed attacks", "random site of failed
             attacks", "random colour", "moved with the image".
     """
@@ -190,7 +190,7 @@ def _rates(hits: Tensor, where: Tensor, chosen: Tensor) -> np.ndarray:
 
 
 def _row(name: object, rates: np.ndarray) -> dict[str, object]:
-    rate, low, high = mean_interval(rates)
+    rate, low, high = rate_interval(rates)
     return {"radius": name, "rate": rate, "low": low, "high": high, "images": len(rates)}
 
 
@@ -268,10 +268,7 @@ def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
     if bool(one.any()):
         rates, maps["moved_pixel"] = _moved(model, pairs, one, seed)
         scores |= rates
-        meanings["neighbours_fool"] = (
-            "Share of the neighbouring sites where the same pixel value changes the class."
-        )
-        meanings["elsewhere_fools"] = "Share of all sites farther away where it does."
+        meanings |= MEANINGS
         pictures["moved_pixel"] = Picture(
             "The same pixel moved",
             kind="category",
@@ -289,15 +286,18 @@ def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
 
 
 def _moved(model: nn.Module, pairs: Pairs, one: Tensor, seed: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Rates (N,) near and far, NaN where not one pixel differs, and the map of `MOVED` (N, 1, H, W)."""
+    """Rates (N,) by radius, NaN where not one pixel differs, and the map of `MOVED` (N, 1, H, W)."""
     chosen = Pairs(*(part[one] for part in (pairs.clean, pairs.adversarial, pairs.labels, pairs.targets)))
     found = locality(model, chosen, seed=seed)
     site = (chosen.perturbation != 0).any(1).flatten(1).long().argmax(1)
     rings = _rings(site, found.success.shape[1:])
+    areas = {ring_score(radius): rings == radius for radius in RADII} | {RANDOM: rings > 0}
     rates = {}
-    for name, area in (("neighbours_fool", rings == 1), ("elsewhere_fools", rings > 1)):
+    for name, area in areas.items():
         rates[name] = torch.full((len(pairs),), torch.nan, dtype=torch.float64, device=site.device)
-        rates[name][one] = (found.success & area).flatten(1).sum(1) / area.flatten(1).sum(1).double()
+        sites = area.flatten(1).sum(1).double()
+        hits = (found.success & area).flatten(1).sum(1)
+        rates[name][one] = (hits / sites.where(sites > 0, torch.nan)).to(rates[name])
     kinds = torch.full_like(pairs.clean[:, :1], len(MOVED) - 1, dtype=torch.long)
     kinds[one] = (found.success * 1 + found.same_class)[:, None]
     return rates, kinds

@@ -30,6 +30,7 @@ NOISE = 1e-5  # of the largest logit
 ACTIVE = 0.001  # share of the whole change of the margin that a cell's larger effect must reach
 SUPPRESSION, BALANCED, PROMOTION, INACTIVE = -1, 0, 1, -128
 VARIANTS = ("leave_one_out", "add_one")
+TYPES = {SUPPRESSION: "suppression-dominated", BALANCED: "balanced", PROMOTION: "promotion-dominated"}
 KINDS = ("inactive", "suppresses the label", "both", "promotes the target")
 
 
@@ -44,7 +45,9 @@ class Promotion:
         kind: int8: -1 suppression (ratio under -1), 0 balanced, 1 promotion (ratio over 1), -128 inactive: neither
             effect reaches 0.1% of the whole change of the margin.
         groups: (N, 1, H, W) the number of the cell, in reading order, or superpixel that each pixel belongs to.
-        scores: one row per image; see `MEANINGS`.
+        scores: one row per image; see `MEANINGS`. `perturbation_type` is that of the whole perturbation:
+            "promotion-dominated", "suppression-dominated", "balanced" (neither effect is more than twice the other), or
+            missing if it neither raises the target's logit nor lowers the label's.
     """
 
     promotion: Tensor
@@ -60,6 +63,10 @@ class Promotion:
 
 
 MEANINGS = {
+    "whole_promotion": "By how much the whole perturbation raises the target's logit.",
+    "whole_suppression": "By how much the whole perturbation lowers the label's logit.",
+    "promotion_log2_ratio": "log2 of the former over the latter, cut to -10 to 10: over 1 the perturbation is "
+    "promotion-dominated, under -1 suppression-dominated, between them balanced.",
     "promoted": "By how much all parts of the perturbation, each alone, raise the target's logit.",
     "suppressed": "By how much all parts of the perturbation, each alone, lower the label's logit.",
     "promoting_share": "Share of the active cells that mainly promote the target.",
@@ -83,7 +90,8 @@ def promotion_suppression(
     """What each part of the perturbation does to the label's and to the target's logit, found by leaving it out.
 
     With x' the adversarial image and x'_i the same with part i as it was: promotion_i = z_target(x') - z_target(x'_i),
-    suppression_i = z_label(x'_i) - z_label(x'). With `variant="add_one"` the clean image takes part i only.
+    suppression_i = z_label(x'_i) - z_label(x'). With `variant="add_one"` the clean image takes part i only. The scores
+    also hold both effects of the whole perturbation, as of one part that covers the image; they give its type.
 
     Args:
         model: any classifier.
@@ -101,6 +109,8 @@ def promotion_suppression(
     >>> promotion_suppression(model, pairs, cell=2).promotion.shape
     torch.Size([1, 2, 2])
     """
+    import pandas as pd
+
     check_pairs(pairs, model)
     if variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}; {closest(str(variant), VARIANTS)}")
@@ -122,8 +132,10 @@ def promotion_suppression(
         [torch.nn.functional.pad(one, (0, 0, 0, size - len(one)), value=torch.nan) for one in effects]
     )
     suppression, promotion = padded.unbind(2)
-    change = (clean - adversarial)[:, 0] - (clean - adversarial)[:, 1]
-    ratio = (promotion.clamp(min=FLOOR) / suppression.clamp(min=FLOOR)).log2().clamp(-CLIP, CLIP)
+    # With one cell for the whole image, x' without it is x: the definition of a cell holds for the perturbation too.
+    whole = (clean - adversarial)[:, 0], (adversarial - clean)[:, 1]
+    change = whole[0] + whole[1]
+    ratio = _log2_ratio(promotion, suppression)
     # What rounding makes of logits this large is no effect.
     noise = NOISE * torch.maximum(clean.abs().amax(1), adversarial.abs().amax(1))
     change = change.where(change.abs() > noise, 0)
@@ -140,7 +152,33 @@ def promotion_suppression(
         ratio.float().view(-1, *rows),
         kind.view(-1, *rows),
         every,
-        _scores(promotion, suppression, kind, change, noise),
+        pd.concat(
+            [_whole_scores(*whole, noise), _scores(promotion, suppression, kind, change, noise)], axis=1
+        ),
+    )
+
+
+def _log2_ratio(promotion: Tensor, suppression: Tensor) -> Tensor:
+    return (promotion.clamp(min=FLOOR) / suppression.clamp(min=FLOOR)).log2().clamp(-CLIP, CLIP)
+
+
+def _whole_scores(suppression: Tensor, promotion: Tensor, noise: Tensor) -> pd.DataFrame:
+    """The two effects (N,) of the whole perturbation, their ratio, and its type; none if it has neither effect."""
+    import pandas as pd
+
+    ratio = _log2_ratio(promotion, suppression)
+    ratio = ratio.where(torch.maximum(promotion, suppression) > noise, torch.nan)
+    kinds = (ratio > 1) * PROMOTION + (ratio < -1) * SUPPRESSION
+    return pd.DataFrame(
+        {
+            "whole_promotion": promotion.cpu().numpy(),
+            "whole_suppression": suppression.cpu().numpy(),
+            "promotion_log2_ratio": ratio.cpu().numpy(),
+            "perturbation_type": [
+                TYPES[kind] if known else None
+                for kind, known in zip(kinds.tolist(), ratio.isfinite().tolist(), strict=True)
+            ],
+        }
     )
 
 

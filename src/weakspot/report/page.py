@@ -12,6 +12,7 @@ import pandas as pd
 from PIL import Image
 from torch import Tensor
 
+from weakspot.explanations.radii import RATES, locality_of, locality_sentence
 from weakspot.report.colors import CATEGORIES, gradient, table
 from weakspot.report.drawing import Drawing, drawings
 from weakspot.report.leafing import leaves, text
@@ -41,6 +42,7 @@ def page(explanation: Explanation) -> str:
         model=explanation.model,
         pairs=[_pair(explanation, index) for index in range(len(explanation))],
         attack=explanation.made.get("attack", ""),
+        locality=_locality(explanation),
         made=dict(explanation.made),
         gradients={kind: gradient(kind) for kind in ("signed", "magnitude")},
         shared={
@@ -48,6 +50,42 @@ def page(explanation: Explanation) -> str:
             "categories": list(CATEGORIES),
         },
     )
+
+
+def _locality(explanation: Explanation) -> dict[str, Any] | None:
+    """How often the one pixel of an attack fools elsewhere, over all images; None of other attacks."""
+    table = locality_of(explanation.scores)
+    if table is None:
+        return None
+
+    def interval(row: dict[Any, Any], prefix: str) -> list[str]:
+        return [percent(row[f"{prefix}{name}"]) for name in RATES if row[f"{prefix}images"]]
+
+    return {
+        "sentence": locality_sentence(table),
+        "rows": [
+            {
+                "radius": row["radius"],
+                "images": row["images"],
+                "rate": interval(row, ""),
+                "excess": points(row["excess"], row["excess_low"], row["excess_high"]),
+                "failed_images": row["failed_images"],
+                "failed": interval(row, "failed_"),
+            }
+            for row in table.to_dict("records")
+        ],
+    }
+
+
+def points(value: float, low: float, high: float) -> str:
+    """A difference of two shares in points, with its interval where there is one.
+
+    >>> points(0.123, 0.05, 0.2), points(-0.02, float("nan"), float("nan"))
+    ('+12 [+5, +20]', '-2')
+    """
+    if np.isnan(value):
+        return ""
+    return f"{100 * value:+.0f}" + ("" if np.isnan(low) else f" [{100 * low:+.0f}, {100 * high:+.0f}]")
 
 
 def notebook_frame(explanation: Explanation) -> str:

@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from weakspot.defenses.masking_test import MEASURES, THESE
+from weakspot.dissection.sensitivity import LEVEL
 from weakspot.report.leafing import text
 from weakspot.report.rendering import rendered
+from weakspot.report.scatter import scatter
+from weakspot.report.words import p_value, percent
 
 if TYPE_CHECKING:
+    from weakspot.defenses.unit_study import UnitStudy
     from weakspot.dissection import Dissection
     from weakspot.dissection.showing import Shown
 
@@ -25,6 +30,8 @@ def unit_page(
     *,
     model: str,
     made: Mapping[str, str],
+    studies: Mapping[str, UnitStudy] | None = None,
+    together: Sequence[str] = (),
 ) -> str:
     """The page as HTML; whatever came from outside is escaped.
 
@@ -33,24 +40,32 @@ def unit_page(
         pictures: layer to unit to the pictures that are shown of it.
         model: the classifier's name.
         made: how it came about.
+        studies: layer to what an attack does to its units; none where nothing was attacked.
+        together: sentences on the units of all layers under attack.
     """
+    studies = studies or {}
     return rendered(
         "units.html",
         styles=["units.css"],
         script="units.js",
         model=model,
         made=dict(made),
-        layers=[_layer(one, pictures.get(name, {})) for name, one in found.items()],
+        layers=[_layer(one, pictures.get(name, {}), studies.get(name)) for name, one in found.items()],
+        attacked=bool(studies),
+        together=list(together),
     )
 
 
-def _layer(found: Dissection, pictures: Mapping[int, Sequence[Shown]]) -> dict[str, Any]:
-    table = found.units
+def _layer(
+    found: Dissection, pictures: Mapping[int, Sequence[Shown]], study: UnitStudy | None
+) -> dict[str, Any]:
+    table = found.units if study is None else study.units
     detectors = table[table["concept"].notna()]
     counts = detectors.groupby(["category", "concept"]).size().sort_values(ascending=False)
     largest = int(counts.max()) if len(counts) else 1
     shown = table.sort_values("iou", ascending=False)
     return {
+        "study": None if study is None else _study(study),
         "name": found.layer,
         "units": len(table),
         "detectors": len(detectors),
@@ -73,12 +88,40 @@ def _layer(found: Dissection, pictures: Mapping[int, Sequence[Shown]]) -> dict[s
                 "others": ", ".join(
                     f"{row[name]} {row[f'{name}_iou']:.3f}" for name in ("second", "third") if name in row
                 ),
+                "sensitivity": None if study is None else float(row["sensitivity"]),
+                "noise": None if study is None else float(row["noise"]),
+                "p": None
+                if study is None
+                else p_value(float(row["p_value"])).removeprefix("p ").lstrip("= "),
                 "pictures": [
                     {"image": one.image, "data": _picture(one), "share": float(one.active.float().mean())}
                     for one in pictures.get(int(row["unit"]), ())
                 ],
             }
             for _, row in shown.iterrows()
+        ],
+    }
+
+
+def _study(study: UnitStudy) -> dict[str, Any]:
+    rows = [] if study.masking is None else study.masking.to_dict("records")
+    return {
+        "sentences": list(study.sentences),
+        "scatter": scatter(study.units, LEVEL),
+        "masked": ", ".join(map(str, study.masked)),
+        "masking": [
+            {
+                "masked": row["masked"],
+                "units": row["units"],
+                "images": row["images"],
+                **{
+                    measure: [percent(row[f"{measure}{end}"]) for end in ("", "_low", "_high")]
+                    for measure in MEASURES
+                },
+                "lead": f"{100 * row['lead']:+.1f}" if row["masked"] != THESE else "",
+                "p": p_value(row["p"]).removeprefix("p ").lstrip("= ") if row["masked"] != THESE else "",
+            }
+            for row in rows
         ],
     }
 

@@ -35,6 +35,8 @@ def verdict(explanation: Explanation, index: int = 0) -> str:
     sentences = [_what_happened(row)]
     if "effect_in_roi" in row:
         sentences.append(_where(row))
+    if "promotion_log2_ratio" in row and row["read_clean_as"] == row["label"]:
+        sentences.append(_which_logits(row))
     return " ".join(sentences)
 
 
@@ -91,6 +93,26 @@ def _where(row: pd.Series) -> str:
         f"It works where the network looks no more than by chance: {share} of its effect falls on {looked_at} "
         f"(by chance {percent(chance)}, mostly between {low} and {high}; {p_value(p)})."
     )
+
+
+def _which_logits(row: pd.Series) -> str:
+    """The type of the perturbation (Xu et al. 2019): whether it raises the target's logit or lowers the label's."""
+    promotion, suppression = row["whole_promotion"], row["whole_suppression"]
+    target, label = row["target"], row["label"]
+    if math.isnan(row["promotion_log2_ratio"]):
+        return f"It neither raises the logit of {target} nor lowers that of {label}."
+    effects = (
+        f"{_moves(promotion)} the logit of {target} by {number(abs(promotion))} and "
+        f"{_moves(-suppression)} that of {label} by {number(abs(suppression))}"
+    )
+    kind = row["perturbation_type"]
+    if kind == "balanced":
+        return f"The perturbation is balanced: it {effects}, and neither effect is more than twice the other."
+    return f"The perturbation is {kind}: it {effects}."
+
+
+def _moves(change: float) -> str:
+    return "raises" if change > 0 else "lowers"
 
 
 def percent(share: float) -> str:

@@ -86,6 +86,7 @@ def _sections(run: Run, summary: Summary) -> list[Section]:
     import pandas as pd
 
     from weakspot.report.run_findings import budget_section, depth_section, finding_section
+    from weakspot.report.run_perturbations import locality_section, type_section
     from weakspot.report.run_sections import (
         class_section,
         distribution_section,
@@ -96,6 +97,7 @@ def _sections(run: Run, summary: Summary) -> list[Section]:
     from weakspot.runs.curves import budget_curves
     from weakspot.runs.depths import depths
     from weakspot.runs.extremes import extremes
+    from weakspot.runs.perturbations import localities, perturbation_types
     from weakspot.runs.scores import score_findings
     from weakspot.runs.tallies import classes, distributions
 
@@ -111,6 +113,8 @@ def _sections(run: Run, summary: Summary) -> list[Section]:
         image_section(ends.easiest, ends.hardest, ends.told, missing),
         budget_section(budget_curves(run), region_contrasts(run)),
         finding_section(score_findings(run)),
+        *type_section(perturbation_types(run)),
+        *locality_section(localities(run)),
         depth_section(depths(run)),
         *_skipped(run),
     ]

@@ -7,7 +7,7 @@ for (const article of document.querySelectorAll(".pair")) {
       const down = heading.getAttribute("aria-sort") !== "descending";
       for (const other of article.querySelectorAll("th[aria-sort]")) other.removeAttribute("aria-sort");
       heading.setAttribute("aria-sort", down ? "descending" : "ascending");
-      const value = (row) => (key === "concept" ? row.dataset.concept || "\uffff" : Number(row.dataset[key]));
+      const value = (row) => (key === "concept" ? row.dataset.concept || "\uffff" : row.dataset[key] === "inf" ? Infinity : Number(row.dataset[key]));
       const rows = [...body.children].sort((a, b) => (value(a) < value(b) ? -1 : value(a) > value(b) ? 1 : 0));
       body.append(...(down ? rows.reverse() : rows));
     });
