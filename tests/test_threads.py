@@ -105,7 +105,9 @@ def analyses(model: nn.Module, images: Tensor) -> dict[str, Work]:
     return {
         "pgd": lambda: attacked(model, images, labels),
         "units of the first": lambda: unit_means(model, layer, pairs),
-        "units of the last": lambda: unit_means(model, layer, Pairs.of(model, pairs.clean[1:], pairs.adversarial[1:])),
+        "units of the last": lambda: unit_means(
+            model, layer, Pairs.of(model, pairs.clean[1:], pairs.adversarial[1:])
+        ),
         "activation": lambda: class_activation(model, images, labels),
         "edits": lambda: LocalEdits(model, images[0]).logits(tops, lefts, torch.ones(3, 3, 2, 2)),
         "masked": lambda: mask_units(model, layer, [0, 1])(images).detach(),

@@ -20,7 +20,7 @@ from weakspot.checks import (
     quiet,
     warn_once,
 )
-from weakspot.threads import EvalMode, random_state_kept, unwatched
+from weakspot.threads import EvalMode, random_state_kept, unhooked_copy, unwatched
 
 LARGEST_BATCH = 128
 SUMS = 1e-4  # that a row of probabilities may be off by
@@ -131,8 +131,8 @@ class Classifier(nn.Module):
         if id(self) in getattr(_evaluating, "classifiers", ()):
             return self.in_own_mode(images)
         with EvalMode(self) as mode:
-            if mode.train:
-                _warn_of_train_mode(self, mode.train)
+            if mode.switched:
+                _warn_of_train_mode(self, mode.switched)
             return self.in_own_mode(images)
 
     def in_own_mode(self, images: Tensor) -> Tensor:
@@ -251,8 +251,8 @@ def evaluating(model: nn.Module) -> Iterator[Classifier]:
     with torch.inference_mode(mode=False):  # buffers made in inference mode cannot take part in gradients
         classifier = as_classifier(model)
     with EvalMode(classifier) as mode:
-        if mode.train:
-            _warn_of_train_mode(classifier, mode.train)
+        if mode.switched:
+            _warn_of_train_mode(classifier, mode.switched)
         inside = _evaluating.__dict__.setdefault("classifiers", [])
         inside.append(id(classifier))
         try:
@@ -266,14 +266,14 @@ def evaluating(model: nn.Module) -> Iterator[Classifier]:
             inside.remove(id(classifier))
 
 
-def _warn_of_train_mode(classifier: Classifier, train: Sequence[nn.Module]) -> None:
+def _warn_of_train_mode(classifier: Classifier, switched: Sequence[nn.Module]) -> None:
     """Warn of a network in train mode, or of parts that are; flags of weakspot's own wrappers say nothing.
 
     Args:
         classifier: what is evaluated.
-        train: the modules in it whose own mode is train.
+        switched: the modules in it that were in train mode.
     """
-    ids, name = {id(module) for module in train}, classifier.name
+    ids, name = {id(module) for module in switched}, classifier.name
     theirs = [
         (place.removeprefix("network."), module)
         for place, module in classifier.named_modules()
@@ -347,15 +347,18 @@ def check_logits(logits: Tensor, classifier: Classifier, images: Tensor) -> None
 
 
 def _warn_of_probabilities(classifier: Classifier, images: Tensor) -> None:
-    """Try the network on probe images: some logits may well lie between 0 and 1, those of all the probes do not."""
+    """Try the network on probe images: some logits may well lie between 0 and 1, those of all the probes do not.
+
+    A copy is tried, so that the user's own hooks and counters see no passes but those that were asked for.
+    """
     if is_quiet(ModelWarning) or not is_news(classifier.network, "outputs tried"):
         return
     switches = torch.inference_mode(mode=False), torch.enable_grad()
     with unwatched(), random_state_kept(classifier.mean.device), quiet(), switches[0], switches[1]:
         point = classifier.filled(_probes(images)).requires_grad_()
         try:
-            output = classifier(point)
-        except Exception:  # noqa: BLE001 - images beyond [0, 1] are not for every network
+            output = unhooked_copy(classifier)(point)
+        except Exception:  # noqa: BLE001 - not every network can be copied or takes images beyond [0, 1]
             return
     values = output.detach()
     values = values[values.isfinite().all(1)]

@@ -13,7 +13,6 @@ watching one image go through a copy.
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
 import weakref
@@ -29,7 +28,7 @@ from torch.utils import _pytree
 
 from weakspot.checks import quiet
 from weakspot.classifier import Classifier, default_batch
-from weakspot.threads import HOOKS, hooks, random_state_kept, steady_structure
+from weakspot.threads import HOOKS, hooks, random_state_kept, unhooked_copy
 
 TOLERANCE = 1e-5  # of the largest logit
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # arguments of F.conv2d
@@ -111,7 +110,7 @@ def _find_folds(classifier: Classifier, image: Tensor) -> Sequence[Fold]:
     """Watch the image go through a copy; keep the folds if the copy says the same with them."""
     try:
         with quiet(), torch.no_grad(), random_state_kept(image.device):
-            twin = _without_hooks(classifier)
+            twin = unhooked_copy(classifier)
             probe = twin.filled(torch.cat([image, 1 - image]))
             expected, folds = _watch(twin, probe)
             _plans[twin.network] = (_signature(twin, image), folds)
@@ -126,16 +125,6 @@ def _find_folds(classifier: Classifier, image: Tensor) -> Sequence[Fold]:
 def _signature(classifier: Classifier, image: Tensor) -> object:
     structure = [(name, type(module)) for name, module in classifier.network.named_modules()]
     return structure, tuple(image.shape[1:]), image.device
-
-
-def _without_hooks(classifier: Classifier) -> Classifier:
-    with steady_structure():
-        twin = copy.deepcopy(classifier)
-    for module in twin.modules():
-        for name, value in vars(module).items():
-            if name.endswith("_hooks") and isinstance(value, dict):
-                value.clear()
-    return twin
 
 
 def _watch(twin: Classifier, images: Tensor) -> tuple[Tensor, Sequence[Fold]]:
@@ -314,7 +303,7 @@ def measured_batch(classifier: Classifier, images: Tensor) -> int:
 
 def _measure_batch(classifier: Classifier, images: Tensor, usual: int) -> int:
     try:
-        twin = _without_hooks(classifier)
+        twin = unhooked_copy(classifier)
     except Exception:  # noqa: BLE001 - a module that cannot be copied is not measured
         return usual
     sizes = sorted({max(4, usual // 8 * 4), usual, 2 * usual}, key=lambda size: size != usual)

@@ -7,11 +7,12 @@ the results that each would get alone, and the last one to finish leaves everyth
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,14 +36,18 @@ class EvalMode:
 
     While any thread is inside, they stay in eval mode. Flags are set rather than `.eval()` called, which exported
     modules refuse and others override.
+
+    Attributes:
+        switched: the modules that were in train mode on entry.
     """
 
-    __slots__ = ("eval", "root", "train")
+    __slots__ = ("eval", "root", "switched", "train")
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self.train: list[nn.Module] = []  # by their own mode
+        self.train: list[nn.Module] = []  # by their own mode, whoever holds them in eval mode already
         self.eval: list[nn.Module] = []
+        self.switched: list[nn.Module] = []
 
     def __enter__(self) -> EvalMode:
         # Every call of a classifier comes through here: plain dictionaries, because nn.Module's own attribute access
@@ -60,10 +65,11 @@ class EvalMode:
                     elif module.training if mode is None else mode:  # None: a property, as of TorchScript
                         _evaluated[id(module)] = [module, 1]
                         self.train.append(module)
+                        self.switched.append(module)
                         _set_training(module, False)
                     else:
                         self.eval.append(module)
-                    for child in state["_modules"].values():
+                    for child in (state.get("_modules") or module._modules).values():
                         if child is not None and child not in seen:
                             seen.add(child)
                             found.append(child)
@@ -186,11 +192,28 @@ def is_unwatched() -> bool:
     return bool(getattr(_this, "unwatched", 0))
 
 
-@contextmanager
-def steady_structure() -> Iterator[None]:
-    """While inside, no other thread of weakspot adds or removes hooks: for copying a module."""
-    with _lock:
-        yield
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def copied(module: Module) -> Module:
+    """A deep copy in the module's own modes, whatever other threads do to the module meanwhile."""
+    with _lock:  # no hooks come or go
+        memo: dict[int, Any] = {}
+        twin = copy.deepcopy(module, memo)
+        for own in module.modules():
+            if id(own) in memo:
+                _set_training(memo[id(own)], in_train_mode(own))
+    return twin
+
+
+def unhooked_copy(module: Module) -> Module:
+    """`copied`, without any hooks."""
+    twin = copied(module)
+    for part in twin.modules():
+        for name, value in vars(part).items():
+            if name.endswith("_hooks") and isinstance(value, dict):
+                value.clear()
+    return twin
 
 
 # ---------------------------------------------------------------- random generators

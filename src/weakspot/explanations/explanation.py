@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from weakspot.checks import ModelWarning, check_classes
+from weakspot.checks import ModelWarning, check_classes, warn_once
 from weakspot.classifier import Classifier, evaluating, margin, predict
 from weakspot.explanations.analysis import (
     Analysis,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,7 +21,7 @@ from weakspot.defenses.training.fitting import alone, fit, load_finished, split
 from weakspot.defenses.training.identity import find_earlier, make_record
 from weakspot.defenses.training.recipes import find_recipe
 from weakspot.defenses.training.settings import Settings, defaults
-from weakspot.threads import EvalMode, in_train_mode, steady_structure
+from weakspot.threads import EvalMode, copied, in_train_mode
 
 
 def train(
@@ -209,11 +208,7 @@ def _copied(model: nn.Module) -> Classifier:
         ValueError: when it cannot be copied or has no weights to train.
     """
     try:
-        with steady_structure():
-            copied = copy.deepcopy(model)
-        for module, own in zip(copied.modules(), model.modules(), strict=True):
-            module.training = in_train_mode(own)
-        classifier = as_classifier(copied)
+        classifier = as_classifier(copied(model))
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(
             f"model cannot be copied to be trained: {str(error).partition(chr(10))[0]}"
