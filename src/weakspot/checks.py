@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
+import sys
+import threading
 import warnings
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 ROUNDING = 1e-5
+INSIDE = (f"{Path(__file__).parent}{os.sep}", f"{Path(torch.__file__).parent}{os.sep}", contextlib.__file__)
+"""Files between a caller's line and a warning: weakspot's own, and those through which it calls itself."""
 
 
 class ModelWarning(UserWarning):
@@ -22,6 +30,87 @@ class ImageWarning(UserWarning):
 
 class NotFiniteError(ValueError):
     """A network returned NaN or infinity, of which no attack or analysis can make anything."""
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line that called weakspot, however deep inside the cause was found."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):
+        frame = frame.f_back
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    module = frame.f_globals.get("__name__") or "<unknown>"
+    warnings.warn_explicit(message, category, frame.f_code.co_filename, frame.f_lineno, module, registry)
+
+
+_warned: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
+
+
+def warn_once(subject: object, cause: str, message: str, category: type[Warning]) -> None:
+    """`warn`, but once as long as the subject lives: a model does not change between two calls.
+
+    Args:
+        subject: a model.
+        cause: which of the things that may be wrong with it.
+        message: the sentence.
+        category: of the warning.
+    """
+    if not is_quiet(category) and is_news(subject, cause):
+        warn(message, category)
+
+
+def is_news(subject: object, cause: str) -> bool:
+    """Whether this was not asked of the subject before."""
+    with _lock:
+        causes = _warned.setdefault(subject, set())
+        news = cause not in causes
+        causes.add(cause)
+    return news
+
+
+_lock = threading.Lock()
+_this = threading.local()
+_filters: dict[type[Warning], list[object]] = {}  # by category: how many threads are quiet, and the filter
+
+
+@contextlib.contextmanager
+def quiet(category: type[Warning] = Warning) -> Iterator[None]:
+    """Ignore warnings of this category in this thread.
+
+    `warnings.catch_warnings` changes the filters of all threads: of two that are inside at once, the last to leave
+    puts back the filters of the other, for good.
+    """
+    depth: dict[type[Warning], int] = _this.__dict__.setdefault("depth", {})
+    with _lock:
+        depth[category] = depth.get(category, 0) + 1
+        entry = _filters.setdefault(category, [0, ("ignore", _ThisThread(category), category, None, 0)])
+        entry[0] += 1  # type: ignore[operator]
+        warnings.filters.insert(0, entry[1])  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        with _lock:
+            depth[category] -= 1
+            entry[0] -= 1  # type: ignore[operator]
+            if not entry[0]:
+                del _filters[category]
+            with contextlib.suppress(ValueError):  # someone else has put the filters back
+                warnings.filters.remove(entry[1])  # type: ignore[attr-defined]
+
+
+class _ThisThread:
+    """Stands where a filter has the pattern of a message: matches any, in threads that are quiet."""
+
+    def __init__(self, category: type[Warning]) -> None:
+        self.category = category
+
+    def match(self, message: str) -> bool:  # noqa: ARG002 - as a pattern is asked
+        return bool(getattr(_this, "depth", {}).get(self.category))
+
+
+def is_quiet(category: type[Warning]) -> bool:
+    """Whether this thread ignores warnings of the category just now."""
+    depth: dict[type[Warning], int] = getattr(_this, "depth", {})
+    return any(count and issubclass(category, kind) for kind, count in depth.items())
 
 
 def closest(name: str, accepted: Iterable[str]) -> str:
@@ -62,11 +151,10 @@ def check_range(images: Tensor, *, name: str = "images") -> None:
     """Warns with ImageWarning when values leave [0, 1] by more than rounding."""
     low, high = float(images.detach().min()), float(images.detach().max())
     if low < -ROUNDING or high > 1 + ROUNDING:
-        warnings.warn(
+        warn(
             f"{name} span {low:.3g} to {high:.3g} and are cut to [0, 1]; give unnormalised images and let the "
             "classifier normalise them: Classifier.wrap(module, mean=..., std=...)",
             ImageWarning,
-            stacklevel=4,
         )
 
 
@@ -126,19 +214,12 @@ def check_share(keep: float) -> None:
         raise ValueError(f"keep is {keep}; accepted is a share of the image from 0 to 1")
 
 
-def check_logits(logits: Tensor, name: str) -> None:
-    """Warns with ModelWarning when logits (N, K) look like probabilities; raises NotFiniteError when not finite."""
+def check_finite(logits: Tensor, name: str) -> None:
+    """Raises NotFiniteError unless logits (N, K) are all finite."""
     if not bool(logits.isfinite().all()):
         bad = int((~logits.isfinite()).any(1).nonzero()[0])
         raise NotFiniteError(
             f"{name} returned NaN or infinity for image {bad}; check its weights and normalisation"
-        )
-    if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-4).all()):
-        warnings.warn(
-            f"{name} returns rows that are probabilities (they sum to one), not logits: gradients fade where it is "
-            "certain and margins mislead; return the values before the softmax",
-            ModelWarning,
-            stacklevel=4,
         )
 
 

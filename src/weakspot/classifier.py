@@ -2,24 +2,55 @@
 
 from __future__ import annotations
 
-import random
-import warnings
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from weakspot.checks import ModelWarning, check_batch, check_logits, check_range
+from weakspot.checks import (
+    ModelWarning,
+    check_batch,
+    check_finite,
+    check_range,
+    is_news,
+    is_quiet,
+    quiet,
+    warn_once,
+)
+from weakspot.threads import EvalMode, random_state_kept, unhooked_copy, unwatched
 
 LARGEST_BATCH = 128
+SUMS = 1e-4  # that a row of probabilities may be off by
+SHAPES = (
+    "View",
+    "UnsafeView",
+    "ReshapeAlias",
+    "Squeeze",
+    "Alias",
+    "Clone",
+    "ToCopy",
+)  # steps that compute nothing
+MODAL = (
+    nn.modules.batchnorm._NormBase,
+    nn.modules.dropout._DropoutNd,
+    nn.RReLU,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+)
 BATCH_PIXELS = 4 * 224 * 224  # four images of 224 x 224: small enough for caches, measured no slower than 16
+
+
+_evaluating = threading.local()  # ids of the classifiers that this thread evaluates
 
 
 class Classifier(nn.Module):
     """Images in [0, 1], (N, C, H, W), to logits (N, K). Normalisation lives inside.
+
+    It always answers in eval mode: a call turns dropout off, uses the running statistics of batch-norm and does not
+    move them, and leaves the mode of every module as it was. Calls from several threads may overlap.
 
     Attributes:
         network: the wrapped module, the same object that was given.
@@ -92,6 +123,20 @@ class Classifier(nn.Module):
         return Classifier(module, mean=mean, std=std, input_size=input_size, class_names=class_names)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, K) of images (N, C, H, W) in eval mode.
+
+        Warns:
+            ModelWarning: when the module is in train mode, once for each module.
+        """
+        if id(self) in getattr(_evaluating, "classifiers", ()):
+            return self.in_own_mode(images)
+        with EvalMode(self) as mode:
+            if mode.switched:
+                _warn_of_train_mode(self, mode.switched)
+            return self.in_own_mode(images)
+
+    def in_own_mode(self, images: Tensor) -> Tensor:
+        """Logits (N, K) of images (N, C, H, W) in the mode the module is in: what training needs."""
         if images.shape[1] != self.mean.shape[1] and self.mean.shape[1] != 1:
             raise ValueError(
                 f"images have {images.shape[1]} channels; {self.name} is normalised for {self.mean.shape[1]}"
@@ -201,35 +246,64 @@ def evaluating(model: nn.Module) -> Iterator[Classifier]:
     """The model as a classifier in eval mode, gradients on; mode, RNG and grad switches come back on exit.
 
     Warns:
-        ModelWarning: when the module was left in train mode.
+        ModelWarning: when the module is in train mode, once for each module.
     """
-    if isinstance(model, nn.Module) and model.training:
-        warnings.warn(
-            f"{getattr(model, 'name', type(model).__name__)} was left in train mode; it is evaluated in eval mode "
-            "and put back afterwards (call model.eval() to silence this)",
-            ModelWarning,
-            stacklevel=4,
-        )
     with torch.inference_mode(mode=False):  # buffers made in inference mode cannot take part in gradients
         classifier = as_classifier(model)
-    modes = [(module, module.training) for module in classifier.modules()]
-    device = classifier.mean.device
-    others = random.getstate(), np.random.get_state()  # noqa: NPY002 - what a model may draw from is put back
-    try:
-        with (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            torch.inference_mode(mode=False),
-            torch.enable_grad(),
-        ):
-            # Flags rather than .eval(): exported modules refuse .eval(), and an override could do anything.
-            for module, _ in modes:
-                module.training = False
-            yield classifier
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        random.setstate(others[0])
-        np.random.set_state(others[1])  # noqa: NPY002
+    with EvalMode(classifier) as mode:
+        if mode.switched:
+            _warn_of_train_mode(classifier, mode.switched)
+        inside = _evaluating.__dict__.setdefault("classifiers", [])
+        inside.append(id(classifier))
+        try:
+            with (
+                random_state_kept(classifier.mean.device),
+                torch.inference_mode(mode=False),
+                torch.enable_grad(),
+            ):
+                yield classifier
+        finally:
+            inside.remove(id(classifier))
+
+
+def _warn_of_train_mode(classifier: Classifier, switched: Sequence[nn.Module]) -> None:
+    """Warn of a network in train mode, or of parts that are; flags of weakspot's own wrappers say nothing.
+
+    Args:
+        classifier: what is evaluated.
+        switched: the modules in it that were in train mode.
+    """
+    ids, name = {id(module) for module in switched}, classifier.name
+    theirs = [
+        (place.removeprefix("network."), module)
+        for place, module in classifier.named_modules()
+        if not _is_wrapper(module)
+    ]
+    parts = [place for place, module in theirs if id(module) in ids and _depends_on_mode(module)]
+    if theirs and id(theirs[0][1]) in ids:
+        message = (
+            f"{name} was in train mode; weakspot evaluates it in eval mode and leaves its mode as it was"
+        )
+    elif parts:
+        more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
+        message = (
+            f"parts of {name} were in train mode ({parts[0]}{more}); weakspot evaluates them in eval mode "
+            "and leaves their mode as it was"
+        )
+    else:
+        return
+    warn_once(classifier.network, "train mode", message, ModelWarning)
+
+
+def _depends_on_mode(module: nn.Module) -> bool:
+    """Whether the module may compute something else in train mode: of torch's own, few do."""
+    return not type(module).__module__.startswith("torch.") or isinstance(module, MODAL)
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """Whether the module is one that weakspot puts around a network, or one whose mode is fixed (torch.export)."""
+    own = type(module).__module__
+    return (own.startswith("weakspot.") and not own.startswith("weakspot.zoo.")) or "train" in vars(module)
 
 
 def check_images(images: Tensor, classifier: Classifier, *, name: str = "images") -> Tensor:
@@ -255,8 +329,71 @@ def predict(classifier: Classifier, images: Tensor, batch_size: int | None = Non
     """Logits (N, K) of images (N, C, H, W), in batches, without gradients; warns of probabilities."""
     with torch.no_grad():
         logits = torch.cat([classifier(batch) for batch in images.split(batch_size or default_batch(images))])
-    check_logits(logits, classifier.name)
+    check_logits(logits, classifier, images)
     return logits
+
+
+def check_logits(logits: Tensor, classifier: Classifier, images: Tensor) -> None:
+    """Raise NotFiniteError when logits (N, K) are not finite; warn, once for each model, when they are probabilities.
+
+    Args:
+        logits: of some images.
+        classifier: whose they are.
+        images: (N, C, H, W), of which only size and type matter.
+    """
+    check_finite(logits, classifier.name)
+    if float(logits.min()) >= 0 and float(logits.max()) <= 1 + SUMS:
+        _warn_of_probabilities(classifier, images)
+
+
+def _warn_of_probabilities(classifier: Classifier, images: Tensor) -> None:
+    """Try the network on probe images: some logits may well lie between 0 and 1, those of all the probes do not.
+
+    A copy is tried, so that the user's own hooks and counters see no passes but those that were asked for.
+    """
+    if is_quiet(ModelWarning) or not is_news(classifier.network, "outputs tried"):
+        return
+    switches = torch.inference_mode(mode=False), torch.enable_grad()
+    with unwatched(), random_state_kept(classifier.mean.device), quiet(), switches[0], switches[1]:
+        point = classifier.filled(_probes(images)).requires_grad_()
+        try:
+            output = unhooked_copy(classifier)(point)
+        except Exception:  # noqa: BLE001 - not every network can be copied or takes images beyond [0, 1]
+            return
+    values = output.detach()
+    values = values[values.isfinite().all(1)]
+    if not len(values) or float(values.min()) < 0 or float(values.max()) > 1 + SUMS:
+        return
+    if bool(((values.sum(1) - 1).abs() < SUMS).all()):
+        what, before = "rows that are probabilities (they sum to one), not logits", "softmax"
+    elif _ends_in_sigmoid(output) or (float(values.min()) < 0.001 and float(values.max()) > 0.999):
+        what = "values between 0 and 1 that do not sum to one, as a sigmoid for each class does (multi-label)"
+        before = "sigmoid"
+    else:
+        return
+    warn_once(
+        classifier.network,
+        "probabilities",
+        f"{classifier.name} returns {what}: gradients fade where it is certain and margins mislead; return the values "
+        f"before the {before}",
+        ModelWarning,
+    )
+
+
+def _probes(images: Tensor) -> Tensor:
+    """(8, C, H, W): noise, grey, black and white, then noise of a contrast that saturates what can be saturated."""
+    noise = torch.rand((2, *images.shape[1:]), generator=torch.Generator().manual_seed(0)).to(images)
+    flat = torch.tensor([0.5, 0.0, 1.0]).to(images).view(3, 1, 1, 1).expand(3, *images.shape[1:])
+    strong = 100 * (noise - 0.5)
+    return torch.cat([noise, flat, strong, -strong[:1]])
+
+
+def _ends_in_sigmoid(output: Tensor) -> bool:
+    """Whether the last thing that was computed is a sigmoid, as far as autograd recorded it."""
+    step = output.grad_fn
+    while step is not None and step.name().startswith(SHAPES) and step.next_functions:
+        step = step.next_functions[0][0]
+    return step is not None and step.name().startswith(("Sigmoid", "Hardsigmoid"))
 
 
 def margin(logits: Tensor, labels: Tensor, rivals: Tensor | None = None) -> Tensor:

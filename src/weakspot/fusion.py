@@ -4,32 +4,35 @@ In eval mode a batch-norm is a scale and a shift per channel, which the convolut
 (Jacob et al. 2018, arXiv 1712.05877, section 3.2). Together with the channels-last memory layout this roughly halves
 forward and backward passes on CPUs; either alone does not pay.
 
-Nothing is copied or rewritten: while `fused` is entered, the module's own convolutions hold folded weights and its
-batch-norms hand on what they are given. So hooks, wrappers and counters of the module go on working, and its Python
-code runs as it is, whatever control flow it has. Which batch-norms may be folded is found once, by watching one image
-go through a copy.
+Nothing is copied or rewritten: inside `fused`, a mode of this thread (torch's function mode) gives folded weights to
+the calls that convolve with a module's own weights, and lets the batch-norms after them hand on what they are given.
+So hooks, wrappers and counters of the module go on working, its Python code runs as it is, other threads see the module
+as it is, and there is nothing to put back when a search is killed. Which batch-norms may be folded is found once, by
+watching one image go through a copy.
 """
 
 from __future__ import annotations
 
-import copy
+import threading
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
+from weakspot.checks import quiet
 from weakspot.classifier import Classifier, default_batch
+from weakspot.threads import HOOKS, hooks, random_state_kept, unhooked_copy
 
 TOLERANCE = 1e-5  # of the largest logit
+CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # arguments of F.conv2d
 LOOKS = {"dim", "ndimension", "size", "stride", "numel", "is_contiguous", "is_floating_point", "is_complex"}
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 Fold = tuple[str, str]  # names of a convolution and of the batch-norm that follows it
 Plan = Mapping[
     Fold, frozenset[str]
@@ -37,35 +40,44 @@ Plan = Mapping[
 
 _plans: weakref.WeakKeyDictionary[nn.Module, tuple[object, Sequence[Fold]]] = weakref.WeakKeyDictionary()
 _batches: weakref.WeakKeyDictionary[nn.Module, dict[object, int]] = weakref.WeakKeyDictionary()
+_inside = threading.local()  # the modes that this thread is in
 
 
 @contextmanager
 def fused(classifier: Classifier, image: Tensor) -> Iterator[None]:
-    """The classifier in its fused form, equal to its own to 1e-5 of the largest logit; as it was on exit.
+    """The classifier in its fused form for this thread, equal to its own to 1e-5 of the largest logit.
 
     What cannot be fused stays as it is: networks without batch-norm or with hooks inside, a convolution whose output
-    is read by more than its batch-norm, a module that cannot be copied.
+    is read by more than its batch-norm, a module that cannot be copied. Weights are folded as they are on entry.
 
     Args:
         classifier: in eval mode.
         image: (1, C, H, W), what to watch on its way through the network the first time.
     """
     network = classifier.network
+    inside: list[_Folded] = _inside.__dict__.setdefault("modes", [])
+    if any(network is mode.network for mode in inside):
+        yield
+        return
     modules = dict(network.named_modules())
+    owners = _owners(network)
     folds = [
         (modules[convolution], modules[norm])
         for convolution, norm in _plan(classifier, image)
-        if _is_convolution(modules[convolution]) and _is_norm(modules[norm])
+        if _is_convolution(modules[convolution])
+        and _is_norm(modules[norm])
+        and owners[id(modules[convolution].weight)] == owners[id(modules[norm].running_mean)] == 1
     ]
-    with ExitStack() as stack:
-        if folds:
-            folded = {id(convolution) for convolution, _ in folds}
-            for convolution, norm in folds:
-                stack.enter_context(_folded(convolution, norm))
-            for module in modules.values():
-                if _is_convolution(module) and id(module) not in folded:
-                    stack.enter_context(_replaced(module, weight=_channels_last(module.weight)))
+    if not folds:
         yield
+        return
+    mode = _Folded(network, folds, [module for module in modules.values() if _is_convolution(module)])
+    inside.append(mode)
+    try:
+        with mode:
+            yield
+    finally:
+        inside.remove(mode)
 
 
 def folded_convolutions(classifier: Classifier, image: Tensor) -> frozenset[nn.Module]:
@@ -97,9 +109,8 @@ def _plan(classifier: Classifier, image: Tensor) -> Sequence[Fold]:
 def _find_folds(classifier: Classifier, image: Tensor) -> Sequence[Fold]:
     """Watch the image go through a copy; keep the folds if the copy says the same with them."""
     try:
-        with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(_devices(image)):
-            warnings.simplefilter("ignore")
-            twin = _without_hooks(classifier)
+        with quiet(), torch.no_grad(), random_state_kept(image.device):
+            twin = unhooked_copy(classifier)
             probe = twin.filled(torch.cat([image, 1 - image]))
             expected, folds = _watch(twin, probe)
             _plans[twin.network] = (_signature(twin, image), folds)
@@ -114,15 +125,6 @@ def _find_folds(classifier: Classifier, image: Tensor) -> Sequence[Fold]:
 def _signature(classifier: Classifier, image: Tensor) -> object:
     structure = [(name, type(module)) for name, module in classifier.network.named_modules()]
     return structure, tuple(image.shape[1:]), image.device
-
-
-def _without_hooks(classifier: Classifier) -> Classifier:
-    twin = copy.deepcopy(classifier)
-    for module in twin.modules():
-        for name, value in vars(module).items():
-            if name.endswith("_hooks") and isinstance(value, dict):
-                value.clear()
-    return twin
 
 
 def _watch(twin: Classifier, images: Tensor) -> tuple[Tensor, Sequence[Fold]]:
@@ -167,6 +169,15 @@ def _watch(twin: Classifier, images: Tensor) -> tuple[Tensor, Sequence[Fold]]:
     return logits, folds
 
 
+def _owners(network: nn.Module) -> dict[int, int]:
+    """How many modules have each parameter and buffer, by id: weights that two share are folded for neither."""
+    counts: dict[int, int] = {}
+    for module in network.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            counts[id(tensor)] = counts.get(id(tensor), 0) + 1
+    return counts
+
+
 class _Readers(TorchFunctionMode):
     """Counts the calls that take a tensor of `watched`; looking at its shape or type is none."""
 
@@ -204,10 +215,6 @@ def _is_norm(module: nn.Module) -> bool:
     )
 
 
-def _devices(images: Tensor) -> list[torch.device]:
-    return [images.device] if images.is_cuda else []
-
-
 def _hooked_inside(network: nn.Module) -> bool:
     """Whether a hook may see, change or call what folding changes: on all modules at once, or on any inner one.
 
@@ -223,12 +230,45 @@ def _hooked_inside(network: nn.Module) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return any(bool(getattr(module, name)) for name in HOOKS)
+    return any(bool(hooks(module, name)) for name in HOOKS)
 
 
-@contextmanager
-def _folded(convolution: Any, norm: Any) -> Iterator[None]:
-    """The convolution does the batch-norm's work and the batch-norm none."""
+class _Folded(TorchFunctionMode):
+    """Convolutions do the work of the batch-norms after them, all of them channels last, and those batch-norms none."""
+
+    def __init__(
+        self, network: nn.Module, folds: Sequence[tuple[Any, Any]], convolutions: Sequence[Any]
+    ) -> None:
+        super().__init__()
+        self.network, self.folds = network, folds
+        # Held, so that no other tensor gets the id of one of these.
+        self.parameters = [convolution.weight for convolution in convolutions]
+        self.buffers = [norm.running_mean for _, norm in folds]
+        self.weights: dict[int, dict[str, Tensor]] = {
+            id(convolution.weight): {"weight": _channels_last(convolution.weight)}
+            for convolution in convolutions
+        }
+        self.weights |= {id(convolution.weight): _folded(convolution, norm) for convolution, norm in folds}
+        self.statistics = {id(norm.running_mean) for _, norm in folds}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.conv2d:
+            folded = self.weights.get(id(_argument(1, "weight", args, kwargs)))
+            if folded is not None:
+                return func(**dict(zip(CONVOLUTION, args, strict=False)) | (kwargs or {}) | folded)
+        elif func is F.batch_norm and id(_argument(1, "running_mean", args, kwargs)) in self.statistics:
+            return _argument(0, "input", args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+def _argument(place: int, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
+    return args[place] if len(args) > place else (kwargs or {}).get(name)
+
+
+def _folded(convolution: Any, norm: Any) -> dict[str, Tensor]:
+    """Weight and bias that do the convolution's and the batch-norm's work."""
     with torch.no_grad():
         scale = (norm.running_var + norm.eps).rsqrt().double()
         shift = -norm.running_mean.double() * scale
@@ -236,33 +276,12 @@ def _folded(convolution: Any, norm: Any) -> Iterator[None]:
             scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
         weight = convolution.weight.double() * scale.view(-1, 1, 1, 1)
         bias = shift if convolution.bias is None else shift + convolution.bias * scale
-        weight, bias = weight.to(convolution.weight.dtype), bias.to(convolution.weight.dtype)
-    with _replaced(convolution, weight=_channels_last(weight), bias=bias):
-        norm.forward = _unchanged
-        try:
-            yield
-        finally:
-            del norm.forward
-
-
-@contextmanager
-def _replaced(module: nn.Module, **tensors: Tensor) -> Iterator[None]:
-    """The module with other parameters, its own put back on exit."""
-    own = {name: module._parameters[name] for name in tensors}
-    for name, tensor in tensors.items():
-        module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-    try:
-        yield
-    finally:
-        module._parameters.update(own)
+        kind = convolution.weight.dtype
+        return {"weight": _channels_last(weight.to(kind)), "bias": bias.to(kind)}
 
 
 def _channels_last(weight: Tensor) -> Tensor:
     return weight.detach().contiguous(memory_format=torch.channels_last)
-
-
-def _unchanged(images: Tensor) -> Tensor:
-    return images
 
 
 def measured_batch(classifier: Classifier, images: Tensor) -> int:
@@ -284,12 +303,12 @@ def measured_batch(classifier: Classifier, images: Tensor) -> int:
 
 def _measure_batch(classifier: Classifier, images: Tensor, usual: int) -> int:
     try:
-        twin = _without_hooks(classifier)
+        twin = unhooked_copy(classifier)
     except Exception:  # noqa: BLE001 - a module that cannot be copied is not measured
         return usual
     sizes = sorted({max(4, usual // 8 * 4), usual, 2 * usual}, key=lambda size: size != usual)
     cost = {}
-    with torch.random.fork_rng(_devices(images)), fused(twin, images[:1]):
+    with random_state_kept(images.device), fused(twin, images[:1]):
         _seconds(twin, images[:usual])
         for size in sizes:
             with suppress(RuntimeError):  # too large for the memory

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from weakspot.checks import ImageWarning
+from weakspot.checks import ImageWarning, quiet, warn
 
 LARGEST_PICTURE = 120_000_000  # pixels; decoded this takes 360 MB, a phone's largest photograph stays below
 SAMPLES = ("chelsea", "coffee", "rocket", "motorcycle_left")
@@ -53,7 +52,7 @@ def read_images(
     pictures = open_pictures(Path(source), size=size, channels=channels)
     for picture in pictures:
         if picture.remark:
-            warnings.warn(f"{picture.name}: {picture.remark}", ImageWarning, stacklevel=2)
+            warn(f"{picture.name}: {picture.remark}", ImageWarning)
     good = [(picture.name, picture.pixels) for picture in pictures if picture.pixels is not None]
     if not good:
         reasons = "; ".join(f"{picture.name}: {picture.remark}" for picture in pictures[:3])
@@ -129,8 +128,7 @@ def _open_picture(
             return Picture(name, None, "not a regular file; skipped")
         if path.stat().st_size == 0:
             return Picture(name, None, "the file is empty (0 bytes); skipped")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own remarks; what matters is said here, by name
+        with quiet():  # Pillow's own remarks; what matters is said here, by name
             Image.init()
             with Image.open(path, formats=[kind for kind in Image.OPEN if kind != "EPS"]) as opened:
                 return _decode(opened, name, size, channels, background)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -14,7 +13,7 @@ from weakspot.attacks.objectives import Objective, cross_entropy, dlr
 from weakspot.attacks.problem import Problem, attacking
 from weakspot.attacks.squares import square_search
 from weakspot.budgets import Budget
-from weakspot.checks import ModelWarning, check_budget
+from weakspot.checks import ModelWarning, check_budget, warn
 from weakspot.pairs import AttackResult
 
 STEPS, QUERIES, TARGETS = (
@@ -118,9 +117,8 @@ def _stages(problem: Problem, order: Tensor, budget: Budget) -> list[Stage]:
 
 def _warn_of_hidden_gradients(problem: Problem, fallen: int) -> None:
     if fallen > SUSPICIOUS * len(problem):
-        warnings.warn(
+        warn(
             f"{problem.classifier.name} hides its gradients: {fallen} of {len(problem)} images fall to a search "
             "without gradients though every attack that follows them failed; gradients alone overrate this model",
             ModelWarning,
-            stacklevel=3,
         )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
-import warnings
 from collections.abc import Callable
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,12 +15,11 @@ from torch import Tensor, nn
 from weakspot.attacks.libraries import ONE_BY_ONE, Task, eps_of, find
 from weakspot.attacks.problem import Problem, attacking
 from weakspot.budgets import Budget
-from weakspot.checks import ModelWarning
+from weakspot.checks import ModelWarning, quiet, warn
 from weakspot.pairs import AttackResult
+from weakspot.threads import SEEDED, without_parameter_gradients
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from weakspot.attacks.gradient import Progress
 
 ROUNDING = 1e-5  # of a budget, that a foreign attack may overspend before it is brought back
@@ -93,7 +91,7 @@ def external(
                 for row in rows.split(1):
                     run(row)
 
-        with problem.searching(), _without_parameter_gradients(problem.classifier):
+        with problem.searching(), without_parameter_gradients(problem.classifier):
             alone = not problem.whole or attack.__name__ in ONE_BY_ONE
             parts = problem.rows.split(1 if alone else problem.batch_size)
             for number, rows in enumerate(parts):
@@ -103,10 +101,9 @@ def external(
         if len(failures) == len(problem):
             raise failures[0]
         if failures:
-            warnings.warn(
+            warn(
                 f"{len(failures)} of {len(problem)} images stay clean: {failures[0]}",
                 ModelWarning,
-                stacklevel=2,
             )
         return problem.result(_brought_back(problem, budget, adversarial))
 
@@ -152,12 +149,13 @@ def _run(library: Callable[[Task, nn.Module], Any], task: Task) -> Tensor:
     """Images (N, C, H, W) in [0, 1], from whatever the attack returned."""
     clean = task.problem.clean
     number = int(task.problem.keys[0]) % 2**32
-    torch.manual_seed(number)
-    np.random.seed(number)  # noqa: NPY002 - foreign attacks draw from it
-    random.seed(number)
     try:
-        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
-            warnings.simplefilter("ignore")  # theirs, about their own insides
+        # Warnings about their own insides are not ours to pass on. Random numbers and standard output belong to the
+        # whole process: one thread at a time.
+        with SEEDED, quiet(), redirect_stdout(sys.stderr):
+            torch.manual_seed(number)
+            np.random.seed(number)  # noqa: NPY002 - foreign attacks draw from it
+            random.seed(number)
             found = library(task, Watched(task.problem))
     except ValueError as error:
         if str(error).startswith(f"attack is {task.name}"):
@@ -169,19 +167,6 @@ def _run(library: Callable[[Task, nn.Module], Any], task: Task) -> Tensor:
     if found.shape != clean.shape:
         raise task.refuse(f"which returned {tuple(found.shape)} for images of {tuple(clean.shape)}")
     return torch.where(found.isfinite(), found, clean).clamp(0, 1)
-
-
-@contextmanager
-def _without_parameter_gradients(model: nn.Module) -> Iterator[None]:
-    """Nothing is left in the parameters' `.grad`, whatever an attack calls backward on."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _brought_back(problem: Problem, budget: Budget | None, images: Tensor) -> Tensor:

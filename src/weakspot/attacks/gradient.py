@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,7 +11,7 @@ from weakspot.attacks import draws
 from weakspot.attacks.objectives import Objective, find_objective
 from weakspot.attacks.problem import Problem, attacking
 from weakspot.budgets import Budget, Linf
-from weakspot.checks import ModelWarning, check_budget, is_number
+from weakspot.checks import ModelWarning, check_budget, is_number, warn
 from weakspot.pairs import AttackResult
 
 DEFAULT_BUDGET = Linf(4 / 255)
@@ -242,11 +241,10 @@ def warn_of_zero_gradients(problem: Problem, direction: Tensor) -> None:
     """Warn where a gradient attack can judge nothing."""
     flat = (direction == 0).flatten(1).all(1) & problem.region.flatten(1).any(1)
     if bool(flat.any()):
-        warnings.warn(
+        warn(
             f"the gradient of {problem.classifier.name} is zero everywhere in the region for {int(flat.sum())} of "
             f"{len(flat)} images: a gradient attack cannot judge it (masked or saturated gradients)",
             ModelWarning,
-            stacklevel=4,
         )
 
 

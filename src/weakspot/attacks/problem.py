@@ -15,8 +15,8 @@ from weakspot.attacks import draws
 from weakspot.attacks.objectives import Objective, check_values, margin, sure_margin
 from weakspot.budgets import Budget
 from weakspot.budgets.budget import MEMO
-from weakspot.checks import check_batch_size, check_classes, check_logits, check_region, check_seed
-from weakspot.classifier import Classifier, check_images, evaluating, predict
+from weakspot.checks import check_batch_size, check_classes, check_region, check_seed
+from weakspot.classifier import Classifier, check_images, check_logits, evaluating, predict
 from weakspot.edits import Prepared
 from weakspot.fusion import fused, measured_batch
 from weakspot.pairs import AttackResult
@@ -177,7 +177,7 @@ class Problem:
         self.backwards.index_add_(0, self.rows[owners], torch.ones_like(owners))
 
     def _check(self, logits: Tensor, labels: Tensor, targets: Tensor | None) -> None:
-        check_logits(logits, self.classifier.name)
+        check_logits(logits, self.classifier, self.clean)
         for name, classes in (("labels", labels), ("targets", targets)):
             if classes is not None:
                 check_classes(classes, len(logits), logits.shape[1], name=name)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from weakspot.attribution.layers import Layer, find_layer
 from weakspot.attribution.registration import Grid, effective_grid, place, receptive_grid
-from weakspot.checks import check_classes, check_logits
-from weakspot.classifier import Classifier, check_images, default_batch, evaluating
+from weakspot.checks import check_classes
+from weakspot.classifier import Classifier, check_images, check_logits, default_batch, evaluating
 
 REGISTRATIONS = ("resize", "receptive_field", "effective")
 
@@ -125,7 +125,7 @@ def _evidence(classifier: Classifier, layer: Layer, images: Tensor, classes: Ten
     point = classifier.filled(images).clone().requires_grad_()
     with layer.watched() as seen:
         logits = classifier(point)[:count]
-    _check(logits, classes, classifier)
+    _check(logits, classes, classifier, images)
     activation = seen[-1]
     maps = layer.layout.maps(activation).detach()[:count]
     if layer.head is not None:
@@ -151,13 +151,13 @@ def _gradients(classifier: Classifier, images: Tensor, classes: Tensor) -> Tenso
     """(n, M, C, H, W) gradients of the logits of M classes."""
     point = images.clone().requires_grad_()
     logits = classifier(point)
-    _check(logits, classes, classifier)
+    _check(logits, classes, classifier, images)
     if not logits.requires_grad:
         return torch.zeros(len(images), classes.shape[1], *images.shape[1:], device=images.device)
     picked = [logits.gather(1, wanted[:, None]).sum() for wanted in classes.unbind(1)]
     return torch.stack([torch.autograd.grad(logit, point, retain_graph=True)[0] for logit in picked], 1)
 
 
-def _check(logits: Tensor, classes: Tensor, classifier: Classifier) -> None:
-    check_logits(logits.detach(), classifier.name)
+def _check(logits: Tensor, classes: Tensor, classifier: Classifier, images: Tensor) -> None:
+    check_logits(logits.detach(), classifier, images)
     check_classes(classes.flatten(), classes.numel(), logits.shape[1], name="classes")

@@ -7,7 +7,7 @@ often made by a bare `relu(x + y)` that belongs to no module, and exported netwo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from weakspot.attribution.layout import Layout
 from weakspot.checks import closest
 from weakspot.classifier import Classifier
+from weakspot.threads import hooked, is_unwatched
 
 LEARNED = {"linear", "matmul", "__matmul__", "bmm", "mm", "addmm", "einsum"}
 SEQUENCE = {
@@ -72,11 +73,8 @@ class Layer:
             copy = self._keep(seen, tensor)
             return copy if tensor is output else output
 
-        handle = self.module.register_forward_hook(hook)
-        try:
+        with hooked(self.module, hook):
             yield seen
-        finally:
-            handle.remove()
 
     @staticmethod
     def _keep(seen: list[Tensor], output: Tensor) -> Tensor:
@@ -191,24 +189,20 @@ def _pooling_head(maps: Tensor, linear: list[tuple[Tensor, Tensor | None]], logi
 def _module_that_made(classifier: Classifier, image: Tensor, chosen: _Call) -> str | None:
     """The name of the outermost module whose output equals the chosen one, for people to read."""
     names: list[str] = []
-    handles = []
-    for name, module in classifier.network.named_modules():
+    with ExitStack() as stack:
+        for name, module in classifier.network.named_modules():
 
-        def hook(_module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
-            if (
-                isinstance(output, Tensor)
-                and output.shape == chosen.output.shape
-                and torch.equal(output, chosen.output)
-            ):
-                names.append(name)
+            def hook(_module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
+                if (
+                    isinstance(output, Tensor)
+                    and output.shape == chosen.output.shape
+                    and torch.equal(output, chosen.output)
+                ):
+                    names.append(name)
 
-        if name:
-            handles.append(module.register_forward_hook(hook))
-    try:
+            if name:
+                stack.enter_context(hooked(module, hook))
         classifier(image)
-    finally:
-        for handle in handles:
-            handle.remove()
     return min(names, key=lambda name: name.count("."), default=None)
 
 
@@ -257,12 +251,8 @@ class Calls(TorchFunctionMode):
         def restart(_module: nn.Module, _inputs: Any) -> None:
             self.number = 0
 
-        handle = root.register_forward_pre_hook(restart)
-        try:
-            with self:
-                yield
-        finally:
-            handle.remove()
+        with hooked(root, restart, before=True), self:
+            yield
 
     def __torch_function__(
         self,
@@ -272,5 +262,7 @@ class Calls(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         output = func(*args, **(kwargs or {}))
+        if is_unwatched():
+            return output
         self.number += 1
         return self.visit(self.number, output, func, args)

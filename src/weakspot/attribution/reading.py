@@ -15,6 +15,7 @@ from weakspot.attribution.layout import Layout
 from weakspot.checks import closest
 from weakspot.classifier import Classifier
 from weakspot.fusion import folded_convolutions, fused
+from weakspot.threads import hooked
 
 Visit = Callable[[str, Tensor], None]
 """Told the layer's name and its maps (N, C, h, w), which it must not change or keep."""
@@ -125,10 +126,9 @@ def reading(classifier: Classifier, places: Mapping[str, Place], visit: Visit) -
         return output
 
     with ExitStack() as stack:
-        first = classifier.register_forward_pre_hook(lambda *_: turns.clear())
-        stack.callback(first.remove)
+        stack.enter_context(hooked(classifier, lambda *_: turns.clear(), before=True))
         for module in wanted:
-            stack.callback(module.register_forward_hook(hook).remove)
+            stack.enter_context(hooked(module, hook))
         if calls:
             stack.enter_context(Calls(called).counted(classifier))
         yield
@@ -204,10 +204,11 @@ def _watch(classifier: Classifier, images: Tensor) -> list[_Output]:
     with ExitStack() as stack, torch.no_grad():
         for name, module in classifier.network.named_modules():
             if name and not isinstance(module, torch.jit.ScriptModule):
-                handle = module.register_forward_hook(
-                    lambda module, inputs, output, name=name: hook(name, module, inputs, output)
+                stack.enter_context(
+                    hooked(
+                        module, lambda module, inputs, output, name=name: hook(name, module, inputs, output)
+                    )
                 )
-                stack.callback(handle.remove)
         classifier(images)
     return [
         replace(one, place=replace(one.place, calls=turns[one.name.partition(" (call ")[0]]))

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from weakspot.attribution.layers import first_tensor
+from weakspot.threads import hooked
 
 
 @contextmanager
@@ -27,11 +28,8 @@ def replacing(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator
             return output
         return _with_first(output, change(tensor))
 
-    handle = module.register_forward_hook(hook, prepend=True)  # who reads the module sees the change
-    try:
+    with hooked(module, hook, first=True):  # hooks that read the module see the change
         yield
-    finally:
-        handle.remove()
 
 
 def _with_first(output: Any, tensor: Tensor) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -225,10 +224,12 @@ def read_pair(classifier: Classifier, sources: Sequence[Path]) -> tuple[Pairs, l
             f"the two pictures differ in size ({sizes}, height x width); accepted is one size", UNREADABLE
         )
     if clean.shape[1:] != classifier.input_size:
-        warnings.warn(
+        from weakspot.checks import warn
+
+        warn(
             f"both pictures are brought from {clean.shape[1]} x {clean.shape[2]} to {classifier.input_size[0]} x "
             f"{classifier.input_size[1]}, which weakens a perturbation; save adversarial images at the model's size",
-            stacklevel=2,
+            UserWarning,
         )
         both = [
             pixels

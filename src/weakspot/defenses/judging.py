@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from weakspot.attacks.gradient import Progress, check_counts, part_of
 from weakspot.attacks.problem import attacking
 from weakspot.attacks.squares import square_search
 from weakspot.budgets import Budget, Linf
-from weakspot.checks import ModelWarning, check_budget, check_classes, check_seed
+from weakspot.checks import ModelWarning, check_budget, check_classes, check_seed, warn_once
 from weakspot.classifier import Classifier, check_images, evaluating, predict
 from weakspot.defenses.bypassing import bypassing
 from weakspot.defenses.randomness import as_played, expectation, is_random
@@ -175,11 +174,12 @@ def _sides(
     if defended is model or not is_random(defended, images, seed=seed):
         return defended, defended
     if draws == 1:
-        warnings.warn(
+        warn_once(
+            defended,
+            "random",
             f"{getattr(defended, 'name', type(defended).__name__)} is random: it gives the same image other logits at "
             "another draw, and an attack on the gradient of one draw overrates it; give draws, such as 10",
             ModelWarning,
-            stacklevel=3,
         )
     return as_played(defended, seed=seed), expectation(defended, draws, seed=seed)
 

@@ -14,6 +14,7 @@ does anyway; randomness by the image protects only the seed's secret, and only a
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -26,6 +27,7 @@ from weakspot.attacks.gradient import check_counts
 from weakspot.checks import check_seed
 from weakspot.classifier import Classifier, as_classifier, evaluating
 from weakspot.defenses.wrapping import around
+from weakspot.threads import SEEDED, random_state_kept
 
 DIFFERENT = 1e-4  # of the largest logit: what two draws must differ by for the defence to count as random
 LOOKED_AT = 4  # images
@@ -40,7 +42,20 @@ class DrawnByImage(nn.Module):
         draw: number of the draw; 0, the defender's own, unless someone asks for another for a while.
     """
 
-    draw: int = 0
+    own_draw: int = 0
+
+    @property
+    def draw(self) -> int:
+        """The number that this thread asked for, else the module's own."""
+        asked: dict[int, int] = getattr(_asked, "draws", {})
+        return asked.get(id(self), self.own_draw)
+
+    @draw.setter
+    def draw(self, number: int) -> None:
+        self.own_draw = number
+
+
+_asked = threading.local()  # draws by the id of the module
 
 
 def expectation(model: nn.Module, draws: int, *, seed: int = 0) -> Classifier:
@@ -110,12 +125,11 @@ class _Drawn(nn.Module):
 @contextmanager
 def _drawing(classifier: Classifier, start: int, draw: int) -> Iterator[None]:
     """Global generators start there and `DrawnByImage` have that draw; all are put back."""
-    by_image = [module for module in classifier.modules() if isinstance(module, DrawnByImage)]
-    before = [module.draw for module in by_image]
-    others = random.getstate(), np.random.get_state()  # noqa: NPY002 - defences may draw from it
+    before: dict[int, int] = getattr(_asked, "draws", {})
+    numbered = {id(module): draw for module in classifier.modules() if isinstance(module, DrawnByImage)}
     device = classifier.mean.device
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with SEEDED, random_state_kept(device):
             # Not torch.manual_seed, which would reach generators of other devices, and nobody puts those back.
             torch.default_generator.manual_seed(start)
             if device.type == "cuda":
@@ -123,11 +137,7 @@ def _drawing(classifier: Classifier, start: int, draw: int) -> Iterator[None]:
                     torch.cuda.manual_seed(start)
             random.seed(start)
             np.random.seed(start % 2**32)  # noqa: NPY002
-            for module in by_image:
-                module.draw = draw
+            _asked.draws = before | numbered
             yield
     finally:
-        for module, own in zip(by_image, before, strict=True):
-            module.draw = own
-        random.setstate(others[0])
-        np.random.set_state(others[1])  # noqa: NPY002
+        _asked.draws = before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from weakspot.checks import ImageWarning
+from weakspot.checks import ImageWarning, warn
 from weakspot.dissection.broden import BASE_COLUMNS
 from weakspot.dissection.masks import LARGEST_LABEL, nearest, read_pixels, write_labels
 from weakspot.dissection.writing import Entry, drafted, half, shares_of, write_tables
@@ -245,9 +244,8 @@ def _copy(
 
 def _warn_skipped(images: Path, skipped: Sequence[Path], total: int, why: str) -> None:
     if skipped:
-        warnings.warn(
+        warn(
             f"{images}: {len(skipped)} of {total} pictures {why} and are skipped, the first is "
             f"{skipped[0].relative_to(images).as_posix()}",
             ImageWarning,
-            stacklevel=4,
         )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import warnings
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from weakspot.checks import quiet
 from weakspot.images import LARGEST_PICTURE
 
 LARGEST_LABEL = 65_535  # the red and the green byte of a mask hold no larger number
@@ -90,8 +90,7 @@ def write_labels(path: Path, labels: NDArray[np.int64]) -> None:
 
 
 def _decode(content: bytes) -> tuple[str, NDArray[np.generic]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's own remarks; what matters is said by the caller, by name
+    with quiet():  # Pillow's own remarks; what matters is said by the caller, by name
         with Image.open(io.BytesIO(content), formats=("PNG",)) as opened:
             opened.verify()  # checksums: decoding alone lets some damage pass, as other labels
         with Image.open(io.BytesIO(content), formats=("PNG",)) as opened:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from weakspot.checks import check_batch_size, check_logits, check_range
-from weakspot.classifier import Classifier, check_images, default_batch, evaluating, predict
+from weakspot.checks import check_batch_size, check_range
+from weakspot.classifier import Classifier, check_images, check_logits, default_batch, evaluating, predict
 from weakspot.edits.engine import Engine, evenly
 from weakspot.edits.preparing import Prepared, edited_images, prepare
 from weakspot.edits.recording import CannotRecordError
@@ -88,7 +88,7 @@ class Edits:
             if progress is not None:
                 progress(done / count)
         logits = torch.cat(found)[order.argsort()]
-        check_logits(logits, self.classifier.name)
+        check_logits(logits, self.classifier, self.images)
         return logits
 
     def _in_order_of_reach(self, tops: Tensor, lefts: Tensor, patches: Tensor) -> Tensor:

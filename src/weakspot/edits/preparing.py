@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,13 +10,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from weakspot.checks import quiet
 from weakspot.classifier import Classifier
 from weakspot.edits.engine import Engine
 from weakspot.edits.merging import merged
 from weakspot.edits.recording import CannotRecordError, Recording, record
 from weakspot.edits.windows import as_seen, paste
-from weakspot.fusion import HOOKS, fused
+from weakspot.fusion import fused
 from weakspot.models.settings import settings
+from weakspot.threads import HOOKS, hooks
 
 TOLERANCE = 1e-4  # of the range of the logits
 
@@ -54,8 +55,7 @@ def prepare(classifier: Classifier, image: Tensor) -> Prepared:
         return Prepared(None, "TorchScript runs past the recorder")
     recording = None
     try:
-        with warnings.catch_warnings(), fused(classifier, image), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with quiet(), fused(classifier, image), torch.no_grad():
             structure, sums = _signature(classifier, image), _sums(classifier)
             known = _known.get(classifier.network)
             kept = known is not None and known[0] == structure and torch.equal(known[1], sums)
@@ -116,7 +116,7 @@ def _same_logits(recording: Recording, classifier: Classifier, image: Tensor) ->
 def _watched(classifier: Classifier) -> bool:
     forward = [name for name in HOOKS if "forward" in name]
     return any(bool(getattr(nn.modules.module, f"_global{name}", None)) for name in forward) or any(
-        bool(getattr(module, name)) for module in classifier.modules() for name in forward
+        bool(hooks(module, name)) for module in classifier.modules() for name in forward
     )
 
 

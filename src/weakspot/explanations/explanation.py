@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from weakspot.checks import ModelWarning, check_classes
+from weakspot.checks import ModelWarning, check_classes, warn_once
 from weakspot.classifier import Classifier, evaluating, margin, predict
 from weakspot.explanations.analysis import (
     Analysis,
@@ -217,11 +216,12 @@ def _base_scores(
 def _warn_of_randomness(classifier: Classifier, image: Tensor, logits: Tensor) -> None:
     again = predict(classifier, image)
     if not torch.allclose(again, logits, rtol=1e-2, atol=1e-3 * float(logits.abs().max())):
-        warnings.warn(
+        warn_once(
+            classifier.network,
+            "random",
             f"{classifier.name} answers differently when it is given the same image twice: what is explained is one "
             "draw among many",
             ModelWarning,
-            stacklevel=4,
         )
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from weakspot.checks import ModelWarning
+from weakspot.checks import ModelWarning, warn
 from weakspot.classifier import Classifier
 
 
@@ -122,11 +121,10 @@ def _preprocessing(folder: Path | None, name: str) -> dict[str, Any]:
             return how
     except (OSError, ValueError, TypeError):
         how = {}
-    warnings.warn(
+    warn(
         f"hf:{name} has no preprocessor_config.json that says how images are normalised; they are not (give "
         "mean and std)",
         ModelWarning,
-        stacklevel=4,
     )
     return how
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weakspot.checks import ImageWarning, check_batch, check_classes, check_range, closest
+from weakspot.checks import ImageWarning, check_batch, check_classes, check_range, closest, warn
 from weakspot.classifier import evaluating, predict
 from weakspot.regions.activation import cam
 
@@ -159,10 +157,9 @@ def _inner(side: int) -> tuple[int, int]:
 def _warn(implausible: Tensor, found_by: str, instead: str) -> None:
     numbers = implausible.nonzero()[:, 0].tolist()
     more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
-    warnings.warn(
+    warn(
         f"{found_by} found a foreground under {PLAUSIBLE[0]:.0%} or over {PLAUSIBLE[1]:.0%} of the image in "
         f"{'image' if len(numbers) == 1 else 'images'} {', '.join(map(str, numbers[:NAMED]))}{more}; there the "
         f"background is {instead}",
         ImageWarning,
-        stacklevel=3,
     )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 from torch import Tensor
 
-from weakspot.checks import ImageWarning, check_batch
+from weakspot.checks import ImageWarning, check_batch, warn
 from weakspot.images import open_pictures
 
 
@@ -42,15 +41,14 @@ def from_file(path: Path | str, images: Tensor) -> Tensor:
     height, width = images.shape[2:]
     mask, remark = _grey(path, None)
     if remark:
-        warnings.warn(f"{path}: {remark}", ImageWarning, stacklevel=2)
+        warn(f"{path}: {remark}", ImageWarning)
     rows, columns = mask.shape
     if (rows, columns) != (height, width):
         if _is_cut((rows, columns), (height, width)):
-            warnings.warn(
+            warn(
                 f"{path}: the mask is {rows} x {columns} and the images are {height} x {width} (height x width), "
                 "which is another shape; what lies outside its centred crop is not used",
                 ImageWarning,
-                stacklevel=2,
             )
         mask, _ = _grey(path, (height, width))
     region = mask[None, None] > 0.5

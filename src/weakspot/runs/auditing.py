@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from weakspot.checks import warn
 from weakspot.classifier import Classifier
 from weakspot.lock import locked
 from weakspot.models.fingerprint import fingerprint
@@ -250,8 +250,9 @@ def _check_same(about: Mapping[str, Any], classifier: Classifier) -> None:
     other = [f"{name} {about['versions'].get(name)} then, {value} now" for name, value in now.items()
              if about["versions"].get(name) != value]  # fmt: skip
     if other:
-        warnings.warn(
-            f"versions have changed ({'; '.join(other)}); last digits may differ", UserWarning, stacklevel=3
+        warn(
+            f"versions have changed ({'; '.join(other)}); last digits may differ",
+            UserWarning,
         )
 
 

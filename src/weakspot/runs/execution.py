@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from weakspot.attacks.registry import find_attack
+from weakspot.checks import warn
 from weakspot.classifier import Classifier, evaluating
 from weakspot.explanations import explain
 from weakspot.explanations.analysis import Series
@@ -315,4 +316,4 @@ def _numbers_left_out() -> Iterator[None]:
         yield
     for warning in caught:
         text = re.sub(r"images? \d+(, \d+)*( and \d+ more)?", "some images", str(warning.message))
-        warnings.warn(text, warning.category, stacklevel=4)
+        warn(text, warning.category)

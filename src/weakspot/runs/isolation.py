@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from weakspot.checks import NotFiniteError
+from weakspot.checks import NotFiniteError, warn
 from weakspot.runs.steady import SteadyClassifier
 
 T = TypeVar("T")
@@ -122,11 +121,10 @@ class Lots:
             self.size = max(group, count // 2 // group * group)
         elif self.classifier is not None and group > self.classifier.smallest_group:
             self.size = self.classifier.group = group // 2
-            warnings.warn(
+            warn(
                 f"memory does not hold {group} images at once; they go through the model {group // 2} at a time from "
                 "here on, which can change last digits",
                 RuntimeWarning,
-                stacklevel=2,
             )
         else:
             raise ValueError(f"{what} (with {count} image at a time; the memory is too small for this model)")

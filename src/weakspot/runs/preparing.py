@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weakspot.checks import NotFiniteError
+from weakspot.checks import NotFiniteError, quiet
 from weakspot.classifier import Classifier, evaluating
 from weakspot.models import load
 from weakspot.models.fingerprint import fingerprint
@@ -140,10 +139,10 @@ def usual_shard(classifier: Classifier) -> int:
 
 def _try_regions(plan: Plan, classifier: Classifier) -> None:
     """Raises ValueError where a region cannot be made, before anything is computed."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        images = torch.rand(1, classifier.channels, *classifier.input_size).to(classifier.mean.device)
+    with quiet():
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(1, classifier.channels, *classifier.input_size, generator=generator)
+        images = images.to(classifier.mean.device)
         labels = torch.zeros(1, dtype=torch.long, device=images.device)
         for text in plan.regions:
             try:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from weakspot.checks import warn
 from weakspot.models.fingerprint import fingerprint
 from weakspot.runs.engines import Results, Work
 from weakspot.runs.execution import ShardResult
@@ -125,7 +125,7 @@ def _unpacked(content: bytes) -> ShardResult:
     """What a worker sent: a result and its warnings, or what was raised there."""
     found, said = pickle.loads(content)  # noqa: S301 - made by our own worker, as all that Ray carries
     for message, category in said:
-        warnings.warn(message, category, stacklevel=2)
+        warn(message, category)
     if isinstance(found, Exception):
         raise found
     return found  # type: ignore[no-any-return]

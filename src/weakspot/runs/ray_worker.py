@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from weakspot.checks import warn
 from weakspot.models.fingerprint import fingerprint
 from weakspot.runs.execution import Machine, ShardResult, audit_shard
 from weakspot.runs.folder import versions
@@ -162,10 +163,9 @@ def _machine(task: Task) -> Machine:
     other = [f"{name} {value} there, {task.versions.get(name)} here" for name, value in versions().items()
              if value != task.versions.get(name)]  # fmt: skip
     if other:
-        warnings.warn(
+        warn(
             f"versions on the machine {node} are others ({'; '.join(other)}); last digits may differ",
             UserWarning,
-            stacklevel=2,
         )
     return Machine.of(classifier, task.plan, task.batch_size)
 

@@ -48,4 +48,4 @@ def build(
     check_seed(seed)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        return maker(classes=classes, channels=channels, size=size)
+        return maker(classes=classes, channels=channels, size=size).eval()

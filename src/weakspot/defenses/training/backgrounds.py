@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weakspot.checks import ImageWarning
+from weakspot.checks import ImageWarning, quiet
 from weakspot.datasets import Labelled
 from weakspot.defenses.training.identity import data_fingerprint
 from weakspot.regions import background
@@ -59,20 +58,19 @@ def find_backgrounds(
     chunks = torch.arange(len(data)).split(CHUNK)[done:]
 
     def find(rows: Tensor) -> np.ndarray:
-        return np.packbits(background(data.images(rows)).flatten(1).numpy(), axis=1)
-
-    with warnings.catch_warnings():
         # Which images of many thousands had to do with the rectangle is no news to anybody.
-        warnings.simplefilter("ignore", ImageWarning)
-        # OpenCV leaves the interpreter's lock alone while it works, so threads are enough.
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            for rows, found in zip(chunks, pool.map(find, chunks), strict=True):
-                bits[rows[0] : rows[-1] + 1] = found
-                if part is not None:
-                    with part.open("ab") as file:
-                        file.write(found.tobytes())
-                if progress is not None:
-                    progress(float(rows[-1] + 1) / len(data))
+        with quiet(ImageWarning):
+            return np.packbits(background(data.images(rows)).flatten(1).numpy(), axis=1)
+
+    # OpenCV leaves the interpreter's lock alone while it works, so threads are enough.
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for rows, found in zip(chunks, pool.map(find, chunks), strict=True):
+            bits[rows[0] : rows[-1] + 1] = found
+            if part is not None:
+                with part.open("ab") as file:
+                    file.write(found.tobytes())
+            if progress is not None:
+                progress(float(rows[-1] + 1) / len(data))
     if kept is not None and part is not None:
         _keep(kept, bits)
         part.unlink(missing_ok=True)

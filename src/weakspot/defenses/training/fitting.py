@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from weakspot.checks import ModelWarning
+from weakspot.checks import ModelWarning, warn
 from weakspot.classifier import Classifier
 from weakspot.datasets import Labelled
 from weakspot.defenses.training.backgrounds import Backgrounds, find_backgrounds
@@ -128,7 +127,7 @@ def fit(
         )
     loop.finish()
     if loop.stopped:
-        warnings.warn(loop.stopped, ModelWarning, stacklevel=4)
+        warn(loop.stopped, ModelWarning)
     if out is not None and writes:
         # Copies: weights that modules share are written for each.
         tensors = {
@@ -179,4 +178,4 @@ def load_finished(classifier: Classifier, out: Path, record: Mapping[str, Any]) 
     if fingerprint(classifier.network) != record.get("weights"):
         raise ValueError(f"{path} does not hold the weights of its training; remove {out} to begin anew")
     if record.get("stopped"):
-        warnings.warn(str(record["stopped"]), ModelWarning, stacklevel=3)
+        warn(str(record["stopped"]), ModelWarning)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from weakspot.attacks import pgd
-from weakspot.checks import ModelWarning
+from weakspot.checks import ModelWarning, quiet
 from weakspot.classifier import Classifier, predict
 from weakspot.defenses.training.settings import Settings
+from weakspot.threads import EvalMode
 
 STEPS = 10  # of the attack that judges; many-step, so that it sees what single-step training overfits to
 FALL, PART = 0.2, 0.5  # robust accuracy that lost more than this, and this part of its best, has collapsed
@@ -31,16 +31,11 @@ class HeldOut(NamedTuple):
 
     def judge(self, classifier: Classifier, settings: Settings) -> dict[str, float]:
         """Shares of the images that are read rightly: as they are ("clean"), and attacked ("robust")."""
-        modes = [(module, module.training) for module in classifier.modules()]
-        classifier.eval()
-        try:
-            device = classifier.mean.device
-            images, labels = self.images.to(device), self.labels.to(device)
+        device = classifier.mean.device
+        images, labels = self.images.to(device), self.labels.to(device)
+        with EvalMode(classifier):
             clean = predict(classifier, images).argmax(1) == labels
-            with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", ModelWarning
-                )  # an untrained network may well have no gradient
+            with quiet(ModelWarning):  # an untrained network may well have no gradient
                 attacked = pgd(
                     classifier,
                     images,
@@ -51,9 +46,6 @@ class HeldOut(NamedTuple):
                     stop_early=True,
                 )
             robust = predict(classifier, attacked.adversarial).argmax(1) == labels
-        finally:
-            for module, mode in modes:
-                module.training = mode
         return {"clean": float(clean.double().mean()), "robust": float((clean & robust).double().mean())}
 
 

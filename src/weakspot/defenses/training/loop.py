@@ -23,6 +23,7 @@ from weakspot.defenses.training.held_out import HeldOut, collapsed
 from weakspot.defenses.training.recipes import find_recipe
 from weakspot.defenses.training.settings import Settings
 from weakspot.defenses.training.stem import quick_stem
+from weakspot.threads import EvalMode
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -78,7 +79,7 @@ class Loop:
         # Known before the wrapper takes it: the adversary goes through the bare network, which moves no buckets of
         # gradients between devices.
         self.classifier = classifier
-        self.network, self.optimizer = fabric.setup(classifier, optimizer)
+        self.network, self.optimizer = fabric.setup(_InOwnMode(classifier), optimizer)
         for module, mode in modes:
             module.training = mode
         stored = classifier.state_dict().keys()
@@ -263,21 +264,12 @@ class Loop:
         if self.fabric.world_size > 1:
             noise = noise[places]
         region = self._region(rows, images, places, moves)
-        modes = [module for module in self.classifier.modules() if module.training]
-        for module in modes:
-            module.training = False
-        try:
-            with quick_stem(self.classifier):
-                return perturbed(
-                    self._logits, images, labels, region, noise.to(images), self.recipe, settings
-                )
-        finally:
-            for module in modes:
-                module.training = True
+        with EvalMode(self.classifier), quick_stem(self.classifier):
+            return perturbed(self._logits, images, labels, region, noise.to(images), self.recipe, settings)
 
     def _logits(self, images: Tensor) -> Tensor:
         with self.fabric.autocast():
-            logits: Tensor = self.classifier(images)
+            logits = self.classifier.in_own_mode(images)
         return logits.float()
 
     def _region(self, rows: Tensor, images: Tensor, places: Tensor, moves: Moves) -> Tensor | None:
@@ -319,6 +311,17 @@ class Loop:
             )
         elif self.best is None or row["robust"] > self.best[0]:
             self.best = (row["robust"], _on_cpu(self.classifier.state_dict()))
+
+
+class _InOwnMode(nn.Module):
+    """A classifier as it is trained: called by itself it always answers in eval mode."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier.in_own_mode(images)
 
 
 def uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,6 +21,7 @@ from weakspot.defenses.training.fitting import alone, fit, load_finished, split
 from weakspot.defenses.training.identity import find_earlier, make_record
 from weakspot.defenses.training.recipes import find_recipe
 from weakspot.defenses.training.settings import Settings, defaults
+from weakspot.threads import EvalMode, copied, in_train_mode
 
 
 def train(
@@ -184,7 +184,7 @@ def train(
         random.setstate(others[0])
         np.random.set_state(others[1])  # noqa: NPY002
     for module, own in zip(result.modules(), model.modules(), strict=True):
-        module.training = own.training
+        module.training = in_train_mode(own)
     return result
 
 
@@ -208,7 +208,7 @@ def _copied(model: nn.Module) -> Classifier:
         ValueError: when it cannot be copied or has no weights to train.
     """
     try:
-        classifier = as_classifier(copy.deepcopy(model))
+        classifier = as_classifier(copied(model))
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(
             f"model cannot be copied to be trained: {str(error).partition(chr(10))[0]}"
@@ -222,12 +222,9 @@ def _copied(model: nn.Module) -> Classifier:
 
 def _check_fit(classifier: Classifier, data: Labelled) -> None:
     """Raises ValueError unless the network takes the images and has a logit for every label."""
-    modes = [(module, module.training) for module in classifier.modules()]
     size = " x ".join(map(str, data.shape))
     try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
+        with EvalMode(classifier), torch.no_grad():
             images = data.images(torch.arange(min(2, len(data)))).to(classifier.mean)
             classes = classifier(classifier.filled(images)).shape[1]
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
@@ -235,9 +232,6 @@ def _check_fit(classifier: Classifier, data: Labelled) -> None:
             f"{classifier.name} does not take the data's images of {size} (channels x height x width): "
             f"{str(error).strip().partition(chr(10))[0][:160]}"
         ) from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
     check_classes(data.labels, len(data), classes)
 
 
