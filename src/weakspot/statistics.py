@@ -257,3 +257,21 @@ def false_discovery(p: NDArray[np.floating]) -> NDArray[np.float64]:
     from scipy.stats import false_discovery_control
 
     return np.asarray(false_discovery_control(p), dtype=np.float64) if len(p) else np.zeros(0)
+
+
+def mcnemar_greater(only_first: int, only_second: int) -> float:
+    """The exact one-sided p value that the first of two paired yes/no outcomes is yes more often than the second.
+
+    Cases where both agree say nothing; each of the others falls to either side with probability one half
+    (McNemar 1947, doi 10.1007/BF02295996).
+
+    Args:
+        only_first: number of cases where only the first is yes.
+        only_second: number of cases where only the second is yes.
+
+    >>> mcnemar_greater(6, 1)
+    0.0625
+    """
+    from scipy.stats import binom
+
+    return float(binom.sf(only_first - 1, only_first + only_second, 0.5))
