@@ -1,8 +1,10 @@
-"""`weakspot defend`: what it judges, writes and prints; whose labels; defences of one's own; what it refuses."""
+"""`weakspot defend`: what it evaluates, writes and prints; labels; defenses of one's own; bad input."""
 
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +17,7 @@ from weakspot import Linf, defenses, load, read_images
 __all__ = ["photographs", "run"]  # fixtures
 
 TINY = ("--model", "tiny_networks:build", "--size", "64x64", "--steps", "3", "--queries", "4")
-FILES = ["defence.csv", "defence.json", "defence.png", "run.json"]
+FILES = ["defense.csv", "defense.json", "defense.png", "run.json"]
 FOREIGN = """
 import torch
 from torch import nn
@@ -65,7 +67,7 @@ number = 3
 
 @pytest.fixture
 def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module of defences in the working directory."""
+    """A module of defenses in the working directory."""
     (tmp_path / "shields_of_mine.py").write_text(FOREIGN)
     monkeypatch.delitem(__import__("sys").modules, "shields_of_mine", raising=False)
     return "shields_of_mine"
@@ -85,24 +87,24 @@ def test_table_verdict_figure_and_record_are_written_and_agree(
     model = load("tiny_networks:build", input_size=(64, 64))
     images, names = read_images(photographs, size=(64, 64))
     labels = model(images).argmax(1)
-    expected = defenses.judge_defense(
+    expected = defenses.evaluate_defense(
         model, defenses.neutralizing(model, keep=0.1, fill="blur"), images, labels, budget=Linf(2 / 255), steps=3,
         queries=4, seed=3,
     )  # fmt: skip
-    pd.testing.assert_frame_equal(pd.read_csv(folder / "defence.csv"), expected)
-    said = defenses.verdict(expected)
-    assert ended.out.splitlines()[0] == said
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "defense.csv"), expected)
+    result = defenses.verdict(expected)
+    assert ended.out.splitlines()[0] == str(result)
     for name in expected["attack"]:
         assert name in ended.out
-    assert "the bare model's clean accuracy is 100% by definition" in ended.out
-    told = json.loads((folder / "defence.json").read_text())
-    assert told["verdict"] == said
-    assert [row["attack"] for row in told["attacks"]] == expected["attack"].tolist()
+    assert "the undefended model's clean accuracy is 100% by definition" in ended.out
+    document = json.loads((folder / "defense.json").read_text())
+    assert (document["status"], document["verdict"]) == (result.status, result.sentence)
+    assert [row["attack"] for row in document["attacks"]] == expected["attack"].tolist()
     record = json.loads((folder / "run.json").read_text())
     assert record["defense"] == "neutralize, keep=0.1, fill=blur"
     assert record["images"] == names
     assert record["labels"] == "the model's own predictions on the clean pictures"
-    with Image.open(folder / "defence.png") as sheet:
+    with Image.open(folder / "defense.png") as sheet:
         assert sheet.width > 800
 
 
@@ -110,10 +112,15 @@ def test_json_is_nothing_but_json_and_quiet_is_quiet(run: Run, photographs: Path
     ended = run("defend", photographs, *TINY, "--json", "--oracle", "--set", "keep=0.1", "--out", "made")
     assert ended.code == 0, ended.err
     told = json.loads(ended.out)
-    assert told["attacks"][-1]["attack"] == "replayed, oracle region"
-    assert {"bare", "bare_low", "bare_high", "defended", "defended_low", "defended_high"} < set(
-        told["attacks"][0]
-    )
+    assert told["attacks"][-1]["attack"] == "oracle region"
+    assert {
+        "undefended",
+        "undefended_low",
+        "undefended_high",
+        "defended",
+        "defended_low",
+        "defended_high",
+    } < set(told["attacks"][0])
     ended = run("defend", photographs / "chelsea.png", *TINY, "--quiet", "--out", "made")
     assert (ended.code, ended.out) == (0, "")
 
@@ -125,7 +132,7 @@ def test_masked_units_are_judged(run: Run, photographs: Path) -> None:
     assert json.loads(ended.out)["defense"] == "mask_units, layer=0, units=0,3"
 
 
-def test_a_defence_of_ones_own_plugs_in(run: Run, photographs: Path, foreign: str) -> None:
+def test_a_defense_of_ones_own_plugs_in(run: Run, photographs: Path, foreign: str) -> None:
     def judged(name: str, *arguments: object) -> tuple[dict[str, dict[str, float]], str]:
         ended = run(
             "defend", photographs, *TINY, "-D", f"{foreign}:{name}", *arguments, "--json", "--out", "made"
@@ -134,14 +141,37 @@ def test_a_defence_of_ones_own_plugs_in(run: Run, photographs: Path, foreign: st
         return {row["attack"]: row for row in json.loads(ended.out)["attacks"]}, ended.err
 
     table, notes = judged("bare")
-    assert all(row["bare"] == row["defended"] for row in table.values())
+    assert all(row["undefended"] == row["defended"] for row in table.values())
     assert "note" not in notes
-    _, notes = judged("rounded", "--set", "levels=6")
-    assert notes.count("note: the gradient of Rounded is zero everywhere") == 1
-    _, notes = judged("noisy")
-    assert "note: Noisy is random" in notes
-    table, notes = judged("noisy", "--draws", 2, "--substitute", "tiny_networks:build")
-    assert "is random" not in notes
+    judged("rounded", "--set", "levels=6")
+    judged("noisy")
+    table, _ = judged("noisy", "--draws", 2, "--substitute", "tiny_networks:build")
+    assert "transferred from the substitute" in table
+
+
+def test_limit_takes_some_pictures_chosen_by_the_seed(run: Run, photographs: Path) -> None:
+    def chosen(seed: int) -> list[str]:
+        ended = run("defend", photographs, *TINY, "--limit", 2, "--seed", seed, "--quiet", "--out", "made")
+        assert ended.code == 0, ended.err
+        images: list[str] = json.loads(Path("made/run.json").read_text())["images"]
+        return images
+
+    every = {path.name for path in photographs.iterdir()}
+    several = [chosen(seed) for seed in range(4)]
+    assert all(len(names) == 2 and set(names) < every for names in several)
+    assert chosen(0) == several[0]
+    assert len({tuple(names) for names in several}) > 1
+
+
+def test_progress_is_printed_where_there_is_no_terminal(
+    run: Run, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["weakspot.cli.app"], "LINE_EVERY", 0.02)
+    ended = run("defend", photographs, *TINY, "--out", "made")
+    assert ended.code == 0
+    assert re.search(r"^attacking 4 images: \d+% after \d+ s", ended.err, re.MULTILINE)
+    ended = run("defend", photographs, *TINY, "--out", "made", "--quiet")
+    assert (ended.out, ended.err) == ("", "")
 
 
 def test_labels_come_from_a_table_or_from_folders(run: Run, photographs: Path, tmp_path: Path) -> None:
@@ -161,7 +191,7 @@ def test_labels_come_from_a_table_or_from_folders(run: Run, photographs: Path, t
     told = json.loads(table.out)
     assert told["labels"] == "labels.csv"
     right = [found == label for found, label in zip(read, (0, 1, 3, 2), strict=True)]
-    assert told["attacks"][0]["bare"] == pytest.approx(sum(right) / 4)
+    assert told["attacks"][0]["undefended"] == pytest.approx(sum(right) / 4)
     for name, label in zip(names, ("cat", "cup", "bike", "rocket"), strict=True):
         (tmp_path / "sorted" / label).mkdir(parents=True)
         (photographs / name).rename(tmp_path / "sorted" / label / name)
@@ -191,7 +221,7 @@ def test_folders_that_are_no_names_stand_for_classes_in_sorted_order(
         (("--defense", "nowhere:make"), 2, "defense nowhere:make: there is no module 'nowhere'"),
         (("--defense", "FOREIGN:rouned"), 2, "has no 'rouned'; did you mean rounded or Rounded?"),
         (("--defense", "FOREIGN:nothing"), 2, "returned a dict; accepted is a torch.nn.Module"),
-        (("--defense", "FOREIGN:number"), 2, "is a int; accepted is a function of the bare classifier"),
+        (("--defense", "FOREIGN:number"), 2, "is a int; accepted is a function of the undefended classifier"),
         (("--defense", "FOREIGN:failing"), 2, "RuntimeError: no such luck"),
         (("--defense", "FOREIGN:rounded", "--set", "steps=2"), 2, "TypeError"),
         (("--set", "kep=0.1"), 2, "--set is 'kep=0.1', which neutralize does not take; did you mean keep?"),
@@ -204,7 +234,7 @@ def test_folders_that_are_no_names_stand_for_classes_in_sorted_order(
         (("--defense", "mask_units", "--set", "layer=9", "--set", "units=0"), 2, "layer is '9'"),
         (("--defense", "mask_units", "--oracle"), 2, "--oracle goes with --defense neutralize"),
         (("--budget", "linf"), 2, "budget is 'linf'"),
-        (("--keep", "3"), 2, "keep is 3"),
+        (("--fraction", "3"), 2, "fraction is 3"),
         (("--draws", "5"), 2, "--draws does nothing with neutralize, which is not random; leave it out"),
         (("--set", "seed=3"), 2, "--set seed=3 does nothing without randomness; add --set randomness=0.5"),
         (("--set", "seed=3", "--set", "randomness=0"), 2, "--set seed=3 does nothing without randomness"),

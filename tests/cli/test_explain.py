@@ -389,7 +389,7 @@ def interrupt(*_: object, **__: object) -> None:
         (("explain", *TINY_OPTIONS), "weakspot.attacks.pgd"),
         (("explain", *TINY_OPTIONS, "--debug"), "weakspot.cli.explain.load_classifier"),
         (("attack", *TINY_MODEL), "weakspot.cli.attack._run"),
-        (("defend", *TINY_OPTIONS), "weakspot.defenses.judge_defense"),
+        (("defend", *TINY_OPTIONS), "weakspot.defenses.evaluate_defense"),
         (("dissect", "--demo", *TINY_MODEL), "weakspot.cli.dissect._last_layers"),
     ],
 )
@@ -421,7 +421,7 @@ def test_an_interrupt_before_anything_is_written_says_so_whatever_lies_there(
             "weakspot.report.sheets.overview",
             "clean/ (4 files), adversarial/ (4 files)",
         ),
-        (("defend", *TINY_OPTIONS), "weakspot.report.accuracies.accuracy_figure", "defence.json"),
+        (("defend", *TINY_OPTIONS), "weakspot.report.accuracies.accuracy_figure", "defense.json"),
     ],
 )
 def test_an_interrupt_names_the_files_that_were_written_by_then_and_no_others(
@@ -433,7 +433,7 @@ def test_an_interrupt_names_the_files_that_were_written_by_then_and_no_others(
     kept: str,
 ) -> None:
     Path("run").mkdir()
-    Path("run/defence.csv").write_text("of an earlier run")
+    Path("run/defense.csv").write_text("of an earlier run")
     Path("run/notes.txt").write_text("of somebody else")
     monkeypatch.setattr(where, interrupt)
     ended = run(*command, photographs, "--out", "run")

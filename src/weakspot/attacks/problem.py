@@ -57,6 +57,7 @@ class Problem:
         whole: whether the region is every site of every image; what masks would do is then left out.
         aims: (N,) classes that objectives are told to aim at instead of `targets`; success is judged by the latter.
         prepared: the classifier's recording, where edits of one pixel go by windows.
+        lead: another classifier, whose logits and gradients objectives are given; success is judged by `classifier`.
     """
 
     classifier: Classifier
@@ -73,6 +74,7 @@ class Problem:
     whole: bool = False
     aims: Tensor | None = None
     prepared: Prepared | None = None
+    lead: Classifier | None = None
 
     def __post_init__(self) -> None:
         if not hasattr(self.clean, MEMO):
@@ -148,9 +150,11 @@ class Problem:
         for part in torch.arange(len(images), device=images.device).split(self.batch_size):
             point = images[part].detach().requires_grad_()
             labels, targets = self.labels[part], None if self.targets is None else self.targets[part]
-            logits = self.classifier(point)
+            with torch.set_grad_enabled(self.lead is None):
+                logits = self.classifier(point)
             self._check(logits.detach(), labels, targets)
-            values = objective(logits, labels, targets if self.aims is None else self.aims[part])
+            led = logits if self.lead is None else self.lead(point)
+            values = objective(led, labels, targets if self.aims is None else self.aims[part])
             check_values(values, len(part))
             if values.requires_grad:
                 (gradient,) = torch.autograd.grad(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ import weakspot
 from weakspot.cli.kept import what_is_kept
 
 UNEXPECTED, USAGE, UNREADABLE, RESUMABLE, INTERRUPTED = 1, 2, 4, 5, 130
+LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 BEFORE = "interrupted; nothing was written"
 
 
@@ -124,11 +127,45 @@ def options(
 
 @contextmanager
 def progress_bar(silent: bool) -> Iterator[Callable[[str, float], None]]:
-    """`advance(what, share)` moves a bar on the terminal; nothing where there is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=notes, transient=True, disable=silent or not notes.is_terminal) as bar:
-        task = bar.add_task("starting", total=1.0)
-        yield lambda what, share: bar.update(task, description=what, completed=share)
+    """`advance(what, share)` moves a bar on a terminal; elsewhere a line is printed every 30 seconds."""
+    if silent:
+        yield lambda _what, _share: None
+    elif not notes.is_terminal:
+        with _progress_lines() as advance:
+            yield advance
+    else:
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=notes, transient=True) as bar:
+            task = bar.add_task("starting", total=1.0)
+            yield lambda what, share: bar.update(task, description=what, completed=share)
+
+
+@contextmanager
+def _progress_lines() -> Iterator[Callable[[str, float], None]]:
+    """Lines of how far the work is; from a thread, so that one slow step does not silence them."""
+    started, state, ended = time.monotonic(), [("starting", 0.0)], threading.Event()
+
+    def print_lines() -> None:
+        while not ended.wait(LINE_EVERY):
+            what, share = state[0]
+            elapsed = time.monotonic() - started
+            left = f", about {_duration(elapsed * (1 - share) / share)} left" if share > 0.02 else ""
+            notes.print(f"{escape(what)}: {share:.0%} after {_duration(elapsed)}{left}", soft_wrap=True)
+
+    def advance(what: str, share: float) -> None:
+        state[0] = (what, share)
+
+    printer = threading.Thread(target=print_lines, daemon=True)
+    printer.start()
+    try:
+        yield advance
+    finally:
+        ended.set()
+        printer.join()
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 @contextmanager

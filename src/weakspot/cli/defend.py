@@ -1,8 +1,9 @@
-"""`weakspot defend`: what a defence is worth against attackers who know of it."""
+"""`weakspot defend`: what a defense is worth against attackers who know it."""
 
 from __future__ import annotations
 
 import json
+import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-FILES = ("defence.csv", "defence.json", "defence.png", "run.json")
+FILES = ("defense.csv", "defense.json", "defense.png", "run.json")
 WIDE = 125  # columns of a terminal that takes the table with what each row is
 EXAMPLES = """
 
@@ -61,7 +62,7 @@ weakspot defend photos/ --set randomness=0.5 --draws 10
 
 weakspot defend photos/ --defense mask_units --set layer=_blocks.5 --set units=3,17 --labels labels.csv
 
-weakspot defend photos/ --defense my_package.defences:jpeg --set quality=75 --thorough
+weakspot defend photos/ --defense my_package.defenses:jpeg --set quality=75 --limit 100
 """
 
 
@@ -77,15 +78,15 @@ def defend(
         typer.Option(
             "--defense",
             "-D",
-            help="neutralize, mask_units, or package.module:factory, a function that is given the bare model, which "
-            "takes images in [0, 1], and returns a torch module that takes the same.",
+            help="neutralize, mask_units, or package.module:factory: a function that takes the undefended model "
+            "(images in [0, 1] to logits) and returns the defended one, a torch module of the same kind.",
         ),
     ] = "neutralize",
     settings: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
-            help="NAME=VALUE of the defence's own arguments: keep, fill, randomness, seed of neutralize; layer, units "
+            help="NAME=VALUE of the defense's own arguments: keep, fill, randomness, seed of neutralize; layer, units "
             "of mask_units.",
             show_default=False,
         ),
@@ -102,23 +103,31 @@ def defend(
         str,
         typer.Option("--budget", "-b", help="How much attacks may change: linf:4/255, l2:1.5, ssim:0.01."),
     ] = "linf:4/255",
-    steps: Annotated[int, typer.Option(help="Gradient steps of each attack.", min=1)] = 20,
-    keep: Annotated[
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Use at most this many pictures, chosen by the seed.", min=1, show_default=False),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of each restart of PGD.", min=1)] = 30,
+    fraction: Annotated[
         float,
-        typer.Option(help="Share of the image that the attack inside the region of importance may change."),
+        typer.Option(
+            help="Fraction of the image that the attack inside the region of importance may change."
+        ),
     ] = 0.3,
     draws: Annotated[
-        int, typer.Option(help="Draws of a random defence that attacks average over.", min=1)
-    ] = 1,
+        int, typer.Option(help="Draws of a random defense that attacks average over.", min=1)
+    ] = 4,
     queries: Annotated[
-        int, typer.Option(help="Of the attack without gradients, for each image; 0 leaves it out.", min=0)
-    ] = 100,
+        int,
+        typer.Option(
+            help="Most queries of one square search; from 500 on they are doubled while it still gains.",
+            min=1,
+        ),
+    ] = 4000,
     substitute: Annotated[
         str | None,
         typer.Option(
-            help="Another model, named as --model is, that the transferred attack is made for; the bare model itself "
-            "by default.",
-            show_default=False,
+            help="Another model, named as --model is, for one more transferred attack.", show_default=False
         ),
     ] = None,
     oracle: Annotated[
@@ -128,9 +137,7 @@ def defend(
             help="With neutralize: a row for the region of the clean image, which no defender has.",
         ),
     ] = False,
-    thorough: Annotated[
-        bool, typer.Option("--thorough", help="Also the ensemble of attacks, on both models: slow.")
-    ] = False,
+    thorough: Annotated[bool, typer.Option("--thorough", help="Also the ensemble of attacks: slow.")] = False,
     model: ModelOption = "efficientnet_lite0",
     weights: WeightsOption = None,
     mean: MeanOption = None,
@@ -144,10 +151,10 @@ def defend(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Judge a defence by attacks that were made for the bare model, and by attackers who know of it.
+    """Evaluate a defense by attackers who know it.
 
-    One table: accuracy of the bare and of the defended model under the same attacks, with intervals, and one sentence.
-    The attack on the bare model, replayed, says nothing of an informed attacker; the worst of all attacks does.
+    Prints a verdict (protects, no protection, or cannot be judged) and a table: the accuracy of the undefended and of
+    the defended model under the same attacks, each tried on the images that withstood those before it.
     """
     del debug
     started = time.perf_counter()
@@ -159,15 +166,15 @@ def defend(
     check_existing(sources)
     if oracle and defense != "neutralize":
         raise Failure(f"--oracle goes with --defense neutralize, not with {defense}", USAGE)
-    with redirect_stdout(sys.stderr), notes_for_people(quiet), progress_bar(quiet or as_json) as advance:
+    with redirect_stdout(sys.stderr), notes_for_people(quiet), progress_bar(quiet) as advance:
         from weakspot.budgets import read_budget
         from weakspot.checks import check_share
         from weakspot.classifier import check_images
-        from weakspot.defenses import judge_defense, oracle_neutralized, verdict
+        from weakspot.defenses import evaluate_defense, oracle_neutralized, verdict
         from weakspot.defenses.randomness import is_random
 
         spent = read_budget(budget)
-        check_share(keep)
+        check_share(fraction, name="fraction")
         advance("loading the model", 0.0)
         classifier = load_classifier(model, weights, mean, std, classes, size, device)
         defended = find_defense(defense, settings or [], classifier)
@@ -179,33 +186,37 @@ def defend(
         if given(context, ["draws"]) and not is_random(defended, check_images(batch, classifier), seed=seed):
             refuse(context, ["draws"], f"with {defense}, which is not random; leave it out")
         truth, where = find_labels(labels, classifier, batch, paths)
+        if limit is not None and limit < len(batch):
+            chosen = sorted(random.Random(seed).sample(range(len(batch)), limit))  # noqa: S311 - no secret
+            batch, truth, paths = batch[chosen], truth[chosen], [paths[index] for index in chosen]
         make_folder(out)
         module = getattr(defended, "network", None)
         own = {key: getattr(module, key) for key in ("keep", "fill") if oracle}
-        judged = judge_defense(
-            classifier, defended, batch, truth, budget=spent, steps=steps, keep=keep, draws=draws, queries=queries,
-            substitute=other, thorough=thorough, seed=seed,
+        table = evaluate_defense(
+            classifier, defended, batch, truth, budget=spent, steps=steps, fraction=fraction, draws=draws,
+            queries=queries, substitute=other, thorough=thorough, seed=seed,
             oracle=partial(oracle_neutralized, classifier, **own) if oracle else None,
-            progress=lambda share: advance("attacking", 0.1 + 0.85 * share),
+            progress=lambda done: advance(f"attacking {len(batch)} images", 0.1 + 0.85 * done),
         )  # fmt: skip
-        said = verdict(judged)
+        result = verdict(table)
         advance("writing", 0.97)
         about = {
             "defense": ", ".join([defense, *(settings or [])]),
-            "verdict": said,
-            "attacks": f"{spent}, {steps} steps, {queries} queries, {draws} draws, region of importance {keep:.0%}",
-            "transfer": f"made for {substitute or 'the bare model'}",
+            "status": result.status,
+            "verdict": result.sentence,
+            "attacks": f"{spent}, {steps} steps, at most {queries} queries, {draws} draws of a random defense, region "
+            f"of importance {fraction:.0%}",
+            "substitute": substitute or "none",
             "labels": where,
             "images": paths if samples else shortened(paths),
             **describe_run(classifier, model, seed, skipped),
         }
-        _write(out, judged, about, f"{classifier.name}, {about['defense']}, {len(batch)} images, {spent}")
+        _write(out, table, about, f"{classifier.name}, {about['defense']}, {len(batch)} images, {spent}")
     if as_json:
         typer.echo(
             json.dumps(
                 {
-                    "verdict": said,
-                    **_as_json(judged, about),
+                    **_as_json(table, about),
                     "skipped": skipped,
                     "folder": str(out.resolve()),
                 },
@@ -213,9 +224,9 @@ def defend(
             )
         )
     elif not quiet:
-        told = _meanings(steps, queries, draws, substitute)
-        _print(judged, said, where, told, len(batch), len(skipped), time.perf_counter() - started)
-        typer.echo(f"\nWritten to {out.resolve()}; look at defence.png")
+        meanings = _meanings(steps, substitute, table)
+        _print(table, result.sentence, where, meanings, len(skipped), time.perf_counter() - started)
+        typer.echo(f"\nWritten to {out.resolve()}; look at defense.png")
     if unread:
         raise typer.Exit(UNREADABLE)
 
@@ -224,13 +235,15 @@ def _check_apart(out: Path, sources: Sequence[Path]) -> None:
     """Raises Failure where what is written would be read, as a picture, in this run or the next."""
     folder = out.resolve()
     for source in (source.resolve() for source in sources if source.is_dir()):
-        if source == folder or (source in folder.parents and (folder / "defence.png").exists()):
+        if source == folder or (source in folder.parents and (folder / "defense.png").exists()):
             raise Failure(f"out is {out}, inside a folder of pictures to be read; give another folder", USAGE)
 
 
-def _as_json(judged: pd.DataFrame, about: Mapping[str, Any]) -> dict[str, Any]:
-    rows = json.loads(judged.to_json(orient="records", double_precision=9))
+def _as_json(table: pd.DataFrame, about: Mapping[str, Any]) -> dict[str, Any]:
+    rows = json.loads(table.to_json(orient="records", double_precision=9))
     return {
+        "status": about["status"],
+        "verdict": about["verdict"],
         "defense": about["defense"],
         "labels": about["labels"],
         "images": len(about["images"]),
@@ -238,71 +251,74 @@ def _as_json(judged: pd.DataFrame, about: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write(out: Path, judged: pd.DataFrame, about: Mapping[str, Any], title: str) -> None:
+def _write(out: Path, table: pd.DataFrame, about: Mapping[str, Any], title: str) -> None:
     """All files, run.json last."""
     from weakspot.report.accuracies import accuracy_figure
     from weakspot.runs.folder import write_scores
     from weakspot.writing import write_whole
 
-    text = json.dumps({"verdict": about["verdict"], **_as_json(judged, about)}, indent=2) + "\n"
-    write_whole(out / "defence.json", lambda draft: draft.write_text(text, "utf-8"))
-    figure = accuracy_figure(judged, f"{about['verdict']} {title}")
-    write_whole(out / "defence.png", lambda draft: figure.savefig(draft, dpi=120, format="png"))
-    write_scores(judged, about, out, name="defence.csv")
+    text = json.dumps(_as_json(table, about), indent=2) + "\n"
+    write_whole(out / "defense.json", lambda draft: draft.write_text(text, "utf-8"))
+    figure = accuracy_figure(table, f"{about['verdict']} {title}")
+    write_whole(out / "defense.png", lambda draft: figure.savefig(draft, dpi=120, format="png"))
+    write_scores(table, about, out, name="defense.csv")
 
 
-def _meanings(steps: int, queries: int, draws: int, substitute: str | None) -> dict[str, str]:
+def _meanings(steps: int, substitute: str | None, table: pd.DataFrame) -> dict[str, str]:
     """What each row is, in few words."""
-    mean = f", mean of {draws} draws" if draws > 1 else ""
-    return {
-        "clean": "no attack",
-        "replayed": f"PGD-{steps} on the bare model: the naive figure",
-        "transfer": f"momentum iterations on {substitute or 'the bare model'}",
-        "white box": f"PGD-{steps} through the defence (BPDA){mean}",
-        "bare gradients": f"PGD-{steps} on its answers, led by the bare model{mean}",
-        "inside the region of importance": f"PGD-{steps} through the defence, only there{mean}",
-        "black box": f"square search, {queries} queries, no gradients",
-        "ensemble": f"Auto-PGD on two losses, targeted, squares{mean}",
-        "worst of all": "images that stand against every attack: adaptive",
-        "replayed, oracle region": "region of the clean image: no defender has it",
+    from weakspot.defenses import verdicts as rows
+
+    meanings = {
+        rows.CLEAN: "no attack",
+        rows.TRANSFERRED: f"PGD-{steps} on the undefended model: the naive figure",
+        rows.SUBSTITUTE: f"momentum iterations on {substitute}",
+        rows.OWN: f"PGD-{steps} on the model's own gradients",
+        rows.STRAIGHT: "PGD led by the network inside the defended model",
+        rows.UNDEFENDED_GRADIENTS: "PGD led by the undefended model",
+        rows.REGION: "PGD on its own gradients, only there",
+        rows.ENSEMBLE: "Auto-PGD on two losses, targeted, square search",
+        rows.ORACLE: "region of the clean image: no defender has it",
     }
+    return {name: meanings.get(name, "random squares, no gradients") for name in table["attack"]}
 
 
 def _print(
-    judged: pd.DataFrame,
-    said: str,
+    table: pd.DataFrame,
+    sentence: str,
     where: str,
-    told: Mapping[str, str],
-    count: int,
+    meanings: Mapping[str, str],
     skipped: int,
     seconds: float,
 ) -> None:
     console = Console(highlight=False)
-    console.print(f"[bold]{escape(said)}[/bold]\n", soft_wrap=True)
+    console.print(f"[bold]{escape(sentence)}[/bold]\n", soft_wrap=True)
     wide = console.width >= WIDE
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("attack", "bare", "95%", "defended", "95%", *(["made how"] if wide else [])):
-        table.add_column(
-            heading, justify="right" if heading in {"bare", "defended"} else "left", no_wrap=True
+    shown = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("left after", "undefended", "95%", "defended", "95%", *(["made how"] if wide else [])):
+        shown.add_column(
+            heading, justify="right" if heading in {"undefended", "defended"} else "left", no_wrap=True
         )
-    for _, row in judged.iterrows():
+    for _, row in table.iterrows():
         name = str(row["attack"])
         cells = [
             cell
-            for side in ("bare", "defended")
+            for side in ("undefended", "defended")
             for cell in (f"{row[side]:.0%}", f"{row[f'{side}_low']:.0%}-{row[f'{side}_high']:.0%}")
         ]
-        cells += [told[name]] if wide else []
-        table.add_row(name, *cells, style="bold" if name == "worst of all" else None)
-    console.print(table)
+        shown.add_row(name, *cells, *([meanings[name]] if wide else []))
+    console.print(shown)
     if not wide:
-        legend = (f"{name}: {told[name]}" for name in judged["attack"])
+        legend = (f"{name}: {meaning}" for name, meaning in meanings.items())
         console.print("\n" + escape("\n".join(legend)), style="dim", soft_wrap=True)
-    console.print(f"\nLabels: {escape(where)}.", soft_wrap=True)
+    console.print(
+        "\nEach attack is tried on the images that withstood those above it; attacked images are rounded to 8 bits.",
+        soft_wrap=True,
+    )
+    console.print(f"Labels: {escape(where)}.", soft_wrap=True)
     if where.startswith("the model's own"):
         console.print(
-            "So the bare model's clean accuracy is 100% by definition; give --labels to see what a defence costs.",
+            "So the undefended model's clean accuracy is 100% by definition; --labels shows what a defense costs.",
             soft_wrap=True,
         )
     tail = f", {skipped} skipped" if skipped else ""
-    console.print(f"\n{count} images{tail} in {seconds:.1f} s", style="dim")
+    console.print(f"\n{int(table['images'].iloc[0])} images{tail} in {seconds:.1f} s", style="dim")

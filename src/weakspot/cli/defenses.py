@@ -1,4 +1,4 @@
-"""Defences: what --defense and the --set options beside it stand for."""
+"""Defenses: what --defense and the --set options beside it stand for."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ FORMS = "neutralize, mask_units or package.module:factory"
 
 
 def find_defense(text: str, settings: Sequence[str], classifier: Classifier) -> nn.Module:
-    """The classifier behind the defence that the options name.
+    """The defended model that the options name.
 
-    A factory is called with the bare classifier, which takes images in [0, 1], and the settings; it returns a module
-    that takes the same images and returns logits.
+    A factory is called with the undefended classifier, which takes images in [0, 1], and the settings; it returns a
+    module that takes the same images and returns logits.
     """
     from torch import nn
 
@@ -38,14 +38,14 @@ def find_defense(text: str, settings: Sequence[str], classifier: Classifier) -> 
         factory = find_factory(module, name, kind="defense", forms=FORMS)
         if not callable(factory):
             raise Failure(
-                f"defense {text} is a {type(factory).__name__}; accepted is a function of the bare classifier",
+                f"defense {text} is a {type(factory).__name__}; accepted is a function of the undefended classifier",
                 USAGE,
             )
         try:
             defended = factory(classifier, **_read(settings))
         except Exception as error:
             raise Failure(
-                f"defense {text} failed when it was called with the bare classifier"
+                f"defense {text} failed when it was called with the undefended classifier"
                 f"{' and ' + ', '.join(settings) if settings else ''}: {type(error).__name__}: {error}",
                 USAGE,
             ) from error

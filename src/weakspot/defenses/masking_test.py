@@ -17,9 +17,8 @@ from weakspot.attribution.replacing import replacing
 from weakspot.checks import check_classes, check_seed
 from weakspot.classifier import check_images, default_batch, evaluating, predict
 from weakspot.defenses.masking import mask_units, unit_numbers
-from weakspot.dissection.causal import mcnemar
 from weakspot.pairs import Pairs
-from weakspot.statistics import share_interval
+from weakspot.statistics import mcnemar, share_interval
 
 if TYPE_CHECKING:
     import pandas as pd

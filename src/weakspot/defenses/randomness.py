@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ def expectation(model: nn.Module, draws: int, *, seed: int = 0) -> Classifier:
     return around(_Drawn(classifier, range(-draws, 0), seed), classifier, name)
 
 
-def as_played(model: nn.Module, *, seed: int = 0) -> Classifier:
+def defender_model(model: nn.Module, *, seed: int = 0) -> Classifier:
     """The random defence on the draw that the defender plays; the same whenever it is asked in the same batch."""
     classifier = as_classifier(model)
     return around(_Drawn(classifier, (0,), seed), classifier, classifier.name)
@@ -120,6 +120,11 @@ class _Drawn(nn.Module):
             with _drawing(self.drawn, int(numbers.mixed(numbers.mixed(content) + draw)), draw):
                 found.append(self.drawn(images))
         return torch.stack(found).mean(0) if len(found) > 1 else found[0]
+
+
+def one_draw(model: Classifier, seed: int, draw: int = -1) -> AbstractContextManager[None]:
+    """The same draw, one of the attacker's, whatever images the model is given; its generators are put back."""
+    return _drawing(model, seed, draw)
 
 
 @contextmanager

@@ -1,45 +1,137 @@
-"""Verdicts: what a table of `judge_defense` comes to, in one sentence."""
+"""The verdict on a defense: what a table of `evaluate_defense` comes to."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from weakspot.statistics import mcnemar_counts
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CLOSE = 0.05  # of accuracy: a defence that an informed attacker leaves no better than this is none
-SIDE_BY_SIDE = {"clean", "worst of all", "replayed, oracle region"}  # rows that are no attack of their own
+# Names of the rows of the table, and of one side of it.
+UNDEFENDED = "undefended"
+CLEAN = "clean"
+TRANSFERRED = "transferred from the undefended model"
+SUBSTITUTE = "transferred from the substitute"
+OWN = "white-box"
+STRAIGHT = "BPDA (straight-through)"
+UNDEFENDED_GRADIENTS = "BPDA (undefended gradients)"
+REGION = "white-box (region of importance)"
+ENSEMBLE = "ensemble"
+QUERIES = "square search, {} queries"
+ORACLE = "oracle region"
+
+# Thresholds chosen on digits 0 to 99 and confirmed on 100 to 199 (docs/how-to-judge-a-defence.md).
+GAIN = 0.05  # of accuracy under attack; a smaller one is no protection
+SIGNIFICANT = 0.05  # p value of McNemar's exact test
+AGREEING = 0.9  # fraction of images where gradients must predict the margin
+LEADING_ON = (
+    0.5  # fraction of the images left where those gradients must still lower it at the end of their attack
+)
+RISING = 0.02  # of accuracy that the last doubling of queries may take
+QUERIES_ONLY = 0.1  # of accuracy that queries may take after every gradient attack
+ROUNDING = 1e-9
 
 
-def verdict(judged: pd.DataFrame) -> str:
-    """One sentence: what the defence is worth against an attacker who knows of it.
+@dataclass(frozen=True)
+class Verdict:
+    """What a defense is worth against an attacker who knows it.
 
-    Naive is the accuracy that replayed attacks leave, adaptive and undefended that which the worst of all attacks
-    leaves with and without the defence. Protection counts where it is over five points and the intervals of the two
-    accuracies do not overlap. Where another single attack leaves ten points less than the white box, the defence's
-    gradients do not lead to its weak spots, and the sentence says so.
+    Attributes:
+        status: "protects", "no protection" or "cannot be judged".
+        sentence: the status with its evidence; `str` of a verdict gives it.
+    """
+
+    status: str
+    sentence: str
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+def verdict(table: pd.DataFrame) -> Verdict:
+    """Sum up what `evaluate_defense` returned.
+
+    A defense protects if, after all attacks, it keeps more than 5 points of accuracy over the undefended model (exact
+    one-sided McNemar p at most .05); some gradients predict the defended model's margin on at least 90% of the images
+    and, from where their attack ended, still lower it on half of the images left; the last doubling of queries took
+    at most 2 points; and queries took at most 10 points after all gradient attacks. Without the gain there is no
+    protection; with the gain but without the rest, nothing can be concluded.
 
     Args:
-        judged: what `judge_defense` returned.
+        table: as returned, or as read from `defense.csv`.
     """
-    table = {str(row["attack"]): row for _, row in judged.iterrows()}
-    worst = table["worst of all"]
-    naive, adaptive, bare = (
-        float(value) for value in (table["replayed"]["defended"], worst["defended"], worst["bare"])
+    rows = table[table["attack"] != ORACLE]
+    worst = rows.iloc[-1]
+    count = int(worst["images"])
+    gain = (int(worst["defended_only"]) - int(worst["undefended_only"])) / count
+    p = mcnemar_counts(int(worst["defended_only"]), int(worst["undefended_only"]), alternative="greater")
+    leads = rows.set_index("attack").dropna(subset="agreement")
+    measured = (
+        f"{_accuracy(worst, 'defended')} of {count} images withstand every attack with the defense and "
+        f"{_accuracy(worst, UNDEFENDED)} without it, {_p_value(p)}"
     )
-    told = f"Naive {naive:.0%}, adaptive {adaptive:.0%}, undefended {bare:.0%}"
-    if adaptive <= bare + CLOSE:
-        found = "no protection against an informed attacker"
-    elif float(worst["defended_low"]) <= float(worst["bare_high"]):
-        found = "no protection beyond doubt against an informed attacker"
-    else:
-        cost = float(table["clean"]["bare"]) - float(table["clean"]["defended"])
-        price = f", at {cost:.0%} of clean accuracy" if cost > 0.005 else ""
-        found = f"some protection against these attacks{price}"
-    if "white box" in table:
-        white = float(table["white box"]["defended"])
-        others = {name: float(row["defended"]) for name, row in table.items() if name not in SIDE_BY_SIDE}
-        strongest = min(others, key=others.__getitem__)
-        if others[strongest] + 2 * CLOSE < white:
-            found += f" (white box {white:.0%}, {strongest} {others[strongest]:.0%}: its own gradients overrate it)"
-    return f"{told}: {found}."
+    if gain <= GAIN + ROUNDING:
+        return Verdict("no protection", f"No protection: {measured}.")
+    if p > SIGNIFICANT:
+        return Verdict("no protection", f"No protection shown: {measured}, which chance can explain.")
+    reasons = _doubts(rows, leads)
+    if reasons:
+        return Verdict(
+            "cannot be judged", f"Cannot be judged: {' and '.join(reasons)}. What was measured: {measured}."
+        )
+    return Verdict("protects", f"Protects against these attacks: {measured}.{_masked(leads)}")
+
+
+def _doubts(rows: pd.DataFrame, leads: pd.DataFrame) -> list[str]:
+    """Why a gain may be an illusion."""
+    reasons = []
+    agreeing = leads[leads["agreement"] >= AGREEING - ROUNDING]
+    # NaN where no image is left to lead on from.
+    leading_on = agreeing["agreement_at_end"].fillna(1.0).max()
+    if agreeing.empty:
+        reasons.append(
+            f"gradients are masked (the best of {len(leads)} kinds predicts the defended model's margin on "
+            f"{leads['agreement'].max():.0%} of the images)"
+        )
+    elif leading_on < LEADING_ON - ROUNDING:
+        reasons.append(
+            f"gradients are masked near the decision boundary (from the ends of the gradient attacks they lower the "
+            f"margin on {leading_on:.0%} of the images left)"
+        )
+    searches = rows[rows["attack"].str.startswith(QUERIES.partition("{")[0])]
+    standing = searches["defended"].to_numpy()
+    before = float(rows["defended"].iloc[len(rows) - len(searches) - 1])
+    if len(standing) < 2:
+        reasons.append("the number of queries was never doubled from 500 (raise queries to at least 1000)")
+    elif standing[-2] - standing[-1] > RISING + ROUNDING:
+        reasons.append(
+            f"the square search has not converged (its last doubling took another "
+            f"{standing[-2] - standing[-1]:.0%} of the images; raise queries)"
+        )
+    if before - standing[-1] > QUERIES_ONLY + ROUNDING:
+        reasons.append(
+            f"{before - standing[-1]:.0%} of the images withstand all gradient attacks and fall to queries"
+        )
+    return reasons
+
+
+def _masked(leads: pd.DataFrame) -> str:
+    """What to add where the model protects although its own gradients mislead."""
+    own, best = float(leads["agreement"][OWN]), str(leads["agreement"].idxmax())
+    if own >= AGREEING - ROUNDING:
+        return ""
+    return (
+        f" Its own gradients are masked: they predict its margin on {own:.0%} of the images, those of {best} on "
+        f"{leads['agreement'].max():.0%}."
+    )
+
+
+def _accuracy(row: pd.Series, side: str) -> str:
+    return f"{row[side]:.0%} [{row[f'{side}_low']:.0%}, {row[f'{side}_high']:.0%}]"
+
+
+def _p_value(p: float) -> str:
+    return "p < .001" if p < 0.001 else f"p = {f'{p:.3f}'.lstrip('0')}"

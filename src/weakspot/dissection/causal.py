@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from weakspot.attacks import draws
@@ -19,7 +17,7 @@ from weakspot.checks import check_batch_size, check_seed, is_number
 from weakspot.classifier import Classifier, default_batch, evaluating
 from weakspot.explanations.analysis import Analysis, check_pairs, settled
 from weakspot.pairs import Pairs
-from weakspot.statistics import share_interval
+from weakspot.statistics import mcnemar, share_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -155,18 +153,6 @@ def _restored(
 
 def _put_back(own: Tensor, chosen: Tensor, activation: Tensor) -> Tensor:
     return torch.where(chosen, own, activation)
-
-
-def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
-    """Two-sided p of McNemar's exact test: that yes-no outcomes (N,) of the same images differ.
-
-    >>> mcnemar(np.array([True] * 5 + [False]), np.array([False] * 6))
-    0.0625
-    """
-    from scipy.stats import binomtest
-
-    ups, downs = int((first & ~second).sum()), int((second & ~first).sum())
-    return float(binomtest(ups, ups + downs).pvalue) if ups + downs else 1.0
 
 
 def _count(share: float, units: int) -> int:

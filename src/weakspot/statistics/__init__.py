@@ -12,7 +12,7 @@ from weakspot.statistics.nulls import (
     run_test,
     shift_test,
 )
-from weakspot.statistics.significance import false_discovery, mcnemar, mean_test, region_test
+from weakspot.statistics.significance import false_discovery, mcnemar, mcnemar_counts, mean_test, region_test
 
 __all__ = [
     "LEAST_OTHERS",
@@ -22,6 +22,7 @@ __all__ = [
     "ShiftTest",
     "false_discovery",
     "mcnemar",
+    "mcnemar_counts",
     "mean_interval",
     "mean_intervals",
     "mean_test",

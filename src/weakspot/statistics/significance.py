@@ -32,13 +32,20 @@ def mcnemar(first: NDArray[np.bool_], second: NDArray[np.bool_], *, alternative:
 
     >>> mcnemar(np.array([True] * 5 + [False]), np.array([False] * 6))
     0.0625
-    >>> mcnemar(np.array([True] * 5 + [False]), np.array([False] * 6), alternative="greater")
-    0.03125
+    """
+    first, second = np.asarray(first, bool), np.asarray(second, bool)
+    return mcnemar_counts(int((first & ~second).sum()), int((second & ~first).sum()), alternative=alternative)
+
+
+def mcnemar_counts(only_first: int, only_second: int, *, alternative: str = "two-sided") -> float:
+    """`mcnemar` from the numbers of images of which only the first, and only the second, is yes.
+
+    >>> mcnemar_counts(6, 1, alternative="greater")
+    0.0625
     """
     from scipy.stats import binomtest
 
-    first, second = np.asarray(first, bool), np.asarray(second, bool)
-    only_first, apart = int((first & ~second).sum()), int((first ^ second).sum())
+    apart = only_first + only_second
     return float(binomtest(only_first, apart, alternative=alternative).pvalue) if apart else 1.0
 
 

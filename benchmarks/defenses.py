@@ -1,4 +1,4 @@
-"""What helps, judged by an attacker who knows. Run: python -m benchmarks.defences [SECTION ...]
+"""What helps against an attacker who knows the defense. Run: python -m benchmarks.defenses [SECTION ...]
 
 Sections: imagenet (neutralization on 200 photographs), cifar10 (neutralization, every fill). Real data from the folder
 that WEAKSPOT_DATA names.
@@ -51,7 +51,7 @@ def _judged(
     for fill in fills:
         begun = time.perf_counter()
         defended = defenses.neutralizing(model, keep=0.2, fill=fill)
-        table = defenses.judge_defense(
+        table = defenses.evaluate_defense(
             model, defended, images, labels, budget=Linf(eps), steps=steps, queries=queries
         )
         print(

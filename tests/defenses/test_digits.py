@@ -1,0 +1,50 @@
+"""The rule on real networks: broken defenses of digits are never praised, genuine ones are (needs the data folder)."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.defenses.digits import PROTECTS, Case, cases
+from weakspot.budgets import Linf
+from weakspot.defenses import evaluate_defense, verdict
+
+NAMES = {
+    "nat": "mnist_conv_small_nat", "convex": "mnist_convex_eps0.1", "pgd": "mnist_cnn_pgd_eps0.3",
+    "fgsm": "mnist_cnn_fgsm_eps0.3", "a_adv": "mnist_cnn_a_adv",
+}  # fmt: skip
+TITLES = tuple(cases(dict.fromkeys(NAMES, torch.nn.Identity()), torch.zeros(0)))
+IMAGES = slice(100, 140)
+MANY = {"convex training (.1)"}  # a small gain, which needs more images to show
+
+
+@pytest.fixture
+def digits(data: Path) -> Any:
+    """The data folder's module of networks and pictures."""
+    spec = importlib.util.spec_from_file_location("networks", data / "networks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("title", TITLES)
+def test_broken_defenses_are_not_praised_and_genuine_ones_are(title: str, digits: Any) -> None:
+    nets = {short: digits.network(name) for short, name in NAMES.items()}
+    case: Case = cases(nets, digits.mnist("train", 2000)[0])[title]
+    wanted = slice(100, 200) if title in MANY else IMAGES
+    images, labels = (tensor[wanted] for tensor in digits.mnist("test", wanted.stop))
+    table = evaluate_defense(
+        nets["nat"], case.build().eval(), images, labels, budget=Linf(case.eps), queries=1000
+    )
+    found = verdict(table)
+    assert found.status in case.statuses, f"{found}\n{table}"
+    masked = "Its own gradients are masked" in str(found)
+    assert masked == (title == "detach, robust network")
+    assert (PROTECTS in case.statuses) == str(found).startswith("Protects against these attacks")

@@ -1,0 +1,312 @@
+"""Evaluation of defenses on planted weaknesses: broken ones are never praised, a robust network always is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+
+import weakspot
+from tests.conftest import LinearNetwork, untouched
+from tests.defenses.planted import BUDGET, Inline, Wrapper, one_hot, planted, reversed_gradient
+from tests.defenses.test_neutralizing import fragile
+from tests.defenses.test_randomness import Shaking
+from weakspot.budgets import L2, Linf
+from weakspot.checks import ModelWarning
+from weakspot.defenses import (
+    DrawnByImage,
+    Verdict,
+    evaluate_defense,
+    neutralizing,
+    oracle_neutralized,
+    verdict,
+)
+
+ATTACKS = [
+    "clean", "transferred from the undefended model", "white-box", "BPDA (straight-through)",
+    "BPDA (undefended gradients)", "white-box (region of importance)", "square search, 500 queries",
+    "square search, 1000 queries",
+]  # fmt: skip
+
+
+def by_attack(table: pd.DataFrame) -> pd.DataFrame:
+    return table.set_index("attack")
+
+
+def judged(defended: nn.Module, **options: Any) -> tuple[pd.DataFrame, Verdict]:
+    undefended, _, _, images, labels = planted()
+    table = evaluate_defense(undefended, defended.eval(), images, labels, budget=BUDGET, steps=10, **options)
+    return table, verdict(table)
+
+
+def detached(images: Tensor) -> Tensor:
+    return images.detach()
+
+
+def by_hash(images: Tensor, strength: float) -> Tensor:
+    """Noise that is a function of the image's content."""
+    noise = []
+    for image in (images.detach() * 255).round().byte():
+        digest = hashlib.blake2b(image.numpy().tobytes(), digest_size=6).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest))
+        noise.append(torch.rand(image.shape, generator=generator) - 0.5)
+    return images + strength * torch.stack(noise)
+
+
+FIRST, SECOND, ROBUST, *_ = planted()
+# Defenses that a network needs no more than its own weakness to be broken by.
+BROKEN: dict[str, Callable[[], nn.Module]] = {
+    "detach, own network": lambda: Wrapper(FIRST, detached),
+    "detach, foreign network": lambda: Wrapper(SECOND, detached),
+    "detach, no inner network to see": lambda: Inline(SECOND, detached),
+    "reversed gradient": lambda: Wrapper(SECOND, reversed_gradient),
+    "reversed gradient, no inner network to see": lambda: Inline(SECOND, reversed_gradient),
+    "rounded images": lambda: Wrapper(SECOND, lambda images: (images * 32).round() / 32),
+    "rounded logits": lambda: Inline(SECOND, after=lambda logits: (4 * logits).round() / 4),
+    "saturated logits": lambda: Wrapper(SECOND, after=lambda logits: (50 * logits).tanh()),
+    "temperature": lambda: Wrapper(SECOND, after=lambda logits: 1e6 * logits),
+    "one-hot, own network": lambda: Wrapper(FIRST, after=one_hot),
+    "noise at every call": lambda: Wrapper(SECOND, lambda images: images + 0.1 * torch.randn_like(images)),
+    "noise by a hash of the image": lambda: Inline(SECOND, partial(by_hash, strength=0.05)),
+    "gradient through half of the pixels": lambda: Wrapper(
+        SECOND, lambda images: torch.where(torch.rand_like(images) < 0.5, images, images.detach())
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_defense_is_not_praised(name: str) -> None:
+    table, found = judged(BROKEN[name]())
+    assert found.status == "no protection", (found, table)
+    assert by_attack(table)["defended"]["clean"] == 1
+    assert float(table["defended"].iloc[-1]) == 0
+
+
+def test_a_broken_defense_that_withstands_every_attack_cannot_be_judged() -> None:
+    """Neither gradients nor answers say where it falls: a one-hot answer, and no inner network to see."""
+    table, found = judged(Inline(SECOND, after=one_hot))
+    assert float(table["defended"].iloc[-1]) == 1
+    assert found.status == "cannot be judged"
+    assert "gradients are masked (the best of 2 kinds predicts the defended model's margin on 0%" in str(
+        found
+    )
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_robust_network_protects_also_where_its_own_gradients_are_masked(hidden: bool) -> None:
+    table, found = judged(Wrapper(ROBUST, detached) if hidden else ROBUST)
+    assert found.status == "protects"
+    assert str(found).startswith(
+        "Protects against these attacks: 100% [86%, 100%] of 24 images withstand every attack with the defense and 0% "
+        "[0%, 14%] without it, p < .001."
+    )
+    assert ("Its own gradients are masked: they predict its margin on 0%" in str(found)) == hidden
+    agreements = by_attack(table)["agreement"]
+    assert agreements["white-box"] == 1 - hidden
+    assert not hidden or agreements["BPDA (straight-through)"] == 1
+
+
+@pytest.mark.parametrize("thorough", [False, True])
+def test_an_undefended_model_has_the_same_on_both_sides_and_nothing_is_left_behind(thorough: bool) -> None:
+    model, images, labels = fragile()
+    fractions: list[float] = []
+    with untouched(model, images, labels):
+        table = evaluate_defense(
+            model, model, images, labels, budget=Linf(0.02), steps=5, queries=20, thorough=thorough,
+            progress=fractions.append,
+        )  # fmt: skip
+    expected = [*ATTACKS[:6], *(["ensemble"] if thorough else []), "square search, 20 queries"]
+    assert table["attack"].tolist() == expected
+    for bound in ("", "_low", "_high"):
+        assert table[f"undefended{bound}"].tolist() == table[f"defended{bound}"].tolist()
+    assert table["defended_only"].tolist() == table["undefended_only"].tolist() == [0] * len(table)
+    assert verdict(table).status == "no protection"
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1
+    # Another object that computes the same.
+    twin = evaluate_defense(
+        model, nn.Sequential(model).eval(), images, labels, budget=Linf(0.02), steps=5, queries=20
+    )
+    assert twin["undefended"].tolist() == table["undefended"].tolist()[: len(twin)]
+    assert by_attack(twin)["defended"]["white-box"] == by_attack(table)["defended"]["white-box"]
+
+
+def test_accuracy_only_falls_down_the_table_and_order_does_not_matter() -> None:
+    model, images, labels = fragile()
+    judge = partial(
+        evaluate_defense, model, neutralizing(model, keep=0.1), budget=Linf(0.01), steps=5, queries=20
+    )
+    table = judge(images, labels)
+    for side in ("undefended", "defended"):
+        assert table[side].is_monotonic_decreasing
+    pd.testing.assert_frame_equal(table, judge(images.flip(0), labels.flip(0)))
+
+
+def test_both_sides_face_the_same_queries_which_double_until_little_more_falls() -> None:
+    table, _ = judged(Inline(SECOND, after=one_hot))
+    assert table["attack"].tolist() == ATTACKS
+    short, found = judged(ROBUST, queries=999)
+    assert short["attack"].tolist() == ATTACKS[:-1]
+    assert found.status == "cannot be judged"
+    assert "the number of queries was never doubled from 500 (raise queries to at least 1000)" in str(found)
+
+
+class OffGrid(nn.Module):
+    """Wrong on every image that no 8-bit file holds, and robust on all others."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        off = ((images * 255 - (images * 255).round()).abs() > 1e-3).flatten(1).any(1)
+        logits: Tensor = ROBUST(images)
+        return torch.where(off[:, None], -logits, logits)
+
+
+def test_what_fools_only_between_8_bit_levels_does_not_count() -> None:
+    table, _ = judged(OffGrid())
+    assert float(table["defended"].iloc[-1]) == 1
+    _, _, _, images, labels = planted()
+    with pytest.raises(ValueError, match=r"budget must be at least 1/255 in L-infinity, got 0\.003"):
+        evaluate_defense(FIRST, ROBUST, images, labels, budget=Linf(0.003))
+
+
+def test_the_verdict_survives_a_file(tmp_path: Path) -> None:
+    for defended in (ROBUST, Wrapper(FIRST, detached), Inline(SECOND, after=one_hot)):
+        table, found = judged(defended)
+        table.to_csv(tmp_path / "defense.csv", index=False)
+        assert verdict(pd.read_csv(tmp_path / "defense.csv")) == found
+
+
+def test_a_random_defense_is_broken_by_averaging() -> None:
+    undefended, second, _, images, labels = planted()
+    defended = Shaking(second, 0.5, 8.0).eval()
+    judge = partial(
+        evaluate_defense, undefended, defended, images, labels, budget=Linf(9 / 255), steps=15, queries=5
+    )  # fmt: skip
+    before = torch.get_rng_state()
+    once, averaged = (by_attack(judge(draws=draws))["defended"]["white-box"] for draws in (1, 64))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert once >= 0.6
+    assert averaged <= 0.1
+
+
+class Coins(DrawnByImage):
+    """A robust network on images with much noise, which belongs to the image and the draw."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = ROBUST(by_hash(images + 0.1 * self.draw, 2.0))
+        return logits
+
+
+def test_draws_that_belong_to_the_image_are_asked_for_until_one_errs_and_others_are_not() -> None:
+    by_image, _ = judged(Coins(), queries=500)
+    assert by_image["defended"].iloc[-2] >= 0.3
+    assert by_image["defended"].iloc[-1] <= 0.05
+    at_every_call, _ = judged(
+        Wrapper(ROBUST, lambda images: images + 2 * (torch.rand_like(images) - 0.5)), queries=500
+    )
+    assert at_every_call["defended"].iloc[-1] >= 0.3
+
+
+def test_the_oracle_stands_apart_under_its_own_name() -> None:
+    model, images, labels = fragile()
+    with untouched(model, images):
+        same = oracle_neutralized(model, images, images, keep=0.1)
+    torch.testing.assert_close(model(same), neutralizing(model, keep=0.1)(images))
+    judge = partial(
+        evaluate_defense, model, neutralizing(model, keep=0.1), images, labels, budget=Linf(0.01), steps=5, queries=5
+    )  # fmt: skip
+    plain = judge()
+    with_oracle = judge(oracle=lambda attacked, clean: clean)
+    assert with_oracle["attack"].tolist()[-1] == "oracle region"
+    assert with_oracle["defended"].iloc[-1] == plain["undefended"].iloc[0]
+    pd.testing.assert_frame_equal(plain, with_oracle.iloc[:-1], check_dtype=False)
+    assert verdict(plain) == verdict(with_oracle)
+    with pytest.raises(ValueError, match=r"clean has shape .* accepted are two batches of one shape"):
+        oracle_neutralized(model, images, images[:2])
+
+
+def test_a_transfer_comes_from_the_substitute() -> None:
+    undefended, second, _, images, labels = planted()
+    judge = partial(evaluate_defense, undefended, second, images, labels, budget=BUDGET, steps=5, queries=1)
+    assert by_attack(judge())["defended"]["transferred from the undefended model"] == 1
+    assert by_attack(judge(substitute=second))["defended"]["transferred from the substitute"] == 0
+
+
+class Tuple(nn.Module):
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images, ROBUST(images)
+
+
+@pytest.mark.parametrize(
+    "network", [Tuple(), nn.Sequential(LinearNetwork(ROBUST.weight.detach()), nn.Identity())]
+)
+def test_outputs_of_any_form_are_judged(network: nn.Module) -> None:
+    assert judged(network)[1].status == "protects"
+
+
+def test_other_norms_are_judged_too() -> None:
+    undefended, second, robust, images, labels = planted()
+    judge = partial(
+        evaluate_defense, undefended, images=images, labels=labels, budget=L2(0.8), steps=10, queries=1000
+    )
+    assert verdict(judge(defended=robust)).status == "protects"
+    assert verdict(judge(defended=Wrapper(second, detached).eval())).status == "no protection"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"draws": 0}, "draws is 0"),
+        ({"queries": 0}, "queries is 0"),
+        ({"fraction": 3}, "fraction is 3"),
+        ({"seed": 0.5}, "seed is 0.5"),
+        ({"budget": 0.1}, "budget is 0.1"),
+        ({"defended": len}, "defended must be a torch.nn.Module, got a builtin_function_or_method"),
+        ({"substitute": 3}, "substitute must be a torch.nn.Module, got a int"),
+        ({"labels": torch.full((12,), 9)}, "labels"),
+        (
+            {"defended": nn.Sequential(nn.Flatten(), nn.Linear(1200, 7)).eval()},
+            "defended must have the 4 classes of model, got 7 logits",
+        ),
+        ({"defended": nn.Linear(3, 4).eval()}, "defended must take the images of model, of shape"),
+    ],
+)
+def test_bad_input_is_refused_by_name(arguments: dict[str, Any], message: str) -> None:
+    model, images, labels = fragile()
+    given: dict[str, Any] = {
+        "model": model,
+        "defended": model,
+        "images": images,
+        "labels": labels,
+    } | arguments
+    with pytest.raises(ValueError, match=message):
+        evaluate_defense(**given)
+
+
+def test_a_model_that_returns_probabilities_is_warned_of() -> None:
+    model, images, labels = fragile()
+    with pytest.warns(ModelWarning, match="probabilities"):
+        evaluate_defense(
+            model, Wrapper(model, after=lambda z: z.softmax(1)).eval(), images, labels, steps=1, queries=1
+        )
+
+
+def test_the_embedded_network_on_a_photograph() -> None:
+    model = weakspot.load("efficientnet_lite0", device="cpu")
+    images = weakspot.sample_images((112, 112))[0][:1]
+    labels = model(images).argmax(1)
+    table = evaluate_defense(
+        model, neutralizing(model), images, labels, budget=Linf(4 / 255), steps=2, queries=2,
+        oracle=partial(oracle_neutralized, model),
+    )  # fmt: skip
+    undefended = by_attack(table)["undefended"]
+    assert undefended["clean"] == 1
+    assert undefended["transferred from the undefended model"] == 0
+    assert verdict(table).status == "no protection"
