@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from weakspot.checks import ModelWarning, check_batch, check_logits, check_range
+from weakspot.checks import ModelWarning, check_batch, check_logits, check_range, contain_exits
 
 LARGEST_BATCH = 128
 BATCH_PIXELS = 4 * 224 * 224  # four images of 224 x 224: small enough for caches, measured no slower than 16
@@ -100,7 +100,8 @@ class Classifier(nn.Module):
             shifted = (
                 images.to(self.mean) - self.mean
             )  # a copy: what a network does in place, it does to that
-            output = self.network(shifted if self.unscaled else shifted / self.std)
+            with contain_exits(self.name):
+                output = self.network(shifted if self.unscaled else shifted / self.std)
         except RuntimeError as error:
             if images.shape[1] == self.channels:
                 raise

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from weakspot.checks import ModelError
 from weakspot.cli.app import UNREADABLE, USAGE, Failure, complain, note
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ def load_classifier(
     try:
         with evaluating(classifier):
             predict(classifier, grey)
+    except ModelError:
+        raise
     except (RuntimeError, AssertionError) as error:
         raise Failure(
             f"model {model} does not take images of {classifier.channels} x {height} x {width} (channels x height x "
