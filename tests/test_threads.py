@@ -28,8 +28,8 @@ from weakspot import (
 from weakspot.checks import quiet
 from weakspot.classifier import evaluating, predict
 from weakspot.defenses.masking import mask_units
-from weakspot.defenses.randomness import DrawnByImage, as_played, expectation
-from weakspot.dissection.sensitivity import unit_means
+from weakspot.defenses.randomness import DrawnByImage, defender_model, expectation
+from weakspot.dissection.sensitivity import unit_sensitivity
 from weakspot.fusion import fused
 from weakspot.pairs import Pairs
 from weakspot.threads import EvalMode, hooked, random_state_kept, without_parameter_gradients
@@ -102,11 +102,15 @@ def analyses(model: nn.Module, images: Tensor) -> dict[str, Work]:
     pairs = attacks.pgd(model, images[:2], labels[:2], steps=2)
     layer = "network.3" if isinstance(model, Classifier) else "norm"
     tops, lefts = torch.tensor([0, 3, 9]), torch.tensor([2, 5, 1])
+
+    def units(pairs: Pairs) -> Tensor:
+        return torch.from_numpy(unit_sensitivity(model, layer, pairs).to_numpy(np.float64))
+
     return {
         "pgd": lambda: attacked(model, images, labels),
-        "units of the first": lambda: unit_means(model, layer, pairs),
-        "units of the last": lambda: unit_means(
-            model, layer, Pairs.of(model, pairs.clean[1:], pairs.adversarial[1:])
+        "units": lambda: units(pairs),
+        "units, the other way around": lambda: units(
+            Pairs.of(model, pairs.clean.flip(0), pairs.adversarial.flip(0))
         ),
         "activation": lambda: class_activation(model, images, labels),
         "edits": lambda: LocalEdits(model, images[0]).logits(tops, lefts, torch.ones(3, 3, 2, 2)),
@@ -378,7 +382,7 @@ class Scaled(DrawnByImage):
 
 def test_draws_that_one_thread_asks_for_are_not_anothers() -> None:
     model, images = Scaled().eval(), torch.rand(2, 1, 2, 2)
-    attacker, defender = expectation(model, 5), as_played(model)
+    attacker, defender = expectation(model, 5), defender_model(model)
     expected = attacker(images), defender(images)
 
     def often(asked: nn.Module) -> Sequence[Tensor]:

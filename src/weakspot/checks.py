@@ -113,6 +113,37 @@ def is_quiet(category: type[Warning]) -> bool:
     return any(count and issubclass(category, kind) for kind, count in depth.items())
 
 
+class ModelError(RuntimeError):
+    """A model asked Python to exit, or raised something else that ordinary handlers would let through."""
+
+
+@contextlib.contextmanager
+def contain_exits(name: str) -> Iterator[None]:
+    """Turn SystemExit, and every other exception that is no `Exception`, into a `ModelError`.
+
+    Code that comes with a model may call `sys.exit(0)`; uncaught, it would end the process with a success code. Only
+    KeyboardInterrupt passes, because the user may have sent it.
+
+    Args:
+        name: of the model.
+
+    Raises:
+        ModelError: in place of what was raised.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise ModelError(f"{name} raised {raised(error)}; a model must not end the process") from error
+
+
+def raised(error: BaseException) -> str:
+    """The type of an exception and the first line of its message."""
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
 def closest(name: str, accepted: Iterable[str]) -> str:
     """'did you mean ...?' where an accepted name is near, else the accepted names."""
     names = list(accepted)

@@ -15,6 +15,7 @@ from weakspot.checks import (
     check_batch,
     check_finite,
     check_range,
+    contain_exits,
     is_news,
     is_quiet,
     quiet,
@@ -145,7 +146,8 @@ class Classifier(nn.Module):
             shifted = (
                 images.to(self.mean) - self.mean
             )  # a copy: what a network does in place, it does to that
-            output = self.network(shifted if self.unscaled else shifted / self.std)
+            with contain_exits(self.name):
+                output = self.network(shifted if self.unscaled else shifted / self.std)
         except RuntimeError as error:
             if images.shape[1] == self.channels:
                 raise

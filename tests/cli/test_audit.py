@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pandas as pd
@@ -172,6 +173,144 @@ def test_nothing_that_can_be_read_is_code_four(run: Run, tmp_path: Path) -> None
     ended = run("audit", "texts", *TINY, *QUICK, "--out", "made")
     assert ended.code == 4
     assert "Nothing could be measured." in ended.out
+
+
+def test_with_its_source_gone_it_ends_with_four_and_the_gate_stays_shut(
+    run: Run, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = (*TINY, *QUICK, "--set", "pgd.steps=1")
+    assert run("audit", photographs, *quick, "--out", "whole").code == 0
+    gate = ("--fail-if", "robust_accuracy < 0", "--junit", "gate.xml")
+
+    def vanish(*_: Any) -> None:
+        photographs.rename(tmp_path / "away")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WRITER, vanish)
+        assert run("audit", photographs, *quick, "--out", "made").code == 5
+    (tmp_path / "gate.xml").write_text("<testsuites failures='0'/>")  # of another build
+    for junit in (tmp_path / "gate.xml", None):
+        ended = run("audit", "--resume", "made", *(gate if junit else ()))
+        assert ended.code == 4, ended.err
+        assert "the audit is not complete: 4 of 4 images cannot be read any more (" in ended.err
+        assert (
+            "the file is no longer there); put them back and go on with weakspot audit --resume made"
+            in ended.err
+        )
+        if junit is not None:
+            assert ET.parse(junit).getroot().attrib["failures"] == "1"  # noqa: S314 - our own
+            assert "gate: all images: robust_accuracy < 0 cannot be judged: the audit is not" in ended.err
+    assert json.loads(run("audit", "--resume", "made", "--json").out)["status"] == "incomplete"
+    assert run("report", "made").code == 0
+    assert "The audit is not complete: 4 of 4 images" in (tmp_path / "made/report.html").read_text()
+    ended = run("compare", "whole", "made", *gate)
+    assert (ended.code, ended.out) == (2, "")  # it has no records at all
+    assert not (tmp_path / "gate.xml").exists()
+    (tmp_path / "away").rename(photographs)
+    ended = run("audit", "--resume", "made", *gate)
+    assert ended.code == 0, ended.err
+    assert ET.parse(tmp_path / "gate.xml").getroot().attrib["failures"] == "0"  # noqa: S314
+    times = list(runs.tables.TIMES)
+    one, other = (runs.Run(folder).records.drop(columns=times) for folder in ("whole", "made"))
+    pd.testing.assert_frame_equal(one, other)
+
+
+def test_a_comparison_with_an_audit_that_is_not_complete_opens_no_gate(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    assert run("audit", photographs, *TINY, *QUICK, "--out", "whole").code == 0
+    assert run("audit", photographs, "nowhere", *TINY, *QUICK, "--out", "made").code == 4
+    assert run("audit", "--resume", "made").code == 4  # still
+    gate = ("--fail-if", "score == 'nothing'", "--junit", "gate.xml")
+    ended = run("compare", "whole", "made", *gate)
+    assert ended.code == 4
+    assert "made: the audit lacks " in ended.err
+    assert ET.parse(tmp_path / "gate.xml").getroot().attrib["failures"] == "1"  # noqa: S314
+    assert run("compare", "whole", "whole", *gate).code == 0
+
+
+def test_damaged_records_are_named_and_repaired(run: Run, photographs: Path, tmp_path: Path) -> None:
+    assert run("audit", photographs, *TINY, *QUICK, "--out", "made").code == 0
+    records = tmp_path / "made/records.parquet"
+    content = records.read_bytes()
+    records.write_bytes(content[:200] + bytes([content[200] ^ 4]) + content[201:])
+    for command in (("report", "made"), ("compare", "made", "made", "--fail-if", "score == 'nothing'")):
+        ended = run(*command)
+        assert ended.code == 4
+        assert ended.err == (
+            "weakspot: made is damaged: records.parquet is not what was written; repair the run with weakspot audit "
+            "--resume made\n"
+        )
+    ended = run("audit", "--resume", "made")
+    assert ended.code == 0
+    assert "records.parquet was damaged and is written again" in ended.err
+    assert run("report", "made").code == 0
+
+
+LEAVING = """
+import torch
+from tiny_networks import build
+
+class Leaving(type(build())):
+    def forward(self, images):
+        raise SystemExit(0)
+
+class Backwards(torch.autograd.Function):
+    @staticmethod
+    def forward(context, logits):
+        return logits.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        raise SystemExit(0)
+
+class Behind(type(build())):
+    def forward(self, images):
+        return Backwards.apply(super().forward(images))
+
+def made(kind):
+    network = kind(*build())
+    return network.eval()
+
+def always(): return made(Leaving)
+def behind(): return made(Behind)
+def factory(): raise SystemExit(0)
+"""
+
+
+@pytest.mark.parametrize("factory", ["always", "behind", "factory"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("audit", "photos", "--out", "made", "--fail-if", "robust_accuracy < 0", "--junit", "gate.xml"),
+        ("attack", "photos", "--out", "made"),
+        ("explain", "photos", "--out", "made"),
+        ("defend", "photos", "--out", "made", "--steps", "1", "--queries", "1"),
+        ("dissect", "--demo", "--out", "made"),
+        ("train", "set.npz", "--out", "made", "--epochs", "1", "--batch-size", "8"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_model_that_exits_ends_no_command_well(
+    run: Run, photographs: Path, tmp_path: Path, factory: str, command: tuple[str, ...]
+) -> None:
+    (tmp_path / "leaving_networks.py").write_text(LEAVING)
+    (tmp_path / "gate.xml").write_text("<testsuites failures='0'/>")
+    model = f"leaving_networks:{factory}"
+    np.savez(
+        tmp_path / "set.npz",
+        images=np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8),
+        labels=np.arange(40) % 4,
+    )
+    size = () if command[0] == "train" else ("--size", "32x32")
+    ended = run(*command, "--model", model, *size)
+    sys.modules.pop("leaving_networks")
+    if factory == "behind" and command[0] == "dissect":
+        return  # no backward pass, no exit
+    assert ended.code not in {0, None}, ended.out
+    assert "SystemExit: 0" in ended.err
+    assert (tmp_path / "gate.xml").exists() != (command[0] == "audit")
 
 
 def test_an_interrupt_ends_with_five_and_resume_goes_on(

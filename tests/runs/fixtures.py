@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from weakspot.runs import AttackPlan, ModelPlan, Plan, Run
+from weakspot.runs.integrity import file_digest
 from weakspot.runs.tables import TIMES
 
 NETWORKS = """
@@ -76,7 +78,14 @@ class Hungry(nn.Module):
 def hungry():
     return Hungry(8).eval()
 """
-FILES = ["images.parquet", "maps.zarr", "records.parquet", "run.json", "skipped.parquet"]  # of a whole run
+FILES = [
+    "images.parquet",
+    "maps.zarr",
+    "records.parquet",
+    "run.json",
+    "shards",
+    "skipped.parquet",
+]  # of a whole run
 TINY = ModelPlan("audited_networks:build", size=(24, 24), classes=("cat", "dog", "fish", "owl"))
 
 
@@ -127,6 +136,14 @@ def same_records(one: Run, other: Run) -> None:
     """Asserts that all records are the same to the last bit, times apart."""
     left, right = (run.records.drop(columns=list(TIMES)) for run in (one, other))
     pd.testing.assert_frame_equal(left, right, check_exact=True)
+
+
+def store_records(folder: Path, records: pd.DataFrame) -> None:
+    """Writes other records into a whole run, as if an audit had found them."""
+    records.to_parquet(folder / "records.parquet")
+    about = json.loads((folder / "run.json").read_text())
+    about["checksums"]["records.parquet"] = file_digest(folder / "records.parquet")
+    (folder / "run.json").write_text(json.dumps(about))
 
 
 def same_maps(one: Run, other: Run) -> None:

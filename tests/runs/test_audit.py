@@ -314,13 +314,16 @@ def test_damaged_files_among_good_ones_are_told_and_cost_nothing(whole: Run, pic
     assert np.isnan(found.maps["importance"][1]).all()  # cat/01-cut.png
 
 
-def test_images_that_vanish_are_skipped(pictures: Path) -> None:
+def test_images_that_vanish_are_missing(pictures: Path) -> None:
     def vanish(_: Any) -> None:
         (pictures / "fish/02.png").unlink(missing_ok=True)
 
     found = audit(small_plan(pictures, analyses=()), pictures.parent / "other", watch=vanish)
-    assert found.skipped["image"].tolist() == ["fish/02.png"]
-    assert "no longer there" in found.skipped["reason"][0]
+    assert not found.complete
+    assert found.skipped.empty
+    assert found.about["missing"] == {
+        "images": 1, "names": ["fish/02.png"], "reason": "the file is no longer there"
+    }  # fmt: skip
 
 
 def test_a_network_that_returns_nan_is_said_row_by_row(pictures: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.runs.fixtures import TINY, draw_pictures, networks, pictures, small_plan
+from tests.runs.fixtures import TINY, draw_pictures, networks, pictures, small_plan, store_records
 from weakspot.runs import AttackPlan, Run, audit, compare
 from weakspot.runs.records import FILE
 from weakspot.statistics import false_discovery, mean_interval, mean_test
@@ -83,14 +83,14 @@ def test_a_planted_change_is_found_and_said(before: Run) -> None:
     records = pd.read_parquet(planted / FILE)
     weaker = (records["attack"] == "pgd") & (records["region"] == "cam")
     records.loc[weaker, "success"] = True
-    records.to_parquet(planted / FILE)
+    store_records(planted, records)
     found = compare(before, Run(planted))
     moved = found.table[found.table["difference"] != 0].dropna()
     assert list(zip(moved["score"], moved["attack"], moved["region"], strict=True)) == [
         ("robust_accuracy", "pgd", "cam")
     ]
     records.loc[weaker, "margin_adversarial"] -= 3.0
-    records.to_parquet(planted / FILE)
+    store_records(planted, records)
     found = compare(before, Run(planted))
     assert list(found.moved["score"]) == ["margin_adversarial"]
     assert found.moved.iloc[0]["difference"] == pytest.approx(-3)
@@ -104,7 +104,7 @@ def test_labels_that_changed_are_counted(before: Run) -> None:
     shutil.copytree(before.folder, relabelled)
     records = pd.read_parquet(relabelled / FILE)
     records.loc[records["index"] < 3, "label"] = 3  # owl, which no folder is called
-    records.to_parquet(relabelled / FILE)
+    store_records(relabelled, records)
     assert "labels differ on 3 of these images" in compare(before, Run(relabelled)).remarks
     assert not [remark for remark in compare(before, before).remarks if "labels differ" in remark]
 

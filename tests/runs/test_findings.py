@@ -13,13 +13,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tests.runs.fixtures import draw_pictures, networks, pictures, small_plan  # noqa: F401 - fixtures
+from tests.runs.fixtures import draw_pictures, networks, pictures, small_plan, store_records  # noqa: F401 - fixtures
 from weakspot.runs import AttackPlan, ModelPlan, Plan, Run, audit, summarize
 from weakspot.runs.comparing import compare
 from weakspot.runs.contrasts import region_contrasts, told
 from weakspot.runs.curves import budget_curves
 from weakspot.runs.plan import bounded_attacks
-from weakspot.runs.records import FILE
 from weakspot.runs.scores import score_findings
 from weakspot.runs.summary import CellSummary, weakest
 from weakspot.statistics import false_discovery, mean_interval
@@ -185,7 +184,7 @@ def test_an_image_that_falls_in_one_place_only_counts_with_the_largest_size_ther
     index = records["index"]
     records["success"] = (records["region"] == region) | (index == 0)
     records["linf"] = np.where(records["region"] == region, 0.1, 0.4)
-    records.to_parquet(weak.folder / FILE)
+    store_records(weak.folder, records)
     about = json.loads((weak.folder / "run.json").read_text())
     about["plan"]["attacks"] = [one for one in about["plan"]["attacks"] if one["name"] == "fmn"]
     (weak.folder / "run.json").write_text(json.dumps(about))
@@ -293,7 +292,7 @@ def test_a_region_where_nothing_falls_has_its_curve_and_its_control_a_least_size
     smallest = records["attack"] == "fmn"
     records.loc[smallest, "success"] = records["region"] == region
     records.loc[smallest, "linf"] = 0.1
-    records.to_parquet(weak.folder / FILE)
+    store_records(weak.folder, records)
     run = Run(weak.folder)
     curves = budget_curves(run)
     (flat,) = rows(curves[(curves["attack"] == "fmn") & curves["control"]])
@@ -312,7 +311,7 @@ def test_an_image_unknown_at_a_smaller_budget_is_in_no_curve(weak: Run) -> None:
     records["success"] = records["success"].astype("boolean").mask(lost)
     held = (records["attack"] == "pgd linf:2/255 steps=20") & (records["index"] == 0)
     records["success"] = records["success"].mask(records["attack"] == "pgd linf:2/255 steps=20", held)
-    records.to_parquet(weak.folder / FILE)
+    store_records(weak.folder, records)
     curves = budget_curves(Run(weak.folder))
     assert set(curves[curves["attack"] == "pgd steps=20"]["images"]) == {
         21

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import warnings
 from collections.abc import Callable
 
@@ -54,7 +55,7 @@ def test_the_network_never_sees_another_number_of_images(pooling: Made) -> None:
     assert seen == {2}
 
 
-def failing(bad: set[int], error: Callable[[], Exception]) -> Callable[[Tensor], list[int]]:
+def failing(bad: set[int], error: Callable[[], BaseException]) -> Callable[[Tensor], list[int]]:
     def work(rows: Tensor) -> list[int]:
         if bad & set(rows.tolist()):
             raise error()
@@ -72,18 +73,26 @@ def test_what_fails_is_found_and_the_rest_is_done(bad: set[int]) -> None:
     assert troubles == dict.fromkeys(sorted(bad), "work: odd")
 
 
-def test_what_fails_everywhere_is_nobodys_fault_unless_it_is_nan() -> None:
-    everyone = set(range(4))
-    with pytest.raises(ValueError, match="work failed on every image: odd"):
-        isolated(failing(everyone, lambda: ValueError("odd")), torch.arange(4), {}, "work")
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (NotFiniteError("x"), "the model returned NaN or infinity"),
+        (ValueError("odd"), "odd"),
+        (SystemExit(0), "SystemExit: 0"),
+        (OSError("no such picture"), "OSError: no such picture"),
+    ],
+)
+def test_what_fails_everywhere_is_said_of_every_image(error: BaseException, said: str) -> None:
     troubles: dict[int, str] = {}
-    assert isolated(failing(everyone, lambda: NotFiniteError("x")), torch.arange(4), troubles, "work") == []
-    assert troubles == dict.fromkeys(range(4), "work: the model returned NaN or infinity")
+    assert isolated(failing(set(range(4)), lambda: error), torch.arange(4), troubles, "work") == []
+    assert troubles == dict.fromkeys(range(4), f"work: {said}")
 
 
-def test_a_full_disk_is_no_images_fault() -> None:
+def test_a_full_disk_and_an_interrupt_are_no_images_fault() -> None:
     with pytest.raises(OSError, match="full"):
-        isolated(failing({1}, lambda: OSError("full")), torch.arange(4), {}, "work")
+        isolated(failing({1}, lambda: OSError(errno.ENOSPC, "full")), torch.arange(4), {}, "work")
+    with pytest.raises(KeyboardInterrupt):
+        isolated(failing({1}, KeyboardInterrupt), torch.arange(4), {}, "work")
 
 
 @pytest.mark.parametrize("most", [1, 3, 5, 16])
@@ -108,8 +117,26 @@ def test_memory_that_does_not_hold_one_image_is_said() -> None:
     def work(rows: Tensor) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(ValueError, match=r"work: CUDA out of memory .*too small for this model"):
-        Lots(None, None).each(work, torch.arange(4), {}, "work")
+    troubles: dict[int, str] = {}
+    lots = Lots(None, None)
+    assert lots.each(work, torch.arange(4), troubles, "work") == []
+    assert troubles == dict.fromkeys(
+        range(4), "work: OutOfMemoryError: CUDA out of memory (with 1 image at a time)"
+    )
+    assert lots.size is None
+
+
+def test_one_image_that_memory_never_holds_makes_no_other_slower(any_model: Made) -> None:
+    steady = SteadyClassifier(as_classifier(any_model[0]), 4)
+    lots = Lots(None, steady)
+    troubles: dict[int, str] = {}
+    work = failing({5}, lambda: MemoryError("out of memory"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = lots.each(work, torch.arange(9), troubles, "work")
+    assert [row for rows, _ in found for row in rows.tolist()] == [0, 1, 2, 3, 4, 6, 7, 8]
+    assert troubles == {5: "work: MemoryError: out of memory (with 1 image at a time)"}
+    assert (lots.size, lots.group) == (None, 4)
 
 
 @pytest.mark.parametrize("places", ["image 3", "images 0, 12", "images 0, 1, 2, 5 and 9 more"])

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
 import weakspot
+from weakspot.checks import ModelError, raised
 from weakspot.cli.kept import what_is_kept
 
 UNEXPECTED, USAGE, UNREADABLE, RESUMABLE, INTERRUPTED = 1, 2, 4, 5, 130
@@ -39,13 +40,26 @@ class Commands(TyperGroup):
         """Run the command that was named.
 
         Raises:
-            Failure: when it was interrupted, saying what it had written by then.
+            Failure: if it was interrupted, saying what it had written by then; or if code that it called (a model, an
+                attack, an analysis) asked Python to exit, whatever the code: the commands themselves never do.
         """
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:  # here, because typer ends with the code alone
             kept = what_is_kept(ctx)
             raise Failure(f"interrupted; {kept}" if kept else "interrupted", INTERRUPTED) from None
+        except Exception:
+            raise
+        except BaseException as error:
+            if (
+                isinstance(error, SystemExit)
+                and error.code
+                and isinstance(error.__context__, BrokenPipeError)
+            ):
+                raise  # rich, when nobody reads on
+            raise Failure(
+                f"the command did not finish: the model or a plug-in raised {raised(error)}", UNEXPECTED
+            ) from error
 
 
 app = typer.Typer(
@@ -80,6 +94,11 @@ def main() -> None:
             raise
         complain(str(failure))
         _end(failure.code)
+    except ModelError as error:
+        if debug:
+            raise
+        complain(str(error))
+        sys.exit(UNEXPECTED)
     except (ValueError, FileNotFoundError, OSError) as error:
         if debug:
             raise

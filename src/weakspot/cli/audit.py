@@ -24,6 +24,7 @@ from weakspot.cli.app import (
     USAGE,
     Failure,
     app,
+    complain,
     note,
     notes_for_people,
     progress_bar,
@@ -162,7 +163,7 @@ def audit(
     resume: Annotated[
         str | None,
         typer.Option(
-            help="Go on with the audit in this folder or at this URL, which must be the only thing given."
+            help="Go on with the audit in this folder or at this URL, or repair it; no other images or plan options."
         ),
     ] = None,
     engine: Annotated[
@@ -183,12 +184,13 @@ def audit(
 ) -> None:
     """Attack every image in every way, in every region, and keep what was found: one row per image x attack x region.
 
-    Killed at any moment, it goes on by --resume, and ends as if it had never stopped. Images that cannot be read are
-    skipped and listed. The same seed gives the same records whatever the batch size and the order of images.
+    Killed at any moment, it goes on by --resume, and ends as if it had never stopped. Files that are no pictures are
+    skipped and listed; while a listed image cannot be read any more, the audit is not complete and exits with 4. The
+    same seed gives the same records whatever the batch size and the order of images.
 
     A gate (--fail-if) is asked of every attack in every region: robust_accuracy, robust_low, robust_high,
     clean_accuracy, images, skipped, troubled, region_share, and the mean of any score with NAME_low and NAME_high. With
-    --resume of a finished audit it is asked at once.
+    --resume of a finished audit it is asked at once. It never opens on an audit that is not complete.
     """
     del debug
     given = {
@@ -212,9 +214,8 @@ def audit(
         if sources or said or settings or out is not None:
             raise Failure("--resume takes no images and no options of the plan: the folder holds them", USAGE)
         where: str = resume
-        missing: list[str] = []
     else:
-        table, where, missing = plan_table(sources, said, settings or [], out)
+        table, where = plan_table(sources, said, settings or [], out)
     started = time.perf_counter()
     with (
         redirect_stdout(sys.stderr),
@@ -225,6 +226,7 @@ def audit(
         from weakspot.runs import audit as carry_out
         from weakspot.runs import read_mapping, summarize
         from weakspot.runs import resume as go_on
+        from weakspot.runs.gate import unknown_cases
         from weakspot.runs.summary import cell_table
 
         if resume is not None:
@@ -236,10 +238,21 @@ def audit(
         if report:
             _report(run)
     summary = summarize(run)
-    verdicts = pass_gate(conditions, lambda: cell_table(run, summary), _cell_name, junit, f"audit {run.name}")
+    shortfalls = [run.shortfall] if run.shortfall else []
+    verdicts = pass_gate(
+        conditions,
+        lambda: cell_table(run, summary),
+        _cell_name,
+        junit,
+        f"audit {run.name}",
+        shortfalls,
+        lambda rows: unknown_cases(run, rows),
+    )
     _tell(run, summary, verdicts, time.perf_counter() - started, as_json=as_json, quiet=quiet)
-    tell_gate(verdicts, quiet=quiet or as_json)
-    if missing or not run.about["images"]["read"]:
+    for sentence in shortfalls:
+        complain(sentence)
+    tell_gate(verdicts, quiet=quiet or as_json, shortfalls=shortfalls)
+    if shortfalls or not run.about["images"]["read"]:
         raise typer.Exit(UNREADABLE)
 
 
@@ -311,6 +324,7 @@ def _tell(
             "folder": where,
             "status": run.about["status"],
             "counts": run.about["images"],
+            "shortfall": run.shortfall,
         }
         typer.echo(
             json.dumps({**about, **summary.as_mapping(), **plain(verdicts), "skipped": rows}, indent=2)
@@ -356,5 +370,5 @@ def _print(summary: Summary, console: Console) -> None:
         )
         said = f"{known}. Labels: {summary.labels}."
         console.print(f"\n{said}", soft_wrap=True)
-    for sentence in (summary.weakest, *summary.regions):
+    for sentence in (summary.weakest, *summary.regions, *summary.remarks):
         console.print(escape(sentence), soft_wrap=True)

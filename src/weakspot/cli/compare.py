@@ -61,8 +61,12 @@ def compare(
         from weakspot.runs import compare as beside
         from weakspot.writing import write_whole
 
-        found = beside(Run(before), Run(after))
-        verdicts = pass_gate(conditions, lambda: found.table, _name, junit, f"compare {before} {after}")
+        pair = Run(before), Run(after)
+        shortfalls = [f"{run.name}: {run.shortfall}" for run in pair if run.shortfall]
+        found = beside(*pair)
+        verdicts = pass_gate(
+            conditions, lambda: found.table, _name, junit, f"compare {before} {after}", shortfalls
+        )
         if csv is not None:
             write_whole(csv, lambda draft: found.table.to_csv(draft, index=False))
     if as_json:
@@ -73,7 +77,7 @@ def compare(
         console.print(escape(found.sentence()), soft_wrap=True)
         for said in (*found.remarks, *found.only):
             console.print(escape(said), style="dim", soft_wrap=True)
-    tell_gate(verdicts, quiet=quiet or as_json)
+    tell_gate(verdicts, quiet=quiet or as_json, shortfalls=shortfalls)
 
 
 def _name(row: Any) -> str:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from weakspot.cli.app import USAGE, Failure
+from weakspot.cli.app import UNREADABLE, USAGE, Failure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,6 +41,8 @@ def check_gate(conditions: Sequence[str], junit: Path | None) -> None:
         raise Failure("--junit has nothing to tell without --fail-if", USAGE)
     if junit is not None and (junit.is_dir() or not junit.absolute().parent.is_dir()):
         raise Failure(f"--junit is {junit}; accepted is a file in a folder that is there", USAGE)
+    if junit is not None and junit.is_file() and not junit.is_symlink():
+        junit.unlink()  # whatever happens from here on, an earlier verdict is not taken for the one of this run
 
 
 def pass_gate(
@@ -49,23 +51,37 @@ def pass_gate(
     words: Callable[[Mapping[str, Any]], str],
     junit: Path | None,
     suite: str,
+    shortfalls: Sequence[str] = (),
+    others: Callable[[pd.DataFrame], Sequence[tuple[str, pd.DataFrame]]] | None = None,
 ) -> list[Verdict]:
-    """The verdicts, written to the file where one is named; nothing where there are no conditions."""
-    from weakspot.runs.gate import judge
+    """The verdicts, written to the file where one is named; nothing where there are no conditions.
+
+    Of a run that is not complete (`shortfalls` say why) every condition fails: what is missing could decide it.
+    `others` makes of the rows what they could be as well, as `judge` has it.
+    """
+    from weakspot.runs.gate import Verdict, judge
     from weakspot.runs.gate import junit as as_junit
     from weakspot.writing import write_whole
 
     if not conditions:
         return []
-    verdicts = judge(conditions, rows(), words)
+    if shortfalls:
+        why = "; ".join(shortfalls)
+        verdicts = [
+            Verdict(text.strip(), "all images", True, f"{text.strip()} cannot be judged: {why}")
+            for text in conditions
+        ]
+    else:
+        table = rows()
+        verdicts = judge(conditions, table, words, others(table) if others is not None else ())
     if junit is not None:
         text = as_junit(verdicts, suite)
         write_whole(junit, lambda draft: draft.write_text(text, "utf-8"))
     return verdicts
 
 
-def tell_gate(verdicts: Sequence[Verdict], *, quiet: bool) -> None:
-    """Say how the gate stands; raises typer.Exit(3) where it is shut."""
+def tell_gate(verdicts: Sequence[Verdict], *, quiet: bool, shortfalls: Sequence[str] = ()) -> None:
+    """Say how the gate stands; raises typer.Exit(3) where it is shut, typer.Exit(4) of runs that are not complete."""
     shut = [verdict for verdict in verdicts if verdict.failed]
     console = Console(stderr=True, highlight=False)
     for verdict in shut:
@@ -73,7 +89,7 @@ def tell_gate(verdicts: Sequence[Verdict], *, quiet: bool) -> None:
     if verdicts and not shut and not quiet:
         console.print(f"gate: open, {len(verdicts)} checks", style="dim")
     if shut:
-        raise typer.Exit(GATE)
+        raise typer.Exit(UNREADABLE if shortfalls else GATE)
 
 
 def plain(verdicts: Sequence[Verdict]) -> dict[str, Any]:

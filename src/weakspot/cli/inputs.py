@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from weakspot.checks import ModelError
 from weakspot.cli.app import UNREADABLE, USAGE, Failure, complain, note
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def load_classifier(
     try:
         with evaluating(classifier):
             predict(classifier, grey)
+    except ModelError:
+        raise
     except (RuntimeError, AssertionError) as error:
         raise Failure(
             f"model {model} does not take images of {classifier.channels} x {height} x {width} (channels x height x "

@@ -29,8 +29,8 @@ def lot_size(text: str) -> int | None:
 
 def plan_table(
     sources: list[str], said: dict[str, Any], settings: list[str], out: str | None
-) -> tuple[dict[str, Any], str, list[str]]:
-    """The plan as a mapping, the folder, and the sources that are not there."""
+) -> tuple[dict[str, Any], str]:
+    """The plan as a mapping, and the folder; says which sources are not there."""
     from weakspot.runs.places import exists, is_url
     from weakspot.runs.plan_files import absolute, read_plan
 
@@ -66,7 +66,7 @@ def plan_table(
         complain(f"{path}: there is no such file or folder")
     if len(missing) == len(paths):
         raise typer.Exit(UNREADABLE)
-    return table, out, missing
+    return table, out
 
 
 def with_settings(attacks: Any, settings: list[str]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from weakspot.checks import closest
+from weakspot.checks import closest, contain_exits
 from weakspot.classifier import Classifier
 from weakspot.models.exported import load_exported
 from weakspot.models.hubs import HUBS
@@ -54,13 +54,14 @@ def load(
         ValueError: when the spec cannot be understood, what it needs is not installed, or weights do not fit.
         FileNotFoundError: when a file is not there.
     """
-    made = (
-        spec
-        if isinstance(spec, nn.Module)
-        else _from_name(spec)
-        if isinstance(spec, str)
-        else _made_by(spec, spec)
-    )
+    with contain_exits(f"model {spec}" if isinstance(spec, str) else "the model's factory"):
+        made = (
+            spec
+            if isinstance(spec, nn.Module)
+            else _from_name(spec)
+            if isinstance(spec, str)
+            else _made_by(spec, spec)
+        )
     classifier = made if isinstance(made, Classifier) else Classifier(made)
     if any(value is not None for value in (mean, std, input_size, class_names)):
         classifier = Classifier(

@@ -56,7 +56,13 @@ def array_labels(path: Path) -> NDArray[Any] | None:
 def array_image(
     path: Path, row: int, size: tuple[int, int], channels: int
 ) -> tuple[Tensor | None, bytes, str]:
-    """One image (C, H, W) in [0, 1], or None; its bytes as they are stored; and why there is none."""
+    """One image (C, H, W) in [0, 1], or None; its bytes as they are stored; and why there is none.
+
+    Raises:
+        FileNotFoundError: when the file is no longer there.
+        ValueError: when it is no such array any more.
+        IndexError: when it has fewer images now.
+    """
     stored = np.ascontiguousarray(_images(path)[row])
     content = stored.tobytes()
     pixels = torch.from_numpy(stored.astype(np.float32)) / (255 if stored.dtype == np.uint8 else 1)
@@ -69,6 +75,11 @@ def array_image(
     if pixels.shape[0] != channels:
         pixels = luma(pixels[None])[0] if channels == 1 else pixels.expand(channels, -1, -1).contiguous()
     return _fitted(pixels, size), content, ""
+
+
+def stored_image(path: Path, row: int) -> bytes:
+    """The bytes of one image as they are stored; errors are those of `array_image`."""
+    return np.ascontiguousarray(_images(path)[row]).tobytes()
 
 
 def _fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -104,9 +115,15 @@ def _images(path: Path) -> NDArray[np.generic]:
     return images
 
 
-@lru_cache(maxsize=2)
 def _opened(path: Path) -> dict[str, NDArray[np.generic]] | NDArray[np.generic]:
-    """A .npy file stays on the disk; a .npz archive is read whole, once."""
+    """A .npy file stays on the disk; a .npz archive is read whole, once for as long as the file stays as it is."""
+    about = path.stat()
+    return _loaded(path, (about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
+
+
+@lru_cache(maxsize=2)
+def _loaded(path: Path, state: tuple[int, ...]) -> dict[str, NDArray[np.generic]] | NDArray[np.generic]:
+    del state  # part of the key alone
     try:
         if path.suffix.lower() == ".npy":
             stored: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weakspot.checks import warn
-from weakspot.classifier import Classifier
 from weakspot.lock import locked
-from weakspot.models.fingerprint import fingerprint
 from weakspot.runs.engines import Engine, Work, opened
 from weakspot.runs.execution import ShardResult
-from weakspot.runs.folder import versions
+from weakspot.runs.integrity import DamagedError, listed
 from weakspot.runs.maps import MapStore
 from weakspot.runs.mirror import Kept, kept
 from weakspot.runs.plan import Plan
 from weakspot.runs.plan_files import read_mapping
 from weakspot.runs.preparing import Prepared, beginning, load_planned, now, prepare, usual_shard
 from weakspot.runs.records import (
+    LISTING,
     Note,
     clear_drafts,
     compact,
-    drop_shards,
     finished_shards,
     read_notes,
     write_json,
     write_shard,
 )
-from weakspot.runs.run import ABOUT, LISTING, Run, read_about
+from weakspot.runs.recovery import check_same, find_damage, read_listing, recover
+from weakspot.runs.run import ABOUT, Run, read_about
 from weakspot.runs.stopping import StoppedError
+from weakspot.runs.verification import damaged_tables
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 LOCK = "audit.lock"
+NAMED = 5  # missing images in run.json; how many there are is said beside
 OURS = (ABOUT, LISTING, "records.parquet", "skipped.parquet", "shards", "maps.zarr")
 
 
@@ -123,13 +127,17 @@ def resume(
     workers: int | None = None,
     address: str | None = None,
 ) -> Run:
-    """Go on with an audit that was cut off; of one that is complete nothing is done.
+    """Go on with an audit that was cut off or is not complete, and repair one that is damaged.
+
+    Of a complete audit every stored file is compared with its digest; if all are what was written, nothing is done.
+    Before an audit goes on, the images that were attacked already are compared, too.
 
     Arguments and errors are those of `audit`.
 
     Raises:
         FileNotFoundError: when there is no such run.
         ValueError: when model or folder are not what they were.
+        DamagedError: when the list of images is damaged.
     """
     with kept(out) as place, _writing(place):
         place.fetch()
@@ -148,32 +156,47 @@ def _resumed(
     with locked(out, LOCK):
         about = read_about(out)  # again: it may have been finished in the meantime
         plan = read_mapping(about["plan"])
-        if about["status"] == "complete":
-            drop_shards(out)
-            place.end()
-            return place.run()
         clear_drafts(out)
-        with opened(*who) as ready:
-            if about["status"] == "planned":
+        if about["status"] == "planned":
+            with opened(*who) as ready:
                 prepared = prepare(plan.resolved(), out, about["command"] or command)
                 return _go(prepared, place, batch_size, watch, ready)
+        listing, damage = read_listing(out, about), find_damage(place)
+        if about["status"] == "complete" and not damage:
+            tables = damaged_tables(out, about)
+            if not tables:
+                place.end()
+                return place.run()
+            if len(finished_shards(out)) == _shard_count(plan, listing):
+                warn(f"{listed(tables)} was damaged and is written again", UserWarning)
+                return _finished(place, about, len(listing))
+        with opened(*who) as ready:
             classifier = load_planned(plan.model)
-            _check_same(about, classifier)
-            import pyarrow.parquet as pq
+            check_same(about, classifier)
+            said = recover(place, listing, plan.shard or usual_shard(classifier), damage)
+            if said or about["status"] == "complete":
+                about = {**about, "status": "running", "remarks": _joined(about["remarks"], said)}
+                write_json(out / ABOUT, about)
+            return _go(Prepared(plan, classifier, listing, about), place, batch_size, watch, ready)
 
-            prepared = Prepared(plan, classifier, pq.read_table(out / LISTING), about)
-            return _go(prepared, place, batch_size, watch, ready)
+
+def _shard_count(plan: Plan, listing: pa.Table) -> int:
+    return -(-len(listing) // (plan.shard or 1))
+
+
+def _joined(remarks: Iterable[str], more: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys([*remarks, *more]))
 
 
 def _go(prepared: Prepared, place: Kept, batch_size: int | None, watch: Watch | None, engine: Engine) -> Run:
     """Every shard that is missing, then the end."""
     out = place.folder
     place.begin()
-    plan, listing = prepared.plan, prepared.listing
+    plan, listing, about = prepared.plan, prepared.listing, dict(prepared.about)
     total, size = len(listing), plan.shard or usual_shard(prepared.classifier)
     done = finished_shards(out)
-    missing = [number for number in range(-(-total // size)) if number not in done]
-    work = Work(plan, prepared.classifier, listing, size, missing, batch_size)
+    left = [number for number in range(-(-total // size)) if number not in done]
+    work = Work(plan, prepared.classifier, listing, size, left, batch_size)
     store = None
     if plan.maps:
         store = MapStore(out, total, [attack.label for attack in plan.attacks], plan.regions, size)
@@ -186,12 +209,16 @@ def _go(prepared: Prepared, place: Kept, batch_size: int | None, watch: Watch | 
             watch(Standing(done, total, (done - before) / elapsed if elapsed else 0.0))
 
     def write(number: int, result: ShardResult) -> None:
-        if store is not None:
-            store.write(number, result.maps)
-        write_shard(out, number, result.rows, Note(result.read, result.skipped, result.seconds))
-        place.add(number)
+        remarks = _joined(about["remarks"], result.remarks)
+        if remarks != about["remarks"]:
+            about["remarks"] = remarks
+            write_json(out / ABOUT, about)
+        maps = {} if store is None else store.write(number, result.maps)
+        note = Note(result.read, result.skipped, result.missing, result.contents, result.seconds, maps)
+        place.add(write_shard(out, number, result.rows, note))
 
     tell(images)
+    unread: list[tuple[str, str]] = []  # of shards that are not written, as all of their images are missing
     # One shard is written while the next is worked on; at the end of the block, however it comes, that is done.
     with (
         ThreadPoolExecutor(1, thread_name_prefix="weakspot-writer") as writer,
@@ -201,28 +228,49 @@ def _go(prepared: Prepared, place: Kept, batch_size: int | None, watch: Watch | 
         for number, result in results:
             if written is not None:
                 written.result()
+            if result.missing and not result.read:
+                unread += result.missing
+                continue
             written = writer.submit(write, number, result)
             images += min(size, total - number * size)
             tell(images)
         if written is not None:
             written.result()
     tell(images)
-    compact(out)
+    about["engine"] = dict(engine.about)
+    return _finished(place, about, total, unread)
+
+
+def _finished(
+    place: Kept, about: Mapping[str, Any], total: int, unread: Sequence[tuple[str, str]] = ()
+) -> Run:
+    """Write what is true of all shards together: a complete run, or which images are missing."""
+    out = place.folder
     notes = list(read_notes(out))
+    missing = sorted([*unread, *(pair for note in notes for pair in note.missing)])
     read, skipped = sum(note.read for note in notes), sum(len(note.skipped) for note in notes)
+    about = {key: value for key, value in about.items() if key != "missing"}
+    about["images"] = {"listed": total, "read": read, "skipped": skipped}
+    if missing:
+        about["images"]["missing"] = len(missing)
+        names = [name for name, _ in missing[:NAMED]]
+        about["missing"] = {"images": len(missing), "names": names, "reason": missing[0][1]}
+        write_json(out / ABOUT, {**about, "status": "incomplete"})
+        place.begin()
+        return place.run()
+    checksums = {**about["checksums"], **compact(out)}
     seconds = sum(note.seconds for note in notes)
     finished = {
-        **prepared.about,
+        **about,
         "status": "complete",
-        "engine": dict(engine.about),
-        "images": {"listed": total, "read": read, "skipped": skipped},
+        "checksums": checksums,
         "finished": now(),
         "seconds": round(seconds, 3),
         "images_per_second": round(total / seconds, 3) if seconds else None,
     }
     write_json(out / ABOUT, finished)
     place.end()
-    drop_shards(out)
+    clear_drafts(out)
     return place.run()
 
 
@@ -238,30 +286,12 @@ def _check_free(out: Path) -> None:
         )
 
 
-def _check_same(about: Mapping[str, Any], classifier: Classifier) -> None:
-    """Raises ValueError where the model is another; warns where what computes is."""
-    found = fingerprint(classifier)
-    if found != about["model"]["fingerprint"]:
-        raise ValueError(
-            f"model {about['plan']['model']['spec']} has other weights than when the audit began (fingerprint {found}, "
-            f"then {about['model']['fingerprint']}); start another audit"
-        )
-    now = versions()
-    other = [f"{name} {about['versions'].get(name)} then, {value} now" for name, value in now.items()
-             if about["versions"].get(name) != value]  # fmt: skip
-    if other:
-        warn(
-            f"versions have changed ({'; '.join(other)}); last digits may differ",
-            UserWarning,
-        )
-
-
 @contextmanager
 def _writing(place: Kept) -> Iterator[None]:
     """Turns what the system says of a folder that cannot be written into one sentence."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, DamagedError):
         raise  # says itself what is missing
     except OSError as error:
         why = error.strerror or str(error).strip().partition("\n")[0]

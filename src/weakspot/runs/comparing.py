@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from weakspot.models.probe import read_probe
 from weakspot.runs.plan import AttackPlan
 from weakspot.runs.records import has_records
 from weakspot.runs.run import Run
@@ -100,7 +101,7 @@ def compare(before: Run, after: Run) -> Comparison:
     import pandas as pd
 
     for run in (before, after):
-        if not has_records(run.folder):
+        if not has_records(run.folder, complete=run.complete):
             raise ValueError(f"{run.name} has no records yet")
     plans = (before.plan, after.plan)
     shared_attacks = _shared(plans[0].attacks, plans[1].attacks)
@@ -205,7 +206,12 @@ def _remarks(before: Run, after: Run) -> list[str]:
     said = []
     models: list[Mapping[str, Any]] = [run.about.get("model", {}) for run in (before, after)]
     if models[0].get("fingerprint") == models[1].get("fingerprint"):
-        said.append("both runs are of the same weights")
+        probes = [read_probe(model["probe"]) for model in models if "probe" in model]
+        same_size = models[0].get("input_size") == models[1].get("input_size")
+        other = len(probes) == 2 and same_size and not probes[0].agrees(probes[1])
+        said.append(
+            "both runs are of the same weights" + (", which are used in different ways" if other else "")
+        )
     facts: dict[str, list[Any]] = {
         "seed": [run.plan.seed for run in (before, after)],
         "keep": [run.plan.keep for run in (before, after)],
@@ -217,7 +223,8 @@ def _remarks(before: Run, after: Run) -> list[str]:
     for name, values in facts.items():
         if values[0] != values[1]:
             said.append(f"{name} differs: {values[0]} before, {values[1]} after")
-    said += [f"{run.name} is not complete" for run in (before, after) if not run.complete]
+    said += [f"{run.name}: {run.shortfall}" for run in (before, after) if run.shortfall]
+    said += [f"{run.name}: {sentence}" for run in (before, after) for sentence in run.remarks]
     if all(_predicted(run) for run in (before, after)):
         said.append("labels are each model's own predictions: what is robust is the answer, right or wrong")
     return said

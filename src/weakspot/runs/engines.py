@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from weakspot.checks import closest
 from weakspot.classifier import Classifier
-from weakspot.runs.execution import Machine, ShardResult, audit_shard
+from weakspot.runs.execution import ShardResult, audit_shard
 from weakspot.runs.listing import Entry, entries
+from weakspot.runs.machine import Machine
 from weakspot.runs.plan import Plan
 
 if TYPE_CHECKING:

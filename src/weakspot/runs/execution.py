@@ -19,18 +19,19 @@ from torch import Tensor
 
 from weakspot.attacks.registry import find_attack
 from weakspot.checks import warn
-from weakspot.classifier import Classifier, evaluating
+from weakspot.classifier import evaluating
 from weakspot.explanations import explain
 from weakspot.explanations.analysis import Series
+from weakspot.models.probe import probe_images
 from weakspot.pairs import AttackResult
 from weakspot.regions import read_region
 from weakspot.runs.attacking import call_attack, chosen, joined
-from weakspot.runs.isolation import Lots
+from weakspot.runs.isolation import NOT_FINITE
 from weakspot.runs.listing import Entry
+from weakspot.runs.machine import Machine
 from weakspot.runs.maps import BlockBuilder, MapBlock, curve_name
 from weakspot.runs.plan import AttackPlan, Plan
 from weakspot.runs.reading import Opened, open_entries
-from weakspot.runs.steady import SteadyClassifier
 from weakspot.runs.tables import cell_rows, no_rows
 
 if TYPE_CHECKING:
@@ -48,53 +49,22 @@ class ShardResult:
     Attributes:
         rows: one per image that could be read x attack x region.
         maps: of all images of the shard, also of those that could not be read.
-        skipped: (name, reason) of those.
+        skipped: (name, reason) of files that are no pictures.
+        missing: (name, reason) of files that are not to be had: the shard is to be done again once they are.
+        contents: digests of all images of the shard, in order; None of those that were not read.
         read: images that could be read.
         seconds: wall time.
+        remarks: what is to be said of the model by now.
     """
 
     rows: pd.DataFrame
     maps: Mapping[str, MapBlock]
     skipped: Sequence[tuple[str, str]]
+    missing: Sequence[tuple[str, str]]
+    contents: Sequence[str | None]
     read: int
     seconds: float
-
-
-@dataclass(eq=False)
-class Machine:
-    """The network as an audit uses it, and what it has learnt about its memory.
-
-    Attributes:
-        classifier: as it was loaded; analyses look inside it.
-        steady: the same network for attacks.
-        lots: how many images are attacked at once.
-        pairs: how many are explained at once, or have their regions found.
-    """
-
-    classifier: Classifier
-    steady: SteadyClassifier
-    lots: Lots
-    pairs: Lots
-
-    @classmethod
-    def of(cls, classifier: Classifier, plan: Plan, batch_size: int | None = None) -> Machine:
-        """For a plan; without a batch size all images of a shard are attacked at once, fewer when memory runs out."""
-        steady = SteadyClassifier(classifier, plan.group)
-        return cls(classifier, steady, Lots(batch_size, steady), Lots(None, None))
-
-    def predict(self, images: Tensor) -> Tensor:
-        """Logits (N, K), in groups; NaN as they come."""
-        troubles: dict[int, str] = {}
-
-        def go(mine: Tensor) -> Tensor:
-            with torch.no_grad():
-                return torch.cat([self.steady(images[part]) for part in mine.split(self.steady.group)])
-
-        rows = torch.arange(len(images), device=images.device)
-        found = self.lots.each(go, rows, troubles, f"a pass through {self.steady.name}")
-        if troubles:
-            raise ValueError(next(iter(troubles.values())))
-        return torch.cat([logits for _, logits in found])
+    remarks: Sequence[str]
 
 
 def audit_shard(
@@ -103,13 +73,16 @@ def audit_shard(
     """Attack the images in every way of the plan and explain every pair.
 
     Rows and maps depend on plan and images alone: not on the batch size, nor on other shards. What fails on one image
-    (a network that returns NaN) is said in its row and hinders no other.
+    (a network that returns NaN or raises) is said in its row and hinders no other.
 
     Args:
         machine: the network.
         plan: resolved.
         entries: of one shard.
         progress: called with the share done.
+
+    Raises:
+        ValueError: if an attack or an analysis fails on all images and on neutral ones, too.
     """
     import pandas as pd
 
@@ -117,7 +90,16 @@ def audit_shard(
     opened = open_entries(entries, machine.classifier)
     builder = BlockBuilder(len(entries), len(plan.attacks), len(plan.regions))
     if not opened.entries:
-        return ShardResult(no_rows(), {}, opened.skipped, 0, time.perf_counter() - started)
+        return ShardResult(
+            no_rows(),
+            {},
+            opened.skipped,
+            opened.missing,
+            opened.digests,
+            0,
+            time.perf_counter() - started,
+            (),
+        )
     with evaluating(machine.steady):  # once, so that a warning of train mode comes once
         shard = _Shard(machine, plan, opened, [entry.index - entries[0].index for entry in opened.entries])
         frames = shard.run(builder, progress)
@@ -127,8 +109,11 @@ def audit_shard(
         rows.iloc[order].reset_index(drop=True),
         builder.blocks if plan.maps else {},
         opened.skipped,
+        opened.missing,
+        opened.digests,
         len(opened.entries),
         time.perf_counter() - started,
+        machine.watch.remarks(),
     )
 
 
@@ -139,12 +124,13 @@ class _Shard:
         self.machine, self.plan, self.opened, self.places = machine, plan, opened, places
         device = machine.steady.mean.device
         self.images = opened.images.to(device)
-        self.clean = machine.predict(self.images)
+        self.lost: dict[int, str] = {}
+        self.clean = machine.predict(self.images, self.lost)
         given = torch.tensor([entry.label for entry in opened.entries], device=device)
         self.labels = torch.where(given >= 0, given, self.clean.argmax(1))
         self.sound = self.clean.isfinite().all(1)
-        silent = (~self.sound).nonzero()[:, 0].tolist()
-        self.lost = dict.fromkeys(silent, "the model returned NaN or infinity for the clean image")
+        for row in (~self.sound).nonzero()[:, 0].tolist():
+            self.lost.setdefault(row, f"{NOT_FINITE} for the clean image")
 
     def run(self, builder: BlockBuilder, progress: Progress | None) -> list[pd.DataFrame]:
         if self.plan.maps:
@@ -197,8 +183,12 @@ class _Shard:
         begun = time.perf_counter()
         rows, result = self._attacked(attack, text, region, troubles, lambda share: progress(share / 2))
         attacked = time.perf_counter()
-        logits = None if result is None else self.machine.predict(result.adversarial)
-        explained = [] if result is None else self._explained(rows, result, troubles)
+        logits = None
+        if result is not None:
+            own: dict[int, str] = {}
+            logits = self.machine.predict(result.adversarial, own)
+            troubles.update({int(rows[row]): why for row, why in own.items()})
+        explained = [] if result is None else self._explained(attack, text, rows, result, troubles)
         self._keep(builder, cell, rows, result, explained)
         spent = (attacked - begun, time.perf_counter() - attacked)
         count = max(1, len(rows))
@@ -244,11 +234,12 @@ class _Shard:
         what = f"attack {attack.label} in region {text}"
         found = self.machine.lots.each(go, rows, troubles, what)
         if not found:
+            self._check_possible(attack, text, rows, troubles, explained=False)
             return rows[:0], None
         return torch.cat([mine for mine, _ in found]), joined([one for _, one in found])
 
     def _explained(
-        self, rows: Tensor, result: AttackResult, troubles: dict[int, str]
+        self, attack: AttackPlan, text: str, rows: Tensor, result: AttackResult, troubles: dict[int, str]
     ) -> list[tuple[Tensor, Explanation]]:
         """Explanations of the pairs, each with the rows it is of; normally one."""
         if not self.plan.analyses:
@@ -266,7 +257,41 @@ class _Shard:
         everyone = torch.arange(len(rows), device=rows.device)
         found = self.machine.pairs.each(look, everyone, own, f"analyses {', '.join(self.plan.analyses)}")
         troubles.update({int(rows[row]): why for row, why in own.items()})
+        if not found:
+            self._check_possible(attack, text, rows, troubles, explained=True)
         return [(mine, explanation) for mine, explanation in found]
+
+    def _check_possible(
+        self, attack: AttackPlan, text: str, rows: Tensor, troubles: Mapping[int, str], *, explained: bool
+    ) -> None:
+        """Raise ValueError if what failed on every image fails on neutral images, too: no image is to blame then."""
+        said = [troubles[row] for row in rows.tolist()]
+        if not said or any(why.endswith(NOT_FINITE) for why in said):
+            return
+        classifier, plan = self.machine.classifier, self.plan
+        images = probe_images(classifier)[:2]
+        options = {"seed": plan.seed, "batch_size": self.machine.steady.group, "progress": lambda _: None}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                labels = self.machine.predict(images, {}).argmax(1)
+                region = None
+                if text != "none":
+                    region = read_region(text, classifier, images, labels, keep=plan.keep, seed=plan.seed)
+                pairs = call_attack(
+                    find_attack(attack.name),
+                    self.machine.steady,
+                    images,
+                    labels,
+                    {**options, "region": region},
+                    attack.arguments(),
+                )
+                if explained:
+                    explain(classifier, pairs, analyses=plan.analyses, seed=plan.seed)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise ValueError(f"{said[0]} (the same on every image, and on neutral ones)") from error
 
     def _keep(
         self,

@@ -6,16 +6,22 @@ import ast
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
 
+import numpy as np
+
 from weakspot.checks import closest
+from weakspot.statistics import share_interval
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from weakspot.runs.run import Run
+
 Row = Mapping[str, Any]
+ROBUST = ("robust_accuracy", "robust_low", "robust_high")
 OPERATIONS: Mapping[type[ast.AST], Callable[..., Any]] = {
     ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
     ast.Eq: operator.eq, ast.NotEq: operator.ne,
@@ -165,25 +171,69 @@ class Condition:
         raise TypeError(f"{type(node).__name__} is not understood")
 
 
-def judge(conditions: Sequence[str], rows: pd.DataFrame, words: Callable[[Row], str]) -> list[Verdict]:
+def judge(
+    conditions: Sequence[str],
+    rows: pd.DataFrame,
+    words: Callable[[Row], str],
+    others: Sequence[tuple[str, pd.DataFrame]] = (),
+) -> list[Verdict]:
     """Every condition on every row; the gate is shut where any of them fails, and where there are no rows.
 
     Args:
         conditions: as people write them.
         rows: what they are asked of.
         words: what to call a row.
+        others: what the rows could be as well, with the case in words; a condition must not hold of these either.
 
     Raises:
         ValueError: when one is no condition.
     """
     read = [Condition(text, [str(name) for name in rows.columns]) for text in conditions]
-    table = [{str(key): value for key, value in row.items()} for row in rows.to_dict("records")]
+    table = _records(rows)
+    cases = [(case, _records(frame)) for case, frame in others]
     if not table:
         return [
             Verdict(one.text, "nothing", True, f"there is nothing that {one.text} could be asked of")
             for one in read
         ]
-    return [one.judge(row, words(row)) for one in read for row in table]
+    verdicts = []
+    for one in read:
+        for place, row in enumerate(table):
+            verdict = one.judge(row, words(row))
+            for case, frame in cases:
+                if not verdict.failed and frame[place] != row:
+                    other = one.judge(frame[place], words(row))
+                    verdict = replace(other, why=f"{other.why} {case}") if other.failed else verdict
+            verdicts.append(verdict)
+    return verdicts
+
+
+def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(key): value for key, value in row.items()} for row in rows.to_dict("records")]
+
+
+def unknown_cases(run: Run, rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """What `cell_table` could be: images on which the model raised may all have fallen, or all have withstood.
+
+    Without these cases a model that raises on most images would be judged by the few others.
+    """
+    counts = run.sql(
+        "select count(distinct index), count(distinct index) filter (correct is not null) from records"
+    )
+    total, clean = counts.fetchall()[0]
+    cases = []
+    for right, case in ((0, "if all images without a result counted as errors"), (1, "if none of them did")):
+        frame = rows.copy()
+        for place, row in enumerate(_records(rows)):
+            known = int(row["images"])
+            if 0 < known < total:
+                kept = round(known * row["robust_accuracy"]) + right * (total - known)
+                frame.loc[frame.index[place], list(ROBUST)] = share_interval(np.arange(total) < kept)
+        if 0 < clean < total:
+            kept = (clean * frame["clean_accuracy"]).round() + right * (total - clean)
+            frame["clean_accuracy"] = kept / total
+        cases.append((case, frame))
+    return cases
 
 
 def junit(verdicts: Sequence[Verdict], suite: str) -> str:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from weakspot.checks import NotFiniteError, warn
+from weakspot.checks import NotFiniteError, raised, warn
 from weakspot.runs.steady import SteadyClassifier
 
 T = TypeVar("T")
 Found = list[tuple[Tensor, T]]
 MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+# What the machine says of itself; any other OSError is a model's or an attack's own, about the image at hand.
+MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE}
+NOT_FINITE = "the model returned NaN or infinity"
 
 
 def isolated(work: Callable[[Tensor], T], rows: Tensor, troubles: dict[int, str], what: str) -> Found[T]:
@@ -29,37 +33,26 @@ def isolated(work: Callable[[Tensor], T], rows: Tensor, troubles: dict[int, str]
         Row numbers and what came out of them, in order.
 
     Raises:
-        ValueError: when every one of several images fails, and not for NaN: then it is no image's fault.
         MemoryError: or torch's own, as soon as memory runs out.
+        OSError: if the machine fails (disk full, too many open files), which is no image's fault.
     """
-    fresh: dict[int, Exception] = {}
-    found = _halving(work, rows, fresh)
-    if len(rows) > 1 and len(fresh) == len(rows):
-        first = fresh[int(rows[0])]
-        if not any(isinstance(error, NotFiniteError) for error in fresh.values()):
-            raise ValueError(f"{what} failed on every image: {_sentence(first)}") from first
-    troubles.update({row: f"{what}: {_sentence(error)}" for row, error in fresh.items()})
-    return found
-
-
-def _halving(work: Callable[[Tensor], T], rows: Tensor, fresh: dict[int, Exception]) -> Found[T]:
     if not len(rows):
         return []
     try:
         return [(rows, work(rows))]
-    except OSError:
-        raise  # the disk's fault, not an image's
-    except Exception as error:
-        if out_of_memory(error):
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        if out_of_memory(error) or (isinstance(error, OSError) and error.errno in MACHINE):
             raise
         if len(rows) == 1:
-            fresh[int(rows[0])] = error
+            troubles[int(rows[0])] = f"{what}: {sentence(error)}"
             return []
     half = (len(rows) + 1) // 2
-    return _halving(work, rows[:half], fresh) + _halving(work, rows[half:], fresh)
+    return isolated(work, rows[:half], troubles, what) + isolated(work, rows[half:], troubles, what)
 
 
-def out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: BaseException) -> bool:
     """Whether it says that memory has run out, of whatever device."""
     said = str(error).lower()
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
@@ -67,13 +60,12 @@ def out_of_memory(error: Exception) -> bool:
     )
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: BaseException) -> str:
+    """What a row says of an error."""
     if isinstance(error, NotFiniteError):
-        return "the model returned NaN or infinity"
+        return NOT_FINITE
     first = str(error).strip().partition("\n")[0]
-    return (
-        first if isinstance(error, ValueError) and first else f"{type(error).__name__}: {first}".rstrip(": ")
-    )
+    return first if isinstance(error, ValueError) and first else raised(error)
 
 
 class Lots:
@@ -86,45 +78,64 @@ class Lots:
 
     def __init__(self, batch_size: int | None, classifier: SteadyClassifier | None) -> None:
         self.classifier = classifier
-        group = 1 if classifier is None else classifier.group
-        self.size = None if batch_size is None else -(-batch_size // group) * group
+        self.size = None if batch_size is None else -(-batch_size // self.group) * self.group
+
+    @property
+    def group(self) -> int:
+        """How many images go through the model at once."""
+        return 1 if self.classifier is None else self.classifier.group
 
     def each(
         self, work: Callable[[Tensor], T], rows: Tensor, troubles: dict[int, str], what: str
     ) -> Found[T]:
         """`isolated` work, lot by lot; a lot for which memory runs out is done again in halves.
 
+        An image for which memory runs out even alone is entered among the troubles, and the sizes are put back: it is
+        probably the image, not the memory.
+
         Raises:
-            ValueError: as `isolated`, or when the memory is too small for a single image.
+            OSError: as `isolated`.
         """
         found: Found[T] = []
-        start = 0
+        start, before, alone = 0, (self.size, self.group), False
         while start < len(rows):
             lot = rows[start : start + (self.size or len(rows))]
+            fresh: dict[int, str] = {}
             try:
-                found += isolated(work, lot, troubles, what)
-            except Exception as error:
+                found += isolated(work, lot, fresh, what)
+            except BaseException as error:
                 if not out_of_memory(error):
                     raise
-                said = str(error).strip().partition("\n")[0]
+                said = f"{what}: {sentence(error)}"
             else:
+                troubles.update(fresh)
                 start += len(lot)
                 continue
-            self._shrink(
-                len(lot), f"{what}: {said}"
-            )  # outside the handler, whose traceback keeps the memory in use
-        return found
-
-    def _shrink(self, count: int, what: str) -> None:
-        group = 1 if self.classifier is None else self.classifier.group
-        if count > group:
-            self.size = max(group, count // 2 // group * group)
-        elif self.classifier is not None and group > self.classifier.smallest_group:
-            self.size = self.classifier.group = group // 2
+            # Outside the handler, whose traceback keeps the memory in use.
+            if not self._shrink(len(lot)):
+                alone = True
+                if len(lot) == 1:
+                    troubles[int(lot[0])] = f"{said} (with 1 image at a time)"
+                    start += 1
+                self.size = 1
+        if alone:
+            self.size = before[0]
+            if self.classifier is not None:
+                self.classifier.group = before[1]
+        elif self.group < before[1]:
             warn(
-                f"memory does not hold {group} images at once; they go through the model {group // 2} at a time from "
-                "here on, which can change last digits",
+                f"memory does not hold {before[1]} images at once; they go through the model {self.group} at a time "
+                "from here on, which can change last digits",
                 RuntimeWarning,
             )
+        return found
+
+    def _shrink(self, count: int) -> bool:
+        """Halve what is worked on at once; False if that is as small as can be."""
+        if count > self.group:
+            self.size = max(self.group, count // 2 // self.group * self.group)
+        elif self.classifier is not None and self.group > self.classifier.smallest_group:
+            self.size = self.classifier.group = self.group // 2
         else:
-            raise ValueError(f"{what} (with {count} image at a time; the memory is too small for this model)")
+            return False
+        return True

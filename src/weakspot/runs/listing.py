@@ -129,7 +129,7 @@ def _walk(source: Path, text: str) -> Iterator[_Found]:
             yield _Found(source, os.fsencode(source), row, "", -1 if labels is None else int(labels[row]), "")
         return
     if not source.is_dir():
-        yield _Found(source, os.fsencode(source), -1, "", -1, "")
+        yield _Found(source, os.fsencode(source), -1, "", -1, _unreadable(source))
         return
     closed: list[Path] = []
     for folder, inner, names in os.walk(source, onerror=lambda error: closed.append(Path(error.filename))):
@@ -138,9 +138,18 @@ def _walk(source: Path, text: str) -> Iterator[_Found]:
             if not name.startswith("."):
                 path = Path(folder, name)
                 below = path.relative_to(source).parts
-                yield _Found(path, os.fsencode(path), -1, below[0] if len(below) > 1 else "", -1, "")
+                yield _Found(
+                    path, os.fsencode(path), -1, below[0] if len(below) > 1 else "", -1, _unreadable(path)
+                )
     for path in closed:
         yield _Found(path, os.fsencode(path), -1, "", -1, "no permission to read the folder; skipped")
+
+
+def _unreadable(path: Path) -> str:
+    """Why a file cannot be read already when it is listed; what happens to it later makes it missing."""
+    if os.access(path, os.R_OK):
+        return ""
+    return "no permission to read the file; skipped" if path.exists() else "a link to nothing; skipped"
 
 
 def _walk_url(source: Path, url: str) -> Iterator[_Found]:

@@ -5,12 +5,16 @@ whose largest value lies outside float16's best range being divided by a power o
 no value is off by more than 1/2048 of itself or 1/4096 of its map's largest. Pictures are kept in uint8, as PNG files
 would: off by at most half of 1/255. The numbers of a series that are drawn over the layers are kept as maps are, in
 `<series>/curves/<curve>`.
+
+Every chunk ends in its CRC32C, which any Zarr reader checks; the note of a shard has the digest of every file as well,
+which also finds files that are gone or stand in another's place.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +22,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from weakspot.runs.integrity import DamagedError, file_digest
 from weakspot.runs.places import place
 from weakspot.writing import synchronize
 
+Check = Callable[[str, int, NDArray[np.int64]], None]
 FOLDER = "maps.zarr"
 SCALE = ".scale"
 MISSING = 255  # in uint8, of images without this map
@@ -156,30 +162,52 @@ class MapStore:
 
         self.images, self.shard = images, shard
         self.path = folder / FOLDER
-        self.group = zarr.open_group(self.path, mode="a", zarr_format=3)
-        if "attacks" not in self.group.attrs:
-            self.group.attrs.update({"attacks": list(attacks), "regions": list(regions)})
+        about = {"attacks": list(attacks), "regions": list(regions)}
+        try:
+            self.group = zarr.open_group(self.path, mode="a", zarr_format=3)
+            known = dict(self.group.attrs)
+        except Exception:  # noqa: BLE001 - damaged in any way; it is made of the plan alone
+            known = {}
+        if known != about:
+            (self.path / "zarr.json").unlink(missing_ok=True)
+            self.group = zarr.open_group(self.path, mode="a", zarr_format=3)
+            self.group.attrs.update(about)
             synchronize(self.path / "zarr.json")
 
-    def write(self, number: int, blocks: Mapping[str, MapBlock]) -> None:
-        """Write the blocks of one shard; on return they have reached the disk. Written twice, they are the same."""
-        for name, block in blocks.items():
-            self._write(name, number, block.values, block.about)
-            if block.scale is not None and bool((block.scale != 1).any()):
-                self._write(name + SCALE, number, block.scale, {"kind": "scale", "of": name})
+    def write(self, number: int, blocks: Mapping[str, MapBlock]) -> dict[str, tuple[int, str]]:
+        """Write the blocks of one shard; on return they have reached the disk. Written twice, they are the same.
 
-    def _write(self, name: str, number: int, values: NDArray[Any], about: Mapping[str, Any]) -> None:
+        Returns:
+            Path below maps.zarr to size and digest, of every file that the blocks are in.
+        """
+        paths: list[Path] = []
+        for name, block in blocks.items():
+            paths += self._write(name, number, block.values, block.about)
+            if block.scale is not None and bool((block.scale != 1).any()):
+                paths += self._write(name + SCALE, number, block.scale, {"kind": "scale", "of": name})
+        return {
+            path.relative_to(self.path).as_posix(): (path.stat().st_size, file_digest(path)) for path in paths
+        }
+
+    def _write(self, name: str, number: int, values: NDArray[Any], about: Mapping[str, Any]) -> list[Path]:
+        """The files that the values are in, and what describes them."""
         known: Any = self.group.get(name)
         if known is not None and tuple(known.shape[1:]) != values.shape[1:]:
             name = _other(name, values.shape)
         array = self._array(name, values, about)
+        home = self.path.joinpath(*name.split("/"))
+        written = home.joinpath("c", str(number), *["0"] * (values.ndim - 1))
+        written.unlink(
+            missing_ok=True
+        )  # or the last block, which does not fill its file, would be merged with it
         array[number * self.shard : number * self.shard + len(values)] = values
-        written = self.path.joinpath(*name.split("/"), "c", str(number), *["0"] * (values.ndim - 1))
-        if written.exists():  # a block of nothing but missing values is not stored
-            synchronize(written)
+        if not written.exists():  # a block of nothing but missing values is not stored
+            return [home / "zarr.json"]
+        synchronize(written)
+        return [home / "zarr.json", written]
 
     def _array(self, name: str, values: NDArray[Any], about: Mapping[str, Any]) -> Any:
-        from zarr.codecs import ZstdCodec
+        from zarr.codecs import Crc32cCodec, ZstdCodec
 
         if name in self.group:
             return self.group[name]
@@ -196,7 +224,7 @@ class MapStore:
             shards=(self.shard, *values.shape[1:]),
             dtype=values.dtype,
             fill_value=fill,
-            compressors=[ZstdCodec(level=1)],
+            compressors=[ZstdCodec(level=1), Crc32cCodec()],
             dimension_names=[*axes, *inner] if len(axes) + len(inner) == values.ndim else None,
             attributes=dict(about),
         )
@@ -204,18 +232,51 @@ class MapStore:
         return array
 
 
-class Maps(Mapping[str, "StoredMap"]):
-    """The maps of a run: name to `StoredMap`, read from the disk, or from a URL, image by image."""
+def chunk_path(name: str, number: int, ndim: int) -> str:
+    """Below maps.zarr, of the file that holds one shard of an array."""
+    return "/".join([name, "c", str(number), *["0"] * (ndim - 1)])
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = path
+
+def map_files(folder: Path) -> Iterator[tuple[str, int]]:
+    """Every file of the maps of a run that holds values: its path below maps.zarr and the number of its shard."""
+    root = folder / FOLDER
+    for home in root.rglob("c"):
+        for path in home.rglob("*"):
+            parts = path.relative_to(home).parts
+            if path.is_file() and parts[0].isdigit():
+                yield path.relative_to(root).as_posix(), int(parts[0])
+
+
+def drop_maps(folder: Path, numbers: Collection[int]) -> None:
+    """Remove what the maps hold of these shards."""
+    for path, number in list(map_files(folder)):
+        if number in numbers:
+            (folder / FOLDER / path).unlink(missing_ok=True)
+
+
+def drop_array(folder: Path, description: str) -> None:
+    """Remove a whole array, whose zarr.json of that path below maps.zarr is damaged."""
+    shutil.rmtree((folder / FOLDER / description).parent, ignore_errors=True)
+
+
+class Maps(Mapping[str, "StoredMap"]):
+    """The maps of a run: name to `StoredMap`, read from the disk, or from a URL, image by image.
+
+    Args:
+        path: of maps.zarr.
+        check: called with the name of an array, its number of dimensions and the images that are to be read; raises
+            DamagedError where they are not what was written.
+    """
+
+    def __init__(self, path: Path | str, check: Check | None = None) -> None:
+        self.path, self.check = path, check
 
     def __getitem__(self, name: str) -> StoredMap:
         if name not in self._names():
             raise KeyError(f"{name!r}; the run has the maps {', '.join(self) or 'none'}")
         group = self._group()
         scale = name + SCALE
-        return StoredMap(group[name], group[scale] if scale in self._names() else None)
+        return StoredMap(group[name], group[scale] if scale in self._names() else None, self.check)
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in self._names() if not name.endswith(SCALE))
@@ -261,10 +322,12 @@ class StoredMap:
     Attributes:
         array: as it is stored.
         scale: what its values are to be multiplied by, or None.
+        check: as of `Maps`.
     """
 
     array: Any
     scale: Any = None
+    check: Check | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -285,7 +348,18 @@ class StoredMap:
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> NDArray[Any]:
-        values: NDArray[Any] = np.asarray(self.array[key])
+        if self.check is not None:
+            first = key[0] if isinstance(key, tuple) and key else key
+            images = np.arange(len(self))
+            rows = images if first is Ellipsis or first == () else np.atleast_1d(images[first])
+            for array in (self.array, *([] if self.scale is None else [self.scale])):
+                self.check(array.path, array.ndim, rows)
+        try:
+            values: NDArray[Any] = np.asarray(self.array[key])
+        except ValueError as error:
+            if "checksum" not in str(error):
+                raise
+            raise DamagedError(f"{self.array.store_path} is damaged: {error}") from error
         if values.dtype != np.float16:
             return values
         if self.scale is None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from weakspot.runs.maps import FOLDER
+from weakspot.runs.maps import FOLDER, drop_maps
 from weakspot.runs.places import Place, is_url, place, sentence
-from weakspot.runs.records import FILE, SHARDS, SKIPPED, shard_path
-from weakspot.runs.run import ABOUT, LISTING, Run
+from weakspot.runs.records import FILE, LISTING, SHARDS, SKIPPED, shard_files, shard_number
+from weakspot.runs.run import ABOUT, Run
 
 DRAFT = ".part"
 WHOLE = {
@@ -55,14 +57,25 @@ class Kept:
         """
 
     def begin(self) -> None:
-        """The run is fixed."""
+        """The run is fixed, or what run.json says has changed."""
 
-    def add(self, number: int) -> None:
+    def add(self, shard: Path) -> None:
         """A shard and its maps have been written."""
-        del number
+        del shard
+
+    def map_sizes(self) -> Mapping[str, int] | None:
+        """Sizes of the maps' files by their paths below maps.zarr; None where they can be read themselves."""
+        return None
+
+    def drop(self, numbers: Collection[int]) -> None:
+        """Remove these shards, then their maps: what is left of maps without a shard counts for nothing."""
+        for path in (self.folder / SHARDS).glob("[0-9]*-*.parquet"):
+            if shard_number(path) in numbers:
+                path.unlink()
+        drop_maps(self.folder, numbers)
 
     def end(self) -> None:
-        """All is written but that the shards are still there."""
+        """All is written."""
 
     def run(self) -> Run:
         """The run."""
@@ -109,13 +122,27 @@ class Mirrored(Kept):
         for name in (LISTING, ABOUT):
             self._send(self.folder / name)
 
-    def add(self, number: int) -> None:
+    def add(self, shard: Path) -> None:
         for path in sorted((self.folder / FOLDER).rglob("*")):
             if path.is_file():
                 self._send(path)
                 if path.name != "zarr.json":
                     path.unlink()
-        self._send(shard_path(self.folder, number))
+        self._send(shard)
+
+    def map_sizes(self) -> Mapping[str, int]:
+        system, root = self.there.below(FOLDER)
+        found = _asked(self.name, system.find, root, detail=True)
+        return {path[len(root) :].lstrip("/"): int(about["size"]) for path, about in found.items()}
+
+    def drop(self, numbers: Collection[int]) -> None:
+        system, root = self.there
+        gone = [path.name for number, path in shard_files(self.folder).items() if number in numbers]
+        for found in _asked(self.name, system.find, root) if numbers else ():
+            chunk = re.search(rf"/{re.escape(FOLDER)}/.*/c/(\d+)/", found)
+            if (chunk and int(chunk[1]) in numbers) or found.rpartition("/")[2] in gone:
+                _asked(self.name, system.rm_file, found)
+        super().drop(numbers)
 
     def end(self) -> None:
         others = {
@@ -128,9 +155,6 @@ class Mirrored(Kept):
         for found in _asked(self.name, system.find, root):
             if found.endswith(DRAFT):  # of one that died
                 _asked(self.name, system.rm_file, found)
-        shards = self.there.below(SHARDS)
-        if _asked(self.name, shards.system.exists, shards.path):
-            _asked(self.name, shards.system.rm, shards.path, recursive=True)
 
     def run(self) -> Run:
         return Run(self.name)
@@ -157,8 +181,10 @@ def _state(path: Path) -> tuple[int, int]:
     return found.st_mtime_ns, found.st_size
 
 
-def download(there: Place, folder: Path, name: str) -> None:
+def download(there: Place, folder: Path, name: str, *, shards: bool = True) -> None:
     """run.json, records, skipped images, listing and shards of the run kept there, as far as there are any.
+
+    Without `shards`, of a run that is complete all but those, which hold the same rows again.
 
     Raises:
         FileNotFoundError: when there is no run.
@@ -167,9 +193,13 @@ def download(there: Place, folder: Path, name: str) -> None:
     if not _asked(name, there.system.exists, there.below(ABOUT).path):
         raise FileNotFoundError(f"{name} holds no run (there is no {ABOUT} in it)")
     wanted = [there.below(one).path for one in (LISTING, FILE, SKIPPED, ABOUT)]
-    shards = there.below(SHARDS).path
-    if _asked(name, there.system.exists, shards):
-        wanted += [one for one in _asked(name, there.system.find, shards) if one.endswith(".parquet")]
+    if not shards:
+        with suppress(ValueError, AttributeError):  # damaged: who opens it says so
+            about = json.loads(_asked(name, there.system.cat_file, there.below(ABOUT).path))
+            shards = about.get("status") != "complete"
+    home = there.below(SHARDS).path
+    if shards and _asked(name, there.system.exists, home):
+        wanted += [one for one in _asked(name, there.system.find, home) if one.endswith(".parquet")]
     for path in wanted:
         target = folder / path[len(there.path.rstrip("/")) + 1 :]
         if target.name.startswith(".") or not _asked(name, there.system.exists, path):

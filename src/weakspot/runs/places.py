@@ -118,6 +118,7 @@ def local_copy(url: str) -> Path:
     """A file's copy on this machine, made once as long as the file stays as it is.
 
     Raises:
+        FileNotFoundError: when it is not there.
         StoppedError: when it cannot be fetched.
     """
     system, path = place(url)
@@ -128,6 +129,8 @@ def local_copy(url: str) -> Path:
         home.mkdir(parents=True, exist_ok=True)
         if not (home / name).exists():
             write_whole(home / name, lambda draft: system.get_file(path, str(draft)))
+    except FileNotFoundError:
+        raise
     except Exception as error:
         raise StoppedError(f"{url} cannot be fetched ({sentence(error)})", resumable=True) from error
     return home / name

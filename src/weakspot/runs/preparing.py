@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weakspot.checks import NotFiniteError, quiet
+from weakspot.checks import ModelError, NotFiniteError, quiet
 from weakspot.classifier import Classifier, evaluating
 from weakspot.models import load
-from weakspot.models.fingerprint import fingerprint
+from weakspot.models.probe import Watch
 from weakspot.regions import read_region
 from weakspot.runs.folder import versions
+from weakspot.runs.integrity import file_digest
 from weakspot.runs.listing import list_images
 from weakspot.runs.places import exists
 from weakspot.runs.plan import ModelPlan, Plan
-from weakspot.runs.records import write_json
-from weakspot.runs.run import ABOUT, KIND, LISTING, SCHEMA
+from weakspot.runs.records import LISTING, write_json
+from weakspot.runs.run import ABOUT, KIND, SCHEMA
 from weakspot.runs.steady import usual_group
 from weakspot.writing import write_whole
 
@@ -51,6 +52,8 @@ def load_planned(model: ModelPlan) -> Classifier:
     )
     try:
         class_count(classifier)
+    except ModelError:
+        raise
     except (RuntimeError, AssertionError) as error:
         said = str(error).strip().partition("\n")[0][:120]
         size = " x ".join(str(side) for side in (classifier.channels, *classifier.input_size))
@@ -113,20 +116,25 @@ def prepare(plan: Plan, out: Path, command: str) -> Prepared:
     )
     if not len(listing):
         raise ValueError(f"{', '.join(plan.sources[:3])}: there are no files in it")
+    write_whole(out / LISTING, lambda draft: pq.write_table(listing, draft), durable=True)
+    watch = Watch(classifier)
     about = {
         **beginning(plan, command),
         "status": "running",
         "model": {
             "name": classifier.name,
-            "fingerprint": fingerprint(classifier),
+            "fingerprint": watch.weights,
             "classes": count,
             "input_size": list(classifier.input_size),
+            "probe": watch.probe.as_mapping(),
         },
         "device": str(classifier.mean.device),
         "images": {"listed": len(listing)},
         "labels": _counted(listing["label_from"].to_pylist()),
+        "absent": [source for source in plan.sources if not exists(source)],
+        "remarks": watch.remarks(),
+        "checksums": {LISTING: file_digest(out / LISTING)},
     }
-    write_whole(out / LISTING, lambda draft: pq.write_table(listing, draft), durable=True)
     write_json(out / ABOUT, about)
     return Prepared(plan, classifier, listing, about)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from weakspot.checks import warn
 from weakspot.models.fingerprint import fingerprint
+from weakspot.models.probe import probe
 from weakspot.runs.engines import Results, Work
 from weakspot.runs.execution import ShardResult
 from weakspot.runs.folder import versions
@@ -98,6 +99,7 @@ def _batches(work: Work, workers: int, threads: int, gpus: float) -> Generator[A
         size=work.size,
         batch_size=work.batch_size,
         fingerprint=fingerprint(work.classifier),
+        probe=probe(work.classifier),
         versions=versions(),
         sources=tuple(source for source in work.plan.sources if not is_url(source) and Path(source).exists()),
         threads=threads,

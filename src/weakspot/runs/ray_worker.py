@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weakspot.checks import warn
-from weakspot.models.fingerprint import fingerprint
-from weakspot.runs.execution import Machine, ShardResult, audit_shard
+from weakspot.checks import raised, warn
+from weakspot.models.probe import Probe
+from weakspot.runs.execution import ShardResult, audit_shard
 from weakspot.runs.folder import versions
 from weakspot.runs.listing import entries
+from weakspot.runs.machine import Machine
 from weakspot.runs.plan import Plan
 from weakspot.runs.preparing import load_planned
 
@@ -39,7 +40,8 @@ class Task:
         listing: of all images.
         size: images of a shard.
         batch_size: images attacked at once; None for as many as memory holds.
-        fingerprint: of the model where the audit was started.
+        fingerprint: of the model's weights where the audit was started.
+        probe: what the model answers there.
         versions: of what decides a result there.
         sources: those that are files or folders there.
         threads: that the worker may use.
@@ -54,6 +56,7 @@ class Task:
     size: int
     batch_size: int | None
     fingerprint: str
+    probe: Probe
     versions: Mapping[str, str]
     sources: tuple[str, ...]
     threads: int
@@ -132,7 +135,7 @@ class Worker:
         try:
             with _attempt(self.task, f"shard {number} ({mine[0].name} and what follows)", DEATHS):
                 return audit_shard(self.machine, self.task.plan, mine)
-        except Exception as error:  # noqa: BLE001
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - what an attack or a region raises, too
             return _sendable(error)
 
 
@@ -153,12 +156,17 @@ def _machine(task: Task) -> Machine:
                 f"{source}: there is no such file or folder on the machine {node} of the Ray cluster; accepted is what "
                 "all its machines share, or a URL"
             )
-    classifier = load_planned(task.plan.model)
-    found = fingerprint(classifier)
+    machine = Machine.of(load_planned(task.plan.model), task.plan, task.batch_size)
+    found = machine.watch.weights
     if found != task.fingerprint:
         raise ValueError(
             f"model {task.plan.model.spec} has other weights on the machine {node} (fingerprint {found}) than where "
             f"the audit was started ({task.fingerprint}); accepted is the same weights everywhere"
+        )
+    if not machine.watch.probe.agrees(task.probe):
+        raise ValueError(
+            f"model {task.plan.model.spec} has the same weights on the machine {node} but gives other logits than "
+            "where the audit was started; install the same version of its code on all machines"
         )
     other = [f"{name} {value} there, {task.versions.get(name)} here" for name, value in versions().items()
              if value != task.versions.get(name)]  # fmt: skip
@@ -167,17 +175,17 @@ def _machine(task: Task) -> Machine:
             f"versions on the machine {node} are others ({'; '.join(other)}); last digits may differ",
             UserWarning,
         )
-    return Machine.of(classifier, task.plan, task.batch_size)
+    return machine
 
 
 def _plain(said: list[warnings.WarningMessage]) -> list[tuple[str, type[Warning]]]:
     return [(str(warning.message), warning.category) for warning in said]
 
 
-def _sendable(error: Exception) -> Exception:
+def _sendable(error: BaseException) -> Exception:
     """The error itself, without the places it went through, or one like it where it cannot be sent."""
     try:
         same = pickle.loads(pickle.dumps(error))  # noqa: S301 - made in this line
     except Exception:  # noqa: BLE001 - its constructor may take anything
         return RuntimeError(f"{type(error).__name__}: {str(error).strip()}")
-    return same if isinstance(same, Exception) else RuntimeError(str(error))
+    return same if isinstance(same, Exception) else RuntimeError(raised(error))

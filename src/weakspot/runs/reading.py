@@ -1,11 +1,16 @@
-"""Reading: the images of one shard, and what could not be read."""
+"""Reading: the images of one shard, and what could not be read.
+
+A file that is there and is no picture is skipped. A file that was listed and is not to be had any more is missing: it
+may come back, so an audit without it is not complete.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,11 +19,17 @@ from torch import Tensor
 
 from weakspot.classifier import Classifier
 from weakspot.images import open_pictures
-from weakspot.runs.arrays import array_image
+from weakspot.runs.arrays import array_image, stored_image
+from weakspot.runs.integrity import digest_of, file_digest
 from weakspot.runs.listing import Entry
 from weakspot.runs.places import fetched, is_url, local_copy
 
-GONE = "the file is no longer there, or cannot be read any more; skipped"
+AT_ONCE = 8  # files that are read at the same time to be compared
+Read = tuple[Tensor | None, str, str]  # pixels (C, H, W) or None, digest of what is stored, remark
+
+
+class MissingError(Exception):
+    """A listed file is not to be had any more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +41,9 @@ class Opened:
         entries: of these n images.
         contents: n digests of what is stored, the same wherever a file lies.
         remarks: n sentences, empty where there is nothing to say.
-        skipped: (name, reason) of the others.
+        skipped: (name, reason) of files that are no pictures.
+        missing: (name, reason) of files that are not to be had.
+        digests: of every entry that was asked for, in order; None of those that were not read.
     """
 
     images: Tensor
@@ -38,56 +51,130 @@ class Opened:
     contents: Sequence[str]
     remarks: Sequence[str]
     skipped: Sequence[tuple[str, str]]
+    missing: Sequence[tuple[str, str]]
+    digests: Sequence[str | None]
 
 
 def open_entries(entries: Sequence[Entry], classifier: Classifier) -> Opened:
-    """Open every image of a shard; what cannot be read is skipped, with the reason."""
+    """Open every image of a shard; what cannot be read is skipped or missing, with the reason."""
     good: list[tuple[Entry, Tensor, str, str]] = []
-    skipped = []
-    remote = [entry for entry in entries if is_url(_text(entry)) and entry.row < 0 and not entry.trouble]
-    contents = dict(
-        zip((entry.index for entry in remote), fetched([_text(entry) for entry in remote]), strict=True)
-    )
-    for entry in entries:
-        pixels: Tensor | None
+    skipped, missing = [], []
+    digests: list[str | None] = [None] * len(entries)
+    contents = _fetched(entries)
+    for place, entry in enumerate(entries):
         if entry.trouble:
-            pixels, content, remark = None, b"", entry.trouble
-        elif entry.index in contents:
-            pixels, content, remark = _opened_content(entry, contents.pop(entry.index), classifier)
-        else:
-            pixels, content, remark = _opened(entry, classifier)
+            skipped.append((entry.name, entry.trouble))
+            continue
+        try:
+            if entry.index in contents:
+                pixels, digest, remark = _opened_content(entry, contents.pop(entry.index), classifier)
+            else:
+                pixels, digest, remark = _opened(entry, classifier)
+        except MissingError as error:
+            missing.append((entry.name, str(error)))
+            continue
+        digests[place] = digest
         if pixels is None:
             skipped.append((entry.name, remark or "it cannot be read; skipped"))
         else:
-            good.append((entry, pixels, hashlib.blake2b(content, digest_size=8).hexdigest(), remark))
+            good.append((entry, pixels, digest, remark))
     images = torch.stack([pixels for _, pixels, _, _ in good]) if good else torch.empty(0)
-    return Opened(
-        images, [one[0] for one in good], [one[2] for one in good], [one[3] for one in good], skipped
-    )
+    own = [one[0] for one in good], [one[2] for one in good], [one[3] for one in good]
+    return Opened(images, *own, skipped, missing, digests)
+
+
+def content_digests(entries: Sequence[Entry]) -> list[str | None]:
+    """Digests of the stored content as it is now, as `Opened.digests` has them, without decoding anything."""
+    contents = _fetched(entries)
+
+    def look(entry: Entry) -> str | None:
+        try:
+            if entry.trouble:
+                return None
+            if entry.index in contents:
+                content = contents[entry.index]
+                return None if content is None else digest_of(content)
+            path = _path(entry)
+            if entry.row >= 0:
+                return digest_of(stored_image(path, entry.row))
+            return file_digest(path) if _is_regular(path) else ""
+        except (MissingError, OSError, ValueError, IndexError):
+            return None
+
+    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="weakspot-compare") as pool:
+        return list(pool.map(look, entries))
 
 
 def _text(entry: Entry) -> str:
     return os.fsdecode(entry.path)
 
 
-def _opened_content(
-    entry: Entry, content: bytes | None, classifier: Classifier
-) -> tuple[Tensor | None, bytes, str]:
+def _fetched(entries: Sequence[Entry]) -> dict[int, bytes | None]:
+    """Contents of the pictures that lie at a URL, by index; None of those that are not there."""
+    remote = [entry for entry in entries if is_url(_text(entry)) and entry.row < 0 and not entry.trouble]
+    contents = fetched([_text(entry) for entry in remote])
+    return dict(zip((entry.index for entry in remote), contents, strict=True))
+
+
+def _opened_content(entry: Entry, content: bytes | None, classifier: Classifier) -> Read:
     if content is None:
-        return None, b"", GONE
+        raise MissingError("the file is no longer there, or may not be read any more")
     with tempfile.TemporaryDirectory(prefix="weakspot-") as folder:
         path = Path(folder, "picture").with_suffix(Path(entry.name).suffix)
         path.write_bytes(content)
         return _opened(replace(entry, path=os.fsencode(path)), classifier)
 
 
-def _opened(entry: Entry, classifier: Classifier) -> tuple[Tensor | None, bytes, str]:
-    text = _text(entry)
-    path = local_copy(text) if is_url(text) else Path(text)
+def _opened(entry: Entry, classifier: Classifier) -> Read:
+    """Raises MissingError when the file is not to be had."""
+    path = _path(entry)
     if entry.row >= 0:
-        return array_image(path, entry.row, classifier.input_size, classifier.channels)
+        try:
+            pixels, content, remark = array_image(path, entry.row, classifier.input_size, classifier.channels)
+        except (OSError, ValueError, IndexError) as error:  # it had this row when it was listed
+            raise MissingError(f"the array can no longer be read ({_first_line(error)})") from error
+        return pixels, digest_of(content), remark
     try:
+        if not _is_regular(path):
+            return None, "", "not a regular file; skipped"
         (picture,) = open_pictures(path, size=classifier.input_size, channels=classifier.channels)
-        return picture.pixels, path.read_bytes() if picture.pixels is not None else b"", picture.remark
-    except (OSError, ValueError):  # ValueError: it has become a folder, which holds any number
-        return None, b"", GONE
+        # Read to its end, so that a file of which the system cannot give the rest is not taken for a damaged picture.
+        return picture.pixels, file_digest(path), picture.remark
+    except (OSError, ValueError) as error:  # ValueError: it has become a folder, which holds any number
+        raise MissingError(_why(error)) from error
+
+
+def _path(entry: Entry) -> Path:
+    text = _text(entry)
+    try:
+        return local_copy(text) if is_url(text) else Path(text)
+    except FileNotFoundError as error:
+        raise MissingError(_why(error)) from error
+
+
+def _is_regular(path: Path) -> bool:
+    """Whether it is a file that can be read, False of pipes and devices.
+
+    Raises:
+        OSError: when there is no such file, or no permission to read it, or its disk does not answer.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError("a folder has taken its place")
+    if not stat.S_ISREG(mode):
+        return False
+    with path.open("rb"):
+        return True
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "the file is no longer there"
+    if isinstance(error, PermissionError):
+        return "there is no longer permission to read the file"
+    said = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+    return f"the file can no longer be read ({said})"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,71 +1,103 @@
-"""Records of a run: one Parquet file per shard while it goes on, one for all at its end."""
+"""Records of a run: one Parquet file per shard, and at the end one for all.
+
+A shard's file is called NUMBER-DIGEST.parquet, the digest being of its content and number, so that a damaged shard, and
+one in another's place, is known by its name. The shards stay when the run is complete: what is damaged later can be
+written again, or computed again shard by shard.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from weakspot.runs.integrity import digest_of, file_digest
 from weakspot.writing import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-FILE, SKIPPED, SHARDS = "records.parquet", "skipped.parquet", "shards"
+FILE, SKIPPED, SHARDS, LISTING = "records.parquet", "skipped.parquet", "shards", "images.parquet"
 NOTE = b"weakspot"  # key of a shard's note: what could not be read, how long it took
 ROWS = 50_000  # of a row group of the compacted file; what compaction holds in memory
 
 
-class Note(NamedTuple):
+@dataclass(frozen=True)
+class Note:
     """What a shard says besides its rows.
 
     Attributes:
         read: images that could be read.
-        skipped: (name, reason) of those that could not.
+        skipped: (name, reason) of files that are no pictures.
+        missing: (name, reason) of files that were listed and are not to be had: the shard is to be done again.
+        contents: digest of every image's stored content, in the order of the listing; None of those not to be had.
         seconds: of wall time.
+        maps: path below maps.zarr to size and digest, of every file that this shard's maps are in.
     """
 
     read: int
     skipped: Sequence[tuple[str, str]]
-    seconds: float
+    missing: Sequence[tuple[str, str]] = ()
+    contents: Sequence[str | None] = ()
+    seconds: float = 0.0
+    maps: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
 
-def shard_path(folder: Path, number: int) -> Path:
-    """Where a shard of that number is, or will be."""
-    return folder / SHARDS / f"{number:07d}.parquet"
+def shard_files(folder: Path) -> dict[int, Path]:
+    """Number to file of the shards that are there."""
+    found = {shard_number(path): path for path in sorted((folder / SHARDS).glob("[0-9]*-*.parquet"))}
+    return {number: found[number] for number in sorted(found)}
+
+
+def shard_number(shard: Path) -> int:
+    """The number that a shard's file is named by."""
+    return int(shard.stem.partition("-")[0])
 
 
 def finished_shards(folder: Path) -> set[int]:
     """Numbers of the shards that are there, whole."""
-    return {int(path.stem) for path in (folder / SHARDS).glob("[0-9]*.parquet")}
+    return set(shard_files(folder))
 
 
-def write_shard(folder: Path, number: int, rows: pd.DataFrame, note: Note) -> None:
-    """Write one shard, whole or not at all; that it is there says that its maps are, too."""
+def is_sound(shard: Path) -> bool:
+    """Whether a shard's file has the content that its name says."""
+    return shard.stem.partition("-")[2] == file_digest(shard, shard_number(shard))
+
+
+def write_shard(folder: Path, number: int, rows: pd.DataFrame, note: Note) -> Path:
+    """Write one shard, whole or not at all; that it is there says that its maps are, too. Returns its file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pa.Table.from_pandas(rows, preserve_index=False)
-    table = table.replace_schema_metadata({NOTE: json.dumps(note._asdict()).encode()})
+    table = table.replace_schema_metadata({NOTE: json.dumps(asdict(note)).encode()})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     content = sink.getvalue().to_pybytes()
-    path = shard_path(folder, number)
+    path = folder / SHARDS / f"{number:07d}-{digest_of(content, number)}.parquet"
     path.parent.mkdir(exist_ok=True)
     write_whole(path, lambda draft: draft.write_bytes(content), durable=True)
+    return path
 
 
 def read_notes(folder: Path) -> Iterator[Note]:
     """The notes of all shards that are there, in order."""
+    for path in shard_files(folder).values():
+        yield read_note(path)
+
+
+def read_note(shard: Path) -> Note:
+    """The note of the shard in that file."""
     import pyarrow.parquet as pq
 
-    for number in sorted(finished_shards(folder)):
-        schema = pq.read_schema(shard_path(folder, number))
-        said = json.loads(schema.metadata[NOTE])
-        yield Note(said["read"], [(name, why) for name, why in said["skipped"]], said["seconds"])
+    said: dict[str, Any] = json.loads(pq.read_schema(shard).metadata[NOTE])
+    for name in ("skipped", "missing"):
+        said[name] = [(image, why) for image, why in said[name]]
+    said["maps"] = {path: (size, digest) for path, (size, digest) in said["maps"].items()}
+    return Note(**said)
 
 
 def unified_schema(folder: Path) -> pa.Schema:
@@ -74,15 +106,19 @@ def unified_schema(folder: Path) -> pa.Schema:
     import pyarrow.parquet as pq
 
     schema: pa.Schema | None = None
-    for number in sorted(finished_shards(folder)):
-        own = pq.read_schema(shard_path(folder, number)).remove_metadata()
+    for path in shard_files(folder).values():
+        own = pq.read_schema(path).remove_metadata()
         known = own if schema is None else schema
         schema = known if known.equals(own) else pa.unify_schemas([known, own], promote_options="permissive")
-    return pa.schema([]) if schema is None else schema
+    if schema is None:
+        from weakspot.runs.tables import no_rows
+
+        schema = pa.Schema.from_pandas(no_rows(), preserve_index=False).remove_metadata()
+    return schema
 
 
-def compact(folder: Path) -> None:
-    """Make records.parquet and skipped.parquet of all shards, in order; the shards stay until `drop_shards`.
+def compact(folder: Path) -> dict[str, str]:
+    """Make records.parquet and skipped.parquet of all shards, in order; returns the digest of each.
 
     One shard is in memory at a time, and `ROWS` rows to be written.
     """
@@ -94,8 +130,8 @@ def compact(folder: Path) -> None:
     def write(draft: Path) -> None:
         waiting: list[pa.Table] = []
         with pq.ParquetWriter(draft, schema, compression="zstd") as writer:
-            for number in sorted(finished_shards(folder)):
-                waiting.append(_with_schema(pq.read_table(shard_path(folder, number)), schema))
+            for path in shard_files(folder).values():
+                waiting.append(_with_schema(pq.read_table(path), schema))
                 if sum(map(len, waiting)) >= ROWS:
                     writer.write_table(pa.concat_tables(waiting))
                     waiting.clear()
@@ -109,6 +145,7 @@ def compact(folder: Path) -> None:
     )
     write_whole(folder / SKIPPED, lambda draft: pq.write_table(table, draft), durable=True)
     write_whole(folder / FILE, write, durable=True)
+    return {name: file_digest(folder / name) for name in (FILE, SKIPPED)}
 
 
 def _with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -121,12 +158,6 @@ def _with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
         for field in schema
     ]
     return pa.table(columns, schema=schema)
-
-
-def drop_shards(folder: Path) -> None:
-    """Remove the shards, and what writers that died have left."""
-    shutil.rmtree(folder / SHARDS, ignore_errors=True)
-    clear_drafts(folder)
 
 
 def clear_drafts(folder: Path) -> None:
@@ -144,24 +175,22 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
     write_whole(path, lambda draft: draft.write_text(text, "utf-8"), durable=True)
 
 
-def _files(folder: Path) -> list[Path]:
-    if (folder / FILE).is_file() and not finished_shards(folder):
-        return [folder / FILE]
-    return [shard_path(folder, number) for number in sorted(finished_shards(folder))]
+def _files(folder: Path, *, complete: bool) -> list[Path]:
+    return [folder / FILE] if complete else list(shard_files(folder).values())
 
 
-def has_records(folder: Path) -> bool:
+def has_records(folder: Path, *, complete: bool) -> bool:
     """Whether there is a row, or could be: a shard of a run that goes on, or the file of one that is complete."""
-    return bool(_files(folder))
+    return complete or bool(shard_files(folder))
 
 
-def read_all(folder: Path) -> pa.Table:
-    """All records that are there, of a run that goes on too."""
+def read_all(folder: Path, *, complete: bool) -> pa.Table:
+    """All records that are there: of a complete run those of its one file, else those of its shards."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    files = _files(folder)
-    if files == [folder / FILE]:
+    files = _files(folder, complete=complete)
+    if complete:
         return pq.read_table(files[0])
     schema = unified_schema(folder)
     return pa.concat_tables(
@@ -169,10 +198,10 @@ def read_all(folder: Path) -> pa.Table:
     )
 
 
-def scan(folder: Path) -> pa.dataset.Dataset:
+def scan(folder: Path, *, complete: bool) -> pa.dataset.Dataset:
     """The same, to be read from the disk piece by piece."""
     import pyarrow.dataset as ds
 
-    files = _files(folder)
-    schema = None if files == [folder / FILE] else unified_schema(folder)
+    files = _files(folder, complete=complete)
+    schema = None if complete else unified_schema(folder)
     return ds.dataset([str(file) for file in files], schema=schema, format="parquet")

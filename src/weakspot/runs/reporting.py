@@ -70,7 +70,7 @@ def run_report(run: Run) -> str:
         'run.maps["adversarial"][0]  # of the first image: attacks x regions x channels x height x width',
         "report": f"weakspot report {folder}",
     }
-    if not has_records(run.folder):
+    if not has_records(run.folder, complete=run.complete):
         return run_page(_heading(run, None), [], _made(run), questions)
     summary = summarize(run)
     return run_page(_heading(run, summary), _sections(run, summary), _made(run), questions)
@@ -141,6 +141,13 @@ def _heading(run: Run, summary: Summary | None) -> Heading:
             f"This audit is not complete: {done:,}{of} images are done, and all numbers here are of those. "
             f"Go on by weakspot audit --resume {shlex.quote(run.name)}."
         )
+        if "missing" in run.about:
+            warning = (
+                f"{run.shortfall[0].upper()}{run.shortfall[1:]}. All numbers here are of the {done:,} others."
+            )
+    elif run.shortfall:
+        warning = f"{run.shortfall[0].upper()}{run.shortfall[1:]}."
+    warning = " ".join([*([warning] if warning else []), *run.remarks])
     attacks = ", ".join(
         f"{one.label} at {one.budget}" if one.budget and one.budget not in one.label else one.label
         for one in plan.attacks

@@ -8,9 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weakspot.runs.integrity import listed
 from weakspot.runs.maps import FOLDER, Maps
 from weakspot.runs.places import is_url, place
-from weakspot.runs.records import SKIPPED, read_all, read_notes, scan
+from weakspot.runs.records import LISTING, SKIPPED, read_all, read_notes, scan
+from weakspot.runs.verification import MapCheck, check_records
 
 if TYPE_CHECKING:
     import duckdb
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1  # of the folder; grows when what is written could no longer be read by the version before
 KIND = "audit"
-ABOUT, LISTING = "run.json", "images.parquet"
+ABOUT = "run.json"
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -51,6 +53,9 @@ def read_about(folder: Path) -> dict[str, Any]:
 class Run:
     """A run folder, complete or not.
 
+    Records and maps are compared with their digests before they are read; what is not what was written raises
+    DamagedError, an OSError.
+
     Attributes:
         folder: where it is; of a run kept by URL a copy here of all but its maps, as long as this object lives.
         name: the folder's path, or the URL.
@@ -70,7 +75,7 @@ class Run:
             from weakspot.runs.mirror import download
 
             self._copy = tempfile.TemporaryDirectory(prefix="weakspot-")
-            download(place(self.name), Path(self._copy.name), self.name)
+            download(place(self.name), Path(self._copy.name), self.name, shards=False)
         self.folder = Path(self._copy.name if is_url(folder) else folder)
         self.about = read_about(self.folder)
 
@@ -84,6 +89,39 @@ class Run:
         return bool(self.about["status"] == "complete")
 
     @property
+    def shortfall(self) -> str:
+        """Why nothing final can be said yet, in a sentence; empty where every image that was asked for is in it."""
+        absent, missing = self.about.get("absent"), self.about.get("missing")
+        go_on = f"weakspot audit --resume {self.name}"
+        if not self.complete and missing:
+            names = ", ".join(missing["names"]) + (
+                ", ..." if missing["images"] > len(missing["names"]) else ""
+            )
+            return (
+                f"the audit is not complete: {missing['images']:,} of {self.about['images']['listed']:,} images cannot "
+                f"be read any more ({names}; {missing['reason']}); put them back and go on with {go_on}"
+            )
+        if not self.complete:
+            return f"the audit is not complete; go on with {go_on}"
+        if absent:
+            return (
+                f"the audit lacks {listed(absent)}, which could not be found when it began; start another audit once "
+                "it can"
+            )
+        return ""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What is to be known of the model and of earlier sessions before the records are believed, in sentences."""
+        return tuple(self.about.get("remarks", ()))
+
+    @cached_property
+    def _checked(self) -> Path:
+        """The folder, its records compared with their digests."""
+        check_records(self.folder, self.about, self.name)
+        return self.folder
+
+    @property
     def plan(self) -> Plan:
         """What was asked for, with all defaults."""
         from weakspot.runs.plan_files import read_mapping
@@ -93,7 +131,7 @@ class Run:
     @property
     def records(self) -> pd.DataFrame:
         """One row per image x attack x region, in the order of images; all in memory."""
-        return _frame(read_all(self.folder))
+        return _frame(read_all(self._checked, complete=self.complete))
 
     @property
     def skipped(self) -> pd.DataFrame:
@@ -101,9 +139,9 @@ class Run:
         import pandas as pd
         import pyarrow.parquet as pq
 
-        if (self.folder / SKIPPED).is_file():
-            return _frame(pq.read_table(self.folder / SKIPPED))
-        pairs = [pair for note in read_notes(self.folder) for pair in note.skipped]
+        if self.complete:
+            return _frame(pq.read_table(self._checked / SKIPPED))
+        pairs = [pair for note in read_notes(self._checked) for pair in note.skipped]
         return pd.DataFrame(pairs, columns=["image", "reason"], dtype="str")
 
     @property
@@ -126,7 +164,11 @@ class Run:
         """Name to map: `run.maps["overlap"][image, attack, region]` reads one."""
         if is_url(self.name):
             return Maps(f"{self.name.rstrip('/')}/{FOLDER}")
-        return Maps(self.folder / FOLDER)
+        return Maps(self.folder / FOLDER, self._map_check)
+
+    @cached_property
+    def _map_check(self) -> MapCheck:
+        return MapCheck(self.folder, self.about["plan"]["shard"] or 1, self.name)
 
     @cached_property
     def _connection(self) -> duckdb.DuckDBPyConnection:
@@ -135,7 +177,7 @@ class Run:
 
         connection = duckdb.connect()
         # Through Arrow rather than by path: a path may hold what DuckDB takes for a pattern.
-        connection.register("records", scan(self.folder))
+        connection.register("records", scan(self._checked, complete=self.complete))
         connection.register("skipped", self.skipped)
         if (self.folder / LISTING).is_file():
             connection.register("images", ds.dataset(self.folder / LISTING))

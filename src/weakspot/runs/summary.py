@@ -56,6 +56,7 @@ class Summary:
         labels: where the labels come from, in words.
         weakest: the weakest region in one sentence.
         regions: each region beside its control of equal area in a sentence, where the plan has controls.
+        remarks: what is to be known of the model and of earlier sessions, such as images that were changed.
     """
 
     cells: tuple[CellSummary, ...]
@@ -64,12 +65,14 @@ class Summary:
     labels: str
     weakest: str
     regions: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def as_mapping(self) -> dict[str, Any]:
         """Plain values; what is unknown is None."""
         return {
             **asdict(self),
             "regions": list(self.regions),
+            "remarks": list(self.remarks),
             "clean_accuracy": _plain(self.clean_accuracy),
             "cells": [{key: _plain(value) for key, value in asdict(cell).items()} for cell in self.cells],
         }
@@ -107,6 +110,7 @@ def summarize(run: Run) -> Summary:
         _labels(run.about.get("labels", {})),
         weakest([cell for cell in cells if cell.attack in bounded] or cells, found),
         tuple(told(region_contrasts(run))),
+        run.remarks,
     )
 
 

@@ -1,0 +1,54 @@
+"""Machine: the network as an audit uses it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weakspot.classifier import Classifier
+from weakspot.models.probe import Watch
+from weakspot.runs.isolation import Lots
+from weakspot.runs.plan import Plan
+from weakspot.runs.steady import SteadyClassifier
+
+
+@dataclass(eq=False)
+class Machine:
+    """The network as an audit uses it, and what it has learnt about its memory.
+
+    Attributes:
+        classifier: as it was loaded; analyses look inside it.
+        steady: the same network for attacks.
+        lots: how many images are attacked at once.
+        pairs: how many are explained at once, or have their regions found.
+        watch: whether the network is still what it was.
+    """
+
+    classifier: Classifier
+    steady: SteadyClassifier
+    lots: Lots
+    pairs: Lots
+    watch: Watch
+
+    @classmethod
+    def of(cls, classifier: Classifier, plan: Plan, batch_size: int | None = None) -> Machine:
+        """For a plan; without a batch size all images of a shard are attacked at once, fewer when memory runs out."""
+        steady = SteadyClassifier(classifier, plan.group)
+        return cls(classifier, steady, Lots(batch_size, steady), Lots(None, None), Watch(classifier))
+
+    def predict(self, images: Tensor, troubles: dict[int, str]) -> Tensor:
+        """Logits (N, K), in groups; NaN as they come, and where the network raised, which is entered as a trouble."""
+
+        def go(mine: Tensor) -> Tensor:
+            with torch.no_grad():
+                return torch.cat([self.steady(images[part]) for part in mine.split(self.steady.group)])
+
+        rows = torch.arange(len(images), device=images.device)
+        classes = self.watch.probe.logits.shape[1]
+        logits = torch.full((len(images), classes), torch.nan, device=images.device)
+        for mine, found in self.lots.each(go, rows, troubles, f"a pass through {self.steady.name}"):
+            logits = logits.to(found.dtype)
+            logits[mine] = found
+        return logits

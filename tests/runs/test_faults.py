@@ -1,0 +1,365 @@
+"""Faults of models and attacks: said of the image, or of the model, and never the end of an audit or an open gate."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import weakspot
+from tests.runs.fixtures import NETWORKS, networks, pictures, same_maps, same_records, small_plan
+from weakspot import Classifier, attacks
+from weakspot.checks import ModelError
+from weakspot.models import load
+from weakspot.models.probe import CHANGED, DRIFTED, RANDOM, Watch, probe, read_probe
+from weakspot.pairs import AttackResult
+from weakspot.runs import (
+    AttackPlan,
+    Plan,
+    Standing,
+    audit,
+    compare,
+    execution,
+    resume,
+    summarize,
+    write_run_report,
+)
+from weakspot.runs.gate import judge, unknown_cases
+from weakspot.runs.summary import cell_table
+
+__all__ = ["networks", "pictures"]  # fixtures
+PGD = AttackPlan("pgd", settings=(("steps", 2),))
+ODD = """
+import random
+import numpy as np
+from torch.nn import functional as F
+
+
+class Odd(Tiny):
+    # Raises on dark images, or does what else it was made for.
+    def __init__(self, error=None, act=None):
+        super().__init__()
+        self.error, self.act, self.calls = error, act, 0
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, images):
+        self.calls += 1
+        if self.error is not None and bool((images.mean((1, 2, 3)) < 0.05).any()):
+            raise self.error
+        logits = super().forward(images)
+        return logits if self.act is None else self.act(self, images, logits)
+
+
+class Odder(BaseException):
+    pass
+
+
+def made(error=None, act=None):
+    network = Odd(error, act)
+    network.load_state_dict(build().state_dict(), strict=False)
+    return network.eval()
+
+
+def plain(): return made()
+def scaled(): return made(act=lambda self, images, logits: 3 * logits)
+def slightly(): return made(act=lambda self, images, logits: 1.01 * logits)
+def rounded(): return made(act=lambda self, images, logits: logits * (1 + 1e-5))
+def runtime(): return made(RuntimeError("odd image"))
+def exits(): return made(SystemExit(0))
+def missing(): return made(FileNotFoundError(2, "No such file", "cache.bin"))
+def memory(): return made(MemoryError("out of memory"))
+def strange(): return made(Odder("odd"))
+def dropout(): return made(act=lambda self, images, logits: F.dropout(logits, 0.5, training=True))
+def numpy_noise(): return made(act=lambda self, images, logits: logits + np.random.default_rng().normal())
+def drifting(): return made(act=lambda self, images, logits: logits * (1 + self.calls // 30))
+
+
+def count(self, images, logits):
+    self.seen += len(images)
+    return logits
+
+
+def counting(): return made(act=count)
+
+
+def leaves():
+    raise SystemExit(0)
+"""
+
+
+@pytest.fixture
+def odd(pictures: Path) -> Path:
+    """The pictures, one of them dark, and networks to which that matters."""
+    (pictures.parent / "audited_networks.py").write_text(NETWORKS + ODD)
+    Image.new("RGB", (24, 24), (3, 3, 3)).save(pictures / "dog/dark.png")
+    return pictures
+
+
+def plan_of(odd: Path, factory: str, **changes: Any) -> Plan:
+    plan = small_plan(odd, **{"attacks": (PGD,), "analyses": (), "regions": ("none",), **changes})
+    return replace(plan, model=replace(plan.model, spec=f"audited_networks:{factory}"))
+
+
+# --- one image
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        ("runtime", "RuntimeError: odd image"),
+        ("exits", "ModelError: Odd raised SystemExit: 0; a model must not end the process"),
+        ("missing", "FileNotFoundError: [Errno 2] No such file: 'cache.bin'"),
+        ("memory", "MemoryError: out of memory (with 1 image at a time)"),
+        ("strange", "ModelError: Odd raised Odder: odd; a model must not end the process"),
+    ],
+)
+def test_an_image_on_which_the_model_raises_is_said_in_its_row(odd: Path, factory: str, said: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = audit(plan_of(odd, factory), odd.parent / "found")
+    assert found.complete
+    records = found.records
+    assert len(records) == 15
+    (row,) = records[records["trouble"].notna()].itertuples()
+    assert (row.image, row.trouble) == ("dog/dark.png", f"a pass through Odd: {said}")
+    assert records["success"].isna().sum() == 1
+    expected = audit(plan_of(odd, "plain"), odd.parent / "expected").records
+    others = expected["image"] != "dog/dark.png"
+    np.testing.assert_allclose(
+        records.loc[others, "margin_clean"], expected.loc[others, "margin_clean"], atol=1e-5
+    )
+    assert resume(found.folder).complete
+
+
+def raising(when: int, error: BaseException) -> Any:
+    """pgd that raises on batches that hold an image of that mean in 255ths."""
+
+    def attack(model: nn.Module, images: Tensor, labels: Tensor, **options: Any) -> AttackResult:
+        if bool(((images.mean((1, 2, 3)) * 255).round() == when).any()):
+            raise error
+        return attacks.pgd(model, images, labels, **options)
+
+    return attack
+
+
+@pytest.mark.parametrize("error", [KeyError("odd"), SystemExit(0), OSError("odd"), RecursionError("odd")])
+def test_an_image_on_which_attack_or_analysis_raises_is_said_in_its_row(
+    odd: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution, "find_attack", lambda _: raising(3, error))
+    own = weakspot.explain
+
+    def explaining(model: nn.Module, pairs: AttackResult, **options: Any) -> Any:
+        if bool((pairs.clean.mean((1, 2, 3)) > 0.9).any()):
+            raise error
+        return own(model, pairs, **options)
+
+    monkeypatch.setattr(execution, "explain", explaining)
+    Image.new("RGB", (24, 24), (250, 250, 250)).save(odd / "cat/bright.png")
+    found = audit(plan_of(odd, "plain", analyses=("ssim",)), odd.parent / "found")
+    assert found.complete
+    troubles = found.records.set_index("image")["trouble"].dropna()
+    assert set(troubles.index) == {"dog/dark.png", "cat/bright.png"}
+    assert troubles["dog/dark.png"].startswith("attack pgd in region none: ")
+    assert troubles["cat/bright.png"].startswith("analyses ssim: ")
+    assert found.records.set_index("image")["success"].isna().tolist().count(True) == 1
+
+
+def test_a_whole_shard_of_odd_images_does_not_stop_the_audit(odd: Path) -> None:
+    for number in range(8):
+        Image.new("RGB", (24, 24), (number % 4, 3, 3)).save(odd / f"cat/0-{number}.png")
+    found = audit(plan_of(odd, "runtime"), odd.parent / "found")
+    assert found.complete
+    assert found.records["trouble"].notna().sum() == 9
+    assert resume(found.folder).complete
+    # Judged by the others alone, the gate would open.
+    summary = summarize(found)
+    rows, robust = cell_table(found, summary), summary.cells[0].robust_accuracy
+    for condition, shut in (
+        (f"robust_accuracy < {robust - 0.01}", True),  # the nine may have fallen
+        (f"robust_accuracy > {robust + 0.01}", True),  # or withstood
+        (f"clean_accuracy < {summary.clean_accuracy - 0.01}", True),
+        (f"robust_accuracy < {robust * 14 / 23 - 0.01}", False),
+        ("images < 14", False),
+    ):
+        (alone,) = judge([condition], rows, str)
+        (verdict,) = judge([condition], rows, str, unknown_cases(found, rows))
+        assert not alone.failed
+        assert verdict.failed == shut, verdict
+
+
+@pytest.mark.parametrize("size", [None, 1])
+def test_what_fails_on_neutral_images_too_stops_at_once(
+    odd: Path, size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attack(*_: Any, **__: Any) -> None:
+        raise ValueError("no such norm")
+
+    monkeypatch.setattr(execution, "find_attack", lambda _: attack)
+    with pytest.raises(
+        ValueError, match=r"attack pgd in region none: no such norm \(the same on every image"
+    ):
+        audit(plan_of(odd, "plain"), odd.parent / "found", batch_size=size)
+
+
+# --- the process
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), SystemExit(None), GeneratorExit(), BaseException("x")])
+def test_a_model_cannot_end_the_process(error: BaseException) -> None:
+    class Leaving(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            raise error
+
+    with pytest.raises(ModelError, match=f"Leaving raised {type(error).__name__}"):
+        Classifier.wrap(Leaving())(torch.zeros(1, 3, 2, 2))
+
+    def factory() -> nn.Module:
+        raise error
+
+    with pytest.raises(ModelError, match="the model's factory raised"):
+        load(factory)
+
+
+def test_an_interrupt_is_the_users() -> None:
+    class Interrupted(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Classifier.wrap(Interrupted())(torch.zeros(1, 3, 2, 2))
+
+
+# --- which model
+
+
+def cut_off(plan: Plan, out: Path, factory: str) -> Path:
+    """An audit of one shard by the plan's model; run.json then names another."""
+
+    def watch(standing: Standing) -> None:
+        if standing.done > 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        audit(plan, out, watch=watch)
+    about = json.loads((out / "run.json").read_text())
+    about["plan"]["model"]["spec"] = f"audited_networks:{factory}"
+    (out / "run.json").write_text(json.dumps(about))
+    return out
+
+
+@pytest.mark.parametrize("factory", ["scaled", "slightly", "dropout"])
+def test_the_same_weights_used_otherwise_do_not_go_on(odd: Path, factory: str) -> None:
+    out = cut_off(plan_of(odd, "plain"), odd.parent / "found", factory)
+    with pytest.raises(
+        ValueError, match=r"has the same weights .* but gives other logits, so its code"
+    ) as told:
+        resume(out)
+    assert "\n" not in str(told.value)
+
+
+def test_last_digits_are_no_other_model(odd: Path) -> None:
+    out = cut_off(plan_of(odd, "plain"), odd.parent / "found", "rounded")
+    assert resume(out).complete
+
+
+def test_another_normalization_is_another_model() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()
+    one, other = (
+        Classifier.wrap(network, mean=[mean], std=[0.25], input_size=(2, 2)) for mean in (0.5, 0.48)
+    )
+    assert probe(one).agrees(read_probe(json.loads(json.dumps(probe(one).as_mapping()))))
+    assert not probe(one).agrees(probe(other))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("shift", [0.0, 1e3])
+def test_the_tolerance_goes_with_the_spread_of_the_logits(scale: float, shift: float) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).double().eval()
+
+    class Moved(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.base, self.factor = base, factor
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits: Tensor = self.base(images)
+            return scale * (logits * self.factor + shift)
+
+    same, close, other = (
+        probe(Classifier.wrap(Moved(factor).eval(), input_size=(2, 2))) for factor in (1, 1.0001, 1.1)
+    )
+    assert same.agrees(close)
+    assert not same.agrees(other)
+    assert not replace(same, logits=same.logits * np.nan).agrees(same)
+    assert replace(same, device="cuda").agrees(close)
+
+
+def test_probing_leaves_the_model_and_the_random_numbers_alone(odd: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Dropout(), nn.Linear(12, 3))
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    with pytest.warns(UserWarning, match="train mode"):
+        assert Watch(Classifier.wrap(network, input_size=(2, 2))).probe.repeats
+    assert network.training
+    assert torch.equal(torch.rand(2), expected)
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("factory", "sentence"),
+    [
+        ("dropout", RANDOM),
+        ("numpy_noise", RANDOM),
+        ("counting", CHANGED),
+        ("drifting", DRIFTED),
+        ("plain", None),
+    ],
+)
+def test_a_model_that_does_not_stay_the_same_is_named(odd: Path, factory: str, sentence: str | None) -> None:
+    changes = {"regions": ("none", "cam"), "analyses": ("overlap",)} if sentence is None else {}
+    found = audit(plan_of(odd, factory, **changes), odd.parent / "found")
+    expected = () if sentence is None else (sentence,)
+    assert found.remarks == summarize(found).remarks == expected
+    assert json.loads((found.folder / "run.json").read_text())["remarks"] == list(expected)
+    if sentence is None:
+        return
+    assert f"{found.name}: {sentence}" in compare(found, found).remarks
+    if sentence == CHANGED:
+        assert CHANGED in write_run_report(found, odd.parent / "page.html").read_text()
+
+
+def test_a_comparison_says_that_the_same_weights_were_used_otherwise(odd: Path) -> None:
+    plain, scaled = (audit(plan_of(odd, name), odd.parent / name) for name in ("plain", "scaled"))
+    assert (
+        "both runs are of the same weights, which are used in different ways"
+        in compare(plain, scaled).remarks
+    )
+    assert "both runs are of the same weights" in compare(plain, plain).remarks
+
+
+def test_a_worker_sends_an_exit_as_an_error() -> None:
+    from weakspot.runs.ray_worker import _sendable
+
+    sent = _sendable(SystemExit(0))
+    assert (type(sent), str(sent)) == (RuntimeError, "SystemExit: 0")
+
+
+def test_maps_of_troubled_images_are_missing(odd: Path) -> None:
+    found = audit(plan_of(odd, "runtime"), odd.parent / "found")
+    place = found.records["image"].tolist().index("dog/dark.png")
+    assert (found.maps["adversarial"][place] == 255).all()
+    again = audit(plan_of(odd, "runtime"), odd.parent / "again", batch_size=3)
+    same_records(found, again)
+    same_maps(found, again)
