@@ -1,9 +1,9 @@
 """Inside the network: propagation, dissection, sensitivity, masking. Run: python -m benchmarks.inside [SECTION ...]
 
 Sections: propagation (against bare forward passes and Captum's layer activations), dissection (against bare passes over
-the data, memory as data grow), spread (one-pixel successes beside failures and random edits), sensitivity (units that an
-attack moves more than noise of its size does), masking (units of ResNet-20 masked, attacked again). All but propagation
-need real data and say so where there is none.
+the data, memory as data grow), spread (one-pixel successes beside failures and random edits), sensitivity (units that
+an attack moves more than noise of its size does), masking (units of ResNet-20 masked, attacked again). All but
+propagation need real data and say so where there is none.
 """
 
 from __future__ import annotations
@@ -254,10 +254,11 @@ def masking_section(count: int = 300) -> None:
         f"\nResNet-20, {layer}, {len(table)} units; PGD-20, 1/255; units by sensitivity on {count} other images,"
     )
     print(f"judged on {count}\n")
-    for number in (3, 6, 13):
-        units = table.sort_values("sensitivity", ascending=False)["unit"].head(number).tolist()
-        result = defenses.masking_test(model, layer, units, *judged, attack=attack)
-        print(sections.table(result) + f"\n\n{defenses.masking_sentence(result)}\n", flush=True)
+    moved = table[table["p_value"] <= 0.05].sort_values("sensitivity", ascending=False)
+    result = defenses.masking_test(
+        model, layer, moved["unit"].head(round(0.2 * len(table))).tolist(), *judged, attack=attack
+    )
+    print(sections.table(result) + f"\n\n{defenses.masking_sentence(result)}\n", flush=True)
 
 
 def sensitivity_section(count: int = 200) -> None:
