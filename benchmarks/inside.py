@@ -1,8 +1,9 @@
 """Inside the network: propagation, dissection, sensitivity, masking. Run: python -m benchmarks.inside [SECTION ...]
 
 Sections: propagation (against bare forward passes and Captum's layer activations), dissection (against bare passes over
-the data, memory as data grow), spread (one-pixel successes beside failures and random edits), masking (units of
-ResNet-20 masked, attacked again). All but propagation need real data and say so where there is none.
+the data, memory as data grow), spread (one-pixel successes beside failures and random edits), sensitivity (units that
+an attack moves more than noise of its size does), masking (units of ResNet-20 masked, attacked again). All but
+propagation need real data and say so where there is none.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -37,8 +39,10 @@ from weakspot.attribution.reading import spatial_layers
 from weakspot.budgets import Linf
 from weakspot.classifier import Classifier, as_classifier, evaluating
 from weakspot.dissection import ConceptSet
+from weakspot.dissection.noise import equal_noise
 from weakspot.dissection.reading import image_batches
 from weakspot.fusion import fused
+from weakspot.statistics import share_interval
 
 ROUNDS = 9
 LAYERS = ("_blocks.10", "_blocks.15")
@@ -250,16 +254,41 @@ def masking_section(count: int = 300) -> None:
         f"\nResNet-20, {layer}, {len(table)} units; PGD-20, 1/255; units by sensitivity on {count} other images,"
     )
     print(f"judged on {count}\n")
-    for number in (3, 6, 13):
-        units = table.sort_values("sensitivity", ascending=False)["unit"].head(number).tolist()
-        result = defenses.masking_test(model, layer, units, *judged, attack=attack)
-        print(sections.table(result) + "\n", flush=True)
+    moved = table[table["p_value"] <= 0.05].sort_values("sensitivity", ascending=False)
+    result = defenses.masking_test(
+        model, layer, moved["unit"].head(round(0.2 * len(table))).tolist(), *judged, attack=attack
+    )
+    print(sections.table(result) + f"\n\n{defenses.masking_sentence(result)}\n", flush=True)
+
+
+def sensitivity_section(count: int = 200) -> None:
+    """Units of ResNet-20 that an attack moves more than noise of its size does, and that such noise moves."""
+    if not real.there():
+        return
+    model, images, labels = real.correct("cifar10_resnet20", count)
+    pairs = attacks.pgd(model, images, labels, budget=Linf(2 / 255), steps=20)
+    fake = Pairs.of(model, images, equal_noise(pairs, 0, seed=11)[0], labels)
+    rows = []
+    for layer in ("body.layer1", "body.layer2", "body.layer3"):
+        for name, one in (("PGD-20, 2/255", pairs), ("noise of that size", fake)):
+            table = unit_sensitivity(model, layer, one)
+            moved = share_interval((table["p_value"] <= 0.05).to_numpy())
+            medians = (float(table[column].median()) for column in ("sensitivity", "noise"))
+            rows.append([layer, name, len(table), *moved, *medians])
+    columns = ["layer", "attack", "units", "moved", "low", "high", "median sensitivity", "median under noise"]
+    print(
+        f"\nResNet-20, {count} correct CIFAR-10 test images; fooled: PGD {pairs.success.float().mean():.3f}, ",
+        end="",
+    )
+    print(f"noise {(fake.targets != labels).float().mean():.3f}\n")
+    print(sections.table(pd.DataFrame(rows, columns=columns)))
 
 
 SECTIONS = {
     "propagation": propagation_section,
     "dissection": dissection_section,
     "spread": spread_section,
+    "sensitivity": sensitivity_section,
     "masking": masking_section,
 }
 ALONE = {"memory": memory, "dissection_memory": dissection_memory}

@@ -147,8 +147,9 @@ def test_the_table_by_radius_has_random_sites_and_failed_attacks_beside() -> Non
     assert table["excess"][1] == pytest.approx((own - scores["fools_at_random_site"][fooled].dropna()).mean())
     assert table["excess_low"][1] > 0.2
     assert table["excess"].isna().tolist() == [False] * len(RADII) + [True]
-    assert "Neighboring sites share the weakness: moved to a neighboring site the pixel of 29" in (
-        locality_sentence(table.reset_index())
+    assert (
+        "Neighboring sites share the weakness: moved to the neighboring sites, the pixel that fooled (29 images)"
+        in (locality_sentence(table.reset_index()))
     )
 
 

@@ -114,12 +114,12 @@ def locality_sentence(table: pd.DataFrame) -> str:
     if not images:
         return "No image was fooled by one pixel: there is nothing to move."
     figures = (
-        f"moved to a neighboring site the pixel of {images} attacks still fools at {_ranged(near)} of the sites, at a "
-        f"random site of the image {_ranged(random)}"
+        f"moved to the neighboring sites, the pixel that fooled ({_counted(images)}) still fools at {_ranged(near)} of "
+        f"them, at other sites of the image at {_ranged(random)}"
     )
     if near["failed_images"]:
         figures += (
-            f"; the pixels of {int(near['failed_images'])} failed attacks fool at "
+            f"; after a failed attack ({_counted(int(near['failed_images']))}) it fools at "
             f"{_ranged(near, 'failed_')} of the neighboring sites"
         )
     if images < FEWEST:
@@ -136,6 +136,10 @@ def _greater_p(differences: NDArray[np.floating]) -> float:
     if len(differences) < FEWEST or np.ptp(differences) == 0:
         return 0.0 if len(differences) >= FEWEST and differences[0] > 0 else np.nan
     return float(ttest_1samp(differences, 0, alternative="greater").pvalue)
+
+
+def _counted(images: int) -> str:
+    return f"{images} image{'' if images == 1 else 's'}"
 
 
 def _ranged(row: pd.Series, prefix: str = "") -> str:
