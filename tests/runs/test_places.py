@@ -16,6 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tests.runs.fixtures import FILES, networks, pictures, same_maps, same_records, small_plan
 from weakspot.runs import Run, StoppedError, audit, resume
 from weakspot.runs.records import finished_shards
+from weakspot.runs.tables import TIMES
 
 __all__ = ["networks", "pictures"]  # fixtures
 
@@ -130,6 +131,31 @@ def test_only_missing_shards_are_done_again_on_another_machine(pictures: Path, t
     found = resume(url, watch=lambda standing: seen.append(standing.done))
     assert seen[0] == 8
     same_maps(audit(small_plan(pictures), tmp_path / "expected"), found)
+
+
+def test_what_is_damaged_or_changed_there_is_named_and_done_again(pictures: Path, tmp_path: Path) -> None:
+    source, url = upload(pictures, "memory://bucket/pictures"), "memory://bucket/v7"
+    expected = audit(small_plan(source, analyses=()), url)
+    files = MemoryFileSystem()
+
+    def change(part: str, make: Any) -> None:
+        (name,) = [name for name in files.store if part in name]
+        files.pipe_file(name, make(files.store[name].getvalue()))
+
+    change("/shards/0000000-", lambda content: content[:-1] + b"x")
+    change("/maps.zarr/adversarial/c/2/", lambda content: content[:-9])
+    named = r"Damaged files were found \(shards/0000000-.*maps.zarr/adversarial/c/2/"
+    with pytest.warns(UserWarning, match=named):
+        found = resume(url)
+    same_records(expected, found)
+    same_maps(expected, found)
+    change("/shards/0000000-", lambda _: b"")
+    change("/dog/04.png", lambda content: content + b"more")
+    with pytest.warns(UserWarning, match=r"changed after being attacked \(dog/04.png\)"):
+        found = resume(url)
+    left, right = (run.records.drop(columns=[*TIMES, "content"]) for run in (expected, found))
+    assert left.equals(right)
+    assert (expected.records["content"] != found.records["content"]).sum() == 4
 
 
 def test_arrays_are_fetched_once_and_bring_their_labels(networks: Path, tmp_path: Path) -> None:

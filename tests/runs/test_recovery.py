@@ -163,7 +163,8 @@ def test_a_flipped_bit_in_a_shard_is_named_and_the_shard_done_again(whole: Run, 
         write_run_report(Run(out), pictures.parent / "page.html")
     assert not (pictures.parent / "page.html").exists()
     with pytest.warns(
-        UserWarning, match=rf"Damaged files were found \(shards/{shard.name}\), and their 4 images"
+        UserWarning,
+        match=rf"Damaged files were found \(shards/{shard.name}\); the results of the 4 images in",
     ):
         found = resume(out)
     same_records(whole, found)
@@ -296,13 +297,15 @@ def test_images_that_were_changed_are_named_and_attacked_again(pictures: Path) -
     edited = pictures / "cat/03.png"
     Image.new("RGB", (24, 24), (10, 200, 10)).save(edited)
     with pytest.warns(
-        UserWarning, match=r"1 image was changed after being attacked \(cat/03.png\) and attacked"
+        UserWarning, match=r"1 image was changed after being attacked \(cat/03.png\); the earlier"
     ):
         found = resume(out)
     expected = audit(small_plan(pictures, **QUICK), pictures.parent / "expected")
     same_records(expected, found)
     same_maps(expected, found)
-    assert found.remarks == ("1 image was changed after being attacked (cat/03.png) and attacked again.",)
+    assert found.remarks == (
+        "1 image was changed after being attacked (cat/03.png); the earlier results were discarded.",
+    )
     assert "cat/03.png" in write_run_report(found, pictures.parent / "page.html").read_text()
 
 

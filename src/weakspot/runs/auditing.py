@@ -174,8 +174,9 @@ def _resumed(
             classifier = load_planned(plan.model)
             check_same(about, classifier)
             said = recover(place, listing, plan.shard or usual_shard(classifier), damage)
-            if said or about["status"] == "complete":
-                about = {**about, "status": "running", "remarks": _joined(about["remarks"], said)}
+            if said or about["status"] != "running":  # each write can meet a full disk
+                about = {key: value for key, value in about.items() if key != "missing"}
+                about |= {"status": "running", "remarks": _joined(about["remarks"], said)}
                 write_json(out / ABOUT, about)
             return _go(Prepared(plan, classifier, listing, about), place, batch_size, watch, ready)
 

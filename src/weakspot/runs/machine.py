@@ -46,9 +46,9 @@ class Machine:
                 return torch.cat([self.steady(images[part]) for part in mine.split(self.steady.group)])
 
         rows = torch.arange(len(images), device=images.device)
-        classes = self.watch.probe.logits.shape[1]
-        logits = torch.full((len(images), classes), torch.nan, device=images.device)
-        for mine, found in self.lots.each(go, rows, troubles, f"a pass through {self.steady.name}"):
-            logits = logits.to(found.dtype)
-            logits[mine] = found
+        found = self.lots.each(go, rows, troubles, f"a pass through {self.steady.name}")
+        known = found[0][1] if found else torch.empty(0, max(2, self.watch.probe.logits.shape[1]))
+        logits = known.new_full((len(images), known.shape[1]), torch.nan, device=images.device)
+        for mine, own in found:
+            logits[mine] = own
         return logits

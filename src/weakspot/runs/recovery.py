@@ -117,13 +117,15 @@ def recover(place: Kept, listing: pa.Table, size: int, damage: Mapping[int, list
         files = listed(dict.fromkeys(paths))
         images = sum(len(entries(listing, number * size, size)) for number in damage)
         remarks.append(
-            f"Damaged files were found ({files}), and their {images:,} images were attacked again."
+            f"Damaged files were found ({files}); the results of the {images:,} images in their blocks were discarded."
         )
     changed, returned = _changed(place.folder, listing, size, skip=damage)
     if changed:
         names = [name for number in sorted(changed) for name in changed[number]]
         were = "1 image was" if len(names) == 1 else f"{len(names):,} images were"
-        remarks.append(f"{were} changed after being attacked ({listed(names)}) and attacked again.")
+        remarks.append(
+            f"{were} changed after being attacked ({listed(names)}); the earlier results were discarded."
+        )
     for sentence in remarks:
         warn(sentence, UserWarning)
     place.drop({*damage, *changed, *returned})
