@@ -26,6 +26,13 @@ FailIfOption = Annotated[
         '"robust_accuracy < 0.4", "region == \'cam\' and robust_high < 0.2".',
     ),
 ]
+FloatOption = Annotated[
+    bool,
+    typer.Option(
+        "--float",
+        help="Count attacked images before they are rounded to 8 bits, instead of what picture files hold.",
+    ),
+]
 JUnitOption = Annotated[
     Path | None, typer.Option("--junit", help="Write what the gate found to this file, for build servers.")
 ]
@@ -49,6 +56,7 @@ def pass_gate(
     words: Callable[[Mapping[str, Any]], str],
     junit: Path | None,
     suite: str,
+    undefined: Callable[[Mapping[str, Any]], Sequence[str]] = lambda _: (),
 ) -> list[Verdict]:
     """The verdicts, written to the file where one is named; nothing where there are no conditions."""
     from weakspot.runs.gate import judge
@@ -57,7 +65,7 @@ def pass_gate(
 
     if not conditions:
         return []
-    verdicts = judge(conditions, rows(), words)
+    verdicts = judge(conditions, rows(), words, undefined)
     if junit is not None:
         text = as_junit(verdicts, suite)
         write_whole(junit, lambda draft: draft.write_text(text, "utf-8"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
@@ -26,6 +26,10 @@ OPERATIONS: Mapping[type[ast.AST], Callable[..., Any]] = {
 
 class _UnknownError(Exception):
     """A number of which nothing is known."""
+
+
+class _UndefinedError(_UnknownError):
+    """A number that the row cannot have."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,16 @@ class Condition:
         for part in parts:
             self._check(part, names)
 
+    def asked(self, row: Row, undefined: Collection[str]) -> bool:
+        """Whether it can be asked of a row: not where all that it lacks to be judged are columns in `undefined`."""
+        try:
+            self._value(self.tree, {**row, **dict.fromkeys(undefined, _UndefinedError)})
+        except _UndefinedError:
+            return False
+        except (_UnknownError, TypeError, ZeroDivisionError, OverflowError):
+            return True
+        return True
+
     def judge(self, row: Row, words: str) -> Verdict:
         """Whether it holds of a row; what is missing in the row shuts the gate, too, where it decides."""
         try:
@@ -129,7 +143,7 @@ class Condition:
                 if bool(self._value(part, row)) != every:
                     return not every
             except _UnknownError as error:
-                unknown = unknown or error
+                unknown = error if unknown is None or isinstance(unknown, _UndefinedError) else unknown
         if unknown is not None:
             raise unknown
         return every
@@ -138,6 +152,8 @@ class Condition:
         match node:
             case ast.Name():
                 value = row[node.id]
+                if value is _UndefinedError:
+                    raise _UndefinedError(node.id)
                 if value is None or (isinstance(value, float) and math.isnan(value)):
                     raise _UnknownError(node.id)
                 return value
@@ -165,25 +181,39 @@ class Condition:
         raise TypeError(f"{type(node).__name__} is not understood")
 
 
-def judge(conditions: Sequence[str], rows: pd.DataFrame, words: Callable[[Row], str]) -> list[Verdict]:
-    """Every condition on every row; the gate is shut where any of them fails, and where there are no rows.
+def judge(
+    conditions: Sequence[str],
+    rows: pd.DataFrame,
+    words: Callable[[Row], str],
+    undefined: Callable[[Row], Collection[str]] = lambda _: (),
+) -> list[Verdict]:
+    """Every condition on every row; the gate is shut where any of them fails, and where one is asked of no row.
 
     Args:
         conditions: as people write them.
         rows: what they are asked of.
         words: what to call a row.
+        undefined: columns that a row cannot have, such as the robust accuracy of an attack that has none. A condition
+            that cannot be judged for want of these alone is not asked of the row.
 
     Raises:
         ValueError: when one is no condition.
     """
     read = [Condition(text, [str(name) for name in rows.columns]) for text in conditions]
     table = [{str(key): value for key, value in row.items()} for row in rows.to_dict("records")]
-    if not table:
-        return [
-            Verdict(one.text, "nothing", True, f"there is nothing that {one.text} could be asked of")
-            for one in read
-        ]
-    return [one.judge(row, words(row)) for one in read for row in table]
+    verdicts: list[Verdict] = []
+    for one in read:
+        asked = [one.judge(row, words(row)) for row in table if one.asked(row, undefined(row))]
+        if not asked:
+            why = f"there is nothing that {one.text} could be asked of"
+            if table:
+                names = ", ".join(dict.fromkeys(name for name in one.names if name in undefined(table[0])))
+                why += (
+                    f": no row has {names} (for robust accuracy, give --budget or an attack that takes one)"
+                )
+            asked = [Verdict(one.text, "nothing", True, why)]
+        verdicts += asked
+    return verdicts
 
 
 def junit(verdicts: Sequence[Verdict], suite: str) -> str:
