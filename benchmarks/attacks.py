@@ -270,7 +270,7 @@ def smallest(budget: int = 1000) -> None:
     model, images, labels = real.correct("cifar10_resnet20", 32)
     each = budget // 5
     jobs = {
-        "weakspot carlini_wagner": ours(attacks.carlini_wagner, steps=budget),
+        "weakspot carlini_wagner": ours(attacks.carlini_wagner, steps=budget, on_grid=False),
         **rivals.installed(
             foolbox_CW=rivals.foolbox(
                 "L2CarliniWagnerAttack", None, binary_search_steps=5, steps=each, stepsize=0.01
@@ -280,7 +280,7 @@ def smallest(budget: int = 1000) -> None:
     }
     batches = [(images, labels)]
     short = {
-        "weakspot fmn": ours(attacks.fmn, steps=100),
+        "weakspot fmn": ours(attacks.fmn, steps=100, on_grid=False),
         **rivals.installed(foolbox_FMN=rivals.foolbox("LInfFMNAttack", None, steps=100)),
     }
     outcomes = race(short, model, batches, rounds=3)
@@ -292,8 +292,8 @@ def smallest(budget: int = 1000) -> None:
     outcomes = race(jobs, model, batches, rounds=1, warm=False)
     show(f"Smallest L2: {title}", outcomes, model, images, labels)
     jobs = {
-        "weakspot elastic_net": ours(attacks.elastic_net, steps=budget),
-        "weakspot structured, cells of 4": ours(attacks.structured, group=4, steps=budget),
+        "weakspot elastic_net": ours(attacks.elastic_net, steps=budget, on_grid=False),
+        "weakspot structured, cells of 4": ours(attacks.structured, group=4, steps=budget, on_grid=False),
         **rivals.installed(
             foolbox_EAD=rivals.foolbox(
                 "EADAttack", None, binary_search_steps=5, steps=each, decision_rule="L1", regularization=0.001

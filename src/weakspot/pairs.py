@@ -174,7 +174,8 @@ class AttackResult(Pairs):
         success: (N,) bool, from a fresh forward pass of the returned images.
         forwards: (N,) images of this sample sent through the model, that fresh pass included.
         backwards: (N,) gradients of this sample taken.
-        success_8bit: (N,) bool, likewise after rounding to the 256 levels that a PNG file keeps.
+        success_8bit: (N,) bool, of the images as 8-bit files hold them, within the attack's budget (see
+            `attacks.stored`).
         seed: (N,) of everything random; 0 where nothing is.
     """
 
@@ -183,6 +184,11 @@ class AttackResult(Pairs):
     backwards: Tensor
     success_8bit: Tensor | None = None
     seed: Tensor | None = None
+
+    @property
+    def fooled(self) -> Tensor:
+        """(N,) bool, the success that counts: of the 8-bit files, or where that is not known of the images."""
+        return self.success if self.success_8bit is None else self.success_8bit
 
     @property
     def table(self) -> pd.DataFrame:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from tests.conftest import NETWORKS, LinearNetwork, Made, untouched
 from weakspot.attacks import auto, fgsm, iterative, pgd
+from weakspot.attacks import stored as as_file
+from weakspot.attacks.objectives import sure_margin
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf
 from weakspot.checks import ImageWarning, ModelWarning
 from weakspot.classifier import margin
@@ -373,7 +375,7 @@ def test_the_best_of_all_iterates_is_returned(budget: Budget, restarts: int) -> 
     for index in range(8):
         assert torch.equal(result.adversarial[index], iterates[int(best[index])][index])
     assert torch.equal(verified, result.adversarial)
-    assert torch.equal(stored, (result.adversarial * 255).round() / 255)
+    assert torch.equal(stored, as_file(result.adversarial, images, budget)[0])
     # The case is a hard one: neither the first nor the last iterate would do.
     assert bool((margins.amin(0) < margins[0]).any())
     assert bool((margins.amin(0) < margins[-1]).any())
@@ -712,18 +714,21 @@ def test_stopping_early_finds_the_same_successes_for_less_and_finished_images_le
     short = attack(model, images, labels, **given, stop_early=True)
     assert torch.equal(short.success, long.success)
     assert 0 < int(short.success.sum()) < 24
-    assert bool((short.forwards <= long.forwards).all())
+    assert bool((short.forwards[short.fooled] <= 2 * long.forwards[short.fooled]).all())  # of the files too
+    assert int(short.forwards.sum()) < int(long.forwards.sum())
     assert bool((short.backwards <= long.backwards).all())
     assert short.forwards.tolist() == times(model.seen, images)
     assert short.backwards.tolist() == times(model.differentiated, images)
     assert torch.equal(short.forwards[~long.success], long.forwards[~long.success])
-    # Who fooled was seen doing so at its last search pass, and never before.
+    # An image that fools is followed by its file; if that fools too, it was the last pass of the search.
     tags = images[:, 0, 0, 0]
     rows, logits = torch.cat(model.seen)[:, 0, 0, 0], torch.cat(model.logits)
-    for index in short.success.nonzero()[:, 0].tolist():
+    for index in short.fooled.nonzero()[:, 0].tolist():
         mine = logits[rows == tags[index]][:-2]
-        lost = mine.argmax(1) != labels[index]
-        assert lost.tolist() == [False] * (len(mine) - 1) + [True]
+        lost = iter((sure_margin(mine, labels[index].expand(len(mine)), None) < 0).tolist())
+        outcomes = [next(lost) for fools in lost if fools]
+        assert outcomes[-1]
+        assert not any(outcomes[:-1])
 
 
 def test_stopping_early_saves_passes_where_images_fall() -> None:
@@ -731,7 +736,7 @@ def test_stopping_early_saves_passes_where_images_fall() -> None:
     labels = network(images).argmin(1)
     result = pgd(network, images, labels, steps=9, restarts=4, stop_early=True)
     assert result.success.tolist() == [True] * 3
-    assert result.forwards.tolist() == [1 + 2] * 3  # the start, and both verifications
+    assert result.forwards.tolist() == [1 + 1 + 2] * 3  # the start, its file, and both verifications
     assert result.backwards.tolist() == [1] * 3
 
 

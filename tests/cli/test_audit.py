@@ -43,7 +43,7 @@ def test_a_folder_is_audited_and_told_in_a_table_and_a_sentence(
         "robust",
         "background",
         "pixels",
-        "No image fell to pgd, pixels confined to a region (cam, background).",
+        "No image fell to pgd at linf:8/255, pixels confined to a region (cam, background).",
         "4 images audited",
         "predictions",
     ):
@@ -131,7 +131,8 @@ def test_an_array_brings_its_labels(run: Run, tmp_path: Path) -> None:
             "--keep does nothing without cam or support in --regions",
         ),
         (("photos", "--out", "x", "--regions", "border:2,none", "--keep", "0.5"), 2, "--keep does nothing"),
-        (("photos", "--out", "x", "--attacks", "fmn", "--budget", "linf:1/255"), 2, "takes none"),
+        (("photos", "--out", "x", "--attacks", "pixels", "--budget", "linf:1/255"), 2, "pixels takes none"),
+        (("photos", "--out", "x", "--attacks", "fmn", "--budget", "linf:9"), 2, "Linf eps is 9.0"),
         (("photos", "--out", "x", "--controls"), 2, "names none to control"),
         (("photos", "--out", "x", "--batch-size", "0"), 2, "accepted are auto and whole numbers"),
         (("photos", "--out", "x", "--model", "nothing:build"), 2, "there is no module 'nothing'"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import NETWORKS, Made, untouched
+from tests.conftest import NETWORKS, LinearNetwork, Made, untouched
 from weakspot.attacks import pgd
 from weakspot.attribution import class_activation
 from weakspot.budgets import L2, Linf
@@ -106,6 +106,28 @@ def test_base_scores_are_what_the_model_says_of_each_image(any_model: Made, from
         }
         for name, value in expected.items():
             assert float(row[name]) == pytest.approx(float(value), rel=1e-3, abs=1e-5), name
+
+
+def test_a_success_that_rounding_takes_back_is_told_as_such_whoever_made_the_pair() -> None:
+    weight = torch.full((1, 4, 4), 1.0)
+    model = Classifier.wrap(LinearNetwork(weight).eval())
+    border = nn.Linear(2, 2)
+    shifted = nn.Sequential(model, border).eval()
+    with torch.no_grad():  # the border lies a quarter of a level below the images
+        border.weight.copy_(torch.eye(2))
+        border.bias.copy_(torch.tensor([-1.0, 1.0]) * 16 * 99.75 / 255)
+    clean, labels = torch.full((2, 1, 4, 4), 100 / 255), torch.tensor([0, 0])
+    moved = clean - torch.tensor([0.4, 1.0]).view(2, 1, 1, 1) / 255
+    pairs = Pairs.of(shifted, clean, moved, labels)
+    made = AttackResult(clean, moved, labels, pairs.targets, torch.tensor([True, True]), labels, labels)
+    for one in (pairs, made):  # the latter says nothing of its files
+        explanation = explain(shifted, one, analyses=[])
+        assert explanation.scores["success"].tolist() == [True, True]
+        assert explanation.scores["success_8bit"].tolist() == [False, True]
+        assert explanation.verdict(0).startswith(
+            "The attack fools the network only before rounding to 8 bits: it moved"
+        )
+        assert explanation.verdict(1).startswith("The attack moved the image from")
 
 
 def test_success_of_an_attack_is_its_own_verdict() -> None:

@@ -21,7 +21,7 @@ class Told:
     """As much of an Explanation as words need."""
 
     def __init__(self, **changed: object) -> None:
-        self.scores = pd.DataFrame([{**BASE, **changed}])
+        self.scores = pd.DataFrame([{**BASE, "success_8bit": changed.get("success", True), **changed}])
 
 
 def said(**changed: object) -> str:
@@ -91,6 +91,16 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
 )
 def test_a_case_is_said_in_its_own_words(changed: dict[str, object], wanted: str) -> None:
     assert wanted in said(**changed)
+
+
+def test_a_success_that_only_one_side_of_rounding_has_is_told_as_such() -> None:
+    before, after = said(success_8bit=False), said(success=False, landed="lynx", success_8bit=True)
+    assert before.startswith(
+        "The attack fools the network only before rounding to 8 bits: it moved the image from lynx 40% to tabby 97%, "
+        "but a picture file of the result no longer fools."
+    )
+    assert after.startswith("The attack fools the network only after rounding to 8 bits")
+    assert "failed" in said(success=False)
 
 
 def test_a_confined_attack_is_not_credited_with_alignment() -> None:

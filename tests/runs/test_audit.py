@@ -74,7 +74,7 @@ def test_one_row_per_image_attack_and_region_and_nothing_else_is_left(whole: Run
     confined = records[(records["attack"] == "pgd") & (records["region"] == "cam")]
     assert (confined["pixels"] <= round(0.3 * 24 * 24)).all()
     np.testing.assert_allclose(confined["region_share"], 0.3, atol=1e-3)
-    assert (records["landed"] == records["label"]).equals(~records["success"])
+    assert (records["landed"] == records["label"]).equals(~records["success_8bit"])
     assert whole.complete
     assert whole.about["images"] == {"listed": 14, "read": 14, "skipped": 0}
     assert whole.about["host"]["cpus"] == os.cpu_count()
@@ -92,7 +92,7 @@ def test_records_and_maps_are_what_bare_calls_give(whole: Run, pictures: Path) -
     pairs = pgd(model, images, labels, region=region, steps=3)
     bare = explain(model, pairs, analyses=["overlap"])
     table = pairs.table
-    assert records["success"].tolist() == table["success"].tolist()
+    assert records["success_8bit"].tolist() == table["success_8bit"].tolist()
     assert records["forwards"].tolist() == table["forwards"].tolist()
     for name, values in (("l2", table["l2"]), ("effect_in_roi", bare.scores["effect_in_roi"])):
         np.testing.assert_allclose(records[name].to_numpy(dtype=float), values, rtol=1e-3, atol=1e-4)
@@ -153,7 +153,7 @@ def test_memory_that_is_too_small_is_met_by_smaller_batches_with_the_same_record
         RuntimeWarning, match="memory does not hold 16 images at once; they go through the model 8"
     ):
         found = audit(larger, pictures.parent / "b")
-    assert found.records["success"].tolist() == expected.records["success"].tolist()
+    assert found.records["success_8bit"].tolist() == expected.records["success_8bit"].tolist()
 
 
 def test_a_disk_that_is_full_at_any_moment_costs_nothing_but_time(
@@ -310,7 +310,7 @@ def test_damaged_files_among_good_ones_are_told_and_cost_nothing(whole: Run, pic
     records = found.records
     assert "owl/really-a-jpeg.png" in set(records["image"])
     same = records[records["image"].isin(whole.records["image"])]
-    assert same["success"].tolist() == whole.records["success"].tolist()
+    assert same["success_8bit"].tolist() == whole.records["success_8bit"].tolist()
     assert np.isnan(found.maps["importance"][1]).all()  # cat/01-cut.png
 
 
@@ -337,7 +337,7 @@ def test_a_network_that_returns_nan_is_said_row_by_row(pictures: Path) -> None:
     assert len(records) == 16 * 2
     odd = records[records["trouble"].notna()]
     assert set(odd["image"]) == {"dog/dark.png", "dog/bright.png"}
-    assert odd["success"].isna().all()
+    assert odd["success_8bit"].isna().all()
     assert (
         odd[odd["image"] == "dog/dark.png"]["trouble"]
         .str.contains("NaN or infinity for the clean image")
@@ -349,7 +349,7 @@ def test_a_network_that_returns_nan_is_said_row_by_row(pictures: Path) -> None:
         .all()
     )
     fine = records[records["trouble"].isna()]
-    assert fine["success"].notna().all()
+    assert fine["success_8bit"].notna().all()
     assert [cell.troubled for cell in summarize(found).cells] == [2, 2]
     assert [cell.images for cell in summarize(found).cells] == [14, 14]
 
@@ -421,9 +421,9 @@ def test_a_newer_schema_is_said_in_one_sentence(whole: Run) -> None:
 def test_a_run_is_asked_in_sql_whatever_its_path(pictures: Path) -> None:
     found = audit(small_plan(pictures, analyses=(), maps=False), pictures.parent / "it's [a] run*")
     rows = found.sql(
-        "select attack, region, avg(success::int) as fooled from records group by all order by all"
+        "select attack, region, avg(success_8bit::int) as fooled from records group by all order by all"
     ).df()
-    expected = found.records.groupby(["attack", "region"])["success"].mean()
+    expected = found.records.groupby(["attack", "region"])["success_8bit"].mean()
     assert dict(
         zip(zip(rows["attack"], rows["region"], strict=True), rows["fooled"], strict=True)
     ) == pytest.approx(expected.astype(float).to_dict())
@@ -438,7 +438,7 @@ def test_files_are_read_by_duckdb_and_zarr_alone(whole: Run) -> None:
     import duckdb
 
     path = whole.folder / "records.parquet"
-    query = f"select attack, region, avg(success::int) from '{path}' group by all"  # noqa: S608
+    query = f"select attack, region, avg(success_8bit::int) from '{path}' group by all"  # noqa: S608
     rows = duckdb.connect().sql(query).fetchall()
     assert len(rows) == 4
     group = zarr.open_group(whole.folder / "maps.zarr", mode="r")
@@ -446,16 +446,17 @@ def test_files_are_read_by_duckdb_and_zarr_alone(whole: Run) -> None:
     assert group.attrs["attacks"] == ["pgd", "pixels"]
 
 
-def test_the_summary_counts_and_says_which_region_is_weakest(whole: Run) -> None:
+def test_the_summary_counts_and_ranks_no_region(whole: Run) -> None:
     summary = summarize(whole)
     records = whole.records
     for cell in summary.cells:
         mine = records[(records["attack"] == cell.attack) & (records["region"] == cell.region)]
-        assert cell.robust_accuracy == pytest.approx(1 - mine["success"].mean())
+        assert cell.robust_accuracy == pytest.approx(1 - mine["success_8bit"].mean())
         assert cell.low <= cell.robust_accuracy <= cell.high
     assert summary.labels == "folder names"
-    assert summary.weakest.startswith(
-        "pgd does most in cam (30% of the image): confined to it, it leaves 29% ["
+    assert summary.weakest == (
+        "pgd at linf:4/255, confined to cam (30% of the image), leaves 29% [12%, 55%] of 14 images still read as their "
+        "class; free to change any pixel 29% [12%, 55%]."
     )
     assert summary.regions == ()
     assert json.dumps(summary.as_mapping())

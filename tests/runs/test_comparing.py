@@ -44,7 +44,9 @@ def test_rows_are_paired_differences_of_the_records(before: Run, pictures: Path)
         if row["score"] == "clean_accuracy":
             values = [side["correct"].groupby("index").first() for side in sides]
         elif row["score"] == "robust_accuracy":
-            values = [1 - side.loc[(row["attack"], row["region"])]["success"].astype(float) for side in sides]
+            values = [
+                1 - side.loc[(row["attack"], row["region"])]["success_8bit"].astype(float) for side in sides
+            ]
         else:
             values = [side.loc[(row["attack"], row["region"])][row["score"]] for side in sides]
         one, other = (side.astype(float).to_numpy() for side in values)
@@ -82,7 +84,7 @@ def test_a_planted_change_is_found_and_said(before: Run) -> None:
     shutil.copytree(before.folder, planted)
     records = pd.read_parquet(planted / FILE)
     weaker = (records["attack"] == "pgd") & (records["region"] == "cam")
-    records.loc[weaker, "success"] = True
+    records.loc[weaker, "success_8bit"] = True
     store_records(planted, records)
     found = compare(before, Run(planted))
     moved = found.table[found.table["difference"] != 0].dropna()

@@ -191,7 +191,7 @@ def test_a_whole_shard_of_odd_images_does_not_stop_the_audit(odd: Path) -> None:
         ("images < 14", False),
     ):
         (alone,) = judge([condition], rows, str)
-        (verdict,) = judge([condition], rows, str, unknown_cases(found, rows))
+        (verdict,) = judge([condition], rows, str, others=unknown_cases(found, rows))
         assert not alone.failed
         assert verdict.failed == shut, verdict
 

@@ -64,7 +64,7 @@ def test_a_toml_file_says_the_same_as_a_mapping(pictures: Path, tmp_path: Path) 
         ({"attacks": ""}, "attacks is empty"),
         ({"attacks": [{"name": "pgd", "settings": {"stepps": 3}}]}, "setting 'stepps'.*did you mean steps"),
         ({"attacks": [{"budget": "l2:1"}]}, "lacks name"),
-        ({"attacks": "pixels", "budget": "linf:4/255"}, "pixels looks for the smallest change"),
+        ({"attacks": "pixels", "budget": "linf:4/255"}, "pixels takes none"),
         ({"attacks": [{"name": "pixels", "budget": "linf:4/255"}]}, "takes none"),
         ({"budget": "linf:x"}, "budget is 'linf:x'"),
         ({"analyses": "overlpa"}, "did you mean overlap"),

@@ -112,7 +112,7 @@ def test_robust_accuracy_is_that_of_the_records(made: Path, read: Reader) -> Non
     assert len(table) == 6
     for row in table.to_dict("records"):
         mine = records[(records["attack"] == row["attack"]) & (records["region"] == row["region"])]
-        assert row["robust accuracy"] == percent(1 - float(mine["success"].mean()))
+        assert row["robust accuracy"] == percent(1 - float(mine["success_8bit"].mean()))
         assert row["area"] == percent(float(mine["region_share"].mean()))
         assert int(row["images"]) == len(mine)
     summary = summarize(Run(made))
@@ -139,7 +139,7 @@ def test_distributions_are_those_of_the_records(made: Path, read: Reader) -> Non
     assert not [score for score in table["score"] if score.endswith((" p", " null"))]
     bars = [row for row in read.values(1) if "images" in row]
     assert sum(row["images"] for row in bars) == len(records)
-    assert sum(row["images"] for row in bars if row["outcome"] == "fooled") == records["success"].sum()
+    assert sum(row["images"] for row in bars if row["outcome"] == "fooled") == records["success_8bit"].sum()
     for bar in bars:  # below zero a margin is lost, up to the bar that zero lies in
         assert bar["outcome"] == "fooled" or bar["high"] > 0
         assert bar["outcome"] == "held" or bar["low"] <= 0
@@ -154,12 +154,12 @@ def test_classes_have_wilsons_intervals_and_where_their_images_land(made: Path, 
         assert int(row["images"]) == len(images)
         assert row["clean accuracy"] == percent(float(images["correct"].mean()))
         for attack, region, heading in (("pgd", "cam", "pgd · cam"), ("pixels", "none", "pixels · anywhere")):
-            held = ~mine[(mine["attack"] == attack) & (mine["region"] == region)]["success"].to_numpy(
+            held = ~mine[(mine["attack"] == attack) & (mine["region"] == region)]["success_8bit"].to_numpy(
                 dtype=bool
             )
             share, low, high = share_interval(held)
             assert row[heading] == f"{percent(share)} {percent(low)} to {percent(high)}"
-        landed = mine[mine["success"] & mine["correct"]]["landed_name"].value_counts()
+        landed = mine[mine["success_8bit"] & mine["correct"]]["landed_name"].value_counts()
         if len(landed):
             assert f"{landed.max()} of {landed.sum()} fooled" in row["lands most often in"]
             assert landed[row["lands most often in"].partition(" ")[0]] == landed.max()
@@ -177,7 +177,7 @@ def test_depth_curves_set_successes_against_failures(made: Path, read: Reader) -
             (records["attack"] == row["attack"]) & (records["region"] == row["region"]) & records["correct"]
         ]
         for outcome, success in (("fooled", True), ("held", False)):
-            places = mine[mine["success"] == success]["index"].to_numpy()
+            places = mine[mine["success_8bit"] == success]["index"].to_numpy()
             assert int(row[f"images {'that ' if not success else ''}{outcome}"]) == len(places)
             said = row[f"{outcome} [95%]"].split(" ")[0]
             if len(places):

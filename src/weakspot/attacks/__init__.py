@@ -9,6 +9,7 @@ from weakspot.attacks.minimal import carlini_wagner
 from weakspot.attacks.objectives import OBJECTIVES
 from weakspot.attacks.registry import available_attacks, find_attack
 from weakspot.attacks.sparse import elastic_net, structured
+from weakspot.attacks.stored import stored
 from weakspot.attacks.sweep import PixelSweep, pixel_sweep
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "pgd",
     "pixel_sweep",
     "pixels",
+    "stored",
     "structured",
 ]

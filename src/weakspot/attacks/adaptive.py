@@ -35,7 +35,7 @@ def adaptive_descent(
 ) -> tuple[Tensor, Tensor]:
     """Descend from a random start with momentum; halve an image's step where it stalls and go back to its best point.
 
-    Images leave as soon as they fool.
+    Images leave as soon as they and their 8-bit files fool.
 
     Args:
         problem: what to fool.
@@ -46,7 +46,7 @@ def adaptive_descent(
         progress: called with the share done.
 
     Returns:
-        Images (N, C, H, W) of lowest margin and those margins (N,).
+        Images (N, C, H, W) of lowest margin and those margins (N,), as of `Problem.standing_margins`.
     """
     found, lowest = problem.clean.clone(), torch.full_like(problem.clean[:, 0, 0, 0], torch.inf)
     here = torch.arange(len(problem), device=found.device)
@@ -56,6 +56,7 @@ def adaptive_descent(
         point = part.apply(state.perturbation)
         descent = part.descend(point, objective) if step < steps else None
         margins = part.evaluate(point) if descent is None else descent.margins
+        margins = part.standing_margins(point, margins, budget)
         better = margins < lowest[here]
         found[here[better]], lowest[here[better]] = point[better], margins[better]
         if descent is None:

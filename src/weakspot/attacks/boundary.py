@@ -80,6 +80,7 @@ def fmn(
     targets: Tensor | None = None,
     steps: int = 100,
     seed: int = 0,
+    on_grid: bool = True,
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> AttackResult:
@@ -99,6 +100,10 @@ def fmn(
         targets: (N,) classes to reach.
         steps: gradient steps.
         seed: kept in the result; nothing is random.
+        on_grid: end on the 8-bit grid: round to nearest; if the image no longer fools, move values by one level along
+            the gradient, as few as are needed, within ceil(255 size) levels of the clean image; or round away from
+            it. The smallest of these that fools is returned. If none fools, or with False, the images are as found,
+            and `success_8bit` says whether their files fool.
         batch_size: images at once.
         progress: called with the share done.
 
@@ -113,7 +118,7 @@ def fmn(
     >>> labels = model(images).argmax(1)
     >>> from weakspot import Linf
     >>> from weakspot.attacks import pgd
-    >>> small = fmn(model, images, labels).perturbation.abs().max()
+    >>> small = fmn(model, images, labels, on_grid=False).perturbation.abs().max()
     >>> bool(pgd(model, images, labels, budget=Linf(0.99 * float(small))).success[0])
     False
     """
@@ -124,7 +129,8 @@ def fmn(
         with problem.searching():
             found = Smallest(problem, NORMS[norm].size, 0.0)
             _walk(problem, NORMS[norm], found, steps, progress)
-        return problem.result(found.images)
+            smallest = found.settled() if on_grid else found.images
+        return problem.result(smallest)
 
 
 def _walk(problem: Problem, norm: _Norm, found: Smallest, steps: int, progress: Progress | None) -> None:

@@ -41,7 +41,7 @@ def auto(
     After AutoAttack (Croce and Hein 2020, arXiv 2003.01690): Auto-PGD on cross-entropy and on the difference of logits
     ratio, then on the latter targeted at each of the likeliest nine other classes, 50 steps each, then 2000 queries of
     square search, which needs no gradients. FAB is left out; every attack here keeps the one region and any budget.
-    An image is passed on only while nothing has fooled the model on it.
+    An image is passed on only while nothing has fooled the model on it and on its 8-bit file.
 
     Args:
         model: as for `pgd`, like the other arguments that are not named here.
@@ -69,6 +69,7 @@ def auto(
         with problem.searching():
             best = problem.clean.clone()
             lowest, logits = problem.logits(best)
+            lowest = problem.standing_margins(best, lowest, budget)
             order = logits.scatter(1, problem.labels[:, None], -torch.inf).argsort(
                 dim=1, descending=True, stable=True
             )
@@ -84,7 +85,7 @@ def auto(
             else:
                 fallen = before - int((lowest >= 0).sum())
                 _warn_of_hidden_gradients(problem, fallen)
-        return problem.result(best)
+        return problem.result(best, budget)
 
 
 Stage = Callable[[Tensor, Progress | None], tuple[Tensor, Tensor]]

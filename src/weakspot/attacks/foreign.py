@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from weakspot.attacks.libraries import ONE_BY_ONE, Task, eps_of, find
+from weakspot.attacks.grid import settle
+from weakspot.attacks.libraries import ONE_BY_ONE, Task, eps_of, find, minimizes
+from weakspot.attacks.minimal import squared
 from weakspot.attacks.problem import Problem, attacking
 from weakspot.budgets import Budget
 from weakspot.checks import ModelWarning, quiet, warn
@@ -54,7 +56,9 @@ def external(
         model: as for `pgd`, like the other arguments that are not named here.
         images: likewise.
         labels: likewise.
-        budget: Linf, L2 or L1, handed over as the attack's own epsilon; where not given, that keeps its default.
+        budget: Linf, L2 or L1, handed over as the attack's own epsilon; where not given, that keeps its default. An
+            attack without one looks for the smallest change, which is then ended on the 8-bit grid as by `fmn`,
+            where the smallest L2 length is kept.
         region: likewise.
         targets: likewise, for attacks that can aim.
         seed: likewise.
@@ -105,7 +109,13 @@ def external(
                 f"{len(failures)} of {len(problem)} images stay clean: {failures[0]}",
                 ModelWarning,
             )
-        return problem.result(_brought_back(problem, budget, adversarial))
+        adversarial = _brought_back(problem, budget, adversarial)
+        if budget is None and minimizes(attack) and "epsilons" not in options:
+            with problem.searching():
+                margins = problem.evaluate(adversarial)
+                none = torch.zeros_like(margins)
+                adversarial = settle(problem, adversarial, squared, margins < 0, none)
+        return problem.result(adversarial, budget)
 
 
 class Watched(nn.Module):

@@ -40,7 +40,7 @@ def fgsm(
             direction = problem.descend(problem.clean, falling).direction
         warn_of_zero_gradients(problem, direction)
         step = budget.ascend(direction, torch.zeros_like(problem.clean), problem.clean)
-        return problem.result(problem.apply(problem.project(budget, step)))
+        return problem.result(problem.apply(problem.project(budget, step)), budget)
 
 
 def iterative(
@@ -71,7 +71,7 @@ def iterative(
         momentum: share of the gradients so far, each scaled to mean size one, that is added to the next; 1 is
             MI-FGSM (Dong et al. 2018, arXiv 1710.06081).
         objective: what is driven down.
-        stop_early: an image that fools leaves the search.
+        stop_early: an image leaves the search as soon as it and its 8-bit file fool.
         batch_size: images at once.
         progress: called with the share done.
     """
@@ -83,7 +83,7 @@ def iterative(
         search = Search(problem, budget, falling, momentum, stop_early)
         with problem.searching():
             search.run(torch.zeros_like(problem.clean), _even_steps(budget, steps), progress)
-        return problem.result(search.best)
+        return problem.result(search.best, budget)
 
 
 def pgd(
@@ -127,8 +127,8 @@ def pgd(
         momentum: share of the gradients so far that is added to the next, each scaled to mean size one; 0 for none.
         objective: what is driven down: "margin", "cross_entropy", "dlr" or a function (logits (N, K), labels (N,),
             targets (N,) or None) -> values (N,). Success and the best iterate are judged by the margin all the same.
-        stop_early: an image leaves the search as soon as it fools: faster, with a margin just below zero instead
-            of the lowest found.
+        stop_early: an image leaves the search as soon as it and its 8-bit file fool: faster, with a margin just below
+            zero instead of the lowest found.
         batch_size: images through the model at once; bounds its memory and changes no result beyond rounding.
         progress: called with the share done, 0 to 1.
 
@@ -160,7 +160,7 @@ def pgd(
                 start = random_start(problem, budget, restart)
                 share = part_of(progress, restart, restarts)
                 search.run(start, sizes, share)
-        return problem.result(search.best)
+        return problem.result(search.best, budget)
 
 
 def _even_steps(budget: Budget, steps: int) -> list[float]:
@@ -212,6 +212,8 @@ class Search:
             if not self.warned:
                 warn_of_zero_gradients(part, direction)
                 self.warned = True
+            if self.stop_early:
+                margins = part.standing_margins(point, margins, self.budget)
             self._keep(here, point, margins)
             if self.stop_early and bool((margins < 0).any()):
                 left = margins >= 0
@@ -227,7 +229,10 @@ class Search:
                 progress((number + 1) / len(sizes))
         if len(here):
             point = part.apply(perturbation)
-            self._keep(here, point, part.evaluate(point))
+            margins = part.evaluate(point)
+            if self.stop_early:
+                margins = part.standing_margins(point, margins, self.budget)
+            self._keep(here, point, margins)
         if progress is not None:
             progress(1.0)
 

@@ -192,6 +192,11 @@ def find(name: str) -> tuple[Callable[[Task, nn.Module], Any], Any]:
     return LIBRARIES[library], known[attack]
 
 
+def minimizes(attack: Any) -> bool:
+    """Whether an attack's class takes no epsilon of its own: without a budget it looks for the smallest change."""
+    return "eps" not in _parameters(attack)
+
+
 def installed() -> list[str]:
     """Names of all foreign attacks that can be run here, as `external` takes them."""
     return [f"{library}:{attack}" for library in LIBRARIES for attack in sorted(attacks_of(library) or ())]

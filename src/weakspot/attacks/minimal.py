@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot.attacks.gradient import Progress, check_counts, part_of
+from weakspot.attacks.grid import settle
 from weakspot.attacks.problem import Problem, attacking
 from weakspot.checks import is_number
 from weakspot.pairs import AttackResult
@@ -51,6 +52,13 @@ class Smallest:
         self.size = torch.where(better & fools, size, self.size)
         self.fooled = self.fooled | fools
 
+    def settled(self) -> Tensor:
+        """The images (N, C, H, W) ended on the 8-bit grid: the smallest found there that fools, by `confidence` where
+        the image does so now.
+        """
+        needed = torch.where(self.size.isinf(), 0, -self.confidence).to(self.lowest)
+        return settle(self.problem, self.images, self.measure, self.lowest < 0, needed)
+
     def search(self, descend: Round, progress: Progress | None, searches: int = SEARCHES) -> None:
         """Bisect each image's weight on a logarithmic scale.
 
@@ -80,6 +88,7 @@ def carlini_wagner(
     seed: int = 0,
     learning_rate: float = 0.01,
     confidence: float = 0.0,
+    on_grid: bool = True,
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> AttackResult:
@@ -98,6 +107,7 @@ def carlini_wagner(
         seed: kept in the result; nothing is random.
         learning_rate: of Adam.
         confidence: margin by which the image should fool, in logits.
+        on_grid: end on the 8-bit grid, so that a picture file of the image fools too (see `attacks.fmn`).
         batch_size: images at once.
         progress: called with the share done.
 
@@ -110,7 +120,8 @@ def carlini_wagner(
         with problem.searching():
             found = Smallest(problem, squared, confidence)
             found.search(adam_round(problem, steps // SEARCHES, learning_rate, confidence), progress)
-        return problem.result(found.images)
+            images = found.settled() if on_grid else found.images
+        return problem.result(images)
 
 
 def adam_round(problem: Problem, steps: int, learning_rate: float, confidence: float) -> Round:

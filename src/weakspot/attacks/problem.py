@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from weakspot.attacks import draws
 from weakspot.attacks.objectives import Objective, check_values, margin, sure_margin
+from weakspot.attacks.stored import stored
 from weakspot.budgets import Budget
 from weakspot.budgets.budget import MEMO
 from weakspot.checks import check_batch_size, check_classes, check_region, check_seed
@@ -125,6 +126,21 @@ class Problem:
         """(M,) margins of images (M, C, H, W), below zero where they fool; `owners` (M,) says whose each is."""
         return self.logits(images, owners)[0]
 
+    def standing_margins(self, images: Tensor, margins: Tensor, budget: Budget) -> Tensor:
+        """(N,) margins that are below zero only where the images' 8-bit files, within the budget, fool too.
+
+        An image that fools and whose file does not has margin zero: it stands, and is nearer than any that does not
+        fool. Files are evaluated for images that fool only.
+        """
+        rows = (margins < 0).nonzero()[:, 0]
+        if not len(rows):
+            return margins
+        part = self.select(rows)
+        files, fits = stored(images[rows], part.clean, budget)
+        found = part.evaluate(files)
+        kept = torch.where(fits & (found < 0), torch.maximum(found, margins[rows]), 0)
+        return margins.index_copy(0, rows, kept)
+
     def logits(self, images: Tensor, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Margins (M,) as `evaluate` gives, and logits (M, K)."""
         if owners is None:
@@ -186,16 +202,21 @@ class Problem:
             if classes is not None:
                 check_classes(classes, len(logits), logits.shape[1], name=name)
 
-    def result(self, adversarial: Tensor) -> AttackResult:
-        """Verify by fresh forward passes, of the images as they are and as 8-bit files keep them; both are counted."""
-        levels = (adversarial * 255).round() / 255
-        landed, stored = (
-            predict(self.classifier, images, self.batch_size).argmax(1) for images in (adversarial, levels)
+    def result(self, adversarial: Tensor, budget: Budget | None = None) -> AttackResult:
+        """Verify by fresh forward passes, of the images as they are and as 8-bit files hold them; both are counted.
+
+        Args:
+            adversarial: (N, C, H, W).
+            budget: that the files must keep within; None where the attack has none.
+        """
+        files, fits = stored(adversarial, self.clean, budget)
+        landed, landed_8bit = (
+            predict(self.classifier, images, self.batch_size).argmax(1) for images in (adversarial, files)
         )
         self.forwards.add_(2)
         success, success_8bit = (
             found != self.labels if self.targets is None else found == self.targets
-            for found in (landed, stored)
+            for found in (landed, landed_8bit)
         )
         return AttackResult(
             clean=self.clean,
@@ -205,7 +226,7 @@ class Problem:
             success=success,
             forwards=self.forwards,
             backwards=self.backwards,
-            success_8bit=success_8bit,
+            success_8bit=success_8bit & fits,
             seed=torch.full_like(self.labels, self.seed),
         )
 

@@ -32,6 +32,7 @@ def elastic_net(
     seed: int = 0,
     learning_rate: float = 0.01,
     confidence: float = 0.0,
+    on_grid: bool = True,
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> AttackResult:
@@ -51,6 +52,7 @@ def elastic_net(
         seed: kept in the result; nothing is random.
         learning_rate: of the first step; it falls with the square root of the steps left.
         confidence: margin by which the image should fool, in logits.
+        on_grid: end on the 8-bit grid, so that a picture file of the image fools too (see `attacks.fmn`).
         batch_size: images at once.
         progress: called with the share done.
 
@@ -70,7 +72,8 @@ def elastic_net(
             found.search(
                 proximal_round(problem, shrink, steps // SEARCHES, learning_rate, confidence), progress
             )
-        return problem.result(found.images)
+            images = found.settled() if on_grid else found.images
+        return problem.result(images)
 
 
 def structured(
@@ -86,6 +89,7 @@ def structured(
     seed: int = 0,
     learning_rate: float = 0.01,
     confidence: float = 0.0,
+    on_grid: bool = True,
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> AttackResult:
@@ -109,6 +113,7 @@ def structured(
         seed: kept in the result; nothing is random.
         learning_rate: of the first step; it falls with the square root of the steps left.
         confidence: margin by which the image should fool, in logits.
+        on_grid: end on the 8-bit grid, so that a picture file of the image fools too (see `attacks.fmn`).
         batch_size: images at once.
         progress: called with the share done.
 
@@ -139,7 +144,8 @@ def structured(
             refined.images, refined.lowest = found.images, found.lowest
             refined.size = torch.where(found.size.isinf(), torch.inf, squared(found.images - problem.clean))
             refined.search(adam_round(inside, refining, learning_rate, confidence), part_of(progress, 1, 2))
-        return problem.result(refined.images)
+            images = refined.settled() if on_grid else refined.images
+        return problem.result(images)
 
 
 def proximal_round(

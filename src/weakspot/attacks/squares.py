@@ -33,14 +33,15 @@ def square_search(
         progress: called with the share done.
 
     Returns:
-        Images (N, C, H, W) of lowest margin and those margins (N,).
+        Images (N, C, H, W) of lowest margin and those margins (N,), as of `Problem.standing_margins`.
     """
     channels, height, width = problem.clean.shape[1:]
     signs = draws.uniform(problem.keys, stream, channels, 1, width).sub(0.5).sign().to(problem.clean)
     everywhere = torch.ones_like(problem.region)
     perturbation = _painted(problem, budget, everywhere, signs, torch.zeros_like(problem.clean))
     found = problem.apply(perturbation)
-    lowest = problem.evaluate(found)
+    reached = problem.evaluate(found)  # what the search goes by
+    lowest = problem.standing_margins(found, reached, budget)
     here = (lowest >= 0).nonzero()[:, 0]
     part, perturbation = problem.select(here), perturbation[here]
     rows = torch.arange(height, device=found.device).view(1, 1, -1, 1)
@@ -59,11 +60,13 @@ def square_search(
         tried = _painted(part, budget, inside, colors, perturbation)
         images = part.apply(tried)
         margins = part.evaluate(images)
-        better = margins < lowest[here]
+        better = margins < reached[here]
         if bool(better.any()):
             perturbation = torch.where(better[:, None, None, None], tried, perturbation)
-            found[here[better]], lowest[here[better]] = images[better], margins[better]
-            left_standing = margins >= 0
+            found[here[better]], reached[here[better]] = images[better], margins[better]
+            standing = part.select(better).standing_margins(images[better], margins[better], budget)
+            lowest[here[better]] = standing
+            left_standing = lowest[here] >= 0
             here, part = here[left_standing], part.select(left_standing)
             perturbation, random = perturbation[left_standing], random[left_standing]
         if progress is not None:

@@ -172,7 +172,7 @@ def attack(
             "labels": "the model's own predictions on the clean images",
             **describe_run(classifier, model, seed, skipped),
         }
-        scores = _write(out, classifier, result, aim, about)
+        scores = _write(out, classifier, result, aim, spent, about)
     seconds = time.perf_counter() - started
     if as_json:
         rows = json.loads(scores.to_json(orient="records", double_precision=9))
@@ -251,9 +251,15 @@ def _arguments(
 
 
 def _write(
-    out: Path, classifier: Classifier, result: AttackResult, aim: Aim, about: Mapping[str, Any]
+    out: Path,
+    classifier: Classifier,
+    result: AttackResult,
+    aim: Aim,
+    spent: Budget | None,
+    about: Mapping[str, Any],
 ) -> pd.DataFrame:
     """All files; returns what scores.csv holds."""
+    from weakspot.attacks import stored
     from weakspot.classifier import evaluating, predict
     from weakspot.report.sheets import overview
     from weakspot.runs.folder import write_scores
@@ -265,12 +271,12 @@ def _write(
     scores.insert(0, "image", aim.names)
     scores.insert(2, "before", [classifier.class_name(label) for label in result.labels.tolist()])
     scores.insert(3, "after", [classifier.class_name(label) for label in landed])
-    files = write_pngs(result.adversarial, aim.names, out / "adversarial")
+    files = write_pngs(stored(result.adversarial, result.clean, spent)[0], aim.names, out / "adversarial")
     write_pngs(result.clean, aim.names, out / "clean")
     scores["png"] = [f"adversarial/{file}" for file in files]
     captions = [
-        f"{row['image']}: {row['before']} → {row['after']}{'' if row['success'] else ' (failed)'}"
-        for _, row in scores.iterrows()
+        f"{row['image']}: {row['before']} → {row['after']}{'' if fooled else ' (failed)'}"
+        for (_, row), fooled in zip(scores.iterrows(), result.fooled.tolist(), strict=True)
     ]
     overview(result, captions, out / "overview.png")
     result.save(out / "pairs.safetensors")

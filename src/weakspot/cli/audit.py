@@ -29,7 +29,7 @@ from weakspot.cli.app import (
     notes_for_people,
     progress_bar,
 )
-from weakspot.cli.gates import FailIfOption, JUnitOption, check_gate, pass_gate, plain, tell_gate
+from weakspot.cli.gates import FailIfOption, FloatOption, JUnitOption, check_gate, pass_gate, plain, tell_gate
 from weakspot.cli.given import refuse_keep
 from weakspot.cli.inputs import class_names, image_size, numbers
 from weakspot.cli.options import (
@@ -69,7 +69,7 @@ weakspot audit photos/ --model nets:resnet20 --engine ray --workers 8 --out runs
 
 weakspot audit s3://bucket/photos --model nets:resnet20 --out s3://bucket/runs/v7
 
-duckdb -c "select attack, region, avg(success::int) from 'runs/v7/records.parquet' group by all"
+duckdb -c "select attack, region, avg(success_8bit::int) from 'runs/v7/records.parquet' group by all"
 """
 SHOWN = 5  # skipped images that are named; all are in skipped.parquet
 
@@ -176,6 +176,7 @@ def audit(
         str | None,
         typer.Option(help="Of a Ray cluster, or auto. [default: RAY_ADDRESS, else one is started here]"),
     ] = None,
+    floats: FloatOption = False,
     fail_if: FailIfOption = None,
     junit: JUnitOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
@@ -187,6 +188,9 @@ def audit(
     Killed at any moment, it goes on by --resume, and ends as if it had never stopped. Files that are no pictures are
     skipped and listed; while a listed image cannot be read any more, the audit is not complete and exits with 4. The
     same seed gives the same records whatever the batch size and the order of images.
+
+    Robust accuracy counts an image as lost if the attacked image, stored with 8 bits, is misclassified, under attacks
+    that look for the smallest change only if that is within the stated budget.
 
     A gate (--fail-if) is asked of every attack in every region: robust_accuracy, robust_low, robust_high,
     clean_accuracy, images, skipped, troubled, region_share, and the mean of any score with NAME_low and NAME_high. With
@@ -223,11 +227,11 @@ def audit(
         _progress(quiet or as_json) as watch,
         _stopping(where),
     ):
+        from weakspot.runs import Run, read_mapping, summarize
         from weakspot.runs import audit as carry_out
-        from weakspot.runs import read_mapping, summarize
         from weakspot.runs import resume as go_on
         from weakspot.runs.gate import unknown_cases
-        from weakspot.runs.summary import cell_table
+        from weakspot.runs.summary import cell_table, undefined_names
 
         if resume is not None:
             run = go_on(where, watch=watch, **how)
@@ -235,6 +239,8 @@ def audit(
             plan = read_mapping(table)
             refuse_keep(context, plan.regions, "--regions")
             run = carry_out(plan, where, watch=watch, **how)
+        if floats:
+            run = Run(run.name, eight_bit=False)
         if report:
             _report(run)
     summary = summarize(run)
@@ -245,8 +251,9 @@ def audit(
         _cell_name,
         junit,
         f"audit {run.name}",
-        shortfalls,
-        lambda rows: unknown_cases(run, rows),
+        shortfalls=shortfalls,
+        undefined=undefined_names,
+        others=lambda rows: unknown_cases(run, rows),
     )
     _tell(run, summary, verdicts, time.perf_counter() - started, as_json=as_json, quiet=quiet)
     for sentence in shortfalls:
@@ -356,7 +363,7 @@ def _print(summary: Summary, console: Console) -> None:
             escape(cell.region),
             "" if math.isnan(cell.region_share) else f"{cell.region_share:.0%}",
             str(cell.images),
-            f"{cell.robust_accuracy:.1%}" if cell.images else "",
+            "" if math.isnan(cell.robust_accuracy) else f"{cell.robust_accuracy:.1%}",
             "" if cell.low != cell.low else f"{cell.low:.1%} to {cell.high:.1%}",
             str(cell.troubled or ""),
         )

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from weakspot.cli.app import USAGE, Failure, app, notes_for_people
-from weakspot.cli.gates import FailIfOption, JUnitOption, check_gate, pass_gate, plain, tell_gate
+from weakspot.cli.gates import FailIfOption, FloatOption, JUnitOption, check_gate, pass_gate, plain, tell_gate
 from weakspot.cli.options import DebugOption, QuietOption
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def compare(
         bool, typer.Option("--all", help="Show all scores, not only those that have moved.")
     ] = False,
     csv: Annotated[Path | None, typer.Option(help="Write all scores to this file.")] = None,
+    floats: FloatOption = False,
     fail_if: FailIfOption = None,
     junit: JUnitOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
@@ -61,11 +62,16 @@ def compare(
         from weakspot.runs import compare as beside
         from weakspot.writing import write_whole
 
-        pair = Run(before), Run(after)
+        pair = Run(before, eight_bit=not floats), Run(after, eight_bit=not floats)
         shortfalls = [f"{run.name}: {run.shortfall}" for run in pair if run.shortfall]
         found = beside(*pair)
         verdicts = pass_gate(
-            conditions, lambda: found.table, _name, junit, f"compare {before} {after}", shortfalls
+            conditions,
+            lambda: found.table,
+            _name,
+            junit,
+            f"compare {before} {after}",
+            shortfalls=shortfalls,
         )
         if csv is not None:
             write_whole(csv, lambda draft: found.table.to_csv(draft, index=False))

@@ -26,6 +26,13 @@ FailIfOption = Annotated[
         '"robust_accuracy < 0.4", "region == \'cam\' and robust_high < 0.2".',
     ),
 ]
+FloatOption = Annotated[
+    bool,
+    typer.Option(
+        "--float",
+        help="Count attacked images before they are rounded to 8 bits, instead of what picture files hold.",
+    ),
+]
 JUnitOption = Annotated[
     Path | None, typer.Option("--junit", help="Write what the gate found to this file, for build servers.")
 ]
@@ -51,7 +58,9 @@ def pass_gate(
     words: Callable[[Mapping[str, Any]], str],
     junit: Path | None,
     suite: str,
+    *,
     shortfalls: Sequence[str] = (),
+    undefined: Callable[[Mapping[str, Any]], Sequence[str]] = lambda _: (),
     others: Callable[[pd.DataFrame], Sequence[tuple[str, pd.DataFrame]]] | None = None,
 ) -> list[Verdict]:
     """The verdicts, written to the file where one is named; nothing where there are no conditions.
@@ -73,7 +82,8 @@ def pass_gate(
         ]
     else:
         table = rows()
-        verdicts = judge(conditions, table, words, others(table) if others is not None else ())
+        cases = others(table) if others is not None else ()
+        verdicts = judge(conditions, table, words, undefined=undefined, others=cases)
     if junit is not None:
         text = as_junit(verdicts, suite)
         write_whole(junit, lambda draft: draft.write_text(text, "utf-8"))

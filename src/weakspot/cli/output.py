@@ -80,7 +80,7 @@ def print_table(explanation: Explanation, seconds: float, skipped: int) -> None:
         table.add_row(
             escape(str(row["image"])),
             escape(headline(row))
-            + ("" if row["success"] or row["linf"] == 0 else " [yellow](failed)[/yellow]"),
+            + ("" if row["success_8bit"] or row["linf"] == 0 else " [yellow](failed)[/yellow]"),
             percent(row["effect_in_roi"]) if measured else "",
             percent(row["effect_in_roi_null"]) if measured else "",
             p_value(row["effect_in_roi_p"]).removeprefix("p = ").removeprefix("p ") if free else "",
@@ -103,7 +103,7 @@ def print_attack(scores: pd.DataFrame, seconds: float, skipped: int) -> None:
         "image",
         "before → after",
         "fooled",
-        "as PNG",
+        "unrounded",
         "linf",
         "l2",
         "pixels",
@@ -117,7 +117,7 @@ def print_attack(scores: pd.DataFrame, seconds: float, skipped: int) -> None:
         table.add_row(
             escape(str(row["image"])),
             escape(f"{row['before']} → {row['after']}"),
-            *("yes" if row[key] else "[yellow]no[/yellow]" for key in ("success", "success_8bit")),
+            *("yes" if row[key] else "[yellow]no[/yellow]" for key in ("success_8bit", "success")),
             *(f"{row[key]:.3g}" for key in ("linf", "l2")),
             str(row["pixels"]),
             f"{row['ssim']:.3f}",
@@ -125,8 +125,11 @@ def print_attack(scores: pd.DataFrame, seconds: float, skipped: int) -> None:
         )
     console.print(table)
     tail = f", {skipped} skipped" if skipped else ""
-    fooled = int(scores["success"].sum())
-    console.print(f"\n{fooled} of {len(scores)} fooled{tail}, in {seconds:.1f} s", style="dim")
+    fooled, floats = (int(scores[key].sum()) for key in ("success_8bit", "success"))
+    console.print(
+        f"\n{fooled} of {len(scores)} fooled as 8-bit files ({floats} before rounding){tail}, in {seconds:.1f} s",
+        style="dim",
+    )
 
 
 def print_rows(rows: list[dict[str, str]], as_json: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from weakspot.cli.app import USAGE, Failure, app
+from weakspot.cli.gates import FloatOption
 from weakspot.cli.options import DebugOption, QuietOption
 
 EXAMPLES = """
@@ -27,6 +28,7 @@ def report(
         Path | None,
         typer.Option(help="File to write; report.html in the folder where not given.", show_default=False),
     ] = None,
+    floats: FloatOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -39,7 +41,7 @@ def report(
     from weakspot.runs import Run, write_run_report
     from weakspot.runs.reporting import keep_run_report
 
-    opened = Run(run)
+    opened = Run(run, eight_bit=not floats)
     if out is not None and out.is_dir():
         raise Failure(f"--out is {out}, which is a folder; accepted is a file's path", USAGE)
     where = keep_run_report(opened) if out is None else str(write_run_report(opened, out).resolve())

@@ -34,8 +34,8 @@ class Explanation:
     """Scores and maps of N pairs, and what is needed to show them.
 
     Attributes:
-        scores: one row per pair: image, label, target and landed (class names), success, confidences, sizes of
-            the perturbation, then the scores of every analysis.
+        scores: one row per pair: image, label, target and landed (class names), success, success_8bit (of a picture
+            file), confidences, sizes of the perturbation, then the scores of every analysis.
         maps: name to (N, 1, H, W), of every analysis.
         pairs: what was explained, on the CPU.
         analyses: name to what each analysis returned.
@@ -182,8 +182,7 @@ def _base_scores(
             f"class_names has {len(classifier.class_names)} names; {classifier.name} has {clean.shape[1]} classes"
         )
     _warn_of_randomness(classifier, pairs.clean[:1], clean[:1])
-    reached = (landed != pairs.labels) & (landed == pairs.targets)
-    success = pairs.success if isinstance(pairs, AttackResult) else reached
+    success, success_8bit = _successes(classifier, pairs, landed)
     change = pairs.perturbation.flatten(1)
     before, after = clean.softmax(1), adversarial.softmax(1)
 
@@ -192,6 +191,7 @@ def _base_scores(
 
     numbers = {
         "success": success,
+        "success_8bit": success_8bit,
         "asked_for_target": pairs.targets != landed,
         "label_clean": of(before, pairs.labels),
         "label_adversarial": of(after, pairs.labels),
@@ -211,6 +211,18 @@ def _base_scores(
         "read_clean_as": [classifier.class_name(int(index)) for index in clean.argmax(1)],
     }
     return pd.DataFrame({**words, **{name: values.cpu().numpy() for name, values in numbers.items()}}), losing
+
+
+def _successes(classifier: Classifier, pairs: Pairs, landed: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) bool twice: whether the images fool as they are, and stored with 8 bits."""
+    known = pairs if isinstance(pairs, AttackResult) else None
+    success = (landed != pairs.labels) & (landed == pairs.targets) if known is None else known.success
+    if known is not None and known.success_8bit is not None:
+        return success, known.success_8bit
+    landed_8bit = predict(classifier, (pairs.adversarial * 255).round() / 255).argmax(1)
+    # Without a target that was asked for, the pair's target is where the image lands; any other class will do too.
+    reached = torch.where(pairs.targets == landed, landed_8bit != pairs.labels, landed_8bit == pairs.targets)
+    return success, reached & (landed_8bit != pairs.labels)
 
 
 def _warn_of_randomness(classifier: Classifier, image: Tensor, logits: Tensor) -> None:

@@ -104,7 +104,7 @@ def _pair(explanation: Explanation, index: int) -> dict[str, Any]:
         "name": str(row["image"]),
         "headline": headline(row),
         "verdict": explanation.verdict(index),
-        "success": bool(row["success"]) and row["read_clean_as"] == row["label"],
+        "outcome": _outcome(row),
         "clean": _png(explanation.pairs.clean[index]),
         "adversarial": _png(explanation.pairs.adversarial[index]),
         "maps": [_map(drawing) for drawing in maps],
@@ -121,6 +121,14 @@ def _pair(explanation: Explanation, index: int) -> dict[str, Any]:
             "series": [frames for _, frames in told],
         },
     }
+
+
+def _outcome(row: pd.Series) -> str:
+    """What is said of an attack that did not succeed; nothing of one that did."""
+    if row["read_clean_as"] == row["label"] and row["success_8bit"]:
+        return ""
+    before = row["read_clean_as"] == row["label"] and row["success"]
+    return "fools only before rounding to 8 bits" if before else "attack failed"
 
 
 def _map(drawing: Drawing) -> dict[str, Any]:

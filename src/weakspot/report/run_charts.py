@@ -25,7 +25,7 @@ def robust_chart(cells: pd.DataFrame, clean: float) -> Chart:
     """
     import altair as alt
 
-    known = cells[cells["images"] > 0]
+    known = cells[cells["robust_accuracy"].notna()]
     order = known.groupby("region", sort=False)["robust_accuracy"].min().sort_values(kind="stable").index
     shares = known.groupby("region")["region_share"].mean()
     names = {region: f"{region} ({percent(float(shares[region]))})" for region in order}

@@ -30,12 +30,13 @@ TITLES = {
 }
 
 
-def robust_section(cells: pd.DataFrame, clean: float) -> Section:
+def robust_section(cells: pd.DataFrame, clean: float, *, eight_bit: bool = True) -> Section:
     """Robust accuracy of every attack in every region.
 
     Args:
         cells: columns attack, budget, region, region_share, images, robust_accuracy, low, high, troubled.
         clean: accuracy with nothing changed, or NaN.
+        eight_bit: whether images were counted as 8-bit files hold them.
     """
     listed = [
         [
@@ -47,7 +48,8 @@ def robust_section(cells: pd.DataFrame, clean: float) -> Section:
         for row in cells.to_dict("records")
     ]  # fmt: skip
     headings = ("attack", "budget", "region", "area", "images", "robust accuracy", "95% interval", "trouble")
-    known = bool((cells["images"] > 0).any())
+    known = bool(cells["robust_accuracy"].notna().any())
+    stored = "as an 8-bit picture file holds it" if eight_bit else "before it is rounded to 8 bits"
     return Section(
         "robust",
         "Robust accuracy by attack and region",
@@ -56,9 +58,10 @@ def robust_section(cells: pd.DataFrame, clean: float) -> Section:
         tables=[Table("robust", headings, listed)],
         notes=[
             (
-                "Robust accuracy is the share of images still read as their label after the attack; images that are "
-                "read wrongly without any attack count as not robust. The area is the region's mean share of the "
-                "image: a larger region is a stronger attack, whatever it covers."
+                f"Robust accuracy is the share of images still read as their label after the attack, each {stored}; "
+                "images that are read wrongly without any attack count as not robust. Under an attack that looks for "
+                "the smallest change, only images whose change is within the budget beside it are lost. The area is "
+                "the region's mean share of the image: a larger region is a stronger attack, whatever it covers."
             )
         ],
     )

@@ -6,12 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from weakspot.report.words import number, percent
-from weakspot.statistics import share_interval
 
+LISTED = 6  # regions of a sentence
 CERTAIN = 0.05  # a q value up to which a difference is said to be one
 Row = Mapping[Any, Any]
 
@@ -46,25 +45,39 @@ def apart(one: Row, other: Row) -> bool:
 
 
 def robust_sentences(cells: pd.DataFrame) -> list[str]:
-    """On every attack: where least is left and where most, and whether the intervals tell them apart."""
+    """On every attack: what it leaves in each region. Regions are not ranked: they differ in area."""
+    if not (cells["images"] > 0).any():
+        return ["No attack ended in a way that is known."]
+    judged = cells[cells["robust_accuracy"].notna()]
     said = []
-    for attack, mine in cells[cells["images"] > 0].groupby("attack", sort=False):
-        ranked: Sequence[Row] = mine.sort_values("robust_accuracy", kind="stable").to_dict("records")
-        least, most = ranked[0], ranked[-1]
-        left = ranged(least["robust_accuracy"], least["low"], least["high"])
-        if len(ranked) == 1:
-            said.append(f"{where(least)} leaves {left} of {counted(least['images'])} read as their class.")
-            continue
-        told = "" if apart(least, most) else ", which the intervals cannot tell apart"
-        said.append(
-            f"{attack} leaves {left} read as their class {_there(least)}, where it does most, and "
-            f"{ranged(most['robust_accuracy'], most['low'], most['high'])} {_there(most)}, where it does least{told}."
+    for attack, mine in judged.groupby("attack", sort=False):
+        first, *others = mine.to_dict("records")
+        left = ranged(first["robust_accuracy"], first["low"], first["high"])
+        budget = str(first["budget"] or "")
+        at = f" at {budget}" if budget and budget not in str(attack) else ""
+        sentence = (
+            f"{attack}{at} leaves {left} of {counted(first['images'])} read as their class {_there(first)}"
         )
-    return said or ["No attack ended in a way that is known."]
+        for row in others[: LISTED - 1]:
+            sentence += f", {ranged(row['robust_accuracy'], row['low'], row['high'])} {_there(row)}"
+        said.append(sentence + (", and more in the table." if len(others) >= LISTED else "."))
+    unjudged = cells[(cells["images"] > 0) & cells["robust_accuracy"].isna()]
+    return said + ([no_robust_accuracy(list(unjudged["attack"].unique()))] if len(unjudged) else [])
+
+
+def no_robust_accuracy(attacks: Sequence[str]) -> str:
+    """Why minimal-norm attacks of these labels have none, in a sentence."""
+    one = len(attacks) == 1
+    return (
+        f"{', '.join(attacks)} {'looks' if one else 'look'} for the smallest change and "
+        f"{'has' if one else 'have'} no robust accuracy without one stated budget (such as --budget linf:4/255)."
+    )
 
 
 def _there(row: Row) -> str:
-    return f"{_inside(row['region'])} ({percent(row['region_share'])} of the image)"
+    if row["region"] == "none":
+        return "with any pixel free"
+    return f"in {row['region']} ({percent(row['region_share'])} of the image)"
 
 
 def margin_sentences(summaries: pd.DataFrame) -> list[str]:
@@ -75,8 +88,8 @@ def margin_sentences(summaries: pd.DataFrame) -> list[str]:
     ranked: Sequence[Row] = mine.sort_values("median", kind="stable").to_dict("records")
     least, most = ranked[0], ranked[-1]
     said = (
-        f"The margin is the lead of the label's logit over the next, below zero once the image is fooled. Its median "
-        f"after {where(least)} is {number(least['median'])}"
+        f"The margin is the lead of the label's logit over the next, of the attacked image before it is rounded to 8 "
+        f"bits; below zero, that image is misclassified. Its median after {where(least)} is {number(least['median'])}"
     )
     return [said + (f", after {where(most)} {number(most['median'])}." if len(ranked) > 1 else ".")]
 
@@ -92,7 +105,7 @@ def class_sentences(classes: pd.DataFrame, cells: pd.DataFrame, landings: pd.Dat
     names = dict(zip(classes["label"], classes["name"], strict=True))
     known = cells[cells["images"] > 0]
     if known.empty:
-        return ["No image has a label and an attack whose end is known."]
+        return ["No image has a label and an attack that has a robust accuracy."]
     if len(classes) == 1:
         only = f"There is one class only: {counted(int(classes['images'].iloc[0]))} of {classes['name'].iloc[0]}."
         return [only, *_landing(landings, names)]
@@ -106,7 +119,7 @@ def class_sentences(classes: pd.DataFrame, cells: pd.DataFrame, landings: pd.Dat
     if weak["label"] == strong["label"] or (weak["robust"], strong["robust"]) == (0, 0):
         said = [
             (
-                f"Under {where(weak)}, which does most, no class stands out: {names[weak['label']]} is left with "
+                f"Under {where(weak)} no class stands out: {names[weak['label']]} is left with "
                 f"{ranged(weak['robust'], weak['low'], weak['high'])} of {counted(int(weak['images']))}."
             )
         ]
@@ -118,7 +131,7 @@ def class_sentences(classes: pd.DataFrame, cells: pd.DataFrame, landings: pd.Dat
         )
         said = [
             (
-                f"Under {where(weak)}, which does most, {names[weak['label']]} is left with "
+                f"Under {where(weak)} {names[weak['label']]} is left with "
                 f"{ranged(weak['robust'], weak['low'], weak['high'])} of {counted(int(weak['images']))} and "
                 f"{names[strong['label']]} with {ranged(strong['robust'], strong['low'], strong['high'])} of "
                 f"{counted(int(strong['images']))}.{doubt}"
@@ -148,42 +161,21 @@ def budget_sentences(curves: pd.DataFrame) -> list[str]:
         for region, curve in mine.groupby("region", sort=False):
             reached = curve[curve["fooled"] >= 0.5]["size"]
             halves[region] = float(reached.min()) if len(reached) else math.inf
-        found = {region: size for region, size in halves.items() if math.isfinite(size)}
-        if not found:
+        if not any(math.isfinite(size) for size in halves.values()):
             said.append(f"{attack} ({norm}) fools less than half of the images in every region.")
             continue
-        least = min(found, key=lambda region: found[region])
-        others = sorted((region for region in halves if region != least), key=lambda region: halves[region])
-        told = ", ".join(
-            f"{_free(region)} {number(halves[region]) if math.isfinite(halves[region]) else 'never here'}"
-            for region in others
-        )
-        size = number(found[least])
-        sentence = f"{attack} has fooled half of the images at an {norm} size of {size} {_inside(least)}"
-        if others:
-            sentence += f" (elsewhere: {told})"
-            at = [_at(mine[mine["region"] == region], found[least]) for region in (least, others[0])]
-            if not apart(at[0], at[1]):
-                sentence += f"; the intervals there cannot tell it from {_free(others[0])}"
-        said.append(sentence + ".")
+        sizes = [
+            f"{number(size)} {_inside(region)}"
+            if math.isfinite(size)
+            else f"no size seen here {_inside(region)}"
+            for region, size in halves.items()
+        ]
+        said.append(f"{attack} has fooled half of the images at an {norm} size of {', '.join(sizes)}.")
     return said
-
-
-def _free(region: object) -> str:
-    return "any pixel free" if region == "none" else str(region)
 
 
 def _inside(region: object) -> str:
     return "with any pixel free" if region == "none" else f"in {region}"
-
-
-def _at(curve: pd.DataFrame, size: float) -> Row:
-    """The point of a curve at that size; nothing has fallen where it begins later."""
-    reached = curve[curve["size"] <= size].sort_values("size")
-    if len(reached):
-        return {str(key): value for key, value in reached.iloc[-1].to_dict().items()}
-    fooled, low, high = share_interval(np.zeros(int(curve["images"].max()), bool))
-    return {"fooled": fooled, "low": low, "high": high}
 
 
 def contrast_sentences(contrasts: pd.DataFrame) -> list[str]:

@@ -48,7 +48,18 @@ def _what_happened(row: pd.Series) -> str:
             f"there is no success to explain; the adversarial image is read as {row['landed']} {after}."
         )
     if row["success"]:
-        return f"The attack moved the image from {row['label']} {before} to {row['landed']} {after}."
+        moved = f"moved the image from {row['label']} {before} to {row['landed']} {after}"
+        if row["success_8bit"]:
+            return f"The attack {moved}."
+        return (
+            f"The attack fools the network only before rounding to 8 bits: it {moved}, but a picture file of the "
+            "result no longer fools."
+        )
+    if row["success_8bit"]:
+        return (
+            f"The attack fools the network only after rounding to 8 bits: a picture file of the result does; before "
+            f"rounding it is read as {row['landed']} {after}."
+        )
     if row["asked_for_target"]:
         return (
             f"The attack failed: it asked for {row['target']} and reached {percent(row['target_adversarial'])}; the "

@@ -33,9 +33,9 @@ def once(compute: Callable[[Run], pd.DataFrame]) -> Callable[[Run], pd.DataFrame
 
 
 def cell(run: Run, attack: str, region: str, columns: Sequence[str]) -> pd.DataFrame:
-    """These columns of one attack in one region, in the order of images."""
+    """These columns of one attack in one region, fooled and robust among them, in the order of images."""
     chosen = ", ".join('"' + name.replace('"', '""') + '"' for name in columns)
-    query = f"select {chosen} from records where attack = $attack and region = $region order by index"  # noqa: S608
+    query = f"select {chosen} from outcomes where attack = $attack and region = $region order by index"  # noqa: S608
     found: pd.DataFrame = run.sql(query, attack=attack, region=region).df()
     return found
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from weakspot.models.probe import read_probe
-from weakspot.runs.plan import AttackPlan
+from weakspot.runs.plan import AttackPlan, Plan, is_minimal
 from weakspot.runs.records import has_records
+from weakspot.runs.robustness import limit_of
 from weakspot.runs.run import Run
 from weakspot.runs.scores import score_names
 from weakspot.statistics import false_discovery, mean_intervals, mean_test
@@ -54,6 +55,8 @@ class Comparison:
         """The verdict on robust accuracy."""
         robust = self.table[self.table["score"] == ROBUST]
         if robust.empty:
+            if self.table["attack"].ne("").any():
+                return "No attack that was run in both has a robust accuracy: see the other scores."
             return "No attack and region was run in both: there is nothing to compare."
         if not robust["images"].any():
             return "Of no image is it known in both runs how an attack ended: there is nothing to compare."
@@ -96,13 +99,18 @@ def compare(before: Run, after: Run) -> Comparison:
         after: another one, of another model or version as a rule.
 
     Raises:
-        ValueError: when they share no image, or no records are there.
+        ValueError: when they share no image, no records are there, or `eight_bit` of the two runs differs.
     """
     import pandas as pd
 
     for run in (before, after):
         if not has_records(run.folder, complete=run.complete):
             raise ValueError(f"{run.name} has no records yet")
+    if before.eight_bit != after.eight_bit:
+        raise ValueError(
+            f"eight_bit must be the same for both runs, got {before.eight_bit} for {before.name} and {after.eight_bit} "
+            f"for {after.name}"
+        )
     plans = (before.plan, after.plan)
     shared_attacks = _shared(plans[0].attacks, plans[1].attacks)
     regions = [region for region in plans[0].regions if region in plans[1].regions]
@@ -113,7 +121,9 @@ def compare(before: Run, after: Run) -> Comparison:
     for own, other in shared_attacks:
         for region in regions:
             pair = _pair(_cell(before, own.label, region, names), _cell(after, other.label, region, names))
-            rows.append(_moves(pair, [ROBUST, *names], own.label, region))
+            scores = [ROBUST, *names] if _comparable(plans, own, other) else names
+            if scores:
+                rows.append(_moves(pair, scores, own.label, region))
     if not common:
         raise ValueError(f"{before.name} and {after.name} share no image: none has the same content in both")
     table = pd.concat(rows, ignore_index=True)
@@ -123,6 +133,12 @@ def compare(before: Run, after: Run) -> Comparison:
     only = [*_only(before, plans[0].attacks, [one for one, _ in shared_attacks], plans[0].regions, regions),
             *_only(after, plans[1].attacks, [one for _, one in shared_attacks], plans[1].regions, regions)]  # fmt: skip
     remarks = _remarks(before, after)
+    apart = [own.label for own, other in shared_attacks if not _comparable(plans, own, other)]
+    if apart:
+        remarks.append(
+            f"robust accuracy is not compared for {', '.join(apart)}: minimal-norm attacks need one stated budget, the "
+            "same in both runs"
+        )
     if relabelled and not all(_predicted(run) for run in (before, after)):
         remarks.append(f"labels differ on {relabelled} of these images")
     return Comparison(table[list(COLUMNS)], common, tuple(only), tuple(remarks))
@@ -160,7 +176,7 @@ def _whole(before: Run, after: Run) -> pd.DataFrame:
 def _cell(run: Run, attack: str, region: str, names: Sequence[str]) -> pd.DataFrame:
     chosen = "".join(', "' + name.replace('"', '""') + '"' for name in names)
     query = (
-        f"select index, content, image, label, 1 - success::int as {ROBUST}{chosen} from records "  # noqa: S608
+        f"select index, content, image, label, robust::int as {ROBUST}{chosen} from outcomes "  # noqa: S608
         "where attack = $attack and region = $region order by index"
     )
     found: pd.DataFrame = run.sql(query, attack=attack, region=region).df()
@@ -181,6 +197,14 @@ def _shared(before: Sequence[AttackPlan], after: Sequence[AttackPlan]) -> list[t
 
 def _identity(attack: AttackPlan) -> tuple[Any, ...]:
     return attack.name, attack.budget, attack.settings
+
+
+def _comparable(plans: Sequence[Plan], before: AttackPlan, after: AttackPlan) -> bool:
+    """Whether robust accuracy under an attack is counted at the same budget in both runs."""
+    if not is_minimal(before):
+        return True
+    first, second = (limit_of(plan, attack) for plan, attack in zip(plans, (before, after), strict=True))
+    return first is not None and second is not None and first[1:] == second[1:]
 
 
 def _only(

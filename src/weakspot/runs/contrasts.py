@@ -47,7 +47,7 @@ def region_contrasts(run: Run) -> pd.DataFrame:
         norm = norm_of(attack)
         found = _side_by_side(run, attack.label, region, control, norm)
         if norm is None:
-            here, there = (found[side].to_numpy(float) for side in ("success", "success_there"))
+            here, there = (found[side].to_numpy(float) for side in ("fooled", "fooled_there"))
             differences, middles = here - there, (_mean(here), _mean(there), 0.0, 0.0)
         else:
             here, there, held = _sizes(run, attack.label, found, norm)
@@ -123,10 +123,10 @@ def _controlled(plan: Plan) -> Iterator[tuple[AttackPlan, str, str]]:
 
 def _side_by_side(run: Run, attack: str, region: str, control: str, norm: str | None) -> pd.DataFrame:
     """The images that are read rightly and whose fate in both places is known, a row each."""
-    columns = ["index", "success", "correct", "region_share", *([] if norm is None else [norm])]
+    columns = ["index", "fooled", "correct", "region_share", *([] if norm is None else [norm])]
     here, there = (cell(run, attack, place, columns) for place in (region, control))
     both = here.merge(there, on="index", suffixes=("", "_there"))
-    known = both["success"].notna() & both["success_there"].notna() & both["correct"].fillna(False)
+    known = both["fooled"].notna() & both["fooled_there"].notna() & both["correct"].fillna(False)
     return both[known]
 
 
@@ -134,9 +134,9 @@ def _sizes(
     run: Run, attack: str, found: pd.DataFrame, norm: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], tuple[float, float]]:
     """Smallest sizes here and there of the images that fell in either, and the shares that held in the one."""
-    query = f"select max({norm}) from records where success and attack = $attack"  # noqa: S608 - linf, l1 or l2
+    query = f"select max({norm}) from outcomes where fooled and attack = $attack"  # noqa: S608 - linf, l1 or l2
     (worst,) = run.sql(query, attack=attack).fetchall()[0]
-    fell = [found[side].to_numpy(bool) for side in ("success", "success_there")]
+    fell = [found[side].to_numpy(bool) for side in ("fooled", "fooled_there")]
     sizes = [found[side].to_numpy(float) for side in (norm, f"{norm}_there")]
     here, there = (np.where(ok, size, worst or np.nan) for ok, size in zip(fell, sizes, strict=True))
     kept = (fell[0] | fell[1]) & (here > 0) & (there > 0)

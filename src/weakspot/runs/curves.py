@@ -94,14 +94,14 @@ def _falls(run: Run, attacks: Sequence[AttackPlan], region: str, norm: str) -> N
 
     found, missing = [], []
     for attack in attacks:
-        table = cell(run, attack.label, region, ["index", "success", "correct", norm])
+        table = cell(run, attack.label, region, ["index", "fooled", "correct", norm])
         table = table[table["correct"].fillna(False)]
         if len(attacks) > 1:
-            unknown = table.loc[table["success"].isna(), "index"]
+            unknown = table.loc[table["fooled"].isna(), "index"]
             missing.append(pd.Series(_amount(attack), index=unknown.to_numpy(), dtype=float))
-        table = table[table["success"].notna()]
+        table = table[table["fooled"].notna()]
         size = table[norm].to_numpy(float) if len(attacks) == 1 else np.full(len(table), _amount(attack))
-        size = np.where(table["success"].to_numpy(bool), size, np.inf)
+        size = np.where(table["fooled"].to_numpy(bool), size, np.inf)
         found.append(pd.Series(size, index=table["index"].to_numpy()))
     falls = pd.concat(found).groupby(level=0).min()
     if missing:  # who is unknown at a smaller budget may have fallen there

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from weakspot.runs.robustness import quoted
 from weakspot.runs.run import Run
 
 BLOCK = 2_048  # images in memory at once
@@ -86,14 +87,11 @@ def _outcomes(run: Run, images: int) -> NDArray[np.int8]:
     for attack, first in attacks.items():
         for region, second in regions.items():
             ended = (
-                run.relation.filter(f"attack = {_quoted(attack)} and region = {_quoted(region)}")
-                .filter("correct and success is not null")
-                .project('"index", success')
+                run.sql("select * from outcomes")
+                .filter(f"attack = {quoted(attack)} and region = {quoted(region)}")
+                .filter("correct and fooled is not null")
+                .project('"index", fooled')
                 .df()
             )
-            found[ended["index"].to_numpy(), first, second] = np.where(ended["success"].astype(bool), 0, 1)
+            found[ended["index"].to_numpy(), first, second] = np.where(ended["fooled"].astype(bool), 0, 1)
     return found
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

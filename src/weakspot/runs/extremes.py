@@ -17,7 +17,10 @@ from weakspot.runs.run import Run
 SHOWN = 12  # at either end
 COUNTED = ("pixels",)
 ASIDE = ", attacks that look for the smallest change aside"
-MARGIN = "They are ranked by the least margin that any attack in any region has left them."
+MARGIN = (
+    "They are ranked by the least margin that any attack in any region has left them, before rounding to 8 bits; those "
+    "that none fooled held longest."
+)
 SIZE = (
     "They are ranked by the smallest change (L2 norm) that fooled them in any region, of "
     "the attacks that look for the smallest; those that none fooled held longest."
@@ -46,16 +49,16 @@ def extremes(run: Run, shown: int = SHOWN) -> Extremes:
     # Each image by the attack and region that brought it furthest; ties by name, so that no page differs.
     if sized:
         kept, value = (
-            "correct and success is not null",
-            "case when success then l2 else 'inf'::double end",
+            "correct and fooled is not null",
+            "case when fooled then l2 else 'inf'::double end",
         )
         better = "value, margin_adversarial, attack, region"
     else:
         kept, value = (
-            "correct and success is not null and isfinite(margin_adversarial) and list_contains($attacks, attack)",
+            "correct and fooled is not null and isfinite(margin_adversarial) and list_contains($attacks, attack)",
             "margin_adversarial",
         )
-        better = "value, attack, region"
+        better = "fooled desc, value, attack, region"
     bounded = bounded_attacks(run.plan)
     every = sized or len(bounded) == len(run.plan.attacks) or not bounded
     told: dict[str, Any] = (
@@ -63,16 +66,19 @@ def extremes(run: Run, shown: int = SHOWN) -> Extremes:
     )
     ranked = (
         f'select * exclude (place) from (select *, row_number() over (partition by "index" order by {better}) as place '
-        'from (select "index", image, label_name, landed_name, attack, region, success, margin_adversarial, '
-        f"{value} as value from records where {kept})) where place = 1"
+        'from (select "index", image, label_name, landed_name, attack, region, success, fooled, margin_adversarial, '
+        f"{value} as value from outcomes where {kept})) where place = 1"
     )
     count, fooled = run.sql(
-        f"select count(*), count(*) filter (where success) from ({ranked})", **told
+        f"select count(*), count(*) filter (where fooled) from ({ranked})", **told
     ).fetchall()[0]
     half = min(shown, count - count // 2)
-    easiest = run.sql(f'{ranked} order by value, margin_adversarial, "index" limit {half}', **told).df()
+    easiest = run.sql(
+        f'{ranked} order by fooled desc, value, margin_adversarial, "index" limit {half}', **told
+    ).df()
     hardest = run.sql(
-        f'{ranked} order by value desc, margin_adversarial desc, "index" desc limit {min(shown, count - half)}',
+        f'{ranked} order by fooled, value desc, margin_adversarial desc, "index" desc '
+        f"limit {min(shown, count - half)}",
         **told,
     ).df()
     drawer = _Drawer(run)
@@ -112,9 +118,13 @@ class _Drawer:
 
 def _caption(row: dict[str, Any], sized: bool) -> str:
     label, landed = (_name(row[key]) for key in ("label_name", "landed_name"))
+    margin = f"margin {number(row['margin_adversarial'])}"
+    if not row["fooled"]:
+        rounded = " once rounded to 8 bits" if row["success"] else ""
+        return f"{label} held under {heading(row)}{rounded}; {margin}"
     if not row["success"]:
-        return f"{label} held under {heading(row)}; margin {number(row['margin_adversarial'])}"
-    measured = f"L2 {number(row['value'])}" if sized else f"margin {number(row['margin_adversarial'])}"
+        return f"{label} fooled under {heading(row)} once rounded to 8 bits; {margin}"
+    measured = f"L2 {number(row['value'])}" if sized else margin
     return f"{label} → {landed} under {heading(row)}; {measured}"
 
 

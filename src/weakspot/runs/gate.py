@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
@@ -32,6 +32,10 @@ OPERATIONS: Mapping[type[ast.AST], Callable[..., Any]] = {
 
 class _UnknownError(Exception):
     """A number of which nothing is known."""
+
+
+class _UndefinedError(_UnknownError):
+    """A number that the row cannot have."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,16 @@ class Condition:
         for part in parts:
             self._check(part, names)
 
+    def asked(self, row: Row, undefined: Collection[str]) -> bool:
+        """Whether it can be asked of a row: not where all that it lacks to be judged are columns in `undefined`."""
+        try:
+            self._value(self.tree, {**row, **dict.fromkeys(undefined, _UndefinedError)})
+        except _UndefinedError:
+            return False
+        except (_UnknownError, TypeError, ZeroDivisionError, OverflowError):
+            return True
+        return True
+
     def judge(self, row: Row, words: str) -> Verdict:
         """Whether it holds of a row; what is missing in the row shuts the gate, too, where it decides."""
         try:
@@ -135,7 +149,7 @@ class Condition:
                 if bool(self._value(part, row)) != every:
                     return not every
             except _UnknownError as error:
-                unknown = unknown or error
+                unknown = error if unknown is None or isinstance(unknown, _UndefinedError) else unknown
         if unknown is not None:
             raise unknown
         return every
@@ -144,6 +158,8 @@ class Condition:
         match node:
             case ast.Name():
                 value = row[node.id]
+                if value is _UndefinedError:
+                    raise _UndefinedError(node.id)
                 if value is None or (isinstance(value, float) and math.isnan(value)):
                     raise _UnknownError(node.id)
                 return value
@@ -175,14 +191,18 @@ def judge(
     conditions: Sequence[str],
     rows: pd.DataFrame,
     words: Callable[[Row], str],
+    *,
+    undefined: Callable[[Row], Collection[str]] = lambda _: (),
     others: Sequence[tuple[str, pd.DataFrame]] = (),
 ) -> list[Verdict]:
-    """Every condition on every row; the gate is shut where any of them fails, and where there are no rows.
+    """Every condition on every row; the gate is shut where any of them fails, and where one is asked of no row.
 
     Args:
         conditions: as people write them.
         rows: what they are asked of.
         words: what to call a row.
+        undefined: columns that a row cannot have, such as the robust accuracy of an attack that has none. A condition
+            that cannot be judged for want of these alone is not asked of the row.
         others: what the rows could be as well, with the case in words; a condition must not hold of these either.
 
     Raises:
@@ -191,21 +211,33 @@ def judge(
     read = [Condition(text, [str(name) for name in rows.columns]) for text in conditions]
     table = _records(rows)
     cases = [(case, _records(frame)) for case, frame in others]
-    if not table:
-        return [
-            Verdict(one.text, "nothing", True, f"there is nothing that {one.text} could be asked of")
-            for one in read
-        ]
-    verdicts = []
+    verdicts: list[Verdict] = []
     for one in read:
-        for place, row in enumerate(table):
-            verdict = one.judge(row, words(row))
-            for case, frame in cases:
-                if not verdict.failed and frame[place] != row:
-                    other = one.judge(frame[place], words(row))
-                    verdict = replace(other, why=f"{other.why} {case}") if other.failed else verdict
-            verdicts.append(verdict)
+        asked = [
+            _worst(one, row, words(row), [(case, frame[place]) for case, frame in cases])
+            for place, row in enumerate(table)
+            if one.asked(row, undefined(row))
+        ]
+        if not asked:
+            why = f"there is nothing that {one.text} could be asked of"
+            if table:
+                names = ", ".join(dict.fromkeys(name for name in one.names if name in undefined(table[0])))
+                why += (
+                    f": no row has {names} (for robust accuracy, give --budget or an attack that takes one)"
+                )
+            asked = [Verdict(one.text, "nothing", True, why)]
+        verdicts += asked
     return verdicts
+
+
+def _worst(condition: Condition, row: Row, words: str, cases: Sequence[tuple[str, Row]]) -> Verdict:
+    """The verdict on a row, or on the first case of it that shuts the gate."""
+    verdict = condition.judge(row, words)
+    for case, other in cases:
+        if not verdict.failed and other != row:
+            found = condition.judge(other, words)
+            verdict = replace(found, why=f"{found.why} {case}") if found.failed else verdict
+    return verdict
 
 
 def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
@@ -226,7 +258,7 @@ def unknown_cases(run: Run, rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]
         frame = rows.copy()
         for place, row in enumerate(_records(rows)):
             known = int(row["images"])
-            if 0 < known < total:
+            if 0 < known < total and math.isfinite(row["robust_accuracy"]):
                 kept = round(known * row["robust_accuracy"]) + right * (total - known)
                 frame.loc[frame.index[place], list(ROBUST)] = share_interval(np.arange(total) < kept)
         if 0 < clean < total:

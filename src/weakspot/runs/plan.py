@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from weakspot.attacks.libraries import LIBRARIES
 from weakspot.attacks.registry import find_attack
 from weakspot.budgets import read_budget
 from weakspot.checks import check_seed, check_share, closest
@@ -20,6 +21,7 @@ DEFAULT_BUDGET = "linf:4/255"
 DEFAULT_ANALYSES = ("overlap", "promotion", "propagation")
 TAKEN = {"model", "images", "labels", "budget", "region", "targets", "seed", "batch_size", "progress"}
 LABELS = ("auto", "folders", "predictions")
+MINIMAL = ("fmn", "carlini_wagner", "elastic_net", "structured")
 Value = str | int | float | bool | None
 
 
@@ -109,6 +111,8 @@ class Plan:
         maps: whether maps and pictures are kept.
         shard: images that are worked on and written together.
         group: images that go through the model at once, always as many; None until it is known for the model.
+        stated_budgets: budgets such as linf:4/255 at which the robust accuracy of minimal-norm attacks may be counted,
+            besides those of the attacks.
     """
 
     sources: tuple[str, ...]
@@ -124,6 +128,7 @@ class Plan:
     maps: bool = True
     shard: int | None = None
     group: int | None = None
+    stated_budgets: tuple[str, ...] = ()
 
     @property
     def cells(self) -> list[tuple[AttackPlan, str]]:
@@ -154,6 +159,8 @@ class Plan:
         if not isinstance(self.controls, bool):
             raise ValueError(f"controls is {self.controls!r}; accepted are true and false")
         find_analyses(self.analyses)
+        for budget in self.stated_budgets:
+            read_budget(budget)
         attacks = [
             replace(attack, budget=DEFAULT_BUDGET)
             if attack.budget is None and attack._needs_budget()
@@ -162,10 +169,7 @@ class Plan:
         ]
         for attack in attacks:
             if attack.budget is not None and not attack.takes_budget():
-                raise ValueError(
-                    f"attacks has {attack.name} with budget {attack.budget}, but it looks for the smallest change and "
-                    "takes none"
-                )
+                raise ValueError(f"attacks has {attack.name} with budget {attack.budget}, but it takes none")
             attack.arguments()
         return replace(
             self,
@@ -227,6 +231,14 @@ def _in_full(attack: AttackPlan) -> str:
     return " ".join([attack.name, *([attack.budget] if attack.budget else []), *settings])
 
 
+def is_minimal(attack: AttackPlan) -> bool:
+    """Whether an attack looks for the smallest change, or keeps to a size that the plan does not state.
+
+    The latter are attacks of other libraries without a budget.
+    """
+    return attack.name in MINIMAL or (attack.budget is None and attack.name.partition(":")[0] in LIBRARIES)
+
+
 def norm_of(attack: AttackPlan) -> str | None:
     """Of an attack that looks for the smallest change, the norm in which it does; else None."""
     own = {"carlini_wagner": "l2", "elastic_net": "l1"}
@@ -237,4 +249,4 @@ def norm_of(attack: AttackPlan) -> str | None:
 
 def bounded_attacks(plan: Plan) -> list[str]:
     """Labels of the attacks whose success is news: those that look for the smallest change find one nearly always."""
-    return [attack.label for attack in plan.attacks if norm_of(attack) is None]
+    return [attack.label for attack in plan.attacks if not is_minimal(attack)]

@@ -11,7 +11,7 @@ from typing import Any
 from weakspot.checks import closest
 from weakspot.explanations.analysis import available_analyses
 from weakspot.runs.places import is_url
-from weakspot.runs.plan import LABELS, AttackPlan, ModelPlan, Plan
+from weakspot.runs.plan import LABELS, AttackPlan, ModelPlan, Plan, is_minimal
 
 
 def read_plan(path: Path) -> dict[str, Any]:
@@ -53,9 +53,9 @@ def read_mapping(mapping: Mapping[str, Any], folder: Path | None = None) -> Plan
 
     Args:
         mapping: images, model (a spec or a table of `ModelPlan`), attacks (names or tables of `AttackPlan`),
-            budget (for every attack that takes one; several make several of each), regions, controls, analyses,
-            labels, keep, seed, limit, maps, shard, group. Lists may be given as text, separated by commas; analyses
-            also as "all" or "none".
+            budget (for every attack that takes one; several make several of each; minimal-norm attacks are counted at
+            it), regions, controls, analyses, labels, keep, seed, limit, maps, shard, group. Lists may be given as text,
+            separated by commas; analyses also as "all" or "none".
         folder: what paths are relative to; the working directory where not given.
 
     Raises:
@@ -67,9 +67,11 @@ def read_mapping(mapping: Mapping[str, Any], folder: Path | None = None) -> Plan
     found: dict[str, Any] = {
         key: value for key, value in mapping.items() if key not in {"images", "budget", "model", "attacks"}
     }
-    for key in ("regions", "analyses"):
+    if mapping.get("budget") is not None:
+        found["stated_budgets"] = mapping["budget"]
+    for key in ("regions", "analyses", "stated_budgets"):
         if key in found:
-            found[key] = tuple(_texts(key, found[key]))
+            found[key] = tuple(_texts("budget" if key == "stated_budgets" else key, found[key]))
     if found.get("analyses") in {("none",), ("all",)}:
         found["analyses"] = tuple(available_analyses()) if found["analyses"] == ("all",) else ()
     if found.get("labels", "auto") not in LABELS:
@@ -114,9 +116,11 @@ def _attacks(said: Any, budgets: Any) -> list[AttackPlan]:
         attack = AttackPlan(**table, settings=tuple(sorted(settings.items())))
         takes = attack.budget is None and attack.takes_budget()
         found += [replace(attack, budget=budget) if takes else attack for budget in every]
-    if budgets is not None and not any(attack.budget for attack in found):
+    if budgets is not None and not any(attack.budget or is_minimal(attack) for attack in found):
         names = ", ".join(sorted({attack.name for attack in found}))
-        raise ValueError(f"budget is {budgets!r}, but {names} looks for the smallest change and takes none")
+        raise ValueError(
+            f"budget is {budgets!r}, but {names} takes none; leave it out, or add an attack such as pgd"
+        )
     return found
 
 

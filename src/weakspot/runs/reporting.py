@@ -9,15 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weakspot.runs.plan import bounded_attacks
 from weakspot.runs.records import has_records
+from weakspot.runs.robustness import judged_attacks
 from weakspot.runs.run import Run
 from weakspot.runs.summary import Summary, summarize
 from weakspot.writing import write_whole
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from weakspot.report.run_page import Heading
     from weakspot.report.sections import Section
 
@@ -62,7 +60,7 @@ def run_report(run: Run) -> str:
     folder = shlex.quote(run.name)
     records = f"{run.name}/records.parquet" if run.complete else f"{run.name}/shards/*.parquet"
     source = records.replace("'", "''")
-    query = f"select attack, region, avg(success::int) as fooled from '{source}' group by all"
+    query = f"select attack, region, avg(success_8bit::int) as fooled from '{source}' group by all"
     questions = {
         "shell": f"duckdb -c {_quoted(query)}",
         "python": f"from weakspot.runs import Run\n\nrun = Run({run.name!r})\n"
@@ -102,14 +100,17 @@ def _sections(run: Run, summary: Summary) -> list[Section]:
     from weakspot.runs.tallies import classes, distributions
 
     spread, found, ends = distributions(run), classes(run), extremes(run)
+    judged = found.cells["attack"].isin(judged_attacks(run.plan))
     pictured = any(image.pictures for image in (*ends.easiest, *ends.hardest))
     missing = "" if pictured else "The run kept no maps, so that there are names only; --maps keeps pictures."
     return [
         robust_section(
-            _bounded(pd.DataFrame([asdict(cell) for cell in summary.cells]), run), summary.clean_accuracy
+            pd.DataFrame([asdict(cell) for cell in summary.cells]),
+            summary.clean_accuracy,
+            eight_bit=run.eight_bit,
         ),
         distribution_section(spread.summaries, spread.bins),
-        class_section(found.classes, _bounded(found.cells, run), found.landings, found.confusions),
+        class_section(found.classes, found.cells[judged], found.landings, found.confusions),
         image_section(ends.easiest, ends.hardest, ends.told, missing),
         budget_section(budget_curves(run), region_contrasts(run)),
         finding_section(score_findings(run)),
@@ -118,12 +119,6 @@ def _sections(run: Run, summary: Summary) -> list[Section]:
         depth_section(depths(run)),
         *_skipped(run),
     ]
-
-
-def _bounded(rows: pd.DataFrame, run: Run) -> pd.DataFrame:
-    """Without attacks that look for the smallest change, where there are others: their sizes have a section."""
-    bounded = rows[rows["attack"].isin(bounded_attacks(run.plan))]
-    return bounded if len(bounded) else rows
 
 
 def _heading(run: Run, summary: Summary | None) -> Heading:
@@ -157,9 +152,8 @@ def _heading(run: Run, summary: Summary | None) -> Heading:
         nothing = "No image could be read." if run.complete else "There are no records yet."
         facts = [(f"{skipped:,}", "skipped, as they could not be read")] if skipped else []
         return Heading(f"Where {name} is weak", subtitle, warning, facts, [nothing])
-    bounded = bounded_attacks(plan)
     known = [cell for cell in summary.cells if cell.images]
-    known = [cell for cell in known if cell.attack in bounded] or known
+    judged = [cell for cell in known if not math.isnan(cell.robust_accuracy)]
     facts = [
         (
             f"{summary.images:,}",
@@ -168,13 +162,14 @@ def _heading(run: Run, summary: Summary | None) -> Heading:
     ]
     if not math.isnan(summary.clean_accuracy):
         facts.append((percent(summary.clean_accuracy), "read as their label with nothing changed"))
-    if known:
-        worst = min(known, key=lambda cell: cell.robust_accuracy)
-        where = "anywhere" if worst.region == "none" else f"in {worst.region}"
+    if judged:
+        worst = min(judged, key=lambda cell: cell.robust_accuracy)
+        area = f"in {worst.region} ({percent(worst.region_share)} of the image)"
+        where = "anywhere" if worst.region == "none" else area
         facts.append(
             (
                 ranged(worst.robust_accuracy, worst.low, worst.high),
-                f"robust accuracy under {worst.attack} {where}, the lowest",
+                f"robust accuracy under {worst.name} {where}, the lowest",
             )
         )
     facts.append((f"{skipped:,}", "skipped, as they could not be read" if skipped else "skipped"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakspot.runs.integrity import listed
 from weakspot.runs.maps import FOLDER, Maps
 from weakspot.runs.places import is_url, place
-from weakspot.runs.records import LISTING, SKIPPED, read_all, read_notes, scan
+from weakspot.runs.records import LISTING, SKIPPED, has_records, read_all, read_notes, scan
 from weakspot.runs.verification import MapCheck, check_records
 
 if TYPE_CHECKING:
@@ -63,14 +63,17 @@ class Run:
 
     Args:
         folder: of `weakspot audit`, or its URL.
+        eight_bit: whether an image counts as fooled if it is misclassified when stored with 8 bits; with False, if it
+            is before that. Both are in the records.
 
     Raises:
         FileNotFoundError: when there is no run.
         ValueError: when it is no audit, or of a newer schema.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, *, eight_bit: bool = True) -> None:
         self.name = str(folder)
+        self.eight_bit = eight_bit
         if is_url(folder):
             from weakspot.runs.mirror import download
 
@@ -150,9 +153,10 @@ class Run:
         return self.sql("select * from records")
 
     def sql(self, query: str, **values: object) -> duckdb.DuckDBPyRelation:
-        """A DuckDB query about the tables records, skipped and images; `.df()` makes a DataFrame of the answer.
+        """A DuckDB query about the tables records, outcomes, skipped and images; `.df()` makes a DataFrame.
 
-        Values stand in the query as $name.
+        Values stand in the query as $name. outcomes are the records with the columns fooled and robust (see
+        `weakspot.runs.robustness`).
 
         Raises:
             duckdb.Error: when DuckDB does not understand it.
@@ -175,10 +179,16 @@ class Run:
         import duckdb
         import pyarrow.dataset as ds
 
+        from weakspot.runs.robustness import outcomes_query
+
         connection = duckdb.connect()
         # Through Arrow rather than by path: a path may hold what DuckDB takes for a pattern.
         connection.register("records", scan(self._checked, complete=self.complete))
         connection.register("skipped", self.skipped)
+        if has_records(self.folder, complete=self.complete):
+            connection.execute(
+                f"create temp view outcomes as {outcomes_query(self.plan, eight_bit=self.eight_bit)}"
+            )
         if (self.folder / LISTING).is_file():
             connection.register("images", ds.dataset(self.folder / LISTING))
         return connection

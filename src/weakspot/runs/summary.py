@@ -1,21 +1,24 @@
-"""Summary of an audit: robust accuracy of every attack in every region, and the weakest region in words."""
+"""Summary of an audit: robust accuracy of every attack in every region, in numbers and in words."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from weakspot.runs.contrasts import region_contrasts, told
-from weakspot.runs.plan import bounded_attacks
+from weakspot.runs.robustness import counted_budget, judged_attacks
 from weakspot.runs.run import Run
 from weakspot.runs.scores import score_findings
-from weakspot.statistics import mean_interval, mean_test, share_interval
+from weakspot.statistics import share_interval
 
 if TYPE_CHECKING:
     import pandas as pd
+
+ROBUST = ("robust_accuracy", "robust_low", "robust_high")
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,14 @@ class CellSummary:
 
     Attributes:
         attack: its label.
-        budget: of the attack, or None.
+        budget: at which robust accuracy is counted: of the attack, or of a minimal-norm attack the stated one; None
+            where there is none.
         region: as the plan has it.
         region_share: of the image, on the mean over the images that are known; NaN where there are none.
         images: of which it is known how the attack ended.
-        robust_accuracy: share of these that are still read as their label.
-        low: lower end of its 95% interval over images; NaN of a single image.
+        robust_accuracy: share of these that the attack did not fool within the budget; NaN of a minimal-norm attack
+            without one (see `weakspot.runs.robustness`).
+        low: lower end of its 95% interval over images; NaN of a single image, and where there is no robust accuracy.
         high: upper end.
         troubled: images on which something went wrong.
     """
@@ -44,6 +49,15 @@ class CellSummary:
     high: float
     troubled: int
 
+    @property
+    def name(self) -> str:
+        """The attack with its budget: "fmn at linf:4/255"."""
+        return (
+            f"{self.attack} at {self.budget}"
+            if self.budget and self.budget not in self.attack
+            else self.attack
+        )
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -54,7 +68,7 @@ class Summary:
         images: that could be read.
         clean_accuracy: share of them that the model reads as their label, with nothing changed.
         labels: where the labels come from, in words.
-        weakest: the weakest region in one sentence.
+        weakest: what the strongest attack leaves in each region, in one sentence.
         regions: each region beside its control of equal area in a sentence, where the plan has controls.
         remarks: what is to be known of the model and of earlier sessions, such as images that were changed.
     """
@@ -81,19 +95,21 @@ class Summary:
 def summarize(run: Run) -> Summary:
     """The summary of a run, complete or not; only the columns it needs are read."""
     found = run.sql(
-        "select attack, region, index, success, correct, region_share, trouble is not null as troubled from records"
+        "select attack, region, index, fooled, robust, correct, region_share, trouble is not null as troubled "
+        "from outcomes"
     ).df()
     cells = []
     for attack, region in run.plan.cells:
         mine = found[(found["attack"] == attack.label) & (found["region"] == region)].sort_values("index")
-        known = mine.loc[mine["success"].notna(), "success"].to_numpy(dtype=float)
-        robust, low, high = share_interval(known == 0)
+        known = mine[mine["fooled"].notna()]
+        held = known["robust"].dropna().to_numpy(dtype=bool)
+        robust, low, high = share_interval(held) if len(held) else (np.nan,) * 3
         cells.append(
             CellSummary(
                 attack.label,
-                attack.budget,
+                counted_budget(run.plan, attack),
                 region,
-                float(mine.loc[mine["success"].notna(), "region_share"].mean()),
+                float(known["region_share"].mean()),
                 len(known),
                 robust,
                 low,
@@ -101,14 +117,13 @@ def summarize(run: Run) -> Summary:
                 int(mine["troubled"].sum()),
             )
         )
-    bounded = bounded_attacks(run.plan)
     clean = found.drop_duplicates("index")["correct"].dropna().to_numpy(dtype=float)
     return Summary(
         tuple(cells),
         int(found["index"].nunique()),
         float(clean.mean()) if len(clean) else np.nan,
         _labels(run.about.get("labels", {})),
-        weakest([cell for cell in cells if cell.attack in bounded] or cells, found),
+        weakest(cells),
         tuple(told(region_contrasts(run))),
         run.remarks,
     )
@@ -118,14 +133,15 @@ def cell_table(run: Run, summary: Summary) -> pd.DataFrame:
     """A row for each attack and region: what a gate can be asked about.
 
     Returns:
-        Columns attack, budget ("" where the attack looks for the smallest change), region, region_share, images,
-        robust_accuracy, robust_low, robust_high, clean_accuracy, troubled, skipped, and of every score its mean,
-        NAME_low and NAME_high.
+        Columns attack, budget ("" where there is none), judged (whether the attack has a robust accuracy), region,
+        region_share, images, robust_accuracy, robust_low, robust_high, clean_accuracy, troubled, skipped, and of every
+        score its mean, NAME_low and NAME_high.
     """
     import pandas as pd
 
     table = pd.DataFrame([asdict(cell) for cell in summary.cells])
     table["budget"] = table["budget"].fillna("")
+    table["judged"] = table["attack"].isin(judged_attacks(run.plan))
     table = table.rename(columns={"low": "robust_low", "high": "robust_high"})
     table = table.assign(clean_accuracy=summary.clean_accuracy, skipped=len(run.skipped))
     for score, rows in score_findings(run).groupby("score", sort=False):
@@ -135,51 +151,40 @@ def cell_table(run: Run, summary: Summary) -> pd.DataFrame:
     return table
 
 
-def weakest(cells: list[CellSummary], found: pd.DataFrame) -> str:
-    """One sentence on the region where most fall, and whether the next is as weak on the same images.
+def weakest(cells: Sequence[CellSummary]) -> str:
+    """One sentence on what the strongest attack leaves in each region; no region is ranked by it.
+
+    Regions differ in area, and a larger one is a stronger attack: only controls of equal area say which is weak.
 
     Args:
         cells: of the run.
-        found: columns attack, region, index, success.
     """
     known = [cell for cell in cells if cell.images]
+    judged = [cell for cell in known if not np.isnan(cell.robust_accuracy)]
     if not known:
         return "Nothing could be measured."
-    confined = [cell for cell in known if cell.region != "none" and not cell.region.startswith("matched:")]
+    if not judged:
+        from weakspot.report.run_words import no_robust_accuracy
+
+        return no_robust_accuracy(list(dict.fromkeys(cell.attack for cell in known)))
+    confined = [cell for cell in judged if cell.region != "none" and not cell.region.startswith("matched:")]
     if not confined:
-        cell = min(known, key=lambda one: one.robust_accuracy)
-        return f"{cell.attack}, free to change any pixel, leaves {_figure(cell)} still read as their class."
-    cell = min(confined, key=lambda one: one.robust_accuracy)
-    if cell.robust_accuracy == 1:
+        cell = min(judged, key=lambda one: one.robust_accuracy)
+        return f"{cell.name}, free to change any pixel, leaves {_figure(cell)} still read as their class."
+    least = min(confined, key=lambda one: one.robust_accuracy)
+    if least.robust_accuracy == 1:
         where = ", ".join(dict.fromkeys(one.region for one in confined))
-        attacks = ", ".join(dict.fromkeys(one.attack for one in confined))
+        attacks = ", ".join(dict.fromkeys(one.name for one in confined))
         return f"No image fell to {attacks} confined to a region ({where})."
-    said = (
-        f"{cell.attack} does most in {cell.region} ({cell.region_share:.0%} of the image): confined to it, it "
-        f"leaves {_figure(cell)} still read as their class"
-    )
-    rivals = [one for one in confined if one.attack == cell.attack and one.region != cell.region]
-    if rivals:
-        rival = min(rivals, key=lambda one: one.robust_accuracy)
-        said += f"; in {rival.region} ({rival.region_share:.0%}) it leaves {_range(rival)}"
-        said += f", {_apart(cell, rival, found)}"
-    whole = [one for one in known if one.region == "none" and one.attack == cell.attack]
-    if whole:
-        said += f"; free to change any pixel it leaves {whole[0].robust_accuracy:.0%}"
-    return said + "."
+    first, *others = [cell for cell in confined if cell.attack == least.attack]
+    said = f"{least.name}, confined to {_place(first)}, leaves {_figure(first)} still read as their class"
+    said += "".join(f"; confined to {_place(other)} {_range(other)}" for other in others)
+    whole = [one for one in judged if one.region == "none" and one.attack == least.attack]
+    return said + (f"; free to change any pixel {_range(whole[0])}." if whole else ".")
 
 
-def _apart(cell: CellSummary, rival: CellSummary, found: pd.DataFrame) -> str:
-    """How many more hold in the rival than in the cell, of the same images."""
-    fell = []
-    for one in (cell, rival):
-        mine = found[(found["attack"] == one.attack) & (found["region"] == one.region)]
-        fell.append(mine.set_index("index")["success"].astype("Float64"))
-    differences = (fell[0] - fell[1]).dropna().to_numpy(float)
-    mean, low, high = mean_interval(differences)
-    if not low > 0 or mean_test(differences) > 0.05:
-        return "a difference that chance can explain"
-    return f"{100 * mean:.0f} points more [{100 * low:.0f}, {100 * high:.0f}]"
+def _place(cell: CellSummary) -> str:
+    return f"{cell.region} ({cell.region_share:.0%} of the image)"
 
 
 def _figure(cell: CellSummary) -> str:
@@ -206,3 +211,8 @@ def _labels(counts: dict[str, int]) -> str:
 
 def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and np.isnan(value) else value
+
+
+def undefined_names(row: Mapping[str, Any]) -> Sequence[str]:
+    """The columns that a row of `cell_table` cannot have: robust accuracy, of an attack that has none."""
+    return () if row["judged"] else ROBUST

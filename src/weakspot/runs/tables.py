@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from weakspot.explanations import Explanation
 
 TIMES = ("attack_seconds", "analysis_seconds")
+DERIVED = ("fooled", "robust")  # columns that are made of the records when they are read
 COLUMNS = {
     "index": "int64",
     "image": "str",
@@ -141,7 +142,7 @@ def cell_rows(
         put.at("margin_adversarial", rows[fine], margin(adversarial, mine)[fine].double().cpu().numpy())
     base = frame.reindex(columns=list(COLUMNS)).astype(COLUMNS)
     scores = _scores(rows, explained, count)
-    taken = {column: f"{column}_score" for column in scores if column in base}
+    taken = {column: f"{column}_score" for column in scores if column in base or column in DERIVED}
     return pd.concat([base, scores.rename(columns=taken)], axis=1)
 
 

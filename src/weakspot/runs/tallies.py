@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from weakspot.runs.robustness import quoted
 from weakspot.runs.run import Run
 from weakspot.runs.tables import COLUMNS
 from weakspot.statistics import share_interval
@@ -41,7 +42,7 @@ class Classes:
 
     Attributes:
         classes: columns label, name, images, clean.
-        cells: columns label, attack, region, images, robust, low, high.
+        cells: columns label, attack, region, images (0 where the attack has no robust accuracy), robust, low, high.
         landings: columns label, landed, fooled, of; of images that were read rightly before.
         confusions: columns attack, region, label, landed, fooled, by name, likewise; empty where classes are many.
     """
@@ -71,8 +72,8 @@ def distributions(run: Run) -> Distributions:
     for score in scores_of(run):
         column = '"' + score.replace('"', '""') + '"'
         values = (
-            f"(select attack, region, success, case when isfinite({column}::double) then {column}::double end as x "
-            "from records)"
+            f"(select attack, region, fooled, case when isfinite({column}::double) then {column}::double end as x "
+            "from outcomes)"
         )
         found = run.sql(
             "select attack, region, count(x) as images, count(*) - count(x) as missing, avg(x) as mean, "
@@ -85,9 +86,9 @@ def distributions(run: Run) -> Distributions:
         low, high = _limits(found)
         width = (high - low) / BINS
         counted = run.sql(
-            "select attack, region, case when success then 'fooled' else 'held' end as outcome, "
+            "select attack, region, case when fooled then 'fooled' else 'held' end as outcome, "
             f"greatest(0, least({BINS - 1}, floor((x - {low!r}) / {width!r})))::integer as bin, count(*) as count "
-            f"from {values} where x is not null and success is not null group by all"
+            f"from {values} where x is not null and fooled is not null group by all"
         ).df()
         counted["low"] = low + counted["bin"] * width
         counted["high"] = low + (counted["bin"] + 1) * width
@@ -114,7 +115,7 @@ def _limits(found: pd.DataFrame) -> tuple[float, float]:
 def classes(run: Run) -> Classes:
     """Of every label that occurs."""
     attack, region = run.plan.cells[0]
-    first = f"attack = {_quoted(attack.label)} and region = {_quoted(region)}"
+    first = f"attack = {quoted(attack.label)} and region = {quoted(region)}"
     listed = run.sql(
         "select label, any_value(label_name) as name, count(*) as images, avg(correct::double) as clean from records "
         f"where {first} and label is not null group by label order by images desc, label limit {LISTED}"
@@ -123,8 +124,8 @@ def classes(run: Run) -> Classes:
     listed = listed.sort_values("label", ignore_index=True)
     order = {(one.label, place): number for number, (one, place) in enumerate(run.plan.cells)}
     cells = run.sql(
-        "select label, attack, region, count(success) as images, count(*) filter (where not success) as held "
-        "from records where label is not null group by all order by label"
+        "select label, attack, region, count(robust) as images, count(*) filter (where robust) as held "
+        "from outcomes where label is not null group by all order by label"
     ).df()
     cells = _ordered(cells[cells["label"].isin(listed["label"])], order)
     ranges = [
@@ -132,17 +133,18 @@ def classes(run: Run) -> Classes:
         for images, held in zip(cells["images"], cells["held"], strict=True)
     ]
     cells[["robust", "low", "high"]] = np.array(ranges, dtype=float).reshape(-1, 3)
-    fooled = "success and correct and label is not null and landed_name is not null"
+    # What fools only once it is stored has landed nowhere that the records know.
+    fooled = "fooled and correct and label is not null and landed_name is not null and landed <> label"
     landings = run.sql(
         "select label, arg_max(landed, n) as landed, max(n)::bigint as fooled, sum(n)::bigint as of from "
-        f"(select label, landed_name as landed, count(*) as n from records where {fooled} group by all "
+        f"(select label, landed_name as landed, count(*) as n from outcomes where {fooled} group by all "
         "order by landed) group by label order by label"
     ).df()
     names = listed["name"].nunique()
     confusions = pd.DataFrame(columns=["attack", "region", "label", "landed", "fooled"])
     if names <= GRID:
         confusions = run.sql(
-            "select attack, region, label_name as label, landed_name as landed, count(*) as fooled from records "
+            "select attack, region, label_name as label, landed_name as landed, count(*) as fooled from outcomes "
             f"where {fooled} and label_name is not null group by all order by label, landed"
         ).df()
         confusions = _ordered(confusions, order)
@@ -157,7 +159,3 @@ def _ordered(found: pd.DataFrame, order: dict[tuple[str, str], int]) -> pd.DataF
 
 def _together(parts: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

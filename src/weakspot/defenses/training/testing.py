@@ -108,7 +108,7 @@ def outcomes(
                 stop_early=True,
                 progress=told(start, end),
             )
-            result[left] = ~made.success
+            result[left] = ~made.fooled
         return result
 
     localized = standing(masks, 0.0, 0.3)
@@ -117,7 +117,7 @@ def outcomes(
     left = few.nonzero()[:, 0]  # what PGD has fooled needs no stronger attack
     if len(left):
         made = auto(model, images[left], labels[left], budget=budget, seed=seed, progress=told(0.6, 1.0))
-        few[left] = ~made.success
+        few[left] = ~made.fooled
     return {
         name: found.cpu() for name, found in zip(TESTS, (right, localized, full, few, swapped), strict=True)
     }

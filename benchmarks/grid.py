@@ -1,0 +1,84 @@
+"""Minimal-norm attacks as 8-bit files: how many survive rounding, and what ending on the grid costs.
+
+Run: WEAKSPOT_DATA=FOLDER python -m benchmarks.grid [IMAGES]. Intervals: Wilson's of shares, bootstrap of medians.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from scipy.stats import bootstrap
+from torch import Tensor
+
+from benchmarks import real
+from weakspot import attacks
+from weakspot.pairs import AttackResult
+from weakspot.statistics import share_interval
+
+NETWORK = "cifar10_resnet20"
+JOBS: dict[str, tuple[Callable[..., AttackResult], dict[str, object]]] = {
+    "fmn, L-infinity, 100 steps": (attacks.fmn, {}),
+    "fmn, L2, 100 steps": (attacks.fmn, {"norm": "l2"}),
+    "carlini_wagner, 200 steps": (attacks.carlini_wagner, {"steps": 200}),
+    "elastic_net, 200 steps": (attacks.elastic_net, {"steps": 200}),
+    "structured, cells of 4, 200 steps": (attacks.structured, {"steps": 200, "group": 4}),
+}
+
+
+def share(hits: Tensor) -> str:
+    """A share with its interval."""
+    value, low, high = share_interval(hits.numpy())
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def median(values: Tensor) -> str:
+    """A median with its interval."""
+    found = bootstrap(
+        (values.numpy(),), np.median, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
+    )
+    low, high = found.confidence_interval
+    return f"{float(values.median()):.2f} [{low:.2f}, {high:.2f}]"
+
+
+def lengths(result: AttackResult) -> Tensor:
+    """(N,) L2."""
+    found: Tensor = torch.linalg.vector_norm(result.perturbation.flatten(1), dim=1)
+    return found
+
+
+def main(count: int) -> None:
+    """One table."""
+    if not real.there():
+        return
+    model, images, labels = real.correct(NETWORK, count)
+    print(f"\nAs 8-bit files: {NETWORK}, first {count} correct CIFAR-10 test images\n")
+    print(
+        "| attack | fooled in floats | nearest levels fool | ended on the grid fool | L2, times the float's, median "
+        "| over ceil(255 size) | forwards more | backwards more |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name, (attack, options) in JOBS.items():
+        floats, ended = (
+            attack(model, images, labels, on_grid=on_grid, **options) for on_grid in (False, True)
+        )
+        fools = floats.success
+        kept = fools & ended.fooled
+        most = (255 * floats.perturbation.abs().amax((1, 2, 3)) - 1e-3).ceil()
+        over = (255 * ended.perturbation.abs().amax((1, 2, 3)) > most + 1e-3)[kept]
+        more = [
+            float((one - other).double().mean())
+            for one, other in ((ended.forwards, floats.forwards), (ended.backwards, floats.backwards))
+        ]
+        print(
+            f"| {name} | {int(fools.sum())} of {count} | {share(floats.fooled[fools])} | "
+            f"{share(ended.fooled[fools])} | {median((lengths(ended) / lengths(floats))[kept])} | "
+            f"{int(over.sum())} | {more[0]:.1f} | {more[1]:.1f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 100)

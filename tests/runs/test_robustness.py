@@ -1,0 +1,329 @@
+"""Robust accuracy: one definition for table, page, gate, JUnit and comparison; what no file keeps is no success."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.cli.test_explain import Run as Ran
+from tests.cli.test_explain import photographs, run
+from tests.runs.fixtures import draw_pictures, networks, small_plan
+from tests.runs.test_report import Reader
+from weakspot.runs import AttackPlan, ModelPlan, Plan, Run, audit, compare, summarize
+from weakspot.runs.contrasts import region_contrasts
+from weakspot.runs.curves import budget_curves
+from weakspot.runs.gate import judge
+from weakspot.runs.plan import bounded_attacks
+from weakspot.runs.plan_files import read_mapping
+from weakspot.runs.records import FILE
+from weakspot.runs.reporting import run_report
+from weakspot.runs.robustness import judged_attacks, limit_of, outcomes_query, stated_budgets
+from weakspot.runs.summary import cell_table, undefined_names
+
+__all__ = ["networks", "photographs", "run"]  # fixtures
+STEADY = """
+import torch
+from torch import nn
+
+
+class Steady(nn.Module):
+    # The mean of an image decides, and lies ten levels or more from the border.
+    def __init__(self, border):
+        super().__init__()
+        self.border = border
+
+    def forward(self, images):
+        lead = 50 * (images.mean((1, 2, 3)) - self.border)
+        return torch.stack([lead, -lead], 1)
+
+
+def steady():
+    return Steady(60 / 255).eval()
+
+
+def shaky():
+    return Steady(124 / 255).eval()
+"""
+STEPS = (("steps", 20),)
+PGD, FMN = AttackPlan("pgd", "linf:4/255", STEPS), AttackPlan("fmn", settings=STEPS)
+CONDITION = "robust_accuracy < 0.4"
+
+
+@pytest.fixture
+def steady(networks: Path) -> Path:
+    (networks / "steady_networks.py").write_text(STEADY)
+    rng = np.random.default_rng(0)
+    from PIL import Image
+
+    (networks / "bright").mkdir()
+    for number in range(8):
+        picture = rng.integers(90, 166, (12, 12, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(networks / "bright" / f"{number}.png")
+    return networks
+
+
+def plan_of(folder: Path, *attacks: AttackPlan, network: str = "steady", **changes: Any) -> Plan:
+    usual: dict[str, Any] = {
+        "model": ModelPlan(f"steady_networks:{network}", size=(12, 12)), "attacks": attacks, "regions": ("none",),
+        "analyses": (), "maps": False, "labels": "predictions", "shard": 8, "group": 8,
+    }  # fmt: skip
+    return small_plan(folder / "bright", **{**usual, **changes})
+
+
+def gate(run_: Run, condition: str = CONDITION) -> list[Any]:
+    rows = cell_table(run_, summarize(run_))
+    return judge([condition], rows, lambda row: str(row["attack"]), undefined=undefined_names)
+
+
+def test_a_network_that_is_robust_at_the_budget_passes_a_gate_beside_a_minimal_norm_attack(
+    run: Ran,
+    steady: Path,
+) -> None:
+    """The acceptance of the issue; `fmn` fools every image, by changes of ten levels and more."""
+    arguments = (
+        "audit", steady / "bright", "--model", "steady_networks:steady", "--size", "12x12", "--attacks", "pgd,fmn",
+        "--analyses", "none", "--no-maps", "--fail-if", CONDITION, "--junit", "gate.xml",
+    )  # fmt: skip
+    ended = run(*arguments, "--out", "open")
+    assert ended.code == 0, ended.err
+    records = Run("open").records
+    assert records.loc[records["attack"] == "fmn", "success_8bit"].all()
+    assert ET.parse("gate.xml").getroot().attrib["failures"] == "0"  # noqa: S314 - ours
+    # The same gate is shut at a budget that fmn's changes are within, and on a network that is not robust.
+    assert run(*arguments, "--out", "wide", "--budget", "linf:1/2").code == 3
+    assert ET.parse("gate.xml").getroot().attrib["failures"] == "2"  # noqa: S314 - ours
+    shaky = [("steady_networks:shaky" if one == "steady_networks:steady" else one) for one in arguments]
+    assert run(*shaky, "--out", "weak", "--budget", "linf:8/255").code == 3
+
+
+def test_table_page_gate_and_classes_say_the_same(steady: Path) -> None:
+    found = audit(plan_of(steady, PGD, FMN, network="shaky"), steady / "run")
+    records = found.records
+    cells = {cell.attack: cell for cell in summarize(found).cells}
+    fmn = records[records["attack"] == "fmn"]
+    near = fmn["success_8bit"].astype(bool) & (fmn["linf"] <= 4 / 255 + 1e-6)
+    assert (
+        0 < near.sum() < len(fmn) == fmn["success_8bit"].sum()
+    )  # some are lost within the budget, all beyond
+    assert cells["fmn"].robust_accuracy == 1 - near.mean()
+    assert cells["fmn"].budget == "linf:4/255"
+    page = Reader(run_report(found))
+    table = page.frame("robust").set_index("attack")
+    for attack, cell in cells.items():
+        assert table.loc[attack, "robust accuracy"] == f"{cell.robust_accuracy:.1%}"
+        (verdict,) = [one for one in gate(found, "robust_accuracy < 2") if one.row == attack]
+        assert verdict.why.endswith(f"robust_accuracy is {cell.robust_accuracy:.4g}")
+        held = page.frame("classes")[f"{attack} · anywhere"].str.split("%").str[0].astype(float)
+        images = page.frame("classes")["images"].astype(int)
+        assert (held * images / 100).sum() == pytest.approx(cell.robust_accuracy * 8, abs=0.01)
+    same = compare(found, found).table
+    robust = same[same["score"] == "robust_accuracy"].set_index("attack")
+    assert robust["before"].to_dict() == {attack: cell.robust_accuracy for attack, cell in cells.items()}
+
+
+def test_without_one_stated_budget_a_minimal_norm_attack_has_no_robust_accuracy_and_shuts_no_gate(
+    steady: Path,
+) -> None:
+    budgets = tuple(replace(PGD, budget=f"linf:{amount}/255") for amount in (2, 4))
+    several = audit(plan_of(steady, *budgets, FMN), steady / "several")
+    (fmn,) = [cell for cell in summarize(several).cells if cell.attack == "fmn"]
+    assert math.isnan(fmn.robust_accuracy)
+    assert (fmn.images, fmn.budget) == (8, None)
+    verdicts = gate(several)
+    assert [one.row for one in verdicts] == ["pgd linf:2/255 steps=20", "pgd linf:4/255 steps=20"]
+    assert not any(one.failed for one in verdicts)
+    assert len(gate(several, "images < 3")) == 3  # every attack has a number of images
+    assert [one.failed for one in gate(several, "robust_accuracy < 0.4 or images > 3")] == [True] * 3
+    page = Reader(run_report(several))
+    assert page.frame("robust").set_index("attack").loc["fmn", "robust accuracy"] == ""
+    assert "fmn looks for the smallest change and has no robust accuracy" in page.text
+    alone = audit(plan_of(steady, FMN), steady / "alone")
+    (shut,) = gate(alone)
+    assert shut.failed
+    assert "no row has robust_accuracy (for robust accuracy, give --budget" in shut.why
+    assert "nan" not in " ".join(cell for row in Reader(run_report(alone)).tables["robust"] for cell in row)
+
+
+def test_a_number_that_is_not_known_still_shuts_the_gate(steady: Path) -> None:
+    found = audit(plan_of(steady, PGD, FMN), steady / "run")
+    records = found.records
+    lost = records["attack"] == "fmn"
+    records["success_8bit"] = records["success_8bit"].astype("boolean").mask(lost)
+    records.to_parquet(found.folder / FILE)
+    assert {one.row: one.failed for one in gate(Run(found.folder))} == {"pgd": False, "fmn": True}
+
+
+@pytest.mark.parametrize(
+    ("attacks", "stated", "limits"),
+    [
+        ((PGD, FMN), (), {"fmn": "linf:4/255"}),
+        ((FMN,), (), {"fmn": None}),
+        ((FMN,), ("linf:8/255",), {"fmn": "linf:8/255"}),
+        ((FMN,), ("linf:8/255", "linf:0.031372549"), {"fmn": None}),
+        ((PGD, FMN), ("linf:4/255",), {"fmn": "linf:4/255"}),
+        ((PGD, replace(PGD, budget="l2:1"), FMN, AttackPlan("carlini_wagner"), AttackPlan("elastic_net")), (),
+         {"fmn": "linf:4/255", "carlini_wagner": "l2:1", "elastic_net": None}),
+        ((PGD, AttackPlan("carlini_wagner"), AttackPlan("structured")), (),
+         {"carlini_wagner": "linf:4/255", "structured": "linf:4/255"}),
+        ((replace(PGD, budget="ssim:0.01"), FMN), (), {"fmn": None}),
+        ((PGD, replace(FMN, settings=(("norm", "l2"),))), (), {"fmn": "linf:4/255"}),
+        ((PGD, AttackPlan("foolbox:L2CarliniWagnerAttack")), (), {"foolbox:L2CarliniWagnerAttack": "linf:4/255"}),
+    ],
+)  # fmt: skip
+def test_a_minimal_norm_attack_is_counted_at_the_one_budget_of_its_norm_or_of_the_plan(
+    attacks: tuple[AttackPlan, ...], stated: tuple[str, ...], limits: dict[str, str | None]
+) -> None:
+    plan = Plan(
+        sources=("x",), attacks=tuple(replace(one, label=one.name) for one in attacks), stated_budgets=stated
+    )
+    for attack in plan.attacks:
+        if attack.name != "pgd":
+            limit = limit_of(plan, attack)
+            assert (limit and limit.budget) == limits[attack.name]
+            assert (attack.label in judged_attacks(plan)) == (limit is not None)
+    assert {attack.name for attack in plan.attacks} - set(limits) <= {"pgd"}
+    assert all(name == "pgd" for name in bounded_attacks(plan))
+
+
+def test_a_budget_beside_minimal_norm_attacks_alone_is_kept_in_the_plan(steady: Path) -> None:
+    plan = read_mapping(
+        {"images": str(steady / "bright"), "attacks": "fmn", "budget": "linf:8/255"}
+    ).resolved()
+    assert [one.budget for one in stated_budgets(plan)] == ["linf:8/255"]
+    assert [attack.budget for attack in plan.attacks] == [None]
+    again = read_mapping(plan.as_mapping())
+    assert again == plan
+    both = read_mapping({"images": "x", "attacks": "pgd,fmn", "budget": "linf:1/255,l2:1"}).resolved()
+    assert read_mapping(both.as_mapping()) == both
+    with pytest.raises(ValueError, match="budget is 'linf:4/255', but pixels takes none"):
+        read_mapping({"images": "x", "attacks": "pixels", "budget": "linf:4/255"})
+
+
+@pytest.fixture
+def unrounded(steady: Path) -> Run:
+    """A run in which half of what pgd fooled is lost in a file, and one image fools as a file only."""
+    found = audit(plan_of(steady, replace(PGD, budget="linf:1/3"), replace(PGD, name="fgsm", settings=())),
+                  steady / "run")  # fmt: skip
+    records = found.records
+    pgd = records["attack"] == "pgd"
+    assert records.loc[pgd, "success_8bit"].all()
+    records.loc[pgd & (records["index"] < 4), "success_8bit"] = False
+    records.loc[pgd & (records["index"] == 7), "success"] = False
+    records.loc[pgd & (records["index"] == 7), ["landed", "landed_name"]] = records.loc[
+        pgd & (records["index"] == 7), ["label", "label_name"]
+    ].to_numpy()
+    records.to_parquet(found.folder / FILE)
+    return Run(found.folder)
+
+
+def test_what_a_file_does_not_keep_counts_nowhere_but_with_float(unrounded: Run) -> None:
+    def robust(one: Run) -> float:
+        return next(cell.robust_accuracy for cell in summarize(one).cells if cell.attack == "pgd")
+
+    floats = Run(unrounded.folder, eight_bit=False)
+    assert (robust(unrounded), robust(floats)) == (0.5, 0.125)
+    pages = [Reader(run_report(one)) for one in (unrounded, floats)]
+    for page, left in zip(pages, ("50.0%", "12.5%"), strict=True):
+        assert page.frame("robust").set_index("attack").loc["pgd", "robust accuracy"] == left
+    assert "each as an 8-bit picture file holds it" in pages[0].text
+    assert "each before it is rounded to 8 bits" in pages[1].text
+    moved = compare(unrounded, unrounded).table.set_index(["score", "attack"])
+    assert moved.loc[("robust_accuracy", "pgd"), "before"] == 0.5
+    with pytest.raises(ValueError, match="eight_bit must be the same for both runs, got True for"):
+        compare(unrounded, floats)
+    # The image that fools as a file only has landed nowhere that is known; it is in no landing.
+    assert len(unrounded.sql("select * from outcomes where fooled and landed = label").df()) == 1
+
+
+def test_curves_and_contrasts_count_files(unrounded: Run) -> None:
+    about = unrounded.plan
+    records = unrounded.records
+    records["attack"] = records["attack"].replace({"fgsm": "pgd 2"})
+    records.to_parquet(unrounded.folder / FILE)
+    import json
+
+    text = json.loads((unrounded.folder / "run.json").read_text())
+    text["plan"]["attacks"] = [
+        {**text["plan"]["attacks"][0], "label": "pgd", "budget": "linf:1/3"},
+        {**text["plan"]["attacks"][0], "label": "pgd 2", "budget": "linf:1/8"},
+    ]
+    (unrounded.folder / "run.json").write_text(json.dumps(text))
+    assert about.attacks[0].label == "pgd"
+    records = Run(unrounded.folder).records
+    for eight_bit, column in ((True, "success_8bit"), (False, "success")):
+        curve = budget_curves(Run(unrounded.folder, eight_bit=eight_bit))
+        fell = records.groupby("index")[column].any().mean()
+        assert curve["fooled"].max() == fell
+    assert region_contrasts(Run(unrounded.folder)).empty
+
+
+def test_the_command_line_counts_floats_where_asked(run: Ran, unrounded: Run) -> None:
+    where = unrounded.folder
+    shut = "attack == 'pgd' and robust_accuracy < 0.4"
+    assert run("audit", "--resume", where, "--no-report", "--fail-if", shut).code == 0
+    assert run("audit", "--resume", where, "--no-report", "--fail-if", shut, "--float").code == 3
+    asked = "score == 'robust_accuracy' and attack == 'pgd' and before < 0.4"
+    assert run("compare", where, where, "--fail-if", asked).code == 0
+    assert run("compare", where, where, "--fail-if", asked, "--float").code == 3
+    assert run("report", where, "--float", "--out", "page.html").code == 0
+    assert "before it is rounded to 8 bits" in Path("page.html").read_text("utf-8")
+
+
+def test_robust_accuracy_at_different_budgets_is_not_compared(steady: Path) -> None:
+    runs = [
+        audit(plan_of(steady, replace(PGD, budget=f"linf:{amount}/255"), FMN), steady / f"run{amount}")
+        for amount in (2, 4)
+    ]
+    found = compare(*runs)
+    assert not len(found.table[(found.table["score"] == "robust_accuracy")])
+    assert found.sentence() == "No attack that was run in both has a robust accuracy: see the other scores."
+    assert any("robust accuracy is not compared for fmn" in remark for remark in found.remarks)
+
+
+OWN = """
+import torch
+from weakspot.attacks import pgd
+from weakspot.pairs import AttackResult
+
+
+def mine(model, images, labels, *, region=None, seed=0):
+    # Changes of half a level that fool nothing, called a success; says nothing of files.
+    made = pgd(model, images, labels, region=region, steps=1)
+    return AttackResult(made.clean, (made.clean + 0.3 / 255).clamp(0, 1), made.labels, made.targets,
+                        torch.ones_like(made.success), made.forwards, made.backwards)
+"""
+
+
+def test_of_an_attack_that_says_nothing_of_files_they_are_evaluated(
+    steady: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (steady / "own_attack.py").write_text(OWN)
+    import own_attack  # type: ignore[import-not-found]
+
+    from weakspot.runs import execution, plan
+
+    def find(name: str) -> Callable[..., Any]:
+        return own_attack.mine  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(execution, "find_attack", find)
+    monkeypatch.setattr(plan, "find_attack", find)
+    found = audit(plan_of(steady, AttackPlan("mine")), steady / "run")
+    assert found.records["success"].all()
+    assert not found.records["success_8bit"].any()
+    assert [cell.robust_accuracy for cell in summarize(found).cells] == [1.0]
+
+
+def test_the_query_keeps_any_label_a_text(steady: Path) -> None:
+    found = audit(plan_of(steady, PGD, FMN), steady / "run")
+    odd = replace(found.plan, attacks=(replace(FMN, label="it's; drop table"),))
+    assert found.sql(outcomes_query(odd, eight_bit=True)).df()["robust"].notna().all()
+    draw_pictures(steady / "none", 1)
+    assert pd.api.types.is_bool_dtype(found.sql("select robust from outcomes").df()["robust"])
