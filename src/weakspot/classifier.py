@@ -274,10 +274,14 @@ def _warn_of_train_mode(classifier: Classifier, switched: Sequence[nn.Module]) -
         switched: the modules in it that were in train mode.
     """
     ids, name = {id(module) for module in switched}, classifier.name
+    every = dict(classifier.named_modules())
+    fixed = tuple(
+        f"{place}." for place, module in every.items() if "train" in vars(module)
+    )  # by torch.export
     theirs = [
         (place.removeprefix("network."), module)
-        for place, module in classifier.named_modules()
-        if not _is_wrapper(module)
+        for place, module in every.items()
+        if not _is_wrapper(module) and not f"{place}.".startswith(fixed)
     ]
     parts = [place for place, module in theirs if id(module) in ids and _depends_on_mode(module)]
     if theirs and id(theirs[0][1]) in ids:
@@ -301,9 +305,9 @@ def _depends_on_mode(module: nn.Module) -> bool:
 
 
 def _is_wrapper(module: nn.Module) -> bool:
-    """Whether the module is one that weakspot puts around a network, or one whose mode is fixed (torch.export)."""
+    """Whether the module is one that weakspot puts around a network."""
     own = type(module).__module__
-    return (own.startswith("weakspot.") and not own.startswith("weakspot.zoo.")) or "train" in vars(module)
+    return own.startswith("weakspot.") and not own.startswith("weakspot.zoo.")
 
 
 def check_images(images: Tensor, classifier: Classifier, *, name: str = "images") -> Tensor:
@@ -384,7 +388,7 @@ def _probes(images: Tensor) -> Tensor:
     """(8, C, H, W): noise, grey, black and white, then noise of a contrast that saturates what can be saturated."""
     noise = torch.rand((2, *images.shape[1:]), generator=torch.Generator().manual_seed(0)).to(images)
     flat = torch.tensor([0.5, 0.0, 1.0]).to(images).view(3, 1, 1, 1).expand(3, *images.shape[1:])
-    strong = 100 * (noise - 0.5)
+    strong = 1e4 * (noise - 0.5)
     return torch.cat([noise, flat, strong, -strong[:1]])
 
 
