@@ -359,11 +359,9 @@ def _warn_of_probabilities(classifier: Classifier, images: Tensor) -> None:
         return
     switches = torch.inference_mode(mode=False), torch.enable_grad()
     with unwatched(), random_state_kept(classifier.mean.device), quiet(), switches[0], switches[1]:
-        point = classifier.filled(_probes(images)).requires_grad_()
-        try:
-            output = unhooked_copy(classifier)(point)
-        except Exception:  # noqa: BLE001 - not every network can be copied or takes images beyond [0, 1]
-            return
+        output = _probed(classifier, images)
+    if output is None:
+        return
     values = output.detach()
     values = values[values.isfinite().all(1)]
     if not len(values) or float(values.min()) < 0 or float(values.max()) > 1 + SUMS:
@@ -382,6 +380,22 @@ def _warn_of_probabilities(classifier: Classifier, images: Tensor) -> None:
         f"before the {before}",
         ModelWarning,
     )
+
+
+def _probed(classifier: Classifier, images: Tensor) -> Tensor | None:
+    """What a copy returns for probe images, for those in [0, 1] alone where it refuses others; None where for none."""
+    try:
+        twin = unhooked_copy(classifier)
+    except Exception:  # noqa: BLE001 - whatever a strange module raises, it is then tried itself
+        twin = classifier
+    probes = _probes(images)
+    for some in (probes, probes[:5]):
+        try:
+            output: Tensor = twin(twin.filled(some).requires_grad_())
+        except Exception:  # noqa: BLE001, S112 - not every network takes images beyond [0, 1]
+            continue
+        return output
+    return None
 
 
 def _probes(images: Tensor) -> Tensor:
