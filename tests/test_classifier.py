@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.conftest import Made, PoolingNetwork, untouched
-from weakspot.checks import ImageWarning, ModelWarning
+from weakspot import attacks
+from weakspot.checks import ImageWarning, ModelWarning, quiet
 from weakspot.classifier import (
     Classifier,
     as_classifier,
@@ -297,6 +299,98 @@ def test_a_module_that_refuses_eval_is_evaluated_all_the_same(images: Tensor) ->
     assert all(module.training for module in model.modules())
 
 
+class Modal(nn.Module):
+    """Batch-norm, dropout, and frozen batch-norm: all that train mode changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.frozen = nn.BatchNorm2d(3), nn.BatchNorm2d(3).eval()
+        self.dropout, self.head = nn.Dropout(0.5), nn.Linear(12, 4)
+        for norm in (self.norm, self.frozen):
+            nn.init.uniform_(norm.running_mean, -1, 1)  # type: ignore[arg-type]
+            nn.init.uniform_(norm.running_var, 0.5, 2)  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.shape[1] != 3:
+            raise KeyError("channels")
+        logits: Tensor = self.head(self.dropout(self.frozen(self.norm(images)).flatten(1)))
+        return logits
+
+
+@pytest.mark.parametrize("switch", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_a_call_answers_in_eval_mode_and_leaves_every_mode_and_statistic(
+    images: Tensor, switch: Callable[[], Any]
+) -> None:
+    model = Modal()
+    expected = copy.deepcopy(model).eval()(images)
+    classifier = Classifier.wrap(model)
+    with untouched(model, images), switch():
+        with pytest.warns(
+            ModelWarning, match="^Modal was in train mode; weakspot evaluates it in eval mode and"
+        ):
+            first = classifier(images)
+        for found in (
+            first,
+            classifier(images),
+            Classifier.wrap(model)(images),
+        ):  # a second warning is an error
+            torch.testing.assert_close(found, expected)
+    assert (model.training, model.dropout.training, model.frozen.training) == (True, True, False)
+
+
+@pytest.mark.filterwarnings("ignore:.*train mode")
+def test_a_call_that_fails_leaves_every_mode(images: Tensor) -> None:
+    model = Modal()
+    with untouched(model), pytest.raises(KeyError, match="channels"):
+        Classifier.wrap(model)(images[:, :1])
+    assert [module.training for module in model.modules()] == [True, True, False, True, True]
+
+
+def test_a_network_that_switches_its_own_parts_has_them_switched_back(images: Tensor) -> None:
+    class Switching(Modal):
+        def forward(self, images: Tensor) -> Tensor:
+            self.frozen.train()
+            self.dropout.eval()
+            return super().forward(images)
+
+    model = Switching().eval()
+    Classifier.wrap(model)(images)
+    assert not any(module.training for module in model.modules())
+
+
+def test_flags_of_weakspots_own_wrappers_say_nothing(images: Tensor) -> None:
+    model = Modal()
+    classifier = Classifier.wrap(model)
+    model.eval()
+    assert classifier.training
+    with untouched(classifier):
+        torch.testing.assert_close(classifier(images), model(images))  # a warning would be an error here
+
+
+def test_parts_whose_mode_changes_nothing_are_not_worth_a_warning(images: Tensor) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+    model[1] = nn.Sequential(nn.Linear(12, 4), nn.ReLU())
+    Classifier.wrap(model)(images)
+    assert model[1].training
+
+
+def test_an_exported_network_whose_mode_is_fixed_is_not_said_to_train(images: Tensor) -> None:
+    exported = torch.export.export(Modal().eval(), (images,)).module()
+    assert exported.training
+    with evaluating(exported) as classifier:
+        classifier(images)
+    assert exported.training
+
+
+def test_in_its_own_mode_a_classifier_can_be_trained(images: Tensor) -> None:
+    model = Modal()
+    before = model.norm.running_mean.clone()  # type: ignore[union-attr]
+    Classifier.wrap(model).in_own_mode(images).sum().backward()
+    assert model.norm.running_mean is not None
+    assert not torch.equal(model.norm.running_mean, before)
+    assert model.head.weight.grad is not None
+
+
 SWITCHES: dict[str, Callable[[], Any]] = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
@@ -408,6 +502,53 @@ def test_a_model_that_returns_probabilities_is_told(images: Tensor, broken: Call
         ModelWarning, match=r"^softened returns rows that are probabilities.*before the softmax"
     ):
         predict(classifier, images)
+
+
+MULTI_LABEL: dict[str, Callable[[Tensor], Any]] = {
+    "sigmoid": torch.sigmoid,
+    "sigmoid, in a tuple": lambda logits: (logits.sigmoid(), logits.sum()),
+    "sigmoid, one-pixel maps": lambda logits: logits[:, :, None, None].sigmoid(),
+    "by hand": lambda logits: 1 / (1 + (-5 * logits).exp()),
+    "cut": lambda logits: (10 * logits).clamp(0, 1),
+}
+
+
+@pytest.mark.parametrize("form", MULTI_LABEL)
+def test_a_model_that_ends_in_sigmoids_is_named_multi_label_once(images: Tensor, form: str) -> None:
+    network = Returning(MULTI_LABEL[form]).eval()
+    nn.init.normal_(network.head.weight, generator=torch.Generator().manual_seed(0))
+    nn.init.zeros_(network.head.bias)
+    classifier, seen = Classifier.wrap(network), []
+    network.register_forward_hook(lambda *_: seen.append(1))
+    with pytest.warns(
+        ModelWarning, match=r"between 0 and 1 that do not sum to one.*\(multi-label\).*before the sigmoid"
+    ):
+        predict(classifier, images)
+    predict(classifier, images)  # a second warning would be an error here
+    assert len(seen) == 2  # the user's hooks see no probes
+
+
+def test_probabilities_are_told_once_whatever_the_classifier_around_the_network(images: Tensor) -> None:
+    network = Returning(lambda logits: logits.softmax(1)).eval()
+    with quiet(ModelWarning):
+        predict(Classifier.wrap(network), images)  # not heard, so not said
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            predict(Classifier.wrap(network), images)
+            attacks.pgd(network, images, torch.zeros(5, dtype=torch.long), steps=3)
+    assert len([one for one in caught if "probabilities" in str(one.message)]) == 1
+
+
+def test_a_network_that_meets_the_tests_of_probabilities_by_chance_is_not_accused(images: Tensor) -> None:
+    linear = nn.Linear(12, 2)
+    nn.init.zeros_(linear.weight)
+    with torch.no_grad():
+        linear.weight[0, 0], linear.weight[1, 0] = 0.01, -0.01  # rows sum to one and lie in [0, 1] for images
+        linear.bias[:] = 0.5
+    predict(
+        Classifier.wrap(nn.Sequential(nn.Flatten(), linear).eval()), images
+    )  # a warning would be an error
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.conftest import NETWORKS, Made, untouched
 from weakspot import fusion
@@ -194,6 +195,33 @@ class Flattening(nn.Module):
 def test_what_folding_would_break_is_left_alone(module: nn.Module) -> None:
     classifier, images = pipeline(module, nn.BatchNorm2d(6))
     assert_the_same_fused(classifier, images, folds=0)
+
+
+class Recomputing(nn.Module):
+    """Runs its inside again on the way back, as checkpointing does to save memory."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = checkpoint(self.inside, x, use_reentrant=False)
+        return out
+
+
+def test_what_is_computed_again_on_the_way_back_is_left_alone() -> None:
+    inside = nn.Sequential(nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+    classifier, images = pipeline(Recomputing(inside))
+    assert_the_same_fused(classifier, images, folds=0)
+
+
+def test_a_compiled_network_is_left_to_its_compiler() -> None:
+    block = nn.Sequential(nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6))
+    classifier, images = pipeline(block)
+    assert_the_same_fused(classifier, images, folds=1)
+    block.compile(backend="eager")
+    with fused(classifier, images[:1]):
+        assert not fusion._inside.modes
 
 
 def test_one_network_in_two_classifiers_is_fused_in_each_and_put_back() -> None:

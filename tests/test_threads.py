@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
+import importlib.util
 import random
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,10 +42,10 @@ Work = Callable[[], Any]
 
 
 @pytest.fixture(autouse=True)
-def _often() -> Any:
-    """Threads take turns two hundred times as often as usual."""
+def _often() -> Iterator[None]:
+    """Threads take turns a hundred times as often as usual."""
     usual = sys.getswitchinterval()
-    sys.setswitchinterval(2.5e-5)
+    sys.setswitchinterval(5e-5)
     yield
     sys.setswitchinterval(usual)
 
@@ -96,6 +99,28 @@ def test_two_threads_that_attack_one_network_leave_its_accuracy_and_get_what_one
             assert torch.equal(predict(Classifier.wrap(model), images).argmax(1), labels)
 
 
+@pytest.mark.data
+@pytest.mark.slow
+def test_two_threads_on_a_trained_network_leave_its_accuracy(data: Path) -> None:
+    spec = importlib.util.spec_from_file_location("networks", data / "networks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    networks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(networks)
+    images, labels = networks.cifar10("test", 200)
+    model = Classifier.wrap(networks.network("cifar10_resnet20"))
+
+    def accuracy() -> float:
+        return float((predict(model, images).argmax(1) == labels).float().mean())
+
+    before, expected = accuracy(), attacked(model, images[:16], labels[:16])
+    assert before > 0.85
+    for _ in range(20):
+        for found in together(*[lambda: attacked(model, images[:16], labels[:16])] * 2):
+            assert torch.equal(found, expected)
+    assert accuracy() == before
+
+
 def analyses(model: nn.Module, images: Tensor) -> dict[str, Work]:
     """Everything that watches, folds or edits a network, each from the same start."""
     labels = predict(Classifier.wrap(model), images).argmax(1)
@@ -132,17 +157,10 @@ def test_analyses_at_once_on_one_network_find_what_each_finds_alone(name: str) -
     works = analyses(model, images)
     expected = {work: run() for work, run in works.items()}
     with untouched(model, images):
-        for _ in range(2):
-            found = together(*works.values())
-            for work, one in zip(works, found, strict=True):
-                torch.testing.assert_close(
-                    one,
-                    expected[work],
-                    rtol=1e-4,
-                    atol=1e-5,
-                    equal_nan=True,
-                    msg=lambda text, w=work: f"{w}: {text}",
-                )
+        found = together(*works.values())
+    for work, one in zip(works, found, strict=True):
+        message = functools.partial("{}: {}".format, work)
+        torch.testing.assert_close(one, expected[work], rtol=1e-4, atol=1e-5, equal_nan=True, msg=message)
 
 
 # ---------------------------------------------------------------- fusion
@@ -155,10 +173,11 @@ def test_another_thread_sees_the_network_unfused_while_one_is_inside() -> None:
     expected = model(images).detach()
 
     def search() -> Tensor:
-        with evaluating(model), fused(model, images[:1]):
+        with evaluating(model) as classifier, fused(classifier, images[:1]):
             inside.set()
             assert done.wait(60)
-            return model(images).detach()
+            logits: Tensor = classifier(images)
+            return logits.detach()
 
     def look() -> tuple[Tensor, Tensor, bool]:
         assert inside.wait(60)
@@ -225,10 +244,10 @@ class Waiting(nn.Module):
 def test_a_network_stays_in_eval_mode_until_the_last_thread_has_left(second: str) -> None:
     network, images = Waiting().train(), torch.rand(2, 1, 8, 8) + 0.1
 
-    def first() -> Tensor:
+    def first() -> Any:
         return Classifier.wrap(network)(images)
 
-    def other() -> Tensor:
+    def other() -> Any:
         assert network.entered.wait(60)
         try:
             if second == "call":

@@ -276,10 +276,14 @@ def _warn_of_train_mode(classifier: Classifier, switched: Sequence[nn.Module]) -
         switched: the modules in it that were in train mode.
     """
     ids, name = {id(module) for module in switched}, classifier.name
+    every = dict(classifier.named_modules())
+    fixed = tuple(
+        f"{place}." for place, module in every.items() if "train" in vars(module)
+    )  # by torch.export
     theirs = [
         (place.removeprefix("network."), module)
-        for place, module in classifier.named_modules()
-        if not _is_wrapper(module)
+        for place, module in every.items()
+        if not _is_wrapper(module) and not f"{place}.".startswith(fixed)
     ]
     parts = [place for place, module in theirs if id(module) in ids and _depends_on_mode(module)]
     if theirs and id(theirs[0][1]) in ids:
@@ -303,9 +307,9 @@ def _depends_on_mode(module: nn.Module) -> bool:
 
 
 def _is_wrapper(module: nn.Module) -> bool:
-    """Whether the module is one that weakspot puts around a network, or one whose mode is fixed (torch.export)."""
+    """Whether the module is one that weakspot puts around a network."""
     own = type(module).__module__
-    return (own.startswith("weakspot.") and not own.startswith("weakspot.zoo.")) or "train" in vars(module)
+    return own.startswith("weakspot.") and not own.startswith("weakspot.zoo.")
 
 
 def check_images(images: Tensor, classifier: Classifier, *, name: str = "images") -> Tensor:
@@ -357,11 +361,9 @@ def _warn_of_probabilities(classifier: Classifier, images: Tensor) -> None:
         return
     switches = torch.inference_mode(mode=False), torch.enable_grad()
     with unwatched(), random_state_kept(classifier.mean.device), quiet(), switches[0], switches[1]:
-        point = classifier.filled(_probes(images)).requires_grad_()
-        try:
-            output = unhooked_copy(classifier)(point)
-        except Exception:  # noqa: BLE001 - not every network can be copied or takes images beyond [0, 1]
-            return
+        output = _probed(classifier, images)
+    if output is None:
+        return
     values = output.detach()
     values = values[values.isfinite().all(1)]
     if not len(values) or float(values.min()) < 0 or float(values.max()) > 1 + SUMS:
@@ -382,11 +384,27 @@ def _warn_of_probabilities(classifier: Classifier, images: Tensor) -> None:
     )
 
 
+def _probed(classifier: Classifier, images: Tensor) -> Tensor | None:
+    """What a copy returns for probe images, for those in [0, 1] alone where it refuses others; None where for none."""
+    try:
+        twin = unhooked_copy(classifier)
+    except Exception:  # noqa: BLE001 - whatever a strange module raises, it is then tried itself
+        twin = classifier
+    probes = _probes(images)
+    for some in (probes, probes[:5]):
+        try:
+            output: Tensor = twin(twin.filled(some).requires_grad_())
+        except Exception:  # noqa: BLE001, S112 - not every network takes images beyond [0, 1]
+            continue
+        return output
+    return None
+
+
 def _probes(images: Tensor) -> Tensor:
     """(8, C, H, W): noise, grey, black and white, then noise of a contrast that saturates what can be saturated."""
     noise = torch.rand((2, *images.shape[1:]), generator=torch.Generator().manual_seed(0)).to(images)
     flat = torch.tensor([0.5, 0.0, 1.0]).to(images).view(3, 1, 1, 1).expand(3, *images.shape[1:])
-    strong = 100 * (noise - 0.5)
+    strong = 1e4 * (noise - 0.5)
     return torch.cat([noise, flat, strong, -strong[:1]])
 
 

@@ -95,6 +95,7 @@ def _plan(classifier: Classifier, image: Tensor) -> Sequence[Fold]:
         not norms
         or not image.is_floating_point()
         or any(issubclass(k, nn.DataParallel) for _, k in structure)
+        or any(_is_compiled(module) for module in network.modules())
         or _hooked_inside(network)
     ):
         return ()
@@ -116,10 +117,26 @@ def _find_folds(classifier: Classifier, image: Tensor) -> Sequence[Fold]:
             _plans[twin.network] = (_signature(twin, image), folds)
             with fused(twin, image):
                 found = twin(probe)
+            if folds and _runs_again(twin, probe):
+                return ()
     except Exception:  # noqa: BLE001 - whatever a strange module raises, it then stays as it is
         return ()
     scale = expected.abs().amax(1, keepdim=True)
     return folds if bool(((found - expected).abs() <= TOLERANCE * scale).all()) else ()
+
+
+def _runs_again(twin: Classifier, probe: Tensor) -> bool:
+    """Whether parts are run again on the way back, as checkpointing does: outside our mode, and so unfolded."""
+    calls: list[nn.Module] = []
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        point = probe.clone().requires_grad_()
+        logits = twin(point)
+        for module in twin.network.modules():
+            if _is_convolution(module):
+                module.register_forward_hook(lambda module, *_: calls.append(module))
+        if logits.requires_grad:
+            torch.autograd.grad(logits.sum(), point, allow_unused=True)
+    return bool(calls)
 
 
 def _signature(classifier: Classifier, image: Tensor) -> object:
@@ -204,6 +221,11 @@ def _is_convolution(module: nn.Module) -> bool:
         and isinstance(module._parameters.get("weight"), nn.Parameter)  # not computed by a parametrisation
         and "forward" not in vars(module)
     )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile made it: that would compile our mode too, and again for every shape."""
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _is_norm(module: nn.Module) -> bool:
