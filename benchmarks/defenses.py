@@ -1,67 +1,84 @@
 """What helps against an attacker who knows the defense. Run: python -m benchmarks.defenses [SECTION ...]
 
-Sections: imagenet (neutralization on 200 photographs), cifar10 (neutralization, every fill). Real data from the folder
-that WEAKSPOT_DATA names.
+Sections: digits (broken and genuine defenses on 100 digits), imagenet (neutralization on photographs), cifar10
+(neutralization, every fill; adversarially trained networks). Real data from the folder that WEAKSPOT_DATA names.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from benchmarks import real, sections
+from tests.defenses.digits import NAMES, cases
 from weakspot import defenses
 from weakspot.budgets import Linf
 from weakspot.defenses.fills import FILLS
 
-IMAGES = 200
+if TYPE_CHECKING:
+    import pandas as pd
+
+DIGITS = slice(100, 200)
+PHOTOGRAPHS, PICTURES = 40, 100
+
+
+def digits() -> None:
+    """What the rule says of every defense in `tests/defenses/digits.py`."""
+    if not real.there():
+        return
+    networks = real.networks()
+    nets = {short: networks.network(name) for short, name in NAMES.items()}
+    images, labels = (tensor[DIGITS] for tensor in networks.mnist("test", DIGITS.stop))
+    print(f"\nDigits {DIGITS.start} to {DIGITS.stop - 1} of the test set\n")
+    print("| defense | eps | undefended | defended | status | why |\n|---|---|---|---|---|---|", flush=True)
+    for title, case in cases(nets, networks.mnist("train", 2000)[0]).items():
+        table = defenses.evaluate_defense(
+            nets["nat"], case.build().eval(), images, labels, budget=Linf(case.eps)
+        )
+        found = defenses.verdict(table)
+        sides = " | ".join(_with_interval(table, side) for side in ("undefended", "defended"))
+        print(f"| {title} | {case.eps} | {sides} | {found.status} | {found} |", flush=True)
 
 
 def imagenet() -> None:
-    """EfficientNet-Lite0 behind neutralization by the mean, PGD-10 at 1/255."""
+    """EfficientNet-Lite0 behind neutralization by the mean, at 1/255."""
     if not real.there():
         return
-    model, images, labels = real.embedded(IMAGES)
-    _judged("EfficientNet-Lite0", model, images, labels, fills=("mean",), eps=1 / 255, steps=10, queries=25)
+    model, images, labels = real.embedded(PHOTOGRAPHS)
+    defended = defenses.neutralizing(model, keep=0.2, fill="mean")
+    _judged("EfficientNet-Lite0, neutralization by mean", model, defended, images, labels, 1 / 255)
 
 
 def cifar10() -> None:
-    """ResNet-20 behind neutralization by every fill, PGD-20 at 1/255."""
+    """ResNet-20 behind neutralization by every fill at 1/255, and beside adversarially trained networks at 2/255."""
     if not real.there():
         return
-    model, images, labels = real.correct("cifar10_resnet20", IMAGES)
-    _judged(
-        "ResNet-20, CIFAR-10", model, images, labels, fills=tuple(FILLS), eps=1 / 255, steps=20, queries=100
-    )
+    model, images, labels = real.correct("cifar10_resnet20", PICTURES)
+    for fill in FILLS:
+        defended = defenses.neutralizing(model, keep=0.2, fill=fill)
+        _judged(f"ResNet-20, neutralization by {fill}", model, defended, images, labels, 1 / 255)
+    for name in ("cifar10_resnet2b_adv", "cifar10_cnn_a_adv"):
+        _judged(name, model, real.networks().network(name), images, labels, 2 / 255)
 
 
 def _judged(
-    name: str,
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    fills: Sequence[str],
-    eps: float,
-    steps: int,
-    queries: int,
+    name: str, model: nn.Module, defended: nn.Module, images: Tensor, labels: Tensor, eps: float
 ) -> None:
-    for fill in fills:
-        begun = time.perf_counter()
-        defended = defenses.neutralizing(model, keep=0.2, fill=fill)
-        table = defenses.evaluate_defense(
-            model, defended, images, labels, budget=Linf(eps), steps=steps, queries=queries
-        )
-        print(
-            f"\n{name}, {len(images)} images, neutralization by {fill}, PGD-{steps} at {eps * 255:.3g}/255\n"
-        )
-        print(sections.table(table))
-        print(f"\n{defenses.verdict(table)} ({time.perf_counter() - begun:.0f} s)", flush=True)
+    begun = time.perf_counter()
+    table = defenses.evaluate_defense(model, defended, images, labels, budget=Linf(eps))
+    print(f"\n{name}, {len(images)} images at {eps * 255:.3g}/255\n")
+    print(sections.table(table))
+    print(f"\n{defenses.verdict(table)} ({time.perf_counter() - begun:.0f} s)", flush=True)
 
 
-SECTIONS = {"imagenet": imagenet, "cifar10": cifar10}
+def _with_interval(table: pd.DataFrame, side: str) -> str:
+    last = table.iloc[-1]
+    return f"{last[side]:.2f} [{last[f'{side}_low']:.2f}, {last[f'{side}_high']:.2f}]"
+
+
+SECTIONS = {"digits": digits, "imagenet": imagenet, "cifar10": cifar10}
 
 if __name__ == "__main__":
     sections.run(SECTIONS)

@@ -17,6 +17,10 @@ from torch.nn import functional as F
 
 from tests.defenses.planted import Wrapper, one_hot, reversed_gradient
 
+NAMES = {
+    "nat": "mnist_conv_small_nat", "convex": "mnist_convex_eps0.1", "pgd": "mnist_cnn_pgd_eps0.3",
+    "fgsm": "mnist_cnn_fgsm_eps0.3", "a_adv": "mnist_cnn_a_adv",
+}  # fmt: skip
 SIZE = 28
 NONE, UNCLEAR, PROTECTS = "no protection", "cannot be judged", "protects"
 WAVES = torch.arange(SIZE)
@@ -201,7 +205,10 @@ def cases(nets: Mapping[str, nn.Module], known: Tensor) -> dict[str, Case]:
         "FGSM training (.3)": Case(lambda: nets["fgsm"], 0.3, (PROTECTS,)),
         "adversarial training (a_adv)": Case(lambda: a_adv, 0.3, (PROTECTS,)),
         "convex training (.1)": Case(lambda: convex, 0.1, (PROTECTS,)),
-        # Others, which nothing was chosen on; of the stopped slope the second condition on gradients was learned.
+        "robust, resize and pad": Case(lambda: Wrapper(pgd, resized), 0.3, (PROTECTS,)),
+        # Others, on which no threshold was chosen. The stopped slope showed that agreement must be asked for where attacks
+        # end, too, and the noise that draws must be doubled as queries are.
+        "robust, noise": Case(lambda: Wrapper(pgd, lambda images: images + 0.1 * torch.randn_like(images)), 0.3, either),
         "slope stopped near the boundary": Case(lambda: Inline(convex, after=stopped_near_boundary(3.0)), 0.2, either),
         "lead rising near the boundary": Case(lambda: Inline(convex, after=rising_near_boundary(2.0)), 0.2, either),
         "detach between layers": Case(lambda: Inline(convex, inside=(4, detached)), 0.2, either),

@@ -9,14 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.defenses.digits import PROTECTS, Case, cases
+from tests.defenses.digits import NAMES, PROTECTS, Case, cases
 from weakspot.budgets import Linf
 from weakspot.defenses import evaluate_defense, verdict
 
-NAMES = {
-    "nat": "mnist_conv_small_nat", "convex": "mnist_convex_eps0.1", "pgd": "mnist_cnn_pgd_eps0.3",
-    "fgsm": "mnist_cnn_fgsm_eps0.3", "a_adv": "mnist_cnn_a_adv",
-}  # fmt: skip
 TITLES = tuple(cases(dict.fromkeys(NAMES, torch.nn.Identity()), torch.zeros(0)))
 IMAGES = slice(100, 140)
 MANY = {"convex training (.1)"}  # a small gain, which needs more images to show
@@ -41,8 +37,9 @@ def test_broken_defenses_are_not_praised_and_genuine_ones_are(title: str, digits
     wanted = slice(100, 200) if title in MANY else IMAGES
     images, labels = (tensor[wanted] for tensor in digits.mnist("test", wanted.stop))
     table = evaluate_defense(
-        nets["nat"], case.build().eval(), images, labels, budget=Linf(case.eps), queries=1000
-    )
+        nets["nat"], case.build().eval(), images, labels, budget=Linf(case.eps),
+        queries=4000 if PROTECTS in case.statuses else 1000,
+    )  # fmt: skip
     found = verdict(table)
     assert found.status in case.statuses, f"{found}\n{table}"
     masked = "Its own gradients are masked" in str(found)

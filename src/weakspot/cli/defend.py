@@ -279,7 +279,16 @@ def _meanings(steps: int, substitute: str | None, table: pd.DataFrame) -> dict[s
         rows.ENSEMBLE: "Auto-PGD on two losses, targeted, square search",
         rows.ORACLE: "region of the clean image: no defender has it",
     }
-    return {name: meanings.get(name, "random squares, no gradients") for name in table["attack"]}
+    families = {
+        rows.DRAWS: "the same on the mean of more draws",
+        rows.QUERIES: "random squares, no gradients",
+    }
+
+    def meaning(name: str) -> str:
+        family = (text for start, text in families.items() if name.startswith(start.partition("{")[0]))
+        return meanings.get(name) or next(family)
+
+    return {name: meaning(name) for name in table["attack"]}
 
 
 def _print(

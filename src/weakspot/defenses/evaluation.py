@@ -24,12 +24,15 @@ from weakspot.defenses.randomness import DrawnByImage, defender_model, expectati
 from weakspot.defenses.verdicts import (
     AGREEING,
     CLEAN,
+    DRAWS,
     ENSEMBLE,
+    GAIN,
     ORACLE,
     OWN,
     QUERIES,
     REGION,
     RISING,
+    ROUNDING,
     STRAIGHT,
     SUBSTITUTE,
     TRANSFERRED,
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
 DEFAULT_BUDGET = Linf(4 / 255)
 RESTARTS = 2
 FIRST_QUERIES = 500
+MOST_DRAWS = 8  # times `draws`
 FEW = 8  # images that inner networks are looked for with
 STREAMS = 10  # of random numbers that each attack has to itself
 
@@ -81,6 +85,8 @@ def evaluate_defense(
       none can be seen, both models face their own gradients from other starts.
     - "BPDA (undefended gradients)": PGD led by the undefended model.
     - "white-box (region of importance)": PGD only where the undefended model gathers most evidence.
+    - "white-box, N draws": only on a random defense that keeps a gain so far: N doubles from twice `draws` to eight
+      times, until a doubling takes at most 2 points.
     - "ensemble": `attacks.auto`, where `thorough`.
     - "square search, N queries": N = 500, then twice as many with new squares until a doubling takes at most 2 points
       from the defended model, or N reaches `queries`.
@@ -265,6 +271,7 @@ class _Evaluation:
         left = any(bool(side.standing.any()) for side in self.sides)
         self._descend(REGION, cam(self.model, images, labels, keep=fraction) if left else None, 4)
         self.report(0.5)
+        self._average_more()
         if thorough:
             self._attack(ENSEMBLE, self._ensemble)
         self._add_agreements()
@@ -282,6 +289,20 @@ class _Evaluation:
                     self.leads[OWN], lead, ends, self.labels[here], budget=self.budget, seed=self.seed
                 )
                 row["agreement_at_end"] = float(led.float().mean())
+
+    def _average_more(self) -> None:
+        """On a random defense that gains so far: twice as many draws, until that takes next to nothing more."""
+        draws, number = 2 * self.draws, 5
+        while self.random and draws <= MOST_DRAWS * self.draws:
+            undefended, defended = (float(side.standing.float().mean()) for side in self.sides)
+            if defended - undefended <= GAIN:
+                return
+            side = self.sides[1]
+            side.attacked = expectation(self.leads[OWN], draws, seed=self.seed)
+            self._descend(DRAWS.format(draws), None, number)
+            if defended - float(side.standing.float().mean()) <= RISING + ROUNDING:
+                return
+            draws, number = 2 * draws, number + 1
 
     def _search(self, cap: int) -> None:
         """Square search with a growing number of queries, until a doubling takes next to nothing more."""
@@ -302,7 +323,7 @@ class _Evaluation:
             self._attack(QUERIES.format(count), squares)
             fallen = before - int(self.sides[1].standing.sum())
             self.report(0.5 + 0.5 * count / cap)
-            if (count > FIRST_QUERIES and fallen <= RISING * len(self.images)) or 2 * count > cap:
+            if (count > FIRST_QUERIES and fallen <= RISING * len(self.images) + ROUNDING) or 2 * count > cap:
                 return
             count, stream = 2 * count, 2 * stream
 

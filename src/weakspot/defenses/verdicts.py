@@ -19,6 +19,7 @@ OWN = "white-box"
 STRAIGHT = "BPDA (straight-through)"
 UNDEFENDED_GRADIENTS = "BPDA (undefended gradients)"
 REGION = "white-box (region of importance)"
+DRAWS = "white-box, {} draws"
 ENSEMBLE = "ensemble"
 QUERIES = "square search, {} queries"
 ORACLE = "oracle region"
@@ -30,7 +31,7 @@ AGREEING = 0.9  # fraction of images where gradients must predict the margin
 LEADING_ON = (
     0.5  # fraction of the images left where those gradients must still lower it at the end of their attack
 )
-RISING = 0.02  # of accuracy that the last doubling of queries may take
+RISING = 0.02  # of accuracy that the last doubling of queries, or of draws, may take
 QUERIES_ONLY = 0.1  # of accuracy that queries may take after every gradient attack
 ROUNDING = 1e-9
 
@@ -55,10 +56,11 @@ def verdict(table: pd.DataFrame) -> Verdict:
     """Sum up what `evaluate_defense` returned.
 
     A defense protects if, after all attacks, it keeps more than 5 points of accuracy over the undefended model (exact
-    one-sided McNemar p at most .05); some gradients predict the defended model's margin on at least 90% of the images
-    and, from where their attack ended, still lower it on half of the images left; the last doubling of queries took
-    at most 2 points; and queries took at most 10 points after all gradient attacks. Without the gain there is no
-    protection; with the gain but without the rest, nothing can be concluded.
+    one-sided McNemar p at most .05) and nothing says that stronger attacks would go on: some gradients predict the
+    defended model's margin on at least 90% of the images and, from where their attack ended, still lower it on half of
+    the images left; the last doubling of queries, and of the draws of a random defense, took at most 2 points; and
+    queries took at most 10 points after all gradient attacks. Without the gain there is no protection; with the gain
+    but without the rest, nothing can be concluded.
 
     Args:
         table: as returned, or as read from `defense.csv`.
@@ -101,20 +103,23 @@ def _doubts(rows: pd.DataFrame, leads: pd.DataFrame) -> list[str]:
             f"gradients are masked near the decision boundary (from the ends of the gradient attacks they lower the "
             f"margin on {leading_on:.0%} of the images left)"
         )
-    searches = rows[rows["attack"].str.startswith(QUERIES.partition("{")[0])]
-    standing = searches["defended"].to_numpy()
-    before = float(rows["defended"].iloc[len(rows) - len(searches) - 1])
-    if len(standing) < 2:
+    count, falls = int(rows["images"].iloc[0]), -rows["defended"].diff()
+    averages, searches = (rows["attack"].str.startswith(name.partition("{")[0]) for name in (DRAWS, QUERIES))
+    if averages.any() and falls[averages].iloc[-1] > RISING + ROUNDING:
+        reasons.append(
+            f"averaging over more draws still gains (the last doubling took "
+            f"{falls[averages].iloc[-1] * count:.0f} more of {count} images)"
+        )
+    if searches.sum() < 2:
         reasons.append("the number of queries was never doubled from 500 (raise queries to at least 1000)")
-    elif standing[-2] - standing[-1] > RISING + ROUNDING:
+    elif falls[searches].iloc[-1] > RISING + ROUNDING:
         reasons.append(
-            f"the square search has not converged (its last doubling took another "
-            f"{standing[-2] - standing[-1]:.0%} of the images; raise queries)"
+            f"the square search still gains (its last doubling took {falls[searches].iloc[-1] * count:.0f} more of "
+            f"{count} images; raise queries)"
         )
-    if before - standing[-1] > QUERIES_ONLY + ROUNDING:
-        reasons.append(
-            f"{before - standing[-1]:.0%} of the images withstand all gradient attacks and fall to queries"
-        )
+    only = falls[searches].sum()
+    if only > QUERIES_ONLY + ROUNDING:
+        reasons.append(f"{only:.0%} of the images withstand all gradient attacks and fall to queries")
     return reasons
 
 
