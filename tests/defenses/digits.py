@@ -206,9 +206,11 @@ def cases(nets: Mapping[str, nn.Module], known: Tensor) -> dict[str, Case]:
         "adversarial training (a_adv)": Case(lambda: a_adv, 0.3, (PROTECTS,)),
         "convex training (.1)": Case(lambda: convex, 0.1, (PROTECTS,)),
         "robust, resize and pad": Case(lambda: Wrapper(pgd, resized), 0.3, (PROTECTS,)),
-        # Others, on which no threshold was chosen. The stopped slope showed that agreement must be asked for where attacks
-        # end, too, and the noise that draws must be doubled as queries are.
-        "robust, noise": Case(lambda: Wrapper(pgd, lambda images: images + 0.1 * torch.randn_like(images)), 0.3, either),
+        # Others, on which no threshold was chosen. The stopped slope showed that agreement must also be measured where
+        # attacks end, and the noise before a robust network that draws must be doubled as queries are.
+        "robust, noise": Case(
+            lambda: Wrapper(pgd, lambda images: images + 0.1 * torch.randn_like(images)), 0.3, either
+        ),
         "slope stopped near the boundary": Case(lambda: Inline(convex, after=stopped_near_boundary(3.0)), 0.2, either),
         "lead rising near the boundary": Case(lambda: Inline(convex, after=rising_near_boundary(2.0)), 0.2, either),
         "detach between layers": Case(lambda: Inline(convex, inside=(4, detached)), 0.2, either),

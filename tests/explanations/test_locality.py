@@ -11,7 +11,8 @@ from tests.attacks.test_sweep import Triggered
 from tests.conftest import PoolingNetwork
 from weakspot import Locality, Pairs, attacks, locality
 from weakspot.explanations.locality import analyse
-from weakspot.explanations.radii import MEANINGS, RADII, locality_sentence, locality_table, rate_interval
+from weakspot.explanations.radii import MEANINGS, RADII, locality_sentence, locality_table
+from weakspot.statistics import rate_interval
 
 
 def triggered_pair() -> tuple[Triggered, Pairs]:

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from weakspot.statistics import mean_interval, mean_intervals, paired_share_interval, share_interval
+from weakspot.statistics import (
+    mean_interval,
+    mean_intervals,
+    paired_share_interval,
+    rate_interval,
+    share_interval,
+)
 
 SIZES = (5, 10, 20, 50)
 COVERAGE = 0.92
@@ -113,6 +119,24 @@ def test_the_interval_of_a_mean_covers_or_is_not_given(
         assert not given.any() if count < 20 else given.mean() > 0.3
     missed = given & ~((low <= mean) & (mean <= high))
     assert missed.mean() <= 1 - COVERAGE + 0.006  # 2,000 draws: .006 is their standard error
+
+
+RATES: dict[str, tuple[Draw, float]] = {
+    "even": (lambda rng, shape: rng.random(shape), 0.5),
+    "all or nothing": (lambda rng, shape: rng.beta(0.2, 0.2, shape), 0.5),
+    "mostly none": (lambda rng, shape: rng.random(shape) * (rng.random(shape) < 0.1), 0.05),
+    "rare": (lambda rng, shape: rng.beta(0.05, 2, shape), 0.05 / 2.05),
+    "of three networks": (lambda rng, shape: rng.binomial(3, 0.9, shape) / 3, 0.9),
+}
+
+
+@pytest.mark.parametrize("count", [1, *SIZES])
+@pytest.mark.parametrize("name", RATES)
+def test_the_interval_of_a_rate_covers(name: str, count: int) -> None:
+    draw, mean = RATES[name]
+    drawn = draw(np.random.default_rng(2), (count, 1000))
+    ends = np.array([rate_interval(column)[1:] for column in drawn.T])
+    assert ((ends[:, 0] <= mean) & (mean <= ends[:, 1])).mean() >= COVERAGE
 
 
 def test_a_single_outlier_is_no_spread() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot.attacks import auto, iterative
-from weakspot.attacks.gradient import Progress, Search, check_counts, random_start
+from weakspot.attacks.gradient import Progress, Search, check_counts, part_of, random_start
 from weakspot.attacks.objectives import margin
 from weakspot.attacks.problem import attacking
 from weakspot.attacks.squares import square_search
@@ -113,7 +113,7 @@ def evaluate_defense(
         progress: called with the fraction done.
 
     Returns:
-        One row per attack. "undefended" and "defended" are accuracies, each with "_low" and "_high" (Wilson's 95%
+        One row per attack. "undefended" and "defended" are accuracies, each with "_low" and "_high" (the exact 95%
         interval over images); "undefended_only" and "defended_only" count the images that only one of the two models
         still classifies correctly; "agreement" of a row of gradients is the fraction of images where they predict the
         defended model's margin at a random point (`agreement`) and "agreement_at_end" the fraction, of the images that
@@ -137,7 +137,7 @@ def evaluate_defense(
     rows = evaluation.rows
     if oracle is not None:
         standing = _correct(model, oracle(evaluation.transferred, images), labels)
-        rows.append(_row(ORACLE, evaluation.sides[0].after_transfer, standing))
+        rows.append(_row(ORACLE, evaluation.after_transfer, standing))
     evaluation.report(1.0)
     return pd.DataFrame(rows)
 
@@ -190,7 +190,6 @@ class _Side:
     attacked: Classifier
     queried: Classifier
     standing: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
-    after_transfer: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
 
 class _Evaluation:
@@ -201,6 +200,7 @@ class _Evaluation:
         ends: (N, C, H, W) where each attack by gradients on the defended model ended.
         rows: of the table so far.
         transferred: (N, C, H, W) images attacked for the undefended model.
+        after_transfer: (N,) bool, where the undefended model withstands those.
         sides: undefended, defended.
     """
 
@@ -228,6 +228,9 @@ class _Evaluation:
         self.ends: dict[str, Tensor] = {}
         self.rows: list[dict[str, object]] = []
         self.transferred = images
+        self.after_transfer = torch.zeros_like(labels, dtype=torch.bool)
+        self.done = 0.0
+        self.part: Progress = lambda share: self.report(0.1 * share)
 
     def _agreement(self, lead: Classifier) -> float:
         agree = agreement(self.leads[OWN], lead, self.images, self.labels, budget=self.budget, seed=self.seed)
@@ -251,8 +254,7 @@ class _Evaluation:
         self._stand(CLEAN, [images, images])
         self.transferred = self._descended(self.sides[0], images, labels, None, None, 0, early=False)
         self._stand(TRANSFERRED, [self.transferred] * 2)
-        for side in self.sides:
-            side.after_transfer = side.standing
+        self.after_transfer = self.sides[0].standing
         self.report(0.1)
         if substitute is not None:
             moved = iterative(
@@ -260,20 +262,16 @@ class _Evaluation:
                 steps=len(self.sizes), momentum=1.0,
             ).adversarial  # fmt: skip
             self._stand(SUBSTITUTE, [moved] * 2)
-        self._descend(OWN, None, 1)
-        self.report(0.2)
+        self._descend(OWN, None, 1, until=0.2)
         if bool(self.sides[1].standing.any()):
             self._find_straight_lead()
-        self._descend(STRAIGHT, None, 2)
-        self.report(0.3)
-        self._descend(UNDEFENDED_GRADIENTS, None, 3)
-        self.report(0.4)
+        self._descend(STRAIGHT, None, 2, until=0.3)
+        self._descend(UNDEFENDED_GRADIENTS, None, 3, until=0.4)
         left = any(bool(side.standing.any()) for side in self.sides)
-        self._descend(REGION, cam(self.model, images, labels, keep=fraction) if left else None, 4)
-        self.report(0.5)
+        self._descend(REGION, cam(self.model, images, labels, keep=fraction) if left else None, 4, until=0.5)
         self._average_more()
         if thorough:
-            self._attack(ENSEMBLE, self._ensemble)
+            self._attack(ENSEMBLE, self._ensemble, until=0.6)
         self._add_agreements()
         self._search(queries)
 
@@ -299,7 +297,7 @@ class _Evaluation:
                 return
             side = self.sides[1]
             side.attacked = expectation(self.leads[OWN], draws, seed=self.seed)
-            self._descend(DRAWS.format(draws), None, number)
+            self._descend(DRAWS.format(draws), None, number, until=0.5)
             if defended - float(side.standing.float().mean()) <= RISING + ROUNDING:
                 return
             draws, number = 2 * draws, number + 1
@@ -318,16 +316,17 @@ class _Evaluation:
                     ) as problem,
                     problem.searching(),
                 ):
-                    return square_search(problem, self.budget, queries=count, stream=stream)[0]
+                    return square_search(
+                        problem, self.budget, queries=count, stream=stream, progress=self.part
+                    )[0]
 
-            self._attack(QUERIES.format(count), squares)
+            self._attack(QUERIES.format(count), squares, until=0.5 + 0.5 * count / cap)
             fallen = before - int(self.sides[1].standing.sum())
-            self.report(0.5 + 0.5 * count / cap)
             if (count > FIRST_QUERIES and fallen <= RISING * len(self.images) + ROUNDING) or 2 * count > cap:
                 return
             count, stream = 2 * count, 2 * stream
 
-    def _descend(self, name: str, region: Tensor | None, number: int) -> None:
+    def _descend(self, name: str, region: Tensor | None, number: int, *, until: float) -> None:
         def descent(side: _Side, here: Tensor) -> Tensor:
             where = None if region is None else region[here]
             defended = side is self.sides[1]
@@ -340,7 +339,7 @@ class _Evaluation:
                 self.ends[name][here] = best
             return best
 
-        self._attack(name, descent)
+        self._attack(name, descent, until=until)
 
     def _descended(
         self,
@@ -362,24 +361,32 @@ class _Evaluation:
             with problem.searching():
                 for restart in range(self.restarts):
                     start = random_start(problem, self.budget, STREAMS * number + restart)
-                    search.run(start, self.sizes, None)
+                    search.run(start, self.sizes, part_of(self.part, restart, self.restarts))
             return search.best
 
     def _ensemble(self, side: _Side, here: Tensor) -> Tensor:
         network = on_8bit_images(side.attacked)
         return auto(
-            network, self.images[here], self.labels[here], budget=self.budget, seed=self.seed
+            network,
+            self.images[here],
+            self.labels[here],
+            budget=self.budget,
+            seed=self.seed,
+            progress=self.part,
         ).adversarial
 
-    def _attack(self, name: str, made: Callable[[_Side, Tensor], Tensor]) -> None:
-        """An attack made for each side, on the images that are still correct there."""
-        shown = []
+    def _attack(self, name: str, made: Callable[[_Side, Tensor], Tensor], *, until: float) -> None:
+        """An attack made for each side, on the images that are still correct there; `until` is the progress then."""
+        shown, half = [], max(0.0, until - self.done) / 2
         for side in self.sides:
+            start = self.done
+            self.part = lambda share, start=start: self.report(start + half * share)  # type: ignore[misc]
             attacked, here = self.images.clone(), side.standing.nonzero()[:, 0]
             if len(here):
                 attacked[here] = fit(made(side, here), self.images[here], self.budget)
             shown.append(attacked)
         self._stand(name, shown)
+        self.report(until)
 
     def _stand(self, name: str, shown: Sequence[Tensor]) -> None:
         """Judge what is shown to each side, and add the row."""
@@ -395,8 +402,10 @@ class _Evaluation:
         self.rows.append(row)
 
     def report(self, fraction: float) -> None:
+        """Progress of the whole, which never goes back."""
+        self.done = max(self.done, fraction)
         if self.progress is not None:
-            self.progress(fraction)
+            self.progress(self.done)
 
 
 def _side(classifier: Classifier, random: bool, draws: int, seed: int) -> _Side:

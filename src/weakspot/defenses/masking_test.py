@@ -59,7 +59,7 @@ def masking_test(
     Returns:
         One row per network (masked: "none", "these units", "random units 1" to "3", "most active units"), with
         units, images; clean, transfer (attacks on the unmasked network, replayed) and attacked_again, each with _low
-        and _high, 95% intervals by Wilson; lead (attacked_again of these units less that of this row, on the same
+        and _high, exact 95% intervals; lead (attacked_again of these units less that of this row, on the same
         images) and p (of the lead, by McNemar's exact test).
 
     Raises:

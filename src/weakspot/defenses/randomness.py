@@ -1,13 +1,13 @@
-"""Randomness: draws of a random defence, those that the defender plays and those that an attacker makes for himself.
+"""Randomness: draws of a random defense, those it is judged by and those that an attacker makes.
 
-A random defence must not be attacked on the very draw that it will be judged by: the attacker would then have learnt a
-coin toss, not the defence. So every draw has a number. Those from 0 on are the defender's, 0 the one that he plays;
-negative ones are the attacker's, who knows how the defence draws but not what it will draw.
+A random defense must not be attacked on the very draw that it will be judged by: the attacker would then have learned a
+coin toss, not the defense. So every draw has a number. Those from 0 on are the defender's, and 0 is the one that is
+judged; negative ones are the attacker's, who knows how the defense draws but not what it will draw.
 
-There are two kinds of randomness. A defence that draws from the global generators (torch, numpy, random) draws afresh
+There are two kinds of randomness. A defense that draws from the global generators (torch, numpy, random) draws anew
 whenever it is called. One that derives its draws from the image, as `neutralizing` does, is a function of the image to
-those who have its seed, or may ask as often as they like: it gives the same answer to the same image, so that an image
-on which it errs goes on fooling it. Such an attacker attacks the defended model as it is, as a search without gradients
+anybody who has its seed, or may ask as often as they like: it gives the same answer to the same image, so an image on
+which it errs goes on fooling it. Such an attacker attacks the defended model as it is, as a search without gradients
 does anyway; randomness by the image protects only the seed's secret, and only as long as nobody may ask.
 """
 
@@ -29,12 +29,12 @@ from weakspot.classifier import Classifier, as_classifier, evaluating
 from weakspot.defenses.wrapping import around
 from weakspot.threads import SEEDED, random_state_kept
 
-DIFFERENT = 1e-4  # of the largest logit: what two draws must differ by for the defence to count as random
+DIFFERENT = 1e-4  # of the largest logit: what two draws must differ by for the defense to count as random
 LOOKED_AT = 4  # images
 
 
 class DrawnByImage(nn.Module):
-    """Base of defences whose draws are a function of the image, a seed and the number of the draw.
+    """Base of defenses whose draws are a function of the image, a seed and the number of the draw.
 
     A subclass draws by `numbers.keys(images, seed)` and the stream `draw`, or in any other way that depends on `draw`.
 
@@ -59,20 +59,20 @@ _asked = threading.local()  # draws by the id of the module
 
 
 def expectation(model: nn.Module, draws: int, *, seed: int = 0) -> Classifier:
-    """What an attacker attacks in place of a random defence: its logits on the mean over draws of his own.
+    """What an attacker attacks in place of a random defense: its logits on the mean over draws of their own.
 
     Expectation over transformation (EOT, Athalye et al. 2018, arXiv 1707.07397). Gradients of the mean logits are mean
     gradients; an attack's objective is taken of the mean logits, which is the mean objective where that is linear in
     them, as the margin is while the same rival leads. Draws change with the images, so that each step of an attack
     averages new ones, and are never those that the defender plays (this module's own words say why).
 
-    The global generators of torch, numpy and random are seeded for each draw, and put back. Of a defence that draws
+    The global generators of torch, numpy and random are seeded for each draw, and put back. Of a defense that draws
     from them, what an image meets depends on the batch that it comes in; of `DrawnByImage`, on the image alone.
 
     Args:
         model: any classifier; its weights are shared, not copied.
         draws: how many to average. Each costs a forward and a backward pass, and holds its own activations meanwhile.
-        seed: of the attacker's draws, where the defence draws from the global generators.
+        seed: of the attacker's draws, where the defense draws from the global generators.
 
     Raises:
         ValueError: when an argument does not fit, naming it.
@@ -92,7 +92,7 @@ def expectation(model: nn.Module, draws: int, *, seed: int = 0) -> Classifier:
 
 
 def defender_model(model: nn.Module, *, seed: int = 0) -> Classifier:
-    """The random defence on the draw that the defender plays; the same whenever it is asked in the same batch."""
+    """The random defense on the draw that it is judged by; the same whenever it is asked in the same batch."""
     classifier = as_classifier(model)
     return around(_Drawn(classifier, (0,), seed), classifier, classifier.name)
 

@@ -77,6 +77,11 @@ def verdict(table: pd.DataFrame) -> Verdict:
     )
     if gain <= GAIN + ROUNDING:
         return Verdict("no protection", f"No protection: {measured}.")
+    if mcnemar_counts(count, 0, alternative="greater") > SIGNIFICANT:
+        return Verdict(
+            "cannot be judged",
+            f"Cannot be judged: {count} images are too few to show a gain. What was measured: {measured}.",
+        )
     if p > SIGNIFICANT:
         return Verdict("no protection", f"No protection shown: {measured}, which chance can explain.")
     reasons = _doubts(rows, leads)

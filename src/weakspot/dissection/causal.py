@@ -50,7 +50,7 @@ def unit_restoration(
 
     Returns:
         One row per share: share, units, reverted, reverted_low, reverted_high (share of the pairs that are classified
-        as their label again, with its 95% interval by Wilson), random, random_low, random_high (as many random units),
+        as their label again, with its exact 95% interval), random, random_low, random_high (as many random units),
         p (of the difference of the two, by McNemar's exact test), images.
 
     Raises:

@@ -18,8 +18,9 @@ from weakspot.checks import check_seed
 from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.edits import Edits, Prepared, prepare
 from weakspot.explanations.analysis import Analysis, Picture, check_pairs, settled
-from weakspot.explanations.radii import MEANINGS, RADII, RANDOM, rate_interval, ring_score
+from weakspot.explanations.radii import MEANINGS, RADII, RANDOM, ring_score
 from weakspot.pairs import Pairs
+from weakspot.statistics import rate_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +38,7 @@ class Locality:
         same_class: bool (N, H, W), whether into the class that the attack itself reached.
         by_radius: rates over the attacks that succeed: one row for each radius 1 to R, the sites at that Chebyshev
             distance, and a row "random" of all other sites; columns radius, rate, low, high (mean over images with its
-            95% interval by Wilson), same_class, images.
+            95% interval, `rate_interval`), same_class, images.
         controls: likewise, rows "neighbours", "random", "neighbours of failed attacks", "random site of failed
             attacks", "random colour", "moved with the image".
     """

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from weakspot.statistics import mean_interval
+from weakspot.statistics import mean_interval, rate_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 RADII = (1, 2, 3, 4, 6, 8)  # Chebyshev rings around the attack's pixel
 RANDOM = "fools_at_random_site"
 FEWEST = 20  # images, for the interval of a difference of means
-NORMAL = 1.959964  # half the width of a normal law's middle 95%
 LEVEL = 0.025  # one-sided
 RATES = ("rate", "low", "high")
 
@@ -38,25 +37,6 @@ MEANINGS = {
     },
     RANDOM: "The same of all other sites of the image.",
 }
-
-
-def rate_interval(rates: NDArray[np.floating]) -> tuple[float, float, float]:
-    """The mean of rates (images,) in [0, 1] and its 95% interval by Wilson with as many trials as images.
-
-    Rates between 0 and 1 spread no more than outcomes that are 0 or 1 of the same mean, so the interval is not too
-    narrow.
-
-    >>> tuple(round(bound, 3) for bound in rate_interval(np.array([1.0, 1.0, 1.0, 1.0])))
-    (1.0, 0.51, 1.0)
-    """
-    count, squared = len(rates), NORMAL**2
-    if not count:
-        return np.nan, np.nan, np.nan
-    mean = float(rates.mean())
-    center = (mean + squared / (2 * count)) / (1 + squared / count)
-    half = NORMAL / (1 + squared / count) * (mean * (1 - mean) / count + squared / (4 * count**2)) ** 0.5
-    # Rounding must not put the mean outside its interval.
-    return mean, min(mean, max(0.0, center - half)), max(mean, min(1.0, center + half))
 
 
 def locality_table(

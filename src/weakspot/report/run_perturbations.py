@@ -54,7 +54,7 @@ def type_section(types: pd.DataFrame) -> list[Section]:
                     "A perturbation is promotion-dominated if it raises the target's logit by more than twice what it "
                     "takes from the label's, suppression-dominated if the other way round, else balanced (Xu et al. "
                     "2019, arXiv 1904.02057). Counted are images that were classified correctly and then fooled; "
-                    "intervals are Wilson's."
+                    "intervals are exact (Clopper-Pearson)."
                 )
             ],
         )
@@ -97,7 +97,7 @@ def locality_section(table: pd.DataFrame) -> list[Section]:
                 (
                     "The mean over images of the share of sites at that distance (in pixels, along either axis) where "
                     "the attack's pixel value changes the class from the label. Failed attacks are the control. "
-                    "Intervals of rates are Wilson's with as many trials as images; of the lead only from 20 images up."
+                    "Intervals of rates are Clopper-Pearson's with as many trials as images; of the lead only from 20 images up."
                 )
             ],
         )

@@ -155,7 +155,7 @@ def class_section(
         tables=[Table("classes", [*headings, "lands most often in"], listed)],
         notes=[
             (
-                "Shares under attack are robust accuracy with the 95% interval of Wilson; with few images of a class "
+                "Shares under attack are robust accuracy with the exact 95% interval; with few images of a class "
                 "they are wide. Where images land is counted over all attacks and regions, of images that were read "
                 "rightly before."
             )

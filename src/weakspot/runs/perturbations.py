@@ -20,7 +20,7 @@ def perturbation_types(run: Run) -> pd.DataFrame:
 
     Returns:
         Columns attack, region, type ("suppression-dominated", "balanced", "promotion-dominated"), count, images (that
-        were classified correctly and then fooled, and whose type is known), share, low, high (95%, Wilson). No rows if
+        were classified correctly and then fooled, and whose type is known), share, low, high (exact 95% interval). No rows if
         the run has no types.
     """
     rows = []

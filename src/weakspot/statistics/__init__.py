@@ -1,6 +1,12 @@
 """Statistics: intervals that cover, p values that keep their promise, nulls that are ones."""
 
-from weakspot.statistics.intervals import mean_interval, mean_intervals, paired_share_interval, share_interval
+from weakspot.statistics.intervals import (
+    mean_interval,
+    mean_intervals,
+    paired_share_interval,
+    rate_interval,
+    share_interval,
+)
 from weakspot.statistics.maps import products_over_shifts, queen_lag, ranks, standardized
 from weakspot.statistics.nulls import (
     LEAST_OTHERS,
@@ -31,6 +37,7 @@ __all__ = [
     "products_over_shifts",
     "queen_lag",
     "ranks",
+    "rate_interval",
     "region_test",
     "run_test",
     "share_interval",

@@ -36,16 +36,34 @@ def share_interval(hits: NDArray[np.bool_]) -> Interval:
     >>> tuple(round(bound, 3) for bound in share_interval(np.array([True] * 4)))
     (1.0, 0.398, 1.0)
     """
+    return rate_interval(np.asarray(hits, dtype=np.float64))
+
+
+def rate_interval(rates: NDArray[np.floating]) -> Interval:
+    """The mean of rates between 0 and 1 and its 95% interval: `share_interval` with as many trials as images.
+
+    Rates spread no more than outcomes that are 0 or 1 of the same mean, so the interval is not too narrow, however few
+    images there are.
+
+    Args:
+        rates: (images,) from 0 to 1.
+
+    Returns:
+        Mean, low and high; NaN without images.
+
+    >>> tuple(round(bound, 3) for bound in rate_interval(np.array([0.5, 0.5, 1.0, 1.0])))
+    (0.75, 0.194, 0.994)
+    """
     from scipy.stats import beta
 
-    count = len(hits)
+    count = len(rates)
     if not count:
         return np.nan, np.nan, np.nan
-    found = int(np.count_nonzero(hits))
+    total = float(np.sum(rates))
     tail = (1 - LEVEL) / 2
-    low = float(beta.ppf(tail, found, count - found + 1)) if found else 0.0
-    high = float(beta.ppf(1 - tail, found + 1, count - found)) if found < count else 1.0
-    return found / count, low, high
+    low = float(beta.ppf(tail, total, count - total + 1)) if total > 0 else 0.0
+    high = float(beta.ppf(1 - tail, total + 1, count - total)) if total < count else 1.0
+    return total / count, low, high
 
 
 def paired_share_interval(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Interval:

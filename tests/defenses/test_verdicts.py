@@ -1,0 +1,130 @@
+"""The rule of verdicts, threshold by threshold, on tables that are made by hand."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from weakspot.defenses import verdict
+from weakspot.statistics import mcnemar_counts, share_interval
+
+COUNT = 100
+QUERIES = ("square search, 500 queries", "square search, 1000 queries")
+
+
+def table(
+    accuracies: dict[str, tuple[float, float]], *, lost: int = 0, leads: dict[str, tuple[float, float]] | None = None
+) -> pd.DataFrame:  # fmt: skip
+    """Rows of undefended and defended accuracy; `lost` images are correct without the defense only."""
+    agreements = {"white-box": (1.0, 1.0)} if leads is None else leads
+    rows = []
+    for attack, sides in accuracies.items():
+        row: dict[str, Any] = {"attack": attack, "images": COUNT}
+        for side, accuracy in zip(("undefended", "defended"), sides, strict=True):
+            bounds = share_interval(np.arange(COUNT) < round(accuracy * COUNT))
+            row |= dict(zip((side, f"{side}_low", f"{side}_high"), bounds, strict=True))
+        row["undefended_only"] = lost
+        row["defended_only"] = round((sides[1] - sides[0]) * COUNT) + lost
+        row["agreement"], row["agreement_at_end"] = agreements.get(attack, (np.nan, np.nan))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def standing(
+    undefended: float, defended: float, *, gradients: float | None = None, first: float | None = None
+) -> Any:
+    """Accuracies left after all gradient attacks, after the first search and at the end."""
+    after = defended if gradients is None else gradients
+    return {
+        "clean": (1.0, 1.0),
+        "white-box": (undefended, after),
+        QUERIES[0]: (undefended, defended if first is None else first),
+        QUERIES[1]: (undefended, defended),
+    }
+
+
+@pytest.mark.parametrize(
+    ("made", "status", "words"),
+    [
+        (table(standing(0.2, 0.25)), "no protection", "No protection: 25%"),
+        (table(standing(0.2, 0.26)), "protects", r"Protects against these attacks: 26% \[18%, 35%\] of 100 images"),
+        (table(standing(0.2, 0.1)), "no protection", "No protection: 10%"),
+        # Six points of sixty images that changed sides: chance.
+        (table(standing(0.3, 0.36), lost=27), "no protection", "p = .259, which chance can explain"),
+        (table(standing(0.1, 0.8), leads={"white-box": (0.89, 1.0)}), "cannot be judged", "are masked .the best of 1"),
+        (table(standing(0.1, 0.8), leads={"white-box": (0.9, 0.5)}), "protects", "p < .001.$"),
+        (
+            table(standing(0.1, 0.8), leads={"white-box": (1.0, 0.49)}), "cannot be judged",
+            "masked near the decision boundary .* lower the margin on 49%",
+        ),
+        # A lead that agrees everywhere but where attacks end, and one that does only there.
+        (
+            table(standing(0.1, 0.8) | {"BPDA (straight-through)": (0.1, 0.8)},
+                  leads={"white-box": (1.0, 0.0), "BPDA (straight-through)": (0.1, 1.0)}),
+            "cannot be judged", "near the decision boundary",
+        ),
+        (
+            table({"clean": (1.0, 1.0), "white-box": (0.1, 0.8), "BPDA (straight-through)": (0.1, 0.8)}
+                  | standing(0.1, 0.8), leads={"white-box": (0.2, 0.0), "BPDA (straight-through)": (0.95, 1.0)}),
+            "protects", r"own gradients are masked: they predict its margin on 20% of the images, those of BPDA \(str",
+        ),
+        # No image is left to lead on from: nothing speaks against the gradients.
+        (table(standing(0.1, 0.8), leads={"white-box": (1.0, np.nan)}), "protects", "80%"),
+        (table(standing(0.1, 0.78, first=0.8)), "protects", "78%"),
+        (table(standing(0.1, 0.77, first=0.8)), "cannot be judged", r"took 3 more of 100 images; raise queries\)"),
+        (table(standing(0.1, 0.7, first=0.7, gradients=0.8)), "protects", "70%"),
+        (table(standing(0.1, 0.69, first=0.69, gradients=0.8)), "cannot be judged", "11% of the images withstand"),
+        (
+            table(dict(list(standing(0.1, 0.8).items())[:-1])), "cannot be judged", "never doubled",
+        ),
+        (
+            table({"clean": (1.0, 1.0), "white-box": (0.1, 0.8), "white-box, 8 draws": (0.1, 0.7)}
+                  | dict(list(standing(0.1, 0.7).items())[2:])), "cannot be judged", "over more draws still gains",
+        ),
+        (
+            table({"clean": (1.0, 1.0), "white-box": (0.1, 0.8), "white-box, 8 draws": (0.1, 0.7),
+                   "white-box, 16 draws": (0.1, 0.69)} | dict(list(standing(0.1, 0.69).items())[2:])),
+            "protects", "69%",
+        ),
+        # Two doubts are both told, and the oracle's row counts for nothing.
+        (
+            table(standing(0.1, 0.6, first=0.8, gradients=0.8), leads={"white-box": (0.0, 0.0)}), "cannot be judged",
+            "^Cannot be judged: gradients are masked .* and the square search .* and 20% of the images",
+        ),
+        (table(standing(0.1, 0.1) | {"oracle region": (0.1, 0.9)}), "no protection", "No protection: 10%"),
+    ],
+)  # fmt: skip
+def test_the_rule(made: pd.DataFrame, status: str, words: str) -> None:
+    found = verdict(made)
+    assert found.status == status, found
+    assert re.search(words, str(found)), found
+    assert str(found) == found.sentence
+
+
+@pytest.mark.parametrize(("images", "status"), [(4, "cannot be judged"), (5, "protects")])
+def test_so_few_images_that_no_outcome_is_significant_cannot_be_judged(images: int, status: str) -> None:
+    made = table(standing(0.0, 1.0)).assign(images=images, defended_only=images)
+    found = verdict(made)
+    assert found.status == status
+    assert ("4 images are too few to show a gain" in str(found)) == (images == 4)
+
+
+def test_mcnemar_is_the_share_of_all_ways_to_flip_the_pairs() -> None:
+    for only_first, only_second in itertools.product(range(6), range(6)):
+        count = only_first + only_second
+        ways = [sum(flips) >= only_first for flips in itertools.product((0, 1), repeat=count)]
+        assert mcnemar_counts(only_first, only_second, alternative="greater") == pytest.approx(np.mean(ways))
+
+
+def test_mcnemar_rejects_chance_no_more_often_than_its_level() -> None:
+    generator = np.random.default_rng(0)
+    only_first = generator.binomial(30, 0.5, 4000)
+    rejected = np.mean(
+        [mcnemar_counts(int(first), 30 - int(first), alternative="greater") <= 0.05 for first in only_first]
+    )
+    assert 0.01 <= rejected <= 0.06
