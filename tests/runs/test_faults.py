@@ -58,6 +58,20 @@ class Odd(Tiny):
         return logits if self.act is None else self.act(self, images, logits)
 
 
+class Flat(Tiny):
+    # Raises on the probe images, too, which are all but flat.
+    def forward(self, images):
+        if bool((images.std((1, 2, 3)) > 0.2).any()):
+            raise RuntimeError("not flat")
+        return super().forward(images)
+
+
+def flat():
+    network = Flat()
+    network.load_state_dict(build().state_dict())
+    return network.eval()
+
+
 class Odder(BaseException):
     pass
 
@@ -194,6 +208,20 @@ def test_a_whole_shard_of_odd_images_does_not_stop_the_audit(odd: Path) -> None:
         (verdict,) = judge([condition], rows, str, others=unknown_cases(found, rows))
         assert not alone.failed
         assert verdict.failed == shut, verdict
+
+
+def test_a_model_that_raises_on_the_probe_images_is_audited_all_the_same(networks: Path) -> None:
+    (networks / "audited_networks.py").write_text(NETWORKS + ODD)
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        noise = rng.integers(0, 256 if number == 2 else 9, (24, 24, 3), dtype=np.uint8)
+        (networks / "flat").mkdir(exist_ok=True)
+        Image.fromarray(noise).save(networks / f"flat/{number}.png")
+    found = audit(plan_of(networks / "flat", "flat", shard=2), networks / "found")
+    assert found.records["success"].isna().tolist() == [False, False, True, False, False, False]
+    assert found.remarks == ()
+    alone = audit(plan_of(networks / "flat/2.png", "flat"), networks / "alone")
+    assert alone.records["trouble"].tolist() == ["a pass through Flat: RuntimeError: not flat"]
 
 
 @pytest.mark.parametrize("size", [None, 1])
