@@ -85,7 +85,7 @@ def auto(
             else:
                 fallen = before - int((lowest >= 0).sum())
                 _warn_of_hidden_gradients(problem, fallen)
-        return problem.result(best)
+        return problem.result(best, budget)
 
 
 Stage = Callable[[Tensor, Progress | None], tuple[Tensor, Tensor]]

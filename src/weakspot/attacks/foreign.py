@@ -108,7 +108,7 @@ def external(
                 ModelWarning,
                 stacklevel=2,
             )
-        return problem.result(_brought_back(problem, budget, adversarial))
+        return problem.result(_brought_back(problem, budget, adversarial), budget)
 
 
 class Watched(nn.Module):

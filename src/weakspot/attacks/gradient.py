@@ -41,7 +41,7 @@ def fgsm(
             direction = problem.descend(problem.clean, falling).direction
         warn_of_zero_gradients(problem, direction)
         step = budget.ascend(direction, torch.zeros_like(problem.clean), problem.clean)
-        return problem.result(problem.apply(problem.project(budget, step)))
+        return problem.result(problem.apply(problem.project(budget, step)), budget)
 
 
 def iterative(
@@ -84,7 +84,7 @@ def iterative(
         search = Search(problem, budget, falling, momentum, stop_early)
         with problem.searching():
             search.run(torch.zeros_like(problem.clean), _even_steps(budget, steps), progress)
-        return problem.result(search.best)
+        return problem.result(search.best, budget)
 
 
 def pgd(
@@ -161,7 +161,7 @@ def pgd(
                 start = random_start(problem, budget, restart)
                 share = part_of(progress, restart, restarts)
                 search.run(start, sizes, share)
-        return problem.result(search.best)
+        return problem.result(search.best, budget)
 
 
 def _even_steps(budget: Budget, steps: int) -> list[float]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from weakspot.attacks import draws
 from weakspot.attacks.objectives import Objective, check_values, margin, sure_margin
-from weakspot.budgets import Budget
+from weakspot.budgets import SSIM, Budget
 from weakspot.budgets.budget import MEMO
 from weakspot.checks import check_batch_size, check_classes, check_logits, check_region, check_seed
 from weakspot.classifier import Classifier, check_images, evaluating, predict
@@ -182,8 +182,13 @@ class Problem:
             if classes is not None:
                 check_classes(classes, len(logits), logits.shape[1], name=name)
 
-    def result(self, adversarial: Tensor) -> AttackResult:
-        """Verify by fresh forward passes, of the images as they are and as 8-bit files keep them; both are counted."""
+    def result(self, adversarial: Tensor, budget: Budget | None = None) -> AttackResult:
+        """Verify by fresh forward passes, of the images as they are and as 8-bit files keep them; both are counted.
+
+        Args:
+            adversarial: (N, C, H, W).
+            budget: of the attack; None where it has none.
+        """
         levels = (adversarial * 255).round() / 255
         landed, stored = (
             predict(self.classifier, images, self.batch_size).argmax(1) for images in (adversarial, levels)
@@ -203,7 +208,15 @@ class Problem:
             backwards=self.backwards,
             success_8bit=success_8bit,
             seed=torch.full_like(self.labels, self.seed),
+            **self._spent(adversarial, budget),
         )
+
+    def _spent(self, adversarial: Tensor, budget: Budget | None) -> dict[str, Tensor]:
+        """What the attack spent of an SSIM budget, under the name of its definition."""
+        if not isinstance(budget, SSIM):
+            return {}
+        name = "ssim_local_budget_spent" if budget.mode == "local" else "ssim_budget_spent"
+        return {name: budget.size(adversarial - self.clean, self.clean)}
 
 
 @contextmanager

@@ -116,7 +116,9 @@ def overlap(
     share the habits of these. An attack that did not reach the whole image has no p, as where it acts follows from
     where it was allowed to.
 
-    If an untargeted attack failed, the target is the class it came closest to.
+    If an untargeted attack failed, the target is the class it came closest to. A class activation that is nowhere
+    positive, as may be with tokens, has no region that matters most: it is taken as zero, its region is empty and its
+    statistics are NaN.
 
     Args:
         model: any classifier.
@@ -166,7 +168,9 @@ def _importance(classifier: Classifier, images: Tensor, classes: Tensor, importa
             )
         return importance.to(images)
     if importance == "cam":
-        return class_activation(classifier, images, classes, registration="effective")
+        maps = class_activation(classifier, images, classes, registration="effective")
+        # Where nothing speaks for the class no region matters most: a map without contrast has no statistics.
+        return torch.where(maps.amax((1, 2, 3), keepdim=True) > 0, maps, 0)
     if importance == "gradient":
         return logit_gradient(classifier, images, classes)
     if importance == "occlusion":
