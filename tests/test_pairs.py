@@ -379,7 +379,7 @@ def test_distances_are_numpys_norms_and_scikit_images_ssim(channels: int) -> Non
     ).clamp(0, 1)
     adversarial[1] = clean[1]
     table = Pairs(clean, adversarial, torch.arange(3), torch.arange(3)).distances
-    assert list(table.columns) == ["linf", "l2", "l1", "pixels", "ssim"]
+    assert list(table.columns) == ["linf", "l2", "l1", "pixels", "ssim_windowed", "ssim_windowed_min"]
     weights = np.array([0.299, 0.587, 0.114]) if channels == 3 else np.ones(1)
     for index in range(3):
         pair = (clean[index].double().numpy(), adversarial[index].double().numpy())
@@ -392,11 +392,12 @@ def test_distances_are_numpys_norms_and_scikit_images_ssim(channels: int) -> Non
             "l2": np.linalg.norm(moved.ravel(), 2),
             "l1": np.linalg.norm(moved.ravel(), 1),
             "pixels": (moved != 0).any(0).sum(),
-            "ssim": everywhere.mean(),
+            "ssim_windowed": everywhere.mean(),
+            "ssim_windowed_min": everywhere.min(),
         }
         for name, value in expected.items():
             assert table[name][index] == pytest.approx(value, rel=1e-5, abs=1e-7), name
-    assert table.iloc[1].tolist() == [0, 0, 0, 0, 1]
+    assert table.iloc[1].tolist() == [0, 0, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("optional", [True, False])

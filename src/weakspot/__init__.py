@@ -32,6 +32,7 @@ from weakspot.explanations import (
     Propagation,
     PropagationStudy,
     Restoration,
+    SsimAlignment,
     explain,
     interpretability_score,
     locality,
@@ -40,6 +41,7 @@ from weakspot.explanations import (
     propagation,
     propagation_study,
     restoration,
+    ssim_alignment,
 )
 from weakspot.images import read_images, sample_images
 from weakspot.models import load
@@ -70,6 +72,7 @@ __all__ = [
     "Propagation",
     "PropagationStudy",
     "Restoration",
+    "SsimAlignment",
     "attacks",
     "build_concepts",
     "class_activation",
@@ -91,6 +94,7 @@ __all__ = [
     "regions",
     "restoration",
     "sample_images",
+    "ssim_alignment",
     "ssim_map",
     "unit_restoration",
     "unit_sensitivity",

@@ -64,17 +64,21 @@ class Pairs:
     def distances(self) -> pd.DataFrame:
         """How far each pair is apart, one row each.
 
-        Columns: linf, l2, l1 (images in [0, 1]), pixels (sites where any channel changed), ssim (mean of `ssim_map`).
+        Columns: linf, l2, l1 (images in [0, 1]), pixels (sites where any channel changed), ssim_windowed and
+        ssim_windowed_min (mean and minimum of `ssim_map`). What an SSIM budget bounds is another quantity: see
+        `AttackResult.ssim_budget_spent`.
         """
         import pandas as pd
 
         rows = self.perturbation.detach().float().flatten(1)
+        similarity = ssim_map(self.clean, self.adversarial).flatten(1)
         measured = {
             "linf": rows.abs().amax(1),
             "l2": rows.norm(dim=1),
             "l1": rows.abs().sum(1),
             "pixels": (self.perturbation != 0).any(1).flatten(1).sum(1),
-            "ssim": ssim_map(self.clean, self.adversarial).mean((1, 2, 3)),
+            "ssim_windowed": similarity.mean(1),
+            "ssim_windowed_min": similarity.amin(1),
         }
         return pd.DataFrame({name: values.cpu().numpy() for name, values in measured.items()})
 
@@ -177,6 +181,10 @@ class AttackResult(Pairs):
         success_8bit: (N,) bool, of the images as 8-bit files hold them, within the attack's budget (see
             `attacks.stored`).
         seed: (N,) of everything random; 0 where nothing is.
+        ssim_budget_spent: (N,) mean over patches of d1^2 + d2^2, what a budget `SSIM(eps)` bounds; None if the attack
+            had another budget.
+        ssim_local_budget_spent: (N,) largest d1^2 or d2^2 of any patch, what `SSIM(eps, mode="local")` bounds; None if
+            the attack had another budget.
     """
 
     success: Tensor
@@ -184,6 +192,8 @@ class AttackResult(Pairs):
     backwards: Tensor
     success_8bit: Tensor | None = None
     seed: Tensor | None = None
+    ssim_budget_spent: Tensor | None = None
+    ssim_local_budget_spent: Tensor | None = None
 
     @property
     def fooled(self) -> Tensor:
@@ -192,7 +202,10 @@ class AttackResult(Pairs):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per image: label, target, success, success_8bit, `distances`, forwards, backwards, seed."""
+        """One row per image: label, target, success, success_8bit, `distances`, forwards, backwards, seed.
+
+        If the budget was an `SSIM`, ssim_budget_spent or ssim_local_budget_spent stands before forwards.
+        """
         import pandas as pd
 
         def columns(**known: Tensor | None) -> pd.DataFrame:
@@ -201,5 +214,11 @@ class AttackResult(Pairs):
         before = columns(
             label=self.labels, target=self.targets, success=self.success, success_8bit=self.success_8bit
         )
-        after = columns(forwards=self.forwards, backwards=self.backwards, seed=self.seed)
+        after = columns(
+            ssim_budget_spent=self.ssim_budget_spent,
+            ssim_local_budget_spent=self.ssim_local_budget_spent,
+            forwards=self.forwards,
+            backwards=self.backwards,
+            seed=self.seed,
+        )
         return pd.concat([before, self.distances, after], axis=1)

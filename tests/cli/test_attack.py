@@ -62,7 +62,11 @@ def test_pairs_pictures_and_scores_are_written_and_agree(run: Run, photographs: 
         model, clean, labels, budget=SSIM(0.01), region=region, steps=4, momentum=0.5, seed=3
     )
     torch.testing.assert_close(result.adversarial, expected.adversarial, atol=1e-5, rtol=0)
-    assert bool((SSIM(0.01).size(result.perturbation, clean) <= 0.01).all())
+    spent = SSIM(0.01).size(result.perturbation, clean)
+    assert bool((spent <= 0.01).all())
+    assert scores["ssim_budget_spent"].tolist() == pytest.approx(spent.tolist(), rel=1e-5)
+    assert (scores["ssim_windowed_min"] <= scores["ssim_windowed"]).all()
+    assert not {"ssim", "ssim_local_budget_spent"} & set(scores)
     assert scores["success_8bit"].tolist() == (landed != labels).tolist()
     record = json.loads((folder / "run.json").read_text())
     assert record["attack"] == "pgd, steps=4, momentum=0.5, 0.01 SSIM (global, patches of 8), background"

@@ -302,13 +302,18 @@ def test_a_column_that_is_taken_is_prefixed_and_overwrites_nothing(pooling: Made
     model, images = pooling
     pairs = attacked(model, images)
     install(
-        mine=returning({"l2": [7.0] * 3, "ssim": [8.0] * 3, "fresh": [9.0] * 3}),
+        mine=returning({"l2": [7.0] * 3, "ssim_windowed": [8.0] * 3, "fresh": [9.0] * 3}),
         other=returning({"fresh": [10.0] * 3}),
     )
     plain = explain(model, pairs, analyses=["ssim"]).scores
     found = explain(model, pairs, analyses=["ssim", "mine", "other"]).scores
     pd.testing.assert_frame_equal(found[list(plain)], plain)
-    added = {"mine_l2": [7.0] * 3, "mine_ssim": [8.0] * 3, "fresh": [9.0] * 3, "other_fresh": [10.0] * 3}
+    added = {
+        "mine_l2": [7.0] * 3,
+        "mine_ssim_windowed": [8.0] * 3,
+        "fresh": [9.0] * 3,
+        "other_fresh": [10.0] * 3,
+    }
     assert {name: found[name].tolist() for name in found if name not in plain} == added
 
 
@@ -327,10 +332,10 @@ def test_the_meaning_of_a_column_that_is_taken_goes_with_its_new_name(
     pooling: Made, install: Install
 ) -> None:
     model, images = pooling
-    install(mine=returning({"ssim": [8.0] * 3}, meanings={"ssim": "Something else."}))
+    install(mine=returning({"ssim_windowed": [8.0] * 3}, meanings={"ssim_windowed": "Something else."}))
     found = explain(model, attacked(model, images), analyses=["ssim", "mine"])
-    assert found.meanings["ssim"].startswith("Mean structural similarity")
-    assert found.meanings["mine_ssim"] == "Something else."
+    assert found.meanings["ssim_windowed"].startswith("Mean structural similarity")
+    assert found.meanings["mine_ssim_windowed"] == "Something else."
 
 
 @pytest.mark.filterwarnings("ignore:.*train mode")

@@ -116,11 +116,13 @@ def test_what_is_no_pair_of_batches_is_refused(clean: Tensor, adversarial: Tenso
         ssim_map(clean, adversarial)
 
 
-def test_the_analysis_shows_visible_change_and_scores_mean_similarity(pooling: Made) -> None:
+def test_the_analysis_shows_visible_change_and_scores_mean_and_least_similarity(pooling: Made) -> None:
     model, clean = pooling
     adversarial = (clean + 0.1).clamp(0, 1)
     classes = torch.tensor([0, 1, 2])
     found = analyse(model, Pairs(clean, adversarial, classes, classes))
     expected = ssim_map(clean, adversarial)
     torch.testing.assert_close(found.maps["ssim"], 1 - expected)
-    np.testing.assert_allclose(found.scores["ssim"], expected.mean((1, 2, 3)).numpy(), rtol=1e-5)
+    for name, values in (("mean", expected.mean((1, 2, 3))), ("min", expected.amin((1, 2, 3)))):
+        column = "ssim_windowed" if name == "mean" else "ssim_windowed_min"
+        np.testing.assert_allclose(found.scores[column], values.numpy(), rtol=1e-5)

@@ -467,10 +467,31 @@ def test_columns_that_only_some_shards_have_are_missing_elsewhere(pictures: Path
     plan = small_plan(pictures, analyses=("locality", "ssim"), regions=("none",))
     records = audit(plan, pictures.parent / "other").records
     own = [name for name in map(str, records) if name.startswith("fools_at")]
-    assert "ssim_score" in records
-    assert pd.api.types.is_float_dtype(records["ssim_score"])
+    assert "ssim_windowed_score" in records
+    assert pd.api.types.is_float_dtype(records["ssim_windowed_score"])
     assert own
     assert records[records["attack"] == "pgd"][own].isna().all(axis=None)
+
+
+def test_what_an_ssim_budget_spent_stands_in_the_records_under_the_name_of_its_definition(
+    pictures: Path,
+) -> None:
+    budgets = ("ssim:0.01", "ssim-local:0.05", "linf:4/255")
+    plan = small_plan(
+        pictures,
+        attacks=tuple(AttackPlan("pgd", budget=budget, settings=(("steps", 1),)) for budget in budgets),
+        regions=("none",),
+        analyses=(),
+    )
+    records = audit(plan, pictures.parent / "other").records
+    attacked = records[records["success"].notna()]
+    assert set(attacked["budget"]) == set(budgets)
+    for budget, rows in attacked.groupby("budget"):
+        assert rows["ssim_budget_spent"].notna().all() == (budget == "ssim:0.01")
+        assert rows["ssim_local_budget_spent"].notna().all() == (budget == "ssim-local:0.05")
+        assert rows["ssim_windowed"].notna().all()
+        assert (rows["ssim_windowed_min"] <= rows["ssim_windowed"]).all()
+    assert "ssim" not in records
 
 
 def test_warnings_of_train_mode_come_and_nothing_else(pictures: Path) -> None:

@@ -155,7 +155,7 @@ def test_scores_are_means_over_images_and_their_excess_over_chance(pictures: Pat
     found = score_findings(run)
     records = run.records
     tested = found[found["null"].notna()]
-    assert {"margin_adversarial", "ssim"} <= set(found["score"])
+    assert {"margin_adversarial", "ssim_windowed"} <= set(found["score"])
     assert not any(name.endswith(("_null", "_p")) for name in found["score"])
     assert len(tested)
     for row in rows(found):
@@ -173,7 +173,11 @@ def test_a_run_without_controls_budgets_or_analyses_has_no_findings(pictures: Pa
     run = audit(small_plan(pictures, analyses=(), maps=False), pictures.parent / "run")
     assert region_contrasts(run).empty
     assert budget_curves(run).empty
-    assert set(score_findings(run)["score"]) == {"confidence_adversarial", "margin_adversarial", "ssim"}
+    assert set(score_findings(run)["score"]) == {
+        "confidence_adversarial",
+        "margin_adversarial",
+        "ssim_windowed",
+    }
     assert told(region_contrasts(run)) == []
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from weakspot.attacks import draws
 from weakspot.attacks.objectives import Objective, check_values, margin, sure_margin
 from weakspot.attacks.stored import stored
-from weakspot.budgets import Budget
+from weakspot.budgets import SSIM, Budget
 from weakspot.budgets.budget import MEMO
 from weakspot.checks import check_batch_size, check_classes, check_region, check_seed
 from weakspot.classifier import Classifier, check_images, check_logits, evaluating, predict
@@ -228,7 +228,15 @@ class Problem:
             backwards=self.backwards,
             success_8bit=success_8bit & fits,
             seed=torch.full_like(self.labels, self.seed),
+            **self._spent(adversarial, budget),
         )
+
+    def _spent(self, adversarial: Tensor, budget: Budget | None) -> dict[str, Tensor]:
+        """What the attack spent of an SSIM budget, under the name of its definition."""
+        if not isinstance(budget, SSIM):
+            return {}
+        name = "ssim_local_budget_spent" if budget.mode == "local" else "ssim_budget_spent"
+        return {name: budget.size(adversarial - self.clean, self.clean)}
 
 
 @contextmanager

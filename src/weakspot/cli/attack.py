@@ -319,8 +319,8 @@ BUDGETS = {
     "linf": "largest change of any channel of any pixel, as in linf:4/255",
     "l2": "Euclidean length of the whole change, as in l2:1.5",
     "l1": "sum of all absolute changes, as in l1:20",
-    "ssim": "structural similarity lost on the mean over patches, as in ssim:0.01",
-    "ssim-local": "structural similarity lost in every patch, as in ssim-local:0.05",
+    "ssim": "structural similarity lost on the mean over patches (ssim_budget_spent), as in ssim:0.01",
+    "ssim-local": "structural similarity lost in every patch (ssim_local_budget_spent), as in ssim-local:0.05",
 }
 REGIONS = {
     "none": "anywhere",

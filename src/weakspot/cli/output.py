@@ -104,6 +104,8 @@ def print_attack(scores: pd.DataFrame, seconds: float, skipped: int) -> None:
     """A row for each image: what it was read as before and after, how far it was moved, what that cost."""
     console = Console(highlight=False)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    spent = [name for name in ("ssim_budget_spent", "ssim_local_budget_spent") if name in scores]
+    similarities = ["ssim_windowed", "ssim_windowed_min", *spent]
     headings = (
         "image",
         "before → after",
@@ -112,7 +114,7 @@ def print_attack(scores: pd.DataFrame, seconds: float, skipped: int) -> None:
         "linf",
         "l2",
         "pixels",
-        "ssim",
+        *similarities,
         "forwards",
         "backwards",
     )
@@ -125,7 +127,7 @@ def print_attack(scores: pd.DataFrame, seconds: float, skipped: int) -> None:
             *("yes" if row[key] else "[yellow]no[/yellow]" for key in ("success_8bit", "success")),
             *(f"{row[key]:.3g}" for key in ("linf", "l2")),
             str(row["pixels"]),
-            f"{row['ssim']:.3f}",
+            *(f"{row[name]:.3g}" if name in spent else f"{row[name]:.3f}" for name in similarities),
             *(str(row[key]) for key in ("forwards", "backwards")),
         )
     console.print(table)

@@ -1,5 +1,6 @@
 """Explanations: pairs become scores and maps."""
 
+from weakspot.explanations.alignment import SsimAlignment, ssim_alignment
 from weakspot.explanations.analysis import Analysis, Picture, Series
 from weakspot.explanations.explanation import Explanation, explain
 from weakspot.explanations.locality import Locality, locality
@@ -25,6 +26,7 @@ __all__ = [
     "PropagationStudy",
     "Restoration",
     "Series",
+    "SsimAlignment",
     "explain",
     "interpretability_score",
     "interpretability_test",
@@ -35,4 +37,5 @@ __all__ = [
     "propagation_study",
     "random_edits",
     "restoration",
+    "ssim_alignment",
 ]

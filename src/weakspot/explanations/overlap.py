@@ -127,7 +127,9 @@ def overlap(
     needs p <= .1 and q <= .1 in one direction in all of them and in the reported one. It costs half as many gradients
     again, where there is a p at all. Gradients as importance are stated of nothing: vulnerability is made of them.
 
-    If an untargeted attack failed, the target is the class it came closest to.
+    If an untargeted attack failed, the target is the class it came closest to. A class activation that is nowhere
+    positive, as may be with tokens, has no region that matters most: it is taken as zero, its region is empty and its
+    statistics are NaN.
 
     Args:
         model: any classifier.
@@ -208,7 +210,9 @@ def _importances(
         images = torch.cat([images, others])
         classes = torch.cat([classes, predict(classifier, others).argmax(1)])
     if importance == "cam":
-        return class_activation(classifier, images, classes, registration=registration)
+        maps = class_activation(classifier, images, classes, registration=registration)
+        # Where nothing speaks for the class no region matters most: a map without contrast has no statistics.
+        return torch.where(maps.amax((1, 2, 3), keepdim=True) > 0, maps, 0)
     if importance == "gradient":
         return logit_gradient(classifier, images, classes)
     if importance == "occlusion":

@@ -1,27 +1,35 @@
-"""The similarity analysis: where the adversarial image looks different from the clean one."""
+"""The similarity analysis: where the adversarial image looks different, and whether the network looks there."""
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
+from weakspot.explanations.alignment import ssim_alignment
+from weakspot.explanations.alignment_words import meanings
 from weakspot.explanations.analysis import Analysis, Picture
 from weakspot.pairs import Pairs
-from weakspot.similarity import ssim_map
 
 
-def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:  # noqa: ARG001 - the contract's signature
-    """SSIM maps and their means."""
+def analyse(
+    model: nn.Module, pairs: Pairs, *, seed: int = 0, reference: Tensor | None = None, compare: bool = True
+) -> Analysis:
+    """SSIM maps, their means and minima, and `ssim_alignment` as the report shows it."""
     import pandas as pd
 
-    maps = ssim_map(pairs.clean, pairs.adversarial)
+    found = ssim_alignment(model, pairs, reference=reference, compare=compare, seed=seed)
+    similarity = (1 - found.change).flatten(1)
+    windowed = {"ssim_windowed": similarity.mean(1), "ssim_windowed_min": similarity.amin(1)}
+    plain = pd.DataFrame({name: values.cpu().numpy() for name, values in windowed.items()})
+    scores = pd.concat([plain, found.scores], axis=1)
+    meaning = "Where the two images look different to the eye: 0 is no visible change."
     return Analysis(
-        scores=pd.DataFrame({"ssim": maps.mean((1, 2, 3)).cpu().numpy()}),
-        maps={"ssim": 1 - maps},
-        meanings={"ssim": "Mean structural similarity of the two images; 1 means that they look the same."},
+        scores=scores,
+        maps={"ssim": found.change},
+        meanings=meanings([str(name) for name in scores]),
         pictures={
             "ssim": Picture(
                 "Visible change (1 - SSIM)",
-                meaning="Where the two images look different to the eye: 0 is no visible change.",
+                meaning=" ".join([meaning, *found.sentences]) if compare else meaning,
             )
         },
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
 from weakspot.attribution.cam import class_activation, class_activations
-from weakspot.checks import check_classes, check_share
+from weakspot.checks import ModelWarning, check_classes, check_share
 from weakspot.classifier import check_images, evaluating
 from weakspot.regions.shares import top
 
@@ -25,9 +27,22 @@ def cam(
 
     Returns:
         Bool (N, 1, H, W), round(keep * H * W) sites true in each.
+
+    Warns:
+        ModelWarning: if the activation of an image is nowhere positive, as may be with tokens: its region then is not
+            one that matters, but the one that speaks least against the class.
     """
     check_share(keep)
-    return top(class_activation(model, images, classes, layer=layer, registration="effective"), keep)
+    maps = class_activation(model, images, classes, layer=layer, registration="effective")
+    against = int((maps.amax((1, 2, 3)) <= 0).sum())
+    if against:
+        warnings.warn(
+            f"the class activation of {against} of {len(maps)} images is nowhere positive: no region matters most for "
+            "the class there, and the cam region is where the activation is least negative",
+            ModelWarning,
+            stacklevel=2,
+        )
+    return top(maps, keep)
 
 
 def support(

@@ -97,7 +97,7 @@ def locality_section(table: pd.DataFrame) -> list[Section]:
                 (
                     "The mean over images of the share of sites at that distance (in pixels, along either axis) where "
                     "the attack's pixel value changes the class from the label. Failed attacks are the control. "
-                    "Intervals of rates are Clopper-Pearson's with as many trials as images; of the lead only from 20 images up."
+                    "Intervals of rates are exact, with as many trials as images; of the lead only from 20 images up."
                 )
             ],
         )

@@ -26,7 +26,7 @@ TITLES = {
     "linf": "largest change of a channel (linf)",
     "l2": "L2 norm of the change",
     "pixels": "pixels changed",
-    "ssim": "structural similarity (SSIM)",
+    "ssim_windowed": "mean SSIM over sliding windows (ssim_windowed)",
 }
 
 

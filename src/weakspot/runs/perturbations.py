@@ -20,8 +20,8 @@ def perturbation_types(run: Run) -> pd.DataFrame:
 
     Returns:
         Columns attack, region, type ("suppression-dominated", "balanced", "promotion-dominated"), count, images (that
-        were classified correctly and then fooled, and whose type is known), share, low, high (exact 95% interval). No rows if
-        the run has no types.
+        were classified correctly and then fooled, and whose type is known), share, low, high (exact 95% interval). No
+        rows if the run has no types.
     """
     rows = []
     for attack, region in run.plan.cells if _has(run, TYPE) else ():

@@ -18,7 +18,7 @@ NULL_SUFFIXES = ("_null", "_null_low", "_null_high", "_p", "_p_less")
 MEASURES = (
     "confidence_adversarial",
     "margin_adversarial",
-    "ssim",
+    "ssim_windowed",
 )  # of the attack itself, beside analyses' scores
 SCORES = (
     "attack", "region", "score", "images", "mean", "low", "high",

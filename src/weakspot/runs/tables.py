@@ -47,7 +47,10 @@ COLUMNS = {
     "l2": "float64",
     "l1": "float64",
     "pixels": "Int64",
-    "ssim": "float64",
+    "ssim_windowed": "float64",
+    "ssim_windowed_min": "float64",
+    "ssim_budget_spent": "float64",
+    "ssim_local_budget_spent": "float64",
     "forwards": "Int64",
     "backwards": "Int64",
     "trouble": "str",
@@ -128,7 +131,10 @@ def cell_rows(
             "l2",
             "l1",
             "pixels",
-            "ssim",
+            "ssim_windowed",
+            "ssim_windowed_min",
+            "ssim_budget_spent",
+            "ssim_local_budget_spent",
         ):
             if name in table:
                 put.at(name, rows, table[name].to_numpy())

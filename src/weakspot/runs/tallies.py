@@ -15,7 +15,8 @@ from weakspot.statistics import share_interval
 BINS = 30
 TAIL = 0.005  # of the values at either end, which may lie so far out that they would hide the others
 SCORES = (
-    "margin_adversarial", "confidence_adversarial", "l2", "linf", "pixels", "ssim", "margin_clean", "confidence_clean",
+    "margin_adversarial", "confidence_adversarial", "l2", "linf", "pixels", "ssim_windowed", "margin_clean",
+    "confidence_clean",
 )  # fmt: skip
 BESIDE = ("_null", "_null_low", "_null_high", "_p", "_p_less")  # what stands beside a score
 NUMBERS = ("DOUBLE", "FLOAT", "BIGINT", "INTEGER", "SMALLINT", "TINYINT")
