@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot.budgets import Budget, Linf
+from weakspot.checks import is_number
 from weakspot.classifier import Classifier
 from weakspot.defenses.wrapping import around
 
@@ -67,9 +68,18 @@ def fit(images: Tensor, clean: Tensor, budget: Budget) -> Tensor:
         start = clean[pending]
         tried = rounded(start + scale * (images[pending] - start))
         change = tried - start
-        inside = (budget.project(change, start) - change).flatten(1).abs().amax(1) <= CLOSE
+        inside = _is_inside(change, start, budget)
         fitted[pending[inside]] = tried[inside]
         pending = pending[~inside]
         if not len(pending):
             break
     return fitted
+
+
+def _is_inside(change: Tensor, clean: Tensor, budget: Budget) -> Tensor:
+    """(N,) bool, up to rounding."""
+    limit = getattr(budget, "eps", None)
+    if limit is not None and is_number(limit):
+        return budget.size(change, clean) <= float(limit) * (1 + CLOSE)
+    # A budget of one's own need not tell its limit: what is inside is projected on itself.
+    return (budget.project(change, clean) - change).flatten(1).abs().amax(1) <= CLOSE
