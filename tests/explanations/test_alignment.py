@@ -53,6 +53,8 @@ def blobs(count: int, seed: int, *, spread: float = 1.0) -> Tensor:
 class RedEvidence(nn.Module):
     """Evidence for class 0 is red; class 1 gains by green, up or down site by site."""
 
+    signs: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.gather = nn.Conv2d(3, 1, 1, bias=False)
@@ -349,7 +351,7 @@ def test_every_network_is_left_alone_and_parts_have_the_scores_of_the_whole(any_
     with untouched(model, images, result.clean, result.adversarial):
         whole = ssim_alignment(model, result, compare=False)
     assert not whole.runs
-    assert "_p" not in "".join(name[-2:] for name in whole.scores)
+    assert "_p" not in "".join(str(name)[-2:] for name in whole.scores)
     for number in range(len(images)):
         one = slice(number, number + 1)
         alone = ssim_alignment(
@@ -357,7 +359,7 @@ def test_every_network_is_left_alone_and_parts_have_the_scores_of_the_whole(any_
             Pairs(images[one], result.adversarial[one], labels[one], result.targets[one]),
             compare=False,
         )
-        for name in whole.scores:
+        for name in map(str, whole.scores):
             # The steps of PGD are signs of gradients, which rounding may turn.
             tolerance = 0.03 if name.endswith("_pgd") else 1e-3
             np.testing.assert_allclose(
@@ -369,7 +371,9 @@ def test_the_report_says_what_each_score_means_and_what_was_found() -> None:
     evidence = blobs(10, 1)
     pairs = changed(photographs(evidence, 2), evidence, 3)
     found = explain(RedEvidence().eval(), pairs, analyses=["ssim"])
-    plain = [name for name in found.analyses["ssim"].scores if not name.endswith(("_null", "_p", "_q"))]
+    plain = [
+        name for name in map(str, found.analyses["ssim"].scores) if not name.endswith(("_null", "_p", "_q"))
+    ]
     assert list(found.meanings) == plain
     assert "The visible change lies where the network looks" in found.pictures["ssim"].meaning
     few = explain(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import PoolingNetwork, TokenNetwork
-from weakspot import Pairs, interpretability_score, promotion_suppression, regions
+from weakspot import Pairs, class_activation, interpretability_score, promotion_suppression, regions
 from weakspot.explanations import interpretability_test
+from weakspot.explanations.promotion import interpretability_matrix
 
 
 class Three(nn.Module):
@@ -137,22 +138,72 @@ def test_an_even_perturbation_scores_the_root_of_the_area(keep: float) -> None:
     score = interpretability_score(model, pairs, keep=keep)
     torch.testing.assert_close(score, torch.full((2,), math.sqrt(keep)), atol=0.01, rtol=0)
     test = interpretability_test(model, pairs, keep=keep)
-    torch.testing.assert_close(test.null.float(), score)
+    assert test["interpretability_label_shift_null"].tolist() == pytest.approx(score.tolist())
 
 
-def test_a_perturbation_inside_the_evidence_scores_one_and_beats_its_null() -> None:
+def evidence_of(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    """The 30% of each image that the score is about."""
+    return regions.top(class_activation(model, images, classes, registration="effective"), 0.3)
+
+
+def test_a_perturbation_inside_the_evidence_scores_one_and_proves_nothing() -> None:
+    """It was confined to the region that the score is about."""
     torch.manual_seed(4)
     model = PoolingNetwork().eval()
-    clean = torch.rand(2, 3, 20, 20) * 0.5
-    labels = torch.tensor([0, 1])
-    from weakspot import class_activation
+    clean = torch.rand(24, 3, 20, 20) * 0.5
+    labels = torch.arange(24) % 4
+    inside = evidence_of(model, clean, labels)
+    pairs = Pairs(clean, clean + 0.2 * inside, labels, (labels + 1) % 4)
+    assert interpretability_score(model, pairs).tolist() == pytest.approx([1] * 24)
+    tests = interpretability_test(model, pairs)
+    assert tests.drop(columns="interpretability_label").isna().all(axis=None)
+    outside = Pairs(clean, clean + 0.2 * ~inside, labels, (labels + 1) % 4)
+    assert interpretability_score(model, outside).tolist() == pytest.approx([0] * 24)
 
-    inside = regions.top(class_activation(model, clean, labels, registration="effective"), 0.3)
-    pairs = Pairs(clean, clean + 0.2 * inside, labels, labels.flip(0))
-    assert interpretability_score(model, pairs).tolist() == pytest.approx([1, 1])
-    assert bool((interpretability_test(model, pairs).p < 0.01).all())
-    outside = Pairs(clean, clean + 0.2 * ~inside, labels, labels.flip(0))
-    assert interpretability_score(model, outside).tolist() == pytest.approx([0, 0])
+
+@pytest.mark.parametrize("of", ["label", "target"])
+def test_a_perturbation_that_leans_to_its_own_evidence_beats_that_of_other_images(of: str) -> None:
+    torch.manual_seed(4)
+    model = PoolingNetwork().eval()
+    clean = torch.rand(40, 3, 20, 20) * 0.5
+    labels = torch.arange(40) % 4
+    targets = (labels + 1) % 4
+    inside = evidence_of(model, clean, labels if of == "label" else targets)
+    leaning = Pairs(clean, clean + 0.1 + 0.1 * inside, labels, targets)
+    tests = interpretability_test(model, leaning, of=of)
+    name = f"interpretability_{of}"
+    assert (tests[f"{name}_p"] <= 0.01).all()
+    assert (tests[name] > tests[f"{name}_null"]).all()
+    even = Pairs(clean, clean + 0.1 + 0.1 * inside.roll(1, 0), labels, targets)
+    assert (interpretability_test(model, even, of=of)[f"{name}_p"] <= 0.05).mean() <= 0.1
+
+
+def test_every_score_of_every_perturbation_with_every_map_equals_its_definition() -> None:
+    torch.manual_seed(5)
+    evidence, change = torch.randn(4, 1, 7, 9), torch.randn(3, 2, 7, 9)
+    change[1] = 0
+    evidence[2] = 1.5
+    found = interpretability_matrix(evidence, change.double().square().sum(1), fraction=0.4)
+    for j in range(3):
+        for i in range(4):
+            inside = regions.top(evidence[i : i + 1], 0.4)[0]
+            expected = (change[j] * inside).norm() / change[j].norm()
+            assert float(found[j, i]) == pytest.approx(
+                math.nan if i == 2 else float(expected), nan_ok=True, abs=1e-6
+            )
+
+
+def test_references_are_other_images_for_the_interpretability_too() -> None:
+    torch.manual_seed(6)
+    model = PoolingNetwork().eval()
+    clean = torch.rand(2, 3, 20, 20) * 0.5
+    pairs = Pairs(clean, clean + 0.1 * torch.rand(2, 3, 20, 20), torch.tensor([0, 1]), torch.tensor([1, 0]))
+    assert interpretability_test(model, pairs)["interpretability_label_p"].isna().all()
+    for of in ("label", "target"):
+        tests = interpretability_test(model, pairs, of=of, reference=torch.rand(18, 3, 20, 20))
+        assert tests.notna().all(axis=None)
+    alone = interpretability_test(model, pairs, compare=False)
+    assert list(alone) == [f"interpretability_label{end}" for end in ("", "_shift_null", "_shift_p")]
 
 
 def test_nothing_perturbed_has_no_score() -> None:

@@ -155,7 +155,11 @@ def _gradients(classifier: Classifier, images: Tensor, classes: Tensor) -> Tenso
     if not logits.requires_grad:
         return torch.zeros(len(images), classes.shape[1], *images.shape[1:], device=images.device)
     picked = [logits.gather(1, wanted[:, None]).sum() for wanted in classes.unbind(1)]
-    return torch.stack([torch.autograd.grad(logit, point, retain_graph=True)[0] for logit in picked], 1)
+    gradients = (  # zero of a network that detaches its input
+        torch.autograd.grad(logit, point, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+        for logit in picked
+    )
+    return torch.stack(list(gradients), 1)
 
 
 def _check(logits: Tensor, classes: Tensor, classifier: Classifier) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,11 +25,15 @@ class MarginDrop:
         sites: (N, 1, H, W), signed; sums to `total` within `gap`.
         total: (N,) margin of the clean image less that of the adversarial one.
         gap: (N,) |sum of sites - total| as a share of |total|; the completeness error of the integral.
+        before: (N,) margin of the clean image.
+        points: (N,) points on the path that the integral took.
     """
 
     sites: Tensor
     total: Tensor
     gap: Tensor
+    before: Tensor
+    points: Tensor
 
 
 def margin_drop(
@@ -70,27 +75,60 @@ def margin_drop(
 def _integrate(
     classifier: Classifier, clean: Tensor, adversarial: Tensor, labels: Tensor, rivals: Tensor
 ) -> MarginDrop:
-    total = _margins(classifier, clean, labels, rivals) - _margins(classifier, adversarial, labels, rivals)
-    with fused(classifier, clean[:1]):
-        return _sites_of(classifier, clean, adversarial, labels, rivals, total)
-
-
-def _sites_of(
-    classifier: Classifier, clean: Tensor, adversarial: Tensor, labels: Tensor, rivals: Tensor, total: Tensor
-) -> MarginDrop:
+    before = _margins(classifier, clean, labels, rivals)
+    total = before - _margins(classifier, adversarial, labels, rivals)
     sites = torch.zeros_like(clean[:, :1])
     gap = torch.full_like(total, torch.inf)
-    for points in POINTS:
-        open_ = (gap > TOLERANCE).nonzero()[:, 0]
-        if not len(open_):
-            break
-        taken = _path_gradient(
-            classifier, clean[open_], adversarial[open_] - clean[open_], labels[open_], rivals[open_], points
-        )
-        sites[open_] = taken
-        missed = (taken.flatten(1).double().sum(1) - total[open_].double()).abs()
-        gap[open_] = (missed / total[open_].double().abs().clamp(min=1e-6)).to(gap)
-    return MarginDrop(sites, total, gap)
+    used = torch.zeros_like(labels)
+    with fused(classifier, clean[:1]):
+        for points in POINTS:
+            open_ = (gap > TOLERANCE).nonzero()[:, 0]
+            if not len(open_):
+                break
+            nodes, weights = np.polynomial.legendre.leggauss(points)
+            shares = torch.from_numpy((nodes + 1) / 2).to(clean).expand(len(open_), -1)
+            taken = _path_gradient(
+                classifier, clean[open_], adversarial[open_] - clean[open_], labels[open_], rivals[open_],
+                shares, torch.from_numpy(weights / 2).to(clean),
+            )  # fmt: skip
+            sites[open_], used[open_] = taken, points
+            missed = (taken.flatten(1).double().sum(1) - total[open_].double()).abs()
+            gap[open_] = (missed / total[open_].double().abs().clamp(min=1e-6)).to(gap)
+    return MarginDrop(sites, total, gap, before, used)
+
+
+def sampled_drop(
+    classifier: Classifier,
+    clean: Tensor,
+    adversarial: Tensor,
+    labels: Tensor,
+    rivals: Tensor,
+    shares: Sequence[Tensor],
+) -> Tensor:
+    """(N, 1, H, W) the margin drop by site again, from the mean gradient at given points of each image's path.
+
+    Args:
+        classifier: in eval mode, gradients on.
+        clean: (N, C, H, W), on the classifier's device.
+        adversarial: (N, C, H, W).
+        labels: (N,).
+        rivals: (N,).
+        shares: N tensors, the points as shares of the way from the clean to the adversarial image.
+    """
+    sites = torch.zeros_like(clean[:, :1])
+    if not len(clean):
+        return sites
+    counts = torch.tensor([len(own) for own in shares])
+    with fused(classifier, clean[:1]):
+        for points in counts.unique().tolist():
+            alike = (counts == points).nonzero()[:, 0]
+            places = torch.stack([shares[number] for number in alike.tolist()]).to(clean)
+            rows = alike.to(clean.device)
+            sites[rows] = _path_gradient(
+                classifier, clean[rows], adversarial[rows] - clean[rows], labels[rows], rivals[rows],
+                places, torch.full((points,), 1 / points).to(clean),
+            )  # fmt: skip
+    return sites
 
 
 def _margins(classifier: Classifier, images: Tensor, labels: Tensor, rivals: Tensor) -> Tensor:
@@ -102,20 +140,23 @@ def _margins(classifier: Classifier, images: Tensor, labels: Tensor, rivals: Ten
 
 
 def _path_gradient(
-    classifier: Classifier, clean: Tensor, change: Tensor, labels: Tensor, rivals: Tensor, points: int
+    classifier: Classifier,
+    clean: Tensor,
+    change: Tensor,
+    labels: Tensor,
+    rivals: Tensor,
+    shares: Tensor,
+    portions: Tensor,
 ) -> Tensor:
-    """-change times the mean gradient along the path, summed over channels: (N, 1, H, W)."""
-    nodes, weights = np.polynomial.legendre.leggauss(points)
-    shares = torch.tensor((nodes + 1) / 2, device=clean.device, dtype=clean.dtype)
-    portions = torch.tensor(weights / 2, device=clean.device, dtype=clean.dtype)
-    count = len(clean)
+    """-change times the gradients at shares (N, P) of the path, weighted by portions (P,): (N, 1, H, W)."""
+    count, points = shares.shape
     # Every image at every point is one row; rows go through the network in batches of the usual size.
     image = torch.arange(count, device=clean.device).repeat_interleave(points)
     point = torch.arange(points, device=clean.device).repeat(count)
     summed = torch.zeros_like(clean)
     for rows in torch.arange(count * points, device=clean.device).split(default_batch(clean)):
         which, where = image[rows], point[rows]
-        inputs = (clean[which] + shares[where, None, None, None] * change[which]).requires_grad_()
+        inputs = (clean[which] + shares[which, where][:, None, None, None] * change[which]).requires_grad_()
         margins = margin(classifier(inputs), labels[which], rivals[which])
         if margins.requires_grad:
             (gradient,) = torch.autograd.grad(

@@ -21,6 +21,7 @@ from weakspot.cli.inputs import (
     number,
     read_pair,
     read_pictures,
+    read_reference,
 )
 from weakspot.cli.kept import watch
 from weakspot.cli.options import (
@@ -97,6 +98,14 @@ def explain(
     analyses: Annotated[
         str | None, typer.Option(help="Which analyses, separated by commas; all by default.")
     ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of other pictures of the same source: what the attacks do there is the null of every p value, "
+            "which takes 19 other pictures, those that are explained included.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help=f"Folder for {', '.join(FILES)}.")] = Path("weakspot-out"),
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
@@ -137,12 +146,14 @@ def explain(
                 classifier, batch, names, region, keep, norm, budget_eps, steps, target, seed,
                 lambda share: advance("attacking", 0.1 + 0.4 * share),
             )  # fmt: skip
+        others = None if reference is None else read_reference(classifier, reference)
         from weakspot.explanations import explain as explain_pairs
         from weakspot.runs import write_run
 
         made = {
             "attack": how,
             "labels": "as the file has them" if pair and len(sources) == 1 else LABELS,
+            **({} if others is None else {"reference": f"{len(others)} pictures in {reference}"}),
             **describe_run(classifier, model, seed, skipped),
         }
         explanation = explain_pairs(
@@ -152,6 +163,7 @@ def explain(
             seed=seed,
             names=names,
             made=made,
+            reference=others,
             progress=lambda share: advance("explaining", 0.5 + 0.45 * share),
         )
         advance("writing", 0.97)

@@ -145,6 +145,14 @@ def read_pictures(
     return batch, paths if samples else shortened(paths), skipped, unread
 
 
+def read_reference(classifier: Classifier, folder: Path) -> Tensor:
+    """(R, C, H, W) the pictures in a folder; those that cannot be read are named."""
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "not there"
+        raise Failure(f"reference must be a folder of pictures, got {folder}, which is {what}", UNREADABLE)
+    return read_pictures(classifier, [folder], samples=False)[0]
+
+
 def located_pictures(
     classifier: Classifier, sources: Sequence[Path], *, samples: bool
 ) -> tuple[Tensor, list[str], list[str], list[Path]]:

@@ -68,23 +68,28 @@ def print_json(explanation: Explanation, paths: dict[str, Path], skipped: list[s
 
 def print_table(explanation: Explanation, seconds: float, skipped: int) -> None:
     """A table, then a verdict per image."""
-    from weakspot.report.words import WHOLE, headline, p_value, percent
+    from weakspot.report.words import headline, p_value, percent
 
     console = Console(highlight=False)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("image", "before → after", "effect where it looks", "chance", "p"):
+    scores = explanation.scores
+    placed = "effect_in_roi" in scores and bool(scores["effect_in_roi_shift_p"].notna().any())
+    compared = "relation" in scores and bool(scores["relation"].notna().any())
+    headings = ["image", "before → after"]
+    headings += ["effect where it looks"] if placed else []
+    headings += ["in other images", "p"] if compared else []
+    for heading in headings:
         table.add_column(heading, overflow="fold")
-    for _, row in explanation.scores.iterrows():
-        measured = "effect_in_roi" in row
-        free = measured and row["reached_share"] >= WHOLE
-        table.add_row(
-            escape(str(row["image"])),
-            escape(headline(row))
-            + ("" if row["success"] or row["linf"] == 0 else " [yellow](failed)[/yellow]"),
-            percent(row["effect_in_roi"]) if measured else "",
-            percent(row["effect_in_roi_null"]) if measured else "",
-            p_value(row["effect_in_roi_p"]).removeprefix("p = ").removeprefix("p ") if free else "",
-        )
+    for _, row in scores.iterrows():
+        failed = "" if row["success"] or row["linf"] == 0 else " [yellow](failed)[/yellow]"
+        cells = [escape(str(row["image"])), escape(headline(row)) + failed]
+        if placed:  # of an attack confined to a part of the image it follows from that part
+            cells.append(percent(row["effect_in_roi"]) if row["effect_in_roi_shift_p"] >= 0 else "")
+        if compared:
+            known = row["relation_p"] >= 0
+            cells.append(percent(row["effect_in_roi_null"]) if known else "")
+            cells.append(p_value(row["relation_p"]).removeprefix("p = ").removeprefix("p ") if known else "")
+        table.add_row(*cells)
     console.print(table)
     for index in range(len(explanation)):
         console.print(

@@ -6,20 +6,42 @@ each other, which `statistics.other_image_test` and `statistics.run_test` make p
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from weakspot.classifier import Classifier, check_images
+from weakspot.pairs import Pairs
 from weakspot.regions import top
-from weakspot.statistics import queen_lag, ranks, standardized
+from weakspot.statistics import (
+    OtherImageTest,
+    ShiftTest,
+    products_over_shifts,
+    queen_lag,
+    ranks,
+    shift_test,
+    standardized,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 STATISTICS = ("effect_in_roi", "jaccard", "spearman", "moran_i")
+REACH = 1 / 50  # of the shorter side: how far from a changed pixel a site counts as reached by the attack
+WHOLE = 0.95  # fraction of the image near changed pixels from which an attack counts as free to act anywhere
+SHIFTED = 8  # images whose shifts are in memory at once
 CANCELLED = 0.05  # a drop smaller than this fraction of all gains and losses has no place
 ARBITRARY = 0.9  # a region of which less than this fraction is above a tie has no right to its size
 CHUNK = 64  # maps at once: memory does not grow with the square of their number
 
 
 def top_region(scores: Tensor, fraction: float) -> Tensor:
-    """The top fraction of sites of scores (N, 1, H, W), without a tie at its edge that would fill over a tenth of it."""
+    """The top fraction of sites of scores (N, 1, H, W), without a tie at its edge that would fill a tenth of it."""
     chosen = top(scores, fraction)
     left_out = torch.where(chosen, -torch.inf, scores).flatten(1).amax(1).view(-1, 1, 1, 1)
     above = chosen & (scores > left_out)
@@ -59,6 +81,110 @@ def agreement(importance: Tensor, vulnerability: Tensor, *, fraction: float = 0.
         parts = [_block(maps, attacks, fraction) for maps in importance.split(CHUNK)]
         rows.append({name: torch.cat([part[name] for part in parts], 1) for name in STATISTICS})
     return {name: torch.cat([row[name] for row in rows]) for name in STATISTICS}
+
+
+def effect_in_roi(importance: Tensor, vulnerability: Tensor, *, fraction: float) -> Tensor:
+    """(N, M) the first of the four statistics alone, as `agreement` has it."""
+    vulnerable = vulnerability[:, 0]
+    columns = []
+    for maps in importance.split(CHUNK):
+        roi = top_region(maps, fraction)[:, 0].double()
+        blank = 0 * _products(standardized(vulnerable)[:, :1, :1], standardized(maps[:, 0])[:, :1, :1])
+        columns.append(_products(vulnerable.double(), roi) / lost_margin(vulnerable)[:, 0] + blank)
+    return torch.cat(columns, 1)
+
+
+def reached_share(pairs: Pairs) -> Tensor:
+    """(N,) fraction of each image that lies near a changed pixel."""
+    changed = (pairs.perturbation != 0).any(1, keepdim=True).float()
+    radius = max(1, round(REACH * min(changed.shape[2:])))
+    return F.max_pool2d(changed, 2 * radius + 1, 1, radius).flatten(1).mean(1)
+
+
+def comparable(images: Tensor, references: Tensor, confined: Tensor) -> Tensor:
+    """Which maps may stand beside which attack: its own, and one of every other image.
+
+    An image that is there twice, or among the references, is no other image; two copies of one are not two. An attack
+    that did not reach the whole image (`confined`) is compared with nothing, its own map included: where it acts
+    follows from where it was allowed to.
+
+    Args:
+        images: (N, ...) what tells the images apart.
+        references: (R, ...) likewise.
+        confined: bool (N,).
+
+    Returns:
+        bool (N, N + R).
+    """
+    first: dict[bytes, int] = {}
+    groups = [
+        first.setdefault(hashlib.blake2b(row.tobytes()).digest(), number)
+        for number, row in enumerate(row for part in (images, references) for row in part.cpu().numpy())
+    ]
+    group, count = np.array(groups), len(images)
+    allowed = (group[:count, None] != group) & (group == np.arange(len(group)))
+    allowed[np.arange(count), np.arange(count)] = True
+    return torch.from_numpy(allowed).to(confined.device) & ~confined[:, None]
+
+
+def other_images(
+    classifier: Classifier, pairs: Pairs, reference: Tensor | None, *, scores: bool = False
+) -> Tensor:
+    """(R, C, H, W) reference images of the pairs' size, or (R, 1, H, W) `scores` of them; R = 0 without any.
+
+    Raises:
+        ValueError: when `reference` is something else.
+    """
+    shape = (1 if scores else pairs.clean.shape[1], *pairs.clean.shape[2:])
+    if reference is None:
+        return torch.zeros(0, *shape).to(classifier.mean)
+    if not isinstance(reference, Tensor) or tuple(reference.shape[1:]) != shape:
+        got = tuple(reference.shape) if isinstance(reference, Tensor) else type(reference).__name__
+        raise ValueError(
+            f"reference must be {'scores' if scores else 'images'} (R, {', '.join(map(str, shape))}), got {got}"
+        )
+    if scores or not len(reference):
+        return reference.detach().to(classifier.mean)
+    return check_images(reference, classifier, name="reference")
+
+
+def tested(name: str, other: OtherImageTest | None, shifted: ShiftTest, confined: Tensor) -> pd.DataFrame:
+    """A statistic and what it is tested against: name, name_null, name_p, name_q, name_shift_null, name_shift_p.
+
+    Args:
+        name: of the statistic.
+        other: its test by other images; None leaves its columns out.
+        shifted: its test by shifts.
+        confined: bool (N,), the attacks that are tested against nothing.
+    """
+    import pandas as pd
+
+    known = pd.DataFrame({name: shifted.value.cpu().numpy()})
+    if other is not None:
+        known = replace(other, value=shifted.value).columns(name)
+    withheld = (field.masked_fill(confined, torch.nan) for field in (shifted.null, shifted.p))
+    return pd.concat([known, ShiftTest(shifted.value, *withheld).columns(name)], axis=1)
+
+
+def shift_tests(important: Tensor, vulnerable: Tensor, roi: Tensor, roa: Tensor) -> dict[str, ShiftTest]:
+    """The four statistics of maps (N, H, W) and their regions, tested against every shift of the attack."""
+    sites = important[0].numel()
+    over_shifts: dict[str, list[Tensor]] = {name: [] for name in STATISTICS}
+    for i, v, region_i, region_v in zip(
+        *(x.split(SHIFTED) for x in (important, vulnerable, roi, roa)), strict=True
+    ):
+        common = products_over_shifts(region_i, region_v).round()
+        union = region_i.sum((1, 2), keepdim=True) + region_v.sum((1, 2), keepdim=True) - common
+        looked, worked = standardized(i), standardized(v)
+        # A map without any contrast has no top fraction: nothing that is said of it would mean anything.
+        blank = 0 * (looked + worked).mean((1, 2), keepdim=True)
+        over_shifts["effect_in_roi"].append(products_over_shifts(region_i, v) / lost_margin(v) + blank)
+        over_shifts["jaccard"].append(common / union + blank)
+        over_shifts["spearman"].append(
+            products_over_shifts(standardized(ranks(i)), standardized(ranks(v))) / sites
+        )
+        over_shifts["moran_i"].append(products_over_shifts(looked, queen_lag(worked)) / sites)
+    return {name: shift_test(torch.cat(parts)) for name, parts in over_shifts.items()}
 
 
 def _block(importance: Tensor, vulnerability: Tensor, fraction: float) -> dict[str, Tensor]:

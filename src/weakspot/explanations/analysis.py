@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
@@ -69,8 +70,9 @@ class Analysis:
     """What an analysis returns.
 
     Attributes:
-        scores: one row per pair. A column X may bring X_null, X_null_low, X_null_high and X_p: its mean by
-            chance, the range of 95% of chance, and its p value.
+        scores: one row per pair. A column X may bring X_null, its mean with other images' maps, X_p and X_q, its
+            two-sided p value against them and the same corrected over the pairs, and X_shift_null and X_shift_p,
+            likewise from shifts within the image.
         maps: name to (N, 1, H, W).
         meanings: score name to one sentence for the reader.
         pictures: map name to how it is drawn; others are drawn as magnitudes.
@@ -84,7 +86,7 @@ class Analysis:
     series: Mapping[str, Series] = field(default_factory=dict)
 
 
-AnalysisFunction = Callable[..., Analysis]  # (model, pairs, *, seed) -> Analysis
+AnalysisFunction = Callable[..., Analysis]  # (model, pairs, *, seed) -> Analysis, and what `declared` adds
 
 
 def available_analyses() -> list[str]:
@@ -106,6 +108,15 @@ def find_analyses(names: Sequence[str] | None) -> dict[str, AnalysisFunction]:
             raise ValueError(f"analyses has {name!r}, which is not installed; {closest(name, known)}")
     wanted = known if names is None else [name for name in known if name in names]
     return {entry.name: entry.load() for name in wanted for entry in entry_points(group=GROUP, name=name)}
+
+
+def declared(function: AnalysisFunction, options: Mapping[str, object]) -> dict[str, object]:
+    """Those of the options that the function names as a parameter; an older analysis is called without them."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
+    return {name: value for name, value in options.items() if name in parameters}
 
 
 def rivals(classifier: Classifier, pairs: Pairs) -> Tensor:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from weakspot.checks import ModelWarning, check_classes
 from weakspot.classifier import Classifier, evaluating, margin, predict
+from weakspot.explanations.agreement import other_images
 from weakspot.explanations.analysis import (
     Analysis,
     Picture,
     Series,
     check_pairs,
+    declared,
     find_analyses,
     rivals,
     settled,
@@ -113,6 +115,8 @@ def explain(
     seed: int = 0,
     names: Sequence[str] | None = None,
     made: Mapping[str, str] | None = None,
+    reference: Tensor | None = None,
+    compare: bool = True,
     progress: Callable[[float], None] | None = None,
 ) -> Explanation:
     """Where each perturbation acts, and whether the network was looking there.
@@ -124,6 +128,10 @@ def explain(
         seed: handed to every analysis.
         names: what to call each image.
         made: what the report should say of how the pairs came about.
+        reference: (R, C, H, W) other images of the same source as the pairs. Whether an attack acts where the network
+            looks can be tested from 19 other images on, those of the batch and these.
+        compare: False leaves out the scores that depend on the other images of the batch, such as p values, so that
+            parts of a batch have the scores of the whole.
         progress: called with the share done, 0 to 1.
 
     Raises:
@@ -141,12 +149,20 @@ def explain(
     if names is not None and len(names) != len(pairs):
         raise ValueError(f"names has {len(names)} entries; accepted is one for each of {len(pairs)} pairs")
     functions = find_analyses(analyses)
+    if reference is not None and not any(declared(each, {"reference": None}) for each in functions.values()):
+        raise ValueError(
+            "analyses must name one that compares images if there is a reference (overlap, promotion), "
+            f"got {', '.join(functions) or 'none'}"
+        )
     with evaluating(model) as classifier:
         pairs = settled(classifier, pairs)
+        others = None if reference is None else other_images(classifier, pairs, reference)
+        options = {"reference": others, "compare": compare}
         base, losing = _base_scores(classifier, pairs, names)
         found: dict[str, Analysis] = {}
         for number, (name, function) in enumerate(functions.items()):
-            found[name] = _checked(name, function(classifier, pairs, seed=seed), len(pairs))
+            analysis = function(classifier, pairs, seed=seed, **declared(function, options))
+            found[name] = _checked(name, analysis, len(pairs))
             if progress is not None:
                 progress((number + 1) / len(functions))
     found = _unlike(found, base)

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from weakspot.attribution import class_activation
 from weakspot.checks import check_share, closest
-from weakspot.classifier import Classifier, evaluating, predict
+from weakspot.classifier import Classifier, evaluating, predict, runner_up
 from weakspot.edits import Edits, Prepared, cells, exchanged, grid, prepare, windowed
+from weakspot.explanations.agreement import WHOLE, comparable, other_images, reached_share, tested
 from weakspot.explanations.analysis import Analysis, Picture, check_pairs, rivals, settled
 from weakspot.pairs import Pairs
 from weakspot.regions import top
-from weakspot.statistics import ShiftTest, products_over_shifts, shift_test, standardized
+from weakspot.statistics import other_image_test, products_over_shifts, shift_test, standardized
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -230,8 +231,8 @@ def interpretability_score(model: nn.Module, pairs: Pairs, *, keep: float = 0.3,
     """(N,) share of the perturbation's length that lies where the network sees a class: ||B * d||_2 / ||d||_2.
 
     B is the top `keep` share of the class activation of label or target in the clean image (Xu et al. 2019, arXiv
-    1904.02057). A perturbation spread evenly has sqrt(keep), .548 for .3, by its area alone; `interpretability_test`
-    compares with class activations shifted over the image. NaN where nothing is perturbed.
+    1904.02057). A perturbation spread evenly has sqrt(keep), .548 for .3, by its area alone, and one confined to a
+    region has what that region leaves it: `interpretability_test` says what is more. NaN where nothing is perturbed.
 
     Args:
         model: any classifier.
@@ -242,32 +243,87 @@ def interpretability_score(model: nn.Module, pairs: Pairs, *, keep: float = 0.3,
     Raises:
         ValueError: when an argument does not fit, naming it.
     """
-    return interpretability_test(model, pairs, keep=keep, of=of).value.float()
+    scores = interpretability_test(model, pairs, keep=keep, of=of, compare=False)
+    return torch.tensor(scores[f"interpretability_{of}"].to_numpy(), dtype=torch.float32)
 
 
 def interpretability_test(
-    model: nn.Module, pairs: Pairs, *, keep: float = 0.3, of: str = "label"
-) -> ShiftTest:
-    """`interpretability_score` beside its values when B is shifted against the perturbation by every amount."""
+    model: nn.Module,
+    pairs: Pairs,
+    *,
+    keep: float = 0.3,
+    of: str = "label",
+    reference: Tensor | None = None,
+    compare: bool = True,
+) -> pd.DataFrame:
+    """`interpretability_score` beside its values with the class activation of other images.
+
+    Args:
+        model: any classifier.
+        pairs: N pairs.
+        keep: share of the image in B.
+        of: "label" or "target"; of a reference image the predicted class and the runner-up.
+        reference: (R, C, H, W) other images of the same source, beside those of the batch.
+        compare: False leaves out the columns that depend on other images.
+
+    Returns:
+        One row per pair, columns interpretability_OF, and after it _null, _p and _q by other images (p needs 19 of
+        them), _shift_null and _shift_p by shifting B over the image. Attacks that did not reach the whole image are
+        tested against nothing.
+
+    Raises:
+        ValueError: when an argument does not fit, naming it.
+    """
     check_pairs(pairs, model)
     check_share(keep)
     if of not in {"label", "target"}:
         raise ValueError(f"of is {of!r}; {closest(str(of), ['label', 'target'])}")
     with evaluating(model) as classifier:
         pairs = settled(classifier, pairs)
+        others = other_images(classifier, pairs, reference if compare else None)
+        images = torch.cat([pairs.clean, others])
         classes = pairs.labels if of == "label" else rivals(classifier, pairs)
-        evidence = class_activation(classifier, pairs.clean, classes, registration="effective")
-    region = top(evidence, keep)[:, 0]
+        if len(others):
+            logits = predict(classifier, others)
+            first = logits.argmax(1)
+            classes = torch.cat([classes, first if of == "label" else runner_up(logits, first)[1]])
+        evidence = class_activation(classifier, images, classes, registration="effective")
     energy = pairs.perturbation.double().square().sum(1)
+    confined = reached_share(pairs) < WHOLE
+    test = None
+    if compare:
+        matrix = interpretability_matrix(evidence, energy, fraction=keep)
+        allowed = comparable(pairs.clean, others, confined)
+        test = other_image_test(matrix.masked_fill(~allowed, torch.nan))
+    own = evidence[: len(pairs)]
     total = energy.sum((1, 2), keepdim=True)
-    # Evidence without contrast has no top share: nothing that is said of it would mean anything.
-    blank = 0 * standardized(evidence[:, 0]).mean((1, 2), keepdim=True)
-    shares = products_over_shifts(region, energy) / total.where(total > 0, torch.nan) + blank
+    shares = products_over_shifts(top(own, keep)[:, 0], energy) / total.where(total > 0, torch.nan) + _blank(
+        own
+    )
     shares = shares.where(~(shares < 1e-12), 0)  # what Fourier transforms leave of nothing
-    return shift_test(shares.clamp(0, 1).sqrt())
+    return tested(f"interpretability_{of}", test, shift_test(shares.clamp(0, 1).sqrt()), confined)
 
 
-def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
+def interpretability_matrix(evidence: Tensor, energy: Tensor, *, fraction: float) -> Tensor:
+    """(N, M) the score of every perturbation, its squares summed over channels (N, H, W), with maps (M, 1, H, W)."""
+    region = (top(evidence, fraction).double() + _blank(evidence)[:, None]).flatten(1)
+    total = energy.sum((1, 2))
+    return (energy.flatten(1) @ region.T / total.where(total > 0, torch.nan)[:, None]).clamp(0, 1).sqrt()
+
+
+def _blank(evidence: Tensor) -> Tensor:
+    """(N, 1, 1) zero, NaN of evidence without contrast: it has no top share, and nothing is said of one."""
+    return 0 * standardized(evidence[:, 0]).mean((1, 2), keepdim=True)
+
+
+def analyse(
+    model: nn.Module,
+    pairs: Pairs,
+    *,
+    seed: int = 0,
+    reference: Tensor | None = None,
+    compare: bool = True,
+) -> Analysis:
     """Promotion and suppression in cells of a fourteenth of the image, and how well the perturbation fits the CAM."""
     import pandas as pd
 
@@ -275,8 +331,10 @@ def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
     side = max(1, round(min(pairs.clean.shape[2:]) / 14))
     found = promotion_suppression(model, pairs, cell=side)
     alone = promotion_suppression(model, pairs, cell=side, variant="add_one")
-    tests = {of: interpretability_test(model, pairs, of=of) for of in ("label", "target")}
-    columns = [test.columns(f"interpretability_{of}") for of, test in tests.items()]
+    columns = [
+        interpretability_test(model, pairs, of=of, reference=reference, compare=compare)
+        for of in ("label", "target")
+    ]
     gap = alone.scores[["additivity_gap"]].add_suffix("_add_one")
     ordered = (found.kind.long() + 2).clamp(min=0)
     return Analysis(

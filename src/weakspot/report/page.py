@@ -27,10 +27,12 @@ SHARES = {
     "roa_largest_share",
     "changed_share",
     "reached_share",
-    "changed_in_roi",
+    "roi_share",
+    "margin_taken",
     "completeness_gap",
 }
-SUFFIXES = ("_null", "_null_low", "_null_high", "_p", "_p_less")
+SUFFIXES = ("_null", "_p", "_q", "_shift_null", "_shift_p")  # what stands beside a score
+RELATIONS = {1: "where it looks", -1: "away from there", 0: "not clear"}
 
 
 def page(explanation: Explanation) -> str:
@@ -72,8 +74,9 @@ def _pair(explanation: Explanation, index: int) -> dict[str, Any]:
         "maps": [_map(drawing) for drawing in maps],
         "scales": _scales(maps),
         "scores": _score_rows(row, explanation.meanings),
+        "compared": row.get("relation_p", np.nan) >= 0,
         "sort": {
-            key: float(row[key]) for key in ("effect_in_roi", "effect_in_roi_p", "margin_drop") if key in row
+            key: float(row[key]) for key in ("effect_in_roi", "relation_p", "margin_drop") if key in row
         },
         "series": leafed,
         "data": {
@@ -133,19 +136,29 @@ def _score_rows(row: pd.Series, meanings: dict[str, str]) -> list[dict[str, str]
         if name not in row or name.endswith(SUFFIXES):
             continue
         say = percent if name in SHARES else number
-        tested = f"{name}_p" in row
+        beside = {suffix: float(row.get(f"{name}{suffix}", np.nan)) for suffix in SUFFIXES}
+        value = say(float(row[name]))
+        if name == "relation":
+            value = RELATIONS.get(row[name], "not compared")
+        elif f"{name}_shift_p" in row and np.isnan(beside["_shift_p"]) and not np.isnan(row[name]):
+            value = "not compared"  # it follows from where the attack was allowed to act
+        # A p value by shifts finds unrelated images alike: it is shown only beside that by other images.
+        p, q, shift_p = (
+            p_value(beside[suffix]).removeprefix("p = ").removeprefix("p ") if beside["_p"] >= 0 else ""
+            for suffix in ("_p", "_q", "_shift_p")
+        )
+        shifted = "" if np.isnan(beside["_shift_null"]) else say(beside["_shift_null"])
         rows.append(
             {
                 "name": name.replace("_", " "),
                 "meaning": meaning,
-                "value": say(float(row[name])),
-                "chance": say(float(row[f"{name}_null"])) if tested else "",
-                "range": f"{say(float(row[f'{name}_null_low']))} to {say(float(row[f'{name}_null_high']))}"
-                if tested
-                else "",
-                "p": p_value(float(row[f"{name}_p"])).removeprefix("p = ").removeprefix("p ")
-                if tested
-                else "",
+                "value": value,
+                "others": "" if np.isnan(beside["_null"]) else say(beside["_null"]),
+                "p": p,
+                "q": q,
+                "shifted": f"{shifted} (p {'' if shift_p.startswith('<') else '= '}{shift_p})"
+                if shifted and shift_p
+                else shifted,
             }
         )
     return rows

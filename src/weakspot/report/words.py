@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from weakspot.explanations.agreement import WHOLE
+from weakspot.statistics import LEAST_OTHERS
+
 if TYPE_CHECKING:
     from weakspot.explanations.explanation import Explanation
 
-SMALL = 0.05
 ROUNDING = 1e-9
-WHOLE = 0.95  # share of the image near changed pixels from which an attack counts as free to act anywhere
 UNACCOUNTED = 0.1  # completeness gap above which nothing is claimed
 
 
@@ -64,38 +65,55 @@ def _what_happened(row: pd.Series) -> str:
 
 
 def _where(row: pd.Series) -> str:
-    effect, chance, p = row["effect_in_roi"], row["effect_in_roi_null"], row["effect_in_roi_p"]
-    if math.isnan(effect):
+    if row["roi_share"] == 0:
+        return f"No part of the image stands out for {row['label']}, so there is no place where the network looks."
+    if math.isnan(row["effect_in_roi"]):
         return f"It took next to nothing from the lead of {row['label']}, or nothing that could be placed."
     if row["completeness_gap"] > UNACCOUNTED:
         return (
             f"What it did could not be placed: the vulnerability map is {percent(row['completeness_gap'])} off the "
             "whole effect, as happens where a network answers at random."
         )
-    looked_at = f"the {percent(chance)} of the image that matters most for {row['label']}"
-    share = percent(effect)
+    if not row["success"] or row["read_clean_as"] != row["label"]:
+        return _taken(row)
     if row["reached_share"] < WHOLE:
         return (
-            f"It changed only {percent(row['changed_share'])} of the pixels, {percent(row['changed_in_roi'])} of them "
-            f"in {looked_at}, where {share} of its effect lies. With the attack confined, that says more about where "
-            "it was allowed to act than about the network."
+            f"It changed {percent(row['changed_share'])} of the pixels and left {percent(1 - row['reached_share'])} of "
+            "the image untouched; where it acts follows from that and is not compared with where the network looks."
         )
-    if p <= SMALL:
-        lead = "mostly" if effect > 0.5 else "more than chance would have it"
+    return f"{_relation(row, 'It acts')}."
+
+
+def _taken(row: pd.Series) -> str:
+    """On an attack that failed, or had nothing to fool: it has no place where it works."""
+    lost = row["margin_taken"]
+    if math.isnan(lost):
+        amount = f"It put {row['label']} further behind {row['target']}"
+    else:
+        share = "all" if lost >= 1 else percent(lost)
+        amount = f"It took {share} of the lead of {row['label']} over {row['target']}"
+    if row["reached_share"] < WHOLE:
+        return f"{amount}, by changing {percent(row['changed_share'])} of the pixels."
+    return f"{amount}. {_relation(row, 'That was lost')}."
+
+
+def _relation(row: pd.Series, subject: str) -> str:
+    """Where the effect lies, in one clause; a direction only where every setting gives the same."""
+    share, area = percent(row["effect_in_roi"]), percent(row["roi_share"])
+    here = f"{share} of the effect falls on the {area} of the image that matters most for {row['label']}"
+    relation = row.get("relation", math.nan)
+    if math.isnan(relation):
         return (
-            f"It works {lead} where the network looks: {share} of its effect falls on {looked_at} "
-            f"(by chance {percent(chance)}, {p_value(p)})."
+            f"{here}; a p value needs at least {LEAST_OTHERS} other images of the same source, in the batch or from "
+            "--reference FOLDER"
         )
-    if row["effect_in_roi_p_less"] <= SMALL:
-        return (
-            f"It works away from where the network looks: only {share} of its effect falls on {looked_at} "
-            f"(by chance {percent(chance)}, {p_value(row['effect_in_roi_p_less'])})."
-        )
-    low, high = percent(row["effect_in_roi_null_low"]), percent(row["effect_in_roi_null_high"])
-    return (
-        f"It works where the network looks no more than by chance: {share} of its effect falls on {looked_at} "
-        f"(by chance {percent(chance)}, mostly between {low} and {high}; {p_value(p)})."
-    )
+    doubt = f"{p_value(row['relation_p'])}, corrected for all images {p_value(row['relation_q'], 'q')}"
+    others = f"{percent(row['effect_in_roi_null'])} on what matters in other images; {doubt}"
+    if relation > 0:
+        return f"{subject} where the network looks: {here} ({others})"
+    if relation < 0:
+        return f"{subject} away from where the network looks: only {here} ({others})"
+    return f"There is no clear relation to where the network looks: {here} ({others})"
 
 
 def percent(share: float) -> str:
@@ -117,18 +135,18 @@ def percent(share: float) -> str:
     return f"{share:.0%}"
 
 
-def p_value(p: float) -> str:
-    """A p value without false precision.
+def p_value(p: float, name: str = "p") -> str:
+    """A p value without false precision; `name` is what it is called.
 
     >>> p_value(0.0123), p_value(0.00002), p_value(0.26), p_value(1.0)
     ('p = .012', 'p < .001', 'p = .26', 'p = 1')
     """
     if math.isnan(p):
-        return "p not defined"
+        return f"{name} not defined"
     if p < 0.001:
-        return "p < .001"
+        return f"{name} < .001"
     digits = f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
-    return "p = 1" if float(digits) == 1 else f"p = {digits.lstrip('0')}"
+    return f"{name} = 1" if float(digits) == 1 else f"{name} = {digits.lstrip('0')}"
 
 
 def number(value: float) -> str:

@@ -35,12 +35,14 @@ class OtherImageTest:
         null: mean over the other images' maps.
         p: two-sided pooled rank.
         q: p corrected over the N images (Benjamini and Hochberg).
+        direction: 1 if the value is above `null` and in the upper tail, -1 below and in the lower, else 0.
     """
 
     value: Tensor
     null: Tensor
     p: Tensor
     q: Tensor
+    direction: Tensor
 
     def columns(self, name: str) -> pd.DataFrame:
         """One row per image: name, name_null, name_p, name_q."""
@@ -72,12 +74,14 @@ def other_image_test(matrix: Tensor) -> OtherImageTest:
     known = np.isfinite(others)
     number = known.sum(1)
     enough = number >= LEAST_OTHERS
-    null, p = np.full(count, np.nan), np.full(count, np.nan)
+    null, p, tail = np.full(count, np.nan), np.full(count, np.nan), np.zeros(count)
     if enough.any():
         pool, scores = _standardized(np.where(enough[:, None], others, np.nan), own)
         null[enough] = np.nanmean(others[enough], axis=1)
-        p[enough] = _pooled_rank(pool, scores[enough])
-    fields = (own, null, p, false_discovery(p))
+        p[enough], tail[enough] = _pooled_rank(pool, scores[enough])
+    # Among skewed values a score can be above the mean and yet in the lower tail; it then has no direction.
+    tail[tail != np.sign(np.nan_to_num(own - null))] = 0
+    fields = (own, null, p, false_discovery(p), tail)
     return OtherImageTest(*(torch.from_numpy(field).to(matrix.device) for field in fields))
 
 
@@ -101,15 +105,15 @@ def _standardized(others: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.n
     return pool[known], scores[:, 0]
 
 
-def _pooled_rank(pool: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Two-sided p of every score among the pool, itself among them."""
+def _pooled_rank(pool: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two-sided p of every score among the pool, itself among them, and its tail: 1 upper, -1 lower, 0 neither."""
     ordered = np.sort(pool)
     slack = ROUNDING * np.abs(scores)
     slack[np.isinf(scores)] = 0.0
     above = len(ordered) - np.searchsorted(ordered, scores - slack, "left")
     below = np.searchsorted(ordered, scores + slack, "right")
-    p: np.ndarray = np.minimum(1.0, 2 * (1 + np.minimum(above, below)) / (1 + len(ordered)))
-    return p
+    p = np.minimum(1.0, 2 * (1 + np.minimum(above, below)) / (1 + len(ordered)))
+    return p, np.sign(below - above)
 
 
 @dataclass(frozen=True)
