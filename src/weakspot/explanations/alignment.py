@@ -56,7 +56,7 @@ class SsimAlignment:
             ssim_spearman_pgd. ssim_concentration_over_pgd is the difference from that control, with _null, _p and _q.
         runs: control ("other images" first) to the test over all images of ssim_concentration, or of its difference
             from that control. p is NaN below 10 images. Empty without comparison.
-        why_not: one text per image, why it has no statistics or no p; empty where it has.
+        why_not: one text per image, why it has no statistics; empty where it has.
     """
 
     change: Tensor
@@ -150,8 +150,8 @@ def ssim_alignment(
     Alignment is stated only if it exceeds other images' maps and every control, with p <= .05 and by a quarter.
 
     Not defined (NaN) where the activation is nowhere positive, where nothing changed visibly, and for attacks with the
-    budget `SSIM(..., mode="local")`, which spend it in every patch, whatever the network does. An attack that did not
-    reach the whole image has no p: where it acts follows from where it was allowed to.
+    budget `SSIM(..., mode="local")`, which spend it in every patch, whatever the network does. Nor for an attack that did
+    not reach the whole image: where it acts follows from where it was allowed to.
 
     Args:
         model: any classifier; left as it was.
@@ -201,7 +201,7 @@ def ssim_alignment(
     confined = reached_share(pairs) < WHOLE
     why_not = tuple(_why_not(local, *row) for row in zip(change, own, confined.tolist(), strict=True))
     unseen = change.amax((1, 2, 3), keepdim=True) <= INVISIBLE
-    shown = change.masked_fill(unseen | local, torch.nan)
+    shown = change.masked_fill(unseen | local | confined[:, None, None, None], torch.nan)
     allowed = comparable(pairs.clean, others, confined)
     scores, runs = _scored(shown, maps, controls, allowed, compare=compare, seed=seed)
     return SsimAlignment(change, own, scores, runs, why_not)
@@ -228,9 +228,7 @@ def _scored(
         if not compare:
             parts.append(pd.DataFrame({name: value.cpu().numpy()}))
             continue
-        table = other_image_test(matrix.masked_fill(~allowed, torch.nan)).columns(name)
-        table[name] = value.cpu().numpy()  # a confined attack has a value, and no test
-        parts.append(table)
+        parts.append(other_image_test(matrix.masked_fill(~allowed, torch.nan)).columns(name))
     if compare:
         runs["other images"] = run_test(
             found[TESTED][:, :count].masked_fill(~allowed[:, :count], torch.nan), seed=seed
@@ -289,7 +287,7 @@ def _block(change: Tensor, importance: Tensor) -> dict[str, Tensor]:
 
 
 def _why_not(local: bool, change: Tensor, importance: Tensor, confined: bool) -> str:
-    """Why an image has no statistics, or no p; empty if it has."""
+    """Why an image has no statistics; empty if it has."""
     if local:
         return "the attack's budget bounds SSIM in every patch, and is spent in every patch"
     if float(change.max()) <= INVISIBLE:
