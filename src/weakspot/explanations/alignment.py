@@ -6,7 +6,6 @@ re-specified from the abstract: the statistics, their nulls and the controls are
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -15,14 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from weakspot.attribution.cam import class_activation
 from weakspot.checks import check_seed
-from weakspot.classifier import Classifier, check_images, evaluating, predict
+from weakspot.classifier import evaluating, predict
+from weakspot.explanations.agreement import WHOLE, comparable, other_images, reached_share
 from weakspot.explanations.alignment_words import describe
 from weakspot.explanations.analysis import check_pairs, rivals, settled
-from weakspot.explanations.overlap import REACH, WHOLE
 from weakspot.explanations.ssim_controls import (
     margin_gradient,
     pgd_of_equal_ssim,
@@ -58,7 +56,7 @@ class SsimAlignment:
             ssim_spearman_pgd. ssim_concentration_over_pgd is the difference from that control, with _null, _p and _q.
         runs: control ("other images" first) to the test over all images of ssim_concentration, or of its difference
             from that control. p is NaN below 10 images. Empty without comparison.
-        why_not: one text per image, why it has no statistics or no p; empty where it has.
+        why_not: one text per image, why it has no statistics; empty where it has.
     """
 
     change: Tensor
@@ -148,12 +146,12 @@ def ssim_alignment(
     on (`statistics.run_test`). Controls take the place of the attack's map: "variance_gradient", local variance x
     gradient energy at the clean image, which is 1 - SSIM to first order for any attack bounded in SSIM; "pgd", the map
     of an L-infinity PGD attack with the same target and the same mean SSIM; and on request "random_weights", where the
-    activation of the network with permuted weights, for the class that it predicts, takes the place of the network's. Alignment is stated only if it
-    exceeds other images' maps and every control, with p <= .05 and by a quarter.
+    activation of the network with permuted weights, for the class that it predicts, takes the place of the network's.
+    Alignment is stated only if it exceeds other images' maps and every control, with p <= .05 and by a quarter.
 
     Not defined (NaN) where the activation is nowhere positive, where nothing changed visibly, and for attacks with the
-    budget `SSIM(..., mode="local")`, which spend it in every patch, whatever the network does. An attack that did not
-    reach the whole image has no p: where it acts follows from where it was allowed to.
+    budget `SSIM(..., mode="local")`, which spend it in every patch, whatever the network does. Nor for an attack that did
+    not reach the whole image: where it acts follows from where it was allowed to.
 
     Args:
         model: any classifier; left as it was.
@@ -178,7 +176,7 @@ def ssim_alignment(
         pairs = settled(classifier, pairs)
         targets = rivals(classifier, pairs)
         change = 1 - ssim_map(pairs.clean, pairs.adversarial)
-        others = _reference(classifier, pairs, reference if compare else None)
+        others = other_images(classifier, pairs, reference if compare else None)
         wanted = torch.cat(
             [pairs.labels, predict(classifier, others).argmax(1) if len(others) else pairs.labels[:0]]
         )
@@ -200,11 +198,11 @@ def ssim_alignment(
             controls["random_weights"] = (change, unlearned)
     local = isinstance(pairs, AttackResult) and pairs.ssim_local_budget_spent is not None
     own = maps[: len(pairs)]
-    confined = _reached(pairs) < WHOLE
+    confined = reached_share(pairs) < WHOLE
     why_not = tuple(_why_not(local, *row) for row in zip(change, own, confined.tolist(), strict=True))
     unseen = change.amax((1, 2, 3), keepdim=True) <= INVISIBLE
-    shown = change.masked_fill(unseen | local, torch.nan)
-    allowed = _comparable(images, len(pairs)).to(change.device) & ~confined[:, None]
+    shown = change.masked_fill(unseen | local | confined[:, None, None, None], torch.nan)
+    allowed = comparable(pairs.clean, others, confined)
     scores, runs = _scored(shown, maps, controls, allowed, compare=compare, seed=seed)
     return SsimAlignment(change, own, scores, runs, why_not)
 
@@ -230,9 +228,7 @@ def _scored(
         if not compare:
             parts.append(pd.DataFrame({name: value.cpu().numpy()}))
             continue
-        table = other_image_test(matrix.masked_fill(~allowed, torch.nan)).columns(name)
-        table[name] = value.cpu().numpy()  # a confined attack has a value, and no test
-        parts.append(table)
+        parts.append(other_image_test(matrix.masked_fill(~allowed, torch.nan)).columns(name))
     if compare:
         runs["other images"] = run_test(
             found[TESTED][:, :count].masked_fill(~allowed[:, :count], torch.nan), seed=seed
@@ -290,36 +286,8 @@ def _block(change: Tensor, importance: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _reference(classifier: Classifier, pairs: Pairs, reference: Tensor | None) -> Tensor:
-    """(R, C, H, W) of the pairs' size, R = 0 without any."""
-    shape = tuple(pairs.clean.shape[1:])
-    if reference is None:
-        return pairs.clean[:0]
-    if not isinstance(reference, Tensor) or tuple(reference.shape[1:]) != shape:
-        got = tuple(reference.shape) if isinstance(reference, Tensor) else type(reference).__name__
-        raise ValueError(f"reference must be images (R, {', '.join(map(str, shape))}), got {got}")
-    return check_images(reference, classifier, name="reference") if len(reference) else pairs.clean[:0]
-
-
-def _comparable(images: Tensor, count: int) -> Tensor:
-    """bool (count, all images): an image's own map and one of every other image; copies of one image are one."""
-    first: dict[bytes, int] = {}
-    contents = (hashlib.blake2b(image.tobytes()).digest() for image in images.cpu().numpy())
-    group = torch.tensor([first.setdefault(content, number) for number, content in enumerate(contents)])
-    allowed = (group[:count, None] != group) & (group == torch.arange(len(group)))
-    allowed[torch.arange(count), torch.arange(count)] = True
-    return allowed
-
-
-def _reached(pairs: Pairs) -> Tensor:
-    """(N,) fraction of each image that lies near a changed pixel."""
-    changed = (pairs.perturbation != 0).any(1, keepdim=True).float()
-    radius = max(2, round(REACH * min(changed.shape[2:])))
-    return F.max_pool2d(changed, 2 * radius + 1, 1, radius).flatten(1).mean(1)
-
-
 def _why_not(local: bool, change: Tensor, importance: Tensor, confined: bool) -> str:
-    """Why an image has no statistics, or no p; empty if it has."""
+    """Why an image has no statistics; empty if it has."""
     if local:
         return "the attack's budget bounds SSIM in every patch, and is spent in every patch"
     if float(change.max()) <= INVISIBLE:

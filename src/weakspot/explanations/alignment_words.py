@@ -23,7 +23,8 @@ MEANINGS = {
 CONTROLS = {
     "variance_gradient": "Local variance x gradient energy, which any attack bounded in SSIM follows to first order,",
     "pgd": "The change of an L-infinity PGD attack of equal mean SSIM",
-    "random_weights": "With the class activation of the network with permuted weights, the same change",
+    "random_weights": "Where the class activation of the network with permuted weights exceeds half its maximum, the "
+    "same change",
 }
 SHORT = {
     "other images": "other images' class activations",
@@ -38,8 +39,8 @@ OF_CONTROL = {
 }
 
 
-def meanings(columns: list[str]) -> dict[str, str]:
-    """Column to one sentence, of those of `SsimAlignment.scores` that stand for themselves."""
+def meanings(columns: list[str], found: SsimAlignment) -> dict[str, str]:
+    """Column to what it means, of those that stand for themselves, and what its test over all images found."""
     every = dict(MEANINGS)
     for control in CONTROLS:
         for name, text in OF_CONTROL.items():
@@ -48,6 +49,9 @@ def meanings(columns: list[str]) -> dict[str, str]:
             f"Density of the visible change less that for {SHORT[control]}; alignment beyond it is above 0 and above "
             "the value with other images' class activations."
         )
+    for name, sentence in beside(found).items():
+        column = "ssim_concentration" if name == "other images" else f"ssim_concentration_over_{name}"
+        every[column] += f" {sentence}"
     return {name: every[name] for name in columns if name in every}
 
 
@@ -58,16 +62,15 @@ def describe(found: SsimAlignment) -> tuple[str, ...]:
         for reason, count in Counter(found.why_not).most_common()
         if reason
     )
-    if not found.runs:
-        return ("The images were not compared with each other.", *left_out)
-    own = found.runs["other images"]
-    if not own.images:
-        return ("No image can be compared.", *left_out)
-    return (_finding(found), *_beside(found), *left_out)
+    return (_finding(found), *beside(found).values(), *_by_themselves(found), *left_out)
 
 
 def _finding(found: SsimAlignment) -> str:
+    if not found.runs:
+        return "The images were not compared with each other."
     own = found.runs["other images"]
+    if not own.images:
+        return "No image can be compared."
     if own.images < LEAST_RUN:
         return (
             f"At least {LEAST_RUN} images are needed to say whether the visible change lies where the network looks; "
@@ -85,33 +88,38 @@ def _finding(found: SsimAlignment) -> str:
     )
 
 
-def _beside(found: SsimAlignment) -> list[str]:
-    """One sentence for other images and one for each control."""
+def beside(found: SsimAlignment) -> dict[str, str]:
+    """One sentence for other images and one for each control; none if no image can be compared."""
     from weakspot.report.words import p_value
 
-    own = found.runs["other images"]
-    tested = own.images >= LEAST_RUN
-    beside = [
-        f"The change is {own.value:.2f} times as dense where the class activation exceeds half its maximum as in the "
-        f"whole image, and {own.null:.2f} times where other images' class activations do"
-        + (f" ({p_value(own.p)})." if tested else ".")
-    ]
-    for name in found.controls:
-        test = found.runs[name]
-        if not test.images:
-            beside.append(f"{CONTROLS[name]} could not be compared.")
-            continue
-        beside.append(
-            f"{CONTROLS[name]} is {found.control_level(name):.2f} times as dense there; the attack's change exceeds it "
-            f"by {test.value:+.2f}, and by {test.null:+.2f} with other images' class activations"
-            + (f" ({p_value(test.p)})." if test.images >= LEAST_RUN else ".")
-        )
-    known = found.scores["ssim_concentration_p"].notna().sum()
-    if known:
-        beside.append(
-            f"In {int(found.aligned.sum())} of {known} images the same is shown for the image by itself."
-        )
-    return beside
+    if not found.runs or not found.runs["other images"].images:
+        return {}
+    sentences = {}
+    for name, test in found.runs.items():
+        doubt = f" ({p_value(test.p)})." if test.images >= LEAST_RUN else "."
+        over = f"Over {_images(test.images)}"
+        if name == "other images":
+            sentences[name] = (
+                f"{over} the change is {test.value:.2f} times as dense where the class activation exceeds half its "
+                f"maximum as in the whole image, and {test.null:.2f} times where other images' class activations "
+                f"do{doubt}"
+            )
+        elif not test.images:
+            sentences[name] = f"{CONTROLS[name]} could not be compared."
+        else:
+            sentences[name] = (
+                f"{CONTROLS[name]} is {found.control_level(name):.2f} times as dense there ({_images(test.images)}); "
+                f"the attack's change less this is {test.value:+.2f}, and {test.null:+.2f} with other images' class "
+                f"activations{doubt}"
+            )
+    return sentences
+
+
+def _by_themselves(found: SsimAlignment) -> list[str]:
+    known = found.scores["ssim_concentration_p"].notna().sum() if found.runs else 0
+    if not known:
+        return []
+    return [f"In {int(found.aligned.sum())} of {known} images the same is shown for the image by itself."]
 
 
 def _images(count: int) -> str:

@@ -25,11 +25,11 @@ def analyse(
     return Analysis(
         scores=scores,
         maps={"ssim": found.change},
-        meanings=meanings([str(name) for name in scores]),
+        meanings=meanings([str(name) for name in scores], found),
         pictures={
             "ssim": Picture(
                 "Visible change (1 - SSIM)",
-                meaning=" ".join([meaning, *found.sentences]) if compare else meaning,
+                meaning=f"{meaning} {found.sentences[0]}" if compare else meaning,
             )
         },
     )

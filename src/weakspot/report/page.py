@@ -113,6 +113,9 @@ def _pair(explanation: Explanation, index: int) -> dict[str, Any]:
         "scales": _scales(maps),
         "scores": _score_rows(row, explanation.meanings),
         "compared": row.get("relation_p", np.nan) >= 0,
+        "tested": any(
+            row[name] >= 0 for name in row.index if name.endswith("_p") and not name.endswith("_shift_p")
+        ),
         "sort": {
             key: float(row[key]) for key in ("effect_in_roi", "relation_p", "margin_drop") if key in row
         },
