@@ -150,8 +150,8 @@ def ssim_alignment(
     Alignment is stated only if it exceeds other images' maps and every control, with p <= .05 and by a quarter.
 
     Not defined (NaN) where the activation is nowhere positive, where nothing changed visibly, and for attacks with the
-    budget `SSIM(..., mode="local")`, which spend it in every patch, whatever the network does. Nor for an attack that did
-    not reach the whole image: where it acts follows from where it was allowed to.
+    budget `SSIM(..., mode="local")`, which spend it in every patch, whatever the network does. Nor for an attack that
+    did not reach the whole image: where it acts follows from where it was allowed to.
 
     Args:
         model: any classifier; left as it was.

@@ -34,12 +34,7 @@ def verdict(explanation: Explanation, index: int = 0) -> str:
     if row["linf"] == 0:
         return "The two images are identical; there is nothing to explain."
     sentences = [_what_happened(row)]
-    importance = explanation.maps.get("importance")
-    if importance is not None and float(importance[index].max()) <= 0:
-        sentences.append(
-            f"The class activation of {row['label']} is nowhere positive, so no region matters most for it."
-        )
-    elif "effect_in_roi" in row:
+    if "effect_in_roi" in row:
         sentences.append(_where(row))
     if "promotion_log2_ratio" in row and row["read_clean_as"] == row["label"]:
         sentences.append(_which_logits(row))
