@@ -31,10 +31,23 @@ def depends_on_keep(text: str) -> bool:
     >>> depends_on_keep("border:4 & ~matched:cam"), depends_on_keep("border:4"), depends_on_keep("cam.png")
     (True, False, False)
     """
+    return not {"cam", "support"}.isdisjoint(_words(text))
+
+
+def depends_on_image(text: str) -> bool:
+    """Whether the region of that text is, or is made of, one that the image decides: not a border or a file.
+
+    >>> depends_on_image("border:4 & ~cam"), depends_on_image("border:4"), depends_on_image("background")
+    (True, False, True)
+    """
+    return not {"cam", "support", "background"}.isdisjoint(_words(text))
+
+
+def _words(text: str) -> list[str]:
+    """The names in a region's text; none if it is a file."""
     if text not in NAMES and os.path.isfile(text):  # noqa: PTH113 - Path.is_file raises on long names
-        return False
-    words = re.findall(r"[^&|~() ]+", text.replace("matched:", " "))
-    return not {"cam", "support"}.isdisjoint(words)
+        return []
+    return re.findall(r"[^&|~() ]+", text.replace("matched:", " "))
 
 
 def read_region(
