@@ -106,7 +106,7 @@ def test_acting_where_the_network_looks_is_said_of_attacks_that_beat_other_image
         finding("effect_in_roi", 0.002), finding("jaccard", 0.3), finding("margin_drop", nan) | bare
     )
     assert section.sentences == [
-        ("pgd free to change any pixel acts where the network looks, by comparison with other images' importance maps: "
+        ("pgd free to change any pixel acts more where the network looks in the image than where it looks in other images: "
         "effect in roi is 0.5 with the own map and 0.2 with others' (48 images, q = .002); 7 of 48 images show it by "
         "themselves (q over images at most .1).")
     ]  # fmt: skip
@@ -115,11 +115,11 @@ def test_acting_where_the_network_looks_is_said_of_attacks_that_beat_other_image
 
 def test_acting_where_the_network_looks_is_not_said_otherwise() -> None:
     (weak,) = findings(finding("effect_in_roi", 0.2), finding("spearman", 0.06)).sentences
-    assert "is not shown to act where the network looks more than" in weak
+    assert "is not shown to act more or less where the network looks" in weak
     (apart,) = findings(finding("effect_in_roi", 0.01), finding("spearman", 0.01, excess=-0.3)).sentences
     assert "the statistics disagree" in apart
     (away,) = findings(finding("effect_in_roi", 0.01, excess=-0.3)).sentences
-    assert "avoids where the network looks" in away
+    assert "acts less where the network looks" in away
     assert "by themselves" not in away
 
 

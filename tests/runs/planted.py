@@ -22,13 +22,11 @@ from torch.nn import functional as F
 
 class Evidence(nn.Module):
     # The lead of the first class is a mean of evidence over sites, so that class activation is that evidence.
-    def __init__(self, gain, least, slope, middle):
+    def __init__(self, gain, least, slope, window):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(3, 2, 1), nn.LeakyReLU(slope))
         self.head = nn.Linear(2, 2)
-        self.middle = middle
-        axis = torch.linspace(-1, 1, 24)
-        self.register_buffer("window", torch.exp(-4 * (axis[:, None] ** 2 + axis[None] ** 2)))
+        self.register_buffer("window", window)
         with torch.no_grad():
             self.body[0].weight.fill_(1 / 3)
             self.body[0].weight[1].zero_()
@@ -39,9 +37,7 @@ class Evidence(nn.Module):
     bias = 0.0
 
     def forward(self, images):
-        if self.middle:
-            images = images * self.window
-        return self.head(self.body(images).mean((2, 3)))
+        return self.head(self.body(images * self.window).mean((2, 3)))
 
 
 class Spot(Evidence):
@@ -58,16 +54,18 @@ class Central(Evidence):
 
 def spot():
     # What is brighter than one half counts, all else for a twentieth.
-    return Spot(20.0, 0.5, 0.05, False).eval()
+    generator = torch.Generator().manual_seed(0)
+    return Spot(20.0, 0.5, 0.05, 0.95 + 0.1 * torch.rand(24, 24, generator=generator)).eval()
 
 
 def even():
-    return Even(20.0, 0.0, 1.0, False).eval()
+    return Even(20.0, 0.0, 1.0, torch.ones(24, 24)).eval()
 
 
 def central():
     # Every image is weak in the middle, whatever it shows.
-    return Central(20.0, 0.0, 1.0, True).eval()
+    axis = torch.linspace(-1, 1, 24)
+    return Central(20.0, 0.0, 1.0, torch.exp(-4 * (axis[:, None] ** 2 + axis[None] ** 2))).eval()
 """
 
 

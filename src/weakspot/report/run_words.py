@@ -216,15 +216,18 @@ def _location_sentence(mine: pd.DataFrame) -> str:
     if not sure:
         most = counted(int(max(row["compared"] for row in rows)))
         return (
-            f"{who} is not shown to act where the network looks more than it acts where the network looks in other "
+            f"{who} is not shown to act more or less where the network looks in the image than where it looks in other "
             f"images ({most})."
         )
     signs = {row["excess"] > 0 for row in sure}
     if len(signs) > 1:
         named = "; ".join(f"{_score(row)} {_beside(row)}" for row in sure)
         return f"Where {who} acts is not clear, as the statistics disagree: {named}."
-    what = "acts where the network looks" if sure[0]["excess"] > 0 else "avoids where the network looks"
-    sentence = f"{who} {what}, by comparison with other images' importance maps: {_score(sure[0])} {_beside(sure[0])}"
+    more = "more" if sure[0]["excess"] > 0 else "less"
+    sentence = (
+        f"{who} acts {more} where the network looks in the image than where it looks in other images: "
+        f"{_score(sure[0])} {_beside(sure[0])}"
+    )
     alone = sure[0]["alone"]
     if sure[0]["excess"] > 0 and not math.isnan(alone):
         compared = counted(int(sure[0]["compared"]))

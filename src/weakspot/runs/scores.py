@@ -73,7 +73,7 @@ def score_findings(run: Run) -> pd.DataFrame:
                 beside = _against(table[name] - table[f"{name}_null"], table[f"{name}_null"])
                 against = "its null"
             if region == EVERYWHERE and name in shifted:
-                null = float(table[f"{name}{SHIFT_NULL}"].mean())
+                null = round(float(table[f"{name}{SHIFT_NULL}"].mean()), 12)
             rows.append(
                 (
                     attack.label,
