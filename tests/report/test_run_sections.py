@@ -107,8 +107,8 @@ def test_acting_where_the_network_looks_is_said_of_attacks_that_beat_other_image
     )
     assert section.sentences == [
         ("pgd free to change any pixel acts more where the network looks in the image than where it looks in other "
-        "images: effect in roi is 0.5 with the own map and 0.2 with others' (48 images, q = .002); 7 of 48 images show it by "
-        "themselves (q over images at most .1).")
+        "images: effect in roi is 0.5 with the own map and 0.2 with others' (48 images, q = .002); 7 of 48 images show "
+        "it by themselves (q over images at most .1).")
     ]  # fmt: skip
     assert [cell.text for cell in section.tables[0].rows[2]][5:] == [""] * 6
 

@@ -110,7 +110,7 @@ def read_region(
             return ~term(bare)
         word = bare
         if word.startswith("matched:"):
-            return matched(term(word.removeprefix("matched:")), seed=seed)
+            return matched(term(word.removeprefix("matched:")), seed=seed, images=images)
         name, _, argument = word.partition(":")
         if name in makers and (not argument or name == "border"):
             return makers[name](argument)
@@ -124,7 +124,7 @@ def read_region(
     if text.startswith("matched:(") and text.endswith(")"):
         inner = text.removeprefix("matched:(").removesuffix(")")
         whole_of_it = read_region(inner, model, images, labels, targets=targets, keep=keep, seed=seed)
-        return matched(whole_of_it, seed=seed)
+        return matched(whole_of_it, seed=seed, images=images)
     every = torch.zeros_like(images[:, :1], dtype=torch.bool)
     for union in text.split("|"):
         both = whole("")

@@ -167,6 +167,10 @@ class Plan:
         for name in ("attacks", "regions"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; accepted is at least one")
+        if not self.reported_regions:
+            raise ValueError(
+                f"regions must name a region of the image itself, got {', '.join(self.regions)} (add cam)"
+            )
         if self.labels not in LABELS and not Path(self.labels).is_file():
             raise ValueError(
                 f"labels is {self.labels!r}; accepted are {', '.join(LABELS)} or a CSV file's path"

@@ -113,7 +113,7 @@ def _limits(found: pd.DataFrame) -> tuple[float, float]:
 
 def classes(run: Run) -> Classes:
     """Of every label that occurs."""
-    attack, region = run.plan.cells[0]
+    attack, region = run.plan.reported_cells[0]
     first = f"attack = {_quoted(attack.label)} and region = {_quoted(region)}"
     listed = run.sql(
         "select label, any_value(label_name) as name, count(*) as images, avg(correct::double) as clean from records "
