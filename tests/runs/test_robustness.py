@@ -15,7 +15,7 @@ import pytest
 
 from tests.cli.test_explain import Run as Ran
 from tests.cli.test_explain import photographs, run
-from tests.runs.fixtures import draw_pictures, networks, small_plan
+from tests.runs.fixtures import draw_pictures, networks, small_plan, store_records
 from tests.runs.test_report import Reader
 from weakspot.runs import AttackPlan, ModelPlan, Plan, Run, audit, compare, summarize
 from weakspot.runs.contrasts import region_contrasts
@@ -23,7 +23,6 @@ from weakspot.runs.curves import budget_curves
 from weakspot.runs.gate import judge
 from weakspot.runs.plan import bounded_attacks
 from weakspot.runs.plan_files import read_mapping
-from weakspot.runs.records import FILE
 from weakspot.runs.reporting import run_report
 from weakspot.runs.robustness import judged_attacks, limit_of, outcomes_query, stated_budgets
 from weakspot.runs.summary import cell_table, undefined_names
@@ -157,7 +156,7 @@ def test_a_number_that_is_not_known_still_shuts_the_gate(steady: Path) -> None:
     records = found.records
     lost = records["attack"] == "fmn"
     records["success_8bit"] = records["success_8bit"].astype("boolean").mask(lost)
-    records.to_parquet(found.folder / FILE)
+    store_records(found.folder, records)
     assert {one.row: one.failed for one in gate(Run(found.folder))} == {"pgd": False, "fmn": True}
 
 
@@ -220,7 +219,7 @@ def unrounded(steady: Path) -> Run:
     records.loc[pgd & (records["index"] == 7), ["landed", "landed_name"]] = records.loc[
         pgd & (records["index"] == 7), ["label", "label_name"]
     ].to_numpy()
-    records.to_parquet(found.folder / FILE)
+    store_records(found.folder, records)
     return Run(found.folder)
 
 
@@ -247,7 +246,7 @@ def test_curves_and_contrasts_count_files(unrounded: Run) -> None:
     about = unrounded.plan
     records = unrounded.records
     records["attack"] = records["attack"].replace({"fgsm": "pgd 2"})
-    records.to_parquet(unrounded.folder / FILE)
+    store_records(unrounded.folder, records)
     import json
 
     text = json.loads((unrounded.folder / "run.json").read_text())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from weakspot.attacks.registry import find_attack
 from weakspot.attacks.stored import stored
-from weakspot.checks import warn
+from weakspot.checks import quiet, warn
 from weakspot.classifier import evaluating
 from weakspot.explanations import explain
 from weakspot.explanations.analysis import Series
@@ -31,7 +31,7 @@ from weakspot.runs.isolation import NOT_FINITE
 from weakspot.runs.listing import Entry
 from weakspot.runs.machine import Machine
 from weakspot.runs.maps import BlockBuilder, MapBlock, curve_name
-from weakspot.runs.plan import AttackPlan, Plan
+from weakspot.runs.plan import AttackPlan, Plan, is_other, other_region
 from weakspot.runs.reading import Opened, open_entries
 from weakspot.runs.tables import cell_rows, no_rows
 
@@ -110,7 +110,7 @@ def audit_shard(
         rows.iloc[order].reset_index(drop=True),
         builder.blocks if plan.maps else {},
         opened.skipped,
-        opened.missing,
+        [*opened.missing, *shard.missing],
         opened.digests,
         len(opened.entries),
         time.perf_counter() - started,
@@ -126,6 +126,7 @@ class _Shard:
         device = machine.steady.mean.device
         self.images = opened.images.to(device)
         self.lost: dict[int, str] = {}
+        self.missing: list[tuple[str, str]] = []  # images that were attacked without one of their controls
         self.clean = machine.predict(self.images, self.lost)
         given = torch.tensor([entry.label for entry in opened.entries], device=device)
         self.labels = torch.where(given >= 0, given, self.clean.argmax(1))
@@ -137,7 +138,9 @@ class _Shard:
         if self.plan.maps:
             builder.add_pictures("clean", self.places, self.images.cpu().numpy(), {"title": "Clean image"})
         sound = self.sound.nonzero()[:, 0]
-        regions = {text: self._region(text, sound) for text in self.plan.regions}
+        regions = {text: self._region(text, sound) for text in self.plan.reported_regions}
+        for text in dict.fromkeys(other_region(text)[0] for text in self.plan.regions if is_other(text)):
+            regions.update(self._other_regions(text, regions.get(text) or self._region(text, sound)))
         frames = []
         cells = len(self.plan.attacks) * len(self.plan.regions)
         for a, attack in enumerate(self.plan.attacks):
@@ -155,21 +158,70 @@ class _Shard:
         """Bool (N, 1, H, W) of the images of these rows, and what was wrong with others."""
         region = torch.zeros_like(self.images[:, :1], dtype=torch.bool)
         troubles = dict(self.lost)
+        for mine, found in self._made(text, self.images, self.labels, rows, troubles):
+            region[mine] = found
+        return region, troubles
+
+    def _made(
+        self, text: str, images: Tensor, labels: Tensor, rows: Tensor, troubles: dict[int, str]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The region of that text on these rows of images."""
 
         def find(mine: Tensor) -> Tensor:
             with _numbers_left_out():
                 return read_region(
                     text,
                     self.machine.classifier,
-                    self.images[mine],
-                    self.labels[mine],
+                    images[mine],
+                    labels[mine],
                     keep=self.plan.keep,
                     seed=self.plan.seed,
                 )
 
-        for mine, found in self.machine.pairs.each(find, rows, troubles, f"region {text}"):
-            region[mine] = found
-        return region, troubles
+        return self.machine.pairs.each(find, rows, troubles, f"region {text}")
+
+    def _other_regions(
+        self, text: str, own: tuple[Tensor, dict[int, str]]
+    ) -> dict[str, tuple[Tensor, dict[int, str]]]:
+        """What `_region` is, for each draw that the plan has of a region made for other images."""
+        drawn = {
+            other: (torch.zeros_like(own[0]), dict(own[1]))
+            for other in self.plan.regions
+            if is_other(other) and other_region(other)[0] == text
+        }
+        count = max(other_region(other)[1] for other in drawn)
+        for row, content in enumerate(self.opened.contents):
+            if row in own[1]:
+                continue
+            found, missing = self.machine.donors.regions(
+                text, self._donated(text), content, own[0][row], count
+            )
+            if missing:
+                name = self.opened.entries[row].name
+                self.missing.append((name, f"its controls need an image that is missing ({missing[0]})"))
+            for other, (region, troubles) in drawn.items():
+                number = other_region(other)[1]
+                if number <= len(found):
+                    region[row] = found[number - 1]
+                else:
+                    troubles[row] = f"fewer than {number} other images have a region {text} of similar area"
+        return drawn
+
+    def _donated(self, text: str) -> Callable[[Opened], Tensor | None]:
+        """Makes the region of that text on one other image; None where the model or the region fails on it."""
+
+        def make(opened: Opened) -> Tensor | None:
+            images = opened.images.to(self.images.device)
+            logits = self.machine.predict(images, {})
+            if not bool(logits.isfinite().all()):
+                return None
+            label = opened.entries[0].label
+            labels = torch.tensor([label if label >= 0 else int(logits.argmax())], device=images.device)
+            with quiet():  # what there is to say is said where the image itself is attacked
+                found = self._made(text, images, labels, torch.zeros_like(labels), {})
+            return found[0][1] if found else None
+
+        return make
 
     def _cell(
         self,
@@ -191,7 +243,10 @@ class _Shard:
             own: dict[int, str] = {}
             logits = self.machine.predict(result.adversarial, own)
             troubles.update({int(rows[row]): why for row, why in own.items()})
-        explained = [] if result is None else self._explained(attack, text, rows, result, troubles)
+        # Where other images' regions lie, the attack is a control: only how it ended counts.
+        explained = (
+            [] if result is None or is_other(text) else self._explained(attack, text, rows, result, troubles)
+        )
         self._keep(builder, cell, rows, result, explained)
         spent = (attacked - begun, time.perf_counter() - attacked)
         count = max(1, len(rows))

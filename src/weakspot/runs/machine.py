@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from weakspot.classifier import Classifier
 from weakspot.models.probe import Watch
+from weakspot.runs.donors import Donors
 from weakspot.runs.isolation import Lots
 from weakspot.runs.plan import Plan
 from weakspot.runs.steady import SteadyClassifier
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(eq=False)
@@ -24,6 +29,7 @@ class Machine:
         lots: how many images are attacked at once.
         pairs: how many are explained at once, or have their regions found.
         watch: whether the network is still what it was.
+        donors: the other images of the run.
     """
 
     classifier: Classifier
@@ -31,12 +37,16 @@ class Machine:
     lots: Lots
     pairs: Lots
     watch: Watch
+    donors: Donors
 
     @classmethod
-    def of(cls, classifier: Classifier, plan: Plan, batch_size: int | None = None) -> Machine:
+    def of(
+        cls, classifier: Classifier, plan: Plan, listing: pa.Table, batch_size: int | None = None
+    ) -> Machine:
         """For a plan; without a batch size all images of a shard are attacked at once, fewer when memory runs out."""
         steady = SteadyClassifier(classifier, plan.group)
-        return cls(classifier, steady, Lots(batch_size, steady), Lots(None, None), Watch(classifier))
+        donors = Donors(listing, classifier, plan.seed)
+        return cls(classifier, steady, Lots(batch_size, steady), Lots(None, None), Watch(classifier), donors)
 
     def predict(self, images: Tensor, troubles: dict[int, str]) -> Tensor:
         """Logits (N, K), in groups; NaN as they come, and where the network raised, which is entered as a trouble."""

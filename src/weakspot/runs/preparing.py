@@ -22,7 +22,7 @@ from weakspot.runs.folder import versions
 from weakspot.runs.integrity import file_digest
 from weakspot.runs.listing import list_images
 from weakspot.runs.places import exists
-from weakspot.runs.plan import ModelPlan, Plan
+from weakspot.runs.plan import ModelPlan, Plan, is_other, other_region
 from weakspot.runs.records import LISTING, write_json
 from weakspot.runs.run import ABOUT, KIND, SCHEMA
 from weakspot.runs.steady import usual_group
@@ -152,7 +152,7 @@ def _try_regions(plan: Plan, classifier: Classifier) -> None:
         images = torch.rand(1, classifier.channels, *classifier.input_size, generator=generator)
         images = images.to(classifier.mean.device)
         labels = torch.zeros(1, dtype=torch.long, device=images.device)
-        for text in plan.regions:
+        for text in dict.fromkeys(other_region(text)[0] if is_other(text) else text for text in plan.regions):
             try:
                 read_region(text, classifier, images, labels, keep=plan.keep, seed=plan.seed)
             except NotFiniteError:

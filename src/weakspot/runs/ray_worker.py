@@ -156,7 +156,7 @@ def _machine(task: Task) -> Machine:
                 f"{source}: there is no such file or folder on the machine {node} of the Ray cluster; accepted is what "
                 "all its machines share, or a URL"
             )
-    machine = Machine.of(load_planned(task.plan.model), task.plan, task.batch_size)
+    machine = Machine.of(load_planned(task.plan.model), task.plan, task.listing, task.batch_size)
     found = machine.watch.weights
     if found != task.fingerprint:
         raise ValueError(

@@ -99,7 +99,7 @@ def summarize(run: Run) -> Summary:
         "from outcomes"
     ).df()
     cells = []
-    for attack, region in run.plan.cells:
+    for attack, region in run.plan.reported_cells:
         mine = found[(found["attack"] == attack.label) & (found["region"] == region)].sort_values("index")
         known = mine[mine["fooled"].notna()]
         held = known["robust"].dropna().to_numpy(dtype=bool)
