@@ -300,3 +300,24 @@ def test_a_grey_picture_of_another_shape_has_donors_too(planted: Path) -> None:
     run = audit(planted_plan(folder, "even", control_images=2), planted / "run")
     assert run.records["success"].notna().all()
     assert run.about["model"]["input_size"] == [SIDE, SIDE]
+
+
+def test_a_donor_whose_file_is_missing_is_named_so_that_the_image_is_attacked_again(quarters: Path) -> None:
+    """Otherwise an audit resumed without some of its files would end with other controls than one that had them."""
+    run = audit(planted_plan(quarters, "spot"), quarters.parent / "run")
+    listing = list_images(run.plan.sources, (), 2, labels="predictions")
+    own = torch.zeros(1, *SIZE, dtype=torch.bool)
+    own[:, :4, :4] = True
+
+    def make(_: Opened) -> torch.Tensor:
+        return own
+
+    donors = Donors(listing, load_planned(run.plan.model), 0)
+    whole, missing = donors.regions("corner", make, "of another image", own, 2)
+    assert len(whole) == 2
+    assert not missing
+    for path in quarters.glob("*.png"):
+        path.unlink()
+    found, missing = Donors(listing, load_planned(run.plan.model), 0).regions("corner", make, "x", own, 2)
+    assert not found
+    assert missing

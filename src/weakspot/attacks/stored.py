@@ -49,8 +49,10 @@ def stored(images: Tensor, clean: Tensor, budget: Budget | None = None) -> tuple
         most = torch.full_like(most, budget.eps)
 
     def over(files: Tensor, rows: Tensor) -> Tensor:
-        own = before[rows] / TOP
-        return budget.size(files / TOP - own, own) > most[rows] * (1 + OVER) + 1e-7
+        # Of the whole batch: a budget may hold something for each image.
+        every = levels.index_copy(0, rows, files)
+        spent = budget.size((every - before) / TOP, before / TOP)
+        return (spent > most * (1 + OVER) + 1e-7)[rows]
 
     rows = over(levels, fits.nonzero()[:, 0]).nonzero()[:, 0]
     if len(rows):

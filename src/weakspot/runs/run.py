@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakspot.runs.integrity import listed
 from weakspot.runs.maps import FOLDER, Maps
 from weakspot.runs.places import is_url, place
-from weakspot.runs.records import LISTING, SKIPPED, has_records, read_all, read_notes, scan
+from weakspot.runs.records import LISTING, SKIPPED, read_all, read_notes, scan
 from weakspot.runs.verification import MapCheck, check_records
 
 if TYPE_CHECKING:
@@ -185,10 +185,9 @@ class Run:
         # Through Arrow rather than by path: a path may hold what DuckDB takes for a pattern.
         connection.register("records", scan(self._checked, complete=self.complete))
         connection.register("skipped", self.skipped)
-        if has_records(self.folder, complete=self.complete):
-            connection.execute(
-                f"create temp view outcomes as {outcomes_query(self.plan, eight_bit=self.eight_bit)}"
-            )
+        connection.execute(
+            f"create temp view outcomes as {outcomes_query(self.plan, eight_bit=self.eight_bit)}"
+        )
         if (self.folder / LISTING).is_file():
             connection.register("images", ds.dataset(self.folder / LISTING))
         return connection
