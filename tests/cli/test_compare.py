@@ -115,7 +115,10 @@ def test_controls_are_named_in_a_sentence(run: Run, photographs: Path) -> None:
     )  # fmt: skip
     assert ended.code == 0, ended.err
     assert "matched:(border&~cam)" in ended.out
-    assert "fmn confined to cam (30% of the image) and in controls of equal area fools none" in ended.out
-    assert "pgd confined to cam (30% of the image) fools 0%, in controls of equal area 0%" in ended.out
+    assert (
+        "fmn confined to cam (30% of the image) or to its controls fools no correctly classified image."
+        in ended.out
+    )
+    assert "pgd confined to cam (30% of the image) fools 0% of 4 images" in ended.out
     ended = run("audit", photographs, *TINY, "--controls", "--out", "other")
     assert (ended.code, "regions names none to control" in ended.err) == (2, True)

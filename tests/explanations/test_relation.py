@@ -167,8 +167,8 @@ def test_a_network_without_gradients_has_no_relation() -> None:
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_relations_are_judged_of_every_kind_of_network(name: str) -> None:
     model, images = NETWORKS[name]()
-    many = torch.rand(24, *images.shape[1:], generator=torch.Generator().manual_seed(0))
-    scores = overlap(model, attacked(model, many)).scores
+    many = torch.rand(60, *images.shape[1:], generator=torch.Generator().manual_seed(0))
+    scores = overlap(model, attacked(model, many)).scores  # NaN where no class activation is positive
     known = scores[scores["relation"].notna()]
     assert len(known) >= 20
     both = (known["relation_p"] <= 0.1) & (known["relation_q"] <= 0.1)

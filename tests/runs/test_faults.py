@@ -248,7 +248,7 @@ def test_a_model_cannot_end_the_process(error: BaseException) -> None:
             raise error
 
     with pytest.raises(ModelError, match=f"Leaving raised {type(error).__name__}"):
-        Classifier.wrap(Leaving())(torch.zeros(1, 3, 2, 2))
+        Classifier.wrap(Leaving().eval())(torch.zeros(1, 3, 2, 2))
 
     def factory() -> nn.Module:
         raise error
@@ -263,7 +263,7 @@ def test_an_interrupt_is_the_users() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Classifier.wrap(Interrupted())(torch.zeros(1, 3, 2, 2))
+        Classifier.wrap(Interrupted().eval())(torch.zeros(1, 3, 2, 2))
 
 
 # --- which model

@@ -285,6 +285,7 @@ def test_a_region_where_nothing_falls_has_its_curve_and_its_control_a_least_size
     )
 
 
+@pytest.mark.filterwarnings("ignore:the gradient of")
 def test_an_image_unknown_at_a_smaller_budget_is_in_no_curve(weak: Run) -> None:
     records = weak.records
     lost = (records["attack"] == "pgd linf:8/255 steps=20") & (records["index"] < 10)

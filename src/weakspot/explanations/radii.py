@@ -67,6 +67,8 @@ def locality_table(
         row |= dict(zip(RATES, rate_interval(values[there & fooled]), strict=True))
         difference = (values - random)[there & fooled]
         mean, low, high = mean_interval(difference)
+        if np.isnan(low):  # the images differ in nothing, which says more than that nothing is known
+            _, low, high = (2 * bound - 1 for bound in rate_interval((difference + 1) / 2))
         if len(difference) < FEWEST:
             low, high = np.nan, np.nan
         if column == RANDOM:
