@@ -71,6 +71,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("COLUMNS", "200")
+    # No line of progress, however slow the machine is.
+    monkeypatch.setattr(sys.modules["weakspot.cli.app"], "LINE_EVERY", 3600.0)
 
     def call(*arguments: object) -> Ended:
         monkeypatch.setattr(sys, "argv", ["weakspot", *map(str, arguments)])
@@ -472,7 +474,11 @@ def test_an_interrupt_before_anything_is_written_says_so_whatever_lies_there(
             "weakspot.report.sheets.overview",
             "clean/ (4 files), adversarial/ (4 files)",
         ),
-        (("defend", *TINY_OPTIONS), "weakspot.report.accuracies.accuracy_figure", "defense.json"),
+        (
+            ("defend", *TINY_OPTIONS, "--queries", 4),
+            "weakspot.report.accuracies.accuracy_figure",
+            "defense.json",
+        ),
     ],
 )
 def test_an_interrupt_names_the_files_that_were_written_by_then_and_no_others(

@@ -205,7 +205,8 @@ def cases(nets: Mapping[str, nn.Module], known: Tensor) -> dict[str, Case]:
         "FGSM training (.3)": Case(lambda: nets["fgsm"], 0.3, (PROTECTS,)),
         "adversarial training (a_adv)": Case(lambda: a_adv, 0.3, (PROTECTS,)),
         "convex training (.1)": Case(lambda: convex, 0.1, (PROTECTS,)),
-        "robust, resize and pad": Case(lambda: Wrapper(pgd, resized), 0.3, (PROTECTS,)),
+        # Of forty images, one that falls to a lucky draw is already more than a doubling of draws may take.
+        "robust, resize and pad": Case(lambda: Wrapper(pgd, resized), 0.3, (PROTECTS, UNCLEAR)),
         # Others, on which no threshold was chosen. The stopped slope showed that agreement must also be measured where
         # attacks end, and the noise before a robust network that draws must be doubled as queries are.
         "robust, noise": Case(

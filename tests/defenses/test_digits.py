@@ -44,4 +44,4 @@ def test_broken_defenses_are_not_praised_and_genuine_ones_are(title: str, digits
     assert found.status in case.statuses, f"{found}\n{table}"
     masked = "Its own gradients are masked" in str(found)
     assert masked == (title == "detach, robust network")
-    assert (PROTECTS in case.statuses) == str(found).startswith("Protects against these attacks")
+    assert (found.status == PROTECTS) == str(found).startswith("Protects against these attacks")
