@@ -1,12 +1,13 @@
 """Minimal-norm attacks as 8-bit files: how many survive rounding, and what ending on the grid costs.
 
-Run: WEAKSPOT_DATA=FOLDER python -m benchmarks.grid [IMAGES]. Intervals: Wilson's of shares, bootstrap of medians.
+Run: WEAKSPOT_DATA=FOLDER python -m benchmarks.grid [IMAGES [ATTACK ...]]. Intervals: Wilson's of shares, bootstrap
+of medians.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -49,8 +50,8 @@ def lengths(result: AttackResult) -> Tensor:
     return found
 
 
-def main(count: int) -> None:
-    """One table."""
+def main(count: int, names: Sequence[str]) -> None:
+    """One table, of the attacks whose lines begin with one of these names; of all where none is given."""
     if not real.there():
         return
     model, images, labels = real.correct(NETWORK, count)
@@ -61,6 +62,8 @@ def main(count: int) -> None:
     )
     print("|---|---|---|---|---|---|---|---|")
     for name, (attack, options) in JOBS.items():
+        if names and not name.startswith(tuple(names)):
+            continue
         floats, ended = (
             attack(model, images, labels, on_grid=on_grid, **options) for on_grid in (False, True)
         )
@@ -81,4 +84,4 @@ def main(count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 100)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 100, sys.argv[2:])

@@ -111,11 +111,11 @@ def test_base_scores_are_what_the_model_says_of_each_image(any_model: Made, from
 def test_a_success_that_rounding_takes_back_is_told_as_such_whoever_made_the_pair() -> None:
     weight = torch.full((1, 4, 4), 1.0)
     model = Classifier.wrap(LinearNetwork(weight).eval())
-    border = nn.Linear(2, 2)
-    shifted = nn.Sequential(model, border).eval()
+    last = nn.Linear(2, 2)
+    shifted = nn.Sequential(model, last).eval()
     with torch.no_grad():  # the border lies a quarter of a level below the images
-        border.weight.copy_(torch.eye(2))
-        border.bias.copy_(torch.tensor([-1.0, 1.0]) * 16 * 99.75 / 255)
+        last.weight.copy_(torch.eye(2))
+        last.bias.copy_(torch.tensor([-1.0, 1.0]) * 16 * 99.75 / 255)
     clean, labels = torch.full((2, 1, 4, 4), 100 / 255), torch.tensor([0, 0])
     moved = clean - torch.tensor([0.4, 1.0]).view(2, 1, 1, 1) / 255
     pairs = Pairs.of(shifted, clean, moved, labels)

@@ -155,9 +155,7 @@ def test_many_regions_are_in_the_table() -> None:
 
 
 def test_an_attack_without_robust_accuracy_is_named_and_left_out_of_the_chart() -> None:
-    table = cells(0.5, math.nan).assign(
-        attack=["pgd", "fmn"], budget=pd.Series(["linf:4/255", None], dtype=object)
-    )
+    table = cells(0.5, math.nan).assign(attack=["pgd", "fmn"], budget=["linf:4/255", ""])
     section = robust_section(table, 1.0)
     assert section.sentences[0].startswith("pgd at linf:4/255 leaves 50%")
     assert section.sentences[1].startswith("fmn looks for the smallest change and has no robust accuracy")
