@@ -299,6 +299,8 @@ def test_a_copy_of_an_image_is_no_other_image() -> None:
     ]
     found = ssim_alignment(RedEvidence().eval(), Pairs(*twice))
     assert found.scores["ssim_concentration_p"].isna().all()
+    assert found.runs["other images"].images == 10
+    assert {test.images for test in found.runs.values()} == {10}
 
 
 # ---------------------------------------------------------------- controls

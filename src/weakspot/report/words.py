@@ -34,14 +34,15 @@ def verdict(explanation: Explanation, index: int = 0) -> str:
     if row["linf"] == 0:
         return "The two images are identical; there is nothing to explain."
     sentences = [_what_happened(row)]
-    importance = explanation.maps.get("importance")
-    if importance is not None and float(importance[index].max()) <= 0:
-        sentences.append(
-            f"The class activation of {row['label']} is nowhere positive, so no region matters most for it."
-        )
-    elif "effect_in_roi" in row:
-        sentences.append(_where(row))
+    if "effect_in_roi" in row:
+        importance = explanation.maps.get("importance")
+        evident = importance is None or float(importance[index].max()) > 0
+        sentences.append(_where(row) if evident else _without_evidence(row))
     return " ".join(sentences)
+
+
+def _without_evidence(row: pd.Series) -> str:
+    return f"The class activation of {row['label']} is nowhere positive, so no region matters most for it."
 
 
 def _what_happened(row: pd.Series) -> str:
