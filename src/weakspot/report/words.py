@@ -35,14 +35,8 @@ def verdict(explanation: Explanation, index: int = 0) -> str:
         return "The two images are identical; there is nothing to explain."
     sentences = [_what_happened(row)]
     if "effect_in_roi" in row:
-        importance = explanation.maps.get("importance")
-        evident = importance is None or float(importance[index].max()) > 0
-        sentences.append(_where(row) if evident else _without_evidence(row))
+        sentences.append(_where(row))
     return " ".join(sentences)
-
-
-def _without_evidence(row: pd.Series) -> str:
-    return f"The class activation of {row['label']} is nowhere positive, so no region matters most for it."
 
 
 def _what_happened(row: pd.Series) -> str:
