@@ -48,8 +48,8 @@ class Restoration:
 MEANINGS = {
     "deletion_auc": "Mean lead of the label while the changed cells are taken out, the most harmful first, as "
     "a share of the way from the adversarial to the clean lead; the nearer to 1, the fewer cells carry the attack.",
-    "insertion_auc": "Mean loss of the lead while the changed cells are put into the clean image, the most harmful first, "
-    "as a share of the whole loss; the nearer to 1, the fewer cells carry the attack.",
+    "insertion_auc": "Mean loss of the lead while the changed cells are put into the clean image, the most harmful "
+    "first, as a share of the whole loss; the nearer to 1, the fewer cells carry the attack.",
     "necessary_share": "Share of the changed cells in a small set without which the attack fails.",
     "sufficient_share": "Share of the changed cells in a small set that fools the model alone.",
 }
