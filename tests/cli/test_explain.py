@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from typer.core import TyperGroup
 import weakspot
 from weakspot import Pairs, cli, sample_images
 from weakspot.cli.app import Failure
+from weakspot.report.words import p_value
 from weakspot.runs.folder import FILES
 
 
@@ -222,7 +224,56 @@ def test_a_mask_confines_the_attack_to_its_white_part(run: Run, photographs: Pat
     changed = (Pairs.load(tmp_path / "run/pairs.safetensors").perturbation != 0).any(1)
     assert not changed[:, mask == 0].any()
     assert changed[:, mask == 255].float().mean() > 0.9
-    assert "It changed only" in ended.out
+    assert ended.out.count("by changing") == 4
+    assert "effect where it looks" not in ended.out  # it follows from the mask
+
+
+def test_four_photographs_speak_no_p_value(run: Run, photographs: Path, tmp_path: Path) -> None:
+    ended = run("explain", photographs, *TINY_OPTIONS, "--analyses", "overlap,promotion", "--out", "run")
+    assert ended.code == 0, ended.err
+    assert ended.out.count("a p value needs at least 19 other images of the same source") == 4
+    page = (tmp_path / "run/report.html").read_text()
+    for text in (ended.out, page.split("<main>")[1].split("<script")[0]):
+        assert not re.search(r"\b[pq] ?[=<]|&lt; \.|where the network looks:", text)
+    assert '<th scope="col">other images</th>' not in page
+
+
+def test_a_folder_of_references_gives_p_values(run: Run, photographs: Path, tmp_path: Path) -> None:
+    others = tmp_path / "others"
+    others.mkdir()
+    images = sample_images((64, 64))[0]
+    turned = [
+        image.rot90(turn, (1, 2)) for image in torch.cat([images, images.flip(3)]) for turn in (1, 2, 3)
+    ]
+    for number, image in enumerate(turned):
+        save(image, others / f"{number}.png")
+    (others / "notes.txt").write_text("not a picture")
+    options = ("--analyses", "overlap,promotion", "--reference", "others", "--out", "run")
+    ended = run("explain", photographs, *TINY_OPTIONS, *options)
+    assert ended.code == 0, ended.err
+    assert "notes.txt" in ended.err
+    assert ended.out.count("q = ") + ended.out.count("q < ") == 4
+    assert "in other images" in ended.out
+    scores = pd.read_csv(tmp_path / "run/scores.csv")
+    assert scores[["relation", "relation_p", "spearman_p", "interpretability_label_p"]].notna().all(axis=None)
+    shown = [line for line in ended.out.splitlines() if " → " in line and ".png" in line]
+    for line, largest in zip(shown, scores["relation_p"], strict=True):  # the table has the sentence's p
+        p = p_value(float(largest))
+        assert line.rstrip().endswith(p.removeprefix("p = ").removeprefix("p "))
+        assert f"{p}, q" in ended.out
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["reference"] == "24 pictures in others"
+    assert '<th scope="col">other images</th>' in (tmp_path / "run/report.html").read_text()
+
+
+def test_references_that_are_not_there_are_named(run: Run, photographs: Path) -> None:
+    for name, what in (("nowhere", "not there"), ("tiny_networks.py", "a file")):
+        ended = run("explain", photographs, *TINY_OPTIONS, "--reference", name)
+        assert ended.code == 4
+        assert f"reference must be a folder of pictures, got {name}, which is {what}" in ended.err
+    ended = run("explain", photographs, *TINY_OPTIONS, "--reference", photographs, "--analyses", "ssim")
+    assert ended.code == 2
+    assert "analyses must name one that compares images" in ended.err
 
 
 def test_a_black_mask_is_refused(run: Run, photographs: Path, tmp_path: Path) -> None:

@@ -212,6 +212,14 @@ def test_progress_rises_to_one(pooling: Made) -> None:
         ({"analyses": ["overlp"]}, r"analyses has 'overlp', which is not installed; did you mean overlap\?"),
         ({"analyses": ["nothing like it"]}, r"accepted: cam, ssim, overlap"),
         ({"names": ["one", "two"]}, r"names has 2 entries; accepted is one for each of 3 pairs"),
+        (
+            {"analyses": ["ssim"], "reference": torch.rand(2, 3, 20, 20)},
+            r"analyses must name one that compares images if there is a reference \(overlap, promotion\), got ssim",
+        ),
+        (
+            {"reference": torch.rand(2, 3, 9, 9)},
+            r"reference must be images \(R, 3, 20, 20\), got \(2, 3, 9, 9\)",
+        ),
         ({"pairs": (torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4))}, "pairs is a tuple; accepted are Pairs"),
         ({"pairs": None}, "pairs is a NoneType; accepted are Pairs"),
         ({"model": "resnet18"}, "model is a str; accepted is a torch.nn.Module"),
@@ -259,6 +267,55 @@ def test_a_third_partys_analysis_is_run_like_our_own(pooling: Made, install: Ins
     assert found.meanings["brightness"] == "How bright it is."
     assert found.pictures["bright"].title == "Brightness"
     assert "brightness" in explain(model, pairs).scores
+
+
+def test_only_an_analysis_that_names_them_is_given_the_other_images(pooling: Made, install: Install) -> None:
+    model, images = pooling
+    others = torch.rand(20, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    given: dict[str, Any] = {}
+
+    def older(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
+        given["older"] = {}
+        return Analysis(pd.DataFrame(index=range(len(pairs))), {})
+
+    def greedy(model: nn.Module, pairs: Pairs, **options: Any) -> Analysis:
+        given["greedy"] = options
+        return Analysis(pd.DataFrame(index=range(len(pairs))), {})
+
+    def newer(
+        model: nn.Module, pairs: Pairs, *, seed: int = 0, compare: bool, reference: Tensor | None = None
+    ) -> Analysis:
+        given["newer"] = {"compare": compare, "reference": reference}
+        return Analysis(pd.DataFrame(index=range(len(pairs))), {})
+
+    install(older=older, greedy=greedy, newer=newer)
+    explain(model, attacked(model, images), analyses=["older", "greedy", "newer"], reference=others)
+    assert given["older"] == {}
+    assert given["greedy"] == {"seed": 0}
+    assert given["newer"]["compare"]
+    assert torch.equal(given["newer"]["reference"], others)
+    explain(model, attacked(model, images), analyses=["newer"], compare=False)
+    assert given["newer"] == {"compare": False, "reference": None}
+
+
+def test_references_give_p_values_and_leaving_them_out_gives_none(pooling: Made) -> None:
+    model, images = pooling
+    pairs = attacked(model, images)
+    others = torch.rand(20, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    names = ["overlap", "promotion"]
+    with untouched(model, others):
+        found = explain(model, pairs, analyses=names, reference=others).scores
+    tested = [name for name in found if str(name).endswith("_p") and "shift" not in str(name)]
+    assert {"relation_p", "spearman_p", "interpretability_label_p", "interpretability_target_p"} <= set(
+        tested
+    )
+    assert found[tested].notna().all(axis=None)
+    bare = explain(model, pairs, analyses=names).scores
+    assert list(bare) == list(found)
+    assert bare[tested].isna().all(axis=None)
+    alone = explain(model, pairs, analyses=names, compare=False)
+    assert not alone.scores.filter(regex="(?<!_shift)(_null|_p|_q)$|^relation").size
+    assert "p =" not in alone.verdict(0)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import false_discovery_control
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,30 +24,34 @@ from weakspot.pairs import Pairs
 from weakspot.statistics import OtherImageTest
 
 
-def test_of(p: list[float], q: list[float], direction: list[int]) -> OtherImageTest:
-    filled = [torch.tensor(values, dtype=torch.float64) for values in (p, p, p, q, direction)]
+def a_test(p: list[float], direction: list[int]) -> OtherImageTest:
+    filled = [torch.tensor(values, dtype=torch.float64) for values in (p, p, p, p, direction)]
     return OtherImageTest(*filled)
 
 
-test_of.__test__ = False  # type: ignore[attr-defined]
-
-
 def test_a_relation_is_stated_where_all_tests_agree() -> None:
-    """Columns of images: agree, one p too large, one q too large, directions differ, away, undefined, half defined."""
+    """Images: agree, one p too large, directions differ, away, undefined, half defined, no direction."""
     nan = math.nan
-    first = test_of(
-        [0.01, 0.01, 0.01, 0.01, 0.02, nan, 0.01], [0.1, 0.1, 0.1, 0.1, 0.1, nan, 0.1], [1, 1, 1, 1, -1, 0, 1]
-    )
-    other = test_of(
-        [0.1, 0.11, 0.01, 0.01, 0.05, 0.01, nan],
-        [0.1, 0.1, 0.2, 0.1, 0.05, 0.1, nan],
-        [1, 1, 1, -1, -1, 1, 0],
-    )
+    first = a_test([0.002, 0.002, 0.002, 0.01, nan, 0.002, 0.002], [1, 1, 1, -1, 0, 1, 1])
+    other = a_test([0.004, 0.110, 0.002, 0.02, 0.01, nan, 0.002], [1, 1, -1, -1, 1, 0, 0])
     for tests in ([first, other], [first, other, other]):
-        found = agreed(tests)
-        assert found["relation"].tolist() == pytest.approx([1, 0, 0, 0, -1, nan, 0], nan_ok=True)
-        assert found["relation_p"].tolist() == pytest.approx([0.1, 0.11, 0.01, 1, 0.05, nan, 1], nan_ok=True)
-        assert found["relation_q"].tolist() == pytest.approx([0.1, 0.1, 0.2, 1, 0.1, nan, 1], nan_ok=True)
+        stated = agreed(tests)
+        assert stated["relation"].tolist() == pytest.approx([1, 0, 0, -1, nan, 0, 0], nan_ok=True)
+        p = [0.004, 0.11, 1, 0.02, nan, 1, 1]
+        assert stated["relation_p"].tolist() == pytest.approx(p, nan_ok=True)
+
+
+def test_q_is_over_the_images_of_one_direction() -> None:
+    p, direction = [0.01, 0.02, 0.03, 0.01, 0.9, 0.8], [1, 1, 1, -1, 1, -1]
+    stated = agreed([a_test(p, direction)])
+    up = false_discovery_control([0.005, 0.01, 0.015, 1, 0.45, 1])
+    down = false_discovery_control([1, 1, 1, 0.005, 1, 0.4])
+    assert stated["relation_q"].tolist() == pytest.approx([*up[:3], down[3], up[4], down[5]])
+    assert stated["relation"].tolist() == [1, 1, 1, -1, 0, 0]
+    many = agreed([a_test([0.05] + [0.9] * 39, [1] * 40)])
+    assert float(many["relation_p"][0]) == 0.05
+    assert float(many["relation_q"][0]) > 0.1
+    assert not many["relation"].any()  # one image in forty has p = .05 by chance
 
 
 def mean_path(model: nn.Module, pairs: Pairs, losing: Tensor, seeds: int) -> Tensor:

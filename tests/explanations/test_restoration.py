@@ -64,6 +64,21 @@ def test_one_planted_cell_is_both_enough_and_needed() -> None:
     assert found.scores["insertion_auc"][0] > 0.9
 
 
+def test_an_attack_is_not_concentrated_for_being_confined() -> None:
+    """Linear: every changed cell takes the same, so the curves are straight however few cells were changed."""
+    model = Threshold(torch.ones(3, 12, 12), 3 * 144 * 0.5 - 2).eval()
+    clean = torch.full((2, 3, 12, 12), 0.5)
+    adversarial = clean.clone()
+    adversarial[0] -= 4 / 432
+    adversarial[1, :, :4, :8] -= 4 / 96
+    found = restoration(model, Pairs.of(model, clean, adversarial), cell=4)
+    scores = found.scores
+    assert scores["deletion_auc"].tolist() == pytest.approx([0.5, 0.5], abs=1e-3)
+    assert scores["insertion_auc"].tolist() == pytest.approx([0.5, 0.5], abs=1e-3)
+    assert scores["necessary_share"].tolist() == pytest.approx([5 / 9, 1 / 2])
+    assert not bool((found.sufficient[1] & (adversarial[1] == clean[1]).all(0)).any())
+
+
 def test_curves_run_from_one_image_to_the_other() -> None:
     torch.manual_seed(1)
     model = PoolingNetwork().eval()
@@ -76,7 +91,7 @@ def test_curves_run_from_one_image_to_the_other() -> None:
     margins = [
         z.gather(1, labels[:, None])[:, 0] - z.scatter(1, labels[:, None], -torch.inf).amax(1) for z in ends
     ]
-    assert found.share.tolist() == pytest.approx([number / 12 for number in range(13)])
+    assert found.share[0].tolist() == pytest.approx([number / 12 for number in range(13)])
     torch.testing.assert_close(found.deletion[:, 0], margins[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found.deletion[:, -1], margins[1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found.insertion[:, 0], margins[1], atol=1e-4, rtol=1e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 import pytest
 
@@ -11,10 +13,14 @@ BASE = {
     "image": "cat.png", "label": "lynx", "target": "tabby", "landed": "tabby", "read_clean_as": "lynx",
     "success": True, "asked_for_target": False, "completeness_gap": 0.002, "reached_share": 1.0,
     "label_clean": 0.4, "label_adversarial": 0.01, "target_clean": 0.1, "target_adversarial": 0.97,
-    "landed_adversarial": 0.97, "linf": 0.016, "changed_share": 1.0, "changed_in_roi": 0.2,
-    "effect_in_roi": 0.61, "effect_in_roi_null": 0.2, "effect_in_roi_null_low": 0.1, "effect_in_roi_null_high": 0.3,
-    "effect_in_roi_p": 0.012, "effect_in_roi_p_less": 0.99,
+    "landed_adversarial": 0.97, "linf": 0.016, "changed_share": 1.0,
+    "effect_in_roi": 0.61, "effect_in_roi_null": 0.31, "roi_share": 0.2, "margin_taken": 1.8, "margin_drop": 3.0,
+    "relation": 1.0, "relation_p": 0.012, "relation_q": 0.04,
 }  # fmt: skip
+
+
+NAN = float("nan")
+FAILED = {"success": False, "landed": "lynx", "landed_adversarial": 0.3}
 
 
 class Told:
@@ -38,33 +44,67 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
         (
             {},
             (
-                "It works mostly where the network looks: 61% of its effect falls on the 20% of the image that matters "
-                "most for lynx (by chance 20%, p = .012)."
+                "It acts where the network looks: 61% of the effect falls on the 20% of the image that matters most "
+                "for lynx (31% on what matters in other images; p = .012, q = .040 over the images)."
             ),
         ),
-        ({"effect_in_roi": 0.36}, "It works more than chance would have it where the network looks: 36%"),
         (
-            {"effect_in_roi_p": 0.26, "effect_in_roi": 0.22},
+            {"relation": 0.0, "relation_p": 0.26, "relation_q": 0.5, "effect_in_roi": 0.33},
             (
-                "no more than by chance: 22% of its effect falls on the 20% of the image that matters most for lynx "
-                "(by chance 20%, mostly between 10% and 30%; p = .26)."
+                "There is no clear relation to where the network looks: 33% of the effect falls on the 20% of the "
+                "image that matters most for lynx (31% on what matters in other images; p = .26, q = .50 over the "
+                "images)."
             ),
         ),
         (
-            {"effect_in_roi_p": 0.99, "effect_in_roi_p_less": 0.02, "effect_in_roi": 0.05},
+            {"relation": -1.0, "relation_p": 0.02, "effect_in_roi": 0.05},
             (
-                "It works away from where the network looks: only 5% of its effect falls on the 20% of the image that "
-                "matters most for lynx (by chance 20%, p = .020)."
+                "It acts away from where the network looks: only 5% of the effect falls on the 20% of the image that "
+                "matters most for lynx (31% on what matters in other images; p = .020,"
             ),
         ),
         (
-            {"changed_share": 0.3, "reached_share": 0.4, "changed_in_roi": 0.66},
-            "It changed only 30% of the pixels, 66% of them in the 20%",
+            {"relation": NAN, "relation_p": NAN, "relation_q": NAN, "effect_in_roi_null": NAN},
+            (
+                "61% of the effect falls on the 20% of the image that matters most for lynx; a p value needs at least "
+                "19 other images of the same source, in the batch or from --reference FOLDER."
+            ),
         ),
         (
-            {"effect_in_roi": float("nan")},
+            {"changed_share": 0.3, "reached_share": 0.4},
+            (
+                "It changed 30% of the pixels and left 60% of the image untouched; where it acts follows from that and "
+                "is not compared with where the network looks."
+            ),
+        ),
+        (
+            {"effect_in_roi": NAN},
             "It took next to nothing from the lead of lynx, or nothing that could be placed.",
         ),
+        (
+            {"roi_share": 0.0},
+            "No part of the image stands out for lynx, so there is no place where the network looks.",
+        ),
+        (
+            {**FAILED, "margin_taken": 0.34, "effect_in_roi": 0.4},
+            (
+                "It took 34% of the lead of lynx over tabby. That was lost where the network looks: 40% of the effect "
+                "falls on the 20%"
+            ),
+        ),
+        (
+            {**FAILED, "margin_taken": 0.34, "relation": NAN},
+            "It took 34% of the lead of lynx over tabby. 61% of the effect falls on the 20%",
+        ),
+        (
+            {**FAILED, "margin_taken": 0.34, "changed_share": 0.3, "reached_share": 0.4},
+            "It took 34% of the lead of lynx over tabby, by changing 30% of the pixels.",
+        ),
+        (
+            {**FAILED, "asked_for_target": True, "landed": "fox", "margin_taken": 2.5},
+            "It took all of the lead of lynx over tabby.",
+        ),
+        ({"read_clean_as": "dog", "margin_taken": NAN}, "It put lynx further behind tabby."),
         (
             {"success": False, "landed": "lynx", "landed_adversarial": 0.3},
             "The attack failed: the image is still read as lynx (40% before, 30% after); it came closest to tabby.",
@@ -84,7 +124,7 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
             {"success": False, "asked_for_target": True, "landed": "lynx", "landed_adversarial": 0.3},
             "The attack failed: it asked for tabby and reached 97%; the image is read as lynx 30%.",
         ),
-        ({"changed_share": 0.27}, "It works mostly where the network looks"),
+        ({"changed_share": 0.27}, "It acts where the network looks"),
         ({"completeness_gap": 0.96}, "What it did could not be placed: the vulnerability map is 96% off"),
         ({"linf": 0.0}, "The two images are identical; there is nothing to explain."),
     ],
@@ -93,8 +133,39 @@ def test_a_case_is_said_in_its_own_words(changed: dict[str, object], wanted: str
     assert wanted in said(**changed)
 
 
-def test_a_confined_attack_is_not_credited_with_alignment() -> None:
-    assert "p =" not in said(changed_share=0.3, reached_share=0.4, effect_in_roi=0.99, effect_in_roi_p=0.001)
+@pytest.mark.parametrize("success", [True, False])
+def test_a_confined_or_sparse_attack_is_not_compared_with_where_the_network_looks(success: bool) -> None:
+    for changed in (0.3, 0.0001):
+        sentences = said(changed_share=changed, reached_share=0.4, effect_in_roi=0.99, success=success)
+        assert "p =" not in sentences
+        assert "99%" not in sentences
+        assert "confined" not in sentences  # a sparse attack chose its place
+
+
+OUTCOMES: dict[str, dict[str, object]] = {
+    "failed": {"success": False, "landed": "lynx"},
+    "misread": {"read_clean_as": "dog"},
+    "fooled": {},
+}
+
+
+@pytest.mark.parametrize("outcome", list(OUTCOMES))
+@pytest.mark.parametrize("relation", [1.0, 0.0, -1.0, float("nan")])
+def test_only_a_success_acts_anywhere_and_p_stands_beside_its_own_direction(
+    outcome: str, relation: float
+) -> None:
+    sentences = said(relation=relation, margin_taken=0.5, **OUTCOMES[outcome])
+    assert ("It acts" in sentences) == (outcome == "fooled" and relation in (1, -1))
+    assert "It works" not in sentences
+    assert ("away from" in sentences) == (relation == -1)
+    assert ("no clear relation" in sentences) == (relation == 0)
+    assert ("p = .012" in sentences) == (not math.isnan(relation))
+
+
+def test_scores_that_were_not_compared_speak_no_p() -> None:
+    told = Told()
+    told.scores = told.scores.drop(columns=["relation", "relation_p", "relation_q", "effect_in_roi_null"])
+    assert "a p value needs at least 19 other images" in verdict(told)  # type: ignore[arg-type]
 
 
 def test_without_overlap_only_what_happened_is_said() -> None:

@@ -18,7 +18,7 @@ from weakspot.attribution.path import MarginDrop, sampled_drop
 from weakspot.classifier import Classifier
 from weakspot.explanations.agreement import effect_in_roi
 from weakspot.pairs import Pairs
-from weakspot.statistics import OtherImageTest, other_image_test
+from weakspot.statistics import OtherImageTest, false_discovery, other_image_test
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,22 +76,24 @@ def setting_tests(
 def agreed(tests: Sequence[OtherImageTest]) -> pd.DataFrame:
     """What all tests, the reported one first, say of each image: columns relation, relation_p, relation_q.
 
-    p is the largest of all tests for one direction, where a test that points the other way has p = 1; q likewise.
-    relation is 1 (where the network looks) or -1 (away from it) if both are at most `LEVEL`, 0 if not, and NaN where
-    the reported test has no p.
+    p is the largest two-sided p of all tests for one direction; a test that points the other way has p = 1. q is the
+    largest share of images, among those that a test has in the same direction at this p or below, which are expected
+    there by chance (Benjamini and Hochberg, over the images in each direction). relation is 1 (where the network
+    looks) or -1 (away from it) if both are at most `LEVEL`, 0 if not, and NaN where the reported test has no p.
     """
     import pandas as pd
 
     reported = tests[0].p
     worst = {}
     for sign in (1, -1):
-        p, q = (
-            torch.stack(
-                [getattr(test, name).nan_to_num(1).where(test.direction == sign, 1.0) for test in tests]
-            ).amax(0)
-            for name in ("p", "q")
-        )
-        worst[sign] = p, q
+        ps, qs = [], []
+        for test in tests:
+            p = test.p.where((test.direction == sign) | test.p.isnan(), 1.0)
+            one_sided = torch.where(test.direction == sign, p / 2, p)
+            q = torch.from_numpy(false_discovery(one_sided.cpu().numpy())).to(p)
+            ps.append(p.nan_to_num(1))
+            qs.append(q.nan_to_num(1))
+        worst[sign] = torch.stack(ps).amax(0), torch.stack(qs).amax(0)
     up = worst[1][0] <= worst[-1][0]
     p, q = (torch.where(up, worst[1][k], worst[-1][k]) for k in (0, 1))
     direction = torch.where(up, 1.0, -1.0).to(p)

@@ -27,7 +27,8 @@ class Restoration:
     """What taking parts of the perturbation out, or putting them in, does to the decision.
 
     Attributes:
-        share: (P,) of the cells, from 0 to 1, that have gone over at each point of a curve.
+        share: (N, P) of the cells that the perturbation changed, from 0 to 1, those that have gone over at each point
+            of a curve. An attack confined to a few cells is not concentrated for that.
         deletion: (N, P) margin of the label while cells are taken out of the perturbation, those that raise the margin
             most, each alone, first.
         insertion: (N, P) margin while cells are put into the clean image, those that lower it most first.
@@ -45,12 +46,12 @@ class Restoration:
 
 
 MEANINGS = {
-    "deletion_auc": "Mean lead of the label while cells of the perturbation are taken out, the most harmful first, as "
+    "deletion_auc": "Mean lead of the label while the changed cells are taken out, the most harmful first, as "
     "a share of the way from the adversarial to the clean lead; the nearer to 1, the fewer cells carry the attack.",
-    "insertion_auc": "Mean loss of the lead while cells are put into the clean image, the most harmful first, as a "
-    "share of the whole loss; the nearer to 1, the fewer cells carry the attack.",
-    "necessary_share": "Share of the cells in a small set without which the attack fails.",
-    "sufficient_share": "Share of the cells in a small set that fools the model alone.",
+    "insertion_auc": "Mean loss of the lead while the changed cells are put into the clean image, the most harmful "
+    "first, as a share of the whole loss; the nearer to 1, the fewer cells carry the attack.",
+    "necessary_share": "Share of the changed cells in a small set without which the attack fails.",
+    "sufficient_share": "Share of the changed cells in a small set that fools the model alone.",
 }
 
 
@@ -82,15 +83,20 @@ def restoration(
             prepared = prepare(classifier, pairs.clean[:1])
             search = _Search(classifier, groups, windowed(groups, cell), prepared, batch_size)
             found = [search.of(pairs, number) for number in range(len(pairs))]
-    deletion, insertion, necessary, sufficient = (torch.stack(parts) for parts in zip(*found, strict=True))
-    share = search.counts.double() / search.counts[-1]
+    counts, deletion, insertion, necessary, sufficient = (
+        torch.stack(parts) for parts in zip(*found, strict=True)
+    )
+    changed = counts[:, -1:].double().clamp(min=1)
+    share = counts / changed
     return Restoration(
         share,
         deletion,
         insertion,
         necessary[:, groups][:, None],
         sufficient[:, groups][:, None],
-        _scores(share, deletion, insertion, necessary, sufficient),
+        _scores(
+            share, deletion, insertion, *(cells.sum(1) / changed[:, 0] for cells in (necessary, sufficient))
+        ),
     )
 
 
@@ -112,26 +118,29 @@ class _Search:
     prepared: Prepared
     batch_size: int | None
 
-    @property
-    def counts(self) -> Tensor:
-        """(P,) how many cells have gone over at each point of a curve."""
-        total = int(self.groups.max()) + 1
-        return torch.linspace(0, total, min(total, POINTS) + 1, device=self.groups.device).round().long()
-
-    def of(self, pairs: Pairs, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Deletion and insertion curves (P,), necessary and sufficient cells (G,) of one pair."""
+    def of(self, pairs: Pairs, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Of one pair: how many cells have gone over at each point (P,), both curves (P,), both sets of cells (G,)."""
         clean, adversarial = pairs.clean[number : number + 1], pairs.adversarial[number : number + 1]
         label = pairs.labels[number]
-        out = self._alone(adversarial, clean, label).argsort(descending=True, stable=True)
-        into = self._alone(clean, adversarial, label).argsort(stable=True)
-        deletion = self._along(adversarial, clean, out, label)
-        insertion = self._along(clean, adversarial, into, label)
-        none = torch.zeros(len(out), dtype=torch.bool, device=clean.device)
+        total = int(self.groups.max()) + 1
+        same = torch.ones(total, dtype=torch.bool, device=clean.device)
+        same[self.groups[(clean != adversarial).any(1)[0]]] = False
+        counts = (
+            torch.linspace(0, int((~same).sum()), min(total, POINTS) + 1, device=clean.device).round().long()
+        )
+        # Cells without a change go last; they do nothing.
+        out = self._alone(adversarial, clean, label).masked_fill(same, -torch.inf)
+        out = out.argsort(descending=True, stable=True)
+        into = self._alone(clean, adversarial, label).masked_fill(same, torch.inf).argsort(stable=True)
+        deletion = self._along(adversarial, clean, out, counts, label)
+        insertion = self._along(clean, adversarial, into, counts, label)
+        none = torch.zeros_like(same)
         if not bool((deletion[0] < 0) & (deletion[-1] >= 0)):
-            return deletion, insertion, none, none
-        necessary = self._pruned(adversarial, clean, out, deletion >= 0, label, wanted=1)
-        sufficient = self._pruned(clean, adversarial, into, insertion < 0, label, wanted=-1)
-        return deletion, insertion, necessary, sufficient
+            return counts, deletion, insertion, none, none
+        firsts = (int(counts[curve.long().argmax()]) for curve in (deletion >= 0, insertion < 0))
+        necessary = self._pruned(adversarial, clean, out, next(firsts), label, wanted=1)
+        sufficient = self._pruned(clean, adversarial, into, next(firsts), label, wanted=-1)
+        return counts, deletion, insertion, necessary, sufficient
 
     def _alone(self, image: Tensor, other: Tensor, label: Tensor) -> Tensor:
         """(G,) margins of the image with each cell, alone, from the other."""
@@ -147,15 +156,14 @@ class _Search:
         logits = predict(self.classifier, images, self.batch_size)
         return margin(logits, label.expand(len(images)))
 
-    def _along(self, image: Tensor, other: Tensor, order: Tensor, label: Tensor) -> Tensor:
-        """(P,) margins while cells go over to the other in this order."""
-        return self._margins(self._mixed(image, other, _ranks(order) < self.counts[:, None]), label)
+    def _along(self, image: Tensor, other: Tensor, order: Tensor, counts: Tensor, label: Tensor) -> Tensor:
+        """(P,) margins while so many cells go over to the other in this order."""
+        return self._margins(self._mixed(image, other, _ranks(order) < counts[:, None]), label)
 
     def _pruned(
-        self, image: Tensor, other: Tensor, order: Tensor, flipped: Tensor, label: Tensor, *, wanted: int
+        self, image: Tensor, other: Tensor, order: Tensor, first: int, label: Tensor, *, wanted: int
     ) -> Tensor:
-        """(G,) bool, of the first cells in this order that flip the decision, those that it takes."""
-        first = int(self.counts[flipped.long().argmax()])
+        """(G,) bool, of the first cells in this order, which flip the decision, those that it takes."""
         chosen = _ranks(order) < first
         before = -1
         while before != int(chosen.sum()):  # what one cell's going makes superfluous goes in another pass
@@ -181,8 +189,7 @@ def _scores(
     lost = lost.where((lost > 1e-6) & (deletion[:, -1] >= 0), torch.nan)  # of a lead that was there
     regained = torch.trapezoid(deletion.double() - deletion[:, :1], share, dim=1) / lost
     taken = torch.trapezoid(insertion[:, :1] - insertion.double(), share, dim=1) / lost
-    none = ~necessary.any(1)
-    shares = [chosen.double().mean(1).masked_fill(none, torch.nan) for chosen in (necessary, sufficient)]
+    shares = [chosen.masked_fill(necessary == 0, torch.nan) for chosen in (necessary, sufficient)]
     return pd.DataFrame(
         {
             name: values.cpu().numpy()

@@ -102,7 +102,7 @@ def _relation(row: pd.Series, subject: str) -> str:
             f"{here}; a p value needs at least {LEAST_OTHERS} other images of the same source, in the batch or from "
             "--reference FOLDER"
         )
-    doubt = f"{p_value(row['relation_p'])}, corrected for all images {p_value(row['relation_q'], 'q')}"
+    doubt = f"{p_value(row['relation_p'])}, {p_value(row['relation_q'], 'q')} over the images"
     others = f"{percent(row['effect_in_roi_null'])} on what matters in other images; {doubt}"
     if relation > 0:
         return f"{subject} where the network looks: {here} ({others})"
