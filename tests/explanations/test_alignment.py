@@ -274,7 +274,7 @@ def test_an_activation_that_is_nowhere_positive_has_no_region_that_matters_most(
     assert not bool(regional.roi.any())
     assert regional.scores[["effect_in_roi", "jaccard", "spearman", "moran_i"]].isna().all(axis=None)
     explanation = explain(model, pairs, analyses=["overlap"])
-    assert "there is no place where the network looks" in explanation.verdict(0)
+    assert "No part of the image stands out for class 0" in explanation.verdict(0)
     with pytest.warns(ModelWarning, match="4 of 4 images is nowhere positive"):
         region = regions.cam(model, pairs.clean, pairs.labels)
     assert int(region[0].sum()) == round(0.3 * SIZE * SIZE)
@@ -299,6 +299,8 @@ def test_a_copy_of_an_image_is_no_other_image() -> None:
     ]
     found = ssim_alignment(RedEvidence().eval(), Pairs(*twice))
     assert found.scores["ssim_concentration_p"].isna().all()
+    assert found.runs["other images"].images == 10
+    assert {test.images for test in found.runs.values()} == {10}
 
 
 # ---------------------------------------------------------------- controls

@@ -224,15 +224,15 @@ def _scored(
     found = alignment(change, maps[paired])
     parts, runs = [], {}
     for name, matrix in found.items():
-        value = matrix.diagonal()
-        if not compare:
-            parts.append(pd.DataFrame({name: value.cpu().numpy()}))
-            continue
-        parts.append(other_image_test(matrix.masked_fill(~allowed, torch.nan)).columns(name))
+        if compare:
+            parts.append(other_image_test(matrix.masked_fill(~allowed, torch.nan)).columns(name))
+        else:
+            parts.append(pd.DataFrame({name: matrix.diagonal().cpu().numpy()}))
+    # Over all images an image counts once, however many copies of it there are.
+    among = allowed[:, :count]
+    counted = among & (among & ~torch.eye(count, dtype=torch.bool, device=among.device)).any(0)[:, None]
     if compare:
-        runs["other images"] = run_test(
-            found[TESTED][:, :count].masked_fill(~allowed[:, :count], torch.nan), seed=seed
-        )
+        runs["other images"] = run_test(found[TESTED][:, :count].masked_fill(~counted, torch.nan), seed=seed)
     for control, (shown, against) in controls.items():
         beside = alignment(shown, against[paired])
         for name in STATISTICS:
@@ -242,7 +242,7 @@ def _scored(
         if compare:
             excess = (found[TESTED] - beside[TESTED]).masked_fill(~allowed, torch.nan)
             parts.append(other_image_test(excess).columns(f"{TESTED}_over_{control}"))
-            runs[control] = run_test(excess[:, :count], seed=seed)
+            runs[control] = run_test(excess[:, :count].masked_fill(~counted, torch.nan), seed=seed)
     return pd.concat(parts, axis=1), runs
 
 

@@ -268,7 +268,8 @@ def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
                 },
                 meaning="Largest change over channels at each site; the brightest colour is the layer's own peak in "
                 "the clean image. Attacks that fail travel almost as far: what counts is the lead over a random edit "
-                "of the same size.",
+                "of the same size. Its pixels are scattered, so an attack confined to a part of the image also differs "
+                "from it by being compact.",
             )
         },
     )
