@@ -261,9 +261,9 @@ def _fooled(found: _Sides) -> _Measured:
         return _Measured(0, (np.nan, np.nan, 0.0, 0.0, np.nan, np.nan, np.nan, np.nan))
     differences = here - _row_means(there)
     mean, low, high = mean_interval(differences)
-    if there.shape[1] == 1 or np.isnan(low):
-        # One control of each image makes a paired difference of proportions, whose interval is exact; it is also one
-        # for several controls that (nearly) always agree, where the spread of their mean is not known.
+    if np.isin(differences, (-1, 0, 1)).all() or np.isnan(low):
+        # With one control of each image this is a paired difference of proportions, which has an interval also where
+        # hardly any image differs. It stands in for the mean of several controls that (nearly) always agree.
         first = np.take_along_axis(there, np.isnan(there).argmin(1)[:, None], 1)[:, 0]
         _, low, high = paired_share_interval(here == 1, first == 1)
         low, high = (low, high) if low <= mean <= high else (np.nan, np.nan)
