@@ -57,9 +57,9 @@ def test_rows_are_paired_differences_of_the_records(before: Run, pictures: Path)
             np.testing.assert_allclose(row["before"], one[known].mean())
             np.testing.assert_allclose(row["difference"], (other - one)[known].mean(), atol=1e-12)
             np.testing.assert_equal(row["p"], mean_test((other - one)[known]))
-            paired = np.isin([one[known], other[known]], (0, 1)).all()
+            paired = np.isin((other - one)[known], (-1, 0, 1)).all()
             exact = (
-                paired_share_interval(other[known] == 1, one[known] == 1)
+                paired_share_interval((other - one)[known] == 1, (other - one)[known] == -1)
                 if paired
                 else mean_interval((other - one)[known])
             )

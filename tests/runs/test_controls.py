@@ -18,7 +18,7 @@ from tests.runs.planted import SIDE, SIZE, draw_quarters, planted, planted_plan
 from weakspot.classifier import predict
 from weakspot.regions import cam
 from weakspot.runs import AttackPlan, Run, audit, region_contrasts, resume, summarize
-from weakspot.runs.contrasts import OTHERS, SHIFTED, STRONG, WEAK, told, verdict
+from weakspot.runs.contrasts import OTHERS, SHIFTED, STRONG, UNCLEAR, WEAK, told, verdict
 from weakspot.runs.donors import Donors
 from weakspot.runs.extremes import extremes
 from weakspot.runs.listing import list_images
@@ -57,7 +57,7 @@ def test_a_region_that_decides_is_a_weak_region(quarters: Path) -> None:
 
 def test_a_network_of_which_every_pixel_counts_alike_has_no_weak_region(quarters: Path) -> None:
     sentence, found = found_in("even", quarters)
-    assert sentence.endswith("not shown to be weaker or stronger than controls.")
+    assert sentence.endswith(f": {UNCLEAR}.")
     assert (found["difference"].abs() < 0.05).all()
 
 
@@ -69,7 +69,7 @@ def test_the_middle_of_images_is_no_weak_region_though_it_falls_more_than_shifte
     assert found["low"][SHIFTED] > 0.5
     assert found["q"][SHIFTED] < 0.001
     assert found["p"][OTHERS] > 0.05
-    assert sentence.endswith("not shown to be weaker or stronger than controls.")
+    assert sentence.endswith(f": {UNCLEAR}.")
 
 
 def contrast(**changes: Any) -> pd.DataFrame:
@@ -101,8 +101,8 @@ def test_a_weak_region_takes_both_controls(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"q": 0.051}, {"difference": 0.049}, {"low": -0.001}, {"low": np.nan, "high": np.nan}, {"q": np.nan},
-        {"difference": -0.05, "low": -0.09, "high": -0.01}, {**SIZES, "difference": np.log2(1.09)},
+        {"q": 0.051}, {"low": -0.001}, {"low": np.nan, "high": np.nan}, {"q": np.nan},
+        {"difference": -0.05, "low": -0.09, "high": -0.01},
     ],
 )  # fmt: skip
 def test_what_falls_short_against_one_control_is_no_weak_region(change: dict[str, Any], side: int) -> None:
@@ -111,7 +111,23 @@ def test_what_falls_short_against_one_control_is_no_weak_region(change: dict[str
         key: tuple(value if place == side else usual[key] for place in (0, 1))
         for key, value in change.items()
     }
-    assert verdict(contrast(**both)) == "not shown to be weaker or stronger than controls"
+    assert verdict(contrast(**both)) == UNCLEAR
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_difference_below_the_floor_is_said_and_is_no_weak_region(side: int) -> None:
+    def one_sided(small: float, usual: float) -> tuple[float, ...]:
+        return tuple(small if place == side else usual for place in (0, 1))
+
+    points = verdict(contrast(difference=one_sided(0.049, 0.2)))
+    assert points == "weaker than controls, but not by the 5 points that a verdict takes"
+    sizes = SIZES | {"difference": one_sided(np.log2(1.09), 2.0)}
+    assert (
+        verdict(contrast(**sizes))
+        == "weaker than controls, but not by the factor of 1.1 that a verdict takes"
+    )
+    down = {"difference": one_sided(-0.049, -0.2), "low": -0.3, "high": -0.01}
+    assert verdict(contrast(**down)).startswith("stronger than controls, but not by the 5 points")
 
 
 def test_too_few_images_or_a_missing_control_allow_no_verdict() -> None:

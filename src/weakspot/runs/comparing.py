@@ -14,7 +14,7 @@ from weakspot.runs.records import has_records
 from weakspot.runs.robustness import limit_of
 from weakspot.runs.run import Run
 from weakspot.runs.scores import score_names
-from weakspot.statistics import false_discovery, mcnemar, mean_intervals, mean_test, paired_share_interval
+from weakspot.statistics import false_discovery, mean_intervals, mean_test, paired_share_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -159,12 +159,11 @@ def _moves(pair: pd.DataFrame, names: Sequence[str], attack: str, region: str) -
     means = [np.where(counts, np.nansum(side, 0) / np.maximum(counts, 1), np.nan) for side in (before, after)]
     p = [mean_test((after - before)[:, place]) for place in range(len(names))]
     for place in range(len(names)):
-        mine = known[:, place]
-        pair_of = before[mine, place], after[mine, place]
-        if np.isin(pair_of, (0, 1)).all() and mine.any():  # proportions, also where every image changed alike
-            was, is_now = (side == 1 for side in pair_of)
-            found[place] = paired_share_interval(is_now, was)
-            p[place] = mcnemar(is_now, was)
+        moved = (after - before)[known[:, place], place]
+        if (
+            len(moved) and np.isin(moved, (-1, 0, 1)).all()
+        ):  # proportions, also where every image changed alike
+            found[place] = paired_share_interval(moved == 1, moved == -1)
     return pd.DataFrame(
         {
             "score": list(names), "attack": attack, "region": region, "images": counts, "before": means[0],

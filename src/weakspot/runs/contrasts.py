@@ -30,6 +30,7 @@ LEAST_POINTS = 0.05  # of a difference in the share of images fooled, for a verd
 LEAST_RATIO = 1.1  # of smallest sizes, for a verdict
 ROUNDING = 1e-9
 WEAK, STRONG = "a weak region", "stronger than controls"
+UNCLEAR = "not shown to be weaker or stronger than all controls"
 CONTRASTS = (
     "attack", "region", "control", "draws", "region_share", "control_share", "images", "measure", "norm",
     "here", "there", "held_here", "held_there", "difference", "low", "high", "p", "q",
@@ -91,7 +92,11 @@ def verdict(contrasts: pd.DataFrame) -> str:
         return f"not judged, as that takes {LEAST_IMAGES} images and this is {fewest}"
     clear = {_direction(row) for row in rows.values()}
     if len(clear) > 1 or 0 in clear:
-        return "not shown to be weaker or stronger than controls"
+        return UNCLEAR
+    if not all(_enough(row) for row in rows.values()):
+        which = "weaker" if clear == {1} else "stronger"
+        least = f"{100 * LEAST_POINTS:.0f} points" if _is_share(rows[SHIFTED]) else f"factor of {LEAST_RATIO}"
+        return f"{which} than controls, but not by the {least} that a verdict takes"
     if OTHERS in rows:
         return WEAK if clear == {1} else STRONG
     place = "weaker" if clear == {1} else "stronger"
@@ -104,11 +109,19 @@ def _named(rows: pd.DataFrame) -> list[Any]:
 
 
 def _direction(row: Any) -> int:
-    """1 if the region is clearly and by enough the weaker place, -1 if it is the stronger one, else 0."""
-    least = LEAST_POINTS if row.measure == "fooled" else np.log2(LEAST_RATIO)
-    if not row.q <= CERTAIN or not np.isfinite(row.low) or abs(row.difference) < least - ROUNDING:
+    """1 if the region is clearly the weaker place, -1 if it is the stronger one, else 0."""
+    if not row.q <= CERTAIN or not (row.low > 0 or row.high < 0):
         return 0
-    return int(np.sign(row.difference)) if row.low > 0 or row.high < 0 else 0
+    return int(np.sign(row.difference))
+
+
+def _enough(row: Any) -> bool:
+    least = LEAST_POINTS if _is_share(row) else np.log2(LEAST_RATIO)
+    return bool(abs(row.difference) >= least - ROUNDING)
+
+
+def _is_share(row: Any) -> bool:
+    return bool(row.measure == "fooled")
 
 
 def told(contrasts: pd.DataFrame) -> list[str]:
@@ -141,7 +154,7 @@ def _images(row: Any) -> str:
 def _figure(row: Any) -> str:
     if not row.images:
         return "is compared on none"
-    if row.measure == "fooled":
+    if _is_share(row):
         return f"fools {row.here:.0%}"
     return f"needs {_size(row.here, row.held_here, row.norm)} on average"
 
@@ -156,7 +169,7 @@ def _beside(row: Any, first: Any) -> str:
         return f"{who} on no image"
     if row.images != first.images:
         who += f", on {_images(row)}"
-    if row.measure == "fooled":
+    if _is_share(row):
         apart = f"{100 * row.difference:+.1f} points"
         if np.isfinite(row.low):
             apart += f", 95% from {100 * row.low:+.1f} to {100 * row.high:+.1f}"
@@ -247,9 +260,9 @@ def _fooled(found: _Sides) -> _Measured:
         return _Measured(0, (np.nan, np.nan, 0.0, 0.0, np.nan, np.nan, np.nan, np.nan))
     differences = here - _row_means(there)
     mean, low, high = mean_interval(differences)
-    if there.shape[1] == 1 or np.isnan(low):
-        # One control of each image makes a paired difference of proportions, whose interval is exact; it is also one
-        # for several controls that (nearly) always agree, where the spread of their mean is not known.
+    if np.isin(differences, (-1, 0, 1)).all() or np.isnan(low):
+        # With one control of each image this is a paired difference of proportions, which has an interval also where
+        # hardly any image differs. It stands in for the mean of several controls that (nearly) always agree.
         first = np.take_along_axis(there, np.isnan(there).argmin(1)[:, None], 1)[:, 0]
         _, low, high = paired_share_interval(here == 1, first == 1)
         low, high = (low, high) if low <= mean <= high else (np.nan, np.nan)
