@@ -128,7 +128,7 @@ def test_a_network_that_is_no_submodule_is_found_and_nested_ones_from_the_outsid
 def test_without_an_inner_network_there_is_no_straight_lead() -> None:
     first, _, _, images, _ = planted()
     assert leads(first, images) == []
-    assert leads(Inline(first), images) == []
+    assert leads(Inline(first).eval(), images) == []
     assert leads(NETWORKS["pooling"]()[0], NETWORKS["pooling"]()[1]) == []
 
 
