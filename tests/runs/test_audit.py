@@ -473,3 +473,9 @@ def test_warnings_of_train_mode_come_and_nothing_else(pictures: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", ModelWarning)
         audit(small_plan(pictures, analyses=()), pictures.parent / "other")
+
+
+def test_no_record_depends_on_the_other_images_of_its_shard(whole: Run) -> None:
+    """P values against other images are a property of the run, not of a row."""
+    assert "effect_in_roi_shift_p" in whole.records
+    assert not whole.records.filter(regex="^relation|(?<!_shift)(_null|_p|_q)$").columns.tolist()

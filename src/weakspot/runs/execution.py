@@ -259,6 +259,7 @@ class _Shard:
                 chosen(result, mine),
                 analyses=self.plan.analyses,
                 seed=self.plan.seed,
+                compare=False,  # with other images of its shard, which is no property of an image
             )
 
         own: dict[int, str] = {}
