@@ -199,3 +199,44 @@ def test_a_classifier_without_class_names_gets_numbers(pooling: tuple[torch.nn.M
     model, images = pooling
     explanation = explain(Classifier.wrap(model), pgd(model, images, model(images).argmax(1), steps=1))
     assert explanation.scores["label"].str.fullmatch(r"class \d").all()
+
+
+def shown_scores(explanation: Explanation) -> list[str]:
+    """Rows of the table of scores, of all pairs, as text."""
+    main = page(explanation).split("<main>")[1]
+    rows = re.findall(
+        r"<tr><th scope=\"row\".*?</tr>", re.sub(r"<script.*?</script>", "", main, flags=re.DOTALL)
+    )
+    return [re.sub(r"<[^>]+>", "|", row) for row in rows]
+
+
+@pytest.mark.parametrize("analysis", ["overlap", "promotion"])
+def test_scores_stand_beside_other_images_where_there_are_any(
+    pooling: tuple[torch.nn.Module, torch.Tensor], analysis: str
+) -> None:
+    model, images = pooling
+    pairs = pgd(model, images, model(images).argmax(1), budget=Linf(0.2), steps=4)
+    others = torch.rand(20, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    name = {"overlap": "effect in roi", "promotion": "interpretability label"}[analysis]
+    headings = ("other images", ">p<", ">q<")
+    for reference in (others, None):
+        found = explain(model, pairs, analyses=[analysis], reference=reference)
+        told = page(found).split("<main>")[1]
+        assert all((heading in told) == (reference is not None) for heading in headings)
+        rows = [row for row in shown_scores(found) if f"|{name}|" in row]
+        assert len(rows) == 3
+        assert all(
+            ("(p " in row) == (reference is not None) for row in rows
+        )  # p by shifts never stands alone
+
+
+def test_where_a_confined_attack_acts_is_not_shown(pooling: tuple[torch.nn.Module, torch.Tensor]) -> None:
+    model, images = pooling
+    region = torch.zeros(3, 1, 20, 20, dtype=torch.bool)
+    region[..., 4:9, 4:9] = True
+    pairs = pgd(model, images, model(images).argmax(1), budget=Linf(0.2), region=region, steps=4)
+    rows = shown_scores(explain(model, pairs, analyses=["overlap", "promotion"]))
+    for name in ("effect in roi", "jaccard", "spearman", "moran i", "relation", "interpretability label"):
+        mine = [row for row in rows if f"|{name}|" in row]
+        assert len(mine) == 3
+        assert all("|not compared|" in row for row in mine), name

@@ -106,8 +106,8 @@ def explain(
     reference: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of other pictures of the same source: what the attacks do there is the null of every p value, "
-            "which takes 19 other pictures, those that are explained included.",
+            help="Folder of other pictures of the same source. Attacks are compared with where the network looks in "
+            "them; a p value needs 19 other pictures, the ones that are explained included.",
             show_default=False,
         ),
     ] = None,

@@ -102,6 +102,7 @@ def _pair(explanation: Explanation, index: int) -> dict[str, Any]:
     told = [leaves(series, index) for series in explanation.series.values()]
     leafed = [heading for heading, _ in told]
     height, width = explanation.pairs.clean.shape[2:]
+    scores = _score_rows(row, explanation.meanings)
     return {
         "name": str(row["image"]),
         "headline": headline(row),
@@ -111,11 +112,9 @@ def _pair(explanation: Explanation, index: int) -> dict[str, Any]:
         "adversarial": _png(explanation.pairs.adversarial[index]),
         "maps": [_map(drawing) for drawing in maps],
         "scales": _scales(maps),
-        "scores": _score_rows(row, explanation.meanings),
-        "compared": row.get("relation_p", np.nan) >= 0,
-        "tested": any(
-            row[name] >= 0 for name in row.index if name.endswith("_p") and not name.endswith("_shift_p")
-        ),
+        "scores": scores,
+        "compared": any(score["p"] for score in scores),
+        "related": row.get("relation_p", np.nan) >= 0,
         "sort": {
             key: float(row[key]) for key in ("effect_in_roi", "relation_p", "margin_drop") if key in row
         },
