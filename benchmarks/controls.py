@@ -32,7 +32,7 @@ from weakspot.statistics import mcnemar, mean_interval, paired_share_interval, r
 NETWORK = "cifar10_resnet20"
 MODEL = ModelPlan("benchmarks.real:resnet20", size=(32, 32))
 IMAGES = int(os.environ.get("WEAKSPOT_IMAGES", "200"))
-BUDGETS = ("linf:1/255", "linf:1.5/255", "linf:2/255")
+BUDGETS = ("linf:1/255", "linf:3/510", "linf:2/255")
 DRAWS = 5
 
 

@@ -71,12 +71,12 @@ def central():
 
 @pytest.fixture
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with planted_networks.py, which can be imported and is the working directory."""
-    (tmp_path / "planted_networks.py").write_text(NETWORKS)
+    """A folder with quarter_networks.py, which can be imported and is the working directory."""
+    (tmp_path / "quarter_networks.py").write_text(NETWORKS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
-    sys.modules.pop("planted_networks", None)
+    sys.modules.pop("quarter_networks", None)
 
 
 def draw_quarters(folder: Path, count: int) -> Path:
@@ -96,7 +96,7 @@ def planted_plan(source: Path, network: str, **changes: object) -> Plan:
     """PGD in the quarter of most evidence, beside its controls."""
     usual = {
         "sources": (str(source),),
-        "model": ModelPlan(f"planted_networks:{network}", size=SIZE),
+        "model": ModelPlan(f"quarter_networks:{network}", size=SIZE),
         "attacks": (AttackPlan("pgd", "linf:8/255", (("steps", 4),)),),
         "regions": ("cam",),
         "controls": True,

@@ -110,6 +110,7 @@ def test_a_planted_weak_place_is_found_and_said(weak: Run) -> None:
     assert not any(WEAK in sentence for sentence in told(found))
 
 
+@pytest.mark.filterwarnings("ignore:the gradient of")
 def test_a_network_without_a_weak_place_is_not_accused(planted: Path) -> None:
     run = audit(plan_for(planted, "even"), planted / "sound")
     found = region_contrasts(run)
@@ -168,6 +169,7 @@ def test_a_run_without_controls_budgets_or_analyses_has_no_findings(pictures: Pa
     assert told(region_contrasts(run)) == []
 
 
+@pytest.mark.filterwarnings("ignore:the gradient of")
 def test_an_image_that_falls_in_one_place_only_counts_with_the_largest_size_there(weak: Run) -> None:
     records = weak.records
     region = weak.plan.regions[0]
@@ -265,6 +267,7 @@ def test_findings_of_a_complete_run_are_computed_once_and_belong_to_who_asks(
     assert asked
 
 
+@pytest.mark.filterwarnings("ignore:the gradient of")
 def test_a_region_where_nothing_falls_has_its_curve_and_its_control_a_least_size(weak: Run) -> None:
     records = weak.records
     region = weak.plan.regions[0]
