@@ -90,6 +90,18 @@ def test_matched_refuses_what_is_no_region(bad: Tensor) -> None:
         regions.matched(bad)
 
 
+def test_regions_that_are_alike_are_moved_apart_by_their_images() -> None:
+    region = torch.zeros(12, 1, 9, 9, dtype=torch.bool)
+    region[..., :3, :3] = True
+    images = torch.rand(12, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    alike, apart = (regions.matched(region, images=known) for known in (None, images))
+    assert len(alike.flatten(1).unique(dim=0)) == 1
+    assert len(apart.flatten(1).unique(dim=0)) > 6
+    assert torch.equal(apart[3:4], regions.matched(region[3:4], images=images[3:4]))
+    with pytest.raises(ValueError, match="images must be as many as regions"):
+        regions.matched(region, images=images[:3])
+
+
 def test_matched_suggests_the_kind_that_was_meant() -> None:
     with pytest.raises(ValueError, match=r"kind is 'shfit'; did you mean shift\?"):
         regions.matched(torch.ones(1, 1, 3, 3, dtype=torch.bool), kind="shfit")

@@ -55,8 +55,8 @@ def test_every_term_and_join_means_the_function_and_operator_of_its_name(
         "cam & border:3": cam & frame,
         "cam&~border:3|background": (cam & ~frame) | background,
         "background | cam & border:3": background | (cam & frame),
-        "matched:cam": regions.matched(cam, seed=5),
-        "~matched:cam": ~regions.matched(cam, seed=5),
+        "matched:cam": regions.matched(cam, seed=5, images=images),
+        "~matched:cam": ~regions.matched(cam, seed=5, images=images),
         f"~{painted} & cam": ~white & cam,
     }
     with untouched(model, images, labels, targets):

@@ -13,7 +13,7 @@ from weakspot.regions.shares import top
 CONTROLS = ("shift", "random", "border")
 
 
-def matched(region: Tensor, *, kind: str = "shift", seed: int = 0) -> Tensor:
+def matched(region: Tensor, *, kind: str = "shift", seed: int = 0, images: Tensor | None = None) -> Tensor:
     """A control region of exactly equal area.
 
     Args:
@@ -22,6 +22,7 @@ def matched(region: Tensor, *, kind: str = "shift", seed: int = 0) -> Tensor:
             "random" scatters its sites; "border" takes the sites nearest the image's border.
         seed: of "shift", "random" and of the order among equally near sites of "border". Each image draws
             by `seed` and its own region, whatever else is in the batch.
+        images: (N, C, H, W) by which each image draws too, so that regions that are alike are not moved alike.
 
     Returns:
         Bool (N, 1, H, W).
@@ -34,11 +35,16 @@ def matched(region: Tensor, *, kind: str = "shift", seed: int = 0) -> Tensor:
     check_seed(seed)
     if kind not in CONTROLS:
         raise ValueError(f"kind is {kind!r}; {closest(kind, CONTROLS)}")
-    return torch.cat([_control(mask, kind, seed) for mask in region.split(1)])
+    if images is not None and len(images) != len(region):
+        raise ValueError(f"images must be as many as regions ({len(region)}), got {len(images)}")
+    contents = [b""] * len(region) if images is None else [image.cpu().numpy().tobytes() for image in images]
+    return torch.cat(
+        [_control(mask, kind, seed, own) for mask, own in zip(region.split(1), contents, strict=True)]
+    )
 
 
-def _control(mask: Tensor, kind: str, seed: int) -> Tensor:
-    content = mask.cpu().numpy().tobytes()
+def _control(mask: Tensor, kind: str, seed: int, image: bytes) -> Tensor:
+    content = mask.cpu().numpy().tobytes() + image
     digest = hashlib.blake2b(content, digest_size=7, key=str(seed).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest))
     height, width = mask.shape[2:]

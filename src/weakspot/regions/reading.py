@@ -31,10 +31,23 @@ def depends_on_keep(text: str) -> bool:
     >>> depends_on_keep("border:4 & ~matched:cam"), depends_on_keep("border:4"), depends_on_keep("cam.png")
     (True, False, False)
     """
+    return not {"cam", "support"}.isdisjoint(_words(text))
+
+
+def depends_on_image(text: str) -> bool:
+    """Whether the region of that text is, or is made of, one that the image decides: not a border or a file.
+
+    >>> depends_on_image("border:4 & ~cam"), depends_on_image("border:4"), depends_on_image("background")
+    (True, False, True)
+    """
+    return not {"cam", "support", "background"}.isdisjoint(_words(text))
+
+
+def _words(text: str) -> list[str]:
+    """The names in a region's text; none if it is a file."""
     if text not in NAMES and os.path.isfile(text):  # noqa: PTH113 - Path.is_file raises on long names
-        return False
-    words = re.findall(r"[^&|~() ]+", text.replace("matched:", " "))
-    return not {"cam", "support"}.isdisjoint(words)
+        return []
+    return re.findall(r"[^&|~() ]+", text.replace("matched:", " "))
 
 
 def read_region(
@@ -97,7 +110,7 @@ def read_region(
             return ~term(bare)
         word = bare
         if word.startswith("matched:"):
-            return matched(term(word.removeprefix("matched:")), seed=seed)
+            return matched(term(word.removeprefix("matched:")), seed=seed, images=images)
         name, _, argument = word.partition(":")
         if name in makers and (not argument or name == "border"):
             return makers[name](argument)
@@ -111,7 +124,7 @@ def read_region(
     if text.startswith("matched:(") and text.endswith(")"):
         inner = text.removeprefix("matched:(").removesuffix(")")
         whole_of_it = read_region(inner, model, images, labels, targets=targets, keep=keep, seed=seed)
-        return matched(whole_of_it, seed=seed)
+        return matched(whole_of_it, seed=seed, images=images)
     every = torch.zeros_like(images[:, :1], dtype=torch.bool)
     for union in text.split("|"):
         both = whole("")
