@@ -10,6 +10,7 @@ import pytest
 
 from tests.runs.fixtures import networks, pictures, small_plan
 from weakspot.runs import AttackPlan, read_mapping, read_plan
+from weakspot.runs.plan import other_region
 
 __all__ = ["networks", "pictures"]  # fixtures
 
@@ -34,6 +35,20 @@ def test_the_cross_product_holds_nothing_twice(pictures: Path) -> None:
     ]  # fmt: skip
     assert plan.sources == (str(pictures),)
     assert plan.analyses == ("ssim", "overlap")
+
+
+def test_controls_are_cells_of_their_own_and_not_reported_as_regions(pictures: Path) -> None:
+    regions = ("none", "cam", "cam & ~border:2", "border:2")
+    plan = small_plan(pictures, regions=regions, controls=True, control_images=2).resolved()
+    assert plan.regions == (
+        *regions, "matched:cam", "matched:(cam & ~border:2)", "matched:border:2", "other:cam#1", "other:cam#2",
+        "other:(cam & ~border:2)#1", "other:(cam & ~border:2)#2",
+    )  # fmt: skip
+    assert plan.resolved() == plan
+    assert plan.reported_regions == plan.regions[:7]
+    assert [other_region(text) for text in plan.regions[-3:]] == [
+        ("cam", 2), ("cam & ~border:2", 1), ("cam & ~border:2", 2),
+    ]  # fmt: skip
 
 
 def test_several_budgets_make_several_attacks_with_labels_of_their_own(pictures: Path) -> None:
@@ -69,8 +84,9 @@ def test_a_toml_file_says_the_same_as_a_mapping(pictures: Path, tmp_path: Path) 
         ({"budget": "linf:x"}, "budget is 'linf:x'"),
         ({"analyses": "overlpa"}, "did you mean overlap"),
         ({"labels": "nowhere.csv"}, "labels is .*nowhere.csv"),
-        ({"limit": 0}, "limit is 0"),
-        ({"shard": "many"}, "shard is 'many'"),
+        ({"limit": 0}, "limit must be a whole number of at least 1, got 0"),
+        ({"shard": "many"}, "shard must be .* got 'many'"),
+        ({"control_images": 0}, "control_images must be .* got 0"),
         ({"keep": 2}, "keep is 2"),
         ({"seed": 1.5}, "seed is 1.5"),
         ({"model": {"sepc": "x"}}, "model has 'sepc'; did you mean spec"),

@@ -34,10 +34,11 @@ def budget_curves(run: Run) -> pd.DataFrame:
     import pandas as pd
 
     plan = run.plan
-    controls = {control_of(region) for region in plan.regions}
+    regions = plan.reported_regions
+    controls = {control_of(region) for region in regions}
     rows: list[tuple[Any, ...]] = []
     for name, norm, attacks in _families(plan):
-        found = {region: _falls(run, attacks, region, norm) for region in plan.regions}
+        found = {region: _falls(run, attacks, region, norm) for region in regions}
         largest = max((falls[np.isfinite(falls)].max(initial=0) for falls in found.values()), default=0)
         for region, falls in found.items():
             if not len(falls):

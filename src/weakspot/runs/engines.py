@@ -67,7 +67,7 @@ class LocalEngine:
     about: Mapping[str, Any] = {"name": "local"}
 
     def results(self, work: Work, progress: Callable[[float], None]) -> Results:
-        machine = Machine.of(work.classifier, work.plan, work.batch_size)
+        machine = Machine.of(work.classifier, work.plan, work.listing, work.batch_size)
         for number in work.missing:
             mine = work.entries(number)
             count = len(mine)

@@ -24,16 +24,18 @@ from weakspot.explanations.analysis import Series
 from weakspot.pairs import AttackResult
 from weakspot.regions import read_region
 from weakspot.runs.attacking import call_attack, chosen, joined
+from weakspot.runs.donors import Donors
 from weakspot.runs.isolation import Lots
 from weakspot.runs.listing import Entry
 from weakspot.runs.maps import BlockBuilder, MapBlock, curve_name
-from weakspot.runs.plan import AttackPlan, Plan
+from weakspot.runs.plan import AttackPlan, Plan, is_other, other_region
 from weakspot.runs.reading import Opened, open_entries
 from weakspot.runs.steady import SteadyClassifier
 from weakspot.runs.tables import cell_rows, no_rows
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
     from weakspot.explanations import Explanation
 
@@ -68,18 +70,23 @@ class Machine:
         steady: the same network for attacks.
         lots: how many images are attacked at once.
         pairs: how many are explained at once, or have their regions found.
+        donors: the other images of the run.
     """
 
     classifier: Classifier
     steady: SteadyClassifier
     lots: Lots
     pairs: Lots
+    donors: Donors
 
     @classmethod
-    def of(cls, classifier: Classifier, plan: Plan, batch_size: int | None = None) -> Machine:
+    def of(
+        cls, classifier: Classifier, plan: Plan, listing: pa.Table, batch_size: int | None = None
+    ) -> Machine:
         """For a plan; without a batch size all images of a shard are attacked at once, fewer when memory runs out."""
         steady = SteadyClassifier(classifier, plan.group)
-        return cls(classifier, steady, Lots(batch_size, steady), Lots(None, None))
+        donors = Donors(listing, classifier, plan.seed)
+        return cls(classifier, steady, Lots(batch_size, steady), Lots(None, None), donors)
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits (N, K), in groups; NaN as they come."""
@@ -149,7 +156,9 @@ class _Shard:
         if self.plan.maps:
             builder.add_pictures("clean", self.places, self.images.cpu().numpy(), {"title": "Clean image"})
         sound = self.sound.nonzero()[:, 0]
-        regions = {text: self._region(text, sound) for text in self.plan.regions}
+        regions = {text: self._region(text, sound) for text in self.plan.reported_regions}
+        for text in dict.fromkeys(other_region(text)[0] for text in self.plan.regions if is_other(text)):
+            regions.update(self._other_regions(text, regions.get(text) or self._region(text, sound)))
         frames = []
         cells = len(self.plan.attacks) * len(self.plan.regions)
         for a, attack in enumerate(self.plan.attacks):
@@ -167,21 +176,68 @@ class _Shard:
         """Bool (N, 1, H, W) of the images of these rows, and what was wrong with others."""
         region = torch.zeros_like(self.images[:, :1], dtype=torch.bool)
         troubles = dict(self.lost)
+        for mine, found in self._made(text, self.images, self.labels, rows, troubles):
+            region[mine] = found
+        return region, troubles
+
+    def _made(
+        self, text: str, images: Tensor, labels: Tensor, rows: Tensor, troubles: dict[int, str]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The region of that text on these rows of images."""
 
         def find(mine: Tensor) -> Tensor:
             with _numbers_left_out():
                 return read_region(
                     text,
                     self.machine.classifier,
-                    self.images[mine],
-                    self.labels[mine],
+                    images[mine],
+                    labels[mine],
                     keep=self.plan.keep,
                     seed=self.plan.seed,
                 )
 
-        for mine, found in self.machine.pairs.each(find, rows, troubles, f"region {text}"):
-            region[mine] = found
-        return region, troubles
+        return self.machine.pairs.each(find, rows, troubles, f"region {text}")
+
+    def _other_regions(
+        self, text: str, own: tuple[Tensor, dict[int, str]]
+    ) -> dict[str, tuple[Tensor, dict[int, str]]]:
+        """What `_region` is, for each draw that the plan has of a region made for other images."""
+        drawn = {
+            other: (torch.zeros_like(own[0]), dict(own[1]))
+            for other in self.plan.regions
+            if is_other(other) and other_region(other)[0] == text
+        }
+        count = max(other_region(other)[1] for other in drawn)
+        for row, content in enumerate(self.opened.contents):
+            if row in own[1]:
+                continue
+            found = self.machine.donors.regions(text, self._donated(text), content, own[0][row], count)
+            for other, (region, troubles) in drawn.items():
+                number = other_region(other)[1]
+                if number <= len(found):
+                    region[row] = found[number - 1]
+                else:
+                    troubles[row] = f"fewer than {number} other images have a region {text} of similar area"
+        return drawn
+
+    def _donated(self, text: str) -> Callable[[Opened], Tensor | None]:
+        """Makes the region of that text on one other image; None where the model or the region fails on it."""
+
+        def make(opened: Opened) -> Tensor | None:
+            images = opened.images.to(self.images.device)
+            logits = self.machine.predict(images)
+            if not bool(logits.isfinite().all()):
+                return None
+            label = opened.entries[0].label
+            labels = torch.tensor([label if label >= 0 else int(logits.argmax())], device=images.device)
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore"
+                )  # what there is to say is said where the image itself is attacked
+                found = self._made(text, images, labels, torch.zeros_like(labels), {})
+            return found[0][1] if found else None
+
+        return make
 
     def _cell(
         self,
@@ -197,7 +253,8 @@ class _Shard:
         rows, result = self._attacked(attack, text, region, troubles, lambda share: progress(share / 2))
         attacked = time.perf_counter()
         logits = None if result is None else self.machine.predict(result.adversarial)
-        explained = [] if result is None else self._explained(rows, result, troubles)
+        # Where other images' regions lie, the attack is a control: only how it ended counts.
+        explained = [] if result is None or is_other(text) else self._explained(rows, result, troubles)
         self._keep(builder, cell, rows, result, explained)
         spent = (attacked - begun, time.perf_counter() - attacked)
         count = max(1, len(rows))

@@ -43,24 +43,25 @@ def extremes(run: Run, shown: int = SHOWN) -> Extremes:
     """A dozen at either end; of few images none is at both."""
     # What a budget bounds says nothing by its size, nor does the change of so many pixels by any amount.
     sized = not any(attack.takes_budget() or attack.name in COUNTED for attack in run.plan.attacks)
+    reported, asked = "list_contains($regions, region)", "list_contains($attacks, attack)"
     # Each image by the attack and region that brought it furthest; ties by name, so that no page differs.
     if sized:
         kept, value = (
-            "correct and success is not null",
+            f"correct and success is not null and {reported}",
             "case when success then l2 else 'inf'::double end",
         )
         better = "value, margin_adversarial, attack, region"
     else:
         kept, value = (
-            "correct and success is not null and isfinite(margin_adversarial) and list_contains($attacks, attack)",
+            f"correct and success is not null and isfinite(margin_adversarial) and {reported} and {asked}",
             "margin_adversarial",
         )
         better = "value, attack, region"
     bounded = bounded_attacks(run.plan)
     every = sized or len(bounded) == len(run.plan.attacks) or not bounded
-    told: dict[str, Any] = (
-        {} if sized else {"attacks": bounded or [attack.label for attack in run.plan.attacks]}
-    )
+    told: dict[str, Any] = {"regions": list(run.plan.reported_regions)}
+    if not sized:
+        told["attacks"] = bounded or [attack.label for attack in run.plan.attacks]
     ranked = (
         f'select * exclude (place) from (select *, row_number() over (partition by "index" order by {better}) as place '
         'from (select "index", image, label_name, landed_name, attack, region, success, margin_adversarial, '

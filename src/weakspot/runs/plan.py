@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
@@ -14,12 +15,16 @@ from weakspot.attacks.registry import find_attack
 from weakspot.budgets import read_budget
 from weakspot.checks import check_seed, check_share, closest
 from weakspot.explanations.analysis import available_analyses, find_analyses
+from weakspot.regions.reading import depends_on_image
 from weakspot.runs.places import is_url
 
 DEFAULT_BUDGET = "linf:4/255"
 DEFAULT_ANALYSES = ("overlap", "promotion", "propagation")
 TAKEN = {"model", "images", "labels", "budget", "region", "targets", "seed", "batch_size", "progress"}
 LABELS = ("auto", "folders", "predictions")
+OTHER_IMAGES = 5  # whose regions an attack is confined to, as controls
+SHIFTED, OTHER = "matched:", "other:"  # before a region's text
+OTHER_FORM = re.compile(rf"{OTHER}(.+)#([1-9]\d*)")
 Value = str | int | float | bool | None
 
 
@@ -99,7 +104,9 @@ class Plan:
         model: which network.
         attacks: without two alike.
         regions: texts as `read_region` takes, without two alike.
-        controls: whether every region gets a control of equal area beside it.
+        controls: whether every region is attacked beside controls: shifted within the image, and, if it depends on
+            the image, made for other images of the run.
+        control_images: how many other images.
         analyses: names, in the order they are run.
         labels: "folders" (a folder is named like a class), a CSV file's path, "predictions" (of the model), or
             "auto": what an array brings, else folders where all match, else predictions.
@@ -116,6 +123,7 @@ class Plan:
     attacks: tuple[AttackPlan, ...] = (AttackPlan("pgd"),)
     regions: tuple[str, ...] = ("none",)
     controls: bool = False
+    control_images: int = OTHER_IMAGES
     analyses: tuple[str, ...] = DEFAULT_ANALYSES
     labels: str = "auto"
     keep: float = 0.3
@@ -130,6 +138,16 @@ class Plan:
         """Every attack in every region."""
         return list(product(self.attacks, self.regions))
 
+    @property
+    def reported_regions(self) -> tuple[str, ...]:
+        """The regions without those made for other images, which count only as controls."""
+        return tuple(region for region in self.regions if not is_other(region))
+
+    @property
+    def reported_cells(self) -> list[tuple[AttackPlan, str]]:
+        """Every attack in every region of `reported_regions`."""
+        return list(product(self.attacks, self.reported_regions))
+
     def resolved(self) -> Plan:
         """The same plan with defaults filled in, without repetitions, and checked as far as it can be without images.
 
@@ -140,13 +158,19 @@ class Plan:
             raise ValueError("images names nothing; accepted are files, folders, .npz and .npy arrays")
         check_seed(self.seed)
         check_share(self.keep)
-        for name, least in (("limit", 1), ("shard", 1), ("group", 1)):
+        for name in ("limit", "shard", "group", "control_images"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise ValueError(f"{name} is {value!r}; accepted is a whole number of at least {least}")
+            if value is None and name != "control_images":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         for name in ("attacks", "regions"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; accepted is at least one")
+        if not self.reported_regions:
+            raise ValueError(
+                f"regions must name a region of the image itself, got {', '.join(self.regions)} (add cam)"
+            )
         if self.labels not in LABELS and not Path(self.labels).is_file():
             raise ValueError(
                 f"labels is {self.labels!r}; accepted are {', '.join(LABELS)} or a CSV file's path"
@@ -176,15 +200,18 @@ class Plan:
         )
 
     def _placed(self) -> tuple[str, ...]:
-        """The regions, each followed by its control where controls are wanted."""
+        """The regions, after them their controls if controls are wanted."""
         regions = list(dict.fromkeys(region.strip() for region in self.regions))
         if self.controls:
-            bare = [region for region in regions if region != "none" and not region.startswith("matched:")]
+            bare = [region for region in regions if region != "none" and not is_control(region)]
             if not bare:
                 raise ValueError(
                     "controls were asked for, but regions names none to control; add some, such as cam"
                 )
             regions += [control_of(region) for region in bare]
+            for region in bare:
+                if depends_on_image(region):
+                    regions += [other_of(region, number) for number in range(1, self.control_images + 1)]
         return tuple(dict.fromkeys(regions))
 
     def as_mapping(self) -> dict[str, Any]:
@@ -198,8 +225,36 @@ class Plan:
 
 
 def control_of(region: str) -> str:
-    """The region of equal area somewhere else."""
-    return f"matched:({region})" if any(sign in region for sign in "&|~") else f"matched:{region}"
+    """The region shifted within the image."""
+    return f"{SHIFTED}{_enclosed(region)}"
+
+
+def other_of(region: str, number: int) -> str:
+    """The region as it is on another image of the run, the first, second, ... drawn for each image."""
+    return f"{OTHER}{_enclosed(region)}#{number}"
+
+
+def is_other(region: str) -> bool:
+    """Whether a region is one made for other images."""
+    return OTHER_FORM.fullmatch(region) is not None
+
+
+def is_control(region: str) -> bool:
+    """Whether a region is there only to be compared with."""
+    return region.startswith(SHIFTED) or is_other(region)
+
+
+def other_region(text: str) -> tuple[str, int]:
+    """The region and number that `other_of` made the text of."""
+    form = OTHER_FORM.fullmatch(text)
+    if form is None:
+        raise ValueError(f"region must be a text such as other:cam#1, got {text!r}")
+    inner = form[1]
+    return (inner[1:-1] if inner.startswith("(") and inner.endswith(")") else inner), int(form[2])
+
+
+def _enclosed(region: str) -> str:
+    return f"({region})" if any(sign in region for sign in "&|~") else region
 
 
 def _normal(source: str) -> str:

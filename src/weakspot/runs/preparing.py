@@ -22,7 +22,7 @@ from weakspot.regions import read_region
 from weakspot.runs.folder import versions
 from weakspot.runs.listing import list_images
 from weakspot.runs.places import exists
-from weakspot.runs.plan import ModelPlan, Plan
+from weakspot.runs.plan import ModelPlan, Plan, is_other, other_region
 from weakspot.runs.records import write_json
 from weakspot.runs.run import ABOUT, KIND, LISTING, SCHEMA
 from weakspot.runs.steady import usual_group
@@ -145,7 +145,7 @@ def _try_regions(plan: Plan, classifier: Classifier) -> None:
         torch.manual_seed(0)
         images = torch.rand(1, classifier.channels, *classifier.input_size).to(classifier.mean.device)
         labels = torch.zeros(1, dtype=torch.long, device=images.device)
-        for text in plan.regions:
+        for text in dict.fromkeys(other_region(text)[0] if is_other(text) else text for text in plan.regions):
             try:
                 read_region(text, classifier, images, labels, keep=plan.keep, seed=plan.seed)
             except NotFiniteError:

@@ -167,7 +167,7 @@ def _machine(task: Task) -> Machine:
             UserWarning,
             stacklevel=2,
         )
-    return Machine.of(classifier, task.plan, task.batch_size)
+    return Machine.of(classifier, task.plan, task.listing, task.batch_size)
 
 
 def _plain(said: list[warnings.WarningMessage]) -> list[tuple[str, type[Warning]]]:

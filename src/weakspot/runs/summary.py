@@ -81,7 +81,7 @@ def summarize(run: Run) -> Summary:
         "select attack, region, index, success, correct, region_share, trouble is not null as troubled from records"
     ).df()
     cells = []
-    for attack, region in run.plan.cells:
+    for attack, region in run.plan.reported_cells:
         mine = found[(found["attack"] == attack.label) & (found["region"] == region)].sort_values("index")
         known = mine.loc[mine["success"].notna(), "success"].to_numpy(dtype=float)
         robust, low, high = share_interval(known == 0)

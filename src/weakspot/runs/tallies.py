@@ -16,7 +16,7 @@ TAIL = 0.005  # of the values at either end, which may lie so far out that they 
 SCORES = (
     "margin_adversarial", "confidence_adversarial", "l2", "linf", "pixels", "ssim", "margin_clean", "confidence_clean",
 )  # fmt: skip
-BESIDE = ("_null", "_null_low", "_null_high", "_p", "_p_less")  # what stands beside a score
+BESIDE = ("_null", "_null_low", "_null_high", "_p", "_p_less", "_q")  # what stands beside a score
 NUMBERS = ("DOUBLE", "FLOAT", "BIGINT", "INTEGER", "SMALLINT", "TINYINT")
 GRID = 20  # names of classes up to which confusions are counted pair by pair
 LISTED = 2_000  # classes of a table; of more those with most images
@@ -66,13 +66,13 @@ def scores_of(run: Run) -> list[str]:
 
 def distributions(run: Run) -> Distributions:
     """Of every score, one after the other."""
-    order = {(attack.label, region): place for place, (attack, region) in enumerate(run.plan.cells)}
+    order = {(attack.label, region): place for place, (attack, region) in enumerate(run.plan.reported_cells)}
     summaries, bins = [], []
     for score in scores_of(run):
         column = '"' + score.replace('"', '""') + '"'
         values = (
             f"(select attack, region, success, case when isfinite({column}::double) then {column}::double end as x "
-            "from records)"
+            f"from records where {_reported(run)})"
         )
         found = run.sql(
             "select attack, region, count(x) as images, count(*) - count(x) as missing, avg(x) as mean, "
@@ -113,7 +113,7 @@ def _limits(found: pd.DataFrame) -> tuple[float, float]:
 
 def classes(run: Run) -> Classes:
     """Of every label that occurs."""
-    attack, region = run.plan.cells[0]
+    attack, region = run.plan.reported_cells[0]
     first = f"attack = {_quoted(attack.label)} and region = {_quoted(region)}"
     listed = run.sql(
         "select label, any_value(label_name) as name, count(*) as images, avg(correct::double) as clean from records "
@@ -121,10 +121,10 @@ def classes(run: Run) -> Classes:
     ).df()
     listed["name"] = listed["name"].fillna(listed["label"].astype(str))
     listed = listed.sort_values("label", ignore_index=True)
-    order = {(one.label, place): number for number, (one, place) in enumerate(run.plan.cells)}
+    order = {(one.label, place): number for number, (one, place) in enumerate(run.plan.reported_cells)}
     cells = run.sql(
         "select label, attack, region, count(success) as images, count(*) filter (where not success) as held "
-        "from records where label is not null group by all order by label"
+        f"from records where label is not null and {_reported(run)} group by all order by label"
     ).df()
     cells = _ordered(cells[cells["label"].isin(listed["label"])], order)
     ranges = [
@@ -132,7 +132,7 @@ def classes(run: Run) -> Classes:
         for images, held in zip(cells["images"], cells["held"], strict=True)
     ]
     cells[["robust", "low", "high"]] = np.array(ranges, dtype=float).reshape(-1, 3)
-    fooled = "success and correct and label is not null and landed_name is not null"
+    fooled = f"success and correct and label is not null and landed_name is not null and {_reported(run)}"
     landings = run.sql(
         "select label, arg_max(landed, n) as landed, max(n)::bigint as fooled, sum(n)::bigint as of from "
         f"(select label, landed_name as landed, count(*) as n from records where {fooled} group by all "
@@ -147,6 +147,12 @@ def classes(run: Run) -> Classes:
         ).df()
         confusions = _ordered(confusions, order)
     return Classes(listed, cells, landings, confusions)
+
+
+def _reported(run: Run) -> str:
+    """The condition that a record is not of a region made for another image, which is a control only."""
+    regions = ", ".join(_quoted(region) for region in run.plan.reported_regions)
+    return f"region in ({regions})"
 
 
 def _ordered(found: pd.DataFrame, order: dict[tuple[str, str], int]) -> pd.DataFrame:

@@ -1,0 +1,318 @@
+"""Controls of regions: a weak region is found, neither an even network nor the middle of images is accused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from tests.runs.fixtures import same_maps, same_records
+from tests.runs.planted import SIDE, SIZE, draw_quarters, planted, planted_plan
+from weakspot.classifier import predict
+from weakspot.regions import cam
+from weakspot.runs import AttackPlan, Run, audit, region_contrasts, resume, summarize
+from weakspot.runs.contrasts import OTHERS, SHIFTED, STRONG, UNCLEAR, WEAK, told, verdict
+from weakspot.runs.donors import Donors
+from weakspot.runs.execution import Machine
+from weakspot.runs.extremes import extremes
+from weakspot.runs.listing import list_images
+from weakspot.runs.preparing import load_planned
+from weakspot.runs.reading import Opened
+from weakspot.runs.tables import TIMES
+from weakspot.runs.tallies import classes, distributions
+from weakspot.statistics import region_test
+
+__all__ = ["planted"]  # a fixture
+IMAGES = 48
+
+
+@pytest.fixture
+def quarters(planted: Path) -> Path:
+    return draw_quarters(planted / "quarters", IMAGES)
+
+
+def found_in(network: str, quarters: Path) -> tuple[str, pd.DataFrame]:
+    run = audit(planted_plan(quarters, network), quarters.parent / network)
+    contrasts = region_contrasts(run)
+    assert contrasts["control"].tolist() == [OTHERS, SHIFTED]
+    assert (contrasts["images"] == IMAGES).all()
+    np.testing.assert_allclose(contrasts["control_share"], 0.25)
+    (sentence,) = summarize(run).regions
+    return sentence, contrasts.set_index("control")
+
+
+def test_a_region_that_decides_is_a_weak_region(quarters: Path) -> None:
+    sentence, found = found_in("spot", quarters)
+    assert sentence.endswith(f": {WEAK}.")
+    assert (found["low"] > 0.05).all()
+    assert (found["q"] < 0.001).all()
+
+
+def test_a_network_of_which_every_pixel_counts_alike_has_no_weak_region(quarters: Path) -> None:
+    sentence, found = found_in("even", quarters)
+    assert sentence.endswith(f": {UNCLEAR}.")
+    assert (found["difference"].abs() < 0.05).all()
+
+
+def test_the_middle_of_images_is_no_weak_region_though_it_falls_more_than_shifted_ones(
+    quarters: Path,
+) -> None:
+    """The defect: by the shifted control alone, even another image's class activation was a weak region."""
+    sentence, found = found_in("central", quarters)
+    assert found["low"][SHIFTED] > 0.5
+    assert found["q"][SHIFTED] < 0.001
+    assert found["p"][OTHERS] > 0.05
+    assert sentence.endswith(f": {UNCLEAR}.")
+
+
+def contrast(**changes: Any) -> pd.DataFrame:
+    """Both comparisons of a region that is weak; changes for both, or for one as (other images, shifted)."""
+    usual = {
+        "attack": "pgd", "region": "cam", "region_share": 0.3, "control_share": 0.3, "images": 40, "measure": "fooled",
+        "norm": "", "here": 0.5, "there": 0.45, "held_here": 0.0, "held_there": 0.0, "difference": 0.05, "low": 0.01,
+        "high": 0.09, "p": 0.01, "q": 0.05,
+    }  # fmt: skip
+    rows = [
+        {"control": control, "draws": draws, **usual}
+        | {key: value[place] if isinstance(value, tuple) else value for key, value in changes.items()}
+        for place, (control, draws) in enumerate(((OTHERS, 5), (SHIFTED, 1)))
+    ]
+    return pd.DataFrame(rows)
+
+
+SIZES = {"measure": "smallest size", "norm": "linf", "difference": np.log2(1.1)}
+
+
+@pytest.mark.parametrize("changes", [{}, SIZES])
+def test_a_weak_region_takes_both_controls(changes: dict[str, Any]) -> None:
+    assert verdict(contrast(**changes)) == WEAK
+    strong = {"difference": -changes.get("difference", 0.05), "low": -0.3, "high": -0.01}
+    assert verdict(contrast(**{**changes, **strong})) == STRONG
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"q": 0.051}, {"low": -0.001}, {"low": np.nan, "high": np.nan}, {"q": np.nan},
+        {"difference": -0.05, "low": -0.09, "high": -0.01},
+    ],
+)  # fmt: skip
+def test_what_falls_short_against_one_control_is_no_weak_region(change: dict[str, Any], side: int) -> None:
+    usual = contrast().iloc[0]
+    both = {
+        key: tuple(value if place == side else usual[key] for place in (0, 1))
+        for key, value in change.items()
+    }
+    assert verdict(contrast(**both)) == UNCLEAR
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_difference_below_the_floor_is_said_and_is_no_weak_region(side: int) -> None:
+    def one_sided(small: float, usual: float) -> tuple[float, ...]:
+        return tuple(small if place == side else usual for place in (0, 1))
+
+    points = verdict(contrast(difference=one_sided(0.049, 0.2)))
+    assert points == "weaker than controls, but not by the 5 points that a verdict takes"
+    sizes = SIZES | {"difference": one_sided(np.log2(1.09), 2.0)}
+    assert (
+        verdict(contrast(**sizes))
+        == "weaker than controls, but not by the factor of 1.1 that a verdict takes"
+    )
+    down = {"difference": one_sided(-0.049, -0.2), "low": -0.3, "high": -0.01}
+    assert verdict(contrast(**down)).startswith("stronger than controls, but not by the 5 points")
+
+
+def test_too_few_images_or_a_missing_control_allow_no_verdict() -> None:
+    assert verdict(contrast(images=(39, 40))) == "not judged, as that takes 40 images and this is 39"
+    assert verdict(contrast(images=(0, 40), q=(np.nan, 0.001))).endswith("this is 0")
+    both = contrast()
+    assert "no other images' regions" in verdict(both[both["control"] == SHIFTED])
+    assert "no shifted ones" in verdict(both[both["control"] == OTHERS])
+
+
+def test_a_region_that_is_the_same_in_every_image_is_judged_as_a_place_only() -> None:
+    both = contrast(region="border:4", difference=0.2, low=0.1)
+    said = verdict(both[both["control"] == SHIFTED])
+    assert said == "a weaker place than others of its shape; what the images show there is not judged"
+    assert WEAK not in said
+
+
+def test_the_sentence_says_numbers_intervals_and_images() -> None:
+    rows = contrast(
+        difference=(0.05, 0.12), there=(0.45, 0.38), high=(0.09, 0.2), q=(0.05, 0.0004), images=(40, 44)
+    )
+    (sentence,) = told(rows)
+    assert sentence == (
+        "pgd confined to cam (30% of the image) fools 50% of 40 images; in 5 other images' regions 45% (+5.0 points, "
+        "95% from +1.0 to +9.0, q 0.050); in the region shifted within the image, on 44 images 38% (+12.0 points, 95% "
+        "from +1.0 to +20.0, q below 0.001): a weak region."
+    )
+    (blank,) = told(contrast(low=np.nan, high=np.nan))
+    assert "95%" not in blank
+
+
+@pytest.mark.parametrize(("images", "power"), [(40, 0.35), (100, 0.7), (200, 0.9)])
+def test_ten_points_are_found_and_none_are_not_invented(images: int, power: float) -> None:
+    """Most images nearly always hold or fall, wherever they are attacked; the own region adds ten points, or none."""
+    rng = np.random.default_rng(images)
+    rates = []
+    for planted_points in (0.1, 0.0):
+        spoken = 0
+        for _ in range(200):
+            chance = rng.choice([0.05, 0.85], (images, 1))
+            others = (rng.random((images, 5)) < chance).astype(float)
+            own = (rng.random(images) < chance[:, 0] + planted_points).astype(float)
+            enough = abs(own.mean() - others.mean()) >= 0.05
+            spoken += enough and region_test(own, others) <= 0.05
+        rates.append(spoken / 200)
+    assert rates[0] >= power
+    assert rates[1] <= 0.085
+
+
+def pictured(quarters: Path, **changes: Any) -> Run:
+    name = "run-" + "-".join(f"{key}{value}" for key, value in changes.items() if key != "maps")
+    return audit(planted_plan(quarters, "spot", **{"limit": 18, **changes}), quarters.parent / name)
+
+
+def test_shards_batches_and_a_second_start_change_no_control(quarters: Path) -> None:
+    whole = pictured(quarters, shard=18, maps=True)
+    for other in (pictured(quarters, shard=4), pictured(quarters, shard=6, control_images=2)):
+        both = [
+            run.records.drop(columns=list(TIMES)).set_index(["image", "region"])[
+                ["region_share", "success", "linf", "l2"]
+            ]
+            for run in (whole, other)
+        ]
+        assert len(both[1]) == 18 * len(other.plan.regions)
+        pd.testing.assert_frame_equal(both[0].reindex(both[1].index), both[1], rtol=1e-3)
+
+    def stop(standing: Any) -> None:
+        if standing.done >= 8:
+            raise KeyboardInterrupt
+
+    folder = quarters.parent / "stopped"
+    plan = planted_plan(quarters, "spot", limit=18, shard=4, maps=True)
+    with pytest.raises(KeyboardInterrupt):
+        audit(plan, folder, watch=stop)
+    resumed = resume(folder, batch_size=3)
+    straight = audit(plan, quarters.parent / "straight")
+    same_records(resumed, straight)
+    same_maps(resumed, straight)
+
+
+def donors_of(quarters: Path, run: Run) -> tuple[Donors, Any, Iterator[tuple[int, Opened]]]:
+    classifier = load_planned(run.plan.model)
+    listing = list_images(run.plan.sources, (), 2, labels="predictions")
+    machine = Machine.of(classifier, run.plan, listing)
+
+    def make(opened: Opened) -> torch.Tensor:
+        labels = predict(classifier, opened.images).argmax(1)
+        return cam(classifier, opened.images, labels, keep=0.25)[0]
+
+    from weakspot.runs.listing import entries
+    from weakspot.runs.reading import open_entries
+
+    each = ((n, open_entries(entries(listing, n, 1), classifier)) for n in range(len(listing)))
+    return machine.donors, make, each
+
+
+def test_the_regions_are_those_of_other_images(quarters: Path) -> None:
+    run = audit(planted_plan(quarters, "spot", maps=True, control_images=3), quarters.parent / "run")
+    donors, make, each = donors_of(quarters, run)
+    own: dict[int, torch.Tensor] = {}
+    drawn: dict[int, list[torch.Tensor]] = {}
+    for number, opened in each:
+        own[number] = make(opened)
+        drawn[number] = donors.regions("cam", make, opened.contents[0], own[number], 3)
+    changed = (run.maps["adversarial"][:] != run.maps["clean"][:][:, None, None]).any(3)
+    regions = list(run.plan.regions)
+    for number, masks in drawn.items():
+        assert len(masks) == 3
+        for place, mask in enumerate(masks):
+            seen = changed[number, 0, regions.index(f"other:cam#{place + 1}")]
+            assert not (seen & ~mask[0].numpy()).any()
+            assert seen.sum() > 0.8 * int(mask.sum())
+            assert any(torch.equal(mask, other) for n, other in own.items() if n != number)
+    # Four quarters: were an image its own donor, more of its draws would be its own region.
+    alike = np.mean([torch.equal(mask, own[number]) for number, masks in drawn.items() for mask in masks])
+    assert 0.1 < alike < 0.4
+
+
+def test_copies_unreadable_images_and_regions_of_other_areas_are_passed_over(quarters: Path) -> None:
+    files = sorted(quarters.glob("*.png"))
+    few = quarters.parent / "few"
+    few.mkdir()
+    for number in range(4):
+        shutil.copy(files[0], few / f"copy{number}.png")  # the same content
+    (few / "broken.png").write_bytes(b"no picture")
+    shutil.copy(files[1], few / "other.png")
+    run = audit(planted_plan(few, "spot"), quarters.parent / "run")
+    records = run.records.set_index(["image", "region"])
+    first, second = (("copy0.png", f"other:cam#{number}") for number in (1, 2))
+    assert pd.notna(records["success"][first])
+    assert pd.isna(records["success"][second])
+    assert records["trouble"][second] == "fewer than 2 other images have a region cam of similar area"
+    assert all("not judged, as that takes 40 images" in sentence for sentence in summarize(run).regions)
+    assert summarize(run).cells[0].troubled == 0
+    listing = list_images(run.plan.sources, (), 2, labels="predictions")
+    donors = Donors(listing, load_planned(run.plan.model), 0)
+    own = torch.zeros(1, *SIZE, dtype=torch.bool)
+    own[:, :10, :10] = True
+    for side, count in ((10, 1), (11, 0), (9, 0)):  # 121 and 81 sites are not within a tenth of 100
+
+        def make(opened: Opened, side: int = side) -> torch.Tensor:
+            mask = torch.zeros(1, *SIZE, dtype=torch.bool)
+            mask[:, -side:, -side:] = True
+            return mask
+
+        assert len(donors.regions(f"side {side}", make, "of another image", own, 1)) == count
+
+
+@pytest.mark.filterwarnings("ignore:GrabCut found")
+def test_backgrounds_are_controlled_by_backgrounds_of_their_area(quarters: Path) -> None:
+    plan = planted_plan(quarters, "spot", regions=("background",), limit=12, control_images=1)
+    records = audit(plan, quarters.parent / "run").records.set_index(["image", "region"])["region_share"]
+    own, other = (records.xs(region, level="region") for region in ("background", "other:background#1"))
+    known = other[other > 0]
+    assert len(known)
+    assert ((known - own[known.index]).abs() <= 0.1 * own[known.index] + 1e-9).all()
+
+
+def test_regions_of_other_images_are_in_no_other_number(quarters: Path) -> None:
+    attacks = tuple(AttackPlan("pgd", f"linf:{eps}/255", (("steps", 2),)) for eps in (4, 8))
+    plan = planted_plan(
+        quarters, "spot", limit=10, attacks=attacks, maps=True, analyses=("overlap",), control_images=1
+    )
+    run = audit(plan, quarters.parent / "run")
+    records = run.records
+    assert records.loc[records["region"] == "other:cam#1", "success"].notna().all()
+    assert records.loc[records["region"] == "other:cam#1", "margin_drop"].isna().all()
+    assert records.loc[records["region"] == "cam", "margin_drop"].notna().all()
+    summary = summarize(run)
+    assert {cell.region for cell in summary.cells} == {"cam", "matched:cam"}
+    assert set(distributions(run).summaries["region"]) == {"cam", "matched:cam"}
+    assert set(classes(run).cells["region"]) == {"cam", "matched:cam"}
+    ends = extremes(run)
+    assert not any("other:" in image.caption for image in (*ends.easiest, *ends.hardest))
+    without = records[records["region"] != "other:cam#1"]
+    landings = classes(run).landings
+    assert landings["of"].sum() == (without["success"] & without["correct"]).sum()
+
+
+def test_a_grey_picture_of_another_shape_has_donors_too(planted: Path) -> None:
+    folder = planted / "odd"
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    for number in range(6):
+        Image.fromarray(rng.integers(80, 170, (17, 40), dtype=np.uint8)).save(folder / f"{number}.png")
+    run = audit(planted_plan(folder, "even", control_images=2), planted / "run")
+    assert run.records["success"].notna().all()
+    assert run.about["model"]["input_size"] == [SIDE, SIDE]
