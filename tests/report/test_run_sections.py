@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,8 @@ from weakspot.report.run_page import SHOWN, Heading, run_page
 from weakspot.report.run_sections import class_section, robust_section
 from weakspot.report.run_words import class_sentences
 from weakspot.report.sections import Section
-from weakspot.runs.contrasts import CONTRASTS
+from weakspot.runs.contrasts import CONTRASTS, told
 from weakspot.runs.curves import CURVES
-from weakspot.runs.depths import FEW
 from weakspot.runs.scores import SCORES
 
 NONE = pd.DataFrame(columns=list(CONTRASTS))
@@ -36,8 +35,11 @@ def curves(**changes: Any) -> pd.DataFrame:
 
 
 def contrast(q: float) -> pd.DataFrame:
-    row = ("pgd", "cam", "matched:cam", 0.3, 0.3, 50, "fooled", "", 0.6, 0.2, 0.0, 0.0, 0.4, 0.3, 0.5, q, q)
-    return pd.DataFrame([row], columns=list(CONTRASTS))
+    rows = [
+        ("pgd", "cam", *kind, 0.3, 0.3, 50, "fooled", "", 0.6, 0.2, 0.0, 0.0, 0.4, 0.3, 0.5, q, q)
+        for kind in (("other images", 5), ("shifted", 1))
+    ]
+    return pd.DataFrame(rows, columns=list(CONTRASTS))
 
 
 def page(*sections: Section) -> str:
@@ -54,12 +56,12 @@ def test_nothing_to_compare_says_which_option_adds_it() -> None:
 
 
 def test_the_size_that_fools_half_is_that_of_the_curve() -> None:
-    section = budget_section(curves(), contrast(0.001))
+    section = budget_section(curves(), contrast(0.001), told(contrast(0.001)))
     assert section.sentences[0] == (
         "pgd has fooled half of the images at an linf size of 0.02 in cam (elsewhere: matched:cam never here)."
     )
-    assert "Of 1 comparison of a region with a control of its area, 1 differs" in section.sentences[1]
-    assert "fooled 0.6 here, 0.2 there (difference 0.4 [0.3, 0.5])" in section.sentences[2]
+    assert section.sentences[1].endswith("a weak region.")
+    assert [row[2].text for row in section.tables[0].rows] == ["other images (5)", "shifted"]
     (cam, control) = section.tables[1].rows
     assert [cell.text for cell in cam][:8] == ["pgd", "linf", "cam", "no", "50", "0.02", "0.02", "0.04"]
     assert [cell.text for cell in control][5:9] == ["0.04", "", "", "0.04"]
@@ -70,26 +72,55 @@ def test_the_size_that_fools_half_is_that_of_the_curve() -> None:
     assert dashes["range"][1] != [1, 0]
 
 
-def test_without_controls_a_lead_may_be_a_matter_of_area() -> None:
+def test_without_controls_a_lead_may_be_a_matter_of_area_or_place() -> None:
     said = budget_section(curves(), NONE).sentences[-1]
-    assert "may be a matter of its area; --controls adds them" in said
+    assert "for its area or its place; --controls adds them" in said
     assert len(budget_section(pd.DataFrame(columns=list(CURVES)), contrast(0.5)).tables) >= 1
 
 
 def test_no_difference_is_claimed_where_there_is_none() -> None:
-    assert "0 differ by more than chance" in " ".join(budget_section(curves(), contrast(0.5)).sentences)
+    assert "not shown to be weaker" in told(contrast(0.5))[0]
+    assert "weak region" not in " ".join(
+        budget_section(curves(), contrast(0.5), told(contrast(0.5))).sentences
+    )
 
 
-def test_scores_without_a_chance_level_are_not_tested() -> None:
-    nan = math.nan
-    rows = [
-        ("pgd", "cam", "effect_in_roi", 50, 0.5, 0.4, 0.6, 0.2, 0.3, 0.2, 0.4, 0.001, 0.002),
-        ("pgd", "cam", "margin_drop", 50, 3.0, 2.0, 4.0, nan, nan, nan, nan, nan, nan),
-    ]
-    section = finding_section(pd.DataFrame(rows, columns=list(SCORES)))
-    assert section.sentences[0].startswith("Of 1 mean score with a chance level, 1 differs")
-    assert section.sentences[1] == "effect in roi of pgd in cam is 0.5 [0.4, 0.6], by chance 0.2."
-    assert [cell.text for cell in section.tables[0].rows[1]][5:] == ["", "", "", ""]
+def finding(
+    score: str, q: float, null: float = 0.2, region: str = "none", excess: float = 0.3
+) -> dict[str, Any]:
+    return {
+        "attack": "pgd", "region": region, "score": score, "images": 50, "mean": 0.5, "low": 0.4, "high": 0.6,
+        "null": null, "excess": excess, "excess_low": excess - 0.1, "excess_high": excess + 0.1, "p": q,
+        "compared": 48, "alone": 7, "against": "other images", "shifted": 0.1, "q": q,
+    }  # fmt: skip
+
+
+def findings(*rows: dict[str, Any]) -> Section:
+    return finding_section(pd.DataFrame(list(rows), columns=list(SCORES)))
+
+
+def test_acting_where_the_network_looks_is_said_of_attacks_that_beat_other_images() -> None:
+    known = ("attack", "region", "score", "images", "mean", "low", "high")
+    bare = {name: nan for name in SCORES if name not in known} | {"against": ""}
+    section = findings(
+        finding("effect_in_roi", 0.002), finding("jaccard", 0.3), finding("margin_drop", nan) | bare
+    )
+    assert section.sentences == [
+        ("pgd free to change any pixel acts more where the network looks in the image than where it looks in other "
+        "images: effect in roi is 0.5 with the own map and 0.2 with others' (48 images, q = .002); 7 of 48 images show "
+        "it by themselves (q over images at most .1).")
+    ]  # fmt: skip
+    assert [cell.text for cell in section.tables[0].rows[2]][5:] == [""] * 6
+
+
+def test_acting_where_the_network_looks_is_not_said_otherwise() -> None:
+    (weak,) = findings(finding("effect_in_roi", 0.2), finding("spearman", 0.06)).sentences
+    assert "is not shown to act more or less where the network looks" in weak
+    (apart,) = findings(finding("effect_in_roi", 0.01), finding("spearman", 0.01, excess=-0.3)).sentences
+    assert "the statistics disagree" in apart
+    (away,) = findings(finding("effect_in_roi", 0.01, excess=-0.3)).sentences
+    assert "acts less where the network looks" in away
+    assert "by themselves" not in away
 
 
 def cells(*robust: float) -> pd.DataFrame:
@@ -164,11 +195,11 @@ def test_what_does_most_is_judged_over_images_not_over_classes() -> None:
 
 
 def test_depths_of_few_images_have_no_interval_and_a_page() -> None:
-    few = depths(0.1).assign(images=FEW - 1, low=np.nan, high=np.nan)
+    few = depths(0.1).assign(images=4, low=np.nan, high=np.nan)
     section = depth_section(few)
     text = page(section)
     assert "nan" not in " ".join(section.sentences).lower()
-    assert "from five images up" in text
+    assert "need 20 images" in text
     cells_ = [cell for table in section.tables for row in table.rows for cell in row]
     assert not [cell for cell in cells_ if "nan" in str(cell).lower()]
 

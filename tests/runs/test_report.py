@@ -252,7 +252,7 @@ QUICK = (AttackPlan("pgd", settings=(("steps", 2),)),)
     ("count", "changes", "said"),
     [
         (1, {}, "1 image"),
-        (3, {"analyses": ()}, "no scores to be tested"),
+        (3, {"analyses": ()}, "stored maps of the analysis overlap"),
         (3, {"maps": False}, "The run kept no maps"),
         (3, {"labels": "predictions"}, "the model&#39;s own predictions"),
         (

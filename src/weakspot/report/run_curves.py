@@ -61,7 +61,7 @@ def budget_chart(title: str, found: pd.DataFrame) -> Chart:
     )  # fmt: skip
     return finished(
         title,
-        "Share of images that a change of this size or a smaller one fools, for each region; regions drawn at random "
+        "Share of images that a change of this size or a smaller one fools, for each region; regions that are shifted "
         "as controls are dashed.",
         alt.layer(bands, lines).resolve_legend(color="independent", strokeDash="independent"),
         BUDGET_HEIGHT,

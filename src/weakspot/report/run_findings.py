@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pandas as pd
 
@@ -11,7 +12,6 @@ from weakspot.report.run_sections import title
 from weakspot.report.run_words import (
     Row,
     budget_sentences,
-    contrast_sentences,
     depth_sentences,
     finding_sentences,
     heading,
@@ -22,13 +22,14 @@ from weakspot.report.words import p_value
 ABREAST = 12  # attacks x regions whose curves are shown at once; of more one attack is chosen
 
 
-def budget_section(curves: pd.DataFrame, contrasts: pd.DataFrame) -> Section:
-    """Which size of change fools how many images in which region, and whether a control of its area does as well.
+def budget_section(curves: pd.DataFrame, contrasts: pd.DataFrame, compared: Sequence[str] = ()) -> Section:
+    """Which size of change fools how many images in which region, and whether its controls do as well.
 
     Args:
         curves: columns attack, region, control, norm, size, fooled, low, high, images.
-        contrasts: columns attack, region, control, region_share, control_share, images, measure, norm, here,
+        contrasts: columns attack, region, control, draws, region_share, control_share, images, measure, norm, here,
             there, difference, low, high, p, q.
+        compared: each region beside its controls, in a sentence.
     """
     key, name = "sizes", "How much it takes in each region"
     if curves.empty and contrasts.empty:
@@ -38,14 +39,14 @@ def budget_section(curves: pd.DataFrame, contrasts: pd.DataFrame) -> Section:
             [
                 (
                     "The run has nothing to compare sizes by: several budgets (--budget linf:1/255,linf:4/255) or an "
-                    "attack that looks for the smallest change give curves, and --controls adds area-matched controls."
+                    "attack that looks for the smallest change give curves, and --controls adds controls of equal area."
                 )
             ],
         )
-    sentences = budget_sentences(curves) + contrast_sentences(contrasts)
+    sentences = [*budget_sentences(curves), *compared]
     if contrasts.empty:
         sentences.append(
-            "There are no area-matched controls, so a region's lead may be a matter of its area; --controls adds them."
+            "There are no controls, so a region may fall more often for its area or its place; --controls adds them."
         )
     charts = [
         budget_chart(f"{attack}, {norm}", mine)
@@ -53,7 +54,7 @@ def budget_section(curves: pd.DataFrame, contrasts: pd.DataFrame) -> Section:
     ]
     listed = [
         [
-            word(row["attack"]), word(row["region"]), word(row["control"]), share(row["region_share"]),
+            word(row["attack"]), word(row["region"]), word(_control(row)), share(row["region_share"]),
             share(row["control_share"]), count(row["images"]), word(f"{row['measure']} {row['norm']}".strip()),
             figure(row["here"]),
             figure(row["there"]), figure(row["difference"], row["low"], row["high"]), _p(row["p"]), _p(row["q"]),
@@ -72,12 +73,22 @@ def budget_section(curves: pd.DataFrame, contrasts: pd.DataFrame) -> Section:
         choose="Attack and norm" if len(charts) > 1 else "",
         tables=[Table("contrasts", columns, listed), _curve_table(curves)] if listed else [_curve_table(curves)],
         notes=[
-            ("q is p corrected for the number of comparisons (Benjamini and Hochberg); measured as fooled, more is "
-            "weaker, measured as smallest size, less is weaker, and the difference is log2 of there over here.")
+            ("Controls lie in the same image: the regions of other images of the run, chosen to be within a tenth of "
+            "the region's area and left as they are, and the region shifted. A region is called weak, or stronger, if "
+            "q is at most .05, the interval leaves zero out and the difference is at least 5 points (of sizes, a "
+            "factor of 1.1) against both kinds, on at least 40 images. p asks whether the region's outcome could as "
+            "well be any control's; q is p corrected for the number of comparisons (Benjamini and Hochberg). Measured "
+            "as fooled, more is weaker; measured as smallest size, less is weaker, and the difference is log2 of there "
+            "over here.")
         ]
         if listed
         else [],
     )  # fmt: skip
+
+
+def _control(row: Row) -> str:
+    """A kind of control, and how many of it each image has."""
+    return f"{row['control']} ({row['draws']})" if row["draws"] > 1 else str(row["control"])
 
 
 def _curve_table(curves: pd.DataFrame) -> Table:
@@ -101,27 +112,44 @@ def _curve_table(curves: pd.DataFrame) -> Table:
     return Table("sizes", columns, listed)
 
 
-def finding_section(found: pd.DataFrame) -> Section:
-    """The means of the analyses' scores against chance.
+def finding_section(found: pd.DataFrame, untested: str = "") -> Section:
+    """The means of all scores, and whether attacks act where the network looks.
 
     Args:
-        found: columns attack, region, score, images, mean, low, high, null, excess, excess_low, excess_high, p, q.
+        found: columns attack, region, score, images, mean, low, high, null, excess, excess_low, excess_high, p,
+            compared, alone, shifted, q.
+        untested: why attacks are not compared with where the network looks; empty if they are.
     """
-    key, name = "findings", "Scores against chance"
-    untested = "There are no scores to be tested; --analyses overlap,promotion,propagation adds them."
+    key, name = "findings", "Do attacks act where the network looks?"
     if found.empty:
-        return Section(key, name, [untested])
+        return Section(
+            key,
+            name,
+            ["There are no scores to be tested; --analyses overlap,promotion,propagation adds them."],
+        )
     listed = [
         [
             word(row["attack"]), word(row["region"]), word(title(row["score"])), count(row["images"]),
             figure(row["mean"], row["low"], row["high"]), figure(row["null"]),
             figure(row["excess"], row["excess_low"], row["excess_high"]), _p(row["p"]), _p(row["q"]),
+            count(row["alone"]), figure(row["shifted"]),
         ]
         for row in found.to_dict("records")
     ]  # fmt: skip
-    columns = ("attack", "region", "score", "images", "mean [95%]", "by chance", "excess [95%]", "p", "q")
-    said = finding_sentences(found) if found["p"].notna().any() else [untested]
-    return Section(key, name, said, tables=[Table("findings", columns, listed)])
+    columns = (
+        "attack", "region", "score", "images", "mean [95%]", "with other images", "difference [95%]", "p", "q",
+        "images above by themselves", "shifted within this image",
+    )  # fmt: skip
+    note = (
+        "Tested are attacks that were free to change any pixel: where a confined attack acts follows from where it was "
+        "allowed to. Scores of the overlap analysis are compared with the same attack and the importance maps of the "
+        "other images of the run (at most 1000 images, maps averaged to at most 64 sites a side); p permutes the maps "
+        "among the images, from 10 images on. Images by themselves need 19 others. Shifted within this image is the "
+        "mean where the map is shifted against its own image: attacks and attention both favor the middle, so a "
+        "difference from it shows no more than that."
+    )
+    said = [*finding_sentences(found), *([untested] if untested else [])]
+    return Section(key, name, said, tables=[Table("findings", columns, listed)], notes=[note])
 
 
 def depth_section(depths: pd.DataFrame) -> Section:
@@ -179,8 +207,8 @@ def depth_section(depths: pd.DataFrame) -> Section:
             (
                 "Spread is the share of a layer's sites that change by over a tenth of the layer's peak in the clean "
                 "image, reach the largest change over that peak. Of images that were read rightly before; a random "
-                "edit of the attack's size stands beside. Intervals are 1.96 standard "
-                "errors of the mean, from five images up."
+                "edit of the attack's size stands beside. Intervals of a mean (bootstrap-t) need 20 images; of "
+                "more than 1,000 images, 1,000 evenly spread over the list are read."
             )
         ],
     )

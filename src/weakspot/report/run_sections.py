@@ -152,9 +152,9 @@ def class_section(
         tables=[Table("classes", [*headings, "lands most often in"], listed)],
         notes=[
             (
-                "Shares under attack are robust accuracy with the 95% interval of Wilson; with few images of a class "
-                "they are wide. Where images land is counted over all attacks and regions, of images that were read "
-                "rightly before."
+                "Shares under attack are robust accuracy with the exact 95% interval (Clopper and Pearson); with few "
+                "images of a class they are wide. Where images land is counted over all attacks and regions, of images "
+                "that were read rightly before."
             )
         ],
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from weakspot.report.words import number, percent
+from weakspot.report.words import number, p_value, percent
 from weakspot.statistics import share_interval
 
 CERTAIN = 0.05  # a q value up to which a difference is said to be one
@@ -186,49 +186,64 @@ def _at(curve: pd.DataFrame, size: float) -> Row:
     return {"fooled": fooled, "low": low, "high": high}
 
 
-def contrast_sentences(contrasts: pd.DataFrame) -> list[str]:
-    """On regions against regions of the same area drawn at random."""
-    if contrasts.empty:
-        return []
-    sure = contrasts[contrasts["q"] <= CERTAIN]
-    said = [
-        (
-            f"Of {counted(len(contrasts), 'comparison')} of a region with a control of its area, {len(sure)} "
-            f"{'differs' if len(sure) == 1 else 'differ'} by more than chance (q at most {CERTAIN:.2g})."
-        )
-    ]
-    return said + [
-        f"{row['attack']} in {row['region']} against {row['control']}: {row['measure']} {number(row['here'])} "
-        f"here, {'at least ' if row['held_there'] else ''}{number(row['there'])} there ({_apart(row)})."
-        for row in sure.sort_values("q").head(2).to_dict("records")
-    ]
-
-
-def _apart(row: Row) -> str:
-    """A difference of shares, or how many times the size there is that here."""
-    if row["measure"] == "fooled":
-        return f"difference {number(row['difference'])} [{number(row['low'])}, {number(row['high'])}]"
-    times, low, high = (number(2 ** row[key]) for key in ("difference", "low", "high"))
-    return f"{times} times as much [{low}, {high}]"
-
-
 def finding_sentences(found: pd.DataFrame) -> list[str]:
-    """On scores against chance."""
+    """On whether attacks act where the network looks, and on other scores that differ from their null."""
     tested = found[found["q"].notna()]
     if tested.empty:
-        return ["None of the scores here has a chance level to be compared with; their means follow."]
-    sure = tested[tested["q"] <= CERTAIN].sort_values("q")
-    said = [
-        (
-            f"Of {counted(len(tested), 'mean score')} with a chance level, {len(sure)} "
-            f"{'differs' if len(sure) == 1 else 'differ'} from it by more than chance (q at most {CERTAIN:.2g})."
+        return []
+    located = tested["against"] == "other images"
+    said = [_location_sentence(mine) for _, mine in tested[located].groupby("attack", sort=False)]
+    others = tested[~located]
+    sure = others[(others["q"] <= CERTAIN) & others["excess_low"].notna()].sort_values("q")
+    if len(others):
+        said.append(
+            f"Of {counted(len(others), 'other mean score')} with a null, {len(sure)} "
+            f"{'differs' if len(sure) == 1 else 'differ'} from it (q at most {CERTAIN:.2g})."
         )
-    ]
     return said + [
-        f"{str(row['score']).replace('_', ' ')} of {where(row)} is {number(row['mean'])} "
-        f"[{number(row['low'])}, {number(row['high'])}], by chance {number(row['null'])}."
+        f"{_score(row)} of {where(row)} is {number(row['mean'])}, {number(row['null'])} under its null (difference "
+        f"{number(row['excess'])} [{number(row['excess_low'])}, {number(row['excess_high'])}], "
+        f"{counted(int(row['compared']))})."
         for row in sure.head(2).to_dict("records")
     ]
+
+
+def _location_sentence(mine: pd.DataFrame) -> str:
+    """One attack, free to change any pixel: whether it acts where the network looks, more than in other images."""
+    rows: Sequence[Row] = mine.sort_values("q", kind="stable").to_dict("records")
+    who = where(rows[0])
+    sure = [row for row in rows if row["q"] <= CERTAIN]
+    if not sure:
+        most = counted(int(max(row["compared"] for row in rows)))
+        return (
+            f"{who} is not shown to act more or less where the network looks in the image than where it looks in other "
+            f"images ({most})."
+        )
+    signs = {row["excess"] > 0 for row in sure}
+    if len(signs) > 1:
+        named = "; ".join(f"{_score(row)} {_beside(row)}" for row in sure)
+        return f"Where {who} acts is not clear, as the statistics disagree: {named}."
+    more = "more" if sure[0]["excess"] > 0 else "less"
+    sentence = (
+        f"{who} acts {more} where the network looks in the image than where it looks in other images: "
+        f"{_score(sure[0])} {_beside(sure[0])}"
+    )
+    alone = sure[0]["alone"]
+    if sure[0]["excess"] > 0 and not math.isnan(alone):
+        compared = counted(int(sure[0]["compared"]))
+        sentence += f"; {int(alone):,} of {compared} show it by themselves (q over images at most .1)"
+    return sentence + "."
+
+
+def _score(row: Row) -> str:
+    return str(row["score"]).replace("_", " ")
+
+
+def _beside(row: Row) -> str:
+    return (
+        f"is {number(row['null'] + row['excess'])} with the own map and {number(row['null'])} with others' "
+        f"({counted(int(row['compared']))}, q {p_value(row['q']).removeprefix('p ')})"
+    )
 
 
 def depth_sentences(last: Sequence[tuple[Row | None, Row | None]]) -> list[str]:

@@ -92,10 +92,11 @@ def _sections(run: Run, summary: Summary) -> list[Section]:
         image_section,
         robust_section,
     )
-    from weakspot.runs.contrasts import region_contrasts
+    from weakspot.runs.contrasts import region_contrasts, told
     from weakspot.runs.curves import budget_curves
     from weakspot.runs.depths import depths
     from weakspot.runs.extremes import extremes
+    from weakspot.runs.locations import untested
     from weakspot.runs.scores import score_findings
     from weakspot.runs.tallies import classes, distributions
 
@@ -109,8 +110,8 @@ def _sections(run: Run, summary: Summary) -> list[Section]:
         distribution_section(spread.summaries, spread.bins),
         class_section(found.classes, _bounded(found.cells, run), found.landings, found.confusions),
         image_section(ends.easiest, ends.hardest, ends.told, missing),
-        budget_section(budget_curves(run), region_contrasts(run)),
-        finding_section(score_findings(run)),
+        budget_section(budget_curves(run), region_contrasts(run), told(region_contrasts(run))),
+        finding_section(score_findings(run), untested(run)),
         depth_section(depths(run)),
         *_skipped(run),
     ]
@@ -141,7 +142,7 @@ def _heading(run: Run, summary: Summary | None) -> Heading:
         f"{one.label} at {one.budget}" if one.budget and one.budget not in one.label else one.label
         for one in plan.attacks
     )
-    subtitle = f"{attacks}; each in {counted(len(plan.regions), 'region')}."
+    subtitle = f"{attacks}; each in {counted(len(plan.reported_regions), 'region')}."
     if summary is None or not summary.images:
         nothing = "No image could be read." if run.complete else "There are no records yet."
         facts = [(f"{skipped:,}", "skipped, as they could not be read")] if skipped else []
@@ -217,7 +218,8 @@ def _made(run: Run) -> dict[str, str]:
         "input size": " x ".join(map(str, model.get("input_size", ()))),
         "images": ", ".join(plan.sources),
         "attacks": "; ".join(_attack(one.label, one.budget, one.settings) for one in plan.attacks),
-        "regions": ", ".join(plan.regions),
+        "regions": ", ".join(plan.reported_regions),
+        "controls": f"regions of {plan.control_images} other images for each" if plan.controls else "",
         "area of cam": f"{plan.keep:.0%} of the image",
         "analyses": ", ".join(plan.analyses) or "none",
         "seed": str(plan.seed),

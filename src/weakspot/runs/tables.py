@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from weakspot.explanations import Explanation
 
+BATCH = ("_null", "_null_low", "_null_high", "_p", "_q")  # after a score's name
 TIMES = ("attack_seconds", "analysis_seconds")
 COLUMNS = {
     "index": "int64",
@@ -185,7 +186,7 @@ def _scores(rows: Tensor, explained: Sequence[tuple[Tensor, Explanation]], count
 
     parts = []
     for mine, explanation in explained:
-        scores = [analysis.scores for analysis in explanation.analyses.values()]
+        scores = [_own(analysis.scores) for analysis in explanation.analyses.values()]
         found = pd.concat([frame.reset_index(drop=True) for frame in scores], axis=1)
         parts.append(found.set_index(rows[mine].cpu().numpy()))
     if not parts:
@@ -193,6 +194,12 @@ def _scores(rows: Tensor, explained: Sequence[tuple[Tensor, Explanation]], count
     whole = pd.concat(parts)
     kinds = {name: _kind(whole[name]) for name in whole}
     return whole.reindex(range(count)).astype(kinds)
+
+
+def _own(scores: pd.DataFrame) -> pd.DataFrame:
+    """Without what depends on the other images of the batch: null, p and q of scores whose p is corrected over it."""
+    batch = [name.removesuffix("_q") for name in map(str, scores) if name.endswith("_q")]
+    return scores.drop(columns=[f"{name}{end}" for name in batch for end in BATCH], errors="ignore")
 
 
 def _kind(column: pd.Series[Any]) -> str:

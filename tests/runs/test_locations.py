@@ -1,0 +1,156 @@
+"""Whether attacks act where the network looks: said of planted runs, not of shuffled, confined, or small ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from tests.runs.planted import draw_quarters, planted, planted_plan
+from weakspot.explanations.agreement import STATISTICS, agreement
+from weakspot.report.run_findings import finding_section
+from weakspot.runs import AttackPlan, Run, audit, locations, score_findings
+from weakspot.runs.locations import IMPORTANCE, VULNERABILITY, location_findings, untested
+from weakspot.runs.reporting import run_report
+from weakspot.runs.tables import TIMES
+from weakspot.statistics import other_image_test, run_test
+
+__all__ = ["planted"]  # a fixture
+LOOKS = "acts more where the network looks"
+
+
+def looked_at(planted: Path, name: str = "looked", count: int = 24, **changes: object) -> Run:
+    """Attacks on bright quarters, where the network looks, with any pixel free."""
+    usual = {"regions": ("none", "cam"), "controls": False, "analyses": ("overlap",), "maps": True}
+    source = draw_quarters(planted / f"quarters{count}", count)
+    return audit(planted_plan(source, "spot", **{**usual, **changes}), planted / name)
+
+
+def sentences(run: Run) -> str:
+    return " ".join(finding_section(score_findings(run), untested(run)).sentences)
+
+
+@pytest.fixture
+def looked(planted: Path) -> Run:
+    return looked_at(planted)
+
+
+def shuffled(run: Run) -> Run:
+    """The same run, its importance maps given to other images."""
+    group = zarr.open_group(run.folder / "maps.zarr", mode="r+")
+    stored: Any = group[IMPORTANCE]
+    values = np.asarray(stored[:])
+    stored[:] = values[np.random.default_rng(2).permutation(len(values))]
+    return Run(run.folder)
+
+
+def test_attacks_where_the_network_looks_are_said_to_be(looked: Run) -> None:
+    found = score_findings(looked).set_index(["region", "score"])
+    for score in STATISTICS:
+        row: Any = found.loc[("none", score)]
+        assert row["p"] <= row["q"] < 0.01
+        assert row["excess_low"] > 0
+        assert row["against"] == "other images"
+        assert row["mean"] == pytest.approx(row["null"] + row["excess"], abs=2e-3)
+    assert LOOKS in sentences(looked)
+    assert LOOKS in run_report(looked)
+
+
+def test_attacks_on_unrelated_maps_are_not(looked: Run) -> None:
+    run = shuffled(looked)
+    assert (location_findings(run)["p"] > 0.05).all()
+    assert "is not shown to act more or less where the network looks" in sentences(run)
+    assert LOOKS not in run_report(run)
+
+
+def test_the_tests_are_those_of_the_stored_maps(looked: Run) -> None:
+    found = location_findings(looked).set_index("score")
+    maps = [torch.from_numpy(looked.maps[name][:, 0, 0])[:, None] for name in (IMPORTANCE, VULNERABILITY)]
+    records = looked.records[looked.records["region"] == "none"]
+    for score, matrix in agreement(*maps).items():
+        row: Any = found.loc[score]
+        whole, single = run_test(matrix), other_image_test(matrix)
+        assert (row["compared"], row["value"], row["p"]) == (24, whole.value, whole.p)
+        assert row["alone"] == int(((single.q <= 0.1) & (single.value > single.null)).sum())
+        own, others = matrix.diagonal(), matrix[~torch.eye(24, dtype=torch.bool)].view(24, 23)
+        np.testing.assert_allclose(row["excess"], own - others.mean(1), atol=1e-6)
+        assert row["null"] == pytest.approx(float(others.mean()))
+        assert whole.value == pytest.approx(records[score].mean(), abs=2e-3)
+
+
+def test_what_follows_from_the_confinement_is_not_tested(looked: Run) -> None:
+    """The defect: an attack confined to the class activation "has its effect in the region of importance"."""
+    found = score_findings(looked)
+    confined = found[found["region"] == "cam"].set_index("score")
+    assert confined["mean"]["effect_in_roi"] > 0.5
+    assert confined[["null", "excess", "p", "q", "shifted"]].isna().all(axis=None)
+    assert "in cam" not in sentences(looked)
+    assert set(found.loc[found["p"].notna(), "region"]) == {"none"}
+
+
+def test_a_score_with_a_null_of_its_own_is_tested_with_any_pixel_free_only(looked: Run) -> None:
+    records = looked.records
+    rng = np.random.default_rng(0)
+    records["planted"] = rng.normal(1, 0.2, len(records))
+    records["planted_null"] = 0.5
+    records.to_parquet(looked.folder / "records.parquet")
+    found = score_findings(Run(looked.folder))
+    mine = found[found["score"] == "planted"].set_index("region")
+    assert mine["q"]["none"] < 0.001
+    assert mine["against"]["none"] == "its null"
+    assert np.isnan(mine["q"]["cam"])
+    assert "planted of pgd free to change any pixel is" in sentences(Run(looked.folder))
+
+
+def test_nothing_of_a_record_depends_on_the_images_beside_it(planted: Path) -> None:
+    whole, parts = (looked_at(planted, f"by{shard}", 8, shard=shard) for shard in (8, 3))
+    assert {f"{score}_shift_p" for score in STATISTICS} <= set(whole.records)
+    names = list(map(str, whole.records))
+    assert not [name for name in names if name.removesuffix("_shift_null").endswith(("_null", "_q"))]
+    assert not [name for name in names if name.removesuffix("_shift_p").endswith("_p")]
+    one, other = (
+        run.records.drop(columns=list(TIMES)).select_dtypes("number").to_numpy(float)
+        for run in (whole, parts)
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"count": 9}, "that takes 10 images"),
+        ({"regions": ("cam",)}, "that takes the region none"),
+        ({"maps": False}, "(--analyses overlap, --maps)"),
+        ({"analyses": ()}, "(--analyses overlap, --maps)"),
+    ],
+)
+def test_what_cannot_be_tested_says_what_it_takes(
+    planted: Path, changes: dict[str, object], why: str
+) -> None:
+    run = looked_at(planted, **{"count": 12, **changes})  # type: ignore[arg-type]
+    assert score_findings(run)["p"].isna().all()
+    assert why in sentences(run)
+    assert LOOKS not in sentences(run)
+
+
+def test_of_many_images_evenly_spread_ones_are_compared_and_large_maps_averaged(
+    looked: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locations, "MOST", 12)
+    monkeypatch.setattr(locations, "SIDE", 8)
+    found = location_findings(Run(looked.folder))
+    assert (found["compared"] == 12).all()
+    assert (found["p"] < 0.05).all()
+
+
+def test_each_attack_has_a_test_of_its_own(planted: Path) -> None:
+    attacks = tuple(AttackPlan("pgd", f"linf:{eps}/255", (("steps", 2),)) for eps in (4, 8))
+    run = looked_at(planted, count=12, attacks=attacks, regions=("cam", "none"))
+    found = location_findings(run)
+    assert len(found) == 2 * len(STATISTICS)
+    first, second = (found[found["attack"] == attack.label]["value"].tolist() for attack in run.plan.attacks)
+    assert first != second
