@@ -5,15 +5,16 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from tests.runs.fixtures import TINY, draw_pictures, networks, pictures, small_plan
-from weakspot.runs import AttackPlan, Run, audit, compare
+from weakspot.runs import AttackPlan, Comparison, Run, audit, compare
 from weakspot.runs.records import FILE
-from weakspot.statistics import false_discovery, mean_interval, sign_flip_test
+from weakspot.statistics import false_discovery, mean_interval, mean_test, paired_share_interval
 
 __all__ = ["networks", "pictures"]  # fixtures
 OTHER = replace(TINY, spec="audited_networks:other")
@@ -53,11 +54,14 @@ def test_rows_are_paired_differences_of_the_records(before: Run, pictures: Path)
         if known.any():
             np.testing.assert_allclose(row["before"], one[known].mean())
             np.testing.assert_allclose(row["difference"], (other - one)[known].mean(), atol=1e-12)
-            assert row["p"] == sign_flip_test((other - one)[known])
-        if known.sum() > 8:
-            width = row["high"] - row["low"]
-            exact = mean_interval((other - one)[known])
-            np.testing.assert_allclose([row["low"], row["high"]], exact[1:], atol=0.1 * width + 1e-12)
+            np.testing.assert_equal(row["p"], mean_test((other - one)[known]))
+            paired = np.isin((other - one)[known], (-1, 0, 1)).all()
+            exact = (
+                paired_share_interval((other - one)[known] == 1, (other - one)[known] == -1)
+                if paired
+                else mean_interval((other - one)[known])
+            )
+            np.testing.assert_allclose([row["low"], row["high"]], exact[1:])
     tested = found.table.dropna(subset=["p"])
     np.testing.assert_allclose(tested["q"], false_discovery(tested["p"].to_numpy()))
 
@@ -92,10 +96,36 @@ def test_a_planted_change_is_found_and_said(before: Run) -> None:
     records.loc[weaker, "margin_adversarial"] -= 3.0
     records.to_parquet(planted / FILE)
     found = compare(before, Run(planted))
-    assert list(found.moved["score"]) == ["margin_adversarial"]
-    assert found.moved.iloc[0]["difference"] == pytest.approx(-3)
-    back = compare(Run(planted), before)
-    assert back.moved.iloc[0]["difference"] == pytest.approx(3)
+    (margin,) = rows_of(found, "margin_adversarial", "pgd", "cam")
+    assert margin["difference"] == pytest.approx(-3)
+    assert np.isnan(
+        margin["low"]
+    )  # 14 images have no interval of a mean, so that nothing is said to have moved
+    assert "margin_adversarial" not in set(found.moved["score"])
+
+
+def test_a_change_of_every_image_has_an_interval(before: Run) -> None:
+    """Where all images change alike a bootstrap knows no spread; of proportions the interval is known."""
+    sides = []
+    for fell in (True, False):
+        folder = before.folder.parent / f"fell{fell}"
+        shutil.copytree(before.folder, folder)
+        records = pd.read_parquet(folder / FILE)
+        records["success"] = fell
+        records.to_parquet(folder / FILE)
+        sides.append(Run(folder))
+    found = compare(*sides)
+    for row in rows_of(found, "robust_accuracy"):
+        assert (row["difference"], row["high"]) == (1, 1)
+        assert 0.6 < row["low"] < 1
+        assert row["p"] == 2 * 0.5**14
+    assert "Robust accuracy has moved" in found.sentence()
+
+
+def rows_of(found: Comparison, score: str, attack: str = "", region: str = "") -> list[dict[str, Any]]:
+    table = found.table[found.table["score"] == score]
+    rows = [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+    return [row for row in rows if row["attack"].startswith(attack) and row["region"].startswith(region)]
 
 
 def test_labels_that_changed_are_counted(before: Run) -> None:

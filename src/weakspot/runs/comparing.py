@@ -12,7 +12,7 @@ from weakspot.runs.plan import AttackPlan
 from weakspot.runs.records import has_records
 from weakspot.runs.run import Run
 from weakspot.runs.scores import score_names
-from weakspot.statistics import false_discovery, mean_intervals, mean_test
+from weakspot.statistics import false_discovery, mean_intervals, mean_test, paired_share_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,8 +30,9 @@ class Comparison:
 
     Attributes:
         table: a row for each score, attack and region that both have: images, the mean before and after, the mean
-            difference after - before of the same images with its 95% interval (low, high), p by flipping signs, q
-            corrected over all rows (Benjamini and Hochberg). "clean_accuracy" has no attack and no region.
+            difference after - before of the same images with its 95% interval (low, high; NaN where there is none),
+            p (of yes and no McNemar's exact test), q corrected over all rows (Benjamini and Hochberg).
+            "clean_accuracy" has no attack and no region.
         images: that both have.
         only: what only one of the runs has, in words.
         remarks: what else makes them unlike, in words.
@@ -104,7 +105,9 @@ def compare(before: Run, after: Run) -> Comparison:
             raise ValueError(f"{run.name} has no records yet")
     plans = (before.plan, after.plan)
     shared_attacks = _shared(plans[0].attacks, plans[1].attacks)
-    regions = [region for region in plans[0].regions if region in plans[1].regions]
+    # Regions of other images are controls within a run: another run has others.
+    mine, theirs = (plan.reported_regions for plan in plans)
+    regions = [region for region in mine if region in theirs]
     names = [name for name in score_names(before) if name in score_names(after)]
     pair = _whole(before, after)
     rows, common = [_moves(pair, [CLEAN], "", "").iloc[: 1 if len(pair) else 0]], len(pair)
@@ -119,8 +122,8 @@ def compare(before: Run, after: Run) -> Comparison:
     known = table["p"].notna()
     table["q"] = np.nan
     table.loc[known, "q"] = false_discovery(table.loc[known, "p"].to_numpy(float))
-    only = [*_only(before, plans[0].attacks, [one for one, _ in shared_attacks], plans[0].regions, regions),
-            *_only(after, plans[1].attacks, [one for _, one in shared_attacks], plans[1].regions, regions)]  # fmt: skip
+    only = [*_only(before, plans[0].attacks, [one for one, _ in shared_attacks], mine, regions),
+            *_only(after, plans[1].attacks, [one for _, one in shared_attacks], theirs, regions)]  # fmt: skip
     remarks = _remarks(before, after)
     if relabelled and not all(_predicted(run) for run in (before, after)):
         remarks.append(f"labels differ on {relabelled} of these images")
@@ -137,7 +140,13 @@ def _moves(pair: pd.DataFrame, names: Sequence[str], attack: str, region: str) -
     found = mean_intervals(after - before)
     counts = known.sum(0)
     means = [np.where(counts, np.nansum(side, 0) / np.maximum(counts, 1), np.nan) for side in (before, after)]
-    p = [mean_test((after - before)[:, place]) if counts[place] else np.nan for place in range(len(names))]
+    p = [mean_test((after - before)[:, place]) for place in range(len(names))]
+    for place in range(len(names)):
+        moved = (after - before)[known[:, place], place]
+        if (
+            len(moved) and np.isin(moved, (-1, 0, 1)).all()
+        ):  # proportions, also where every image changed alike
+            found[place] = paired_share_interval(moved == 1, moved == -1)
     return pd.DataFrame(
         {
             "score": list(names), "attack": attack, "region": region, "images": counts, "before": means[0],

@@ -9,11 +9,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from weakspot.runs.maps import StoredMap
 from weakspot.runs.run import Run
+from weakspot.statistics import mean_intervals
 
-BLOCK = 2_048  # images in memory at once
-FEW = 5  # images, for an interval
-NORMAL = 1.959964
+MOST = 1000  # images of which curves are read; of more, these evenly spread over the list
+BLOCK = 128  # images in memory at once before they are chosen
+TOGETHER = 200  # columns of a bootstrap
 RANDOM = "random edit"
 OUTCOMES = ("fooled", "held")
 COLUMNS = ["measure", "attack", "region", "outcome", "place", "layer", "mean", "low", "high", "images"]
@@ -23,8 +25,8 @@ FIRST = "spread"  # of the measures
 def depths(run: Run) -> pd.DataFrame:
     """Columns measure, attack, region, outcome, place, layer, mean, low, high, images.
 
-    Of images that were read rightly before. The outcome "random edit" is of all of these, under an edit of the attack's
-    size.
+    Of images that are correctly classified without an attack, at most 1000. The outcome "random edit" is of all of
+    these, under an edit of the attack's size. low and high are NaN where `statistics.mean_intervals` gives no interval.
     """
     known = [name for name in run.maps if "curve" in run.maps[name].about]
     if not known:
@@ -37,45 +39,39 @@ def depths(run: Run) -> pd.DataFrame:
 
 
 def _curve(run: Run, name: str, outcomes: NDArray[np.int8]) -> Iterator[dict[str, Any]]:
-    """The rows of one array (image, attack, region, layer), read block by block."""
+    """The rows of one array (image, attack, region, layer)."""
     stored = run.maps[name]
     measure, _, random = str(stored.about["curve"]).partition(", ")
-    sums: NDArray[np.float64] = np.zeros((3, len(OUTCOMES), *stored.shape[1:]))  # of ones, values and squares
-    least, most = np.full(sums.shape[1:], np.inf), np.full(sums.shape[1:], -np.inf)
+    chosen = np.flatnonzero((outcomes >= 0).any((1, 2)))
+    if len(chosen) > MOST:
+        chosen = chosen[np.linspace(0, len(chosen) - 1, MOST).round().astype(np.int64)]
+    values = _read(stored, chosen)
+    ended = outcomes[chosen]
+    groups = {RANDOM: ended >= 0} if random else {what: ended == n for n, what in enumerate(OUTCOMES)}
+    steps = stored.about["steps"]
+    keys, columns = [], []
+    places = {cell: place for place, cell in enumerate(run.plan.cells)}
+    for attack, region in run.plan.reported_cells:
+        cell = divmod(places[attack, region], len(run.plan.regions))
+        for outcome, among in groups.items():
+            columns.append(np.where(among[:, *cell, None], values[:, *cell], np.nan))
+            keys += [(attack.label, region, outcome, layer + 1, step) for layer, step in enumerate(steps)]
+    table = np.concatenate(columns, axis=1)
+    found = [mean_intervals(part) for part in np.split(table, range(TOGETHER, table.shape[1], TOGETHER), 1)]
+    counts = np.isfinite(table).sum(0)
+    for key, interval, count in zip(keys, np.concatenate(found), counts, strict=True):
+        yield dict(zip(COLUMNS, (measure, *key, *map(float, interval), int(count)), strict=True))
+
+
+def _read(stored: StoredMap, chosen: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(n, attacks, regions, layers) of these images, without infinities."""
+    parts = [np.empty((0, *stored.shape[1:]))]
     for start in range(0, len(stored), BLOCK):
-        values = stored[start : start + BLOCK].astype(np.float64)
-        for number in range(len(OUTCOMES)):
-            mine = (outcomes[start : start + BLOCK] == number)[..., None] & np.isfinite(values)
-            kept = np.where(mine, values, 0)
-            least[number] = np.minimum(least[number], np.where(mine, values, np.inf).min(0))
-            most[number] = np.maximum(most[number], np.where(mine, values, -np.inf).max(0))
-            sums[:, number] += np.stack([mine.sum(0), kept.sum(0), (kept**2).sum(0)])
-    if random:
-        groups = {RANDOM: (*sums.sum(1), least.min(0), most.max(0))}
-    else:
-        groups = {what: (*sums[:, n], least[n], most[n]) for n, what in enumerate(OUTCOMES)}
-    for place, (attack, region) in enumerate(run.plan.cells):
-        cell = divmod(place, len(run.plan.regions))
-        for outcome, (ones, total, squares, lowest, highest) in groups.items():
-            for layer, step in enumerate(stored.about["steps"]):
-                count = int(ones[*cell, layer])
-                mean, half = _interval(count, float(total[*cell, layer]), float(squares[*cell, layer]))
-                # As a bootstrap's, an interval of values between two bounds does not leave them.
-                low = np.maximum(mean - half, lowest[*cell, layer])
-                high = np.minimum(mean + half, highest[*cell, layer])
-                told = (measure, attack.label, region, outcome, layer + 1, step, mean, low, high, count)
-                yield dict(zip(COLUMNS, told, strict=True))
-
-
-def _interval(count: int, total: float, squares: float) -> tuple[float, float]:
-    """The mean and half its 95% interval; NaN where there are too few images."""
-    if not count:
-        return np.nan, np.nan
-    mean = total / count
-    if count < FEW:
-        return mean, np.nan
-    variance = max(0.0, squares - count * mean**2) / (count - 1)
-    return mean, NORMAL * float(np.sqrt(variance / count))
+        mine = chosen[(chosen >= start) & (chosen < start + BLOCK)]
+        if len(mine):
+            parts.append(stored[start : start + BLOCK][mine - start].astype(np.float64))
+    values = np.concatenate(parts)
+    return np.where(np.isfinite(values), values, np.nan)
 
 
 def _outcomes(run: Run, images: int) -> NDArray[np.int8]:
