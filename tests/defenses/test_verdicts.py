@@ -28,8 +28,8 @@ def table(
         for side, accuracy in zip(("undefended", "defended"), sides, strict=True):
             bounds = share_interval(np.arange(COUNT) < round(accuracy * COUNT))
             row |= dict(zip((side, f"{side}_low", f"{side}_high"), bounds, strict=True))
-        row["undefended_only"] = lost
-        row["defended_only"] = round((sides[1] - sides[0]) * COUNT) + lost
+        gained = round((sides[1] - sides[0]) * COUNT)
+        row["undefended_only"], row["defended_only"] = lost + max(0, -gained), lost + max(0, gained)
         row["agreement"], row["agreement_at_end"] = agreements.get(attack, (np.nan, np.nan))
         rows.append(row)
     return pd.DataFrame(rows)
@@ -52,7 +52,7 @@ def standing(
     ("made", "status", "words"),
     [
         (table(standing(0.2, 0.25)), "no protection", "No protection: 25%"),
-        (table(standing(0.2, 0.26)), "protects", r"Protects against these attacks: 26% \[18%, 35%\] of 100 images"),
+        (table(standing(0.2, 0.26)), "protects", r"Protects against these attacks: 26% \[18%, 36%\] of 100 images"),
         (table(standing(0.2, 0.1)), "no protection", "No protection: 10%"),
         # Six points of sixty images that changed sides: chance.
         (table(standing(0.3, 0.36), lost=27), "no protection", "p = .259, which chance can explain"),
