@@ -123,8 +123,11 @@ class _StraightThrough(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         (inner,) = self.inner
         calls: list[_Call] = []
+        here = threading.get_ident()
 
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if threading.get_ident() != here:
+                return
             with torch._C.DisableTorchFunction():
                 place = _picture(args, kwargs, images)
                 if place is not None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor, nn
 
 from weakspot.attribution.cam import class_activation, class_activations
-from weakspot.checks import ModelWarning, check_classes, check_share
+from weakspot.checks import ModelWarning, check_classes, check_share, warn
 from weakspot.classifier import check_images, evaluating
 from weakspot.regions.shares import top
 
@@ -36,11 +34,10 @@ def cam(
     maps = class_activation(model, images, classes, layer=layer, registration="effective")
     against = int((maps.amax((1, 2, 3)) <= 0).sum())
     if against:
-        warnings.warn(
+        warn(
             f"the class activation of {against} of {len(maps)} images is nowhere positive: no region matters most for "
             "the class there, and the cam region is where the activation is least negative",
             ModelWarning,
-            stacklevel=2,
         )
     return top(maps, keep)
 
