@@ -218,7 +218,7 @@ def test_scores_stand_beside_other_images_where_there_are_any(
     pairs = pgd(model, images, model(images).argmax(1), budget=Linf(0.2), steps=4)
     others = torch.rand(20, 3, 20, 20, generator=torch.Generator().manual_seed(0))
     name = {"overlap": "effect in roi", "promotion": "interpretability label"}[analysis]
-    headings = ("other images", ">p<", ">q<")
+    headings = (">other images<", ">p<", ">q<")
     for reference in (others, None):
         found = explain(model, pairs, analyses=[analysis], reference=reference)
         told = page(found).split("<main>")[1]
