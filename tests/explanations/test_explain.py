@@ -213,8 +213,8 @@ def test_progress_rises_to_one(pooling: Made) -> None:
         ({"analyses": ["nothing like it"]}, r"accepted: cam, ssim, overlap"),
         ({"names": ["one", "two"]}, r"names has 2 entries; accepted is one for each of 3 pairs"),
         (
-            {"analyses": ["ssim"], "reference": torch.rand(2, 3, 20, 20)},
-            r"analyses must name one that compares images if there is a reference \(overlap, promotion\), got ssim",
+            {"analyses": ["cam"], "reference": torch.rand(2, 3, 20, 20)},
+            r"analyses must name one that compares images if there is a reference \(overlap, promotion, ssim\), got cam",
         ),
         (
             {"reference": torch.rand(2, 3, 9, 9)},

@@ -151,7 +151,7 @@ def explain(
     functions = find_analyses(analyses)
     if reference is not None and not any(declared(each, {"reference": None}) for each in functions.values()):
         raise ValueError(
-            "analyses must name one that compares images if there is a reference (overlap, promotion), "
+            "analyses must name one that compares images if there is a reference (overlap, promotion, ssim), "
             f"got {', '.join(functions) or 'none'}"
         )
     with evaluating(model) as classifier:
