@@ -214,7 +214,7 @@ def test_progress_rises_to_one(pooling: Made) -> None:
         ({"names": ["one", "two"]}, r"names has 2 entries; accepted is one for each of 3 pairs"),
         (
             {"analyses": ["cam"], "reference": torch.rand(2, 3, 20, 20)},
-            r"analyses must name one that compares images if there is a reference \(overlap, promotion, ssim\), got cam",
+            r"analyses must name one that compares images if .* \(overlap, promotion, ssim\), got cam",
         ),
         (
             {"reference": torch.rand(2, 3, 9, 9)},

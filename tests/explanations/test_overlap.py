@@ -199,7 +199,7 @@ def test_noise_of_equal_size_is_never_where_the_network_looks() -> None:
     assert not (found["relation"] == 1).any()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 3])  # of seed 2 no class activation is positive anywhere
+@pytest.mark.parametrize("seed", [0, 1, 3])  # of 2 no activation is positive
 def test_random_weights_are_never_attacked_where_they_look(seed: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
