@@ -257,9 +257,9 @@ def rows_of(study: PropagationStudy, layer: str) -> dict[str, dict[str, float]]:
 
 
 def test_the_study_says_of_each_group_what_the_pairs_of_it_show() -> None:
-    model, pairs = attacked()
+    model, pairs = attacked(60)
     fooled = model(pairs.adversarial).argmax(1) != pairs.labels
-    assert 0 < int(fooled.sum()) < len(fooled)
+    assert 0 < int((~fooled).sum()) < 20 < int(fooled.sum())  # of one group there is an interval
     study, found = propagation_study(model, pairs), propagation(model, pairs)
     for layer in found.layers:
         rows = rows_of(study, layer)
@@ -267,7 +267,10 @@ def test_the_study_says_of_each_group_what_the_pairs_of_it_show() -> None:
             assert rows[group]["images"] == int(chosen.sum())
             assert rows[group]["spread"] == pytest.approx(float(found.spread[layer][chosen].mean()))
             assert rows[group]["reach"] == pytest.approx(float(found.reach[layer][chosen].mean()))
-            assert rows[group]["reach_low"] <= rows[group]["reach"] <= rows[group]["reach_high"]
+            low, high = rows[group]["reach_low"], rows[group]["reach_high"]
+            assert (
+                (low <= rows[group]["reach"] <= high) if group == "successes" else np.isnan([low, high]).all()
+            )
             torch.testing.assert_close(
                 study.maximum[group][layer], found.maximum[layer][chosen].mean(0), rtol=1e-4, atol=1e-6
             )

@@ -45,7 +45,12 @@ def print_training(said: Mapping[str, Any], seconds: float, out: Path, *, matrix
         names = list(dict.fromkeys(row.get("recipe", "") for row in rows))
         for name in names:
             cells = [
-                f"{row['accuracy']:.1%}" + (f" ({row['low']:.1%}-{row['high']:.1%})" if wide else "")
+                f"{row['accuracy']:.1%}"
+                + (
+                    f" ({row['low']:.1%}-{row['high']:.1%})"
+                    if wide and row["low"] is not None and row["low"] == row["low"]
+                    else ""
+                )
                 for row in rows
                 if row.get("recipe", "") == name
             ]

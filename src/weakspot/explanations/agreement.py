@@ -19,7 +19,7 @@ CHUNK = 64  # maps at once: memory does not grow with the square of their number
 
 
 def top_region(scores: Tensor, fraction: float) -> Tensor:
-    """The top fraction of sites of scores (N, 1, H, W), without a tie at its edge that would fill over a tenth of it."""
+    """The top fraction of sites of scores (N, 1, H, W), without a tie at its edge that fills over a tenth of it."""
     chosen = top(scores, fraction)
     left_out = torch.where(chosen, -torch.inf, scores).flatten(1).amax(1).view(-1, 1, 1, 1)
     above = chosen & (scores > left_out)

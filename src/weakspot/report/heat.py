@@ -32,10 +32,11 @@ def matrix_figure(accuracy: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
             axis.text(
                 column, row - 0.1, f"{cell['accuracy']:.1%}", ha="center", va="center", color=ink, fontsize=10
             )
-            axis.text(
-                column, row + 0.24, f"{cell['low']:.1%} to {cell['high']:.1%}", ha="center", va="center", color=ink,
-                fontsize=6.5,
-            )  # fmt: skip
+            if cell["low"] == cell["low"]:  # NaN: too few images for an interval
+                axis.text(
+                    column, row + 0.24, f"{cell['low']:.1%} to {cell['high']:.1%}", ha="center", va="center", color=ink,
+                    fontsize=6.5,
+                )  # fmt: skip
     axis.set_xticks(range(len(tests)), [titles.get(test, test) for test in tests], fontsize=8.5)
     axis.set_yticks(range(len(recipes)), [recipe.replace("_", " ") for recipe in recipes], fontsize=9)
     axis.xaxis.tick_top()

@@ -24,7 +24,7 @@ from weakspot.defenses.training.settings import defaults
 from weakspot.defenses.training.testing import TESTS, Judged, judged_images, outcomes
 from weakspot.defenses.training.training import train
 from weakspot.models.fingerprint import fingerprint
-from weakspot.statistics import mean_interval, share_interval
+from weakspot.statistics import mean_interval, paired_share_interval, share_interval
 from weakspot.writing import write_whole
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class Matrix:
     Attributes:
         accuracy: a row for each recipe and test: recipe, test, accuracy, low, high (95% interval over images, of the
             mean over seeds), spread (between the seeds, largest less smallest), seeds, images.
-        differences: a row for each test and ordered pair of recipes: test, recipe, against, difference, low, high, by
-            the bootstrap over images of the paired difference.
+        differences: a row for each test and ordered pair of recipes: test, recipe, against, difference, low, high, the
+            95% interval over images of the paired difference; NaN where `statistics` gives none.
         stopped: for each network that stopped early, why.
     """
 
@@ -189,10 +189,11 @@ def _accuracy(
         for test in TESTS:
             right = _by_image(found, recipe, test, seeds)
             each = right.mean(1)
-            # Of one network an image stands or falls: Wilson's interval has a width at 0% and 100% too.
-            mean, low, high = (
-                share_interval(right[0] > 0) if len(seeds) == 1 else mean_interval(right.mean(0))
-            )
+            mean, low, high = mean_interval(right.mean(0))
+            if np.isnan(
+                low
+            ):  # few images, or hardly any on which the networks differ: bounds from both sides
+                low, high = share_interval(right.min(0) > 0)[1], share_interval(right.max(0) > 0)[2]
             rows.append(
                 {
                     "recipe": recipe,
@@ -216,8 +217,12 @@ def _differences(
     rows = []
     for test in TESTS:
         for one, other in permutations(recipes, 2):
-            gain = (_by_image(found, one, test, seeds) - _by_image(found, other, test, seeds)).mean(0)
-            mean, low, high = mean_interval(gain)
+            first, second = (_by_image(found, recipe, test, seeds) for recipe in (one, other))
+            mean, low, high = (
+                paired_share_interval(first[0] > 0, second[0] > 0)
+                if len(seeds) == 1
+                else mean_interval((first - second).mean(0))
+            )
             rows.append(
                 {"test": test, "recipe": one, "against": other, "difference": mean, "low": low, "high": high}
             )
