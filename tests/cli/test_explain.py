@@ -668,7 +668,7 @@ def build():
 
 
 def test_one_pixel_pairs_get_a_table_by_radius(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "brittle_networks.py").write_text(BRITTLE)
+    (tmp_path / "striped_networks.py").write_text(BRITTLE)
     clean = torch.rand(24, 3, 30, 30, generator=torch.Generator().manual_seed(0)) * 0.5
     adversarial = clean.clone()
     adversarial[:, 0, 12, 15] = 1.0
@@ -677,7 +677,7 @@ def test_one_pixel_pairs_get_a_table_by_radius(run: Run, tmp_path: Path) -> None
     Pairs(clean, adversarial, zeros, 1 - zeros).save(tmp_path / "pairs.safetensors")
     options = (
         "--model",
-        "brittle_networks:build",
+        "striped_networks:build",
         "--size",
         "30x30",
         "--analyses",

@@ -55,7 +55,9 @@ def run(networks: Path) -> Run:
 
 def test_types_and_localities_are_those_of_the_records_and_stand_on_the_page(run: Run) -> None:
     records, types = run.records, perturbation_types(run)
-    fooled = records[records["correct"].eq(True) & records["success"].eq(True)].fillna({"correct": False})
+    fooled = records[records["correct"].eq(True) & records["success_8bit"].eq(True)].fillna(
+        {"correct": False}
+    )
     assert set(fooled["attack"]) == {"pgd", "pixels"}
     for row in types.to_dict("records"):
         mine = fooled[fooled["attack"] == row["attack"]]["perturbation_type"].dropna()

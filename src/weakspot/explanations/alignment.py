@@ -167,7 +167,7 @@ def ssim_alignment(
     >>> from weakspot.attacks import pgd
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     >>> result = pgd(net.eval(), torch.rand(2, 3, 16, 16), torch.tensor([0, 1]), steps=2)
-    >>> ssim_alignment(net, result).scores["ssim_concentration_p"].isna().all()  # two images have no p
+    >>> bool(ssim_alignment(net, result).scores["ssim_concentration_p"].isna().all())  # two images have no p
     True
     """
     check_pairs(pairs, model)

@@ -25,7 +25,7 @@ def perturbation_types(run: Run) -> pd.DataFrame:
     """
     rows = []
     for attack, region in run.plan.cells if _has(run, TYPE) else ():
-        table = cell(run, attack.label, region, [TYPE, "correct", "success"])
+        table = cell(run, attack.label, region, [TYPE, "correct", "fooled"])
         fooled, _ = _ended(table)
         known = table.loc[fooled & table[TYPE].notna().to_numpy(), TYPE]
         for kind in TYPES.values():
@@ -42,7 +42,7 @@ def localities(run: Run) -> pd.DataFrame:
     """
     parts = []
     for attack, region in run.plan.cells if _has(run, RANDOM) else ():
-        table = cell(run, attack.label, region, [*MEANINGS, "correct", "success"])
+        table = cell(run, attack.label, region, [*MEANINGS, "correct", "fooled"])
         if table[RANDOM].notna().any():
             found = locality_table(table[list(MEANINGS)].astype("float64"), *_ended(table))
             parts.append(found.assign(attack=attack.label, region=region))
@@ -53,7 +53,7 @@ def _ended(table: pd.DataFrame) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Which correctly classified images were fooled and which were not; an unknown end is neither."""
     right, fooled, held = (
         table[name].eq(value).fillna(value=False).to_numpy(bool)
-        for name, value in (("correct", True), ("success", True), ("success", False))
+        for name, value in (("correct", True), ("fooled", True), ("fooled", False))
     )
     return right & fooled, right & held
 
