@@ -222,7 +222,8 @@ def test_another_process_joins_a_cluster_by_its_address(cluster: None, pictures:
         "audit(small_plan('pictures'), 'found', engine='ray', workers=2, address=sys.argv[1])"
     )
     ended = subprocess.run(
-        [sys.executable, "-W", "ignore:the class activation", "-c", program, address], cwd=pictures.parent, capture_output=True, text=True, timeout=200,
+        [sys.executable, "-W", "ignore:the class activation", "-c", program, address],
+        cwd=pictures.parent, capture_output=True, text=True, timeout=200,
         check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([*cluster_path(), str(pictures.parent)])},
     )  # fmt: skip
