@@ -23,10 +23,10 @@ from torch import Tensor
 
 from benchmarks import real, sections
 from weakspot.attacks import pgd
+from weakspot.audit import AttackPlan, ModelPlan, Plan, audit, region_contrasts, summarize
 from weakspot.budgets import read_budget
 from weakspot.classifier import Classifier
 from weakspot.regions import cam, matched
-from weakspot.runs import AttackPlan, ModelPlan, Plan, audit, region_contrasts, summarize
 from weakspot.statistics import mcnemar, mean_interval, paired_share_interval, region_test, share_interval
 
 NETWORK = "cifar10_resnet20"

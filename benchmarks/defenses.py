@@ -15,7 +15,7 @@ from benchmarks import real, sections
 from tests.defenses.digits import NAMES, cases
 from weakspot import defenses
 from weakspot.budgets import Linf
-from weakspot.defenses.fills import FILLS
+from weakspot.defenses.neutralization import FILLS
 
 if TYPE_CHECKING:
     import pandas as pd

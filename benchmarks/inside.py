@@ -35,12 +35,12 @@ from weakspot import (
     sample_images,
     unit_sensitivity,
 )
-from weakspot.attribution.reading import spatial_layers
+from weakspot.attribution.hooks import spatial_layers
 from weakspot.budgets import Linf
 from weakspot.classifier import Classifier, as_classifier, evaluating
 from weakspot.dissection import ConceptSet
-from weakspot.dissection.noise import equal_noise
-from weakspot.dissection.reading import image_batches
+from weakspot.dissection.broden_files import image_batches
+from weakspot.dissection.sensitivity import equal_noise
 from weakspot.fusion import fused
 from weakspot.statistics import share_interval
 

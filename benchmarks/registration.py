@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from weakspot import Classifier, class_activation, load
+from weakspot.attribution.alignment import effective_grid, receptive_grid
 from weakspot.attribution.cam import REGISTRATIONS
 from weakspot.attribution.layers import find_layer
-from weakspot.attribution.registration import effective_grid, receptive_grid
 from weakspot.classifier import evaluating, predict
 
 SQUARE, STRIDE = 32, 16

@@ -24,8 +24,8 @@ import torch
 import weakspot
 from benchmarks import real, sections
 from weakspot.attacks import find_attack
+from weakspot.audit import AttackPlan, ModelPlan, Plan, Standing, audit
 from weakspot.regions import read_region
-from weakspot.runs import AttackPlan, ModelPlan, Plan, Standing, audit
 
 MODEL = ModelPlan("benchmarks.real:resnet20", size=(32, 32))
 ATTACKS = (AttackPlan("pgd", "linf:2/255"), AttackPlan("fmn", settings=(("steps", 20),)))

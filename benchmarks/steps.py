@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from weakspot import L2, AttackResult, Budget, Classifier, Linf, attacks
+from weakspot.attacks.context import attacking
 from weakspot.attacks.gradient import Search, random_start
-from weakspot.attacks.objectives import margin as margin_objective
-from weakspot.attacks.problem import attacking
+from weakspot.attacks.losses import margin as margin_objective
 from weakspot.classifier import margin, predict
 
 CASES = {"cifar10_resnet2b_adv": 8 / 255, "cifar10_resnet4b_adv": 2 / 255, "cifar10_cnn_a_adv4": 8 / 255}

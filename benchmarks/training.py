@@ -21,7 +21,7 @@ from benchmarks import real, sections
 from weakspot import defenses, zoo
 from weakspot.budgets import Linf
 from weakspot.datasets import Labelled, from_tensors, read_labelled
-from weakspot.defenses.training import evaluation_matrix
+from weakspot.training import evaluation_matrix
 
 ROUNDS = 11
 RECIPES = ("standard", "localized", "random_mask", "full")

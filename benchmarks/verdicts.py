@@ -23,11 +23,19 @@ from torch import Tensor, nn
 from weakspot import Linf, attacks, class_activation
 from weakspot.attribution import margin_drop
 from weakspot.classifier import evaluating, predict
-from weakspot.explanations.agreement import STATISTICS, agreement, attack_region, shift_tests, top_region
+from weakspot.explanations.agreement import (
+    STATISTICS,
+    agreed,
+    agreement,
+    attack_region,
+    second_path,
+    setting_tests,
+    shift_tests,
+    top_region,
+)
 from weakspot.explanations.analysis import rivals
-from weakspot.explanations.overlap import spread
+from weakspot.explanations.importance import spread
 from weakspot.explanations.promotion import interpretability_matrix
-from weakspot.explanations.relation import agreed, second_path, setting_tests
 from weakspot.statistics import nulls, other_image_test, run_test, share_interval
 
 RUNS, RUN = 300, 20

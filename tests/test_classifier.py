@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from tests.conftest import Made, PoolingNetwork, untouched
 from weakspot import attacks
-from weakspot.checks import ImageWarning, ModelWarning, quiet
+from weakspot._checks import ImageWarning, ModelWarning, quiet
 from weakspot.classifier import (
     Classifier,
     as_classifier,
@@ -268,7 +268,7 @@ def test_a_model_in_eval_mode_is_not_told_off(any_model: Made) -> None:
     assert [str(warning.message) for warning in told if issubclass(warning.category, ModelWarning)] == []
 
 
-@pytest.mark.filterwarnings("ignore::weakspot.checks.ModelWarning")
+@pytest.mark.filterwarnings("ignore::weakspot._checks.ModelWarning")
 @pytest.mark.parametrize("training", [True, False])
 def test_everything_comes_back_when_the_body_raises(pooling: Made, training: bool) -> None:
     model, images = pooling

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from weakspot.checks import ImageWarning
+from weakspot._checks import ImageWarning
 from weakspot.images import read_images, sample_images
 
 Bytes = NDArray[np.uint8]

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from weakspot.lock import LockedError, locked
+from weakspot._io.locks import LockedError, locked
 
 FILE = "held.lock"
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from weakspot.lock import locked
+from weakspot._io.locks import locked
 with locked(Path(sys.argv[1]), "held.lock"):
     print("held", flush=True)
     time.sleep(60)
@@ -68,7 +68,7 @@ def test_a_file_that_nobody_holds_is_no_lock(tmp_path: Path, left: str) -> None:
 FORKING = """
 import os, sys, time
 from pathlib import Path
-from weakspot.lock import locked
+from weakspot._io.locks import locked
 with locked(Path(sys.argv[1]), "held.lock"):
     child = os.fork()
     if child:

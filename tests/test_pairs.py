@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.conftest import Made, untouched
-from weakspot.checks import ImageWarning, ModelWarning
+from weakspot._checks import ImageWarning, ModelWarning
 from weakspot.pairs import AttackResult, Pairs
 
 

@@ -28,15 +28,15 @@ from weakspot import (
     class_activation,
     explain,
 )
-from weakspot.checks import quiet
+from weakspot._checks import quiet
+from weakspot._state import EvalMode, hooked, random_state_kept, without_parameter_gradients
 from weakspot.classifier import evaluating, predict
-from weakspot.defenses.masking import mask_units
-from weakspot.defenses.randomness import DrawnByImage, defender_model, expectation
+from weakspot.defenses.randomized import DrawnByImage, defender_model, expectation
+from weakspot.defenses.unit_masking import mask_units
 from weakspot.dissection.sensitivity import unit_sensitivity
 from weakspot.fusion import fused
 from weakspot.pairs import Pairs
-from weakspot.threads import EvalMode, hooked, random_state_kept, without_parameter_gradients
-from weakspot.zoo.networks import build
+from weakspot.zoo import build
 
 Work = Callable[[], Any]
 

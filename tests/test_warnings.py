@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import weakspot
 from tests.conftest import PoolingNetwork
 from weakspot import Classifier, LocalEdits, Pairs, attacks, class_activation, explain, regions
-from weakspot.checks import ModelWarning, quiet, warn
+from weakspot._checks import ModelWarning, quiet, warn
 from weakspot.classifier import evaluating, predict
 
 
@@ -62,7 +62,7 @@ def test_a_warning_names_the_callers_line(call: str) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         function()
-    ours = [one for one in caught if one.category.__module__ == "weakspot.checks"]
+    ours = [one for one in caught if one.category.__module__ == "weakspot._checks"]
     assert ours
     for one in ours:
         assert (one.filename, one.lineno) == (__file__, function.__code__.co_firstlineno)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from weakspot.writing import write_whole
+from weakspot._io.files import write_whole
 
 
 def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@
 """
 
 from weakspot import attacks, defenses, regions
+from weakspot._checks import ImageWarning, ModelWarning
 from weakspot.attribution import class_activation, occlusion
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf, read_budget
-from weakspot.checks import ImageWarning, ModelWarning
 from weakspot.classifier import Classifier
 from weakspot.dissection import (
     ConceptSet,

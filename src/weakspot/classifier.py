@@ -1,4 +1,7 @@
-"""Models come in: any `nn.Module` becomes a `Classifier`, from images in [0, 1] to logits."""
+"""Models come in: any `nn.Module` becomes a `Classifier`, from images in [0, 1] to logits.
+
+Wrapping: a network around a classifier is a classifier of the same images again.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weakspot.checks import (
+from weakspot._checks import (
     ModelWarning,
     check_batch,
     check_finite,
@@ -21,7 +24,7 @@ from weakspot.checks import (
     quiet,
     warn_once,
 )
-from weakspot.threads import EvalMode, random_state_kept, unhooked_copy, unwatched
+from weakspot._state import EvalMode, random_state_kept, unhooked_copy, unwatched
 
 LARGEST_BATCH = 128
 SUMS = 1e-4  # that a row of probabilities may be off by
@@ -433,3 +436,15 @@ def runner_up(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     others = logits.scatter(1, labels[:, None], -torch.inf)
     best = others.max(1)
     return best.values, best.indices
+
+
+def around(network: nn.Module, classifier: Classifier, name: str) -> Classifier:
+    """`network`, which takes images in [0, 1] and runs `classifier` somewhere inside, as a classifier of that name."""
+    network.fixed_batch = classifier.fixed_batch  # type: ignore[assignment]
+    network.training = classifier.training
+    wrapped = Classifier(
+        network, input_size=classifier.input_size, class_names=classifier.class_names, name=name
+    )
+    wrapped.channels = classifier.channels
+    wrapped.training = classifier.training
+    return wrapped

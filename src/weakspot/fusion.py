@@ -26,9 +26,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
-from weakspot.checks import quiet
+from weakspot._checks import quiet
+from weakspot._state import HOOKS, hooks, random_state_kept, unhooked_copy
 from weakspot.classifier import Classifier, default_batch
-from weakspot.threads import HOOKS, hooks, random_state_kept, unhooked_copy
 
 TOLERANCE = 1e-5  # of the largest logit
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # arguments of F.conv2d

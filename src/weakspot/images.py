@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from weakspot.checks import ImageWarning, quiet, warn
+from weakspot._checks import ImageWarning, quiet, warn
 
 LARGEST_PICTURE = 120_000_000  # pixels; decoded this takes 360 MB, a phone's largest photograph stays below
 SAMPLES = ("chelsea", "coffee", "rocket", "motorcycle_left")

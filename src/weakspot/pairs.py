@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from weakspot.checks import check_batch, check_classes, check_range
+from weakspot._checks import check_batch, check_classes, check_range
 from weakspot.classifier import evaluating, predict
 from weakspot.similarity import ssim_map
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from tests.attacks.test_gradient import Watched, balanced, bits, limit, predicted, region_of, tagged, times
 from tests.conftest import NETWORKS, LinearNetwork, Made, doubled, untouched
 from weakspot import Classifier, attacks
+from weakspot._checks import ModelWarning
 from weakspot.attacks import auto
-from weakspot.attacks.adaptive import adaptive_descent, checkpoints
-from weakspot.attacks.objectives import cross_entropy
-from weakspot.attacks.problem import attacking
-from weakspot.attacks.squares import square_search
+from weakspot.attacks.auto_pgd import adaptive_descent, checkpoints
+from weakspot.attacks.context import attacking
+from weakspot.attacks.losses import cross_entropy
+from weakspot.attacks.square_search import square_search
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf
-from weakspot.checks import ModelWarning
 
 BUDGETS: list[Budget] = [Linf(4 / 255), L2(0.3), L1(2.0), SSIM(0.002), SSIM(0.002, mode="local")]
 SHORT = {"STEPS": 8, "QUERIES": 30}
@@ -135,7 +135,7 @@ HIDING: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("hide", HIDING.values(), ids=HIDING)
-@pytest.mark.filterwarnings("ignore:the gradient of:weakspot.checks.ModelWarning")
+@pytest.mark.filterwarnings("ignore:the gradient of:weakspot._checks.ModelWarning")
 def test_a_weak_model_that_hides_its_gradients_is_exposed(
     monkeypatch: pytest.MonkeyPatch, hide: Callable[[Tensor], Tensor]
 ) -> None:
@@ -152,7 +152,7 @@ def test_a_weak_model_that_hides_its_gradients_is_exposed(
 
 
 @pytest.mark.parametrize("hide", HIDING.values(), ids=HIDING)
-@pytest.mark.filterwarnings("ignore:the gradient of:weakspot.checks.ModelWarning")
+@pytest.mark.filterwarnings("ignore:the gradient of:weakspot._checks.ModelWarning")
 def test_a_strong_model_that_hides_its_gradients_is_not_said_to_fall(
     hide: Callable[[Tensor], Tensor],
 ) -> None:
@@ -272,7 +272,7 @@ def test_where_nothing_can_succeed_every_pass_is_made_and_no_success_claimed() -
     assert torch.equal(result.targets, labels)
 
 
-@pytest.mark.filterwarnings("ignore:the gradient of:weakspot.checks.ModelWarning")  # cross-entropy saturates
+@pytest.mark.filterwarnings("ignore:the gradient of:weakspot._checks.ModelWarning")  # cross-entropy saturates
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3, 1e5])
 def test_scaling_the_logits_hides_nothing(scale: float) -> None:
     network, images = balanced()

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import NETWORKS, LinearNetwork, Made, untouched
+from weakspot._checks import ImageWarning, ModelWarning
 from weakspot.attacks import auto, fgsm, iterative, pgd
 from weakspot.attacks import stored as as_file
-from weakspot.attacks.objectives import sure_margin
+from weakspot.attacks.losses import sure_margin
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf
-from weakspot.checks import ImageWarning, ModelWarning
 from weakspot.classifier import margin
 from weakspot.pairs import AttackResult
 

@@ -17,8 +17,8 @@ from tests.attacks.test_gradient import predicted, region_of
 from tests.conftest import LinearNetwork
 from tests.data.test_real_networks import networks
 from weakspot.attacks import auto, carlini_wagner, elastic_net, fmn, pgd, stored, structured
-from weakspot.attacks.grid import settle
-from weakspot.attacks.problem import attacking
+from weakspot.attacks.context import attacking
+from weakspot.attacks.gray_levels import settle
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf
 from weakspot.pairs import AttackResult
 

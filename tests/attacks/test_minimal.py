@@ -23,9 +23,9 @@ from tests.attacks.test_few_pixels import (
 from tests.attacks.test_gradient import Watched, bits, margins_of, predicted, region_of, tagged, times
 from tests.conftest import FlatNetwork, doubled, untouched
 from weakspot.attacks import carlini_wagner, elastic_net, fmn, pgd, structured
-from weakspot.attacks.grid import STEPS
-from weakspot.attacks.minimal import Smallest, squared
-from weakspot.attacks.problem import attacking
+from weakspot.attacks.context import attacking
+from weakspot.attacks.gray_levels import STEPS
+from weakspot.attacks.tradeoff import Smallest, squared
 from weakspot.budgets import Linf
 from weakspot.pairs import AttackResult
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.conftest import Made
 from weakspot.attacks import OBJECTIVES, fgsm, pgd
-from weakspot.attacks.objectives import find_objective
+from weakspot.attacks.losses import find_objective
 from weakspot.budgets import Linf
 from weakspot.classifier import margin
 

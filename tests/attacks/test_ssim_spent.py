@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.conftest import Made
 from weakspot import L2, SSIM, AttackResult, Linf, attacks, ssim_map
-from weakspot.runs.attacking import chosen, joined
+from weakspot.attacks.registry import chosen, joined
 
 NAMES = ("ssim_budget_spent", "ssim_local_budget_spent")
 

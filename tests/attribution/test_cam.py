@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.conftest import NETWORKS, FlatNetwork, Made, PoolingNetwork, TokenNetwork, untouched
+from weakspot._checks import ModelWarning
 from weakspot.attribution import class_activation
-from weakspot.checks import ModelWarning
 from weakspot.models import load
 
 CLASSES = torch.tensor([0, 1, 1])

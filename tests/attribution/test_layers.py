@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.conftest import NETWORKS, Made, TokenNetwork, untouched
-from weakspot.attribution.layers import Layer, find_layer
-from weakspot.attribution.layout import Layout
+from weakspot.attribution.layers import Layer, Layout, find_layer
 from weakspot.classifier import as_classifier
 
 LAW = settings(deadline=None, derandomize=True)  # the same cases in every run

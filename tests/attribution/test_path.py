@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import NETWORKS, LinearNetwork, Made, untouched
+from weakspot._checks import ImageWarning
 from weakspot.attacks import pgd
 from weakspot.attribution import margin_drop
 from weakspot.budgets import L2, Linf
-from weakspot.checks import ImageWarning
 
 
 def noise(images: Tensor, size: float) -> Tensor:

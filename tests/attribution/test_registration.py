@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from tests.conftest import NETWORKS, untouched
 from weakspot.attribution import class_activation
+from weakspot.attribution.alignment import Axis, Grid, effective_grid, place, receptive_grid
 from weakspot.attribution.layers import find_layer
-from weakspot.attribution.registration import Axis, Grid, effective_grid, place, receptive_grid
 from weakspot.classifier import evaluating
 
 

@@ -12,11 +12,11 @@ import pytest
 
 from tests.browser.test_report import Opened, browser
 from tests.runs.fixtures import NETWORKS, draw_pictures, small_plan
-from weakspot.report.run_findings import budget_section
-from weakspot.report.run_page import Heading, run_page
-from weakspot.runs import Run, audit, write_run_report
-from weakspot.runs.contrasts import CONTRASTS
-from weakspot.runs.curves import CURVES
+from weakspot.audit import Run, audit, write_run_report
+from weakspot.audit.findings.contrasts import CONTRASTS
+from weakspot.audit.findings.curves import CURVES
+from weakspot.audit.page.finding_sections import budget_section
+from weakspot.audit.page.run_page import Heading, run_page
 
 __all__ = ["browser"]  # a fixture
 pytestmark = [pytest.mark.browser, pytest.mark.slow]

@@ -10,7 +10,7 @@ import pytest
 from tests.browser.test_report import HOSTILE, Opened, browser  # noqa: F401 - a fixture
 from tests.dissection.test_units import planted, seeing
 from weakspot.dissection import dissection
-from weakspot.dissection.showing import show_units
+from weakspot.dissection.unit_examples import show_units
 from weakspot.report.unit_page import unit_page
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]

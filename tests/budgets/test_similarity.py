@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.budgets.strategies import LAW, Case, cases, similarities
 from weakspot import attacks
 from weakspot.budgets import SSIM
-from weakspot.budgets.budget import MEMO
+from weakspot.budgets.base import MEMO
 from weakspot.similarity import ssim_map
 
 C1, C2 = 0.01**2, 0.03**2

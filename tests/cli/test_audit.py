@@ -19,14 +19,15 @@ import pytest
 
 import weakspot
 from tests.cli.test_explain import Run, photographs, run
-from weakspot import runs
-from weakspot.lock import locked
-from weakspot.runs.auditing import LOCK
+from weakspot import audit as runs
+from weakspot._io.locks import locked
+from weakspot.audit.work import cell_rows
+from weakspot.audit.work.audits import LOCK
 
 __all__ = ["photographs", "run"]  # fixtures
 
 TINY = ("--model", "tiny_networks:build", "--size", "32x32")
-WRITER = "weakspot.runs.auditing.write_shard"
+WRITER = "weakspot.audit.work.audits.write_shard"
 QUICK = ("--set", "pgd.steps=2", "--attacks", "pgd", "--analyses", "none")
 
 
@@ -91,7 +92,7 @@ def test_a_plan_file_does_the_same_and_options_overrule_it(
     )  # fmt: skip
     assert ended.code == 0, ended.err
     one, other = (
-        runs.Run(folder).records.drop(columns=list(runs.tables.TIMES)) for folder in ("planned", "typed")
+        runs.Run(folder).records.drop(columns=list(cell_rows.TIMES)) for folder in ("planned", "typed")
     )
     pd.testing.assert_frame_equal(one, other)
     assert runs.Run("planned").plan == runs.Run("typed").plan
@@ -212,7 +213,7 @@ def test_with_its_source_gone_it_ends_with_four_and_the_gate_stays_shut(
     ended = run("audit", "--resume", "made", *gate)
     assert ended.code == 0, ended.err
     assert ET.parse(tmp_path / "gate.xml").getroot().attrib["failures"] == "0"  # noqa: S314
-    times = list(runs.tables.TIMES)
+    times = list(cell_rows.TIMES)
     one, other = (runs.Run(folder).records.drop(columns=times) for folder in ("whole", "made"))
     pd.testing.assert_frame_equal(one, other)
 
@@ -332,7 +333,7 @@ def test_an_interrupt_ends_with_five_and_resume_goes_on(
     ended = run("audit", "--resume", "made")
     assert ended.code == 0, ended.err
     one, other = (
-        runs.Run(folder).records.drop(columns=list(runs.tables.TIMES)) for folder in ("whole", "made")
+        runs.Run(folder).records.drop(columns=list(cell_rows.TIMES)) for folder in ("whole", "made")
     )
     pd.testing.assert_frame_equal(one, other)
     assert run("audit", "--resume", "made").code == 0
@@ -441,7 +442,7 @@ def test_ray_prints_nothing_of_its_own_and_leaves_nothing_running(
     assert "4 images audited" in out
     assert "raylet" not in out
     one, other = (runs.Run(tmp_path / folder) for folder in ("here", "made"))
-    times = list(runs.tables.TIMES)
+    times = list(cell_rows.TIMES)
     pd.testing.assert_frame_equal(one.records.drop(columns=times), other.records.drop(columns=times))
     assert is_gone(child.pid)
 
@@ -469,7 +470,7 @@ def test_from_and_to_urls(run: Run, photographs: Path, tmp_path: Path) -> None:
     ended = run("audit", source, *TINY, *QUICK, "--out", out)
     assert ended.code == 0, ended.err
     assert f"Written to {out}" in ended.out
-    one, other = (runs.Run(place).records.drop(columns=list(runs.tables.TIMES)) for place in ("here", out))
+    one, other = (runs.Run(place).records.drop(columns=list(cell_rows.TIMES)) for place in ("here", out))
     pd.testing.assert_frame_equal(one, other)
     assert run("audit", "--resume", out).code == 0
     assert f"--resume {out}" in run("audit", source, *TINY, *QUICK, "--out", out).err

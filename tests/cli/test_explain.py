@@ -22,9 +22,9 @@ from typer.core import TyperGroup
 
 import weakspot
 from weakspot import Pairs, cli, sample_images
+from weakspot.audit.store.run import FILES
 from weakspot.cli.app import Failure
-from weakspot.report.words import p_value
-from weakspot.runs.folder import FILES
+from weakspot.report.sentences import p_value
 
 
 @dataclass
@@ -463,7 +463,7 @@ def test_an_interrupt_before_anything_is_written_says_so_whatever_lies_there(
 @pytest.mark.parametrize(
     ("command", "where", "kept"),
     [
-        (("explain", *TINY_OPTIONS), "weakspot.runs.folder._save_maps", "report.html, pairs.safetensors"),
+        (("explain", *TINY_OPTIONS), "weakspot.audit.store.run._save_maps", "report.html, pairs.safetensors"),
         (
             ("explain", *TINY_OPTIONS),
             "weakspot.cli.explain.print_table",
@@ -471,12 +471,12 @@ def test_an_interrupt_before_anything_is_written_says_so_whatever_lies_there(
         ),
         (
             ("attack", *TINY_MODEL, "--set", "steps=1"),
-            "weakspot.report.sheets.overview",
+            "weakspot.report.figures.overview",
             "clean/ (4 files), adversarial/ (4 files)",
         ),
         (
             ("defend", *TINY_OPTIONS, "--queries", 4),
-            "weakspot.report.accuracies.accuracy_figure",
+            "weakspot.report.figures.accuracy_figure",
             "defense.json",
         ),
     ],

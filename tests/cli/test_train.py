@@ -14,9 +14,8 @@ from PIL import Image
 
 from tests.cli.test_explain import Run, run  # noqa: F401 - a fixture
 from tests.defenses.test_training import halves
-from weakspot import cli, load
-from weakspot.defenses import training
-from weakspot.lock import locked
+from weakspot import cli, load, training
+from weakspot._io.locks import locked
 
 QUICK = ("--epochs", "2", "--batch-size", "20", "--steps", "2", "--learning-rate", "0.05")
 
@@ -153,8 +152,8 @@ def test_an_interrupted_training_says_so_and_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     command = ("train", digits, "--recipe", "full", *QUICK, "--out", "cut")
-    from weakspot.defenses.training import loop
-    from weakspot.defenses.training.adversary import perturbed
+    from weakspot.training import loop
+    from weakspot.training.adversary import perturbed
 
     calls = [0]
 

@@ -14,11 +14,10 @@ from torch.nn import functional as F
 from tests.conftest import NETWORKS, untouched
 from tests.defenses.planted import BUDGET, Inline, Wrapper, planted, reversed_gradient
 from weakspot import L1, L2, SSIM, Linf
+from weakspot.attacks.eight_bit import fit, on_8bit_images, rounded, whole_levels
 from weakspot.budgets import Budget
 from weakspot.classifier import Classifier, as_classifier
-from weakspot.defenses.agreement import agreement, leads_on
-from weakspot.defenses.bpda import straight_through_models
-from weakspot.defenses.eight_bit import fit, on_8bit_images, rounded, whole_levels
+from weakspot.defenses.bpda import agreement, leads_on, straight_through_models
 
 BUDGETS = [Linf(0.1), L2(0.8), L1(8.0), SSIM(0.02), SSIM(0.02, mode="local")]
 

@@ -18,8 +18,8 @@ from tests.conftest import LinearNetwork, untouched
 from tests.defenses.planted import BUDGET, Inline, Wrapper, one_hot, planted, reversed_gradient
 from tests.defenses.test_neutralizing import fragile
 from tests.defenses.test_randomness import Shaking
+from weakspot._checks import ModelWarning
 from weakspot.budgets import L2, Linf
-from weakspot.checks import ModelWarning
 from weakspot.defenses import (
     DrawnByImage,
     Verdict,

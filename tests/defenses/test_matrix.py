@@ -14,15 +14,8 @@ from tests.conftest import FlatNetwork, LinearNetwork, untouched
 from tests.defenses.test_training import UNJUDGED, fresh, halves
 from weakspot import Linf, attacks
 from weakspot.datasets import Labelled, from_tensors
-from weakspot.defenses.training import (
-    TESTS,
-    evaluation_matrix,
-    judged_images,
-    matrix,
-    outcomes,
-    swap_backgrounds,
-)
-from weakspot.defenses.training.testing import Judged
+from weakspot.training import TESTS, evaluation_matrix, judged_images, matrix, outcomes, swap_backgrounds
+from weakspot.training.outcomes import Judged
 
 
 def make(seed: int) -> nn.Module:
@@ -140,7 +133,7 @@ def test_test_images_of_another_kind_are_told_before_anything_is_trained(tmp_pat
 
 def test_the_strongest_test_counts_every_attack(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the ensemble fools is lost, and nothing comes back that PGD has fooled."""
-    from weakspot.defenses.training import testing
+    from weakspot.training import outcomes
 
     images, labels = halves(30)
     model = fresh().eval()
@@ -153,7 +146,7 @@ def test_the_strongest_test_counts_every_attack(monkeypatch: pytest.MonkeyPatch)
         fooled = torch.arange(len(given)) % 2 == 0
         return type("Made", (), {"fooled": fooled})()
 
-    monkeypatch.setattr(testing, "auto", fooling)
+    monkeypatch.setattr(outcomes, "auto", fooling)
     found = outcomes(model, Judged(images, labels, images > 0.4), budget=Linf(0.002), steps=2, strongest=20)
     standing = (found["full"] & found["localized"])[:20]
     assert asked == [int(standing.sum())]
@@ -211,7 +204,7 @@ def test_kept_outcomes_of_other_weights_or_attacks_are_not_taken(
 def test_backgrounds_cut_off_go_on_and_are_found_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from weakspot.defenses.training import backgrounds as finding
+    from weakspot.training import data as finding
 
     monkeypatch.setattr(finding, "CHUNK", 8)
     images = from_tensors(*halves(50))

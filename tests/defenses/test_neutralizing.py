@@ -13,8 +13,7 @@ from weakspot import Classifier, attacks, defenses
 from weakspot.budgets import Linf
 from weakspot.classifier import as_classifier
 from weakspot.defenses import neutralize, neutralizing
-from weakspot.defenses.fills import FILLS
-from weakspot.defenses.neutralizing import vulnerable_region
+from weakspot.defenses.neutralization import FILLS, vulnerable_region
 
 each_fill = pytest.mark.parametrize("fill", FILLS)
 

@@ -14,8 +14,8 @@ from weakspot import attacks
 from weakspot.budgets import Linf
 from weakspot.classifier import as_classifier
 from weakspot.defenses import DrawnByImage, expectation, neutralize, neutralizing
-from weakspot.defenses.neutralizing import vulnerable_region
-from weakspot.defenses.randomness import defender_model, is_random
+from weakspot.defenses.neutralization import vulnerable_region
+from weakspot.defenses.randomized import defender_model, is_random
 
 
 class Shaking(nn.Module):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from weakspot.defenses.training.stem import gradient_by_image, phases, quick_stem
+from weakspot.training.adversary import gradient_by_image, phases, quick_stem
 
 
 @settings(max_examples=150, deadline=None)

@@ -22,21 +22,18 @@ from torch.nn import functional as F
 
 from tests.conftest import FlatNetwork, LinearNetwork, PoolingNetwork, TokenNetwork, untouched
 from weakspot import L2, Linf, attacks, defenses
-from weakspot.checks import ModelWarning
+from weakspot._checks import ModelWarning
+from weakspot._io.locks import LockedError, locked
 from weakspot.classifier import Classifier
 from weakspot.datasets import from_tensors, read_labelled
-from weakspot.defenses.training import backgrounds as finding
-from weakspot.defenses.training import fitting
-from weakspot.defenses.training import loop as loops
-from weakspot.defenses.training.adversary import perturbed
-from weakspot.defenses.training.augmentation import Moves
-from weakspot.defenses.training.devices import make_fabric
-from weakspot.defenses.training.fitting import held_out_images, split
-from weakspot.defenses.training.held_out import HeldOut
-from weakspot.defenses.training.loop import uniform
-from weakspot.defenses.training.recipes import RECIPES, find_recipe
-from weakspot.defenses.training.settings import Settings
-from weakspot.lock import LockedError, locked
+from weakspot.training import data as finding
+from weakspot.training import fit
+from weakspot.training import loop as loops
+from weakspot.training.adversary import perturbed
+from weakspot.training.config import RECIPES, Settings, find_recipe
+from weakspot.training.data import HeldOut, Moves
+from weakspot.training.fit import held_out_images, make_fabric, split
+from weakspot.training.loop import uniform
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lightning.*")
 QUICK: dict[str, Any] = {"epochs": 2, "steps": 3, "batch_size": 20, "learning_rate": 0.05, "held_out": 20}
@@ -813,12 +810,12 @@ def test_a_training_that_another_process_finished_in_the_meantime_is_not_done_ag
     @contextmanager
     def late(folder: Path, name: str) -> Iterator[None]:
         with monkeypatch.context() as patch:
-            patch.setattr(fitting, "locked", locked)
+            patch.setattr(fit, "locked", locked)
             others.append(defenses.train(fresh(), data, out=tmp_path, **options))
         with locked(folder, name):
             yield
 
-    monkeypatch.setattr(fitting, "locked", late)
+    monkeypatch.setattr(fit, "locked", late)
     made = defenses.train(fresh(), data, out=tmp_path, told=rows.append, **options)
     assert len(others) == 1
     assert rows == []

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from weakspot.dissection import ConceptSet, demo_concepts
-from weakspot.dissection.pictures import COLORS, TEXTURES, chequered, grid, ringed, striped, zigzagged
+from weakspot.dissection.demo_textures import COLORS, TEXTURES, chequered, grid, ringed, striped, zigzagged
 from weakspot.images import read_images
 
 

@@ -14,7 +14,7 @@ from tests.data.test_real_networks import networks  # noqa: F401 - a fixture
 from weakspot import Classifier, Linf, Pairs, attacks
 from weakspot.classifier import predict
 from weakspot.dissection import sensitivity_sentence, unit_sensitivity
-from weakspot.dissection.noise import equal_noise
+from weakspot.dissection.sensitivity import equal_noise
 
 
 class Planted(nn.Module):

@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import untouched
 from tests.dissection.test_units import planted, seeing
 from weakspot.dissection import ConceptSet, dissection
-from weakspot.dissection.showing import show_units
+from weakspot.dissection.unit_examples import show_units
 from weakspot.report.unit_page import unit_page
 
 

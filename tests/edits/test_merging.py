@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from weakspot import Classifier, LocalEdits
 from weakspot.classifier import evaluating
-from weakspot.edits import Edits, engine, merging, prepare, work_saved
-from weakspot.edits.bounds import bounds
+from weakspot.edits import Edits, activations, engine, prepare, work_saved
+from weakspot.edits.activations import bounds
 from weakspot.edits.recording import Recording, Slot, Step, record
 from weakspot.edits.windows import Map, Windows
 from weakspot.edits.windows import whole as made_whole
@@ -118,7 +118,7 @@ def test_whatever_the_number_type(activation: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_without_onednn(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merging, "FUSED", None)
+    monkeypatch.setattr(activations, "FUSED", None)
     model = Padded((1, 2, 0, 3), activation, kernel_size=3, groups=6).eval()
     assert difference(model, torch.rand(1, 3, 9, 9)) < 1e-5
 
@@ -142,13 +142,13 @@ def test_what_is_merged() -> None:
 
 
 def _merged(model: nn.Module, image: Tensor) -> Sequence[Step]:
-    return merging.merged(record(Classifier(model), image)).steps
+    return activations.merged(record(Classifier(model), image)).steps
 
 
-@pytest.mark.skipif(merging.FUSED is None, reason="this torch has no oneDNN")
+@pytest.mark.skipif(activations.FUSED is None, reason="this torch has no oneDNN")
 @pytest.mark.parametrize(("dtype", "used"), [(torch.float32, True), (torch.float64, False)], ids=str)
 def test_onednn_does_what_it_can(dtype: torch.dtype, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, own = [], merging.FUSED
+    calls, own = [], activations.FUSED
     assert own is not None
 
     def watched(*given: Any) -> Tensor:
@@ -156,7 +156,7 @@ def test_onednn_does_what_it_can(dtype: torch.dtype, used: bool, monkeypatch: py
         found: Tensor = own(*given)
         return found
 
-    monkeypatch.setattr(merging, "FUSED", watched)
+    monkeypatch.setattr(activations, "FUSED", watched)
     model = Padded((1, 2, 0, 3), "relu6", kernel_size=3, groups=6).eval().to(dtype)
     assert difference(model, torch.rand(1, 3, 9, 9, dtype=dtype)) < 1e-5
     assert set(calls) == ({"hardtanh"} if used else set())
@@ -194,7 +194,7 @@ def test_a_convolution_that_is_the_answer_keeps_its_slot() -> None:
         inputs=(made,), outputs=(10_000,),
     )  # fmt: skip
     kept = [step for step in recording.steps if made not in step.inputs]
-    told = merging.merged(Recording([*kept, relu], made, recording.count))
+    told = activations.merged(Recording([*kept, relu], made, recording.count))
     assert any(made in step.outputs for step in told.steps)
 
 
@@ -309,7 +309,7 @@ def test_work_is_that_of_the_unmerged_network() -> None:
     plain = Padded((0, 1, 0, 1), "gelu", kernel_size=3, stride=2, groups=6).eval()  # gelu is not merged
     image = torch.rand(1, 3, 40, 40)
     recordings = [record(Classifier(one), image) for one in (model, plain)]
-    saved = [work_saved(merging.merged(recording), image) for recording in recordings]
+    saved = [work_saved(activations.merged(recording), image) for recording in recordings]
     assert saved[0] == saved[1] == work_saved(recordings[0], image)
     assert saved[0] > 50
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.conftest import PoolingNetwork
 from weakspot import Classifier, LocalEdits
-from weakspot.edits import preparing
+from weakspot.edits import engine
 from weakspot.edits.recording import Recording, record
 
 
@@ -35,7 +35,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(classifier.name)
         return record(classifier, image)
 
-    monkeypatch.setattr(preparing, "record", watched)
+    monkeypatch.setattr(engine, "record", watched)
     return names
 
 
@@ -105,7 +105,7 @@ def test_hooks_that_come_later_are_noticed_by_the_next_edits() -> None:
 def test_a_recording_goes_with_its_network() -> None:
     model, image = network()
     assert agrees(model, image)
-    before = len(preparing._known)
+    before = len(engine._known)
     del model
     gc.collect()
-    assert len(preparing._known) == before - 1
+    assert len(engine._known) == before - 1

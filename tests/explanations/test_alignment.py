@@ -28,13 +28,13 @@ from weakspot import (
 )
 from weakspot.classifier import as_classifier
 from weakspot.explanations.alignment import STATISTICS, alignment
-from weakspot.explanations.analysis import rivals
-from weakspot.explanations.ssim_controls import (
+from weakspot.explanations.alignment_controls import (
     margin_gradient,
     pgd_of_equal_ssim,
     variance_gradient,
     with_shuffled_weights,
 )
+from weakspot.explanations.analysis import rivals
 from weakspot.similarity import ssim_map
 
 SIZE, COUNT = 32, 40
@@ -344,7 +344,7 @@ def test_variance_x_gradient_is_its_definition_and_the_map_of_a_small_steepest_s
 # ---------------------------------------------------------------- the house
 
 
-@pytest.mark.filterwarnings("ignore::weakspot.checks.ModelWarning")
+@pytest.mark.filterwarnings("ignore::weakspot._checks.ModelWarning")
 def test_every_network_is_left_alone_and_parts_have_the_scores_of_the_whole(any_model: Made) -> None:
     model, images = any_model
     labels = model(images).argmax(1)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import NETWORKS, LinearNetwork, Made, untouched
+from weakspot._checks import ModelWarning
 from weakspot.attacks import pgd
 from weakspot.attribution import class_activation
 from weakspot.budgets import L2, Linf
-from weakspot.checks import ModelWarning
 from weakspot.classifier import Classifier
 from weakspot.explanations import Analysis, Picture, explain, overlap
 from weakspot.explanations.analysis import available_analyses

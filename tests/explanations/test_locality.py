@@ -10,8 +10,8 @@ import torch
 from tests.attacks.test_sweep import Triggered
 from tests.conftest import PoolingNetwork
 from weakspot import Locality, Pairs, attacks, locality
-from weakspot.explanations.locality import analyse
-from weakspot.explanations.radii import MEANINGS, RADII, locality_sentence, locality_table
+from weakspot.explanations.locality_by_radius import MEANINGS, RADII, locality_sentence, locality_table
+from weakspot.explanations.pixel_locality import analyse
 from weakspot.statistics import rate_interval
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from tests.conftest import FlatNetwork, PoolingNetwork, TokenNetwork, untouched
 from weakspot import Pairs, attacks
-from weakspot.attribution.reading import reading, spatial_layers
+from weakspot.attribution.hooks import reading, spatial_layers
 from weakspot.classifier import as_classifier
 from weakspot.explanations import PropagationStudy, propagation, propagation_study, random_edits
-from weakspot.explanations.gaps import TILE, gap
+from weakspot.explanations.feature_propagation import TILE, gap
 
 
 class Shared(nn.Module):

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from tests.conftest import NETWORKS, Made
 from tests.explanations.test_overlap import attacked, related
 from weakspot.attribution import margin_drop
-from weakspot.attribution.path import sampled_drop
+from weakspot.attribution.integrated_gradients import sampled_drop
 from weakspot.classifier import Classifier
 from weakspot.explanations import overlap
+from weakspot.explanations.agreement import agreed, second_path
 from weakspot.explanations.analysis import rivals
-from weakspot.explanations.relation import agreed, second_path
 from weakspot.pairs import Pairs
 from weakspot.statistics import OtherImageTest
 
@@ -97,7 +97,7 @@ def test_the_second_path_has_half_the_points_of_the_first(
         counted.extend(given[-1])
         return sampled_drop(*given)
 
-    monkeypatch.setattr("weakspot.explanations.relation.sampled_drop", counting)
+    monkeypatch.setattr("weakspot.explanations.agreement.sampled_drop", counting)
     second_path(classifier, pairs, losing, drop, torch.arange(3), seed=0)
     assert [len(places) for places in counted] == (drop.points // 2).tolist()
     for places in counted:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from weakspot.checks import ModelWarning
+from weakspot._checks import ModelWarning
 from weakspot.models import load
 
 transformers = pytest.importorskip("transformers")

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from weakspot import Classifier, ImageWarning, regions
-from weakspot.cli.aims import Aim, find_region
 from weakspot.cli.app import UNREADABLE, USAGE, Failure
+from weakspot.cli.explain import Aim, find_region
 
 
 def named(path: Path, images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from tests.conftest import Made, untouched
 from tests.regions.test_files import paint
 from weakspot import regions
 from weakspot.regions import read_region
-from weakspot.regions.reading import depends_on_keep
+from weakspot.regions.spec import depends_on_keep
 
 
 def predicted(model: torch.nn.Module, images: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def painted(tmp_path: Path) -> Path:
     return paint(tmp_path / "a mask.png", mask)
 
 
-@pytest.mark.filterwarnings("ignore::weakspot.checks.ImageWarning")
+@pytest.mark.filterwarnings("ignore::weakspot._checks.ImageWarning")
 def test_every_term_and_join_means_the_function_and_operator_of_its_name(
     pooling: Made, painted: Path
 ) -> None:

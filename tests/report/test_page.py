@@ -19,7 +19,7 @@ from PIL import Image
 
 from weakspot import Classifier, Explanation, Linf, explain
 from weakspot.attacks import pgd
-from weakspot.report.page import notebook_frame, page
+from weakspot.report.explanation_page import notebook_frame, page
 
 HOSTILE = [
     "<img src=x onerror=\"document.title='broken'\">",
@@ -125,7 +125,7 @@ def test_class_activations_of_a_pair_share_one_scale(explanation: Explanation) -
 
 def test_class_names_with_braces_stay_as_they_are(explanation: Explanation) -> None:
     """A class called "{target}" must not be filled in twice."""
-    from weakspot.report.drawing import drawings
+    from weakspot.report.figures import drawings
 
     for index in range(len(explanation)):
         own, other = explanation.class_names[index]

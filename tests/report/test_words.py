@@ -7,7 +7,7 @@ import math
 import pandas as pd
 import pytest
 
-from weakspot.report.words import headline, verdict
+from weakspot.report.sentences import headline, verdict
 
 BASE = {
     "image": "cat.png", "label": "lynx", "target": "tabby", "landed": "tabby", "read_clean_as": "lynx",

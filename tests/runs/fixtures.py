@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from weakspot.runs import AttackPlan, ModelPlan, Plan, Run
-from weakspot.runs.integrity import file_digest
-from weakspot.runs.tables import TIMES
+from weakspot.audit import AttackPlan, ModelPlan, Plan, Run
+from weakspot.audit.store.integrity import file_digest
+from weakspot.audit.work.cell_rows import TIMES
 
 NETWORKS = """
 import torch

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from weakspot.runs import AttackPlan, ModelPlan, Plan
+from weakspot.audit import AttackPlan, ModelPlan, Plan
 
 SIDE = 24
 SIZE = (SIDE, SIDE)

@@ -35,12 +35,13 @@ from tests.runs.fixtures import (
     same_records,
     small_plan,
 )
-from weakspot import explain, regions, writing
+from weakspot import explain, regions
+from weakspot._checks import ModelWarning
+from weakspot._io import files
 from weakspot.attacks import pgd
-from weakspot.checks import ModelWarning
+from weakspot.audit import AttackPlan, Run, Standing, StoppedError, audit, resume, summarize
+from weakspot.audit.work.preparation import load_planned
 from weakspot.images import open_pictures
-from weakspot.runs import AttackPlan, Run, Standing, StoppedError, audit, resume, summarize
-from weakspot.runs.preparing import load_planned
 
 __all__ = ["networks", "pictures"]  # fixtures
 
@@ -160,7 +161,7 @@ def test_a_disk_that_is_full_at_any_moment_costs_nothing_but_time(
     whole: Run, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = pictures.parent / "other"
-    own, calls, stops = writing.synchronize, [0], [0]
+    own, calls, stops = files.synchronize, [0], [0]
 
     def full(path: Path) -> None:
         calls[0] += 1
@@ -196,7 +197,7 @@ def test_a_disk_that_is_full_at_any_moment_costs_nothing_but_time(
 CHILD = """
 import sys, torch
 torch.set_num_threads(1)
-from weakspot.runs import resume
+from weakspot.audit import resume
 print("ready", flush=True)
 sys.stdin.readline()
 resume(sys.argv[1])

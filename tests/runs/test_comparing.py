@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 from tests.runs.fixtures import TINY, draw_pictures, networks, pictures, small_plan, store_records
-from weakspot.runs import AttackPlan, Comparison, Run, audit, compare
-from weakspot.runs.records import FILE
+from weakspot.audit import AttackPlan, Comparison, Run, audit, compare
+from weakspot.audit.store.records import FILE
 from weakspot.statistics import false_discovery, mean_interval, mean_test, paired_share_interval
 
 __all__ = ["networks", "pictures"]  # fixtures

@@ -15,18 +15,17 @@ from PIL import Image
 
 from tests.runs.fixtures import same_maps, same_records
 from tests.runs.planted import SIDE, SIZE, draw_quarters, planted, planted_plan
+from weakspot.audit import AttackPlan, Run, audit, region_contrasts, resume, summarize
+from weakspot.audit.findings.contrasts import OTHERS, SHIFTED, STRONG, UNCLEAR, WEAK, told, verdict
+from weakspot.audit.findings.distributions import classes, distributions, extremes
+from weakspot.audit.plan.image_list import list_images
+from weakspot.audit.work.batches import Machine
+from weakspot.audit.work.cell_rows import TIMES
+from weakspot.audit.work.donors import Donors
+from weakspot.audit.work.preparation import load_planned
+from weakspot.audit.work.shard_images import Opened
 from weakspot.classifier import predict
 from weakspot.regions import cam
-from weakspot.runs import AttackPlan, Run, audit, region_contrasts, resume, summarize
-from weakspot.runs.contrasts import OTHERS, SHIFTED, STRONG, UNCLEAR, WEAK, told, verdict
-from weakspot.runs.donors import Donors
-from weakspot.runs.extremes import extremes
-from weakspot.runs.listing import list_images
-from weakspot.runs.machine import Machine
-from weakspot.runs.preparing import load_planned
-from weakspot.runs.reading import Opened
-from weakspot.runs.tables import TIMES
-from weakspot.runs.tallies import classes, distributions
 from weakspot.statistics import region_test
 
 __all__ = ["planted"]  # a fixture
@@ -217,8 +216,8 @@ def donors_of(quarters: Path, run: Run) -> tuple[Donors, Any, Iterator[tuple[int
         labels = predict(classifier, opened.images).argmax(1)
         return cam(classifier, opened.images, labels, keep=0.25)[0]
 
-    from weakspot.runs.listing import entries
-    from weakspot.runs.reading import open_entries
+    from weakspot.audit.plan.image_list import entries
+    from weakspot.audit.work.shard_images import open_entries
 
     each = ((n, open_entries(entries(listing, n, 1), classifier)) for n in range(len(listing)))
     return machine.donors, make, each

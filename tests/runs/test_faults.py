@@ -17,23 +17,14 @@ from torch import Tensor, nn
 import weakspot
 from tests.runs.fixtures import NETWORKS, networks, pictures, same_maps, same_records, small_plan
 from weakspot import Classifier, attacks
-from weakspot.checks import ModelError
+from weakspot._checks import ModelError
+from weakspot.audit import AttackPlan, Plan, Standing, audit, compare, resume, summarize, write_run_report
+from weakspot.audit.findings.gates import judge, unknown_cases
+from weakspot.audit.findings.summary import cell_table
+from weakspot.audit.work import shard
 from weakspot.models import load
 from weakspot.models.probe import CHANGED, DRIFTED, RANDOM, Watch, probe, read_probe
 from weakspot.pairs import AttackResult
-from weakspot.runs import (
-    AttackPlan,
-    Plan,
-    Standing,
-    audit,
-    compare,
-    execution,
-    resume,
-    summarize,
-    write_run_report,
-)
-from weakspot.runs.gate import judge, unknown_cases
-from weakspot.runs.summary import cell_table
 
 __all__ = ["networks", "pictures"]  # fixtures
 PGD = AttackPlan("pgd", settings=(("steps", 2),))
@@ -168,7 +159,7 @@ def raising(when: int, error: BaseException) -> Any:
 def test_an_image_on_which_attack_or_analysis_raises_is_said_in_its_row(
     odd: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execution, "find_attack", lambda _: raising(3, error))
+    monkeypatch.setattr(shard, "find_attack", lambda _: raising(3, error))
     own = weakspot.explain
 
     def explaining(model: nn.Module, pairs: AttackResult, **options: Any) -> Any:
@@ -176,7 +167,7 @@ def test_an_image_on_which_attack_or_analysis_raises_is_said_in_its_row(
             raise error
         return own(model, pairs, **options)
 
-    monkeypatch.setattr(execution, "explain", explaining)
+    monkeypatch.setattr(shard, "explain", explaining)
     Image.new("RGB", (24, 24), (250, 250, 250)).save(odd / "cat/bright.png")
     found = audit(plan_of(odd, "plain", analyses=("ssim",)), odd.parent / "found")
     assert found.complete
@@ -231,7 +222,7 @@ def test_what_fails_on_neutral_images_too_stops_at_once(
     def attack(*_: Any, **__: Any) -> None:
         raise ValueError("no such norm")
 
-    monkeypatch.setattr(execution, "find_attack", lambda _: attack)
+    monkeypatch.setattr(shard, "find_attack", lambda _: attack)
     with pytest.raises(
         ValueError, match=r"attack pgd in region none: no such norm \(the same on every image"
     ):
@@ -379,7 +370,7 @@ def test_a_comparison_says_that_the_same_weights_were_used_otherwise(odd: Path) 
 
 
 def test_a_worker_sends_an_exit_as_an_error() -> None:
-    from weakspot.runs.ray_worker import _sendable
+    from weakspot.audit.engines.ray_worker import _sendable
 
     sent = _sendable(SystemExit(0))
     assert (type(sent), str(sent)) == (RuntimeError, "SystemExit: 0")

@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 
 from tests.runs.fixtures import draw_pictures, networks, pictures, small_plan, store_records  # noqa: F401 - fixtures
-from weakspot.runs import AttackPlan, ModelPlan, Plan, Run, audit, summarize
-from weakspot.runs.comparing import compare
-from weakspot.runs.contrasts import WEAK, region_contrasts, told
-from weakspot.runs.curves import budget_curves
-from weakspot.runs.plan import bounded_attacks, control_of
-from weakspot.runs.scores import score_findings
-from weakspot.runs.summary import CellSummary, weakest
+from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, summarize
+from weakspot.audit.findings.comparison import compare
+from weakspot.audit.findings.contrasts import WEAK, region_contrasts, told
+from weakspot.audit.findings.curves import budget_curves
+from weakspot.audit.findings.locations import score_findings
+from weakspot.audit.findings.summary import CellSummary, weakest
+from weakspot.audit.plan.plan import bounded_attacks, control_of
 from weakspot.statistics import false_discovery, paired_share_interval
 
 QUADRANT = """

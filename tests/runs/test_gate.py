@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weakspot.runs.gate import Condition, judge, junit
+from weakspot.audit.findings.gates import Condition, judge, junit
 
 NAMES = ("attack", "robust_accuracy", "low", "images")
 ROW = {"attack": "pgd", "robust_accuracy": 0.31, "low": 0.2, "images": 40}

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from tests.runs.fixtures import draw_pictures
-from weakspot.runs.arrays import array_image
-from weakspot.runs.listing import entries, list_images
+from weakspot.audit.plan.image_list import entries, list_images
+from weakspot.datasets.arrays import array_image
 
 CLASSES = ("cat", "dog", "Fish, aquarium", "owl")
 

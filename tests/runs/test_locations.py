@@ -12,13 +12,14 @@ import zarr
 
 from tests.runs.fixtures import store_records
 from tests.runs.planted import draw_quarters, planted, planted_plan
+from weakspot.audit import AttackPlan, Run, audit, score_findings
+from weakspot.audit.findings import locations
+from weakspot.audit.findings.locations import IMPORTANCE, VULNERABILITY, location_findings, untested
+from weakspot.audit.page.finding_sections import finding_section
+from weakspot.audit.page.run_page import run_report
+from weakspot.audit.store.verification import MapCheck
+from weakspot.audit.work.cell_rows import TIMES
 from weakspot.explanations.agreement import STATISTICS, agreement
-from weakspot.report.run_findings import finding_section
-from weakspot.runs import AttackPlan, Run, audit, locations, score_findings
-from weakspot.runs.locations import IMPORTANCE, VULNERABILITY, location_findings, untested
-from weakspot.runs.reporting import run_report
-from weakspot.runs.tables import TIMES
-from weakspot.runs.verification import MapCheck
 from weakspot.statistics import other_image_test, run_test
 
 __all__ = ["planted"]  # a fixture

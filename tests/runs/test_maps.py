@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from weakspot.runs.maps import BlockBuilder, Maps, MapStore, _packed
+from weakspot.audit.store.maps import BlockBuilder, Maps, MapStore, _packed
 
 ANY = st.floats(-(2.0**99), 2.0**99, width=32)
 

@@ -10,11 +10,11 @@ import pytest
 
 from tests.runs.fixtures import draw_pictures, networks, pictures, small_plan
 from tests.runs.test_report import Reader
-from weakspot.explanations.radii import RADII
-from weakspot.report.run_perturbations import locality_section, type_section
-from weakspot.runs import AttackPlan, ModelPlan, Run, audit
-from weakspot.runs.perturbations import localities, perturbation_types
-from weakspot.runs.reporting import run_report
+from weakspot.audit import AttackPlan, ModelPlan, Run, audit
+from weakspot.audit.findings.locations import localities, perturbation_types
+from weakspot.audit.page.finding_sections import locality_section, type_section
+from weakspot.audit.page.run_page import run_report
+from weakspot.explanations.locality_by_radius import RADII
 from weakspot.statistics import share_interval
 
 __all__ = ["networks", "pictures"]  # fixtures

@@ -14,9 +14,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.runs.fixtures import FILES, networks, pictures, same_maps, same_records, small_plan
-from weakspot.runs import Run, StoppedError, audit, resume
-from weakspot.runs.records import finished_shards
-from weakspot.runs.tables import TIMES
+from weakspot.audit import Run, StoppedError, audit, resume
+from weakspot.audit.store.records import finished_shards
+from weakspot.audit.work.cell_rows import TIMES
 
 __all__ = ["networks", "pictures"]  # fixtures
 

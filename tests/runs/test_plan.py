@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.runs.fixtures import networks, pictures, small_plan
-from weakspot.runs import AttackPlan, read_mapping, read_plan
-from weakspot.runs.plan import other_region
+from weakspot.audit import AttackPlan, read_mapping, read_plan
+from weakspot.audit.plan.plan import other_region
 
 __all__ = ["networks", "pictures"]  # fixtures
 

@@ -26,10 +26,10 @@ from tests.runs.fixtures import (
     same_records,
     small_plan,
 )
-from weakspot.runs import AttackPlan, Run, StoppedError, audit, resume
-from weakspot.runs.engines import opened
-from weakspot.runs.ray_engine import shares
-from weakspot.runs.records import finished_shards
+from weakspot.audit import AttackPlan, Run, StoppedError, audit, resume
+from weakspot.audit.engines.base import opened
+from weakspot.audit.engines.ray_engine import shares
+from weakspot.audit.store.records import finished_shards
 
 __all__ = ["networks", "pictures"]  # fixtures
 CHECKED = """
@@ -218,7 +218,7 @@ def test_another_process_joins_a_cluster_by_its_address(cluster: None, pictures:
     expected = audit(small_plan(pictures), pictures.parent / "expected")
     address = ray.get_runtime_context().gcs_address
     program = (
-        "import sys; from tests.runs.fixtures import small_plan; from weakspot.runs import audit; "
+        "import sys; from tests.runs.fixtures import small_plan; from weakspot.audit import audit; "
         "audit(small_plan('pictures'), 'found', engine='ray', workers=2, address=sys.argv[1])"
     )
     ended = subprocess.run(
@@ -274,7 +274,7 @@ def test_without_ray_the_remedy_is_told(pictures: Path, monkeypatch: pytest.Monk
 CHILD = """
 import sys, torch
 torch.set_num_threads(1)
-from weakspot.runs import resume
+from weakspot.audit import resume
 resume(sys.argv[1], engine="ray", workers=2)
 """
 

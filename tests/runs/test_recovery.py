@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.runs.fixtures import networks, pictures, same_maps, same_records, small_plan
-from weakspot.runs import AttackPlan, Run, Standing, audit, compare, resume, summarize, write_run_report
-from weakspot.runs.integrity import DamagedError
-from weakspot.runs.records import finished_shards, shard_files
+from weakspot.audit import AttackPlan, Run, Standing, audit, compare, resume, summarize, write_run_report
+from weakspot.audit.store.integrity import DamagedError
+from weakspot.audit.store.records import finished_shards, shard_files
 
 __all__ = ["networks", "pictures"]  # fixtures
 QUICK: dict[str, Any] = {"attacks": (AttackPlan("pgd", settings=(("steps", 2),)),), "analyses": ()}

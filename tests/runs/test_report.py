@@ -19,9 +19,10 @@ import pytest
 from PIL import Image
 
 from tests.runs.fixtures import NETWORKS, TINY, draw_pictures, networks, pictures, small_plan
-from weakspot.runs import AttackPlan, ModelPlan, Run, audit, auditing, summarize, write_run_report
-from weakspot.runs.records import shard_files
-from weakspot.runs.reporting import run_report
+from weakspot.audit import AttackPlan, ModelPlan, Run, audit, summarize, write_run_report
+from weakspot.audit.page.run_page import run_report
+from weakspot.audit.store.records import shard_files
+from weakspot.audit.work import audits
 from weakspot.statistics import share_interval
 
 __all__ = ["networks", "pictures"]  # fixtures
@@ -232,7 +233,7 @@ def test_an_incomplete_run_says_how_much_of_it_is_there(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(auditing, "compact", stop)
+    monkeypatch.setattr(audits, "compact", stop)
     with pytest.raises(KeyboardInterrupt):
         audit(small_plan(pictures), networks / "cut")
     shard_files(networks / "cut")[1].unlink()

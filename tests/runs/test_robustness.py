@@ -17,15 +17,15 @@ from tests.cli.test_explain import Run as Ran
 from tests.cli.test_explain import photographs, run
 from tests.runs.fixtures import draw_pictures, networks, small_plan, store_records
 from tests.runs.test_report import Reader
-from weakspot.runs import AttackPlan, ModelPlan, Plan, Run, audit, compare, summarize
-from weakspot.runs.contrasts import region_contrasts
-from weakspot.runs.curves import budget_curves
-from weakspot.runs.gate import judge
-from weakspot.runs.plan import bounded_attacks
-from weakspot.runs.plan_files import read_mapping
-from weakspot.runs.reporting import run_report
-from weakspot.runs.robustness import judged_attacks, limit_of, outcomes_query, stated_budgets
-from weakspot.runs.summary import cell_table, undefined_names
+from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, compare, summarize
+from weakspot.audit.findings.contrasts import region_contrasts
+from weakspot.audit.findings.curves import budget_curves
+from weakspot.audit.findings.gates import judge
+from weakspot.audit.findings.robustness import judged_attacks, limit_of, outcomes_query, stated_budgets
+from weakspot.audit.findings.summary import cell_table, undefined_names
+from weakspot.audit.page.run_page import run_report
+from weakspot.audit.plan.plan import bounded_attacks
+from weakspot.audit.plan.plan_files import read_mapping
 
 __all__ = ["networks", "photographs", "run"]  # fixtures
 STEADY = """
@@ -307,12 +307,13 @@ def test_of_an_attack_that_says_nothing_of_files_they_are_evaluated(
     (steady / "own_attack.py").write_text(OWN)
     import own_attack  # type: ignore[import-not-found]
 
-    from weakspot.runs import execution, plan
+    from weakspot.audit.plan import plan
+    from weakspot.audit.work import shard
 
     def find(name: str) -> Callable[..., Any]:
         return own_attack.mine  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(execution, "find_attack", find)
+    monkeypatch.setattr(shard, "find_attack", find)
     monkeypatch.setattr(plan, "find_attack", find)
     found = audit(plan_of(steady, AttackPlan("mine")), steady / "run")
     assert found.records["success"].all()

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from tests.conftest import Made
+from weakspot._checks import NotFiniteError
 from weakspot.attacks import pgd
-from weakspot.checks import NotFiniteError
+from weakspot.audit.work.batches import Lots, SteadyClassifier, isolated
+from weakspot.audit.work.shard import _numbers_left_out
 from weakspot.classifier import Classifier, as_classifier
-from weakspot.runs.execution import _numbers_left_out
-from weakspot.runs.isolation import Lots, isolated
-from weakspot.runs.steady import SteadyClassifier
 
 PARTS = (slice(0, 4), slice(4, None))  # of whole groups, as lots are
 

@@ -1,16 +1,16 @@
 """Attacks: images come in, AttackResults go out."""
 
-from weakspot.attacks.boundary import fmn
-from weakspot.attacks.ensemble import auto
-from weakspot.attacks.few_pixels import pixels
-from weakspot.attacks.foreign import external
+from weakspot.attacks.eight_bit import stored
+from weakspot.attacks.ensembles import auto
 from weakspot.attacks.gradient import fgsm, iterative, pgd
-from weakspot.attacks.minimal import carlini_wagner
-from weakspot.attacks.objectives import OBJECTIVES
+from weakspot.attacks.group_sparse import elastic_net, structured
+from weakspot.attacks.library_attacks import external
+from weakspot.attacks.losses import OBJECTIVES
+from weakspot.attacks.minimum_norm import fmn
+from weakspot.attacks.pixel_search import pixels
 from weakspot.attacks.registry import available_attacks, find_attack
-from weakspot.attacks.sparse import elastic_net, structured
-from weakspot.attacks.stored import stored
-from weakspot.attacks.sweep import PixelSweep, pixel_sweep
+from weakspot.attacks.sweeps import PixelSweep, pixel_sweep
+from weakspot.attacks.tradeoff import carlini_wagner
 
 __all__ = [
     "OBJECTIVES",

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from weakspot.attacks import draws
-from weakspot.attacks.objectives import Objective, find_objective
-from weakspot.attacks.problem import Problem, attacking
+from weakspot import _random
+from weakspot._checks import ModelWarning, check_budget, is_number, warn
+from weakspot.attacks.context import Problem, attacking
+from weakspot.attacks.losses import Objective, find_objective
 from weakspot.budgets import Budget, Linf
-from weakspot.checks import ModelWarning, check_budget, is_number, warn
 from weakspot.pairs import AttackResult
 
 DEFAULT_BUDGET = Linf(4 / 255)
@@ -173,8 +173,8 @@ def _even_steps(budget: Budget, steps: int) -> list[float]:
 def random_start(problem: Problem, budget: Budget, stream: int) -> Tensor:
     """A perturbation drawn inside region and budget: uniform in the cube for Linf, within the ball for others."""
     shape = problem.clean.shape[1:]
-    gaussian = draws.normal(problem.keys, 2 * stream, *shape).to(problem.clean)
-    uniform = draws.uniform(problem.keys, 2 * stream + 1, *shape).to(problem.clean)
+    gaussian = _random.normal(problem.keys, 2 * stream, *shape).to(problem.clean)
+    uniform = _random.uniform(problem.keys, 2 * stream + 1, *shape).to(problem.clean)
     still = torch.zeros_like(problem.clean)
     extreme = budget.ascend(gaussian * problem.region, still, problem.clean)
     return problem.project(budget, extreme * uniform)

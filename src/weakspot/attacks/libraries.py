@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weakspot.attacks.problem import Problem
+from weakspot._checks import closest
+from weakspot.attacks.context import Problem
 from weakspot.budgets import L1, L2, Budget, Linf
-from weakspot.checks import closest
 
 # What the contract has no place for: other inputs than images, several models, other frameworks.
 UNUSABLE = frozenset(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from weakspot._checks import check_classes
+from weakspot.attribution.alignment import Grid, effective_grid, place, receptive_grid
 from weakspot.attribution.layers import Layer, find_layer
-from weakspot.attribution.registration import Grid, effective_grid, place, receptive_grid
-from weakspot.checks import check_classes
 from weakspot.classifier import Classifier, check_images, check_logits, default_batch, evaluating
 
 REGISTRATIONS = ("resize", "receptive_field", "effective")

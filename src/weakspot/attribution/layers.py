@@ -2,6 +2,8 @@
 
 Calls are watched through torch's function mode rather than module hooks alone: the last map of a network is
 often made by a bare `relu(x + y)` that belongs to no module, and exported networks have no modules at all.
+
+Layout: in what order an activation holds the cells of a map.
 """
 
 from __future__ import annotations
@@ -15,10 +17,88 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from weakspot.attribution.layout import Layout
-from weakspot.checks import closest
+from weakspot._checks import closest
+from weakspot._state import hooked, is_unwatched
 from weakspot.classifier import Classifier
-from weakspot.threads import hooked, is_unwatched
+
+ASPECT_TOLERANCE = 0.2  # a grid this far from the image's own aspect ratio is no picture of it
+LARGEST_PREFIX = 8  # class, distillation and register tokens before the patches
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an activation is a map of the image.
+
+    Attributes:
+        kind: "channels_first" (N, C, h, w), "channels_last" (N, h, w, C) or "tokens" (N, prefix + h w, C).
+        height: of the map, in cells.
+        width: of the map, in cells.
+        prefix: tokens before the first patch.
+    """
+
+    kind: str
+    height: int
+    width: int
+    prefix: int = 0
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        """Height and width of the map."""
+        return self.height, self.width
+
+    def maps(self, activation: Tensor) -> Tensor:
+        """The activation as (N, C, h, w)."""
+        if self.kind == "channels_last":
+            return activation.permute(0, 3, 1, 2)
+        if self.kind == "tokens":
+            patches = activation[:, self.prefix :].transpose(1, 2)
+            return patches.reshape(*patches.shape[:2], self.height, self.width)
+        return activation
+
+    @staticmethod
+    def of(activation: Tensor, image: Tensor) -> Layout | None:
+        """The layout whose cells have the image's aspect ratio, or None where there is no such."""
+        aspect = image.shape[-2] / image.shape[-1]
+        if activation.ndim == 4:
+            _, first, second, third = activation.shape
+            orders = {"channels_first": (second, third), "channels_last": (first, second)}
+            fitting = {kind: cells for kind, cells in orders.items() if _alike(*cells, aspect)}
+            if fitting:
+                kind = min(fitting, key=lambda kind: abs(fitting[kind][0] / fitting[kind][1] / aspect - 1))
+                return Layout(kind, *fitting[kind])
+        if activation.ndim == 3:
+            for prefix in range(LARGEST_PREFIX + 1):
+                patches = activation.shape[1] - prefix
+                height = round((max(patches, 0) * aspect) ** 0.5)
+                if height and patches % height == 0 and _tiles(height, patches // height, image):
+                    return Layout("tokens", height, patches // height, prefix)
+        return None
+
+
+def unit_axis(activation: Tensor, images: Tensor) -> int:
+    """Which axis of an activation numbers the units; of rows of features the second."""
+    layout = Layout.of(activation, images)
+    return activation.ndim - 1 if layout is not None and layout.kind != "channels_first" else 1
+
+
+def _alike(height: int, width: int, aspect: float) -> bool:
+    # A grid of a few cells cannot match an aspect closely: one cell more or less is always forgiven.
+    exact = height * width > 1 and abs(height / width / aspect - 1) <= ASPECT_TOLERANCE
+    rounded = height * width > 1 and min(abs(height - width * aspect), abs(width - height / aspect)) < 1
+    return exact or rounded
+
+
+def _tiles(height: int, width: int, image: Tensor) -> bool:
+    """Whether patches of one size, the last ones cut off or filled up, make this grid of the image."""
+    if height * width <= 1:
+        return False
+    sides = ((image.shape[-2], height), (image.shape[-1], width))
+    cut = max(side / (cells + 1) for side, cells in sides) < min(side / cells for side, cells in sides)
+    filled = max(side / cells for side, cells in sides) < min(
+        side / max(cells - 1, 1e-9) for side, cells in sides
+    )
+    return cut or filled
+
 
 LEARNED = {"linear", "matmul", "__matmul__", "bmm", "mm", "addmm", "einsum"}
 SEQUENCE = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weakspot.checks import is_number
+from weakspot._checks import is_number
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from weakspot.cli import (  # noqa: F401 - importing a command registers it
     dissect,
     explain,
     inspect,
-    report,
     train,
 )
 from weakspot.cli.app import app, main

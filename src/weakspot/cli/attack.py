@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weakspot.cli.aims import Aim, find_aim, find_region
-from weakspot.cli.app import UNREADABLE, USAGE, Failure, app, notes_for_people, progress_bar
-from weakspot.cli.given import refuse_keep
+from weakspot.cli.app import UNREADABLE, USAGE, Failure, app, notes_for_people, progress_bar, watch
+from weakspot.cli.explain import Aim, find_aim, find_region
 from weakspot.cli.inputs import (
     check_existing,
     check_sources,
@@ -23,7 +22,6 @@ from weakspot.cli.inputs import (
     read_pictures,
     setting_value,
 )
-from weakspot.cli.kept import watch
 from weakspot.cli.options import (
     ClassesOption,
     DebugOption,
@@ -39,6 +37,7 @@ from weakspot.cli.options import (
     StdOption,
     TargetOption,
     WeightsOption,
+    refuse_keep,
 )
 from weakspot.cli.output import (
     check_folder,
@@ -224,8 +223,8 @@ def _arguments(
     name: str, run: Any, budget: str | None, settings: list[str]
 ) -> tuple[Budget | None, dict[str, Any]]:
     """The budget, and all keyword arguments that the options stand for."""
+    from weakspot._checks import closest
     from weakspot.budgets import read_budget
-    from weakspot.checks import closest
 
     parameters = inspect.signature(run).parameters
     free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -260,10 +259,10 @@ def _write(
 ) -> pd.DataFrame:
     """All files; returns what scores.csv holds."""
     from weakspot.attacks import stored
+    from weakspot.audit.store.run import write_scores
+    from weakspot.audit.work.shard_images import write_pngs
     from weakspot.classifier import evaluating, predict
-    from weakspot.report.sheets import overview
-    from weakspot.runs.folder import write_scores
-    from weakspot.runs.pictures import write_pngs
+    from weakspot.report.figures import overview
 
     with evaluating(classifier):
         landed = predict(classifier, result.adversarial).argmax(1).tolist()
@@ -287,8 +286,8 @@ def _write(
 def _everything() -> list[dict[str, str]]:
     from weakspot.attacks import available_attacks, find_attack
     from weakspot.attacks.libraries import LIBRARIES, PACKAGES, installed
-    from weakspot.budgets.reading import MAKERS
-    from weakspot.regions.reading import NAMES
+    from weakspot.budgets.parse import MAKERS
+    from weakspot.regions.spec import NAMES
 
     rows = []
     for name, summary in available_attacks().items():

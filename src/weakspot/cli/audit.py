@@ -29,8 +29,18 @@ from weakspot.cli.app import (
     notes_for_people,
     progress_bar,
 )
-from weakspot.cli.gates import FailIfOption, FloatOption, JUnitOption, check_gate, pass_gate, plain, tell_gate
-from weakspot.cli.given import refuse_keep
+from weakspot.cli.audit_options import (
+    FailIfOption,
+    FloatOption,
+    JUnitOption,
+    check_gate,
+    known,
+    lot_size,
+    pass_gate,
+    plain,
+    plan_table,
+    tell_gate,
+)
 from weakspot.cli.inputs import class_names, image_size, numbers
 from weakspot.cli.options import (
     ClassesOption,
@@ -40,12 +50,12 @@ from weakspot.cli.options import (
     SizeOption,
     StdOption,
     WeightsOption,
+    refuse_keep,
 )
-from weakspot.cli.plans import known, lot_size, plan_table
 
 if TYPE_CHECKING:
-    from weakspot.runs import Run, Standing, Summary
-    from weakspot.runs.gate import Verdict
+    from weakspot.audit import Run, Standing, Summary
+    from weakspot.audit.findings.gates import Verdict
 
 EXAMPLES = """
 
@@ -236,11 +246,11 @@ def audit(
         _progress(quiet or as_json) as watch,
         _stopping(where),
     ):
-        from weakspot.runs import Run, read_mapping, summarize
-        from weakspot.runs import audit as carry_out
-        from weakspot.runs import resume as go_on
-        from weakspot.runs.gate import unknown_cases
-        from weakspot.runs.summary import cell_table, undefined_names
+        from weakspot.audit import Run, read_mapping, summarize
+        from weakspot.audit import audit as carry_out
+        from weakspot.audit import resume as go_on
+        from weakspot.audit.findings.gates import unknown_cases
+        from weakspot.audit.findings.summary import cell_table, undefined_names
 
         if resume is not None:
             run = go_on(where, watch=watch, **how)
@@ -294,8 +304,8 @@ def _progress(silent: bool) -> Iterator[Any]:
 @contextmanager
 def _stopping(where: str) -> Iterator[None]:
     """An interrupt, or a request to end, stops between any two steps; the folder can be resumed."""
-    from weakspot.runs import StoppedError
-    from weakspot.runs.places import exists
+    from weakspot._io.urls import exists
+    from weakspot.audit import StoppedError
 
     def ask(*_: object) -> None:
         raise KeyboardInterrupt
@@ -318,7 +328,7 @@ def _stopping(where: str) -> Iterator[None]:
 
 def _report(run: Run) -> None:
     """Write the page; the audit is done, whether there is room for that or not."""
-    from weakspot.runs.reporting import FILE, keep_run_report
+    from weakspot.audit.page.run_page import FILE, keep_run_report
 
     try:
         keep_run_report(run)
@@ -332,7 +342,7 @@ def _report(run: Run) -> None:
 def _tell(
     run: Run, summary: Summary, verdicts: Sequence[Verdict], seconds: float, *, as_json: bool, quiet: bool
 ) -> None:
-    from weakspot.runs.places import is_url
+    from weakspot._io.urls import is_url
 
     where = run.name if is_url(run.name) else str(run.folder.resolve())
     skipped = run.skipped

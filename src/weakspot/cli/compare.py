@@ -1,4 +1,7 @@
-"""`weakspot compare`: what has moved between two audits."""
+"""`weakspot compare`: what has moved between two audits.
+
+`weakspot report`: the page of an audit, complete or not.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from weakspot.cli.app import USAGE, Failure, app, notes_for_people
-from weakspot.cli.gates import FailIfOption, FloatOption, JUnitOption, check_gate, pass_gate, plain, tell_gate
+from weakspot.cli.audit_options import (
+    FailIfOption,
+    FloatOption,
+    JUnitOption,
+    check_gate,
+    pass_gate,
+    plain,
+    tell_gate,
+)
 from weakspot.cli.options import DebugOption, QuietOption
 
 if TYPE_CHECKING:
     import pandas as pd
+
 
 EXAMPLES = """
 
@@ -58,9 +70,9 @@ def compare(
     if csv is not None and (csv.is_dir() or not csv.absolute().parent.is_dir()):
         raise Failure(f"--csv is {csv}; accepted is a file in a folder that is there", USAGE)
     with notes_for_people(quiet):
-        from weakspot.runs import Run
-        from weakspot.runs import compare as beside
-        from weakspot.writing import write_whole
+        from weakspot._io.files import write_whole
+        from weakspot.audit import Run
+        from weakspot.audit import compare as beside
 
         pair = Run(before, eight_bit=not floats), Run(after, eight_bit=not floats)
         shortfalls = [f"{run.name}: {run.shortfall}" for run in pair if run.shortfall]
@@ -119,3 +131,41 @@ def _print(rows: pd.DataFrame, console: Console, *, every: bool) -> None:
     if len(rows) > len(shown):
         console.print(f"... and {len(rows) - len(shown)} more, by --all", style="dim")
     console.print()
+
+
+REPORT_EXAMPLES = """
+
+[bold]Examples[/bold]
+
+weakspot report runs/v7
+
+weakspot report runs/v7 --out v7.html
+"""
+
+
+@app.command(epilog=REPORT_EXAMPLES)
+def report(
+    run: Annotated[str, typer.Argument(help="Folder of `weakspot audit`, complete or not, or its URL.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write; report.html in the folder where not given.", show_default=False),
+    ] = None,
+    floats: FloatOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Tell an audit on one page: robust accuracy, distributions, classes, images, layers, with their intervals.
+
+    The page is one file, drawings included; it opens by double click, without a network. Of an audit that still goes
+    on, or was cut off, it tells what is there, and says so.
+    """
+    del debug
+    from weakspot.audit import Run, write_run_report
+    from weakspot.audit.page.run_page import keep_run_report
+
+    opened = Run(run, eight_bit=not floats)
+    if out is not None and out.is_dir():
+        raise Failure(f"--out is {out}, which is a folder; accepted is a file's path", USAGE)
+    where = keep_run_report(opened) if out is None else str(write_run_report(opened, out).resolve())
+    if not quiet:
+        typer.echo(f"Written to {where}")

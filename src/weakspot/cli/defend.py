@@ -17,9 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from weakspot.cli.app import UNREADABLE, USAGE, Failure, app, notes_for_people, progress_bar
-from weakspot.cli.defenses import find_defense
-from weakspot.cli.given import given, refuse
+from weakspot.cli.app import UNREADABLE, USAGE, Failure, app, notes_for_people, progress_bar, watch
+from weakspot.cli.defense_specs import find_defense
 from weakspot.cli.inputs import (
     check_existing,
     check_sources,
@@ -27,8 +26,6 @@ from weakspot.cli.inputs import (
     located_pictures,
     shortened,
 )
-from weakspot.cli.kept import watch
-from weakspot.cli.labels import find_labels
 from weakspot.cli.options import (
     ClassesOption,
     DebugOption,
@@ -41,8 +38,11 @@ from weakspot.cli.options import (
     SizeOption,
     StdOption,
     WeightsOption,
+    given,
+    refuse,
 )
 from weakspot.cli.output import check_folder, describe_run, make_folder
+from weakspot.datasets.labels import find_labels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -167,11 +167,11 @@ def defend(
     if oracle and defense != "neutralize":
         raise Failure(f"--oracle goes with --defense neutralize, not with {defense}", USAGE)
     with redirect_stdout(sys.stderr), notes_for_people(quiet), progress_bar(quiet) as advance:
+        from weakspot._checks import check_share
         from weakspot.budgets import read_budget
-        from weakspot.checks import check_share
         from weakspot.classifier import check_images
         from weakspot.defenses import evaluate_defense, oracle_neutralized, verdict
-        from weakspot.defenses.randomness import is_random
+        from weakspot.defenses.randomized import is_random
 
         spent = read_budget(budget)
         check_share(fraction, name="fraction")
@@ -253,9 +253,9 @@ def _as_json(table: pd.DataFrame, about: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write(out: Path, table: pd.DataFrame, about: Mapping[str, Any], title: str) -> None:
     """All files, run.json last."""
-    from weakspot.report.accuracies import accuracy_figure
-    from weakspot.runs.folder import write_scores
-    from weakspot.writing import write_whole
+    from weakspot._io.files import write_whole
+    from weakspot.audit.store.run import write_scores
+    from weakspot.report.figures import accuracy_figure
 
     text = json.dumps(_as_json(table, about), indent=2) + "\n"
     write_whole(out / "defense.json", lambda draft: draft.write_text(text, "utf-8"))

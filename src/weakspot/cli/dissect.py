@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from weakspot.cli.app import UNREADABLE, USAGE, Failure, app, notes_for_people, progress_bar
+from weakspot.cli.app import UNREADABLE, USAGE, Failure, app, notes_for_people, progress_bar, watch
 from weakspot.cli.attacked_units import BUDGET, OPTIONS, AttackedUnits, attack_units, read_asked, read_mask
-from weakspot.cli.given import refuse
 from weakspot.cli.inputs import check_existing, load_classifier
-from weakspot.cli.kept import watch
 from weakspot.cli.options import (
     ClassesOption,
     DebugOption,
@@ -29,6 +27,7 @@ from weakspot.cli.options import (
     SizeOption,
     StdOption,
     WeightsOption,
+    refuse,
 )
 from weakspot.cli.output import check_folder, describe_run, make_folder, print_rows
 
@@ -212,10 +211,10 @@ def _write(
     started: float,
 ) -> tuple[Path, float]:
     """All files; returns the page's path and the seconds that all took."""
-    from weakspot.dissection.showing import show_units
+    from weakspot._io.files import write_whole
+    from weakspot.audit.store.run import write_scores
+    from weakspot.dissection.unit_examples import show_units
     from weakspot.report.unit_page import unit_page
-    from weakspot.runs.folder import write_scores
-    from weakspot.writing import write_whole
 
     pictures = {}
     for name, one in found.items():
@@ -270,7 +269,7 @@ def _last_layers(classifier: Classifier) -> list[str]:
     """The last layer of each of the two coarsest map sizes, of those that are called once."""
     import torch
 
-    from weakspot.attribution.reading import spatial_layers
+    from weakspot.attribution.hooks import spatial_layers
     from weakspot.classifier import evaluating
 
     with evaluating(classifier):

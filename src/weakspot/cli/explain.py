@@ -1,30 +1,32 @@
-"""`weakspot explain`: attack pictures, or take a pair, and explain."""
+"""`weakspot explain`: attack pictures, or take a pair, and explain.
+
+Aims: what an attack on the command line is to reach, and where it may act.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from weakspot.cli.aims import find_aim, find_region
-from weakspot.cli.app import UNREADABLE, USAGE, Failure, app, notes_for_people, progress_bar
-from weakspot.cli.given import refuse, refuse_keep
+from weakspot.cli.app import UNREADABLE, USAGE, Failure, app, note, notes_for_people, progress_bar, watch
 from weakspot.cli.inputs import (
     check_existing,
     check_sources,
+    class_index,
     load_classifier,
     number,
     read_pair,
     read_pictures,
     read_reference,
 )
-from weakspot.cli.kept import watch
 from weakspot.cli.options import (
     ClassesOption,
     DebugOption,
@@ -40,6 +42,8 @@ from weakspot.cli.options import (
     StdOption,
     TargetOption,
     WeightsOption,
+    refuse,
+    refuse_keep,
 )
 from weakspot.cli.output import check_folder, describe_run, make_folder, print_json, print_table
 
@@ -48,6 +52,69 @@ if TYPE_CHECKING:
 
     from weakspot.classifier import Classifier
     from weakspot.pairs import Pairs
+
+
+class Aim(NamedTuple):
+    """Images (N, C, H, W), what the model reads them as (N,), the classes to reach (N,) or None, and N names."""
+
+    images: Tensor
+    labels: Tensor
+    targets: Tensor | None
+    names: list[str]
+
+
+def find_aim(classifier: Classifier, images: Tensor, names: list[str], target: str | None) -> Aim:
+    """The labels are the model's own predictions; pictures that it reads as the target already are left out."""
+    import torch
+
+    from weakspot.classifier import check_images, evaluating, predict
+
+    with evaluating(classifier):
+        images = check_images(images, classifier)
+        logits = predict(classifier, images)
+    labels = logits.argmax(1)
+    if target is None:
+        return Aim(images, labels, None, names)
+    wanted = class_index(classifier, target, logits.shape[1])
+    others = labels != wanted
+    for name, other in zip(names, others.tolist(), strict=True):
+        if not other:
+            note(f"{name}: already read as {classifier.class_name(wanted)}; skipped")
+    if not bool(others.any()):
+        raise Failure(f"every picture is already read as {classifier.class_name(wanted)}, the target", USAGE)
+    left = [name for name, other in zip(names, others.tolist(), strict=True) if other]
+    return Aim(images[others], labels[others], torch.full_like(labels[others], wanted), left)
+
+
+def find_region(
+    text: str, keep: float, classifier: Classifier, aim: Aim, seed: int
+) -> tuple[Tensor | None, str]:
+    """The region that the option names, None where that is everywhere, and the region in words."""
+    from weakspot._checks import check_share
+    from weakspot.regions import read_region
+    from weakspot.regions.masks import UnreadableError
+    from weakspot.regions.spec import NAMES
+
+    check_share(keep)
+    if text == "none":
+        return None, "whole image"
+    try:
+        region = read_region(
+            text, classifier, aim.images, aim.labels, targets=aim.targets, keep=keep, seed=seed
+        )
+    except (UnreadableError, FileNotFoundError) as error:
+        raise Failure(f"region: {error}", UNREADABLE) from None
+    except ValueError as error:
+        said = str(error)
+        raise Failure(said if said.startswith("region") else f"region: {said}", USAGE) from None
+    if not bool(region.any()):
+        raise Failure(
+            f"region is {text!r} and keep is {keep}, which leaves no pixel to change; accepted is more", USAGE
+        )
+    if text == "cam":
+        return region, f"the {keep:.0%} of the image with most evidence for its class"
+    return region, f"the white part of {text}" if text not in NAMES and os.path.isfile(text) else text  # noqa: PTH113
+
 
 FILES = ("report.html", "scores.csv", "pairs.safetensors", "maps.npz", "locality.csv", "run.json")
 OF_ATTACK = ("region", "keep", "norm", "eps", "steps", "target")
@@ -152,10 +219,10 @@ def explain(
                 lambda share: advance("attacking", 0.1 + 0.4 * share),
             )  # fmt: skip
         others = None if reference is None else read_reference(classifier, reference)
+        from weakspot._io.files import write_whole
+        from weakspot.audit import write_run
         from weakspot.explanations import explain as explain_pairs
-        from weakspot.explanations.radii import locality_of, locality_sentence
-        from weakspot.runs import write_run
-        from weakspot.writing import write_whole
+        from weakspot.explanations.locality_by_radius import locality_of, locality_sentence
 
         made = {
             "attack": how,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from weakspot.checks import ModelError
+from weakspot._checks import ModelError
 from weakspot.cli.app import UNREADABLE, USAGE, Failure, complain, note
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def read_pair(classifier: Classifier, sources: Sequence[Path]) -> tuple[Pairs, l
             f"the two pictures differ in size ({sizes}, height x width); accepted is one size", UNREADABLE
         )
     if clean.shape[1:] != classifier.input_size:
-        from weakspot.checks import warn
+        from weakspot._checks import warn
 
         warn(
             f"both pictures are brought from {clean.shape[1]} x {clean.shape[2]} to {classifier.input_size[0]} x "
@@ -254,7 +254,7 @@ def read_pair(classifier: Classifier, sources: Sequence[Path]) -> tuple[Pairs, l
 
 def class_index(classifier: Classifier, target: str, count: int, name: str = "target") -> int:
     """The number of the class that `target` names or is; `name` is what an error calls it."""
-    from weakspot.checks import closest
+    from weakspot._checks import closest
 
     number = target.lower().removeprefix("class ")
     if number.isascii() and number.isdigit() and int(number) < count:

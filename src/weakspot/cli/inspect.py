@@ -49,11 +49,11 @@ def doctor(
     import torch
 
     from weakspot.attacks import pgd
+    from weakspot.audit.store.run import versions
     from weakspot.classifier import predict
     from weakspot.explanations.analysis import available_analyses
     from weakspot.images import sample_images
     from weakspot.models import load
-    from weakspot.runs.folder import versions
 
     rows = [{"check": name, "found": value} for name, value in versions().items()]
     classifier = load("efficientnet_lite0")

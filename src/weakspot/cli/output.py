@@ -42,8 +42,8 @@ def make_folder(out: Path) -> None:
 
 def describe_run(classifier: Classifier, model: str, seed: int, skipped: list[str]) -> dict[str, str]:
     """How it was made, for report and run.json."""
-    from weakspot.models.fingerprint import fingerprint
-    from weakspot.runs.folder import versions
+    from weakspot.audit.store.run import versions
+    from weakspot.models.specs import fingerprint
 
     made = {
         "model": f"{classifier.name} ({model}), weights {fingerprint(classifier)}",
@@ -68,7 +68,7 @@ def print_json(explanation: Explanation, paths: dict[str, Path], skipped: list[s
 
 def print_table(explanation: Explanation, seconds: float, skipped: int) -> None:
     """A table, then a verdict per image."""
-    from weakspot.report.words import headline, p_value, percent
+    from weakspot.report.sentences import headline, p_value, percent
 
     console = Console(highlight=False)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))

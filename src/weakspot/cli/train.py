@@ -14,12 +14,19 @@ from typing import Annotated, Any
 import typer
 
 from weakspot.cli.app import RESUMABLE, USAGE, Failure, app, complain, notes_for_people, progress_bar
-from weakspot.cli.given import refuse
 from weakspot.cli.inputs import image_size, number
-from weakspot.cli.options import DebugOption, QuietOption, SeedOption, WeightsOption
+from weakspot.cli.options import DebugOption, QuietOption, SeedOption, WeightsOption, refuse
 from weakspot.cli.output import print_rows
-from weakspot.cli.training_jobs import description, fit_matrix, fit_one, judge_own, maker_of
-from weakspot.cli.training_words import everything, print_training, teller
+from weakspot.cli.training_jobs import (
+    description,
+    everything,
+    fit_matrix,
+    fit_one,
+    judge_own,
+    maker_of,
+    print_training,
+    teller,
+)
 
 EVALUATIONS = ("none", "own", "matrix")
 EXAMPLES = """
@@ -141,7 +148,7 @@ def train(
     if data is None:
         raise Failure("no data was named; give a folder, an .npz file or hf:NAME", USAGE)
     if evaluate not in EVALUATIONS:
-        from weakspot.checks import closest
+        from weakspot._checks import closest
 
         raise Failure(f"--evaluate is {evaluate!r}; {closest(evaluate, EVALUATIONS)}", USAGE)
     _check_used(evaluate, recipe, recipes=recipes, seeds=seeds, limit=limit, strongest=strongest)
@@ -230,14 +237,14 @@ def _check_used(evaluate: str, recipe: str | None, **options: object) -> None:
 
 def _chosen(recipes: str | None) -> Sequence[str]:
     """The recipes of the matrix."""
-    from weakspot.defenses.training.matrix import RECIPES
+    from weakspot.training.matrix import RECIPES
 
     return RECIPES if recipes is None else [name.strip() for name in recipes.split(",") if name.strip()]
 
 
 def _check_attacked(context: typer.Context, recipes: Sequence[str], share: float) -> None:
     """Raises Failure where an option of the adversary was given and no recipe has an adversary that it is for."""
-    from weakspot.defenses.training.recipes import find_recipe
+    from weakspot.training.config import find_recipe
 
     searches = {find_recipe(name).search for name in recipes}
     named = f"the recipe{'s' if len(recipes) > 1 else ''} {', '.join(recipes)}"

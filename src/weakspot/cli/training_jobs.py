@@ -1,4 +1,7 @@
-"""What `weakspot train` does: one training judged on its own, or one by each recipe and the matrix."""
+"""What `weakspot train` does: one training judged on its own, or one by each recipe and the matrix.
+
+What `weakspot train` says: a line for every epoch, the table at the end, what there is to choose from.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+from rich.table import Table
+
 from weakspot.cli.app import USAGE, Failure
 
 if TYPE_CHECKING:
@@ -14,7 +20,7 @@ if TYPE_CHECKING:
 
     from weakspot.classifier import Classifier
     from weakspot.datasets import Labelled
-    from weakspot.defenses.training import Matrix
+    from weakspot.training import Matrix
 
 
 def fit_one(
@@ -29,7 +35,7 @@ def fit_one(
 ) -> dict[str, Any]:
     """Train by one recipe: what training.json says of it, and the trained "model"."""
     from weakspot.defenses import train as fit
-    from weakspot.defenses.training.checkpoint import read_record
+    from weakspot.training.checkpoint import read_record
 
     trained = fit(
         maker(seed),
@@ -53,10 +59,10 @@ def judge_own(
     advance: Callable[[str, float], None],
 ) -> dict[str, Any]:
     """Accuracy with its interval under every test."""
-    from weakspot.defenses.training import judged_images, outcomes
-    from weakspot.defenses.training.matrix import TEST_STEPS
-    from weakspot.defenses.training.settings import defaults
     from weakspot.statistics import share_interval
+    from weakspot.training import judged_images, outcomes
+    from weakspot.training.config import defaults
+    from weakspot.training.matrix import TEST_STEPS
 
     tested = judged_images(test, limit=judged["limit"], masks=out)
     found = outcomes(
@@ -88,7 +94,7 @@ def fit_matrix(
     advance: Callable[[str, float], None],
 ) -> dict[str, Any]:
     """Train by each recipe, judge all by all tests, and write the matrix's table and picture."""
-    from weakspot.defenses.training import evaluation_matrix
+    from weakspot.training import evaluation_matrix
 
     found = evaluation_matrix(
         maker,
@@ -112,9 +118,9 @@ def fit_matrix(
 
 
 def _write(found: Matrix, out: Path) -> None:
-    from weakspot.defenses.training.testing import TESTS
-    from weakspot.report.heat import matrix_figure
-    from weakspot.writing import write_whole
+    from weakspot._io.files import write_whole
+    from weakspot.report.figures import matrix_figure
+    from weakspot.training.outcomes import TESTS
 
     write_whole(out / "accuracy.csv", lambda draft: found.accuracy.to_csv(draft, index=False))
     write_whole(out / "differences.csv", lambda draft: found.differences.to_csv(draft, index=False))
@@ -140,8 +146,7 @@ def maker_of(
 ) -> Callable[[int], Classifier]:
     """Seed to a network for the data: of the zoo with fresh weights, or whatever the spec names."""
     from weakspot.models import load
-    from weakspot.zoo import NETWORKS, build
-    from weakspot.zoo.networks import ALIASES
+    from weakspot.zoo import ALIASES, NETWORKS, build
 
     name = model or _usual(data)
     if name in NETWORKS or name in ALIASES:
@@ -154,7 +159,7 @@ def maker_of(
 
         return make
     if ":" not in name:
-        from weakspot.checks import closest
+        from weakspot._checks import closest
 
         raise Failure(
             f"model is {name!r}; {closest(name, [*NETWORKS, *ALIASES])} (or package.module:factory)", USAGE
@@ -179,7 +184,7 @@ def _usual(data: Labelled) -> str:
 
 def description(model: str | None, data: Labelled) -> dict[str, Any]:
     """What training.json says of the network, enough to build one of the zoo again."""
-    from weakspot.zoo.networks import ALIASES, NETWORKS
+    from weakspot.zoo import ALIASES, NETWORKS
 
     name = model or _usual(data)
     name = ALIASES.get(name, name)
@@ -190,3 +195,68 @@ def description(model: str | None, data: Labelled) -> dict[str, Any]:
         "size": list(data.shape[1:]),
         "class_names": list(data.class_names),
     }
+
+
+WIDE = 125  # columns of a terminal that takes the table with intervals
+
+
+def teller() -> Callable[[str, Mapping[str, float]], None]:
+    """A line on standard error for every epoch."""
+    console = Console(stderr=True, highlight=False)
+
+    def tell(name: str, row: Mapping[str, float]) -> None:
+        if "epoch" not in row:
+            line = ", ".join(f"{test} {value:.1%}" for test, value in row.items())
+            console.print(f"{name}: {line}", soft_wrap=True)
+            return
+        judged = ", ".join(f"{key} {row[key]:.1%}" for key in ("clean", "robust") if key in row)
+        console.print(
+            f"{name}, epoch {row['epoch']:.0f}: loss {row['loss']:.3f}, held out: {judged or 'none'}; "
+            f"{row['seconds']:.0f} s",
+            style="dim",
+            soft_wrap=True,
+        )
+
+    return tell
+
+
+def print_training(said: Mapping[str, Any], seconds: float, out: Path, *, matrix: bool) -> None:
+    """The table of accuracies, what stopped early, where all is written and what to do next."""
+    console = Console(highlight=False)
+    rows = said.get("accuracy") or said.get("tests") or []
+    if rows:
+        tests = list(dict.fromkeys(row["test"] for row in rows))
+        table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+        wide = console.width >= WIDE
+        for heading in (["trained"] if matrix else []) + tests:
+            table.add_column(heading, no_wrap=True)
+        names = list(dict.fromkeys(row.get("recipe", "") for row in rows))
+        for name in names:
+            cells = [
+                f"{row['accuracy']:.1%}"
+                + (
+                    f" ({row['low']:.1%}-{row['high']:.1%})"
+                    if wide and row["low"] is not None and row["low"] == row["low"]
+                    else ""
+                )
+                for row in rows
+                if row.get("recipe", "") == name
+            ]
+            table.add_row(*([name] if matrix else []), *cells)
+        console.print(table)
+    if said.get("stopped") and not matrix:
+        console.print(f"[yellow]stopped early:[/yellow] {said['stopped']}")
+    for name, why in said["stopped"].items() if matrix else ():
+        console.print(f"[yellow]{name} stopped early:[/yellow] {why}")
+    spec = said.get("network", {}).get("spec")
+    use = f"{spec} --weights {out / 'model.safetensors'}" if spec else str(out)
+    what = "matrix.png and accuracy.csv" if matrix else f"weakspot explain PICTURES --model {use}"
+    console.print(f"\nWritten to {out.resolve()} in {seconds:.0f} s; next: {what}", style="dim")
+
+
+def everything() -> list[dict[str, str]]:
+    """Recipes and tests, a row each."""
+    from weakspot.training import RECIPES, TESTS
+
+    rows = [{"kind": "recipe", "name": name, "what": recipe.summary} for name, recipe in RECIPES.items()]
+    return rows + [{"kind": "test", "name": name, "what": what} for name, what in TESTS.items()]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weakspot.checks import check_classes
+from weakspot._checks import check_classes
 from weakspot.images import open_pictures
 
 MOST_CLASSES = 100_000  # more are identifiers taken for classes: a network of them would fill the memory

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from weakspot.attacks import auto, iterative
+from weakspot.attacks.context import attacking
+from weakspot.attacks.eight_bit import fit, on_8bit_images
 from weakspot.attacks.gradient import Progress, Search, part_of, random_start
-from weakspot.attacks.objectives import margin
-from weakspot.attacks.problem import attacking
-from weakspot.attacks.squares import square_search
+from weakspot.attacks.losses import margin
+from weakspot.attacks.square_search import square_search
 from weakspot.budgets import Budget, Linf
 from weakspot.classifier import Classifier, as_classifier, evaluating, predict
-from weakspot.defenses.agreement import agreement, leads_on
-from weakspot.defenses.bpda import straight_through_models
-from weakspot.defenses.eight_bit import fit, on_8bit_images
-from weakspot.defenses.randomness import DrawnByImage, defender_model, expectation, is_random
+from weakspot.defenses.bpda import agreement, leads_on, straight_through_models
+from weakspot.defenses.randomized import DrawnByImage, defender_model, expectation, is_random
 from weakspot.defenses.verdicts import (
     AGREEING,
     CLEAN,

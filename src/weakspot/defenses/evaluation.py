@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from weakspot._checks import check_budget, check_classes, check_seed, check_share
+from weakspot.attacks.eight_bit import rounded, whole_levels
 from weakspot.attacks.gradient import Progress, check_counts
 from weakspot.budgets import Budget, Linf
-from weakspot.checks import check_budget, check_classes, check_seed, check_share
 from weakspot.classifier import check_images, evaluating, predict
 from weakspot.defenses.attack_sequence import AttackSequence, correct, table_row
-from weakspot.defenses.eight_bit import rounded, whole_levels
 from weakspot.defenses.verdicts import ORACLE
 
 if TYPE_CHECKING:

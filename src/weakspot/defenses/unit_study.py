@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from weakspot.attacks import pgd
-from weakspot.defenses.masking_test import Attack, masking_sentence, masking_test
+from weakspot.defenses.unit_masking import Attack, masking_sentence, masking_test
 from weakspot.dissection import (
     Dissection,
     associate,

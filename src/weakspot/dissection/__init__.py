@@ -8,10 +8,10 @@ from weakspot.dissection.association import (
     join,
     moved_concepts,
 )
-from weakspot.dissection.broden import Annotation, Concept, ConceptSet
-from weakspot.dissection.building import build_concepts
 from weakspot.dissection.causal import unit_restoration
-from weakspot.dissection.pictures import demo_concepts
+from weakspot.dissection.concept_folders import build_concepts
+from weakspot.dissection.concepts import Annotation, Concept, ConceptSet
+from weakspot.dissection.demo_textures import demo_concepts
 from weakspot.dissection.sensitivity import sensitivity_sentence, unit_sensitivity
 from weakspot.dissection.units import Dissection, dissect, dissection
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from weakspot.checks import check_seed
+from weakspot._checks import check_seed
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from weakspot.attacks import draws
-from weakspot.attribution.layout import unit_axis
-from weakspot.attribution.reading import Place, default_layers, spatial_layers
-from weakspot.attribution.replacing import replacing
-from weakspot.checks import check_batch_size, check_seed, is_number
+from weakspot import _random
+from weakspot._checks import check_batch_size, check_seed, is_number
+from weakspot.attribution.hooks import Place, default_layers, replacing, spatial_layers
+from weakspot.attribution.layers import unit_axis
 from weakspot.classifier import Classifier, default_batch, evaluating
 from weakspot.explanations.analysis import Analysis, check_pairs, settled
 from weakspot.pairs import Pairs
@@ -95,7 +94,7 @@ def _all_restored(
 ) -> tuple[Tensor, Tensor, int]:
     """`_restored` of all pairs, batch by batch."""
     size = classifier.fixed_batch or batch_size or default_batch(pairs.clean)
-    keys = draws.keys(pairs.clean, seed)
+    keys = _random.keys(pairs.clean, seed)
     found = [
         _restored(classifier, place, pairs, part, keys[part], shares)
         for part in torch.arange(len(pairs), device=pairs.clean.device).split(size)
@@ -134,7 +133,7 @@ def _restored(
     axis = unit_axis(own, clean)
     count = own.shape[axis]
     change = (own - attacked).abs().movedim(axis, 1).flatten(2).mean(2)[: len(rows)]
-    chance = draws.uniform(keys, 0, count)
+    chance = _random.uniform(keys, 0, count)
     outcomes: list[Tensor] = []
     for scores in (change, chance):
         order = scores.argsort(dim=1, descending=True, stable=True)

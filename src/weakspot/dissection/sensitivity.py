@@ -1,6 +1,8 @@
 """Unit sensitivity: which units an attack moves more than noise of the same size does.
 
 The measure is after Xu et al. 2019 (arXiv 1904.02057). The noise, the test against it and its correction are ours.
+
+Noise of the size of a perturbation: its values at random places with random signs, a control for units.
 """
 
 from __future__ import annotations
@@ -15,16 +17,67 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from weakspot.attribution.reading import Place, fused_for, reading, spatial_layers
-from weakspot.checks import check_batch_size, check_seed
+from weakspot import _random
+from weakspot._checks import check_batch_size, check_seed
+from weakspot.attribution.hooks import Place, fused_for, reading, spatial_layers
 from weakspot.classifier import Classifier, default_batch, evaluating
-from weakspot.dissection.noise import equal_noise
 from weakspot.explanations.analysis import check_pairs, settled
 from weakspot.pairs import Pairs
 from weakspot.statistics import false_discovery
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+PLACEMENTS = 16  # tries for each draw, of which the one that keeps most of the size is taken
+STREAM = 1_000_000  # apart from the random streams of attacks
+ROUNDING = 1e-6
+
+
+def equal_noise(pairs: Pairs, number: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The clean images under noise that has the perturbation's L0, L1, L2 and L-infinity size.
+
+    Whole pixels of the perturbation move to random places and every value takes a random sign; where it would leave
+    [0, 1], it takes the other one. Only values above .5 can fail to fit with either sign: they are cut, and of up to 16
+    placements the one that keeps the most is taken. If a perturbation is itself such noise, it and all draws are
+    exchangeable.
+
+    Args:
+        pairs: N pairs.
+        number: of the draw.
+        seed: of the draws.
+
+    Returns:
+        (N, C, H, W) the noisy images, and (N,) the fraction of the perturbation's L2 norm that was kept, 1 where
+        nothing was cut.
+    """
+    clean, change = pairs.clean, pairs.perturbation.abs()
+    channels, height, width = clean.shape[1:]
+    # Of both images: two attacks on one image get noise of their own.
+    keys = _random.keys(torch.cat([clean, pairs.adversarial], 1), seed)
+    size = change.flatten(1).norm(dim=1)
+    noisy, kept = clean.clone(), torch.full_like(size, -1.0)
+    for attempt in range(PLACEMENTS):
+        rows = (kept < 1 - ROUNDING).nonzero()[:, 0]
+        if not len(rows):
+            break
+        stream = STREAM + number * 2 * PLACEMENTS + 2 * attempt
+        order = _random.uniform(keys[rows], stream, height * width).argsort(dim=1, stable=True)
+        flipped = _random.uniform(keys[rows], stream + 1, channels, height, width) < 0.5
+        moved = change[rows].flatten(2).gather(2, order[:, None].expand(-1, channels, -1))
+        moved = moved.view_as(clean[rows])
+        signed = torch.where(flipped, -moved, moved)
+        before = clean[rows]
+        # The other sign only where this one does not fit and the other one does.
+        room = (before + signed - 0.5).abs() <= 0.5 + ROUNDING
+        other = (before - signed - 0.5).abs() <= 0.5 + ROUNDING
+        tried = (before + torch.where(~room & other, -signed, signed)).clamp(0, 1)
+        share = (tried - before).flatten(1).norm(dim=1) / size[rows].where(size[rows] > 0, 1)
+        share = share.where(size[rows] > 0, 1)
+        better = share > kept[rows]
+        noisy[rows[better]], kept[rows[better]] = tried[better], share[better]
+    return noisy, kept.clamp(max=1)
+
 
 NOISES = 4  # draws of noise for each pair
 KEPT = 0.99  # fraction of the perturbation's L2 norm that every draw must keep for the pair to be tested

@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from weakspot._checks import check_batch_size, closest, is_number
+from weakspot.attribution.alignment import Axis, Grid, effective_grid, receptive_grid
+from weakspot.attribution.hooks import Place, fused_for, reading, spatial_layers
 from weakspot.attribution.layers import find_layer
-from weakspot.attribution.reading import Place, fused_for, reading, spatial_layers
-from weakspot.attribution.registration import Axis, Grid, effective_grid, receptive_grid
-from weakspot.checks import check_batch_size, closest, is_number
 from weakspot.classifier import Classifier, default_batch, evaluating
-from weakspot.dissection.broden import Concept, ConceptSet
-from weakspot.dissection.cache import Cache, Numbers
-from weakspot.dissection.reading import image_batches
-from weakspot.dissection.tally import DENOMINATORS, Tally
-from weakspot.dissection.top_values import TopValues
+from weakspot.dissection.broden_files import image_batches
+from weakspot.dissection.concepts import Concept, ConceptSet
+from weakspot.dissection.tally import DENOMINATORS, Cache, Numbers, Tally, TopValues
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,9 +1,8 @@
 """Exact logits of many small edits of an image, without redoing the whole forward pass."""
 
-from weakspot.edits.groups import Windowed, cells, exchanged, grid, windowed
-from weakspot.edits.local import Edits, LocalEdits
-from weakspot.edits.preparing import Prepared, prepare
-from weakspot.edits.work import work_saved
+from weakspot.edits.cells import Windowed, cells, exchanged, grid, windowed
+from weakspot.edits.engine import Prepared, prepare
+from weakspot.edits.local import Edits, LocalEdits, work_saved
 
 __all__ = [
     "Edits",

@@ -1,4 +1,7 @@
-"""LocalEdits: exact logits of an image under many small edits, by whichever way is faster."""
+"""LocalEdits: exact logits of an image under many small edits, by whichever way is faster.
+
+How much work windows save, by counting.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from weakspot.checks import check_batch_size, check_range
+from weakspot._checks import check_batch_size, check_range
 from weakspot.classifier import Classifier, check_images, check_logits, default_batch, evaluating, predict
-from weakspot.edits.engine import Engine, evenly
-from weakspot.edits.preparing import Prepared, edited_images, prepare
-from weakspot.edits.recording import CannotRecordError
+from weakspot.edits.activations import FUSED, without_growth
+from weakspot.edits.engine import Engine, Prepared, edited_images, evenly, prepare
+from weakspot.edits.recording import CannotRecordError, Recording
 from weakspot.fusion import fused
 
 LARGEST_CHUNK = 256
@@ -262,3 +266,22 @@ def _checked(tops: Tensor, lefts: Tensor, patches: Tensor, image: Tensor) -> tup
     device = image.device
     patches = patches.detach().to(device, image.dtype, copy=True).clamp_(0, 1)
     return tops.to(device, torch.long), lefts.to(device, torch.long), patches
+
+
+def work_saved(recording: Recording, image: Tensor) -> float:
+    """How many times the multiplications of one edited pixel, in the middle of the image (1, C, H, W), a pass takes.
+
+    Convolutions and matrix products are counted; infinite where there are none by windows.
+    """
+    engine = Engine(without_growth(recording), image, full_batch=1)
+    top, left = (torch.tensor([size // 2], device=image.device) for size in image.shape[2:])
+    fused = {} if FUSED is None else {FUSED: _of_fused}
+    with FlopCounterMode(display=False, custom_mapping=fused) as by_windows:
+        engine.edited(torch.zeros_like(top), top, left, image[:, :, :1, :1])
+    with FlopCounterMode(display=False, custom_mapping=fused) as whole:
+        engine.replayed(image)
+    return float(whole.get_total_flops()) / float(max(1e-9, by_windows.get_total_flops()))
+
+
+def _of_fused(maps: list[int], weight: list[int], *_: object, out_shape: list[int], **__: object) -> int:
+    return conv_flop_count(maps, weight, out_shape, transposed=False)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from weakspot.edits.kernels import State, average_pool, convolution, is_pointwise, max_pool, slices
 from weakspot.edits.recording import Slot, Step, filled
-from weakspot.edits.sliding import State, average_pool, convolution, is_pointwise, max_pool, slices
 from weakspot.edits.windows import Layout, Windows, joined
 
 SITEWISE = {

@@ -3,17 +3,17 @@
 from weakspot.explanations.alignment import SsimAlignment, ssim_alignment
 from weakspot.explanations.analysis import Analysis, Picture, Series
 from weakspot.explanations.explanation import Explanation, explain
-from weakspot.explanations.locality import Locality, locality
-from weakspot.explanations.overlap import Overlap, overlap
+from weakspot.explanations.feature_propagation import Propagation, propagation
+from weakspot.explanations.importance import Overlap, overlap
+from weakspot.explanations.patch_restoration import Restoration, restoration
+from weakspot.explanations.pixel_locality import Locality, locality
 from weakspot.explanations.promotion import (
     Promotion,
     interpretability_score,
     interpretability_test,
     promotion_suppression,
 )
-from weakspot.explanations.propagation import Propagation, propagation
-from weakspot.explanations.propagation_study import PropagationStudy, propagation_study, random_edits
-from weakspot.explanations.restoration import Restoration, restoration
+from weakspot.explanations.propagation_controls import PropagationStudy, propagation_study, random_edits
 
 __all__ = [
     "Analysis",

@@ -15,18 +15,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from weakspot._checks import check_seed
 from weakspot.attribution.cam import class_activation
-from weakspot.checks import check_seed
 from weakspot.classifier import evaluating, predict
 from weakspot.explanations.agreement import WHOLE, comparable, other_images, reached_share
-from weakspot.explanations.alignment_words import describe
-from weakspot.explanations.analysis import check_pairs, rivals, settled
-from weakspot.explanations.ssim_controls import (
+from weakspot.explanations.alignment_controls import (
+    describe,
     margin_gradient,
     pgd_of_equal_ssim,
     variance_gradient,
     with_shuffled_weights,
 )
+from weakspot.explanations.analysis import check_pairs, rivals, settled
 from weakspot.pairs import AttackResult, Pairs
 from weakspot.similarity import ssim_map
 from weakspot.statistics import RunTest, other_image_test, ranks, run_test, standardized

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
-from weakspot.checks import check_classes, closest
+from weakspot._checks import check_classes, closest
 from weakspot.classifier import Classifier, predict, runner_up
 from weakspot.pairs import Pairs
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from weakspot.checks import ModelWarning, check_classes, warn_once
+from weakspot._checks import ModelWarning, check_classes, warn_once
+from weakspot._io.files import write_whole
 from weakspot.classifier import Classifier, evaluating, margin, predict
 from weakspot.explanations.agreement import other_images
 from weakspot.explanations.analysis import (
@@ -24,7 +25,6 @@ from weakspot.explanations.analysis import (
     settled,
 )
 from weakspot.pairs import AttackResult, Pairs
-from weakspot.writing import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,7 +80,7 @@ class Explanation:
 
     def verdict(self, index: int = 0) -> str:
         """What happened to one image, in plain words, with number, chance and doubt."""
-        from weakspot.report.words import verdict
+        from weakspot.report.sentences import verdict
 
         return verdict(self, index)
 
@@ -92,7 +92,7 @@ class Explanation:
 
     def to_html(self, path: Path | str) -> Path:
         """Write one self-contained page; returns its path."""
-        from weakspot.report.page import page
+        from weakspot.report.explanation_page import page
 
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ class Explanation:
         return path
 
     def _repr_html_(self) -> str:
-        from weakspot.report.page import notebook_frame
+        from weakspot.report.explanation_page import notebook_frame
 
         return notebook_frame(self)
 

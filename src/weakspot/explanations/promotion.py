@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from weakspot._checks import check_share, closest
 from weakspot.attribution import class_activation
-from weakspot.checks import check_share, closest
 from weakspot.classifier import Classifier, evaluating, predict, runner_up
 from weakspot.edits import Edits, Prepared, cells, exchanged, grid, prepare, windowed
 from weakspot.explanations.agreement import WHOLE, comparable, other_images, reached_share, tested

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from weakspot.checks import ModelWarning, warn
+from weakspot._checks import ModelWarning, warn
 from weakspot.classifier import Classifier
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weakspot.classifier import Classifier, evaluating
-from weakspot.models.fingerprint import fingerprint
+from weakspot.models.specs import fingerprint
 
 COUNT = 4
 # Shares of the spread of the logits; docs/decisions.md has what was measured.

@@ -1,7 +1,13 @@
-"""Model specs: one string names a network, whatever it comes from."""
+"""Model specs: one string names a network, whatever it comes from.
+
+Settings: what a network's modules hold besides tensors and parts, as far as it can be written down.
+
+Fingerprint: a short name of a network's weights.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import sys
@@ -15,11 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from weakspot.checks import closest, contain_exits
+from weakspot._checks import closest, contain_exits
 from weakspot.classifier import Classifier
+from weakspot.models.embedded import from_training, is_trained
 from weakspot.models.exported import load_exported
 from weakspot.models.hubs import HUBS
-from weakspot.models.trained import from_training, is_trained
 
 GROUP = "weakspot.models"
 FORMS = (
@@ -218,3 +224,34 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
             f"{path} holds a {type(state).__name__} and not names with tensors; accepted is a state dict"
         )
     return state
+
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+
+def settings(network: nn.Module) -> list[tuple[str, str, list[tuple[str, object]]]]:
+    """Of every module its name, its class, and its attributes that are numbers, words, or lists of such."""
+    found = []
+    for name, module in network.named_modules():
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        plain = [(key, value) for key, value in vars(module).items() if key != "training" and _plain(value)]
+        found.append((name, kind, plain))
+    return found
+
+
+def _plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(_plain(key) and _plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(_plain(item) for item in value)
+    return isinstance(value, PLAIN)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Sixteen hex digits that change with any weight: SHA-256 over names, shapes and bytes of the state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(plain.shape)} {plain.dtype}".encode())
+        digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

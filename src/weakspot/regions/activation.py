@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from weakspot._checks import ModelWarning, check_classes, check_share, warn
 from weakspot.attribution.cam import class_activation, class_activations
-from weakspot.checks import ModelWarning, check_classes, check_share, warn
 from weakspot.classifier import check_images, evaluating
-from weakspot.regions.shares import top
+from weakspot.regions.masks import top
 
 
 def cam(

@@ -7,8 +7,8 @@ import hashlib
 import torch
 from torch import Tensor
 
-from weakspot.checks import check_seed, closest
-from weakspot.regions.shares import top
+from weakspot._checks import check_seed, closest
+from weakspot.regions.masks import top
 
 CONTROLS = ("shift", "random", "border")
 

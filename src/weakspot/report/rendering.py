@@ -1,4 +1,7 @@
-"""Rendering: a template with its style and script in one HTML file."""
+"""Colours: one table for figures and pages, readable by colour-blind readers and in grey.
+
+Rendering: a template with its style and script in one HTML file.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,33 @@ from importlib.resources import files
 from typing import Any
 
 import jinja2
+import numpy as np
+from numpy.typing import NDArray
+
+# Blue, white, orange: the two ends differ in hue for every kind of colour vision.
+DIVERGING = ((0, 69, 134), (86, 140, 190), (247, 247, 247), (236, 152, 60), (166, 80, 0))
+# Okabe and Ito 2008; category 0 is left as the photograph is.
+CATEGORIES = ("#00000000", "#0072b2", "#d55e00", "#f0e442", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+HATCHES = ("", "", "///", "...", "xxx", "---", "|||", "+++")
+
+
+def table(kind: str) -> NDArray[np.uint8]:
+    """256 colours (256, 3) for a map of that kind: "signed" or "magnitude"."""
+    if kind == "signed":
+        places = np.linspace(0, 1, 256)
+        anchors = np.array(DIVERGING, dtype=float)
+        at = np.linspace(0, 1, len(anchors))
+        return np.stack([np.interp(places, at, channel) for channel in anchors.T], 1).round().astype(np.uint8)
+    from matplotlib import colormaps
+
+    colors = colormaps["viridis"](np.arange(256))[:, :3]
+    return np.asarray(np.rint(colors * 255), dtype=np.uint8)
+
+
+def gradient(kind: str, stops: int = 9) -> str:
+    """The table as a CSS gradient from left (low) to right (high)."""
+    colors = table(kind)[np.linspace(0, 255, stops).astype(int)]
+    return "linear-gradient(90deg," + ",".join(f"rgb({r},{g},{b})" for r, g, b in colors) + ")"
 
 
 def rendered(template: str, *, styles: Sequence[str] = (), script: str = "", **values: Any) -> str:

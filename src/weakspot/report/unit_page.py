@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from weakspot.defenses.masking_test import MEASURES, THESE
+from weakspot.defenses.unit_masking import MEASURES, THESE
 from weakspot.dissection.sensitivity import LEVEL
-from weakspot.report.leafing import text
+from weakspot.report.charts import scatter
+from weakspot.report.explanation_page import text
 from weakspot.report.rendering import rendered
-from weakspot.report.scatter import scatter
-from weakspot.report.words import p_value, percent
+from weakspot.report.sentences import p_value, percent
 
 if TYPE_CHECKING:
     from weakspot.defenses.unit_study import UnitStudy
     from weakspot.dissection import Dissection
-    from weakspot.dissection.showing import Shown
+    from weakspot.dissection.unit_examples import Shown
 
 DIMMED = 0.3  # brightness outside the unit's active sites
 

@@ -7,7 +7,6 @@ from weakspot.statistics.intervals import (
     rate_interval,
     share_interval,
 )
-from weakspot.statistics.maps import products_over_shifts, queen_lag, ranks, standardized
 from weakspot.statistics.nulls import (
     LEAST_OTHERS,
     LEAST_RUN,
@@ -15,8 +14,12 @@ from weakspot.statistics.nulls import (
     RunTest,
     ShiftTest,
     other_image_test,
+    products_over_shifts,
+    queen_lag,
+    ranks,
     run_test,
     shift_test,
+    standardized,
 )
 from weakspot.statistics.significance import false_discovery, mcnemar, mcnemar_counts, mean_test, region_test
 

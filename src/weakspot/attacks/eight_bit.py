@@ -1,0 +1,163 @@
+"""Images as 8-bit files keep them: what a classifier sees of them, and the nearest such image within a budget.
+
+Stored images: attacked images as 8-bit picture files hold them, within the budget of the attack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from weakspot._checks import is_number
+from weakspot.budgets import L1, L2, SSIM, Budget, Linf
+from weakspot.classifier import Classifier, around
+
+LEVELS = 255
+# Tried from the left until a rounded perturbation is inside the budget; the last one always is.
+SCALES = (1.0, 0.995, 0.99, 0.98, 0.96, 0.93, 0.9, 0.85, 0.8, 0.7, 0.5, 0.0)
+CLOSE = 1e-6
+
+
+def rounded(images: Tensor) -> Tensor:
+    """Images in [0, 1] at the nearest of 256 levels."""
+    return (images * LEVELS).round() / LEVELS
+
+
+def on_8bit_images(classifier: Classifier) -> Classifier:
+    """The classifier's logits of the rounded images; gradients pass the rounding unchanged."""
+    return around(_Rounding(classifier), classifier, classifier.name)
+
+
+class _Rounding(nn.Module):
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        # The rounded images to the last bit, with the gradient of the identity.
+        shown = rounded(images.detach()) + (images - images.detach())
+        logits: Tensor = self.classifier(shown)
+        return logits
+
+
+def whole_levels(budget: Budget) -> Budget:
+    """The same budget for 8-bit images: an L-infinity size is cut to whole levels, so that rounding cannot exceed it.
+
+    Raises:
+        ValueError: when an L-infinity budget is smaller than one level.
+    """
+    if not isinstance(budget, Linf):
+        return budget
+    levels = int(budget.eps * LEVELS + CLOSE)
+    if not levels:
+        raise ValueError(
+            f"budget must be at least 1/255 in L-infinity, got {budget.eps:g}: attacked images are rounded to 8 bits "
+            "and a smaller budget changes none of them"
+        )
+    return Linf(levels / LEVELS)
+
+
+def fit(images: Tensor, clean: Tensor, budget: Budget) -> Tensor:
+    """Attacked images rounded to 8 bits and inside the budget, the perturbation scaled down where rounding exceeds it.
+
+    Args:
+        images: (N, C, H, W), within the budget around `clean` before they are rounded.
+        clean: (N, C, H, W), already rounded.
+        budget: as `whole_levels` gives it.
+    """
+    fitted, pending = clean.clone(), torch.arange(len(clean), device=clean.device)
+    for scale in SCALES:
+        start = clean[pending]
+        tried = rounded(start + scale * (images[pending] - start))
+        change = tried - start
+        inside = _is_inside(change, start, budget)
+        fitted[pending[inside]] = tried[inside]
+        pending = pending[~inside]
+        if not len(pending):
+            break
+    return fitted
+
+
+def _is_inside(change: Tensor, clean: Tensor, budget: Budget) -> Tensor:
+    """(N,) bool, up to rounding."""
+    limit = getattr(budget, "eps", None)
+    if limit is not None and is_number(limit):
+        return budget.size(change, clean) <= float(limit) * (1 + CLOSE)
+    # A budget of one's own need not tell its limit: what is inside is projected on itself.
+    return (budget.project(change, clean) - change).flatten(1).abs().amax(1) <= CLOSE
+
+
+TOP = 255  # the highest of the 256 levels
+NEAR = 1e-3  # of a level: less is rounding of float32
+OVER = 1e-5  # of a budget: less is rounding of float32
+
+
+def stored(images: Tensor, clean: Tensor, budget: Budget | None = None) -> tuple[Tensor, Tensor]:
+    """Attacked images as 8-bit files hold them, and whether the files keep within the budget.
+
+    Each value is rounded to the nearest of 256 levels. A budget holds between files, from the file of the clean image
+    to that of the attacked one. Rounding can overspend it by up to half a level a value (of `Linf(4 / 255)` it never
+    does, of `Linf(1.5 / 255)` or an `L2` it may); values that it moved away from the clean image then go one level
+    back, those first that it moved farthest, as few of them as bisection finds.
+
+    Args:
+        images: (N, C, H, W) in [0, 1], each within the budget of its clean image.
+        clean: (N, C, H, W) in [0, 1].
+        budget: of the attack; None where it has none, and nearest levels are what counts.
+
+    Returns:
+        Images (N, C, H, W) on the grid, and bool (N,), false where no file within the budget was found, which only
+        budgets that are no norm allow.
+
+    >>> import torch
+    >>> from weakspot import Linf
+    >>> clean, attacked = torch.full((1, 1, 2, 2), 100 / 255), torch.full((1, 1, 2, 2), 101.6 / 255)
+    >>> for budget in (None, Linf(1.6 / 255)):
+    ...     print(round(255 * float(stored(attacked, clean, budget)[0].max())))
+    102
+    101
+    """
+    levels, fits = (TOP * images).round(), torch.ones(len(images), dtype=torch.bool, device=images.device)
+    if budget is None:
+        return levels / TOP, fits
+    before = (TOP * clean).round()
+    # Of a budget of one's own the limit is not known: what the attack has spent is within it.
+    most = budget.size(images - clean, clean)
+    if isinstance(budget, Linf | L2 | L1 | SSIM):
+        most = torch.full_like(most, budget.eps)
+
+    def over(files: Tensor, rows: Tensor) -> Tensor:
+        # Of the whole batch: a budget may hold something for each image.
+        every = levels.index_copy(0, rows, files)
+        spent = budget.size((every - before) / TOP, before / TOP)
+        return (spent > most * (1 + OVER) + 1e-7)[rows]
+
+    rows = over(levels, fits.nonzero()[:, 0]).nonzero()[:, 0]
+    if len(rows):
+        levels[rows] = _within(levels[rows], before[rows], TOP * (images - clean)[rows], rows, over)
+        fits[rows] = ~over(levels[rows], rows)
+    return levels / TOP, fits
+
+
+def _within(
+    levels: Tensor, before: Tensor, asked: Tensor, rows: Tensor, over: Callable[..., Tensor]
+) -> Tensor:
+    """Levels (n, C, H, W) with as few as possible of those that rounding moved outward one level nearer to `before`."""
+    moved = levels - before
+    excess = torch.where(moved != 0, moved.abs() - asked.abs(), 0)
+    back = excess > NEAR
+    rank = torch.where(back, excess, 0).flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    rank = rank.view_as(levels)
+
+    def nearer(count: Tensor) -> Tensor:
+        return torch.where(back & (rank < count[:, None, None, None]), levels - moved.sign(), levels)
+
+    few, enough = torch.zeros_like(rows), back.flatten(1).sum(1)
+    while bool((searching := enough - few > 1).any()):
+        middle = (few + enough) // 2
+        spent = over(nearer(middle), rows)
+        few = torch.where(searching & spent, middle, few)
+        enough = torch.where(searching & ~spent, middle, enough)
+    return nearer(enough)

@@ -1,0 +1,77 @@
+"""Candidates of a few-pixel search: images with some pixels repainted, made and evaluated in batches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from weakspot.attacks.context import Problem
+from weakspot.attacks.losses import log_odds
+from weakspot.edits import Edits, prepare, work_saved
+
+LARGE = 96 * 96  # pixels of an image from which on edits may go by windows; smaller ones share batches
+WORTH = 1.3  # times the multiplications that windows must save; the time they save is more (`benchmarks/edits.py`)
+
+
+class Painted(NamedTuple):
+    """What the model makes of candidates: margins (M,), below zero where they fool, and fitness (M,), to be lowered."""
+
+    margins: Tensor
+    fitness: Tensor
+
+
+def paint(images: Tensor, sites: Tensor, colors: Tensor) -> Tensor:
+    """Images (M, C, H, W) with the sites (M, P), numbered in reading order, repainted in colours (M, P, C)."""
+    flat = images.flatten(2).clone()
+    places = sites[:, None].expand(-1, images.shape[1], -1)
+    return flat.scatter_(2, places, colors.transpose(1, 2).to(flat)).view_as(images)
+
+
+def evaluate_painted(
+    problem: Problem, images: Tensor, owners: Tensor, sites: Tensor, colors: Tensor
+) -> Painted:
+    """Repaint images[owners] and send them through the model; no more than a few batches exist at once."""
+    if problem.prepared is not None and sites.shape[1] == 1:
+        return _by_windows(problem, images, owners, sites[:, 0], colors[:, 0])
+    margins, fitness = [], []
+    for part in torch.arange(len(owners), device=images.device).split(4 * problem.batch_size):
+        mine = owners[part]
+        found, logits = problem.logits(paint(images[mine], sites[part], colors[part]), mine)
+        targets = None if problem.targets is None else problem.targets[mine]
+        margins.append(found)
+        fitness.append(log_odds(logits, problem.labels[mine], targets))
+    return Painted(torch.cat(margins), torch.cat(fitness))
+
+
+def with_windows(problem: Problem) -> Problem:
+    """The problem; where the images are large and windows save enough work, edits of one pixel go by them.
+
+    Decided by counting, not by measuring: the same seed gives the same result on every machine.
+    """
+    image = problem.clean[:1]
+    if image.shape[2] * image.shape[3] < LARGE:
+        return problem
+    prepared = prepare(problem.classifier, image)
+    if prepared.recording is None or work_saved(prepared.recording, image) < WORTH:
+        return problem
+    return replace(problem, prepared=prepared)
+
+
+def _by_windows(problem: Problem, images: Tensor, owners: Tensor, sites: Tensor, colors: Tensor) -> Painted:
+    """One pixel each, image by image: what shares a chunk, and so the last bits, does not depend on other images."""
+    width = images.shape[3]
+    margins = torch.empty(len(owners), dtype=images.dtype, device=images.device)
+    fitness = torch.empty_like(margins)
+    for owner in owners.unique():
+        rows = (owners == owner).nonzero()[:, 0]
+        edits = Edits(problem.classifier, images[owner : owner + 1], problem.prepared, windows=True)
+        places, patches = sites[rows], colors[rows, :, None, None].to(images)
+        logits = edits.logits(torch.zeros_like(places), places // width, places % width, patches)
+        mine = owners[rows]
+        targets = None if problem.targets is None else problem.targets[mine]
+        margins[rows] = problem.judge(logits, mine)
+        fitness[rows] = log_odds(logits, problem.labels[mine], targets).to(fitness)
+    return Painted(margins, fitness)

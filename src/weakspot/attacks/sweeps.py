@@ -1,0 +1,224 @@
+"""Pixel sweep: every pixel in every colour of a list, exactly."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from weakspot._checks import closest
+from weakspot.attacks.context import Problem, attacking
+from weakspot.attacks.gradient import Progress
+from weakspot.attacks.pixel_edits import paint
+from weakspot.attacks.pixel_search import in_gradient_order
+from weakspot.classifier import margin as margin_of
+from weakspot.edits import Edits, Prepared, prepare
+from weakspot.pairs import Pairs
+
+BLOCK = 8192  # edits whose logits are held at once
+EARLY_BLOCK = 256  # candidates of each image between two looks at who has fallen
+GROUP_SITES = 64 * 32 * 32  # sites of the images whose maps are held at once
+REFINED_SITES, REFINED_LEVELS = (
+    8,
+    5,
+)  # best sites of an image that are tried in a grid of so many levels a channel
+COLORS = ("corners", "refined")
+
+
+@dataclass(frozen=True, eq=False)
+class PixelSweep:
+    """What one changed pixel can do, at every pixel.
+
+    Attributes:
+        margin: (N, H, W) smallest logit margin z_label - max other z over colours; below 0 where one pixel is enough,
+            infinite where none was tried.
+        color: (N, C, H, W) the colour that reaches it; the image's own where none was tried.
+        predicted: (N, H, W) class predicted under that colour; where none was tried, of the image itself.
+        forwards: (N,) edits evaluated.
+    """
+
+    margin: Tensor
+    color: Tensor
+    predicted: Tensor
+    forwards: Tensor
+
+    @property
+    def success(self) -> Tensor:
+        """(N,) bool, whether one pixel is enough anywhere."""
+        return (self.margin < 0).flatten(1).any(1)
+
+    def pairs(self, images: Tensor, labels: Tensor) -> Pairs:
+        """The images (N, C, H, W) and each with its one most harmful pixel; targets are the classes predicted then."""
+        best = self.margin.flatten(1).argmin(1)[:, None]
+        colors = (
+            self.color.flatten(2).gather(2, best[:, None].expand(-1, images.shape[1], -1)).transpose(1, 2)
+        )
+        targets = self.predicted.flatten(1).gather(1, best)[:, 0]
+        clean = images.detach().to(colors).clamp(0, 1)
+        return Pairs(clean, paint(clean, best, colors), labels, targets)
+
+
+def pixel_sweep(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    colors: str | Tensor = "corners",
+    region: Tensor | None = None,
+    stop_early: bool = False,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> PixelSweep:
+    """Change every pixel to every colour, one at a time, and note the smallest margin.
+
+    What a search for one pixel (`pixels`) may miss, this does not, among the colours that it is given. Edits go
+    through `LocalEdits`, which recomputes only what a pixel reaches.
+
+    Args:
+        model: any classifier that takes images in [0, 1].
+        images: (N, C, H, W).
+        labels: (N,) class of each.
+        colors: "corners" of the colour cube, 2^C of them; "refined", which goes on with a grid of 5^C colours at the
+            8 best pixels of each image that no corner makes fall; or colours (K, C) in [0, 1].
+        region: bool (N, 1, H, W) of the pixels to try; all where not given.
+        stop_early: an image leaves as soon as a pixel fools the model; candidates then come in the order that the
+            gradient promises, and most of a fallen image's map stays untried.
+        batch_size: images at once; changes no result.
+        progress: called with the share done.
+
+    Raises:
+        ValueError: when an argument does not fit, naming it.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2, bias=False)).eval()
+    >>> images = torch.full((1, 3, 4, 4), 0.5)
+    >>> sweep = pixel_sweep(model, images, torch.tensor([0]))
+    >>> sweep.margin.shape, sweep.color.shape, int(sweep.forwards)
+    (torch.Size([1, 4, 4]), torch.Size([1, 3, 4, 4]), 128)
+    """
+    with attacking(model, images, labels, region, None, batch_size) as problem:
+        palette = _palette(colors, problem.clean)
+        group = max(1, GROUP_SITES // (images.shape[2] * images.shape[3]))
+        parts = torch.arange(len(problem), device=problem.clean.device).split(group)
+        with problem.searching():
+            logits = problem.logits(problem.clean)[1]
+            prepared = prepare(problem.classifier, problem.clean[:1])
+            sweeps = []
+            for number, rows in enumerate(parts):
+                search = _Search(problem.select(rows), logits[rows], prepared, batch_size)
+
+                def share(done: float, number: int = number) -> None:
+                    if progress is not None:
+                        progress((number + done) / len(parts))
+
+                search.sweep(palette, share, stop_early=stop_early)
+                if colors == "refined":
+                    search.refine()
+                sweeps.append(search.found())
+    return PixelSweep(*(torch.cat(fields) for fields in zip(*sweeps, strict=True)))
+
+
+def _palette(colors: str | Tensor, images: Tensor) -> Tensor:
+    """(K, C) colours, on the images' device."""
+    channels = images.shape[1]
+    if isinstance(colors, str):
+        if colors not in COLORS:
+            raise ValueError(
+                f"colors is {colors!r}; {closest(colors, COLORS)} or a tensor of colours (K, {channels})"
+            )
+        return _grid(2, channels).to(images)
+    if not isinstance(colors, Tensor) or colors.ndim != 2 or colors.shape[1] != channels or not len(colors):
+        what = tuple(colors.shape) if isinstance(colors, Tensor) else type(colors).__name__
+        raise ValueError(
+            f"colors is {what}; accepted is 'corners', 'refined' or a float tensor (K, {channels})"
+        )
+    if not bool(((colors >= 0) & (colors <= 1)).all()):
+        raise ValueError("colors leave [0, 1]; accepted are colours on the images' scale")
+    return colors.detach().to(images)
+
+
+def _grid(levels: int, channels: int) -> Tensor:
+    """(levels^C, C) even grid of 8-bit colours."""
+    steps = ((torch.linspace(0, 1, levels) * 255).round() / 255).tolist()
+    return torch.tensor(list(itertools.product(steps, repeat=channels)))
+
+
+class _Search:
+    """The best colour of every pixel of some images, so far."""
+
+    def __init__(self, problem: Problem, logits: Tensor, prepared: Prepared, batch_size: int | None) -> None:
+        count, channels, self.height, self.width = problem.clean.shape
+        self.problem = problem
+        self.edits = Edits(problem.classifier, problem.clean, prepared, batch_size=batch_size)
+        sites = self.height * self.width
+        self.margin = torch.full((count * sites,), torch.inf, device=logits.device, dtype=problem.clean.dtype)
+        self.color = problem.clean.flatten(2).transpose(1, 2).reshape(-1, channels).clone()
+        self.predicted = logits.argmax(1).repeat_interleave(sites)
+        self.forwards = torch.zeros_like(problem.labels)
+
+    def sweep(self, palette: Tensor, progress: Callable[[float], None], *, stop_early: bool) -> None:
+        """Try every colour at every pixel of the region."""
+        allowed = self.problem.region.flatten(1)
+        if stop_early:
+            order, inside = in_gradient_order(self.problem, self.problem.clean, palette)
+            count, block = inside.sum(1), EARLY_BLOCK
+        else:
+            inside = allowed.repeat_interleave(len(palette), 1)
+            order = (~inside).byte().argsort(dim=1, stable=True)
+            count, block = inside.sum(1), max(1, BLOCK // len(order))
+        total = int(count.max())
+        standing = torch.arange(len(order), device=order.device)
+        for start in range(0, total, block):
+            chosen = order[standing, start : start + block]
+            places = torch.arange(start, start + chosen.shape[1], device=order.device)
+            rows, columns = (places < count[standing][:, None]).nonzero().unbind(1)
+            candidates = chosen[rows, columns]
+            self._try(standing[rows], candidates // len(palette), palette[candidates % len(palette)])
+            if stop_early:
+                standing = standing[~self._fallen()[standing]]
+                if not len(standing):
+                    break
+            progress(min(1.0, (start + block) / total))
+
+    def refine(self) -> None:
+        """Try a grid of colours at the best pixels of images that still stand."""
+        palette = _grid(REFINED_LEVELS, self.color.shape[1]).to(self.color)
+        standing = (~self._fallen()).nonzero()[:, 0]
+        margins = self.margin.view(-1, self.height * self.width)[standing]
+        best = margins.topk(min(REFINED_SITES, margins.shape[1]), largest=False)
+        rows, ranks = best.values.isfinite().nonzero().unbind(1)
+        owners, sites = standing[rows], best.indices[rows, ranks]
+        for part in torch.arange(len(owners), device=owners.device).split(max(1, BLOCK // len(palette))):
+            many = len(part)
+            self._try(
+                owners[part].repeat_interleave(len(palette)),
+                sites[part].repeat_interleave(len(palette)),
+                palette.repeat(many, 1),
+            )
+
+    def _fallen(self) -> Tensor:
+        return (self.margin.view(-1, self.height * self.width) < 0).any(1)
+
+    def _try(self, owners: Tensor, sites: Tensor, colors: Tensor) -> None:
+        """One pixel each (M,), in colours (M, C); keep what lowers a pixel's margin, the first of equals."""
+        if not len(owners):
+            return
+        patches = colors[:, :, None, None]
+        logits = self.edits.logits(owners, sites // self.width, sites % self.width, patches)
+        margins = margin_of(logits, self.problem.labels[owners]).to(self.margin)
+        self.forwards.index_add_(0, owners, torch.ones_like(owners))
+        keys = owners * self.height * self.width + sites
+        lowest = self.margin.scatter_reduce(0, keys, margins, "amin")
+        winners = ((margins == lowest[keys]) & (margins < self.margin[keys])).nonzero()[:, 0]
+        first = torch.full_like(self.predicted, len(keys)).scatter_reduce(0, keys[winners], winners, "amin")
+        changed = (first < len(keys)).nonzero()[:, 0]
+        chosen = first[changed]
+        self.margin = lowest
+        self.color[changed], self.predicted[changed] = colors[chosen], logits.argmax(1)[chosen]
+
+    def found(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        shape = (len(self.problem), self.height, self.width)
+        color = self.color.view(*shape, -1).permute(0, 3, 1, 2).contiguous()
+        return self.margin.view(shape), color, self.predicted.view(shape), self.forwards

@@ -1,0 +1,1 @@
+"""Engines: who computes the shards of an audit. They change no result."""

@@ -1,0 +1,1 @@
+"""Findings: what the records of an audit show, with intervals and controls."""

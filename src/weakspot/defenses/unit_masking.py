@@ -1,0 +1,301 @@
+"""Masking: a network with some of a layer's units silenced (after Xu et al. 2019, arXiv 1904.02057).
+
+Does masking units help? The attacker who knows the mask attacks again; replayed attacks are weak evidence.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from weakspot._checks import check_classes, check_seed, closest
+from weakspot.attacks import pgd
+from weakspot.attribution.hooks import replacing
+from weakspot.attribution.layers import unit_axis
+from weakspot.classifier import Classifier, as_classifier, check_images, default_batch, evaluating, predict
+from weakspot.pairs import Pairs
+from weakspot.statistics import mcnemar, share_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def mask_units(model: nn.Module, layer: str, units: Sequence[int] | Tensor) -> Classifier:
+    """The model with these units of a layer at zero; the model itself stays as it is.
+
+    Attacks on the result see the masked network, gradients included.
+
+    Args:
+        model: any classifier; its weights are shared, not copied.
+        layer: a module, as `model.named_modules()` has it, whose output is a map, tokens, or a row of features; of
+            tokens units are the channels, the class token's too.
+        units: their numbers.
+
+    Raises:
+        ValueError: when there is no such layer or unit, naming it; of a network that does not take images of the
+            classifier's input size, when it is first used.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> masked = mask_units(model.eval(), "1", [0, 1, 2, 3])
+    >>> bool((masked(torch.rand(1, 3, 8, 8)) == model[4].bias).all())
+    True
+    """
+    wanted = unit_numbers(units)
+    classifier = as_classifier(model)
+    modules = dict(classifier.network.named_modules())
+    spellings = (str(layer), str(layer).removeprefix("network."), f"network.{layer}")
+    name = next((spelling for spelling in spellings if spelling and spelling in modules), None)
+    if name is None:
+        near = closest(str(layer), filter(None, modules))
+        raise ValueError(f"layer is {layer!r}, which {classifier.name} has not; {near}")
+    mean, std = (values.flatten().tolist() for values in (classifier.mean, classifier.std))
+    masked = Classifier(
+        _Masked(classifier.network, name, wanted),
+        mean=mean,
+        std=std,
+        input_size=classifier.input_size,
+        class_names=classifier.class_names,
+        name=f"{classifier.name} without {len(wanted)} units of {layer}",
+    )
+    masked.channels = classifier.channels
+    masked.training = classifier.training
+    _try(masked)
+    return masked
+
+
+class CannotMaskError(ValueError):
+    """The layer cannot be masked, or has no such unit."""
+
+
+def _try(masked: Classifier) -> None:
+    """One pass, so that what cannot be masked is told now. Images of a size that the network refuses say nothing."""
+    image = torch.zeros(1, masked.channels, *masked.input_size, device=masked.mean.device)
+    with evaluating(masked), torch.no_grad():
+        try:
+            masked(masked.filled(image))
+        except CannotMaskError:
+            raise
+        except Exception:  # noqa: BLE001 - whatever a network raises of an image that is not its own
+            return
+
+
+def unit_numbers(units: Sequence[int] | Tensor) -> list[int]:
+    """Units as whole numbers, ascending, each once.
+
+    Raises:
+        ValueError: when one of them is no number of a unit.
+    """
+    accepted = "accepted are whole numbers from 0, such as [3, 17]"
+    if isinstance(units, str | bytes) or not isinstance(units, Iterable):
+        raise ValueError(f"units is {units!r}; {accepted}")
+    numbers = set()
+    for unit in units.tolist() if isinstance(units, Tensor) else units:
+        try:
+            number = operator.index(unit)
+        except TypeError:
+            raise ValueError(f"units has {unit!r}; {accepted}") from None
+        if number < 0 or isinstance(unit, bool):
+            raise ValueError(f"units has {unit!r}; {accepted}")
+        numbers.add(number)
+    return sorted(numbers)
+
+
+class _Masked(nn.Module):
+    """A network that runs with some units of one of its modules at zero."""
+
+    def __init__(self, network: nn.Module, layer: str, units: Sequence[int]) -> None:
+        super().__init__()
+        self.network, self.layer, self.units = network, layer, list(units)
+        self.fixed_batch = getattr(network, "fixed_batch", None)
+        self.training = network.training
+
+    def forward(self, images: Tensor) -> Any:
+        # Looked up in each pass: a copy of this network must silence its own module.
+        module = self.network.get_submodule(self.layer)
+        silenced: list[bool] = []
+
+        def silence(activation: Tensor) -> Tensor:
+            silenced.append(True)
+            return self._silenced(activation, images)
+
+        with replacing(module, silence):
+            output = self.network(images)
+        if not silenced:
+            raise CannotMaskError(
+                f"layer {self.layer!r} did not run, or returned no tensor: nothing would be masked; name a layer that "
+                "every image goes through (parts of TorchScript and of exported networks cannot be watched)"
+            )
+        return output
+
+    def extra_repr(self) -> str:
+        return f"units {self.units} of {self.layer} at zero"
+
+    def _silenced(self, activation: Tensor, images: Tensor) -> Tensor:
+        axis = unit_axis(activation, images)
+        count = activation.shape[axis]
+        if self.units and self.units[-1] >= count:
+            raise CannotMaskError(f"units has {self.units[-1]}; {self.layer!r} has units 0 to {count - 1}")
+        keep = torch.ones(count, dtype=activation.dtype, device=activation.device)
+        keep[self.units] = 0
+        return activation * keep.view([count if place == axis else 1 for place in range(activation.ndim)])
+
+
+DRAWS = 3  # sets of random units
+LEVEL = 0.05  # of McNemar's test
+UNMASKED, THESE, ACTIVE = "none", "these units", "most active units"
+MEASURES = ("clean", "transfer", "attacked_again")
+Attack = Callable[[nn.Module, Tensor, Tensor], Pairs]
+
+
+def masking_test(
+    model: nn.Module,
+    layer: str,
+    units: Sequence[int] | Tensor,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    attack: Attack = pgd,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> pd.DataFrame:
+    """Accuracy of the network with units masked: clean, under replayed attacks, and attacked again.
+
+    The controls are as many random units, three sets of them, and the most active units. A control that happens to be
+    the same set as these units or another control is left out.
+
+    Args:
+        model: any classifier.
+        layer: as in `mask_units`.
+        units: to be masked; if they were chosen by their sensitivity, then on *other* images.
+        images: (N, C, H, W).
+        labels: (N,).
+        attack: `attacks.pgd` or any function of model, images and labels that returns pairs.
+        seed: of the random units.
+        progress: called with the fraction done.
+
+    Returns:
+        One row per network (masked: "none", "these units", "random units 1" to "3", "most active units"), with
+        units, images; clean, transfer (attacks on the unmasked network, replayed) and attacked_again, each with _low
+        and _high, exact 95% intervals; lead (attacked_again of these units less that of this row, on the same
+        images) and p (of the lead, by McNemar's exact test).
+
+    Raises:
+        ValueError: if an argument does not fit, naming it.
+    """
+    import pandas as pd
+
+    check_seed(seed)
+    with evaluating(model) as classifier:
+        images = check_images(images, classifier)
+        check_classes(labels, len(images))
+        labels = labels.to(images.device, torch.long)
+    wanted = unit_numbers(units)
+    activity, count = _activity(model, layer, images), len(wanted)
+    if not 0 < count <= len(activity):
+        raise ValueError(f"units must be 1 to {len(activity)} units, as many as {layer!r} has, got {count}")
+    groups: dict[str, Sequence[int]] = {UNMASKED: (), THESE: wanted, **_controls(wanted, activity, seed)}
+    replayed = attack(model, images, labels).adversarial
+    outcomes: dict[str, dict[str, NDArray[np.bool_]]] = {}
+    for number, (name, chosen) in enumerate(groups.items(), start=1):
+        masked = mask_units(model, layer, chosen) if len(chosen) else model
+        again = attack(masked, images, labels).adversarial if len(chosen) else replayed
+        with evaluating(masked) as classifier:
+            outcomes[name] = {
+                measure: (predict(classifier, shown).argmax(1) == labels).cpu().numpy()
+                for measure, shown in zip(MEASURES, (images, replayed, again), strict=True)
+            }
+        if progress is not None:
+            progress(number / len(groups))
+    return pd.DataFrame([_row(name, len(chosen), outcomes) for name, chosen in groups.items()])
+
+
+def _controls(wanted: Sequence[int], activity: Tensor, seed: int) -> dict[str, Sequence[int]]:
+    """As many random and most active units, without sets that are the units asked for or another control."""
+    rng = np.random.default_rng(seed)
+    sets = {
+        f"random units {number}": rng.choice(len(activity), len(wanted), replace=False).tolist()
+        for number in range(1, DRAWS + 1)
+    } | {ACTIVE: activity.topk(len(wanted)).indices.tolist()}
+    seen = [set(wanted)]
+    different = {}
+    for name, chosen in sets.items():
+        if set(chosen) not in seen:
+            different[name] = chosen
+            seen.append(set(chosen))
+    return different
+
+
+def _row(name: str, count: int, outcomes: dict[str, dict[str, NDArray[np.bool_]]]) -> dict[str, object]:
+    own, these = outcomes[name], outcomes[THESE]["attacked_again"]
+    row: dict[str, object] = {"masked": name, "units": count, "images": len(these)}
+    for measure, right in own.items():
+        interval = share_interval(right)
+        row |= dict(zip((measure, f"{measure}_low", f"{measure}_high"), interval, strict=True))
+    other = own["attacked_again"]
+    return row | {"lead": float(these.mean() - other.mean()), "p": mcnemar(these, other)}
+
+
+def masking_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
+    """Whether masking these units is shown to help against an attack made anew, and more than the controls do.
+
+    Args:
+        table: from `masking_test`.
+        level: of McNemar's test; a lead over the controls must reach it against each of them.
+    """
+    rows = {row["masked"]: row for row in table.to_dict("records")}
+    bare, these = rows.pop(UNMASKED), rows.pop(THESE)
+    count = int(these["units"])
+    units = f"{count} unit{'s' if count > 1 else ''}"
+    figures = (
+        f"attacked again, the masked network classifies {_ranged(these)} of {these['images']} images correctly, the "
+        f"unmasked one {_ranged(bare)} (p = {bare['p']:.2g})"
+    )
+    cost = f"Without any attack it is {these['clean']:.0%} masked and {bare['clean']:.0%} unmasked."
+    if bare["p"] > level or bare["lead"] == 0:
+        return f"Masking {units} is not shown to change robustness: {figures}. {cost}"
+    if bare["lead"] < 0:
+        return f"Masking {units} makes the network weaker: {figures}. {cost}"
+    if not rows:
+        return f"Masking {units} helps; there are no other units to compare with: {figures}. {cost}"
+    behind = [str(name) for name, row in rows.items() if row["lead"] <= 0 or row["p"] > level]
+    if behind:
+        return (
+            f"Masking {units} helps, but is not shown to help more than masking as many others "
+            f"({', '.join(behind)}): {figures}. {cost}"
+        )
+    return (
+        f"Masking {units} helps, and more than masking as many others, at random or the most active (p at most "
+        f"{max(row['p'] for row in rows.values()):.2g}): {figures}. {cost}"
+    )
+
+
+def _ranged(row: dict[Hashable, Any]) -> str:
+    share, low, high = (row[f"attacked_again{suffix}"] for suffix in ("", "_low", "_high"))
+    return f"{share:.0%} [{low:.0%}, {high:.0%}]"
+
+
+def _activity(model: nn.Module, layer: str, images: Tensor) -> Tensor:
+    """(U,) mean activation of the layer's units in these images."""
+    bare = mask_units(model, layer, [])
+    sums: list[Tensor] = []
+    inner = bare.network
+    module = inner.get_submodule("network").get_submodule(str(inner.layer))
+
+    def note(activation: Tensor, count: int) -> Tensor:
+        axis = unit_axis(activation, images)
+        by_unit = activation[:count].movedim(axis, 1).reshape(count, activation.shape[axis], -1)
+        sums.append(by_unit.mean(2).sum(0))
+        return activation
+
+    with evaluating(bare) as classifier, torch.no_grad():
+        for part in images.split(classifier.fixed_batch or default_batch(images)):
+            with replacing(module, partial(note, count=len(part))):
+                classifier(classifier.filled(part))
+    return torch.stack(sums).sum(0) / len(images)

@@ -1,0 +1,165 @@
+"""Backgrounds: the sites that do not belong to the object, which a localized attack may alter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from weakspot._checks import ImageWarning, check_batch, check_classes, check_range, closest, warn
+from weakspot.classifier import evaluating, predict
+from weakspot.regions.activation import cam
+
+METHODS = ("auto", "threshold", "grabcut", "cam")
+INK = 0.1  # grey value above which a pixel belongs to a character
+ITERATIONS = 5  # of GrabCut
+INNER = 3 / 4  # of each side: the rectangle outside which GrabCut takes everything for background
+SHORT, ZOOM = 64, 4  # images with a shorter side are enlarged, because GrabCut needs colours to count
+PLAUSIBLE = (0.1, 0.8)  # share of the image that a foreground covers
+KEEP = 0.3  # share of the image that is foreground by class activation
+NAMED = 8  # images that a warning names
+
+
+def background(
+    images: Tensor, *, method: str = "auto", model: nn.Module | None = None, classes: Tensor | None = None
+) -> Tensor:
+    """The background of each image, which an attack may alter while the object stays as it is.
+
+    For the localized attacks of Rothberg et al. 2019 (arXiv 1909.04779), re-specified from the abstract; how the
+    background is found, and every number, is ours. GrabCut is that of Rother et al. 2004 as in OpenCV, whose
+    random numbers are seeded anew for each image; no other random numbers are drawn.
+
+    Args:
+        images: (N, C, H, W) in [0, 1].
+        method: "threshold": further than one pixel, diagonals included, from every pixel above 0.1; for grey
+            images with a dark ground. "grabcut": what 5 iterations of GrabCut leave out that started from the
+            inner 3/4 of each side; for grey and colour, images with a side under 64 enlarged 4 times. "cam": all
+            but the 30% with most evidence for a class; needs `model`. "auto": threshold for grey images and
+            GrabCut for colour; where the foreground so found covers less than 10% or more than 80% of an image,
+            "cam" for that image where `model` is given, else all outside the rectangle.
+        model: any classifier, of which "cam" and "auto" see the class activation.
+        classes: (N,) the class whose evidence counts; the model's own predictions where not given.
+
+    Returns:
+        Bool (N, 1, H, W), true where the background is.
+
+    Raises:
+        ValueError: when an argument does not fit or the method needs other images or a model.
+
+    Warns:
+        ImageWarning: when "auto" had to give up the foreground it found, naming the images.
+
+    >>> dot = torch.zeros(1, 1, 4, 4)
+    >>> dot[..., 0, 0] = 1
+    >>> background(dot, method="threshold").int()
+    tensor([[[[0, 0, 1, 1],
+              [0, 0, 1, 1],
+              [1, 1, 1, 1],
+              [1, 1, 1, 1]]]], dtype=torch.int32)
+    """
+    images = _checked(images, method, model, classes)
+    if method == "cam" and model is not None:
+        return _outside_activation(model, images, classes)
+    by_threshold = method == "threshold" or (method == "auto" and images.shape[1] == 1)
+    found = _outside_ink(images) if by_threshold else _outside_grabcut(images)
+    if method != "auto":
+        return found
+    foreground = (~found).flatten(1).double().mean(1)
+    implausible = (foreground < PLAUSIBLE[0]) | (foreground > PLAUSIBLE[1])
+    if bool(implausible.any()):
+        if model is None:
+            found[implausible] = ~_inner_rectangle(images)
+            instead = (
+                "all outside the inner rectangle, 3/4 of each side (model= gives class activation instead)"
+            )
+        else:
+            chosen = None if classes is None else classes.to(images.device)[implausible]
+            found[implausible] = _outside_activation(model, images[implausible], chosen)
+            instead = f"all but the {KEEP:.0%} with most evidence for the class"
+        _warn(implausible, "the threshold" if by_threshold else "GrabCut", instead)
+    return found
+
+
+def _checked(images: Tensor, method: str, model: nn.Module | None, classes: Tensor | None) -> Tensor:
+    """The images without gradients in [0, 1], never changed in place."""
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; {closest(str(method), METHODS)}")
+    check_batch(images)
+    check_range(images)
+    if classes is not None:
+        check_classes(classes, len(images), name="classes")
+    if method == "cam" and model is None:
+        raise ValueError("model is None; accepted with method 'cam' is a classifier")
+    _, channels, height, width = images.shape
+    accepted = {"threshold": {1}, "cam": {channels}}.get(method, {1, 3})
+    if channels not in accepted:
+        raise ValueError(
+            f"images have {channels} channels; accepted with method {method!r} are "
+            f"{' and '.join(map(str, sorted(accepted)))}"
+        )
+    if method in {"auto", "grabcut"} and min(height, width) < 3:
+        raise ValueError(
+            f"images are {height} x {width}; accepted with method {method!r} are at least 3 x 3 pixels"
+        )
+    return images.detach().clamp(0, 1)
+
+
+def _outside_ink(images: Tensor) -> Tensor:
+    return F.max_pool2d((images > INK).float(), 3, 1, 1) == 0
+
+
+def _outside_activation(model: nn.Module, images: Tensor, classes: Tensor | None) -> Tensor:
+    with evaluating(model) as classifier:
+        if classes is None:
+            classes = predict(classifier, images.to(classifier.mean.device, torch.float32)).argmax(1)
+        return ~cam(classifier, images, classes, keep=KEEP).to(images.device)
+
+
+def _outside_grabcut(images: Tensor) -> Tensor:
+    return torch.stack([_outside_grabcut_of_one(image) for image in images])
+
+
+def _outside_grabcut_of_one(image: Tensor) -> Tensor:
+    """Bool (1, H, W) of an image (C, H, W)."""
+    import cv2
+    import numpy as np
+
+    height, width = image.shape[1:]
+    zoom = ZOOM if min(height, width) < SHORT else 1
+    pixels = (image.float().expand(3, -1, -1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    pixels = cv2.resize(pixels, (width * zoom, height * zoom))
+    (top, inner_height), (left, inner_width) = _inner(height), _inner(width)
+    rectangle = (left * zoom, top * zoom, inner_width * zoom, inner_height * zoom)
+    mask = np.zeros(pixels.shape[:2], np.uint8)
+    colours_behind, colours_before = np.zeros((1, 65)), np.zeros((1, 65))
+    cv2.setRNGSeed(0)
+    cv2.grabCut(pixels, mask, rectangle, colours_behind, colours_before, ITERATIONS, cv2.GC_INIT_WITH_RECT)
+    foreground = (mask == cv2.GC_FGD) | (mask == cv2.GC_PR_FGD)
+    centres = slice(zoom // 2, None, zoom)
+    return torch.from_numpy(~foreground[centres, centres])[None].to(image.device)
+
+
+def _inner_rectangle(images: Tensor) -> Tensor:
+    """Bool (1, H, W)."""
+    height, width = images.shape[2:]
+    (top, inner_height), (left, inner_width) = _inner(height), _inner(width)
+    inside = torch.zeros(1, height, width, dtype=torch.bool, device=images.device)
+    inside[:, top : top + inner_height, left : left + inner_width] = True
+    return inside
+
+
+def _inner(side: int) -> tuple[int, int]:
+    """Start and length of the rectangle along a side of at least 3; something is left outside at both ends."""
+    margin = max(1, round(side * (1 - INNER) / 2))
+    return margin, side - 2 * margin
+
+
+def _warn(implausible: Tensor, found_by: str, instead: str) -> None:
+    numbers = implausible.nonzero()[:, 0].tolist()
+    more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
+    warn(
+        f"{found_by} found a foreground under {PLAUSIBLE[0]:.0%} or over {PLAUSIBLE[1]:.0%} of the image in "
+        f"{'image' if len(numbers) == 1 else 'images'} {', '.join(map(str, numbers[:NAMED]))}{more}; there the "
+        f"background is {instead}",
+        ImageWarning,
+    )
