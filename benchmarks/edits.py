@@ -252,7 +252,7 @@ def local(wanted: int = 100) -> None:
     print()
     print(sections.table(result.controls))
     print(
-        "\nPublished (arXiv 1902.02947, as recalled): neighbours 31.3%, random site 3.1% of ResNet's successes, 33.1% "
+        "\nPublished (arXiv 1902.02947, as recalled): neighbors 31.3%, random site 3.1% of ResNet's successes, 33.1% "
         "and 4.9% of LeNet's."
     )
 

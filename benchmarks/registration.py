@@ -1,6 +1,6 @@
 """Where do the cells of a class activation map belong? Evidence from occlusion. Run: python -m benchmarks.registration
 
-Each photograph is occluded in a grid of grey squares, and the loss of the class's logit is laid out over the image. The
+Each photograph is occluded in a grid of gray squares, and the loss of the class's logit is laid out over the image. The
 class activation map under each registration is then correlated with it. A registration that puts cells where the
 network really looks correlates more. Photographs are ImageNet samples from the folder that WEAKSPOT_DATA names.
 """

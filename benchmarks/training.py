@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from benchmarks import real, sections
 from weakspot import defenses, zoo
 from weakspot.budgets import Linf
-from weakspot.datasets import Labelled, from_tensors, read_labelled
+from weakspot.datasets import LabeledImages, from_tensors, read_labeled
 from weakspot.training import evaluation_matrix
 
 ROUNDS = 11
@@ -35,14 +35,14 @@ def cost() -> None:
         "\n| network | images | steps | bare pass, ms an image | epoch | of 1 + steps x share bare passes | range |"
         "\n|---|---|---|---|---|---|---|"
     )
-    digits = read_labelled(real.FOLDER / "mnist").subset(torch.arange(1280))
+    digits = read_labeled(real.FOLDER / "mnist").subset(torch.arange(1280))
     # Many updates where they are quick, so that what an epoch costs once does not pass for what updates cost.
     many, few = cifar("train", 2560), cifar("train", 256)
     for name, data, steps in (("two_conv", digits, 40), ("two_conv", many, 10), ("resnet20", few, 10)):
         _epoch_against_passes(name, data, steps)
 
 
-def _epoch_against_passes(name: str, data: Labelled, steps: int) -> None:
+def _epoch_against_passes(name: str, data: LabeledImages, steps: int) -> None:
     from tempfile import TemporaryDirectory
 
     share, batch = 0.5, 128
@@ -70,7 +70,7 @@ def _epoch_against_passes(name: str, data: Labelled, steps: int) -> None:
     )
 
 
-def _bare(name: str, data: Labelled, batch: int, passes: int) -> float:
+def _bare(name: str, data: LabeledImages, batch: int, passes: int) -> float:
     """Seconds for forward, backward and update of every batch, that often, on images that lie ready."""
     model = zoo.build(name, classes=10, channels=data.shape[0], size=data.shape[1:]).train()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as torch documents it
@@ -90,23 +90,23 @@ def mnist() -> None:
     """Two convolutions, 6 epochs, all 60,000 and 10,000 digits."""
     if real.there():
         folder = real.FOLDER / "mnist"
-        _matrix("mnist", "two_conv", read_labelled(folder), read_labelled(folder, split="test"), epochs=6)
+        _matrix("mnist", "two_conv", read_labeled(folder), read_labeled(folder, split="test"), epochs=6)
 
 
 def cifar10() -> None:
     """Two convolutions, 8 epochs at a learning rate of .02, 30,000 training images, the first 1000 test images."""
     if real.there():
-        # At 0.1 the network, which has no normalisation, ends up naming one class under full attacks.
+        # At 0.1 the network, which has no normalization, ends up naming one class under full attacks.
         _matrix("cifar10", "two_conv", cifar("train"), cifar("test", 1000), epochs=8, learning_rate=0.02)
 
 
-def cifar(split: str, count: int | None = None) -> Labelled:
+def cifar(split: str, count: int | None = None) -> LabeledImages:
     """The folder's CIFAR-10 images."""
     images, labels = real.networks().cifar10(split, count) if count else real.networks().cifar10(split)
     return from_tensors((images * 255).round().byte(), labels, name=f"cifar10 {split}")
 
 
-def _matrix(title: str, network: str, data: Labelled, test: Labelled, **options: Any) -> None:
+def _matrix(title: str, network: str, data: LabeledImages, test: LabeledImages, **options: Any) -> None:
     begun = time.perf_counter()
     out = Path(os.environ.get("WEAKSPOT_MATRIX", f"matrix-{title}"))
     found = evaluation_matrix(

@@ -102,9 +102,9 @@ def _seeded(build: Callable[[], nn.Module], *size: int) -> Made:
 
 NETWORKS: dict[str, Callable[[], Made]] = {
     "pooling": lambda: _seeded(PoolingNetwork, 3, 20, 20),
-    "flat, grey, two classes, not square": lambda: _seeded(FlatNetwork, 1, 16, 12),
+    "flat, gray, two classes, not square": lambda: _seeded(FlatNetwork, 1, 16, 12),
     "tokens, not square": lambda: _seeded(TokenNetwork, 3, 16, 24),
-    "normalised": lambda: _seeded(
+    "normalized": lambda: _seeded(
         lambda: Classifier.wrap(PoolingNetwork(), mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.25]), 3, 18, 26
     ),
     "linear": lambda: _seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 9 * 7, 3)), 3, 9, 7),

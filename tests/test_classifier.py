@@ -1,4 +1,4 @@
-"""Classifiers: any network's logits, normalised as said, evaluated without leaving a trace."""
+"""Classifiers: any network's logits, normalized as said, evaluated without leaving a trace."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Returning(nn.Module):
 
 
 class Drawing(nn.Module):
-    """Draws random numbers whenever it is called, as stochastic depth or a randomised defence does."""
+    """Draws random numbers whenever it is called, as stochastic depth or a randomized defense does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def images() -> Tensor:
     return torch.rand(5, 3, 2, 2, generator=torch.Generator().manual_seed(0))
 
 
-# ---------------------------------------------------------------- normalisation
+# ---------------------------------------------------------------- normalization
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,9 @@ def test_a_double_precision_network_is_given_doubles(images: Tensor) -> None:
     torch.testing.assert_close(logits, network((images.double() - mean) / 0.7), rtol=1e-12, atol=1e-12)
 
 
-def test_images_with_other_channels_than_the_normalisation_are_refused(images: Tensor) -> None:
+def test_images_with_other_channels_than_the_normalization_are_refused(images: Tensor) -> None:
     classifier = Classifier.wrap(Returning(lambda logits: logits).eval(), mean=[0.1, 0.2, 0.3], std=[1.0])
-    with pytest.raises(ValueError, match="images have 1 channels; Returning is normalised for 3"):
+    with pytest.raises(ValueError, match="images have 1 channels; Returning is normalized for 3"):
         classifier(images[:, :1])
 
 
@@ -641,12 +641,12 @@ def test_a_negative_margin_is_another_class_predicted(case: tuple[Tensor, Tensor
 
 
 @pytest.mark.parametrize("std", [(1.0,), (1.0, 1.0, 1.0), (2.0, 2.0, 2.0)])
-def test_a_grey_image_reaches_a_colour_network_in_as_many_channels_as_it_is_scaled_in(
+def test_a_gray_image_reaches_a_color_network_in_as_many_channels_as_it_is_scaled_in(
     std: tuple[float, ...], images: Tensor
 ) -> None:
     seen: list[Tensor] = []
     network = nn.Sequential(nn.Flatten(), nn.Linear(4 * len(std), 2)).eval()
     network.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    grey = images[:, :1]
-    Classifier.wrap(network, mean=(0.0,), std=std)(grey)
-    torch.testing.assert_close(seen[0], (grey / torch.tensor(std)[:, None, None]))
+    gray = images[:, :1]
+    Classifier.wrap(network, mean=(0.0,), std=std)(gray)
+    torch.testing.assert_close(seen[0], (gray / torch.tensor(std)[:, None, None]))

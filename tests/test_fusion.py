@@ -34,7 +34,7 @@ class Residual(nn.Module):
 
 
 class ReadTwice(nn.Module):
-    """The convolution's output is normalised and also used as it is."""
+    """The convolution's output is normalized and also used as it is."""
 
     def __init__(self, how: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "identity between": (lambda: network(nn.Identity(), nn.BatchNorm2d(6)), 1),
     "relu between": (lambda: network(nn.ReLU(), nn.BatchNorm2d(6)), 0),
     "no norm": (lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(), nn.Linear(6 * 13 * 9, 4)), 0),
-    "grey": (lambda: network(nn.BatchNorm2d(6), nn.ReLU(), channels=1), 1),
+    "gray": (lambda: network(nn.BatchNorm2d(6), nn.ReLU(), channels=1), 1),
     "double": (lambda: network(nn.BatchNorm2d(6), nn.ReLU(), Residual()).double(), 3),
 }
 
@@ -179,7 +179,7 @@ def made(kind: str) -> tuple[Classifier, Tensor]:
                         nn.init.uniform_(getattr(module, name), low, high)
                 if module.affine:
                     nn.init.uniform_(module.bias, -1, 1)
-        channels = 1 if kind == "grey" else 3
+        channels = 1 if kind == "gray" else 3
         return Classifier.wrap(built).eval(), torch.rand(4, channels, 15, 11)
 
 

@@ -175,7 +175,7 @@ def test_a_pruned_convolution_stays_as_it_is() -> None:
     assert_the_same_fused(classifier, images, folds=0)
 
 
-class Standardised(nn.Conv2d):
+class Standardized(nn.Conv2d):
     """Scales its own weight on the way, so that a scale folded into it is lost."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class Flattening(nn.Module):
         return x.view(len(x), -1)[:, :24].view(len(x), 6, 2, 2)
 
 
-@pytest.mark.parametrize("module", [Standardised(6, 6, 3), nn.Sequential(nn.Conv2d(6, 6, 3), Flattening())])
+@pytest.mark.parametrize("module", [Standardized(6, 6, 3), nn.Sequential(nn.Conv2d(6, 6, 3), Flattening())])
 def test_what_folding_would_break_is_left_alone(module: nn.Module) -> None:
     classifier, images = pipeline(module, nn.BatchNorm2d(6))
     assert_the_same_fused(classifier, images, folds=0)
@@ -247,7 +247,7 @@ def test_folding_in_one_network_within_another_keeps_both_apart() -> None:
 
 
 class Noisy(nn.Module):
-    """Adds noise to its images, as randomised defences do."""
+    """Adds noise to its images, as randomized defenses do."""
 
     def __init__(self, inside: nn.Module, scale: float) -> None:
         super().__init__()
@@ -259,7 +259,7 @@ class Noisy(nn.Module):
 
 
 @pytest.mark.parametrize("scale", [0.05, 0.0], ids=["noise", "noise of no size"])
-def test_planning_draws_nothing_from_the_generator_of_a_randomised_model(pooling: Made, scale: float) -> None:
+def test_planning_draws_nothing_from_the_generator_of_a_randomized_model(pooling: Made, scale: float) -> None:
     network, images = pooling
     model = Noisy(network, scale).eval()
     labels = network(images).argmax(1)
@@ -290,7 +290,7 @@ def test_a_plan_keeps_no_network_alive() -> None:
     assert watched() is None
 
 
-@pytest.mark.parametrize("name", ["pooling", "normalised"])
+@pytest.mark.parametrize("name", ["pooling", "normalized"])
 def test_an_attack_is_the_same_with_and_without_fusion(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = NETWORKS[name]()
     labels = model(images).argmax(1)

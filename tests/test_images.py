@@ -67,8 +67,8 @@ def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
 
 def as_tensor(pixels: NDArray[Any]) -> Tensor:
     """Bytes (H, W) or (H, W, 3) as read_images returns them, (1, 3, H, W)."""
-    colour = np.broadcast_to(pixels[..., None], (*pixels.shape, 3)) if pixels.ndim == 2 else pixels
-    return torch.from_numpy(np.ascontiguousarray(colour, np.float32) / 255).permute(2, 0, 1)[None]
+    color = np.broadcast_to(pixels[..., None], (*pixels.shape, 3)) if pixels.ndim == 2 else pixels
+    return torch.from_numpy(np.ascontiguousarray(color, np.float32) / 255).permute(2, 0, 1)[None]
 
 
 def assert_reads(path: Path, expected: NDArray[Any], *, levels: float = 0) -> None:
@@ -128,10 +128,10 @@ def test_a_jpeg_from_a_phone_is_turned_upright_as_its_exif_orientation_says(
     assert_reads(path, ROTATIONS[orientation](stored), levels=4)
 
 
-def test_grey_fills_all_three_channels(tmp_path: Path) -> None:
-    grey = noise(4, 7, 1)
-    Image.fromarray(grey).save(tmp_path / "grey.png")
-    assert_reads(tmp_path / "grey.png", grey)
+def test_gray_fills_all_three_channels(tmp_path: Path) -> None:
+    gray = noise(4, 7, 1)
+    Image.fromarray(gray).save(tmp_path / "gray.png")
+    assert_reads(tmp_path / "gray.png", gray)
 
 
 def test_a_one_bit_picture_is_black_and_white(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_one_bit_picture_is_black_and_white(tmp_path: Path) -> None:
     assert_reads(tmp_path / "bits.png", bits * 255)
 
 
-def test_a_palette_picture_has_its_palettes_colours(tmp_path: Path) -> None:
+def test_a_palette_picture_has_its_palettes_colors(tmp_path: Path) -> None:
     palette, indices = noise(1, 8)[0], noise(4, 7, 1) % 8
     picture = Image.fromarray(indices).convert("P")
     picture.putdata(indices.flatten().tolist())
@@ -183,15 +183,15 @@ def test_transparency_is_laid_on_white(tmp_path: Path, kind: str) -> None:
     pixels[0, :, 3], pixels[1, :, 3] = 0, 255
     path = tmp_path / "glass.img"
     path.write_bytes(encoded(Image.fromarray(pixels), kind, **LOSSLESS[kind] | {"exact": True}))
-    colour, cover = pixels[..., :3].astype(float), pixels[..., 3:] / 255
-    expected = colour * cover + 255 * (1 - cover)
+    color, cover = pixels[..., :3].astype(float), pixels[..., 3:] / 255
+    expected = color * cover + 255 * (1 - cover)
     assert_reads(path, expected, levels=1)
     images, _ = read_images(path)
     assert torch.equal(images[:, :, 0], torch.ones(1, 3, 5))
     assert torch.equal(images[:, :, 1], as_tensor(pixels[..., :3])[:, :, 1])
 
 
-def test_grey_with_transparency_is_laid_on_white(tmp_path: Path) -> None:
+def test_gray_with_transparency_is_laid_on_white(tmp_path: Path) -> None:
     pixels = noise(6, 5, 2)
     Image.merge("LA", [Image.fromarray(pixels[..., 0]), Image.fromarray(pixels[..., 1])]).save(
         tmp_path / "la.png"
@@ -200,7 +200,7 @@ def test_grey_with_transparency_is_laid_on_white(tmp_path: Path) -> None:
     assert_reads(tmp_path / "la.png", pixels[..., 0] * cover + 255 * (1 - cover), levels=1)
 
 
-def test_a_colour_declared_transparent_is_white(tmp_path: Path) -> None:
+def test_a_color_declared_transparent_is_white(tmp_path: Path) -> None:
     pixels = noise(4, 7)
     pixels[2, 3] = pixels[1, 1] = (10, 20, 30)
     Image.fromarray(pixels).save(tmp_path / "key.png", transparency=(10, 20, 30))
@@ -209,7 +209,7 @@ def test_a_colour_declared_transparent_is_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "levels"), [("TIFF", 1), ("JPEG", 6)])
-def test_cmyk_comes_back_close_to_its_colours(tmp_path: Path, kind: str, levels: int) -> None:
+def test_cmyk_comes_back_close_to_its_colors(tmp_path: Path, kind: str, levels: int) -> None:
     pixels = smooth(24, 32)
     path = tmp_path / "print.img"
     options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
@@ -221,7 +221,7 @@ def test_cmyk_comes_back_close_to_its_colours(tmp_path: Path, kind: str, levels:
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize("brightest", [65535, 255, 3000])
-def test_16_bit_grey_keeps_its_brightness(tmp_path: Path, kind: str, brightest: int) -> None:
+def test_16_bit_gray_keeps_its_brightness(tmp_path: Path, kind: str, brightest: int) -> None:
     deep = np.random.default_rng(0).integers(0, brightest + 1, (6, 5)).astype(np.uint16)
     deep[0, 0], deep[0, 1] = 0, brightest
     path = tmp_path / "deep.img"
@@ -250,8 +250,8 @@ def test_floating_point_pixels_are_refused_because_their_range_is_unknown(tmp_pa
 
 def test_one_channel_asks_for_luma(tmp_path: Path) -> None:
     pixels = noise(4, 7)
-    Image.fromarray(pixels).save(tmp_path / "colour.png")
-    images, _ = read_images(tmp_path / "colour.png", channels=1)
+    Image.fromarray(pixels).save(tmp_path / "color.png")
+    images, _ = read_images(tmp_path / "color.png", channels=1)
     luma = pixels @ np.array([0.299, 0.587, 0.114]) / 255
     torch.testing.assert_close(images, torch.from_numpy(luma).float()[None, None], rtol=0, atol=1 / 255)
 
@@ -291,7 +291,7 @@ def test_any_png_reads_back_exactly(height: int, width: int, channels: int, seed
         ((80, 80), (20, 0, 60, 40)),
     ],
 )
-def test_the_crop_is_centred_and_the_resize_is_anti_aliased(
+def test_the_crop_is_centered_and_the_resize_is_anti_aliased(
     tmp_path: Path, size: tuple[int, int], crop: tuple[int, int, int, int]
 ) -> None:
     picture = Image.fromarray(noise(40, 80))
@@ -315,7 +315,7 @@ def test_any_picture_comes_in_any_size(width: int, height: int, rows: int, colum
     torch.testing.assert_close(images, expected, rtol=0, atol=0)
 
 
-def test_fine_stripes_become_grey_and_not_one_of_the_stripes(tmp_path: Path) -> None:
+def test_fine_stripes_become_gray_and_not_one_of_the_stripes(tmp_path: Path) -> None:
     stripes = np.zeros((64, 64), np.uint8)
     stripes[:, ::2] = 255
     Image.fromarray(stripes).save(tmp_path / "stripes.png")
@@ -384,8 +384,8 @@ BROKEN: dict[str, Callable[[Path], object]] = {
 
 
 def test_of_a_folder_the_good_are_read_in_order_and_each_bad_file_is_named_once(tmp_path: Path) -> None:
-    colours = {"zebra.png": 10, "middle/horse.png": 20, "ant.jpg": 30}
-    for name, level in colours.items():
+    colors = {"zebra.png": 10, "middle/horse.png": 20, "ant.jpg": 30}
+    for name, level in colors.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), (level, level, level)).save(tmp_path / name)
     for name, spoil in BROKEN.items():

@@ -141,7 +141,7 @@ def test_given_labels_are_kept_and_targets_are_still_predicted(any_model: Made) 
     assert torch.equal(pairs.targets, predicted.targets)
 
 
-def test_a_pair_does_not_depend_on_its_neighbours(any_model: Made) -> None:
+def test_a_pair_does_not_depend_on_its_neighbors(any_model: Made) -> None:
     model, images = any_model
     together = Pairs.of(model, images, images.flip(0))
     for index in range(3):

@@ -282,7 +282,7 @@ def test_a_module_that_is_held_twice_is_let_go_by_the_second() -> None:
 # ---------------------------------------------------------------- hooks
 
 
-def test_a_hook_sees_its_own_thread_alone_and_is_dead_in_copies_afterwards() -> None:
+def test_a_hook_sees_its_own_thread_alone_and_is_dead_in_copies_afterward() -> None:
     module, seen = nn.Linear(2, 2), []
     with hooked(module, lambda *_: seen.append(threading.get_ident())):
         copied = copy.deepcopy(module)

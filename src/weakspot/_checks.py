@@ -183,8 +183,8 @@ def check_range(images: Tensor, *, name: str = "images") -> None:
     low, high = float(images.detach().min()), float(images.detach().max())
     if low < -ROUNDING or high > 1 + ROUNDING:
         warn(
-            f"{name} span {low:.3g} to {high:.3g} and are cut to [0, 1]; give unnormalised images and let the "
-            "classifier normalise them: Classifier.wrap(module, mean=..., std=...)",
+            f"{name} span {low:.3g} to {high:.3g} and are cut to [0, 1]; give unnormalized images and let the "
+            "classifier normalize them: Classifier.wrap(module, mean=..., std=...)",
             ImageWarning,
         )
 
@@ -250,7 +250,7 @@ def check_finite(logits: Tensor, name: str) -> None:
     if not bool(logits.isfinite().all()):
         bad = int((~logits.isfinite()).any(1).nonzero()[0])
         raise NotFiniteError(
-            f"{name} returned NaN or infinity for image {bad}; check its weights and normalisation"
+            f"{name} returned NaN or infinity for image {bad}; check its weights and normalization"
         )
 
 

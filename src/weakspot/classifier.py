@@ -51,7 +51,7 @@ _evaluating = threading.local()  # ids of the classifiers that this thread evalu
 
 
 class Classifier(nn.Module):
-    """Images in [0, 1], (N, C, H, W), to logits (N, K). Normalisation lives inside.
+    """Images in [0, 1], (N, C, H, W), to logits (N, K). Normalization lives inside.
 
     It always answers in eval mode: a call turns dropout off, uses the running statistics of batch-norm and does not
     move them, and leaves the mode of every module as it was. Calls from several threads may overlap.
@@ -60,7 +60,7 @@ class Classifier(nn.Module):
         network: the wrapped module, the same object that was given.
         name: what reports call it.
         input_size: (height, width) that pictures are brought to.
-        channels: 1 for grey images, 3 for colour.
+        channels: 1 for gray images, 3 for color.
         class_names: one name per class, or empty where none are known.
         fixed_batch: the one batch size the network can take, or None. `forward` takes any all the same, but who
             looks inside the network must give it that many images.
@@ -80,7 +80,7 @@ class Classifier(nn.Module):
         name: str | None = None,
     ) -> None:
         super().__init__()
-        _check_normalisation(mean, std)
+        _check_normalization(mean, std)
         reference = next(_floating_tensors(network), torch.zeros(()))
         for key, values in (("mean", mean), ("std", std)):
             statistics = torch.tensor(values, dtype=reference.dtype, device=reference.device)
@@ -103,13 +103,13 @@ class Classifier(nn.Module):
         input_size: tuple[int, int] | None = None,
         class_names: Sequence[str] | None = None,
     ) -> Classifier:
-        """Make a classifier of `module`, which must take images normalised as (image - mean) / std.
+        """Make a classifier of `module`, which must take images normalized as (image - mean) / std.
 
         Args:
             module: any network; it may return logits (N, K), a tuple or mapping that holds them, or an
                 object with `.logits`. It is used as it is, not copied and not changed.
-            mean: one value for every channel or one for all, on the [0, 1] scale; 0 for no normalisation.
-            std: likewise; 1 for no normalisation.
+            mean: one value for every channel or one for all, on the [0, 1] scale; 0 for no normalization.
+            std: likewise; 1 for no normalization.
             input_size: (height, width) that pictures are brought to; (224, 224) where nothing is said.
             class_names: one name per class.
 
@@ -143,7 +143,7 @@ class Classifier(nn.Module):
         """Logits (N, K) of images (N, C, H, W) in the mode the module is in: what training needs."""
         if images.shape[1] != self.mean.shape[1] and self.mean.shape[1] != 1:
             raise ValueError(
-                f"images have {images.shape[1]} channels; {self.name} is normalised for {self.mean.shape[1]}"
+                f"images have {images.shape[1]} channels; {self.name} is normalized for {self.mean.shape[1]}"
             )
         try:
             shifted = (
@@ -171,7 +171,7 @@ class Classifier(nn.Module):
 
 
 def as_classifier(model: nn.Module) -> Classifier:
-    """The model itself when it is a Classifier, else wrapped without normalisation."""
+    """The model itself when it is a Classifier, else wrapped without normalization."""
     return model if isinstance(model, Classifier) else Classifier.wrap(model)
 
 
@@ -212,7 +212,7 @@ def _describe(output: Any) -> str:
     return f"a {type(output).__name__}"
 
 
-def _check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
+def _check_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
     for name, values in (("mean", mean), ("std", std)):
         if not isinstance(values, Sequence):
             raise ValueError(
@@ -404,7 +404,7 @@ def _probed(classifier: Classifier, images: Tensor) -> Tensor | None:
 
 
 def _probes(images: Tensor) -> Tensor:
-    """(8, C, H, W): noise, grey, black and white, then noise of a contrast that saturates what can be saturated."""
+    """(8, C, H, W): noise, gray, black and white, then noise of a contrast that saturates what can be saturated."""
     noise = torch.rand((2, *images.shape[1:]), generator=torch.Generator().manual_seed(0)).to(images)
     flat = torch.tensor([0.5, 0.0, 1.0]).to(images).view(3, 1, 1, 1).expand(3, *images.shape[1:])
     strong = 1e4 * (noise - 0.5)

@@ -218,7 +218,7 @@ class _Readers(TorchFunctionMode):
 def _is_convolution(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.Conv2d)
-        and isinstance(module._parameters.get("weight"), nn.Parameter)  # not computed by a parametrisation
+        and isinstance(module._parameters.get("weight"), nn.Parameter)  # not computed by a parametrization
         and "forward" not in vars(module)
     )
 

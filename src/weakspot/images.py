@@ -38,9 +38,9 @@ def read_images(
 
     Args:
         source: a file or a folder; names that start with a dot are passed over.
-        size: (height, width); each picture is cropped at its centre to this shape and resized with
+        size: (height, width); each picture is cropped at its center to this shape and resized with
             anti-aliasing. Without it pictures keep their size and must agree.
-        channels: 3 for colour, 1 for grey.
+        channels: 3 for color, 1 for gray.
 
     Returns:
         Images (N, C, H, W), float32 in [0, 1], and one name for each: the path below `source`.
@@ -72,7 +72,7 @@ def open_pictures(
 ) -> list[Picture]:
     """Every file at `source`, readable or not, in the order of `read_images`; transparency is laid on `background`."""
     if channels not in {1, 3}:
-        raise ValueError(f"channels is {channels}; accepted are 3 (colour) and 1 (grey)")
+        raise ValueError(f"channels is {channels}; accepted are 3 (color) and 1 (gray)")
     if size is not None and not (
         isinstance(size, tuple | list)
         and len(size) == 2
@@ -169,14 +169,14 @@ def _decode(
 def fitted(
     opened: Image.Image, size: tuple[int, int] | None, channels: int, background: str = "white"
 ) -> Image.Image:
-    """A picture turned upright, in 8 bits, grey or RGB, cropped at the centre and resized to `size`."""
+    """A picture turned upright, in 8 bits, gray or RGB, cropped at the center and resized to `size`."""
     image = _eight_bits(ImageOps.exif_transpose(opened), background)
     image = image.convert("L" if channels == 1 else "RGB")
     return image if size is None else _fit(image, size)
 
 
 def _eight_bits(image: Image.Image, background: str) -> Image.Image:
-    """Deep grey as 8 bits and transparency laid on the background; other modes as they are."""
+    """Deep gray as 8 bits and transparency laid on the background; other modes as they are."""
     if image.mode.startswith("I"):
         deep: NDArray[np.float64] = np.asarray(image).astype(np.float64)
         top = 65535 if deep.max() <= 65535 else 2**32 - 1
@@ -188,7 +188,7 @@ def _eight_bits(image: Image.Image, background: str) -> Image.Image:
 
 
 def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The largest centred crop of the asked shape, resized. Crop and resize are one step: a strip stays small."""
+    """The largest centered crop of the asked shape, resized. Crop and resize are one step: a strip stays small."""
     height, width = size
     scale = min(image.width / width, image.height / height)
     # Rounding must not lead out of the picture, not even by 1e-14.

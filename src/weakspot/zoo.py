@@ -1,10 +1,10 @@
 """The zoo's networks by name.
 
-Two convolutions and two linear layers, for small grey pictures such as MNIST's.
+Two convolutions and two linear layers, for small gray pictures such as MNIST's.
 
-ResNet-20 for small colour pictures.
+ResNet-20 for small color pictures.
 
-Pre-activation ResNet-18 for small colour pictures.
+Pre-activation ResNet-18 for small color pictures.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ WIDTHS = (16, 32, 64)
 def resnet20(*, classes: int = 10, channels: int = 3, size: tuple[int, int] = (32, 32)) -> Classifier:
     """ResNet-20 of He et al. 2016 (arXiv 1512.03385, section 4.2), shortcuts without weights: 0.27 million weights.
 
-    Images are normalised by mean 0.5 and deviation 0.25.
+    Images are normalized by mean 0.5 and deviation 0.25.
 
     Args:
         classes: at least two.
@@ -101,7 +101,7 @@ PREACT_WIDTHS = (64, 128, 256, 512)
 def preact_resnet18(*, classes: int = 10, channels: int = 3, size: tuple[int, int] = (32, 32)) -> Classifier:
     """Pre-activation ResNet-18 (He et al. 2016, arXiv 1603.05027), first convolution 3 x 3: 11.2 million weights.
 
-    Images are normalised by mean 0.5 and deviation 0.25.
+    Images are normalized by mean 0.5 and deviation 0.25.
 
     Args:
         classes: at least two.

@@ -77,7 +77,7 @@ def test_results_are_in_range_in_budget_in_region_and_verified(
 
 
 @pytest.mark.parametrize("budget", BUDGETS[::2], ids=str)
-def test_an_images_result_depends_on_no_batch_size_no_order_and_no_neighbour(
+def test_an_images_result_depends_on_no_batch_size_no_order_and_no_neighbor(
     any_model: Made, budget: Budget
 ) -> None:
     """In double precision: an attack's choices turn last bits, which kernels round by the batch, into more."""
@@ -129,7 +129,7 @@ def test_every_success_of_the_first_stage_is_kept_as_it_is(budget: Budget) -> No
 
 HIDING: dict[str, Callable[[Tensor], Tensor]] = {
     "detached": lambda x: x.detach(),
-    "quantised": lambda x: (x * 16).round() / 16,
+    "quantized": lambda x: (x * 16).round() / 16,
     "misleading": lambda x: 2 * x.detach() - x,
 }
 

@@ -22,7 +22,7 @@ def correlation(first: Tensor, second: Tensor) -> float:
 
 
 def mixed(number: int) -> int:
-    """The finaliser of splitmix64 in whole numbers of any size."""
+    """The finalizer of splitmix64 in whole numbers of any size."""
     number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     number = (number ^ number >> 27) * 0x94D049BB133111EB % 2**64
     return number ^ number >> 31
@@ -101,7 +101,7 @@ def test_streams_images_and_seeds_are_independent_of_each_other() -> None:
     )
     correlations = torch.corrcoef(streams.double()).fill_diagonal_(0)
     assert float(correlations.abs().max()) < 5.5 / math.sqrt(20_000)
-    for lag in (1, 2):  # neighbouring streams are no shifted copies either
+    for lag in (1, 2):  # neighboring streams are no shifted copies either
         shifted = torch.corrcoef(torch.cat([streams[:, lag:], streams[:, :-lag]]).double()).fill_diagonal_(0)
         assert float(shifted.abs().max()) < 5.5 / math.sqrt(20_000)
 
@@ -136,7 +136,7 @@ def test_keys_depend_on_content_and_seed_alone() -> None:
 
 
 def test_one_level_of_one_pixel_makes_another_key() -> None:
-    grey = torch.full((1, 1, 4, 4), 100 / 255)
-    others = grey.repeat(16, 1, 1, 1)
+    gray = torch.full((1, 1, 4, 4), 100 / 255)
+    others = gray.repeat(16, 1, 1, 1)
     others.view(16, 16).diagonal().add_(1 / 255)
-    assert len(set(_random.keys(torch.cat([grey, others]), 0).tolist())) == 17
+    assert len(set(_random.keys(torch.cat([gray, others]), 0).tolist())) == 17

@@ -45,7 +45,7 @@ def convolutional(shape: tuple[int, ...], count: int = 4) -> Made:
 
 
 class Leaning(nn.Module):
-    """Two logits, half of +-(<weight, image - grey> + lead); sums are exact enough not to depend on the batch."""
+    """Two logits, half of +-(<weight, image - gray> + lead); sums are exact enough not to depend on the batch."""
 
     def __init__(self, weight: Tensor, lead: float) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ def assert_sound(
 
 
 def one_pixel_margins(model: nn.Module, image: Tensor, label: Tensor) -> Tensor:
-    """(H * W, 8) margins of an image with one site painted in each corner of the colour cube, one by one."""
+    """(H * W, 8) margins of an image with one site painted in each corner of the color cube, one by one."""
     _, height, width = image.shape
     candidates = image.repeat(height * width * len(CORNERS), 1, 1, 1)
     for number, (row, column, corner) in enumerate(itertools.product(range(height), range(width), CORNERS)):
@@ -139,7 +139,7 @@ def test_results_are_in_range_of_few_pixels_in_the_region_and_verified(
 
 @each_method
 @each_shape
-def test_colours_are_8_bit_so_that_files_keep_every_success(method: str, shape: tuple[int, ...]) -> None:
+def test_colors_are_8_bit_so_that_files_keep_every_success(method: str, shape: tuple[int, ...]) -> None:
     model, images = convolutional(shape)
     images = (images * 255).round() / 255
     result = pixels(model, images, predicted(model, images), count=2, method=method, **SHORT)
@@ -198,7 +198,7 @@ def test_evolution_asks_for_no_candidate_that_its_population_holds_and_for_none_
 
 
 def between_corners(model: nn.Module, image: Tensor, label: Tensor, site: int) -> float:
-    """The lowest margin at a site over colours of five levels a channel, in 255ths."""
+    """The lowest margin at a site over colors of five levels a channel, in 255ths."""
     levels = (torch.linspace(0, 1, 5) * 255).round() / 255
     painted = image.repeat(125, 1, 1, 1)
     painted[:, :, site // image.shape[2], site % image.shape[2]] = torch.cartesian_prod(
@@ -207,7 +207,7 @@ def between_corners(model: nn.Module, image: Tensor, label: Tensor, site: int) -
     return float(margins_of(model, painted, label.expand(125)).min())
 
 
-def test_guided_finds_what_brute_force_over_all_sites_and_corner_colours_finds() -> None:
+def test_guided_finds_what_brute_force_over_all_sites_and_corner_colors_finds() -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.Flatten(), drawn(nn.Linear, 288, 3))
     network[0] = drawn(nn.Conv2d, 3, 8, 3, 1, 1)
     model, images = network.eval(), random_images(40, 3, 6, 6)
@@ -229,7 +229,7 @@ def test_guided_finds_what_brute_force_over_all_sites_and_corner_colours_finds()
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("region_share", [1.0, 0.4])
 @pytest.mark.parametrize("shape", [(3, 8, 8), (3, 7, 10)], ids=str)
-def test_guided_on_a_linear_model_paints_the_best_sites_in_their_best_colours(
+def test_guided_on_a_linear_model_paints_the_best_sites_in_their_best_colors(
     shape: tuple[int, ...], region_share: float, count: int
 ) -> None:
     model, images = leaning(shape, lead=60), random_images(4, *shape)
@@ -266,9 +266,7 @@ def test_a_success_is_one_truly_changed_pixel(method: str) -> None:
 
 @pytest.mark.parametrize("lead", [2.0, 40.0], ids=["some fall", "none falls"])
 @each_method
-def test_an_images_result_depends_on_no_batch_size_no_order_and_no_neighbour(
-    method: str, lead: float
-) -> None:
+def test_an_images_result_depends_on_no_batch_size_no_order_and_no_neighbor(method: str, lead: float) -> None:
     model, images = leaning((3, 10, 7), lead), random_images(5, 3, 10, 7)
     labels, region = predicted(model, images), region_of("scattered", images)
     assert region is not None
@@ -288,7 +286,7 @@ def test_an_images_result_depends_on_no_batch_size_no_order_and_no_neighbour(
 
 
 class Rough(nn.Module):
-    """Margins that gradients say little of: many short waves of every pixel's colour."""
+    """Margins that gradients say little of: many short waves of every pixel's color."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -299,7 +297,7 @@ class Rough(nn.Module):
         return torch.stack([score, -score], 1).float()
 
 
-def test_a_neighbour_with_a_small_region_gives_and_takes_no_guided_forward_passes() -> None:
+def test_a_neighbor_with_a_small_region_gives_and_takes_no_guided_forward_passes() -> None:
     model, images = Rough(3, 16, 16).eval(), random_images(4, 3, 16, 16)
     labels = torch.zeros(4, dtype=torch.long)
     region = torch.ones(4, 1, 16, 16, dtype=torch.bool)
@@ -377,7 +375,7 @@ def test_an_empty_region_returns_the_clean_bits_and_success_as_it_is(method: str
 
 
 @each_method
-def test_a_neighbour_with_an_empty_region_is_left_as_it_is(method: str) -> None:
+def test_a_neighbor_with_an_empty_region_is_left_as_it_is(method: str) -> None:
     model, images = convolutional((3, 8, 8))
     labels, region = predicted(model, images), region_of("empty for one", images)
     result = pixels(model, images, labels, region=region, method=method, **SHORT)

@@ -69,7 +69,7 @@ def test_the_search_is_the_same_as_by_whole_passes(method: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("method", ["evolution", "guided"])
-def test_an_images_result_depends_on_no_batch_size_and_no_neighbour(method: str) -> None:
+def test_an_images_result_depends_on_no_batch_size_and_no_neighbor(method: str) -> None:
     model, images, labels = made(3)
     together = pixels(model, images, labels, method=method, population=20, generations=4)
     alone = pixels(model, images[1:2], labels[1:2], method=method, population=20, generations=4, batch_size=1)

@@ -139,7 +139,7 @@ def steepest_within(direction: Tensor, image: Tensor, budget: Budget) -> Tensor:
     [
         (Linf(0.05), 0.8, 1 - 1e-5),
         (Linf(0.4), 1.0, 1 - 1e-5),
-        # A step on the ball turns the random start towards the gradient; a few turn it onto it.
+        # A step on the ball turns the random start toward the gradient; a few turn it onto it.
         (L2(0.05), 0.8, 1 - 1e-4),
         (L2(1.5), 1.0, 1 - 1e-3),
     ],
@@ -303,7 +303,7 @@ def test_counts_are_what_each_image_went_through_the_model(
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
-def test_an_images_result_depends_on_no_batch_size_no_order_and_no_neighbour(
+def test_an_images_result_depends_on_no_batch_size_no_order_and_no_neighbor(
     any_model: Made, budget: Budget, attack: Attack
 ) -> None:
     model, images = any_model
@@ -592,7 +592,7 @@ def test_rounding_below_zero_and_above_one_is_accepted_in_silence(pooling: Made,
 
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
-def test_normalised_images_trip_a_warning(pooling: Made, attack: Attack) -> None:
+def test_normalized_images_trip_a_warning(pooling: Made, attack: Attack) -> None:
     model, images = pooling
     with pytest.warns(ImageWarning, match="images span"):
         attack(model, 3 * images - 1, torch.tensor([0, 1, 2]))
@@ -615,7 +615,7 @@ def test_seeds_reach_over_64_bits(pooling: Made, seed: int) -> None:
 
 
 @pytest.mark.parametrize("made_inside", [False, True], ids=["tensors from outside", "tensors made inside"])
-@pytest.mark.parametrize("network", ["pooling", "normalised"])
+@pytest.mark.parametrize("network", ["pooling", "normalized"])
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 def test_grad_switches_outside_change_nothing(
@@ -844,11 +844,11 @@ def test_8_bit_success_is_what_png_files_say(
         """The border between its classes is a fifth of an 8-bit level away from the image in every channel."""
 
         def forward(self, images: Tensor) -> Tensor:
-            score = super().forward(images - centre)[:, 0]
+            score = super().forward(images - center)[:, 0]
             return torch.stack([score, -score], 1)
 
     for index in range(6):
-        centre = images[index] - 0.2 / 255 * weight.sign()
+        center = images[index] - 0.2 / 255 * weight.sign()
         model = Shifted(weight).eval()
         result = attack(model, images[index, None], torch.tensor([0]), budget=Linf(eps))
         levels = (result.adversarial[0] * 255).round().byte().permute(1, 2, 0).numpy()

@@ -103,14 +103,14 @@ def test_counts_are_what_each_image_went_through_the_model(attack: Attack, batch
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 7, 10)], ids=str)
 @each_attack
-def test_an_images_result_depends_on_no_batch_size_no_order_and_no_neighbour(
+def test_an_images_result_depends_on_no_batch_size_no_order_and_no_neighbor(
     attack: Attack, shape: tuple[int, ...]
 ) -> None:
     """In double precision: an attack's choices turn last bits, which kernels round by the batch, into more."""
     model, images = doubled(convolutional(shape, 5))
     labels, region = predicted(model, images), region_of("scattered", images)
     assert region is not None
-    images[0] = 0.2 * images[0]  # neighbours that could not be less alike
+    images[0] = 0.2 * images[0]  # neighbors that could not be less alike
 
     def adversarial(indices: list[int], batch_size: int | None = None) -> Tensor:
         options: dict[str, Any] = {"region": region[indices], "batch_size": batch_size, "steps": 20}

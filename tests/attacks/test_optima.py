@@ -29,7 +29,7 @@ BUDGETS: list[Budget] = [
 
 
 def linear(*shape: int, contrast: float = 0.2, count: int = 4) -> tuple[LinearNetwork, Tensor, Tensor]:
-    """A linear model of two classes, images around grey and the classes it says they are."""
+    """A linear model of two classes, images around gray and the classes it says they are."""
     generator = torch.Generator().manual_seed(0)
     model = LinearNetwork(torch.randn(shape, generator=generator)).eval()
     images = 0.5 + contrast * (torch.rand(count, *shape, generator=generator) - 0.5)
@@ -214,7 +214,7 @@ def test_where_nothing_can_succeed_the_best_attempt_is_kept(budget: Budget, stop
 def test_a_batch_that_is_misread_as_it_is_costs_one_step_and_comes_back_unchanged(
     budget: Budget, targeted: bool
 ) -> None:
-    model, images = NETWORKS["normalised"]()
+    model, images = NETWORKS["normalized"]()
     labels = model(images).argmin(1)
     targets = predicted(model, images) if targeted else None
     result = iterative(model, images, labels, targets=targets, budget=budget, stop_early=True)
@@ -244,7 +244,7 @@ def test_progress_ends_at_one_wherever_the_images_leave(pooling: Made, falls: bo
     assert told[-1] == 1
 
 
-@pytest.mark.parametrize("name", ["flat, grey, two classes, not square", "pooling"])
+@pytest.mark.parametrize("name", ["flat, gray, two classes, not square", "pooling"])
 def test_8_bit_success_of_a_batch_is_what_its_files_say(tmp_path: Path, name: str) -> None:
     pictures = pytest.importorskip("PIL.Image")
     network, _ = NETWORKS[name]()

@@ -41,7 +41,7 @@ def changed_groups(perturbation: Tensor, groups: Tensor) -> Tensor:
 
 
 def in_one_cell(shape: tuple[int, ...], rows: slice, columns: slice) -> Leaning:
-    """A linear model that looks at some rows and columns only; its border goes through grey."""
+    """A linear model that looks at some rows and columns only; its border goes through gray."""
     weight = torch.zeros(shape)
     weight[:, rows, columns] = 1.0
     return Leaning(weight, 0.3).eval()

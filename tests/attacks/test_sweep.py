@@ -32,7 +32,7 @@ class Triggered(nn.Module):
 
 
 def brute_force(model: nn.Module, image: Tensor, label: int, colors: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest margins (H, W) and classes under the colours reaching them."""
+    """Smallest margins (H, W) and classes under the colors reaching them."""
     height, width = image.shape[2:]
     margins, classes = torch.full((height, width), torch.inf), torch.zeros(height, width, dtype=torch.long)
     for row, column, color in itertools.product(range(height), range(width), colors):
@@ -68,7 +68,7 @@ def test_margins_and_classes_equal_brute_force(channels: int) -> None:
     assert found.forwards.tolist() == [42 * 2**channels] * 3
 
 
-def test_the_colour_named_reaches_the_margin_named() -> None:
+def test_the_color_named_reaches_the_margin_named() -> None:
     torch.manual_seed(1)
     model = PoolingNetwork().eval()
     images = torch.rand(2, 3, 8, 5)
@@ -154,7 +154,7 @@ def test_the_oracle_beats_every_search() -> None:
         assert not bool((searched.success & ~oracle.success).any())
 
 
-def test_bad_colours_get_one_sentence() -> None:
+def test_bad_colors_get_one_sentence() -> None:
     model, images, labels = PoolingNetwork().eval(), torch.rand(1, 3, 6, 6), torch.tensor([0])
     with pytest.raises(ValueError, match="did you mean corners"):
         pixel_sweep(model, images, labels, colors="corner")

@@ -76,31 +76,31 @@ def test_the_mean_of_a_plain_cam_is_the_logit_less_its_bias(pooling: Made, wante
 
 
 def test_a_flattened_map_gets_grad_cam() -> None:
-    model, images = NETWORKS["flat, grey, two classes, not square"]()
+    model, images = NETWORKS["flat, gray, two classes, not square"]()
     assert isinstance(model, FlatNetwork)
     last = F.relu(model.convolution(images))
     expected = grad_cam(lambda maps: model.head(maps.flatten(1)), last, CLASSES)
     torch.testing.assert_close(class_activation(model, images, CLASSES), spread(expected, images))
 
 
-def test_tokens_get_grad_cam_of_the_last_normalised_tokens_that_reach_the_logit() -> None:
+def test_tokens_get_grad_cam_of_the_last_normalized_tokens_that_reach_the_logit() -> None:
     model, images = NETWORKS["tokens, not square"]()
     assert isinstance(model, TokenNetwork)
     first, last = model.encoder.layers
     assert isinstance(last, nn.TransformerEncoderLayer)
     patches = model.embed(images).flatten(2).transpose(1, 2)
     tokens = first(torch.cat([model.token.expand(3, -1, -1), patches], 1) + model.places)
-    normalised = last.norm1(tokens)
-    assert normalised.shape == (3, 1 + 4 * 6, 16)
+    normalized = last.norm1(tokens)
+    assert normalized.shape == (3, 1 + 4 * 6, 16)
 
     def tail(maps: Tensor) -> Tensor:
-        given = torch.cat([normalised[:, :1], maps.flatten(2).transpose(1, 2)], 1)
+        given = torch.cat([normalized[:, :1], maps.flatten(2).transpose(1, 2)], 1)
         mixed = tokens + last.self_attn(given, given, given, need_weights=False)[0]
         mixed = mixed + last.linear2(F.relu(last.linear1(last.norm2(mixed))))
         logits: Tensor = model.head(model.norm(mixed)[:, 0])
         return logits
 
-    grid = normalised[:, 1:].transpose(1, 2).reshape(3, 16, 4, 6)
+    grid = normalized[:, 1:].transpose(1, 2).reshape(3, 16, 4, 6)
     torch.testing.assert_close(tail(grid), model(images))
     expected = grad_cam(tail, grid, CLASSES)
     torch.testing.assert_close(class_activation(model, images, CLASSES), spread(expected, images))
@@ -256,7 +256,7 @@ def test_a_network_without_modules_gets_the_same_map(pooling: Made) -> None:
 
 
 @pytest.mark.parametrize("batch", [None, 1, 2, 3], ids="exported for a batch of {}".format)
-@pytest.mark.parametrize("name", ["pooling", "flat, grey, two classes, not square"])
+@pytest.mark.parametrize("name", ["pooling", "flat, gray, two classes, not square"])
 def test_an_exported_network_gets_the_same_map(name: str, batch: int | None, tmp_path: Path) -> None:
     model, images = NETWORKS[name]()
     sizes = None if batch else ({0: torch.export.Dim("batch", min=1, max=64)},)
@@ -269,7 +269,7 @@ def test_an_exported_network_gets_the_same_map(name: str, batch: int | None, tmp
 
 
 @pytest.mark.parametrize("registration", ["resize", "receptive_field", "effective"])
-def test_an_images_map_depends_on_no_neighbour_and_leaves_the_model_alone(
+def test_an_images_map_depends_on_no_neighbor_and_leaves_the_model_alone(
     any_model: Made, registration: str
 ) -> None:
     model, images = any_model
@@ -297,7 +297,7 @@ class EnergyNetwork(nn.Module):
         return logits
 
 
-def test_a_blank_neighbour_changes_no_map() -> None:
+def test_a_blank_neighbor_changes_no_map() -> None:
     """On a map of zeros every pooling gives the mean; the network is still none that ends in mean + linear."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -334,12 +334,12 @@ def test_a_class_is_explained_whatever_the_first_image_is_read_as(explained: int
     classes = torch.tensor([explained, explained])
     found = class_activation(model, images, classes)
     torch.testing.assert_close(class_activation(model, images.flip(0), classes).flip(0), found)
-    # Evidence for a class stands where that class's own colour is.
+    # Evidence for a class stands where that class's own color is.
     assert float(correlation(found, images[:, explained : explained + 1]).min()) > 0.3
 
 
-@pytest.mark.parametrize("name", ["pooling", "flat, grey, two classes, not square", "tokens, not square"])
-def test_randomised_weights_give_another_map(name: str) -> None:
+@pytest.mark.parametrize("name", ["pooling", "flat, gray, two classes, not square", "tokens, not square"])
+def test_randomized_weights_give_another_map(name: str) -> None:
     model, _ = NETWORKS[name]()
     size = {"pooling": (3, 20, 20), "tokens, not square": (3, 16, 24)}.get(name, (1, 16, 12))
     images = torch.rand(16, *size, generator=torch.Generator().manual_seed(1))

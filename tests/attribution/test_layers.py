@@ -1,4 +1,4 @@
-"""Layers: how an activation is recognised as a map of the image, and which map is read."""
+"""Layers: how an activation is recognized as a map of the image, and which map is read."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_tokens_of_well_known_networks_are_laid_out_rightly(
 
 @pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
 @pytest.mark.parametrize(("height", "width", "stride"), [(7, 9, 8), (12, 5, 4), (1, 3, 32), (56, 56, 4)])
-def test_maps_are_recognised_with_channels_first_and_last(
+def test_maps_are_recognized_with_channels_first_and_last(
     height: int, width: int, stride: int, last: bool
 ) -> None:
     image = torch.zeros(1, 3, height * stride, width * stride)
@@ -129,8 +129,8 @@ def test_attention_is_not_mistaken_for_a_map(build: type[nn.Module]) -> None:
     ("network", "layout", "has_pooling_head"),
     [
         ("pooling", Layout("channels_first", 10, 10), True),
-        ("normalised", Layout("channels_first", 9, 13), True),
-        ("flat, grey, two classes, not square", Layout("channels_first", 8, 6), False),
+        ("normalized", Layout("channels_first", 9, 13), True),
+        ("flat, gray, two classes, not square", Layout("channels_first", 8, 6), False),
         ("tokens, not square", Layout("tokens", 4, 6, 1), False),
     ],
 )

@@ -114,7 +114,7 @@ def test_swapping_label_and_rival_or_the_two_images_turns_the_sign(any_model: Ma
     torch.testing.assert_close(back.sites, -drop.sites, rtol=1e-3, atol=1e-4)
 
 
-def test_a_drop_depends_on_no_neighbour(any_model: Made) -> None:
+def test_a_drop_depends_on_no_neighbor(any_model: Made) -> None:
     model, images = any_model
     labels, rivals = classes_of(model, images)
     adversarial = images.clone()

@@ -124,8 +124,8 @@ def poisoned_by(body: nn.Module, size: tuple[int, int], axis: int) -> Tensor:
     return reached
 
 
-def centres(body: nn.Module, size: tuple[int, int], axis: int) -> dict[int, float]:
-    """Centre of the pixels that reach each cell, of the cells whose pixels all lie well inside the image."""
+def centers(body: nn.Module, size: tuple[int, int], axis: int) -> dict[int, float]:
+    """Center of the pixels that reach each cell, of the cells whose pixels all lie well inside the image."""
     reached = poisoned_by(body, size, axis)
     found, most = {}, int(reached.sum(0).max())
     for cell in range(reached.shape[1]):
@@ -147,15 +147,15 @@ def grid_of(body: nn.Module, size: tuple[int, int], measure: Callable[..., Grid 
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("name", [name for name in BODIES if name not in {"enlarged", "transposed"}])
-def test_a_cell_is_centred_on_the_pixels_that_reach_it(name: str, frozen: bool) -> None:
+def test_a_cell_is_centered_on_the_pixels_that_reach_it(name: str, frozen: bool) -> None:
     body, size = positive(BODIES[name]()).requires_grad_(not frozen), (40, 43)
     grid = grid_of(body, size, receptive_grid)
     assert grid is not None
     for axis in (0, 1):
-        expected = centres(body, size, axis)
+        expected = centers(body, size, axis)
         assert len(expected) >= 3
-        for cell, centre in expected.items():
-            assert grid[axis].offset + grid[axis].stride * cell == pytest.approx(centre, abs=1e-6)
+        for cell, center in expected.items():
+            assert grid[axis].offset + grid[axis].stride * cell == pytest.approx(center, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["enlarged", "transposed"])
@@ -165,8 +165,8 @@ def test_where_enlarged_cells_share_their_pixels_the_grid_is_off_by_less_than_on
     body, size = positive(BODIES[name]()), (40, 43)
     grid = grid_of(body, size, receptive_grid)
     for axis in (0, 1):
-        for cell, centre in centres(body, size, axis).items():
-            assert grid is None or abs(grid[axis].offset + grid[axis].stride * cell - centre) <= 1
+        for cell, center in centers(body, size, axis).items():
+            assert grid is None or abs(grid[axis].offset + grid[axis].stride * cell - center) <= 1
 
 
 def resnet_stem(channels: int = 1) -> nn.Sequential:
@@ -184,9 +184,9 @@ def test_resnets_cells_lie_on_multiples_of_32_which_is_15_and_a_half_pixels_from
     body = positive(resnet_stem())
     grid = grid_of(body, (224, 224), receptive_grid)
     assert grid == (Axis(0, 32), Axis(0, 32))
-    for cell, centre in centres(body, (224, 33), 0).items():
-        assert centre == 32 * cell
-    tiled = 32 * torch.arange(7) + (32 - 1) / 2  # where resizing 7 cells to 224 pixels puts their centres
+    for cell, center in centers(body, (224, 33), 0).items():
+        assert center == 32 * cell
+    tiled = 32 * torch.arange(7) + (32 - 1) / 2  # where resizing 7 cells to 224 pixels puts their centers
     assert (tiled - torch.tensor([grid[0].offset + grid[0].stride * cell for cell in range(7)])).tolist() == [
         15.5
     ] * 7
@@ -284,7 +284,7 @@ def test_what_a_cell_looks_at_does_not_depend_on_the_picture(pooling: tuple[nn.M
 @pytest.mark.parametrize(
     ("rows", "columns"), [(Axis(3, 8), Axis(0, 5)), (Axis(-2, 4), Axis(7, 1)), (Axis(0, 1), Axis(1, 2))]
 )
-def test_each_cells_own_value_stands_at_its_centre(rows: Axis, columns: Axis) -> None:
+def test_each_cells_own_value_stands_at_its_center(rows: Axis, columns: Axis) -> None:
     size = (40, 30)
     maps = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(0))
     placed = place(maps, size, (rows, columns))
@@ -298,7 +298,7 @@ def test_each_cells_own_value_stands_at_its_centre(rows: Axis, columns: Axis) ->
     assert checked >= 20
 
 
-def test_placed_maps_are_straight_between_centres_and_flat_beyond_them() -> None:
+def test_placed_maps_are_straight_between_centers_and_flat_beyond_them() -> None:
     maps = torch.tensor([[[[1.0, 3.0], [5.0, 11.0]]]])
     placed = place(maps, (20, 12), (Axis(4.5, 8, reach=99), Axis(2, 4, reach=99)))[0, 0]
     down = ((torch.arange(20.0) - 4.5) / 8).clamp(0, 1)[:, None]

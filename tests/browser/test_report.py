@@ -123,18 +123,18 @@ def test_the_clean_photograph_is_drawn_to_the_bit(opened: Opened) -> None:
     assert torch.equal(drawn, wanted.long())
 
 
-def test_an_overlay_colours_the_photograph_and_its_opacity_can_be_changed(opened: Opened) -> None:
+def test_an_overlay_colors_the_photograph_and_its_opacity_can_be_changed(opened: Opened) -> None:
     plain = opened.pixels(CLEAN)
     half = opened.overlaid("importance")
     assert half != plain
     opened.page.fill("#opacity", "0")
-    grey = opened.pixels(CLEAN)
+    gray = opened.pixels(CLEAN)
     assert all(
-        red == green == blue for red, green, blue in zip(grey[0::4], grey[1::4], grey[2::4], strict=True)
+        red == green == blue for red, green, blue in zip(gray[0::4], gray[1::4], gray[2::4], strict=True)
     )
     opened.page.fill("#opacity", "100")
-    assert opened.pixels(CLEAN) not in (half, grey)
-    opened.page.uncheck("#grey")
+    assert opened.pixels(CLEAN) not in (half, gray)
+    opened.page.uncheck("#gray")
     opened.page.fill("#opacity", "0")
     assert opened.pixels(CLEAN) == plain
 

@@ -40,7 +40,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 400])
-def test_every_chart_is_drawn_in_the_colours_of_the_page(
+def test_every_chart_is_drawn_in_the_colors_of_the_page(
     browser: Any, report: Path, scheme: str, width: int
 ) -> None:
     opened = Opened(browser, report, width, scheme)

@@ -38,7 +38,7 @@ def cases(draw: st.DrawFn) -> Case:
     shape = (draw(st.integers(1, 3)), channels, *size)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     contrast = draw(st.sampled_from([0.0, 0.5, 1.0, 3.0]))
-    level = draw(st.sampled_from([0.0, 0.5, 1.0]))  # with no contrast: black, grey and white images
+    level = draw(st.sampled_from([0.0, 0.5, 1.0]))  # with no contrast: black, gray and white images
     images = (level + contrast * (torch.rand(shape, generator=generator) - 0.5)).clamp(0, 1)
     scale = draw(st.sampled_from([0.0, 1e-6, 1e-2, 0.3, 2.0, 1e3]))
     spread = draw(st.sampled_from([0.0, 4.0]))  # of magnitudes: entries differ by orders where it is not zero
@@ -56,7 +56,7 @@ def limit(budget: Budget) -> float:
 
 
 def pictures(channels: int, size: tuple[int, int]) -> Tensor:
-    """Noise, low contrast, mostly black and white, constant grey, black, white; (6, C, H, W)."""
+    """Noise, low contrast, mostly black and white, constant gray, black, white; (6, C, H, W)."""
     noise = torch.rand(3, channels, *size, generator=torch.Generator().manual_seed(0))
     noise[1] = 0.6 + 0.05 * noise[1]
     noise[2] = (0.5 + 6 * (noise[2] - 0.5)).clamp(0, 1)

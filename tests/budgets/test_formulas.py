@@ -30,16 +30,16 @@ def blocks(image: Tensor, patch: int) -> Iterator[Tensor]:
 
 def moments(pixels: list[float]) -> tuple[float, list[float], float]:
     mean = sum(pixels) / len(pixels)
-    centred = [value - mean for value in pixels]
-    return mean, centred, sum(value * value for value in centred)
+    centered = [value - mean for value in pixels]
+    return mean, centered, sum(value * value for value in centered)
 
 
 def distances(before: list[float], after: list[float]) -> tuple[float, float]:
     """d1^2 and d2^2 of one patch, in plain Python."""
-    first, first_centred, first_energy = moments(before)
-    second, second_centred, second_energy = moments(after)
+    first, first_centered, first_energy = moments(before)
+    second, second_centered, second_energy = moments(after)
     level = (first - second) ** 2 / (first**2 + second**2 + LEVEL)
-    square = sum((one - two) ** 2 for one, two in zip(first_centred, second_centred, strict=True))
+    square = sum((one - two) ** 2 for one, two in zip(first_centered, second_centered, strict=True))
     bound = first_energy + second_energy + (len(before) - 1) * STRUCTURE
     return level, square / bound if bound else 0.0
 
@@ -190,14 +190,14 @@ def test_a_global_step_meets_the_conditions_of_lagrange(
         for before, change, slope, step in zip(*(blocks(each, patch) for each in row), strict=True):
             old, _, old_energy = moments(before.tolist())
             new, _, new_energy = moments((before + change).tolist())
-            mean, centred, square = moments(step.tolist())
+            mean, centered, square = moments(step.tolist())
             structure = old_energy + new_energy + (len(before) - 1) * STRUCTURE
             level = old**2 + new**2 + LEVEL
             spent += mean**2 / level + (square / structure if len(before) > 1 else 0)
             # Half the derivatives by every pixel of what is spent.
             slopes += [
                 (value / structure if len(before) > 1 else 0) + mean / level / len(before)
-                for value in centred
+                for value in centered
             ]
             gains += slope.tolist()
         count = len(list(blocks(row[0], patch)))
@@ -215,13 +215,13 @@ def solved(image: Tensor, eps: float, goal: Any) -> Tensor:
     cvxpy = pytest.importorskip("cvxpy")
     before = image.flatten().double().numpy()
     count = len(before)
-    mean, centred = float(before.mean()), before - before.mean()
+    mean, centered = float(before.mean()), before - before.mean()
     level, part = cvxpy.Variable(), cvxpy.Variable(count)
     # |u - v|^2 <= e (|u|^2 + |v|^2 + c), unfolded so that both sides are convex in v.
-    energy = float(centred @ centred)
+    energy = float(centered @ centered)
     inside = [
         cvxpy.sum(part) == 0,
-        (1 - eps) * cvxpy.sum_squares(part) - 2 * (centred @ part) + (1 - eps) * energy
+        (1 - eps) * cvxpy.sum_squares(part) - 2 * (centered @ part) + (1 - eps) * energy
         <= eps * (count - 1) * STRUCTURE,
         (1 - eps) * cvxpy.square(level) - 2 * mean * level + (1 - eps) * mean**2 <= eps * LEVEL,
     ]
@@ -235,7 +235,7 @@ def solved(image: Tensor, eps: float, goal: Any) -> Tensor:
 @pytest.mark.parametrize("eps", [1e-3, 0.05, 0.5])
 @pytest.mark.parametrize("side", [2, 4, 8])
 @pytest.mark.parametrize("contrast", [0.01, 0.3, 1.0])
-def test_a_local_step_is_cvxpys_maximiser(eps: float, side: int, contrast: float) -> None:
+def test_a_local_step_is_cvxpys_maximizer(eps: float, side: int, contrast: float) -> None:
     image = 0.5 + contrast * (pictures(1, (side, side))[:1] - 0.5)
     gradient = drawn(image, 1.0)
     slope = (gradient / gradient.norm()).double().flatten().numpy()
@@ -270,11 +270,11 @@ def test_black_and_constant_patches_may_change_as_much_as_the_constants_allow(pa
     brighter = SSIM(0.1, patch=patch, mode=mode).project(torch.ones_like(black), black)
     expected = math.sqrt(LEVEL * 0.1 / 0.9)
     torch.testing.assert_close(brighter, torch.full_like(black, expected), rtol=1e-4, atol=1e-7)
-    # One grey patch whose mean stays: d2^2 = q / (q + C2) <= e is q <= C2 e / (1 - e).
-    grey = torch.full_like(black, 0.5)
-    texture = drawn(grey, 0.05)
+    # One gray patch whose mean stays: d2^2 = q / (q + C2) <= e is q <= C2 e / (1 - e).
+    gray = torch.full_like(black, 0.5)
+    texture = drawn(gray, 0.05)
     texture = texture - texture.mean()
-    found = SSIM(0.1, patch=patch, mode=mode).project(texture, grey)
+    found = SSIM(0.1, patch=patch, mode=mode).project(texture, gray)
     allowed = math.sqrt((patch * patch - 1) * STRUCTURE * 0.1 / 0.9)
     assert float(texture.norm()) > allowed
     torch.testing.assert_close(found, texture * (allowed / texture.norm()), rtol=1e-3, atol=1e-6)

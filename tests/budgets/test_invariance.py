@@ -1,4 +1,4 @@
-"""What no budget may depend on: neighbours, the gradient's size, ties, precision, memory layout; and nested budgets."""
+"""What no budget may depend on: neighbors, the gradient's size, ties, precision, memory layout; and nested budgets."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_what_a_budget_allows_a_larger_one_allows_too(budget: Budget, case: Case
 
 @LAW
 @given(budgets, cases())
-def test_an_images_projection_and_step_depend_on_no_neighbour(budget: Budget, case: Case) -> None:
+def test_an_images_projection_and_step_depend_on_no_neighbor(budget: Budget, case: Case) -> None:
     wanted, images, region = case
     together = budget.project(wanted, images, region=region)
     inside = budget.project(0.1 * wanted, images, region=region)
@@ -93,7 +93,7 @@ def test_a_faded_image_beside_one_with_an_enormous_gradient_gets_its_own_step(bu
 
 @pytest.mark.parametrize("ties", ["one value", "few values"])
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
-def test_equal_gradients_are_not_settled_by_the_neighbours(budget: Budget, ties: str) -> None:
+def test_equal_gradients_are_not_settled_by_the_neighbors(budget: Budget, ties: str) -> None:
     # The gradients of counts, of signs and of flat models: many entries are equally steep.
     gradient = torch.ones(2, 3, 16, 16) if ties == "one value" else drawn(2, 3, 16, 16).round()
     images = torch.full((2, 3, 16, 16), 0.5)

@@ -79,7 +79,7 @@ def size_of(budget: SSIM, image: Tensor, perturbation: Tensor) -> float:
 
 
 def drawn(height: int, width: int, *, contrast: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Two images of three channels around grey, and a direction for each."""
+    """Two images of three channels around gray, and a direction for each."""
     generator = torch.Generator().manual_seed(seed)
     images = 0.5 + contrast * (torch.rand(2, 3, height, width, generator=generator) - 0.5)
     return images, torch.randn(images.shape, generator=generator)
@@ -158,13 +158,13 @@ def solved(solver: Any, objective: Any, constraints: list[Any]) -> None:
 def within_local_bounds(solver: Any, change: Any, patch: Pixels, eps: float) -> list[Any]:
     """d1^2 <= eps and d2^2 <= eps of one patch, multiplied out to convex quadratics of the change."""
     count, mean = len(patch), patch.mean()
-    centred = patch - mean
+    centered = patch - mean
     centring = np.eye(count) - 1 / count
-    structure = (1 - eps) * solver.sum_squares(centring @ change) - 2 * eps * (centred @ change)
+    structure = (1 - eps) * solver.sum_squares(centring @ change) - 2 * eps * (centered @ change)
     shift = solver.sum(change) / count
     level = (1 - eps) * solver.square(shift) - 2 * eps * mean * shift
     return [
-        structure <= eps * (2 * centred @ centred + (count - 1) * C2),
+        structure <= eps * (2 * centered @ centered + (count - 1) * C2),
         level <= eps * (2 * mean**2 + C1),
     ]
 
@@ -253,11 +253,11 @@ def test_the_global_step_is_the_steepest_under_frozen_denominators(
         for change, slope, (level, structure) in zip(
             pieces(step, patch), pieces(gradient, patch), frozen(image, point, patch), strict=True
         ):
-            mean, centred = change.mean(), change - change.mean()
-            spent.append(mean**2 / level + ((centred @ centred) / structure if len(change) > 1 else 0))
+            mean, centered = change.mean(), change - change.mean()
+            spent.append(mean**2 / level + ((centered @ centered) / structure if len(change) > 1 else 0))
             ratios.append(mean / level / slope.sum())
             if len(change) > 1:
-                ratios.extend(centred / structure / (slope - slope.mean()))
+                ratios.extend(centered / structure / (slope - slope.mean()))
         assert sum(spent) / len(spent) == pytest.approx(eps, rel=1e-4)
         assert min(ratios) > 0
         # Pixels whose slope nearly is their patch's mean have ratios of rounding errors.
@@ -354,8 +354,8 @@ def test_means_take_their_share_of_the_steepest_step_and_all_of_the_budget_is_sp
             pieces(full, patch), pieces(step, patch), pieces(movable.float(), patch), frozen(image, point, patch),
             strict=True,
         ):  # fmt: skip
-            mean, centred = change.mean(), change - change.mean()
-            spent.append(mean**2 / bright + ((centred @ centred) / structure if len(change) > 1 else 0))
+            mean, centered = change.mean(), change - change.mean()
+            spent.append(mean**2 / bright + ((centered @ centered) / structure if len(change) > 1 else 0))
             if not moves.any():
                 continue
             on = moves > 0

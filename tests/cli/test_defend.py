@@ -217,7 +217,7 @@ def test_folders_that_are_no_names_stand_for_classes_in_sorted_order(
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
-        (("--defense", "neutralise"), 2, "defense is 'neutralise'; did you mean neutralize?"),
+        (("--defense", "neutralize"), 2, "defense is 'neutralize'; did you mean neutralize?"),
         (("--defense", "nowhere:make"), 2, "defense nowhere:make: there is no module 'nowhere'"),
         (("--defense", "FOREIGN:rouned"), 2, "has no 'rouned'; did you mean rounded or Rounded?"),
         (("--defense", "FOREIGN:nothing"), 2, "returned a dict; accepted is a torch.nn.Module"),
@@ -249,7 +249,7 @@ def test_folders_that_are_no_names_stand_for_classes_in_sorted_order(
         (("--labels", "torn.csv"), 2, "labels: torn.csv says both 1 and 2 of chelsea.png"),
         (("--labels", "folders"), 2, "labels is 'photos'"),
         (("--out", "photos"), 2, "out is photos, inside a folder of pictures"),
-        (("--substitute", "tiny_networks:grey"), 2, "model tiny_networks:grey does not take images"),
+        (("--substitute", "tiny_networks:gray"), 2, "model tiny_networks:gray does not take images"),
     ],
 )
 def test_what_cannot_be_meant_is_told_in_a_sentence(

@@ -96,7 +96,7 @@ def test_units_under_attack_are_in_the_page_the_tables_and_the_json(run: Run, tm
 def test_what_cannot_be_meant_is_told_in_a_sentence(run: Run, tmp_path: Path) -> None:  # noqa: F811
     dataset, photos = planted(tmp_path / "set"), draw(tmp_path / "photos", 3)
     for arguments, told in (
-        ((), "give either a folder of labelled pictures or --demo"),
+        ((), "give either a folder of labeled pictures or --demo"),
         ((dataset, "--demo"), "give either"),
         (("nowhere",), "there is no such folder"),
         (("--demo", "--masks", "m"), "--masks does nothing with --demo"),

@@ -58,7 +58,7 @@ class Loud(nn.Module):
         return self.inner(images)
 
 
-def grey():
+def gray():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 10)).eval()
 """
@@ -398,11 +398,11 @@ def test_pairs_of_different_sizes_are_refused_and_other_sizes_than_the_models_no
     assert "brought from 64 x 64 to 48 x 48" in ended.err
 
 
-def test_a_grey_network_with_class_names_and_a_target(run: Run, photographs: Path, tmp_path: Path) -> None:
+def test_a_gray_network_with_class_names_and_a_target(run: Run, photographs: Path, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("\n".join(f"digit {number}" for number in range(10)))
     options = (
         "--model",
-        "tiny_networks:grey",
+        "tiny_networks:gray",
         "--size",
         "28x28",
         "--classes",
@@ -635,7 +635,7 @@ def test_a_failure_stays_a_failure_when_it_is_saved_and_explained_again(run: Run
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["--model", "tiny_networks:grey"], "does not take images of 1 x 64 x 64"),
+        (["--model", "tiny_networks:gray"], "does not take images of 1 x 64 x 64"),
         (["--classes", "tiny_networks.py"], "names; "),
         (["--out", "/proc/nowhere"], "cannot be made"),
         (["--region", "cam", "--keep", "0"], "leaves no pixel to change"),

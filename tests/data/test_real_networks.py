@@ -56,7 +56,7 @@ def test_more_budget_leaves_fewer_images_robust(networks: ModuleType, budget: Bu
     assert robust[1] < robust[0]
 
 
-def test_randomised_weights_change_the_maps_of_a_trained_network(networks: ModuleType) -> None:
+def test_randomized_weights_change_the_maps_of_a_trained_network(networks: ModuleType) -> None:
     images, labels = networks.cifar10("test", 16)
     model = networks.network("cifar10_resnet20")
     before = class_activation(model, images, labels).flatten(1)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from weakspot.datasets import read_labelled
+from weakspot.datasets import read_labeled
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 3072), dtype=np.uint8)
 LABELS = [0, 1, 2, 3, 4, 9]
@@ -27,7 +27,7 @@ def write(folder: Path, content: object, name: str = "data_batch_1", protocol: i
 
 def refused(source: Path, said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(str(source))) as told:
-        read_labelled(source)
+        read_labeled(source)
     assert re.search(said, str(told.value)), told.value
     assert "\n" not in str(told.value)
 
@@ -56,7 +56,7 @@ def test_genuine_arrays_of_every_protocol_are_read(
     for images in (IMAGES, np.asfortranarray(IMAGES)):
         stored = pickle.dumps({b"data": images, "labels": held, b"": b""}, protocol)
         (tmp_path / "data_batch_1").write_bytes(as_numpy_1(stored) if numpy_1 else stored)
-        data = read_labelled(tmp_path)
+        data = read_labeled(tmp_path)
         assert torch.equal(data.pixels(torch.arange(6)), torch.from_numpy(IMAGES).view(-1, 3, 32, 32))
         assert data.labels.tolist() == LABELS
 
@@ -77,7 +77,7 @@ def test_what_python_2_wrote_is_read(tmp_path: Path) -> None:
         b"\x80\x02}q\x00(U\x04data" + array + b"U\x06labels" + numbers + b"U\x09filenames" + names + b"u."
     )
     (tmp_path / "data_batch_1").write_bytes(content)
-    data = read_labelled(tmp_path)
+    data = read_labeled(tmp_path)
     assert torch.equal(data.pixels(torch.arange(6)), torch.from_numpy(IMAGES).view(-1, 3, 32, 32))
     assert data.labels.tolist() == LABELS
 
@@ -115,7 +115,7 @@ def test_a_pickle_cannot_have_numpy_follow_addresses(tmp_path: Path) -> None:
         + struct.pack("<I", len(raw)) + raw + b"tb"
     )  # fmt: skip
     (tmp_path / "data_batch_1").write_bytes(b"\x80\x03}(C\x04data" + array + b"C\x06labels](K\x00K\x00eu.")
-    said = "import sys; from weakspot.datasets import read_labelled; read_labelled(sys.argv[1])"
+    said = "import sys; from weakspot.datasets import read_labeled; read_labeled(sys.argv[1])"
     ended = subprocess.run([sys.executable, "-c", said, str(tmp_path)], capture_output=True, check=False)
     assert ended.returncode == 1, "a crash is below zero"
     refused(tmp_path, "data is an array of 'V8'; accepted is an array of bytes")
@@ -217,4 +217,4 @@ def test_another_file_called_train_is_no_cifar(tmp_path: Path, stray: bytes) -> 
     (tmp_path / "train").write_bytes(stray)
     (tmp_path / "test").write_bytes(stray)
     (tmp_path / "ant/train").write_bytes(stray)
-    assert read_labelled(tmp_path, size=(8, 8)).class_names == ("ant", "bee")
+    assert read_labeled(tmp_path, size=(8, 8)).class_names == ("ant", "bee")

@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as st_numpy
 from PIL import Image
 from torch import Tensor
 
-from weakspot.datasets import from_tensors, read_labelled
+from weakspot.datasets import from_tensors, read_labeled
 from weakspot.datasets.idx import read_idx
 
 ROWS = torch.arange(12)
@@ -48,7 +48,7 @@ def write_mnist(folder: Path, *, packed: bool) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_mnist_is_read_as_it_was_written(tmp_path: Path, packed: bool, nested: bool, split: str) -> None:
     images, labels = write_mnist(tmp_path / "raw" if nested else tmp_path, packed=packed)
-    data = read_labelled(tmp_path, split=split)
+    data = read_labeled(tmp_path, split=split)
     assert data.shape == (1, 9, 7)
     assert torch.equal(data.pixels(ROWS)[:, 0], torch.from_numpy(images))
     assert torch.equal(data.labels, torch.from_numpy(labels).long())
@@ -94,13 +94,13 @@ def test_cifar_is_read_as_it_was_written(tmp_path: Path, kind: str) -> None:
     if "pickle" in kind:
         meta = {b"fine_label_names" if hundred else b"label_names": [name.encode() for name in names]}
         (tmp_path / ("meta" if hundred else "batches.meta")).write_bytes(pickle.dumps(meta, protocol=2))
-    data = read_labelled(tmp_path)
+    data = read_labeled(tmp_path)
     assert torch.equal(data.pixels(ROWS), images)
     assert torch.equal(data.labels, labels)
     if "pickle" in kind:
         assert data.class_names == tuple(names)
     with pytest.raises(FileNotFoundError, match="test"):
-        read_labelled(tmp_path, split="test")
+        read_labeled(tmp_path, split="test")
 
 
 class Harmful:
@@ -116,7 +116,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
     for content in (Harmful(), {b"data": Harmful(), b"labels": [1]}, {b"data": [1], b"labels": [1]}, [1]):
         (tmp_path / "data_batch_1").write_bytes(pickle.dumps(content, protocol=protocol))
         with pytest.raises(ValueError, match="data_batch_1"):
-            read_labelled(tmp_path)
+            read_labeled(tmp_path)
     assert not (tmp_path / "pwned").exists()
 
 
@@ -130,10 +130,10 @@ def test_arrays_are_read_as_they_were_written(tmp_path: Path, last: bool, floats
     np.savez(tmp_path / "plain.npz", images=held, labels=labels)
     np.savez(tmp_path / "keras.npz", x_train=held, y_train=labels, x_test=held[:4], y_test=labels[:4])
     for name in ("plain.npz", "keras.npz"):
-        data = read_labelled(tmp_path / name)
+        data = read_labeled(tmp_path / name)
         torch.testing.assert_close(data.images(ROWS), torch.from_numpy(images).float() / 255)
         assert data.labels.tolist() == [0, 1, 2] * 4
-    assert len(read_labelled(tmp_path / "keras.npz", split="test")) == 4
+    assert len(read_labeled(tmp_path / "keras.npz", split="test")) == 4
 
 
 @pytest.mark.parametrize("split", [True, False], ids=["with splits", "without"])
@@ -145,21 +145,21 @@ def test_folders_of_classes_are_read_in_order_and_when_asked(tmp_path: Path, spl
             for picture in range(3):
                 array = np.full((10, 14, 3), 40 * number + 10 * picture, np.uint8)
                 Image.fromarray(array).save(folder / f"{picture}.png")
-    data = read_labelled(tmp_path, size=(8, 8))
+    data = read_labeled(tmp_path, size=(8, 8))
     assert data.class_names == ("ant", "zebra")
     assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert data.pixels(torch.tensor([5, 0]))[:, 0, 0, 0].tolist() == [20, 40]
-    assert read_labelled(tmp_path, size=(8, 8), channels=1).pixels(ROWS[:1]).shape == (1, 1, 8, 8)
+    assert read_labeled(tmp_path, size=(8, 8), channels=1).pixels(ROWS[:1]).shape == (1, 1, 8, 8)
     assert data.subset(torch.tensor([4, 1])).pixels(ROWS[:2])[:, 0, 0, 0].tolist() == [10, 50]
     sent = pickle.loads(pickle.dumps(data))  # noqa: S301 - as worker processes are
     assert sent.pixels(ROWS[:1]).shape == (1, 3, 8, 8)
     with pytest.raises(ValueError, match="size is not given"):
-        read_labelled(tmp_path)
+        read_labeled(tmp_path)
     if split:
         (tmp_path / "val/wasp").mkdir()
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "val/wasp/0.png")
         with pytest.raises(ValueError, match="wasp is no class of the training data; accepted: ant, zebra"):
-            read_labelled(tmp_path, split="test", size=(8, 8))
+            read_labeled(tmp_path, split="test", size=(8, 8))
     (tmp_path / ("train" if split else ".") / "ant/0.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"ant/0.png: not an image in a known format; take it out"):
         data.pixels(ROWS[:1])
@@ -174,7 +174,7 @@ def test_a_hub_data_set_on_disk_is_read_as_it_was_written(tmp_path: Path) -> Non
     made = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1] * 6}, features=features)
     datasets.DatasetDict({"train": made, "validation": made}).save_to_disk(str(tmp_path / "set"))
     for split in ("train", "test"):
-        data = read_labelled(f"hf:{tmp_path / 'set'}", split=split)
+        data = read_labeled(f"hf:{tmp_path / 'set'}", split=split)
         assert data.class_names == ("cat", "dog")
         assert data.labels.tolist() == [0, 1] * 6
         assert torch.equal(data.pixels(ROWS), torch.from_numpy(bytes_of(12, 8, 8, 3)).permute(0, 3, 1, 2))
@@ -185,7 +185,7 @@ def test_without_the_library_the_sentence_says_what_to_install(monkeypatch: pyte
 
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install 'weakspot\[datasets\]'"):
-        read_labelled("hf:somewhere")
+        read_labeled("hf:somewhere")
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_damage_is_told_with_the_file(tmp_path: Path, name: str, content: bytes,
     path.write_bytes(content)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros(3, np.uint8))) if "idx3" in name else None
     with pytest.raises(ValueError, match=said):
-        read_labelled(path if path.suffix == ".npz" else tmp_path)
+        read_labeled(path if path.suffix == ".npz" else tmp_path)
 
 
 def test_bad_arguments_are_told_in_one_sentence(tmp_path: Path) -> None:
@@ -224,9 +224,9 @@ def test_bad_arguments_are_told_in_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=said):
             from_tensors(given_images, given_labels, class_names=names)
     with pytest.raises(ValueError, match="split is 'trian'; did you mean train"):
-        read_labelled(tmp_path, split="trian")
+        read_labeled(tmp_path, split="trian")
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
-        read_labelled(tmp_path / "missing")
+        read_labeled(tmp_path / "missing")
     np.savez(tmp_path / "odd.npz", pictures=np.zeros(3))
     with pytest.raises(ValueError, match="holds pictures; accepted are images or images_train"):
-        read_labelled(tmp_path / "odd.npz")
+        read_labeled(tmp_path / "odd.npz")

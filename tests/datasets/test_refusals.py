@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from weakspot.datasets import from_tensors, read_labelled
+from weakspot.datasets import from_tensors, read_labeled
 from weakspot.datasets.idx import read_idx
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8)
@@ -27,7 +27,7 @@ def refused(
     source: Path | str, said: str, *, kind: type[Exception] = ValueError, split: str = "train"
 ) -> None:
     with pytest.raises(kind, match=re.escape(str(source))) as told:
-        read_labelled(source, split=split)
+        read_labeled(source, split=split)
     assert type(told.value) is kind
     assert re.search(said, str(told.value)), told.value
     assert "\n" not in str(told.value)
@@ -46,7 +46,7 @@ def test_arrays_without_a_split_are_those_of_training(tmp_path: Path) -> None:
     refused(tmp_path / "plain.npz", said, kind=FileNotFoundError, split="test")
     np.savez(tmp_path / "test.npz", x_test=IMAGES, y_test=LABELS)
     refused(tmp_path / "test.npz", "there is no images_train or x_train", kind=FileNotFoundError)
-    assert len(read_labelled(tmp_path / "test.npz", split="test")) == 6
+    assert len(read_labeled(tmp_path / "test.npz", split="test")) == 6
     np.save(tmp_path / "one.npy", IMAGES)
     refused((tmp_path / "one.npy").rename(tmp_path / "one.npz"), "is one array")
     np.savez(tmp_path / "odd.npz", pictures=IMAGES)
@@ -56,11 +56,11 @@ def test_arrays_without_a_split_are_those_of_training(tmp_path: Path) -> None:
 def test_numbers_of_the_other_byte_order_are_read(tmp_path: Path) -> None:
     floats = IMAGES / 255
     np.savez(tmp_path / "x.npz", images=floats.astype(">f4"), labels=LABELS.astype(">i4"))
-    data = read_labelled(tmp_path / "x.npz")
+    data = read_labeled(tmp_path / "x.npz")
     torch.testing.assert_close(data.images(ROWS)[:, 0], torch.from_numpy(floats).float())
     assert data.labels.tolist() == LABELS.tolist()
     np.savez(tmp_path / "long.npz", images=floats.astype(np.longdouble), labels=LABELS.astype(np.uint64))
-    assert read_labelled(tmp_path / "long.npz").labels.tolist() == LABELS.tolist()
+    assert read_labeled(tmp_path / "long.npz").labels.tolist() == LABELS.tolist()
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_only_arrays_of_the_split_are_read(tmp_path: Path) -> None:
         x_test=IMAGES,
         y_test=LABELS,
     )
-    assert len(read_labelled(tmp_path / "x.npz", split="test")) == 6
+    assert len(read_labeled(tmp_path / "x.npz", split="test")) == 6
 
 
 # IDX
@@ -113,7 +113,7 @@ def test_both_ways_to_write_the_names_are_found(tmp_path: Path, between: str, pa
         (tmp_path / name).mkdir() if packed else None  # some archives unpack to folders of these names
         stored = gzip.compress(idx(array)) if packed else idx(array)
         (tmp_path / f"{name}{'.gz' if packed else ''}").write_bytes(stored)
-    data = read_labelled(tmp_path)
+    data = read_labeled(tmp_path)
     assert torch.equal(data.pixels(ROWS)[:, 0], torch.from_numpy(IMAGES))
     assert data.labels.tolist() == LABELS.tolist()
 
@@ -230,7 +230,7 @@ def test_a_folder_is_listed_once_and_looked_into_little(
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    data = read_labelled(classes, size=(8, 8))
+    data = read_labeled(classes, size=(8, 8))
     monkeypatch.undo()
     assert len(data) == 4
     assert data.labels.tolist() == [0, 0, 1, 1]
@@ -241,7 +241,7 @@ def test_a_folder_is_listed_once_and_looked_into_little(
 
 
 def test_a_picture_that_is_gone_is_told(classes: Path) -> None:
-    data = read_labelled(classes, size=(8, 8))
+    data = read_labeled(classes, size=(8, 8))
     (classes / "train/ant/1.png").unlink()
     with pytest.raises(ValueError, match=r"ant/1.png: the file is gone") as told:
         data.pixels(ROWS[:4])
@@ -274,7 +274,7 @@ def hub(tmp_path: Path) -> Make:
 
 def test_one_data_set_alone_is_that_of_training(hub: Make) -> None:
     source = hub()
-    assert len(read_labelled(source)) == 6
+    assert len(read_labeled(source)) == 6
     refused(
         source, "has no split test or validation or valid, only train", kind=FileNotFoundError, split="test"
     )
@@ -282,7 +282,7 @@ def test_one_data_set_alone_is_that_of_training(hub: Make) -> None:
 
 def test_one_data_set_alone_that_says_test_is_no_training(hub: Make) -> None:
     source = hub(split="test")
-    assert len(read_labelled(source, split="test")) == 6
+    assert len(read_labeled(source, split="test")) == 6
     refused(source, "has no split train, only test", kind=FileNotFoundError)
 
 
@@ -320,7 +320,7 @@ def test_other_columns_are_told(hub: Make, columns: dict[str, Any], said: str) -
 def test_a_picture_missing_further_on_is_told_when_asked_for(hub: Make) -> None:
     pictures: list[Any] = [Image.fromarray(array) for array in IMAGES]
     pictures[4] = None
-    data = read_labelled(hub(image=pictures))
+    data = read_labeled(hub(image=pictures))
     assert data.pixels(ROWS[:3]).shape == (3, 3, 8, 8)
     with pytest.raises(ValueError, match=r"set: there is no picture in row 4; take it out of the data"):
         data.pixels(ROWS)

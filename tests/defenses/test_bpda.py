@@ -116,7 +116,7 @@ def test_the_last_of_several_calls_can_lead_alone() -> None:
 
 
 def test_a_network_that_is_no_submodule_is_found_and_nested_ones_from_the_outside_in() -> None:
-    network, images = NETWORKS["normalised"]()
+    network, images = NETWORKS["normalized"]()
     hidden = Wrapper(nn.Identity(), after=lambda shown: network(shown.detach())).eval()
     outer, inner = leads(hidden, images)  # the classifier, and the network that it normalizes for
     expected = gradient_of(network, images)

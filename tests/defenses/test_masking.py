@@ -16,7 +16,7 @@ from weakspot import Classifier, LocalEdits, Pairs, attacks, dissect, unit_sensi
 from weakspot.budgets import Linf
 from weakspot.defenses import mask_units, masking_sentence, masking_test
 
-LAYERS = {"pooling": "stem.0", "tokens, not square": "encoder.layers.0", "normalised": "network.branch"}
+LAYERS = {"pooling": "stem.0", "tokens, not square": "encoder.layers.0", "normalized": "network.branch"}
 
 
 def by_hand(model: nn.Module, layer: str, units: list[int], images: Tensor, axis: int) -> Tensor:
@@ -74,7 +74,7 @@ def test_gradients_fused_passes_edits_and_copies_see_the_mask() -> None:
     assert not torch.allclose(point.grad, unmasked.grad)
 
 
-def test_normalisation_names_and_size_stay() -> None:
+def test_normalization_names_and_size_stay() -> None:
     model = Classifier.wrap(
         PoolingNetwork().eval(),
         mean=[0.5, 0.4, 0.3],
@@ -202,7 +202,7 @@ def test_masking_what_the_network_needs_makes_it_weaker() -> None:
 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:
-    model, images = NETWORKS["normalised"]()
+    model, images = NETWORKS["normalized"]()
     with pytest.raises(ValueError, match="has not; did you mean branch"):
         mask_units(model, "brunch", [0])
     with pytest.raises(ValueError, match="accepted are whole numbers from 0"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.conftest import FlatNetwork, LinearNetwork, untouched
 from tests.defenses.test_training import UNJUDGED, fresh, halves
 from weakspot import Linf, attacks
-from weakspot.datasets import Labelled, from_tensors
+from weakspot.datasets import LabeledImages, from_tensors
 from weakspot.training import TESTS, evaluation_matrix, judged_images, matrix, outcomes, swap_backgrounds
 from weakspot.training.outcomes import Judged
 
@@ -24,7 +24,7 @@ def make(seed: int) -> nn.Module:
         return FlatNetwork()
 
 
-def data(count: int) -> Labelled:
+def data(count: int) -> LabeledImages:
     return from_tensors(*halves(count))
 
 

@@ -78,7 +78,7 @@ def test_gradients_of_the_others_pass_as_if_nothing_was_changed(fill: str) -> No
     assert torch.equal(point.grad, weights)
 
 
-@pytest.mark.parametrize("kind", ["pooling", "tokens, not square", "normalised"])
+@pytest.mark.parametrize("kind", ["pooling", "tokens, not square", "normalized"])
 @each_fill
 def test_any_network_can_be_defended_and_stays_as_it_is(kind: str, fill: str) -> None:
     model, images = NETWORKS[kind]()

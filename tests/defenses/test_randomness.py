@@ -64,7 +64,7 @@ def test_a_random_region_belongs_to_the_image_whatever_its_batch_and_order(rando
         assert not torch.equal(together, other)
 
 
-def test_a_defence_that_is_random_by_the_image_answers_alike_and_leaves_generators_alone() -> None:
+def test_a_defense_that_is_random_by_the_image_answers_alike_and_leaves_generators_alone() -> None:
     model, images = NETWORKS["pooling"]()
     defended = neutralizing(model, keep=0.3, randomness=0.5, seed=3)
     with untouched(model, images):
@@ -136,7 +136,7 @@ def test_global_generators_are_seeded_for_a_draw_and_put_back() -> None:
     assert not is_random(PoolingNetwork().eval(), images)
 
 
-def test_a_defence_that_fails_has_its_draw_put_back() -> None:
+def test_a_defense_that_fails_has_its_draw_put_back() -> None:
     class Failing(DrawnByImage):
         def forward(self, images: Tensor) -> Tensor:
             raise RuntimeError("no")
@@ -160,7 +160,7 @@ def test_averaging_over_draws_breaks_what_only_its_randomness_protects() -> None
     assert standing(64) <= 0.1
 
 
-def test_gradients_through_the_defence_are_the_true_ones_where_the_region_stays() -> None:
+def test_gradients_through_the_defense_are_the_true_ones_where_the_region_stays() -> None:
     # A linear network's gradient, and so the region, is the same everywhere: nothing is held fixed that moves.
     model, images, _, _ = linear(2)
     images = images.double()

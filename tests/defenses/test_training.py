@@ -25,7 +25,7 @@ from weakspot import L2, Linf, attacks, defenses
 from weakspot._checks import ModelWarning
 from weakspot._io.locks import LockedError, locked
 from weakspot.classifier import Classifier
-from weakspot.datasets import from_tensors, read_labelled
+from weakspot.datasets import from_tensors, read_labeled
 from weakspot.training import data as finding
 from weakspot.training import fit
 from weakspot.training import loop as loops
@@ -561,7 +561,7 @@ def test_trades_is_its_formula_by_hand() -> None:
     assert float(gap) > 1e-4
 
 
-# A network that has learnt to leave the background alone has no gradient there, which an attack remarks.
+# A network that has learned to leave the background alone has no gradient there, which an attack remarks.
 @pytest.mark.filterwarnings("ignore:.*is zero everywhere in the region")
 def test_training_helps_against_a_planted_weakness_and_only_there() -> None:
     """The object says the class, the background too: attacks there undo a network that listens to it."""
@@ -685,7 +685,7 @@ def test_half_precision_learns_too() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"recipe": "localised"}, "recipe is 'localised'; did you mean localized"),
+        ({"recipe": "localized"}, "recipe is 'localized'; did you mean localized"),
         ({"share": 1.5}, "share is 1.5; accepted is a number from 0 to 1"),
         ({"share": float("nan")}, "share is nan"),
         ({"epochs": 0}, "epochs is 0"),
@@ -922,12 +922,12 @@ def test_pictures_are_decoded_alike_by_any_number_of_workers_and_damage_is_told(
         folder = tmp_path / "photos" / ("one" if number % 2 else "two")
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray((image[0] * 255).byte().numpy()).save(folder / f"{number:02}.png")
-    data = read_labelled(tmp_path / "photos", size=(16, 12), channels=1)
+    data = read_labeled(tmp_path / "photos", size=(16, 12), channels=1)
     options = {**UNJUDGED, "recipe": "full", "workers": workers}
     trained = defenses.train(fresh(), data, **options)
     again = defenses.train(fresh(), data, **{**options, "workers": 1})
     assert torch.equal(weights(trained), weights(again))
-    loop_data = read_labelled(tmp_path / "photos", size=(16, 12), channels=1)
+    loop_data = read_labeled(tmp_path / "photos", size=(16, 12), channels=1)
 
     def damage(row: dict[str, float]) -> None:
         (tmp_path / "photos/one/03.png").write_bytes(b"no picture")

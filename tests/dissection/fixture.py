@@ -27,7 +27,7 @@ ALL = np.ones((8, 8), bool)  # 64 sites
 # In category order, which is that of the columns: part of index.csv's header is `object, ..., material, ..., texture`.
 CATEGORIES = ("object", "material", "texture")
 
-# Number to name and label.csv's category field. Wood is labelled in two categories. Lamp is 300 = 44 + 256 * 1, so that
+# Number to name and label.csv's category field. Wood is labeled in two categories. Lamp is 300 = 44 + 256 * 1, so that
 # bytes that overflow make it a door.
 LABELS = {
     300: ("lamp", "object(4)"),
@@ -65,7 +65,7 @@ CONTENTS: tuple[Mapping[tuple[str, str], NDArray[np.bool_]], ...] = (
     {("wood", "object"): LEFT, ("wood", "material"): TOP},
     {("cloth", "material"): TOP},  # from a mask of 4 x 4
     {("sky", "object"): ALL, ("lamp", "object"): QUARTER},  # the whole image and a plane in one cell
-    {("cloth", "material"): LEFT, ("lamp", "object"): TOP},  # grey masks of 8 and of 16 bits
+    {("cloth", "material"): LEFT, ("lamp", "object"): TOP},  # gray masks of 8 and of 16 bits
     {("striped", "texture"): ALL},  # object is annotated, and there is none
 )
 
@@ -128,7 +128,7 @@ def paint(path: Path, labels: NDArray[np.integer]) -> Path:
     return path
 
 
-def grey(values: NDArray[np.integer]) -> Image.Image:
+def gray(values: NDArray[np.integer]) -> Image.Image:
     return Image.fromarray(values.astype(np.uint8))
 
 
@@ -137,7 +137,7 @@ def deep(values: NDArray[np.integer]) -> Image.Image:
 
 
 def palette(values: NDArray[np.integer]) -> Image.Image:
-    image = grey(values).convert("P")  # grey levels become the indices of a grey palette
+    image = gray(values).convert("P")  # gray levels become the indices of a gray palette
     image.putpalette(np.random.default_rng(0).permutation(256).repeat(3).astype(np.uint8).tobytes())
     image.frombytes(values.astype(np.uint8).tobytes())
     return image

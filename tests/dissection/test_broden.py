@@ -1,4 +1,4 @@
-"""Broden: what was labelled is what is read, whatever the files look like."""
+"""Broden: what was labeled is what is read, whatever the files look like."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.dissection.fixture import class_maps, deep, grey, palette
+from tests.dissection.fixture import class_maps, deep, gray, palette
 from weakspot import ImageWarning
 from weakspot.dissection import ConceptSet, build_concepts
 from weakspot.images import read_images
@@ -22,14 +22,14 @@ NAMES = ("road", "sky", "tree")
 
 
 def write(
-    folder: Path, maps: list[NDArray[np.int64]], form: Callable[[NDArray[np.int64]], Image.Image] = grey
+    folder: Path, maps: list[NDArray[np.int64]], form: Callable[[NDArray[np.int64]], Image.Image] = gray
 ) -> tuple[Path, Path]:
-    """Pictures whose grey tells the class, and masks."""
+    """Pictures whose gray tells the class, and masks."""
     images, masks = folder / "images", folder / "masks"
     images.mkdir(parents=True)
     masks.mkdir()
     for number, classes in enumerate(maps):
-        grey(classes * 50 % 251).save(images / f"{number}.png")
+        gray(classes * 50 % 251).save(images / f"{number}.png")
         form(classes).save(masks / f"{number}.png")
     return images, masks
 
@@ -51,7 +51,7 @@ def tree_bytes(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("form", [grey, deep, palette])
+@pytest.mark.parametrize("form", [gray, deep, palette])
 def test_every_class_lies_where_its_mask_says_and_void_nowhere(
     tmp_path: Path, form: Callable[[NDArray[np.int64]], Image.Image]
 ) -> None:
@@ -97,7 +97,7 @@ def test_a_class_number_over_255_keeps_its_name(tmp_path: Path) -> None:
     assert by_name(concepts, 0)["lamp"].flatten().tolist() == [True] * 8 + [False] * 8
 
 
-@pytest.mark.parametrize("form", [lambda m: grey(m * 255), grey, lambda m: Image.fromarray(m.astype(bool))])
+@pytest.mark.parametrize("form", [lambda m: gray(m * 255), gray, lambda m: Image.fromarray(m.astype(bool))])
 def test_two_values_are_ground_and_figure_however_they_are_written(
     tmp_path: Path, form: Callable[[NDArray[np.int64]], Image.Image]
 ) -> None:
@@ -129,7 +129,7 @@ def test_without_masks_the_first_folder_is_the_label_of_the_whole_picture(tmp_pa
         if path.suffix == ".txt":
             path.write_text("no picture")
         else:
-            grey(np.full((9, 7), 60)).save(path)
+            gray(np.full((9, 7), 60)).save(path)
     with pytest.warns(
         ImageWarning, match="1 of 4 pictures lie in no folder that names a label .* astray.png"
     ):
@@ -246,7 +246,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_masks_of_another_shape_or_in_colour_are_refused(tmp_path: Path) -> None:
+def test_masks_of_another_shape_or_in_color_are_refused(tmp_path: Path) -> None:
     images, masks = write(tmp_path / "in", class_maps(1))
     with Image.open(masks / "0.png") as image:
         stretched, colored = image.resize((12, 18), Image.Resampling.NEAREST), image.convert("RGB")

@@ -22,8 +22,8 @@ def test_any_label_map_that_is_written_reads_back(tmp_path: Path, labels: NDArra
     assert np.array_equal(read_labels(tmp_path / "own.png"), labels)
     Image.fromarray(labels.astype(np.uint16)).save(tmp_path / "deep.png")
     assert np.array_equal(read_labels(tmp_path / "deep.png"), labels)
-    Image.fromarray((labels % 256).astype(np.uint8)).save(tmp_path / "grey.png")
-    assert np.array_equal(read_labels(tmp_path / "grey.png"), labels % 256)
+    Image.fromarray((labels % 256).astype(np.uint8)).save(tmp_path / "gray.png")
+    assert np.array_equal(read_labels(tmp_path / "gray.png"), labels % 256)
 
 
 @given(labels=label_maps(), zoom=st.integers(1, 4), shape=st.tuples(st.integers(1, 20), st.integers(1, 20)))

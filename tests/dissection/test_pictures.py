@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from weakspot.dissection import ConceptSet, demo_concepts
-from weakspot.dissection.demo_textures import COLORS, TEXTURES, chequered, grid, ringed, striped, zigzagged
+from weakspot.dissection.demo_textures import COLORS, TEXTURES, checkered, grid, ringed, striped, zigzagged
 from weakspot.images import read_images
 
 
@@ -19,7 +19,7 @@ def concepts(tmp_path_factory: pytest.TempPathFactory) -> ConceptSet:
     return ConceptSet.open(demo_concepts(tmp_path_factory.mktemp("demo"), count=40, size=64))
 
 
-def test_every_colour_term_and_every_texture_is_drawn(concepts: ConceptSet) -> None:
+def test_every_color_term_and_every_texture_is_drawn(concepts: ConceptSet) -> None:
     assert [concept.name for concept in concepts.concepts] == [
         *COLORS,
         *(texture.__name__ for texture in TEXTURES),
@@ -30,7 +30,7 @@ def test_every_colour_term_and_every_texture_is_drawn(concepts: ConceptSet) -> N
     assert set(drawn.tolist()) == set(range(len(concepts.concepts)))
 
 
-def test_every_site_has_one_colour_and_at_most_one_texture(concepts: ConceptSet) -> None:
+def test_every_site_has_one_color_and_at_most_one_texture(concepts: ConceptSet) -> None:
     for index in range(len(concepts)):
         annotation = concepts.annotation(index)
         colored = annotation.concepts < len(COLORS)
@@ -39,7 +39,7 @@ def test_every_site_has_one_colour_and_at_most_one_texture(concepts: ConceptSet)
         assert bool(annotation.categories.all())
 
 
-def test_a_site_shows_the_colour_that_its_mask_names(concepts: ConceptSet) -> None:
+def test_a_site_shows_the_color_that_its_mask_names(concepts: ConceptSet) -> None:
     prototypes = torch.tensor(list(COLORS.values())) / 255
     total, count = torch.zeros(len(COLORS), 3), torch.zeros(len(COLORS))
     right = sites = 0
@@ -79,7 +79,7 @@ def places() -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.
 
 
 @pytest.mark.parametrize("texture", TEXTURES)
-def test_a_texture_shows_both_colours(texture: Any) -> None:
+def test_a_texture_shows_both_colors(texture: Any) -> None:
     for seed in range(20):
         share = texture(*places(), np.random.default_rng(seed)).mean()
         assert 0.1 < share < 0.8
@@ -96,7 +96,7 @@ def test_textures_have_the_symmetry_of_their_name() -> None:
     assert np.array_equal(at(grid, u, v), at(grid, v, u))
     turn = np.cos(0.7) * u + np.sin(0.7) * v, np.cos(0.7) * v - np.sin(0.7) * u
     assert np.mean(at(ringed, u, v) == at(ringed, *turn)) > 0.99
-    assert np.mean(at(chequered, u, v) != at(chequered, u + 1 / 1.4, v)) > 0.99
+    assert np.mean(at(checkered, u, v) != at(checkered, u + 1 / 1.4, v)) > 0.99
     assert np.mean(at(zigzagged, u, v) == at(zigzagged, -u, v)) > 0.99
 
 

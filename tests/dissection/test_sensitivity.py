@@ -18,7 +18,7 @@ from weakspot.dissection.sensitivity import equal_noise
 
 
 class Planted(nn.Module):
-    """Sixteen units that look at colours in their own way; `planted` lets number 5 look at blue alone."""
+    """Sixteen units that look at colors in their own way; `planted` lets number 5 look at blue alone."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -25,11 +25,11 @@ from weakspot.classifier import Classifier
 from weakspot.dissection import ConceptSet, dissect, dissection
 from weakspot.dissection.tally import LARGEST, TopValues
 
-HALF = 0.6  # of the fixture's sites at most half carry a colour, so that the threshold is 0
+HALF = 0.6  # of the fixture's sites at most half carry a color, so that the threshold is 0
 
 
 class Seeing(nn.Module):
-    """Units that pass the colours on, and one that sees nothing."""
+    """Units that pass the colors on, and one that sees nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,16 +60,16 @@ def by_hand(unit: np.ndarray, concept: tuple[str, str], denominator: str) -> flo
     ]
     for content, categories in zip(CONTENTS, annotated, strict=True):
         mask = content.get(concept, np.zeros((8, 8), bool))
-        labelled = np.zeros((8, 8), bool)
+        labeled = np.zeros((8, 8), bool)
         for (_, category), other in content.items():
             if category == CATEGORIES[place]:
-                labelled |= other
+                labeled |= other
         both += int((unit & mask).sum())
         own += int(mask.sum())
         active += {
             "all": int(unit.sum()),
             "category": int(unit.sum()) if concept[1] in categories else 0,
-            "activated": int((unit & labelled).sum()),
+            "activated": int((unit & labeled).sum()),
         }[denominator]
     return both / max(1, active + own - both)
 
@@ -101,7 +101,7 @@ def test_the_two_fractions_in_the_fixtures_comment(tmp_path: Path) -> None:
 
 
 def planted(folder: Path, count: int = 20, side: int = 32) -> Path:
-    """Pictures with a red and a green square each, labelled, somewhere on noise."""
+    """Pictures with a red and a green square each, labeled, somewhere on noise."""
     images = folder / "images"
     images.mkdir(parents=True)
     rng = np.random.default_rng(0)

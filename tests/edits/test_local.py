@@ -193,7 +193,7 @@ def test_logits_equal_those_of_the_whole_network(name: str, size: tuple[int, int
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_windows_cannot_be_told_from_the_network_for_normalised_grey_and_double(name: str) -> None:
+def test_windows_cannot_be_told_from_the_network_for_normalized_gray_and_double(name: str) -> None:
     torch.manual_seed(4)
     network = NETWORKS[name]().double()
     model = Classifier.wrap(network, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])
@@ -484,7 +484,7 @@ class Built(nn.Module):
 
 
 ENDINGS: dict[str, tuple[Callable[[nn.Module, Tensor, Tensor], Tensor], int]] = {
-    "generalised mean pooling": (lambda h, y, x: h(y.clamp(min=1e-6).pow(3).mean((2, 3)).pow(1 / 3)), 4),
+    "generalized mean pooling": (lambda h, y, x: h(y.clamp(min=1e-6).pow(3).mean((2, 3)).pow(1 / 3)), 4),
     "root of a sum of squares": (lambda h, y, x: h(y.relu().pow(2).sum((2, 3)).sqrt()), 4),
     "a constant of the batch's size": (lambda h, y, x: h(y.flatten(1)) + torch.zeros(len(y), 3), 4 * 19 * 23),
     "a slice of the batch": (lambda h, y, x: h(y[: len(x)].flatten(1)), 4 * 19 * 23),

@@ -83,7 +83,7 @@ def test_a_network_that_changed_is_recorded_anew(recorded: list[str], way: str) 
     assert len(recorded) == 2
 
 
-def test_another_normalisation_of_the_same_network_is_another_recording() -> None:
+def test_another_normalization_of_the_same_network_is_another_recording() -> None:
     model, image = network()
     one = Classifier.wrap(model, mean=[0.5], std=[0.25])
     other = Classifier.wrap(model, mean=[0.1], std=[0.5])

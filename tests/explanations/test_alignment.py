@@ -76,7 +76,7 @@ def photographs(evidence: Tensor, seed: int, texture: Tensor | float = 1.0) -> T
 
 
 def changed(clean: Tensor, where: Tensor, seed: int) -> Pairs:
-    """Random changes of grey as strong as `where`, and a trace of them everywhere."""
+    """Random changes of gray as strong as `where`, and a trace of them everywhere."""
     signs = (
         torch.rand(len(clean), 1, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)).sub(0.5).sign()
     )

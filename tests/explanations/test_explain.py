@@ -65,10 +65,10 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
 def returning(
     scores: dict[str, Any], maps: dict[str, Tensor] | None = None, **extra: Any
 ) -> Callable[..., Analysis]:
-    def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
+    def analyze(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
         return Analysis(pd.DataFrame(scores), maps or {}, **extra)
 
-    return analyse
+    return analyze
 
 
 @pytest.mark.parametrize("from_attack", [True, False])
@@ -194,8 +194,8 @@ def test_evidence_is_shown_for_both_classes_in_both_images(any_model: Made) -> N
     np.testing.assert_allclose(found.scores["evidence_kept"], expected_kept, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["pooling", "flat, grey, two classes, not square"])
-def test_randomised_weights_change_every_map_that_comes_from_the_model(name: str) -> None:
+@pytest.mark.parametrize("name", ["pooling", "flat, gray, two classes, not square"])
+def test_randomized_weights_change_every_map_that_comes_from_the_model(name: str) -> None:
     model, images = NETWORKS[name]()
     pairs = attacked(model, images)
     before = explain(model, pairs).maps

@@ -11,7 +11,7 @@ from tests.attacks.test_sweep import Triggered
 from tests.conftest import PoolingNetwork
 from weakspot import Locality, Pairs, attacks, locality
 from weakspot.explanations.locality_by_radius import MEANINGS, RADII, locality_sentence, locality_table
-from weakspot.explanations.pixel_locality import analyse
+from weakspot.explanations.pixel_locality import analyze
 from weakspot.statistics import rate_interval
 
 
@@ -37,10 +37,10 @@ def test_exactly_the_receptive_field_shares_the_weakness() -> None:
     assert torch.equal(found.same_class, found.success)
     assert found.by_radius["rate"].tolist() == pytest.approx([1, 0, 0, 0, 8 / 119])
     rates, images = by_control(found, "rate"), by_control(found, "images")
-    assert rates["neighbours"] == 1
+    assert rates["neighbors"] == 1
     assert rates["moved with the image"] == 1  # by one site the pixel stays in the filter's window
-    assert 0 < rates["random colour"] < 1
-    assert images["neighbours of failed attacks"] == 0
+    assert 0 < rates["random color"] < 1
+    assert images["neighbors of failed attacks"] == 0
 
 
 def test_failures_are_controls_and_not_results() -> None:
@@ -56,7 +56,7 @@ def test_failures_are_controls_and_not_results() -> None:
     found = locality(model, both, radius=4)
     assert found.by_radius["images"].tolist() == [1] * 5
     rates, images = by_control(found, "rate"), by_control(found, "images")
-    assert (rates["neighbours of failed attacks"], images["neighbours of failed attacks"]) == (0, 1)
+    assert (rates["neighbors of failed attacks"], images["neighbors of failed attacks"]) == (0, 1)
     assert rates["random site of failed attacks"] == 0
 
 
@@ -113,7 +113,7 @@ def test_scores_by_radius_are_the_shares_of_the_rings() -> None:
     images = torch.rand(4, 3, 9, 7) * 0.05 + 0.5
     labels = model(images).argmax(1)
     pairs = attacks.pixel_sweep(model, images, labels).pairs(images, labels)
-    found, scores = locality(model, pairs), analyse(model, pairs).scores
+    found, scores = locality(model, pairs), analyze(model, pairs).scores
     for number in range(4):
         site = (pairs.perturbation[number] != 0).any(0).nonzero()[0].tolist()
         by_ring: dict[int, list[bool]] = {}

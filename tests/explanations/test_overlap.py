@@ -262,7 +262,7 @@ def test_regions_have_their_exact_area_and_the_four_parts_cover_the_image_once(
                 assert float(values[inside].min()) >= float(values[~inside].max())
 
 
-def neighbours_mean(field: NDArray[np.float64]) -> NDArray[np.float64]:
+def neighbors_mean(field: NDArray[np.float64]) -> NDArray[np.float64]:
     found = np.empty_like(field)
     height, width = field.shape
     for y, x in np.ndindex(*field.shape):
@@ -278,7 +278,7 @@ def by_definition(found: Overlap, index: int) -> dict[str, NDArray[np.float64]]:
         for maps in (found.importance, found.vulnerability, found.roi, found.roa)
     )
     looked = (importance - importance.mean()) / importance.std()
-    lagged = neighbours_mean((vulnerability - vulnerability.mean()) / vulnerability.std())
+    lagged = neighbors_mean((vulnerability - vulnerability.mean()) / vulnerability.std())
     rows: dict[str, list[float]] = {name: [] for name in TESTED}
     for move in np.ndindex(*importance.shape):
         moved_v, moved_roa, moved_lag = (np.roll(m, move, (0, 1)) for m in (vulnerability, roa, lagged))
@@ -290,7 +290,7 @@ def by_definition(found: Overlap, index: int) -> dict[str, NDArray[np.float64]]:
     return {name: np.array(values) for name, values in rows.items()}
 
 
-@pytest.mark.parametrize("network", ["flat, grey, two classes, not square", "linear"])
+@pytest.mark.parametrize("network", ["flat, gray, two classes, not square", "linear"])
 def test_scores_nulls_and_p_values_equal_loops_over_every_shift(network: str) -> None:
     model, images = NETWORKS[network]()
     found = overlap(model, attacked(model, images), keep=0.3)

@@ -48,7 +48,7 @@ def drawn(build: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
     "convolutions": (lambda: drawn(PoolingNetwork), (3, 20, 16)),
-    "grey": (lambda: drawn(FlatNetwork), (1, 16, 12)),
+    "gray": (lambda: drawn(FlatNetwork), (1, 16, 12)),
     "tokens": (lambda: drawn(TokenNetwork), (3, 16, 24)),
     "shared": (lambda: drawn(Shared), (3, 11, 13)),
     "channels last": (

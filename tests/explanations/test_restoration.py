@@ -107,14 +107,14 @@ def test_an_attack_that_fails_has_no_causal_set() -> None:
     assert found.scores.isna().all(axis=None)
 
 
-COLORS = {"grey": 0.5, "black": 0.0}
+COLORS = {"gray": 0.5, "black": 0.0}
 
 
 def test_occlusion_equals_covering_cells_one_by_one() -> None:
     torch.manual_seed(2)
     model = PoolingNetwork().eval()
     images, classes = torch.rand(2, 3, 11, 14), torch.tensor([2, 0])
-    for fill in ("mean", "grey", "black"):
+    for fill in ("mean", "gray", "black"):
         found = occlusion(model, images, classes, cell=4, fill=fill)
         with torch.no_grad():
             for top in range(0, 11, 4):
@@ -141,7 +141,7 @@ def test_overlap_takes_occlusion_as_importance() -> None:
 
 def test_bad_input_gets_one_sentence() -> None:
     model, images = PoolingNetwork().eval(), torch.rand(1, 3, 8, 8)
-    with pytest.raises(ValueError, match="fill is 'gray'; did you mean grey"):
+    with pytest.raises(ValueError, match="fill is 'gray'; did you mean gray"):
         occlusion(model, images, torch.tensor([0]), fill="gray")
     with pytest.raises(ValueError, match=r"cell is 1\.5"):
         occlusion(model, images, torch.tensor([0]), cell=1.5)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tests.conftest import Made
-from weakspot.explanations.views import analyze_ssim as analyse
+from weakspot.explanations.views import analyze_ssim as analyze
 from weakspot.pairs import Pairs
 from weakspot.similarity import ssim_map
 
@@ -23,7 +23,7 @@ def drawn(channels: int, height: int, width: int, change: float) -> tuple[Tensor
     return clean, changed.clamp(0, 1)
 
 
-def grey(image: Tensor) -> NDArray[np.float64]:
+def gray(image: Tensor) -> NDArray[np.float64]:
     pixels: NDArray[np.float64] = image.double().numpy()
     return np.tensordot(LUMA, pixels, 1) if len(pixels) == 3 else pixels.mean(0)
 
@@ -57,8 +57,8 @@ def test_ssim_equals_scikit_image_on_luma(channels: int, size: tuple[int, int], 
     found = ssim_map(clean, adversarial)
     for index in range(2):
         _, expected = structural_similarity(
-            grey(clean[index]),
-            grey(adversarial[index]),
+            gray(clean[index]),
+            gray(adversarial[index]),
             full=True,
             gaussian_weights=True,
             sigma=1.5,
@@ -76,7 +76,7 @@ def test_ssim_of_small_images_and_other_channels_follows_its_definition(
     clean, adversarial = drawn(channels, *size, 0.2)
     found = ssim_map(clean, adversarial)
     for index in range(2):
-        expected = by_definition(grey(clean[index]), grey(adversarial[index]))
+        expected = by_definition(gray(clean[index]), gray(adversarial[index]))
         np.testing.assert_allclose(found[index, 0].numpy(), expected, atol=1e-6)
 
 
@@ -120,7 +120,7 @@ def test_the_analysis_shows_visible_change_and_scores_mean_and_least_similarity(
     model, clean = pooling
     adversarial = (clean + 0.1).clamp(0, 1)
     classes = torch.tensor([0, 1, 2])
-    found = analyse(model, Pairs(clean, adversarial, classes, classes))
+    found = analyze(model, Pairs(clean, adversarial, classes, classes))
     expected = ssim_map(clean, adversarial)
     torch.testing.assert_close(found.maps["ssim"], 1 - expected)
     for name, values in (("mean", expected.mean((1, 2, 3))), ("min", expected.amin((1, 2, 3)))):

@@ -141,8 +141,8 @@ def test_mean_and_std_go_before_an_exported_network(archive: Path, small: nn.Mod
     classifier = load(
         str(archive), device="cpu", mean=[0.5, 0.4, 0.3], std=[0.25], class_names=["a", "b", "c"]
     )
-    normalised = (images - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / 0.25
-    torch.testing.assert_close(classifier(images), small(normalised))
+    normalized = (images - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / 0.25
+    torch.testing.assert_close(classifier(images), small(normalized))
     assert classifier.class_name(2) == "c"
 
 

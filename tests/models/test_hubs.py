@@ -53,14 +53,14 @@ def saved(
         torch.manual_seed(0)
         network = build(**options).eval()
     for parameter in network.parameters():
-        parameter.data.add_(0.05)  # off what initialisation gives, so that only the file can be the source
+        parameter.data.add_(0.05)  # off what initialization gives, so that only the file can be the source
     network.save_pretrained(folder)  # type: ignore[operator]
     if how is not None:
         (folder / "preprocessor_config.json").write_text(json.dumps(how))
     return network
 
 
-NORMALISED: dict[str, Any] = {
+NORMALIZED: dict[str, Any] = {
     "do_normalize": True,
     "image_mean": [0.5, 0.4, 0.3],
     "image_std": [0.2, 0.3, 0.25],
@@ -68,8 +68,8 @@ NORMALISED: dict[str, Any] = {
 }
 
 
-def normalised(images: Tensor) -> Tensor:
-    mean, std = (torch.tensor(NORMALISED[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
+def normalized(images: Tensor) -> Tensor:
+    mean, std = (torch.tensor(NORMALIZED[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
     return (images - mean) / std
 
 
@@ -79,14 +79,14 @@ def images() -> Tensor:
 
 
 @pytest.mark.parametrize("build", [tiny_vit, tiny_resnet])
-def test_a_saved_network_gives_its_logits_on_images_normalised_as_its_preprocessor_says(
+def test_a_saved_network_gives_its_logits_on_images_normalized_as_its_preprocessor_says(
     tmp_path: Path, images: Tensor, build: Callable[..., nn.Module]
 ) -> None:
     original = saved(
-        tmp_path, build, NORMALISED, id2label=LABELS, label2id={name: i for i, name in LABELS.items()}
+        tmp_path, build, NORMALIZED, id2label=LABELS, label2id={name: i for i, name in LABELS.items()}
     )
     classifier = load(f"hf:{tmp_path}", device="cpu")
-    expected = original(pixel_values=normalised(images)).logits
+    expected = original(pixel_values=normalized(images)).logits
     torch.testing.assert_close(classifier(images), expected)
     assert not torch.allclose(original(pixel_values=images).logits, expected, atol=1e-3)
     assert classifier.class_names == ("cat", "dog", "cup")
@@ -95,52 +95,52 @@ def test_a_saved_network_gives_its_logits_on_images_normalised_as_its_preprocess
 
 
 def test_gradients_flow_through_a_saved_network(tmp_path: Path, images: Tensor) -> None:
-    original = saved(tmp_path, tiny_vit, NORMALISED, num_labels=3)
+    original = saved(tmp_path, tiny_vit, NORMALIZED, num_labels=3)
     asked = images.clone().requires_grad_()
     (found,) = torch.autograd.grad(load(f"hf:{tmp_path}", device="cpu")(asked)[:, 0].sum(), asked)
-    (expected,) = torch.autograd.grad(original(pixel_values=normalised(asked)).logits[:, 0].sum(), asked)
+    (expected,) = torch.autograd.grad(original(pixel_values=normalized(asked)).logits[:, 0].sum(), asked)
     torch.testing.assert_close(found, expected)
     assert bool((found.flatten(1) != 0).any(1).all())
 
 
-def test_a_preprocessor_that_does_not_normalise_is_followed(tmp_path: Path, images: Tensor) -> None:
-    original = saved(tmp_path, tiny_vit, {**NORMALISED, "do_normalize": False}, num_labels=3)
+def test_a_preprocessor_that_does_not_normalize_is_followed(tmp_path: Path, images: Tensor) -> None:
+    original = saved(tmp_path, tiny_vit, {**NORMALIZED, "do_normalize": False}, num_labels=3)
     classifier = load(f"hf:{tmp_path}", device="cpu")
     torch.testing.assert_close(classifier(images), original(pixel_values=images).logits)
 
 
 @pytest.mark.parametrize("content", [None, "", "{ no json", "[]", "3"])
-def test_without_a_preprocessor_a_warning_says_that_nothing_is_normalised(
+def test_without_a_preprocessor_a_warning_says_that_nothing_is_normalized(
     tmp_path: Path, images: Tensor, content: str | None
 ) -> None:
     original = saved(tmp_path, tiny_vit, None, num_labels=3)
     if content is not None:
         (tmp_path / "preprocessor_config.json").write_text(content)
     with pytest.warns(
-        ModelWarning, match=r"no preprocessor_config\.json that says how images are normalised"
+        ModelWarning, match=r"no preprocessor_config\.json that says how images are normalized"
     ):
         classifier = load(f"hf:{tmp_path}", device="cpu")
     torch.testing.assert_close(classifier(images), original(pixel_values=images).logits)
     assert classifier.input_size == (16, 16)
 
 
-def test_a_preprocessor_that_does_not_say_how_to_normalise_is_warned_of(
+def test_a_preprocessor_that_does_not_say_how_to_normalize_is_warned_of(
     tmp_path: Path, images: Tensor
 ) -> None:
     original = saved(tmp_path, tiny_vit, {"size": 16}, num_labels=3)
-    with pytest.warns(ModelWarning, match="how images are normalised"):
+    with pytest.warns(ModelWarning, match="how images are normalized"):
         classifier = load(f"hf:{tmp_path}", device="cpu")
     torch.testing.assert_close(classifier(images), original(pixel_values=images).logits)
 
 
 def test_mean_and_std_that_are_given_go_before_the_preprocessors(tmp_path: Path, images: Tensor) -> None:
-    original = saved(tmp_path, tiny_vit, NORMALISED, num_labels=3)
+    original = saved(tmp_path, tiny_vit, NORMALIZED, num_labels=3)
     classifier = load(f"hf:{tmp_path}", device="cpu", mean=[0.1], std=[0.9])
     torch.testing.assert_close(classifier(images), original(pixel_values=(images - 0.1) / 0.9).logits)
 
 
 def test_labels_that_are_only_numbers_are_no_class_names(tmp_path: Path) -> None:
-    saved(tmp_path, tiny_vit, NORMALISED, num_labels=3)
+    saved(tmp_path, tiny_vit, NORMALIZED, num_labels=3)
     classifier = load(f"hf:{tmp_path}", device="cpu")
     assert classifier.class_names == ()
     assert classifier.class_name(2) == "class 2"
@@ -151,7 +151,7 @@ def test_more_than_ten_classes_keep_their_order(tmp_path: Path) -> None:
     saved(
         tmp_path,
         tiny_vit,
-        NORMALISED,
+        NORMALIZED,
         id2label=names,
         label2id={name: index for index, name in names.items()},
     )
@@ -181,7 +181,7 @@ def test_more_than_ten_classes_keep_their_order(tmp_path: Path) -> None:
 def test_pictures_are_brought_to_the_size_the_preprocessor_says(
     tmp_path: Path, sizes: dict[str, Any], expected: tuple[int, int]
 ) -> None:
-    saved(tmp_path, tiny_vit, {**NORMALISED, **sizes}, num_labels=3)
+    saved(tmp_path, tiny_vit, {**NORMALIZED, **sizes}, num_labels=3)
     assert load(f"hf:{tmp_path}", device="cpu").input_size == expected
 
 
@@ -200,7 +200,7 @@ class Malicious:
 
 def test_weights_that_need_unpickling_are_refused_and_do_not_run(tmp_path: Path) -> None:
     folder, trace = tmp_path / "pickled", tmp_path / "trace"
-    saved(folder, tiny_vit, NORMALISED, num_labels=3)
+    saved(folder, tiny_vit, NORMALIZED, num_labels=3)
     (folder / "model.safetensors").unlink()
     torch.save(Malicious(trace), folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pickled cannot be loaded as an image classifier") as refusal:
@@ -212,7 +212,7 @@ def test_weights_that_need_unpickling_are_refused_and_do_not_run(tmp_path: Path)
 @pytest.mark.parametrize("model_type", ["vit", "planted"])
 def test_code_in_the_directory_does_not_run(tmp_path: Path, model_type: str) -> None:
     folder, trace = tmp_path / "coded", tmp_path / "trace"
-    saved(folder, tiny_vit, NORMALISED, num_labels=3)
+    saved(folder, tiny_vit, NORMALIZED, num_labels=3)
     (folder / "planted.py").write_text(f"open({str(trace)!r}, 'w')\nclass Network: ...\nclass Config: ...\n")
     config = json.loads((folder / "config.json").read_text())
     config["model_type"] = model_type
@@ -242,7 +242,7 @@ def test_a_directory_that_holds_no_image_classifier_is_refused_in_one_sentence(
     tmp_path: Path, spoil: Callable[[Path], object]
 ) -> None:
     folder = tmp_path / "spoilt"
-    saved(folder, tiny_vit, NORMALISED, num_labels=3)
+    saved(folder, tiny_vit, NORMALIZED, num_labels=3)
     spoil(folder)
     with pytest.raises(ValueError, match="spoilt cannot be loaded as an image classifier") as refusal:
         load(f"hf:{folder}")
@@ -254,7 +254,7 @@ def test_weights_that_do_not_fill_the_network_are_refused(tmp_path: Path) -> Non
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "headless"
-    saved(folder, tiny_vit, NORMALISED, num_labels=3)
+    saved(folder, tiny_vit, NORMALIZED, num_labels=3)
     state = load_file(folder / "model.safetensors")
     kept = {name: tensor for name, tensor in state.items() if not name.startswith("classifier")}
     assert len(kept) < len(state)

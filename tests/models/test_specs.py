@@ -113,12 +113,12 @@ def test_a_module_of_the_working_directory_gives_its_network(
     assert not any(part.training for part in classifier.modules())
 
 
-def test_a_classifier_a_factory_made_keeps_its_normalisation(project: Path, images: Tensor) -> None:
+def test_a_classifier_a_factory_made_keeps_its_normalization(project: Path, images: Tensor) -> None:
     (project / "my_models.py").write_text(
         MODULE + "from weakspot.classifier import Classifier\n"
-        "def normalised():\n    return Classifier.wrap(build(), mean=[0.5], std=[0.25], class_names=list('abcd'))\n"
+        "def normalized():\n    return Classifier.wrap(build(), mean=[0.5], std=[0.25], class_names=list('abcd'))\n"
     )
-    classifier = load("my_models:normalised", device="cpu")
+    classifier = load("my_models:normalized", device="cpu")
     torch.testing.assert_close(classifier(images), classifier.network((images - 0.5) / 0.25))
     assert classifier.class_names == ("a", "b", "c", "d")
 

@@ -20,11 +20,11 @@ CLASSES = torch.tensor([0, 1, 1])
 @pytest.mark.parametrize(
     ("network", "layer", "cells"),
     [
-        ("flat, grey, two classes, not square", "convolution", 8 * 6),
+        ("flat, gray, two classes, not square", "convolution", 8 * 6),
         ("pooling", "stem", 10 * 10),
         ("pooling", "stem.1", 10 * 10),
         ("pooling", "branch", 10 * 10),
-        ("normalised", "network.stem.0", 9 * 13),
+        ("normalized", "network.stem.0", 9 * 13),
     ],
 )
 def test_grad_cam_is_captums_times_the_number_of_cells(network: str, layer: str, cells: int) -> None:

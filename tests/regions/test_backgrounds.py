@@ -18,12 +18,12 @@ from weakspot.classifier import as_classifier, predict
 
 
 def planted(
-    size: tuple[int, int], centre: tuple[float, float], radius: float, channels: int
+    size: tuple[int, int], center: tuple[float, float], radius: float, channels: int
 ) -> tuple[Tensor, Tensor]:
-    """A disc (1, 1, H, W) of its own colour and grain on a textured ground, and the image (1, C, H, W)."""
+    """A disc (1, 1, H, W) of its own color and grain on a textured ground, and the image (1, C, H, W)."""
     height, width = size
     rows, columns = torch.arange(height)[:, None], torch.arange(width)[None]
-    disc = (rows - centre[0] * height) ** 2 + (columns - centre[1] * width) ** 2 < (radius * height) ** 2
+    disc = (rows - center[0] * height) ** 2 + (columns - center[1] * width) ** 2 < (radius * height) ** 2
     grain = 0.08 * torch.randn(channels, height, width, generator=torch.Generator().manual_seed(0))
     waves = 0.1 * torch.sin(rows / 2.0) * torch.cos(columns / 3.0)
     ground = torch.tensor([0.25, 0.45, 0.3])[:channels, None, None] + waves
@@ -51,7 +51,7 @@ def outside_inner_rectangle(height: int, width: int) -> Tensor:
 
 @LAW
 @given(pictures(channels=1))
-def test_the_threshold_leaves_out_each_bright_pixel_and_its_neighbours(images: Tensor) -> None:
+def test_the_threshold_leaves_out_each_bright_pixel_and_its_neighbors(images: Tensor) -> None:
     found = regions.background(images, method="threshold")
     count, _, height, width = images.shape
     twin = torch.ones(count, 1, height, width, dtype=torch.bool)
@@ -66,13 +66,13 @@ def test_the_threshold_leaves_out_each_bright_pixel_and_its_neighbours(images: T
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
-    ("size", "centre", "radius"),
+    ("size", "center", "radius"),
     [((32, 32), (0.5, 0.5), 0.3), ((32, 48), (0.45, 0.3), 0.28), ((128, 96), (0.4, 0.55), 0.22)],
 )
 def test_grabcut_finds_a_planted_disc(
-    size: tuple[int, int], centre: tuple[float, float], radius: float, channels: int
+    size: tuple[int, int], center: tuple[float, float], radius: float, channels: int
 ) -> None:
-    disc, image = planted(size, centre, radius, channels)
+    disc, image = planted(size, center, radius, channels)
     assert overlap(~regions.background(image, method="grabcut"), disc) > 0.95
     assert overlap(~regions.background(image.flip(3), method="grabcut"), disc.flip(3)) > 0.95
 
@@ -132,11 +132,11 @@ def test_a_background_depends_on_its_image_alone_and_touches_nothing(method: str
     assert torch.equal(found.flip(0), backwards)
 
 
-def test_grabcut_sees_grey_as_the_same_grey_in_three_channels() -> None:
+def test_grabcut_sees_gray_as_the_same_gray_in_three_channels() -> None:
     _, image = planted((30, 40), (0.5, 0.5), 0.25, 1)
-    colour = image.expand(-1, 3, -1, -1)
+    color = image.expand(-1, 3, -1, -1)
     assert torch.equal(
-        regions.background(image, method="grabcut"), regions.background(colour, method="grabcut")
+        regions.background(image, method="grabcut"), regions.background(color, method="grabcut")
     )
 
 
@@ -147,10 +147,10 @@ def test_grabcut_answers_for_the_smallest_images_and_keeps_to_its_rectangle(imag
     assert bool(found[regions.border(images, width=1)].all())
 
 
-def test_auto_is_the_threshold_for_grey_and_grabcut_for_colour() -> None:
-    grey, colour = ink((2, 2), (2, 6), (6, 3)), planted((32, 32), (0.5, 0.5), 0.3, 3)[1]
-    assert torch.equal(regions.background(grey), regions.background(grey, method="threshold"))
-    assert torch.equal(regions.background(colour), regions.background(colour, method="grabcut"))
+def test_auto_is_the_threshold_for_gray_and_grabcut_for_color() -> None:
+    gray, color = ink((2, 2), (2, 6), (6, 3)), planted((32, 32), (0.5, 0.5), 0.3, 3)[1]
+    assert torch.equal(regions.background(gray), regions.background(gray, method="threshold"))
+    assert torch.equal(regions.background(color), regions.background(color, method="grabcut"))
 
 
 def test_a_tenth_of_the_image_is_a_foreground_and_less_is_none() -> None:
@@ -189,7 +189,7 @@ def test_an_image_without_an_object_falls_back_to_the_rectangle_and_is_named(
 
 
 @pytest.mark.parametrize("size", [(3, 3), (5, 28), (31, 20), (13, 225)])
-def test_the_rectangle_is_centred_and_three_quarters_of_any_side(size: tuple[int, int]) -> None:
+def test_the_rectangle_is_centered_and_three_quarters_of_any_side(size: tuple[int, int]) -> None:
     with pytest.warns(ImageWarning, match="all outside the inner rectangle"):
         inside = ~regions.background(torch.zeros(1, 1, *size))[0, 0]
     assert torch.equal(inside, inside.flip(0, 1))
@@ -214,7 +214,7 @@ def test_with_a_model_the_class_activation_takes_over_for_the_bad_images_only(
 ) -> None:
     model, noise = pooling
     _, good = planted((20, 20), (0.5, 0.5), 0.3, 3)
-    bad = noise[:1] * 0 + torch.linspace(0.4, 0.401, 20)  # one colour in 8 bits, yet a map that varies
+    bad = noise[:1] * 0 + torch.linspace(0.4, 0.401, 20)  # one color in 8 bits, yet a map that varies
     images = torch.cat([bad, good, bad.flip(2, 3)])
     classes = torch.tensor([2, 0, 1]) if given_classes else None
     explained = predict(as_classifier(model), images).argmax(1) if classes is None else classes
@@ -237,21 +237,21 @@ def test_cam_is_the_complement_of_the_top_share_of_the_class(any_model: tuple[nn
 
 
 def test_what_a_background_cannot_be_made_of_is_refused() -> None:
-    colour = torch.rand(2, 3, 8, 8)
+    color = torch.rand(2, 3, 8, 8)
     with pytest.raises(ValueError, match=r"method is 'grabcat'; did you mean grabcut\?"):
-        regions.background(colour, method="grabcat")
+        regions.background(color, method="grabcat")
     with pytest.raises(ValueError, match="model is None; accepted with method 'cam' is a classifier"):
-        regions.background(colour, method="cam")
+        regions.background(color, method="cam")
     with pytest.raises(ValueError, match=r"images have 3 channels; accepted with method 'threshold' are 1$"):
-        regions.background(colour, method="threshold")
+        regions.background(color, method="threshold")
     with pytest.raises(ValueError, match="images have 4 channels; accepted with method 'auto' are 1 and 3"):
         regions.background(torch.rand(2, 4, 8, 8))
     with pytest.raises(ValueError, match=r"images are 2 x 8; accepted .* at least 3 x 3 pixels"):
-        regions.background(colour[:, :, :2])
+        regions.background(color[:, :, :2])
     with pytest.raises(ValueError, match=r"classes is \(1,\)"):
-        regions.background(colour, classes=torch.tensor([1]))
+        regions.background(color, classes=torch.tensor([1]))
     with pytest.raises(ValueError, match=r"images has shape \(3, 8, 8\)"):
-        regions.background(colour[0])
+        regions.background(color[0])
     with pytest.warns(ImageWarning, match="are cut to"):
         regions.background(ink((3, 3), (6, 6)) * 3)
 

@@ -51,7 +51,7 @@ def test_a_mask_of_another_size_keeps_its_place(tmp_path: Path, zoom: float) -> 
     assert torch.equal(region, expected)
 
 
-def test_a_mask_of_another_shape_is_cropped_at_its_centre_with_a_warning(tmp_path: Path) -> None:
+def test_a_mask_of_another_shape_is_cropped_at_its_center_with_a_warning(tmp_path: Path) -> None:
     painted = torch.zeros(32, 64, dtype=torch.bool)
     painted[:, :24] = True  # of which the outer 16 columns lie outside the crop
     path = paint(tmp_path / "mask.png", painted)

@@ -1,4 +1,4 @@
-"""Segments: numbered without gaps, in one piece each, and true to colour."""
+"""Segments: numbered without gaps, in one piece each, and true to color."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def test_superpixels_of_an_image_do_not_depend_on_its_batch(images: Tensor) -> N
 
 @LAW
 @given(pictures(channels=1))
-def test_grey_is_cut_as_the_same_grey_in_three_channels(images: Tensor) -> None:
-    colour = images.expand(-1, 3, -1, -1)
-    assert torch.equal(regions.superpixels(images, count=9), regions.superpixels(colour, count=9))
+def test_gray_is_cut_as_the_same_gray_in_three_channels(images: Tensor) -> None:
+    color = images.expand(-1, 3, -1, -1)
+    assert torch.equal(regions.superpixels(images, count=9), regions.superpixels(color, count=9))
 
 
 @pytest.mark.parametrize("size", [(40, 60), (61, 35), (24, 24)])
@@ -85,6 +85,6 @@ def test_images_of_other_channels_are_refused() -> None:
         regions.superpixels(torch.rand(1, 4, 8, 8))
 
 
-def test_normalised_images_are_noticed() -> None:
+def test_normalized_images_are_noticed() -> None:
     with pytest.warns(ImageWarning, match="are cut to"):
         regions.superpixels(torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)))

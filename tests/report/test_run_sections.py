@@ -236,7 +236,7 @@ def test_a_thousand_classes_are_all_in_the_page_and_some_on_it() -> None:
     assert len(text) < 400_000
 
 
-def test_colours_of_a_chart_are_those_of_the_page() -> None:
+def test_colors_of_a_chart_are_those_of_the_page() -> None:
     spec = str(robust_section(cells(0.2, 0.9), 1.0).charts[0].spec)
     assert "var(--series-0)" in spec
     assert "#" not in spec

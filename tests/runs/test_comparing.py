@@ -132,12 +132,12 @@ def rows_of(found: Comparison, score: str, attack: str = "", region: str = "") -
 
 def test_labels_that_changed_are_counted(before: Run) -> None:
     """Three of the same images carry another label in the second run."""
-    relabelled = before.folder.parent / "relabelled"
-    shutil.copytree(before.folder, relabelled)
-    records = pd.read_parquet(relabelled / FILE)
+    relabeled = before.folder.parent / "relabeled"
+    shutil.copytree(before.folder, relabeled)
+    records = pd.read_parquet(relabeled / FILE)
     records.loc[records["index"] < 3, "label"] = 3  # owl, which no folder is called
-    store_records(relabelled, records)
-    assert "labels differ on 3 of these images" in compare(before, Run(relabelled)).remarks
+    store_records(relabeled, records)
+    assert "labels differ on 3 of these images" in compare(before, Run(relabeled)).remarks
     assert not [remark for remark in compare(before, before).remarks if "labels differ" in remark]
 
 

@@ -306,7 +306,7 @@ def test_regions_of_other_images_are_in_no_other_number(quarters: Path) -> None:
     assert landings["of"].sum() == (without["success"] & without["correct"]).sum()
 
 
-def test_a_grey_picture_of_another_shape_has_donors_too(planted: Path) -> None:
+def test_a_gray_picture_of_another_shape_has_donors_too(planted: Path) -> None:
     folder = planted / "odd"
     folder.mkdir()
     rng = np.random.default_rng(1)

@@ -304,22 +304,22 @@ def test_a_network_that_answers_nothing_has_a_page(networks: Path, pictures: Pat
     assert set(read.frame("robust")["robust accuracy"]) == {""}
 
 
-def test_grey_pictures_and_a_thousand_classes(networks: Path) -> None:
-    folder = networks / "grey"
+def test_gray_pictures_and_a_thousand_classes(networks: Path) -> None:
+    folder = networks / "gray"
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(6):
         Image.fromarray(rng.integers(0, 255, (28, 28), dtype=np.uint8)).save(folder / f"{number}.png")
-    (networks / "grey_network.py").write_text(
+    (networks / "gray_network.py").write_text(
         "import torch\nfrom torch import nn\n\ndef build():\n    torch.manual_seed(0)\n"
         "    return nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), "
         "nn.Linear(4, 1000)).eval()\n"
     )
-    plan = small_plan(folder, attacks=QUICK, model=ModelPlan("grey_network:build", size=(28, 28)))
+    plan = small_plan(folder, attacks=QUICK, model=ModelPlan("gray_network:build", size=(28, 28)))
     read = Reader(run_report(audit(plan, networks / "run")))
     assert len([tag for tag, attributes in read.tags if tag == "img"]) == 3 * 6
     assert 1 <= len(read.frame("classes")) <= 6
-    sys.modules.pop("grey_network", None)
+    sys.modules.pop("gray_network", None)
 
 
 def test_the_same_run_has_the_same_page_and_reading_changes_nothing(

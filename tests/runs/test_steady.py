@@ -1,4 +1,4 @@
-"""Steady batches and isolation: neighbours decide nothing, failures stay where they are."""
+"""Steady batches and isolation: neighbors decide nothing, failures stay where they are."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_lots_are_halved_until_memory_holds_them(most: int) -> None:
     assert [row for _, rows in found for row in rows] == list(range(13))
     calls.clear()
     lots.each(work, torch.arange(13), {}, "work")
-    assert max(calls) <= most  # what was learnt is kept
+    assert max(calls) <= most  # what was learned is kept
 
 
 def test_memory_that_does_not_hold_one_image_is_said() -> None:

@@ -55,7 +55,7 @@ def test_standardized_maps_have_mean_zero_and_deviation_one(values: Tensor) -> N
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.1, -1e-20, 1e10])
-def test_a_constant_map_cannot_be_standardized_and_spoils_no_neighbour(constant: float) -> None:
+def test_a_constant_map_cannot_be_standardized_and_spoils_no_neighbor(constant: float) -> None:
     values = torch.rand(2, 5, 7, generator=torch.Generator().manual_seed(0))
     values[0] = constant
     found = standardized(values)
@@ -74,7 +74,7 @@ def test_ranks_count_smaller_sites_and_share_ties(values: Tensor) -> None:
 
 @LAW
 @given(maps())
-def test_queen_lag_is_the_mean_of_the_neighbours_there_are(values: Tensor) -> None:
+def test_queen_lag_is_the_mean_of_the_neighbors_there_are(values: Tensor) -> None:
     found = queen_lag(values)
     height, width = values.shape[1:]
     for image, y, x in np.ndindex(*values.shape):

@@ -1,4 +1,4 @@
-"""Differential evolution over pixels and colours of all images (Storn and Price 1997, doi 10.1023/A:1008202821328)."""
+"""Differential evolution over pixels and colors of all images (Storn and Price 1997, doi 10.1023/A:1008202821328)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from weakspot.attacks.gradient import Progress
 from weakspot.attacks.pixel_edits import evaluate_painted, paint
 
 WEIGHT = 0.5  # of the difference of two candidates that is added to a third
-MEAN, SPREAD = 128 / 255, 127 / 255  # of the first colours, as published
+MEAN, SPREAD = 128 / 255, 127 / 255  # of the first colors, as published
 
 
 def evolve(
@@ -64,7 +64,7 @@ class _Candidates:
         places: (.., count, 2) row and column, continuous.
         colors: (.., count, C) in [0, 1].
         sites: (.., count) the pixels meant, numbered in reading order, inside the region.
-        levels: (.., count, C) the colours in 255ths.
+        levels: (.., count, C) the colors in 255ths.
         margins: (..) below zero where a candidate fools.
         fitness: (..) the lower the better.
     """
@@ -94,7 +94,7 @@ class _Candidates:
 
 
 def _first_candidates(problem: Problem, population: int, count: int) -> _Candidates:
-    """Sites uniform in the region, colours normal around grey."""
+    """Sites uniform in the region, colors normal around gray."""
     channels, _, width = problem.clean.shape[1:]
     keys = problem.keys
     allowed = problem.region.flatten(1)
@@ -174,7 +174,7 @@ def _evaluate(problem: Problem, tried: _Candidates, held: _Candidates | None) ->
 
 
 def _names(candidates: _Candidates, owners: Tensor) -> Tensor:
-    """(N, population) 64-bit names of image, sites and colours; equal where all are."""
+    """(N, population) 64-bit names of image, sites and colors; equal where all are."""
     name = _random.mixed(owners)
     for pixel in range(candidates.sites.shape[2]):
         name = _random.mixed(name + candidates.sites[:, :, pixel])

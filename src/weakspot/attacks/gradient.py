@@ -110,7 +110,7 @@ def pgd(
     kept. Steps shrink from twice the budget, its diameter, so that any start can reach the far side, to a small part
     of it; at equal cost this beats a fixed step (`benchmarks/steps.py`).
 
-    Region and budget hold inside the search: the gradient is masked before it is normalised, the start is drawn in
+    Region and budget hold inside the search: the gradient is masked before it is normalized, the start is drawn in
     the region, and pixels outside it come back bit for bit. Each image draws by `seed` and its own content, so its
     result depends on no other image.
 

@@ -38,7 +38,7 @@ def elastic_net(
 ) -> AttackResult:
     """The smallest change in L1, with a little L2 (Chen et al. 2018, arXiv 1709.04114).
 
-    Minimises |d|^2 + beta |d|_1 + c max(margin + confidence, 0) by accelerated proximal steps; c is bisected for each
+    Minimizes |d|^2 + beta |d|_1 + c max(margin + confidence, 0) by accelerated proximal steps; c is bisected for each
     image. Of what fools, the smallest L1 is kept.
 
     Args:
@@ -95,8 +95,8 @@ def structured(
 ) -> AttackResult:
     """A change in few groups of pixels, in the manner of StrAttack (Xu et al. 2019, arXiv 1808.01664).
 
-    Minimises |d|^2 + sparsity x sum of |d_group| + c max(margin + confidence, 0), c bisected for each image; of what
-    fools, the smallest sum over groups is kept. A last quarter of the steps then minimises |d|^2 within its groups, as
+    Minimizes |d|^2 + sparsity x sum of |d_group| + c max(margin + confidence, 0), c bisected for each image; of what
+    fools, the smallest sum over groups is kept. A last quarter of the steps then minimizes |d|^2 within its groups, as
     the authors' refinement does. Proximal steps take the place of their alternating directions. Nothing is shared
     between images, and groups at the border are cut, not left out.
 

@@ -20,8 +20,8 @@ from weakspot.pairs import AttackResult
 
 ECONOMY = 12  # evolution's forward passes per one of this search's
 ROUND = 100  # candidates of each image tried at once, in the order of the gradient
-CENTRES = 8  # best sites whose neighbours are tried next
-FINER, COLORS = 4, 125  # best sites that are at last tried in about so many colours between the corners
+CENTERS = 8  # best sites whose neighbors are tried next
+FINER, COLORS = 4, 125  # best sites that are at last tried in about so many colors between the corners
 
 
 def follow_gradient(
@@ -47,7 +47,7 @@ def _next_pixel(
 ) -> tuple[Tensor, Tensor]:
     """The images with the one pixel more that lowers their margin most, and those margins (N,).
 
-    What corners leave of each image's `limit` forward passes, a sixth at least, goes to colours between them.
+    What corners leave of each image's `limit` forward passes, a sixth at least, goes to colors between them.
     """
     found, lowest, site_margins, spent = _corners(problem, images, limit - limit // 6, progress)
     rest = (lowest >= 0).nonzero()[:, 0]
@@ -63,10 +63,10 @@ def _next_pixel(
 def _corners(
     problem: Problem, images: Tensor, limit: int, progress: Progress | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The best images with one pixel in a corner of the colour cube, their margins, those of sites, and passes spent.
+    """The best images with one pixel in a corner of the color cube, their margins, those of sites, and passes spent.
 
     Of each image's `limit` forward passes half go to candidates in the order of the gradient, the others to the
-    neighbours of the best sites so far: sites near a weak one are weak too (Vargas and Su 2019). Where there are fewer
+    neighbors of the best sites so far: sites near a weak one are weak too (Vargas and Su 2019). Where there are fewer
     candidates than that, all are tried.
     """
     number, channels, height, width = images.shape
@@ -86,11 +86,11 @@ def _corners(
         chosen = torch.zeros_like(seen).scatter_(1, order[:, start : start + ROUND], value=True)
         chosen &= ranked[:, None]
         if not bool(ranked.all()):
-            best = site_margins.masked_fill(used, torch.inf).topk(min(CENTRES, height * width), largest=False)
-            centres = torch.zeros_like(used).scatter_(1, best.indices, best.values.isfinite())
-            centres &= ~ranked[:, None]
-            used |= centres
-            near = F.max_pool2d(centres.view(-1, 1, height, width).float(), 3, 1, 1) > 0
+            best = site_margins.masked_fill(used, torch.inf).topk(min(CENTERS, height * width), largest=False)
+            centers = torch.zeros_like(used).scatter_(1, best.indices, best.values.isfinite())
+            centers &= ~ranked[:, None]
+            used |= centers
+            near = F.max_pool2d(centers.view(-1, 1, height, width).float(), 3, 1, 1) > 0
             chosen |= near.view(len(here), -1, 1).expand(-1, -1, len(corners)).flatten(1)
         chosen &= ~seen
         chosen &= chosen.cumsum(1) <= (limit - spent)[:, None]
@@ -112,7 +112,7 @@ def _corners(
                 corners[best_candidates % len(corners)][:, None],
             )
             found[here[better]], lowest[here[better]] = painted[better], values[better].to(lowest)
-        # An image that has gone through its ranks and found no new neighbours is done.
+        # An image that has gone through its ranks and found no new neighbors is done.
         left = (lowest[here] >= 0) & (spent < limit) & (ranked | chosen.any(1))
         total[here], best_sites[here] = spent, site_margins
         if not bool(left.all()):
@@ -129,7 +129,7 @@ def _corners(
 def _between_corners(
     problem: Problem, images: Tensor, site_margins: Tensor, left_over: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The images with the best colour of an even grid at their best sites, and those margins (N,).
+    """The images with the best color of an even grid at their best sites, and those margins (N,).
 
     Args:
         problem: what to fool.
@@ -184,13 +184,13 @@ def pixels(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> AttackResult:
-    """Change `count` pixels to any colour (Su et al. 2019, arXiv 1710.08864; Vargas and Su 2019, arXiv 1902.02947).
+    """Change `count` pixels to any color (Su et al. 2019, arXiv 1710.08864; Vargas and Su 2019, arXiv 1902.02947).
 
-    "evolution" is differential evolution as published: candidates (row, column, colour), a child a + 0.5 (b - c)
+    "evolution" is differential evolution as published: candidates (row, column, color), a child a + 0.5 (b - c)
     of three others without crossover replaces only its own parent, the fitness is the label's probability (targeted:
-    the target's), colours are 8-bit. A candidate that the population already holds is not sent through the model
-    again. "guided" tries the corners of the colour cube at the sites where the gradient promises most, then around
-    the best sites found, then colours between the corners; pixels are added one after the other.
+    the target's), colors are 8-bit. A candidate that the population already holds is not sent through the model
+    again. "guided" tries the corners of the color cube at the sites where the gradient promises most, then around
+    the best sites found, then colors between the corners; pixels are added one after the other.
     Images leave as soon as they fool. On images of 96 x 96 pixels and more, a single pixel's candidates go through
     `LocalEdits` where that saves a quarter of the multiplications.
 

@@ -20,7 +20,7 @@ BLOCK = 64  # random numbers of so many queries are drawn at once
 def square_search(
     problem: Problem, budget: Budget, *, queries: int, stream: int, progress: Progress | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Change one random square at a time to a random colour at the budget's end; keep it where the margin falls.
+    """Change one random square at a time to a random color at the budget's end; keep it where the margin falls.
 
     The start is vertical stripes, as for L-infinity in the paper. For other budgets a square is the budget's whole
     step on that square added twice, then projected: for L-infinity the same, for others ours.

@@ -1,4 +1,4 @@
-"""Pixel sweep: every pixel in every colour of a list, exactly."""
+"""Pixel sweep: every pixel in every color of a list, exactly."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class PixelSweep:
     """What one changed pixel can do, at every pixel.
 
     Attributes:
-        margin: (N, H, W) smallest logit margin z_label - max other z over colours; below 0 where one pixel is enough,
+        margin: (N, H, W) smallest logit margin z_label - max other z over colors; below 0 where one pixel is enough,
             infinite where none was tried.
-        color: (N, C, H, W) the colour that reaches it; the image's own where none was tried.
-        predicted: (N, H, W) class predicted under that colour; where none was tried, of the image itself.
+        color: (N, C, H, W) the color that reaches it; the image's own where none was tried.
+        predicted: (N, H, W) class predicted under that color; where none was tried, of the image itself.
         forwards: (N,) edits evaluated.
     """
 
@@ -72,17 +72,17 @@ def pixel_sweep(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> PixelSweep:
-    """Change every pixel to every colour, one at a time, and note the smallest margin.
+    """Change every pixel to every color, one at a time, and note the smallest margin.
 
-    What a search for one pixel (`pixels`) may miss, this does not, among the colours that it is given. Edits go
+    What a search for one pixel (`pixels`) may miss, this does not, among the colors that it is given. Edits go
     through `LocalEdits`, which recomputes only what a pixel reaches.
 
     Args:
         model: any classifier that takes images in [0, 1].
         images: (N, C, H, W).
         labels: (N,) class of each.
-        colors: "corners" of the colour cube, 2^C of them; "refined", which goes on with a grid of 5^C colours at the
-            8 best pixels of each image that no corner makes fall; or colours (K, C) in [0, 1].
+        colors: "corners" of the color cube, 2^C of them; "refined", which goes on with a grid of 5^C colors at the
+            8 best pixels of each image that no corner makes fall; or colors (K, C) in [0, 1].
         region: bool (N, 1, H, W) of the pixels to try; all where not given.
         stop_early: an image leaves as soon as a pixel fools the model; candidates then come in the order that the
             gradient promises, and most of a fallen image's map stays untried.
@@ -121,12 +121,12 @@ def pixel_sweep(
 
 
 def _palette(colors: str | Tensor, images: Tensor) -> Tensor:
-    """(K, C) colours, on the images' device."""
+    """(K, C) colors, on the images' device."""
     channels = images.shape[1]
     if isinstance(colors, str):
         if colors not in COLORS:
             raise ValueError(
-                f"colors is {colors!r}; {closest(colors, COLORS)} or a tensor of colours (K, {channels})"
+                f"colors is {colors!r}; {closest(colors, COLORS)} or a tensor of colors (K, {channels})"
             )
         return _grid(2, channels).to(images)
     if not isinstance(colors, Tensor) or colors.ndim != 2 or colors.shape[1] != channels or not len(colors):
@@ -135,18 +135,18 @@ def _palette(colors: str | Tensor, images: Tensor) -> Tensor:
             f"colors is {what}; accepted is 'corners', 'refined' or a float tensor (K, {channels})"
         )
     if not bool(((colors >= 0) & (colors <= 1)).all()):
-        raise ValueError("colors leave [0, 1]; accepted are colours on the images' scale")
+        raise ValueError("colors leave [0, 1]; accepted are colors on the images' scale")
     return colors.detach().to(images)
 
 
 def _grid(levels: int, channels: int) -> Tensor:
-    """(levels^C, C) even grid of 8-bit colours."""
+    """(levels^C, C) even grid of 8-bit colors."""
     steps = ((torch.linspace(0, 1, levels) * 255).round() / 255).tolist()
     return torch.tensor(list(itertools.product(steps, repeat=channels)))
 
 
 class _Search:
-    """The best colour of every pixel of some images, so far."""
+    """The best color of every pixel of some images, so far."""
 
     def __init__(self, problem: Problem, logits: Tensor, prepared: Prepared, batch_size: int | None) -> None:
         count, channels, self.height, self.width = problem.clean.shape
@@ -159,7 +159,7 @@ class _Search:
         self.forwards = torch.zeros_like(problem.labels)
 
     def sweep(self, palette: Tensor, progress: Callable[[float], None], *, stop_early: bool) -> None:
-        """Try every colour at every pixel of the region."""
+        """Try every color at every pixel of the region."""
         allowed = self.problem.region.flatten(1)
         if stop_early:
             order, inside = in_gradient_order(self.problem, self.problem.clean, palette)
@@ -183,7 +183,7 @@ class _Search:
             progress(min(1.0, (start + block) / total))
 
     def refine(self) -> None:
-        """Try a grid of colours at the best pixels of images that still stand."""
+        """Try a grid of colors at the best pixels of images that still stand."""
         palette = _grid(REFINED_LEVELS, self.color.shape[1]).to(self.color)
         standing = (~self._fallen()).nonzero()[:, 0]
         margins = self.margin.view(-1, self.height * self.width)[standing]
@@ -202,7 +202,7 @@ class _Search:
         return (self.margin.view(-1, self.height * self.width) < 0).any(1)
 
     def _try(self, owners: Tensor, sites: Tensor, colors: Tensor) -> None:
-        """One pixel each (M,), in colours (M, C); keep what lowers a pixel's margin, the first of equals."""
+        """One pixel each (M,), in colors (M, C); keep what lowers a pixel's margin, the first of equals."""
         if not len(owners):
             return
         patches = colors[:, :, None, None]

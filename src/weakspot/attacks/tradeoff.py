@@ -94,7 +94,7 @@ def carlini_wagner(
 ) -> AttackResult:
     """The smallest L2 change that fools (Carlini and Wagner 2017, arXiv 1608.04644, section V).
 
-    Minimises |d|^2 + c max(margin + confidence, 0) by Adam over w, where the image is (tanh(w) + 1) / 2, so that it
+    Minimizes |d|^2 + c max(margin + confidence, 0) by Adam over w, where the image is (tanh(w) + 1) / 2, so that it
     stays in [0, 1]. The weight c is bisected for each image over five rounds that share `steps`.
 
     Args:

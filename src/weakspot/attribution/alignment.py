@@ -1,10 +1,10 @@
 """Registration: where the cells of a layer's map lie in the image.
 
 Resizing a map as if its cells tiled the image can put them wrong: padding shifts them. In ResNet-18 the last map at
-224 pixels is drawn 15.5 pixels down and right of the centres of its receptive fields. Those centres follow from
+224 pixels is drawn 15.5 pixels down and right of the centers of its receptive fields. Those centers follow from
 stride, kernel, padding and dilation of each operation on the way (Araujo et al. 2019, "Computing receptive fields of
 convolutional neural networks", doi 10.23915/distill.00021). But a trained network can undo the shift with its
-weights, and networks padded as TensorFlow does have undone most of it: there the centre of the effective receptive
+weights, and networks padded as TensorFlow does have undone most of it: there the center of the effective receptive
 field (Luo et al. 2016, arXiv 1701.04128), measured from gradients, is the truer place.
 """
 
@@ -26,9 +26,9 @@ from weakspot.classifier import Classifier, default_batch
 
 @dataclass(frozen=True)
 class Axis:
-    """Along one axis, cell i is centred on pixel `offset + stride * i` (pixel centres at 0, 1, 2, ...).
+    """Along one axis, cell i is centered on pixel `offset + stride * i` (pixel centers at 0, 1, 2, ...).
 
-    `reach` is how far from its centre a cell can see.
+    `reach` is how far from its center a cell can see.
     """
 
     offset: float = 0.0
@@ -56,7 +56,7 @@ Grid = tuple[Axis, Axis]
 
 
 def receptive_grid(classifier: Classifier, image: Tensor, layer: Layer) -> Grid | None:
-    """Centres of the receptive fields of the layer's cells, vertical and horizontal; None where not known.
+    """Centers of the receptive fields of the layer's cells, vertical and horizontal; None where not known.
 
     Args:
         classifier: in eval mode.
@@ -74,7 +74,7 @@ def receptive_grid(classifier: Classifier, image: Tensor, layer: Layer) -> Grid 
 
 
 def effective_grid(classifier: Classifier, image: Tensor, layer: Layer) -> Grid | None:
-    """Centres of the effective receptive fields: the strides of `receptive_grid`, the offsets measured.
+    """Centers of the effective receptive fields: the strides of `receptive_grid`, the offsets measured.
 
     The energy of the gradient of the map's central cells is averaged over fixed noise images, coarse and fine, so
     that the answer depends on the network and the image's size alone; its centroid is where those cells look.
@@ -97,7 +97,7 @@ def effective_grid(classifier: Classifier, image: Tensor, layer: Layer) -> Grid 
         with layer.watched() as seen:
             classifier(point)
         cells_seen = seen[-1][: len(batch), :, central[0], central[1]]
-        # Lengths and not squares: a cell that is loud counts no more than its neighbours.
+        # Lengths and not squares: a cell that is loud counts no more than its neighbors.
         looked_at = (cells_seen.square().sum(1) + 1e-12).sqrt().sum()
         (gradient,) = torch.autograd.grad(looked_at, point)
         each = gradient[: len(batch)].square().sum(1)
@@ -130,7 +130,7 @@ def _probes(image: Tensor) -> Tensor:
 def place(maps: Tensor, size: tuple[int, int], grid: Grid | None, *, unseen: float = 0.0) -> Tensor:
     """Maps (N, M, h, w) bilinearly over the image: (N, M, height, width).
 
-    With a grid, each cell's value stands at the centre of its receptive field, and the outermost values go on as far
+    With a grid, each cell's value stands at the center of its receptive field, and the outermost values go on as far
     as their cells can see, `unseen` beyond; without one, cells tile the image.
     """
     if grid is None:

@@ -21,12 +21,12 @@ def class_activation(
     layer: str | None = None,
     registration: str = "resize",
 ) -> Tensor:
-    """Evidence for a class, site by site, signed and not normalised.
+    """Evidence for a class, site by site, signed and not normalized.
 
     Where the network ends in pooling + linear this is the plain CAM, sum_c w_kc A_c (Zhou et al. 2016, arXiv
     1512.04150), whose mean over the map is the logit less its bias. Elsewhere it is Grad-CAM (Selvaraju et al.
     2017, arXiv 1610.02391) with gradients summed, not averaged, over the map, so that both agree where both
-    exist, and without its final ReLU: clamp(min=0) gives that. Of a token network the last normalised tokens
+    exist, and without its final ReLU: clamp(min=0) gives that. Of a token network the last normalized tokens
     that reach the logit are used. A network that keeps no map at all gets gradient times image.
 
     Args:
@@ -35,7 +35,7 @@ def class_activation(
         classes: (N,) the class each image is explained for.
         layer: the module whose output is used; the last that keeps a map where not given.
         registration: "resize" lets the cells tile the image, as other tools do; "receptive_field" puts each at
-            the centre of its receptive field, "effective" where gradients say that it really looks (both of
+            the center of its receptive field, "effective" where gradients say that it really looks (both of
             convolutional networks; others are resized).
 
     Returns:

@@ -231,9 +231,9 @@ class _Call:
 
 
 def _candidates(calls: list[_Call], image: Tensor) -> list[tuple[_Call, Layout]]:
-    """Calls whose output could be the last map: of a token network its normalised tokens, else any map."""
+    """Calls whose output could be the last map: of a token network its normalized tokens, else any map."""
     last_convolution = max((call.number for call in calls if "conv" in call.kind), default=-1)
-    # What stands before the first learned operation is the image itself, normalised or the like.
+    # What stands before the first learned operation is the image itself, normalized or the like.
     first_learned = min(
         (call.number for call in calls if call.kind in LEARNED or "conv" in call.kind), default=torch.inf
     )

@@ -9,7 +9,7 @@ from weakspot._checks import check_classes, closest
 from weakspot.classifier import check_images, evaluating
 from weakspot.edits import Edits, cells, exchanged, prepare, windowed
 
-FILLS = ("mean", "grey", "black")
+FILLS = ("mean", "gray", "black")
 
 
 def occlusion(
@@ -30,7 +30,7 @@ def occlusion(
         images: (N, C, H, W) in [0, 1].
         classes: (N,) the class each image is explained for.
         cell: side of the cells in pixels.
-        fill: what covers them: the image's "mean" colour, "grey" (one half) or "black".
+        fill: what covers them: the image's "mean" color, "gray" (one half) or "black".
         batch_size: edits at once; changes no result.
 
     Returns:
@@ -68,4 +68,4 @@ def occlusion(
 def _cover(image: Tensor, fill: str) -> Tensor:
     if fill == "mean":
         return image.mean((2, 3), keepdim=True).expand_as(image)
-    return torch.full_like(image, 0.5 if fill == "grey" else 0.0)
+    return torch.full_like(image, 0.5 if fill == "gray" else 0.0)

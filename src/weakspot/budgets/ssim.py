@@ -24,12 +24,12 @@ MARGIN = 1 - 4e-6  # what rounding in float32 may add to a size is left free
 class SSIM:
     """How much structure may change, measured where the eye does: against each patch's own mean and contrast.
 
-    The quality ball of Pochimireddy et al. 2021 (arXiv 2106.12731), re-specified from its abstract with the normalised
+    The quality ball of Pochimireddy et al. 2021 (arXiv 2106.12731), re-specified from its abstract with the normalized
     distances of Brunet et al. 2012 (doi 10.1109/TIP.2011.2173206); patch size, ragged borders and both modes
-    are this project's own. On every non-overlapping patch of n pixels of every channel, x = mean + centred part:
+    are this project's own. On every non-overlapping patch of n pixels of every channel, x = mean + centered part:
 
         d1^2 = (change of mean)^2 / (mean^2 + changed mean^2 + c1)
-        d2^2 = |change of centred part|^2 / (|centred part|^2 + |changed centred part|^2 + (n - 1) c2)
+        d2^2 = |change of centered part|^2 / (|centered part|^2 + |changed centered part|^2 + (n - 1) c2)
         SSIM = (1 - d1^2) (1 - d2^2)
 
     Attributes:
@@ -64,7 +64,7 @@ class SSIM:
         return self.mode == "local"
 
     def project(self, perturbation: Tensor, images: Tensor, *, region: Tensor | None = None) -> Tensor:
-        """Into region and box, then straight towards the image until the true budget is met, exactly.
+        """Into region and box, then straight toward the image until the true budget is met, exactly.
 
         In mode "local" projections on the patches' balls alternate with region and box before that; where neither
         cuts the ball the result is the nearest point.
@@ -88,7 +88,7 @@ class SSIM:
     def ascend(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:
         """Steepest step; sites without gradient are not to change.
 
-        Mode "local": from where we are to the exact maximiser of the linear objective. Mode "global": the gradient
+        Mode "local": from where we are to the exact maximizer of the linear objective. Mode "global": the gradient
         preconditioned by each patch's denominators, which are taken where the perturbed image now is, the part of the
         patches' means times `level`, scaled to spend the whole budget under them.
         """
@@ -101,19 +101,19 @@ class SSIM:
     def _step_locally(self, patches: _Patches, slope: Tensor, changed: Tensor) -> Tensor:
         ball, interval = _Ball(patches, self.eps), _Interval(patches, self.eps)
         slope_sum = patches.total(slope)
-        centred = patches.within(slope - slope_sum / patches.count)
-        length = patches.total(centred.square()).sqrt()
+        centered = patches.within(slope - slope_sum / patches.count)
+        length = patches.total(centered.square()).sqrt()
         mean = patches.total(changed) / patches.count
-        centred *= ball.radius / length.clamp(min=TINY)
-        centred += ball.middle
-        centred -= patches.within(changed - mean)
+        centered *= ball.radius / length.clamp(min=TINY)
+        centered += ball.middle
+        centered -= patches.within(changed - mean)
         mean = torch.where(slope_sum != 0, interval.middle + interval.radius * slope_sum.sign() - mean, 0)
-        return centred.mul_((length > 0).to(centred)).add_(patches.within(mean.expand_as(centred)))
+        return centered.mul_((length > 0).to(centered)).add_(patches.within(mean.expand_as(centered)))
 
     def _step_globally(self, patches: _Patches, slope: Tensor, changed: Tensor) -> Tensor:
         """Inverse of the patch's quadratic form on the sites with gradient (Sherman and Morrison 1950) times it."""
         mean = patches.total(changed) / patches.count
-        energy = patches.total(patches.within(changed - mean).add_(patches.centred).square_())
+        energy = patches.total(patches.within(changed - mean).add_(patches.centered).square_())
         structure = patches.energy + energy + patches.steady
         level = patches.mean.square() + (patches.mean + mean).square() + C1
         movable = slope.sign().abs_()
@@ -148,16 +148,16 @@ class SSIM:
         images, valid = patches.split(patches.images), patches.valid.expand_as(start)
         pixels, inside, valid, middle = (by_patch(t)[cut] for t in (images, start, valid, ball.middle))
         count = by_patch(patches.count.expand_as(ball.radius))[cut]
-        radius, centre, width = (by_patch(t)[cut] for t in (ball.radius, interval.middle, interval.radius))
+        radius, center, width = (by_patch(t)[cut] for t in (ball.radius, interval.middle, interval.radius))
         locked = None if allowed is None else ~by_patch(allowed)[cut]
         done = torch.zeros_like(radius, dtype=torch.bool)
         for _ in range(ROUNDS):
             mean = inside.sum((1, 2), keepdim=True) / count
-            centred = (inside - mean) * valid - middle
-            length = centred.square().sum((1, 2), keepdim=True).sqrt()
-            centred = middle + centred * (radius / length.clamp(min=TINY)).clamp(max=1)
-            mean = centre + (mean - centre).clamp(-width, width)
-            nearest = centred + mean * valid
+            centered = (inside - mean) * valid - middle
+            length = centered.square().sum((1, 2), keepdim=True).sqrt()
+            centered = middle + centered * (radius / length.clamp(min=TINY)).clamp(max=1)
+            mean = center + (mean - center).clamp(-width, width)
+            nearest = centered + mean * valid
             after = (pixels + nearest).clamp_(0, 1).sub_(pixels)
             if locked is not None:
                 after.masked_fill_(locked, 0)
@@ -171,22 +171,22 @@ class SSIM:
         """Each patch's change on its ball and interval, or inside."""
         ball, interval = _Ball(patches, self.eps), _Interval(patches, self.eps)
         mean = patches.total(changed) / patches.count
-        centred = patches.within(changed - mean).sub_(ball.middle)
-        length = patches.total(centred.square()).sqrt()
-        centred.mul_((ball.radius / length.clamp(min=TINY)).clamp(max=1)).add_(ball.middle)
+        centered = patches.within(changed - mean).sub_(ball.middle)
+        length = patches.total(centered.square()).sqrt()
+        centered.mul_((ball.radius / length.clamp(min=TINY)).clamp(max=1)).add_(ball.middle)
         mean = interval.middle + (mean - interval.middle).clamp(-interval.radius, interval.radius)
-        return centred.add_(patches.within(mean.expand_as(centred)))
+        return centered.add_(patches.within(mean.expand_as(centered)))
 
     def _shares_within(self, patches: _Patches, changed: Tensor) -> Tensor:
         """The largest share of each patch's change that is within its bounds: the root of t^2 a + 2 t b = c."""
         mean = patches.total(changed) / patches.count
-        centred = patches.within(changed - mean)
+        centered = patches.within(changed - mean)
         eps = self.eps * MARGIN
         share = torch.ones_like(mean)
         for square, product, bound in (
             (
-                patches.total(centred.square()),
-                patches.total(patches.centred * centred),
+                patches.total(centered.square()),
+                patches.total(patches.centered * centered),
                 2 * patches.energy + patches.steady,
             ),
             (mean.square(), patches.mean * mean, 2 * patches.mean.square() + C1),
@@ -204,9 +204,9 @@ class SSIM:
         precision = torch.float32 if perturbation.device.type == "mps" else torch.float64
         changed = patches.split(perturbation)
         mean = patches.total(changed) / patches.count
-        centred = patches.within(changed - mean)
-        product = patches.total(patches.centred * centred).to(precision)
-        square = patches.total(centred.square_()).to(precision)
+        centered = patches.within(changed - mean)
+        product = patches.total(patches.centered * centered).to(precision)
+        square = patches.total(centered.square_()).to(precision)
         bound = (2 * patches.energy + patches.steady).to(precision)
         mean, level = mean.to(precision), patches.mean.to(precision)
 
@@ -272,12 +272,12 @@ class _Patches:
         return self.total(self.split(self.images)) / self.count
 
     @cached_property
-    def centred(self) -> Tensor:
+    def centered(self) -> Tensor:
         return self.within(self.split(self.images) - self.mean)
 
     @cached_property
     def energy(self) -> Tensor:
-        return self.total(self.centred.square())
+        return self.total(self.centered.square())
 
     def split(self, images: Tensor) -> Tensor:
         below, beside = self.rows * self.patch - self.height, self.columns * self.patch - self.width
@@ -299,11 +299,11 @@ class _Patches:
     def distances(self, changed: Tensor) -> tuple[Tensor, Tensor]:
         """d1^2 and d2^2 of every patch and channel."""
         mean = self.total(changed) / self.count
-        centred = self.within(changed - mean)
-        energy = self.total((self.centred + centred).square())
+        centered = self.within(changed - mean)
+        energy = self.total((self.centered + centered).square())
         level = mean.square() / (self.mean.square() + (self.mean + mean).square() + C1)
         bound = (self.energy + energy + self.steady).clamp(min=TINY)
-        return level, self.total(centred.square()) / bound
+        return level, self.total(centered.square()) / bound
 
 
 def by_patch(patches: Tensor) -> Tensor:
@@ -312,10 +312,10 @@ def by_patch(patches: Tensor) -> Tensor:
 
 
 class _Ball:
-    """d2^2 <= eps, as middle and radius of the changes of the centred part."""
+    """d2^2 <= eps, as middle and radius of the changes of the centered part."""
 
     def __init__(self, patches: _Patches, eps: float) -> None:
-        self.middle = patches.centred * (eps / (1 - eps))
+        self.middle = patches.centered * (eps / (1 - eps))
         square = patches.energy * (eps * (2 - eps) / (1 - eps) ** 2) + patches.steady * (eps / (1 - eps))
         self.radius = square.sqrt()
 

@@ -324,7 +324,7 @@ BUDGETS = {
 REGIONS = {
     "none": "anywhere",
     "cam": "where the model gathers most evidence for the label, the share --keep of the image",
-    "background": "outside the object (threshold on grey pictures, GrabCut on colour)",
+    "background": "outside the object (threshold on gray pictures, GrabCut on color)",
     "border": "a frame, 8 pixels wide or border:WIDTH",
     "support": "most evidence for label or target, each the share --keep of the image; needs --target",
 }

@@ -68,7 +68,7 @@ def dissect(
     ] = None,
     demo: Annotated[
         bool,
-        typer.Option("--demo", help="Generate pictures of colours and textures, and dissect with those."),
+        typer.Option("--demo", help="Generate pictures of colors and textures, and dissect with those."),
     ] = False,
     layer: Annotated[
         list[str] | None,
@@ -142,7 +142,7 @@ def dissect(
     del debug
     started = time.perf_counter()
     if demo == (dataset is not None):
-        raise Failure("give either a folder of labelled pictures or --demo", USAGE)
+        raise Failure("give either a folder of labeled pictures or --demo", USAGE)
     watch(context, out, FILES)
     if demo:
         refuse(
@@ -179,7 +179,7 @@ def dissect(
         advance("drawing", 0.9)
         options = {name: str(value) for name, value in next(iter(found.values())).options.items()}
         made = {
-            "concepts": f"{concepts}" if dataset else "colours and textures that weakspot generated",
+            "concepts": f"{concepts}" if dataset else "colors and textures that weakspot generated",
             "layers": ", ".join(layers),
             **{name: value for name, value in options.items() if name != "dataset"},
             **({"attack": attacked.attack} if asked else {}),

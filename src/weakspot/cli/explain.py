@@ -292,5 +292,5 @@ def _attack(
         seed=seed,
         progress=progress,
     )
-    asked = "" if aim.targets is None else f", towards {classifier.class_name(int(aim.targets[0]))}"
+    asked = "" if aim.targets is None else f", toward {classifier.class_name(int(aim.targets[0]))}"
     return pairs, aim.names, f"PGD, {budget}, {steps} steps, {where}{asked}"

@@ -78,10 +78,10 @@ def load_classifier(
         class_names=None if classes is None else class_names(classes),
     )
     height, width = classifier.input_size
-    grey = torch.full((1, classifier.channels, height, width), 0.5, device=classifier.mean.device)
+    gray = torch.full((1, classifier.channels, height, width), 0.5, device=classifier.mean.device)
     try:
         with evaluating(classifier):
-            predict(classifier, grey)
+            predict(classifier, gray)
     except ModelError:
         raise
     except (RuntimeError, AssertionError) as error:

@@ -24,7 +24,7 @@ ModelOption = Annotated[
 ]
 WeightsOption = Annotated[Path | None, typer.Option(help="Weights: .safetensors, or a plain state dict.")]
 MeanOption = Annotated[
-    str | None, typer.Option(help="Normalisation of each channel on the [0, 1] scale: .485,.456,.406")
+    str | None, typer.Option(help="Normalization of each channel on the [0, 1] scale: .485,.456,.406")
 ]
 StdOption = Annotated[str | None, typer.Option(help="Likewise: .229,.224,.225")]
 ClassesOption = Annotated[
@@ -54,15 +54,15 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing 
 
 
 def given(context: typer.Context, names: Sequence[str]) -> list[str]:
-    """Which of these parameters the user gave, as options are written; a default that was spelt out counts as given.
+    """Which of these parameters the user gave, as options are written; a default that was spelled out counts as given.
 
     Args:
         context: of the command that runs.
         names: of parameters of its function.
     """
-    spelt = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
+    spelled = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
     sources = {name: context.get_parameter_source(name) for name in names}
-    return [spelt[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    return [spelled[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"]
 
 
 def refuse(context: typer.Context, names: Sequence[str], why: str) -> None:

@@ -67,8 +67,8 @@ def train(
         typer.Option(
             "--model",
             "-m",
-            help="two_conv, resnet20, resnet18 (fresh weights), or package.module:factory; two_conv for grey images "
-            "and resnet20 for colour by default.",
+            help="two_conv, resnet20, resnet18 (fresh weights), or package.module:factory; two_conv for gray images "
+            "and resnet20 for color by default.",
             show_default=False,
         ),
     ] = None,
@@ -83,26 +83,26 @@ def train(
         typer.Option(
             "--budget",
             "-b",
-            help="Of the adversary: linf:8/255, l2:0.5; linf:0.3 for grey images, linf:8/255 for colour by default.",
+            help="Of the adversary: linf:8/255, l2:0.5; linf:0.3 for gray images, linf:8/255 for color by default.",
             show_default=False,
         ),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(help="Of the adversary; 40 for grey images, 10 for colour by default.", min=1),
+        typer.Option(help="Of the adversary; 40 for gray images, 10 for color by default.", min=1),
     ] = None,
     step_size: Annotated[str | None, typer.Option(help="Of each: 0.01, 2/255.", show_default=False)] = None,
     batch_size: Annotated[int, typer.Option(help="Images per update.", min=1)] = 128,
     learning_rate: Annotated[float, typer.Option(help="At the start; it falls along a cosine.")] = 0.1,
     augment: Annotated[
         str | None,
-        typer.Option(help="none, crop, or crop,flip; none for grey images and both for colour by default."),
+        typer.Option(help="none, crop, or crop,flip; none for gray images and both for color by default."),
     ] = None,
     precision: Annotated[str, typer.Option(help="32-true, 16-mixed, bf16-mixed.")] = "32-true",
     size: Annotated[
         str | None, typer.Option(help="HEIGHTxWIDTH that picture files are brought to; 32x32 by default.")
     ] = None,
-    channels: Annotated[int, typer.Option(help="1: picture files are read as grey; 3: as colour.")] = 3,
+    channels: Annotated[int, typer.Option(help="1: picture files are read as gray; 3: as color.")] = 3,
     evaluate: Annotated[
         str,
         typer.Option(
@@ -157,7 +157,7 @@ def train(
     try:
         with redirect_stdout(sys.stderr), notes_for_people(quiet), progress_bar(silent) as advance:
             from weakspot.budgets import read_budget
-            from weakspot.datasets import read_labelled
+            from weakspot.datasets import read_labeled
             from weakspot.models.specs import find_device
 
             where = str(find_device(device))
@@ -166,7 +166,7 @@ def train(
                 context, _chosen(recipes) if evaluate == "matrix" else [recipe or "localized"], share
             )
             advance("reading the data", 0.0)
-            training = read_labelled(data, size=shape, channels=channels)
+            training = read_labeled(data, size=shape, channels=channels)
             if training.held:
                 why = f"with {data}, which holds arrays and no picture files; leave it out"
                 refuse(context, ["size", "channels", "workers"], why)
@@ -174,7 +174,7 @@ def train(
             test = (
                 None
                 if evaluate == "none"
-                else read_labelled(data, split="test", size=shape, channels=channels)
+                else read_labeled(data, split="test", size=shape, channels=channels)
             )
             maker = maker_of(model, weights, training, where)
             options: dict[str, Any] = {

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from weakspot.classifier import Classifier
-    from weakspot.datasets import Labelled
+    from weakspot.datasets import LabeledImages
     from weakspot.training import Matrix
 
 
 def fit_one(
     maker: Callable[[int], Classifier],
-    data: Labelled,
+    data: LabeledImages,
     recipe: str,
     seed: int,
     out: Path,
@@ -52,7 +52,7 @@ def fit_one(
 
 def judge_own(
     model: Classifier,
-    test: Labelled,
+    test: LabeledImages,
     out: Path,
     judged: Mapping[str, Any],
     options: Mapping[str, Any],
@@ -82,8 +82,8 @@ def judge_own(
 
 def fit_matrix(
     maker: Callable[[int], Classifier],
-    data: Labelled,
-    test: Labelled,
+    data: LabeledImages,
+    test: LabeledImages,
     out: Path,
     recipes: Sequence[str],
     seeds: int,
@@ -142,7 +142,7 @@ def _titles(accuracy: pd.DataFrame, tests: Mapping[str, str]) -> dict[str, str]:
 
 
 def maker_of(
-    model: str | None, weights: Path | None, data: Labelled, device: str
+    model: str | None, weights: Path | None, data: LabeledImages, device: str
 ) -> Callable[[int], Classifier]:
     """Seed to a network for the data: of the zoo with fresh weights, or whatever the spec names."""
     from weakspot.models import load
@@ -178,11 +178,11 @@ def maker_of(
     return made
 
 
-def _usual(data: Labelled) -> str:
+def _usual(data: LabeledImages) -> str:
     return "two_conv" if data.shape[0] == 1 else "resnet20"
 
 
-def description(model: str | None, data: Labelled) -> dict[str, Any]:
+def description(model: str | None, data: LabeledImages) -> dict[str, Any]:
     """What training.json says of the network, enough to build one of the zoo again."""
     from weakspot.zoo import ALIASES, NETWORKS
 

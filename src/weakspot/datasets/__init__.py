@@ -1,6 +1,6 @@
-"""Labelled images: MNIST's and CIFAR's files, folders of classes, arrays, Hugging Face data sets."""
+"""LabeledImages images: MNIST's and CIFAR's files, folders of classes, arrays, Hugging Face data sets."""
 
-from weakspot.datasets.formats import read_labelled
-from weakspot.datasets.labelled import Labelled, from_tensors
+from weakspot.datasets.formats import read_labeled
+from weakspot.datasets.labeled import LabeledImages, from_tensors
 
-__all__ = ["Labelled", "from_tensors", "read_labelled"]
+__all__ = ["LabeledImages", "from_tensors", "read_labeled"]

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from weakspot.datasets.labelled import Labelled, from_tensors
+from weakspot.datasets.labeled import LabeledImages, from_tensors
 from weakspot.similarity import luma
 
 IMAGES = ("images", "x", "data")
 LABELS = ("labels", "y")
 
 
-def read_npz(path: Path, split: str) -> Labelled:
+def read_npz(path: Path, split: str) -> LabeledImages:
     """images and labels, or x_train, y_train, x_test, y_test, in memory; channels may come first or last.
 
     Arrays that name no split are those of training. No others than those of the split are read.
@@ -174,7 +174,7 @@ def stored_image(path: Path, row: int) -> bytes:
 
 
 def _fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """The largest centred crop of the asked shape, resized with anti-aliasing."""
+    """The largest centered crop of the asked shape, resized with anti-aliasing."""
     if pixels.shape[1:] == size:
         return pixels
     scale = min(pixels.shape[1] / size[0], pixels.shape[2] / size[1])

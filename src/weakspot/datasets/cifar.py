@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weakspot.datasets.labelled import Labelled, from_tensors
+from weakspot.datasets.labeled import LabeledImages, from_tensors
 
 PIXELS = 3 * 32 * 32
 FILES = {
@@ -45,7 +45,7 @@ def has_cifar(folder: Path) -> bool:
     return any(_files(folder, split) for split in FILES)
 
 
-def read_cifar_folder(folder: Path, split: str) -> Labelled:
+def read_cifar_folder(folder: Path, split: str) -> LabeledImages:
     """The images and (fine) labels of a split, in memory; as many of its files as are there.
 
     Raises:

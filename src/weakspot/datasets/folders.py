@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from weakspot.datasets.labelled import Labelled, from_files
+from weakspot.datasets.labeled import LabeledImages, from_files
 
 SPLITS = {"train": ("train", "training"), "test": ("val", "valid", "validation", "test", "testing")}
 PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
@@ -20,14 +20,16 @@ def has_classes(folder: Path) -> bool:
     return any(_holds_classes(root) for root in roots)
 
 
-def read_class_folders(folder: Path, split: str, *, size: tuple[int, int] | None, channels: int) -> Labelled:
+def read_class_folders(
+    folder: Path, split: str, *, size: tuple[int, int] | None, channels: int
+) -> LabeledImages:
     """The pictures of a split; classes are the names of the folders, sorted, those of the training split for both.
 
     Args:
         folder: with a folder for each split, or for each class: then that is the training split.
         split: "train" or "test".
         size: (height, width) pictures are cropped and resized to.
-        channels: 3 for colour, 1 for grey.
+        channels: 3 for color, 1 for gray.
 
     Raises:
         FileNotFoundError: when the split is not there.

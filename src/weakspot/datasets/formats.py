@@ -10,7 +10,7 @@ from weakspot.datasets.cifar import has_cifar, read_cifar_folder
 from weakspot.datasets.folders import has_classes, read_class_folders
 from weakspot.datasets.hub import read_hub
 from weakspot.datasets.idx import has_idx, read_idx_folder
-from weakspot.datasets.labelled import Labelled
+from weakspot.datasets.labeled import LabeledImages
 
 SPLITS = ("train", "test")
 FORMS = (
@@ -19,9 +19,9 @@ FORMS = (
 )
 
 
-def read_labelled(
+def read_labeled(
     source: Path | str, *, split: str = "train", size: tuple[int, int] | None = None, channels: int = 3
-) -> Labelled:
+) -> LabeledImages:
     """Images with their classes.
 
     Args:
@@ -29,7 +29,7 @@ def read_labelled(
             with or without folders train and val or test above them; an .npz file; "hf:" and a directory or name.
         split: "train" or "test".
         size: (height, width) pictures are brought to; files of arrays keep theirs.
-        channels: 3 for colour, 1 for grey; files of arrays keep theirs.
+        channels: 3 for color, 1 for gray; files of arrays keep theirs.
 
     Raises:
         FileNotFoundError: when there is nothing at `source`, or not that split.
@@ -38,7 +38,7 @@ def read_labelled(
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; {closest(str(split), SPLITS)}")
     if channels not in {1, 3}:
-        raise ValueError(f"channels is {channels}; accepted are 3 (colour) and 1 (grey)")
+        raise ValueError(f"channels is {channels}; accepted are 3 (color) and 1 (gray)")
     if str(source).startswith("hf:"):
         return read_hub(str(source).removeprefix("hf:"), split, size=size, channels=channels)
     path = Path(source)

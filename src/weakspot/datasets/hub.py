@@ -11,21 +11,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from weakspot.datasets.labelled import Labelled, names_of_classes
+from weakspot.datasets.labeled import LabeledImages, names_of_classes
 from weakspot.images import fitted
 
 SPLITS = {"train": ("train",), "test": ("test", "validation", "valid")}
 IMAGES, LABELS = ("image", "img", "pixel_values"), ("label", "labels", "fine_label")
 
 
-def read_hub(name: str, split: str, *, size: tuple[int, int] | None, channels: int) -> Labelled:
+def read_hub(name: str, split: str, *, size: tuple[int, int] | None, channels: int) -> LabeledImages:
     """A data set that `save_to_disk` wrote to a directory, or of that name on the hub.
 
     Args:
         name: directory or name.
         split: "train" or "test", which may be called validation there.
         size: (height, width) pictures are cropped and resized to; those of the first picture where not given.
-        channels: 3 for colour, 1 for grey.
+        channels: 3 for color, 1 for gray.
 
     Raises:
         ValueError: when the library is missing, or the data set holds no pictures with labels.
@@ -64,7 +64,7 @@ def read_hub(name: str, split: str, *, size: tuple[int, int] | None, channels: i
         first = pixels.picture(0)
         pixels = replace(pixels, size=(first.height, first.width))
     height, width = pixels.size or (0, 0)
-    return Labelled(labels, names, (channels, height, width), f"{name} {split}", pixels, held=False)
+    return LabeledImages(labels, names, (channels, height, width), f"{name} {split}", pixels, held=False)
 
 
 def _of_split(name: str, held: Any, split: str) -> Any:

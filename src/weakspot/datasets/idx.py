@@ -11,7 +11,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from weakspot.datasets.labelled import Labelled, from_tensors
+from weakspot.datasets.labeled import LabeledImages, from_tensors
 
 PARTS = {"train": "train", "test": "t10k"}
 KINDS = {"images": "idx3", "labels": "idx1"}
@@ -25,7 +25,7 @@ def has_idx(folder: Path) -> bool:
     return any(_find(folder, part, "images") is not None for part in PARTS.values())
 
 
-def read_idx_folder(folder: Path, split: str) -> Labelled:
+def read_idx_folder(folder: Path, split: str) -> LabeledImages:
     """The images and labels of a split, in memory.
 
     Raises:

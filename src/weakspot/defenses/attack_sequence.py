@@ -222,7 +222,7 @@ class AttackSequence:
         number: int,
         early: bool = True,
     ) -> Tensor:
-        """PGD judged by the side's answers; images leave it at once where what fools cannot change afterwards."""
+        """PGD judged by the side's answers; images leave it at once where what fools cannot change afterward."""
         early = early and not self.random and isinstance(self.budget, Linf)
         network = on_8bit_images(side.attacked)
         with attacking(network, images, labels, region, None, None, self.seed) as own:

@@ -2,7 +2,7 @@
 
 Neutralizing: a classifier that blocks out, in each image it is given, what looks vulnerable and matters little.
 
-After Chattopadhyay et al. 2020 (arXiv 2011.10794), who say that this can be a defence after the fact; how the region
+After Chattopadhyay et al. 2020 (arXiv 2011.10794), who say that this can be a defense after the fact; how the region
 is found, and every parameter, is ours. Judge it by attacks on the defended model itself: attacks on the bare one,
 replayed, say nothing of an attacker who knows.
 
@@ -132,7 +132,7 @@ def neutralizing(
     With randomness, sites are ranked by their gradient and, in part, by a smooth random map. That is drawn by the seed
     and the image's 8-bit content: the same image meets the same region whenever it is given, whatever its batch, and
     global generators are not drawn from. An attacker without the seed averages over draws of his own (`expectation`);
-    one who has it, or may ask often enough, faces a defence without randomness.
+    one who has it, or may ask often enough, faces a defense without randomness.
 
     Args:
         model: any classifier; its weights are shared, not copied.
@@ -209,7 +209,7 @@ def _ranks(maps: Tensor) -> Tensor:
 
 
 class _Neutralizing(DrawnByImage):
-    """Takes images in [0, 1]; normalisation lives in the classifier that it defends."""
+    """Takes images in [0, 1]; normalization lives in the classifier that it defends."""
 
     def __init__(self, defended: Classifier, keep: float, fill: str, randomness: float, seed: int) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ ENSEMBLE = "ensemble"
 QUERIES = "square search, {} queries"
 ORACLE = "oracle region"
 
-# Chosen on defenses of digits 0 to 99, measured on others (docs/how-to-judge-a-defence.md).
+# Chosen on defenses of digits 0 to 99, measured on others (docs/how-to-evaluate-a-defense.md).
 GAIN = 0.05  # of accuracy under attack; a smaller one is no protection
 SIGNIFICANT = 0.05  # p value of McNemar's exact test
 AGREEING = 0.9  # fraction of images where gradients must predict the margin

@@ -69,13 +69,13 @@ def picture(concepts: ConceptSet, row: int, size: tuple[int, int], channels: int
 
 
 def _cut(annotation: Annotation, size: tuple[int, int]) -> Annotation:
-    """The annotation with its masks cropped at their centre to the shape of `size`, and nearest sites of that size."""
+    """The annotation with its masks cropped at their center to the shape of `size`, and nearest sites of that size."""
     places = []
     sides = annotation.masks.shape[1:]
     scale = min(side / wanted for side, wanted in zip(sides, size, strict=True))
     for side, wanted in zip(sides, size, strict=True):
-        centres = (side - wanted * scale) / 2 + (torch.arange(wanted) + 0.5) * scale
-        places.append(centres.floor().long().clamp(0, side - 1))
+        centers = (side - wanted * scale) / 2 + (torch.arange(wanted) + 0.5) * scale
+        places.append(centers.floor().long().clamp(0, side - 1))
     return replace(annotation, masks=annotation.masks[:, places[0][:, None], places[1]])
 
 

@@ -165,7 +165,7 @@ MEANINGS = {
 }
 
 
-def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
+def analyze(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
     """How many of the last layer's units carry the decision; nothing of networks without such a layer."""
     import pandas as pd
 

@@ -33,7 +33,7 @@ def build_concepts(
 ) -> Path:
     """Write a folder of pictures and their labels as a concept set that `ConceptSet.open` reads.
 
-    With `masks`, each picture has a PNG of the same path and stem whose pixels are class numbers: grey of 8 or 16
+    With `masks`, each picture has a PNG of the same path and stem whose pixels are class numbers: gray of 8 or 16
     bits, the indices of a palette, or two values. A class gets the label number value + 1, and masks are kept at half
     the picture's size. Without, the first folder below `images` names the label of the whole picture. Every picture
     is in the split "train".
@@ -44,9 +44,9 @@ def build_concepts(
         masks: a folder of the same shape as `images`.
         names: of the classes: a list from 0, value to name, or a text file with one name a line. With two names, a
             mask of 0 and 255 means the first and the second.
-        category: the column they are labelled in.
+        category: the column they are labeled in.
         void: values that mean nothing is known there.
-        size: (height, width) that pictures are cropped to at their centre and resized to, masks alike; they are then
+        size: (height, width) that pictures are cropped to at their center and resized to, masks alike; they are then
             written as PNG. Without it pictures are copied as they are.
 
     Returns:
@@ -87,9 +87,9 @@ def _from_folders(
     paths = _pictures(images)
     astray = [path for path in paths if path.parent == images]
     _warn_skipped(images, astray, len(paths), "lie in no folder that names a label")
-    labelled = [path for path in paths if path.parent != images]
-    folders = sorted({path.relative_to(images).parts[0] for path in labelled})
-    sizes = _copy(images, labelled, draft, size)
+    labeled = [path for path in paths if path.parent != images]
+    folders = sorted({path.relative_to(images).parts[0] for path in labeled})
+    sizes = _copy(images, labeled, draft, size)
     entries = []
     for path, (name, sides) in sizes.items():
         number = folders.index(path.relative_to(images).parts[0]) + 1
@@ -150,7 +150,7 @@ def _numbers(path: Path, table: NDArray[np.int64], two: bool) -> NDArray[np.int6
     mode, pixels = read_pixels(path)
     if mode not in {"1", "L", "P", "I;16", "I"}:
         raise ValueError(
-            f"{path} is a PNG of mode {mode}; accepted are class numbers as 8-bit or 16-bit grey, as indices of a "
+            f"{path} is a PNG of mode {mode}; accepted are class numbers as 8-bit or 16-bit gray, as indices of a "
             "palette, or as black and white"
         )
     values = pixels.astype(np.int64)

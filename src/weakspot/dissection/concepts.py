@@ -1,4 +1,4 @@
-"""Broden: what somebody labelled in pictures, read from the layout of network dissection's own data set."""
+"""Broden: what somebody labeled in pictures, read from the layout of network dissection's own data set."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Concept:
     Attributes:
         number: of the label in label.csv, from 1.
         name: in label.csv.
-        category: the column of index.csv that it is labelled in.
+        category: the column of index.csv that it is labeled in.
     """
 
     number: int
@@ -38,7 +38,7 @@ class Concept:
 
 @dataclass(frozen=True, eq=False)
 class Annotation:
-    """What is labelled in one image.
+    """What is labeled in one image.
 
     Attributes:
         concepts: (M,) int64, indices into `ConceptSet.concepts`, ascending, each once.
@@ -61,7 +61,7 @@ class _Row(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ConceptSet:
-    """A folder of images with labelled concepts; annotations are read when asked for.
+    """A folder of images with labeled concepts; annotations are read when asked for.
 
     The layout is that of Broden (Bau et al. 2017, Network Dissection): images/, index.csv and label.csv.
 
@@ -75,7 +75,7 @@ class ConceptSet:
     categories: Sequence[str]
     concepts: Sequence[Concept]
     _rows: Sequence[_Row] = field(repr=False)
-    # (K, LARGEST_LABEL + 1): index of the concept; len(concepts) for 0, the unlabelled; -1 where there is none.
+    # (K, LARGEST_LABEL + 1): index of the concept; len(concepts) for 0, the unlabeled; -1 where there is none.
     _lookup: NDArray[np.int32] = field(repr=False)
 
     @classmethod
@@ -133,7 +133,7 @@ class ConceptSet:
         return self._row(index).split
 
     def annotation(self, index: int) -> Annotation:
-        """What is labelled in an image; masks of another size are resized to (sh, sw) by nearest neighbour.
+        """What is labeled in an image; masks of another size are resized to (sh, sw) by nearest neighbor.
 
         Raises:
             FileNotFoundError: when a mask is missing.
@@ -160,11 +160,11 @@ class ConceptSet:
         present = np.zeros(len(self.concepts) + 1, dtype=bool)
         present[maps] = True
         present[everywhere] = True
-        present[-1] = False  # the unlabelled
+        present[-1] = False  # the unlabeled
         concepts = present.nonzero()[0]
         slots = np.full(len(present), len(concepts))
         slots[concepts] = np.arange(len(concepts))
-        # One mask more than concepts: it takes the unlabelled sites.
+        # One mask more than concepts: it takes the unlabeled sites.
         masks = np.zeros((len(concepts) + 1, maps.shape[1]), dtype=bool)
         masks[slots[maps], np.arange(maps.shape[1])] = True
         masks[slots[everywhere]] = True
@@ -285,7 +285,7 @@ def _read_labels(path: Path) -> dict[int, tuple[str, tuple[str, ...]]]:
         categories = tuple(
             re.sub(r"\([^()]*\)$", "", item.strip()).strip() for item in cells["category"].split(";")
         )
-        if number == 0:  # the unlabelled, which some sets list
+        if number == 0:  # the unlabeled, which some sets list
             continue
         if not any(categories):
             raise ValueError(

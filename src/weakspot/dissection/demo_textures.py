@@ -1,4 +1,4 @@
-"""Pictures: a concept set of colours and textures that is drawn, not collected."""
+"""Pictures: a concept set of colors and textures that is drawn, not collected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Generator = np.random.Generator
 
-# The eleven basic colour terms of Berlin and Kay (1969), each by a colour that nobody would call otherwise.
+# The eleven basic color terms of Berlin and Kay (1969), each by a color that nobody would call otherwise.
 COLORS: Mapping[str, tuple[int, int, int]] = {
     "black": (18, 18, 20),
     "white": (242, 242, 238),
@@ -29,11 +29,11 @@ COLORS: Mapping[str, tuple[int, int, int]] = {
     "purple": (122, 42, 156),
     "pink": (246, 158, 192),
     "orange": (246, 132, 20),
-    "grey": (132, 132, 134),
+    "gray": (132, 132, 134),
 }
-DISTINCT = 0.45  # distance in RGB of two colours in one texture, below which it would hardly be seen
-JITTER = 0.03  # colours of one term differ by so much
-FADING = 0.12  # largest share of the first colour in the second, so that contrast varies and terms stay true
+DISTINCT = 0.45  # distance in RGB of two colors in one texture, below which it would hardly be seen
+JITTER = 0.03  # colors of one term differ by so much
+FADING = 0.12  # largest share of the first color in the second, so that contrast varies and terms stay true
 PERIODS = (0.05, 0.12)  # of a texture, in shares of the image's side
 PLAIN = 0.15  # share of regions without a texture
 FINER = 2  # pictures are drawn so many times finer and averaged, for edges as a camera sees them
@@ -50,7 +50,7 @@ def dotted(u: Floats, v: Floats, generator: Generator) -> Bools:
     return np.asarray(np.hypot(across, v % 1 - 0.5) < generator.uniform(0.26, 0.38))
 
 
-def chequered(u: Floats, v: Floats, generator: Generator) -> Bools:  # noqa: ARG001
+def checkered(u: Floats, v: Floats, generator: Generator) -> Bools:  # noqa: ARG001
     """Squares of a chess board."""
     return np.asarray((np.floor(u * 1.4) + np.floor(v * 1.4)) % 2 == 0)
 
@@ -62,7 +62,7 @@ def grid(u: Floats, v: Floats, generator: Generator) -> Bools:
 
 
 def ringed(u: Floats, v: Floats, generator: Generator) -> Bools:
-    """Rings around one centre."""
+    """Rings around one center."""
     return np.hypot(u, v) % 1 < generator.uniform(0.4, 0.6)
 
 
@@ -89,15 +89,15 @@ def blotchy(u: Floats, v: Floats, generator: Generator) -> Bools:
 
 
 Texture = Callable[[Floats, Floats, Generator], Bools]
-# At (u, v), which count periods along and across, whether the second colour is there.
-TEXTURES: tuple[Texture, ...] = (striped, dotted, chequered, grid, ringed, zigzagged, speckled, blotchy)
+# At (u, v), which count periods along and across, whether the second color is there.
+TEXTURES: tuple[Texture, ...] = (striped, dotted, checkered, grid, ringed, zigzagged, speckled, blotchy)
 
 
 def demo_concepts(out: Path | str, *, count: int = 96, size: int = 224, seed: int = 0) -> Path:
-    """Draw a concept set of colours and textures, which needs no data and no network connection.
+    """Draw a concept set of colors and textures, which needs no data and no network connection.
 
-    Each picture is laid out in regions, and each region is plain or has a texture of two colours at a random scale
-    and orientation, with shading and grain. The category "color" knows the eleven basic colour terms of Berlin and
+    Each picture is laid out in regions, and each region is plain or has a texture of two colors at a random scale
+    and orientation, with shading and grain. The category "color" knows the eleven basic color terms of Berlin and
     Kay (1969, Basic Color Terms), "texture" knows `TEXTURES`; masks say for each site which it is.
 
     Args:
@@ -142,7 +142,7 @@ def demo_concepts(out: Path | str, *, count: int = 96, size: int = 224, seed: in
 
 
 def draw(size: int, generator: Generator) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
-    """A picture (size, size, 3), and at `FINER` times its size which colour and which texture is where, from 1.
+    """A picture (size, size, 3), and at `FINER` times its size which color and which texture is where, from 1.
 
     A texture of 0 is none.
     """

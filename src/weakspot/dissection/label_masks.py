@@ -16,7 +16,7 @@ LARGEST_LABEL = 65_535  # the red and the green byte of a mask hold no larger nu
 
 
 def read_labels(path: Path) -> NDArray[np.int64]:
-    """(H, W) label numbers in a mask: R + 256 G of a colour PNG whose B is 0, or the value of a grey one.
+    """(H, W) label numbers in a mask: R + 256 G of a color PNG whose B is 0, or the value of a gray one.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -27,7 +27,7 @@ def read_labels(path: Path) -> NDArray[np.int64]:
         return pixels.astype(np.int64)
     if mode != "RGB":
         raise ValueError(
-            f"{path} is a PNG of mode {mode}; accepted are 8-bit RGB and 8-bit or 16-bit greyscale without a palette"
+            f"{path} is a PNG of mode {mode}; accepted are 8-bit RGB and 8-bit or 16-bit grayscale without a palette"
         )
     if pixels[..., 2].any():
         row, column = (int(place[0]) for place in pixels[..., 2].nonzero())
@@ -60,16 +60,16 @@ def read_pixels(path: Path) -> tuple[str, NDArray[np.generic]]:
     # Pillow's decoders raise nearly anything on damaged input; any of it means one thing to the user.
     except Exception as error:
         raise ValueError(f"{path} is damaged ({error}); accepted is a PNG mask") from error
-    # Pillow drops the lower byte of 16-bit colours, which is where a label would be; depth is byte 24 of every PNG.
+    # Pillow drops the lower byte of 16-bit colors, which is where a label would be; depth is byte 24 of every PNG.
     return ("RGB with 16 bits" if mode == "RGB" and content[24] == 16 else mode), pixels
 
 
 def nearest(
     labels: NDArray[np.int64], shape: tuple[int, int], crop: tuple[int, int] | None = None
 ) -> NDArray[np.int64]:
-    """Labels (H, W) at the centres of `shape` sites, never a mixture of two.
+    """Labels (H, W) at the centers of `shape` sites, never a mixture of two.
 
-    With `crop`, which is (height, width), only the largest centred part of that shape counts.
+    With `crop`, which is (height, width), only the largest centered part of that shape counts.
     """
     if labels.shape == shape and crop is None:
         return labels
@@ -83,7 +83,7 @@ def nearest(
 
 
 def write_labels(path: Path, labels: NDArray[np.int64]) -> None:
-    """Write label numbers (H, W) below 65536 as a colour PNG that `read_labels` reads."""
+    """Write label numbers (H, W) below 65536 as a color PNG that `read_labels` reads."""
     colors = np.stack([labels % 256, labels // 256, np.zeros_like(labels)], axis=2).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(colors).save(path)

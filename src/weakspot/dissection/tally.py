@@ -39,14 +39,14 @@ class Tally:
         concept: (C,) sites where the concept is.
         active: (U,) sites where the unit is active.
         active_annotated: (U, K) likewise, in images where somebody annotated the category.
-        active_labelled: (U, K) likewise, where the site carries some label of the category.
+        active_labeled: (U, K) likewise, where the site carries some label of the category.
     """
 
     both: Tensor
     concept: Tensor
     active: Tensor
     active_annotated: Tensor
-    active_labelled: Tensor
+    active_labeled: Tensor
 
     @staticmethod
     def empty(units: int, concepts: int, categories: int) -> Tally:
@@ -66,7 +66,7 @@ class Tally:
         """
         active = {
             "category": self.active_annotated[:, categories],
-            "activated": self.active_labelled[:, categories],
+            "activated": self.active_labeled[:, categories],
             "all": self.active[:, None],
         }[denominator]
         union = active + self.concept - self.both
@@ -114,14 +114,14 @@ class Tally:
         self.active.index_add_(0, units, areas)
         self.active_annotated.index_add_(0, units, areas[:, None] * annotation.categories)
         own = categories[annotation.concepts]
-        labelled = torch.zeros(self.active_labelled.shape[1], masks.shape[1], dtype=torch.int32)
-        labelled.index_add_(0, own, masks.int())
-        common = active @ torch.cat([masks.float(), (labelled > 0).float()]).T
+        labeled = torch.zeros(self.active_labeled.shape[1], masks.shape[1], dtype=torch.int32)
+        labeled.index_add_(0, own, masks.int())
+        common = active @ torch.cat([masks.float(), (labeled > 0).float()]).T
         split = len(annotation.concepts)
         every = torch.zeros(len(units), self.both.shape[1], dtype=torch.float64)
         every[:, annotation.concepts] = common[:, :split].double()
         self.both.index_add_(0, units, every)
-        self.active_labelled.index_add_(0, units, common[:, split:].double())
+        self.active_labeled.index_add_(0, units, common[:, split:].double())
 
 
 LARGEST = 8192  # values of a unit that are held; of larger data sets a fixed sample of the sites is taken
@@ -183,7 +183,7 @@ class Numbers:
 class Cache:
     """A folder of results; without a folder nothing is kept and nothing found.
 
-    The name of a result is made of the network (its weights, structure and normalisation), the layer, the data set (its
+    The name of a result is made of the network (its weights, structure and normalization), the layer, the data set (its
     tables, and name, size and time of its files) and the options: another of any of them is another result.
     """
 
@@ -210,7 +210,7 @@ class Cache:
             "weights": fingerprint(classifier),
             "network": repr(classifier.network),
             "settings": repr(settings(classifier.network)),
-            "normalisation": [classifier.mean.flatten().tolist(), classifier.std.flatten().tolist()],
+            "normalization": [classifier.mean.flatten().tolist(), classifier.std.flatten().tolist()],
             "size": list(classifier.input_size),
             "data": _of_data(concepts),
             **options,

@@ -79,7 +79,7 @@ def dissect(
         min_iou: least intersection over union for a unit to count as a detector.
         denominator: sites of a unit that the union counts: of images where the concept's category is annotated
             ("category"), only those that carry a label of it ("activated"), or of all images ("all").
-        alignment: cells lie at the centres of their receptive fields ("receptive_field"), where gradients say that
+        alignment: cells lie at the centers of their receptive fields ("receptive_field"), where gradients say that
             they look ("effective"), or tile the image ("resize").
         batch_size: images at once; changes no result.
         cache: a folder that keeps results and gives them back for the same network, data and options.
@@ -204,7 +204,7 @@ class _Work:
         }
         best: dict[str, _Best] = {}
 
-        def visit(name: str, maps: Tensor, _labelled: object) -> None:
+        def visit(name: str, maps: Tensor, _labeled: object) -> None:
             tops[name].add(maps)
             best.setdefault(name, _Best(maps.shape[1])).add(maps)
 
@@ -229,11 +229,11 @@ class _Work:
             self.concepts, self.classifier.input_size, self.classifier.channels, size, annotated=annotated
         )
         done = 0
-        for images, labelled in batches:
+        for images, labeled in batches:
             count = len(images)
 
-            def see(name: str, maps: Tensor, count: int = count, labelled: object = labelled) -> None:
-                visit(name, maps[:count], labelled)
+            def see(name: str, maps: Tensor, count: int = count, labeled: object = labeled) -> None:
+                visit(name, maps[:count], labeled)
 
             with reading(self.classifier, self.places, see), torch.no_grad():
                 self.classifier(self.classifier.filled(images.to(self.image.device)))

@@ -47,7 +47,7 @@ STATISTICS = ("effect_in_roi", "jaccard", "spearman", "moran_i")
 REACH = 1 / 50  # of the shorter side: how far from a changed pixel a site counts as reached by the attack
 WHOLE = 0.95  # fraction of the image near changed pixels from which an attack counts as free to act anywhere
 SHIFTED = 8  # images whose shifts are in memory at once
-CANCELLED = 0.05  # a drop smaller than this fraction of all gains and losses has no place
+CANCELED = 0.05  # a drop smaller than this fraction of all gains and losses has no place
 ARBITRARY = 0.9  # a region of which less than this fraction is above a tie has no right to its size
 CHUNK = 64  # maps at once: memory does not grow with the square of their number
 
@@ -73,7 +73,7 @@ def lost_margin(vulnerability: Tensor) -> Tensor:
     """
     total = vulnerability.double().sum((1, 2), keepdim=True)
     moved = vulnerability.double().abs().sum((1, 2), keepdim=True)
-    return torch.where((total > 1e-6) & (total > CANCELLED * moved), total, torch.nan)
+    return torch.where((total > 1e-6) & (total > CANCELED * moved), total, torch.nan)
 
 
 def agreement(importance: Tensor, vulnerability: Tensor, *, fraction: float = 0.2) -> dict[str, Tensor]:

@@ -52,8 +52,8 @@ def variance_gradient(images: Tensor, gradient: Tensor) -> Tensor:
     The 1 - SSIM of the steepest step: a change of (2 s^2 + C2) g has |change|^2 / (2 s^2 + C2) = (2 s^2 + C2) |g|^2.
     """
     precision = torch.float32 if images.device.type == "mps" else torch.float64
-    grey = luma(images.to(precision))
-    mean, square = gaussian(torch.cat([grey, grey**2], 1), SIGMA, RADIUS).split(1, 1)
+    gray = luma(images.to(precision))
+    mean, square = gaussian(torch.cat([gray, gray**2], 1), SIGMA, RADIUS).split(1, 1)
     variance = (square - mean**2).clamp(min=0)
     energy = gaussian(gradient.to(precision).square().sum(1, keepdim=True), SIGMA, RADIUS)
     first_order: Tensor = (2 * variance + C2) * energy

@@ -30,7 +30,7 @@ class Picture:
     Attributes:
         title: its heading; "{label}" and "{target}" become the names of the pair's classes.
         kind: "magnitude" (from zero up), "signed" (around zero) or "category" (whole numbers from 0).
-        scale: maps of one scale share their colour limits, image by image.
+        scale: maps of one scale share their color limits, image by image.
         fixed: limits (low, high) that hold for every image, where the quantity has natural ones.
         categories: of a category map, what each number stands for.
         meaning: one sentence for the reader.
@@ -52,7 +52,7 @@ class Series:
         title: its heading.
         steps: names of the layers, first to last.
         maps: (N, h, w) of each, from 0 up; sizes may differ.
-        tops: (N,) of each, the value that is drawn as the brightest colour.
+        tops: (N,) of each, the value that is drawn as the brightest color.
         curves: name of a curve to (N, layers), numbers that are drawn over the layers.
         meaning: one sentence for the reader.
     """

@@ -88,7 +88,7 @@ MEANINGS = {
     "effect_in_roi": "Share of the lost margin that was lost inside the region of importance.",
     "jaccard": "Overlap of the two regions: their intersection over their union.",
     "spearman": "Rank correlation of importance and vulnerability over all sites.",
-    "moran_i": "Bivariate Moran's I: correlation of importance with the vulnerability of neighbouring sites.",
+    "moran_i": "Bivariate Moran's I: correlation of importance with the vulnerability of neighboring sites.",
     "relation": "1: the attack acts where the network looks; -1: away from there; 0: no clear relation. p is the "
     "largest of eight settings, which all have to agree.",
     "margin_drop": "How much of the label's logit lead over its rival the perturbation took.",
@@ -254,7 +254,7 @@ def _isolation(region: NDArray[np.bool_]) -> tuple[int, float]:
     return len(regions), float(regions.max() / region.sum()) if len(regions) else 0.0
 
 
-def analyse(
+def analyze(
     model: nn.Module,
     pairs: Pairs,
     *,

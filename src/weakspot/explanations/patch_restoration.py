@@ -199,7 +199,7 @@ def _scores(
     )
 
 
-def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
+def analyze(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
     """`restoration` in cells of an eighth of the image: a search cell by cell, so few of them."""
     del seed
     found = restoration(model, pairs, cell=max(1, round(min(pairs.clean.shape[2:]) / 8)))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-COLORS = 32  # random colours tried at the attack's own site
+COLORS = 32  # random colors tried at the attack's own site
 SHIFTS = [(down, along) for down in (-1, 0, 1) for along in (-1, 0, 1) if (down, along) != (0, 0)]
 
 
@@ -40,8 +40,8 @@ class Locality:
         by_radius: rates over the attacks that succeed: one row for each radius 1 to R, the sites at that Chebyshev
             distance, and a row "random" of all other sites; columns radius, rate, low, high (mean over images with its
             95% interval, `rate_interval`), same_class, images.
-        controls: likewise, rows "neighbours", "random", "neighbours of failed attacks", "random site of failed
-            attacks", "random colour", "moved with the image".
+        controls: likewise, rows "neighbors", "random", "neighbors of failed attacks", "random site of failed
+            attacks", "random color", "moved with the image".
     """
 
     success: Tensor
@@ -55,15 +55,15 @@ def locality(
 ) -> Locality:
     """Move the changed pixel of one-pixel attacks to every other site of the image.
 
-    Neighbours share the weakness if it belongs to what filters see around the pixel, and not if it is the pixel's
-    own. Controls: attacks that failed, moved likewise; 32 random colours at the attack's own site; image and pixel
+    Neighbors share the weakness if it belongs to what filters see around the pixel, and not if it is the pixel's
+    own. Controls: attacks that failed, moved likewise; 32 random colors at the attack's own site; image and pixel
     moved together by one site (wrapping around), which filters should not mind.
 
     Args:
         model: any classifier.
         pairs: N pairs, each different in exactly one pixel.
         radius: of the largest ring.
-        seed: of the random colours.
+        seed: of the random colors.
         batch_size: edits at once; changes no result.
 
     Raises:
@@ -139,7 +139,7 @@ def _recolored(
     seed: int,
     batch_size: int | None,
 ) -> Tensor:
-    """(N,) share of random colours at the attack's own site that fool."""
+    """(N,) share of random colors at the attack's own site that fool."""
     channels, width = pairs.clean.shape[1], pairs.clean.shape[3]
     colors = _random.uniform(_random.keys(pairs.clean, seed), 0, COLORS, channels)
     rates = []
@@ -214,23 +214,23 @@ def _controls(
 
     near, far = rings == 1, rings > 0
     rates = {
-        "neighbours": _rates(success, near, fooled),
+        "neighbors": _rates(success, near, fooled),
         "random": _rates(success, far, fooled),
-        "neighbours of failed attacks": _rates(success, near, failed),
+        "neighbors of failed attacks": _rates(success, near, failed),
         "random site of failed attacks": _rates(success, far, failed),
-        "random colour": colored[fooled].cpu().numpy(),
+        "random color": colored[fooled].cpu().numpy(),
         "moved with the image": moved[fooled & moved.isfinite()].cpu().numpy(),
     }
     table = pd.DataFrame([_row(name, values) for name, values in rates.items()])
     return table.rename(columns={"radius": "control"})
 
 
-SMALL = 64 * 64  # pixels of an image that `analyse` sweeps whole
+SMALL = 64 * 64  # pixels of an image that `analyze` sweeps whole
 FEW = 7 * 7  # pixels that it sweeps of a larger one, about
 MOVED = ("does not fool", "fools into another class", "fools into the same class", "no attack by one pixel")
 
 
-def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
+def analyze(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
     """What one pixel can do anywhere; for pairs that differ in one pixel also where else it would have worked.
 
     Images that are misread without any attack have no scores: there is nothing to fool.
@@ -254,7 +254,7 @@ def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
     which = "every pixel" if step == 1 else f"one pixel of every {step} x {step}"
     maps = {"one_pixel_margin": margins}
     meanings = {
-        "weakest_pixel": f"Smallest lead of the label when a pixel takes a corner colour, {which} tried; below 0 "
+        "weakest_pixel": f"Smallest lead of the label when a pixel takes a corner color, {which} tried; below 0 "
         "that pixel is enough.",
         "weak_pixels": "Share of these pixels that are enough alone.",
     }
@@ -263,7 +263,7 @@ def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
             "Lead left after one pixel",
             kind="signed",
             meaning=f"The smallest lead of {{label}} over any class when this pixel alone takes the worst corner "
-            f"colour; {which} was tried. Below 0 it is enough.",
+            f"color; {which} was tried. Below 0 it is enough.",
         )
     }
     one = (pairs.perturbation != 0).any(1).flatten(1).sum(1) == 1

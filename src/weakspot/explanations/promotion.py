@@ -354,7 +354,7 @@ def _blank(evidence: Tensor) -> Tensor:
     return 0 * standardized(evidence[:, 0]).mean((1, 2), keepdim=True)
 
 
-def analyse(
+def analyze(
     model: nn.Module,
     pairs: Pairs,
     *,

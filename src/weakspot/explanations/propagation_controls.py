@@ -226,7 +226,7 @@ MEANINGS = {
 }
 
 
-def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
+def analyze(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
     """Maps of every layer, and how far the perturbation travels beside a random edit of its size.
 
     Of a network that keeps no maps there is nothing to say.
@@ -266,7 +266,7 @@ def analyse(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
                     "spread": curve(attack.spread),
                     "spread, random edit": curve(random.spread),
                 },
-                meaning="Largest change over channels at each site; the brightest colour is the layer's own peak in "
+                meaning="Largest change over channels at each site; the brightest color is the layer's own peak in "
                 "the clean image. Attacks that fail travel almost as far: what counts is the lead over a random edit "
                 "of the same size. Its pixels are scattered, so an attack confined to a part of the image also differs "
                 "from it by being compact.",

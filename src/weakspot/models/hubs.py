@@ -53,7 +53,7 @@ def from_transformers(name: str) -> Classifier:
 
 
 def from_timm(name: str) -> Classifier:
-    """A pretrained timm network with the normalisation it was trained with."""
+    """A pretrained timm network with the normalization it was trained with."""
     timm = _import("timm", "timm:" + name)
     try:
         network: nn.Module = timm.create_model(name, pretrained=True)
@@ -64,7 +64,7 @@ def from_timm(name: str) -> Classifier:
 
 
 def from_torchvision(name: str) -> Classifier:
-    """A pretrained torchvision network with its default weights and their normalisation."""
+    """A pretrained torchvision network with its default weights and their normalization."""
     torchvision = _import("torchvision", "torchvision:" + name)
     try:
         weights = torchvision.models.get_model_weights(name).DEFAULT
@@ -122,7 +122,7 @@ def _preprocessing(folder: Path | None, name: str) -> dict[str, Any]:
     except (OSError, ValueError, TypeError):
         how = {}
     warn(
-        f"hf:{name} has no preprocessor_config.json that says how images are normalised; they are not (give "
+        f"hf:{name} has no preprocessor_config.json that says how images are normalized; they are not (give "
         "mean and std)",
         ModelWarning,
     )

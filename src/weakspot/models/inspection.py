@@ -130,7 +130,7 @@ def _leaves(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_plain(spec: Any) -> bool:
-    """Whether a serialised tree holds only containers and names: a context can make torch import any module."""
+    """Whether a serialized tree holds only containers and names: a context can make torch import any module."""
     if isinstance(spec, list):
         return all(_is_plain(part) for part in spec if not isinstance(part, int))
     context = spec["context"]

@@ -51,7 +51,7 @@ def load(
             "hf:DIRECTORY", "timm:NAME", "torchvision:NAME"; or a module; or a function without arguments.
         weights: a .safetensors file, or a state dict that torch.load reads with weights_only=True.
         device: "auto" (CUDA, then MPS, then CPU), or any torch device.
-        mean: normalisation on the [0, 1] scale, in place of what the model brings.
+        mean: normalization on the [0, 1] scale, in place of what the model brings.
         std: likewise.
         input_size: (height, width), in place of what the model brings.
         class_names: in place of what the model brings.

@@ -2,7 +2,7 @@
 
 Frames: the outermost pixels.
 
-Segments: images cut into small pieces of one colour.
+Segments: images cut into small pieces of one color.
 
 Files: regions that somebody painted.
 """
@@ -73,7 +73,7 @@ def border(images: Tensor, *, width: int) -> Tensor:
 
 
 def superpixels(images: Tensor, *, count: int = 100) -> Tensor:
-    """Cut each image into connected pieces of similar colour by SLIC (Achanta et al. 2012) as in scikit-image.
+    """Cut each image into connected pieces of similar color by SLIC (Achanta et al. 2012) as in scikit-image.
 
     `labels == number` is a region; the number of pieces of image n is `labels[n].max() + 1`.
 
@@ -109,7 +109,7 @@ def _segmented(image: Tensor, count: int) -> Tensor:
     """Labels (1, H, W) of an image (C, H, W)."""
     from skimage.segmentation import slic
 
-    # Three equal channels, so that compactness weighs grey as it weighs colour: by lightness.
+    # Three equal channels, so that compactness weighs gray as it weighs color: by lightness.
     pixels = image.expand(3, -1, -1).permute(1, 2, 0).double().cpu().numpy()
     labels = slic(pixels, n_segments=count, start_label=0)
     return torch.from_numpy(labels)[None].to(image.device, torch.int64)
@@ -122,7 +122,7 @@ class UnreadableError(ValueError):
 def from_file(path: Path | str, images: Tensor) -> Tensor:
     """The white part of a mask picture; transparency counts as black.
 
-    A picture of another size is cropped at its centre to the images' shape and resized, as pictures are.
+    A picture of another size is cropped at its center to the images' shape and resized, as pictures are.
 
     Args:
         path: a picture file.
@@ -144,7 +144,7 @@ def from_file(path: Path | str, images: Tensor) -> Tensor:
     if path.is_dir():
         raise UnreadableError(f"{path}: it is a folder; accepted is one picture")
     height, width = images.shape[2:]
-    mask, remark = _grey(path, None)
+    mask, remark = _gray(path, None)
     if remark:
         warn(f"{path}: {remark}", ImageWarning)
     rows, columns = mask.shape
@@ -152,20 +152,20 @@ def from_file(path: Path | str, images: Tensor) -> Tensor:
         if _is_cut((rows, columns), (height, width)):
             warn(
                 f"{path}: the mask is {rows} x {columns} and the images are {height} x {width} (height x width), "
-                "which is another shape; what lies outside its centred crop is not used",
+                "which is another shape; what lies outside its centered crop is not used",
                 ImageWarning,
             )
-        mask, _ = _grey(path, (height, width))
+        mask, _ = _gray(path, (height, width))
     region = mask[None, None] > 0.5
     if not bool(region.any()):
         raise ValueError(
-            f"{path} has no white pixel where the model looks ({height} x {width}, cropped at the centre as "
+            f"{path} has no white pixel where the model looks ({height} x {width}, cropped at the center as "
             "pictures are), so nothing may change; white is where the attack acts"
         )
     return region.to(images.device)
 
 
-def _grey(path: Path, size: tuple[int, int] | None) -> tuple[Tensor, str]:
+def _gray(path: Path, size: tuple[int, int] | None) -> tuple[Tensor, str]:
     """The picture (H, W) and what is worth knowing of it."""
     (picture,) = open_pictures(path, size=size, channels=1, background="black")
     if picture.pixels is None:

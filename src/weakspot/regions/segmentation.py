@@ -11,10 +11,10 @@ from weakspot.classifier import evaluating, predict
 from weakspot.regions.activation import cam
 
 METHODS = ("auto", "threshold", "grabcut", "cam")
-INK = 0.1  # grey value above which a pixel belongs to a character
+INK = 0.1  # gray value above which a pixel belongs to a character
 ITERATIONS = 5  # of GrabCut
 INNER = 3 / 4  # of each side: the rectangle outside which GrabCut takes everything for background
-SHORT, ZOOM = 64, 4  # images with a shorter side are enlarged, because GrabCut needs colours to count
+SHORT, ZOOM = 64, 4  # images with a shorter side are enlarged, because GrabCut needs colors to count
 PLAUSIBLE = (0.1, 0.8)  # share of the image that a foreground covers
 KEEP = 0.3  # share of the image that is foreground by class activation
 NAMED = 8  # images that a warning names
@@ -31,11 +31,11 @@ def background(
 
     Args:
         images: (N, C, H, W) in [0, 1].
-        method: "threshold": further than one pixel, diagonals included, from every pixel above 0.1; for grey
+        method: "threshold": further than one pixel, diagonals included, from every pixel above 0.1; for gray
             images with a dark ground. "grabcut": what 5 iterations of GrabCut leave out that started from the
-            inner 3/4 of each side; for grey and colour, images with a side under 64 enlarged 4 times. "cam": all
-            but the 30% with most evidence for a class; needs `model`. "auto": threshold for grey images and
-            GrabCut for colour; where the foreground so found covers less than 10% or more than 80% of an image,
+            inner 3/4 of each side; for gray and color, images with a side under 64 enlarged 4 times. "cam": all
+            but the 30% with most evidence for a class; needs `model`. "auto": threshold for gray images and
+            GrabCut for color; where the foreground so found covers less than 10% or more than 80% of an image,
             "cam" for that image where `model` is given, else all outside the rectangle.
         model: any classifier, of which "cam" and "auto" see the class activation.
         classes: (N,) the class whose evidence counts; the model's own predictions where not given.
@@ -131,12 +131,12 @@ def _outside_grabcut_of_one(image: Tensor) -> Tensor:
     (top, inner_height), (left, inner_width) = _inner(height), _inner(width)
     rectangle = (left * zoom, top * zoom, inner_width * zoom, inner_height * zoom)
     mask = np.zeros(pixels.shape[:2], np.uint8)
-    colours_behind, colours_before = np.zeros((1, 65)), np.zeros((1, 65))
+    colors_behind, colors_before = np.zeros((1, 65)), np.zeros((1, 65))
     cv2.setRNGSeed(0)
-    cv2.grabCut(pixels, mask, rectangle, colours_behind, colours_before, ITERATIONS, cv2.GC_INIT_WITH_RECT)
+    cv2.grabCut(pixels, mask, rectangle, colors_behind, colors_before, ITERATIONS, cv2.GC_INIT_WITH_RECT)
     foreground = (mask == cv2.GC_FGD) | (mask == cv2.GC_PR_FGD)
-    centres = slice(zoom // 2, None, zoom)
-    return torch.from_numpy(~foreground[centres, centres])[None].to(image.device)
+    centers = slice(zoom // 2, None, zoom)
+    return torch.from_numpy(~foreground[centers, centers])[None].to(image.device)
 
 
 def _inner_rectangle(images: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """A scatter plot as plain coordinates, for a template to draw without a library.
 
-Charts: Vega-Lite specifications in the page's own colours, and the libraries that draw them, once for a page.
+Charts: Vega-Lite specifications in the page's own colors, and the libraries that draw them, once for a page.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _limit(largest: float) -> tuple[float, float]:
     return 5.0, 1.0
 
 
-# Colours are variables of the page's style sheet: the drawing follows the reader's light or dark, and the printer.
+# Colors are variables of the page's style sheet: the drawing follows the reader's light or dark, and the printer.
 INK, FAINT, LINE, CARD = "var(--ink)", "var(--faint)", "var(--line)", "var(--card)"
 SERIES = tuple(f"var(--series-{number})" for number in range(7))
 OUTCOMES = {"fooled": "var(--fooled)", "held": "var(--held)"}

@@ -6,7 +6,7 @@ Curves over the depth of a network, with their intervals.
 
 Sheets: many pairs at a glance, for people who look before they read.
 
-The evaluation matrix as a picture: trained networks down, tests across, accuracy as colour and number.
+The evaluation matrix as a picture: trained networks down, tests across, accuracy as color and number.
 
 Accuracies: a bar for the undefended and for the defended model after each attack, with their intervals.
 """
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 DIFFERENCE = Picture(
     "Difference",
     kind="signed",
-    meaning="Adversarial less clean image, mean over colour channels: blue is darker, orange is brighter.",
+    meaning="Adversarial less clean image, mean over color channels: blue is darker, orange is brighter.",
 )
 
 
@@ -55,8 +55,8 @@ class Drawing:
         meaning: one sentence, class names filled in.
         picture: how it is drawn.
         values: (H, W).
-        low: value of the first colour.
-        high: value of the last colour.
+        low: value of the first color.
+        high: value of the last color.
     """
 
     name: str
@@ -93,7 +93,7 @@ def drawings(explanation: Explanation, index: int) -> list[Drawing]:
 
 
 def _limits(picture: Picture, alike: list[NDArray[np.float32]]) -> tuple[float, float]:
-    """Colour limits: around zero for signed maps, from zero up for magnitudes; never of no width."""
+    """Color limits: around zero for signed maps, from zero up for magnitudes; never of no width."""
     if picture.fixed is not None:
         return picture.fixed
     if picture.kind == "category":
@@ -144,7 +144,7 @@ def figure(explanation: Explanation, index: int = 0) -> Figure:
 
 
 def photograph(axis: Axes, pixels: np.ndarray) -> None:
-    """Draw (C, H, W) in [0, 1], in colour or grey."""
+    """Draw (C, H, W) in [0, 1], in color or gray."""
     if len(pixels) == 3:
         axis.imshow(pixels.transpose(1, 2, 0))
     else:
@@ -220,7 +220,7 @@ WIDTH, HEIGHT = 9.0, 3.2  # inches, of the sheet and of a row
 def overview(pairs: Pairs, captions: Sequence[str], path: Path) -> Path:
     """Write a PNG with the first twelve pairs, one row each: clean, adversarial, and their difference.
 
-    The difference is drawn around mid-grey, every row stretched to its own largest change, which its title says.
+    The difference is drawn around mid-gray, every row stretched to its own largest change, which its title says.
 
     Args:
         pairs: what to show.
@@ -292,7 +292,7 @@ def matrix_figure(accuracy: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
     return sheet
 
 
-# Of the palette of Okabe and Ito; apart in grey, too, and one of them is hatched.
+# Of the palette of Okabe and Ito; apart in gray, too, and one of them is hatched.
 SIDES = (("undefended", "#56b4e9", "", "o"), ("defended", "#d55e00", "///", "D"))
 THICK = 0.38
 
@@ -316,7 +316,7 @@ def accuracy_figure(table: pd.DataFrame, title: str) -> Figure:
             places, shares, THICK, color=color, hatch=hatch, edgecolor="white", lw=0.5, label=side,
             xerr=(shares - low, high - shares), error_kw={"lw": 1.2, "capsize": 3, "ecolor": "#222222"},
         )  # fmt: skip
-        # A bar of no length shows no colour; its marker does.
+        # A bar of no length shows no color; its marker does.
         axis.plot(shares, places, marker, color=color, mec="#222222", ms=5, zorder=3, clip_on=False)
         for place, share, end in zip(places, shares, high, strict=True):
             axis.text(end + 0.012, place, f"{share:.0%}", va="center", fontsize=9)

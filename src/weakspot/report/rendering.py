@@ -1,4 +1,4 @@
-"""Colours: one table for figures and pages, readable by colour-blind readers and in grey.
+"""Colors: one table for figures and pages, readable by color-blind readers and in gray.
 
 Rendering: a template with its style and script in one HTML file.
 """
@@ -13,7 +13,7 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
-# Blue, white, orange: the two ends differ in hue for every kind of colour vision.
+# Blue, white, orange: the two ends differ in hue for every kind of color vision.
 DIVERGING = ((0, 69, 134), (86, 140, 190), (247, 247, 247), (236, 152, 60), (166, 80, 0))
 # Okabe and Ito 2008; category 0 is left as the photograph is.
 CATEGORIES = ("#00000000", "#0072b2", "#d55e00", "#f0e442", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
@@ -21,7 +21,7 @@ HATCHES = ("", "", "///", "...", "xxx", "---", "|||", "+++")
 
 
 def table(kind: str) -> NDArray[np.uint8]:
-    """256 colours (256, 3) for a map of that kind: "signed" or "magnitude"."""
+    """256 colors (256, 3) for a map of that kind: "signed" or "magnitude"."""
     if kind == "signed":
         places = np.linspace(0, 1, 256)
         anchors = np.array(DIVERGING, dtype=float)

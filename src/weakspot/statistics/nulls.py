@@ -40,9 +40,11 @@ def products_over_shifts(fixed: Tensor, shifted: Tensor) -> Tensor:
 def standardized(maps: Tensor) -> Tensor:
     """(N, H, W) less their mean over their deviation, float64; a constant map has none and becomes NaN."""
     maps = maps.double()
-    centred = maps - maps.mean((1, 2), keepdim=True)
-    spread = centred.square().mean((1, 2), keepdim=True).sqrt()
-    return centred / torch.where(spread > ROUNDING * maps.abs().amax((1, 2), keepdim=True), spread, torch.nan)
+    centered = maps - maps.mean((1, 2), keepdim=True)
+    spread = centered.square().mean((1, 2), keepdim=True).sqrt()
+    return centered / torch.where(
+        spread > ROUNDING * maps.abs().amax((1, 2), keepdim=True), spread, torch.nan
+    )
 
 
 def ranks(maps: Tensor) -> Tensor:
@@ -54,7 +56,7 @@ def ranks(maps: Tensor) -> Tensor:
 
 
 def queen_lag(maps: Tensor) -> Tensor:
-    """(N, H, W) mean of each site's neighbours, diagonal ones included; at the border of those there are."""
+    """(N, H, W) mean of each site's neighbors, diagonal ones included; at the border of those there are."""
     kernel = torch.ones(1, 1, 3, 3, dtype=torch.float64, device=maps.device)
     kernel[..., 1, 1] = 0
     sums, counts = (

@@ -222,7 +222,7 @@ def _stem(network: nn.Module) -> nn.Conv2d | None:
         first is None
         or type(first).forward is not nn.Conv2d.forward
         or "forward" in vars(first)
-        or not isinstance(first._parameters.get("weight"), nn.Parameter)  # not computed by a parametrisation
+        or not isinstance(first._parameters.get("weight"), nn.Parameter)  # not computed by a parametrization
         or first.weight.dtype != torch.float32
         or first.weight.device.type != "cpu"
     ):

@@ -16,7 +16,7 @@ import torch
 import weakspot
 from weakspot._io.files import write_whole
 from weakspot.classifier import Classifier
-from weakspot.datasets import Labelled
+from weakspot.datasets import LabeledImages
 from weakspot.models.specs import fingerprint
 from weakspot.training.config import Settings
 
@@ -85,7 +85,7 @@ OWN = {*PARTS, "versions", "finished", "stopped", "weights", "epochs"}
 
 
 def make_record(
-    settings: Settings, data: Labelled, classifier: Classifier, about: Mapping[str, Any] | None
+    settings: Settings, data: LabeledImages, classifier: Classifier, about: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What training.json says before the first update.
 
@@ -142,7 +142,7 @@ def check_same(path: Path, record: Mapping[str, Any], earlier: Mapping[str, Any]
         )
 
 
-def data_fingerprint(data: Labelled) -> str:
+def data_fingerprint(data: LabeledImages) -> str:
     """Sixteen hex digits made of all labels and all images; of picture files, of names, sizes and 256 of them."""
     digest = hashlib.sha256(repr((len(data), data.shape)).encode())
     digest.update(data.labels.cpu().numpy().tobytes())
@@ -155,7 +155,7 @@ def data_fingerprint(data: Labelled) -> str:
 
 
 def _start(classifier: Classifier) -> str:
-    """Weights, normalisation and how the network prints: its layers, though not the functions called between them."""
+    """Weights, normalization and how the network prints: its layers, though not the functions called between them."""
     text = repr(
         (
             fingerprint(classifier.network),

@@ -142,7 +142,7 @@ class Settings:
 
 
 def defaults(channels: int) -> Mapping[str, Any]:
-    """Budget, steps, step size and augmentation for grey images (as for MNIST) or colour (as for CIFAR-10).
+    """Budget, steps, step size and augmentation for gray images (as for MNIST) or color (as for CIFAR-10).
 
     Of Rothberg et al. 2019 (arXiv 1909.04779) only the abstract says what was done; the numbers are Madry's (2018,
     arXiv 1706.06083).

@@ -23,7 +23,7 @@ from weakspot._io.files import write_whole
 from weakspot._state import EvalMode
 from weakspot.attacks import pgd
 from weakspot.classifier import Classifier, predict
-from weakspot.datasets import Labelled
+from weakspot.datasets import LabeledImages
 from weakspot.regions import background
 from weakspot.training.checkpoint import data_fingerprint
 from weakspot.training.config import Settings
@@ -93,7 +93,7 @@ class Backgrounds:
 
 
 def find_backgrounds(
-    data: Labelled,
+    data: LabeledImages,
     *,
     cache: Path | None = None,
     progress: Callable[[float], None] | None = None,

@@ -28,7 +28,7 @@ from weakspot._checks import ModelWarning, warn
 from weakspot._io.files import write_whole
 from weakspot._io.locks import LockedError, locked
 from weakspot.classifier import Classifier
-from weakspot.datasets import Labelled
+from weakspot.datasets import LabeledImages
 from weakspot.models.specs import find_device, fingerprint
 from weakspot.regions import matched
 from weakspot.training.checkpoint import (
@@ -168,7 +168,7 @@ def alone(out: Path | None, fabric: Fabric) -> Iterator[None]:
 
 def fit(
     classifier: Classifier,
-    everything: Labelled,
+    everything: LabeledImages,
     parts: tuple[Tensor, Tensor],
     settings: Settings,
     record: Mapping[str, Any],
@@ -247,7 +247,7 @@ def split(count: int, held_out: int) -> tuple[Tensor, Tensor]:
 
 
 def held_out_images(
-    everything: Labelled, kept: Tensor, found: Backgrounds | None, region: str, seed: int
+    everything: LabeledImages, kept: Tensor, found: Backgrounds | None, region: str, seed: int
 ) -> HeldOut | None:
     """The held-out rows with the region that the recipe attacks, None where nothing is held out."""
     if not len(kept):

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from weakspot._state import EvalMode
 from weakspot.classifier import Classifier
-from weakspot.datasets import Labelled
-from weakspot.datasets.labelled import as_float
+from weakspot.datasets import LabeledImages
+from weakspot.datasets.labeled import as_float
 from weakspot.training.adversary import perturbed, quick_stem
 from weakspot.training.config import Settings, find_recipe
 from weakspot.training.data import Backgrounds, HeldOut, Moves, collapsed, mixed_seed
@@ -46,7 +46,7 @@ class Loop:
         self,
         fabric: Fabric,
         classifier: Classifier,
-        data: Labelled,
+        data: LabeledImages,
         backgrounds: Backgrounds | None,
         held_out: HeldOut | None,
         settings: Settings,
@@ -360,7 +360,7 @@ def _as_it_is(pixels: Any) -> Any:
 class _Rows(torch.utils.data.Dataset[Any]):
     """Batches of pixels by their row numbers, for worker processes; what they cannot read comes back as its error."""
 
-    def __init__(self, data: Labelled) -> None:
+    def __init__(self, data: LabeledImages) -> None:
         self.data = data
 
     def __len__(self) -> int:

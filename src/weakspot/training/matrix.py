@@ -18,7 +18,7 @@ import weakspot
 from weakspot._checks import check_seed
 from weakspot._io.files import write_whole
 from weakspot.attacks.gradient import check_counts
-from weakspot.datasets import Labelled
+from weakspot.datasets import LabeledImages
 from weakspot.models.specs import fingerprint
 from weakspot.statistics import mean_interval, paired_share_interval, share_interval
 from weakspot.training.checkpoint import read_record
@@ -56,8 +56,8 @@ class Matrix:
 
 def evaluation_matrix(
     make: Callable[[int], nn.Module],
-    data: Labelled,
-    test: Labelled,
+    data: LabeledImages,
+    test: LabeledImages,
     *,
     out: Path,
     recipes: Sequence[str] = RECIPES,
@@ -140,7 +140,7 @@ def evaluation_matrix(
     return Matrix(_accuracy(found, recipes, numbers), _differences(found, recipes, numbers), stopped)
 
 
-def _check_alike(data: Labelled, test: Labelled) -> None:
+def _check_alike(data: LabeledImages, test: LabeledImages) -> None:
     """Raises ValueError unless the test images are of the training's shape and classes."""
     if data.shape != test.shape:
         raise ValueError(

@@ -14,7 +14,7 @@ from weakspot.attacks import auto, pgd
 from weakspot.attacks.gradient import check_counts
 from weakspot.budgets import Budget
 from weakspot.classifier import evaluating, predict
-from weakspot.datasets import Labelled
+from weakspot.datasets import LabeledImages
 from weakspot.training.data import find_backgrounds
 
 TESTS = {
@@ -35,7 +35,7 @@ class Judged(NamedTuple):
 
 
 def judged_images(
-    data: Labelled,
+    data: LabeledImages,
     *,
     limit: int | None = None,
     masks: Path | None = None,
@@ -126,7 +126,7 @@ def outcomes(
 def swap_backgrounds(images: Tensor, backgrounds: Tensor, seed: int = 0) -> Tensor:
     """Each image's object before the background of another, (N, C, H, W).
 
-    Where the other has its object, the mean colour of its background stands in for what is hidden.
+    Where the other has its object, the mean color of its background stands in for what is hidden.
 
     Args:
         images: (N, C, H, W), at least two.

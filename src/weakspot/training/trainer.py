@@ -16,7 +16,7 @@ from weakspot._checks import check_classes
 from weakspot._state import EvalMode, copied, in_train_mode
 from weakspot.budgets import Budget
 from weakspot.classifier import Classifier, as_classifier
-from weakspot.datasets import Labelled, from_tensors, read_labelled
+from weakspot.datasets import LabeledImages, from_tensors, read_labeled
 from weakspot.training.checkpoint import find_earlier, make_record
 from weakspot.training.config import Settings, defaults, find_recipe
 from weakspot.training.fit import alone, fit, load_finished, make_fabric, split
@@ -24,7 +24,7 @@ from weakspot.training.fit import alone, fit, load_finished, make_fabric, split
 
 def train(
     model: nn.Module,
-    data: Labelled | tuple[Tensor, Tensor] | Path | str,
+    data: LabeledImages | tuple[Tensor, Tensor] | Path | str,
     *,
     recipe: str = "localized",
     budget: Budget | None = None,
@@ -67,22 +67,22 @@ def train(
     Args:
         model: any classifier of images in [0, 1], its weights the start; left as it is. Of a model in train mode, parts
             that are in eval mode (frozen batch-norm) stay so. Its hooks are copied with it, and run.
-        data: images (N, C, H, W) with labels (N,), a `Labelled`, or a path for `read_labelled`.
+        data: images (N, C, H, W) with labels (N,), a `LabeledImages`, or a path for `read_labeled`.
         recipe: "standard", "localized", "foreground", "random_mask", "full", "fast" (one step, Wong et al. 2020, arXiv
             2001.03994), "noise" or "trades".
-        budget: of the adversary; where not given 0.3 in L-infinity for grey images, 8/255 for colour.
+        budget: of the adversary; where not given 0.3 in L-infinity for gray images, 8/255 for color.
         share: of every batch that is attacked, 0 to 1; the recipe "standard" attacks none.
         epochs: passes over the data.
         seed: of everything random.
         out: folder for model.safetensors, training.json and, while it runs, checkpoint.pt.
-        steps: of the adversary; 40 for grey images, 10 for colour where not given.
+        steps: of the adversary; 40 for gray images, 10 for color where not given.
         step_size: of each, in the budget's own unit; .01 and 2/255 where not given, 2.5 / steps of another budget.
         batch_size: images per update, all processes together.
         learning_rate: at the start, falling to zero along a cosine.
         momentum: of SGD.
         weight_decay: of SGD.
         beta: of TRADES.
-        augment: "none", "crop" (shifts up to an eighth of the side), "crop,flip"; none for grey, both for colour images
+        augment: "none", "crop" (shifts up to an eighth of the side), "crop,flip"; none for gray, both for color images
             where not given.
         held_out: images kept from training for judging, at most a tenth; under 100 nothing stops early.
         precision: "32-true", "16-mixed" or "bf16-mixed".
@@ -123,7 +123,7 @@ def train(
     try:
         with torch.random.fork_rng(), torch.inference_mode(mode=False), torch.enable_grad():
             classifier = _copied(model)
-            everything = _as_labelled(data, classifier)
+            everything = _as_labeled(data, classifier)
             _check_fit(classifier, everything)
             recipe_search = find_recipe(recipe).search
             usual = defaults(everything.shape[0])
@@ -218,7 +218,7 @@ def _copied(model: nn.Module) -> Classifier:
     return classifier
 
 
-def _check_fit(classifier: Classifier, data: Labelled) -> None:
+def _check_fit(classifier: Classifier, data: LabeledImages) -> None:
     """Raises ValueError unless the network takes the images and has a logit for every label."""
     size = " x ".join(map(str, data.shape))
     try:
@@ -245,13 +245,13 @@ def _check_batches(batch_size: int, images: int, processes: int) -> None:
         )
 
 
-def _as_labelled(data: Any, classifier: Classifier) -> Labelled:
-    if isinstance(data, Labelled):
+def _as_labeled(data: Any, classifier: Classifier) -> LabeledImages:
+    if isinstance(data, LabeledImages):
         return data
     if isinstance(data, Path | str):
-        return read_labelled(data, size=classifier.input_size, channels=classifier.channels)
+        return read_labeled(data, size=classifier.input_size, channels=classifier.channels)
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         return replace(from_tensors(*data), name="tensors")
     raise ValueError(
-        f"data is a {type(data).__name__}; accepted are (images, labels), a Labelled or the path of a data set"
+        f"data is a {type(data).__name__}; accepted are (images, labels), a LabeledImages or the path of a data set"
     )

@@ -121,7 +121,7 @@ def compare(before: Run, after: Run) -> Comparison:
     names = [name for name in score_names(before) if name in score_names(after)]
     pair = _whole(before, after)
     rows, common = [_moves(pair, [CLEAN], "", "").iloc[: 1 if len(pair) else 0]], len(pair)
-    relabelled = int((pair["label"] != pair["label_after"]).sum())
+    relabeled = int((pair["label"] != pair["label_after"]).sum())
     for own, other in shared_attacks:
         for region in regions:
             pair = _pair(_cell(before, own.label, region, names), _cell(after, other.label, region, names))
@@ -143,8 +143,8 @@ def compare(before: Run, after: Run) -> Comparison:
             f"robust accuracy is not compared for {', '.join(apart)}: minimal-norm attacks need one stated budget, the "
             "same in both runs"
         )
-    if relabelled and not all(_predicted(run) for run in (before, after)):
-        remarks.append(f"labels differ on {relabelled} of these images")
+    if relabeled and not all(_predicted(run) for run in (before, after)):
+        remarks.append(f"labels differ on {relabeled} of these images")
     return Comparison(table[list(COLUMNS)], common, tuple(only), tuple(remarks))
 
 

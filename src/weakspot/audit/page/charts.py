@@ -164,7 +164,7 @@ def histogram_chart(title: str, bins: pd.DataFrame, headings: dict[tuple[str, st
     return finished(
         title,
         f"How {title} is distributed over images, for each attack in each region; images that were fooled and images "
-        "that held in two colours, one upon the other.",
+        "that held in two colors, one upon the other.",
         alt.layer(*layers),
         RIDGE * len(places) + 10,
     )
@@ -196,7 +196,7 @@ def confusion_chart(title: str, found: pd.DataFrame) -> Chart:
             alt.Tooltip("share:Q", format=".1%", title="of the label's"),
         ],
     )  # fmt: skip
-    # Opacity over the page's own colour reads in light, in dark and in grey.
+    # Opacity over the page's own color reads in light, in dark and in gray.
     squares = base.mark_rect(color="var(--held)").encode(
         opacity=alt.Opacity("share:Q", legend=None, scale=alt.Scale(domain=[0, 1], range=[0.06, 0.75]))
     )

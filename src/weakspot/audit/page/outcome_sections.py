@@ -194,7 +194,7 @@ def image_section(
         if images
     ]
     mapped = any(name == "importance" for image in easiest for name, _ in image.pictures)
-    note = "Importance is evidence for the label in the clean image (brighter is more), over the photograph in grey."
+    note = "Importance is evidence for the label in the clean image (brighter is more), over the photograph in gray."
     return Section("images", "Images", sentences, galleries=galleries, notes=[note] if mapped else [])
 
 
@@ -205,7 +205,7 @@ def title(score: str) -> str:
 
 WIDE = 128  # pixels of the longer side, at most
 FAITHFUL = 64  # up to here pictures are kept to the bit
-SHARE = 0.6  # of the colour over the photograph
+SHARE = 0.6  # of the color over the photograph
 
 
 def picture(levels: NDArray[np.uint8]) -> str:
@@ -215,14 +215,14 @@ def picture(levels: NDArray[np.uint8]) -> str:
 
 
 def overlaid(levels: NDArray[np.uint8], importance: NDArray[np.float32]) -> str:
-    """A map (h, w) in colour, from zero to its largest value, over the picture in grey."""
+    """A map (h, w) in color, from zero to its largest value, over the picture in gray."""
     pixels = _pixels(levels)
-    grey = np.asarray(Image.fromarray(pixels).convert("L").convert("RGB"), dtype=np.float32)
+    gray = np.asarray(Image.fromarray(pixels).convert("L").convert("RGB"), dtype=np.float32)
     values = np.nan_to_num(importance, nan=0, posinf=0, neginf=0).clip(min=0)
     places = np.rint(values * (255 / (float(values.max(initial=0)) or 1))).astype(np.uint8)
     colors = Image.fromarray(table("magnitude")[places])
     colors = colors.resize((pixels.shape[1], pixels.shape[0]), Image.Resampling.NEAREST)
-    mixed = (1 - SHARE) * grey + SHARE * np.asarray(colors, dtype=np.float32)
+    mixed = (1 - SHARE) * gray + SHARE * np.asarray(colors, dtype=np.float32)
     drawn = Image.fromarray(np.rint(mixed).astype(np.uint8))
     return _encoded(_small(drawn), exact=max(pixels.shape[:2]) <= FAITHFUL)
 

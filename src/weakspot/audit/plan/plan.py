@@ -37,7 +37,7 @@ class ModelPlan:
     Attributes:
         spec: as `load` has it.
         weights: file, or None.
-        mean: normalisation on the [0, 1] scale, one per channel; None for the network's own.
+        mean: normalization on the [0, 1] scale, one per channel; None for the network's own.
         std: likewise.
         size: (height, width) that images are brought to; None for the network's own.
         classes: names of the classes; None for the network's own.
@@ -197,7 +197,7 @@ class Plan:
             attack.arguments()
         return replace(
             self,
-            attacks=_labelled(attacks),
+            attacks=_labeled(attacks),
             regions=self._placed(),
             analyses=tuple(name for name in available_analyses() if name in self.analyses),
             sources=tuple(sorted({_normal(source) for source in self.sources})),
@@ -265,7 +265,7 @@ def _normal(source: str) -> str:
     return source.rstrip("/") if is_url(source) else os.path.normpath(source)
 
 
-def _labelled(attacks: Iterable[AttackPlan]) -> tuple[AttackPlan, ...]:
+def _labeled(attacks: Iterable[AttackPlan]) -> tuple[AttackPlan, ...]:
     """Without repetitions, each with a label of its own: the name, and where that is not enough what else differs."""
     unique = list(dict.fromkeys(attacks))
     for attack in unique:

@@ -208,7 +208,7 @@ class Lots:
 
 @dataclass(eq=False)
 class Machine:
-    """The network as an audit uses it, and what it has learnt about its memory.
+    """The network as an audit uses it, and what it has learned about its memory.
 
     Attributes:
         classifier: as it was loaded; analyses look inside it.

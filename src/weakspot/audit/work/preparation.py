@@ -66,9 +66,9 @@ def load_planned(model: ModelPlan) -> Classifier:
 
 def class_count(classifier: Classifier) -> int:
     """How many classes it tells apart."""
-    grey = torch.full((1, classifier.channels, *classifier.input_size), 0.5, device=classifier.mean.device)
+    gray = torch.full((1, classifier.channels, *classifier.input_size), 0.5, device=classifier.mean.device)
     with evaluating(classifier), torch.no_grad():
-        return int(classifier(grey).shape[1])
+        return int(classifier(gray).shape[1])
 
 
 @dataclass(frozen=True, eq=False)

@@ -192,7 +192,7 @@ def write_pngs(images: Tensor, names: Sequence[str], folder: Path) -> list[str]:
     """Write (N, C, H, W) in [0, 1] to NAME.png each, rounded to 8 bits.
 
     Args:
-        images: grey or colour.
+        images: gray or color.
         names: of the pictures they were made of, folders in them kept; their suffixes go, and equal ones are numbered.
         folder: made where it is missing.
 

@@ -1,11 +1,11 @@
 "use strict";
-// Every map comes as raw levels with its range and is coloured here, so opacity, overlay and zoom need no server.
+// Every map comes as raw levels with its range and is colored here, so opacity, overlay and zoom need no server.
 
 const shared = JSON.parse(document.getElementById("shared").textContent);
 const bytes = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
 const tables = Object.fromEntries(Object.entries(shared.tables).map(([kind, text]) => [kind, bytes(text)]));
 const categories = shared.categories.map((color) => [1, 3, 5].map((at) => parseInt(color.slice(at, at + 2), 16)));
-const controls = { opacity: document.getElementById("opacity"), grey: document.getElementById("grey") };
+const controls = { opacity: document.getElementById("opacity"), gray: document.getElementById("gray") };
 
 async function inflate(text) {
   const stream = new Blob([bytes(text)]).stream().pipeThrough(new DecompressionStream("deflate"));
@@ -22,7 +22,7 @@ async function readPixels(source, width, height) {
   return context.getImageData(0, 0, width, height).data;
 }
 
-// Marks a category's sites so that it can be told without colour: solid, stripes, dots, then both.
+// Marks a category's sites so that it can be told without color: solid, stripes, dots, then both.
 function marked(category, x, y) {
   if (category === 1) return true;
   if (category === 2) return (x + y) % 6 < 4;
@@ -30,7 +30,7 @@ function marked(category, x, y) {
   return (x - y + 4096) % (category + 2) > 1;
 }
 
-// The colour of one site of a map as [red, green, blue, share], or null where the photograph shows through.
+// The color of one site of a map as [red, green, blue, share], or null where the photograph shows through.
 function colorOf(map, at, x, y) {
   const level = map.levels[at];
   if (map.kind === "category") {
@@ -53,7 +53,7 @@ class Pair {
     this.zoom = article.querySelector(".zoom");
     this.blinking = article.querySelector(".blink");
     this.readout = article.querySelector(".readout");
-    this.centre = [this.data.width / 2, this.data.height / 2];
+    this.center = [this.data.width / 2, this.data.height / 2];
     this.swapped = false;
   }
 
@@ -77,7 +77,7 @@ class Pair {
     for (const canvas of this.views) {
       canvas.addEventListener("pointermove", (event) => this.point(canvas, event));
       canvas.addEventListener("pointerleave", () => { this.cursor = null; this.draw(); });
-      canvas.addEventListener("click", (event) => { this.centre = this.site(canvas, event); this.draw(); });
+      canvas.addEventListener("click", (event) => { this.center = this.site(canvas, event); this.draw(); });
     }
   }
 
@@ -95,8 +95,8 @@ class Pair {
     const zoom = Number(this.zoom.value);
     const width = Math.max(1, Math.round(this.data.width / zoom));
     const height = Math.max(1, Math.round(this.data.height / zoom));
-    const left = Math.max(0, Math.min(this.data.width - width, Math.round(this.centre[0] - width / 2)));
-    const top = Math.max(0, Math.min(this.data.height - height, Math.round(this.centre[1] - height / 2)));
+    const left = Math.max(0, Math.min(this.data.width - width, Math.round(this.center[0] - width / 2)));
+    const top = Math.max(0, Math.min(this.data.height - height, Math.round(this.center[1] - height / 2)));
     return [left, top, width, height];
   }
 
@@ -146,7 +146,7 @@ class Pair {
         const x = left + column, y = top + row, at = y * this.data.width + x, to = 4 * (row * width + column);
         let red = source[4 * at], green = source[4 * at + 1], blue = source[4 * at + 2];
         const color = map && colorOf(map, at, x, y);
-        if (map && controls.grey.checked) red = green = blue = 0.299 * red + 0.587 * green + 0.114 * blue;
+        if (map && controls.gray.checked) red = green = blue = 0.299 * red + 0.587 * green + 0.114 * blue;
         if (color) {
           red += share * (color[0] - red);
           green += share * (color[1] - green);

@@ -17,7 +17,7 @@ UNSIGNED = {torch.uint16, torch.uint32, torch.uint64}  # torch stores them and c
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabeledImages:
     """Images and the class of each.
 
     Attributes:
@@ -43,14 +43,14 @@ class Labelled:
         """(n, C, H, W) float32 in [0, 1]."""
         return as_float(self.pixels(rows))
 
-    def subset(self, rows: Tensor) -> Labelled:
+    def subset(self, rows: Tensor) -> LabeledImages:
         """These rows alone."""
         return replace(self, labels=self.labels[rows], pixels=_Subset(self.pixels, rows))
 
 
 def from_tensors(
     images: Tensor, labels: Tensor, *, class_names: Sequence[str] | None = None, name: str = "tensors"
-) -> Labelled:
+) -> LabeledImages:
     """Images (N, C, H, W), bytes or floats in [0, 1], and their classes (N,); images are not copied.
 
     Images stay on their device and take no gradients; classes are brought to the CPU.
@@ -75,7 +75,7 @@ def from_tensors(
         labels = labels.long() if labels.dtype in UNSIGNED else labels
     names = names_of_classes(labels, len(images), class_names)
     _, channels, height, width = images.shape
-    return Labelled(labels.long(), names, (channels, height, width), name, _Held(images))
+    return LabeledImages(labels.long(), names, (channels, height, width), name, _Held(images))
 
 
 def names_of_classes(labels: Tensor, count: int, class_names: Sequence[str] | None) -> tuple[str, ...]:
@@ -104,13 +104,13 @@ def from_files(
     size: tuple[int, int],
     channels: int,
     name: str,
-) -> Labelled:
-    """Picture files, cropped at the centre and resized to `size` (height, width) each time that they are asked for.
+) -> LabeledImages:
+    """Picture files, cropped at the center and resized to `size` (height, width) each time that they are asked for.
 
     A file that cannot be read when its turn comes is an error that names it: what was left out of a training would
     change it in silence.
     """
-    return Labelled(
+    return LabeledImages(
         labels, tuple(class_names), (channels, *size), name, _Files(tuple(paths), size, channels), held=False
     )
 
