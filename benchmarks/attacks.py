@@ -30,8 +30,8 @@ class Outcome:
     """What one job did: images, counts of one run, and seconds of each round."""
 
     adversarial: list[Tensor] = field(default_factory=list)
-    forwards: int = 0
-    backwards: int = 0
+    n_forward: int = 0
+    n_backward: int = 0
     seconds: list[float] = field(default_factory=list)
 
 
@@ -67,8 +67,8 @@ def race(
                 outcomes[name].seconds.append(time.perf_counter() - begun)
                 if number == 0:
                     outcomes[name].adversarial.append(found.detach())
-                    outcomes[name].forwards += counted.forwards
-                    outcomes[name].backwards += counted.backwards
+                    outcomes[name].n_forward += counted.n_forward
+                    outcomes[name].n_backward += counted.n_backward
     return outcomes
 
 
@@ -84,7 +84,7 @@ def show(
     """One row for each job; ratios are medians of round-by-round ratios, or where `each` is false of whole times."""
     references = [name for name in outcomes if not name.startswith("weakspot")]
     print(f"\n{title}\n", flush=True)
-    heads = ["job", "fooled", "mean L-inf", "median L2", "median L1", "forwards", "backwards", "seconds"]
+    heads = ["job", "fooled", "mean L-inf", "median L2", "median L1", "n_forward", "n_backward", "seconds"]
     heads += [f"x {name.partition(',')[0]}" for name in references]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for name, outcome in outcomes.items():
@@ -100,7 +100,7 @@ def show(
                 f"{distances['l2'].median():.3f}",
                 f"{distances['l1'].median():.2f}",
             ]
-        cells += [f"{outcome.forwards / len(labels):.1f}", f"{outcome.backwards / len(labels):.1f}"]
+        cells += [f"{outcome.n_forward / len(labels):.1f}", f"{outcome.n_backward / len(labels):.1f}"]
         total = statistics.median(outcome.seconds) if each else sum(outcome.seconds)
         cells.append(f"{total:.2f}")
         for reference in references:
@@ -148,8 +148,10 @@ def pixels() -> None:
         return
     model, images, labels = real.correct("cifar10_resnet20", 40)
     jobs = {
-        "weakspot pixels, evolution": ours(attacks.pixels, population=400, generations=100),
-        "weakspot pixels, guided": ours(attacks.pixels, population=400, generations=100, method="guided"),
+        "weakspot few_pixel, evolution": ours(attacks.few_pixel, population=400, generations=100),
+        "weakspot few_pixel, guided": ours(
+            attacks.few_pixel, population=400, generations=100, method="guided"
+        ),
         **rivals.installed(torchattacks_OnePixel=rivals.torchattacks("OnePixel", steps=100, popsize=400)),
     }
     batches = list(zip(images.split(10), labels.split(10), strict=True))
@@ -236,12 +238,12 @@ def robust(count: int = 500) -> None:
     if not real.there():
         return
     print(f"\nRobust accuracy under L-infinity, first {count} test images\n")
-    heads = ["network", "eps", "attack", "robust", "forwards", "backwards", "seconds", "x AutoAttack"]
+    heads = ["network", "eps", "attack", "robust", "n_forward", "n_backward", "seconds", "x AutoAttack"]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|", flush=True)
     for name, eps in ROBUST.items():
         model, images, labels = real.first(name, count)
         jobs = {
-            "weakspot auto": ours(attacks.auto, budget=Linf(eps)),
+            "weakspot ensemble": ours(attacks.ensemble, budget=Linf(eps)),
             **rivals.installed(
                 torchattacks_AutoAttack=rivals.torchattacks("AutoAttack", eps=eps, n_classes=10, seed=0)
             ),
@@ -253,8 +255,8 @@ def robust(count: int = 500) -> None:
             stood = (real.predictions(model, torch.cat(outcome.adversarial)) == labels).float().mean()
             seconds = sum(outcome.seconds)
             print(
-                f"| {name} | {_level(eps)} | {job} | {float(stood):.1%} | {outcome.forwards / count:.0f} | "
-                f"{outcome.backwards / count:.0f} | {seconds:.0f} | {seconds / last:.2f} |",
+                f"| {name} | {_level(eps)} | {job} | {float(stood):.1%} | {outcome.n_forward / count:.0f} | "
+                f"{outcome.n_backward / count:.0f} | {seconds:.0f} | {seconds / last:.2f} |",
                 flush=True,
             )
 
@@ -292,8 +294,8 @@ def smallest(budget: int = 1000) -> None:
     outcomes = race(jobs, model, batches, rounds=1, warm=False)
     show(f"Smallest L2: {title}", outcomes, model, images, labels)
     jobs = {
-        "weakspot elastic_net": ours(attacks.elastic_net, steps=budget, on_grid=False),
-        "weakspot structured, cells of 4": ours(attacks.structured, group=4, steps=budget, on_grid=False),
+        "weakspot ead": ours(attacks.ead, steps=budget, on_grid=False),
+        "weakspot strattack, cells of 4": ours(attacks.strattack, group=4, steps=budget, on_grid=False),
         **rivals.installed(
             foolbox_EAD=rivals.foolbox(
                 "EADAttack", None, binary_search_steps=5, steps=each, decision_rule="L1", regularization=0.001

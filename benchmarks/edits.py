@@ -240,7 +240,7 @@ def local(wanted: int = 100) -> None:
     if not real.there():
         return
     model, images, labels = real.correct("cifar10_resnet20", 320)
-    pairs = attacks.pixels(model, images, labels, method="guided")
+    pairs = attacks.few_pixel(model, images, labels, method="guided")
     one = (pairs.perturbation != 0).any(1).flatten(1).sum(1) == 1
     rows = (pairs.success & one).nonzero()[:wanted, 0]
     failed = (~pairs.success & one).nonzero()[: len(rows), 0]

@@ -24,8 +24,8 @@ JOBS: dict[str, tuple[Callable[..., AttackResult], dict[str, object]]] = {
     "fmn, L-infinity, 100 steps": (attacks.fmn, {}),
     "fmn, L2, 100 steps": (attacks.fmn, {"norm": "l2"}),
     "carlini_wagner, 200 steps": (attacks.carlini_wagner, {"steps": 200}),
-    "elastic_net, 200 steps": (attacks.elastic_net, {"steps": 200}),
-    "structured, cells of 4, 200 steps": (attacks.structured, {"steps": 200, "group": 4}),
+    "ead, 200 steps": (attacks.ead, {"steps": 200}),
+    "strattack, cells of 4, 200 steps": (attacks.strattack, {"steps": 200, "group": 4}),
 }
 
 
@@ -73,7 +73,7 @@ def main(count: int, names: Sequence[str]) -> None:
         over = (255 * ended.perturbation.abs().amax((1, 2, 3)) > most + 1e-3)[kept]
         more = [
             float((one - other).double().mean())
-            for one, other in ((ended.forwards, floats.forwards), (ended.backwards, floats.backwards))
+            for one, other in ((ended.n_forward, floats.n_forward), (ended.n_backward, floats.n_backward))
         ]
         print(
             f"| {name} | {int(fools.sum())} of {count} | {share(floats.fooled[fools])} | "

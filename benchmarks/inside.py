@@ -120,8 +120,8 @@ def _captum(model: Classifier, pairs: Pairs) -> Callable[[], object] | None:
             )
             for first, second in zip(clean, adversarial, strict=True):
                 first, second = (value[0] if isinstance(value, tuple) else value for value in (first, second))  # noqa: PLW2901
-                gap = (first - second).abs()
-                gap.amax(1), gap.mean(1), first.abs().flatten(1).amax(1)
+                activation_change = (first - second).abs()
+                activation_change.amax(1), activation_change.mean(1), first.abs().flatten(1).amax(1)
 
     return job
 
@@ -224,7 +224,7 @@ def spread_section() -> None:
     if not real.there():
         return
     model, images, labels = real.correct("cifar10_resnet20", 320)
-    pairs = attacks.pixels(model, images, labels, method="guided")
+    pairs = attacks.few_pixel(model, images, labels, method="guided")
     study = propagation_study(model, pairs)
     last = study.table[study.table["layer"] == study.layers[-1]]
     print(
@@ -255,7 +255,7 @@ def masking_section(count: int = 300) -> None:
     )
     print(f"judged on {count}\n")
     moved = table[table["p_value"] <= 0.05].sort_values("sensitivity", ascending=False)
-    result = defenses.masking_test(
+    result = defenses.masking(
         model, layer, moved["unit"].head(round(0.2 * len(table))).tolist(), *judged, attack=attack
     )
     print(sections.table(result) + f"\n\n{defenses.masking_sentence(result)}\n", flush=True)

@@ -20,21 +20,21 @@ class Counted(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.forwards, self.backwards = network, 0, 0
+        self.network, self.n_forward, self.n_backward = network, 0, 0
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.network(images)
-        self.forwards += len(images)
+        self.n_forward += len(images)
         if logits.requires_grad:
             logits.register_hook(self._back)
         return logits
 
     def _back(self, gradient: Tensor) -> None:
-        self.backwards += len(gradient)
+        self.n_backward += len(gradient)
 
     def reset(self) -> None:
-        self.forwards = self.backwards = 0
+        self.n_forward = self.n_backward = 0
 
 
 def floor(steps: int) -> Attack:

@@ -24,7 +24,7 @@ import torch
 import weakspot
 from benchmarks import real, sections
 from weakspot.attacks import find_attack
-from weakspot.audit import AttackPlan, ModelPlan, Plan, Standing, audit
+from weakspot.audit import AttackPlan, AuditProgress, ModelPlan, Plan, audit
 from weakspot.regions import read_region
 
 MODEL = ModelPlan("benchmarks.real:resnet20", size=(32, 32))
@@ -123,7 +123,7 @@ def ray(count: int = 2048, steps: int = 20) -> None:
             for workers in (1, 2):
                 seen: list[tuple[float, float]] = []
 
-                def watch(standing: Standing, seen: list[tuple[float, float]] = seen) -> None:
+                def watch(standing: AuditProgress, seen: list[tuple[float, float]] = seen) -> None:
                     seen.append((time.perf_counter(), standing.done))
 
                 plan = Plan((str(source),), MODEL, (attack,), ("none",), analyses=(), maps=False)

@@ -21,7 +21,7 @@ from benchmarks import real, sections
 from weakspot import defenses, zoo
 from weakspot.budgets import Linf
 from weakspot.datasets import LabeledImages, from_tensors, read_labeled
-from weakspot.training import evaluation_matrix
+from weakspot.training import robustness_matrix
 
 ROUNDS = 11
 RECIPES = ("standard", "localized", "random_mask", "full")
@@ -109,7 +109,7 @@ def cifar(split: str, count: int | None = None) -> LabeledImages:
 def _matrix(title: str, network: str, data: LabeledImages, test: LabeledImages, **options: Any) -> None:
     begun = time.perf_counter()
     out = Path(os.environ.get("WEAKSPOT_MATRIX", f"matrix-{title}"))
-    found = evaluation_matrix(
+    found = robustness_matrix(
         lambda seed: zoo.build(network, classes=10, channels=data.shape[0], size=data.shape[1:], seed=seed),
         data, test, out=out, recipes=RECIPES, strongest=300, **options,
         told=lambda name, row: print(name, {key: round(value, 4) for key, value in row.items()}, flush=True),

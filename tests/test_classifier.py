@@ -42,7 +42,7 @@ class Returning(nn.Module):
         return self.form(self.head(images.flatten(1)))
 
 
-class Drawing(nn.Module):
+class MapView(nn.Module):
     """Draws random numbers whenever it is called, as stochastic depth or a randomized defense does."""
 
     def __init__(self) -> None:
@@ -415,7 +415,7 @@ def test_gradients_are_on_inside_and_the_switches_come_back(
 
 
 def test_random_numbers_drawn_inside_do_not_change_those_drawn_after(images: Tensor) -> None:
-    model = Drawing()
+    model = MapView()
     torch.manual_seed(7)
     expected = torch.rand(4)
     torch.manual_seed(7)

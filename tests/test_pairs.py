@@ -37,9 +37,9 @@ def parts(count: int = 3, seed: int = 0) -> dict[str, Tensor]:
 
 def results(count: int = 3, seed: int = 0, *, optional: bool = True) -> AttackResult:
     generator = torch.Generator().manual_seed(seed)
-    forwards, backwards, seeds = torch.randint(0, 99, (3, count), generator=generator).unbind()
+    n_forward, n_backward, seeds = torch.randint(0, 99, (3, count), generator=generator).unbind()
     success, success_8bit = (torch.rand(2, count, generator=generator) > 0.5).unbind()
-    known = {"success": success, "forwards": forwards, "backwards": backwards}
+    known = {"success": success, "n_forward": n_forward, "n_backward": n_backward}
     extra = {"success_8bit": success_8bit, "seed": seeds} if optional else {}
     return AttackResult(**parts(count, seed), **known, **extra)
 
@@ -405,7 +405,7 @@ def test_a_table_has_every_known_field_and_the_distances_one_row_per_image(optio
     result = results(optional=optional)
     table, distances = result.table, result.distances
     fields = {"label": result.labels, "target": result.targets, "success": result.success}
-    fields |= {"forwards": result.forwards, "backwards": result.backwards}
+    fields |= {"n_forward": result.n_forward, "n_backward": result.n_backward}
     if result.success_8bit is not None and result.seed is not None:
         fields |= {"success_8bit": result.success_8bit, "seed": result.seed}
     assert set(table.columns) == fields.keys() | set(distances.columns)

@@ -38,7 +38,7 @@ from weakspot.fusion import fused
 from weakspot.pairs import Pairs
 from weakspot.zoo import build
 
-Work = Callable[[], Any]
+Backlog = Callable[[], Any]
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +50,11 @@ def _often() -> Iterator[None]:
     sys.setswitchinterval(usual)
 
 
-def together(*works: Work) -> list[Any]:
+def together(*works: Backlog) -> list[Any]:
     """What these return, each in a thread of its own, all begun at once."""
     ready = threading.Barrier(len(works))
 
-    def run(work: Work) -> Any:
+    def run(work: Backlog) -> Any:
         ready.wait()
         return work()
 
@@ -121,7 +121,7 @@ def test_two_threads_on_a_trained_network_leave_its_accuracy(data: Path) -> None
     assert accuracy() == before
 
 
-def analyses(model: nn.Module, images: Tensor) -> dict[str, Work]:
+def analyses(model: nn.Module, images: Tensor) -> dict[str, Backlog]:
     """Everything that watches, folds or edits a network, each from the same start."""
     labels = predict(Classifier.wrap(model), images).argmax(1)
     pairs = attacks.pgd(model, images[:2], labels[:2], steps=2)

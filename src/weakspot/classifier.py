@@ -438,7 +438,7 @@ def runner_up(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return best.values, best.indices
 
 
-def around(network: nn.Module, classifier: Classifier, name: str) -> Classifier:
+def as_wrapped_classifier(network: nn.Module, classifier: Classifier, name: str) -> Classifier:
     """`network`, which takes images in [0, 1] and runs `classifier` somewhere inside, as a classifier of that name."""
     network.fixed_batch = classifier.fixed_batch  # type: ignore[assignment]
     network.training = classifier.training

@@ -188,8 +188,8 @@ class AttackResult(Pairs):
     """
 
     success: Tensor
-    forwards: Tensor
-    backwards: Tensor
+    n_forward: Tensor
+    n_backward: Tensor
     success_8bit: Tensor | None = None
     seed: Tensor | None = None
     ssim_budget_spent: Tensor | None = None
@@ -217,8 +217,8 @@ class AttackResult(Pairs):
         after = columns(
             ssim_budget_spent=self.ssim_budget_spent,
             ssim_local_budget_spent=self.ssim_local_budget_spent,
-            forwards=self.forwards,
-            backwards=self.backwards,
+            n_forward=self.n_forward,
+            n_backward=self.n_backward,
             seed=self.seed,
         )
         return pd.concat([before, self.distances, after], axis=1)

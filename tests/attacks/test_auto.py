@@ -14,9 +14,9 @@ from tests.attacks.test_gradient import Watched, balanced, bits, limit, predicte
 from tests.conftest import NETWORKS, LinearNetwork, Made, doubled, untouched
 from weakspot import Classifier, attacks
 from weakspot._checks import ModelWarning
-from weakspot.attacks import auto
+from weakspot.attacks import ensemble
 from weakspot.attacks.auto_pgd import adaptive_descent, checkpoints
-from weakspot.attacks.context import attacking
+from weakspot.attacks.context import attack_context
 from weakspot.attacks.losses import cross_entropy
 from weakspot.attacks.square_search import square_search
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf
@@ -28,7 +28,7 @@ SHORT = {"STEPS": 8, "QUERIES": 30}
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SHORT.items():
-        monkeypatch.setitem(auto.__globals__, name, value)
+        monkeypatch.setitem(ensemble.__globals__, name, value)
 
 
 def on_the_margin(score: float, shape: tuple[int, int, int] = (3, 16, 16)) -> tuple[LinearNetwork, Tensor]:
@@ -60,7 +60,7 @@ def test_results_are_in_range_in_budget_in_region_and_verified(
     model, images = any_model
     labels, region = predicted(model, images), region_of(kind, images)
     with untouched(model, images, labels, *([] if region is None else [region])):
-        result = auto(model, images, labels, budget=budget, region=region)
+        result = ensemble(model, images, labels, budget=budget, region=region)
     adversarial = result.adversarial
     assert 0 <= float(adversarial.min()) <= float(adversarial.max()) <= 1
     assert bool((budget.size(result.perturbation, images) <= limit(budget) + 1e-6).all())
@@ -87,7 +87,7 @@ def test_an_images_result_depends_on_no_batch_size_no_order_and_no_neighbor(
 
     def adversarial(indices: list[int], batch_size: int | None = None) -> Tensor:
         options: dict[str, Any] = {"region": region[indices], "batch_size": batch_size}
-        return auto(model, images[indices], labels[indices], budget=budget, **options).adversarial
+        return ensemble(model, images[indices], labels[indices], budget=budget, **options).adversarial
 
     together = adversarial([0, 1, 2])
     for other in (
@@ -105,22 +105,22 @@ def test_counts_are_what_each_image_went_through_the_model(batch_size: int | Non
     images, region = tagged(images)
     labels, model = predicted(network, images), Watched(network).eval()
     targets = (labels + 1) % 4 if targeted else None
-    result = auto(model, images, labels, region=region, targets=targets, batch_size=batch_size)
-    assert result.forwards.tolist() == times(model.seen, images)
-    assert result.backwards.tolist() == times(model.differentiated, images)
+    result = ensemble(model, images, labels, region=region, targets=targets, batch_size=batch_size)
+    assert result.n_forward.tolist() == times(model.seen, images)
+    assert result.n_backward.tolist() == times(model.differentiated, images)
     # The clean pass, every stage in full and two verifications are the most there can be.
     stages = 2 if targeted else 2 + 3
-    assert int(result.forwards.max()) <= 1 + stages * (SHORT["STEPS"] + 1) + SHORT["QUERIES"] + 2
-    assert int(result.backwards.max()) <= stages * SHORT["STEPS"]
+    assert int(result.n_forward.max()) <= 1 + stages * (SHORT["STEPS"] + 1) + SHORT["QUERIES"] + 2
+    assert int(result.n_backward.max()) <= stages * SHORT["STEPS"]
 
 
 @pytest.mark.parametrize("budget", [Linf(0.01), L2(0.2), L1(1.0), SSIM(0.00003)], ids=str)
 def test_every_success_of_the_first_stage_is_kept_as_it_is(budget: Budget) -> None:
     model, images = balanced()
     labels = predicted(model, images)
-    with attacking(model, images, labels, None, None, None) as problem, problem.searching():
+    with attack_context(model, images, labels, None, None, None) as problem, problem.fused_model():
         found, lowest = adaptive_descent(problem, budget, cross_entropy, steps=SHORT["STEPS"], stream=0)
-    result = auto(model, images, labels, budget=budget)
+    result = ensemble(model, images, labels, budget=budget)
     fallen = lowest < 0
     assert 0 < int(fallen.sum()) < 24
     assert bool(result.success[fallen].all())
@@ -139,14 +139,14 @@ HIDING: dict[str, Callable[[Tensor], Tensor]] = {
 def test_a_weak_model_that_hides_its_gradients_is_exposed(
     monkeypatch: pytest.MonkeyPatch, hide: Callable[[Tensor], Tensor]
 ) -> None:
-    monkeypatch.setitem(auto.__globals__, "QUERIES", 300)
+    monkeypatch.setitem(ensemble.__globals__, "QUERIES", 300)
     eps = 0.05
     # A tenth of what the budget can move the score by, and four times what a random start moves it by.
     network, images = on_the_margin(64 * eps)
     model = Hiding(network, hide).eval()
     labels = torch.zeros(8, dtype=torch.long)
     with untouched(model, images), pytest.warns(ModelWarning, match="hides its gradients: 8 of 8"):
-        result = auto(model, images, labels, budget=Linf(eps))
+        result = ensemble(model, images, labels, budget=Linf(eps))
     assert bool(result.success.all())
     assert float(result.perturbation.abs().max()) <= eps + 1e-6
 
@@ -164,7 +164,7 @@ def test_a_strong_model_that_hides_its_gradients_is_not_said_to_fall(
         score = network(images)[:, 0]
     assert bool((score > eps * network.weight.detach().abs().sum()).all())
     model = Hiding(network, hide).eval()
-    result = auto(model, images, torch.zeros(8, dtype=torch.long), budget=Linf(eps))
+    result = ensemble(model, images, torch.zeros(8, dtype=torch.long), budget=Linf(eps))
     assert not bool(result.success.any())
 
 
@@ -197,7 +197,7 @@ def test_a_linear_model_falls_where_the_budget_reaches_its_border_and_never_else
     images = images.clamp(0, 1)
     with torch.no_grad():
         assert falls or bool((model(images)[:, 0] > reach).all())
-    result = auto(model, images, torch.zeros(8, dtype=torch.long), budget=budget, region=region)
+    result = ensemble(model, images, torch.zeros(8, dtype=torch.long), budget=budget, region=region)
     assert result.success.tolist() == [falls] * 8
     assert torch.equal(result.targets, torch.full((8,), int(falls)))
 
@@ -209,7 +209,7 @@ def test_a_targeted_attack_reaches_its_target(target: int, budget: Budget) -> No
     labels = predicted(model, images)
     labels = torch.where(labels == target, (target + 1) % 3, labels)
     targets = torch.full_like(labels, target)
-    result = auto(model, images, labels, targets=targets, budget=budget)
+    result = ensemble(model, images, labels, targets=targets, budget=budget)
     assert bool(result.success.all())
     assert torch.equal(predicted(model, result.adversarial), targets)
     assert torch.equal(result.targets, targets)
@@ -219,7 +219,7 @@ def test_leaving_the_label_short_of_the_target_is_no_targeted_success() -> None:
     model, images = NETWORKS["linear"]()
     scores = model(images)
     labels, targets = scores.argmin(1), scores.argsort(1)[:, 1]
-    result = auto(model, images, labels, targets=targets, budget=Linf(0.0))
+    result = ensemble(model, images, labels, targets=targets, budget=Linf(0.0))
     assert result.success.tolist() == [False] * 3
 
 
@@ -227,7 +227,7 @@ def test_leaving_the_label_short_of_the_target_is_no_targeted_success() -> None:
 def test_images_already_misread_are_successes(any_model: Made, budget: Budget) -> None:
     model, images = any_model
     labels = model(images).argmin(1)
-    result = auto(model, images, labels, budget=budget)
+    result = ensemble(model, images, labels, budget=budget)
     assert result.success.tolist() == [True] * 3
     assert bool((budget.size(result.perturbation, images) <= limit(budget) + 1e-6).all())
 
@@ -248,13 +248,13 @@ def test_an_image_that_is_misread_as_it_is_is_a_success_whatever_lies_around_it(
     image = 0.5 + 0.1 * torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     model = Needle(image).eval()
     assert predicted(model, image).tolist() == [1]
-    assert auto(model, image, torch.tensor([0])).success.tolist() == [True]
+    assert ensemble(model, image, torch.tensor([0])).success.tolist() == [True]
 
 
 def test_an_empty_region_returns_the_clean_bits(any_model: Made) -> None:
     model, images = any_model
     empty = torch.zeros(1, 1, *images.shape[2:], dtype=torch.bool)
-    result = auto(model, images, predicted(model, images), region=empty)
+    result = ensemble(model, images, predicted(model, images), region=empty)
     assert torch.equal(bits(result.adversarial), bits(images))
     assert result.success.tolist() == [False] * 3
 
@@ -266,7 +266,7 @@ def test_where_nothing_can_succeed_every_pass_is_made_and_no_success_claimed() -
 
     images, labels = torch.rand(5, 3, 8, 8), torch.ones(5, dtype=torch.long)
     with pytest.warns(ModelWarning, match=r"zero everywhere in the region for 5 of 5") as caught:
-        result = auto(Constant().eval(), images, labels)
+        result = ensemble(Constant().eval(), images, labels)
     assert not any("hides" in str(warning.message) for warning in caught)
     assert not bool(result.success.any())
     assert torch.equal(result.targets, labels)
@@ -287,8 +287,8 @@ def test_scaling_the_logits_hides_nothing(scale: float) -> None:
             logits: Tensor = self.network(images)
             return scale * logits
 
-    plain = auto(network, images, labels, budget=Linf(0.01))
-    scaled = auto(Scaled().eval(), images, labels, budget=Linf(0.01))
+    plain = ensemble(network, images, labels, budget=Linf(0.01))
+    scaled = ensemble(Scaled().eval(), images, labels, budget=Linf(0.01))
     assert 0 < int(plain.success.sum()) < 24
     assert torch.equal(plain.success, scaled.success)
 
@@ -296,7 +296,7 @@ def test_scaling_the_logits_hides_nothing(scale: float) -> None:
 def test_the_same_seed_gives_the_same_result_and_another_another() -> None:
     model, images = NETWORKS["pooling"]()
     labels = predicted(model, images)
-    first, again, other = (auto(model, images, labels, seed=seed).adversarial for seed in (0, 0, 1))
+    first, again, other = (ensemble(model, images, labels, seed=seed).adversarial for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -304,7 +304,7 @@ def test_the_same_seed_gives_the_same_result_and_another_another() -> None:
 def test_progress_rises() -> None:
     network, images = on_the_margin(20)
     told: list[float] = []
-    auto(network, images.clamp(0, 1), torch.zeros(8, dtype=torch.long), progress=told.append)
+    ensemble(network, images.clamp(0, 1), torch.zeros(8, dtype=torch.long), progress=told.append)
     assert told == sorted(told)
     assert 0 <= told[0] <= told[-1] <= 1
 
@@ -319,7 +319,7 @@ def test_an_honest_model_of_few_classes_is_not_accused_of_hiding_gradients(class
     images = torch.rand(8, 3, 8, 8, generator=generator)
     labels = predicted(model, images)
     for eps in (1e-4, 0.01, 0.5):  # warnings are errors here
-        result = auto(model, images, labels, budget=Linf(eps))
+        result = ensemble(model, images, labels, budget=Linf(eps))
     assert bool(result.success.all())
 
 
@@ -340,12 +340,12 @@ def test_a_square_search_keeps_the_best_it_was_told_and_asks_no_more_than_allowe
     network, images = NETWORKS["pooling"]()
     images, region = tagged(images)
     labels, model = predicted(network, images), Watched(network).eval()
-    with attacking(model, images, labels, region, None, None) as problem:
+    with attack_context(model, images, labels, region, None, None) as problem:
         found, lowest = square_search(problem, budget, queries=queries, stream=1000)
         assert torch.equal(problem.evaluate(found) < 0, lowest < 0)
         torch.testing.assert_close(problem.evaluate(found), lowest, rtol=0, atol=1e-5)
-    assert times(model.seen[:-2], images) == problem.forwards.sub(2).tolist()
-    assert int(problem.forwards.max()) - 2 <= queries
+    assert times(model.seen[:-2], images) == problem.n_forward.sub(2).tolist()
+    assert int(problem.n_forward.max()) - 2 <= queries
     assert bool((budget.size(found - images, images) <= limit(budget) + 1e-6).all())
     assert torch.equal(bits(found[:, :, 0, 0]), bits(images[:, :, 0, 0]))
     assert not model.differentiated
@@ -358,18 +358,18 @@ def test_the_smallest_images_are_taken(shape: tuple[int, int, int]) -> None:
     images = torch.rand(3, *shape, generator=generator)
     labels = predicted(model, images)
     for budget in (Linf(1e-3), L2(1e-3), L1(1e-3)):
-        result = auto(model, images, labels, budget=budget)
+        result = ensemble(model, images, labels, budget=budget)
         assert bool((budget.size(result.perturbation, images) <= limit(budget) + 1e-6).all())
 
 
 @pytest.mark.parametrize(
-    "attack", [attacks.auto, attacks.pgd, attacks.fgsm, attacks.pixels, attacks.carlini_wagner]
+    "attack", [attacks.ensemble, attacks.pgd, attacks.fgsm, attacks.few_pixel, attacks.carlini_wagner]
 )
 def test_a_network_in_double_precision_is_attacked_all_the_same(attack: Any, pooling: Made) -> None:
     network, images = pooling
     model = copy.deepcopy(network).double()
     labels = model(images.double()).argmax(1)
-    short = {attacks.pixels: {"population": 8, "generations": 2}, attacks.carlini_wagner: {"steps": 10}}
+    short = {attacks.few_pixel: {"population": 8, "generations": 2}, attacks.carlini_wagner: {"steps": 10}}
     result = attack(Classifier.wrap(model), images, labels, **short.get(attack, {}))
     assert torch.equal(result.success, model(result.adversarial.double()).argmax(1) != labels)
     assert result.adversarial.dtype == torch.float32

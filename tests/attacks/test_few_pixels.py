@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.attacks.test_gradient import Watched, bits, margins_of, predicted, region_of, tagged, times
 from tests.conftest import FlatNetwork, Made, PoolingNetwork, untouched
-from weakspot.attacks import pixels
+from weakspot.attacks import few_pixel
 from weakspot.pairs import AttackResult
 
 METHODS = ("evolution", "guided")
@@ -131,7 +131,7 @@ def test_results_are_in_range_of_few_pixels_in_the_region_and_verified(
     model, images = convolutional(shape)
     labels, region = predicted(model, images), region_of(kind, images)
     with untouched(model, images, labels, *([] if region is None else [region])):
-        result = pixels(model, images, labels, count=count, region=region, method=method, **SHORT)
+        result = few_pixel(model, images, labels, count=count, region=region, method=method, **SHORT)
     assert_sound(result, model, images, labels, region)
     assert int(changed_sites(result).max()) <= count
     assert torch.equal((result.perturbation != 0).any(1).flatten(1).sum(1), changed_sites(result))
@@ -142,7 +142,7 @@ def test_results_are_in_range_of_few_pixels_in_the_region_and_verified(
 def test_colors_are_8_bit_so_that_files_keep_every_success(method: str, shape: tuple[int, ...]) -> None:
     model, images = convolutional(shape)
     images = (images * 255).round() / 255
-    result = pixels(model, images, predicted(model, images), count=2, method=method, **SHORT)
+    result = few_pixel(model, images, predicted(model, images), count=2, method=method, **SHORT)
     assert torch.equal((result.adversarial * 255).round() / 255, result.adversarial)
     assert result.success_8bit is not None
     assert torch.equal(result.success_8bit, result.success)
@@ -164,7 +164,7 @@ def test_counts_are_what_each_image_went_through_the_model(
         through += len(arguments[0])
 
     with model.register_forward_hook(hook):
-        result = pixels(
+        result = few_pixel(
             model,
             images,
             predicted(network, images),
@@ -174,22 +174,22 @@ def test_counts_are_what_each_image_went_through_the_model(
             batch_size=batch_size,
             **SHORT,
         )
-    assert int(result.forwards.sum()) == through
-    assert result.forwards.tolist() == times(model.seen, images)
+    assert int(result.n_forward.sum()) == through
+    assert result.n_forward.tolist() == times(model.seen, images)
     assert max(len(batch) for batch in model.seen) <= (batch_size or 10**6)
     if method == "guided":
-        assert result.backwards.tolist() == times(model.differentiated, images)
+        assert result.n_backward.tolist() == times(model.differentiated, images)
     else:
         assert not model.differentiated
-        assert not result.backwards.any()
-        assert int(result.forwards.max()) <= SHORT["population"] * (SHORT["generations"] + 1) + 3
+        assert not result.n_backward.any()
+        assert int(result.n_forward.max()) <= SHORT["population"] * (SHORT["generations"] + 1) + 3
 
 
 def test_evolution_asks_for_no_candidate_that_its_population_holds_and_for_none_twice_at_once() -> None:
     model, image = Watched(Constant()).eval(), random_images(1, 1, 4, 4)
     site = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
     site[..., 2, 1] = True
-    pixels(model, image, torch.tensor([1]), region=site, population=60, generations=5)
+    few_pixel(model, image, torch.tensor([1]), region=site, population=60, generations=5)
     # Where all candidates are equally bad none replaces its parent: the population stays the first one.
     first, *later = [set(batch[:, 0, 2, 1].tolist()) for batch in model.seen[:-2]]
     assert [len(batch) for batch in model.seen[:-2]] == [len(first), *map(len, later)]
@@ -218,7 +218,7 @@ def test_guided_finds_what_brute_force_over_all_sites_and_corner_colors_finds() 
         best = corners.topk(4, largest=False).indices.tolist()
         finer = [between_corners(model, image, label, site) for site in best]
         lowest[index] = corners.min() if corners.min() < 0 else min(finer)
-    result = pixels(model, images, labels, method="guided", population=100, generations=100)
+    result = few_pixel(model, images, labels, method="guided", population=100, generations=100)
     assert 0 < int(result.success.sum()) < 40
     assert torch.equal(result.success, lowest < 0)
     failed = ~result.success
@@ -235,7 +235,7 @@ def test_guided_on_a_linear_model_paints_the_best_sites_in_their_best_colors(
     model, images = leaning(shape, lead=60), random_images(4, *shape)
     labels = torch.zeros(4, dtype=torch.long)
     region = torch.rand(4, 1, *shape[1:], generator=torch.Generator().manual_seed(3)) < region_share
-    result = pixels(model, images, labels, count=count, region=region, method="guided")
+    result = few_pixel(model, images, labels, count=count, region=region, method="guided")
     for index in range(4):
         weight = model.weight.detach()
         gain = torch.maximum(weight * images[index], -weight * (1 - images[index])).sum(0)
@@ -247,7 +247,7 @@ def test_guided_on_a_linear_model_paints_the_best_sites_in_their_best_colors(
 def test_evolution_on_a_linear_model_nears_the_best_corner_pixel_of_brute_force() -> None:
     model, images = leaning((3, 8, 8), lead=9), random_images(6, 3, 8, 8, contrast=0.2)
     labels = torch.zeros(6, dtype=torch.long)
-    result = pixels(model, images, labels, population=100, generations=40)
+    result = few_pixel(model, images, labels, population=100, generations=40)
     before, after = margins_of(model, images, labels), margins_of(model, result.adversarial, labels)
     assert not result.success.any()
     for index in range(6):
@@ -259,7 +259,7 @@ def test_evolution_on_a_linear_model_nears_the_best_corner_pixel_of_brute_force(
 def test_a_success_is_one_truly_changed_pixel(method: str) -> None:
     model, images = convolutional((3, 8, 8), 12)
     labels = predicted(model, images)
-    result = pixels(model, images, labels, method=method, population=60, generations=20)
+    result = few_pixel(model, images, labels, method=method, population=60, generations=20)
     assert int(result.success.sum()) > 0
     assert changed_sites(result)[result.success].tolist() == [1] * int(result.success.sum())
 
@@ -273,7 +273,7 @@ def test_an_images_result_depends_on_no_batch_size_no_order_and_no_neighbor(meth
 
     def adversarial(indices: list[int], batch_size: int | None = None) -> Tensor:
         options = {"region": region[indices], "batch_size": batch_size, "method": method, **SHORT}
-        return pixels(model, images[indices], labels[indices], count=2, **options).adversarial
+        return few_pixel(model, images[indices], labels[indices], count=2, **options).adversarial
 
     together = adversarial([0, 1, 2, 3, 4])
     for other in (
@@ -303,9 +303,9 @@ def test_a_neighbor_with_a_small_region_gives_and_takes_no_guided_forward_passes
     region = torch.ones(4, 1, 16, 16, dtype=torch.bool)
     region[:3, :, 1:] = False
     options: dict[str, Any] = {"method": "guided", "population": 64, "generations": 100}
-    together = pixels(model, images, labels, region=region, **options)
-    alone = pixels(model, images[3:], labels[3:], region=region[3:], **options)
-    assert int(together.forwards[3]) == int(alone.forwards[0])
+    together = few_pixel(model, images, labels, region=region, **options)
+    alone = few_pixel(model, images[3:], labels[3:], region=region[3:], **options)
+    assert int(together.n_forward[3]) == int(alone.n_forward[0])
     assert torch.equal(together.adversarial[3:], alone.adversarial)
 
 
@@ -313,7 +313,10 @@ def test_another_seed_gives_another_evolution_and_no_other_guided_search() -> No
     model, images = leaning((3, 8, 8), 40), random_images(3, 3, 8, 8)
     labels = predicted(model, images)
     evolved, guided = (
-        [pixels(model, images, labels, method=method, seed=seed, **SHORT).adversarial for seed in (0, 0, 1)]
+        [
+            few_pixel(model, images, labels, method=method, seed=seed, **SHORT).adversarial
+            for seed in (0, 0, 1)
+        ]
         for method in METHODS
     )
     assert torch.equal(evolved[0], evolved[1])
@@ -332,7 +335,7 @@ def test_global_generators_are_neither_read_nor_moved(method: str) -> None:
         np.random.seed(seed)  # noqa: NPY002 - the global generator is the point
         random.seed(seed)
         before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]  # noqa: NPY002
-        found.append(pixels(model, images, labels, method=method, **SHORT).adversarial)
+        found.append(few_pixel(model, images, labels, method=method, **SHORT).adversarial)
         assert torch.equal(torch.get_rng_state(), before[0])
         assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[index]  # noqa: NPY002
         assert random.getstate() == before[2]
@@ -345,7 +348,7 @@ def test_two_classes_are_enough(method: str) -> None:
     with torch.no_grad():
         model.get_submodule("head").bias -= model(images).mean(0)
     labels = predicted(model, images)
-    result = pixels(model, images, labels, method=method, **SHORT)
+    result = few_pixel(model, images, labels, method=method, **SHORT)
     assert_sound(result, model, images, labels)
     assert bool(result.success.any())
 
@@ -357,7 +360,7 @@ def test_a_region_of_a_single_site_changes_that_site_only(method: str, count: in
     labels, region = predicted(model, images), torch.zeros(4, 1, 8, 6, dtype=torch.bool)
     for index in range(4):
         region[index, 0, 2 * index, index] = True
-    result = pixels(model, images, labels, count=count, region=region, method=method, **SHORT)
+    result = few_pixel(model, images, labels, count=count, region=region, method=method, **SHORT)
     assert_sound(result, model, images, labels, region)
     assert changed_sites(result).unique().tolist()[-1] == 1
 
@@ -368,17 +371,17 @@ def test_an_empty_region_returns_the_clean_bits_and_success_as_it_is(method: str
     model, images = convolutional((3, 8, 8))
     labels = (predicted(model, images) + wrong) % 4
     region = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
-    result = pixels(model, images, labels, region=region, method=method, **SHORT)
+    result = few_pixel(model, images, labels, region=region, method=method, **SHORT)
     assert torch.equal(bits(result.adversarial), bits(images))
     assert result.success.tolist() == [wrong] * 4
-    assert int(result.forwards.max()) <= 3  # the clean pass and two verifications
+    assert int(result.n_forward.max()) <= 3  # the clean pass and two verifications
 
 
 @each_method
 def test_a_neighbor_with_an_empty_region_is_left_as_it_is(method: str) -> None:
     model, images = convolutional((3, 8, 8))
     labels, region = predicted(model, images), region_of("empty for one", images)
-    result = pixels(model, images, labels, region=region, method=method, **SHORT)
+    result = few_pixel(model, images, labels, region=region, method=method, **SHORT)
     assert_sound(result, model, images, labels, region)
     assert [bool(sites) for sites in changed_sites(result)] == [True, False, True, True]
 
@@ -388,10 +391,10 @@ def test_images_already_misread_are_successes_at_little_cost(method: str) -> Non
     model, images = convolutional((3, 8, 8))
     with torch.no_grad():
         labels = model(images).argmin(1)
-    result = pixels(model, images, labels, method=method, population=24, generations=100)
+    result = few_pixel(model, images, labels, method=method, population=24, generations=100)
     assert_sound(result, model, images, labels)
     assert result.success.tolist() == [True] * 4
-    assert int(result.forwards.max()) <= 110  # one generation or round, not all of them
+    assert int(result.n_forward.max()) <= 110  # one generation or round, not all of them
 
 
 @each_method
@@ -399,13 +402,13 @@ def test_an_image_that_is_misread_as_it_is_is_a_success_whatever_lies_around_it(
     image = random_images(1, 3, 8, 8, contrast=0.2)
     model = Needle(image).eval()
     assert predicted(model, image).tolist() == [1]
-    assert pixels(model, image, torch.tensor([0]), method=method, **SHORT).success.tolist() == [True]
+    assert few_pixel(model, image, torch.tensor([0]), method=method, **SHORT).success.tolist() == [True]
 
 
 @each_method
 def test_where_nothing_can_succeed_no_success_is_claimed(method: str) -> None:
     model, images, labels = Constant().eval(), random_images(3, 3, 8, 8), torch.ones(3, dtype=torch.long)
-    result = pixels(model, images, labels, count=3, method=method, **SHORT)
+    result = few_pixel(model, images, labels, count=3, method=method, **SHORT)
     assert_sound(result, model, images, labels)
     assert result.success.tolist() == [False] * 3
 
@@ -414,7 +417,7 @@ def test_where_nothing_can_succeed_no_success_is_claimed(method: str) -> None:
 def test_where_no_image_falls_the_best_attempts_are_kept(method: str) -> None:
     model, images = leaning((3, 8, 8), lead=12), random_images(4, 3, 8, 8)
     labels = torch.zeros(4, dtype=torch.long)
-    result = pixels(model, images, labels, method=method, **SHORT)
+    result = few_pixel(model, images, labels, method=method, **SHORT)
     assert result.success.tolist() == [False] * 4
     assert bool((margins_of(model, result.adversarial, labels) < margins_of(model, images, labels)).all())
 
@@ -425,7 +428,7 @@ def test_an_attempt_is_never_worse_than_the_clean_image(method: str) -> None:
     # Read well, if only just; whatever is painted leads away from where it would be misread.
     model, labels = Needle(image + 0.001).eval(), torch.tensor([0])
     assert predicted(model, image).tolist() == [0]
-    result = pixels(model, image, labels, method=method, **SHORT)
+    result = few_pixel(model, image, labels, method=method, **SHORT)
     assert bool((margins_of(model, result.adversarial, labels) <= margins_of(model, image, labels)).all())
 
 
@@ -437,7 +440,7 @@ def test_a_targeted_success_lands_in_its_target(method: str, count: int) -> None
     with torch.no_grad():
         targets = model(images).argsort(1, descending=True)[:, 1]
     targets[::3] = (labels[::3] + 2) % 4
-    result = pixels(
+    result = few_pixel(
         model, images, labels, targets=targets, count=count, method=method, population=60, generations=10
     )
     assert_sound(result, model, images, labels, targets=targets)
@@ -449,7 +452,7 @@ def test_a_larger_region_never_loses_a_guided_success_on_a_linear_model() -> Non
     labels, order = predicted(model, images), torch.rand(40, 1, 8, 8)
     fooled, counts = torch.zeros(40, dtype=torch.bool), []
     for share in (0.02, 0.1, 0.4, 1.0):
-        result = pixels(model, images, labels, region=order < share, method="guided", **SHORT)
+        result = few_pixel(model, images, labels, region=order < share, method="guided", **SHORT)
         assert not bool((fooled & ~result.success).any())
         fooled = result.success
         counts.append(int(fooled.sum()))
@@ -460,7 +463,7 @@ def test_a_larger_region_never_loses_a_guided_success_on_a_linear_model() -> Non
 def test_progress_rises(method: str) -> None:
     model, images = leaning((3, 8, 8), 40), random_images(3, 3, 8, 8)
     told: list[float] = []
-    pixels(model, images, predicted(model, images), count=2, method=method, progress=told.append, **SHORT)
+    few_pixel(model, images, predicted(model, images), count=2, method=method, progress=told.append, **SHORT)
     assert len(told) > 1
     assert told == sorted(told)
     assert 0 <= told[0] <= told[-1] == 1
@@ -484,4 +487,4 @@ def test_what_does_not_fit_is_refused_by_name(argument: str, value: Any) -> None
         untouched(model, images),
         pytest.raises(ValueError, match=rf"^{argument} is .*{value}.*(accepted|did you mean)[^\n]*$"),
     ):
-        pixels(model, images, predicted(model, images), **{argument: value})
+        few_pixel(model, images, predicted(model, images), **{argument: value})

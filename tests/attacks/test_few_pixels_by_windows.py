@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from weakspot.attacks import pixel_edits, pixels
+from weakspot.attacks import few_pixel, pixel_edits
 from weakspot.edits import Edits
 
 SIDE = 100
@@ -57,23 +57,25 @@ def through(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_the_search_is_the_same_as_by_whole_passes(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, images, labels = made(3)
     seen = through(monkeypatch)
-    by_windows = pixels(model, images, labels, method=method, population=20, generations=4)
+    by_windows = few_pixel(model, images, labels, method=method, population=20, generations=4)
     assert seen
     monkeypatch.setattr(pixel_edits, "LARGE", SIDE * SIDE + 1)
     seen.clear()
-    whole = pixels(model, images, labels, method=method, population=20, generations=4)
+    whole = few_pixel(model, images, labels, method=method, population=20, generations=4)
     assert not seen
     assert torch.equal(by_windows.adversarial, whole.adversarial)
-    assert torch.equal(by_windows.forwards, whole.forwards)
+    assert torch.equal(by_windows.n_forward, whole.n_forward)
     assert torch.equal(by_windows.success, whole.success)
 
 
 @pytest.mark.parametrize("method", ["evolution", "guided"])
 def test_an_images_result_depends_on_no_batch_size_and_no_neighbor(method: str) -> None:
     model, images, labels = made(3)
-    together = pixels(model, images, labels, method=method, population=20, generations=4)
-    alone = pixels(model, images[1:2], labels[1:2], method=method, population=20, generations=4, batch_size=1)
-    turned = pixels(model, images.flip(0), labels.flip(0), method=method, population=20, generations=4)
+    together = few_pixel(model, images, labels, method=method, population=20, generations=4)
+    alone = few_pixel(
+        model, images[1:2], labels[1:2], method=method, population=20, generations=4, batch_size=1
+    )
+    turned = few_pixel(model, images.flip(0), labels.flip(0), method=method, population=20, generations=4)
     assert torch.equal(together.adversarial[1:2], alone.adversarial)
     assert torch.equal(together.adversarial, turned.adversarial.flip(0))
 
@@ -81,7 +83,7 @@ def test_an_images_result_depends_on_no_batch_size_and_no_neighbor(method: str) 
 def test_several_pixels_of_an_evolution_go_through_the_network_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images, labels = made(1)
     seen = through(monkeypatch)
-    pixels(model, images, labels, count=2, population=8, generations=1)
+    few_pixel(model, images, labels, count=2, population=8, generations=1)
     assert not seen
 
 
@@ -89,9 +91,9 @@ def test_small_images_and_networks_of_one_glance_go_whole(monkeypatch: pytest.Mo
     seen = through(monkeypatch)
     model, images, labels = made(1)
     small = images[:, :, :64, :64]
-    pixels(model, small, model(small).argmax(1), population=8, generations=1)
+    few_pixel(model, small, model(small).argmax(1), population=8, generations=1)
     glance = nn.Sequential(nn.Conv2d(3, 2, SIDE), nn.Flatten()).eval()
-    pixels(glance, images, glance(images).argmax(1), population=8, generations=1)
+    few_pixel(glance, images, glance(images).argmax(1), population=8, generations=1)
     assert not seen
-    pixels(model, images, labels, population=8, generations=1)
+    few_pixel(model, images, labels, population=8, generations=1)
     assert seen

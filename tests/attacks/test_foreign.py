@@ -80,9 +80,9 @@ def test_what_comes_back_keeps_range_budget_and_region_and_every_pass_is_counted
         outside = ~region.expand_as(images)
         assert torch.equal(result.adversarial[outside], images[outside])
     assert torch.equal(result.success, predicted(model, result.adversarial) != labels)
-    assert int(result.forwards.sum()) == sum(seen)
-    assert result.forwards.tolist() == [4, 4, 4]  # two steps, then as it is and as 8-bit files keep it
-    assert result.backwards.tolist() == [2, 2, 2]
+    assert int(result.n_forward.sum()) == sum(seen)
+    assert result.n_forward.tolist() == [4, 4, 4]  # two steps, then as it is and as 8-bit files keep it
+    assert result.n_backward.tolist() == [2, 2, 2]
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
@@ -134,8 +134,8 @@ def test_passes_of_some_images_only_are_counted_for_those(
 
     model, images = pooling
     result = external(library(uneven), model, images, predicted(model, images))
-    assert (result.forwards - 2).tolist() == [1, 2, 4]
-    assert result.backwards.tolist() == [0, 0, 0]
+    assert (result.n_forward - 2).tolist() == [1, 2, 4]
+    assert result.n_backward.tolist() == [0, 0, 0]
     assert torch.equal(result.adversarial, images)
 
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from tests.conftest import NETWORKS, LinearNetwork, Made, untouched
 from weakspot._checks import ImageWarning, ModelWarning
-from weakspot.attacks import auto, fgsm, iterative, pgd
+from weakspot.attacks import bim, ensemble, fgsm, pgd
 from weakspot.attacks import stored as as_file
-from weakspot.attacks.losses import sure_margin
+from weakspot.attacks.losses import conservative_margin
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf
 from weakspot.classifier import margin
 from weakspot.pairs import AttackResult
@@ -296,8 +296,8 @@ def test_counts_are_what_each_image_went_through_the_model(
         tags = torch.cat(batches)[:, 0, 0, 0]
         return [int((tags == tag).sum()) for tag in images[:, 0, 0, 0]]
 
-    assert result.forwards.tolist() == times(model.seen)
-    assert result.backwards.tolist() == times(model.differentiated)
+    assert result.n_forward.tolist() == times(model.seen)
+    assert result.n_backward.tolist() == times(model.differentiated)
     assert max(len(batch) for batch in model.seen) == (batch_size or 3)
 
 
@@ -695,7 +695,7 @@ STOPPING: dict[str, tuple[Attack, dict[str, Any]]] = {
     "pgd": (pgd, {"steps": 6}),
     "pgd with restarts": (pgd, {"steps": 3, "restarts": 3}),
     "pgd with momentum": (pgd, {"steps": 6, "momentum": 0.7}),
-    "iterative": (iterative, {"steps": 6}),
+    "bim": (bim, {"steps": 6}),
 }
 
 
@@ -714,18 +714,18 @@ def test_stopping_early_finds_the_same_successes_for_less_and_finished_images_le
     short = attack(model, images, labels, **given, stop_early=True)
     assert torch.equal(short.success, long.success)
     assert 0 < int(short.success.sum()) < 24
-    assert bool((short.forwards[short.fooled] <= 2 * long.forwards[short.fooled]).all())  # of the files too
-    assert int(short.forwards.sum()) < int(long.forwards.sum())
-    assert bool((short.backwards <= long.backwards).all())
-    assert short.forwards.tolist() == times(model.seen, images)
-    assert short.backwards.tolist() == times(model.differentiated, images)
-    assert torch.equal(short.forwards[~long.success], long.forwards[~long.success])
+    assert bool((short.n_forward[short.fooled] <= 2 * long.n_forward[short.fooled]).all())  # of the files too
+    assert int(short.n_forward.sum()) < int(long.n_forward.sum())
+    assert bool((short.n_backward <= long.n_backward).all())
+    assert short.n_forward.tolist() == times(model.seen, images)
+    assert short.n_backward.tolist() == times(model.differentiated, images)
+    assert torch.equal(short.n_forward[~long.success], long.n_forward[~long.success])
     # An image that fools is followed by its file; if that fools too, it was the last pass of the search.
     tags = images[:, 0, 0, 0]
     rows, logits = torch.cat(model.seen)[:, 0, 0, 0], torch.cat(model.logits)
     for index in short.fooled.nonzero()[:, 0].tolist():
         mine = logits[rows == tags[index]][:-2]
-        lost = iter((sure_margin(mine, labels[index].expand(len(mine)), None) < 0).tolist())
+        lost = iter((conservative_margin(mine, labels[index].expand(len(mine)), None) < 0).tolist())
         outcomes = [next(lost) for fools in lost if fools]
         assert outcomes[-1]
         assert not any(outcomes[:-1])
@@ -736,8 +736,8 @@ def test_stopping_early_saves_passes_where_images_fall() -> None:
     labels = network(images).argmin(1)
     result = pgd(network, images, labels, steps=9, restarts=4, stop_early=True)
     assert result.success.tolist() == [True] * 3
-    assert result.forwards.tolist() == [1 + 1 + 2] * 3  # the start, its file, and both verifications
-    assert result.backwards.tolist() == [1] * 3
+    assert result.n_forward.tolist() == [1 + 1 + 2] * 3  # the start, its file, and both verifications
+    assert result.n_backward.tolist() == [1] * 3
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10])
@@ -745,14 +745,14 @@ def test_stopping_early_saves_passes_where_images_fall() -> None:
 @pytest.mark.parametrize("objective", ["margin", "cross_entropy", "dlr"])
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 1.0])
 def test_the_iterative_method_on_a_linear_model_ends_in_the_corner_of_the_cube(
-    steps: int, contrast: float, objective: str, momentum: float
+    steps: int, contrast: float, loss: str, momentum: float
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     model = LinearNetwork(0.3 * torch.randn(3, 6, 8, generator=generator)).eval()
     images = 0.5 + contrast * (torch.rand(4, 3, 6, 8, generator=generator) - 0.5)
     region = torch.rand(4, 1, 6, 8, generator=generator) < 0.4
     labels, eps = predicted(model, images), 0.05
-    result = iterative(
+    result = bim(
         model,
         images,
         labels,
@@ -760,13 +760,13 @@ def test_the_iterative_method_on_a_linear_model_ends_in_the_corner_of_the_cube(
         region=region,
         steps=steps,
         momentum=momentum,
-        objective=objective,
+        loss=loss,
     )
     downhill = torch.where(labels == 0, -1, 1)[:, None, None, None] * model.weight.detach().sign()
     expected = (images + eps * downhill * region).clamp(0, 1)
     torch.testing.assert_close(result.adversarial, expected, rtol=0, atol=1e-6)
-    assert result.forwards.tolist() == [steps + 3] * 4
-    assert result.backwards.tolist() == [steps] * 4
+    assert result.n_forward.tolist() == [steps + 3] * 4
+    assert result.n_backward.tolist() == [steps] * 4
 
 
 @pytest.mark.parametrize("targeted", [False, True])
@@ -780,9 +780,7 @@ def test_every_iterative_step_is_the_one_written_by_hand(
     assert region is not None
     targets = (labels + 1) % 4 if targeted else None
     model, steps = Watched(network).eval(), 4
-    iterative(
-        model, images, labels, budget=budget, region=region, targets=targets, steps=steps, momentum=momentum
-    )
+    bim(model, images, labels, budget=budget, region=region, targets=targets, steps=steps, momentum=momentum)
     assert torch.equal(model.seen[0], images)
     gathered = torch.zeros_like(images)
     for now, after in zip(model.seen[:steps], model.seen[1:], strict=False):
@@ -809,7 +807,7 @@ def test_the_targeted_iterative_method_reaches_its_target_on_a_linear_model(
     labels = predicted(model, images)
     labels = torch.where(labels == target, (target + 1) % 3, labels)
     targets = torch.full_like(labels, target)
-    result = iterative(model, images, labels, targets=targets, budget=Linf(0.5), momentum=momentum)
+    result = bim(model, images, labels, targets=targets, budget=Linf(0.5), momentum=momentum)
     assert bool(result.success.all())
     assert torch.equal(predicted(model, result.adversarial), targets)
 
@@ -817,20 +815,20 @@ def test_the_targeted_iterative_method_reaches_its_target_on_a_linear_model(
 def test_the_iterative_method_draws_nothing() -> None:
     model, images = NETWORKS["pooling"]()
     labels = predicted(model, images)
-    first = iterative(model, images, labels)
+    first = bim(model, images, labels)
     torch.rand(3)
-    assert torch.equal(iterative(model, images, labels).adversarial, first.adversarial)
+    assert torch.equal(bim(model, images, labels).adversarial, first.adversarial)
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan")])
-@pytest.mark.parametrize("attack", [pgd, iterative])
+@pytest.mark.parametrize("attack", [pgd, bim])
 def test_momentum_is_a_share(attack: Attack, momentum: float) -> None:
     model, images = NETWORKS["pooling"]()
     with untouched(model, images), pytest.raises(ValueError, match=r"^momentum is .*; accepted"):
         attack(model, images, torch.tensor([0, 1, 2]), momentum=momentum)
 
 
-@pytest.mark.parametrize("attack", [fgsm, iterative, pgd])
+@pytest.mark.parametrize("attack", [fgsm, bim, pgd])
 @pytest.mark.parametrize(("eps", "stored"), [(0.4 / 255, False), (1.6 / 255, True)], ids=["lost", "kept"])
 def test_8_bit_success_is_what_png_files_say(
     tmp_path: Path, attack: Attack, eps: float, stored: bool
@@ -869,7 +867,7 @@ def test_targeted_8_bit_success_is_reaching_the_target() -> None:
     assert result.success_8bit.tolist() == [False] * 3
 
 
-@pytest.mark.parametrize("attack", [fgsm, iterative, pgd])
+@pytest.mark.parametrize("attack", [fgsm, bim, pgd])
 @pytest.mark.parametrize("attached", [False, True], ids=["no graph", "zero graph"])
 def test_a_constant_model_is_not_fooled_and_trips_a_warning(attack: Attack, attached: bool) -> None:
     class Constant(nn.Module):
@@ -901,7 +899,7 @@ def test_the_seed_of_every_image_is_in_the_table() -> None:
     assert fgsm(model, images, labels).table["seed"].tolist() == [0] * 3
 
 
-@pytest.mark.parametrize("attack", [fgsm, iterative, pgd, auto])
+@pytest.mark.parametrize("attack", [fgsm, bim, pgd, ensemble])
 @pytest.mark.parametrize("budget", [0.1, "linf", None], ids=str)
 def test_what_is_no_budget_is_refused_by_name(attack: Any, budget: Any) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2)).eval()

@@ -16,8 +16,8 @@ from tests.attacks.test_few_pixels import convolutional, leaning, random_images
 from tests.attacks.test_gradient import predicted, region_of
 from tests.conftest import LinearNetwork
 from tests.data.test_real_networks import networks
-from weakspot.attacks import auto, carlini_wagner, elastic_net, fmn, pgd, stored, structured
-from weakspot.attacks.context import attacking
+from weakspot.attacks import carlini_wagner, ead, ensemble, fmn, pgd, stored, strattack
+from weakspot.attacks.context import attack_context
 from weakspot.attacks.gray_levels import settle
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf
 from weakspot.pairs import AttackResult
@@ -28,8 +28,8 @@ ATTACKS: dict[str, Attack] = {
     "fmn": partial(fmn, steps=30),
     "fmn in L2": partial(fmn, norm="l2", steps=30),
     "carlini_wagner": partial(carlini_wagner, steps=60, learning_rate=0.05),
-    "elastic_net": partial(elastic_net, steps=60, learning_rate=0.05),
-    "structured": partial(structured, steps=60, learning_rate=0.05, group=3),
+    "ead": partial(ead, steps=60, learning_rate=0.05),
+    "strattack": partial(strattack, steps=60, learning_rate=0.05, group=3),
 }
 each_attack = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 
@@ -124,7 +124,7 @@ def test_the_end_on_the_grid_of_a_linear_network_is_the_smallest_by_brute_force(
         shifted = nn.Sequential(model, Lead(lead / 255 - float((slopes * clean[0]).sum())))
         wanted = next(k for k in range(9) if float(slopes.abs().flatten()[:k].sum()) > lead + 0.01)
         float_point = (clean - 0.49 / 255 * slopes.sign()).detach()  # nearest rounds all of it away
-        with attacking(shifted.eval(), clean, torch.zeros_like(labels), None, None, None) as problem:
+        with attack_context(shifted.eval(), clean, torch.zeros_like(labels), None, None, None) as problem:
             margins = torch.full((1,), -1e-6)
             found = settle(
                 problem, float_point, lambda d: d.abs().flatten(1).sum(1), margins < 0, torch.zeros(1)
@@ -219,7 +219,7 @@ class Half(nn.Module):
         return torch.stack([lead, -lead], 1)
 
 
-@pytest.mark.parametrize("attack", [partial(pgd, stop_early=True, steps=20), auto], ids=["pgd", "auto"])
+@pytest.mark.parametrize("attack", [partial(pgd, stop_early=True, steps=20), ensemble], ids=["pgd", "auto"])
 def test_a_search_that_leaves_early_leaves_only_when_the_file_fools(attack: Attack) -> None:
     """Any first step fools this network in floats, and no file within a level or two does."""
     images = torch.full((2, 1, 6, 6), 128 / 255)

@@ -22,8 +22,8 @@ from tests.attacks.test_few_pixels import (
 )
 from tests.attacks.test_gradient import Watched, bits, margins_of, predicted, region_of, tagged, times
 from tests.conftest import FlatNetwork, doubled, untouched
-from weakspot.attacks import carlini_wagner, elastic_net, fmn, pgd, structured
-from weakspot.attacks.context import attacking
+from weakspot.attacks import carlini_wagner, ead, fmn, pgd, strattack
+from weakspot.attacks.context import attack_context
 from weakspot.attacks.gray_levels import STEPS
 from weakspot.attacks.tradeoff import Smallest, squared
 from weakspot.budgets import Linf
@@ -33,7 +33,7 @@ Attack = Callable[..., AttackResult]
 
 
 def structured_in_small_cells(*arguments: Any, **options: Any) -> AttackResult:
-    return structured(*arguments, **{"group": 3, **options})
+    return strattack(*arguments, **{"group": 3, **options})
 
 
 def fmn_without_a_rate(
@@ -45,8 +45,8 @@ def fmn_without_a_rate(
 
 WEIGHED: dict[str, Attack] = {
     "carlini_wagner": carlini_wagner,
-    "elastic_net": elastic_net,
-    "structured": structured_in_small_cells,
+    "ead": ead,
+    "strattack": structured_in_small_cells,
 }
 ATTACKS: dict[str, Attack] = {
     **WEIGHED,
@@ -91,10 +91,10 @@ def test_counts_are_what_each_image_went_through_the_model(attack: Attack, batch
         result = attack(
             model, images, predicted(network, images), region=region, batch_size=batch_size, steps=40
         )
-    assert int(result.forwards.sum()) == through
-    assert result.forwards.tolist() == times(model.seen, images)
-    assert result.backwards.tolist() == times(model.differentiated, images)
-    more = result.backwards - 40  # to end on the grid: none, a climb, or a climb and a descent
+    assert int(result.n_forward.sum()) == through
+    assert result.n_forward.tolist() == times(model.seen, images)
+    assert result.n_backward.tolist() == times(model.differentiated, images)
+    more = result.n_backward - 40  # to end on the grid: none, a climb, or a climb and a descent
     assert bool((more >= 0).all())
     assert bool((more <= 1 + STEPS).all())
     assert int(more.min()) <= 1
@@ -196,13 +196,15 @@ def test_confidence_is_the_margin_by_which_images_fool(attack: Attack) -> None:
 def test_each_images_weight_is_raised_tenfold_until_it_fools_and_lowered_tenfold_until_it_does_not() -> None:
     model, images = leaning((3, 8, 8), lead=20), random_images(4, 3, 8, 8)
     needed, tried = torch.tensor([0.3, 2.0, 30.0, 1e9]), []
-    with attacking(model, images, torch.zeros(4, dtype=torch.long), None, None, None) as problem:
+    with attack_context(model, images, torch.zeros(4, dtype=torch.long), None, None, None) as problem:
 
-        def descend(weights: Tensor, keep: Callable[[Tensor, Tensor], None], progress: object) -> None:
+        def loss_and_gradient(
+            weights: Tensor, keep: Callable[[Tensor, Tensor], None], progress: object
+        ) -> None:
             tried.append(weights.tolist())
             keep(problem.clean, needed - weights - 1e-6)
 
-        Smallest(problem, squared, confidence=0.0).search(descend, None)
+        Smallest(problem, squared, confidence=0.0).search(loss_and_gradient, None)
     assert torch.tensor(tried).T.tolist() == [
         pytest.approx([1, 0.1, 10**-0.5, 10**-0.75, 10**-0.625]),
         pytest.approx([1, 10, 10**0.5, 10**0.25, 10**0.375]),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import Made
-from weakspot.attacks import OBJECTIVES, fgsm, pgd
-from weakspot.attacks.losses import find_objective
+from weakspot.attacks import LOSSES, fgsm, pgd
+from weakspot.attacks.losses import find_loss
 from weakspot.budgets import Linf
 from weakspot.classifier import margin
 
@@ -53,12 +53,12 @@ def cases(classes: int, count: int = 40) -> tuple[Tensor, Tensor, Tensor]:
     return logits, labels, (labels + further) % classes
 
 
-@pytest.mark.parametrize("name", list(OBJECTIVES))
+@pytest.mark.parametrize("name", list(LOSSES))
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("targeted", [False, True])
 def test_an_objective_is_its_plain_twin(name: str, classes: int, targeted: bool) -> None:
     logits, labels, targets = cases(classes)
-    found = OBJECTIVES[name](logits, labels, targets if targeted else None)
+    found = LOSSES[name](logits, labels, targets if targeted else None)
     expected = [
         PLAIN[name](row, label, target if targeted else None)
         for row, label, target in zip(logits.tolist(), labels.tolist(), targets.tolist(), strict=True)
@@ -66,21 +66,19 @@ def test_an_objective_is_its_plain_twin(name: str, classes: int, targeted: bool)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", list(OBJECTIVES))
+@pytest.mark.parametrize("name", list(LOSSES))
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("targeted", [False, True])
 def test_gradients_are_those_of_finite_differences(name: str, classes: int, targeted: bool) -> None:
     logits, labels, targets = cases(classes)
     for rows in torch.arange(40).split(10)[:3]:  # the largest logits are left out: there nothing differs
         assert torch.autograd.gradcheck(
-            lambda point, rows=rows: OBJECTIVES[name](
-                point, labels[rows], targets[rows] if targeted else None
-            ),
+            lambda point, rows=rows: LOSSES[name](point, labels[rows], targets[rows] if targeted else None),
             (logits[rows].clone().requires_grad_(),),
         )
 
 
-@pytest.mark.parametrize("name", list(OBJECTIVES))
+@pytest.mark.parametrize("name", list(LOSSES))
 @pytest.mark.parametrize("classes", CLASSES)
 def test_an_untargeted_margin_and_dlr_are_negative_exactly_where_another_class_wins(
     name: str, classes: int
@@ -89,13 +87,13 @@ def test_an_untargeted_margin_and_dlr_are_negative_exactly_where_another_class_w
     fooled = logits.argmax(1) != labels
     assert bool(fooled.any())
     assert not bool(fooled.all())
-    values = OBJECTIVES[name](logits, labels, None)
+    values = LOSSES[name](logits, labels, None)
     if name == "cross_entropy":  # above one half nothing else can win
         assert not bool(fooled[values > -math.log(2)].any())
     else:
         assert torch.equal(values < 0, fooled)
     if name == "margin":
-        assert torch.equal(OBJECTIVES[name](logits, labels, targets) < 0, logits.argmax(1) == targets)
+        assert torch.equal(LOSSES[name](logits, labels, targets) < 0, logits.argmax(1) == targets)
 
 
 @pytest.mark.parametrize(
@@ -105,28 +103,28 @@ def test_an_untargeted_margin_and_dlr_are_negative_exactly_where_another_class_w
 def test_dlr_knows_neither_scale_nor_offset_of_logits(classes: int, targeted: bool, factor: float) -> None:
     logits, labels, targets = cases(classes)
     aims = targets if targeted else None
-    expected = OBJECTIVES["dlr"](logits, labels, aims)
-    torch.testing.assert_close(OBJECTIVES["dlr"](factor * logits, labels, aims), expected)
-    torch.testing.assert_close(OBJECTIVES["dlr"](logits + 7, labels, aims), expected)
+    expected = LOSSES["dlr"](logits, labels, aims)
+    torch.testing.assert_close(LOSSES["dlr"](factor * logits, labels, aims), expected)
+    torch.testing.assert_close(LOSSES["dlr"](logits + 7, labels, aims), expected)
 
 
-@pytest.mark.parametrize("name", list(OBJECTIVES))
+@pytest.mark.parametrize("name", list(LOSSES))
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("targeted", [False, True])
 def test_equal_and_enormous_logits_give_finite_values(name: str, classes: int, targeted: bool) -> None:
     labels, targets = torch.tensor([0, 1, 0]), torch.tensor([1, 0, 1])
     logits = torch.zeros(3, classes)
     logits[1], logits[2, 0] = 5.0, 1e6
-    values = OBJECTIVES[name](logits.requires_grad_(), labels, targets if targeted else None)
+    values = LOSSES[name](logits.requires_grad_(), labels, targets if targeted else None)
     (gradient,) = torch.autograd.grad(values.sum(), logits)
     assert bool(values.isfinite().all())
     assert bool(gradient.isfinite().all())
 
 
 def test_an_objective_is_found_by_its_name_or_is_itself() -> None:
-    for name, objective in OBJECTIVES.items():
-        assert find_objective(name) is objective
-        assert find_objective(objective) is objective
+    for name, loss in LOSSES.items():
+        assert find_loss(name) is loss
+        assert find_loss(loss) is loss
 
 
 @pytest.mark.parametrize(
@@ -144,10 +142,10 @@ def test_an_objective_is_found_by_its_name_or_is_itself() -> None:
     ],
 )
 @pytest.mark.parametrize("attack", [pgd, fgsm])
-def test_what_is_no_objective_is_refused(pooling: Made, attack: Any, objective: Any, sentence: str) -> None:
+def test_what_is_no_objective_is_refused(pooling: Made, attack: Any, loss: Any, sentence: str) -> None:
     model, pictures = pooling
     with pytest.raises(ValueError, match=sentence):
-        attack(model, pictures, torch.tensor([0, 1, 2]), objective=objective)
+        attack(model, pictures, torch.tensor([0, 1, 2]), loss=loss)
 
 
 def linear(classes: int = 3) -> tuple[nn.Module, Tensor, Tensor]:
@@ -163,7 +161,7 @@ def linear(classes: int = 3) -> tuple[nn.Module, Tensor, Tensor]:
 def test_an_own_objective_decides_where_the_step_goes(chosen: int) -> None:
     model, weights, images = linear()
     labels = torch.tensor([0, 1, 2, 0])
-    result = fgsm(model, images, labels, budget=Linf(0.1), objective=lambda logits, *_: logits[:, chosen])
+    result = fgsm(model, images, labels, budget=Linf(0.1), loss=lambda logits, *_: logits[:, chosen])
     expected = images - 0.1 * weights[chosen].sign()
     torch.testing.assert_close(result.adversarial, expected, rtol=0, atol=1e-6)
 
@@ -177,8 +175,8 @@ def test_an_own_objective_is_given_logits_labels_and_targets() -> None:
         given.append((logits.detach(), labels, aims))
         return logits[:, 0]
 
-    fgsm(model, images, labels, targets=targets, objective=watched)
-    fgsm(model, images, labels, objective=watched)
+    fgsm(model, images, labels, targets=targets, loss=watched)
+    fgsm(model, images, labels, loss=watched)
     for (logits, told, aims), expected in zip(given, [targets, None], strict=True):
         torch.testing.assert_close(logits, model(images).detach())
         assert torch.equal(told, labels)
@@ -196,18 +194,18 @@ def test_an_own_objective_drives_the_whole_search() -> None:
         return -margin(logits, labels)
 
     down = pgd(model, images, labels, budget=budget, steps=10)
-    own = pgd(model, images, labels, budget=budget, steps=10, objective=lambda z, y, _: 3 * margin(z, y))
-    wrong = pgd(model, images, labels, budget=budget, steps=10, objective=upward)
+    own = pgd(model, images, labels, budget=budget, steps=10, loss=lambda z, y, _: 3 * margin(z, y))
+    wrong = pgd(model, images, labels, budget=budget, steps=10, loss=upward)
     assert bool(down.success.all())
     torch.testing.assert_close(own.adversarial, down.adversarial, rtol=0, atol=1e-6)
     reached = [margin(model(each.adversarial), labels) for each in (down, wrong)]
     assert bool((reached[0] < reached[1] - 0.5).all())
 
 
-@pytest.mark.parametrize("name", list(OBJECTIVES))
+@pytest.mark.parametrize("name", list(LOSSES))
 def test_on_a_linear_model_of_two_classes_every_objective_reaches_the_optimum(name: str) -> None:
     model, weights, images = linear(classes=2)
     labels = model(images).argmax(1)
-    result = pgd(model, images, labels, budget=Linf(0.05), steps=20, objective=name)
+    result = pgd(model, images, labels, budget=Linf(0.05), steps=20, loss=name)
     away = weights[1 - labels] - weights[labels]
     torch.testing.assert_close(result.adversarial, images + 0.05 * away.sign(), rtol=0, atol=1e-6)

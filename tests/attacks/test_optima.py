@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import NETWORKS, LinearNetwork, Made, untouched
-from weakspot.attacks import fgsm, iterative, pgd
+from weakspot.attacks import bim, fgsm, pgd
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf
 from weakspot.classifier import margin
 from weakspot.pairs import AttackResult
@@ -61,7 +61,7 @@ def test_more_steps_are_not_weaker_than_one_on_a_linear_model(budget: Budget) ->
     model, images, labels = linear(3, 16, 12)
     once = gained(model, fgsm(model, images, labels, budget=budget))
     for steps in (2, 10):
-        often = gained(model, iterative(model, images, labels, budget=budget, steps=steps))
+        often = gained(model, bim(model, images, labels, budget=budget, steps=steps))
         assert bool((often >= 0.99 * once).all()), often / once
     # A random start costs some of the twenty steps.
     drawn = gained(model, pgd(model, images, labels, budget=budget))
@@ -74,7 +74,7 @@ def test_l1_attacks_fill_the_heaviest_pixels_of_the_region(eps: float, contrast:
     model, images, labels = linear(3, 6, 8, contrast=contrast)
     region = scattered(images)
     results: list[AttackResult] = [
-        attack(model, images, labels, budget=L1(eps), region=region) for attack in (fgsm, iterative, pgd)
+        attack(model, images, labels, budget=L1(eps), region=region) for attack in (fgsm, bim, pgd)
     ]
     for index in range(4):
         slopes = (model.weight.detach() * region[index]).flatten() * (1 if int(labels[index]) else -1)
@@ -165,14 +165,14 @@ class Cube:
     def project(self, perturbation: Tensor, images: Tensor) -> Tensor:
         return (images + perturbation.clamp(-0.05, 0.05)).clamp(0, 1) - images
 
-    def ascend(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:
+    def steepest_step(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:
         return 0.05 * gradient.sign()
 
     def size(self, perturbation: Tensor, images: Tensor) -> Tensor:
         return perturbation.abs().flatten(1).amax(1)
 
 
-@pytest.mark.parametrize("attack", [fgsm, iterative, pgd])
+@pytest.mark.parametrize("attack", [fgsm, bim, pgd])
 def test_a_budget_of_ones_own_may_leave_the_region_to_the_attack(
     pooling: Made, attack: Callable[..., AttackResult]
 ) -> None:
@@ -206,7 +206,7 @@ def test_where_nothing_can_succeed_the_best_attempt_is_kept(budget: Budget, stop
     assert not bool((result.success | result.success_8bit).any())
     assert torch.equal(result.targets, labels)
     assert bool((gained(sure, result) > 0).all())
-    assert result.forwards.tolist() == [5 + 1 + 2] * 4
+    assert result.n_forward.tolist() == [5 + 1 + 2] * 4
 
 
 @pytest.mark.parametrize("targeted", [False, True])
@@ -217,11 +217,11 @@ def test_a_batch_that_is_misread_as_it_is_costs_one_step_and_comes_back_unchange
     model, images = NETWORKS["normalized"]()
     labels = model(images).argmin(1)
     targets = predicted(model, images) if targeted else None
-    result = iterative(model, images, labels, targets=targets, budget=budget, stop_early=True)
+    result = bim(model, images, labels, targets=targets, budget=budget, stop_early=True)
     assert result.success.tolist() == [True] * 3
     assert torch.equal(result.adversarial, images)
-    assert result.forwards.tolist() == [1 + 1 + 2] * 3  # of its file too
-    assert result.backwards.tolist() == [1] * 3
+    assert result.n_forward.tolist() == [1 + 1 + 2] * 3  # of its file too
+    assert result.n_backward.tolist() == [1] * 3
 
 
 @pytest.mark.parametrize("restarts", [1, 3])

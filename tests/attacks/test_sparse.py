@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.attacks.test_few_pixels import Leaning, convolutional, random_images
 from tests.attacks.test_gradient import margins_of, predicted, region_of
 from tests.conftest import untouched
-from weakspot.attacks import carlini_wagner, elastic_net, structured
+from weakspot.attacks import carlini_wagner, ead, strattack
 from weakspot.attacks.group_sparse import group_lengths
 
 
@@ -54,7 +54,7 @@ def test_elastic_net_on_a_linear_model_nears_the_smallest_l1_and_is_sparser_than
 ) -> None:
     model, images = peaked(shape, lead=0.5), random_images(6, *shape, contrast=0.02)
     labels, region = torch.zeros(6, dtype=torch.long), region_of(kind, images)
-    sparse = elastic_net(model, images, labels, region=region, steps=400, beta=1.0)
+    sparse = ead(model, images, labels, region=region, steps=400, beta=1.0)
     dense = carlini_wagner(model, images, labels, region=region, steps=100)
     inside = torch.ones(6, 1, *shape[1:]) if region is None else region.float()
     largest = (model.weight.detach() * inside).abs().flatten(1).amax(1)
@@ -69,7 +69,7 @@ def test_a_larger_beta_changes_fewer_entries() -> None:
     model, images = peaked((3, 8, 8), lead=0.5), random_images(4, 3, 8, 8, contrast=0.02)
     labels = torch.zeros(4, dtype=torch.long)
     few, many = (
-        (elastic_net(model, images, labels, steps=100, beta=beta).perturbation != 0).flatten(1).sum(1)
+        (ead(model, images, labels, steps=100, beta=beta).perturbation != 0).flatten(1).sum(1)
         for beta in (1.0, 0.0)
     )
     assert bool((few < many).all())
@@ -84,7 +84,7 @@ def test_structured_changes_few_groups_and_the_planted_one_among_them(shape: tup
     weight = torch.where(groups[0] == planted, weight.sign(), weight)
     model, images = Leaning(weight, 2.0).eval(), random_images(4, *shape, contrast=0.05)
     labels = torch.zeros(4, dtype=torch.long)
-    few = structured(model, images, labels, group=4, steps=100)
+    few = strattack(model, images, labels, group=4, steps=100)
     dense = carlini_wagner(model, images, labels, steps=100)
     assert bool(few.success.all())
     touched, everywhere = (changed_groups(result.perturbation, groups) for result in (few, dense))
@@ -96,7 +96,7 @@ def test_structured_changes_whole_groups_or_nothing_of_them() -> None:
     groups, generator = cells_by_hand(10, 15, 4), torch.Generator().manual_seed(6)
     model = Leaning(torch.randn(3, 10, 15, generator=generator), 1.0).eval()
     images = random_images(4, 3, 10, 15, contrast=0.1)
-    result = structured(model, images, torch.zeros(4, dtype=torch.long), group=4, steps=100)
+    result = strattack(model, images, torch.zeros(4, dtype=torch.long), group=4, steps=100)
     changed = (result.perturbation != 0).any(1, keepdim=True).float()
     assert torch.equal(changed.bool(), changed_groups(changed, groups)[:, groups[0, 0]][:, None])
     assert 0 < float(changed.mean()) < 1
@@ -107,7 +107,7 @@ def test_more_sparsity_changes_fewer_groups() -> None:
     labels, groups = torch.zeros(4, dtype=torch.long), cells_by_hand(16, 16, 4)
     few, many = (
         changed_groups(
-            structured(model, images, labels, group=4, steps=100, sparsity=sparsity).perturbation, groups
+            strattack(model, images, labels, group=4, steps=100, sparsity=sparsity).perturbation, groups
         ).sum(1)
         for sparsity in (2.0, 0.0)
     )
@@ -122,7 +122,7 @@ def test_structured_refines_to_the_nearest_point_within_its_groups(region: str) 
     labels, inside = torch.zeros(4, dtype=torch.long), torch.ones(1, 1, 8, 8, dtype=torch.bool)
     if region != "everywhere":
         inside[..., 2:, :] = False
-    result = structured(model, images, labels, group=4, region=inside, steps=300)
+    result = strattack(model, images, labels, group=4, region=inside, steps=300)
     nearest = margins_of(model, images, labels) / float((weight * inside[0]).norm())
     ratio = result.perturbation.flatten(1).norm(dim=1) / nearest
     assert bool(((ratio >= 1 - 1e-5) & (ratio <= 1.05)).all()), ratio
@@ -142,7 +142,7 @@ def test_cells_that_the_border_cuts_are_attacked_like_any_other(
     shape: tuple[int, ...], rows: slice, columns: slice
 ) -> None:
     model, images = in_one_cell(shape, rows, columns), random_images(3, *shape, contrast=0.1)
-    result = structured(model, images, torch.zeros(3, dtype=torch.long), group=4, steps=100)
+    result = strattack(model, images, torch.zeros(3, dtype=torch.long), group=4, steps=100)
     assert result.success.tolist() == [True] * 3
     expected = torch.zeros(3, *shape, dtype=torch.bool)
     expected[:, :, rows, columns] = True
@@ -162,7 +162,7 @@ def test_a_side_in_pixels_is_square_cells_whatever_their_numbers(
     groups = relabel(cells_by_hand(shape[1], shape[2], 4)).expand(4 if each else 1, -1, -1, -1)
     with untouched(model, groups):
         by_side, by_number = (
-            structured(model, images, labels, group=group, steps=40).adversarial for group in (4, groups)
+            strattack(model, images, labels, group=group, steps=40).adversarial for group in (4, groups)
         )
     assert torch.equal(by_number, by_side)
 
@@ -172,17 +172,17 @@ def test_every_image_keeps_its_own_groups() -> None:
     labels = predicted(model, images)
     groups = torch.randint(0, 6, (4, 1, 8, 8), generator=torch.Generator().manual_seed(7))
     groups += 100 * torch.arange(4).view(4, 1, 1, 1)
-    together = structured(model, images, labels, group=groups, steps=60).adversarial
+    together = strattack(model, images, labels, group=groups, steps=60).adversarial
     for index in range(4):
         one = slice(index, index + 1)
-        alone = structured(model, images[one], labels[one], group=groups[one], steps=60).adversarial
+        alone = strattack(model, images[one], labels[one], group=groups[one], steps=60).adversarial
         torch.testing.assert_close(alone, together[one], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("group", [100, 1], ids=["one cell of all", "every site its own"])
 def test_cells_of_any_side_are_taken(group: int) -> None:
     model, images = convolutional((3, 10, 7))
-    result = structured(model, images, predicted(model, images), group=group, steps=100)
+    result = strattack(model, images, predicted(model, images), group=group, steps=100)
     assert bool(result.success.any())
 
 
@@ -211,11 +211,11 @@ def test_groups_that_do_not_fit_are_refused_in_one_sentence(group: Any) -> None:
         untouched(model, images),
         pytest.raises(ValueError, match=r"^group (is|holds) [^\n]*; accepted [^\n]*$"),
     ):
-        structured(model, images, predicted(model, images), group=group, steps=10)
+        strattack(model, images, predicted(model, images), group=group, steps=10)
 
 
 @pytest.mark.parametrize("value", [-1, float("nan")])
-@pytest.mark.parametrize(("attack", "argument"), [(elastic_net, "beta"), (structured, "sparsity")])
+@pytest.mark.parametrize(("attack", "argument"), [(ead, "beta"), (strattack, "sparsity")])
 def test_weights_below_zero_are_refused_by_name(attack: Any, argument: str, value: float) -> None:
     model, images = convolutional((3, 8, 8))
     with untouched(model, images), pytest.raises(ValueError, match=f"^{argument} is {value}; accepted"):
@@ -225,4 +225,4 @@ def test_weights_below_zero_are_refused_by_name(attack: Any, argument: str, valu
 def test_structured_refuses_fewer_steps_than_its_two_searches_need() -> None:
     model, images = convolutional((3, 8, 8))
     with pytest.raises(ValueError, match=r"^steps is 9; accepted"):
-        structured(model, images, predicted(model, images), steps=9)
+        strattack(model, images, predicted(model, images), steps=9)

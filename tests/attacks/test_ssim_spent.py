@@ -32,7 +32,7 @@ def distances(clean: Tensor, adversarial: Tensor, patch: int) -> tuple[Tensor, T
     return first, second
 
 
-@pytest.mark.parametrize("run", [attacks.fgsm, attacks.iterative, attacks.pgd], ids=lambda run: run.__name__)
+@pytest.mark.parametrize("run", [attacks.fgsm, attacks.bim, attacks.pgd], ids=lambda run: run.__name__)
 @pytest.mark.parametrize("mode", ["global", "local"])
 def test_the_spent_budget_is_its_definition_and_no_mean_over_windows(
     pooling: Made, run: Callable[..., AttackResult], mode: str

@@ -65,7 +65,7 @@ def test_margins_and_classes_equal_brute_force(channels: int) -> None:
         torch.testing.assert_close(found.margin[number], margins, atol=1e-5, rtol=1e-4)
         clear = margins.abs() > 1e-4
         assert torch.equal(found.predicted[number][clear], classes[clear])
-    assert found.forwards.tolist() == [42 * 2**channels] * 3
+    assert found.n_forward.tolist() == [42 * 2**channels] * 3
 
 
 def test_the_color_named_reaches_the_margin_named() -> None:
@@ -98,7 +98,7 @@ def test_a_planted_trigger_is_found_where_it_is(early: bool) -> None:
     assert hits <= window
     assert early or hits == window
     if early:
-        assert int(found.forwards) <= 512
+        assert int(found.n_forward) <= 512
     pairs = found.pairs(images, torch.tensor([0]))
     with torch.no_grad():
         assert model(pairs.adversarial).argmax(1).tolist() == [1] == pairs.targets.tolist()
@@ -127,7 +127,7 @@ def test_only_the_region_is_tried() -> None:
     torch.testing.assert_close(found.margin[region[:, 0]], everywhere.margin[region[:, 0]])
     outside = ~region.expand(-1, 3, -1, -1)
     assert torch.equal(found.color[outside], images[outside])
-    assert found.forwards.tolist() == [4 * 8, 8]
+    assert found.n_forward.tolist() == [4 * 8, 8]
 
 
 def test_refined_is_never_weaker_and_batches_change_nothing() -> None:
@@ -150,7 +150,7 @@ def test_the_oracle_beats_every_search() -> None:
     labels = model(images).argmax(1)
     oracle = pixel_sweep(model, images, labels)
     for method in ("evolution", "guided"):
-        searched = attacks.pixels(model, images, labels, method=method, population=40, generations=10)
+        searched = attacks.few_pixel(model, images, labels, method=method, population=40, generations=10)
         assert not bool((searched.success & ~oracle.success).any())
 
 

@@ -82,7 +82,7 @@ def test_the_corner_pixel_of_nine_by_nine_is_a_patch_of_its_own() -> None:
     assert float(SSIM(0.5).size(change, image)) == pytest.approx(level / 4, rel=1e-5)
     # Only its mean can change; the step goes to the end of its interval, up or down.
     for sign in (1, -1):
-        step = SSIM(0.02, mode="local").ascend(sign * change, torch.zeros_like(image), image)
+        step = SSIM(0.02, mode="local").steepest_step(sign * change, torch.zeros_like(image), image)
         reached = 0.5 + float(step[..., 8, 8])
         assert (reached - 0.5) * sign > 0
         assert (reached - 0.5) ** 2 / (0.5**2 + reached**2 + LEVEL) == pytest.approx(0.02, rel=1e-4)
@@ -165,7 +165,7 @@ def test_a_local_step_brings_every_patch_to_both_its_bounds(
     images = pictures(3, size)
     gradient = drawn(images, 1.0)
     for start in (torch.zeros_like(images), SSIM(eps, patch=patch).project(drawn(images, 0.1, 5), images)):
-        reached = start + SSIM(eps, patch=patch, mode="local").ascend(gradient, start, images)
+        reached = start + SSIM(eps, patch=patch, mode="local").steepest_step(gradient, start, images)
         for image, change in zip(images.double(), reached.double(), strict=True):
             for before, moved in zip(blocks(image, patch), blocks(change, patch), strict=True):
                 level, structure = distances(before.tolist(), (before + moved).tolist())
@@ -184,7 +184,7 @@ def test_a_global_step_meets_the_conditions_of_lagrange(
     budget = SSIM(0.02, patch=patch, level=1)
     start = budget.project(drawn(images, 0.1, seed=5), images) if begun else torch.zeros_like(images)
     gradient = drawn(images, 1.0)
-    steps = budget.ascend(gradient, start, images)
+    steps = budget.steepest_step(gradient, start, images)
     for row in zip(images.double(), start.double(), gradient.double(), steps.double(), strict=True):
         spent, slopes, gains = 0.0, [], []
         for before, change, slope, step in zip(*(blocks(each, patch) for each in row), strict=True):
@@ -240,7 +240,7 @@ def test_a_local_step_is_cvxpys_maximizer(eps: float, side: int, contrast: float
     gradient = drawn(image, 1.0)
     slope = (gradient / gradient.norm()).double().flatten().numpy()
     expected = solved(image, eps, lambda cvxpy, change: cvxpy.Maximize(slope @ change))
-    found = SSIM(eps, patch=side, mode="local").ascend(gradient, torch.zeros_like(image), image)
+    found = SSIM(eps, patch=side, mode="local").steepest_step(gradient, torch.zeros_like(image), image)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
 
 

@@ -61,12 +61,12 @@ def test_an_images_projection_and_step_depend_on_no_neighbor(budget: Budget, cas
     wanted, images, region = case
     together = budget.project(wanted, images, region=region)
     inside = budget.project(0.1 * wanted, images, region=region)
-    steps = budget.ascend(wanted, inside, images)
+    steps = budget.steepest_step(wanted, inside, images)
     for index in range(len(images)):
         row = slice(index, index + 1)
         alone = budget.project(wanted[row], images[row], region=None if region is None else region[row])
         torch.testing.assert_close(together[row], alone, rtol=3e-6, atol=3e-7)
-        alone = budget.ascend(wanted[row], inside[row], images[row])
+        alone = budget.steepest_step(wanted[row], inside[row], images[row])
         torch.testing.assert_close(steps[row], alone, rtol=3e-6, atol=3e-7)
 
 
@@ -76,7 +76,7 @@ def test_a_step_never_goes_downhill_from_inside_the_budget(budget: Budget, case:
     wanted, images, _ = case
     inside = budget.project(wanted.roll(1, 3), images)
     gradient = wanted / wanted.abs().amax().clamp(min=1e-20)
-    step = budget.ascend(gradient, inside, images)
+    step = budget.steepest_step(gradient, inside, images)
     gained = (gradient.double() * step.double()).flatten(1).sum(1)
     size = (gradient.double() * step.double()).flatten(1).abs().sum(1)
     assert bool((gained >= -1e-5 * size - 1e-6).all())
@@ -87,8 +87,8 @@ def test_a_faded_image_beside_one_with_an_enormous_gradient_gets_its_own_step(bu
     gradient, images = drawn(2, 3, 9, 7), pictures(2, 3, 9, 7)
     still = torch.zeros_like(images)
     apart = torch.stack([1e-32 * gradient[0], 1e20 * gradient[1]])
-    step = budget.ascend(apart, still, images)
-    torch.testing.assert_close(step, budget.ascend(gradient, still, images), rtol=1e-4, atol=1e-6)
+    step = budget.steepest_step(apart, still, images)
+    torch.testing.assert_close(step, budget.steepest_step(gradient, still, images), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("ties", ["one value", "few values"])
@@ -99,8 +99,8 @@ def test_equal_gradients_are_not_settled_by_the_neighbors(budget: Budget, ties: 
     images = torch.full((2, 3, 16, 16), 0.5)
     images[1] = 0.5 + 0.499 * gradient[1].sign()  # almost no room: far more of its entries have to move
     still = torch.zeros_like(images)
-    alone = budget.ascend(gradient[:1], still[:1], images[:1])
-    together = budget.ascend(gradient, still, images)[:1]
+    alone = budget.steepest_step(gradient[:1], still[:1], images[:1])
+    together = budget.steepest_step(gradient, still, images)[:1]
     torch.testing.assert_close(together, alone, rtol=1e-6, atol=0)
 
 
@@ -109,7 +109,7 @@ def test_equal_gradients_are_not_settled_by_the_neighbors(budget: Budget, ties: 
 def test_precision_and_memory_layout_change_nothing(budget: Budget, dtype: torch.dtype) -> None:
     wanted, images = drawn(2, 3, 9, 7).to(dtype), pictures(2, 3, 9, 7).to(dtype)
     expected = budget.project(wanted.float(), images.float())
-    step = budget.ascend(wanted.float(), 0.1 * expected, images.float())
+    step = budget.steepest_step(wanted.float(), 0.1 * expected, images.float())
 
     def strided(tensor: Tensor) -> Tensor:
         return tensor.contiguous(memory_format=torch.channels_last)
@@ -117,5 +117,5 @@ def test_precision_and_memory_layout_change_nothing(budget: Budget, dtype: torch
     found = budget.project(strided(wanted), strided(images))
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected.to(dtype), rtol=1e-4, atol=1e-5)
-    found = budget.ascend(strided(wanted), strided(0.1 * expected.to(dtype)), strided(images))
+    found = budget.steepest_step(strided(wanted), strided(0.1 * expected.to(dtype)), strided(images))
     torch.testing.assert_close(found, step.to(dtype), rtol=1e-4, atol=1e-5)

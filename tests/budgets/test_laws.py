@@ -98,7 +98,7 @@ def test_a_budget_of_nothing_allows_nothing(budget: Budget, size: tuple[int, int
     for scale in (0.0, *WANTED):
         wanted = drawn(images, scale)
         assert not bool(budget.project(wanted, images, region=region_of(kind, images)).any())
-        step = budget.ascend(wanted, torch.zeros_like(images), images)
+        step = budget.steepest_step(wanted, torch.zeros_like(images), images)
         assert bool(step.isfinite().all())
         assert float(step.abs().max()) <= 1e-6
 
@@ -122,9 +122,9 @@ def test_a_zero_gradient_gives_a_zero_step_and_leaves_the_others_theirs(
     images = pictures(channels, size)
     somewhere = budget.project(drawn(images, 0.02, seed=4), images)
     gradient = drawn(images, 1.0)
-    full = budget.ascend(gradient, somewhere, images)
+    full = budget.steepest_step(gradient, somewhere, images)
     gradient[::2] = 0
-    step = budget.ascend(gradient, somewhere, images)
+    step = budget.steepest_step(gradient, somewhere, images)
     assert not bool(step[::2].any())
     torch.testing.assert_close(step[1::2], full[1::2], rtol=1e-5, atol=1e-7)
 
@@ -139,9 +139,9 @@ def test_a_step_depends_on_the_direction_of_the_gradient_alone(
     images = pictures(channels, size)
     somewhere = budget.project(drawn(images, 0.02, seed=4), images)
     gradient, before = drawn(images, 1.0), images.clone()
-    step = budget.ascend(factor * gradient, somewhere, images)
+    step = budget.steepest_step(factor * gradient, somewhere, images)
     assert bool(step.isfinite().all())
-    torch.testing.assert_close(step, budget.ascend(gradient, somewhere, images), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(step, budget.steepest_step(gradient, somewhere, images), rtol=1e-3, atol=1e-5)
     assert torch.equal(images, before)
     assert torch.equal(gradient, drawn(images, 1.0))
 
@@ -150,6 +150,6 @@ def test_a_step_depends_on_the_direction_of_the_gradient_alone(
 @pytest.mark.parametrize("size", [(16, 8), (7, 13)], ids=str)
 def test_a_projected_step_gains_on_a_linear_objective(budget: Budget, size: tuple[int, int]) -> None:
     images, gradient = pictures(3, size), drawn(pictures(3, size), 1.0)
-    step = budget.ascend(gradient, torch.zeros_like(images), images)
+    step = budget.steepest_step(gradient, torch.zeros_like(images), images)
     point = budget.project(step, images)
     assert bool(((gradient * point).flatten(1).sum(1) > 0).all())

@@ -184,7 +184,7 @@ def test_ascend_is_the_steepest_step_of_the_norms_ball(budget: Budget, dual: flo
     generator = torch.Generator().manual_seed(0)
     gradient = torch.randn(4, 3, 5, 4, generator=generator)
     images = torch.full_like(gradient, 0.5)
-    step = budget.ascend(gradient, torch.zeros_like(gradient), images)
+    step = budget.steepest_step(gradient, torch.zeros_like(gradient), images)
     gained = (gradient * step).flatten(1).sum(1)
     eps = limit(budget)
     # The largest value of a linear objective over a norm's ball is eps times the dual norm of its gradient.
@@ -200,7 +200,7 @@ def test_ascend_is_the_steepest_step_of_the_norms_ball(budget: Budget, dual: flo
 @given(LENGTHS, cases())
 def test_l1_ascend_fills_the_steepest_entries_up_to_the_end_of_the_box(eps: float, case: Case) -> None:
     gradient = masked(case)
-    step = L1(eps).ascend(gradient, torch.zeros_like(gradient), case.images)
+    step = L1(eps).steepest_step(gradient, torch.zeros_like(gradient), case.images)
     changed = case.images + step
     assert 0 <= float(changed.min()) <= float(changed.max()) <= 1
     for found, slope, image in zip(step, gradient, case.images, strict=True):
@@ -215,7 +215,7 @@ def test_a_linear_program_finds_nothing_steeper_in_the_cross_polytope_and_the_bo
     generator = torch.Generator().manual_seed(0)
     gradient = torch.randn(3, 3, 6, 5, generator=generator)
     images = torch.rand(gradient.shape, generator=generator)
-    step = L1(eps).ascend(gradient, torch.zeros_like(gradient), images)
+    step = L1(eps).steepest_step(gradient, torch.zeros_like(gradient), images)
     for found, slope, image in zip(step.double(), gradient.double(), images.double(), strict=True):
         slopes: NDArray[np.float64] = slope.flatten().numpy()
         room = image.flatten().numpy()
@@ -232,7 +232,7 @@ def test_the_first_guess_of_how_many_entries_l1_moves_may_be_far_too_low() -> No
     # Rooms of a thousandth: 3000 entries are filled where 64 are looked at first.
     images = torch.full((1, 3, 40, 40), 0.999)
     gradient = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)) + 1
-    step = L1(3.0).ascend(gradient, torch.zeros_like(images), images)
+    step = L1(3.0).steepest_step(gradient, torch.zeros_like(images), images)
     expected = torch.tensor(filled_greedily(gradient, images, 3.0)).view_as(step)
     torch.testing.assert_close(step, expected, rtol=0, atol=1e-4)
     assert int((step > 0).sum()) == pytest.approx(3000, abs=2)

@@ -150,9 +150,9 @@ def convex() -> Any:
     return pytest.importorskip("cvxpy")
 
 
-def solved(solver: Any, objective: Any, constraints: list[Any]) -> None:
+def solved(solver: Any, loss: Any, constraints: list[Any]) -> None:
     sharp = {"tol_gap_abs": 1e-10, "tol_gap_rel": 1e-10, "tol_feas": 1e-10}
-    solver.Problem(objective, constraints).solve(solver=solver.CLARABEL, **sharp)
+    solver.Problem(loss, constraints).solve(solver=solver.CLARABEL, **sharp)
 
 
 def within_local_bounds(solver: Any, change: Any, patch: Pixels, eps: float) -> list[Any]:
@@ -178,7 +178,7 @@ def test_the_local_step_from_zero_is_a_convex_solvers_steepest_point(
 ) -> None:
     solver = convex()
     images, gradients = (tensor[:1, :1] for tensor in drawn(height, width))
-    step = SSIM(eps, patch=patch, mode="local").ascend(gradients, torch.zeros_like(images), images)
+    step = SSIM(eps, patch=patch, mode="local").steepest_step(gradients, torch.zeros_like(images), images)
     rows = []
     for x, slope in zip(pieces(images[0], patch), pieces(gradients[0], patch), strict=True):
         change = solver.Variable(len(x))
@@ -223,8 +223,10 @@ def test_the_local_step_leads_to_the_same_point_from_anywhere_inside(
     budget = SSIM(eps, patch=patch, mode="local")
     still = torch.zeros_like(images)
     here = budget.project(gradients.roll(1, 2), images)
-    expected = budget.ascend(gradients, still, images)
-    torch.testing.assert_close(here + budget.ascend(gradients, here, images), expected, rtol=0, atol=1e-5)
+    expected = budget.steepest_step(gradients, still, images)
+    torch.testing.assert_close(
+        here + budget.steepest_step(gradients, here, images), expected, rtol=0, atol=1e-5
+    )
 
 
 def frozen(image: Tensor, perturbation: Tensor, patch: int) -> list[tuple[float, float]]:
@@ -247,7 +249,7 @@ def test_the_global_step_is_the_steepest_under_frozen_denominators(
     images, gradients = drawn(height, width)
     budget = SSIM(eps, patch=patch, level=1)
     here = budget.project(0.1 * gradients.roll(1, 3), images) if moved else torch.zeros_like(images)
-    steps = budget.ascend(gradients, here, images)
+    steps = budget.steepest_step(gradients, here, images)
     for image, point, gradient, step in zip(images, here, gradients, steps, strict=True):
         spent, ratios = [], []
         for change, slope, (level, structure) in zip(
@@ -270,7 +272,7 @@ def test_the_global_step_is_the_steepest_under_frozen_denominators(
 def test_a_convex_solver_finds_the_same_global_step(height: int, width: int, patch: int) -> None:
     solver = convex()
     images, gradients = (tensor[:1, :1] for tensor in drawn(height, width))
-    step = SSIM(0.01, patch=patch, level=1).ascend(gradients, torch.zeros_like(images), images)
+    step = SSIM(0.01, patch=patch, level=1).steepest_step(gradients, torch.zeros_like(images), images)
     rows, spent, gained = [], [], []
     for slope, (level, structure) in zip(
         pieces(gradients[0], patch), frozen(images[0], torch.zeros_like(images[0]), patch), strict=True
@@ -291,7 +293,7 @@ def test_the_global_step_asks_little_of_smooth_patches_and_much_of_rough_ones() 
     images = torch.full((1, 1, 8, 16), 0.5)
     images[..., 8:] += 0.3 * (-1) ** torch.arange(8).view(8, 1).add(torch.arange(8))
     gradient = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(1, 1, 1, 2)
-    step = SSIM(0.01, level=1).ascend(gradient - gradient.mean(), torch.zeros_like(images), images)
+    step = SSIM(0.01, level=1).steepest_step(gradient - gradient.mean(), torch.zeros_like(images), images)
     smooth, rough = step[..., :8].norm(), step[..., 8:].norm()
     energy = 64 * 0.3**2
     assert float(rough / smooth) == pytest.approx((2 * energy + 63 * C2) / (63 * C2), rel=1e-3)
@@ -324,7 +326,7 @@ def test_flat_images_may_be_roughened_by_what_the_constant_allows(level: float, 
     checks = (-1.0) ** torch.arange(4).view(4, 1).add(torch.arange(4)).expand(1, 1, 4, 4)
     eps = 0.1
     budget = SSIM(eps, patch=4, mode=mode)
-    found = budget.ascend(checks, torch.zeros_like(images), images)
+    found = budget.steepest_step(checks, torch.zeros_like(images), images)
     # The global step freezes the denominator at the flat image, so that it is a little shorter.
     expected = math.sqrt(15 * C2 * eps / ((1 - eps) if mode == "local" else 1)) / 4
     torch.testing.assert_close(found, expected * checks, rtol=1e-4, atol=1e-7)
@@ -346,8 +348,8 @@ def test_means_take_their_share_of_the_steepest_step_and_all_of_the_budget_is_sp
             torch.rand(2, 1, height, width, generator=torch.Generator().manual_seed(1)) < 0.6
         )
     here = SSIM(0.01, patch=patch).project(0.1 * gradients.roll(1, 3), images) if moved else 0 * images
-    steepest = SSIM(0.01, patch=patch, level=1).ascend(gradients, here, images)
-    steps = SSIM(0.01, patch=patch, level=level).ascend(gradients, here, images)
+    steepest = SSIM(0.01, patch=patch, level=1).steepest_step(gradients, here, images)
+    steps = SSIM(0.01, patch=patch, level=level).steepest_step(gradients, here, images)
     for image, point, full, step, movable in zip(images, here, steepest, steps, gradients != 0, strict=True):
         spent, shares, rests = [], [], []
         for whole, change, moves, (bright, structure) in zip(
@@ -375,7 +377,7 @@ def test_a_smaller_share_of_means_leaves_fewer_edges_between_patches() -> None:
 
     def quality(budget: SSIM) -> Tensor:
         """Mean SSIM under sliding windows of a step of one and the same gain."""
-        step = budget.ascend(gradients, torch.zeros_like(images), images)
+        step = budget.steepest_step(gradients, torch.zeros_like(images), images)
         gain = (gradients * step).sum((1, 2, 3), keepdim=True)
         return ssim_map(images, images + 20 * step / gain).mean((1, 2, 3))
 

@@ -40,9 +40,9 @@ def test_pairs_pictures_and_scores_are_written_and_agree(run: Run, photographs: 
     torch.testing.assert_close(result.clean, clean)
     scores = pd.read_csv(folder / "scores.csv")
     assert scores["image"].tolist() == NAMES
-    assert scores["forwards"].tolist() == result.forwards.tolist()
+    assert scores["n_forward"].tolist() == result.n_forward.tolist()
     assert scores["success"].tolist() == result.success.tolist()
-    assert scores["backwards"].tolist() == [4] * 4
+    assert scores["n_backward"].tolist() == [4] * 4
     assert scores["seed"].tolist() == [3] * 4
     written, _ = read_images(folder / "adversarial")
     files, fits = attacks.stored(result.adversarial, result.clean, SSIM(0.01))
@@ -55,7 +55,7 @@ def test_pairs_pictures_and_scores_are_written_and_agree(run: Run, photographs: 
     model = load("tiny_networks:build", input_size=(64, 64))
     with torch.no_grad():
         labels = model(clean).argmax(1)
-        landed = model(written).argmax(1)
+        adversarial_class = model(written).argmax(1)
     with pytest.warns(ImageWarning, match="GrabCut found"):
         region = regions.background(clean, model=model, classes=labels)
     expected = attacks.pgd(
@@ -67,7 +67,7 @@ def test_pairs_pictures_and_scores_are_written_and_agree(run: Run, photographs: 
     assert scores["ssim_budget_spent"].tolist() == pytest.approx(spent.tolist(), rel=1e-5)
     assert (scores["ssim_windowed_min"] <= scores["ssim_windowed"]).all()
     assert not {"ssim", "ssim_local_budget_spent"} & set(scores)
-    assert scores["success_8bit"].tolist() == (landed != labels).tolist()
+    assert scores["success_8bit"].tolist() == (adversarial_class != labels).tolist()
     record = json.loads((folder / "run.json").read_text())
     assert record["attack"] == "pgd, steps=4, momentum=0.5, 0.01 SSIM (global, patches of 8), background"
     assert record["images"] == NAMES
@@ -126,15 +126,15 @@ def test_quiet_prints_nothing(run: Run, photographs: Path) -> None:
 def test_every_attack_on_the_list_runs(run: Run, photographs: Path, tmp_path: Path, attack: str) -> None:
     short = {
         "pixels": ["population=8", "generations=2", "count=2"],
-        "structured": ["steps=10", "group=8"],
+        "strattack": ["steps=10", "group=8"],
         "carlini_wagner": ["steps=10"],
-        "elastic_net": ["steps=10"],
+        "ead": ["steps=10"],
     }
     settings = [part for setting in short.get(attack, []) for part in ("--set", setting)]
     ended = run("attack", photographs / NAMES[0], *TINY, "--attack", attack, *settings, "--out", "made")
     assert ended.code == 0, ended.err
     result = AttackResult.load(tmp_path / "made/pairs.safetensors")
-    if attack not in {"pixels", "structured", "fmn", "carlini_wagner", "elastic_net"}:
+    if attack not in {"pixels", "strattack", "fmn", "carlini_wagner", "ead"}:
         assert bool((Linf(4 / 255).size(result.perturbation, result.clean) <= 4 / 255 + 1e-6).all())
     if attack == "pixels":
         assert int(result.distances["pixels"].max()) <= 2
@@ -307,7 +307,7 @@ def test_attacks_of_other_packages_are_listed_and_get_what_they_take(
 
 
 @pytest.mark.parametrize(
-    "setting", ["momentum=x", "momentum=null", "objective=3", "restarts=0", "stop_early=perhaps"]
+    "setting", ["momentum=x", "momentum=null", "loss=3", "restarts=0", "stop_early=perhaps"]
 )
 def test_a_value_that_an_attack_cannot_use_is_no_crash(run: Run, photographs: Path, setting: str) -> None:
     ended = run("attack", photographs, *TINY, "--set", "steps=1", "--set", setting, "--out", "made")

@@ -35,9 +35,9 @@ def test_a_folder_is_audited_and_told_in_a_table_and_a_sentence(
     run: Run, photographs: Path, tmp_path: Path
 ) -> None:
     ended = run(
-        "audit", photographs, *TINY, "--attacks", "pgd,pixels", "--regions", "none,cam,background", "--analyses",
-        "overlap", "--set", "pgd.steps=2", "--set", "pixels.method=guided", "--set", "pixels.population=4",
-        "--set", "pixels.generations=1", "--budget", "linf:8/255", "--out", "made",
+        "audit", photographs, *TINY, "--attacks", "pgd,few_pixel", "--regions", "none,cam,background", "--analyses",
+        "overlap", "--set", "pgd.steps=2", "--set", "few_pixel.method=guided", "--set", "few_pixel.population=4",
+        "--set", "few_pixel.generations=1", "--budget", "linf:8/255", "--out", "made",
     )  # fmt: skip
     assert ended.code == 0, ended.err
     for word in (

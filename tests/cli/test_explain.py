@@ -413,7 +413,7 @@ def test_a_gray_network_with_class_names_and_a_target(run: Run, photographs: Pat
     ended = run("explain", photographs, *options, "--eps", "0.5", "--steps", 30, "--json")
     assert ended.code == 0, ended.err
     rows = json.loads(ended.out)["scores"]
-    assert all(row["success"] and row["landed"] == "digit 3" for row in rows)
+    assert all(row["success"] and row["adversarial_class"] == "digit 3" for row in rows)
 
 
 def test_an_l2_budget_is_kept(run: Run, photographs: Path) -> None:

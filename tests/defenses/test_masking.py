@@ -14,7 +14,7 @@ from tests.conftest import NETWORKS, PoolingNetwork, untouched
 from tests.dissection.test_units import planted, seeing
 from weakspot import Classifier, LocalEdits, Pairs, attacks, dissect, unit_sensitivity
 from weakspot.budgets import Linf
-from weakspot.defenses import mask_units, masking_sentence, masking_test
+from weakspot.defenses import mask_units, masking, masking_sentence
 
 LAYERS = {"pooling": "stem.0", "tokens, not square": "encoder.layers.0", "normalized": "network.branch"}
 
@@ -135,7 +135,7 @@ class Leaking(nn.Module):
 def test_masking_the_unit_that_attacks_use_helps_against_all_who_know() -> None:
     _, images, labels = leaky()
     images[:, 1] -= 0.05  # so that unit 1 is not the most active one
-    table = masking_test(Leaking().eval(), "look", [1], images, labels, attack=by_pgd)
+    table = masking(Leaking().eval(), "look", [1], images, labels, attack=by_pgd)
     rows = table.set_index("masked")
     controls = [name for name in rows.index if name not in {"none", "these units"}]
     assert len(controls) >= 2
@@ -154,7 +154,7 @@ def test_masking_the_unit_that_attacks_use_helps_against_all_who_know() -> None:
 
 def test_masking_what_attacks_do_not_use_is_exposed_by_attacking_again() -> None:
     model, images, labels = leaky()
-    table = masking_test(model, "look", [0], images, labels, attack=by_pgd)
+    table = masking(model, "look", [0], images, labels, attack=by_pgd)
     rows = table.set_index("masked")
     assert rows["attacked_again"]["these units"] == 0
     assert masking_sentence(table).startswith(
@@ -168,7 +168,7 @@ def test_masking_what_attacks_do_not_use_is_exposed_by_attacking_again() -> None
 def test_what_any_masked_units_would_do_is_not_praised() -> None:
     """Every network without two of these units is as robust as one without any other two."""
     model, images, labels = Alike().eval(), torch.full((20, 3, 4, 4), 0.45), torch.ones(20, dtype=torch.long)
-    table = masking_test(model, "look", [0, 1], images, labels, attack=by_pgd).set_index("masked")
+    table = masking(model, "look", [0, 1], images, labels, attack=by_pgd).set_index("masked")
     assert table["lead"]["none"] == 1
     assert table["p"]["none"] < 1e-5
     assert "is not shown to help more than masking as many others (random units 1" in masking_sentence(
@@ -194,7 +194,7 @@ def test_masking_what_the_network_needs_makes_it_weaker() -> None:
     model, images, labels = leaky()
     weak = attacks.pgd(model, images, labels, budget=Linf(1 / 255), steps=2)
     assert not bool(weak.success.any())
-    table = masking_test(
+    table = masking(
         model, "look", [0], images, labels,
         attack=lambda network, batch, wanted: attacks.pgd(network, batch, wanted, budget=Linf(1 / 255), steps=2),
     )  # fmt: skip
@@ -262,7 +262,7 @@ def test_caches_tell_masked_networks_apart(tmp_path: Path) -> None:
 
 def test_units_in_tensors_and_rows_of_features_are_judged_fairly() -> None:
     model, images, labels = leaky()
-    table = masking_test(model, "head", torch.tensor([1, 1]), images, labels, attack=by_pgd)
+    table = masking(model, "head", torch.tensor([1, 1]), images, labels, attack=by_pgd)
     assert table["units"].tolist()[:2] == [0, 1]
     with pytest.raises(ValueError, match="must be 1 to 2 units, as many as 'look' has, got 3"):
-        masking_test(model, "look", [0, 1, 2], images, labels, attack=by_pgd)
+        masking(model, "look", [0, 1, 2], images, labels, attack=by_pgd)

@@ -14,7 +14,7 @@ from tests.conftest import FlatNetwork, LinearNetwork, untouched
 from tests.defenses.test_training import UNJUDGED, fresh, halves
 from weakspot import Linf, attacks
 from weakspot.datasets import LabeledImages, from_tensors
-from weakspot.training import TESTS, evaluation_matrix, judged_images, matrix, outcomes, swap_backgrounds
+from weakspot.training import TESTS, judged_images, matrix, outcomes, robustness_matrix, swap_backgrounds
 from weakspot.training.outcomes import Judged
 
 
@@ -83,7 +83,7 @@ def test_outcomes_are_those_of_a_linear_network_by_its_closed_form() -> None:
 def test_the_matrix_is_what_its_networks_do_and_says_what_differs(tmp_path: Path) -> None:
     rows: list[str] = []
     options: dict[str, Any] = {**UNJUDGED, "epochs": 3, "budget": Linf(0.05)}
-    found = evaluation_matrix(
+    found = robustness_matrix(
         make, data(200), data(60), out=tmp_path, recipes=("standard", "full"), seeds=2, strongest=20,
         told=lambda name, _: rows.append(name), **options,
     )  # fmt: skip
@@ -111,7 +111,7 @@ def test_the_matrix_is_what_its_networks_do_and_says_what_differs(tmp_path: Path
     assert gain == -difference.loc[("full", "standard", "full")]
     # Called again, everything is read: no epoch is told, and the numbers are the same.
     again: list[str] = []
-    same = evaluation_matrix(
+    same = robustness_matrix(
         make, data(200), data(60), out=tmp_path, recipes=("standard", "full"), seeds=2, strongest=20,
         told=lambda name, row: again.append(name) if "epoch" in row else None, **options,
     )  # fmt: skip
@@ -127,7 +127,7 @@ def test_test_images_of_another_kind_are_told_before_anything_is_trained(tmp_pat
         (from_tensors(images, labels + 1), "test holds class 2; the data has 2 classes"),
     ):
         with pytest.raises(ValueError, match=said):
-            evaluation_matrix(make, data(40), test, out=tmp_path)
+            robustness_matrix(make, data(40), test, out=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -146,7 +146,7 @@ def test_the_strongest_test_counts_every_attack(monkeypatch: pytest.MonkeyPatch)
         fooled = torch.arange(len(given)) % 2 == 0
         return type("Made", (), {"fooled": fooled})()
 
-    monkeypatch.setattr(outcomes, "auto", fooling)
+    monkeypatch.setattr(outcomes, "ensemble", fooling)
     found = outcomes(model, Judged(images, labels, images > 0.4), budget=Linf(0.002), steps=2, strongest=20)
     standing = (found["full"] & found["localized"])[:20]
     assert asked == [int(standing.sum())]
@@ -242,4 +242,4 @@ def test_bad_arguments_are_told_in_one_sentence(tmp_path: Path) -> None:
         ({"strongest": 0}, "strongest is 0"),
     ):
         with pytest.raises(ValueError, match=said):
-            evaluation_matrix(make, data(40), data(20), out=tmp_path, **arguments)
+            robustness_matrix(make, data(40), data(20), out=tmp_path, **arguments)

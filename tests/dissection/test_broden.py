@@ -132,8 +132,11 @@ def test_columns_are_found_by_their_names(
         (tmp_path / "index.csv").write_bytes((folder / "index.csv").read_bytes())
     with (tmp_path / "index.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    around = "  " if pad else ""
-    lines = [",".join(around + row[place] + around for place in order) + ending for row in rows]
+    as_wrapped_classifier = "  " if pad else ""
+    lines = [
+        ",".join(as_wrapped_classifier + row[place] + as_wrapped_classifier for place in order) + ending
+        for row in rows
+    ]
     (folder / "index.csv").write_bytes(("\ufeff" * mark + "".join(lines) + ending).encode())
     labels = (folder / "label.csv").read_text("utf-8-sig").splitlines()
     (folder / "label.csv").write_bytes(("\ufeff" * mark + ending.join(labels)).encode())

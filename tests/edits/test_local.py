@@ -351,7 +351,7 @@ class Choosing(nn.Module):
         return found
 
 
-class Drawing(nn.Module):
+class MapView(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner = NETWORKS["plain"]()
@@ -377,7 +377,7 @@ class Overwriting(nn.Module):
 
 @pytest.mark.parametrize(
     ("model", "reason"),
-    [(Choosing(), "values of an image"), (Drawing(), "random"), (Overwriting(), "part of a tensor")],
+    [(Choosing(), "values of an image"), (MapView(), "random"), (Overwriting(), "part of a tensor")],
     ids=lambda case: type(case).__name__ if isinstance(case, nn.Module) else "",
 )
 def test_what_cannot_be_recorded_goes_through_the_network(

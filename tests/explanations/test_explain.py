@@ -84,21 +84,25 @@ def test_base_scores_are_what_the_model_says_of_each_image(any_model: Made, from
             clean, adversarial = (
                 model(batch[index : index + 1])[0] for batch in (images, result.adversarial)
             )
-        label, landed = int(pairs.labels[index]), int(adversarial.argmax())
+        label, adversarial_class = int(pairs.labels[index]), int(adversarial.argmax())
         others = [k for k in range(len(clean)) if k != label]
-        target = landed if landed != label else max(others, key=lambda k: float(adversarial[k]))
-        names = [f"class {k}" for k in (label, target, landed, int(clean.argmax()))]
-        assert row[["label", "target", "landed", "read_clean_as"]].tolist() == names
+        target = (
+            adversarial_class
+            if adversarial_class != label
+            else max(others, key=lambda k: float(adversarial[k]))
+        )
+        names = [f"class {k}" for k in (label, target, adversarial_class, int(clean.argmax()))]
+        assert row[["label", "target", "adversarial_class", "read_clean_as"]].tolist() == names
         assert found.class_names[index] == (names[0], names[1])
         before, after = (torch.exp(z) / torch.exp(z).sum() for z in (clean.double(), adversarial.double()))
         change = (result.adversarial[index] - images[index]).double()
         expected = {
-            "success": landed != label,
+            "success": adversarial_class != label,
             "label_clean": before[label],
             "label_adversarial": after[label],
             "target_clean": before[target],
             "target_adversarial": after[target],
-            "landed_adversarial": after[landed],
+            "adversarial_class_adversarial": after[adversarial_class],
             "margin_clean": clean[label] - max(clean[k] for k in others),
             "margin_adversarial": adversarial[label] - max(adversarial[k] for k in others),
             "linf": max(change.abs().flatten().tolist()),
@@ -150,7 +154,9 @@ def test_images_and_classes_are_called_by_their_names() -> None:
     found = explain(named, pairs, analyses=[], names=["a.png", "b.png", "c.png"], made={"budget": "1.5 L2"})
     assert found.scores["image"].tolist() == ["a.png", "b.png", "c.png"]
     assert found.scores["label"].tolist() == [["cat", "dog", "owl"][int(k)] for k in pairs.labels]
-    assert found.scores["landed"].tolist() == [["cat", "dog", "owl"][int(k)] for k in pairs.targets]
+    assert found.scores["adversarial_class"].tolist() == [
+        ["cat", "dog", "owl"][int(k)] for k in pairs.targets
+    ]
     assert dict(found.made) == {"budget": "1.5 L2"}
     assert found.model == "Sequential"
     assert len(found) == 3

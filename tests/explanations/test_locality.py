@@ -68,7 +68,7 @@ def test_maps_equal_moving_the_pixel_by_hand() -> None:
     sweep = attacks.pixel_sweep(model, images, labels)
     pairs = sweep.pairs(images, labels)
     found = locality(model, pairs)
-    landed = model(pairs.adversarial).argmax(1)
+    adversarial_class = model(pairs.adversarial).argmax(1)
     for number in range(4):
         row, column = (pairs.perturbation[number] != 0).any(0).nonzero()[0].tolist()
         color = pairs.adversarial[number, :, row, column]
@@ -79,7 +79,7 @@ def test_maps_equal_moving_the_pixel_by_hand() -> None:
                 with torch.no_grad():
                     predicted = int(model(edited).argmax())
                 assert bool(found.success[number, down, along]) == (predicted != int(labels[number]))
-                same = predicted == int(landed[number]) != int(labels[number])
+                same = predicted == int(adversarial_class[number]) != int(labels[number])
                 assert bool(found.same_class[number, down, along]) == same
 
 

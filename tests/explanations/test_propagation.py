@@ -16,7 +16,7 @@ from weakspot import Pairs, attacks
 from weakspot.attribution.hooks import reading, spatial_layers
 from weakspot.classifier import as_classifier
 from weakspot.explanations import PropagationStudy, propagation, propagation_study, random_edits
-from weakspot.explanations.feature_propagation import TILE, gap
+from weakspot.explanations.feature_propagation import TILE, activation_change
 
 
 class Shared(nn.Module):
@@ -199,7 +199,7 @@ def test_gaps_equal_brute_force_whatever_the_memory_layout(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randn(shape, generator=generator).to(memory_format=layout) for _ in range(2))
-    found, difference = gap(first, second), (first - second).abs()
+    found, difference = activation_change(first, second), (first - second).abs()
     assert torch.equal(found.maximum, difference.amax(1))
     torch.testing.assert_close(found.mean, difference.mean(1))
     assert torch.equal(found.peak, first.abs().flatten(1).amax(1))

@@ -45,7 +45,7 @@ def test_their_attacks_keep_our_contract(
             name, model, images, labels, budget=budget, region=region if confined else None, **options
         )
     handle.remove()
-    assert int(result.forwards.sum()) == sum(seen)
+    assert int(result.n_forward.sum()) == sum(seen)
     assert torch.equal(result.success, predicted(model, result.adversarial) != labels)
     if budget is not None:
         assert bool((budget.size(result.perturbation, images) <= 1.0001 * getattr(budget, "eps", 0)).all())

@@ -128,8 +128,8 @@ def test_a_background_depends_on_its_image_alone_and_touches_nothing(method: str
         for n in range(len(images))
     ]
     assert torch.equal(found, torch.cat(parts))
-    backwards = regions.background(images.flip(0), method=method, model=model, classes=classes.flip(0))
-    assert torch.equal(found.flip(0), backwards)
+    n_backward = regions.background(images.flip(0), method=method, model=model, classes=classes.flip(0))
+    assert torch.equal(found.flip(0), n_backward)
 
 
 def test_grabcut_sees_gray_as_the_same_gray_in_three_channels() -> None:

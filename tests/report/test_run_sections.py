@@ -191,9 +191,14 @@ def many_classes(count: int) -> Section:
     per = classes.assign(attack="pgd", region="none", robust=0.4, low=0.1, high=0.8)[
         ["label", "attack", "region", "images", "robust", "low", "high"]
     ]
-    landings = pd.DataFrame({"label": [0], "landed": ["</script><script>x"], "fooled": [3], "of": [4]})
+    landings = pd.DataFrame(
+        {"label": [0], "adversarial_class": ["</script><script>x"], "fooled": [3], "of": [4]}
+    )
     return class_section(
-        classes, per, landings, pd.DataFrame(columns=["attack", "region", "label", "landed", "fooled"])
+        classes,
+        per,
+        landings,
+        pd.DataFrame(columns=["attack", "region", "label", "adversarial_class", "fooled"]),
     )
 
 
@@ -207,7 +212,7 @@ def test_what_does_most_is_judged_over_images_not_over_classes() -> None:
         for label, (images, robust) in enumerate(zip((90, 5, 5), shares, strict=True))
     ]
     per = pd.DataFrame(rows, columns=["label", "attack", "region", "images", "robust", "low", "high"])
-    none = pd.DataFrame(columns=["label", "landed", "fooled", "of"])
+    none = pd.DataFrame(columns=["label", "adversarial_class", "fooled", "of"])
     (said, *_) = class_sentences(
         classes, per, none
     )  # cam leaves 19 of 100, border 81; by classes .70 and .30

@@ -10,17 +10,17 @@ import pytest
 from weakspot.report.sentences import headline, verdict
 
 BASE = {
-    "image": "cat.png", "label": "lynx", "target": "tabby", "landed": "tabby", "read_clean_as": "lynx",
+    "image": "cat.png", "label": "lynx", "target": "tabby", "adversarial_class": "tabby", "read_clean_as": "lynx",
     "success": True, "asked_for_target": False, "completeness_gap": 0.002, "reached_share": 1.0,
     "label_clean": 0.4, "label_adversarial": 0.01, "target_clean": 0.1, "target_adversarial": 0.97,
-    "landed_adversarial": 0.97, "linf": 0.016, "changed_share": 1.0,
+    "adversarial_class_adversarial": 0.97, "linf": 0.016, "changed_share": 1.0,
     "effect_in_roi": 0.61, "effect_in_roi_null": 0.31, "roi_share": 0.2, "margin_taken": 1.8, "margin_drop": 3.0,
     "relation": 1.0, "relation_p": 0.012, "relation_q": 0.04,
 }  # fmt: skip
 
 
 NAN = float("nan")
-FAILED = {"success": False, "landed": "lynx", "landed_adversarial": 0.3}
+FAILED = {"success": False, "adversarial_class": "lynx", "adversarial_class_adversarial": 0.3}
 
 
 class Told:
@@ -101,16 +101,21 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
             "It took 34% of the lead of lynx over tabby, by changing 30% of the pixels.",
         ),
         (
-            {**FAILED, "asked_for_target": True, "landed": "fox", "margin_taken": 2.5},
+            {**FAILED, "asked_for_target": True, "adversarial_class": "fox", "margin_taken": 2.5},
             "It took all of the lead of lynx over tabby.",
         ),
         ({"read_clean_as": "dog", "margin_taken": NAN}, "It put lynx further behind tabby."),
         (
-            {"success": False, "landed": "lynx", "landed_adversarial": 0.3},
+            {"success": False, "adversarial_class": "lynx", "adversarial_class_adversarial": 0.3},
             "The attack failed: the image is still read as lynx (40% before, 30% after); it came closest to tabby.",
         ),
         (
-            {"success": False, "asked_for_target": True, "landed": "fox", "landed_adversarial": 0.5},
+            {
+                "success": False,
+                "asked_for_target": True,
+                "adversarial_class": "fox",
+                "adversarial_class_adversarial": 0.5,
+            },
             "The attack failed: it asked for tabby and reached 97%; the image is read as fox 50%.",
         ),
         (
@@ -121,7 +126,12 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
             ),
         ),
         (
-            {"success": False, "asked_for_target": True, "landed": "lynx", "landed_adversarial": 0.3},
+            {
+                "success": False,
+                "asked_for_target": True,
+                "adversarial_class": "lynx",
+                "adversarial_class_adversarial": 0.3,
+            },
             "The attack failed: it asked for tabby and reached 97%; the image is read as lynx 30%.",
         ),
         ({"changed_share": 0.27}, "It acts where the network looks"),
@@ -134,7 +144,7 @@ def test_a_case_is_said_in_its_own_words(changed: dict[str, object], wanted: str
 
 
 def test_a_success_that_only_one_side_of_rounding_has_is_told_as_such() -> None:
-    before, after = said(success_8bit=False), said(success=False, landed="lynx", success_8bit=True)
+    before, after = said(success_8bit=False), said(success=False, adversarial_class="lynx", success_8bit=True)
     assert before.startswith(
         "The attack fools the network only before rounding to 8 bits: it moved the image from lynx 40% to tabby 97%, "
         "but a picture file of the result no longer fools."
@@ -153,7 +163,7 @@ def test_a_confined_or_sparse_attack_is_not_compared_with_where_the_network_look
 
 
 OUTCOMES: dict[str, dict[str, object]] = {
-    "failed": {"success": False, "landed": "lynx"},
+    "failed": {"success": False, "adversarial_class": "lynx"},
     "misread": {"read_clean_as": "dog"},
     "fooled": {},
 }

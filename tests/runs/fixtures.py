@@ -122,7 +122,7 @@ def small_plan(*sources: Path | str, **changes: object) -> Plan:
         "model": TINY,
         "attacks": (
             AttackPlan("pgd", settings=(("steps", 3),)),
-            AttackPlan("pixels", settings=(("generations", 3), ("population", 6))),
+            AttackPlan("few_pixel", settings=(("generations", 3), ("population", 6))),
         ),
         "regions": ("none", "cam"),
         "analyses": ("overlap",),

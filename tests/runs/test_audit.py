@@ -39,7 +39,7 @@ from weakspot import explain, regions
 from weakspot._checks import ModelWarning
 from weakspot._io import files
 from weakspot.attacks import pgd
-from weakspot.audit import AttackPlan, Run, Standing, StoppedError, audit, resume, summarize
+from weakspot.audit import AttackPlan, AuditProgress, Run, StoppedError, audit, resume, summarize
 from weakspot.audit.work.preparation import load_planned
 from weakspot.images import open_pictures
 
@@ -75,7 +75,7 @@ def test_one_row_per_image_attack_and_region_and_nothing_else_is_left(whole: Run
     confined = records[(records["attack"] == "pgd") & (records["region"] == "cam")]
     assert (confined["pixels"] <= round(0.3 * 24 * 24)).all()
     np.testing.assert_allclose(confined["region_share"], 0.3, atol=1e-3)
-    assert (records["landed"] == records["label"]).equals(~records["success_8bit"])
+    assert (records["adversarial_class"] == records["label"]).equals(~records["success_8bit"])
     assert whole.complete
     assert whole.about["images"] == {"listed": 14, "read": 14, "skipped": 0}
     assert whole.about["host"]["cpus"] == os.cpu_count()
@@ -94,7 +94,7 @@ def test_records_and_maps_are_what_bare_calls_give(whole: Run, pictures: Path) -
     bare = explain(model, pairs, analyses=["overlap"])
     table = pairs.table
     assert records["success_8bit"].tolist() == table["success_8bit"].tolist()
-    assert records["forwards"].tolist() == table["forwards"].tolist()
+    assert records["n_forward"].tolist() == table["n_forward"].tolist()
     for name, values in (("l2", table["l2"]), ("effect_in_roi", bare.scores["effect_in_roi"])):
         np.testing.assert_allclose(records[name].to_numpy(dtype=float), values, rtol=1e-3, atol=1e-4)
     stored = whole.maps["importance"][:, 0, 1]
@@ -259,7 +259,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_never_was(
 def test_only_missing_shards_are_done_again(pictures: Path) -> None:
     out = pictures.parent / "other"
 
-    def stop(standing: Standing) -> None:
+    def stop(standing: AuditProgress) -> None:
         if standing.done > 8:
             raise KeyboardInterrupt
 
@@ -269,9 +269,9 @@ def test_only_missing_shards_are_done_again(pictures: Path) -> None:
     assert len(shards) == 2
     assert len(Run(out).records) == 8 * 4
     assert Run(out).sql("select count(*) from records").fetchall() == [(32,)]
-    seen: list[Standing] = []
+    seen: list[AuditProgress] = []
 
-    def stop_again(standing: Standing) -> None:
+    def stop_again(standing: AuditProgress) -> None:
         seen.append(standing)
         if standing.done > 12:
             raise KeyboardInterrupt
@@ -444,7 +444,7 @@ def test_files_are_read_by_duckdb_and_zarr_alone(whole: Run) -> None:
     assert len(rows) == 4
     group = zarr.open_group(whole.folder / "maps.zarr", mode="r")
     assert group["partition"].shape == (14, 2, 2, 24, 24)  # type: ignore[union-attr]
-    assert group.attrs["attacks"] == ["pgd", "pixels"]
+    assert group.attrs["attacks"] == ["pgd", "few_pixel"]
 
 
 def test_the_summary_counts_and_ranks_no_region(whole: Run) -> None:

@@ -19,7 +19,7 @@ from weakspot.audit import AttackPlan, Run, audit, region_contrasts, resume, sum
 from weakspot.audit.findings.contrasts import OTHERS, SHIFTED, STRONG, UNCLEAR, WEAK, told, verdict
 from weakspot.audit.findings.distributions import classes, distributions, extremes
 from weakspot.audit.plan.image_list import list_images
-from weakspot.audit.work.batches import Machine
+from weakspot.audit.work.batches import AuditModel
 from weakspot.audit.work.cell_rows import TIMES
 from weakspot.audit.work.donors import Donors
 from weakspot.audit.work.preparation import load_planned
@@ -210,7 +210,7 @@ def test_shards_batches_and_a_second_start_change_no_control(quarters: Path) -> 
 def donors_of(quarters: Path, run: Run) -> tuple[Donors, Any, Iterator[tuple[int, Opened]]]:
     classifier = load_planned(run.plan.model)
     listing = list_images(run.plan.sources, (), 2, labels="predictions")
-    machine = Machine.of(classifier, run.plan, listing)
+    machine = AuditModel.of(classifier, run.plan, listing)
 
     def make(opened: Opened) -> torch.Tensor:
         labels = predict(classifier, opened.images).argmax(1)

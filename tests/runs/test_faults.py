@@ -18,7 +18,16 @@ import weakspot
 from tests.runs.fixtures import NETWORKS, networks, pictures, same_maps, same_records, small_plan
 from weakspot import Classifier, attacks
 from weakspot._checks import ModelError
-from weakspot.audit import AttackPlan, Plan, Standing, audit, compare, resume, summarize, write_run_report
+from weakspot.audit import (
+    AttackPlan,
+    AuditProgress,
+    Plan,
+    audit,
+    compare,
+    resume,
+    summarize,
+    write_run_report,
+)
 from weakspot.audit.findings.gates import judge, unknown_cases
 from weakspot.audit.findings.summary import cell_table
 from weakspot.audit.work import shard
@@ -263,7 +272,7 @@ def test_an_interrupt_is_the_users() -> None:
 def cut_off(plan: Plan, out: Path, factory: str) -> Path:
     """An audit of one shard by the plan's model; run.json then names another."""
 
-    def watch(standing: Standing) -> None:
+    def watch(standing: AuditProgress) -> None:
         if standing.done > 4:
             raise KeyboardInterrupt
 

@@ -26,7 +26,7 @@ def test_no_value_is_off_by_more_than_is_stated(maps: np.ndarray) -> None:
 
 def test_maps_come_back_where_they_were_put_and_others_are_missing(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    store = MapStore(tmp_path, 6, ["pgd", "pixels"], ["none"], 4)
+    store = MapStore(tmp_path, 6, ["pgd", "few_pixel"], ["none"], 4)
     put = {}
     for number, images in ((1, 2), (0, 4)):
         block = BlockBuilder(images, 2, 1)

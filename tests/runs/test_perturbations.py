@@ -45,7 +45,7 @@ def run(networks: Path) -> Run:
         model=ModelPlan("brittle_networks:build", size=(24, 24)),  # no class names: labels are predictions
         attacks=(
             AttackPlan("pgd", "linf:64/255", (("steps", 5),)),
-            AttackPlan("pixels", None, (("generations", 5), ("population", 20))),
+            AttackPlan("few_pixel", None, (("generations", 5), ("population", 20))),
         ),
         analyses=("promotion", "locality"),
         regions=("none",),

@@ -53,7 +53,7 @@ def test_controls_are_cells_of_their_own_and_not_reported_as_regions(pictures: P
 
 def test_several_budgets_make_several_attacks_with_labels_of_their_own(pictures: Path) -> None:
     plan = read_mapping(
-        {"images": str(pictures), "attacks": "pgd,pixels", "budget": "linf:2/255,linf:8/255"}
+        {"images": str(pictures), "attacks": "pgd,few_pixel", "budget": "linf:2/255,linf:8/255"}
     ).resolved()
     assert [attack.label for attack in plan.attacks] == ["pgd linf:2/255", "pgd linf:8/255", "pixels"]
     assert [attack.budget for attack in plan.attacks] == ["linf:2/255", "linf:8/255", None]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.runs.fixtures import networks, pictures, same_maps, same_records, small_plan
-from weakspot.audit import AttackPlan, Run, Standing, audit, compare, resume, summarize, write_run_report
+from weakspot.audit import AttackPlan, AuditProgress, Run, audit, compare, resume, summarize, write_run_report
 from weakspot.audit.store.integrity import DamagedError
 from weakspot.audit.store.records import finished_shards, shard_files
 
@@ -24,8 +24,8 @@ __all__ = ["networks", "pictures"]  # fixtures
 QUICK: dict[str, Any] = {"attacks": (AttackPlan("pgd", settings=(("steps", 2),)),), "analyses": ()}
 
 
-def stop_after(images: int) -> Callable[[Standing], None]:
-    def watch(standing: Standing) -> None:
+def stop_after(images: int) -> Callable[[AuditProgress], None]:
+    def watch(standing: AuditProgress) -> None:
         if standing.done > images:
             raise KeyboardInterrupt
 
@@ -82,7 +82,7 @@ def test_the_images_beside_a_missing_one_are_attacked_and_end_the_same(whole: Ru
     lost, out = pictures / "dog/07.png", pictures.parent / "cut"
     shutil.copy(lost, pictures.parent / "07.png")
 
-    def vanish(_: Standing) -> None:
+    def vanish(_: AuditProgress) -> None:
         lost.unlink(missing_ok=True)
 
     found = audit(small_plan(pictures, **QUICK), out, watch=vanish)

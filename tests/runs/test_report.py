@@ -161,10 +161,14 @@ def test_classes_have_wilsons_intervals_and_where_their_images_land(made: Path, 
             )
             share, low, high = share_interval(held)
             assert row[heading] == f"{percent(share)} {percent(low)} to {percent(high)}"
-        landed = mine[mine["success_8bit"] & mine["correct"]]["landed_name"].value_counts()
-        if len(landed):
-            assert f"{landed.max()} of {landed.sum()} fooled" in row["lands most often in"]
-            assert landed[row["lands most often in"].partition(" ")[0]] == landed.max()
+        adversarial_class = mine[mine["success_8bit"] & mine["correct"]][
+            "adversarial_class_name"
+        ].value_counts()
+        if len(adversarial_class):
+            assert (
+                f"{adversarial_class.max()} of {adversarial_class.sum()} fooled" in row["lands most often in"]
+            )
+            assert adversarial_class[row["lands most often in"].partition(" ")[0]] == adversarial_class.max()
         else:
             assert row["lands most often in"] == ""
 
@@ -174,7 +178,10 @@ def test_depth_curves_set_successes_against_failures(made: Path, read: Reader) -
     records = run.records
     spread = run.maps["propagation/curves/spread"]
     for row in table[table["measure"] == "spread"].to_dict("records"):
-        cell = (["pgd", "pixels"].index(row["attack"]), ["none", "cam", "matched:cam"].index(row["region"]))
+        cell = (
+            ["pgd", "few_pixel"].index(row["attack"]),
+            ["none", "cam", "matched:cam"].index(row["region"]),
+        )
         mine = records[
             (records["attack"] == row["attack"]) & (records["region"] == row["region"]) & records["correct"]
         ]

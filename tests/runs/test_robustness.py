@@ -168,10 +168,10 @@ def test_a_number_that_is_not_known_still_shuts_the_gate(steady: Path) -> None:
         ((FMN,), ("linf:8/255",), {"fmn": "linf:8/255"}),
         ((FMN,), ("linf:8/255", "linf:0.031372549"), {"fmn": None}),
         ((PGD, FMN), ("linf:4/255",), {"fmn": "linf:4/255"}),
-        ((PGD, replace(PGD, budget="l2:1"), FMN, AttackPlan("carlini_wagner"), AttackPlan("elastic_net")), (),
-         {"fmn": "linf:4/255", "carlini_wagner": "l2:1", "elastic_net": None}),
-        ((PGD, AttackPlan("carlini_wagner"), AttackPlan("structured")), (),
-         {"carlini_wagner": "linf:4/255", "structured": "linf:4/255"}),
+        ((PGD, replace(PGD, budget="l2:1"), FMN, AttackPlan("carlini_wagner"), AttackPlan("ead")), (),
+         {"fmn": "linf:4/255", "carlini_wagner": "l2:1", "ead": None}),
+        ((PGD, AttackPlan("carlini_wagner"), AttackPlan("strattack")), (),
+         {"carlini_wagner": "linf:4/255", "strattack": "linf:4/255"}),
         ((replace(PGD, budget="ssim:0.01"), FMN), (), {"fmn": None}),
         ((PGD, replace(FMN, settings=(("norm", "l2"),))), (), {"fmn": "linf:4/255"}),
         ((PGD, AttackPlan("foolbox:L2CarliniWagnerAttack")), (), {"foolbox:L2CarliniWagnerAttack": "linf:4/255"}),
@@ -216,7 +216,7 @@ def unrounded(steady: Path) -> Run:
     assert records.loc[pgd, "success_8bit"].all()
     records.loc[pgd & (records["index"] < 4), "success_8bit"] = False
     records.loc[pgd & (records["index"] == 7), "success"] = False
-    records.loc[pgd & (records["index"] == 7), ["landed", "landed_name"]] = records.loc[
+    records.loc[pgd & (records["index"] == 7), ["adversarial_class", "adversarial_class_name"]] = records.loc[
         pgd & (records["index"] == 7), ["label", "label_name"]
     ].to_numpy()
     store_records(found.folder, records)
@@ -238,8 +238,8 @@ def test_what_a_file_does_not_keep_counts_nowhere_but_with_float(unrounded: Run)
     assert moved.loc[("robust_accuracy", "pgd"), "before"] == 0.5
     with pytest.raises(ValueError, match="eight_bit must be the same for both runs, got True for"):
         compare(unrounded, floats)
-    # The image that fools as a file only has landed nowhere that is known; it is in no landing.
-    assert len(unrounded.sql("select * from outcomes where fooled and landed = label").df()) == 1
+    # The image that fools as a file only has no class that is known; it is in no landing.
+    assert len(unrounded.sql("select * from outcomes where fooled and adversarial_class = label").df()) == 1
 
 
 def test_curves_and_contrasts_count_files(unrounded: Run) -> None:
@@ -297,7 +297,7 @@ def mine(model, images, labels, *, region=None, seed=0):
     # Changes of half a level that fool nothing, called a success; says nothing of files.
     made = pgd(model, images, labels, region=region, steps=1)
     return AttackResult(made.clean, (made.clean + 0.3 / 255).clamp(0, 1), made.labels, made.targets,
-                        torch.ones_like(made.success), made.forwards, made.backwards)
+                        torch.ones_like(made.success), made.n_forward, made.n_backward)
 """
 
 

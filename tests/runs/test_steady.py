@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.conftest import Made
 from weakspot._checks import NotFiniteError
 from weakspot.attacks import pgd
-from weakspot.audit.work.batches import Lots, SteadyClassifier, isolated
+from weakspot.audit.work.batches import AdaptiveBatches, FixedBatchClassifier, bisect_failures
 from weakspot.audit.work.shard import _numbers_left_out
 from weakspot.classifier import Classifier, as_classifier
 
@@ -22,7 +22,7 @@ PARTS = (slice(0, 4), slice(4, None))  # of whole groups, as lots are
 
 def test_logits_are_the_same_to_the_last_bit_in_any_company(any_model: Made) -> None:
     model, images = any_model
-    steady = SteadyClassifier(as_classifier(model), 4)
+    steady = FixedBatchClassifier(as_classifier(model), 4)
     many = torch.cat([images, images.flip(3), images.flip(2)])
     with torch.no_grad():
         together = steady(many)
@@ -36,7 +36,7 @@ def test_logits_are_the_same_to_the_last_bit_in_any_company(any_model: Made) -> 
 
 def test_attacks_are_the_same_to_the_last_bit_in_any_company(any_model: Made) -> None:
     model, images = any_model
-    steady = SteadyClassifier(as_classifier(model), 4)
+    steady = FixedBatchClassifier(as_classifier(model), 4)
     many = torch.cat([images, images.flip(3)])
     with torch.no_grad():
         labels = steady(many).argmax(1)
@@ -49,7 +49,7 @@ def test_the_network_never_sees_another_number_of_images(pooling: Made) -> None:
     seen: set[int] = set()
     model, images = pooling
     model.register_forward_pre_hook(lambda _, given: seen.add(len(given[0])))
-    steady = SteadyClassifier(Classifier.wrap(model), 2)
+    steady = FixedBatchClassifier(Classifier.wrap(model), 2)
     steady(images)
     assert seen == {2}
 
@@ -66,7 +66,9 @@ def failing(bad: set[int], error: Callable[[], BaseException]) -> Callable[[Tens
 @pytest.mark.parametrize("bad", [set(), {0}, {3, 7}, {8}])
 def test_what_fails_is_found_and_the_rest_is_done(bad: set[int]) -> None:
     troubles: dict[int, str] = {}
-    found = isolated(failing(bad, lambda: ValueError("odd\nand more")), torch.arange(9), troubles, "work")
+    found = bisect_failures(
+        failing(bad, lambda: ValueError("odd\nand more")), torch.arange(9), troubles, "work"
+    )
     assert [row for _, rows in found for row in rows] == [row for row in range(9) if row not in bad]
     assert [row for rows, _ in found for row in rows.tolist()] == [row for row in range(9) if row not in bad]
     assert troubles == dict.fromkeys(sorted(bad), "work: odd")
@@ -83,15 +85,15 @@ def test_what_fails_is_found_and_the_rest_is_done(bad: set[int]) -> None:
 )
 def test_what_fails_everywhere_is_said_of_every_image(error: BaseException, said: str) -> None:
     troubles: dict[int, str] = {}
-    assert isolated(failing(set(range(4)), lambda: error), torch.arange(4), troubles, "work") == []
+    assert bisect_failures(failing(set(range(4)), lambda: error), torch.arange(4), troubles, "work") == []
     assert troubles == dict.fromkeys(range(4), f"work: {said}")
 
 
 def test_a_full_disk_and_an_interrupt_are_no_images_fault() -> None:
     with pytest.raises(OSError, match="full"):
-        isolated(failing({1}, lambda: OSError(errno.ENOSPC, "full")), torch.arange(4), {}, "work")
+        bisect_failures(failing({1}, lambda: OSError(errno.ENOSPC, "full")), torch.arange(4), {}, "work")
     with pytest.raises(KeyboardInterrupt):
-        isolated(failing({1}, KeyboardInterrupt), torch.arange(4), {}, "work")
+        bisect_failures(failing({1}, KeyboardInterrupt), torch.arange(4), {}, "work")
 
 
 @pytest.mark.parametrize("most", [1, 3, 5, 16])
@@ -104,7 +106,7 @@ def test_lots_are_halved_until_memory_holds_them(most: int) -> None:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
         return rows.tolist()
 
-    lots = Lots(None, None)
+    lots = AdaptiveBatches(None, None)
     found = lots.each(work, torch.arange(13), {}, "work")
     assert [row for _, rows in found for row in rows] == list(range(13))
     calls.clear()
@@ -117,7 +119,7 @@ def test_memory_that_does_not_hold_one_image_is_said() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     troubles: dict[int, str] = {}
-    lots = Lots(None, None)
+    lots = AdaptiveBatches(None, None)
     assert lots.each(work, torch.arange(4), troubles, "work") == []
     assert troubles == dict.fromkeys(
         range(4), "work: OutOfMemoryError: CUDA out of memory (with 1 image at a time)"
@@ -126,8 +128,8 @@ def test_memory_that_does_not_hold_one_image_is_said() -> None:
 
 
 def test_one_image_that_memory_never_holds_makes_no_other_slower(any_model: Made) -> None:
-    steady = SteadyClassifier(as_classifier(any_model[0]), 4)
-    lots = Lots(None, steady)
+    steady = FixedBatchClassifier(as_classifier(any_model[0]), 4)
+    lots = AdaptiveBatches(None, steady)
     troubles: dict[int, str] = {}
     work = failing({5}, lambda: MemoryError("out of memory"))
     with warnings.catch_warnings():

@@ -78,11 +78,11 @@ def test_queen_lag_is_the_mean_of_the_neighbors_there_are(values: Tensor) -> Non
     found = queen_lag(values)
     height, width = values.shape[1:]
     for image, y, x in np.ndindex(*values.shape):
-        around = [
+        as_wrapped_classifier = [
             float(values[image, j, i])
             for j in range(max(0, y - 1), min(height, y + 2))
             for i in range(max(0, x - 1), min(width, x + 2))
             if (j, i) != (y, x)
         ]
-        expected = sum(around) / len(around) if around else 0.0
+        expected = sum(as_wrapped_classifier) / len(as_wrapped_classifier) if as_wrapped_classifier else 0.0
         assert float(found[image, y, x]) == pytest.approx(expected, abs=1e-4)

@@ -1,32 +1,32 @@
 """Attacks: images come in, AttackResults go out."""
 
 from weakspot.attacks.eight_bit import stored
-from weakspot.attacks.ensembles import auto
-from weakspot.attacks.gradient import fgsm, iterative, pgd
-from weakspot.attacks.group_sparse import elastic_net, structured
+from weakspot.attacks.ensembles import ensemble
+from weakspot.attacks.gradient import bim, fgsm, pgd
+from weakspot.attacks.group_sparse import ead, strattack
 from weakspot.attacks.library_attacks import external
-from weakspot.attacks.losses import OBJECTIVES
+from weakspot.attacks.losses import LOSSES
 from weakspot.attacks.minimum_norm import fmn
-from weakspot.attacks.pixel_search import pixels
+from weakspot.attacks.pixel_search import few_pixel
 from weakspot.attacks.registry import available_attacks, find_attack
 from weakspot.attacks.sweeps import PixelSweep, pixel_sweep
 from weakspot.attacks.tradeoff import carlini_wagner
 
 __all__ = [
-    "OBJECTIVES",
+    "LOSSES",
     "PixelSweep",
-    "auto",
     "available_attacks",
+    "bim",
     "carlini_wagner",
-    "elastic_net",
+    "ead",
+    "ensemble",
     "external",
+    "few_pixel",
     "fgsm",
     "find_attack",
     "fmn",
-    "iterative",
     "pgd",
     "pixel_sweep",
-    "pixels",
     "stored",
-    "structured",
+    "strattack",
 ]

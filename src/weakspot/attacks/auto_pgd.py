@@ -9,7 +9,7 @@ from torch import Tensor
 
 from weakspot.attacks.context import Problem
 from weakspot.attacks.gradient import Progress, random_start, warn_of_zero_gradients
-from weakspot.attacks.losses import Objective
+from weakspot.attacks.losses import Loss
 from weakspot.budgets import Budget
 
 SHARE = 0.75  # of the steps since a checkpoint that must have lowered the objective, or the step is halved
@@ -27,7 +27,7 @@ def checkpoints(steps: int) -> list[int]:
 def adaptive_descent(
     problem: Problem,
     budget: Budget,
-    objective: Objective,
+    loss: Loss,
     *,
     steps: int,
     stream: int,
@@ -40,7 +40,7 @@ def adaptive_descent(
     Args:
         problem: what to fool.
         budget: how much may change; steps are in units of it, the first twice its size.
-        objective: what is driven down.
+        loss: what is driven down.
         steps: at most.
         stream: which of each image's random starts.
         progress: called with the share done.
@@ -54,7 +54,7 @@ def adaptive_descent(
     judged, last = checkpoints(steps), 0
     for step in range(steps + 1):
         point = part.apply(state.perturbation)
-        descent = part.descend(point, objective) if step < steps else None
+        descent = part.loss_and_gradient(point, loss) if step < steps else None
         margins = part.evaluate(point) if descent is None else descent.margins
         margins = part.standing_margins(point, margins, budget)
         better = margins < lowest[here]
@@ -126,7 +126,7 @@ class _State:
 
     def move(self, problem: Problem, budget: Budget) -> None:
         """One step along the direction, with inertia."""
-        ascent = budget.ascend(self.direction, self.perturbation, problem.clean)
+        ascent = budget.steepest_step(self.direction, self.perturbation, problem.clean)
         plain = problem.project(budget, self.perturbation + self.size * ascent)
         inert = (
             self.perturbation

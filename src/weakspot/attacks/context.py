@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from weakspot import _random
 from weakspot._checks import check_batch_size, check_classes, check_region, check_seed
 from weakspot.attacks.eight_bit import stored
-from weakspot.attacks.losses import Objective, check_values, margin, sure_margin
+from weakspot.attacks.losses import Loss, check_values, conservative_margin, margin
 from weakspot.budgets import SSIM, Budget
 from weakspot.budgets.base import MEMO
 from weakspot.classifier import Classifier, check_images, check_logits, evaluating, predict
@@ -23,7 +23,7 @@ from weakspot.fusion import fused, measured_batch
 from weakspot.pairs import AttackResult
 
 
-class Descent(NamedTuple):
+class LossGradient(NamedTuple):
     """Where an objective falls.
 
     Attributes:
@@ -70,8 +70,8 @@ class Problem:
     seed: int
     keys: Tensor
     rows: Tensor
-    forwards: Tensor
-    backwards: Tensor
+    n_forward: Tensor
+    n_backward: Tensor
     whole: bool = False
     aims: Tensor | None = None
     prepared: Prepared | None = None
@@ -104,7 +104,7 @@ class Problem:
         """The same problem, objectives aiming at these classes (N,); any success counts as before."""
         return replace(self, aims=aims)
 
-    def searching(self) -> AbstractContextManager[None]:
+    def fused_model(self) -> AbstractContextManager[None]:
         """The classifier in its fused form, for the search; the verification is done without."""
         return fused(self.classifier, self.clean[:1])
 
@@ -158,9 +158,9 @@ class Problem:
         targets = None if self.targets is None else self.targets[owners]
         self._check(logits, self.labels[owners], targets)
         self.count_forwards(owners)
-        return sure_margin(logits, self.labels[owners], targets).to(self.clean)
+        return conservative_margin(logits, self.labels[owners], targets).to(self.clean)
 
-    def descend(self, images: Tensor, objective: Objective = margin) -> Descent:
+    def loss_and_gradient(self, images: Tensor, loss: Loss = margin) -> LossGradient:
         """Margins, values and falling direction of the images (N, C, H, W), each in its own row."""
         found = []
         for part in torch.arange(len(images), device=images.device).split(self.batch_size):
@@ -170,7 +170,7 @@ class Problem:
                 logits = self.classifier(point)
             self._check(logits.detach(), labels, targets)
             led = logits if self.lead is None else self.lead(point)
-            values = objective(led, labels, targets if self.aims is None else self.aims[part])
+            values = loss(led, labels, targets if self.aims is None else self.aims[part])
             check_values(values, len(part))
             if values.requires_grad:
                 (gradient,) = torch.autograd.grad(
@@ -181,20 +181,20 @@ class Problem:
             direction = gradient.neg().contiguous()  # the fused form's gradient is channels last
             if not self.whole:
                 direction = torch.where(self.region[part], direction, 0)
-            margins = sure_margin(logits.detach(), labels, targets)
+            margins = conservative_margin(logits.detach(), labels, targets)
             found.append((margins.to(self.clean), values.detach().to(self.clean), direction))
         everyone = torch.arange(len(self), device=images.device)
         self.count_forwards(everyone)
         self.count_backwards(everyone)
-        return Descent(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        return LossGradient(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
     def count_forwards(self, owners: Tensor) -> None:
         """Images of these went through the model: (M,) numbers of mine."""
-        self.forwards.index_add_(0, self.rows[owners], torch.ones_like(owners))
+        self.n_forward.index_add_(0, self.rows[owners], torch.ones_like(owners))
 
     def count_backwards(self, owners: Tensor) -> None:
         """Likewise, gradients."""
-        self.backwards.index_add_(0, self.rows[owners], torch.ones_like(owners))
+        self.n_backward.index_add_(0, self.rows[owners], torch.ones_like(owners))
 
     def _check(self, logits: Tensor, labels: Tensor, targets: Tensor | None) -> None:
         check_logits(logits, self.classifier, self.clean)
@@ -210,22 +210,22 @@ class Problem:
             budget: that the files must keep within; None where the attack has none.
         """
         files, fits = stored(adversarial, self.clean, budget)
-        landed, landed_8bit = (
+        adversarial_class, adversarial_class_8bit = (
             predict(self.classifier, images, self.batch_size).argmax(1) for images in (adversarial, files)
         )
-        self.forwards.add_(2)
+        self.n_forward.add_(2)
         success, success_8bit = (
             found != self.labels if self.targets is None else found == self.targets
-            for found in (landed, landed_8bit)
+            for found in (adversarial_class, adversarial_class_8bit)
         )
         return AttackResult(
             clean=self.clean,
             adversarial=adversarial,
             labels=self.labels,
-            targets=landed if self.targets is None else self.targets,
+            targets=adversarial_class if self.targets is None else self.targets,
             success=success,
-            forwards=self.forwards,
-            backwards=self.backwards,
+            n_forward=self.n_forward,
+            n_backward=self.n_backward,
             success_8bit=success_8bit & fits,
             seed=torch.full_like(self.labels, self.seed),
             **self._spent(adversarial, budget),
@@ -240,7 +240,7 @@ class Problem:
 
 
 @contextmanager
-def attacking(
+def attack_context(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,

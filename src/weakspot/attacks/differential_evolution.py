@@ -17,7 +17,7 @@ MEAN, SPREAD = 128 / 255, 127 / 255  # of the first colors, as published
 def evolve(
     problem: Problem, *, count: int, population: int, generations: int, progress: Progress | None
 ) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W) of the lowest margin that differential evolution finds, and those; see `pixels`."""
+    """Images (N, C, H, W) of the lowest margin that differential evolution finds, and those; see `few_pixel`."""
     height, width = problem.clean.shape[2:]
     adversarial, lowest = problem.clean.clone(), torch.full_like(problem.clean[:, 0, 0, 0], torch.inf)
     here, part, nearest = (

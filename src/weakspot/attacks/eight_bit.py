@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from weakspot._checks import is_number
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf
-from weakspot.classifier import Classifier, around
+from weakspot.classifier import Classifier, as_wrapped_classifier
 
 LEVELS = 255
 # Tried from the left until a rounded perturbation is inside the budget; the last one always is.
@@ -27,7 +27,7 @@ def rounded(images: Tensor) -> Tensor:
 
 def on_8bit_images(classifier: Classifier) -> Classifier:
     """The classifier's logits of the rounded images; gradients pass the rounding unchanged."""
-    return around(_Rounding(classifier), classifier, classifier.name)
+    return as_wrapped_classifier(_Rounding(classifier), classifier, classifier.name)
 
 
 class _Rounding(nn.Module):
@@ -155,9 +155,9 @@ def _within(
         return torch.where(back & (rank < count[:, None, None, None]), levels - moved.sign(), levels)
 
     few, enough = torch.zeros_like(rows), back.flatten(1).sum(1)
-    while bool((searching := enough - few > 1).any()):
+    while bool((fused_model := enough - few > 1).any()):
         middle = (few + enough) // 2
         spent = over(nearer(middle), rows)
-        few = torch.where(searching & spent, middle, few)
-        enough = torch.where(searching & ~spent, middle, enough)
+        few = torch.where(fused_model & spent, middle, few)
+        enough = torch.where(fused_model & ~spent, middle, enough)
     return nearer(enough)

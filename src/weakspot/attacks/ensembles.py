@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from weakspot._checks import ModelWarning, check_budget, warn
 from weakspot.attacks.auto_pgd import adaptive_descent
-from weakspot.attacks.context import Problem, attacking
+from weakspot.attacks.context import Problem, attack_context
 from weakspot.attacks.gradient import DEFAULT_BUDGET, Progress, part_of
-from weakspot.attacks.losses import Objective, cross_entropy, dlr
+from weakspot.attacks.losses import Loss, cross_entropy, dlr
 from weakspot.attacks.square_search import square_search
 from weakspot.budgets import Budget
 from weakspot.pairs import AttackResult
@@ -24,7 +24,7 @@ STEPS, QUERIES, TARGETS = (
 SUSPICIOUS = 0.05  # share of images that only a search without gradients fools
 
 
-def auto(
+def ensemble(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
@@ -65,8 +65,8 @@ def auto(
             gradients alone: the model hides its gradients, and attacks that follow them overrate it.
     """
     check_budget(budget)
-    with attacking(model, images, labels, region, targets, batch_size, seed) as problem:
-        with problem.searching():
+    with attack_context(model, images, labels, region, targets, batch_size, seed) as problem:
+        with problem.fused_model():
             best = problem.clean.clone()
             lowest, logits = problem.logits(best)
             lowest = problem.standing_margins(best, lowest, budget)
@@ -95,12 +95,12 @@ def _stages(problem: Problem, order: Tensor, budget: Budget) -> list[Stage]:
     """The attacks in turn; each takes the numbers of the images that still stand."""
     count = order.shape[1]
 
-    def descent(objective: Objective, stream: int, place: int | None = None) -> Stage:
+    def descent(loss: Loss, stream: int, place: int | None = None) -> Stage:
         def stage(here: Tensor, progress: Progress | None) -> tuple[Tensor, Tensor]:
             part = problem.select(here)
             aimed = part if place is None else part.aiming(order[here, place])
             found, reached = adaptive_descent(
-                aimed, budget, objective, steps=STEPS, stream=stream, progress=progress
+                aimed, budget, loss, steps=STEPS, stream=stream, progress=progress
             )
             return found, reached
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from weakspot import _random
 from weakspot._checks import ModelWarning, check_budget, is_number, warn
-from weakspot.attacks.context import Problem, attacking
-from weakspot.attacks.losses import Objective, find_objective
+from weakspot.attacks.context import Problem, attack_context
+from weakspot.attacks.losses import Loss, find_loss
 from weakspot.budgets import Budget, Linf
 from weakspot.pairs import AttackResult
 
@@ -26,24 +26,24 @@ def fgsm(
     budget: Budget = DEFAULT_BUDGET,
     region: Tensor | None = None,
     targets: Tensor | None = None,
-    objective: str | Objective = "margin",
+    loss: str | Loss = "margin",
     batch_size: int | None = None,
 ) -> AttackResult:
     """One step of the whole budget along the gradient (Goodfellow et al. 2015, arXiv 1412.6572).
 
     Arguments, result, errors and warnings are those of `pgd`.
     """
-    falling = find_objective(objective)
+    falling = find_loss(loss)
     check_budget(budget)
-    with attacking(model, images, labels, region, targets, batch_size) as problem:
-        with problem.searching():
-            direction = problem.descend(problem.clean, falling).direction
+    with attack_context(model, images, labels, region, targets, batch_size) as problem:
+        with problem.fused_model():
+            direction = problem.loss_and_gradient(problem.clean, falling).direction
         warn_of_zero_gradients(problem, direction)
-        step = budget.ascend(direction, torch.zeros_like(problem.clean), problem.clean)
+        step = budget.steepest_step(direction, torch.zeros_like(problem.clean), problem.clean)
         return problem.result(problem.apply(problem.project(budget, step)), budget)
 
 
-def iterative(
+def bim(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
@@ -53,7 +53,7 @@ def iterative(
     targets: Tensor | None = None,
     steps: int = 10,
     momentum: float = 0.0,
-    objective: str | Objective = "cross_entropy",
+    loss: str | Loss = "cross_entropy",
     stop_early: bool = False,
     batch_size: int | None = None,
     progress: Progress | None = None,
@@ -70,18 +70,18 @@ def iterative(
         steps: each of budget / steps.
         momentum: share of the gradients so far, each scaled to mean size one, that is added to the next; 1 is
             MI-FGSM (Dong et al. 2018, arXiv 1710.06081).
-        objective: what is driven down.
+        loss: what is driven down.
         stop_early: an image leaves the search as soon as it and its 8-bit file fool.
         batch_size: images at once.
         progress: called with the share done.
     """
-    falling = find_objective(objective)
+    falling = find_loss(loss)
     check_counts(steps=steps)
     _check_momentum(momentum)
     check_budget(budget)
-    with attacking(model, images, labels, region, targets, batch_size) as problem:
+    with attack_context(model, images, labels, region, targets, batch_size) as problem:
         search = Search(problem, budget, falling, momentum, stop_early)
-        with problem.searching():
+        with problem.fused_model():
             search.run(torch.zeros_like(problem.clean), _even_steps(budget, steps), progress)
         return problem.result(search.best, budget)
 
@@ -98,7 +98,7 @@ def pgd(
     restarts: int = 1,
     seed: int = 0,
     momentum: float = 0.0,
-    objective: str | Objective = "margin",
+    loss: str | Loss = "margin",
     stop_early: bool = False,
     batch_size: int | None = None,
     progress: Progress | None = None,
@@ -125,7 +125,7 @@ def pgd(
         restarts: random starts; each image keeps its best.
         seed: of the random starts.
         momentum: share of the gradients so far that is added to the next, each scaled to mean size one; 0 for none.
-        objective: what is driven down: "margin", "cross_entropy", "dlr" or a function (logits (N, K), labels (N,),
+        loss: what is driven down: "margin", "cross_entropy", "dlr" or a function (logits (N, K), labels (N,),
             targets (N,) or None) -> values (N,). Success and the best iterate are judged by the margin all the same.
         stop_early: an image leaves the search as soon as it and its 8-bit file fool: faster, with a margin just below
             zero instead of the lowest found.
@@ -133,7 +133,7 @@ def pgd(
         progress: called with the share done, 0 to 1.
 
     Returns:
-        An AttackResult. Its targets are those asked for or, where none were, the classes landed in.
+        An AttackResult. Its targets are those asked for or, where none were, the adversarial classes.
 
     Raises:
         ValueError: when an argument does not fit, naming it.
@@ -145,17 +145,17 @@ def pgd(
     >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2)).eval()
     >>> images = torch.full((1, 3, 4, 4), 0.5)
     >>> result = pgd(model, images, model(images).argmax(1), budget=Linf(0.5), steps=5)
-    >>> bool(result.success[0]), int(result.forwards[0]), int(result.backwards[0])
+    >>> bool(result.success[0]), int(result.n_forward[0]), int(result.n_backward[0])
     (True, 8, 5)
     """
-    falling = find_objective(objective)
+    falling = find_loss(loss)
     check_counts(steps=steps, restarts=restarts)
     _check_momentum(momentum)
     sizes = [2 * (1 - step / (steps + 1)) for step in range(steps)]
     check_budget(budget)
-    with attacking(model, images, labels, region, targets, batch_size, seed) as problem:
+    with attack_context(model, images, labels, region, targets, batch_size, seed) as problem:
         search = Search(problem, budget, falling, momentum, stop_early)
-        with problem.searching():
+        with problem.fused_model():
             for restart in range(restarts):
                 start = random_start(problem, budget, restart)
                 share = part_of(progress, restart, restarts)
@@ -176,7 +176,7 @@ def random_start(problem: Problem, budget: Budget, stream: int) -> Tensor:
     gaussian = _random.normal(problem.keys, 2 * stream, *shape).to(problem.clean)
     uniform = _random.uniform(problem.keys, 2 * stream + 1, *shape).to(problem.clean)
     still = torch.zeros_like(problem.clean)
-    extreme = budget.ascend(gaussian * problem.region, still, problem.clean)
+    extreme = budget.steepest_step(gaussian * problem.region, still, problem.clean)
     return problem.project(budget, extreme * uniform)
 
 
@@ -189,9 +189,9 @@ class Search:
     """
 
     def __init__(
-        self, problem: Problem, budget: Budget, objective: Objective, momentum: float, stop_early: bool
+        self, problem: Problem, budget: Budget, loss: Loss, momentum: float, stop_early: bool
     ) -> None:
-        self.problem, self.budget, self.objective = problem, budget, objective
+        self.problem, self.budget, self.loss = problem, budget, loss
         self.momentum, self.stop_early = momentum, stop_early
         self.best = problem.clean.clone()
         self.lowest = torch.full_like(problem.clean[:, 0, 0, 0], torch.inf)
@@ -208,7 +208,7 @@ class Search:
             if not len(here):
                 break
             point = part.apply(perturbation)
-            margins, _, direction = part.descend(point, self.objective)
+            margins, _, direction = part.loss_and_gradient(point, self.loss)
             if not self.warned:
                 warn_of_zero_gradients(part, direction)
                 self.warned = True
@@ -223,7 +223,7 @@ class Search:
                 scale = direction.abs().mean((1, 2, 3), keepdim=True)
                 velocity = self.momentum * velocity + direction / scale.clamp(min=1e-30)
                 direction = velocity
-            step = self.budget.ascend(direction, perturbation, part.clean)
+            step = self.budget.steepest_step(direction, perturbation, part.clean)
             perturbation = part.project(self.budget, perturbation + size * step)
             if progress is not None:
                 progress((number + 1) / len(sizes))

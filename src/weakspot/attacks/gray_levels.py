@@ -49,7 +49,7 @@ def settle(
         point = grid.climb(left, nearest[left], grid.changed[left])
         still = grid.size[left].isinf()
         if bool(still.any()):
-            grid.descend(left[still], point[still])
+            grid.loss_and_gradient(left[still], point[still])
     return torch.where(grid.size.isfinite()[:, None, None, None], grid.images, found)
 
 
@@ -121,7 +121,7 @@ class _Grid:
             (n, C, H, W) of the points passed, those of lowest margin.
         """
         part = self.problem.select(rows)
-        descent = part.descend(points)
+        descent = part.loss_and_gradient(points)
         direction = descent.direction
         value = TOP * points
         level = torch.where(direction > 0, (value + NEAR).floor() + 1, (value - NEAR).ceil() - 1)
@@ -147,7 +147,7 @@ class _Grid:
             best[here[lower]], lowest[here[lower]] = tried[lower], margins[lower]
         return best
 
-    def descend(self, rows: Tensor, points: Tensor) -> None:
+    def loss_and_gradient(self, rows: Tensor, points: Tensor) -> None:
         """Signed gradient steps, ever shorter, taken at the rounded point; all within reach, anywhere in the region."""
         value, velocity = TOP * points, torch.zeros_like(points)
         for step in range(STEPS):
@@ -158,7 +158,7 @@ class _Grid:
             part, low, high = self.problem.select(rows), self.low[rows], self.high[rows]
             point = _at(value.round(), part.region.expand_as(value), part.clean)
             length = (1 - step / STEPS) * (high - low).amax((1, 2, 3), keepdim=True) / 2
-            direction = part.descend(point).direction
+            direction = part.loss_and_gradient(point).direction
             scale = direction.abs().mean((1, 2, 3), keepdim=True)
             velocity = MOMENTUM * velocity + direction / scale.clamp(min=1e-30)
             forth = value + length * velocity.sign()

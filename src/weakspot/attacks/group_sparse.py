@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import is_number
-from weakspot.attacks.context import Problem, attacking
+from weakspot.attacks.context import Problem, attack_context
 from weakspot.attacks.gradient import Progress, check_counts, part_of
 from weakspot.attacks.tradeoff import SEARCHES, Round, Smallest, adam_round, check_rates, squared
 from weakspot.pairs import AttackResult
@@ -20,7 +20,7 @@ Shrink = Callable[
 REFINED = 0.25  # share of the steps that refine within the groups found
 
 
-def elastic_net(
+def ead(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
@@ -66,8 +66,8 @@ def elastic_net(
     def shrink(perturbation: Tensor, step: float) -> Tensor:
         return perturbation.sign() * (perturbation.abs() - beta * step).clamp(min=0)
 
-    with attacking(model, images, labels, region, targets, batch_size, seed) as problem:
-        with problem.searching():
+    with attack_context(model, images, labels, region, targets, batch_size, seed) as problem:
+        with problem.fused_model():
             found = Smallest(problem, lambda d: d.abs().flatten(1).sum(1), confidence)
             found.search(
                 proximal_round(problem, shrink, steps // SEARCHES, learning_rate, confidence), progress
@@ -76,7 +76,7 @@ def elastic_net(
         return problem.result(images)
 
 
-def structured(
+def strattack(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
@@ -123,7 +123,7 @@ def structured(
     check_counts(least=2 * SEARCHES, steps=steps)
     check_rates(learning_rate, confidence)
     _check_weight("sparsity", sparsity)
-    with attacking(model, images, labels, region, targets, batch_size, seed) as problem:
+    with attack_context(model, images, labels, region, targets, batch_size, seed) as problem:
         groups = _groups(group, problem.clean)
 
         def shrink(perturbation: Tensor, step: float) -> Tensor:
@@ -132,11 +132,12 @@ def structured(
             return perturbation * kept.gather(1, groups.flatten(1)).view_as(groups)
 
         refining = max(1, int(REFINED * steps) // SEARCHES)
-        searching = max(1, steps // SEARCHES - refining)
-        with problem.searching():
+        fused_model = max(1, steps // SEARCHES - refining)
+        with problem.fused_model():
             found = Smallest(problem, lambda d: group_lengths(d, groups).sum(1), confidence)
             found.search(
-                proximal_round(problem, shrink, searching, learning_rate, confidence), part_of(progress, 0, 2)
+                proximal_round(problem, shrink, fused_model, learning_rate, confidence),
+                part_of(progress, 0, 2),
             )
             changed = (group_lengths(found.images - problem.clean, groups) > 0).gather(1, groups.flatten(1))
             inside = replace(problem, region=problem.region & changed.view_as(groups), whole=False)
@@ -153,10 +154,12 @@ def proximal_round(
 ) -> Round:
     """Accelerated proximal descent (Beck and Teboulle 2009, doi 10.1137/080716542); what it passes is in the box."""
 
-    def descend(weights: Tensor, keep: Callable[[Tensor, Tensor], None], progress: Progress | None) -> None:
+    def loss_and_gradient(
+        weights: Tensor, keep: Callable[[Tensor, Tensor], None], progress: Progress | None
+    ) -> None:
         perturbation, ahead = torch.zeros_like(problem.clean), torch.zeros_like(problem.clean)
         for step in range(steps):
-            margins, _, falling = problem.descend(problem.apply(ahead))
+            margins, _, falling = problem.loss_and_gradient(problem.apply(ahead))
             active = torch.where(margins + confidence > 0, weights, 0)[:, None, None, None]
             rate = learning_rate * (1 - step / steps) ** 0.5
             sparser = shrink(ahead - rate * (2 * ahead - active * falling), rate)
@@ -169,7 +172,7 @@ def proximal_round(
             if progress is not None:
                 progress((step + 1) / steps)
 
-    return descend
+    return loss_and_gradient
 
 
 def group_lengths(perturbation: Tensor, groups: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from weakspot._checks import ModelWarning, quiet, warn
 from weakspot._state import SEEDED, without_parameter_gradients
-from weakspot.attacks.context import Problem, attacking
+from weakspot.attacks.context import Problem, attack_context
 from weakspot.attacks.gray_levels import settle
 from weakspot.attacks.libraries import ONE_BY_ONE, Task, eps_of, find, minimizes
 from weakspot.attacks.tradeoff import squared
@@ -78,7 +78,7 @@ def external(
     """
     library, attack = find(name)
     eps = None if budget is None else eps_of(name, budget)
-    with attacking(model, images, labels, region, targets, batch_size, seed) as problem:
+    with attack_context(model, images, labels, region, targets, batch_size, seed) as problem:
         adversarial = problem.clean.clone()
         failures: list[ValueError] = []
 
@@ -96,7 +96,7 @@ def external(
                 for row in rows.split(1):
                     run(row)
 
-        with problem.searching(), without_parameter_gradients(problem.classifier):
+        with problem.fused_model(), without_parameter_gradients(problem.classifier):
             alone = not problem.whole or attack.__name__ in ONE_BY_ONE
             parts = problem.rows.split(1 if alone else problem.batch_size)
             for number, rows in enumerate(parts):
@@ -112,7 +112,7 @@ def external(
             )
         adversarial = _brought_back(problem, budget, adversarial)
         if budget is None and minimizes(attack) and "epsilons" not in options:
-            with problem.searching():
+            with problem.fused_model():
                 margins = problem.evaluate(adversarial)
                 none = torch.zeros_like(margins)
                 adversarial = settle(problem, adversarial, squared, margins < 0, none)

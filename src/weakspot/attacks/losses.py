@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from weakspot._checks import closest
 from weakspot.classifier import margin as margin_of
 
-Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Logits (N, K), labels (N,), targets (N,) or None -> (N,) values; the lower, the nearer to what is wanted."""
 
 
@@ -54,37 +54,35 @@ def dlr(logits: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
     return difference / (ordered[:, 0] - below).clamp(min=1e-12)
 
 
-OBJECTIVES: dict[str, Objective] = {"margin": margin, "cross_entropy": cross_entropy, "dlr": dlr}
+LOSSES: dict[str, Loss] = {"margin": margin, "cross_entropy": cross_entropy, "dlr": dlr}
 
 
-def find_objective(objective: str | Objective) -> Objective:
+def find_loss(loss: str | Loss) -> Loss:
     """The objective of that name, or the function itself.
 
     Raises:
         ValueError: when the name is unknown or it is no function.
     """
-    if isinstance(objective, str):
-        if objective not in OBJECTIVES:
-            raise ValueError(f"objective is {objective!r}; {closest(objective, OBJECTIVES)}")
-        return OBJECTIVES[objective]
-    if not callable(objective):
+    if isinstance(loss, str):
+        if loss not in LOSSES:
+            raise ValueError(f"loss is {loss!r}; {closest(loss, LOSSES)}")
+        return LOSSES[loss]
+    if not callable(loss):
         raise ValueError(
-            f"objective is a {type(objective).__name__}; accepted is {', '.join(OBJECTIVES)} or a function "
+            f"loss is a {type(loss).__name__}; accepted is {', '.join(LOSSES)} or a function "
             "(logits, labels, targets) -> values (N,), which the attack drives down"
         )
-    return objective
+    return loss
 
 
 def check_values(values: Tensor, count: int) -> None:
     """Raises ValueError unless an objective returned one number per image."""
     if not isinstance(values, Tensor) or values.shape != (count,):
         what = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(
-            f"objective returned {what}; accepted is a tensor of shape ({count},), one per image"
-        )
+        raise ValueError(f"loss returned {what}; accepted is a tensor of shape ({count},), one per image")
 
 
-def sure_margin(logits: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
+def conservative_margin(logits: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
     """(N,) the margin, and as much more as rounding may take: below zero, the image fools in any batch."""
     with torch.no_grad():
         return margin(logits, labels, targets) + 2e-5 * logits.abs().amax(1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import closest
-from weakspot.attacks.context import Problem, attacking
+from weakspot.attacks.context import Problem, attack_context
 from weakspot.attacks.gradient import Progress, check_counts, warn_of_zero_gradients
 from weakspot.attacks.tradeoff import Smallest
 from weakspot.pairs import AttackResult
@@ -125,8 +125,8 @@ def fmn(
     check_counts(steps=steps)
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}; {closest(str(norm), NORMS)}")
-    with attacking(model, images, labels, region, targets, batch_size, seed) as problem:
-        with problem.searching():
+    with attack_context(model, images, labels, region, targets, batch_size, seed) as problem:
+        with problem.fused_model():
             found = Smallest(problem, NORMS[norm].size, 0.0)
             _walk(problem, NORMS[norm], found, steps, progress)
             smallest = found.settled() if on_grid else found.images
@@ -140,7 +140,7 @@ def _walk(problem: Problem, norm: _Norm, found: Smallest, steps: int, progress: 
     change, radius = torch.zeros_like(clean), torch.zeros_like(largest)
     for number in range(steps):
         point = problem.apply(change)
-        margins, _, direction = problem.descend(point)
+        margins, _, direction = problem.loss_and_gradient(point)
         if not number:
             left = margins >= 0
             warn_of_zero_gradients(problem.select(left), direction[left])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weakspot._checks import closest
-from weakspot.attacks.context import Problem, attacking
+from weakspot.attacks.context import Problem, attack_context
 from weakspot.attacks.differential_evolution import evolve
 from weakspot.attacks.gradient import Progress, check_counts, part_of
 from weakspot.attacks.pixel_edits import evaluate_painted, paint, with_windows
@@ -27,7 +27,7 @@ FINER, COLORS = 4, 125  # best sites that are at last tried in about so many col
 def follow_gradient(
     problem: Problem, *, count: int, population: int, generations: int, progress: Progress | None
 ) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W) of the lowest margin found, pixel after pixel, and those margins; see `pixels`."""
+    """Images (N, C, H, W) of the lowest margin found, pixel after pixel, and those margins; see `few_pixel`."""
     adversarial, lowest = problem.clean.clone(), torch.full_like(problem.clean[:, 0, 0, 0], torch.inf)
     limit = max(ROUND, population * generations // ECONOMY // count)
     for pixel in range(count):
@@ -158,7 +158,7 @@ def _between_corners(
 
 def in_gradient_order(problem: Problem, images: Tensor, corners: Tensor) -> tuple[Tensor, Tensor]:
     """Candidates, site * corners + corner, by the margin's first-order change, and which are in the region."""
-    falling = problem.descend(images).direction.flatten(2)
+    falling = problem.loss_and_gradient(images).direction.flatten(2)
     flat = images.flatten(2)
     gain = torch.einsum("ncs,kc->nsk", falling, corners) - (falling * flat).sum(1)[:, :, None]
     inside = problem.region.flatten(1)[:, :, None].expand_as(gain)
@@ -169,7 +169,7 @@ def in_gradient_order(problem: Problem, images: Tensor, corners: Tensor) -> tupl
 METHODS = {"evolution": evolve, "guided": follow_gradient}
 
 
-def pixels(
+def few_pixel(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
@@ -214,7 +214,7 @@ def pixels(
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2, bias=False)).eval()
     >>> images = torch.full((1, 3, 4, 4), 0.01)
-    >>> result = pixels(model, images, model(images).argmax(1), method="guided")
+    >>> result = few_pixel(model, images, model(images).argmax(1), method="guided")
     >>> bool(result.success[0]), int(result.distances["pixels"][0])
     (True, 1)
     """
@@ -222,14 +222,14 @@ def pixels(
     check_counts(least=4, population=population)
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; {closest(str(method), METHODS)}")
-    with attacking(model, images, labels, region, targets, batch_size, seed) as problem:
+    with attack_context(model, images, labels, region, targets, batch_size, seed) as problem:
         sites = problem.region.flatten(1).sum(1)
         if count > images.shape[2] * images.shape[3]:
             raise ValueError(
                 f"count is {count}; accepted is at most the {images[0, 0].numel()} pixels of an image"
             )
         adversarial = problem.clean.clone()
-        with problem.searching():
+        with problem.fused_model():
             lowest = problem.evaluate(adversarial)
             rows = ((sites > 0) & (lowest >= 0)).nonzero()[:, 0]
             if len(rows):

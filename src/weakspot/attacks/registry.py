@@ -22,7 +22,7 @@ from weakspot.classifier import Classifier
 from weakspot.pairs import AttackResult
 
 GROUP = "weakspot.attacks"
-ORDER = ("pgd", "auto", "fgsm", "iterative", "fmn", "carlini_wagner", "elastic_net", "structured", "pixels")
+ORDER = ("pgd", "ensemble", "fgsm", "bim", "fmn", "carlini_wagner", "ead", "strattack", "pixels")
 Attack = Callable[..., AttackResult]  # (model, images, labels, *, region, targets, seed, ...) -> AttackResult
 
 

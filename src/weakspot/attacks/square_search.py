@@ -78,7 +78,9 @@ def _painted(problem: Problem, budget: Budget, inside: Tensor, signs: Tensor, pe
     """The perturbation with each image's square moved to the budget's end on the side of `signs`."""
     if isinstance(budget, Linf):  # what the lines below come to; box and region are `Problem.apply`'s
         return torch.where(inside, budget.eps * signs, perturbation)
-    step = budget.ascend(signs * (inside & problem.region), torch.zeros_like(perturbation), problem.clean)
+    step = budget.steepest_step(
+        signs * (inside & problem.region), torch.zeros_like(perturbation), problem.clean
+    )
     return problem.project(budget, perturbation + 2 * step)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import closest
-from weakspot.attacks.context import Problem, attacking
+from weakspot.attacks.context import Problem, attack_context
 from weakspot.attacks.gradient import Progress
 from weakspot.attacks.pixel_edits import paint
 from weakspot.attacks.pixel_search import in_gradient_order
@@ -43,7 +43,7 @@ class PixelSweep:
     margin: Tensor
     color: Tensor
     predicted: Tensor
-    forwards: Tensor
+    n_forward: Tensor
 
     @property
     def success(self) -> Tensor:
@@ -74,7 +74,7 @@ def pixel_sweep(
 ) -> PixelSweep:
     """Change every pixel to every color, one at a time, and note the smallest margin.
 
-    What a search for one pixel (`pixels`) may miss, this does not, among the colors that it is given. Edits go
+    What a search for one pixel (`few_pixel`) may miss, this does not, among the colors that it is given. Edits go
     through `LocalEdits`, which recomputes only what a pixel reaches.
 
     Args:
@@ -95,14 +95,14 @@ def pixel_sweep(
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2, bias=False)).eval()
     >>> images = torch.full((1, 3, 4, 4), 0.5)
     >>> sweep = pixel_sweep(model, images, torch.tensor([0]))
-    >>> sweep.margin.shape, sweep.color.shape, int(sweep.forwards)
+    >>> sweep.margin.shape, sweep.color.shape, int(sweep.n_forward)
     (torch.Size([1, 4, 4]), torch.Size([1, 3, 4, 4]), 128)
     """
-    with attacking(model, images, labels, region, None, batch_size) as problem:
+    with attack_context(model, images, labels, region, None, batch_size) as problem:
         palette = _palette(colors, problem.clean)
         group = max(1, GROUP_SITES // (images.shape[2] * images.shape[3]))
         parts = torch.arange(len(problem), device=problem.clean.device).split(group)
-        with problem.searching():
+        with problem.fused_model():
             logits = problem.logits(problem.clean)[1]
             prepared = prepare(problem.classifier, problem.clean[:1])
             sweeps = []
@@ -156,7 +156,7 @@ class _Search:
         self.margin = torch.full((count * sites,), torch.inf, device=logits.device, dtype=problem.clean.dtype)
         self.color = problem.clean.flatten(2).transpose(1, 2).reshape(-1, channels).clone()
         self.predicted = logits.argmax(1).repeat_interleave(sites)
-        self.forwards = torch.zeros_like(problem.labels)
+        self.n_forward = torch.zeros_like(problem.labels)
 
     def sweep(self, palette: Tensor, progress: Callable[[float], None], *, stop_early: bool) -> None:
         """Try every color at every pixel of the region."""
@@ -208,7 +208,7 @@ class _Search:
         patches = colors[:, :, None, None]
         logits = self.edits.logits(owners, sites // self.width, sites % self.width, patches)
         margins = margin_of(logits, self.problem.labels[owners]).to(self.margin)
-        self.forwards.index_add_(0, owners, torch.ones_like(owners))
+        self.n_forward.index_add_(0, owners, torch.ones_like(owners))
         keys = owners * self.height * self.width + sites
         lowest = self.margin.scatter_reduce(0, keys, margins, "amin")
         winners = ((margins == lowest[keys]) & (margins < self.margin[keys])).nonzero()[:, 0]
@@ -221,4 +221,4 @@ class _Search:
     def found(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         shape = (len(self.problem), self.height, self.width)
         color = self.color.view(*shape, -1).permute(0, 3, 1, 2).contiguous()
-        return self.margin.view(shape), color, self.predicted.view(shape), self.forwards
+        return self.margin.view(shape), color, self.predicted.view(shape), self.n_forward

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import is_number
-from weakspot.attacks.context import Problem, attacking
+from weakspot.attacks.context import Problem, attack_context
 from weakspot.attacks.gradient import Progress, check_counts, part_of
 from weakspot.attacks.gray_levels import settle
 from weakspot.pairs import AttackResult
@@ -59,7 +59,7 @@ class Smallest:
         needed = torch.where(self.size.isinf(), 0, -self.confidence).to(self.lowest)
         return settle(self.problem, self.images, self.measure, self.lowest < 0, needed)
 
-    def search(self, descend: Round, progress: Progress | None, searches: int = SEARCHES) -> None:
+    def search(self, loss_and_gradient: Round, progress: Progress | None, searches: int = SEARCHES) -> None:
         """Bisect each image's weight on a logarithmic scale.
 
         Up tenfold until a round fools (arXiv 1608.04644), and down tenfold until one does not: a weight that is far
@@ -69,7 +69,7 @@ class Smallest:
         weights = torch.full_like(self.lowest, FIRST_WEIGHT)
         for number in range(searches):
             self.fooled = torch.zeros_like(self.fooled)
-            descend(weights, self.keep, part_of(progress, number, searches))
+            loss_and_gradient(weights, self.keep, part_of(progress, number, searches))
             high = torch.where(self.fooled, weights, high)
             low = torch.where(self.fooled, low, weights)
             weights = torch.where(
@@ -116,8 +116,8 @@ def carlini_wagner(
     """
     check_counts(least=SEARCHES, steps=steps)
     check_rates(learning_rate, confidence)
-    with attacking(model, images, labels, region, targets, batch_size, seed) as problem:
-        with problem.searching():
+    with attack_context(model, images, labels, region, targets, batch_size, seed) as problem:
+        with problem.fused_model():
             found = Smallest(problem, squared, confidence)
             found.search(adam_round(problem, steps // SEARCHES, learning_rate, confidence), progress)
             images = found.settled() if on_grid else found.images
@@ -128,12 +128,14 @@ def adam_round(problem: Problem, steps: int, learning_rate: float, confidence: f
     """Carlini and Wagner's descent."""
     start = torch.atanh((2 * problem.clean - 1).clamp(-1 + 1e-6, 1 - 1e-6))
 
-    def descend(weights: Tensor, keep: Callable[[Tensor, Tensor], None], progress: Progress | None) -> None:
+    def loss_and_gradient(
+        weights: Tensor, keep: Callable[[Tensor, Tensor], None], progress: Progress | None
+    ) -> None:
         variable, mean, square = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
         for step in range(1, steps + 1):
             bent = torch.tanh(variable)
             point = torch.where(problem.region, (bent + 1) / 2, problem.clean)
-            margins, _, falling = problem.descend(point)
+            margins, _, falling = problem.loss_and_gradient(point)
             keep(point, margins)
             active = torch.where(margins + confidence > 0, weights, 0)[:, None, None, None]
             gradient = (2 * (point - problem.clean) - active * falling) * (1 - bent.square()) / 2
@@ -146,7 +148,7 @@ def adam_round(problem: Problem, steps: int, learning_rate: float, confidence: f
         point = torch.where(problem.region, (torch.tanh(variable) + 1) / 2, problem.clean)
         keep(point, problem.evaluate(point))
 
-    return descend
+    return loss_and_gradient
 
 
 def check_rates(learning_rate: float, confidence: float) -> None:

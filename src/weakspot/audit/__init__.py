@@ -10,15 +10,15 @@ from weakspot.audit.page.run_page import write_run_report
 from weakspot.audit.plan.plan import AttackPlan, ModelPlan, Plan
 from weakspot.audit.plan.plan_files import read_mapping, read_plan
 from weakspot.audit.store.run import Run, write_run
-from weakspot.audit.work.audits import Standing, audit, resume
+from weakspot.audit.work.audits import AuditProgress, audit, resume
 
 __all__ = [
     "AttackPlan",
+    "AuditProgress",
     "Comparison",
     "ModelPlan",
     "Plan",
     "Run",
-    "Standing",
     "StoppedError",
     "Summary",
     "audit",

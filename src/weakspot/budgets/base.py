@@ -24,7 +24,7 @@ class Budget(Protocol):
         """
         ...
 
-    def ascend(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:
+    def steepest_step(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:
         """The steepest admissible step for a linear objective; zero where the gradient is zero."""
         ...
 

@@ -27,7 +27,7 @@ class Linf:
         bounded = _inside(perturbation, region).clamp(-self.eps, self.eps)
         return (images + bounded).clamp(0, 1) - images
 
-    def ascend(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
+    def steepest_step(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
         return self.eps * gradient.sign()
 
     def size(self, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
@@ -73,7 +73,7 @@ class L2:
         inside = (scale * wanted).clamp(low, high)
         return (inside * (self.eps / _length(inside)).clamp(max=1)).view_as(perturbation)
 
-    def ascend(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
+    def steepest_step(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
         # Divided by the largest entry first: squares of a faded gradient would vanish in float32.
         rows = gradient.flatten(1)
         rows = rows / rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
@@ -130,7 +130,7 @@ class L1:
         total = inside.sum(1, keepdim=True).clamp(min=1e-20)
         return (inside * (self.eps / total).clamp(max=1) * wanted.sign()).view_as(perturbation)
 
-    def ascend(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
+    def steepest_step(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
         """The steepest perturbation: entries of the largest gradient, each moved to its end of the box."""
         rows, flat = gradient.flatten(1), images.flatten(1)
         room = torch.where(rows < 0, flat, torch.where(rows > 0, 1 - flat, 0))

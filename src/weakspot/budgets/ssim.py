@@ -85,7 +85,7 @@ class SSIM:
             by_patch(inside)[cut] = self._alternated(patches, start, allowed, cut)
         return patches.join(inside * self._shares_within(patches, inside))
 
-    def ascend(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:
+    def steepest_step(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:
         """Steepest step; sites without gradient are not to change.
 
         Mode "local": from where we are to the exact maximizer of the linear objective. Mode "global": the gradient

@@ -193,8 +193,8 @@ def _check_apart(out: Path, sources: list[Path]) -> None:
         raise Failure(f"out is {out}, where overview.png is a folder; give another folder", USAGE)
     for source in (source.resolve() for source in sources):
         inside = any(part == source or part in source.parents for part in [*written, out.resolve()])
-        around = source.is_dir() and source in written[0].parents
-        if inside or (around and out.exists() and any(part.exists() for part in written)):
+        as_wrapped_classifier = source.is_dir() and source in written[0].parents
+        if inside or (as_wrapped_classifier and out.exists() and any(part.exists() for part in written)):
             raise Failure(
                 f"out is {out}, where pictures lie that are to be attacked; give another folder", USAGE
             )
@@ -265,11 +265,11 @@ def _write(
     from weakspot.report.figures import overview
 
     with evaluating(classifier):
-        landed = predict(classifier, result.adversarial).argmax(1).tolist()
+        adversarial_class = predict(classifier, result.adversarial).argmax(1).tolist()
     scores = result.table
     scores.insert(0, "image", aim.names)
     scores.insert(2, "before", [classifier.class_name(label) for label in result.labels.tolist()])
-    scores.insert(3, "after", [classifier.class_name(label) for label in landed])
+    scores.insert(3, "after", [classifier.class_name(label) for label in adversarial_class])
     files = write_pngs(stored(result.adversarial, result.clean, spent)[0], aim.names, out / "adversarial")
     write_pngs(result.clean, aim.names, out / "clean")
     scores["png"] = [f"adversarial/{file}" for file in files]

@@ -35,7 +35,7 @@ from weakspot.cli.audit_options import (
     JUnitOption,
     check_gate,
     known,
-    lot_size,
+    parse_batch_size,
     pass_gate,
     plain,
     plan_table,
@@ -54,7 +54,7 @@ from weakspot.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from weakspot.audit import Run, Standing, Summary
+    from weakspot.audit import AuditProgress, Run, Summary
     from weakspot.audit.findings.gates import Verdict
 
 EXAMPLES = """
@@ -63,7 +63,7 @@ EXAMPLES = """
 
 weakspot audit photos/ --model my_package.models:build --out runs/v7
 
-weakspot audit photos/ --attacks pgd,pixels --set pixels.method=guided --regions none,cam,background --out runs/v7
+weakspot audit photos/ --attacks pgd,few_pixel --set pixels.method=guided --regions none,cam,background --out runs/v7
 
 weakspot audit cifar.npz --model nets:resnet20 --size 32x32 --budget linf:2/255,linf:8/255 --limit 500 --out runs/eps
 
@@ -228,7 +228,8 @@ def audit(
     said = known({**given, "model": known(network) or None})
     sources = list(images or [])
     how: dict[str, Any] = {
-        "batch_size": lot_size(batch_size), "command": shlex.join(["weakspot", *sys.argv[1:]]), "engine": engine,
+        "batch_size": parse_batch_size(batch_size),
+        "command": shlex.join(["weakspot", *sys.argv[1:]]), "engine": engine,
         "workers": workers, "address": ray_address,
     }  # fmt: skip
     conditions = list(fail_if or [])
@@ -293,7 +294,7 @@ def _progress(silent: bool) -> Iterator[Any]:
     with progress_bar(silent) as advance:
         advance("loading the model", 0.0)
 
-        def watch(standing: Standing) -> None:
+        def watch(standing: AuditProgress) -> None:
             speed = f", {standing.speed:.3g} images/s" if standing.speed else ""
             what = f"auditing {int(standing.done)}/{standing.total}{speed}"
             advance(what, standing.done / standing.total)

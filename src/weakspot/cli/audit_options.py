@@ -28,7 +28,7 @@ def known(mapping: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in mapping.items() if value is not None}
 
 
-def lot_size(text: str) -> int | None:
+def parse_batch_size(text: str) -> int | None:
     """The batch size, None for auto."""
     if text == "auto":
         return None

@@ -115,8 +115,8 @@ def print_attack(scores: pd.DataFrame, seconds: float, skipped: int) -> None:
         "l2",
         "pixels",
         *similarities,
-        "forwards",
-        "backwards",
+        "n_forward",
+        "n_backward",
     )
     for heading in headings:
         table.add_column(heading, overflow="fold")
@@ -128,7 +128,7 @@ def print_attack(scores: pd.DataFrame, seconds: float, skipped: int) -> None:
             *(f"{row[key]:.3g}" for key in ("linf", "l2")),
             str(row["pixels"]),
             *(f"{row[name]:.3g}" if name in spent else f"{row[name]:.3f}" for name in similarities),
-            *(str(row[key]) for key in ("forwards", "backwards")),
+            *(str(row[key]) for key in ("n_forward", "n_backward")),
         )
     console.print(table)
     tail = f", {skipped} skipped" if skipped else ""

@@ -19,13 +19,13 @@ from weakspot.cli.options import DebugOption, QuietOption, SeedOption, WeightsOp
 from weakspot.cli.output import print_rows
 from weakspot.cli.training_jobs import (
     description,
+    epoch_logger,
     everything,
     fit_matrix,
     fit_one,
     judge_own,
     maker_of,
     print_training,
-    teller,
 )
 
 EVALUATIONS = ("none", "own", "matrix")
@@ -190,7 +190,7 @@ def train(
                 "workers": workers,
                 "about": {"network": description(model, training)},
             }
-            told = None if silent else teller()
+            told = None if silent else epoch_logger()
             judged = {"limit": limit, "strongest": 500 if strongest is None else strongest}
             if evaluate == "matrix" and test is not None:
                 said = fit_matrix(

@@ -94,9 +94,9 @@ def fit_matrix(
     advance: Callable[[str, float], None],
 ) -> dict[str, Any]:
     """Train by each recipe, judge all by all tests, and write the matrix's table and picture."""
-    from weakspot.training import evaluation_matrix
+    from weakspot.training import robustness_matrix
 
-    found = evaluation_matrix(
+    found = robustness_matrix(
         maker,
         data,
         test,
@@ -200,7 +200,7 @@ def description(model: str | None, data: LabeledImages) -> dict[str, Any]:
 WIDE = 125  # columns of a terminal that takes the table with intervals
 
 
-def teller() -> Callable[[str, Mapping[str, float]], None]:
+def epoch_logger() -> Callable[[str, Mapping[str, float]], None]:
     """A line on standard error for every epoch."""
     console = Console(stderr=True, highlight=False)
 

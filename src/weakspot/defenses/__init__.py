@@ -3,7 +3,7 @@
 from weakspot.defenses.evaluation import evaluate_defense
 from weakspot.defenses.neutralization import neutralize, neutralizing, oracle_neutralized
 from weakspot.defenses.randomized import DrawnByImage, expectation
-from weakspot.defenses.unit_masking import mask_units, masking_sentence, masking_test
+from weakspot.defenses.unit_masking import mask_units, masking, masking_sentence
 from weakspot.defenses.verdicts import Verdict, verdict
 from weakspot.training import train
 
@@ -13,8 +13,8 @@ __all__ = [
     "evaluate_defense",
     "expectation",
     "mask_units",
+    "masking",
     "masking_sentence",
-    "masking_test",
     "neutralize",
     "neutralizing",
     "oracle_neutralized",

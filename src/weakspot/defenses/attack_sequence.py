@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from weakspot.attacks import auto, iterative
-from weakspot.attacks.context import attacking
+from weakspot.attacks import bim, ensemble
+from weakspot.attacks.context import attack_context
 from weakspot.attacks.eight_bit import fit, on_8bit_images
 from weakspot.attacks.gradient import Progress, Search, part_of, random_start
 from weakspot.attacks.losses import margin
@@ -128,7 +128,7 @@ class AttackSequence:
         self.after_transfer = self.sides[0].standing
         self.report(0.1)
         if substitute is not None:
-            moved = iterative(
+            moved = bim(
                 on_8bit_images(as_classifier(substitute)), images, labels, budget=self.budget,
                 steps=len(self.sizes), momentum=1.0,
             ).adversarial  # fmt: skip
@@ -182,10 +182,10 @@ class AttackSequence:
             def squares(side: Side, here: Tensor, count: int = count, stream: int = stream) -> Tensor:
                 network = on_8bit_images(side.queried)
                 with (
-                    attacking(
+                    attack_context(
                         network, self.images[here], self.labels[here], None, None, None, self.seed
                     ) as problem,
-                    problem.searching(),
+                    problem.fused_model(),
                 ):
                     return square_search(
                         problem, self.budget, queries=count, stream=stream, progress=self.part
@@ -225,11 +225,11 @@ class AttackSequence:
         """PGD judged by the side's answers; images leave it at once where what fools cannot change afterward."""
         early = early and not self.random and isinstance(self.budget, Linf)
         network = on_8bit_images(side.attacked)
-        with attacking(network, images, labels, region, None, None, self.seed) as own:
+        with attack_context(network, images, labels, region, None, None, self.seed) as own:
             problem = own if lead is None else replace(own, lead=on_8bit_images(lead))
             search = Search(problem, self.budget, margin, 0.0, early)
             search.warned = True  # gradients of zero are what the agreement reports
-            with problem.searching():
+            with problem.fused_model():
                 for restart in range(self.restarts):
                     start = random_start(problem, self.budget, STREAMS * number + restart)
                     search.run(start, self.sizes, part_of(self.part, restart, self.restarts))
@@ -237,7 +237,7 @@ class AttackSequence:
 
     def _ensemble(self, side: Side, here: Tensor) -> Tensor:
         network = on_8bit_images(side.attacked)
-        return auto(
+        return ensemble(
             network,
             self.images[here],
             self.labels[here],

@@ -18,10 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 
-from weakspot.attacks.context import attacking
+from weakspot.attacks.context import attack_context
 from weakspot.attacks.gradient import random_start
 from weakspot.budgets import Budget
-from weakspot.classifier import Classifier, around, default_batch, evaluating, logits_of, margin
+from weakspot.classifier import (
+    Classifier,
+    as_wrapped_classifier,
+    default_batch,
+    evaluating,
+    logits_of,
+    margin,
+)
 from weakspot.defenses.randomized import one_draw
 
 MOST = 6  # inner networks that are looked at, from the outside
@@ -59,7 +66,9 @@ def straight_through_models(defended: Classifier, images: Tensor) -> list[Classi
         for last in ((False, True) if count > 1 else (True,))
     ]
     return [
-        around(_StraightThrough(defended, module, last), defended, f"{defended.name} (straight-through)")
+        as_wrapped_classifier(
+            _StraightThrough(defended, module, last), defended, f"{defended.name} (straight-through)"
+        )
         for module, last in ways
     ]
 
@@ -204,7 +213,7 @@ def agreement(
         budget: of the attacks that are to be judged.
         seed: of points and draws.
     """
-    with attacking(defended, images, labels, None, None, None, seed) as problem:
+    with attack_context(defended, images, labels, None, None, None, seed) as problem:
         points = problem.apply(random_start(problem, budget, STREAM))
     ratio = _ratio(defended, lead, points, labels, budget, seed)
     return (ratio >= SMALLEST_RATIO) & (ratio <= LARGEST_RATIO)
@@ -241,7 +250,7 @@ def _ratio_of_batch(
     if not led.requires_grad:
         return torch.full_like(led, torch.nan)
     (gradient,) = torch.autograd.grad(led.sum(), start, allow_unused=True, materialize_grads=True)
-    step = STEP * budget.ascend(-gradient, torch.zeros_like(points), points)
+    step = STEP * budget.steepest_step(-gradient, torch.zeros_like(points), points)
     moved = (points + step).clamp(0, 1)
     predicted = (gradient * (moved - points)).flatten(1).sum(1)
     with torch.no_grad():

@@ -56,7 +56,7 @@ def evaluate_defense(
     - "white-box (region of importance)": PGD only where the undefended model gathers most evidence.
     - "white-box, N draws": only on a random defense that keeps a gain so far: N doubles from twice `draws` to eight
       times, until a doubling takes at most 2 points.
-    - "ensemble": `attacks.auto`, where `thorough`.
+    - "ensemble": `attacks.ensemble`, where `thorough`.
     - "square search, N queries": N = 500, then twice as many with new squares until a doubling takes at most 2 points
       from the defended model, or N reaches `queries`.
     - "oracle region": where an `oracle` is given; not part of the worst case.

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from weakspot import _random
 from weakspot._checks import check_batch, check_region, check_seed, check_share, closest, is_number
 from weakspot.attribution.cam import class_activations
-from weakspot.classifier import Classifier, around, as_classifier, check_images, evaluating
+from weakspot.classifier import Classifier, as_classifier, as_wrapped_classifier, check_images, evaluating
 from weakspot.defenses.randomized import DrawnByImage
 from weakspot.regions import top
 from weakspot.similarity import gaussian
@@ -156,7 +156,7 @@ def neutralizing(
     check_seed(seed)
     classifier = as_classifier(model)
     how = f"{fill}, {randomness:.0%} random" if randomness else fill
-    return around(
+    return as_wrapped_classifier(
         _Neutralizing(classifier, keep, fill, randomness, seed),
         classifier,
         f"{classifier.name} behind neutralization ({how})",

@@ -26,7 +26,7 @@ from weakspot import _random as numbers
 from weakspot._checks import check_seed
 from weakspot._state import SEEDED, random_state_kept
 from weakspot.attacks.gradient import check_counts
-from weakspot.classifier import Classifier, around, as_classifier, evaluating
+from weakspot.classifier import Classifier, as_classifier, as_wrapped_classifier, evaluating
 
 DIFFERENT = 1e-4  # of the largest logit: what two draws must differ by for the defense to count as random
 LOOKED_AT = 4  # images
@@ -87,13 +87,13 @@ def expectation(model: nn.Module, draws: int, *, seed: int = 0) -> Classifier:
     check_seed(seed)
     classifier = as_classifier(model)
     name = f"{classifier.name} on the mean of {draws} draws" if draws > 1 else classifier.name
-    return around(_Drawn(classifier, range(-draws, 0), seed), classifier, name)
+    return as_wrapped_classifier(_Drawn(classifier, range(-draws, 0), seed), classifier, name)
 
 
 def defender_model(model: nn.Module, *, seed: int = 0) -> Classifier:
     """The random defense on the draw that it is judged by; the same whenever it is asked in the same batch."""
     classifier = as_classifier(model)
-    return around(_Drawn(classifier, (0,), seed), classifier, classifier.name)
+    return as_wrapped_classifier(_Drawn(classifier, (0,), seed), classifier, classifier.name)
 
 
 def is_random(model: nn.Module, images: Tensor, *, seed: int = 0) -> bool:

@@ -154,7 +154,7 @@ MEASURES = ("clean", "transfer", "attacked_again")
 Attack = Callable[[nn.Module, Tensor, Tensor], Pairs]
 
 
-def masking_test(
+def masking(
     model: nn.Module,
     layer: str,
     units: Sequence[int] | Tensor,
@@ -246,7 +246,7 @@ def masking_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
     """Whether masking these units is shown to help against an attack made anew, and more than the controls do.
 
     Args:
-        table: from `masking_test`.
+        table: from `masking`.
         level: of McNemar's test; a lead over the controls must reach it against each of them.
     """
     rows = {row["masked"]: row for row in table.to_dict("records")}

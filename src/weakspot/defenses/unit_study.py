@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from weakspot.attacks import pgd
-from weakspot.defenses.unit_masking import Attack, masking_sentence, masking_test
+from weakspot.defenses.unit_masking import Attack, masking, masking_sentence
 from weakspot.dissection import (
     Dissection,
     associate,
@@ -42,7 +42,7 @@ class UnitStudy:
         units: one row per unit, the columns of `unit_sensitivity` and of `dissect`.
         sentences: what is shown, and what is not.
         masked: the units that were masked; none if masking was not asked for, or no unit moves beyond noise.
-        masking: the table of `masking_test`, or None.
+        masking: the table of `masking`, or None.
     """
 
     layer: str
@@ -95,10 +95,12 @@ def unit_study(
         if progress is not None:
             progress(0.3 + 0.7 * share)
 
-    masking = masking_test(
+    table_of_masking = masking(
         model, found.layer, masked, images, labels, attack=attack, seed=seed, progress=later
     )
-    return UnitStudy(found.layer, table, [*sentences, masking_sentence(masking)], masked, masking)
+    return UnitStudy(
+        found.layer, table, [*sentences, masking_sentence(table_of_masking)], masked, table_of_masking
+    )
 
 
 def association_sentences(table: pd.DataFrame) -> list[str]:

@@ -151,8 +151,8 @@ def _sliding(
     if down.count * along.count > state.room * rows * columns:
         return None
     border_widths = (*along.border(clean.size[1], columns), *down.border(clean.size[0], rows))
-    around = clean.with_border(border_widths, border)
-    cut = gathered(around, state.owners, down.cut, along.cut, down.length, along.length)
+    as_wrapped_classifier = clean.with_border(border_widths, border)
+    cut = gathered(as_wrapped_classifier, state.owners, down.cut, along.cut, down.length, along.length)
     paste(cut, down.inside, along.inside, windows.values)
     seen = as_seen(cut[:, down.before :, along.before :], "maps")
     found = function(seen)[:, :, : down.count, : along.count]

@@ -140,7 +140,7 @@ class _OwnRadius:
         wanted = perturbation if region is None else torch.where(region, perturbation, 0)
         return (images + wanted.clamp(-self.radius, self.radius)).clamp(0, 1) - images
 
-    def ascend(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
+    def steepest_step(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
         return self.radius * gradient.sign()
 
     def size(self, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002

@@ -36,7 +36,8 @@ class Explanation:
     """Scores and maps of N pairs, and what is needed to show them.
 
     Attributes:
-        scores: one row per pair: image, label, target and landed (class names), success, success_8bit (of a picture
+        scores: one row per pair: image, label, target and adversarial_class (class names), success,
+            success_8bit (of a picture
             file), confidences, sizes of the perturbation, then the scores of every analysis.
         maps: name to (N, 1, H, W), of every analysis.
         pairs: what was explained, on the CPU.
@@ -192,13 +193,13 @@ def _base_scores(
     for name, classes in (("labels", pairs.labels), ("targets", pairs.targets)):
         check_classes(classes, len(pairs), clean.shape[1], name=name)
     losing = rivals(classifier, pairs)
-    landed = adversarial.argmax(1)
+    adversarial_class = adversarial.argmax(1)
     if len(classifier.class_names) not in {0, clean.shape[1]}:
         raise ValueError(
             f"class_names has {len(classifier.class_names)} names; {classifier.name} has {clean.shape[1]} classes"
         )
     _warn_of_randomness(classifier, pairs.clean[:1], clean[:1])
-    success, success_8bit = _successes(classifier, pairs, landed)
+    success, success_8bit = _successes(classifier, pairs, adversarial_class)
     change = pairs.perturbation.flatten(1)
     before, after = clean.softmax(1), adversarial.softmax(1)
 
@@ -208,12 +209,12 @@ def _base_scores(
     numbers = {
         "success": success,
         "success_8bit": success_8bit,
-        "asked_for_target": pairs.targets != landed,
+        "asked_for_target": pairs.targets != adversarial_class,
         "label_clean": of(before, pairs.labels),
         "label_adversarial": of(after, pairs.labels),
         "target_clean": of(before, losing),
         "target_adversarial": of(after, losing),
-        "landed_adversarial": of(after, landed),
+        "adversarial_class_adversarial": of(after, adversarial_class),
         "margin_clean": margin(clean, pairs.labels),
         "margin_adversarial": margin(adversarial, pairs.labels),
         "linf": change.abs().amax(1),
@@ -223,22 +224,30 @@ def _base_scores(
         "image": list(names) if names is not None else [f"image {number}" for number in range(len(pairs))],
         "label": [classifier.class_name(int(index)) for index in pairs.labels],
         "target": [classifier.class_name(int(index)) for index in losing],
-        "landed": [classifier.class_name(int(index)) for index in landed],
+        "adversarial_class": [classifier.class_name(int(index)) for index in adversarial_class],
         "read_clean_as": [classifier.class_name(int(index)) for index in clean.argmax(1)],
     }
     return pd.DataFrame({**words, **{name: values.cpu().numpy() for name, values in numbers.items()}}), losing
 
 
-def _successes(classifier: Classifier, pairs: Pairs, landed: Tensor) -> tuple[Tensor, Tensor]:
+def _successes(classifier: Classifier, pairs: Pairs, adversarial_class: Tensor) -> tuple[Tensor, Tensor]:
     """(N,) bool twice: whether the images fool as they are, and stored with 8 bits."""
     known = pairs if isinstance(pairs, AttackResult) else None
-    success = (landed != pairs.labels) & (landed == pairs.targets) if known is None else known.success
+    success = (
+        (adversarial_class != pairs.labels) & (adversarial_class == pairs.targets)
+        if known is None
+        else known.success
+    )
     if known is not None and known.success_8bit is not None:
         return success, known.success_8bit
-    landed_8bit = predict(classifier, (pairs.adversarial * 255).round() / 255).argmax(1)
+    adversarial_class_8bit = predict(classifier, (pairs.adversarial * 255).round() / 255).argmax(1)
     # Without a target that was asked for, the pair's target is where the image lands; any other class will do too.
-    reached = torch.where(pairs.targets == landed, landed_8bit != pairs.labels, landed_8bit == pairs.targets)
-    return success, reached & (landed_8bit != pairs.labels)
+    reached = torch.where(
+        pairs.targets == adversarial_class,
+        adversarial_class_8bit != pairs.labels,
+        adversarial_class_8bit == pairs.targets,
+    )
+    return success, reached & (adversarial_class_8bit != pairs.labels)
 
 
 def _warn_of_randomness(classifier: Classifier, image: Tensor, logits: Tensor) -> None:

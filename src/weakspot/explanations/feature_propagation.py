@@ -23,7 +23,7 @@ TILE = 2**17  # values looked at together: their difference stays in the process
 
 
 @dataclass(frozen=True, eq=False)
-class Gap:
+class ActivationChange:
     """How two activations (N, C, h, w) differ.
 
     Attributes:
@@ -37,14 +37,14 @@ class Gap:
     peak: Tensor
 
     @staticmethod
-    def joined(parts: Sequence[Gap]) -> Gap:
+    def joined(parts: Sequence[ActivationChange]) -> ActivationChange:
         """One after the other."""
-        return Gap(
+        return ActivationChange(
             *(torch.cat([getattr(part, name) for part in parts]) for name in ("maximum", "mean", "peak"))
         )
 
 
-def gap(first: Tensor, second: Tensor) -> Gap:
+def activation_change(first: Tensor, second: Tensor) -> ActivationChange:
     """The gap between two activations of one shape, in whichever order their values lie in memory.
 
     >>> found = gap(torch.tensor([[[[1.0]], [[-3.0]]]]), torch.tensor([[[[0.0]], [[0.0]]]]))
@@ -55,7 +55,7 @@ def gap(first: Tensor, second: Tensor) -> Gap:
     return _site_after_site(first, second) if by_site else _channel_after_channel(first, second)
 
 
-def _site_after_site(first: Tensor, second: Tensor) -> Gap:
+def _site_after_site(first: Tensor, second: Tensor) -> ActivationChange:
     """Of values whose channels lie together."""
     count, channels, height, width = first.shape
     rows = max(1, TILE // channels)
@@ -71,10 +71,12 @@ def _site_after_site(first: Tensor, second: Tensor) -> Gap:
         peak[part] = torch.maximum(-least, most)
         start += len(one)
     shape = (count, height, width)
-    return Gap(maximum.view(shape).float(), mean.view(shape).float(), peak.view(count, -1).amax(1).float())
+    return ActivationChange(
+        maximum.view(shape).float(), mean.view(shape).float(), peak.view(count, -1).amax(1).float()
+    )
 
 
-def _channel_after_channel(first: Tensor, second: Tensor) -> Gap:
+def _channel_after_channel(first: Tensor, second: Tensor) -> ActivationChange:
     """Of values whose sites lie together."""
     count, channels, height, width = first.shape
     step = max(1, TILE // (height * width))  # channels
@@ -92,8 +94,12 @@ def _channel_after_channel(first: Tensor, second: Tensor) -> Gap:
             least, most = mine.flatten(1).aminmax(dim=1)
             peak = torch.maximum(peak, torch.maximum(-least, most))
         shape = (len(one), height, width)
-        gaps.append(Gap(maximum.view(shape).float(), (total / channels).view(shape).float(), peak.float()))
-    return Gap.joined(gaps)
+        gaps.append(
+            ActivationChange(
+                maximum.view(shape).float(), (total / channels).view(shape).float(), peak.float()
+            )
+        )
+    return ActivationChange.joined(gaps)
 
 
 def _exact(values: Tensor) -> Tensor:
@@ -171,7 +177,7 @@ def propagations(
 ) -> list[Propagation]:
     """`propagation` from the clean images to each of several others, the clean ones going through the network once."""
     places = spatial_layers(classifier, clean[:1], layers)
-    gaps: list[dict[str, list[Gap]]] = [{name: [] for name in places} for _ in others]
+    gaps: list[dict[str, list[ActivationChange]]] = [{name: [] for name in places} for _ in others]
     with fused_for(classifier, clean[:1], places):
         for read in stream(classifier, places, clean, others, batch_size):
             for name, ways in read.gaps.items():
@@ -180,8 +186,8 @@ def propagations(
     return [_joined(places, mine) for mine in gaps]
 
 
-def _joined(places: Mapping[str, Place], gaps: Mapping[str, Sequence[Gap]]) -> Propagation:
-    together = {name: Gap.joined(parts) for name, parts in gaps.items()}
+def _joined(places: Mapping[str, Place], gaps: Mapping[str, Sequence[ActivationChange]]) -> Propagation:
+    together = {name: ActivationChange.joined(parts) for name, parts in gaps.items()}
     return Propagation(
         list(places),
         {name: found.maximum for name, found in together.items()},
@@ -201,7 +207,7 @@ class Read:
     """
 
     rows: slice
-    gaps: Mapping[str, Sequence[Gap]]
+    gaps: Mapping[str, Sequence[ActivationChange]]
     predicted: Tensor
 
 
@@ -228,11 +234,11 @@ def stream(
 def _stacked(
     classifier: Classifier, places: Mapping[str, Place], rows: slice, batches: Sequence[Tensor]
 ) -> Read:
-    gaps: dict[str, list[Gap]] = {}
+    gaps: dict[str, list[ActivationChange]] = {}
     count = len(batches[0])
 
     def visit(name: str, maps: Tensor) -> None:
-        gaps[name] = [gap(maps[:count], part) for part in maps[count:].split(count)]
+        gaps[name] = [activation_change(maps[:count], part) for part in maps[count:].split(count)]
 
     with reading(classifier, places, visit), torch.no_grad():
         logits = classifier(torch.cat(list(batches)))
@@ -243,13 +249,13 @@ def _in_turn(
     classifier: Classifier, places: Mapping[str, Place], rows: slice, batches: Sequence[Tensor]
 ) -> Read:
     """For networks of one batch size, which cannot take the stack: the clean maps wait for the others."""
-    gaps: dict[str, list[Gap]] = {name: [] for name in places}
+    gaps: dict[str, list[ActivationChange]] = {name: [] for name in places}
     waiting: dict[str, Tensor] = {}
     count = len(batches[0])
 
     def visit(name: str, maps: Tensor) -> None:
         if name in waiting:
-            gaps[name].append(gap(waiting[name], maps[:count]))
+            gaps[name].append(activation_change(waiting[name], maps[:count]))
         else:
             waiting[name] = maps[:count].clone()
 
@@ -258,7 +264,9 @@ def _in_turn(
     return Read(rows, _all(gaps, places), torch.stack(predicted))
 
 
-def _all(gaps: Mapping[str, Sequence[Gap]], places: Mapping[str, Place]) -> Mapping[str, Sequence[Gap]]:
+def _all(
+    gaps: Mapping[str, Sequence[ActivationChange]], places: Mapping[str, Place]
+) -> Mapping[str, Sequence[ActivationChange]]:
     missing = [name for name in places if not gaps.get(name)]
     if missing:
         raise ValueError(

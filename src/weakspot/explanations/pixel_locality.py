@@ -91,7 +91,7 @@ def locality(
         pairs = settled(classifier, pairs)
         site = changed.to(pairs.clean.device).long().argmax(1)
         prepared = prepare(classifier, pairs.clean[:1])
-        landed = predict(classifier, pairs.adversarial).argmax(1)
+        adversarial_class = predict(classifier, pairs.adversarial).argmax(1)
         right = predict(classifier, pairs.clean).argmax(1) == pairs.labels
         predicted = torch.stack(
             [
@@ -102,8 +102,8 @@ def locality(
         colored = _recolored(classifier, pairs, site, prepared, seed, batch_size)
         moved = _moved_together(classifier, pairs)
     success = predicted != pairs.labels[:, None, None]
-    same = success & (predicted == landed[:, None, None])
-    fooled, failed = right & (landed != pairs.labels), right & (landed == pairs.labels)
+    same = success & (predicted == adversarial_class[:, None, None])
+    fooled, failed = right & (adversarial_class != pairs.labels), right & (adversarial_class == pairs.labels)
     rings = _rings(site, pairs.clean.shape[2:])
     return Locality(
         success,

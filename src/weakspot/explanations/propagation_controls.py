@@ -18,7 +18,14 @@ from weakspot._checks import check_batch_size, check_seed
 from weakspot.attribution.hooks import default_layers, fused_for, spatial_layers
 from weakspot.classifier import evaluating
 from weakspot.explanations.analysis import Analysis, Series, check_pairs, settled
-from weakspot.explanations.feature_propagation import Gap, Read, propagations, reach_of, spread_of, stream
+from weakspot.explanations.feature_propagation import (
+    ActivationChange,
+    Read,
+    propagations,
+    reach_of,
+    spread_of,
+    stream,
+)
 from weakspot.pairs import Pairs
 from weakspot.statistics import mean_interval
 
@@ -166,7 +173,7 @@ class _Tally:
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
-    def add(self, gaps: Sequence[Gap], fooled: Tensor, failed: Tensor) -> None:
+    def add(self, gaps: Sequence[ActivationChange], fooled: Tensor, failed: Tensor) -> None:
         attack, random = gaps
         self.fooled.append(fooled)
         self.failed.append(failed)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from weakspot.explanations.locality_by_radius import RATES, locality_of, locality_sentence
-from weakspot.report.figures import Drawing, drawings
+from weakspot.report.figures import MapView, drawings
 from weakspot.report.rendering import CATEGORIES, gradient, rendered, table
 from weakspot.report.sentences import headline, number, p_value, percent
 
@@ -201,7 +201,7 @@ def _outcome(row: pd.Series) -> str:
     return "fools only before rounding to 8 bits" if before else "attack failed"
 
 
-def _map(drawing: Drawing) -> dict[str, Any]:
+def _map(drawing: MapView) -> dict[str, Any]:
     values, picture = drawing.values, drawing.picture  # noqa: PD011 - an array, not a frame
     return {
         "name": drawing.name,
@@ -218,7 +218,7 @@ def _map(drawing: Drawing) -> dict[str, Any]:
     }
 
 
-def _scales(maps: list[Drawing]) -> list[dict[str, Any]]:
+def _scales(maps: list[MapView]) -> list[dict[str, Any]]:
     """Maps in groups that share one scale, in the order they came; the difference is drawn elsewhere."""
     groups: dict[str, list[str]] = {}
     for drawing in maps:
@@ -227,7 +227,7 @@ def _scales(maps: list[Drawing]) -> list[dict[str, Any]]:
     return [{"title": title if len(names) > 1 else "", "names": names} for title, names in groups.items()]
 
 
-def _packed(drawing: Drawing) -> dict[str, Any]:
+def _packed(drawing: MapView) -> dict[str, Any]:
     """The raw map as bytes between its own least and greatest value, compressed."""
     values = np.nan_to_num(drawing.values)
     low, high = (

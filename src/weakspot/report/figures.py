@@ -46,7 +46,7 @@ DIFFERENCE = Picture(
 
 
 @dataclass(frozen=True)
-class Drawing:
+class MapView:
     """One map of one pair, ready to be drawn.
 
     Attributes:
@@ -68,7 +68,7 @@ class Drawing:
     high: float
 
 
-def drawings(explanation: Explanation, index: int) -> list[Drawing]:
+def drawings(explanation: Explanation, index: int) -> list[MapView]:
     """The difference of the pair and every map that was found, maps of one scale sharing their limits."""
     maps = {"difference": explanation.pairs.perturbation[index].mean(0).numpy()}
     maps |= {name: tensor[index, 0].numpy().astype(np.float32) for name, tensor in explanation.maps.items()}
@@ -88,7 +88,7 @@ def drawings(explanation: Explanation, index: int) -> list[Drawing]:
         title = told(picture.title)
         if name == "difference" and high > 0:
             title = f"Difference, amplified {1 / high:.0f} times"
-        ready.append(Drawing(name, title, told(picture.meaning), picture, values, low, high))
+        ready.append(MapView(name, title, told(picture.meaning), picture, values, low, high))
     return ready
 
 
@@ -151,7 +151,7 @@ def photograph(axis: Axes, pixels: np.ndarray) -> None:
         axis.imshow(pixels.mean(0), cmap="gray", vmin=0, vmax=1)
 
 
-def _draw(axis: Axes, drawing: Drawing, photograph: np.ndarray) -> None:
+def _draw(axis: Axes, drawing: MapView, photograph: np.ndarray) -> None:
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 

@@ -21,7 +21,7 @@ UNACCOUNTED = 0.1  # completeness gap above which nothing is claimed
 def headline(row: pd.Series) -> str:
     """Class and confidence before and after: "Egyptian cat 40% → lynx 97%"."""
     before = f"{row['label']} {percent(row['label_clean'])}"
-    return f"{before} → {row['landed']} {percent(row['landed_adversarial'])}"
+    return f"{before} → {row['adversarial_class']} {percent(row['adversarial_class_adversarial'])}"
 
 
 def verdict(explanation: Explanation, index: int = 0) -> str:
@@ -43,14 +43,14 @@ def verdict(explanation: Explanation, index: int = 0) -> str:
 
 
 def _what_happened(row: pd.Series) -> str:
-    before, after = percent(row["label_clean"]), percent(row["landed_adversarial"])
+    before, after = percent(row["label_clean"]), percent(row["adversarial_class_adversarial"])
     if row["read_clean_as"] != row["label"]:
         return (
             f"Without any attack the image is read as {row['read_clean_as']} and not as {row['label']} ({before}), so "
-            f"there is no success to explain; the adversarial image is read as {row['landed']} {after}."
+            f"there is no success to explain; the adversarial image is read as {row['adversarial_class']} {after}."
         )
     if row["success"]:
-        moved = f"moved the image from {row['label']} {before} to {row['landed']} {after}"
+        moved = f"moved the image from {row['label']} {before} to {row['adversarial_class']} {after}"
         if row["success_8bit"]:
             return f"The attack {moved}."
         return (
@@ -60,12 +60,12 @@ def _what_happened(row: pd.Series) -> str:
     if row["success_8bit"]:
         return (
             f"The attack fools the network only after rounding to 8 bits: a picture file of the result does; before "
-            f"rounding it is read as {row['landed']} {after}."
+            f"rounding it is read as {row['adversarial_class']} {after}."
         )
     if row["asked_for_target"]:
         return (
             f"The attack failed: it asked for {row['target']} and reached {percent(row['target_adversarial'])}; the "
-            f"image is read as {row['landed']} {after}."
+            f"image is read as {row['adversarial_class']} {after}."
         )
     return (
         f"The attack failed: the image is still read as {row['label']} ({before} before, {after} after); "

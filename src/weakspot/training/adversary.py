@@ -73,7 +73,7 @@ def perturbed(
     for _ in range(steps):
         gradient = _gradient(loss, point)
         gradient = gradient if region is None else gradient * region
-        step = budget.ascend(gradient, point - images, images)
+        step = budget.steepest_step(gradient, point - images, images)
         point = images + _project(budget, point - images + size * step, images, region)
     return point
 
@@ -110,7 +110,7 @@ def _start(budget: Budget, images: Tensor, region: Tensor | None, noise: Tensor)
         room = budget.eps if region is None else budget.eps * region
         return (images + room * noise).clamp_(0, 1) - images
     inside = noise if region is None else noise * region
-    extreme = budget.ascend(inside, torch.zeros_like(images), images)
+    extreme = budget.steepest_step(inside, torch.zeros_like(images), images)
     return _project(budget, extreme * noise[:, :1, :1, :1].abs(), images, region)
 
 

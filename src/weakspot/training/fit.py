@@ -110,7 +110,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.asked = False
 
-    def heed(self) -> None:
+    def raise_if_interrupted(self) -> None:
         """Raises KeyboardInterrupt where somebody has."""
         if self.asked:
             raise KeyboardInterrupt
@@ -143,7 +143,7 @@ FINDING = 0.3  # of the progress, where backgrounds have to be found first
 
 
 @contextmanager
-def alone(out: Path | None, fabric: Fabric) -> Iterator[None]:
+def exclusive(out: Path | None, fabric: Fabric) -> Iterator[None]:
     """Hold the lock of the folder, which is made where it is missing; the first process of a training does for all.
 
     Raises:
@@ -220,7 +220,7 @@ def fit(
             keep=keep if out is not None else None,
             told=told,
             progress=advance,
-            heed=interrupts.heed,
+            raise_if_interrupted=interrupts.raise_if_interrupted,
         )
     loop.finish()
     if loop.stopped:

@@ -89,7 +89,7 @@ class Loop:
         keep: Callable[[State], None] | None,
         told: Callable[[dict[str, float]], None] | None,
         progress: Callable[[float], None] | None,
-        heed: Callable[[], None],
+        raise_if_interrupted: Callable[[], None],
     ) -> None:
         """To the end.
 
@@ -98,7 +98,8 @@ class Loop:
             keep: called with the state, at the end of every epoch and that often besides.
             told: called with each epoch's row.
             progress: called with the share done.
-            heed: called between updates, when the state is whole; what it raises ends the loop, the state kept.
+            raise_if_interrupted: called between updates, when the state is whole; an exception ends the loop and
+                keeps the state.
         """
         kept = time.monotonic()
         total = self.per_epoch * self.settings.epochs
@@ -110,7 +111,7 @@ class Loop:
                 if keep is not None and time.monotonic() - kept > every:
                     keep(self.state())
                     kept = time.monotonic()
-                self._heed(heed, keep)
+                self._heed(raise_if_interrupted, keep)
                 if progress is not None:
                     progress((self.epoch * self.per_epoch + self.update) / total)
             self._check_finite()
@@ -122,7 +123,7 @@ class Loop:
             if keep is not None:
                 keep(self.state())
                 kept = time.monotonic()
-            self._heed(heed, keep)
+            self._heed(raise_if_interrupted, keep)
             if told is not None:
                 told(row)
 
@@ -161,9 +162,9 @@ class Loop:
             self.classifier.load_state_dict(self.best[1])
         self.optimizer.zero_grad()
 
-    def _heed(self, heed: Callable[[], None], keep: Callable[[State], None] | None) -> None:
+    def _heed(self, raise_if_interrupted: Callable[[], None], keep: Callable[[State], None] | None) -> None:
         try:
-            heed()
+            raise_if_interrupted()
         except KeyboardInterrupt:
             if keep is not None:
                 keep(self.state())

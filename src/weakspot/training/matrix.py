@@ -54,7 +54,7 @@ class Matrix:
     stopped: Mapping[str, str]
 
 
-def evaluation_matrix(
+def robustness_matrix(
     make: Callable[[int], nn.Module],
     data: LabeledImages,
     test: LabeledImages,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_classes
-from weakspot.attacks import auto, pgd
+from weakspot.attacks import ensemble, pgd
 from weakspot.attacks.gradient import check_counts
 from weakspot.budgets import Budget
 from weakspot.classifier import evaluating, predict
@@ -21,7 +21,7 @@ TESTS = {
     "clean": "the images as they are",
     "localized": "PGD in the background",
     "full": "PGD everywhere",
-    "strongest": "both and the ensemble `attacks.auto` everywhere, on the first images",
+    "strongest": "both and the ensemble `attacks.ensemble` everywhere, on the first images",
     "swapped": "another image's background behind the object",
 }
 
@@ -116,7 +116,7 @@ def outcomes(
     few = (full & localized)[:strongest]
     left = few.nonzero()[:, 0]  # what PGD has fooled needs no stronger attack
     if len(left):
-        made = auto(model, images[left], labels[left], budget=budget, seed=seed, progress=told(0.6, 1.0))
+        made = ensemble(model, images[left], labels[left], budget=budget, seed=seed, progress=told(0.6, 1.0))
         few[left] = ~made.fooled
     return {
         name: found.cpu() for name, found in zip(TESTS, (right, localized, full, few, swapped), strict=True)

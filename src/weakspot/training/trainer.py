@@ -19,7 +19,7 @@ from weakspot.classifier import Classifier, as_classifier
 from weakspot.datasets import LabeledImages, from_tensors, read_labeled
 from weakspot.training.checkpoint import find_earlier, make_record
 from weakspot.training.config import Settings, defaults, find_recipe
-from weakspot.training.fit import alone, fit, load_finished, make_fabric, split
+from weakspot.training.fit import exclusive, fit, load_finished, make_fabric, split
 
 
 def train(
@@ -156,7 +156,7 @@ def train(
                 fabric = make_fabric(device or str(home), precision)
                 rows, kept = split(len(everything), held_out)
                 _check_batches(batch_size, len(rows), fabric.world_size)
-                with alone(folder, fabric):
+                with exclusive(folder, fabric):
                     # Again: another process may have finished it in the meantime.
                     earlier = None if folder is None else find_earlier(folder, record)
                     if folder is not None and earlier is not None and earlier.get("finished"):

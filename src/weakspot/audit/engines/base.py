@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from weakspot._checks import closest
 from weakspot.audit.plan.image_list import Entry, entries
 from weakspot.audit.plan.plan import Plan
-from weakspot.audit.work.batches import Machine
+from weakspot.audit.work.batches import AuditModel
 from weakspot.audit.work.shard import ShardResult, audit_shard
 from weakspot.classifier import Classifier
 
@@ -23,7 +23,7 @@ Results = Generator[tuple[int, ShardResult], None, None]
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
+class Backlog:
     """What is left to do of an audit.
 
     Attributes:
@@ -54,7 +54,7 @@ class Engine(Protocol):
     def about(self) -> Mapping[str, Any]:
         """What run.json says of it."""
 
-    def results(self, work: Work, progress: Callable[[float], None]) -> Results:
+    def results(self, work: Backlog, progress: Callable[[float], None]) -> Results:
         """Number and result of every missing shard, in any order.
 
         Args:
@@ -68,8 +68,8 @@ class LocalEngine:
 
     about: Mapping[str, Any] = {"name": "local"}
 
-    def results(self, work: Work, progress: Callable[[float], None]) -> Results:
-        machine = Machine.of(work.classifier, work.plan, work.listing, work.batch_size)
+    def results(self, work: Backlog, progress: Callable[[float], None]) -> Results:
+        machine = AuditModel.of(work.classifier, work.plan, work.listing, work.batch_size)
         for number in work.missing:
             mine = work.entries(number)
             count = len(mine)

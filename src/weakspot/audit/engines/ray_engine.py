@@ -22,7 +22,7 @@ from typing import Any
 
 from weakspot._checks import warn
 from weakspot._io.urls import StoppedError, is_url
-from weakspot.audit.engines.base import Results, Work
+from weakspot.audit.engines.base import Backlog, Results
 from weakspot.audit.engines.ray_worker import Attempts, GivenUpError, Task, Worker
 from weakspot.audit.store.run import versions
 from weakspot.audit.work.shard import ShardResult
@@ -195,7 +195,7 @@ class RayEngine:
         self.workers = workers
         self.about: Mapping[str, Any] = {"name": "ray"}
 
-    def results(self, work: Work, progress: Callable[[float], None]) -> Results:
+    def results(self, work: Backlog, progress: Callable[[float], None]) -> Results:
         del progress  # workers tell only of whole shards
         if not work.missing:
             return
@@ -248,7 +248,7 @@ def shares(device: str, workers: int | None) -> tuple[int, int, float]:
     return count, min(max(fitting), most), min(1.0, gpus / count)
 
 
-def _batches(work: Work, workers: int, threads: int, gpus: float) -> Generator[Any, None, None]:
+def _batches(work: Backlog, workers: int, threads: int, gpus: float) -> Generator[Any, None, None]:
     """Tables of number and content, one row each as a rule, as they come."""
     import ray
 

@@ -20,7 +20,7 @@ from weakspot._checks import raised, warn
 from weakspot.audit.plan.image_list import entries
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.run import versions
-from weakspot.audit.work.batches import Machine
+from weakspot.audit.work.batches import AuditModel
 from weakspot.audit.work.preparation import load_planned
 from weakspot.audit.work.shard import ShardResult, audit_shard
 from weakspot.models.probe import Probe
@@ -140,7 +140,7 @@ class Worker:
             return _sendable(error)
 
 
-def _machine(task: Task) -> Machine:
+def _machine(task: Task) -> AuditModel:
     """The model, loaded and checked.
 
     Raises:
@@ -157,7 +157,7 @@ def _machine(task: Task) -> Machine:
                 f"{source}: there is no such file or folder on the machine {node} of the Ray cluster; accepted is what "
                 "all its machines share, or a URL"
             )
-    machine = Machine.of(load_planned(task.plan.model), task.plan, task.listing, task.batch_size)
+    machine = AuditModel.of(load_planned(task.plan.model), task.plan, task.listing, task.batch_size)
     found = machine.watch.weights
     if found != task.fingerprint:
         raise ValueError(

@@ -53,8 +53,8 @@ class Classes:
     Attributes:
         classes: columns label, name, images, clean.
         cells: columns label, attack, region, images (0 where the attack has no robust accuracy), robust, low, high.
-        landings: columns label, landed, fooled, of; of images that were read rightly before.
-        confusions: columns attack, region, label, landed, fooled, by name, likewise; empty where classes are many.
+        landings: columns label, adversarial_class, fooled, of; of images that were read rightly before.
+        confusions: columns attack, region, label, adversarial_class, fooled, by name; empty if there are many classes.
     """
 
     classes: pd.DataFrame
@@ -143,22 +143,27 @@ def classes(run: Run) -> Classes:
         for images, held in zip(cells["images"], cells["held"], strict=True)
     ]
     cells[["robust", "low", "high"]] = np.array(ranges, dtype=float).reshape(-1, 3)
-    # What fools only once it is stored has landed nowhere that the records know.
+    # What fools only once it is stored has no class that the records know.
     fooled = (
-        "fooled and correct and label is not null and landed_name is not null and landed <> label and "
+        "fooled and correct and label is not null and adversarial_class_name is not null "
+        "and adversarial_class <> label and "
         f"{_reported(run)}"
     )
     landings = run.sql(
-        "select label, arg_max(landed, n) as landed, max(n)::bigint as fooled, sum(n)::bigint as of from "
-        f"(select label, landed_name as landed, count(*) as n from outcomes where {fooled} group by all "
-        "order by landed) group by label order by label"
+        "select label, arg_max(adversarial_class, n) as adversarial_class, "
+        "max(n)::bigint as fooled, sum(n)::bigint as of from "
+        f"(select label, adversarial_class_name as adversarial_class, count(*) as n "
+        f"from outcomes where {fooled} group by all "
+        "order by adversarial_class) group by label order by label"
     ).df()
     names = listed["name"].nunique()
-    confusions = pd.DataFrame(columns=["attack", "region", "label", "landed", "fooled"])
+    confusions = pd.DataFrame(columns=["attack", "region", "label", "adversarial_class", "fooled"])
     if names <= GRID:
         confusions = run.sql(
-            "select attack, region, label_name as label, landed_name as landed, count(*) as fooled from outcomes "
-            f"where {fooled} and label_name is not null group by all order by label, landed"
+            "select attack, region, label_name as label, adversarial_class_name as adversarial_class, "
+            "count(*) as fooled "
+            "from outcomes "
+            f"where {fooled} and label_name is not null group by all order by label, adversarial_class"
         ).df()
         confusions = _ordered(confusions, order)
     return Classes(listed, cells, landings, confusions)
@@ -233,7 +238,8 @@ def extremes(run: Run, shown: int = SHOWN) -> Extremes:
         told["attacks"] = bounded or [attack.label for attack in run.plan.attacks]
     ranked = (
         f'select * exclude (place) from (select *, row_number() over (partition by "index" order by {better}) as place '
-        'from (select "index", image, label_name, landed_name, attack, region, success, fooled, margin_adversarial, '
+        'from (select "index", image, label_name, adversarial_class_name, attack, region, success, fooled, '
+        "margin_adversarial, "
         f"{value} as value from outcomes where {kept})) where place = 1"
     )
     count, fooled = run.sql(
@@ -284,7 +290,7 @@ class _Drawer:
 
 
 def _caption(row: dict[str, Any], sized: bool) -> str:
-    label, landed = (_name(row[key]) for key in ("label_name", "landed_name"))
+    label, adversarial_class = (_name(row[key]) for key in ("label_name", "adversarial_class_name"))
     margin = f"margin {number(row['margin_adversarial'])}"
     if not row["fooled"]:
         rounded = " once rounded to 8 bits" if row["success"] else ""
@@ -292,7 +298,7 @@ def _caption(row: dict[str, Any], sized: bool) -> str:
     if not row["success"]:
         return f"{label} fooled under {heading(row)} once rounded to 8 bits; {margin}"
     measured = f"L2 {number(row['value'])}" if sized else margin
-    return f"{label} → {landed} under {heading(row)}; {measured}"
+    return f"{label} → {adversarial_class} under {heading(row)}; {measured}"
 
 
 def _name(text: object) -> str:

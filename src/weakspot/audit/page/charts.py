@@ -175,24 +175,29 @@ def confusion_chart(title: str, found: pd.DataFrame) -> Chart:
 
     Args:
         title: of which attack in which region.
-        found: columns label, landed, fooled.
+        found: columns label, adversarial_class, fooled.
     """
     import altair as alt
 
     totals = found.groupby("label")["fooled"].transform("sum")
     table = [
-        {"label": row["label"], "landed": row["landed"], "fooled": row["fooled"], "share": row["share"]}
+        {
+            "label": row["label"],
+            "adversarial_class": row["adversarial_class"],
+            "fooled": row["fooled"],
+            "share": row["share"],
+        }
         for row in found.assign(share=found["fooled"] / totals).to_dict("records")
     ]
-    names = sorted(set(found["label"]) | set(found["landed"]))
+    names = sorted(set(found["label"]) | set(found["adversarial_class"]))
     base = alt.Chart(rows(table)).encode(
         x=alt.X(
-            "landed:N", sort=names, title="read as, after the attack", scale=alt.Scale(domain=names),
+            "adversarial_class:N", sort=names, title="read as, after the attack", scale=alt.Scale(domain=names),
             axis=alt.Axis(labelAngle=-45, labelLimit=90),
         ),
         y=alt.Y("label:N", sort=names, title="label", scale=alt.Scale(domain=names)),
         tooltip=[
-            alt.Tooltip("label:N"), alt.Tooltip("landed:N", title="read as"), alt.Tooltip("fooled:Q"),
+            alt.Tooltip("label:N"), alt.Tooltip("adversarial_class:N", title="read as"), alt.Tooltip("fooled:Q"),
             alt.Tooltip("share:Q", format=".1%", title="of the label's"),
         ],
     )  # fmt: skip

@@ -123,8 +123,8 @@ def class_section(
     Args:
         classes: columns label, name, images, clean.
         cells: columns label, attack, region, images, robust, low, high.
-        landings: columns label, landed, fooled, of.
-        confusions: columns attack, region, label, landed, fooled, by name; empty where there are too many classes.
+        landings: columns label, adversarial_class, fooled, of.
+        confusions: columns attack, region, label, adversarial_class, fooled, by name; empty for many classes.
     """
     columns = list(dict.fromkeys(zip(cells["attack"], cells["region"], strict=True)))
     found = {(row["label"], row["attack"], row["region"]): row for row in cells.to_dict("records")}
@@ -132,24 +132,28 @@ def class_section(
     listed = []
     for row in classes.to_dict("records"):
         cell_of = [found.get((row["label"], *column)) for column in columns]
-        landed = lands.get(row["label"])
+        landing = lands.get(row["label"])
         listed.append(
             [
                 word(row["name"]),
                 count(row["images"]),
                 share(row["clean"]),
                 *(share(one["robust"], one["low"], one["high"]) if one else share(math.nan) for one in cell_of),
-                Cell(landed["landed"], landed["landed"].casefold(), f"{landed['fooled']:,} of {landed['of']:,} fooled")
-                if landed
+                Cell(
+                    landing["adversarial_class"],
+                    landing["adversarial_class"].casefold(),
+                    f"{landing['fooled']:,} of {landing['of']:,} fooled",
+                )
+                if landing
                 else word(None),
             ]
         )  # fmt: skip
     headings = ["label", "images", "clean accuracy"]
     headings += [heading({"attack": attack, "region": region}) for attack, region in columns]
     charts = []
-    names = set(confusions["label"]) | set(confusions["landed"])
+    names = set(confusions["label"]) | set(confusions["adversarial_class"])
     if 1 < len(names) <= GRID:
-        together = confusions.groupby(["label", "landed"])[["fooled"]].sum().reset_index()
+        together = confusions.groupby(["label", "adversarial_class"])[["fooled"]].sum().reset_index()
         charts.append(confusion_chart("all attacks in all regions", together))
         for attack, region in columns if len(columns) > 1 else ():
             there = confusions[(confusions["attack"] == attack) & (confusions["region"] == region)]

@@ -100,7 +100,7 @@ def class_sentences(classes: pd.DataFrame, cells: pd.DataFrame, landings: pd.Dat
     Args:
         classes: columns label, name, images, clean.
         cells: columns label, attack, region, images, robust, low, high.
-        landings: columns label, landed, fooled, of: most frequent class and how many fooled attacks in all.
+        landings: columns label, adversarial_class, fooled, of: most frequent class and how many fooled attacks in all.
     """
     names = dict(zip(classes["label"], classes["name"], strict=True))
     known = cells[cells["images"] > 0]
@@ -147,7 +147,8 @@ def _landing(landings: pd.DataFrame, names: dict[Any, str]) -> list[str]:
     share = percent(row["fooled"] / row["of"])
     return [
         (
-            f"Most often {names.get(row['label'], 'a class')} lands in {row['landed']}: in {row['fooled']:,} of "
+            f"Most often {names.get(row['label'], 'a class')} is fooled into {row['adversarial_class']}: "
+            f"in {row['fooled']:,} of "
             f"the {counted(int(row['of']), 'attack')} that fooled one of its images ({share})."
         )
     ]

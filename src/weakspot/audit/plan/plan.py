@@ -23,7 +23,7 @@ DEFAULT_BUDGET = "linf:4/255"
 DEFAULT_ANALYSES = ("overlap", "promotion", "propagation")
 TAKEN = {"model", "images", "labels", "budget", "region", "targets", "seed", "batch_size", "progress"}
 LABELS = ("auto", "folders", "predictions")
-MINIMAL = ("fmn", "carlini_wagner", "elastic_net", "structured")
+MINIMAL = ("fmn", "carlini_wagner", "ead", "strattack")
 OTHER_IMAGES = 5  # whose regions an attack is confined to, as controls
 SHIFTED, OTHER = "matched:", "other:"  # before a region's text
 OTHER_FORM = re.compile(rf"{OTHER}(.+)#([1-9]\d*)")
@@ -296,7 +296,7 @@ def is_minimal(attack: AttackPlan) -> bool:
 
 def norm_of(attack: AttackPlan) -> str | None:
     """Of an attack that looks for the smallest change, the norm in which it does; else None."""
-    own = {"carlini_wagner": "l2", "elastic_net": "l1"}
+    own = {"carlini_wagner": "l2", "ead": "l1"}
     if attack.name == "fmn":
         return str(dict(attack.settings).get("norm", "linf"))
     return own.get(attack.name)

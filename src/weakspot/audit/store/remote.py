@@ -29,7 +29,7 @@ WHOLE = {
 }  # what is put there is there whole or not at all
 
 
-class Kept:
+class LocalStore:
     """Where a run is kept: in its own folder.
 
     Attributes:
@@ -82,7 +82,7 @@ class Kept:
         return Run(self.folder)
 
 
-class Mirrored(Kept):
+class RemoteStore(LocalStore):
     """A run kept by URL: maps, then the shard, so that a shard there says that its maps are, too.
 
     Maps are removed here once they are there. Nobody is kept from writing there at the same time.
@@ -217,13 +217,13 @@ def _asked(name: str, do: Callable[..., Any], *arguments: Any, **options: Any) -
 
 
 @contextmanager
-def kept(out: Path | str) -> Iterator[Kept]:
+def kept(out: Path | str) -> Iterator[LocalStore]:
     """Where a run is kept that the user calls so; of a URL the folder here is gone after the block."""
     if not is_url(out):
-        yield Kept(Path(out), str(out))
+        yield LocalStore(Path(out), str(out))
         return
     scratch = tempfile.mkdtemp(prefix="weakspot-")
     try:
-        yield Mirrored(Path(scratch, "run"), str(out))
+        yield RemoteStore(Path(scratch, "run"), str(out))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

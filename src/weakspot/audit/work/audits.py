@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from weakspot._checks import warn
 from weakspot._io.locks import locked
 from weakspot._io.urls import StoppedError
-from weakspot.audit.engines.base import Engine, Work, opened
+from weakspot.audit.engines.base import Backlog, Engine, opened
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.plan.plan_files import read_mapping
 from weakspot.audit.store.integrity import DamagedError, listed
@@ -28,7 +28,7 @@ from weakspot.audit.store.records import (
     write_json,
     write_shard,
 )
-from weakspot.audit.store.remote import Kept, kept
+from weakspot.audit.store.remote import LocalStore, kept
 from weakspot.audit.store.run import ABOUT, Run, read_about
 from weakspot.audit.store.verification import damaged_tables
 from weakspot.audit.work.preparation import Prepared, beginning, load_planned, now, prepare, usual_shard
@@ -45,7 +45,7 @@ OURS = (ABOUT, LISTING, "records.parquet", "skipped.parquet", "shards", "maps.za
 
 
 @dataclass(frozen=True)
-class Standing:
+class AuditProgress:
     """How far an audit is.
 
     Attributes:
@@ -64,7 +64,7 @@ class Standing:
         return (self.total - self.done) / self.speed if self.speed else float("inf")
 
 
-Watch = Callable[[Standing], None]
+Watch = Callable[[AuditProgress], None]
 
 
 def audit(
@@ -86,7 +86,7 @@ def audit(
         batch_size: images attacked at once; changes no result. Where not given all of a shard, fewer when memory
             runs out.
         command: what run.json says it was.
-        watch: called with the `Standing` as it changes.
+        watch: called with the `AuditProgress` as it changes.
         engine: local or ray; changes no result, nor do the next two.
         workers: of Ray; one for each CPU or GPU where not given.
         address: of a Ray cluster; where not given one is started on this machine, unless this process has joined one.
@@ -115,7 +115,7 @@ def audit(
                     (out / LOCK).unlink(missing_ok=True)
                     out.rmdir()
                 raise
-            return _go(prepared, place, batch_size, watch, ready)
+            return _run_missing_shards(prepared, place, batch_size, watch, ready)
 
 
 def resume(
@@ -147,7 +147,7 @@ def resume(
 
 
 def _resumed(
-    place: Kept,
+    place: LocalStore,
     batch_size: int | None,
     command: str,
     watch: Watch | None,
@@ -161,7 +161,7 @@ def _resumed(
         if about["status"] == "planned":
             with opened(*who) as ready:
                 prepared = prepare(plan.resolved(), out, about["command"] or command)
-                return _go(prepared, place, batch_size, watch, ready)
+                return _run_missing_shards(prepared, place, batch_size, watch, ready)
         listing, damage = read_listing(out, about), find_damage(place)
         if about["status"] == "complete" and not damage:
             tables = damaged_tables(out, about)
@@ -179,7 +179,9 @@ def _resumed(
                 about = {key: value for key, value in about.items() if key != "missing"}
                 about |= {"status": "running", "remarks": _joined(about["remarks"], said)}
                 write_json(out / ABOUT, about)
-            return _go(Prepared(plan, classifier, listing, about), place, batch_size, watch, ready)
+            return _run_missing_shards(
+                Prepared(plan, classifier, listing, about), place, batch_size, watch, ready
+            )
 
 
 def _shard_count(plan: Plan, listing: pa.Table) -> int:
@@ -190,7 +192,9 @@ def _joined(remarks: Iterable[str], more: Iterable[str]) -> list[str]:
     return list(dict.fromkeys([*remarks, *more]))
 
 
-def _go(prepared: Prepared, place: Kept, batch_size: int | None, watch: Watch | None, engine: Engine) -> Run:
+def _run_missing_shards(
+    prepared: Prepared, place: LocalStore, batch_size: int | None, watch: Watch | None, engine: Engine
+) -> Run:
     """Every shard that is missing, then the end."""
     out = place.folder
     place.begin()
@@ -198,7 +202,7 @@ def _go(prepared: Prepared, place: Kept, batch_size: int | None, watch: Watch | 
     total, size = len(listing), plan.shard or usual_shard(prepared.classifier)
     done = finished_shards(out)
     left = [number for number in range(-(-total // size)) if number not in done]
-    work = Work(plan, prepared.classifier, listing, size, left, batch_size)
+    work = Backlog(plan, prepared.classifier, listing, size, left, batch_size)
     store = None
     if plan.maps:
         store = MapStore(out, total, [attack.label for attack in plan.attacks], plan.regions, size)
@@ -208,7 +212,7 @@ def _go(prepared: Prepared, place: Kept, batch_size: int | None, watch: Watch | 
     def tell(done: float) -> None:
         if watch is not None:
             elapsed = time.perf_counter() - started
-            watch(Standing(done, total, (done - before) / elapsed if elapsed else 0.0))
+            watch(AuditProgress(done, total, (done - before) / elapsed if elapsed else 0.0))
 
     def write(number: int, result: ShardResult) -> None:
         remarks = _joined(about["remarks"], result.remarks)
@@ -244,7 +248,7 @@ def _go(prepared: Prepared, place: Kept, batch_size: int | None, watch: Watch | 
 
 
 def _finished(
-    place: Kept, about: Mapping[str, Any], total: int, unread: Sequence[tuple[str, str]] = ()
+    place: LocalStore, about: Mapping[str, Any], total: int, unread: Sequence[tuple[str, str]] = ()
 ) -> Run:
     """Write what is true of all shards together: a complete run, or which images are missing."""
     out = place.folder
@@ -289,7 +293,7 @@ def _check_free(out: Path) -> None:
 
 
 @contextmanager
-def _writing(place: Kept) -> Iterator[None]:
+def _writing(place: LocalStore) -> Iterator[None]:
     """Turns what the system says of a folder that cannot be written into one sentence."""
     try:
         yield

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 LARGEST_GROUP = 16  # on CPUs as fast as larger ones; more would fill up more of the last group of a batch
 
 
-class SteadyClassifier(Classifier):
+class FixedBatchClassifier(Classifier):
     """A classifier whose network is given exactly `group` images at a time, the last of them repeated to fill up.
 
     Attributes:
@@ -66,7 +66,7 @@ class SteadyClassifier(Classifier):
         if len(images) == self.group:
             return super().forward(images)
         parts = [
-            super(SteadyClassifier, self).forward(part) for part in self.filled(images).split(self.group)
+            super(FixedBatchClassifier, self).forward(part) for part in self.filled(images).split(self.group)
         ]
         return torch.cat(parts)[: len(images)]
 
@@ -85,7 +85,9 @@ MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, err
 NOT_FINITE = "the model returned NaN or infinity"
 
 
-def isolated(work: Callable[[Tensor], T], rows: Tensor, troubles: dict[int, str], what: str) -> Found[T]:
+def bisect_failures(
+    work: Callable[[Tensor], T], rows: Tensor, troubles: dict[int, str], what: str
+) -> Found[T]:
     """`work` on all rows, or where that fails on either half, down to the images that fail alone.
 
     Args:
@@ -114,7 +116,9 @@ def isolated(work: Callable[[Tensor], T], rows: Tensor, troubles: dict[int, str]
             troubles[int(rows[0])] = f"{what}: {sentence(error)}"
             return []
     half = (len(rows) + 1) // 2
-    return isolated(work, rows[:half], troubles, what) + isolated(work, rows[half:], troubles, what)
+    return bisect_failures(work, rows[:half], troubles, what) + bisect_failures(
+        work, rows[half:], troubles, what
+    )
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -133,7 +137,7 @@ def sentence(error: BaseException) -> str:
     return first if isinstance(error, ValueError) and first else raised(error)
 
 
-class Lots:
+class AdaptiveBatches:
     """How many images are worked on at once: as many as were asked for, or as memory allows.
 
     Args:
@@ -141,7 +145,7 @@ class Lots:
         classifier: what goes in groups and may have its group halved at last, or None where lots go down to one image.
     """
 
-    def __init__(self, batch_size: int | None, classifier: SteadyClassifier | None) -> None:
+    def __init__(self, batch_size: int | None, classifier: FixedBatchClassifier | None) -> None:
         self.classifier = classifier
         self.size = None if batch_size is None else -(-batch_size // self.group) * self.group
 
@@ -167,7 +171,7 @@ class Lots:
             lot = rows[start : start + (self.size or len(rows))]
             fresh: dict[int, str] = {}
             try:
-                found += isolated(work, lot, fresh, what)
+                found += bisect_failures(work, lot, fresh, what)
             except BaseException as error:
                 if not out_of_memory(error):
                     raise
@@ -207,7 +211,7 @@ class Lots:
 
 
 @dataclass(eq=False)
-class Machine:
+class AuditModel:
     """The network as an audit uses it, and what it has learned about its memory.
 
     Attributes:
@@ -220,20 +224,27 @@ class Machine:
     """
 
     classifier: Classifier
-    steady: SteadyClassifier
-    lots: Lots
-    pairs: Lots
+    steady: FixedBatchClassifier
+    lots: AdaptiveBatches
+    pairs: AdaptiveBatches
     watch: Watch
     donors: Donors
 
     @classmethod
     def of(
         cls, classifier: Classifier, plan: Plan, listing: pa.Table, batch_size: int | None = None
-    ) -> Machine:
+    ) -> AuditModel:
         """For a plan; without a batch size all images of a shard are attacked at once, fewer when memory runs out."""
-        steady = SteadyClassifier(classifier, plan.group)
+        steady = FixedBatchClassifier(classifier, plan.group)
         donors = Donors(listing, classifier, plan.seed)
-        return cls(classifier, steady, Lots(batch_size, steady), Lots(None, None), Watch(classifier), donors)
+        return cls(
+            classifier,
+            steady,
+            AdaptiveBatches(batch_size, steady),
+            AdaptiveBatches(None, None),
+            Watch(classifier),
+            donors,
+        )
 
     def predict(self, images: Tensor, troubles: dict[int, str]) -> Tensor:
         """Logits (N, K), in groups; NaN as they come, and where the network raised, which is entered as a trouble."""

@@ -39,8 +39,8 @@ COLUMNS = {
     "correct": "boolean",
     "success": "boolean",
     "success_8bit": "boolean",
-    "landed": "Int64",
-    "landed_name": "str",
+    "adversarial_class": "Int64",
+    "adversarial_class_name": "str",
     "confidence_clean": "float64",
     "confidence_adversarial": "float64",
     "margin_clean": "float64",
@@ -53,8 +53,8 @@ COLUMNS = {
     "ssim_windowed_min": "float64",
     "ssim_budget_spent": "float64",
     "ssim_local_budget_spent": "float64",
-    "forwards": "Int64",
-    "backwards": "Int64",
+    "n_forward": "Int64",
+    "n_backward": "Int64",
     "trouble": "str",
     "remark": "str",
     "attack_seconds": "float64",
@@ -127,8 +127,8 @@ def cell_rows(
         for name in (
             "success",
             "success_8bit",
-            "forwards",
-            "backwards",
+            "n_forward",
+            "n_backward",
             "linf",
             "l2",
             "l1",
@@ -142,10 +142,10 @@ def cell_rows(
                 put.at(name, rows, table[name].to_numpy())
         fine = adversarial.isfinite().all(1)
         mine = labels[rows]
-        landed = adversarial.argmax(1)
-        put.at("landed", rows[fine], landed[fine].cpu().numpy())
-        names = [classifier.class_name(int(number)) for number in landed[fine]]
-        put.at("landed_name", rows[fine], np.array(names, dtype=object))
+        adversarial_class = adversarial.argmax(1)
+        put.at("adversarial_class", rows[fine], adversarial_class[fine].cpu().numpy())
+        names = [classifier.class_name(int(number)) for number in adversarial_class[fine]]
+        put.at("adversarial_class_name", rows[fine], np.array(names, dtype=object))
         put.at("confidence_adversarial", rows[fine], _chance(adversarial, mine)[fine].double().cpu().numpy())
         put.at("margin_adversarial", rows[fine], margin(adversarial, mine)[fine].double().cpu().numpy())
     base = frame.reindex(columns=list(COLUMNS)).astype(COLUMNS)

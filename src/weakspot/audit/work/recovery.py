@@ -17,7 +17,7 @@ from weakspot.audit.plan.image_list import entries
 from weakspot.audit.store.integrity import DamagedError, file_digest, listed
 from weakspot.audit.store.maps import drop_array, drop_maps, map_files
 from weakspot.audit.store.records import LISTING, read_note, shard_files, shard_number
-from weakspot.audit.store.remote import Kept
+from weakspot.audit.store.remote import LocalStore
 from weakspot.audit.store.run import versions
 from weakspot.audit.store.verification import damaged_maps, damaged_shards
 from weakspot.audit.work.shard_images import content_digests
@@ -74,7 +74,7 @@ def check_same(about: Mapping[str, Any], classifier: Classifier) -> None:
         warn(f"versions have changed ({'; '.join(other)}); last digits may differ", UserWarning)
 
 
-def find_damage(place: Kept) -> dict[int, list[str]]:
+def find_damage(place: LocalStore) -> dict[int, list[str]]:
     """Shard number to the files of it, records or maps, that are gone or not what was written."""
     folder, sizes = place.folder, place.map_sizes()
     bad: dict[int, list[str]] = {}
@@ -97,7 +97,7 @@ def find_damage(place: Kept) -> dict[int, list[str]]:
     return bad
 
 
-def recover(place: Kept, listing: pa.Table, size: int, damage: Mapping[int, list[str]]) -> list[str]:
+def recover(place: LocalStore, listing: pa.Table, size: int, damage: Mapping[int, list[str]]) -> list[str]:
     """Remove the shards that are to be done again.
 
     Args:

@@ -23,7 +23,7 @@ from weakspot.attacks.registry import call_attack, chosen, find_attack, joined
 from weakspot.audit.plan.image_list import Entry
 from weakspot.audit.plan.plan import AttackPlan, Plan, is_other, other_region
 from weakspot.audit.store.maps import BlockBuilder, MapBlock, curve_name
-from weakspot.audit.work.batches import NOT_FINITE, Machine
+from weakspot.audit.work.batches import NOT_FINITE, AuditModel
 from weakspot.audit.work.cell_rows import cell_rows, no_rows
 from weakspot.audit.work.shard_images import Opened, open_entries
 from weakspot.classifier import evaluating
@@ -68,7 +68,7 @@ class ShardResult:
 
 
 def audit_shard(
-    machine: Machine, plan: Plan, entries: Sequence[Entry], progress: Progress | None = None
+    machine: AuditModel, plan: Plan, entries: Sequence[Entry], progress: Progress | None = None
 ) -> ShardResult:
     """Attack the images in every way of the plan and explain every pair.
 
@@ -120,7 +120,7 @@ def audit_shard(
 class _Shard:
     """The images of one shard and what is known of them before any attack."""
 
-    def __init__(self, machine: Machine, plan: Plan, opened: Opened, places: Sequence[int]) -> None:
+    def __init__(self, machine: AuditModel, plan: Plan, opened: Opened, places: Sequence[int]) -> None:
         self.machine, self.plan, self.opened, self.places = machine, plan, opened, places
         device = machine.steady.mean.device
         self.images = opened.images.to(device)
