@@ -47,7 +47,7 @@ def imagenet() -> None:
     if not real.there():
         return
     model, images, labels = real.embedded(PHOTOGRAPHS)
-    defended = defenses.neutralizing(model, keep=0.2, fill="mean")
+    defended = defenses.neutralizing(model, fraction=0.2, fill="mean")
     _judged("EfficientNet-Lite0, neutralization by mean", model, defended, images, labels, 1 / 255)
 
 
@@ -57,7 +57,7 @@ def cifar10() -> None:
         return
     model, images, labels = real.correct("cifar10_resnet20", PICTURES)
     for fill in FILLS:
-        defended = defenses.neutralizing(model, keep=0.2, fill=fill)
+        defended = defenses.neutralizing(model, fraction=0.2, fill=fill)
         _judged(f"ResNet-20, neutralization by {fill}", model, defended, images, labels, 1 / 255)
     for name in ("cifar10_resnet2b_adv", "cifar10_cnn_a_adv"):
         _judged(name, model, real.networks().network(name), images, labels, 2 / 255)

@@ -239,10 +239,10 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed is {seed!r}; accepted is a whole number between -2**63 and 2**63")
 
 
-def check_share(keep: float, *, name: str = "keep") -> None:
-    """Raises ValueError unless `keep` is a share of the image, 0 to 1."""
-    if not 0 <= keep <= 1:
-        raise ValueError(f"{name} is {keep}; accepted is a share of the image from 0 to 1")
+def check_fraction(fraction: float, *, name: str = "fraction") -> None:
+    """Raises ValueError unless `fraction` is a share of the image, 0 to 1."""
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"{name} is {fraction}; accepted is a share of the image from 0 to 1")
 
 
 def check_finite(logits: Tensor, name: str) -> None:

@@ -63,7 +63,7 @@ def test_results_are_in_range_in_budget_in_region_and_verified(
         result = ensemble(model, images, labels, budget=budget, region=region)
     adversarial = result.adversarial
     assert 0 <= float(adversarial.min()) <= float(adversarial.max()) <= 1
-    assert bool((budget.size(result.perturbation, images) <= limit(budget) + 1e-6).all())
+    assert bool((budget.distance(result.perturbation, images) <= limit(budget) + 1e-6).all())
     if region is not None:
         kept = ~region.expand(len(images), images.shape[1], -1, -1)
         assert torch.equal(bits(adversarial)[kept], bits(images)[kept])
@@ -229,7 +229,7 @@ def test_images_already_misread_are_successes(any_model: Made, budget: Budget) -
     labels = model(images).argmin(1)
     result = ensemble(model, images, labels, budget=budget)
     assert result.success.tolist() == [True] * 3
-    assert bool((budget.size(result.perturbation, images) <= limit(budget) + 1e-6).all())
+    assert bool((budget.distance(result.perturbation, images) <= limit(budget) + 1e-6).all())
 
 
 class Needle(nn.Module):
@@ -346,7 +346,7 @@ def test_a_square_search_keeps_the_best_it_was_told_and_asks_no_more_than_allowe
         torch.testing.assert_close(problem.evaluate(found), lowest, rtol=0, atol=1e-5)
     assert times(model.seen[:-2], images) == problem.n_forward.sub(2).tolist()
     assert int(problem.n_forward.max()) - 2 <= queries
-    assert bool((budget.size(found - images, images) <= limit(budget) + 1e-6).all())
+    assert bool((budget.distance(found - images, images) <= limit(budget) + 1e-6).all())
     assert torch.equal(bits(found[:, :, 0, 0]), bits(images[:, :, 0, 0]))
     assert not model.differentiated
 
@@ -359,7 +359,7 @@ def test_the_smallest_images_are_taken(shape: tuple[int, int, int]) -> None:
     labels = predicted(model, images)
     for budget in (Linf(1e-3), L2(1e-3), L1(1e-3)):
         result = ensemble(model, images, labels, budget=budget)
-        assert bool((budget.size(result.perturbation, images) <= limit(budget) + 1e-6).all())
+        assert bool((budget.distance(result.perturbation, images) <= limit(budget) + 1e-6).all())
 
 
 @pytest.mark.parametrize(

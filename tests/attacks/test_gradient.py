@@ -251,7 +251,7 @@ def test_results_are_in_range_in_budget_in_region_and_verified(
         result = attack(model, images, labels, budget=budget, region=region)
     adversarial = result.adversarial
     assert 0 <= float(adversarial.min()) <= float(adversarial.max()) <= 1
-    assert bool((budget.size(result.perturbation, images) <= limit(budget) + 1e-6).all())
+    assert bool((budget.distance(result.perturbation, images) <= limit(budget) + 1e-6).all())
     if region is not None:
         kept = ~region.expand(len(images), images.shape[1], -1, -1)
         assert torch.equal(bits(adversarial)[kept], bits(images)[kept])
@@ -357,7 +357,7 @@ def test_random_starts_are_drawn_in_the_region_and_not_cut_down_to_it(pooling: M
     model, region = Watched(network).eval(), torch.zeros(3, 1, 20, 20, dtype=torch.bool)
     region[..., 4:8, 9:13] = True
     pgd(model, images, predicted(network, images), budget=budget, region=region, steps=1, restarts=2)
-    sizes = budget.size(model.seen[2] - images, images)
+    sizes = budget.distance(model.seen[2] - images, images)
     assert bool((sizes > 0.4 * limit(budget)).all())
 
 
@@ -459,7 +459,7 @@ def test_images_already_misread_stay_misread(any_model: Made, budget: Budget, at
     labels = model(images).argmin(1)
     result = attack(model, images, labels, budget=budget)
     assert result.success.tolist() == [True] * 3
-    assert bool((budget.size(result.perturbation, images) <= limit(budget) + 1e-6).all())
+    assert bool((budget.distance(result.perturbation, images) <= limit(budget) + 1e-6).all())
 
 
 @pytest.mark.parametrize("budget", [Linf(1e-4), L2(1e-3)], ids=str)

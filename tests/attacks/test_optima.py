@@ -99,7 +99,7 @@ def best_in_ssim(
         whole = torch.zeros(image.numel(), dtype=torch.float64)
         whole[sites] = torch.from_numpy(np.asarray(free))
         whole.requires_grad_()
-        size = budget.size(whole.view_as(exact), exact).sum() / budget.eps
+        size = budget.distance(whole.view_as(exact), exact).sum() / budget.eps
         (gradient,) = torch.autograd.grad(size, whole)
         return float(size.detach()), gradient[sites].numpy()
 
@@ -168,7 +168,7 @@ class Cube:
     def steepest_step(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:
         return 0.05 * gradient.sign()
 
-    def size(self, perturbation: Tensor, images: Tensor) -> Tensor:
+    def distance(self, perturbation: Tensor, images: Tensor) -> Tensor:
         return perturbation.abs().flatten(1).amax(1)
 
 

@@ -66,7 +66,7 @@ def test_size_is_the_formula_patch_by_patch(
     images = pictures(channels, size)
     for scale in (1e-3, 0.05, 1.0):
         changes = (images + drawn(images, scale)).clamp(0, 1) - images
-        found = SSIM(0.1, patch=patch, mode=mode).size(changes, images)
+        found = SSIM(0.1, patch=patch, mode=mode).distance(changes, images)
         expected = [
             plain_size(change, image, patch, mode) for change, image in zip(changes, images, strict=True)
         ]
@@ -78,8 +78,8 @@ def test_the_corner_pixel_of_nine_by_nine_is_a_patch_of_its_own() -> None:
     change = torch.zeros_like(image)
     change[..., 8, 8] = 0.1
     level = 0.1**2 / (0.5**2 + 0.6**2 + LEVEL)
-    assert float(SSIM(0.5, mode="local").size(change, image)) == pytest.approx(level, rel=1e-5)
-    assert float(SSIM(0.5).size(change, image)) == pytest.approx(level / 4, rel=1e-5)
+    assert float(SSIM(0.5, mode="local").distance(change, image)) == pytest.approx(level, rel=1e-5)
+    assert float(SSIM(0.5).distance(change, image)) == pytest.approx(level / 4, rel=1e-5)
     # Only its mean can change; the step goes to the end of its interval, up or down.
     for sign in (1, -1):
         step = SSIM(0.02, mode="local").steepest_step(sign * change, torch.zeros_like(image), image)
@@ -124,7 +124,7 @@ def test_a_global_projection_spends_the_whole_budget_where_more_is_wanted(
     budget = SSIM(eps, patch=patch)
     inside = torch.where(region, (images + wanted).clamp(0, 1) - images, 0)
     found = budget.project(wanted, images, region=region)
-    spent, asked = budget.size(found, images), budget.size(inside, images)
+    spent, asked = budget.distance(found, images), budget.distance(inside, images)
     outside = asked > eps
     assert bool((spent[outside] >= (1 - 1e-3) * eps).all())
     torch.testing.assert_close(found[~outside], inside[~outside], rtol=1e-5, atol=0)
@@ -143,7 +143,7 @@ def test_a_global_projection_finds_the_budget_where_what_is_spent_is_nearly_flat
     found = budget.project(wanted, black)
     expected = math.sqrt(LEVEL * (1 - above) / above)  # the root of m^2 / (m^2 + c1) = 1 - above
     torch.testing.assert_close(found, expected * wanted, rtol=5e-3, atol=0)
-    assert float(budget.size(found, black)) == pytest.approx(budget.eps, rel=1e-4)
+    assert float(budget.distance(found, black)) == pytest.approx(budget.eps, rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["global", "local"])
@@ -152,7 +152,7 @@ def test_a_perturbation_inside_is_left_alone(mode: str, patch: int) -> None:
     images = 0.2 + 0.6 * pictures(3, (9, 13))
     changes = drawn(images, 1e-3)
     budget = SSIM(0.3, patch=patch, mode=mode)
-    assert bool((budget.size(changes, images) < 0.3).all())
+    assert bool((budget.distance(changes, images) < 0.3).all())
     torch.testing.assert_close(budget.project(changes, images), changes, rtol=0, atol=1e-6)
 
 

@@ -39,7 +39,7 @@ def test_a_projection_is_inside_budget_box_and_region(budget: Budget, case: Case
     projected = budget.project(wanted, images, region=region)
     # Images are float32: a change of 1e-4 to a pixel of 0.9 is only kept to 3e-8.
     slack = 2e-7 * (wanted[0].numel() if isinstance(budget, L1) else 1)
-    assert bool((budget.size(projected, images) <= limit(budget) * (1 + 1e-6) + slack).all())
+    assert bool((budget.distance(projected, images) <= limit(budget) * (1 + 1e-6) + slack).all())
     changed = images + projected
     assert 0 <= float(changed.min()) <= float(changed.max()) <= 1
     if region is not None:

@@ -53,7 +53,7 @@ def test_a_projection_is_inside_budget_box_and_region_and_stays_where_it_is(
         assert torch.equal(wanted, before[0])
         assert torch.equal(images, before[1])
         assert bool(projected.isfinite().all())
-        assert float(budget.size(projected, images).max()) <= limit(budget) * (1 + 1e-6)
+        assert float(budget.distance(projected, images).max()) <= limit(budget) * (1 + 1e-6)
         assert float((images + projected).min()) >= -1e-7
         assert float((images + projected).max()) <= 1 + 1e-7
         if region is not None:
@@ -110,7 +110,7 @@ def test_nothing_wanted_is_nothing_spent(budget: Budget, size: tuple[int, int], 
     images = pictures(channels, size)
     still = torch.zeros_like(images)
     assert not bool(budget.project(still, images).any())
-    assert not bool(budget.size(still, images).any())
+    assert not bool(budget.distance(still, images).any())
 
 
 @every_budget

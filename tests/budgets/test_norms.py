@@ -189,10 +189,10 @@ def test_ascend_is_the_steepest_step_of_the_norms_ball(budget: Budget, dual: flo
     eps = limit(budget)
     # The largest value of a linear objective over a norm's ball is eps times the dual norm of its gradient.
     torch.testing.assert_close(gained, eps * torch.linalg.vector_norm(gradient.flatten(1), dual, dim=1))
-    assert bool((budget.size(step, images) <= eps * (1 + 1e-6)).all())
+    assert bool((budget.distance(step, images) <= eps * (1 + 1e-6)).all())
     for _ in range(100):
         other = gradient + 0.3 * torch.randn(gradient.shape, generator=generator)
-        other = other * (eps / budget.size(other, images))[:, None, None, None]
+        other = other * (eps / budget.distance(other, images))[:, None, None, None]
         assert bool(((gradient * other).flatten(1).sum(1) <= gained * (1 + 1e-6)).all())
 
 

@@ -90,7 +90,7 @@ def drawn(height: int, width: int, *, contrast: float = 1.0, seed: int = 0) -> t
 def test_size_is_the_definitions(budget: SSIM, case: Case) -> None:
     changed = (case.images + case.wanted).clamp(0, 1)
     perturbation = changed - case.images
-    for index, found in enumerate(budget.size(perturbation, case.images)):
+    for index, found in enumerate(budget.distance(perturbation, case.images)):
         expected = size_of(budget, case.images[index], perturbation[index])
         assert float(found) == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
@@ -395,17 +395,17 @@ def test_nothing_is_remembered_of_images_that_may_change(mode: str) -> None:
     budget = SSIM(0.01, mode=mode)
     pixels = np.random.default_rng(0).random((2, 3, 16, 16)).astype("float32")
     images, change = torch.from_numpy(pixels), torch.full((2, 3, 16, 16), 0.03)
-    budget.size(change, images)
+    budget.distance(change, images)
     pixels[:] = 0.02  # torch does not see this
-    torch.testing.assert_close(budget.size(change, images), budget.size(change, images.clone()))
+    torch.testing.assert_close(budget.distance(change, images), budget.distance(change, images.clone()))
     bright = torch.rand(2, 3, 16, 16, requires_grad=True)
-    budget.size(change, bright).sum().backward()
+    budget.distance(change, bright).sum().backward()
     assert bright.grad is not None
     assert bool(bright.grad.any())
     with torch.inference_mode():
-        budget.size(change, images)
+        budget.distance(change, images)
     moved = change.clone().requires_grad_()
-    budget.size(moved, images).sum().backward()
+    budget.distance(moved, images).sum().backward()
 
 
 def test_what_an_attack_remembers_is_gone_when_it_ends() -> None:

@@ -62,7 +62,7 @@ def test_pairs_pictures_and_scores_are_written_and_agree(run: Run, photographs: 
         model, clean, labels, budget=SSIM(0.01), region=region, steps=4, momentum=0.5, seed=3
     )
     torch.testing.assert_close(result.adversarial, expected.adversarial, atol=1e-5, rtol=0)
-    spent = SSIM(0.01).size(result.perturbation, clean)
+    spent = SSIM(0.01).distance(result.perturbation, clean)
     assert bool((spent <= 0.01).all())
     assert scores["ssim_budget_spent"].tolist() == pytest.approx(spent.tolist(), rel=1e-5)
     assert (scores["ssim_windowed_min"] <= scores["ssim_windowed"]).all()
@@ -135,7 +135,7 @@ def test_every_attack_on_the_list_runs(run: Run, photographs: Path, tmp_path: Pa
     assert ended.code == 0, ended.err
     result = AttackResult.load(tmp_path / "made/pairs.safetensors")
     if attack not in {"pixels", "strattack", "fmn", "carlini_wagner", "ead"}:
-        assert bool((Linf(4 / 255).size(result.perturbation, result.clean) <= 4 / 255 + 1e-6).all())
+        assert bool((Linf(4 / 255).distance(result.perturbation, result.clean) <= 4 / 255 + 1e-6).all())
     if attack == "pixels":
         assert int(result.distances["pixels"].max()) <= 2
 

@@ -127,11 +127,15 @@ def test_an_array_brings_its_labels(run: Run, tmp_path: Path) -> None:
         (("photos", "--out", "x", "--set", "pgd.stepps=2"), 2, "did you mean steps"),
         (("photos", "--out", "x", "--budget", "linf"), 2, "accepted is KIND:AMOUNT"),
         (
-            ("photos", "--out", "x", "--keep", "0.5"),
+            ("photos", "--out", "x", "--fraction", "0.5"),
             2,
-            "--keep does nothing without cam or support in --regions",
+            "--fraction does nothing without cam or support in --regions",
         ),
-        (("photos", "--out", "x", "--regions", "border:2,none", "--keep", "0.5"), 2, "--keep does nothing"),
+        (
+            ("photos", "--out", "x", "--regions", "border:2,none", "--fraction", "0.5"),
+            2,
+            "--fraction does nothing",
+        ),
         (("photos", "--out", "x", "--attacks", "pixels", "--budget", "linf:1/255"), 2, "pixels takes none"),
         (("photos", "--out", "x", "--attacks", "fmn", "--budget", "linf:9"), 2, "Linf eps is 9.0"),
         (("photos", "--out", "x", "--controls"), 2, "names none to control"),

@@ -77,7 +77,8 @@ def test_table_verdict_figure_and_record_are_written_and_agree(
     run: Run, photographs: Path, tmp_path: Path
 ) -> None:
     ended = run(
-        "defend", photographs, *TINY, "--set", "keep=0.1", "--set", "fill=blur", "--budget", "linf:2/255", "--seed", 3,
+        "defend", photographs, *TINY, "--set", "fraction=0.1", "--set", "fill=blur", "--budget", "linf:2/255",
+        "--seed", 3,
         "--out", "made",
     )  # fmt: skip
     assert ended.code == 0, ended.err
@@ -88,7 +89,7 @@ def test_table_verdict_figure_and_record_are_written_and_agree(
     images, names = read_images(photographs, size=(64, 64))
     labels = model(images).argmax(1)
     expected = defenses.evaluate_defense(
-        model, defenses.neutralizing(model, keep=0.1, fill="blur"), images, labels, budget=Linf(2 / 255), steps=3,
+        model, defenses.neutralizing(model, fraction=0.1, fill="blur"), images, labels, budget=Linf(2 / 255), steps=3,
         queries=4, seed=3,
     )  # fmt: skip
     pd.testing.assert_frame_equal(pd.read_csv(folder / "defense.csv"), expected)
@@ -101,7 +102,7 @@ def test_table_verdict_figure_and_record_are_written_and_agree(
     assert (document["status"], document["verdict"]) == (result.status, result.sentence)
     assert [row["attack"] for row in document["attacks"]] == expected["attack"].tolist()
     record = json.loads((folder / "run.json").read_text())
-    assert record["defense"] == "neutralize, keep=0.1, fill=blur"
+    assert record["defense"] == "neutralize, fraction=0.1, fill=blur"
     assert record["images"] == names
     assert record["labels"] == "the model's own predictions on the clean pictures"
     with Image.open(folder / "defense.png") as sheet:
@@ -109,7 +110,7 @@ def test_table_verdict_figure_and_record_are_written_and_agree(
 
 
 def test_json_is_nothing_but_json_and_quiet_is_quiet(run: Run, photographs: Path) -> None:
-    ended = run("defend", photographs, *TINY, "--json", "--oracle", "--set", "keep=0.1", "--out", "made")
+    ended = run("defend", photographs, *TINY, "--json", "--oracle", "--set", "fraction=0.1", "--out", "made")
     assert ended.code == 0, ended.err
     told = json.loads(ended.out)
     assert told["attacks"][-1]["attack"] == "oracle region"
@@ -225,9 +226,9 @@ def test_folders_that_are_no_names_stand_for_classes_in_sorted_order(
         (("--defense", "FOREIGN:failing"), 2, "RuntimeError: no such luck"),
         (("--defense", "FOREIGN:rounded", "--set", "steps=2"), 2, "TypeError"),
         (("--set", "kep=0.1"), 2, "--set is 'kep=0.1', which neutralize does not take; did you mean keep?"),
-        (("--set", "keep"), 2, "--set is 'keep'; accepted is NAME=VALUE"),
-        (("--set", "keep=2"), 2, "keep is 2"),
-        (("--set", "keep=much"), 2, "neutralize cannot work with keep=much"),
+        (("--set", "fraction"), 2, "--set is 'keep'; accepted is NAME=VALUE"),
+        (("--set", "fraction=2"), 2, "fraction is 2"),
+        (("--set", "fraction=much"), 2, "neutralize cannot work with fraction=much"),
         (("--set", "randomness=2"), 2, "randomness is 2"),
         (("--defense", "mask_units"), 2, "mask_units needs layer and units"),
         (("--defense", "mask_units", "--set", "layer=0", "--set", "units=a"), 2, "units is 'a'"),

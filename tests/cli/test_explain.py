@@ -299,7 +299,7 @@ def test_a_mask_that_is_no_picture_is_refused_and_one_of_another_shape_is_noted(
 
 
 def test_the_cam_region_changes_its_share_of_the_image(run: Run, photographs: Path, tmp_path: Path) -> None:
-    ended = run("explain", photographs, *TINY_OPTIONS, "--region", "cam", "--keep", 0.25, "--out", "run")
+    ended = run("explain", photographs, *TINY_OPTIONS, "--region", "cam", "--fraction", 0.25, "--out", "run")
     assert ended.code == 0, ended.err
     changed = (Pairs.load(tmp_path / "run/pairs.safetensors").perturbation != 0).any(1).float().mean((1, 2))
     assert bool((changed <= 0.25).all())
@@ -335,7 +335,7 @@ def test_saved_pairs_are_explained_again_with_the_same_scores(
     ("arguments", "named"),
     [
         (["--region", "cam"], "--region does"),
-        (["--keep", "0.3"], "--keep does"),
+        (["--fraction", "0.3"], "--fraction does"),
         (["--norm", "l2"], "--norm does"),
         (["--eps", "8/255"], "--eps does"),
         (["--steps", "20"], "--steps does"),
@@ -377,10 +377,11 @@ def test_a_share_to_keep_is_refused_exactly_where_no_region_is_a_share(
     for command in ("explain", "attack"):
         steps = ("--steps", 1) if command == "explain" else ("--set", "steps=1")
         few = photographs / "coffee.png"
-        ended = run(command, few, *TINY_MODEL, *steps, *where, "--keep", 0.5, "--out", "run", "--quiet")
+        ended = run(command, few, *TINY_MODEL, *steps, *where, "--fraction", 0.5, "--out", "run", "--quiet")
         assert ended.code == (0 if used else 2), ended.err
         assert used or (
-            ended.err == "weakspot: --keep does nothing without cam or support in --region; add one of them, "
+            ended.err
+            == "weakspot: --fraction does nothing without cam or support in --region; add one of them, "
             "or leave it out\n"
         )
 
@@ -638,7 +639,7 @@ def test_a_failure_stays_a_failure_when_it_is_saved_and_explained_again(run: Run
         (["--model", "tiny_networks:gray"], "does not take images of 1 x 64 x 64"),
         (["--classes", "tiny_networks.py"], "names; "),
         (["--out", "/proc/nowhere"], "cannot be made"),
-        (["--region", "cam", "--keep", "0"], "leaves no pixel to change"),
+        (["--region", "cam", "--fraction", "0"], "leaves no pixel to change"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_sentence(

@@ -215,7 +215,7 @@ def test_a_fitted_image_is_on_the_grid_and_inside_the_budget(budget: Budget, see
     fitted = fit(attacked, clean, cut)
     levels = fitted * 255
     assert float((levels - levels.round()).abs().max()) < 1e-4
-    assert bool((cut.size(fitted - clean, clean) <= limit(budget) * (1 + 1e-5)).all())
+    assert bool((cut.distance(fitted - clean, clean) <= limit(budget) * (1 + 1e-5)).all())
     # What is already on the grid and inside stays as it is.
     assert torch.equal(fit(fitted, clean, cut), fitted)
 

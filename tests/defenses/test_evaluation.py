@@ -141,7 +141,7 @@ def test_an_undefended_model_has_the_same_on_both_sides_and_nothing_is_left_behi
 def test_accuracy_only_falls_down_the_table_and_order_does_not_matter() -> None:
     model, images, labels = fragile()
     judge = partial(
-        evaluate_defense, model, neutralizing(model, keep=0.1), budget=Linf(0.01), steps=5, queries=20
+        evaluate_defense, model, neutralizing(model, fraction=0.1), budget=Linf(0.01), steps=5, queries=20
     )
     table = judge(images, labels)
     for side in ("undefended", "defended"):
@@ -216,10 +216,11 @@ def test_draws_that_belong_to_the_image_are_asked_for_until_one_errs_and_others_
 def test_the_oracle_stands_apart_under_its_own_name() -> None:
     model, images, labels = fragile()
     with untouched(model, images):
-        same = oracle_neutralized(model, images, images, keep=0.1)
-    torch.testing.assert_close(model(same), neutralizing(model, keep=0.1)(images))
+        same = oracle_neutralized(model, images, images, fraction=0.1)
+    torch.testing.assert_close(model(same), neutralizing(model, fraction=0.1)(images))
     judge = partial(
-        evaluate_defense, model, neutralizing(model, keep=0.1), images, labels, budget=Linf(0.01), steps=5, queries=5
+        evaluate_defense, model, neutralizing(model, fraction=0.1), images, labels,
+        budget=Linf(0.01), steps=5, queries=5
     )  # fmt: skip
     plain = judge()
     with_oracle = judge(oracle=lambda attacked, clean: clean)

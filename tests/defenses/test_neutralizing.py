@@ -86,7 +86,7 @@ def test_any_network_can_be_defended_and_stays_as_it_is(kind: str, fill: str) ->
         defended = neutralizing(model, fill=fill)
         logits = defended(images)
     classifier = as_classifier(model)
-    region = vulnerable_region(classifier, images, keep=0.2)
+    region = vulnerable_region(classifier, images, fraction=0.2)
     torch.testing.assert_close(logits, classifier(neutralize(images, region, fill=fill)))
     assert 0 < float(region.float().mean()) <= 0.2
     with torch.inference_mode():
@@ -96,9 +96,9 @@ def test_any_network_can_be_defended_and_stays_as_it_is(kind: str, fill: str) ->
 def test_the_region_comes_from_the_image_at_hand() -> None:
     model, images = NETWORKS["pooling"]()
     classifier = as_classifier(model)
-    alone = torch.cat([vulnerable_region(classifier, image[None], keep=0.2) for image in images])
-    assert torch.equal(alone, vulnerable_region(classifier, images, keep=0.2))
-    assert not torch.equal(alone, vulnerable_region(classifier, images.flip(3), keep=0.2))
+    alone = torch.cat([vulnerable_region(classifier, image[None], fraction=0.2) for image in images])
+    assert torch.equal(alone, vulnerable_region(classifier, images, fraction=0.2))
+    assert not torch.equal(alone, vulnerable_region(classifier, images.flip(3), fraction=0.2))
 
 
 def fragile() -> tuple[nn.Module, Tensor, Tensor]:
@@ -112,7 +112,7 @@ def fragile() -> tuple[nn.Module, Tensor, Tensor]:
 
 def test_attacks_see_through_the_defense() -> None:
     model, images, labels = fragile()
-    defended = neutralizing(model, keep=0.1)
+    defended = neutralizing(model, fraction=0.1)
     labels = defended(images).argmax(1)
     replayed = attacks.pgd(model, images, labels, budget=Linf(0.05), steps=10).adversarial
     aware = attacks.pgd(defended, images, labels, budget=Linf(0.05), steps=10)
@@ -123,7 +123,7 @@ def test_attacks_see_through_the_defense() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [({"fill": "meen"}, "did you mean mean"), ({"keep": 2}, "keep is 2")],
+    [({"fill": "meen"}, "did you mean mean"), ({"fraction": 2}, "fraction is 2")],
 )
 def test_what_does_not_fit_is_refused(arguments: dict[str, Any], told: str) -> None:
     model, images = NETWORKS["pooling"]()

@@ -49,7 +49,7 @@ def test_a_random_region_belongs_to_the_image_whatever_its_batch_and_order(rando
     classifier = as_classifier(model)
 
     def region(shown: Tensor, seed: int = 0, draw: int = 0) -> Tensor:
-        return vulnerable_region(classifier, shown, keep=0.3, randomness=randomness, seed=seed, draw=draw)
+        return vulnerable_region(classifier, shown, fraction=0.3, randomness=randomness, seed=seed, draw=draw)
 
     with untouched(model, images):
         together = region(images)
@@ -59,32 +59,33 @@ def test_a_random_region_belongs_to_the_image_whatever_its_batch_and_order(rando
     for other in (
         region(images, seed=1),
         region(images, draw=-1),
-        vulnerable_region(classifier, images, keep=0.3),
+        vulnerable_region(classifier, images, fraction=0.3),
     ):
         assert not torch.equal(together, other)
 
 
 def test_a_defense_that_is_random_by_the_image_answers_alike_and_leaves_generators_alone() -> None:
     model, images = NETWORKS["pooling"]()
-    defended = neutralizing(model, keep=0.3, randomness=0.5, seed=3)
+    defended = neutralizing(model, fraction=0.3, randomness=0.5, seed=3)
     with untouched(model, images):
         first = defended(images)
     torch.rand(1)
     assert torch.equal(first, defended(images))
     torch.testing.assert_close(first[1:2], defended(images[1:2]))
-    assert not torch.equal(first, neutralizing(model, keep=0.3, randomness=0.5, seed=4)(images))
+    assert not torch.equal(first, neutralizing(model, fraction=0.3, randomness=0.5, seed=4)(images))
     assert torch.equal(
-        neutralizing(model, keep=0.3, randomness=0)(images), neutralizing(model, keep=0.3, seed=9)(images)
+        neutralizing(model, fraction=0.3, randomness=0)(images),
+        neutralizing(model, fraction=0.3, seed=9)(images),
     )
 
 
 def test_the_attackers_draws_are_never_the_defenders() -> None:
     model, images = NETWORKS["pooling"]()
     classifier = as_classifier(model)
-    defended = neutralizing(model, keep=0.3, randomness=1.0)
+    defended = neutralizing(model, fraction=0.3, randomness=1.0)
 
     def by_hand(draw: int) -> Tensor:
-        region = vulnerable_region(classifier, images, keep=0.3, randomness=1.0, draw=draw)
+        region = vulnerable_region(classifier, images, fraction=0.3, randomness=1.0, draw=draw)
         logits: Tensor = classifier(neutralize(images, region))
         return logits
 
@@ -103,7 +104,7 @@ def test_gradients_are_the_mean_over_draws_and_a_sure_model_keeps_its_own() -> N
         return gradient
 
     torch.testing.assert_close(slope(expectation(model, 3), images), slope(model, images))
-    defended = neutralizing(model, keep=0.3, randomness=1.0)
+    defended = neutralizing(model, fraction=0.3, randomness=1.0)
     module = defended.network
     assert isinstance(module, DrawnByImage)
     singly = []
@@ -164,7 +165,7 @@ def test_gradients_through_the_defense_are_the_true_ones_where_the_region_stays(
     # A linear network's gradient, and so the region, is the same everywhere: nothing is held fixed that moves.
     model, images, _, _ = linear(2)
     images = images.double()
-    defended = neutralizing(model.double(), keep=0.3, fill="mean")
+    defended = neutralizing(model.double(), fraction=0.3, fill="mean")
     point, direction = images.clone().requires_grad_(), torch.randn_like(images)
     (gradient,) = torch.autograd.grad(defended(point)[:, 0].sum(), point)
     with torch.no_grad():

@@ -127,7 +127,7 @@ def test_a_training_cut_off_anywhere_goes_on_to_the_same_weights(recipe: str, tm
 
         with pytest.raises(KeyboardInterrupt):
             defenses.train(fresh(Dropping), data, out=tmp_path / "run", progress=interrupt, **options)
-    resumed = defenses.train(fresh(Dropping), data, out=tmp_path / "run", told=rows.append, **options)
+    resumed = defenses.train(fresh(Dropping), data, out=tmp_path / "run", on_epoch=rows.append, **options)
     assert torch.equal(weights(whole), weights(resumed))
     assert [row["epoch"] for row in rows] == [3]
     record = json.loads((tmp_path / "run/training.json").read_text())
@@ -344,7 +344,7 @@ def test_every_search_stays_in_budget_range_and_region(name: str, budget: Linf |
     assert torch.equal(found.where(~region, images), images)
     assert float(found.min()) >= 0
     assert float(found.max()) <= 1
-    assert float(budget.size(found - images, images).max()) <= budget.eps * (1 + 1e-5)
+    assert float(budget.distance(found - images, images).max()) <= budget.eps * (1 + 1e-5)
 
 
 def test_descent_finds_what_pgd_of_the_attacks_finds() -> None:
@@ -621,7 +621,7 @@ def test_the_best_weights_survive_a_death(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(loops, "ENOUGH", 20)
     options = {**QUICK, "epochs": 6}
     with pytest.raises(KeyboardInterrupt):
-        defenses.train(fresh(), halves(), recipe="fast", out=tmp_path, told=die, **options)
+        defenses.train(fresh(), halves(), recipe="fast", out=tmp_path, on_epoch=die, **options)
     for _ in range(2):  # trained to its end, and read again
         with pytest.warns(ModelWarning, match="fell to 2% in epoch 4"):
             trained = defenses.train(fresh(), halves(), recipe="fast", out=tmp_path, **options)
@@ -775,7 +775,7 @@ def test_a_second_training_in_the_folder_is_told_who_writes_there_and_the_first_
         refused.append(row["epoch"])
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
-    first = defenses.train(fresh(), data, out=tmp_path, told=intrude, **options)
+    first = defenses.train(fresh(), data, out=tmp_path, on_epoch=intrude, **options)
     assert refused == [1, 2]
     assert torch.equal(weights(first), weights(alone))
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "training.json"}
@@ -816,7 +816,7 @@ def test_a_training_that_another_process_finished_in_the_meantime_is_not_done_ag
             yield
 
     monkeypatch.setattr(fit, "locked", late)
-    made = defenses.train(fresh(), data, out=tmp_path, told=rows.append, **options)
+    made = defenses.train(fresh(), data, out=tmp_path, on_epoch=rows.append, **options)
     assert len(others) == 1
     assert rows == []
     assert torch.equal(weights(made), weights(others[0]))
@@ -935,7 +935,7 @@ def test_pictures_are_decoded_alike_by_any_number_of_workers_and_damage_is_told(
     with pytest.raises(
         ValueError, match=r"one/03.png: not an image in a known format; take it out of the data$"
     ):
-        defenses.train(fresh(), loop_data, told=damage, **{**options, "epochs": 3})
+        defenses.train(fresh(), loop_data, on_epoch=damage, **{**options, "epochs": 3})
 
 
 def test_without_fabric_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

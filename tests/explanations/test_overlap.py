@@ -74,7 +74,7 @@ def test_a_planted_weak_patch_is_found_and_its_tie_to_the_evidence_is_seen() -> 
     model, images, patch = planted(bright=True)
     result = pgd(model, images, torch.zeros(4, dtype=torch.long), budget=Linf(0.1))
     assert bool(result.success.all())
-    found = overlap(model, result, keep=float(patch.float().mean()))
+    found = overlap(model, result, fraction=float(patch.float().mean()))
     for region in (found.roa, found.roi):
         common, either = (region & patch).sum((1, 2, 3)), (region | patch).sum((1, 2, 3))
         assert float((common / either).min()) > 0.9
@@ -88,7 +88,7 @@ def test_a_weak_patch_away_from_the_evidence_is_not_tied_to_it() -> None:
     model, images, patch = planted(bright=False)
     result = pgd(model, images, torch.zeros(4, dtype=torch.long), budget=Linf(0.1))
     assert bool(result.success.all())
-    found = overlap(model, result, keep=float(patch.float().mean()))
+    found = overlap(model, result, fraction=float(patch.float().mean()))
     common, either = (found.roa & patch).sum((1, 2, 3)), (found.roa | patch).sum((1, 2, 3))
     assert float((common / either).min()) > 0.9
     assert not bool(found.contested.any())
@@ -102,7 +102,7 @@ def test_a_weak_patch_that_all_images_share_is_no_relation_of_any() -> None:
     """Every image is bright on the patch, as objects are in the middle: the shifts are fooled, other images are not."""
     model, images, patch = planted(bright=True, count=24)
     result = pgd(model, images, torch.zeros(24, dtype=torch.long), budget=Linf(0.1))
-    scores = overlap(model, result, keep=float(patch.float().mean())).scores
+    scores = overlap(model, result, fraction=float(patch.float().mean())).scores
     assert scores["effect_in_roi_shift_p"].max() < 0.04
     assert (scores["effect_in_roi_p"] <= 0.05).mean() <= 0.1
     assert not scores["relation"].any()
@@ -118,7 +118,7 @@ def test_importance_may_be_given_and_is_what_is_tested(related: bool) -> None:
     labels = model(images).argmax(1)
     given = torch.rand(3, 1, 20, 20, generator=generator)
     given[..., 4:9, slice(4, 9) if related else slice(12, 17)] += 2
-    found = overlap(model, fgsm(model, images, labels), keep=25 / 400, importance=given)
+    found = overlap(model, fgsm(model, images, labels), fraction=25 / 400, importance=given)
     assert torch.equal(found.importance, given)
     p = found.scores[[f"{name}_shift_p" for name in TESTED]].to_numpy()
     assert (p < 0.05).all() if related else (p > 0.1).all()
@@ -240,12 +240,12 @@ def margins(model: nn.Module, pairs: Pairs, labels: Tensor, rivals: Tensor) -> N
     return values
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.07, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("fraction", [0.0, 0.07, 0.2, 0.5, 1.0])
 def test_regions_have_their_exact_area_and_the_four_parts_cover_the_image_once(
     any_model: Made, keep: float
 ) -> None:
     model, images = any_model
-    found = overlap(model, attacked(model, images), keep=keep)
+    found = overlap(model, attacked(model, images), fraction=keep)
     sites = images.shape[2] * images.shape[3]
     assert found.roi.dtype == found.roa.dtype == torch.bool
     assert found.roi.flatten(1).sum(1).tolist() == [round(keep * sites)] * 3
@@ -293,7 +293,7 @@ def by_definition(found: Overlap, index: int) -> dict[str, NDArray[np.float64]]:
 @pytest.mark.parametrize("network", ["flat, gray, two classes, not square", "linear"])
 def test_scores_nulls_and_p_values_equal_loops_over_every_shift(network: str) -> None:
     model, images = NETWORKS[network]()
-    found = overlap(model, attacked(model, images), keep=0.3)
+    found = overlap(model, attacked(model, images), fraction=0.3)
     for index in range(3):
         row = found.scores.loc[index]
         for name, values in by_definition(found, index).items():
@@ -317,7 +317,9 @@ def test_plain_scores_equal_their_definitions() -> None:
     adversarial[:, :, weight[0] > 0] -= 0.1
     importance = torch.arange(320.0).flip(0).view(1, 1, 16, 20)  # the upper rows are looked at
     zero = torch.zeros(1, dtype=torch.long)
-    found = overlap(model, Pairs(images, adversarial, zero, 1 - zero), keep=39 / 320, importance=importance)
+    found = overlap(
+        model, Pairs(images, adversarial, zero, 1 - zero), fraction=39 / 320, importance=importance
+    )
     assert torch.equal(found.roa[0, 0], weight[0] > 0)
     row = found.scores.loc[0]
     assert row["roa_components"] == 2
@@ -457,8 +459,8 @@ def test_networks_with_pooling_layers_are_explained(pool: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": -0.1}, "keep is -0.1; accepted is a share"),
-        ({"keep": 1.1}, "keep is 1.1; accepted is a share"),
+        ({"fraction": -0.1}, "fraction is -0.1; accepted is a share"),
+        ({"fraction": 1.1}, "fraction is 1.1; accepted is a share"),
         ({"importance": "camm"}, r"importance is 'camm'; did you mean cam\?"),
         ({"importance": torch.rand(3, 20, 20)}, r"importance has shape .*accepted is \(3, 1, 20, 20\)"),
         ({"importance": torch.rand(3, 3, 20, 20)}, r"importance has shape .*accepted is \(3, 1, 20, 20\)"),

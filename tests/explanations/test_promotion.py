@@ -186,15 +186,15 @@ def test_bad_input_gets_one_sentence() -> None:
         interpretability_score(model, pairs, of="labels")
 
 
-@pytest.mark.parametrize("keep", [0.1, 0.3, 0.75])
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.75])
 def test_an_even_perturbation_scores_the_root_of_the_area(keep: float) -> None:
     torch.manual_seed(3)
     model = PoolingNetwork().eval()
     clean = torch.rand(2, 3, 20, 20) * 0.5
     pairs = Pairs(clean, clean + 0.1, torch.tensor([0, 1]), torch.tensor([1, 0]))
-    score = interpretability_score(model, pairs, keep=keep)
+    score = interpretability_score(model, pairs, fraction=keep)
     torch.testing.assert_close(score, torch.full((2,), math.sqrt(keep)), atol=0.01, rtol=0)
-    test = interpretability_test(model, pairs, keep=keep)
+    test = interpretability_test(model, pairs, fraction=keep)
     assert test["interpretability_label_shift_null"].tolist() == pytest.approx(score.tolist())
 
 

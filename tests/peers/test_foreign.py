@@ -48,7 +48,9 @@ def test_their_attacks_keep_our_contract(
     assert int(result.n_forward.sum()) == sum(seen)
     assert torch.equal(result.success, predicted(model, result.adversarial) != labels)
     if budget is not None:
-        assert bool((budget.size(result.perturbation, images) <= 1.0001 * getattr(budget, "eps", 0)).all())
+        assert bool(
+            (budget.distance(result.perturbation, images) <= 1.0001 * getattr(budget, "eps", 0)).all()
+        )
     if confined:
         assert not bool((result.perturbation != 0).masked_select(~region).any())
 

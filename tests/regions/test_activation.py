@@ -19,24 +19,28 @@ def test_cam_is_the_top_of_the_registered_class_activation(
     model, images = pooling
     classes = torch.tensor([0, 3, 1])
     maps = class_activation(model, images, classes, layer=layer, registration="effective")
-    for keep in (0.0, 0.1, 0.3, 1.0):
-        region = regions.cam(model, images, classes, keep=keep, layer=layer)
-        assert region.flatten(1).sum(1).tolist() == [round(keep * 400)] * 3
-        assert torch.equal(region, regions.top(maps, keep))
+    for fraction in (0.0, 0.1, 0.3, 1.0):
+        region = regions.cam(model, images, classes, fraction=fraction, layer=layer)
+        assert region.flatten(1).sum(1).tolist() == [round(fraction * 400)] * 3
+        assert torch.equal(region, regions.top(maps, fraction))
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.3, 1.0])
-def test_support_is_the_union_of_both_classes_and_no_larger_than_both(any_model: Made, keep: float) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_support_is_the_union_of_both_classes_and_no_larger_than_both(
+    any_model: Made, fraction: float
+) -> None:
     model, images = any_model
     count = predict(as_classifier(model), images).shape[1]
     labels = torch.tensor([0, 1, 0])
     targets = torch.tensor([1, 1, count - 1])
     with untouched(model, images, labels, targets):
-        region = regions.support(model, images, labels, targets, keep=keep)
-    of_labels, of_targets = (regions.cam(model, images, each, keep=keep) for each in (labels, targets))
+        region = regions.support(model, images, labels, targets, fraction=fraction)
+    of_labels, of_targets = (
+        regions.cam(model, images, each, fraction=fraction) for each in (labels, targets)
+    )
     assert torch.equal(region, of_labels | of_targets)
     assert torch.equal(region[1], of_labels[1])  # label and target are one class
-    assert torch.equal(region, regions.support(model, images, targets, labels, keep=keep))
+    assert torch.equal(region, regions.support(model, images, targets, labels, fraction=fraction))
 
 
 def test_support_follows_the_layer_and_is_the_same_alone(pooling: Made) -> None:
@@ -59,19 +63,19 @@ def test_support_finds_the_two_patches_that_two_classes_read() -> None:
     planted = torch.zeros(12, 16, dtype=torch.bool)
     planted[:4, :4] = planted[-4:, -4:] = True
     region = regions.support(
-        Patches().eval(), images.clamp(max=1), torch.tensor([0, 1]), torch.tensor([1, 0]), keep=16 / 192
+        Patches().eval(), images.clamp(max=1), torch.tensor([0, 1]), torch.tensor([1, 0]), fraction=16 / 192
     )
     assert torch.equal(region, planted.expand(2, 1, -1, -1))
 
 
-@pytest.mark.parametrize("keep", [-0.01, 1.01, float("nan")])
-def test_what_is_no_share_is_refused(pooling: Made, keep: float) -> None:
+@pytest.mark.parametrize("fraction", [-0.01, 1.01, float("nan")])
+def test_what_is_no_share_is_refused(pooling: Made, fraction: float) -> None:
     model, images = pooling
     classes = torch.zeros(3, dtype=torch.long)
     with pytest.raises(ValueError, match="keep is"):
-        regions.cam(model, images, classes, keep=keep)
+        regions.cam(model, images, classes, fraction=fraction)
     with pytest.raises(ValueError, match="keep is"):
-        regions.support(model, images, classes, classes, keep=keep)
+        regions.support(model, images, classes, classes, fraction=fraction)
 
 
 def test_support_says_which_classes_are_wrong(pooling: Made) -> None:

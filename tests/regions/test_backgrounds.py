@@ -220,7 +220,7 @@ def test_with_a_model_the_class_activation_takes_over_for_the_bad_images_only(
     explained = predict(as_classifier(model), images).argmax(1) if classes is None else classes
     with untouched(model, images), pytest.warns(ImageWarning, match="images 0, 2; .* all but the 30%"):
         found = regions.background(images, model=model, classes=classes)
-    evidence = ~regions.cam(model, images, explained, keep=0.3)
+    evidence = ~regions.cam(model, images, explained, fraction=0.3)
     assert torch.equal(found[[0, 2]], evidence[[0, 2]])
     assert torch.equal(found[1:2], regions.background(good, method="grabcut"))
 
@@ -232,8 +232,8 @@ def test_cam_is_the_complement_of_the_top_share_of_the_class(any_model: tuple[nn
         found = regions.background(images, method="cam", model=model, classes=classes)
         of_predictions = regions.background(images, method="cam", model=model)
     predicted = predict(as_classifier(model), images).argmax(1)
-    assert torch.equal(found, ~regions.cam(model, images, classes, keep=0.3))
-    assert torch.equal(of_predictions, ~regions.cam(model, images, predicted, keep=0.3))
+    assert torch.equal(found, ~regions.cam(model, images, classes, fraction=0.3))
+    assert torch.equal(of_predictions, ~regions.cam(model, images, predicted, fraction=0.3))
 
 
 def test_what_a_background_cannot_be_made_of_is_refused() -> None:

@@ -12,7 +12,7 @@ from tests.conftest import Made, untouched
 from tests.regions.test_files import paint
 from weakspot import regions
 from weakspot.regions import read_region
-from weakspot.regions.spec import depends_on_keep
+from weakspot.regions.spec import depends_on_fraction
 
 
 def predicted(model: torch.nn.Module, images: Tensor) -> Tensor:
@@ -35,12 +35,12 @@ def test_every_term_and_join_means_the_function_and_operator_of_its_name(
     model, images = pooling
     labels = predicted(model, images)
     targets = (labels + 1) % 4
-    cam = regions.cam(model, images, labels, keep=0.2)
+    cam = regions.cam(model, images, labels, fraction=0.2)
     frame, background = (
         regions.border(images, width=3),
         regions.background(images, model=model, classes=labels),
     )
-    support = regions.support(model, images, labels, targets, keep=0.2)
+    support = regions.support(model, images, labels, targets, fraction=0.2)
     white = regions.from_file(painted, images).expand(3, -1, -1, -1)
     meanings = {
         "none": torch.ones_like(cam),
@@ -61,7 +61,7 @@ def test_every_term_and_join_means_the_function_and_operator_of_its_name(
     }
     with untouched(model, images, labels, targets):
         for text, expected in meanings.items():
-            found = read_region(text, model, images, labels, targets=targets, keep=0.2, seed=5)
+            found = read_region(text, model, images, labels, targets=targets, fraction=0.2, seed=5)
             assert torch.equal(found, expected), text
 
 
@@ -75,7 +75,7 @@ def test_a_name_comes_before_a_file_of_that_name(
     paint(tmp_path / "m.png", mask).rename(tmp_path / "cam")
     (tmp_path / "mask").write_bytes((tmp_path / "cam").read_bytes())
     monkeypatch.chdir(tmp_path)
-    cam = regions.cam(model, images, labels, keep=0.3)
+    cam = regions.cam(model, images, labels, fraction=0.3)
     white = mask.expand(3, 1, -1, -1)
     for text, expected in {"cam": cam, "~cam": ~cam, "./cam": white, "mask": white, "~mask": ~white}.items():
         assert torch.equal(read_region(text, model, images, labels), expected), text
@@ -135,7 +135,7 @@ def test_a_region_depends_on_the_share_to_keep_exactly_where_it_says_so(
     said = said if text == "PAINTED" else said.replace("cam & support.png", "mask.png")
     paint(tmp_path / "mask.png", mask)
     few, many = (
-        read_region(said, model, images, labels, targets=(labels + 1) % 4, keep=keep, seed=5)
-        for keep in (0.1, 0.7)
+        read_region(said, model, images, labels, targets=(labels + 1) % 4, fraction=fraction, seed=5)
+        for fraction in (0.1, 0.7)
     )
-    assert depends_on_keep(said) == (not few.equal(many))
+    assert depends_on_fraction(said) == (not few.equal(many))

@@ -15,28 +15,28 @@ from weakspot import regions
 
 @LAW
 @given(scores(), st.floats(0, 1))
-def test_top_takes_exactly_the_first_sites_of_a_stable_sort(drawn: Tensor, keep: float) -> None:
-    found = regions.top(drawn, keep)
+def test_top_takes_exactly_the_first_sites_of_a_stable_sort(drawn: Tensor, fraction: float) -> None:
+    found = regions.top(drawn, fraction)
     assert found.dtype == torch.bool
     assert found.shape == drawn.shape
     for region, values in zip(found.flatten(1), drawn.flatten(1), strict=True):
         order = np.argsort(-values.numpy(), kind="stable")
         expected = np.zeros(values.numel(), bool)
-        expected[order[: round(keep * values.numel())]] = True
+        expected[order[: round(fraction * values.numel())]] = True
         np.testing.assert_array_equal(region.numpy(), expected)
 
 
 @LAW
 @given(scores(), st.floats(0, 1), st.floats(0, 1))
 def test_a_smaller_share_lies_inside_a_larger_one(drawn: Tensor, one: float, other: float) -> None:
-    small, large = (regions.top(drawn, keep) for keep in sorted((one, other)))
+    small, large = (regions.top(drawn, fraction) for fraction in sorted((one, other)))
     assert not bool((small & ~large).any())
 
 
-@pytest.mark.parametrize("keep", [-0.01, 1.01, float("nan")])
-def test_top_refuses_what_is_no_share(keep: float) -> None:
+@pytest.mark.parametrize("fraction", [-0.01, 1.01, float("nan")])
+def test_top_refuses_what_is_no_share(fraction: float) -> None:
     with pytest.raises(ValueError, match="keep is"):
-        regions.top(torch.rand(1, 1, 3, 3), keep)
+        regions.top(torch.rand(1, 1, 3, 3), fraction)
 
 
 @pytest.mark.parametrize("bad", [torch.rand(3, 3), torch.rand(1, 3, 3), torch.rand(2, 3, 3, 3)])

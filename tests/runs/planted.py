@@ -102,7 +102,7 @@ def planted_plan(source: Path, network: str, **changes: object) -> Plan:
         "controls": True,
         "analyses": (),
         "labels": "predictions",
-        "keep": 0.25,
+        "fraction": 0.25,
         "maps": False,
         "shard": 16,
         "group": 16,

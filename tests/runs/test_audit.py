@@ -89,7 +89,7 @@ def test_records_and_maps_are_what_bare_calls_give(whole: Run, pictures: Path) -
     records = whole.records[(whole.records["attack"] == "pgd") & (whole.records["region"] == "cam")]
     labels = torch.tensor(records["label"].to_numpy(dtype=np.int64))
     assert records["image"].tolist() == [picture.name for picture in found]
-    region = regions.cam(model, images, labels, keep=0.3)
+    region = regions.cam(model, images, labels, fraction=0.3)
     pairs = pgd(model, images, labels, region=region, steps=3)
     bare = explain(model, pairs, analyses=["overlap"])
     table = pairs.table

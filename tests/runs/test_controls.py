@@ -214,7 +214,7 @@ def donors_of(quarters: Path, run: Run) -> tuple[Donors, Any, Iterator[tuple[int
 
     def make(opened: Opened) -> torch.Tensor:
         labels = predict(classifier, opened.images).argmax(1)
-        return cam(classifier, opened.images, labels, keep=0.25)[0]
+        return cam(classifier, opened.images, labels, fraction=0.25)[0]
 
     from weakspot.audit.plan.image_list import entries
     from weakspot.audit.work.shard_images import open_entries

@@ -87,7 +87,7 @@ def test_a_toml_file_says_the_same_as_a_mapping(pictures: Path, tmp_path: Path) 
         ({"limit": 0}, "limit must be a whole number of at least 1, got 0"),
         ({"shard": "many"}, "shard must be .* got 'many'"),
         ({"control_images": 0}, "control_images must be .* got 0"),
-        ({"keep": 2}, "keep is 2"),
+        ({"fraction": 2}, "fraction is 2"),
         ({"seed": 1.5}, "seed is 1.5"),
         ({"model": {"sepc": "x"}}, "model has 'sepc'; did you mean spec"),
         ({"model": 3}, "model is 3"),

@@ -236,7 +236,7 @@ class Problem:
         if not isinstance(budget, SSIM):
             return {}
         name = "ssim_local_budget_spent" if budget.mode == "local" else "ssim_budget_spent"
-        return {name: budget.size(adversarial - self.clean, self.clean)}
+        return {name: budget.distance(adversarial - self.clean, self.clean)}
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def _is_inside(change: Tensor, clean: Tensor, budget: Budget) -> Tensor:
     """(N,) bool, up to rounding."""
     limit = getattr(budget, "eps", None)
     if limit is not None and is_number(limit):
-        return budget.size(change, clean) <= float(limit) * (1 + CLOSE)
+        return budget.distance(change, clean) <= float(limit) * (1 + CLOSE)
     # A budget of one's own need not tell its limit: what is inside is projected on itself.
     return (budget.project(change, clean) - change).flatten(1).abs().amax(1) <= CLOSE
 
@@ -124,14 +124,14 @@ def stored(images: Tensor, clean: Tensor, budget: Budget | None = None) -> tuple
         return levels / TOP, fits
     before = (TOP * clean).round()
     # Of a budget of one's own the limit is not known: what the attack has spent is within it.
-    most = budget.size(images - clean, clean)
+    most = budget.distance(images - clean, clean)
     if isinstance(budget, Linf | L2 | L1 | SSIM):
         most = torch.full_like(most, budget.eps)
 
     def over(files: Tensor, rows: Tensor) -> Tensor:
         # Of the whole batch: a budget may hold something for each image.
         every = levels.index_copy(0, rows, files)
-        spent = budget.size((every - before) / TOP, before / TOP)
+        spent = budget.distance((every - before) / TOP, before / TOP)
         return (spent > most * (1 + OVER) + 1e-7)[rows]
 
     rows = over(levels, fits.nonzero()[:, 0]).nonzero()[:, 0]

@@ -186,7 +186,7 @@ def _brought_back(problem: Problem, budget: Budget | None, images: Tensor) -> Te
     inside = torch.where(problem.region, images, problem.clean)
     if budget is None:
         return inside
-    over = budget.size(change, problem.clean) > eps_of("", budget) * (1 + ROUNDING) + 1e-7
+    over = budget.distance(change, problem.clean) > eps_of("", budget) * (1 + ROUNDING) + 1e-7
     projected = problem.apply(problem.project(budget, change))
     return torch.where(over[:, None, None, None], projected, inside)
 

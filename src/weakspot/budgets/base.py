@@ -28,6 +28,6 @@ class Budget(Protocol):
         """The steepest admissible step for a linear objective; zero where the gradient is zero."""
         ...
 
-    def size(self, perturbation: Tensor, images: Tensor) -> Tensor:
+    def distance(self, perturbation: Tensor, images: Tensor) -> Tensor:
         """(N,) how much of the budget's own measure is spent; at most the limit after `project`."""
         ...

@@ -30,7 +30,7 @@ class Linf:
     def steepest_step(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
         return self.eps * gradient.sign()
 
-    def size(self, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
+    def distance(self, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
         return perturbation.abs().flatten(1).amax(1)
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ class L2:
         step: Tensor = self.eps * rows / _length(rows)
         return step.view_as(gradient)
 
-    def size(self, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
+    def distance(self, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
         length: Tensor = torch.linalg.vector_norm(perturbation.flatten(1), dim=1)
         return length
 
@@ -150,7 +150,7 @@ class L1:
         moved = torch.minimum(taken, (self.eps - before).clamp(min=0)) * rows.gather(1, largest).sign()
         return torch.zeros_like(rows).scatter_(1, largest, moved).view_as(gradient)
 
-    def size(self, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
+    def distance(self, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
         return perturbation.abs().flatten(1).sum(1)
 
     def __str__(self) -> str:

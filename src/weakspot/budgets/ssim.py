@@ -135,7 +135,7 @@ class SSIM:
         spent = spent / patches.mean.shape[1:].numel()
         return step.mul_(torch.where(spent > 0, (self.eps / spent.clamp(min=TINY)).sqrt(), 0))
 
-    def size(self, perturbation: Tensor, images: Tensor) -> Tensor:
+    def distance(self, perturbation: Tensor, images: Tensor) -> Tensor:
         patches = _patches(images, self.patch)
         level, structure = patches.distances(patches.split(perturbation))
         if self.mode == "local":

@@ -26,7 +26,7 @@ from weakspot.cli.options import (
     ClassesOption,
     DebugOption,
     DeviceOption,
-    KeepOption,
+    FractionOption,
     MeanOption,
     ModelOption,
     QuietOption,
@@ -37,7 +37,7 @@ from weakspot.cli.options import (
     StdOption,
     TargetOption,
     WeightsOption,
-    refuse_keep,
+    refuse_fraction,
 )
 from weakspot.cli.output import (
     check_folder,
@@ -97,7 +97,7 @@ def attack(
         ),
     ] = None,
     region: RegionOption = "none",
-    keep: KeepOption = 0.3,
+    fraction: FractionOption = 0.3,
     target: TargetOption = None,
     settings: Annotated[
         list[str] | None,
@@ -148,7 +148,7 @@ def attack(
     with redirect_stdout(sys.stderr), notes_for_people(quiet), progress_bar(quiet or as_json) as advance:
         from weakspot.attacks import find_attack
 
-        refuse_keep(context, [region])
+        refuse_fraction(context, [region])
         run = find_attack(name)
         spent, options = _arguments(name, run, budget, settings or [])
         advance("loading the model", 0.0)
@@ -156,7 +156,7 @@ def attack(
         batch, names, skipped, unread = read_pictures(classifier, sources, samples=samples)
         make_folder(out)
         aim = find_aim(classifier, batch, names, target)
-        mask, where = find_region(region, keep, classifier, aim, seed)
+        mask, where = find_region(region, fraction, classifier, aim, seed)
         options |= {
             "region": mask,
             "targets": aim.targets,
@@ -323,8 +323,8 @@ BUDGETS = {
 }
 REGIONS = {
     "none": "anywhere",
-    "cam": "where the model gathers most evidence for the label, the share --keep of the image",
+    "cam": "where the model gathers most evidence for the label, the share --fraction of the image",
     "background": "outside the object (threshold on gray pictures, GrabCut on color)",
     "border": "a frame, 8 pixels wide or border:WIDTH",
-    "support": "most evidence for label or target, each the share --keep of the image; needs --target",
+    "support": "most evidence for label or target, each the share --fraction of the image; needs --target",
 }

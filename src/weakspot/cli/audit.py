@@ -50,7 +50,7 @@ from weakspot.cli.options import (
     SizeOption,
     StdOption,
     WeightsOption,
-    refuse_keep,
+    refuse_fraction,
 )
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def audit(
     classes: ClassesOption = None,
     size: SizeOption = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps. [default: auto]")] = None,
-    keep: Annotated[
+    fraction: Annotated[
         float | None, typer.Option(help="Share of the image in the region cam. [default: 0.3]")
     ] = None,
     limit: Annotated[
@@ -218,7 +218,7 @@ def audit(
     given = {
         "attacks": attacks, "budget": budget, "regions": regions, "controls": controls,
         "control_images": control_images, "analyses": analyses,
-        "labels": labels, "keep": keep, "limit": limit, "seed": seed, "maps": maps,
+        "labels": labels, "fraction": fraction, "limit": limit, "seed": seed, "maps": maps,
     }  # fmt: skip
     network = {
         "spec": model, "weights": None if weights is None else str(weights), "mean": numbers("mean", mean),
@@ -257,7 +257,7 @@ def audit(
             run = go_on(where, watch=watch, **how)
         else:
             plan = read_mapping(table)
-            refuse_keep(context, plan.regions, "--regions")
+            refuse_fraction(context, plan.regions, "--regions")
             if control_images is not None and not plan.controls:
                 raise Failure("--control-images takes effect only with --controls", USAGE)
             run = carry_out(plan, where, watch=watch, **how)

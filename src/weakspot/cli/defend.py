@@ -56,7 +56,7 @@ EXAMPLES = """
 
 weakspot defend photos/ --defense neutralize
 
-weakspot defend photos/ --set keep=0.1 --set fill=blur --budget linf:2/255 --labels folders
+weakspot defend photos/ --set fraction=0.1 --set fill=blur --budget linf:2/255 --labels folders
 
 weakspot defend photos/ --set randomness=0.5 --draws 10
 
@@ -86,8 +86,8 @@ def defend(
         list[str] | None,
         typer.Option(
             "--set",
-            help="NAME=VALUE of the defense's own arguments: keep, fill, randomness, seed of neutralize; layer, units "
-            "of mask_units.",
+            help="NAME=VALUE of the defense's own arguments: fraction, fill, randomness, seed of neutralize; layer, "
+            "units of mask_units.",
             show_default=False,
         ),
     ] = None,
@@ -167,14 +167,14 @@ def defend(
     if oracle and defense != "neutralize":
         raise Failure(f"--oracle goes with --defense neutralize, not with {defense}", USAGE)
     with redirect_stdout(sys.stderr), notes_for_people(quiet), progress_bar(quiet) as advance:
-        from weakspot._checks import check_share
+        from weakspot._checks import check_fraction
         from weakspot.budgets import read_budget
         from weakspot.classifier import check_images
         from weakspot.defenses import evaluate_defense, oracle_neutralized, verdict
         from weakspot.defenses.randomized import is_random
 
         spent = read_budget(budget)
-        check_share(fraction, name="fraction")
+        check_fraction(fraction, name="fraction")
         advance("loading the model", 0.0)
         classifier = load_classifier(model, weights, mean, std, classes, size, device)
         defended = find_defense(defense, settings or [], classifier)
@@ -191,7 +191,7 @@ def defend(
             batch, truth, paths = batch[chosen], truth[chosen], [paths[index] for index in chosen]
         make_folder(out)
         module = getattr(defended, "network", None)
-        own = {key: getattr(module, key) for key in ("keep", "fill") if oracle}
+        own = {key: getattr(module, key) for key in ("fraction", "fill") if oracle}
         table = evaluate_defense(
             classifier, defended, batch, truth, budget=spent, steps=steps, fraction=fraction, draws=draws,
             queries=queries, substitute=other, thorough=thorough, seed=seed,

@@ -31,7 +31,7 @@ from weakspot.cli.options import (
     ClassesOption,
     DebugOption,
     DeviceOption,
-    KeepOption,
+    FractionOption,
     MeanOption,
     ModelOption,
     QuietOption,
@@ -43,7 +43,7 @@ from weakspot.cli.options import (
     TargetOption,
     WeightsOption,
     refuse,
-    refuse_keep,
+    refuse_fraction,
 )
 from weakspot.cli.output import check_folder, describe_run, make_folder, print_json, print_table
 
@@ -87,20 +87,20 @@ def find_aim(classifier: Classifier, images: Tensor, names: list[str], target: s
 
 
 def find_region(
-    text: str, keep: float, classifier: Classifier, aim: Aim, seed: int
+    text: str, fraction: float, classifier: Classifier, aim: Aim, seed: int
 ) -> tuple[Tensor | None, str]:
     """The region that the option names, None where that is everywhere, and the region in words."""
-    from weakspot._checks import check_share
+    from weakspot._checks import check_fraction
     from weakspot.regions import read_region
     from weakspot.regions.masks import UnreadableError
     from weakspot.regions.spec import NAMES
 
-    check_share(keep)
+    check_fraction(fraction)
     if text == "none":
         return None, "whole image"
     try:
         region = read_region(
-            text, classifier, aim.images, aim.labels, targets=aim.targets, keep=keep, seed=seed
+            text, classifier, aim.images, aim.labels, targets=aim.targets, fraction=fraction, seed=seed
         )
     except (UnreadableError, FileNotFoundError) as error:
         raise Failure(f"region: {error}", UNREADABLE) from None
@@ -109,15 +109,16 @@ def find_region(
         raise Failure(said if said.startswith("region") else f"region: {said}", USAGE) from None
     if not bool(region.any()):
         raise Failure(
-            f"region is {text!r} and keep is {keep}, which leaves no pixel to change; accepted is more", USAGE
+            f"region is {text!r} and fraction is {fraction}, which leaves no pixel to change; accepted is more",
+            USAGE,
         )
     if text == "cam":
-        return region, f"the {keep:.0%} of the image with most evidence for its class"
+        return region, f"the {fraction:.0%} of the image with most evidence for its class"
     return region, f"the white part of {text}" if text not in NAMES and os.path.isfile(text) else text  # noqa: PTH113
 
 
 FILES = ("report.html", "scores.csv", "pairs.safetensors", "maps.npz", "locality.csv", "run.json")
-OF_ATTACK = ("region", "keep", "norm", "eps", "steps", "target")
+OF_ATTACK = ("region", "fraction", "norm", "eps", "steps", "target")
 LABELS = "the model's own predictions on the clean images"
 EXAMPLES = """
 
@@ -160,7 +161,7 @@ def explain(
     classes: ClassesOption = None,
     size: SizeOption = None,
     region: RegionOption = "none",
-    keep: KeepOption = 0.3,
+    fraction: FractionOption = 0.3,
     norm: Annotated[str, typer.Option(help="How change is measured: linf or l2.")] = "linf",
     eps: Annotated[
         str, typer.Option(help="How much may change: 4/255, 0.02; for l2 a length such as 1.5.")
@@ -203,7 +204,7 @@ def explain(
     # Whatever a model prints must not end up among the scores.
     with redirect_stdout(sys.stderr), notes_for_people(quiet), progress_bar(quiet or as_json) as advance:
         if not pair:
-            refuse_keep(context, [region])
+            refuse_fraction(context, [region])
         advance("loading the model", 0.0)
         classifier = load_classifier(model, weights, mean, std, classes, size, device)
         if pair:
@@ -215,7 +216,7 @@ def explain(
             batch, names, skipped, unread = read_pictures(classifier, sources, samples=samples)
             make_folder(out)
             pairs, names, how = _attack(
-                classifier, batch, names, region, keep, norm, budget_eps, steps, target, seed,
+                classifier, batch, names, region, fraction, norm, budget_eps, steps, target, seed,
                 lambda share: advance("attacking", 0.1 + 0.4 * share),
             )  # fmt: skip
         others = None if reference is None else read_reference(classifier, reference)
@@ -264,7 +265,7 @@ def _attack(
     images: Tensor,
     names: list[str],
     region: str,
-    keep: float,
+    fraction: float,
     norm: str,
     eps: float,
     steps: int,
@@ -280,7 +281,7 @@ def _attack(
         raise Failure(f"norm is {norm!r}; accepted are linf and l2", USAGE)
     budget = Linf(eps) if norm == "linf" else L2(eps)
     aim = find_aim(classifier, images, names, target)
-    mask, where = find_region(region, keep, classifier, aim, seed)
+    mask, where = find_region(region, fraction, classifier, aim, seed)
     pairs = pgd(
         classifier,
         aim.images,

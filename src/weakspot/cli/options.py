@@ -45,7 +45,7 @@ RegionOption = Annotated[
         "(white); ~ for not, & for and, | for or, matched: for a control of equal area."
     ),
 ]
-KeepOption = Annotated[float, typer.Option(help="Share of the image in --region cam and support.")]
+FractionOption = Annotated[float, typer.Option(help="Share of the image in --region cam and support.")]
 SeedOption = Annotated[int, typer.Option(help="Of everything random.")]
 SamplesOption = Annotated[
     bool, typer.Option("--samples", help="Take four photographs that come with scikit-image.")
@@ -83,7 +83,7 @@ def refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
         raise Failure(f"{listed} {'do' if rest else 'does'} nothing {why}", USAGE)
 
 
-def refuse_keep(context: typer.Context, regions: Sequence[str], option: str = "--region") -> None:
+def refuse_fraction(context: typer.Context, regions: Sequence[str], option: str = "--region") -> None:
     """The share to keep is that of two regions alone.
 
     Args:
@@ -92,9 +92,9 @@ def refuse_keep(context: typer.Context, regions: Sequence[str], option: str = "-
         option: that names them.
 
     Raises:
-        Failure: when --keep was given and none of the regions depends on it.
+        Failure: when --fraction was given and none of the regions depends on it.
     """
-    from weakspot.regions.spec import depends_on_keep
+    from weakspot.regions.spec import depends_on_fraction
 
-    if not any(depends_on_keep(region) for region in regions):
-        refuse(context, ["keep"], f"without cam or support in {option}; add one of them, or leave it out")
+    if not any(depends_on_fraction(region) for region in regions):
+        refuse(context, ["fraction"], f"without cam or support in {option}; add one of them, or leave it out")

@@ -190,7 +190,7 @@ def train(
                 "workers": workers,
                 "about": {"network": description(model, training)},
             }
-            told = None if silent else epoch_logger()
+            on_epoch = None if silent else epoch_logger()
             judged = {"limit": limit, "strongest": 500 if strongest is None else strongest}
             if evaluate == "matrix" and test is not None:
                 said = fit_matrix(
@@ -203,11 +203,11 @@ def train(
                     seed,
                     judged,
                     options,
-                    told,
+                    on_epoch,
                     advance,
                 )
             else:
-                said = fit_one(maker, training, recipe or "localized", seed, out, options, told, advance)
+                said = fit_one(maker, training, recipe or "localized", seed, out, options, on_epoch, advance)
                 if test is not None:
                     said |= judge_own(said.pop("model"), test, out, judged, options, advance)
                 said.pop("model", None)

@@ -30,7 +30,7 @@ def fit_one(
     seed: int,
     out: Path,
     options: Mapping[str, Any],
-    told: Callable[[str, Mapping[str, float]], None] | None,
+    on_epoch: Callable[[str, Mapping[str, float]], None] | None,
     advance: Callable[[str, float], None],
 ) -> dict[str, Any]:
     """Train by one recipe: what training.json says of it, and the trained "model"."""
@@ -43,7 +43,7 @@ def fit_one(
         recipe=recipe,
         seed=seed,
         out=out,
-        told=None if told is None else (lambda row: told(recipe, row)),
+        on_epoch=None if on_epoch is None else (lambda row: on_epoch(recipe, row)),
         progress=lambda done: advance(f"training ({recipe})", done),
         **options,
     )
@@ -90,7 +90,7 @@ def fit_matrix(
     seed: int,
     judged: Mapping[str, Any],
     options: Mapping[str, Any],
-    told: Callable[[str, Mapping[str, float]], None] | None,
+    on_epoch: Callable[[str, Mapping[str, float]], None] | None,
     advance: Callable[[str, float], None],
 ) -> dict[str, Any]:
     """Train by each recipe, judge all by all tests, and write the matrix's table and picture."""
@@ -105,7 +105,7 @@ def fit_matrix(
         seeds=seeds,
         seed=seed,
         **judged,
-        told=told,
+        on_epoch=on_epoch,
         progress=advance,
         **options,
     )

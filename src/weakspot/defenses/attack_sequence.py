@@ -139,7 +139,9 @@ class AttackSequence:
         self._descend(STRAIGHT, None, 2, until=0.3)
         self._descend(UNDEFENDED_GRADIENTS, None, 3, until=0.4)
         left = any(bool(side.standing.any()) for side in self.sides)
-        self._descend(REGION, cam(self.model, images, labels, keep=fraction) if left else None, 4, until=0.5)
+        self._descend(
+            REGION, cam(self.model, images, labels, fraction=fraction) if left else None, 4, until=0.5
+        )
         self._average_more()
         if thorough:
             self._attack(ENSEMBLE, self._ensemble, until=0.6)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import check_budget, check_classes, check_seed, check_share
+from weakspot._checks import check_budget, check_classes, check_fraction, check_seed
 from weakspot.attacks.eight_bit import rounded, whole_levels
 from weakspot.attacks.gradient import Progress, check_counts
 from weakspot.budgets import Budget, Linf
@@ -96,7 +96,7 @@ def evaluate_defense(
 
     check_seed(seed)
     check_counts(steps=steps, draws=draws, queries=queries)
-    check_share(fraction, name="fraction")
+    check_fraction(fraction, name="fraction")
     budget = DEFAULT_BUDGET if budget is None else budget
     check_budget(budget)
     budget = whole_levels(budget)

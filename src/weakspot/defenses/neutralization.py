@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weakspot import _random
-from weakspot._checks import check_batch, check_region, check_seed, check_share, closest, is_number
+from weakspot._checks import check_batch, check_fraction, check_region, check_seed, closest, is_number
 from weakspot.attribution.cam import class_activations
 from weakspot.classifier import Classifier, as_classifier, as_wrapped_classifier, check_images, evaluating
 from weakspot.defenses.randomized import DrawnByImage
@@ -120,7 +120,7 @@ FILLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def neutralizing(
-    model: nn.Module, *, keep: float = 0.2, fill: str = "mean", randomness: float = 0.0, seed: int = 0
+    model: nn.Module, *, fraction: float = 0.2, fill: str = "mean", randomness: float = 0.0, seed: int = 0
 ) -> Classifier:
     """The model defended: in every image it is given, a region is blocked out before it is classified.
 
@@ -136,9 +136,9 @@ def neutralizing(
 
     Args:
         model: any classifier; its weights are shared, not copied.
-        keep: share of the image that counts as vulnerable, and as important.
+        fraction: share of the image that counts as vulnerable, and as important.
         fill: as for `neutralize`.
-        randomness: weight of the random map against the gradient's ranks, from 0 (none) to 1 (the share `keep` is
+        randomness: weight of the random map against the gradient's ranks, from 0 (none) to 1 (the share `fraction` is
             blocked out at random places, where it is not important).
         seed: of the random maps.
 
@@ -146,10 +146,10 @@ def neutralizing(
         ValueError: when an argument does not fit, naming it.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    >>> neutralizing(model.eval(), keep=0.1)(torch.rand(2, 3, 16, 16)).shape
+    >>> neutralizing(model.eval(), fraction=0.1)(torch.rand(2, 3, 16, 16)).shape
     torch.Size([2, 2])
     """
-    check_share(keep)
+    check_fraction(fraction)
     check_fill(fill)
     if not is_number(randomness) or not 0 <= randomness <= 1:
         raise ValueError(f"randomness is {randomness!r}; accepted is a number from 0 (none) to 1")
@@ -157,7 +157,7 @@ def neutralizing(
     classifier = as_classifier(model)
     how = f"{fill}, {randomness:.0%} random" if randomness else fill
     return as_wrapped_classifier(
-        _Neutralizing(classifier, keep, fill, randomness, seed),
+        _Neutralizing(classifier, fraction, fill, randomness, seed),
         classifier,
         f"{classifier.name} behind neutralization ({how})",
     )
@@ -167,7 +167,7 @@ def vulnerable_region(
     classifier: Classifier,
     images: Tensor,
     *,
-    keep: float,
+    fraction: float,
     randomness: float = 0.0,
     seed: int = 0,
     draw: int = 0,
@@ -177,7 +177,7 @@ def vulnerable_region(
     Args:
         classifier: in eval mode.
         images: (N, C, H, W) in [0, 1].
-        keep: share of the image that counts as vulnerable, and as important.
+        fraction: share of the image that counts as vulnerable, and as important.
         randomness: weight of the random map, 0 to 1.
         seed: of the random maps.
         draw: which of each image's random maps.
@@ -199,7 +199,7 @@ def vulnerable_region(
         vulnerable = (1 - randomness) * _ranks(vulnerable) + randomness * _ranks(
             gaussian(noise, sigma, radius)
         )
-    return top(vulnerable.float(), keep) & ~top(important.float(), keep)
+    return top(vulnerable.float(), fraction) & ~top(important.float(), fraction)
 
 
 def _ranks(maps: Tensor) -> Tensor:
@@ -211,21 +211,28 @@ def _ranks(maps: Tensor) -> Tensor:
 class _Neutralizing(DrawnByImage):
     """Takes images in [0, 1]; normalization lives in the classifier that it defends."""
 
-    def __init__(self, defended: Classifier, keep: float, fill: str, randomness: float, seed: int) -> None:
+    def __init__(
+        self, defended: Classifier, fraction: float, fill: str, randomness: float, seed: int
+    ) -> None:
         super().__init__()
-        self.defended, self.keep, self.fill = defended, keep, fill
+        self.defended, self.fraction, self.fill = defended, fraction, fill
         self.randomness, self.seed = randomness, seed
 
     def forward(self, images: Tensor) -> Tensor:
         region = vulnerable_region(
-            self.defended, images, keep=self.keep, randomness=self.randomness, seed=self.seed, draw=self.draw
+            self.defended,
+            images,
+            fraction=self.fraction,
+            randomness=self.randomness,
+            seed=self.seed,
+            draw=self.draw,
         )
         logits: Tensor = self.defended(neutralize(images, region, fill=self.fill))
         return logits
 
 
 def oracle_neutralized(
-    model: nn.Module, images: Tensor, clean: Tensor, *, keep: float = 0.2, fill: str = "mean"
+    model: nn.Module, images: Tensor, clean: Tensor, *, fraction: float = 0.2, fill: str = "mean"
 ) -> Tensor:
     """Attacked images with the region blocked out that `neutralizing` finds in their *clean* images.
 
@@ -236,7 +243,7 @@ def oracle_neutralized(
         model: the bare classifier.
         images: (N, C, H, W) in [0, 1], as attacked.
         clean: (N, C, H, W) in [0, 1], what they were made of.
-        keep: as for `neutralizing`.
+        fraction: as for `neutralizing`.
         fill: as for `neutralize`.
 
     Returns:
@@ -245,7 +252,7 @@ def oracle_neutralized(
     Raises:
         ValueError: when an argument does not fit, naming it.
     """
-    check_share(keep)
+    check_fraction(fraction)
     check_fill(fill)
     with evaluating(model) as classifier, torch.no_grad():
         images = check_images(images, classifier)
@@ -255,4 +262,4 @@ def oracle_neutralized(
                 f"clean has shape {tuple(clean.shape)} and images {tuple(images.shape)}; accepted are two batches of "
                 "one shape"
             )
-        return neutralize(images, vulnerable_region(classifier, clean, keep=keep), fill=fill)
+        return neutralize(images, vulnerable_region(classifier, clean, fraction=fraction), fill=fill)

@@ -143,7 +143,7 @@ class _OwnRadius:
     def steepest_step(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
         return self.radius * gradient.sign()
 
-    def size(self, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
+    def distance(self, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
         """In units of the radius."""
         return (perturbation.abs() / self.radius.clamp(min=1e-12)).flatten(1).amax(1)
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from weakspot._checks import check_seed, check_share, closest
+from weakspot._checks import check_fraction, check_seed, closest
 from weakspot.attribution.cam import class_activation, logit_gradient
 from weakspot.attribution.integrated_gradients import MarginDrop, margin_drop
 from weakspot.attribution.occlusion_map import occlusion
@@ -107,7 +107,7 @@ def overlap(
     model: nn.Module,
     pairs: Pairs,
     *,
-    keep: float = 0.2,
+    fraction: float = 0.2,
     seed: int = 0,
     importance: str | Tensor = "cam",
     reference: Tensor | None = None,
@@ -118,7 +118,7 @@ def overlap(
     Importance is the class activation of the label in the clean image. Vulnerability is what each site of the
     perturbation took from the margin z_label - z_target: integrated gradients from the clean to the adversarial
     image, which sum to the whole drop, spread by a Gaussian of 1/64 of the image's shorter side. Either region
-    is the top `keep` share of its map. The null is the same attack with the importance maps of the other images of
+    is the top `fraction` share of its map. The null is the same attack with the importance maps of the other images of
     the batch, and of `reference`: p is the pooled rank of the own map among them, from 19 other images on, and q is p
     corrected over the batch. They must come from the same source as the images: maps of other photographs do not
     share the habits of these. An attack that did not reach the whole image has no p, as where it acts follows from
@@ -137,7 +137,7 @@ def overlap(
     Args:
         model: any classifier.
         pairs: N pairs.
-        keep: share of the image in either region, 0 to 1.
+        fraction: share of the image in either region, 0 to 1.
         seed: of the second path; changes relation, relation_p and relation_q alone.
         importance: "cam", "gradient" (norm of the gradient of the label's logit), "occlusion" (fall of that logit where
             a cell, a fourteenth of the image, is covered), or scores (N, 1, H, W).
@@ -151,7 +151,7 @@ def overlap(
     import pandas as pd
 
     check_pairs(pairs, model)
-    check_share(keep)
+    check_fraction(fraction)
     check_seed(seed)
     with evaluating(model) as classifier:
         pairs = pairs.to(classifier.mean.device)
@@ -162,13 +162,13 @@ def overlap(
         every = _importances(classifier, pairs, importance, others)
         drop = margin_drop(classifier, pairs.clean, pairs.adversarial, pairs.labels, losing)
         important, vulnerable = every[: len(pairs)], spread(drop.sites)
-        roi, roa = top_region(important, keep), attack_region(vulnerable, keep)
+        roi, roa = top_region(important, fraction), attack_region(vulnerable, fraction)
         confined = reached_share(pairs) < WHOLE
         tests: dict[str, OtherImageTest] = {}
         related = pd.DataFrame(index=range(len(pairs)))
         if compare:
             allowed = comparable(pairs.clean, others, confined)
-            for name, matrix in agreement(every, vulnerable, fraction=keep).items():
+            for name, matrix in agreement(every, vulnerable, fraction=fraction).items():
                 tests[name] = other_image_test(matrix.masked_fill(~allowed, torch.nan))
             first = tests["effect_in_roi"]
             related = agreed([first])

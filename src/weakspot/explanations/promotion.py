@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import check_share, closest
+from weakspot._checks import check_fraction, closest
 from weakspot.attribution import class_activation
 from weakspot.classifier import Classifier, evaluating, predict, runner_up
 from weakspot.edits import Edits, Prepared, cells, exchanged, grid, prepare, windowed
@@ -265,23 +265,25 @@ def _scores(
     )
 
 
-def interpretability_score(model: nn.Module, pairs: Pairs, *, keep: float = 0.3, of: str = "label") -> Tensor:
+def interpretability_score(
+    model: nn.Module, pairs: Pairs, *, fraction: float = 0.3, of: str = "label"
+) -> Tensor:
     """(N,) share of the perturbation's length that lies where the network sees a class: ||B * d||_2 / ||d||_2.
 
-    B is the top `keep` share of the class activation of label or target in the clean image (Xu et al. 2019, arXiv
-    1904.02057). A perturbation spread evenly has sqrt(keep), .548 for .3, by its area alone, and one confined to a
+    B is the top `fraction` share of the class activation of label or target in the clean image (Xu et al. 2019, arXiv
+    1904.02057). A perturbation spread evenly has sqrt(fraction), .548 for .3, by its area alone, and one confined to a
     region has what that region leaves it: `interpretability_test` says what is more. NaN where nothing is perturbed.
 
     Args:
         model: any classifier.
         pairs: N pairs.
-        keep: share of the image in B.
+        fraction: share of the image in B.
         of: "label" or "target".
 
     Raises:
         ValueError: when an argument does not fit, naming it.
     """
-    scores = interpretability_test(model, pairs, keep=keep, of=of, compare=False)
+    scores = interpretability_test(model, pairs, fraction=fraction, of=of, compare=False)
     return torch.tensor(scores[f"interpretability_{of}"].to_numpy(), dtype=torch.float32)
 
 
@@ -289,7 +291,7 @@ def interpretability_test(
     model: nn.Module,
     pairs: Pairs,
     *,
-    keep: float = 0.3,
+    fraction: float = 0.3,
     of: str = "label",
     reference: Tensor | None = None,
     compare: bool = True,
@@ -299,7 +301,7 @@ def interpretability_test(
     Args:
         model: any classifier.
         pairs: N pairs.
-        keep: share of the image in B.
+        fraction: share of the image in B.
         of: "label" or "target"; of a reference image the predicted class and the runner-up.
         reference: (R, C, H, W) other images of the same source, beside those of the batch.
         compare: False leaves out the columns that depend on other images.
@@ -313,7 +315,7 @@ def interpretability_test(
         ValueError: when an argument does not fit, naming it.
     """
     check_pairs(pairs, model)
-    check_share(keep)
+    check_fraction(fraction)
     if of not in {"label", "target"}:
         raise ValueError(f"of is {of!r}; {closest(str(of), ['label', 'target'])}")
     with evaluating(model) as classifier:
@@ -330,14 +332,14 @@ def interpretability_test(
     confined = reached_share(pairs) < WHOLE
     test = None
     if compare:
-        matrix = interpretability_matrix(evidence, energy, fraction=keep)
+        matrix = interpretability_matrix(evidence, energy, fraction=fraction)
         allowed = comparable(pairs.clean, others, confined)
         test = other_image_test(matrix.masked_fill(~allowed, torch.nan))
     own = evidence[: len(pairs)]
     total = energy.sum((1, 2), keepdim=True)
-    shares = products_over_shifts(top(own, keep)[:, 0], energy) / total.where(total > 0, torch.nan) + _blank(
-        own
-    )
+    shares = products_over_shifts(top(own, fraction)[:, 0], energy) / total.where(
+        total > 0, torch.nan
+    ) + _blank(own)
     shares = shares.where(~(shares < 1e-12), 0)  # what Fourier transforms leave of nothing
     return tested(f"interpretability_{of}", test, shift_test(shares.clamp(0, 1).sqrt()), confined)
 

@@ -14,34 +14,34 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weakspot._checks import ImageWarning, check_batch, check_range, check_share, warn
+from weakspot._checks import ImageWarning, check_batch, check_fraction, check_range, warn
 from weakspot.images import open_pictures
 
 
-def top(scores: Tensor, keep: float) -> Tensor:
-    """The highest `keep` share of sites; ties go to the site that comes first in reading order.
+def top(scores: Tensor, fraction: float) -> Tensor:
+    """The highest `fraction` share of sites; ties go to the site that comes first in reading order.
 
     Args:
         scores: (N, 1, H, W), finite.
-        keep: share of the image, 0 to 1.
+        fraction: share of the image, 0 to 1.
 
     Returns:
-        Bool (N, 1, H, W), exactly round(keep * H * W) sites true in each.
+        Bool (N, 1, H, W), exactly round(fraction * H * W) sites true in each.
 
     Raises:
-        ValueError: when scores have another shape or are not finite, or keep is no share.
+        ValueError: when scores have another shape or are not finite, or fraction is not in [0, 1].
 
     >>> top(torch.tensor([[[[3.0, 1.0], [2.0, 3.0]]]]), 0.5)
     tensor([[[[ True, False],
               [False,  True]]]])
     """
-    check_share(keep)
+    check_fraction(fraction)
     if scores.ndim != 4 or scores.shape[1] != 1:
         raise ValueError(f"scores has shape {tuple(scores.shape)}; accepted is (N, 1, H, W)")
     if not bool(scores.isfinite().all()):
         raise ValueError("scores holds NaN or infinity; accepted are finite numbers")
     flat = scores.flatten(1)
-    chosen = flat.argsort(dim=1, descending=True, stable=True)[:, : round(keep * flat.shape[1])]
+    chosen = flat.argsort(dim=1, descending=True, stable=True)[:, : round(fraction * flat.shape[1])]
     region = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, chosen, value=True)
     return region.view_as(scores)
 

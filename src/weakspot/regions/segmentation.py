@@ -112,7 +112,7 @@ def _outside_activation(model: nn.Module, images: Tensor, classes: Tensor | None
     with evaluating(model) as classifier:
         if classes is None:
             classes = predict(classifier, images.to(classifier.mean.device, torch.float32)).argmax(1)
-        return ~cam(classifier, images, classes, keep=KEEP).to(images.device)
+        return ~cam(classifier, images, classes, fraction=KEEP).to(images.device)
 
 
 def _outside_grabcut(images: Tensor) -> Tensor:

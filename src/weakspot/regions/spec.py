@@ -24,7 +24,7 @@ FORMS = (
 )
 
 
-def depends_on_keep(text: str) -> bool:
+def depends_on_fraction(text: str) -> bool:
     """Whether the region of that text is, or is made of, a share of the image: "cam" or "support".
 
     >>> depends_on_keep("border:4 & ~matched:cam"), depends_on_keep("border:4"), depends_on_keep("cam.png")
@@ -56,7 +56,7 @@ def read_region(
     labels: Tensor,
     *,
     targets: Tensor | None = None,
-    keep: float = 0.3,
+    fraction: float = 0.3,
     seed: int = 0,
 ) -> Tensor:
     """The region that `text` names on these images.
@@ -71,7 +71,7 @@ def read_region(
         images: (N, C, H, W) in [0, 1].
         labels: (N,) classes that "cam" and "support" are for.
         targets: (N,) the other class of "support".
-        keep: share of the image in "cam" and "support".
+        fraction: share of the image in "cam" and "support".
         seed: of "matched:".
 
     Returns:
@@ -93,11 +93,11 @@ def read_region(
     def supported(_: str) -> Tensor:
         if targets is None:
             raise ValueError("region is 'support', which needs a class to reach: give a target")
-        return support(model, images, labels, targets, keep=keep)
+        return support(model, images, labels, targets, fraction=fraction)
 
     makers: dict[str, Callable[[str], Tensor]] = {
         "none": whole,
-        "cam": lambda _: cam(model, images, labels, keep=keep),
+        "cam": lambda _: cam(model, images, labels, fraction=fraction),
         "background": lambda _: background(images, model=model, classes=labels),
         "border": framed,
         "support": supported,
@@ -122,7 +122,7 @@ def read_region(
         return from_file(text, images).expand(len(images), -1, -1, -1)
     if text.startswith("matched:(") and text.endswith(")"):
         inner = text.removeprefix("matched:(").removesuffix(")")
-        whole_of_it = read_region(inner, model, images, labels, targets=targets, keep=keep, seed=seed)
+        whole_of_it = read_region(inner, model, images, labels, targets=targets, fraction=fraction, seed=seed)
         return matched(whole_of_it, seed=seed, images=images)
     every = torch.zeros_like(images[:, :1], dtype=torch.bool)
     for union in text.split("|"):

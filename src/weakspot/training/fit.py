@@ -178,7 +178,7 @@ def fit(
     workers: int,
     every: float,
     masks: Path | None,
-    told: Callable[[dict[str, float]], None] | None,
+    on_epoch: Callable[[dict[str, float]], None] | None,
     progress: Callable[[float], None] | None,
 ) -> None:
     """Train the classifier itself."""
@@ -218,7 +218,7 @@ def fit(
         loop.run(
             every=every,
             keep=keep if out is not None else None,
-            told=told,
+            on_epoch=on_epoch,
             progress=advance,
             raise_if_interrupted=interrupts.raise_if_interrupted,
         )

@@ -87,7 +87,7 @@ class Loop:
         *,
         every: float,
         keep: Callable[[State], None] | None,
-        told: Callable[[dict[str, float]], None] | None,
+        on_epoch: Callable[[dict[str, float]], None] | None,
         progress: Callable[[float], None] | None,
         raise_if_interrupted: Callable[[], None],
     ) -> None:
@@ -96,7 +96,7 @@ class Loop:
         Args:
             every: seconds between checkpoints within an epoch.
             keep: called with the state, at the end of every epoch and that often besides.
-            told: called with each epoch's row.
+            on_epoch: called with each epoch's row.
             progress: called with the share done.
             raise_if_interrupted: called between updates, when the state is whole; an exception ends the loop and
                 keeps the state.
@@ -124,8 +124,8 @@ class Loop:
                 keep(self.state())
                 kept = time.monotonic()
             self._heed(raise_if_interrupted, keep)
-            if told is not None:
-                told(row)
+            if on_epoch is not None:
+                on_epoch(row)
 
     def state(self) -> State:
         """Everything that a later run needs to go on from here, on the CPU."""

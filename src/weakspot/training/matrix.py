@@ -66,7 +66,7 @@ def robustness_matrix(
     limit: int | None = None,
     strongest: int = 500,
     about: Mapping[str, Any] | None = None,
-    told: Callable[[str, Mapping[str, float]], None] | None = None,
+    on_epoch: Callable[[str, Mapping[str, float]], None] | None = None,
     progress: Callable[[str, float], None] | None = None,
     **options: Any,
 ) -> Matrix:
@@ -86,7 +86,7 @@ def robustness_matrix(
         limit: test images, the first; all where not given.
         strongest: images for the ensemble of attacks, the first of these.
         about: what every training.json says besides.
-        told: called with a network's name and its row after each epoch and, at last, its accuracies.
+        on_epoch: called with a network's name and its row after each epoch and, at last, its accuracies.
         progress: called with what is being done and the share done.
         **options: of `train`.
 
@@ -124,7 +124,7 @@ def robustness_matrix(
             out=out / name,
             masks=out,
             about=about,
-            told=None if told is None else (lambda row, name=name: told(name, row)),  # type: ignore[misc]
+            on_epoch=None if on_epoch is None else (lambda row, name=name: on_epoch(name, row)),  # type: ignore[misc]
             progress=shown(f"training {name}", begin, middle),
             **options,
         ).eval()
@@ -135,8 +135,8 @@ def robustness_matrix(
         found[name] = _kept_outcomes(
             out / name, network, tested, asked, shown(f"testing {name}", middle, end)
         )
-        if told is not None:
-            told(name, {test: float(right.double().mean()) for test, right in found[name].items()})
+        if on_epoch is not None:
+            on_epoch(name, {test: float(right.double().mean()) for test, right in found[name].items()})
     return Matrix(_accuracy(found, recipes, numbers), _differences(found, recipes, numbers), stopped)
 
 

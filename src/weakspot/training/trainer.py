@@ -47,7 +47,7 @@ def train(
     save_every: float = 60.0,
     masks: Path | None = None,
     about: Mapping[str, Any] | None = None,
-    told: Callable[[dict[str, float]], None] | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> nn.Module:
     """Train a copy of a network; part of every batch is attacked first, where and how the recipe says.
@@ -91,7 +91,7 @@ def train(
         save_every: seconds between checkpoints within an epoch.
         masks: folder where backgrounds are kept from one training to the next; `out` where not given.
         about: what training.json says besides.
-        told: called after every epoch with its row: epoch, loss, learning_rate, clean, robust, seconds.
+        on_epoch: called after every epoch with its row: epoch, loss, learning_rate, clean, robust, seconds.
         progress: called with the share done.
 
     Returns:
@@ -173,7 +173,7 @@ def train(
                             workers=workers,
                             every=save_every,
                             masks=masks or folder,
-                            told=told,
+                            on_epoch=on_epoch,
                             progress=progress,
                         )
             result = classifier if isinstance(model, Classifier) else classifier.network

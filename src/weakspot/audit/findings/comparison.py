@@ -248,7 +248,7 @@ def _remarks(before: Run, after: Run) -> list[str]:
         )
     facts: dict[str, list[Any]] = {
         "seed": [run.plan.seed for run in (before, after)],
-        "keep": [run.plan.keep for run in (before, after)],
+        "fraction": [run.plan.fraction for run in (before, after)],
         "input size": [tuple(model.get("input_size", ())) for model in models],
         "labels": [", ".join(sorted(run.about.get("labels", {}))) for run in (before, after)],
         "weakspot": [run.about.get("versions", {}).get("weakspot") for run in (before, after)],

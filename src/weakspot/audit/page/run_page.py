@@ -296,7 +296,7 @@ def _made(run: Run) -> dict[str, str]:
         "attacks": "; ".join(_attack(one.label, one.budget, one.settings) for one in plan.attacks),
         "regions": ", ".join(plan.reported_regions),
         "controls": f"regions of {plan.control_images} other images for each" if plan.controls else "",
-        "area of cam": f"{plan.keep:.0%} of the image",
+        "area of cam": f"{plan.fraction:.0%} of the image",
         "analyses": ", ".join(plan.analyses) or "none",
         "seed": str(plan.seed),
         "started": about.get("started", ""),

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from weakspot._checks import check_seed, check_share, closest
+from weakspot._checks import check_fraction, check_seed, closest
 from weakspot._io.urls import is_url
 from weakspot.attacks.libraries import LIBRARIES
 from weakspot.attacks.registry import find_attack
@@ -112,7 +112,7 @@ class Plan:
         analyses: names, in the order they are run.
         labels: "folders" (a folder is named like a class), a CSV file's path, "predictions" (of the model), or
             "auto": what an array brings, else folders where all match, else predictions.
-        keep: share of the image in the region cam.
+        fraction: share of the image in the region cam.
         seed: of everything random, the choice of `limit` images too.
         limit: how many images at most; None for all.
         maps: whether maps and pictures are kept.
@@ -130,7 +130,7 @@ class Plan:
     control_images: int = OTHER_IMAGES
     analyses: tuple[str, ...] = DEFAULT_ANALYSES
     labels: str = "auto"
-    keep: float = 0.3
+    fraction: float = 0.3
     seed: int = 0
     limit: int | None = None
     maps: bool = True
@@ -162,7 +162,7 @@ class Plan:
         if not self.sources:
             raise ValueError("images names nothing; accepted are files, folders, .npz and .npy arrays")
         check_seed(self.seed)
-        check_share(self.keep)
+        check_fraction(self.fraction)
         for name in ("limit", "shard", "group", "control_images"):
             value = getattr(self, name)
             if value is None and name != "control_images":

@@ -54,8 +54,8 @@ def read_mapping(mapping: Mapping[str, Any], folder: Path | None = None) -> Plan
     Args:
         mapping: images, model (a spec or a table of `ModelPlan`), attacks (names or tables of `AttackPlan`),
             budget (for every attack that takes one; several make several of each; minimal-norm attacks are counted at
-            it), regions, controls, control_images, analyses, labels, keep, seed, limit, maps, shard, group. Lists may
-            be given as text, separated by commas; analyses also as "all" or "none".
+            it), regions, controls, control_images, analyses, labels, fraction, seed, limit, maps, shard, group. Lists
+            may be given as text, separated by commas; analyses also as "all" or "none".
         folder: what paths are relative to; the working directory where not given.
 
     Raises:

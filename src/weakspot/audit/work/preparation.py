@@ -154,7 +154,7 @@ def _try_regions(plan: Plan, classifier: Classifier) -> None:
         labels = torch.zeros(1, dtype=torch.long, device=images.device)
         for text in dict.fromkeys(other_region(text)[0] if is_other(text) else text for text in plan.regions):
             try:
-                read_region(text, classifier, images, labels, keep=plan.keep, seed=plan.seed)
+                read_region(text, classifier, images, labels, fraction=plan.fraction, seed=plan.seed)
             except NotFiniteError:
                 continue  # rows will say so
             except (ValueError, FileNotFoundError) as error:

@@ -173,7 +173,7 @@ class _Shard:
                     self.machine.classifier,
                     images[mine],
                     labels[mine],
-                    keep=self.plan.keep,
+                    fraction=self.plan.fraction,
                     seed=self.plan.seed,
                 )
 
@@ -342,7 +342,9 @@ class _Shard:
                 labels = self.machine.predict(images, {}).argmax(1)
                 region = None
                 if text != "none":
-                    region = read_region(text, classifier, images, labels, keep=plan.keep, seed=plan.seed)
+                    region = read_region(
+                        text, classifier, images, labels, fraction=plan.fraction, seed=plan.seed
+                    )
                 pairs = call_attack(
                     find_attack(attack.name),
                     self.machine.steady,
