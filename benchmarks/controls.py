@@ -27,7 +27,13 @@ from weakspot.audit import AttackPlan, ModelPlan, Plan, audit, region_contrasts,
 from weakspot.budgets import read_budget
 from weakspot.classifier import Classifier
 from weakspot.regions import cam, matched
-from weakspot.statistics import mcnemar, mean_interval, paired_share_interval, region_test, share_interval
+from weakspot.statistics import (
+    mcnemar,
+    mean_interval,
+    paired_proportion_interval,
+    proportion_interval,
+    region_test,
+)
 
 NETWORK = "cifar10_resnet20"
 MODEL = ModelPlan("benchmarks.real:resnet20", size=(32, 32))
@@ -95,7 +101,7 @@ def foreign() -> None:
             ("shifted", shifted, mcnemar(other == 1, shifted == 1)),
             (f"{DRAWS} other images'", beside.mean(1), region_test(other, beside)),
         ):
-            paired = paired_share_interval(other == 1, control == 1)
+            paired = paired_proportion_interval(other == 1, control == 1)
             mean, low, high = paired if control is shifted else mean_interval(other - control)
             print(
                 f"{budget}, another image's class activation: {other.mean():.3f} fooled, {what} {control.mean():.3f} "
@@ -115,7 +121,7 @@ def power(runs: int = 1000) -> None:
             others = (rng.random((images, draws)) < chance).astype(float)
             own = (rng.random(images) < chance[:, 0] + added).astype(float)
             found += abs(own.mean() - others.mean()) >= 0.05 and region_test(own, others) <= 0.05
-        rows.append((100 * added, draws, images, *share_interval(np.arange(runs) < found)))
+        rows.append((100 * added, draws, images, *proportion_interval(np.arange(runs) < found)))
     print(
         sections.table(pd.DataFrame(rows, columns=["points", "draws", "images", "found", "low", "high"])),
         flush=True,

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks import real
 from weakspot import attacks
 from weakspot.pairs import AttackResult
-from weakspot.statistics import share_interval
+from weakspot.statistics import proportion_interval
 
 NETWORK = "cifar10_resnet20"
 JOBS: dict[str, tuple[Callable[..., AttackResult], dict[str, object]]] = {
@@ -31,7 +31,7 @@ JOBS: dict[str, tuple[Callable[..., AttackResult], dict[str, object]]] = {
 
 def share(hits: Tensor) -> str:
     """A share with its interval."""
-    value, low, high = share_interval(hits.numpy())
+    value, low, high = proportion_interval(hits.numpy())
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 

@@ -42,7 +42,7 @@ from weakspot.dissection import ConceptSet
 from weakspot.dissection.broden_files import image_batches
 from weakspot.dissection.sensitivity import equal_noise
 from weakspot.fusion import fused
-from weakspot.statistics import share_interval
+from weakspot.statistics import proportion_interval
 
 ROUNDS = 9
 LAYERS = ("_blocks.10", "_blocks.15")
@@ -272,7 +272,7 @@ def sensitivity_section(count: int = 200) -> None:
     for layer in ("body.layer1", "body.layer2", "body.layer3"):
         for name, one in (("PGD-20, 2/255", pairs), ("noise of that size", fake)):
             table = unit_sensitivity(model, layer, one)
-            moved = share_interval((table["p_value"] <= 0.05).to_numpy())
+            moved = proportion_interval((table["p_value"] <= 0.05).to_numpy())
             medians = (float(table[column].median()) for column in ("sensitivity", "noise"))
             rows.append([layer, name, len(table), *moved, *medians])
     columns = ["layer", "attack", "units", "moved", "low", "high", "median sensitivity", "median under noise"]

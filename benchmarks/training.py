@@ -55,7 +55,7 @@ def _epoch_against_passes(name: str, data: LabeledImages, steps: int) -> None:
             # The backgrounds are found once, in the round that is thrown away, and kept.
             defenses.train(
                 model, data, recipe="localized", epochs=1, held_out=0, steps=steps, step_size=0.01, budget=Linf(0.1),
-                share=share, batch_size=batch, masks=Path(kept), on_epoch=told.append,
+                fraction=share, batch_size=batch, masks=Path(kept), on_epoch=told.append,
             )  # fmt: skip
             seconds = _bare(name, data, batch, passes)
             if number:

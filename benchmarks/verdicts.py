@@ -36,7 +36,7 @@ from weakspot.explanations.agreement import (
 from weakspot.explanations.analysis import rivals
 from weakspot.explanations.importance import spread
 from weakspot.explanations.promotion import interpretability_matrix
-from weakspot.statistics import nulls, other_image_test, run_test, share_interval
+from weakspot.statistics import nulls, other_image_test, proportion_interval, run_test
 
 RUNS, RUN = 300, 20
 nulls.PERMUTATIONS = 999  # of 300 runs; the law asks for no more
@@ -96,7 +96,7 @@ def matrices(maps: Maps) -> dict[str, Tensor]:
 
 def rate(hits: Tensor | np.ndarray | list[bool]) -> str:
     """A share with its interval."""
-    share, low, high = share_interval(np.asarray(hits, dtype=bool))
+    share, low, high = proportion_interval(np.asarray(hits, dtype=bool))
     return f"{share:.3f} [{low:.3f}, {high:.3f}]"
 
 

@@ -46,7 +46,7 @@ def test_the_analysis_of_the_how_to_measures_what_it_says() -> None:
     changed[:, :, 0, :3] += 0.1  # three sites on the border
     changed[:, :, 16, 16] += 0.1  # one inside
     found = names["border"](None, Pairs(clean, changed, torch.tensor([0]), torch.tensor([1])))  # type: ignore[operator]
-    assert found.scores["border_share"][0] == pytest.approx(0.75)
+    assert found.scores["border_fraction"][0] == pytest.approx(0.75)
 
 
 def test_the_command_line_example_of_the_readme_parses(

@@ -308,7 +308,7 @@ def test_an_attack_within_an_attack_on_the_same_model_ends_as_it_does_alone(pool
     expected = pgd(model, images, labels, steps=3)
     inner: list[AttackResult] = []
 
-    def told(share: float) -> None:
+    def told(fraction: float) -> None:
         if not inner:
             inner.append(pgd(model, images, labels, steps=3))
 

@@ -261,11 +261,11 @@ SHARING: dict[str, Callable[[dict[str, Tensor]], Pairs]] = {
 }
 
 
-@pytest.mark.parametrize("share", SHARING.values(), ids=SHARING)
+@pytest.mark.parametrize("fraction", SHARING.values(), ids=SHARING)
 def test_fields_may_share_memory_or_lie_in_any_order(
-    tmp_path: Path, share: Callable[[dict[str, Tensor]], Pairs]
+    tmp_path: Path, fraction: Callable[[dict[str, Tensor]], Pairs]
 ) -> None:
-    pairs = share(parts())
+    pairs = fraction(parts())
     pairs.save(tmp_path / "pairs.safetensors")
     assert_same(Pairs.load(tmp_path / "pairs.safetensors"), pairs)
 

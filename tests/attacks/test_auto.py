@@ -174,9 +174,9 @@ NORMS: list[Linf | L2 | L1] = [Linf(0.02), L2(0.3), L1(5.0)]
 
 @pytest.mark.parametrize("part", [False, True], ids=["everywhere", "region"])
 @pytest.mark.parametrize("budget", NORMS, ids=str)
-@pytest.mark.parametrize(("share", "falls"), [(1.001, False), (0.9, True)], ids=["safe", "weak"])
+@pytest.mark.parametrize(("fraction", "falls"), [(1.001, False), (0.9, True)], ids=["safe", "weak"])
 def test_a_linear_model_falls_where_the_budget_reaches_its_border_and_never_elsewhere(
-    budget: Linf | L2 | L1, share: float, falls: bool, part: bool
+    budget: Linf | L2 | L1, fraction: float, falls: bool, part: bool
 ) -> None:
     network, _ = on_the_margin(0)
     region = torch.ones(1, 1, 16, 16, dtype=torch.bool)
@@ -192,7 +192,7 @@ def test_a_linear_model_falls_where_the_budget_reaches_its_border_and_never_else
             if not falls
             else 0.3 * float(largest[: int(budget.eps / 0.3)].sum())
         )
-    model, images = on_the_margin(share * reach)
+    model, images = on_the_margin(fraction * reach)
     assert 0.3 < float(images.min()) < float(images.max()) < 0.7 or not falls
     images = images.clamp(0, 1)
     with torch.no_grad():

@@ -227,14 +227,14 @@ def test_guided_finds_what_brute_force_over_all_sites_and_corner_colors_finds() 
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-@pytest.mark.parametrize("region_share", [1.0, 0.4])
+@pytest.mark.parametrize("region_fraction", [1.0, 0.4])
 @pytest.mark.parametrize("shape", [(3, 8, 8), (3, 7, 10)], ids=str)
 def test_guided_on_a_linear_model_paints_the_best_sites_in_their_best_colors(
-    shape: tuple[int, ...], region_share: float, count: int
+    shape: tuple[int, ...], region_fraction: float, count: int
 ) -> None:
     model, images = leaning(shape, lead=60), random_images(4, *shape)
     labels = torch.zeros(4, dtype=torch.long)
-    region = torch.rand(4, 1, *shape[1:], generator=torch.Generator().manual_seed(3)) < region_share
+    region = torch.rand(4, 1, *shape[1:], generator=torch.Generator().manual_seed(3)) < region_fraction
     result = few_pixel(model, images, labels, count=count, region=region, method="guided")
     for index in range(4):
         weight = model.weight.detach()
@@ -451,8 +451,8 @@ def test_a_larger_region_never_loses_a_guided_success_on_a_linear_model() -> Non
     model, images = leaning((3, 8, 8), lead=2.0), random_images(40, 3, 8, 8)
     labels, order = predicted(model, images), torch.rand(40, 1, 8, 8)
     fooled, counts = torch.zeros(40, dtype=torch.bool), []
-    for share in (0.02, 0.1, 0.4, 1.0):
-        result = few_pixel(model, images, labels, region=order < share, method="guided", **SHORT)
+    for fraction in (0.02, 0.1, 0.4, 1.0):
+        result = few_pixel(model, images, labels, region=order < fraction, method="guided", **SHORT)
         assert not bool((fooled & ~result.success).any())
         fooled = result.success
         counts.append(int(fooled.sum()))

@@ -159,8 +159,8 @@ def test_pgd_on_a_linear_model_reaches_the_closed_form_optimum_inside_the_region
         sign = 1 if labels[index] == 0 else -1
         direction = -sign * model.weight.detach() * region[index]
         best = steepest_within(direction, images[index], budget)
-        share = float((direction * result.perturbation[index]).sum() / (direction * best).sum())
-        assert (least if isinstance(budget, Linf) or steps >= 7 else 0.91) <= share <= 1 + 1e-5
+        fraction = float((direction * result.perturbation[index]).sum() / (direction * best).sum())
+        assert (least if isinstance(budget, Linf) or steps >= 7 else 0.91) <= fraction <= 1 + 1e-5
         if isinstance(budget, Linf):
             torch.testing.assert_close(result.perturbation[index].double(), best, rtol=0, atol=1e-6)
 
@@ -199,7 +199,9 @@ def test_a_larger_budget_and_a_larger_region_never_lose_an_image_of_a_linear_mod
     model = LinearNetwork(torch.randn(3, 6, 8, generator=generator)).eval()
     images = torch.rand(24, 3, 6, 8, generator=generator)
     labels, order = predicted(model, images), torch.rand(24, 1, 6, 8, generator=generator)
-    nested = [(Linf(eps), order < share) for eps, share in [(0.01, 0.2), (0.03, 0.5), (0.1, 0.5), (0.1, 1.0)]]
+    nested = [
+        (Linf(eps), order < fraction) for eps, fraction in [(0.01, 0.2), (0.03, 0.5), (0.1, 0.5), (0.1, 1.0)]
+    ]
     nested.append((Linf(1.0), order < 1.0))
     before = margins_of(model, images, labels)
     fooled = torch.zeros(24, dtype=torch.bool)
@@ -742,7 +744,7 @@ def test_stopping_early_saves_passes_where_images_fall() -> None:
 
 @pytest.mark.parametrize("steps", [1, 3, 10])
 @pytest.mark.parametrize("contrast", [0.8, 1.0], ids=["box far", "box near"])
-@pytest.mark.parametrize("objective", ["margin", "cross_entropy", "dlr"])
+@pytest.mark.parametrize("loss", ["margin", "cross_entropy", "dlr"])
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 1.0])
 def test_the_iterative_method_on_a_linear_model_ends_in_the_corner_of_the_cube(
     steps: int, contrast: float, loss: str, momentum: float
@@ -822,7 +824,7 @@ def test_the_iterative_method_draws_nothing() -> None:
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan")])
 @pytest.mark.parametrize("attack", [pgd, bim])
-def test_momentum_is_a_share(attack: Attack, momentum: float) -> None:
+def test_momentum_is_a_fraction(attack: Attack, momentum: float) -> None:
     model, images = NETWORKS["pooling"]()
     with untouched(model, images), pytest.raises(ValueError, match=r"^momentum is .*; accepted"):
         attack(model, images, torch.tensor([0, 1, 2]), momentum=momentum)

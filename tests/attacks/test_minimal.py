@@ -169,8 +169,8 @@ def test_pgd_brackets_what_fmn_finds() -> None:
         place = None if region is None else region[image : image + 1]
         falls.append(
             [
-                bool(pgd(model, *own, budget=Linf(share * size), region=place, steps=40).success)
-                for share in (0.9, 1.1)
+                bool(pgd(model, *own, budget=Linf(fraction * size), region=place, steps=40).success)
+                for fraction in (0.9, 1.1)
             ]
         )
     assert falls == [[False, True]] * 8

@@ -128,17 +128,17 @@ def test_an_objective_is_found_by_its_name_or_is_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "sentence"),
+    ("loss", "sentence"),
     [
-        ("margn", r"objective is 'margn'; did you mean margin\?"),
-        ("loss", r"objective is 'loss'; accepted: margin, cross_entropy, dlr$"),
-        ("", r"objective is ''; accepted: margin"),
-        (3, r"objective is a int; accepted is margin, cross_entropy, dlr or a function"),
-        (None, r"objective is a NoneType; accepted is margin"),
-        (lambda logits, labels, targets: logits, r"objective returned \(3, 4\); accepted .* \(3,\)"),
-        (lambda logits, labels, targets: logits[:, :1], r"objective returned \(3, 1\); accepted .* \(3,\)"),
-        (lambda logits, labels, targets: logits.sum(), r"objective returned \(\); accepted .* \(3,\)"),
-        (lambda logits, labels, targets: 1.0, r"objective returned float; accepted is a tensor"),
+        ("margn", r"loss is 'margn'; did you mean margin\?"),
+        ("loss", r"loss is 'loss'; accepted: margin, cross_entropy, dlr$"),
+        ("", r"loss is ''; accepted: margin"),
+        (3, r"loss is a int; accepted is margin, cross_entropy, dlr or a function"),
+        (None, r"loss is a NoneType; accepted is margin"),
+        (lambda logits, labels, targets: logits, r"loss returned \(3, 4\); accepted .* \(3,\)"),
+        (lambda logits, labels, targets: logits[:, :1], r"loss returned \(3, 1\); accepted .* \(3,\)"),
+        (lambda logits, labels, targets: logits.sum(), r"loss returned \(\); accepted .* \(3,\)"),
+        (lambda logits, labels, targets: 1.0, r"loss returned float; accepted is a tensor"),
     ],
 )
 @pytest.mark.parametrize("attack", [pgd, fgsm])

@@ -51,9 +51,9 @@ def gained(model: nn.Module, result: AttackResult) -> Tensor:
     return before - after
 
 
-def scattered(images: Tensor, share: float = 0.4) -> Tensor:
+def scattered(images: Tensor, fraction: float = 0.4) -> Tensor:
     sites = torch.rand(len(images), 1, *images.shape[2:], generator=torch.Generator().manual_seed(3))
-    return sites < share
+    return sites < fraction
 
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
@@ -105,10 +105,10 @@ def best_in_ssim(
 
     pixels = exact.flatten()[sites].tolist()
     found = []
-    for share in (0.3, 0.9):
+    for fraction in (0.3, 0.9):
         ended = optimize.minimize(
             lambda free: -float(weights @ free),
-            share * start.flatten()[sites].double().numpy(),
+            fraction * start.flatten()[sites].double().numpy(),
             jac=lambda free: -weights,
             bounds=[(-pixel, 1 - pixel) for pixel in pixels],
             constraints=[
@@ -123,15 +123,15 @@ def best_in_ssim(
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("share", [1.0, 0.4], ids=["everywhere", "in a region"])
+@pytest.mark.parametrize("fraction", [1.0, 0.4], ids=["everywhere", "in a region"])
 @pytest.mark.parametrize("contrast", [0.3, 1.0], ids=["smooth images", "rough images"])
 @pytest.mark.parametrize("budget", [SSIM(0.005, level=1), SSIM(0.05, patch=4, level=1)], ids=str)
 def test_pgd_reaches_what_a_general_solver_finds_in_the_ssim_budget(
-    budget: SSIM, contrast: float, share: float
+    budget: SSIM, contrast: float, fraction: float
 ) -> None:
     optimize: Any = pytest.importorskip("scipy.optimize")
     model, images, labels = linear(1, 8, 8, contrast=contrast, count=1)
-    region = scattered(images, share)
+    region = scattered(images, fraction)
     result = pgd(model, images, labels, budget=budget, region=region)
     slopes = model.weight.detach() * (1 if int(labels[0]) else -1)
     best = best_in_ssim(budget, slopes, images[0], region[0], result.perturbation[0], optimize)

@@ -47,8 +47,8 @@ def cases(draw: st.DrawFn) -> Case:
     kind = draw(st.sampled_from(["everywhere", "scattered", "empty"]))
     if kind == "everywhere":
         return Case(wanted, images, None)
-    share = 0.4 if kind == "scattered" else 0.0
-    return Case(wanted, images, torch.rand(len(images), 1, *size, generator=generator) < share)
+    fraction = 0.4 if kind == "scattered" else 0.0
+    return Case(wanted, images, torch.rand(len(images), 1, *size, generator=generator) < fraction)
 
 
 def limit(budget: Budget) -> float:

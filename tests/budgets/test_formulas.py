@@ -129,8 +129,8 @@ def test_a_global_projection_spends_the_whole_budget_where_more_is_wanted(
     assert bool((spent[outside] >= (1 - 1e-3) * eps).all())
     torch.testing.assert_close(found[~outside], inside[~outside], rtol=1e-5, atol=0)
     # It lies on the way from the image to what is wanted.
-    share = (found * inside).flatten(1).sum(1) / inside.square().flatten(1).sum(1).clamp(min=1e-30)
-    torch.testing.assert_close(found, share.view(-1, 1, 1, 1) * inside, rtol=1e-4, atol=1e-6)
+    fraction = (found * inside).flatten(1).sum(1) / inside.square().flatten(1).sum(1).clamp(min=1e-30)
+    torch.testing.assert_close(found, fraction.view(-1, 1, 1, 1) * inside, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("above", [1e-3, 1e-2, 0.1])

@@ -48,9 +48,9 @@ def test_a_projection_is_inside_budget_box_and_region(budget: Budget, case: Case
 
 @LAW
 @given(budgets, cases(), st.floats(0.01, 1))
-def test_what_a_budget_allows_a_larger_one_allows_too(budget: Budget, case: Case, share: float) -> None:
+def test_what_a_budget_allows_a_larger_one_allows_too(budget: Budget, case: Case, fraction: float) -> None:
     wanted, images, region = case
-    smaller = dataclasses.replace(budget, eps=share * limit(budget))  # type: ignore[type-var]
+    smaller = dataclasses.replace(budget, eps=fraction * limit(budget))  # type: ignore[type-var]
     inside = smaller.project(wanted, images, region=region)
     torch.testing.assert_close(budget.project(inside, images, region=region), inside, rtol=1e-4, atol=2e-6)
 

@@ -121,12 +121,12 @@ def test_the_global_projection_goes_straight_home_and_stops_on_the_budget(
     for image, goal, mask, point in zip(images, wanted, region, found, strict=True):
         inside = torch.where(mask, (image + goal).clamp(0, 1) - image, 0).double()
         assert size_of(budget, image, inside) > eps  # the wanted point lies outside
-        share = float((point * inside).sum() / inside.square().sum())
-        torch.testing.assert_close(point.double(), share * inside, rtol=1e-4, atol=1e-6)
+        fraction = float((point * inside).sum() / inside.square().sum())
+        torch.testing.assert_close(point.double(), fraction * inside, rtol=1e-4, atol=1e-6)
         assert (1 - 1e-3) * eps <= size_of(budget, image, point) <= eps * (1 + 1e-6)
         # The largest share: nothing further out on the way to the wanted point is within.
         assert all(
-            size_of(budget, image, further * inside) > eps for further in np.linspace(share, 1, 20)[1:]
+            size_of(budget, image, further * inside) > eps for further in np.linspace(fraction, 1, 20)[1:]
         )
 
 
@@ -351,7 +351,7 @@ def test_means_take_their_share_of_the_steepest_step_and_all_of_the_budget_is_sp
     steepest = SSIM(0.01, patch=patch, level=1).steepest_step(gradients, here, images)
     steps = SSIM(0.01, patch=patch, level=level).steepest_step(gradients, here, images)
     for image, point, full, step, movable in zip(images, here, steepest, steps, gradients != 0, strict=True):
-        spent, shares, rests = [], [], []
+        spent, fractions, rests = [], [], []
         for whole, change, moves, (bright, structure) in zip(
             pieces(full, patch), pieces(step, patch), pieces(movable.float(), patch), frozen(image, point, patch),
             strict=True,
@@ -361,13 +361,13 @@ def test_means_take_their_share_of_the_steepest_step_and_all_of_the_budget_is_sp
             if not moves.any():
                 continue
             on = moves > 0
-            shares.append(change[on].mean() / whole[on].mean())
+            fractions.append(change[on].mean() / whole[on].mean())
             if on.sum() > 1:
                 rests.extend((change[on] - change[on].mean()) / (whole[on] - whole[on].mean()))
         assert sum(spent) / len(spent) == pytest.approx(0.01, rel=1e-4)
         scale = np.median(rests)
-        assert np.quantile(shares, 0.1) == pytest.approx(level * scale, rel=2e-2)
-        assert np.quantile(shares, 0.9) == pytest.approx(level * scale, rel=2e-2)
+        assert np.quantile(fractions, 0.1) == pytest.approx(level * scale, rel=2e-2)
+        assert np.quantile(fractions, 0.9) == pytest.approx(level * scale, rel=2e-2)
 
 
 def test_a_smaller_share_of_means_leaves_fewer_edges_between_patches() -> None:

@@ -369,7 +369,7 @@ def test_an_attack_option_beside_a_pair_is_refused_by_name_even_where_it_says_th
         ("border|cam", True),
     ],
 )
-def test_a_share_to_keep_is_refused_exactly_where_no_region_is_a_share(
+def test_a_share_to_keep_is_refused_exactly_where_no_region_is_a_fraction(
     run: Run, photographs: Path, region: str | None, used: bool
 ) -> None:
     Image.fromarray(np.full((64, 64), 255, np.uint8)).save("cam.png")

@@ -88,9 +88,9 @@ def test_the_evidence_for_a_class_lies_on_the_object(networks: ModuleType, data:
     labels = torch.tensor([int(rows[file]["class_index"]) for file in files])
     model = load("efficientnet_lite0", device="cpu")
     evidence = class_activation(model, images, labels, registration="effective").clamp(min=0)
-    share = (evidence * inside).sum((1, 2, 3)) / evidence.sum((1, 2, 3))
+    fraction = (evidence * inside).sum((1, 2, 3)) / evidence.sum((1, 2, 3))
     area = inside.float().mean((1, 2, 3))
-    assert float((share > area).float().mean()) > 0.8
+    assert float((fraction > area).float().mean()) > 0.8
 
 
 def test_relations_of_photographs_are_stated_again_with_fresh_paths_and_not_of_unrelated_images(

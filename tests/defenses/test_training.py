@@ -64,9 +64,9 @@ def weights(model: nn.Module) -> Tensor:
 def test_a_share_of_nothing_is_standard_training_bit_for_bit(recipe: str) -> None:
     data = halves()
     standard = defenses.train(fresh(), data, recipe="standard", **QUICK)
-    nothing = defenses.train(fresh(), data, recipe=recipe, share=0.0, **QUICK)
+    nothing = defenses.train(fresh(), data, recipe=recipe, fraction=0.0, **QUICK)
     assert torch.equal(weights(standard), weights(nothing))
-    some = defenses.train(fresh(), data, recipe=recipe, share=0.5, **QUICK)
+    some = defenses.train(fresh(), data, recipe=recipe, fraction=0.5, **QUICK)
     assert not torch.equal(weights(standard), weights(some))
 
 
@@ -301,7 +301,7 @@ def test_two_processes_keep_one_set_of_statistics_and_go_on_with_it(tmp_path: Pa
 
 def settings(**changes: Any) -> Settings:
     numbers: dict[str, Any] = {
-        "recipe": "full", "budget": Linf(0.1), "share": 0.5, "epochs": 1, "seed": 0, "steps": 8, "step_size": 0.03,
+        "recipe": "full", "budget": Linf(0.1), "fraction": 0.5, "epochs": 1, "seed": 0, "steps": 8, "step_size": 0.03,
         "batch_size": 6, "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.0, "beta": 6.0, "augment": "none",
         "held_out": 0, "precision": "32-true",
     }  # fmt: skip
@@ -538,7 +538,7 @@ def test_trades_is_its_formula_by_hand() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(16 * 12, 2))
     data = halves(40)
     kept: list[tuple[Tensor, Tensor]] = []
-    loop = loop_of(model, "trades", torch.zeros(40, 1, 16, 12, dtype=torch.bool), beta=4.0, share=0.5)
+    loop = loop_of(model, "trades", torch.zeros(40, 1, 16, 12, dtype=torch.bool), beta=4.0, fraction=0.5)
     real = loop._attacked
 
     def watching(rows: Tensor, images: Tensor, labels: Tensor, places: Tensor, moves: Moves) -> Tensor:
@@ -686,8 +686,8 @@ def test_half_precision_learns_too() -> None:
     ("arguments", "said"),
     [
         ({"recipe": "localized"}, "recipe is 'localized'; did you mean localized"),
-        ({"share": 1.5}, "share is 1.5; accepted is a number from 0 to 1"),
-        ({"share": float("nan")}, "share is nan"),
+        ({"fraction": 1.5}, "share is 1.5; accepted is a number from 0 to 1"),
+        ({"fraction": float("nan")}, "share is nan"),
         ({"epochs": 0}, "epochs is 0"),
         ({"batch_size": 500}, "batch_size is 500; there are 180 images to train on"),
         ({"learning_rate": -1}, "learning_rate is -1"),

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from weakspot.defenses import verdict
-from weakspot.statistics import mcnemar_counts, share_interval
+from weakspot.statistics import mcnemar_counts, proportion_interval
 
 COUNT = 100
 QUERIES = ("square search, 500 queries", "square search, 1000 queries")
@@ -26,7 +26,7 @@ def table(
     for attack, sides in accuracies.items():
         row: dict[str, Any] = {"attack": attack, "images": COUNT}
         for side, accuracy in zip(("undefended", "defended"), sides, strict=True):
-            bounds = share_interval(np.arange(COUNT) < round(accuracy * COUNT))
+            bounds = proportion_interval(np.arange(COUNT) < round(accuracy * COUNT))
             row |= dict(zip((side, f"{side}_low", f"{side}_high"), bounds, strict=True))
         gained = round((sides[1] - sides[0]) * COUNT)
         row["undefended_only"], row["defended_only"] = lost + max(0, -gained), lost + max(0, gained)

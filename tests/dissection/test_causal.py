@@ -39,7 +39,7 @@ def carried() -> tuple[nn.Module, Pairs]:
 def test_the_unit_that_carries_the_decision_brings_it_back() -> None:
     model, pairs = carried()
     with untouched(model, pairs.clean, pairs.adversarial):
-        table = unit_restoration(model, "look", pairs, shares=(1 / 8, 1.0))
+        table = unit_restoration(model, "look", pairs, fractions=(1 / 8, 1.0))
     assert table["images"].tolist() == [5, 5]
     assert table["units"].tolist() == [1, 8]
     assert table["reverted"].tolist() == [1, 1]
@@ -58,15 +58,15 @@ def test_all_units_of_the_only_way_back_are_the_clean_decision(kind: str, layer:
     labels = model(images).argmax(1)
     pairs = attacks.pgd(model, images, labels, budget=Linf(0.5), steps=10)
     assert bool(pairs.success.any())
-    table = unit_restoration(model, layer, pairs, shares=(0.2, 1.0), batch_size=2)
+    table = unit_restoration(model, layer, pairs, fractions=(0.2, 1.0), batch_size=2)
     assert table["reverted"][1] == table["random"][1] == 1
-    assert unit_restoration(model, layer, pairs, shares=(0.2, 1.0)).equals(table)
+    assert unit_restoration(model, layer, pairs, fractions=(0.2, 1.0)).equals(table)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     model, pairs = carried()
     with pytest.raises(ValueError, match="shares is"):
-        unit_restoration(model, "look", pairs, shares=(0.0,))
+        unit_restoration(model, "look", pairs, fractions=(0.0,))
     with pytest.raises(ValueError, match="layers has 'luck'"):
         unit_restoration(model, "luck", pairs)
 

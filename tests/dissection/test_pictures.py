@@ -81,8 +81,8 @@ def places() -> tuple[np.ndarray[Any, np.dtype[np.float64]], np.ndarray[Any, np.
 @pytest.mark.parametrize("texture", TEXTURES)
 def test_a_texture_shows_both_colors(texture: Any) -> None:
     for seed in range(20):
-        share = texture(*places(), np.random.default_rng(seed)).mean()
-        assert 0.1 < share < 0.8
+        fraction = texture(*places(), np.random.default_rng(seed)).mean()
+        assert 0.1 < fraction < 0.8
 
 
 def test_textures_have_the_symmetry_of_their_name() -> None:

@@ -16,7 +16,7 @@ from tests.conftest import NETWORKS, PoolingNetwork
 from weakspot.attacks import pgd
 from weakspot.budgets import L2
 from weakspot.explanations import overlap
-from weakspot.explanations.agreement import STATISTICS, agreement, comparable, effect_in_roi, reached_share
+from weakspot.explanations.agreement import STATISTICS, agreement, comparable, effect_in_roi, reached_fraction
 from weakspot.pairs import Pairs
 from weakspot.regions import top
 
@@ -96,7 +96,7 @@ def test_what_is_reached_lies_within_a_fiftieth_of_the_shorter_side(
     adversarial[0, 1, 10, 12] = 0.5
     zero = torch.zeros(2, dtype=torch.long)
     share = (2 * radius + 1) ** 2 / (size[0] * size[1])
-    assert reached_share(Pairs(clean, adversarial, zero, zero)).tolist() == pytest.approx([share, 0])
+    assert reached_fraction(Pairs(clean, adversarial, zero, zero)).tolist() == pytest.approx([share, 0])
 
 
 def attacked(count: int, seed: int = 0) -> tuple[nn.Module, Pairs]:

@@ -242,15 +242,15 @@ def margins(model: nn.Module, pairs: Pairs, labels: Tensor, rivals: Tensor) -> N
 
 @pytest.mark.parametrize("fraction", [0.0, 0.07, 0.2, 0.5, 1.0])
 def test_regions_have_their_exact_area_and_the_four_parts_cover_the_image_once(
-    any_model: Made, keep: float
+    any_model: Made, fraction: float
 ) -> None:
     model, images = any_model
-    found = overlap(model, attacked(model, images), fraction=keep)
+    found = overlap(model, attacked(model, images), fraction=fraction)
     sites = images.shape[2] * images.shape[3]
     assert found.roi.dtype == found.roa.dtype == torch.bool
-    assert found.roi.flatten(1).sum(1).tolist() == [round(keep * sites)] * 3
+    assert found.roi.flatten(1).sum(1).tolist() == [round(fraction * sites)] * 3
     took = (found.vulnerability > 0).flatten(1).sum(1)
-    assert found.roa.flatten(1).sum(1).tolist() == took.clamp(max=round(keep * sites)).tolist()
+    assert found.roa.flatten(1).sum(1).tolist() == took.clamp(max=round(fraction * sites)).tolist()
     rest = ~(found.roi | found.roa)
     parts = found.essential.int() + found.contested.int() + found.neutralizable.int() + rest.int()
     assert torch.equal(parts, torch.ones_like(parts))
@@ -323,9 +323,9 @@ def test_plain_scores_equal_their_definitions() -> None:
     assert torch.equal(found.roa[0, 0], weight[0] > 0)
     row = found.scores.loc[0]
     assert row["roa_components"] == 2
-    assert row["roa_largest_share"] == pytest.approx(29 / 39)
-    assert row["changed_share"] == pytest.approx(39 / 320)
-    assert row["roi_share"] == pytest.approx(39 / 320)
+    assert row["roa_largest_fraction"] == pytest.approx(29 / 39)
+    assert row["changed_fraction"] == pytest.approx(39 / 320)
+    assert row["roi_fraction"] == pytest.approx(39 / 320)
     assert row["margin_drop"] == pytest.approx(2 * 0.1 * float(weight.sum()), rel=1e-4)
     assert row["margin_taken"] == pytest.approx(0.2)  # 0.1 of 0.5, everywhere where there is weight
 
@@ -339,7 +339,7 @@ def test_identical_images_claim_nothing(any_model: Made) -> None:
         for column in found.scores.filter(regex=f"^({name}|relation)"):
             assert found.scores[column].isna().all(), column
     assert (found.scores["margin_drop"] == 0).all()
-    assert (found.scores["changed_share"] == 0).all()
+    assert (found.scores["changed_fraction"] == 0).all()
     assert (found.scores["margin_taken"] == 0).all()
 
 
@@ -555,7 +555,7 @@ def test_what_a_confined_attack_never_touched_is_not_called_attacked(pooling: Ma
     near = torch.zeros(20, 20, dtype=torch.bool)
     near[10:18, 1:8] = True
     assert not bool((found.roa & ~near).any())
-    assert (found.scores["reached_share"] < 0.5).all()
+    assert (found.scores["reached_fraction"] < 0.5).all()
     for name in TESTED:
         assert found.scores[name].notna().all(), name  # what it is, and nothing that it is tested against
         assert found.scores.filter(regex=f"^{name}_").isna().to_numpy().all(), name

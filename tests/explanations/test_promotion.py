@@ -59,7 +59,7 @@ def test_a_linear_model_has_its_weights_as_effects(variant: str, size: tuple[int
     assert torch.equal(found.kind[clear], ((ratio > 1).byte() - (ratio < -1).byte()).to(torch.int8)[clear])
     assert bool((found.kind[~active] == -128).all())
     negative = ((raised < 0) | (lowered < 0)).flatten(1).double().mean(1)
-    assert found.scores["negative_share"].tolist() == pytest.approx(negative.tolist())
+    assert found.scores["negative_fraction"].tolist() == pytest.approx(negative.tolist())
 
 
 class Moved(nn.Module):
@@ -187,14 +187,14 @@ def test_bad_input_gets_one_sentence() -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.75])
-def test_an_even_perturbation_scores_the_root_of_the_area(keep: float) -> None:
+def test_an_even_perturbation_scores_the_root_of_the_area(fraction: float) -> None:
     torch.manual_seed(3)
     model = PoolingNetwork().eval()
     clean = torch.rand(2, 3, 20, 20) * 0.5
     pairs = Pairs(clean, clean + 0.1, torch.tensor([0, 1]), torch.tensor([1, 0]))
-    score = interpretability_score(model, pairs, fraction=keep)
-    torch.testing.assert_close(score, torch.full((2,), math.sqrt(keep)), atol=0.01, rtol=0)
-    test = interpretability_test(model, pairs, fraction=keep)
+    score = interpretability_score(model, pairs, fraction=fraction)
+    torch.testing.assert_close(score, torch.full((2,), math.sqrt(fraction)), atol=0.01, rtol=0)
+    test = interpretability_test(model, pairs, fraction=fraction)
     assert test["interpretability_label_shift_null"].tolist() == pytest.approx(score.tolist())
 
 

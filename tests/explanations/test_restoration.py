@@ -59,7 +59,7 @@ def test_one_planted_cell_is_both_enough_and_needed() -> None:
     planted[:, :, 4:8, 8:] = True
     assert torch.equal(found.sufficient, planted)
     assert torch.equal(found.necessary, planted)
-    assert found.scores["necessary_share"][0] == pytest.approx(1 / 9)
+    assert found.scores["necessary_fraction"][0] == pytest.approx(1 / 9)
     assert found.scores["deletion_auc"][0] > 0.9
     assert found.scores["insertion_auc"][0] > 0.9
 
@@ -75,7 +75,7 @@ def test_an_attack_is_not_concentrated_for_being_confined() -> None:
     scores = found.scores
     assert scores["deletion_auc"].tolist() == pytest.approx([0.5, 0.5], abs=1e-3)
     assert scores["insertion_auc"].tolist() == pytest.approx([0.5, 0.5], abs=1e-3)
-    assert scores["necessary_share"].tolist() == pytest.approx([5 / 9, 1 / 2])
+    assert scores["necessary_fraction"].tolist() == pytest.approx([5 / 9, 1 / 2])
     assert not bool((found.sufficient[1] & (adversarial[1] == clean[1]).all(0)).any())
 
 
@@ -91,7 +91,7 @@ def test_curves_run_from_one_image_to_the_other() -> None:
     margins = [
         z.gather(1, labels[:, None])[:, 0] - z.scatter(1, labels[:, None], -torch.inf).amax(1) for z in ends
     ]
-    assert found.share[0].tolist() == pytest.approx([number / 12 for number in range(13)])
+    assert found.fraction[0].tolist() == pytest.approx([number / 12 for number in range(13)])
     torch.testing.assert_close(found.deletion[:, 0], margins[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found.deletion[:, -1], margins[1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found.insertion[:, 0], margins[1], atol=1e-4, rtol=1e-4)

@@ -72,9 +72,9 @@ def test_support_finds_the_two_patches_that_two_classes_read() -> None:
 def test_what_is_no_share_is_refused(pooling: Made, fraction: float) -> None:
     model, images = pooling
     classes = torch.zeros(3, dtype=torch.long)
-    with pytest.raises(ValueError, match="keep is"):
+    with pytest.raises(ValueError, match="fraction is"):
         regions.cam(model, images, classes, fraction=fraction)
-    with pytest.raises(ValueError, match="keep is"):
+    with pytest.raises(ValueError, match="fraction is"):
         regions.support(model, images, classes, classes, fraction=fraction)
 
 

@@ -128,7 +128,7 @@ def cells(*robust: float) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
-                "attack": "pgd", "budget": None, "region": f"region {number}", "region_share": 0.1 * number,
+                "attack": "pgd", "budget": None, "region": f"region {number}", "region_fraction": 0.1 * number,
                 "images": 9,
                 "robust_accuracy": value, "low": max(0.0, value - 0.1), "high": min(1.0, value + 0.1), "troubled": 0,
             }

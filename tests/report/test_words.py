@@ -11,10 +11,10 @@ from weakspot.report.sentences import headline, verdict
 
 BASE = {
     "image": "cat.png", "label": "lynx", "target": "tabby", "adversarial_class": "tabby", "read_clean_as": "lynx",
-    "success": True, "asked_for_target": False, "completeness_gap": 0.002, "reached_share": 1.0,
+    "success": True, "asked_for_target": False, "completeness_gap": 0.002, "reached_fraction": 1.0,
     "label_clean": 0.4, "label_adversarial": 0.01, "target_clean": 0.1, "target_adversarial": 0.97,
-    "adversarial_class_adversarial": 0.97, "linf": 0.016, "changed_share": 1.0,
-    "effect_in_roi": 0.61, "effect_in_roi_null": 0.31, "roi_share": 0.2, "margin_taken": 1.8, "margin_drop": 3.0,
+    "adversarial_class_adversarial": 0.97, "linf": 0.016, "changed_fraction": 1.0,
+    "effect_in_roi": 0.61, "effect_in_roi_null": 0.31, "roi_fraction": 0.2, "margin_taken": 1.8, "margin_drop": 3.0,
     "relation": 1.0, "relation_p": 0.012, "relation_q": 0.04,
 }  # fmt: skip
 
@@ -71,7 +71,7 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
             ),
         ),
         (
-            {"changed_share": 0.3, "reached_share": 0.4},
+            {"changed_fraction": 0.3, "reached_fraction": 0.4},
             (
                 "It changed 30% of the pixels and left 60% of the image untouched; where it acts follows from that and "
                 "is not compared with where the network looks."
@@ -82,7 +82,7 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
             "It took next to nothing from the lead of lynx, or nothing that could be placed.",
         ),
         (
-            {"roi_share": 0.0},
+            {"roi_fraction": 0.0},
             "No part of the image stands out for lynx, so there is no place where the network looks.",
         ),
         (
@@ -97,7 +97,7 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
             "It took 34% of the lead of lynx over tabby. 61% of the effect falls on the 20%",
         ),
         (
-            {**FAILED, "margin_taken": 0.34, "changed_share": 0.3, "reached_share": 0.4},
+            {**FAILED, "margin_taken": 0.34, "changed_fraction": 0.3, "reached_fraction": 0.4},
             "It took 34% of the lead of lynx over tabby, by changing 30% of the pixels.",
         ),
         (
@@ -134,7 +134,7 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
             },
             "The attack failed: it asked for tabby and reached 97%; the image is read as lynx 30%.",
         ),
-        ({"changed_share": 0.27}, "It acts where the network looks"),
+        ({"changed_fraction": 0.27}, "It acts where the network looks"),
         ({"completeness_gap": 0.96}, "What it did could not be placed: the vulnerability map is 96% off"),
         ({"linf": 0.0}, "The two images are identical; there is nothing to explain."),
     ],
@@ -156,7 +156,7 @@ def test_a_success_that_only_one_side_of_rounding_has_is_told_as_such() -> None:
 @pytest.mark.parametrize("success", [True, False])
 def test_a_confined_or_sparse_attack_is_not_compared_with_where_the_network_looks(success: bool) -> None:
     for changed in (0.3, 0.0001):
-        sentences = said(changed_share=changed, reached_share=0.4, effect_in_roi=0.99, success=success)
+        sentences = said(changed_fraction=changed, reached_fraction=0.4, effect_in_roi=0.99, success=success)
         assert "p =" not in sentences
         assert "99%" not in sentences
         assert "confined" not in sentences  # a sparse attack chose its place

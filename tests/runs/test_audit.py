@@ -74,7 +74,7 @@ def test_one_row_per_image_attack_and_region_and_nothing_else_is_left(whole: Run
     assert set(records["label_from"]) == {"folder"}
     confined = records[(records["attack"] == "pgd") & (records["region"] == "cam")]
     assert (confined["pixels"] <= round(0.3 * 24 * 24)).all()
-    np.testing.assert_allclose(confined["region_share"], 0.3, atol=1e-3)
+    np.testing.assert_allclose(confined["region_fraction"], 0.3, atol=1e-3)
     assert (records["adversarial_class"] == records["label"]).equals(~records["success_8bit"])
     assert whole.complete
     assert whole.about["images"] == {"listed": 14, "read": 14, "skipped": 0}

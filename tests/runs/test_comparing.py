@@ -14,7 +14,7 @@ import pytest
 from tests.runs.fixtures import TINY, draw_pictures, networks, pictures, small_plan, store_records
 from weakspot.audit import AttackPlan, Comparison, Run, audit, compare
 from weakspot.audit.store.records import FILE
-from weakspot.statistics import false_discovery, mean_interval, mean_test, paired_share_interval
+from weakspot.statistics import false_discovery, mean_interval, mean_test, paired_proportion_interval
 
 __all__ = ["networks", "pictures"]  # fixtures
 OTHER = replace(TINY, spec="audited_networks:other")
@@ -59,7 +59,7 @@ def test_rows_are_paired_differences_of_the_records(before: Run, pictures: Path)
             np.testing.assert_equal(row["p"], mean_test((other - one)[known]))
             paired = np.isin((other - one)[known], (-1, 0, 1)).all()
             exact = (
-                paired_share_interval((other - one)[known] == 1, (other - one)[known] == -1)
+                paired_proportion_interval((other - one)[known] == 1, (other - one)[known] == -1)
                 if paired
                 else mean_interval((other - one)[known])
             )

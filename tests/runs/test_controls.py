@@ -42,7 +42,7 @@ def found_in(network: str, quarters: Path) -> tuple[str, pd.DataFrame]:
     contrasts = region_contrasts(run)
     assert contrasts["control"].tolist() == [OTHERS, SHIFTED]
     assert (contrasts["images"] == IMAGES).all()
-    np.testing.assert_allclose(contrasts["control_share"], 0.25)
+    np.testing.assert_allclose(contrasts["control_fraction"], 0.25)
     (sentence,) = summarize(run).regions
     return sentence, contrasts.set_index("control")
 
@@ -74,7 +74,8 @@ def test_the_middle_of_images_is_no_weak_region_though_it_falls_more_than_shifte
 def contrast(**changes: Any) -> pd.DataFrame:
     """Both comparisons of a region that is weak; changes for both, or for one as (other images, shifted)."""
     usual = {
-        "attack": "pgd", "region": "cam", "region_share": 0.3, "control_share": 0.3, "images": 40, "measure": "fooled",
+        "attack": "pgd", "region": "cam", "region_fraction": 0.3, "control_fraction": 0.3, "images": 40,
+        "measure": "fooled",
         "norm": "", "here": 0.5, "there": 0.45, "held_here": 0.0, "held_there": 0.0, "difference": 0.05, "low": 0.01,
         "high": 0.09, "p": 0.01, "q": 0.05,
     }  # fmt: skip
@@ -186,7 +187,7 @@ def test_shards_batches_and_a_second_start_change_no_control(quarters: Path) -> 
     for other in (pictured(quarters, shard=4), pictured(quarters, shard=6, control_images=2)):
         both = [
             run.records.drop(columns=list(TIMES)).set_index(["image", "region"])[
-                ["region_share", "success", "linf", "l2"]
+                ["region_fraction", "success", "linf", "l2"]
             ]
             for run in (whole, other)
         ]
@@ -278,7 +279,7 @@ def test_copies_unreadable_images_and_regions_of_other_areas_are_passed_over(qua
 @pytest.mark.filterwarnings("ignore:GrabCut found")
 def test_backgrounds_are_controlled_by_backgrounds_of_their_area(quarters: Path) -> None:
     plan = planted_plan(quarters, "spot", regions=("background",), limit=12, control_images=1)
-    records = audit(plan, quarters.parent / "run").records.set_index(["image", "region"])["region_share"]
+    records = audit(plan, quarters.parent / "run").records.set_index(["image", "region"])["region_fraction"]
     own, other = (records.xs(region, level="region") for region in ("background", "other:background#1"))
     known = other[other > 0]
     assert len(known)

@@ -21,7 +21,7 @@ from weakspot.audit.findings.curves import budget_curves
 from weakspot.audit.findings.locations import score_findings
 from weakspot.audit.findings.summary import CellSummary, weakest
 from weakspot.audit.plan.plan import bounded_attacks, control_of
-from weakspot.statistics import false_discovery, paired_share_interval
+from weakspot.statistics import false_discovery, paired_proportion_interval
 
 QUADRANT = """
 import torch
@@ -101,7 +101,7 @@ def test_a_planted_weak_place_is_found_and_said(weak: Run) -> None:
     }  # a region that is the same in every image has no other images'
     smallest = found.set_index("attack").loc["fmn"]
     assert smallest["measure"] == "smallest size"
-    assert smallest["region_share"] == smallest["control_share"] == 0.25
+    assert smallest["region_fraction"] == smallest["control_fraction"] == 0.25
     assert smallest["low"] > 0
     assert smallest["q"] < 0.01
     assert smallest["here"] < smallest["there"]
@@ -130,7 +130,7 @@ def test_contrasts_are_paired_differences_of_the_records(weak: Run) -> None:
             for region in (row.region, control_of(row.region))
         ]
         assert (row.here, row.there) == (sides[0].mean(), sides[1].mean())
-        expected = paired_share_interval(*(side.to_numpy(bool) for side in sides))
+        expected = paired_proportion_interval(*(side.to_numpy(bool) for side in sides))
         assert (row.difference, row.low, row.high) == pytest.approx(expected)
     np.testing.assert_allclose(found["q"], false_discovery(found["p"].to_numpy()))
 
@@ -190,7 +190,7 @@ def test_an_image_that_falls_in_one_place_only_counts_with_the_largest_size_ther
 
 def test_sizes_are_told_in_the_norm_of_the_attack() -> None:
     row: dict[str, Any] = dict(  # noqa: C408 - shorter
-        attack="fmn", region="cam", control="shifted", draws=1, region_share=0.3, control_share=0.3, images=40,
+        attack="fmn", region="cam", control="shifted", draws=1, region_fraction=0.3, control_fraction=0.3, images=40,
         measure="smallest size", norm="linf", here=0.002, there=0.5, held_here=0.0,
         held_there=0.0, difference=8.0, low=7.9, high=8.1, p=0.001,
         q=0.002,
@@ -315,7 +315,7 @@ def test_no_region_is_ranked_by_what_an_attack_leaves_there() -> None:
                 ("matched:cam", 0.3, 0.1),
             )
         ]
-        cam, rest = (f"{share:.0%} [{share - 0.1:.0%}, {share + 0.1:.0%}]" for share in left)
+        cam, rest = (f"{fraction:.0%} [{fraction - 0.1:.0%}, {fraction + 0.1:.0%}]" for fraction in left)
         assert weakest(cells) == (
             f"pgd at linf:1/255, confined to cam (30% of the image), leaves {cam} of 100 images still read as their "
             f"class; confined to background (70% of the image) {rest}."
@@ -330,7 +330,7 @@ def test_areas_are_those_of_images_that_were_attacked_and_nothing_is_no_robustne
     )  # fmt: skip
     run = audit(plan, networks / "mute")
     summary = summarize(run)
-    assert all(np.isnan(cell.region_share) for cell in summary.cells)
+    assert all(np.isnan(cell.region_fraction) for cell in summary.cells)
     assert all("no correctly classified image was attacked" in sentence for sentence in summary.regions)
     compared = compare(run, run)
     assert compared.images == 3

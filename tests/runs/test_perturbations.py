@@ -15,7 +15,7 @@ from weakspot.audit.findings.locations import localities, perturbation_types
 from weakspot.audit.page.finding_sections import locality_section, type_section
 from weakspot.audit.page.run_page import run_report
 from weakspot.explanations.locality_by_radius import RADII
-from weakspot.statistics import share_interval
+from weakspot.statistics import proportion_interval
 
 __all__ = ["networks", "pictures"]  # fixtures
 
@@ -64,7 +64,7 @@ def test_types_and_localities_are_those_of_the_records_and_stand_on_the_page(run
         hits = (mine == row["type"]).to_numpy(bool)
         assert (row["count"], row["images"]) == (hits.sum(), len(hits))
         assert [row["share"], row["low"], row["high"]] == pytest.approx(
-            list(share_interval(hits)), nan_ok=True
+            list(proportion_interval(hits)), nan_ok=True
         )
     ratio = records["promotion_log2_ratio"].astype(float)
     for kind, wanted in (("promotion-dominated", ratio > 1), ("suppression-dominated", ratio < -1)):
@@ -97,10 +97,10 @@ def test_a_sentence_counts_only_images_whose_type_is_known() -> None:
             "suppression-dominated",
             1,
             4,
-            *share_interval(np.array([True, False, False, False])),
+            *proportion_interval(np.array([True, False, False, False])),
         ),
-        ("pgd", "none", "balanced", 0, 4, *share_interval(np.zeros(4, dtype=bool))),
-        ("pgd", "none", "promotion-dominated", 3, 4, *share_interval(np.array([True] * 3 + [False]))),
+        ("pgd", "none", "balanced", 0, 4, *proportion_interval(np.zeros(4, dtype=bool))),
+        ("pgd", "none", "promotion-dominated", 3, 4, *proportion_interval(np.array([True] * 3 + [False]))),
         ("pgd", "cam", "promotion-dominated", 0, 0, np.nan, np.nan, np.nan),
     ]
     table = pd.DataFrame(

@@ -23,7 +23,7 @@ from weakspot.audit import AttackPlan, ModelPlan, Run, audit, summarize, write_r
 from weakspot.audit.page.run_page import run_report
 from weakspot.audit.store.records import shard_files
 from weakspot.audit.work import audits
-from weakspot.statistics import share_interval
+from weakspot.statistics import proportion_interval
 
 __all__ = ["networks", "pictures"]  # fixtures
 HOSTILE = "<script>document.title='broken'<\\script>"  # a slash cannot be in a name
@@ -105,8 +105,8 @@ def read(made: Path) -> Reader:
     return Reader(run_report(Run(made)))
 
 
-def percent(share: float) -> str:
-    return f"{share:.1%}"
+def percent(fraction: float) -> str:
+    return f"{fraction:.1%}"
 
 
 def test_robust_accuracy_is_that_of_the_records(made: Path, read: Reader) -> None:
@@ -115,7 +115,7 @@ def test_robust_accuracy_is_that_of_the_records(made: Path, read: Reader) -> Non
     for row in table.to_dict("records"):
         mine = records[(records["attack"] == row["attack"]) & (records["region"] == row["region"])]
         assert row["robust accuracy"] == percent(1 - float(mine["success_8bit"].mean()))
-        assert row["area"] == percent(float(mine["region_share"].mean()))
+        assert row["area"] == percent(float(mine["region_fraction"].mean()))
         assert int(row["images"]) == len(mine)
     summary = summarize(Run(made))
     assert [row["robust"] for row in read.values(0) if "robust" in row][:6] == [
@@ -155,12 +155,15 @@ def test_classes_have_wilsons_intervals_and_where_their_images_land(made: Path, 
         images = mine.drop_duplicates("index")
         assert int(row["images"]) == len(images)
         assert row["clean accuracy"] == percent(float(images["correct"].mean()))
-        for attack, region, heading in (("pgd", "cam", "pgd · cam"), ("pixels", "none", "pixels · anywhere")):
+        for attack, region, heading in (
+            ("pgd", "cam", "pgd · cam"),
+            ("few_pixel", "none", "few_pixel · anywhere"),
+        ):
             held = ~mine[(mine["attack"] == attack) & (mine["region"] == region)]["success_8bit"].to_numpy(
                 dtype=bool
             )
-            share, low, high = share_interval(held)
-            assert row[heading] == f"{percent(share)} {percent(low)} to {percent(high)}"
+            fraction, low, high = proportion_interval(held)
+            assert row[heading] == f"{percent(fraction)} {percent(low)} to {percent(high)}"
         adversarial_class = mine[mine["success_8bit"] & mine["correct"]][
             "adversarial_class_name"
         ].value_counts()

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from weakspot.statistics import (
     mean_interval,
     mean_intervals,
-    paired_share_interval,
+    paired_proportion_interval,
+    proportion_interval,
     rate_interval,
-    share_interval,
 )
 
 SIZES = (5, 10, 20, 50)
@@ -22,10 +22,10 @@ Draw = Callable[[np.random.Generator, tuple[int, int]], NDArray[np.float64]]
 
 
 @pytest.mark.parametrize("count", [1, 2, *SIZES, 200])
-def test_the_interval_of_a_share_covers_every_share(count: int) -> None:
+def test_the_interval_of_a_share_covers_every_fraction(count: int) -> None:
     from scipy.stats import binom
 
-    ends = np.array([share_interval(np.arange(count) < hits) for hits in range(count + 1)])
+    ends = np.array([proportion_interval(np.arange(count) < hits) for hits in range(count + 1)])
     shares = np.linspace(0.0005, 0.9995, 1999)
     law = binom.pmf(np.arange(count + 1)[:, None], count, shares)
     covered = (law * ((ends[:, 1:2] <= shares) & (shares <= ends[:, 2:]))).sum(0)
@@ -39,24 +39,24 @@ def test_the_interval_of_a_share_is_no_wider_than_it_must_be() -> None:
     from scipy.stats import binom
 
     law = binom.pmf(np.arange(51), 50, 0.3)
-    ends = np.array([share_interval(np.arange(50) < hits) for hits in range(51)])
+    ends = np.array([proportion_interval(np.arange(50) < hits) for hits in range(51)])
     assert (law * ((ends[:, 1] <= 0.3) & (ends[:, 2] >= 0.3))).sum() < 0.98
 
 
-def test_no_cases_have_no_share() -> None:
-    assert np.isnan(share_interval(np.zeros(0, dtype=bool))).all()
-    assert np.isnan(paired_share_interval(np.zeros(0, bool), np.zeros(0, bool))).all()
+def test_no_cases_have_no_fraction() -> None:
+    assert np.isnan(proportion_interval(np.zeros(0, dtype=bool))).all()
+    assert np.isnan(paired_proportion_interval(np.zeros(0, bool), np.zeros(0, bool))).all()
 
 
 @pytest.mark.parametrize("count", SIZES)
-def test_the_interval_of_a_paired_difference_covers_every_pair_of_shares(count: int) -> None:
+def test_the_interval_of_a_paired_difference_covers_every_pair_of_fractions(count: int) -> None:
     """Exactly, over all tables of discordant pairs and a grid of their probabilities, the edges among them."""
     from scipy.special import gammaln
 
     tables = [(up, down) for up in range(count + 1) for down in range(count + 1 - up)]
     ends = np.array(
         [
-            paired_share_interval(
+            paired_proportion_interval(
                 np.arange(count) < up, (np.arange(count) >= up) & (np.arange(count) < up + down)
             )[1:]
             for up, down in tables
@@ -75,7 +75,7 @@ def test_the_interval_of_a_paired_difference_covers_every_pair_of_shares(count: 
 
 
 def test_a_paired_difference_of_few_images_has_no_interval() -> None:
-    difference, low, high = paired_share_interval(np.ones(4, bool), np.zeros(4, bool))
+    difference, low, high = paired_proportion_interval(np.ones(4, bool), np.zeros(4, bool))
     assert difference == 1
     assert np.isnan([low, high]).all()
 

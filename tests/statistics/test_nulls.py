@@ -167,7 +167,7 @@ def test_the_shift_test_counts_shifts(values: Tensor) -> None:
 
 @LAW
 @given(maps())
-def test_over_all_alignments_p_is_below_any_level_in_at_most_that_share(values: Tensor) -> None:
+def test_over_all_alignments_p_is_below_any_level_in_at_most_that_fraction(values: Tensor) -> None:
     """The guarantee behind the p of shifts: if alignment within the image is arbitrary then P(p <= a) <= a."""
     table = values[0].double()
     moves = list(np.ndindex(*table.shape))

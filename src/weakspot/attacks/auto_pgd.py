@@ -18,10 +18,10 @@ INERTIA = 0.75  # weight of the new step against the one before
 
 def checkpoints(steps: int) -> list[int]:
     """Steps after which each image's step size is judged: at .22, .41, .57, ... of all (equation 2 of the paper)."""
-    shares = [0.0, 0.22]
-    while shares[-1] < 1:
-        shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
-    return sorted({math.ceil(round(share * steps, 6)) for share in shares if 0 < share < 1})
+    fractions = [0.0, 0.22]
+    while fractions[-1] < 1:
+        fractions.append(fractions[-1] + max(fractions[-1] - fractions[-2] - 0.03, 0.06))
+    return sorted({math.ceil(round(fraction * steps, 6)) for fraction in fractions if 0 < fraction < 1})
 
 
 def adaptive_descent(

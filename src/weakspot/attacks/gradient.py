@@ -158,8 +158,8 @@ def pgd(
         with problem.fused_model():
             for restart in range(restarts):
                 start = random_start(problem, budget, restart)
-                share = part_of(progress, restart, restarts)
-                search.run(start, sizes, share)
+                fraction = part_of(progress, restart, restarts)
+                search.run(start, sizes, fraction)
         return problem.result(search.best, budget)
 
 
@@ -257,7 +257,7 @@ def part_of(progress: Progress | None, number: int, count: int) -> Progress | No
     """Progress of one of several pieces as progress of the whole."""
     if progress is None:
         return None
-    return lambda share: progress((number + share) / count)
+    return lambda fraction: progress((number + fraction) / count)
 
 
 def check_counts(*, least: int = 1, **counts: int) -> None:

@@ -160,5 +160,5 @@ def _walk(problem: Problem, norm: _Norm, found: Smallest, steps: int, progress: 
     found.keep(point, problem.evaluate(point))
 
 
-def _annealed(first: float, last: float, share: float) -> float:
-    return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
+def _annealed(first: float, last: float, fraction: float) -> float:
+    return last + (first - last) * (1 + math.cos(math.pi * fraction)) / 2

@@ -84,8 +84,8 @@ def _painted(problem: Problem, budget: Budget, inside: Tensor, signs: Tensor, pe
     return problem.project(budget, perturbation + 2 * step)
 
 
-def _side(share: float, height: int, width: int) -> int:
+def _side(fraction: float, height: int, width: int) -> int:
     """Of the squares after a share of all queries: they cover less and less."""
-    halvings = sum(share * 10_000 > mark for mark in HALVED_AT)
+    halvings = sum(fraction * 10_000 > mark for mark in HALVED_AT)
     side = round(math.sqrt(FIRST_SHARE / 2**halvings * height * width))
     return max(1, min(side, height - 1 or 1, width - 1 or 1))

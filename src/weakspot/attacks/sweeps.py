@@ -109,11 +109,11 @@ def pixel_sweep(
             for number, rows in enumerate(parts):
                 search = _Search(problem.select(rows), logits[rows], prepared, batch_size)
 
-                def share(done: float, number: int = number) -> None:
+                def fraction(done: float, number: int = number) -> None:
                     if progress is not None:
                         progress((number + done) / len(parts))
 
-                search.sweep(palette, share, stop_early=stop_early)
+                search.sweep(palette, fraction, stop_early=stop_early)
                 if colors == "refined":
                     search.refine()
                 sweeps.append(search.found())

@@ -182,7 +182,7 @@ class SSIM:
         mean = patches.total(changed) / patches.count
         centered = patches.within(changed - mean)
         eps = self.eps * MARGIN
-        share = torch.ones_like(mean)
+        fraction = torch.ones_like(mean)
         for square, product, bound in (
             (
                 patches.total(centered.square()),
@@ -193,8 +193,8 @@ class SSIM:
         ):
             a, b, c = (1 - eps) * square, -eps * product, eps * bound
             root = c / (b + (b.square() + a * c).sqrt()).clamp(min=TINY)
-            share = torch.minimum(share, torch.where(a + 2 * b <= c, 1, root))
-        return share.clamp(0, 1)
+            fraction = torch.minimum(fraction, torch.where(a + 2 * b <= c, 1, root))
+        return fraction.clamp(0, 1)
 
     def _share_within(self, patches: _Patches, perturbation: Tensor) -> Tensor:
         """(N, 1, 1, 1) the largest share of the perturbation found within the budget.
@@ -210,25 +210,27 @@ class SSIM:
         bound = (2 * patches.energy + patches.steady).to(precision)
         mean, level = mean.to(precision), patches.mean.to(precision)
 
-        def spent(share: Tensor) -> Tensor:
+        def spent(fraction: Tensor) -> Tensor:
             structure = (
-                share.square() * square / (bound + share * (2 * product + share * square)).clamp(min=TINY)
+                fraction.square()
+                * square
+                / (bound + fraction * (2 * product + fraction * square)).clamp(min=TINY)
             )
-            levels = (share * mean).square() / (level.square() + (level + share * mean).square() + C1)
+            levels = (fraction * mean).square() / (level.square() + (level + fraction * mean).square() + C1)
             return (structure + levels).mean((1, 2, 3, 4, 5), keepdim=True)
 
         limit = self.eps * MARGIN
-        share = torch.ones_like(mean[:, :1, :1, :, :1]).view(-1, 1, 1, 1, 1, 1)
-        low, high = torch.zeros_like(share), share
+        fraction = torch.ones_like(mean[:, :1, :1, :, :1]).view(-1, 1, 1, 1, 1, 1)
+        low, high = torch.zeros_like(fraction), fraction
         for number in range(80):
-            now = spent(share)
-            low, high = torch.where(now <= limit, share, low), torch.where(now > limit, share, high)
+            now = spent(fraction)
+            low, high = torch.where(now <= limit, fraction, low), torch.where(now > limit, fraction, high)
             if bool((low >= high * (1 - 1e-6)).all()):
                 break
-            guess = share * (limit * (1 - 1e-7) / now.clamp(min=TINY)).sqrt()
+            guess = fraction * (limit * (1 - 1e-7) / now.clamp(min=TINY)).sqrt()
             lawful = (guess > low) & (guess < high) & (number % 2 == 0)
-            share = torch.where(lawful, guess, (low + high) / 2)
-            share = torch.where(low >= high * (1 - 1e-6), low, share)
+            fraction = torch.where(lawful, guess, (low + high) / 2)
+            fraction = torch.where(low >= high * (1 - 1e-6), low, fraction)
         return low.to(perturbation.dtype).view(-1, 1, 1, 1)
 
     def __str__(self) -> str:

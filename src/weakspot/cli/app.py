@@ -218,7 +218,7 @@ def progress_bar(silent: bool) -> Iterator[Callable[[str, float], None]]:
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         with Progress(*columns, console=notes, transient=True) as bar:
             task = bar.add_task("starting", total=1.0)
-            yield lambda what, share: bar.update(task, description=what, completed=share)
+            yield lambda what, fraction: bar.update(task, description=what, completed=fraction)
 
 
 @contextmanager
@@ -228,13 +228,13 @@ def _progress_lines() -> Iterator[Callable[[str, float], None]]:
 
     def print_lines() -> None:
         while not ended.wait(LINE_EVERY):
-            what, share = state[0]
+            what, fraction = state[0]
             elapsed = time.monotonic() - started
-            left = f", about {_duration(elapsed * (1 - share) / share)} left" if share > 0.02 else ""
-            notes.print(f"{escape(what)}: {share:.0%} after {_duration(elapsed)}{left}", soft_wrap=True)
+            left = f", about {_duration(elapsed * (1 - fraction) / fraction)} left" if fraction > 0.02 else ""
+            notes.print(f"{escape(what)}: {fraction:.0%} after {_duration(elapsed)}{left}", soft_wrap=True)
 
-    def advance(what: str, share: float) -> None:
-        state[0] = (what, share)
+    def advance(what: str, fraction: float) -> None:
+        state[0] = (what, fraction)
 
     printer = threading.Thread(target=print_lines, daemon=True)
     printer.start()

@@ -211,7 +211,8 @@ def audit(
     that look for the smallest change only if that is within the stated budget.
 
     A gate (--fail-if) is asked of every attack in every region: robust_accuracy, robust_low, robust_high,
-    clean_accuracy, images, skipped, troubled, region_share, and the mean of any score with NAME_low and NAME_high. With
+    clean_accuracy, images, skipped, troubled, region_fraction, and the mean of any score with NAME_low and NAME_high.
+    With
     --resume of a finished audit it is asked at once. It never opens on an audit that is not complete.
     """
     del debug
@@ -383,7 +384,7 @@ def _print(summary: Summary, console: Console) -> None:
             escape(cell.attack),
             escape(cell.budget or ""),
             escape(cell.region),
-            "" if math.isnan(cell.region_share) else f"{cell.region_share:.0%}",
+            "" if math.isnan(cell.region_fraction) else f"{cell.region_fraction:.0%}",
             str(cell.images),
             "" if math.isnan(cell.robust_accuracy) else f"{cell.robust_accuracy:.1%}",
             "" if cell.low != cell.low else f"{cell.low:.1%} to {cell.high:.1%}",

@@ -167,14 +167,14 @@ def dissect(
         from weakspot.dissection import dissection
 
         layers = list(layer or _last_layers(classifier))
-        share_active = (0.01 if demo else 0.005) if quantile is None else quantile
+        fraction_active = (0.01 if demo else 0.005) if quantile is None else quantile
         found = dissection(
-            classifier, layers, concepts, quantile=share_active, min_iou=min_iou, denominator=denominator,
+            classifier, layers, concepts, quantile=fraction_active, min_iou=min_iou, denominator=denominator,
             alignment=alignment, cache=out / "cache",
-            progress=lambda share: advance("dissecting", 0.05 + (0.45 if asked else 0.8) * share),
+            progress=lambda fraction: advance("dissecting", 0.05 + (0.45 if asked else 0.8) * fraction),
         )  # fmt: skip
         attacked = attack_units(
-            classifier, found, asked, lambda share: advance("attacking", 0.5 + 0.35 * share)
+            classifier, found, asked, lambda fraction: advance("attacking", 0.5 + 0.35 * fraction)
         )
         advance("drawing", 0.9)
         options = {name: str(value) for name, value in next(iter(found.values())).options.items()}

@@ -77,7 +77,7 @@ def train(
         Path, typer.Option(help="Folder for model.safetensors, training.json and checkpoints.")
     ] = Path("weakspot-train"),
     epochs: Annotated[int, typer.Option(help="Passes over the data.", min=1)] = 10,
-    share: Annotated[float, typer.Option(help="Of every batch that is attacked, 0 to 1.")] = 0.5,
+    fraction: Annotated[float, typer.Option(help="Of every batch that is attacked, 0 to 1.")] = 0.5,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -163,7 +163,7 @@ def train(
             where = str(find_device(device))
             shape = image_size(size) or (32, 32)
             _check_attacked(
-                context, _chosen(recipes) if evaluate == "matrix" else [recipe or "localized"], share
+                context, _chosen(recipes) if evaluate == "matrix" else [recipe or "localized"], fraction
             )
             advance("reading the data", 0.0)
             training = read_labeled(data, size=shape, channels=channels)
@@ -178,7 +178,7 @@ def train(
             )
             maker = maker_of(model, weights, training, where)
             options: dict[str, Any] = {
-                "share": share,
+                "fraction": fraction,
                 "epochs": epochs,
                 "budget": None if budget is None else read_budget(budget),
                 "steps": steps,
@@ -242,16 +242,18 @@ def _chosen(recipes: str | None) -> Sequence[str]:
     return RECIPES if recipes is None else [name.strip() for name in recipes.split(",") if name.strip()]
 
 
-def _check_attacked(context: typer.Context, recipes: Sequence[str], share: float) -> None:
+def _check_attacked(context: typer.Context, recipes: Sequence[str], fraction: float) -> None:
     """Raises Failure where an option of the adversary was given and no recipe has an adversary that it is for."""
     from weakspot.training.config import find_recipe
 
     searches = {find_recipe(name).search for name in recipes}
     named = f"the recipe{'s' if len(recipes) > 1 else ''} {', '.join(recipes)}"
     if searches <= {"none"}:
-        refuse(context, ["share", "steps", "step_size"], f"with {named}: nothing is attacked; leave it out")
+        refuse(
+            context, ["fraction", "steps", "step_size"], f"with {named}: nothing is attacked; leave it out"
+        )
     elif "descent" not in searches:
         why = f"with {named}: the adversary takes no steps of that kind; leave it out"
         refuse(context, ["steps", "step_size"], why)
-    elif not share:
+    elif not fraction:
         refuse(context, ["steps", "step_size"], "with --share 0: nothing is attacked; leave it out")

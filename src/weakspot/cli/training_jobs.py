@@ -59,7 +59,7 @@ def judge_own(
     advance: Callable[[str, float], None],
 ) -> dict[str, Any]:
     """Accuracy with its interval under every test."""
-    from weakspot.statistics import share_interval
+    from weakspot.statistics import proportion_interval
     from weakspot.training import judged_images, outcomes
     from weakspot.training.config import defaults
     from weakspot.training.matrix import TEST_STEPS
@@ -75,7 +75,7 @@ def judge_own(
     )
     rows = []
     for name, right in found.items():
-        mean, low, high = share_interval(right.numpy())
+        mean, low, high = proportion_interval(right.numpy())
         rows.append({"test": name, "accuracy": mean, "low": low, "high": high, "images": len(right)})
     return {"tests": rows}
 

@@ -36,7 +36,7 @@ from weakspot.defenses.verdicts import (
     UNDEFENDED_GRADIENTS,
 )
 from weakspot.regions import cam
-from weakspot.statistics import share_interval
+from weakspot.statistics import proportion_interval
 
 RESTARTS = 2
 FIRST_QUERIES = 500
@@ -305,7 +305,7 @@ def table_row(name: str, undefended: Tensor, defended: Tensor) -> dict[str, obje
     """A row of the table from which images (N,) are correct on either side."""
     row: dict[str, object] = {"attack": name}
     for side, standing in ((UNDEFENDED, undefended), ("defended", defended)):
-        bounds = share_interval(standing.cpu().numpy())
+        bounds = proportion_interval(standing.cpu().numpy())
         row |= dict(zip((side, f"{side}_low", f"{side}_high"), bounds, strict=True))
     row["undefended_only"] = int((undefended & ~defended).sum())
     row["defended_only"] = int((defended & ~undefended).sum())

@@ -21,7 +21,7 @@ from weakspot.attribution.hooks import replacing
 from weakspot.attribution.layers import unit_axis
 from weakspot.classifier import Classifier, as_classifier, check_images, default_batch, evaluating, predict
 from weakspot.pairs import Pairs
-from weakspot.statistics import mcnemar, share_interval
+from weakspot.statistics import mcnemar, proportion_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -236,7 +236,7 @@ def _row(name: str, count: int, outcomes: dict[str, dict[str, NDArray[np.bool_]]
     own, these = outcomes[name], outcomes[THESE]["attacked_again"]
     row: dict[str, object] = {"masked": name, "units": count, "images": len(these)}
     for measure, right in own.items():
-        interval = share_interval(right)
+        interval = proportion_interval(right)
         row |= dict(zip((measure, f"{measure}_low", f"{measure}_high"), interval, strict=True))
     other = own["attacked_again"]
     return row | {"lead": float(these.mean() - other.mean()), "p": mcnemar(these, other)}
@@ -277,8 +277,8 @@ def masking_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
 
 
 def _ranged(row: dict[Hashable, Any]) -> str:
-    share, low, high = (row[f"attacked_again{suffix}"] for suffix in ("", "_low", "_high"))
-    return f"{share:.0%} [{low:.0%}, {high:.0%}]"
+    fraction, low, high = (row[f"attacked_again{suffix}"] for suffix in ("", "_low", "_high"))
+    return f"{fraction:.0%} [{low:.0%}, {high:.0%}]"
 
 
 def _activity(model: nn.Module, layer: str, images: Tensor) -> Tensor:

@@ -91,9 +91,9 @@ def unit_study(
         sentences.append("No unit moves beyond noise in the images it would be chosen on: nothing is masked.")
         return UnitStudy(found.layer, table, sentences)
 
-    def later(share: float) -> None:
+    def later(fraction: float) -> None:
         if progress is not None:
-            progress(0.3 + 0.7 * share)
+            progress(0.3 + 0.7 * fraction)
 
     table_of_masking = masking(
         model, found.layer, masked, images, labels, attack=attack, seed=seed, progress=later

@@ -95,7 +95,7 @@ class Entry:
     size: tuple[int, int]
     shape: tuple[int, int]
     cells: Mapping[str, str]
-    shares: Mapping[int, float]
+    fractions: Mapping[int, float]
 
 
 @contextmanager
@@ -131,8 +131,8 @@ def half(size: tuple[int, int]) -> tuple[int, int]:
 def shares_of(labels: NDArray[np.int64]) -> dict[int, float]:
     """Label number to the share of sites that it covers, without 0."""
     numbers, counts = np.unique(labels, return_counts=True)
-    shares = (counts / labels.size).tolist()
-    return {number: share for number, share in zip(numbers.tolist(), shares, strict=True) if number}
+    fractions = (counts / labels.size).tolist()
+    return {number: fraction for number, fraction in zip(numbers.tolist(), fractions, strict=True) if number}
 
 
 def write_tables(folder: Path, labels: Mapping[str, Mapping[int, str]], entries: Sequence[Entry]) -> None:
@@ -147,8 +147,8 @@ def write_tables(folder: Path, labels: Mapping[str, Mapping[int, str]], entries:
     """
     held: dict[int, list[float]] = {number: [] for names in labels.values() for number in names}
     for entry in entries:
-        for number, share in entry.shares.items():
-            held[number].append(share)
+        for number, fraction in entry.fractions.items():
+            held[number].append(fraction)
     lines = {
         number: (number, name, category, len(held[number]), f"{sum(held[number]):.6g}")
         for category, names in labels.items()

@@ -16,7 +16,7 @@ from weakspot.attribution.layers import unit_axis
 from weakspot.classifier import Classifier, default_batch, evaluating
 from weakspot.explanations.analysis import Analysis, check_pairs, settled
 from weakspot.pairs import Pairs
-from weakspot.statistics import mcnemar, share_interval
+from weakspot.statistics import mcnemar, proportion_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +29,7 @@ def unit_restoration(
     layer: str,
     pairs: Pairs,
     *,
-    shares: Sequence[float] = SHARES,
+    fractions: Sequence[float] = SHARES,
     seed: int = 0,
     batch_size: int | None = None,
 ) -> pd.DataFrame:
@@ -43,7 +43,7 @@ def unit_restoration(
         model: any classifier.
         layer: a module whose output is a map.
         pairs: N pairs.
-        shares: of the units that are put back; at least one unit is.
+        fractions: of the units that are put back; at least one unit is.
         seed: of the random units.
         batch_size: pairs at once; changes no result.
 
@@ -60,9 +60,15 @@ def unit_restoration(
     check_pairs(pairs, model)
     check_seed(seed)
     check_batch_size(batch_size)
-    listed = isinstance(shares, Sequence) and len(shares) and all(is_number(share) for share in shares)
-    if not listed or not all(0 < share <= 1 for share in shares):
-        raise ValueError(f"shares is {shares!r}; accepted is a list of shares of the units, above 0 up to 1")
+    listed = (
+        isinstance(fractions, Sequence)
+        and len(fractions)
+        and all(is_number(fraction) for fraction in fractions)
+    )
+    if not listed or not all(0 < fraction <= 1 for fraction in fractions):
+        raise ValueError(
+            f"shares is {fractions!r}; accepted is a list of shares of the units, above 0 up to 1"
+        )
     with evaluating(model) as classifier:
         pairs = settled(classifier, pairs)
         place = spatial_layers(classifier, pairs.clean[:1], [layer])[layer]
@@ -71,13 +77,13 @@ def unit_restoration(
                 f"layer is {layer!r}, which is called {place.calls} times in a forward pass; accepted is a module that "
                 "is called once, such as the block around it"
             )
-        changed, random, units = _all_restored(classifier, place, pairs, shares, seed, batch_size)
+        changed, random, units = _all_restored(classifier, place, pairs, fractions, seed, batch_size)
     fooled = changed[0].isfinite()
     table = []
-    for number, share in enumerate(shares):
-        row: dict[str, object] = {"share": share, "units": _count(share, units)}
+    for number, fraction in enumerate(fractions):
+        row: dict[str, object] = {"fraction": fraction, "units": _count(fraction, units)}
         for name, values in (("reverted", changed), ("random", random)):
-            interval = share_interval((values[number, fooled] == 1).cpu().numpy())
+            interval = proportion_interval((values[number, fooled] == 1).cpu().numpy())
             row |= dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
         row["p"] = mcnemar(*((values[number, fooled] == 1).cpu().numpy() for values in (changed, random)))
         table.append({**row, "images": int(fooled.sum())})
@@ -88,7 +94,7 @@ def _all_restored(
     classifier: Classifier,
     place: Place,
     pairs: Pairs,
-    shares: Sequence[float],
+    fractions: Sequence[float],
     seed: int,
     batch_size: int | None,
 ) -> tuple[Tensor, Tensor, int]:
@@ -96,7 +102,7 @@ def _all_restored(
     size = classifier.fixed_batch or batch_size or default_batch(pairs.clean)
     keys = _random.keys(pairs.clean, seed)
     found = [
-        _restored(classifier, place, pairs, part, keys[part], shares)
+        _restored(classifier, place, pairs, part, keys[part], fractions)
         for part in torch.arange(len(pairs), device=pairs.clean.device).split(size)
     ]
     changed, random, units = zip(*found, strict=True)
@@ -109,7 +115,7 @@ def _restored(
     pairs: Pairs,
     rows: Tensor,
     keys: Tensor,
-    shares: Sequence[float],
+    fractions: Sequence[float],
 ) -> tuple[Tensor, Tensor, int]:
     """Whether the decision came back (shares, n), by changed and by random units; and the number of units.
 
@@ -140,9 +146,9 @@ def _restored(
         ranks = torch.arange(count, device=order.device).expand_as(order)
         ranks = torch.empty_like(order).scatter_(1, order, ranks)
         back = []
-        for share in shares:
+        for fraction in fractions:
             chosen = torch.zeros(len(own), count, dtype=torch.bool, device=own.device)
-            chosen[: len(rows)] = ranks < _count(share, count)
+            chosen[: len(rows)] = ranks < _count(fraction, count)
             chosen = chosen.view(len(own), *(count if at == axis else 1 for at in range(1, own.ndim)))
             again = classes(adversarial, partial(_put_back, own, chosen))
             back.append((again == labels).double().where(right & fooled, torch.nan))
@@ -154,8 +160,8 @@ def _put_back(own: Tensor, chosen: Tensor, activation: Tensor) -> Tensor:
     return torch.where(chosen, own, activation)
 
 
-def _count(share: float, units: int) -> int:
-    return max(1, round(share * units))
+def _count(fraction: float, units: int) -> int:
+    return max(1, round(fraction * units))
 
 
 MEANINGS = {

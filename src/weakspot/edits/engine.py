@@ -208,8 +208,8 @@ def prepare(classifier: Classifier, image: Tensor) -> Prepared:
             recording = merged(record(classifier, image))
             engine = Engine(recording, image, full_batch=recording.count + 1)
             off = max(
-                _off(classifier, engine, image, *_trial(image, share, recording.count + 1))
-                for share in (None, 16)
+                _off(classifier, engine, image, *_trial(image, fraction, recording.count + 1))
+                for fraction in (None, 16)
             )
     except CannotRecordError as reason:
         return Prepared(None, str(reason))
@@ -277,10 +277,10 @@ def _off(
     return float(((found - expected).abs().amax() / span).nan_to_num(torch.inf))
 
 
-def _trial(image: Tensor, share: int | None, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def _trial(image: Tensor, fraction: int | None, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Edits from one corner to the other: of a pixel, or of a share of the image's sides."""
     channels, height, width = image.shape[1:]
-    tall, wide = (1, 1) if share is None else (max(1, height // share), max(1, width // share))
+    tall, wide = (1, 1) if fraction is None else (max(1, height // fraction), max(1, width // fraction))
     places = torch.linspace(0, 1, count, device=image.device)
     tops, lefts = (places * (height - tall)).long(), (places.roll(1) * (width - wide)).long()
     ramp = torch.linspace(0, 1, count * channels * tall * wide, device=image.device)

@@ -106,7 +106,7 @@ def effect_in_roi(importance: Tensor, vulnerability: Tensor, *, fraction: float)
     return torch.cat(columns, 1)
 
 
-def reached_share(pairs: Pairs) -> Tensor:
+def reached_fraction(pairs: Pairs) -> Tensor:
     """(N,) fraction of each image that lies near a changed pixel."""
     changed = (pairs.perturbation != 0).any(1, keepdim=True).float()
     radius = max(1, round(REACH * min(changed.shape[2:])))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from weakspot._checks import check_seed
 from weakspot.attribution.cam import class_activation
 from weakspot.classifier import evaluating, predict
-from weakspot.explanations.agreement import WHOLE, comparable, other_images, reached_share
+from weakspot.explanations.agreement import WHOLE, comparable, other_images, reached_fraction
 from weakspot.explanations.alignment_controls import (
     describe,
     margin_gradient,
@@ -198,7 +198,7 @@ def ssim_alignment(
             controls["random_weights"] = (change, unlearned)
     local = isinstance(pairs, AttackResult) and pairs.ssim_local_budget_spent is not None
     own = maps[: len(pairs)]
-    confined = reached_share(pairs) < WHOLE
+    confined = reached_fraction(pairs) < WHOLE
     why_not = tuple(_why_not(local, *row) for row in zip(change, own, confined.tolist(), strict=True))
     unseen = change.amax((1, 2, 3), keepdim=True) <= INVISIBLE
     shown = change.masked_fill(unseen | local | confined[:, None, None, None], torch.nan)

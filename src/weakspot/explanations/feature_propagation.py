@@ -277,8 +277,8 @@ def _all(
 
 def spread_of(maximum: Tensor, peak: Tensor) -> Tensor:
     """(N,) share of the sites that change by over a tenth of the peak; of a silent layer any change counts."""
-    share = (maximum > NOTABLE * peak[:, None, None]).flatten(1).double().mean(1)
-    return share.where(maximum.flatten(1).isfinite().all(1), torch.nan)
+    fraction = (maximum > NOTABLE * peak[:, None, None]).flatten(1).double().mean(1)
+    return fraction.where(maximum.flatten(1).isfinite().all(1), torch.nan)
 
 
 def reach_of(maximum: Tensor, peak: Tensor) -> Tensor:

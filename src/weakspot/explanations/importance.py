@@ -26,7 +26,7 @@ from weakspot.explanations.agreement import (
     attack_region,
     comparable,
     other_images,
-    reached_share,
+    reached_fraction,
     second_path,
     setting_tests,
     shift_tests,
@@ -95,11 +95,11 @@ MEANINGS = {
     "margin_taken": "The same as a share of the lead that the label had; from 1 on nothing of it is left.",
     "completeness_gap": "How far the vulnerability map is from summing to that drop, as a share of it.",
     "roa_components": "Connected parts of the region of attack; fragments under 4 pixels are left out.",
-    "roa_largest_share": "Share of the region of attack that lies in its largest connected part.",
-    "changed_share": "Share of the pixels that the attack changed at all.",
-    "reached_share": "Share of the image near a changed pixel; under 95% nothing is said of where the "
+    "roa_largest_fraction": "Share of the region of attack that lies in its largest connected part.",
+    "changed_fraction": "Share of the pixels that the attack changed at all.",
+    "reached_fraction": "Share of the image near a changed pixel; under 95% nothing is said of where the "
     "attack acts, which then follows from where it changed anything.",
-    "roi_share": "Share of the image in the region of importance.",
+    "roi_fraction": "Share of the image in the region of importance.",
 }
 
 
@@ -163,7 +163,7 @@ def overlap(
         drop = margin_drop(classifier, pairs.clean, pairs.adversarial, pairs.labels, losing)
         important, vulnerable = every[: len(pairs)], spread(drop.sites)
         roi, roa = top_region(important, fraction), attack_region(vulnerable, fraction)
-        confined = reached_share(pairs) < WHOLE
+        confined = reached_fraction(pairs) < WHOLE
         tests: dict[str, OtherImageTest] = {}
         related = pd.DataFrame(index=range(len(pairs)))
         if compare:
@@ -237,10 +237,10 @@ def _plain_scores(pairs: Pairs, drop: MarginDrop, roi: Tensor, roa: Tensor) -> p
             "margin_taken": (drop.total / drop.before.where(drop.before > 0, torch.nan)).cpu().numpy(),
             "completeness_gap": drop.gap.cpu().numpy(),
             "roa_components": components,
-            "roa_largest_share": largest,
-            "changed_share": changed.flatten(1).float().mean(1).cpu().numpy(),
-            "reached_share": reached_share(pairs).cpu().numpy(),
-            "roi_share": roi.flatten(1).float().mean(1).cpu().numpy(),
+            "roa_largest_fraction": largest,
+            "changed_fraction": changed.flatten(1).float().mean(1).cpu().numpy(),
+            "reached_fraction": reached_fraction(pairs).cpu().numpy(),
+            "roi_fraction": roi.flatten(1).float().mean(1).cpu().numpy(),
         }
     )
 

@@ -28,7 +28,8 @@ class Restoration:
     """What taking parts of the perturbation out, or putting them in, does to the decision.
 
     Attributes:
-        share: (N, P) of the cells that the perturbation changed, from 0 to 1, those that have gone over at each point
+        fraction: (N, P) of the cells that the perturbation changed, from 0 to 1, those that have gone over at each
+            point
             of a curve. An attack confined to a few cells is not concentrated for that.
         deletion: (N, P) margin of the label while cells are taken out of the perturbation, those that raise the margin
             most, each alone, first.
@@ -38,7 +39,7 @@ class Restoration:
         scores: one row per image; see `MEANINGS`.
     """
 
-    share: Tensor
+    fraction: Tensor
     deletion: Tensor
     insertion: Tensor
     necessary: Tensor
@@ -51,8 +52,8 @@ MEANINGS = {
     "a share of the way from the adversarial to the clean lead; the nearer to 1, the fewer cells carry the attack.",
     "insertion_auc": "Mean loss of the lead while the changed cells are put into the clean image, the most harmful "
     "first, as a share of the whole loss; the nearer to 1, the fewer cells carry the attack.",
-    "necessary_share": "Share of the changed cells in a small set without which the attack fails.",
-    "sufficient_share": "Share of the changed cells in a small set that fools the model alone.",
+    "necessary_fraction": "Share of the changed cells in a small set without which the attack fails.",
+    "sufficient_fraction": "Share of the changed cells in a small set that fools the model alone.",
 }
 
 
@@ -88,15 +89,18 @@ def restoration(
         torch.stack(parts) for parts in zip(*found, strict=True)
     )
     changed = counts[:, -1:].double().clamp(min=1)
-    share = counts / changed
+    fraction = counts / changed
     return Restoration(
-        share,
+        fraction,
         deletion,
         insertion,
         necessary[:, groups][:, None],
         sufficient[:, groups][:, None],
         _scores(
-            share, deletion, insertion, *(cells.sum(1) / changed[:, 0] for cells in (necessary, sufficient))
+            fraction,
+            deletion,
+            insertion,
+            *(cells.sum(1) / changed[:, 0] for cells in (necessary, sufficient)),
         ),
     )
 
@@ -182,19 +186,19 @@ def _ranks(order: Tensor) -> Tensor:
 
 
 def _scores(
-    share: Tensor, deletion: Tensor, insertion: Tensor, necessary: Tensor, sufficient: Tensor
+    fraction: Tensor, deletion: Tensor, insertion: Tensor, necessary: Tensor, sufficient: Tensor
 ) -> pd.DataFrame:
     import pandas as pd
 
     lost = (deletion[:, -1] - deletion[:, 0]).double()
     lost = lost.where((lost > 1e-6) & (deletion[:, -1] >= 0), torch.nan)  # of a lead that was there
-    regained = torch.trapezoid(deletion.double() - deletion[:, :1], share, dim=1) / lost
-    taken = torch.trapezoid(insertion[:, :1] - insertion.double(), share, dim=1) / lost
-    shares = [chosen.masked_fill(necessary == 0, torch.nan) for chosen in (necessary, sufficient)]
+    regained = torch.trapezoid(deletion.double() - deletion[:, :1], fraction, dim=1) / lost
+    taken = torch.trapezoid(insertion[:, :1] - insertion.double(), fraction, dim=1) / lost
+    fractions = [chosen.masked_fill(necessary == 0, torch.nan) for chosen in (necessary, sufficient)]
     return pd.DataFrame(
         {
             name: values.cpu().numpy()
-            for name, values in zip(MEANINGS, (regained, taken, *shares), strict=True)
+            for name, values in zip(MEANINGS, (regained, taken, *fractions), strict=True)
         }
     )
 

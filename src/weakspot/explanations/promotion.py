@@ -16,7 +16,7 @@ from weakspot._checks import check_fraction, closest
 from weakspot.attribution import class_activation
 from weakspot.classifier import Classifier, evaluating, predict, runner_up
 from weakspot.edits import Edits, Prepared, cells, exchanged, grid, prepare, windowed
-from weakspot.explanations.agreement import WHOLE, comparable, other_images, reached_share, tested
+from weakspot.explanations.agreement import WHOLE, comparable, other_images, reached_fraction, tested
 from weakspot.explanations.analysis import Analysis, Picture, check_pairs, rivals, settled
 from weakspot.pairs import Pairs
 from weakspot.regions import top
@@ -70,10 +70,10 @@ MEANINGS = {
     "promotion-dominated, under -1 suppression-dominated, between them balanced.",
     "promoted": "By how much all parts of the perturbation, each alone, raise the target's logit.",
     "suppressed": "By how much all parts of the perturbation, each alone, lower the label's logit.",
-    "promoting_share": "Share of the active cells that mainly promote the target.",
-    "suppressing_share": "Share of the active cells that mainly suppress the label.",
-    "active_share": "Share of the cells that do at least 0.1% of the whole change.",
-    "negative_share": "Share of the cells that work against the attack on either logit.",
+    "promoting_fraction": "Share of the active cells that mainly promote the target.",
+    "suppressing_fraction": "Share of the active cells that mainly suppress the label.",
+    "active_fraction": "Share of the cells that do at least 0.1% of the whole change.",
+    "negative_fraction": "Share of the cells that work against the attack on either logit.",
     "additivity_gap": "How far the cells' effects are from summing to the whole change, as a share of it; far from 0, "
     "cells act together and no cell's effect is its own.",
 }
@@ -255,10 +255,10 @@ def _scores(
             for name, values in {
                 "promoted": promoted,
                 "suppressed": suppressed,
-                "promoting_share": (kind == PROMOTION).sum(1) / active,
-                "suppressing_share": (kind == SUPPRESSION).sum(1) / active,
-                "active_share": active / number,
-                "negative_share": negative,
+                "promoting_fraction": (kind == PROMOTION).sum(1) / active,
+                "suppressing_fraction": (kind == SUPPRESSION).sum(1) / active,
+                "active_fraction": active / number,
+                "negative_fraction": negative,
                 "additivity_gap": (promoted + suppressed - change) / change.where(change != 0, torch.nan),
             }.items()
         }
@@ -329,7 +329,7 @@ def interpretability_test(
             classes = torch.cat([classes, first if of == "label" else runner_up(logits, first)[1]])
         evidence = class_activation(classifier, images, classes, registration="effective")
     energy = pairs.perturbation.double().square().sum(1)
-    confined = reached_share(pairs) < WHOLE
+    confined = reached_fraction(pairs) < WHOLE
     test = None
     if compare:
         matrix = interpretability_matrix(evidence, energy, fraction=fraction)

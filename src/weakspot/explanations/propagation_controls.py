@@ -141,9 +141,9 @@ def random_edits(pairs: Pairs, seed: int = 0) -> Tensor:
         moved = change[rows].gather(2, order[:, None].expand(-1, clean.shape[1], -1)).view_as(clean)
         outside = [(clean + sign * moved - 0.5).abs() for sign in (1, -1)]
         edited = (clean + torch.where(outside[0] > outside[1].clamp(min=0.5), -moved, moved)).clamp(0, 1)
-        share = (edited - clean).abs().flatten(1).sum(1)
-        better = share > kept[rows]
-        best[rows[better]], kept[rows[better]] = edited[better], share[better]
+        fraction = (edited - clean).abs().flatten(1).sum(1)
+        better = fraction > kept[rows]
+        best[rows[better]], kept[rows[better]] = edited[better], fraction[better]
     return best
 
 

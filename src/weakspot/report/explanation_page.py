@@ -90,10 +90,10 @@ def _finite(values: np.ndarray) -> np.ndarray:
 SHARES = {
     "effect_in_roi",
     "jaccard",
-    "roa_largest_share",
-    "changed_share",
-    "reached_share",
-    "roi_share",
+    "roa_largest_fraction",
+    "changed_fraction",
+    "reached_fraction",
+    "roi_fraction",
     "margin_taken",
     "completeness_gap",
 }

@@ -310,16 +310,16 @@ def accuracy_figure(table: pd.DataFrame, title: str) -> Figure:
     axis = sheet.subplots()
     for number, (side, color, hatch, marker) in enumerate(SIDES):
         places = [row + (number - 0.5) * THICK for row in range(len(table))]
-        shares = table[side].to_numpy()
+        fractions = table[side].to_numpy()
         low, high = (table[f"{side}_{end}"].to_numpy() for end in ("low", "high"))
         axis.barh(
-            places, shares, THICK, color=color, hatch=hatch, edgecolor="white", lw=0.5, label=side,
-            xerr=(shares - low, high - shares), error_kw={"lw": 1.2, "capsize": 3, "ecolor": "#222222"},
+            places, fractions, THICK, color=color, hatch=hatch, edgecolor="white", lw=0.5, label=side,
+            xerr=(fractions - low, high - fractions), error_kw={"lw": 1.2, "capsize": 3, "ecolor": "#222222"},
         )  # fmt: skip
         # A bar of no length shows no color; its marker does.
-        axis.plot(shares, places, marker, color=color, mec="#222222", ms=5, zorder=3, clip_on=False)
-        for place, share, end in zip(places, shares, high, strict=True):
-            axis.text(end + 0.012, place, f"{share:.0%}", va="center", fontsize=9)
+        axis.plot(fractions, places, marker, color=color, mec="#222222", ms=5, zorder=3, clip_on=False)
+        for place, fraction, end in zip(places, fractions, high, strict=True):
+            axis.text(end + 0.012, place, f"{fraction:.0%}", va="center", fontsize=9)
     names = [textwrap.fill(str(name), 22) for name in table["attack"]]
     axis.set_yticks(range(len(table)), names, fontsize=9.5)
     axis.invert_yaxis()

@@ -94,7 +94,7 @@ def count(number: float) -> Cell:
     return Cell("" if math.isnan(number) else f"{int(number):,}", float(number))
 
 
-def share(value: float, low: float = math.nan, high: float = math.nan) -> Cell:
+def fraction(value: float, low: float = math.nan, high: float = math.nan) -> Cell:
     """A cell with a share and, where there is one, its interval."""
     if math.isnan(value):
         return Cell("", math.nan)

@@ -74,7 +74,7 @@ def _what_happened(row: pd.Series) -> str:
 
 
 def _where(row: pd.Series) -> str:
-    if row["roi_share"] == 0:
+    if row["roi_fraction"] == 0:
         return f"No part of the image stands out for {row['label']}, so there is no place where the network looks."
     if math.isnan(row["effect_in_roi"]):
         return f"It took next to nothing from the lead of {row['label']}, or nothing that could be placed."
@@ -85,9 +85,10 @@ def _where(row: pd.Series) -> str:
         )
     if not row["success"] or row["read_clean_as"] != row["label"]:
         return _taken(row)
-    if row["reached_share"] < WHOLE:
+    if row["reached_fraction"] < WHOLE:
         return (
-            f"It changed {percent(row['changed_share'])} of the pixels and left {percent(1 - row['reached_share'])} of "
+            f"It changed {percent(row['changed_fraction'])} of the pixels and left "
+            f"{percent(1 - row['reached_fraction'])} of "
             "the image untouched; where it acts follows from that and is not compared with where the network looks."
         )
     return f"{_relation(row, 'It acts')}."
@@ -99,17 +100,17 @@ def _taken(row: pd.Series) -> str:
     if math.isnan(lost):
         amount = f"It put {row['label']} further behind {row['target']}"
     else:
-        share = "all" if lost >= 1 else percent(lost)
-        amount = f"It took {share} of the lead of {row['label']} over {row['target']}"
-    if row["reached_share"] < WHOLE:
-        return f"{amount}, by changing {percent(row['changed_share'])} of the pixels."
+        fraction = "all" if lost >= 1 else percent(lost)
+        amount = f"It took {fraction} of the lead of {row['label']} over {row['target']}"
+    if row["reached_fraction"] < WHOLE:
+        return f"{amount}, by changing {percent(row['changed_fraction'])} of the pixels."
     return f"{amount}. {_relation(row, 'That was lost')}."
 
 
 def _relation(row: pd.Series, subject: str) -> str:
     """Where the effect lies, in one clause; a direction only where every setting gives the same."""
-    share, area = percent(row["effect_in_roi"]), percent(row["roi_share"])
-    here = f"{share} of the effect falls on the {area} of the image that matters most for {row['label']}"
+    fraction, area = percent(row["effect_in_roi"]), percent(row["roi_fraction"])
+    here = f"{fraction} of the effect falls on the {area} of the image that matters most for {row['label']}"
     relation = row.get("relation", math.nan)
     if math.isnan(relation):
         return (
@@ -145,23 +146,23 @@ def _moves(change: float) -> str:
     return "raises" if change > 0 else "lowers"
 
 
-def percent(share: float) -> str:
+def percent(fraction: float) -> str:
     """A share as people read it.
 
     >>> percent(0.414), percent(0.0004), percent(0.9996), percent(1.0), percent(0.0)
     ('41%', 'under 0.1%', 'over 99.9%', '100%', '0%')
     """
-    if math.isnan(share):
+    if math.isnan(fraction):
         return "not defined"
-    if 0 < share < 0.001:
+    if 0 < fraction < 0.001:
         return "under 0.1%"
-    if -0.005 < share < 0:
+    if -0.005 < fraction < 0:
         return "0%"
-    if 0.999 < share < 1:
+    if 0.999 < fraction < 1:
         return "over 99.9%"
-    if 0 < share < 0.01 or 0.99 < share < 1:
-        return f"{share:.1%}"
-    return f"{share:.0%}"
+    if 0 < fraction < 0.01 or 0.99 < fraction < 1:
+        return f"{fraction:.1%}"
+    return f"{fraction:.0%}"
 
 
 def p_value(p: float, name: str = "p") -> str:

@@ -94,7 +94,7 @@ def _layer(
                 if study is None
                 else p_value(float(row["p_value"])).removeprefix("p ").lstrip("= "),
                 "pictures": [
-                    {"image": one.image, "data": _picture(one), "share": float(one.active.float().mean())}
+                    {"image": one.image, "data": _picture(one), "fraction": float(one.active.float().mean())}
                     for one in pictures.get(int(row["unit"]), ())
                 ],
             }

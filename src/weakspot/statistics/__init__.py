@@ -3,9 +3,9 @@
 from weakspot.statistics.intervals import (
     mean_interval,
     mean_intervals,
-    paired_share_interval,
+    paired_proportion_interval,
+    proportion_interval,
     rate_interval,
-    share_interval,
 )
 from weakspot.statistics.nulls import (
     LEAST_OTHERS,
@@ -36,14 +36,14 @@ __all__ = [
     "mean_intervals",
     "mean_test",
     "other_image_test",
-    "paired_share_interval",
+    "paired_proportion_interval",
     "products_over_shifts",
+    "proportion_interval",
     "queen_lag",
     "ranks",
     "rate_interval",
     "region_test",
     "run_test",
-    "share_interval",
     "shift_test",
     "standardized",
 ]

@@ -22,7 +22,7 @@ ROUNDING = 1e-9
 Interval = tuple[float, float, float]
 
 
-def share_interval(hits: NDArray[np.bool_]) -> Interval:
+def proportion_interval(hits: NDArray[np.bool_]) -> Interval:
     """The proportion of hits and its exact 95% interval (Clopper and Pearson 1934, doi 10.1093/biomet/26.4.404).
 
     Wilson's interval is shorter by a twelfth, but covers only .83 where hits are rare (1 in 50 among ten images).
@@ -33,14 +33,14 @@ def share_interval(hits: NDArray[np.bool_]) -> Interval:
     Returns:
         Proportion, low and high; NaN without images.
 
-    >>> tuple(round(bound, 3) for bound in share_interval(np.array([True] * 4)))
+    >>> tuple(round(bound, 3) for bound in proportion_interval(np.array([True] * 4)))
     (1.0, 0.398, 1.0)
     """
     return rate_interval(np.asarray(hits, dtype=np.float64))
 
 
 def rate_interval(rates: NDArray[np.floating]) -> Interval:
-    """The mean of rates between 0 and 1 and its 95% interval: `share_interval` with as many trials as images.
+    """The mean of rates between 0 and 1 and its 95% interval: `proportion_interval` with as many trials as images.
 
     Rates spread no more than outcomes that are 0 or 1 of the same mean, so the interval is not too narrow, however few
     images there are.
@@ -66,7 +66,7 @@ def rate_interval(rates: NDArray[np.floating]) -> Interval:
     return total / count, low, high
 
 
-def paired_share_interval(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Interval:
+def paired_proportion_interval(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Interval:
     """The difference of two proportions on the same images, first - second, and its 95% interval.
 
     Adjusted Wald interval of Bonett and Price (2012, doi 10.3102/1076998611411915), with Student's quantile in place
@@ -80,7 +80,7 @@ def paired_share_interval(first: NDArray[np.bool_], second: NDArray[np.bool_]) -
         Difference, low and high; no interval (NaN) below 5 images.
 
     >>> yes, no = np.array([True] * 5), np.array([False] * 5)
-    >>> tuple(round(bound, 3) for bound in paired_share_interval(yes, no))
+    >>> tuple(round(bound, 3) for bound in paired_proportion_interval(yes, no))
     (1.0, -0.02, 1.0)
     """
     from scipy.stats import t
@@ -111,8 +111,9 @@ def mean_interval(values: NDArray[np.floating], seed: int = 0) -> Interval:
 def mean_intervals(values: NDArray[np.floating], seed: int = 0) -> NDArray[np.float64]:
     """Mean and 95% interval of every column of a table, missing values (NaN) left out.
 
-    A column of yes and no (0 and 1) is a proportion and gets `share_interval`; one of -1, 0 and 1 a difference of two
-    and gets `paired_share_interval`. Any other gets the wider of Student's interval and the bootstrap-t interval
+    A column of yes and no (0 and 1) is a proportion and gets `proportion_interval`; one of -1, 0 and 1 a difference of
+    two
+    and gets `paired_proportion_interval`. Any other gets the wider of Student's interval and the bootstrap-t interval
     (Efron 1981, doi 10.2307/3314608): the first is right for heavy tails, the second for skewed values. It needs at
     least 20 values, 5 of them unlike the most common one; with fewer the column has no interval (NaN). What no
     interval can cover is an extreme so rare that none of the images shows it.
@@ -135,9 +136,9 @@ def mean_intervals(values: NDArray[np.floating], seed: int = 0) -> NDArray[np.fl
         found[number, 0] = mine.mean()
         distinct, counts = np.unique(mine, return_counts=True)
         if len(distinct) > 1 and np.isin(distinct, (0, 1)).all():
-            found[number] = share_interval(mine == 1)
+            found[number] = proportion_interval(mine == 1)
         elif len(distinct) > 1 and np.isin(distinct, (-1, 0, 1)).all():
-            found[number] = paired_share_interval(mine == 1, mine == -1)
+            found[number] = paired_proportion_interval(mine == 1, mine == -1)
         elif len(mine) >= LEAST_IMAGES and len(mine) - counts.max() >= LEAST_VARIED:
             studied.append(number)
     if studied:

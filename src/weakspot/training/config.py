@@ -69,7 +69,7 @@ class Settings:
     Attributes:
         recipe: a name of `RECIPES`.
         budget: of the adversary.
-        share: of every batch that is attacked.
+        fraction: of every batch that is attacked.
         epochs: passes over the data.
         seed: of order, augmentation, random starts, scattered masks and dropout.
         steps: of projected gradient descent.
@@ -86,7 +86,7 @@ class Settings:
 
     recipe: str
     budget: Budget
-    share: float
+    fraction: float
     epochs: int
     seed: int
     steps: int
@@ -109,7 +109,7 @@ class Settings:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} is {value!r}; accepted is a whole number of at least {least}")
         for name, most in (
-            ("share", 1.0),
+            ("fraction", 1.0),
             ("momentum", 1.0),
             ("step_size", math.inf),
             ("learning_rate", math.inf),
@@ -130,7 +130,7 @@ class Settings:
     @property
     def attacked(self) -> int:
         """Images of every batch that are attacked."""
-        return 0 if find_recipe(self.recipe).search == "none" else round(self.share * self.batch_size)
+        return 0 if find_recipe(self.recipe).search == "none" else round(self.fraction * self.batch_size)
 
     def rate(self, progress: float) -> float:
         """The learning rate when this share of all updates is done."""

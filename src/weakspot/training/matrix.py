@@ -20,7 +20,7 @@ from weakspot._io.files import write_whole
 from weakspot.attacks.gradient import check_counts
 from weakspot.datasets import LabeledImages
 from weakspot.models.specs import fingerprint
-from weakspot.statistics import mean_interval, paired_share_interval, share_interval
+from weakspot.statistics import mean_interval, paired_proportion_interval, proportion_interval
 from weakspot.training.checkpoint import read_record
 from weakspot.training.config import defaults, find_recipe
 from weakspot.training.outcomes import TESTS, Judged, judged_images, outcomes
@@ -193,7 +193,7 @@ def _accuracy(
             if np.isnan(
                 low
             ):  # few images, or hardly any on which the networks differ: bounds from both sides
-                low, high = share_interval(right.min(0) > 0)[1], share_interval(right.max(0) > 0)[2]
+                low, high = proportion_interval(right.min(0) > 0)[1], proportion_interval(right.max(0) > 0)[2]
             rows.append(
                 {
                     "recipe": recipe,
@@ -219,7 +219,7 @@ def _differences(
         for one, other in permutations(recipes, 2):
             first, second = (_by_image(found, recipe, test, seeds) for recipe in (one, other))
             mean, low, high = (
-                paired_share_interval(first[0] > 0, second[0] > 0)
+                paired_proportion_interval(first[0] > 0, second[0] > 0)
                 if len(seeds) == 1
                 else mean_interval((first - second).mean(0))
             )

@@ -28,7 +28,7 @@ def train(
     *,
     recipe: str = "localized",
     budget: Budget | None = None,
-    share: float = 0.5,
+    fraction: float = 0.5,
     epochs: int = 10,
     seed: int = 0,
     out: Path | None = None,
@@ -71,7 +71,7 @@ def train(
         recipe: "standard", "localized", "foreground", "random_mask", "full", "fast" (one step, Wong et al. 2020, arXiv
             2001.03994), "noise" or "trades".
         budget: of the adversary; where not given 0.3 in L-infinity for gray images, 8/255 for color.
-        share: of every batch that is attacked, 0 to 1; the recipe "standard" attacks none.
+        fraction: of every batch that is attacked, 0 to 1; the recipe "standard" attacks none.
         epochs: passes over the data.
         seed: of everything random.
         out: folder for model.safetensors, training.json and, while it runs, checkpoint.pt.
@@ -133,7 +133,7 @@ def train(
             settings = Settings(
                 recipe=recipe,
                 budget=limits,
-                share=share,
+                fraction=fraction,
                 epochs=epochs,
                 seed=seed,
                 steps=count,

@@ -74,8 +74,8 @@ class LocalEngine:
             mine = work.entries(number)
             count = len(mine)
 
-            def advance(share: float, count: int = count) -> None:
-                progress(share * count)
+            def advance(fraction: float, count: int = count) -> None:
+                progress(fraction * count)
 
             yield number, audit_shard(machine, work.plan, mine, advance)
 

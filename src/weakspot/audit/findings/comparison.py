@@ -14,7 +14,7 @@ from weakspot.audit.plan.plan import AttackPlan, Plan, is_minimal
 from weakspot.audit.store.records import has_records
 from weakspot.audit.store.run import Run
 from weakspot.models.probe import read_probe
-from weakspot.statistics import false_discovery, mean_intervals, mean_test, paired_share_interval
+from weakspot.statistics import false_discovery, mean_intervals, mean_test, paired_proportion_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -164,7 +164,7 @@ def _moves(pair: pd.DataFrame, names: Sequence[str], attack: str, region: str) -
         if (
             len(moved) and np.isin(moved, (-1, 0, 1)).all()
         ):  # proportions, also where every image changed alike
-            found[place] = paired_share_interval(moved == 1, moved == -1)
+            found[place] = paired_proportion_interval(moved == 1, moved == -1)
     return pd.DataFrame(
         {
             "score": list(names), "attack": attack, "region": region, "images": counts, "before": means[0],

@@ -18,7 +18,7 @@ from weakspot.audit.findings.robustness import cell, corrected, once
 from weakspot.audit.plan.plan import Plan, control_of, is_control, is_other, norm_of, other_region
 from weakspot.audit.store.run import Run
 from weakspot.regions.spec import depends_on_image
-from weakspot.statistics import mean_interval, paired_share_interval, region_test
+from weakspot.statistics import mean_interval, paired_proportion_interval, region_test
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +33,7 @@ ROUNDING = 1e-9
 WEAK, STRONG = "a weak region", "stronger than controls"
 UNCLEAR = "not shown to be weaker or stronger than all controls"
 CONTRASTS = (
-    "attack", "region", "control", "draws", "region_share", "control_share", "images", "measure", "norm",
+    "attack", "region", "control", "draws", "region_fraction", "control_fraction", "images", "measure", "norm",
     "here", "there", "held_here", "held_there", "difference", "low", "high", "p", "q",
 )  # fmt: skip
 
@@ -49,7 +49,8 @@ def region_contrasts(run: Run) -> pd.DataFrame:
 
     Returns:
         Columns attack, region; control, "other images" or "shifted"; draws, how many of these for each image;
-        region_share, control_share of the image; images; measure and the norm of its sizes, "" of shares; here, there;
+        region_fraction, control_fraction of the image; images; measure and the norm of its
+        sizes, "" of fractions; here, there;
         held_here, held_there, the fraction of sizes that are such a largest one, so that "here" or "there" is a least
         size; difference with low and high, its 95% interval over images, NaN where there is none: of shares
         here - there, of sizes log2(there / here), so that above zero the region is the weaker place; p, two-sided, by
@@ -61,7 +62,7 @@ def region_contrasts(run: Run) -> pd.DataFrame:
     rows = []
     for label, norm, region, control, texts in _comparisons(run.plan):
         found = _side_by_side(run, label, region, texts, norm)
-        shares = [_mean(_row_means(side)) for side in (found.own_shares[:, None], found.other_shares)]
+        shares = [_mean(_row_means(side)) for side in (found.own_fractions[:, None], found.other_fractions)]
         measured = _fooled(found) if norm is None else _sized(run, label, found, norm)
         measure = ("fooled", "") if norm is None else ("smallest size", norm)
         rows.append(
@@ -96,7 +97,9 @@ def verdict(contrasts: pd.DataFrame) -> str:
         return UNCLEAR
     if not all(_enough(row) for row in rows.values()):
         which = "weaker" if clear == {1} else "stronger"
-        least = f"{100 * LEAST_POINTS:.0f} points" if _is_share(rows[SHIFTED]) else f"factor of {LEAST_RATIO}"
+        least = (
+            f"{100 * LEAST_POINTS:.0f} points" if _is_fraction(rows[SHIFTED]) else f"factor of {LEAST_RATIO}"
+        )
         return f"{which} than controls, but not by the {least} that a verdict takes"
     if OTHERS in rows:
         return WEAK if clear == {1} else STRONG
@@ -117,11 +120,11 @@ def _direction(row: Any) -> int:
 
 
 def _enough(row: Any) -> bool:
-    least = LEAST_POINTS if _is_share(row) else np.log2(LEAST_RATIO)
+    least = LEAST_POINTS if _is_fraction(row) else np.log2(LEAST_RATIO)
     return bool(abs(row.difference) >= least - ROUNDING)
 
 
-def _is_share(row: Any) -> bool:
+def _is_fraction(row: Any) -> bool:
     return bool(row.measure == "fooled")
 
 
@@ -134,12 +137,12 @@ def told(contrasts: pd.DataFrame) -> list[str]:
 
 def _sentence(rows: pd.DataFrame) -> str:
     first, *others = _named(rows)
-    if all(np.isnan(row.region_share) for row in (first, *others)):
+    if all(np.isnan(row.region_fraction) for row in (first, *others)):
         return (
             f"{first.attack} confined to {first.region}: no correctly classified image was attacked both there and in "
             "controls."
         )
-    place = f"{first.region} ({rows['region_share'].max():.0%} of the image)"
+    place = f"{first.region} ({rows['region_fraction'].max():.0%} of the image)"
     if not any(row.images for row in (first, *others)):
         return f"{first.attack} confined to {place} or to its controls fools no correctly classified image."
     told_of = f"{first.attack} confined to {place} {_figure(first)} of {_images(first)}"
@@ -155,7 +158,7 @@ def _images(row: Any) -> str:
 def _figure(row: Any) -> str:
     if not row.images:
         return "is compared on none"
-    if _is_share(row):
+    if _is_fraction(row):
         return f"fools {row.here:.0%}"
     return f"needs {_size(row.here, row.held_here, row.norm)} on average"
 
@@ -164,13 +167,13 @@ def _beside(row: Any, first: Any) -> str:
     """One control: what the attack does there, and by how much that differs."""
     many = f"{row.draws} other images' regions" if row.draws > 1 else "another image's region"
     who = many if row.control == OTHERS else "the region shifted within the image"
-    if abs(row.control_share - row.region_share) >= 0.005:
-        who += f" ({row.control_share:.0%})"
+    if abs(row.control_fraction - row.region_fraction) >= 0.005:
+        who += f" ({row.control_fraction:.0%})"
     if not row.images:
         return f"{who} on no image"
     if row.images != first.images:
         who += f", on {_images(row)}"
-    if _is_share(row):
+    if _is_fraction(row):
         apart = f"{100 * row.difference:+.1f} points"
         if np.isfinite(row.low):
             apart += f", 95% from {100 * row.low:+.1f} to {100 * row.high:+.1f}"
@@ -215,10 +218,10 @@ class _Sides:
 
     fell: NDArray[np.float64]
     sizes: NDArray[np.float64]
-    own_shares: NDArray[np.float64]
+    own_fractions: NDArray[np.float64]
     other_fell: NDArray[np.float64]
     other_sizes: NDArray[np.float64]
-    other_shares: NDArray[np.float64]
+    other_fractions: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -230,7 +233,7 @@ class _Measured:
 
 
 def _side_by_side(run: Run, attack: str, region: str, controls: Sequence[str], norm: str | None) -> _Sides:
-    columns = ["index", "fooled", "correct", "region_share", *([] if norm is None else [norm])]
+    columns = ["index", "fooled", "correct", "region_fraction", *([] if norm is None else [norm])]
     own = cell(run, attack, region, columns).set_index("index")
     own = own[own["fooled"].notna() & own["correct"].fillna(False).astype(bool)]
     others = [cell(run, attack, text, columns).set_index("index").reindex(own.index) for text in controls]
@@ -243,14 +246,14 @@ def _side_by_side(run: Run, attack: str, region: str, controls: Sequence[str], n
     fell = beside("fooled")
     known = np.isfinite(fell)
     some = known.any(1)
-    size = norm or "region_share"
+    size = norm or "region_fraction"
     return _Sides(
         own["fooled"].to_numpy(float)[some],
         own[size].to_numpy(float)[some],
-        own["region_share"].to_numpy(float)[some],
+        own["region_fraction"].to_numpy(float)[some],
         fell[some],
         beside(size)[some],
-        np.where(known, beside("region_share"), np.nan)[some],
+        np.where(known, beside("region_fraction"), np.nan)[some],
     )
 
 
@@ -265,7 +268,7 @@ def _fooled(found: _Sides) -> _Measured:
         # With one control of each image this is a paired difference of proportions, which has an interval also where
         # hardly any image differs. It stands in for the mean of several controls that (nearly) always agree.
         first = np.take_along_axis(there, np.isnan(there).argmin(1)[:, None], 1)[:, 0]
-        _, low, high = paired_share_interval(here == 1, first == 1)
+        _, low, high = paired_proportion_interval(here == 1, first == 1)
         low, high = (low, high) if low <= mean <= high else (np.nan, np.nan)
     p = region_test(here, there)
     return _Measured(len(here), (_mean(here), _mean(_row_means(there)), 0.0, 0.0, mean, low, high, p))

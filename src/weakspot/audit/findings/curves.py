@@ -16,7 +16,7 @@ from weakspot.audit.findings.robustness import cell, once, quoted
 from weakspot.audit.plan.plan import AttackPlan, Plan, control_of, norm_of
 from weakspot.audit.store.maps import StoredMap
 from weakspot.audit.store.run import Run
-from weakspot.statistics import mean_intervals, share_interval
+from weakspot.statistics import mean_intervals, proportion_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,7 +60,7 @@ def budget_curves(run: Run) -> pd.DataFrame:
                     region in controls,
                     norm,
                     size,
-                    *share_interval(falls <= size * (1 + 1e-5)),
+                    *proportion_interval(falls <= size * (1 + 1e-5)),
                     len(falls),
                 )
                 for size in sizes

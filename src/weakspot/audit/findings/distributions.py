@@ -19,7 +19,7 @@ from weakspot.audit.store.run import Run
 from weakspot.audit.work.cell_rows import COLUMNS
 from weakspot.report.sections import Thumbnail
 from weakspot.report.sentences import number
-from weakspot.statistics import share_interval
+from weakspot.statistics import proportion_interval
 
 BINS = 30
 TAIL = 0.005  # of the values at either end, which may lie so far out that they would hide the others
@@ -139,7 +139,7 @@ def classes(run: Run) -> Classes:
     ).df()
     cells = _ordered(cells[cells["label"].isin(listed["label"])], order)
     ranges = [
-        share_interval(np.arange(images) < held)
+        proportion_interval(np.arange(images) < held)
         for images, held in zip(cells["images"], cells["held"], strict=True)
     ]
     cells[["robust", "low", "high"]] = np.array(ranges, dtype=float).reshape(-1, 3)

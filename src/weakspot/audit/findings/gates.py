@@ -13,7 +13,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 
 from weakspot._checks import closest
-from weakspot.statistics import share_interval
+from weakspot.statistics import proportion_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -261,7 +261,7 @@ def unknown_cases(run: Run, rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]
             known = int(row["images"])
             if 0 < known < total and math.isfinite(row["robust_accuracy"]):
                 kept = round(known * row["robust_accuracy"]) + right * (total - known)
-                frame.loc[frame.index[place], list(ROBUST)] = share_interval(np.arange(total) < kept)
+                frame.loc[frame.index[place], list(ROBUST)] = proportion_interval(np.arange(total) < kept)
         if 0 < clean < total:
             kept = (clean * frame["clean_accuracy"]).round() + right * (total - clean)
             frame["clean_accuracy"] = kept / total

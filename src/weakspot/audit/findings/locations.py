@@ -31,8 +31,8 @@ from weakspot.statistics import (
     mean_intervals,
     mean_test,
     other_image_test,
+    proportion_interval,
     run_test,
-    share_interval,
 )
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def perturbation_types(run: Run) -> pd.DataFrame:
         known = table.loc[fooled & table[TYPE].notna().to_numpy(), TYPE]
         for kind in TYPES.values():
             hits = known.eq(kind).to_numpy(bool)
-            rows.append((attack.label, region, kind, int(hits.sum()), len(hits), *share_interval(hits)))
+            rows.append((attack.label, region, kind, int(hits.sum()), len(hits), *proportion_interval(hits)))
     return pd.DataFrame(rows, columns=["attack", "region", "type", "count", "images", "share", "low", "high"])
 
 

@@ -13,7 +13,7 @@ from weakspot.audit.findings.contrasts import region_contrasts, told
 from weakspot.audit.findings.locations import score_findings
 from weakspot.audit.findings.robustness import counted_budget, judged_attacks
 from weakspot.audit.store.run import Run
-from weakspot.statistics import share_interval
+from weakspot.statistics import proportion_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +31,7 @@ class CellSummary:
         budget: at which robust accuracy is counted: of the attack, or of a minimal-norm attack the stated one; None
             where there is none.
         region: as the plan has it.
-        region_share: of the image, on the mean over the images that are known; NaN where there are none.
+        region_fraction: of the image, on the mean over the images that are known; NaN where there are none.
         images: of which it is known how the attack ended.
         robust_accuracy: share of these that the attack did not fool within the budget; NaN of a minimal-norm attack
             without one (see `weakspot.audit.findings.robustness`).
@@ -43,7 +43,7 @@ class CellSummary:
     attack: str
     budget: str | None
     region: str
-    region_share: float
+    region_fraction: float
     images: int
     robust_accuracy: float
     low: float
@@ -96,7 +96,7 @@ class Summary:
 def summarize(run: Run) -> Summary:
     """The summary of a run, complete or not; only the columns it needs are read."""
     found = run.sql(
-        "select attack, region, index, fooled, robust, correct, region_share, trouble is not null as troubled "
+        "select attack, region, index, fooled, robust, correct, region_fraction, trouble is not null as troubled "
         "from outcomes"
     ).df()
     cells = []
@@ -104,13 +104,13 @@ def summarize(run: Run) -> Summary:
         mine = found[(found["attack"] == attack.label) & (found["region"] == region)].sort_values("index")
         known = mine[mine["fooled"].notna()]
         held = known["robust"].dropna().to_numpy(dtype=bool)
-        robust, low, high = share_interval(held) if len(held) else (np.nan,) * 3
+        robust, low, high = proportion_interval(held) if len(held) else (np.nan,) * 3
         cells.append(
             CellSummary(
                 attack.label,
                 counted_budget(run.plan, attack),
                 region,
-                float(known["region_share"].mean()),
+                float(known["region_fraction"].mean()),
                 len(known),
                 robust,
                 low,
@@ -135,7 +135,8 @@ def cell_table(run: Run, summary: Summary) -> pd.DataFrame:
 
     Returns:
         Columns attack, budget ("" where there is none), judged (whether the attack has a robust accuracy), region,
-        region_share, images, robust_accuracy, robust_low, robust_high, clean_accuracy, troubled, skipped, and of every
+        region_fraction, images, robust_accuracy, robust_low, robust_high, clean_accuracy, troubled, skipped, and of
+        every
         score its mean, NAME_low and NAME_high.
     """
     import pandas as pd
@@ -185,7 +186,7 @@ def weakest(cells: Sequence[CellSummary]) -> str:
 
 
 def _place(cell: CellSummary) -> str:
-    return f"{cell.region} ({cell.region_share:.0%} of the image)"
+    return f"{cell.region} ({cell.region_fraction:.0%} of the image)"
 
 
 def _figure(cell: CellSummary) -> str:

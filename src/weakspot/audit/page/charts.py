@@ -36,15 +36,15 @@ def robust_chart(cells: pd.DataFrame, clean: float) -> Chart:
     """A point and its 95% interval for every attack in every region, the weakest region first.
 
     Args:
-        cells: columns attack, region, region_share, images, robust_accuracy, low, high.
+        cells: columns attack, region, region_fraction, images, robust_accuracy, low, high.
         clean: accuracy with nothing changed, drawn as a line; or NaN.
     """
     import altair as alt
 
     known = cells[cells["robust_accuracy"].notna()]
     order = known.groupby("region", sort=False)["robust_accuracy"].min().sort_values(kind="stable").index
-    shares = known.groupby("region")["region_share"].mean()
-    names = {region: f"{region} ({percent(float(shares[region]))})" for region in order}
+    fractions = known.groupby("region")["region_fraction"].mean()
+    names = {region: f"{region} ({percent(float(fractions[region]))})" for region in order}
     attacks = list(dict.fromkeys(known["attack"]))
     table = [
         {
@@ -117,7 +117,7 @@ def histogram_chart(title: str, bins: pd.DataFrame, headings: dict[tuple[str, st
         table.append(
             {
                 "low": row["low"], "high": row["high"], "outcome": row["outcome"], "images": row["count"],
-                "share": part, "foot": foot - places[cell], "head": foot + part * scale - places[cell],
+                "fraction": part, "foot": foot - places[cell], "head": foot + part * scale - places[cell],
             }
         )  # fmt: skip
     limits = [float(bins["low"].min()), float(bins["high"].max())]
@@ -185,9 +185,9 @@ def confusion_chart(title: str, found: pd.DataFrame) -> Chart:
             "label": row["label"],
             "adversarial_class": row["adversarial_class"],
             "fooled": row["fooled"],
-            "share": row["share"],
+            "fraction": row["fraction"],
         }
-        for row in found.assign(share=found["fooled"] / totals).to_dict("records")
+        for row in found.assign(fraction=found["fooled"] / totals).to_dict("records")
     ]
     names = sorted(set(found["label"]) | set(found["adversarial_class"]))
     base = alt.Chart(rows(table)).encode(

@@ -23,7 +23,7 @@ from weakspot.audit.page.sentences import (
     where,
 )
 from weakspot.explanations.locality_by_radius import locality_sentence
-from weakspot.report.sections import Cell, Section, Table, count, figure, share, word
+from weakspot.report.sections import Cell, Section, Table, count, figure, fraction, word
 from weakspot.report.sections import figure as number
 from weakspot.report.sentences import p_value
 
@@ -35,7 +35,8 @@ def budget_section(curves: pd.DataFrame, contrasts: pd.DataFrame, compared: Sequ
 
     Args:
         curves: columns attack, region, control, norm, size, fooled, low, high, images.
-        contrasts: columns attack, region, control, draws, region_share, control_share, images, measure, norm, here,
+        contrasts: columns attack, region, control, draws, region_fraction, control_fraction, images, measure, norm,
+            here,
             there, difference, low, high, p, q.
         compared: each region beside its controls, in a sentence.
     """
@@ -62,8 +63,8 @@ def budget_section(curves: pd.DataFrame, contrasts: pd.DataFrame, compared: Sequ
     ]
     listed = [
         [
-            word(row["attack"]), word(row["region"]), word(_control(row)), share(row["region_share"]),
-            share(row["control_share"]), count(row["images"]), word(f"{row['measure']} {row['norm']}".strip()),
+            word(row["attack"]), word(row["region"]), word(_control(row)), fraction(row["region_fraction"]),
+            fraction(row["control_fraction"]), count(row["images"]), word(f"{row['measure']} {row['norm']}".strip()),
             figure(row["here"]),
             figure(row["there"]), figure(row["difference"], row["low"], row["high"]), _p(row["p"]), _p(row["q"]),
         ]
@@ -110,7 +111,7 @@ def _curve_table(curves: pd.DataFrame) -> Table:
             [
                 word(attack), word(norm), word(region), word("yes" if end["control"] else "no"), count(end["images"]),
                 *(figure(float(size)) for size in sizes), figure(float(end["size"])),
-                share(end["fooled"], end["low"], end["high"]),
+                fraction(end["fooled"], end["low"], end["high"]),
             ]
         )  # fmt: skip
     columns = (
@@ -255,7 +256,7 @@ def type_section(types: pd.DataFrame) -> list[Section]:
     listed = [
         [
             word(row["attack"]), word(row["region"]), word(row["type"]), count(row["count"]), count(row["images"]),
-            share(row["share"], row["low"], row["high"]),
+            fraction(row["fraction"], row["low"], row["high"]),
         ]
         for row in types.to_dict("records")
     ]  # fmt: skip
@@ -294,9 +295,9 @@ def locality_section(table: pd.DataFrame) -> list[Section]:
     listed = [
         [
             word(row["attack"]), word(row["region"]), word(str(row["radius"])), count(row["images"]),
-            share(row["rate"], row["low"], row["high"]),
+            fraction(row["rate"], row["low"], row["high"]),
             number(row["excess"], row["excess_low"], row["excess_high"]),
-            count(row["failed_images"]), share(row["failed_rate"], row["failed_low"], row["failed_high"]),
+            count(row["failed_images"]), fraction(row["failed_rate"], row["failed_low"], row["failed_high"]),
         ]
         for row in table.to_dict("records")
     ]  # fmt: skip

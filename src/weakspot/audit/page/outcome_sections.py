@@ -23,7 +23,7 @@ from weakspot.audit.page.sentences import (
 )
 from weakspot.report.explanation_page import text
 from weakspot.report.rendering import table
-from weakspot.report.sections import Cell, Section, Table, Thumbnail, count, figure, share, word
+from weakspot.report.sections import Cell, Section, Table, Thumbnail, count, figure, fraction, word
 
 GRID = 20  # classes of a grid of confusions at most
 CONFUSIONS = 13  # such grids at most
@@ -43,14 +43,14 @@ def robust_section(cells: pd.DataFrame, clean: float, *, eight_bit: bool = True)
     """Robust accuracy of every attack in every region.
 
     Args:
-        cells: columns attack, budget, region, region_share, images, robust_accuracy, low, high, troubled.
+        cells: columns attack, budget, region, region_fraction, images, robust_accuracy, low, high, troubled.
         clean: accuracy with nothing changed, or NaN.
         eight_bit: whether images were counted as 8-bit files hold them.
     """
     listed = [
         [
-            word(row["attack"]), word(row["budget"]), word(row["region"]), share(row["region_share"]),
-            count(row["images"]), share(row["robust_accuracy"]),
+            word(row["attack"]), word(row["budget"]), word(row["region"]), fraction(row["region_fraction"]),
+            count(row["images"]), fraction(row["robust_accuracy"]),
             Cell("" if math.isnan(row["low"]) else f"{row['low']:.1%} to {row['high']:.1%}", row["low"]),
             count(row["troubled"]),
         ]
@@ -137,8 +137,8 @@ def class_section(
             [
                 word(row["name"]),
                 count(row["images"]),
-                share(row["clean"]),
-                *(share(one["robust"], one["low"], one["high"]) if one else share(math.nan) for one in cell_of),
+                fraction(row["clean"]),
+                *(fraction(one["robust"], one["low"], one["high"]) if one else fraction(math.nan) for one in cell_of),
                 Cell(
                     landing["adversarial_class"],
                     landing["adversarial_class"].casefold(),

@@ -235,7 +235,7 @@ def _heading(run: Run, summary: Summary | None) -> Heading:
         facts.append((percent(summary.clean_accuracy), "read as their label with nothing changed"))
     if judged:
         worst = min(judged, key=lambda cell: cell.robust_accuracy)
-        area = f"in {worst.region} ({percent(worst.region_share)} of the image)"
+        area = f"in {worst.region} ({percent(worst.region_fraction)} of the image)"
         where = "anywhere" if worst.region == "none" else area
         facts.append(
             (

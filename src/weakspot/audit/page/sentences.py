@@ -77,7 +77,7 @@ def no_robust_accuracy(attacks: Sequence[str]) -> str:
 def _there(row: Row) -> str:
     if row["region"] == "none":
         return "with any pixel free"
-    return f"in {row['region']} ({percent(row['region_share'])} of the image)"
+    return f"in {row['region']} ({percent(row['region_fraction'])} of the image)"
 
 
 def margin_sentences(summaries: pd.DataFrame) -> list[str]:
@@ -144,12 +144,12 @@ def _landing(landings: pd.DataFrame, names: dict[Any, str]) -> list[str]:
     if landings.empty:
         return ["No image that was read rightly was fooled, so there is nothing to say on where images land."]
     row = landings.sort_values("fooled", ascending=False, kind="stable").iloc[0]
-    share = percent(row["fooled"] / row["of"])
+    fraction = percent(row["fooled"] / row["of"])
     return [
         (
             f"Most often {names.get(row['label'], 'a class')} is fooled into {row['adversarial_class']}: "
             f"in {row['fooled']:,} of "
-            f"the {counted(int(row['of']), 'attack')} that fooled one of its images ({share})."
+            f"the {counted(int(row['of']), 'attack')} that fooled one of its images ({fraction})."
         )
     ]
 
