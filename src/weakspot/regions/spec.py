@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import closest
+from weakspot._checks import unknown_choice
 from weakspot.regions.activation import cam, support
 from weakspot.regions.controls import matched
 from weakspot.regions.masks import border, from_file
@@ -114,8 +114,7 @@ def read_region(
         if name in makers and (not argument or name == "border"):
             return makers[name](argument)
         if not (os.path.exists(word) or Path(word).suffix):  # noqa: PTH110 - Path.exists raises on long names
-            near = closest(word, NAMES)
-            raise ValueError(f"region is {text!r}; {near if near.endswith('?') else f'accepted are {FORMS}'}")
+            raise ValueError(unknown_choice("region", word, NAMES, remedy=f"forms: {FORMS}"))
         return from_file(word, images).expand(len(images), -1, -1, -1)
 
     if text not in NAMES and os.path.isfile(text):  # noqa: PTH113 - likewise
