@@ -214,7 +214,9 @@ def _is_whole(dtype: torch.dtype) -> bool:
 
 def check_budget(budget: object) -> None:
     """Raises ValueError unless `budget` has what the protocol `Budget` asks for."""
-    if not all(callable(getattr(budget, method, None)) for method in ("project", "ascend", "size")):
+    if not all(
+        callable(getattr(budget, method, None)) for method in ("project", "steepest_step", "distance")
+    ):
         raise ValueError(
             f"budget is {budget!r}; accepted is a budget such as Linf(4 / 255), L2(1.0), L1(10) or SSIM(0.01)"
         )

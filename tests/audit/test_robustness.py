@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tests.audit.fixtures import draw_pictures, networks, small_plan, store_records
+from tests.audit.test_report import Reader
 from tests.cli.test_explain import Run as Ran
 from tests.cli.test_explain import photographs, run
-from tests.runs.fixtures import draw_pictures, networks, small_plan, store_records
-from tests.runs.test_report import Reader
 from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, compare, summarize
 from weakspot.audit.findings.contrasts import region_contrasts
 from weakspot.audit.findings.curves import budget_curves
