@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.util
 import os
 import sys
 import threading
@@ -171,6 +172,23 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     names = list(choices)
     if value not in names:
         raise ValueError(unknown_choice(name, value, names))
+
+
+def require(purpose: str, *modules: str, extra: str) -> None:
+    """Check that optional packages are installed, without importing them.
+
+    Args:
+        purpose: subject of the error's sentence, such as "an audit".
+        *modules: names as they are imported.
+        extra: the extra of weakspot that installs them.
+
+    Raises:
+        ValueError: if one is missing, with the command that installs it.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            package = module.replace("_", "-")
+            raise ValueError(f"{purpose} needs {package}: pip install 'weakspot[{extra}]'")
 
 
 def is_number(value: object) -> bool:
