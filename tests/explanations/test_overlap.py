@@ -472,8 +472,8 @@ def test_networks_with_pooling_layers_are_explained(pool: nn.Module) -> None:
         ({"reference": "photos"}, r"reference must be images \(R, 3, 20, 20\), got str"),
         ({"reference": torch.full((2, 3, 20, 20), torch.nan)}, r"reference\[0\] holds NaN or infinity"),
         ({"seed": 0.5}, r"seed is 0\.5"),
-        ({"pairs": (torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4))}, "pairs is a tuple; accepted are Pairs"),
-        ({"model": "resnet18"}, "model is a str; accepted is a torch.nn.Module"),
+        ({"pairs": (torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4))}, "pairs must be Pairs, got tuple"),
+        ({"model": "resnet18"}, "model must be a torch.nn.Module that returns logits, got str"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(pooling: Made, options: dict[str, Any], message: str) -> None:
