@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.util
 import os
 import sys
 import threading
@@ -149,6 +150,23 @@ def closest(name: str, accepted: Iterable[str]) -> str:
     names = list(accepted)
     near = difflib.get_close_matches(name, names, n=3)
     return f"did you mean {' or '.join(near)}?" if near else f"accepted: {', '.join(names[:20]) or 'none'}"
+
+
+def require(purpose: str, *modules: str, extra: str) -> None:
+    """Check that optional packages are installed, without importing them.
+
+    Args:
+        purpose: subject of the error's sentence, such as "an audit".
+        *modules: names as they are imported.
+        extra: the extra of weakspot that installs them.
+
+    Raises:
+        ValueError: if one is missing, with the command that installs it.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            package = module.replace("_", "-")
+            raise ValueError(f"{purpose} needs {package}: pip install 'weakspot[{extra}]'")
 
 
 def is_number(value: object) -> bool:
