@@ -23,7 +23,7 @@ from tests.dissection.fixture import (
 from tests.networks import TokenNetwork, untouched
 from weakspot.classifier import Classifier
 from weakspot.dissection import ConceptSet, dissect, dissection
-from weakspot.dissection.tally import LARGEST, TopValues
+from weakspot.dissection.site_counts import LARGEST, TopValues
 
 HALF = 0.6  # of the fixture's sites at most half carry a color, so that the threshold is 0
 
