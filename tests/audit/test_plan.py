@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.audit.fixtures import networks, pictures, small_plan
-from weakspot.audit import AttackPlan, read_mapping, read_plan
+from weakspot.audit import AttackPlan, Plan, read_plan
 from weakspot.audit.plan.plan import other_region
 
 __all__ = ["networks", "pictures"]  # fixtures
@@ -17,12 +17,12 @@ __all__ = ["networks", "pictures"]  # fixtures
 
 def test_a_resolved_plan_comes_back_from_json_as_it_was(pictures: Path) -> None:
     plan = small_plan(pictures, labels="folders", limit=3, seed=7, analyses=()).resolved()
-    assert read_mapping(json.loads(json.dumps(plan.as_mapping()))) == plan
+    assert Plan.from_mapping(json.loads(json.dumps(plan.as_mapping()))) == plan
     assert plan.resolved() == plan
 
 
 def test_the_cross_product_holds_nothing_twice(pictures: Path) -> None:
-    plan = read_mapping(
+    plan = Plan.from_mapping(
         {
             "images": [str(pictures), str(pictures)],
             "attacks": "pgd, fgsm,pgd",
@@ -52,7 +52,7 @@ def test_controls_are_cells_of_their_own_and_not_reported_as_regions(pictures: P
 
 
 def test_several_budgets_make_several_attacks_with_labels_of_their_own(pictures: Path) -> None:
-    plan = read_mapping(
+    plan = Plan.from_mapping(
         {"images": str(pictures), "attacks": "pgd,few_pixel", "budget": "linf:2/255,linf:8/255"}
     ).resolved()
     assert [attack.label for attack in plan.attacks] == ["pgd linf:2/255", "pgd linf:8/255", "pixels"]
@@ -65,7 +65,7 @@ def test_a_toml_file_says_the_same_as_a_mapping(pictures: Path, tmp_path: Path) 
         '[model]\nspec = "audited_networks:build"\nsize = [24, 24]\n'
         '[[attacks]]\nname = "pgd"\nbudget = "l2:1"\nsettings = {steps = 5}\n'
     )
-    plan = read_mapping(read_plan(tmp_path / "plan.toml"), tmp_path).resolved()
+    plan = Plan.from_mapping(read_plan(tmp_path / "plan.toml")).resolved()
     assert plan.attacks == (AttackPlan("pgd", "l2:1", (("steps", 5),), "pgd"),)
     assert (plan.model.size, plan.analyses, plan.seed, plan.sources) == ((24, 24), (), 3, (str(pictures),))
 
@@ -96,13 +96,13 @@ def test_a_toml_file_says_the_same_as_a_mapping(pictures: Path, tmp_path: Path) 
 )
 def test_what_does_not_fit_is_named(pictures: Path, change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        read_mapping({"images": str(pictures), **change}).resolved()
+        Plan.from_mapping({"images": str(pictures), **change}).resolved()
 
 
 def test_two_attacks_of_one_label_are_refused(pictures: Path) -> None:
     attacks = [{"name": "pgd", "label": "a"}, {"name": "fgsm", "label": "a"}]
     with pytest.raises(ValueError, match="two of label 'a'"):
-        read_mapping({"images": str(pictures), "attacks": attacks}).resolved()
+        Plan.from_mapping({"images": str(pictures), "attacks": attacks}).resolved()
 
 
 def test_no_toml_is_said_with_the_file(tmp_path: Path) -> None:
