@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import check_classes, closest
+from weakspot._checks import check_classes, unknown_choice
 from weakspot.classifier import Classifier, predict, runner_up
 from weakspot.pairs import Pairs
 
@@ -105,7 +105,7 @@ def find_analyses(names: Sequence[str] | None) -> dict[str, AnalysisFunction]:
     known = available_analyses()
     for name in names or ():
         if name not in known:
-            raise ValueError(f"analyses has {name!r}, which is not installed; {closest(name, known)}")
+            raise ValueError(unknown_choice("analysis", name, known))
     wanted = known if names is None else [name for name in known if name in names]
     return {entry.name: entry.load() for name in wanted for entry in entry_points(group=GROUP, name=name)}
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from weakspot._checks import check_fraction, check_seed, closest
+from weakspot._checks import check_fraction, check_seed, unknown_choice
 from weakspot.attribution.cam import class_activation, logit_gradient
 from weakspot.attribution.integrated_gradients import MarginDrop, margin_drop
 from weakspot.attribution.occlusion_map import occlusion
@@ -222,7 +222,7 @@ def _importances(
         side = max(1, round(min(images.shape[2:]) / 14))
         return occlusion(classifier, images, classes, cell=side)
     raise ValueError(
-        f"importance is {importance!r}; {closest(importance, IMPORTANCES)}, or a tensor of scores"
+        unknown_choice("importance", importance, IMPORTANCES, remedy="or give a tensor of scores")
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import check_fraction, closest
+from weakspot._checks import check_choice, check_fraction
 from weakspot.attribution import class_activation
 from weakspot.classifier import Classifier, evaluating, predict, runner_up
 from weakspot.edits import Edits, Prepared, cells, exchanged, grid, prepare, windowed
@@ -113,8 +113,7 @@ def promotion_suppression(
     import pandas as pd
 
     check_pairs(pairs, model)
-    if variant not in VARIANTS:
-        raise ValueError(f"variant is {variant!r}; {closest(str(variant), VARIANTS)}")
+    check_choice("variant", variant, VARIANTS)
     with evaluating(model) as classifier:
         pairs = settled(classifier, pairs)
         every, shape, side = _groups_of(pairs, cell, groups)
@@ -316,8 +315,7 @@ def interpretability_test(
     """
     check_pairs(pairs, model)
     check_fraction(fraction)
-    if of not in {"label", "target"}:
-        raise ValueError(f"of is {of!r}; {closest(str(of), ['label', 'target'])}")
+    check_choice("of", of, ("label", "target"))
     with evaluating(model) as classifier:
         pairs = settled(classifier, pairs)
         others = other_images(classifier, pairs, reference if compare else None)
