@@ -202,8 +202,8 @@ def test_a_budget_beside_minimal_norm_attacks_alone_is_kept_in_the_plan(steady: 
     assert again == plan
     both = Plan.from_mapping({"images": "x", "attacks": "pgd,fmn", "budget": "linf:1/255,l2:1"}).resolved()
     assert Plan.from_mapping(both.as_mapping()) == both
-    with pytest.raises(ValueError, match="budget is 'linf:4/255', but pixels takes none"):
-        Plan.from_mapping({"images": "x", "attacks": "pixels", "budget": "linf:4/255"})
+    with pytest.raises(ValueError, match=r"budget must be left out, got 'linf:4/255': few_pixel takes none"):
+        Plan.from_mapping({"images": "x", "attacks": "few_pixel", "budget": "linf:4/255"})
 
 
 @pytest.fixture

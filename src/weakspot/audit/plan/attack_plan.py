@@ -48,12 +48,12 @@ class ModelPlan:
             ValueError: if the value is neither, or has an unknown key.
         """
         table = checked_table("model", {"spec": value} if isinstance(value, str) else value, cls)
-        arguments: dict[str, Any] = {
-            key: tuple(item) if isinstance(item, list) else item for key, item in table.items()
-        }
-        if arguments.get("weights") is not None:
-            arguments["weights"] = str(folder / str(arguments["weights"]))
-        return cls(**arguments)
+        for key, item in table.items():
+            if isinstance(item, list):
+                table[key] = tuple(item)
+        if table.get("weights") is not None:
+            table["weights"] = str(folder / str(table["weights"]))
+        return cls(**table)
 
 
 @dataclass(frozen=True)
@@ -202,10 +202,7 @@ def checked_table(name: str, value: object, *types: type, more: Iterable[str] = 
 
 def read_texts(name: str, value: object) -> tuple[str, ...]:
     """A list of texts, or one text of several separated by commas; empty ones are dropped."""
-    parts = value.split(",") if isinstance(value, str) else value or ()
-    texts = (
-        [part.strip() for part in parts if isinstance(part, str)] if isinstance(parts, list | tuple) else None
-    )
-    if texts is None or len(texts) != len(parts):
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
         raise ValueError(f"{name} must be a list of texts, got {value!r}")
-    return tuple(text for text in texts if text)
+    return tuple(part.strip() for part in parts if part.strip())
