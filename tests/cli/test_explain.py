@@ -24,7 +24,7 @@ import weakspot
 from weakspot import Pairs, cli, sample_images
 from weakspot.audit.store.run import FILES
 from weakspot.cli.app import Failure
-from weakspot.report.sentences import p_value
+from weakspot.statistics.number_format import p_value
 
 
 @dataclass

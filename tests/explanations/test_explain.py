@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import NETWORKS, LinearNetwork, Made, untouched
+from tests.networks import NETWORKS, LinearNetwork, Made, untouched
 from weakspot._checks import ModelWarning
 from weakspot.attacks import pgd
 from weakspot.attribution import class_activation
@@ -239,18 +239,18 @@ def test_progress_rises_to_one(pooling: Made) -> None:
     [
         ({"analyses": ["overlp"]}, r"analysis must .* got 'overlp' \(did you mean 'overlap'\?"),
         ({"analyses": ["nothing like it"]}, r"analysis must be one of cam, ssim, overlap"),
-        ({"names": ["one", "two"]}, r"names has 2 entries; accepted is one for each of 3 pairs"),
+        ({"names": ["one", "two"]}, "names must have one entry for each of 3 pairs, got 2"),
         (
             {"analyses": ["cam"], "reference": torch.rand(2, 3, 20, 20)},
-            r"analyses must name one that compares images if there is a reference \(ssim, overlap, promotion\), got",
+            r"analyses must include one that compares images if there is a reference \(ssim, overlap, promotion\), got",
         ),
         (
             {"reference": torch.rand(2, 3, 9, 9)},
             r"reference must be images \(R, 3, 20, 20\), got \(2, 3, 9, 9\)",
         ),
-        ({"pairs": (torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4))}, "pairs is a tuple; accepted are Pairs"),
-        ({"pairs": None}, "pairs is a NoneType; accepted are Pairs"),
-        ({"model": "resnet18"}, "model is a str; accepted is a torch.nn.Module"),
+        ({"pairs": (torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4))}, "pairs must be Pairs, got tuple"),
+        ({"pairs": None}, "pairs must be Pairs, got NoneType"),
+        ({"model": "resnet18"}, "model must be a torch.nn.Module that returns logits, got str"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(pooling: Made, options: dict[str, Any], message: str) -> None:
@@ -360,7 +360,7 @@ def test_an_analysis_without_one_row_for_each_pair_is_refused(
 ) -> None:
     model, images = pooling
     install(mine=lambda model, pairs, *, seed: result)
-    with untouched(model), pytest.raises(ValueError, match=f"analysis 'mine' returned {what}; accepted"):
+    with untouched(model), pytest.raises(ValueError, match=f"'mine' must return an Analysis.* got {what}"):
         explain(model, attacked(model, images), analyses=["mine"])
 
 

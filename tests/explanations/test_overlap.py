@@ -14,7 +14,7 @@ from scipy.stats import kstest, spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.conftest import NETWORKS, LinearNetwork, Made, PoolingNetwork, untouched
+from tests.networks import NETWORKS, LinearNetwork, Made, PoolingNetwork, untouched
 from weakspot.attacks import fgsm, pgd
 from weakspot.attribution import class_activation, margin_drop
 from weakspot.budgets import L2, Linf
@@ -475,8 +475,8 @@ def test_networks_with_pooling_layers_are_explained(pool: nn.Module) -> None:
             r"reference must .* NaN or infinity in reference\[0\]",
         ),
         ({"seed": 0.5}, r"seed must .* got 0\.5"),
-        ({"pairs": (torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4))}, "pairs is a tuple; accepted are Pairs"),
-        ({"model": "resnet18"}, "model is a str; accepted is a torch.nn.Module"),
+        ({"pairs": (torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4))}, "pairs must be Pairs, got tuple"),
+        ({"model": "resnet18"}, "model must be a torch.nn.Module that returns logits, got str"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(pooling: Made, options: dict[str, Any], message: str) -> None:

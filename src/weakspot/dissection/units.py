@@ -18,7 +18,7 @@ from weakspot.attribution.layers import find_layer
 from weakspot.classifier import Classifier, default_batch, evaluating
 from weakspot.dissection.broden_files import image_batches
 from weakspot.dissection.concepts import Concept, ConceptSet
-from weakspot.dissection.tally import DENOMINATORS, Cache, Numbers, Tally, TopValues
+from weakspot.dissection.site_counts import DENOMINATORS, Cache, Numbers, Tally, TopValues
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -33,7 +33,7 @@ from weakspot.explanations.agreement import (
     tested,
     top_region,
 )
-from weakspot.explanations.analysis import Analysis, Picture, check_pairs, rivals, settled
+from weakspot.explanations.analysis import Analysis, Picture, check_pairs, competing_classes, prepare_pairs
 from weakspot.pairs import Pairs
 from weakspot.similarity import gaussian
 from weakspot.statistics import OtherImageTest, other_image_test
@@ -158,7 +158,7 @@ def overlap(
         others = other_images(
             classifier, pairs, reference if compare else None, scores=isinstance(importance, Tensor)
         )
-        pairs, losing = settled(classifier, pairs), rivals(classifier, pairs)
+        pairs, losing = prepare_pairs(classifier, pairs), competing_classes(classifier, pairs)
         every = _importances(classifier, pairs, importance, others)
         drop = margin_drop(classifier, pairs.clean, pairs.adversarial, pairs.labels, losing)
         important, vulnerable = every[: len(pairs)], spread(drop.sites)
@@ -254,7 +254,7 @@ def _isolation(region: NDArray[np.bool_]) -> tuple[int, float]:
     return len(regions), float(regions.max() / region.sum()) if len(regions) else 0.0
 
 
-def analyze(
+def analyze_overlap(
     model: nn.Module,
     pairs: Pairs,
     *,
