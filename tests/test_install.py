@@ -38,6 +38,7 @@ def command(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[st
         capture_output=True,
         text=True,
         timeout=300,
+        check=False,
     )
 
 
