@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.util
 import os
 import sys
 import threading
@@ -151,6 +152,23 @@ def closest(name: str, accepted: Iterable[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"accepted: {', '.join(names[:20]) or 'none'}"
 
 
+def require(purpose: str, *modules: str, extra: str) -> None:
+    """Check that optional packages are installed, without importing them.
+
+    Args:
+        purpose: subject of the error's sentence, such as "an audit".
+        *modules: names as they are imported.
+        extra: the extra of weakspot that installs them.
+
+    Raises:
+        ValueError: if one is missing, with the command that installs it.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            package = module.replace("_", "-")
+            raise ValueError(f"{purpose} needs {package}: pip install 'weakspot[{extra}]'")
+
+
 def is_number(value: object) -> bool:
     """Whether it is a real number, and no truth value."""
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -214,7 +232,9 @@ def _is_whole(dtype: torch.dtype) -> bool:
 
 def check_budget(budget: object) -> None:
     """Raises ValueError unless `budget` has what the protocol `Budget` asks for."""
-    if not all(callable(getattr(budget, method, None)) for method in ("project", "ascend", "size")):
+    if not all(
+        callable(getattr(budget, method, None)) for method in ("project", "steepest_step", "distance")
+    ):
         raise ValueError(
             f"budget is {budget!r}; accepted is a budget such as Linf(4 / 255), L2(1.0), L1(10) or SSIM(0.01)"
         )

@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from tests.audit.fixtures import NETWORKS, draw_pictures, small_plan
 from tests.browser.test_report import Opened, browser
-from tests.runs.fixtures import NETWORKS, draw_pictures, small_plan
 from weakspot.audit import Run, audit, write_run_report
 from weakspot.audit.findings.contrasts import CONTRASTS
 from weakspot.audit.findings.curves import CURVES

@@ -12,7 +12,7 @@ from tests.conftest import Made, untouched
 from tests.regions.test_files import paint
 from weakspot import regions
 from weakspot.regions import read_region
-from weakspot.regions.spec import depends_on_fraction
+from weakspot.regions.spec import RegionSpec
 
 
 def predicted(model: torch.nn.Module, images: Tensor) -> Tensor:
@@ -138,4 +138,32 @@ def test_a_region_depends_on_the_share_to_keep_exactly_where_it_says_so(
         read_region(said, model, images, labels, targets=(labels + 1) % 4, fraction=fraction, seed=5)
         for fraction in (0.1, 0.7)
     )
-    assert depends_on_fraction(said) == (not few.equal(many))
+    assert RegionSpec.parse(said).depends_on_fraction == (not few.equal(many))
+
+
+@pytest.mark.parametrize(
+    ("text", "base", "donor"),
+    [
+        ("cam", None, None),
+        ("matched:cam", "cam", None),
+        ("matched:~cam", "~cam", None),
+        ("matched:(cam & border:3)", "cam & border:3", None),
+        ("matched:cam & border:3", None, None),  # part of a control is no control
+        ("other:cam#1", "cam", 1),
+        ("other:(~cam)#12", "~cam", 12),
+        ("other:cam#0", None, None),
+    ],
+)
+def test_a_spec_knows_the_region_that_it_controls(text: str, base: str | None, donor: int | None) -> None:
+    spec = RegionSpec.parse(text)
+    assert (str(spec), spec.donor) == (text, donor)
+    assert spec.is_control == (base is not None)
+    assert str(spec.control_of) == str(base)
+
+
+@pytest.mark.parametrize("text", ["cam", "~cam", "cam & border:3", "border|background", "matched:cam"])
+def test_a_control_is_parsed_back_from_its_text(text: str) -> None:
+    region = RegionSpec.parse(text)
+    for control in (region.shifted(), region.of_other_image(3)):
+        assert RegionSpec.parse(str(control)) == control
+        assert control.depends_on_image == region.depends_on_image

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weakspot._io.files import write_whole
-from weakspot.audit.findings.robustness import judged_attacks
 from weakspot.audit.findings.summary import Summary, summarize
+from weakspot.audit.plan.limits import judged_attacks
 from weakspot.audit.store.records import has_records
 from weakspot.audit.store.run import Run
 from weakspot.report.charts import CONFIG, libraries, packed

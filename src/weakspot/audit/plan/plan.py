@@ -17,7 +17,7 @@ from weakspot.attacks.libraries import LIBRARIES
 from weakspot.attacks.registry import find_attack
 from weakspot.budgets import read_budget
 from weakspot.explanations.analysis import available_analyses, find_analyses
-from weakspot.regions.spec import depends_on_image
+from weakspot.regions.spec import RegionSpec
 
 DEFAULT_BUDGET = "linf:4/255"
 DEFAULT_ANALYSES = ("overlap", "promotion", "propagation")
@@ -214,7 +214,7 @@ class Plan:
                 )
             regions += [control_of(region) for region in bare]
             for region in bare:
-                if depends_on_image(region):
+                if RegionSpec.parse(region).depends_on_image:
                     regions += [other_of(region, number) for number in range(1, self.control_images + 1)]
         return tuple(dict.fromkeys(regions))
 

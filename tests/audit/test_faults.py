@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import weakspot
-from tests.runs.fixtures import NETWORKS, networks, pictures, same_maps, same_records, small_plan
+from tests.audit.fixtures import NETWORKS, networks, pictures, same_maps, same_records, small_plan
 from weakspot import Classifier, attacks
 from weakspot._checks import ModelError
 from weakspot.audit import (

@@ -13,19 +13,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tests.audit.fixtures import draw_pictures, networks, small_plan, store_records
+from tests.audit.test_report import Reader
 from tests.cli.test_explain import Run as Ran
 from tests.cli.test_explain import photographs, run
-from tests.runs.fixtures import draw_pictures, networks, small_plan, store_records
-from tests.runs.test_report import Reader
 from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, compare, summarize
 from weakspot.audit.findings.contrasts import region_contrasts
 from weakspot.audit.findings.curves import budget_curves
 from weakspot.audit.findings.gates import judge
-from weakspot.audit.findings.robustness import judged_attacks, limit_of, outcomes_query, stated_budgets
 from weakspot.audit.findings.summary import cell_table, undefined_names
 from weakspot.audit.page.run_page import run_report
+from weakspot.audit.plan.limits import judged_attacks, limit_of, stated_budgets
 from weakspot.audit.plan.plan import bounded_attacks
 from weakspot.audit.plan.plan_files import read_mapping
+from weakspot.audit.store.records import outcomes_query
 
 __all__ = ["networks", "photographs", "run"]  # fixtures
 STEADY = """

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tests.runs.fixtures import FILES, networks, pictures, same_maps, same_records, small_plan
+from tests.audit.fixtures import FILES, networks, pictures, same_maps, same_records, small_plan
 from weakspot.audit import Run, StoppedError, audit, resume
 from weakspot.audit.store.records import finished_shards
 from weakspot.audit.work.cell_rows import TIMES

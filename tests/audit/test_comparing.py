@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.runs.fixtures import TINY, draw_pictures, networks, pictures, small_plan, store_records
+from tests.audit.fixtures import TINY, draw_pictures, networks, pictures, small_plan, store_records
 from weakspot.audit import AttackPlan, Comparison, Run, audit, compare
 from weakspot.audit.store.records import FILE
 from weakspot.statistics import false_discovery, mean_interval, mean_test, paired_proportion_interval

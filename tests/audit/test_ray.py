@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import weakspot
-from tests.runs.fixtures import (
+from tests.audit.fixtures import (
     FILES,
     draw_pictures,
     networks,
@@ -218,7 +218,7 @@ def test_another_process_joins_a_cluster_by_its_address(cluster: None, pictures:
     expected = audit(small_plan(pictures), pictures.parent / "expected")
     address = ray.get_runtime_context().gcs_address
     program = (
-        "import sys; from tests.runs.fixtures import small_plan; from weakspot.audit import audit; "
+        "import sys; from tests.audit.fixtures import small_plan; from weakspot.audit import audit; "
         "audit(small_plan('pictures'), 'found', engine='ray', workers=2, address=sys.argv[1])"
     )
     ended = subprocess.run(

@@ -10,8 +10,8 @@ import pytest
 import torch
 import zarr
 
-from tests.runs.fixtures import store_records
-from tests.runs.planted import draw_quarters, planted, planted_plan
+from tests.audit.fixtures import store_records
+from tests.audit.planted import draw_quarters, planted, planted_plan
 from weakspot.audit import AttackPlan, Run, audit, score_findings
 from weakspot.audit.findings import locations
 from weakspot.audit.findings.locations import IMPORTANCE, VULNERABILITY, location_findings, untested

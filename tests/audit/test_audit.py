@@ -25,7 +25,7 @@ import zarr
 from PIL import Image
 
 import weakspot
-from tests.runs.fixtures import (
+from tests.audit.fixtures import (
     FILES,
     NETWORKS,
     draw_pictures,

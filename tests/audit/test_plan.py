@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs.fixtures import networks, pictures, small_plan
+from tests.audit.fixtures import networks, pictures, small_plan
 from weakspot.audit import AttackPlan, read_mapping, read_plan
 from weakspot.audit.plan.plan import other_region
 

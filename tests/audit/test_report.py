@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tests.runs.fixtures import NETWORKS, TINY, draw_pictures, networks, pictures, small_plan
+from tests.audit.fixtures import NETWORKS, TINY, draw_pictures, networks, pictures, small_plan
 from weakspot.audit import AttackPlan, ModelPlan, Run, audit, summarize, write_run_report
 from weakspot.audit.page.run_page import run_report
 from weakspot.audit.store.records import shard_files

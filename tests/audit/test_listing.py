@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.runs.fixtures import draw_pictures
+from tests.audit.fixtures import draw_pictures
 from weakspot.audit.plan.image_list import entries, list_images
 from weakspot.datasets.arrays import array_image
 

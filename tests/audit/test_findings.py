@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tests.runs.fixtures import draw_pictures, networks, pictures, small_plan, store_records  # noqa: F401 - fixtures
+from tests.audit.fixtures import draw_pictures, networks, pictures, small_plan, store_records  # noqa: F401 - fixtures
 from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, summarize
 from weakspot.audit.findings.comparison import compare
 from weakspot.audit.findings.contrasts import WEAK, region_contrasts, told

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.runs.fixtures import draw_pictures, networks, pictures, small_plan
-from tests.runs.test_report import Reader
+from tests.audit.fixtures import draw_pictures, networks, pictures, small_plan
+from tests.audit.test_report import Reader
 from weakspot.audit import AttackPlan, ModelPlan, Run, audit
 from weakspot.audit.findings.locations import localities, perturbation_types
 from weakspot.audit.page.finding_sections import locality_section, type_section

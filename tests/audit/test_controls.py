@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.runs.fixtures import same_maps, same_records
-from tests.runs.planted import SIDE, SIZE, draw_quarters, planted, planted_plan
+from tests.audit.fixtures import same_maps, same_records
+from tests.audit.planted import SIDE, SIZE, draw_quarters, planted, planted_plan
 from weakspot.audit import AttackPlan, Run, audit, region_contrasts, resume, summarize
 from weakspot.audit.findings.contrasts import OTHERS, SHIFTED, STRONG, UNCLEAR, WEAK, told, verdict
 from weakspot.audit.findings.distributions import classes, distributions, extremes

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.runs.fixtures import networks, pictures, same_maps, same_records, small_plan
+from tests.audit.fixtures import networks, pictures, same_maps, same_records, small_plan
 from weakspot.audit import AttackPlan, AuditProgress, Run, audit, compare, resume, summarize, write_run_report
 from weakspot.audit.store.integrity import DamagedError
 from weakspot.audit.store.records import finished_shards, shard_files
