@@ -22,13 +22,10 @@ FACE = {"weakspot", "weakspot.__main__"}  # these two may import everything
 KNOWN_FACE_IMPORTS = {
     "weakspot.audit.store.run",
     "weakspot.cli.app",
-    "weakspot.training.checkpoint",
-    "weakspot.training.matrix",
 }
 KNOWN_UPWARD = {
     ("weakspot.datasets.labels", "weakspot.cli.app"),
     ("weakspot.datasets.labels", "weakspot.cli.inputs"),
-    ("weakspot.defenses", "weakspot.training"),
     ("weakspot.explanations.alignment_controls", "weakspot.report.sentences"),
     ("weakspot.explanations.explanation", "weakspot.report.explanation_page"),
     ("weakspot.explanations.explanation", "weakspot.report.figures"),
@@ -56,7 +53,6 @@ KNOWN_LONG = {
     "weakspot.cli.audit",
     "weakspot.explanations.promotion",
     "weakspot.fusion",
-    "weakspot.training.loop",
 }
 KNOWN_SAME_NAME = {"alignment", "base", "charts", "sentences"}
 KNOWN_SHADOWED = {"weakspot.dissection", "weakspot.edits.cells"}

@@ -2,7 +2,7 @@
 
 from weakspot.training.config import RECIPES, TrainConfig
 from weakspot.training.matrix import MATRIX_RECIPES, Matrix, robustness_matrix
-from weakspot.training.robustness import (
+from weakspot.training.robust_accuracy import (
     TESTS,
     Judged,
     TestConfig,

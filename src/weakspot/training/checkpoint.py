@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
 
-import weakspot
 from weakspot._io.files import write_whole
 from weakspot.classifier import Classifier
 from weakspot.datasets import LabeledImages
@@ -126,7 +126,7 @@ def make_record(
         "settings": config.as_record(),
         "data": {"name": data.name, "images": len(data), "fingerprint": data_fingerprint(data)},
         "start": _start_fingerprint(classifier),
-        "versions": {"weakspot": weakspot.__version__, "torch": str(torch.__version__)},
+        "versions": {"weakspot": version("weakspot"), "torch": str(torch.__version__)},
         **(about or {}),
     }
 
@@ -158,7 +158,9 @@ def check_same(out: Path, record: Record, earlier: Record) -> None:
         if isinstance(asked, Mapping) and isinstance(stored, Mapping):
             name = next((key for key in [*asked, *stored] if asked.get(key) != stored.get(key)), "")
             detail = f" ({name} was {stored.get(name)} and is {asked.get(name)})"
-        raise ValueError(f"out must not hold another training, got {out} with other {part}{detail}; use another folder")
+        raise ValueError(
+            f"out must not hold another training, got {out} with other {part}{detail}; use another folder"
+        )
 
 
 def data_fingerprint(data: LabeledImages) -> str:

@@ -41,9 +41,7 @@ RECIPES = {
     "full": Recipe("everywhere", "descent", "PGD everywhere (Madry et al. 2018)"),
     "fast": Recipe("everywhere", "step", "one step from a random start (Wong et al. 2020)"),
     "noise": Recipe("background", "noise", "random noise in the background"),
-    "trades": Recipe(
-        "everywhere", "descent", "PGD everywhere, TRADES loss (Zhang et al. 2019)", trades=True
-    ),
+    "trades": Recipe("everywhere", "descent", "PGD everywhere, TRADES loss (Zhang et al. 2019)", trades=True),
 }
 
 
@@ -177,7 +175,7 @@ class TrainConfig:
 class ResolvedConfig(TrainConfig):
     """A `TrainConfig` in which nothing is left to the data."""
 
-    budget: Budget = Linf(0.3)
+    budget: Budget = Linf(0.3)  # noqa: RUF009 - frozen
     steps: int = 1
     step_size: float = 0.0
     augment: str = "none"

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import TypeAlias, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -235,7 +235,7 @@ def read_in_workers(read: Callable[[Key], Value], keys: Sequence[Key], workers: 
         yield value
 
 
-class _Reader(Dataset[Value | ValueError]):
+class _Reader(Dataset[Value | ValueError], Generic[Key, Value]):
     """Values by key. An exception is returned, because a worker process would reword it."""
 
     def __init__(self, read: Callable[[Key], Value], count: int) -> None:

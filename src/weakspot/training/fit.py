@@ -24,7 +24,7 @@ from weakspot._io.locks import LockedError, locked
 from weakspot.classifier import Classifier
 from weakspot.datasets import LabeledImages
 from weakspot.models.specs import find_device, fingerprint
-from weakspot.training.backgrounds import find_backgrounds
+from weakspot.training.backgrounds import Backgrounds, find_backgrounds
 from weakspot.training.checkpoint import (
     CHECKPOINT,
     WEIGHTS,
@@ -38,7 +38,7 @@ from weakspot.training.checkpoint import (
 )
 from weakspot.training.config import ResolvedConfig, find_recipe
 from weakspot.training.held_out import held_out_images, split
-from weakspot.training.loop import Callbacks, Loop, LoopData
+from weakspot.training.loop import Callbacks, Loop
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -76,7 +76,16 @@ def fit(job: Job, fabric: Fabric, callbacks: Callbacks) -> None:
     if out is not None and writes:
         clear_drafts(out)
     progress = callbacks.progress
-    loop = Loop(fabric, classifier, _loop_data(job, fabric, progress), config)
+    backgrounds = _backgrounds(job, fabric, progress)
+    rows, held = split(len(job.data), config.held_out)
+    loop = Loop(
+        fabric,
+        classifier,
+        job.data.subset(rows),
+        config,
+        backgrounds=None if backgrounds is None else backgrounds.subset(rows),
+        held_out=held_out_images(job.data, held, backgrounds, config),
+    )
     earlier = None if out is None else read_checkpoint(out)
     if out is not None and earlier is not None:
         check_same(out, job.record, earlier[1])
@@ -89,7 +98,7 @@ def fit(job: Job, fabric: Fabric, callbacks: Callbacks) -> None:
 
     if earlier is None:
         save_state(loop.state())
-    if progress is not None and loop.backgrounds is not None:
+    if progress is not None and backgrounds is not None:
         progress = _part(progress, BACKGROUND_PROGRESS, 1)
     with deferred_interrupts() as interrupts:
         loop.run(
@@ -107,19 +116,13 @@ def fit(job: Job, fabric: Fabric, callbacks: Callbacks) -> None:
         _write_finished(out, classifier, {**job.record, "epochs": loop.history, "stopped": loop.stopped})
 
 
-def _loop_data(job: Job, fabric: Fabric, progress: Callable[[float], None] | None) -> LoopData:
-    """The rows to train on and those held out, with their backgrounds if the recipe needs them."""
-    backgrounds = None
-    if find_recipe(job.config.recipe).region != "everywhere" and job.config.attacked:
-        first = None if progress is None else _part(progress, 0, BACKGROUND_PROGRESS)
-        with fabric.rank_zero_first():  # the other processes read what the first one stored
-            backgrounds = find_backgrounds(job.data, cache=job.cache, progress=first)
-    rows, held = split(len(job.data), job.config.held_out)
-    return LoopData(
-        job.data.subset(rows),
-        None if backgrounds is None else backgrounds.subset(rows),
-        held_out_images(job.data, held, backgrounds, job.config),
-    )
+def _backgrounds(job: Job, fabric: Fabric, progress: Callable[[float], None] | None) -> Backgrounds | None:
+    """The backgrounds of all images, if the recipe needs them."""
+    if find_recipe(job.config.recipe).region == "everywhere" or not job.config.attacked:
+        return None
+    first = None if progress is None else _part(progress, 0, BACKGROUND_PROGRESS)
+    with fabric.rank_zero_first():  # the other processes read what the first one stored
+        return find_backgrounds(job.data, cache=job.cache, progress=first)
 
 
 def _part(progress: Callable[[float], None], start: float, end: float) -> Callable[[float], None]:

@@ -17,7 +17,9 @@ from weakspot.regions import matched
 from weakspot.training.backgrounds import Backgrounds
 from weakspot.training.config import ResolvedConfig, find_recipe
 
-SPLIT_SEED = 0  # the split depends on the data only, so that all seeds and recipes are compared on the same images
+SPLIT_SEED = (
+    0  # the split depends on the data only, so that all seeds and recipes are compared on the same images
+)
 STEPS = 10  # of the evaluating attack; many, because single-step training overfits to single steps
 LARGEST_FALL = 0.2  # robust accuracy that fell by more than this, ...
 REMAINING = 0.5  # ... to less than this fraction of its best, has collapsed

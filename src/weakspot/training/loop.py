@@ -24,27 +24,13 @@ from weakspot.training.checkpoint import Best, State
 from weakspot.training.config import ResolvedConfig, find_recipe
 from weakspot.training.data import Augmentation, mixed_seed, read_in_workers
 from weakspot.training.held_out import HeldOut, collapsed
+from weakspot.training.input_gradient import fast_input_gradient
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 ORDER, NOISE, SCATTER, DROPOUT = 0, 2, 3, 4  # streams of random numbers; 1 is that of augmentation
 ENOUGH = 100  # held-out images; with fewer, a fall of their accuracy may be chance
-
-
-@dataclass(frozen=True)
-class LoopData:
-    """What a loop trains on and is evaluated on.
-
-    Attributes:
-        images: of the training.
-        backgrounds: their masks, if the recipe needs them.
-        held_out: images that are evaluated after every epoch, if any.
-    """
-
-    images: LabeledImages
-    backgrounds: Backgrounds | None = None
-    held_out: HeldOut | None = None
 
 
 class Batch(NamedTuple):
@@ -92,9 +78,19 @@ class Loop:
         stopped: why it ended before its last epoch, or "".
     """
 
-    def __init__(self, fabric: Fabric, classifier: Classifier, data: LoopData, config: ResolvedConfig) -> None:
-        self.fabric, self.config, self.recipe = fabric, config, find_recipe(config.recipe)
-        self.data, self.backgrounds, self.held_out = data.images, data.backgrounds, data.held_out
+    def __init__(
+        self,
+        fabric: Fabric,
+        classifier: Classifier,
+        data: LabeledImages,
+        config: ResolvedConfig,
+        *,
+        backgrounds: Backgrounds | None = None,
+        held_out: HeldOut | None = None,
+    ) -> None:
+        self.fabric, self.data, self.config = fabric, data, config
+        self.backgrounds, self.held_out = backgrounds, held_out
+        self.recipe = find_recipe(config.recipe)
         self.per_epoch = len(self.data) // config.batch_size
         self.epoch, self.update = 0, 0
         self.history: list[dict[str, float]] = []
@@ -251,8 +247,7 @@ class Loop:
         self.optimizer.zero_grad()
         self.fabric.backward(loss)
         self.optimizer.step()
-        value = float(loss.detach())
-        if not math.isfinite(value):
+        if not math.isfinite(value := float(loss.detach())):
             raise ValueError(self._divergence())
         return value
 
@@ -274,16 +269,15 @@ class Loop:
 
     def _attack(self, batch: Batch, images: Tensor, labels: Tensor) -> Tensor:
         """Adversarial versions of the first images of the batch, made with the network in eval mode."""
-        count = len(images)
+        config, count = self.config, len(images)
         if not count:
             return images
-        config = self.config
         generator = torch.Generator().manual_seed(mixed_seed(config.seed, self.epoch, self.update, NOISE))
         noise = uniform_noise((config.attacked, *images.shape[1:]), generator)
         if self.fabric.world_size > 1:
             noise = noise[batch.places[:count]]
         region = self._region(batch, count)
-        with EvalMode(self.classifier):
+        with EvalMode(self.classifier), fast_input_gradient(self.classifier):
             return perturbed(self._logits, images, labels, noise.to(images), config, region=region)
 
     def _logits(self, images: Tensor) -> Tensor:
@@ -308,11 +302,9 @@ class Loop:
 
     def _row(self) -> dict[str, float]:
         """The results of the epoch, those of the first process in all of them."""
-        row = {
-            "epoch": self.epoch + 1,
-            "loss": sum(self.losses) / max(1, len(self.losses)),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-        }
+        mean = sum(self.losses) / max(1, len(self.losses))
+        rate = self.optimizer.param_groups[0]["lr"]
+        row = {"epoch": self.epoch + 1, "loss": mean, "learning_rate": rate}
         if self.held_out is not None:
             row |= self.held_out.evaluate(self.classifier, self.config)
         first: dict[str, float] = self.fabric.broadcast(row)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import weakspot
 from weakspot._checks import check_count
 from weakspot._io.files import write_whole
 from weakspot.datasets import LabeledImages
@@ -22,7 +22,7 @@ from weakspot.models.specs import fingerprint
 from weakspot.statistics import mean_interval, paired_proportion_interval, proportion_interval
 from weakspot.training.checkpoint import Record, read_record
 from weakspot.training.config import TrainConfig, find_recipe
-from weakspot.training.robustness import TESTS, Judged, TestConfig, judged_images, outcomes
+from weakspot.training.robust_accuracy import TESTS, Judged, TestConfig, judged_images, outcomes
 from weakspot.training.trainer import train
 
 if TYPE_CHECKING:
@@ -142,7 +142,9 @@ def robustness_matrix(
         )
         if on_epoch is not None:
             on_epoch(name, {test: float(right.double().mean()) for test, right in results[name].items()})
-    return Matrix(accuracy_table(results, recipes, numbers), difference_table(results, recipes, numbers), stopped)
+    return Matrix(
+        accuracy_table(results, recipes, numbers), difference_table(results, recipes, numbers), stopped
+    )
 
 
 def _check_alike(data: LabeledImages, test: LabeledImages) -> None:
@@ -166,7 +168,7 @@ def stored_outcomes(
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Tensor]:
     """The outcomes that an earlier call stored for this network, these images and these attacks, else new ones."""
-    key = [repr(tests), fingerprint(network), weakspot.__version__]
+    key = [repr(tests), fingerprint(network), version("weakspot")]
     digest = hashlib.sha256(json.dumps(key).encode())
     for tensor in (test.images, test.labels, test.backgrounds):
         digest.update(tensor.numpy().tobytes())

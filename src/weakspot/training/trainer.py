@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from weakspot._checks import check_classes
 from weakspot._state import EvalMode, copied, in_train_mode
