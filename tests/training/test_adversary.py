@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import LinearNetwork, untouched
+from tests.networks import LinearNetwork, untouched
 from tests.training.tiny import fresh, halves, quick_train
 from weakspot import L2, Linf, attacks
 from weakspot.training import RECIPES

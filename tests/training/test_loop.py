@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.conftest import FlatNetwork, PoolingNetwork, TokenNetwork, untouched
+from tests.networks import FlatNetwork, PoolingNetwork, TokenNetwork, untouched
 from tests.training.tiny import QUICK, fresh, halves, quick_train, weights
 from weakspot import Linf, attacks
 from weakspot._checks import ModelWarning

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import FlatNetwork, LinearNetwork, untouched
+from tests.networks import FlatNetwork, LinearNetwork, untouched
 from tests.training.tiny import QUICK, fresh, halves
 from weakspot import Linf, attacks
 from weakspot.datasets import LabeledImages, from_tensors

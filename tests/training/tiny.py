@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import FlatNetwork
+from tests.networks import FlatNetwork
 from weakspot.training import TrainConfig, train
 
 QUICK = TrainConfig(recipe="full", epochs=2, steps=3, batch_size=20, learning_rate=0.05, held_out=20)
