@@ -29,11 +29,6 @@ KNOWN_UPWARD = {
     ("weakspot.datasets.labels", "weakspot.cli.app"),
     ("weakspot.datasets.labels", "weakspot.cli.inputs"),
     ("weakspot.defenses", "weakspot.training"),
-    ("weakspot.explanations.alignment_controls", "weakspot.report.sentences"),
-    ("weakspot.explanations.explanation", "weakspot.report.explanation_page"),
-    ("weakspot.explanations.explanation", "weakspot.report.figures"),
-    ("weakspot.explanations.explanation", "weakspot.report.sentences"),
-    ("weakspot.explanations.propagation_controls", "weakspot.report.figures"),
 }
 KNOWN_CIRCULAR = {
     "weakspot.audit.engines.base",
@@ -41,13 +36,6 @@ KNOWN_CIRCULAR = {
     "weakspot.audit.findings.robustness",
     "weakspot.audit.store.remote",
     "weakspot.audit.store.run",
-    "weakspot.explanations.alignment",
-    "weakspot.explanations.alignment_controls",
-    "weakspot.explanations.explanation",
-    "weakspot.explanations.propagation_controls",
-    "weakspot.report.explanation_page",
-    "weakspot.report.figures",
-    "weakspot.report.sentences",
 }
 KNOWN_LONG = {
     "weakspot.audit.store.maps",

@@ -42,12 +42,12 @@ def plan_table(
 ) -> tuple[dict[str, Any], str]:
     """The plan as a mapping, and the folder; says which sources are not there."""
     from weakspot._io.urls import exists, is_url
-    from weakspot.audit.plan.plan_files import absolute, read_plan
+    from weakspot.audit.plan.plan import read_plan
 
     table: dict[str, Any] = {}
     if len(sources) == 1 and Path(sources[0]).suffix == ".toml" and not is_url(sources[0]):
         plan = Path(sources.pop())
-        table = absolute(read_plan(plan), plan.absolute().parent)
+        table = dict(read_plan(plan))
         if "out" in table and not isinstance(table["out"], str):
             raise Failure(f"{plan}: out is {table['out']!r}; accepted is a folder's path", USAGE)
         planned = table.pop("out", None)
@@ -81,7 +81,7 @@ def plan_table(
 
 def with_settings(attacks: Any, settings: list[str]) -> list[dict[str, Any]]:
     """The attacks as tables, what --set says added to those it names."""
-    from weakspot._checks import closest
+    from weakspot._checks import unknown_choice
 
     entries = [part.strip() for part in attacks.split(",")] if isinstance(attacks, str) else attacks
     tables: list[dict[str, Any]] = [
@@ -94,9 +94,7 @@ def with_settings(attacks: Any, settings: list[str]) -> list[dict[str, Any]]:
         if not (equals and name and key):
             raise Failure(f"--set is {setting!r}; accepted is ATTACK.NAME=VALUE, such as pgd.steps=50", USAGE)
         if name not in names:
-            raise Failure(
-                f"--set is {setting!r}, but {name} is none of the attacks; {closest(name, names)}", USAGE
-            )
+            raise Failure(unknown_choice("attack in --set", name, names), USAGE)
         try:
             value = json.loads(text)
         except ValueError:
