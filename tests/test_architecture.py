@@ -25,17 +25,14 @@ KNOWN_FACE_IMPORTS = {
     "weakspot.training.checkpoint",
     "weakspot.training.matrix",
 }
-KNOWN_UPWARD = {
-    ("weakspot.datasets.labels", "weakspot.cli.app"),
-    ("weakspot.datasets.labels", "weakspot.cli.inputs"),
-    ("weakspot.defenses", "weakspot.training"),
-}
+KNOWN_UPWARD = {("weakspot.defenses", "weakspot.training")}
 KNOWN_CIRCULAR = {
     "weakspot.audit.engines.base",
     "weakspot.audit.engines.ray_engine",
-    "weakspot.audit.findings.robustness",
     "weakspot.audit.store.remote",
     "weakspot.audit.store.run",
+    "weakspot.explanations.alignment_controls",
+    "weakspot.explanations.visible_change",
 }
 KNOWN_LONG = {
     "weakspot.audit.store.maps",
@@ -46,8 +43,8 @@ KNOWN_LONG = {
     "weakspot.fusion",
     "weakspot.training.loop",
 }
-KNOWN_SAME_NAME = {"alignment", "base", "charts", "sentences"}
-KNOWN_SHADOWED = {"weakspot.dissection", "weakspot.edits.cells"}
+KNOWN_SAME_NAME = {"base", "charts", "sentences"}
+KNOWN_SHADOWED = {"weakspot.dissection", "weakspot.edits.cells", "weakspot.training.outcomes"}
 
 
 @cache

@@ -97,6 +97,20 @@ def test_a_command_of_the_docs_has_options_and_names_that_exist(command: str) ->
         read_budget(budget)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_in_the_text_of_the_docs_exist(page: Path) -> None:
+    commands = typer.main.get_command(cli.app).commands.values()  # type: ignore[attr-defined]
+    existing = {
+        option
+        for command in commands
+        for param in command.params
+        for option in (*param.opts, *param.secondary_opts)
+    }
+    inline = re.findall(r"`([^`\n]*)`", re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL))
+    mentioned = {option for code in inline for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", code)}
+    assert mentioned <= existing | {"--help", "--version"}
+
+
 def test_the_docs_have_commands_of_every_kind() -> None:
     assert {command.split()[1] for command in COMMANDS} >= {
         "attack", "audit", "compare", "defend", "dissect", "explain", "report", "train",
