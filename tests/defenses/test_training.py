@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from tests.networks import FlatNetwork, LinearNetwork, PoolingNetwork, TokenNetwork, untouched
 from weakspot import L2, Linf, attacks, defenses
 from weakspot._checks import ModelWarning
-from weakspot._io.locks import LockedError, locked
+from weakspot._io.files import LockedError, locked
 from weakspot.classifier import Classifier
 from weakspot.datasets import from_tensors, read_labeled
 from weakspot.training import data as finding

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import weakspot
-from weakspot._io.files import write_whole
+from weakspot._io.files import write_atomic
 from weakspot.classifier import Classifier
 from weakspot.datasets import LabeledImages
 from weakspot.models.specs import fingerprint
@@ -26,7 +26,7 @@ FORMAT = 1
 
 def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
     """Tensors and plain values alone, so that it is read without unpickling anything else."""
-    write_whole(
+    write_atomic(
         folder / CHECKPOINT, lambda draft: torch.save({"format": FORMAT, **state}, draft), durable=True
     )
 
@@ -55,7 +55,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """What was asked, and how it went so far, as JSON."""
     text = json.dumps(record, indent=2) + "\n"
-    write_whole(folder / RECORD, lambda draft: draft.write_text(text, "utf-8"), durable=True)
+    write_atomic(folder / RECORD, lambda draft: draft.write_text(text, "utf-8"), durable=True)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

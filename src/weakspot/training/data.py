@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weakspot._checks import ImageWarning, ModelWarning, quiet
-from weakspot._io.files import write_whole
+from weakspot._io.files import write_atomic
 from weakspot._state import EvalMode
 from weakspot.attacks import pgd
 from weakspot.classifier import Classifier, predict
@@ -163,7 +163,7 @@ def _keep(path: Path, bits: np.ndarray) -> None:
         with draft.open("wb") as file:
             np.save(file, bits, allow_pickle=False)
 
-    write_whole(path, write)
+    write_atomic(path, write)
 
 
 STEPS = 10  # of the attack that judges; many-step, so that it sees what single-step training overfits to

@@ -25,8 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from weakspot._checks import ModelWarning, warn
-from weakspot._io.files import write_whole
-from weakspot._io.locks import LockedError, locked
+from weakspot._io.files import LockedError, locked, write_atomic
 from weakspot.classifier import Classifier
 from weakspot.datasets import LabeledImages
 from weakspot.models.specs import find_device, fingerprint
@@ -233,7 +232,7 @@ def fit(
             if isinstance(tensor, Tensor)
         }
         # Not save_file, which lets nobody else read what it writes.
-        write_whole(out / WEIGHTS, lambda draft: draft.write_bytes(save(tensors)), durable=True)
+        write_atomic(out / WEIGHTS, lambda draft: draft.write_bytes(save(tensors)), durable=True)
         finished = {"finished": True, "stopped": loop.stopped, "weights": fingerprint(classifier.network)}
         write_record(out, {**record, **finished, "epochs": loop.history})
         (out / CHECKPOINT).unlink(missing_ok=True)

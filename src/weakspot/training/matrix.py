@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import weakspot
 from weakspot._checks import check_seed
-from weakspot._io.files import write_whole
+from weakspot._io.files import write_atomic
 from weakspot.attacks.gradient import check_counts
 from weakspot.datasets import LabeledImages
 from weakspot.models.specs import fingerprint
@@ -175,7 +175,7 @@ def _kept_outcomes(
                 file, allow_pickle=False, **{name: right.numpy() for name, right in made.items()}
             )
 
-    write_whole(path, write, durable=True)
+    write_atomic(path, write, durable=True)
     return made
 
 
