@@ -23,16 +23,14 @@ KNOWN_FACE_IMPORTS = {
     "weakspot.audit.store.run",
     "weakspot.cli.app",
 }
-KNOWN_UPWARD = {
-    ("weakspot.datasets.labels", "weakspot.cli.app"),
-    ("weakspot.datasets.labels", "weakspot.cli.inputs"),
-}
+KNOWN_UPWARD: set[tuple[str, str]] = set()
 KNOWN_CIRCULAR = {
     "weakspot.audit.engines.base",
     "weakspot.audit.engines.ray_engine",
-    "weakspot.audit.findings.robustness",
     "weakspot.audit.store.remote",
     "weakspot.audit.store.run",
+    "weakspot.explanations.alignment_controls",
+    "weakspot.explanations.visible_change",
 }
 KNOWN_LONG = {
     "weakspot.audit.store.maps",
@@ -42,7 +40,7 @@ KNOWN_LONG = {
     "weakspot.explanations.promotion",
     "weakspot.fusion",
 }
-KNOWN_SAME_NAME = {"alignment", "base", "charts", "sentences"}
+KNOWN_SAME_NAME = {"base", "charts", "sentences"}
 KNOWN_SHADOWED = {"weakspot.dissection", "weakspot.edits.cells"}
 
 

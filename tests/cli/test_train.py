@@ -15,7 +15,7 @@ from PIL import Image
 from tests.cli.test_explain import Run, run  # noqa: F401 - a fixture
 from tests.training.tiny import halves
 from weakspot import cli, load, training
-from weakspot._io.locks import locked
+from weakspot._io.files import locked
 
 QUICK = ("--epochs", "2", "--batch-size", "20", "--steps", "2", "--learning-rate", "0.05")
 
@@ -183,7 +183,7 @@ def test_a_folder_that_another_training_writes_to_is_refused_in_one_sentence(
         ended = run("train", digits, *QUICK, "--out", "held")
     assert (ended.code, ended.out) == (2, "")
     assert ended.err.startswith(f"weakspot: held is being written by process {os.getpid()} on ")
-    assert ended.err.endswith("; wait for it, or give another folder\n")
+    assert ended.err.endswith(" (wait for it, or give another folder)\n")
     assert list((tmp_path / "held").iterdir()) == []
 
 

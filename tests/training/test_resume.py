@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.training.tiny import Dropping, fresh, halves, quick_train, weights
-from weakspot._io.locks import LockedError, locked
+from weakspot._io.files import LockedError, locked
 from weakspot.classifier import Classifier
 from weakspot.training import fit
 

@@ -119,14 +119,14 @@ def fit_matrix(
 
 
 def _write(found: Matrix, out: Path) -> None:
-    from weakspot._io.files import write_whole
+    from weakspot._io.files import write_atomic
     from weakspot.report.figures import matrix_figure
     from weakspot.training import TESTS
 
-    write_whole(out / "accuracy.csv", lambda draft: found.accuracy.to_csv(draft, index=False))
-    write_whole(out / "differences.csv", lambda draft: found.differences.to_csv(draft, index=False))
+    write_atomic(out / "accuracy.csv", lambda draft: found.accuracy.to_csv(draft, index=False))
+    write_atomic(out / "differences.csv", lambda draft: found.differences.to_csv(draft, index=False))
     figure = matrix_figure(found.accuracy, _titles(found.accuracy, TESTS))
-    write_whole(out / "matrix.png", lambda draft: figure.savefig(draft, dpi=150, format="png"))
+    write_atomic(out / "matrix.png", lambda draft: figure.savefig(draft, dpi=150, format="png"))
 
 
 def _titles(accuracy: pd.DataFrame, tests: Mapping[str, str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from weakspot._checks import ImageWarning, quiet
-from weakspot._io.files import write_whole
+from weakspot._io.files import write_atomic
 from weakspot.datasets import LabeledImages
 from weakspot.regions import background
 from weakspot.training.checkpoint import data_fingerprint
@@ -73,7 +73,7 @@ def find_backgrounds(
             if progress is not None:
                 progress(float(rows[-1] + 1) / len(data))
     if stored is not None and part is not None:
-        write_whole(stored, lambda draft: _save_bits(draft, bits))
+        write_atomic(stored, lambda draft: _save_bits(draft, bits))
         part.unlink(missing_ok=True)
     return Backgrounds(bits, (height, width))
 

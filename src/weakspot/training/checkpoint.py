@@ -12,7 +12,7 @@ from typing import TypeAlias, TypedDict
 import torch
 from torch import Tensor
 
-from weakspot._io.files import write_whole
+from weakspot._io.files import write_atomic
 from weakspot.classifier import Classifier
 from weakspot.datasets import LabeledImages
 from weakspot.models.specs import fingerprint
@@ -52,7 +52,7 @@ class State(TypedDict):
 def write_checkpoint(folder: Path, state: State, record: Record) -> None:
     """Write the state: tensors and plain values only, so that it is read without unpickling code."""
     content = {"format": FORMAT, "record": json.dumps(record), "state": state}
-    write_whole(folder / CHECKPOINT, lambda draft: torch.save(content, draft), durable=True)
+    write_atomic(folder / CHECKPOINT, lambda draft: torch.save(content, draft), durable=True)
 
 
 def read_checkpoint(folder: Path) -> tuple[State, Record] | None:
@@ -79,7 +79,7 @@ def read_checkpoint(folder: Path) -> tuple[State, Record] | None:
 def write_record(folder: Path, record: Record) -> None:
     """Write training.json."""
     text = json.dumps(record, indent=2) + "\n"
-    write_whole(folder / RECORD, lambda draft: draft.write_text(text, "utf-8"), durable=True)
+    write_atomic(folder / RECORD, lambda draft: draft.write_text(text, "utf-8"), durable=True)
 
 
 def read_record(folder: Path) -> dict[str, object] | None:

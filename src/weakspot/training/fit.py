@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from weakspot._checks import ModelWarning, warn
-from weakspot._io.files import write_whole
-from weakspot._io.locks import LockedError, locked
+from weakspot._io.files import LockedError, locked, write_atomic
 from weakspot.classifier import Classifier
 from weakspot.datasets import LabeledImages
 from weakspot.models.specs import find_device, fingerprint
@@ -139,7 +138,7 @@ def _write_finished(out: Path, classifier: Classifier, record: Record) -> None:
         if isinstance(tensor, Tensor)
     }
     # Not save_file, which makes files that only their owner can read.
-    write_whole(out / WEIGHTS, lambda draft: draft.write_bytes(save(tensors)), durable=True)
+    write_atomic(out / WEIGHTS, lambda draft: draft.write_bytes(save(tensors)), durable=True)
     write_record(out, {**record, "finished": True, "weights": fingerprint(classifier.network)})
     (out / CHECKPOINT).unlink(missing_ok=True)
 

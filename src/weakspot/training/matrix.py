@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_count
-from weakspot._io.files import write_whole
+from weakspot._io.files import write_atomic
 from weakspot.datasets import LabeledImages
 from weakspot.models.specs import fingerprint
 from weakspot.statistics import mean_interval, paired_proportion_interval, proportion_interval
@@ -183,7 +183,7 @@ def stored_outcomes(
         with draft.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
 
-    write_whole(path, write, durable=True)
+    write_atomic(path, write, durable=True)
     return result
 
 
