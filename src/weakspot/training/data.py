@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 from torch.utils.data._utils.collate import default_collate, default_convert
 
-from weakspot._checks import raised
+from weakspot._checks import describe_error
 from weakspot.classifier import Classifier
 from weakspot.datasets import LabeledImages, from_tensors, read_labeled
 from weakspot.datasets.labeled import names_of_classes
@@ -123,7 +123,7 @@ def read_item(dataset: Dataset[Item], index: int) -> Item:
     try:
         item: object = dataset[index]
     except Exception as error:
-        raise ValueError(f"{where} cannot be read: {raised(error)}") from error
+        raise ValueError(f"{where} cannot be read: {describe_error(error)}") from error
     if not isinstance(item, tuple | list) or len(item) != 2:
         size = f" of {len(item)}" if isinstance(item, tuple | list | dict) else ""
         raise ValueError(f"{where} must be (image, label), got {type(item).__name__}{size}")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from weakspot._checks import check_classes
+from weakspot._checks import check_classes, first_line
 from weakspot._state import EvalMode, copied, in_train_mode
 from weakspot.classifier import Classifier, as_classifier
 from weakspot.datasets import LabeledImages
@@ -148,8 +148,9 @@ def _copied(model: nn.Module) -> Classifier:
     try:
         classifier = as_classifier(copied(model))
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"model must be one that can be copied, but copying raised: {reason}") from error
+        raise ValueError(
+            f"model must be one that can be copied, but copying raised: {first_line(error)}"
+        ) from error
     if not any(weight.requires_grad for weight in classifier.parameters()):
         raise ValueError(f"model must have weights that require gradients, got {classifier.name} without any")
     return classifier
@@ -163,10 +164,9 @@ def _check_fit(classifier: Classifier, data: LabeledImages) -> None:
             images = data.images(torch.arange(min(2, len(data)))).to(classifier.mean)
             classes = classifier(classifier.filled(images)).shape[1]
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0][:160]
         raise ValueError(
             f"data must be images that {classifier.name} takes, got {size} (channels x height x width), on which it "
-            f"raised: {reason}"
+            f"raised: {first_line(error)[:160]}"
         ) from error
     check_classes(data.labels, len(data), classes)
 
