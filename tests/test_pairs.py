@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.conftest import Made, untouched
+from tests.networks import Made, untouched
 from weakspot._checks import ImageWarning, ModelWarning
 from weakspot.pairs import AttackResult, Pairs
 
@@ -239,7 +239,7 @@ def test_an_attack_result_comes_back_bit_for_bit_and_is_also_a_file_of_pairs(
 
 def test_pairs_are_no_attack_result(tmp_path: Path) -> None:
     Pairs(**parts()).save(tmp_path / "pairs.safetensors")
-    with pytest.raises(ValueError, match=r"lacks success, forwards, backwards; .*AttackResult\.save"):
+    with pytest.raises(ValueError, match=r"lacks success, n_forward, n_backward; .*AttackResult\.save"):
         AttackResult.load(tmp_path / "pairs.safetensors")
 
 

@@ -42,12 +42,12 @@ def plan_table(
 ) -> tuple[dict[str, Any], str]:
     """The plan as a mapping, and the folder; says which sources are not there."""
     from weakspot._io.urls import exists, is_url
-    from weakspot.audit.plan.plan_files import absolute, read_plan
+    from weakspot.audit.plan.plan import read_plan
 
     table: dict[str, Any] = {}
     if len(sources) == 1 and Path(sources[0]).suffix == ".toml" and not is_url(sources[0]):
         plan = Path(sources.pop())
-        table = absolute(read_plan(plan), plan.absolute().parent)
+        table = dict(read_plan(plan))
         if "out" in table and not isinstance(table["out"], str):
             raise Failure(f"{plan}: out is {table['out']!r}; accepted is a folder's path", USAGE)
         planned = table.pop("out", None)
@@ -157,7 +157,7 @@ def pass_gate(
     Of a run that is not complete (`shortfalls` say why) every condition fails: what is missing could decide it.
     `others` makes of the rows what they could be as well, as `judge` has it.
     """
-    from weakspot._io.files import write_whole
+    from weakspot._io.files import write_atomic
     from weakspot.audit.findings.gates import Verdict, judge
     from weakspot.audit.findings.gates import junit as as_junit
 
@@ -175,7 +175,7 @@ def pass_gate(
         verdicts = judge(conditions, table, words, undefined=undefined, others=cases)
     if junit is not None:
         text = as_junit(verdicts, suite)
-        write_whole(junit, lambda draft: draft.write_text(text, "utf-8"))
+        write_atomic(junit, lambda draft: draft.write_text(text, "utf-8"))
     return verdicts
 
 
