@@ -22,6 +22,7 @@ from weakspot.cli.defense_specs import find_defense
 from weakspot.cli.inputs import (
     check_existing,
     check_sources,
+    find_labels,
     load_classifier,
     located_pictures,
     shortened,
@@ -42,7 +43,6 @@ from weakspot.cli.options import (
     refuse,
 )
 from weakspot.cli.output import check_folder, describe_run, make_folder
-from weakspot.datasets.labels import find_labels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -253,14 +253,14 @@ def _as_json(table: pd.DataFrame, about: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write(out: Path, table: pd.DataFrame, about: Mapping[str, Any], title: str) -> None:
     """All files, run.json last."""
-    from weakspot._io.files import write_whole
-    from weakspot.audit.store.run import write_scores
+    from weakspot._io.files import write_atomic
+    from weakspot.audit.store.run_folder import write_scores
     from weakspot.report.figures import accuracy_figure
 
     text = json.dumps(_as_json(table, about), indent=2) + "\n"
-    write_whole(out / "defense.json", lambda draft: draft.write_text(text, "utf-8"))
+    write_atomic(out / "defense.json", lambda draft: draft.write_text(text, "utf-8"))
     figure = accuracy_figure(table, f"{about['verdict']} {title}")
-    write_whole(out / "defense.png", lambda draft: figure.savefig(draft, dpi=120, format="png"))
+    write_atomic(out / "defense.png", lambda draft: figure.savefig(draft, dpi=120, format="png"))
     write_scores(table, about, out, name="defense.csv")
 
 

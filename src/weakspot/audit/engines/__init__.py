@@ -99,7 +99,9 @@ def open_local(workers: int | None, address: str | None) -> Iterator[Engine]:
     """The local engine, which has neither workers nor an address."""
     for name, value in (("workers", workers), ("ray-address", address)):
         if value is not None:
-            raise ValueError(f"{name} must be left out for the engine local, got {value} (or use --engine ray)")
+            raise ValueError(
+                f"{name} must be left out for the engine local, got {value} (or use --engine ray)"
+            )
     yield LocalEngine()
 
 

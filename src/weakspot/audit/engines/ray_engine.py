@@ -15,9 +15,9 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from weakspot._checks import require, warn
+from weakspot._checks import first_line, require, warn
 from weakspot._io.urls import is_url
 from weakspot.audit.engines import Backlog, Engine, Progress, Results
 from weakspot.audit.engines.ray_worker import Attempts, GivenUpError, Reply, Task, Worker
@@ -58,7 +58,7 @@ def open_ray(workers: int | None, address: str | None) -> Iterator[Engine]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import ray
-        import ray.data  # noqa: F401 - its import warns as well
+        import ray.data
     with _quiet_ray_data():
         if ray.is_initialized():
             if address is not None:
@@ -78,11 +78,6 @@ def _start(workers: int | None, address: str | None) -> None:
     import ray
 
     own = address is None or address == "local"
-    room = {
-        "num_cpus": max(workers or 1, _cpus()),
-        "object_store_memory": OBJECT_STORE,
-        "include_dashboard": False,
-    }
     handler = signal.getsignal(signal.SIGTERM)
     try:
         _check_answers(address)
@@ -90,12 +85,14 @@ def _start(workers: int | None, address: str | None) -> None:
             warnings.simplefilter("ignore")
             ray.init(
                 address="local" if own else address,
+                num_cpus=max(workers or 1, _cpus()) if own else None,
+                object_store_memory=OBJECT_STORE if own else None,
+                include_dashboard=False if own else None,
                 log_to_driver=False,
                 logging_level=logging.CRITICAL,
-                **(room if own else {}),
             )
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         problem = (
             "the engine ray could not be started on this machine"
             if own
@@ -157,7 +154,7 @@ class _WithoutRay:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
@@ -213,7 +210,7 @@ class RayEngine:
                     for number, content in zip(*columns, strict=True):
                         yield number, _unpacked(content)
         except (RayError, GivenUpError) as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
             if isinstance(error, RayError):
                 reason = f"Ray has stopped: {type(error).__name__}: {reason}"
             raise StoppedError(
@@ -251,9 +248,7 @@ def allocation(device: str, workers: int | None) -> tuple[int, int, float]:
     return count, min(max(fitting), most), min(1.0, gpus / count)
 
 
-def _batches(
-    backlog: Backlog, workers: int, threads: int, gpus: float
-) -> Generator[pa.Table, None, None]:
+def _batches(backlog: Backlog, workers: int, threads: int, gpus: float) -> Generator[pa.Table, None, None]:
     """Tables of number and content, usually of one row, as they arrive."""
     import ray
 

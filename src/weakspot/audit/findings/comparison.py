@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ from weakspot.audit.plan.limits import limit_of
 from weakspot.audit.plan.plan import Plan, is_minimal
 from weakspot.audit.store.records import has_records
 from weakspot.audit.store.run import Run
-from weakspot.models.probe import read_probe
 from weakspot.statistics import false_discovery, mean_intervals, mean_test, paired_proportion_interval
 
 if TYPE_CHECKING:
@@ -233,27 +232,25 @@ def _only(
 
 def _predicted(run: Run) -> bool:
     """Whether its labels are the model's own predictions."""
-    return set(run.about.get("labels", {})) == {"prediction"}
+    return set(run.info.labels) == {"prediction"}
 
 
 def _remarks(before: Run, after: Run) -> list[str]:
     """What makes two runs unlike besides what is compared."""
     said = []
-    models: list[Mapping[str, Any]] = [run.about.get("model", {}) for run in (before, after)]
-    if models[0].get("fingerprint") == models[1].get("fingerprint"):
-        probes = [read_probe(model["probe"]) for model in models if "probe" in model]
-        same_size = models[0].get("input_size") == models[1].get("input_size")
-        other = len(probes) == 2 and same_size and not probes[0].agrees(probes[1])
+    first, second = before.info.model, after.info.model
+    if first is not None and second is not None and first.fingerprint == second.fingerprint:
+        other = first.input_size == second.input_size and not first.probe.agrees(second.probe)
         said.append(
             "both runs are of the same weights" + (", which are used in different ways" if other else "")
         )
     facts: dict[str, list[Any]] = {
         "seed": [run.plan.seed for run in (before, after)],
         "fraction": [run.plan.fraction for run in (before, after)],
-        "input size": [tuple(model.get("input_size", ())) for model in models],
-        "labels": [", ".join(sorted(run.about.get("labels", {}))) for run in (before, after)],
-        "weakspot": [run.about.get("versions", {}).get("weakspot") for run in (before, after)],
-        "torch": [run.about.get("versions", {}).get("torch") for run in (before, after)],
+        "input size": [model.input_size if model else () for model in (first, second)],
+        "labels": [", ".join(sorted(run.info.labels)) for run in (before, after)],
+        "weakspot": [run.info.versions.get("weakspot") for run in (before, after)],
+        "torch": [run.info.versions.get("torch") for run in (before, after)],
     }
     for name, values in facts.items():
         if values[0] != values[1]:

@@ -14,9 +14,8 @@ import pandas as pd
 from weakspot.audit.page.outcome_sections import overlaid, picture, pixelated
 from weakspot.audit.page.sentences import heading
 from weakspot.audit.plan.plan import bounded_attacks
-from weakspot.audit.store.records import quoted
+from weakspot.audit.store.records import COLUMNS, quoted
 from weakspot.audit.store.run import Run
-from weakspot.audit.work.cell_rows import COLUMNS
 from weakspot.report.sections import Thumbnail
 from weakspot.statistics import proportion_interval
 from weakspot.statistics.number_format import counted, number

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from weakspot.audit.findings.robustness import cell, corrected, numeric_columns, once
+from weakspot.audit.store.records import COLUMNS
 from weakspot.audit.store.run import Run
-from weakspot.audit.work.cell_rows import COLUMNS
 from weakspot.explanations.agreement import agreement
 from weakspot.explanations.locality_by_radius import MEANINGS, RANDOM, locality_table
 from weakspot.explanations.promotion import TYPES
@@ -38,7 +38,7 @@ from weakspot.statistics import (
 if TYPE_CHECKING:
     import pandas as pd
 
-    from weakspot.audit.store.maps import StoredMap
+    from weakspot.audit.store.stored_maps import StoredMap
 
 
 MOST = 1000  # images that are compared with each other

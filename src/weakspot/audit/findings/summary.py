@@ -123,7 +123,7 @@ def summarize(run: Run) -> Summary:
         tuple(cells),
         int(found["index"].nunique()),
         float(clean.mean()) if len(clean) else np.nan,
-        _labels(run.about.get("labels", {})),
+        _labels(run.info.labels),
         weakest(cells),
         tuple(told(region_contrasts(run))),
         run.remarks,
@@ -199,7 +199,7 @@ def _range(cell: CellSummary) -> str:
     return f"{cell.robust_accuracy:.0%} [{cell.low:.0%}, {cell.high:.0%}]"
 
 
-def _labels(counts: dict[str, int]) -> str:
+def _labels(counts: Mapping[str, int]) -> str:
     words = {
         "prediction": "the model's own predictions",
         "folder": "folder names",

@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weakspot._io.files import write_whole
+from weakspot._io.files import write_atomic
 from weakspot.audit.findings.summary import Summary, summarize
 from weakspot.audit.plan.limits import judged_attacks
 from weakspot.audit.store.records import has_records
 from weakspot.audit.store.run import Run
+from weakspot.audit.store.run_info import RunInfo
 from weakspot.report.charts import CONFIG, libraries, packed
 from weakspot.report.rendering import rendered
 from weakspot.report.sections import Section, Table
@@ -106,7 +107,7 @@ def write_run_report(run: Run, path: Path | str) -> Path:
     path = Path(path)
     content = run_report(run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda draft: draft.write_text(content, "utf-8"))
+    write_atomic(path, lambda draft: draft.write_text(content, "utf-8"))
     return path
 
 
@@ -133,7 +134,7 @@ def run_report(run: Run) -> str:
     query = f"select attack, region, avg(success_8bit::int) as fooled from '{source}' group by all"
     questions = {
         "shell": f"duckdb -c {_quoted(query)}",
-        "python": f"from weakspot.audit import Run\n\nrun = Run({run.name!r})\n"
+        "python": f"from weakspot.audit import open_run\n\nrun = open_run({run.name!r})\n"
         'run.sql("select image, min(margin_adversarial) as margin from records group by image order by margin").df()\n'
         'run.maps["adversarial"][0]  # of the first image: attacks x regions x channels x height x width',
         "report": f"weakspot report {folder}",
@@ -197,8 +198,8 @@ def _heading(run: Run, summary: Summary | None) -> Heading:
     from weakspot.audit.page.sentences import ranged
     from weakspot.statistics.number_format import counted, percent
 
-    plan, name = run.plan, run.about.get("model", {}).get("name", run.plan.model.spec)
-    listed, skipped = run.about.get("images", {}).get("listed"), len(run.skipped)
+    plan, name = run.plan, run.info.model.name if run.info.model else run.plan.model.spec
+    listed, skipped = run.info.images.listed if run.info.images else None, len(run.skipped)
     done = (summary.images if summary else 0) + skipped
     warning = ""
     if not run.complete:
@@ -207,7 +208,7 @@ def _heading(run: Run, summary: Summary | None) -> Heading:
             f"This audit is not complete: {done:,}{of} images are done, and all numbers here are of those. "
             f"Go on by weakspot audit --resume {shlex.quote(run.name)}."
         )
-        if "missing" in run.about:
+        if run.info.missing is not None:
             warning = (
                 f"{run.shortfall[0].upper()}{run.shortfall[1:]}. All numbers here are of the {done:,} others."
             )
@@ -246,7 +247,7 @@ def _heading(run: Run, summary: Summary | None) -> Heading:
     facts.append((f"{skipped:,}", "skipped, as they could not be read" if skipped else "skipped"))
     said = [summary.weakest, f"Labels: {summary.labels}."]
     told_apart = list(summary.regions[:REGIONS])
-    if "prediction" in run.about.get("labels", {}):
+    if "prediction" in run.info.labels:
         said[1] += (
             " Where a label is the model's own prediction, nothing is said on whether the model is right."
         )
@@ -285,13 +286,12 @@ def _skipped(run: Run) -> list[Section]:
 
 def _made(run: Run) -> dict[str, str]:
     """Plan, versions, host and times, as people read them."""
-    about, plan = run.about, run.plan
-    model, host = about.get("model", {}), about.get("host", {})
-    made = {
-        "command": about.get("command", ""),
-        "model": f"{model.get('name', '')} ({plan.model.spec}), {model.get('classes', '?')} classes",
-        "fingerprint of the weights": model.get("fingerprint", ""),
-        "input size": " x ".join(map(str, model.get("input_size", ()))),
+    info, plan, model, host = run.info, run.plan, run.info.model, run.info.host
+    made: dict[str, str | None] = {
+        "command": info.command,
+        "model": f"{model.name} ({plan.model.spec}), {model.classes} classes" if model else plan.model.spec,
+        "fingerprint of the weights": model.fingerprint if model else "",
+        "input size": " x ".join(map(str, model.input_size)) if model else "",
         "images": ", ".join(plan.sources),
         "attacks": "; ".join(_attack(one.label, one.budget, one.settings) for one in plan.attacks),
         "regions": ", ".join(plan.reported_regions),
@@ -299,14 +299,14 @@ def _made(run: Run) -> dict[str, str]:
         "area of cam": f"{plan.fraction:.0%} of the image",
         "analyses": ", ".join(plan.analyses) or "none",
         "seed": str(plan.seed),
-        "started": about.get("started", ""),
-        "finished": about.get("finished", ""),
-        "time": _time(about),
-        "device": about.get("device", ""),
+        "started": info.started,
+        "finished": info.finished,
+        "time": _time(info),
+        "device": info.device,
         "host": ", ".join(
             str(host[key]) for key in ("name", "system", "processor") if host.get(key)
         ) + (f", {host['cpus']} cores" if host.get("cpus") else ""),
-        "versions": ", ".join(f"{name} {value}" for name, value in about.get("versions", {}).items()),
+        "versions": ", ".join(f"{name} {value}" for name, value in info.versions.items()),
         "folder": run.name,
     }  # fmt: skip
     return {key: value for key, value in made.items() if value}
@@ -317,8 +317,8 @@ def _attack(label: str, budget: str | None, settings: Sequence[tuple[str, Any]])
     return f"{label} ({', '.join(told)})" if told else label
 
 
-def _time(about: Mapping[str, Any]) -> str:
-    seconds, speed = about.get("seconds"), about.get("images_per_second")
+def _time(info: RunInfo) -> str:
+    seconds, speed = info.seconds, info.images_per_second
     if seconds is None:
         return ""
     return f"{seconds:,.0f} s" + (f", {speed:.3g} images per second" if speed else "")

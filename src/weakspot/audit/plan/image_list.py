@@ -198,9 +198,7 @@ def _draw(name: str, seed: int) -> bytes:
     return hashlib.blake2b(name.encode(), digest_size=8, key=str(seed).encode()).digest()
 
 
-def _folder_labels(
-    source: str, images: Sequence[_Image], classes: ClassIndex, labels: str
-) -> dict[str, int]:
+def _folder_labels(source: str, images: Sequence[_Image], classes: ClassIndex, labels: str) -> dict[str, int]:
     """Folder -> class; empty unless folders are labels or, for "auto", every folder is named for a class."""
     if labels not in {"auto", FOLDERS}:
         return {}

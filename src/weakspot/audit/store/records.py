@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weakspot._io.files import write_whole
+from weakspot._io.files import write_atomic
 from weakspot.audit.plan.limits import Limit, limit_of
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.digests import digest_of, file_digest
@@ -132,7 +132,7 @@ def write_shard(folder: Path, number: int, rows: pd.DataFrame, note: Note) -> Pa
     content = sink.getvalue().to_pybytes()
     path = folder / SHARDS / f"{number:07d}-{digest_of(content, number)}.parquet"
     path.parent.mkdir(exist_ok=True)
-    write_whole(path, lambda draft: draft.write_bytes(content), durable=True)
+    write_atomic(path, lambda draft: draft.write_bytes(content), durable=True)
     return path
 
 
@@ -194,8 +194,8 @@ def compact(folder: Path) -> dict[str, str]:
     skipped = [pair for note in read_notes(folder) for pair in note.skipped]
     columns = [pa.array([pair[column] for pair in skipped], pa.large_string()) for column in (0, 1)]
     table = pa.table(dict(zip(("image", "reason"), columns, strict=True)))
-    write_whole(folder / SKIPPED, lambda draft: pq.write_table(table, draft), durable=True)
-    write_whole(folder / RECORDS, write, durable=True)
+    write_atomic(folder / SKIPPED, lambda draft: pq.write_table(table, draft), durable=True)
+    write_atomic(folder / RECORDS, write, durable=True)
     return {name: file_digest(folder / name) for name in (RECORDS, SKIPPED)}
 
 

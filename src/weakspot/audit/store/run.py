@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from weakspot._checks import require
 from weakspot._io.urls import is_url, place
 from weakspot.audit.plan.plan import Plan
+from weakspot.audit.store.maps import MAPS
 from weakspot.audit.store.records import LISTING, SKIPPED, outcomes_query, read_all, read_notes, scan
 from weakspot.audit.store.run_info import RunInfo
 from weakspot.audit.store.stored_maps import StoredMaps
-from weakspot.audit.store.maps import MAPS
 from weakspot.audit.store.stores import download
 from weakspot.audit.store.verification import MapCheck, check_records
 
@@ -43,7 +43,9 @@ def open_run(location: Path | str, *, eight_bit: bool = True) -> Run:
     name = str(location)
     copy = tempfile.TemporaryDirectory(prefix="weakspot-")
     # The shards of a complete run repeat its records.
-    download(place(name), Path(copy.name), name, shards=lambda folder: not RunInfo.read(folder, name).complete)
+    download(
+        place(name), Path(copy.name), name, shards=lambda folder: not RunInfo.read(folder, name).complete
+    )
     run = Run(Path(copy.name), name=name, eight_bit=eight_bit)
     run._copy = copy  # removed together with the run
     return run
@@ -174,5 +176,7 @@ def _frame(table: pa.Table) -> pd.DataFrame:
     columns = {}
     for field, column in zip(table.schema, table.columns, strict=True):
         dtype = nullable.get(field.type) if column.null_count else None
-        columns[field.name] = column.to_pandas(types_mapper=None if dtype is None else {field.type: dtype}.get)
+        columns[field.name] = column.to_pandas(
+            types_mapper=None if dtype is None else {field.type: dtype}.get
+        )
     return pd.DataFrame(columns)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from weakspot._io.files import write_whole
+from weakspot._io.files import write_atomic
 from weakspot.audit.store.run_info import RUN_FILE, versions
 from weakspot.explanations.explanation import Explanation
 
@@ -45,7 +45,7 @@ def write_run(explanation: Explanation, folder: Path, about: Mapping[str, object
     explanation.to_html(paths["report.html"])
     explanation.pairs.save(paths["pairs.safetensors"])
     maps = {name: tensor.numpy() for name, tensor in explanation.maps.items()}
-    write_whole(paths["maps.npz"], lambda draft: _save_maps(draft, maps))
+    write_atomic(paths["maps.npz"], lambda draft: _save_maps(draft, maps))
     write_scores(explanation.scores, about, folder)
     return paths
 
@@ -54,9 +54,9 @@ def write_scores(
     scores: pd.DataFrame, about: Mapping[str, object], folder: Path, *, name: str = "scores.csv"
 ) -> None:
     """Write the scores under that name and, last of all files, the run.json that says how they were made."""
-    write_whole(folder / name, lambda draft: scores.to_csv(draft, index=False))
+    write_atomic(folder / name, lambda draft: scores.to_csv(draft, index=False))
     text = json.dumps({"schema": SCHEMA, **about, "versions": versions()}, indent=2) + "\n"
-    write_whole(folder / RUN_FILE, lambda draft: draft.write_text(text, "utf-8"))
+    write_atomic(folder / RUN_FILE, lambda draft: draft.write_text(text, "utf-8"))
 
 
 def _save_maps(draft: Path, maps: Mapping[str, np.ndarray]) -> None:
@@ -86,7 +86,7 @@ def write_pngs(images: Tensor, names: Sequence[str], folder: Path) -> list[str]:
         levels = (image.detach().cpu().clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy()
         picture = Image.fromarray(levels if levels.shape[-1] == 3 else levels[..., 0])
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / path, partial(picture.save, format="PNG"))
+        write_atomic(folder / path, partial(picture.save, format="PNG"))
         written.append(str(path))
     return written
 

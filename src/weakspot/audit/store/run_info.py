@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import weakspot
-from weakspot._io.files import write_whole
+from weakspot._io.files import write_atomic
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.digests import enumerated
 from weakspot.models.probe import Probe, read_probe
@@ -137,7 +137,9 @@ class RunInfo:
         try:
             values = json.loads(path.read_text("utf-8"))
         except ValueError:
-            raise ValueError(f"{file} is damaged: it is not valid JSON (restore it or start another audit)") from None
+            raise ValueError(
+                f"{file} is damaged: it is not valid JSON (restore it or start another audit)"
+            ) from None
         return cls.from_json(values, file)
 
     @classmethod
@@ -193,14 +195,14 @@ class RunInfo:
     def write(self, folder: Path) -> None:
         """Write run.json atomically; on return it has reached the disk."""
         text = json.dumps(self.to_json(), indent=2) + "\n"
-        write_whole(folder / RUN_FILE, lambda draft: draft.write_text(text, "utf-8"), durable=True)
+        write_atomic(folder / RUN_FILE, lambda draft: draft.write_text(text, "utf-8"), durable=True)
 
     @property
     def complete(self) -> bool:
         """Whether the audit has finished with every image."""
         return self.status == "complete"
 
-    def with_remarks(self, remarks: tuple[str, ...] | list[str]) -> RunInfo:
+    def with_remarks(self, remarks: Iterable[str]) -> RunInfo:
         """The same with these remarks added, each once."""
         return replace(self, remarks=tuple(dict.fromkeys([*self.remarks, *remarks])))
 

@@ -56,7 +56,9 @@ class StoredMaps(Mapping[str, "StoredMap"]):
         """Names of all arrays, those of scales included."""
         nodes = self._local_nodes(self.path) if isinstance(self.path, Path) else self._remote_nodes(self.path)
         return sorted(
-            path.rpartition("/")[0] for path, content in nodes if json.loads(content).get("node_type") == "array"
+            path.rpartition("/")[0]
+            for path, content in nodes
+            if json.loads(content).get("node_type") == "array"
         )
 
     def _local_nodes(self, root: Path) -> Iterator[tuple[str, str | bytes]]:

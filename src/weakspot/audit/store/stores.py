@@ -8,15 +8,26 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
-from weakspot._io.urls import Place, is_url, place, sentence
+from weakspot._checks import first_line
+from weakspot._io.urls import Place, is_url, place
 from weakspot.audit.store.maps import MAPS, drop_maps
 from weakspot.audit.store.records import LISTING, RECORDS, SHARDS, SKIPPED, shard_files, shard_number
 from weakspot.audit.store.run_info import RUN_FILE
 
 DRAFT = ".part"
-ATOMIC = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"}  # an upload appears as a whole or not at all
+ATOMIC = {
+    "s3",
+    "s3a",
+    "gs",
+    "gcs",
+    "abfs",
+    "abfss",
+    "az",
+    "memory",
+}  # an upload appears as a whole or not at all
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -92,7 +103,7 @@ class RemoteStore(LocalStore):
 
     def _holds(self, name: str) -> bool:
         system, path = self.remote.below(name)
-        return self._call(lambda: bool(system.exists(path)))
+        return bool(self._call(system.exists, path))
 
     @property
     def begun(self) -> bool:
@@ -103,11 +114,11 @@ class RemoteStore(LocalStore):
         self.folder.mkdir(parents=True)
         download(self.remote, self.folder, self.name)
         system, root = self.remote.below(MAPS)
-        for path in self._call(lambda: list(system.find(root))):
+        for path in self._call(system.find, root):
             if path.endswith("/zarr.json"):
                 target = self.folder / MAPS / path[len(root) :].lstrip("/")
                 target.parent.mkdir(parents=True, exist_ok=True)
-                self._call(lambda path=path, target=target: system.get_file(path, str(target)))
+                self._call(system.get_file, path, str(target))
         self.sent = {path: _state(path) for path in self.folder.rglob("*") if path.is_file()}
 
     def save_info(self) -> None:
@@ -125,7 +136,7 @@ class RemoteStore(LocalStore):
 
     def map_sizes(self) -> Mapping[str, int]:
         system, root = self.remote.below(MAPS)
-        files = self._call(lambda: dict(system.find(root, detail=True)))
+        files = self._call(system.find, root, detail=True)
         return {path[len(root) :].lstrip("/"): int(facts["size"]) for path, facts in files.items()}
 
     def drop(self, numbers: Collection[int]) -> None:
@@ -145,9 +156,9 @@ class RemoteStore(LocalStore):
 
     def _remove(self, matches: Callable[[str], bool]) -> None:
         system, root = self.remote
-        for path in self._call(lambda: list(system.find(root))):
+        for path in self._call(system.find, root):
             if matches(path):
-                self._call(lambda path=path: system.rm_file(path))
+                self._call(system.rm_file, path)
 
     def _send(self, path: Path) -> None:
         state = _state(path)
@@ -155,18 +166,18 @@ class RemoteStore(LocalStore):
             return
         system, target = self.remote.below(path.relative_to(self.folder).as_posix())
         folder, _, name = target.rpartition("/")
-        self._call(lambda: system.makedirs(folder, exist_ok=True))
+        self._call(system.makedirs, folder, exist_ok=True)
         protocols = {system.protocol} if isinstance(system.protocol, str) else set(system.protocol)
         if protocols & ATOMIC:
-            self._call(lambda: system.put_file(str(path), target))
+            self._call(system.put_file, str(path), target)
         else:
             draft = f"{folder}/.{name}{DRAFT}"
-            self._call(lambda: system.put_file(str(path), draft))
-            self._call(lambda: system.mv(draft, target))
+            self._call(system.put_file, str(path), draft)
+            self._call(system.mv, draft, target)
         self.sent[path] = state
 
-    def _call(self, operation: Callable[[], T]) -> T:
-        return _call(self.name, operation)
+    def _call(self, operation: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return _call(self.name, operation, *args, **kwargs)
 
 
 def _state(path: Path) -> tuple[int, int]:
@@ -180,7 +191,9 @@ def _chunk_number(path: str) -> int:
     return int(chunk[1]) if chunk else -1
 
 
-def download(remote: Place, folder: Path, name: str, *, shards: Callable[[Path], bool] = lambda _: True) -> None:
+def download(
+    remote: Place, folder: Path, name: str, *, shards: Callable[[Path], bool] = lambda _: True
+) -> None:
     """Fetch run.json, records, skipped images, the list of images and the shards of a remote run, if they exist.
 
     Args:
@@ -194,31 +207,31 @@ def download(remote: Place, folder: Path, name: str, *, shards: Callable[[Path],
         OSError: if it cannot be fetched.
     """
     system, root = remote
-    if not _call(name, lambda: system.exists(remote.below(RUN_FILE).path)):
+    if not _call(name, system.exists, remote.below(RUN_FILE).path):
         raise FileNotFoundError(f"{name} holds no run (it has no {RUN_FILE})")
 
     def fetch(path: str) -> None:
         target = folder / path[len(root.rstrip("/")) + 1 :]
         target.parent.mkdir(parents=True, exist_ok=True)
-        _call(name, lambda: system.get_file(path, str(target)))
+        _call(name, system.get_file, path, str(target))
 
     for file in (LISTING, RECORDS, SKIPPED, RUN_FILE):
         path = remote.below(file).path
-        if _call(name, lambda path=path: system.exists(path)):
+        if _call(name, system.exists, path):
             fetch(path)
     home = remote.below(SHARDS).path
-    if shards(folder) and _call(name, lambda: system.exists(home)):
-        for path in _call(name, lambda: list(system.find(home))):
+    if shards(folder) and _call(name, system.exists, home):
+        for path in _call(name, system.find, home):
             if path.endswith(".parquet") and not path.rpartition("/")[2].startswith("."):
                 fetch(path)
 
 
-def _call(name: str, operation: Callable[[], T]) -> T:
+def _call(name: str, operation: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """The result of an operation on a remote file system; any exception becomes an OSError of one line."""
     try:
-        return operation()
+        return operation(*args, **kwargs)
     except Exception as error:
-        raise OSError(f"{name}: {sentence(error)}") from error
+        raise OSError(f"{name}: {first_line(error)}") from error
 
 
 @contextmanager

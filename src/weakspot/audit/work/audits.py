@@ -14,8 +14,8 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from weakspot._checks import require, warn
-from weakspot._io.locks import locked
+from weakspot._checks import first_line, require, warn
+from weakspot._io.files import locked
 from weakspot._io.urls import FetchError
 from weakspot.audit.engines import Backlog, Engine, EngineOptions, open_engine
 from weakspot.audit.plan.plan import Plan
@@ -226,7 +226,9 @@ def _run_missing_shards(prepared: Prepared, store: LocalStore, session: Session,
         store.add(write_shard(folder, number, result.rows, note))
 
     report(done)
-    unread: list[tuple[str, str]] = []  # missing images of shards that are not written, because all are missing
+    unread: list[
+        tuple[str, str]
+    ] = []  # missing images of shards that are not written, because all are missing
     # One shard is written while the next is computed. `closing` stops the engine and the executor waits for the
     # writer, however the block ends.
     with (
@@ -255,7 +257,10 @@ def _finish(store: LocalStore, info: RunInfo, total: int, unread: Sequence[tuple
     notes = list(read_notes(folder))
     missing = sorted([*unread, *(pair for note in notes for pair in note.missing)])
     counts = ImageCounts(
-        total, sum(note.read for note in notes), sum(len(note.skipped) for note in notes), len(missing) or None
+        total,
+        sum(note.read for note in notes),
+        sum(len(note.skipped) for note in notes),
+        len(missing) or None,
     )
     info = replace(info, images=counts, missing=None)
     if missing:
@@ -289,7 +294,7 @@ def _storage_errors(store: LocalStore) -> Iterator[None]:
     except FetchError as error:
         raise StoppedError(f"{error}; continue with --resume once it can", resumable=True) from error
     except OSError as error:
-        reason = error.strerror or str(error).strip().partition("\n")[0]
+        reason = error.strerror or first_line(error)
         remedy = f"; what was written is intact: continue with weakspot audit --resume {store.name} once there is room"
         raise StoppedError(
             f"{store.name} cannot be written ({reason}){remedy if store.begun else ''}", resumable=store.begun

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from weakspot._checks import NotFiniteError, raised, warn
+from weakspot._checks import NotFiniteError, describe_error, first_line, warn
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.work.shard_images import Donors
 from weakspot.classifier import Classifier, default_batch
@@ -128,8 +128,9 @@ def sentence(error: BaseException) -> str:
     """An exception as the records state it."""
     if isinstance(error, NotFiniteError):
         return NOT_FINITE
-    first = str(error).strip().partition("\n")[0]
-    return first if isinstance(error, ValueError) and first else raised(error)
+    return (
+        first_line(error) if isinstance(error, ValueError) and str(error).strip() else describe_error(error)
+    )
 
 
 class AdaptiveBatches:
@@ -151,9 +152,7 @@ class AdaptiveBatches:
         """Number of images per pass through the model."""
         return 1 if self.classifier is None else self.classifier.group
 
-    def each(
-        self, work: Callable[[Tensor], T], rows: Tensor, errors: Errors, description: str
-    ) -> Parts[T]:
+    def each(self, work: Callable[[Tensor], T], rows: Tensor, errors: Errors, description: str) -> Parts[T]:
         """`bisect_failures` batch by batch; a batch that exhausts memory is repeated in halves.
 
         If memory does not even hold one image, that image gets an error and the sizes are restored: the image is

@@ -24,7 +24,13 @@ from weakspot.pairs import AttackResult
 if TYPE_CHECKING:
     import pandas as pd
 
-COMPARED = ("_null", "_null_low", "_null_high", "_p", "_q")  # suffixes of what depends on the other images of a batch
+COMPARED = (
+    "_null",
+    "_null_low",
+    "_null_high",
+    "_p",
+    "_q",
+)  # suffixes of what depends on the other images of a batch
 MEASURES = (
     "success",
     "success_8bit",
@@ -189,7 +195,7 @@ def _own_scores(scores: pd.DataFrame) -> pd.DataFrame:
     return scores.drop(columns=[f"{name}{end}" for name in corrected for end in COMPARED], errors="ignore")
 
 
-def _nullable_type(column: pd.Series) -> str:  # type: ignore[type-arg]
+def _nullable_type(column: pd.Series) -> str:
     kind = column.dtype.kind if isinstance(column.dtype, np.dtype) else "O"
     return {"b": "boolean", "i": "Int64", "u": "Int64", "f": "float64"}.get(kind, "str")
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weakspot._checks import ModelError, NotFiniteError, quiet, warn
-from weakspot._io.files import write_whole
+from weakspot._checks import ModelError, NotFiniteError, first_line, quiet, warn
+from weakspot._io.files import write_atomic
 from weakspot._io.urls import exists
 from weakspot.audit.plan.attack_plan import ModelPlan
 from weakspot.audit.plan.image_list import entries, list_images
@@ -79,7 +79,7 @@ def load_planned(model: ModelPlan) -> Classifier:
     except ModelError:
         raise
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0][:120]
+        reason = first_line(error)[:120]
         size = " x ".join(str(side) for side in (classifier.channels, *classifier.input_size))
         raise ValueError(
             f"model {model.spec} must accept images of {size} (channels x height x width), got: {reason} (give its "
@@ -124,7 +124,7 @@ def prepare(plan: Plan, out: Path, command: str) -> Prepared:
     if not len(listing):
         raise ValueError(f"images must name at least one file, got none in {', '.join(plan.sources[:3])}")
     # The list is on the disk before run.json refers to its digest.
-    write_whole(out / LISTING, lambda draft: pq.write_table(listing, draft), durable=True)
+    write_atomic(out / LISTING, lambda draft: pq.write_table(listing, draft), durable=True)
     watch = Watch(classifier)
     height, width = classifier.input_size
     info = replace(
@@ -262,7 +262,9 @@ def recover(store: LocalStore, listing: pa.Table, size: int, damage: Mapping[int
         warn(remark, UserWarning)
     store.drop({*damage, *changed, *returned})
     # Maps without a shard are from a writer that died; its successor may write fewer arrays.
-    drop_maps(store.folder, {number for _, number in map_files(store.folder)} - set(shard_files(store.folder)))
+    drop_maps(
+        store.folder, {number for _, number in map_files(store.folder)} - set(shard_files(store.folder))
+    )
     return remarks
 
 

@@ -111,9 +111,7 @@ def audit_shard(
 class _Shard:
     """The images of one shard, and the work on them."""
 
-    def __init__(
-        self, model: AuditModel, plan: Plan, opened: ShardImages, places: Sequence[int]
-    ) -> None:
+    def __init__(self, model: AuditModel, plan: Plan, opened: ShardImages, places: Sequence[int]) -> None:
         self.model, self.plan, self.places = model, plan, places
         images = opened.images.to(model.fixed.mean.device)
         self.errors: Errors = {}
@@ -158,9 +156,7 @@ class _Shard:
             region[part] = made
         return region, errors
 
-    def _made(
-        self, text: str, images: Tensor, labels: Tensor, rows: Tensor, errors: Errors
-    ) -> Parts[Tensor]:
+    def _made(self, text: str, images: Tensor, labels: Tensor, rows: Tensor, errors: Errors) -> Parts[Tensor]:
         """The region of that text on these rows of images."""
 
         def make(part: Tensor) -> Tensor:
@@ -175,9 +171,7 @@ class _Shard:
             text, self.model.classifier, images, labels, fraction=plan.fraction, seed=plan.seed
         )
 
-    def _donated_regions(
-        self, text: str, own: tuple[Tensor, Errors]
-    ) -> dict[str, tuple[Tensor, Errors]]:
+    def _donated_regions(self, text: str, own: tuple[Tensor, Errors]) -> dict[str, tuple[Tensor, Errors]]:
         """The result of `_region` for every control that is this region as made on other images."""
         controls = {
             control: (spec.donor, torch.zeros_like(own[0]), dict(own[1]))

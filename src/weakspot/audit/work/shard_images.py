@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from weakspot._checks import first_line
 from weakspot._io.urls import fetched, is_url, local_copy
 from weakspot.audit.plan.image_list import Entry, entries
 from weakspot.audit.store.digests import digest_of, file_digest
@@ -151,7 +152,7 @@ def _open(entry: Entry, classifier: Classifier) -> Content:
         try:
             pixels, content, remark = array_image(path, entry.row, classifier.input_size, classifier.channels)
         except (OSError, ValueError, IndexError) as error:  # the row existed when it was listed
-            raise MissingError(f"the array can no longer be read ({_first_line(error)})") from error
+            raise MissingError(f"the array can no longer be read ({first_line(error)})") from error
         return pixels, digest_of(content), remark
     try:
         if not _is_regular(path):
@@ -159,7 +160,10 @@ def _open(entry: Entry, classifier: Classifier) -> Content:
         (picture,) = open_pictures(path, size=classifier.input_size, channels=classifier.channels)
         # The digest reads to the end: if the system cannot deliver the rest of the file, it is missing, not damaged.
         return picture.pixels, file_digest(path), picture.remark
-    except (OSError, ValueError) as error:  # ValueError: it is a folder by now, which holds any number of pictures
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # ValueError: it is a folder by now, which holds any number of pictures
         raise MissingError(_reason(error)) from error
 
 
@@ -191,12 +195,8 @@ def _reason(error: Exception) -> str:
         return "the file no longer exists"
     if isinstance(error, PermissionError):
         return "there is no longer permission to read the file"
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
     return f"the file can no longer be read ({reason})"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 class Donors:
