@@ -152,7 +152,7 @@ def test_memory_that_is_too_small_is_met_by_smaller_batches_with_the_same_record
     same_records(expected, audit(hungry, pictures.parent / "a"))
     larger = replace(hungry, group=16, shard=16)
     with pytest.warns(
-        RuntimeWarning, match="memory does not hold 16 images at once; they go through the model 8"
+        RuntimeWarning, match="memory does not hold 16 images at once; from now on 8 at a time"
     ):
         found = audit(larger, pictures.parent / "b")
     assert found.records["success_8bit"].tolist() == expected.records["success_8bit"].tolist()
@@ -171,7 +171,7 @@ def test_a_disk_that_is_full_at_any_moment_costs_nothing_but_time(
             raise OSError(errno.ENOSPC, "No space left on device")
         own(path)
 
-    for module in ("writing", "runs.maps"):
+    for module in ("_io.files", "audit.store.maps"):
         monkeypatch.setattr(f"weakspot.{module}.synchronize", full)
     said: list[str] = []
     twice = 0
@@ -376,7 +376,7 @@ def test_what_cannot_be_done_leaves_no_folder(pictures: Path) -> None:
     for change, sentence in [
         ({"regions": ("cma",)}, "region must .* 'cma'"),
         ({"regions": ("support",)}, "needs a class to reach"),
-        ({"sources": (str(pictures / "nowhere"),)}, "nowhere: there is no such file"),
+        ({"sources": (str(pictures / "nowhere"),)}, "nowhere does not exist"),
         ({"labels": "folders", "sources": (str(pictures / "cat"),)}, "got no folders"),
     ]:
         with pytest.raises((ValueError, FileNotFoundError), match=sentence):
@@ -395,7 +395,7 @@ def test_a_model_with_other_weights_does_not_go_on(pictures: Path, networks: Pat
     about = json.loads((out / "run.json").read_text())
     about["plan"]["model"]["spec"] = "audited_networks:other"
     (out / "run.json").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match="has other weights than when the audit began"):
+    with pytest.raises(ValueError, match="must have the weights with which the audit began"):
         resume(out)
 
 

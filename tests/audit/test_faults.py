@@ -288,7 +288,7 @@ def cut_off(plan: Plan, out: Path, factory: str) -> Path:
 def test_the_same_weights_used_otherwise_do_not_go_on(odd: Path, factory: str) -> None:
     out = cut_off(plan_of(odd, "plain"), odd.parent / "found", factory)
     with pytest.raises(
-        ValueError, match=r"has the same weights .* but gives other logits, so its code"
+        ValueError, match=r"has the same weights .* but returns other logits, so its code"
     ) as told:
         resume(out)
     assert "\n" not in str(told.value)

@@ -213,7 +213,7 @@ def test_images_that_vanish_are_missing_but_a_silent_host_stops(pictures: Path, 
         ("warp://bucket/photos", "nothing installed knows the protocol warp"),
         ("gdrive://bucket/photos", r"the package for gdrive is missing .* install it by pip"),
         ("zip://photos::memory://a.zip", "a chain of protocols; accepted is one"),
-        ("memory://nowhere", "memory://nowhere: there is no such file or folder"),
+        ("memory://nowhere", "memory://nowhere does not exist"),
     ],
 )
 def test_what_cannot_be_reached_is_one_sentence(

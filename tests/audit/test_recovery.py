@@ -76,8 +76,8 @@ def test_an_audit_whose_source_is_gone_stays_incomplete_until_it_is_back(whole: 
         assert found.info.images == ImageCounts(listed=14, read=8, skipped=0, missing=6)
         assert found.skipped.empty
         assert (
-            "6 of 14 images cannot be read any more (dog/10.png, dog/13.png, fish/02.png, fish/05.png, fish/08.png, "
-            "...; the file is no longer there)"
+            "6 of 14 images can no longer be read (dog/10.png, dog/13.png, fish/02.png, fish/05.png, fish/08.png, "
+            "...; the file no longer exists)"
         ) in found.shortfall
         assert summarize(found).images == 8
     (pictures.parent / "away").rename(pictures)
@@ -99,7 +99,7 @@ def test_the_images_beside_a_missing_one_are_attacked_and_end_the_same(whole: Ru
     found = audit(small_plan(pictures, **QUICK), out, watch=vanish)
     assert not found.complete
     assert len(set(found.records["image"])) == 13
-    assert "1 of 14 images cannot be read any more (dog/07.png; " in found.shortfall
+    assert "1 of 14 images can no longer be read (dog/07.png; " in found.shortfall
     shards = {path.name for path in shard_files(out).values()}
     assert len(shards) == 4
     assert not resume(out).complete
@@ -174,7 +174,9 @@ def test_a_flipped_bit_in_a_shard_is_named_and_the_shard_done_again(whole: Run, 
     shard = shard_files(out)[1]
     flip(shard)
     for ask in (lambda run: run.records, summarize, lambda run: run.skipped, lambda run: compare(run, whole)):
-        with pytest.raises(DamagedError, match=rf"cut is damaged: shards/{shard.name} is not .* --resume "):
+        with pytest.raises(
+            DamagedError, match=rf"cut is damaged: shards/{shard.name} differs from .* --resume "
+        ):
             ask(open_run(out))
     with pytest.raises(DamagedError):
         write_run_report(open_run(out), pictures.parent / "page.html")
@@ -277,9 +279,9 @@ def test_chunks_have_checksums_for_any_reader(whole: Run) -> None:
 def test_a_damaged_table_of_a_complete_audit_is_written_again(whole: Run, pictures: Path, name: str) -> None:
     out = open_run(shutil.copytree(whole.folder, pictures.parent / "copy")).folder
     flip(out / name)
-    with pytest.raises(DamagedError, match=f"copy is damaged: {name} is not what was written"):
+    with pytest.raises(DamagedError, match=f"copy is damaged: {name} differs from what was written"):
         summarize(open_run(out))
-    with pytest.warns(UserWarning, match=f"{name} was damaged and is written again"):
+    with pytest.warns(UserWarning, match=f"damaged files .{name}. are written again"):
         found = resume(out)
     assert found.complete
     same_records(whole, found)
@@ -367,5 +369,5 @@ def test_an_audited_image_that_is_gone_needs_no_second_look(whole: Run, pictures
 
 def test_a_source_that_was_never_there_keeps_the_audit_from_being_final(pictures: Path) -> None:
     found = audit(small_plan(pictures, pictures.parent / "nowhere", **QUICK), pictures.parent / "out")
-    assert "nowhere, which could not be found when it began" in found.shortfall
+    assert "nowhere, which did not exist when it began" in found.shortfall
     assert resume(found.folder).shortfall == found.shortfall

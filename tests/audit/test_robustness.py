@@ -307,14 +307,14 @@ def test_of_an_attack_that_says_nothing_of_files_they_are_evaluated(
     (steady / "own_attack.py").write_text(OWN)
     import own_attack  # type: ignore[import-not-found]
 
-    from weakspot.audit.plan import plan
+    from weakspot.audit.plan import attack_plan
     from weakspot.audit.work import shard
 
     def find(name: str) -> Callable[..., Any]:
         return own_attack.mine  # type: ignore[no-any-return]
 
     monkeypatch.setattr(shard, "find_attack", find)
-    monkeypatch.setattr(plan, "find_attack", find)
+    monkeypatch.setattr(attack_plan, "find_attack", find)
     found = audit(plan_of(steady, AttackPlan("mine")), steady / "run")
     assert found.records["success"].all()
     assert not found.records["success_8bit"].any()

@@ -197,9 +197,9 @@ def test_with_its_source_gone_it_ends_with_four_and_the_gate_stays_shut(
     for junit in (tmp_path / "gate.xml", None):
         ended = run("audit", "--resume", "made", *(gate if junit else ()))
         assert ended.code == 4, ended.err
-        assert "the audit is not complete: 4 of 4 images cannot be read any more (" in ended.err
+        assert "the audit is not complete: 4 of 4 images can no longer be read (" in ended.err
         assert (
-            "the file is no longer there); put them back and go on with weakspot audit --resume made"
+            "the file no longer exists); restore them and continue with weakspot audit --resume made"
             in ended.err
         )
         if junit is not None:
@@ -243,12 +243,12 @@ def test_damaged_records_are_named_and_repaired(run: Run, photographs: Path, tmp
         ended = run(*command)
         assert ended.code == 4
         assert ended.err == (
-            "weakspot: made is damaged: records.parquet is not what was written; repair the run with weakspot audit "
+            "weakspot: made is damaged: records.parquet differs from what was written (repair the run with weakspot audit "
             "--resume made\n"
         )
     ended = run("audit", "--resume", "made")
     assert ended.code == 0
-    assert "records.parquet was damaged and is written again" in ended.err
+    assert "damaged files (records.parquet) are written again" in ended.err
     assert run("report", "made").code == 0
 
 
