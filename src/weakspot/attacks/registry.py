@@ -10,8 +10,12 @@ from importlib.metadata import entry_points
 
 from torch import Tensor, nn
 
+<<<<<<< HEAD
 from weakspot._checks import closest
 from weakspot.attacks.context import AttackOptions, Minimized, Norm
+=======
+from weakspot._checks import unknown_choice
+>>>>>>> main
 from weakspot.attacks.libraries import LIBRARIES
 from weakspot.attacks.library_attacks import external
 from weakspot.pairs import AttackResult
@@ -147,5 +151,5 @@ def find_attack(name: str) -> Attack:
             raise ValueError(f"attack {name} ({entry.value}) cannot be loaded: {error}") from error
     known = [entry.name for entry in entry_points(group=GROUP)]
     raise ValueError(
-        f"attack is {name!r}; {closest(name, known)} (or LIBRARY:CLASS of {', '.join(LIBRARIES)})"
+        unknown_choice("attack", name, known, remedy=f"or give LIBRARY:CLASS of {', '.join(LIBRARIES)}")
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import closest
+from weakspot._checks import unknown_choice
 from weakspot.regions.activation import cam, support
 from weakspot.regions.controls import matched
 from weakspot.regions.masks import border, from_file
@@ -173,10 +173,7 @@ class _Maker:
         if word == "support":
             return self.support()
         if not (os.path.exists(word) or Path(word).suffix):  # noqa: PTH110 - Path.exists raises on long names
-            near = closest(word, NAMES)
-            raise ValueError(
-                f"region is {self.text!r}; {near if near.endswith('?') else f'accepted are {FORMS}'}"
-            )
+            raise ValueError(unknown_choice("region", word, NAMES, remedy=f"forms: {FORMS}"))
         return self.from_file(word)
 
     def border(self, width: str) -> Tensor:
