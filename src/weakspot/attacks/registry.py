@@ -11,13 +11,14 @@ from importlib.metadata import entry_points
 from torch import Tensor, nn
 
 <<<<<<< HEAD
-from weakspot._checks import closest
-from weakspot.attacks.context import AttackOptions, Minimized, Norm
+from weakspot._checks import unknown_choice
+from weakspot.attacks.context import AttackOptions
 =======
 from weakspot._checks import unknown_choice
 >>>>>>> main
 from weakspot.attacks.libraries import LIBRARIES
 from weakspot.attacks.library_attacks import external
+from weakspot.attacks.losses import Minimized, Norm
 from weakspot.pairs import AttackResult
 
 GROUP = "weakspot.attacks"
@@ -109,16 +110,15 @@ class Attack:
             ValueError: if there is a region and it takes none, or it does not return an AttackResult.
         """
         if options.region is not None and "region" not in self.accepts:
-            raise ValueError(f"attack {self.name} takes no region; accepted is the region none")
+            raise ValueError(f"region must be none for attack {self.name}, which takes no region")
         given = {entry.name: getattr(options, entry.name) for entry in fields(options)}
         if options.budget is None:
             del given["budget"]  # the attack's own default
         taken = {name: value for name, value in given.items() if name in self.accepts}
         result = self.function(model, images, labels, **taken, **settings)
         if not isinstance(result, AttackResult):
-            raise ValueError(
-                f"attack {self.name} returned a {type(result).__name__}; accepted is an AttackResult"
-            )
+            kind = type(result).__name__
+            raise ValueError(f"attack {self.name} must return an AttackResult, got {kind}")
         return result
 
 
@@ -149,7 +149,6 @@ def find_attack(name: str) -> Attack:
             return Attack.of(name, entry.load())
         except Exception as error:
             raise ValueError(f"attack {name} ({entry.value}) cannot be loaded: {error}") from error
-    known = [entry.name for entry in entry_points(group=GROUP)]
-    raise ValueError(
-        unknown_choice("attack", name, known, remedy=f"or give LIBRARY:CLASS of {', '.join(LIBRARIES)}")
-    )
+    names = [entry.name for entry in entry_points(group=GROUP)]
+    remedy = f"or LIBRARY:CLASS of {', '.join(LIBRARIES)}"
+    raise ValueError(unknown_choice("attack", name, names, remedy=remedy))

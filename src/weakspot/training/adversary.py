@@ -115,7 +115,7 @@ def _start(budget: Budget, images: Tensor, region: Tensor | None, noise: Tensor)
 
 
 def _project(budget: Budget, perturbation: Tensor, images: Tensor, region: Tensor | None) -> Tensor:
-    return budget.project(perturbation, images, region=region)
+    return prepare(budget, images).project(perturbation, region)
 
 
 def _limit(budget: Budget) -> float:
