@@ -248,7 +248,7 @@ def audit(
         _progress(quiet or as_json) as watch,
         _stopping(where),
     ):
-        from weakspot.audit import Run, read_mapping, summarize
+        from weakspot.audit import Plan, Run, summarize
         from weakspot.audit import audit as carry_out
         from weakspot.audit import resume as go_on
         from weakspot.audit.findings.gates import unknown_cases
@@ -257,7 +257,7 @@ def audit(
         if resume is not None:
             run = go_on(where, watch=watch, **how)
         else:
-            plan = read_mapping(table)
+            plan = Plan.from_mapping(table)
             refuse_fraction(context, plan.regions, "--regions")
             if control_images is not None and not plan.controls:
                 raise Failure("--control-images takes effect only with --controls", USAGE)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from weakspot.audit.plan.plan import AttackPlan, Plan, is_minimal, norm_of
+from weakspot.audit.plan.attack_plan import AttackPlan
+from weakspot.audit.plan.plan import Plan, is_minimal, norm_of
 from weakspot.budgets import read_budget
 
 NORMS = ("linf", "l2", "l1")  # budgets that have a distance in the records
