@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tests.budgets.strategies import EPSILONS, LAW, LENGTHS, Case, cases, limit
-from weakspot.budgets import L1, L2, Budget, Linf
+from weakspot.budgets import L1, L2, Budget, Linf, prepare
 
 norms = EPSILONS.map(Linf) | LENGTHS.map(L2) | LENGTHS.map(L1)
 
@@ -174,7 +174,7 @@ def test_projection_brings_no_two_points_further_apart(budget: Budget, case: Cas
         first.shape, generator=torch.Generator().manual_seed(seed)
     )
     before = (first - second).flatten(1).norm(dim=1)
-    projected = (budget.project(wanted, images, region=region) for wanted in (first, second))
+    projected = (prepare(budget, images).project(wanted, region) for wanted in (first, second))
     after = (next(projected) - next(projected)).flatten(1).norm(dim=1)
     assert bool((after <= before * (1 + 1e-4) + 1e-5).all())
 

@@ -45,9 +45,9 @@ def ensemble(
     """Judge robustness: the worst case of several attacks per image, with nothing to tune.
 
     After AutoAttack (Croce and Hein 2020, arXiv 2003.01690): Auto-PGD on cross-entropy and on the difference of logits
-    ratio, then on the latter targeted at each of the nine most likely other classes, 50 steps each, then 2000 queries of
-    square search, which needs no gradients. FAB is omitted; every attack here obeys the one region and any budget. An
-    image is passed on only while nothing has fooled the model on both it and its 8-bit file.
+    ratio, then on the latter targeted at each of the nine most likely other classes, 50 steps each, then 2000 queries
+    of square search, which needs no gradients. FAB is omitted; every attack here obeys the one region and any budget.
+    An image is passed on only while nothing has fooled the model on both it and its 8-bit file.
 
     The arguments are described in `AttackOptions`. With targets, all attacks aim at these only.
 

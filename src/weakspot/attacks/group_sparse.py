@@ -65,7 +65,9 @@ def ead(
         # The proximal operator of the L1 norm is soft thresholding.
         return perturbation.sign() * (perturbation.abs() - beta * step).clamp(min=0)
 
-    with attack_context(model, images, labels, AttackOptions(None, region, targets, seed, batch_size)) as problem:
+    with attack_context(
+        model, images, labels, AttackOptions(None, region, targets, seed, batch_size)
+    ) as problem:
         with problem.fused_model():
             smallest = Smallest(problem, lambda d: d.abs().flatten(1).sum(1), confidence)
             descent = Descent(steps // SEARCHES, learning_rate, confidence)
@@ -112,7 +114,9 @@ def strattack(
     check_count("steps", steps, least=2 * SEARCHES)
     check_rates(learning_rate, confidence)
     _check_weight("sparsity", sparsity)
-    with attack_context(model, images, labels, AttackOptions(None, region, targets, seed, batch_size)) as problem:
+    with attack_context(
+        model, images, labels, AttackOptions(None, region, targets, seed, batch_size)
+    ) as problem:
         groups = _groups(group, problem.clean)
 
         def shrink(perturbation: Tensor, step: float) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stdout
 
 import numpy as np

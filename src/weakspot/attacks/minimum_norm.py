@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_choice, check_count
-from weakspot.attacks.context import AttackOptions, Problem, Progress, attack_context
+from weakspot.attacks.context import AttackOptions, Progress, attack_context
 from weakspot.attacks.losses import minimizes
 from weakspot.attacks.tradeoff import Smallest
 from weakspot.pairs import AttackResult
@@ -111,7 +111,9 @@ def fmn(
     """
     check_count("steps", steps)
     check_choice("norm", norm, NORMS)
-    with attack_context(model, images, labels, AttackOptions(None, region, targets, seed, batch_size)) as problem:
+    with attack_context(
+        model, images, labels, AttackOptions(None, region, targets, seed, batch_size)
+    ) as problem:
         with problem.fused_model():
             smallest = Smallest(problem, NORMS[norm].size, 0.0)
             _walk(NORMS[norm], smallest, steps, progress)

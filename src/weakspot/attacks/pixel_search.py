@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weakspot._checks import check_count, check_choice
+from weakspot._checks import check_choice, check_count
 from weakspot.attacks.context import AttackOptions, Problem, Progress, attack_context, part_of
 from weakspot.attacks.differential_evolution import evolve
 from weakspot.attacks.pixel_edits import evaluate_painted, paint, with_windows
@@ -221,7 +221,9 @@ def few_pixel(
     check_count("generations", generations)
     check_count("population", population, least=4)
     check_choice("method", method, METHODS)
-    with attack_context(model, images, labels, AttackOptions(None, region, targets, seed, batch_size)) as problem:
+    with attack_context(
+        model, images, labels, AttackOptions(None, region, targets, seed, batch_size)
+    ) as problem:
         sites = problem.region.flatten(1).sum(1)
         if count > images.shape[2] * images.shape[3]:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Attacks by name: ours and installed plug-ins from the entry-point group, those of other libraries as LIBRARY:CLASS."""
+"""Attacks by name: ours and plug-ins from the entry-point group, those of other libraries as LIBRARY:CLASS."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ from importlib.metadata import entry_points
 
 from torch import Tensor, nn
 
-<<<<<<< HEAD
 from weakspot._checks import unknown_choice
 from weakspot.attacks.context import AttackOptions
-=======
-from weakspot._checks import unknown_choice
->>>>>>> main
 from weakspot.attacks.libraries import LIBRARIES
 from weakspot.attacks.library_attacks import external
 from weakspot.attacks.losses import Minimized, Norm

@@ -130,7 +130,9 @@ def carlini_wagner(
     """
     check_count("steps", steps, least=SEARCHES)
     check_rates(learning_rate, confidence)
-    with attack_context(model, images, labels, AttackOptions(None, region, targets, seed, batch_size)) as problem:
+    with attack_context(
+        model, images, labels, AttackOptions(None, region, targets, seed, batch_size)
+    ) as problem:
         with problem.fused_model():
             smallest = Smallest(problem, squared, confidence)
             descent = Descent(steps // SEARCHES, learning_rate, confidence)

@@ -248,8 +248,7 @@ class _LocalSSIM:
     """SSIM in mode "local": in every patch, d2^2 <= eps is a ball and d1^2 <= eps an interval of changes.
 
     Completing the square in d2^2 <= eps (Brunet et al. 2012) gives a ball of middle eps / (1 - eps) * centered and of
-    squared radius eps (2 - eps) / (1 - eps)^2 * energy + eps / (1 - eps) * steady. The interval of the mean follows from
-    d1^2 in the same way.
+    squared radius eps (2 - eps) / (1 - eps)^2 * energy + eps / (1 - eps) * steady. The interval follows from d1^2.
     """
 
     steps_to_optimum = True

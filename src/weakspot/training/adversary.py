@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weakspot.budgets import Budget, Linf
+from weakspot.budgets import Budget, Linf, prepare
 from weakspot.training.config import Recipe, Settings
 
 Network = Callable[[Tensor], Tensor]

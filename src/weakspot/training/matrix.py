@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import weakspot
-from weakspot._checks import check_seed
+from weakspot._checks import check_count, check_seed
 from weakspot._io.files import write_whole
-from weakspot.attacks.gradient import check_counts
 from weakspot.datasets import LabeledImages
 from weakspot.models.specs import fingerprint
 from weakspot.statistics import mean_interval, paired_proportion_interval, proportion_interval
@@ -98,7 +97,8 @@ def robustness_matrix(
         find_recipe(name)
     if not recipes:
         raise ValueError("recipes is empty; accepted is at least one name")
-    check_counts(seeds=seeds, strongest=strongest)
+    check_count("seeds", seeds)
+    check_count("strongest", strongest)
     check_seed(seed)
     _check_alike(data, test)
     out = Path(out)

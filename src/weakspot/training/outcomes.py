@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import check_classes
+from weakspot._checks import check_classes, check_count
 from weakspot.attacks import ensemble, pgd
-from weakspot.attacks.gradient import check_counts
 from weakspot.budgets import Budget
 from weakspot.classifier import evaluating, predict
 from weakspot.datasets import LabeledImages
@@ -79,7 +78,8 @@ def outcomes(
         seed: of attacks and of the swap.
         progress: called with the share done.
     """
-    check_counts(steps=steps, strongest=strongest)
+    check_count("steps", steps)
+    check_count("strongest", strongest)
     images, labels, masks = test
     with evaluating(model) as classifier:
         device = classifier.mean.device
