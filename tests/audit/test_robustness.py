@@ -16,7 +16,7 @@ from tests.audit.fixtures import draw_pictures, networks, small_plan, store_reco
 from tests.audit.test_report import Reader
 from tests.cli.test_explain import Run as Ran
 from tests.cli.test_explain import photographs, run
-from weakspot.attacks import Attack, carlini_wagner, minimizes
+from weakspot.attacks import Attack, fmn, minimizes
 from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, compare, summarize
 from weakspot.audit.findings.contrasts import region_contrasts
 from weakspot.audit.findings.curves import budget_curves
@@ -335,7 +335,7 @@ def test_a_minimal_norm_attack_of_a_plug_in_gets_curves_like_ours(
 ) -> None:
     @minimizes("l2")
     def plugged(model: Any, images: Any, labels: Any, *, region: Any = None, steps: int = 20) -> AttackResult:
-        return carlini_wagner(model, images, labels, region=region, steps=steps)
+        return fmn(model, images, labels, norm="l2", region=region, steps=steps)
 
     find = Attack.of("plugged", plugged)
     monkeypatch.setattr("weakspot.audit.work.shard.find_attack", lambda _: find)
@@ -346,8 +346,7 @@ def test_a_minimal_norm_attack_of_a_plug_in_gets_curves_like_ours(
     assert len(curves)
     assert set(curves["norm"]) == {"l2"}
     monkeypatch.undo()
-    ours = budget_curves(
-        audit(plan_of(steady, AttackPlan("carlini_wagner", settings=(("steps", 30),))), steady / "ours")
-    )
-    assert curves["size"].tolist() == ours["size"].tolist()
-    assert curves["fooled"].tolist() == ours["fooled"].tolist()
+    ours = AttackPlan("fmn", settings=(("norm", "l2"), ("steps", 30)))
+    expected = budget_curves(audit(plan_of(steady, ours), steady / "ours"))
+    assert curves["size"].tolist() == expected["size"].tolist()
+    assert curves["fooled"].tolist() == expected["fooled"].tolist()

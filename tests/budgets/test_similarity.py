@@ -384,7 +384,7 @@ def test_a_smaller_share_of_means_leaves_fewer_edges_between_patches() -> None:
 
 @pytest.mark.parametrize("level", [0, -1, 1.1, True, "0.1", float("nan")])
 def test_a_share_of_means_outside_its_range_is_refused(level: Any) -> None:
-    with pytest.raises(ValueError, match=r"SSIM level is .*; accepted is a share above 0, up to 1"):
+    with pytest.raises(ValueError, match=r"level must be a fraction above 0 and at most 1, got"):
         SSIM(0.01, level=level)
 
 

@@ -59,7 +59,7 @@ class SSIM:
 
     def prepare(self, images: Tensor) -> PreparedBudget:
         """Bind the budget to images; the moments of their patches are then computed once."""
-        patches = _Patches(images.detach(), self.patch)
+        patches = _Patches(images, self.patch)
         return _LocalSSIM(self, patches) if self.mode == "local" else _GlobalSSIM(self, patches)
 
     def project(self, perturbation: Tensor, images: Tensor, *, region: Tensor | None = None) -> Tensor:
