@@ -22,10 +22,8 @@ FACE = {"weakspot", "weakspot.__main__"}  # these two may import everything
 KNOWN_FACE_IMPORTS = {
     "weakspot.audit.store.run",
     "weakspot.cli.app",
-    "weakspot.training.checkpoint",
-    "weakspot.training.matrix",
 }
-KNOWN_UPWARD = {("weakspot.defenses", "weakspot.training")}
+KNOWN_UPWARD: set[tuple[str, str]] = set()
 KNOWN_CIRCULAR = {
     "weakspot.audit.engines.base",
     "weakspot.audit.engines.ray_engine",
@@ -41,10 +39,9 @@ KNOWN_LONG = {
     "weakspot.cli.audit",
     "weakspot.explanations.promotion",
     "weakspot.fusion",
-    "weakspot.training.loop",
 }
 KNOWN_SAME_NAME = {"base", "charts", "sentences"}
-KNOWN_SHADOWED = {"weakspot.dissection", "weakspot.edits.cells", "weakspot.training.outcomes"}
+KNOWN_SHADOWED = {"weakspot.dissection", "weakspot.edits.cells"}
 
 
 @cache
