@@ -243,8 +243,8 @@ def test_damaged_records_are_named_and_repaired(run: Run, photographs: Path, tmp
         ended = run(*command)
         assert ended.code == 4
         assert ended.err == (
-            "weakspot: made is damaged: records.parquet differs from what was written (repair the run with weakspot audit "
-            "--resume made\n"
+            "weakspot: made is damaged: records.parquet differs from what was written (repair the run with weakspot "
+            "audit --resume made)\n"
         )
     ended = run("audit", "--resume", "made")
     assert ended.code == 0

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from weakspot._checks import quiet, warn
+from weakspot.attacks import AttackOptions, find_attack
 from weakspot.attacks.eight_bit import stored
-from weakspot.attacks.registry import call_attack, chosen, find_attack, joined
 from weakspot.audit.plan.attack_plan import AttackPlan
 from weakspot.audit.plan.image_list import Entry
 from weakspot.audit.plan.plan import Plan
@@ -250,19 +250,22 @@ class _Shard:
         if not parts:
             self._check_possible(attack, text, rows, errors, explained=False)
             return rows[:0], None
-        return torch.cat([part for part, _ in parts]), joined([result for _, result in parts])
+        return torch.cat([part for part, _ in parts]), AttackResult.concatenate(
+            [result for _, result in parts]
+        )
 
     def _call(
         self, attack: AttackPlan, images: Tensor, labels: Tensor, region: Tensor | None, progress: Progress
     ) -> AttackResult:
-        options = {
-            "region": region,
-            "seed": self.plan.seed,
-            "batch_size": self.model.fixed.group,
-            "progress": progress,
-        }
-        function = find_attack(attack.name)
-        return call_attack(function, self.model.fixed, images, labels, options, attack.arguments())
+        options = AttackOptions(
+            budget=attack.parsed_budget(),
+            region=region,
+            seed=self.plan.seed,
+            batch_size=self.model.fixed.group,
+            progress=progress,
+        )
+        described = find_attack(attack.name)
+        return described.run(self.model.fixed, images, labels, options, attack.own_settings())
 
     def _with_eight_bit(self, result: AttackResult, attack: AttackPlan) -> AttackResult:
         """The result with the success of its 8-bit files, which attacks of users need not state."""
@@ -279,7 +282,7 @@ class _Shard:
         def run(part: Tensor) -> Explanation:
             return explain(
                 self.model.classifier,
-                chosen(result, part),
+                result.select(part),
                 analyses=self.plan.analyses,
                 seed=self.plan.seed,
                 compare=False,  # with the other images of the shard, which is no property of an image
