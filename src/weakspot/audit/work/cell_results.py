@@ -16,9 +16,10 @@ from weakspot.audit.store.maps import BlockBuilder, curve_name
 from weakspot.audit.store.records import COLUMNS, DERIVED
 from weakspot.audit.work.batches import Errors, Parts
 from weakspot.audit.work.shard_images import ShardImages
-from weakspot.classifier import Classifier, margin
+from weakspot.classifier import Classifier
 from weakspot.explanations.analysis import Series
 from weakspot.explanations.explanation import Explanation
+from weakspot.logits import margin
 from weakspot.pairs import AttackResult
 
 if TYPE_CHECKING:
