@@ -21,11 +21,12 @@ from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, compare, sum
 from weakspot.audit.findings.contrasts import region_contrasts
 from weakspot.audit.findings.curves import budget_curves
 from weakspot.audit.findings.gates import judge
-from weakspot.audit.findings.robustness import judged_attacks, limit_of, outcomes_query, stated_budgets
 from weakspot.audit.findings.summary import cell_table, undefined_names
 from weakspot.audit.page.run_page import run_report
+from weakspot.audit.plan.limits import judged_attacks, limit_of, stated_budgets
 from weakspot.audit.plan.plan import bounded_attacks
 from weakspot.audit.plan.plan_files import read_mapping
+from weakspot.audit.store.records import outcomes_query
 
 __all__ = ["networks", "photographs", "run"]  # fixtures
 STEADY = """

@@ -223,7 +223,7 @@ def _arguments(
     name: str, run: Any, budget: str | None, settings: list[str]
 ) -> tuple[Budget | None, dict[str, Any]]:
     """The budget, and all keyword arguments that the options stand for."""
-    from weakspot._checks import closest
+    from weakspot._checks import unknown_choice
     from weakspot.budgets import read_budget
 
     parameters = inspect.signature(run).parameters
@@ -235,9 +235,7 @@ def _arguments(
         if not equals:
             raise Failure(f"--set is {setting!r}; accepted is NAME=VALUE", USAGE)
         if key in COMMON or (key not in own and not free):
-            raise Failure(
-                f"--set is {setting!r}, which {name} does not take; {closest(key, sorted(own))}", USAGE
-            )
+            raise Failure(unknown_choice(f"--set of {name}", key, sorted(own)), USAGE)
         options[key] = setting_value(value)
     if "budget" not in parameters and not free:
         if budget is not None:

@@ -81,7 +81,7 @@ def plan_table(
 
 def with_settings(attacks: Any, settings: list[str]) -> list[dict[str, Any]]:
     """The attacks as tables, what --set says added to those it names."""
-    from weakspot._checks import closest
+    from weakspot._checks import unknown_choice
 
     entries = [part.strip() for part in attacks.split(",")] if isinstance(attacks, str) else attacks
     tables: list[dict[str, Any]] = [
@@ -94,9 +94,7 @@ def with_settings(attacks: Any, settings: list[str]) -> list[dict[str, Any]]:
         if not (equals and name and key):
             raise Failure(f"--set is {setting!r}; accepted is ATTACK.NAME=VALUE, such as pgd.steps=50", USAGE)
         if name not in names:
-            raise Failure(
-                f"--set is {setting!r}, but {name} is none of the attacks; {closest(name, names)}", USAGE
-            )
+            raise Failure(unknown_choice("attack in --set", name, names), USAGE)
         try:
             value = json.loads(text)
         except ValueError:

@@ -27,12 +27,12 @@ def find_defense(text: str, settings: Sequence[str], classifier: Classifier) -> 
     """
     from torch import nn
 
-    from weakspot._checks import closest
+    from weakspot._checks import unknown_choice
     from weakspot.models.specs import find_factory
 
     module, colon, name = text.partition(":")
     if not colon and text not in OURS:
-        raise Failure(f"defense is {text!r}; {closest(text, OURS)} (or package.module:factory)", USAGE)
+        raise Failure(unknown_choice("--defense", text, OURS, remedy="or give package.module:factory"), USAGE)
     if not colon:
         defended = _ours(text, settings, classifier)
     else:
@@ -62,16 +62,16 @@ def find_defense(text: str, settings: Sequence[str], classifier: Classifier) -> 
 
 
 def _ours(name: str, settings: Sequence[str], classifier: Classifier) -> nn.Module:
-    from weakspot._checks import closest
+    from weakspot._checks import unknown_choice
     from weakspot.defenses import mask_units, neutralizing
 
     make: Callable[..., nn.Module] = neutralizing if name == "neutralize" else mask_units
     given = _read(settings)
     parameters = {key: p for key, p in inspect.signature(make).parameters.items() if key != "model"}
-    for key, value in given.items():
+    for key in given:
         if key not in parameters:
             raise Failure(
-                f"--set is {f'{key}={value}'!r}, which {name} does not take; {closest(key, parameters)}",
+                unknown_choice(f"--set of {name}", key, parameters),
                 USAGE,
             )
     missing = [key for key, p in parameters.items() if p.default is p.empty and key not in given]

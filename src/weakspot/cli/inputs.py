@@ -254,7 +254,7 @@ def read_pair(classifier: Classifier, sources: Sequence[Path]) -> tuple[Pairs, l
 
 def class_index(classifier: Classifier, target: str, count: int, name: str = "target") -> int:
     """The number of the class that `target` names or is; `name` is what an error calls it."""
-    from weakspot._checks import closest
+    from weakspot._checks import unknown_choice
 
     number = target.lower().removeprefix("class ")
     if number.isascii() and number.isdigit() and int(number) < count:
@@ -262,5 +262,5 @@ def class_index(classifier: Classifier, target: str, count: int, name: str = "ta
     lowered = [name.lower() for name in classifier.class_names]
     if target.lower() in lowered:
         return lowered.index(target.lower())
-    numbers = f"a number from 0 to {count - 1}"
-    raise Failure(f"{name} is {target!r}; {closest(target, classifier.class_names)} (or {numbers})", USAGE)
+    numbers = f"or give a number from 0 to {count - 1}"
+    raise Failure(unknown_choice(name, target, classifier.class_names, remedy=numbers), USAGE)

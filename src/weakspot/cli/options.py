@@ -94,7 +94,7 @@ def refuse_fraction(context: typer.Context, regions: Sequence[str], option: str 
     Raises:
         Failure: when --fraction was given and none of the regions depends on it.
     """
-    from weakspot.regions.spec import depends_on_fraction
+    from weakspot.regions.spec import RegionSpec
 
-    if not any(depends_on_fraction(region) for region in regions):
+    if not any(RegionSpec.parse(region).depends_on_fraction for region in regions):
         refuse(context, ["fraction"], f"without cam or support in {option}; add one of them, or leave it out")

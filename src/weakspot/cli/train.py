@@ -148,9 +148,9 @@ def train(
     if data is None:
         raise Failure("no data was named; give a folder, an .npz file or hf:NAME", USAGE)
     if evaluate not in EVALUATIONS:
-        from weakspot._checks import closest
+        from weakspot._checks import unknown_choice
 
-        raise Failure(f"--evaluate is {evaluate!r}; {closest(evaluate, EVALUATIONS)}", USAGE)
+        raise Failure(unknown_choice("--evaluate", evaluate, EVALUATIONS), USAGE)
     _check_used(evaluate, recipe, recipes=recipes, seeds=seeds, limit=limit, strongest=strongest)
     silent = quiet or as_json or os.environ.get("RANK", "0") != "0"
     started = time.perf_counter()

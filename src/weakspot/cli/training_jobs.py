@@ -159,10 +159,11 @@ def maker_of(
 
         return make
     if ":" not in name:
-        from weakspot._checks import closest
+        from weakspot._checks import unknown_choice
 
         raise Failure(
-            f"model is {name!r}; {closest(name, [*NETWORKS, *ALIASES])} (or package.module:factory)", USAGE
+            unknown_choice("--model", name, [*NETWORKS, *ALIASES], remedy="or give package.module:factory"),
+            USAGE,
         )
 
     def made(seed: int) -> Classifier:

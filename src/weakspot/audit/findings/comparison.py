@@ -9,9 +9,13 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from weakspot.audit.findings.cells import WHOLE_IMAGE, adjusted
+from weakspot.audit.findings.cells import WHOLE_IMAGE, adjusted, quoted_name
 from weakspot.audit.findings.locations import score_names
-from weakspot.audit.plan.outcomes import limit_of, quoted_name
+<<<<<<< HEAD
+from weakspot.audit.plan.limits import limit_of
+=======
+from weakspot.audit.plan.limits import limit_of
+>>>>>>> main
 from weakspot.audit.plan.plan import AttackPlan, Plan, is_minimal
 from weakspot.audit.store.records import has_records
 from weakspot.audit.store.run import Run

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from weakspot.audit.findings.cells import adjusted, once_per_run, read_cell
 from weakspot.audit.plan.plan import Plan, control_of, is_control, is_other, norm_of, other_region
 from weakspot.audit.store.run import Run
-from weakspot.regions.spec import depends_on_image
+from weakspot.regions.spec import RegionSpec
 from weakspot.statistics import mean_interval, paired_proportion_interval, region_test
 from weakspot.statistics.number_format import counted, p_value
 
@@ -117,6 +117,7 @@ def verdict(contrasts: Sequence[Contrast]) -> str:
     shifted region, each on at least 40 images. A region that is the same in every image cannot be compared with other
     images' regions: only its place is judged.
     """
+<<<<<<< HEAD
     by_control = {contrast.control: contrast for contrast in contrasts}
     region = contrasts[0].region
     if SHIFTED not in by_control or (depends_on_image(region) and OTHERS not in by_control):
@@ -127,6 +128,18 @@ def verdict(contrasts: Sequence[Contrast]) -> str:
         return f"no verdict, because it needs {MIN_IMAGES} images and there are {images}"
     directions = {contrast.direction for contrast in contrasts}
     if len(directions) > 1 or 0 in directions:
+=======
+    rows = {row.control: row for row in _named(contrasts)}
+    region = next(iter(rows.values())).region
+    if SHIFTED not in rows or (RegionSpec.parse(region).depends_on_image and OTHERS not in rows):
+        missing = "shifted ones" if SHIFTED not in rows else "other images' regions"
+        return f"not judged, as the run has no {missing} as controls"
+    fewest = min(row.images for row in rows.values())
+    if fewest < LEAST_IMAGES:
+        return f"not judged, as that takes {LEAST_IMAGES} images and this is {fewest}"
+    clear = {_direction(row) for row in rows.values()}
+    if len(clear) > 1 or 0 in clear:
+>>>>>>> main
         return UNCLEAR
     weaker = directions == {1}
     if not all(contrast.is_large for contrast in contrasts):

@@ -9,10 +9,17 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+<<<<<<< HEAD
 from weakspot.audit.findings.cells import once_per_run, read_cell
-from weakspot.audit.plan.outcomes import NORMS, budget_limit, quoted
+from weakspot.audit.plan.limits import NORMS, read_limit
 from weakspot.audit.plan.plan import AttackPlan, Plan, Value, control_of, norm_of
+=======
+from weakspot.audit.findings.robustness import cell, once
+from weakspot.audit.plan.plan import AttackPlan, Plan, control_of, norm_of
+>>>>>>> main
 from weakspot.audit.store.maps import StoredMap
+from weakspot.audit.store.records import quoted
+from weakspot.audit.store.records import quoted
 from weakspot.audit.store.run import Run
 from weakspot.statistics import mean_intervals, proportion_interval
 
@@ -81,7 +88,7 @@ def _families(plan: Plan) -> list[_Family]:
 
 
 def _budget_size(attack: AttackPlan) -> float:
-    return budget_limit(str(attack.budget)).size
+    return read_limit(str(attack.budget)).amount
 
 
 def _smallest_sizes(run: Run, family: _Family, region: str) -> NDArray[np.float64]:

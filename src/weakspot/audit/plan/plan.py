@@ -11,13 +11,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from weakspot._checks import check_fraction, check_seed, closest
+from weakspot._checks import check_fraction, check_seed, unknown_choice
 from weakspot._io.urls import is_url
 from weakspot.attacks.libraries import LIBRARIES
 from weakspot.attacks.registry import find_attack
 from weakspot.budgets import read_budget
 from weakspot.explanations.analysis import available_analyses, find_analyses
-from weakspot.regions.spec import depends_on_image
+from weakspot.regions.spec import RegionSpec
 
 DEFAULT_BUDGET = "linf:4/255"
 DEFAULT_ANALYSES = ("overlap", "promotion", "propagation")
@@ -80,10 +80,7 @@ class AttackPlan:
         own = {key for key, p in parameters.items() if key not in TAKEN and p.kind is not p.VAR_KEYWORD}
         for key, _ in self.settings:
             if key in TAKEN or (key not in own and not free):
-                raise ValueError(
-                    f"attacks has {self.name} with the setting {key!r}, which it does not take; "
-                    f"{closest(key, sorted(own))}"
-                )
+                raise ValueError(unknown_choice(f"setting of {self.name}", key, sorted(own)))
         spent = {} if self.budget is None else {"budget": read_budget(self.budget)}
         return {**spent, **dict(self.settings)}
 
@@ -214,7 +211,7 @@ class Plan:
                 )
             regions += [control_of(region) for region in bare]
             for region in bare:
-                if depends_on_image(region):
+                if RegionSpec.parse(region).depends_on_image:
                     regions += [other_of(region, number) for number in range(1, self.control_images + 1)]
         return tuple(dict.fromkeys(regions))
 

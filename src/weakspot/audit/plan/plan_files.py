@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from weakspot._checks import closest
+from weakspot._checks import unknown_choice
 from weakspot._io.urls import is_url
 from weakspot.audit.plan.plan import LABELS, AttackPlan, ModelPlan, Plan, is_minimal
 from weakspot.explanations.analysis import available_analyses
@@ -129,7 +129,7 @@ def _check_keys(name: str, mapping: Any, known: Iterable[str]) -> None:
         raise ValueError(f"{name} is {mapping!r}; accepted is a table of {', '.join(sorted(known))}")
     for key in mapping:
         if key not in known:
-            raise ValueError(f"{name} has {key!r}; {closest(str(key), sorted(known))}")
+            raise ValueError(unknown_choice(f"key of {name}", key, sorted(known)))
 
 
 def _texts(name: str, said: Any) -> list[str]:

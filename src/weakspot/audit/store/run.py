@@ -22,7 +22,7 @@ from weakspot._io.files import write_whole
 from weakspot._io.urls import is_url, place
 from weakspot.audit.store.integrity import listed
 from weakspot.audit.store.maps import FOLDER, Maps
-from weakspot.audit.store.records import LISTING, SKIPPED, read_all, read_notes, scan
+from weakspot.audit.store.records import LISTING, SKIPPED, outcomes_query, read_all, read_notes, scan
 from weakspot.audit.store.verification import MapCheck, check_records
 from weakspot.explanations.explanation import Explanation
 
@@ -191,8 +191,6 @@ class Run:
     def _connection(self) -> duckdb.DuckDBPyConnection:
         import duckdb
         import pyarrow.dataset as ds
-
-        from weakspot.audit.findings.robustness import outcomes_query
 
         connection = duckdb.connect()
         # Through Arrow rather than by path: a path may hold what DuckDB takes for a pattern.
