@@ -11,11 +11,7 @@ import pandas as pd
 
 from weakspot.audit.findings.cells import WHOLE_IMAGE, adjusted, quoted_name
 from weakspot.audit.findings.locations import score_names
-<<<<<<< HEAD
 from weakspot.audit.plan.limits import limit_of
-=======
-from weakspot.audit.plan.limits import limit_of
->>>>>>> main
 from weakspot.audit.plan.plan import AttackPlan, Plan, is_minimal
 from weakspot.audit.store.records import has_records
 from weakspot.audit.store.run import Run

@@ -117,10 +117,9 @@ def verdict(contrasts: Sequence[Contrast]) -> str:
     shifted region, each on at least 40 images. A region that is the same in every image cannot be compared with other
     images' regions: only its place is judged.
     """
-<<<<<<< HEAD
     by_control = {contrast.control: contrast for contrast in contrasts}
     region = contrasts[0].region
-    if SHIFTED not in by_control or (depends_on_image(region) and OTHERS not in by_control):
+    if SHIFTED not in by_control or (RegionSpec.parse(region).depends_on_image and OTHERS not in by_control):
         missing = "shifted regions" if SHIFTED not in by_control else "other images' regions"
         return f"no verdict, because the run has no {missing} as controls"
     images = min(contrast.images for contrast in contrasts)
@@ -128,18 +127,6 @@ def verdict(contrasts: Sequence[Contrast]) -> str:
         return f"no verdict, because it needs {MIN_IMAGES} images and there are {images}"
     directions = {contrast.direction for contrast in contrasts}
     if len(directions) > 1 or 0 in directions:
-=======
-    rows = {row.control: row for row in _named(contrasts)}
-    region = next(iter(rows.values())).region
-    if SHIFTED not in rows or (RegionSpec.parse(region).depends_on_image and OTHERS not in rows):
-        missing = "shifted ones" if SHIFTED not in rows else "other images' regions"
-        return f"not judged, as the run has no {missing} as controls"
-    fewest = min(row.images for row in rows.values())
-    if fewest < LEAST_IMAGES:
-        return f"not judged, as that takes {LEAST_IMAGES} images and this is {fewest}"
-    clear = {_direction(row) for row in rows.values()}
-    if len(clear) > 1 or 0 in clear:
->>>>>>> main
         return UNCLEAR
     weaker = directions == {1}
     if not all(contrast.is_large for contrast in contrasts):

@@ -9,16 +9,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-<<<<<<< HEAD
 from weakspot.audit.findings.cells import once_per_run, read_cell
 from weakspot.audit.plan.limits import NORMS, read_limit
 from weakspot.audit.plan.plan import AttackPlan, Plan, Value, control_of, norm_of
-=======
-from weakspot.audit.findings.robustness import cell, once
-from weakspot.audit.plan.plan import AttackPlan, Plan, control_of, norm_of
->>>>>>> main
 from weakspot.audit.store.maps import StoredMap
-from weakspot.audit.store.records import quoted
 from weakspot.audit.store.records import quoted
 from weakspot.audit.store.run import Run
 from weakspot.statistics import mean_intervals, proportion_interval

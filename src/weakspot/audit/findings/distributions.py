@@ -7,25 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-<<<<<<< HEAD
 from weakspot.audit.findings.cells import in_reported_regions, quoted_name
-=======
-from weakspot.audit.page.outcome_sections import overlaid, picture, pixelated
-from weakspot.audit.page.sentences import heading
->>>>>>> main
 from weakspot.audit.plan.plan import bounded_attacks
-from weakspot.audit.store.records import quoted
 from weakspot.audit.store.records import quoted
 from weakspot.audit.store.run import Run
 from weakspot.audit.work.cell_rows import COLUMNS
-<<<<<<< HEAD
 from weakspot.statistics import proportion_interval
 from weakspot.statistics.number_format import counted
-=======
-from weakspot.report.sections import Thumbnail
-from weakspot.statistics import proportion_interval
-from weakspot.statistics.number_format import counted, number
->>>>>>> main
 
 BINS = 30
 TAIL = 0.005  # fraction of the values at either end that may lie far outside and would squeeze the others

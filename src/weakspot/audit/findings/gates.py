@@ -12,10 +12,6 @@ from xml.etree import ElementTree as ET
 import pandas as pd
 
 from weakspot._checks import unknown_choice
-<<<<<<< HEAD
-=======
-from weakspot.statistics import proportion_interval
->>>>>>> main
 
 Row = Mapping[str, object]
 EXAMPLE = "robust_accuracy < 0.4"
@@ -93,11 +89,7 @@ class Condition:
         match node:
             case ast.Name():
                 if names is not None and node.id not in names:
-<<<<<<< HEAD
                     raise ValueError(unknown_choice("fail-if column", node.id, names))
-=======
-                    raise ValueError(unknown_choice("column in fail-if", node.id, names))
->>>>>>> main
                 self.names.append(node.id)
             case ast.Constant():
                 if not isinstance(node.value, str | int | float):

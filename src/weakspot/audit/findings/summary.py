@@ -13,12 +13,8 @@ import pandas as pd
 from weakspot.audit.findings.cells import WHOLE_IMAGE, CellSummary, cell_summaries, with_interval
 from weakspot.audit.findings.contrasts import contrast_sentences, region_contrasts
 from weakspot.audit.findings.locations import score_findings
-<<<<<<< HEAD
 from weakspot.audit.plan.limits import judged_attacks
 from weakspot.audit.plan.plan import is_control
-=======
-from weakspot.audit.plan.limits import counted_budget, judged_attacks
->>>>>>> main
 from weakspot.audit.store.run import Run
 from weakspot.statistics import proportion_interval
 from weakspot.statistics.number_format import counted

@@ -22,14 +22,18 @@ class Limit(NamedTuple):
     amount: float
 
 
+def read_limit(text: str) -> Limit:
+    """Parse a budget such as linf:4/255."""
+    kind = text.partition(":")[0].strip().lower()
+    return Limit(text, kind, float(getattr(read_budget(text), "eps")))  # noqa: B009 - Budget is a protocol without it
+
+
 def stated_budgets(plan: Plan) -> list[Limit]:
     """The different budgets that the plan or any of its attacks states."""
     texts = [*plan.stated_budgets, *(attack.budget for attack in plan.attacks if attack.budget)]
     limits: dict[tuple[str, float], Limit] = {}
-    for text in texts:
-        kind = text.partition(":")[0].strip().lower()
-        amount = float(getattr(read_budget(text), "eps"))  # noqa: B009 - Budget is a protocol without it
-        limits.setdefault((kind, amount), Limit(text, kind, amount))
+    for limit in map(read_limit, texts):
+        limits.setdefault((limit.kind, limit.amount), limit)
     return list(limits.values())
 
 

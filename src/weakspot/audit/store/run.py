@@ -169,7 +169,7 @@ class Run:
         """A DuckDB query about the tables records, outcomes, skipped and images; `.df()` makes a DataFrame.
 
         Values stand in the query as $name. outcomes are the records with the columns fooled and robust (see
-        `weakspot.audit.findings.robustness`).
+        `weakspot.audit.plan.limits`).
 
         Raises:
             duckdb.Error: when DuckDB does not understand it.
