@@ -33,7 +33,6 @@ KNOWN_UPWARD = {
 KNOWN_CIRCULAR = {
     "weakspot.audit.engines.base",
     "weakspot.audit.engines.ray_engine",
-    "weakspot.audit.findings.robustness",
     "weakspot.audit.store.remote",
     "weakspot.audit.store.run",
 }

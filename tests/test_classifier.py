@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.conftest import Made, PoolingNetwork, untouched
+from tests.networks import Made, PoolingNetwork, untouched
 from weakspot import attacks
 from weakspot._checks import ImageWarning, ModelWarning, quiet
 from weakspot.classifier import (

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.conftest import Made, untouched
+from tests.networks import Made, untouched
 from weakspot._checks import ImageWarning, ModelWarning
 from weakspot.pairs import AttackResult, Pairs
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.attacks.test_gradient import Watched, bits, margins_of, predicted, region_of, tagged, times
-from tests.conftest import FlatNetwork, Made, PoolingNetwork, untouched
+from tests.networks import FlatNetwork, Made, PoolingNetwork, untouched
 from weakspot.attacks import few_pixel
 from weakspot.pairs import AttackResult
 

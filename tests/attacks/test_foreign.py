@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.attacks.test_gradient import predicted, region_of
-from tests.conftest import Made, untouched
+from tests.networks import Made, untouched
 from weakspot import L1, L2, SSIM, Linf, ModelWarning
 from weakspot.attacks import external, libraries
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import NETWORKS, LinearNetwork, Made, untouched
+from tests.networks import NETWORKS, LinearNetwork, Made, untouched
 from weakspot._checks import ImageWarning, ModelWarning
 from weakspot.attacks import bim, ensemble, fgsm, pgd
 from weakspot.attacks import stored as as_file

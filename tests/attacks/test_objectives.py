@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import Made
+from tests.networks import Made
 from weakspot.attacks import LOSSES, fgsm, pgd
 from weakspot.attacks.losses import find_loss
 from weakspot.budgets import Linf

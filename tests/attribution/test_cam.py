@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.conftest import NETWORKS, FlatNetwork, Made, PoolingNetwork, TokenNetwork, untouched
+from tests.networks import NETWORKS, FlatNetwork, Made, PoolingNetwork, TokenNetwork, untouched
 from weakspot._checks import ModelWarning
 from weakspot.attribution import class_activation
 from weakspot.models import load

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import NETWORKS, LinearNetwork, Made, untouched
+from tests.networks import NETWORKS, LinearNetwork, Made, untouched
 from weakspot._checks import ImageWarning
 from weakspot.attacks import pgd
 from weakspot.attribution import margin_drop

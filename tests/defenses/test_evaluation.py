@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import weakspot
-from tests.conftest import LinearNetwork, untouched
 from tests.defenses.planted import BUDGET, Inline, Wrapper, one_hot, planted, reversed_gradient
 from tests.defenses.test_neutralizing import fragile
 from tests.defenses.test_randomness import Shaking
+from tests.networks import LinearNetwork, untouched
 from weakspot._checks import ModelWarning
 from weakspot.budgets import L2, Linf
 from weakspot.defenses import (

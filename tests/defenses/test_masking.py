@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import NETWORKS, PoolingNetwork, untouched
 from tests.dissection.test_units import planted, seeing
+from tests.networks import NETWORKS, PoolingNetwork, untouched
 from weakspot import Classifier, LocalEdits, Pairs, attacks, dissect, unit_sensitivity
 from weakspot.budgets import Linf
 from weakspot.defenses import mask_units, masking, masking_sentence

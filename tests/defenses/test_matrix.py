@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import FlatNetwork, LinearNetwork, untouched
 from tests.defenses.test_training import UNJUDGED, fresh, halves
+from tests.networks import FlatNetwork, LinearNetwork, untouched
 from weakspot import Linf, attacks
 from weakspot.datasets import LabeledImages, from_tensors
 from weakspot.training import TESTS, judged_images, matrix, outcomes, robustness_matrix, swap_backgrounds

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import NETWORKS, PoolingNetwork, untouched
+from tests.networks import NETWORKS, PoolingNetwork, untouched
 from weakspot import Classifier, attacks, defenses
 from weakspot.budgets import Linf
 from weakspot.classifier import as_classifier

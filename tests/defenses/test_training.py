@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.conftest import FlatNetwork, LinearNetwork, PoolingNetwork, TokenNetwork, untouched
+from tests.networks import FlatNetwork, LinearNetwork, PoolingNetwork, TokenNetwork, untouched
 from weakspot import L2, Linf, attacks, defenses
 from weakspot._checks import ModelWarning
 from weakspot._io.locks import LockedError, locked

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import NETWORKS, untouched
+from tests.networks import NETWORKS, untouched
 from weakspot import Pairs, attacks, unit_restoration
 from weakspot.budgets import Linf
 from weakspot.dissection.causal import analyze_units

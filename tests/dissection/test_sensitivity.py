@@ -9,8 +9,8 @@ import torch
 from scipy.stats import kstest, ttest_1samp
 from torch import Tensor, nn
 
-from tests.conftest import NETWORKS, PoolingNetwork, TokenNetwork, untouched
 from tests.data.test_real_networks import networks  # noqa: F401 - a fixture
+from tests.networks import NETWORKS, PoolingNetwork, TokenNetwork, untouched
 from weakspot import Classifier, Linf, Pairs, attacks
 from weakspot.classifier import predict
 from weakspot.dissection import sensitivity_sentence, unit_sensitivity

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import TokenNetwork, untouched
 from tests.dissection.fixture import (
     CATEGORIES,
     CONCEPTS,
@@ -21,6 +20,7 @@ from tests.dissection.fixture import (
     paint,
     twelve_images,
 )
+from tests.networks import TokenNetwork, untouched
 from weakspot.classifier import Classifier
 from weakspot.dissection import ConceptSet, dissect, dissection
 from weakspot.dissection.site_counts import LARGEST, TopValues

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.conftest import Made, untouched
+from tests.networks import Made, untouched
 from weakspot import (
     L2,
     SSIM,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import NETWORKS, LinearNetwork, Made, untouched
+from tests.networks import NETWORKS, LinearNetwork, Made, untouched
 from weakspot._checks import ModelWarning
 from weakspot.attacks import pgd
 from weakspot.attribution import class_activation

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.attacks.test_sweep import Triggered
-from tests.conftest import PoolingNetwork
+from tests.networks import PoolingNetwork
 from weakspot import Locality, Pairs, attacks, locality
 from weakspot.explanations.locality_by_radius import MEANINGS, RADII, locality_sentence, locality_table
 from weakspot.explanations.pixel_locality import analyze_locality

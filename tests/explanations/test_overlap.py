@@ -14,7 +14,7 @@ from scipy.stats import kstest, spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.conftest import NETWORKS, LinearNetwork, Made, PoolingNetwork, untouched
+from tests.networks import NETWORKS, LinearNetwork, Made, PoolingNetwork, untouched
 from weakspot.attacks import fgsm, pgd
 from weakspot.attribution import class_activation, margin_drop
 from weakspot.budgets import L2, Linf

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import PoolingNetwork, TokenNetwork
+from tests.networks import PoolingNetwork, TokenNetwork
 from weakspot import Pairs, class_activation, interpretability_score, promotion_suppression, regions
 from weakspot.explanations import interpretability_test
 from weakspot.explanations.promotion import interpretability_matrix

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import FlatNetwork, PoolingNetwork, TokenNetwork, untouched
+from tests.networks import FlatNetwork, PoolingNetwork, TokenNetwork, untouched
 from weakspot import Pairs, attacks
 from weakspot.attribution.hooks import reading, spatial_layers
 from weakspot.classifier import as_classifier

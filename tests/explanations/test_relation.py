@@ -12,8 +12,8 @@ from scipy.stats import false_discovery_control
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.conftest import NETWORKS, Made
 from tests.explanations.test_overlap import attacked, related
+from tests.networks import NETWORKS, Made
 from weakspot.attribution import margin_drop
 from weakspot.attribution.integrated_gradients import sampled_drop
 from weakspot.classifier import Classifier

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import PoolingNetwork
+from tests.networks import PoolingNetwork
 from weakspot import Linf, Pairs, attacks, occlusion, overlap, restoration
 
 

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tests.conftest import Made
+from tests.networks import Made
 from weakspot.explanations.visible_change import analyze_ssim as analyze
 from weakspot.pairs import Pairs
 from weakspot.similarity import ssim_map

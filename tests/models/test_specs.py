@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.conftest import Made, PoolingNetwork
+from tests.networks import Made, PoolingNetwork
 from weakspot.classifier import Classifier
 from weakspot.images import sample_images
 from weakspot.models import available_models, load

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.attacks.test_gradient import predicted
-from tests.conftest import Made, untouched
+from tests.networks import Made, untouched
 from weakspot import L2, Budget, Linf
 from weakspot.attacks import external, pgd
 from weakspot.attacks.libraries import LIBRARIES, attacks_of, installed

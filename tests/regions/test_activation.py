@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import Made, untouched
+from tests.networks import Made, untouched
 from weakspot import regions
 from weakspot.attribution import class_activation
 from weakspot.classifier import as_classifier, predict

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from torch import Tensor, nn
 
-from tests.conftest import PoolingNetwork, untouched
+from tests.networks import PoolingNetwork, untouched
 from tests.regions.strategies import LAW, generators_untouched, pictures
 from weakspot import ImageWarning, read_images, regions, sample_images
 from weakspot.classifier import as_classifier, predict

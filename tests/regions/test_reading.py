@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import Made, untouched
+from tests.networks import Made, untouched
 from tests.regions.test_files import paint
 from weakspot import regions
 from weakspot.regions import read_region

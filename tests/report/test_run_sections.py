@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from weakspot.audit.page.outcome_sections import class_section, robust_section
+from weakspot.report.charts import CONFIG
+from weakspot.report.sections import Section
 
 from weakspot.audit.findings.contrasts import CONTRASTS, told
 from weakspot.audit.findings.curves import CURVES
 from weakspot.audit.findings.locations import SCORES
 from weakspot.audit.page.finding_sections import budget_section, depth_section, finding_section
-from weakspot.audit.page.outcome_sections import class_section, robust_section
 from weakspot.audit.page.run_page import SHOWN, Heading, run_page
 from weakspot.audit.page.sentences import class_sentences
-from weakspot.report.charts import CONFIG
-from weakspot.report.sections import Section
 
 NONE = pd.DataFrame(columns=list(CONTRASTS))
 

@@ -6,7 +6,6 @@ import math
 
 import pandas as pd
 import pytest
-
 from weakspot.report.sentences import headline, verdict
 
 BASE = {

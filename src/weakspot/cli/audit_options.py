@@ -42,12 +42,12 @@ def plan_table(
 ) -> tuple[dict[str, Any], str]:
     """The plan as a mapping, and the folder; says which sources are not there."""
     from weakspot._io.urls import exists, is_url
-    from weakspot.audit.plan.plan_files import absolute, read_plan
+    from weakspot.audit.plan.plan import read_plan
 
     table: dict[str, Any] = {}
     if len(sources) == 1 and Path(sources[0]).suffix == ".toml" and not is_url(sources[0]):
         plan = Path(sources.pop())
-        table = absolute(read_plan(plan), plan.absolute().parent)
+        table = dict(read_plan(plan))
         if "out" in table and not isinstance(table["out"], str):
             raise Failure(f"{plan}: out is {table['out']!r}; accepted is a folder's path", USAGE)
         planned = table.pop("out", None)

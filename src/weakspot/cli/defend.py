@@ -22,6 +22,7 @@ from weakspot.cli.defense_specs import find_defense
 from weakspot.cli.inputs import (
     check_existing,
     check_sources,
+    find_labels,
     load_classifier,
     located_pictures,
     shortened,
@@ -42,7 +43,6 @@ from weakspot.cli.options import (
     refuse,
 )
 from weakspot.cli.output import check_folder, describe_run, make_folder
-from weakspot.datasets.labels import find_labels
 
 if TYPE_CHECKING:
     import pandas as pd

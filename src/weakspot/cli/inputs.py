@@ -254,13 +254,42 @@ def read_pair(classifier: Classifier, sources: Sequence[Path]) -> tuple[Pairs, l
 
 def class_index(classifier: Classifier, target: str, count: int, name: str = "target") -> int:
     """The number of the class that `target` names or is; `name` is what an error calls it."""
-    from weakspot._checks import unknown_choice
+    from weakspot.datasets.labels import ClassIndex
 
-    number = target.lower().removeprefix("class ")
-    if number.isascii() and number.isdigit() and int(number) < count:
-        return int(number)
-    lowered = [name.lower() for name in classifier.class_names]
-    if target.lower() in lowered:
-        return lowered.index(target.lower())
-    numbers = f"or give a number from 0 to {count - 1}"
-    raise Failure(unknown_choice(name, target, classifier.class_names, remedy=numbers), USAGE)
+    return ClassIndex(tuple(classifier.class_names), count).index(target, name)
+
+
+def find_labels(
+    text: str | None, classifier: Classifier, images: Tensor, paths: Sequence[str]
+) -> tuple[Tensor, str]:
+    """Labels (N,) and a description of their source.
+
+    Args:
+        text: path of a CSV table, "folders", or None for the model's predictions.
+        classifier: whose classes the labels are.
+        images: (N, C, H, W).
+        paths: of the images.
+    """
+    import torch
+
+    from weakspot.classifier import check_images, evaluating, predict
+    from weakspot.datasets.labels import FOLDERS, ClassIndex, LabelTable, folder_classes
+
+    with evaluating(classifier):
+        logits = predict(classifier, check_images(images, classifier))
+    if text is None:
+        return logits.argmax(1), "the model's own predictions on the clean pictures"
+    classes = ClassIndex(tuple(classifier.class_names), logits.shape[1])
+    files = [Path(path).absolute() for path in paths]
+    if text != FOLDERS:
+        by_file = LabelTable.read(Path(text), classes).find_all(files, complete=True)
+        return torch.tensor([by_file[file] for file in files], device=logits.device), text
+    by_folder = folder_classes((file.parent.name for file in files), classes, sorted_order=True)
+    first = min(by_folder)
+    if classes.find(first) is None:
+        note(
+            f"labels: the {classes.count} folders stand for the {classes.count} classes in sorted order ({first} is "
+            "class 0)"
+        )
+    labels = [by_folder[file.parent.name] for file in files]
+    return torch.tensor(labels, device=logits.device), "names of the pictures' folders"

@@ -11,8 +11,9 @@ import pandas as pd
 
 from weakspot.audit.findings.cells import WHOLE_IMAGE, adjusted, quoted_name
 from weakspot.audit.findings.locations import score_names
+from weakspot.audit.plan.attack_plan import AttackPlan
 from weakspot.audit.plan.limits import limit_of
-from weakspot.audit.plan.plan import AttackPlan, Plan, is_minimal
+from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.records import has_records
 from weakspot.audit.store.run import Run
 from weakspot.models.probe import read_probe
@@ -214,7 +215,7 @@ def _shared(before: Run, after: Run) -> _Shared:
 
 def _same_limit(plan: Plan, attack: AttackPlan, other_plan: Plan, other: AttackPlan) -> bool:
     """Whether robust accuracy under an attack is counted at the same budget in both runs."""
-    if not is_minimal(attack):
+    if not attack.is_minimal:
         return True
     first, second = limit_of(plan, attack), limit_of(other_plan, other)
     return first is not None and second is not None and first[1:] == second[1:]  # kind and size, not the text
@@ -253,7 +254,8 @@ def _remarks(before: Run, after: Run) -> list[str]:
         same_size = models[0].get("input_size") == models[1].get("input_size")
         changed = len(probes) == 2 and same_size and not probes[0].agrees(probes[1])
         remarks.append(
-            "both runs use the same weights" + (", but the model computes something else with them" if changed else "")
+            "both runs use the same weights"
+            + (", but the model computes something else with them" if changed else "")
         )
     after_facts = _facts(after)
     for name, value in _facts(before).items():

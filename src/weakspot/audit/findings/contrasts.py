@@ -16,7 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from weakspot.audit.findings.cells import adjusted, once_per_run, read_cell
-from weakspot.audit.plan.plan import Plan, control_of, is_control, is_other, norm_of, other_region
+from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.run import Run
 from weakspot.regions.spec import RegionSpec
 from weakspot.statistics import mean_interval, paired_proportion_interval, region_test
@@ -210,14 +210,13 @@ def _size(size: float, censored: float, norm: str) -> str:
 def _comparisons(plan: Plan) -> Iterator[tuple[str, str | None, str, str, Sequence[str]]]:
     """Attack, its norm if it is a minimal-norm attack, region, kind of control, and the controls of that kind."""
     for attack in plan.attacks:
-        for region in plan.regions:
-            if is_control(region):
-                continue
-            drawn = [text for text in plan.regions if is_other(text) and other_region(text)[0] == region]
-            shifted = [text for text in plan.regions if text == control_of(region)]
-            for kind, controls in ((OTHERS, drawn), (SHIFTED, shifted)):
-                if controls:
-                    yield attack.label, norm_of(attack), region, kind, controls
+        for region, spec in plan.specs.items():
+            controls = [one for one in plan.specs.values() if one.control_of == spec]
+            drawn = [control.text for control in controls if control.donor is not None]
+            shifted = [control.text for control in controls if control.donor is None]
+            for kind, texts in ((OTHERS, drawn), (SHIFTED, shifted)):
+                if texts and not spec.is_control:
+                    yield attack.label, attack.minimized_norm, region, kind, texts
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,14 +236,13 @@ class _Outcomes:
 
 def _contrast(
     run: Run, attack: str, norm: str | None, region: str, control: str, texts: Sequence[str]
-) -> Contrast:
+) -> tuple[object, ...]:
+    """The fields of `Contrast`, with q still open."""
     outcomes = _outcomes(run, attack, region, texts, norm)
     images, values = _fooled(outcomes) if norm is None else _smallest_sizes(run, attack, outcomes, norm)
-    return Contrast(
-        attack, region, control, len(texts),
-        _mean(outcomes.fractions), _mean(_row_means(outcomes.control_fractions)),
-        images, FOOLED if norm is None else SMALLEST, norm or "", *values, np.nan,
-    )  # fmt: skip
+    fractions = _mean(outcomes.fractions), _mean(_row_means(outcomes.control_fractions))
+    measure = FOOLED if norm is None else SMALLEST
+    return attack, region, control, len(texts), *fractions, images, measure, norm or "", *values, np.nan
 
 
 def _outcomes(run: Run, attack: str, region: str, controls: Sequence[str], norm: str | None) -> _Outcomes:
@@ -252,7 +250,9 @@ def _outcomes(run: Run, attack: str, region: str, controls: Sequence[str], norm:
     columns = ["index", "fooled", "correct", "region_fraction", *([] if norm is None else [norm])]
     own = read_cell(run, attack, region, columns).set_index("index")
     own = own[own["fooled"].notna() & own["correct"].fillna(False).astype(bool)]
-    frames = [read_cell(run, attack, text, columns).set_index("index").reindex(own.index) for text in controls]
+    frames = [
+        read_cell(run, attack, text, columns).set_index("index").reindex(own.index) for text in controls
+    ]
 
     def stacked(column: str) -> NDArray[np.float64]:
         parts = [frame[column].astype("Float64").to_numpy(float, na_value=np.nan) for frame in frames]
@@ -291,9 +291,7 @@ def _fooled(outcomes: _Outcomes) -> tuple[int, tuple[float, ...]]:
     return len(region), (*values, region_test(region, controls))
 
 
-def _smallest_sizes(
-    run: Run, attack: str, outcomes: _Outcomes, norm: str
-) -> tuple[int, tuple[float, ...]]:
+def _smallest_sizes(run: Run, attack: str, outcomes: _Outcomes, norm: str) -> tuple[int, tuple[float, ...]]:
     """The same for smallest sizes, over the images that were fooled in at least one of the places."""
     query = f"select max({norm}) from outcomes where fooled and attack = $attack"  # noqa: S608 - linf, l1 or l2
     (largest,) = run.sql(query, attack=attack).fetchall()[0]

@@ -10,8 +10,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from weakspot.audit.findings.cells import once_per_run, read_cell
+from weakspot.audit.plan.attack_plan import AttackPlan, Value
 from weakspot.audit.plan.limits import NORMS, read_limit
-from weakspot.audit.plan.plan import AttackPlan, Plan, Value, control_of, norm_of
+from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.maps import StoredMap
 from weakspot.audit.store.records import quoted
 from weakspot.audit.store.run import Run
@@ -44,7 +45,10 @@ def budget_curves(run: Run) -> pd.DataFrame:
         size; fooled, a fraction with its exact 95% interval low, high over images; images.
     """
     regions = run.plan.reported_regions
-    controls = {control_of(region) for region in regions}
+    specs = run.plan.specs.values()
+    controls = {
+        spec.text for spec in specs if spec.control_of is not None and spec.control_of.text in regions
+    }
     rows: list[tuple[object, ...]] = []
     for family in _families(run.plan):
         sizes_by_region = {region: _smallest_sizes(run, family, region) for region in regions}
@@ -68,7 +72,11 @@ class _Family(NamedTuple):
 
 
 def _families(plan: Plan) -> list[_Family]:
-    families = [_Family(attack.label, norm, [attack]) for attack in plan.attacks if (norm := norm_of(attack))]
+    families = [
+        _Family(attack.label, attack.minimized_norm, [attack])
+        for attack in plan.attacks
+        if attack.minimized_norm
+    ]
     groups: dict[tuple[str, str, tuple[tuple[str, Value], ...]], list[AttackPlan]] = {}
     for attack in plan.attacks:
         kind = (attack.budget or "").partition(":")[0].strip().lower()
@@ -101,7 +109,7 @@ def _smallest_sizes(run: Run, family: _Family, region: str) -> NDArray[np.float6
     if unknown:  # an image with an unknown outcome at a smaller budget may already have fallen there
         earliest = pd.concat(unknown).groupby(level=0).min().reindex(smallest.index)
         smallest = smallest[~(earliest < smallest)]
-    return smallest.to_numpy(float)
+    return np.asarray(smallest, dtype=float)
 
 
 def _curve_sizes(family: _Family, smallest: NDArray[np.float64], largest: float) -> list[float]:

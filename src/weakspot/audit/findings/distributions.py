@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 
 from weakspot.audit.findings.cells import in_reported_regions, quoted_name
-from weakspot.audit.plan.plan import bounded_attacks
 from weakspot.audit.store.records import quoted
 from weakspot.audit.store.run import Run
 from weakspot.audit.work.cell_rows import COLUMNS
@@ -26,7 +25,9 @@ NUMBERS = ("DOUBLE", "FLOAT", "BIGINT", "INTEGER", "SMALLINT", "TINYINT")
 MAX_GRID = 20  # class names up to which confusions are counted pair by pair
 MAX_CLASSES = 2_000  # in the table; of more classes, those with the most images
 EXTREMES = 12  # images at either end
-PIXEL_COUNTS = ("few_pixel",)  # attacks limited by the number of pixels, so that the size of a change says nothing
+PIXEL_COUNTS = (
+    "few_pixel",
+)  # attacks limited by the number of pixels, so that the size of a change says nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,9 @@ class Distributions:
     bins: pd.DataFrame
 
     def __repr__(self) -> str:
-        return f"Distributions({self.summaries['score'].nunique()} scores, {len(self.summaries)} distributions)"
+        return (
+            f"Distributions({self.summaries['score'].nunique()} scores, {len(self.summaries)} distributions)"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +131,9 @@ def distributions(run: Run) -> Distributions:
             f"greatest(0, least({BINS - 1}, floor((x - {low!r}) / {width!r})))::integer as bin, count(*) as count "
             f"from {values} where x is not null and fooled is not null group by all"
         ).df()
-        counts = counts.assign(score=score, low=low + counts["bin"] * width, high=low + (counts["bin"] + 1) * width)
+        counts = counts.assign(
+            score=score, low=low + counts["bin"] * width, high=low + (counts["bin"] + 1) * width
+        )
         bins.append(_in_plan_order(run, counts.sort_values("bin")))
     keys = ["score", "attack", "region"]
     return Distributions(
@@ -206,10 +211,13 @@ def extremes(run: Run, count: int = EXTREMES) -> Extremes:
     # The size of a change ranks images only if no attack has a budget (which fixes the size) or counts pixels.
     by_size = not any(attack.takes_budget() or attack.name in PIXEL_COUNTS for attack in run.plan.attacks)
     labels = [attack.label for attack in run.plan.attacks]
-    attacks = labels if by_size else bounded_attacks(run.plan) or labels
+    attacks = labels if by_size else run.plan.bounded_attacks or labels
     if by_size:
         known = "fooled is not null"
-        value, order = "case when fooled then l2 else 'inf'::double end", "value, margin_adversarial, attack, region"
+        value, order = (
+            "case when fooled then l2 else 'inf'::double end",
+            "value, margin_adversarial, attack, region",
+        )
     else:
         known = "fooled is not null and isfinite(margin_adversarial)"
         value, order = "margin_adversarial", "fooled desc, value, attack, region"

@@ -93,7 +93,9 @@ class Condition:
                 self.names.append(node.id)
             case ast.Constant():
                 if not isinstance(node.value, str | int | float):
-                    raise ValueError(f"fail-if must hold numbers and texts only, got {node.value!r} in {self.text!r}")
+                    raise ValueError(
+                        f"fail-if must hold numbers and texts only, got {node.value!r} in {self.text!r}"
+                    )
             case ast.BoolOp():
                 parts = [*node.values]  # noqa: PD011 - a syntax tree
             case ast.Compare():
@@ -214,7 +216,9 @@ def judge(
             why = f"there is no row on which {condition.text} could be judged"
             if table:
                 names = ", ".join(dict.fromkeys(one for one in condition.names if one in undefined(table[0])))
-                why += f": no row has {names} (for robust accuracy, give --budget or an attack that takes one)"
+                why += (
+                    f": no row has {names} (for robust accuracy, give --budget or an attack that takes one)"
+                )
             judged = [Verdict(condition.text, "nothing", True, why)]
         verdicts += judged
     return verdicts

@@ -41,7 +41,11 @@ LOCATION_COLUMNS = ("attack", "score", "compared", "value", "null", "excess", "p
 
 SHIFT_NULL = "_shift_null"
 NULL_SUFFIXES = ("_null", "_null_low", "_null_high", "_p", "_p_less", "_q")
-ATTACK_SCORES = ("confidence_adversarial", "margin_adversarial", "ssim_windowed")  # beside those of the analyses
+ATTACK_SCORES = (
+    "confidence_adversarial",
+    "margin_adversarial",
+    "ssim_windowed",
+)  # beside those of the analyses
 OTHER_IMAGES, OWN_NULL = "other images", "its null"
 
 TYPE = "perturbation_type"
@@ -198,10 +202,12 @@ def score_findings(run: Run) -> pd.DataFrame:
             finding = Finding(attack.label, region, name, int(cell[name].notna().sum()), *interval)
             if region == WHOLE_IMAGE:  # other regions are not tested
                 if (attack.label, name) in locations:
-                    one = locations[attack.label, name]
-                    excess = dict(zip(EXCESS, mean_interval(np.array(one["excess"], float)), strict=True))
-                    tested = {key: one[key] for key in ("null", "p", "compared", "alone")} | excess
-                    finding = finding._replace(against=OTHER_IMAGES, **tested)
+                    location = locations[attack.label, name]
+                    excess, low, high = mean_interval(np.array(location["excess"], float))
+                    finding = finding._replace(
+                        against=OTHER_IMAGES, null=location["null"], excess=excess, excess_low=low, excess_high=high,
+                        p=location["p"], compared=location["compared"], alone=location["alone"],
+                    )  # fmt: skip
                 elif name in nulls:
                     finding = _against_null(finding, cell[name], cell[nulls[name]])
                 if name in shifted:
@@ -212,19 +218,17 @@ def score_findings(run: Run) -> pd.DataFrame:
     return table
 
 
-EXCESS = ("excess", "excess_low", "excess_high")
-
-
 def _against_null(finding: Finding, score: pd.Series[float], null: pd.Series[float]) -> Finding:
     """The finding, tested against the score's null column."""
     finding = finding._replace(against=OWN_NULL)
     excess = (score - null).dropna().to_numpy(float)
     if not len(excess):
         return finding
-    interval = dict(zip(EXCESS, mean_interval(excess), strict=True))
-    # Rounded, so that the mean of equal nulls is that null.
-    mean_null = round(float(null.mean()), 12)
-    return finding._replace(null=mean_null, p=mean_test(excess), compared=len(excess), **interval)
+    mean, low, high = mean_interval(excess)
+    return finding._replace(
+        null=round(float(null.mean()), 12),  # so that the mean of equal nulls is that null
+        excess=mean, excess_low=low, excess_high=high, p=mean_test(excess), compared=len(excess),
+    )  # fmt: skip
 
 
 def score_names(run: Run) -> list[str]:

@@ -14,8 +14,8 @@ from weakspot.audit.findings.cells import WHOLE_IMAGE, CellSummary, cell_summari
 from weakspot.audit.findings.contrasts import contrast_sentences, region_contrasts
 from weakspot.audit.findings.locations import score_findings
 from weakspot.audit.plan.limits import judged_attacks
-from weakspot.audit.plan.plan import is_control
 from weakspot.audit.store.run import Run
+from weakspot.regions.spec import RegionSpec
 from weakspot.statistics import proportion_interval
 from weakspot.statistics.number_format import counted
 
@@ -109,7 +109,9 @@ def cell_table(run: Run, summary: Summary) -> pd.DataFrame:
         means = rows.set_index(["attack", "region"])[["mean", "low", "high"]]
         # Gate conditions can only name Python identifiers.
         means.columns = pd.Index([re.sub(r"\W", "_", f"{score}{end}") for end in ("", "_low", "_high")])
-        table = table.join(means.drop(columns=means.columns.intersection(table.columns)), on=["attack", "region"])
+        table = table.join(
+            means.drop(columns=means.columns.intersection(table.columns)), on=["attack", "region"]
+        )
     return table
 
 
@@ -135,7 +137,9 @@ def unknown_cases(run: Run, table: pd.DataFrame) -> list[tuple[str, pd.DataFrame
         (1, "if none of the images without a result counted as errors"),
     ):
         frame = table.copy()
-        for place, (images, accuracy) in enumerate(zip(table["images"], table["robust_accuracy"], strict=True)):
+        for place, (images, accuracy) in enumerate(
+            zip(table["images"], table["robust_accuracy"], strict=True)
+        ):
             if 0 < images < total and math.isfinite(accuracy):
                 count = round(images * accuracy) + robust * (total - images)
                 frame.loc[frame.index[place], list(ROBUST)] = proportion_interval(np.arange(total) < count)
@@ -158,7 +162,9 @@ def strongest_attack_sentence(cells: Sequence[CellSummary]) -> str:
         return "No attack has a known outcome, so nothing could be measured."
     if not judged:
         return no_robust_accuracy(list(dict.fromkeys(cell.attack for cell in known)))
-    confined = [cell for cell in judged if cell.region != WHOLE_IMAGE and not is_control(cell.region)]
+    confined = [
+        cell for cell in judged if cell.region != WHOLE_IMAGE and not RegionSpec.parse(cell.region).is_control
+    ]
     strongest = min(confined or judged, key=lambda cell: cell.robust_accuracy)
     if not confined:
         return f"Under {strongest.name} on the whole image, {_images_left(strongest)}."
@@ -179,9 +185,7 @@ def strongest_attack_sentence(cells: Sequence[CellSummary]) -> str:
 def no_robust_accuracy(attacks: Sequence[str]) -> str:
     """One sentence on why minimal-norm attacks have no robust accuracy."""
     kind = "is a minimal-norm attack and has" if len(attacks) == 1 else "are minimal-norm attacks and have"
-    return (
-        f"{', '.join(attacks)} {kind} no robust accuracy without one stated budget (for example --budget linf:4/255)."
-    )
+    return f"{', '.join(attacks)} {kind} no robust accuracy without one stated budget (such as --budget linf:4/255)."
 
 
 def _region(cell: CellSummary) -> str:

@@ -47,7 +47,6 @@ CONFIG: Spec = {
         **TEXT, "labelColor": INK, "titleColor": FAINT, "orient": "top", "labelLimit": 220, "symbolStrokeWidth": 2,
     },
 }  # fmt: skip
-FRACTION: Spec = {"scale": {"domain": [0, 1]}, "axis": {"format": "%", "tickCount": 5}}
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,12 @@ class Chart:
 
 def _chart(title: str, meaning: str, spec: Spec, height: int, group: str = "") -> Chart:
     """Finish a specification: as wide as its place on the page, in a group of its own by default."""
-    spec = {**spec, "width": "container", "height": height, "autosize": {"type": "fit-x", "contains": "padding"}}
+    spec = {
+        **spec,
+        "width": "container",
+        "height": height,
+        "autosize": {"type": "fit-x", "contains": "padding"},
+    }
     return Chart(title, spec, meaning, group or title)
 
 
@@ -81,15 +85,13 @@ def _field(name: str, kind: str = "quantitative", **options: object) -> Spec:
 
 
 def _tooltip(*names: str, **formats: str) -> list[Spec]:
-    """Tooltip fields; `formats` maps a field to its number format, texts are nominal."""
-    return [
-        _field(name, "quantitative" if name in formats else "nominal", **({"format": formats[name]} if formats.get(name) else {}))
-        for name in (*names, *formats)
-    ]
+    """Tooltip fields: `names` are texts, `formats` maps numbers to their format ("" for Vega's own)."""
+    texts = [_field(name, "nominal") for name in names]
+    return texts + [_field(name) | ({"format": form} if form else {}) for name, form in formats.items()]
 
 
-def _layer(mark: Spec, data: str = "rows", **encoding: object) -> Spec:
-    return {"data": {"name": data}, "mark": mark, "encoding": encoding}
+def _layer(mark: Spec, shared: Spec | None = None, *, data: str = "rows", **encoding: object) -> Spec:
+    return {"data": {"name": data}, "mark": mark, "encoding": {**(shared or {}), **encoding}}
 
 
 def _rows(table: pd.DataFrame) -> list[Spec]:
@@ -123,9 +125,8 @@ def robust_chart(cells: pd.DataFrame, clean: float) -> Chart:
     known = cells[cells["robust_accuracy"].notna()]
     order = known.groupby("region", sort=False)["robust_accuracy"].min().sort_values(kind="stable").index
     area = known.groupby("region")["region_fraction"].mean()
-    names = {
-        region: "whole image" if region == WHOLE_IMAGE else f"{region} ({percent(float(area[region]))})" for region in order
-    }
+    names = {region: f"{region} ({percent(float(area[region]))})" for region in order}
+    names |= {region: "whole image" for region in order if region == WHOLE_IMAGE}
     attacks = list(dict.fromkeys(known["attack"]))
     table = known.assign(where=known["region"].map(names), robust=known["robust_accuracy"])
     shared: Spec = {
@@ -138,18 +139,26 @@ def robust_chart(cells: pd.DataFrame, clean: float) -> Chart:
             _field("robust", format=".1%", title="robust accuracy"), *_tooltip(low=".1%", high=".1%", images=""),
         ],
     }  # fmt: skip
-    across = _field("low", **FRACTION, title="robust accuracy, 95% interval")
+    x_axis: Spec = {"format": "%", "tickCount": 5}
+    across = _field("low", scale={"domain": [0, 1]}, axis=x_axis, title="robust accuracy, 95% interval")
     shape = _field("attack", "nominal", sort=attacks, title=None, scale=_colors(attacks, SHAPES))
-    point: Spec = {"type": "point", "filled": True, "size": 90, "opacity": 1, "stroke": CARD, "strokeWidth": 1}
+    point: Spec = {
+        "type": "point",
+        "filled": True,
+        "size": 90,
+        "opacity": 1,
+        "stroke": CARD,
+        "strokeWidth": 1,
+    }
     layers = [
-        _layer({"type": "rule", "strokeWidth": 2.5}, **shared, x=across, x2={"field": "high"}),
-        _layer(point, **shared, x=_field("robust"), shape=shape),
+        _layer({"type": "rule", "strokeWidth": 2.5}, shared, x=across, x2={"field": "high"}),
+        _layer(point, shared, x=_field("robust"), shape=shape),
     ]
     datasets = {"rows": _rows(table[["where", "attack", "robust", "low", "high", "images"]])}
     if not math.isnan(clean):
         datasets["clean"] = [{"clean": json_number(clean)}]
         line: Spec = {"type": "rule", "strokeDash": [4, 4], "color": FAINT}
-        layers.insert(0, _layer(line, "clean", x=_field("clean")))
+        layers.insert(0, _layer(line, data="clean", x=_field("clean")))
     return _chart(
         "Robust accuracy by region",
         "Fraction of images that remain correctly classified, for each attack and region; the dashed line is the "
@@ -202,14 +211,16 @@ def histogram_chart(title: str, bins: pd.DataFrame, headings: Mapping[tuple[str,
     bar: Spec = {"type": "rect", "stroke": CARD, "strokeWidth": 0.5}
     text: Spec = {"type": "text", "align": "left", "baseline": "middle", "dx": 2}
     layers = [
-        _layer({"type": "rule", "color": FAINT, "strokeWidth": 0.5}, "feet", y=y("at")),
-        _layer(bar, x=x, x2={"field": "high"}, y=y("foot"), y2={"field": "head"}, color=colors, tooltip=tooltip),
-        _layer(text, "headings", x={"value": 0}, y=y("at"), text=_field("text", "nominal")),
+        _layer({"type": "rule", "color": FAINT, "strokeWidth": 0.5}, data="feet", y=y("at")),
+        _layer(
+            bar, x=x, x2={"field": "high"}, y=y("foot"), y2={"field": "head"}, color=colors, tooltip=tooltip
+        ),
+        _layer(text, data="headings", x={"value": 0}, y=y("at"), text=_field("text", "nominal")),
     ]
     if low < 0 < high:
         datasets["zero"] = [{"zero": 0, "foot": -number, "head": BARS - number} for number in numbers]
         zero: Spec = {"type": "rule", "color": INK, "strokeDash": [2, 3]}
-        layers.insert(1, _layer(zero, "zero", x=_field("zero"), y=y("foot"), y2={"field": "head"}))
+        layers.insert(1, _layer(zero, data="zero", x=_field("zero"), y=y("foot"), y2={"field": "head"}))
     return _chart(
         title,
         f"Distribution of the {title} over images, for each attack and region; images that were fooled and images that "
@@ -245,14 +256,17 @@ def confusion_chart(title: str, confusions: pd.DataFrame) -> Chart:
     # Opacity over one color of the page is readable in light, dark and gray.
     opacity = _field("fraction", legend=None, scale={"domain": [0, 1], "range": [0.06, 0.75]})
     layers = [
-        _layer({"type": "rect", "color": OUTCOMES["withstood"]}, **shared, opacity=opacity),
-        _layer({"type": "text", "fontSize": 11}, **shared, text=_field("fooled")),
+        _layer({"type": "rect", "color": OUTCOMES["withstood"]}, shared, opacity=opacity),
+        _layer({"type": "text", "fontSize": 11}, shared, text=_field("fooled")),
     ]
     return _chart(
         title,
         "How many images of the class in the row were classified as the class in the column after the attack; darker "
         "squares are a larger fraction of their row.",
-        {"datasets": {"rows": _rows(table[["label", "adversarial_class", "fooled", "fraction"]])}, "layer": layers},
+        {
+            "datasets": {"rows": _rows(table[["label", "adversarial_class", "fooled", "fraction"]])},
+            "layer": layers,
+        },
         SQUARE * len(names),
     )
 
@@ -266,11 +280,15 @@ def budget_chart(title: str, curves: pd.DataFrame) -> Chart:
     """
     regions = list(dict.fromkeys(curves.sort_values("control", kind="stable")["region"]))
     controls = dict(zip(curves["region"], curves["control"], strict=True))
-    table = pd.concat([_thinned(curves[curves["region"] == region].sort_values("size")) for region in regions])
+    table = pd.concat(
+        [_thinned(curves[curves["region"] == region].sort_values("size")) for region in regions]
+    )
     norm = str(curves["norm"].iloc[0])
     x = _field("size", title=NORMS.get(norm, norm))
     scale = _colors(regions, SERIES)
-    dashes = [DASHES[place % len(DASHES)] if controls[region] else SOLID for place, region in enumerate(regions)]
+    dashes = [
+        DASHES[place % len(DASHES)] if controls[region] else SOLID for place, region in enumerate(regions)
+    ]
     dash = _field("region", "nominal", sort=regions, title=None, scale={"domain": regions, "range": dashes})
     tooltip = [*_tooltip("region"), *_tooltip(size="", fooled=".1%", low=".1%", high=".1%", images="")]
     low = _field("low", title="fooled, with 95% interval", scale={"domain": [0, 1]}, axis={"format": "%"})
@@ -286,8 +304,8 @@ def budget_chart(title: str, curves: pd.DataFrame) -> Chart:
     rows = _rows(table[["region", "size", "fooled", "low", "high", "images"]])
     return _chart(
         title,
-        "Fraction of images that are fooled by a change of this size or a smaller one, for each region; shifted regions, "
-        "which are controls, are dashed.",
+        "Fraction of images that are fooled by a change of this size or a smaller one, for each region; shifted "
+        "regions, which are controls, are dashed.",
         {"datasets": {"rows": rows}, "layer": layers, "resolve": _SEPARATE_LEGENDS},
         BUDGET_HEIGHT,
     )
@@ -318,7 +336,9 @@ def layer_chart(title: str, group: str, curves: pd.DataFrame, highest: float) ->
     outcomes = [name for name in OUTCOMES if name in set(known["outcome"])]
     dashes = dict(zip(OUTCOMES, (SOLID, [6, 3], [2, 2]), strict=True))
     scale = _outcome_scale(outcomes)
-    x = _field("place", title="layer, first to last", scale={"nice": False}, axis={"tickMinStep": 1, "format": "d"})
+    x = _field(
+        "place", title="layer, first to last", scale={"nice": False}, axis={"tickMinStep": 1, "format": "d"}
+    )
     low = _field("low", title=measure, scale={"domain": [0, json_number(highest or 1.0)]})
     tooltip = [*_tooltip("layer", "outcome"), *_tooltip(mean="", low="", high="", images="")]
     dash_scale = {"domain": outcomes, "range": [dashes[outcome] for outcome in outcomes]}

@@ -1,4 +1,4 @@
-"""Sections on what was tested: sizes that fool, regions against controls, scores against chance, perturbations, layers."""
+"""Sections on what was tested: sizes, regions against controls, scores against chance, perturbations, layers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ from weakspot.audit.page.sentences import (
 from weakspot.explanations.locality_by_radius import locality_sentence
 from weakspot.statistics.number_format import p_value
 
-MAX_ABREAST = 12  # attacks x regions whose layer curves are shown at once; of more, the reader chooses an attack
+MAX_ABREAST = (
+    12  # attacks x regions whose layer curves are shown at once; of more, the reader chooses an attack
+)
 
 
 def _p_cell(p: float) -> Cell:
@@ -49,15 +51,15 @@ def budget_section(curves: pd.DataFrame, contrasts: pd.DataFrame, compared: Sequ
     key, name = "sizes", "Size of change needed, by region"
     if curves.empty and contrasts.empty:
         needed = (
-            "The run has no sizes to compare: several budgets (--budget linf:1/255,linf:4/255) or a minimal-norm attack "
-            "give curves, and --controls adds controls of equal area."
+            "The run has no sizes to compare: several budgets (--budget linf:1/255,linf:4/255) or a minimal-norm "
+            "attack give curves, and --controls adds controls of equal area."
         )
         return Section(key, name, [needed])
     sentences = [*budget_sentences(curves), *compared]
     if contrasts.empty:
         sentences.append(
-            "The run has no controls, so a region may fall more often because of its area or its place; --controls adds "
-            "them."
+            "The run has no controls, so a region may fall more often because of its area or its place; --controls "
+            "adds them."
         )
     charts = [
         budget_chart(f"{attack}, {norm}", rows)
@@ -66,12 +68,12 @@ def budget_section(curves: pd.DataFrame, contrasts: pd.DataFrame, compared: Sequ
     tables = [_curve_table(curves)] if contrasts.empty else [_contrast_table(contrasts), _curve_table(curves)]
     note = (
         "The controls are the regions of other images of the run, chosen to be within a tenth of the region's area and "
-        "used unchanged, and the region shifted within the image. A region is called weak, or stronger, if q is at most "
-        ".05, the interval excludes zero and the difference is at least 5 points (a factor of 1.1 for sizes) against "
-        "both kinds, on at least 40 images. p asks whether the region's outcome could as well be that of any control; q "
-        "is p corrected for the number of comparisons (Benjamini and Hochberg). For the measure fooled, a larger value "
-        "means a weaker place. For the measure smallest size, a smaller value does, and the difference is log2 of the "
-        "controls' size over the region's."
+        "used unchanged, and the region shifted within the image. A region is called weak, or stronger, if q is at "
+        "most .05, the interval excludes zero and the difference is at least 5 points (a factor of 1.1 for sizes) "
+        "against both kinds, on at least 40 images. p asks whether the region's outcome could as well be that of any "
+        "control; q is p corrected for the number of comparisons (Benjamini and Hochberg). For the measure fooled, a "
+        "larger value means a weaker place. For the measure smallest size, a smaller value does, and the difference is "
+        "log2 of the controls' size over the region's."
     )
     choose = "Attack and norm" if len(charts) > 1 else ""
     notes = [] if contrasts.empty else [note]
@@ -146,10 +148,10 @@ def finding_section(findings: pd.DataFrame, not_tested: str = "") -> Section:
     note = (
         "Only attacks on the whole image are tested: where a confined attack acts follows from where it was allowed to "
         "act. Scores of the overlap analysis are compared with the same attack and the importance maps of the other "
-        "images of the run (at most 1000 images; maps are averaged to at most 64 sites per side). p comes from permuting "
-        "the maps among the images and needs 10 images; a test of an image on its own needs 19 others. \"Shifted within "
-        "this image\" is the mean with the map shifted against its own image: attacks and attention both favor the "
-        "middle of an image, so a difference from it shows no more than that."
+        "images of the run (at most 1000 images; maps are averaged to at most 64 sites per side). The maps are "
+        "permuted among the images for p, which needs 10 images; a test of an image on its own needs 19 others. "
+        '"Shifted within this image" is the mean with the map shifted against its own image: attacks and attention '
+        "both favor the middle of an image, so a difference from it shows no more than that."
     )
     sentences = [*finding_sentences(findings), *([not_tested] if not_tested else [])]
     return Section(key, name, sentences, tables=[Table("findings", columns, rows)], notes=[note])
@@ -164,7 +166,9 @@ def layer_section(curves: pd.DataFrame) -> Section:
     key, name = "depth", "How the change travels through the layers"
     if curves.empty:
         return Section(
-            key, name, ["The run stored no curves over the layers; --analyses propagation, with maps, adds them."]
+            key,
+            name,
+            ["The run stored no curves over the layers; --analyses propagation, with maps, adds them."],
         )
     charts, last, rows = [], [], []
     cells = len(curves[["attack", "region"]].drop_duplicates())
@@ -172,14 +176,18 @@ def layer_section(curves: pd.DataFrame) -> Section:
         highest = curves[curves["measure"] == measure][["mean", "high"]].max().max()
         if curve["mean"].notna().any():
             group = f"{measure}, {attack}" if cells > MAX_ABREAST else str(measure)
-            charts.append(layer_chart(f"{measure}: {heading(attack, region)}", group, curve, float(highest)))
+            charts.append(
+                layer_chart(f"{measure}: {heading(str(attack), str(region))}", group, curve, float(highest))
+            )
         at_end = curve[(curve["place"] == curve["place"].max()) & (curve["images"] > 0)]
         ends: dict[str, Row] = {row["outcome"]: row for row in at_end.to_dict("records")}
         if measure == curves["measure"].iloc[0]:
             last.append((ends.get("fooled"), ends.get("withstood")))
         rows.append(
             [
-                *map(text_cell, (measure, attack, region, next(iter(ends.values()))["layer"] if ends else None)),
+                *map(
+                    text_cell, (measure, attack, region, next(iter(ends.values()))["layer"] if ends else None)
+                ),
                 *(_end_cell(ends.get(outcome)) for outcome in (*OUTCOMES, RANDOM_EDIT)),
                 *(count_cell(ends[outcome]["images"] if outcome in ends else 0) for outcome in OUTCOMES),
             ]
@@ -191,8 +199,8 @@ def layer_section(curves: pd.DataFrame) -> Section:
     note = (
         "Spread is the fraction of a layer's sites that change by more than a tenth of the layer's peak in the clean "
         "image; reach is the largest change divided by that peak. Only images that are correctly classified without an "
-        "attack count, and a random edit of the attack's size is shown for comparison. Intervals of a mean (bootstrap-t) "
-        "need 20 images; of more than 1,000 images, 1,000 evenly spread over the list are read."
+        "attack count, and a random edit of the attack's size is shown for comparison. Intervals of a mean "
+        "(bootstrap-t) need 20 images; of more than 1,000 images, 1,000 evenly spread over the list are read."
     )
     table = Table("depth", columns, rows)
     return Section(
@@ -222,9 +230,10 @@ def type_section(types: pd.DataFrame) -> list[Section]:
     ]  # fmt: skip
     columns = ("attack", "region", "type", "images of this type", "images fooled", "fraction [95%]")
     note = (
-        "A perturbation is promotion-dominated if it raises the target's logit by more than twice what it takes from the "
-        "label's, suppression-dominated in the opposite case, and balanced otherwise (Xu et al. 2019, arXiv 1904.02057). "
-        "Only images that are classified correctly and then fooled count; intervals are exact (Clopper-Pearson)."
+        "A perturbation is promotion-dominated if it raises the target's logit by more than twice what it takes from "
+        "the label's, suppression-dominated in the opposite case, and balanced otherwise (Xu et al. 2019, arXiv "
+        "1904.02057). Only images that are correctly classified, then fooled, count; intervals are exact "
+        "(Clopper-Pearson)."
     )
     tables = [Table("types", columns, rows)]
     return [Section("types", "Promotion and suppression", sentences, tables=tables, notes=[note])]
@@ -239,13 +248,13 @@ def locality_section(table: pd.DataFrame) -> list[Section]:
     if table.empty:
         return []
     sentences = [
-        f"{heading(attack, region)}: {locality_sentence(rows)}"
+        f"{heading(str(attack), str(region))}: {locality_sentence(rows)}"
         for (attack, region), rows in list(table.groupby(["attack", "region"], sort=False))[:NAMED]
     ]
     rows = [
         [
-            text_cell(row["attack"]), text_cell(row["region"]), text_cell(str(row["radius"])), count_cell(row["images"]),
-            percent_cell(row["rate"], row["low"], row["high"]),
+            text_cell(row["attack"]), text_cell(row["region"]), text_cell(str(row["radius"])),
+            count_cell(row["images"]), percent_cell(row["rate"], row["low"], row["high"]),
             number_cell(row["excess"], row["excess_low"], row["excess_high"]), count_cell(row["failed_images"]),
             percent_cell(row["failed_rate"], row["failed_low"], row["failed_high"]),
         ]
@@ -256,9 +265,9 @@ def locality_section(table: pd.DataFrame) -> list[Section]:
         "attacks that failed", "fools when moved [95%]",
     )  # fmt: skip
     note = (
-        "Rates are means over images of the fraction of sites at that distance (in pixels, along either axis) where the "
-        "attack's pixel value changes the class from the label. Failed attacks are the control. Intervals of rates are "
-        "exact, with as many trials as images; the lead has an interval only from 20 images up."
+        "Rates are means over images of the fraction of sites at that distance (in pixels, along either axis) where "
+        "the attack's pixel value changes the class from the label. Failed attacks are the control. Intervals of rates "
+        "are exact, with as many trials as images; the lead has an interval only from 20 images up."
     )
     tables = [Table("locality", columns, rows)]
     return [Section("locality", "The same pixel at other sites", sentences, tables=tables, notes=[note])]

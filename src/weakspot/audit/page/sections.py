@@ -171,10 +171,12 @@ def robust_section(cells: pd.DataFrame, clean: float, *, eight_bit: bool = True)
         charts=[robust_chart(cells, clean)] if cells["robust_accuracy"].notna().any() else (),
         tables=[Table("robust", columns, rows)],
         notes=[
-            f"Robust accuracy is the fraction of images that are classified as their label after the attack, each {stored}; "
-            "images that are misclassified without an attack count as not robust. For minimal-norm attacks, an image "
-            "counts as lost only if its change is within the budget in the table. The area is the region's mean "
-            "fraction of the image: a larger region makes the attack stronger, whatever the region covers."
+            (
+                f"Robust accuracy is the fraction of images that are classified as their label after the attack, each "
+                f"{stored}; images that are misclassified without an attack count as not robust. For minimal-norm "
+                "attacks, an image counts as lost only if its change is within the budget in the table. The area is "
+                "the region's mean fraction of the image: a larger region makes the attack stronger, whatever it covers."
+            )
         ],
     )
 
@@ -182,14 +184,15 @@ def robust_section(cells: pd.DataFrame, clean: float, *, eight_bit: bool = True)
 def distribution_section(spread: Distributions) -> Section:
     """How every score is distributed."""
     charts = []
-    for score, bins in spread.bins.groupby("score", sort=False):
+    for score, of_score in spread.bins.groupby("score", sort=False):
         summaries = spread.summaries[(spread.summaries["score"] == score) & (spread.summaries["images"] > 0)]
         headings = {
             (row["attack"], row["region"]): f"{heading(row['attack'], row['region'])}: median "
             f"{number_cell(row['median']).text}, {row['images']:,} images"
             for row in summaries.to_dict("records")
         }
-        bins = bins[[cell in headings for cell in zip(bins["attack"], bins["region"], strict=True)]]
+        cells = zip(of_score["attack"], of_score["region"], strict=True)
+        bins = of_score[[cell in headings for cell in cells]]
         if len(bins):
             charts.append(histogram_chart(score_title(str(score)), bins, headings))
     rows = [
@@ -221,7 +224,9 @@ def class_section(by_class: Classes) -> Section:
     }
     ends = {
         row["label"]: Cell(
-            row["adversarial_class"], row["adversarial_class"].casefold(), f"{row['fooled']:,} of {row['of']:,} fooled"
+            row["adversarial_class"],
+            row["adversarial_class"].casefold(),
+            f"{row['fooled']:,} of {row['of']:,} fooled",
         )
         for row in by_class.adversarial.to_dict("records")
     }
@@ -246,9 +251,11 @@ def class_section(by_class: Classes) -> Section:
             Table("classes", ["label", "images", "clean accuracy", *headings, "most often fooled into"], rows)
         ],
         notes=[
-            "Percentages under attack are robust accuracy with the exact 95% interval (Clopper and Pearson); with few "
-            "images of a class they are wide. The classes of fooled images are counted over all attacks and regions, "
-            "for images that are correctly classified without an attack."
+            (
+                "Percentages under attack are robust accuracy with the exact 95% interval (Clopper and Pearson); with "
+                "few images of a class they are wide. The classes of fooled images are counted over all attacks and "
+                "regions, for images that are correctly classified without an attack."
+            )
         ],
     )
 

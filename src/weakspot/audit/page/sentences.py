@@ -96,8 +96,8 @@ def class_sentences(by_class: Classes) -> list[str]:
     strong: Row = rows.sort_values(["low", "robust"], ascending=False, kind="stable").iloc[0].to_dict()
     if weak["label"] == strong["label"] or (weak["robust"], strong["robust"]) == (0, 0):
         sentence = (
-            f"Under {_cell(weak)}, no class stands out: {_class_accuracy(weak)} {names[weak['label']]} remain correctly "
-            "classified."
+            f"Under {_cell(weak)}, no class stands out: {_class_accuracy(weak)} {names[weak['label']]} remain "
+            "correctly classified."
         )
     else:
         doubt = (
@@ -122,9 +122,9 @@ def _adversarial_class_sentence(adversarial: pd.DataFrame, names: Mapping[Hashab
         return "No correctly classified image was fooled, so there are no adversarial classes to report."
     row = adversarial.sort_values("fooled", ascending=False, kind="stable").iloc[0]
     return (
-        f"The most frequent confusion is {names.get(row['label'], 'a class')} classified as {row['adversarial_class']}: "
-        f"in {row['fooled']:,} of {counted(int(row['of']), 'attack')} that fooled an image of that class "
-        f"({percent(row['fooled'] / row['of'])})."
+        f"The most frequent confusion is {names.get(row['label'], 'a class')} classified as "
+        f"{row['adversarial_class']}: in {row['fooled']:,} of {counted(int(row['of']), 'attack')} that fooled an image "
+        f"of that class ({percent(row['fooled'] / row['of'])})."
     )
 
 
@@ -136,13 +136,14 @@ def image_sentences(ends: Extremes) -> list[str]:
     ranking = (
         "Images are ranked by the size of the smallest change (L2 norm) that fooled them in any region"
         if ends.by_size
-        else "Images are ranked by the smallest margin that any attack left them in any region, before rounding to 8 bits"
+        else "Images are ranked by the smallest margin that any attack in any region left, before rounding to 8 bits"
     )
-    return [
+    outcome = (
         f"Of {counted(ends.images)} correctly classified without an attack, {ends.fooled:,} "
-        f"{'was' if ends.fooled == 1 else 'were'} fooled at least once and {ends.images - ends.fooled:,} withstood {which}.",
-        f"{ranking}; images that were never fooled rank as the hardest.",
-    ]
+        f"{'was' if ends.fooled == 1 else 'were'} fooled at least once and "
+        f"{ends.images - ends.fooled:,} withstood {which}."
+    )
+    return [outcome, f"{ranking}; images that were never fooled rank as the hardest."]
 
 
 def budget_sentences(curves: pd.DataFrame) -> list[str]:
@@ -161,7 +162,9 @@ def budget_sentences(curves: pd.DataFrame) -> list[str]:
             f"{'on the whole image' if region == WHOLE_IMAGE else f'in {region}'}"
             for region, size in halves.items()
         ]
-        sentences.append(f"Size ({norm}) at which {attack} has fooled half of the images: {', '.join(sizes)}.")
+        sentences.append(
+            f"Size ({norm}) at which {attack} has fooled half of the images: {', '.join(sizes)}."
+        )
     return sentences
 
 
@@ -175,11 +178,11 @@ def finding_sentences(findings: pd.DataFrame) -> list[str]:
     if len(others):
         verb = "differs from its null" if len(different) == 1 else "differ from their nulls"
         sentences.append(
-            f"{len(different)} of {counted(len(others), 'other mean score')} with a null {verb} (q at most {MAX_Q:.2g})."
+            f"{len(different)} of {counted(len(others), 'other mean score')} with a null {verb} (q at most .05)."
         )
     return sentences + [
-        f"The mean {_score(row)} of {_cell(row)} is {number(row['mean'])}, compared with {number(row['null'])} under its "
-        f"null (difference {number(row['excess'])} [{number(row['excess_low'])}, {number(row['excess_high'])}], "
+        f"The mean {_score(row)} of {_cell(row)} is {number(row['mean'])}, compared with {number(row['null'])} under "
+        f"its null (difference {number(row['excess'])} [{number(row['excess_low'])}, {number(row['excess_high'])}], "
         f"{counted(int(row['compared']))})."
         for row in different.head(2).to_dict("records")
     ]
@@ -232,7 +235,7 @@ def type_sentences(types: pd.DataFrame) -> list[str]:
             for row in rows.sort_values("count", ascending=False, kind="stable").to_dict("records")
         ]
         sentences.append(
-            f"Of the perturbations with which {attack_in_region(attack, region)} fooled "
+            f"Of the perturbations with which {attack_in_region(str(attack), str(region))} fooled "
             f"{counted(int(rows['images'].iloc[0]))}, {', '.join(parts)}."
         )
     return sentences + ([f"The table has {len(groups) - NAMED} more."] if len(groups) > NAMED else [])
@@ -253,9 +256,9 @@ def layer_sentences(last: Sequence[tuple[Row | None, Row | None]]) -> list[str]:
         elif not _intervals_are_apart(fooled, withstood):
             doubt = " The intervals overlap, so the difference may be chance."
         first = (
-            f"In the last layer ({fooled['layer']}), the {fooled['measure']} of {_cell(fooled)} is {_mean(fooled)} over "
-            f"{counted(fooled['images'])} that were fooled and {_mean(withstood)} over {counted(withstood['images'])} "
-            f"that withstood.{doubt}"
+            f"In the last layer ({fooled['layer']}), the {fooled['measure']} of {_cell(fooled)} is {_mean(fooled)} "
+            f"over {counted(fooled['images'])} that were fooled and {_mean(withstood)} over "
+            f"{counted(withstood['images'])} that withstood.{doubt}"
         )
     else:
         first = (
@@ -264,8 +267,7 @@ def layer_sentences(last: Sequence[tuple[Row | None, Row | None]]) -> list[str]:
         )
     return [
         first,
-        "Failed attacks are the control here: their changes travel through the layers as well, so spread alone "
-        "explains nothing.",
+        "Failed attacks are the control: their changes travel through the layers, so spread alone explains nothing.",
     ]
 
 

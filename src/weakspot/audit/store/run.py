@@ -140,9 +140,9 @@ class Run:
     @property
     def plan(self) -> Plan:
         """What was asked for, with all defaults."""
-        from weakspot.audit.plan.plan_files import read_mapping
+        from weakspot.audit.plan.plan import Plan
 
-        return read_mapping(self.about["plan"])
+        return Plan.from_mapping(self.about["plan"])
 
     @property
     def records(self) -> pd.DataFrame:

@@ -15,7 +15,6 @@ from weakspot._io.locks import locked
 from weakspot._io.urls import FetchError
 from weakspot.audit.engines.base import Backlog, Engine, opened
 from weakspot.audit.plan.plan import Plan
-from weakspot.audit.plan.plan_files import read_mapping
 from weakspot.audit.store.integrity import DamagedError, StoppedError, listed
 from weakspot.audit.store.maps import MapStore
 from weakspot.audit.store.records import (
@@ -156,7 +155,7 @@ def _resumed(
     out = place.folder
     with locked(out, LOCK):
         about = read_about(out)  # again: it may have been finished in the meantime
-        plan = read_mapping(about["plan"])
+        plan = Plan.from_mapping(about["plan"])
         clear_drafts(out)
         if about["status"] == "planned":
             with opened(*who) as ready:
