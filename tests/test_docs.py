@@ -28,7 +28,7 @@ def test_a_python_example_runs(
     exec(compile(block, "example", "exec"), {"__name__": "example"})  # noqa: S102 - our own docs
     if "to_html" in block:
         assert (tmp_path / "report.html").stat().st_size > 100_000
-        assert "The attack moved the image from" in capsys.readouterr().out
+        assert "The attack changed the classification from" in capsys.readouterr().out
 
 
 def test_the_analysis_of_the_how_to_measures_what_it_says() -> None:

@@ -175,7 +175,7 @@ def robust_section(cells: pd.DataFrame, clean: float, *, eight_bit: bool = True)
                 f"Robust accuracy is the fraction of images that are classified as their label after the attack, each "
                 f"{stored}; images that are misclassified without an attack count as not robust. For minimal-norm "
                 "attacks, an image counts as lost only if its change is within the budget in the table. The area is "
-                "the region's mean fraction of the image: a larger region makes the attack stronger, whatever it covers."
+                "the region's mean fraction of the image: a larger region is a stronger attack, whatever it covers."
             )
         ],
     )
