@@ -88,8 +88,8 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
         (
             {**FAILED, "margin_taken": 0.34, "effect_in_roi": 0.4},
             (
-                "The attack took 34% of the lead of lynx over tabby. That lead was lost where the network looks: 40% of "
-                "the effect falls on the 20%"
+                "The attack took 34% of the lead of lynx over tabby. That lead was lost where the network looks: 40% "
+                "of the effect falls on the 20%"
             ),
         ),
         (
