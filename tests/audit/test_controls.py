@@ -139,7 +139,7 @@ def test_a_difference_below_the_floor_is_said_and_is_no_weak_region(side: int) -
 
 
 def test_too_few_images_or_a_missing_control_allow_no_verdict() -> None:
-    assert verdict(contrasts(images=(39, 40))) == "no verdict, because it needs 40 images and there are 39"
+    assert verdict(contrasts(images=(39, 40))) == "none, because it needs 40 images and there are 39"
     assert verdict(contrasts(images=(0, 40), q=(np.nan, 0.001))).endswith("there are 0")
     others, shifted = contrasts()
     assert "no other images' regions" in verdict([shifted])
@@ -272,7 +272,7 @@ def test_copies_unreadable_images_and_regions_of_other_areas_are_passed_over(qua
     assert pd.notna(records["success"][first])
     assert pd.isna(records["success"][second])
     assert records["trouble"][second] == "fewer than 2 other images have a region cam of similar area"
-    assert all("no verdict, because it needs 40 images" in sentence for sentence in summarize(run).regions)
+    assert all("none, because it needs 40 images" in sentence for sentence in summarize(run).regions)
     assert summarize(run).cells[0].errors == 0
     listing = list_images(run.plan.sources, (), 2, labels="predictions")
     donors = Donors(listing, load_planned(run.plan.model), 0)

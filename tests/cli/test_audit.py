@@ -20,7 +20,7 @@ import pytest
 import weakspot
 from tests.cli.test_explain import Run, photographs, run
 from weakspot import audit as runs
-from weakspot._io.locks import locked
+from weakspot._io.files import locked
 from weakspot.audit.work import cell_rows
 from weakspot.audit.work.audits import LOCK
 

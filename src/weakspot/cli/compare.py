@@ -70,7 +70,7 @@ def compare(
     if csv is not None and (csv.is_dir() or not csv.absolute().parent.is_dir()):
         raise Failure(f"--csv is {csv}; accepted is a file in a folder that is there", USAGE)
     with notes_for_people(quiet):
-        from weakspot._io.files import write_whole
+        from weakspot._io.files import write_atomic
         from weakspot.audit import Run
         from weakspot.audit import compare as beside
 
@@ -86,7 +86,7 @@ def compare(
             shortfalls=shortfalls,
         )
         if csv is not None:
-            write_whole(csv, lambda draft: found.table.to_csv(draft, index=False))
+            write_atomic(csv, lambda draft: found.table.to_csv(draft, index=False))
     if as_json:
         typer.echo(json.dumps({**found.as_mapping(), **plain(verdicts)}, indent=2))
     elif not quiet:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from weakspot._io.files import write_whole
+from weakspot._io.files import write_atomic
 from weakspot.explanations.analysis import Picture
 from weakspot.explanations.explanation import Explanation
 from weakspot.explanations.propagation_controls import PropagationStudy
@@ -219,7 +219,7 @@ def contact_sheet(pairs: Pairs, captions: Sequence[str], path: Path) -> Path:
             axis.set_axis_off()
         caption, place = textwrap.shorten(captions[row], 130), axes[row, 0].transAxes
         axes[row, 0].text(0, -0.04, caption, transform=place, va="top", fontsize=8, parse_math=False)
-    write_whole(path, lambda draft: sheet.savefig(draft, dpi=100, format="png"))
+    write_atomic(path, lambda draft: sheet.savefig(draft, dpi=100, format="png"))
     return path
 
 

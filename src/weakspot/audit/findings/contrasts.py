@@ -121,10 +121,10 @@ def verdict(contrasts: Sequence[Contrast]) -> str:
     region = contrasts[0].region
     if SHIFTED not in by_control or (RegionSpec.parse(region).depends_on_image and OTHERS not in by_control):
         missing = "shifted regions" if SHIFTED not in by_control else "other images' regions"
-        return f"no verdict, because the run has no {missing} as controls"
+        return f"none, because the run has no {missing} as controls"
     images = min(contrast.images for contrast in contrasts)
     if images < MIN_IMAGES:
-        return f"no verdict, because it needs {MIN_IMAGES} images and there are {images}"
+        return f"none, because it needs {MIN_IMAGES} images and there are {images}"
     directions = {contrast.direction for contrast in contrasts}
     if len(directions) > 1 or 0 in directions:
         return UNCLEAR

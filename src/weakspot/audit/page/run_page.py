@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from weakspot._io.files import write_whole
+from weakspot._io.files import write_atomic
 from weakspot._io.urls import is_url, place
 from weakspot.audit.findings.cells import WHOLE_IMAGE, attack_name, with_interval
 from weakspot.audit.findings.contrasts import contrast_sentences, region_contrasts
@@ -88,7 +88,7 @@ def write_run_report(run: Run, path: Path | str) -> Path:
     path = Path(path)
     content = run_report(run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda draft: draft.write_text(content, "utf-8"))
+    write_atomic(path, lambda draft: draft.write_text(content, "utf-8"))
     return path
 
 
