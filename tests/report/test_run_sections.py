@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from math import nan
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import vl_convert
 
 from weakspot.audit.findings.contrasts import Contrast, contrast_sentences
 from weakspot.audit.findings.curves import BUDGET_COLUMNS
 from weakspot.audit.findings.distributions import Classes
 from weakspot.audit.findings.locations import Finding
-from weakspot.audit.page.charts import CONFIG
+from weakspot.audit.page.charts import (
+    CONFIG,
+    budget_chart,
+    confusion_chart,
+    histogram_chart,
+    layer_chart,
+    robust_chart,
+)
 from weakspot.audit.page.finding_sections import budget_section, finding_section, layer_section
 from weakspot.audit.page.run_page import SHOWN, Header, Queries, run_page
 from weakspot.audit.page.sections import Section, class_section, robust_section
@@ -252,3 +262,33 @@ def test_a_curve_that_begins_later_says_its_own_size() -> None:
     found.loc[found["control"] & (found["size"] == 0.04), "fooled"] = 0.8
     section = budget_section(found[~(found["control"] & (found["size"] < 0.04))], NONE)
     assert section.sentences[0].endswith("of the images: 0.02 in cam, 0.04 in matched:cam.")
+
+
+def test_every_chart_compiles() -> None:
+    """Vega's own compiler accepts each kind of specification without a warning."""
+    bins = pd.DataFrame(
+        [
+            ("pgd", "cam", outcome, low, low + 1.0, 3)
+            for outcome in ("fooled", "withstood")
+            for low in (-1.0, 0.0)
+        ],
+        columns=["attack", "region", "outcome", "low", "high", "count"],
+    )
+    confusions = pd.DataFrame(
+        {"label": ["cat", "dog"], "adversarial_class": ["dog", "cat"], "fooled": [1, 2]}
+    )
+    charts = [
+        robust_chart(cells(0.2, 0.9), 0.95),
+        histogram_chart("margin", bins, {("pgd", "cam"): "pgd · cam"}),
+        confusion_chart("pgd", confusions),
+        budget_chart("pgd", curves()),
+        layer_chart("spread", "", depths(0.1), 0.6),
+    ]
+    for chart in charts:
+        spec = json.dumps({"config": CONFIG, **chart.spec, "width": 400})
+        compiled = vl_convert.vegalite_to_vega(spec)
+        assert compiled["marks"], chart
+        # Every field that the chart draws is a column of its data.
+        drawn = set(re.findall(r'"field": "(\w+)"', json.dumps(chart.spec)))
+        rows: Any = chart.spec["datasets"]
+        assert drawn <= {key for data in rows.values() for row in data for key in row}, chart
