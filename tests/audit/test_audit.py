@@ -350,7 +350,7 @@ def test_a_network_that_returns_nan_is_said_row_by_row(pictures: Path) -> None:
     )
     fine = records[records["trouble"].isna()]
     assert fine["success_8bit"].notna().all()
-    assert [cell.troubled for cell in summarize(found).cells] == [2, 2]
+    assert [cell.errors for cell in summarize(found).cells] == [2, 2]
     assert [cell.images for cell in summarize(found).cells] == [14, 14]
 
 
@@ -455,8 +455,8 @@ def test_the_summary_counts_and_ranks_no_region(whole: Run) -> None:
         assert cell.low <= cell.robust_accuracy <= cell.high
     assert summary.labels == "folder names"
     assert summary.weakest == (
-        "pgd at linf:4/255, confined to cam (30% of the image), leaves 29% [8%, 58%] of 14 images still read as their "
-        "class; free to change any pixel 29% [8%, 58%]."
+        "Under pgd at linf:4/255 confined to cam (30% of the image), 29% [8%, 58%] of 14 images remain correctly "
+        "classified; on the whole image, 29% [8%, 58%]."
     )
     assert summary.regions == ()
     assert json.dumps(summary.as_mapping())

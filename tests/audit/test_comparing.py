@@ -31,9 +31,10 @@ def test_a_run_has_not_moved_from_itself(before: Run, pictures: Path) -> None:
     assert found.moved.empty
     assert (found.table["difference"].dropna() == 0).all()
     assert found.images == 14
-    assert "both runs are of the same weights" in found.remarks
+    assert "both runs use the same weights" in found.remarks
     assert found.sentence() == (
-        "Robust accuracy has not moved beyond chance in any of 4 attacks x regions, on 14 images that both have."
+        "Robust accuracy has not moved beyond chance for any of 4 attacks x regions, on 14 images that both runs "
+        "contain."
     )
 
 
@@ -168,7 +169,7 @@ def test_nothing_in_common_is_one_sentence(before: Run, networks: Path) -> None:
 
         Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(path)
     after = audit(small_plan(other, maps=False, analyses=()), networks / "after")
-    with pytest.raises(ValueError, match=r"share no image: none has the same content in both$"):
+    with pytest.raises(ValueError, match=r"have no image in common: no content is in both$"):
         compare(before, after)
     with pytest.raises(FileNotFoundError, match="holds no run"):
         open_run(networks)
@@ -181,8 +182,9 @@ def test_attacks_that_differ_leave_clean_accuracy(before: Run, pictures: Path) -
     )
     found = compare(before, after)
     assert list(found.table["score"]) == ["clean_accuracy"]
-    assert found.sentence() == "No attack and region was run in both: there is nothing to compare."
-    assert found.as_mapping()["scores"][0]["difference"] == 0
+    assert found.sentence() == "The runs have no attack and region in common: there is nothing to compare."
+    scores: Any = found.as_mapping()["scores"]
+    assert scores[0]["difference"] == 0
 
 
 def test_a_run_without_a_record_is_one_sentence(before: Run, pictures: Path) -> None:

@@ -29,8 +29,8 @@ from weakspot.audit import (
     summarize,
     write_run_report,
 )
-from weakspot.audit.findings.gates import judge, unknown_cases
-from weakspot.audit.findings.summary import cell_table
+from weakspot.audit.findings.gates import judge
+from weakspot.audit.findings.summary import cell_table, unknown_cases
 from weakspot.audit.work import shard
 from weakspot.models import load
 from weakspot.models.probe import CHANGED, DRIFTED, RANDOM, Watch, probe, read_probe

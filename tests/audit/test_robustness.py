@@ -24,7 +24,6 @@ from weakspot.audit.findings.gates import judge
 from weakspot.audit.findings.summary import cell_table, undefined_names
 from weakspot.audit.page.run_page import run_report
 from weakspot.audit.plan.limits import judged_attacks, limit_of, stated_budgets
-from weakspot.audit.plan.plan import bounded_attacks
 from weakspot.audit.store.records import outcomes_query
 from weakspot.pairs import AttackResult
 
@@ -121,7 +120,7 @@ def test_table_page_gate_and_classes_say_the_same(steady: Path) -> None:
         assert table.loc[attack, "robust accuracy"] == f"{cell.robust_accuracy:.1%}"
         (verdict,) = [one for one in gate(found, "robust_accuracy < 2") if one.row == attack]
         assert verdict.why.endswith(f"robust_accuracy is {cell.robust_accuracy:.4g}")
-        held = page.frame("classes")[f"{attack} · anywhere"].str.split("%").str[0].astype(float)
+        held = page.frame("classes")[f"{attack} · whole image"].str.split("%").str[0].astype(float)
         images = page.frame("classes")["images"].astype(int)
         assert (held * images / 100).sum() == pytest.approx(cell.robust_accuracy * 8, abs=0.01)
     same = compare(found, found).table
@@ -144,7 +143,7 @@ def test_without_one_stated_budget_a_minimal_norm_attack_has_no_robust_accuracy_
     assert [one.failed for one in gate(several, "robust_accuracy < 0.4 or images > 3")] == [True] * 3
     page = Reader(run_report(several))
     assert page.frame("robust").set_index("attack").loc["fmn", "robust accuracy"] == ""
-    assert "fmn looks for the smallest change and has no robust accuracy" in page.text
+    assert "fmn is a minimal-norm attack and has no robust accuracy" in page.text
     alone = audit(plan_of(steady, FMN), steady / "alone")
     (shut,) = gate(alone)
     assert shut.failed
@@ -190,7 +189,7 @@ def test_a_minimal_norm_attack_is_counted_at_the_one_budget_of_its_norm_or_of_th
             assert (limit and limit.budget) == limits[attack.name]
             assert (attack.label in judged_attacks(plan)) == (limit is not None)
     assert {attack.name for attack in plan.attacks} - set(limits) <= {"pgd"}
-    assert all(name == "pgd" for name in bounded_attacks(plan))
+    assert all(name == "pgd" for name in plan.bounded_attacks)
 
 
 def test_a_budget_beside_minimal_norm_attacks_alone_is_kept_in_the_plan(steady: Path) -> None:
@@ -233,7 +232,7 @@ def test_what_a_file_does_not_keep_counts_nowhere_but_with_float(unrounded: Run)
     pages = [Reader(run_report(one)) for one in (unrounded, floats)]
     for page, left in zip(pages, ("50.0%", "12.5%"), strict=True):
         assert page.frame("robust").set_index("attack").loc["pgd", "robust accuracy"] == left
-    assert "each as an 8-bit picture file holds it" in pages[0].text
+    assert "each as stored in an 8-bit image file" in pages[0].text
     assert "each before it is rounded to 8 bits" in pages[1].text
     moved = compare(unrounded, unrounded).table.set_index(["score", "attack"])
     assert moved.loc[("robust_accuracy", "pgd"), "before"] == 0.5
@@ -284,7 +283,7 @@ def test_robust_accuracy_at_different_budgets_is_not_compared(steady: Path) -> N
     ]
     found = compare(*runs)
     assert not len(found.table[(found.table["score"] == "robust_accuracy")])
-    assert found.sentence() == "No attack that was run in both has a robust accuracy: see the other scores."
+    assert found.sentence() == "No attack that both runs contain has a robust accuracy: see the other scores."
     assert any("robust accuracy is not compared for fmn" in remark for remark in found.remarks)
 
 

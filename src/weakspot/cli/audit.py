@@ -211,7 +211,7 @@ def audit(
     that look for the smallest change only if that is within the stated budget.
 
     A gate (--fail-if) is asked of every attack in every region: robust_accuracy, robust_low, robust_high,
-    clean_accuracy, images, skipped, troubled, region_fraction, and the mean of any score with NAME_low and NAME_high.
+    clean_accuracy, images, skipped, errors, region_fraction, and the mean of any score with NAME_low and NAME_high.
     With
     --resume of a finished audit it is asked at once. It never opens on an audit that is not complete.
     """
@@ -251,8 +251,7 @@ def audit(
         from weakspot.audit import Plan, open_run, summarize
         from weakspot.audit import audit as carry_out
         from weakspot.audit import resume as go_on
-        from weakspot.audit.findings.gates import unknown_cases
-        from weakspot.audit.findings.summary import cell_table, undefined_names
+        from weakspot.audit.findings.summary import cell_table, undefined_names, unknown_cases
 
         if resume is not None:
             run = go_on(where, watch=watch, **how)
@@ -330,10 +329,10 @@ def _stopping(where: str) -> Iterator[None]:
 
 def _report(run: Run) -> None:
     """Write the page; the audit is done, whether there is room for that or not."""
-    from weakspot.audit.page.run_page import FILE, keep_run_report
+    from weakspot.audit.page.run_page import FILE, store_run_report
 
     try:
-        keep_run_report(run)
+        store_run_report(run)
     except OSError as error:
         again = f"weakspot report {shlex.quote(run.name)}"
         note(
@@ -388,7 +387,7 @@ def _print(summary: Summary, console: Console) -> None:
             str(cell.images),
             "" if math.isnan(cell.robust_accuracy) else f"{cell.robust_accuracy:.1%}",
             "" if cell.low != cell.low else f"{cell.low:.1%} to {cell.high:.1%}",
-            str(cell.troubled or ""),
+            str(cell.errors or ""),
         )
     console.print(table)
     if summary.images:

@@ -161,11 +161,11 @@ def report(
     """
     del debug
     from weakspot.audit import open_run, write_run_report
-    from weakspot.audit.page.run_page import keep_run_report
+    from weakspot.audit.page.run_page import store_run_report
 
     opened = open_run(run, eight_bit=not floats)
     if out is not None and out.is_dir():
         raise Failure(f"--out is {out}, which is a folder; accepted is a file's path", USAGE)
-    where = keep_run_report(opened) if out is None else str(write_run_report(opened, out).resolve())
+    where = store_run_report(opened) if out is None else str(write_run_report(opened, out).resolve())
     if not quiet:
         typer.echo(f"Written to {where}")
