@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from weakspot._checks import check_batch, check_classes, check_range
+from weakspot._io.files import write_atomic
 from weakspot.classifier import evaluating, predict
 from weakspot.similarity import ssim_map
 
@@ -125,20 +126,11 @@ class Pairs:
         """Write a safetensors file, whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            draft.write_bytes(
-                save(
-                    {
-                        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-                        for name, tensor in self._tensors().items()
-                    },
-                    FORMAT,
-                )
-            )
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        tensors = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in self._tensors().items()
+        }
+        write_atomic(path, lambda draft: draft.write_bytes(save(tensors, FORMAT)))
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
@@ -194,6 +186,17 @@ class AttackResult(Pairs):
     seed: Tensor | None = None
     ssim_budget_spent: Tensor | None = None
     ssim_local_budget_spent: Tensor | None = None
+
+    def select(self, rows: Tensor) -> Self:
+        """Some of the pairs, by number or by a bool mask (N,)."""
+        return type(self)(**{name: tensor[rows] for name, tensor in self._tensors().items()})
+
+    @classmethod
+    def concatenate(cls, results: Sequence[Self]) -> Self:
+        """Results one after the other; a field that one of them lacks is None."""
+        tables = [result._tensors() for result in results]
+        shared = [name for name in tables[0] if all(name in table for table in tables)]
+        return cls(**{name: torch.cat([table[name] for table in tables]) for name in shared})
 
     @property
     def fooled(self) -> Tensor:

@@ -18,6 +18,7 @@ import weakspot
 from tests.audit.fixtures import NETWORKS, networks, pictures, same_maps, same_records, small_plan
 from weakspot import Classifier, attacks
 from weakspot._checks import ModelError
+from weakspot.attacks import Attack
 from weakspot.audit import (
     AttackPlan,
     AuditProgress,
@@ -28,8 +29,8 @@ from weakspot.audit import (
     summarize,
     write_run_report,
 )
-from weakspot.audit.findings.gates import judge, unknown_cases
-from weakspot.audit.findings.summary import cell_table
+from weakspot.audit.findings.gates import judge
+from weakspot.audit.findings.summary import cell_table, unknown_cases
 from weakspot.audit.work import shard
 from weakspot.models import load
 from weakspot.models.probe import CHANGED, DRIFTED, RANDOM, Watch, probe, read_probe
@@ -168,7 +169,7 @@ def raising(when: int, error: BaseException) -> Any:
 def test_an_image_on_which_attack_or_analysis_raises_is_said_in_its_row(
     odd: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard, "find_attack", lambda _: raising(3, error))
+    monkeypatch.setattr(shard, "find_attack", lambda name: Attack.of(name, raising(3, error)))
     own = weakspot.explain
 
     def explaining(model: nn.Module, pairs: AttackResult, **options: Any) -> Any:
@@ -228,10 +229,10 @@ def test_a_model_that_raises_on_the_probe_images_is_audited_all_the_same(network
 def test_what_fails_on_neutral_images_too_stops_at_once(
     odd: Path, size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def attack(*_: Any, **__: Any) -> None:
+    def attack(*_: Any, **__: Any) -> AttackResult:
         raise ValueError("no such norm")
 
-    monkeypatch.setattr(shard, "find_attack", lambda _: attack)
+    monkeypatch.setattr(shard, "find_attack", lambda name: Attack.of(name, attack))
     with pytest.raises(
         ValueError, match=r"attack pgd in region none: no such norm \(the same on every image"
     ):
@@ -288,7 +289,7 @@ def cut_off(plan: Plan, out: Path, factory: str) -> Path:
 def test_the_same_weights_used_otherwise_do_not_go_on(odd: Path, factory: str) -> None:
     out = cut_off(plan_of(odd, "plain"), odd.parent / "found", factory)
     with pytest.raises(
-        ValueError, match=r"has the same weights .* but gives other logits, so its code"
+        ValueError, match=r"has the same weights .* but returns other logits, so its code"
     ) as told:
         resume(out)
     assert "\n" not in str(told.value)
@@ -372,10 +373,10 @@ def test_a_model_that_does_not_stay_the_same_is_named(odd: Path, factory: str, s
 def test_a_comparison_says_that_the_same_weights_were_used_otherwise(odd: Path) -> None:
     plain, scaled = (audit(plan_of(odd, name), odd.parent / name) for name in ("plain", "scaled"))
     assert (
-        "both runs are of the same weights, which are used in different ways"
+        "both runs use the same weights, but the model computes something else with them"
         in compare(plain, scaled).remarks
     )
-    assert "both runs are of the same weights" in compare(plain, plain).remarks
+    assert "both runs use the same weights" in compare(plain, plain).remarks
 
 
 def test_a_worker_sends_an_exit_as_an_error() -> None:

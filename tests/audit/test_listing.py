@@ -57,7 +57,7 @@ def test_a_table_gives_labels_by_name_or_number_and_what_it_lacks_is_told(
     listing = list_images([str(pictures)], CLASSES, 4, labels=str(table))
     found = {entry.name: entry for entry in entries(listing, 0, 7)}
     assert [found[name].label for name in ("cat/00.png", "dog/01.png", "cat/03.png")] == [3, 2, 2]
-    assert "labels.csv has no class for it" in found["fish/02.png"].trouble
+    assert "labels.csv has no class for it" in found["fish/02.png"].error
     table.write_text("file,label\ncat/00.png,horse\n")
     with pytest.raises(ValueError, match=r"labels.csv: label of cat/00.png must .* got 'horse'"):
         list_images([str(pictures)], CLASSES, 4, labels=str(table))
@@ -109,7 +109,7 @@ def test_an_array_that_is_none_is_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "short.npz", images=np.zeros((3, 4, 4)), labels=np.arange(2))
     np.savez(tmp_path / "none.npz", pictures=np.zeros((3, 4, 4)))
     for name, why in [
-        ("broken", "damaged"), ("flat", "shape"), ("short", "labels of shape"), ("none", "array named images"),
+        ("broken", "cannot be read"), ("flat", "shape"), ("short", "labels of shape"), ("none", "array named images"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=rf"{name}.npz .*{why}"):
             list_images([str(tmp_path / f"{name}.npz")], CLASSES, 4)

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from tests.cli.test_explain import Run, run  # noqa: F401 - a fixture
-from tests.defenses.test_training import halves
+from tests.training.tiny import halves
 from weakspot import cli, load, training
-from weakspot._io.locks import locked
+from weakspot._io.files import locked
 
 QUICK = ("--epochs", "2", "--batch-size", "20", "--steps", "2", "--learning-rate", "0.05")
 
@@ -157,11 +157,11 @@ def test_an_interrupted_training_says_so_and_goes_on(
 
     calls = [0]
 
-    def interrupting(*arguments: object) -> torch.Tensor:
+    def interrupting(*arguments: object, **options: object) -> torch.Tensor:
         calls[0] += 1
         if calls[0] == 12:
             raise KeyboardInterrupt
-        return perturbed(*arguments)  # type: ignore[arg-type]
+        return perturbed(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loop, "perturbed", interrupting)
     ended = run(*command)
@@ -183,7 +183,7 @@ def test_a_folder_that_another_training_writes_to_is_refused_in_one_sentence(
         ended = run("train", digits, *QUICK, "--out", "held")
     assert (ended.code, ended.out) == (2, "")
     assert ended.err.startswith(f"weakspot: held is being written by process {os.getpid()} on ")
-    assert ended.err.endswith("; wait for it, or give another folder\n")
+    assert ended.err.endswith(" (wait for it, or give another folder)\n")
     assert list((tmp_path / "held").iterdir()) == []
 
 
@@ -197,26 +197,30 @@ def test_recipes_and_tests_are_listed(run: Run) -> None:  # noqa: F811
     [
         ((), 2, "no data was named"),
         (("missing",), 4, "missing: there is no such file or folder"),
-        (("digits.npz", "--recipe", "fulll"), 2, "got 'fulll' (did you mean 'full'"),
+        (("digits.npz", "--recipe", "fulll"), 2, "got 'fulll' (did you mean 'full'?)"),
         (("digits.npz", "--model", "resnet19"), 2, "got 'resnet19' (did you mean 'resnet18'"),
         (("digits.npz", "--model", "nowhere:build"), 2, "there is no module 'nowhere'"),
         (("digits.npz", "--budget", "0.3"), 2, "budget"),
-        (("digits.npz", "--step-size", "tiny"), 2, "step_size is 'tiny'"),
-        (("digits.npz", "--share", "2"), 2, "share is 2.0"),
+        (("digits.npz", "--step-size", "tiny"), 2, "step_size"),
+        (("digits.npz", "--fraction", "2"), 2, "attacked_fraction must be between 0 and 1, got 2.0"),
         (("digits.npz", "--evaluate", "all"), 2, "--evaluate must be one of"),
         (("digits.npz", "--size", "big"), 2, "size"),
-        (("digits.npz", "--out", "digits.npz"), 2, "which is a file"),
-        (("digits.npz", "--batch-size", "1000"), 2, "batch_size is 1000; there are 180 images"),
-        (("digits.npz", "--evaluate", "matrix", "--recipes", "standard,foo"), 2, "recipe must be one of"),
+        (("digits.npz", "--out", "digits.npz"), 2, "out must be a folder, got the file digits.npz"),
+        (
+            ("digits.npz", "--batch-size", "1000"),
+            2,
+            "batch_size must be at most the 180 images to train on, got 1000",
+        ),
+        (("digits.npz", "--evaluate", "matrix", "--recipes", "standard,foo"), 2, "got 'foo'"),
         (
             ("digits.npz", "--evaluate", "matrix", "--recipe", "full"),
             2,
             "--recipe goes without --evaluate matrix",
         ),
         (
-            ("digits.npz", "--recipe", "standard", "--share", "0.2"),
+            ("digits.npz", "--recipe", "standard", "--fraction", "0.2"),
             2,
-            "--share does nothing with the recipe standard",
+            "--fraction does nothing with the recipe standard",
         ),
         (
             ("digits.npz", "--recipe", "standard", "--steps", "2"),
@@ -233,7 +237,7 @@ def test_recipes_and_tests_are_listed(run: Run) -> None:  # noqa: F811
             2,
             "--steps and --step-size do nothing with the recipe fast",
         ),
-        (("digits.npz", "--share", "0", "--steps", "3"), 2, "--steps does nothing with --share 0"),
+        (("digits.npz", "--fraction", "0", "--steps", "3"), 2, "--steps does nothing with --fraction 0"),
         (
             ("digits.npz", "--evaluate", "matrix", "--recipes", "standard,noise", "--steps", "3"),
             2,

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
 import weakspot
-from weakspot._checks import ModelError, raised
+from weakspot._checks import ModelError, describe_error
 
 KEY = __name__
 Files = dict[Path, tuple[int, int, int]]
@@ -120,7 +120,8 @@ class Commands(TyperGroup):
             ):
                 raise  # rich, when nobody reads on
             raise Failure(
-                f"the command did not finish: the model or a plug-in raised {raised(error)}", UNEXPECTED
+                f"the command did not finish: the model or a plug-in raised {describe_error(error)}",
+                UNEXPECTED,
             ) from error
 
 

@@ -157,7 +157,7 @@ def pass_gate(
     Of a run that is not complete (`shortfalls` say why) every condition fails: what is missing could decide it.
     `others` makes of the rows what they could be as well, as `judge` has it.
     """
-    from weakspot._io.files import write_whole
+    from weakspot._io.files import write_atomic
     from weakspot.audit.findings.gates import Verdict, judge
     from weakspot.audit.findings.gates import junit as as_junit
 
@@ -175,7 +175,7 @@ def pass_gate(
         verdicts = judge(conditions, table, words, undefined=undefined, others=cases)
     if junit is not None:
         text = as_junit(verdicts, suite)
-        write_whole(junit, lambda draft: draft.write_text(text, "utf-8"))
+        write_atomic(junit, lambda draft: draft.write_text(text, "utf-8"))
     return verdicts
 
 

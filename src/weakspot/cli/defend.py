@@ -253,14 +253,14 @@ def _as_json(table: pd.DataFrame, about: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write(out: Path, table: pd.DataFrame, about: Mapping[str, Any], title: str) -> None:
     """All files, run.json last."""
-    from weakspot._io.files import write_whole
-    from weakspot.audit.store.run import write_scores
+    from weakspot._io.files import write_atomic
+    from weakspot.audit.store.run_folder import write_scores
     from weakspot.report.figures import accuracy_figure
 
     text = json.dumps(_as_json(table, about), indent=2) + "\n"
-    write_whole(out / "defense.json", lambda draft: draft.write_text(text, "utf-8"))
+    write_atomic(out / "defense.json", lambda draft: draft.write_text(text, "utf-8"))
     figure = accuracy_figure(table, f"{about['verdict']} {title}")
-    write_whole(out / "defense.png", lambda draft: figure.savefig(draft, dpi=120, format="png"))
+    write_atomic(out / "defense.png", lambda draft: figure.savefig(draft, dpi=120, format="png"))
     write_scores(table, about, out, name="defense.csv")
 
 

@@ -211,8 +211,8 @@ def _write(
     started: float,
 ) -> tuple[Path, float]:
     """All files; returns the page's path and the seconds that all took."""
-    from weakspot._io.files import write_whole
-    from weakspot.audit.store.run import write_scores
+    from weakspot._io.files import write_atomic
+    from weakspot.audit.store.run_folder import write_scores
     from weakspot.dissection.unit_examples import show_units
     from weakspot.report.unit_page import unit_page
 
@@ -224,13 +224,13 @@ def _write(
     content = unit_page(
         found, pictures, model=classifier.name, made=made, studies=studies, together=attacked.sentences
     )
-    write_whole(page, lambda draft: draft.write_text(content, "utf-8"))
+    write_atomic(page, lambda draft: draft.write_text(content, "utf-8"))
     tables = {name: studies[name].units if studies else one.units for name, one in found.items()}
     for name, table in tables.items():
-        write_whole(out / f"{_file(name)}.csv", partial(table.to_csv, index=False))
+        write_atomic(out / f"{_file(name)}.csv", partial(table.to_csv, index=False))
     for name, study in studies.items():
         if study.masking is not None:
-            write_whole(out / f"{_file(name)}-masking.csv", partial(study.masking.to_csv, index=False))
+            write_atomic(out / f"{_file(name)}-masking.csv", partial(study.masking.to_csv, index=False))
     seconds = time.perf_counter() - started
     write_scores(_together(tables), {**made, "seconds": round(seconds, 2)}, out)
     return page, seconds

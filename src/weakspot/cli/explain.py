@@ -220,7 +220,7 @@ def explain(
                 lambda share: advance("attacking", 0.1 + 0.4 * share),
             )  # fmt: skip
         others = None if reference is None else read_reference(classifier, reference)
-        from weakspot._io.files import write_whole
+        from weakspot._io.files import write_atomic
         from weakspot.audit import write_run
         from weakspot.explanations import explain as explain_pairs
         from weakspot.explanations.locality_by_radius import locality_of, locality_sentence
@@ -248,7 +248,7 @@ def explain(
         moved = locality_of(explanation.scores)
         if moved is not None:
             paths["locality.csv"] = out / "locality.csv"
-            write_whole(paths["locality.csv"], partial(moved.to_csv, index=False))
+            write_atomic(paths["locality.csv"], partial(moved.to_csv, index=False))
     if as_json:
         print_json(explanation, paths, skipped)
     elif not quiet:

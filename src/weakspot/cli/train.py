@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -18,6 +18,7 @@ from weakspot.cli.inputs import image_size, number
 from weakspot.cli.options import DebugOption, QuietOption, SeedOption, WeightsOption, refuse
 from weakspot.cli.output import print_rows
 from weakspot.cli.training_jobs import (
+    TrainingJob,
     description,
     epoch_logger,
     everything,
@@ -159,6 +160,7 @@ def train(
             from weakspot.budgets import read_budget
             from weakspot.datasets import read_labeled
             from weakspot.models.specs import find_device
+            from weakspot.training import TrainConfig
 
             where = str(find_device(device))
             shape = image_size(size) or (32, 32)
@@ -177,40 +179,38 @@ def train(
                 else read_labeled(data, split="test", size=shape, channels=channels)
             )
             maker = maker_of(model, weights, training, where)
-            options: dict[str, Any] = {
-                "fraction": fraction,
-                "epochs": epochs,
-                "budget": None if budget is None else read_budget(budget),
-                "steps": steps,
-                "step_size": None if step_size is None else number(step_size, "step_size"),
-                "batch_size": batch_size,
-                "learning_rate": learning_rate,
-                "augment": augment,
-                "precision": precision,
-                "workers": workers,
-                "about": {"network": description(model, training)},
-            }
-            on_epoch = None if silent else epoch_logger()
-            judged = {"limit": limit, "strongest": 500 if strongest is None else strongest}
+            config = TrainConfig(
+                recipe=recipe or "localized",
+                budget=None if budget is None else read_budget(budget),
+                epochs=epochs,
+                attacked_fraction=fraction,
+                seed=seed,
+                steps=steps,
+                step_size=None if step_size is None else number(step_size, "step_size"),
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                augment=augment,
+                precision=precision,
+                workers=workers,
+            )
+            job = TrainingJob(
+                maker=maker,
+                data=training,
+                config=config,
+                out=out,
+                about={"network": description(model, training)},
+                on_epoch=None if silent else epoch_logger(),
+                advance=advance,
+            )
+            strongest = 500 if strongest is None else strongest
             if evaluate == "matrix" and test is not None:
                 said = fit_matrix(
-                    maker,
-                    training,
-                    test,
-                    out,
-                    _chosen(recipes),
-                    seeds or 1,
-                    seed,
-                    judged,
-                    options,
-                    on_epoch,
-                    advance,
+                    job, test, _chosen(recipes), seeds=seeds or 1, limit=limit, strongest=strongest
                 )
             else:
-                said = fit_one(maker, training, recipe or "localized", seed, out, options, on_epoch, advance)
+                trained, said = fit_one(job)
                 if test is not None:
-                    said |= judge_own(said.pop("model"), test, out, judged, options, advance)
-                said.pop("model", None)
+                    said |= judge_own(job, trained, test, limit=limit, strongest=strongest)
     except KeyboardInterrupt:
         complain(f"interrupted; the same command goes on from {out}")
         raise typer.Exit(RESUMABLE) from None
@@ -237,9 +237,11 @@ def _check_used(evaluate: str, recipe: str | None, **options: object) -> None:
 
 def _chosen(recipes: str | None) -> Sequence[str]:
     """The recipes of the matrix."""
-    from weakspot.training.matrix import RECIPES
+    from weakspot.training import MATRIX_RECIPES
 
-    return RECIPES if recipes is None else [name.strip() for name in recipes.split(",") if name.strip()]
+    return (
+        MATRIX_RECIPES if recipes is None else [name.strip() for name in recipes.split(",") if name.strip()]
+    )
 
 
 def _check_attacked(context: typer.Context, recipes: Sequence[str], fraction: float) -> None:
@@ -256,4 +258,4 @@ def _check_attacked(context: typer.Context, recipes: Sequence[str], fraction: fl
         why = f"with {named}: the adversary takes no steps of that kind; leave it out"
         refuse(context, ["steps", "step_size"], why)
     elif not fraction:
-        refuse(context, ["steps", "step_size"], "with --share 0: nothing is attacked; leave it out")
+        refuse(context, ["steps", "step_size"], "with --fraction 0: nothing is attacked; leave it out")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,115 +18,115 @@ from weakspot.cli.app import USAGE, Failure
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import nn
 
     from weakspot.classifier import Classifier
     from weakspot.datasets import LabeledImages
-    from weakspot.training import Matrix
+    from weakspot.training import Matrix, TrainConfig
 
 
-def fit_one(
-    maker: Callable[[int], Classifier],
-    data: LabeledImages,
-    recipe: str,
-    seed: int,
-    out: Path,
-    options: Mapping[str, Any],
-    on_epoch: Callable[[str, Mapping[str, float]], None] | None,
-    advance: Callable[[str, float], None],
-) -> dict[str, Any]:
-    """Train by one recipe: what training.json says of it, and the trained "model"."""
-    from weakspot.defenses import train as fit
+@dataclass(frozen=True)
+class TrainingJob:
+    """What every evaluation of `weakspot train` needs.
+
+    Attributes:
+        maker: seed to a network with fresh weights.
+        data: images to train on.
+        config: every number of the training.
+        out: folder of the results.
+        about: more entries for training.json.
+        on_epoch: called with a network's name and its row after each epoch.
+        advance: called with the current activity and the fraction done.
+    """
+
+    maker: Callable[[int], Classifier]
+    data: LabeledImages
+    config: TrainConfig
+    out: Path
+    about: Mapping[str, object]
+    on_epoch: Callable[[str, Mapping[str, float]], None] | None
+    advance: Callable[[str, float], None]
+
+
+def fit_one(job: TrainingJob) -> tuple[nn.Module, dict[str, Any]]:
+    """Train by one recipe: the trained network and the content of training.json."""
+    from weakspot.training import train
     from weakspot.training.checkpoint import read_record
 
-    trained = fit(
-        maker(seed),
-        data,
-        recipe=recipe,
-        seed=seed,
-        out=out,
+    recipe, on_epoch = job.config.recipe, job.on_epoch
+    trained = train(
+        job.maker(job.config.seed),
+        job.data,
+        job.config,
+        out=job.out,
+        about=job.about,
         on_epoch=None if on_epoch is None else (lambda row: on_epoch(recipe, row)),
-        progress=lambda done: advance(f"training ({recipe})", done),
-        **options,
+        progress=lambda done: job.advance(f"training ({recipe})", done),
     )
-    return {"model": trained, **(read_record(out) or {})}
+    return trained, dict(read_record(job.out) or {})
 
 
 def judge_own(
-    model: Classifier,
-    test: LabeledImages,
-    out: Path,
-    judged: Mapping[str, Any],
-    options: Mapping[str, Any],
-    advance: Callable[[str, float], None],
+    job: TrainingJob, model: nn.Module, test: LabeledImages, *, limit: int | None, strongest: int
 ) -> dict[str, Any]:
     """Accuracy with its interval under every test."""
     from weakspot.statistics import proportion_interval
-    from weakspot.training import judged_images, outcomes
-    from weakspot.training.config import defaults
-    from weakspot.training.matrix import TEST_STEPS
+    from weakspot.training import TestConfig, judged_images, outcomes
 
-    tested = judged_images(test, limit=judged["limit"], masks=out)
-    found = outcomes(
-        model,
-        tested,
-        budget=options["budget"] or defaults(test.shape[0])["budget"],
-        steps=TEST_STEPS.get(test.shape[0], 20),
-        strongest=judged["strongest"],
-        progress=lambda done: advance("testing", done),
-    )
+    tested = judged_images(test, limit=limit, cache=job.out)
+    channels = test.shape[0]
+    tests = TestConfig.usual(job.config.resolved(channels).budget, channels, strongest=strongest)
+    results = outcomes(model, tested, tests, progress=lambda done: job.advance("testing", done))
     rows = []
-    for name, right in found.items():
+    for name, right in results.items():
         mean, low, high = proportion_interval(right.numpy())
         rows.append({"test": name, "accuracy": mean, "low": low, "high": high, "images": len(right)})
     return {"tests": rows}
 
 
 def fit_matrix(
-    maker: Callable[[int], Classifier],
-    data: LabeledImages,
+    job: TrainingJob,
     test: LabeledImages,
-    out: Path,
     recipes: Sequence[str],
+    *,
     seeds: int,
-    seed: int,
-    judged: Mapping[str, Any],
-    options: Mapping[str, Any],
-    on_epoch: Callable[[str, Mapping[str, float]], None] | None,
-    advance: Callable[[str, float], None],
+    limit: int | None,
+    strongest: int,
 ) -> dict[str, Any]:
-    """Train by each recipe, judge all by all tests, and write the matrix's table and picture."""
+    """Train by each recipe, test all networks, and write the matrix's tables and picture."""
     from weakspot.training import robustness_matrix
 
-    found = robustness_matrix(
-        maker,
-        data,
+    matrix = robustness_matrix(
+        job.maker,
+        job.data,
         test,
-        out=out,
+        job.config,
+        out=job.out,
         recipes=recipes,
         seeds=seeds,
-        seed=seed,
-        **judged,
-        on_epoch=on_epoch,
-        progress=advance,
-        **options,
+        limit=limit,
+        strongest=strongest,
+        about=job.about,
+        on_epoch=job.on_epoch,
+        progress=job.advance,
     )
-    _write(found, out)
+    _write(matrix, job.out)
     return {
-        "accuracy": json.loads(found.accuracy.to_json(orient="records", double_precision=6)),
-        "differences": json.loads(found.differences.to_json(orient="records", double_precision=6)),
-        "stopped": dict(found.stopped),
+        "accuracy": json.loads(matrix.accuracy.to_json(orient="records", double_precision=6)),
+        "differences": json.loads(matrix.differences.to_json(orient="records", double_precision=6)),
+        "stopped": dict(matrix.stopped),
     }
 
 
 def _write(found: Matrix, out: Path) -> None:
-    from weakspot._io.files import write_whole
+    from weakspot._io.files import write_atomic
     from weakspot.report.figures import matrix_figure
-    from weakspot.training.outcomes import TESTS
+    from weakspot.training import TESTS
 
-    write_whole(out / "accuracy.csv", lambda draft: found.accuracy.to_csv(draft, index=False))
-    write_whole(out / "differences.csv", lambda draft: found.differences.to_csv(draft, index=False))
+    write_atomic(out / "accuracy.csv", lambda draft: found.accuracy.to_csv(draft, index=False))
+    write_atomic(out / "differences.csv", lambda draft: found.differences.to_csv(draft, index=False))
     figure = matrix_figure(found.accuracy, _titles(found.accuracy, TESTS))
-    write_whole(out / "matrix.png", lambda draft: figure.savefig(draft, dpi=150, format="png"))
+    write_atomic(out / "matrix.png", lambda draft: figure.savefig(draft, dpi=150, format="png"))
 
 
 def _titles(accuracy: pd.DataFrame, tests: Mapping[str, str]) -> dict[str, str]:

@@ -13,19 +13,16 @@ does anyway; randomness by the image protects only the seed's secret, and only a
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from weakspot import _random as numbers
-from weakspot._checks import check_seed
-from weakspot._state import SEEDED, random_state_kept
-from weakspot.attacks.gradient import check_counts
+from weakspot._checks import check_count, check_seed
+from weakspot._state import seeded
 from weakspot.classifier import Classifier, as_classifier, as_wrapped_classifier, evaluating
 
 DIFFERENT = 1e-4  # of the largest logit: what two draws must differ by for the defense to count as random
@@ -83,7 +80,7 @@ def expectation(model: nn.Module, draws: int, *, seed: int = 0) -> Classifier:
     >>> [bool((expectation(Noisy(), draws)(images).abs() < 0.3).all()) for draws in (1, 400)]
     [False, True]
     """
-    check_counts(draws=draws)
+    check_count("draws", draws)
     check_seed(seed)
     classifier = as_classifier(model)
     name = f"{classifier.name} on the mean of {draws} draws" if draws > 1 else classifier.name
@@ -131,16 +128,8 @@ def _drawing(classifier: Classifier, start: int, draw: int) -> Iterator[None]:
     """Global generators start there and `DrawnByImage` have that draw; all are put back."""
     before: dict[int, int] = getattr(_asked, "draws", {})
     numbered = {id(module): draw for module in classifier.modules() if isinstance(module, DrawnByImage)}
-    device = classifier.mean.device
     try:
-        with SEEDED, random_state_kept(device):
-            # Not torch.manual_seed, which would reach generators of other devices, and nobody puts those back.
-            torch.default_generator.manual_seed(start)
-            if device.type == "cuda":
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(start)
-            random.seed(start)
-            np.random.seed(start % 2**32)  # noqa: NPY002
+        with seeded(start, classifier.mean.device):
             _asked.draws = before | numbered
             yield
     finally:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import ModelWarning, check_classes, warn_once
-from weakspot._io.files import write_whole
-from weakspot.classifier import Classifier, evaluating, margin, predict
+from weakspot._io.files import write_atomic
+from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.explanations.agreement import other_images
 from weakspot.explanations.analysis import (
     Analysis,
@@ -26,6 +26,7 @@ from weakspot.explanations.analysis import (
     prepare_pairs,
     shapes,
 )
+from weakspot.logits import margin
 from weakspot.pairs import AttackResult, Pairs
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class Explanation:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         page = str(find_renderer("page")(self))
-        write_whole(path, lambda draft: draft.write_text(page, "utf-8"))
+        write_atomic(path, lambda draft: draft.write_text(page, "utf-8"))
         return path
 
     def _repr_html_(self) -> str:
