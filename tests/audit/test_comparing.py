@@ -152,7 +152,7 @@ def test_what_only_one_has_is_said_and_left_out(before: Run, pictures: Path) -> 
     assert set(found.table["region"]) == {"", "none"}
     said = " ".join(found.only)
     for word in (
-        "attack pixels only in",
+        "attack few_pixel only in",
         "region cam only in",
         "attack fgsm only in",
         "region border only in",
