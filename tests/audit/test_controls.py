@@ -28,11 +28,10 @@ from weakspot.audit.findings.contrasts import (
 )
 from weakspot.audit.findings.distributions import class_distributions, distributions, extremes
 from weakspot.audit.plan.image_list import list_images
+from weakspot.audit.store.records import TIMES
 from weakspot.audit.work.batches import AuditModel
-from weakspot.audit.work.cell_rows import TIMES
-from weakspot.audit.work.donors import Donors
 from weakspot.audit.work.preparation import load_planned
-from weakspot.audit.work.shard_images import Opened
+from weakspot.audit.work.shard_images import Donors, ShardImages
 from weakspot.classifier import predict
 from weakspot.regions import cam
 from weakspot.statistics import region_test
@@ -220,12 +219,12 @@ def test_shards_batches_and_a_second_start_change_no_control(quarters: Path) -> 
     same_maps(resumed, straight)
 
 
-def donors_of(quarters: Path, run: Run) -> tuple[Donors, Any, Iterator[tuple[int, Opened]]]:
+def donors_of(quarters: Path, run: Run) -> tuple[Donors, Any, Iterator[tuple[int, ShardImages]]]:
     classifier = load_planned(run.plan.model)
     listing = list_images(run.plan.sources, (), 2, labels="predictions")
     machine = AuditModel.of(classifier, run.plan, listing)
 
-    def make(opened: Opened) -> torch.Tensor:
+    def make(opened: ShardImages) -> torch.Tensor:
         labels = predict(classifier, opened.images).argmax(1)
         return cam(classifier, opened.images, labels, fraction=0.25)[0]
 
@@ -280,7 +279,7 @@ def test_copies_unreadable_images_and_regions_of_other_areas_are_passed_over(qua
     own[:, :10, :10] = True
     for side, count in ((10, 1), (11, 0), (9, 0)):  # 121 and 81 sites are not within a tenth of 100
 
-        def make(opened: Opened, side: int = side) -> torch.Tensor:
+        def make(opened: ShardImages, side: int = side) -> torch.Tensor:
             mask = torch.zeros(1, *SIZE, dtype=torch.bool)
             mask[:, -side:, -side:] = True
             return mask
@@ -327,7 +326,8 @@ def test_a_gray_picture_of_another_shape_has_donors_too(planted: Path) -> None:
         Image.fromarray(rng.integers(80, 170, (17, 40), dtype=np.uint8)).save(folder / f"{number}.png")
     run = audit(planted_plan(folder, "even", control_images=2), planted / "run")
     assert run.records["success"].notna().all()
-    assert run.about["model"]["input_size"] == [SIDE, SIDE]
+    assert run.info.model
+    assert run.info.model.input_size == (SIDE, SIDE)
 
 
 def test_a_donor_whose_file_is_missing_is_named_so_that_the_image_is_attacked_again(quarters: Path) -> None:
@@ -337,7 +337,7 @@ def test_a_donor_whose_file_is_missing_is_named_so_that_the_image_is_attacked_ag
     own = torch.zeros(1, *SIZE, dtype=torch.bool)
     own[:, :4, :4] = True
 
-    def make(_: Opened) -> torch.Tensor:
+    def make(_: ShardImages) -> torch.Tensor:
         return own
 
     donors = Donors(listing, load_planned(run.plan.model), 0)

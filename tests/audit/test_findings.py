@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.audit.fixtures import draw_pictures, networks, pictures, small_plan, store_records  # noqa: F401 - fixtures
-from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, summarize
+from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, open_run, summarize
 from weakspot.audit.findings.comparison import compare
 from weakspot.audit.findings.contrasts import WEAK, contrast_sentences, region_contrasts
 from weakspot.audit.findings.curves import budget_curves
@@ -186,7 +187,7 @@ def test_an_image_that_falls_in_one_place_only_counts_with_the_largest_size_ther
     about = json.loads((weak.folder / "run.json").read_text())
     about["plan"]["attacks"] = [one for one in about["plan"]["attacks"] if one["name"] == "fmn"]
     (weak.folder / "run.json").write_text(json.dumps(about))
-    (row,) = rows(region_contrasts(Run(weak.folder)))
+    (row,) = rows(region_contrasts(open_run(weak.folder)))
     assert row.region_value == pytest.approx(0.1)
     assert row.control_value == pytest.approx(0.4)
     assert row.difference == pytest.approx(2.0)
@@ -250,7 +251,7 @@ def test_attacks_that_always_succeed_have_no_robust_accuracy_without_one_budget(
 def test_findings_of_a_complete_run_are_computed_once_and_belong_to_who_asks(
     weak: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run(weak.folder)
+    run = open_run(weak.folder)
     asked: list[str] = []
     own = Run.sql
 
@@ -265,8 +266,8 @@ def test_findings_of_a_complete_run_are_computed_once_and_belong_to_who_asks(
     first["difference"] = 0.0
     again = region_contrasts(run)
     assert not asked
-    pd.testing.assert_frame_equal(again, region_contrasts(Run(weak.folder)))
-    run.about["status"] = "running"
+    pd.testing.assert_frame_equal(again, region_contrasts(open_run(weak.folder)))
+    run.info = replace(run.info, status="running")
     asked.clear()
     region_contrasts(run)
     assert asked
@@ -280,7 +281,7 @@ def test_a_region_where_nothing_falls_has_its_curve_and_its_control_a_least_size
     records.loc[smallest, "success_8bit"] = records["region"] == region
     records.loc[smallest, "linf"] = 0.1
     store_records(weak.folder, records)
-    run = Run(weak.folder)
+    run = open_run(weak.folder)
     curves = budget_curves(run)
     (flat,) = rows(curves[(curves["attack"] == "fmn") & curves["control"]])
     assert (flat.size, flat.fooled, flat.images) == (0.1, 0.0, 40)
@@ -303,7 +304,7 @@ def test_an_image_unknown_at_a_smaller_budget_is_in_no_curve(weak: Run) -> None:
         records["attack"] == "pgd linf:2/255 steps=20", held
     )
     store_records(weak.folder, records)
-    curves = budget_curves(Run(weak.folder))
+    curves = budget_curves(open_run(weak.folder))
     assert set(curves[curves["attack"] == "pgd steps=20"]["images"]) == {
         31
     }  # the first fell before it was lost

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from tests.audit.fixtures import NETWORKS, TINY, draw_pictures, networks, pictures, small_plan
-from weakspot.audit import AttackPlan, ModelPlan, Run, audit, summarize, write_run_report
+from weakspot.audit import AttackPlan, ModelPlan, audit, open_run, summarize, write_run_report
 from weakspot.audit.page.run_page import run_report
 from weakspot.audit.store.records import shard_files
 from weakspot.audit.work import audits
@@ -102,7 +102,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def read(made: Path) -> Reader:
-    return Reader(run_report(Run(made)))
+    return Reader(run_report(open_run(made)))
 
 
 def percent(fraction: float) -> str:
@@ -110,14 +110,14 @@ def percent(fraction: float) -> str:
 
 
 def test_robust_accuracy_is_that_of_the_records(made: Path, read: Reader) -> None:
-    records, table = Run(made).records, read.frame("robust")
+    records, table = open_run(made).records, read.frame("robust")
     assert len(table) == 6
     for row in table.to_dict("records"):
         mine = records[(records["attack"] == row["attack"]) & (records["region"] == row["region"])]
         assert row["robust accuracy"] == percent(1 - float(mine["success_8bit"].mean()))
         assert row["area"] == percent(float(mine["region_fraction"].mean()))
         assert int(row["images"]) == len(mine)
-    summary = summarize(Run(made))
+    summary = summarize(open_run(made))
     assert [row["robust"] for row in read.values(0) if "robust" in row][:6] == [
         pytest.approx(cell.robust_accuracy, rel=1e-3) for cell in summary.cells
     ]
@@ -125,7 +125,7 @@ def test_robust_accuracy_is_that_of_the_records(made: Path, read: Reader) -> Non
 
 
 def test_distributions_are_those_of_the_records(made: Path, read: Reader) -> None:
-    records, table = Run(made).records, read.frame("distributions")
+    records, table = open_run(made).records, read.frame("distributions")
     names = {
         "margin after the attack": "margin_adversarial",
         "effect in roi": "effect_in_roi",
@@ -148,7 +148,7 @@ def test_distributions_are_those_of_the_records(made: Path, read: Reader) -> Non
 
 
 def test_classes_have_wilsons_intervals_and_where_their_images_land(made: Path, read: Reader) -> None:
-    records, table = Run(made).records, read.frame("classes")
+    records, table = open_run(made).records, read.frame("classes")
     assert table["label"].tolist() == ["cat", "dog", HOSTILE]
     for row in table.to_dict("records"):
         mine = records[records["label_name"] == row["label"]]
@@ -180,7 +180,7 @@ def test_classes_have_wilsons_intervals_and_where_their_images_land(made: Path, 
 
 
 def test_depth_curves_set_successes_against_failures(made: Path, read: Reader) -> None:
-    run, table = Run(made), read.frame("depth")
+    run, table = open_run(made), read.frame("depth")
     records = run.records
     spread = run.maps["propagation/curves/spread"]
     for row in table[table["measure"] == "spread"].to_dict("records"):
@@ -235,7 +235,7 @@ def test_what_was_skipped_is_said(read: Reader) -> None:
 
 
 def test_the_page_is_written_whole_into_a_folder_that_is_made(made: Path, tmp_path: Path) -> None:
-    path = write_run_report(Run(made), tmp_path / "deep" / "page.html")
+    path = write_run_report(open_run(made), tmp_path / "deep" / "page.html")
     assert [one.name for one in path.parent.iterdir()] == ["page.html"]
     assert path.read_text("utf-8").endswith("</html>")
 
@@ -250,12 +250,12 @@ def test_an_incomplete_run_says_how_much_of_it_is_there(
     with pytest.raises(KeyboardInterrupt):
         audit(small_plan(pictures), networks / "cut")
     shard_files(networks / "cut")[1].unlink()
-    read = Reader(run_report(Run(networks / "cut")))
+    read = Reader(run_report(open_run(networks / "cut")))
     assert "This audit is not complete: 10 of 14 images are done" in read.text
     assert set(read.frame("robust")["images"]) == {"10"}
     for shard in (networks / "cut/shards").iterdir():
         shard.unlink()
-    bare = run_report(Run(networks / "cut"))
+    bare = run_report(open_run(networks / "cut"))
     assert "0 of 14 images are done" in bare
     assert "There are no records yet." in bare
 
@@ -340,6 +340,6 @@ def test_the_same_run_has_the_same_page_and_reading_changes_nothing(
 ) -> None:
     copied = Path(shutil.copytree(made, tmp_path / "run"))
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()}
-    again = run_report(Run(copied))
+    again = run_report(open_run(copied))
     assert again.replace(str(copied), str(made)) == read.text
     assert {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()} == before

@@ -17,7 +17,7 @@ from tests.audit.test_report import Reader
 from tests.cli.test_explain import Run as Ran
 from tests.cli.test_explain import photographs, run
 from weakspot.attacks import Attack, fmn, minimizes
-from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, compare, summarize
+from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, compare, open_run, summarize
 from weakspot.audit.findings.contrasts import region_contrasts
 from weakspot.audit.findings.curves import budget_curves
 from weakspot.audit.findings.gates import judge
@@ -93,7 +93,7 @@ def test_a_network_that_is_robust_at_the_budget_passes_a_gate_beside_a_minimal_n
     )  # fmt: skip
     ended = run(*arguments, "--out", "open")
     assert ended.code == 0, ended.err
-    records = Run("open").records
+    records = open_run("open").records
     assert records.loc[records["attack"] == "fmn", "success_8bit"].all()
     assert ET.parse("gate.xml").getroot().attrib["failures"] == "0"  # noqa: S314 - ours
     # The same gate is shut at a budget that fmn's changes are within, and on a network that is not robust.
@@ -157,7 +157,7 @@ def test_a_number_that_is_not_known_still_shuts_the_gate(steady: Path) -> None:
     lost = records["attack"] == "fmn"
     records["success_8bit"] = records["success_8bit"].astype("boolean").mask(lost)
     store_records(found.folder, records)
-    assert {one.row: one.failed for one in gate(Run(found.folder))} == {"pgd": False, "fmn": True}
+    assert {one.row: one.failed for one in gate(open_run(found.folder))} == {"pgd": False, "fmn": True}
 
 
 @pytest.mark.parametrize(
@@ -220,14 +220,14 @@ def unrounded(steady: Path) -> Run:
         pgd & (records["index"] == 7), ["label", "label_name"]
     ].to_numpy()
     store_records(found.folder, records)
-    return Run(found.folder)
+    return open_run(found.folder)
 
 
 def test_what_a_file_does_not_keep_counts_nowhere_but_with_float(unrounded: Run) -> None:
     def robust(one: Run) -> float:
         return next(cell.robust_accuracy for cell in summarize(one).cells if cell.attack == "pgd")
 
-    floats = Run(unrounded.folder, eight_bit=False)
+    floats = open_run(unrounded.folder, eight_bit=False)
     assert (robust(unrounded), robust(floats)) == (0.5, 0.125)
     pages = [Reader(run_report(one)) for one in (unrounded, floats)]
     for page, left in zip(pages, ("50.0%", "12.5%"), strict=True):
@@ -256,12 +256,12 @@ def test_curves_and_contrasts_count_files(unrounded: Run) -> None:
     ]
     (unrounded.folder / "run.json").write_text(json.dumps(text))
     assert about.attacks[0].label == "pgd"
-    records = Run(unrounded.folder).records
+    records = open_run(unrounded.folder).records
     for eight_bit, column in ((True, "success_8bit"), (False, "success")):
-        curve = budget_curves(Run(unrounded.folder, eight_bit=eight_bit))
+        curve = budget_curves(open_run(unrounded.folder, eight_bit=eight_bit))
         fell = records.groupby("index")[column].any().mean()
         assert curve["fooled"].max() == fell
-    assert region_contrasts(Run(unrounded.folder)).empty
+    assert region_contrasts(open_run(unrounded.folder)).empty
 
 
 def test_the_command_line_counts_floats_where_asked(run: Ran, unrounded: Run) -> None:

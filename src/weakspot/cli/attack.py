@@ -244,8 +244,7 @@ def _write(
 ) -> pd.DataFrame:
     """All files; returns what scores.csv holds."""
     from weakspot.attacks import stored
-    from weakspot.audit.store.run import write_scores
-    from weakspot.audit.work.shard_images import write_pngs
+    from weakspot.audit.store.run_folder import write_pngs, write_scores
     from weakspot.classifier import evaluating, predict
     from weakspot.report.figures import contact_sheet
 

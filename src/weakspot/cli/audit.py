@@ -248,7 +248,7 @@ def audit(
         _progress(quiet or as_json) as watch,
         _stopping(where),
     ):
-        from weakspot.audit import Plan, Run, summarize
+        from weakspot.audit import Plan, open_run, summarize
         from weakspot.audit import audit as carry_out
         from weakspot.audit import resume as go_on
         from weakspot.audit.findings.summary import cell_table, undefined_names, unknown_cases
@@ -262,7 +262,7 @@ def audit(
                 raise Failure("--control-images takes effect only with --controls", USAGE)
             run = carry_out(plan, where, watch=watch, **how)
         if floats:
-            run = Run(run.name, eight_bit=False)
+            run = open_run(run.name, eight_bit=False)
         if report:
             _report(run)
     summary = summarize(run)
@@ -281,7 +281,7 @@ def audit(
     for sentence in shortfalls:
         complain(sentence)
     tell_gate(verdicts, quiet=quiet or as_json, shortfalls=shortfalls)
-    if shortfalls or not run.about["images"]["read"]:
+    if shortfalls or not (run.info.images and run.info.images.read):
         raise typer.Exit(UNREADABLE)
 
 
@@ -351,8 +351,8 @@ def _tell(
         rows = json.loads(skipped.to_json(orient="records"))
         about = {
             "folder": where,
-            "status": run.about["status"],
-            "counts": run.about["images"],
+            "status": run.info.status,
+            "counts": run.info.to_json().get("images"),
             "shortfall": run.shortfall,
         }
         typer.echo(

@@ -42,7 +42,7 @@ def make_folder(out: Path) -> None:
 
 def describe_run(classifier: Classifier, model: str, seed: int, skipped: list[str]) -> dict[str, str]:
     """How it was made, for report and run.json."""
-    from weakspot.audit.store.run import versions
+    from weakspot.audit.store.run_info import versions
     from weakspot.models.specs import fingerprint
 
     made = {

@@ -16,7 +16,6 @@ from weakspot.audit.plan.limits import limit_of
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.records import has_records
 from weakspot.audit.store.run import Run
-from weakspot.models.probe import read_probe
 from weakspot.statistics import mean_intervals, mean_test, paired_proportion_interval
 from weakspot.statistics.number_format import counted
 
@@ -229,30 +228,28 @@ def _only_in(run: Run, attacks: Sequence[AttackPlan], regions: Sequence[str]) ->
 
 
 def _has_predicted_labels(run: Run) -> bool:
-    return set(run.about.get("labels", {})) == {"prediction"}
+    return set(run.info.labels) == {"prediction"}
 
 
 def _facts(run: Run) -> dict[str, object]:
     """What should be the same in two runs that are compared."""
-    model, versions = run.about.get("model", {}), run.about.get("versions", {})
+    info = run.info
     return {
         "seed": run.plan.seed,
         "fraction": run.plan.fraction,
-        "input size": tuple(model.get("input_size", ())),
-        "labels": ", ".join(sorted(run.about.get("labels", {}))),
-        "weakspot": versions.get("weakspot"),
-        "torch": versions.get("torch"),
+        "input size": info.model.input_size if info.model else (),
+        "labels": ", ".join(sorted(info.labels)),
+        "weakspot": info.versions.get("weakspot"),
+        "torch": info.versions.get("torch"),
     }
 
 
 def _remarks(before: Run, after: Run) -> list[str]:
     """Differences between the runs other than the scores."""
     remarks = []
-    models = [run.about.get("model", {}) for run in (before, after)]
-    if models[0].get("fingerprint") == models[1].get("fingerprint"):
-        probes = [read_probe(model["probe"]) for model in models if "probe" in model]
-        same_size = models[0].get("input_size") == models[1].get("input_size")
-        changed = len(probes) == 2 and same_size and not probes[0].agrees(probes[1])
+    first, second = before.info.model, after.info.model
+    if first is not None and second is not None and first.fingerprint == second.fingerprint:
+        changed = first.input_size == second.input_size and not first.probe.agrees(second.probe)
         remarks.append(
             "both runs use the same weights"
             + (", but the model computes something else with them" if changed else "")

@@ -13,9 +13,9 @@ from weakspot.audit.findings.outcomes import once_per_run, read_cell
 from weakspot.audit.plan.attack_plan import AttackPlan, Value
 from weakspot.audit.plan.limits import NORMS, read_limit
 from weakspot.audit.plan.plan import Plan
-from weakspot.audit.store.maps import StoredMap
 from weakspot.audit.store.records import quoted
 from weakspot.audit.store.run import Run
+from weakspot.audit.store.stored_maps import StoredMap
 from weakspot.statistics import mean_intervals, proportion_interval
 
 BUDGET_COLUMNS = ("attack", "region", "control", "norm", "size", "fooled", "low", "high", "images")

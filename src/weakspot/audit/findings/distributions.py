@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 
 from weakspot.audit.findings.outcomes import in_reported_regions, quoted_name
-from weakspot.audit.store.records import quoted
+from weakspot.audit.store.records import COLUMNS, quoted
 from weakspot.audit.store.run import Run
-from weakspot.audit.work.cell_rows import COLUMNS
 from weakspot.statistics import proportion_interval
 from weakspot.statistics.number_format import counted
 

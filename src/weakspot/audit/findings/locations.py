@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from weakspot.audit.findings.outcomes import WHOLE_IMAGE, adjusted, numeric_columns, once_per_run, read_cell
-from weakspot.audit.store.maps import StoredMap
+from weakspot.audit.store.records import COLUMNS
 from weakspot.audit.store.run import Run
-from weakspot.audit.work.cell_rows import COLUMNS
+from weakspot.audit.store.stored_maps import StoredMap
 from weakspot.explanations.agreement import agreement
 from weakspot.explanations.locality_by_radius import MEANINGS, RANDOM, locality_table
 from weakspot.explanations.promotion import TYPES

@@ -79,7 +79,7 @@ def summarize(run: Run) -> Summary:
     images, clean = run.sql(
         "select count(*), avg(correct::int) from (select any_value(correct) as correct from records group by index)"
     ).fetchall()[0]
-    counts: Mapping[str, int] = run.about.get("labels", {})
+    counts = run.info.labels
     sources = [f"{LABEL_SOURCES[key]} ({count} images)" for key, count in counts.items()]
     return Summary(
         cells=tuple(cells),

@@ -207,7 +207,7 @@ def _sections(run: Run, summary: Summary) -> list[Section]:
 
 
 def _header(run: Run, summary: Summary | None) -> Header:
-    title = f"Where {run.about.get('model', {}).get('name', run.plan.model.spec)} is weak"
+    title = f"Where {run.info.model.name if run.info.model else run.plan.model.spec} is weak"
     attacks = ", ".join(attack_name(attack.label, attack.budget) for attack in run.plan.attacks)
     subtitle = f"{attacks}; each in {counted(len(run.plan.reported_regions), 'region')}."
     skipped = len(run.skipped)
@@ -218,7 +218,7 @@ def _header(run: Run, summary: Summary | None) -> Header:
         return Header(title, subtitle, warning, [unread] if skipped else [], [nothing])
     facts = [*_facts(summary), unread]
     labels = f"Labels: {summary.labels}."
-    if "prediction" in run.about.get("labels", {}):
+    if "prediction" in run.info.labels:
         labels += " Where a label is the model's own prediction, the report does not say whether the model is correct."
     sentences = [summary.weakest, *summary.regions[:MAX_REGIONS], labels]
     errors = sum(cell.errors for cell in summary.cells)
@@ -235,11 +235,10 @@ def _warning(run: Run, done: int) -> str:
     """Why the numbers are not final, and remarks on the model; empty if there is nothing to say."""
     shortfall = f"{run.shortfall[:1].upper()}{run.shortfall[1:]}." if run.shortfall else ""
     if not run.complete:
-        if "missing" in run.about:
+        if run.info.missing is not None:
             shortfall += f" All numbers are about the other {counted(done)}."
         else:
-            listed = run.about.get("images", {}).get("listed")
-            total = f" of {listed:,}" if listed is not None else ""
+            total = f" of {run.info.images.listed:,}" if run.info.images else ""
             shortfall = (
                 f"This audit is not complete: {done:,}{total} images are done, and all numbers are about those. "
                 f"Continue it with weakspot audit --resume {shlex.quote(run.name)}."
@@ -289,15 +288,14 @@ def _skipped_section(run: Run) -> list[Section]:
 
 def _made(run: Run) -> dict[str, str]:
     """Plan, versions, host and times, for the reader; what is unknown is left out."""
-    about, plan = run.about, run.plan
-    model, host = about.get("model", {}), about.get("host", {})
-    seconds, speed = about.get("seconds"), about.get("images_per_second")
+    info, plan, model, host = run.info, run.plan, run.info.model, run.info.host
+    speed = f", {info.images_per_second:.3g} images per second" if info.images_per_second else ""
     machine = ", ".join(str(host[key]) for key in ("name", "system", "processor") if host.get(key))
     made = {
-        "command": about.get("command", ""),
-        "model": f"{model.get('name', '')} ({plan.model.spec}), {model.get('classes', '?')} classes",
-        "fingerprint of the weights": model.get("fingerprint", ""),
-        "input size": " x ".join(map(str, model.get("input_size", ()))),
+        "command": info.command,
+        "model": f"{model.name} ({plan.model.spec}), {model.classes} classes" if model else plan.model.spec,
+        "fingerprint of the weights": model.fingerprint if model else "",
+        "input size": " x ".join(map(str, model.input_size)) if model else "",
         "images": ", ".join(plan.sources),
         "attacks": "; ".join(map(_attack_settings, plan.attacks)),
         "regions": ", ".join(plan.reported_regions),
@@ -307,14 +305,12 @@ def _made(run: Run) -> dict[str, str]:
         "area of cam": f"{plan.fraction:.0%} of the image",
         "analyses": ", ".join(plan.analyses) or "none",
         "seed": str(plan.seed),
-        "started": about.get("started", ""),
-        "finished": about.get("finished", ""),
-        "time": ""
-        if seconds is None
-        else f"{seconds:,.0f} s" + (f", {speed:.3g} images per second" if speed else ""),
-        "device": about.get("device", ""),
+        "started": info.started,
+        "finished": info.finished or "",
+        "time": "" if info.seconds is None else f"{info.seconds:,.0f} s{speed}",
+        "device": info.device,
         "host": machine + (f", {host['cpus']} cores" if host.get("cpus") else ""),
-        "versions": ", ".join(f"{name} {value}" for name, value in about.get("versions", {}).items()),
+        "versions": ", ".join(f"{name} {value}" for name, value in info.versions.items()),
         "folder": run.name,
     }
     return {key: value for key, value in made.items() if value}

@@ -12,8 +12,8 @@ from PIL import Image
 
 from weakspot.audit.page.sections import Thumbnail
 from weakspot.audit.page.sentences import Row, heading
-from weakspot.audit.store.maps import StoredMap
 from weakspot.audit.store.run import Run
+from weakspot.audit.store.stored_maps import StoredMap
 from weakspot.report.rendering import color_table, data_url
 from weakspot.statistics.number_format import number
 
