@@ -11,18 +11,27 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.audit.fixtures import TINY, draw_pictures, networks, pictures, small_plan, store_records
+from tests.audit.fixtures import (
+    TINY,
+    Audited,
+    audited,
+    draw_pictures,
+    networks,
+    pictures,
+    small_plan,
+    store_records,
+)
 from weakspot.audit import AttackPlan, Comparison, Run, audit, compare, open_run
 from weakspot.audit.store.records import RECORDS
 from weakspot.statistics import false_discovery, mean_interval, mean_test, paired_proportion_interval
 
-__all__ = ["networks", "pictures"]  # fixtures
+__all__ = ["audited", "networks", "pictures"]  # fixtures
 OTHER = replace(TINY, spec="audited_networks:other")
 
 
 @pytest.fixture
-def before(pictures: Path) -> Run:
-    return audit(small_plan(pictures, maps=False), pictures.parent / "before")
+def before(pictures: Path, audited: Audited) -> Run:
+    return audited("before", small_plan(pictures, maps=False), pictures.parent / "before")
 
 
 def test_a_run_has_not_moved_from_itself(before: Run, pictures: Path) -> None:

@@ -14,7 +14,15 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tests.audit.fixtures import draw_pictures, networks, pictures, small_plan, store_records  # noqa: F401 - fixtures
+from tests.audit.fixtures import (
+    Audited,
+    audited,
+    draw_pictures,
+    networks,
+    pictures,
+    small_plan,
+    store_records,
+)
 from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, open_run, summarize
 from weakspot.audit.findings.comparison import compare
 from weakspot.audit.findings.contrasts import WEAK, contrast_sentences, region_contrasts
@@ -25,6 +33,7 @@ from weakspot.audit.findings.summary import strongest_attack_sentence
 from weakspot.regions.spec import RegionSpec
 from weakspot.statistics import false_discovery, paired_proportion_interval
 
+__all__ = ["audited", "networks", "pictures"]  # fixtures
 QUADRANT = """
 import torch
 from torch import nn
@@ -61,7 +70,7 @@ def rows(frame: pd.DataFrame) -> Iterator[Any]:
 
 
 @pytest.fixture
-def planted(networks: Path) -> Path:  # noqa: F811
+def planted(networks: Path) -> Path:
     """Where a network with a weak quarter, and one without, can be imported; quarter.png is that quarter."""
     (networks / "planted_networks.py").write_text(QUADRANT)
     mask = np.zeros(SIZE, np.uint8)
@@ -91,8 +100,8 @@ def plan_for(folder: Path, network: str, **changes: object) -> Plan:
 
 
 @pytest.fixture
-def weak(planted: Path) -> Run:
-    return audit(plan_for(planted, "quadrant"), planted / "weak")
+def weak(planted: Path, audited: Audited) -> Run:
+    return audited("weak", plan_for(planted, "quadrant"), planted / "weak")
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
@@ -163,7 +172,7 @@ def test_curves_count_the_images_that_fell_at_a_size_or_a_smaller_one(weak: Run)
         assert ((curve["low"] <= curve["fooled"]) & (curve["fooled"] <= curve["high"])).all()
 
 
-def test_a_run_without_controls_budgets_or_analyses_has_no_findings(pictures: Path) -> None:  # noqa: F811
+def test_a_run_without_controls_budgets_or_analyses_has_no_findings(pictures: Path) -> None:
     run = audit(small_plan(pictures, analyses=(), maps=False), pictures.parent / "run")
     assert region_contrasts(run).empty
     assert budget_curves(run).empty
@@ -328,7 +337,7 @@ def test_no_region_is_ranked_by_what_an_attack_leaves_there() -> None:
         )
 
 
-def test_areas_are_those_of_images_that_were_attacked_and_nothing_is_no_robustness(networks: Path) -> None:  # noqa: F811
+def test_areas_are_those_of_images_that_were_attacked_and_nothing_is_no_robustness(networks: Path) -> None:
     draw_pictures(networks / "few", 3)
     plan = small_plan(
         networks / "few", model=ModelPlan("audited_networks:mute", size=SIZE), controls=True, regions=("cam",),

@@ -10,9 +10,9 @@ import pytest
 import torch
 import zarr
 
-from tests.audit.fixtures import store_records
+from tests.audit.fixtures import Audited, audited, store_records
 from tests.audit.planted import draw_quarters, planted, planted_plan
-from weakspot.audit import AttackPlan, Run, audit, open_run, score_findings
+from weakspot.audit import AttackPlan, Plan, Run, audit, open_run, score_findings
 from weakspot.audit.findings import locations
 from weakspot.audit.findings.locations import IMPORTANCE, VULNERABILITY, location_findings, not_tested_because
 from weakspot.audit.page.finding_sections import finding_section
@@ -22,15 +22,15 @@ from weakspot.audit.store.verification import MapCheck
 from weakspot.explanations.agreement import STATISTICS, agreement
 from weakspot.statistics import other_image_test, run_test
 
-__all__ = ["planted"]  # a fixture
+__all__ = ["audited", "planted"]  # fixtures
 LOOKS = "acts more where the network looks"
 
 
-def looked_at(planted: Path, name: str = "looked", count: int = 24, **changes: object) -> Run:
-    """Attacks on bright quarters, where the network looks, with any pixel free."""
+def looked_plan(planted: Path, count: int = 24, **changes: object) -> Plan:
+    """Attacks on the whole image of bright quarters, where the network looks."""
     usual = {"regions": ("none", "cam"), "controls": False, "analyses": ("overlap",), "maps": True}
     source = draw_quarters(planted / f"quarters{count}", count)
-    return audit(planted_plan(source, "spot", **{**usual, **changes}), planted / name)
+    return planted_plan(source, "spot", **{**usual, **changes})
 
 
 def sentences(run: Run) -> str:
@@ -38,8 +38,8 @@ def sentences(run: Run) -> str:
 
 
 @pytest.fixture
-def looked(planted: Path) -> Run:
-    return looked_at(planted)
+def looked(planted: Path, audited: Audited) -> Run:
+    return audited("looked", looked_plan(planted), planted / "looked")
 
 
 def shuffled(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
@@ -114,7 +114,7 @@ def test_a_score_with_a_null_of_its_own_is_tested_with_any_pixel_free_only(looke
 
 
 def test_nothing_of_a_record_depends_on_the_images_beside_it(planted: Path) -> None:
-    whole, parts = (looked_at(planted, f"by{shard}", 8, shard=shard) for shard in (8, 3))
+    whole, parts = (audit(looked_plan(planted, 8, shard=shard), planted / f"by{shard}") for shard in (8, 3))
     assert {f"{score}_shift_p" for score in STATISTICS} <= set(whole.records)
     names = list(map(str, whole.records))
     assert not [name for name in names if name.removesuffix("_shift_null").endswith(("_null", "_q"))]
@@ -138,7 +138,7 @@ def test_nothing_of_a_record_depends_on_the_images_beside_it(planted: Path) -> N
 def test_what_cannot_be_tested_says_what_it_takes(
     planted: Path, changes: dict[str, object], why: str
 ) -> None:
-    run = looked_at(planted, **{"count": 12, **changes})  # type: ignore[arg-type]
+    run = audit(looked_plan(planted, **{"count": 12, **changes}), planted / "run")  # type: ignore[arg-type]
     assert score_findings(run)["p"].isna().all()
     assert why in sentences(run)
     assert LOOKS not in sentences(run)
@@ -156,7 +156,7 @@ def test_of_many_images_evenly_spread_ones_are_compared_and_large_maps_averaged(
 
 def test_each_attack_has_a_test_of_its_own(planted: Path) -> None:
     attacks = tuple(AttackPlan("pgd", f"linf:{eps}/255", (("steps", 2),)) for eps in (4, 8))
-    run = looked_at(planted, count=12, attacks=attacks, regions=("cam", "none"))
+    run = audit(looked_plan(planted, 12, attacks=attacks, regions=("cam", "none")), planted / "run")
     found = location_findings(run)
     assert len(found) == 2 * len(STATISTICS)
     first, second = (found[found["attack"] == attack.label]["value"].tolist() for attack in run.plan.attacks)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.audit.fixtures import draw_pictures, networks, small_plan, store_records
+from tests.audit.fixtures import Audited, audited, draw_pictures, networks, small_plan, store_records
 from tests.audit.test_report import Reader
 from tests.cli.test_explain import Run as Ran
 from tests.cli.test_explain import photographs, run
@@ -27,7 +27,7 @@ from weakspot.audit.plan.limits import judged_attacks, limit_of, stated_budgets
 from weakspot.audit.store.records import outcomes_query
 from weakspot.pairs import AttackResult
 
-__all__ = ["networks", "photographs", "run"]  # fixtures
+__all__ = ["audited", "networks", "photographs", "run"]  # fixtures
 STEADY = """
 import torch
 from torch import nn
@@ -151,8 +151,8 @@ def test_without_one_stated_budget_a_minimal_norm_attack_has_no_robust_accuracy_
     assert "nan" not in " ".join(cell for row in Reader(run_report(alone)).tables["robust"] for cell in row)
 
 
-def test_a_number_that_is_not_known_still_shuts_the_gate(steady: Path) -> None:
-    found = audit(plan_of(steady, PGD, FMN), steady / "run")
+def test_a_number_that_is_not_known_still_shuts_the_gate(steady: Path, audited: Audited) -> None:
+    found = audited("steady", plan_of(steady, PGD, FMN), steady / "run")
     records = found.records
     lost = records["attack"] == "fmn"
     records["success_8bit"] = records["success_8bit"].astype("boolean").mask(lost)
@@ -207,10 +207,10 @@ def test_a_budget_beside_minimal_norm_attacks_alone_is_kept_in_the_plan(steady: 
 
 
 @pytest.fixture
-def unrounded(steady: Path) -> Run:
+def unrounded(steady: Path, audited: Audited) -> Run:
     """A run in which half of what pgd fooled is lost in a file, and one image fools as a file only."""
-    found = audit(plan_of(steady, replace(PGD, budget="linf:1/3"), replace(PGD, name="fgsm", settings=())),
-                  steady / "run")  # fmt: skip
+    plan = plan_of(steady, replace(PGD, budget="linf:1/3"), replace(PGD, name="fgsm", settings=()))
+    found = audited("unrounded", plan, steady / "run")
     records = found.records
     pgd = records["attack"] == "pgd"
     assert records.loc[pgd, "success_8bit"].all()
@@ -321,8 +321,8 @@ def test_of_an_attack_that_says_nothing_of_files_they_are_evaluated(
     assert [cell.robust_accuracy for cell in summarize(found).cells] == [1.0]
 
 
-def test_the_query_keeps_any_label_a_text(steady: Path) -> None:
-    found = audit(plan_of(steady, PGD, FMN), steady / "run")
+def test_the_query_keeps_any_label_a_text(steady: Path, audited: Audited) -> None:
+    found = audited("steady", plan_of(steady, PGD, FMN), steady / "run")
     odd = replace(found.plan, attacks=(replace(FMN, label="it's; drop table"),))
     assert found.sql(outcomes_query(odd, eight_bit=True)).df()["robust"].notna().all()
     draw_pictures(steady / "none", 1)
