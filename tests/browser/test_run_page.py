@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from tests.audit.fixtures import NETWORKS, draw_pictures, small_plan
-from tests.browser.test_report import Opened, browser
+from tests.browser.test_explanation_page import Opened, browser
 from weakspot.audit import Run, audit, write_run_report
 from weakspot.audit.findings.contrasts import Contrast
 from weakspot.audit.findings.curves import BUDGET_COLUMNS
@@ -101,7 +101,7 @@ def test_curves_over_sizes_are_drawn(browser: Any, tmp_path: Path) -> None:
     assert opened.wrong == []
 
 
-def test_many_rows_come_when_they_are_asked_for(browser: Any, tmp_path: Path) -> None:
+def test_hidden_rows_appear_when_filtered_or_sorted(browser: Any, tmp_path: Path) -> None:
     rows = [[text_cell(f"class {number:03d}"), count_cell(number)] for number in range(300)]
     page = run_page(
         Header("t", "", "", [], []),
