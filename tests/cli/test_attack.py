@@ -182,7 +182,7 @@ def test_pictures_of_one_name_in_two_folders_keep_apart(run: Run, photographs: P
         (["--set", "steps=many"], "steps is many; accepted is a whole number"),
         (["--set", "steps=true"], "steps is True; accepted is a whole number"),
         (["--region", "backgroud"], "got 'backgroud' (did you mean 'background'?"),
-        (["--region", "support"], "region is 'support', which needs a class to reach"),
+        (["--region", "support"], "region must not be support without a class to reach"),
         (["--region", "~none"], "leaves no pixel to change"),
         (["--attack", "nolibrary:X"], "LIBRARY:CLASS of foolbox, torchattacks, art"),
         (["--out", "tiny_networks.py"], "which is a file; accepted is a folder"),

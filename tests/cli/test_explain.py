@@ -282,7 +282,7 @@ def test_a_black_mask_is_refused(run: Run, photographs: Path, tmp_path: Path) ->
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "mask.png")
     ended = run("explain", photographs, *TINY_OPTIONS, "--region", "mask.png")
     assert ended.code == 2
-    assert "mask.png has no white pixel" in ended.err
+    assert "mask.png must have a white pixel" in ended.err
 
 
 def test_a_mask_that_is_no_picture_is_refused_and_one_of_another_shape_is_noted(

@@ -85,8 +85,8 @@ def test_what_is_no_mask_is_refused_and_the_command_line_says_so_with_its_code(t
     for name, error, sentence, code in (
         ("none.png", FileNotFoundError, "there is no such file", UNREADABLE),
         ("text.png", ValueError, "text.png: not an image in a known format$", UNREADABLE),
-        (".", ValueError, "it is a folder", UNREADABLE),
-        ("black.png", ValueError, "has no white pixel .* white is where the attack acts$", USAGE),
+        (".", ValueError, "must be a picture, got a folder", UNREADABLE),
+        ("black.png", ValueError, r"must have a white pixel .* \(white is where the attack acts\)$", USAGE),
     ):
         with pytest.raises(error, match=sentence):
             regions.from_file(tmp_path / name, images)

@@ -75,7 +75,7 @@ def test_what_comes_back_keeps_range_budget_and_region_and_every_pass_is_counted
         )
     handle.remove()
     assert bool(((result.adversarial >= 0) & (result.adversarial <= 1)).all())
-    assert bool((budget.size(result.perturbation, images) <= budget.eps * (1 + 1e-5) + 1e-7).all())
+    assert bool((budget.distance(result.perturbation, images) <= budget.eps * (1 + 1e-5) + 1e-7).all())
     if region is not None:
         outside = ~region.expand_as(images)
         assert torch.equal(result.adversarial[outside], images[outside])
