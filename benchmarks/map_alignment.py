@@ -1,4 +1,4 @@
-"""Where do the cells of a class activation map belong? Evidence from occlusion. Run: python -m benchmarks.registration
+"""Where do the cells of a class activation map belong? Evidence from occlusion. Run: python -m benchmarks.map_alignment
 
 Each photograph is occluded in a grid of gray squares, and the loss of the class's logit is laid out over the image. The
 class activation map under each registration is then correlated with it. A registration that puts cells where the

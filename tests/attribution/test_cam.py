@@ -268,7 +268,7 @@ def test_an_exported_network_gets_the_same_map(name: str, batch: int | None, tmp
     torch.testing.assert_close(class_activation(exported, images, CLASSES), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("registration", ["resize", "receptive_field", "effective"])
+@pytest.mark.parametrize("alignment", ["resize", "receptive_field", "effective"])
 def test_an_images_map_depends_on_no_neighbor_and_leaves_the_model_alone(
     any_model: Made, alignment: str
 ) -> None:
@@ -374,7 +374,7 @@ class FailingOnce(nn.Module):
 
 
 @pytest.mark.parametrize("fail_at", [1, 2, 3])
-@pytest.mark.parametrize("registration", ["receptive_field", "effective"])
+@pytest.mark.parametrize("alignment", ["receptive_field", "effective"])
 @pytest.mark.parametrize("layer", [None, "network.stem"])
 def test_after_a_failure_no_hook_and_no_mode_is_left(
     pooling: Made, layer: str | None, alignment: str, fail_at: int
