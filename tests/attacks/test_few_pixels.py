@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.attacks.test_gradient import Watched, bits, margins_of, predicted, region_of, tagged, times
+from tests.covering import sampled
 from tests.networks import FlatNetwork, Made, PoolingNetwork, untouched
 from weakspot.attacks import few_pixel
 from weakspot.pairs import AttackResult
@@ -121,10 +122,7 @@ def one_pixel_margins(model: nn.Module, image: Tensor, label: Tensor) -> Tensor:
     return margins_of(model, candidates, label.expand(len(candidates))).view(-1, len(CORNERS))
 
 
-@pytest.mark.parametrize("kind", ["everywhere", "scattered"])
-@pytest.mark.parametrize("count", [1, 2, 3])
-@each_shape
-@each_method
+@sampled("method, shape, count, kind", METHODS, SHAPES, [1, 2, 3], ["everywhere", "scattered"])
 def test_results_are_in_range_of_few_pixels_in_the_region_and_verified(
     method: str, shape: tuple[int, ...], count: int, kind: str
 ) -> None:
