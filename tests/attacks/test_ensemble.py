@@ -245,7 +245,7 @@ class Needle(nn.Module):
         return torch.stack([distance, 1e-3 - distance], 1)
 
 
-def test_an_image_that_is_misread_as_it_is_is_a_success_whatever_lies_around_it() -> None:
+def test_an_image_that_is_misclassified_already_is_a_success_whatever_lies_around_it() -> None:
     image = 0.5 + 0.1 * torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     model = Needle(image).eval()
     assert predicted(model, image).tolist() == [1]

@@ -10,7 +10,7 @@ al. 2016, arXiv 1701.04128), measured from gradients, is the better place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,7 @@ class Axis:
 
 
 Grid = tuple[Axis, Axis]
+Arguments = tuple[Any, ...]  # of a torch function
 
 
 def receptive_grid(classifier: Classifier, image: Tensor, layer: Layer) -> Grid | None:
@@ -162,7 +163,7 @@ class _Grids(TorchDispatchMode):
         self.known: Any = WeakIdKeyDictionary({image: (Axis(), Axis())})
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: object, args: Arguments = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         made = output[0] if isinstance(output, tuple | list) and output else output
@@ -174,7 +175,7 @@ class _Grids(TorchDispatchMode):
                     self.known[made] = grid
         return output
 
-    def _after(self, name: str, args: tuple[Any, ...], sources: list[Tensor], made: Tensor) -> Grid | None:
+    def _after(self, name: str, args: Arguments, sources: list[Tensor], made: Tensor) -> Grid | None:
         rows, columns = self.known[sources[0]]
         sizes = sources[0].shape[2:], made.shape[2:]
         if name == "convolution" and args[6]:
@@ -211,7 +212,7 @@ def _mean(grids: list[Grid]) -> Grid | None:
     )
 
 
-def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
+def _tensors(args: Arguments) -> Iterator[Tensor]:
     for arg in args:
         if isinstance(arg, Tensor):
             yield arg
@@ -222,13 +223,13 @@ def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
 Window = tuple[int, int, int, int]  # kernel, stride, padding, dilation
 
 
-def _convolution(args: tuple[Any, ...]) -> list[Window]:
+def _convolution(args: Arguments) -> list[Window]:
     # aten::convolution(input, weight, bias, stride, padding, dilation, transposed, ...)
     kernel, stride, padding, dilation = args[1].shape[2:], *(_both(args[i]) for i in (3, 4, 5))
     return list(zip(kernel, stride, padding, dilation, strict=True))
 
 
-def _pool(args: tuple[Any, ...]) -> list[Window]:
+def _pool(args: Arguments) -> list[Window]:
     """By default the stride is the kernel, and there is no padding and no dilation."""
     kernel = _both(args[1])
     stride = _both(args[2]) if len(args) > 2 and args[2] else kernel
@@ -236,12 +237,12 @@ def _pool(args: tuple[Any, ...]) -> list[Window]:
     return list(zip(kernel, stride, padding, (1, 1), strict=True))
 
 
-def _max_pool(args: tuple[Any, ...]) -> list[Window]:
+def _max_pool(args: Arguments) -> list[Window]:
     dilation = _both(args[4]) if len(args) > 4 else (1, 1)
     return [(*window[:3], step) for window, step in zip(_pool(args), dilation, strict=True)]
 
 
-def _both(value: Any) -> tuple[int, int]:
+def _both(value: int | Sequence[int]) -> tuple[int, int]:
     if isinstance(value, int):
         return value, value
     first, *rest = value

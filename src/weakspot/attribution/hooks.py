@@ -116,11 +116,11 @@ def reading(classifier: Classifier, places: Mapping[str, Place], visit: Visit) -
         if layer is not None and tensor is not None:
             visit(layer[0], layer[1].maps(tensor.detach()))
 
-    def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
+    def hook(module: nn.Module, _inputs: object, output: object) -> None:
         turns[module] = turns.get(module, 0) + 1
         see(wanted[module].get(turns[module]), first_tensor(output))
 
-    def called(number: int, output: Any, *_: Any) -> Any:
+    def called(number: int, output: object, *_: object) -> object:
         see(calls.get(number), output if isinstance(output, Tensor) else None)
         return output
 
@@ -167,12 +167,12 @@ class _Output:
 def _watch(classifier: Classifier, images: Tensor) -> list[_Output]:
     """Every call of a module in a forward pass that returned a map of the image, in the order they returned."""
     outputs: list[_Output] = []
-    alive: list[Any] = []  # so that no id is reused
+    alive: list[object] = []  # so that no id is reused
     turns: dict[str, int] = {}
     versions: dict[int, int] = {}  # of tensors: in-place operations raise them
     makers: dict[int, nn.Module] = {}
 
-    def hook(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    def hook(name: str, module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         tensor = first_tensor(output)
         turns[name] = turns.get(name, 0) + 1
         if tensor is None or not tensor.ndim or len(tensor) != len(images) or not tensor.is_floating_point():
@@ -241,7 +241,7 @@ def _calls(classifier: Classifier, image: Tensor) -> dict[str, Place]:
     """Function calls with weights whose outputs are maps of the image, for networks that have no modules."""
     images, places = _two(classifier, image), {}
 
-    def note(number: int, output: Any, function: Callable[..., Any], _arguments: Any) -> Any:
+    def note(number: int, output: object, function: Callable[..., object], _arguments: object) -> object:
         kind = getattr(function, "__name__", str(function)).split(".")[0]
         if (
             ("conv" in kind or "attention" in kind)
@@ -267,7 +267,7 @@ def replacing(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator
         change: maps that tensor to one of the same shape.
     """
 
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+    def hook(_module: nn.Module, _inputs: object, output: object) -> object:
         tensor = first_tensor(output)
         if tensor is None:
             return output

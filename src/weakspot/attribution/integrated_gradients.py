@@ -123,7 +123,7 @@ def margin_drop(
         adversarial = check_images(adversarial, classifier, name="adversarial")
         if clean.shape != adversarial.shape:
             raise ValueError(
-                f"adversarial must have the shape of clean, {tuple(clean.shape)}, got {tuple(adversarial.shape)}"
+                f"clean and adversarial must have one shape, got {tuple(clean.shape)} and {tuple(adversarial.shape)}"
             )
         with torch.no_grad():
             class_count = classifier(clean[:1]).shape[1]

@@ -6,7 +6,7 @@ a bare `relu(x + y)` that belongs to no module, and exported networks have no mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -144,7 +144,7 @@ class Layer:
                 yield seen
             return
 
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> object:
             tensor = first_tensor(output)
             if tensor is None:
                 return output
@@ -182,7 +182,9 @@ def find_layer(
     calls: list[_Call] = []
     linear: list[tuple[Tensor, Tensor | None]] = []
 
-    def record(number: int, output: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    def record(
+        number: int, output: object, function: Callable[..., object], arguments: tuple[Any, ...]
+    ) -> object:
         kind = getattr(function, "__name__", str(function)).split(".")[0]
         if kind == "linear" and len(arguments) >= 2:
             linear.append((arguments[1], arguments[2] if len(arguments) > 2 else None))
@@ -270,7 +272,7 @@ def _module_that_made(classifier: Classifier, image: Tensor, chosen: _Call) -> s
     with ExitStack() as stack:
         for name, module in classifier.network.named_modules():
 
-            def hook(_module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
+            def hook(_module: nn.Module, _inputs: object, output: object, name: str = name) -> None:
                 if (
                     isinstance(output, Tensor)
                     and output.shape == chosen.output.shape
@@ -304,7 +306,7 @@ def _named_layer(classifier: Classifier, image: Tensor, name: str) -> Layer:
     return replace(probe, layout=layout)
 
 
-def first_tensor(output: Any) -> Tensor | None:
+def first_tensor(output: object) -> Tensor | None:
     """The tensor that a module returned, the first of several, or None."""
     if isinstance(output, Tensor):
         return output
@@ -317,7 +319,7 @@ def first_tensor(output: Any) -> Tensor | None:
 class Calls(TorchFunctionMode):
     """Numbers torch calls in a forward pass and lets `visit(number, output, function, arguments)` replace outputs."""
 
-    def __init__(self, visit: Callable[..., Any]) -> None:
+    def __init__(self, visit: Callable[..., object]) -> None:
         super().__init__()
         self.visit = visit
         self.number = 0
@@ -326,7 +328,7 @@ class Calls(TorchFunctionMode):
     def counted(self, root: nn.Module) -> Iterator[None]:
         """Watch calls, counting from the start of each forward pass of `root`."""
 
-        def restart(_module: nn.Module, _inputs: Any) -> None:
+        def restart(_module: nn.Module, _inputs: object) -> None:
             self.number = 0
 
         with hooked(root, restart, before=True), self:
@@ -334,11 +336,11 @@ class Calls(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        func: Callable[..., Any],
-        types: Any,
+        func: Callable[..., object],
+        types: object,
         args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         output = func(*args, **(kwargs or {}))
         if is_unwatched():
             return output

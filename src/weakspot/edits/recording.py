@@ -12,7 +12,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weakspot.classifier import Classifier
-from weakspot.edits.steps import CannotRecordError, Recording, Slot, Step
+from weakspot.edits.steps import Arguments, CannotRecordError, Keywords, Recording, Slot, Step
 
 LOOKS = {"tolist", "numpy", "__array__", "__dlpack__", "data_ptr", "untyped_storage", "storage"}
 """Methods that hand a tensor's values to Python, past the recorder."""
@@ -57,7 +57,7 @@ class _Recorder(TorchDispatchMode):
         return self.slots.get(id(value))
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: object, args: Arguments = (), kwargs: Keywords | None = None
     ) -> Any:
         del types
         kwargs = kwargs or {}
@@ -86,7 +86,7 @@ class _Recorder(TorchDispatchMode):
             self._note(func, name, args, kwargs, result)
         return result
 
-    def _note(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def _note(self, func: Any, name: str, args: Arguments, kwargs: Keywords, result: Any) -> None:
         if name in {"_local_scalar_dense", "equal", "is_nonzero"}:
             raise CannotRecordError("it decides by the values of an image")
         written = [
@@ -139,7 +139,7 @@ class _ReadGuard(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: object, args: Arguments = (), kwargs: Keywords | None = None
     ) -> Any:
         del types
         if getattr(func, "__name__", "") in LOOKS and args and self.recorder.slot_of(args[0]) is not None:
@@ -147,7 +147,7 @@ class _ReadGuard(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _indexes_by_numbers(name: str, arguments: tuple[Any, ...]) -> bool:
+def _indexes_by_numbers(name: str, arguments: Arguments) -> bool:
     """Whether it indexes by integers only, so that the result's shape does not depend on values."""
     masks = {torch.bool, torch.uint8}
     return name == "index" and not any(

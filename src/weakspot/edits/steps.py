@@ -23,6 +23,8 @@ SITEWISE = {
 FRESH = {"convolution", "addmm", "add", "native_batch_norm", "_native_batch_norm_legit_no_training"}
 """Functions whose result shares no memory with anything else."""
 
+Arguments = tuple[Any, ...]  # of a torch function
+Keywords = dict[str, Any]
 Values = dict[int, Any]
 """By slot: a tensor, or the windows that edits change of it."""
 
@@ -54,8 +56,8 @@ class Step:
 
     name: str
     call: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
+    arguments: Arguments
+    keywords: Keywords
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     several: bool
