@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -164,11 +165,11 @@ def dissect(
         make_folder(out)
         advance("reading the pictures", 0.02)
         concepts = _concepts(dataset, out, classifier, masks, names, void)
-        from weakspot.dissection import dissection
+        from weakspot.dissection import dissect_layers
 
         layers = list(layer or _last_layers(classifier))
         fraction_active = (0.01 if demo else 0.005) if quantile is None else quantile
-        found = dissection(
+        found = dissect_layers(
             classifier, layers, concepts, quantile=fraction_active, min_iou=min_iou, denominator=denominator,
             alignment=alignment, cache=out / "cache",
             progress=lambda fraction: advance("dissecting", 0.05 + (0.45 if asked else 0.8) * fraction),
@@ -177,7 +178,7 @@ def dissect(
             classifier, found, asked, lambda fraction: advance("attacking", 0.5 + 0.35 * fraction)
         )
         advance("drawing", 0.9)
-        options = {name: str(value) for name, value in next(iter(found.values())).options.items()}
+        options = {name: str(value) for name, value in asdict(next(iter(found.values())).options).items()}
         made = {
             "concepts": f"{concepts}" if dataset else "colors and textures that weakspot generated",
             "layers": ", ".join(layers),

@@ -19,14 +19,14 @@ from weakspot.statistics.number_format import p_value, percent
 if TYPE_CHECKING:
     from weakspot.defenses.unit_study import UnitStudy
     from weakspot.dissection import Dissection
-    from weakspot.dissection.unit_examples import Shown
+    from weakspot.dissection.unit_examples import UnitExample
 
 DIMMED = 0.3  # brightness outside the unit's active sites
 
 
 def unit_page(
     found: Mapping[str, Dissection],
-    pictures: Mapping[str, Mapping[int, Sequence[Shown]]],
+    pictures: Mapping[str, Mapping[int, Sequence[UnitExample]]],
     *,
     model: str,
     made: Mapping[str, str],
@@ -57,7 +57,7 @@ def unit_page(
 
 
 def _layer(
-    found: Dissection, pictures: Mapping[int, Sequence[Shown]], study: UnitStudy | None
+    found: Dissection, pictures: Mapping[int, Sequence[UnitExample]], study: UnitStudy | None
 ) -> dict[str, Any]:
     table = found.units if study is None else study.units
     detectors = table[table["concept"].notna()]
@@ -69,7 +69,7 @@ def _layer(
         "name": found.layer,
         "units": len(table),
         "detectors": len(detectors),
-        "least": found.options["min_iou"],
+        "least": found.options.min_iou,
         "bars": [
             {
                 "concept": concept,
@@ -126,7 +126,7 @@ def _study(study: UnitStudy) -> dict[str, Any]:
     }
 
 
-def _picture(shown: Shown) -> str:
+def _picture(shown: UnitExample) -> str:
     """The picture as JPEG data, dim where the unit is not active and with the border between drawn."""
     pixels = shown.pixels.permute(1, 2, 0).numpy()
     pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
