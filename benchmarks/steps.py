@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from weakspot import L2, AttackResult, Budget, Classifier, Linf, attacks
-from weakspot.attacks.context import attack_context
+from weakspot.attacks.context import AttackOptions, attack_context
 from weakspot.attacks.gradient import Search, random_start
 from weakspot.attacks.losses import margin as margin_objective
-from weakspot.classifier import margin, predict
+from weakspot.classifier import predict
+from weakspot.logits import margin
 
 CASES = {"cifar10_resnet2b_adv": 8 / 255, "cifar10_resnet4b_adv": 2 / 255, "cifar10_cnn_a_adv4": 8 / 255}
 STEPS = 10
@@ -26,9 +27,9 @@ STEPS = 10
 
 def fixed_steps(model: Classifier, images: Tensor, labels: Tensor, budget: Budget) -> AttackResult:
     """PGD with Madry's step, otherwise as attacks.pgd."""
-    with attack_context(model, images, labels, None, None, None) as problem:
-        search = Search(problem, budget, margin_objective, momentum=0, stop_early=False)
-        search.run(random_start(problem, budget, 0), [2.5 / STEPS] * STEPS, None)
+    with attack_context(model, images, labels, AttackOptions(budget)) as problem:
+        search = Search(problem, margin_objective)
+        search.run(random_start(problem, 0), [2.5 / STEPS] * STEPS)
         return problem.result(search.best)
 
 

@@ -18,18 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 
-from weakspot.attacks.context import attack_context
+from weakspot.attacks.context import AttackOptions, attack_context
 from weakspot.attacks.gradient import random_start
 from weakspot.budgets import Budget
-from weakspot.classifier import (
-    Classifier,
-    as_wrapped_classifier,
-    default_batch,
-    evaluating,
-    logits_of,
-    margin,
-)
+from weakspot.classifier import Classifier, as_wrapped_classifier, default_batch, evaluating
 from weakspot.defenses.randomized import one_draw
+from weakspot.logits import logits_of, margin
 
 MOST = 6  # inner networks that are looked at, from the outside
 FLAT = 1e-8  # variance of a channel below which no slope can be fitted
@@ -213,8 +207,8 @@ def agreement(
         budget: of the attacks that are to be judged.
         seed: of points and draws.
     """
-    with attack_context(defended, images, labels, None, None, None, seed) as problem:
-        points = problem.apply(random_start(problem, budget, STREAM))
+    with attack_context(defended, images, labels, AttackOptions(budget, seed=seed)) as problem:
+        points = problem.apply(random_start(problem, STREAM))
     ratio = _ratio(defended, lead, points, labels, budget, seed)
     return (ratio >= SMALLEST_RATIO) & (ratio <= LARGEST_RATIO)
 
