@@ -29,18 +29,15 @@ KNOWN_CIRCULAR = {
     "weakspot.audit.engines.ray_engine",
     "weakspot.audit.store.remote",
     "weakspot.audit.store.run",
-    "weakspot.explanations.alignment_controls",
-    "weakspot.explanations.visible_change",
 }
 KNOWN_LONG = {
     "weakspot.audit.store.maps",
     "weakspot.audit.work.shard",
     "weakspot.cli.audit",
-    "weakspot.explanations.promotion",
     "weakspot.fusion",
 }
 KNOWN_SAME_NAME = {"base", "charts", "sentences"}
-KNOWN_SHADOWED = {"weakspot.dissection", "weakspot.edits.cells"}
+KNOWN_SHADOWED = {"weakspot.edits.cells"}
 
 
 @cache

@@ -131,7 +131,7 @@ def test_without_masks_the_first_folder_is_the_label_of_the_whole_picture(tmp_pa
         else:
             gray(np.full((9, 7), 60)).save(path)
     with pytest.warns(
-        ImageWarning, match="1 of 4 pictures lie in no folder that names a label .* astray.png"
+        ImageWarning, match="1 of 4 pictures are in no folder that names a label .* astray.png"
     ):
         out = build_concepts(tmp_path / "images", tmp_path / "out", category="texture")
     concepts = ConceptSet.open(out)

@@ -84,7 +84,9 @@ def unit_restoration(
                 f"layer must be a module that is called once in a forward pass, got {layer!r}, which is called "
                 f"{place.calls} times (try the block around it)"
             )
-        changed, random, units = _restore_all(classifier, place, pairs, fractions, seed, batch_size)
+        changed, random, units = _restore_all(
+            classifier, place, pairs, fractions, seed=seed, batch_size=batch_size
+        )
     fooled = changed[0].isfinite()
     table = []
     for number, fraction in enumerate(fractions):
@@ -105,14 +107,15 @@ def _restore_all(
     place: Place,
     pairs: Pairs,
     fractions: Sequence[float],
+    *,
     seed: int,
-    batch_size: int | None,
+    batch_size: int | None = None,
 ) -> tuple[Tensor, Tensor, int]:
     """`_restore` for all pairs, batch by batch."""
     size = classifier.fixed_batch or batch_size or default_batch(pairs.clean)
     keys = _random.keys(pairs.clean, seed)
     results = [
-        _restore(classifier, place, pairs, rows, keys[rows], fractions)
+        _restore(classifier, place, pairs, fractions, rows=rows, keys=keys[rows])
         for rows in torch.arange(len(pairs), device=pairs.clean.device).split(size)
     ]
     changed, random, units = zip(*results, strict=True)
@@ -123,9 +126,10 @@ def _restore(
     classifier: Classifier,
     place: Place,
     pairs: Pairs,
+    fractions: Sequence[float],
+    *,
     rows: Tensor,
     keys: Tensor,
-    fractions: Sequence[float],
 ) -> tuple[Tensor, Tensor, int]:
     """Whether the decision is restored (fractions, n), by changed and by random units, and the number of units.
 
@@ -183,7 +187,7 @@ def analyze_units(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
         called_once = [place for place in places.values() if place.module is not None and place.calls == 1]
         if not called_once:
             return Analysis(scores=pd.DataFrame(index=range(len(pairs))), maps={})
-        changed, random, _ = _restore_all(classifier, called_once[-1], pairs, FRACTIONS, seed, None)
+        changed, random, _ = _restore_all(classifier, called_once[-1], pairs, FRACTIONS, seed=seed)
     fractions = torch.tensor(FRACTIONS, dtype=torch.float64, device=changed.device)[:, None]
     scores = {}
     for name, restored in zip(MEANINGS, (changed, random), strict=True):

@@ -127,9 +127,8 @@ def unit_sensitivity(
     check_batch_size(batch_size)
     if not isinstance(layer, str):
         raise ValueError(f"layer must be the name of one layer, got {layer!r}")
-    means = _unit_means(
-        model, layer, [pairs] if isinstance(pairs, Pairs) else pairs, noises, seed, batch_size
-    )
+    batches = [pairs] if isinstance(pairs, Pairs) else pairs
+    means = _unit_means(model, layer, batches, noises=noises, seed=seed, batch_size=batch_size)
     clean = means.clean
     if len(clean) < 2:
         raise ValueError(f"pairs must hold at least two pairs, for a spread, got {len(clean)}")
@@ -214,7 +213,7 @@ class _Means:
 
 
 def _unit_means(
-    model: nn.Module, layer: str, batches: Iterable[Pairs], noises: int, seed: int, batch_size: int | None
+    model: nn.Module, layer: str, batches: Iterable[Pairs], *, noises: int, seed: int, batch_size: int | None
 ) -> _Means:
     """Mean activation of every unit in the clean, the adversarial and the noisy images."""
     means: list[Tensor] = []
