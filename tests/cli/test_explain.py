@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 
 import weakspot
 from weakspot import Pairs, cli, sample_images
-from weakspot.audit.store.run import FILES
+from weakspot.audit.store.run_folder import FILES
 from weakspot.cli.app import Failure
 from weakspot.statistics.number_format import p_value
 
@@ -464,7 +464,11 @@ def test_an_interrupt_before_anything_is_written_says_so_whatever_lies_there(
 @pytest.mark.parametrize(
     ("command", "where", "kept"),
     [
-        (("explain", *TINY_OPTIONS), "weakspot.audit.store.run._save_maps", "report.html, pairs.safetensors"),
+        (
+            ("explain", *TINY_OPTIONS),
+            "weakspot.audit.store.run_folder._save_maps",
+            "report.html, pairs.safetensors",
+        ),
         (
             ("explain", *TINY_OPTIONS),
             "weakspot.cli.explain.print_table",

@@ -211,7 +211,7 @@ def audit(
     that look for the smallest change only if that is within the stated budget.
 
     A gate (--fail-if) is asked of every attack in every region: robust_accuracy, robust_low, robust_high,
-    clean_accuracy, images, skipped, troubled, region_fraction, and the mean of any score with NAME_low and NAME_high.
+    clean_accuracy, images, skipped, errors, region_fraction, and the mean of any score with NAME_low and NAME_high.
     With
     --resume of a finished audit it is asked at once. It never opens on an audit that is not complete.
     """
@@ -248,11 +248,10 @@ def audit(
         _progress(quiet or as_json) as watch,
         _stopping(where),
     ):
-        from weakspot.audit import Plan, Run, summarize
+        from weakspot.audit import Plan, open_run, summarize
         from weakspot.audit import audit as carry_out
         from weakspot.audit import resume as go_on
-        from weakspot.audit.findings.gates import unknown_cases
-        from weakspot.audit.findings.summary import cell_table, undefined_names
+        from weakspot.audit.findings.summary import cell_table, undefined_names, unknown_cases
 
         if resume is not None:
             run = go_on(where, watch=watch, **how)
@@ -263,7 +262,7 @@ def audit(
                 raise Failure("--control-images takes effect only with --controls", USAGE)
             run = carry_out(plan, where, watch=watch, **how)
         if floats:
-            run = Run(run.name, eight_bit=False)
+            run = open_run(run.name, eight_bit=False)
         if report:
             _report(run)
     summary = summarize(run)
@@ -282,7 +281,7 @@ def audit(
     for sentence in shortfalls:
         complain(sentence)
     tell_gate(verdicts, quiet=quiet or as_json, shortfalls=shortfalls)
-    if shortfalls or not run.about["images"]["read"]:
+    if shortfalls or not (run.info.images and run.info.images.read):
         raise typer.Exit(UNREADABLE)
 
 
@@ -330,10 +329,10 @@ def _stopping(where: str) -> Iterator[None]:
 
 def _report(run: Run) -> None:
     """Write the page; the audit is done, whether there is room for that or not."""
-    from weakspot.audit.page.run_page import FILE, keep_run_report
+    from weakspot.audit.page.run_page import FILE, store_run_report
 
     try:
-        keep_run_report(run)
+        store_run_report(run)
     except OSError as error:
         again = f"weakspot report {shlex.quote(run.name)}"
         note(
@@ -352,8 +351,8 @@ def _tell(
         rows = json.loads(skipped.to_json(orient="records"))
         about = {
             "folder": where,
-            "status": run.about["status"],
-            "counts": run.about["images"],
+            "status": run.info.status,
+            "counts": run.info.to_json().get("images"),
             "shortfall": run.shortfall,
         }
         typer.echo(
@@ -388,7 +387,7 @@ def _print(summary: Summary, console: Console) -> None:
             str(cell.images),
             "" if math.isnan(cell.robust_accuracy) else f"{cell.robust_accuracy:.1%}",
             "" if cell.low != cell.low else f"{cell.low:.1%} to {cell.high:.1%}",
-            str(cell.troubled or ""),
+            str(cell.errors or ""),
         )
     console.print(table)
     if summary.images:

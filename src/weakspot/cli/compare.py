@@ -71,10 +71,10 @@ def compare(
         raise Failure(f"--csv is {csv}; accepted is a file in a folder that is there", USAGE)
     with notes_for_people(quiet):
         from weakspot._io.files import write_atomic
-        from weakspot.audit import Run
         from weakspot.audit import compare as beside
+        from weakspot.audit import open_run
 
-        pair = Run(before, eight_bit=not floats), Run(after, eight_bit=not floats)
+        pair = open_run(before, eight_bit=not floats), open_run(after, eight_bit=not floats)
         shortfalls = [f"{run.name}: {run.shortfall}" for run in pair if run.shortfall]
         found = beside(*pair)
         verdicts = pass_gate(
@@ -160,12 +160,12 @@ def report(
     on, or was cut off, it tells what is there, and says so.
     """
     del debug
-    from weakspot.audit import Run, write_run_report
-    from weakspot.audit.page.run_page import keep_run_report
+    from weakspot.audit import open_run, write_run_report
+    from weakspot.audit.page.run_page import store_run_report
 
-    opened = Run(run, eight_bit=not floats)
+    opened = open_run(run, eight_bit=not floats)
     if out is not None and out.is_dir():
         raise Failure(f"--out is {out}, which is a folder; accepted is a file's path", USAGE)
-    where = keep_run_report(opened) if out is None else str(write_run_report(opened, out).resolve())
+    where = store_run_report(opened) if out is None else str(write_run_report(opened, out).resolve())
     if not quiet:
         typer.echo(f"Written to {where}")

@@ -254,7 +254,7 @@ def _as_json(table: pd.DataFrame, about: Mapping[str, Any]) -> dict[str, Any]:
 def _write(out: Path, table: pd.DataFrame, about: Mapping[str, Any], title: str) -> None:
     """All files, run.json last."""
     from weakspot._io.files import write_atomic
-    from weakspot.audit.store.run import write_scores
+    from weakspot.audit.store.run_folder import write_scores
     from weakspot.report.figures import accuracy_figure
 
     text = json.dumps(_as_json(table, about), indent=2) + "\n"

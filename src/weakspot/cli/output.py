@@ -42,7 +42,7 @@ def make_folder(out: Path) -> None:
 
 def describe_run(classifier: Classifier, model: str, seed: int, skipped: list[str]) -> dict[str, str]:
     """How it was made, for report and run.json."""
-    from weakspot.audit.store.run import versions
+    from weakspot.audit.store.run_info import versions
     from weakspot.models.specs import fingerprint
 
     made = {
@@ -68,7 +68,7 @@ def print_json(explanation: Explanation, paths: dict[str, Path], skipped: list[s
 
 def print_table(explanation: Explanation, seconds: float, skipped: int) -> None:
     """A table, then a verdict per image."""
-    from weakspot.report.sentences import headline
+    from weakspot.report.verdicts import headline
     from weakspot.statistics.number_format import p_value, percent
 
     console = Console(highlight=False)
