@@ -298,7 +298,7 @@ def test_attacks_of_other_packages_are_listed_and_get_what_they_take(
         (["simple", "--region", "border:2"], "simple takes no --region"),
         (["simple", "--target", "2"], "simple takes no --target"),
         (["simple", "--batch-size", "2"], "simple takes no --batch-size"),
-        (["wrong"], "wrong returned a Tensor; accepted is an AttackResult"),
+        (["wrong"], "attack wrong must return an AttackResult, got Tensor"),
         (["broken"], "attack broken (no_such_package:attack) cannot be loaded"),
         (["free", "--set", "stpes=1"], "free cannot work with these arguments"),
     ):

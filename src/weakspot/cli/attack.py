@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,13 +49,13 @@ from weakspot.cli.output import (
 if TYPE_CHECKING:
     import pandas as pd
 
+    from weakspot.attacks import Attack, AttackOptions
     from weakspot.budgets import Budget
     from weakspot.classifier import Classifier
     from weakspot.pairs import AttackResult
 
 FILES = ("clean", "adversarial", "overview.png", "scores.csv", "pairs.safetensors", "run.json")
 DEFAULT_BUDGET = "linf:4/255"
-COMMON = {"model", "images", "labels", "budget", "region", "targets", "seed", "batch_size", "progress"}
 EXAMPLES = """
 
 [bold]Examples[/bold]
@@ -146,25 +145,21 @@ def attack(
     _check_apart(out, sources)
     check_existing(sources)
     with redirect_stdout(sys.stderr), notes_for_people(quiet), progress_bar(quiet or as_json) as advance:
-        from weakspot.attacks import find_attack
+        from weakspot.attacks import AttackOptions, find_attack
 
         refuse_fraction(context, [region])
-        run = find_attack(name)
-        spent, options = _arguments(name, run, budget, settings or [])
+        attack = find_attack(name)
+        spent, own = _budget(attack, budget), _settings(attack, settings or [])
         advance("loading the model", 0.0)
         classifier = load_classifier(model, weights, mean, std, classes, size, device)
         batch, names, skipped, unread = read_pictures(classifier, sources, samples=samples)
         make_folder(out)
         aim = find_aim(classifier, batch, names, target)
         mask, where = find_region(region, fraction, classifier, aim, seed)
-        options |= {
-            "region": mask,
-            "targets": aim.targets,
-            "batch_size": batch_size,
-            "seed": seed,
-            "progress": lambda share: advance("attacking", 0.1 + 0.8 * share),
-        }
-        result = _run(name, run, aim, options, classifier)
+        options = AttackOptions(
+            spent, mask, aim.targets, seed, batch_size, lambda done: advance("attacking", 0.1 + 0.8 * done)
+        )
+        result = _run(attack, classifier, aim, options, own)
         advance("writing", 0.92)
         about = {
             "attack": ", ".join([name, *(settings or [])]) + (f", {spent}" if spent else "") + f", {where}",
@@ -200,51 +195,43 @@ def _check_apart(out: Path, sources: list[Path]) -> None:
             )
 
 
-def _run(name: str, run: Any, aim: Aim, options: dict[str, Any], classifier: Classifier) -> AttackResult:
-    """The attack with as many of the common arguments as it takes; an error where one that matters is not taken."""
-    from weakspot.pairs import AttackResult
-
-    parameters = inspect.signature(run).parameters
-    free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for key, option in (("region", "--region"), ("targets", "--target"), ("batch_size", "--batch-size")):
-        if options[key] is not None and not free and key not in parameters:
-            raise Failure(f"{name} takes no {option}", USAGE)
-    taken = {key: value for key, value in options.items() if free or key in parameters or key not in COMMON}
+def _run(
+    attack: Attack, classifier: Classifier, aim: Aim, options: AttackOptions, own: Mapping[str, object]
+) -> AttackResult:
+    """The attack with as many of the shared options as it takes; an error if one that matters is not taken."""
+    for name, option in (("region", "--region"), ("targets", "--target"), ("batch_size", "--batch-size")):
+        if getattr(options, name) is not None and name not in attack.accepts:
+            raise Failure(f"{attack.name} takes no {option}", USAGE)
     try:
-        result = run(classifier, aim.images, aim.labels, **taken)
+        return attack.run(classifier, aim.images, aim.labels, options, own)
     except TypeError as error:
-        raise Failure(f"{name} cannot work with these arguments: {error}", USAGE) from error
-    if not isinstance(result, AttackResult):
-        raise Failure(f"{name} returned a {type(result).__name__}; accepted is an AttackResult", USAGE)
-    return result
+        raise Failure(f"{attack.name} cannot work with these arguments: {error}", USAGE) from error
 
 
-def _arguments(
-    name: str, run: Any, budget: str | None, settings: list[str]
-) -> tuple[Budget | None, dict[str, Any]]:
-    """The budget, and all keyword arguments that the options stand for."""
+def _settings(attack: Attack, settings: list[str]) -> dict[str, object]:
+    """The attack's own arguments, from texts NAME=VALUE."""
     from weakspot._checks import unknown_choice
-    from weakspot.budgets import read_budget
 
-    parameters = inspect.signature(run).parameters
-    free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    own = {key for key, p in parameters.items() if key not in COMMON and p.kind is not p.VAR_KEYWORD}
-    options: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
-            raise Failure(f"--set is {setting!r}; accepted is NAME=VALUE", USAGE)
-        if key in COMMON or (key not in own and not free):
-            raise Failure(unknown_choice(f"--set of {name}", key, sorted(own)), USAGE)
-        options[key] = setting_value(value)
-    if "budget" not in parameters and not free:
-        if budget is not None:
-            raise Failure(f"{name} looks for the smallest change and takes no --budget", USAGE)
-        return None, options
-    if budget is None and ("budget" not in parameters or parameters["budget"].default is None):
-        return None, options
-    spent = read_budget(DEFAULT_BUDGET if budget is None else budget)
-    return spent, {"budget": spent, **options}
+            raise Failure(f"--set must be NAME=VALUE, got {setting!r}", USAGE)
+        if not attack.takes(key):
+            raise Failure(unknown_choice(f"--set of {attack.name}", key, sorted(attack.parameters)), USAGE)
+        values[key] = setting_value(value)
+    return values
+
+
+def _budget(attack: Attack, budget: str | None) -> Budget | None:
+    """The budget that the option states, or the default one for an attack that must have one."""
+    from weakspot.budgets import read_budget
+
+    if budget is None:
+        return read_budget(DEFAULT_BUDGET) if attack.takes_budget and attack.default_budget else None
+    if not attack.takes_budget:
+        raise Failure(f"{attack.name} looks for the smallest change and takes no --budget", USAGE)
+    return read_budget(budget)
 
 
 def _write(
@@ -290,10 +277,9 @@ def _everything() -> list[dict[str, str]]:
     rows = []
     for name, summary in available_attacks().items():
         try:
-            parameters: Iterable[str] = inspect.signature(find_attack(name)).parameters
-        except ValueError:  # it cannot be loaded, which its summary says
-            parameters = ()
-        own = ", ".join(key for key in parameters if key not in COMMON)
+            own = ", ".join(find_attack(name).parameters)
+        except ValueError:  # it cannot be loaded, as its summary says
+            own = ""
         rows.append({"kind": "attack", "name": name, "what": summary, "--set": own})
     foreign = installed()
     for library in LIBRARIES:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from weakspot.attacks import bim, ensemble
-from weakspot.attacks.context import Problem, attack_context
+from weakspot.attacks.context import AttackOptions, Problem, Progress, attack_context, part_of
 from weakspot.attacks.eight_bit import fit, on_8bit_images
-from weakspot.attacks.gradient import Progress, Search, part_of, random_start
+from weakspot.attacks.gradient import Search, random_start, shrinking_steps
 from weakspot.attacks.losses import margin
 from weakspot.attacks.square_search import square_search
 from weakspot.budgets import Budget, Linf
@@ -114,8 +114,7 @@ class AttackSequence:
         self.random = defended is not model and is_random(defended, images, seed=effort.seed)
         # Every step on a random defense costs `draws` passes, so it has fewer steps and one restart.
         steps = effort.steps if not self.random else -(-2 * effort.steps // 3)
-        # Falling step sizes in units of the budget, as `pgd` takes them.
-        self.sizes = [2 * (1 - step / (steps + 1)) for step in range(steps)]
+        self.sizes = shrinking_steps(steps)
         self.restarts = 1 if self.random else RESTARTS
         own, undefended = as_classifier(defended), as_classifier(model)
         self.undefended = Side.of(undefended, False, effort)
@@ -223,9 +222,7 @@ class AttackSequence:
 
             def search(side: Side, rows: Tensor, count: int = count, stream: int = stream) -> Tensor:
                 with self._problem(side.queried, rows) as problem, problem.fused_model():
-                    return square_search(
-                        problem, self.effort.budget, queries=count, stream=stream, progress=self.part
-                    )[0]
+                    return square_search(problem, queries=count, stream=stream, progress=self.part)[0]
 
             self._attack(QUERIES.format(count), search, until=0.5 + 0.5 * count / most)
             fooled = before - int(self.defended.correct.sum())
@@ -256,15 +253,9 @@ class AttackSequence:
         self, classifier: Classifier, rows: Tensor, region: Tensor | None = None
     ) -> AbstractContextManager[Problem]:
         """The attack problem of these images, which the classifier sees rounded to 8 bits."""
-        return attack_context(
-            on_8bit_images(classifier),
-            self.images[rows],
-            self.labels[rows],
-            region=None if region is None else region[rows],
-            targets=None,
-            batch_size=None,
-            seed=self.effort.seed,
-        )
+        region = None if region is None else region[rows]
+        options = AttackOptions(self.effort.budget, region, seed=self.effort.seed)
+        return attack_context(on_8bit_images(classifier), self.images[rows], self.labels[rows], options)
 
     def _pgd(
         self,
@@ -281,15 +272,14 @@ class AttackSequence:
         With `early`, an image that is fooled leaves the search, unless rounding could undo it: only whole levels of an
         L-infinity budget round to themselves.
         """
-        budget = self.effort.budget
-        early = early and not self.random and isinstance(budget, Linf)
+        early = early and not self.random and isinstance(self.effort.budget, Linf)
         with self._problem(side.attacked, rows, region) as own:
             problem = own if lead is None else replace(own, lead=on_8bit_images(lead))
-            search = Search(problem, budget, margin, 0.0, early)
+            search = Search(problem, margin, stop_early=early)
             search.warned = True  # gradients of zero are what the agreement reports
             with problem.fused_model():
                 for restart in range(self.restarts):
-                    start = random_start(problem, budget, STREAMS * stream + restart)
+                    start = random_start(problem, STREAMS * stream + restart)
                     search.run(start, self.sizes, part_of(self.part, restart, self.restarts))
             return search.best
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 
-from weakspot.attacks.context import attack_context
+from weakspot.attacks.context import AttackOptions, attack_context
 from weakspot.attacks.gradient import random_start
 from weakspot.budgets import Budget
 from weakspot.classifier import (
@@ -217,10 +217,8 @@ def agreement(
         budget: of the attacks that are evaluated.
         seed: of points and draws.
     """
-    with attack_context(
-        defended, images, labels, region=None, targets=None, batch_size=None, seed=seed
-    ) as problem:
-        points = problem.apply(random_start(problem, budget, STREAM))
+    with attack_context(defended, images, labels, AttackOptions(budget, seed=seed)) as problem:
+        points = problem.apply(random_start(problem, STREAM))
     ratio = _change_ratio(defended, lead, points, labels, budget=budget, seed=seed)
     return (ratio >= SMALLEST_RATIO) & (ratio <= LARGEST_RATIO)
 

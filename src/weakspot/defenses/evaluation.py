@@ -16,8 +16,8 @@ from weakspot._checks import (
     check_seed,
     describe_error,
 )
+from weakspot.attacks.context import Progress
 from weakspot.attacks.eight_bit import rounded, whole_levels
-from weakspot.attacks.gradient import Progress
 from weakspot.budgets import Budget, Linf
 from weakspot.classifier import check_images, evaluating, predict
 from weakspot.defenses.attack_sequence import AttackSequence, Effort, is_correct, table_row
