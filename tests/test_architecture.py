@@ -35,7 +35,6 @@ KNOWN_CIRCULAR = {
 KNOWN_LONG = {
     "weakspot.audit.store.maps",
     "weakspot.audit.work.shard",
-    "weakspot.classifier",
     "weakspot.cli.audit",
     "weakspot.explanations.promotion",
     "weakspot.fusion",
