@@ -1,14 +1,21 @@
-# `make demo` and `make test` set up everything they need in .venv; nothing has to be installed before but Python and make.
+# Every target sets up what it needs in .venv; only Python 3.11+ and make have to be there.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+# The core tests carry none of these marks (see pyproject.toml).
+LONG := slow or kill or ray or train or browser or peers or data
+
+.PHONY: demo test test-all lint bench clean
 
 demo: .venv/ready
 	$(BIN)/weakspot explain --samples --out demo
 
+# One process for each core; `make test PYTEST="tests/attacks -x"` runs a part.
 test: .venv/ready-dev
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not ($(LONG))" $(PYTEST)
+
+test-all: .venv/ready-dev
+	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST)
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

@@ -33,9 +33,9 @@ from weakspot.explanations.agreement import (
     shift_tests,
     top_region,
 )
-from weakspot.explanations.analysis import rivals
-from weakspot.explanations.importance import spread
+from weakspot.explanations.analysis import competing_classes
 from weakspot.explanations.promotion import interpretability_matrix
+from weakspot.explanations.region_overlap import spread
 from weakspot.statistics import nulls, other_image_test, proportion_interval, run_test
 
 RUNS, RUN = 300, 20
@@ -65,7 +65,7 @@ def maps_of(model: nn.Module, images: Tensor, eps: float, *, attack_seed: int, s
         labels = predict(classifier, images).argmax(1)
     pairs = attacks.pgd(model, images, labels, budget=Linf(eps), steps=10, seed=attack_seed)
     with evaluating(model) as classifier:
-        losing = rivals(classifier, pairs)
+        losing = competing_classes(classifier, pairs)
         drop = margin_drop(classifier, pairs.clean, pairs.adversarial, labels, losing)
         rows = torch.arange(len(pairs))
         again = second_path(classifier, pairs, losing, drop, rows, seed=seed)

@@ -1,119 +1,22 @@
-"""Networks and pictures that tests share: small, of every kind, and the same in every run."""
+"""Fixtures that all tests share. The networks themselves are in tests/networks.py."""
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from weakspot.classifier import Classifier
+from tests.networks import NETWORKS, Made
 
-# Networks this small lose more by waiting for each other's threads than they gain.
+# Networks this small lose more time to synchronizing threads than they gain.
 torch.set_num_threads(1)
-
-
-class PoolingNetwork(nn.Module):
-    """Convolutions with batch-norm and in-place ReLU, a residual sum by function, then pooling + linear."""
-
-    def __init__(self, channels: int = 3, classes: int = 4) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(channels, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
-        self.branch = nn.Conv2d(8, 8, 3, 1, 1)
-        self.head = nn.Linear(8, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        stem = self.stem(images)
-        logits: Tensor = self.head(F.relu(stem + self.branch(stem)).mean((2, 3)))
-        return logits
-
-
-class FlatNetwork(nn.Module):
-    """A convolution and a linear layer on its flattened map, as in LeNet; for one image size."""
-
-    def __init__(self, size: tuple[int, int] = (16, 12), channels: int = 1, classes: int = 2) -> None:
-        super().__init__()
-        self.convolution = nn.Conv2d(channels, 4, 3, 2, 1)
-        self.head = nn.Linear(4 * -(-size[0] // 2) * -(-size[1] // 2), classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(F.relu(self.convolution(images)).flatten(1))
-        return logits
-
-
-class TokenNetwork(nn.Module):
-    """A vision transformer with a class token, no module hierarchy borrowed from any library."""
-
-    def __init__(self, size: tuple[int, int] = (16, 24), patch: int = 4, classes: int = 3) -> None:
-        super().__init__()
-        self.embed = nn.Conv2d(3, 16, patch, patch)
-        self.token = nn.Parameter(torch.randn(1, 1, 16))
-        self.places = nn.Parameter(torch.randn(1, 1 + size[0] * size[1] // patch**2, 16))
-        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True, dropout=0.0)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.norm = nn.LayerNorm(16)
-        self.head = nn.Linear(16, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        patches = self.embed(images).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.token.expand(len(images), -1, -1), patches], 1) + self.places
-        logits: Tensor = self.head(self.norm(self.encoder(tokens))[:, 0])
-        return logits
-
-
-class LinearNetwork(nn.Module):
-    """Two logits, +<weight, image> and -<weight, image>: attacks on it have closed forms."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-    def forward(self, images: Tensor) -> Tensor:
-        score = torch.einsum("nchw,chw->n", images.to(self.weight), self.weight)
-        return torch.stack([score, -score], 1)
-
-
-Made = tuple[nn.Module, Tensor]
-
-
-def doubled(made: Made) -> Made:
-    """The network, a copy of it, and the images in double precision."""
-    network, images = made
-    return copy.deepcopy(network).double(), images.double()
-
-
-def _seeded(build: Callable[[], nn.Module], *size: int) -> Made:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = build().eval()
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.running_mean, -0.2, 0.2)  # type: ignore[arg-type]
-                nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type]
-        return network, torch.rand(3, *size)
-
-
-NETWORKS: dict[str, Callable[[], Made]] = {
-    "pooling": lambda: _seeded(PoolingNetwork, 3, 20, 20),
-    "flat, gray, two classes, not square": lambda: _seeded(FlatNetwork, 1, 16, 12),
-    "tokens, not square": lambda: _seeded(TokenNetwork, 3, 16, 24),
-    "normalized": lambda: _seeded(
-        lambda: Classifier.wrap(PoolingNetwork(), mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.25]), 3, 18, 26
-    ),
-    "linear": lambda: _seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 9 * 7, 3)), 3, 9, 7),
-}
 
 
 @pytest.fixture(params=list(NETWORKS))
 def any_model(request: pytest.FixtureRequest) -> Made:
-    """A small classifier in eval mode and three images for it, of every kind in turn."""
+    """A small network in eval mode and three images for it; the test runs on each kind."""
     return NETWORKS[request.param]()
 
 
@@ -123,36 +26,9 @@ def pooling() -> Made:
     return NETWORKS["pooling"]()
 
 
-@contextmanager
-def untouched(model: nn.Module, *tensors: Tensor) -> Iterator[None]:
-    """Asserts that mode, parameters, gradients, hooks, RNG and the given tensors come back as they were."""
-
-    def state() -> dict[str, Any]:
-        return {
-            "modes": [module.training for module in model.modules()],
-            "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-            "needs gradients": [parameter.requires_grad for parameter in model.parameters()],
-            "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-            "hooks": [
-                (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
-                for m in model.modules()
-            ],
-            "random": torch.random.get_rng_state(),
-            "grad mode": torch.is_grad_enabled(),
-            "tensors": [tensor.clone() for tensor in tensors],
-            "leaves": [(tensor.requires_grad, tensor.grad is None) for tensor in tensors],
-        }
-
-    before = state()
-    try:
-        yield
-    finally:
-        torch.testing.assert_close(state(), before, rtol=0, atol=0)
-
-
 @pytest.fixture
 def data() -> Path:
-    """The folder of real networks and pictures that WEAKSPOT_DATA names."""
+    """The folder of real networks and images that WEAKSPOT_DATA names."""
     folder = Path(os.environ.get("WEAKSPOT_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not (folder / "MANIFEST.md").is_file():
         pytest.skip(f"no real data at {folder}; set WEAKSPOT_DATA to run this test")

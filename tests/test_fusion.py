@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from tests.conftest import NETWORKS, untouched
+from tests.networks import NETWORKS, untouched
 from weakspot import fusion
 from weakspot.classifier import Classifier, default_batch
 from weakspot.fusion import fused, measured_batch

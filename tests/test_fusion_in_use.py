@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.conftest import NETWORKS, Made, untouched
+from tests.networks import NETWORKS, Made, untouched
 from weakspot import fusion
 from weakspot.attacks import pgd
 from weakspot.classifier import Classifier

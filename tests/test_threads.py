@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import NETWORKS, untouched
+from tests.networks import NETWORKS, untouched
 from weakspot import (
     Classifier,
     LocalEdits,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import weakspot
-from tests.conftest import PoolingNetwork
+from tests.networks import PoolingNetwork
 from weakspot import Classifier, LocalEdits, Pairs, attacks, class_activation, explain, regions
 from weakspot._checks import ModelWarning, quiet, warn
 from weakspot.classifier import evaluating, predict

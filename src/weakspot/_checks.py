@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.util
 import os
 import sys
 import threading
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 ROUNDING = 1e-5
+LISTED = 20  # choices that a message lists
 INSIDE = (f"{Path(__file__).parent}{os.sep}", f"{Path(torch.__file__).parent}{os.sep}", contextlib.__file__)
 """Files between a caller's line and a warning: weakspot's own, and those through which it calls itself."""
 
@@ -144,47 +146,85 @@ def raised(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def closest(name: str, accepted: Iterable[str]) -> str:
-    """'did you mean ...?' where an accepted name is near, else the accepted names."""
-    names = list(accepted)
-    near = difflib.get_close_matches(name, names, n=3)
-    return f"did you mean {' or '.join(near)}?" if near else f"accepted: {', '.join(names[:20]) or 'none'}"
+def unknown_choice(name: str, value: object, choices: Iterable[str], *, remedy: str = "") -> str:
+    """The message for a value that is not among the choices, with the closest choice as the remedy.
+
+    Args:
+        name: of the argument.
+        value: that was given.
+        choices: the valid values. More than 20 are abbreviated.
+        remedy: what else the user can do, appended in parentheses.
+
+    >>> unknown_choice("attack", "pdg", ["fgsm", "pgd"])
+    "attack must be one of fgsm, pgd, got 'pdg' (did you mean 'pgd'?)"
+    """
+    names = list(choices)
+    listed = ", ".join(names[:LISTED]) + (f", ... ({len(names)} in total)" if len(names) > LISTED else "")
+    near = difflib.get_close_matches(str(value), names, n=3)
+    hints = [f"did you mean {' or '.join(map(repr, near))}?"] if near else []
+    hints += [remedy] if remedy else []
+    hint = f" ({'; '.join(hints)})" if hints else ""
+    return f"{name} must be one of {listed or '(none available)'}, got {value!r}{hint}"
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raises ValueError unless `value` is one of the choices."""
+    names = list(choices)
+    if value not in names:
+        raise ValueError(unknown_choice(name, value, names))
+
+
+def require(purpose: str, *modules: str, extra: str) -> None:
+    """Check that optional packages are installed, without importing them.
+
+    Args:
+        purpose: subject of the error's sentence, such as "an audit".
+        *modules: names as they are imported.
+        extra: the extra of weakspot that installs them.
+
+    Raises:
+        ValueError: if one is missing, with the command that installs it.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            package = module.replace("_", "-")
+            raise ValueError(f"{purpose} needs {package}: pip install 'weakspot[{extra}]'")
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a real number, and no truth value."""
+    """Whether the value is an int or a float, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def check_count(name: str, value: object, *, least: int = 1) -> None:
+    """Raises ValueError unless `value` is an integer of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
 def check_batch(images: Tensor, *, name: str = "images") -> None:
-    """Raises ValueError unless `images` is a finite float batch (N, C, H, W) with N, C, H, W of at least one."""
+    """Raises ValueError unless `images` is a finite float batch (N, C, H, W) with at least one pixel."""
     if not isinstance(images, Tensor):
-        raise ValueError(
-            f"{name} is a {type(images).__name__}; accepted is a float tensor (N, C, H, W) in [0, 1]"
-        )
+        raise ValueError(f"{name} must be a float tensor (N, C, H, W) in [0, 1], got {type(images).__name__}")
     if images.ndim != 4:
-        hint = "; add a batch dimension with images[None]" if images.ndim == 3 else ""
-        raise ValueError(f"{name} has shape {tuple(images.shape)}; accepted is (N, C, H, W){hint}")
+        hint = " (add a batch dimension with images[None])" if images.ndim == 3 else ""
+        raise ValueError(f"{name} must have shape (N, C, H, W), got {tuple(images.shape)}{hint}")
     if not images.is_floating_point():
-        raise ValueError(
-            f"{name} has dtype {images.dtype}; accepted are floats in [0, 1] (divide bytes by 255)"
-        )
+        raise ValueError(f"{name} must be floats in [0, 1], got {images.dtype} (divide bytes by 255)")
     if 0 in images.shape:
-        raise ValueError(
-            f"{name} has shape {tuple(images.shape)}, which holds no pixels; accepted is at least one"
-        )
+        raise ValueError(f"{name} must hold at least one pixel, got shape {tuple(images.shape)}")
     if not bool(images.isfinite().all()):
         bad = int((~images.isfinite()).flatten(1).any(1).nonzero()[0])
-        raise ValueError(f"{name}[{bad}] holds NaN or infinity; accepted are numbers in [0, 1]")
+        raise ValueError(f"{name} must be numbers in [0, 1], got NaN or infinity in {name}[{bad}]")
 
 
 def check_range(images: Tensor, *, name: str = "images") -> None:
-    """Warns with ImageWarning when values leave [0, 1] by more than rounding."""
+    """Warns with ImageWarning if values leave [0, 1] by more than rounding."""
     low, high = float(images.detach().min()), float(images.detach().max())
     if low < -ROUNDING or high > 1 + ROUNDING:
         warn(
-            f"{name} span {low:.3g} to {high:.3g} and are cut to [0, 1]; give unnormalized images and let the "
-            "classifier normalize them: Classifier.wrap(module, mean=..., std=...)",
+            f"{name} span {low:.3g} to {high:.3g} and are clipped to [0, 1] (give unnormalized images and let the "
+            "classifier normalize them: Classifier.wrap(module, mean=..., std=...))",
             ImageWarning,
         )
 
@@ -192,59 +232,56 @@ def check_range(images: Tensor, *, name: str = "images") -> None:
 def check_classes(
     classes: Tensor, count: int, class_count: int | None = None, *, name: str = "labels"
 ) -> None:
-    """Raises ValueError unless `classes` holds one class number, below `class_count`, for each of `count` images."""
-    if not isinstance(classes, Tensor) or classes.shape != (count,) or not _is_whole(classes.dtype):
-        what = (
-            f"{tuple(classes.shape)} {classes.dtype}"
-            if isinstance(classes, Tensor)
-            else type(classes).__name__
-        )
+    """Raises ValueError unless `classes` holds one class, below `class_count`, for each of `count` images."""
+    if not isinstance(classes, Tensor) or classes.shape != (count,) or not _is_integer(classes.dtype):
         raise ValueError(
-            f"{name} is {what}; accepted is an integer tensor of shape ({count},), one class per image"
+            f"{name} must be an integer tensor of shape ({count},), one class per image, got {_described(classes)}"
         )
     wrong = classes < 0 if class_count is None else (classes < 0) | (classes >= class_count)
     if bool(wrong.any()):
-        accepted = "0 and up" if class_count is None else f"0 to {class_count - 1}"
-        raise ValueError(f"{name} holds class {int(classes[wrong][0])}; accepted are classes {accepted}")
+        expected = "at least 0" if class_count is None else f"between 0 and {class_count - 1}"
+        raise ValueError(f"{name} must be classes {expected}, got {int(classes[wrong][0])}")
 
 
-def _is_whole(dtype: torch.dtype) -> bool:
+def _is_integer(dtype: torch.dtype) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
+def _described(value: object) -> str:
+    """Shape and dtype of a tensor, the type of anything else."""
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
 def check_budget(budget: object) -> None:
-    """Raises ValueError unless `budget` has what the protocol `Budget` asks for."""
+    """Raises ValueError unless `budget` has the methods of the protocol `Budget`."""
     if not all(
         callable(getattr(budget, method, None)) for method in ("project", "steepest_step", "distance")
     ):
         raise ValueError(
-            f"budget is {budget!r}; accepted is a budget such as Linf(4 / 255), L2(1.0), L1(10) or SSIM(0.01)"
+            f"budget must be a budget such as Linf(4 / 255), L2(1.0), L1(10) or SSIM(0.01), got {budget!r}"
         )
 
 
 def check_region(region: Tensor, images: Tensor) -> None:
-    """Raises ValueError unless `region` is bool (N, 1, H, W), or (1, 1, H, W) for every image."""
+    """Raises ValueError unless `region` is a bool tensor (N, 1, H, W) or (1, 1, H, W)."""
     count, _, height, width = images.shape
     shapes = {(count, 1, height, width), (1, 1, height, width)}
     if not isinstance(region, Tensor) or region.dtype != torch.bool or tuple(region.shape) not in shapes:
-        what = (
-            f"{tuple(region.shape)} {region.dtype}" if isinstance(region, Tensor) else type(region).__name__
-        )
         raise ValueError(
-            f"region is {what}; accepted is a bool tensor of shape ({count}, 1, {height}, {width})"
+            f"region must be a bool tensor of shape ({count}, 1, {height}, {width}), got {_described(region)}"
         )
 
 
 def check_seed(seed: int) -> None:
-    """Raises ValueError unless `seed` is a whole number that fits 64 bits."""
+    """Raises ValueError unless `seed` is an integer that fits 64 bits."""
     if not isinstance(seed, int) or abs(seed) >= 2**63:
-        raise ValueError(f"seed is {seed!r}; accepted is a whole number between -2**63 and 2**63")
+        raise ValueError(f"seed must be an integer between -2**63 and 2**63, got {seed!r}")
 
 
 def check_fraction(fraction: float, *, name: str = "fraction") -> None:
-    """Raises ValueError unless `fraction` is a share of the image, 0 to 1."""
+    """Raises ValueError unless `fraction` is a number between 0 and 1."""
     if not 0 <= fraction <= 1:
-        raise ValueError(f"{name} is {fraction}; accepted is a share of the image from 0 to 1")
+        raise ValueError(f"{name} must be between 0 and 1, got {fraction!r}")
 
 
 def check_finite(logits: Tensor, name: str) -> None:
@@ -252,11 +289,11 @@ def check_finite(logits: Tensor, name: str) -> None:
     if not bool(logits.isfinite().all()):
         bad = int((~logits.isfinite()).any(1).nonzero()[0])
         raise NotFiniteError(
-            f"{name} returned NaN or infinity for image {bad}; check its weights and normalization"
+            f"{name} returned NaN or infinity for image {bad} (check its weights and normalization)"
         )
 
 
 def check_batch_size(batch_size: int | None) -> None:
-    """Raises ValueError unless `batch_size` is None or a whole number of at least 1."""
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"batch_size is {batch_size!r}; accepted is a whole number of at least 1")
+    """Raises ValueError unless `batch_size` is None or an integer of at least 1."""
+    if batch_size is not None:
+        check_count("batch_size", batch_size)

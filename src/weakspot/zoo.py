@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weakspot._checks import check_seed, closest
+from weakspot._checks import check_seed, unknown_choice
 from weakspot.classifier import Classifier
 
 
@@ -174,7 +174,7 @@ def build(
     """
     maker = NETWORKS.get(ALIASES.get(name, name))
     if maker is None:
-        raise ValueError(f"model is {name!r}; {closest(name, [*NETWORKS, *ALIASES])}")
+        raise ValueError(unknown_choice("model", name, [*NETWORKS, *ALIASES]))
     if classes < 2:
         raise ValueError(f"classes is {classes}; accepted are two and more")
     if min(size) < 8:

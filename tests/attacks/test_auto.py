@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.attacks.test_gradient import Watched, balanced, bits, limit, predicted, region_of, tagged, times
-from tests.conftest import NETWORKS, LinearNetwork, Made, doubled, untouched
+from tests.networks import NETWORKS, LinearNetwork, Made, doubled, untouched
 from weakspot import Classifier, attacks
 from weakspot._checks import ModelWarning
 from weakspot.attacks import ensemble

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.attacks.test_gradient import predicted, region_of
-from tests.conftest import Made, untouched
+from tests.networks import Made, untouched
 from weakspot import L1, L2, SSIM, Linf, ModelWarning
 from weakspot.attacks import external, libraries
 
@@ -182,7 +182,7 @@ def test_what_goes_wrong_is_one_sentence(
     [
         (
             "torchattacks:Itt",
-            "attack is 'torchattacks:Itt', which torchattacks does not have; did you mean It",
+            "attack of torchattacks must .* got 'Itt' .did you mean 'It'",
         ),
         ("foolbox:LinfPGD", "attack foolbox:LinfPGD needs foolbox; run: pip install foolbox"),
         ("art:X", "needs art; run: pip install adversarial-robustness-toolbox"),

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from tests.attacks.test_few_pixels import convolutional, leaning, random_images
 from tests.attacks.test_gradient import predicted, region_of
-from tests.conftest import LinearNetwork
 from tests.data.test_real_networks import networks
+from tests.networks import LinearNetwork
 from weakspot.attacks import carlini_wagner, ead, ensemble, fmn, pgd, stored, strattack
 from weakspot.attacks.context import attack_context
 from weakspot.attacks.gray_levels import settle

@@ -21,7 +21,7 @@ from tests.attacks.test_few_pixels import (
     random_images,
 )
 from tests.attacks.test_gradient import Watched, bits, margins_of, predicted, region_of, tagged, times
-from tests.conftest import FlatNetwork, doubled, untouched
+from tests.networks import FlatNetwork, doubled, untouched
 from weakspot.attacks import carlini_wagner, ead, fmn, pgd, strattack
 from weakspot.attacks.context import attack_context
 from weakspot.attacks.gray_levels import STEPS

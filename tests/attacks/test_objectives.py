@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import Made
+from tests.networks import Made
 from weakspot.attacks import LOSSES, fgsm, pgd
 from weakspot.attacks.losses import find_loss
 from weakspot.budgets import Linf
@@ -130,9 +130,9 @@ def test_an_objective_is_found_by_its_name_or_is_itself() -> None:
 @pytest.mark.parametrize(
     ("loss", "sentence"),
     [
-        ("margn", r"loss is 'margn'; did you mean margin\?"),
-        ("loss", r"loss is 'loss'; accepted: margin, cross_entropy, dlr$"),
-        ("", r"loss is ''; accepted: margin"),
+        ("margn", r"loss must .* got 'margn' \(did you mean 'margin'\?"),
+        ("loss", r"loss must be one of margin, cross_entropy, dlr, got 'loss'$"),
+        ("", r"loss must be one of margin.* got ''"),
         (3, r"loss is a int; accepted is margin, cross_entropy, dlr or a function"),
         (None, r"loss is a NoneType; accepted is margin"),
         (lambda logits, labels, targets: logits, r"loss returned \(3, 4\); accepted .* \(3,\)"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import NETWORKS, LinearNetwork, Made, untouched
+from tests.networks import NETWORKS, LinearNetwork, Made, untouched
 from weakspot.attacks import bim, fgsm, pgd
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf
 from weakspot.classifier import margin

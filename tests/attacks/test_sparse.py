@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.attacks.test_few_pixels import Leaning, convolutional, random_images
 from tests.attacks.test_gradient import margins_of, predicted, region_of
-from tests.conftest import untouched
+from tests.networks import untouched
 from weakspot.attacks import carlini_wagner, ead, strattack
 from weakspot.attacks.group_sparse import group_lengths
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import Made
+from tests.networks import Made
 from weakspot import L2, SSIM, AttackResult, Linf, attacks, ssim_map
 from weakspot.attacks.registry import chosen, joined
 

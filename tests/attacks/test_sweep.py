@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import PoolingNetwork
+from tests.networks import PoolingNetwork
 from weakspot import attacks
 from weakspot.attacks import pixel_sweep
 
@@ -156,7 +156,7 @@ def test_the_oracle_beats_every_search() -> None:
 
 def test_bad_colors_get_one_sentence() -> None:
     model, images, labels = PoolingNetwork().eval(), torch.rand(1, 3, 6, 6), torch.tensor([0])
-    with pytest.raises(ValueError, match="did you mean corners"):
+    with pytest.raises(ValueError, match="did you mean 'corners'"):
         pixel_sweep(model, images, labels, colors="corner")
     with pytest.raises(
         ValueError, match=r"colors is \(2, 1\); accepted is 'corners', 'refined' or a float tensor"

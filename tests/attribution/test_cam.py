@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.conftest import NETWORKS, FlatNetwork, Made, PoolingNetwork, TokenNetwork, untouched
+from tests.networks import NETWORKS, FlatNetwork, Made, PoolingNetwork, TokenNetwork, untouched
 from weakspot._checks import ModelWarning
 from weakspot.attribution import class_activation
 from weakspot.models import load
@@ -156,10 +156,10 @@ def test_a_named_layer_is_read_as_it_came_out(pooling: Made, layer: str, wrapped
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        ("brunch", r"layer is 'brunch'.*did you mean branch\?"),
-        ("nothing like it", r"layer is 'nothing like it'.*accepted: stem"),
+        ("brunch", r"layer must .*got 'brunch' \(did you mean 'branch'\?"),
+        ("nothing like it", r"layer must be one of stem.*got 'nothing like it'"),
         ("head", r"layer 'head' returns \(1, 4\), which is no map of an image of 20 x 20"),
-        ("unused", r"layer 'unused' did not run"),
+        ("unused", r"layer must run and return a tensor, got 'unused'"),
     ],
 )
 def test_a_layer_that_cannot_be_used_is_refused_with_advice(pooling: Made, layer: str, message: str) -> None:
@@ -184,7 +184,7 @@ def test_a_layer_that_cannot_be_used_is_refused_with_advice(pooling: Made, layer
 def test_what_does_not_fit_is_refused_by_name(pooling: Made, argument: str, value: Any) -> None:
     model, images = pooling
     arguments = {"model": model, "images": images, "classes": CLASSES, argument: value}
-    with pytest.raises(ValueError, match=f"{argument}.*accepted"):
+    with pytest.raises(ValueError, match=f"{argument}.*(accepted|must)"):
         class_activation(**arguments)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.conftest import NETWORKS, Made, TokenNetwork, untouched
+from tests.networks import NETWORKS, Made, TokenNetwork, untouched
 from weakspot.attribution.layers import Layer, Layout, find_layer
 from weakspot.classifier import as_classifier
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.conftest import NETWORKS, untouched
+from tests.networks import NETWORKS, untouched
 from weakspot.attribution import class_activation
 from weakspot.attribution.alignment import Axis, Grid, effective_grid, place, receptive_grid
 from weakspot.attribution.layers import find_layer

@@ -36,7 +36,7 @@ def test_a_condition_is_what_python_makes_of_it(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("robust_acuracy < 0.4", "with 'robust_acuracy'; did you mean robust_accuracy?"),
+        ("robust_acuracy < 0.4", "got 'robust_acuracy' (did you mean 'robust_accuracy'"),
         ("", "accepted is a condition such as"),
         ("robust_accuracy <", "accepted is a condition such as"),
         ("robust_accuracy", "which compares nothing"),
@@ -55,7 +55,7 @@ def test_a_condition_is_what_python_makes_of_it(text: str) -> None:
     ],
 )
 def test_anything_else_is_refused_in_one_sentence(text: str, said: str) -> None:
-    with pytest.raises(ValueError, match=r"^fail-if is ") as raised:
+    with pytest.raises(ValueError, match="fail-if ") as raised:
         Condition(text, NAMES)
     assert said in str(raised.value)
     assert "\n" not in str(raised.value).replace(text, "")

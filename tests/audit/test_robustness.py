@@ -21,11 +21,11 @@ from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, compare, sum
 from weakspot.audit.findings.contrasts import region_contrasts
 from weakspot.audit.findings.curves import budget_curves
 from weakspot.audit.findings.gates import judge
-from weakspot.audit.findings.robustness import judged_attacks, limit_of, outcomes_query, stated_budgets
 from weakspot.audit.findings.summary import cell_table, undefined_names
 from weakspot.audit.page.run_page import run_report
+from weakspot.audit.plan.limits import judged_attacks, limit_of, stated_budgets
 from weakspot.audit.plan.plan import bounded_attacks
-from weakspot.audit.plan.plan_files import read_mapping
+from weakspot.audit.store.records import outcomes_query
 
 __all__ = ["networks", "photographs", "run"]  # fixtures
 STEADY = """
@@ -193,17 +193,17 @@ def test_a_minimal_norm_attack_is_counted_at_the_one_budget_of_its_norm_or_of_th
 
 
 def test_a_budget_beside_minimal_norm_attacks_alone_is_kept_in_the_plan(steady: Path) -> None:
-    plan = read_mapping(
+    plan = Plan.from_mapping(
         {"images": str(steady / "bright"), "attacks": "fmn", "budget": "linf:8/255"}
     ).resolved()
     assert [one.budget for one in stated_budgets(plan)] == ["linf:8/255"]
     assert [attack.budget for attack in plan.attacks] == [None]
-    again = read_mapping(plan.as_mapping())
+    again = Plan.from_mapping(plan.as_mapping())
     assert again == plan
-    both = read_mapping({"images": "x", "attacks": "pgd,fmn", "budget": "linf:1/255,l2:1"}).resolved()
-    assert read_mapping(both.as_mapping()) == both
-    with pytest.raises(ValueError, match="budget is 'linf:4/255', but pixels takes none"):
-        read_mapping({"images": "x", "attacks": "pixels", "budget": "linf:4/255"})
+    both = Plan.from_mapping({"images": "x", "attacks": "pgd,fmn", "budget": "linf:1/255,l2:1"}).resolved()
+    assert Plan.from_mapping(both.as_mapping()) == both
+    with pytest.raises(ValueError, match=r"budget must be left out, got 'linf:4/255': few_pixel takes none"):
+        Plan.from_mapping({"images": "x", "attacks": "few_pixel", "budget": "linf:4/255"})
 
 
 @pytest.fixture

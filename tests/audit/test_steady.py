@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import Made
+from tests.networks import Made
 from weakspot._checks import NotFiniteError
 from weakspot.attacks import pgd
 from weakspot.audit.work.batches import AdaptiveBatches, FixedBatchClassifier, bisect_failures

@@ -295,7 +295,7 @@ def test_a_patch_is_a_whole_number_of_pixels(patch: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "words"), [("locale", "did you mean local"), ("", "accepted: global, local")]
+    ("mode", "words"), [("locale", "did you mean 'local'"), ("", "must be one of global, local")]
 )
 def test_a_mode_is_global_or_local(mode: str, words: str) -> None:
     with pytest.raises(ValueError, match=rf"^SSIM mode is '{mode}'; {words}"):

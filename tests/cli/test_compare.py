@@ -95,7 +95,7 @@ def test_a_gate_that_makes_no_sense_is_said_before_anything_is_computed(
 def test_a_gate_on_a_column_that_is_not_there_names_those_that_are(run: Run, audited: Path) -> None:
     ended = run("audit", "--resume", audited / "two", "--fail-if", "robust_acuracy < 1")
     assert ended.code == 2
-    assert "did you mean robust_accuracy" in ended.err
+    assert "did you mean 'robust_accuracy" in ended.err
 
 
 def test_what_cannot_be_compared_is_one_sentence(run: Run, audited: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ import weakspot
 from weakspot import Pairs, cli, sample_images
 from weakspot.audit.store.run import FILES
 from weakspot.cli.app import Failure
-from weakspot.report.sentences import p_value
+from weakspot.statistics.number_format import p_value
 
 
 @dataclass
@@ -199,12 +199,12 @@ def test_a_named_file_that_is_missing_does_not_stop_the_others_but_shows_in_the_
         ),
         (["explain", "--samples", "--eps", "8"], "write 8/255, not 8"),
         (["explain", "--samples", "--norm", "l7"], "norm is 'l7'; accepted are linf and l2"),
-        (["explain", "--samples", "--region", "nowhere"], "region is 'nowhere'; accepted are none, cam"),
+        (["explain", "--samples", "--region", "nowhere"], "region must be one of none, cam"),
         (["explain", "--samples", "--size", "big"], "size is 'big'; accepted is HEIGHTxWIDTH"),
         (["explain", "--samples", "--mean", "a,b"], "mean is 'a,b'"),
-        (["explain", "--samples", "--analyses", "overlop"], "did you mean overlap?"),
-        (["explain", "--samples", "--target", "nothing"], "target is 'nothing'"),
-        (["explain", "--samples", "--model", "tiny_networks:biuld"], "did you mean build?"),
+        (["explain", "--samples", "--analyses", "overlop"], "did you mean 'overlap'?"),
+        (["explain", "--samples", "--target", "nothing"], "got 'nothing'"),
+        (["explain", "--samples", "--model", "tiny_networks:biuld"], "did you mean 'build'?"),
         (["explain", "--samples", "--device", "toaster"], "device is 'toaster'"),
         (["explain", "--samples", "--out", "tiny_networks.py"], "which is a file; accepted is a folder"),
     ],

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from tests.conftest import untouched
+from tests.networks import untouched
 from weakspot import L2, Budget, Classifier, Linf, Pairs, attacks, class_activation, explain, overlap
 from weakspot.classifier import predict
 from weakspot.explanations.agreement import agreement

@@ -217,13 +217,13 @@ def test_bad_arguments_are_told_in_one_sentence(tmp_path: Path) -> None:
         (images[0], labels, None, "images is"),
         (images.long(), labels, None, "images are torch.int64"),
         (images * torch.nan, labels, None, "images span"),
-        (images, labels[:2], None, "labels is"),
-        (images, -labels, None, "labels holds class"),
+        (images, labels[:2], None, "labels must"),
+        (images, -labels, None, "labels must be classes"),
         (images, labels, ["a"], "there are names for 1 classes"),
     ):
         with pytest.raises(ValueError, match=said):
             from_tensors(given_images, given_labels, class_names=names)
-    with pytest.raises(ValueError, match="split is 'trian'; did you mean train"):
+    with pytest.raises(ValueError, match=r"split must .* got 'trian' .did you mean 'train'"):
         read_labeled(tmp_path, split="trian")
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         read_labeled(tmp_path / "missing")

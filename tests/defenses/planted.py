@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.conftest import LinearNetwork
+from tests.networks import LinearNetwork
 from weakspot.budgets import Linf
 
 BUDGET = Linf(0.1)

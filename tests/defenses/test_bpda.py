@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.conftest import NETWORKS, untouched
 from tests.defenses.planted import BUDGET, Inline, Wrapper, planted, reversed_gradient
+from tests.networks import NETWORKS, untouched
 from weakspot import L1, L2, SSIM, Linf
 from weakspot.attacks.eight_bit import fit, on_8bit_images, rounded, whole_levels
 from weakspot.budgets import Budget

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import weakspot
-from tests.conftest import LinearNetwork, untouched
 from tests.defenses.planted import BUDGET, Inline, Wrapper, one_hot, planted, reversed_gradient
 from tests.defenses.test_neutralizing import fragile
 from tests.defenses.test_randomness import Shaking
+from tests.networks import LinearNetwork, untouched
 from weakspot._checks import ModelWarning
 from weakspot.budgets import L2, Linf
 from weakspot.defenses import (
@@ -266,9 +266,9 @@ def test_other_norms_are_judged_too() -> None:
         ({"steps": 0}, "steps is 0"),
         ({"draws": 0}, "draws is 0"),
         ({"queries": 0}, "queries is 0"),
-        ({"fraction": 3}, "fraction is 3"),
-        ({"seed": 0.5}, "seed is 0.5"),
-        ({"budget": 0.1}, "budget is 0.1"),
+        ({"fraction": 3}, "fraction must .* got 3"),
+        ({"seed": 0.5}, "seed must .* got 0.5"),
+        ({"budget": 0.1}, "budget must .* got 0.1"),
         ({"defended": len}, "defended must be a torch.nn.Module, got a builtin_function_or_method"),
         ({"substitute": 3}, "substitute must be a torch.nn.Module, got a int"),
         ({"labels": torch.full((12,), 9)}, "labels"),

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import FlatNetwork, LinearNetwork, untouched
 from tests.defenses.test_training import UNJUDGED, fresh, halves
+from tests.networks import FlatNetwork, LinearNetwork, untouched
 from weakspot import Linf, attacks
 from weakspot.datasets import LabeledImages, from_tensors
 from weakspot.training import TESTS, judged_images, matrix, outcomes, robustness_matrix, swap_backgrounds
@@ -234,7 +234,7 @@ def test_backgrounds_cut_off_go_on_and_are_found_once(
 
 def test_bad_arguments_are_told_in_one_sentence(tmp_path: Path) -> None:
     for arguments, said in (
-        ({"recipes": ("standard", "fool")}, "recipe is 'fool'; accepted: standard, localized"),
+        ({"recipes": ("standard", "fool")}, "recipe must be one of standard, localized.*got 'fool'"),
         ({"recipes": ()}, "recipes is empty"),
         ({"seeds": 0}, "seeds is 0"),
         ({"seeds": "2"}, "seeds is 2; accepted is a whole number"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import NETWORKS, PoolingNetwork, untouched
+from tests.networks import NETWORKS, PoolingNetwork, untouched
 from weakspot import Classifier, attacks, defenses
 from weakspot.budgets import Linf
 from weakspot.classifier import as_classifier
@@ -123,12 +123,12 @@ def test_attacks_see_through_the_defense() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [({"fill": "meen"}, "did you mean mean"), ({"fraction": 2}, "fraction is 2")],
+    [({"fill": "meen"}, "did you mean 'mean'"), ({"fraction": 2}, "fraction must be between 0 and 1, got 2")],
 )
 def test_what_does_not_fit_is_refused(arguments: dict[str, Any], told: str) -> None:
     model, images = NETWORKS["pooling"]()
     with pytest.raises(ValueError, match=told):
         neutralizing(model, **arguments)
-    with pytest.raises(ValueError, match="region is"):
+    with pytest.raises(ValueError, match="region must"):
         defenses.neutralize(images, torch.ones(1, 1, 2, 2, dtype=torch.bool))
     assert isinstance(neutralizing(model), Classifier)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import NETWORKS, LinearNetwork, PoolingNetwork, untouched
+from tests.networks import NETWORKS, LinearNetwork, PoolingNetwork, untouched
 from weakspot import attacks
 from weakspot.budgets import Linf
 from weakspot.classifier import as_classifier

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import untouched
 from tests.defenses.test_masking import Leaking
+from tests.networks import untouched
 from weakspot import Classifier, Linf, Pairs, attacks
 from weakspot.defenses.unit_study import association_sentences, unit_study
 from weakspot.dissection import Dissection

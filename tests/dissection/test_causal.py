@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import NETWORKS, untouched
+from tests.networks import NETWORKS, untouched
 from weakspot import Pairs, attacks, unit_restoration
 from weakspot.budgets import Linf
-from weakspot.dissection.causal import analyze
+from weakspot.dissection.causal import analyze_units
 
 
 class Carried(nn.Module):
@@ -73,9 +73,9 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_the_analysis_says_how_many_units_it_takes() -> None:
     model, pairs = carried()
-    found = analyze(model, pairs)
+    found = analyze_units(model, pairs)
     assert found.scores["units_to_revert"].tolist()[:5] == [0.01] * 5
     assert found.scores["units_to_revert"].isna().tolist() == [False] * 5 + [True]
     assert (found.scores["random_units_to_revert"][:5] >= 0.01).all()
     flat = nn.Sequential(nn.Flatten(), nn.Linear(75, 2)).eval()
-    assert len(analyze(flat, pairs).scores) == len(pairs)
+    assert len(analyze_units(flat, pairs).scores) == len(pairs)

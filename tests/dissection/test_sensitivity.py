@@ -9,8 +9,8 @@ import torch
 from scipy.stats import kstest, ttest_1samp
 from torch import Tensor, nn
 
-from tests.conftest import NETWORKS, PoolingNetwork, TokenNetwork, untouched
 from tests.data.test_real_networks import networks  # noqa: F401 - a fixture
+from tests.networks import NETWORKS, PoolingNetwork, TokenNetwork, untouched
 from weakspot import Classifier, Linf, Pairs, attacks
 from weakspot.classifier import predict
 from weakspot.dissection import sensitivity_sentence, unit_sensitivity
@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_refused() -> None:
     model, clean = planted(), noise(3, 1)
     with pytest.raises(ValueError, match="at least two pairs, for a spread, got 1"):
         unit_sensitivity(model, "look", pairs_of(clean[:1], clean[:1]))
-    with pytest.raises(ValueError, match="did you mean look"):
+    with pytest.raises(ValueError, match="did you mean 'look'"):
         unit_sensitivity(model, "lok", pairs_of(clean, clean))
     with pytest.raises(ValueError, match="noises must be a whole number from 1, got 0"):
         unit_sensitivity(model, "look", pairs_of(clean, clean), noises=0)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import untouched
 from tests.dissection.test_units import planted, seeing
+from tests.networks import untouched
 from weakspot.dissection import ConceptSet, dissection
 from weakspot.dissection.unit_examples import show_units
 from weakspot.report.unit_page import unit_page

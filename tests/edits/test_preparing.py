@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import PoolingNetwork
+from tests.networks import PoolingNetwork
 from weakspot import Classifier, LocalEdits
 from weakspot.edits import engine
 from weakspot.edits.recording import Recording, record

@@ -12,7 +12,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from tests.conftest import NETWORKS, PoolingNetwork
+from tests.networks import NETWORKS, PoolingNetwork
 from weakspot.attacks import pgd
 from weakspot.budgets import L2
 from weakspot.explanations import overlap

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.conftest import Made, untouched
+from tests.networks import Made, untouched
 from weakspot import (
     L2,
     SSIM,
@@ -27,14 +27,14 @@ from weakspot import (
     ssim_alignment,
 )
 from weakspot.classifier import as_classifier
-from weakspot.explanations.alignment import STATISTICS, alignment
 from weakspot.explanations.alignment_controls import (
     margin_gradient,
     pgd_of_equal_ssim,
     variance_gradient,
     with_shuffled_weights,
 )
-from weakspot.explanations.analysis import rivals
+from weakspot.explanations.analysis import competing_classes
+from weakspot.explanations.visible_change import STATISTICS, alignment
 from weakspot.similarity import ssim_map
 
 SIZE, COUNT = 32, 40
@@ -314,7 +314,7 @@ def test_the_pgd_control_has_the_ssim_of_the_attack(any_model: Made) -> None:
     for strength in (0.01, 0.2):
         noisy = (images + strength * torch.randn(images.shape, generator=generator)).clamp(0, 1)
         pairs = Pairs(images, noisy, labels, labels)
-        targets, loss = rivals(classifier, pairs), (1 - ssim_map(images, noisy)).mean((1, 2, 3))
+        targets, loss = competing_classes(classifier, pairs), (1 - ssim_map(images, noisy)).mean((1, 2, 3))
         gradient = margin_gradient(classifier, images, labels, targets)
         found = pgd_of_equal_ssim(classifier, images, labels, targets, gradient, loss, seed=0)
         reached = found.mean((1, 2, 3))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import NETWORKS, LinearNetwork, Made, untouched
+from tests.networks import NETWORKS, LinearNetwork, Made, untouched
 from weakspot._checks import ModelWarning
 from weakspot.attacks import pgd
 from weakspot.attribution import class_activation
@@ -237,20 +237,20 @@ def test_progress_rises_to_one(pooling: Made) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"analyses": ["overlp"]}, r"analyses has 'overlp', which is not installed; did you mean overlap\?"),
-        ({"analyses": ["nothing like it"]}, r"accepted: cam, ssim, overlap"),
-        ({"names": ["one", "two"]}, r"names has 2 entries; accepted is one for each of 3 pairs"),
+        ({"analyses": ["overlp"]}, r"analysis must .* got 'overlp' \(did you mean 'overlap'\?"),
+        ({"analyses": ["nothing like it"]}, r"analysis must be one of cam, ssim, overlap"),
+        ({"names": ["one", "two"]}, "names must have one entry for each of 3 pairs, got 2"),
         (
             {"analyses": ["cam"], "reference": torch.rand(2, 3, 20, 20)},
-            r"analyses must name one that compares images if there is a reference \(ssim, overlap, promotion\), got",
+            r"analyses must include one that compares images if there is a reference \(ssim, overlap, promotion\), got",
         ),
         (
             {"reference": torch.rand(2, 3, 9, 9)},
             r"reference must be images \(R, 3, 20, 20\), got \(2, 3, 9, 9\)",
         ),
-        ({"pairs": (torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4))}, "pairs is a tuple; accepted are Pairs"),
-        ({"pairs": None}, "pairs is a NoneType; accepted are Pairs"),
-        ({"model": "resnet18"}, "model is a str; accepted is a torch.nn.Module"),
+        ({"pairs": (torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4))}, "pairs must be Pairs, got tuple"),
+        ({"pairs": None}, "pairs must be Pairs, got NoneType"),
+        ({"model": "resnet18"}, "model must be a torch.nn.Module that returns logits, got str"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(pooling: Made, options: dict[str, Any], message: str) -> None:
@@ -265,7 +265,7 @@ def test_classes_the_model_has_not_are_refused_by_name(pooling: Made, name: str)
     model, images = pooling
     classes = {"labels": torch.tensor([0, 1, 2]), "targets": torch.tensor([1, 2, 3])}
     classes[name] = torch.tensor([0, 1, 9])
-    with pytest.raises(ValueError, match=f"{name} holds class 9"):
+    with pytest.raises(ValueError, match=f"{name} must be classes .* got 9"):
         explain(model, Pairs(images, images, **classes))
 
 
@@ -360,7 +360,7 @@ def test_an_analysis_without_one_row_for_each_pair_is_refused(
 ) -> None:
     model, images = pooling
     install(mine=lambda model, pairs, *, seed: result)
-    with untouched(model), pytest.raises(ValueError, match=f"analysis 'mine' returned {what}; accepted"):
+    with untouched(model), pytest.raises(ValueError, match=f"'mine' must return an Analysis.* got {what}"):
         explain(model, attacked(model, images), analyses=["mine"])
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.attacks.test_sweep import Triggered
-from tests.conftest import PoolingNetwork
+from tests.networks import PoolingNetwork
 from weakspot import Locality, Pairs, attacks, locality
 from weakspot.explanations.locality_by_radius import MEANINGS, RADII, locality_sentence, locality_table
-from weakspot.explanations.pixel_locality import analyze
+from weakspot.explanations.pixel_locality import analyze_locality
 from weakspot.statistics import rate_interval
 
 
@@ -113,7 +113,7 @@ def test_scores_by_radius_are_the_shares_of_the_rings() -> None:
     images = torch.rand(4, 3, 9, 7) * 0.05 + 0.5
     labels = model(images).argmax(1)
     pairs = attacks.pixel_sweep(model, images, labels).pairs(images, labels)
-    found, scores = locality(model, pairs), analyze(model, pairs).scores
+    found, scores = locality(model, pairs), analyze_locality(model, pairs).scores
     for number in range(4):
         site = (pairs.perturbation[number] != 0).any(0).nonzero()[0].tolist()
         by_ring: dict[int, list[bool]] = {}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import PoolingNetwork, TokenNetwork
+from tests.networks import PoolingNetwork, TokenNetwork
 from weakspot import Pairs, class_activation, interpretability_score, promotion_suppression, regions
 from weakspot.explanations import interpretability_test
 from weakspot.explanations.promotion import interpretability_matrix
@@ -178,11 +178,11 @@ def test_bad_input_gets_one_sentence() -> None:
     pairs = Pairs(images, images, torch.tensor([0]), torch.tensor([1]))
     with pytest.raises(ValueError, match="cell is 0; accepted is a whole number of pixels from 1"):
         promotion_suppression(model, pairs, cell=0)
-    with pytest.raises(ValueError, match="did you mean add_one"):
+    with pytest.raises(ValueError, match="did you mean 'add_one'"):
         promotion_suppression(model, pairs, variant="add_on")
     with pytest.raises(ValueError, match=r"groups is \(1, 8, 8\)"):
         promotion_suppression(model, pairs, groups=torch.zeros(1, 8, 8, dtype=torch.long))
-    with pytest.raises(ValueError, match="of is 'labels'; did you mean label"):
+    with pytest.raises(ValueError, match=r"of must .* got 'labels' .did you mean 'label'"):
         interpretability_score(model, pairs, of="labels")
 
 

@@ -12,14 +12,14 @@ from scipy.stats import false_discovery_control
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.conftest import NETWORKS, Made
 from tests.explanations.test_overlap import attacked, related
+from tests.networks import NETWORKS, Made
 from weakspot.attribution import margin_drop
 from weakspot.attribution.integrated_gradients import sampled_drop
 from weakspot.classifier import Classifier
 from weakspot.explanations import overlap
 from weakspot.explanations.agreement import agreed, second_path
-from weakspot.explanations.analysis import rivals
+from weakspot.explanations.analysis import competing_classes
 from weakspot.pairs import Pairs
 from weakspot.statistics import OtherImageTest
 
@@ -89,7 +89,7 @@ def test_the_second_path_has_half_the_points_of_the_first(
     model, images = pooling
     pairs = attacked(model, images)
     classifier = Classifier.wrap(model)
-    losing = rivals(classifier, pairs)
+    losing = competing_classes(classifier, pairs)
     drop = margin_drop(model, images, pairs.adversarial, pairs.labels, losing)
     counted: list[Tensor] = []
 
@@ -109,7 +109,7 @@ def test_paths_of_different_lengths_equal_single_ones(any_model: Made) -> None:
     model, images = any_model
     pairs = attacked(model, images)
     classifier = Classifier.wrap(model)
-    losing = rivals(classifier, pairs)
+    losing = competing_classes(classifier, pairs)
     places = [torch.rand(count) for count in (3, 5, 3)]
     arguments = (images, pairs.adversarial, pairs.labels, losing)
     found = sampled_drop(classifier, *arguments, places)

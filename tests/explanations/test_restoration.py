@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import PoolingNetwork
+from tests.networks import PoolingNetwork
 from weakspot import Linf, Pairs, attacks, occlusion, overlap, restoration
 
 
@@ -141,8 +141,8 @@ def test_overlap_takes_occlusion_as_importance() -> None:
 
 def test_bad_input_gets_one_sentence() -> None:
     model, images = PoolingNetwork().eval(), torch.rand(1, 3, 8, 8)
-    with pytest.raises(ValueError, match="fill is 'gray'; did you mean gray"):
-        occlusion(model, images, torch.tensor([0]), fill="gray")
+    with pytest.raises(ValueError, match=r"fill must .* got 'graay'"):
+        occlusion(model, images, torch.tensor([0]), fill="graay")
     with pytest.raises(ValueError, match=r"cell is 1\.5"):
         occlusion(model, images, torch.tensor([0]), cell=1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="cell is -1"):

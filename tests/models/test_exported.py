@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.conftest import Made, untouched
+from tests.networks import Made, untouched
 from weakspot.models import load
 from weakspot.models.exported import load_exported
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.conftest import Made, PoolingNetwork
+from tests.networks import Made, PoolingNetwork
 from weakspot.classifier import Classifier
 from weakspot.images import sample_images
 from weakspot.models import available_models, load
@@ -129,13 +129,13 @@ SPECS: dict[str, tuple[Any, str]] = {
     "a file and not a module": ("my_models.py:build", "my_models.py:build: "),
     "a path and not a module": ("./my_models.py:build", r"\./my_models.py:build"),
     "no module": (":build", ":build"),
-    "no such name": ("my_models:biuld", "has no 'biuld'; did you mean build"),
-    "no name": ("my_models:", "has no ''"),
+    "no such name": ("my_models:biuld", "got 'biuld' .did you mean 'build'"),
+    "no name": ("my_models:", "got ''"),
     "returns nothing": ("my_models:build_nothing", "my_models:build_nothing: made a NoneType"),
     "returns a class": ("my_models:build_a_class", "made a type"),
     "a number": ("my_models:number", "made a int"),
-    "nearly an installed model": ("efficientnet_lite", "did you mean efficientnet_lite0"),
-    "no installed model": ("resnet50", "'resnet50'; accepted: .*efficientnet_lite0"),
+    "nearly an installed model": ("efficientnet_lite", "did you mean 'efficientnet_lite0'"),
+    "no installed model": ("resnet50", "model must be one of .*efficientnet_lite0.* got 'resnet50'"),
     "nothing": ("", "''"),
     "weights, .pth": ("models/resnet.pth", r"resnet\.pth holds weights.*--weights"),
     "weights, .safetensors": ("resnet.safetensors", r"resnet\.safetensors holds weights.*--weights"),

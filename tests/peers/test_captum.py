@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import NETWORKS, Made
+from tests.networks import NETWORKS, Made
 from weakspot.attribution import class_activation, margin_drop
 from weakspot.explanations import overlap
 from weakspot.pairs import Pairs

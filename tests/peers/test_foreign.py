@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.attacks.test_gradient import predicted
-from tests.conftest import Made, untouched
+from tests.networks import Made, untouched
 from weakspot import L2, Budget, Linf
 from weakspot.attacks import external, pgd
 from weakspot.attacks.libraries import LIBRARIES, attacks_of, installed
@@ -72,7 +72,7 @@ def test_a_target_is_aimed_at(pooling: Made, name: str) -> None:
     [
         ("foolbox:LinfPGD", L2(1.0), "an attack in Linf, and budget is 1 L2"),
         ("foolbox:LinfPGD", None, "which needs a budget"),
-        ("foolbox:LinfPDG", None, "did you mean LinfPGD"),
+        ("foolbox:LinfPDG", None, "did you mean 'LinfPGD'"),
         ("torchattacks:DeepFool", Linf(0.1), "which takes no budget"),
         ("art:DeepFool", Linf(0.1), "which takes no budget"),
     ],

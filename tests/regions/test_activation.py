@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import Made, untouched
+from tests.networks import Made, untouched
 from weakspot import regions
 from weakspot.attribution import class_activation
 from weakspot.classifier import as_classifier, predict
@@ -72,18 +72,18 @@ def test_support_finds_the_two_patches_that_two_classes_read() -> None:
 def test_what_is_no_share_is_refused(pooling: Made, fraction: float) -> None:
     model, images = pooling
     classes = torch.zeros(3, dtype=torch.long)
-    with pytest.raises(ValueError, match="fraction is"):
+    with pytest.raises(ValueError, match="fraction must"):
         regions.cam(model, images, classes, fraction=fraction)
-    with pytest.raises(ValueError, match="fraction is"):
+    with pytest.raises(ValueError, match="fraction must"):
         regions.support(model, images, classes, classes, fraction=fraction)
 
 
 def test_support_says_which_classes_are_wrong(pooling: Made) -> None:
     model, images = pooling
     good = torch.tensor([0, 1, 2])
-    with pytest.raises(ValueError, match=r"labels is \(2,\)"):
+    with pytest.raises(ValueError, match=r"labels must .* got \(2,\)"):
         regions.support(model, images, good[:2], good)
-    with pytest.raises(ValueError, match=r"targets is .*float"):
+    with pytest.raises(ValueError, match=r"targets must .*float"):
         regions.support(model, images, good, good.float())
-    with pytest.raises(ValueError, match="holds class 4; accepted are classes 0 to 3"):
+    with pytest.raises(ValueError, match="must be classes between 0 and 3, got 4"):
         regions.support(model, images, good, good + 2)

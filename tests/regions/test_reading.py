@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import Made, untouched
+from tests.networks import Made, untouched
 from tests.regions.test_files import paint
 from weakspot import regions
 from weakspot.regions import read_region
-from weakspot.regions.spec import depends_on_fraction
+from weakspot.regions.spec import RegionSpec
 
 
 def predicted(model: torch.nn.Module, images: Tensor) -> Tensor:
@@ -88,19 +88,19 @@ def test_many_complements_and_long_texts_are_no_trouble(pooling: Made) -> None:
     assert torch.equal(read_region("~" * 2001 + "border:3", model, images, labels), ~frame)
     assert torch.equal(read_region(" & ".join(["border:3"] * 100), model, images, labels), frame)
     for text in ("border:²", "border:" + "9" * 300, "x" * 300):
-        with pytest.raises(ValueError, match=r"^region is"):
+        with pytest.raises(ValueError, match=r"^region (is|must)"):
             read_region(text, model, images, labels)
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("camm", "region is 'camm'; did you mean cam?"),
-        ("", "region is ''; accepted are none, cam"),
-        ("cam &", "region is 'cam &'; accepted are none, cam"),
-        ("somewhere", "region is 'somewhere'; accepted are none, cam, background, border:WIDTH"),
+        ("camm", "region must .* got 'camm' .did you mean 'cam'"),
+        ("", "region must be one of none, cam.* got ''"),
+        ("cam &", "region must be one of none, cam.* got ''"),
+        ("somewhere", "region must be one of .* got 'somewhere' .forms: none, cam, background, border:WIDTH"),
         ("border:wide", "accepted after border: is a width in pixels"),
-        ("cam:3", "region is 'cam:3'; did you mean cam"),
+        ("cam:3", "region must .* got 'cam:3' .did you mean 'cam'"),
         ("support", "region is 'support', which needs a class to reach"),
     ],
 )
@@ -138,4 +138,32 @@ def test_a_region_depends_on_the_share_to_keep_exactly_where_it_says_so(
         read_region(said, model, images, labels, targets=(labels + 1) % 4, fraction=fraction, seed=5)
         for fraction in (0.1, 0.7)
     )
-    assert depends_on_fraction(said) == (not few.equal(many))
+    assert RegionSpec.parse(said).depends_on_fraction == (not few.equal(many))
+
+
+@pytest.mark.parametrize(
+    ("text", "base", "donor"),
+    [
+        ("cam", None, None),
+        ("matched:cam", "cam", None),
+        ("matched:~cam", "~cam", None),
+        ("matched:(cam & border:3)", "cam & border:3", None),
+        ("matched:cam & border:3", None, None),  # part of a control is no control
+        ("other:cam#1", "cam", 1),
+        ("other:(~cam)#12", "~cam", 12),
+        ("other:cam#0", None, None),
+    ],
+)
+def test_a_spec_knows_the_region_that_it_controls(text: str, base: str | None, donor: int | None) -> None:
+    spec = RegionSpec.parse(text)
+    assert (str(spec), spec.donor) == (text, donor)
+    assert spec.is_control == (base is not None)
+    assert str(spec.control_of) == str(base)
+
+
+@pytest.mark.parametrize("text", ["cam", "~cam", "cam & border:3", "border|background", "matched:cam"])
+def test_a_control_is_parsed_back_from_its_text(text: str) -> None:
+    region = RegionSpec.parse(text)
+    for control in (region.shifted(), region.of_other_image(3)):
+        assert RegionSpec.parse(str(control)) == control
+        assert control.depends_on_image == region.depends_on_image

@@ -86,5 +86,5 @@ def test_images_of_other_channels_are_refused() -> None:
 
 
 def test_normalized_images_are_noticed() -> None:
-    with pytest.warns(ImageWarning, match="are cut to"):
+    with pytest.warns(ImageWarning, match="are clipped to"):
         regions.superpixels(torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)))

@@ -35,7 +35,7 @@ def test_a_smaller_share_lies_inside_a_larger_one(drawn: Tensor, one: float, oth
 
 @pytest.mark.parametrize("fraction", [-0.01, 1.01, float("nan")])
 def test_top_refuses_what_is_no_fraction(fraction: float) -> None:
-    with pytest.raises(ValueError, match="fraction is"):
+    with pytest.raises(ValueError, match="fraction must"):
         regions.top(torch.rand(1, 1, 3, 3), fraction)
 
 

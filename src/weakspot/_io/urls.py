@@ -1,7 +1,4 @@
-"""Places: files and folders by URL, of any protocol that fsspec knows.
-
-Stopping: what ends an audit that can go on later.
-"""
+"""Files and folders by URL, of any protocol that fsspec knows."""
 
 from __future__ import annotations
 
@@ -17,23 +14,8 @@ from typing import Any, NamedTuple
 from weakspot._io.files import write_whole
 
 
-class StoppedError(Exception):
-    """The folder could not be written, or workers died; what is in it is whole, and an audit that had begun can go on.
-
-    Attributes:
-        resumable: whether it had begun.
-    """
-
-    def __init__(self, sentence: str, *, resumable: bool) -> None:
-        super().__init__(sentence)
-        self.resumable = resumable
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return _again, (str(self), self.resumable)
-
-
-def _again(sentence: str, resumable: bool) -> StoppedError:
-    return StoppedError(sentence, resumable=resumable)
+class FetchError(Exception):
+    """A file behind a URL could not be fetched, for a reason that is not the file's own (such as the network)."""
 
 
 AT_ONCE = 8  # files that are fetched at the same time
@@ -117,7 +99,7 @@ def fetched(urls: Sequence[str]) -> list[bytes | None]:
     """The contents of files, several at a time; None of those that are not there or closed to us.
 
     Raises:
-        StoppedError: when one cannot be fetched for another reason: the network's fault, not the file's.
+        FetchError: when one cannot be fetched for another reason: the network's fault, not the file's.
     """
 
     def fetch(url: str) -> bytes | None:
@@ -127,9 +109,7 @@ def fetched(urls: Sequence[str]) -> list[bytes | None]:
         except LOST:
             return None
         except Exception as error:
-            raise StoppedError(
-                f"{url} cannot be fetched ({sentence(error)}); go on by --resume once it can", resumable=True
-            ) from error
+            raise FetchError(f"{url} cannot be fetched ({sentence(error)})") from error
 
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="weakspot-fetch") as pool:
         return list(pool.map(fetch, urls))
@@ -141,7 +121,7 @@ def local_copy(url: str) -> Path:
 
     Raises:
         FileNotFoundError: when it is not there.
-        StoppedError: when it cannot be fetched.
+        FetchError: when it cannot be fetched.
     """
     system, path = place(url)
     try:
@@ -154,7 +134,7 @@ def local_copy(url: str) -> Path:
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise StoppedError(f"{url} cannot be fetched ({sentence(error)})", resumable=True) from error
+        raise FetchError(f"{url} cannot be fetched ({sentence(error)})") from error
     return home / name
 
 

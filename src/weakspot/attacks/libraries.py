@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import closest
+from weakspot._checks import unknown_choice
 from weakspot.attacks.context import Problem
 from weakspot.budgets import L1, L2, Budget, Linf
 
@@ -188,7 +188,7 @@ def find(name: str) -> tuple[Callable[[Task, nn.Module], Any], Any]:
     if known is None:
         raise ValueError(f"attack {name} needs {library}; run: pip install {PACKAGES[library]}")
     if attack not in known:
-        raise ValueError(f"attack is {name!r}, which {library} does not have; {closest(attack, known)}")
+        raise ValueError(unknown_choice(f"attack of {library}", attack, known))
     return LIBRARIES[library], known[attack]
 
 

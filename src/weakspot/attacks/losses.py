@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from weakspot._checks import closest
+from weakspot._checks import check_choice
 from weakspot.classifier import margin as margin_of
 
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -64,8 +64,7 @@ def find_loss(loss: str | Loss) -> Loss:
         ValueError: when the name is unknown or it is no function.
     """
     if isinstance(loss, str):
-        if loss not in LOSSES:
-            raise ValueError(f"loss is {loss!r}; {closest(loss, LOSSES)}")
+        check_choice("loss", loss, LOSSES)
         return LOSSES[loss]
     if not callable(loss):
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import closest
+from weakspot._checks import check_choice
 from weakspot.attacks.context import Problem, attack_context
 from weakspot.attacks.gradient import Progress, check_counts, warn_of_zero_gradients
 from weakspot.attacks.tradeoff import Smallest
@@ -123,8 +123,7 @@ def fmn(
     False
     """
     check_counts(steps=steps)
-    if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}; {closest(str(norm), NORMS)}")
+    check_choice("norm", norm, NORMS)
     with attack_context(model, images, labels, region, targets, batch_size, seed) as problem:
         with problem.fused_model():
             found = Smallest(problem, NORMS[norm].size, 0.0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weakspot._checks import closest
+from weakspot._checks import check_choice
 from weakspot.attacks.context import Problem, attack_context
 from weakspot.attacks.differential_evolution import evolve
 from weakspot.attacks.gradient import Progress, check_counts, part_of
@@ -220,8 +220,7 @@ def few_pixel(
     """
     check_counts(count=count, generations=generations)
     check_counts(least=4, population=population)
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; {closest(str(method), METHODS)}")
+    check_choice("method", method, METHODS)
     with attack_context(model, images, labels, region, targets, batch_size, seed) as problem:
         sites = problem.region.flatten(1).sum(1)
         if count > images.shape[2] * images.shape[3]:

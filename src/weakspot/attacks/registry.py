@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weakspot._checks import closest
+from weakspot._checks import unknown_choice
 from weakspot.attacks.libraries import LIBRARIES
 from weakspot.attacks.library_attacks import external
 from weakspot.classifier import Classifier
@@ -55,7 +55,7 @@ def find_attack(name: str) -> Attack:
         return found
     known = [entry.name for entry in entry_points(group=GROUP)]
     raise ValueError(
-        f"attack is {name!r}; {closest(name, known)} (or LIBRARY:CLASS of {', '.join(LIBRARIES)})"
+        unknown_choice("attack", name, known, remedy=f"or give LIBRARY:CLASS of {', '.join(LIBRARIES)}")
     )
 
 

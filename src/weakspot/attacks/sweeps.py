@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import closest
+from weakspot._checks import unknown_choice
 from weakspot.attacks.context import Problem, attack_context
 from weakspot.attacks.gradient import Progress
 from weakspot.attacks.pixel_edits import paint
@@ -126,7 +126,7 @@ def _palette(colors: str | Tensor, images: Tensor) -> Tensor:
     if isinstance(colors, str):
         if colors not in COLORS:
             raise ValueError(
-                f"colors is {colors!r}; {closest(colors, COLORS)} or a tensor of colors (K, {channels})"
+                unknown_choice("colors", colors, COLORS, remedy=f"or give a tensor of colors (K, {channels})")
             )
         return _grid(2, channels).to(images)
     if not isinstance(colors, Tensor) or colors.ndim != 2 or colors.shape[1] != channels or not len(colors):

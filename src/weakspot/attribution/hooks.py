@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import closest
+from weakspot._checks import unknown_choice
 from weakspot._state import hooked
 from weakspot.attribution.layers import Calls, Layout, first_tensor, noise_like
 from weakspot.classifier import Classifier
@@ -77,8 +77,8 @@ def spatial_layers(
         plain = next((spelling for spelling in spellings if spelling in every), str(name))
         if plain not in every:
             modules = {key for key, _ in classifier.network.named_modules()}
-            why = "keeps no map of the image" if plain in modules else "is not in the network"
-            raise ValueError(f"layers has {name!r}, which {why}; {closest(plain, every)}")
+            why = f"{plain} has no feature map" if plain in modules else ""
+            raise ValueError(unknown_choice("layers", name, every, remedy=why))
         if every[plain] in known.values():
             raise ValueError(f"layers has {name!r}, which it has already; accepted is each layer once")
         known[name] = every[plain]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from weakspot._checks import closest
+from weakspot._checks import unknown_choice
 from weakspot._state import hooked, is_unwatched
 from weakspot.classifier import Classifier
 
@@ -291,12 +291,12 @@ def _named_layer(classifier: Classifier, image: Tensor, name: str) -> Layer:
     spellings = (name, name.removeprefix("network."), f"network.{name}")
     module = next((modules[spelling] for spelling in spellings if spelling in modules), None)
     if module is None:
-        raise ValueError(f"layer is {name!r}, which {classifier.name} has not; {closest(name, modules)}")
+        raise ValueError(unknown_choice("layer", name, filter(None, modules)))
     probe = Layer(name, classifier, Layout("channels_first", 0, 0), module)
     with probe.watched() as seen:
         classifier(image)
     if not seen:
-        raise ValueError(f"layer {name!r} did not run, or returned no tensor; {closest(name, modules)}")
+        raise ValueError(f"layer must run and return a tensor, got {name!r} (choose another layer)")
     layout = Layout.of(seen[-1], image)
     if layout is None:
         raise ValueError(

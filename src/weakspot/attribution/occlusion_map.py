@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import check_classes, closest
+from weakspot._checks import check_choice, check_classes
 from weakspot.classifier import check_images, evaluating
 from weakspot.edits import Edits, cells, exchanged, prepare, windowed
 
@@ -45,8 +45,7 @@ def occlusion(
     """
     if not isinstance(cell, int) or cell < 1:
         raise ValueError(f"cell is {cell!r}; accepted is a whole number of pixels from 1")
-    if fill not in FILLS:
-        raise ValueError(f"fill is {fill!r}; {closest(str(fill), FILLS)}")
+    check_choice("fill", fill, FILLS)
     with evaluating(model) as classifier:
         images = check_images(images, classifier)
         check_classes(classes, len(images), name="classes")

@@ -1,14 +1,14 @@
 """Runs: what a command leaves on disk, and audits, which leave most."""
 
-from weakspot._io.urls import StoppedError
 from weakspot.audit.findings.comparison import Comparison, compare
 from weakspot.audit.findings.contrasts import region_contrasts
 from weakspot.audit.findings.curves import budget_curves
 from weakspot.audit.findings.locations import score_findings
 from weakspot.audit.findings.summary import Summary, summarize
 from weakspot.audit.page.run_page import write_run_report
-from weakspot.audit.plan.plan import AttackPlan, ModelPlan, Plan
-from weakspot.audit.plan.plan_files import read_mapping, read_plan
+from weakspot.audit.plan.attack_plan import AttackPlan, ModelPlan
+from weakspot.audit.plan.plan import Plan, read_plan
+from weakspot.audit.store.integrity import StoppedError
 from weakspot.audit.store.run import Run, write_run
 from weakspot.audit.work.audits import AuditProgress, audit, resume
 
@@ -24,7 +24,6 @@ __all__ = [
     "audit",
     "budget_curves",
     "compare",
-    "read_mapping",
     "read_plan",
     "region_contrasts",
     "resume",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from fractions import Fraction
 
-from weakspot._checks import closest
+from weakspot._checks import unknown_choice
 from weakspot.budgets.base import Budget
 from weakspot.budgets.norms import L1, L2, Linf
 from weakspot.budgets.ssim import SSIM
@@ -37,7 +37,7 @@ def read_budget(text: str) -> Budget:
             f"budget is {text!r}; accepted is KIND:AMOUNT such as linf:4/255, l2:1.5 or ssim:0.01"
         )
     if kind not in MAKERS:
-        raise ValueError(f"budget is {text!r}; {closest(kind, MAKERS)}")
+        raise ValueError(unknown_choice("budget kind", kind, MAKERS))
     try:
         # No exponents of many digits: a fraction would write all their zeros out.
         eps = float(Fraction(amount.strip())) if len(amount.partition("e")[2]) <= 4 else float(amount)

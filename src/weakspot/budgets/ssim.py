@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from weakspot._checks import closest, is_number
+from weakspot._checks import check_choice, is_number
 from weakspot.budgets.base import MEMO
 
 C1, C2 = 0.01**2, 0.03**2  # Wang et al. 2004, doi 10.1109/TIP.2003.819861, for images in [0, 1]
@@ -53,8 +53,7 @@ class SSIM:
             raise ValueError(f"SSIM eps is {self.eps!r}; accepted is 0 to below 1, what may be lost of 1")
         if not isinstance(self.patch, int) or self.patch < 2:
             raise ValueError(f"SSIM patch is {self.patch}; accepted is a whole number of pixels, at least 2")
-        if self.mode not in MODES:
-            raise ValueError(f"SSIM mode is {self.mode!r}; {closest(str(self.mode), MODES)}")
+        check_choice("SSIM mode", self.mode, MODES)
         if not is_number(self.level) or not 0 < self.level <= 1:
             raise ValueError(f"SSIM level is {self.level!r}; accepted is a share above 0, up to 1")
 

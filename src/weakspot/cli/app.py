@@ -1,4 +1,4 @@
-"""The application: commands and their option groups, exit codes, and the one place that turns exceptions into sentences."""
+"""The application: commands with option groups, exit codes, and how exceptions become sentences."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from weakspot._checks import ModelError, raised
 
 UNEXPECTED, USAGE, GATE_FAILED, UNREADABLE, RESUMABLE, INTERRUPTED = 1, 2, 3, 4, 5, 130
 NOTHING_WRITTEN = "interrupted; nothing was written"
-WRITTEN_KEY = f"{__name__}.written"  # in the context: a function that says what the command has written so far
+WRITTEN_KEY = (
+    f"{__name__}.written"  # in the context: a function that says what the command has written so far
+)
 EXTRAS = {
     "audit": (("pyarrow", "duckdb", "zarr", "fsspec", "altair", "vl_convert"), "audit, compare, report"),
     "train": (("lightning_fabric",), "train"),
@@ -60,7 +62,11 @@ class Commands(TyperGroup):
             raise
         except BaseException as error:
             # rich exits this way if the reader of a pipe has gone.
-            if isinstance(error, SystemExit) and error.code and isinstance(error.__context__, BrokenPipeError):
+            if (
+                isinstance(error, SystemExit)
+                and error.code
+                and isinstance(error.__context__, BrokenPipeError)
+            ):
                 raise
             raise Failure(
                 f"the command did not finish: the model or a plug-in raised {raised(error)}", UNEXPECTED
@@ -113,7 +119,9 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
         # Paragraphs on one line each: the help is wrapped to the terminal, not to the source.
         paragraphs = (function.__doc__ or "").split("\n\n")
         text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-        epilog = "\n\n".join(["[bold]Examples[/bold]" if len(examples) > 1 else "[bold]Example[/bold]", *examples])
+        epilog = "\n\n".join(
+            ["[bold]Examples[/bold]" if len(examples) > 1 else "[bold]Example[/bold]", *examples]
+        )
         app.command(function.__name__, help=text, epilog=epilog)(call)
         return function
 

@@ -24,7 +24,9 @@ from weakspot.cli.options import (
     SamplesOption,
     SeedOption,
     SetOption,
+    flag,
     given,
+    option,
     parse_batch_size,
     parse_settings,
     refuse_fraction,
@@ -111,10 +113,10 @@ class Arguments:
         Raises:
             Failure: if it does not take one that decides the result.
         """
-        options = {"region": "--region", "targets": "--target", "batch_size": "--batch-size"}
-        for key, option in options.items():
+        names = {"region": "--region", "targets": "--target", "batch_size": "--batch-size"}
+        for key, name in names.items():
             if common[key] is not None and key not in self.parameters and not self.takes_any:
-                raise Failure(f"{self.attack} takes no {option}")
+                raise Failure(f"{self.attack} takes no {name}")
         return {key: value for key, value in common.items() if self.takes_any or key in self.parameters}
 
 
@@ -134,23 +136,15 @@ def attack(
     samples: SamplesOption = False,
     name: Annotated[
         str,
-        typer.Option(
-            "--attack",
-            "-a",
-            metavar="NAME",
-            help="A name from --list, or foolbox:CLASS, torchattacks:CLASS, art:CLASS.",
-            rich_help_panel=ATTACK,
-        ),
+        option("--attack -a NAME", "A name from --list, or foolbox:CLASS, torchattacks:CLASS, art:CLASS.", panel=ATTACK)
     ] = "pgd",
     budget: BudgetOption = "linf:4/255",
     settings: SetOption = None,
     batch_size: BatchSizeOption = "auto",
     seed: SeedOption = 0,
-    out: Annotated[
-        Path, typer.Option(metavar="FOLDER", help=f"Folder for {', '.join(FILES)}.")
-    ] = Path("weakspot-attack"),
+    out: Annotated[Path, option("FOLDER", f"Folder for {', '.join(FILES)}.")] = Path("weakspot-attack"),
     list_all: Annotated[
-        bool, typer.Option("--list", help="List attacks, their arguments, budgets and regions, and exit.")
+        bool, flag("--list", "List attacks, their arguments, budgets and regions, and exit.")
     ] = False,
 ) -> None:
     """Attack images; write the adversarial images, and what each cost.
@@ -252,7 +246,17 @@ def _print(scores: pd.DataFrame, ending: str, out: Path) -> None:
     """A row for each image: classes before and after, distances, and what the attack cost."""
     spent = [name for name in ("ssim_budget_spent", "ssim_local_budget_spent") if name in scores]
     similarities = ["ssim_windowed", "ssim_windowed_min"]
-    headings = ("image", "before → after", "fooled", "unrounded", "linf", "l2", "pixels", *similarities, *spent)
+    headings = (
+        "image",
+        "before → after",
+        "fooled",
+        "unrounded",
+        "linf",
+        "l2",
+        "pixels",
+        *similarities,
+        *spent,
+    )
     table = make_table([*headings, "n_forward", "n_backward"])
     for _, row in scores.iterrows():
         table.add_row(
@@ -268,7 +272,8 @@ def _print(scores: pd.DataFrame, ending: str, out: Path) -> None:
     print_table(table)
     stored, floats = (int(scores[key].sum()) for key in ("success_8bit", "success"))
     print_text(
-        f"\n{stored} of {len(scores)} images fooled as 8-bit files ({floats} before rounding){ending}", style="dim"
+        f"\n{stored} of {len(scores)} images fooled as 8-bit files ({floats} before rounding){ending}",
+        style="dim",
     )
     print_text(f"\nWritten to {out.resolve()} (look at overview.png)")
 

@@ -30,7 +30,10 @@ from weakspot.cli.options import (
     ModelOptions,
     OutputOptions,
     SeedOption,
+    argument,
+    flag,
     given,
+    option,
     parse_batch_size,
     parse_numbers,
     parse_settings,
@@ -38,7 +41,15 @@ from weakspot.cli.options import (
     read_class_names,
     refuse_fraction,
 )
-from weakspot.cli.output import json_rows, make_table, print_json, print_table, print_text, progress_bar, warnings_as_notes
+from weakspot.cli.output import (
+    json_rows,
+    make_table,
+    print_json,
+    print_table,
+    print_text,
+    progress_bar,
+    warnings_as_notes,
+)
 from weakspot.cli.session import check_existing, command_line
 
 if TYPE_CHECKING:
@@ -48,89 +59,6 @@ if TYPE_CHECKING:
 
 SHOWN = 5  # skipped images that are named; skipped.parquet has all
 FILES = "run.json, records.parquet, skipped.parquet, maps.zarr, report.html"
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """The options that a plan.toml may hold as well. What is given on the command line takes precedence."""
-
-    attacks: Annotated[
-        str,
-        typer.Option(
-            "--attacks",
-            "-a",
-            metavar="NAMES",
-            help="Attacks, separated by commas; see weakspot attack --list.",
-            rich_help_panel=ATTACK,
-        ),
-    ] = "pgd"
-    budget: BudgetOption = "linf:4/255"
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="ATTACK.NAME=VALUE",
-            help="Set an argument of an attack, such as pgd.steps=50. Repeat for several.",
-            show_default=False,
-            rich_help_panel=ATTACK,
-        ),
-    ] = None
-    regions: Annotated[
-        str,
-        typer.Option(
-            metavar="REGIONS",
-            help="Regions, separated by commas, such as none,cam,~cam; see weakspot attack --list.",
-            rich_help_panel=ATTACK,
-        ),
-    ] = "none"
-    fraction: FractionOption = 0.3
-    controls: Annotated[
-        bool,
-        typer.Option(
-            "--controls/--no-controls",
-            help="Attack in controls of equal area beside every region: the region of --control-images other images, "
-            "and the region shifted. Separates a weak region from a large or central one; costs about 7 times as much.",
-            rich_help_panel=ATTACK,
-        ),
-    ] = False
-    control_images: Annotated[
-        int,
-        typer.Option(
-            metavar="N", help="Other images whose regions are controls; fewer find less.", rich_help_panel=ATTACK
-        ),
-    ] = 5
-    analyses: AnalysesOption = "overlap,promotion,propagation"
-    labels: Annotated[
-        str,
-        typer.Option(
-            metavar="SOURCE",
-            help="folders (named after classes), a CSV file with the columns file and label, predictions (the "
-            "model's), or auto: the labels of an array, else folders if all match, else predictions.",
-        ),
-    ] = "auto"
-    limit: LimitOption = None
-    seed: SeedOption = 0
-    maps: Annotated[bool, typer.Option("--maps/--no-maps", help="Store maps and images.")] = True
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How the audit is executed. None of these changes the results."""
-
-    batch_size: BatchSizeOption = "auto"
-    engine: Annotated[
-        str, typer.Option(metavar="NAME", help="local, or ray: several workers, on this machine or a cluster.")
-    ] = "local"
-    workers: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Workers of --engine ray.", show_default="one for each CPU, or GPU if used"),
-    ] = None
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS", help="Address of a Ray cluster.", show_default="RAY_ADDRESS, else a new local cluster"
-        ),
-    ] = None
 
 
 @command(
@@ -153,27 +81,17 @@ def audit(
     output: OutputOptions,
     images: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[IMAGES]...",
-            help="Image files, folders, .npz or .npy arrays, as paths or URLs (s3://...); or one plan.toml.",
-            show_default=False,
-        ),
+        argument("[IMAGES]...", "Image files, folders, .npz or .npy arrays, as paths or URLs (s3://...); or one plan.toml.")
     ] = None,
     out: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER", help=f"Folder or URL for {FILES}.", show_default="out in plan.toml"),
+        str | None, option("FOLDER", f"Folder or URL for {FILES}.", default="out in plan.toml")
     ] = None,
     resume: Annotated[
         str | None,
-        typer.Option(
-            metavar="RUN",
-            help="Continue or repair the audit in this folder or at this URL. Takes no images and no plan options.",
-            show_default=False,
-        ),
+        option("RUN", "Continue or repair the audit in this folder or at this URL. Takes no images and no plan options.")
     ] = None,
     report: Annotated[
-        bool,
-        typer.Option("--report/--no-report", help="Write report.html at the end.", rich_help_panel=OUTPUT),
+        bool, flag("--report/--no-report", "Write report.html at the end.", panel=OUTPUT)
     ] = True,
     floats: FloatOption = False,
 ) -> None:
@@ -193,9 +111,9 @@ def audit(
     started = time.perf_counter()
     gate.check()
     batch_size = parse_batch_size(execution.batch_size)
-    overrides = _overrides(context, plan, network)
+    overrides = given_options(context, plan, network)
     if resume is None:
-        table, where = _plan_table(list(images or []), overrides, plan.settings, out)
+        table, where = plan_table(list(images or []), overrides, plan.settings, out)
     elif images or overrides or plan.settings or out is not None:
         raise Failure("--resume takes no images and no plan options, because the run holds them")
     else:
@@ -215,7 +133,7 @@ def audit(
         if resume is not None:
             run = audits.resume(where, watch=watch, **how, **names)
         else:
-            resolved = audits.read_mapping(table)
+            resolved = audits.Plan.from_mapping(table)
             refuse_fraction(context, resolved.regions, "--regions")
             if "control_images" in overrides and not resolved.controls:
                 raise Failure("--control-images has no effect without --controls")
@@ -242,80 +160,6 @@ def audit(
     result.announce(silent=output.silent)
     if shortfalls or not run.about["images"]["read"]:
         raise typer.Exit(UNREADABLE)
-
-
-def _overrides(context: typer.Context, plan: PlanOptions, network: ModelOptions) -> dict[str, object]:
-    """The plan options that were given, as `read_mapping` takes them."""
-    chosen = given(context, [field.name for field in fields(plan) if field.name != "settings"])
-    values: dict[str, object] = {name: getattr(plan, name) for name in chosen}
-    parsed = {
-        "spec": network.model,
-        "weights": str(network.weights),
-        "mean": parse_numbers("--mean", network.mean),
-        "std": parse_numbers("--std", network.std),
-        "size": parse_size(network.size),
-        "classes": read_class_names(network.classes),
-        "device": network.device,
-    }
-    chosen = given(context, [field.name for field in fields(network)])
-    keys = ["spec" if name == "model" else name for name in chosen]
-    return values | ({"model": {key: parsed[key] for key in keys}} if keys else {})
-
-
-def _plan_table(
-    sources: list[str], overrides: dict[str, object], settings: Sequence[str] | None, out: str | None
-) -> tuple[dict[str, object], str]:
-    """The plan as a mapping, and the folder of the run."""
-    from weakspot._io.urls import is_url
-    from weakspot.audit.plan.plan_files import absolute, read_plan
-
-    table: dict[str, object] = {"images": sources}
-    if len(sources) == 1 and Path(sources[0]).suffix == ".toml" and not is_url(sources[0]):
-        path = Path(sources[0])
-        table = dict(absolute(read_plan(path), path.absolute().parent))
-        planned = table.pop("out", None)
-        if planned is not None and not isinstance(planned, str):
-            raise Failure(f"{path}: out must be the path of a folder, got {planned!r}")
-        out = out or planned
-    if not table.get("images"):
-        raise Failure("no images were named (give files, folders, arrays, a plan.toml, or --resume RUN)")
-    if out is None:
-        raise Failure("no output folder was named (give --out FOLDER)")
-    model = table.get("model", {})
-    model = {"spec": model} if isinstance(model, str) else model
-    if isinstance(model, dict):
-        model = model | overrides.pop("model", {})  # type: ignore[operator]  # made by _overrides
-        if isinstance(model.get("classes"), str):
-            model["classes"] = read_class_names(Path(model["classes"]))
-    table |= {**overrides, "model": model}
-    if settings:
-        table["attacks"] = _with_settings(table.get("attacks", "pgd"), settings)
-    images = table["images"]
-    check_existing([images] if isinstance(images, str) else images)  # type: ignore[arg-type]  # a list of texts
-    return table, out
-
-
-def _with_settings(attacks: object, settings: Sequence[str]) -> list[dict[str, object]]:
-    """The attacks as tables, with the settings of --set."""
-    from weakspot._checks import unknown_choice
-
-    entries = attacks.split(",") if isinstance(attacks, str) else attacks
-    tables = [
-        {"name": entry.strip()} if isinstance(entry, str) else dict(entry)
-        for entry in entries  # type: ignore[attr-defined]  # read_mapping checks it
-    ]
-    names = [str(table.get("name")) for table in tables]
-    form = "ATTACK.NAME=VALUE such as pgd.steps=50"
-    for place, value in parse_settings(settings, form=form).items():
-        name, _, key = place.rpartition(".")
-        if not (name and key):
-            raise Failure(f"--set must be {form}, got {place!r}")
-        if name not in names:
-            raise Failure(unknown_choice("the attack in --set", name, names))
-        for table in tables:
-            if table.get("name") == name:
-                table["settings"] = {**table.get("settings", {}), key: value}
-    return tables
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from weakspot.cli.app import GATE_FAILED, UNREADABLE, Failure, command
-from weakspot.cli.options import OUTPUT, OutputOptions
+from weakspot.cli.options import OUTPUT, OutputOptions, argument, flag, option
 from weakspot.cli.output import make_table, print_json, print_table, print_text, warnings_as_notes
 
 if TYPE_CHECKING:
@@ -24,10 +24,7 @@ Row = Mapping[str, Any]  # of a table
 SHOWN = 20  # scores that are shown without --all
 FloatOption = Annotated[
     bool,
-    typer.Option(
-        "--float",
-        help="Count attacked images as the attack returned them, not rounded to 8 bits as image files are.",
-    ),
+    flag("--float", "Count attacked images as the attack returned them, not rounded to 8 bits as image files are.")
 ]
 
 
@@ -37,24 +34,11 @@ class GateOptions:
 
     fail_if: Annotated[
         list[str] | None,
-        typer.Option(
-            "--fail-if",
-            metavar="CONDITION",
-            help="Exit with code 3 if this holds for any row or cannot be evaluated: \"robust_accuracy < 0.4\", "
-            "\"region == 'cam' and robust_high < 0.2\". Repeat for several.",
-            show_default=False,
-            rich_help_panel=OUTPUT,
-        ),
+        option("--fail-if CONDITION", 'Exit with code 3 if this holds for any row or cannot be evaluated: "robust_accuracy < 0.4", '
+            "\"region == 'cam' and robust_high < 0.2\". Repeat for several.", panel=OUTPUT)
     ] = None
     junit: Annotated[
-        Path | None,
-        typer.Option(
-            "--junit",
-            metavar="FILE",
-            help="Write the results of --fail-if as JUnit XML.",
-            show_default=False,
-            rich_help_panel=OUTPUT,
-        ),
+        Path | None, option("--junit FILE", "Write the results of --fail-if as JUnit XML.", panel=OUTPUT)
     ] = None
 
     def check(self) -> None:
@@ -84,7 +68,7 @@ class Gate:
 
     Attributes:
         verdicts: one for each condition and row; none without conditions.
-        shortfalls: why the audits are incomplete. Every condition then fails, because the missing images could decide it.
+        shortfalls: why the audits are incomplete. Every condition then fails, because missing images could decide it.
     """
 
     verdicts: Sequence[Verdict]
@@ -151,23 +135,17 @@ class Gate:
     "weakspot compare runs/v7 runs/v8 --fail-if \"score == 'robust_accuracy' and high < 0\" --junit gate.xml",
 )
 def compare(
-    before: Annotated[
-        str, typer.Argument(metavar="BEFORE", help="Folder or URL of an audit.", show_default=False)
-    ],
+    before: Annotated[str, argument("BEFORE", "Folder or URL of an audit.")],
     after: Annotated[
         str,
-        typer.Argument(
-            metavar="AFTER", help="Folder or URL of another audit of the same images.", show_default=False
-        ),
+        argument("AFTER", "Folder or URL of another audit of the same images."),
     ],
     gate: GateOptions,
     output: OutputOptions,
     every: Annotated[
-        bool, typer.Option("--all", help="Show all scores, not only those that changed significantly.")
+        bool, flag("--all", "Show all scores, not only those that changed significantly.")
     ] = False,
-    csv: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write all scores to this file.", show_default=False)
-    ] = None,
+    csv: Annotated[Path | None, option("FILE", "Write all scores to this file.")] = None,
     floats: FloatOption = False,
 ) -> None:
     """Compare two audits image by image: which scores changed, by how much, and with what confidence.
@@ -236,13 +214,10 @@ def _print(rows: pd.DataFrame, *, every: bool) -> None:
 def report(
     run: Annotated[
         str,
-        typer.Argument(metavar="RUN", help="Folder or URL of an audit, finished or not.", show_default=False),
+        argument("RUN", "Folder or URL of an audit, finished or not."),
     ],
     output: OutputOptions,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="File to write.", show_default="report.html in the folder"),
-    ] = None,
+    out: Annotated[Path | None, option("FILE", "File to write.", default="report.html in the folder")] = None,
     floats: FloatOption = False,
 ) -> None:
     """Write the report of an audit: robust accuracy, distributions, classes, images and layers, with intervals.

@@ -28,7 +28,9 @@ from weakspot.cli.options import (
     SeedOption,
     SetOption,
     StepsOption,
+    flag,
     given,
+    option,
     parse_settings,
     refuse,
 )
@@ -64,57 +66,32 @@ def defend(
     limit: LimitOption = None,
     defense: Annotated[
         str,
-        typer.Option(
-            "--defense",
-            "-D",
-            metavar="NAME",
-            help="neutralize, mask_units, or package.module:factory, a function that takes the undefended model "
-            "(images in [0, 1] to logits) and returns the defended one.",
-        ),
+        option("--defense -D NAME", "neutralize, mask_units, or package.module:factory, a function that takes the undefended model "
+            "(images in [0, 1] to logits) and returns the defended one.")
     ] = "neutralize",
     settings: SetOption = None,
     budget: BudgetOption = "linf:4/255",
     steps: StepsOption = 30,
     fraction: FractionOption = 0.3,
     draws: Annotated[
-        int,
-        typer.Option(
-            metavar="N", help="Draws of a random defense that attacks average over.", min=1, rich_help_panel=ATTACK
-        ),
+        int, option("N", "Draws of a random defense that attacks average over.", least=1, panel=ATTACK)
     ] = 4,
     queries: Annotated[
         int,
-        typer.Option(
-            metavar="N",
-            help="Maximum queries of the square search; it starts with 500 and doubles them while they help.",
-            min=1,
-            rich_help_panel=ATTACK,
-        ),
+        option("N", "Maximum queries of the square search; it starts with 500 and doubles them while they help.", least=1, panel=ATTACK)
     ] = 4000,
     substitute: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Another model, for one more transferred attack.",
-            show_default=False,
-            rich_help_panel=ATTACK,
-        ),
+        str | None, option("MODEL", "Another model, for one more transferred attack.", panel=ATTACK)
     ] = None,
     oracle: Annotated[
         bool,
-        typer.Option(
-            "--oracle",
-            help="With neutralize: add a row for the region of the clean image, which no defender has.",
-            rich_help_panel=ATTACK,
-        ),
+        flag("--oracle", "With neutralize: add a row for the region of the clean image, which no defender has.", panel=ATTACK)
     ] = False,
     thorough: Annotated[
-        bool, typer.Option("--thorough", help="Add the ensemble of attacks (slow).", rich_help_panel=ATTACK)
+        bool, flag("--thorough", "Add the ensemble of attacks (slow).", panel=ATTACK)
     ] = False,
     seed: SeedOption = 0,
-    out: Annotated[
-        Path, typer.Option(metavar="FOLDER", help=f"Folder for {', '.join(FILES)}.")
-    ] = Path("weakspot-defend"),
+    out: Annotated[Path, option("FOLDER", f"Folder for {', '.join(FILES)}.")] = Path("weakspot-defend"),
 ) -> None:
     """Evaluate a defense against attackers who know it.
 
@@ -145,7 +122,9 @@ def defend(
             size = "x".join(map(str, classifier.input_size))
             other = load_classifier(ModelOptions(substitute, size=size, device=network.device))
         read = session.read_images(sources, samples=samples)
-        if given(context, ["draws"]) and not is_random(defended, check_images(read.pixels, classifier), seed=seed):
+        if given(context, ["draws"]) and not is_random(
+            defended, check_images(read.pixels, classifier), seed=seed
+        ):
             refuse(context, ["draws"], f"with {defense}, which is not random")
         truth, where = find_labels(labels, classifier, read.pixels, read.paths)
         if limit is not None and limit < len(truth):
@@ -172,7 +151,7 @@ def defend(
             "labels": where,
             **session.provenance(seed),
         }
-        document = {key: about[key] for key in ("status", "verdict", "defense", "labels")}
+        document: dict[str, object] = {key: about[key] for key in ("status", "verdict", "defense", "labels")}
         document |= {"images": len(truth), "attacks": json_rows(table)}
         title = f"{result.sentence} {classifier.name}, {about['defense']}, {len(truth)} images, {spent}"
         names = read.paths if samples else shorten_paths(read.paths)

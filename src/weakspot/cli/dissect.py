@@ -18,6 +18,9 @@ from weakspot.cli.options import (
     OutputOptions,
     SeedOption,
     StepsOption,
+    argument,
+    flag,
+    option,
     refuse,
 )
 from weakspot.cli.output import json_rows, print_rows, print_text
@@ -43,108 +46,15 @@ class ConceptOptions:
     """Where the labeled concepts come from."""
 
     demo: Annotated[
-        bool, typer.Option("--demo", help="Use generated images of colors and textures instead of a folder.")
+        bool, flag("--demo", "Use generated images of colors and textures instead of a folder.")
     ] = False
     masks: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="PNG masks named like the images; pixels are class numbers.", show_default=False
-        ),
+        Path | None, option("FOLDER", "PNG masks named like the images; pixels are class numbers.")
     ] = None
-    names: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Names of the classes in --masks, one per line.", show_default=False
-        ),
-    ] = None
-    void: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NUMBERS", help="Class numbers in --masks to ignore, such as 0,255.", show_default=False
-        ),
-    ] = None
-
-
-@dataclass(frozen=True)
-class UnitAttackOptions:
-    """Whether and how images are attacked to see which units move."""
-
-    images: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="PATH",
-            help="Image files or folders to attack; shows which units move more than under noise, and whether units "
-            "that detect a concept move more. Repeat for several.",
-            show_default=False,
-            rich_help_panel=ATTACK,
-        ),
-    ] = None
-    budget: BudgetOption = "linf:4/255"
-    steps: StepsOption = 20
-    mask: Annotated[
-        str | None,
-        typer.Option(
-            metavar="UNITS",
-            help="Mask units and attack again: sensitive (at most a fifth of the layer), sensitive:COUNT, or numbers "
-            "such as 3,17. Half of --images chooses the sensitive units, the other half evaluates them.",
-            show_default=False,
-            rich_help_panel=ATTACK,
-        ),
-    ] = None
-
-
-@dataclass(frozen=True, eq=False)
-class UnitAttack:
-    """Images to attack, and how.
-
-    Attributes:
-        images: (N, C, H, W).
-        budget: of the attack.
-        steps: of the attack.
-        mask: as `unit_study` takes it.
-        seed: of all random numbers.
-    """
-
-    images: Tensor
-    budget: Budget
-    steps: int
-    mask: int | list[int] | None
-    seed: int
-
-    def __repr__(self) -> str:
-        return f"UnitAttack({len(self.images)} images, {self.budget}, {self.steps} steps, mask={self.mask})"
-
-
-@dataclass(frozen=True, eq=False)
-class AttackedUnits:
-    """Results of the attack; empty if nothing was attacked.
-
-    Attributes:
-        studies: one for each layer.
-        sentences: on all layers together, if there are several.
-        attack: description of the attack.
-    """
-
-    studies: Mapping[str, UnitStudy] = field(default_factory=dict)
-    sentences: Sequence[str] = ()
-    attack: str = ""
-
-    def as_json(self) -> dict[str, object]:
-        """The sentences of each layer and the tables of masking."""
-        if not self.studies:
-            return {}
-        tables = {name: study.masking for name, study in self.studies.items() if study.masking is not None}
-        return {
-            "attack": self.attack,
-            "sentences": {name: list(study.sentences) for name, study in self.studies.items()},
-            "all_layers": list(self.sentences),
-            "masking": {name: json_rows(table) for name, table in tables.items()},
-        }
-
-    def paragraphs(self) -> list[str]:
-        """One for each layer, and one for all of them."""
-        lines = [f"{name}: {' '.join(study.sentences)}" for name, study in self.studies.items()]
-        return [*lines, *([f"All layers: {' '.join(self.sentences)}"] if self.sentences else [])]
+    names: Annotated[Path | None, option("FILE", "Names of the classes in --masks, one per line.")] = None
+    void: Annotated[str | None, option("NUMBERS", "Class numbers in --masks to ignore, such as 0,255.")] = (
+        None
+    )
 
 
 @command(
@@ -162,45 +72,28 @@ def dissect(
     output: OutputOptions,
     dataset: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="[DATASET]",
-            help="A folder in Broden's layout (index.csv, label.csv, images/), or a folder of images with --masks or "
-            "with one subfolder per label.",
-            show_default=False,
-        ),
+        argument("[DATASET]", "A folder in Broden's layout (index.csv, label.csv, images/), or a folder of images with --masks or "
+            "with one subfolder per label.")
     ] = None,
     layer: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="A module whose output is a map. Repeat for several.",
-            show_default="the last layer of each of the two coarsest map sizes",
-        ),
+        option("NAME", "A module whose output is a map. Repeat for several.", default="the last layer of each of the two coarsest map sizes")
     ] = None,
     quantile: Annotated[
         float | None,
-        typer.Option(
-            metavar="X",
-            help="Fraction of all sites at which a unit counts as active.",
-            show_default=f"{QUANTILE}, or {DEMO_QUANTILE} with --demo",
-        ),
+        option("X", "Fraction of all sites at which a unit counts as active.", default=f"{QUANTILE}, or {DEMO_QUANTILE} with --demo")
     ] = None,
-    min_iou: Annotated[
-        float, typer.Option(metavar="X", help="Minimum intersection over union of a detector.")
-    ] = 0.04,
+    min_iou: Annotated[float, option("X", "Minimum intersection over union of a detector.")] = 0.04,
     denominator: Annotated[
-        str, typer.Option(metavar="NAME", help="Sites that the union counts: category, activated or all.")
+        str, option("NAME", "Sites that the union counts: category, activated or all.")
     ] = "category",
     alignment: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME", help="How maps are aligned with images: receptive_field, effective or resize."
-        ),
+        str, option("NAME", "How maps are aligned with images: receptive_field, effective or resize.")
     ] = "receptive_field",
     seed: SeedOption = 0,
-    out: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Folder for report.html, a table per layer, run.json.")
-    ] = Path("weakspot-units"),
+    out: Annotated[Path, option("FOLDER", "Folder for report.html, a table per layer, run.json.")] = Path(
+        "weakspot-units"
+    ),
 ) -> None:
     """Find the concepts that units detect: sites where a unit is active are compared with sites of each concept.
 
@@ -210,7 +103,9 @@ def dissect(
     if concepts.demo == (dataset is not None):
         raise Failure("one of a folder of labeled images and --demo must be given")
     if concepts.demo:
-        refuse(context, ("masks", "names", "void"), "with --demo, which has its own (leave out one of the two)")
+        refuse(
+            context, ("masks", "names", "void"), "with --demo, which has its own (leave out one of the two)"
+        )
     if concepts.masks is None:
         refuse(context, ("names", "void"), "without --masks")
     if not attack.images:
@@ -263,84 +158,6 @@ def dissect(
     session.report(lambda: {"layers": rows, **attacked.as_json(), "files": files}, show)
 
 
-def parse_mask(text: str | None, layers: int) -> int | list[int] | None:
-    """What --mask stands for: a number of sensitive units (0 for a fifth of the layer), or these units.
-
-    Args:
-        text: as given.
-        layers: how many --layer options were given; unit numbers belong to one.
-    """
-    if text is None:
-        return None
-    kind, colon, count = text.partition(":")
-    if kind == "sensitive" and (not colon or (count.isdecimal() and int(count))):
-        return int(count or 0)
-    numbers = [part.strip() for part in text.split(",")]
-    if not all(number.isdecimal() for number in numbers):
-        raise Failure(f"--mask must be sensitive, sensitive:COUNT or unit numbers such as 3,17, got {text!r}")
-    if layers != 1:
-        raise Failure(f"--mask {text} must go with exactly one --layer, got {layers}")
-    return [int(number) for number in numbers]
-
-
-def _read_attack(
-    session: Session, options: UnitAttackOptions, mask: int | list[int] | None, seed: int
-) -> UnitAttack:
-    """Read the images of --images."""
-    from weakspot.budgets import read_budget
-
-    budget = read_budget(options.budget)
-    images = session.read_images(options.images or []).pixels
-    fewest = 2 * FEWEST if isinstance(mask, int) else FEWEST
-    if len(images) < fewest:
-        raise Failure(f"--images must hold at least {fewest} images, got {len(images)}")
-    return UnitAttack(images, budget, options.steps, mask, seed)
-
-
-def _attack_units(
-    classifier: Classifier,
-    dissections: Mapping[str, Dissection],
-    plan: UnitAttack,
-    progress: Callable[[float], None],
-) -> AttackedUnits:
-    """Attack the images with PGD, and study the units of every dissected layer."""
-    import pandas as pd
-
-    from weakspot.attacks import pgd
-    from weakspot.classifier import check_images, evaluating, predict
-    from weakspot.defenses.unit_study import association_sentences, unit_study
-
-    with evaluating(classifier):
-        images = check_images(plan.images, classifier)
-        labels = predict(classifier, images).argmax(1)
-
-    def attack(model: nn.Module, shown: Tensor, wanted: Tensor) -> Pairs:
-        return pgd(model, shown, wanted, budget=plan.budget, steps=plan.steps, seed=plan.seed)
-
-    def layer_progress(number: int, fraction: float) -> None:
-        progress(0.2 + 0.8 * (number + fraction) / len(dissections))
-
-    pairs = attack(classifier, images, labels)
-    progress(0.2)
-    studies = {}
-    for number, (name, dissection) in enumerate(dissections.items()):
-        studies[name] = unit_study(
-            classifier,
-            dissection,
-            pairs,
-            mask=plan.mask,
-            attack=attack,
-            seed=plan.seed,
-            progress=partial(layer_progress, number),
-        )
-    sentences: Sequence[str] = ()
-    if len(studies) > 1:
-        tables = [study.units.assign(layer=name) for name, study in studies.items()]
-        sentences = association_sentences(pd.concat(tables, ignore_index=True))
-    how = f"PGD, {plan.budget}, {plan.steps} steps, on {len(images)} images labeled by the model's predictions"
-    return AttackedUnits(studies, sentences, how)
-
-
 def _write(
     session: Session,
     concepts: Path,
@@ -383,9 +200,7 @@ def _write(
     return out / "report.html"
 
 
-def _find_concepts(
-    dataset: Path | None, out: Path, classifier: Classifier, options: ConceptOptions
-) -> Path:
+def _find_concepts(dataset: Path | None, out: Path, classifier: Classifier, options: ConceptOptions) -> Path:
     """The folder in Broden's layout: as given, converted, or generated."""
     from weakspot.dissection import build_concepts, demo_concepts
 
@@ -399,11 +214,15 @@ def _find_concepts(
         return dataset
     folder = out / "concepts"
     if (folder / "index.csv").is_file():
-        raise Failure(f"{folder} holds the concepts of an earlier run (give another --out, or {folder} itself)")
+        raise Failure(
+            f"{folder} holds the concepts of an earlier run (give another --out, or {folder} itself)"
+        )
     try:
         void = [int(value) for value in options.void.split(",")] if options.void else []
     except ValueError:
-        raise Failure(f"--void must be integers separated by commas such as 0,255, got {options.void!r}") from None
+        raise Failure(
+            f"--void must be integers separated by commas such as 0,255, got {options.void!r}"
+        ) from None
     return build_concepts(dataset, folder, masks=options.masks, names=options.names, void=void)
 
 

@@ -21,6 +21,8 @@ from weakspot.cli.options import (
     SamplesOption,
     SeedOption,
     StepsOption,
+    flag,
+    option,
     parse_names,
     refuse,
     refuse_fraction,
@@ -56,26 +58,18 @@ def explain(
     samples: SamplesOption = False,
     pair: Annotated[
         bool,
-        typer.Option(
-            "--pair", help="Explain pairs made by any tool: IMAGES are CLEAN ADVERSARIAL, or one pairs.safetensors."
-        ),
+        flag("--pair", "Explain pairs made by any tool: IMAGES are CLEAN ADVERSARIAL, or one pairs.safetensors.")
     ] = False,
     reference: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Other images of the same source. Each attack is compared with where the model looks in them; a p "
-            "value needs 19 others, the explained images included.",
-            show_default=False,
-        ),
+        option("FOLDER", "Other images of the same source. Each attack is compared with where the model looks in them; a p "
+            "value needs 19 others, the explained images included.")
     ] = None,
     budget: BudgetOption = "linf:4/255",
     steps: StepsOption = 20,
     analyses: AnalysesOption = "all",
     seed: SeedOption = 0,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help=f"Folder for {', '.join(FILES)}.")] = Path(
-        "weakspot-out"
-    ),
+    out: Annotated[Path, option("FOLDER", f"Folder for {', '.join(FILES)}.")] = Path("weakspot-out"),
 ) -> None:
     """Attack images, or read pairs, and explain where the change acts and whether the model looks there.
 
@@ -116,7 +110,12 @@ def explain(
             progress=session.progress("explaining", 0.5, 0.95),
         )
         session.advance("writing", 0.97)
-        about = {**made, "images": list(names), "skipped": session.skipped, "seconds": round(session.seconds, 2)}
+        about = {
+            **made,
+            "images": list(names),
+            "skipped": session.skipped,
+            "seconds": round(session.seconds, 2),
+        }
         paths = write_run(explanation, out, about)
         locality = locality_of(explanation.scores)
         if locality is not None:
@@ -138,7 +137,9 @@ def _check_pair(sources: Sequence[Path], *, pair: bool, samples: bool) -> None:
     if pair and samples:
         raise Failure("--samples has no effect with --pair (leave out one of the two)")
     if pair and len(sources) != 2 and not saved:
-        raise Failure(f"--pair needs two images, CLEAN ADVERSARIAL, or one pairs.safetensors, got {len(sources)} paths")
+        raise Failure(
+            f"--pair needs two images, CLEAN ADVERSARIAL, or one pairs.safetensors, got {len(sources)} paths"
+        )
     if saved and not pair:
         raise Failure(f"{sources[0]} is not an image (add --pair to explain saved pairs)")
     if pair:
@@ -188,7 +189,9 @@ def _read_pairs(classifier: Classifier, sources: Sequence[Path]) -> tuple[Pairs,
     if len(sources) == 1:
         try:
             pairs: Pairs = AttackResult.load(sources[0])
-        except ValueError:  # pairs of another tool, without success and counts; or no pairs, which load reports
+        except (
+            ValueError
+        ):  # pairs of another tool, without success and counts; or no pairs, which load reports
             pairs = Pairs.load(sources[0])
         return pairs, [f"{sources[0].stem} {number}" for number in range(len(pairs))]
     clean, adversarial = (_read_image(source, classifier.channels) for source in sources)
@@ -239,7 +242,8 @@ def _document(explanation: Explanation, paths: dict[str, Path], skipped: Sequenc
 
 def _print(explanation: Explanation, ending: str) -> None:
     """A table, then the verdict on each image."""
-    from weakspot.report.sentences import headline, p_value, percent
+    from weakspot.report.sentences import headline
+    from weakspot.statistics.number_format import p_value, percent
 
     scores = explanation.scores
     placed = "effect_in_roi" in scores and bool(scores["effect_in_roi_shift_p"].notna().any())

@@ -10,98 +10,84 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.models import ArgumentInfo, OptionInfo
 
 from weakspot.cli.app import UNREADABLE, Failure
 
 MODEL, ATTACK, OUTPUT = "Model", "Attack", "Output"  # panels of the help
 Value = str | int | float | bool | None
 
-ImagesArgument = Annotated[
-    list[Path] | None,
-    typer.Argument(metavar="[IMAGES]...", help="Image files or folders of images.", show_default=False),
-]
-SamplesOption = Annotated[
-    bool, typer.Option("--samples", help="Use the four photographs that come with scikit-image.")
-]
+
+def option(
+    form: str, text: str, *, default: str | None = None, least: int | None = None, panel: str | None = None
+) -> OptionInfo:
+    """An option with a value.
+
+    Args:
+        form: names, then what the help calls the value, as in "--budget -b KIND:EPS"; the name may be left out.
+        text: help.
+        default: how the help describes a default that depends on other things.
+        least: minimum of a number.
+        panel: of the help.
+    """
+    *names, metavar = form.split(" ")
+    made: OptionInfo = typer.Option(
+        *names, help=text, metavar=metavar, show_default=default or True, min=least, rich_help_panel=panel
+    )
+    return made
+
+
+def flag(form: str, text: str, *, panel: str | None = None) -> OptionInfo:
+    """An option without a value; `form` is its names."""
+    return option(f"{form} ", text, panel=panel)
+
+
+def argument(form: str, text: str) -> ArgumentInfo:
+    """A positional argument; `form` is what the help calls it."""
+    made: ArgumentInfo = typer.Argument(help=text, metavar=form, show_default=False)
+    return made
+
+
+ImagesArgument = Annotated[list[Path] | None, argument("[IMAGES]...", "Image files or folders of images.")]
+SamplesOption = Annotated[bool, flag("--samples", "Use the four photographs that come with scikit-image.")]
 LabelsOption = Annotated[
     str | None,
-    typer.Option(
-        metavar="SOURCE",
-        help="'folders' (each image's folder is named after its class), or a CSV file with the columns file and label "
-        "(a class name or number).",
-        show_default="the model's predictions",
-    ),
+    option("SOURCE", "'folders' (each image's folder is named after its class), or a CSV file with the columns file and label "
+        "(a class name or number).", default="the model's predictions")
 ]
-LimitOption = Annotated[
-    int | None,
-    typer.Option(metavar="N", min=1, help="Use at most N images, chosen by --seed.", show_default=False),
-]
+LimitOption = Annotated[int | None, option("N", "Use at most N images, chosen by --seed.", least=1)]
 BudgetOption = Annotated[
     str,
-    typer.Option(
-        "--budget",
-        "-b",
-        metavar="KIND:EPS",
-        help="How much an image may change: linf:4/255, l2:1.5, l1:20, ssim:0.01, ssim-local:0.05.",
-        rich_help_panel=ATTACK,
-    ),
+    option("--budget -b KIND:EPS", "How much an image may change: linf:4/255, l2:1.5, l1:20, ssim:0.01, ssim-local:0.05.", panel=ATTACK)
 ]
 RegionOption = Annotated[
     str,
-    typer.Option(
-        metavar="REGION",
-        help="Where an image may change: none (anywhere), cam, background, border:WIDTH, support, or a mask image "
-        "(its white part). Combine with ~ (not), & (and), | (or); matched:REGION is a control of equal area.",
-        rich_help_panel=ATTACK,
-    ),
+    option("REGION", "Where an image may change: none (anywhere), cam, background, border:WIDTH, support, or a mask image "
+        "(its white part). Combine with ~ (not), & (and), | (or); matched:REGION is a control of equal area.", panel=ATTACK)
 ]
 FractionOption = Annotated[
     float,
-    typer.Option(
-        metavar="X", help="Fraction of the image in a region of importance (cam, support), 0 to 1.", rich_help_panel=ATTACK
-    ),
+    option("X", "Fraction of the image in a region of importance (cam, support), 0 to 1.", panel=ATTACK)
 ]
 TargetOption = Annotated[
     str | None,
-    typer.Option(
-        metavar="CLASS",
-        help="Class that the attack aims at, by name or number.",
-        show_default="any other class",
-        rich_help_panel=ATTACK,
-    ),
+    option("CLASS", "Class that the attack aims at, by name or number.", default="any other class", panel=ATTACK)
 ]
-StepsOption = Annotated[int, typer.Option(metavar="N", help="Steps of PGD.", min=1, rich_help_panel=ATTACK)]
+StepsOption = Annotated[int, option("N", "Steps of PGD.", least=1, panel=ATTACK)]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="NAME=VALUE",
-        help="Set an argument of the attack or defense, such as steps=50. Repeat for several.",
-        show_default=False,
-        rich_help_panel=ATTACK,
-    ),
+    option("--set NAME=VALUE", "Set an argument of the attack or defense, such as steps=50. Repeat for several.", panel=ATTACK)
 ]
-AnalysesOption = Annotated[
-    str, typer.Option(metavar="NAMES", help="Analyses to run, separated by commas, or all, or none.")
-]
+AnalysesOption = Annotated[str, option("NAMES", "Analyses to run, separated by commas, or all, or none.")]
 BatchSizeOption = Annotated[
     str,
-    typer.Option(
-        metavar="N",
-        help="Images attacked at once, or auto: as many as fit in memory. Does not change results.",
-        rich_help_panel=ATTACK,
-    ),
+    option("N", "Images attacked at once, or auto: as many as fit in memory. Does not change results.", panel=ATTACK)
 ]
-SeedOption = Annotated[int, typer.Option(metavar="N", help="Seed of all random numbers.")]
+SeedOption = Annotated[int, option("N", "Seed of all random numbers.")]
 WeightsOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE", help="Weights: .safetensors, or a PyTorch state dict.", show_default=False, rich_help_panel=MODEL
-    ),
+    Path | None, option("FILE", "Weights: .safetensors, or a PyTorch state dict.", panel=MODEL)
 ]
-DeviceOption = Annotated[
-    str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or mps.", rich_help_panel=MODEL)
-]
+DeviceOption = Annotated[str, option("DEVICE", "auto, cpu, cuda or mps.", panel=MODEL)]
 
 
 @dataclass(frozen=True)
@@ -110,51 +96,25 @@ class ModelOptions:
 
     model: Annotated[
         str,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="MODEL",
-            help="An installed model (see weakspot models), package.module:factory, model.pt2, a folder that weakspot "
-            "train wrote, hf:DIRECTORY, timm:NAME or torchvision:NAME.",
-            rich_help_panel=MODEL,
-        ),
+        option("--model -m MODEL", "An installed model (see weakspot models), package.module:factory, model.pt2, a folder that weakspot "
+            "train wrote, hf:DIRECTORY, timm:NAME or torchvision:NAME.", panel=MODEL)
     ] = "efficientnet_lite0"
     weights: WeightsOption = None
     mean: Annotated[
         str | None,
-        typer.Option(
-            metavar="NUMBERS",
-            help="Mean of each channel on the [0, 1] scale: .485,.456,.406.",
-            show_default="the model's",
-            rich_help_panel=MODEL,
-        ),
+        option("NUMBERS", "Mean of each channel on the [0, 1] scale: .485,.456,.406.", default="the model's", panel=MODEL)
     ] = None
     std: Annotated[
         str | None,
-        typer.Option(
-            metavar="NUMBERS",
-            help="Standard deviation of each channel: .229,.224,.225.",
-            show_default="the model's",
-            rich_help_panel=MODEL,
-        ),
+        option("NUMBERS", "Standard deviation of each channel: .229,.224,.225.", default="the model's", panel=MODEL)
     ] = None
     classes: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Class names: a text file with one per line, or a JSON list.",
-            show_default="the model's",
-            rich_help_panel=MODEL,
-        ),
+        option("FILE", "Class names: a text file with one per line, or a JSON list.", default="the model's", panel=MODEL)
     ] = None
     size: Annotated[
         str | None,
-        typer.Option(
-            metavar="HxW",
-            help="Height and width that images are resized to.",
-            show_default="the model's",
-            rich_help_panel=MODEL,
-        ),
+        option("HxW", "Height and width that images are resized to.", default="the model's", panel=MODEL)
     ] = None
     device: DeviceOption = "auto"
 
@@ -163,15 +123,9 @@ class ModelOptions:
 class OutputOptions:
     """How a command reports."""
 
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel=OUTPUT)
-    ] = False
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print nothing but errors.", rich_help_panel=OUTPUT)
-    ] = False
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT)
-    ] = False
+    as_json: Annotated[bool, flag("--json", "Print the results as JSON.", panel=OUTPUT)] = False
+    quiet: Annotated[bool, flag("--quiet -q", "Print nothing but errors.", panel=OUTPUT)] = False
+    debug: Annotated[bool, flag("--debug", "Show the traceback of an error.", panel=OUTPUT)] = False
 
     @property
     def silent(self) -> bool:
@@ -191,7 +145,9 @@ def given(context: typer.Context, names: Sequence[str]) -> dict[str, str]:
     """
     spelled = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
     sources = {name: context.get_parameter_source(name) for name in names}
-    return {name: spelled[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+    return {
+        name: spelled[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"
+    }
 
 
 def refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
@@ -214,9 +170,9 @@ def refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
 
 def refuse_fraction(context: typer.Context, regions: Sequence[str], option: str = "--region") -> None:
     """Refuse --fraction if none of the regions depends on it."""
-    from weakspot.regions.spec import depends_on_fraction
+    from weakspot.regions.spec import RegionSpec
 
-    if not any(depends_on_fraction(region) for region in regions):
+    if not any(RegionSpec.parse(region).depends_on_fraction for region in regions):
         refuse(context, ["fraction"], f"without cam or support in {option}")
 
 
@@ -298,6 +254,8 @@ def read_class_names(path: Path | None) -> list[str] | None:
     try:
         names = json.loads(text)
     except ValueError:
-        raise Failure(f"--classes: {path} is not valid JSON (it must be a list of names)", UNREADABLE) from None
+        raise Failure(
+            f"--classes: {path} is not valid JSON (it must be a list of names)", UNREADABLE
+        ) from None
     names = [names[key] for key in sorted(names, key=int)] if isinstance(names, Mapping) else names
     return [str(name) for name in names]

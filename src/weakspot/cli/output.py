@@ -95,7 +95,9 @@ def warnings_as_notes(quiet: bool) -> Iterator[None]:
         yield
 
 
-def make_table(headings: Sequence[str], *, fold: Sequence[str] | None = None, right: Sequence[str] = ()) -> Table:
+def make_table(
+    headings: Sequence[str], *, fold: Sequence[str] | None = None, right: Sequence[str] = ()
+) -> Table:
     """An empty table without borders.
 
     Args:

@@ -21,6 +21,9 @@ from weakspot.cli.options import (
     OutputOptions,
     SeedOption,
     WeightsOption,
+    argument,
+    flag,
+    option,
     parse_names,
     parse_number,
     parse_size,
@@ -49,15 +52,10 @@ class DataOptions:
     """How image files are read. Arrays are taken as they are."""
 
     size: Annotated[
-        str | None,
-        typer.Option(metavar="HxW", help="Height and width that images are resized to.", show_default="32x32"),
+        str | None, option("HxW", "Height and width that images are resized to.", default="32x32")
     ] = None
-    channels: Annotated[
-        int, typer.Option(metavar="N", help="Read image files as gray (1) or color (3).")
-    ] = 3
-    workers: Annotated[
-        int, typer.Option(metavar="N", help="Processes that decode image files.", min=0)
-    ] = 2
+    channels: Annotated[int, option("N", "Read image files as gray (1) or color (3).")] = 3
+    workers: Annotated[int, option("N", "Processes that decode image files.", least=0)] = 2
 
 
 @dataclass(frozen=True)
@@ -65,47 +63,30 @@ class TrainingOptions:
     """The recipe and the numbers of the training."""
 
     recipe: Annotated[
-        str,
-        typer.Option("--recipe", "-r", metavar="NAME", help="Which images are attacked, and where; see --list."),
+        str, option("--recipe -r NAME", "Which images are attacked, and where; see --list.")
     ] = "localized"
-    epochs: Annotated[int, typer.Option(metavar="N", help="Passes over the data.", min=1)] = 10
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Images per update.", min=1)] = 128
+    epochs: Annotated[int, option("N", "Passes over the data.", least=1)] = 10
+    batch_size: Annotated[int, option("N", "Images per update.", least=1)] = 128
     learning_rate: Annotated[
-        float, typer.Option(metavar="X", help="Learning rate at the start; it falls to zero along a cosine.")
+        float, option("X", "Learning rate at the start; it falls to zero along a cosine.")
     ] = 0.1
     augment: Annotated[
-        str | None,
-        typer.Option(metavar="NAMES", help="none, crop, or crop,flip.", show_default="none for gray, else crop,flip"),
+        str | None, option("NAMES", "none, crop, or crop,flip.", default="none for gray, else crop,flip")
     ] = None
-    precision: Annotated[str, typer.Option(metavar="NAME", help="32-true, 16-mixed or bf16-mixed.")] = "32-true"
+    precision: Annotated[str, option("NAME", "32-true, 16-mixed or bf16-mixed.")] = "32-true"
     attacked_fraction: Annotated[
-        float, typer.Option(metavar="X", help="Fraction of each batch that is attacked, 0 to 1.", rich_help_panel=ATTACK)
+        float, option("X", "Fraction of each batch that is attacked, 0 to 1.", panel=ATTACK)
     ] = 0.5
     budget: Annotated[
         str | None,
-        typer.Option(
-            "--budget",
-            "-b",
-            metavar="KIND:EPS",
-            help="How much an image may change: linf:8/255, l2:0.5.",
-            show_default="linf:0.3 for gray, else linf:8/255",
-            rich_help_panel=ATTACK,
-        ),
+        option("--budget -b KIND:EPS", "How much an image may change: linf:8/255, l2:0.5.", default="linf:0.3 for gray, else linf:8/255", panel=ATTACK)
     ] = None
     steps: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Steps of PGD.", min=1, show_default="40 for gray, else 10", rich_help_panel=ATTACK
-        ),
+        int | None, option("N", "Steps of PGD.", default="40 for gray, else 10", least=1, panel=ATTACK)
     ] = None
     step_size: Annotated[
         str | None,
-        typer.Option(
-            metavar="X",
-            help="Size of each step: 0.01, 2/255.",
-            show_default="0.01 for gray, else 2/255; 2.5 x EPS / steps with --budget",
-            rich_help_panel=ATTACK,
-        ),
+        option("X", "Size of each step: 0.01, 2/255.", default="0.01 for gray, else 2/255; 2.5 x EPS / steps with --budget", panel=ATTACK)
     ] = None
 
     def config(self, *, seed: int, workers: int) -> TrainConfig:
@@ -135,24 +116,16 @@ class EvaluationOptions:
 
     evaluate: Annotated[
         str,
-        typer.Option(
-            metavar="MODE",
-            help="none; own: the network on every test; matrix: a network for each of --recipes on every test.",
-        ),
+        option("MODE", "none; own: the network on every test; matrix: a network for each of --recipes on every test.")
     ] = "none"
     recipes: Annotated[
-        str | None,
-        typer.Option(metavar="NAMES", help="Recipes of the matrix, separated by commas.", show_default="six of --list"),
+        str | None, option("NAMES", "Recipes of the matrix, separated by commas.", default="six of --list")
     ] = None
-    seeds: Annotated[
-        int, typer.Option(metavar="N", help="Networks per recipe of the matrix.", min=1)
-    ] = 1
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", min=2, help="Use at most N test images, the first.", show_default=False)
-    ] = None
-    strongest: Annotated[
-        int, typer.Option(metavar="N", help="Test images for the ensemble of attacks, the first.", min=1)
-    ] = STRONGEST
+    seeds: Annotated[int, option("N", "Networks per recipe of the matrix.", least=1)] = 1
+    limit: Annotated[int | None, option("N", "Use at most N test images, the first.", least=2)] = None
+    strongest: Annotated[int, option("N", "Test images for the ensemble of attacks, the first.", least=1)] = (
+        STRONGEST
+    )
 
     def check(self, context: typer.Context) -> None:
         """Refuse options that this evaluation would ignore."""
@@ -192,31 +165,20 @@ def train(
     output: OutputOptions,
     data: Annotated[
         str | None,
-        typer.Argument(
-            metavar="DATA",
-            help="A folder of MNIST's IDX files, of CIFAR's batches, or of one folder per class; an .npz file; or "
-            "hf:DIRECTORY_OR_NAME.",
-            show_default=False,
-        ),
+        argument("DATA", "A folder of MNIST's IDX files, of CIFAR's batches, or of one folder per class; an .npz file; or "
+            "hf:DIRECTORY_OR_NAME.")
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="MODEL",
-            help="two_conv, resnet20 or resnet18 with fresh weights, or package.module:factory.",
-            show_default="two_conv for gray, else resnet20",
-            rich_help_panel=MODEL,
-        ),
+        option("--model -m MODEL", "two_conv, resnet20 or resnet18 with fresh weights, or package.module:factory.", default="two_conv for gray, else resnet20", panel=MODEL)
     ] = None,
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
     out: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Folder for model.safetensors, training.json and checkpoints.")
+        Path, option("FOLDER", "Folder for model.safetensors, training.json and checkpoints.")
     ] = Path("weakspot-train"),
-    list_all: Annotated[bool, typer.Option("--list", help="List recipes and tests, and exit.")] = False,
+    list_all: Annotated[bool, flag("--list", "List recipes and tests, and exit.")] = False,
 ) -> None:
     """Train a network; part of each batch is attacked first: in the background, everywhere, or as --recipe says.
 
@@ -244,7 +206,11 @@ def train(
             advance("reading the data", 0.0)
             images = read_labeled(data, size=size, channels=reading.channels)
             if images.held:
-                refuse(context, ["size", "channels", "workers"], f"with {data}, which holds arrays, not image files")
+                refuse(
+                    context,
+                    ["size", "channels", "workers"],
+                    f"with {data}, which holds arrays, not image files",
+                )
             # The test split is read first, so that an error in it shows before hours of training.
             test = None
             if evaluation.evaluate != "none":

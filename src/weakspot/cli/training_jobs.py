@@ -13,8 +13,6 @@ from weakspot.cli.app import Failure
 from weakspot.cli.output import Advance, json_rows, make_table, print_text
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from weakspot.classifier import Classifier
     from weakspot.datasets import LabeledImages
     from weakspot.training import Matrix, TrainConfig
@@ -233,11 +231,13 @@ def print_training(results: Results, seconds: float, out: Path, *, matrix: bool)
             table.add_row(*([name] if matrix else []), *cells)
         console.print(table)
     stopped = results.get("stopped") or {}
-    for name, why in (stopped.items() if matrix else [("training", stopped)] if stopped else []):
+    for name, why in stopped.items() if matrix else [("training", stopped)] if stopped else []:
         print_text(f"{name} stopped early: {why}", style="yellow")
     spec = results.get("network", {}).get("spec")
     use = f"{spec} --weights {out / 'model.safetensors'}" if spec else str(out)
-    following = "look at matrix.png and accuracy.csv" if matrix else f"next: weakspot explain IMAGES --model {use}"
+    following = (
+        "look at matrix.png and accuracy.csv" if matrix else f"next: weakspot explain IMAGES --model {use}"
+    )
     print_text(f"\nWritten to {out.resolve()} in {seconds:.0f} s; {following}", style="dim")
 
 

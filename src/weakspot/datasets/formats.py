@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from weakspot._checks import closest
+from weakspot._checks import check_choice
 from weakspot.datasets.arrays import read_npz
 from weakspot.datasets.cifar import has_cifar, read_cifar_folder
 from weakspot.datasets.folders import has_classes, read_class_folders
@@ -35,8 +35,7 @@ def read_labeled(
         FileNotFoundError: when there is nothing at `source`, or not that split.
         ValueError: when it is nothing of the kind, or damaged.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; {closest(str(split), SPLITS)}")
+    check_choice("split", split, SPLITS)
     if channels not in {1, 3}:
         raise ValueError(f"channels is {channels}; accepted are 3 (color) and 1 (gray)")
     if str(source).startswith("hf:"):

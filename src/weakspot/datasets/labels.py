@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weakspot.cli.app import UNREADABLE, USAGE, Failure, note
-from weakspot.cli.inputs import class_index
+from weakspot.cli.aims import class_index
 
 if TYPE_CHECKING:
     from torch import Tensor

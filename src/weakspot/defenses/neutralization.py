@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weakspot import _random
-from weakspot._checks import check_batch, check_fraction, check_region, check_seed, closest, is_number
+from weakspot._checks import check_batch, check_choice, check_fraction, check_region, check_seed, is_number
 from weakspot.attribution.cam import class_activations
 from weakspot.classifier import Classifier, as_classifier, as_wrapped_classifier, check_images, evaluating
 from weakspot.defenses.randomized import DrawnByImage
@@ -63,8 +63,7 @@ def neutralize(images: Tensor, region: Tensor, *, fill: str = "mean") -> Tensor:
 
 def check_fill(fill: str) -> None:
     """Raises ValueError unless `fill` is the name of a fill."""
-    if fill not in FILLS:
-        raise ValueError(f"fill is {fill!r}; {closest(str(fill), FILLS)}")
+    check_choice("fill", fill, FILLS)
 
 
 def _mean(images: Tensor, region: Tensor) -> Tensor:

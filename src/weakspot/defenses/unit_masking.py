@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from weakspot._checks import check_classes, check_seed, closest
+from weakspot._checks import check_classes, check_seed, unknown_choice
 from weakspot.attacks import pgd
 from weakspot.attribution.hooks import replacing
 from weakspot.attribution.layers import unit_axis
@@ -53,8 +53,7 @@ def mask_units(model: nn.Module, layer: str, units: Sequence[int] | Tensor) -> C
     spellings = (str(layer), str(layer).removeprefix("network."), f"network.{layer}")
     name = next((spelling for spelling in spellings if spelling and spelling in modules), None)
     if name is None:
-        near = closest(str(layer), filter(None, modules))
-        raise ValueError(f"layer is {layer!r}, which {classifier.name} has not; {near}")
+        raise ValueError(unknown_choice("layer", layer, filter(None, modules)))
     mean, std = (values.flatten().tolist() for values in (classifier.mean, classifier.std))
     masked = Classifier(
         _Masked(classifier.network, name, wanted),

@@ -14,7 +14,7 @@ from weakspot._checks import check_batch_size, check_seed, is_number
 from weakspot.attribution.hooks import Place, default_layers, replacing, spatial_layers
 from weakspot.attribution.layers import unit_axis
 from weakspot.classifier import Classifier, default_batch, evaluating
-from weakspot.explanations.analysis import Analysis, check_pairs, settled
+from weakspot.explanations.analysis import Analysis, check_pairs, prepare_pairs
 from weakspot.pairs import Pairs
 from weakspot.statistics import mcnemar, proportion_interval
 
@@ -70,7 +70,7 @@ def unit_restoration(
             f"shares is {fractions!r}; accepted is a list of shares of the units, above 0 up to 1"
         )
     with evaluating(model) as classifier:
-        pairs = settled(classifier, pairs)
+        pairs = prepare_pairs(classifier, pairs)
         place = spatial_layers(classifier, pairs.clean[:1], [layer])[layer]
         if place.module is None or place.calls > 1:
             raise ValueError(
@@ -171,12 +171,12 @@ MEANINGS = {
 }
 
 
-def analyze(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
+def analyze_units(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
     """How many of the last layer's units carry the decision; nothing of networks without such a layer."""
     import pandas as pd
 
     with evaluating(model) as classifier:
-        pairs = settled(classifier, pairs)
+        pairs = prepare_pairs(classifier, pairs)
         places = default_layers(classifier, pairs.clean[:1])
         once = [place for place in places.values() if place.module is not None and place.calls == 1]
         if not once:

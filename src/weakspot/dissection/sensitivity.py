@@ -21,7 +21,7 @@ from weakspot import _random
 from weakspot._checks import check_batch_size, check_seed
 from weakspot.attribution.hooks import Place, fused_for, reading, spatial_layers
 from weakspot.classifier import Classifier, default_batch, evaluating
-from weakspot.explanations.analysis import check_pairs, settled
+from weakspot.explanations.analysis import check_pairs, prepare_pairs
 from weakspot.pairs import Pairs
 from weakspot.statistics import false_discovery
 
@@ -229,12 +229,12 @@ def _unit_means(
     with evaluating(model) as classifier:
         for batch in [pairs] if isinstance(pairs, Pairs) else pairs:
             check_pairs(batch, model)
-            settled_pairs = settled(classifier, batch)
-            sample = settled_pairs.clean[:1]
+            prepared = prepare_pairs(classifier, batch)
+            sample = prepared.clean[:1]
             places = spatial_layers(classifier, sample, [layer])
             size = classifier.fixed_batch or batch_size or default_batch(sample)
-            drawn = [equal_noise(settled_pairs, number, seed) for number in range(noises)]
-            versions = [settled_pairs.clean, settled_pairs.adversarial, *(noisy for noisy, _ in drawn)]
+            drawn = [equal_noise(prepared, number, seed) for number in range(noises)]
+            versions = [prepared.clean, prepared.adversarial, *(noisy for noisy, _ in drawn)]
             with fused_for(classifier, sample, places), torch.no_grad():
                 found.append(torch.stack([_means(classifier, places, one, size) for one in versions]))
             kept.append(torch.stack([fraction for _, fraction in drawn]).amin(0))

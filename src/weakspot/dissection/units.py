@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import check_batch_size, closest, is_number
+from weakspot._checks import check_batch_size, check_choice, is_number
 from weakspot.attribution.alignment import Axis, Grid, effective_grid, receptive_grid
 from weakspot.attribution.hooks import Place, fused_for, reading, spatial_layers
 from weakspot.attribution.layers import find_layer
 from weakspot.classifier import Classifier, default_batch, evaluating
 from weakspot.dissection.broden_files import image_batches
 from weakspot.dissection.concepts import Concept, ConceptSet
-from weakspot.dissection.tally import DENOMINATORS, Cache, Numbers, Tally, TopValues
+from weakspot.dissection.site_counts import DENOMINATORS, Cache, Numbers, Tally, TopValues
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -299,8 +299,5 @@ def _check(quantile: float, min_iou: float, denominator: str, alignment: str) ->
         )
     if not is_number(min_iou) or not 0 <= min_iou <= 1:
         raise ValueError(f"min_iou is {min_iou!r}; accepted is a number from 0 to 1, as 0.04")
-    for name, value, accepted in (
-        ("denominator", denominator, DENOMINATORS), ("alignment", alignment, ALIGNMENTS)
-    ):  # fmt: skip
-        if value not in accepted:
-            raise ValueError(f"{name} is {value!r}; {closest(str(value), accepted)}")
+    check_choice("denominator", denominator, DENOMINATORS)
+    check_choice("alignment", alignment, ALIGNMENTS)

@@ -1,10 +1,8 @@
 """Explanations: pairs become scores and maps."""
 
-from weakspot.explanations.alignment import SsimAlignment, ssim_alignment
 from weakspot.explanations.analysis import Analysis, Picture, Series
 from weakspot.explanations.explanation import Explanation, explain
 from weakspot.explanations.feature_propagation import Propagation, propagation
-from weakspot.explanations.importance import Overlap, overlap
 from weakspot.explanations.patch_restoration import Restoration, restoration
 from weakspot.explanations.pixel_locality import Locality, locality
 from weakspot.explanations.promotion import (
@@ -14,6 +12,8 @@ from weakspot.explanations.promotion import (
     promotion_suppression,
 )
 from weakspot.explanations.propagation_controls import PropagationStudy, propagation_study, random_edits
+from weakspot.explanations.region_overlap import Overlap, overlap
+from weakspot.explanations.visible_change import SsimAlignment, ssim_alignment
 
 __all__ = [
     "Analysis",

@@ -20,9 +20,10 @@ from weakspot.attacks import pgd
 from weakspot.classifier import Classifier, default_batch
 from weakspot.similarity import C2, RADIUS, SIGMA, gaussian, luma, ssim_map
 from weakspot.statistics import LEAST_RUN
+from weakspot.statistics.number_format import p_value
 
 if TYPE_CHECKING:
-    from weakspot.explanations.alignment import SsimAlignment
+    from weakspot.explanations.visible_change import SsimAlignment
 
 
 STEPS = 5  # of the PGD control
@@ -228,8 +229,6 @@ def _finding(found: SsimAlignment) -> str:
 
 def beside(found: SsimAlignment) -> dict[str, str]:
     """One sentence for other images and one for each control; none if no image can be compared."""
-    from weakspot.report.sentences import p_value
-
     if not found.runs or not found.runs["other images"].images:
         return {}
     sentences = {}

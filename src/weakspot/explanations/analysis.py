@@ -1,4 +1,8 @@
-"""Analyses: functions from a model and pairs to scores per image and maps, found by entry point."""
+"""The contract of an analysis: a function of a model and pairs that returns scores per image and maps.
+
+Analyses and the functions that draw them are found by entry point, so that a package can add one of either, and so
+that this room never imports `weakspot.report`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import check_classes, closest
+from weakspot._checks import check_classes, unknown_choice
 from weakspot.classifier import Classifier, predict, runner_up
 from weakspot.pairs import Pairs
 
@@ -20,19 +24,20 @@ if TYPE_CHECKING:
 
 P = TypeVar("P", bound=Pairs)
 GROUP = "weakspot.analyses"
+RENDERERS = "weakspot.renderers"
 OWN = ("cam", "ssim", "overlap", "promotion", "restoration", "locality", "propagation", "units")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """How one map is drawn.
+    """How a map is drawn.
 
     Attributes:
-        title: its heading; "{label}" and "{target}" become the names of the pair's classes.
-        kind: "magnitude" (from zero up), "signed" (around zero) or "category" (whole numbers from 0).
-        scale: maps of one scale share their color limits, image by image.
-        fixed: limits (low, high) that hold for every image, where the quantity has natural ones.
-        categories: of a category map, what each number stands for.
+        title: the heading. "{label}" and "{target}" are replaced by the names of the pair's classes.
+        kind: "magnitude" (from zero up), "signed" (around zero) or "category" (integers from 0).
+        scale: maps with the same scale name share their color limits, image by image.
+        fixed: limits (low, high) for every image, if the quantity has natural ones.
+        categories: the meaning of each number of a category map.
         meaning: one sentence for the reader.
     """
 
@@ -46,14 +51,14 @@ class Picture:
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """Maps of one quantity along the layers of a network, to be leafed through.
+    """Maps of one quantity along the layers of a network, for a layer browser.
 
     Attributes:
-        title: its heading.
+        title: the heading.
         steps: names of the layers, first to last.
-        maps: (N, h, w) of each, from 0 up; sizes may differ.
-        tops: (N,) of each, the value that is drawn as the brightest color.
-        curves: name of a curve to (N, layers), numbers that are drawn over the layers.
+        maps: (N, h, w) for each layer, not negative; sizes may differ.
+        tops: (N,) for each layer, the value drawn in the brightest color.
+        curves: curve name to (N, layers), numbers plotted over the layers.
         meaning: one sentence for the reader.
     """
 
@@ -64,18 +69,21 @@ class Series:
     curves: Mapping[str, Tensor] = field(default_factory=dict)
     meaning: str = ""
 
+    def __repr__(self) -> str:
+        return f"Series({self.title!r}, {len(self.steps)} layers, curves: {', '.join(self.curves) or 'none'})"
+
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """What an analysis returns.
+    """The result of one analysis.
 
     Attributes:
-        scores: one row per pair. A column X may bring X_null, its mean with other images' maps, X_p and X_q, its
-            two-sided p value against them and the same corrected over the pairs, and X_shift_null and X_shift_p,
-            likewise from shifts within the image.
-        maps: name to (N, 1, H, W).
+        scores: one row per pair. A column X may be followed by X_null (its mean with other images' maps), X_p and X_q
+            (the two-sided p value against them, and p corrected over the pairs), and by X_shift_null and X_shift_p
+            (the same from shifts within the image).
+        maps: map name to (N, 1, H, W).
         meanings: score name to one sentence for the reader.
-        pictures: map name to how it is drawn; others are drawn as magnitudes.
+        pictures: map name to how it is drawn. Other maps are drawn as magnitudes.
         series: name to maps along the layers.
     """
 
@@ -85,33 +93,64 @@ class Analysis:
     pictures: Mapping[str, Picture] = field(default_factory=dict)
     series: Mapping[str, Series] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        lines = [
+            f"Analysis of {len(self.scores)} pairs",
+            f"  scores: {', '.join(map(str, self.scores)) or 'none'}",
+            f"  maps: {shapes(self.maps)}",
+        ]
+        return "\n".join(lines + ([f"  series: {', '.join(self.series)}"] if self.series else []))
 
-AnalysisFunction = Callable[..., Analysis]  # (model, pairs, *, seed) -> Analysis, and what `declared` adds
+
+AnalysisFunction = Callable[
+    ..., Analysis
+]  # (model, pairs, *, seed) -> Analysis, plus what `accepted_options` adds
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> str:
+    """The names and shapes of tensors, for a `repr`.
+
+    >>> shapes({"roi": torch.zeros(2, 1, 8, 8)})
+    'roi (2, 1, 8, 8)'
+    """
+    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()) or "none"
 
 
 def available_analyses() -> list[str]:
-    """Names that `explain(analyses=...)` takes, in the order they are run: our own, then others by name."""
+    """Names that `explain(analyses=...)` takes, in the order they run: built-in ones, then others by name."""
     names = {entry.name for entry in entry_points(group=GROUP)}
     own = [name for name in OWN if name in names]
     return own + sorted(names.difference(own))
 
 
 def find_analyses(names: Sequence[str] | None) -> dict[str, AnalysisFunction]:
-    """Name to function, all of them where no names are given.
+    """Name to function; all analyses if `names` is None.
 
     Raises:
-        ValueError: when a name is not registered in the entry-point group "weakspot.analyses".
+        ValueError: if a name is not registered in the entry-point group "weakspot.analyses".
     """
-    known = available_analyses()
+    available = available_analyses()
     for name in names or ():
-        if name not in known:
-            raise ValueError(f"analyses has {name!r}, which is not installed; {closest(name, known)}")
-    wanted = known if names is None else [name for name in known if name in names]
-    return {entry.name: entry.load() for name in wanted for entry in entry_points(group=GROUP, name=name)}
+        if name not in available:
+            raise ValueError(unknown_choice("analysis", name, available))
+    chosen = available if names is None else [name for name in available if name in names]
+    return {entry.name: entry.load() for name in chosen for entry in entry_points(group=GROUP, name=name)}
 
 
-def declared(function: AnalysisFunction, options: Mapping[str, object]) -> dict[str, object]:
-    """Those of the options that the function names as a parameter; an older analysis is called without them."""
+def find_renderer(name: str) -> Callable[..., object]:
+    """The function of the entry-point group "weakspot.renderers" that shows a result; `weakspot.report` has them.
+
+    Raises:
+        RuntimeError: if no installed package registers one.
+    """
+    for entry in entry_points(group=RENDERERS, name=name):
+        renderer: Callable[..., object] = entry.load()
+        return renderer
+    raise RuntimeError(f"no installed package draws {name!r} (install weakspot again: pip install weakspot)")
+
+
+def accepted_options(function: AnalysisFunction, options: Mapping[str, object]) -> dict[str, object]:
+    """The options that the function has as parameters; a function without them is called without them."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
@@ -119,10 +158,10 @@ def declared(function: AnalysisFunction, options: Mapping[str, object]) -> dict[
     return {name: value for name, value in options.items() if name in parameters}
 
 
-def rivals(classifier: Classifier, pairs: Pairs) -> Tensor:
-    """(N,) the class each label loses to: the target, or where that is the label itself the runner-up.
+def competing_classes(classifier: Classifier, pairs: Pairs) -> Tensor:
+    """(N,) the class that each label competes with: the target, or the runner-up if the target is the label.
 
-    An untargeted attack that failed has its own label as target; what it came closest to is then explained.
+    The target of an untargeted attack that failed is the label itself; the class it came closest to is explained.
     """
     same = pairs.targets == pairs.labels
     if not bool(same.any()):
@@ -131,11 +170,11 @@ def rivals(classifier: Classifier, pairs: Pairs) -> Tensor:
     return torch.where(same, runner_up(logits, pairs.labels)[1], pairs.targets)
 
 
-def settled(classifier: Classifier, pairs: P) -> P:
-    """The pairs on the classifier's device: images float32 without gradients, classes checked and int64.
+def prepare_pairs(classifier: Classifier, pairs: P) -> P:
+    """The pairs on the classifier's device: images float32 without gradients, classes validated and int64.
 
     Raises:
-        ValueError: when a label or target is no class of the model.
+        ValueError: if a label or target is not a class of the model.
     """
     pairs = pairs.to(classifier.mean.device)
     classes = predict(classifier, pairs.clean[:1].float()).shape[1]
@@ -153,11 +192,9 @@ def settled(classifier: Classifier, pairs: P) -> P:
 def check_pairs(pairs: Pairs, model: nn.Module) -> None:
     """Raises ValueError unless `pairs` are Pairs and `model` is a module."""
     if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"model is a {type(model).__name__}; accepted is a torch.nn.Module that returns logits"
-        )
+        raise ValueError(f"model must be a torch.nn.Module that returns logits, got {type(model).__name__}")
     if not isinstance(pairs, Pairs):
         raise ValueError(
-            f"pairs is a {type(pairs).__name__}; accepted are Pairs, as attacks return and "
-            "Pairs.of(model, clean, adversarial) makes"
+            f"pairs must be Pairs, got {type(pairs).__name__} (attacks return them, and "
+            "Pairs.of(model, clean, adversarial) makes them)"
         )

@@ -1,11 +1,11 @@
-"""Explain: run analyses on pairs and keep what they found."""
+"""`explain`: run analyses on pairs and collect their scores and maps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,13 @@ from weakspot.explanations.analysis import (
     Analysis,
     Picture,
     Series,
+    accepted_options,
     check_pairs,
-    declared,
+    competing_classes,
     find_analyses,
-    rivals,
-    settled,
+    find_renderer,
+    prepare_pairs,
+    shapes,
 )
 from weakspot.pairs import AttackResult, Pairs
 
@@ -33,18 +35,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """Scores and maps of N pairs, and what is needed to show them.
+    """Scores and maps of N pairs, with everything that is needed to show them.
+
+    `verdict`, `figure` and `to_html` are drawn by `weakspot.report`, which registers its functions as entry points.
 
     Attributes:
-        scores: one row per pair: image, label, target and adversarial_class (class names), success,
-            success_8bit (of a picture
-            file), confidences, sizes of the perturbation, then the scores of every analysis.
+        scores: one row per pair: image; label, target and adversarial_class (class names); success and success_8bit
+            (whether the attack still fools after the image is stored in 8 bits); confidences; sizes of the
+            perturbation; then the scores of every analysis.
         maps: name to (N, 1, H, W), of every analysis.
-        pairs: what was explained, on the CPU.
-        analyses: name to what each analysis returned.
+        pairs: the explained pairs, on the CPU.
+        analyses: name to the result of each analysis.
         model: the classifier's name.
-        class_names: names of label and of target, one of each per pair.
-        made: how it came about (budget, region, seed, command, versions), for the reader.
+        class_names: names of the label and the target, one tuple per pair.
+        made: how the pairs were made (budget, region, seed, command, versions), for the reader.
     """
 
     scores: pd.DataFrame
@@ -57,6 +61,17 @@ class Explanation:
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def __repr__(self) -> str:
+        fooled = int(self.scores["success"].sum())
+        return "\n".join(
+            [
+                f"Explanation of {len(self)} pairs for {self.model}: {fooled} fool the model",
+                f"  analyses: {', '.join(self.analyses) or 'none'}",
+                f"  scores: {len(self.scores.columns)} columns",
+                f"  maps: {shapes(self.maps)}",
+            ]
+        )
 
     @property
     def meanings(self) -> dict[str, str]:
@@ -80,31 +95,23 @@ class Explanation:
         }
 
     def verdict(self, index: int = 0) -> str:
-        """What happened to one image, in plain words, with number, chance and doubt."""
-        from weakspot.report.sentences import verdict
-
-        return verdict(self, index)
+        """What happened to one image, in plain words, with the number, the chance level and the doubt."""
+        return str(find_renderer("verdict")(self, index))
 
     def figure(self, index: int = 0) -> Figure:
         """A matplotlib figure of one pair: both images, their difference and every map with its scale."""
-        from weakspot.report.figures import figure
-
-        return figure(self, index)
+        return cast("Figure", find_renderer("figure")(self, index))
 
     def to_html(self, path: Path | str) -> Path:
-        """Write one self-contained page; returns its path."""
-        from weakspot.report.explanation_page import page
-
+        """Write one self-contained page and return its path."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = page(self)
-        write_whole(path, lambda draft: draft.write_text(content, "utf-8"))
+        page = str(find_renderer("page")(self))
+        write_whole(path, lambda draft: draft.write_text(page, "utf-8"))
         return path
 
     def _repr_html_(self) -> str:
-        from weakspot.report.explanation_page import notebook_frame
-
-        return notebook_frame(self)
+        return str(find_renderer("notebook_frame")(self))
 
 
 def explain(
@@ -119,23 +126,23 @@ def explain(
     compare: bool = True,
     progress: Callable[[float], None] | None = None,
 ) -> Explanation:
-    """Where each perturbation acts, and whether the network was looking there.
+    """Show where each perturbation acts, and whether the network looks there.
 
     Args:
-        model: any classifier; left as it was.
+        model: any classifier. It is not changed.
         pairs: from an attack, or `Pairs.of(model, clean, adversarial)`.
-        analyses: names from the entry-point group "weakspot.analyses"; all that are installed where not given.
-        seed: handed to every analysis.
-        names: what to call each image.
-        made: what the report should say of how the pairs came about.
-        reference: (R, C, H, W) other images of the same source as the pairs. Whether an attack acts where the network
-            looks can be tested from 19 other images on, those of the batch and these.
-        compare: False leaves out the scores that depend on the other images of the batch, such as p values, so that
-            parts of a batch have the scores of the whole.
-        progress: called with the share done, 0 to 1.
+        analyses: names from the entry-point group "weakspot.analyses". Default: all installed analyses.
+        seed: passed to every analysis.
+        names: the name of each image.
+        made: how the pairs were made, for the report.
+        reference: (R, C, H, W) other images from the same source as the pairs. At least 19 other images, those of the
+            batch and these together, are needed to test whether an attack acts where the network looks.
+        compare: False omits the scores that depend on the other images of the batch, such as p values. Parts of a
+            batch then have the same scores as the whole.
+        progress: called with the finished fraction, 0 to 1.
 
     Raises:
-        ValueError: when an argument does not fit, naming it.
+        ValueError: if an argument is invalid; the message names it.
 
     >>> from weakspot.attacks import pgd
     >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
@@ -147,36 +154,36 @@ def explain(
 
     check_pairs(pairs, model)
     if names is not None and len(names) != len(pairs):
-        raise ValueError(f"names has {len(names)} entries; accepted is one for each of {len(pairs)} pairs")
+        raise ValueError(f"names must have one entry for each of {len(pairs)} pairs, got {len(names)}")
     functions = find_analyses(analyses)
-    if reference is not None and not any(declared(each, {"reference": None}) for each in functions.values()):
+    if reference is not None and not any(
+        accepted_options(each, {"reference": None}) for each in functions.values()
+    ):
         raise ValueError(
-            "analyses must name one that compares images if there is a reference (ssim, overlap, promotion), "
+            "analyses must include one that compares images if there is a reference (ssim, overlap, promotion), "
             f"got {', '.join(functions) or 'none'}"
         )
+    results: dict[str, Analysis] = {}
     with evaluating(model) as classifier:
-        pairs = settled(classifier, pairs)
+        pairs = prepare_pairs(classifier, pairs)
         others = None if reference is None else other_images(classifier, pairs, reference)
         options = {"reference": others, "compare": compare}
-        base, losing = _base_scores(classifier, pairs, names)
-        found: dict[str, Analysis] = {}
-        for number, (name, function) in enumerate(functions.items()):
-            analysis = function(classifier, pairs, seed=seed, **declared(function, options))
-            found[name] = _checked(name, analysis, len(pairs))
+        base, competing = _base_scores(classifier, pairs, names)
+        for number, (name, function) in enumerate(functions.items(), 1):
+            analysis = function(classifier, pairs, seed=seed, **accepted_options(function, options))
+            results[name] = _checked(name, analysis, len(pairs))
             if progress is not None:
-                progress((number + 1) / len(functions))
-    found = _unlike(found, base)
+                progress(number / len(functions))
+    results = _with_unique_names(results, base)
     class_names = [
         (classifier.class_name(int(own)), classifier.class_name(int(other)))
-        for own, other in zip(pairs.labels, losing, strict=True)
+        for own, other in zip(pairs.labels, competing, strict=True)
     ]
     return Explanation(
-        scores=pd.concat([base, *(a.scores.set_axis(base.index) for a in found.values())], axis=1),
-        maps={
-            name: maps.detach().cpu() for analysis in found.values() for name, maps in analysis.maps.items()
-        },
+        scores=pd.concat([base, *(a.scores.set_axis(base.index) for a in results.values())], axis=1),
+        maps={name: maps.detach().cpu() for a in results.values() for name, maps in a.maps.items()},
         pairs=pairs.to("cpu"),
-        analyses=found,
+        analyses=results,
         model=classifier.name,
         class_names=class_names,
         made=dict(made or {}),
@@ -186,25 +193,29 @@ def explain(
 def _base_scores(
     classifier: Classifier, pairs: Pairs, names: Sequence[str] | None
 ) -> tuple[pd.DataFrame, Tensor]:
-    """What is true of a pair whatever the analysis; and the class each label loses to."""
+    """The scores that need no analysis, and (N,) the class that each label competes with."""
     import pandas as pd
 
     clean, adversarial = predict(classifier, pairs.clean), predict(classifier, pairs.adversarial)
     for name, classes in (("labels", pairs.labels), ("targets", pairs.targets)):
         check_classes(classes, len(pairs), clean.shape[1], name=name)
-    losing = rivals(classifier, pairs)
-    adversarial_class = adversarial.argmax(1)
     if len(classifier.class_names) not in {0, clean.shape[1]}:
         raise ValueError(
-            f"class_names has {len(classifier.class_names)} names; {classifier.name} has {clean.shape[1]} classes"
+            f"class_names must have {clean.shape[1]} names, one for each class of {classifier.name}, got "
+            f"{len(classifier.class_names)}"
         )
+    competing = competing_classes(classifier, pairs)
+    adversarial_class = adversarial.argmax(1)
     _warn_of_randomness(classifier, pairs.clean[:1], clean[:1])
     success, success_8bit = _successes(classifier, pairs, adversarial_class)
     change = pairs.perturbation.flatten(1)
     before, after = clean.softmax(1), adversarial.softmax(1)
 
-    def of(chances: Tensor, classes: Tensor) -> Tensor:
-        return chances.gather(1, classes[:, None])[:, 0]
+    def of(confidences: Tensor, classes: Tensor) -> Tensor:
+        return confidences.gather(1, classes[:, None])[:, 0]
+
+    def class_names(classes: Tensor) -> list[str]:
+        return [classifier.class_name(int(index)) for index in classes]
 
     numbers = {
         "success": success,
@@ -212,42 +223,40 @@ def _base_scores(
         "asked_for_target": pairs.targets != adversarial_class,
         "label_clean": of(before, pairs.labels),
         "label_adversarial": of(after, pairs.labels),
-        "target_clean": of(before, losing),
-        "target_adversarial": of(after, losing),
+        "target_clean": of(before, competing),
+        "target_adversarial": of(after, competing),
         "adversarial_class_adversarial": of(after, adversarial_class),
         "margin_clean": margin(clean, pairs.labels),
         "margin_adversarial": margin(adversarial, pairs.labels),
         "linf": change.abs().amax(1),
         "l2": torch.linalg.vector_norm(change, dim=1),
     }
-    words = {
+    texts = {
         "image": list(names) if names is not None else [f"image {number}" for number in range(len(pairs))],
-        "label": [classifier.class_name(int(index)) for index in pairs.labels],
-        "target": [classifier.class_name(int(index)) for index in losing],
-        "adversarial_class": [classifier.class_name(int(index)) for index in adversarial_class],
-        "read_clean_as": [classifier.class_name(int(index)) for index in clean.argmax(1)],
+        "label": class_names(pairs.labels),
+        "target": class_names(competing),
+        "adversarial_class": class_names(adversarial_class),
+        "read_clean_as": class_names(clean.argmax(1)),
     }
-    return pd.DataFrame({**words, **{name: values.cpu().numpy() for name, values in numbers.items()}}), losing
+    columns = {name: values.cpu().numpy() for name, values in numbers.items()}
+    return pd.DataFrame({**texts, **columns}), competing
 
 
 def _successes(classifier: Classifier, pairs: Pairs, adversarial_class: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) bool twice: whether the images fool as they are, and stored with 8 bits."""
-    known = pairs if isinstance(pairs, AttackResult) else None
-    success = (
-        (adversarial_class != pairs.labels) & (adversarial_class == pairs.targets)
-        if known is None
-        else known.success
-    )
-    if known is not None and known.success_8bit is not None:
-        return success, known.success_8bit
-    adversarial_class_8bit = predict(classifier, (pairs.adversarial * 255).round() / 255).argmax(1)
-    # Without a target that was asked for, the pair's target is where the image lands; any other class will do too.
+    """(N,) bool each: whether the images fool the model as float32, and after storage in 8 bits."""
+    if isinstance(pairs, AttackResult):
+        success = pairs.success
+        if pairs.success_8bit is not None:
+            return success, pairs.success_8bit
+    else:
+        success = (adversarial_class != pairs.labels) & (adversarial_class == pairs.targets)
+    class_8bit = predict(classifier, (pairs.adversarial * 255).round() / 255).argmax(1)
+    # An untargeted pair has the reached class as its target: any other wrong class is a success as well. A target that
+    # was asked for and not reached in float32 must be reached in 8 bits.
     reached = torch.where(
-        pairs.targets == adversarial_class,
-        adversarial_class_8bit != pairs.labels,
-        adversarial_class_8bit == pairs.targets,
+        pairs.targets == adversarial_class, class_8bit != pairs.labels, class_8bit == pairs.targets
     )
-    return success, reached & (adversarial_class_8bit != pairs.labels)
+    return success, reached & (class_8bit != pairs.labels)
 
 
 def _warn_of_randomness(classifier: Classifier, image: Tensor, logits: Tensor) -> None:
@@ -256,35 +265,35 @@ def _warn_of_randomness(classifier: Classifier, image: Tensor, logits: Tensor) -
         warn_once(
             classifier.network,
             "random",
-            f"{classifier.name} answers differently when it is given the same image twice: what is explained is one "
-            "draw among many",
+            f"{classifier.name} returns different logits for the same image: the explanation shows one random draw of "
+            "many",
             ModelWarning,
         )
 
 
 def _checked(name: str, analysis: Analysis, count: int) -> Analysis:
     if not isinstance(analysis, Analysis) or len(analysis.scores) != count:
-        rows = f"{len(analysis.scores)} rows" if isinstance(analysis, Analysis) else type(analysis).__name__
+        got = f"{len(analysis.scores)} rows" if isinstance(analysis, Analysis) else type(analysis).__name__
         raise ValueError(
-            f"analysis {name!r} returned {rows}; accepted is an Analysis with one row for each of {count} pairs"
+            f"analysis {name!r} must return an Analysis with one row for each of {count} pairs, got {got}"
         )
     return analysis
 
 
-def _unlike(found: Mapping[str, Analysis], base: pd.DataFrame) -> dict[str, Analysis]:
-    """The analyses, a score or map whose name is taken carrying its analysis's name in front, wherever it is named."""
+def _with_unique_names(results: Mapping[str, Analysis], base: pd.DataFrame) -> dict[str, Analysis]:
+    """The analyses; a score or map whose name is already taken gets its analysis's name as a prefix."""
     scores, maps = set(base.columns), {"difference"}
-    unlike = {}
-    for prefix, analysis in found.items():
+    unique = {}
+    for prefix, analysis in results.items():
         columns = {column: f"{prefix}_{column}" for column in analysis.scores if column in scores}
         taken = {name: f"{prefix}_{name}" for name in analysis.maps if name in maps}
-        unlike[prefix] = replace(
+        unique[prefix] = replace(
             analysis,
             scores=analysis.scores.rename(columns=columns),
             meanings={columns.get(name, name): text for name, text in analysis.meanings.items()},
             maps={taken.get(name, name): tensor for name, tensor in analysis.maps.items()},
             pictures={taken.get(name, name): picture for name, picture in analysis.pictures.items()},
         )
-        scores |= set(unlike[prefix].scores.columns)
-        maps |= set(unlike[prefix].maps)
-    return unlike
+        scores |= set(unique[prefix].scores.columns)
+        maps |= set(unique[prefix].maps)
+    return unique

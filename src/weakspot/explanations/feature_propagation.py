@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from weakspot._checks import check_batch_size
 from weakspot.attribution.hooks import Place, fused_for, reading, spatial_layers
 from weakspot.classifier import Classifier, default_batch, evaluating
-from weakspot.explanations.analysis import check_pairs, settled
+from weakspot.explanations.analysis import check_pairs, prepare_pairs
 from weakspot.pairs import Pairs
 
 TILE = 2**17  # values looked at together: their difference stays in the processor's cache
@@ -163,7 +163,7 @@ def propagation(
     check_pairs(pairs, model)
     check_batch_size(batch_size)
     with evaluating(model) as classifier:
-        pairs = settled(classifier, pairs)
+        pairs = prepare_pairs(classifier, pairs)
         (found,) = propagations(classifier, pairs.clean, [pairs.adversarial], layers, batch_size)
     return found
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from weakspot.classifier import Classifier, evaluating, margin, predict
 from weakspot.edits import Edits, Prepared, cells, exchanged, prepare, windowed
 from weakspot.edits.cells import Windowed
-from weakspot.explanations.analysis import Analysis, Picture, check_pairs, settled
+from weakspot.explanations.analysis import Analysis, Picture, check_pairs, prepare_pairs
 from weakspot.fusion import fused
 from weakspot.pairs import Pairs
 
@@ -79,7 +79,7 @@ def restoration(
     if not isinstance(cell, int) or cell < 1:
         raise ValueError(f"cell is {cell!r}; accepted is a whole number of pixels from 1")
     with evaluating(model) as classifier:
-        pairs = settled(classifier, pairs)
+        pairs = prepare_pairs(classifier, pairs)
         groups = cells(pairs.clean.shape[2], pairs.clean.shape[3], cell).to(pairs.clean.device)
         with fused(classifier, pairs.clean[:1]):  # once for the many single passes
             prepared = prepare(classifier, pairs.clean[:1])
@@ -203,7 +203,7 @@ def _scores(
     )
 
 
-def analyze(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
+def analyze_restoration(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
     """`restoration` in cells of an eighth of the image: a search cell by cell, so few of them."""
     del seed
     found = restoration(model, pairs, cell=max(1, round(min(pairs.clean.shape[2:]) / 8)))

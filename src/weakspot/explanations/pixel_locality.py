@@ -17,7 +17,7 @@ from weakspot._checks import check_seed
 from weakspot.attacks.sweeps import pixel_sweep
 from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.edits import Edits, Prepared, prepare
-from weakspot.explanations.analysis import Analysis, Picture, check_pairs, settled
+from weakspot.explanations.analysis import Analysis, Picture, check_pairs, prepare_pairs
 from weakspot.explanations.locality_by_radius import MEANINGS, RADII, RANDOM, ring_score
 from weakspot.pairs import Pairs
 from weakspot.statistics import rate_interval
@@ -88,7 +88,7 @@ def locality(
             f"pairs[{wrong}] differ in {int(counts[wrong])} pixels; accepted are pairs that differ in exactly one"
         )
     with evaluating(model) as classifier:
-        pairs = settled(classifier, pairs)
+        pairs = prepare_pairs(classifier, pairs)
         site = changed.to(pairs.clean.device).long().argmax(1)
         prepared = prepare(classifier, pairs.clean[:1])
         adversarial_class = predict(classifier, pairs.adversarial).argmax(1)
@@ -230,7 +230,7 @@ FEW = 7 * 7  # pixels that it sweeps of a larger one, about
 MOVED = ("does not fool", "fools into another class", "fools into the same class", "no attack by one pixel")
 
 
-def analyze(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
+def analyze_locality(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
     """What one pixel can do anywhere; for pairs that differ in one pixel also where else it would have worked.
 
     Images that are misread without any attack have no scores: there is nothing to fool.

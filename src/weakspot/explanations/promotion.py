@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import check_fraction, closest
+from weakspot._checks import check_choice, check_fraction
 from weakspot.attribution import class_activation
 from weakspot.classifier import Classifier, evaluating, predict, runner_up
 from weakspot.edits import Edits, Prepared, cells, exchanged, grid, prepare, windowed
 from weakspot.explanations.agreement import WHOLE, comparable, other_images, reached_fraction, tested
-from weakspot.explanations.analysis import Analysis, Picture, check_pairs, rivals, settled
+from weakspot.explanations.analysis import Analysis, Picture, check_pairs, competing_classes, prepare_pairs
 from weakspot.pairs import Pairs
 from weakspot.regions import top
 from weakspot.statistics import other_image_test, products_over_shifts, shift_test, standardized
@@ -113,13 +113,12 @@ def promotion_suppression(
     import pandas as pd
 
     check_pairs(pairs, model)
-    if variant not in VARIANTS:
-        raise ValueError(f"variant is {variant!r}; {closest(str(variant), VARIANTS)}")
+    check_choice("variant", variant, VARIANTS)
     with evaluating(model) as classifier:
-        pairs = settled(classifier, pairs)
+        pairs = prepare_pairs(classifier, pairs)
         every, shape, side = _groups_of(pairs, cell, groups)
         prepared = prepare(classifier, pairs.clean[:1])
-        both = torch.stack([pairs.labels, rivals(classifier, pairs)], 1)
+        both = torch.stack([pairs.labels, competing_classes(classifier, pairs)], 1)
         clean, adversarial = (
             predict(classifier, images).gather(1, both).double()
             for images in (pairs.clean, pairs.adversarial)
@@ -316,13 +315,12 @@ def interpretability_test(
     """
     check_pairs(pairs, model)
     check_fraction(fraction)
-    if of not in {"label", "target"}:
-        raise ValueError(f"of is {of!r}; {closest(str(of), ['label', 'target'])}")
+    check_choice("of", of, ("label", "target"))
     with evaluating(model) as classifier:
-        pairs = settled(classifier, pairs)
+        pairs = prepare_pairs(classifier, pairs)
         others = other_images(classifier, pairs, reference if compare else None)
         images = torch.cat([pairs.clean, others])
-        classes = pairs.labels if of == "label" else rivals(classifier, pairs)
+        classes = pairs.labels if of == "label" else competing_classes(classifier, pairs)
         if len(others):
             logits = predict(classifier, others)
             first = logits.argmax(1)
@@ -356,7 +354,7 @@ def _blank(evidence: Tensor) -> Tensor:
     return 0 * standardized(evidence[:, 0]).mean((1, 2), keepdim=True)
 
 
-def analyze(
+def analyze_promotion(
     model: nn.Module,
     pairs: Pairs,
     *,

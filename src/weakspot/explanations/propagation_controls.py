@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from weakspot import _random
 from weakspot._checks import check_batch_size, check_seed
 from weakspot.attribution.hooks import default_layers, fused_for, spatial_layers
 from weakspot.classifier import evaluating
-from weakspot.explanations.analysis import Analysis, Series, check_pairs, settled
+from weakspot.explanations.analysis import Analysis, Series, check_pairs, find_renderer, prepare_pairs
 from weakspot.explanations.feature_propagation import (
     ActivationChange,
     Read,
@@ -56,9 +56,7 @@ class PropagationStudy:
 
     def figure(self) -> Figure:
         """Spread and reach over depth, one line with its interval for each group."""
-        from weakspot.report.figures import depth_figure
-
-        return depth_figure(self)
+        return cast("Figure", find_renderer("depth_figure")(self))
 
 
 def propagation_study(
@@ -95,7 +93,7 @@ def propagation_study(
     with evaluating(model) as classifier:
         for lot in lots:
             check_pairs(lot, model)
-            lot = settled(classifier, lot)  # noqa: PLW2901 - the same pairs, on the model's device
+            lot = prepare_pairs(classifier, lot)  # noqa: PLW2901 - the same pairs, on the model's device
             if tallies is None:
                 shape = lot.clean.shape[1:]
                 places = spatial_layers(classifier, lot.clean[:1], layers)
@@ -233,7 +231,7 @@ MEANINGS = {
 }
 
 
-def analyze(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
+def analyze_propagation(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
     """Maps of every layer, and how far the perturbation travels beside a random edit of its size.
 
     Of a network that keeps no maps there is nothing to say.
@@ -241,7 +239,7 @@ def analyze(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
     import pandas as pd
 
     with evaluating(model) as classifier:
-        pairs = settled(classifier, pairs)
+        pairs = prepare_pairs(classifier, pairs)
         if not default_layers(classifier, pairs.clean[:1]):
             return Analysis(scores=pd.DataFrame(index=range(len(pairs))), maps={})
         others = [pairs.adversarial, random_edits(pairs, seed)]

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from weakspot._checks import closest, contain_exits
+from weakspot._checks import contain_exits, unknown_choice
 from weakspot.classifier import Classifier
 from weakspot.models.embedded import from_training, is_trained
 from weakspot.models.exported import load_exported
@@ -127,7 +127,7 @@ def _from_name(spec: str) -> nn.Module:
     entries = entry_points(group=GROUP, name=spec)
     for entry in entries:
         return _made_by(entry.load(), spec)
-    raise ValueError(f"model is {spec!r}; {closest(spec, available_models())} (or {FORMS})")
+    raise ValueError(unknown_choice("model", spec, available_models(), remedy=f"or give {FORMS}"))
 
 
 def find_factory(module_name: str, name: str, *, kind: str = "model", forms: str = FORMS) -> Any:
@@ -158,7 +158,7 @@ def find_factory(module_name: str, name: str, *, kind: str = "model", forms: str
         ) from None
     if not hasattr(module, name):
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ValueError(f"{kind} {module_name}:{name}: the module has no {name!r}; {closest(name, public)}")
+        raise ValueError(unknown_choice(f"{kind} in {module_name}", name, public))
     return getattr(module, name)
 
 

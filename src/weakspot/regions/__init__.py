@@ -4,9 +4,10 @@ from weakspot.regions.activation import cam, support
 from weakspot.regions.controls import matched
 from weakspot.regions.masks import border, from_file, superpixels, top
 from weakspot.regions.segmentation import background
-from weakspot.regions.spec import read_region
+from weakspot.regions.spec import RegionSpec, read_region
 
 __all__ = [
+    "RegionSpec",
     "background",
     "border",
     "cam",

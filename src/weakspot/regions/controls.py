@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from weakspot._checks import check_seed, closest
+from weakspot._checks import check_choice, check_seed
 from weakspot.regions.masks import top
 
 CONTROLS = ("shift", "random", "border")
@@ -33,8 +33,7 @@ def matched(region: Tensor, *, kind: str = "shift", seed: int = 0, images: Tenso
     if region.dtype != torch.bool or region.ndim != 4 or region.shape[1] != 1:
         raise ValueError(f"region is {tuple(region.shape)} {region.dtype}; accepted is bool (N, 1, H, W)")
     check_seed(seed)
-    if kind not in CONTROLS:
-        raise ValueError(f"kind is {kind!r}; {closest(kind, CONTROLS)}")
+    check_choice("kind", kind, CONTROLS)
     if images is not None and len(images) != len(region):
         raise ValueError(f"images must be as many as regions ({len(region)}), got {len(images)}")
     contents = [b""] * len(region) if images is None else [image.cpu().numpy().tobytes() for image in images]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weakspot._checks import ImageWarning, check_batch, check_classes, check_range, closest, warn
+from weakspot._checks import ImageWarning, check_batch, check_choice, check_classes, check_range, warn
 from weakspot.classifier import evaluating, predict
 from weakspot.regions.activation import cam
 
@@ -82,8 +82,7 @@ def background(
 
 def _checked(images: Tensor, method: str, model: nn.Module | None, classes: Tensor | None) -> Tensor:
     """The images without gradients in [0, 1], never changed in place."""
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; {closest(str(method), METHODS)}")
+    check_choice("method", method, METHODS)
     check_batch(images)
     check_range(images)
     if classes is not None:

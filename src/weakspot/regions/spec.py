@@ -1,56 +1,96 @@
-"""Regions as text, as people write them on a command line."""
+"""Regions as text, as users write them on the command line and in plans."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import closest
+from weakspot._checks import unknown_choice
 from weakspot.regions.activation import cam, support
 from weakspot.regions.controls import matched
 from weakspot.regions.masks import border, from_file
 from weakspot.regions.segmentation import background
 
-BORDER = 8  # pixels where no width is said
+DEFAULT_WIDTH = 8  # of a border, in pixels
 NAMES = ("none", "cam", "background", "border", "support")
 FORMS = (
     "none, cam, background, border:WIDTH, support (of label and target), the path of a mask picture (white),"
     " or these with ~ (not), & (and), | (or) and matched: (a control of equal area) before a name or (all of it)"
 )
+_MATCHED = "matched:"
+_DONATED = re.compile(r"other:(.+)#([1-9]\d*)")
 
 
-def depends_on_fraction(text: str) -> bool:
-    """Whether the region of that text is, or is made of, a share of the image: "cam" or "support".
+@dataclass(frozen=True)
+class RegionSpec:
+    """A region as text, and the region that it is a control for.
 
-    >>> depends_on_keep("border:4 & ~matched:cam"), depends_on_keep("border:4"), depends_on_keep("cam.png")
-    (True, False, False)
+    Attributes:
+        text: as `read_region` takes it; `str(spec)` returns it.
+        control_of: the region that this one is compared with, or None if it is no control.
+        donor: for a control that is the same kind of region made on another image: the number of that image among
+            those drawn for each image, from 1. None for controls that are shifted within the image.
+
+    >>> control = RegionSpec.parse("matched:(cam&border:4)")
+    >>> str(control.control_of), control.is_control, control.control_of.is_control
+    ('cam&border:4', True, False)
+    >>> str(RegionSpec.parse("cam").shifted()), str(RegionSpec.parse("~cam").of_other_image(2))
+    ('matched:cam', 'other:(~cam)#2')
     """
-    return not {"cam", "support"}.isdisjoint(_words(text))
 
+    text: str
+    control_of: RegionSpec | None = None
+    donor: int | None = None
 
-def depends_on_image(text: str) -> bool:
-    """Whether the region of that text is, or is made of, one that the image decides: not a border or a file.
+    @classmethod
+    def parse(cls, text: str) -> RegionSpec:
+        """Parse the text; whether its names and files exist is checked when the region is made."""
+        text = text.strip()
+        if _is_file(text):
+            return cls(text)
+        donated = _DONATED.fullmatch(text)
+        if donated is not None:
+            return cls(text, cls.parse(_without_parentheses(donated[1])), int(donated[2]))
+        inner = text.removeprefix(_MATCHED)
+        # "matched:cam & border" intersects a control with a border: only a control as a whole is a control.
+        if inner != text and (_without_parentheses(inner) != inner or not {"&", "|"} & set(inner)):
+            return cls(text, cls.parse(_without_parentheses(inner)))
+        return cls(text)
 
-    >>> depends_on_image("border:4 & ~cam"), depends_on_image("border:4"), depends_on_image("background")
-    (True, False, True)
-    """
-    return not {"cam", "support", "background"}.isdisjoint(_words(text))
+    def __str__(self) -> str:
+        return self.text
 
+    @property
+    def is_control(self) -> bool:
+        """Whether the region exists only to be compared with another."""
+        return self.control_of is not None
 
-def _words(text: str) -> list[str]:
-    """The names in a region's text; none if it is a file."""
-    if text not in NAMES and os.path.isfile(text):  # noqa: PTH113 - Path.is_file raises on long names
-        return []
-    return re.findall(r"[^&|~() ]+", text.replace("matched:", " "))
+    @property
+    def depends_on_fraction(self) -> bool:
+        """Whether the region contains one whose area is a given fraction of the image: "cam" or "support"."""
+        return not {"cam", "support"}.isdisjoint(_words(self.text))
+
+    @property
+    def depends_on_image(self) -> bool:
+        """Whether the region contains one that is computed from the image: not only borders and files."""
+        return not {"cam", "support", "background"}.isdisjoint(_words(self.text))
+
+    def shifted(self) -> RegionSpec:
+        """The control of equal area within the same image, made by `regions.matched`."""
+        return RegionSpec(f"{_MATCHED}{_enclosed(self.text)}", self)
+
+    def of_other_image(self, number: int) -> RegionSpec:
+        """The control that is this region as made on another image: the first, second, ... drawn for each image."""
+        return RegionSpec(f"other:{_enclosed(self.text)}#{number}", self, number)
 
 
 def read_region(
-    text: str,
+    region: str | RegionSpec,
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
@@ -59,75 +99,109 @@ def read_region(
     fraction: float = 0.3,
     seed: int = 0,
 ) -> Tensor:
-    """The region that `text` names on these images.
+    """Make the region that a text names, on these images.
 
-    These names come before files of the same name, which ./NAME reaches.
+    A name takes precedence over a file of the same name; ./NAME reaches the file.
 
     Args:
-        text: "none" (anywhere), "cam", "background", "border:WIDTH", "support" or a mask picture's path; "~cam" for
-            all but that, "matched:cam" for a control of equal area, and several joined by "&" and, after these, "|";
-            "matched:(cam&background)" for a control of what several make.
-        model: whose class activation counts.
+        region: "none" (anywhere), "cam", "background", "border:WIDTH", "support" or the path of a mask picture;
+            "~cam" for everything else, "matched:cam" for a control of equal area. Terms are joined by "&", which
+            binds more tightly, and "|"; "matched:(cam&background)" is a control of the whole expression.
+        model: the classifier whose class activation "cam", "support" and "background" use.
         images: (N, C, H, W) in [0, 1].
         labels: (N,) classes that "cam" and "support" are for.
-        targets: (N,) the other class of "support".
-        fraction: share of the image in "cam" and "support".
+        targets: (N,) the second class of "support".
+        fraction: fraction of the image in "cam" and "support", 0 to 1.
         seed: of "matched:".
 
     Returns:
         Bool (N, 1, H, W).
 
     Raises:
-        ValueError: when it is no such text, or a term does not fit.
-        FileNotFoundError: when a mask picture is not there.
+        ValueError: if the text cannot be parsed or a term does not fit.
+        FileNotFoundError: if a mask picture does not exist.
     """
+    spec = RegionSpec.parse(region) if isinstance(region, str) else region
+    return _Maker(spec.text, model, images, labels, targets, fraction, seed).make(spec)
 
-    def whole(_: str) -> Tensor:
-        return torch.ones_like(images[:, :1], dtype=torch.bool)
 
-    def framed(width: str) -> Tensor:
-        if width and not (width.isascii() and width.isdigit() and len(width) < 6):
-            raise ValueError(f"region is {text!r}; accepted after border: is a width in pixels")
-        return border(images, width=int(width or BORDER))
+@dataclass(frozen=True)
+class _Maker:
+    """What every term of a region's text is made from; `text` is the whole, for messages."""
 
-    def supported(_: str) -> Tensor:
-        if targets is None:
-            raise ValueError("region is 'support', which needs a class to reach: give a target")
-        return support(model, images, labels, targets, fraction=fraction)
+    text: str
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+    targets: Tensor | None
+    fraction: float
+    seed: int
 
-    makers: dict[str, Callable[[str], Tensor]] = {
-        "none": whole,
-        "cam": lambda _: cam(model, images, labels, fraction=fraction),
-        "background": lambda _: background(images, model=model, classes=labels),
-        "border": framed,
-        "support": supported,
-    }
+    def make(self, spec: RegionSpec) -> Tensor:
+        """The region of a spec, which may be a part of the text."""
+        if spec.control_of is not None and spec.donor is None:
+            return matched(self.make(spec.control_of), seed=self.seed, images=self.images)
+        if _is_file(spec.text):
+            return self.from_file(spec.text)
+        union = torch.zeros_like(self.images[:, :1], dtype=torch.bool)
+        for alternative in spec.text.split("|"):
+            intersection = torch.ones_like(union)
+            for term in alternative.split("&"):
+                intersection &= self.term(term)
+            union |= intersection
+        return union
 
-    def term(word: str) -> Tensor:
-        bare = word.strip().lstrip("~ ")
-        if word[: len(word) - len(word.lstrip(" ~"))].count("~") % 2:
-            return ~term(bare)
-        word = bare
-        if word.startswith("matched:"):
-            return matched(term(word.removeprefix("matched:")), seed=seed, images=images)
+    def term(self, text: str) -> Tensor:
+        word = text.strip().lstrip("~ ")
+        negations = text[: len(text) - len(text.lstrip(" ~"))].count("~")
+        if word.startswith(_MATCHED):
+            region = self.make(RegionSpec(word, RegionSpec.parse(word.removeprefix(_MATCHED))))
+        else:
+            region = self.named(word)
+        return ~region if negations % 2 else region
+
+    def named(self, word: str) -> Tensor:
         name, _, argument = word.partition(":")
-        if name in makers and (not argument or name == "border"):
-            return makers[name](argument)
+        if name == "border":
+            return self.border(argument)
+        if word == "none":
+            return torch.ones_like(self.images[:, :1], dtype=torch.bool)
+        if word == "cam":
+            return cam(self.model, self.images, self.labels, fraction=self.fraction)
+        if word == "background":
+            return background(self.images, model=self.model, classes=self.labels)
+        if word == "support":
+            return self.support()
         if not (os.path.exists(word) or Path(word).suffix):  # noqa: PTH110 - Path.exists raises on long names
-            near = closest(word, NAMES)
-            raise ValueError(f"region is {text!r}; {near if near.endswith('?') else f'accepted are {FORMS}'}")
-        return from_file(word, images).expand(len(images), -1, -1, -1)
+            raise ValueError(unknown_choice("region", word, NAMES, remedy=f"forms: {FORMS}"))
+        return self.from_file(word)
 
-    if text not in NAMES and os.path.isfile(text):  # noqa: PTH113 - likewise
-        return from_file(text, images).expand(len(images), -1, -1, -1)
-    if text.startswith("matched:(") and text.endswith(")"):
-        inner = text.removeprefix("matched:(").removesuffix(")")
-        whole_of_it = read_region(inner, model, images, labels, targets=targets, fraction=fraction, seed=seed)
-        return matched(whole_of_it, seed=seed, images=images)
-    every = torch.zeros_like(images[:, :1], dtype=torch.bool)
-    for union in text.split("|"):
-        both = whole("")
-        for word in union.split("&"):
-            both &= term(word)
-        every |= both
-    return every
+    def border(self, width: str) -> Tensor:
+        if width and not (width.isascii() and width.isdigit() and len(width) < 6):
+            raise ValueError(f"region is {self.text!r}; accepted after border: is a width in pixels")
+        return border(self.images, width=int(width or DEFAULT_WIDTH))
+
+    def support(self) -> Tensor:
+        if self.targets is None:
+            raise ValueError("region is 'support', which needs a class to reach: give a target")
+        return support(self.model, self.images, self.labels, self.targets, fraction=self.fraction)
+
+    def from_file(self, path: str) -> Tensor:
+        return from_file(path, self.images).expand(len(self.images), -1, -1, -1)
+
+
+def _is_file(text: str) -> bool:
+    return text not in NAMES and os.path.isfile(text)  # noqa: PTH113 - Path.is_file raises on long names
+
+
+def _words(text: str) -> list[str]:
+    """The names in a region's text; none if the text is the path of a file."""
+    return [] if _is_file(text) else re.findall(r"[^&|~() ]+", re.sub(r"\b(matched|other):|#\d+$", " ", text))
+
+
+def _enclosed(text: str) -> str:
+    return f"({text})" if {"&", "|", "~"} & set(text) else text
+
+
+def _without_parentheses(text: str) -> str:
+    return text[1:-1] if text.startswith("(") and text.endswith(")") else text

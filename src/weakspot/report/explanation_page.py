@@ -19,7 +19,8 @@ from torch import Tensor
 from weakspot.explanations.locality_by_radius import RATES, locality_of, locality_sentence
 from weakspot.report.figures import MapView, drawings
 from weakspot.report.rendering import CATEGORIES, gradient, rendered, table
-from weakspot.report.sentences import headline, number, p_value, percent
+from weakspot.report.sentences import headline
+from weakspot.statistics.number_format import number, p_value, percent
 
 if TYPE_CHECKING:
     from weakspot.explanations.analysis import Series

@@ -14,7 +14,7 @@ from weakspot.dissection.sensitivity import LEVEL
 from weakspot.report.charts import scatter
 from weakspot.report.explanation_page import text
 from weakspot.report.rendering import rendered
-from weakspot.report.sentences import p_value, percent
+from weakspot.statistics.number_format import p_value, percent
 
 if TYPE_CHECKING:
     from weakspot.defenses.unit_study import UnitStudy

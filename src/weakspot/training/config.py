@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from weakspot._checks import check_budget, check_seed, closest, is_number
+from weakspot._checks import check_budget, check_choice, check_seed, is_number
 from weakspot.budgets import Budget, Linf
 
 
@@ -53,8 +53,7 @@ def find_recipe(name: str) -> Recipe:
     Raises:
         ValueError: when there is none.
     """
-    if not isinstance(name, str) or name not in RECIPES:
-        raise ValueError(f"recipe is {name!r}; {closest(str(name), RECIPES)}")
+    check_choice("recipe", name, RECIPES)
     return RECIPES[name]
 
 
@@ -123,9 +122,7 @@ class Settings:
                     f"{name} is {value!r}; accepted is a number from 0{end}{' up' if not end else ''}"
                 )
         for name, accepted in (("augment", AUGMENTS), ("precision", PRECISIONS)):
-            value = getattr(self, name)
-            if value not in accepted:
-                raise ValueError(f"{name} is {value!r}; {closest(str(value), accepted)}")
+            check_choice(name, getattr(self, name), accepted)
 
     @property
     def attacked(self) -> int:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from weakspot._checks import closest
+from weakspot._checks import check_choice
 from weakspot.audit.plan.image_list import Entry, entries
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.work.batches import AuditModel
@@ -92,8 +92,7 @@ def opened(engine: str, workers: int | None = None, address: str | None = None) 
     Raises:
         ValueError: when they do not fit together, Ray is not installed, or no cluster answers.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"engine is {engine!r}; {closest(engine, ENGINES)}")
+    check_choice("engine", engine, ENGINES)
     if workers is not None and (not isinstance(workers, int) or isinstance(workers, bool) or workers < 1):
         raise ValueError(f"workers is {workers!r}; accepted is a whole number of at least 1")
     if engine == "local":

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from weakspot._checks import warn
-from weakspot._io.urls import StoppedError, is_url
+from weakspot._io.urls import is_url
 from weakspot.audit.engines.base import Backlog, Results
 from weakspot.audit.engines.ray_worker import Attempts, GivenUpError, Task, Worker
+from weakspot.audit.store.integrity import StoppedError
 from weakspot.audit.store.run import versions
 from weakspot.audit.work.shard import ShardResult
 from weakspot.models.probe import probe

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from weakspot.audit.findings.locations import score_names
-from weakspot.audit.findings.robustness import limit_of
-from weakspot.audit.plan.plan import AttackPlan, Plan, is_minimal
+from weakspot.audit.plan.attack_plan import AttackPlan
+from weakspot.audit.plan.limits import limit_of
+from weakspot.audit.plan.plan import Plan, is_minimal
 from weakspot.audit.store.records import has_records
 from weakspot.audit.store.run import Run
 from weakspot.models.probe import read_probe

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from weakspot.audit.findings.robustness import cell, corrected, once
 from weakspot.audit.plan.plan import Plan, control_of, is_control, is_other, norm_of, other_region
 from weakspot.audit.store.run import Run
-from weakspot.regions.spec import depends_on_image
+from weakspot.regions.spec import RegionSpec
 from weakspot.statistics import mean_interval, paired_proportion_interval, region_test
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def verdict(contrasts: pd.DataFrame) -> str:
     """
     rows = {row.control: row for row in _named(contrasts)}
     region = next(iter(rows.values())).region
-    if SHIFTED not in rows or (depends_on_image(region) and OTHERS not in rows):
+    if SHIFTED not in rows or (RegionSpec.parse(region).depends_on_image and OTHERS not in rows):
         missing = "shifted ones" if SHIFTED not in rows else "other images' regions"
         return f"not judged, as the run has no {missing} as controls"
     fewest = min(row.images for row in rows.values())

@@ -12,9 +12,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from weakspot.audit.findings.robustness import cell, once, quoted
-from weakspot.audit.plan.plan import AttackPlan, Plan, control_of, norm_of
+from weakspot.audit.findings.robustness import cell, once
+from weakspot.audit.plan.attack_plan import AttackPlan
+from weakspot.audit.plan.plan import Plan, control_of, norm_of
 from weakspot.audit.store.maps import StoredMap
+from weakspot.audit.store.records import quoted
 from weakspot.audit.store.run import Run
 from weakspot.statistics import mean_intervals, proportion_interval
 

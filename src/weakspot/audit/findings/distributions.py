@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from weakspot.audit.findings.robustness import quoted
 from weakspot.audit.page.outcome_sections import overlaid, picture, pixelated
-from weakspot.audit.page.sentences import counted, heading
+from weakspot.audit.page.sentences import heading
 from weakspot.audit.plan.plan import bounded_attacks
+from weakspot.audit.store.records import quoted
 from weakspot.audit.store.run import Run
 from weakspot.audit.work.cell_rows import COLUMNS
 from weakspot.report.sections import Thumbnail
-from weakspot.report.sentences import number
 from weakspot.statistics import proportion_interval
+from weakspot.statistics.number_format import counted, number
 
 BINS = 30
 TAIL = 0.005  # of the values at either end, which may lie so far out that they would hide the others

@@ -12,7 +12,7 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 
-from weakspot._checks import closest
+from weakspot._checks import unknown_choice
 from weakspot.statistics import proportion_interval
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Condition:
         match node:
             case ast.Name():
                 if names is not None and node.id not in names:
-                    raise ValueError(f"fail-if is {self.text!r} with {node.id!r}; {closest(node.id, names)}")
+                    raise ValueError(unknown_choice("column in fail-if", node.id, names))
                 self.names.append(node.id)
                 return
             case ast.Constant():

@@ -11,7 +11,7 @@ import numpy as np
 
 from weakspot.audit.findings.contrasts import region_contrasts, told
 from weakspot.audit.findings.locations import score_findings
-from weakspot.audit.findings.robustness import counted_budget, judged_attacks
+from weakspot.audit.plan.limits import counted_budget, judged_attacks
 from weakspot.audit.store.run import Run
 from weakspot.statistics import proportion_interval
 

@@ -23,7 +23,7 @@ from weakspot.report.charts import (
     plain,
     rows,
 )
-from weakspot.report.sentences import percent
+from weakspot.statistics.number_format import percent
 
 LANE = 18  # pixels of one attack in one region
 RIDGE = 58  # pixels of one histogram, its heading included

@@ -15,7 +15,6 @@ from weakspot.audit.page.outcome_sections import title
 from weakspot.audit.page.sentences import (
     Row,
     budget_sentences,
-    counted,
     depth_sentences,
     finding_sentences,
     heading,
@@ -25,7 +24,7 @@ from weakspot.audit.page.sentences import (
 from weakspot.explanations.locality_by_radius import locality_sentence
 from weakspot.report.sections import Cell, Section, Table, count, figure, fraction, word
 from weakspot.report.sections import figure as number
-from weakspot.report.sentences import p_value
+from weakspot.statistics.number_format import counted, p_value
 
 ABREAST = 12  # attacks x regions whose curves are shown at once; of more one attack is chosen
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weakspot._io.files import write_whole
-from weakspot.audit.findings.robustness import judged_attacks
 from weakspot.audit.findings.summary import Summary, summarize
+from weakspot.audit.plan.limits import judged_attacks
 from weakspot.audit.store.records import has_records
 from weakspot.audit.store.run import Run
 from weakspot.report.charts import CONFIG, libraries, packed
@@ -194,8 +194,8 @@ def _sections(run: Run, summary: Summary) -> list[Section]:
 
 
 def _heading(run: Run, summary: Summary | None) -> Heading:
-    from weakspot.audit.page.sentences import counted, ranged
-    from weakspot.report.sentences import percent
+    from weakspot.audit.page.sentences import ranged
+    from weakspot.statistics.number_format import counted, percent
 
     plan, name = run.plan, run.about.get("model", {}).get("name", run.plan.model.spec)
     listed, skipped = run.about.get("images", {}).get("listed"), len(run.skipped)
@@ -270,8 +270,8 @@ def _why(run: Run) -> str:
 
 def _skipped(run: Run) -> list[Section]:
     """The images that could not be read, where there are any."""
-    from weakspot.audit.page.sentences import counted
     from weakspot.report.sections import Section, Table, word
+    from weakspot.statistics.number_format import counted
 
     skipped = run.skipped
     if skipped.empty:

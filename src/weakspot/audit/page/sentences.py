@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from weakspot.report.sentences import number, p_value, percent
+from weakspot.statistics.number_format import counted, number, p_value, percent
 
 LISTED = 6  # regions of a sentence
 CERTAIN = 0.05  # a q value up to which a difference is said to be one
@@ -32,11 +32,6 @@ def heading(row: Row) -> str:
 def ranged(value: float, low: float, high: float) -> str:
     """A share with its interval."""
     return percent(value) + ("" if math.isnan(low) else f" [{percent(low)}, {percent(high)}]")
-
-
-def counted(count: int, what: str = "image") -> str:
-    """So many of them: "1 image", "2,000 images"."""
-    return f"{count:,} {what}{'' if count == 1 else 'es' if what.endswith('s') else 's'}"
 
 
 def apart(one: Row, other: Row) -> bool:

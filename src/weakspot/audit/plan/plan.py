@@ -1,125 +1,62 @@
-"""Plans: what an audit is to do, said once and in full before it starts."""
+"""Plans: what an audit does, stated in full before it starts.
+
+A plan is read from TOML, from JSON (run.json) or from a mapping of plain values; behind `Plan.from_mapping` everything
+is typed.
+"""
 
 from __future__ import annotations
 
-import inspect
 import os
-import re
-from collections.abc import Iterable
+import tomllib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any
 
-from weakspot._checks import check_fraction, check_seed, closest
+from weakspot._checks import check_count, check_fraction, check_seed
 from weakspot._io.urls import is_url
-from weakspot.attacks.libraries import LIBRARIES
-from weakspot.attacks.registry import find_attack
+from weakspot.audit.plan.attack_plan import (
+    AttackPlan,
+    ModelPlan,
+    checked_table,
+    labeled,
+    read_attacks,
+    read_texts,
+)
 from weakspot.budgets import read_budget
 from weakspot.explanations.analysis import available_analyses, find_analyses
-from weakspot.regions.spec import depends_on_image
+from weakspot.regions.spec import RegionSpec
 
 DEFAULT_BUDGET = "linf:4/255"
 DEFAULT_ANALYSES = ("overlap", "promotion", "propagation")
-TAKEN = {"model", "images", "labels", "budget", "region", "targets", "seed", "batch_size", "progress"}
 LABELS = ("auto", "folders", "predictions")
-MINIMAL = ("fmn", "carlini_wagner", "ead", "strattack")
-OTHER_IMAGES = 5  # whose regions an attack is confined to, as controls
-SHIFTED, OTHER = "matched:", "other:"  # before a region's text
-OTHER_FORM = re.compile(rf"{OTHER}(.+)#([1-9]\d*)")
-Value = str | int | float | bool | None
-
-
-@dataclass(frozen=True)
-class ModelPlan:
-    """Which network: what `weakspot.load` takes.
-
-    Attributes:
-        spec: as `load` has it.
-        weights: file, or None.
-        mean: normalization on the [0, 1] scale, one per channel; None for the network's own.
-        std: likewise.
-        size: (height, width) that images are brought to; None for the network's own.
-        classes: names of the classes; None for the network's own.
-        device: auto, cpu, cuda or mps.
-    """
-
-    spec: str = "efficientnet_lite0"
-    weights: str | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    size: tuple[int, int] | None = None
-    classes: tuple[str, ...] | None = None
-    device: str = "auto"
-
-
-@dataclass(frozen=True)
-class AttackPlan:
-    """One attack with its budget and its own settings.
-
-    Attributes:
-        name: as `weakspot attack --list` has it.
-        budget: text such as linf:4/255; None where the attack takes none.
-        settings: its other arguments, (name, value) each.
-        label: what records and maps call it, unlike all others of the plan.
-    """
-
-    name: str
-    budget: str | None = None
-    settings: tuple[tuple[str, Value], ...] = ()
-    label: str = ""
-
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for the attack of that name.
-
-        Raises:
-            ValueError: when there is no such attack, or it does not take them.
-        """
-        parameters = inspect.signature(find_attack(self.name)).parameters
-        free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        own = {key for key, p in parameters.items() if key not in TAKEN and p.kind is not p.VAR_KEYWORD}
-        for key, _ in self.settings:
-            if key in TAKEN or (key not in own and not free):
-                raise ValueError(
-                    f"attacks has {self.name} with the setting {key!r}, which it does not take; "
-                    f"{closest(key, sorted(own))}"
-                )
-        spent = {} if self.budget is None else {"budget": read_budget(self.budget)}
-        return {**spent, **dict(self.settings)}
-
-    def takes_budget(self) -> bool:
-        """Whether the attack is told how much may change."""
-        parameters = inspect.signature(find_attack(self.name)).parameters
-        return "budget" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-    def _needs_budget(self) -> bool:
-        parameters = inspect.signature(find_attack(self.name)).parameters
-        return "budget" in parameters and parameters["budget"].default is not None
+OTHER_IMAGES = 5  # controls per image that are regions of other images
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The cross product of images, attacks and regions, and what is found out about each pair.
+    """Every attack in every region on every image, and the analyses of each resulting pair.
 
     Attributes:
         sources: files, folders, arrays (.npz, .npy); absolute paths or URLs.
-        model: which network.
-        attacks: without two alike.
-        regions: texts as `read_region` takes, without two alike.
-        controls: whether every region is attacked beside controls: shifted within the image, and, if it depends on
-            the image, made for other images of the run.
-        control_images: how many other images.
-        analyses: names, in the order they are run.
-        labels: "folders" (a folder is named like a class), a CSV file's path, "predictions" (of the model), or
-            "auto": what an array brings, else folders where all match, else predictions.
-        fraction: share of the image in the region cam.
-        seed: of everything random, the choice of `limit` images too.
-        limit: how many images at most; None for all.
-        maps: whether maps and pictures are kept.
-        shard: images that are worked on and written together.
-        group: images that go through the model at once, always as many; None until it is known for the model.
+        model: the network.
+        attacks: all different.
+        regions: texts as `read_region` takes them, all different.
+        controls: whether every region gets controls: the region shifted within the image and, if it depends on the
+            image, the same kind of region made on other images of the run.
+        control_images: number of other images per image.
+        analyses: names, in the order in which they run.
+        labels: "folders" (a folder is named like a class), the path of a CSV file, "predictions" (of the model), or
+            "auto": the labels in an array, else folders if all of them match, else predictions.
+        fraction: fraction of the image in the region cam.
+        seed: of everything random, including the choice of `limit` images.
+        limit: largest number of images; None for all.
+        maps: whether maps and pictures are stored.
+        shard: number of images that are worked on and written together.
+        group: fixed number of images per pass through the model; None until the model is known.
         stated_budgets: budgets such as linf:4/255 at which the robust accuracy of minimal-norm attacks may be counted,
-            besides those of the attacks.
+            in addition to those of the attacks.
     """
 
     sources: tuple[str, ...]
@@ -138,6 +75,56 @@ class Plan:
     group: int | None = None
     stated_budgets: tuple[str, ...] = ()
 
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, object], folder: Path | None = None) -> Plan:
+        """Read a plan, not yet `resolved`, from plain values.
+
+        Args:
+            mapping: images, model (a spec or a table of `ModelPlan`), attacks (names or tables of `AttackPlan`),
+                budget (for every attack that takes one; several give several of each attack; minimal-norm attacks are
+                counted at it), regions, controls, control_images, analyses, labels, fraction, seed, limit, maps, shard,
+                group. Lists may also be texts separated by commas; analyses may also be "all" or "none".
+            folder: base of relative paths; the working directory by default.
+
+        Raises:
+            ValueError: if a key is unknown or a value has the wrong type.
+        """
+        values = checked_table("plan", mapping, cls, more=("images", "budget"))
+        values.pop("sources", None)
+        folder = (folder or Path.cwd()).absolute()
+        images = values.pop("images", None) or ()
+        images = [images] if isinstance(images, str) else images  # one path: a comma is legal in it
+        values["sources"] = tuple(_within(folder, path) for path in read_texts("images", images))
+        budget = values.pop("budget", None)
+        if budget is not None:
+            values["stated_budgets"] = budget
+        values["model"] = ModelPlan.from_mapping(values.get("model", {}), folder)
+        values["attacks"] = read_attacks(values.get("attacks", "pgd"), budget)
+        for key, name in (("regions", "regions"), ("analyses", "analyses"), ("stated_budgets", "budget")):
+            if key in values:
+                values[key] = read_texts(name, values[key])
+        if values.get("analyses") == ("all",):
+            values["analyses"] = tuple(available_analyses())
+        elif values.get("analyses") == ("none",):
+            values["analyses"] = ()
+        if values.get("labels", "auto") not in LABELS:
+            values["labels"] = str(folder / str(values["labels"]))
+        return cls(**values)
+
+    def as_mapping(self) -> dict[str, object]:
+        """The plain values that `from_mapping` reads."""
+        mapping: dict[str, object] = asdict(self)
+        mapping["images"] = mapping.pop("sources")
+        mapping["attacks"] = [
+            {**asdict(attack), "settings": dict(attack.settings)} for attack in self.attacks
+        ]
+        return mapping
+
+    @cached_property
+    def specs(self) -> dict[str, RegionSpec]:
+        """The regions by their texts, parsed."""
+        return {text: RegionSpec.parse(text) for text in self.regions}
+
     @property
     def cells(self) -> list[tuple[AttackPlan, str]]:
         """Every attack in every region."""
@@ -145,163 +132,158 @@ class Plan:
 
     @property
     def reported_regions(self) -> tuple[str, ...]:
-        """The regions without those made for other images, which count only as controls."""
-        return tuple(region for region in self.regions if not is_other(region))
+        """The regions without those made on other images, which count only as controls."""
+        return tuple(text for text, spec in self.specs.items() if spec.donor is None)
 
     @property
     def reported_cells(self) -> list[tuple[AttackPlan, str]]:
         """Every attack in every region of `reported_regions`."""
         return list(product(self.attacks, self.reported_regions))
 
+    @property
+    def bounded_attacks(self) -> list[str]:
+        """Labels of the attacks whose success is news; minimal-norm attacks succeed nearly always."""
+        return [attack.label for attack in self.attacks if not attack.is_minimal]
+
     def resolved(self) -> Plan:
-        """The same plan with defaults filled in, without repetitions, and checked as far as it can be without images.
+        """The same plan with defaults filled in, without repetitions, checked as far as possible without images.
 
         Raises:
-            ValueError: when something does not fit, naming it.
+            ValueError: if something does not fit.
         """
+        self._check()
+        attacks = [
+            replace(attack, budget=DEFAULT_BUDGET)
+            if attack.budget is None and attack.requires_budget()
+            else attack
+            for attack in self.attacks
+        ]
+        for attack in attacks:
+            if attack.budget is not None and not attack.takes_budget():
+                raise ValueError(f"budget of attack {attack.name} must be left out, got {attack.budget}")
+            attack.arguments()
+        return replace(
+            self,
+            attacks=labeled(attacks),
+            regions=self._with_controls(),
+            analyses=tuple(name for name in available_analyses() if name in self.analyses),
+            sources=tuple(sorted({_normal(source) for source in self.sources})),
+        )
+
+    def _check(self) -> None:
         if not self.sources:
-            raise ValueError("images names nothing; accepted are files, folders, .npz and .npy arrays")
+            raise ValueError("images must name at least one file, folder, .npz or .npy array, got none")
         check_seed(self.seed)
         check_fraction(self.fraction)
-        for name in ("limit", "shard", "group", "control_images"):
-            value = getattr(self, name)
-            if value is None and name != "control_images":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        check_count("control_images", self.control_images)
+        for name in ("limit", "shard", "group"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         for name in ("attacks", "regions"):
             if not getattr(self, name):
-                raise ValueError(f"{name} is empty; accepted is at least one")
+                raise ValueError(f"{name} must name at least one, got none")
         if not self.reported_regions:
             raise ValueError(
                 f"regions must name a region of the image itself, got {', '.join(self.regions)} (add cam)"
             )
         if self.labels not in LABELS and not Path(self.labels).is_file():
             raise ValueError(
-                f"labels is {self.labels!r}; accepted are {', '.join(LABELS)} or a CSV file's path"
+                f"labels must be {', '.join(LABELS)} or the path of a CSV file, got {self.labels!r}"
             )
         if not isinstance(self.controls, bool):
-            raise ValueError(f"controls is {self.controls!r}; accepted are true and false")
+            raise ValueError(f"controls must be true or false, got {self.controls!r}")
         find_analyses(self.analyses)
         for budget in self.stated_budgets:
             read_budget(budget)
-        attacks = [
-            replace(attack, budget=DEFAULT_BUDGET)
-            if attack.budget is None and attack._needs_budget()
-            else attack
-            for attack in self.attacks
-        ]
-        for attack in attacks:
-            if attack.budget is not None and not attack.takes_budget():
-                raise ValueError(f"attacks has {attack.name} with budget {attack.budget}, but it takes none")
-            attack.arguments()
-        return replace(
-            self,
-            attacks=_labeled(attacks),
-            regions=self._placed(),
-            analyses=tuple(name for name in available_analyses() if name in self.analyses),
-            sources=tuple(sorted({_normal(source) for source in self.sources})),
-        )
 
-    def _placed(self) -> tuple[str, ...]:
-        """The regions, after them their controls if controls are wanted."""
-        regions = list(dict.fromkeys(region.strip() for region in self.regions))
+    def _with_controls(self) -> tuple[str, ...]:
+        """The regions, followed by their controls if controls are wanted."""
+        specs = [RegionSpec.parse(text) for text in self.regions]
         if self.controls:
-            bare = [region for region in regions if region != "none" and not is_control(region)]
-            if not bare:
+            controlled = [spec for spec in specs if spec.text != "none" and not spec.is_control]
+            if not controlled:
                 raise ValueError(
-                    "controls were asked for, but regions names none to control; add some, such as cam"
+                    f"regions must name one to control, got {', '.join(self.regions)} (add one such as cam, or leave "
+                    "controls out)"
                 )
-            regions += [control_of(region) for region in bare]
-            for region in bare:
-                if depends_on_image(region):
-                    regions += [other_of(region, number) for number in range(1, self.control_images + 1)]
-        return tuple(dict.fromkeys(regions))
-
-    def as_mapping(self) -> dict[str, Any]:
-        """What `read_mapping` takes, of plain values."""
-        mapping = asdict(self)
-        mapping["images"] = mapping.pop("sources")
-        mapping["attacks"] = [
-            {**attack, "settings": dict(attack["settings"])} for attack in mapping["attacks"]
-        ]
-        return mapping
+            specs += [spec.shifted() for spec in controlled]
+            for spec in controlled:
+                if spec.depends_on_image:
+                    specs += [spec.of_other_image(number) for number in range(1, self.control_images + 1)]
+        return tuple(dict.fromkeys(spec.text for spec in specs))
 
 
-def control_of(region: str) -> str:
-    """The region shifted within the image."""
-    return f"{SHIFTED}{_enclosed(region)}"
+def read_plan(path: Path) -> dict[str, object]:
+    """The content of a TOML file; paths in it, `out` included, become relative to the file's folder.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not valid TOML.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist (give the path of a plan)")
+    try:
+        table: dict[str, object] = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML ({error})") from None
+    folder = path.absolute().parent
+    images = table.get("images")
+    if isinstance(images, str | list):
+        paths = [images] if isinstance(images, str) else images
+        table["images"] = [_within(folder, str(one)) for one in paths]
+    for key in ("out", "labels"):
+        value = table.get(key)
+        if isinstance(value, str) and value not in LABELS:
+            table[key] = _within(folder, value)
+    model = table.get("model")
+    if isinstance(model, dict):
+        for key in ("weights", "classes"):
+            if isinstance(model.get(key), str):
+                model[key] = str(folder / model[key])
+    return table
 
 
-def other_of(region: str, number: int) -> str:
-    """The region as it is on another image of the run, the first, second, ... drawn for each image."""
-    return f"{OTHER}{_enclosed(region)}#{number}"
-
-
-def is_other(region: str) -> bool:
-    """Whether a region is one made for other images."""
-    return OTHER_FORM.fullmatch(region) is not None
-
-
-def is_control(region: str) -> bool:
-    """Whether a region is there only to be compared with."""
-    return region.startswith(SHIFTED) or is_other(region)
-
-
-def other_region(text: str) -> tuple[str, int]:
-    """The region and number that `other_of` made the text of."""
-    form = OTHER_FORM.fullmatch(text)
-    if form is None:
-        raise ValueError(f"region must be a text such as other:cam#1, got {text!r}")
-    inner = form[1]
-    return (inner[1:-1] if inner.startswith("(") and inner.endswith(")") else inner), int(form[2])
-
-
-def _enclosed(region: str) -> str:
-    return f"({region})" if any(sign in region for sign in "&|~") else region
+def _within(folder: Path, path: str) -> str:
+    return path if is_url(path) else str(folder / path)
 
 
 def _normal(source: str) -> str:
     return source.rstrip("/") if is_url(source) else os.path.normpath(source)
 
 
-def _labeled(attacks: Iterable[AttackPlan]) -> tuple[AttackPlan, ...]:
-    """Without repetitions, each with a label of its own: the name, and where that is not enough what else differs."""
-    unique = list(dict.fromkeys(attacks))
-    for attack in unique:
-        alike = [other for other in unique if (other.label or other.name) == (attack.label or attack.name)]
-        if len(alike) > 1 and attack.label:
-            raise ValueError(f"attacks has two of label {attack.label!r}; accepted is one of each")
-    names = [attack.name for attack in unique]
-    return tuple(
-        attack
-        if attack.label
-        else replace(attack, label=attack.name if names.count(attack.name) == 1 else _in_full(attack))
-        for attack in unique
-    )
+def control_of(region: str) -> str:
+    """Text of the control that is the region shifted within the image."""
+    return RegionSpec.parse(region).shifted().text
 
 
-def _in_full(attack: AttackPlan) -> str:
-    settings = [f"{key}={value}" for key, value in attack.settings]
-    return " ".join([attack.name, *([attack.budget] if attack.budget else []), *settings])
+def is_other(region: str) -> bool:
+    """Whether a region is a control made on other images."""
+    return RegionSpec.parse(region).donor is not None
+
+
+def is_control(region: str) -> bool:
+    """Whether a region exists only to be compared with another."""
+    return RegionSpec.parse(region).is_control
+
+
+def other_region(text: str) -> tuple[str, int]:
+    """The region and number of a control made on other images."""
+    spec = RegionSpec.parse(text)
+    assert spec.control_of is not None  # noqa: S101
+    assert spec.donor is not None  # noqa: S101
+    return spec.control_of.text, spec.donor
 
 
 def is_minimal(attack: AttackPlan) -> bool:
-    """Whether an attack looks for the smallest change, or keeps to a size that the plan does not state.
-
-    The latter are attacks of other libraries without a budget.
-    """
-    return attack.name in MINIMAL or (attack.budget is None and attack.name.partition(":")[0] in LIBRARIES)
+    """See `AttackPlan.is_minimal`."""
+    return attack.is_minimal
 
 
 def norm_of(attack: AttackPlan) -> str | None:
-    """Of an attack that looks for the smallest change, the norm in which it does; else None."""
-    own = {"carlini_wagner": "l2", "ead": "l1"}
-    if attack.name == "fmn":
-        return str(dict(attack.settings).get("norm", "linf"))
-    return own.get(attack.name)
+    """See `AttackPlan.minimized_norm`."""
+    return attack.minimized_norm
 
 
 def bounded_attacks(plan: Plan) -> list[str]:
-    """Labels of the attacks whose success is news: those that look for the smallest change find one nearly always."""
-    return [attack.label for attack in plan.attacks if not is_minimal(attack)]
+    """See `Plan.bounded_attacks`."""
+    return plan.bounded_attacks

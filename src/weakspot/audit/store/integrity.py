@@ -15,6 +15,23 @@ class DamagedError(OSError):
     """Stored content that is not what was written; nothing is to be concluded from it."""
 
 
+class StoppedError(Exception):
+    """An audit stopped: its folder cannot be written, an image cannot be fetched, or its workers died.
+
+    What was written before is intact.
+
+    Attributes:
+        resumable: whether the audit had begun, so that `resume` can continue it.
+    """
+
+    def __init__(self, sentence: str, *, resumable: bool) -> None:
+        super().__init__(sentence)
+        self.resumable = resumable
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return partial(StoppedError, resumable=self.resumable), self.args
+
+
 def digest_of(content: bytes | memoryview, number: int | None = None) -> str:
     """Sixteen hex digits (BLAKE2b) of some content and, where there is one, its number."""
     return hashlib.blake2b(content, digest_size=SIZE, salt=_salt(number)).hexdigest()

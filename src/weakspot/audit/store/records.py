@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weakspot._io.files import write_whole
+from weakspot.audit.plan.limits import Limit, limit_of
+from weakspot.audit.plan.plan import Plan, is_minimal
 from weakspot.audit.store.integrity import digest_of, file_digest
 
 if TYPE_CHECKING:
@@ -206,3 +208,34 @@ def scan(folder: Path, *, complete: bool) -> pa.dataset.Dataset:
     files = _files(folder, complete=complete)
     schema = None if complete else unified_schema(folder)
     return ds.dataset([str(file) for file in files], schema=schema, format="parquet")
+
+
+ROUNDING = (1e-5, 1e-6)  # of a distance in float32, relative and absolute
+
+
+def outcomes_query(plan: Plan, *, eight_bit: bool) -> str:
+    """SQL for the records with two more columns, both null if it is unknown how the attack ended.
+
+    `fooled`: whether the attacked image is misclassified (reaches its target); for a minimal-norm attack whatever its
+    size. `robust`: whether the image counts in robust accuracy; also null for attacks that have none.
+    """
+    fooled = "success_8bit" if eight_bit else "success"
+    cases = [
+        f"when {quoted(attack.label)} then {_within(limit_of(plan, attack), fooled)}"
+        for attack in plan.attacks
+        if is_minimal(attack)
+    ]
+    robust = f"case attack {' '.join(cases)} else not {fooled} end" if cases else f"not {fooled}"
+    return f"select *, {fooled} as fooled, ({robust})::boolean as robust from records"  # noqa: S608 - ours
+
+
+def _within(limit: Limit | None, fooled: str) -> str:
+    if limit is None:
+        return "null"
+    most = limit.amount * (1 + ROUNDING[0]) + ROUNDING[1]
+    return f"not ({fooled} and {limit.kind} <= {most!r})"
+
+
+def quoted(text: str) -> str:
+    """A text as an SQL literal."""
+    return "'" + text.replace("'", "''") + "'"

@@ -22,7 +22,7 @@ from weakspot._io.files import write_whole
 from weakspot._io.urls import is_url, place
 from weakspot.audit.store.integrity import listed
 from weakspot.audit.store.maps import FOLDER, Maps
-from weakspot.audit.store.records import LISTING, SKIPPED, read_all, read_notes, scan
+from weakspot.audit.store.records import LISTING, SKIPPED, outcomes_query, read_all, read_notes, scan
 from weakspot.audit.store.verification import MapCheck, check_records
 from weakspot.explanations.explanation import Explanation
 
@@ -140,9 +140,9 @@ class Run:
     @property
     def plan(self) -> Plan:
         """What was asked for, with all defaults."""
-        from weakspot.audit.plan.plan_files import read_mapping
+        from weakspot.audit.plan.plan import Plan
 
-        return read_mapping(self.about["plan"])
+        return Plan.from_mapping(self.about["plan"])
 
     @property
     def records(self) -> pd.DataFrame:
@@ -191,8 +191,6 @@ class Run:
     def _connection(self) -> duckdb.DuckDBPyConnection:
         import duckdb
         import pyarrow.dataset as ds
-
-        from weakspot.audit.findings.robustness import outcomes_query
 
         connection = duckdb.connect()
         # Through Arrow rather than by path: a path may hold what DuckDB takes for a pattern.

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from weakspot._checks import warn
 from weakspot._io.locks import locked
-from weakspot._io.urls import StoppedError
+from weakspot._io.urls import FetchError
 from weakspot.audit.engines.base import Backlog, Engine, opened
 from weakspot.audit.plan.plan import Plan
-from weakspot.audit.plan.plan_files import read_mapping
-from weakspot.audit.store.integrity import DamagedError, listed
+from weakspot.audit.store.integrity import DamagedError, StoppedError, listed
 from weakspot.audit.store.maps import MapStore
 from weakspot.audit.store.records import (
     LISTING,
@@ -156,7 +155,7 @@ def _resumed(
     out = place.folder
     with locked(out, LOCK):
         about = read_about(out)  # again: it may have been finished in the meantime
-        plan = read_mapping(about["plan"])
+        plan = Plan.from_mapping(about["plan"])
         clear_drafts(out)
         if about["status"] == "planned":
             with opened(*who) as ready:
@@ -299,6 +298,8 @@ def _writing(place: LocalStore) -> Iterator[None]:
         yield
     except (FileNotFoundError, DamagedError):
         raise  # says itself what is missing
+    except FetchError as error:
+        raise StoppedError(f"{error}; go on by --resume once it can", resumable=True) from error
     except OSError as error:
         why = error.strerror or str(error).strip().partition("\n")[0]
         go_on = f"; what is there is whole: go on by weakspot audit --resume {place.name} once there is room"

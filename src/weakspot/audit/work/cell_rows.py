@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weakspot.audit.plan.plan import AttackPlan
+from weakspot.audit.plan.attack_plan import AttackPlan
 from weakspot.audit.work.shard_images import Opened
 from weakspot.classifier import Classifier, margin
 from weakspot.pairs import AttackResult

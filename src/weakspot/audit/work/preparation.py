@@ -16,8 +16,9 @@ import torch
 from weakspot._checks import ModelError, NotFiniteError, quiet
 from weakspot._io.files import write_whole
 from weakspot._io.urls import exists
+from weakspot.audit.plan.attack_plan import ModelPlan
 from weakspot.audit.plan.image_list import list_images
-from weakspot.audit.plan.plan import ModelPlan, Plan, is_other, other_region
+from weakspot.audit.plan.plan import Plan, is_other, other_region
 from weakspot.audit.store.integrity import file_digest
 from weakspot.audit.store.records import LISTING, write_json
 from weakspot.audit.store.run import ABOUT, KIND, SCHEMA, versions

@@ -20,8 +20,9 @@ from torch import Tensor
 from weakspot._checks import quiet, warn
 from weakspot.attacks.eight_bit import stored
 from weakspot.attacks.registry import call_attack, chosen, find_attack, joined
+from weakspot.audit.plan.attack_plan import AttackPlan
 from weakspot.audit.plan.image_list import Entry
-from weakspot.audit.plan.plan import AttackPlan, Plan, is_other, other_region
+from weakspot.audit.plan.plan import Plan, is_other, other_region
 from weakspot.audit.store.maps import BlockBuilder, MapBlock, curve_name
 from weakspot.audit.work.batches import NOT_FINITE, AuditModel
 from weakspot.audit.work.cell_rows import cell_rows, no_rows
@@ -297,7 +298,7 @@ class _Shard:
 
     def _stored(self, result: AttackResult, attack: AttackPlan) -> AttackResult:
         """The result with what becomes of its 8-bit files, which an attack of one's own need not say."""
-        files, fits = stored(result.adversarial, result.clean, attack.arguments().get("budget"))
+        files, fits = stored(result.adversarial, result.clean, attack.parsed_budget())
         logits = self.machine.predict(files, {})  # where the model raises, a file fools nobody
         fooled = logits.isfinite().all(1) & (logits.argmax(1) != result.labels)
         return replace(result, success_8bit=fooled & fits)

@@ -22,11 +22,12 @@ from weakspot.explanations.agreement import WHOLE, comparable, other_images, rea
 from weakspot.explanations.alignment_controls import (
     describe,
     margin_gradient,
+    meanings,
     pgd_of_equal_ssim,
     variance_gradient,
     with_shuffled_weights,
 )
-from weakspot.explanations.analysis import check_pairs, rivals, settled
+from weakspot.explanations.analysis import Analysis, Picture, check_pairs, competing_classes, prepare_pairs
 from weakspot.pairs import AttackResult, Pairs
 from weakspot.similarity import ssim_map
 from weakspot.statistics import RunTest, other_image_test, ranks, run_test, standardized
@@ -173,8 +174,8 @@ def ssim_alignment(
     check_pairs(pairs, model)
     check_seed(seed)
     with evaluating(model) as classifier:
-        pairs = settled(classifier, pairs)
-        targets = rivals(classifier, pairs)
+        pairs = prepare_pairs(classifier, pairs)
+        targets = competing_classes(classifier, pairs)
         change = 1 - ssim_map(pairs.clean, pairs.adversarial)
         others = other_images(classifier, pairs, reference if compare else None)
         wanted = torch.cat(
@@ -299,3 +300,28 @@ def _why_not(local: bool, change: Tensor, importance: Tensor, confined: bool) ->
     if float(change.max() - change.min()) <= INVISIBLE:
         return "the change is equally visible everywhere"
     return "the attack changed only a part of the image" if confined else ""
+
+
+def analyze_ssim(
+    model: nn.Module, pairs: Pairs, *, seed: int = 0, reference: Tensor | None = None, compare: bool = True
+) -> Analysis:
+    """SSIM maps, their means and minima, and `ssim_alignment` as the report shows it."""
+    import pandas as pd
+
+    found = ssim_alignment(model, pairs, reference=reference, compare=compare, seed=seed)
+    similarity = (1 - found.change).flatten(1)
+    windowed = {"ssim_windowed": similarity.mean(1), "ssim_windowed_min": similarity.amin(1)}
+    plain = pd.DataFrame({name: values.cpu().numpy() for name, values in windowed.items()})
+    scores = pd.concat([plain, found.scores], axis=1)
+    meaning = "Where the two images look different to the eye: 0 is no visible change."
+    return Analysis(
+        scores=scores,
+        maps={"ssim": found.change},
+        meanings=meanings([str(name) for name in scores], found),
+        pictures={
+            "ssim": Picture(
+                "Visible change (1 - SSIM)",
+                meaning=f"{meaning} {found.sentences[0]}" if compare else meaning,
+            )
+        },
+    )

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from weakspot._checks import check_fraction, check_seed, closest
+from weakspot._checks import check_fraction, check_seed, unknown_choice
 from weakspot.attribution.cam import class_activation, logit_gradient
 from weakspot.attribution.integrated_gradients import MarginDrop, margin_drop
 from weakspot.attribution.occlusion_map import occlusion
@@ -33,7 +33,7 @@ from weakspot.explanations.agreement import (
     tested,
     top_region,
 )
-from weakspot.explanations.analysis import Analysis, Picture, check_pairs, rivals, settled
+from weakspot.explanations.analysis import Analysis, Picture, check_pairs, competing_classes, prepare_pairs
 from weakspot.pairs import Pairs
 from weakspot.similarity import gaussian
 from weakspot.statistics import OtherImageTest, other_image_test
@@ -158,7 +158,7 @@ def overlap(
         others = other_images(
             classifier, pairs, reference if compare else None, scores=isinstance(importance, Tensor)
         )
-        pairs, losing = settled(classifier, pairs), rivals(classifier, pairs)
+        pairs, losing = prepare_pairs(classifier, pairs), competing_classes(classifier, pairs)
         every = _importances(classifier, pairs, importance, others)
         drop = margin_drop(classifier, pairs.clean, pairs.adversarial, pairs.labels, losing)
         important, vulnerable = every[: len(pairs)], spread(drop.sites)
@@ -222,7 +222,7 @@ def _importances(
         side = max(1, round(min(images.shape[2:]) / 14))
         return occlusion(classifier, images, classes, cell=side)
     raise ValueError(
-        f"importance is {importance!r}; {closest(importance, IMPORTANCES)}, or a tensor of scores"
+        unknown_choice("importance", importance, IMPORTANCES, remedy="or give a tensor of scores")
     )
 
 
@@ -254,7 +254,7 @@ def _isolation(region: NDArray[np.bool_]) -> tuple[int, float]:
     return len(regions), float(regions.max() / region.sum()) if len(regions) else 0.0
 
 
-def analyze(
+def analyze_overlap(
     model: nn.Module,
     pairs: Pairs,
     *,

@@ -6,13 +6,11 @@ The similarity analysis: where the adversarial image looks different, and whethe
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from weakspot.attribution.cam import class_activations
 from weakspot.classifier import evaluating
-from weakspot.explanations.alignment import ssim_alignment
-from weakspot.explanations.alignment_controls import meanings
-from weakspot.explanations.analysis import Analysis, Picture, rivals
+from weakspot.explanations.analysis import Analysis, Picture, competing_classes
 from weakspot.pairs import Pairs
 from weakspot.statistics import standardized
 
@@ -29,7 +27,7 @@ def analyze_cam(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:  
     import pandas as pd
 
     with evaluating(model) as classifier:
-        both = torch.stack([pairs.labels, rivals(classifier, pairs)], 1)
+        both = torch.stack([pairs.labels, competing_classes(classifier, pairs)], 1)
         images, classes = torch.cat([pairs.clean, pairs.adversarial]), torch.cat([both, both])
         evidence = class_activations(classifier, images, classes, registration="effective")
         clean, adversarial = evidence.chunk(2)
@@ -47,30 +45,5 @@ def analyze_cam(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:  
             name: Picture(f"{{{role}}}, {image} image", scale="class activation", meaning=MEANING)
             for name in names
             for _, role, image in [name.split("_")]
-        },
-    )
-
-
-def analyze_ssim(
-    model: nn.Module, pairs: Pairs, *, seed: int = 0, reference: Tensor | None = None, compare: bool = True
-) -> Analysis:
-    """SSIM maps, their means and minima, and `ssim_alignment` as the report shows it."""
-    import pandas as pd
-
-    found = ssim_alignment(model, pairs, reference=reference, compare=compare, seed=seed)
-    similarity = (1 - found.change).flatten(1)
-    windowed = {"ssim_windowed": similarity.mean(1), "ssim_windowed_min": similarity.amin(1)}
-    plain = pd.DataFrame({name: values.cpu().numpy() for name, values in windowed.items()})
-    scores = pd.concat([plain, found.scores], axis=1)
-    meaning = "Where the two images look different to the eye: 0 is no visible change."
-    return Analysis(
-        scores=scores,
-        maps={"ssim": found.change},
-        meanings=meanings([str(name) for name in scores], found),
-        pictures={
-            "ssim": Picture(
-                "Visible change (1 - SSIM)",
-                meaning=f"{meaning} {found.sentences[0]}" if compare else meaning,
-            )
         },
     )

@@ -1,0 +1,56 @@
+"""Limits: the stated budgets at which the robust accuracy of minimal-norm attacks is counted.
+
+A minimal-norm attack finds the smallest change it can and has no budget of its own. An image is lost to it only if that
+change is within a budget that the plan states.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from weakspot.audit.plan.attack_plan import AttackPlan
+from weakspot.audit.plan.plan import Plan, is_minimal, norm_of
+from weakspot.budgets import read_budget
+
+NORMS = ("linf", "l2", "l1")  # budgets that have a distance in the records
+
+
+class Limit(NamedTuple):
+    """A stated budget: its text, its kind (linf, l2, l1, ...) and its amount."""
+
+    budget: str
+    kind: str
+    amount: float
+
+
+def stated_budgets(plan: Plan) -> list[Limit]:
+    """The different budgets that the plan or any of its attacks states."""
+    texts = [*plan.stated_budgets, *(attack.budget for attack in plan.attacks if attack.budget)]
+    limits: dict[tuple[str, float], Limit] = {}
+    for text in texts:
+        kind = text.partition(":")[0].strip().lower()
+        amount = float(getattr(read_budget(text), "eps"))  # noqa: B009 - Budget is a protocol without it
+        limits.setdefault((kind, amount), Limit(text, kind, amount))
+    return list(limits.values())
+
+
+def limit_of(plan: Plan, attack: AttackPlan) -> Limit | None:
+    """The stated budget at which a minimal-norm attack is counted.
+
+    This is the only stated budget in the attack's own norm or, if there is none in that norm, the only one of the plan.
+    None if no budget is stated, if several qualify, and for SSIM budgets, for which the records hold no distance.
+    """
+    stated = stated_budgets(plan)
+    candidates = [limit for limit in stated if limit.kind == norm_of(attack)] or stated
+    return candidates[0] if len(candidates) == 1 and candidates[0].kind in NORMS else None
+
+
+def judged_attacks(plan: Plan) -> list[str]:
+    """Labels of the attacks that have a robust accuracy: all but minimal-norm attacks without a limit."""
+    return [attack.label for attack in plan.attacks if not is_minimal(attack) or limit_of(plan, attack)]
+
+
+def counted_budget(plan: Plan, attack: AttackPlan) -> str | None:
+    """The budget at which an attack's robust accuracy is counted, as text."""
+    limit = limit_of(plan, attack) if is_minimal(attack) else None
+    return limit.budget if limit else attack.budget

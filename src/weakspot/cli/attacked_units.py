@@ -1,0 +1,179 @@
+"""The units of a dissected network under attack: what `weakspot dissect --images` adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from weakspot.cli.app import Failure
+from weakspot.cli.options import ATTACK, BudgetOption, StepsOption, option
+from weakspot.cli.output import json_rows
+from weakspot.cli.session import Session
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from weakspot.budgets import Budget
+    from weakspot.classifier import Classifier
+    from weakspot.defenses.unit_study import UnitStudy
+    from weakspot.dissection import Dissection
+    from weakspot.pairs import Pairs
+
+FEWEST = 2  # images to attack; twice as many if half of them choose the units that are masked
+
+
+@dataclass(frozen=True)
+class UnitAttackOptions:
+    """Whether and how images are attacked to see which units move."""
+
+    images: Annotated[
+        list[Path] | None,
+        option("PATH", "Image files or folders to attack; shows which units move more than under noise, and whether units "
+            "that detect a concept move more. Repeat for several.", panel=ATTACK)
+    ] = None
+    budget: BudgetOption = "linf:4/255"
+    steps: StepsOption = 20
+    mask: Annotated[
+        str | None,
+        option("UNITS", "Mask units and attack again: sensitive (at most a fifth of the layer), sensitive:COUNT, or numbers "
+            "such as 3,17. Half of --images chooses the sensitive units, the other half evaluates them.", panel=ATTACK)
+    ] = None
+
+
+@dataclass(frozen=True, eq=False)
+class UnitAttack:
+    """Images to attack, and how.
+
+    Attributes:
+        images: (N, C, H, W).
+        budget: of the attack.
+        steps: of the attack.
+        mask: as `unit_study` takes it.
+        seed: of all random numbers.
+    """
+
+    images: Tensor
+    budget: Budget
+    steps: int
+    mask: int | list[int] | None
+    seed: int
+
+    def __repr__(self) -> str:
+        return f"UnitAttack({len(self.images)} images, {self.budget}, {self.steps} steps, mask={self.mask})"
+
+
+@dataclass(frozen=True, eq=False)
+class AttackedUnits:
+    """Results of the attack; empty if nothing was attacked.
+
+    Attributes:
+        studies: one for each layer.
+        sentences: on all layers together, if there are several.
+        attack: description of the attack.
+    """
+
+    studies: Mapping[str, UnitStudy] = field(default_factory=dict)
+    sentences: Sequence[str] = ()
+    attack: str = ""
+
+    def as_json(self) -> dict[str, object]:
+        """The sentences of each layer and the tables of masking."""
+        if not self.studies:
+            return {}
+        tables = {name: study.masking for name, study in self.studies.items() if study.masking is not None}
+        return {
+            "attack": self.attack,
+            "sentences": {name: list(study.sentences) for name, study in self.studies.items()},
+            "all_layers": list(self.sentences),
+            "masking": {name: json_rows(table) for name, table in tables.items()},
+        }
+
+    def paragraphs(self) -> list[str]:
+        """One for each layer, and one for all of them."""
+        lines = [f"{name}: {' '.join(study.sentences)}" for name, study in self.studies.items()]
+        return [*lines, *([f"All layers: {' '.join(self.sentences)}"] if self.sentences else [])]
+
+
+def parse_mask(text: str | None, layers: int) -> int | list[int] | None:
+    """What --mask stands for: a number of sensitive units (0 for a fifth of the layer), or these units.
+
+    Args:
+        text: as given.
+        layers: how many --layer options were given; unit numbers belong to one.
+    """
+    if text is None:
+        return None
+    kind, colon, count = text.partition(":")
+    if kind == "sensitive" and (not colon or (count.isdecimal() and int(count))):
+        return int(count or 0)
+    numbers = [part.strip() for part in text.split(",")]
+    if not all(number.isdecimal() for number in numbers):
+        raise Failure(f"--mask must be sensitive, sensitive:COUNT or unit numbers such as 3,17, got {text!r}")
+    if layers != 1:
+        raise Failure(f"--mask {text} must go with exactly one --layer, got {layers}")
+    return [int(number) for number in numbers]
+
+
+def _read_attack(
+    session: Session, options: UnitAttackOptions, mask: int | list[int] | None, seed: int
+) -> UnitAttack:
+    """Read the images of --images."""
+    from weakspot.budgets import read_budget
+
+    budget = read_budget(options.budget)
+    images = session.read_images(options.images or []).pixels
+    fewest = 2 * FEWEST if isinstance(mask, int) else FEWEST
+    if len(images) < fewest:
+        raise Failure(f"--images must hold at least {fewest} images, got {len(images)}")
+    return UnitAttack(images, budget, options.steps, mask, seed)
+
+
+def _attack_units(
+    classifier: Classifier,
+    dissections: Mapping[str, Dissection],
+    plan: UnitAttack,
+    progress: Callable[[float], None],
+) -> AttackedUnits:
+    """Attack the images with PGD, and study the units of every dissected layer."""
+    import pandas as pd
+
+    from weakspot.attacks import pgd
+    from weakspot.classifier import check_images, evaluating, predict
+    from weakspot.defenses.unit_study import association_sentences, unit_study
+
+    with evaluating(classifier):
+        images = check_images(plan.images, classifier)
+        labels = predict(classifier, images).argmax(1)
+
+    def attack(model: nn.Module, shown: Tensor, wanted: Tensor) -> Pairs:
+        return pgd(model, shown, wanted, budget=plan.budget, steps=plan.steps, seed=plan.seed)
+
+    def layer_progress(number: int, fraction: float) -> None:
+        progress(0.2 + 0.8 * (number + fraction) / len(dissections))
+
+    pairs = attack(classifier, images, labels)
+    progress(0.2)
+    studies = {}
+    for number, (name, dissection) in enumerate(dissections.items()):
+        studies[name] = unit_study(
+            classifier,
+            dissection,
+            pairs,
+            mask=plan.mask,
+            attack=attack,
+            seed=plan.seed,
+            progress=partial(layer_progress, number),
+        )
+    sentences: Sequence[str] = ()
+    if len(studies) > 1:
+        tables = [study.units.assign(layer=name) for name, study in studies.items()]
+        sentences = association_sentences(pd.concat(tables, ignore_index=True))
+    how = (
+        f"PGD, {plan.budget}, {plan.steps} steps, on {len(images)} images labeled by the model's predictions"
+    )
+    return AttackedUnits(studies, sentences, how)
+
+
