@@ -378,7 +378,7 @@ def test_what_cannot_be_done_leaves_no_folder(pictures: Path) -> None:
         ({"regions": ("cma",)}, "region must .* 'cma'"),
         ({"regions": ("support",)}, "needs a class to reach"),
         ({"sources": (str(pictures / "nowhere"),)}, "nowhere: there is no such file"),
-        ({"labels": "folders", "sources": (str(pictures / "cat"),)}, "it has no folders"),
+        ({"labels": "folders", "sources": (str(pictures / "cat"),)}, "got no folders"),
     ]:
         with pytest.raises((ValueError, FileNotFoundError), match=sentence):
             audit(replace(small_plan(pictures), **change), out)  # type: ignore[arg-type]

@@ -11,14 +11,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from weakspot import Classifier, ImageWarning, regions
+from weakspot.cli.aims import Aim, AimOptions, find_region
 from weakspot.cli.app import UNREADABLE, USAGE, Failure
-from weakspot.cli.explain import Aim, find_region
 
 
 def named(path: Path, images: Tensor) -> Tensor:
     """As --region PATH on the command line."""
     zeros = torch.zeros(len(images), dtype=torch.long)
-    region, _ = find_region(str(path), 0.3, Classifier.wrap(nn.Identity()), Aim(images, zeros, None, []), 0)
+    aims = AimOptions(region=str(path))
+    region, _ = find_region(aims, Classifier.wrap(nn.Identity()), Aim(images, zeros, None, []), 0)
     assert region is not None
     return region
 

@@ -1,13 +1,14 @@
-"""Aims: what an attack on the command line aims at, and where it may act."""
+"""Aims: the labels of images, the class that an attack aims at, and the region that it may change."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from weakspot.cli.app import UNREADABLE, Failure, note
-from weakspot.cli.options import FractionOption, RegionOption, TargetOption
+from weakspot.cli.options import FractionOption, LabelsOption, RegionOption, TargetOption
 from weakspot.cli.session import Images
 
 if TYPE_CHECKING:
@@ -15,20 +16,40 @@ if TYPE_CHECKING:
 
     from weakspot.classifier import Classifier
 
-PREDICTED = "the model's predictions on the clean images"
-
 
 @dataclass(frozen=True)
 class AimOptions:
-    """Where an attack may act and what it aims at."""
+    """What an attack aims at, and where it may act."""
 
+    labels: LabelsOption = None
+    target: TargetOption = None
     region: RegionOption = "none"
     fraction: FractionOption = 0.3
-    target: TargetOption = None
+
+
+class Labels(NamedTuple):
+    """Labels of images.
+
+    Attributes:
+        labels: (N,) classes that the images stand for.
+        logits: (N, K) of the images.
+        source: where the labels are from.
+    """
+
+    labels: Tensor
+    logits: Tensor
+    source: str
 
 
 class Aim(NamedTuple):
-    """Images (N, C, H, W), their predicted classes (N,), the target classes (N,) or None, and N names."""
+    """What an attack starts from.
+
+    Attributes:
+        images: (N, C, H, W).
+        labels: (N,) classes that the images stand for.
+        targets: (N,) classes to reach, or None.
+        names: N names.
+    """
 
     images: Tensor
     labels: Tensor
@@ -36,47 +57,56 @@ class Aim(NamedTuple):
     names: list[str]
 
 
-def find_aim(classifier: Classifier, images: Images, target: str | None) -> Aim:
-    """Predict the labels. Images that are already classified as the target are left out."""
+def find_labels(text: str | None, classifier: Classifier, images: Images) -> Labels:
+    """Labels as --labels describes them: from a CSV table, "folders", or None for the model's predictions."""
     import torch
 
     from weakspot.classifier import check_images, evaluating, predict
+    from weakspot.datasets.labels import FOLDERS, ClassIndex, LabelTable, folder_classes
 
     with evaluating(classifier):
-        pixels = check_images(images.pixels, classifier)
-        logits = predict(classifier, pixels)
-    labels = logits.argmax(1)
-    if target is None:
-        return Aim(pixels, labels, None, images.names)
-    wanted = class_index(classifier, target, logits.shape[1])
-    rows = (labels != wanted).nonzero().flatten().tolist()
+        logits = predict(classifier, check_images(images.pixels, classifier))
+    if text is None:
+        return Labels(logits.argmax(1), logits, "the model's predictions on the clean images")
+    classes = ClassIndex(tuple(classifier.class_names), logits.shape[1])
+    files = [Path(path).absolute() for path in images.paths]
+    if text != FOLDERS:
+        by_file = LabelTable.read(Path(text), classes).find_all(files, complete=True)
+        labels, source = [by_file[file] for file in files], text
+    else:
+        by_folder = folder_classes((file.parent.name for file in files), classes, sorted_order=True)
+        labels, source = [by_folder[file.parent.name] for file in files], "names of the images' folders"
+        first = min(by_folder)
+        if classes.find(first) is None:
+            note(
+                f"labels: the {classes.count} folders stand for the {classes.count} classes in sorted order ({first} "
+                "is class 0)"
+            )
+    return Labels(torch.tensor(labels, device=logits.device), logits, source)
+
+
+def find_aim(classifier: Classifier, images: Images, options: AimOptions) -> tuple[Aim, str]:
+    """Labels and targets, and the source of the labels. Images that have reached the target already are left out."""
+    import torch
+
+    from weakspot.classifier import check_images
+    from weakspot.datasets.labels import ClassIndex
+
+    labels, logits, source = find_labels(options.labels, classifier, images)
+    pixels = check_images(images.pixels, classifier)
+    if options.target is None:
+        return Aim(pixels, labels, None, images.names), source
+    classes = ClassIndex(tuple(classifier.class_names), logits.shape[1])
+    target = classes.index(options.target, "--target")
+    predicted = logits.argmax(1)
+    rows = ((labels != target) & (predicted != target)).nonzero().flatten().tolist()
     for row in sorted(set(range(len(labels))) - set(rows)):
-        note(f"{images.names[row]}: already classified as {classifier.class_name(wanted)}; skipped")
+        how = "classified" if predicted[row] == target else "labeled"
+        note(f"{images.names[row]}: already {how} as {classifier.class_name(target)}; skipped")
     if not rows:
-        raise Failure(f"every image is already classified as the target, {classifier.class_name(wanted)}")
-    targets = torch.full_like(labels[rows], wanted)
-    return Aim(pixels[rows], labels[rows], targets, [images.names[row] for row in rows])
-
-
-def class_index(classifier: Classifier, text: str, count: int, name: str = "target") -> int:
-    """The index of the class that `text` names.
-
-    Args:
-        classifier: whose class names count.
-        text: a class name in any case, or an index.
-        count: number of classes.
-        name: of the argument, for the error message.
-    """
-    from weakspot._checks import unknown_choice
-
-    number = text.lower().removeprefix("class ")
-    if number.isascii() and number.isdigit() and int(number) < count:
-        return int(number)
-    names = [name.lower() for name in classifier.class_names]
-    if text.lower() in names:
-        return names.index(text.lower())
-    remedy = f"or give a number from 0 to {count - 1}"
-    raise Failure(unknown_choice(name, text, classifier.class_names, remedy=remedy))
+        raise Failure(f"every image is already classified as the target, {classifier.class_name(target)}")
+    targets = torch.full_like(labels[rows], target)
+    return Aim(pixels[rows], labels[rows], targets, [images.names[row] for row in rows]), source
 
 
 def find_region(

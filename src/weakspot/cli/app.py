@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
@@ -96,7 +97,7 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(function, include_extras=True)
-        groups = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+        groups = {name: kind for name, kind in hints.items() if isinstance(kind, type) and is_dataclass(kind)}
         parameters: list[inspect.Parameter] = []
         for name, parameter in inspect.signature(function).parameters.items():
             if name not in groups:
@@ -178,9 +179,14 @@ def explained(error: BaseException) -> tuple[str, int]:
 
 def _usage_sentence(error: Any) -> str:
     """Typer's message for a command line that it cannot parse, in the style of the other errors."""
+    options = getattr(getattr(error, "param", None), "opts", [])
+    expected = str(getattr(error, "message", "")).partition(", unable")[0].removeprefix("Input should be ")
     if hasattr(error, "possibilities"):
         near = " or ".join(sorted(error.possibilities or ()))
         text = f"unknown option {error.option_name}" + (f" (did you mean {near}?)" if near else "")
+    elif options and options[0].startswith("-") and expected:
+        value = next((value for option, value in pairwise(sys.argv) if option in options), None)
+        text = f"{max(options, key=len)} must be {expected}" + (f", got {value!r}" if value else "")
     else:
         text = error.format_message().rstrip(".")
         text = text[:1].lower() + text[1:]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from weakspot.cli.aims import PREDICTED, AimOptions, find_aim, find_region
+from weakspot.cli.aims import AimOptions, find_aim, find_region
 from weakspot.cli.app import Failure, command
 from weakspot.cli.options import (
     ATTACK,
@@ -136,7 +136,11 @@ def attack(
     samples: SamplesOption = False,
     name: Annotated[
         str,
-        option("--attack -a NAME", "A name from --list, or foolbox:CLASS, torchattacks:CLASS, art:CLASS.", panel=ATTACK)
+        option(
+            "--attack -a NAME",
+            "A name from --list, or foolbox:CLASS, torchattacks:CLASS, art:CLASS.",
+            panel=ATTACK,
+        ),
     ] = "pgd",
     budget: BudgetOption = "linf:4/255",
     settings: SetOption = None,
@@ -149,7 +153,7 @@ def attack(
 ) -> None:
     """Attack images; write the adversarial images, and what each cost.
 
-    The labels are the model's predictions on the clean images. Success is checked by a fresh forward pass, also of the
+    Success is checked by a fresh forward pass, also of the
     PNG files. `weakspot explain --pair OUT/pairs.safetensors` explains the pairs.
     """
     if list_all:
@@ -167,7 +171,7 @@ def attack(
         spent = takes.find_budget(budget, given=bool(given(context, ["budget"])))
         own = takes.read_settings(settings)
         batch = parse_batch_size(batch_size)
-        aim = find_aim(session.classifier, session.read_images(sources, samples=samples), aims.target)
+        aim, source = find_aim(session.classifier, session.read_images(sources, samples=samples), aims)
         session.make_folder()
         mask, where = find_region(aims, session.classifier, aim, seed)
         common = {
@@ -182,7 +186,7 @@ def attack(
         session.advance("writing", 0.92)
         about = {
             "attack": ", ".join([name, *(settings or []), *([str(spent)] if spent else []), where]),
-            "labels": PREDICTED,
+            "labels": source,
             **session.provenance(seed),
         }
         scores = _write(out, session.classifier, result, aim.names, spent, about)

@@ -31,15 +31,23 @@ class UnitAttackOptions:
 
     images: Annotated[
         list[Path] | None,
-        option("PATH", "Image files or folders to attack; shows which units move more than under noise, and whether units "
-            "that detect a concept move more. Repeat for several.", panel=ATTACK)
+        option(
+            "PATH",
+            "Image files or folders to attack; shows which units move more than under noise, and whether units "
+            "that detect a concept move more. Repeat for several.",
+            panel=ATTACK,
+        ),
     ] = None
     budget: BudgetOption = "linf:4/255"
     steps: StepsOption = 20
     mask: Annotated[
         str | None,
-        option("UNITS", "Mask units and attack again: sensitive (at most a fifth of the layer), sensitive:COUNT, or numbers "
-            "such as 3,17. Half of --images chooses the sensitive units, the other half evaluates them.", panel=ATTACK)
+        option(
+            "UNITS",
+            "Mask units and attack again: sensitive (at most a fifth of the layer), sensitive:COUNT, or numbers "
+            "such as 3,17. Half of --images chooses the sensitive units, the other half evaluates them.",
+            panel=ATTACK,
+        ),
     ] = None
 
 
@@ -117,7 +125,7 @@ def parse_mask(text: str | None, layers: int) -> int | list[int] | None:
     return [int(number) for number in numbers]
 
 
-def _read_attack(
+def read_attack(
     session: Session, options: UnitAttackOptions, mask: int | list[int] | None, seed: int
 ) -> UnitAttack:
     """Read the images of --images."""
@@ -131,7 +139,7 @@ def _read_attack(
     return UnitAttack(images, budget, options.steps, mask, seed)
 
 
-def _attack_units(
+def attack_units(
     classifier: Classifier,
     dissections: Mapping[str, Dissection],
     plan: UnitAttack,
@@ -175,5 +183,3 @@ def _attack_units(
         f"PGD, {plan.budget}, {plan.steps} steps, on {len(images)} images labeled by the model's predictions"
     )
     return AttackedUnits(studies, sentences, how)
-
-

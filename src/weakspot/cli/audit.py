@@ -10,8 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, fields
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,25 +19,13 @@ from rich.markup import escape
 from weakspot.cli.app import RESUMABLE, UNREADABLE, Failure, command, complain, note
 from weakspot.cli.compare import FloatOption, Gate, GateOptions
 from weakspot.cli.options import (
-    ATTACK,
     OUTPUT,
-    AnalysesOption,
-    BatchSizeOption,
-    BudgetOption,
-    FractionOption,
-    LimitOption,
     ModelOptions,
     OutputOptions,
-    SeedOption,
     argument,
     flag,
-    given,
     option,
     parse_batch_size,
-    parse_numbers,
-    parse_settings,
-    parse_size,
-    read_class_names,
     refuse_fraction,
 )
 from weakspot.cli.output import (
@@ -50,12 +37,14 @@ from weakspot.cli.output import (
     progress_bar,
     warnings_as_notes,
 )
-from weakspot.cli.session import check_existing, command_line
+from weakspot.cli.plan_options import EngineOptions, PlanOptions, given_options, plan_table
+from weakspot.cli.session import command_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from weakspot.audit import AuditProgress, Run, Summary
+    from weakspot.audit.findings.gates import Verdict
 
 SHOWN = 5  # skipped images that are named; skipped.parquet has all
 FILES = "run.json, records.parquet, skipped.parquet, maps.zarr, report.html"
@@ -81,14 +70,20 @@ def audit(
     output: OutputOptions,
     images: Annotated[
         list[str] | None,
-        argument("[IMAGES]...", "Image files, folders, .npz or .npy arrays, as paths or URLs (s3://...); or one plan.toml.")
+        argument(
+            "IMAGES",
+            "Image files, folders, .npz or .npy arrays, as paths or URLs (s3://...); or one plan.toml.",
+        ),
     ] = None,
     out: Annotated[
         str | None, option("FOLDER", f"Folder or URL for {FILES}.", default="out in plan.toml")
     ] = None,
     resume: Annotated[
         str | None,
-        option("RUN", "Continue or repair the audit in this folder or at this URL. Takes no images and no plan options.")
+        option(
+            "RUN",
+            "Continue or repair the audit in this folder or at this URL. Takes no images and no plan options.",
+        ),
     ] = None,
     report: Annotated[
         bool, flag("--report/--no-report", "Write report.html at the end.", panel=OUTPUT)
@@ -128,16 +123,22 @@ def audit(
         from weakspot.audit.findings.gates import judge, unknown_cases
         from weakspot.audit.findings.summary import cell_table, undefined_names
 
-        how = {"batch_size": batch_size, "workers": execution.workers}
-        names = {"command": command_line(), "engine": execution.engine, "address": execution.ray_address}
-        if resume is not None:
-            run = audits.resume(where, watch=watch, **how, **names)
-        else:
+        work: Callable[..., Run] = audits.resume
+        if resume is None:
             resolved = audits.Plan.from_mapping(table)
             refuse_fraction(context, resolved.regions, "--regions")
             if "control_images" in overrides and not resolved.controls:
                 raise Failure("--control-images has no effect without --controls")
-            run = audits.audit(resolved, where, watch=watch, **how, **names)
+            work = partial(audits.audit, resolved)
+        run = work(
+            where,
+            batch_size=batch_size,
+            command=command_line(),
+            watch=watch,
+            engine=execution.engine,
+            workers=execution.workers,
+            address=execution.ray_address,
+        )
         if floats:
             run = audits.Run(run.name, eight_bit=False)
         if report:

@@ -24,7 +24,10 @@ Row = Mapping[str, Any]  # of a table
 SHOWN = 20  # scores that are shown without --all
 FloatOption = Annotated[
     bool,
-    flag("--float", "Count attacked images as the attack returned them, not rounded to 8 bits as image files are.")
+    flag(
+        "--float",
+        "Count attacked images as the attack returned them, not rounded to 8 bits as image files are.",
+    ),
 ]
 
 
@@ -34,8 +37,12 @@ class GateOptions:
 
     fail_if: Annotated[
         list[str] | None,
-        option("--fail-if CONDITION", 'Exit with code 3 if this holds for any row or cannot be evaluated: "robust_accuracy < 0.4", '
-            "\"region == 'cam' and robust_high < 0.2\". Repeat for several.", panel=OUTPUT)
+        option(
+            "--fail-if CONDITION",
+            'Exit with code 3 if this holds for any row or cannot be evaluated: "robust_accuracy < 0.4", '
+            "\"region == 'cam' and robust_high < 0.2\". Repeat for several.",
+            panel=OUTPUT,
+        ),
     ] = None
     junit: Annotated[
         Path | None, option("--junit FILE", "Write the results of --fail-if as JUnit XML.", panel=OUTPUT)

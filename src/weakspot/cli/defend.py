@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from weakspot.cli.aims import find_labels
 from weakspot.cli.app import Failure, command
 from weakspot.cli.options import (
     ATTACK,
@@ -66,8 +67,11 @@ def defend(
     limit: LimitOption = None,
     defense: Annotated[
         str,
-        option("--defense -D NAME", "neutralize, mask_units, or package.module:factory, a function that takes the undefended model "
-            "(images in [0, 1] to logits) and returns the defended one.")
+        option(
+            "--defense -D NAME",
+            "neutralize, mask_units, or package.module:factory, a function that takes the undefended model "
+            "(images in [0, 1] to logits) and returns the defended one.",
+        ),
     ] = "neutralize",
     settings: SetOption = None,
     budget: BudgetOption = "linf:4/255",
@@ -78,14 +82,23 @@ def defend(
     ] = 4,
     queries: Annotated[
         int,
-        option("N", "Maximum queries of the square search; it starts with 500 and doubles them while they help.", least=1, panel=ATTACK)
+        option(
+            "N",
+            "Maximum queries of the square search; it starts with 500 and doubles them while they help.",
+            least=1,
+            panel=ATTACK,
+        ),
     ] = 4000,
     substitute: Annotated[
         str | None, option("MODEL", "Another model, for one more transferred attack.", panel=ATTACK)
     ] = None,
     oracle: Annotated[
         bool,
-        flag("--oracle", "With neutralize: add a row for the region of the clean image, which no defender has.", panel=ATTACK)
+        flag(
+            "--oracle",
+            "With neutralize: add a row for the region of the clean image, which no defender has.",
+            panel=ATTACK,
+        ),
     ] = False,
     thorough: Annotated[
         bool, flag("--thorough", "Add the ensemble of attacks (slow).", panel=ATTACK)
@@ -109,7 +122,6 @@ def defend(
         from weakspot._checks import check_fraction
         from weakspot.budgets import read_budget
         from weakspot.classifier import check_images
-        from weakspot.datasets.labels import find_labels
         from weakspot.defenses import evaluate_defense, oracle_neutralized, verdict
         from weakspot.defenses.randomized import is_random
 
@@ -126,7 +138,7 @@ def defend(
             defended, check_images(read.pixels, classifier), seed=seed
         ):
             refuse(context, ["draws"], f"with {defense}, which is not random")
-        truth, where = find_labels(labels, classifier, read.pixels, read.paths)
+        truth, _, where = find_labels(labels, classifier, read)
         if limit is not None and limit < len(truth):
             rows = sorted(random.Random(seed).sample(range(len(truth)), limit))  # noqa: S311 - no secret
             read, truth = read.subset(rows), truth[rows]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,29 +11,28 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from weakspot.cli.app import Failure, command
+from weakspot.cli.attacked_units import (
+    AttackedUnits,
+    UnitAttackOptions,
+    attack_units,
+    parse_mask,
+    read_attack,
+)
 from weakspot.cli.options import (
-    ATTACK,
-    BudgetOption,
     ModelOptions,
     OutputOptions,
     SeedOption,
-    StepsOption,
     argument,
     flag,
     option,
     refuse,
 )
-from weakspot.cli.output import json_rows, print_rows, print_text
+from weakspot.cli.output import print_rows, print_text
 from weakspot.cli.session import Session, check_existing, open_session
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from weakspot.budgets import Budget
     from weakspot.classifier import Classifier
-    from weakspot.defenses.unit_study import UnitStudy
     from weakspot.dissection import Dissection
-    from weakspot.pairs import Pairs
 
 FILES = ("cache", "concepts", "demo-concepts-*", "report.html", "*.csv", "run.json")
 SHOWN = 40  # units of a layer whose images are shown
@@ -72,16 +71,27 @@ def dissect(
     output: OutputOptions,
     dataset: Annotated[
         Path | None,
-        argument("[DATASET]", "A folder in Broden's layout (index.csv, label.csv, images/), or a folder of images with --masks or "
-            "with one subfolder per label.")
+        argument(
+            "DATASET",
+            "A folder in Broden's layout (index.csv, label.csv, images/), or a folder of images with --masks or "
+            "with one subfolder per label.",
+        ),
     ] = None,
     layer: Annotated[
         list[str] | None,
-        option("NAME", "A module whose output is a map. Repeat for several.", default="the last layer of each of the two coarsest map sizes")
+        option(
+            "NAME",
+            "A module whose output is a map. Repeat for several.",
+            default="the last layer of each of the two coarsest map sizes",
+        ),
     ] = None,
     quantile: Annotated[
         float | None,
-        option("X", "Fraction of all sites at which a unit counts as active.", default=f"{QUANTILE}, or {DEMO_QUANTILE} with --demo")
+        option(
+            "X",
+            "Fraction of all sites at which a unit counts as active.",
+            default=f"{QUANTILE}, or {DEMO_QUANTILE} with --demo",
+        ),
     ] = None,
     min_iou: Annotated[float, option("X", "Minimum intersection over union of a detector.")] = 0.04,
     denominator: Annotated[
@@ -116,7 +126,7 @@ def dissect(
         from weakspot.dissection import dissection
 
         classifier = session.classifier
-        plan = _read_attack(session, attack, mask, seed) if attack.images else None
+        plan = read_attack(session, attack, mask, seed) if attack.images else None
         session.make_folder()
         session.advance("reading the concepts", 0.02)
         folder = _find_concepts(dataset, out, classifier, concepts)
@@ -134,7 +144,7 @@ def dissect(
         )
         attacked = AttackedUnits()
         if plan is not None:
-            attacked = _attack_units(classifier, dissections, plan, session.progress("attacking", 0.5, 0.85))
+            attacked = attack_units(classifier, dissections, plan, session.progress("attacking", 0.5, 0.85))
         session.advance("drawing", 0.9)
         options = next(iter(dissections.values())).options
         made = {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from weakspot.cli.aims import PREDICTED, AimOptions, find_aim, find_region
+from weakspot.cli.aims import AimOptions, find_aim, find_region
 from weakspot.cli.app import UNREADABLE, Failure, command
 from weakspot.cli.options import (
     AnalysesOption,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from weakspot.pairs import Pairs
 
 FILES = ("report.html", "scores.csv", "pairs.safetensors", "maps.npz", "locality.csv", "run.json")
-ATTACK_OPTIONS = ("region", "fraction", "budget", "steps", "target")
+ATTACK_OPTIONS = ("labels", "region", "fraction", "budget", "steps", "target")
 
 
 @command(
@@ -58,12 +58,18 @@ def explain(
     samples: SamplesOption = False,
     pair: Annotated[
         bool,
-        flag("--pair", "Explain pairs made by any tool: IMAGES are CLEAN ADVERSARIAL, or one pairs.safetensors.")
+        flag(
+            "--pair",
+            "Explain pairs made by any tool: IMAGES are CLEAN ADVERSARIAL, or one pairs.safetensors.",
+        ),
     ] = False,
     reference: Annotated[
         Path | None,
-        option("FOLDER", "Other images of the same source. Each attack is compared with where the model looks in them; a p "
-            "value needs 19 others, the explained images included.")
+        option(
+            "FOLDER",
+            "Other images of the same source. Each attack is compared with where the model looks in them; a p "
+            "value needs 19 others, the explained images included.",
+        ),
     ] = None,
     budget: BudgetOption = "linf:4/255",
     steps: StepsOption = 20,
@@ -73,7 +79,7 @@ def explain(
 ) -> None:
     """Attack images, or read pairs, and explain where the change acts and whether the model looks there.
 
-    The labels are the model's predictions on the clean images. Files that cannot be read are noted and skipped.
+    Files that cannot be read are noted and skipped.
     """
     sources = list(images or [])
     _check_pair(sources, pair=pair, samples=samples)
@@ -88,14 +94,15 @@ def explain(
         from weakspot.explanations.locality_by_radius import locality_of, locality_sentence
 
         if pair:
-            (pairs, names), how = _read_pairs(session.classifier, sources), "pairs as given"
+            pairs, names, source = _read_pairs(session.classifier, sources)
+            how = "pairs as given"
             session.make_folder()
         else:
-            pairs, names, how = _attack(session, sources, aims, budget, steps, seed, samples=samples)
+            pairs, names, source, how = _attack(session, sources, aims, budget, steps, seed, samples=samples)
         others = None if reference is None else _read_reference(session, reference)
         made = {
             "attack": how,
-            "labels": "from the file" if pair and len(sources) == 1 else PREDICTED,
+            "labels": source,
             **({} if others is None else {"reference": f"{len(others)} images in {reference}"}),
             **session.provenance(seed),
         }
@@ -157,13 +164,13 @@ def _attack(
     seed: int,
     *,
     samples: bool,
-) -> tuple[Pairs, list[str], str]:
-    """The pairs, their names, and how they were made."""
+) -> tuple[Pairs, list[str], str, str]:
+    """The pairs, their names, where the labels are from, and how the pairs were made."""
     from weakspot.attacks import pgd
     from weakspot.budgets import read_budget
 
     spent = read_budget(budget)
-    aim = find_aim(session.classifier, session.read_images(sources, samples=samples), aims.target)
+    aim, source = find_aim(session.classifier, session.read_images(sources, samples=samples), aims)
     session.make_folder()
     mask, where = find_region(aims, session.classifier, aim, seed)
     pairs = pgd(
@@ -178,11 +185,11 @@ def _attack(
         progress=session.progress("attacking", 0.1, 0.5),
     )
     toward = "" if aim.targets is None else f", toward {session.classifier.class_name(int(aim.targets[0]))}"
-    return pairs, aim.names, f"PGD, {spent}, {steps} steps, {where}{toward}"
+    return pairs, aim.names, source, f"PGD, {spent}, {steps} steps, {where}{toward}"
 
 
-def _read_pairs(classifier: Classifier, sources: Sequence[Path]) -> tuple[Pairs, list[str]]:
-    """The pair in two images, or the pairs in one file of `Pairs.save`, and their names."""
+def _read_pairs(classifier: Classifier, sources: Sequence[Path]) -> tuple[Pairs, list[str], str]:
+    """The pair in two images, or the pairs in one file of `Pairs.save`; names, and where the labels are from."""
     from weakspot._checks import warn
     from weakspot.pairs import AttackResult, Pairs
 
@@ -193,7 +200,7 @@ def _read_pairs(classifier: Classifier, sources: Sequence[Path]) -> tuple[Pairs,
             ValueError
         ):  # pairs of another tool, without success and counts; or no pairs, which load reports
             pairs = Pairs.load(sources[0])
-        return pairs, [f"{sources[0].stem} {number}" for number in range(len(pairs))]
+        return pairs, [f"{sources[0].stem} {number}" for number in range(len(pairs))], "from the file"
     clean, adversarial = (_read_image(source, classifier.channels) for source in sources)
     if clean.shape != adversarial.shape:
         sizes = " and ".join(f"{image.shape[1]} x {image.shape[2]}" for image in (clean, adversarial))
@@ -208,7 +215,8 @@ def _read_pairs(classifier: Classifier, sources: Sequence[Path]) -> tuple[Pairs,
         clean, adversarial = (
             _read_image(source, classifier.channels, classifier.input_size) for source in sources
         )
-    return Pairs.of(classifier, clean[None], adversarial[None]), [f"{sources[0].name} → {sources[1].name}"]
+    names = [f"{sources[0].name} → {sources[1].name}"]
+    return Pairs.of(classifier, clean[None], adversarial[None]), names, "the model's predictions"
 
 
 def _read_image(path: Path, channels: int, size: tuple[int, int] | None = None) -> Tensor:

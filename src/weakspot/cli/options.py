@@ -48,40 +48,62 @@ def argument(form: str, text: str) -> ArgumentInfo:
     return made
 
 
-ImagesArgument = Annotated[list[Path] | None, argument("[IMAGES]...", "Image files or folders of images.")]
+ImagesArgument = Annotated[list[Path] | None, argument("IMAGES", "Image files or folders of images.")]
 SamplesOption = Annotated[bool, flag("--samples", "Use the four photographs that come with scikit-image.")]
 LabelsOption = Annotated[
     str | None,
-    option("SOURCE", "'folders' (each image's folder is named after its class), or a CSV file with the columns file and label "
-        "(a class name or number).", default="the model's predictions")
+    option(
+        "SOURCE",
+        "'folders' (each image's folder is named after its class), or a CSV file with the columns file and label "
+        "(a class name or number).",
+        default="the model's predictions",
+    ),
 ]
 LimitOption = Annotated[int | None, option("N", "Use at most N images, chosen by --seed.", least=1)]
 BudgetOption = Annotated[
     str,
-    option("--budget -b KIND:EPS", "How much an image may change: linf:4/255, l2:1.5, l1:20, ssim:0.01, ssim-local:0.05.", panel=ATTACK)
+    option(
+        "--budget -b KIND:EPS",
+        "How much an image may change: linf:4/255, l2:1.5, l1:20, ssim:0.01, ssim-local:0.05.",
+        panel=ATTACK,
+    ),
 ]
 RegionOption = Annotated[
     str,
-    option("REGION", "Where an image may change: none (anywhere), cam, background, border:WIDTH, support, or a mask image "
-        "(its white part). Combine with ~ (not), & (and), | (or); matched:REGION is a control of equal area.", panel=ATTACK)
+    option(
+        "REGION",
+        "Where an image may change: none (anywhere), cam, background, border:WIDTH, support, or a mask image "
+        "(its white part). Combine with ~ (not), & (and), | (or); matched:REGION is a control of equal area.",
+        panel=ATTACK,
+    ),
 ]
 FractionOption = Annotated[
     float,
-    option("X", "Fraction of the image in a region of importance (cam, support), 0 to 1.", panel=ATTACK)
+    option("X", "Fraction of the image in a region of importance (cam, support), 0 to 1.", panel=ATTACK),
 ]
 TargetOption = Annotated[
     str | None,
-    option("CLASS", "Class that the attack aims at, by name or number.", default="any other class", panel=ATTACK)
+    option(
+        "CLASS", "Class that the attack aims at, by name or number.", default="any other class", panel=ATTACK
+    ),
 ]
 StepsOption = Annotated[int, option("N", "Steps of PGD.", least=1, panel=ATTACK)]
 SetOption = Annotated[
     list[str] | None,
-    option("--set NAME=VALUE", "Set an argument of the attack or defense, such as steps=50. Repeat for several.", panel=ATTACK)
+    option(
+        "--set NAME=VALUE",
+        "Set an argument of the attack or defense, such as steps=50. Repeat for several.",
+        panel=ATTACK,
+    ),
 ]
 AnalysesOption = Annotated[str, option("NAMES", "Analyses to run, separated by commas, or all, or none.")]
 BatchSizeOption = Annotated[
     str,
-    option("N", "Images attacked at once, or auto: as many as fit in memory. Does not change results.", panel=ATTACK)
+    option(
+        "N",
+        "Images attacked at once, or auto: as many as fit in memory. Does not change results.",
+        panel=ATTACK,
+    ),
 ]
 SeedOption = Annotated[int, option("N", "Seed of all random numbers.")]
 WeightsOption = Annotated[
@@ -96,25 +118,44 @@ class ModelOptions:
 
     model: Annotated[
         str,
-        option("--model -m MODEL", "An installed model (see weakspot models), package.module:factory, model.pt2, a folder that weakspot "
-            "train wrote, hf:DIRECTORY, timm:NAME or torchvision:NAME.", panel=MODEL)
+        option(
+            "--model -m MODEL",
+            "An installed model (see weakspot models), package.module:factory, model.pt2, a folder that weakspot "
+            "train wrote, hf:DIRECTORY, timm:NAME or torchvision:NAME.",
+            panel=MODEL,
+        ),
     ] = "efficientnet_lite0"
     weights: WeightsOption = None
     mean: Annotated[
         str | None,
-        option("NUMBERS", "Mean of each channel on the [0, 1] scale: .485,.456,.406.", default="the model's", panel=MODEL)
+        option(
+            "NUMBERS",
+            "Mean of each channel on the [0, 1] scale: .485,.456,.406.",
+            default="the model's",
+            panel=MODEL,
+        ),
     ] = None
     std: Annotated[
         str | None,
-        option("NUMBERS", "Standard deviation of each channel: .229,.224,.225.", default="the model's", panel=MODEL)
+        option(
+            "NUMBERS",
+            "Standard deviation of each channel: .229,.224,.225.",
+            default="the model's",
+            panel=MODEL,
+        ),
     ] = None
     classes: Annotated[
         Path | None,
-        option("FILE", "Class names: a text file with one per line, or a JSON list.", default="the model's", panel=MODEL)
+        option(
+            "FILE",
+            "Class names: a text file with one per line, or a JSON list.",
+            default="the model's",
+            panel=MODEL,
+        ),
     ] = None
     size: Annotated[
         str | None,
-        option("HxW", "Height and width that images are resized to.", default="the model's", panel=MODEL)
+        option("HxW", "Height and width that images are resized to.", default="the model's", panel=MODEL),
     ] = None
     device: DeviceOption = "auto"
 

@@ -5,13 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from weakspot.cli.app import Failure
-from weakspot.cli.options import *
+from weakspot.cli.options import (
+    ATTACK,
+    AnalysesOption,
+    BatchSizeOption,
+    BudgetOption,
+    FractionOption,
+    LimitOption,
+    ModelOptions,
+    SeedOption,
+    flag,
+    given,
+    option,
+    parse_numbers,
+    parse_settings,
+    parse_size,
+    read_class_names,
+)
 from weakspot.cli.session import check_existing
+
 
 @dataclass(frozen=True)
 class PlanOptions:
@@ -19,22 +36,36 @@ class PlanOptions:
 
     attacks: Annotated[
         str,
-        option("--attacks -a NAMES", "Attacks, separated by commas; see weakspot attack --list.", panel=ATTACK)
+        option(
+            "--attacks -a NAMES", "Attacks, separated by commas; see weakspot attack --list.", panel=ATTACK
+        ),
     ] = "pgd"
     budget: BudgetOption = "linf:4/255"
     settings: Annotated[
         list[str] | None,
-        option("--set ATTACK.NAME=VALUE", "Set an argument of an attack, such as pgd.steps=50. Repeat for several.", panel=ATTACK)
+        option(
+            "--set ATTACK.NAME=VALUE",
+            "Set an argument of an attack, such as pgd.steps=50. Repeat for several.",
+            panel=ATTACK,
+        ),
     ] = None
     regions: Annotated[
         str,
-        option("REGIONS", "Regions, separated by commas, such as none,cam,~cam; see weakspot attack --list.", panel=ATTACK)
+        option(
+            "REGIONS",
+            "Regions, separated by commas, such as none,cam,~cam; see weakspot attack --list.",
+            panel=ATTACK,
+        ),
     ] = "none"
     fraction: FractionOption = 0.3
     controls: Annotated[
         bool,
-        flag("--controls/--no-controls", "Attack in controls of equal area beside every region: the region of --control-images other images, "
-            "and the region shifted. Separates a weak region from a large or central one; costs about 7 times as much.", panel=ATTACK)
+        flag(
+            "--controls/--no-controls",
+            "Attack in controls of equal area beside every region: the region of --control-images other images, "
+            "and the region shifted. Separates a weak region from a large or central one; costs about 7 times as much.",
+            panel=ATTACK,
+        ),
     ] = False
     control_images: Annotated[
         int, option("N", "Other images whose regions are controls; fewer find less.", panel=ATTACK)
@@ -42,8 +73,11 @@ class PlanOptions:
     analyses: AnalysesOption = "overlap,promotion,propagation"
     labels: Annotated[
         str,
-        option("SOURCE", "folders (named after classes), a CSV file with the columns file and label, predictions (the "
-            "model's), or auto: the labels of an array, else folders if all match, else predictions.")
+        option(
+            "SOURCE",
+            "folders (named after classes), a CSV file with the columns file and label, predictions (the "
+            "model's), or auto: the labels of an array, else folders if all match, else predictions.",
+        ),
     ] = "auto"
     limit: LimitOption = None
     seed: SeedOption = 0
@@ -63,7 +97,7 @@ class EngineOptions:
     ] = None
     ray_address: Annotated[
         str | None,
-        option("ADDRESS", "Address of a Ray cluster.", default="RAY_ADDRESS, else a new local cluster")
+        option("ADDRESS", "Address of a Ray cluster.", default="RAY_ADDRESS, else a new local cluster"),
     ] = None
 
 
@@ -118,12 +152,12 @@ def plan_table(
     return table, out
 
 
-def _with_settings(attacks: object, settings: Sequence[str]) -> list[dict[str, object]]:
+def _with_settings(attacks: object, settings: Sequence[str]) -> list[dict[str, Any]]:
     """The attacks as tables, with the settings of --set."""
     from weakspot._checks import unknown_choice
 
     entries = attacks.split(",") if isinstance(attacks, str) else attacks
-    tables = [
+    tables: list[dict[str, Any]] = [
         {"name": entry.strip()} if isinstance(entry, str) else dict(entry)
         for entry in entries  # type: ignore[attr-defined]  # Plan.from_mapping checks it
     ]
@@ -139,5 +173,3 @@ def _with_settings(attacks: object, settings: Sequence[str]) -> list[dict[str, o
             if table.get("name") == name:
                 table["settings"] = {**table.get("settings", {}), key: value}
     return tables
-
-

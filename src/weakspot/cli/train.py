@@ -79,14 +79,24 @@ class TrainingOptions:
     ] = 0.5
     budget: Annotated[
         str | None,
-        option("--budget -b KIND:EPS", "How much an image may change: linf:8/255, l2:0.5.", default="linf:0.3 for gray, else linf:8/255", panel=ATTACK)
+        option(
+            "--budget -b KIND:EPS",
+            "How much an image may change: linf:8/255, l2:0.5.",
+            default="linf:0.3 for gray, else linf:8/255",
+            panel=ATTACK,
+        ),
     ] = None
     steps: Annotated[
         int | None, option("N", "Steps of PGD.", default="40 for gray, else 10", least=1, panel=ATTACK)
     ] = None
     step_size: Annotated[
         str | None,
-        option("X", "Size of each step: 0.01, 2/255.", default="0.01 for gray, else 2/255; 2.5 x EPS / steps with --budget", panel=ATTACK)
+        option(
+            "X",
+            "Size of each step: 0.01, 2/255.",
+            default="0.01 for gray, else 2/255; 2.5 x EPS / steps with --budget",
+            panel=ATTACK,
+        ),
     ] = None
 
     def config(self, *, seed: int, workers: int) -> TrainConfig:
@@ -116,7 +126,10 @@ class EvaluationOptions:
 
     evaluate: Annotated[
         str,
-        option("MODE", "none; own: the network on every test; matrix: a network for each of --recipes on every test.")
+        option(
+            "MODE",
+            "none; own: the network on every test; matrix: a network for each of --recipes on every test.",
+        ),
     ] = "none"
     recipes: Annotated[
         str | None, option("NAMES", "Recipes of the matrix, separated by commas.", default="six of --list")
@@ -165,12 +178,20 @@ def train(
     output: OutputOptions,
     data: Annotated[
         str | None,
-        argument("DATA", "A folder of MNIST's IDX files, of CIFAR's batches, or of one folder per class; an .npz file; or "
-            "hf:DIRECTORY_OR_NAME.")
+        argument(
+            "DATA",
+            "A folder of MNIST's IDX files, of CIFAR's batches, or of one folder per class; an .npz file; or "
+            "hf:DIRECTORY_OR_NAME.",
+        ),
     ] = None,
     model: Annotated[
         str | None,
-        option("--model -m MODEL", "two_conv, resnet20 or resnet18 with fresh weights, or package.module:factory.", default="two_conv for gray, else resnet20", panel=MODEL)
+        option(
+            "--model -m MODEL",
+            "two_conv, resnet20 or resnet18 with fresh weights, or package.module:factory.",
+            default="two_conv for gray, else resnet20",
+            panel=MODEL,
+        ),
     ] = None,
     weights: WeightsOption = None,
     device: DeviceOption = "auto",

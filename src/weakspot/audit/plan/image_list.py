@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,13 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from weakspot._io.urls import exists, files, is_url, local_copy
 from weakspot.datasets.arrays import ARRAYS, array_labels, array_length
+from weakspot.datasets.labels import FOLDERS, ClassIndex, LabelTable, folder_classes
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-
-FILE_COLUMNS = ("file", "path", "image", "filename", "name")
-CLASS_COLUMNS = ("class_index", "label", "class", "target", "index")
 
 
 @dataclass(frozen=True)
@@ -78,10 +74,13 @@ def list_images(
     import pyarrow as pa
 
     present = {Path(os.path.normpath(source)): source for source in sorted(sources) if exists(source)}
-    classes = _classes(class_names, class_count)
+    classes = ClassIndex(tuple(class_names), class_count)
     rows = {source: list(_walk(source, present[source])) for source in sorted(present)}
     root = _root(rows)
-    table = _read_table(Path(labels), classes, class_count) if Path(labels).suffix else None
+    table = LabelTable.read(Path(labels), classes) if Path(labels).suffix else None
+    by_table = (
+        {} if table is None else table.find_all(_file(one) for inside in rows.values() for one in inside)
+    )
     found: dict[str, tuple[_Found, int, str]] = {}
     for source, inside in rows.items():
         by_folder = _by_folder(present[source], inside, classes, labels)
@@ -89,7 +88,7 @@ def list_images(
             name = _name(one, root)
             label, label_from, trouble = -1, "prediction", one.trouble
             if table is not None:
-                label, label_from = _looked_up(table, one, source), "csv"
+                label, label_from = by_table.get(_file(one), -1), "csv"
                 if label < 0 and not trouble:
                     trouble = f"{Path(labels).name} has no class for it; skipped"
             elif labels != "predictions" and one.label >= 0:
@@ -189,70 +188,23 @@ def _draw(name: str, seed: int) -> bytes:
     return hashlib.blake2b(name.encode(), digest_size=8, key=str(seed).encode()).digest()
 
 
-def _classes(class_names: Sequence[str], class_count: int) -> Mapping[str, int]:
-    """Spellings of class names to their numbers; what names two classes names none."""
-    spelled: dict[str, int] = {}
-    for number, name in enumerate(class_names):
-        for spelling in {_plain(name), _plain(name.partition(",")[0])}:
-            spelled[spelling] = -1 if spelling in spelled else number
-    numbers = {str(number): number for number in range(class_count)}
-    return {key: number for key, number in {**numbers, **spelled}.items() if number >= 0}
-
-
-def _plain(name: str) -> str:
-    return name.strip().lower().replace("_", " ").replace("-", " ")
-
-
-def _by_folder(
-    source: str, inside: Sequence[_Found], classes: Mapping[str, int], labels: str
-) -> dict[str, int]:
-    """Folder to class, where every folder of the source is named like one."""
-    if labels not in {"auto", "folders"}:
+def _by_folder(source: str, inside: Sequence[_Found], classes: ClassIndex, labels: str) -> dict[str, int]:
+    """Folder to class; empty if folders are not to be labels, or for "auto" if one is not named for a class."""
+    if labels not in {"auto", FOLDERS}:
         return {}
     folders = {one.folder for one in inside if one.folder}
-    known = {folder: classes[_plain(folder)] for folder in folders if _plain(folder) in classes}
-    if len(known) == len(folders) and (folders or labels == "auto"):
-        return known
-    if labels == "folders":
-        odd = min(folders - known.keys()) if folders else ""
-        why = f"its folder {odd!r} is named like none of the model's classes" if odd else "it has no folders"
+    if labels == FOLDERS and not folders:
         raise ValueError(
-            f"labels is 'folders', but {source}: {why}; accepted is one folder for each class, or another --labels"
+            f"labels must not be {FOLDERS} for {source}, got no folders below it (give another --labels)"
         )
-    return {}
+    try:
+        return folder_classes(folders, classes, sorted_order=labels == FOLDERS)
+    except ValueError as error:
+        if labels == FOLDERS:
+            raise ValueError(f"{error} in {source}") from None
+        return {}
 
 
-def _read_table(path: Path, classes: Mapping[str, int], class_count: int) -> dict[str, int]:
-    """File name to class of a CSV file."""
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        reader = csv.DictReader(file)
-        heads = {(head or "").strip().lower(): head for head in reader.fieldnames or ()}
-        columns = [
-            next((heads[name] for name in names if name in heads), None)
-            for names in (FILE_COLUMNS, CLASS_COLUMNS)
-        ]
-        if columns[0] is None or columns[1] is None:
-            raise ValueError(
-                f"labels: {path} has the columns {', '.join(heads) or 'none'}; accepted are file and label (a class's "
-                "name or number) in the first line"
-            )
-        table = {}
-        for row in reader:
-            said = _plain(row[columns[1]] or "")
-            if said not in classes:
-                raise ValueError(
-                    f"labels: {path} has {row[columns[1]]!r} for {row[columns[0]]}; accepted are the model's class "
-                    f"names and numbers from 0 to {class_count - 1}"
-                )
-            table[Path(row[columns[0]] or "").as_posix()] = classes[said]
-    return table
-
-
-def _looked_up(table: Mapping[str, int], found: _Found, source: Path) -> int:
-    """The class by the path below the source, by the path from the source on, or by the file's own name."""
-    name = found.path.name if found.row < 0 else str(found.row)
-    below = found.path.relative_to(source).as_posix() if found.path != source else name
-    for spelling in (below, f"{source.name}/{below}", name):
-        if spelling in table:
-            return table[spelling]
-    return -1
+def _file(found: _Found) -> Path:
+    """The path by which a table of labels lists the image; of an array, its row below the file."""
+    return found.path if found.row < 0 else found.path / str(found.row)
