@@ -12,16 +12,15 @@ import os
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from benchmarks import real, sections
-from weakspot import defenses, zoo
+from weakspot import zoo
 from weakspot.budgets import Linf
 from weakspot.datasets import LabeledImages, from_tensors, read_labeled
-from weakspot.training import robustness_matrix
+from weakspot.training import TrainConfig, robustness_matrix, train
 
 ROUNDS = 11
 RECIPES = ("standard", "localized", "random_mask", "full")
@@ -45,21 +44,21 @@ def cost() -> None:
 def _epoch_against_passes(name: str, data: LabeledImages, steps: int) -> None:
     from tempfile import TemporaryDirectory
 
-    share, batch = 0.5, 128
-    passes = round(1 + steps * share)
+    config = TrainConfig(
+        recipe="localized", epochs=1, held_out=0, steps=steps, step_size=0.01, budget=Linf(0.1)
+    )
+    batch = config.batch_size
+    passes = round(1 + steps * config.attacked_fraction)
     model = zoo.build(name, classes=10, channels=data.shape[0], size=data.shape[1:])
     epochs, bare = [], []
-    with TemporaryDirectory() as kept:
+    with TemporaryDirectory() as cache:
         for number in range(ROUNDS + 1):
-            told: list[dict[str, float]] = []
-            # The backgrounds are found once, in the round that is thrown away, and kept.
-            defenses.train(
-                model, data, recipe="localized", epochs=1, held_out=0, steps=steps, step_size=0.01, budget=Linf(0.1),
-                fraction=share, batch_size=batch, masks=Path(kept), on_epoch=told.append,
-            )  # fmt: skip
+            rows: list[dict[str, float]] = []
+            # The backgrounds are found once, in the round that is thrown away, and stored.
+            train(model, data, config, cache=Path(cache), on_epoch=rows.append)
             seconds = _bare(name, data, batch, passes)
             if number:
-                epochs.append(told[0]["seconds"])
+                epochs.append(rows[0]["seconds"])
                 bare.append(seconds)
     ratios = [epoch / floor for epoch, floor in zip(epochs, bare, strict=True)]
     print(
@@ -90,14 +89,21 @@ def mnist() -> None:
     """Two convolutions, 6 epochs, all 60,000 and 10,000 digits."""
     if real.there():
         folder = real.FOLDER / "mnist"
-        _matrix("mnist", "two_conv", read_labeled(folder), read_labeled(folder, split="test"), epochs=6)
+        _matrix(
+            "mnist",
+            "two_conv",
+            read_labeled(folder),
+            read_labeled(folder, split="test"),
+            TrainConfig(epochs=6),
+        )
 
 
 def cifar10() -> None:
     """Two convolutions, 8 epochs at a learning rate of .02, 30,000 training images, the first 1000 test images."""
     if real.there():
         # At 0.1 the network, which has no normalization, ends up naming one class under full attacks.
-        _matrix("cifar10", "two_conv", cifar("train"), cifar("test", 1000), epochs=8, learning_rate=0.02)
+        config = TrainConfig(epochs=8, learning_rate=0.02)
+        _matrix("cifar10", "two_conv", cifar("train"), cifar("test", 1000), config)
 
 
 def cifar(split: str, count: int | None = None) -> LabeledImages:
@@ -106,16 +112,16 @@ def cifar(split: str, count: int | None = None) -> LabeledImages:
     return from_tensors((images * 255).round().byte(), labels, name=f"cifar10 {split}")
 
 
-def _matrix(title: str, network: str, data: LabeledImages, test: LabeledImages, **options: Any) -> None:
+def _matrix(title: str, network: str, data: LabeledImages, test: LabeledImages, config: TrainConfig) -> None:
     begun = time.perf_counter()
     out = Path(os.environ.get("WEAKSPOT_MATRIX", f"matrix-{title}"))
     found = robustness_matrix(
         lambda seed: zoo.build(network, classes=10, channels=data.shape[0], size=data.shape[1:], seed=seed),
-        data, test, out=out, recipes=RECIPES, strongest=300, **options,
-        told=lambda name, row: print(name, {key: round(value, 4) for key, value in row.items()}, flush=True),
+        data, test, config, out=out, recipes=RECIPES, strongest=300,
+        on_epoch=lambda name, row: print(name, {key: round(value, 4) for key, value in row.items()}, flush=True),
     )  # fmt: skip
     print(
-        f"\n{title}, {network}, {options}, {len(data)} training images: {time.perf_counter() - begun:.0f} s\n"
+        f"\n{title}, {network}, {config}, {len(data)} training images: {time.perf_counter() - begun:.0f} s\n"
     )
     print(sections.table(found.accuracy))
     against = found.differences[found.differences["against"] == "standard"]

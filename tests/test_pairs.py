@@ -239,7 +239,7 @@ def test_an_attack_result_comes_back_bit_for_bit_and_is_also_a_file_of_pairs(
 
 def test_pairs_are_no_attack_result(tmp_path: Path) -> None:
     Pairs(**parts()).save(tmp_path / "pairs.safetensors")
-    with pytest.raises(ValueError, match=r"lacks success, forwards, backwards; .*AttackResult\.save"):
+    with pytest.raises(ValueError, match=r"lacks success, n_forward, n_backward; .*AttackResult\.save"):
         AttackResult.load(tmp_path / "pairs.safetensors")
 
 

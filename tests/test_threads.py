@@ -29,7 +29,7 @@ from weakspot import (
     explain,
 )
 from weakspot._checks import quiet
-from weakspot._state import EvalMode, hooked, random_state_kept, without_parameter_gradients
+from weakspot._state import EvalMode, hooked, preserve_random_state, without_parameter_gradients
 from weakspot.classifier import evaluating, predict
 from weakspot.defenses.randomized import DrawnByImage, defender_model, expectation
 from weakspot.defenses.unit_masking import mask_units
@@ -323,7 +323,7 @@ def test_random_generators_come_back_though_threads_overlap() -> None:
     before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
 
     def first() -> None:
-        with random_state_kept():
+        with preserve_random_state():
             torch.default_generator.manual_seed(7)
             random.seed(7)
             np.random.seed(7)  # noqa: NPY002
@@ -333,7 +333,7 @@ def test_random_generators_come_back_though_threads_overlap() -> None:
 
     def second() -> None:
         assert first_in.wait(60)
-        with random_state_kept():
+        with preserve_random_state():
             second_in.set()
             assert first_out.wait(60)
             torch.rand(3)

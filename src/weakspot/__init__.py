@@ -6,7 +6,7 @@
 ['chelsea', 'coffee', 'rocket', 'motorcycle']
 """
 
-from weakspot import attacks, defenses, regions
+from weakspot import attacks, defenses, regions, training
 from weakspot._checks import ImageWarning, ModelWarning
 from weakspot.attribution import class_activation, occlusion
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf, read_budget
@@ -96,6 +96,7 @@ __all__ = [
     "sample_images",
     "ssim_alignment",
     "ssim_map",
+    "training",
     "unit_restoration",
     "unit_sensitivity",
 ]

@@ -1,4 +1,7 @@
-"""What bad input is told: one sentence with the argument, what it was, and what is accepted."""
+"""Checks of arguments, and warnings at the line of the caller.
+
+Every error is one sentence: "ARGUMENT must be EXPECTED, got VALUE (remedy)".
+"""
 
 from __future__ import annotations
 
@@ -19,23 +22,23 @@ from torch import Tensor
 ROUNDING = 1e-5
 LISTED = 20  # choices that a message lists
 INSIDE = (f"{Path(__file__).parent}{os.sep}", f"{Path(torch.__file__).parent}{os.sep}", contextlib.__file__)
-"""Files between a caller's line and a warning: weakspot's own, and those through which it calls itself."""
+"""Prefixes of files that `warn` skips on its way up to the caller's line."""
 
 
 class ModelWarning(UserWarning):
-    """The model is probably not what its user believes it to be."""
+    """The model is probably not what the user believes it to be."""
 
 
 class ImageWarning(UserWarning):
-    """A picture was skipped or read in a way worth knowing, or values lie outside [0, 1]."""
+    """An image was skipped or converted, or has values outside [0, 1]."""
 
 
 class NotFiniteError(ValueError):
-    """A network returned NaN or infinity, of which no attack or analysis can make anything."""
+    """A network returned NaN or infinity."""
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warn at the line that called weakspot, however deep inside the cause was found."""
+    """Warn at the line that called weakspot, however deep inside weakspot the cause is."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):
         frame = frame.f_back
@@ -48,12 +51,12 @@ _warned: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary
 
 
 def warn_once(subject: object, cause: str, message: str, category: type[Warning]) -> None:
-    """`warn`, but once as long as the subject lives: a model does not change between two calls.
+    """Warn once in the lifetime of the subject.
 
     Args:
         subject: a model.
-        cause: which of the things that may be wrong with it.
-        message: the sentence.
+        cause: key of the problem; each (subject, cause) warns once.
+        message: text of the warning.
         category: of the warning.
     """
     if not is_quiet(category) and is_news(subject, cause):
@@ -61,7 +64,7 @@ def warn_once(subject: object, cause: str, message: str, category: type[Warning]
 
 
 def is_news(subject: object, cause: str) -> bool:
-    """Whether this was not asked of the subject before."""
+    """Whether this is the first call with this subject and cause."""
     with _lock:
         causes = _warned.setdefault(subject, set())
         news = cause not in causes
@@ -71,15 +74,15 @@ def is_news(subject: object, cause: str) -> bool:
 
 _lock = threading.Lock()
 _this = threading.local()
-_filters: dict[type[Warning], list[object]] = {}  # by category: how many threads are quiet, and the filter
+_filters: dict[type[Warning], list[object]] = {}  # by category: number of quiet threads, and the filter
 
 
 @contextlib.contextmanager
 def quiet(category: type[Warning] = Warning) -> Iterator[None]:
-    """Ignore warnings of this category in this thread.
+    """Ignore warnings of a category in this thread only.
 
-    `warnings.catch_warnings` changes the filters of all threads: of two that are inside at once, the last to leave
-    puts back the filters of the other, for good.
+    `warnings.catch_warnings` changes the filters of all threads: if two threads overlap in it, the last one to leave
+    restores the filters of the other, permanently.
     """
     depth: dict[type[Warning], int] = _this.__dict__.setdefault("depth", {})
     with _lock:
@@ -95,55 +98,62 @@ def quiet(category: type[Warning] = Warning) -> Iterator[None]:
             entry[0] -= 1  # type: ignore[operator]
             if not entry[0]:
                 del _filters[category]
-            with contextlib.suppress(ValueError):  # someone else has put the filters back
+            with contextlib.suppress(ValueError):  # other code has reset the filters
                 warnings.filters.remove(entry[1])  # type: ignore[attr-defined]
 
 
 class _ThisThread:
-    """Stands where a filter has the pattern of a message: matches any, in threads that are quiet."""
+    """Takes the place of a filter's message pattern; matches every message in a quiet thread."""
 
     def __init__(self, category: type[Warning]) -> None:
         self.category = category
 
-    def match(self, message: str) -> bool:  # noqa: ARG002 - as a pattern is asked
+    def match(self, message: str) -> bool:  # noqa: ARG002 - the signature of a pattern
         return bool(getattr(_this, "depth", {}).get(self.category))
 
 
 def is_quiet(category: type[Warning]) -> bool:
-    """Whether this thread ignores warnings of the category just now."""
+    """Whether this thread currently ignores warnings of the category."""
     depth: dict[type[Warning], int] = getattr(_this, "depth", {})
     return any(count and issubclass(category, kind) for kind, count in depth.items())
 
 
 class ModelError(RuntimeError):
-    """A model asked Python to exit, or raised something else that ordinary handlers would let through."""
+    """A model raised SystemExit or another exception that is not an `Exception`."""
 
 
 @contextlib.contextmanager
 def contain_exits(name: str) -> Iterator[None]:
-    """Turn SystemExit, and every other exception that is no `Exception`, into a `ModelError`.
+    """Turn SystemExit, and every other exception that is not an `Exception`, into a `ModelError`.
 
-    Code that comes with a model may call `sys.exit(0)`; uncaught, it would end the process with a success code. Only
+    Code that comes with a model may call `sys.exit(0)`, which would end the process with a success code.
     KeyboardInterrupt passes, because the user may have sent it.
 
     Args:
         name: of the model.
 
     Raises:
-        ModelError: in place of what was raised.
+        ModelError: in place of the original exception.
     """
     try:
         yield
     except (Exception, KeyboardInterrupt):
         raise
     except BaseException as error:
-        raise ModelError(f"{name} raised {raised(error)}; a model must not end the process") from error
+        raise ModelError(
+            f"{name} raised {describe_error(error)}; a model must not end the process"
+        ) from error
 
 
-def raised(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """The type of an exception and the first line of its message."""
     first = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type if there is no message."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def unknown_choice(name: str, value: object, choices: Iterable[str], *, remedy: str = "") -> str:

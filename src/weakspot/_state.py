@@ -1,8 +1,9 @@
-"""Threads: the state of a model and of the process that one thread changes and another reads.
+"""State that weakspot changes and restores: modes, hooks, gradients of weights, random generators.
 
-A module holds its train and eval flags, its hooks and whether its weights require gradients; the process holds the
-random generators. What weakspot changes of these it changes through this file, so that two threads on one model get
-the results that each would get alone, and the last one to finish leaves everything as the first one found it.
+All of it is shared between threads: a module holds its train flags, its hooks and `requires_grad` of its weights, and
+the process holds the random generators. weakspot changes it only through the context managers here. Two threads that
+use one model at the same time get the results that each would get alone, and the last one to leave restores the state
+that the first one found.
 """
 
 from __future__ import annotations
@@ -12,30 +13,40 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
 SEEDED = threading.RLock()
-"""Held while a global random generator runs from a seed of ours: draws of two threads must not alternate."""
+"""Held while a global random generator runs from a seed, so that two threads do not draw from it in turn."""
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+Item = TypeVar("Item")
+
+
+@dataclass
+class _Held(Generic[Item]):
+    """A module or parameter, and the number of contexts that hold it in a changed state."""
+
+    item: Item
+    holders: int = 1
+
+
 _lock = threading.RLock()
 _this = threading.local()
-_evaluated: dict[
-    int, list[Any]
-] = {}  # modules whose own mode is train, by id, and how many hold them in eval mode
-_frozen: dict[int, list[Any]] = {}  # parameters that require gradients, by id, and how many hold them without
+_evaluated: dict[int, _Held[nn.Module]] = {}  # by id: modules in train mode that are held in eval mode
+_frozen: dict[int, _Held[nn.Parameter]] = {}  # by id: parameters that are held without gradients
 
 
 class EvalMode:
-    """A context in which a module and all its parts are in eval mode; afterward each is in the mode it had.
+    """A context in which a module and all its submodules are in eval mode; on exit each returns to its own mode.
 
-    While any thread is inside, they stay in eval mode. Flags are set rather than `.eval()` called, which exported
-    modules refuse and others override.
+    They stay in eval mode while any thread is inside. The flags are set directly, because exported modules refuse
+    `.eval()` and other modules override it.
 
     Attributes:
         switched: the modules that were in train mode on entry.
@@ -45,7 +56,7 @@ class EvalMode:
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self.train: list[nn.Module] = []  # by their own mode, whoever holds them in eval mode already
+        self.train: list[nn.Module] = []  # own mode, even if another thread holds them in eval mode
         self.eval: list[nn.Module] = []
         self.switched: list[nn.Module] = []
 
@@ -54,16 +65,16 @@ class EvalMode:
         # and `modules()` take ten times as long.
         with _lock:
             try:
-                found = [self.root]
-                seen = set(found)
-                for module in found:
+                modules = [self.root]
+                seen = set(modules)
+                for module in modules:
                     state = module.__dict__
                     mode = state.get("training")
                     if id(module) in _evaluated:
-                        _evaluated[id(module)][1] += 1
+                        _evaluated[id(module)].holders += 1
                         self.train.append(module)
-                    elif module.training if mode is None else mode:  # None: a property, as of TorchScript
-                        _evaluated[id(module)] = [module, 1]
+                    elif module.training if mode is None else mode:  # None: TorchScript has a property
+                        _evaluated[id(module)] = _Held(module)
                         self.train.append(module)
                         self.switched.append(module)
                         _set_training(module, False)
@@ -72,8 +83,8 @@ class EvalMode:
                     for child in (state.get("_modules") or module._modules).values():
                         if child is not None and child not in seen:
                             seen.add(child)
-                            found.append(child)
-            except BaseException:  # an interrupt too
+                            modules.append(child)
+            except BaseException:  # including an interrupt
                 self.__exit__()
                 raise
         return self
@@ -81,12 +92,12 @@ class EvalMode:
     def __exit__(self, *_: object) -> None:
         with _lock:
             for module in self.train:
-                entry = _evaluated[id(module)]
-                entry[1] -= 1
-                if not entry[1]:
+                held = _evaluated[id(module)]
+                held.holders -= 1
+                if not held.holders:
                     del _evaluated[id(module)]
                     _set_training(module, True)
-            for module in self.eval:  # a network may switch its own parts while it runs
+            for module in self.eval:  # the network may have switched its own submodules
                 if module.__dict__.get("training", False) and id(module) not in _evaluated:
                     _set_training(module, False)
 
@@ -100,36 +111,33 @@ def _set_training(module: nn.Module, mode: bool) -> None:
 
 
 def in_train_mode(module: nn.Module) -> bool:
-    """The module's own mode, whoever holds it in eval mode just now."""
+    """The module's own mode, even while `EvalMode` holds it in eval mode."""
     with _lock:
         return module.training or id(module) in _evaluated
 
 
 @contextmanager
 def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
-    """The model's parameters require no gradients, so that nothing is added to their `.grad`."""
+    """Hold the model's parameters without gradients, so that backward passes do not add to their `.grad`."""
     with _lock:
-        held = [weight for weight in model.parameters() if weight.requires_grad or id(weight) in _frozen]
-        for weight in held:
-            _frozen.setdefault(id(weight), [weight, 0])[1] += 1
+        weights = [weight for weight in model.parameters() if weight.requires_grad or id(weight) in _frozen]
+        for weight in weights:
+            _frozen.setdefault(id(weight), _Held(weight, 0)).holders += 1
             weight.requires_grad_(False)
     try:
         yield
     finally:
         with _lock:
-            for weight in held:
-                entry = _frozen[id(weight)]
-                entry[1] -= 1
-                if not entry[1]:
+            for weight in weights:
+                held = _frozen[id(weight)]
+                held.holders -= 1
+                if not held.holders:
                     del _frozen[id(weight)]
                     weight.requires_grad_(True)
 
 
-# ---------------------------------------------------------------- hooks
-
-
 class OwnHook:
-    """A hook that sees the passes of the thread that registered it, and no other's."""
+    """A hook that is called in passes of the thread that registered it, and in no other thread's."""
 
     __slots__ = ("hook", "open", "thread")
 
@@ -140,24 +148,24 @@ class OwnHook:
         return self.hook(*arguments) if self.open and self.sees() else None
 
     def sees(self) -> bool:
-        """Whether a pass of the current thread would be seen."""
+        """Whether the hook is called in a pass of the current thread."""
         return self.thread == threading.get_ident() and not getattr(_this, "unwatched", 0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OwnHook:
-        return self  # so that it closes in copies of the module too
+        return self  # closing the hook also closes it in copies of the module
 
 
 @contextmanager
 def hooked(
     module: nn.Module, hook: Callable[..., Any], *, before: bool = False, first: bool = False
 ) -> Iterator[None]:
-    """A forward hook, or one `before` the forward pass, for the passes of this thread; gone on exit.
+    """Register a forward hook for passes of this thread, and remove it on exit.
 
     Args:
-        module: what is watched.
-        hook: as `register_forward_hook` and `register_forward_pre_hook` take it.
-        before: whether it is called before the module.
-        first: whether it is called before hooks that the module has already.
+        module: gets the hook.
+        hook: a function for `register_forward_hook`, or for `register_forward_pre_hook` if `before`.
+        before: whether the hook is called before the module.
+        first: whether the hook is called before the module's other hooks.
     """
     own = OwnHook(hook)
     register = module.register_forward_pre_hook if before else module.register_forward_hook
@@ -172,14 +180,16 @@ def hooked(
 
 
 def hooks(module: nn.Module, kind: str) -> list[Any]:
-    """The hooks of a kind, one of `HOOKS`, that see passes of this thread."""
-    found = tuple(getattr(module, kind).values())
-    return [hook for hook in found if not isinstance(hook, OwnHook) or hook.thread == threading.get_ident()]
+    """The hooks of a kind (one of `HOOKS`) that are called in passes of this thread."""
+    registered = tuple(getattr(module, kind).values())
+    return [
+        hook for hook in registered if not isinstance(hook, OwnHook) or hook.thread == threading.get_ident()
+    ]
 
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Passes of this thread that the hooks of weakspot do not see."""
+    """Do not call weakspot's hooks in passes of this thread."""
     _this.unwatched = getattr(_this, "unwatched", 0) + 1
     try:
         yield
@@ -196,8 +206,8 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def copied(module: Module) -> Module:
-    """A deep copy in the module's own modes, whatever other threads do to the module meanwhile."""
-    with _lock:  # no hooks come or go
+    """A deep copy in the module's own modes, even while other threads hold the module in eval mode."""
+    with _lock:  # no other thread adds or removes hooks during the copy
         memo: dict[int, Any] = {}
         twin = copy.deepcopy(module, memo)
         for own in module.modules():
@@ -207,7 +217,7 @@ def copied(module: Module) -> Module:
 
 
 def unhooked_copy(module: Module) -> Module:
-    """`copied`, without any hooks."""
+    """A deep copy without hooks, in the module's own modes."""
     twin = copied(module)
     for part in twin.modules():
         for name, value in vars(part).items():
@@ -216,28 +226,44 @@ def unhooked_copy(module: Module) -> Module:
     return twin
 
 
-# ---------------------------------------------------------------- random generators
+class _RandomState:
+    """States of the global generators of torch, numpy and random."""
 
-_drawing: dict[int, int] = {}  # by thread: how often it is inside `random_state_kept`
-_before: list[tuple[Any, ...]] = []  # the state that the first thread found
+    def __init__(self, device: torch.device | None) -> None:
+        self.device = device if device is not None and device.type == "cuda" else None
+        self._cpu = torch.get_rng_state()
+        self._cuda = None if self.device is None else torch.cuda.get_rng_state(self.device)
+        self._random = random.getstate()
+        self._numpy = np.random.get_state()  # noqa: NPY002 - models may draw from it
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None and self.device is not None:
+            torch.cuda.set_rng_state(self._cuda, self.device)
+        random.setstate(self._random)
+        np.random.set_state(self._numpy)  # noqa: NPY002
+
+
+_drawing: dict[int, int] = {}  # by thread: how many `preserve_random_state` it is inside
+_first_states: list[_RandomState] = []  # states that the first thread found, one per CUDA device
 
 
 @contextmanager
-def random_state_kept(device: torch.device | None = None) -> Iterator[None]:
-    """Put the global generators of torch, numpy and random back on exit.
+def preserve_random_state(device: torch.device | None = None) -> Iterator[None]:
+    """Restore the global generators of torch, numpy and random on exit.
 
-    Where threads are inside together, the last to leave puts back what the first one found.
+    If threads overlap in this context, the last one to leave restores the state that the first one found.
 
     Args:
-        device: whose generator is kept besides that of the CPU.
+        device: a CUDA device whose generator is restored too.
     """
     thread = threading.get_ident()
     with _lock:
-        state = _random_state(device)
+        state = _RandomState(device)
         if not _drawing:
-            _before[:] = [state]
-        elif device is not None and device.type == "cuda" and all(one[0] != device for one in _before):
-            _before.append(state)
+            _first_states[:] = [state]
+        elif state.device is not None and all(first.device != state.device for first in _first_states):
+            _first_states.append(state)
         _drawing[thread] = _drawing.get(thread, 0) + 1
     try:
         yield
@@ -247,23 +273,29 @@ def random_state_kept(device: torch.device | None = None) -> Iterator[None]:
             if not _drawing[thread]:
                 del _drawing[thread]
             if not _drawing:
-                for earlier in reversed(_before):
-                    _put_back(earlier)
-                _before.clear()
+                for first in reversed(_first_states):  # the first thread's state last: it is the oldest
+                    first.restore()
+                _first_states.clear()
             elif set(_drawing) == {thread}:
-                _put_back(state)
+                state.restore()
 
 
-def _random_state(device: torch.device | None) -> tuple[Any, ...]:
-    cuda = torch.cuda.get_rng_state(device) if device is not None and device.type == "cuda" else None
-    others = random.getstate(), np.random.get_state()  # noqa: NPY002 - what a model may draw from is put back
-    return device, torch.get_rng_state(), cuda, *others
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed the global generators of torch, numpy and random for code that draws from them; restore them on exit.
 
+    Only one thread at a time is inside.
 
-def _put_back(state: tuple[Any, ...]) -> None:
-    device, cpu, cuda, *others = state
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda, device)
-    random.setstate(others[0])
-    np.random.set_state(others[1])  # noqa: NPY002
+    Args:
+        seed: of all generators; numpy takes its lowest 32 bits.
+        device: a CUDA device whose generator is seeded and restored too.
+    """
+    with SEEDED, preserve_random_state(device):
+        # Not torch.manual_seed, which would seed the generators of other devices, and nothing restores those.
+        torch.default_generator.manual_seed(seed)
+        if device is not None and device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        yield

@@ -24,7 +24,7 @@ from weakspot._checks import (
     quiet,
     warn_once,
 )
-from weakspot._state import EvalMode, random_state_kept, unhooked_copy, unwatched
+from weakspot._state import EvalMode, preserve_random_state, unhooked_copy, unwatched
 
 LARGEST_BATCH = 128
 SUMS = 1e-4  # that a row of probabilities may be off by
@@ -262,7 +262,7 @@ def evaluating(model: nn.Module) -> Iterator[Classifier]:
         inside.append(id(classifier))
         try:
             with (
-                random_state_kept(classifier.mean.device),
+                preserve_random_state(classifier.mean.device),
                 torch.inference_mode(mode=False),
                 torch.enable_grad(),
             ):
@@ -363,7 +363,7 @@ def _warn_of_probabilities(classifier: Classifier, images: Tensor) -> None:
     if is_quiet(ModelWarning) or not is_news(classifier.network, "outputs tried"):
         return
     switches = torch.inference_mode(mode=False), torch.enable_grad()
-    with unwatched(), random_state_kept(classifier.mean.device), quiet(), switches[0], switches[1]:
+    with unwatched(), preserve_random_state(classifier.mean.device), quiet(), switches[0], switches[1]:
         output = _probed(classifier, images)
     if output is None:
         return

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from weakspot._checks import quiet
-from weakspot._state import HOOKS, hooks, random_state_kept, unhooked_copy
+from weakspot._state import HOOKS, hooks, preserve_random_state, unhooked_copy
 from weakspot.classifier import Classifier, default_batch
 
 TOLERANCE = 1e-5  # of the largest logit
@@ -110,7 +110,7 @@ def _plan(classifier: Classifier, image: Tensor) -> Sequence[Fold]:
 def _find_folds(classifier: Classifier, image: Tensor) -> Sequence[Fold]:
     """Watch the image go through a copy; keep the folds if the copy says the same with them."""
     try:
-        with quiet(), torch.no_grad(), random_state_kept(image.device):
+        with quiet(), torch.no_grad(), preserve_random_state(image.device):
             twin = unhooked_copy(classifier)
             probe = twin.filled(torch.cat([image, 1 - image]))
             expected, folds = _watch(twin, probe)
@@ -330,7 +330,7 @@ def _measure_batch(classifier: Classifier, images: Tensor, usual: int) -> int:
         return usual
     sizes = sorted({max(4, usual // 8 * 4), usual, 2 * usual}, key=lambda size: size != usual)
     cost = {}
-    with random_state_kept(images.device), fused(twin, images[:1]):
+    with preserve_random_state(images.device), fused(twin, images[:1]):
         _seconds(twin, images[:usual])
         for size in sizes:
             with suppress(RuntimeError):  # too large for the memory

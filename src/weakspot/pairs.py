@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -13,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from weakspot._checks import check_batch, check_classes, check_range
+from weakspot._io.files import write_atomic
 from weakspot.classifier import evaluating, predict
 from weakspot.similarity import ssim_map
 
@@ -125,20 +125,11 @@ class Pairs:
         """Write a safetensors file, whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            draft.write_bytes(
-                save(
-                    {
-                        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-                        for name, tensor in self._tensors().items()
-                    },
-                    FORMAT,
-                )
-            )
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        tensors = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in self._tensors().items()
+        }
+        write_atomic(path, lambda draft: draft.write_bytes(save(tensors, FORMAT)))
 
     @classmethod
     def load(cls, path: Path | str) -> Self:

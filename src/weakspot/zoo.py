@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weakspot._checks import check_seed, unknown_choice
+from weakspot._state import seeded
 from weakspot.classifier import Classifier
 
 
@@ -180,6 +181,5 @@ def build(
     if min(size) < 8:
         raise ValueError(f"size is {size}; accepted are images of at least 8 x 8 pixels")
     check_seed(seed)
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return maker(classes=classes, channels=channels, size=size).eval()

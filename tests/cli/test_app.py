@@ -21,7 +21,18 @@ from tests.cli.conftest import NETWORKS, TINY, Run
 from weakspot._checks import ModelError
 from weakspot.cli.app import Failure, app, explained
 
-COMMANDS = ("explain", "attack", "audit", "compare", "report", "defend", "dissect", "train", "models", "doctor")
+COMMANDS = (
+    "explain",
+    "attack",
+    "audit",
+    "compare",
+    "report",
+    "defend",
+    "dissect",
+    "train",
+    "models",
+    "doctor",
+)
 # Options whose meaning depends on the command: on what is trained, or on what a plan.toml may hold.
 OWN = {
     "train": {"--model", "--budget", "--steps", "--size", "--limit", "--batch-size", "--workers", "--list"},
@@ -104,7 +115,10 @@ def test_an_exception_is_one_sentence_and_an_exit_code(
         (("explain", "--regoin", "cam"), "unknown option --regoin (did you mean --region?)"),
         (("explian",), "no such command 'explian'. Did you mean 'explain'?; see weakspot --help"),
         (("compare", "runs/v7"), "missing argument 'AFTER'; see weakspot compare --help"),
-        (("explain", "--steps", "x"), "--steps must be a valid integer, got 'x'; see weakspot explain --help"),
+        (
+            ("explain", "--steps", "x"),
+            "--steps must be a valid integer, got 'x'; see weakspot explain --help",
+        ),
         (("explain",), "no images were named (give files, folders, or --samples)"),
     ],
 )
@@ -286,7 +300,9 @@ def test_a_model_that_exits_ends_no_command_with_success(
 def test_models_and_doctor_list_what_is_missing(run: Run) -> None:
     rows = {row["model"]: row["usable"] for row in json.loads(run("models", "--json").out)}
     assert rows["efficientnet_lite0"] == "yes"
-    assert {"hf:DIRECTORY", "timm:NAME", "torchvision:NAME", "model.pt2", "package.module:factory"} < set(rows)
+    assert {"hf:DIRECTORY", "timm:NAME", "torchvision:NAME", "model.pt2", "package.module:factory"} < set(
+        rows
+    )
     ended = run("doctor", "--json")
     assert ended.code == 0, ended.out + ended.err
     checks = {row["check"]: row["result"] for row in json.loads(ended.out)}

@@ -12,12 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.cli.test_explain import Run, photographs, run, save
+from tests.cli.conftest import Run, save
 from weakspot import SSIM, AttackResult, ImageWarning, Linf, attacks, load, read_images, regions
 from weakspot.attacks import registry
 from weakspot.attacks.registry import ORDER
-
-__all__ = ["photographs", "run"]  # fixtures
 
 TINY = ("--model", "tiny_networks:build", "--size", "64x64")
 NAMES = ["chelsea.png", "coffee.png", "motorcycle.png", "rocket.png"]

@@ -18,13 +18,11 @@ import pandas as pd
 import pytest
 
 import weakspot
-from tests.cli.test_explain import Run, photographs, run
+from tests.cli.conftest import Run
 from weakspot import audit as runs
-from weakspot._io.locks import locked
+from weakspot._io.files import locked
 from weakspot.audit.work import cell_rows
 from weakspot.audit.work.audits import LOCK
-
-__all__ = ["photographs", "run"]  # fixtures
 
 TINY = ("--model", "tiny_networks:build", "--size", "32x32")
 WRITER = "weakspot.audit.work.audits.write_shard"

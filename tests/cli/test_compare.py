@@ -9,10 +9,8 @@ from xml.etree import ElementTree as ET
 import pandas as pd
 import pytest
 
+from tests.cli.conftest import Run
 from tests.cli.test_audit import QUICK, TINY
-from tests.cli.test_explain import Run, photographs, run
-
-__all__ = ["photographs", "run"]  # fixtures
 
 
 @pytest.fixture

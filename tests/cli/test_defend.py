@@ -11,10 +11,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tests.cli.test_explain import Run, photographs, run
+from tests.cli.conftest import Run
 from weakspot import Linf, defenses, load, read_images
-
-__all__ = ["photographs", "run"]  # fixtures
 
 TINY = ("--model", "tiny_networks:build", "--size", "64x64", "--steps", "3", "--queries", "4")
 FILES = ["defense.csv", "defense.json", "defense.png", "run.json"]

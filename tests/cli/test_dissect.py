@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from tests.cli.test_explain import Run, run  # noqa: F401 - a fixture
+from tests.cli.conftest import Run
 from tests.dissection.test_units import planted
 
 TINY = ("--model", "tiny_networks:build", "--size", "32x32", "--layer", "0", "--quantile", "0.05")
 
 
-def test_a_concept_set_is_dissected_and_everything_promised_is_written(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_a_concept_set_is_dissected_and_everything_promised_is_written(run: Run, tmp_path: Path) -> None:
     dataset = planted(tmp_path / "set")
     ended = run("dissect", dataset, *TINY, "--out", "units")
     assert ended.code == 0, ended.err
@@ -31,7 +31,7 @@ def test_a_concept_set_is_dissected_and_everything_promised_is_written(run: Run,
     assert json.loads(again.out)["layers"][0]["units"] == "8"
 
 
-def test_pictures_with_masks_and_folders_of_pictures(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_pictures_with_masks_and_folders_of_pictures(run: Run, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for number in range(4):
         for folder in ("photos", "masks", f"textures/kind{number % 2}"):
@@ -64,7 +64,7 @@ def draw(folder: Path, count: int) -> Path:
     return folder
 
 
-def test_units_under_attack_are_in_the_page_the_tables_and_the_json(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_units_under_attack_are_in_the_page_the_tables_and_the_json(run: Run, tmp_path: Path) -> None:
     dataset, photos = planted(tmp_path / "set"), draw(tmp_path / "photos", 12)
     attack = ("--images", photos, "--budget", "linf:16/255", "--steps", "4")
     ended = run("dissect", dataset, *TINY, *attack, "--mask", "sensitive:2", "--out", "units", "--json")
@@ -93,7 +93,7 @@ def test_units_under_attack_are_in_the_page_the_tables_and_the_json(run: Run, tm
     assert "Under attack" not in (tmp_path / "units/report.html").read_text()
 
 
-def test_what_cannot_be_meant_is_told_in_a_sentence(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_what_cannot_be_meant_is_told_in_a_sentence(run: Run, tmp_path: Path) -> None:
     dataset, photos = planted(tmp_path / "set"), draw(tmp_path / "photos", 3)
     for arguments, told in (
         ((), "give either a folder of labeled pictures or --demo"),

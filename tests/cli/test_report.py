@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_explain import Run, photographs, run
+from tests.cli.conftest import Run
 
-__all__ = ["photographs", "run"]  # fixtures
 AUDIT = ("--model", "tiny_networks:build", "--size", "32x32", "--set", "pgd.steps=2", "--attacks", "pgd")
 
 
@@ -34,7 +33,7 @@ def test_a_report_that_finds_no_room_does_not_spoil_the_audit(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("weakspot.audit.page.run_page.write_whole", full)
+    monkeypatch.setattr("weakspot.audit.page.run_page.write_atomic", full)
     ended = run("audit", photographs, *AUDIT, "--analyses", "none", "--out", "made")
     assert ended.code == 0
     assert "report.html could not be written (No space left on device)" in ended.err

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.cli.test_explain import Run, run  # noqa: F401 - a fixture
-from tests.defenses.test_training import halves
+from tests.cli.conftest import Run
+from tests.training.tiny import halves
 from weakspot import cli, load, training
-from weakspot._io.locks import locked
+from weakspot._io.files import locked
 
 QUICK = ("--epochs", "2", "--batch-size", "20", "--steps", "2", "--learning-rate", "0.05")
 
@@ -34,7 +34,7 @@ def digits(tmp_path: Path) -> Path:
     return tmp_path / "digits.npz"
 
 
-def test_a_network_is_trained_judged_and_used(run: Run, digits: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_network_is_trained_judged_and_used(run: Run, digits: Path, tmp_path: Path) -> None:
     ended = run(
         "train",
         digits,
@@ -70,7 +70,7 @@ def test_a_network_is_trained_judged_and_used(run: Run, digits: Path, tmp_path: 
     assert used.code == 0, used.err
 
 
-def test_a_matrix_is_a_table_a_picture_and_sentences(run: Run, digits: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_matrix_is_a_table_a_picture_and_sentences(run: Run, digits: Path, tmp_path: Path) -> None:
     command = (
         "train", digits, "--evaluate", "matrix", "--recipes", "standard,localized", "--seeds", "2", *QUICK,
         "--limit", "30", "--strongest", "10", "--out", "runs/matrix",
@@ -95,7 +95,7 @@ def unseeded():
 """
 
 
-def test_folders_of_pictures_and_a_network_of_ones_own(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_folders_of_pictures_and_a_network_of_ones_own(run: Run, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     with (tmp_path / "tiny_networks.py").open("a") as file:
         file.write(UNSEEDED)
@@ -147,7 +147,7 @@ def test_folders_of_pictures_and_a_network_of_ones_own(run: Run, tmp_path: Path)
 
 
 def test_an_interrupted_training_says_so_and_goes_on(
-    run: Run,  # noqa: F811
+    run: Run,
     digits: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -157,11 +157,11 @@ def test_an_interrupted_training_says_so_and_goes_on(
 
     calls = [0]
 
-    def interrupting(*arguments: object) -> torch.Tensor:
+    def interrupting(*arguments: object, **options: object) -> torch.Tensor:
         calls[0] += 1
         if calls[0] == 12:
             raise KeyboardInterrupt
-        return perturbed(*arguments)  # type: ignore[arg-type]
+        return perturbed(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loop, "perturbed", interrupting)
     ended = run(*command)
@@ -174,7 +174,7 @@ def test_an_interrupted_training_says_so_and_goes_on(
 
 
 def test_a_folder_that_another_training_writes_to_is_refused_in_one_sentence(
-    run: Run,  # noqa: F811
+    run: Run,
     digits: Path,
     tmp_path: Path,
 ) -> None:
@@ -183,11 +183,11 @@ def test_a_folder_that_another_training_writes_to_is_refused_in_one_sentence(
         ended = run("train", digits, *QUICK, "--out", "held")
     assert (ended.code, ended.out) == (2, "")
     assert ended.err.startswith(f"weakspot: held is being written by process {os.getpid()} on ")
-    assert ended.err.endswith("; wait for it, or give another folder\n")
+    assert ended.err.endswith(" (wait for it, or give another folder)\n")
     assert list((tmp_path / "held").iterdir()) == []
 
 
-def test_recipes_and_tests_are_listed(run: Run) -> None:  # noqa: F811
+def test_recipes_and_tests_are_listed(run: Run) -> None:
     listed = json.loads(run("train", "--list", "--json").out)
     assert {row["name"] for row in listed} == {*training.RECIPES, *training.TESTS}
 
@@ -197,26 +197,30 @@ def test_recipes_and_tests_are_listed(run: Run) -> None:  # noqa: F811
     [
         ((), 2, "no data was named"),
         (("missing",), 4, "missing: there is no such file or folder"),
-        (("digits.npz", "--recipe", "fulll"), 2, "got 'fulll' (did you mean 'full'"),
+        (("digits.npz", "--recipe", "fulll"), 2, "got 'fulll' (did you mean 'full'?)"),
         (("digits.npz", "--model", "resnet19"), 2, "got 'resnet19' (did you mean 'resnet18'"),
         (("digits.npz", "--model", "nowhere:build"), 2, "there is no module 'nowhere'"),
         (("digits.npz", "--budget", "0.3"), 2, "budget"),
-        (("digits.npz", "--step-size", "tiny"), 2, "step_size is 'tiny'"),
-        (("digits.npz", "--share", "2"), 2, "share is 2.0"),
+        (("digits.npz", "--step-size", "tiny"), 2, "step_size"),
+        (("digits.npz", "--fraction", "2"), 2, "attacked_fraction must be between 0 and 1, got 2.0"),
         (("digits.npz", "--evaluate", "all"), 2, "--evaluate must be one of"),
         (("digits.npz", "--size", "big"), 2, "size"),
-        (("digits.npz", "--out", "digits.npz"), 2, "which is a file"),
-        (("digits.npz", "--batch-size", "1000"), 2, "batch_size is 1000; there are 180 images"),
-        (("digits.npz", "--evaluate", "matrix", "--recipes", "standard,foo"), 2, "recipe must be one of"),
+        (("digits.npz", "--out", "digits.npz"), 2, "out must be a folder, got the file digits.npz"),
+        (
+            ("digits.npz", "--batch-size", "1000"),
+            2,
+            "batch_size must be at most the 180 images to train on, got 1000",
+        ),
+        (("digits.npz", "--evaluate", "matrix", "--recipes", "standard,foo"), 2, "got 'foo'"),
         (
             ("digits.npz", "--evaluate", "matrix", "--recipe", "full"),
             2,
             "--recipe goes without --evaluate matrix",
         ),
         (
-            ("digits.npz", "--recipe", "standard", "--share", "0.2"),
+            ("digits.npz", "--recipe", "standard", "--fraction", "0.2"),
             2,
-            "--share does nothing with the recipe standard",
+            "--fraction does nothing with the recipe standard",
         ),
         (
             ("digits.npz", "--recipe", "standard", "--steps", "2"),
@@ -233,7 +237,7 @@ def test_recipes_and_tests_are_listed(run: Run) -> None:  # noqa: F811
             2,
             "--steps and --step-size do nothing with the recipe fast",
         ),
-        (("digits.npz", "--share", "0", "--steps", "3"), 2, "--steps does nothing with --share 0"),
+        (("digits.npz", "--fraction", "0", "--steps", "3"), 2, "--steps does nothing with --fraction 0"),
         (
             ("digits.npz", "--evaluate", "matrix", "--recipes", "standard,noise", "--steps", "3"),
             2,
@@ -250,7 +254,7 @@ def test_recipes_and_tests_are_listed(run: Run) -> None:  # noqa: F811
     ],
 )
 def test_mistakes_get_one_sentence(
-    run: Run,  # noqa: F811
+    run: Run,
     digits: Path,
     arguments: tuple[str, ...],
     code: int,
@@ -264,7 +268,7 @@ def test_mistakes_get_one_sentence(
     assert "Traceback" not in ended.err
 
 
-def test_help_shows_examples(run: Run) -> None:  # noqa: F811
+def test_help_shows_examples(run: Run) -> None:
     ended = run("train", "--help")
     assert "weakspot train mnist/ --recipe localized" in ended.out
     assert cli.app is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from weakspot import defenses, load, zoo
+from weakspot import load, training, zoo
 from weakspot.models import available_models
 
 
@@ -23,10 +23,8 @@ def trained(folder: Path) -> Path:
         "size": [12, 8],
         "class_names": ["a", "b", "c"],
     }
-    defenses.train(
-        model, (images, labels), recipe="full", epochs=1, steps=1, batch_size=20, held_out=0, out=folder,
-        about={"network": network},
-    )  # fmt: skip
+    config = training.TrainConfig(recipe="full", epochs=1, steps=1, batch_size=20, held_out=0)
+    training.train(model, (images, labels), config, out=folder, about={"network": network})
     return folder
 
 

@@ -34,7 +34,7 @@ def test_residual_stages_have_three_and_two_blocks_and_halve_the_maps() -> None:
     for name, blocks, sides in (("resnet20", 9, [32, 16, 8]), ("preact_resnet18", 8, [32, 16, 8, 4])):
         model = zoo.build(name, classes=10).eval()
         seen: list[int] = []
-        found = [module for module in model.modules() if type(module).__name__ == "_Block"]
+        found = [module for module in model.modules() if type(module).__name__ in {"_Block", "_PreactBlock"}]
         for module in found:
             module.register_forward_hook(lambda _, __, maps, seen=seen: seen.append(maps.shape[-1]))
         model(torch.rand(1, 3, 32, 32))

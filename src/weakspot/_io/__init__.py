@@ -1,1 +1,1 @@
-"""Files written whole or not at all, locks of folders, files by URL."""
+"""Atomic files, locks of folders, files behind URLs."""

@@ -11,68 +11,68 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from weakspot._io.files import write_whole
+from weakspot._checks import first_line
+from weakspot._io.files import write_atomic
 
 
 class FetchError(Exception):
     """A file behind a URL could not be fetched, for a reason that is not the file's own (such as the network)."""
 
 
-AT_ONCE = 8  # files that are fetched at the same time
-LOST = (FileNotFoundError, IsADirectoryError, PermissionError)
+PARALLEL_FETCHES = 8
+UNAVAILABLE = (FileNotFoundError, IsADirectoryError, PermissionError)
 
 
 class Place(NamedTuple):
-    """A file or folder somewhere else.
+    """A file or folder behind a URL.
 
     Attributes:
-        system: fsspec's.
-        path: as the system takes it, without protocol.
+        system: file system of fsspec.
+        path: in that file system, without the protocol.
     """
 
     system: Any
     path: str
 
     def below(self, name: str) -> Place:
-        """What lies under that name in this folder."""
+        """The entry of that name in this folder."""
         return Place(self.system, f"{self.path.rstrip('/')}/{name}")
 
 
 def is_url(text: object) -> bool:
-    """Whether it names a place by protocol://; paths do not."""
+    """Whether the text starts with protocol://."""
     return isinstance(text, str) and re.match(r"[A-Za-z][\w+.-]*(://|::)", text) is not None
 
 
 def place(url: str) -> Place:
-    """The place of that URL; nothing is asked of it yet.
+    """Parse a URL, without contacting its host.
 
     Raises:
-        ValueError: when nobody knows the protocol or its package is missing, saying what helps.
+        ValueError: if the protocol is unknown or its package is not installed.
     """
     from fsspec import get_filesystem_class
     from fsspec.core import url_to_fs
 
     protocol = url.partition("://")[0]
     if "::" in url:
-        raise ValueError(f"{url}: a chain of protocols; accepted is one protocol://path")
+        raise ValueError(f"URL must be protocol://path, got {url} (chains of protocols are not supported)")
     try:
         get_filesystem_class(protocol)
         return Place(*url_to_fs(url))
     except ValueError:
         raise ValueError(
-            f"{url}: nothing installed knows the protocol {protocol}; accepted are those of fsspec, such as s3, gs, "
-            "abfs, https, sftp, file"
+            f"protocol must be one that fsspec supports, such as s3, gs, abfs, https, sftp or file, got {protocol} in "
+            f"{url}"
         ) from None
     except ImportError as error:
-        why = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{url}: the package for {protocol} is missing ({why}); install it by pip") from None
+        raise ValueError(f"{url} needs a package for {protocol}: {first_line(error)}") from None
 
 
 def exists(source: str) -> bool:
-    """Whether there is such a file or folder, by path or by URL.
+    """Whether a file or folder exists at a path or URL.
 
     Raises:
-        ValueError: as `place`, or when a URL's host cannot be asked.
+        ValueError: if the URL is not valid or its host cannot be reached.
     """
     if not is_url(source):
         return Path(source).exists()
@@ -80,11 +80,14 @@ def exists(source: str) -> bool:
     try:
         return bool(system.exists(path))
     except Exception as error:
-        raise ValueError(f"{source} cannot be asked for ({sentence(error)})") from error
+        raise ValueError(f"{source} cannot be reached ({first_line(error)})") from error
 
 
 def files(source: str) -> Iterator[tuple[str, str]]:
-    """URL and path below `source` of every file there, hidden ones left out; ("...", "") where it is one itself."""
+    """Yield the URL of every file below `source` that is not hidden, and its path relative to `source`.
+
+    If `source` is a file itself, its relative path is empty.
+    """
     system, root = place(source)
     if system.isfile(root):
         yield source, ""
@@ -96,32 +99,32 @@ def files(source: str) -> Iterator[tuple[str, str]]:
 
 
 def fetched(urls: Sequence[str]) -> list[bytes | None]:
-    """The contents of files, several at a time; None of those that are not there or closed to us.
+    """Fetch files, several at a time; None for a file that does not exist or is not readable.
 
     Raises:
-        FetchError: when one cannot be fetched for another reason: the network's fault, not the file's.
+        FetchError: if a file cannot be fetched for another reason, such as the network.
     """
 
     def fetch(url: str) -> bytes | None:
         try:
             system, path = place(url)
             return bytes(system.cat_file(path))
-        except LOST:
+        except UNAVAILABLE:
             return None
         except Exception as error:
-            raise FetchError(f"{url} cannot be fetched ({sentence(error)})") from error
+            raise FetchError(f"{url} cannot be fetched ({first_line(error)})") from error
 
-    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="weakspot-fetch") as pool:
+    with ThreadPoolExecutor(PARALLEL_FETCHES, thread_name_prefix="weakspot-fetch") as pool:
         return list(pool.map(fetch, urls))
 
 
 @lru_cache(maxsize=64)
 def local_copy(url: str) -> Path:
-    """A file's copy on this machine, made once as long as the file stays as it is.
+    """Fetch a file into the cache of this machine, unless an unchanged copy is there.
 
     Raises:
-        FileNotFoundError: when it is not there.
-        FetchError: when it cannot be fetched.
+        FileNotFoundError: if there is no such file.
+        FetchError: if it cannot be fetched.
     """
     system, path = place(url)
     try:
@@ -130,14 +133,9 @@ def local_copy(url: str) -> Path:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "weakspot", "fetched")
         home.mkdir(parents=True, exist_ok=True)
         if not (home / name).exists():
-            write_whole(home / name, lambda draft: system.get_file(path, str(draft)))
+            write_atomic(home / name, lambda draft: system.get_file(path, str(draft)))
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise FetchError(f"{url} cannot be fetched ({sentence(error)})") from error
+        raise FetchError(f"{url} cannot be fetched ({first_line(error)})") from error
     return home / name
-
-
-def sentence(error: Exception) -> str:
-    """What it says, in a line."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

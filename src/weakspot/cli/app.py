@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from importlib.metadata import version
 from itertools import pairwise
 from typing import Annotated, Any, NoReturn, get_type_hints
 
@@ -14,8 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-import weakspot
-from weakspot._checks import ModelError, raised
+from weakspot._checks import ModelError, describe_error
 
 UNEXPECTED, USAGE, GATE_FAILED, UNREADABLE, RESUMABLE, INTERRUPTED = 1, 2, 3, 4, 5, 130
 NOTHING_WRITTEN = "interrupted; nothing was written"
@@ -70,7 +70,8 @@ class Commands(TyperGroup):
             ):
                 raise
             raise Failure(
-                f"the command did not finish: the model or a plug-in raised {raised(error)}", UNEXPECTED
+                f"the command did not finish: the model or a plug-in raised {describe_error(error)}",
+                UNEXPECTED,
             ) from error
 
 
@@ -174,7 +175,7 @@ def explained(error: BaseException) -> tuple[str, int]:
                 return f"{module} is not installed; run: pip install 'weakspot[{extra}]'", USAGE
     if isinstance(error, ValueError | OSError):
         return str(error).strip() or type(error).__name__, UNREADABLE if isinstance(error, OSError) else USAGE
-    return f"unexpected {raised(error)} (run again with --debug to see the traceback)", UNEXPECTED
+    return f"unexpected {describe_error(error)} (run again with --debug to see the traceback)", UNEXPECTED
 
 
 def _usage_sentence(error: Any) -> str:
@@ -206,13 +207,13 @@ def _exit(code: int | str | None) -> NoReturn:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"weakspot {weakspot.__version__}")
+        typer.echo(f"weakspot {version('weakspot')}")
         raise typer.Exit
 
 
 @app.callback()
 def options(
-    version: Annotated[
+    show_version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,

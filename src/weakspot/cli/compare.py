@@ -97,7 +97,7 @@ class Gate:
             suite: name of the JUnit suite.
             shortfalls: why the audits are incomplete.
         """
-        from weakspot._io.files import write_whole
+        from weakspot._io.files import write_atomic
         from weakspot.audit.findings.gates import Verdict, junit
 
         conditions = [text.strip() for text in options.fail_if or ()]
@@ -110,7 +110,7 @@ class Gate:
             verdicts = judge(conditions) if conditions else []
         if options.junit is not None:
             text = junit(verdicts, suite)
-            write_whole(options.junit, lambda draft: draft.write_text(text, "utf-8"))
+            write_atomic(options.junit, lambda draft: draft.write_text(text, "utf-8"))
         return cls(verdicts, shortfalls)
 
     def as_json(self) -> dict[str, object]:
@@ -167,7 +167,7 @@ def compare(
     if csv is not None:
         check_writable("--csv", csv)
     with warnings_as_notes(output.quiet):
-        from weakspot._io.files import write_whole
+        from weakspot._io.files import write_atomic
         from weakspot.audit import Run
         from weakspot.audit import compare as compare_runs
         from weakspot.audit.findings.gates import judge
@@ -182,7 +182,7 @@ def compare(
             shortfalls,
         )
         if csv is not None:
-            write_whole(csv, lambda draft: comparison.table.to_csv(draft, index=False))
+            write_atomic(csv, lambda draft: comparison.table.to_csv(draft, index=False))
     if output.as_json:
         print_json({**comparison.as_mapping(), **result.as_json()})
     elif not output.quiet:

@@ -250,14 +250,14 @@ def _write(
     out: Path, table: pd.DataFrame, document: Mapping[str, object], about: Mapping[str, object], title: str
 ) -> None:
     """Write all files, run.json last."""
-    from weakspot._io.files import write_whole
+    from weakspot._io.files import write_atomic
     from weakspot.audit.store.run import write_scores
     from weakspot.report.figures import accuracy_figure
 
     text = json.dumps(document, indent=2) + "\n"
-    write_whole(out / "defense.json", lambda draft: draft.write_text(text, "utf-8"))
+    write_atomic(out / "defense.json", lambda draft: draft.write_text(text, "utf-8"))
     figure = accuracy_figure(table, title)
-    write_whole(out / "defense.png", lambda draft: figure.savefig(draft, dpi=120, format="png"))
+    write_atomic(out / "defense.png", lambda draft: figure.savefig(draft, dpi=120, format="png"))
     write_scores(table, about, out, name="defense.csv")
 
 

@@ -178,7 +178,7 @@ def _write(
     """Write all files; returns the path of the report."""
     import pandas as pd
 
-    from weakspot._io.files import write_whole
+    from weakspot._io.files import write_atomic
     from weakspot.audit.store.run import write_scores
     from weakspot.dissection.unit_examples import show_units
     from weakspot.report.unit_page import unit_page
@@ -196,15 +196,15 @@ def _write(
         studies=studies,
         together=attacked.sentences,
     )
-    write_whole(out / "report.html", lambda draft: draft.write_text(content, "utf-8"))
+    write_atomic(out / "report.html", lambda draft: draft.write_text(content, "utf-8"))
     tables = {
         name: studies[name].units if studies else dissection.units for name, dissection in dissections.items()
     }
     for name, table in tables.items():
-        write_whole(out / f"{_file_name(name)}.csv", partial(table.to_csv, index=False))
+        write_atomic(out / f"{_file_name(name)}.csv", partial(table.to_csv, index=False))
     for name, study in studies.items():
         if study.masking is not None:
-            write_whole(out / f"{_file_name(name)}-masking.csv", partial(study.masking.to_csv, index=False))
+            write_atomic(out / f"{_file_name(name)}-masking.csv", partial(study.masking.to_csv, index=False))
     every = pd.concat([table.assign(layer=name) for name, table in tables.items()], ignore_index=True)
     write_scores(every, {**made, "seconds": round(session.seconds, 2)}, out)
     return out / "report.html"

@@ -88,7 +88,7 @@ def explain(
     else:
         refuse_fraction(context, [aims.region])
     with open_session(context, network, output, out, FILES) as session:
-        from weakspot._io.files import write_whole
+        from weakspot._io.files import write_atomic
         from weakspot.audit import write_run
         from weakspot.explanations import explain as explain_pairs
         from weakspot.explanations.locality_by_radius import locality_of, locality_sentence
@@ -127,7 +127,7 @@ def explain(
         locality = locality_of(explanation.scores)
         if locality is not None:
             paths["locality.csv"] = out / "locality.csv"
-            write_whole(paths["locality.csv"], partial(locality.to_csv, index=False))
+            write_atomic(paths["locality.csv"], partial(locality.to_csv, index=False))
 
     def show() -> None:
         _print(explanation, session.ending())

@@ -129,15 +129,15 @@ class TrainingJob:
 
 
 def _write(matrix: Matrix, out: Path) -> None:
-    from weakspot._io.files import write_whole
+    from weakspot._io.files import write_atomic
     from weakspot.report.figures import matrix_figure
 
     for name, table in (("accuracy.csv", matrix.accuracy), ("differences.csv", matrix.differences)):
-        write_whole(out / name, lambda draft, table=table: table.to_csv(draft, index=False))  # type: ignore[misc]
+        write_atomic(out / name, lambda draft, table=table: table.to_csv(draft, index=False))  # type: ignore[misc]
     images = matrix.accuracy.groupby("test")["images"].first()
     titles = {test: f"{title}\n{images[test]:,} images" for test, title in TITLES.items() if test in images}
     figure = matrix_figure(matrix.accuracy, titles)
-    write_whole(out / "matrix.png", lambda draft: figure.savefig(draft, dpi=150, format="png"))
+    write_atomic(out / "matrix.png", lambda draft: figure.savefig(draft, dpi=150, format="png"))
 
 
 def network_maker(

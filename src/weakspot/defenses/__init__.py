@@ -5,7 +5,6 @@ from weakspot.defenses.neutralization import neutralize, neutralizing, oracle_ne
 from weakspot.defenses.randomized import DrawnByImage, expectation
 from weakspot.defenses.unit_masking import mask_units, masking, masking_sentence
 from weakspot.defenses.verdicts import Verdict, verdict
-from weakspot.training import train
 
 __all__ = [
     "DrawnByImage",
@@ -18,6 +17,5 @@ __all__ = [
     "neutralize",
     "neutralizing",
     "oracle_neutralized",
-    "train",
     "verdict",
 ]

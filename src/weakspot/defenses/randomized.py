@@ -13,18 +13,16 @@ does anyway; randomness by the image protects only the seed's secret, and only a
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from weakspot import _random as numbers
 from weakspot._checks import check_seed
-from weakspot._state import SEEDED, random_state_kept
+from weakspot._state import seeded
 from weakspot.attacks.gradient import check_counts
 from weakspot.classifier import Classifier, as_classifier, as_wrapped_classifier, evaluating
 
@@ -131,16 +129,8 @@ def _drawing(classifier: Classifier, start: int, draw: int) -> Iterator[None]:
     """Global generators start there and `DrawnByImage` have that draw; all are put back."""
     before: dict[int, int] = getattr(_asked, "draws", {})
     numbered = {id(module): draw for module in classifier.modules() if isinstance(module, DrawnByImage)}
-    device = classifier.mean.device
     try:
-        with SEEDED, random_state_kept(device):
-            # Not torch.manual_seed, which would reach generators of other devices, and nobody puts those back.
-            torch.default_generator.manual_seed(start)
-            if device.type == "cuda":
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(start)
-            random.seed(start)
-            np.random.seed(start % 2**32)  # noqa: NPY002
+        with seeded(start, classifier.mean.device):
             _asked.draws = before | numbered
             yield
     finally:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from weakspot._io.files import write_atomic
 from weakspot.attribution.alignment import Grid, place
 from weakspot.classifier import Classifier
 from weakspot.dissection.concepts import Annotation, ConceptSet
@@ -234,15 +235,13 @@ class Cache:
         path = self._path(layer)
         if path is None:
             return
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with draft.open("wb") as file:
-                np.savez_compressed(
-                    file, **{field.name: getattr(numbers, field.name).numpy() for field in fields(numbers)}
-                )
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        tensors = {field.name: getattr(numbers, field.name).numpy() for field in fields(numbers)}
+
+        def write(draft: Path) -> None:
+            with draft.open("wb") as file:  # a file, because numpy appends .npz to a path
+                np.savez_compressed(file, **tensors)
+
+        write_atomic(path, write)
 
     def _path(self, layer: str) -> Path | None:
         if self.folder is None:

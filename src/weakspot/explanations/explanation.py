@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import ModelWarning, check_classes, warn_once
-from weakspot._io.files import write_whole
+from weakspot._io.files import write_atomic
 from weakspot.classifier import Classifier, evaluating, margin, predict
 from weakspot.explanations.agreement import other_images
 from weakspot.explanations.analysis import (
@@ -107,7 +107,7 @@ class Explanation:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         page = str(find_renderer("page")(self))
-        write_whole(path, lambda draft: draft.write_text(page, "utf-8"))
+        write_atomic(path, lambda draft: draft.write_text(page, "utf-8"))
         return path
 
     def _repr_html_(self) -> str:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from weakspot._io.files import write_whole
+from weakspot._io.files import write_atomic
 from weakspot.explanations.analysis import Picture
 from weakspot.pairs import Pairs
 from weakspot.report.rendering import CATEGORIES, HATCHES, table
@@ -251,7 +251,7 @@ def overview(pairs: Pairs, captions: Sequence[str], path: Path) -> Path:
             fontsize=8,
             parse_math=False,
         )
-    write_whole(path, lambda draft: sheet.savefig(draft, dpi=100, format="png"))
+    write_atomic(path, lambda draft: sheet.savefig(draft, dpi=100, format="png"))
     return path
 
 

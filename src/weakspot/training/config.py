@@ -1,149 +1,202 @@
-"""Settings: all numbers that decide a training.
-
-Recipes: which images a network is trained on.
-"""
+"""Recipes, and the configuration of a training."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
 
-from weakspot._checks import check_budget, check_choice, check_seed, is_number
+from weakspot._checks import check_budget, check_choice, check_count, check_seed, is_number
 from weakspot.budgets import Budget, Linf
+
+AUGMENTS = ("none", "crop", "crop,flip")
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+STEP_RATIO = 2.5  # step size x steps / budget: PGD can cross the budget and come back
+MACHINE = ("device", "workers", "save_every")  # fields that do not change the trained weights
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What becomes of the attacked share of every batch.
+    """What happens to the attacked images of every batch.
 
     Attributes:
-        region: where it may change: "everywhere", "background", "foreground", "random" (as many sites as the background
-            has, scattered).
-        search: how: "none", "descent" (projected gradient descent), "step" (one step from a random start), "noise"
-            (the random start alone).
-        trades: whether the loss is that of TRADES, else cross-entropy.
-        summary: one line for people.
+        region: where pixels may change. "random" means as many scattered sites as the background has.
+        search: how the perturbation is made. "descent" is projected gradient descent, "step" one step from a random
+            start, "noise" the random start alone.
+        summary: one line for the user.
+        trades: whether the loss is that of TRADES instead of cross-entropy.
     """
 
-    region: str
-    search: str
+    region: Literal["everywhere", "background", "foreground", "random"]
+    search: Literal["none", "descent", "step", "noise"]
     summary: str
     trades: bool = False
 
 
 RECIPES = {
-    "standard": Recipe("everywhere", "none", "clean images alone"),
+    "standard": Recipe("everywhere", "none", "clean images only"),
     "localized": Recipe("background", "descent", "PGD in the background (Rothberg et al. 2019)"),
     "foreground": Recipe("foreground", "descent", "PGD in the foreground"),
-    "random_mask": Recipe("random", "descent", "PGD in scattered sites, as many as the background has"),
+    "random_mask": Recipe("random", "descent", "PGD in as many scattered sites as the background has"),
     "full": Recipe("everywhere", "descent", "PGD everywhere (Madry et al. 2018)"),
     "fast": Recipe("everywhere", "step", "one step from a random start (Wong et al. 2020)"),
     "noise": Recipe("background", "noise", "random noise in the background"),
-    "trades": Recipe(
-        "everywhere", "descent", "PGD everywhere, loss of TRADES (Zhang et al. 2019)", trades=True
-    ),
+    "trades": Recipe("everywhere", "descent", "PGD everywhere, TRADES loss (Zhang et al. 2019)", trades=True),
 }
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of that name.
+    """The recipe of this name.
 
     Raises:
-        ValueError: when there is none.
+        ValueError: if there is no such recipe.
     """
     check_choice("recipe", name, RECIPES)
     return RECIPES[name]
 
 
-AUGMENTS = ("none", "crop", "crop,flip")
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
-
-
 @dataclass(frozen=True)
-class Settings:
-    """What a training depends on besides network and data.
+class TrainConfig:
+    """How a network is trained.
+
+    `None` stands for the usual value for the data: gray images (one channel, as in MNIST) or color (as in CIFAR-10).
+    Rothberg et al. 2019 (arXiv 1909.04779) is known here by its abstract only, so these values are those of Madry et
+    al. 2018 (arXiv 1706.06083). `device`, `workers` and `save_every` do not change what is trained; a training resumes
+    with other values of them.
 
     Attributes:
-        recipe: a name of `RECIPES`.
-        budget: of the adversary.
-        fraction: of every batch that is attacked.
+        recipe: a key of `training.RECIPES`: "standard", "localized", "foreground", "random_mask", "full", "fast",
+            "noise" or "trades".
+        budget: of the adversary. Default: `Linf(0.3)` for gray images, `Linf(8 / 255)` for color.
         epochs: passes over the data.
-        seed: of order, augmentation, random starts, scattered masks and dropout.
-        steps: of projected gradient descent.
-        step_size: of each, in the budget's own unit.
-        batch_size: images per update, all devices together.
-        learning_rate: at the start, falling to zero along a cosine (Loshchilov and Hutter 2017, arXiv 1608.03983).
+        attacked_fraction: fraction of every batch that is attacked, 0 to 1. The recipe "standard" attacks none.
+        seed: of everything random: order, augmentation, random starts, scattered masks, dropout.
+        steps: of projected gradient descent. Default: 40 for gray images, 10 for color.
+        step_size: of each step, in units of the budget. Default: 0.01 for gray images, 2/255 for color; with another
+            budget or number of steps 2.5 * budget / steps.
+        batch_size: images per update, over all processes together.
+        learning_rate: of SGD at the start; it falls to zero along a cosine.
         momentum: of SGD.
         weight_decay: of SGD.
-        beta: weight of the second term of TRADES.
-        augment: "none", "crop" (shifted by up to an eighth of the side) or "crop,flip".
-        held_out: images that are kept from training and judged after every epoch.
+        beta: weight of the robustness term of TRADES.
+        augment: "none", "crop" (shifts of up to an eighth of each side) or "crop,flip". Default: "none" for gray
+            images, "crop,flip" for color.
+        held_out: images that are not trained on and are evaluated after every epoch; at most a tenth of the data.
+            With fewer than 100, training never stops early.
         precision: "32-true", "16-mixed" or "bf16-mixed".
+        device: "cpu", "cuda", "cuda:1", "mps" or "auto". Default: the device of the model.
+        workers: processes that decode images, if these are not in memory.
+        save_every: seconds between checkpoints within an epoch.
+
+    Raises:
+        ValueError: if a value does not fit.
+
+    >>> TrainConfig(recipe="full", epochs=3)
+    TrainConfig(recipe='full', epochs=3)
     """
 
-    recipe: str
-    budget: Budget
-    fraction: float
-    epochs: int
-    seed: int
-    steps: int
-    step_size: float
-    batch_size: int
-    learning_rate: float
-    momentum: float
-    weight_decay: float
-    beta: float
-    augment: str
-    held_out: int
-    precision: str
+    recipe: str = "localized"
+    budget: Budget | None = None
+    epochs: int = 10
+    attacked_fraction: float = 0.5
+    seed: int = 0
+    steps: int | None = None
+    step_size: float | None = None
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    beta: float = 6.0
+    augment: str | None = None
+    held_out: int = 512
+    precision: str = "32-true"
+    device: str | None = None
+    workers: int = 2
+    save_every: float = 60.0
 
     def __post_init__(self) -> None:
         find_recipe(self.recipe)
-        check_budget(self.budget)
         check_seed(self.seed)
-        for name in ("epochs", "steps", "batch_size", "held_out"):
-            value, least = getattr(self, name), 0 if name == "held_out" else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} is {value!r}; accepted is a whole number of at least {least}")
-        for name, most in (
-            ("fraction", 1.0),
-            ("momentum", 1.0),
-            ("step_size", math.inf),
-            ("learning_rate", math.inf),
-            ("weight_decay", math.inf),
-            ("beta", math.inf),
-        ):
+        if self.budget is not None:
+            check_budget(self.budget)
+        for name in ("epochs", "batch_size"):
+            check_count(name, getattr(self, name))
+        for name in ("held_out", "workers"):
+            check_count(name, getattr(self, name), least=0)
+        if self.steps is not None:
+            check_count("steps", self.steps)
+        for name in ("attacked_fraction", "momentum"):
             value = getattr(self, name)
-            if not is_number(value) or not 0 <= value <= most or math.isinf(value):
-                end = "" if math.isinf(most) else f" to {most:g}"
-                raise ValueError(
-                    f"{name} is {value!r}; accepted is a number from 0{end}{' up' if not end else ''}"
-                )
-        for name, accepted in (("augment", AUGMENTS), ("precision", PRECISIONS)):
-            check_choice(name, getattr(self, name), accepted)
+            if not is_number(value) or not 0 <= value <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+        for name in ("step_size", "learning_rate", "weight_decay", "beta", "save_every"):
+            value = getattr(self, name)
+            if value is not None and (not is_number(value) or not 0 <= value < math.inf):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+        if self.augment is not None:
+            check_choice("augment", self.augment, AUGMENTS)
+        check_choice("precision", self.precision, PRECISIONS)
+
+    def __repr__(self) -> str:
+        changed = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return f"TrainConfig({', '.join(changed)})"
+
+    def resolved(self, channels: int) -> ResolvedConfig:
+        """The configuration with a value instead of every `None`, for images of this many channels."""
+        usual_budget, usual_steps, usual_size, usual_augment = (
+            (Linf(0.3), 40, 0.01, "none") if channels == 1 else (Linf(8 / 255), 10, 2 / 255, "crop,flip")
+        )
+        budget = usual_budget if self.budget is None else self.budget
+        steps = usual_steps if self.steps is None else self.steps
+        if self.step_size is not None:
+            step_size = self.step_size
+        elif self.budget is None and self.steps is None:
+            step_size = usual_size
+        else:
+            step_size = STEP_RATIO * limit_of(budget) / steps
+        # Recipes without descent ignore both, so that records of equal trainings are equal.
+        if find_recipe(self.recipe).search != "descent":
+            steps, step_size = 1, 0.0
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        filled = {
+            "budget": budget,
+            "steps": steps,
+            "step_size": step_size,
+            "augment": usual_augment if self.augment is None else self.augment,
+        }
+        return ResolvedConfig(**given | filled)
+
+
+@dataclass(frozen=True, repr=False)
+class ResolvedConfig(TrainConfig):
+    """A `TrainConfig` in which nothing is left to the data."""
+
+    budget: Budget = Linf(0.3)  # noqa: RUF009 - frozen
+    steps: int = 1
+    step_size: float = 0.0
+    augment: str = "none"
 
     @property
     def attacked(self) -> int:
         """Images of every batch that are attacked."""
-        return 0 if find_recipe(self.recipe).search == "none" else round(self.fraction * self.batch_size)
+        if find_recipe(self.recipe).search == "none":
+            return 0
+        return round(self.attacked_fraction * self.batch_size)
 
     def rate(self, progress: float) -> float:
-        """The learning rate when this share of all updates is done."""
+        """The learning rate after this fraction of all updates: a cosine to zero (arXiv 1608.03983, equation 5)."""
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
-    def as_record(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self) | {"budget": str(self.budget), "budget exactly": repr(self.budget)}
+    def as_record(self) -> dict[str, object]:
+        """The fields that decide the trained weights, for JSON."""
+        record = {name: value for name, value in asdict(self).items() if name not in MACHINE}
+        return record | {"budget": str(self.budget), "budget exactly": repr(self.budget)}
 
 
-def defaults(channels: int) -> Mapping[str, Any]:
-    """Budget, steps, step size and augmentation for gray images (as for MNIST) or color (as for CIFAR-10).
-
-    Of Rothberg et al. 2019 (arXiv 1909.04779) only the abstract says what was done; the numbers are Madry's (2018,
-    arXiv 1706.06083).
-    """
-    if channels == 1:
-        return {"budget": Linf(0.3), "steps": 40, "step_size": 0.01, "augment": "none"}
-    return {"budget": Linf(8 / 255), "steps": 10, "step_size": 2 / 255, "augment": "crop,flip"}
+def limit_of(budget: Budget) -> float:
+    """The size of a budget in its own unit."""
+    return float(getattr(budget, "eps", 1.0))

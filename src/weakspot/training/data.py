@@ -1,218 +1,255 @@
-"""Augmentation: random crops and flips, of images and of their masks alike.
-
-Backgrounds of a whole data set: found once, kept as bits.
-
-Held-out images: how a network in training does on pictures that it is not trained on.
-"""
+"""Data of a training, in every form that users have it in, and its augmentation."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import hashlib
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from types import NoneType
+from typing import Generic, TypeAlias, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
+from torch.utils.data._utils.collate import default_collate, default_convert
 
-from weakspot._checks import ImageWarning, ModelWarning, quiet
-from weakspot._io.files import write_whole
-from weakspot._state import EvalMode
-from weakspot.attacks import pgd
-from weakspot.classifier import Classifier, predict
-from weakspot.datasets import LabeledImages
-from weakspot.regions import background
-from weakspot.training.checkpoint import data_fingerprint
-from weakspot.training.config import Settings
+from weakspot._checks import describe_error
+from weakspot.classifier import Classifier
+from weakspot.datasets import LabeledImages, from_tensors, read_labeled
+from weakspot.datasets.labeled import names_of_classes
 
-ROOM = 8  # a crop moves by up to a part of this of the side
+Item: TypeAlias = tuple[Tensor, int]
+TrainingData: TypeAlias = (
+    LabeledImages | tuple[Tensor, Tensor] | Dataset[Item] | DataLoader[Item] | Path | str
+)
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+READ_TWICE = 8  # items that are compared with a second reading
+LARGEST_SHIFT = 8  # a crop shifts by at most one part in this many of the side
 
 
-class Moves:
-    """A shift and a flip for each of some images.
+def as_labeled(data: TrainingData, classifier: Classifier, *, workers: int = 0) -> LabeledImages:
+    """The data as `LabeledImages`; `train` describes the forms.
 
-    They are drawn from (seed, epoch) for all rows of the data at once, so an image moves alike in whatever batch and on
-    whatever device it is.
+    Args:
+        data: what the user gave.
+        classifier: picture files in a folder are read at its input size and channels.
+        workers: processes that read a torch data set for its labels.
+
+    Raises:
+        ValueError: if the data has another form, or an item of a torch data set does not fit. The message has the
+            index of the item.
+    """
+    if isinstance(data, DataLoader):
+        data = _dataset_of(data)
+    if isinstance(data, TensorDataset) and len(data.tensors) == 2:
+        data = (data.tensors[0], data.tensors[1])
+    if isinstance(data, LabeledImages):
+        return data
+    if isinstance(data, Path | str):
+        return read_labeled(data, size=classifier.input_size, channels=classifier.channels)
+    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        return from_tensors(*data)
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        return _from_dataset(data, workers)
+    raise ValueError(
+        "data must be (images, labels), a LabeledImages, a torch Dataset or DataLoader of (image, label) with a "
+        f"length, or the path of a data set, got {type(data).__name__}"
+    )
+
+
+def _dataset_of(loader: DataLoader[Item]) -> Dataset[Item]:
+    """The data set of a loader that reads all of it, item by item."""
+    sampler, dataset = loader.sampler, loader.dataset
+    whole = isinstance(sampler, SequentialSampler | DistributedSampler) or (
+        isinstance(sampler, RandomSampler)
+        and not sampler.replacement
+        and sampler.num_samples == len(sampler.data_source)
+    )
+    if not isinstance(dataset, IterableDataset):
+        if not whole or type(loader.batch_sampler) not in {BatchSampler, NoneType}:
+            own = sampler if not whole else loader.batch_sampler
+            raise ValueError(
+                f"data must be a DataLoader of its whole data set, got one with a {type(own).__name__} (give the "
+                "data set instead: torch.utils.data.Subset(dataset, indices))"
+            )
+        if loader.collate_fn not in {default_collate, default_convert}:
+            raise ValueError(
+                "data must be a DataLoader with the default collate_fn, got one with its own (give the data set "
+                "instead, with items (image, label))"
+            )
+    return dataset
+
+
+def _from_dataset(dataset: Dataset[Item], workers: int) -> LabeledImages:
+    """A data set whose items are read when they are needed; only the labels are held in memory."""
+    count = len(dataset)  # type: ignore[arg-type]  # torch declares no length
+    if not count:
+        raise ValueError("data must hold at least one item, got an empty data set")
+    first, _ = read_item(dataset, 0)
+    pixels = _DatasetPixels(dataset, tuple(first.shape), first.dtype)
+    for index in range(min(READ_TWICE, count)):
+        once, again = (read_item(dataset, index) for _ in range(2))
+        if not torch.equal(once[0], again[0]) or once[1] != again[1]:
+            raise ValueError(
+                f"data[{index}] must be the same each time it is read, got two versions (remove random transforms "
+                "and set TrainConfig.augment, which moves the masks with the images)"
+            )
+    labels = torch.tensor(list(read_in_workers(pixels.label, range(count), workers)))
+    names = names_of_classes(labels, count, None)
+    channels, height, width = first.shape
+    name = type(dataset).__name__
+    return LabeledImages(labels, names, (channels, height, width), name, pixels, held=False)
+
+
+def read_item(dataset: Dataset[Item], index: int) -> Item:
+    """An image (C, H, W) and its label.
+
+    Raises:
+        ValueError: if the item is anything else. The message has the index.
+    """
+    where = f"data[{index}]"
+    try:
+        item: object = dataset[index]
+    except Exception as error:
+        raise ValueError(f"{where} cannot be read: {describe_error(error)}") from error
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        size = f" of {len(item)}" if isinstance(item, tuple | list | dict) else ""
+        raise ValueError(f"{where} must be (image, label), got {type(item).__name__}{size}")
+    image, label = item
+    if not isinstance(image, Tensor) or image.ndim != 3 or 0 in image.shape:
+        got = f"shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(
+            f"{where} must hold an image tensor (C, H, W), got {got} (convert pictures in the data set, for example "
+            "with torchvision's PILToTensor)"
+        )
+    image = image.detach()
+    if image.is_floating_point():
+        low, high = float(image.min()), float(image.max())
+        if not (low >= -1e-5 and high <= 1 + 1e-5):  # also False for NaN
+            raise ValueError(f"{where} must hold floats in [0, 1], got {low:.3g} to {high:.3g}")
+    elif image.dtype != torch.uint8:
+        raise ValueError(f"{where} must hold floats in [0, 1] or bytes, got {image.dtype}")
+    try:
+        return image, operator.index(label)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where} must hold an integer label, got {label!r}") from None
+
+
+class _DatasetPixels:
+    """Pixels by row numbers. A class instead of a closure, so that it can be sent to worker processes."""
+
+    def __init__(self, dataset: Dataset[Item], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.dataset, self.shape, self.dtype = dataset, shape, dtype
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return torch.stack([self.item(row)[0] for row in rows.tolist()])
+
+    def item(self, index: int) -> Item:
+        image, label = read_item(self.dataset, index)
+        if tuple(image.shape) != self.shape or image.dtype != self.dtype:
+            raise ValueError(
+                f"data[{index}] must hold an image like data[0], {self.shape} {self.dtype}, got "
+                f"{tuple(image.shape)} {image.dtype}"
+            )
+        return image, label
+
+    def label(self, index: int) -> int:
+        return self.item(index)[1]
+
+
+class Augmentation:
+    """A shift and a flip for every image of the data in one epoch.
+
+    They are drawn from (seed, epoch) for all rows at once, so that an image moves by the same amount in any batch and
+    on any device.
     """
 
     def __init__(self, augment: str, count: int, size: tuple[int, int], seed: int, epoch: int) -> None:
-        self.room = tuple(max(1, side // ROOM) if "crop" in augment else 0 for side in size)
+        self.limits = tuple(max(1, side // LARGEST_SHIFT) if "crop" in augment else 0 for side in size)
         generator = torch.Generator().manual_seed(mixed_seed(seed, epoch, 1))
         self.shifts = torch.stack(
-            [torch.randint(-room, room + 1, (count,), generator=generator) for room in self.room], 1
+            [torch.randint(-limit, limit + 1, (count,), generator=generator) for limit in self.limits], 1
         )
         self.flips = torch.rand(count, generator=generator) < (0.5 if "flip" in augment else 0)
-        self.still = augment == "none"
+        self.is_identity = augment == "none"
 
     def apply(self, rows: Tensor, pixels: Tensor, *, fill: float = 0) -> Tensor:
-        """Images or masks (n, C, H, W) of these rows (n,) of the data, moved; what comes in from outside is `fill`."""
-        if self.still:
+        """Shift and flip images or masks.
+
+        Args:
+            rows: (n,) their row numbers in the data.
+            pixels: (n, C, H, W).
+            fill: value of sites that come from outside the image.
+        """
+        if self.is_identity:
             return pixels
         height, width = pixels.shape[2:]
-        down, right = self.room
+        down, right = self.limits
         padded = F.pad(pixels, (right, right, down, down), value=fill)
         shifts = self.shifts[rows]
+        # Source row and column of every site, in the padded image: hence + down and + right.
         lines = shifts[:, :1] + down + torch.arange(height)
-        places = torch.arange(width).expand(len(rows), -1)
-        places = torch.where(self.flips[rows][:, None], width - 1 - places, places) + shifts[:, 1:] + right
-        # One gather of sites: a quarter of what indexing by image, line and place takes.
-        sites = (lines[:, :, None] * padded.shape[3] + places[:, None]).flatten(1).to(pixels.device)
+        columns = torch.arange(width).expand(len(rows), -1)
+        columns = torch.where(self.flips[rows][:, None], width - 1 - columns, columns) + shifts[:, 1:] + right
+        # One gather over flat sites takes a quarter of the time of indexing by image, line and column.
+        sites = (lines[:, :, None] * padded.shape[3] + columns[:, None]).flatten(1).to(pixels.device)
         moved = padded.flatten(2).gather(2, sites[:, None].expand(-1, pixels.shape[1], -1))
         return moved.view(pixels.shape)
 
 
 def mixed_seed(*parts: int) -> int:
-    """One seed from several whole numbers; nearby ones give unrelated seeds.
+    """One seed from several integers; neighboring integers give unrelated seeds.
 
     >>> mixed_seed(0, 1) != mixed_seed(1, 0)
     True
     """
-    import hashlib
-
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 
 
-CHUNK = 64  # images at once in a thread
+def read_in_workers(read: Callable[[Key], Value], keys: Sequence[Key], workers: int) -> Iterator[Value]:
+    """`read` of every key, in order, by this many processes (0: by this one)."""
+    loader: DataLoader[Value | ValueError] = DataLoader(
+        _Reader(read, len(keys)),
+        sampler=keys,
+        batch_size=None,
+        num_workers=workers,
+        generator=torch.Generator(),  # the default draws from the global generator
+        collate_fn=_unchanged,
+    )
+    for value in loader:
+        if isinstance(value, ValueError):
+            raise value
+        yield value
 
 
-class Backgrounds:
-    """Masks by row of the data: bool, one bit a site."""
+class _Reader(Dataset[Value | ValueError], Generic[Key, Value]):
+    """Values by key. An exception is returned, because a worker process would reword it."""
 
-    def __init__(self, bits: np.ndarray, size: tuple[int, int]) -> None:
-        self.bits, self.size = bits, size
+    def __init__(self, read: Callable[[Key], Value], count: int) -> None:
+        self.read, self.count = read, count
 
-    def masks(self, rows: Tensor) -> Tensor:
-        """Bool (n, 1, H, W), true where the background is."""
-        height, width = self.size
-        flat = np.unpackbits(self.bits[rows.numpy()], axis=1, count=height * width)
-        return torch.from_numpy(flat).bool().view(-1, 1, height, width)
+    def __len__(self) -> int:
+        return self.count
 
-
-def find_backgrounds(
-    data: LabeledImages,
-    *,
-    cache: Path | None = None,
-    progress: Callable[[float], None] | None = None,
-) -> Backgrounds:
-    """The background of every image, by `regions.background`, on all cores.
-
-    Args:
-        data: N images.
-        cache: a folder where they are kept under a name made of the data, so that they are found once; what was found
-            before a death is kept too. One process at a time.
-        progress: called with the share done.
-    """
-    height, width = data.shape[1:]
-    kept = None if cache is None else cache / f"backgrounds-{data_fingerprint(data)}.npy"
-    shape = (len(data), -(-height * width // 8))
-    if kept is not None and (held := _read(kept, shape)) is not None:
-        return Backgrounds(held, (height, width))
-    bits = np.empty(shape, np.uint8)
-    part = None if kept is None else kept.with_suffix(".part")
-    done = 0 if part is None else _taken_up(part, bits)
-    chunks = torch.arange(len(data)).split(CHUNK)[done:]
-
-    def find(rows: Tensor) -> np.ndarray:
-        # Which images of many thousands had to do with the rectangle is no news to anybody.
-        with quiet(ImageWarning):
-            return np.packbits(background(data.images(rows)).flatten(1).numpy(), axis=1)
-
-    # OpenCV leaves the interpreter's lock alone while it works, so threads are enough.
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for rows, found in zip(chunks, pool.map(find, chunks), strict=True):
-            bits[rows[0] : rows[-1] + 1] = found
-            if part is not None:
-                with part.open("ab") as file:
-                    file.write(found.tobytes())
-            if progress is not None:
-                progress(float(rows[-1] + 1) / len(data))
-    if kept is not None and part is not None:
-        _keep(kept, bits)
-        part.unlink(missing_ok=True)
-    return Backgrounds(bits, (height, width))
+    def __getitem__(self, key: Key) -> Value | ValueError:
+        try:
+            return self.read(key)
+        except ValueError as error:
+            return error
 
 
-def _taken_up(part: Path, bits: np.ndarray) -> int:
-    """Fill in the whole chunks that an earlier call wrote before it died, and cut off what follows; their number."""
-    part.parent.mkdir(parents=True, exist_ok=True)
-    held = np.fromfile(part, np.uint8) if part.is_file() else np.empty(0, np.uint8)
-    width = int(bits.shape[1])
-    rows = min(len(held) // width, len(bits)) // CHUNK * CHUNK
-    bits[:rows] = held[: rows * width].reshape(rows, width)
-    part.write_bytes(bits[:rows].tobytes())
-    return rows // CHUNK
-
-
-def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """What an earlier call kept, None where there is nothing or it is damaged: then it is found again."""
-    try:
-        bits: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    return bits if bits.shape == shape and bits.dtype == np.uint8 else None
-
-
-def _keep(path: Path, bits: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def write(draft: Path) -> None:
-        with draft.open("wb") as file:
-            np.save(file, bits, allow_pickle=False)
-
-    write_whole(path, write)
-
-
-STEPS = 10  # of the attack that judges; many-step, so that it sees what single-step training overfits to
-FALL, PART = 0.2, 0.5  # robust accuracy that lost more than this, and this part of its best, has collapsed
-
-
-class HeldOut(NamedTuple):
-    """Images (N, C, H, W), labels (N,), and the region (N, 1, H, W) of the attack, None for everywhere."""
-
-    images: Tensor
-    labels: Tensor
-    region: Tensor | None
-
-    @property
-    def constant(self) -> float:
-        """The share that the commonest class has."""
-        return float(self.labels.bincount().max()) / len(self.labels)
-
-    def judge(self, classifier: Classifier, settings: Settings) -> dict[str, float]:
-        """Shares of the images that are read rightly: as they are ("clean"), and attacked ("robust")."""
-        device = classifier.mean.device
-        images, labels = self.images.to(device), self.labels.to(device)
-        with EvalMode(classifier):
-            clean = predict(classifier, images).argmax(1) == labels
-            with quiet(ModelWarning):  # an untrained network may well have no gradient
-                attacked = pgd(
-                    classifier,
-                    images,
-                    labels,
-                    budget=settings.budget,
-                    region=None if self.region is None else self.region.to(device),
-                    steps=STEPS,
-                    stop_early=True,
-                )
-            robust = predict(classifier, attacked.adversarial).argmax(1) == labels
-        return {"clean": float(clean.double().mean()), "robust": float((clean & robust).double().mean())}
-
-
-def collapsed(robust: Sequence[float], constant: float) -> bool:
-    """Whether the last of these accuracies says that robustness was there and is lost.
-
-    What a network had that always names the commonest class, right for the share `constant`, was no robustness.
-
-    Catastrophic overfitting (Wong et al. 2020, arXiv 2001.03994): a network learns to stand single steps alone, and
-    its accuracy under many steps falls to nothing from one epoch to the next.
-
-    >>> collapsed([0.3, 0.41, 0.02], 0.1), collapsed([0.3, 0.41, 0.35], 0.1), collapsed([0.5, 0.1], 0.5)
-    (True, False, False)
-    """
-    best = max(robust)
-    gained = best - constant
-    return gained > FALL / 2 and robust[-1] < best - FALL and robust[-1] - constant < PART * gained
+def _unchanged(value: Value) -> Value:
+    return value

@@ -1,12 +1,13 @@
-"""The loop: epochs of updates, on one device or many, that can stop anywhere and go on as if they had not."""
+"""The loop of a training: epochs of updates on one or many devices, which can stop anywhere and resume exactly."""
 
 from __future__ import annotations
 
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -17,23 +18,58 @@ from weakspot._state import EvalMode
 from weakspot.classifier import Classifier
 from weakspot.datasets import LabeledImages
 from weakspot.datasets.labeled import as_float
-from weakspot.training.adversary import perturbed, quick_stem
-from weakspot.training.config import Settings, find_recipe
-from weakspot.training.data import Backgrounds, HeldOut, Moves, collapsed, mixed_seed
+from weakspot.training.adversary import perturbed, scattered, uniform_noise
+from weakspot.training.backgrounds import Backgrounds
+from weakspot.training.checkpoint import Best, State
+from weakspot.training.config import ResolvedConfig, find_recipe
+from weakspot.training.data import Augmentation, mixed_seed, read_in_workers
+from weakspot.training.held_out import HeldOut, collapsed
+from weakspot.training.input_gradient import fast_input_gradient
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-
 ORDER, NOISE, SCATTER, DROPOUT = 0, 2, 3, 4  # streams of random numbers; 1 is that of augmentation
-ENOUGH = 100  # held-out images from which on a fall in their accuracy is more than chance
-State = dict[str, Any]
+ENOUGH = 100  # held-out images; with fewer, a fall of their accuracy may be chance
+
+
+class Batch(NamedTuple):
+    """This process's part of a batch.
+
+    Attributes:
+        rows: (n,) row numbers in the data.
+        pixels: (n, C, H, W) bytes or floats, before augmentation.
+        places: (n,) places in the whole batch.
+        augmentation: of the epoch.
+    """
+
+    rows: Tensor
+    pixels: Tensor
+    places: Tensor
+    augmentation: Augmentation
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Functions that a loop calls.
+
+    Attributes:
+        save: called with the state at the end of every epoch, every `save_every` seconds, and when interrupted.
+        on_epoch: called with the row of each epoch.
+        progress: called with the fraction done.
+        raise_if_interrupted: called between updates, when the state is consistent.
+    """
+
+    save: Callable[[State], None] | None = None
+    on_epoch: Callable[[dict[str, float]], None] | None = None
+    progress: Callable[[float], None] | None = None
+    raise_if_interrupted: Callable[[], None] = lambda: None
 
 
 class Loop:
-    """One training: network, optimizer, data, and where it stands.
+    """One training: network, optimizer, data and position.
 
-    Everything random is drawn from (seed, epoch, update), so that where it stands is two numbers.
+    Everything random is drawn from (seed, epoch, update), so that two integers are the whole position.
 
     Attributes:
         epoch: the one in progress.
@@ -47,34 +83,33 @@ class Loop:
         fabric: Fabric,
         classifier: Classifier,
         data: LabeledImages,
-        backgrounds: Backgrounds | None,
-        held_out: HeldOut | None,
-        settings: Settings,
-        workers: int,
+        config: ResolvedConfig,
+        *,
+        backgrounds: Backgrounds | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
-        self.fabric, self.data, self.settings = fabric, data, settings
-        self.recipe = find_recipe(settings.recipe)
-        self.backgrounds, self.held_out, self.workers = backgrounds, held_out, workers
-        self.per_epoch = len(data) // settings.batch_size
+        self.fabric, self.data, self.config = fabric, data, config
+        self.backgrounds, self.held_out = backgrounds, held_out
+        self.recipe = find_recipe(config.recipe)
+        self.per_epoch = len(self.data) // config.batch_size
         self.epoch, self.update = 0, 0
         self.history: list[dict[str, float]] = []
         self.losses: list[float] = []
         self.stopped = ""
-        self.best: tuple[float, dict[str, Tensor]] | None = None
+        self.best: Best | None = None
         optimizer = torch.optim.SGD(
             classifier.parameters(),
-            lr=settings.learning_rate,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
         )
-        # What is in eval mode inside a network in train mode was meant to stay there, such as frozen batch-norm.
+        # In a network in train mode, parts in eval mode (frozen batch-norm) are meant to stay frozen.
         if not classifier.training:
             classifier.train()
         modes = [(module, module.training) for module in classifier.modules()]
         self.layout = layout_of(classifier)
         classifier.to(memory_format=self.layout)  # type: ignore[call-overload]  # as torch documents it
-        # Known before the wrapper takes it: the adversary goes through the bare network, which moves no buckets of
-        # gradients between devices.
+        # The adversary calls the classifier itself: through the wrapper, devices would exchange its gradients.
         self.classifier = classifier
         self.network, self.optimizer = fabric.setup(_InOwnMode(classifier), optimizer)
         for module, mode in modes:
@@ -82,53 +117,42 @@ class Loop:
         stored = classifier.state_dict().keys()
         self.unstored = [name for name, _ in classifier.named_buffers() if name not in stored]
 
-    def run(
-        self,
-        *,
-        every: float,
-        keep: Callable[[State], None] | None,
-        on_epoch: Callable[[dict[str, float]], None] | None,
-        progress: Callable[[float], None] | None,
-        raise_if_interrupted: Callable[[], None],
-    ) -> None:
-        """To the end.
+    def run(self, callbacks: Callbacks) -> None:
+        """Train until the last epoch, or until robustness collapses.
 
-        Args:
-            every: seconds between checkpoints within an epoch.
-            keep: called with the state, at the end of every epoch and that often besides.
-            on_epoch: called with each epoch's row.
-            progress: called with the share done.
-            raise_if_interrupted: called between updates, when the state is whole; an exception ends the loop and
-                keeps the state.
+        Raises:
+            ValueError: if the weights stop being finite.
+            KeyboardInterrupt: if `raise_if_interrupted` raised it; the state is saved first.
         """
-        kept = time.monotonic()
-        total = self.per_epoch * self.settings.epochs
-        while self.epoch < self.settings.epochs and not self.stopped:
+        saved = time.monotonic()
+        total = self.per_epoch * self.config.epochs
+        while self.epoch < self.config.epochs and not self.stopped:
             begun = time.perf_counter()
             for batch in self._batches():
-                self.losses.append(self._step(*batch))
+                self.losses.append(self._step(batch))
                 self.update += 1
-                if keep is not None and time.monotonic() - kept > every:
-                    keep(self.state())
-                    kept = time.monotonic()
-                self._heed(raise_if_interrupted, keep)
-                if progress is not None:
-                    progress((self.epoch * self.per_epoch + self.update) / total)
-            self._check_finite()
-            self._agree()
+                if callbacks.save is not None and time.monotonic() - saved > self.config.save_every:
+                    callbacks.save(self.state())
+                    saved = time.monotonic()
+                self._save_if_interrupted(callbacks)
+                if callbacks.progress is not None:
+                    callbacks.progress((self.epoch * self.per_epoch + self.update) / total)
+            if not all(bool(weight.isfinite().all()) for weight in self.classifier.parameters()):
+                raise ValueError(self._divergence())
+            self._share_buffers()
             row = self._row() | {"seconds": time.perf_counter() - begun}
             self.history.append(row)
             self.epoch, self.update, self.losses = self.epoch + 1, 0, []
-            self._watch(row)
-            if keep is not None:
-                keep(self.state())
-                kept = time.monotonic()
-            self._heed(raise_if_interrupted, keep)
-            if on_epoch is not None:
-                on_epoch(row)
+            self._stop_if_collapsed(row)
+            if callbacks.save is not None:
+                callbacks.save(self.state())
+                saved = time.monotonic()
+            self._save_if_interrupted(callbacks)
+            if callbacks.on_epoch is not None:
+                callbacks.on_epoch(row)
 
     def state(self) -> State:
-        """Everything that a later run needs to go on from here, on the CPU."""
+        """Everything that another process needs to resume, on the CPU."""
         return {
             "epoch": self.epoch,
             "update": self.update,
@@ -141,178 +165,167 @@ class Loop:
             },
             "optimizer": self.optimizer.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),
-            "best": None if self.best is None else {"robust": self.best[0], "model": self.best[1]},
+            "best": self.best,
         }
 
-    def go_on_from(self, state: State) -> None:
-        """Take up what `state` returned."""
-        for name in ("epoch", "update", "history", "losses", "stopped"):
-            setattr(self, name, state[name])
+    def resume(self, state: State) -> None:
+        """Continue from what `state` returned."""
+        self.epoch, self.update = state["epoch"], state["update"]
+        self.history, self.losses, self.stopped = state["history"], state["losses"], state["stopped"]
         self.classifier.load_state_dict(state["model"])
         for name, tensor in state["buffers"].items():
             self.classifier.get_buffer(name).copy_(tensor)
         self.optimizer.load_state_dict(state["optimizer"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
-        best = state["best"]
-        self.best = None if best is None else (best["robust"], best["model"])
+        self.best = state["best"]
 
     def finish(self) -> None:
-        """Where robustness was lost, the weights before it was."""
+        """Restore the best weights if robustness collapsed."""
         if self.stopped and self.best is not None:
-            self.classifier.load_state_dict(self.best[1])
+            self.classifier.load_state_dict(self.best["model"])
         self.optimizer.zero_grad()
 
-    def _heed(self, raise_if_interrupted: Callable[[], None], keep: Callable[[State], None] | None) -> None:
+    def _save_if_interrupted(self, callbacks: Callbacks) -> None:
         try:
-            raise_if_interrupted()
+            callbacks.raise_if_interrupted()
         except KeyboardInterrupt:
-            if keep is not None:
-                keep(self.state())
+            if callbacks.save is not None:
+                callbacks.save(self.state())
             raise
 
-    def _agree(self) -> None:
-        """Buffers of all processes as those of the first: each moved its own batch-norm statistics."""
+    def _share_buffers(self) -> None:
+        """Give all processes the buffers of the first, because each updates its own batch-norm statistics."""
         if self.fabric.world_size > 1:
             for buffer in self.classifier.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
-    def _check_finite(self) -> None:
-        """Raises ValueError where a weight is no number any more."""
-        if not all(bool(weight.isfinite().all()) for weight in self.classifier.parameters()):
-            raise ValueError(self._diverged())
-
-    def _diverged(self) -> str:
+    def _divergence(self) -> str:
         return (
-            f"the training diverged in epoch {self.epoch + 1}: learning_rate is {self.settings.learning_rate:g}; "
-            "accepted is one at which the loss stays a number"
+            f"learning_rate must be one at which the loss stays finite, got {self.config.learning_rate:g} "
+            f"(the training diverged in epoch {self.epoch + 1})"
         )
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Moves]]:
-        """Row numbers of this device's part of each batch, their pixels, their places in the whole batch, moves."""
-        settings, seed = self.settings, self.settings.seed
+    def _batches(self) -> Iterator[Batch]:
+        """This process's part of each batch that is left in the epoch."""
+        config, seed = self.config, self.config.seed
         generator = torch.Generator().manual_seed(mixed_seed(seed, self.epoch, ORDER))
         order = torch.randperm(len(self.data), generator=generator)
-        order = order[: self.per_epoch * settings.batch_size].view(self.per_epoch, -1)
-        places = torch.arange(self.fabric.global_rank, settings.batch_size, self.fabric.world_size)
-        mine = list(order[self.update :, places])
-        moves = Moves(settings.augment, len(self.data), self.data.shape[1:], seed, self.epoch)
+        order = order[: self.per_epoch * config.batch_size].view(self.per_epoch, -1)
+        places = torch.arange(self.fabric.global_rank, config.batch_size, self.fabric.world_size)
+        batches = list(order[self.update :, places])
+        augmentation = Augmentation(config.augment, len(self.data), self.data.shape[1:], seed, self.epoch)
         if self.data.held:
-            read: Any = (self.data.pixels(rows) for rows in mine)
+            read: Iterable[Tensor] = map(self.data.pixels, batches)
         else:
-            read = torch.utils.data.DataLoader(
-                _Rows(self.data),
-                sampler=mine,
-                batch_size=None,
-                num_workers=self.workers,
-                generator=torch.Generator(),  # else it draws from the global random numbers
-                collate_fn=_as_it_is,
-            )
-        for rows, pixels in zip(mine, read, strict=True):
-            if isinstance(pixels, ValueError):
-                raise pixels
-            yield rows, pixels, places, moves
+            read = read_in_workers(self.data.pixels, batches, config.workers)
+        for rows, pixels in zip(batches, read, strict=True):
+            yield Batch(rows, pixels, places, augmentation)
 
-    def _step(self, rows: Tensor, pixels: Tensor, places: Tensor, moves: Moves) -> float:
-        """One update; returns the loss of this device's part."""
-        settings, device = self.settings, self.fabric.device
+    def _step(self, batch: Batch) -> float:
+        """One update; returns the loss of this process's part of the batch."""
+        config, device = self.config, self.fabric.device
         done = self.epoch * self.per_epoch + self.update
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.rate(done / (self.per_epoch * settings.epochs))
-        moved = moves.apply(rows, pixels.detach().to(device))  # as bytes: a quarter of what floats would move
-        images = as_float(moved, self.layout)
-        labels = self.data.labels[rows].to(device)
-        start = mixed_seed(settings.seed, self.epoch, self.update, self.fabric.global_rank, DROPOUT)
+            group["lr"] = config.rate(done / (self.per_epoch * config.epochs))
+        pixels = batch.pixels.detach().to(device)  # as bytes: a quarter of the traffic of floats
+        images = as_float(batch.augmentation.apply(batch.rows, pixels), self.layout)
+        labels = self.data.labels[batch.rows].to(device)
+        start = mixed_seed(config.seed, self.epoch, self.update, self.fabric.global_rank, DROPOUT)
         torch.manual_seed(start)
         random.seed(start)
         np.random.seed(start % 2**32)  # noqa: NPY002 - a network may draw from it
-        self._agree()
-        attacked = int((places < settings.attacked).sum())  # the first of the whole batch
-        adversarial = self._attacked(
-            rows[:attacked], images[:attacked], labels[:attacked], places[:attacked], moves
-        )
+        self._share_buffers()
+        # The first `config.attacked` images of the whole batch, of which this process has its part.
+        attacked = int((batch.places < config.attacked).sum())
+        adversarial = self._attack(batch, images[:attacked], labels[:attacked])
         if self.recipe.trades:
-            logits = self.network(torch.cat([images, adversarial]))
-            loss = F.cross_entropy(logits[: len(images)], labels)
-            if attacked:
-                gap = F.kl_div(
-                    F.log_softmax(logits[len(images) :], 1),
-                    F.log_softmax(logits[:attacked], 1),
-                    reduction="sum",
-                    log_target=True,
-                )
-                loss = loss + settings.beta * gap / len(images)
+            loss = self._trades_loss(images, adversarial, labels)
         else:
-            shown = torch.cat([adversarial, images[attacked:]]) if attacked else images
-            loss = F.cross_entropy(self.network(shown), labels)
+            # (1 - r) CE(x) + r CE(x') over a batch, at the cost of 1 + r * steps passes.
+            mixed = torch.cat([adversarial, images[attacked:]]) if attacked else images
+            loss = F.cross_entropy(self.network(mixed), labels)
         self.optimizer.zero_grad()
         self.fabric.backward(loss)
         self.optimizer.step()
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise ValueError(self._diverged())
+        if not math.isfinite(value := float(loss.detach())):
+            raise ValueError(self._divergence())
         return value
 
-    def _attacked(self, rows: Tensor, images: Tensor, labels: Tensor, places: Tensor, moves: Moves) -> Tensor:
-        """What the adversary makes of the images, by a network in eval mode whose modes come back."""
-        if not len(rows):
+    def _trades_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
+        """CE(f(x), y) + beta KL(f(x) || f(x')), equation 5 of Zhang et al. 2019 (arXiv 1901.08573)."""
+        # One pass for both, so that batch-norm sees clean and adversarial images together.
+        logits = self.network(torch.cat([images, adversarial]))
+        clean, attacked = logits[: len(images)], logits[len(images) :]
+        loss = F.cross_entropy(clean, labels)
+        if not len(attacked):
+            return loss
+        divergence = F.kl_div(
+            F.log_softmax(attacked, 1),
+            F.log_softmax(clean[: len(attacked)], 1),
+            reduction="sum",
+            log_target=True,
+        )
+        return loss + self.config.beta * divergence / len(images)
+
+    def _attack(self, batch: Batch, images: Tensor, labels: Tensor) -> Tensor:
+        """Adversarial versions of the first images of the batch, made with the network in eval mode."""
+        config, count = self.config, len(images)
+        if not count:
             return images
-        settings = self.settings
-        generator = torch.Generator().manual_seed(mixed_seed(settings.seed, self.epoch, self.update, NOISE))
-        noise = uniform((settings.attacked, *images.shape[1:]), generator)
+        generator = torch.Generator().manual_seed(mixed_seed(config.seed, self.epoch, self.update, NOISE))
+        noise = uniform_noise((config.attacked, *images.shape[1:]), generator)
         if self.fabric.world_size > 1:
-            noise = noise[places]
-        region = self._region(rows, images, places, moves)
-        with EvalMode(self.classifier), quick_stem(self.classifier):
-            return perturbed(self._logits, images, labels, region, noise.to(images), self.recipe, settings)
+            noise = noise[batch.places[:count]]
+        region = self._region(batch, count)
+        with EvalMode(self.classifier), fast_input_gradient(self.classifier):
+            return perturbed(self._logits, images, labels, noise.to(images), config, region=region)
 
     def _logits(self, images: Tensor) -> Tensor:
         with self.fabric.autocast():
             logits = self.classifier.in_own_mode(images)
         return logits.float()
 
-    def _region(self, rows: Tensor, images: Tensor, places: Tensor, moves: Moves) -> Tensor | None:
+    def _region(self, batch: Batch, count: int) -> Tensor | None:
+        """Where the adversary may change the first `count` images, or None for everywhere."""
         if self.backgrounds is None:
             return None
-        # What a crop brings in from outside the image is no part of the object.
-        region = moves.apply(rows, self.backgrounds.masks(rows).byte(), fill=1).bool()
+        rows, places = batch.rows[:count], batch.places[:count]
+        masks = self.backgrounds.masks(rows).byte()
+        # fill=1: what a crop brings in from outside the image is background.
+        region = batch.augmentation.apply(rows, masks, fill=1).bool()
         if self.recipe.region == "foreground":
             region = ~region
         if self.recipe.region == "random":
-            region = scattered(region, places, self.settings, mixed_seed(self.epoch, self.update, SCATTER))
-        return region.to(images.device).contiguous(memory_format=self.layout)
+            seed = mixed_seed(self.config.seed, mixed_seed(self.epoch, self.update, SCATTER))
+            region = scattered(region, places, self.config.attacked, seed)
+        return region.to(self.fabric.device).contiguous(memory_format=self.layout)
 
     def _row(self) -> dict[str, float]:
+        """The results of the epoch, those of the first process in all of them."""
         mean = sum(self.losses) / max(1, len(self.losses))
-        judged = {} if self.held_out is None else self.held_out.judge(self.classifier, self.settings)
-        row = {
-            "epoch": self.epoch + 1,
-            "loss": mean,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            **judged,
-        }
-        shared: dict[str, float] = self.fabric.broadcast(row)
-        return shared
+        rate = self.optimizer.param_groups[0]["lr"]
+        row = {"epoch": self.epoch + 1, "loss": mean, "learning_rate": rate}
+        if self.held_out is not None:
+            row |= self.held_out.evaluate(self.classifier, self.config)
+        first: dict[str, float] = self.fabric.broadcast(row)
+        return first
 
-    def _watch(self, row: dict[str, float]) -> None:
-        """Stop where robustness has collapsed; else remember the best."""
-        if (
-            self.held_out is None
-            or len(self.held_out.labels) < ENOUGH
-            or self.recipe.search in {"none", "noise"}
-            or not self.settings.attacked
-        ):
+    def _stop_if_collapsed(self, row: dict[str, float]) -> None:
+        """Stop if robustness has collapsed; otherwise remember the best weights."""
+        searches = self.recipe.search in {"descent", "step"} and self.config.attacked
+        if self.held_out is None or len(self.held_out.labels) < ENOUGH or not searches:
             return
-        if collapsed([past["robust"] for past in self.history], self.held_out.constant):
+        if collapsed([earlier["robust"] for earlier in self.history], self.held_out.constant):
             self.stopped = (
                 f"robust accuracy fell to {row['robust']:.0%} in epoch {self.epoch} (catastrophic overfitting); the "
                 "weights are those of the best epoch before"
             )
-        elif self.best is None or row["robust"] > self.best[0]:
-            self.best = (row["robust"], _on_cpu(self.classifier.state_dict()))
+        elif self.best is None or row["robust"] > self.best["robust"]:
+            self.best = {"robust": row["robust"], "model": _on_cpu(self.classifier.state_dict())}
 
 
 class _InOwnMode(nn.Module):
-    """A classifier as it is trained: called by itself it always answers in eval mode."""
+    """A classifier as it is trained. Called directly, a classifier always answers in eval mode."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
@@ -322,53 +335,16 @@ class _InOwnMode(nn.Module):
         return self.classifier.in_own_mode(images)
 
 
-def uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """(n, C, H, W) uniform in [-1, 1) in steps of 2**-15: four numbers of each that is drawn, channels last."""
-    count, channels, height, width = shape
-    size = count * channels * height * width
-    drawn = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    levels = drawn.view(torch.int16)[:size].view(count, height, width, channels)
-    return levels.permute(0, 3, 1, 2).to(torch.float32).div_(2**15)
-
-
-def scattered(region: Tensor, places: Tensor, settings: Settings, seed: int) -> Tensor:
-    """As many sites as each mask (n, 1, H, W) has, anywhere; drawn by the place (n,) of the image in the batch."""
-    generator = torch.Generator().manual_seed(mixed_seed(settings.seed, seed))
-    scores = torch.rand((settings.attacked, *region.shape[1:]), generator=generator)[places].flatten(1)
-    ranks = scores.argsort(1).argsort(1)
-    return (ranks < region.flatten(1).sum(1, keepdim=True)).view_as(region)
-
-
 def layout_of(network: nn.Module) -> torch.memory_format:
-    """channels_last where it is the faster: everywhere but with grouped convolutions, whose backward it cripples."""
+    """channels_last, which is faster, unless the network has grouped convolutions, whose backward pass it cripples."""
     grouped = any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in network.modules())
-    deep = any(weight.ndim > 4 for weight in network.parameters())  # for which there is no such layout
+    deep = any(weight.ndim > 4 for weight in network.parameters())  # torch has no such layout for them
     return torch.contiguous_format if grouped or deep else torch.channels_last
 
 
-def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
-    """Copies of tensors; whatever else a module keeps in its state as it is."""
+def _on_cpu(state: Mapping[str, object]) -> dict[str, object]:
+    """Copies of the tensors; a module may store other values too."""
     return {
         name: value.detach().cpu().clone() if isinstance(value, Tensor) else value
         for name, value in state.items()
     }
-
-
-def _as_it_is(pixels: Any) -> Any:
-    return pixels
-
-
-class _Rows(torch.utils.data.Dataset[Any]):
-    """Batches of pixels by their row numbers, for worker processes; what they cannot read comes back as its error."""
-
-    def __init__(self, data: LabeledImages) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, rows: Any) -> Tensor | ValueError:
-        try:
-            return self.data.pixels(rows)
-        except ValueError as error:
-            return error

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weakspot._checks import raised, warn
+from weakspot._checks import describe_error, warn
 from weakspot.audit.plan.image_list import entries
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.run import versions
@@ -189,4 +189,4 @@ def _sendable(error: BaseException) -> Exception:
         same = pickle.loads(pickle.dumps(error))  # noqa: S301 - made in this line
     except Exception:  # noqa: BLE001 - its constructor may take anything
         return RuntimeError(f"{type(error).__name__}: {str(error).strip()}")
-    return same if isinstance(same, Exception) else RuntimeError(raised(error))
+    return same if isinstance(same, Exception) else RuntimeError(describe_error(error))

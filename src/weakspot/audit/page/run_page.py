@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weakspot._io.files import write_whole
+from weakspot._io.files import write_atomic
 from weakspot.audit.findings.summary import Summary, summarize
 from weakspot.audit.plan.limits import judged_attacks
 from weakspot.audit.store.records import has_records
@@ -106,7 +106,7 @@ def write_run_report(run: Run, path: Path | str) -> Path:
     path = Path(path)
     content = run_report(run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda draft: draft.write_text(content, "utf-8"))
+    write_atomic(path, lambda draft: draft.write_text(content, "utf-8"))
     return path
 
 

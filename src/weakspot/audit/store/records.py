@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weakspot._io.files import write_whole
+from weakspot._io.files import write_atomic
 from weakspot.audit.plan.limits import Limit, limit_of
 from weakspot.audit.plan.plan import Plan, is_minimal
 from weakspot.audit.store.integrity import digest_of, file_digest
@@ -82,7 +82,7 @@ def write_shard(folder: Path, number: int, rows: pd.DataFrame, note: Note) -> Pa
     content = sink.getvalue().to_pybytes()
     path = folder / SHARDS / f"{number:07d}-{digest_of(content, number)}.parquet"
     path.parent.mkdir(exist_ok=True)
-    write_whole(path, lambda draft: draft.write_bytes(content), durable=True)
+    write_atomic(path, lambda draft: draft.write_bytes(content), durable=True)
     return path
 
 
@@ -146,8 +146,8 @@ def compact(folder: Path) -> dict[str, str]:
     table = pa.table(
         {"image": pa.array(names, pa.large_string()), "reason": pa.array(reasons, pa.large_string())}
     )
-    write_whole(folder / SKIPPED, lambda draft: pq.write_table(table, draft), durable=True)
-    write_whole(folder / FILE, write, durable=True)
+    write_atomic(folder / SKIPPED, lambda draft: pq.write_table(table, draft), durable=True)
+    write_atomic(folder / FILE, write, durable=True)
     return {name: file_digest(folder / name) for name in (FILE, SKIPPED)}
 
 
@@ -175,7 +175,7 @@ def clear_drafts(folder: Path) -> None:
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """A JSON file, whole or not at all."""
     text = json.dumps(content, indent=2) + "\n"
-    write_whole(path, lambda draft: draft.write_text(text, "utf-8"), durable=True)
+    write_atomic(path, lambda draft: draft.write_text(text, "utf-8"), durable=True)
 
 
 def _files(folder: Path, *, complete: bool) -> list[Path]:

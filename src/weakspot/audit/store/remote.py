@@ -11,7 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from weakspot._io.urls import Place, is_url, place, sentence
+from weakspot._checks import first_line
+from weakspot._io.urls import Place, is_url, place
 from weakspot.audit.store.maps import FOLDER, drop_maps
 from weakspot.audit.store.records import FILE, LISTING, SHARDS, SKIPPED, shard_files, shard_number
 from weakspot.audit.store.run import ABOUT, Run
@@ -213,7 +214,7 @@ def _asked(name: str, do: Callable[..., Any], *arguments: Any, **options: Any) -
     try:
         return do(*arguments, **options)
     except Exception as error:
-        raise OSError(f"{name}: {sentence(error)}") from error
+        raise OSError(f"{name}: {first_line(error)}") from error
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import weakspot
-from weakspot._io.files import write_whole
+from weakspot._io.files import write_atomic
 from weakspot._io.urls import is_url, place
 from weakspot.audit.store.integrity import listed
 from weakspot.audit.store.maps import FOLDER, Maps
@@ -242,7 +242,7 @@ def write_run(explanation: Explanation, folder: Path, about: Mapping[str, Any]) 
     explanation.to_html(paths["report.html"])
     explanation.pairs.save(paths["pairs.safetensors"])
     maps = {name: tensor.numpy() for name, tensor in explanation.maps.items()}
-    write_whole(paths["maps.npz"], lambda draft: _save_maps(draft, maps))
+    write_atomic(paths["maps.npz"], lambda draft: _save_maps(draft, maps))
     write_scores(explanation.scores, about, folder)
     return paths
 
@@ -251,9 +251,9 @@ def write_scores(
     scores: pd.DataFrame, about: Mapping[str, Any], folder: Path, *, name: str = "scores.csv"
 ) -> None:
     """Write the scores under that name and, last of all files, run.json, which says how they were made."""
-    write_whole(folder / name, lambda draft: scores.to_csv(draft, index=False))
+    write_atomic(folder / name, lambda draft: scores.to_csv(draft, index=False))
     record = {"schema": RUN_SCHEMA, **about, "versions": versions()}
-    write_whole(
+    write_atomic(
         folder / "run.json", lambda draft: draft.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     )
 

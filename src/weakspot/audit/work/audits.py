@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weakspot._checks import warn
-from weakspot._io.locks import locked
+from weakspot._io.files import locked
 from weakspot._io.urls import FetchError
 from weakspot.audit.engines.base import Backlog, Engine, opened
 from weakspot.audit.plan.plan import Plan

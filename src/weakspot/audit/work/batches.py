@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from weakspot._checks import NotFiniteError, raised, warn
+from weakspot._checks import NotFiniteError, describe_error, warn
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.work.donors import Donors
 from weakspot.classifier import Classifier, default_batch
@@ -134,7 +134,7 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, NotFiniteError):
         return NOT_FINITE
     first = str(error).strip().partition("\n")[0]
-    return first if isinstance(error, ValueError) and first else raised(error)
+    return first if isinstance(error, ValueError) and first else describe_error(error)
 
 
 class AdaptiveBatches:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weakspot._checks import ModelError, NotFiniteError, quiet
-from weakspot._io.files import write_whole
+from weakspot._io.files import write_atomic
 from weakspot._io.urls import exists
 from weakspot.audit.plan.attack_plan import ModelPlan
 from weakspot.audit.plan.image_list import list_images
@@ -117,7 +117,7 @@ def prepare(plan: Plan, out: Path, command: str) -> Prepared:
     )
     if not len(listing):
         raise ValueError(f"{', '.join(plan.sources[:3])}: there are no files in it")
-    write_whole(out / LISTING, lambda draft: pq.write_table(listing, draft), durable=True)
+    write_atomic(out / LISTING, lambda draft: pq.write_table(listing, draft), durable=True)
     watch = Watch(classifier)
     about = {
         **beginning(plan, command),

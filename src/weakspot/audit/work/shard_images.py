@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from weakspot._io.files import write_whole
+from weakspot._io.files import write_atomic
 from weakspot._io.urls import fetched, is_url, local_copy
 from weakspot.audit.plan.image_list import Entry
 from weakspot.audit.store.integrity import digest_of, file_digest
@@ -210,7 +210,7 @@ def write_pngs(images: Tensor, names: Sequence[str], folder: Path) -> list[str]:
         levels = (image.detach().cpu().clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy()
         picture = Image.fromarray(levels if levels.shape[-1] == 3 else levels[..., 0])
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / path, partial(picture.save, format="PNG"))
+        write_atomic(folder / path, partial(picture.save, format="PNG"))
         written.append(str(path))
     return written
 

@@ -1,4 +1,4 @@
-"""The quick way back from a strided convolution to the image is the adjoint that autograd finds."""
+"""The dense form of the gradient of a strided convolution is the adjoint that autograd computes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from weakspot.training.adversary import gradient_by_image, phases, quick_stem
+from weakspot.training.input_gradient import adjoint_of, fast_input_gradient, input_gradient
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     size=st.tuples(st.integers(1, 17), st.integers(1, 17)),
     kernel=st.integers(1, 8),
@@ -32,8 +32,8 @@ def test_it_is_the_adjoint_for_every_shape(
     output = torch.nn.functional.conv2d(images, weight, stride=stride, padding=padding)
     back = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     (expected,) = torch.autograd.grad(output, images, back)
-    found = gradient_by_image(back, phases(weight, stride, padding), stride, size)
-    torch.testing.assert_close(found, expected)
+    result = input_gradient(back, adjoint_of(weight, stride, padding), stride, size)
+    torch.testing.assert_close(result, expected)
 
 
 def stems() -> list[nn.Module]:
@@ -51,15 +51,15 @@ def gradients(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("stem", stems(), ids=repr)
-def test_networks_give_the_same_logits_and_gradients_and_come_back(stem: Any) -> None:
+def test_networks_give_the_same_logits_and_gradients_and_are_restored(stem: Any) -> None:
     network = nn.Sequential(stem, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 3))
     images = torch.rand(4, stem.in_channels, 16, 23)
     logits, expected = gradients(network, images)
-    with quick_stem(network):
+    with fast_input_gradient(network):
         assert "forward" in vars(stem)
-        found = gradients(network, images)
-    assert torch.equal(found[0], logits)
-    torch.testing.assert_close(found[1], expected)
+        result = gradients(network, images)
+    assert torch.equal(result[0], logits)
+    torch.testing.assert_close(result[1], expected)
     assert "forward" not in vars(stem)
     assert torch.equal(gradients(network, images)[1], expected)
 
@@ -81,13 +81,13 @@ def test_networks_give_the_same_logits_and_gradients_and_come_back(stem: Any) ->
     ],
     ids=repr,
 )
-def test_what_it_does_not_do_better_stays_as_it_is(stem: nn.Module) -> None:
-    with quick_stem(nn.Sequential(stem)):
+def test_unsuitable_networks_stay_as_they_are(stem: nn.Module) -> None:
+    with fast_input_gradient(nn.Sequential(stem)):
         assert "forward" not in vars(stem)
 
 
-def test_an_error_inside_puts_the_stem_back() -> None:
+def test_an_error_inside_restores_the_network() -> None:
     stem = nn.Conv2d(3, 6, 4, 2)
-    with pytest.raises(ValueError, match="inside"), quick_stem(stem):
+    with pytest.raises(ValueError, match="inside"), fast_input_gradient(stem):
         raise ValueError("inside")
     assert "forward" not in vars(stem)

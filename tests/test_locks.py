@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from weakspot._io.locks import LockedError, locked
+from weakspot._io.files import LockedError, locked
 
 FILE = "held.lock"
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from weakspot._io.locks import locked
+from weakspot._io.files import locked
 with locked(Path(sys.argv[1]), "held.lock"):
     print("held", flush=True)
     time.sleep(60)
@@ -52,7 +52,7 @@ def test_a_lock_of_another_machine_is_not_taken(tmp_path: Path) -> None:
         json.dumps({"pid": 1, "host": platform.node() + "-other", "since": "yesterday"})
     )
     with (
-        pytest.raises(LockedError, match=r"if that one is dead, delete .*held\.lock"),
+        pytest.raises(LockedError, match=r"if that process is dead, delete .*held\.lock"),
         locked(tmp_path, FILE),
     ):
         pass
@@ -68,7 +68,7 @@ def test_a_file_that_nobody_holds_is_no_lock(tmp_path: Path, left: str) -> None:
 FORKING = """
 import os, sys, time
 from pathlib import Path
-from weakspot._io.locks import locked
+from weakspot._io.files import locked
 with locked(Path(sys.argv[1]), "held.lock"):
     child = os.fork()
     if child:

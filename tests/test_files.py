@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from weakspot._io.files import write_whole
+from weakspot._io.files import write_atomic
 
 
 def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
         raise ValueError("stop")
 
     with pytest.raises(ValueError, match="stop"):
-        write_whole(path, fail)
+        write_atomic(path, fail)
     assert path.read_text() == "before"
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
 
@@ -30,7 +30,7 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
 def test_what_a_link_points_to_is_replaced_and_the_link_stays(tmp_path: Path, durable: bool) -> None:
     (tmp_path / "target").write_text("before")
     (tmp_path / "link").symlink_to("target")
-    write_whole(tmp_path / "link", lambda draft: draft.write_text("after"), durable=durable)
+    write_atomic(tmp_path / "link", lambda draft: draft.write_text("after"), durable=durable)
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target").read_text() == "after"
 
@@ -42,7 +42,7 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
     read: list[str] = []
     reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
     reader.start()
-    write_whole(pipe, lambda draft: draft.write_text("after"))
+    write_atomic(pipe, lambda draft: draft.write_text("after"))
     reader.join(10)
     assert read == ["after"]
     assert pipe.is_fifo()

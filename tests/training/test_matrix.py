@@ -1,7 +1,8 @@
-"""The matrix of trained networks against tests: its numbers are those of the attacks, and it goes on after a death."""
+"""The robustness matrix: its numbers are those of the attacks, and it resumes after a crash."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +11,34 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.defenses.test_training import UNJUDGED, fresh, halves
 from tests.networks import FlatNetwork, LinearNetwork, untouched
+from tests.training.tiny import QUICK, fresh, halves
 from weakspot import Linf, attacks
 from weakspot.datasets import LabeledImages, from_tensors
-from weakspot.training import TESTS, judged_images, matrix, outcomes, robustness_matrix, swap_backgrounds
-from weakspot.training.outcomes import Judged
+from weakspot.training import (
+    TESTS,
+    Judged,
+    TestConfig,
+    judged_images,
+    matrix,
+    outcomes,
+    robust_accuracy,
+    robustness_matrix,
+    swap_backgrounds,
+)
+
+pytestmark = [pytest.mark.train, pytest.mark.filterwarnings("ignore:.*lightning.*")]
 
 
 def make(seed: int) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return FlatNetwork()
+    return fresh(FlatNetwork, seed)
 
 
 def data(count: int) -> LabeledImages:
     return from_tensors(*halves(count))
 
 
-def test_swapped_backgrounds_keep_the_object_and_come_from_somebody_else() -> None:
+def test_swapped_backgrounds_keep_the_object_and_come_from_another_image() -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(9, 3, 8, 6, generator=generator)
     masks = torch.rand(9, 1, 8, 6, generator=generator) < 0.5
@@ -49,12 +59,12 @@ def test_swapped_backgrounds_keep_the_object_and_come_from_somebody_else() -> No
         )
     assert sorted(givers) == list(range(9))
     assert torch.equal(swapped, swap_backgrounds(images, masks))
-    with pytest.raises(ValueError, match="at least two"):
+    with pytest.raises(ValueError, match="images must be at least two, to swap backgrounds, got 1"):
         swap_backgrounds(images[:1], masks[:1])
 
 
 def test_outcomes_are_those_of_a_linear_network_by_its_closed_form() -> None:
-    """An image stands while its lead is over what the budget can take from it inside the region."""
+    """An image withstands while its margin exceeds what the budget can take from it inside the region."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(1, 6, 5, generator=generator)
     weight -= weight.mean()
@@ -67,28 +77,28 @@ def test_outcomes_are_those_of_a_linear_network_by_its_closed_form() -> None:
     labels[:5] = 1 - labels[:5]
     right = torch.arange(40) >= 5
     with untouched(model, images, labels):
-        found = outcomes(model, Judged(images, labels, masks), budget=Linf(3 / 255), steps=20, strongest=15)
-    assert tuple(found) == tuple(TESTS)
+        result = outcomes(model, Judged(images, labels, masks), TestConfig(Linf(3 / 255), 20, strongest=15))
+    assert tuple(result) == tuple(TESTS)
     taken = {
         name: 3 / 255 * (weight.abs() * where).flatten(1).sum(1)
         for name, where in (("localized", masks), ("full", 1.0))
     }
-    assert torch.equal(found["clean"], right)
+    assert torch.equal(result["clean"], right)
     for name in ("localized", "full"):
-        assert torch.equal(found[name], right & (lead.abs() > taken[name]))
-    assert torch.equal(found["strongest"], found["full"][:15])
-    assert 0 < int(found["full"].sum()) < int(found["localized"].sum()) < 35
+        assert torch.equal(result[name], right & (lead.abs() > taken[name]))
+    assert torch.equal(result["strongest"], result["full"][:15])
+    assert 0 < int(result["full"].sum()) < int(result["localized"].sum()) < 35
 
 
-def test_the_matrix_is_what_its_networks_do_and_says_what_differs(tmp_path: Path) -> None:
+def test_the_matrix_is_what_its_networks_do(tmp_path: Path) -> None:
     rows: list[str] = []
-    options: dict[str, Any] = {**UNJUDGED, "epochs": 3, "budget": Linf(0.05)}
-    found = robustness_matrix(
-        make, data(200), data(60), out=tmp_path, recipes=("standard", "full"), seeds=2, strongest=20,
-        told=lambda name, _: rows.append(name), **options,
-    )  # fmt: skip
-    assert len(found.accuracy) == 2 * len(TESTS)
-    assert len(found.differences) == 2 * len(TESTS)
+    config = replace(QUICK, epochs=3, budget=Linf(0.05), held_out=0)
+    options: dict[str, Any] = {"out": tmp_path, "recipes": ("standard", "full"), "seeds": 2, "strongest": 4}
+    result = robustness_matrix(
+        make, data(200), data(60), config, on_epoch=lambda name, _: rows.append(name), **options
+    )
+    assert len(result.accuracy) == 2 * len(TESTS)
+    assert len(result.differences) == 2 * len(TESTS)
     images, labels = halves(60)
     from safetensors.torch import load_file
 
@@ -100,41 +110,44 @@ def test_the_matrix_is_what_its_networks_do_and_says_what_differs(tmp_path: Path
             right = model(images).argmax(1) == labels
             made = attacks.pgd(model, images, labels, budget=Linf(0.05), steps=40, stop_early=True)
             each.append(float((right & ~made.success).double().mean()))
-        row: Any = found.accuracy.set_index(["recipe", "test"]).loc[(recipe, "full")]
+        row: Any = result.accuracy.set_index(["recipe", "test"]).loc[(recipe, "full")]
         assert row["accuracy"] == pytest.approx(np.mean(each))
         assert row["spread"] == pytest.approx(max(each) - min(each))
         assert row["low"] <= row["accuracy"] <= row["high"]
-    difference: Any = found.differences.set_index(["test", "recipe", "against"])["difference"]
-    accuracy: Any = found.accuracy.set_index(["test", "recipe"])["accuracy"]
+    difference: Any = result.differences.set_index(["test", "recipe", "against"])["difference"]
+    accuracy: Any = result.accuracy.set_index(["test", "recipe"])["accuracy"]
     gain = difference.loc[("full", "full", "standard")]
     assert gain == pytest.approx(accuracy.loc[("full", "full")] - accuracy.loc[("full", "standard")])
     assert gain == -difference.loc[("full", "standard", "full")]
-    # Called again, everything is read: no epoch is told, and the numbers are the same.
+    # Called again, everything is loaded: no epoch is trained, and the numbers are the same.
     again: list[str] = []
     same = robustness_matrix(
-        make, data(200), data(60), out=tmp_path, recipes=("standard", "full"), seeds=2, strongest=20,
-        told=lambda name, row: again.append(name) if "epoch" in row else None, **options,
+        make, data(200), data(60), config,
+        on_epoch=lambda name, row: again.append(name) if "epoch" in row else None, **options,
     )  # fmt: skip
     assert not again
-    assert same.accuracy.equals(found.accuracy)
+    assert same.accuracy.equals(result.accuracy)
     assert rows.count("full-0") == 4  # three epochs and the result
+    assert repr(result).splitlines()[0] == "Matrix(2 recipes, 5 tests)"
+    assert repr(result).splitlines()[1].startswith("  standard: clean ")
 
 
-def test_test_images_of_another_kind_are_told_before_anything_is_trained(tmp_path: Path) -> None:
+def test_test_images_of_another_kind_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
     images, labels = halves(20)
-    for test, said in (
-        (from_tensors(images.repeat(1, 3, 1, 1), labels), r"test has images of \(3, 16, 12\)"),
-        (from_tensors(images, labels + 1), "test holds class 2; the data has 2 classes"),
+    for test, message in (
+        (
+            from_tensors(images.repeat(1, 3, 1, 1), labels),
+            r"test must have images of \(1, 16, 12\).* got \(3, 16, 12\)",
+        ),
+        (from_tensors(images, labels + 1), "test must have the 2 classes of data, got class 2"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             robustness_matrix(make, data(40), test, out=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_strongest_test_counts_every_attack(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the ensemble fools is lost, and nothing comes back that PGD has fooled."""
-    from weakspot.training import outcomes
-
     images, labels = halves(30)
     model = fresh().eval()
     with torch.no_grad():
@@ -146,12 +159,12 @@ def test_the_strongest_test_counts_every_attack(monkeypatch: pytest.MonkeyPatch)
         fooled = torch.arange(len(given)) % 2 == 0
         return type("Made", (), {"fooled": fooled})()
 
-    monkeypatch.setattr(outcomes, "ensemble", fooling)
-    found = outcomes(model, Judged(images, labels, images > 0.4), budget=Linf(0.002), steps=2, strongest=20)
-    standing = (found["full"] & found["localized"])[:20]
+    monkeypatch.setattr(robust_accuracy, "ensemble", fooling)
+    result = outcomes(model, Judged(images, labels, images > 0.4), TestConfig(Linf(0.002), 2, strongest=20))
+    standing = (result["full"] & result["localized"])[:20]
     assert asked == [int(standing.sum())]
-    assert int(found["strongest"].sum()) == asked[0] // 2
-    assert not bool((found["strongest"] & ~standing).any())
+    assert int(result["strongest"].sum()) == asked[0] // 2
+    assert not bool((result["strongest"] & ~standing).any())
 
 
 def test_differences_are_paired_by_image() -> None:
@@ -159,8 +172,10 @@ def test_differences_are_paired_by_image() -> None:
     one = torch.rand(400, generator=generator) < 0.5
     other = one.clone()
     other[:8] = ~one[:8]
-    found = {f"{name}-0": dict.fromkeys(TESTS, right) for name, right in (("standard", one), ("full", other))}
-    rows = matrix._differences(found, ["standard", "full"], [0])
+    result = {
+        f"{name}-0": dict.fromkeys(TESTS, right) for name, right in (("standard", one), ("full", other))
+    }
+    rows = matrix.difference_table(result, ["standard", "full"], [0])
     width = float((rows["high"] - rows["low"]).max())
     assert width < 0.04, "unpaired it would be 0.14"
     assert float((rows["low"] - rows["difference"]).max()) <= 0
@@ -174,72 +189,44 @@ def test_backgrounds_are_those_of_the_very_images() -> None:
 
     assert torch.equal(tested.images, images[:9])
     assert torch.equal(tested.backgrounds, background(images[:9]))
+    assert repr(tested).startswith("Judged(9 images of (1, 16, 12), ")
 
 
-def test_kept_outcomes_of_other_weights_or_attacks_are_not_taken(
+def test_stored_outcomes_of_other_weights_images_or_attacks_are_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[float] = []
 
-    def counting(*arguments: Any, **options: Any) -> dict[str, Tensor]:
-        calls.append(options["budget"].eps)
-        return outcomes(*arguments, **options)
+    def counting(model: nn.Module, test: Judged, tests: TestConfig, **options: Any) -> dict[str, Tensor]:
+        calls.append(tests.budget.eps)  # type: ignore[attr-defined]
+        return outcomes(model, test, tests, **options)
 
     monkeypatch.setattr(matrix, "outcomes", counting)
     tested = judged_images(data(20))
     model = fresh().eval()
-    asked = {"budget": Linf(0.05), "steps": 2, "strongest": 2}
+    tests = TestConfig(Linf(0.05), 2, strongest=2)
     for changed in ({}, {}, {"budget": Linf(0.06)}, {"steps": 3}):
-        matrix._kept_outcomes(tmp_path, model, tested, {**asked, **changed}, None)
-    matrix._kept_outcomes(tmp_path, make(5).eval(), tested, asked, None)
+        matrix.stored_outcomes(tmp_path, model, tested, replace(tests, **changed))
+    matrix.stored_outcomes(tmp_path, make(5).eval(), tested, tests)
     for other in (
         {"images": tested.images + 0.01},
         {"labels": 1 - tested.labels},
         {"backgrounds": ~tested.backgrounds},
     ):
-        matrix._kept_outcomes(tmp_path, model, tested._replace(**other), asked, None)
+        matrix.stored_outcomes(tmp_path, model, replace(tested, **other), tests)
     assert calls == [0.05, 0.06, 0.05, 0.05, 0.05, 0.05, 0.05]
 
 
-def test_backgrounds_cut_off_go_on_and_are_found_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from weakspot.training import data as finding
-
-    monkeypatch.setattr(finding, "CHUNK", 8)
-    images = from_tensors(*halves(50))
-    whole = finding.find_backgrounds(images)
-    expected = torch.nn.functional.max_pool2d((images.images(torch.arange(50)) > 0.1).float(), 3, 1, 1) == 0
-    told: list[float] = []
-
-    def die(done: float) -> None:
-        told.append(done)
-        if done > 0.5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        finding.find_backgrounds(images, cache=tmp_path, progress=die)
-    (part,) = tmp_path.iterdir()
-    with part.open("ab") as file:
-        file.write(b"torn")
-    again: list[float] = []
-    found = finding.find_backgrounds(images, cache=tmp_path, progress=again.append)
-    assert again[0] == pytest.approx(told[-1] + 8 / 50), "the first chunks are not found again"
-    assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
-    rows = torch.tensor([49, 0, 17])
-    for kept in (whole, found, finding.find_backgrounds(images, cache=tmp_path, progress=die)):
-        assert torch.equal(kept.masks(rows), whole.masks(rows))
-        assert kept.masks(torch.arange(50)).shape == expected.shape
-
-
-def test_bad_arguments_are_told_in_one_sentence(tmp_path: Path) -> None:
-    for arguments, said in (
-        ({"recipes": ("standard", "fool")}, "recipe must be one of standard, localized.*got 'fool'"),
-        ({"recipes": ()}, "recipes is empty"),
-        ({"seeds": 0}, "seeds is 0"),
-        ({"seeds": "2"}, "seeds is 2; accepted is a whole number"),
-        ({"limit": 1}, "limit is 1 of 20 test images"),
-        ({"strongest": 0}, "strongest is 0"),
+def test_arguments_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    for arguments, message in (
+        ({"recipes": ("standard", "fool")}, "recipe must be one of standard, .*, got 'fool'"),
+        ({"recipes": ()}, "recipes must have at least one name, got none"),
+        ({"seeds": 0}, "seeds must be an integer of at least 1, got 0"),
+        ({"seeds": "2"}, "seeds must be .* got '2'"),
+        ({"limit": 1}, "limit must be an integer of at least 2, got 1"),
+        ({"strongest": 0}, "strongest must be .* got 0"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             robustness_matrix(make, data(40), data(20), out=tmp_path, **arguments)
+    with pytest.raises(ValueError, match="test must have at least two images, to swap backgrounds, got 1"):
+        judged_images(data(1))

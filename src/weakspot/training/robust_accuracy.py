@@ -1,0 +1,188 @@
+"""Robustness tests: which images a trained network classifies correctly, without attack and under each attack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from weakspot._checks import check_classes, check_count
+from weakspot.attacks import ensemble, pgd
+from weakspot.budgets import Budget
+from weakspot.classifier import evaluating, predict
+from weakspot.datasets import LabeledImages
+from weakspot.training.backgrounds import find_backgrounds
+
+TESTS = {
+    "clean": "no attack",
+    "localized": "PGD in the background",
+    "full": "PGD everywhere",
+    "strongest": "PGD and the ensemble `attacks.ensemble` everywhere, on the first images",
+    "swapped": "the background of another image behind the object",
+}
+GRAY_STEPS, COLOR_STEPS = 40, 20  # of PGD: MNIST and CIFAR-10 as Madry et al. 2018 (arXiv 1706.06083) test
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Judged:
+    """Images to test on.
+
+    Attributes:
+        images: (N, C, H, W) in [0, 1].
+        labels: (N,).
+        backgrounds: bool (N, 1, H, W).
+    """
+
+    images: Tensor
+    labels: Tensor
+    backgrounds: Tensor
+
+    def __repr__(self) -> str:
+        background = float(self.backgrounds.float().mean())
+        return f"Judged({len(self.images)} images of {tuple(self.images.shape[1:])}, {background:.0%} background)"
+
+
+@dataclass(frozen=True)
+class TestConfig:
+    """How networks are tested.
+
+    Attributes:
+        budget: of all attacks.
+        steps: of PGD.
+        strongest: images for the ensemble, which costs a hundred times as much as the other tests.
+        seed: of the attacks and of swapping backgrounds.
+
+    Raises:
+        ValueError: if a number does not fit.
+    """
+
+    __test__ = False  # not a test case of pytest
+
+    budget: Budget
+    steps: int
+    strongest: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        check_count("strongest", self.strongest)
+
+    @classmethod
+    def usual(cls, budget: Budget, channels: int, *, strongest: int = 500) -> TestConfig:
+        """40 steps for gray images, 20 for color."""
+        return cls(budget, GRAY_STEPS if channels == 1 else COLOR_STEPS, strongest)
+
+
+def judged_images(
+    data: LabeledImages,
+    *,
+    limit: int | None = None,
+    cache: Path | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Judged:
+    """The first `limit` images of the data with their backgrounds, which `cache` stores.
+
+    Raises:
+        ValueError: if these are fewer than two images.
+    """
+    if limit is not None:
+        check_count("limit", limit, least=2)
+    if len(data) < 2:
+        raise ValueError(f"test must have at least two images, to swap backgrounds, got {len(data)}")
+    rows = torch.arange(len(data) if limit is None else min(limit, len(data)))
+    part = data.subset(rows)
+    backgrounds = find_backgrounds(part, cache=cache, progress=progress)
+    return Judged(part.images(rows), part.labels, backgrounds.masks(rows))
+
+
+def outcomes(
+    model: nn.Module, test: Judged, config: TestConfig, *, progress: Callable[[float], None] | None = None
+) -> dict[str, Tensor]:
+    """For each of `TESTS`, which images the model classifies correctly: bool (N,), for "strongest" (strongest,).
+
+    An attacked image counts as correct only if the clean one is.
+
+    Args:
+        model: a classifier of these images.
+        test: N images.
+        config: budget and effort of the attacks.
+        progress: called with the fraction done.
+    """
+    images, labels, masks = test.images, test.labels, test.backgrounds
+    with evaluating(model) as classifier:
+        device = classifier.mean.device
+        images, labels, masks = images.to(device), labels.to(device), masks.to(device)
+        logits = predict(classifier, images)
+        check_classes(labels, len(images), logits.shape[1])
+        clean = logits.argmax(1) == labels
+        swapped = predict(classifier, swap_backgrounds(images, masks, config.seed)).argmax(1) == labels
+
+    def part(start: float, end: float) -> Callable[[float], None] | None:
+        return None if progress is None else lambda done: progress(start + (end - start) * done)
+
+    def after_pgd(region: Tensor | None, start: float, end: float) -> Tensor:
+        # Images that are misclassified without attack are not attacked.
+        rows = clean.nonzero()[:, 0]
+        right = clean.clone()
+        if len(rows):
+            result = pgd(
+                model,
+                images[rows],
+                labels[rows],
+                budget=config.budget,
+                region=None if region is None else region[rows],
+                steps=config.steps,
+                seed=config.seed,
+                stop_early=True,
+                progress=part(start, end),
+            )
+            right[rows] = ~result.fooled
+        return right
+
+    localized = after_pgd(masks, 0.0, 0.3)
+    full = after_pgd(None, 0.3, 0.6)
+    strongest = (full & localized)[: config.strongest]
+    rows = strongest.nonzero()[:, 0]  # images that PGD fooled need no stronger attack
+    if len(rows):
+        result = ensemble(
+            model,
+            images[rows],
+            labels[rows],
+            budget=config.budget,
+            seed=config.seed,
+            progress=part(0.6, 1.0),
+        )
+        strongest[rows] = ~result.fooled
+    results = (clean, localized, full, strongest, swapped)
+    return {name: right.cpu() for name, right in zip(TESTS, results, strict=True)}
+
+
+def swap_backgrounds(images: Tensor, backgrounds: Tensor, seed: int = 0) -> Tensor:
+    """The object of each image before the background of another one, (N, C, H, W).
+
+    Where the other image has its object, the mean color of its background is used.
+
+    Args:
+        images: (N, C, H, W), at least two.
+        backgrounds: bool (N, 1, H, W).
+        seed: of the pairs.
+
+    Raises:
+        ValueError: if there are fewer than two images.
+    """
+    count = len(images)
+    if count < 2:
+        raise ValueError(f"images must be at least two, to swap backgrounds, got {count}")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(count, generator=generator)
+    source = torch.empty_like(order)
+    source[order] = order.roll(1)  # one cycle through all images, so that none keeps its own background
+    source = source.to(images.device)
+    behind, visible = images[source], backgrounds[source]
+    area = visible.sum((2, 3), keepdim=True).clamp(min=1)
+    mean = (behind * visible).sum((2, 3), keepdim=True) / area
+    swapped: Tensor = torch.where(backgrounds, torch.where(visible, behind, mean), images)
+    return swapped
