@@ -92,7 +92,7 @@ def test_a_named_file_that_is_missing_does_not_stop_the_others_but_shows_in_the_
         (["--analyses", "overlop"], "did you mean 'overlap'?"),
         (["--target", "nothing"], "--target must be one of"),
         (["--out", "tiny_networks.py"], "--out must be a folder, got the file tiny_networks.py"),
-        (["--region", "cam", "--fraction", "3"], "fraction must be between 0 and 1, got 3.0 (did you mean 0.3"),
+        (["--region", "cam", "--fraction", "3"], "fraction must be between 0 and 1, got 3.0 (did you mean 0.3?)"),
     ],
 )  # fmt: skip
 def test_a_wrong_option_gets_one_sentence_and_code_2(
@@ -171,7 +171,7 @@ def test_references_that_do_not_exist_are_named(run: Run, photographs: Path) -> 
         assert f"--reference must be a folder of images, got {name}, {what}" in ended.err
     ended = run("explain", photographs, *TINY, "--reference", photographs, "--analyses", "cam")
     assert ended.code == 2
-    assert "analyses must name one that compares images" in ended.err
+    assert "analyses must include one that compares images" in ended.err
 
 
 def test_a_pair_of_images_is_taken_as_it_is(run: Run, photographs: Path, tmp_path: Path) -> None:
