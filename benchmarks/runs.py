@@ -23,7 +23,7 @@ import torch
 
 import weakspot
 from benchmarks import real, sections
-from weakspot.attacks import find_attack
+from weakspot.attacks import AttackOptions, find_attack
 from weakspot.audit import AttackPlan, AuditProgress, ModelPlan, Plan, audit
 from weakspot.regions import read_region
 
@@ -83,7 +83,9 @@ def by_hand(source: Path, batch: int) -> None:
         places = {text: read_region(text, model, some, theirs) for text in REGIONS}
         for attack in ATTACKS:
             for region in places.values():
-                pairs = find_attack(attack.name)(model, some, theirs, region=region, **attack.arguments())
+                pairs = find_attack(attack.name).run(
+                    model, some, theirs, AttackOptions(attack.parsed_budget(), region), attack.own_settings()
+                )
                 weakspot.explain(model, pairs, analyses=ANALYSES)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from weakspot import L2, AttackResult, Budget, Classifier, Linf, attacks
-from weakspot.attacks.context import attack_context
+from weakspot.attacks.context import AttackOptions, attack_context
 from weakspot.attacks.gradient import Search, random_start
 from weakspot.attacks.losses import margin as margin_objective
 from weakspot.classifier import margin, predict
@@ -26,9 +26,9 @@ STEPS = 10
 
 def fixed_steps(model: Classifier, images: Tensor, labels: Tensor, budget: Budget) -> AttackResult:
     """PGD with Madry's step, otherwise as attacks.pgd."""
-    with attack_context(model, images, labels, None, None, None) as problem:
-        search = Search(problem, budget, margin_objective, momentum=0, stop_early=False)
-        search.run(random_start(problem, budget, 0), [2.5 / STEPS] * STEPS, None)
+    with attack_context(model, images, labels, AttackOptions(budget)) as problem:
+        search = Search(problem, margin_objective)
+        search.run(random_start(problem, 0), [2.5 / STEPS] * STEPS)
         return problem.result(search.best)
 
 

@@ -34,7 +34,7 @@ from weakspot.explanations.agreement import (
     top_region,
 )
 from weakspot.explanations.analysis import competing_classes
-from weakspot.explanations.promotion import interpretability_matrix
+from weakspot.explanations.class_evidence import interpretability_matrix
 from weakspot.explanations.region_overlap import spread
 from weakspot.statistics import nulls, other_image_test, proportion_interval, run_test
 

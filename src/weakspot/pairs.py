@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -185,6 +186,17 @@ class AttackResult(Pairs):
     seed: Tensor | None = None
     ssim_budget_spent: Tensor | None = None
     ssim_local_budget_spent: Tensor | None = None
+
+    def select(self, rows: Tensor) -> Self:
+        """Some of the pairs, by number or by a bool mask (N,)."""
+        return type(self)(**{name: tensor[rows] for name, tensor in self._tensors().items()})
+
+    @classmethod
+    def concatenate(cls, results: Sequence[Self]) -> Self:
+        """Results one after the other; a field that one of them lacks is None."""
+        tables = [result._tensors() for result in results]
+        shared = [name for name in tables[0] if all(name in table for table in tables)]
+        return cls(**{name: torch.cat([table[name] for table in tables]) for name in shared})
 
     @property
     def fooled(self) -> Tensor:

@@ -16,7 +16,7 @@ from weakspot import Classifier, attacks
 from weakspot._checks import ModelWarning
 from weakspot.attacks import ensemble
 from weakspot.attacks.auto_pgd import adaptive_descent, checkpoints
-from weakspot.attacks.context import attack_context
+from weakspot.attacks.context import AttackOptions, attack_context
 from weakspot.attacks.losses import cross_entropy
 from weakspot.attacks.square_search import square_search
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf
@@ -118,8 +118,9 @@ def test_counts_are_what_each_image_went_through_the_model(batch_size: int | Non
 def test_every_success_of_the_first_stage_is_kept_as_it_is(budget: Budget) -> None:
     model, images = balanced()
     labels = predicted(model, images)
-    with attack_context(model, images, labels, None, None, None) as problem, problem.fused_model():
-        found, lowest = adaptive_descent(problem, budget, cross_entropy, steps=SHORT["STEPS"], stream=0)
+    options = AttackOptions(budget)
+    with attack_context(model, images, labels, options) as problem, problem.fused_model():
+        found, lowest = adaptive_descent(problem, cross_entropy, steps=SHORT["STEPS"], stream=0)
     result = ensemble(model, images, labels, budget=budget)
     fallen = lowest < 0
     assert 0 < int(fallen.sum()) < 24
@@ -340,8 +341,8 @@ def test_a_square_search_keeps_the_best_it_was_told_and_asks_no_more_than_allowe
     network, images = NETWORKS["pooling"]()
     images, region = tagged(images)
     labels, model = predicted(network, images), Watched(network).eval()
-    with attack_context(model, images, labels, region, None, None) as problem:
-        found, lowest = square_search(problem, budget, queries=queries, stream=1000)
+    with attack_context(model, images, labels, AttackOptions(budget, region)) as problem:
+        found, lowest = square_search(problem, queries=queries, stream=1000)
         assert torch.equal(problem.evaluate(found) < 0, lowest < 0)
         torch.testing.assert_close(problem.evaluate(found), lowest, rtol=0, atol=1e-5)
     assert times(model.seen[:-2], images) == problem.n_forward.sub(2).tolist()

@@ -153,18 +153,18 @@ def explode(model: nn.Module, images: Tensor, wanted: Tensor, eps: float) -> Ten
 @pytest.mark.parametrize(
     ("search", "options", "sentence"),
     [
-        (explode, {}, "attack is torchattacks:It, which failed: RuntimeError: out of fuel"),
-        (lambda m, x, y, e: x[:, :1], {}, r"which returned \(1, 1, 20, 20\) for images of \(1, 3, 20, 20\)"),
+        (explode, {}, "attack torchattacks:It failed: RuntimeError: out of fuel"),
+        (lambda m, x, y, e: x[:, :1], {}, r"returned shape \(1, 1, 20, 20\) for images of \(1, 3, 20, 20\)"),
         (
             noisy,
             {"budget": L1(2.0)},
-            "an attack in Linf or L2, and budget is 2 L1; give a budget of its own norm",
+            "needs a budget in Linf or L2, got 2 L1",
         ),
-        (noisy, {"stpes": 3}, "which failed: TypeError: .*stpes"),
+        (noisy, {"stpes": 3}, "failed: TypeError: .*stpes"),
         (
             noisy,
             {"budget": SSIM(0.1)},
-            "budget is 0.1 SSIM .*; accepted for torchattacks:It is Linf, L2 or L1",
+            "budget must be Linf, L2 or L1 for torchattacks:It, got 0.1 SSIM",
         ),
     ],
 )
@@ -182,13 +182,13 @@ def test_what_goes_wrong_is_one_sentence(
     [
         (
             "torchattacks:Itt",
-            "attack of torchattacks must .* got 'Itt' .did you mean 'It'",
+            "the class of torchattacks must .* got 'Itt' .did you mean 'It'",
         ),
-        ("foolbox:LinfPGD", "attack foolbox:LinfPGD needs foolbox; run: pip install foolbox"),
-        ("art:X", "needs art; run: pip install adversarial-robustness-toolbox"),
-        ("cleverhans:X", "accepted is LIBRARY:CLASS of foolbox, torchattacks, art"),
-        ("torchattacks", "accepted is LIBRARY:CLASS"),
-        ("", "accepted is LIBRARY:CLASS"),
+        ("foolbox:LinfPGD", "attack foolbox:LinfPGD needs foolbox .run: pip install foolbox"),
+        ("art:X", "needs art .run: pip install adversarial-robustness-toolbox"),
+        ("cleverhans:X", "must be LIBRARY:CLASS of foolbox, torchattacks, art"),
+        ("torchattacks", "must be LIBRARY:CLASS"),
+        ("", "must be LIBRARY:CLASS"),
     ],
 )
 def test_an_unknown_name_is_one_sentence(

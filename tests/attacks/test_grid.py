@@ -124,10 +124,14 @@ def test_the_end_on_the_grid_of_a_linear_network_is_the_smallest_by_brute_force(
         shifted = nn.Sequential(model, Lead(lead / 255 - float((slopes * clean[0]).sum())))
         wanted = next(k for k in range(9) if float(slopes.abs().flatten()[:k].sum()) > lead + 0.01)
         float_point = (clean - 0.49 / 255 * slopes.sign()).detach()  # nearest rounds all of it away
-        with attack_context(shifted.eval(), clean, torch.zeros_like(labels), None, None, None) as problem:
+        with attack_context(shifted.eval(), clean, torch.zeros_like(labels)) as problem:
             margins = torch.full((1,), -1e-6)
             found = settle(
-                problem, float_point, lambda d: d.abs().flatten(1).sum(1), margins < 0, torch.zeros(1)
+                problem,
+                float_point,
+                lambda d: d.abs().flatten(1).sum(1),
+                fools=margins < 0,
+                needed=torch.zeros(1),
             )
         change = 255 * (found - clean)
         assert int((change.abs() > 0.5).sum()) == wanted

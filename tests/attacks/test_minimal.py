@@ -196,15 +196,13 @@ def test_confidence_is_the_margin_by_which_images_fool(attack: Attack) -> None:
 def test_each_images_weight_is_raised_tenfold_until_it_fools_and_lowered_tenfold_until_it_does_not() -> None:
     model, images = leaning((3, 8, 8), lead=20), random_images(4, 3, 8, 8)
     needed, tried = torch.tensor([0.3, 2.0, 30.0, 1e9]), []
-    with attack_context(model, images, torch.zeros(4, dtype=torch.long), None, None, None) as problem:
+    with attack_context(model, images, torch.zeros(4, dtype=torch.long)) as problem:
 
-        def loss_and_gradient(
-            weights: Tensor, keep: Callable[[Tensor, Tensor], None], progress: object
-        ) -> None:
+        def descend(weights: Tensor, note: Callable[[Tensor, Tensor], None], progress: object) -> None:
             tried.append(weights.tolist())
-            keep(problem.clean, needed - weights - 1e-6)
+            note(problem.clean, needed - weights - 1e-6)
 
-        Smallest(problem, squared, confidence=0.0).search(loss_and_gradient, None)
+        Smallest(problem, squared, confidence=0.0).search(descend, None)
     assert torch.tensor(tried).T.tolist() == [
         pytest.approx([1, 0.1, 10**-0.5, 10**-0.75, 10**-0.625]),
         pytest.approx([1, 10, 10**0.5, 10**0.25, 10**0.375]),

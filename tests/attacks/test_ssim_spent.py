@@ -11,7 +11,6 @@ from torch import Tensor
 
 from tests.networks import Made
 from weakspot import L2, SSIM, AttackResult, Linf, attacks, ssim_map
-from weakspot.attacks.registry import chosen, joined
 
 NAMES = ("ssim_budget_spent", "ssim_local_budget_spent")
 
@@ -65,8 +64,8 @@ def test_other_budgets_spend_none_and_what_was_spent_is_kept(pooling: Made, tmp_
     result = attacks.pgd(model, images, labels, budget=SSIM(0.01), steps=2)
     assert result.ssim_budget_spent is not None
     result.save(tmp_path / "pairs.safetensors")
-    halves = [chosen(result, torch.tensor(rows)) for rows in ([0, 1], [2])]
-    for again in (AttackResult.load(tmp_path / "pairs.safetensors"), joined(halves)):
+    halves = [result.select(torch.tensor(rows)) for rows in ([0, 1], [2])]
+    for again in (AttackResult.load(tmp_path / "pairs.safetensors"), AttackResult.concatenate(halves)):
         assert again.ssim_budget_spent is not None
         assert torch.equal(again.ssim_budget_spent, result.ssim_budget_spent)
         assert again.ssim_local_budget_spent is None

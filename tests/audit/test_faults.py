@@ -18,6 +18,7 @@ import weakspot
 from tests.audit.fixtures import NETWORKS, networks, pictures, same_maps, same_records, small_plan
 from weakspot import Classifier, attacks
 from weakspot._checks import ModelError
+from weakspot.attacks import Attack
 from weakspot.audit import (
     AttackPlan,
     AuditProgress,
@@ -168,7 +169,7 @@ def raising(when: int, error: BaseException) -> Any:
 def test_an_image_on_which_attack_or_analysis_raises_is_said_in_its_row(
     odd: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard, "find_attack", lambda _: raising(3, error))
+    monkeypatch.setattr(shard, "find_attack", lambda name: Attack.of(name, raising(3, error)))
     own = weakspot.explain
 
     def explaining(model: nn.Module, pairs: AttackResult, **options: Any) -> Any:
@@ -228,10 +229,10 @@ def test_a_model_that_raises_on_the_probe_images_is_audited_all_the_same(network
 def test_what_fails_on_neutral_images_too_stops_at_once(
     odd: Path, size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def attack(*_: Any, **__: Any) -> None:
+    def attack(*_: Any, **__: Any) -> AttackResult:
         raise ValueError("no such norm")
 
-    monkeypatch.setattr(shard, "find_attack", lambda _: attack)
+    monkeypatch.setattr(shard, "find_attack", lambda name: Attack.of(name, attack))
     with pytest.raises(
         ValueError, match=r"attack pgd in region none: no such norm \(the same on every image"
     ):

@@ -109,7 +109,7 @@ def test_an_array_that_is_none_is_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "short.npz", images=np.zeros((3, 4, 4)), labels=np.arange(2))
     np.savez(tmp_path / "none.npz", pictures=np.zeros((3, 4, 4)))
     for name, why in [
-        ("broken", "damaged"), ("flat", "shape"), ("short", "labels of shape"), ("none", "array named images"),
+        ("broken", "cannot be read"), ("flat", "shape"), ("short", "labels of shape"), ("none", "array named images"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=rf"{name}.npz .*{why}"):
             list_images([str(tmp_path / f"{name}.npz")], CLASSES, 4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from tests.audit.fixtures import draw_pictures, networks, small_plan, store_reco
 from tests.audit.test_report import Reader
 from tests.cli.conftest import Run as Ran
 from tests.cli.conftest import photographs, run
+from weakspot.attacks import Attack, fmn, minimizes
 from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, compare, summarize
 from weakspot.audit.findings.contrasts import region_contrasts
 from weakspot.audit.findings.curves import budget_curves
@@ -26,6 +26,7 @@ from weakspot.audit.page.run_page import run_report
 from weakspot.audit.plan.limits import judged_attacks, limit_of, stated_budgets
 from weakspot.audit.plan.plan import bounded_attacks
 from weakspot.audit.store.records import outcomes_query
+from weakspot.pairs import AttackResult
 
 __all__ = ["networks", "photographs", "run"]  # fixtures
 STEADY = """
@@ -307,14 +308,14 @@ def test_of_an_attack_that_says_nothing_of_files_they_are_evaluated(
     (steady / "own_attack.py").write_text(OWN)
     import own_attack  # type: ignore[import-not-found]
 
-    from weakspot.audit.plan import plan
+    from weakspot.audit.plan import attack_plan
     from weakspot.audit.work import shard
 
-    def find(name: str) -> Callable[..., Any]:
-        return own_attack.mine  # type: ignore[no-any-return]
+    def find(name: str) -> Attack:
+        return Attack.of(name, own_attack.mine)
 
     monkeypatch.setattr(shard, "find_attack", find)
-    monkeypatch.setattr(plan, "find_attack", find)
+    monkeypatch.setattr(attack_plan, "find_attack", find)
     found = audit(plan_of(steady, AttackPlan("mine")), steady / "run")
     assert found.records["success"].all()
     assert not found.records["success_8bit"].any()
@@ -327,3 +328,25 @@ def test_the_query_keeps_any_label_a_text(steady: Path) -> None:
     assert found.sql(outcomes_query(odd, eight_bit=True)).df()["robust"].notna().all()
     draw_pictures(steady / "none", 1)
     assert pd.api.types.is_bool_dtype(found.sql("select robust from outcomes").df()["robust"])
+
+
+def test_a_minimal_norm_attack_of_a_plug_in_gets_curves_like_ours(
+    steady: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @minimizes("l2")
+    def plugged(model: Any, images: Any, labels: Any, *, region: Any = None, steps: int = 20) -> AttackResult:
+        return fmn(model, images, labels, norm="l2", region=region, steps=steps)
+
+    find = Attack.of("plugged", plugged)
+    monkeypatch.setattr("weakspot.audit.work.shard.find_attack", lambda _: find)
+    monkeypatch.setattr("weakspot.audit.plan.attack_plan.find_attack", lambda _: find)
+    plan = plan_of(steady, AttackPlan("plugged", settings=(("steps", 30),)))
+    assert judged_attacks(plan) == []  # no budget is stated at which it could be counted
+    curves = budget_curves(audit(plan, steady / "plugged"))
+    assert len(curves)
+    assert set(curves["norm"]) == {"l2"}
+    monkeypatch.undo()
+    ours = AttackPlan("fmn", settings=(("norm", "l2"), ("steps", 30)))
+    expected = budget_curves(audit(plan_of(steady, ours), steady / "ours"))
+    assert curves["size"].tolist() == expected["size"].tolist()
+    assert curves["fooled"].tolist() == expected["fooled"].tolist()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf
 
-LAW = settings(deadline=None, derandomize=True)  # the same cases in every run
+LAW = settings(deadline=None, derandomize=True, max_examples=60)  # the same cases in every run
 
 EPSILONS = st.sampled_from([0.0, 1e-4, 4 / 255, 0.3, 1.0])
 LENGTHS = st.sampled_from([0.0, 1e-4, 0.1, 1.0, 3.0, 50.0])

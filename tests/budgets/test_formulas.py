@@ -282,23 +282,19 @@ def test_black_and_constant_patches_may_change_as_much_as_the_constants_allow(pa
 
 @pytest.mark.parametrize("eps", [-0.1, 1.0, 1, 2.0, float("nan"), float("inf")])
 def test_eps_is_a_share_below_one(eps: float) -> None:
-    with pytest.raises(ValueError, match=r"^SSIM eps is .*; accepted is 0 to below 1"):
+    with pytest.raises(ValueError, match=r"^eps must be at least 0 and below 1, .*got"):
         SSIM(eps)
 
 
 @pytest.mark.parametrize("patch", [-1, 0, 1, 2.5, 8.0, "8", None, True])
 def test_a_patch_is_a_whole_number_of_pixels(patch: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"^SSIM patch is .*; accepted is a whole number of pixels, at least 2$"
-    ):
+    with pytest.raises(ValueError, match=r"^patch must be an integer of at least 2, got"):
         SSIM(0.1, patch=patch)
 
 
-@pytest.mark.parametrize(
-    ("mode", "words"), [("locale", "did you mean 'local'"), ("", "must be one of global, local")]
-)
+@pytest.mark.parametrize(("mode", "words"), [("locale", r" \(did you mean 'local'"), ("", "")])
 def test_a_mode_is_global_or_local(mode: str, words: str) -> None:
-    with pytest.raises(ValueError, match=rf"^SSIM mode is '{mode}'; {words}"):
+    with pytest.raises(ValueError, match=rf"^mode must be one of global, local, got {mode!r}{words}"):
         SSIM(0.1, mode=mode)
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tests.budgets.strategies import EPSILONS, LAW, LENGTHS, Case, cases, limit
-from weakspot.budgets import L1, L2, Budget, Linf
+from weakspot.budgets import L1, L2, Budget, Linf, prepare
 
 norms = EPSILONS.map(Linf) | LENGTHS.map(L2) | LENGTHS.map(L1)
 
@@ -174,7 +174,7 @@ def test_projection_brings_no_two_points_further_apart(budget: Budget, case: Cas
         first.shape, generator=torch.Generator().manual_seed(seed)
     )
     before = (first - second).flatten(1).norm(dim=1)
-    projected = (budget.project(wanted, images, region=region) for wanted in (first, second))
+    projected = (prepare(budget, images).project(wanted, region) for wanted in (first, second))
     after = (next(projected) - next(projected)).flatten(1).norm(dim=1)
     assert bool((after <= before * (1 + 1e-4) + 1e-5).all())
 
@@ -240,16 +240,14 @@ def test_the_first_guess_of_how_many_entries_l1_moves_may_be_far_too_low() -> No
 
 @pytest.mark.parametrize("eps", [-0.1, 1.5, 8, float("nan"), float("inf")])
 def test_linf_refuses_what_is_no_share_of_the_image_range(eps: float) -> None:
-    with pytest.raises(ValueError, match=r"Linf eps is .*accepted is 0 to 1"):
+    with pytest.raises(ValueError, match=r"eps must be between 0 and 1, got"):
         Linf(eps)
 
 
-@pytest.mark.parametrize(("kind", "words"), [(L2, "length"), (L1, "sum")])
+@pytest.mark.parametrize("kind", [L2, L1])
 @pytest.mark.parametrize("eps", [-0.1, float("nan"), float("inf")])
-def test_l2_and_l1_refuse_what_is_not_finite_or_below_zero(
-    kind: type[L2 | L1], words: str, eps: float
-) -> None:
-    with pytest.raises(ValueError, match=rf"{kind.__name__} eps is .*accepted is a finite {words}"):
+def test_l2_and_l1_refuse_what_is_not_finite_or_below_zero(kind: type[L2 | L1], eps: float) -> None:
+    with pytest.raises(ValueError, match=r"eps must be a finite length of at least 0 .*, got"):
         kind(eps)
 
 

@@ -17,7 +17,7 @@ from weakspot import SSIM, AttackResult, ImageWarning, Linf, attacks, load, read
 from weakspot.attacks import registry
 from weakspot.attacks.registry import ORDER
 from weakspot.cli.app import Failure
-from weakspot.cli.attack import Arguments
+from weakspot.cli.attack import find_budget, read_settings
 
 
 def test_pairs_pictures_and_scores_are_written_and_agree(run: Run, photographs: Path, tmp_path: Path) -> None:
@@ -174,9 +174,9 @@ def test_an_argument_that_an_attack_does_not_take_is_refused(
     name: str, budget: str | None, settings: list[str], message: str
 ) -> None:
     def read() -> None:
-        takes = Arguments.of(name, registry.find_attack(name))
-        takes.find_budget(budget or "linf:4/255", given=budget is not None)
-        takes.read_settings(settings)
+        attack = registry.find_attack(name)
+        find_budget(attack, budget or "linf:4/255", given=budget is not None)
+        read_settings(attack, settings)
 
     with pytest.raises((Failure, ValueError)) as caught:
         read()
@@ -279,7 +279,7 @@ def test_attacks_of_other_packages_are_listed_and_get_what_they_take(
         (["simple", "--region", "border:2"], "simple takes no --region"),
         (["simple", "--target", "2"], "simple takes no --target"),
         (["simple", "--batch-size", "2"], "simple takes no --batch-size"),
-        (["wrong"], "wrong must return an AttackResult, got Tensor"),
+        (["wrong"], "attack wrong must return an AttackResult, got Tensor"),
         (["broken"], "attack broken (no_such_package:attack) cannot be loaded"),
         (["free", "--set", "stpes=1"], "free failed with these arguments"),
     ):

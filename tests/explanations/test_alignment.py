@@ -144,7 +144,7 @@ def test_a_planted_alignment_is_found() -> None:
     found = ssim_alignment(RedEvidence().eval(), changed(photographs(evidence, 2), evidence, 3))
     assert found.aligned_overall
     assert found.aligned.mean() > 0.3
-    assert "The visible change lies where the network looks, on the mean over 40 images" in found.sentences[0]
+    assert "The visible change lies where the network looks, on average over 40 images" in found.sentences[0]
     assert "variance x gradient" in found.sentences[0]
     assert (found.scores["ssim_concentration"] > found.scores["ssim_concentration_pgd"]).all()
     assert found.why_not == ("",) * COUNT
@@ -171,7 +171,7 @@ def test_a_change_that_has_nothing_to_do_with_the_activation_is_not_accused(spre
         assert (found.scores[f"{name}_p"] <= 0.05).mean() <= 0.10, name
     assert not found.aligned.any()
     assert not found.aligned_overall
-    assert "It is not shown that" in found.sentences[0]
+    assert "There is not enough evidence that" in found.sentences[0]
 
 
 def test_noise_of_equal_size_is_not_accused() -> None:
@@ -258,7 +258,8 @@ def test_a_budget_of_every_patch_is_no_evidence() -> None:
     assert not found.aligned_overall
     assert found.sentences[0] == "No image can be compared."
     assert found.sentences[1] == (
-        "20 images are left out: the attack's budget bounds SSIM in every patch, and is spent in every patch."
+        "20 images are left out: the attack's budget bounds SSIM in every patch, and the attack spends it in every "
+        "patch."
     )
 
 
@@ -316,7 +317,7 @@ def test_the_pgd_control_has_the_ssim_of_the_attack(any_model: Made) -> None:
         pairs = Pairs(images, noisy, labels, labels)
         targets, loss = competing_classes(classifier, pairs), (1 - ssim_map(images, noisy)).mean((1, 2, 3))
         gradient = margin_gradient(classifier, images, labels, targets)
-        found = pgd_of_equal_ssim(classifier, images, labels, targets, gradient, loss, seed=0)
+        found = pgd_of_equal_ssim(classifier, images, labels, targets, gradient, loss=loss, seed=0)
         reached = found.mean((1, 2, 3))
         known = reached.isfinite()
         assert bool(known.any()) or strength > 0.1
@@ -381,7 +382,7 @@ def test_the_report_says_what_each_score_means_and_what_was_found() -> None:
         RedEvidence().eval(), changed(photographs(evidence[:2], 2), evidence[:2], 3), analyses=["ssim"]
     )
     assert "At least 10 images are needed" in few.pictures["ssim"].meaning
-    assert "lies where the network looks, on the mean" not in few.pictures["ssim"].meaning
+    assert "lies where the network looks, on average" not in few.pictures["ssim"].meaning
 
 
 def test_it_is_readable_and_says_what_does_not_fit() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.networks import PoolingNetwork, TokenNetwork
 from weakspot import Pairs, class_activation, interpretability_score, promotion_suppression, regions
 from weakspot.explanations import interpretability_test
-from weakspot.explanations.promotion import interpretability_matrix
+from weakspot.explanations.class_evidence import interpretability_matrix
 
 
 class Three(nn.Module):
@@ -176,11 +176,11 @@ def test_no_perturbation_has_no_effect_and_no_kind() -> None:
 def test_bad_input_gets_one_sentence() -> None:
     model, images = PoolingNetwork().eval(), torch.rand(1, 3, 8, 8)
     pairs = Pairs(images, images, torch.tensor([0]), torch.tensor([1]))
-    with pytest.raises(ValueError, match="cell is 0; accepted is a whole number of pixels from 1"):
+    with pytest.raises(ValueError, match="cell must be an integer of at least 1, got 0"):
         promotion_suppression(model, pairs, cell=0)
     with pytest.raises(ValueError, match="did you mean 'add_one'"):
         promotion_suppression(model, pairs, variant="add_on")
-    with pytest.raises(ValueError, match=r"groups is \(1, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"groups must be an integer tensor .* got \(1, 8, 8\)"):
         promotion_suppression(model, pairs, groups=torch.zeros(1, 8, 8, dtype=torch.long))
     with pytest.raises(ValueError, match=r"of must .* got 'labels' .did you mean 'label'"):
         interpretability_score(model, pairs, of="labels")

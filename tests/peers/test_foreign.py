@@ -70,11 +70,11 @@ def test_a_target_is_aimed_at(pooling: Made, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "budget", "sentence"),
     [
-        ("foolbox:LinfPGD", L2(1.0), "an attack in Linf, and budget is 1 L2"),
-        ("foolbox:LinfPGD", None, "which needs a budget"),
+        ("foolbox:LinfPGD", L2(1.0), "needs a budget in Linf, got 1 L2"),
+        ("foolbox:LinfPGD", None, "needs a budget"),
         ("foolbox:LinfPDG", None, "did you mean 'LinfPGD'"),
-        ("torchattacks:DeepFool", Linf(0.1), "which takes no budget"),
-        ("art:DeepFool", Linf(0.1), "which takes no budget"),
+        ("torchattacks:DeepFool", Linf(0.1), "takes no budget"),
+        ("art:DeepFool", Linf(0.1), "takes no budget"),
     ],
 )
 def test_what_they_cannot_do_is_one_sentence(
@@ -91,7 +91,7 @@ def test_what_cannot_aim_says_so(pooling: Made, name: str) -> None:
     pytest.importorskip(name.partition(":")[0])
     model, images = pooling
     labels = predicted(model, images)
-    with pytest.raises(ValueError, match="which cannot aim at targets"):
+    with pytest.raises(ValueError, match="cannot aim at targets"):
         external(name, model, images, labels, targets=(labels + 1) % 4)
 
 

@@ -1,19 +1,22 @@
 """Attacks: images come in, AttackResults go out."""
 
+from weakspot.attacks.context import AttackOptions
 from weakspot.attacks.eight_bit import stored
 from weakspot.attacks.ensembles import ensemble
 from weakspot.attacks.gradient import bim, fgsm, pgd
 from weakspot.attacks.group_sparse import ead, strattack
 from weakspot.attacks.library_attacks import external
-from weakspot.attacks.losses import LOSSES
+from weakspot.attacks.losses import LOSSES, minimizes
 from weakspot.attacks.minimum_norm import fmn
 from weakspot.attacks.pixel_search import few_pixel
-from weakspot.attacks.registry import available_attacks, find_attack
+from weakspot.attacks.registry import Attack, available_attacks, find_attack
 from weakspot.attacks.sweeps import PixelSweep, pixel_sweep
 from weakspot.attacks.tradeoff import carlini_wagner
 
 __all__ = [
     "LOSSES",
+    "Attack",
+    "AttackOptions",
     "PixelSweep",
     "available_attacks",
     "bim",
@@ -25,6 +28,7 @@ __all__ = [
     "fgsm",
     "find_attack",
     "fmn",
+    "minimizes",
     "pgd",
     "pixel_sweep",
     "stored",

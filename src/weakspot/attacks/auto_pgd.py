@@ -7,80 +7,73 @@ import math
 import torch
 from torch import Tensor
 
-from weakspot.attacks.context import Problem
-from weakspot.attacks.gradient import Progress, random_start, warn_of_zero_gradients
+from weakspot.attacks.context import Problem, Progress
+from weakspot.attacks.gradient import random_start
 from weakspot.attacks.losses import Loss
-from weakspot.budgets import Budget
 
-SHARE = 0.75  # of the steps since a checkpoint that must have lowered the objective, or the step is halved
-INERTIA = 0.75  # weight of the new step against the one before
+RHO = 0.75  # fraction of the steps since a checkpoint that must have lowered the loss, or the step is halved
+ALPHA = 0.75  # weight of the new step against the previous one (algorithm 1)
 
 
 def checkpoints(steps: int) -> list[int]:
-    """Steps after which each image's step size is judged: at .22, .41, .57, ... of all (equation 2 of the paper)."""
+    """Steps after which each image's step size is judged: at .22, .41, .57, ... of all (equation 2)."""
     fractions = [0.0, 0.22]
     while fractions[-1] < 1:
+        # p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06)
         fractions.append(fractions[-1] + max(fractions[-1] - fractions[-2] - 0.03, 0.06))
     return sorted({math.ceil(round(fraction * steps, 6)) for fraction in fractions if 0 < fraction < 1})
 
 
 def adaptive_descent(
-    problem: Problem,
-    budget: Budget,
-    loss: Loss,
-    *,
-    steps: int,
-    stream: int,
-    progress: Progress | None = None,
+    problem: Problem, loss: Loss, *, steps: int, stream: int, progress: Progress | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Descend from a random start with momentum; halve an image's step where it stalls and go back to its best point.
+    """Descend from a random start with momentum; if an image stalls, halve its step and return to its best point.
 
     Images leave as soon as they and their 8-bit files fool.
 
     Args:
         problem: what to fool.
-        budget: how much may change; steps are in units of it, the first twice its size.
         loss: what is driven down.
-        steps: at most.
+        steps: at most; sizes are in units of the budget, the first is twice its size.
         stream: which of each image's random starts.
-        progress: called with the share done.
+        progress: called with the fraction done.
 
     Returns:
-        Images (N, C, H, W) of lowest margin and those margins (N,), as of `Problem.standing_margins`.
+        Images (N, C, H, W) of lowest margin and those margins (N,), as from `Problem.file_margins`.
     """
-    found, lowest = problem.clean.clone(), torch.full_like(problem.clean[:, 0, 0, 0], torch.inf)
-    here = torch.arange(len(problem), device=found.device)
-    part, state = problem, _State.start(random_start(problem, budget, stream))
+    best, lowest = problem.clean.clone(), torch.full_like(problem.clean[:, 0, 0, 0], torch.inf)
+    active = torch.arange(len(problem), device=best.device)
+    part, state = problem, _State(random_start(problem, stream))
     judged, last = checkpoints(steps), 0
     for step in range(steps + 1):
         point = part.apply(state.perturbation)
         descent = part.loss_and_gradient(point, loss) if step < steps else None
         margins = part.evaluate(point) if descent is None else descent.margins
-        margins = part.standing_margins(point, margins, budget)
-        better = margins < lowest[here]
-        found[here[better]], lowest[here[better]] = point[better], margins[better]
+        margins = part.file_margins(point, margins)
+        better = margins < lowest[active]
+        best[active[better]], lowest[active[better]] = point[better], margins[better]
         if descent is None:
             break
         if step == 0:
-            warn_of_zero_gradients(part, descent.direction)
+            part.warn_of_zero_gradients(descent.direction)
         state.note(descent.values, descent.direction)
-        left = margins >= 0
-        if not bool(left.all()):
-            here, part = here[left], part.select(left)
-            state.keep(left)
-            if not len(here):
+        unfooled = margins >= 0
+        if not bool(unfooled.all()):
+            active, part = active[unfooled], part.select(unfooled)
+            state.select(unfooled)
+            if not len(active):
                 break
         if step in judged:
             state.judge(step - last)
             last = step
-        state.move(part, budget)
+        state.move(part)
         if progress is not None:
             progress((step + 1) / steps)
-    return found, lowest
+    return best, lowest
 
 
 class _State:
-    """Where every image is, its best point, its step size and how it has fared. All tensors have one row per image."""
+    """Where every image is, its best point and its step size. All tensors have one row per image."""
 
     def __init__(self, perturbation: Tensor) -> None:
         column = torch.zeros_like(perturbation[:, :1, :1, :1])
@@ -88,20 +81,16 @@ class _State:
         self.direction = torch.zeros_like(perturbation)
         self.best, self.best_direction = perturbation, self.direction
         self.lowest, self.latest = column + torch.inf, column + torch.inf
-        self.lowest_then = column + torch.inf
-        self.size, self.size_then = column + 2, column + 2
+        self.lowest_at_checkpoint = column + torch.inf
+        self.size, self.size_at_checkpoint = column + 2, column + 2
         self.gains = column
 
-    @classmethod
-    def start(cls, perturbation: Tensor) -> _State:
-        return cls(perturbation)
-
-    def keep(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor) -> None:
         for name, tensor in vars(self).items():
             setattr(self, name, tensor[rows])
 
     def note(self, values: Tensor, direction: Tensor) -> None:
-        """Take up what was found at the present point."""
+        """Take in the loss and its descent direction at the present point."""
         values = values.view(-1, 1, 1, 1)
         self.direction = direction
         self.gains = self.gains + (values < self.latest)
@@ -112,11 +101,11 @@ class _State:
         self.lowest = torch.where(better, values, self.lowest)
 
     def judge(self, steps: int) -> None:
-        """Halve the step and return to the best point where too few steps gained, or nothing was gained at all."""
-        stalled = (self.gains < SHARE * steps) | (
-            (self.size == self.size_then) & (self.lowest == self.lowest_then)
-        )
-        self.size_then, self.lowest_then = self.size, self.lowest
+        """Halve the step and return to the best point, if one of the paper's two conditions holds."""
+        # Condition 1: too few steps gained. Condition 2: neither step size nor best loss changed since the last time.
+        same = (self.size == self.size_at_checkpoint) & (self.lowest == self.lowest_at_checkpoint)
+        stalled = (self.gains < RHO * steps) | same
+        self.size_at_checkpoint, self.lowest_at_checkpoint = self.size, self.lowest
         self.size = torch.where(stalled, self.size / 2, self.size)
         self.perturbation = torch.where(stalled, self.best, self.perturbation)
         self.direction = torch.where(stalled, self.best_direction, self.direction)
@@ -124,13 +113,13 @@ class _State:
         self.latest = torch.where(stalled, self.lowest, self.latest)
         self.gains = torch.zeros_like(self.gains)
 
-    def move(self, problem: Problem, budget: Budget) -> None:
-        """One step along the direction, with inertia."""
-        ascent = budget.steepest_step(self.direction, self.perturbation, problem.clean)
-        plain = problem.project(budget, self.perturbation + self.size * ascent)
-        inert = (
+    def move(self, problem: Problem) -> None:
+        """One step along the direction, with momentum (algorithm 1)."""
+        step = self.size * problem.ball.steepest_step(self.direction, self.perturbation)
+        plain = problem.project(self.perturbation + step)
+        moved = (
             self.perturbation
-            + INERTIA * (plain - self.perturbation)
-            + (1 - INERTIA) * (self.perturbation - self.before)
+            + ALPHA * (plain - self.perturbation)
+            + (1 - ALPHA) * (self.perturbation - self.before)
         )
-        self.before, self.perturbation = self.perturbation, problem.project(budget, inert)
+        self.before, self.perturbation = self.perturbation, problem.project(moved)

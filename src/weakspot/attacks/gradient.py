@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from weakspot import _random
-from weakspot._checks import ModelWarning, check_budget, is_number, warn
-from weakspot.attacks.context import Problem, attack_context
+from weakspot._checks import check_count, is_number
+from weakspot.attacks.context import (
+    DEFAULT_BUDGET,
+    AttackOptions,
+    Problem,
+    Progress,
+    attack_context,
+    part_of,
+)
 from weakspot.attacks.losses import Loss, find_loss
-from weakspot.budgets import Budget, Linf
+from weakspot.budgets import Budget
 from weakspot.pairs import AttackResult
-
-DEFAULT_BUDGET = Linf(4 / 255)
-Progress = Callable[[float], None]
 
 
 def fgsm(
@@ -29,18 +33,21 @@ def fgsm(
     loss: str | Loss = "margin",
     batch_size: int | None = None,
 ) -> AttackResult:
-    """One step of the whole budget along the gradient (Goodfellow et al. 2015, arXiv 1412.6572).
+    """Take one step of the whole budget along the gradient (Goodfellow et al. 2015, arXiv 1412.6572).
 
-    Arguments, result, errors and warnings are those of `pgd`.
+    Shared arguments are described in `AttackOptions`.
+
+    Args:
+        loss: what is driven down, as in `pgd`.
     """
-    falling = find_loss(loss)
-    check_budget(budget)
-    with attack_context(model, images, labels, region, targets, batch_size) as problem:
+    lowered = find_loss(loss)
+    options = AttackOptions(budget, region, targets, batch_size=batch_size)
+    with attack_context(model, images, labels, options) as problem:
         with problem.fused_model():
-            direction = problem.loss_and_gradient(problem.clean, falling).direction
-        warn_of_zero_gradients(problem, direction)
-        step = budget.steepest_step(direction, torch.zeros_like(problem.clean), problem.clean)
-        return problem.result(problem.apply(problem.project(budget, step)), budget)
+            direction = problem.loss_and_gradient(problem.clean, lowered).direction
+        problem.warn_of_zero_gradients(direction)
+        step = problem.ball.steepest_step(direction, torch.zeros_like(problem.clean))
+        return problem.result(problem.apply(problem.project(step)))
 
 
 def bim(
@@ -58,32 +65,26 @@ def bim(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> AttackResult:
-    """FGSM in steps of one size from the image itself (Kurakin et al. 2017, arXiv 1607.02533); nothing is random.
+    """Take steps of one size from the image itself (Kurakin et al. 2017, arXiv 1607.02533); nothing is random.
+
+    Shared arguments are described in `AttackOptions`; with targets, this is the targeted iterative method.
 
     Args:
-        model: as for `pgd`, like the other arguments that are not named here.
-        images: likewise.
-        labels: likewise.
-        budget: likewise.
-        region: likewise.
-        targets: (N,) classes to reach: the targeted iterative method.
         steps: each of budget / steps.
-        momentum: share of the gradients so far, each scaled to mean size one, that is added to the next; 1 is
-            MI-FGSM (Dong et al. 2018, arXiv 1710.06081).
-        loss: what is driven down.
-        stop_early: an image leaves the search as soon as it and its 8-bit file fool.
-        batch_size: images at once.
-        progress: called with the share done.
+        momentum: fraction of the previous gradients, each scaled to mean size one, that is added to the next; 1 is
+            MI-FGSM (Dong et al. 2018, arXiv 1710.06081, equation 6).
+        loss: what is driven down, as in `pgd`.
+        stop_early: whether an image leaves the search as soon as it and its 8-bit file fool.
     """
-    falling = find_loss(loss)
-    check_counts(steps=steps)
+    lowered = find_loss(loss)
+    check_count("steps", steps)
     _check_momentum(momentum)
-    check_budget(budget)
-    with attack_context(model, images, labels, region, targets, batch_size) as problem:
-        search = Search(problem, budget, falling, momentum, stop_early)
+    options = AttackOptions(budget, region, targets, batch_size=batch_size)
+    with attack_context(model, images, labels, options) as problem:
+        search = Search(problem, lowered, momentum=momentum, stop_early=stop_early)
         with problem.fused_model():
-            search.run(torch.zeros_like(problem.clean), _even_steps(budget, steps), progress)
-        return problem.result(search.best, budget)
+            search.run(torch.zeros_like(problem.clean), _even_steps(problem, steps), progress)
+        return problem.result(search.best)
 
 
 def pgd(
@@ -103,81 +104,70 @@ def pgd(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> AttackResult:
-    """Projected gradient descent from random starts (Madry et al. 2018, arXiv 1706.06083).
+    """Projected gradient descent from random starts (Madry et al. 2018, arXiv 1706.06083, section 2.1).
 
-    By default the margin z_label - max other z (targeted: max other z - z_target) is driven down; its gradient does
-    not fade where the network is certain. Of all iterates, the last included, the one with the lowest margin is
-    kept. Steps shrink from twice the budget, its diameter, so that any start can reach the far side, to a small part
-    of it; at equal cost this beats a fixed step (`benchmarks/steps.py`).
+    By default it drives down the margin z_label - max other z (targeted: max other z - z_target), whose gradient does
+    not vanish where the network is certain. Of all iterates, including the last, the one with the lowest margin is
+    returned. Steps shrink from twice the budget, its diameter, so that any start can reach the far side, to a small
+    part of it; at equal cost this beats a fixed step (`benchmarks/steps.py`).
 
-    Region and budget hold inside the search: the gradient is masked before it is normalized, the start is drawn in
-    the region, and pixels outside it come back bit for bit. Each image draws by `seed` and its own content, so its
-    result depends on no other image.
+    Region and budget hold inside the search: the gradient is masked before it is normalized, and the start is drawn in
+    the region. Shared arguments are described in `AttackOptions`.
 
     Args:
-        model: any classifier of images in [0, 1]; left as it was.
-        images: (N, C, H, W) in [0, 1].
-        labels: (N,) classes to leave.
-        budget: how much may change.
-        region: bool (N, 1, H, W) of the sites that may change; all of them where not given.
-        targets: (N,) classes to reach; leaving the label is enough where not given.
         steps: gradient steps per restart, shrinking evenly from twice the budget to 2 / (steps + 1) of it.
-        restarts: random starts; each image keeps its best.
-        seed: of the random starts.
-        momentum: share of the gradients so far that is added to the next, each scaled to mean size one; 0 for none.
-        loss: what is driven down: "margin", "cross_entropy", "dlr" or a function (logits (N, K), labels (N,),
-            targets (N,) or None) -> values (N,). Success and the best iterate are judged by the margin all the same.
-        stop_early: an image leaves the search as soon as it and its 8-bit file fool: faster, with a margin just below
-            zero instead of the lowest found.
-        batch_size: images through the model at once; bounds its memory and changes no result beyond rounding.
-        progress: called with the share done, 0 to 1.
+        restarts: random starts; the best result of each image is returned.
+        momentum: fraction of the previous gradients, each scaled to mean size one, that is added to the next.
+        loss: what is driven down: "margin", "cross_entropy", "dlr" or a function (logits (N, K), labels (N,), targets
+            (N,) or None) -> values (N,). Success and the best iterate are judged by the margin all the same.
+        stop_early: whether an image leaves the search as soon as it and its 8-bit file fool. This is faster, with a
+            margin just below zero instead of the lowest one.
 
     Returns:
-        An AttackResult. Its targets are those asked for or, where none were, the adversarial classes.
+        An AttackResult. Its targets are those given or, without targets, the adversarial classes.
 
-    Raises:
-        ValueError: when an argument does not fit, naming it.
-
-    Warns:
-        ModelWarning: of train mode, of probabilities in place of logits, of gradients that are zero.
-        ImageWarning: of values outside [0, 1].
-
+    >>> from weakspot import Linf
     >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2)).eval()
     >>> images = torch.full((1, 3, 4, 4), 0.5)
     >>> result = pgd(model, images, model(images).argmax(1), budget=Linf(0.5), steps=5)
     >>> bool(result.success[0]), int(result.n_forward[0]), int(result.n_backward[0])
     (True, 8, 5)
     """
-    falling = find_loss(loss)
-    check_counts(steps=steps, restarts=restarts)
+    lowered = find_loss(loss)
+    check_count("steps", steps)
+    check_count("restarts", restarts)
     _check_momentum(momentum)
-    sizes = [2 * (1 - step / (steps + 1)) for step in range(steps)]
-    check_budget(budget)
-    with attack_context(model, images, labels, region, targets, batch_size, seed) as problem:
-        search = Search(problem, budget, falling, momentum, stop_early)
+    sizes = shrinking_steps(steps)
+    options = AttackOptions(budget, region, targets, seed, batch_size)
+    with attack_context(model, images, labels, options) as problem:
+        search = Search(problem, lowered, momentum=momentum, stop_early=stop_early)
         with problem.fused_model():
             for restart in range(restarts):
-                start = random_start(problem, budget, restart)
-                fraction = part_of(progress, restart, restarts)
-                search.run(start, sizes, fraction)
-        return problem.result(search.best, budget)
+                start = random_start(problem, restart)
+                search.run(start, sizes, part_of(progress, restart, restarts))
+        return problem.result(search.best)
 
 
-def _even_steps(budget: Budget, steps: int) -> list[float]:
-    """Steps that together go the budget's whole length; where each is the way to the optimum, shares of the rest."""
-    if getattr(budget, "steps_to_optimum", False):
+def shrinking_steps(steps: int) -> list[float]:
+    """The step sizes of `pgd`, in units of the budget."""
+    return [2 * (1 - step / (steps + 1)) for step in range(steps)]
+
+
+def _even_steps(problem: Problem, steps: int) -> list[float]:
+    """Steps that together cover the budget; if each leads to the optimum, fractions of the way that is left."""
+    if problem.ball.steps_to_optimum:
         return [1 / (steps - step) for step in range(steps)]
     return [1 / steps] * steps
 
 
-def random_start(problem: Problem, budget: Budget, stream: int) -> Tensor:
+def random_start(problem: Problem, stream: int) -> Tensor:
     """A perturbation drawn inside region and budget: uniform in the cube for Linf, within the ball for others."""
     shape = problem.clean.shape[1:]
     gaussian = _random.normal(problem.keys, 2 * stream, *shape).to(problem.clean)
     uniform = _random.uniform(problem.keys, 2 * stream + 1, *shape).to(problem.clean)
-    still = torch.zeros_like(problem.clean)
-    extreme = budget.steepest_step(gaussian * problem.region, still, problem.clean)
-    return problem.project(budget, extreme * uniform)
+    # The steepest step along a Gaussian is a random point of the ball's surface; for Linf a corner of the cube.
+    surface = problem.ball.steepest_step(gaussian * problem.region, torch.zeros_like(problem.clean))
+    return problem.project(surface * uniform)
 
 
 class Search:
@@ -186,87 +176,61 @@ class Search:
     Attributes:
         best: (N, C, H, W) the images with the lowest margins so far.
         lowest: (N,) those margins.
+        warned: whether zero gradients have been looked for.
     """
 
     def __init__(
-        self, problem: Problem, budget: Budget, loss: Loss, momentum: float, stop_early: bool
+        self, problem: Problem, loss: Loss, *, momentum: float = 0.0, stop_early: bool = False
     ) -> None:
-        self.problem, self.budget, self.loss = problem, budget, loss
+        self.problem, self.loss = problem, loss
         self.momentum, self.stop_early = momentum, stop_early
         self.best = problem.clean.clone()
         self.lowest = torch.full_like(problem.clean[:, 0, 0, 0], torch.inf)
         self.warned = False
 
-    def run(self, perturbation: Tensor, sizes: Sequence[float], progress: Progress | None) -> None:
-        """Descend from a perturbation, in steps of these sizes in units of the budget."""
-        here = torch.arange(len(self.problem), device=perturbation.device)
+    def run(self, perturbation: Tensor, sizes: Sequence[float], progress: Progress | None = None) -> None:
+        """Descend from a perturbation (N, C, H, W), in steps of these sizes in units of the budget."""
+        active = torch.arange(len(self.problem), device=perturbation.device)
         if self.stop_early:
-            here = here[self.lowest >= 0]
-        part, perturbation = self.problem.select(here), perturbation[here]
+            active = active[self.lowest >= 0]
+        part, perturbation = self.problem.select(active), perturbation[active]
         velocity = torch.zeros_like(perturbation)
         for number, size in enumerate(sizes):
-            if not len(here):
+            if not len(active):
                 break
             point = part.apply(perturbation)
             margins, _, direction = part.loss_and_gradient(point, self.loss)
             if not self.warned:
-                warn_of_zero_gradients(part, direction)
+                part.warn_of_zero_gradients(direction)
                 self.warned = True
-            if self.stop_early:
-                margins = part.standing_margins(point, margins, self.budget)
-            self._keep(here, point, margins)
-            if self.stop_early and bool((margins < 0).any()):
-                left = margins >= 0
-                here, part, perturbation = here[left], part.select(left), perturbation[left]
-                direction, velocity = direction[left], velocity[left]
+            unfooled = self._note(active, part, point, margins)
+            if not bool(unfooled.all()):
+                active, part, perturbation = active[unfooled], part.select(unfooled), perturbation[unfooled]
+                direction, velocity = direction[unfooled], velocity[unfooled]
             if self.momentum:
                 scale = direction.abs().mean((1, 2, 3), keepdim=True)
                 velocity = self.momentum * velocity + direction / scale.clamp(min=1e-30)
                 direction = velocity
-            step = self.budget.steepest_step(direction, perturbation, part.clean)
-            perturbation = part.project(self.budget, perturbation + size * step)
+            step = part.ball.steepest_step(direction, perturbation)
+            perturbation = part.project(perturbation + size * step)
             if progress is not None:
                 progress((number + 1) / len(sizes))
-        if len(here):
+        if len(active):
             point = part.apply(perturbation)
-            margins = part.evaluate(point)
-            if self.stop_early:
-                margins = part.standing_margins(point, margins, self.budget)
-            self._keep(here, point, margins)
+            self._note(active, part, point, part.evaluate(point))
         if progress is not None:
             progress(1.0)
 
-    def _keep(self, rows: Tensor, images: Tensor, margins: Tensor) -> None:
+    def _note(self, rows: Tensor, part: Problem, points: Tensor, margins: Tensor) -> Tensor:
+        """Remember the points of lower margin; returns which images (n,) go on with the search."""
+        if self.stop_early:
+            margins = part.file_margins(points, margins)
         better = margins < self.lowest[rows]
-        self.best[rows[better]] = images[better]
+        self.best[rows[better]] = points[better]
         self.lowest[rows[better]] = margins[better]
-
-
-def warn_of_zero_gradients(problem: Problem, direction: Tensor) -> None:
-    """Warn where a gradient attack can judge nothing."""
-    flat = (direction == 0).flatten(1).all(1) & problem.region.flatten(1).any(1)
-    if bool(flat.any()):
-        warn(
-            f"the gradient of {problem.classifier.name} is zero everywhere in the region for {int(flat.sum())} of "
-            f"{len(flat)} images: a gradient attack cannot judge it (masked or saturated gradients)",
-            ModelWarning,
-        )
-
-
-def part_of(progress: Progress | None, number: int, count: int) -> Progress | None:
-    """Progress of one of several pieces as progress of the whole."""
-    if progress is None:
-        return None
-    return lambda fraction: progress((number + fraction) / count)
-
-
-def check_counts(*, least: int = 1, **counts: int) -> None:
-    """Raises ValueError unless every argument is a whole number of at least `least`."""
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} is {value}; accepted is a whole number of at least {least}")
+        return margins >= 0 if self.stop_early else torch.ones_like(better)
 
 
 def _check_momentum(momentum: float) -> None:
     if not is_number(momentum) or not 0 <= momentum <= 1:
-        raise ValueError(f"momentum is {momentum}; accepted is a share from 0 to 1")
+        raise ValueError(f"momentum must be between 0 and 1, got {momentum!r}")

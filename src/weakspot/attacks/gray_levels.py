@@ -15,7 +15,7 @@ TIE = 1e-6  # sizes so near to each other are equal; the smaller L2 length then 
 
 
 def settle(
-    problem: Problem, images: Tensor, measure: Callable[[Tensor], Tensor], rows: Tensor, needed: Tensor
+    problem: Problem, images: Tensor, measure: Callable[[Tensor], Tensor], *, fools: Tensor, needed: Tensor
 ) -> Tensor:
     """End a minimal-norm attack on the 8-bit grid, at the smallest change found there that still fools.
 
@@ -31,16 +31,16 @@ def settle(
         problem: whose passes are counted.
         images: (N, C, H, W), confined to the region and [0, 1].
         measure: perturbations (n, C, H, W) to sizes (n,), in the norm that the attack minimizes.
-        rows: bool (N,), images that fool; the others are only rounded.
+        fools: bool (N,), images that fool; the others are only rounded.
         needed: (N,) the margin below which an image must get.
 
     Returns:
-        (N, C, H, W); an image of `rows` of which no point on the grid fools comes back as it was.
+        (N, C, H, W); an image that fools of which no point on the grid fools comes back as it was.
     """
     grid = _Grid(problem, images, measure, needed)
     nearest = grid.place((TOP * images).round(), grid.changed)
-    found = torch.where(rows[:, None, None, None], images, nearest)
-    left = _numbers(rows & grid.changed.flatten(1).any(1))
+    found = torch.where(fools[:, None, None, None], images, nearest)
+    left = _numbers(fools & grid.changed.flatten(1).any(1))
     grid.take(left, nearest[left])
     left = left[grid.size[left].isinf()]
     if len(left):

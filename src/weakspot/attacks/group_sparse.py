@@ -1,4 +1,4 @@
-"""Sparse attacks: few channels of few pixels (elastic net), or few groups of pixels (structured)."""
+"""Sparse attacks: few channels of few pixels (elastic net), or few groups of pixels (StrAttack)."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import is_number
-from weakspot.attacks.context import Problem, attack_context
-from weakspot.attacks.gradient import Progress, check_counts, part_of
-from weakspot.attacks.tradeoff import SEARCHES, Round, Smallest, adam_round, check_rates, squared
+from weakspot._checks import check_count, is_number
+from weakspot.attacks.context import AttackOptions, Problem, Progress, attack_context, part_of
+from weakspot.attacks.losses import minimizes
+from weakspot.attacks.tradeoff import (
+    SEARCHES,
+    Descent,
+    Note,
+    Round,
+    Smallest,
+    adam_round,
+    check_rates,
+    squared,
+)
 from weakspot.pairs import AttackResult
 
-Shrink = Callable[
-    [Tensor, float], Tensor
-]  # a perturbation and a step length to the perturbation made sparser
-REFINED = 0.25  # share of the steps that refine within the groups found
+Shrink = Callable[[Tensor, float], Tensor]  # a perturbation and a step length to a sparser perturbation
+REFINING = 0.25  # fraction of the steps that refine within the groups found
 
 
+@minimizes("l1")
 def ead(
     model: nn.Module,
     images: Tensor,
@@ -36,46 +44,39 @@ def ead(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> AttackResult:
-    """The smallest change in L1, with a little L2 (Chen et al. 2018, arXiv 1709.04114).
+    """Find the smallest change in L1, with a little L2 (Chen et al. 2018, arXiv 1709.04114, algorithm 1).
 
     Minimizes |d|^2 + beta |d|_1 + c max(margin + confidence, 0) by accelerated proximal steps; c is bisected for each
-    image. Of what fools, the smallest L1 is kept.
+    image. Of what fools, the smallest L1 is returned. Nothing is random. Shared arguments are described in
+    `AttackOptions`.
 
     Args:
-        model: as for `pgd`, like the other arguments that are not named here.
-        images: likewise.
-        labels: likewise.
-        region: bool (N, 1, H, W) of the sites that may change.
-        targets: (N,) classes to reach.
         beta: weight of the L1 part. Every step shrinks by beta x learning_rate, the authors' "beta" of 0.001.
         steps: gradient steps in all.
-        seed: kept in the result; nothing is random.
         learning_rate: of the first step; it falls with the square root of the steps left.
-        confidence: margin by which the image should fool, in logits.
-        on_grid: end on the 8-bit grid, so that a picture file of the image fools too (see `attacks.fmn`).
-        batch_size: images at once.
-        progress: called with the share done.
-
-    Raises:
-        ValueError: when an argument does not fit, naming it.
+        confidence: the margin by which the image should fool, in logits.
+        on_grid: whether to end on the 8-bit grid, as described at `attacks.fmn`.
     """
-    check_counts(least=SEARCHES, steps=steps)
+    check_count("steps", steps, least=SEARCHES)
     check_rates(learning_rate, confidence)
     _check_weight("beta", beta)
 
     def shrink(perturbation: Tensor, step: float) -> Tensor:
+        # The proximal operator of the L1 norm is soft thresholding.
         return perturbation.sign() * (perturbation.abs() - beta * step).clamp(min=0)
 
-    with attack_context(model, images, labels, region, targets, batch_size, seed) as problem:
+    with attack_context(
+        model, images, labels, AttackOptions(None, region, targets, seed, batch_size)
+    ) as problem:
         with problem.fused_model():
-            found = Smallest(problem, lambda d: d.abs().flatten(1).sum(1), confidence)
-            found.search(
-                proximal_round(problem, shrink, steps // SEARCHES, learning_rate, confidence), progress
-            )
-            images = found.settled() if on_grid else found.images
-        return problem.result(images)
+            smallest = Smallest(problem, lambda d: d.abs().flatten(1).sum(1), confidence)
+            descent = Descent(steps // SEARCHES, learning_rate, confidence)
+            smallest.search(proximal_round(problem, shrink, descent), progress)
+            adversarial = smallest.settled(on_grid)
+        return problem.result(adversarial)
 
 
+@minimizes("other")
 def strattack(
     model: nn.Module,
     images: Tensor,
@@ -93,86 +94,83 @@ def strattack(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> AttackResult:
-    """A change in few groups of pixels, in the manner of StrAttack (Xu et al. 2019, arXiv 1808.01664).
+    """Find a change in few groups of pixels, in the manner of StrAttack (Xu et al. 2019, arXiv 1808.01664).
 
-    Minimizes |d|^2 + sparsity x sum of |d_group| + c max(margin + confidence, 0), c bisected for each image; of what
-    fools, the smallest sum over groups is kept. A last quarter of the steps then minimizes |d|^2 within its groups, as
-    the authors' refinement does. Proximal steps take the place of their alternating directions. Nothing is shared
-    between images, and groups at the border are cut, not left out.
+    Minimizes |d|^2 + sparsity x sum of |d_group| + c max(margin + confidence, 0), with c bisected for each image; of
+    what fools, the smallest sum over groups is taken. The last quarter of the steps then minimizes |d|^2 within its
+    groups, like the authors' refinement. Proximal steps replace their alternating directions. Nothing is shared between
+    images, groups at the border are cut instead of left out, and nothing is random. Shared arguments are described in
+    `AttackOptions`.
 
     Args:
-        model: as for `pgd`, like the other arguments that are not named here.
-        images: likewise.
-        labels: likewise.
-        group: side of square cells in pixels, or whole numbers (N, 1, H, W) or (1, 1, H, W) such as
-            `regions.superpixels`: the group of each site.
-        region: bool (N, 1, H, W) of the sites that may change.
-        targets: (N,) classes to reach.
-        sparsity: weight of the group part; larger, fewer groups.
+        group: side of square cells in pixels, or integers (N, 1, H, W) or (1, 1, H, W), such as
+            `regions.superpixels`, that number the group of each site.
+        sparsity: weight of the group part; the larger, the fewer groups.
         steps: gradient steps in all.
-        seed: kept in the result; nothing is random.
         learning_rate: of the first step; it falls with the square root of the steps left.
-        confidence: margin by which the image should fool, in logits.
-        on_grid: end on the 8-bit grid, so that a picture file of the image fools too (see `attacks.fmn`).
-        batch_size: images at once.
-        progress: called with the share done.
-
-    Raises:
-        ValueError: when an argument does not fit, naming it.
+        confidence: the margin by which the image should fool, in logits.
+        on_grid: whether to end on the 8-bit grid, as described at `attacks.fmn`.
     """
-    check_counts(least=2 * SEARCHES, steps=steps)
+    check_count("steps", steps, least=2 * SEARCHES)
     check_rates(learning_rate, confidence)
     _check_weight("sparsity", sparsity)
-    with attack_context(model, images, labels, region, targets, batch_size, seed) as problem:
+    with attack_context(
+        model, images, labels, AttackOptions(None, region, targets, seed, batch_size)
+    ) as problem:
         groups = _groups(group, problem.clean)
 
         def shrink(perturbation: Tensor, step: float) -> Tensor:
+            # The proximal operator of a sum of lengths shrinks each group toward zero as a whole.
             length = group_lengths(perturbation, groups)
-            kept = (1 - sparsity * step / length.clamp(min=1e-20)).clamp(min=0)
-            return perturbation * kept.gather(1, groups.flatten(1)).view_as(groups)
+            left = (1 - sparsity * step / length.clamp(min=1e-20)).clamp(min=0)
+            return perturbation * left.gather(1, groups.flatten(1)).view_as(groups)
 
-        refining = max(1, int(REFINED * steps) // SEARCHES)
-        fused_model = max(1, steps // SEARCHES - refining)
+        refining = max(1, int(REFINING * steps) // SEARCHES)
+        searching = max(1, steps // SEARCHES - refining)
         with problem.fused_model():
-            found = Smallest(problem, lambda d: group_lengths(d, groups).sum(1), confidence)
-            found.search(
-                proximal_round(problem, shrink, fused_model, learning_rate, confidence),
-                part_of(progress, 0, 2),
-            )
-            changed = (group_lengths(found.images - problem.clean, groups) > 0).gather(1, groups.flatten(1))
-            inside = replace(problem, region=problem.region & changed.view_as(groups), whole=False)
-            refined = Smallest(inside, squared, confidence)
-            refined.images, refined.lowest = found.images, found.lowest
-            refined.size = torch.where(found.size.isinf(), torch.inf, squared(found.images - problem.clean))
-            refined.search(adam_round(inside, refining, learning_rate, confidence), part_of(progress, 1, 2))
-            images = refined.settled() if on_grid else refined.images
-        return problem.result(images)
+            smallest = Smallest(problem, lambda d: group_lengths(d, groups).sum(1), confidence)
+            descent = Descent(searching, learning_rate, confidence)
+            smallest.search(proximal_round(problem, shrink, descent), part_of(progress, 0, 2))
+            refined = _within_groups(smallest, groups)
+            descent = replace(descent, steps=refining)
+            refined.search(adam_round(refined.problem, descent), part_of(progress, 1, 2))
+            adversarial = refined.settled(on_grid)
+        return problem.result(adversarial)
 
 
-def proximal_round(
-    problem: Problem, shrink: Shrink, steps: int, learning_rate: float, confidence: float
-) -> Round:
-    """Accelerated proximal descent (Beck and Teboulle 2009, doi 10.1137/080716542); what it passes is in the box."""
+def _within_groups(smallest: Smallest, groups: Tensor) -> Smallest:
+    """The smallest L2 length so far, on a problem whose region is the groups that were changed."""
+    problem, images = smallest.problem, smallest.images
+    changed = (group_lengths(images - problem.clean, groups) > 0).gather(1, groups.flatten(1))
+    inside = replace(problem, region=problem.region & changed.view_as(groups), everywhere=False)
+    refined = Smallest(inside, squared, smallest.confidence)
+    refined.images, refined.lowest = images, smallest.lowest
+    refined.size = torch.where(smallest.size.isinf(), torch.inf, squared(images - problem.clean))
+    return refined
 
-    def loss_and_gradient(
-        weights: Tensor, keep: Callable[[Tensor, Tensor], None], progress: Progress | None
-    ) -> None:
+
+def proximal_round(problem: Problem, shrink: Shrink, descent: Descent) -> Round:
+    """Accelerated proximal descent (FISTA: Beck and Teboulle 2009, doi 10.1137/080716542); it stays in the box."""
+    steps = descent.steps
+
+    def descend(weights: Tensor, note: Note, progress: Progress | None) -> None:
         perturbation, ahead = torch.zeros_like(problem.clean), torch.zeros_like(problem.clean)
         for step in range(steps):
             margins, _, falling = problem.loss_and_gradient(problem.apply(ahead))
-            active = torch.where(margins + confidence > 0, weights, 0)[:, None, None, None]
-            rate = learning_rate * (1 - step / steps) ** 0.5
+            active = descent.active_weights(margins, weights)
+            rate = descent.learning_rate * (1 - step / steps) ** 0.5
+            # `falling` is minus the margin's gradient.
             sparser = shrink(ahead - rate * (2 * ahead - active * falling), rate)
-            # Cut to the box by its ends: a site that is not changed stays exactly so.
+            # Clipped at the ends of the box instead of as an image, so that zeros stay exactly zero.
             after = torch.where(problem.region, sparser.clamp(-problem.clean, 1 - problem.clean), 0)
             ahead = after + step / (step + 3) * (after - perturbation)
             perturbation = after
             point = problem.apply(perturbation)
-            keep(point, problem.evaluate(point))
+            note(point, problem.evaluate(point))
             if progress is not None:
                 progress((step + 1) / steps)
 
-    return loss_and_gradient
+    return descend
 
 
 def group_lengths(perturbation: Tensor, groups: Tensor) -> Tensor:
@@ -185,26 +183,25 @@ def group_lengths(perturbation: Tensor, groups: Tensor) -> Tensor:
 
 def _check_weight(name: str, value: float) -> None:
     if not is_number(value) or not 0 <= value < float("inf"):
-        raise ValueError(f"{name} is {value}; accepted is a finite weight of at least 0")
+        raise ValueError(f"{name} must be a finite weight of at least 0, got {value!r}")
 
 
 def _groups(group: int | Tensor, images: Tensor) -> Tensor:
-    """(N, 1, H, W) whole numbers from 0, the group of each site."""
+    """(N, 1, H, W) integers from 0, the group of each site."""
     count, _, height, width = images.shape
     if isinstance(group, Tensor):
-        whole = not (group.dtype.is_floating_point or group.dtype.is_complex or group.dtype == torch.bool)
-        if not whole or tuple(group.shape) not in {(count, 1, height, width), (1, 1, height, width)}:
+        integers = not (group.dtype.is_floating_point or group.dtype.is_complex or group.dtype == torch.bool)
+        if not integers or tuple(group.shape) not in {(count, 1, height, width), (1, 1, height, width)}:
             raise ValueError(
-                f"group is {tuple(group.shape)} {group.dtype}; accepted is a side in pixels, or whole numbers of "
-                f"shape ({count}, 1, {height}, {width})"
+                f"group must be a side in pixels or integers of shape ({count}, 1, {height}, {width}), got "
+                f"{tuple(group.shape)} {group.dtype}"
             )
         if int(group.min()) < 0:
-            raise ValueError(f"group holds {int(group.min())}; accepted are whole numbers from 0")
-        # Numbered anew: labels of millions would make as many empty groups.
+            raise ValueError(f"group must hold integers of at least 0, got {int(group.min())}")
+        # Numbered anew: labels in the millions would make as many empty groups.
         numbered: Tensor = torch.unique(group, return_inverse=True)[1]
         return numbered.to(images.device).expand(count, -1, -1, -1)
-    if not isinstance(group, int) or isinstance(group, bool) or group < 1:
-        raise ValueError(f"group is {group!r}; accepted is a side of at least one pixel, or group numbers")
+    check_count("group", group)
     rows = torch.arange(height, device=images.device)[:, None] // group
     columns = torch.arange(width, device=images.device)[None] // group
     cells = rows * (-(-width // group)) + columns

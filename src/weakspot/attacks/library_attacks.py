@@ -1,12 +1,10 @@
-"""Foreign attacks: those of foolbox, torchattacks and ART, where installed, held to our contract."""
+"""Attacks of other libraries (foolbox, torchattacks, ART), held to the contract of ours."""
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stdout
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,18 +12,14 @@ from torch import Tensor, nn
 
 from weakspot._checks import ModelWarning, quiet, warn
 from weakspot._state import SEEDED, without_parameter_gradients
-from weakspot.attacks.context import Problem, attack_context
+from weakspot.attacks.context import AttackOptions, Problem, Progress, attack_context
 from weakspot.attacks.gray_levels import settle
-from weakspot.attacks.libraries import ONE_BY_ONE, Task, eps_of, find, minimizes
+from weakspot.attacks.libraries import ONE_BY_ONE, Library, Task, eps_of, find, takes_eps
 from weakspot.attacks.tradeoff import squared
 from weakspot.budgets import Budget
 from weakspot.pairs import AttackResult
 
-if TYPE_CHECKING:
-    from weakspot.attacks.gradient import Progress
-
-
-ROUNDING = 1e-5  # of a budget, that a foreign attack may overspend before it is brought back
+ROUNDING = 1e-5  # fraction of a budget that an attack may overspend before its result is projected
 
 
 def external(
@@ -41,54 +35,48 @@ def external(
     seed: int = 0,
     batch_size: int | None = None,
     progress: Progress | None = None,
-    **options: Any,
+    **options: object,
 ) -> AttackResult:
-    """Run an attack of another library, verify what it made and count what it cost.
+    """Run an attack of another library, verify its result and count its cost.
 
-    What comes back is in [0, 1], inside the budget and untouched outside the region, whatever the attack did; success
-    is ours, from a fresh forward pass. Every image that goes through the model is counted, for the sample that it is
-    nearest to. Its random numbers are the global ones, which are seeded before and put back after.
+    Whatever the attack does, the result is in [0, 1], inside the budget and untouched outside the region; success comes
+    from a fresh forward pass of ours. Every image that goes through the model is counted for the sample that it is
+    nearest to. The attack draws from the global random generators, which are seeded before and restored afterward.
 
     These attacks know no regions: with one, each image is attacked by itself, through a model that sees no change
-    outside it, so that the search is confined and not only its outcome.
+    outside it, so that the search is confined and not only its outcome. Shared arguments are described in
+    `AttackOptions`.
 
     Args:
-        name: "foolbox:LinfPGD", "torchattacks:PGD" or "art:ProjectedGradientDescent": library and class.
-        model: as for `pgd`, like the other arguments that are not named here.
-        images: likewise.
-        labels: likewise.
-        budget: Linf, L2 or L1, handed over as the attack's own epsilon; where not given, that keeps its default. An
-            attack without one looks for the smallest change, which is then ended on the 8-bit grid as by `fmn`,
-            where the smallest L2 length is kept.
-        region: likewise.
-        targets: likewise, for attacks that can aim.
-        seed: likewise.
-        batch_size: images that the attack is given at once.
-        progress: likewise.
+        name: library and class: "foolbox:LinfPGD", "torchattacks:PGD" or "art:ProjectedGradientDescent".
+        budget: Linf, L2 or L1, passed as the attack's own epsilon; if None, that keeps its default. An attack without
+            an epsilon looks for the smallest change, which then ends on the 8-bit grid as described at `attacks.fmn`,
+            with the smallest L2 length.
         options: further arguments of the attack's class, such as steps=20.
 
     Raises:
-        ValueError: when the library is not installed, it has no such attack, that cannot do what is asked, or fails on
-            every image.
+        ValueError: if the library is not installed or has no such attack, or the attack cannot do what is asked or
+            fails on every image.
 
     Warns:
-        ModelWarning: when it fails on some images, which then stay clean.
+        ModelWarning: if it fails on some images, which then stay clean.
 
     >>> external("foolbox:LinfPGD", model, images, labels, budget=Linf(4 / 255), steps=10)  # doctest: +SKIP
     """
     library, attack = find(name)
     eps = None if budget is None else eps_of(name, budget)
-    with attack_context(model, images, labels, region, targets, batch_size, seed) as problem:
+    shared = AttackOptions(budget, region, targets, seed, batch_size)
+    with attack_context(model, images, labels, shared) as problem:
         adversarial = problem.clean.clone()
         failures: list[ValueError] = []
 
         def run(rows: Tensor) -> None:
-            """Attack these images; where that fails each by itself, so that one does not cost the others theirs."""
+            """Attack these images; if that fails, each by itself, so that one failure does not cost the others."""
             part = problem.select(rows)
             if not bool(part.region.any()) or eps == 0:
                 return
             try:
-                adversarial[rows] = _run(library, Task(name, attack, part, budget, eps, dict(options)))
+                adversarial[rows] = _run(library, Task(name, attack, part, eps, dict(options)))
             except ValueError as error:
                 if len(rows) == 1:
                     failures.append(error)
@@ -97,7 +85,7 @@ def external(
                     run(row)
 
         with problem.fused_model(), without_parameter_gradients(problem.classifier):
-            alone = not problem.whole or attack.__name__ in ONE_BY_ONE
+            alone = not problem.everywhere or attack.__name__ in ONE_BY_ONE
             parts = problem.rows.split(1 if alone else problem.batch_size)
             for number, rows in enumerate(parts):
                 run(rows)
@@ -106,27 +94,23 @@ def external(
         if len(failures) == len(problem):
             raise failures[0]
         if failures:
-            warn(
-                f"{len(failures)} of {len(problem)} images stay clean: {failures[0]}",
-                ModelWarning,
-            )
-        adversarial = _brought_back(problem, budget, adversarial)
-        if budget is None and minimizes(attack) and "epsilons" not in options:
+            warn(f"{len(failures)} of {len(problem)} images stay clean: {failures[0]}", ModelWarning)
+        adversarial = _within(problem, eps, adversarial)
+        if budget is None and not takes_eps(attack) and "epsilons" not in options:
             with problem.fused_model():
                 margins = problem.evaluate(adversarial)
                 none = torch.zeros_like(margins)
-                adversarial = settle(problem, adversarial, squared, margins < 0, none)
-        return problem.result(adversarial, budget)
+                adversarial = settle(problem, adversarial, squared, fools=margins < 0, needed=none)
+        return problem.result(adversarial)
 
 
-class Watched(nn.Module):
-    """The classifier as a foreign attack sees it: blind outside the region, every image counted on its way."""
+class _Watched(nn.Module):
+    """The classifier as another library's attack sees it: blind outside the region, every image counted."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
         self.classifier = problem.classifier
         self.problem = problem
-        self.confined = not problem.whole
         self.training = False
 
     def forward(self, images: Tensor) -> Tensor:
@@ -136,7 +120,7 @@ class Watched(nn.Module):
             images.register_hook(torch.Tensor.contiguous)  # the fused form's gradient is channels last
         with torch.no_grad():
             owners = _nearest(images, problem.clean)
-        if self.confined:
+        if not problem.everywhere:
             images = torch.where(problem.region, images, problem.clean)
         logits: Tensor = self.classifier(images)
         problem.count_forwards(owners)
@@ -144,50 +128,50 @@ class Watched(nn.Module):
             logits.register_hook(lambda _: problem.count_backwards(owners))
         return logits
 
-    def train(self, mode: bool = True) -> Watched:  # noqa: ARG002 - foreign attacks switch it; it stays in eval mode
+    def train(self, mode: bool = True) -> _Watched:  # noqa: ARG002 - attacks switch modes; this stays in eval mode
         return self
 
 
 def _nearest(images: Tensor, clean: Tensor) -> Tensor:
-    """(M,) which of the clean images each of (M, C, H, W) is an attempt on."""
+    """(M,) the number of the clean image that each of (M, C, H, W) is an attempt on."""
     rows = torch.arange(len(clean), device=clean.device)
     if len(clean) == 1 or len(images) == len(clean):
         return rows.expand(len(images))
     return torch.cdist(images.flatten(1), clean.flatten(1)).argmin(1)
 
 
-def _run(library: Callable[[Task, nn.Module], Any], task: Task) -> Tensor:
+def _run(library: Library, task: Task) -> Tensor:
     """Images (N, C, H, W) in [0, 1], from whatever the attack returned."""
     clean = task.problem.clean
     number = int(task.problem.keys[0]) % 2**32
     try:
-        # Warnings about their own insides are not ours to pass on. Random numbers and standard output belong to the
-        # whole process: one thread at a time.
+        # Warnings about the library's own insides are not ours to pass on. Random generators and standard output belong
+        # to the whole process: one thread at a time.
         with SEEDED, quiet(), redirect_stdout(sys.stderr):
             torch.manual_seed(number)
-            np.random.seed(number)  # noqa: NPY002 - foreign attacks draw from it
+            np.random.seed(number)  # noqa: NPY002 - the libraries draw from it
             random.seed(number)
-            found = library(task, Watched(task.problem))
+            made = library(task, _Watched(task.problem))
     except ValueError as error:
-        if str(error).startswith(f"attack is {task.name}"):
+        if str(error).startswith(f"attack {task.name}"):
             raise
-        raise task.refuse(f"which failed: {_sentence(error)}") from error
+        raise task.refuse(f"failed: {_sentence(error)}") from error
     except Exception as error:
-        raise task.refuse(f"which failed: {type(error).__name__}: {_sentence(error)}") from error
-    found = torch.as_tensor(found).detach().to(clean)
-    if found.shape != clean.shape:
-        raise task.refuse(f"which returned {tuple(found.shape)} for images of {tuple(clean.shape)}")
-    return torch.where(found.isfinite(), found, clean).clamp(0, 1)
+        raise task.refuse(f"failed: {type(error).__name__}: {_sentence(error)}") from error
+    adversarial = torch.as_tensor(made).detach().to(clean)
+    if adversarial.shape != clean.shape:
+        raise task.refuse(f"returned shape {tuple(adversarial.shape)} for images of {tuple(clean.shape)}")
+    return torch.where(adversarial.isfinite(), adversarial, clean).clamp(0, 1)
 
 
-def _brought_back(problem: Problem, budget: Budget | None, images: Tensor) -> Tensor:
-    """The images, untouched outside the region, and those that overspend the budget projected on it."""
+def _within(problem: Problem, eps: float | None, images: Tensor) -> Tensor:
+    """The images, untouched outside the region, those that overspend the budget projected on it."""
     change = torch.where(problem.region, images - problem.clean, 0)
     inside = torch.where(problem.region, images, problem.clean)
-    if budget is None:
+    if eps is None:
         return inside
-    over = budget.distance(change, problem.clean) > eps_of("", budget) * (1 + ROUNDING) + 1e-7
-    projected = problem.apply(problem.project(budget, change))
+    over = problem.ball.distance(change) > eps * (1 + ROUNDING) + 1e-7
+    projected = problem.apply(problem.project(change))
     return torch.where(over[:, None, None, None], projected, inside)
 
 

@@ -72,6 +72,6 @@ def _by_windows(problem: Problem, images: Tensor, owners: Tensor, sites: Tensor,
         logits = edits.logits(torch.zeros_like(places), places // width, places % width, patches)
         mine = owners[rows]
         targets = None if problem.targets is None else problem.targets[mine]
-        margins[rows] = problem.judge(logits, mine)
+        margins[rows] = problem.margins(logits, mine)
         fitness[rows] = log_odds(logits, problem.labels[mine], targets).to(fitness)
     return Painted(margins, fitness)

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weakspot._checks import check_choice
-from weakspot.attacks.context import Problem, attack_context
+from weakspot._checks import check_choice, check_count
+from weakspot.attacks.context import AttackOptions, Problem, Progress, attack_context, part_of
 from weakspot.attacks.differential_evolution import evolve
-from weakspot.attacks.gradient import Progress, check_counts, part_of
 from weakspot.attacks.pixel_edits import evaluate_painted, paint, with_windows
 from weakspot.pairs import AttackResult
 
@@ -218,10 +217,13 @@ def few_pixel(
     >>> bool(result.success[0]), int(result.distances["pixels"][0])
     (True, 1)
     """
-    check_counts(count=count, generations=generations)
-    check_counts(least=4, population=population)
+    check_count("count", count)
+    check_count("generations", generations)
+    check_count("population", population, least=4)
     check_choice("method", method, METHODS)
-    with attack_context(model, images, labels, region, targets, batch_size, seed) as problem:
+    with attack_context(
+        model, images, labels, AttackOptions(None, region, targets, seed, batch_size)
+    ) as problem:
         sites = problem.region.flatten(1).sum(1)
         if count > images.shape[2] * images.shape[3]:
             raise ValueError(

@@ -1,105 +1,150 @@
-"""Attacks by name: our own and installed ones from the entry-point group, foreign ones as LIBRARY:CLASS.
-
-Attacking: any attack of the registry called with what it takes, and results put together and taken apart.
-"""
+"""Attacks by name: ours and plug-ins from the entry-point group, those of other libraries as LIBRARY:CLASS."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import entry_points
-from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from weakspot._checks import unknown_choice
+from weakspot.attacks.context import AttackOptions
 from weakspot.attacks.libraries import LIBRARIES
 from weakspot.attacks.library_attacks import external
-from weakspot.classifier import Classifier
+from weakspot.attacks.losses import Minimized, Norm
 from weakspot.pairs import AttackResult
 
 GROUP = "weakspot.attacks"
-ORDER = ("pgd", "ensemble", "fgsm", "bim", "fmn", "carlini_wagner", "ead", "strattack", "pixels")
-Attack = Callable[..., AttackResult]  # (model, images, labels, *, region, targets, seed, ...) -> AttackResult
+ORDER = ("pgd", "ensemble", "fgsm", "bim", "fmn", "carlini_wagner", "ead", "strattack", "few_pixel")
+SHARED = {"model", "images", "labels", *(entry.name for entry in fields(AttackOptions))}
+NORMS: tuple[Norm, ...] = ("linf", "l2", "l1", "l0")
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack with everything that its signature says, read once.
+
+    Attributes:
+        name: as `find_attack` takes it.
+        function: (model, images, labels, *, ...) -> AttackResult.
+        accepts: the names of the arguments of `AttackOptions` that it takes.
+        parameters: the arguments of its own, by name.
+        open_ended: whether it takes further arguments of any name, as attacks of other libraries do.
+        default_budget: whether it must have a budget, and so has one by default.
+        minimizes: the norm in which it looks for the smallest change; "other" if that is a size that is no norm, or
+            one that only the attack knows; None if it does not look for the smallest change.
+        norm_argument: the name of the argument that overrides `minimizes`, or None.
+    """
+
+    name: str
+    function: Callable[..., AttackResult] = field(repr=False)
+    accepts: frozenset[str] = frozenset()
+    parameters: Mapping[str, inspect.Parameter] = field(default_factory=dict)
+    open_ended: bool = False
+    default_budget: bool = False
+    minimizes: Minimized | None = None
+    norm_argument: str | None = None
+
+    @classmethod
+    def of(cls, name: str, function: Callable[..., AttackResult]) -> Attack:
+        """Describe a function, which may be declared by `minimizes`."""
+        every = inspect.signature(function).parameters
+        open_ended = any(one.kind is one.VAR_KEYWORD for one in every.values())
+        budget = every.get("budget")
+        return cls(
+            name,
+            function,
+            frozenset(SHARED if open_ended else SHARED & set(every)),
+            {
+                key: one
+                for key, one in every.items()
+                if key not in SHARED and one.kind in {one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD}
+            },
+            open_ended,
+            default_budget=budget is not None and budget.default is not None,
+            minimizes=getattr(function, "minimizes", None),
+            norm_argument=getattr(function, "norm_argument", None),
+        )
+
+    @property
+    def takes_budget(self) -> bool:
+        """Whether it can be told how much may change."""
+        return "budget" in self.accepts
+
+    @property
+    def summary(self) -> str:
+        """The first line of its docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    def norm(self, settings: Mapping[str, object]) -> Norm | None:
+        """The norm in which it looks for the smallest change under these settings; None for any other size."""
+        chosen = settings.get(self.norm_argument or "", self.minimizes)
+        return next((norm for norm in NORMS if norm == chosen), None)
+
+    def takes(self, setting: str) -> bool:
+        """Whether there is an argument of its own of this name."""
+        return setting in self.parameters or (self.open_ended and setting not in SHARED)
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, **arguments: object) -> AttackResult:
+        """Call the function as it is."""
+        return self.function(model, images, labels, **arguments)
+
+    def run(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        options: AttackOptions,
+        settings: Mapping[str, object],
+    ) -> AttackResult:
+        """Call the function with as many of the shared options as it takes, and with settings of its own.
+
+        Raises:
+            ValueError: if there is a region and it takes none, or it does not return an AttackResult.
+        """
+        if options.region is not None and "region" not in self.accepts:
+            raise ValueError(f"region must be none for attack {self.name}, which takes no region")
+        given = {entry.name: getattr(options, entry.name) for entry in fields(options)}
+        if options.budget is None:
+            del given["budget"]  # the attack's own default
+        taken = {name: value for name, value in given.items() if name in self.accepts}
+        result = self.function(model, images, labels, **taken, **settings)
+        if not isinstance(result, AttackResult):
+            kind = type(result).__name__
+            raise ValueError(f"attack {self.name} must return an AttackResult, got {kind}")
+        return result
 
 
 def available_attacks() -> dict[str, str]:
-    """Names that `find_attack` takes, ours first, each with the first sentence of what it says of itself."""
-    entries = {entry.name: entry for entry in entry_points(group=GROUP)}
-    names = [name for name in ORDER if name in entries] + sorted(set(entries) - set(ORDER))
-    told = {}
-    for name in names:
+    """The names that `find_attack` takes, ours first, each with the first line of its docstring."""
+    installed = {entry.name for entry in entry_points(group=GROUP)}
+    summaries = {}
+    for name in [*(name for name in ORDER if name in installed), *sorted(installed - set(ORDER))]:
         try:
-            told[name] = (inspect.getdoc(find_attack(name)) or "").partition("\n")[0]
+            summaries[name] = find_attack(name).summary
         except ValueError as error:
-            told[name] = str(error)
-    return told
+            summaries[name] = str(error)
+    return summaries
 
 
 def find_attack(name: str) -> Attack:
     """The attack of that name, or of another library: "foolbox:LinfPGD", "torchattacks:PGD", "art:FastGradientMethod".
 
     Raises:
-        ValueError: when no attack of that name is installed, or it cannot be loaded.
+        ValueError: if no attack of that name is installed, or it cannot be loaded.
     """
     if name.partition(":")[0] in LIBRARIES:
-        return partial(external, name)
+        described = Attack.of(name, partial(external, name))
+        # Without a budget its size is its own affair: some look for the smallest, others have a default.
+        return replace(described, minimizes="other")
     for entry in entry_points(group=GROUP, name=name):
         try:
-            found: Attack = entry.load()
+            return Attack.of(name, entry.load())
         except Exception as error:
             raise ValueError(f"attack {name} ({entry.value}) cannot be loaded: {error}") from error
-        return found
-    known = [entry.name for entry in entry_points(group=GROUP)]
-    raise ValueError(
-        unknown_choice("attack", name, known, remedy=f"or give LIBRARY:CLASS of {', '.join(LIBRARIES)}")
-    )
-
-
-def call_attack(
-    run: Callable[..., AttackResult],
-    classifier: Classifier,
-    images: Tensor,
-    labels: Tensor,
-    options: Mapping[str, Any],
-    settings: Mapping[str, Any],
-) -> AttackResult:
-    """The attack with as many of the options as it takes.
-
-    Raises:
-        ValueError: when it takes no region and one is given, or returns something else than an AttackResult.
-    """
-    parameters = inspect.signature(run).parameters
-    free = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    name = getattr(run, "__name__", str(run))
-    if options["region"] is not None and not free and "region" not in parameters:
-        raise ValueError(f"attack {name} takes no region; accepted is the region none")
-    taken = {key: value for key, value in options.items() if free or key in parameters}
-    result = run(classifier, images, labels, **taken, **settings)
-    if not isinstance(result, AttackResult):
-        raise ValueError(f"attack {name} returned a {type(result).__name__}; accepted is an AttackResult")
-    return result
-
-
-def joined(results: Sequence[AttackResult]) -> AttackResult:
-    """Several results one after the other."""
-    if len(results) == 1:
-        return results[0]
-
-    def both(name: str) -> Any:
-        parts = [getattr(result, name) for result in results]
-        return None if any(part is None for part in parts) else torch.cat(parts)
-
-    return AttackResult(**{entry.name: both(entry.name) for entry in fields(AttackResult)})
-
-
-def chosen(pairs: AttackResult, rows: Tensor) -> AttackResult:
-    """Some of the pairs."""
-    if len(rows) == len(pairs):
-        return pairs
-    parts = {entry.name: getattr(pairs, entry.name) for entry in fields(AttackResult)}
-    kept: dict[str, Any] = {name: None if part is None else part[rows] for name, part in parts.items()}
-    return AttackResult(**kept)
+    names = [entry.name for entry in entry_points(group=GROUP)]
+    remedy = f"or LIBRARY:CLASS of {', '.join(LIBRARIES)}"
+    raise ValueError(unknown_choice("attack", name, names, remedy=remedy))

@@ -1,4 +1,4 @@
-"""Square search: random squares, kept where they help (Andriushchenko et al. 2020, arXiv 1912.00049)."""
+"""Square search: random squares, accepted where they help (Andriushchenko et al. 2020, arXiv 1912.00049)."""
 
 from __future__ import annotations
 
@@ -8,84 +8,81 @@ import torch
 from torch import Tensor
 
 from weakspot import _random
-from weakspot.attacks.context import Problem
-from weakspot.attacks.gradient import Progress
-from weakspot.budgets import Budget, Linf
+from weakspot.attacks.context import Problem, Progress
+from weakspot.budgets import Linf
 
-FIRST_SHARE = 0.8  # of the image in the first squares, as the authors set it for L-infinity
+FIRST_FRACTION = 0.8  # of the image in the first squares, as the authors set it for L-infinity
 HALVED_AT = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
-BLOCK = 64  # random numbers of so many queries are drawn at once
+BLOCK = 64  # queries whose random numbers are drawn at once
 
 
 def square_search(
-    problem: Problem, budget: Budget, *, queries: int, stream: int, progress: Progress | None = None
+    problem: Problem, *, queries: int, stream: int, progress: Progress | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Change one random square at a time to a random color at the budget's end; keep it where the margin falls.
+    """Change one random square at a time to a random color at the budget's end, and accept it if the margin falls.
 
-    The start is vertical stripes, as for L-infinity in the paper. For other budgets a square is the budget's whole
-    step on that square added twice, then projected: for L-infinity the same, for others ours.
+    The start is vertical stripes, as for L-infinity in the paper. For other budgets the budget's whole step on that
+    square is added twice and the sum projected: the same for L-infinity, our own choice for others.
 
     Args:
         problem: what to fool.
-        budget: how much may change.
         queries: forward passes of each image, at most.
         stream: which of each image's random numbers.
-        progress: called with the share done.
+        progress: called with the fraction done.
 
     Returns:
-        Images (N, C, H, W) of lowest margin and those margins (N,), as of `Problem.standing_margins`.
+        Images (N, C, H, W) of lowest margin and those margins (N,), as from `Problem.file_margins`.
     """
     channels, height, width = problem.clean.shape[1:]
     signs = _random.uniform(problem.keys, stream, channels, 1, width).sub(0.5).sign().to(problem.clean)
     everywhere = torch.ones_like(problem.region)
-    perturbation = _painted(problem, budget, everywhere, signs, torch.zeros_like(problem.clean))
-    found = problem.apply(perturbation)
-    reached = problem.evaluate(found)  # what the search goes by
-    lowest = problem.standing_margins(found, reached, budget)
-    here = (lowest >= 0).nonzero()[:, 0]
-    part, perturbation = problem.select(here), perturbation[here]
-    rows = torch.arange(height, device=found.device).view(1, 1, -1, 1)
-    columns = torch.arange(width, device=found.device).view(1, 1, 1, -1)
+    perturbation = _paint(problem, everywhere, signs, torch.zeros_like(problem.clean))
+    best = problem.apply(perturbation)
+    reached = problem.evaluate(best)  # by which squares are accepted
+    lowest = problem.file_margins(best, reached)
+    active = (lowest >= 0).nonzero()[:, 0]
+    part, perturbation = problem.select(active), perturbation[active]
+    rows = torch.arange(height, device=best.device).view(1, 1, -1, 1)
+    columns = torch.arange(width, device=best.device).view(1, 1, 1, -1)
     for query in range(1, queries):
-        if not len(here):
+        if not len(active):
             break
         if query % BLOCK == 1:
-            random = _random.uniform(part.keys, stream + 1 + query // BLOCK, BLOCK, channels + 2).to(found)
-        drawn = random[:, (query - 1) % BLOCK]
+            block = _random.uniform(part.keys, stream + 1 + query // BLOCK, BLOCK, channels + 2).to(best)
+        numbers = block[:, (query - 1) % BLOCK]
         side = _side(query / queries, height, width)
-        top = (drawn[:, 0] * (height - side + 1)).long().view(-1, 1, 1, 1)
-        left = (drawn[:, 1] * (width - side + 1)).long().view(-1, 1, 1, 1)
+        top = (numbers[:, 0] * (height - side + 1)).long().view(-1, 1, 1, 1)
+        left = (numbers[:, 1] * (width - side + 1)).long().view(-1, 1, 1, 1)
         inside = ((rows >= top) & (rows < top + side)) & ((columns >= left) & (columns < left + side))
-        colors = drawn[:, 2 : 2 + channels].sub(0.5).sign().view(-1, channels, 1, 1)
-        tried = _painted(part, budget, inside, colors, perturbation)
-        images = part.apply(tried)
+        colors = numbers[:, 2 : 2 + channels].sub(0.5).sign().view(-1, channels, 1, 1)
+        candidate = _paint(part, inside, colors, perturbation)
+        images = part.apply(candidate)
         margins = part.evaluate(images)
-        better = margins < reached[here]
+        better = margins < reached[active]
         if bool(better.any()):
-            perturbation = torch.where(better[:, None, None, None], tried, perturbation)
-            found[here[better]], reached[here[better]] = images[better], margins[better]
-            standing = part.select(better).standing_margins(images[better], margins[better], budget)
-            lowest[here[better]] = standing
-            left_standing = lowest[here] >= 0
-            here, part = here[left_standing], part.select(left_standing)
-            perturbation, random = perturbation[left_standing], random[left_standing]
+            perturbation = torch.where(better[:, None, None, None], candidate, perturbation)
+            best[active[better]], reached[active[better]] = images[better], margins[better]
+            lowest[active[better]] = part.select(better).file_margins(images[better], margins[better])
+            unfooled = lowest[active] >= 0
+            active, part = active[unfooled], part.select(unfooled)
+            perturbation, block = perturbation[unfooled], block[unfooled]
         if progress is not None:
             progress(query / queries)
-    return found, lowest
+    return best, lowest
 
 
-def _painted(problem: Problem, budget: Budget, inside: Tensor, signs: Tensor, perturbation: Tensor) -> Tensor:
+def _paint(problem: Problem, inside: Tensor, signs: Tensor, perturbation: Tensor) -> Tensor:
     """The perturbation with each image's square moved to the budget's end on the side of `signs`."""
-    if isinstance(budget, Linf):  # what the lines below come to; box and region are `Problem.apply`'s
-        return torch.where(inside, budget.eps * signs, perturbation)
-    step = budget.steepest_step(
-        signs * (inside & problem.region), torch.zeros_like(perturbation), problem.clean
-    )
-    return problem.project(budget, perturbation + 2 * step)
+    if isinstance(
+        problem.budget, Linf
+    ):  # what the lines below amount to; `Problem.apply` does box and region
+        return torch.where(inside, problem.budget.eps * signs, perturbation)
+    step = problem.ball.steepest_step(signs * (inside & problem.region), torch.zeros_like(perturbation))
+    return problem.project(perturbation + 2 * step)  # twice: from one end of the budget to the other
 
 
 def _side(fraction: float, height: int, width: int) -> int:
-    """Of the squares after a share of all queries: they cover less and less."""
+    """The side of squares after a fraction of all queries: their area halves again and again."""
     halvings = sum(fraction * 10_000 > mark for mark in HALVED_AT)
-    side = round(math.sqrt(FIRST_SHARE / 2**halvings * height * width))
+    side = round(math.sqrt(FIRST_FRACTION / 2**halvings * height * width))
     return max(1, min(side, height - 1 or 1, width - 1 or 1))

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import unknown_choice
-from weakspot.attacks.context import Problem, attack_context
-from weakspot.attacks.gradient import Progress
+from weakspot.attacks.context import AttackOptions, Problem, Progress, attack_context
 from weakspot.attacks.pixel_edits import paint
 from weakspot.attacks.pixel_search import in_gradient_order
 from weakspot.classifier import margin as margin_of
@@ -98,7 +97,9 @@ def pixel_sweep(
     >>> sweep.margin.shape, sweep.color.shape, int(sweep.n_forward)
     (torch.Size([1, 4, 4]), torch.Size([1, 3, 4, 4]), 128)
     """
-    with attack_context(model, images, labels, region, None, batch_size) as problem:
+    with attack_context(
+        model, images, labels, AttackOptions(region=region, batch_size=batch_size)
+    ) as problem:
         palette = _palette(colors, problem.clean)
         group = max(1, GROUP_SITES // (images.shape[2] * images.shape[3]))
         parts = torch.arange(len(problem), device=problem.clean.device).split(group)

@@ -1,4 +1,4 @@
-"""Budgets as people write them: linf:4/255, l2:1.5, l1:12, ssim:0.01, ssim-local:0.01."""
+"""Budgets as text: linf:4/255, l2:1.5, l1:12, ssim:0.01, ssim-local:0.01."""
 
 from __future__ import annotations
 
@@ -20,29 +20,27 @@ MAKERS: dict[str, Callable[[float], Budget]] = {
 
 
 def read_budget(text: str) -> Budget:
-    """The budget that `text` names.
+    """Parse a budget.
 
     Args:
-        text: KIND:AMOUNT, the amount a number or a fraction.
+        text: KIND:AMOUNT, where the amount is a number or a fraction.
 
     Raises:
-        ValueError: when it is no such text, the kind is unknown or the amount is none of that kind.
+        ValueError: if the text has another form, the kind is unknown, or that kind cannot have the amount.
 
     >>> read_budget("linf:4/255")
     Linf(eps=0.01568627450980392)
     """
     kind, colon, amount = str(text).strip().lower().partition(":")
     if not colon:
-        raise ValueError(
-            f"budget is {text!r}; accepted is KIND:AMOUNT such as linf:4/255, l2:1.5 or ssim:0.01"
-        )
+        raise ValueError(f"budget must be KIND:AMOUNT, got {text!r} (for example linf:4/255 or l2:1.5)")
     if kind not in MAKERS:
         raise ValueError(unknown_choice("budget kind", kind, MAKERS))
     try:
-        # No exponents of many digits: a fraction would write all their zeros out.
+        # No exponents of many digits: Fraction would write out all their zeros.
         eps = float(Fraction(amount.strip())) if len(amount.partition("e")[2]) <= 4 else float(amount)
     except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(
-            f"budget is {text!r}; accepted after the colon is a number or a fraction, as in linf:4/255"
+            f"budget must end with a number or a fraction, got {text!r} (for example linf:4/255)"
         ) from None
     return MAKERS[kind](eps)

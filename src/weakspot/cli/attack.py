@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from weakspot.cli.aims import AimOptions, find_aim, find_region
+from weakspot.cli.aims import Aim, AimOptions, find_aim, find_region
 from weakspot.cli.app import Failure, command
 from weakspot.cli.options import (
     ATTACK,
@@ -24,6 +21,7 @@ from weakspot.cli.options import (
     SamplesOption,
     SeedOption,
     SetOption,
+    Value,
     flag,
     given,
     option,
@@ -37,12 +35,12 @@ from weakspot.cli.session import check_output, check_sources, open_session
 if TYPE_CHECKING:
     import pandas as pd
 
+    from weakspot.attacks import Attack, AttackOptions
     from weakspot.budgets import Budget
     from weakspot.classifier import Classifier
     from weakspot.pairs import AttackResult
 
 FILES = ("clean", "adversarial", "overview.png", "scores.csv", "pairs.safetensors", "run.json")
-COMMON = {"model", "images", "labels", "budget", "region", "targets", "seed", "batch_size", "progress"}
 BUDGETS = {
     "linf": "largest change of any channel of any pixel, as in linf:4/255",
     "l2": "Euclidean norm of the change, as in l2:1.5",
@@ -57,67 +55,6 @@ REGIONS = {
     "border": "a frame of 8 pixels, or border:WIDTH",
     "support": "most evidence for the label or the target, each the --fraction of the image; needs --target",
 }
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What an attack takes.
-
-    Attributes:
-        attack: its name.
-        parameters: by name, without `**options`.
-        takes_any: whether it has `**options`.
-    """
-
-    attack: str
-    parameters: Mapping[str, inspect.Parameter]
-    takes_any: bool
-
-    @classmethod
-    def of(cls, attack: str, run: Callable[..., AttackResult]) -> Arguments:
-        """What the function takes."""
-        parameters = inspect.signature(run).parameters
-        own = {key: p for key, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
-        return cls(attack, own, len(own) < len(parameters))
-
-    @property
-    def settable(self) -> list[str]:
-        """Names that --set takes."""
-        return [key for key in self.parameters if key not in COMMON]
-
-    def find_budget(self, text: str, *, given: bool) -> Budget | None:
-        """The budget, or None if the attack takes none, or needs none and none was given."""
-        from weakspot.budgets import read_budget
-
-        parameter = self.parameters.get("budget")
-        if parameter is None and not self.takes_any:
-            if given:
-                raise Failure(f"{self.attack} searches for the smallest change and takes no --budget")
-            return None
-        needed = parameter is not None and parameter.default is not None
-        return read_budget(text) if given or needed else None
-
-    def read_settings(self, settings: Sequence[str] | None) -> dict[str, object]:
-        """The arguments of --set."""
-        from weakspot._checks import unknown_choice
-
-        values = parse_settings(settings)
-        for key in values:
-            if key in COMMON or (key not in self.settable and not self.takes_any):
-                raise Failure(unknown_choice(f"--set of {self.attack}", key, sorted(self.settable)))
-        return dict(values)
-
-    def select(self, common: Mapping[str, object]) -> dict[str, object]:
-        """The common arguments that the attack takes.
-
-        Raises:
-            Failure: if it does not take one that decides the result.
-        """
-        names = {"region": "--region", "targets": "--target", "batch_size": "--batch-size"}
-        for key, name in names.items():
-            if common[key] is not None and key not in self.parameters and not self.takes_any:
-                raise Failure(f"{self.attack} takes no {name}")
-        return {key: value for key, value in common.items() if self.takes_any or key in self.parameters}
 
 
 @command(
@@ -163,26 +100,18 @@ def attack(
     check_sources(sources, samples=samples)
     check_output(out, sources, folders=FILES[:2], files=FILES[2:3])
     with open_session(context, network, output, out, FILES) as session:
-        from weakspot.attacks import find_attack
+        from weakspot.attacks import AttackOptions, find_attack
 
         refuse_fraction(context, [aims.region])
-        run = find_attack(name)
-        takes = Arguments.of(name, run)
-        spent = takes.find_budget(budget, given=bool(given(context, ["budget"])))
-        own = takes.read_settings(settings)
+        chosen = find_attack(name)
+        spent = find_budget(chosen, budget, given=bool(given(context, ["budget"])))
+        own = read_settings(chosen, settings)
         batch = parse_batch_size(batch_size)
         aim, source = find_aim(session.classifier, session.read_images(sources, samples=samples), aims)
         session.make_folder()
         mask, where = find_region(aims, session.classifier, aim, seed)
-        common = {
-            "region": mask,
-            "targets": aim.targets,
-            "batch_size": batch,
-            "seed": seed,
-            "progress": session.progress("attacking", 0.1, 0.9),
-        }
-        own |= takes.select(common) | ({} if spent is None else {"budget": spent})
-        result = _run(name, partial(run, session.classifier, aim.images, aim.labels, **own))
+        shared = AttackOptions(spent, mask, aim.targets, seed, batch, session.progress("attacking", 0.1, 0.9))
+        result = _run(chosen, session.classifier, aim, shared, own)
         session.advance("writing", 0.92)
         about = {
             "attack": ", ".join([name, *(settings or []), *([str(spent)] if spent else []), where]),
@@ -200,16 +129,38 @@ def attack(
     )
 
 
-def _run(name: str, run: Callable[[], AttackResult]) -> AttackResult:
-    from weakspot.pairs import AttackResult
+def find_budget(attack: Attack, text: str, *, given: bool) -> Budget | None:
+    """The budget that was given, or the default one for an attack that must have one."""
+    from weakspot.budgets import read_budget
 
+    if given and not attack.takes_budget:
+        raise Failure(f"{attack.name} searches for the smallest change and takes no --budget")
+    needed = attack.takes_budget and attack.default_budget
+    return read_budget(text) if given or needed else None
+
+
+def read_settings(attack: Attack, settings: Sequence[str] | None) -> dict[str, Value]:
+    """The arguments of --set."""
+    from weakspot._checks import unknown_choice
+
+    values = parse_settings(settings)
+    for key in values:
+        if not attack.takes(key):
+            raise Failure(unknown_choice(f"--set of {attack.name}", key, sorted(attack.parameters)))
+    return values
+
+
+def _run(
+    attack: Attack, classifier: Classifier, aim: Aim, options: AttackOptions, own: Mapping[str, Value]
+) -> AttackResult:
+    """Run the attack, which must take every option that was given and decides the result."""
+    for name, option_name in (("region", "--region"), ("targets", "--target"), ("batch_size", "--batch-size")):
+        if getattr(options, name) is not None and name not in attack.accepts:
+            raise Failure(f"{attack.name} takes no {option_name}")
     try:
-        result = run()
+        return attack.run(classifier, aim.images, aim.labels, options, own)
     except TypeError as error:
-        raise Failure(f"{name} failed with these arguments: {error}") from error
-    if not isinstance(result, AttackResult):
-        raise Failure(f"{name} must return an AttackResult, got {type(result).__name__}")
-    return result
+        raise Failure(f"{attack.name} failed with these arguments: {error}") from error
 
 
 def _write(
@@ -295,7 +246,7 @@ def list_choices() -> list[dict[str, str]]:
     rows = []
     for name, summary in available_attacks().items():
         try:
-            settable = ", ".join(Arguments.of(name, find_attack(name)).settable)
+            settable = ", ".join(find_attack(name).parameters)
         except ValueError:  # it cannot be loaded, as its summary says
             settable = ""
         rows.append(row("attack", name, summary, settable))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from weakspot.attacks import bim, ensemble
-from weakspot.attacks.context import attack_context
+from weakspot.attacks.context import AttackOptions, Progress, attack_context, part_of
 from weakspot.attacks.eight_bit import fit, on_8bit_images
-from weakspot.attacks.gradient import Progress, Search, part_of, random_start
+from weakspot.attacks.gradient import Search, random_start, shrinking_steps
 from weakspot.attacks.losses import margin
 from weakspot.attacks.square_search import square_search
 from weakspot.budgets import Budget, Linf
@@ -89,7 +89,7 @@ class AttackSequence:
         self.images, self.labels, self.budget, self.seed = images, labels, budget, seed
         self.model, self.progress = model, progress
         self.random = defended is not model and is_random(defended, images, seed=seed)
-        self.sizes = _sizes(steps if not self.random else -(-2 * steps // 3))
+        self.sizes = shrinking_steps(steps if not self.random else -(-2 * steps // 3))
         self.restarts = 1 if self.random else RESTARTS
         undefended, shielded = as_classifier(model), as_classifier(defended)
         self.sides = (_side(undefended, False, draws, seed), _side(shielded, self.random, draws, seed))
@@ -183,15 +183,12 @@ class AttackSequence:
 
             def squares(side: Side, here: Tensor, count: int = count, stream: int = stream) -> Tensor:
                 network = on_8bit_images(side.queried)
+                options = AttackOptions(self.budget, seed=self.seed)
                 with (
-                    attack_context(
-                        network, self.images[here], self.labels[here], None, None, None, self.seed
-                    ) as problem,
+                    attack_context(network, self.images[here], self.labels[here], options) as problem,
                     problem.fused_model(),
                 ):
-                    return square_search(
-                        problem, self.budget, queries=count, stream=stream, progress=self.part
-                    )[0]
+                    return square_search(problem, queries=count, stream=stream, progress=self.part)[0]
 
             self._attack(QUERIES.format(count), squares, until=0.5 + 0.5 * count / cap)
             fallen = before - int(self.sides[1].standing.sum())
@@ -227,13 +224,14 @@ class AttackSequence:
         """PGD judged by the side's answers; images leave it at once where what fools cannot change afterward."""
         early = early and not self.random and isinstance(self.budget, Linf)
         network = on_8bit_images(side.attacked)
-        with attack_context(network, images, labels, region, None, None, self.seed) as own:
+        options = AttackOptions(self.budget, region, seed=self.seed)
+        with attack_context(network, images, labels, options) as own:
             problem = own if lead is None else replace(own, lead=on_8bit_images(lead))
-            search = Search(problem, self.budget, margin, 0.0, early)
+            search = Search(problem, margin, stop_early=early)
             search.warned = True  # gradients of zero are what the agreement reports
             with problem.fused_model():
                 for restart in range(self.restarts):
-                    start = random_start(problem, self.budget, STREAMS * number + restart)
+                    start = random_start(problem, STREAMS * number + restart)
                     search.run(start, self.sizes, part_of(self.part, restart, self.restarts))
             return search.best
 
@@ -288,11 +286,6 @@ def _side(classifier: Classifier, random: bool, draws: int, seed: int) -> Side:
     # Draws that are a function of the image can be asked for until one errs; others are new at every query.
     by_image = any(isinstance(module, DrawnByImage) for module in classifier.modules())
     return Side(judged, attacked, judged if by_image else attacked)
-
-
-def _sizes(steps: int) -> list[float]:
-    """Steps of PGD in units of the budget, as `pgd` takes them."""
-    return [2 * (1 - step / (steps + 1)) for step in range(steps)]
 
 
 def correct(network: nn.Module, shown: Tensor, labels: Tensor) -> Tensor:

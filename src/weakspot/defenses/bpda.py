@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 
-from weakspot.attacks.context import attack_context
+from weakspot.attacks.context import AttackOptions, attack_context
 from weakspot.attacks.gradient import random_start
 from weakspot.budgets import Budget
 from weakspot.classifier import (
@@ -213,8 +213,8 @@ def agreement(
         budget: of the attacks that are to be judged.
         seed: of points and draws.
     """
-    with attack_context(defended, images, labels, None, None, None, seed) as problem:
-        points = problem.apply(random_start(problem, budget, STREAM))
+    with attack_context(defended, images, labels, AttackOptions(budget, seed=seed)) as problem:
+        points = problem.apply(random_start(problem, STREAM))
     ratio = _ratio(defended, lead, points, labels, budget, seed)
     return (ratio >= SMALLEST_RATIO) & (ratio <= LARGEST_RATIO)
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import check_budget, check_classes, check_fraction, check_seed
+from weakspot._checks import check_budget, check_classes, check_count, check_fraction, check_seed
+from weakspot.attacks.context import Progress
 from weakspot.attacks.eight_bit import rounded, whole_levels
-from weakspot.attacks.gradient import Progress, check_counts
 from weakspot.budgets import Budget, Linf
 from weakspot.classifier import check_images, evaluating, predict
 from weakspot.defenses.attack_sequence import AttackSequence, correct, table_row
@@ -95,7 +95,9 @@ def evaluate_defense(
     import pandas as pd
 
     check_seed(seed)
-    check_counts(steps=steps, draws=draws, queries=queries)
+    check_count("steps", steps)
+    check_count("draws", draws)
+    check_count("queries", queries)
     check_fraction(fraction, name="fraction")
     budget = DEFAULT_BUDGET if budget is None else budget
     check_budget(budget)

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from weakspot import _random as numbers
-from weakspot._checks import check_seed
+from weakspot._checks import check_count, check_seed
 from weakspot._state import seeded
-from weakspot.attacks.gradient import check_counts
 from weakspot.classifier import Classifier, as_classifier, as_wrapped_classifier, evaluating
 
 DIFFERENT = 1e-4  # of the largest logit: what two draws must differ by for the defense to count as random
@@ -81,7 +80,7 @@ def expectation(model: nn.Module, draws: int, *, seed: int = 0) -> Classifier:
     >>> [bool((expectation(Noisy(), draws)(images).abs() < 0.3).all()) for draws in (1, 400)]
     [False, True]
     """
-    check_counts(draws=draws)
+    check_count("draws", draws)
     check_seed(seed)
     classifier = as_classifier(model)
     name = f"{classifier.name} on the mean of {draws} draws" if draws > 1 else classifier.name

@@ -1,19 +1,18 @@
-"""Agreement: four statistics of an importance map and an attack, for every attack with every image's map.
+"""Agreement: does an attack act where the network looks?
 
-The own pairs are the diagonal; all the others say what the statistics are for images that have nothing to do with
-each other, which `statistics.other_image_test` and `statistics.run_test` make p values of.
+Four statistics compare the vulnerability map of each attack with the importance map of every image. An image's own map
+is the diagonal; all other entries say what the statistics are for unrelated images, which
+`statistics.other_image_test` and `statistics.run_test` turn into p values.
 
-Relation: does an attack act where the network looks, however importance and vulnerability are measured?
-
-A single setting decides nothing: path points, the alignment of class activation and the fraction that counts as
-important each turn some verdicts over. So the same test is made in eight settings, and a relation is stated only if
-all agree.
+No single setting decides: the points of the path, the alignment of the class activation and the fraction that counts
+as important each change some results. So the test is repeated in eight settings, and a relation is stated only if all
+of them agree (`agreed`). The statistics and their tests are ours.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -42,68 +41,134 @@ from weakspot.statistics import (
 if TYPE_CHECKING:
     import pandas as pd
 
-
 STATISTICS = ("effect_in_roi", "jaccard", "spearman", "moran_i")
-REACH = 1 / 50  # of the shorter side: how far from a changed pixel a site counts as reached by the attack
-WHOLE = 0.95  # fraction of the image near changed pixels from which an attack counts as free to act anywhere
+REACH = 1 / 50  # of the shorter side: sites within this distance of a changed pixel count as reached
+WHOLE = 0.95  # reached fraction of the image from which an attack counts as free to act anywhere
 SHIFTED = 8  # images whose shifts are in memory at once
-CANCELED = 0.05  # a drop smaller than this fraction of all gains and losses has no place
-ARBITRARY = 0.9  # a region of which less than this fraction is above a tie has no right to its size
-CHUNK = 64  # maps at once: memory does not grow with the square of their number
+CANCELED = 0.05  # a drop below this fraction of all gains and losses has no location
+ARBITRARY = 0.9  # a region is cut at its tie if less than this fraction of it lies above the tie
+CHUNK = 64  # maps at once, so that memory does not grow with the square of their number
+FRACTIONS = (0.15, 0.3)  # of the image in the region of importance, in the eight settings
+LEVEL = 0.1  # the largest p and q, in every setting
 
 
 def top_region(scores: Tensor, fraction: float) -> Tensor:
-    """The top fraction of sites of scores (N, 1, H, W), without a tie at its edge that fills over a tenth of it."""
+    """The top fraction of the sites of scores (N, 1, H, W), without a tie at its edge that fills over a tenth of it."""
     chosen = top(scores, fraction)
-    left_out = torch.where(chosen, -torch.inf, scores).flatten(1).amax(1).view(-1, 1, 1, 1)
-    above = chosen & (scores > left_out)
-    sizes = [region.flatten(1).sum(1).view(-1, 1, 1, 1) for region in (above, chosen)]
-    return torch.where(sizes[0] < ARBITRARY * sizes[1], above, chosen)
+    highest_outside = torch.where(chosen, -torch.inf, scores).flatten(1).amax(1).view(-1, 1, 1, 1)
+    above = chosen & (scores > highest_outside)
+    above_size, size = (region.flatten(1).sum(1).view(-1, 1, 1, 1) for region in (above, chosen))
+    return torch.where(above_size < ARBITRARY * size, above, chosen)
 
 
 def attack_region(vulnerability: Tensor, fraction: float) -> Tensor:
-    """The top fraction of sites of a vulnerability map (N, 1, H, W), of those that lost any margin."""
+    """The top fraction of the sites of a vulnerability map (N, 1, H, W) that also lost margin."""
     return top_region(vulnerability, fraction) & (vulnerability > 0)
 
 
 def lost_margin(vulnerability: Tensor) -> Tensor:
-    """(N, 1, 1) sum of maps (N, H, W), float64; NaN where no margin was lost or gains and losses cancel.
+    """(N, 1, 1) sums of maps (N, H, W), float64; NaN if no margin was lost or gains and losses cancel.
 
-    Only of a margin that was lost can a fraction have been lost somewhere.
+    Only a margin that was lost has a fraction that was lost in a region.
     """
     total = vulnerability.double().sum((1, 2), keepdim=True)
     moved = vulnerability.double().abs().sum((1, 2), keepdim=True)
     return torch.where((total > 1e-6) & (total > CANCELED * moved), total, torch.nan)
 
 
+def every_pairing(
+    statistics: Callable[[Tensor, Tensor], Mapping[str, Tensor]], first: Tensor, second: Tensor
+) -> dict[str, Tensor]:
+    """Statistics of every map of one batch with every map of another, computed in blocks.
+
+    Args:
+        statistics: maps (n, 1, H, W) and (m, 1, H, W) to a dict of name to (n, m).
+        first: (N, 1, H, W).
+        second: (M, 1, H, W).
+
+    Returns:
+        Name to (N, M).
+    """
+    rows: list[dict[str, Tensor]] = []
+    for some in first.split(CHUNK):
+        parts = [statistics(some, others) for others in second.split(CHUNK)]
+        rows.append({name: torch.cat([part[name] for part in parts], 1) for name in parts[0]})
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
 def agreement(importance: Tensor, vulnerability: Tensor, *, fraction: float = 0.2) -> dict[str, Tensor]:
-    """The four statistics for every attack with every importance map.
+    """The four statistics of every attack with every importance map.
 
     Args:
         importance: (M, 1, H, W).
         vulnerability: (N, 1, H, W).
-        fraction: of the image in the region of importance and in that of attack.
+        fraction: of the image in the region of importance and in the region of attack.
 
     Returns:
-        Name to (N, M) float64: [j, i] is attack j with importance map i; NaN where it is not defined, as it is of
-        maps without contrast.
+        Name to (N, M) float64: [j, i] is attack j with importance map i. NaN if undefined, as for maps without
+        contrast.
     """
-    rows: list[dict[str, Tensor]] = []
-    for attacks in vulnerability.split(CHUNK):
-        parts = [_block(maps, attacks, fraction) for maps in importance.split(CHUNK)]
-        rows.append({name: torch.cat([part[name] for part in parts], 1) for name in STATISTICS})
-    return {name: torch.cat([row[name] for row in rows]) for name in STATISTICS}
+
+    def block(attacks: Tensor, maps: Tensor) -> dict[str, Tensor]:
+        important, vulnerable = maps[:, 0], attacks[:, 0]
+        roi = top_region(maps, fraction)[:, 0].double()
+        roa = attack_region(attacks, fraction)[:, 0].double()
+        looked, worked = standardized(important), standardized(vulnerable)
+        blank = _blank(looked, worked)
+        common = _products(roa, roi)
+        union = roa.sum((1, 2))[:, None] + roi.sum((1, 2)) - common
+        sites = important[0].numel()
+        return {
+            "effect_in_roi": _products(vulnerable.double(), roi) / lost_margin(vulnerable)[:, 0] + blank,
+            "jaccard": common / union + blank,
+            "spearman": _products(standardized(ranks(vulnerable)), standardized(ranks(important))) / sites,
+            # Bivariate Moran's I: importance with the mean vulnerability of the eight neighbors.
+            "moran_i": _products(queen_lag(worked), looked) / sites,
+        }
+
+    return every_pairing(block, vulnerability, importance)
 
 
 def effect_in_roi(importance: Tensor, vulnerability: Tensor, *, fraction: float) -> Tensor:
-    """(N, M) the first of the four statistics alone, as `agreement` has it."""
+    """(N, M) the first of the four statistics alone, equal to that of `agreement`."""
     vulnerable = vulnerability[:, 0]
     columns = []
     for maps in importance.split(CHUNK):
         roi = top_region(maps, fraction)[:, 0].double()
-        blank = 0 * _products(standardized(vulnerable)[:, :1, :1], standardized(maps[:, 0])[:, :1, :1])
-        columns.append(_products(vulnerable.double(), roi) / lost_margin(vulnerable)[:, 0] + blank)
+        effect = _products(vulnerable.double(), roi) / lost_margin(vulnerable)[:, 0]
+        columns.append(effect + _blank(standardized(maps[:, 0]), standardized(vulnerable)))
     return torch.cat(columns, 1)
+
+
+def shift_tests(important: Tensor, vulnerable: Tensor, roi: Tensor, roa: Tensor) -> dict[str, ShiftTest]:
+    """The four statistics of maps (N, H, W) and their regions, tested against every shift of the attack."""
+    sites = important[0].numel()
+    over_shifts: dict[str, list[Tensor]] = {name: [] for name in STATISTICS}
+    for i, v, region_i, region_v in zip(
+        *(x.split(SHIFTED) for x in (important, vulnerable, roi, roa)), strict=True
+    ):
+        common = products_over_shifts(region_i, region_v).round()  # counts, which the Fourier transform blurs
+        union = region_i.sum((1, 2), keepdim=True) + region_v.sum((1, 2), keepdim=True) - common
+        looked, worked = standardized(i), standardized(v)
+        # 0 or NaN: a map without contrast has no top fraction, so no statistic of it is defined.
+        blank = 0 * (looked + worked).mean((1, 2), keepdim=True)
+        over_shifts["effect_in_roi"].append(products_over_shifts(region_i, v) / lost_margin(v) + blank)
+        over_shifts["jaccard"].append(common / union + blank)
+        over_shifts["spearman"].append(
+            products_over_shifts(standardized(ranks(i)), standardized(ranks(v))) / sites
+        )
+        over_shifts["moran_i"].append(products_over_shifts(looked, queen_lag(worked)) / sites)
+    return {name: shift_test(torch.cat(parts)) for name, parts in over_shifts.items()}
+
+
+def _products(first: Tensor, second: Tensor) -> Tensor:
+    """(N, M) sums over sites of every product of maps (N, H, W) and (M, H, W)."""
+    return first.flatten(1) @ second.flatten(1).T
+
+
+def _blank(looked: Tensor, worked: Tensor) -> Tensor:
+    """(N, M) 0, or NaN if one of the standardized maps has no contrast: it has no top fraction, nothing is defined."""
+    return 0 * _products(worked[:, :1, :1], looked[:, :1, :1])
 
 
 def reached_fraction(pairs: Pairs) -> Tensor:
@@ -114,15 +179,15 @@ def reached_fraction(pairs: Pairs) -> Tensor:
 
 
 def comparable(images: Tensor, references: Tensor, confined: Tensor) -> Tensor:
-    """Which maps may stand beside which attack: its own, and one of every other image.
+    """Which importance maps each attack may be compared with: its own, and one of every other image.
 
-    An image that is there twice, or among the references, is no other image; two copies of one are not two. An attack
-    that did not reach the whole image (`confined`) is compared with nothing, its own map included: where it acts
-    follows from where it was allowed to.
+    A second copy of an image, in the batch or among the references, is not another image, and several copies of
+    another image count once. An attack that did not reach the whole image (`confined`) is compared with nothing, not
+    even its own map: where it acts follows from where it was allowed to act.
 
     Args:
-        images: (N, ...) what tells the images apart.
-        references: (R, ...) likewise.
+        images: (N, ...) the content that identifies each image.
+        references: (R, ...) the same of the reference images.
         confined: bool (N,).
 
     Returns:
@@ -134,6 +199,7 @@ def comparable(images: Tensor, references: Tensor, confined: Tensor) -> Tensor:
         for number, row in enumerate(row for part in (images, references) for row in part.cpu().numpy())
     ]
     group, count = np.array(groups), len(images)
+    # Of each group of copies only the first may represent it, and never for another copy of the same image.
     allowed = (group[:count, None] != group) & (group == np.arange(len(group)))
     allowed[np.arange(count), np.arange(count)] = True
     return torch.from_numpy(allowed).to(confined.device) & ~confined[:, None]
@@ -142,10 +208,10 @@ def comparable(images: Tensor, references: Tensor, confined: Tensor) -> Tensor:
 def other_images(
     classifier: Classifier, pairs: Pairs, reference: Tensor | None, *, scores: bool = False
 ) -> Tensor:
-    """(R, C, H, W) reference images of the pairs' size, or (R, 1, H, W) `scores` of them; R = 0 without any.
+    """(R, C, H, W) reference images of the pairs' size, or (R, 1, H, W) `scores` of them; R = 0 if there are none.
 
     Raises:
-        ValueError: when `reference` is something else.
+        ValueError: if `reference` is anything else.
     """
     shape = (1 if scores else pairs.clean.shape[1], *pairs.clean.shape[2:])
     if reference is None:
@@ -160,84 +226,38 @@ def other_images(
     return check_images(reference, classifier, name="reference")
 
 
-def tested(name: str, other: OtherImageTest | None, shifted: ShiftTest, confined: Tensor) -> pd.DataFrame:
-    """A statistic and what it is tested against: name, name_null, name_p, name_q, name_shift_null, name_shift_p.
+def tested_columns(
+    name: str, other: OtherImageTest | None, shifted: ShiftTest, confined: Tensor
+) -> pd.DataFrame:
+    """A statistic and its tests: name, name_null, name_p, name_q, name_shift_null, name_shift_p.
 
     Args:
         name: of the statistic.
-        other: its test by other images; None leaves its columns out.
+        other: its test by other images; None omits the columns of that test.
         shifted: its test by shifts.
-        confined: bool (N,), the attacks that are tested against nothing.
+        confined: bool (N,), the attacks that are not tested.
     """
     import pandas as pd
 
-    known = pd.DataFrame({name: shifted.value.cpu().numpy()})
+    columns = pd.DataFrame({name: shifted.value.cpu().numpy()})
     if other is not None:
-        known = replace(other, value=shifted.value).columns(name)
-    withheld = (field.masked_fill(confined, torch.nan) for field in (shifted.null, shifted.p))
-    return pd.concat([known, ShiftTest(shifted.value, *withheld).columns(name)], axis=1)
-
-
-def shift_tests(important: Tensor, vulnerable: Tensor, roi: Tensor, roa: Tensor) -> dict[str, ShiftTest]:
-    """The four statistics of maps (N, H, W) and their regions, tested against every shift of the attack."""
-    sites = important[0].numel()
-    over_shifts: dict[str, list[Tensor]] = {name: [] for name in STATISTICS}
-    for i, v, region_i, region_v in zip(
-        *(x.split(SHIFTED) for x in (important, vulnerable, roi, roa)), strict=True
-    ):
-        common = products_over_shifts(region_i, region_v).round()
-        union = region_i.sum((1, 2), keepdim=True) + region_v.sum((1, 2), keepdim=True) - common
-        looked, worked = standardized(i), standardized(v)
-        # A map without any contrast has no top fraction: nothing that is said of it would mean anything.
-        blank = 0 * (looked + worked).mean((1, 2), keepdim=True)
-        over_shifts["effect_in_roi"].append(products_over_shifts(region_i, v) / lost_margin(v) + blank)
-        over_shifts["jaccard"].append(common / union + blank)
-        over_shifts["spearman"].append(
-            products_over_shifts(standardized(ranks(i)), standardized(ranks(v))) / sites
-        )
-        over_shifts["moran_i"].append(products_over_shifts(looked, queen_lag(worked)) / sites)
-    return {name: shift_test(torch.cat(parts)) for name, parts in over_shifts.items()}
-
-
-def _block(importance: Tensor, vulnerability: Tensor, fraction: float) -> dict[str, Tensor]:
-    important, vulnerable = importance[:, 0], vulnerability[:, 0]
-    roi = top_region(importance, fraction)[:, 0].double()
-    roa = attack_region(vulnerability, fraction)[:, 0].double()
-    looked, worked = standardized(important), standardized(vulnerable)
-    # A map without any contrast has no top fraction: nothing that is said of it would mean anything.
-    blank = 0 * _products(worked[:, :1, :1], looked[:, :1, :1])
-    common = _products(roa, roi)
-    union = roa.sum((1, 2))[:, None] + roi.sum((1, 2)) - common
-    sites = important[0].numel()
-    return {
-        "effect_in_roi": _products(vulnerable.double(), roi) / lost_margin(vulnerable)[:, 0] + blank,
-        "jaccard": common / union + blank,
-        "spearman": _products(standardized(ranks(vulnerable)), standardized(ranks(important))) / sites,
-        "moran_i": _products(queen_lag(worked), looked) / sites,
-    }
-
-
-def _products(first: Tensor, second: Tensor) -> Tensor:
-    """(N, M) sums over sites of every product of maps (N, H, W) and (M, H, W)."""
-    return first.flatten(1) @ second.flatten(1).T
-
-
-FRACTIONS = (0.15, 0.3)
-LEVEL = 0.1  # of p and of q, in every setting
+        columns = replace(other, value=shifted.value).columns(name)
+    null, p = (values.masked_fill(confined, torch.nan) for values in (shifted.null, shifted.p))
+    return pd.concat([columns, ShiftTest(shifted.value, null, p).columns(name)], axis=1)
 
 
 def second_path(
-    classifier: Classifier, pairs: Pairs, rivals: Tensor, drop: MarginDrop, rows: Tensor, *, seed: int
+    classifier: Classifier, pairs: Pairs, competing: Tensor, drop: MarginDrop, rows: Tensor, *, seed: int
 ) -> Tensor:
-    """(n, 1, H, W) the margin drop of some pairs by site, from half as many points, at random places of the path.
+    """(n, 1, H, W) the margin drop of some pairs by site, from half as many points at random places of the path.
 
-    One point is drawn in each of equal parts of the path (stratified, so that the mean gradient stays unbiased).
+    The path is divided into equal parts and one point is drawn in each (stratified, so the mean gradient is unbiased).
 
     Args:
         classifier: in eval mode, gradients on.
         pairs: N pairs.
-        rivals: (N,).
-        drop: of all pairs, by quadrature.
+        competing: (N,) from `competing_classes`.
+        drop: the margin drop of all pairs by quadrature.
         rows: (n,) numbers of the pairs.
         seed: of the places.
     """
@@ -248,18 +268,18 @@ def second_path(
         for key, count in zip(keys, counts, strict=True)
     ]
     return sampled_drop(
-        classifier, pairs.clean[rows], pairs.adversarial[rows], pairs.labels[rows], rivals[rows], places
+        classifier, pairs.clean[rows], pairs.adversarial[rows], pairs.labels[rows], competing[rows], places
     )
 
 
 def setting_tests(
     importances: Sequence[Tensor], vulnerabilities: Sequence[Tensor], allowed: Tensor
 ) -> list[OtherImageTest]:
-    """The test of the effect in the region of importance in every combination of maps and `FRACTIONS`.
+    """The test of the effect in the region of importance for every combination of maps and `FRACTIONS`.
 
     Args:
-        importances: (N + R, 1, H, W) under each alignment.
-        vulnerabilities: (N, 1, H, W) from each path.
+        importances: (N + R, 1, H, W) for each alignment of the class activation.
+        vulnerabilities: (N, 1, H, W) for each path.
         allowed: bool (N, N + R), from `comparable`.
     """
     return [
@@ -273,12 +293,12 @@ def setting_tests(
 
 
 def agreed(tests: Sequence[OtherImageTest]) -> pd.DataFrame:
-    """What all tests, the reported one first, say of each image: columns relation, relation_p, relation_q.
+    """What all tests agree on, the reported test first: columns relation, relation_p, relation_q.
 
-    p is the largest two-sided p of all tests for one direction; a test that points the other way has p = 1. q is the
-    largest share of images, among those that a test has in the same direction at this p or below, which are expected
-    there by chance (Benjamini and Hochberg, over the images in each direction). relation is 1 (where the network
-    looks) or -1 (away from it) if both are at most `LEVEL`, 0 if not, and NaN where the reported test has no p.
+    relation_p is the largest two-sided p of all tests for one direction; a test that points the other way has p = 1.
+    relation_q is the largest expected fraction of false discoveries among the images with this p or a smaller one in
+    that direction (Benjamini and Hochberg over the images, in each direction). relation is 1 (where the network looks)
+    or -1 (away from it) if both are at most `LEVEL`, 0 if not, and NaN if the reported test has no p.
     """
     import pandas as pd
 
@@ -288,6 +308,7 @@ def agreed(tests: Sequence[OtherImageTest]) -> pd.DataFrame:
         ps, qs = [], []
         for test in tests:
             p = test.p.where((test.direction == sign) | test.p.isnan(), 1.0)
+            # Benjamini-Hochberg runs in one direction, so on the one-sided half of a two-sided p.
             one_sided = torch.where(test.direction == sign, p / 2, p)
             q = torch.from_numpy(false_discovery(one_sided.cpu().numpy())).to(p)
             ps.append(p.nan_to_num(1))

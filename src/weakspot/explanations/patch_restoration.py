@@ -1,4 +1,9 @@
-"""Restoration: which parts of a perturbation are needed, and which are enough. A causal test, not a heat map."""
+"""Restoration: which parts of a perturbation are needed, and which are enough?
+
+A causal test, not a heat map: parts of the perturbation are removed or inserted and the decision is observed. Deletion
+and insertion curves are after Petsiuk et al. 2018 (arXiv 1806.07421), applied to the perturbation; the greedy search
+for small sets is ours. The curves are their own control: with no cell removed the attack works, with all it is undone.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from weakspot._checks import check_count
 from weakspot.classifier import Classifier, evaluating, margin, predict
 from weakspot.edits import Edits, Prepared, cells, exchanged, prepare, windowed
 from weakspot.edits.cells import Windowed
@@ -18,22 +24,29 @@ from weakspot.pairs import Pairs
 if TYPE_CHECKING:
     import pandas as pd
 
-
-POINTS = 32  # of a curve, at most, after its beginning
+POINTS = 32  # of a curve, at most, after its start
 PARTS = ("neither", "in the set that is enough", "in the set that is needed", "in both")
+MEANINGS = {
+    "deletion_auc": "Mean lead of the label while the changed cells are removed, the most harmful first, as a fraction "
+    "of the way from the adversarial to the clean lead. The nearer to 1, the fewer cells carry the attack.",
+    "insertion_auc": "Mean loss of the lead while the changed cells are put into the clean image, the most harmful "
+    "first, as a fraction of the whole loss. The nearer to 1, the fewer cells carry the attack.",
+    "necessary_fraction": "Fraction of the changed cells in a small set without which the attack fails.",
+    "sufficient_fraction": "Fraction of the changed cells in a small set that fools the model alone.",
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Restoration:
-    """What taking parts of the perturbation out, or putting them in, does to the decision.
+    """What removing or inserting parts of the perturbation does to the decision.
 
     Attributes:
-        fraction: (N, P) of the cells that the perturbation changed, from 0 to 1, those that have gone over at each
-            point
-            of a curve. An attack confined to a few cells is not concentrated for that.
-        deletion: (N, P) margin of the label while cells are taken out of the perturbation, those that raise the margin
-            most, each alone, first.
-        insertion: (N, P) margin while cells are put into the clean image, those that lower it most first.
+        fraction: (N, P) fraction of the changed cells, from 0 to 1, that are exchanged at each point of a curve. Only
+            changed cells count, so an attack confined to a few cells is not concentrated for that reason.
+        deletion: (N, P) margin of the label while cells are removed from the perturbation, in the order of how much
+            each alone raises the margin.
+        insertion: (N, P) margin while cells are put into the clean image, in the order of how much each alone lowers
+            the margin.
         necessary: bool (N, 1, H, W), a small set of cells without which the attack fails.
         sufficient: bool (N, 1, H, W), a small set of cells that fools the model alone.
         scores: one row per image; see `MEANINGS`.
@@ -46,143 +59,136 @@ class Restoration:
     sufficient: Tensor
     scores: pd.DataFrame
 
-
-MEANINGS = {
-    "deletion_auc": "Mean lead of the label while the changed cells are taken out, the most harmful first, as "
-    "a share of the way from the adversarial to the clean lead; the nearer to 1, the fewer cells carry the attack.",
-    "insertion_auc": "Mean loss of the lead while the changed cells are put into the clean image, the most harmful "
-    "first, as a share of the whole loss; the nearer to 1, the fewer cells carry the attack.",
-    "necessary_fraction": "Share of the changed cells in a small set without which the attack fails.",
-    "sufficient_fraction": "Share of the changed cells in a small set that fools the model alone.",
-}
+    def __repr__(self) -> str:
+        count, points = self.fraction.shape
+        means = ", ".join(f"{name} {float(self.scores[name].mean()):.2f}" for name in self.scores)
+        return f"Restoration of {count} perturbations, curves of {points} points\n  means: {means}"
 
 
 def restoration(
     model: nn.Module, pairs: Pairs, *, cell: int = 16, batch_size: int | None = None
 ) -> Restoration:
-    """Deletion and insertion of the perturbation (after Petsiuk et al. 2018, arXiv 1806.07421), and small causal sets.
+    """Deletion and insertion curves of the perturbation, and small causal sets of cells.
 
-    Sets are found greedily: cells go over in the order of what each does alone until the decision flips; then, from the
-    least of them on, every one goes back without which the decision stays flipped. So each cell of a set is needed in
-    it; the sets are small, not proven smallest. Where the attack does not fool the model there are none.
+    Sets are found greedily. Cells are exchanged in the order of what each does alone until the decision flips. Then,
+    starting from the weakest, every cell is put back without which the decision stays flipped. So each cell of a set is
+    needed in it; the sets are small, but not proven smallest. If the attack does not fool the model, there are none.
 
     Args:
-        model: any classifier.
+        model: any classifier. It is not changed.
         pairs: N pairs.
         cell: side of the square cells in pixels.
         batch_size: edits at once; changes no result.
 
     Raises:
-        ValueError: when an argument does not fit, naming it.
+        ValueError: if an argument is invalid; the message names it.
     """
     check_pairs(pairs, model)
-    if not isinstance(cell, int) or cell < 1:
-        raise ValueError(f"cell is {cell!r}; accepted is a whole number of pixels from 1")
+    check_count("cell", cell)
     with evaluating(model) as classifier:
         pairs = prepare_pairs(classifier, pairs)
         groups = cells(pairs.clean.shape[2], pairs.clean.shape[3], cell).to(pairs.clean.device)
         with fused(classifier, pairs.clean[:1]):  # once for the many single passes
             prepared = prepare(classifier, pairs.clean[:1])
-            search = _Search(classifier, groups, windowed(groups, cell), prepared, batch_size)
-            found = [search.of(pairs, number) for number in range(len(pairs))]
+            search = _CellSearch(classifier, groups, windowed(groups, cell), prepared, batch_size)
+            results = [search.of(pairs, number) for number in range(len(pairs))]
     counts, deletion, insertion, necessary, sufficient = (
-        torch.stack(parts) for parts in zip(*found, strict=True)
+        torch.stack(parts) for parts in zip(*results, strict=True)
     )
     changed = counts[:, -1:].double().clamp(min=1)
     fraction = counts / changed
+    set_fractions = [chosen.sum(1) / changed[:, 0] for chosen in (necessary, sufficient)]
     return Restoration(
         fraction,
         deletion,
         insertion,
         necessary[:, groups][:, None],
         sufficient[:, groups][:, None],
-        _scores(
-            fraction,
-            deletion,
-            insertion,
-            *(cells.sum(1) / changed[:, 0] for cells in (necessary, sufficient)),
-        ),
+        _scores(fraction, deletion, insertion, *set_fractions),
     )
 
 
 @dataclass(frozen=True)
-class _Search:
+class _CellSearch:
     """Greedy search for small sets of cells.
 
     Attributes:
         classifier: in eval mode.
-        groups: (H, W) numbers of the cells.
-        lots: their windows.
+        groups: (H, W) numbers of the G cells.
+        windows: the cells, by the size of their windows.
         prepared: the classifier's recording.
         batch_size: edits at once.
     """
 
     classifier: Classifier
     groups: Tensor
-    lots: list[Windowed]
+    windows: list[Windowed]
     prepared: Prepared
     batch_size: int | None
 
     def of(self, pairs: Pairs, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Of one pair: how many cells have gone over at each point (P,), both curves (P,), both sets of cells (G,)."""
+        """One pair: the number of exchanged cells at each point (P,), both curves (P,), both sets of cells (G,)."""
         clean, adversarial = pairs.clean[number : number + 1], pairs.adversarial[number : number + 1]
         label = pairs.labels[number]
         total = int(self.groups.max()) + 1
-        same = torch.ones(total, dtype=torch.bool, device=clean.device)
-        same[self.groups[(clean != adversarial).any(1)[0]]] = False
-        counts = (
-            torch.linspace(0, int((~same).sum()), min(total, POINTS) + 1, device=clean.device).round().long()
-        )
-        # Cells without a change go last; they do nothing.
-        out = self._alone(adversarial, clean, label).masked_fill(same, -torch.inf)
-        out = out.argsort(descending=True, stable=True)
-        into = self._alone(clean, adversarial, label).masked_fill(same, torch.inf).argsort(stable=True)
-        deletion = self._along(adversarial, clean, out, counts, label)
-        insertion = self._along(clean, adversarial, into, counts, label)
-        none = torch.zeros_like(same)
-        if not bool((deletion[0] < 0) & (deletion[-1] >= 0)):
+        unchanged = torch.ones(total, dtype=torch.bool, device=clean.device)
+        unchanged[self.groups[(clean != adversarial).any(1)[0]]] = False
+        points = min(total, POINTS) + 1
+        counts = torch.linspace(0, int((~unchanged).sum()), points, device=clean.device).round().long()
+        # Unchanged cells go last: they do nothing.
+        removal = self._alone(adversarial, clean, label).masked_fill(unchanged, -torch.inf)
+        removal = removal.argsort(descending=True, stable=True)
+        entry = self._alone(clean, adversarial, label).masked_fill(unchanged, torch.inf)
+        entry = entry.argsort(stable=True)
+        deletion = self._along(adversarial, clean, removal, counts, label)
+        insertion = self._along(clean, adversarial, entry, counts, label)
+        none = torch.zeros_like(unchanged)
+        if not bool(
+            (deletion[0] < 0) & (deletion[-1] >= 0)
+        ):  # the attack must fool, the clean image must not
             return counts, deletion, insertion, none, none
-        firsts = (int(counts[curve.long().argmax()]) for curve in (deletion >= 0, insertion < 0))
-        necessary = self._pruned(adversarial, clean, out, next(firsts), label, wanted=1)
-        sufficient = self._pruned(clean, adversarial, into, next(firsts), label, wanted=-1)
+        # Where each curve first crosses zero; argmax of a 0/1 curve is its first 1.
+        removed, entered = (int(counts[curve.long().argmax()]) for curve in (deletion >= 0, insertion < 0))
+        necessary = self._pruned(adversarial, clean, removal[:removed], label, correct=True)
+        sufficient = self._pruned(clean, adversarial, entry[:entered], label, correct=False)
         return counts, deletion, insertion, necessary, sufficient
 
     def _alone(self, image: Tensor, other: Tensor, label: Tensor) -> Tensor:
-        """(G,) margins of the image with each cell, alone, from the other."""
+        """(G,) margins of the image with each cell, alone, taken from the other."""
         edits = Edits(self.classifier, image, self.prepared, batch_size=self.batch_size)
-        logits = exchanged(edits, other, self.lots)
+        logits = exchanged(edits, other, self.windows)
         return margin(logits, label.expand(len(logits)))
 
-    def _mixed(self, image: Tensor, other: Tensor, chosen: Tensor) -> Tensor:
-        """(M, C, H, W): the image with chosen cells (M, G) from the other."""
-        return torch.where(chosen[:, self.groups][:, None], other, image)
-
-    def _margins(self, images: Tensor, label: Tensor) -> Tensor:
+    def _mixed_margins(self, image: Tensor, other: Tensor, chosen: Tensor, label: Tensor) -> Tensor:
+        """(M,) margins of the image with the chosen cells (M, G) taken from the other."""
+        images = torch.where(chosen[:, self.groups][:, None], other, image)
         logits = predict(self.classifier, images, self.batch_size)
         return margin(logits, label.expand(len(images)))
 
     def _along(self, image: Tensor, other: Tensor, order: Tensor, counts: Tensor, label: Tensor) -> Tensor:
-        """(P,) margins while so many cells go over to the other in this order."""
-        return self._margins(self._mixed(image, other, _ranks(order) < counts[:, None]), label)
+        """(P,) margins while the first `counts` cells in this order are taken from the other."""
+        ranks = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        return self._mixed_margins(image, other, ranks < counts[:, None], label)
 
     def _pruned(
-        self, image: Tensor, other: Tensor, order: Tensor, first: int, label: Tensor, *, wanted: int
+        self, image: Tensor, other: Tensor, flipping: Tensor, label: Tensor, *, correct: bool
     ) -> Tensor:
-        """(G,) bool, of the first cells in this order, which flip the decision, those that it takes."""
-        chosen = _ranks(order) < first
+        """(G,) bool: of the cells that flip the decision, strongest first, those that are needed for it.
+
+        `correct` says whether the flipped decision is the label.
+        """
+        chosen = torch.zeros(int(self.groups.max()) + 1, dtype=torch.bool, device=flipping.device)
+        chosen[flipping] = True
         before = -1
-        while before != int(chosen.sum()):  # what one cell's going makes superfluous goes in another pass
+        while before != int(chosen.sum()):  # removing one cell can make another superfluous: pass again
             before = int(chosen.sum())
-            for number in order[:first].flip(0)[chosen[order[:first].flip(0)]].tolist():
+            weakest_first = flipping.flip(0)
+            for number in weakest_first[chosen[weakest_first]].tolist():
                 chosen[number] = False
-                margins = self._margins(self._mixed(image, other, chosen[None]), label)
-                if not bool(margins[0] >= 0 if wanted > 0 else margins[0] < 0):
+                margins = self._mixed_margins(image, other, chosen[None], label)
+                if bool(margins[0] >= 0) != correct:
                     chosen[number] = True
         return chosen
-
-
-def _ranks(order: Tensor) -> Tensor:
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 def _scores(
@@ -191,25 +197,28 @@ def _scores(
     import pandas as pd
 
     lost = (deletion[:, -1] - deletion[:, 0]).double()
-    lost = lost.where((lost > 1e-6) & (deletion[:, -1] >= 0), torch.nan)  # of a lead that was there
+    lost = lost.where(
+        (lost > 1e-6) & (deletion[:, -1] >= 0), torch.nan
+    )  # only a lead that existed can be lost
     regained = torch.trapezoid(deletion.double() - deletion[:, :1], fraction, dim=1) / lost
     taken = torch.trapezoid(insertion[:, :1] - insertion.double(), fraction, dim=1) / lost
-    fractions = [chosen.masked_fill(necessary == 0, torch.nan) for chosen in (necessary, sufficient)]
+    sets = [chosen.masked_fill(necessary == 0, torch.nan) for chosen in (necessary, sufficient)]
     return pd.DataFrame(
-        {
-            name: values.cpu().numpy()
-            for name, values in zip(MEANINGS, (regained, taken, *fractions), strict=True)
-        }
+        {name: values.cpu().numpy() for name, values in zip(MEANINGS, (regained, taken, *sets), strict=True)}
     )
 
 
-def analyze_restoration(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
-    """`restoration` in cells of an eighth of the image: a search cell by cell, so few of them."""
-    del seed
-    found = restoration(model, pairs, cell=max(1, round(min(pairs.clean.shape[2:]) / 8)))
+def analyze_restoration(
+    model: nn.Module,
+    pairs: Pairs,
+    *,
+    seed: int = 0,  # noqa: ARG001 - the contract's signature
+) -> Analysis:
+    """`restoration` in cells of 1/8 of the image: the search goes cell by cell, so there are few of them."""
+    result = restoration(model, pairs, cell=max(1, round(min(pairs.clean.shape[2:]) / 8)))
     return Analysis(
-        scores=found.scores,
-        maps={"causal_cells": found.sufficient * 1 + found.necessary * 2},
+        scores=result.scores,
+        maps={"causal_cells": result.sufficient * 1 + result.necessary * 2},
         meanings=MEANINGS,
         pictures={
             "causal_cells": Picture(

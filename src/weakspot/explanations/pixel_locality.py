@@ -1,10 +1,13 @@
 """Locality: does the same pixel value, moved elsewhere, still fool the network?
 
-After Vargas and Su 2019 (arXiv 1902.02947). Rings, intervals over images and the controls are ours.
+After Vargas and Su 2019 (arXiv 1902.02947): neighbors of an attacked pixel share its weakness if the weakness belongs
+to a receptive field. The rings, the intervals over images and the controls (failed attacks, random colors, image and
+pixel moved together) are ours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot import _random
-from weakspot._checks import check_seed
+from weakspot._checks import check_count, check_seed
 from weakspot.attacks.sweeps import pixel_sweep
 from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.edits import Edits, Prepared, prepare
@@ -25,23 +28,25 @@ from weakspot.statistics import rate_interval
 if TYPE_CHECKING:
     import pandas as pd
 
-
 COLORS = 32  # random colors tried at the attack's own site
-SHIFTS = [(down, along) for down in (-1, 0, 1) for along in (-1, 0, 1) if (down, along) != (0, 0)]
+SHIFTS = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1) if (down, right) != (0, 0)]
+SMALL = 64 * 64  # pixels up to which `analyze_locality` sweeps the whole image
+FEW = 7 * 7  # pixels that it sweeps of a larger image, about
+MOVED = ("does not fool", "fools into another class", "fools into the same class", "no one-pixel attack")
 
 
 @dataclass(frozen=True, eq=False)
 class Locality:
-    """Where the one changed pixel of an attack would have worked as well.
+    """Where the one changed pixel of an attack would also have worked.
 
     Attributes:
         success: bool (N, H, W), whether the same pixel value moved there changes the class from the label.
-        same_class: bool (N, H, W), whether into the class that the attack itself reached.
+        same_class: bool (N, H, W), whether it changes it to the class that the attack itself reached.
         by_radius: rates over the attacks that succeed: one row for each radius 1 to R, the sites at that Chebyshev
             distance, and a row "random" of all other sites; columns radius, rate, low, high (mean over images with its
             95% interval, `rate_interval`), same_class, images.
-        controls: likewise, rows "neighbors", "random", "neighbors of failed attacks", "random site of failed
-            attacks", "random color", "moved with the image".
+        controls: the same columns without same_class; rows "neighbors", "random", "neighbors of failed attacks",
+            "random site of failed attacks", "random color", "moved with the image".
     """
 
     success: Tensor
@@ -49,25 +54,34 @@ class Locality:
     by_radius: pd.DataFrame
     controls: pd.DataFrame
 
+    def __repr__(self) -> str:
+        count, height, width = self.success.shape
+        lines = [f"Locality of {count} one-pixel changes in images of {height} x {width}"]
+        lines += [
+            f"  {row['control']} ({row['images']} images): {row['rate']:.0%} [{row['low']:.0%}, {row['high']:.0%}]"
+            for row in self.controls.to_dict("records")
+        ]
+        return "\n".join(lines)
+
 
 def locality(
     model: nn.Module, pairs: Pairs, *, radius: int = 8, seed: int = 0, batch_size: int | None = None
 ) -> Locality:
     """Move the changed pixel of one-pixel attacks to every other site of the image.
 
-    Neighbors share the weakness if it belongs to what filters see around the pixel, and not if it is the pixel's
-    own. Controls: attacks that failed, moved likewise; 32 random colors at the attack's own site; image and pixel
-    moved together by one site (wrapping around), which filters should not mind.
+    Neighbors share the weakness if it belongs to what filters see around the pixel, and not if it is the pixel's own.
+    Controls: the pixels of attacks that failed, moved in the same way; 32 random colors at the attack's own site; image
+    and pixel moved together by one site (wrapping around), which should matter little to filters.
 
     Args:
-        model: any classifier.
-        pairs: N pairs, each different in exactly one pixel.
+        model: any classifier. It is not changed.
+        pairs: N pairs, each of which differs in exactly one pixel.
         radius: of the largest ring.
         seed: of the random colors.
         batch_size: edits at once; changes no result.
 
     Raises:
-        ValueError: when a pair differs in another number of pixels, or an argument does not fit, naming it.
+        ValueError: if a pair differs in another number of pixels, or an argument is invalid; the message names it.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2, bias=False)).eval()
     >>> clean = torch.full((1, 3, 4, 4), 0.5)
@@ -78,90 +92,99 @@ def locality(
     """
     check_pairs(pairs, model)
     check_seed(seed)
-    if not isinstance(radius, int) or radius < 1:
-        raise ValueError(f"radius is {radius!r}; accepted is a whole number of pixels from 1")
+    check_count("radius", radius)
     changed = (pairs.perturbation != 0).any(1).flatten(1)
     counts = changed.sum(1)
     if not bool((counts == 1).all()):
         wrong = int((counts != 1).nonzero()[0])
         raise ValueError(
-            f"pairs[{wrong}] differ in {int(counts[wrong])} pixels; accepted are pairs that differ in exactly one"
+            f"pairs must differ in exactly one pixel, got {int(counts[wrong])} different pixels in pairs[{wrong}]"
         )
     with evaluating(model) as classifier:
         pairs = prepare_pairs(classifier, pairs)
         site = changed.to(pairs.clean.device).long().argmax(1)
         prepared = prepare(classifier, pairs.clean[:1])
         adversarial_class = predict(classifier, pairs.adversarial).argmax(1)
-        right = predict(classifier, pairs.clean).argmax(1) == pairs.labels
-        predicted = torch.stack(
-            [
-                _everywhere(classifier, pairs, number, site, prepared, batch_size)
-                for number in range(len(pairs))
-            ]
-        )
-        colored = _recolored(classifier, pairs, site, prepared, seed, batch_size)
+        correct = predict(classifier, pairs.clean).argmax(1) == pairs.labels
+        editor = _PixelEditor(classifier, pairs, site, prepared, batch_size)
+        predicted = torch.stack([editor.everywhere(number) for number in range(len(pairs))])
+        colored = editor.recolored(seed)
         moved = _moved_together(classifier, pairs)
     success = predicted != pairs.labels[:, None, None]
     same = success & (predicted == adversarial_class[:, None, None])
-    fooled, failed = right & (adversarial_class != pairs.labels), right & (adversarial_class == pairs.labels)
+    fooled, failed = (
+        correct & (adversarial_class != pairs.labels),
+        correct & (adversarial_class == pairs.labels),
+    )
     rings = _rings(site, pairs.clean.shape[2:])
+    near, elsewhere = rings == 1, rings > 0
+    controls = {
+        "neighbors": _rates(success, near, fooled),
+        "random": _rates(success, elsewhere, fooled),
+        "neighbors of failed attacks": _rates(success, near, failed),
+        "random site of failed attacks": _rates(success, elsewhere, failed),
+        "random color": colored[fooled].cpu().numpy(),
+        "moved with the image": moved[fooled & moved.isfinite()].cpu().numpy(),
+    }
     return Locality(
         success,
         same,
         _by_radius(success, same, rings, fooled, radius),
-        _controls(success, rings, fooled, failed, colored, moved),
+        _rate_table("control", controls, controls.values()),
     )
 
 
-def _everywhere(
-    classifier: Classifier,
-    pairs: Pairs,
-    number: int,
-    site: Tensor,
-    prepared: Prepared,
-    batch_size: int | None,
-) -> Tensor:
-    """(H, W) classes of the clean image with the pair's pixel value at every site."""
-    height, width = pairs.clean.shape[2:]
-    color = pairs.adversarial[number].flatten(1)[:, site[number]]
-    places = torch.arange(height * width, device=site.device)
-    edits = Edits(classifier, pairs.clean[number : number + 1], prepared, batch_size=batch_size)
-    patches = color.view(1, -1, 1, 1).expand(len(places), -1, -1, -1)
-    logits = edits.logits(torch.zeros_like(places), places // width, places % width, patches)
-    return logits.argmax(1).view(height, width)
+@dataclass(frozen=True)
+class _PixelEditor:
+    """Clean images with the changed pixel of their pair moved or recolored.
 
+    Attributes:
+        classifier: in eval mode.
+        pairs: N pairs.
+        site: (N,) flat position of each pair's changed pixel.
+        prepared: the classifier's recording.
+        batch_size: edits at once.
+    """
 
-def _recolored(
-    classifier: Classifier,
-    pairs: Pairs,
-    site: Tensor,
-    prepared: Prepared,
-    seed: int,
-    batch_size: int | None,
-) -> Tensor:
-    """(N,) share of random colors at the attack's own site that fool."""
-    channels, width = pairs.clean.shape[1], pairs.clean.shape[3]
-    colors = _random.uniform(_random.keys(pairs.clean, seed), 0, COLORS, channels)
-    rates = []
-    for number in range(len(pairs)):
-        edits = Edits(classifier, pairs.clean[number : number + 1], prepared, batch_size=batch_size)
-        places = site[number].expand(COLORS)
-        logits = edits.logits(
-            torch.zeros_like(places),
-            places // width,
-            places % width,
-            colors[number, :, :, None, None].to(pairs.clean),
-        )
-        rates.append((logits.argmax(1) != pairs.labels[number]).double().mean())
-    return torch.stack(rates)
+    classifier: Classifier
+    pairs: Pairs
+    site: Tensor
+    prepared: Prepared
+    batch_size: int | None
+
+    def classes(self, number: int, positions: Tensor, colors: Tensor) -> Tensor:
+        """(M,) classes of one clean image with a color (M, C) at each flat position (M,), one at a time."""
+        width = self.pairs.clean.shape[3]
+        image = self.pairs.clean[number : number + 1]
+        edits = Edits(self.classifier, image, self.prepared, batch_size=self.batch_size)
+        owners = torch.zeros_like(positions)
+        logits = edits.logits(owners, positions // width, positions % width, colors[:, :, None, None])
+        return logits.argmax(1)
+
+    def everywhere(self, number: int) -> Tensor:
+        """(H, W) classes of one clean image with the pair's pixel value at every site."""
+        height, width = self.pairs.clean.shape[2:]
+        color = self.pairs.adversarial[number].flatten(1)[:, self.site[number]]
+        positions = torch.arange(height * width, device=self.site.device)
+        return self.classes(number, positions, color.expand(len(positions), -1)).view(height, width)
+
+    def recolored(self, seed: int) -> Tensor:
+        """(N,) fraction of random colors at the attack's own site that fool the model."""
+        clean, labels = self.pairs.clean, self.pairs.labels
+        colors = _random.uniform(_random.keys(clean, seed), 0, COLORS, clean.shape[1]).to(clean)
+        fooled = [
+            self.classes(number, self.site[number].expand(COLORS), colors[number]) != labels[number]
+            for number in range(len(clean))
+        ]
+        return torch.stack(fooled).double().mean(1)
 
 
 def _moved_together(classifier: Classifier, pairs: Pairs) -> Tensor:
-    """(N,) share of the eight shifts under which the clean image is still read rightly and the attack still fools.
+    """(N,) fraction of the eight one-site shifts of image and pixel under which the attack still fools the model.
 
-    Only shifts that leave the clean image's class count; NaN where none does.
+    Only shifts that leave the clean image's class count; NaN if none does.
     """
-    worked, counted = (
+    worked, usable = (
         torch.zeros(len(pairs), dtype=torch.float64, device=pairs.clean.device) for _ in range(2)
     )
     for shift in SHIFTS:
@@ -169,83 +192,65 @@ def _moved_together(classifier: Classifier, pairs: Pairs) -> Tensor:
             predict(classifier, images.roll(shift, (2, 3))).argmax(1)
             for images in (pairs.clean, pairs.adversarial)
         )
-        right = clean == pairs.labels
-        counted += right
-        worked += right & (adversarial != pairs.labels)
-    return worked / counted.where(counted > 0, torch.nan)
+        correct = clean == pairs.labels
+        usable += correct
+        worked += correct & (adversarial != pairs.labels)
+    return worked / usable.where(usable > 0, torch.nan)
 
 
 def _rings(site: Tensor, size: torch.Size) -> Tensor:
-    """(N, H, W) Chebyshev distance from each pair's changed pixel."""
+    """(N, H, W) Chebyshev distance from each pair's changed pixel: max(|rows apart|, |columns apart|)."""
     rows = torch.arange(size[0], device=site.device)[:, None]
     columns = torch.arange(size[1], device=site.device)
     down = (rows - (site // size[1]).view(-1, 1, 1)).abs()
-    along = (columns - (site % size[1]).view(-1, 1, 1)).abs()
-    return torch.maximum(down, along)
+    right = (columns - (site % size[1]).view(-1, 1, 1)).abs()
+    return torch.maximum(down, right)
 
 
-def _rates(hits: Tensor, where: Tensor, chosen: Tensor) -> np.ndarray:
-    """Of each chosen image that has such sites, the share of them that hit."""
-    sites = where[chosen].flatten(1).sum(1).double()
-    found = (hits & where)[chosen].flatten(1).sum(1) / sites
-    return found[sites > 0].cpu().numpy()
+def _rates(hits: Tensor, area: Tensor, chosen: Tensor) -> np.ndarray:
+    """For each chosen image that has sites in the area (N, H, W), the fraction of them that hit."""
+    sites = area[chosen].flatten(1).sum(1).double()
+    rates = (hits & area)[chosen].flatten(1).sum(1) / sites
+    return rates[sites > 0].cpu().numpy()
 
 
-def _row(name: object, rates: np.ndarray) -> dict[str, object]:
-    rate, low, high = rate_interval(rates)
-    return {"radius": name, "rate": rate, "low": low, "high": high, "images": len(rates)}
+def _rate_table(title: str, names: Iterable[object], rates: Iterable[np.ndarray]) -> pd.DataFrame:
+    """One row per name, in the column `title`, with rate, low, high and images."""
+    import pandas as pd
+
+    rows = []
+    for name, values in zip(names, rates, strict=True):
+        rate, low, high = rate_interval(values)
+        rows.append({title: name, "rate": rate, "low": low, "high": high, "images": len(values)})
+    return pd.DataFrame(rows)
 
 
 def _by_radius(success: Tensor, same: Tensor, rings: Tensor, fooled: Tensor, radius: int) -> pd.DataFrame:
-    import pandas as pd
-
-    areas: list[tuple[object, Tensor]] = [(ring, rings == ring) for ring in range(1, radius + 1)]
-    areas.append(("random", rings > 0))
-    table = pd.DataFrame([_row(name, _rates(success, area, fooled)) for name, area in areas])
-    reached = [_rates(same, area, fooled) for _, area in areas]
+    areas: dict[object, Tensor] = {ring: rings == ring for ring in range(1, radius + 1)}
+    areas["random"] = rings > 0
+    table = _rate_table("radius", areas, [_rates(success, area, fooled) for area in areas.values()])
+    reached = [_rates(same, area, fooled) for area in areas.values()]
     table.insert(4, "same_class", [float(rates.mean()) if len(rates) else np.nan for rates in reached])
     return table
 
 
-def _controls(
-    success: Tensor, rings: Tensor, fooled: Tensor, failed: Tensor, colored: Tensor, moved: Tensor
-) -> pd.DataFrame:
-    import pandas as pd
-
-    near, far = rings == 1, rings > 0
-    rates = {
-        "neighbors": _rates(success, near, fooled),
-        "random": _rates(success, far, fooled),
-        "neighbors of failed attacks": _rates(success, near, failed),
-        "random site of failed attacks": _rates(success, far, failed),
-        "random color": colored[fooled].cpu().numpy(),
-        "moved with the image": moved[fooled & moved.isfinite()].cpu().numpy(),
-    }
-    table = pd.DataFrame([_row(name, values) for name, values in rates.items()])
-    return table.rename(columns={"radius": "control"})
-
-
-SMALL = 64 * 64  # pixels of an image that `analyze` sweeps whole
-FEW = 7 * 7  # pixels that it sweeps of a larger one, about
-MOVED = ("does not fool", "fools into another class", "fools into the same class", "no attack by one pixel")
-
-
 def analyze_locality(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
-    """What one pixel can do anywhere; for pairs that differ in one pixel also where else it would have worked.
+    """What a change of one pixel can do at every site; for one-pixel attacks also where else they would have worked.
 
-    Images that are misread without any attack have no scores: there is nothing to fool.
+    Images that are misclassified without any attack have no scores: there is nothing to fool.
     """
     import pandas as pd
 
     height, width = pairs.clean.shape[2:]
+    # Larger images are swept on a grid of about 49 pixels, each in the middle of its step.
     step = 1 if height * width <= SMALL else int(np.ceil(np.sqrt(height * width / FEW)))
-    first = [min(step // 2, size - 1) for size in (height, width)]
+    top, left = (min(step // 2, size - 1) for size in (height, width))
     region = torch.zeros(1, 1, height, width, dtype=torch.bool)
-    region[:, :, first[0] :: step, first[1] :: step] = True
+    region[:, :, top::step, left::step] = True
     with evaluating(model) as classifier:
-        misread = predict(classifier, pairs.clean).argmax(1) != pairs.labels
+        misclassified = predict(classifier, pairs.clean).argmax(1) != pairs.labels
     sweep = pixel_sweep(model, pairs.clean, pairs.labels, region=region)
-    tried = sweep.margin[:, first[0] :: step, first[1] :: step]
+    tried = sweep.margin[:, top::step, left::step]
     margins = torch.nn.functional.interpolate(tried[:, None], (height, width), mode="nearest")
     scores = {
         "weakest_pixel": tried.flatten(1).amin(1).double(),
@@ -254,52 +259,50 @@ def analyze_locality(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analys
     which = "every pixel" if step == 1 else f"one pixel of every {step} x {step}"
     maps = {"one_pixel_margin": margins}
     meanings = {
-        "weakest_pixel": f"Smallest lead of the label when a pixel takes a corner color, {which} tried; below 0 "
-        "that pixel is enough.",
-        "weak_pixels": "Share of these pixels that are enough alone.",
+        "weakest_pixel": "Smallest lead of the label if one pixel takes a corner color of the RGB cube; below 0, that "
+        f"pixel is enough. {which.capitalize()} was tried.",
+        "weak_pixels": "Fraction of these pixels that are enough alone.",
     }
     pictures = {
         "one_pixel_margin": Picture(
             "Lead left after one pixel",
             kind="signed",
-            meaning=f"The smallest lead of {{label}} over any class when this pixel alone takes the worst corner "
-            f"color; {which} was tried. Below 0 it is enough.",
+            meaning="The smallest lead of {label} over any class if this pixel alone takes the worst corner color; "
+            f"below 0, it is enough. {which.capitalize()} was tried.",
         )
     }
-    one = (pairs.perturbation != 0).any(1).flatten(1).sum(1) == 1
-    if bool(one.any()):
-        rates, maps["moved_pixel"] = _moved(model, pairs, one, seed)
+    one_pixel = (pairs.perturbation != 0).any(1).flatten(1).sum(1) == 1
+    if bool(one_pixel.any()):
+        rates, maps["moved_pixel"] = _moved(model, pairs, one_pixel, seed)
         scores |= rates
         meanings |= MEANINGS
         pictures["moved_pixel"] = Picture(
             "The same pixel moved",
             kind="category",
             categories=MOVED,
-            meaning="Where the attack's pixel value would have worked as well.",
+            meaning="Where the attack's pixel value would also have worked.",
         )
-    return Analysis(
-        scores=pd.DataFrame(
-            {name: values.masked_fill(misread, torch.nan).cpu().numpy() for name, values in scores.items()}
-        ),
-        maps=maps,
-        meanings=meanings,
-        pictures=pictures,
+    columns = {
+        name: values.masked_fill(misclassified, torch.nan).cpu().numpy() for name, values in scores.items()
+    }
+    return Analysis(scores=pd.DataFrame(columns), maps=maps, meanings=meanings, pictures=pictures)
+
+
+def _moved(model: nn.Module, pairs: Pairs, one_pixel: Tensor, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Rates (N,) by radius, NaN for pairs that differ in more than one pixel, and the map of `MOVED` (N, 1, H, W)."""
+    chosen = Pairs(
+        *(part[one_pixel] for part in (pairs.clean, pairs.adversarial, pairs.labels, pairs.targets))
     )
-
-
-def _moved(model: nn.Module, pairs: Pairs, one: Tensor, seed: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Rates (N,) by radius, NaN where not one pixel differs, and the map of `MOVED` (N, 1, H, W)."""
-    chosen = Pairs(*(part[one] for part in (pairs.clean, pairs.adversarial, pairs.labels, pairs.targets)))
-    found = locality(model, chosen, seed=seed)
+    result = locality(model, chosen, seed=seed)
     site = (chosen.perturbation != 0).any(1).flatten(1).long().argmax(1)
-    rings = _rings(site, found.success.shape[1:])
+    rings = _rings(site, result.success.shape[1:])
     areas = {ring_score(radius): rings == radius for radius in RADII} | {RANDOM: rings > 0}
     rates = {}
     for name, area in areas.items():
         rates[name] = torch.full((len(pairs),), torch.nan, dtype=torch.float64, device=site.device)
         sites = area.flatten(1).sum(1).double()
-        hits = (found.success & area).flatten(1).sum(1)
-        rates[name][one] = (hits / sites.where(sites > 0, torch.nan)).to(rates[name])
+        hits = (result.success & area).flatten(1).sum(1)
+        rates[name][one_pixel] = (hits / sites.where(sites > 0, torch.nan)).to(rates[name])
     kinds = torch.full_like(pairs.clean[:, :1], len(MOVED) - 1, dtype=torch.long)
-    kinds[one] = (found.success * 1 + found.same_class)[:, None]
+    kinds[one_pixel] = (result.success * 1 + result.same_class)[:, None]
     return rates, kinds

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from weakspot.budgets import Budget, Linf
+from weakspot.budgets import Budget, Linf, prepare
 from weakspot.training.config import ResolvedConfig, find_recipe, limit_of
 
 FAST_STEP = 1.25  # of the budget: alpha of Wong et al. 2020 (arXiv 2001.03994, algorithm 3)
@@ -58,12 +58,12 @@ def perturbed(
 
     if type(budget) is Linf:
         return _sign_descent(loss, images, region, noise, steps=steps, size=size * budget.eps, eps=budget.eps)
-    point = images + _start(budget, images, region, noise)
+    point, ball = images + _start(budget, images, region, noise), prepare(budget, images)
     for _ in range(steps):
         gradient = _gradient(loss, point)
         gradient = gradient if region is None else gradient * region
-        step = budget.steepest_step(gradient, point - images, images)
-        point = images + budget.project(point - images + size * step, images, region=region)
+        step = ball.steepest_step(gradient, point - images)
+        point = images + ball.project(point - images + size * step, region)
     return point
 
 
@@ -104,7 +104,7 @@ def _start(budget: Budget, images: Tensor, region: Tensor | None, noise: Tensor)
     inside = noise if region is None else noise * region
     extreme = budget.steepest_step(inside, torch.zeros_like(images), images)
     length = noise[:, :1, :1, :1].abs()
-    return budget.project(extreme * length, images, region=region)
+    return prepare(budget, images).project(extreme * length, region)
 
 
 def uniform_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

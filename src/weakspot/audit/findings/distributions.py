@@ -186,7 +186,7 @@ def _together(parts: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
 
 
 SHOWN = 12  # at either end
-COUNTED = ("pixels",)
+COUNTED = ("few_pixel",)
 ASIDE = ", attacks that look for the smallest change aside"
 MARGIN = (
     "They are ranked by the least margin that any attack in any region has left them, before rounding to 8 bits; those "

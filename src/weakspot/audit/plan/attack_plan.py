@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from weakspot._checks import unknown_choice
-from weakspot.attacks.libraries import LIBRARIES
-from weakspot.attacks.registry import find_attack
+from weakspot.attacks import Attack, find_attack
 from weakspot.budgets import Budget, read_budget
 
-TAKEN = {"model", "images", "labels", "budget", "region", "targets", "seed", "batch_size", "progress"}
-MINIMAL = {"fmn": "linf", "carlini_wagner": "l2", "ead": "l1", "strattack": None}
 Value = str | int | float | bool | None
 
 
@@ -87,19 +83,17 @@ class AttackPlan:
             raise ValueError(f"settings of attack {table['name']} must be a table, got {settings!r}")
         return cls(**table, settings=tuple(sorted(settings.items())))
 
-    def arguments(self) -> dict[str, Value | Budget]:
-        """Keyword arguments for the attack.
+    def own_settings(self) -> dict[str, Value]:
+        """Keyword arguments of the attack's own.
 
         Raises:
             ValueError: if there is no such attack, or it does not take them.
         """
-        parameters, open_ended = self._parameters()
-        own = sorted(parameters - TAKEN)
+        attack = find_attack(self.name)
         for key, _ in self.settings:
-            if key in TAKEN or (key not in own and not open_ended):
-                raise ValueError(unknown_choice(f"setting of attack {self.name}", key, own))
-        budget = self.parsed_budget()
-        return {**({} if budget is None else {"budget": budget}), **dict(self.settings)}
+            if not attack.takes(key):
+                raise ValueError(unknown_choice(f"setting of attack {self.name}", key, attack.parameters))
+        return dict(self.settings)
 
     def parsed_budget(self) -> Budget | None:
         """The budget that the attack gets, None if the plan states none."""
@@ -107,19 +101,11 @@ class AttackPlan:
 
     def takes_budget(self) -> bool:
         """Whether the attack has a parameter that limits the change."""
-        parameters, open_ended = self._parameters()
-        return "budget" in parameters or open_ended
+        return find_attack(self.name).takes_budget
 
     def requires_budget(self) -> bool:
         """Whether a plan that states no budget gives this attack the default one."""
-        parameter = inspect.signature(find_attack(self.name)).parameters.get("budget")
-        return parameter is not None and parameter.default is not None
-
-    def _parameters(self) -> tuple[set[str], bool]:
-        """Names of the attack's parameters, and whether it also takes any others (**options)."""
-        parameters = inspect.signature(find_attack(self.name)).parameters.values()
-        named = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
-        return named, len(named) < len(parameters)
+        return find_attack(self.name).default_budget
 
     @property
     def is_minimal(self) -> bool:
@@ -127,14 +113,21 @@ class AttackPlan:
 
         The latter are attacks of other libraries without a budget.
         """
-        return self.name in MINIMAL or (self.budget is None and self.name.partition(":")[0] in LIBRARIES)
+        attack = self._installed()
+        return self.budget is None and attack is not None and attack.minimizes is not None
 
     @property
     def minimized_norm(self) -> str | None:
         """The norm in which a minimal-norm attack looks for the smallest change; None for all other attacks."""
-        if self.name == "fmn":
-            return str(dict(self.settings).get("norm", "linf"))
-        return MINIMAL.get(self.name)
+        attack = self._installed()
+        return None if attack is None or self.budget is not None else attack.norm(dict(self.settings))
+
+    def _installed(self) -> Attack | None:
+        """The attack, or None if a finished run is read where its plug-in is not installed."""
+        try:
+            return find_attack(self.name)
+        except ValueError:
+            return None
 
 
 def read_attacks(value: object, budgets: object) -> tuple[AttackPlan, ...]:

@@ -161,7 +161,7 @@ class Plan:
         for attack in attacks:
             if attack.budget is not None and not attack.takes_budget():
                 raise ValueError(f"budget of attack {attack.name} must be left out, got {attack.budget}")
-            attack.arguments()
+            attack.own_settings()
         return replace(
             self,
             attacks=labeled(attacks),

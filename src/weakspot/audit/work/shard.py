@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from weakspot._checks import quiet, warn
+from weakspot.attacks import AttackOptions, find_attack
 from weakspot.attacks.eight_bit import stored
-from weakspot.attacks.registry import call_attack, chosen, find_attack, joined
 from weakspot.audit.plan.attack_plan import AttackPlan
 from weakspot.audit.plan.image_list import Entry
 from weakspot.audit.plan.plan import Plan, is_other, other_region
@@ -271,7 +271,7 @@ class _Shard:
         self, attack: AttackPlan, text: str, region: Tensor, troubles: dict[int, str], progress: Progress
     ) -> tuple[Tensor, AttackResult | None]:
         """The rows that could be attacked, and what became of them."""
-        run, settings = find_attack(attack.name), attack.arguments()
+        described, settings = find_attack(attack.name), attack.own_settings()
         rows = torch.tensor(
             [row for row in range(len(self.images)) if row not in troubles],
             dtype=torch.long,
@@ -279,22 +279,21 @@ class _Shard:
         )
 
         def go(mine: Tensor) -> AttackResult:
-            known = {
-                "region": None if text == "none" else region[mine],
-                "seed": self.plan.seed,
-                "batch_size": self.machine.steady.group,
-                "progress": progress,
-            }
-            return call_attack(
-                run, self.machine.steady, self.images[mine], self.labels[mine], known, settings
+            options = AttackOptions(
+                budget=attack.parsed_budget(),
+                region=None if text == "none" else region[mine],
+                seed=self.plan.seed,
+                batch_size=self.machine.steady.group,
+                progress=progress,
             )
+            return described.run(self.machine.steady, self.images[mine], self.labels[mine], options, settings)
 
         what = f"attack {attack.label} in region {text}"
         found = self.machine.lots.each(go, rows, troubles, what)
         if not found:
             self._check_possible(attack, text, rows, troubles, explained=False)
             return rows[:0], None
-        return torch.cat([mine for mine, _ in found]), joined([one for _, one in found])
+        return torch.cat([mine for mine, _ in found]), AttackResult.concatenate([one for _, one in found])
 
     def _stored(self, result: AttackResult, attack: AttackPlan) -> AttackResult:
         """The result with what becomes of its 8-bit files, which an attack of one's own need not say."""
@@ -313,7 +312,7 @@ class _Shard:
         def look(mine: Tensor) -> Explanation:
             return explain(
                 self.machine.classifier,
-                chosen(result, mine),
+                result.select(mine),
                 analyses=self.plan.analyses,
                 seed=self.plan.seed,
                 compare=False,  # with other images of its shard, which is no property of an image
@@ -336,7 +335,6 @@ class _Shard:
             return
         classifier, plan = self.machine.classifier, self.plan
         images = probe_images(classifier)[:2]
-        options = {"seed": plan.seed, "batch_size": self.machine.steady.group, "progress": lambda _: None}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -346,13 +344,14 @@ class _Shard:
                     region = read_region(
                         text, classifier, images, labels, fraction=plan.fraction, seed=plan.seed
                     )
-                pairs = call_attack(
-                    find_attack(attack.name),
-                    self.machine.steady,
-                    images,
-                    labels,
-                    {**options, "region": region},
-                    attack.arguments(),
+                options = AttackOptions(
+                    budget=attack.parsed_budget(),
+                    region=region,
+                    seed=plan.seed,
+                    batch_size=self.machine.steady.group,
+                )
+                pairs = find_attack(attack.name).run(
+                    self.machine.steady, images, labels, options, attack.own_settings()
                 )
                 if explained:
                     explain(classifier, pairs, analyses=plan.analyses, seed=plan.seed)
