@@ -154,7 +154,11 @@ def _run(
     attack: Attack, classifier: Classifier, aim: Aim, options: AttackOptions, own: Mapping[str, Value]
 ) -> AttackResult:
     """Run the attack, which must take every option that was given and decides the result."""
-    for name, option_name in (("region", "--region"), ("targets", "--target"), ("batch_size", "--batch-size")):
+    for name, option_name in (
+        ("region", "--region"),
+        ("targets", "--target"),
+        ("batch_size", "--batch-size"),
+    ):
         if getattr(options, name) is not None and name not in attack.accepts:
             raise Failure(f"{attack.name} takes no {option_name}")
     try:

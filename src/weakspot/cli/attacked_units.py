@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from weakspot.budgets import Budget
-    from weakspot.classifier import Classifier
     from weakspot.defenses.unit_study import UnitStudy
     from weakspot.dissection import Dissection
     from weakspot.pairs import Pairs
@@ -49,28 +47,6 @@ class UnitAttackOptions:
             panel=ATTACK,
         ),
     ] = None
-
-
-@dataclass(frozen=True, eq=False)
-class UnitAttack:
-    """Images to attack, and how.
-
-    Attributes:
-        images: (N, C, H, W).
-        budget: of the attack.
-        steps: of the attack.
-        mask: as `unit_study` takes it.
-        seed: of all random numbers.
-    """
-
-    images: Tensor
-    budget: Budget
-    steps: int
-    mask: int | list[int] | None
-    seed: int
-
-    def __repr__(self) -> str:
-        return f"UnitAttack({len(self.images)} images, {self.budget}, {self.steps} steps, mask={self.mask})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,25 +101,24 @@ def parse_mask(text: str | None, layers: int) -> int | list[int] | None:
     return [int(number) for number in numbers]
 
 
-def read_attack(
-    session: Session, options: UnitAttackOptions, mask: int | list[int] | None, seed: int
-) -> UnitAttack:
-    """Read the images of --images."""
-    from weakspot.budgets import read_budget
-
-    budget = read_budget(options.budget)
+def read_attacked(session: Session, options: UnitAttackOptions, mask: int | list[int] | None) -> Tensor:
+    """The images (N, C, H, W) of --images."""
     images = session.read_images(options.images or []).pixels
     fewest = 2 * FEWEST if isinstance(mask, int) else FEWEST
     if len(images) < fewest:
         raise Failure(f"--images must hold at least {fewest} images, got {len(images)}")
-    return UnitAttack(images, budget, options.steps, mask, seed)
+    return images
 
 
 def attack_units(
-    classifier: Classifier,
+    session: Session,
     dissections: Mapping[str, Dissection],
-    plan: UnitAttack,
-    progress: Callable[[float], None],
+    images: Tensor,
+    *,
+    budget: Budget,
+    steps: int,
+    mask: int | list[int] | None,
+    seed: int,
 ) -> AttackedUnits:
     """Attack the images with PGD, and study the units of every dissected layer."""
     import pandas as pd
@@ -152,34 +127,26 @@ def attack_units(
     from weakspot.classifier import check_images, evaluating, predict
     from weakspot.defenses.unit_study import association_sentences, unit_study
 
+    classifier = session.classifier
     with evaluating(classifier):
-        images = check_images(plan.images, classifier)
+        images = check_images(images, classifier)
         labels = predict(classifier, images).argmax(1)
 
     def attack(model: nn.Module, shown: Tensor, wanted: Tensor) -> Pairs:
-        return pgd(model, shown, wanted, budget=plan.budget, steps=plan.steps, seed=plan.seed)
+        return pgd(model, shown, wanted, budget=budget, steps=steps, seed=seed)
 
-    def layer_progress(number: int, fraction: float) -> None:
-        progress(0.2 + 0.8 * (number + fraction) / len(dissections))
-
+    session.advance("attacking", 0.5)
     pairs = attack(classifier, images, labels)
-    progress(0.2)
     studies = {}
+    part = 0.3 / len(dissections)  # of the progress, for each layer
     for number, (name, dissection) in enumerate(dissections.items()):
+        progress = session.progress("attacking", 0.55 + number * part, 0.55 + (number + 1) * part)
         studies[name] = unit_study(
-            classifier,
-            dissection,
-            pairs,
-            mask=plan.mask,
-            attack=attack,
-            seed=plan.seed,
-            progress=partial(layer_progress, number),
+            classifier, dissection, pairs, mask=mask, attack=attack, seed=seed, progress=progress
         )
     sentences: Sequence[str] = ()
     if len(studies) > 1:
         tables = [study.units.assign(layer=name) for name, study in studies.items()]
         sentences = association_sentences(pd.concat(tables, ignore_index=True))
-    how = (
-        f"PGD, {plan.budget}, {plan.steps} steps, on {len(images)} images labeled by the model's predictions"
-    )
+    how = f"PGD, {budget}, {steps} steps, on {len(images)} images labeled by the model's predictions"
     return AttackedUnits(studies, sentences, how)

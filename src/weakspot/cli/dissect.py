@@ -16,7 +16,7 @@ from weakspot.cli.attacked_units import (
     UnitAttackOptions,
     attack_units,
     parse_mask,
-    read_attack,
+    read_attacked,
 )
 from weakspot.cli.options import (
     ModelOptions,
@@ -123,10 +123,12 @@ def dissect(
     mask = parse_mask(attack.mask, len(layer or []))
     check_existing(attack.images or [])
     with open_session(context, network, output, out, FILES) as session:
+        from weakspot.budgets import read_budget
         from weakspot.dissection import dissection
 
         classifier = session.classifier
-        plan = read_attack(session, attack, mask, seed) if attack.images else None
+        budget = read_budget(attack.budget)
+        images = read_attacked(session, attack, mask) if attack.images else None
         session.make_folder()
         session.advance("reading the concepts", 0.02)
         folder = _find_concepts(dataset, out, classifier, concepts)
@@ -140,18 +142,20 @@ def dissect(
             denominator=denominator,
             alignment=alignment,
             cache=out / "cache",
-            progress=session.progress("dissecting", 0.05, 0.5 if plan else 0.85),
+            progress=session.progress("dissecting", 0.05, 0.85 if images is None else 0.5),
         )
         attacked = AttackedUnits()
-        if plan is not None:
-            attacked = attack_units(classifier, dissections, plan, session.progress("attacking", 0.5, 0.85))
+        if images is not None:
+            attacked = attack_units(
+                session, dissections, images, budget=budget, steps=attack.steps, mask=mask, seed=seed
+            )
         session.advance("drawing", 0.9)
         options = next(iter(dissections.values())).options
         made = {
             "concepts": f"{folder}" if dataset else "colors and textures that weakspot generated",
             "layers": ", ".join(layers),
             **{name: str(value) for name, value in options.items() if name != "dataset"},
-            **({"attack": attacked.attack} if plan else {}),
+            **({"attack": attacked.attack} if attacked.attack else {}),
             **session.provenance(seed),
         }
         page = _write(session, folder, dissections, attacked, made)

@@ -44,8 +44,8 @@ class PlanOptions:
     settings: Annotated[
         list[str] | None,
         option(
-            "--set ATTACK.NAME=VALUE",
-            "Set an argument of an attack, such as pgd.steps=50. Repeat for several.",
+            "--set SETTING",
+            "ATTACK.NAME=VALUE, an argument of an attack, such as pgd.steps=50. Repeat for several.",
             panel=ATTACK,
         ),
     ] = None
