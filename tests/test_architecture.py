@@ -34,7 +34,6 @@ KNOWN_CIRCULAR = {
 KNOWN_LONG = {
     "weakspot.audit.store.maps",
     "weakspot.audit.work.shard",
-    "weakspot.classifier",
     "weakspot.explanations.promotion",
     "weakspot.fusion",
 }

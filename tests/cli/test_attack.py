@@ -117,7 +117,7 @@ def test_scores_as_json_are_nothing_but_json(run: Run, photographs: Path) -> Non
 @pytest.mark.parametrize("attack", ORDER)
 def test_every_attack_on_the_list_runs(run: Run, photographs: Path, tmp_path: Path, attack: str) -> None:
     short = {
-        "pixels": ["population=8", "generations=2", "count=2"],
+        "few_pixel": ["population=8", "generations=2", "count=2"],
         "strattack": ["steps=10", "group=8"],
         "carlini_wagner": ["steps=10"],
         "ead": ["steps=10"],
@@ -126,9 +126,9 @@ def test_every_attack_on_the_list_runs(run: Run, photographs: Path, tmp_path: Pa
     ended = run("attack", photographs / NAMES[0], *TINY, "--attack", attack, *settings, "--out", "made")
     assert ended.code == 0, ended.err
     result = AttackResult.load(tmp_path / "made/pairs.safetensors")
-    if attack not in {"pixels", "strattack", "fmn", "carlini_wagner", "ead"}:
+    if attack not in {"few_pixel", "strattack", "fmn", "carlini_wagner", "ead"}:
         assert bool((Linf(4 / 255).distance(result.perturbation, result.clean) <= 4 / 255 + 1e-6).all())
-    if attack == "pixels":
+    if attack == "few_pixel":
         assert int(result.distances["pixels"].max()) <= 2
 
 

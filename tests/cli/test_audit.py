@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -23,6 +24,8 @@ from weakspot import audit as runs
 from weakspot._io.files import locked
 from weakspot.audit.work import cell_rows
 from weakspot.audit.work.audits import LOCK
+from weakspot.cli.app import Failure
+from weakspot.cli.plan_options import PlanOptions, plan_table
 
 TINY = ("--model", "tiny_networks:build", "--size", "32x32")
 WRITER = "weakspot.audit.work.audits.write_shard"
@@ -41,8 +44,8 @@ def test_a_folder_is_audited_and_told_in_a_table_and_a_sentence(
     for word in (
         "robust",
         "background",
-        "pixels",
-        "No image fell to pgd at linf:8/255, pixels confined to a region (cam, background).",
+        "few_pixel",
+        "No image fell to pgd at linf:8/255, few_pixel confined to a region (cam, background).",
         "4 images audited",
         "predictions",
     ):
@@ -111,61 +114,76 @@ def test_an_array_brings_its_labels(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "sentence"),
+    ("arguments", "code", "message"),
     [
         (("--out", "x"), 2, "no images were named"),
-        (("photos",), 2, "no output folder was named"),
+        (("photos",), 2, "no output folder was named (give --out FOLDER)"),
         (("nowhere", "--out", "x"), 4, "nowhere: no such file or folder"),
-        (("nowhere.toml", "--out", "x"), 4, "nowhere.toml: there is no such plan"),
+        (("nowhere.toml", "--out", "x"), 4, "nowhere.toml"),
         (("photos", "--out", "x", "--attacks", "pgdd"), 2, "did you mean 'pgd'"),
-        (("photos", "--out", "x", "--regions", "cma"), 2, "region must"),
-        (("photos", "--out", "x", "--analyses", "overlpa"), 2, "did you mean 'overlap'"),
-        (("photos", "--out", "x", "--set", "steps=2"), 2, "--set must be ATTACK.NAME=VALUE"),
-        (("photos", "--out", "x", "--set", "fgsm.steps=2"), 2, "got 'fgsm'"),
-        (("photos", "--out", "x", "--set", "pgd.stepps=2"), 2, "did you mean 'steps'"),
-        (("photos", "--out", "x", "--budget", "linf"), 2, "accepted is KIND:AMOUNT"),
+        (("photos", "--out", "x", "--batch-size", "0"), 2, "--batch-size must be auto or an integer"),
         (
-            ("photos", "--out", "x", "--fraction", "0.5"),
+            ("photos", "--out", "x", "--fraction", ".5"),
             2,
-            "--fraction has no effect without cam or support in --regions",
+            "--fraction has no effect without cam or support in",
         ),
-        (
-            ("photos", "--out", "x", "--regions", "border:2,none", "--fraction", "0.5"),
-            2,
-            "--fraction has no effect",
-        ),
-        (("photos", "--out", "x", "--attacks", "pixels", "--budget", "linf:1/255"), 2, "pixels takes none"),
-        (("photos", "--out", "x", "--attacks", "fmn", "--budget", "linf:9"), 2, "Linf eps is 9.0"),
-        (("photos", "--out", "x", "--controls"), 2, "names none to control"),
-        (
-            ("photos", "--out", "x", "--batch-size", "0"),
-            2,
-            "--batch-size must be auto or an integer of at least 1",
-        ),
+        (("photos", "--out", "x", "--control-images", "3"), 2, "--control-images has no effect without"),
+        (("photos", "--out", "x", "--controls"), 2, "regions must name one to control"),
+        (("photos", "--out", "x", "--labels", "nowhere.csv"), 2, "nowhere.csv"),
         (("photos", "--out", "x", "--model", "nothing:build"), 2, "there is no module 'nothing'"),
-        (("photos", "--out", "x", "--labels", "nowhere.csv"), 2, "labels is"),
-        (("--resume", "x"), 4, "x holds no run"),
-        (("photos", "--resume", "x"), 2, "--resume takes no images"),
-        (("--resume", "x", "--seed", "1"), 2, "--resume takes no images and no options"),
-        (("photos", "--out", "tiny_networks.py"), 2, "which is a file"),
         (("photos", "--out", "x", "--engine", "rya"), 2, "did you mean 'ray'"),
-        (
-            ("photos", "--out", "x", "--workers", "2"),
-            2,
-            "the engine local is one process; accepted with --engine",
-        ),
-        (("photos", "--out", "x", "--engine", "ray", "--workers", "0"), 2, "workers is 0; accepted is"),
+        (("photos", "--out", "x", "--workers", "2"), 2, "workers"),
+        (("photos", "--out", "tiny_networks.py"), 2, "tiny_networks.py"),
+        (("--resume", "x"), 4, "x holds no run"),
+        (("photos", "--resume", "x"), 2, "--resume takes no images and no plan options"),
+        (("--resume", "x", "--seed", "1"), 2, "--resume takes no images and no plan options"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence_and_leaves_nothing(
-    run: Run, photographs: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, sentence: str
+def test_a_wrong_option_is_one_sentence_and_leaves_nothing(
+    run: Run, photographs: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, message: str
 ) -> None:
     model = () if "--model" in arguments or "--resume" in arguments else TINY
     ended = run("audit", *arguments, *model)
-    assert ended.code == code, ended.err
-    assert sentence in ended.err
+    assert (ended.code, message in ended.err) == (code, True), ended.err
     assert ended.err.count("weakspot:") == 1
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["steps=2"], "--set must be ATTACK.NAME=VALUE such as pgd.steps=50, got 'steps'"),
+        (["pgd.steps"], "--set must be ATTACK.NAME=VALUE such as pgd.steps=50, got 'pgd.steps'"),
+        (["fgsm.steps=2"], "the attack in --set must be one of pgd, got 'fgsm'"),
+    ],
+)
+def test_a_setting_belongs_to_an_attack_of_the_plan(
+    tmp_path: Path, settings: list[str], message: str
+) -> None:
+    with pytest.raises(Failure) as caught:
+        plan_table([str(tmp_path)], {}, settings, "out")
+    assert message in str(caught.value)
+    table, _ = plan_table([str(tmp_path)], {"attacks": "pgd, fgsm"}, ["pgd.steps=2"], "out")
+    assert table["attacks"] == [{"name": "pgd", "settings": {"steps": 2}}, {"name": "fgsm"}]
+
+
+def test_the_defaults_in_the_help_are_those_of_a_plan(tmp_path: Path) -> None:
+    options = PlanOptions()
+    names = (
+        "attacks",
+        "regions",
+        "fraction",
+        "controls",
+        "control_images",
+        "analyses",
+        "labels",
+        "limit",
+        "seed",
+        "maps",
+    )
+    spelled = {name: getattr(options, name) for name in names} | {"budget": options.budget}
+    plans = [runs.Plan.from_mapping({"images": str(tmp_path), **table}).resolved() for table in ({}, spelled)]
+    assert replace(plans[1], stated_budgets=()) == plans[0]
 
 
 def test_a_missing_source_is_told_and_the_others_are_audited(run: Run, photographs: Path) -> None:
@@ -208,7 +226,7 @@ def test_with_its_source_gone_it_ends_with_four_and_the_gate_stays_shut(
         )
         if junit is not None:
             assert ET.parse(junit).getroot().attrib["failures"] == "1"  # noqa: S314 - our own
-            assert "gate: all images: robust_accuracy < 0 cannot be judged: the audit is not" in ended.err
+            assert "gate: all images: robust_accuracy < 0 cannot be evaluated: the audit is not" in ended.err
     assert json.loads(run("audit", "--resume", "made", "--json").out)["status"] == "incomplete"
     assert run("report", "made").code == 0
     assert "The audit is not complete: 4 of 4 images" in (tmp_path / "made/report.html").read_text()
