@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -169,19 +169,8 @@ def test_a_setting_belongs_to_an_attack_of_the_plan(
 
 def test_the_defaults_in_the_help_are_those_of_a_plan(tmp_path: Path) -> None:
     options = PlanOptions()
-    names = (
-        "attacks",
-        "regions",
-        "fraction",
-        "controls",
-        "control_images",
-        "analyses",
-        "labels",
-        "limit",
-        "seed",
-        "maps",
-    )
-    spelled = {name: getattr(options, name) for name in names} | {"budget": options.budget}
+    spelled = {field.name: getattr(options, field.name) for field in fields(options)}
+    del spelled["settings"]
     plans = [runs.Plan.from_mapping({"images": str(tmp_path), **table}).resolved() for table in ({}, spelled)]
     assert replace(plans[1], stated_budgets=()) == plans[0]
 

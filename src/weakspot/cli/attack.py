@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 
 from weakspot.cli.aims import Aim, AimOptions, find_aim, find_region
@@ -29,7 +30,7 @@ from weakspot.cli.options import (
     parse_settings,
     refuse_fraction,
 )
-from weakspot.cli.output import json_rows, make_table, print_rows, print_table, print_text
+from weakspot.cli.output import json_rows, make_table, print_rows, print_text
 from weakspot.cli.session import check_output, check_sources, open_session
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from weakspot.pairs import AttackResult
 
 FILES = ("clean", "adversarial", "overview.png", "scores.csv", "pairs.safetensors", "run.json")
+WIDE = 125  # columns of a terminal on which the table has all distances
 BUDGETS = {
     "linf": "largest change of any channel of any pixel, as in linf:4/255",
     "l2": "Euclidean norm of the change, as in l2:1.5",
@@ -203,38 +205,29 @@ def _write(
 
 def _print(scores: pd.DataFrame, ending: str, out: Path) -> None:
     """A row for each image: classes before and after, distances, and what the attack cost."""
+    console = Console(highlight=False)
+    wide = console.width >= WIDE
     spent = [name for name in ("ssim_budget_spent", "ssim_local_budget_spent") if name in scores]
-    similarities = ["ssim_windowed", "ssim_windowed_min"]
-    headings = (
-        "image",
-        "before → after",
-        "fooled",
-        "unrounded",
-        "linf",
-        "l2",
-        "pixels",
-        *similarities,
-        *spent,
-    )
-    table = make_table([*headings, "n_forward", "n_backward"])
+    flags = {"fooled": "success_8bit", **({"unrounded": "success"} if wide else {})}
+    numbers = ["linf", "l2", *(["ssim_windowed", "ssim_windowed_min", *spent] if wide else [])]
+    counts = ["pixels", "n_forward", *(["n_backward"] if wide else [])]
+    texts = ("image", "before → after")
+    table = make_table([*texts, *flags, *numbers, *counts], fold=texts)
     for _, row in scores.iterrows():
         table.add_row(
             escape(str(row["image"])),
             escape(f"{row['before']} → {row['after']}"),
-            *("yes" if row[key] else "[yellow]no[/yellow]" for key in ("success_8bit", "success")),
-            *(f"{row[key]:.3g}" for key in ("linf", "l2")),
-            str(row["pixels"]),
-            *(f"{row[key]:.3f}" for key in similarities),
-            *(f"{row[key]:.3g}" for key in spent),
-            *(str(row[key]) for key in ("n_forward", "n_backward")),
+            *("yes" if row[key] else "[yellow]no[/yellow]" for key in flags.values()),
+            *(f"{row[key]:.3g}" for key in numbers),
+            *(str(row[key]) for key in counts),
         )
-    print_table(table)
+    console.print(table)
     stored, floats = (int(scores[key].sum()) for key in ("success_8bit", "success"))
     print_text(
         f"\n{stored} of {len(scores)} images fooled as 8-bit files ({floats} before rounding){ending}",
         style="dim",
     )
-    print_text(f"\nWritten to {out.resolve()} (look at overview.png)")
+    print_text(f"\nWritten to {out.resolve()} (look at overview.png; all scores are in scores.csv)")
 
 
 def list_choices() -> list[dict[str, str]]:

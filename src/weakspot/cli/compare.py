@@ -133,7 +133,8 @@ class Gate:
         if failed:
             raise typer.Exit(UNREADABLE if self.shortfalls else GATE_FAILED)
         if self.verdicts and not silent:
-            console.print(f"gate: passed, {len(self.verdicts)} checks", style="dim")
+            count = len(self.verdicts)
+            console.print(f"gate: passed, {count} check{'s' if count > 1 else ''}", style="dim")
 
 
 @command(

@@ -274,4 +274,4 @@ def _print(explanation: Explanation, ending: str) -> None:
     for index, name in enumerate(scores["image"]):
         print_text(f"\n{name}", style="bold")
         print_text(explanation.verdict(index))
-    print_text(f"\n{len(explanation)} explained{ending}", style="dim")
+    print_text(f"\n{len(explanation)} images explained{ending}", style="dim")
