@@ -22,7 +22,7 @@ import weakspot
 from tests.cli.conftest import Run
 from weakspot import audit as runs
 from weakspot._io.files import locked
-from weakspot.audit.work import cell_rows
+from weakspot.audit.store.records import TIMES
 from weakspot.audit.work.audits import LOCK
 from weakspot.cli.app import Failure
 from weakspot.cli.plan_options import PlanOptions, plan_table
@@ -51,10 +51,10 @@ def test_a_folder_is_audited_and_told_in_a_table_and_a_sentence(
     ):
         assert word in ended.out
     assert f"Written to {tmp_path / 'made'}" in ended.out
-    found = runs.Run("made")
+    found = runs.open_run("made")
     assert len(found.records) == 4 * 2 * 3
-    assert found.about["plan"]["attacks"][0]["settings"] == {"steps": 2}
-    assert found.about["command"].startswith("weakspot audit ")
+    assert found.plan.attacks[0].settings == (("steps", 2),)
+    assert found.info.command.startswith("weakspot audit ")
     assert {"importance", "partition", "clean", "adversarial"} <= set(found.maps)
 
 
@@ -92,14 +92,12 @@ def test_a_plan_file_does_the_same_and_options_overrule_it(
         "--batch-size", 1,
     )  # fmt: skip
     assert ended.code == 0, ended.err
-    one, other = (
-        runs.Run(folder).records.drop(columns=list(cell_rows.TIMES)) for folder in ("planned", "typed")
-    )
+    one, other = (runs.open_run(folder).records.drop(columns=list(TIMES)) for folder in ("planned", "typed"))
     pd.testing.assert_frame_equal(one, other)
-    assert runs.Run("planned").plan == runs.Run("typed").plan
+    assert runs.open_run("planned").plan == runs.open_run("typed").plan
     ended = run("audit", "inner/plan.toml", "--limit", 2, "--out", "less", "--set", "pgd.steps=1")
     assert ended.code == 0, ended.err
-    less = runs.Run("less")
+    less = runs.open_run("less")
     assert (less.plan.limit, less.plan.seed, dict(less.plan.attacks[0].settings)) == (2, 4, {"steps": 1})
     assert len(less.records) == 2
 
@@ -110,7 +108,7 @@ def test_an_array_brings_its_labels(run: Run, tmp_path: Path) -> None:
     ended = run("audit", "set.npz", *TINY, *QUICK, "--out", "made")
     assert ended.code == 0, ended.err
     assert "Labels: the array's own" in ended.out
-    assert runs.Run("made").records["label"].tolist() == [0, 1, 2, 3, 0, 1]
+    assert runs.open_run("made").records["label"].tolist() == [0, 1, 2, 3, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +177,7 @@ def test_a_missing_source_is_told_and_the_others_are_audited(run: Run, photograp
     ended = run("audit", photographs, "nowhere", *TINY, *QUICK, "--out", "made")
     assert ended.code == 4
     assert "nowhere: no such file or folder" in ended.err
-    assert len(runs.Run("made").records) == 4
+    assert len(runs.open_run("made").records) == 4
 
 
 def test_nothing_that_can_be_read_is_code_four(run: Run, tmp_path: Path) -> None:
@@ -208,9 +206,9 @@ def test_with_its_source_gone_it_ends_with_four_and_the_gate_stays_shut(
     for junit in (tmp_path / "gate.xml", None):
         ended = run("audit", "--resume", "made", *(gate if junit else ()))
         assert ended.code == 4, ended.err
-        assert "the audit is not complete: 4 of 4 images cannot be read any more (" in ended.err
+        assert "the audit is not complete: 4 of 4 images can no longer be read (" in ended.err
         assert (
-            "the file is no longer there); put them back and go on with weakspot audit --resume made"
+            "the file no longer exists); restore them and continue with weakspot audit --resume made"
             in ended.err
         )
         if junit is not None:
@@ -226,8 +224,8 @@ def test_with_its_source_gone_it_ends_with_four_and_the_gate_stays_shut(
     ended = run("audit", "--resume", "made", *gate)
     assert ended.code == 0, ended.err
     assert ET.parse(tmp_path / "gate.xml").getroot().attrib["failures"] == "0"  # noqa: S314
-    times = list(cell_rows.TIMES)
-    one, other = (runs.Run(folder).records.drop(columns=times) for folder in ("whole", "made"))
+    times = list(TIMES)
+    one, other = (runs.open_run(folder).records.drop(columns=times) for folder in ("whole", "made"))
     pd.testing.assert_frame_equal(one, other)
 
 
@@ -254,12 +252,12 @@ def test_damaged_records_are_named_and_repaired(run: Run, photographs: Path, tmp
         ended = run(*command)
         assert ended.code == 4
         assert ended.err == (
-            "weakspot: made is damaged: records.parquet is not what was written; repair the run with weakspot audit "
-            "--resume made\n"
+            "weakspot: made is damaged: records.parquet differs from what was written (repair the run with weakspot "
+            "audit --resume made)\n"
         )
     ended = run("audit", "--resume", "made")
     assert ended.code == 0
-    assert "records.parquet was damaged and is written again" in ended.err
+    assert "damaged files (records.parquet) are written again" in ended.err
     assert run("report", "made").code == 0
 
 
@@ -280,9 +278,7 @@ def test_an_interrupt_ends_with_five_and_resume_goes_on(
     assert run("audit", photographs, *TINY, *QUICK, "--out", "made").code == 2  # a run lies there
     ended = run("audit", "--resume", "made")
     assert ended.code == 0, ended.err
-    one, other = (
-        runs.Run(folder).records.drop(columns=list(cell_rows.TIMES)) for folder in ("whole", "made")
-    )
+    one, other = (runs.open_run(folder).records.drop(columns=list(TIMES)) for folder in ("whole", "made"))
     pd.testing.assert_frame_equal(one, other)
     assert run("audit", "--resume", "made").code == 0
 
@@ -389,8 +385,8 @@ def test_ray_prints_nothing_of_its_own_and_leaves_nothing_running(
     assert (child.returncode, err) == (0, "")
     assert "4 images audited" in out
     assert "raylet" not in out
-    one, other = (runs.Run(tmp_path / folder) for folder in ("here", "made"))
-    times = list(cell_rows.TIMES)
+    one, other = (runs.open_run(tmp_path / folder) for folder in ("here", "made"))
+    times = list(TIMES)
     pd.testing.assert_frame_equal(one.records.drop(columns=times), other.records.drop(columns=times))
     assert is_gone(child.pid)
 
@@ -418,7 +414,7 @@ def test_from_and_to_urls(run: Run, photographs: Path, tmp_path: Path) -> None:
     ended = run("audit", source, *TINY, *QUICK, "--out", out)
     assert ended.code == 0, ended.err
     assert f"Written to {out}" in ended.out
-    one, other = (runs.Run(place).records.drop(columns=list(cell_rows.TIMES)) for place in ("here", out))
+    one, other = (runs.open_run(place).records.drop(columns=list(TIMES)) for place in ("here", out))
     pd.testing.assert_frame_equal(one, other)
     assert run("audit", "--resume", out).code == 0
     assert f"--resume {out}" in run("audit", source, *TINY, *QUICK, "--out", out).err

@@ -179,10 +179,9 @@ def _write(
 ) -> pd.DataFrame:
     """Write all files; returns the table of scores.csv."""
     from weakspot.attacks import stored
-    from weakspot.audit.store.run import write_scores
-    from weakspot.audit.work.shard_images import write_pngs
+    from weakspot.audit.store.run_folder import write_pngs, write_scores
     from weakspot.classifier import evaluating, predict
-    from weakspot.report.figures import overview
+    from weakspot.report.figures import contact_sheet
 
     with evaluating(classifier):
         reached = predict(classifier, result.adversarial).argmax(1).tolist()
@@ -197,7 +196,7 @@ def _write(
         f"{row['image']}: {row['before']} → {row['after']}{'' if fooled else ' (failed)'}"
         for (_, row), fooled in zip(scores.iterrows(), result.fooled.tolist(), strict=True)
     ]
-    overview(result, captions, out / "overview.png")
+    contact_sheet(result, captions, out / "overview.png")
     result.save(out / "pairs.safetensors")
     write_scores(scores, {**about, "images": list(names)}, out)
     return scores

@@ -100,7 +100,7 @@ def audit(
     search for the smallest change count only within the stated budget.
 
     The conditions of --fail-if are evaluated for every attack in every region: robust_accuracy, robust_low,
-    robust_high, clean_accuracy, images, skipped, troubled, region_fraction, and the mean of any score with NAME_low
+    robust_high, clean_accuracy, images, skipped, errors, region_fraction, and the mean of any score with NAME_low
     and NAME_high. With --resume of a finished audit they are evaluated at once. On an incomplete audit they fail.
     """
     started = time.perf_counter()
@@ -120,8 +120,8 @@ def audit(
         _resumable(where),
     ):
         from weakspot import audit as audits
-        from weakspot.audit.findings.gates import judge, unknown_cases
-        from weakspot.audit.findings.summary import cell_table, undefined_names
+        from weakspot.audit.findings.gates import judge
+        from weakspot.audit.findings.summary import cell_table, undefined_names, unknown_cases
 
         work: Callable[..., Run] = audits.resume
         if resume is None:
@@ -140,7 +140,7 @@ def audit(
             address=execution.ray_address,
         )
         if floats:
-            run = audits.Run(run.name, eight_bit=False)
+            run = audits.open_run(run.name, eight_bit=False)
         if report:
             _write_report(run)
     summary = audits.summarize(run)
@@ -159,7 +159,7 @@ def audit(
     for sentence in shortfalls:
         complain(sentence)
     result.announce(silent=output.silent)
-    if shortfalls or not run.about["images"]["read"]:
+    if shortfalls or not (run.info.images and run.info.images.read):
         raise typer.Exit(UNREADABLE)
 
 
@@ -203,10 +203,10 @@ def _resumable(where: str) -> Iterator[None]:
 
 def _write_report(run: Run) -> None:
     """Write the report. The audit is complete even if there is no room for it."""
-    from weakspot.audit.page.run_page import FILE, keep_run_report
+    from weakspot.audit.page.run_page import FILE, store_run_report
 
     try:
-        keep_run_report(run)
+        store_run_report(run)
     except OSError as error:
         note(
             f"{FILE} could not be written ({error.strerror or error}); the audit is complete (run weakspot report "
@@ -227,8 +227,8 @@ def _location(run: Run) -> str:
 def _document(run: Run, summary: Summary, gate: Gate) -> dict[str, object]:
     return {
         "folder": _location(run),
-        "status": run.about["status"],
-        "counts": run.about["images"],
+        "status": run.info.status,
+        "counts": run.info.to_json().get("images"),
         "shortfall": run.shortfall,
         **summary.as_mapping(),
         **gate.as_json(),
@@ -248,7 +248,7 @@ def _print(run: Run, summary: Summary, seconds: float) -> None:
             str(cell.images),
             "" if math.isnan(cell.robust_accuracy) else f"{cell.robust_accuracy:.1%}",
             "" if math.isnan(cell.low) else f"{cell.low:.1%} to {cell.high:.1%}",
-            str(cell.troubled or ""),
+            str(cell.errors or ""),
         )
     print_table(table)
     if summary.images:

@@ -169,11 +169,11 @@ def compare(
         check_writable("--csv", csv)
     with warnings_as_notes(output.quiet):
         from weakspot._io.files import write_atomic
-        from weakspot.audit import Run
         from weakspot.audit import compare as compare_runs
+        from weakspot.audit import open_run
         from weakspot.audit.findings.gates import judge
 
-        runs = Run(before, eight_bit=not floats), Run(after, eight_bit=not floats)
+        runs = open_run(before, eight_bit=not floats), open_run(after, eight_bit=not floats)
         shortfalls = [f"{run.name}: {run.shortfall}" for run in runs if run.shortfall]
         comparison = compare_runs(*runs)
         result = Gate.evaluate(
@@ -233,13 +233,13 @@ def report(
     The report is one HTML file that includes its drawings and opens without a network. The report of an audit that is
     not finished shows the results so far, and says so.
     """
-    from weakspot.audit import Run, write_run_report
-    from weakspot.audit.page.run_page import keep_run_report
+    from weakspot.audit import open_run, write_run_report
+    from weakspot.audit.page.run_page import store_run_report
 
-    opened = Run(run, eight_bit=not floats)
+    opened = open_run(run, eight_bit=not floats)
     if out is not None and out.is_dir():
         raise Failure(f"--out must be a file, got the folder {out}")
-    where = keep_run_report(opened) if out is None else str(write_run_report(opened, out).resolve())
+    where = store_run_report(opened) if out is None else str(write_run_report(opened, out).resolve())
     if output.as_json:
         print_json({"report": str(where)})
     elif not output.quiet:

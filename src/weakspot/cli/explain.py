@@ -250,7 +250,7 @@ def _document(explanation: Explanation, paths: dict[str, Path], skipped: Sequenc
 
 def _print(explanation: Explanation, ending: str) -> None:
     """A table, then the verdict on each image."""
-    from weakspot.report.sentences import headline
+    from weakspot.report.image_verdict import headline
     from weakspot.statistics.number_format import p_value, percent
 
     scores = explanation.scores

@@ -40,7 +40,7 @@ def doctor(output: OutputOptions) -> None:
     import torch
 
     from weakspot.attacks import pgd
-    from weakspot.audit.store.run import versions
+    from weakspot.audit.store.run_info import versions
     from weakspot.classifier import predict
     from weakspot.explanations.analysis import available_analyses
     from weakspot.images import sample_images

@@ -142,7 +142,7 @@ class Session:
 
     def provenance(self, seed: int) -> dict[str, str]:
         """How the results were made, for the report and run.json."""
-        from weakspot.audit.store.run import versions
+        from weakspot.audit.store.run_info import versions
         from weakspot.models.specs import fingerprint
 
         classifier = self.classifier
