@@ -376,7 +376,7 @@ def _tell(
 
 def _print(summary: Summary, console: Console) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("attack", "budget", "region", "area", "images", "robust", "95% interval", "trouble"):
+    for heading in ("attack", "budget", "region", "area", "images", "robust", "95% interval", "errors"):
         table.add_column(heading, overflow="fold", no_wrap=heading not in {"attack", "region"})
     for cell in summary.cells:
         table.add_row(

@@ -160,6 +160,8 @@ class RunInfo:
                 f"{name} is damaged: a value is missing or has the wrong type ({error}; restore it or start another "
                 "audit)"
             ) from None
+        except ValueError as error:
+            raise ValueError(f"{name} is damaged: {error}") from None
 
     @classmethod
     def _from_values(cls, values: Mapping[str, Any]) -> RunInfo:
