@@ -39,7 +39,7 @@ KNOWN_LONG = {
     "weakspot.explanations.promotion",
     "weakspot.fusion",
 }
-KNOWN_SAME_NAME = {"base", "charts", "sentences"}
+KNOWN_SAME_NAME = {"base"}
 KNOWN_SHADOWED = {"weakspot.dissection", "weakspot.edits.cells"}
 
 

@@ -16,11 +16,11 @@ from PIL import Image
 
 from tests.audit.fixtures import draw_pictures, networks, pictures, small_plan, store_records  # noqa: F401 - fixtures
 from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, open_run, summarize
-from weakspot.audit.findings.cells import CellSummary
 from weakspot.audit.findings.comparison import compare
 from weakspot.audit.findings.contrasts import WEAK, contrast_sentences, region_contrasts
 from weakspot.audit.findings.curves import budget_curves
 from weakspot.audit.findings.locations import score_findings
+from weakspot.audit.findings.outcomes import CellSummary
 from weakspot.audit.findings.summary import strongest_attack_sentence
 from weakspot.regions.spec import RegionSpec
 from weakspot.statistics import false_discovery, paired_proportion_interval

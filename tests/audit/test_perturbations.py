@@ -58,7 +58,7 @@ def test_types_and_localities_are_those_of_the_records_and_stand_on_the_page(run
     fooled = records[records["correct"].eq(True) & records["success_8bit"].eq(True)].fillna(
         {"correct": False}
     )
-    assert set(fooled["attack"]) == {"pgd", "pixels"}
+    assert set(fooled["attack"]) == {"pgd", "few_pixel"}
     for row in types.to_dict("records"):
         mine = fooled[fooled["attack"] == row["attack"]]["perturbation_type"].dropna()
         hits = (mine == row["type"]).to_numpy(bool)
@@ -70,9 +70,9 @@ def test_types_and_localities_are_those_of_the_records_and_stand_on_the_page(run
     for kind, wanted in (("promotion-dominated", ratio > 1), ("suppression-dominated", ratio < -1)):
         assert (records["perturbation_type"].eq(kind).fillna(value=False) == wanted).all()
     table = pixel_localities(run)
-    assert table["attack"].unique().tolist() == ["pixels"]
+    assert table["attack"].unique().tolist() == ["few_pixel"]
     assert table["radius"].tolist() == [*RADII, "random site"]
-    own = fooled[fooled["attack"] == "pixels"]["fools_at_radius_1"].dropna()
+    own = fooled[fooled["attack"] == "few_pixel"]["fools_at_radius_1"].dropna()
     assert table["images"][0] == len(own)
     assert table["rate"][0] == pytest.approx(own.mean(), nan_ok=True)
     page = Reader(run_report(run))

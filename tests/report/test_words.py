@@ -7,7 +7,7 @@ import math
 import pandas as pd
 import pytest
 
-from weakspot.report.verdicts import headline, verdict
+from weakspot.report.image_verdict import headline, verdict
 
 BASE = {
     "image": "cat.png", "label": "lynx", "target": "tabby", "adversarial_class": "tabby", "read_clean_as": "lynx",

@@ -68,7 +68,7 @@ def print_json(explanation: Explanation, paths: dict[str, Path], skipped: list[s
 
 def print_table(explanation: Explanation, seconds: float, skipped: int) -> None:
     """A table, then a verdict per image."""
-    from weakspot.report.verdicts import headline
+    from weakspot.report.image_verdict import headline
     from weakspot.statistics.number_format import p_value, percent
 
     console = Console(highlight=False)

@@ -16,6 +16,7 @@ from weakspot.explanations.analysis import Series
 from weakspot.explanations.explanation import Explanation
 from weakspot.explanations.locality_by_radius import RATES, locality_of, locality_sentence
 from weakspot.report.figures import MapView, map_views
+from weakspot.report.image_verdict import headline
 from weakspot.report.rendering import (
     CATEGORIES,
     base64_text,
@@ -25,7 +26,6 @@ from weakspot.report.rendering import (
     picture_url,
     rendered,
 )
-from weakspot.report.verdicts import headline
 from weakspot.statistics.number_format import number, p_value, percent
 
 WIDTH, HEIGHT = 600, 120  # of the drawing of the layer curves, in its own units

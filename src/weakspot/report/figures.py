@@ -18,8 +18,8 @@ from weakspot.explanations.analysis import Picture
 from weakspot.explanations.explanation import Explanation
 from weakspot.explanations.propagation_controls import PropagationStudy
 from weakspot.pairs import Pairs
+from weakspot.report.image_verdict import headline
 from weakspot.report.rendering import CATEGORIES, HATCHES, color_table
-from weakspot.report.verdicts import headline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from weakspot.audit.findings.cells import WHOLE_IMAGE, adjusted, quoted_name
 from weakspot.audit.findings.locations import score_names
+from weakspot.audit.findings.outcomes import WHOLE_IMAGE, adjusted, quoted_name
 from weakspot.audit.plan.attack_plan import AttackPlan
 from weakspot.audit.plan.limits import limit_of
 from weakspot.audit.plan.plan import Plan

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from weakspot.audit.findings.cells import adjusted, once_per_run, read_cell
+from weakspot.audit.findings.outcomes import adjusted, once_per_run, read_cell
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.run import Run
 from weakspot.regions.spec import RegionSpec

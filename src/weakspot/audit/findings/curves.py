@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from weakspot.audit.findings.cells import once_per_run, read_cell
+from weakspot.audit.findings.outcomes import once_per_run, read_cell
 from weakspot.audit.plan.attack_plan import AttackPlan, Value
 from weakspot.audit.plan.limits import NORMS, read_limit
 from weakspot.audit.plan.plan import Plan

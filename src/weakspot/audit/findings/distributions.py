@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from weakspot.audit.findings.cells import in_reported_regions, quoted_name
+from weakspot.audit.findings.outcomes import in_reported_regions, quoted_name
 from weakspot.audit.store.records import COLUMNS, quoted
 from weakspot.audit.store.run import Run
 from weakspot.statistics import proportion_interval

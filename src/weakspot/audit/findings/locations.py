@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from weakspot.audit.findings.cells import WHOLE_IMAGE, adjusted, numeric_columns, once_per_run, read_cell
+from weakspot.audit.findings.outcomes import WHOLE_IMAGE, adjusted, numeric_columns, once_per_run, read_cell
 from weakspot.audit.store.records import COLUMNS
 from weakspot.audit.store.run import Run
 from weakspot.audit.store.stored_maps import StoredMap

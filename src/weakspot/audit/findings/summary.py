@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 
-from weakspot.audit.findings.cells import WHOLE_IMAGE, CellSummary, cell_summaries, with_interval
 from weakspot.audit.findings.contrasts import contrast_sentences, region_contrasts
 from weakspot.audit.findings.locations import score_findings
+from weakspot.audit.findings.outcomes import WHOLE_IMAGE, CellSummary, cell_summaries, with_interval
 from weakspot.audit.plan.limits import judged_attacks
 from weakspot.audit.store.run import Run
 from weakspot.regions.spec import RegionSpec

@@ -14,7 +14,6 @@ import pandas as pd
 
 from weakspot._io.files import write_atomic
 from weakspot._io.urls import is_url, place
-from weakspot.audit.findings.cells import WHOLE_IMAGE, attack_name, with_interval
 from weakspot.audit.findings.contrasts import contrast_sentences, region_contrasts
 from weakspot.audit.findings.curves import budget_curves, layer_curves
 from weakspot.audit.findings.distributions import class_distributions, distributions, extremes
@@ -24,6 +23,7 @@ from weakspot.audit.findings.locations import (
     pixel_localities,
     score_findings,
 )
+from weakspot.audit.findings.outcomes import WHOLE_IMAGE, attack_name, with_interval
 from weakspot.audit.findings.summary import Summary, summarize
 from weakspot.audit.page.charts import CONFIG
 from weakspot.audit.page.finding_sections import (

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from weakspot.audit.findings.cells import WHOLE_IMAGE, attack_in_region, attack_name, with_interval
 from weakspot.audit.findings.distributions import Classes, Extremes
+from weakspot.audit.findings.outcomes import WHOLE_IMAGE, attack_in_region, attack_name, with_interval
 from weakspot.audit.findings.summary import no_robust_accuracy
 from weakspot.statistics.number_format import counted, number, p_value, percent
 

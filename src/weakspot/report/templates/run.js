@@ -23,7 +23,7 @@ async function appeared() {
   while (!window.vegaEmbed) await new Promise((next) => setTimeout(next, 5));
 }
 
-// With `ast`, Vega interprets expressions, so that the page needs no permission to evaluate code (unsafe-eval).
+// With `ast`, Vega interprets expressions, so that the page needs no permission to evaluate code.
 async function draw(place) {
   if (place.dataset.drawn) return;
   place.dataset.drawn = "begun";
