@@ -1,11 +1,7 @@
-"""Arrays in an .npz file.
-
-Arrays: many images of one size in one .npz or .npy file, with or without labels.
-"""
+"""Images and labels in one .npz or .npy file of arrays."""
 
 from __future__ import annotations
 
-import zipfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,127 +15,63 @@ from torch.nn import functional as F
 from weakspot.datasets.labeled import LabeledImages, from_tensors
 from weakspot.similarity import luma
 
-IMAGES = ("images", "x", "data")
-LABELS = ("labels", "y")
+ARRAYS = (".npz", ".npy")
+IMAGES = ("images", "x", "data", "arr_0")
+LABELS = ("labels", "y", "targets", "arr_1")
+
+Array = NDArray[Any]
 
 
 def read_npz(path: Path, split: str) -> LabeledImages:
-    """images and labels, or x_train, y_train, x_test, y_test, in memory; channels may come first or last.
+    """Read the images and labels of a split into memory.
 
-    Arrays that name no split are those of training. No others than those of the split are read.
+    Args:
+        path: of an .npz file with images and labels, or with x_train, y_train, x_test, y_test. Arrays whose names
+            contain no split are the training split. Channels may come first or last.
+        split: "train" or "test". Other arrays are not read.
 
     Raises:
-        FileNotFoundError: when the split is not there.
-        ValueError: when the file is damaged or holds no such arrays.
+        FileNotFoundError: if the file has no such split.
+        ValueError: if the file is damaged or holds no images and labels.
     """
-    try:
-        file = np.load(path, allow_pickle=False)
-    except Exception as error:  # noqa: BLE001 - damaged archives raise nearly anything
-        raise _damaged(path, error) from None
-    if not isinstance(file, np.lib.npyio.NpzFile):
-        raise ValueError(f"{path} is one array; accepted is an .npz file that holds images and labels")
-    with file:
-        keys = _keys(path, file.files, split)
-        try:
-            images, labels = (file[key] for key in keys)
-        except Exception as error:  # noqa: BLE001 - likewise
-            raise _damaged(path, error) from None
+    keys = _keys(path)
+    if not keys:
+        raise ValueError(f"{path} must be an .npz file with images and labels, got one array")
+    images, labels = (_read(path, _key_of_split(path, keys, names, split)) for names in (IMAGES, LABELS))
     try:
         return from_tensors(_pixels(images), _classes(labels), name=f"{path.stem} {split}")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
-    reason = str(error).partition("\n")[0]
-    return ValueError(f"{path} cannot be read as an .npz file of arrays of numbers ({reason})")
-
-
-def _keys(path: Path, held: list[str], split: str) -> list[str]:
-    """What the images and the labels of the split are called in the file."""
-    spelled = {key.lower(): key for key in held}
-    found = []
-    for names in (IMAGES, LABELS):
-        of_split = [f"{name}_{split}" for name in names] + [f"{split}_{name}" for name in names]
-        accepted = [*of_split, *(names if split == "train" else ())]
-        key = next((spelled[name] for name in accepted if name in spelled), None)
-        if key is None:
-            there = ", ".join(held[:20]) or "nothing"
-            if any(name in key.split("_") for key in spelled for name in names):
-                raise FileNotFoundError(
-                    f"{path}: there is no {accepted[0]} or {accepted[1]} in it, only {there}"
-                )
-            raise ValueError(f"{path} holds {there}; accepted are {names[0]} or {names[0]}_{split}")
-        found.append(key)
-    return found
-
-
-def _pixels(images: NDArray[Any]) -> Tensor:
-    if images.dtype.kind != "f" and images.dtype != np.uint8:
-        raise ValueError(f"images are {_said(images)}; accepted are bytes (uint8) or floats in [0, 1]")
-    if images.dtype.kind == "f" and images.dtype.itemsize > 8:
-        images = images.astype(np.float64)  # torch knows no longer floats
-    pixels = torch.from_numpy(np.ascontiguousarray(images, images.dtype.newbyteorder("=")))
-    if pixels.ndim == 3:
-        pixels = pixels[:, None]
-    if pixels.ndim == 4 and pixels.shape[1] not in {1, 3} and pixels.shape[3] in {1, 3}:
-        pixels = pixels.permute(0, 3, 1, 2).contiguous()
-    return pixels
-
-
-def _classes(labels: NDArray[Any]) -> Tensor:
-    if labels.ndim == 2 and labels.shape[1] > 1:
-        raise ValueError(
-            f"labels are {labels.shape}, a column for every class; accepted is the number of its class for every "
-            "image, labels.argmax(1) where they are one-hot"
-        )
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels are {_said(labels)}; accepted are whole numbers")
-    if labels.dtype.kind == "u" and labels.size and int(labels.max()) >= 2**63:
-        raise ValueError(f"labels holds class {int(labels.max())}; accepted are whole numbers below 2**63")
-    one_each = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    return torch.from_numpy(one_each.astype(np.int64))
-
-
-def _said(array: NDArray[Any]) -> str:
-    """What a person calls the type of its elements."""
-    return {"U": "text", "S": "text", "O": "objects", "V": "records"}.get(array.dtype.kind, str(array.dtype))
-
-
-ARRAYS = (".npz", ".npy")
-IMAGE_KEYS = ("images", "x_test", "x", "data", "arr_0")
-CLASSES = ("labels", "y_test", "y", "targets", "arr_1")
-ACCEPTED = "uint8, or floats in [0, 1], of shape (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels"
-
-
 def array_length(path: Path) -> int:
-    """How many images it holds.
+    """Number of images in the file.
 
     Raises:
-        ValueError: when it is no such array, naming the file.
+        ValueError: if the file holds no images.
     """
     return len(_images(path))
 
 
-def array_labels(path: Path) -> NDArray[Any] | None:
-    """(N,) the labels beside the images, or None where there are none.
+def array_labels(path: Path) -> NDArray[np.int64] | None:
+    """Labels (N,) stored beside the images, or None.
 
     Raises:
-        ValueError: when they do not fit the images.
+        ValueError: if the labels do not fit the images.
     """
-    stored = _opened(path)
-    found = (
-        None
-        if not isinstance(stored, dict)
-        else next((stored[key] for key in CLASSES if key in stored), None)
-    )
-    if found is None:
+    key = _key(_keys(path), ("labels", "labels_test", "y_test", "y", "targets", "arr_1"))
+    if key is None:
         return None
-    labels: NDArray[Any] = np.asarray(found).squeeze()
-    if labels.shape != (array_length(path),) or labels.dtype.kind not in "iu" or (labels < 0).any():
+    count = array_length(path)
+    try:
+        labels: NDArray[np.int64] = _classes(_cached(path, key)).numpy()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if labels.shape != (count,) or (labels < 0).any():
+        lowest = f" with a class of {labels.min()}" if labels.size and labels.min() < 0 else ""
         raise ValueError(
-            f"{path} has labels of shape {labels.shape} and type {labels.dtype}; accepted is one class number for each "
-            f"of its {array_length(path)} images"
+            f"{path} must have one class of at least 0 for each of its {count} images, got labels of shape "
+            f"{labels.shape}{lowest}"
         )
     return labels
 
@@ -147,34 +79,157 @@ def array_labels(path: Path) -> NDArray[Any] | None:
 def array_image(
     path: Path, row: int, size: tuple[int, int], channels: int
 ) -> tuple[Tensor | None, bytes, str]:
-    """One image (C, H, W) in [0, 1], or None; its bytes as they are stored; and why there is none.
+    """One image of the file.
+
+    Args:
+        path: of the file. An .npy file stays on disk; the arrays of an .npz file are cached.
+        row: of the image.
+        size: (height, width) of the result: the largest centered crop of this shape, resized.
+        channels: 1 or 3, of the result.
+
+    Returns:
+        The image (C, H, W) in [0, 1], or None; its stored bytes; if there is no image, the reason.
 
     Raises:
-        FileNotFoundError: when the file is no longer there.
-        ValueError: when it is no such array any more.
-        IndexError: when it has fewer images now.
+        FileNotFoundError: if the file does not exist any more.
+        ValueError: if the file does not hold images any more.
+        IndexError: if the file holds fewer images.
     """
     stored = np.ascontiguousarray(_images(path)[row])
     content = stored.tobytes()
     pixels = torch.from_numpy(stored.astype(np.float32)) / (255 if stored.dtype == np.uint8 else 1)
-    if pixels.ndim == 2:
-        pixels = pixels[None]
-    elif pixels.shape[-1] in {1, 3} and pixels.shape[0] not in {1, 3}:
-        pixels = pixels.permute(2, 0, 1).contiguous()
+    pixels = pixels[None] if pixels.ndim == 2 else _channels_first(pixels).contiguous()
     if not bool(pixels.isfinite().all()) or float(pixels.min()) < 0 or float(pixels.max()) > 1:
         return None, content, "its values are not all within [0, 1]; skipped"
     if pixels.shape[0] != channels:
         pixels = luma(pixels[None])[0] if channels == 1 else pixels.expand(channels, -1, -1).contiguous()
-    return _fitted(pixels, size), content, ""
+    return _resized(pixels, size), content, ""
 
 
 def stored_image(path: Path, row: int) -> bytes:
-    """The bytes of one image as they are stored; errors are those of `array_image`."""
+    """The stored bytes of one image; raises the errors of `array_image`."""
     return np.ascontiguousarray(_images(path)[row]).tobytes()
 
 
-def _fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """The largest centered crop of the asked shape, resized with anti-aliasing."""
+def _images(path: Path) -> Array:
+    keys = _keys(path)
+    key = _key(keys, ("images", "images_test", "x_test", "x", "data", "arr_0"))
+    if keys and key is None:
+        raise ValueError(f"{path} must hold an array named images, got {', '.join(keys[:20])}")
+    images = _cached(path, key)
+    has_channels = images.ndim == 4 and (images.shape[1] in {1, 3} or images.shape[3] in {1, 3})
+    if not (images.ndim == 3 or has_channels) or not (images.dtype.kind == "f" or images.dtype == np.uint8):
+        raise ValueError(
+            f"{path} must hold images of shape (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels, uint8 or "
+            f"floats in [0, 1], got shape {images.shape} of {_type(images)}"
+        )
+    return images
+
+
+def _key(keys: list[str], names: tuple[str, ...]) -> str | None:
+    """The first of the names that the file has, whatever its case."""
+    by_lower = {key.lower(): key for key in keys}
+    return next((by_lower[name] for name in names if name in by_lower), None)
+
+
+def _key_of_split(path: Path, keys: list[str], names: tuple[str, ...], split: str) -> str:
+    """The array of images or labels of a split."""
+    of_split = [form for name in names[:-1] for form in (f"{name}_{split}", f"{split}_{name}")]
+    key = _key(keys, (*of_split, *(names if split == "train" else ())))
+    if key is not None:
+        return key
+    listed = ", ".join(keys[:20]) or "nothing"
+    message = f"{path} must hold {names[0]} or {names[0]}_{split} (or {names[1]}_{split}), got {listed}"
+    has_other_split = any(name in key.lower().split("_") for key in keys for name in names)
+    raise FileNotFoundError(message) if has_other_split else ValueError(message)
+
+
+def _keys(path: Path) -> list[str]:
+    """Names of the arrays in an .npz file; empty for an .npy file."""
+    stored = _open(path)
+    if not isinstance(stored, np.lib.npyio.NpzFile):
+        return []
+    with stored:
+        return list(stored.files)
+
+
+def _read(path: Path, key: str | None) -> Array:
+    """One array of an .npz file, or the array of an .npy file, which stays on disk."""
+    stored = _open(path)
+    if key is None:
+        return np.asarray(stored)
+    with stored:
+        try:
+            return np.asarray(stored[key])
+        except Exception as error:  # noqa: BLE001 - damaged archives raise nearly anything
+            raise _damaged(path, error) from None
+
+
+def _open(path: Path) -> Any:
+    try:
+        return np.load(path, mmap_mode="r" if path.suffix.lower() == ".npy" else None, allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # noqa: BLE001 - damaged archives raise nearly anything
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    reason = str(error).partition("\n")[0]
+    return ValueError(f"{path} cannot be read as a file of arrays of numbers ({reason})")
+
+
+def _cached(path: Path, key: str | None) -> Array:
+    """`_read`, cached as long as the file does not change."""
+    about = path.stat()
+    return _cached_state(path, key, (about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
+
+
+@lru_cache(maxsize=4)
+def _cached_state(path: Path, key: str | None, state: tuple[int, ...]) -> Array:
+    del state  # only a part of the cache's key
+    return _read(path, key)
+
+
+def _pixels(images: Array) -> Tensor:
+    """Images (N, C, H, W) of an array with or without channels, first or last."""
+    if images.dtype.kind != "f" and images.dtype != np.uint8:
+        raise ValueError(f"images must be uint8 or floats in [0, 1], got {_type(images)}")
+    if images.dtype.kind == "f" and images.dtype.itemsize > 8:
+        images = images.astype(np.float64)  # torch has no longer floats
+    pixels = torch.from_numpy(np.ascontiguousarray(images, images.dtype.newbyteorder("=")))
+    return pixels[:, None] if pixels.ndim == 3 else _channels_first(pixels).contiguous()
+
+
+def _channels_first(pixels: Tensor) -> Tensor:
+    """(..., H, W, C) as (..., C, H, W); channels are last if only the last axis can be 1 or 3 channels."""
+    if pixels.ndim >= 3 and pixels.shape[-3] not in {1, 3} and pixels.shape[-1] in {1, 3}:
+        return pixels.movedim(-1, -3)
+    return pixels
+
+
+def _classes(labels: Array) -> Tensor:
+    """Classes (N,) of an array (N,) or (N, 1)."""
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        raise ValueError(
+            f"labels must be one class for each image, got shape {labels.shape} with a column for every class (use "
+            "labels.argmax(1) if they are one-hot)"
+        )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"labels must be integers, got {_type(labels)}")
+    if labels.dtype.kind == "u" and labels.size and int(labels.max()) >= 2**63:
+        raise ValueError(f"labels must be below 2**63, got {int(labels.max())}")
+    flat = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    return torch.from_numpy(flat.astype(np.int64))
+
+
+def _type(array: Array) -> str:
+    """Name of the type of the array's elements."""
+    return {"U": "text", "S": "text", "O": "objects", "V": "records"}.get(array.dtype.kind, str(array.dtype))
+
+
+def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """The largest centered crop of the shape `size`, resized with anti-aliasing."""
     if pixels.shape[1:] == size:
         return pixels
     scale = min(pixels.shape[1] / size[0], pixels.shape[2] / size[1])
@@ -182,44 +237,3 @@ def _fitted(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
     cropped = pixels[None, :, top : top + height, left : left + width]
     return F.interpolate(cropped, size, mode="bilinear", antialias=True)[0].clamp(0, 1)
-
-
-def _images(path: Path) -> NDArray[np.generic]:
-    stored = _opened(path)
-    if isinstance(stored, dict):
-        images = next((stored[key] for key in IMAGE_KEYS if key in stored), None)
-        if images is None:
-            raise ValueError(
-                f"{path} holds {', '.join(stored) or 'nothing'}; accepted is an array named images"
-            )
-    else:
-        images = stored
-    colored = images.ndim == 4 and (images.shape[1] in {1, 3} or images.shape[3] in {1, 3})
-    if (
-        not (images.ndim == 3 or colored)
-        or images.dtype.kind not in "fu"
-        or (images.dtype.kind == "u" and images.dtype != np.uint8)
-    ):
-        raise ValueError(
-            f"{path} holds images of shape {images.shape} and type {images.dtype}; accepted are {ACCEPTED}"
-        )
-    return images
-
-
-def _opened(path: Path) -> dict[str, NDArray[np.generic]] | NDArray[np.generic]:
-    """A .npy file stays on the disk; a .npz archive is read whole, once for as long as the file stays as it is."""
-    about = path.stat()
-    return _loaded(path, (about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
-
-
-@lru_cache(maxsize=2)
-def _loaded(path: Path, state: tuple[int, ...]) -> dict[str, NDArray[np.generic]] | NDArray[np.generic]:
-    del state  # part of the key alone
-    try:
-        if path.suffix.lower() == ".npy":
-            stored: NDArray[np.generic] = np.load(path, mmap_mode="r", allow_pickle=False)
-            return stored
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged or no array of numbers ({error})") from None

@@ -1,4 +1,4 @@
-"""Folders of classes: DATA/train/CLASS/picture.jpg, or DATA/CLASS/picture.jpg."""
+"""Data sets by path: the content decides how a file or folder is read. Folders of one class each are read here."""
 
 from __future__ import annotations
 
@@ -8,78 +8,112 @@ from pathlib import Path
 
 import torch
 
+from weakspot._checks import check_choice
+from weakspot.datasets.arrays import read_npz
+from weakspot.datasets.cifar import has_cifar, read_cifar_folder
+from weakspot.datasets.hub import read_hub
+from weakspot.datasets.idx import has_idx, read_idx_folder
 from weakspot.datasets.labeled import LabeledImages, from_files
 
 SPLITS = {"train": ("train", "training"), "test": ("val", "valid", "validation", "test", "testing")}
-PICTURES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+FORMS = (
+    "a folder of MNIST's IDX files, of CIFAR's binary files or of one folder per class, an .npz file with images and "
+    "labels, or hf:DIRECTORY_OR_NAME"
+)
 
 
-def has_classes(folder: Path) -> bool:
-    """Whether there are folders of pictures."""
-    roots = [folder, *(folder / name for names in SPLITS.values() for name in names)]
-    return any(_holds_classes(root) for root in roots)
-
-
-def read_class_folders(
-    folder: Path, split: str, *, size: tuple[int, int] | None, channels: int
+def read_labeled(
+    source: Path | str, *, split: str = "train", size: tuple[int, int] | None = None, channels: int = 3
 ) -> LabeledImages:
-    """The pictures of a split; classes are the names of the folders, sorted, those of the training split for both.
+    """Read images with their classes.
 
     Args:
-        folder: with a folder for each split, or for each class: then that is the training split.
+        source: a folder of IDX files (MNIST), of CIFAR's binary files, or of one folder per class, which may lie in
+            folders train and val or test; an .npz file; "hf:" and a directory or name of a Hugging Face data set.
         split: "train" or "test".
-        size: (height, width) pictures are cropped and resized to.
-        channels: 3 for color, 1 for gray.
+        size: (height, width) to which image files are cropped and resized; arrays keep their size.
+        channels: 3 for color, 1 for gray; arrays keep their channels.
 
     Raises:
-        FileNotFoundError: when the split is not there.
-        ValueError: when no size is given, or a folder of the split is no class of the training.
+        FileNotFoundError: if there is nothing at `source`, or not that split.
+        ValueError: if `source` is not a data set, or is damaged.
     """
+    check_choice("split", split, SPLITS)
+    if channels not in {1, 3}:
+        raise ValueError(f"channels must be 3 (color) or 1 (gray), got {channels}")
+    if str(source).startswith("hf:"):
+        return read_hub(str(source).removeprefix("hf:"), split, size=size, channels=channels)
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    if path.suffix == ".npz":
+        return read_npz(path, split)
+    if path.is_dir():
+        # Archives often unpack to a folder in a folder.
+        for folder in (path, *(inner for inner in sorted(path.iterdir()) if inner.is_dir())):
+            if has_idx(folder):
+                return read_idx_folder(folder, split)
+            if has_cifar(folder):
+                return read_cifar_folder(folder, split)
+        if _has_class_folders(path):
+            return _read_class_folders(path, split, size, channels)
+    raise ValueError(f"data must be {FORMS}, got {path}")
+
+
+def _has_class_folders(folder: Path) -> bool:
+    roots = [folder, *(folder / name for names in SPLITS.values() for name in names)]
+    return any(_has_classes(root) for root in roots)
+
+
+def _read_class_folders(
+    folder: Path, split: str, size: tuple[int, int] | None, channels: int
+) -> LabeledImages:
+    """The images of a split; classes are the sorted names of the training split's folders, for both splits."""
     if size is None:
-        raise ValueError(f"size is not given; pictures in {folder} need (height, width) to be brought to")
+        raise ValueError(f"size must be (height, width) for image files, got none for {folder}")
     roots = {part: _root(folder, part) for part in SPLITS}
-    if roots["train"] is None and _holds_classes(folder):
-        roots["train"] = folder
+    if roots["train"] is None and _has_classes(folder):
+        roots["train"] = folder  # no folders of splits: everything is the training split
     root = roots[split]
     if root is None:
-        raise FileNotFoundError(f"{folder}: there is no folder {' or '.join(SPLITS[split])} in it")
-    listed = _listed(root)
-    names = list(listed if roots["train"] in {root, None} else _listed(roots["train"]))
-    paths, labels = [], []
-    for name, files in listed.items():
+        raise FileNotFoundError(
+            f"{folder} must have a folder {' or '.join(SPLITS[split])} with a folder per class"
+        )
+    files_by_class = _files_by_class(root)
+    train = roots["train"]
+    names = list(files_by_class if train is None or train == root else _files_by_class(train))
+    paths: list[Path] = []
+    labels: list[int] = []
+    for name, files in files_by_class.items():
         if name not in names:
             raise ValueError(
-                f"{root / name} is no class of the training data; accepted: {', '.join(names[:20])}"
+                f"{root / name} must have the name of a class of the training data: {', '.join(names[:20])}"
             )
         paths += files
         labels += [names.index(name)] * len(files)
-    return from_files(
-        paths,
-        torch.tensor(labels, dtype=torch.int64),
-        names,
-        size=size,
-        channels=channels,
-        name=f"{folder.name} {split}",
-    )
+    name = f"{folder.name} {split}"
+    classes = torch.tensor(labels, dtype=torch.int64)
+    return from_files(paths, classes, names, size=size, channels=channels, name=name)
 
 
 def _root(folder: Path, split: str) -> Path | None:
-    return next((folder / name for name in SPLITS[split] if _holds_classes(folder / name)), None)
+    return next((folder / name for name in SPLITS[split] if _has_classes(folder / name)), None)
 
 
-def _holds_classes(root: Path) -> bool:
-    """Whether a folder in it holds a picture; looks no further than the first."""
-    return any(True for folder in _folders(root) for _ in _pictures(folder))
+def _has_classes(root: Path) -> bool:
+    """Whether a folder in `root` holds an image; stops at the first one."""
+    return any(True for folder in _class_folders(root) for _ in _image_files(folder))
 
 
-def _listed(root: Path) -> dict[str, list[Path]]:
-    """The pictures of every class, sorted; each folder is gone through once."""
-    found = {folder.name: sorted(_pictures(folder)) for folder in _folders(root)}
-    return {name: pictures for name, pictures in found.items() if pictures}
+def _files_by_class(root: Path) -> dict[str, list[Path]]:
+    """The sorted image files of every class; each folder is listed once."""
+    files = {folder.name: sorted(_image_files(folder)) for folder in _class_folders(root)}
+    return {name: paths for name, paths in files.items() if paths}
 
 
-def _folders(root: Path) -> list[Path]:
-    """Folders in it that may be classes; those of splits are none."""
+def _class_folders(root: Path) -> list[Path]:
+    """Folders in `root` that may be classes: not hidden, and not named for a split."""
     splits = {name for names in SPLITS.values() for name in names}
     if not root.is_dir():
         return []
@@ -90,9 +124,9 @@ def _folders(root: Path) -> list[Path]:
     ]
 
 
-def _pictures(folder: Path) -> Iterator[Path]:
+def _image_files(folder: Path) -> Iterator[Path]:
     for inner, _, names in os.walk(folder):
         for name in names:
             path = Path(inner, name)
-            if path.suffix.lower() in PICTURES and not name.startswith("."):
+            if path.suffix.lower() in SUFFIXES and not name.startswith("."):
                 yield path

@@ -1,4 +1,4 @@
-"""Hugging Face data sets, where the library `datasets` is installed."""
+"""Hugging Face data sets, read with the library `datasets`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from weakspot._checks import first_line, require
 from weakspot.datasets.labeled import LabeledImages, names_of_classes
 from weakspot.images import fitted
 
@@ -19,118 +20,115 @@ IMAGES, LABELS = ("image", "img", "pixel_values"), ("label", "labels", "fine_lab
 
 
 def read_hub(name: str, split: str, *, size: tuple[int, int] | None, channels: int) -> LabeledImages:
-    """A data set that `save_to_disk` wrote to a directory, or of that name on the hub.
+    """Read a data set that `save_to_disk` wrote to a directory, or a data set of the hub.
 
     Args:
-        name: directory or name.
-        split: "train" or "test", which may be called validation there.
-        size: (height, width) pictures are cropped and resized to; those of the first picture where not given.
+        name: directory, or name on the hub.
+        split: "train" or "test", which may be named validation there.
+        size: (height, width) to which images are cropped and resized; by default that of the first image.
         channels: 3 for color, 1 for gray.
 
     Raises:
-        ValueError: when the library is missing, or the data set holds no pictures with labels.
-        FileNotFoundError: when the split is not there.
+        ValueError: if the library is not installed, or the data set holds no images with labels.
+        FileNotFoundError: if there is no such split.
     """
+    require(f"hf:{name}", "datasets", extra="datasets")
+    import datasets
+
     try:
-        import datasets
-    except ImportError:
-        raise ValueError(f"hf:{name} needs the library datasets: pip install 'weakspot[datasets]'") from None
-    try:
-        held: Any = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
+        loaded: Any = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
     except Exception as error:
-        raise ValueError(
-            f"hf:{name} cannot be loaded as a data set: {str(error).partition(chr(10))[0]}"
-        ) from error
-    held = _of_split(name, held, split)
+        raise ValueError(f"hf:{name} cannot be loaded as a data set ({first_line(error)})") from error
+    data = _of_split(name, loaded, split)
     image_column, label_column = (
-        next((column for column in held.column_names if column in names), None) for names in (IMAGES, LABELS)
+        next((column for column in data.column_names if column in names), None) for names in (IMAGES, LABELS)
     )
     if image_column is None or label_column is None:
         raise ValueError(
-            f"hf:{name} has the columns {', '.join(held.column_names)}; accepted are image and label"
+            f"hf:{name} must have the columns image and label, got {', '.join(data.column_names)}"
         )
-    if not isinstance(held.features[image_column], datasets.Image):
-        kind = _kind(held.features[image_column])
-        raise ValueError(
-            f"hf:{name}: the column {image_column} holds {kind}; accepted are pictures (datasets.Image)"
-        )
-    if not len(held):
-        raise ValueError(f"hf:{name} holds no rows; accepted is at least one picture")
-    labels, names = _labels(name, held, label_column)
-    pixels = _Column(
-        f"hf:{name}", held.cast_column(image_column, datasets.Image()), image_column, size, channels
-    )
+    if not isinstance(data.features[image_column], datasets.Image):
+        kind = _type(data.features[image_column])
+        raise ValueError(f"hf:{name}: column {image_column} must hold images (datasets.Image), got {kind}")
+    if not len(data):
+        raise ValueError(f"hf:{name} must have at least one row, got none")
+    labels, names = _labels(name, data, label_column)
+    images = data.cast_column(image_column, datasets.Image())
+    pixels = _Column(f"hf:{name}", images, image_column, size, channels)
     if size is None:
-        first = pixels.picture(0)
+        first = pixels.image(0)
         pixels = replace(pixels, size=(first.height, first.width))
     height, width = pixels.size or (0, 0)
     return LabeledImages(labels, names, (channels, height, width), f"{name} {split}", pixels, held=False)
 
 
-def _of_split(name: str, held: Any, split: str) -> Any:
-    """One of several data sets; one alone is that of the split that it says, and of training where it says none."""
-    parts = held if isinstance(held, dict) else {_own_split(held): held}
+def _of_split(name: str, loaded: Any, split: str) -> Any:
+    """The data set of a split. A single data set without splits counts as the split it names, or as training."""
+    parts = loaded if isinstance(loaded, dict) else {_own_split(loaded): loaded}
     part = next((key for key in SPLITS[split] if key in parts), None)
     if part is None:
         raise FileNotFoundError(
-            f"hf:{name} has no split {' or '.join(SPLITS[split])}, only {', '.join(parts)}"
+            f"hf:{name} must have a split {' or '.join(SPLITS[split])}, got {', '.join(parts)}"
         )
     return parts[part]
 
 
-def _own_split(held: Any) -> str:
-    said = str(held.split).partition("[")[0]
-    return said if any(said in names for names in SPLITS.values()) else "train"
+def _own_split(data: Any) -> str:
+    name = str(data.split).partition("[")[0]  # "train[:10%]" is a part of train
+    return name if any(name in names for names in SPLITS.values()) else "train"
 
 
-def _labels(name: str, held: Any, column: str) -> tuple[Tensor, tuple[str, ...]]:
-    feature = held.features[column]
+def _labels(name: str, data: Any, column: str) -> tuple[Tensor, tuple[str, ...]]:
+    feature = data.features[column]
     if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
         raise ValueError(
-            f"hf:{name}: the column {column} holds {_kind(feature)}; accepted are whole numbers, which "
-            f"class_encode_column({column!r}) makes of text"
+            f"hf:{name}: column {column} must hold integers, got {_type(feature)} (class_encode_column({column!r}) "
+            "encodes text)"
         )
-    numbers = list(held[column][:])
+    numbers = list(data[column][:])
     wrong = next((row for row, number in enumerate(numbers) if number is None or number < 0), None)
     if wrong is not None:
         raise ValueError(
-            f"hf:{name}: {column} is {numbers[wrong]} in row {wrong}, which says that it has none; accepted are "
-            "classes 0 and up, so leave such rows out"
+            f"hf:{name}: {column} must be a class of at least 0, got {numbers[wrong]} in row {wrong} (remove rows "
+            "without a class)"
         )
     try:
         labels = torch.tensor(numbers, dtype=torch.int64)
-        return labels, names_of_classes(labels, len(held), getattr(feature, "names", None))
+        return labels, names_of_classes(labels, len(data), getattr(feature, "names", None))
     except (ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"hf:{name}: {error}") from None
 
 
-def _kind(feature: Any) -> str:
+def _type(feature: Any) -> str:
     return str(getattr(feature, "dtype", None) or type(feature).__name__)
 
 
 @dataclass(frozen=True)
 class _Column:
-    """Pictures in a column of a data set."""
+    """The images in a column of a data set."""
 
     source: str
-    held: Any
+    data: Any
     name: str
     size: tuple[int, int] | None
     channels: int
 
     def __call__(self, rows: Tensor) -> Tensor:
-        arrays = [np.array(fitted(self.picture(row), self.size, self.channels)) for row in rows.tolist()]
+        arrays = [np.array(fitted(self.image(row), self.size, self.channels)) for row in rows.tolist()]
         stacked = torch.from_numpy(np.stack(arrays))
         return stacked[:, None] if self.channels == 1 else stacked.permute(0, 3, 1, 2).contiguous()
 
-    def picture(self, row: int) -> Image.Image:
+    def image(self, row: int) -> Image.Image:
         try:
-            picture = self.held[row][self.name]
-            if picture is not None:
-                picture.load()
+            image = self.data[row][self.name]
+            if image is not None:
+                image.load()
         except Exception as error:  # decoders raise nearly anything on damaged input
-            reason = str(error).partition(chr(10))[0]
-            raise ValueError(f"{self.source}: the picture in row {row} cannot be read ({reason})") from error
-        if not isinstance(picture, Image.Image):
-            raise ValueError(f"{self.source}: there is no picture in row {row}; take it out of the data")
-        return picture
+            raise ValueError(
+                f"{self.source}: the image in row {row} cannot be read ({first_line(error)})"
+            ) from error
+        if not isinstance(image, Image.Image):
+            raise ValueError(
+                f"{self.source}: row {row} must hold an image, got none (remove it from the data)"
+            )
+        return image

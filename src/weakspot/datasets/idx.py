@@ -1,4 +1,4 @@
-"""IDX files, the format of MNIST and Fashion-MNIST: a magic number, sizes, bytes."""
+"""IDX files, the format of MNIST and Fashion-MNIST: a magic number, the shape, and bytes."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from weakspot.datasets.labeled import LabeledImages, from_tensors
 
 PARTS = {"train": "train", "test": "t10k"}
 KINDS = {"images": "idx3", "labels": "idx1"}
-MOST_AXES = 4
-PACKING = 1032  # deflate makes nothing smaller than by this
-BLOCK = 2**20
+MAX_AXES = 4
+MAX_COMPRESSION = 1032  # the largest factor by which deflate compresses
+BLOCK = 2**20  # bytes read at once
 
 
 def has_idx(folder: Path) -> bool:
-    """Whether MNIST's four files, or two of them, lie there."""
+    """Whether the folder holds the images of a split."""
     return any(_find(folder, part, "images") is not None for part in PARTS.values())
 
 
 def read_idx_folder(folder: Path, split: str) -> LabeledImages:
-    """The images and labels of a split, in memory.
+    """Read the images and labels of a split into memory.
 
     Raises:
-        FileNotFoundError: when a file of the split is missing.
-        ValueError: when one is damaged.
+        FileNotFoundError: if a file of the split does not exist.
+        ValueError: if a file is damaged.
     """
     arrays = []
     for kind in KINDS:
         path = _find(folder, PARTS[split], kind)
         if path is None:
             raise FileNotFoundError(
-                f"{folder}: there is no {_names(PARTS[split], kind)[0]}, with or without .gz"
+                f"{folder} must hold {_names(PARTS[split], kind)[0]}, with or without .gz"
             )
         arrays.append(read_idx(path))
     images, labels = arrays
     if images.ndim != 3 or labels.shape != images.shape[:1]:
         raise ValueError(
-            f"{folder}: images are {tuple(images.shape)} and labels {tuple(labels.shape)}; accepted are "
-            "(N, height, width) and (N,)"
+            f"{folder}: images must have shape (N, height, width) and labels (N,), got {tuple(images.shape)} and "
+            f"{tuple(labels.shape)}"
         )
     try:
         return from_tensors(images[:, None], labels.long(), name=f"{folder.name} {split}")
@@ -53,10 +53,10 @@ def read_idx_folder(folder: Path, split: str) -> LabeledImages:
 
 
 def read_idx(path: Path) -> Tensor:
-    """The bytes in an IDX file in their shape, uint8; no more of it is unpacked than its head announces.
+    """Read the array of bytes (uint8) in an IDX file; not more is unpacked than its header announces.
 
     Raises:
-        ValueError: when it is no such file, or its length is not what its head says.
+        ValueError: if it is not an IDX file, or its length does not fit its header.
     """
     packed = path.suffix == ".gz"
     try:
@@ -64,7 +64,7 @@ def read_idx(path: Path) -> Tensor:
             if not packed:
                 return _read(file, path, path.stat().st_size)
             with gzip.open(file) as unpacked:
-                return _read(unpacked, path, path.stat().st_size * PACKING)
+                return _read(unpacked, path, path.stat().st_size * MAX_COMPRESSION)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(
             f"{path} cannot be read as {'a gzip' if packed else 'an IDX'} file ({error})"
@@ -74,27 +74,27 @@ def read_idx(path: Path) -> Tensor:
 def _read(file: IO[bytes] | gzip.GzipFile, path: Path, most: int) -> Tensor:
     start = file.read(4)
     if len(start) < 4 or start[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path} is no IDX file of bytes (it must start with 00 00 08)")
-    count = start[3]
-    if not 1 <= count <= MOST_AXES:
         raise ValueError(
-            f"{path} is damaged: it says that it has {count} axes; accepted are 1 to {MOST_AXES}"
+            f"{path} must be an IDX file of bytes, which starts with 00 00 08, got {start[:3].hex(' ') or 'nothing'}"
         )
+    count = start[3]
+    if not 1 <= count <= MAX_AXES:
+        raise ValueError(f"{path} is damaged: its header must announce 1 to {MAX_AXES} axes, got {count}")
     sides = file.read(4 * count)
     if len(sides) < 4 * count:
-        raise ValueError(f"{path} is damaged: it ends within its head")
+        raise ValueError(f"{path} is damaged: it ends within its header")
     shape = [int.from_bytes(sides[4 * axis : 4 * axis + 4]) for axis in range(count)]
     announced = math.prod(shape)
     if announced > most:
         raise ValueError(
-            f"{path} is damaged: it says {shape}, which are {announced} bytes, and can hold {most} at most"
+            f"{path} is damaged: its header announces {shape}, {announced} bytes, but it can hold at most {most}"
         )
-    body = bytearray()  # grows by what is there: memory is not taken on the word of a head
+    body = bytearray()  # grows with the content: the header alone must not allocate memory
     while len(body) <= announced and (block := file.read(min(BLOCK, announced + 1 - len(body)))):
         body += block
     if len(body) != announced:
         holds = f"{len(body)} bytes" if len(body) < announced else "more bytes"
-        raise ValueError(f"{path} is damaged: it says {shape} and holds {holds}")
+        raise ValueError(f"{path} is damaged: its header announces {shape}, but it holds {holds}")
     if not announced:
         return torch.empty(shape, dtype=torch.uint8)
     return torch.frombuffer(body, dtype=torch.uint8).reshape(shape)

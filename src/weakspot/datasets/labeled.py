@@ -1,4 +1,4 @@
-"""Images with their classes, decoded when they are asked for."""
+"""Images with their classes, decoded on demand."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from torch import Tensor
 from weakspot._checks import check_classes
 from weakspot.images import open_pictures
 
-MOST_CLASSES = 100_000  # more are identifiers taken for classes: a network of them would fill the memory
-UNSIGNED = {torch.uint16, torch.uint32, torch.uint64}  # torch stores them and cannot compare them
+MAX_CLASSES = (
+    100_000  # more are probably identifiers; a network with that many outputs would exhaust the memory
+)
+UNSIGNED = {torch.uint16, torch.uint32, torch.uint64}  # torch cannot compare these types
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LabeledImages:
     """Images and the class of each.
 
@@ -24,9 +26,9 @@ class LabeledImages:
         labels: (N,) int64.
         class_names: one per class.
         shape: (C, H, W) of every image.
-        name: what records call it.
-        pixels: row numbers (n,) to these images, (n, C, H, W), bytes or floats in [0, 1].
-        held: whether all images lie in memory, so that asking costs next to nothing.
+        name: for records and messages.
+        pixels: function of row numbers (n,) that returns these images, (n, C, H, W), bytes or floats in [0, 1].
+        held: whether all images are in memory, so that `pixels` costs almost nothing.
     """
 
     labels: Tensor
@@ -39,60 +41,69 @@ class LabeledImages:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __repr__(self) -> str:
+        storage = "in memory" if self.held else "decoded on demand"
+        sides = " x ".join(map(str, self.shape))
+        return (
+            f"LabeledImages({self.name!r}: {len(self)} x {sides}, {len(self.class_names)} classes, {storage})"
+        )
+
     def images(self, rows: Tensor) -> Tensor:
-        """(n, C, H, W) float32 in [0, 1]."""
+        """These images, (n, C, H, W) float32 in [0, 1]."""
         return as_float(self.pixels(rows))
 
     def subset(self, rows: Tensor) -> LabeledImages:
-        """These rows alone."""
+        """Only these rows."""
         return replace(self, labels=self.labels[rows], pixels=_Subset(self.pixels, rows))
 
 
 def from_tensors(
     images: Tensor, labels: Tensor, *, class_names: Sequence[str] | None = None, name: str = "tensors"
 ) -> LabeledImages:
-    """Images (N, C, H, W), bytes or floats in [0, 1], and their classes (N,); images are not copied.
+    """Make a data set of tensors.
 
-    Images stay on their device and take no gradients; classes are brought to the CPU.
+    Args:
+        images: (N, C, H, W), bytes or floats in [0, 1]. They stay on their device and are not copied.
+        labels: (N,) classes.
+        class_names: one per class; the class numbers if not given.
+        name: for records and messages.
 
     Raises:
-        ValueError: when they do not fit each other, or there are more than 100,000 classes.
+        ValueError: if images and labels do not fit each other, or there are more than 100,000 classes.
     """
     if not isinstance(images, Tensor) or images.ndim != 4 or 0 in images.shape:
-        what = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(
-            f"images is {what}; accepted is a tensor (N, C, H, W) of bytes or of floats in [0, 1]"
-        )
+        value = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images must be a tensor (N, C, H, W) with at least one pixel, got {value}")
     images = images.detach()
     if images.is_floating_point():
         low, high = float(images.min()), float(images.max())
-        if not (low >= -1e-5 and high <= 1 + 1e-5):  # NaN too
-            raise ValueError(f"images span {low:.3g} to {high:.3g}; accepted are floats in [0, 1] or bytes")
+        if not (low >= -1e-5 and high <= 1 + 1e-5):  # also true for NaN
+            raise ValueError(
+                f"images must be bytes or floats in [0, 1], got floats from {low:.3g} to {high:.3g}"
+            )
     elif images.dtype != torch.uint8:
-        raise ValueError(f"images are {images.dtype}; accepted are bytes (uint8) or floats in [0, 1]")
+        raise ValueError(f"images must be bytes (uint8) or floats in [0, 1], got {images.dtype}")
     if isinstance(labels, Tensor):
         labels = labels.cpu()
         labels = labels.long() if labels.dtype in UNSIGNED else labels
     names = names_of_classes(labels, len(images), class_names)
     _, channels, height, width = images.shape
-    return LabeledImages(labels.long(), names, (channels, height, width), name, _Held(images))
+    return LabeledImages(labels.long(), names, (channels, height, width), name, _InMemory(images))
 
 
 def names_of_classes(labels: Tensor, count: int, class_names: Sequence[str] | None) -> tuple[str, ...]:
-    """One name per class: those given, or the classes' numbers.
+    """One name per class: the given ones, or the class numbers.
 
     Raises:
-        ValueError: when `labels` are not one class for each of `count` images, or do not fit the names.
+        ValueError: if `labels` is not one class for each of `count` images, or there are too few names.
     """
     check_classes(labels, count)
     classes = int(labels.max()) + 1
-    if classes > MOST_CLASSES:
-        raise ValueError(
-            f"labels holds class {classes - 1}; accepted are at most {MOST_CLASSES} classes, numbered from 0"
-        )
+    if classes > MAX_CLASSES:
+        raise ValueError(f"labels must be below {MAX_CLASSES}, got {classes - 1} (number the classes from 0)")
     names = tuple(class_names or (str(number) for number in range(classes)))
     if len(names) < classes:
-        raise ValueError(f"labels holds class {classes - 1}; there are names for {len(names)} classes")
+        raise ValueError(f"labels must be below {len(names)}, the number of class names, got {classes - 1}")
     return names
 
 
@@ -105,38 +116,36 @@ def from_files(
     channels: int,
     name: str,
 ) -> LabeledImages:
-    """Picture files, cropped at the center and resized to `size` (height, width) each time that they are asked for.
+    """Make a data set of image files, which are cropped at the center and resized to `size` each time they are read.
 
-    A file that cannot be read when its turn comes is an error that names it: what was left out of a training would
-    change it in silence.
+    A file that cannot be read raises an error that names it: skipping it would silently change the training.
     """
-    return LabeledImages(
-        labels, tuple(class_names), (channels, *size), name, _Files(tuple(paths), size, channels), held=False
-    )
+    files = _Files(tuple(paths), size, channels)
+    return LabeledImages(labels, tuple(class_names), (channels, *size), name, files, held=False)
 
 
 def as_float(pixels: Tensor, layout: torch.memory_format = torch.preserve_format) -> Tensor:
-    """Bytes as floats in [0, 1], floats as they are; in this layout."""
+    """Bytes as floats in [0, 1], floats unchanged; in this memory layout."""
     floats = pixels.to(torch.float32, memory_format=layout)
     return floats.div_(255) if pixels.dtype == torch.uint8 else floats
 
 
-# Classes rather than closures: worker processes are sent copies of them.
+# Classes and not closures, because worker processes get pickled copies of them.
 @dataclass(frozen=True)
-class _Held:
+class _InMemory:
     tensor: Tensor
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return self.tensor[rows.to(self.tensor.device)]  # the images of these rows alone are copied
+        return self.tensor[rows.to(self.tensor.device)]
 
 
 @dataclass(frozen=True)
 class _Subset:
-    every: Callable[[Tensor], Tensor]
+    pixels: Callable[[Tensor], Tensor]
     rows: Tensor
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return self.every(self.rows[rows])
+        return self.pixels(self.rows[rows])
 
 
 @dataclass(frozen=True)
@@ -146,12 +155,14 @@ class _Files:
     channels: int
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return torch.stack([self.read(self.paths[row]) for row in rows.tolist()])
+        return torch.stack([self._read(self.paths[row]) for row in rows.tolist()])
 
-    def read(self, path: Path) -> Tensor:
+    def _read(self, path: Path) -> Tensor:
         if not path.is_file():
-            raise ValueError(f"{path}: the file is gone since the folder was listed; give the data anew")
+            raise ValueError(f"{path} does not exist any more (load the data again)")
         (picture,) = open_pictures(path, size=self.size, channels=self.channels)
         if picture.pixels is None:
-            raise ValueError(f"{path}: {picture.remark.removesuffix('; skipped')}; take it out of the data")
+            raise ValueError(
+                f"{path} cannot be read: {picture.remark.removesuffix('; skipped')} (remove it from the data)"
+            )
         return (picture.pixels * 255).round().byte()
