@@ -14,8 +14,8 @@ import pytest
 
 from tests.audit.fixtures import Audited, audited, draw_pictures, networks, small_plan, store_records
 from tests.audit.test_run_page import Reader
-from tests.cli.test_explain import Run as Ran
-from tests.cli.test_explain import photographs, run
+from tests.cli.conftest import Run as Ran
+from tests.cli.conftest import photographs, run
 from weakspot.attacks import Attack, fmn, minimizes
 from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, compare, open_run, summarize
 from weakspot.audit.findings.contrasts import region_contrasts

@@ -39,10 +39,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         sys.modules.pop("audited_networks", None)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1200, 400])
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (400, "dark")])
 def test_every_chart_is_drawn_in_the_colors_of_the_page(
-    browser: Any, report: Path, scheme: str, width: int
+    browser: Any, report: Path, width: int, scheme: str
 ) -> None:
     opened = Opened(browser, report, width, scheme)
     for select in opened.page.query_selector_all(".which"):
