@@ -18,7 +18,8 @@ from weakspot import L2, AttackResult, Budget, Classifier, Linf, attacks
 from weakspot.attacks.context import AttackOptions, attack_context
 from weakspot.attacks.gradient import Search, random_start
 from weakspot.attacks.losses import margin as margin_objective
-from weakspot.classifier import margin, predict
+from weakspot.classifier import predict
+from weakspot.logits import margin
 
 CASES = {"cifar10_resnet2b_adv": 8 / 255, "cifar10_resnet4b_adv": 2 / 255, "cifar10_cnn_a_adv4": 8 / 255}
 STEPS = 10

@@ -30,8 +30,6 @@ KNOWN_CIRCULAR = {
 KNOWN_LONG = {
     "weakspot.audit.store.maps",
     "weakspot.audit.work.shard",
-    "weakspot.budgets.ssim",
-    "weakspot.classifier",
     "weakspot.cli.audit",
     "weakspot.fusion",
 }

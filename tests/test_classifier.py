@@ -18,16 +18,8 @@ from torch.nn import functional as F
 from tests.networks import Made, PoolingNetwork, untouched
 from weakspot import attacks
 from weakspot._checks import ImageWarning, ModelWarning, quiet
-from weakspot.classifier import (
-    Classifier,
-    as_classifier,
-    check_images,
-    evaluating,
-    logits_of,
-    margin,
-    predict,
-    runner_up,
-)
+from weakspot.classifier import Classifier, as_classifier, check_images, evaluating, predict
+from weakspot.logits import logits_of, margin, runner_up
 
 
 class Returning(nn.Module):
@@ -110,24 +102,24 @@ def test_a_double_precision_network_is_given_doubles(images: Tensor) -> None:
 
 def test_images_with_other_channels_than_the_normalization_are_refused(images: Tensor) -> None:
     classifier = Classifier.wrap(Returning(lambda logits: logits).eval(), mean=[0.1, 0.2, 0.3], std=[1.0])
-    with pytest.raises(ValueError, match="images have 1 channels; Returning is normalized for 3"):
+    with pytest.raises(ValueError, match="images must have 3 channels, as mean and std, got 1"):
         classifier(images[:, :1])
 
 
 @pytest.mark.parametrize(
     ("mean", "std", "message"),
     [
-        ([0.1, 0.2], [1.0, 1.0, 1.0], "mean has 2 and std 3"),
-        ([], [1.0], "mean has 0"),
-        ([0.0], [], "std 0"),
-        ([0.0], [0.0], "^std is"),
-        ([0.0], [0.5, -0.5, 0.5], "^std is"),
-        ([0.0], [float("nan")], "^std is"),
-        ([0.0], [float("inf")], "^std is"),
-        ([123.7, 116.3, 103.5], [1.0], "^mean is .*divide 255ths by 255"),
-        ([float("nan")], [1.0], "^mean is"),
-        (0.5, [1.0], "^mean is"),
-        ([0.5], 0.25, "^std is"),
+        ([0.1, 0.2], [1.0, 1.0, 1.0], "one for each, got 2 and 3 values"),
+        ([], [1.0], "got 0 and 1 values"),
+        ([0.0], [], "got 1 and 0 values"),
+        ([0.0], [0.0], "^std must be"),
+        ([0.0], [0.5, -0.5, 0.5], "^std must be"),
+        ([0.0], [float("nan")], "^std must be"),
+        ([0.0], [float("inf")], "^std must be"),
+        ([123.7, 116.3, 103.5], [1.0], "^mean must be .*divide means of bytes by 255"),
+        ([float("nan")], [1.0], "^mean must be"),
+        (0.5, [1.0], "^mean must be"),
+        ([0.5], 0.25, "^std must be"),
     ],
 )
 def test_a_wrong_mean_or_std_is_refused_by_name(mean: Any, std: Any, message: str) -> None:
@@ -137,9 +129,9 @@ def test_a_wrong_mean_or_std_is_refused_by_name(mean: Any, std: Any, message: st
 
 @pytest.mark.parametrize("module", [None, "model", lambda images: images, PoolingNetwork, {"a": 1}])
 def test_what_is_no_module_is_refused(module: Any) -> None:
-    with pytest.raises(ValueError, match=r"^model is a \w+; accepted is a torch\.nn\.Module"):
+    with pytest.raises(ValueError, match=r"^model must be a torch\.nn\.Module that returns logits, got \w+"):
         Classifier.wrap(module)
-    with pytest.raises(ValueError, match=r"^model is a \w+; accepted"), evaluating(module):
+    with pytest.raises(ValueError, match=r"^model must be a torch\.nn\.Module"), evaluating(module):
         pass
 
 
@@ -195,12 +187,12 @@ NO_LOGITS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "a number": (lambda logits: logits.sum(), r"tensor of shape \(\)"),
     "maps": (lambda logits: logits[:, :, None, None].expand(-1, -1, 7, 7), r"shape \(5, 4, 7, 7\)"),
     "a sequence": (lambda logits: logits[:, None].expand(-1, 3, -1), r"shape \(5, 3, 4\)"),
-    "nothing": (lambda logits: None, "a NoneType"),
-    "an empty tuple": (lambda logits: (), "a tuple"),
-    "a tuple of scores": (lambda logits: (logits[:, 0], logits[:, :1]), "a tuple"),
-    "an empty mapping": (lambda logits: {}, "a dict"),
-    "a name": (lambda logits: "cat", "a str"),
-    "an object without": (lambda logits: SimpleNamespace(scores=logits), "a SimpleNamespace"),
+    "nothing": (lambda logits: None, "NoneType"),
+    "an empty tuple": (lambda logits: (), "tuple"),
+    "a tuple of scores": (lambda logits: (logits[:, 0], logits[:, :1]), "tuple"),
+    "an empty mapping": (lambda logits: {}, "dict"),
+    "a name": (lambda logits: "cat", "str"),
+    "an object without": (lambda logits: SimpleNamespace(scores=logits), "SimpleNamespace"),
 }
 
 
@@ -208,7 +200,7 @@ NO_LOGITS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 def test_what_holds_no_logits_is_refused_with_what_it_is(
     images: Tensor, form: Callable[[Tensor], Any], what: str
 ) -> None:
-    with pytest.raises(ValueError, match=rf"the network returned .*{what}; accepted are logits"):
+    with pytest.raises(ValueError, match=rf"the network must return logits .* got .*{what}$"):
         Classifier.wrap(Returning(form).eval())(images)
 
 

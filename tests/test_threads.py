@@ -262,7 +262,7 @@ def test_a_network_stays_in_eval_mode_until_the_last_thread_has_left(second: str
         for found in together(first, other):
             assert torch.equal(found, images.flatten(1))
     assert [str(one.message) for one in caught] == [
-        "Waiting was in train mode; weakspot evaluates it in eval mode and leaves its mode as it was"
+        "Waiting was in train mode; weakspot evaluates it in eval mode and then restores its mode"
     ]
     assert network.training
     assert network.dropout.training

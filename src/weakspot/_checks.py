@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -307,3 +307,24 @@ def check_batch_size(batch_size: int | None) -> None:
     """Raises ValueError unless `batch_size` is None or an integer of at least 1."""
     if batch_size is not None:
         check_count("batch_size", batch_size)
+
+
+def check_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raises ValueError unless mean and std have one value for all channels or one for each, on the scale of images."""
+    for name, values in (("mean", mean), ("std", std)):
+        if not isinstance(values, Sequence):
+            raise ValueError(
+                f"{name} must be a list of one number for all channels or one for each, got {values!r}"
+            )
+    lengths = {len(mean), len(std)} - {1}
+    if len(lengths) > 1 or 0 in lengths:
+        raise ValueError(
+            "mean and std must have one value for all channels or one for each, "
+            f"got {len(mean)} and {len(std)} values"
+        )
+    if not all(0 < value < float("inf") for value in std):
+        raise ValueError(f"std must be positive, on the [0, 1] scale of images, got {list(std)}")
+    if not all(-1 <= value <= 2 for value in mean):
+        raise ValueError(
+            f"mean must be on the [0, 1] scale of images, got {list(mean)} (divide means of bytes by 255)"
+        )

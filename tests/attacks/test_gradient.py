@@ -17,7 +17,7 @@ from weakspot.attacks import bim, ensemble, fgsm, pgd
 from weakspot.attacks import stored as as_file
 from weakspot.attacks.losses import conservative_margin
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf
-from weakspot.classifier import margin
+from weakspot.logits import margin
 from weakspot.pairs import AttackResult
 
 Attack = Callable[..., AttackResult]

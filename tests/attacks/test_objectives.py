@@ -13,7 +13,7 @@ from tests.networks import Made
 from weakspot.attacks import LOSSES, fgsm, pgd
 from weakspot.attacks.losses import find_loss
 from weakspot.budgets import Linf
-from weakspot.classifier import margin
+from weakspot.logits import margin
 
 CLASSES = [2, 3, 4, 10]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.networks import NETWORKS, LinearNetwork, Made, untouched
 from weakspot.attacks import bim, fgsm, pgd
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf
-from weakspot.classifier import margin
+from weakspot.logits import margin
 from weakspot.pairs import AttackResult
 
 BUDGETS: list[Budget] = [

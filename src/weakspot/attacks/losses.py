@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weakspot._checks import unknown_choice
-from weakspot.classifier import margin as margin_of
+from weakspot.logits import margin as margin_of
 
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Logits (N, K), labels (N,), targets (N,) or None -> (N,) values, which fall as the attack gets nearer to its goal."""

@@ -13,8 +13,8 @@ from weakspot._checks import unknown_choice
 from weakspot.attacks.context import AttackOptions, Problem, Progress, attack_context
 from weakspot.attacks.pixel_edits import paint
 from weakspot.attacks.pixel_search import in_gradient_order
-from weakspot.classifier import margin as margin_of
 from weakspot.edits import Edits, Prepared, prepare
+from weakspot.logits import margin as margin_of
 from weakspot.pairs import Pairs
 
 BLOCK = 8192  # edits whose logits are held at once

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_classes
-from weakspot.classifier import Classifier, check_images, default_batch, evaluating, margin
+from weakspot.classifier import Classifier, check_images, default_batch, evaluating
 from weakspot.fusion import fused
+from weakspot.logits import margin
 
 POINTS = (16, 32, 64, 128, 256)
 TOLERANCE = 0.01  # of the margin drop

@@ -21,15 +21,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from weakspot.attacks.context import AttackOptions, attack_context
 from weakspot.attacks.gradient import random_start
 from weakspot.budgets import Budget
-from weakspot.classifier import (
-    Classifier,
-    as_wrapped_classifier,
-    default_batch,
-    evaluating,
-    logits_of,
-    margin,
-)
+from weakspot.classifier import Classifier, as_wrapped_classifier, default_batch, evaluating
 from weakspot.defenses.randomized import one_draw
+from weakspot.logits import logits_of, margin
 
 MOST = 6  # inner networks that are looked at, from the outside
 FLAT = 1e-8  # variance of a channel below which no slope can be fitted

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_classes, unknown_choice
-from weakspot.classifier import Classifier, predict, runner_up
+from weakspot.classifier import Classifier, predict
+from weakspot.logits import runner_up
 from weakspot.pairs import Pairs
 
 if TYPE_CHECKING:

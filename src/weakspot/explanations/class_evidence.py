@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from weakspot._checks import check_choice, check_fraction
 from weakspot.attribution.cam import class_activation, class_activations
-from weakspot.classifier import evaluating, predict, runner_up
+from weakspot.classifier import evaluating, predict
 from weakspot.explanations.agreement import (
     WHOLE,
     comparable,
@@ -23,6 +23,7 @@ from weakspot.explanations.agreement import (
     tested_columns,
 )
 from weakspot.explanations.analysis import Analysis, Picture, check_pairs, competing_classes, prepare_pairs
+from weakspot.logits import runner_up
 from weakspot.pairs import Pairs
 from weakspot.regions import top
 from weakspot.statistics import other_image_test, products_over_shifts, shift_test, standardized

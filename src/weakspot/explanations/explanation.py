@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from weakspot._checks import ModelWarning, check_classes, warn_once
 from weakspot._io.files import write_atomic
-from weakspot.classifier import Classifier, evaluating, margin, predict
+from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.explanations.agreement import other_images
 from weakspot.explanations.analysis import (
     Analysis,
@@ -26,6 +26,7 @@ from weakspot.explanations.analysis import (
     prepare_pairs,
     shapes,
 )
+from weakspot.logits import margin
 from weakspot.pairs import AttackResult, Pairs
 
 if TYPE_CHECKING:

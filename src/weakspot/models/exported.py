@@ -76,7 +76,7 @@ class ExportedNetwork(nn.Module):
 
 
 def _first(output: Any) -> Tensor:
-    from weakspot.classifier import logits_of
+    from weakspot.logits import logits_of
 
     return logits_of(output)
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from weakspot.audit.plan.attack_plan import AttackPlan
 from weakspot.audit.work.shard_images import Opened
-from weakspot.classifier import Classifier, margin
+from weakspot.classifier import Classifier
+from weakspot.logits import margin
 from weakspot.pairs import AttackResult
 
 if TYPE_CHECKING:
