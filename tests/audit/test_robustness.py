@@ -23,7 +23,7 @@ from weakspot.audit.findings.curves import budget_curves
 from weakspot.audit.findings.gates import judge
 from weakspot.audit.findings.summary import cell_table, undefined_names
 from weakspot.audit.page.run_page import run_report
-from weakspot.audit.plan.limits import judged_attacks, limit_of, stated_budgets
+from weakspot.audit.plan.limits import judged_attacks, limit_of, recorded_norm, stated_budgets
 from weakspot.audit.store.records import outcomes_query
 from weakspot.pairs import AttackResult
 
@@ -327,6 +327,21 @@ def test_the_query_quotes_any_label(steady: Path, audited: Audited) -> None:
     assert found.sql(outcomes_query(odd, eight_bit=True)).df()["robust"].notna().all()
     draw_pictures(steady / "none", 1)
     assert pd.api.types.is_bool_dtype(found.sql("select robust from outcomes").df()["robust"])
+
+
+def test_an_attack_that_minimizes_pixels_is_compared_by_images_fooled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The records hold no L0 distance, so such an attack has neither curves nor sizes."""
+
+    @minimizes("l0")
+    def sparse(model: Any, images: Any, labels: Any) -> AttackResult:
+        return fmn(model, images, labels)
+
+    attack = Attack.of("sparse", sparse)
+    monkeypatch.setattr("weakspot.audit.plan.attack_plan.find_attack", lambda _: attack)
+    assert AttackPlan("sparse").minimized_norm == "l0"
+    assert recorded_norm(AttackPlan("sparse")) is None
 
 
 def test_a_minimal_norm_attack_of_a_plugin_gets_budget_curves(
