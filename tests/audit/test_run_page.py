@@ -260,7 +260,7 @@ QUICK = (AttackPlan("pgd", settings=(("steps", 2),)),)
 @pytest.mark.parametrize(
     ("count", "changes", "shown"),
     [
-        (1, {"maps": False}, ("1 image", "The run stored no maps")),
+        (1, {"maps": False, "labels": "predictions"}, ("1 image", "The run stored no maps")),
         (
             4,
             {
