@@ -96,11 +96,9 @@ def test_a_network_that_is_robust_at_the_budget_passes_a_gate_beside_a_minimal_n
     records = open_run("open").records
     assert records.loc[records["attack"] == "fmn", "success_8bit"].all()
     assert ET.parse("gate.xml").getroot().attrib["failures"] == "0"  # noqa: S314 - ours
-    # The same gate is shut at a budget that fmn's changes are within, and on a network that is not robust.
+    # The same gate fails at a budget that fmn's changes are within.
     assert run(*arguments, "--out", "wide", "--budget", "linf:1/2").code == 3
     assert ET.parse("gate.xml").getroot().attrib["failures"] == "2"  # noqa: S314 - ours
-    shaky = [("steady_networks:shaky" if one == "steady_networks:steady" else one) for one in arguments]
-    assert run(*shaky, "--out", "weak", "--budget", "linf:8/255").code == 3
 
 
 def test_table_page_gate_and_classes_say_the_same(steady: Path) -> None:

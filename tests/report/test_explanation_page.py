@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.networks import NETWORKS
 from weakspot import Classifier, Explanation, Linf, explain
 from weakspot.attacks import pgd
 from weakspot.report.explanation_page import notebook_frame, page
@@ -27,18 +28,15 @@ HOSTILE = [
 ]
 
 
-def explained(module: torch.nn.Module, images: torch.Tensor) -> Explanation:
+@pytest.fixture(scope="module")
+def explanation() -> Explanation:
+    module, images = NETWORKS["pooling"]()
     model = Classifier.wrap(module, class_names=[HOSTILE[0], "b & b", "{target}", "d"])
     labels = model(images).argmax(1)
     pairs = pgd(model, images, labels, budget=Linf(0.2), steps=4)
     return explain(
         model, pairs, names=[HOSTILE[1], "second", "third"], made={"attack": HOSTILE[1], "seed": "0"}
     )
-
-
-@pytest.fixture
-def explanation(pooling: tuple[torch.nn.Module, torch.Tensor]) -> Explanation:
-    return explained(*pooling)
 
 
 class Reader(HTMLParser):
