@@ -178,6 +178,12 @@ def test_an_attack_without_robust_accuracy_is_named_and_left_out_of_the_chart() 
     assert not robust_section(table.iloc[1:], 1.0).charts
 
 
+def test_an_attack_without_a_budget_is_named_without_one() -> None:
+    """pandas turns a missing budget into NaN as soon as another attack has one."""
+    table = cells(0.5, 0.4).assign(attack=["pgd", "few_pixel"], budget=["linf:4/255", math.nan])
+    assert robust_section(table, 1.0).sentences[1].startswith("Under few_pixel confined to region 1")
+
+
 def depths(held: float) -> pd.DataFrame:
     return pd.DataFrame(
         [
