@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import shlex
 import shutil
 import sys
 import zlib
@@ -13,6 +15,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pandas as pd
 import pytest
@@ -227,6 +230,14 @@ def test_names_from_outside_are_escaped(read: Reader) -> None:
 def test_a_small_page_holds_its_libraries_once(read: Reader) -> None:
     assert len(read.text) < 1_500_000
     assert len(re.findall(r'id="libraries">[A-Za-z0-9+/=]{100000,}<', read.text)) == 1
+
+
+def test_the_queries_on_the_page_run(read: Reader) -> None:
+    shell, python = (html.unescape(text) for text in re.findall(r"<pre>(.*?)</pre>", read.text, re.DOTALL))
+    exec(compile(python, "query", "exec"), {})  # noqa: S102 - our own page
+    (command, option, query) = shlex.split(shell)
+    assert (command, option) == ("duckdb", "-c")
+    assert len(duckdb.sql(query).df()) == 6
 
 
 def test_skipped_images_are_listed(read: Reader) -> None:
