@@ -237,7 +237,7 @@ def test_the_queries_on_the_page_run(read: Reader) -> None:
     exec(compile(python, "query", "exec"), {})  # noqa: S102 - our own page
     (command, option, query) = shlex.split(shell)
     assert (command, option) == ("duckdb", "-c")
-    assert len(duckdb.sql(query).df()) == 6
+    assert len(duckdb.execute(query).df()) == 6
 
 
 def test_skipped_images_are_listed(read: Reader) -> None:
