@@ -115,6 +115,7 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
                 values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
             function(**values)
 
+        # Typer reads both the signature and the annotations: each lists the options of the groups.
         keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
         call.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
         call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -144,6 +145,7 @@ def main() -> None:
     """Run the command line."""
     debug = "--debug" in sys.argv
     try:
+        # Not standalone: typer raises its errors and returns exit codes, instead of printing and exiting.
         code = app(prog_name="weakspot", standalone_mode=False)
         if code == INTERRUPTED:  # an interrupt before the command was called
             complain(NOTHING_WRITTEN)
@@ -173,6 +175,7 @@ def explained(error: BaseException) -> tuple[str, int]:
         for extra, (modules, _) in EXTRAS.items():
             if module in modules:
                 return f"{module} is not installed; run: pip install 'weakspot[{extra}]'", USAGE
+    # The library's own sentences. An OSError, such as a missing file, is input that cannot be read.
     if isinstance(error, ValueError | OSError):
         return str(error).strip() or type(error).__name__, UNREADABLE if isinstance(error, OSError) else USAGE
     return f"unexpected {describe_error(error)} (run again with --debug to see the traceback)", UNEXPECTED

@@ -210,6 +210,7 @@ def _print(rows: pd.DataFrame, *, every: bool) -> None:
         table.add_row(
             *(escape(str(row[key])) for key in (*names, "images")),
             *(f"{row[key]:.3g}" for key in ("before", "after", "difference")),
+            # NaN differs from itself: no interval or p value was computed.
             f"{row['low']:.3g} to {row['high']:.3g}" if row["low"] == row["low"] else "",
             "" if row["q"] != row["q"] else "< 0.001" if row["q"] < 0.001 else f"{row['q']:.3f}",
         )

@@ -131,6 +131,7 @@ def defend(
         defended = find_defense(defense, settings, classifier)
         other = None
         if substitute is not None:
+            # Weights and normalization of its own, but the same images.
             size = "x".join(map(str, classifier.input_size))
             other = load_classifier(ModelOptions(substitute, size=size, device=network.device))
         read = session.read_images(sources, samples=samples)
@@ -138,11 +139,13 @@ def defend(
             defended, check_images(read.pixels, classifier), seed=seed
         ):
             refuse(context, ["draws"], f"with {defense}, which is not random")
+        # Before --limit, so that a table must list every image whatever the limit.
         truth, _, where = find_labels(labels, classifier, read)
         if limit is not None and limit < len(truth):
             rows = sorted(random.Random(seed).sample(range(len(truth)), limit))  # noqa: S311 - no secret
             read, truth = read.subset(rows), truth[rows]
         session.make_folder()
+        # The oracle is the same defense with the region of the clean image.
         module = getattr(defended, "network", None)
         own = {key: getattr(module, key) for key in ("fraction", "fill") if oracle}
         table = evaluate_defense(

@@ -30,6 +30,7 @@ def option(
         least: minimum of a number.
         panel: of the help.
     """
+    # A flag ends in a space, so its metavar is empty, which hides the column <bool> of the help.
     *names, metavar = form.split(" ")
     made: OptionInfo = typer.Option(
         *names, help=text, metavar=metavar, show_default=default or True, min=least, rich_help_panel=panel
@@ -184,6 +185,7 @@ def given(context: typer.Context, names: Sequence[str]) -> dict[str, str]:
     Returns:
         Parameter name to option name, as in {"as_json": "--json"}.
     """
+    # The long name: "--model" of ("--model", "-m").
     spelled = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
     sources = {name: context.get_parameter_source(name) for name in names}
     return {
@@ -278,6 +280,7 @@ def parse_settings(
             value = json.loads(text)
         except ValueError:
             value = text
+        # Lists and objects stay text: only an attack knows what they mean.
         plain = name not in texts and isinstance(value, int | float | bool | None)
         values[name] = value if plain else text
     return values
