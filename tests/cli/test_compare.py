@@ -81,7 +81,17 @@ def test_a_failed_gate_ends_with_three_and_writes_junit(run: Run, audited: Path,
 def test_a_finished_audit_can_be_gated_later(
     run: Run, audited: Path, tmp_path: Path, condition: str, code: int
 ) -> None:
-    ended = run("audit", "--resume", audited / "two", "--fail-if", condition, "--junit", "gate.xml", "--json")
+    ended = run(
+        "audit",
+        "--resume",
+        audited / "two",
+        "--no-report",
+        "--fail-if",
+        condition,
+        "--junit",
+        "gate.xml",
+        "--json",
+    )
     assert ended.code == code, ended.err
     gate = json.loads(ended.out)["gate"]
     assert gate["failed"] == (code == 3)
@@ -116,7 +126,7 @@ def test_a_gate_is_checked_before_the_audit_starts(run: Run, photographs: Path, 
 
 
 def test_a_gate_on_an_unknown_column_suggests_a_column(run: Run, audited: Path) -> None:
-    ended = run("audit", "--resume", audited / "two", "--fail-if", "robust_acuracy < 1")
+    ended = run("audit", "--resume", audited / "two", "--no-report", "--fail-if", "robust_acuracy < 1")
     assert ended.code == 2
     assert "did you mean 'robust_accuracy" in ended.err
 
@@ -150,10 +160,13 @@ def test_controls_are_named_in_a_sentence(run: Run, photographs: Path) -> None:
 
 
 def test_an_audit_writes_a_report_now_or_later(run: Run, photographs: Path, tmp_path: Path) -> None:
-    assert run("audit", photographs, *TINY, *QUICK, "--analyses", "overlap", "--out", "made").code == 0
+    assert (
+        run("audit", photographs, *TINY, *QUICK, "--analyses", "overlap", "--report", "--out", "made").code
+        == 0
+    )
     page = (tmp_path / "made/report.html").read_text("utf-8")
     assert "<title>weakspot: Where" in page
-    assert run("audit", photographs, *TINY, *QUICK, "--out", "bare", "--no-report").code == 0
+    assert run("audit", photographs, *TINY, *QUICK, "--out", "bare").code == 0
     assert not (tmp_path / "bare/report.html").exists()
     ended = run("report", "bare")
     assert (ended.code, ended.out) == (0, f"Written to {tmp_path / 'bare/report.html'}\n")
@@ -169,7 +182,7 @@ def test_a_full_disk_for_the_report_does_not_spoil_the_audit(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("weakspot.audit.page.run_page.write_atomic", full)
-    ended = run("audit", photographs, *TINY, *QUICK, "--out", "made")
+    ended = run("audit", photographs, *TINY, *QUICK, "--report", "--out", "made")
     assert ended.code == 0
     assert "report.html could not be written (No space left on device)" in ended.err
     assert "(run weakspot report made to try again)" in ended.err
@@ -186,7 +199,7 @@ def test_a_folder_without_an_audit_is_one_sentence(run: Run, tmp_path: Path) -> 
     assert "nothing holds no run" in refused("nothing", 4)
     folder = tmp_path / "folder"
     folder.mkdir()
-    assert "holds no run (there is no run.json in it)" in refused("folder", 4)
+    assert "holds no run (it has no run.json)" in refused("folder", 4)
     (folder / "run.json").write_text("{")
     assert "is damaged" in refused("folder", 2)
     (folder / "run.json").write_text(json.dumps({"schema": 1, "command": "explain"}))
@@ -202,7 +215,7 @@ def test_a_report_is_a_file(run: Run, audited: Path) -> None:
 
 def test_audits_at_urls_are_reported_and_compared(run: Run, photographs: Path, tmp_path: Path) -> None:
     there = f"file://{tmp_path}/there"
-    ended = run("audit", photographs, *TINY, *QUICK, "--analyses", "overlap", "--out", there)
+    ended = run("audit", photographs, *TINY, *QUICK, "--report", "--out", there)
     assert ended.code == 0, ended.err
     page = tmp_path / "there/report.html"
     first = page.read_text("utf-8")

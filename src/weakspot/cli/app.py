@@ -89,8 +89,8 @@ app = typer.Typer(
 def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a command.
 
-    Parameters whose type is a dataclass are option groups: each field becomes an option, and the function receives the
-    filled dataclass.
+    Parameters whose type is a dataclass are option groups: each field becomes an option, in the panel of the help that
+    the class names, and the function receives the filled dataclass.
 
     Args:
         *examples: command lines, and at most one closing sentence, for the end of the help text.
@@ -105,6 +105,8 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
                 parameters.append(parameter.replace(annotation=hints[name]))
                 continue
             types = get_type_hints(groups[name], include_extras=True)
+            for info in (info for kind in types.values() for info in getattr(kind, "__metadata__", ())):
+                info.rich_help_panel = info.rich_help_panel or getattr(groups[name], "panel", None)
             parameters += [
                 parameter.replace(name=field.name, annotation=types[field.name], default=field.default)
                 for field in fields(groups[name])

@@ -276,7 +276,7 @@ def load_classifier(options: ModelOptions) -> Classifier:
     shape = (classifier.channels, *classifier.input_size)
     try:
         with evaluating(classifier):
-            predict(classifier, torch.full((1, *shape), 0.5, device=classifier.mean.device))
+            logits = predict(classifier, torch.full((1, *shape), 0.5, device=classifier.mean.device))
     except ModelError:
         raise
     except (RuntimeError, AssertionError) as error:
@@ -284,6 +284,9 @@ def load_classifier(options: ModelOptions) -> Classifier:
             f"{options.model} does not take images of {' x '.join(map(str, shape))} (channels x height x width): "
             f"{str(error).strip().splitlines()[0][:120]} (give --size, or --mean with one value per channel)"
         ) from None
+    names = len(classifier.class_names)
+    if options.classes is not None and names != logits.shape[1]:
+        raise Failure(f"--classes must hold {logits.shape[1]} names, one for each class, got {names}")
     return classifier
 
 
