@@ -232,9 +232,7 @@ def test_paths_do_not_leave_the_images(folder: Path, path: str, place: str) -> N
         ),
     ],
 )
-def test_an_invalid_table_is_an_error(
-    folder: Path, name: str, old: str, new: str, sentence: str
-) -> None:
+def test_an_invalid_table_is_an_error(folder: Path, name: str, old: str, new: str, sentence: str) -> None:
     change(folder / name, old, new)
     with pytest.raises(ValueError, match=sentence):
         ConceptSet.open(folder)

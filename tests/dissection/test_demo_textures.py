@@ -110,9 +110,7 @@ def test_textures_have_the_symmetry_of_their_name() -> None:
         ({"seed": 0.5}, "seed must .* got 0.5"),
     ],
 )
-def test_invalid_arguments_are_errors(
-    tmp_path: Path, arguments: dict[str, Any], sentence: str
-) -> None:
+def test_invalid_arguments_are_errors(tmp_path: Path, arguments: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         demo_concepts(tmp_path / "out", **arguments)
     assert not any(tmp_path.iterdir())

@@ -49,7 +49,9 @@ def by_definition(importance: Tensor, vulnerability: Tensor, fraction: float) ->
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5])
-def test_agreement_equals_loops_over_attacks_and_maps(fraction: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agreement_equals_loops_over_attacks_and_maps(
+    fraction: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("weakspot.explanations.agreement.CHUNK", 3)
     importance, vulnerability = fields(7, 0), fields(5, 1) + 0.3
     matrices = agreement(importance, vulnerability, fraction=fraction)
@@ -88,9 +90,7 @@ def test_copies_of_an_image_are_not_other_images() -> None:
 
 
 @pytest.mark.parametrize(("size", "radius"), [((24, 32), 1), ((150, 200), 3)])
-def test_reached_sites_lie_within_a_fiftieth_of_the_shorter_side(
-    size: tuple[int, int], radius: int
-) -> None:
+def test_reached_sites_lie_within_a_fiftieth_of_the_shorter_side(size: tuple[int, int], radius: int) -> None:
     clean = torch.zeros(2, 3, *size)
     adversarial = clean.clone()
     adversarial[0, 1, 10, 12] = 0.5

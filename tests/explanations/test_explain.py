@@ -253,7 +253,9 @@ def test_progress_rises_to_one(pooling: Made) -> None:
         ({"model": "resnet18"}, "model must be a torch.nn.Module that returns logits, got str"),
     ],
 )
-def test_invalid_arguments_are_errors_that_name_them(pooling: Made, options: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_errors_that_name_them(
+    pooling: Made, options: dict[str, Any], message: str
+) -> None:
     model, images = pooling
     arguments = {"model": model, "pairs": attacked(model, images), **options}
     with untouched(model), pytest.raises(ValueError, match=message):
@@ -394,9 +396,7 @@ def test_a_duplicate_map_gets_a_prefix(pooling: Made, install: Install) -> None:
     assert result.pictures["ssim"].title == "Visible change (1 - SSIM)"
 
 
-def test_the_meaning_of_a_duplicate_column_has_the_new_name(
-    pooling: Made, install: Install
-) -> None:
+def test_the_meaning_of_a_duplicate_column_has_the_new_name(pooling: Made, install: Install) -> None:
     model, images = pooling
     install(mine=returning({"ssim_windowed": [8.0] * 3}, meanings={"ssim_windowed": "Something else."}))
     result = explain(model, attacked(model, images), analyses=["ssim", "mine"])

@@ -481,7 +481,9 @@ def test_networks_with_pooling_layers_are_explained(pool: nn.Module) -> None:
         ({"model": "resnet18"}, "model must be a torch.nn.Module that returns logits, got str"),
     ],
 )
-def test_invalid_arguments_are_errors_that_name_them(pooling: Made, options: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_errors_that_name_them(
+    pooling: Made, options: dict[str, Any], message: str
+) -> None:
     model, images = pooling
     arguments = {"model": model, "pairs": attacked(model, images), **options}
     with untouched(model), pytest.raises(ValueError, match=message):
