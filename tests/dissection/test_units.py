@@ -300,3 +300,14 @@ def test_invalid_arguments_are_errors_that_name_them(
     arguments = {"layer": "look", **change}
     with pytest.raises(ValueError, match=message):
         dissect(seeing(), dataset=dataset, **arguments)
+
+
+def test_dissections_and_concept_sets_print_as_a_few_lines(tmp_path: Path) -> None:
+    dataset = planted(tmp_path)
+    dissection = dissect_layers(seeing(), ["look"], dataset, quantile=0.07)["look"]
+    concepts = ConceptSet.open(dataset)
+    for result in (dissection, concepts, concepts.annotation(0)):
+        text = repr(result)
+        assert "tensor(" not in text
+        assert len(text.splitlines()) <= 3, text
+    assert repr(dissection).startswith("Dissection of 'look': ")

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import weakspot
 from tests.networks import NETWORKS, LinearNetwork, Made, untouched
 from weakspot._checks import ModelWarning
-from weakspot.attacks import pgd
+from weakspot.attacks import pgd, pixel_sweep
 from weakspot.attribution import class_activation
 from weakspot.budgets import L2, Linf
 from weakspot.classifier import Classifier
@@ -436,3 +437,27 @@ def test_a_model_in_train_mode_is_explained_in_eval_mode(pooling: Made) -> None:
     with untouched(model), pytest.warns(ModelWarning, match="train mode"):
         result = explain(model, pairs).scores
     pd.testing.assert_frame_equal(result, expected)
+
+
+def test_results_print_as_a_few_lines_without_tensors(pooling: Made) -> None:
+    model, images = pooling
+    pairs = attacked(model, images)
+    one_pixel = pixel_sweep(model, images, pairs.labels).pairs(images, pairs.labels)
+    explanation = explain(model, pairs)
+    results = [
+        overlap(model, pairs),
+        weakspot.promotion_suppression(model, pairs),
+        weakspot.propagation(model, pairs),
+        weakspot.propagation_study(model, pairs),
+        weakspot.restoration(model, pairs),
+        weakspot.ssim_alignment(model, pairs),
+        weakspot.locality(model, one_pixel),
+        explanation,
+        *explanation.analyses.values(),
+    ]
+    for result in results:
+        text = repr(result)
+        assert type(result).__name__ in text
+        assert "tensor(" not in text
+        assert len(text.splitlines()) <= 10, text
+        assert len(text) < 1500, text
