@@ -72,7 +72,7 @@ def restoration(
     """Deletion and insertion curves of the perturbation, and small causal sets of cells.
 
     Sets are found greedily. Cells are exchanged in the order of what each does alone until the decision flips. Then,
-    starting from the weakest, every cell is put back without which the decision stays flipped. So each cell of a set is
+    starting with the weakest, a cell is put back if the decision stays flipped without it. So each cell of a set is
     needed in it; the sets are small, but not proven smallest. If the attack does not fool the model, there are none.
 
     Args:
