@@ -100,7 +100,7 @@ def ssim_alignment(
         others = other_images(classifier, pairs, reference if compare else None)
         images = torch.cat([pairs.clean, others])
         classes = torch.cat([labels, predict(classifier, others).argmax(1) if len(others) else labels[:0]])
-        maps = class_activation(classifier, images, classes, registration="effective")
+        maps = class_activation(classifier, images, classes, alignment="effective")
         gradient = margin_gradient(classifier, pairs.clean, labels, targets)
         # Each control is a map of change and the maps it is compared with.
         pgd_change = pgd_of_equal_ssim(
@@ -113,7 +113,7 @@ def ssim_alignment(
         if random_weights:
             shuffled = with_shuffled_weights(classifier, seed)
             predicted = predict(shuffled, images).argmax(1)
-            unlearned = class_activation(shuffled, images, predicted, registration="effective")
+            unlearned = class_activation(shuffled, images, predicted, alignment="effective")
             controls["random_weights"] = (change, unlearned)
     local = isinstance(pairs, AttackResult) and pairs.ssim_local_budget_spent is not None
     own = maps[: len(pairs)]
