@@ -335,7 +335,7 @@ def test_flat_images_may_be_roughened_by_what_the_constant_allows(level: float, 
 
 
 @sampled("layout, level, moved, masked", LAYOUTS, [0.03, 0.1, 0.5], [False, True], [False, True])
-def test_means_take_their_share_of_the_steepest_step_and_all_of_the_budget_is_spent(
+def test_means_take_their_fraction_of_the_steepest_step_and_all_of_the_budget_is_spent(
     layout: tuple[int, int, int], level: float, moved: bool, masked: bool
 ) -> None:
     height, width, patch = layout
@@ -382,7 +382,7 @@ def test_a_smaller_share_of_means_leaves_fewer_edges_between_patches() -> None:
 
 
 @pytest.mark.parametrize("level", [0, -1, 1.1, True, "0.1", float("nan")])
-def test_a_share_of_means_outside_its_range_is_refused(level: Any) -> None:
+def test_a_fraction_of_means_outside_its_range_is_refused(level: Any) -> None:
     with pytest.raises(ValueError, match=r"level must be a fraction above 0 and at most 1, got"):
         SSIM(0.01, level=level)
 

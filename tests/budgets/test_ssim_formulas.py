@@ -279,7 +279,7 @@ def test_black_and_constant_patches_may_change_as_much_as_the_constants_allow(pa
 
 
 @pytest.mark.parametrize("eps", [-0.1, 1.0, 1, 2.0, float("nan"), float("inf")])
-def test_eps_is_a_share_below_one(eps: float) -> None:
+def test_eps_is_a_fraction_below_one(eps: float) -> None:
     with pytest.raises(ValueError, match=r"^eps must be at least 0 and below 1, .*got"):
         SSIM(eps)
 

@@ -107,10 +107,13 @@ class Attack:
         """
         if options.region is not None and "region" not in self.accepts:
             raise ValueError(f"region must be none for attack {self.name}, which takes no region")
-        given = {entry.name: getattr(options, entry.name) for entry in fields(options)}
-        if options.budget is None:
-            del given["budget"]  # the attack's own default
-        taken = {name: value for name, value in given.items() if name in self.accepts}
+        taken = {}
+        for entry in fields(options):
+            value = getattr(options, entry.name)
+            # None leaves a budget at the attack's own default, and **options without an entry.
+            omitted = value is None and (entry.name == "budget" or self.open_ended)
+            if entry.name in self.accepts and not omitted:
+                taken[entry.name] = value
         result = self.function(model, images, labels, **taken, **settings)
         if not isinstance(result, AttackResult):
             kind = type(result).__name__
