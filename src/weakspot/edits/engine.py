@@ -57,6 +57,7 @@ class Engine:
         last = {slot: number for number, step in enumerate(steps) for slot in step.inputs}
         last[recording.logits] = len(steps)
         self._read = frozenset(last)
+        # Values are dropped after the step that reads them last.
         self._done_with = [{slot for slot in step.inputs if last[slot] == k} for k, step in enumerate(steps)]
         self._cleans: dict[int, Map] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
@@ -126,6 +127,7 @@ class Engine:
             result: Any = None
             if windows and within and self._read.isdisjoint(step.outputs[1:]):
                 result = apply(state, step, values)
+                # Only the first output of a tuple is followed; the others are not read.
                 if step.several and result is not None:
                     result = (result, *[None] * (len(step.outputs) - 1))
             if result is None:
@@ -136,6 +138,7 @@ class Engine:
                         for rows in _slices(count, at_once)
                     ]
                     return torch.cat(parts)
+                # From here on whole maps: the windows are pasted into the unedited ones.
                 for slot in set(within):
                     clean = self._cleans[slot]
                     values[slot] = as_seen(whole(values[slot], clean, owners), clean.layout)

@@ -140,6 +140,7 @@ def joined(
     They grow over the unedited maps.
     """
     first = several[0]
+    # Windows of one branch share their tensors of places, which is cheaper to see than equal values.
     if all(
         one.size == first.size and (one.tops is first.tops or torch.equal(one.tops, first.tops))
         and (one.lefts is first.lefts or torch.equal(one.lefts, first.lefts))
