@@ -224,7 +224,7 @@ def test_leaving_the_label_short_of_the_target_is_no_targeted_success() -> None:
     assert result.success.tolist() == [False] * 3
 
 
-@pytest.mark.parametrize(("network", "budget"), zip(NETWORKS, BUDGETS, strict=True))
+@pytest.mark.parametrize(("network", "budget"), [*zip(NETWORKS, BUDGETS, strict=True)])
 def test_misclassified_images_are_successes(network: str, budget: Budget) -> None:
     model, images = NETWORKS[network]()
     labels = model(images).argmin(1)
