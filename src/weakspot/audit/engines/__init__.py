@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Protocol
 
-from weakspot._checks import check_count, unknown_choice
+from weakspot._checks import check_count, entry_points, unknown_choice
 from weakspot.audit.plan.image_list import Entry, entries
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.work.batches import AuditModel

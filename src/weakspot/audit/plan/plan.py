@@ -107,6 +107,7 @@ class Plan:
             values["analyses"] = tuple(available_analyses())
         elif values.get("analyses") == ("none",):
             values["analyses"] = ()
+        # Everything else is the path of a CSV file.
         if values.get("labels", "auto") not in LABELS:
             values["labels"] = str(folder / str(values["labels"]))
         return cls(**values)
@@ -227,6 +228,7 @@ def read_plan(path: Path) -> dict[str, object]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML ({error})") from None
     folder = path.absolute().parent
+    # Relative to the file, not to the working directory: a plan can be moved with its images.
     images = table.get("images")
     if isinstance(images, str | list):
         paths = [images] if isinstance(images, str) else images
