@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.attacks.test_gradient import Watched, bits, margins_of, predicted, region_of, tagged, times
+from tests.covering import sampled
 from tests.networks import FlatNetwork, Made, PoolingNetwork, untouched
 from weakspot.attacks import few_pixel
 from weakspot.pairs import AttackResult
@@ -121,10 +122,7 @@ def one_pixel_margins(model: nn.Module, image: Tensor, label: Tensor) -> Tensor:
     return margins_of(model, candidates, label.expand(len(candidates))).view(-1, len(CORNERS))
 
 
-@pytest.mark.parametrize("kind", ["everywhere", "scattered"])
-@pytest.mark.parametrize("count", [1, 2, 3])
-@each_shape
-@each_method
+@sampled("method, shape, count, kind", METHODS, SHAPES, [1, 2, 3], ["everywhere", "scattered"])
 def test_results_are_in_range_of_few_pixels_in_the_region_and_verified(
     method: str, shape: tuple[int, ...], count: int, kind: str
 ) -> None:
@@ -365,7 +363,7 @@ def test_a_region_of_a_single_site_changes_that_site_only(method: str, count: in
     assert changed_sites(result).unique().tolist()[-1] == 1
 
 
-@pytest.mark.parametrize("wrong", [False, True], ids=["read well", "misread"])
+@pytest.mark.parametrize("wrong", [False, True], ids=["correct", "misclassified"])
 @each_method
 def test_an_empty_region_returns_the_clean_bits_and_success_as_it_is(method: str, wrong: bool) -> None:
     model, images = convolutional((3, 8, 8))
@@ -387,7 +385,7 @@ def test_a_neighbor_with_an_empty_region_is_left_as_it_is(method: str) -> None:
 
 
 @each_method
-def test_images_already_misread_are_successes_at_little_cost(method: str) -> None:
+def test_images_already_misclassified_are_successes_at_little_cost(method: str) -> None:
     model, images = convolutional((3, 8, 8))
     with torch.no_grad():
         labels = model(images).argmin(1)
@@ -398,7 +396,7 @@ def test_images_already_misread_are_successes_at_little_cost(method: str) -> Non
 
 
 @each_method
-def test_an_image_that_is_misread_as_it_is_is_a_success_whatever_lies_around_it(method: str) -> None:
+def test_an_image_that_is_misclassified_already_is_a_success_whatever_lies_around_it(method: str) -> None:
     image = random_images(1, 3, 8, 8, contrast=0.2)
     model = Needle(image).eval()
     assert predicted(model, image).tolist() == [1]
@@ -425,7 +423,7 @@ def test_where_no_image_falls_the_best_attempts_are_kept(method: str) -> None:
 @each_method
 def test_an_attempt_is_never_worse_than_the_clean_image(method: str) -> None:
     image = random_images(1, 3, 8, 8, contrast=0.2)
-    # Read well, if only just; whatever is painted leads away from where it would be misread.
+    # Just classified correctly; whatever is painted leads away from where it would not be.
     model, labels = Needle(image + 0.001).eval(), torch.tensor([0])
     assert predicted(model, image).tolist() == [0]
     result = few_pixel(model, image, labels, method=method, **SHORT)

@@ -188,7 +188,7 @@ def test_files_keep_within_the_budget_and_success_is_theirs(budget: Budget, betw
     before = levels_of(images)
     assert torch.equal(files, levels_of(files))
     assert bool(fits.all())
-    assert bool((budget.size(files - before, before) <= budget.eps * (1 + 1e-5) + 1e-6).all())  # type: ignore[attr-defined]
+    assert bool((budget.distance(files - before, before) <= budget.eps * (1 + 1e-5) + 1e-6).all())  # type: ignore[attr-defined]
     assert bool(((files - result.adversarial).abs() <= 1 / 255 + 1e-6).all())
     assert result.success_8bit is not None
     assert torch.equal(result.success_8bit, predicted(model, round_trip(files)) != labels)

@@ -211,7 +211,7 @@ def test_where_nothing_can_succeed_the_best_attempt_is_kept(budget: Budget, stop
 
 @pytest.mark.parametrize("targeted", [False, True])
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
-def test_a_batch_that_is_misread_as_it_is_costs_one_step_and_comes_back_unchanged(
+def test_a_batch_that_is_misclassified_already_costs_one_step_and_comes_back_unchanged(
     budget: Budget, targeted: bool
 ) -> None:
     model, images = NETWORKS["normalized"]()

@@ -159,8 +159,8 @@ def test_bad_colors_get_one_sentence() -> None:
     with pytest.raises(ValueError, match="did you mean 'corners'"):
         pixel_sweep(model, images, labels, colors="corner")
     with pytest.raises(
-        ValueError, match=r"colors is \(2, 1\); accepted is 'corners', 'refined' or a float tensor"
+        ValueError, match=r"colors must be corners, refined or a float tensor \(K, 3\), got \(2, 1\)"
     ):
         pixel_sweep(model, images, labels, colors=torch.rand(2, 1))
-    with pytest.raises(ValueError, match="colors leave"):
+    with pytest.raises(ValueError, match="colors must be between 0 and 1"):
         pixel_sweep(model, images, labels, colors=torch.rand(2, 3) + 1)

@@ -58,7 +58,7 @@ def test_tokens_are_laid_out_as_the_grid_of_patches_behind_their_prefix(
         (1 + 4 * 6, (16, 24), (4, 6, 1)),
     ],
 )
-def test_tokens_of_well_known_networks_are_laid_out_rightly(
+def test_tokens_of_well_known_networks_are_laid_out_correctly(
     tokens: int, size: tuple[int, int], expected: tuple[int, int, int]
 ) -> None:
     layout = Layout.of(torch.zeros(1, tokens, 8), torch.zeros(1, 3, *size))

@@ -193,7 +193,7 @@ def test_evidence_is_shown_for_both_classes_in_both_images(any_model: Made) -> N
     rivals = torch.where(pairs.targets == pairs.labels, second, pairs.targets)
     for role, classes in (("label", pairs.labels), ("target", rivals)):
         for when, batch in (("clean", pairs.clean), ("adversarial", pairs.adversarial)):
-            expected = class_activation(model, batch, classes, registration="effective")
+            expected = class_activation(model, batch, classes, alignment="effective")
             torch.testing.assert_close(found.maps[f"cam_{role}_{when}"], expected, rtol=1e-4, atol=1e-5)
     before, after = (found.maps[f"cam_label_{when}"].flatten(1).numpy() for when in ("clean", "adversarial"))
     expected_kept = [np.corrcoef(a, b)[0, 1] for a, b in zip(before, after, strict=True)]

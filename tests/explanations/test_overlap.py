@@ -437,7 +437,7 @@ def test_importance_by_gradient_is_its_norm_over_channels(any_model: Made) -> No
 def test_importance_by_default_is_the_registered_class_activation_of_the_label(any_model: Made) -> None:
     model, images = any_model
     pairs = attacked(model, images)
-    expected = class_activation(model, images, pairs.labels, registration="effective")
+    expected = class_activation(model, images, pairs.labels, alignment="effective")
     torch.testing.assert_close(overlap(model, pairs).importance, expected)
 
 

@@ -200,7 +200,7 @@ def test_an_even_perturbation_scores_the_root_of_the_area(fraction: float) -> No
 
 def evidence_of(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     """The 30% of each image that the score is about."""
-    return regions.top(class_activation(model, images, classes, registration="effective"), 0.3)
+    return regions.top(class_activation(model, images, classes, alignment="effective"), 0.3)
 
 
 def test_a_perturbation_inside_the_evidence_scores_one_and_proves_nothing() -> None:

@@ -312,8 +312,8 @@ def test_the_figure_draws_a_line_for_each_group_that_has_pairs() -> None:
     [
         (["stam"], "layers must .* got 'stam' .did you mean 'stem'"),
         (["head"], "layers must .* got 'head' .head has no feature map"),
-        ("stem", "accepted is a list of layer names"),
-        ([], "accepted is a list of layer names"),
+        ("stem", "layers must be a list of layer names"),
+        ([], "layers must be a list of layer names"),
     ],
 )
 def test_layers_that_do_not_fit_are_refused_by_name(layers: Any, told: str) -> None:
@@ -324,7 +324,7 @@ def test_layers_that_do_not_fit_are_refused_by_name(layers: Any, told: str) -> N
 
 def test_a_network_without_maps_is_told_so() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2)).eval()
-    with pytest.raises(ValueError, match="keeps no map of the image"):
+    with pytest.raises(ValueError, match="must have a map of the image"):
         propagation(model, Pairs.of(model, torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)))
 
 

@@ -111,7 +111,7 @@ def test_paths_of_different_lengths_equal_single_ones(any_model: Made) -> None:
     classifier = Classifier.wrap(model)
     losing = competing_classes(classifier, pairs)
     places = [torch.rand(count) for count in (3, 5, 3)]
-    arguments = (images, pairs.adversarial, pairs.labels, losing)
+    arguments = (images, pairs.adversarial, torch.stack([pairs.labels, losing], 1))
     found = sampled_drop(classifier, *arguments, places)
     change = pairs.adversarial - images
     for row in range(3):

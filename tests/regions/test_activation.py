@@ -18,7 +18,7 @@ def test_cam_is_the_top_of_the_registered_class_activation(
 ) -> None:
     model, images = pooling
     classes = torch.tensor([0, 3, 1])
-    maps = class_activation(model, images, classes, layer=layer, registration="effective")
+    maps = class_activation(model, images, classes, layer=layer, alignment="effective")
     for fraction in (0.0, 0.1, 0.3, 1.0):
         region = regions.cam(model, images, classes, fraction=fraction, layer=layer)
         assert region.flatten(1).sum(1).tolist() == [round(fraction * 400)] * 3

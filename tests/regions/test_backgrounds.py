@@ -240,13 +240,13 @@ def test_what_a_background_cannot_be_made_of_is_refused() -> None:
     color = torch.rand(2, 3, 8, 8)
     with pytest.raises(ValueError, match=r"method must .* got 'grabcat' \(did you mean 'grabcut'\?"):
         regions.background(color, method="grabcat")
-    with pytest.raises(ValueError, match="model is None; accepted with method 'cam' is a classifier"):
+    with pytest.raises(ValueError, match="model must be a classifier for method 'cam', got None"):
         regions.background(color, method="cam")
-    with pytest.raises(ValueError, match=r"images have 3 channels; accepted with method 'threshold' are 1$"):
+    with pytest.raises(ValueError, match=r"images must have 1 channels for method 'threshold', got 3$"):
         regions.background(color, method="threshold")
-    with pytest.raises(ValueError, match="images have 4 channels; accepted with method 'auto' are 1 and 3"):
+    with pytest.raises(ValueError, match="images must have 1 or 3 channels for method 'auto', got 4"):
         regions.background(torch.rand(2, 4, 8, 8))
-    with pytest.raises(ValueError, match=r"images are 2 x 8; accepted .* at least 3 x 3 pixels"):
+    with pytest.raises(ValueError, match=r"images must be at least 3 x 3 pixels .*, got 2 x 8"):
         regions.background(color[:, :, :2])
     with pytest.raises(ValueError, match=r"classes must .* got \(1,\)"):
         regions.background(color, classes=torch.tensor([1]))

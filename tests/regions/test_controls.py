@@ -86,7 +86,7 @@ def test_controls_of_different_seeds_differ(kind: str) -> None:
     ids=["float", "three dimensions", "three channels"],
 )
 def test_matched_refuses_what_is_no_region(bad: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"region is .*accepted is bool \(N, 1, H, W\)"):
+    with pytest.raises(ValueError, match=r"region must be bool \(N, 1, H, W\), got"):
         regions.matched(bad)
 
 

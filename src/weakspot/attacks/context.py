@@ -144,7 +144,7 @@ class Problem:
     def ball(self) -> PreparedBudget:
         """The budget around the clean images."""
         if self.budget is None:
-            raise ValueError("budget must be given for this attack, got None")
+            raise ValueError("budget must be a budget such as Linf(4 / 255), got None")
         return prepare(self.budget, self.clean)
 
     def apply(self, perturbation: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from weakspot.defenses.unit_masking import Attack, masking, masking_sentence
 from weakspot.dissection import (
     Dissection,
     associate,
-    in_words,
+    concept_sentence,
     join,
     moved_concepts,
     sensitivity_sentence,
@@ -85,7 +85,11 @@ def unit_study(
     table = join(unit_sensitivity(model, dissection.layer, pairs, seed=seed), dissection.units)
     if progress is not None:
         progress(0.3 if mask is not None else 1.0)
-    sentences = [sensitivity_sentence(table), in_words(moved_concepts(table)), *association_sentences(table)]
+    sentences = [
+        sensitivity_sentence(table),
+        concept_sentence(moved_concepts(table)),
+        *association_sentences(table),
+    ]
     if mask is None:
         return UnitStudy(dissection.layer, table, sentences)
     masked, images, labels = _chosen(model, dissection.layer, pairs, mask, count=len(table), seed=seed)
@@ -120,6 +124,7 @@ def association_sentences(table: pd.DataFrame) -> list[str]:
         ]
     association = associate(table)
     sentences = [association.sentence]
+    # If units that change under noise show the same association, the attack is not its reason.
     noise = table.assign(sensitivity=table["noise"])
     if association.units >= ENOUGH and np.isfinite(noise["sensitivity"]).sum() >= ENOUGH:
         of_noise = associate(noise)
@@ -144,6 +149,7 @@ def _chosen(
         raise ValueError(
             f"pairs must be at least 4 to choose units on one half and judge them on the other, got {len(pairs)}"
         )
+    # Every other pair, so that classes stored in blocks are in both halves.
     halves = [
         Pairs(*(part[start::2] for part in (pairs.clean, pairs.adversarial, pairs.labels, pairs.targets)))
         for start in (0, 1)

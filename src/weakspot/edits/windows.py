@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Layout = Literal["maps", "sites", "rows"]
-"""How a network sees a map just now: (N, C, H, W), (N, H, W, C), or (N * H * W, C)."""
+"""How a network sees a map at some step: (N, C, H, W), (N, H, W, C), or (N * H * W, C)."""
 
 
 @dataclass(frozen=True)
 class Windows:
-    """What M edits change of a map: a window each, all of one size.
+    """The part of a map that each of M edits changes, all of one size.
 
     Attributes:
         values: (M, h, w, C) contiguous, whatever the layout.
         tops: (M,) row of each window's first site.
-        lefts: (M,) column likewise.
+        lefts: (M,) column of each window's first site.
         layout: how the network sees the whole map.
     """
 
@@ -54,7 +54,7 @@ class Map:
     Attributes:
         sites: (N, H, W, C) contiguous.
         layout: how the network sees it.
-        padded: copies with borders, by the widths and the value of these.
+        padded: copies with borders, by widths and value.
     """
 
     sites: Tensor
@@ -66,7 +66,7 @@ class Map:
         return self.sites.shape[1], self.sites.shape[2]
 
     def with_border(self, widths: Sequence[int], value: float) -> Tensor:
-        """(N, H', W', C) with (left, right, top, bottom) more sites of the value."""
+        """(N, H', W', C) with (left, right, top, bottom) more sites of this value."""
         if not any(widths):
             return self.sites
         key = (*widths, value)
@@ -80,7 +80,7 @@ def as_seen(sites: Tensor, layout: Layout) -> Tensor:
     if layout == "maps":
         count, height, width, channels = sites.shape
         if channels == 1:
-            # One channel with channels-last strides, torch 2.13's convolution on CPUs gives wrong numbers for.
+            # For one channel with channels-last strides, torch 2.13's convolution on CPUs gives wrong numbers.
             return sites.reshape(count, channels, height, width)
         return sites.permute(0, 3, 1, 2)
     return sites if layout == "sites" else sites.reshape(-1, sites.shape[3])
@@ -93,33 +93,36 @@ def as_sites(seen: Tensor, layout: Layout, size: tuple[int, int]) -> Tensor:
     return seen.contiguous() if layout == "sites" else seen.reshape(-1, *size, seen.shape[1]).contiguous()
 
 
-def gathered(sites: Tensor, owners: Tensor, tops: Tensor, lefts: Tensor, height: int, width: int) -> Tensor:
-    """(M, height, width, C): the windows at these places of the maps (N, H, W, C) of their owners."""
-    flat = _flat(owners, tops, lefts, height, width, sites.shape[1], sites.shape[2])
-    rows = sites.view(-1, sites.shape[3]).index_select(0, flat)
-    return rows.view(-1, height, width, sites.shape[3])
+def gathered(sites: Tensor, owners: Tensor, tops: Tensor, lefts: Tensor, size: tuple[int, int]) -> Tensor:
+    """(M, height, width, C): the windows of this size at these places of the owners' maps (N, H, W, C)."""
+    first = _number(sites, owners, tops, lefts)
+    # As rows of channels, so that each copied piece is contiguous.
+    rows = sites.view(-1, sites.shape[3]).index_select(0, _all_numbers(first, size, sites.shape[2]))
+    return rows.view(-1, *size, sites.shape[3])
 
 
 def paste(onto: Tensor, tops: Tensor, lefts: Tensor, values: Tensor) -> Tensor:
-    """Write values (M, h, w, C) into (M, H, W, C), each at its place; returns what was written into."""
+    """Write values (M, h, w, C) into (M, H, W, C), each at its place; returns the latter."""
     count, height, width, channels = values.shape
     owners = torch.arange(count, device=values.device)
-    flat = _flat(owners, tops, lefts, height, width, onto.shape[1], onto.shape[2])
-    onto.view(-1, channels).index_copy_(0, flat, values.reshape(-1, channels))
+    numbers = _all_numbers(_number(onto, owners, tops, lefts), (height, width), onto.shape[2])
+    onto.view(-1, channels).index_copy_(0, numbers, values.reshape(-1, channels))
     return onto
 
 
-def _flat(
-    owners: Tensor, tops: Tensor, lefts: Tensor, height: int, width: int, rows: int, columns: int
-) -> Tensor:
-    """Numbers of the sites of windows in maps that lie one after the other."""
-    first = (owners * rows + tops) * columns + lefts
-    return (first[:, None] + _offsets(height, width, columns, tops.device)).view(-1)
+def _number(maps: Tensor, owners: Tensor, tops: Tensor, lefts: Tensor) -> Tensor:
+    """(M,) numbers of sites of the owners' maps (N, H, W, C), counted over all maps in reading order."""
+    return (owners * maps.shape[1] + tops) * maps.shape[2] + lefts
+
+
+def _all_numbers(first: Tensor, size: tuple[int, int], columns: int) -> Tensor:
+    """(M * height * width,) numbers of all sites of windows, whose first sites have the numbers (M,)."""
+    return (first[:, None] + _offsets(*size, columns, first.device)).view(-1)
 
 
 @lru_cache(maxsize=512)
 def _offsets(height: int, width: int, columns: int, device: torch.device) -> Tensor:
-    """(height * width,) how far a window's sites lie behind its first in a map of so many columns."""
+    """(height * width,) numbers of a window's sites less that of its first, in a map of so many columns."""
     down, along = torch.arange(height, device=device), torch.arange(width, device=device)
     return (down[:, None] * columns + along).view(-1)
 
@@ -132,9 +135,9 @@ def whole(windows: Windows, clean: Map, owners: Tensor) -> Tensor:
 def joined(
     several: Sequence[Windows], cleans: Sequence[Map], owners: Tensor, room: float
 ) -> list[Windows] | None:
-    """The windows grown to common places and one size, or None where that takes more than `room` of the map.
+    """The windows grown to common places and one size, or None if that takes more than `room` of the map.
 
-    What is grown over is the unedited map.
+    They grow over the unedited maps.
     """
     first = several[0]
     if all(
@@ -148,26 +151,19 @@ def joined(
     lefts, wide = _span([one.lefts for one in several], [one.size[1] for one in several], width)
     if tall * wide > room * height * width:
         return None
-    return [
-        replace(
-            one,
-            values=paste(
-                gathered(clean.sites, owners, tops, lefts, tall, wide),
-                one.tops - tops,
-                one.lefts - lefts,
-                one.values,
-            ),
-            tops=tops,
-            lefts=lefts,
-        )
-        if one.size != (tall, wide) or not torch.equal(one.tops, tops) or not torch.equal(one.lefts, lefts)
-        else one
-        for one, clean in zip(several, cleans, strict=True)
-    ]
+    grown = []
+    for one, clean in zip(several, cleans, strict=True):
+        if one.size != (tall, wide) or not torch.equal(one.tops, tops) or not torch.equal(one.lefts, lefts):
+            around = gathered(clean.sites, owners, tops, lefts, (tall, wide))
+            values = paste(around, one.tops - tops, one.lefts - lefts, one.values)
+            grown.append(replace(one, values=values, tops=tops, lefts=lefts))
+        else:
+            grown.append(one)
+    return grown
 
 
 def _span(starts: Sequence[Tensor], lengths: Sequence[int], limit: int) -> tuple[Tensor, int]:
-    """Starts (M,) and the one length of stretches that hold all stretches, row by row, within 0 to limit."""
+    """Starts (M,) and the one length of stretches within 0 to limit that contain all stretches, row by row."""
     start = torch.stack(list(starts)).amin(0)
     end = torch.stack([begin + length for begin, length in zip(starts, lengths, strict=True)]).amax(0)
     length = int((end - start).max())

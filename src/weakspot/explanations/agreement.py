@@ -267,9 +267,8 @@ def second_path(
         (torch.arange(count, device=keys.device) + _random.uniform(key[None], 0, count)[0]) / count
         for key, count in zip(keys, counts, strict=True)
     ]
-    return sampled_drop(
-        classifier, pairs.clean[rows], pairs.adversarial[rows], pairs.labels[rows], competing[rows], places
-    )
+    classes = torch.stack([pairs.labels[rows], competing[rows]], 1)
+    return sampled_drop(classifier, pairs.clean[rows], pairs.adversarial[rows], classes, places)
 
 
 def setting_tests(

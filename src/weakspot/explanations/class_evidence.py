@@ -46,7 +46,7 @@ def analyze_cam(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:  
     with evaluating(model) as classifier:
         both = torch.stack([pairs.labels, competing_classes(classifier, pairs)], 1)
         images, classes = torch.cat([pairs.clean, pairs.adversarial]), torch.cat([both, both])
-        evidence = class_activations(classifier, images, classes, registration="effective")
+        evidence = class_activations(classifier, images, classes, alignment="effective")
         clean, adversarial = evidence.chunk(2)
     names = ("cam_label_clean", "cam_target_clean", "cam_label_adversarial", "cam_target_adversarial")
     maps = dict(zip(names, (*clean.split(1, 1), *adversarial.split(1, 1)), strict=True))
@@ -127,7 +127,7 @@ def interpretability_test(
             logits = predict(classifier, others)
             first = logits.argmax(1)
             classes = torch.cat([classes, first if of == "label" else runner_up(logits, first)[1]])
-        evidence = class_activation(classifier, images, classes, registration="effective")
+        evidence = class_activation(classifier, images, classes, alignment="effective")
     energy = pairs.perturbation.double().square().sum(1)
     confined = reached_fraction(pairs) < WHOLE
     test = None

@@ -196,7 +196,7 @@ def overlap(
                 again[rows] = spread(second_path(classifier, pairs, competing, drop, rows, seed=seed))
                 aligned = [maps]
                 if importance == "cam":
-                    aligned.append(_importances(classifier, pairs, importance, others, registration="resize"))
+                    aligned.append(_importances(classifier, pairs, importance, others, alignment="resize"))
                 related = agreed([reported, *setting_tests(aligned, [vulnerable, again], allowed)])
     shifted = shift_tests(important[:, 0], vulnerable[:, 0], roi[:, 0], roa[:, 0])
     columns = [tested_columns(name, tests.get(name), shifted[name], confined) for name in shifted]
@@ -216,7 +216,7 @@ def _importances(
     importance: str | Tensor,
     others: Tensor,
     *,
-    registration: str = "effective",
+    alignment: str = "effective",
 ) -> Tensor:
     """(N + R, 1, H, W) importance of the labels in the clean images and of the predicted classes in the others."""
     if isinstance(importance, Tensor):
@@ -229,7 +229,7 @@ def _importances(
         images = torch.cat([images, others])
         classes = torch.cat([classes, predict(classifier, others).argmax(1)])
     if importance == "cam":
-        maps = class_activation(classifier, images, classes, registration=registration)
+        maps = class_activation(classifier, images, classes, alignment=alignment)
         # Without any evidence for the class no region matters most: a constant map has no statistics.
         return torch.where(maps.amax((1, 2, 3), keepdim=True) > 0, maps, 0)
     if importance == "gradient":

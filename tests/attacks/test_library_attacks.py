@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.attacks.test_gradient import predicted, region_of
-from tests.networks import Made, untouched
+from tests.covering import sampled
+from tests.networks import NETWORKS, Made, untouched
 from weakspot import L1, L2, SSIM, Linf, ModelWarning
 from weakspot.attacks import external, libraries
 
@@ -59,13 +60,17 @@ def noisy(model: nn.Module, images: Tensor, wanted: Tensor, eps: float) -> Tenso
     return point.detach()
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 2])
-@pytest.mark.parametrize("kind", ["everywhere", "scattered"])
-@pytest.mark.parametrize("budget", [Linf(0.05), L2(0.3)], ids=str)
+@sampled(
+    "network, batch_size, kind, budget",
+    NETWORKS,
+    [None, 1, 2],
+    ["everywhere", "scattered"],
+    [Linf(0.05), L2(0.3)],
+)
 def test_what_comes_back_keeps_range_budget_and_region_and_every_pass_is_counted(
-    any_model: Made, library: Callable[[Search], str], budget: Any, kind: str, batch_size: int | None
+    library: Callable[[Search], str], network: str, budget: Any, kind: str, batch_size: int | None
 ) -> None:
-    model, images = any_model
+    model, images = NETWORKS[network]()
     labels, region = predicted(model, images), region_of(kind, images)
     seen = []
     handle = model.register_forward_hook(lambda module, given, logits: seen.append(len(given[0])))
@@ -75,7 +80,7 @@ def test_what_comes_back_keeps_range_budget_and_region_and_every_pass_is_counted
         )
     handle.remove()
     assert bool(((result.adversarial >= 0) & (result.adversarial <= 1)).all())
-    assert bool((budget.size(result.perturbation, images) <= budget.eps * (1 + 1e-5) + 1e-7).all())
+    assert bool((budget.distance(result.perturbation, images) <= budget.eps * (1 + 1e-5) + 1e-7).all())
     if region is not None:
         outside = ~region.expand_as(images)
         assert torch.equal(result.adversarial[outside], images[outside])

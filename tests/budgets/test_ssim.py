@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tests.budgets.strategies import LAW, Case, cases, similarities
+from tests.covering import sampled
 from weakspot.budgets import SSIM
 from weakspot.similarity import ssim_map
 
@@ -333,13 +334,11 @@ def test_flat_images_may_be_roughened_by_what_the_constant_allows(level: float, 
     assert size_of(budget, images[0], projected[0]) == pytest.approx(eps, rel=1e-4)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("moved", [False, True], ids=["from the image", "from elsewhere"])
-@pytest.mark.parametrize("level", [0.03, 0.1, 0.5])
-@pytest.mark.parametrize(("height", "width", "patch"), LAYOUTS)
+@sampled("layout, level, moved, masked", LAYOUTS, [0.03, 0.1, 0.5], [False, True], [False, True])
 def test_means_take_their_share_of_the_steepest_step_and_all_of_the_budget_is_spent(
-    height: int, width: int, patch: int, level: float, moved: bool, masked: bool
+    layout: tuple[int, int, int], level: float, moved: bool, masked: bool
 ) -> None:
+    height, width, patch = layout
     images, gradients = drawn(height, width)
     if masked:
         gradients = gradients * (

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from tests.budgets.strategies import drawn, pictures
+from tests.covering import sampled
 from weakspot.budgets import SSIM
 
 LEVEL, STRUCTURE = 0.01**2, 0.03**2
 SIZES = [(8, 8), (16, 8), (9, 9), (7, 13), (3, 2), (1, 5)]
 
-every_patch = pytest.mark.parametrize("patch", [2, 3, 8])
+PATCHES = [2, 3, 8]
+every_patch = pytest.mark.parametrize("patch", PATCHES)
 every_size = pytest.mark.parametrize("size", SIZES, ids=str)
 
 
@@ -56,10 +58,7 @@ def plain_size(perturbation: Tensor, image: Tensor, patch: int, mode: str) -> fl
     return sum(map(sum, pairs)) / len(pairs)
 
 
-@every_patch
-@every_size
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("mode", ["global", "local"])
+@sampled("patch, size, channels, mode", PATCHES, SIZES, [1, 3], ["global", "local"])
 def test_size_is_the_formula_patch_by_patch(
     patch: int, size: tuple[int, int], channels: int, mode: str
 ) -> None:
@@ -107,11 +106,14 @@ def test_mean_ssim_of_patches_is_at_least_one_minus_eps(patch: int, size: tuple[
         assert sum(similarities) / len(similarities) >= 0.9 - 1e-6
 
 
-@every_patch
-@every_size
-@pytest.mark.parametrize("eps", [1e-4, 0.02, 0.3])
-@pytest.mark.parametrize("scale", [0.3, 100.0])
-@pytest.mark.parametrize("kind", ["everywhere", "scattered"])
+@sampled(
+    "patch, size, eps, scale, kind",
+    PATCHES,
+    SIZES,
+    [1e-4, 0.02, 0.3],
+    [0.3, 100.0],
+    ["everywhere", "scattered"],
+)
 def test_a_global_projection_spends_the_whole_budget_where_more_is_wanted(
     patch: int, size: tuple[int, int], eps: float, scale: float, kind: str
 ) -> None:
@@ -156,9 +158,7 @@ def test_a_perturbation_inside_is_left_alone(mode: str, patch: int) -> None:
     torch.testing.assert_close(budget.project(changes, images), changes, rtol=0, atol=1e-6)
 
 
-@every_patch
-@every_size
-@pytest.mark.parametrize("eps", [1e-3, 0.02, 0.3])
+@sampled("patch, size, eps", PATCHES, SIZES, [1e-3, 0.02, 0.3])
 def test_a_local_step_brings_every_patch_to_both_its_bounds(
     patch: int, size: tuple[int, int], eps: float
 ) -> None:
@@ -173,9 +173,7 @@ def test_a_local_step_brings_every_patch_to_both_its_bounds(
                 assert structure == pytest.approx(eps if len(before) > 1 else 0, rel=2e-3)
 
 
-@every_patch
-@every_size
-@pytest.mark.parametrize("begun", [False, True])
+@sampled("patch, size, begun", PATCHES, SIZES, [False, True])
 def test_a_global_step_meets_the_conditions_of_lagrange(
     patch: int, size: tuple[int, int], begun: bool
 ) -> None:

@@ -212,7 +212,7 @@ def test_each_images_weight_is_raised_tenfold_until_it_fools_and_lowered_tenfold
 
 
 @each_attack
-def test_images_already_misread_are_returned_as_they_are(attack: Attack) -> None:
+def test_images_already_misclassified_are_returned_as_they_are(attack: Attack) -> None:
     model, images = convolutional((3, 8, 8))
     with torch.no_grad():
         labels = model(images).argmin(1)
@@ -222,12 +222,12 @@ def test_images_already_misread_are_returned_as_they_are(attack: Attack) -> None
 
 
 @each_attack
-def test_an_image_that_is_misread_as_it_is_is_a_success_whatever_lies_around_it(attack: Attack) -> None:
+def test_an_image_that_is_misclassified_already_is_a_success_whatever_lies_around_it(attack: Attack) -> None:
     image = random_images(1, 3, 8, 8, contrast=0.2)
     assert attack(Needle(image).eval(), image, torch.tensor([0]), steps=20).success.tolist() == [True]
 
 
-@pytest.mark.parametrize("wrong", [False, True], ids=["read well", "misread"])
+@pytest.mark.parametrize("wrong", [False, True], ids=["correct", "misclassified"])
 @each_attack
 def test_an_empty_region_returns_the_clean_bits_and_success_as_it_is(attack: Attack, wrong: bool) -> None:
     model, images = convolutional((3, 8, 8))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.attacks.test_gradient import Watched, balanced, bits, limit, predicted, region_of, tagged, times
+from tests.covering import sampled
 from tests.networks import NETWORKS, LinearNetwork, Made, doubled, untouched
 from weakspot import Classifier, attacks
 from weakspot._checks import ModelWarning
@@ -52,12 +53,11 @@ class Hiding(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("kind", ["everywhere", "empty for one"])
-@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+@sampled("network, budget, kind", NETWORKS, BUDGETS, ["everywhere", "empty for one"])
 def test_results_are_in_range_in_budget_in_region_and_verified(
-    any_model: Made, budget: Budget, kind: str
+    network: str, budget: Budget, kind: str
 ) -> None:
-    model, images = any_model
+    model, images = NETWORKS[network]()
     labels, region = predicted(model, images), region_of(kind, images)
     with untouched(model, images, labels, *([] if region is None else [region])):
         result = ensemble(model, images, labels, budget=budget, region=region)
@@ -224,9 +224,9 @@ def test_leaving_the_label_short_of_the_target_is_no_targeted_success() -> None:
     assert result.success.tolist() == [False] * 3
 
 
-@pytest.mark.parametrize("budget", BUDGETS, ids=str)
-def test_images_already_misread_are_successes(any_model: Made, budget: Budget) -> None:
-    model, images = any_model
+@pytest.mark.parametrize(("network", "budget"), zip(NETWORKS, BUDGETS, strict=True))
+def test_misclassified_images_are_successes(network: str, budget: Budget) -> None:
+    model, images = NETWORKS[network]()
     labels = model(images).argmin(1)
     result = ensemble(model, images, labels, budget=budget)
     assert result.success.tolist() == [True] * 3
@@ -245,7 +245,7 @@ class Needle(nn.Module):
         return torch.stack([distance, 1e-3 - distance], 1)
 
 
-def test_an_image_that_is_misread_as_it_is_is_a_success_whatever_lies_around_it() -> None:
+def test_an_image_that_is_misclassified_already_is_a_success_whatever_lies_around_it() -> None:
     image = 0.5 + 0.1 * torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     model = Needle(image).eval()
     assert predicted(model, image).tolist() == [1]
