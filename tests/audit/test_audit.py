@@ -26,8 +26,7 @@ from PIL import Image
 import weakspot
 from tests.audit.fixtures import (
     FILES,
-    NETWORKS,
-    draw_pictures,
+    audited,
     networks,
     pictures,
     same_maps,
@@ -48,19 +47,13 @@ __all__ = ["networks", "pictures"]  # fixtures
 
 @pytest.fixture(scope="module")
 def complete_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an audit of all pictures that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    (folder / "audited_networks.py").write_text(NETWORKS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(folder))
-        audit(small_plan(draw_pictures(folder / "pictures", 14)), folder / "whole")
-        sys.modules.pop("audited_networks", None)
-    return folder / "whole"
+    """The folder of an audit of all pictures."""
+    return audited(tmp_path_factory.mktemp("complete"))
 
 
 @pytest.fixture
 def whole(complete_folder: Path, pictures: Path) -> Run:
-    """That audit, in a folder of its own."""
+    """A copy of that audit."""
     return open_run(shutil.copytree(complete_folder, pictures.parent / "whole"))
 
 
