@@ -71,7 +71,7 @@ def test_an_unknown_key_is_ignored() -> None:
         ({"images": {"counted": 3}}, "run.json is damaged"),
         ({"remarks": "random"}, "run.json is damaged"),
         ({"missing": {"names": None}}, "run.json is damaged"),
-        ({"model": {**as_json(example())["model"], "probe": {"logits": "?"}}}, "run.json is damaged"),  # type: ignore[dict-item]
+        ({"model": {**as_json(example())["model"], "probe": {"logits": "?"}}}, "run.json is damaged"),
     ],
 )
 def test_a_damaged_or_foreign_file_is_one_sentence(change: dict[str, object], sentence: str) -> None:
