@@ -1,10 +1,11 @@
-"""Small pictures, small networks, small plans, and comparisons of runs."""
+"""Small pictures and networks, runs audited once per session, and assertions that two runs are the same."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit
+from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, open_run
 from weakspot.audit.store.digests import file_digest
 from weakspot.audit.store.records import TIMES
 
@@ -91,6 +92,24 @@ QUICK: dict[str, Any] = {"attacks": (AttackPlan("pgd", settings=(("steps", 2),))
 TINY = ModelPlan("audited_networks:build", size=(24, 24), classes=("cat", "dog", "fish", "owl"))
 
 
+Audited = Callable[[str, Plan, Path], Run]
+
+
+@pytest.fixture(scope="session")
+def audited(tmp_path_factory: pytest.TempPathFactory) -> Audited:
+    """Audit a plan once per session under a name, and give each test a copy that it may change."""
+    runs: dict[str, Path] = {}
+
+    def copy_of(name: str, plan: Plan, folder: Path) -> Run:
+        if name not in runs:
+            runs[name] = tmp_path_factory.mktemp(name) / "run"
+            audit(plan, runs[name])
+        shutil.copytree(runs[name], folder)
+        return open_run(folder)
+
+    return copy_of
+
+
 @pytest.fixture
 def networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with audited_networks.py, on the module path and the working directory."""
@@ -134,7 +153,7 @@ def small_plan(*sources: Path | str, **changes: object) -> Plan:
     return Plan(**{**plan, **changes})  # type: ignore[arg-type]
 
 
-def audited(folder: Path, **changes: object) -> Path:
+def audit_pictures(folder: Path, **changes: object) -> Path:
     """The folder of a complete audit of 14 pictures; its records equal those of any other folder."""
     (folder / "audited_networks.py").write_text(NETWORKS)
     with pytest.MonkeyPatch.context() as patch:

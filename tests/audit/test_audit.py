@@ -26,7 +26,7 @@ from PIL import Image
 import weakspot
 from tests.audit.fixtures import (
     FILES,
-    audited,
+    audit_pictures,
     networks,
     pictures,
     same_maps,
@@ -48,7 +48,7 @@ __all__ = ["networks", "pictures"]  # fixtures
 @pytest.fixture(scope="module")
 def complete_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an audit of all pictures."""
-    return audited(tmp_path_factory.mktemp("complete"))
+    return audit_pictures(tmp_path_factory.mktemp("complete"))
 
 
 @pytest.fixture

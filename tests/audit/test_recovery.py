@@ -15,7 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.audit.fixtures import QUICK, audited, networks, pictures, same_maps, same_records, small_plan
+from tests.audit.fixtures import (
+    QUICK,
+    audit_pictures,
+    networks,
+    pictures,
+    same_maps,
+    same_records,
+    small_plan,
+)
 from weakspot.audit import (
     AuditProgress,
     Run,
@@ -52,7 +60,7 @@ def interrupted(pictures: Path, name: str = "cut", **changes: object) -> Path:
 @pytest.fixture(scope="module")
 def complete_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a quick audit of all pictures."""
-    return audited(tmp_path_factory.mktemp("complete"), **QUICK)
+    return audit_pictures(tmp_path_factory.mktemp("complete"), **QUICK)
 
 
 @pytest.fixture
