@@ -262,7 +262,7 @@ def test_resuming_computes_only_missing_shards(pictures: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in shards} == shards
     assert seen[-1].seconds_left > 0
     assert resume(out).complete
-    assert resume(out).complete  # of what is complete nothing is done
+    assert resume(out).complete  # a complete audit is left alone
 
 
 def test_unreadable_files_are_skipped_with_a_reason(whole: Run, pictures: Path) -> None:
@@ -476,7 +476,7 @@ def test_spent_ssim_budgets_have_one_column_per_definition(
 def test_a_plain_audit_raises_no_model_warning(pictures: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", ModelWarning)
-        # Of the small network's labels some have no evidence anywhere, of which region cam warns.
+        # Region none: region cam would warn of labels without evidence, which a small network has.
         audit(small_plan(pictures, analyses=(), regions=("none",)), pictures.parent / "other")
 
 

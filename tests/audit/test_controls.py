@@ -1,4 +1,4 @@
-"""Controls of regions: a weak region is found, neither an even network nor the middle of images is accused."""
+"""Controls of regions: a weak region is found; neither an even network nor the middle of images is accused."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def test_controls_are_the_regions_of_other_images(quarters: Path) -> None:
             assert not (seen & ~mask[0].numpy()).any()
             assert seen.sum() > 0.8 * int(mask.sum())
             assert any(torch.equal(mask, other) for n, other in own.items() if n != number)
-    # Four quarters: were an image its own donor, more of its draws would be its own region.
+    # One in four pictures has its bright quarter in the same place; more would mean that images are their own donors.
     alike = np.mean([torch.equal(mask, own[number]) for number, masks in drawn.items() for mask in masks])
     assert 0.1 < alike < 0.4
 
@@ -327,7 +327,7 @@ def test_gray_pictures_of_other_shapes_have_donors(planted: Path) -> None:
 
 
 def test_a_missing_donor_makes_its_image_missing(quarters: Path) -> None:
-    """Otherwise an audit resumed without some of its files would end with other controls than one that had them."""
+    """Otherwise an audit resumed without some files would get other controls than one that had them."""
     run = audit(planted_plan(quarters, "spot"), quarters.parent / "run")
     listing = list_images(run.plan.sources, (), 2, labels="predictions")
     own = torch.zeros(1, *SIZE, dtype=torch.bool)

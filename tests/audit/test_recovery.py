@@ -50,7 +50,7 @@ def stop_after(images: int) -> Callable[[AuditProgress], None]:
 
 
 def interrupted(pictures: Path, name: str = "cut", **changes: object) -> Path:
-    """An audit with two of its four shards."""
+    """An audit interrupted after two of its four shards."""
     with pytest.raises(KeyboardInterrupt):
         audit(small_plan(pictures, **{**QUICK, **changes}), pictures.parent / name, watch=stop_after(8))
     assert set(shard_files(pictures.parent / name)) == {0, 1}
@@ -115,7 +115,7 @@ def test_a_missing_image_does_not_affect_its_shard(whole: Run, pictures: Path) -
     shards = {path.name for path in shard_files(out).values()}
     assert len(shards) == 4
     assert not resume(out).complete
-    assert {path.name for path in shard_files(out).values()} == shards  # nothing is done again for nothing
+    assert {path.name for path in shard_files(out).values()} == shards  # nothing is computed again
     (pictures.parent / "07.png").rename(lost)
     again = resume(out)
     same_records(whole, again)
@@ -281,7 +281,7 @@ def test_a_damaged_map_is_reported_and_repaired(
         with pytest.raises(DamagedError, match=r"maps\.zarr/adversarial/"):
             _ = open_run(out).maps["adversarial"][4:6]
         if damage != "metadata":
-            _ = open_run(out).maps["adversarial"][0]  # of another file
+            _ = open_run(out).maps["adversarial"][0]  # in another, intact file
     with pytest.warns(UserWarning, match=r"Damaged files were found \(maps.zarr/"):
         run = resume(out)
     same_records(whole, run)
@@ -311,7 +311,7 @@ def test_a_damaged_table_is_written_again_from_the_shards(whole: Run, pictures: 
     with pytest.warns(UserWarning, match=name):
         same_records(whole, resume(out))
     shutil.rmtree(out / "shards")
-    assert resume(out).complete  # they are not needed as long as nothing is damaged
+    assert resume(out).complete  # shards are needed only to repair
     flip(out / name)
     same_records(whole, resume(out))
 

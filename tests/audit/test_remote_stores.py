@@ -1,4 +1,4 @@
-"""Runs from and to URLs: twins of local runs."""
+"""Runs that read from and write to URLs equal local ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["networks", "pictures"]  # fixtures
 
 
 class Flaky(MemoryFileSystem):  # type: ignore[misc]
-    """A store that breaks down when it has been written so often, and a host that does not answer where told so."""
+    """A store that fails after a number of writes, and a host that stops answering on request."""
 
     protocol = "flaky"
     store: dict[str, Any] = {}  # noqa: RUF012 - as in the class it is made of
@@ -47,7 +47,7 @@ class Flaky(MemoryFileSystem):  # type: ignore[misc]
 
 @pytest.fixture(autouse=True)
 def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Empty stores in memory, caches and scratch folders of the test's own."""
+    """Empty stores in memory, and a cache and a scratch folder per test."""
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     (tmp_path / "scratch").mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
