@@ -70,6 +70,7 @@ def test_records_have_one_row_per_image_attack_and_region(whole: Run, pictures: 
     np.testing.assert_allclose(confined["region_fraction"], 0.3, atol=1e-3)
     assert (records["adversarial_class"] == records["label"]).equals(~records["success_8bit"])
     assert whole.complete
+    assert repr(whole).endswith("complete, Tiny, 14 images, 2 attacks, 2 regions)")
     assert whole.info.images == ImageCounts(listed=14, read=14, skipped=0)
     assert whole.info.host["cpus"] == os.cpu_count()
     assert replace(whole.plan, sources=(str(pictures),)) == small_plan(pictures).resolved()

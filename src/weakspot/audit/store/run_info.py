@@ -41,7 +41,7 @@ class ModelInfo:
     fingerprint: str
     classes: int
     input_size: tuple[int, int]
-    probe: Probe
+    probe: Probe = field(repr=False)
 
 
 @dataclass(frozen=True)
