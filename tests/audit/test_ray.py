@@ -27,9 +27,9 @@ from tests.audit.fixtures import (
     small_plan,
 )
 from weakspot.audit import AttackPlan, StoppedError, audit, open_run, resume
-from weakspot.audit.engines import EngineOptions, open_engine
 from weakspot.audit.engines.ray_engine import allocation
 from weakspot.audit.store.records import shard_files
+from weakspot.audit.work.engine import EngineOptions, open_engine
 
 __all__ = ["networks", "pictures"]  # fixtures
 pytestmark = pytest.mark.ray

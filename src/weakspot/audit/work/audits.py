@@ -17,7 +17,6 @@ from pathlib import Path
 from weakspot._checks import first_line, require, warn
 from weakspot._io.files import locked
 from weakspot._io.urls import FetchError
-from weakspot.audit.engines import Backlog, Engine, EngineOptions, open_engine
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.digests import DamagedError, StoppedError, enumerated
 from weakspot.audit.store.maps import MAPS, MapWriter
@@ -37,6 +36,7 @@ from weakspot.audit.store.run import PACKAGES, Run, open_run
 from weakspot.audit.store.run_info import RUN_FILE, ImageCounts, MissingImages, RunInfo, now
 from weakspot.audit.store.stores import LocalStore, open_store
 from weakspot.audit.store.verification import damaged_tables
+from weakspot.audit.work.engine import Backlog, Engine, EngineOptions, open_engine
 from weakspot.audit.work.preparation import (
     Prepared,
     check_same_model,
