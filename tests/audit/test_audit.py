@@ -340,7 +340,7 @@ def test_a_network_that_returns_only_nan_does_not_stop_the_audit(pictures: Path)
         replace(plan, model=replace(plan.model, spec="audited_networks:mute")), pictures.parent / "other"
     )
     assert run.records["error"].notna().all()
-    assert summarize(run).weakest == "Nothing could be measured."
+    assert summarize(run).weakest == "No attack has a known outcome, so nothing could be measured."
 
 
 def test_a_folder_holds_one_run(whole: Run, pictures: Path) -> None:
@@ -355,7 +355,7 @@ def test_an_impossible_plan_leaves_no_folder(pictures: Path) -> None:
     out = pictures.parent / "other"
     for change, sentence in [
         ({"regions": ("cma",)}, "region must .* 'cma'"),
-        ({"regions": ("support",)}, "needs a class to reach"),
+        ({"regions": ("support",)}, "region must not be support without a class to reach"),
         ({"sources": (str(pictures / "nowhere"),)}, "nowhere does not exist"),
         ({"labels": "folders", "sources": (str(pictures / "cat"),)}, "got no folders"),
     ]:
