@@ -37,7 +37,6 @@ KNOWN_LONG = {
     "weakspot.audit.work.shard",
     "weakspot.cli.audit",
     "weakspot.explanations.promotion",
-    "weakspot.fusion",
 }
 KNOWN_SAME_NAME = {"base", "charts", "sentences"}
 KNOWN_SHADOWED = {"weakspot.dissection", "weakspot.edits.cells"}

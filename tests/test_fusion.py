@@ -200,7 +200,7 @@ def assert_equal_to_rounding(found: tuple[Tensor, Tensor], expected: tuple[Tenso
 
 def folding(classifier: Classifier) -> list[str]:
     """The batch-norms that hand on what they are given, in this thread and just now."""
-    folded = [norm for mode in fusion._inside.modes for _, norm in mode.folds]
+    folded = [norm for mode in fusion._active.modes for _, norm in mode.folds]
     return [name for name, module in classifier.network.named_modules() if module in folded]
 
 

@@ -33,7 +33,7 @@ def assert_the_same_fused(classifier: Classifier, images: Tensor, *, folds: int 
     expected = answers(classifier, images)
     with untouched(classifier, images), fused(classifier, images[:1]):
         found = answers(classifier, images)
-        folded = [norm for mode in fusion._inside.modes for _, norm in mode.folds]
+        folded = [norm for mode in fusion._active.modes for _, norm in mode.folds]
     for one, other in zip(found, expected, strict=True):
         apart, scale = (
             float((one - other).abs().max()),
@@ -221,7 +221,7 @@ def test_a_compiled_network_is_left_to_its_compiler() -> None:
     assert_the_same_fused(classifier, images, folds=1)
     block.compile(backend="eager")
     with fused(classifier, images[:1]):
-        assert not fusion._inside.modes
+        assert not fusion._active.modes
 
 
 def test_one_network_in_two_classifiers_is_fused_in_each_and_put_back() -> None:

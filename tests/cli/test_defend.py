@@ -221,7 +221,7 @@ def test_folders_that_are_no_names_stand_for_classes_in_sorted_order(
         (("--defense", "neutralizee"), 2, "got 'neutralizee' (did you mean 'neutralize'?"),
         (("--defense", "nowhere:make"), 2, "defense nowhere:make: there is no module 'nowhere'"),
         (("--defense", "FOREIGN:rouned"), 2, "got 'rouned' (did you mean 'rounded' or 'Rounded'?"),
-        (("--defense", "FOREIGN:nothing"), 2, "must be a torch.nn.Module"),
+        (("--defense", "FOREIGN:nothing"), 2, "returned a dict; accepted is a torch.nn.Module"),
         (("--defense", "FOREIGN:number"), 2, "is a int; accepted is a function of the undefended classifier"),
         (("--defense", "FOREIGN:failing"), 2, "RuntimeError: no such luck"),
         (("--defense", "FOREIGN:rounded", "--set", "steps=2"), 2, "TypeError"),
