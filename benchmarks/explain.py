@@ -1,4 +1,4 @@
-"""What an explanation costs, against the bare passes it cannot do without. Run: python -m benchmarks.explain"""
+"""The cost of an explanation, compared with the passes that it needs at least. Run: python -m benchmarks.explain"""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from weakspot.audit import AttackPlan, ModelPlan, Plan, Run
-from weakspot.audit.store.integrity import file_digest
-from weakspot.audit.work.cell_rows import TIMES
+from weakspot.audit.store.digests import file_digest
+from weakspot.audit.store.records import TIMES
 
 NETWORKS = """
 import torch

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 from tests.audit.fixtures import TINY, draw_pictures, networks, pictures, small_plan, store_records
-from weakspot.audit import AttackPlan, Comparison, Run, audit, compare
-from weakspot.audit.store.records import FILE
+from weakspot.audit import AttackPlan, Comparison, Run, audit, compare, open_run
+from weakspot.audit.store.records import RECORDS
 from weakspot.statistics import false_discovery, mean_interval, mean_test, paired_proportion_interval
 
 __all__ = ["networks", "pictures"]  # fixtures
@@ -31,9 +31,10 @@ def test_a_run_has_not_moved_from_itself(before: Run, pictures: Path) -> None:
     assert found.moved.empty
     assert (found.table["difference"].dropna() == 0).all()
     assert found.images == 14
-    assert "both runs are of the same weights" in found.remarks
+    assert "both runs use the same weights" in found.remarks
     assert found.sentence() == (
-        "Robust accuracy has not moved beyond chance in any of 4 attacks x regions, on 14 images that both have."
+        "Robust accuracy has not moved beyond chance for any of 4 attacks x regions, on 14 images that both runs "
+        "contain."
     )
 
 
@@ -86,18 +87,18 @@ def test_images_are_the_same_by_content_whatever_they_are_called(before: Run, pi
 def test_a_planted_change_is_found_and_said(before: Run) -> None:
     planted = before.folder.parent / "planted"
     shutil.copytree(before.folder, planted)
-    records = pd.read_parquet(planted / FILE)
+    records = pd.read_parquet(planted / RECORDS)
     weaker = (records["attack"] == "pgd") & (records["region"] == "cam")
     records.loc[weaker, "success_8bit"] = True
     store_records(planted, records)
-    found = compare(before, Run(planted))
+    found = compare(before, open_run(planted))
     moved = found.table[found.table["difference"] != 0].dropna()
     assert list(zip(moved["score"], moved["attack"], moved["region"], strict=True)) == [
         ("robust_accuracy", "pgd", "cam")
     ]
     records.loc[weaker, "margin_adversarial"] -= 3.0
     store_records(planted, records)
-    found = compare(before, Run(planted))
+    found = compare(before, open_run(planted))
     (margin,) = rows_of(found, "margin_adversarial", "pgd", "cam")
     assert margin["difference"] == pytest.approx(-3)
     assert np.isnan(
@@ -112,10 +113,10 @@ def test_a_change_of_every_image_has_an_interval(before: Run) -> None:
     for fell in (True, False):
         folder = before.folder.parent / f"fell{fell}"
         shutil.copytree(before.folder, folder)
-        records = pd.read_parquet(folder / FILE)
+        records = pd.read_parquet(folder / RECORDS)
         records["success_8bit"] = fell
         store_records(folder, records)
-        sides.append(Run(folder))
+        sides.append(open_run(folder))
     found = compare(*sides)
     for row in rows_of(found, "robust_accuracy"):
         assert (row["difference"], row["high"]) == (1, 1)
@@ -134,10 +135,10 @@ def test_labels_that_changed_are_counted(before: Run) -> None:
     """Three of the same images carry another label in the second run."""
     relabeled = before.folder.parent / "relabeled"
     shutil.copytree(before.folder, relabeled)
-    records = pd.read_parquet(relabeled / FILE)
+    records = pd.read_parquet(relabeled / RECORDS)
     records.loc[records["index"] < 3, "label"] = 3  # owl, which no folder is called
     store_records(relabeled, records)
-    assert "labels differ on 3 of these images" in compare(before, Run(relabeled)).remarks
+    assert "labels differ on 3 of these images" in compare(before, open_run(relabeled)).remarks
     assert not [remark for remark in compare(before, before).remarks if "labels differ" in remark]
 
 
@@ -151,7 +152,7 @@ def test_what_only_one_has_is_said_and_left_out(before: Run, pictures: Path) -> 
     assert set(found.table["region"]) == {"", "none"}
     said = " ".join(found.only)
     for word in (
-        "attack pixels only in",
+        "attack few_pixel only in",
         "region cam only in",
         "attack fgsm only in",
         "region border only in",
@@ -168,10 +169,10 @@ def test_nothing_in_common_is_one_sentence(before: Run, networks: Path) -> None:
 
         Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(path)
     after = audit(small_plan(other, maps=False, analyses=()), networks / "after")
-    with pytest.raises(ValueError, match=r"share no image: none has the same content in both$"):
+    with pytest.raises(ValueError, match=r"have no image in common: no content is in both$"):
         compare(before, after)
     with pytest.raises(FileNotFoundError, match="holds no run"):
-        Run(networks)
+        open_run(networks)
 
 
 def test_attacks_that_differ_leave_clean_accuracy(before: Run, pictures: Path) -> None:
@@ -181,8 +182,9 @@ def test_attacks_that_differ_leave_clean_accuracy(before: Run, pictures: Path) -
     )
     found = compare(before, after)
     assert list(found.table["score"]) == ["clean_accuracy"]
-    assert found.sentence() == "No attack and region was run in both: there is nothing to compare."
-    assert found.as_mapping()["scores"][0]["difference"] == 0
+    assert found.sentence() == "The runs have no attack and region in common: there is nothing to compare."
+    scores: Any = found.as_mapping()["scores"]
+    assert scores[0]["difference"] == 0
 
 
 def test_a_run_without_a_record_is_one_sentence(before: Run, pictures: Path) -> None:
@@ -194,6 +196,6 @@ def test_a_run_without_a_record_is_one_sentence(before: Run, pictures: Path) -> 
         audit(small_plan(pictures, maps=False), out, watch=stop)
     assert not (out / "records.parquet").exists()
     assert not list(out.glob("shards/*.parquet"))
-    for pair in ((before, Run(out)), (Run(out), before)):
+    for pair in ((before, open_run(out)), (open_run(out), before)):
         with pytest.raises(ValueError, match=r"begun has no records yet$"):
             compare(*pair)

@@ -16,14 +16,22 @@ from PIL import Image
 from tests.audit.fixtures import same_maps, same_records
 from tests.audit.planted import SIDE, SIZE, draw_quarters, planted, planted_plan
 from weakspot.audit import AttackPlan, Run, audit, region_contrasts, resume, summarize
-from weakspot.audit.findings.contrasts import OTHERS, SHIFTED, STRONG, UNCLEAR, WEAK, told, verdict
-from weakspot.audit.findings.distributions import classes, distributions, extremes
+from weakspot.audit.findings.contrasts import (
+    OTHERS,
+    SHIFTED,
+    STRONG,
+    UNCLEAR,
+    WEAK,
+    Contrast,
+    contrast_sentences,
+    verdict,
+)
+from weakspot.audit.findings.distributions import class_distributions, distributions, extremes
 from weakspot.audit.plan.image_list import list_images
+from weakspot.audit.store.records import TIMES
 from weakspot.audit.work.batches import AuditModel
-from weakspot.audit.work.cell_rows import TIMES
-from weakspot.audit.work.donors import Donors
 from weakspot.audit.work.preparation import load_planned
-from weakspot.audit.work.shard_images import Opened
+from weakspot.audit.work.shard_images import Donors, ShardImages
 from weakspot.classifier import predict
 from weakspot.regions import cam
 from weakspot.statistics import region_test
@@ -49,14 +57,14 @@ def found_in(network: str, quarters: Path) -> tuple[str, pd.DataFrame]:
 
 def test_a_region_that_decides_is_a_weak_region(quarters: Path) -> None:
     sentence, found = found_in("spot", quarters)
-    assert sentence.endswith(f": {WEAK}.")
+    assert sentence.endswith(f"Verdict: {WEAK}.")
     assert (found["low"] > 0.05).all()
     assert (found["q"] < 0.001).all()
 
 
 def test_a_network_of_which_every_pixel_counts_alike_has_no_weak_region(quarters: Path) -> None:
     sentence, found = found_in("even", quarters)
-    assert sentence.endswith(f": {UNCLEAR}.")
+    assert sentence.endswith(f"Verdict: {UNCLEAR}.")
     assert (found["difference"].abs() < 0.05).all()
 
 
@@ -68,23 +76,22 @@ def test_the_middle_of_images_is_no_weak_region_though_it_falls_more_than_shifte
     assert found["low"][SHIFTED] > 0.5
     assert found["q"][SHIFTED] < 0.001
     assert found["p"][OTHERS] > 0.05
-    assert sentence.endswith(f": {UNCLEAR}.")
+    assert sentence.endswith(f"Verdict: {UNCLEAR}.")
 
 
-def contrast(**changes: Any) -> pd.DataFrame:
-    """Both comparisons of a region that is weak; changes for both, or for one as (other images, shifted)."""
-    usual = {
+def contrasts(**changes: Any) -> list[Contrast]:
+    """Both contrasts of a weak region; changes for both, or for one as (other images, shifted)."""
+    usual: dict[str, Any] = {
         "attack": "pgd", "region": "cam", "region_fraction": 0.3, "control_fraction": 0.3, "images": 40,
-        "measure": "fooled",
-        "norm": "", "here": 0.5, "there": 0.45, "held_here": 0.0, "held_there": 0.0, "difference": 0.05, "low": 0.01,
-        "high": 0.09, "p": 0.01, "q": 0.05,
+        "measure": "fooled", "norm": "", "region_value": 0.5, "control_value": 0.45, "region_censored": 0.0,
+        "control_censored": 0.0, "difference": 0.05, "low": 0.01, "high": 0.09, "p": 0.01, "q": 0.05,
     }  # fmt: skip
     rows = [
         {"control": control, "draws": draws, **usual}
         | {key: value[place] if isinstance(value, tuple) else value for key, value in changes.items()}
         for place, (control, draws) in enumerate(((OTHERS, 5), (SHIFTED, 1)))
     ]
-    return pd.DataFrame(rows)
+    return [Contrast(**row) for row in rows]
 
 
 SIZES = {"measure": "smallest size", "norm": "linf", "difference": np.log2(1.1)}
@@ -92,9 +99,9 @@ SIZES = {"measure": "smallest size", "norm": "linf", "difference": np.log2(1.1)}
 
 @pytest.mark.parametrize("changes", [{}, SIZES])
 def test_a_weak_region_takes_both_controls(changes: dict[str, Any]) -> None:
-    assert verdict(contrast(**changes)) == WEAK
+    assert verdict(contrasts(**changes)) == WEAK
     strong = {"difference": -changes.get("difference", 0.05), "low": -0.3, "high": -0.01}
-    assert verdict(contrast(**{**changes, **strong})) == STRONG
+    assert verdict(contrasts(**{**changes, **strong})) == STRONG
 
 
 @pytest.mark.parametrize("side", [0, 1])
@@ -106,12 +113,12 @@ def test_a_weak_region_takes_both_controls(changes: dict[str, Any]) -> None:
     ],
 )  # fmt: skip
 def test_what_falls_short_against_one_control_is_no_weak_region(change: dict[str, Any], side: int) -> None:
-    usual = contrast().iloc[0]
+    usual = contrasts()[0]._asdict()
     both = {
         key: tuple(value if place == side else usual[key] for place in (0, 1))
         for key, value in change.items()
     }
-    assert verdict(contrast(**both)) == UNCLEAR
+    assert verdict(contrasts(**both)) == UNCLEAR
 
 
 @pytest.mark.parametrize("side", [0, 1])
@@ -119,44 +126,48 @@ def test_a_difference_below_the_floor_is_said_and_is_no_weak_region(side: int) -
     def one_sided(small: float, usual: float) -> tuple[float, ...]:
         return tuple(small if place == side else usual for place in (0, 1))
 
-    points = verdict(contrast(difference=one_sided(0.049, 0.2)))
-    assert points == "weaker than controls, but not by the 5 points that a verdict takes"
+    points = verdict(contrasts(difference=one_sided(0.049, 0.2)))
+    assert points == "weaker than its controls, but not by the 5 points that a verdict needs"
     sizes = SIZES | {"difference": one_sided(np.log2(1.09), 2.0)}
     assert (
-        verdict(contrast(**sizes))
-        == "weaker than controls, but not by the factor of 1.1 that a verdict takes"
+        verdict(contrasts(**sizes))
+        == "weaker than its controls, but not by the factor of 1.1 that a verdict needs"
     )
     down = {"difference": one_sided(-0.049, -0.2), "low": -0.3, "high": -0.01}
-    assert verdict(contrast(**down)).startswith("stronger than controls, but not by the 5 points")
+    assert verdict(contrasts(**down)).startswith("stronger than its controls, but not by the 5 points")
 
 
 def test_too_few_images_or_a_missing_control_allow_no_verdict() -> None:
-    assert verdict(contrast(images=(39, 40))) == "not judged, as that takes 40 images and this is 39"
-    assert verdict(contrast(images=(0, 40), q=(np.nan, 0.001))).endswith("this is 0")
-    both = contrast()
-    assert "no other images' regions" in verdict(both[both["control"] == SHIFTED])
-    assert "no shifted ones" in verdict(both[both["control"] == OTHERS])
+    assert verdict(contrasts(images=(39, 40))) == "none, because it needs 40 images and there are 39"
+    assert verdict(contrasts(images=(0, 40), q=(np.nan, 0.001))).endswith("there are 0")
+    others, shifted = contrasts()
+    assert "no other images' regions" in verdict([shifted])
+    assert "no shifted regions" in verdict([others])
 
 
 def test_a_region_that_is_the_same_in_every_image_is_judged_as_a_place_only() -> None:
-    both = contrast(region="border:4", difference=0.2, low=0.1)
-    said = verdict(both[both["control"] == SHIFTED])
-    assert said == "a weaker place than others of its shape; what the images show there is not judged"
+    _, shifted = contrasts(region="border:4", difference=0.2, low=0.1)
+    said = verdict([shifted])
+    assert said == "a weaker place than the same shape shifted; the content of the images there is not judged"
     assert WEAK not in said
 
 
 def test_the_sentence_says_numbers_intervals_and_images() -> None:
-    rows = contrast(
-        difference=(0.05, 0.12), there=(0.45, 0.38), high=(0.09, 0.2), q=(0.05, 0.0004), images=(40, 44)
+    rows = contrasts(
+        difference=(0.05, 0.12),
+        control_value=(0.45, 0.38),
+        high=(0.09, 0.2),
+        q=(0.05, 0.0004),
+        images=(40, 44),
     )
-    (sentence,) = told(rows)
+    (sentence,) = contrast_sentences(pd.DataFrame(rows))
     assert sentence == (
-        "pgd confined to cam (30% of the image) fools 50% of 40 images; in 5 other images' regions 45% (+5.0 points, "
-        "95% from +1.0 to +9.0, q 0.050); in the region shifted within the image, on 44 images 38% (+12.0 points, 95% "
-        "from +1.0 to +20.0, q below 0.001): a weak region."
+        "pgd confined to cam (30% of the image) fools 50% of 40 images; confined to 5 other images' regions, 45% (+5.0 "
+        "points [+1.0, +9.0], q = .050); confined to the region shifted within the image, on 44 images, 38% (+12.0 "
+        "points [+1.0, +20.0], q < .001). Verdict: a weak region."
     )
-    (blank,) = told(contrast(low=np.nan, high=np.nan))
-    assert "95%" not in blank
+    (blank,) = contrast_sentences(pd.DataFrame(contrasts(low=np.nan, high=np.nan)))
+    assert "[" not in blank
 
 
 @pytest.mark.parametrize(("images", "power"), [(40, 0.35), (100, 0.7), (200, 0.9)])
@@ -208,12 +219,12 @@ def test_shards_batches_and_a_second_start_change_no_control(quarters: Path) -> 
     same_maps(resumed, straight)
 
 
-def donors_of(quarters: Path, run: Run) -> tuple[Donors, Any, Iterator[tuple[int, Opened]]]:
+def donors_of(quarters: Path, run: Run) -> tuple[Donors, Any, Iterator[tuple[int, ShardImages]]]:
     classifier = load_planned(run.plan.model)
     listing = list_images(run.plan.sources, (), 2, labels="predictions")
     machine = AuditModel.of(classifier, run.plan, listing)
 
-    def make(opened: Opened) -> torch.Tensor:
+    def make(opened: ShardImages) -> torch.Tensor:
         labels = predict(classifier, opened.images).argmax(1)
         return cam(classifier, opened.images, labels, fraction=0.25)[0]
 
@@ -260,15 +271,15 @@ def test_copies_unreadable_images_and_regions_of_other_areas_are_passed_over(qua
     assert pd.notna(records["success"][first])
     assert pd.isna(records["success"][second])
     assert records["trouble"][second] == "fewer than 2 other images have a region cam of similar area"
-    assert all("not judged, as that takes 40 images" in sentence for sentence in summarize(run).regions)
-    assert summarize(run).cells[0].troubled == 0
+    assert all("none, because it needs 40 images" in sentence for sentence in summarize(run).regions)
+    assert summarize(run).cells[0].errors == 0
     listing = list_images(run.plan.sources, (), 2, labels="predictions")
     donors = Donors(listing, load_planned(run.plan.model), 0)
     own = torch.zeros(1, *SIZE, dtype=torch.bool)
     own[:, :10, :10] = True
     for side, count in ((10, 1), (11, 0), (9, 0)):  # 121 and 81 sites are not within a tenth of 100
 
-        def make(opened: Opened, side: int = side) -> torch.Tensor:
+        def make(opened: ShardImages, side: int = side) -> torch.Tensor:
             mask = torch.zeros(1, *SIZE, dtype=torch.bool)
             mask[:, -side:, -side:] = True
             return mask
@@ -299,12 +310,12 @@ def test_regions_of_other_images_are_in_no_other_number(quarters: Path) -> None:
     summary = summarize(run)
     assert {cell.region for cell in summary.cells} == {"cam", "matched:cam"}
     assert set(distributions(run).summaries["region"]) == {"cam", "matched:cam"}
-    assert set(classes(run).cells["region"]) == {"cam", "matched:cam"}
+    assert set(class_distributions(run).cells["region"]) == {"cam", "matched:cam"}
     ends = extremes(run)
-    assert not any("other:" in image.caption for image in (*ends.easiest, *ends.hardest))
+    assert set(pd.concat([ends.easiest, ends.hardest])["region"]) <= {"cam", "matched:cam"}
     without = records[records["region"] != "other:cam#1"]
-    landings = classes(run).landings
-    assert landings["of"].sum() == (without["success"] & without["correct"]).sum()
+    adversarial = class_distributions(run).adversarial
+    assert adversarial["of"].sum() == (without["success"] & without["correct"]).sum()
 
 
 def test_a_gray_picture_of_another_shape_has_donors_too(planted: Path) -> None:
@@ -315,7 +326,8 @@ def test_a_gray_picture_of_another_shape_has_donors_too(planted: Path) -> None:
         Image.fromarray(rng.integers(80, 170, (17, 40), dtype=np.uint8)).save(folder / f"{number}.png")
     run = audit(planted_plan(folder, "even", control_images=2), planted / "run")
     assert run.records["success"].notna().all()
-    assert run.about["model"]["input_size"] == [SIDE, SIDE]
+    assert run.info.model
+    assert run.info.model.input_size == (SIDE, SIDE)
 
 
 def test_a_donor_whose_file_is_missing_is_named_so_that_the_image_is_attacked_again(quarters: Path) -> None:
@@ -325,7 +337,7 @@ def test_a_donor_whose_file_is_missing_is_named_so_that_the_image_is_attacked_ag
     own = torch.zeros(1, *SIZE, dtype=torch.bool)
     own[:, :4, :4] = True
 
-    def make(_: Opened) -> torch.Tensor:
+    def make(_: ShardImages) -> torch.Tensor:
         return own
 
     donors = Donors(listing, load_planned(run.plan.model), 0)

@@ -29,8 +29,8 @@ from weakspot.audit import (
     summarize,
     write_run_report,
 )
-from weakspot.audit.findings.gates import judge, unknown_cases
-from weakspot.audit.findings.summary import cell_table
+from weakspot.audit.findings.gates import judge
+from weakspot.audit.findings.summary import cell_table, unknown_cases
 from weakspot.audit.work import shard
 from weakspot.models import load
 from weakspot.models.probe import CHANGED, DRIFTED, RANDOM, Watch, probe, read_probe
@@ -289,7 +289,7 @@ def cut_off(plan: Plan, out: Path, factory: str) -> Path:
 def test_the_same_weights_used_otherwise_do_not_go_on(odd: Path, factory: str) -> None:
     out = cut_off(plan_of(odd, "plain"), odd.parent / "found", factory)
     with pytest.raises(
-        ValueError, match=r"has the same weights .* but gives other logits, so its code"
+        ValueError, match=r"has the same weights .* but returns other logits, so its code"
     ) as told:
         resume(out)
     assert "\n" not in str(told.value)
@@ -373,10 +373,10 @@ def test_a_model_that_does_not_stay_the_same_is_named(odd: Path, factory: str, s
 def test_a_comparison_says_that_the_same_weights_were_used_otherwise(odd: Path) -> None:
     plain, scaled = (audit(plan_of(odd, name), odd.parent / name) for name in ("plain", "scaled"))
     assert (
-        "both runs are of the same weights, which are used in different ways"
+        "both runs use the same weights, but the model computes something else with them"
         in compare(plain, scaled).remarks
     )
-    assert "both runs are of the same weights" in compare(plain, plain).remarks
+    assert "both runs use the same weights" in compare(plain, plain).remarks
 
 
 def test_a_worker_sends_an_exit_as_an_error() -> None:

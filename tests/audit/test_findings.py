@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import pytest
 from PIL import Image
 
 from tests.audit.fixtures import draw_pictures, networks, pictures, small_plan, store_records  # noqa: F401 - fixtures
-from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, summarize
+from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, open_run, summarize
 from weakspot.audit.findings.comparison import compare
-from weakspot.audit.findings.contrasts import WEAK, region_contrasts, told
+from weakspot.audit.findings.contrasts import WEAK, contrast_sentences, region_contrasts
 from weakspot.audit.findings.curves import budget_curves
 from weakspot.audit.findings.locations import score_findings
-from weakspot.audit.findings.summary import CellSummary, weakest
-from weakspot.audit.plan.plan import bounded_attacks, control_of
+from weakspot.audit.findings.outcomes import CellSummary
+from weakspot.audit.findings.summary import strongest_attack_sentence
+from weakspot.regions.spec import RegionSpec
 from weakspot.statistics import false_discovery, paired_proportion_interval
 
 QUADRANT = """
@@ -50,7 +52,7 @@ def even():
     return Even().eval()
 """
 SIZE = (24, 24)
-PLACE = "a weaker place than others of its shape; what the images show there is not judged."
+PLACE = "a weaker place than the same shape shifted; the content of the images there is not judged."
 
 
 def rows(frame: pd.DataFrame) -> Iterator[Any]:
@@ -104,10 +106,14 @@ def test_a_planted_weak_place_is_found_and_said(weak: Run) -> None:
     assert smallest["region_fraction"] == smallest["control_fraction"] == 0.25
     assert smallest["low"] > 0
     assert smallest["q"] < 0.01
-    assert smallest["here"] < smallest["there"]
-    assert all(sentence.endswith(PLACE) for sentence in told(found) if sentence.startswith("fmn"))
-    assert any(sentence.endswith(PLACE) for sentence in told(found) if sentence.startswith("pgd"))
-    assert not any(WEAK in sentence for sentence in told(found))
+    assert smallest["region_value"] < smallest["control_value"]
+    assert all(
+        sentence.endswith(PLACE) for sentence in contrast_sentences(found) if sentence.startswith("fmn")
+    )
+    assert any(
+        sentence.endswith(PLACE) for sentence in contrast_sentences(found) if sentence.startswith("pgd")
+    )
+    assert not any(WEAK in sentence for sentence in contrast_sentences(found))
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
@@ -115,7 +121,7 @@ def test_a_network_without_a_weak_place_is_not_accused(planted: Path) -> None:
     run = audit(plan_for(planted, "even"), planted / "sound")
     found = region_contrasts(run)
     assert (found["q"] > 0.05).all()
-    assert not any("weaker place" in sentence or WEAK in sentence for sentence in told(found))
+    assert not any("weaker place" in sentence or WEAK in sentence for sentence in contrast_sentences(found))
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
@@ -127,9 +133,9 @@ def test_contrasts_are_paired_differences_of_the_records(weak: Run) -> None:
             records[(records["attack"] == row.attack) & (records["region"] == region)].set_index("index")[
                 "success_8bit"
             ]
-            for region in (row.region, control_of(row.region))
+            for region in (row.region, RegionSpec.parse(row.region).shifted().text)
         ]
-        assert (row.here, row.there) == (sides[0].mean(), sides[1].mean())
+        assert (row.region_value, row.control_value) == (sides[0].mean(), sides[1].mean())
         expected = paired_proportion_interval(*(side.to_numpy(bool) for side in sides))
         assert (row.difference, row.low, row.high) == pytest.approx(expected)
     np.testing.assert_allclose(found["q"], false_discovery(found["p"].to_numpy()))
@@ -166,7 +172,7 @@ def test_a_run_without_controls_budgets_or_analyses_has_no_findings(pictures: Pa
         "margin_adversarial",
         "ssim_windowed",
     }
-    assert told(region_contrasts(run)) == []
+    assert contrast_sentences(region_contrasts(run)) == []
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
@@ -181,9 +187,9 @@ def test_an_image_that_falls_in_one_place_only_counts_with_the_largest_size_ther
     about = json.loads((weak.folder / "run.json").read_text())
     about["plan"]["attacks"] = [one for one in about["plan"]["attacks"] if one["name"] == "fmn"]
     (weak.folder / "run.json").write_text(json.dumps(about))
-    (row,) = rows(region_contrasts(Run(weak.folder)))
-    assert row.here == pytest.approx(0.1)
-    assert row.there == pytest.approx(0.4)
+    (row,) = rows(region_contrasts(open_run(weak.folder)))
+    assert row.region_value == pytest.approx(0.1)
+    assert row.control_value == pytest.approx(0.4)
     assert row.difference == pytest.approx(2.0)
     assert row.images == 40
 
@@ -191,15 +197,15 @@ def test_an_image_that_falls_in_one_place_only_counts_with_the_largest_size_ther
 def test_sizes_are_told_in_the_norm_of_the_attack() -> None:
     row: dict[str, Any] = dict(  # noqa: C408 - shorter
         attack="fmn", region="cam", control="shifted", draws=1, region_fraction=0.3, control_fraction=0.3, images=40,
-        measure="smallest size", norm="linf", here=0.002, there=0.5, held_here=0.0,
-        held_there=0.0, difference=8.0, low=7.9, high=8.1, p=0.001,
+        measure="smallest size", norm="linf", region_value=0.002, control_value=0.5, region_censored=0.0,
+        control_censored=0.0, difference=8.0, low=7.9, high=8.1, p=0.001,
         q=0.002,
     )  # fmt: skip
-    (steps,) = told(pd.DataFrame([row]))
-    assert "needs 0.51/255 on average" in steps
-    assert "in the region shifted within the image 128/255 (256.00 times as much" in steps
-    (length,) = told(pd.DataFrame([{**row, "norm": "l2"}]))
-    assert "needs 0.002 in L2 on average" in length
+    (steps,) = contrast_sentences(pd.DataFrame([row]))
+    assert "needs 0.51/255 (geometric mean over 40 images)" in steps
+    assert "confined to the region shifted within the image, 128/255 (256.00 times as much" in steps
+    (length,) = contrast_sentences(pd.DataFrame([{**row, "norm": "l2"}]))
+    assert "needs 0.002 in L2 (geometric" in length
     assert "0.5 in L2 (" in length
 
 
@@ -212,7 +218,7 @@ def test_the_norm_of_sizes_is_that_of_the_attack_whatever_its_label(planted: Pat
     )
     found = region_contrasts(audit(plan_for(planted, "quadrant", attacks=attacks), planted / "norms"))
     assert list(found["norm"]) == ["linf", "l2"]
-    linf, l2 = told(found.assign(difference=[2.0, 1.0]))
+    linf, l2 = contrast_sentences(found.assign(difference=[2.0, 1.0]))
     assert "/255" in linf
     assert "/255" not in l2
     assert "in L2" in l2
@@ -221,7 +227,7 @@ def test_the_norm_of_sizes_is_that_of_the_attack_whatever_its_label(planted: Pat
 def test_where_nothing_fell_no_region_is_called_the_weakest(planted: Path) -> None:
     attacks = tuple(AttackPlan("pgd", f"linf:{eps}", (("steps", 1),)) for eps in ("0.0001", "0.0002"))
     said = summarize(audit(plan_for(planted, "even", attacks=attacks), planted / "strong")).weakest
-    assert said.startswith("No image fell to pgd")
+    assert said.startswith("No image was fooled by pgd")
     assert "quarter.png" in said
     assert "matched" not in said
 
@@ -230,14 +236,14 @@ def test_where_nothing_fell_no_region_is_called_the_weakest(planted: Path) -> No
 def test_attacks_that_always_succeed_have_no_robust_accuracy_without_one_budget(
     weak: Run, planted: Path
 ) -> None:
-    assert bounded_attacks(weak.plan) == [f"pgd linf:{amount}/255 steps=20" for amount in (2, 8, 24)]
+    assert weak.plan.bounded_attacks == [f"pgd linf:{amount}/255 steps=20" for amount in (2, 8, 24)]
     assert not summarize(weak).weakest.startswith("fmn")
     assert all(np.isnan(cell.robust_accuracy) for cell in summarize(weak).cells if cell.attack == "fmn")
     alone = plan_for(planted, "quadrant", attacks=weak.plan.attacks[:1])
-    assert bounded_attacks(alone) == []
+    assert alone.bounded_attacks == []
     assert summarize(audit(alone, planted / "alone")).weakest == (
-        "fmn looks for the smallest change and has no robust accuracy without one stated budget (such as --budget "
-        "linf:4/255)."
+        "fmn is a minimal-norm attack and has no robust accuracy without one stated budget (such as "
+        "--budget linf:4/255)."
     )
 
 
@@ -245,7 +251,7 @@ def test_attacks_that_always_succeed_have_no_robust_accuracy_without_one_budget(
 def test_findings_of_a_complete_run_are_computed_once_and_belong_to_who_asks(
     weak: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run(weak.folder)
+    run = open_run(weak.folder)
     asked: list[str] = []
     own = Run.sql
 
@@ -260,8 +266,8 @@ def test_findings_of_a_complete_run_are_computed_once_and_belong_to_who_asks(
     first["difference"] = 0.0
     again = region_contrasts(run)
     assert not asked
-    pd.testing.assert_frame_equal(again, region_contrasts(Run(weak.folder)))
-    run.about["status"] = "running"
+    pd.testing.assert_frame_equal(again, region_contrasts(open_run(weak.folder)))
+    run.info = replace(run.info, status="running")
     asked.clear()
     region_contrasts(run)
     assert asked
@@ -275,16 +281,16 @@ def test_a_region_where_nothing_falls_has_its_curve_and_its_control_a_least_size
     records.loc[smallest, "success_8bit"] = records["region"] == region
     records.loc[smallest, "linf"] = 0.1
     store_records(weak.folder, records)
-    run = Run(weak.folder)
+    run = open_run(weak.folder)
     curves = budget_curves(run)
     (flat,) = rows(curves[(curves["attack"] == "fmn") & curves["control"]])
     assert (flat.size, flat.fooled, flat.images) == (0.1, 0.0, 40)
     found = region_contrasts(run)
     (row,) = rows(found[found["attack"] == "fmn"])
-    assert (row.held_here, row.held_there) == (0.0, 1.0)
+    assert (row.region_censored, row.control_censored) == (0.0, 1.0)
     assert any(
-        "in the region shifted within the image at least 26/255" in sentence
-        for sentence in told(region_contrasts(run))
+        "confined to the region shifted within the image, at least 26/255" in sentence
+        for sentence in contrast_sentences(region_contrasts(run))
     )
 
 
@@ -298,7 +304,7 @@ def test_an_image_unknown_at_a_smaller_budget_is_in_no_curve(weak: Run) -> None:
         records["attack"] == "pgd linf:2/255 steps=20", held
     )
     store_records(weak.folder, records)
-    curves = budget_curves(Run(weak.folder))
+    curves = budget_curves(open_run(weak.folder))
     assert set(curves[curves["attack"] == "pgd steps=20"]["images"]) == {
         31
     }  # the first fell before it was lost
@@ -316,9 +322,9 @@ def test_no_region_is_ranked_by_what_an_attack_leaves_there() -> None:
             )
         ]
         cam, rest = (f"{fraction:.0%} [{fraction - 0.1:.0%}, {fraction + 0.1:.0%}]" for fraction in left)
-        assert weakest(cells) == (
-            f"pgd at linf:1/255, confined to cam (30% of the image), leaves {cam} of 100 images still read as their "
-            f"class; confined to background (70% of the image) {rest}."
+        assert strongest_attack_sentence(cells) == (
+            f"Under pgd at linf:1/255 confined to cam (30% of the image), {cam} of 100 images remain correctly "
+            f"classified; confined to background (70% of the image), {rest}."
         )
 
 
@@ -334,4 +340,4 @@ def test_areas_are_those_of_images_that_were_attacked_and_nothing_is_no_robustne
     assert all("no correctly classified image was attacked" in sentence for sentence in summary.regions)
     compared = compare(run, run)
     assert compared.images == 3
-    assert compared.sentence().startswith("Of no image is it known in both runs")
+    assert compared.sentence().startswith("No image has a known attack outcome in both runs")

@@ -57,7 +57,7 @@ def test_a_table_gives_labels_by_name_or_number_and_what_it_lacks_is_told(
     listing = list_images([str(pictures)], CLASSES, 4, labels=str(table))
     found = {entry.name: entry for entry in entries(listing, 0, 7)}
     assert [found[name].label for name in ("cat/00.png", "dog/01.png", "cat/03.png")] == [3, 2, 2]
-    assert "labels.csv has no class for it" in found["fish/02.png"].trouble
+    assert "labels.csv has no class for it" in found["fish/02.png"].error
     table.write_text("file,label\ncat/00.png,horse\n")
     with pytest.raises(ValueError, match=r"labels.csv: label of cat/00.png must .* got 'horse'"):
         list_images([str(pictures)], CLASSES, 4, labels=str(table))

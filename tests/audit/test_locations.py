@@ -12,13 +12,13 @@ import zarr
 
 from tests.audit.fixtures import store_records
 from tests.audit.planted import draw_quarters, planted, planted_plan
-from weakspot.audit import AttackPlan, Run, audit, score_findings
+from weakspot.audit import AttackPlan, Run, audit, open_run, score_findings
 from weakspot.audit.findings import locations
-from weakspot.audit.findings.locations import IMPORTANCE, VULNERABILITY, location_findings, untested
+from weakspot.audit.findings.locations import IMPORTANCE, VULNERABILITY, location_findings, not_tested_because
 from weakspot.audit.page.finding_sections import finding_section
 from weakspot.audit.page.run_page import run_report
+from weakspot.audit.store.records import TIMES
 from weakspot.audit.store.verification import MapCheck
-from weakspot.audit.work.cell_rows import TIMES
 from weakspot.explanations.agreement import STATISTICS, agreement
 from weakspot.statistics import other_image_test, run_test
 
@@ -34,7 +34,7 @@ def looked_at(planted: Path, name: str = "looked", count: int = 24, **changes: o
 
 
 def sentences(run: Run) -> str:
-    return " ".join(finding_section(score_findings(run), untested(run)).sentences)
+    return " ".join(finding_section(score_findings(run), not_tested_because(run)).sentences)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def shuffled(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     stored: Any = group[IMPORTANCE]
     values = np.asarray(stored[:])
     stored[:] = values[np.random.default_rng(2).permutation(len(values))]
-    return Run(run.folder)
+    return open_run(run.folder)
 
 
 def test_attacks_where_the_network_looks_are_said_to_be(looked: Run) -> None:
@@ -67,7 +67,10 @@ def test_attacks_where_the_network_looks_are_said_to_be(looked: Run) -> None:
 def test_attacks_on_unrelated_maps_are_not(looked: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run = shuffled(looked, monkeypatch)
     assert (location_findings(run)["p"] > 0.05).all()
-    assert "is not shown to act more or less where the network looks" in sentences(run)
+    assert (
+        "It is not shown that pgd on the whole image acts more, or less, where the network looks"
+        in sentences(run)
+    )
     assert LOOKS not in run_report(run)
 
 
@@ -92,7 +95,7 @@ def test_what_follows_from_the_confinement_is_not_tested(looked: Run) -> None:
     confined = found[found["region"] == "cam"].set_index("score")
     assert confined["mean"]["effect_in_roi"] > 0.5
     assert confined[["null", "excess", "p", "q", "shifted"]].isna().all(axis=None)
-    assert "in cam" not in sentences(looked)
+    assert "confined to cam" not in sentences(looked)
     assert set(found.loc[found["p"].notna(), "region"]) == {"none"}
 
 
@@ -102,12 +105,12 @@ def test_a_score_with_a_null_of_its_own_is_tested_with_any_pixel_free_only(looke
     records["planted"] = rng.normal(1, 0.2, len(records))
     records["planted_null"] = 0.5
     store_records(looked.folder, records)
-    found = score_findings(Run(looked.folder))
+    found = score_findings(open_run(looked.folder))
     mine = found[found["score"] == "planted"].set_index("region")
     assert mine["q"]["none"] < 0.001
     assert mine["against"]["none"] == "its null"
     assert np.isnan(mine["q"]["cam"])
-    assert "planted of pgd free to change any pixel is" in sentences(Run(looked.folder))
+    assert "The mean planted of pgd on the whole image is" in sentences(open_run(looked.folder))
 
 
 def test_nothing_of_a_record_depends_on_the_images_beside_it(planted: Path) -> None:
@@ -126,8 +129,8 @@ def test_nothing_of_a_record_depends_on_the_images_beside_it(planted: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"count": 9}, "that takes 10 images"),
-        ({"regions": ("cam",)}, "that takes the region none"),
+        ({"count": 9}, "needs 10 images"),
+        ({"regions": ("cam",)}, "needs the region none"),
         ({"maps": False}, "(--analyses overlap, --maps)"),
         ({"analyses": ()}, "(--analyses overlap, --maps)"),
     ],
@@ -144,9 +147,9 @@ def test_what_cannot_be_tested_says_what_it_takes(
 def test_of_many_images_evenly_spread_ones_are_compared_and_large_maps_averaged(
     looked: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locations, "MOST", 12)
-    monkeypatch.setattr(locations, "SIDE", 8)
-    found = location_findings(Run(looked.folder))
+    monkeypatch.setattr(locations, "MAX_IMAGES", 12)
+    monkeypatch.setattr(locations, "MAX_SIDE", 8)
+    found = location_findings(open_run(looked.folder))
     assert (found["compared"] == 12).all()
     assert (found["p"] < 0.05).all()
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from weakspot.audit.store.maps import BlockBuilder, Maps, MapStore, _packed
+from weakspot.audit.store.maps import BlockBuilder, MapWriter, _packed
+from weakspot.audit.store.stored_maps import StoredMaps
 
 ANY = st.floats(-(2.0**99), 2.0**99, width=32)
 
@@ -26,7 +27,7 @@ def test_no_value_is_off_by_more_than_is_stated(maps: np.ndarray) -> None:
 
 def test_maps_come_back_where_they_were_put_and_others_are_missing(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    store = MapStore(tmp_path, 6, ["pgd", "few_pixel"], ["none"], 4)
+    store = MapWriter(tmp_path, 6, ["pgd", "few_pixel"], ["none"], 4)
     put = {}
     for number, images in ((1, 2), (0, 4)):
         block = BlockBuilder(images, 2, 1)
@@ -38,7 +39,7 @@ def test_maps_come_back_where_they_were_put_and_others_are_missing(tmp_path: Pat
         store.write(number, block.blocks)
         store.write(number, block.blocks)  # a shard that is done again changes nothing
         put[4 * number] = (tiny, large)
-    maps = Maps(store.path)
+    maps = StoredMaps(store.path)
     assert list(maps) == ["cells", "clean", "tiny"]
     assert maps["tiny"].shape == (6, 2, 1, 5, 7)
     assert [str(maps[name].dtype) for name in ("tiny", "cells", "clean")] == ["float16", "uint8", "uint8"]
@@ -63,5 +64,5 @@ def test_maps_come_back_where_they_were_put_and_others_are_missing(tmp_path: Pat
     outside = zarr.open_array(store.path / "tiny", mode="r")
     assert outside.metadata.to_dict()["dimension_names"] == ("image", "attack", "region", "y", "x")
     assert outside.chunks == (1, 2, 1, 5, 7)
-    with pytest.raises(KeyError, match="the run has the maps cells, clean, tiny"):
+    with pytest.raises(KeyError, match="map must be one of cells, clean, tiny"):
         maps["cell"]

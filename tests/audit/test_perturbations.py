@@ -11,7 +11,7 @@ import pytest
 from tests.audit.fixtures import draw_pictures, networks, pictures, small_plan
 from tests.audit.test_report import Reader
 from weakspot.audit import AttackPlan, ModelPlan, Run, audit
-from weakspot.audit.findings.locations import localities, perturbation_types
+from weakspot.audit.findings.locations import TYPE_COLUMNS, perturbation_types, pixel_localities
 from weakspot.audit.page.finding_sections import locality_section, type_section
 from weakspot.audit.page.run_page import run_report
 from weakspot.explanations.locality_by_radius import RADII
@@ -58,21 +58,21 @@ def test_types_and_localities_are_those_of_the_records_and_stand_on_the_page(run
     fooled = records[records["correct"].eq(True) & records["success_8bit"].eq(True)].fillna(
         {"correct": False}
     )
-    assert set(fooled["attack"]) == {"pgd", "pixels"}
+    assert set(fooled["attack"]) == {"pgd", "few_pixel"}
     for row in types.to_dict("records"):
         mine = fooled[fooled["attack"] == row["attack"]]["perturbation_type"].dropna()
         hits = (mine == row["type"]).to_numpy(bool)
         assert (row["count"], row["images"]) == (hits.sum(), len(hits))
-        assert [row["share"], row["low"], row["high"]] == pytest.approx(
+        assert [row["fraction"], row["low"], row["high"]] == pytest.approx(
             list(proportion_interval(hits)), nan_ok=True
         )
     ratio = records["promotion_log2_ratio"].astype(float)
     for kind, wanted in (("promotion-dominated", ratio > 1), ("suppression-dominated", ratio < -1)):
         assert (records["perturbation_type"].eq(kind).fillna(value=False) == wanted).all()
-    table = localities(run)
-    assert table["attack"].unique().tolist() == ["pixels"]
+    table = pixel_localities(run)
+    assert table["attack"].unique().tolist() == ["few_pixel"]
     assert table["radius"].tolist() == [*RADII, "random site"]
-    own = fooled[fooled["attack"] == "pixels"]["fools_at_radius_1"].dropna()
+    own = fooled[fooled["attack"] == "few_pixel"]["fools_at_radius_1"].dropna()
     assert table["images"][0] == len(own)
     assert table["rate"][0] == pytest.approx(own.mean(), nan_ok=True)
     page = Reader(run_report(run))
@@ -84,7 +84,7 @@ def test_types_and_localities_are_those_of_the_records_and_stand_on_the_page(run
 def test_a_run_without_these_analyses_has_no_such_sections(pictures: Path) -> None:
     bare = audit(small_plan(pictures, analyses=(), regions=("none",)), pictures.parent / "bare")
     assert perturbation_types(bare).empty
-    assert localities(bare).empty
+    assert pixel_localities(bare).empty
     page = Reader(run_report(bare))
     assert not {"types", "locality"} & set(page.tables)
 
@@ -103,13 +103,11 @@ def test_a_sentence_counts_only_images_whose_type_is_known() -> None:
         ("pgd", "none", "promotion-dominated", 3, 4, *proportion_interval(np.array([True] * 3 + [False]))),
         ("pgd", "cam", "promotion-dominated", 0, 0, np.nan, np.nan, np.nan),
     ]
-    table = pd.DataFrame(
-        rows, columns=["attack", "region", "type", "count", "images", "share", "low", "high"]
-    )
+    table = pd.DataFrame(rows, columns=list(TYPE_COLUMNS))
     (section,) = type_section(table)
     (sentence,) = section.sentences
     assert sentence == (
-        "Of the perturbations by which pgd free to change any pixel fooled 4 images, 75% [19%, 99.4%] are "
+        "Of the perturbations with which pgd on the whole image fooled 4 images, 75% [19%, 99.4%] are "
         "promotion-dominated, 25% [0.6%, 81%] are suppression-dominated, 0% [0%, 60%] are balanced."
     )
     assert type_section(table[table["images"] == 0]) == []

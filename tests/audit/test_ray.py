@@ -26,10 +26,10 @@ from tests.audit.fixtures import (
     same_records,
     small_plan,
 )
-from weakspot.audit import AttackPlan, Run, StoppedError, audit, resume
-from weakspot.audit.engines.base import opened
-from weakspot.audit.engines.ray_engine import shares
-from weakspot.audit.store.records import finished_shards
+from weakspot.audit import AttackPlan, StoppedError, audit, open_run, resume
+from weakspot.audit.engines import EngineOptions, open_engine
+from weakspot.audit.engines.ray_engine import allocation
+from weakspot.audit.store.records import shard_files
 
 __all__ = ["networks", "pictures"]  # fixtures
 CHECKED = """
@@ -119,8 +119,8 @@ def test_records_and_maps_are_those_of_one_process(
     same_maps(expected, found)
     assert found.skipped.equals(expected.skipped)
     assert sorted(path.name for path in found.folder.iterdir()) == FILES
-    assert found.about["engine"]["workers"] == workers
-    assert found.about["engine"]["threads"] == 2 // workers
+    assert found.info.engine["workers"] == workers
+    assert found.info.engine["threads"] == 2 // workers
     assert found.plan == expected.plan
 
 
@@ -179,11 +179,11 @@ def test_stopped_in_the_middle_it_leaves_no_worker_and_goes_on_with_either_engin
 
     with pytest.raises(KeyboardInterrupt):
         audit(small_plan(pictures), out, engine="ray", workers=1, watch=stop)
-    assert len(finished_shards(out)) in {1, 2}
+    assert len(set(shard_files(out))) in {1, 2}
     found = resume(out)
     same_records(expected, found)
     same_maps(expected, found)
-    assert found.about["engine"] == {"name": "local"}
+    assert found.info.engine == {"name": "local"}
     assert idle(2)
 
 
@@ -201,13 +201,18 @@ def idle(cpus: int) -> bool:
 
 
 def test_what_the_cluster_lacks_is_told_before_anything_is_done(cluster: None, pictures: Path) -> None:
-    with pytest.raises(ValueError, match="workers is 9; accepted are at most 2, the CPUs of the Ray cluster"):
+    with pytest.raises(
+        ValueError, match="workers must be at most 2, the number of CPUs of the Ray cluster, got 9"
+    ):
         audit(small_plan(pictures), pictures.parent / "found", engine="ray", workers=9)
     with pytest.raises(ValueError, match="the Ray cluster has no GPU"):
-        shares("cuda", 1)
+        allocation("cuda", 1)
     with (
-        pytest.raises(ValueError, match="this process has joined a Ray cluster; accepted is no address"),
-        opened("ray", None, "auto"),
+        pytest.raises(
+            ValueError,
+            match="ray-address must be left out, got 'auto': this process",
+        ),
+        open_engine(EngineOptions("ray", address="auto")),
     ):
         pass
 
@@ -228,8 +233,8 @@ def test_another_process_joins_a_cluster_by_its_address(cluster: None, pictures:
         env={**os.environ, "PYTHONPATH": os.pathsep.join([*cluster_path(), str(pictures.parent)])},
     )  # fmt: skip
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
-    found = Run(pictures.parent / "found")
-    assert found.about["engine"]["workers"] == 2
+    found = open_run(pictures.parent / "found")
+    assert found.info.engine["workers"] == 2
     same_records(expected, found)
     same_maps(expected, found)
     assert idle(2)  # the cluster goes on without the one who joined
@@ -239,18 +244,18 @@ def test_workers_share_the_cpus_and_keep_to_what_threads_are_asked_for(
     cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert [shares("cpu", count) for count in (1, 2)] == [(1, 2, 0), (2, 1, 0)]
+    assert [allocation("cpu", count) for count in (1, 2)] == [(1, 2, 0), (2, 1, 0)]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert shares("cpu", 1) == (1, 1, 0)
+    assert allocation("cpu", 1) == (1, 1, 0)
 
 
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        (("rya", None, None), "engine is 'rya'.*ray"),
-        (("ray", 0, None), "workers is 0; accepted is a whole number of at least 1"),
-        (("local", 2, None), "workers is 2, but the engine local is one process"),
-        (("local", None, "auto"), "ray-address is auto, but the engine local"),
+        (("rya", None, None), "engine must be one of local, ray, got 'rya'"),
+        (("ray", 0, None), "workers must be an integer of at least 1, got 0"),
+        (("local", 2, None), "workers must be left out for the engine local, got 2"),
+        (("local", None, "auto"), "ray-address must be left out for the engine local, got auto"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(
@@ -264,9 +269,7 @@ def test_what_does_not_fit_is_one_sentence(
 
 def test_without_ray_the_remedy_is_told(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(
-        ValueError, match=r"Ray is not installed; install it by pip install 'weakspot\[ray\]'"
-    ):
+    with pytest.raises(ValueError, match=r"the engine ray needs ray: pip install 'weakspot\[ray\]'"):
         audit(small_plan(pictures), pictures.parent / "x", engine="ray")
     assert not (pictures.parent / "x").exists()
 
@@ -284,7 +287,7 @@ def killed(out: Path, seconds: float, *, at_work: bool) -> bool:
 
     The blow falls so many seconds after the start, or where it is to be at work, after its first shard.
     """
-    before, deadline = len(finished_shards(out)), time.monotonic() + 120
+    before, deadline = len(set(shard_files(out))), time.monotonic() + 120
     source = str(Path(weakspot.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, str(out.parent)])}
     environment.pop("RAY_ADDRESS", None)
@@ -296,7 +299,7 @@ def killed(out: Path, seconds: float, *, at_work: bool) -> bool:
         stderr=subprocess.PIPE,
     )
     while at_work and child.poll() is None and time.monotonic() < deadline:
-        if len(finished_shards(out)) != before:
+        if len(set(shard_files(out))) != before:
             break
         time.sleep(0.02)
     try:
@@ -342,8 +345,8 @@ def test_killed_with_all_its_workers_at_random_moments_it_ends_as_if_it_never_wa
         at_work = bool(number % 2 == 0)
         if not killed(out, rng.uniform(0, 0.5 if at_work else 12), at_work=at_work):
             break
-        finished.append(len(finished_shards(out)))
-        records = Run(out).records
+        finished.append(len(set(shard_files(out))))
+        records = open_run(out).records
         assert not len(records) or not records.duplicated(["image", "attack", "region"]).any()
     assert finished[-1] > 0, finished
     found = resume(out, engine="ray", workers=2) if kills == 3 else resume(out)

@@ -16,9 +16,20 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.audit.fixtures import networks, pictures, same_maps, same_records, small_plan
-from weakspot.audit import AttackPlan, AuditProgress, Run, audit, compare, resume, summarize, write_run_report
-from weakspot.audit.store.integrity import DamagedError
-from weakspot.audit.store.records import finished_shards, shard_files
+from weakspot.audit import (
+    AttackPlan,
+    AuditProgress,
+    Run,
+    audit,
+    compare,
+    open_run,
+    resume,
+    summarize,
+    write_run_report,
+)
+from weakspot.audit.store.digests import DamagedError
+from weakspot.audit.store.records import shard_files
+from weakspot.audit.store.run_info import ImageCounts
 
 __all__ = ["networks", "pictures"]  # fixtures
 QUICK: dict[str, Any] = {"attacks": (AttackPlan("pgd", settings=(("steps", 2),)),), "analyses": ()}
@@ -36,7 +47,7 @@ def cut_off(pictures: Path, name: str = "cut", **changes: object) -> Path:
     """An audit with two of its four shards."""
     with pytest.raises(KeyboardInterrupt):
         audit(small_plan(pictures, **{**QUICK, **changes}), pictures.parent / name, watch=stop_after(8))
-    assert finished_shards(pictures.parent / name) == {0, 1}
+    assert set(shard_files(pictures.parent / name)) == {0, 1}
     return pictures.parent / name
 
 
@@ -62,18 +73,18 @@ def test_an_audit_whose_source_is_gone_stays_incomplete_until_it_is_back(whole: 
     for _ in range(2):  # trying again changes nothing
         found = resume(out)
         assert not found.complete
-        assert found.about["images"] == {"listed": 14, "read": 8, "skipped": 0, "missing": 6}
+        assert found.info.images == ImageCounts(listed=14, read=8, skipped=0, missing=6)
         assert found.skipped.empty
         assert (
-            "6 of 14 images cannot be read any more (dog/10.png, dog/13.png, fish/02.png, fish/05.png, fish/08.png, "
-            "...; the file is no longer there)"
+            "6 of 14 images can no longer be read (dog/10.png, dog/13.png, fish/02.png, fish/05.png, fish/08.png, "
+            "...; the file no longer exists)"
         ) in found.shortfall
         assert summarize(found).images == 8
     (pictures.parent / "away").rename(pictures)
     found = resume(out)
     assert found.complete
     assert found.shortfall == ""
-    assert "missing" not in found.about
+    assert found.info.missing is None
     same_records(whole, found)
     same_maps(whole, found)
 
@@ -88,7 +99,7 @@ def test_the_images_beside_a_missing_one_are_attacked_and_end_the_same(whole: Ru
     found = audit(small_plan(pictures, **QUICK), out, watch=vanish)
     assert not found.complete
     assert len(set(found.records["image"])) == 13
-    assert "1 of 14 images cannot be read any more (dog/07.png; " in found.shortfall
+    assert "1 of 14 images can no longer be read (dog/07.png; " in found.shortfall
     shards = {path.name for path in shard_files(out).values()}
     assert len(shards) == 4
     assert not resume(out).complete
@@ -107,9 +118,12 @@ def test_a_row_of_an_array_that_is_gone_is_missing(networks: Path) -> None:
         out = cut_off(networks / name, f"cut-{name}")
         (networks / name).rename(networks / "away")
         found = resume(out)
-        assert found.about["images"]["missing"] == 2
+        assert found.info.missing
+        assert found.info.missing.images == 2
         np.save(networks / name, images[:9]) if name == "set.npy" else (networks / name).write_bytes(b"PK")
-        assert resume(out).about["images"]["missing"] == (1 if name == "set.npy" else 2)
+        again = resume(out).info.missing
+        assert again
+        assert again.images == (1 if name == "set.npy" else 2)
         (networks / "away").replace(networks / name)
         same_records(expected, resume(out))
 
@@ -145,8 +159,11 @@ def test_a_file_that_a_folder_replaces_or_whose_disk_fails_is_missing(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", refuse)
         found = resume(out)
-    assert found.about["missing"]["names"] == ["fish/02.png", "fish/05.png", "fish/08.png"]
-    assert resume(out).about["missing"]["names"] == ["fish/02.png"]
+    assert found.info.missing
+    assert found.info.missing.names == ("fish/02.png", "fish/05.png", "fish/08.png")
+    again = resume(out).info.missing
+    assert again
+    assert again.names == ("fish/02.png",)
 
 
 # --- damaged files
@@ -157,10 +174,12 @@ def test_a_flipped_bit_in_a_shard_is_named_and_the_shard_done_again(whole: Run, 
     shard = shard_files(out)[1]
     flip(shard)
     for ask in (lambda run: run.records, summarize, lambda run: run.skipped, lambda run: compare(run, whole)):
-        with pytest.raises(DamagedError, match=rf"cut is damaged: shards/{shard.name} is not .* --resume "):
-            ask(Run(out))
+        with pytest.raises(
+            DamagedError, match=rf"cut is damaged: shards/{shard.name} differs from .* --resume "
+        ):
+            ask(open_run(out))
     with pytest.raises(DamagedError):
-        write_run_report(Run(out), pictures.parent / "page.html")
+        write_run_report(open_run(out), pictures.parent / "page.html")
     assert not (pictures.parent / "page.html").exists()
     with pytest.warns(
         UserWarning,
@@ -180,10 +199,10 @@ def test_any_flipped_bit_is_seen(one_cut: Path, where: float, bit: int, shard: i
     flip(path, place, bit)
     try:
         with pytest.raises(DamagedError, match=path.name):
-            _ = Run(one_cut).records
+            _ = open_run(one_cut).records
     finally:
         flip(path, place, bit)
-    assert len(Run(one_cut).records) == 16
+    assert len(open_run(one_cut).records) == 16
 
 
 @pytest.fixture
@@ -205,7 +224,7 @@ def test_shards_in_other_places_are_seen(whole: Run, pictures: Path, crime: str)
     else:
         second.write_bytes(b"")
     with pytest.raises(DamagedError):
-        _ = Run(out).records
+        _ = open_run(out).records
     with pytest.warns(UserWarning, match="Damaged files were found"):
         same_records(whole, resume(out))
 
@@ -216,7 +235,9 @@ def test_a_damaged_map_is_named_and_done_again(
     whole: Run, pictures: Path, crime: str, finished: bool
 ) -> None:
     out = (
-        Run(shutil.copytree(whole.folder, pictures.parent / "cut")).folder if finished else cut_off(pictures)
+        open_run(shutil.copytree(whole.folder, pictures.parent / "cut")).folder
+        if finished
+        else cut_off(pictures)
     )
     chunk = next((out / "maps.zarr/adversarial/c/1").rglob("0"))
     while chunk.is_dir():
@@ -238,9 +259,9 @@ def test_a_damaged_map_is_named_and_done_again(
         stray.write_bytes(b"x")
     if crime != "stray":
         with pytest.raises(DamagedError, match=r"maps\.zarr/adversarial/"):
-            _ = Run(out).maps["adversarial"][4:6]
+            _ = open_run(out).maps["adversarial"][4:6]
         if crime != "metadata":
-            _ = Run(out).maps["adversarial"][0]  # of another file
+            _ = open_run(out).maps["adversarial"][0]  # of another file
     with pytest.warns(UserWarning, match=r"Damaged files were found \(maps.zarr/"):
         found = resume(out)
     same_records(whole, found)
@@ -256,17 +277,17 @@ def test_chunks_have_checksums_for_any_reader(whole: Run) -> None:
 
 @pytest.mark.parametrize("name", ["records.parquet", "skipped.parquet"])
 def test_a_damaged_table_of_a_complete_audit_is_written_again(whole: Run, pictures: Path, name: str) -> None:
-    out = Run(shutil.copytree(whole.folder, pictures.parent / "copy")).folder
+    out = open_run(shutil.copytree(whole.folder, pictures.parent / "copy")).folder
     flip(out / name)
-    with pytest.raises(DamagedError, match=f"copy is damaged: {name} is not what was written"):
-        summarize(Run(out))
-    with pytest.warns(UserWarning, match=f"{name} was damaged and is written again"):
+    with pytest.raises(DamagedError, match=f"copy is damaged: {name} differs from what was written"):
+        summarize(open_run(out))
+    with pytest.warns(UserWarning, match=f"damaged files .{name}. are written again"):
         found = resume(out)
     assert found.complete
     same_records(whole, found)
     (out / name).unlink()
     with pytest.raises(DamagedError, match=name):
-        _ = Run(out).records
+        _ = open_run(out).records
     with pytest.warns(UserWarning, match=name):
         same_records(whole, resume(out))
     shutil.rmtree(out / "shards")
@@ -278,7 +299,7 @@ def test_a_damaged_table_of_a_complete_audit_is_written_again(whole: Run, pictur
 def test_without_the_list_of_images_nothing_goes_on(whole: Run, pictures: Path) -> None:
     out = cut_off(pictures)
     flip(out / "images.parquet")
-    for call in (resume, lambda folder: Run(folder).records):
+    for call in (resume, lambda folder: open_run(folder).records):
         with pytest.raises(DamagedError, match=r"images\.parquet"):
             call(out)
 
@@ -348,5 +369,5 @@ def test_an_audited_image_that_is_gone_needs_no_second_look(whole: Run, pictures
 
 def test_a_source_that_was_never_there_keeps_the_audit_from_being_final(pictures: Path) -> None:
     found = audit(small_plan(pictures, pictures.parent / "nowhere", **QUICK), pictures.parent / "out")
-    assert "nowhere, which could not be found when it began" in found.shortfall
+    assert "nowhere, which did not exist when it began" in found.shortfall
     assert resume(found.folder).shortfall == found.shortfall

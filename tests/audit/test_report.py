@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from tests.audit.fixtures import NETWORKS, TINY, draw_pictures, networks, pictures, small_plan
-from weakspot.audit import AttackPlan, ModelPlan, Run, audit, summarize, write_run_report
+from weakspot.audit import AttackPlan, ModelPlan, audit, open_run, summarize, write_run_report
 from weakspot.audit.page.run_page import run_report
 from weakspot.audit.store.records import shard_files
 from weakspot.audit.work import audits
@@ -102,7 +102,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def read(made: Path) -> Reader:
-    return Reader(run_report(Run(made)))
+    return Reader(run_report(open_run(made)))
 
 
 def percent(fraction: float) -> str:
@@ -110,14 +110,14 @@ def percent(fraction: float) -> str:
 
 
 def test_robust_accuracy_is_that_of_the_records(made: Path, read: Reader) -> None:
-    records, table = Run(made).records, read.frame("robust")
+    records, table = open_run(made).records, read.frame("robust")
     assert len(table) == 6
     for row in table.to_dict("records"):
         mine = records[(records["attack"] == row["attack"]) & (records["region"] == row["region"])]
         assert row["robust accuracy"] == percent(1 - float(mine["success_8bit"].mean()))
         assert row["area"] == percent(float(mine["region_fraction"].mean()))
         assert int(row["images"]) == len(mine)
-    summary = summarize(Run(made))
+    summary = summarize(open_run(made))
     assert [row["robust"] for row in read.values(0) if "robust" in row][:6] == [
         pytest.approx(cell.robust_accuracy, rel=1e-3) for cell in summary.cells
     ]
@@ -125,7 +125,7 @@ def test_robust_accuracy_is_that_of_the_records(made: Path, read: Reader) -> Non
 
 
 def test_distributions_are_those_of_the_records(made: Path, read: Reader) -> None:
-    records, table = Run(made).records, read.frame("distributions")
+    records, table = open_run(made).records, read.frame("distributions")
     names = {
         "margin after the attack": "margin_adversarial",
         "effect in roi": "effect_in_roi",
@@ -135,7 +135,7 @@ def test_distributions_are_those_of_the_records(made: Path, read: Reader) -> Non
         mine = records[(records["attack"] == row["attack"]) & (records["region"] == row["region"])]
         values = mine[names[row["score"]]].to_numpy(dtype=float)
         values = values[np.isfinite(values)]
-        assert int(row["images"]) + int(row["not known"]) == len(mine)
+        assert int(row["images"]) + int(row["unknown"]) == len(mine)
         assert float(row["median"]) == pytest.approx(np.median(values), rel=5e-3)
         assert float(row["mean"]) == pytest.approx(values.mean(), rel=5e-3)
     assert not [score for score in table["score"] if score.endswith((" p", " null"))]
@@ -144,11 +144,11 @@ def test_distributions_are_those_of_the_records(made: Path, read: Reader) -> Non
     assert sum(row["images"] for row in bars if row["outcome"] == "fooled") == records["success_8bit"].sum()
     for bar in bars:  # below zero a margin is lost, up to the bar that zero lies in
         assert bar["outcome"] == "fooled" or bar["high"] > 0
-        assert bar["outcome"] == "held" or bar["low"] <= 0
+        assert bar["outcome"] == "withstood" or bar["low"] <= 0
 
 
 def test_classes_have_wilsons_intervals_and_where_their_images_land(made: Path, read: Reader) -> None:
-    records, table = Run(made).records, read.frame("classes")
+    records, table = open_run(made).records, read.frame("classes")
     assert table["label"].tolist() == ["cat", "dog", HOSTILE]
     for row in table.to_dict("records"):
         mine = records[records["label_name"] == row["label"]]
@@ -157,7 +157,7 @@ def test_classes_have_wilsons_intervals_and_where_their_images_land(made: Path, 
         assert row["clean accuracy"] == percent(float(images["correct"].mean()))
         for attack, region, heading in (
             ("pgd", "cam", "pgd · cam"),
-            ("few_pixel", "none", "few_pixel · anywhere"),
+            ("few_pixel", "none", "few_pixel · whole image"),
         ):
             held = ~mine[(mine["attack"] == attack) & (mine["region"] == region)]["success_8bit"].to_numpy(
                 dtype=bool
@@ -169,15 +169,18 @@ def test_classes_have_wilsons_intervals_and_where_their_images_land(made: Path, 
         ].value_counts()
         if len(adversarial_class):
             assert (
-                f"{adversarial_class.max()} of {adversarial_class.sum()} fooled" in row["lands most often in"]
+                f"{adversarial_class.max()} of {adversarial_class.sum()} fooled"
+                in row["most often fooled into"]
             )
-            assert adversarial_class[row["lands most often in"].partition(" ")[0]] == adversarial_class.max()
+            assert (
+                adversarial_class[row["most often fooled into"].partition(" ")[0]] == adversarial_class.max()
+            )
         else:
-            assert row["lands most often in"] == ""
+            assert row["most often fooled into"] == ""
 
 
 def test_depth_curves_set_successes_against_failures(made: Path, read: Reader) -> None:
-    run, table = Run(made), read.frame("depth")
+    run, table = open_run(made), read.frame("depth")
     records = run.records
     spread = run.maps["propagation/curves/spread"]
     for row in table[table["measure"] == "spread"].to_dict("records"):
@@ -188,7 +191,7 @@ def test_depth_curves_set_successes_against_failures(made: Path, read: Reader) -
         mine = records[
             (records["attack"] == row["attack"]) & (records["region"] == row["region"]) & records["correct"]
         ]
-        for outcome, success in (("fooled", True), ("held", False)):
+        for outcome, success in (("fooled", True), ("withstood", False)):
             places = mine[mine["success_8bit"] == success]["index"].to_numpy()
             assert int(row[f"images {'that ' if not success else ''}{outcome}"]) == len(places)
             said = row[f"{outcome} [95%]"].split(" ")[0]
@@ -232,7 +235,7 @@ def test_what_was_skipped_is_said(read: Reader) -> None:
 
 
 def test_the_page_is_written_whole_into_a_folder_that_is_made(made: Path, tmp_path: Path) -> None:
-    path = write_run_report(Run(made), tmp_path / "deep" / "page.html")
+    path = write_run_report(open_run(made), tmp_path / "deep" / "page.html")
     assert [one.name for one in path.parent.iterdir()] == ["page.html"]
     assert path.read_text("utf-8").endswith("</html>")
 
@@ -247,12 +250,12 @@ def test_an_incomplete_run_says_how_much_of_it_is_there(
     with pytest.raises(KeyboardInterrupt):
         audit(small_plan(pictures), networks / "cut")
     shard_files(networks / "cut")[1].unlink()
-    read = Reader(run_report(Run(networks / "cut")))
+    read = Reader(run_report(open_run(networks / "cut")))
     assert "This audit is not complete: 10 of 14 images are done" in read.text
     assert set(read.frame("robust")["images"]) == {"10"}
     for shard in (networks / "cut/shards").iterdir():
         shard.unlink()
-    bare = run_report(Run(networks / "cut"))
+    bare = run_report(open_run(networks / "cut"))
     assert "0 of 14 images are done" in bare
     assert "There are no records yet." in bare
 
@@ -265,7 +268,7 @@ QUICK = (AttackPlan("pgd", settings=(("steps", 2),)),)
     [
         (1, {}, "1 image"),
         (3, {"analyses": ()}, "stored maps of the analysis overlap"),
-        (3, {"maps": False}, "The run kept no maps"),
+        (3, {"maps": False}, "The run stored no maps"),
         (3, {"labels": "predictions"}, "the model&#39;s own predictions"),
         (
             4,
@@ -273,12 +276,12 @@ QUICK = (AttackPlan("pgd", settings=(("steps", 2),)),)
                 "attacks": (AttackPlan("pgd", budget="linf:0.00001", settings=(("steps", 1),)),),
                 "labels": "predictions",
             },
-            "nothing to say on where images land",
+            "no adversarial classes to report",
         ),
         (
             3,
             {"labels": "predictions", "attacks": (AttackPlan("carlini_wagner", settings=(("steps", 9),)),)},
-            "by the smallest change",
+            "by the size of the smallest change",
         ),
         (3, {"regions": ("cam&~cam", "none")}, "0.0%"),
     ],
@@ -291,7 +294,7 @@ def test_odd_runs_have_sound_pages(networks: Path, count: int, changes: dict[str
     assert said in read.text
     for rows in read.tables.values():
         assert not [cell for row in rows for cell in row if re.search(r"\bnan\b|\binf\b", cell)]
-    assert not re.search(r"\b(nan|inf)\b", " ".join(re.findall(r'class="said">([^<]*)', read.text)))
+    assert not re.search(r"\b(nan|inf)\b", " ".join(re.findall(r'class="finding">([^<]*)', read.text)))
 
 
 def test_a_run_of_which_no_image_could_be_read_says_so(networks: Path) -> None:
@@ -302,7 +305,7 @@ def test_a_run_of_which_no_image_could_be_read_says_so(networks: Path) -> None:
     folder = networks / "run"
     read = Reader(run_report(audit(small_plan(broken, attacks=QUICK), folder)))
     assert "No image could be read." in read.text
-    assert "skipped, as they could not be read" in read.text
+    assert "skipped because they could not be read" in read.text
     assert "There are no records yet." not in read.text
 
 
@@ -310,7 +313,7 @@ def test_a_network_that_answers_nothing_has_a_page(networks: Path, pictures: Pat
     plan = small_plan(pictures, attacks=QUICK)
     mute = replace(plan, model=replace(plan.model, spec="audited_networks:mute"))
     read = Reader(run_report(audit(mute, networks / "run")))
-    assert "Nothing could be measured." in read.text
+    assert "No attack has a known outcome, so nothing could be measured." in read.text
     assert set(read.frame("robust")["robust accuracy"]) == {""}
 
 
@@ -337,6 +340,6 @@ def test_the_same_run_has_the_same_page_and_reading_changes_nothing(
 ) -> None:
     copied = Path(shutil.copytree(made, tmp_path / "run"))
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()}
-    again = run_report(Run(copied))
+    again = run_report(open_run(copied))
     assert again.replace(str(copied), str(made)) == read.text
     assert {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()} == before

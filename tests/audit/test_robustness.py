@@ -14,17 +14,16 @@ import pytest
 
 from tests.audit.fixtures import draw_pictures, networks, small_plan, store_records
 from tests.audit.test_report import Reader
-from tests.cli.test_explain import Run as Ran
-from tests.cli.test_explain import photographs, run
+from tests.cli.conftest import Run as Ran
+from tests.cli.conftest import photographs, run
 from weakspot.attacks import Attack, fmn, minimizes
-from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, compare, summarize
+from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, compare, open_run, summarize
 from weakspot.audit.findings.contrasts import region_contrasts
 from weakspot.audit.findings.curves import budget_curves
 from weakspot.audit.findings.gates import judge
 from weakspot.audit.findings.summary import cell_table, undefined_names
 from weakspot.audit.page.run_page import run_report
 from weakspot.audit.plan.limits import judged_attacks, limit_of, stated_budgets
-from weakspot.audit.plan.plan import bounded_attacks
 from weakspot.audit.store.records import outcomes_query
 from weakspot.pairs import AttackResult
 
@@ -94,7 +93,7 @@ def test_a_network_that_is_robust_at_the_budget_passes_a_gate_beside_a_minimal_n
     )  # fmt: skip
     ended = run(*arguments, "--out", "open")
     assert ended.code == 0, ended.err
-    records = Run("open").records
+    records = open_run("open").records
     assert records.loc[records["attack"] == "fmn", "success_8bit"].all()
     assert ET.parse("gate.xml").getroot().attrib["failures"] == "0"  # noqa: S314 - ours
     # The same gate is shut at a budget that fmn's changes are within, and on a network that is not robust.
@@ -121,7 +120,7 @@ def test_table_page_gate_and_classes_say_the_same(steady: Path) -> None:
         assert table.loc[attack, "robust accuracy"] == f"{cell.robust_accuracy:.1%}"
         (verdict,) = [one for one in gate(found, "robust_accuracy < 2") if one.row == attack]
         assert verdict.why.endswith(f"robust_accuracy is {cell.robust_accuracy:.4g}")
-        held = page.frame("classes")[f"{attack} · anywhere"].str.split("%").str[0].astype(float)
+        held = page.frame("classes")[f"{attack} · whole image"].str.split("%").str[0].astype(float)
         images = page.frame("classes")["images"].astype(int)
         assert (held * images / 100).sum() == pytest.approx(cell.robust_accuracy * 8, abs=0.01)
     same = compare(found, found).table
@@ -144,7 +143,7 @@ def test_without_one_stated_budget_a_minimal_norm_attack_has_no_robust_accuracy_
     assert [one.failed for one in gate(several, "robust_accuracy < 0.4 or images > 3")] == [True] * 3
     page = Reader(run_report(several))
     assert page.frame("robust").set_index("attack").loc["fmn", "robust accuracy"] == ""
-    assert "fmn looks for the smallest change and has no robust accuracy" in page.text
+    assert "fmn is a minimal-norm attack and has no robust accuracy" in page.text
     alone = audit(plan_of(steady, FMN), steady / "alone")
     (shut,) = gate(alone)
     assert shut.failed
@@ -158,7 +157,7 @@ def test_a_number_that_is_not_known_still_shuts_the_gate(steady: Path) -> None:
     lost = records["attack"] == "fmn"
     records["success_8bit"] = records["success_8bit"].astype("boolean").mask(lost)
     store_records(found.folder, records)
-    assert {one.row: one.failed for one in gate(Run(found.folder))} == {"pgd": False, "fmn": True}
+    assert {one.row: one.failed for one in gate(open_run(found.folder))} == {"pgd": False, "fmn": True}
 
 
 @pytest.mark.parametrize(
@@ -190,7 +189,7 @@ def test_a_minimal_norm_attack_is_counted_at_the_one_budget_of_its_norm_or_of_th
             assert (limit and limit.budget) == limits[attack.name]
             assert (attack.label in judged_attacks(plan)) == (limit is not None)
     assert {attack.name for attack in plan.attacks} - set(limits) <= {"pgd"}
-    assert all(name == "pgd" for name in bounded_attacks(plan))
+    assert all(name == "pgd" for name in plan.bounded_attacks)
 
 
 def test_a_budget_beside_minimal_norm_attacks_alone_is_kept_in_the_plan(steady: Path) -> None:
@@ -221,19 +220,19 @@ def unrounded(steady: Path) -> Run:
         pgd & (records["index"] == 7), ["label", "label_name"]
     ].to_numpy()
     store_records(found.folder, records)
-    return Run(found.folder)
+    return open_run(found.folder)
 
 
 def test_what_a_file_does_not_keep_counts_nowhere_but_with_float(unrounded: Run) -> None:
     def robust(one: Run) -> float:
         return next(cell.robust_accuracy for cell in summarize(one).cells if cell.attack == "pgd")
 
-    floats = Run(unrounded.folder, eight_bit=False)
+    floats = open_run(unrounded.folder, eight_bit=False)
     assert (robust(unrounded), robust(floats)) == (0.5, 0.125)
     pages = [Reader(run_report(one)) for one in (unrounded, floats)]
     for page, left in zip(pages, ("50.0%", "12.5%"), strict=True):
         assert page.frame("robust").set_index("attack").loc["pgd", "robust accuracy"] == left
-    assert "each as an 8-bit picture file holds it" in pages[0].text
+    assert "each as stored in an 8-bit image file" in pages[0].text
     assert "each before it is rounded to 8 bits" in pages[1].text
     moved = compare(unrounded, unrounded).table.set_index(["score", "attack"])
     assert moved.loc[("robust_accuracy", "pgd"), "before"] == 0.5
@@ -257,12 +256,12 @@ def test_curves_and_contrasts_count_files(unrounded: Run) -> None:
     ]
     (unrounded.folder / "run.json").write_text(json.dumps(text))
     assert about.attacks[0].label == "pgd"
-    records = Run(unrounded.folder).records
+    records = open_run(unrounded.folder).records
     for eight_bit, column in ((True, "success_8bit"), (False, "success")):
-        curve = budget_curves(Run(unrounded.folder, eight_bit=eight_bit))
+        curve = budget_curves(open_run(unrounded.folder, eight_bit=eight_bit))
         fell = records.groupby("index")[column].any().mean()
         assert curve["fooled"].max() == fell
-    assert region_contrasts(Run(unrounded.folder)).empty
+    assert region_contrasts(open_run(unrounded.folder)).empty
 
 
 def test_the_command_line_counts_floats_where_asked(run: Ran, unrounded: Run) -> None:
@@ -284,7 +283,7 @@ def test_robust_accuracy_at_different_budgets_is_not_compared(steady: Path) -> N
     ]
     found = compare(*runs)
     assert not len(found.table[(found.table["score"] == "robust_accuracy")])
-    assert found.sentence() == "No attack that was run in both has a robust accuracy: see the other scores."
+    assert found.sentence() == "No attack that both runs contain has a robust accuracy: see the other scores."
     assert any("robust accuracy is not compared for fmn" in remark for remark in found.remarks)
 
 

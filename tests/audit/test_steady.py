@@ -14,7 +14,7 @@ from tests.networks import Made
 from weakspot._checks import NotFiniteError
 from weakspot.attacks import pgd
 from weakspot.audit.work.batches import AdaptiveBatches, FixedBatchClassifier, bisect_failures
-from weakspot.audit.work.shard import _numbers_left_out
+from weakspot.audit.work.shard import _without_numbers
 from weakspot.classifier import Classifier, as_classifier
 
 PARTS = (slice(0, 4), slice(4, None))  # of whole groups, as lots are
@@ -144,7 +144,7 @@ def test_one_image_that_memory_never_holds_makes_no_other_slower(any_model: Made
 def test_what_is_said_of_some_images_is_the_same_wherever_they_stand(places: str) -> None:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        with _numbers_left_out():
+        with _without_numbers():
             warnings.warn(
                 f"the gradient of {places} is zero in the region of 30 pixels", UserWarning, stacklevel=1
             )

@@ -185,15 +185,15 @@ def test_zoom_is_linked_and_a_pointer_reads_both_images(opened: Opened) -> None:
 
 
 def test_layers_can_be_leafed_through(opened: Opened) -> None:
-    slider, said = "#pair-0 .leafing input", "#pair-0 .leafing .step"
+    slider, said = "#pair-0 .layer-browser input", "#pair-0 .layer-browser .step"
     last = opened.page.inner_text(said)
-    before = opened.pixels("#pair-0 canvas.leaf")
+    before = opened.pixels("#pair-0 canvas.layer")
     assert len(set(before)) > 2
     assert last.startswith("1 of 1: 1, 24")
     opened.page.focus(slider)
     opened.page.keyboard.press("ArrowLeft")
     assert opened.page.inner_text(said) == last  # a network of one layer has nowhere to go
-    shown = opened.page.inner_text("#pair-0 .leafing .value >> nth=0")
+    shown = opened.page.inner_text("#pair-0 .layer-browser .value >> nth=0")
     assert float(shown) > 0
 
 

@@ -13,10 +13,11 @@ import pytest
 from tests.audit.fixtures import NETWORKS, draw_pictures, small_plan
 from tests.browser.test_report import Opened, browser
 from weakspot.audit import Run, audit, write_run_report
-from weakspot.audit.findings.contrasts import CONTRASTS
-from weakspot.audit.findings.curves import CURVES
+from weakspot.audit.findings.contrasts import Contrast
+from weakspot.audit.findings.curves import BUDGET_COLUMNS
 from weakspot.audit.page.finding_sections import budget_section
-from weakspot.audit.page.run_page import Heading, run_page
+from weakspot.audit.page.run_page import Header, Queries, run_page
+from weakspot.audit.page.sections import Section, Table, count_cell, text_cell
 
 __all__ = ["browser"]  # a fixture
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -89,11 +90,11 @@ def test_curves_over_sizes_are_drawn(browser: Any, tmp_path: Path) -> None:
         for norm in ("linf", "l2")
         for size in (0.01, 0.05)
     ]
-    section = budget_section(pd.DataFrame(rows, columns=list(CURVES)), pd.DataFrame(columns=list(CONTRASTS)))
-    path = tmp_path / "page.html"
-    path.write_text(
-        run_page(Heading("t", "", "", [], []), [section], {}, {"shell": "", "python": ""}), "utf-8"
+    section = budget_section(
+        pd.DataFrame(rows, columns=list(BUDGET_COLUMNS)), pd.DataFrame(columns=list(Contrast._fields))
     )
+    path = tmp_path / "page.html"
+    path.write_text(run_page(Header("t", "", "", [], []), [section], {}, Queries("", "")), "utf-8")
     opened = Opened(browser, path)
     assert len(opened.page.query_selector_all(".chart svg .mark-line path")) == 2
     assert "</script>" in (opened.page.text_content(".chart svg") or "")
@@ -101,14 +102,12 @@ def test_curves_over_sizes_are_drawn(browser: Any, tmp_path: Path) -> None:
 
 
 def test_many_rows_come_when_they_are_asked_for(browser: Any, tmp_path: Path) -> None:
-    from weakspot.report.sections import Section, Table, count, word
-
-    rows = [[word(f"class {number:03d}"), count(number)] for number in range(300)]
+    rows = [[text_cell(f"class {number:03d}"), count_cell(number)] for number in range(300)]
     page = run_page(
-        Heading("t", "", "", [], []),
+        Header("t", "", "", [], []),
         [Section("s", "s", ["said"], tables=[Table("many", ("name", "n"), rows)])],
         {},
-        {"shell": "", "python": ""},
+        Queries("", ""),
     )
     path = tmp_path / "page.html"
     path.write_text(page, "utf-8")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -18,13 +19,13 @@ import pandas as pd
 import pytest
 
 import weakspot
-from tests.cli.test_explain import Run, photographs, run
+from tests.cli.conftest import Run
 from weakspot import audit as runs
 from weakspot._io.files import locked
-from weakspot.audit.work import cell_rows
+from weakspot.audit.store.records import TIMES
 from weakspot.audit.work.audits import LOCK
-
-__all__ = ["photographs", "run"]  # fixtures
+from weakspot.cli.app import Failure
+from weakspot.cli.plan_options import PlanOptions, plan_table
 
 TINY = ("--model", "tiny_networks:build", "--size", "32x32")
 WRITER = "weakspot.audit.work.audits.write_shard"
@@ -43,17 +44,17 @@ def test_a_folder_is_audited_and_told_in_a_table_and_a_sentence(
     for word in (
         "robust",
         "background",
-        "pixels",
-        "No image fell to pgd at linf:8/255, pixels confined to a region (cam, background).",
+        "few_pixel",
+        "No image fell to pgd at linf:8/255, few_pixel confined to a region (cam, background).",
         "4 images audited",
         "predictions",
     ):
         assert word in ended.out
     assert f"Written to {tmp_path / 'made'}" in ended.out
-    found = runs.Run("made")
+    found = runs.open_run("made")
     assert len(found.records) == 4 * 2 * 3
-    assert found.about["plan"]["attacks"][0]["settings"] == {"steps": 2}
-    assert found.about["command"].startswith("weakspot audit ")
+    assert found.plan.attacks[0].settings == (("steps", 2),)
+    assert found.info.command.startswith("weakspot audit ")
     assert {"importance", "partition", "clean", "adversarial"} <= set(found.maps)
 
 
@@ -91,14 +92,12 @@ def test_a_plan_file_does_the_same_and_options_overrule_it(
         "--batch-size", 1,
     )  # fmt: skip
     assert ended.code == 0, ended.err
-    one, other = (
-        runs.Run(folder).records.drop(columns=list(cell_rows.TIMES)) for folder in ("planned", "typed")
-    )
+    one, other = (runs.open_run(folder).records.drop(columns=list(TIMES)) for folder in ("planned", "typed"))
     pd.testing.assert_frame_equal(one, other)
-    assert runs.Run("planned").plan == runs.Run("typed").plan
+    assert runs.open_run("planned").plan == runs.open_run("typed").plan
     ended = run("audit", "inner/plan.toml", "--limit", 2, "--out", "less", "--set", "pgd.steps=1")
     assert ended.code == 0, ended.err
-    less = runs.Run("less")
+    less = runs.open_run("less")
     assert (less.plan.limit, less.plan.seed, dict(less.plan.attacks[0].settings)) == (2, 4, {"steps": 1})
     assert len(less.records) == 2
 
@@ -109,68 +108,76 @@ def test_an_array_brings_its_labels(run: Run, tmp_path: Path) -> None:
     ended = run("audit", "set.npz", *TINY, *QUICK, "--out", "made")
     assert ended.code == 0, ended.err
     assert "Labels: the array's own" in ended.out
-    assert runs.Run("made").records["label"].tolist() == [0, 1, 2, 3, 0, 1]
+    assert runs.open_run("made").records["label"].tolist() == [0, 1, 2, 3, 0, 1]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "sentence"),
+    ("arguments", "code", "message"),
     [
         (("--out", "x"), 2, "no images were named"),
-        (("photos",), 2, "no folder was named"),
-        (("nowhere", "--out", "x"), 4, "nowhere: there is no such file or folder"),
-        (("nowhere.toml", "--out", "x"), 4, "nowhere.toml: there is no such plan"),
+        (("photos",), 2, "no output folder was named (give --out FOLDER)"),
+        (("nowhere", "--out", "x"), 4, "nowhere: no such file or folder"),
+        (("nowhere.toml", "--out", "x"), 4, "nowhere.toml"),
         (("photos", "--out", "x", "--attacks", "pgdd"), 2, "did you mean 'pgd'"),
-        (("photos", "--out", "x", "--regions", "cma"), 2, "region must"),
-        (("photos", "--out", "x", "--analyses", "overlpa"), 2, "did you mean 'overlap'"),
-        (("photos", "--out", "x", "--set", "steps=2"), 2, "accepted is ATTACK.NAME=VALUE"),
-        (("photos", "--out", "x", "--set", "fgsm.steps=2"), 2, "got 'fgsm'"),
-        (("photos", "--out", "x", "--set", "pgd.stepps=2"), 2, "did you mean 'steps'"),
-        (("photos", "--out", "x", "--budget", "linf"), 2, "accepted is KIND:AMOUNT"),
+        (("photos", "--out", "x", "--batch-size", "0"), 2, "--batch-size must be auto or an integer"),
         (
-            ("photos", "--out", "x", "--fraction", "0.5"),
+            ("photos", "--out", "x", "--fraction", ".5"),
             2,
-            "--fraction does nothing without cam or support in --regions",
+            "--fraction has no effect without cam or support in",
         ),
-        (
-            ("photos", "--out", "x", "--regions", "border:2,none", "--fraction", "0.5"),
-            2,
-            "--fraction does nothing",
-        ),
-        (("photos", "--out", "x", "--attacks", "pixels", "--budget", "linf:1/255"), 2, "pixels takes none"),
-        (("photos", "--out", "x", "--attacks", "fmn", "--budget", "linf:9"), 2, "Linf eps is 9.0"),
-        (("photos", "--out", "x", "--controls"), 2, "names none to control"),
-        (("photos", "--out", "x", "--batch-size", "0"), 2, "accepted are auto and whole numbers"),
+        (("photos", "--out", "x", "--control-images", "3"), 2, "--control-images has no effect without"),
+        (("photos", "--out", "x", "--controls"), 2, "regions must name one to control"),
+        (("photos", "--out", "x", "--labels", "nowhere.csv"), 2, "nowhere.csv"),
         (("photos", "--out", "x", "--model", "nothing:build"), 2, "there is no module 'nothing'"),
-        (("photos", "--out", "x", "--labels", "nowhere.csv"), 2, "labels is"),
-        (("--resume", "x"), 4, "x holds no run"),
-        (("photos", "--resume", "x"), 2, "--resume takes no images"),
-        (("--resume", "x", "--seed", "1"), 2, "--resume takes no images and no options"),
-        (("photos", "--out", "tiny_networks.py"), 2, "which is a file"),
         (("photos", "--out", "x", "--engine", "rya"), 2, "did you mean 'ray'"),
-        (
-            ("photos", "--out", "x", "--workers", "2"),
-            2,
-            "the engine local is one process; accepted with --engine",
-        ),
-        (("photos", "--out", "x", "--engine", "ray", "--workers", "0"), 2, "workers is 0; accepted is"),
+        (("photos", "--out", "x", "--workers", "2"), 2, "workers"),
+        (("photos", "--out", "tiny_networks.py"), 2, "tiny_networks.py"),
+        (("--resume", "x"), 4, "x holds no run"),
+        (("photos", "--resume", "x"), 2, "--resume takes no images and no plan options"),
+        (("--resume", "x", "--seed", "1"), 2, "--resume takes no images and no plan options"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence_and_leaves_nothing(
-    run: Run, photographs: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, sentence: str
+def test_a_wrong_option_is_one_sentence_and_leaves_nothing(
+    run: Run, photographs: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, message: str
 ) -> None:
     model = () if "--model" in arguments or "--resume" in arguments else TINY
     ended = run("audit", *arguments, *model)
-    assert ended.code == code, ended.err
-    assert sentence in ended.err
+    assert (ended.code, message in ended.err) == (code, True), ended.err
     assert ended.err.count("weakspot:") == 1
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["steps=2"], "--set must be ATTACK.NAME=VALUE such as pgd.steps=50, got 'steps'"),
+        (["pgd.steps"], "--set must be ATTACK.NAME=VALUE such as pgd.steps=50, got 'pgd.steps'"),
+        (["fgsm.steps=2"], "the attack in --set must be one of pgd, got 'fgsm'"),
+    ],
+)
+def test_a_setting_belongs_to_an_attack_of_the_plan(
+    tmp_path: Path, settings: list[str], message: str
+) -> None:
+    with pytest.raises(Failure) as caught:
+        plan_table([str(tmp_path)], {}, settings, "out")
+    assert message in str(caught.value)
+    table, _ = plan_table([str(tmp_path)], {"attacks": "pgd, fgsm"}, ["pgd.steps=2"], "out")
+    assert table["attacks"] == [{"name": "pgd", "settings": {"steps": 2}}, {"name": "fgsm"}]
+
+
+def test_the_defaults_in_the_help_are_those_of_a_plan(tmp_path: Path) -> None:
+    options = PlanOptions()
+    spelled = {field.name: getattr(options, field.name) for field in fields(options)}
+    del spelled["settings"]
+    plans = [runs.Plan.from_mapping({"images": str(tmp_path), **table}).resolved() for table in ({}, spelled)]
+    assert replace(plans[1], stated_budgets=()) == plans[0]
 
 
 def test_a_missing_source_is_told_and_the_others_are_audited(run: Run, photographs: Path) -> None:
     ended = run("audit", photographs, "nowhere", *TINY, *QUICK, "--out", "made")
     assert ended.code == 4
-    assert "nowhere: there is no such file" in ended.err
-    assert len(runs.Run("made").records) == 4
+    assert "nowhere: no such file or folder" in ended.err
+    assert len(runs.open_run("made").records) == 4
 
 
 def test_nothing_that_can_be_read_is_code_four(run: Run, tmp_path: Path) -> None:
@@ -199,14 +206,14 @@ def test_with_its_source_gone_it_ends_with_four_and_the_gate_stays_shut(
     for junit in (tmp_path / "gate.xml", None):
         ended = run("audit", "--resume", "made", *(gate if junit else ()))
         assert ended.code == 4, ended.err
-        assert "the audit is not complete: 4 of 4 images cannot be read any more (" in ended.err
+        assert "the audit is not complete: 4 of 4 images can no longer be read (" in ended.err
         assert (
-            "the file is no longer there); put them back and go on with weakspot audit --resume made"
+            "the file no longer exists); restore them and continue with weakspot audit --resume made"
             in ended.err
         )
         if junit is not None:
             assert ET.parse(junit).getroot().attrib["failures"] == "1"  # noqa: S314 - our own
-            assert "gate: all images: robust_accuracy < 0 cannot be judged: the audit is not" in ended.err
+            assert "gate: all images: robust_accuracy < 0 cannot be evaluated: the audit is not" in ended.err
     assert json.loads(run("audit", "--resume", "made", "--json").out)["status"] == "incomplete"
     assert run("report", "made").code == 0
     assert "The audit is not complete: 4 of 4 images" in (tmp_path / "made/report.html").read_text()
@@ -217,8 +224,8 @@ def test_with_its_source_gone_it_ends_with_four_and_the_gate_stays_shut(
     ended = run("audit", "--resume", "made", *gate)
     assert ended.code == 0, ended.err
     assert ET.parse(tmp_path / "gate.xml").getroot().attrib["failures"] == "0"  # noqa: S314
-    times = list(cell_rows.TIMES)
-    one, other = (runs.Run(folder).records.drop(columns=times) for folder in ("whole", "made"))
+    times = list(TIMES)
+    one, other = (runs.open_run(folder).records.drop(columns=times) for folder in ("whole", "made"))
     pd.testing.assert_frame_equal(one, other)
 
 
@@ -245,78 +252,13 @@ def test_damaged_records_are_named_and_repaired(run: Run, photographs: Path, tmp
         ended = run(*command)
         assert ended.code == 4
         assert ended.err == (
-            "weakspot: made is damaged: records.parquet is not what was written; repair the run with weakspot audit "
-            "--resume made\n"
+            "weakspot: made is damaged: records.parquet differs from what was written (repair the run with weakspot "
+            "audit --resume made)\n"
         )
     ended = run("audit", "--resume", "made")
     assert ended.code == 0
-    assert "records.parquet was damaged and is written again" in ended.err
+    assert "damaged files (records.parquet) are written again" in ended.err
     assert run("report", "made").code == 0
-
-
-LEAVING = """
-import torch
-from tiny_networks import build
-
-class Leaving(type(build())):
-    def forward(self, images):
-        raise SystemExit(0)
-
-class Backwards(torch.autograd.Function):
-    @staticmethod
-    def forward(context, logits):
-        return logits.clone()
-
-    @staticmethod
-    def backward(context, gradient):
-        raise SystemExit(0)
-
-class Behind(type(build())):
-    def forward(self, images):
-        return Backwards.apply(super().forward(images))
-
-def made(kind):
-    network = kind(*build())
-    return network.eval()
-
-def always(): return made(Leaving)
-def behind(): return made(Behind)
-def factory(): raise SystemExit(0)
-"""
-
-
-@pytest.mark.parametrize("factory", ["always", "behind", "factory"])
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("audit", "photos", "--out", "made", "--fail-if", "robust_accuracy < 0", "--junit", "gate.xml"),
-        ("attack", "photos", "--out", "made"),
-        ("explain", "photos", "--out", "made"),
-        ("defend", "photos", "--out", "made", "--steps", "1", "--queries", "1"),
-        ("dissect", "--demo", "--out", "made"),
-        ("train", "set.npz", "--out", "made", "--epochs", "1", "--batch-size", "8"),
-    ],
-    ids=lambda command: command[0],
-)
-def test_a_model_that_exits_ends_no_command_well(
-    run: Run, photographs: Path, tmp_path: Path, factory: str, command: tuple[str, ...]
-) -> None:
-    (tmp_path / "leaving_networks.py").write_text(LEAVING)
-    (tmp_path / "gate.xml").write_text("<testsuites failures='0'/>")
-    model = f"leaving_networks:{factory}"
-    np.savez(
-        tmp_path / "set.npz",
-        images=np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8),
-        labels=np.arange(40) % 4,
-    )
-    size = () if command[0] == "train" else ("--size", "32x32")
-    ended = run(*command, "--model", model, *size)
-    sys.modules.pop("leaving_networks")
-    if factory == "behind" and command[0] == "dissect":
-        return  # no backward pass, no exit
-    assert ended.code not in {0, None}, ended.out
-    assert "SystemExit: 0" in ended.err
-    assert (tmp_path / "gate.xml").exists() != (command[0] == "audit")
 
 
 def test_an_interrupt_ends_with_five_and_resume_goes_on(
@@ -332,13 +274,11 @@ def test_an_interrupt_ends_with_five_and_resume_goes_on(
         patch.setattr(WRITER, interrupt)
         ended = run("audit", photographs, *TINY, *QUICK, "--out", "made")
     assert ended.code == 5
-    assert "interrupted; go on by weakspot audit --resume made" in ended.err
+    assert "interrupted; continue with weakspot audit --resume made" in ended.err
     assert run("audit", photographs, *TINY, *QUICK, "--out", "made").code == 2  # a run lies there
     ended = run("audit", "--resume", "made")
     assert ended.code == 0, ended.err
-    one, other = (
-        runs.Run(folder).records.drop(columns=list(cell_rows.TIMES)) for folder in ("whole", "made")
-    )
+    one, other = (runs.open_run(folder).records.drop(columns=list(TIMES)) for folder in ("whole", "made"))
     pd.testing.assert_frame_equal(one, other)
     assert run("audit", "--resume", "made").code == 0
 
@@ -393,7 +333,7 @@ def test_a_request_to_end_from_outside_is_an_interrupt(run: Run, photographs: Pa
     child.send_signal(signal.SIGTERM)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 5, err
-    assert "go on by weakspot audit --resume made" in err
+    assert "continue with weakspot audit --resume made" in err
 
 
 @pytest.mark.slow
@@ -445,8 +385,8 @@ def test_ray_prints_nothing_of_its_own_and_leaves_nothing_running(
     assert (child.returncode, err) == (0, "")
     assert "4 images audited" in out
     assert "raylet" not in out
-    one, other = (runs.Run(tmp_path / folder) for folder in ("here", "made"))
-    times = list(cell_rows.TIMES)
+    one, other = (runs.open_run(tmp_path / folder) for folder in ("here", "made"))
+    times = list(TIMES)
     pd.testing.assert_frame_equal(one.records.drop(columns=times), other.records.drop(columns=times))
     assert is_gone(child.pid)
 
@@ -464,7 +404,7 @@ def test_an_interrupt_ends_workers_and_cluster_too(
     child.send_signal(request_to_end)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 5, err
-    assert err == "weakspot: interrupted; go on by weakspot audit --resume made\n"
+    assert err == "weakspot: interrupted; continue with weakspot audit --resume made\n"
     assert is_gone(child.pid)
 
 
@@ -474,7 +414,7 @@ def test_from_and_to_urls(run: Run, photographs: Path, tmp_path: Path) -> None:
     ended = run("audit", source, *TINY, *QUICK, "--out", out)
     assert ended.code == 0, ended.err
     assert f"Written to {out}" in ended.out
-    one, other = (runs.Run(place).records.drop(columns=list(cell_rows.TIMES)) for place in ("here", out))
+    one, other = (runs.open_run(place).records.drop(columns=list(TIMES)) for place in ("here", out))
     pd.testing.assert_frame_equal(one, other)
     assert run("audit", "--resume", out).code == 0
     assert f"--resume {out}" in run("audit", source, *TINY, *QUICK, "--out", out).err

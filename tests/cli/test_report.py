@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_explain import Run, photographs, run
+from tests.cli.conftest import Run
 
-__all__ = ["photographs", "run"]  # fixtures
 AUDIT = ("--model", "tiny_networks:build", "--size", "32x32", "--set", "pgd.steps=2", "--attacks", "pgd")
 
 
@@ -38,7 +37,7 @@ def test_a_report_that_finds_no_room_does_not_spoil_the_audit(
     ended = run("audit", photographs, *AUDIT, "--analyses", "none", "--out", "made")
     assert ended.code == 0
     assert "report.html could not be written (No space left on device)" in ended.err
-    assert "weakspot report made tries again" in ended.err
+    assert "(run weakspot report made to try again)" in ended.err
     assert (tmp_path / "made/records.parquet").is_file()
 
 
@@ -65,7 +64,7 @@ def test_a_folder_is_no_file_to_write_to(run: Run, photographs: Path, tmp_path: 
     assert run("audit", photographs, *AUDIT, "--analyses", "none", "--out", "made", "--no-report").code == 0
     ended = run("report", "made", "--out", tmp_path)
     assert ended.code == 2
-    assert "which is a folder; accepted is a file's path" in ended.err
+    assert "--out must be a file, got the folder" in ended.err
 
 
 def test_runs_kept_by_url_are_reported_and_compared_where_they_are(

@@ -131,7 +131,7 @@ def test_a_success_that_rounding_takes_back_is_told_as_such_whoever_made_the_pai
         assert explanation.verdict(0).startswith(
             "The attack fools the network only before rounding to 8 bits: it moved"
         )
-        assert explanation.verdict(1).startswith("The attack moved the image from")
+        assert explanation.verdict(1).startswith("The attack changed the classification from")
 
 
 def test_success_of_an_attack_is_its_own_verdict() -> None:

@@ -125,11 +125,11 @@ def test_class_activations_of_a_pair_share_one_scale(explanation: Explanation) -
 
 def test_class_names_with_braces_stay_as_they_are(explanation: Explanation) -> None:
     """A class called "{target}" must not be filled in twice."""
-    from weakspot.report.figures import drawings
+    from weakspot.report.figures import map_views
 
     for index in range(len(explanation)):
         own, other = explanation.class_names[index]
-        titles = {drawing.name: drawing.title for drawing in drawings(explanation, index)}
+        titles = {view.name: view.title for view in map_views(explanation, index)}
         assert titles["cam_label_clean"] == f"{own}, clean image"
         assert titles["cam_target_clean"] == f"{other}, clean image"
 
@@ -191,7 +191,7 @@ def test_a_figure_draws_both_images_and_every_map(explanation: Explanation) -> N
     assert len(titles) == 3 + len(explanation.maps)
     drawn = [axis for axis in sheet.axes if axis.images]
     assert len(drawn) >= 3 + len(explanation.maps)
-    with pytest.raises(IndexError, match="there are 3 pairs"):
+    with pytest.raises(IndexError, match="index must be below the number of pairs, 3, got 3"):
         explanation.figure(3)
 
 

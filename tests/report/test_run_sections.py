@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from math import nan
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import vl_convert
 
-from weakspot.audit.findings.contrasts import CONTRASTS, told
-from weakspot.audit.findings.curves import CURVES
-from weakspot.audit.findings.locations import SCORES
-from weakspot.audit.page.finding_sections import budget_section, depth_section, finding_section
-from weakspot.audit.page.outcome_sections import class_section, robust_section
-from weakspot.audit.page.run_page import SHOWN, Heading, run_page
+from weakspot.audit.findings.contrasts import Contrast, contrast_sentences
+from weakspot.audit.findings.curves import BUDGET_COLUMNS
+from weakspot.audit.findings.distributions import Classes
+from weakspot.audit.findings.locations import Finding
+from weakspot.audit.page.charts import (
+    CONFIG,
+    budget_chart,
+    confusion_chart,
+    histogram_chart,
+    layer_chart,
+    robust_chart,
+)
+from weakspot.audit.page.finding_sections import budget_section, finding_section, layer_section
+from weakspot.audit.page.run_page import SHOWN, Header, Queries, run_page
+from weakspot.audit.page.sections import Section, class_section, robust_section
 from weakspot.audit.page.sentences import class_sentences
-from weakspot.report.charts import CONFIG
-from weakspot.report.sections import Section
 
-NONE = pd.DataFrame(columns=list(CONTRASTS))
+CONFUSIONS = pd.DataFrame(columns=["attack", "region", "label", "adversarial_class", "fooled"])
+NONE = pd.DataFrame(columns=list(Contrast._fields))
 
 
 def curves(**changes: Any) -> pd.DataFrame:
@@ -32,7 +43,7 @@ def curves(**changes: Any) -> pd.DataFrame:
         for region, control, shares in (("cam", False, (0.2, 0.6, 0.9)), ("matched:cam", True, (0.1, 0.2, 0.4)))
         for size, fooled in zip((0.01, 0.02, 0.04), shares, strict=True)
     ]  # fmt: skip
-    return pd.DataFrame(rows, columns=list(CURVES))
+    return pd.DataFrame(rows, columns=list(BUDGET_COLUMNS))
 
 
 def contrast(q: float) -> pd.DataFrame:
@@ -40,33 +51,33 @@ def contrast(q: float) -> pd.DataFrame:
         ("pgd", "cam", *kind, 0.3, 0.3, 50, "fooled", "", 0.6, 0.2, 0.0, 0.0, 0.4, 0.3, 0.5, q, q)
         for kind in (("other images", 5), ("shifted", 1))
     ]
-    return pd.DataFrame(rows, columns=list(CONTRASTS))
+    return pd.DataFrame(rows, columns=list(Contrast._fields))
 
 
 def page(*sections: Section) -> str:
-    return run_page(Heading("title", "", "", [], []), sections, {}, {"shell": "", "python": ""})
+    return run_page(Header("title", "", "", [], []), sections, {}, Queries("", ""))
 
 
 def test_nothing_to_compare_says_which_option_adds_it() -> None:
-    bare = budget_section(pd.DataFrame(columns=list(CURVES)), NONE)
+    bare = budget_section(pd.DataFrame(columns=list(BUDGET_COLUMNS)), NONE)
     assert len(bare.sentences) == 1
     assert "--controls" in bare.sentences[0]
     assert not bare.charts
-    assert "--analyses" in finding_section(pd.DataFrame(columns=list(SCORES))).sentences[0]
-    assert "--analyses propagation" in depth_section(pd.DataFrame()).sentences[0]
+    assert "--analyses" in finding_section(pd.DataFrame(columns=list(Finding._fields))).sentences[0]
+    assert "--analyses propagation" in layer_section(pd.DataFrame()).sentences[0]
 
 
 def test_the_size_that_fools_half_is_that_of_the_curve() -> None:
-    section = budget_section(curves(), contrast(0.001), told(contrast(0.001)))
+    section = budget_section(curves(), contrast(0.001), contrast_sentences(contrast(0.001)))
     assert section.sentences[0] == (
-        "pgd has fooled half of the images at an linf size of 0.02 in cam, no size seen here in matched:cam."
+        "Size (linf) at which pgd has fooled half of the images: 0.02 in cam, at no size tested in matched:cam."
     )
     assert section.sentences[1].endswith("a weak region.")
     assert [row[2].text for row in section.tables[0].rows] == ["other images (5)", "shifted"]
     (cam, control) = section.tables[1].rows
     assert [cell.text for cell in cam][:8] == ["pgd", "linf", "cam", "no", "50", "0.02", "0.02", "0.04"]
     assert [cell.text for cell in control][5:9] == ["0.04", "", "", "0.04"]
-    drawn = section.charts[0].spec
+    drawn: Any = section.charts[0].spec
     assert len(next(iter(drawn["datasets"].values()))) == 6
     dashes = drawn["layer"][1]["encoding"]["strokeDash"]["scale"]
     assert dashes["range"][0] == [1, 0]
@@ -75,14 +86,14 @@ def test_the_size_that_fools_half_is_that_of_the_curve() -> None:
 
 def test_without_controls_a_lead_may_be_a_matter_of_area_or_place() -> None:
     said = budget_section(curves(), NONE).sentences[-1]
-    assert "for its area or its place; --controls adds them" in said
-    assert len(budget_section(pd.DataFrame(columns=list(CURVES)), contrast(0.5)).tables) >= 1
+    assert "because of its area or its place; --controls adds them" in said
+    assert len(budget_section(pd.DataFrame(columns=list(BUDGET_COLUMNS)), contrast(0.5)).tables) >= 1
 
 
 def test_no_difference_is_claimed_where_there_is_none() -> None:
-    assert "not shown to be weaker" in told(contrast(0.5))[0]
+    assert "not shown to be weaker" in contrast_sentences(contrast(0.5))[0]
     assert "weak region" not in " ".join(
-        budget_section(curves(), contrast(0.5), told(contrast(0.5))).sentences
+        budget_section(curves(), contrast(0.5), contrast_sentences(contrast(0.5))).sentences
     )
 
 
@@ -97,31 +108,31 @@ def finding(
 
 
 def findings(*rows: dict[str, Any]) -> Section:
-    return finding_section(pd.DataFrame(list(rows), columns=list(SCORES)))
+    return finding_section(pd.DataFrame(list(rows), columns=list(Finding._fields)))
 
 
 def test_acting_where_the_network_looks_is_said_of_attacks_that_beat_other_images() -> None:
     known = ("attack", "region", "score", "images", "mean", "low", "high")
-    bare = {name: nan for name in SCORES if name not in known} | {"against": ""}
+    bare = {name: nan for name in Finding._fields if name not in known} | {"against": ""}
     section = findings(
         finding("effect_in_roi", 0.002), finding("jaccard", 0.3), finding("margin_drop", nan) | bare
     )
     assert section.sentences == [
-        ("pgd free to change any pixel acts more where the network looks in the image than where it looks in other "
-        "images: effect in roi is 0.5 with the own map and 0.2 with others' (48 images, q = .002); 7 of 48 images show "
-        "it by themselves (q over images at most .1).")
+        ("pgd on the whole image acts more where the network looks in the image than where it looks in other images: "
+        "effect in roi is 0.5 with the image's own map and 0.2 with other images' maps (48 images, q = .002); 7 of 48 "
+        "images show it on their own (q over images at most .1).")
     ]  # fmt: skip
     assert [cell.text for cell in section.tables[0].rows[2]][5:] == [""] * 6
 
 
 def test_acting_where_the_network_looks_is_not_said_otherwise() -> None:
     (weak,) = findings(finding("effect_in_roi", 0.2), finding("spearman", 0.06)).sentences
-    assert "is not shown to act more or less where the network looks" in weak
+    assert "It is not shown that pgd on the whole image acts more, or less, where the network looks" in weak
     (apart,) = findings(finding("effect_in_roi", 0.01), finding("spearman", 0.01, excess=-0.3)).sentences
     assert "the statistics disagree" in apart
     (away,) = findings(finding("effect_in_roi", 0.01, excess=-0.3)).sentences
     assert "acts less where the network looks" in away
-    assert "by themselves" not in away
+    assert "on their own" not in away
 
 
 def cells(*robust: float) -> pd.DataFrame:
@@ -130,7 +141,7 @@ def cells(*robust: float) -> pd.DataFrame:
             {
                 "attack": "pgd", "budget": None, "region": f"region {number}", "region_fraction": 0.1 * number,
                 "images": 9,
-                "robust_accuracy": value, "low": max(0.0, value - 0.1), "high": min(1.0, value + 0.1), "troubled": 0,
+                "robust_accuracy": value, "low": max(0.0, value - 0.1), "high": min(1.0, value + 0.1), "errors": 0,
             }
             for number, value in enumerate(robust)
         ]
@@ -142,14 +153,16 @@ def test_regions_are_listed_and_not_ranked(robust: tuple[float, float]) -> None:
     (sentence,) = robust_section(cells(*robust), 1.0).sentences
     first, other = (f"{one:.0%} [{max(0, one - 0.1):.0%}, {min(1, one + 0.1):.0%}]" for one in robust)
     assert sentence == (
-        f"pgd leaves {first} of 9 images read as their class in region 0 (0% of the image), {other} in region 1 (10% "
-        "of the image)."
+        f"Under pgd confined to region 0 (0% of the image), {first} of 9 images remain correctly classified; confined "
+        f"to region 1 (10% of the image), {other}."
     )
 
 
 def test_many_regions_are_in_the_table() -> None:
     section = robust_section(cells(*[0.5] * 9), 1.0)
-    assert section.sentences[0].endswith(" in region 5 (50% of the image), and more in the table.")
+    assert section.sentences[0].endswith(
+        "confined to region 5 (50% of the image), 50% [40%, 60%]; the table has more regions."
+    )
     assert "region 6" not in section.sentences[0]
     assert len(section.tables[0].rows) == 9
 
@@ -157,8 +170,10 @@ def test_many_regions_are_in_the_table() -> None:
 def test_an_attack_without_robust_accuracy_is_named_and_left_out_of_the_chart() -> None:
     table = cells(0.5, math.nan).assign(attack=["pgd", "fmn"], budget=["linf:4/255", ""])
     section = robust_section(table, 1.0)
-    assert section.sentences[0].startswith("pgd at linf:4/255 leaves 50%")
-    assert section.sentences[1].startswith("fmn looks for the smallest change and has no robust accuracy")
+    assert section.sentences[0].startswith(
+        "Under pgd at linf:4/255 confined to region 0 (0% of the image), 50%"
+    )
+    assert section.sentences[1].startswith("fmn is a minimal-norm attack and has no robust accuracy")
     assert "fmn" not in str(section.charts[0].spec)
     assert not robust_section(table.iloc[1:], 1.0).charts
 
@@ -170,17 +185,17 @@ def depths(held: float) -> pd.DataFrame:
                 "measure": "spread", "attack": "pgd", "region": "cam", "outcome": outcome, "place": 1, "layer": "conv",
                 "mean": mean, "low": mean - 0.05, "high": mean + 0.05, "images": 20,
             }
-            for outcome, mean in (("fooled", 0.5), ("held", held), ("random edit", 0.1))
+            for outcome, mean in (("fooled", 0.5), ("withstood", held), ("random edit", 0.1))
         ]
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(("held", "told"), [(0.1, True), (0.48, False)])
 def test_depth_is_told_against_its_control(held: float, told: bool) -> None:
-    section = depth_section(depths(held))
-    assert ("cannot tell them apart" in section.sentences[0]) is not told
+    section = layer_section(depths(held))
+    assert ("The intervals overlap" in section.sentences[0]) is not told
     assert "spread alone explains nothing" in section.sentences[1]
-    only = depth_section(depths(held).query("outcome == 'fooled'"))
+    only = layer_section(depths(held).query("outcome == 'fooled'"))
     assert "no control to compare with" in only.sentences[0]
 
 
@@ -191,15 +206,10 @@ def many_classes(count: int) -> Section:
     per = classes.assign(attack="pgd", region="none", robust=0.4, low=0.1, high=0.8)[
         ["label", "attack", "region", "images", "robust", "low", "high"]
     ]
-    landings = pd.DataFrame(
+    adversarial = pd.DataFrame(
         {"label": [0], "adversarial_class": ["</script><script>x"], "fooled": [3], "of": [4]}
     )
-    return class_section(
-        classes,
-        per,
-        landings,
-        pd.DataFrame(columns=["attack", "region", "label", "adversarial_class", "fooled"]),
-    )
+    return class_section(Classes(classes, per, adversarial, CONFUSIONS))
 
 
 def test_what_does_most_is_judged_over_images_not_over_classes() -> None:
@@ -213,16 +223,15 @@ def test_what_does_most_is_judged_over_images_not_over_classes() -> None:
     ]
     per = pd.DataFrame(rows, columns=["label", "attack", "region", "images", "robust", "low", "high"])
     none = pd.DataFrame(columns=["label", "adversarial_class", "fooled", "of"])
-    (said, *_) = class_sentences(
-        classes, per, none
-    )  # cam leaves 19 of 100, border 81; by classes .70 and .30
-    assert said.startswith("Under pgd in cam large")
-    assert "large is left with 10%" in said
+    # Under cam 19 of 100 images remain, under border 81; the means over classes are .70 and .30.
+    (said, *_) = class_sentences(Classes(classes, per, none, CONFUSIONS))
+    assert said.startswith("Under pgd confined to cam, 10% [")
+    assert "] of 90 images of large remain correctly classified" in said
 
 
 def test_depths_of_few_images_have_no_interval_and_a_page() -> None:
     few = depths(0.1).assign(images=4, low=np.nan, high=np.nan)
-    section = depth_section(few)
+    section = layer_section(few)
     text = page(section)
     assert "nan" not in " ".join(section.sentences).lower()
     assert "need 20 images" in text
@@ -252,4 +261,34 @@ def test_a_curve_that_begins_later_says_its_own_size() -> None:
     found = curves(images=3)
     found.loc[found["control"] & (found["size"] == 0.04), "fooled"] = 0.8
     section = budget_section(found[~(found["control"] & (found["size"] < 0.04))], NONE)
-    assert section.sentences[0].endswith("linf size of 0.02 in cam, 0.04 in matched:cam.")
+    assert section.sentences[0].endswith("of the images: 0.02 in cam, 0.04 in matched:cam.")
+
+
+def test_every_chart_compiles() -> None:
+    """Vega's own compiler accepts each kind of specification without a warning."""
+    bins = pd.DataFrame(
+        [
+            ("pgd", "cam", outcome, low, low + 1.0, 3)
+            for outcome in ("fooled", "withstood")
+            for low in (-1.0, 0.0)
+        ],
+        columns=["attack", "region", "outcome", "low", "high", "count"],
+    )
+    confusions = pd.DataFrame(
+        {"label": ["cat", "dog"], "adversarial_class": ["dog", "cat"], "fooled": [1, 2]}
+    )
+    charts = [
+        robust_chart(cells(0.2, 0.9), 0.95),
+        histogram_chart("margin", bins, {("pgd", "cam"): "pgd · cam"}),
+        confusion_chart("pgd", confusions),
+        budget_chart("pgd", curves()),
+        layer_chart("spread", "", depths(0.1), 0.6),
+    ]
+    for chart in charts:
+        spec = json.dumps({"config": CONFIG, **chart.spec, "width": 400})
+        compiled = vl_convert.vegalite_to_vega(spec)
+        assert compiled["marks"], chart
+        # Every field that the chart draws is a column of its data.
+        drawn = set(re.findall(r'"field": "(\w+)"', json.dumps(chart.spec)))
+        rows: Any = chart.spec["datasets"]
+        assert drawn <= {key for data in rows.values() for row in data for key in row}, chart

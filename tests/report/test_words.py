@@ -7,7 +7,7 @@ import math
 import pandas as pd
 import pytest
 
-from weakspot.report.sentences import headline, verdict
+from weakspot.report.image_verdict import headline, verdict
 
 BASE = {
     "image": "cat.png", "label": "lynx", "target": "tabby", "adversarial_class": "tabby", "read_clean_as": "lynx",
@@ -23,15 +23,15 @@ NAN = float("nan")
 FAILED = {"success": False, "adversarial_class": "lynx", "adversarial_class_adversarial": 0.3}
 
 
-class Told:
-    """As much of an Explanation as words need."""
+class Explained:
+    """The part of an Explanation that verdicts read."""
 
     def __init__(self, **changed: object) -> None:
         self.scores = pd.DataFrame([{**BASE, "success_8bit": changed.get("success", True), **changed}])
 
 
 def said(**changed: object) -> str:
-    return verdict(Told(**changed))  # type: ignore[arg-type]
+    return verdict(Explained(**changed))  # type: ignore[arg-type]
 
 
 def test_the_headline_names_both_classes_with_their_confidence() -> None:
@@ -45,22 +45,22 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
             {},
             (
                 "It acts where the network looks: 61% of the effect falls on the 20% of the image that matters most "
-                "for lynx (31% on what matters in other images; p = .012, q = .040 over the images)."
+                "for lynx (31% on the part that matters in other images; p = .012, q = .040 over the images)."
             ),
         ),
         (
             {"relation": 0.0, "relation_p": 0.26, "relation_q": 0.5, "effect_in_roi": 0.33},
             (
                 "There is no clear relation to where the network looks: 33% of the effect falls on the 20% of the "
-                "image that matters most for lynx (31% on what matters in other images; p = .26, q = .50 over the "
-                "images)."
+                "image that matters most for lynx (31% on the part that matters in other images; p = .26, q = .50 over "
+                "the images)."
             ),
         ),
         (
             {"relation": -1.0, "relation_p": 0.02, "effect_in_roi": 0.05},
             (
                 "It acts away from where the network looks: only 5% of the effect falls on the 20% of the image that "
-                "matters most for lynx (31% on what matters in other images; p = .020,"
+                "matters most for lynx (31% on the part that matters in other images; p = .020,"
             ),
         ),
         (
@@ -79,35 +79,38 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
         ),
         (
             {"effect_in_roi": NAN},
-            "It took next to nothing from the lead of lynx, or nothing that could be placed.",
+            "The attack took almost nothing from the lead of lynx, or nothing that could be located.",
         ),
         (
             {"roi_fraction": 0.0},
-            "No part of the image stands out for lynx, so there is no place where the network looks.",
+            "No part of the image stands out for lynx, so there is no region where the network looks.",
         ),
         (
             {**FAILED, "margin_taken": 0.34, "effect_in_roi": 0.4},
             (
-                "It took 34% of the lead of lynx over tabby. That was lost where the network looks: 40% of the effect "
-                "falls on the 20%"
+                "The attack took 34% of the lead of lynx over tabby. That lead was lost where the network looks: 40% "
+                "of the effect falls on the 20%"
             ),
         ),
         (
             {**FAILED, "margin_taken": 0.34, "relation": NAN},
-            "It took 34% of the lead of lynx over tabby. 61% of the effect falls on the 20%",
+            "The attack took 34% of the lead of lynx over tabby. 61% of the effect falls on the 20%",
         ),
         (
             {**FAILED, "margin_taken": 0.34, "changed_fraction": 0.3, "reached_fraction": 0.4},
-            "It took 34% of the lead of lynx over tabby, by changing 30% of the pixels.",
+            "The attack took 34% of the lead of lynx over tabby by changing 30% of the pixels.",
         ),
         (
             {**FAILED, "asked_for_target": True, "adversarial_class": "fox", "margin_taken": 2.5},
-            "It took all of the lead of lynx over tabby.",
+            "The attack took all of the lead of lynx over tabby.",
         ),
-        ({"read_clean_as": "dog", "margin_taken": NAN}, "It put lynx further behind tabby."),
+        ({"read_clean_as": "dog", "margin_taken": NAN}, "The attack put lynx further behind tabby."),
         (
             {"success": False, "adversarial_class": "lynx", "adversarial_class_adversarial": 0.3},
-            "The attack failed: the image is still read as lynx (40% before, 30% after); it came closest to tabby.",
+            (
+                "The attack failed: the image is still classified as lynx (40% before, 30% after); the closest other "
+                "class is tabby."
+            ),
         ),
         (
             {
@@ -116,13 +119,13 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
                 "adversarial_class": "fox",
                 "adversarial_class_adversarial": 0.5,
             },
-            "The attack failed: it asked for tabby and reached 97%; the image is read as fox 50%.",
+            "The attack failed: its target tabby reached 97%, and the image is classified as fox (50%).",
         ),
         (
             {"read_clean_as": "dog"},
             (
-                "Without any attack the image is read as dog and not as lynx (40%), so there is no success to explain; "
-                "the adversarial image is read as tabby 97%."
+                "Without an attack, the image is classified as dog, not as lynx (40%), so there is no success to "
+                "explain; the adversarial image is classified as tabby (97%)."
             ),
         ),
         (
@@ -132,10 +135,13 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
                 "adversarial_class": "lynx",
                 "adversarial_class_adversarial": 0.3,
             },
-            "The attack failed: it asked for tabby and reached 97%; the image is read as lynx 30%.",
+            "The attack failed: its target tabby reached 97%, and the image is classified as lynx (30%).",
         ),
         ({"changed_fraction": 0.27}, "It acts where the network looks"),
-        ({"completeness_gap": 0.96}, "What it did could not be placed: the vulnerability map is 96% off"),
+        (
+            {"completeness_gap": 0.96},
+            "The effect could not be located: the vulnerability map misses the whole effect by 96%",
+        ),
         ({"linf": 0.0}, "The two images are identical; there is nothing to explain."),
     ],
 )
@@ -146,8 +152,8 @@ def test_a_case_is_said_in_its_own_words(changed: dict[str, object], wanted: str
 def test_a_success_that_only_one_side_of_rounding_has_is_told_as_such() -> None:
     before, after = said(success_8bit=False), said(success=False, adversarial_class="lynx", success_8bit=True)
     assert before.startswith(
-        "The attack fools the network only before rounding to 8 bits: it moved the image from lynx 40% to tabby 97%, "
-        "but a picture file of the result no longer fools."
+        "The attack fools the network only before rounding to 8 bits: it changed the classification from lynx (40%) to "
+        "tabby (97%), but the result no longer fools the network when stored in an image file."
     )
     assert after.startswith("The attack fools the network only after rounding to 8 bits")
     assert "failed" in said(success=False)
@@ -183,15 +189,19 @@ def test_only_a_success_acts_anywhere_and_p_stands_beside_its_own_direction(
 
 
 def test_scores_that_were_not_compared_speak_no_p() -> None:
-    told = Told()
-    told.scores = told.scores.drop(columns=["relation", "relation_p", "relation_q", "effect_in_roi_null"])
-    assert "a p value needs at least 19 other images" in verdict(told)  # type: ignore[arg-type]
+    explained = Explained()
+    explained.scores = explained.scores.drop(
+        columns=["relation", "relation_p", "relation_q", "effect_in_roi_null"]
+    )
+    assert "a p value needs at least 19 other images" in verdict(explained)  # type: ignore[arg-type]
 
 
 def test_without_overlap_only_what_happened_is_said() -> None:
-    told = Told()
-    told.scores = told.scores.drop(columns=[column for column in BASE if column.startswith("effect")])
-    assert verdict(told) == "The attack moved the image from lynx 40% to tabby 97%."  # type: ignore[arg-type]
+    explained = Explained()
+    explained.scores = explained.scores.drop(
+        columns=[column for column in BASE if column.startswith("effect")]
+    )
+    assert verdict(explained) == "The attack changed the classification from lynx (40%) to tabby (97%)."  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +213,7 @@ def test_without_overlap_only_what_happened_is_said() -> None:
         (0.5, 3.0, -2.58, "suppression-dominated", "suppression-dominated: it raises the logit of tabby by 0.5"),
         (2.0, 3.0, -0.58, "balanced", "balanced: it raises the logit of tabby by 2 and lowers that of lynx by 3, and "),
         (2.0, 3.0, -0.58, "balanced", "and neither effect is more than twice the other."),
-        (-1.0, -2.0, float("nan"), None, "It neither raises the logit of tabby nor lowers that of lynx."),
+        (-1.0, -2.0, float("nan"), None, "The perturbation neither raises the logit of tabby nor lowers that of lynx."),
     ],
 )  # fmt: skip
 def test_the_type_of_the_perturbation_is_one_sentence(

@@ -167,7 +167,7 @@ def test_picture_files_are_decoded_alike_by_any_number_of_workers_and_damage_is_
     def damage(row: dict[str, float]) -> None:
         (tmp_path / "photos/one/03.png").write_bytes(b"no picture")
 
-    with pytest.raises(ValueError, match=r"one/03.png: "):
+    with pytest.raises(ValueError, match=r"one/03.png cannot be read: "):
         quick_train(fresh(), data, on_epoch=damage, workers=workers, held_out=0, epochs=3)
 
 

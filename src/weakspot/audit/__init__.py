@@ -8,8 +8,9 @@ from weakspot.audit.findings.summary import Summary, summarize
 from weakspot.audit.page.run_page import write_run_report
 from weakspot.audit.plan.attack_plan import AttackPlan, ModelPlan
 from weakspot.audit.plan.plan import Plan, read_plan
-from weakspot.audit.store.integrity import StoppedError
-from weakspot.audit.store.run import Run, write_run
+from weakspot.audit.store.digests import StoppedError
+from weakspot.audit.store.run import Run, open_run
+from weakspot.audit.store.run_folder import write_run
 from weakspot.audit.work.audits import AuditProgress, audit, resume
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "audit",
     "budget_curves",
     "compare",
+    "open_run",
     "read_plan",
     "region_contrasts",
     "resume",

@@ -77,7 +77,7 @@ def read_probe(mapping: Mapping[str, Any]) -> Probe:
     """The probe that `as_mapping` described."""
     logits = np.frombuffer(base64.b64decode(mapping["logits"]), "<f4").astype(np.float64)
     return Probe(
-        logits.reshape(-1, mapping["classes"]),
+        logits.reshape(COUNT, mapping["classes"]),
         mapping["device"],
         mapping["low_precision"],
         mapping["repeats"],

@@ -1,30 +1,29 @@
-"""Colors: one table for figures and pages, readable by color-blind readers and in gray.
-
-Rendering: a template with its style and script in one HTML file.
-"""
+"""Rendering: a template with its style and script in one HTML file, and the colors that pages and figures share."""
 
 from __future__ import annotations
 
+import base64
+import io
+import zlib
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Any
 
 import jinja2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 # Blue, white, orange: the two ends differ in hue for every kind of color vision.
 DIVERGING = ((0, 69, 134), (86, 140, 190), (247, 247, 247), (236, 152, 60), (166, 80, 0))
-# Okabe and Ito 2008; category 0 is left as the photograph is.
+# Okabe and Ito 2008; category 0 leaves the photograph as it is.
 CATEGORIES = ("#00000000", "#0072b2", "#d55e00", "#f0e442", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 HATCHES = ("", "", "///", "...", "xxx", "---", "|||", "+++")
 
 
-def table(kind: str) -> NDArray[np.uint8]:
-    """256 colors (256, 3) for a map of that kind: "signed" or "magnitude"."""
+def color_table(kind: str) -> NDArray[np.uint8]:
+    """256 colors (256, 3) for a map of kind "signed" or "magnitude"."""
     if kind == "signed":
-        places = np.linspace(0, 1, 256)
-        anchors = np.array(DIVERGING, dtype=float)
+        places, anchors = np.linspace(0, 1, 256), np.array(DIVERGING, dtype=float)
         at = np.linspace(0, 1, len(anchors))
         return np.stack([np.interp(places, at, channel) for channel in anchors.T], 1).round().astype(np.uint8)
     from matplotlib import colormaps
@@ -34,27 +33,58 @@ def table(kind: str) -> NDArray[np.uint8]:
 
 
 def gradient(kind: str, stops: int = 9) -> str:
-    """The table as a CSS gradient from left (low) to right (high)."""
-    colors = table(kind)[np.linspace(0, 255, stops).astype(int)]
+    """The color table as a CSS gradient from left (low) to right (high)."""
+    colors = color_table(kind)[np.linspace(0, 255, stops).astype(int)]
     return "linear-gradient(90deg," + ",".join(f"rgb({r},{g},{b})" for r, g, b in colors) + ")"
 
 
-def rendered(template: str, *, styles: Sequence[str] = (), script: str = "", **values: Any) -> str:
-    """The template as HTML; whatever comes from outside is escaped.
+def base64_text(content: bytes) -> str:
+    """Bytes as base64 text."""
+    return base64.b64encode(content).decode("ascii")
+
+
+def compressed_levels(values: NDArray[np.floating], low: float, high: float) -> str:
+    """Values from `low` to `high` as 8-bit levels, compressed, in base64."""
+    levels = np.rint((values - low) * (255 / ((high - low) or 1))).astype(np.uint8)
+    return base64_text(zlib.compress(levels.tobytes(), 9))
+
+
+def data_url(kind: str, content: bytes) -> str:
+    """A file as a data URL; `kind` is its MIME type."""
+    return f"data:{kind};base64,{base64_text(content)}"
+
+
+def picture_url(pixels: NDArray[np.uint8], *, jpeg_quality: int | None = None) -> str:
+    """(H, W) or (H, W, 3) of 8 bits as the data URL of a PNG file, or of a JPEG file if a quality is given."""
+    buffer = io.BytesIO()
+    if jpeg_quality is None:
+        Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+        return data_url("image/png", buffer.getvalue())
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=jpeg_quality)
+    return data_url("image/jpeg", buffer.getvalue())
+
+
+def rendered(template: str, *, styles: Sequence[str] = (), script: str = "", **values: object) -> str:
+    """The template as HTML; all values are escaped.
 
     Args:
-        template: its file's name.
-        styles: names of style files, written into the page after page.css.
-        script: name of a script file, written into the page; none where empty.
-        values: what the template asks for.
+        template: name of its file.
+        styles: names of style sheets, inserted after page.css.
+        script: name of a script file to insert, if any.
+        values: the template's variables.
     """
     templates = files("weakspot.report").joinpath("templates")
+
+    def read(name: str) -> str:
+        return templates.joinpath(name).read_text("utf-8")
+
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
-        loader=jinja2.FunctionLoader(lambda name: templates.joinpath(name).read_text("utf-8")),
+        loader=jinja2.FunctionLoader(read),
     )
-    style = "".join(templates.joinpath(name).read_text("utf-8") for name in ("page.css", *styles))
-    said = templates.joinpath(script).read_text("utf-8") if script else ""
-    return environment.get_template(template).render(style=style, script=said, **values)
+    style = "".join(map(read, ("page.css", *styles)))
+    return environment.get_template(template).render(
+        style=style, script=read(script) if script else "", **values
+    )

@@ -1,4 +1,4 @@
-"""A worker of the Ray engine: holds the model and does shards by number."""
+"""A worker of the Ray engine: holds the model and computes shards by number."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from weakspot._checks import describe_error, warn
 from weakspot.audit.plan.image_list import entries
 from weakspot.audit.plan.plan import Plan
-from weakspot.audit.store.run import versions
+from weakspot.audit.store.run_info import changed_versions
 from weakspot.audit.work.batches import AuditModel
 from weakspot.audit.work.preparation import load_planned
 from weakspot.audit.work.shard import ShardResult, audit_shard
@@ -28,28 +28,28 @@ from weakspot.models.probe import Probe
 if TYPE_CHECKING:
     import pyarrow as pa
 
-
-DEATHS = 3  # of workers, over one shard of images
+DEATHS = 3  # workers that may die on one shard
+Warnings = list[tuple[str, type[Warning]]]
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What a worker has to know.
+    """What a worker must know.
 
     Attributes:
         plan: resolved, with the kind of device that the model is on.
-        listing: of all images.
-        size: images of a shard.
+        listing: all images.
+        size: number of images of a shard.
         batch_size: images attacked at once; None for as many as memory holds.
         fingerprint: of the model's weights where the audit was started.
-        probe: what the model answers there.
-        versions: of what decides a result there.
+        probe: the model's answers there.
+        versions: of everything that decides a result, there.
         sources: those that are files or folders there.
-        threads: that the worker may use.
-        paths: where modules are looked for there.
-        folder: its working directory.
-        workers: how many there are.
-        attempts: handle of the `Attempts` that all workers share.
+        threads: CPU threads of the worker.
+        paths: module search path there.
+        folder: working directory there.
+        workers: number of workers.
+        attempts: handle of the `Attempts` actor that all workers share.
     """
 
     plan: Plan
@@ -64,87 +64,103 @@ class Task:
     paths: tuple[str, ...]
     folder: str
     workers: int
-    attempts: Any
+    attempts: Any  # an actor handle, whose methods Ray generates
+
+
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """What a worker sends: a result or the exception in its place, and the warnings on the way."""
+
+    result: ShardResult | Exception
+    warnings: Warnings
 
 
 class GivenUpError(Exception):
-    """Something was tried too often, each time at the cost of a worker."""
+    """Something was attempted too often, each time at the cost of a worker."""
 
 
 class Attempts:
-    """An actor of its own that counts what was begun and not ended: Ray tries again without end."""
+    """An actor that counts what was begun and not ended: Ray itself retries without limit."""
 
     def __init__(self) -> None:
         self.begun: Counter[str] = Counter()
 
-    def begin(self, what: str) -> int:
-        """How often it was begun by now."""
-        self.begun[what] += 1
-        return self.begun[what]
+    def begin(self, description: str) -> int:
+        """How often it has been begun."""
+        self.begun[description] += 1
+        return self.begun[description]
 
-    def end(self, what: str) -> None:
-        """It came to an end, whatever that was; counts from nothing."""
-        del self.begun[what]
+    def end(self, description: str) -> None:
+        """It has ended, in whatever way; the count starts over."""
+        del self.begun[description]
 
 
 @contextmanager
-def _attempt(task: Task, what: str, most: int) -> Iterator[None]:
-    """Raises GivenUpError where it was begun more often than that."""
+def _attempt(task: Task, description: str, most: int) -> Iterator[None]:
+    """Raises GivenUpError if this has been begun more often than that."""
     import ray
 
-    if ray.get(task.attempts.begin.remote(what)) > most:
-        raise GivenUpError(f"{what} was given up after {most} workers had died of it")
+    if ray.get(task.attempts.begin.remote(description)) > most:
+        raise GivenUpError(f"{description} was given up after {most} workers had died of it")
     try:
         yield
     finally:
-        ray.get(task.attempts.end.remote(what))
+        ray.get(task.attempts.end.remote(description))
+
+
+@contextmanager
+def _recorded(messages: Warnings) -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    messages += [(str(warning.message), warning.category) for warning in caught]
 
 
 class Worker:
-    """Takes tables of one shard number each.
+    """Computes tables of one shard number each.
 
-    Nothing is raised here: what goes wrong is sent in place of a result, so that it arrives as it was and not as Ray's
-    account of it.
+    It raises nothing: an exception is sent in place of a result, so that it arrives as it was and not as Ray's account
+    of it.
     """
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.trouble: Exception | None = None
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
+        self.error: Exception | None = None
+        self.warnings: Warnings = []
+        with _recorded(self.warnings):
             try:
+                # Every worker begins once, so deaths are those beyond the number of workers.
                 with _attempt(task, "loading the model", DEATHS + task.workers):
-                    self.machine = _machine(task)
+                    self.model = _load(task)
             except Exception as error:  # noqa: BLE001
-                self.trouble = error
-        self.said = _plain(said)
+                self.error = error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         import pyarrow as pa
 
         (number,) = batch["number"].to_pylist()
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            found = self._result(number)
-        content = pickle.dumps((found, [*self.said, *_plain(said)]), protocol=5)
+        messages = list(self.warnings)
+        with _recorded(messages):
+            result = self._result(number)
+        content = pickle.dumps(Reply(result, messages), protocol=5)
         return pa.table({"number": [number], "content": pa.array([content], pa.large_binary())})
 
     def _result(self, number: int) -> ShardResult | Exception:
-        if self.trouble is not None:
-            return _sendable(self.trouble)
-        mine = entries(self.task.listing, number * self.task.size, self.task.size)
+        if self.error is not None:
+            return _sendable(self.error)
+        images = entries(self.task.listing, number * self.task.size, self.task.size)
         try:
-            with _attempt(self.task, f"shard {number} ({mine[0].name} and what follows)", DEATHS):
-                return audit_shard(self.machine, self.task.plan, mine)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - what an attack or a region raises, too
+            with _attempt(self.task, f"shard {number} ({images[0].name} and what follows)", DEATHS):
+                return audit_shard(self.model, self.task.plan, images)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - an attack or a region may raise anything
             return _sendable(error)
 
 
-def _machine(task: Task) -> AuditModel:
-    """The model, loaded and checked.
+def _load(task: Task) -> AuditModel:
+    """The model, loaded and compared.
 
     Raises:
-        ValueError: when model or images are not what they are where the audit was started.
+        ValueError: if model or images differ from those where the audit was started.
     """
     torch.set_num_threads(task.threads)
     sys.path.extend(path for path in task.paths if path not in sys.path)
@@ -154,37 +170,29 @@ def _machine(task: Task) -> AuditModel:
     for source in task.sources:
         if not Path(source).exists():
             raise ValueError(
-                f"{source}: there is no such file or folder on the machine {node} of the Ray cluster; accepted is what "
-                "all its machines share, or a URL"
+                f"{source} does not exist on the machine {node} of the Ray cluster (give a folder that all its "
+                "machines share, or a URL)"
             )
-    machine = AuditModel.of(load_planned(task.plan.model), task.plan, task.listing, task.batch_size)
-    found = machine.watch.weights
-    if found != task.fingerprint:
+    spec = task.plan.model.spec
+    model = AuditModel.of(load_planned(task.plan.model), task.plan, task.listing, task.batch_size)
+    if model.watch.weights != task.fingerprint:
         raise ValueError(
-            f"model {task.plan.model.spec} has other weights on the machine {node} (fingerprint {found}) than where "
-            f"the audit was started ({task.fingerprint}); accepted is the same weights everywhere"
+            f"model {spec} has other weights on the machine {node} (fingerprint {model.watch.weights}) than where the "
+            f"audit was started ({task.fingerprint}; use the same weights everywhere)"
         )
-    if not machine.watch.probe.agrees(task.probe):
+    if not model.watch.probe.agrees(task.probe):
         raise ValueError(
-            f"model {task.plan.model.spec} has the same weights on the machine {node} but gives other logits than "
-            "where the audit was started; install the same version of its code on all machines"
+            f"model {spec} has the same weights on the machine {node} but returns other logits than where the audit "
+            "was started (install the same version of its code on all machines)"
         )
-    other = [f"{name} {value} there, {task.versions.get(name)} here" for name, value in versions().items()
-             if value != task.versions.get(name)]  # fmt: skip
-    if other:
-        warn(
-            f"versions on the machine {node} are others ({'; '.join(other)}); last digits may differ",
-            UserWarning,
-        )
-    return machine
-
-
-def _plain(said: list[warnings.WarningMessage]) -> list[tuple[str, type[Warning]]]:
-    return [(str(warning.message), warning.category) for warning in said]
+    changes = changed_versions(task.versions, then="here", now="there")
+    if changes:
+        warn(f"the machine {node} has other versions ({changes}); the last digits may differ", UserWarning)
+    return model
 
 
 def _sendable(error: BaseException) -> Exception:
-    """The error itself, without the places it went through, or one like it where it cannot be sent."""
+    """The exception without its traceback, or a similar one if it cannot be sent."""
     try:
         same = pickle.loads(pickle.dumps(error))  # noqa: S301 - made in this line
     except Exception:  # noqa: BLE001 - its constructor may take anything

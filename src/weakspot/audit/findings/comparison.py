@@ -1,45 +1,43 @@
-"""Comparison of two runs on the images that both have: which scores moved, by how much, with what confidence."""
+"""Comparison of two runs on the images that both contain: which scores moved, by how much, and how certain that is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from weakspot.audit.findings.locations import score_names
+from weakspot.audit.findings.outcomes import WHOLE_IMAGE, adjusted, quoted_name
 from weakspot.audit.plan.attack_plan import AttackPlan
 from weakspot.audit.plan.limits import limit_of
-from weakspot.audit.plan.plan import Plan, is_minimal
+from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.records import has_records
 from weakspot.audit.store.run import Run
-from weakspot.models.probe import read_probe
-from weakspot.statistics import false_discovery, mean_intervals, mean_test, paired_proportion_interval
-
-if TYPE_CHECKING:
-    import pandas as pd
-
+from weakspot.statistics import mean_intervals, mean_test, paired_proportion_interval
+from weakspot.statistics.number_format import counted
 
 COLUMNS = (
     "score", "attack", "region", "images", "before", "after", "difference", "low", "high", "p", "q",
 )  # fmt: skip
 ROBUST, CLEAN = "robust_accuracy", "clean_accuracy"
-CLEAR = 0.05  # of q
+MAX_Q = 0.05
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs beside each other.
+    """Two runs side by side.
 
     Attributes:
-        table: a row for each score, attack and region that both have: images, the mean before and after, the mean
-            difference after - before of the same images with its 95% interval (low, high; NaN where there is none),
-            p (of yes and no McNemar's exact test), q corrected over all rows (Benjamini and Hochberg).
-            "clean_accuracy" has no attack and no region.
-        images: that both have.
-        only: what only one of the runs has, in words.
-        remarks: what else makes them unlike, in words.
+        table: one row per score, attack and region that both runs have: images; the means before and after; the mean
+            difference after - before over the same images with its 95% interval low, high (NaN if there is none); p
+            (McNemar's exact test for yes/no scores); q, corrected over all rows (Benjamini and Hochberg).
+            "clean_accuracy" has neither attack nor region.
+        images: images that both runs contain.
+        only: what only one of the runs contains, in words.
+        remarks: other differences between the runs, in words.
     """
 
     table: pd.DataFrame
@@ -47,33 +45,45 @@ class Comparison:
     only: tuple[str, ...]
     remarks: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        scores = f"{self.table['score'].nunique()} scores, {len(self.moved)} of {len(self.table)} rows moved"
+        return f"Comparison({counted(self.images)}, {scores})\n  {self.sentence()}"
+
     @property
     def moved(self) -> pd.DataFrame:
-        """The rows whose q is below 0.05 and whose interval leaves zero out, the surest first."""
+        """The rows with q below 0.05 and an interval without zero, smallest q first."""
         table = self.table
-        clear = table[(table["q"] < CLEAR) & ((table["low"] > 0) | (table["high"] < 0))]
-        return clear.sort_values(["q", "p"], kind="stable")
+        moved = table[(table["q"] < MAX_Q) & ((table["low"] > 0) | (table["high"] < 0))]
+        return moved.sort_values(["q", "p"], kind="stable")
 
     def sentence(self) -> str:
         """The verdict on robust accuracy."""
         robust = self.table[self.table["score"] == ROBUST]
+        if robust.empty and self.table["attack"].ne("").any():
+            return "No attack that both runs contain has a robust accuracy: see the other scores."
         if robust.empty:
-            if self.table["attack"].ne("").any():
-                return "No attack that was run in both has a robust accuracy: see the other scores."
-            return "No attack and region was run in both: there is nothing to compare."
+            return "The runs have no attack and region in common: there is nothing to compare."
         if not robust["images"].any():
-            return "Of no image is it known in both runs how an attack ended: there is nothing to compare."
-        clear = self.moved[self.moved["score"] == ROBUST]
-        if clear.empty:
+            return "No image has a known attack outcome in both runs: there is nothing to compare."
+        moved = self.moved[self.moved["score"] == ROBUST]
+        if moved.empty:
             return (
-                f"Robust accuracy has not moved beyond chance in any of {len(robust)} attacks x regions, on "
-                f"{self.images} images that both have."
+                f"Robust accuracy has not moved beyond chance for any of {len(robust)} attacks x regions, on "
+                f"{counted(self.images)} that both runs contain."
             )
-        parts = [_in_words(row) for row in clear.itertuples(index=False)]
-        return f"Robust accuracy has moved: {'; '.join(parts)}."
+        changes = [
+            f"{attack} in {region} from {before:.0%} to {after:.0%} ({100 * difference:+.0f} points "
+            f"[{100 * low:+.0f}, {100 * high:+.0f}])"
+            for attack, region, before, after, difference, low, high in moved[
+                ["attack", "region", "before", "after", "difference", "low", "high"]
+            ]
+            .replace({"region": {WHOLE_IMAGE: "the whole image"}})
+            .itertuples(index=False, name=None)
+        ]
+        return f"Robust accuracy has moved: {'; '.join(changes)}."
 
-    def as_mapping(self) -> dict[str, Any]:
-        """Plain values; what is unknown is None."""
+    def as_mapping(self) -> dict[str, object]:
+        """Values for JSON; an unknown number is None."""
         plain = self.table.astype(object).where(self.table.notna(), None)
         return {
             "verdict": self.sentence(),
@@ -84,28 +94,23 @@ class Comparison:
         }
 
 
-def _in_words(row: Any) -> str:
-    return (
-        f"{row.attack} in {row.region} {row.before:.0%} to {row.after:.0%} ({100 * row.difference:+.0f} points, "
-        f"95% from {100 * row.low:+.0f} to {100 * row.high:+.0f})"
-    )
+class _Shared(NamedTuple):
+    """What two runs have in common: attacks as pairs (before, after), regions and scores."""
+
+    attacks: list[tuple[AttackPlan, AttackPlan]]
+    regions: list[str]
+    scores: list[str]
 
 
 def compare(before: Run, after: Run) -> Comparison:
-    """Compare two runs, image by image.
+    """Compare two runs image by image, usually of two models or versions.
 
-    Images are the same where their stored content is, wherever they lie and whatever they are called; attacks are the
-    same where name, budget and settings are, regions where their text is.
-
-    Args:
-        before: a run.
-        after: another one, of another model or version as a rule.
+    Images are the same if their stored content is the same, whatever their names and folders. Attacks are the same if
+    name, budget and settings are; regions if their text is.
 
     Raises:
-        ValueError: when they share no image, no records are there, or `eight_bit` of the two runs differs.
+        ValueError: if the runs have no image in common, a run has no records yet, or `eight_bit` differs.
     """
-    import pandas as pd
-
     for run in (before, after):
         if not has_records(run.folder, complete=run.complete):
             raise ValueError(f"{run.name} has no records yet")
@@ -114,152 +119,152 @@ def compare(before: Run, after: Run) -> Comparison:
             f"eight_bit must be the same for both runs, got {before.eight_bit} for {before.name} and {after.eight_bit} "
             f"for {after.name}"
         )
-    plans = (before.plan, after.plan)
-    shared_attacks = _shared(plans[0].attacks, plans[1].attacks)
-    # Regions of other images are controls within a run: another run has others.
-    mine, theirs = (plan.reported_regions for plan in plans)
-    regions = [region for region in mine if region in theirs]
-    names = [name for name in score_names(before) if name in score_names(after)]
-    pair = _whole(before, after)
-    rows, common = [_moves(pair, [CLEAN], "", "").iloc[: 1 if len(pair) else 0]], len(pair)
-    relabeled = int((pair["label"] != pair["label_after"]).sum())
-    for own, other in shared_attacks:
-        for region in regions:
-            pair = _pair(_cell(before, own.label, region, names), _cell(after, other.label, region, names))
-            scores = [ROBUST, *names] if _comparable(plans, own, other) else names
-            if scores:
-                rows.append(_moves(pair, scores, own.label, region))
-    if not common:
-        raise ValueError(f"{before.name} and {after.name} share no image: none has the same content in both")
+    images = _matched_images(before, after)
+    if images.empty:
+        raise ValueError(f"{before.name} and {after.name} have no image in common: no content is in both")
+    shared = _shared(before, after)
+    rows, incomparable = [_differences(images, [CLEAN], "", "")], []
+    for own, other in shared.attacks:
+        comparable = _same_limit(before.plan, own, after.plan, other)
+        if not comparable:
+            incomparable.append(own.label)
+        scores = [ROBUST, *shared.scores] if comparable else shared.scores
+        for region in shared.regions if scores else ():
+            cells = _cell(before, own.label, region, scores), _cell(after, other.label, region, scores)
+            rows.append(_differences(_matched(*cells), scores, own.label, region))
     table = pd.concat(rows, ignore_index=True)
-    known = table["p"].notna()
-    table["q"] = np.nan
-    table.loc[known, "q"] = false_discovery(table.loc[known, "p"].to_numpy(float))
-    only = [*_only(before, plans[0].attacks, [one for one, _ in shared_attacks], mine, regions),
-            *_only(after, plans[1].attacks, [one for _, one in shared_attacks], theirs, regions)]  # fmt: skip
+    table["q"] = adjusted(table["p"])
     remarks = _remarks(before, after)
-    apart = [own.label for own, other in shared_attacks if not _comparable(plans, own, other)]
-    if apart:
+    if incomparable:
         remarks.append(
-            f"robust accuracy is not compared for {', '.join(apart)}: minimal-norm attacks need one stated budget, the "
-            "same in both runs"
+            f"robust accuracy is not compared for {', '.join(incomparable)}: minimal-norm attacks need one stated "
+            "budget, the same in both runs"
         )
-    if relabeled and not all(_predicted(run) for run in (before, after)):
+    relabeled = int((images["label"] != images["label_after"]).sum())
+    if relabeled and not (_has_predicted_labels(before) and _has_predicted_labels(after)):
         remarks.append(f"labels differ on {relabeled} of these images")
-    return Comparison(table[list(COLUMNS)], common, tuple(only), tuple(remarks))
+    only = [
+        *_only_in(before, [own for own, _ in shared.attacks], shared.regions),
+        *_only_in(after, [other for _, other in shared.attacks], shared.regions),
+    ]
+    return Comparison(table[list(COLUMNS)], len(images), tuple(only), tuple(remarks))
 
 
-def _moves(pair: pd.DataFrame, names: Sequence[str], attack: str, region: str) -> pd.DataFrame:
-    """A row for each score of the pair's columns NAME and NAME_after."""
-    import pandas as pd
-
-    sides = [pair[[f"{name}{suffix}" for name in names]].to_numpy(float) for suffix in ("", "_after")]
+def _differences(pairs: pd.DataFrame, scores: Sequence[str], attack: str, region: str) -> pd.DataFrame:
+    """One row per score, from the columns NAME and NAME_after of `pairs`."""
+    sides = [pairs[[f"{name}{suffix}" for name in scores]].to_numpy(float) for suffix in ("", "_after")]
     known = np.isfinite(sides[0]) & np.isfinite(sides[1])
     before, after = (np.where(known, side, np.nan) for side in sides)
-    found = mean_intervals(after - before)
+    changes = after - before
+    intervals = mean_intervals(changes)
     counts = known.sum(0)
     means = [np.where(counts, np.nansum(side, 0) / np.maximum(counts, 1), np.nan) for side in (before, after)]
-    p = [mean_test((after - before)[:, place]) for place in range(len(names))]
-    for place in range(len(names)):
-        moved = (after - before)[known[:, place], place]
-        if (
-            len(moved) and np.isin(moved, (-1, 0, 1)).all()
-        ):  # proportions, also where every image changed alike
-            found[place] = paired_proportion_interval(moved == 1, moved == -1)
+    for place in range(len(scores)):
+        moved = changes[known[:, place], place]
+        if len(moved) and np.isin(moved, (-1, 0, 1)).all():
+            # Yes/no scores: unlike the bootstrap, this interval exists even if every image changed alike.
+            intervals[place] = paired_proportion_interval(moved == 1, moved == -1)
     return pd.DataFrame(
         {
-            "score": list(names), "attack": attack, "region": region, "images": counts, "before": means[0],
-            "after": means[1], "difference": found[:, 0], "low": found[:, 1], "high": found[:, 2], "p": p,
+            "score": list(scores), "attack": attack, "region": region, "images": counts, "before": means[0],
+            "after": means[1], "difference": intervals[:, 0], "low": intervals[:, 1], "high": intervals[:, 2],
+            "p": [mean_test(changes[:, place]) for place in range(len(scores))],
         }
     )  # fmt: skip
 
 
-def _whole(before: Run, after: Run) -> pd.DataFrame:
-    """Every image that both have, once, with whether it is read rightly, as of clean accuracy, and its label."""
+def _matched_images(before: Run, after: Run) -> pd.DataFrame:
+    """One row per image in both runs: whether it is correctly classified (clean accuracy), and its labels."""
     query = (
         "select content, any_value(index) as index, any_value(image) as image, any_value(correct) as correct, "
         "any_value(label) as label from records group by content, index order by index"
     )
-    pair = _pair(*(run.sql(query).df() for run in (before, after)))
-    return pair.rename(columns={"correct": CLEAN, "correct_after": f"{CLEAN}_after"})
+    images = _matched(before.sql(query).df(), after.sql(query).df())
+    return images.rename(columns={"correct": CLEAN, "correct_after": f"{CLEAN}_after"})
 
 
-def _cell(run: Run, attack: str, region: str, names: Sequence[str]) -> pd.DataFrame:
-    chosen = "".join(', "' + name.replace('"', '""') + '"' for name in names)
+def _cell(run: Run, attack: str, region: str, scores: Sequence[str]) -> pd.DataFrame:
+    names = "".join(f", {quoted_name(name)}" for name in scores if name != ROBUST)
     query = (
-        f"select index, content, image, label, robust::int as {ROBUST}{chosen} from outcomes "  # noqa: S608
+        f"select index, content, robust::int as {ROBUST}{names} from outcomes "  # noqa: S608 - names are quoted
         "where attack = $attack and region = $region order by index"
     )
-    found: pd.DataFrame = run.sql(query, attack=attack, region=region).df()
-    return found
+    frame: pd.DataFrame = run.sql(query, attack=attack, region=region).df()
+    return frame
 
 
-def _pair(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
-    """Side by side by content; the same content several times is paired in order."""
-    for frame in (before, after):
-        frame["copy"] = frame.groupby("content").cumcount()
+def _matched(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
+    """Join by content; several copies of one image are matched in order."""
+    before, after = (frame.assign(copy=frame.groupby("content").cumcount()) for frame in (before, after))
     return before.merge(after, on=["content", "copy"], suffixes=("", "_after"), validate="one_to_one")
 
 
-def _shared(before: Sequence[AttackPlan], after: Sequence[AttackPlan]) -> list[tuple[AttackPlan, AttackPlan]]:
-    same = {_identity(attack): attack for attack in after}
-    return [(attack, same[_identity(attack)]) for attack in before if _identity(attack) in same]
+def _shared(before: Run, after: Run) -> _Shared:
+    by_identity = {(one.name, one.budget, one.settings): one for one in after.plan.attacks}
+    attacks = [(one, by_identity.get((one.name, one.budget, one.settings))) for one in before.plan.attacks]
+    # Reported regions only: regions of other images are controls within their own run.
+    regions = [region for region in before.plan.reported_regions if region in after.plan.reported_regions]
+    scores = score_names(after)
+    return _Shared(
+        [(one, other) for one, other in attacks if other is not None],
+        regions,
+        [name for name in score_names(before) if name in scores],
+    )
 
 
-def _identity(attack: AttackPlan) -> tuple[Any, ...]:
-    return attack.name, attack.budget, attack.settings
-
-
-def _comparable(plans: Sequence[Plan], before: AttackPlan, after: AttackPlan) -> bool:
+def _same_limit(plan: Plan, attack: AttackPlan, other_plan: Plan, other: AttackPlan) -> bool:
     """Whether robust accuracy under an attack is counted at the same budget in both runs."""
-    if not is_minimal(before):
+    if not attack.is_minimal:
         return True
-    first, second = (limit_of(plan, attack) for plan, attack in zip(plans, (before, after), strict=True))
-    return first is not None and second is not None and first[1:] == second[1:]
+    first, second = limit_of(plan, attack), limit_of(other_plan, other)
+    return first is not None and second is not None and first[1:] == second[1:]  # kind and size, not the text
 
 
-def _only(
-    run: Run,
-    attacks: Sequence[AttackPlan],
-    shared: Sequence[AttackPlan],
-    regions: Sequence[str],
-    common: Sequence[str],
-) -> list[str]:
-    """What a run alone has."""
-    said = [f"attack {attack.label}" for attack in attacks if attack not in shared]
-    said += [f"region {region}" for region in regions if region not in common]
-    return [f"{what} only in {run.name}" for what in said]
+def _only_in(run: Run, attacks: Sequence[AttackPlan], regions: Sequence[str]) -> list[str]:
+    """What only this run contains."""
+    parts = [f"attack {attack.label}" for attack in run.plan.attacks if attack not in attacks]
+    parts += [f"region {region}" for region in run.plan.reported_regions if region not in regions]
+    return [f"{part} only in {run.name}" for part in parts]
 
 
-def _predicted(run: Run) -> bool:
-    """Whether its labels are the model's own predictions."""
-    return set(run.about.get("labels", {})) == {"prediction"}
+def _has_predicted_labels(run: Run) -> bool:
+    return set(run.info.labels) == {"prediction"}
+
+
+def _facts(run: Run) -> dict[str, object]:
+    """What should be the same in two runs that are compared."""
+    info = run.info
+    return {
+        "seed": run.plan.seed,
+        "fraction": run.plan.fraction,
+        "input size": info.model.input_size if info.model else (),
+        "labels": ", ".join(sorted(info.labels)),
+        "weakspot": info.versions.get("weakspot"),
+        "torch": info.versions.get("torch"),
+    }
 
 
 def _remarks(before: Run, after: Run) -> list[str]:
-    """What makes two runs unlike besides what is compared."""
-    said = []
-    models: list[Mapping[str, Any]] = [run.about.get("model", {}) for run in (before, after)]
-    if models[0].get("fingerprint") == models[1].get("fingerprint"):
-        probes = [read_probe(model["probe"]) for model in models if "probe" in model]
-        same_size = models[0].get("input_size") == models[1].get("input_size")
-        other = len(probes) == 2 and same_size and not probes[0].agrees(probes[1])
-        said.append(
-            "both runs are of the same weights" + (", which are used in different ways" if other else "")
+    """Differences between the runs other than the scores."""
+    remarks = []
+    first, second = before.info.model, after.info.model
+    if first is not None and second is not None and first.fingerprint == second.fingerprint:
+        changed = first.input_size == second.input_size and not first.probe.agrees(second.probe)
+        remarks.append(
+            "both runs use the same weights"
+            + (", but the model computes something else with them" if changed else "")
         )
-    facts: dict[str, list[Any]] = {
-        "seed": [run.plan.seed for run in (before, after)],
-        "fraction": [run.plan.fraction for run in (before, after)],
-        "input size": [tuple(model.get("input_size", ())) for model in models],
-        "labels": [", ".join(sorted(run.about.get("labels", {}))) for run in (before, after)],
-        "weakspot": [run.about.get("versions", {}).get("weakspot") for run in (before, after)],
-        "torch": [run.about.get("versions", {}).get("torch") for run in (before, after)],
-    }
-    for name, values in facts.items():
-        if values[0] != values[1]:
-            said.append(f"{name} differs: {values[0]} before, {values[1]} after")
-    said += [f"{run.name}: {run.shortfall}" for run in (before, after) if run.shortfall]
-    said += [f"{run.name}: {sentence}" for run in (before, after) for sentence in run.remarks]
-    if all(_predicted(run) for run in (before, after)):
-        said.append("labels are each model's own predictions: what is robust is the answer, right or wrong")
-    return said
+    after_facts = _facts(after)
+    for name, value in _facts(before).items():
+        if value != after_facts[name]:
+            remarks.append(f"{name} differs: {value} before, {after_facts[name]} after")
+    for run in (before, after):
+        remarks += [f"{run.name}: {sentence}" for sentence in ([run.shortfall] if run.shortfall else [])]
+    for run in (before, after):
+        remarks += [f"{run.name}: {sentence}" for sentence in run.remarks]
+    if _has_predicted_labels(before) and _has_predicted_labels(after):
+        remarks.append(
+            "labels are each model's own predictions: robust accuracy says whether the answer stays, not whether it is "
+            "correct"
+        )
+    return remarks

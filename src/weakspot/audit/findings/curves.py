@@ -1,205 +1,204 @@
-"""Curves: how many images of a run fall to changes up to a size, in every region.
-
-Depths: how changes travel through the layers, on the mean over images, successes beside failures.
-"""
+"""Curves of a run: images fooled by changes up to a size, and how changes spread through the layers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from weakspot.audit.findings.robustness import cell, once
-from weakspot.audit.plan.attack_plan import AttackPlan
-from weakspot.audit.plan.plan import Plan, control_of, norm_of
-from weakspot.audit.store.maps import StoredMap
+from weakspot.audit.findings.outcomes import once_per_run, read_cell
+from weakspot.audit.plan.attack_plan import AttackPlan, Value
+from weakspot.audit.plan.limits import NORMS, read_limit
+from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.records import quoted
 from weakspot.audit.store.run import Run
+from weakspot.audit.store.stored_maps import StoredMap
 from weakspot.statistics import mean_intervals, proportion_interval
 
-if TYPE_CHECKING:
-    import pandas as pd
+BUDGET_COLUMNS = ("attack", "region", "control", "norm", "size", "fooled", "low", "high", "images")
+MAX_POINTS = 40  # of a budget curve
+FLOAT32 = 1e-5  # relative rounding of stored sizes
+
+LAYER_COLUMNS = (
+    "measure", "attack", "region", "outcome", "place", "layer", "mean", "low", "high", "images",
+)  # fmt: skip
+MAX_IMAGES = 1000  # images per layer curve; of more images, so many evenly spread over the list
+IMAGES_IN_MEMORY = 128
+BOOTSTRAP_COLUMNS = 200  # at once
+RANDOM_EDIT = "random edit"
+OUTCOMES = ("fooled", "withstood")
+FIRST_MEASURE = "spread"
 
 
-CURVES = ("attack", "region", "control", "norm", "size", "fooled", "low", "high", "images")
-POINTS = 40  # of a curve
-
-
-@once
+@once_per_run
 def budget_curves(run: Run) -> pd.DataFrame:
-    """How many images fall to changes up to a size, in every region; of those that the model reads rightly.
+    """How many of the correctly classified images fall to changes up to a size, in every region.
 
-    Of attacks that look for the smallest change the curve is the distribution of what they found, of one that the plan
-    has at several budgets a point for each of them: an image falls at a size when it fell at that or a smaller one.
+    The curve of a minimal-norm attack is the distribution of the sizes that it needed. An attack that the plan runs at
+    several budgets has one point per budget: an image falls at a budget if it fell at that one or a smaller one.
 
     Returns:
-        Columns attack, region; control, whether the region is another one's control; norm, "linf", "l1" or "l2"; size;
-        fooled, a share, with low and high, its 95% interval over images; images.
+        Columns attack; region; control (whether the region is another region's control); norm ("linf", "l1" or "l2");
+        size; fooled, a fraction with its exact 95% interval low, high over images; images.
     """
-    import pandas as pd
-
-    plan = run.plan
-    regions = plan.reported_regions
-    controls = {control_of(region) for region in regions}
-    rows: list[tuple[Any, ...]] = []
-    for name, norm, attacks in _families(plan):
-        found = {region: _falls(run, attacks, region, norm) for region in regions}
-        largest = max((falls[np.isfinite(falls)].max(initial=0) for falls in found.values()), default=0)
-        for region, falls in found.items():
-            if not len(falls):
-                continue
-            if len(attacks) > 1:
-                sizes = [_amount(attack) for attack in attacks]
-            else:
-                sizes = _grid(falls) or ([float(largest)] if largest else [])
-            rows += [
-                (
-                    name,
-                    region,
-                    region in controls,
-                    norm,
-                    size,
-                    *proportion_interval(falls <= size * (1 + 1e-5)),
-                    len(falls),
+    regions = run.plan.reported_regions
+    specs = run.plan.specs.values()
+    controls = {
+        spec.text for spec in specs if spec.control_of is not None and spec.control_of.text in regions
+    }
+    rows: list[tuple[object, ...]] = []
+    for family in _families(run.plan):
+        sizes_by_region = {region: _smallest_sizes(run, family, region) for region in regions}
+        finite = [sizes[np.isfinite(sizes)].max(initial=0) for sizes in sizes_by_region.values()]
+        largest = float(max(finite, default=0))
+        for region, smallest in sizes_by_region.items():
+            for size in _curve_sizes(family, smallest, largest) if len(smallest) else ():
+                fooled = proportion_interval(smallest <= size * (1 + FLOAT32))
+                rows.append(
+                    (family.name, region, region in controls, family.norm, size, *fooled, len(smallest))
                 )
-                for size in sizes
-            ]
-    return pd.DataFrame(rows, columns=list(CURVES))
+    return pd.DataFrame(rows, columns=list(BUDGET_COLUMNS))
 
 
 class _Family(NamedTuple):
+    """Attacks that make one curve: a minimal-norm attack, or one attack at several budgets."""
+
     name: str
     norm: str
     attacks: Sequence[AttackPlan]
 
 
 def _families(plan: Plan) -> list[_Family]:
-    """Attacks that make a curve: one that looks for the smallest change, or the same one at several budgets."""
-    found = [_Family(attack.label, norm, [attack]) for attack in plan.attacks if (norm := norm_of(attack))]
-    alike: dict[tuple[Any, ...], list[AttackPlan]] = {}
+    families = [
+        _Family(attack.label, attack.minimized_norm, [attack])
+        for attack in plan.attacks
+        if attack.minimized_norm
+    ]
+    groups: dict[tuple[str, str, tuple[tuple[str, Value], ...]], list[AttackPlan]] = {}
     for attack in plan.attacks:
         kind = (attack.budget or "").partition(":")[0].strip().lower()
-        if kind in {"linf", "l1", "l2"}:
-            alike.setdefault((attack.name, kind, attack.settings), []).append(attack)
-    for (name, kind, settings), attacks in alike.items():
+        if kind in NORMS:
+            groups.setdefault((attack.name, kind, attack.settings), []).append(attack)
+    for (name, kind, settings), attacks in groups.items():
         if len(attacks) > 1:
-            said = [f"{key}={value}" for key, value in settings]
-            found.append(_Family(" ".join([name, *said]), kind, sorted(attacks, key=_amount)))
-    return found
+            title = " ".join([name, *(f"{key}={value}" for key, value in settings)])
+            families.append(_Family(title, kind, sorted(attacks, key=_budget_size)))
+    return families
 
 
-def _amount(attack: AttackPlan) -> float:
-    from weakspot.budgets import read_budget
-
-    return float(getattr(read_budget(str(attack.budget)), "eps"))  # noqa: B009 - Budget is a protocol without it
+def _budget_size(attack: AttackPlan) -> float:
+    return read_limit(str(attack.budget)).amount
 
 
-def _falls(run: Run, attacks: Sequence[AttackPlan], region: str, norm: str) -> NDArray[np.float64]:
-    """(images,) the size at which each fell, infinite where it held."""
-    import pandas as pd
-
-    found, missing = [], []
-    for attack in attacks:
-        table = cell(run, attack.label, region, ["index", "fooled", "correct", norm])
-        table = table[table["correct"].fillna(False)]
-        if len(attacks) > 1:
-            unknown = table.loc[table["fooled"].isna(), "index"]
-            missing.append(pd.Series(_amount(attack), index=unknown.to_numpy(), dtype=float))
-        table = table[table["fooled"].notna()]
-        size = table[norm].to_numpy(float) if len(attacks) == 1 else np.full(len(table), _amount(attack))
-        size = np.where(table["fooled"].to_numpy(bool), size, np.inf)
-        found.append(pd.Series(size, index=table["index"].to_numpy()))
-    falls = pd.concat(found).groupby(level=0).min()
-    if missing:  # who is unknown at a smaller budget may have fallen there
-        least = pd.concat(missing).groupby(level=0).min().reindex(falls.index)
-        falls = falls[~(least < falls)]
-    return falls.to_numpy(float)
+def _smallest_sizes(run: Run, family: _Family, region: str) -> NDArray[np.float64]:
+    """(images,) the smallest size at which each image was fooled, infinite if it withstood."""
+    several = len(family.attacks) > 1
+    fell, unknown = [], []
+    for attack in family.attacks:
+        cell = read_cell(run, attack.label, region, ["index", "fooled", "correct", family.norm])
+        cell = cell[cell["correct"].fillna(False)].set_index("index")
+        known = cell[cell["fooled"].notna()]
+        size = _budget_size(attack) if several else known[family.norm].to_numpy(float)
+        fell.append(pd.Series(np.where(known["fooled"].to_numpy(bool), size, np.inf), index=known.index))
+        if several:
+            unknown.append(pd.Series(size, index=cell.index[cell["fooled"].isna()], dtype=float))
+    smallest = pd.concat(fell).groupby(level=0).min()
+    if unknown:  # an image with an unknown outcome at a smaller budget may already have fallen there
+        earliest = pd.concat(unknown).groupby(level=0).min().reindex(smallest.index)
+        smallest = smallest[~(earliest < smallest)]
+    return np.asarray(smallest, dtype=float)
 
 
-def _grid(falls: NDArray[np.float64]) -> list[float]:
-    known = falls[np.isfinite(falls)]
-    if not len(known):
-        return []
-    return [float(size) for size in np.unique(np.quantile(known, np.linspace(0, 1, POINTS), method="higher"))]
+def _curve_sizes(family: _Family, smallest: NDArray[np.float64], largest: float) -> list[float]:
+    """The sizes at which a curve has points."""
+    if len(family.attacks) > 1:
+        return [_budget_size(attack) for attack in family.attacks]
+    fell = smallest[np.isfinite(smallest)]
+    if len(fell):
+        quantiles = np.quantile(fell, np.linspace(0, 1, MAX_POINTS), method="higher")
+        return [float(size) for size in np.unique(quantiles)]
+    return [largest] if largest else []
 
 
-MOST = 1000  # images of which curves are read; of more, these evenly spread over the list
-BLOCK = 128  # images in memory at once before they are chosen
-TOGETHER = 200  # columns of a bootstrap
-RANDOM = "random edit"
-OUTCOMES = ("fooled", "held")
-COLUMNS = ["measure", "attack", "region", "outcome", "place", "layer", "mean", "low", "high", "images"]
-FIRST = "spread"  # of the measures
+def layer_curves(run: Run) -> pd.DataFrame:
+    """How far changes spread through the layers: means over images, fooled beside withstood and random edits.
 
+    Only images that are correctly classified without an attack count, at most 1000 of them. "random edit" is the mean
+    over all of these, for a random edit of the attack's size.
 
-def depths(run: Run) -> pd.DataFrame:
-    """Columns measure, attack, region, outcome, place, layer, mean, low, high, images.
-
-    Of images that are correctly classified without an attack, at most 1000. The outcome "random edit" is of all of
-    these, under an edit of the attack's size. low and high are NaN where `statistics.mean_intervals` gives no interval.
+    Returns:
+        Columns measure; attack; region; outcome ("fooled", "withstood" or "random edit"); place and layer (number and
+        name); mean, low, high (NaN if `statistics.mean_intervals` gives no interval); images.
     """
-    known = [name for name in run.maps if "curve" in run.maps[name].about]
-    if not known:
-        return pd.DataFrame(columns=COLUMNS)
-    outcomes = _outcomes(run, len(run.maps[known[0]]))
-    rows: list[dict[str, Any]] = []
-    for name in sorted(known, key=lambda name: (FIRST not in name, name)):
-        rows += _curve(run, name, outcomes)
-    return pd.DataFrame(rows, columns=COLUMNS)
+    names = [name for name in run.maps if "curve" in run.maps[name].about]
+    rows: list[tuple[object, ...]] = []
+    if names:
+        outcomes = _outcomes(run, len(run.maps[names[0]]))
+        for name in sorted(names, key=lambda name: (FIRST_MEASURE not in name, name)):
+            rows += _layer_curve(run, name, outcomes)
+    return pd.DataFrame(rows, columns=list(LAYER_COLUMNS))
 
 
-def _curve(run: Run, name: str, outcomes: NDArray[np.int8]) -> Iterator[dict[str, Any]]:
-    """The rows of one array (image, attack, region, layer)."""
+def _layer_curve(run: Run, name: str, outcomes: NDArray[np.int8]) -> Iterator[tuple[object, ...]]:
+    """The rows of one stored array (image, attack, region, layer)."""
     stored = run.maps[name]
-    measure, _, random = str(stored.about["curve"]).partition(", ")
-    chosen = np.flatnonzero((outcomes >= 0).any((1, 2)))
-    if len(chosen) > MOST:
-        chosen = chosen[np.linspace(0, len(chosen) - 1, MOST).round().astype(np.int64)]
-    values = _read(stored, chosen)
-    ended = outcomes[chosen]
-    groups = {RANDOM: ended >= 0} if random else {what: ended == n for n, what in enumerate(OUTCOMES)}
-    steps = stored.about["steps"]
-    keys, columns = [], []
+    measure, _, random_edit = str(stored.about["curve"]).partition(", ")
+    images = _evenly_spread(np.flatnonzero((outcomes >= 0).any((1, 2))))
+    values = _read(stored, images)
+    ended = outcomes[images]
+    if random_edit:
+        groups = {RANDOM_EDIT: ended >= 0}
+    else:
+        groups = {outcome: ended == number for number, outcome in enumerate(OUTCOMES)}
     places = {cell: place for place, cell in enumerate(run.plan.cells)}
+    keys: list[tuple[object, ...]] = []
+    columns = []
     for attack, region in run.plan.reported_cells:
-        cell = divmod(places[attack, region], len(run.plan.regions))
-        for outcome, among in groups.items():
-            columns.append(np.where(among[:, *cell, None], values[:, *cell], np.nan))
-            keys += [(attack.label, region, outcome, layer + 1, step) for layer, step in enumerate(steps)]
+        at = divmod(places[attack, region], len(run.plan.regions))
+        for outcome, members in groups.items():
+            columns.append(np.where(members[:, *at, None], values[:, *at], np.nan))
+            for layer, step in enumerate(stored.about["steps"], start=1):
+                keys.append((attack.label, region, outcome, layer, step))
     table = np.concatenate(columns, axis=1)
-    found = [mean_intervals(part) for part in np.split(table, range(TOGETHER, table.shape[1], TOGETHER), 1)]
+    # In parts, because the bootstrap resamples all columns of a part at once.
+    parts = np.split(table, range(BOOTSTRAP_COLUMNS, table.shape[1], BOOTSTRAP_COLUMNS), axis=1)
+    intervals = np.concatenate([mean_intervals(part) for part in parts])
     counts = np.isfinite(table).sum(0)
-    for key, interval, count in zip(keys, np.concatenate(found), counts, strict=True):
-        yield dict(zip(COLUMNS, (measure, *key, *map(float, interval), int(count)), strict=True))
+    for key, interval, count in zip(keys, intervals, counts, strict=True):
+        yield (measure, *key, *map(float, interval), int(count))
 
 
-def _read(stored: StoredMap, chosen: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(n, attacks, regions, layers) of these images, without infinities."""
+def _evenly_spread(images: NDArray[np.int64]) -> NDArray[np.int64]:
+    if len(images) <= MAX_IMAGES:
+        return images
+    return images[np.linspace(0, len(images) - 1, MAX_IMAGES).round().astype(np.int64)]
+
+
+def _read(stored: StoredMap, images: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(n, attacks, regions, layers) of these images; infinities become NaN."""
     parts = [np.empty((0, *stored.shape[1:]))]
-    for start in range(0, len(stored), BLOCK):
-        mine = chosen[(chosen >= start) & (chosen < start + BLOCK)]
-        if len(mine):
-            parts.append(stored[start : start + BLOCK][mine - start].astype(np.float64))
+    for start in range(0, len(stored), IMAGES_IN_MEMORY):
+        block = images[(images >= start) & (images < start + IMAGES_IN_MEMORY)]
+        if len(block):
+            parts.append(stored[start : start + IMAGES_IN_MEMORY][block - start].astype(np.float64))
     values = np.concatenate(parts)
     return np.where(np.isfinite(values), values, np.nan)
 
 
 def _outcomes(run: Run, images: int) -> NDArray[np.int8]:
-    """(images, attacks, regions): 0 fooled, 1 held, -1 not known or not read rightly before."""
-    attacks = {attack.label: place for place, attack in enumerate(run.plan.attacks)}
-    regions = {region: place for place, region in enumerate(run.plan.regions)}
-    found = np.full((images, len(attacks), len(regions)), -1, np.int8)
-    for attack, first in attacks.items():
-        for region, second in regions.items():
+    """(images, attacks, regions): 0 fooled, 1 withstood, -1 unknown or misclassified without an attack."""
+    outcomes = np.full((images, len(run.plan.attacks), len(run.plan.regions)), -1, np.int8)
+    for first, attack in enumerate(run.plan.attacks):
+        for second, region in enumerate(run.plan.regions):
             ended = (
                 run.sql("select * from outcomes")
-                .filter(f"attack = {quoted(attack)} and region = {quoted(region)}")
+                .filter(f"attack = {quoted(attack.label)} and region = {quoted(region)}")
                 .filter("correct and fooled is not null")
                 .project('"index", fooled')
                 .df()
             )
-            found[ended["index"].to_numpy(), first, second] = np.where(ended["fooled"].astype(bool), 0, 1)
-    return found
+            outcomes[ended["index"].to_numpy(), first, second] = ~ended["fooled"].astype(bool)
+    return outcomes

@@ -1,119 +1,150 @@
-"""Tallies: what a report says of a run, counted on the disk; only the columns that are asked for are read.
-
-Extremes: the images of a run that were fooled most easily and those that held longest, with their pictures.
-"""
+"""Distributions: scores, classes and extreme images of a run, counted by DuckDB on disk."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from weakspot.audit.page.outcome_sections import overlaid, picture, pixelated
-from weakspot.audit.page.sentences import heading
-from weakspot.audit.plan.plan import bounded_attacks
-from weakspot.audit.store.records import quoted
+from weakspot.audit.findings.outcomes import in_reported_regions, quoted_name
+from weakspot.audit.store.records import COLUMNS, quoted
 from weakspot.audit.store.run import Run
-from weakspot.audit.work.cell_rows import COLUMNS
-from weakspot.report.sections import Thumbnail
 from weakspot.statistics import proportion_interval
-from weakspot.statistics.number_format import counted, number
+from weakspot.statistics.number_format import counted
 
 BINS = 30
-TAIL = 0.005  # of the values at either end, which may lie so far out that they would hide the others
-SCORES = (
+TAIL = 0.005  # fraction of the values at either end that may lie far outside and would squeeze the others
+ATTACK_SCORES = (
     "margin_adversarial", "confidence_adversarial", "l2", "linf", "pixels", "ssim_windowed", "margin_clean",
     "confidence_clean",
 )  # fmt: skip
-BESIDE = ("_null", "_null_low", "_null_high", "_p", "_p_less", "_q")  # what stands beside a score
+COMPANIONS = ("_null", "_null_low", "_null_high", "_p", "_p_less", "_q")  # columns that belong to a score
 NUMBERS = ("DOUBLE", "FLOAT", "BIGINT", "INTEGER", "SMALLINT", "TINYINT")
-GRID = 20  # names of classes up to which confusions are counted pair by pair
-LISTED = 2_000  # classes of a table; of more those with most images
+MAX_GRID = 20  # class names up to which confusions are counted pair by pair
+MAX_CLASSES = 2_000  # in the table; of more classes, those with the most images
+EXTREMES = 12  # images at either end
+PIXEL_COUNTS = (
+    "few_pixel",
+)  # attacks limited by the number of pixels, so that the size of a change says nothing
 
 
 @dataclass(frozen=True, eq=False)
 class Distributions:
-    """How scores are distributed.
+    """How the scores of a run are distributed.
 
     Attributes:
         summaries: columns score, attack, region, images, missing, mean, median.
-        bins: columns score, attack, region, outcome, low, high, count.
+        bins: columns score, attack, region, outcome ("fooled" or "withstood"), low, high, count.
     """
 
     summaries: pd.DataFrame
     bins: pd.DataFrame
 
+    def __repr__(self) -> str:
+        return (
+            f"Distributions({self.summaries['score'].nunique()} scores, {len(self.summaries)} distributions)"
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Classes:
-    """What became of each class.
+    """Robust accuracy by class, and the classes that fooled images end in.
 
     Attributes:
-        classes: columns label, name, images, clean.
-        cells: columns label, attack, region, images (0 where the attack has no robust accuracy), robust, low, high.
-        landings: columns label, adversarial_class, fooled, of; of images that were read rightly before.
+        classes: columns label, name, images, clean (accuracy).
+        cells: columns label, attack, region, images (0 if the attack has no robust accuracy), robust, low, high.
+        adversarial: columns label, adversarial_class (the most frequent one), fooled (into that class), of (all); of
+            images that were correctly classified without an attack.
         confusions: columns attack, region, label, adversarial_class, fooled, by name; empty if there are many classes.
     """
 
     classes: pd.DataFrame
     cells: pd.DataFrame
-    landings: pd.DataFrame
+    adversarial: pd.DataFrame
     confusions: pd.DataFrame
 
+    def __repr__(self) -> str:
+        return f"Classes({counted(len(self.classes), 'class')})"
 
-def scores_of(run: Run) -> list[str]:
-    """Columns of numbers that are worth a histogram: the attack's first, then the analyses'."""
+
+@dataclass(frozen=True, eq=False)
+class Extremes:
+    """The images that were fooled most easily and those that withstood longest.
+
+    Attributes:
+        easiest: most easily fooled first; columns index, image, label_name, adversarial_class_name, attack, region,
+            success, fooled, margin_adversarial, value (what the images are ranked by).
+        hardest: the same columns, longest withstood first; with few images, none is in both.
+        images: correctly classified images with a known outcome.
+        fooled: how many of them some attack fooled.
+        by_size: ranked by the smallest change that fooled them; if False, by the smallest margin left.
+        all_attacks: False if minimal-norm attacks were left out.
+    """
+
+    easiest: pd.DataFrame
+    hardest: pd.DataFrame
+    images: int
+    fooled: int
+    by_size: bool
+    all_attacks: bool
+
+    def __repr__(self) -> str:
+        return f"Extremes({counted(self.images)}, {self.fooled} fooled)"
+
+
+def score_columns(run: Run) -> list[str]:
+    """Numeric columns worth a histogram: the attack's first, then those of the analyses."""
     described = run.sql("describe records").df()
-    kinds = dict(zip(described["column_name"], described["column_type"], strict=True))
-    own = [name for name in SCORES if name in kinds]
+    types = dict(zip(described["column_name"], described["column_type"], strict=True))
+    own = [name for name in ATTACK_SCORES if name in types]
     return own + [
         name
-        for name, kind in kinds.items()
-        if name not in COLUMNS and kind in NUMBERS and not name.endswith(BESIDE)
+        for name, kind in types.items()
+        if name not in COLUMNS and kind in NUMBERS and not name.endswith(COMPANIONS)
     ]
 
 
 def distributions(run: Run) -> Distributions:
-    """Of every score, one after the other."""
-    order = {(attack.label, region): place for place, (attack, region) in enumerate(run.plan.reported_cells)}
+    """Summaries and histograms of every score, read one score at a time."""
     summaries, bins = [], []
-    for score in scores_of(run):
-        column = '"' + score.replace('"', '""') + '"'
+    for score in score_columns(run):
+        name = quoted_name(score)
         values = (
-            f"(select attack, region, fooled, case when isfinite({column}::double) then {column}::double end as x "
-            f"from outcomes where {_reported(run)})"
+            f"(select attack, region, fooled, case when isfinite({name}::double) then {name}::double end as x "
+            f"from outcomes where {in_reported_regions(run)})"
         )
-        found = run.sql(
+        summary = run.sql(
             "select attack, region, count(x) as images, count(*) - count(x) as missing, avg(x) as mean, "
             "median(x) as median, min(x) as least, max(x) as most, "
             f"quantile_cont(x, {TAIL}) as lower, quantile_cont(x, {1 - TAIL}) as upper from {values} group by all"
         ).df()
-        summaries.append(_ordered(found.assign(score=score), order))
-        if not found["images"].sum():
+        summaries.append(_in_plan_order(run, summary.assign(score=score)))
+        if not summary["images"].sum():
             continue
-        low, high = _limits(found)
+        low, high = _axis(summary)
         width = (high - low) / BINS
-        counted = run.sql(
-            "select attack, region, case when fooled then 'fooled' else 'held' end as outcome, "
+        counts = run.sql(
+            "select attack, region, case when fooled then 'fooled' else 'withstood' end as outcome, "
+            # Values beyond the axis go into the outermost bins.
             f"greatest(0, least({BINS - 1}, floor((x - {low!r}) / {width!r})))::integer as bin, count(*) as count "
             f"from {values} where x is not null and fooled is not null group by all"
         ).df()
-        counted["low"] = low + counted["bin"] * width
-        counted["high"] = low + (counted["bin"] + 1) * width
-        bins.append(_ordered(counted.assign(score=score).sort_values("bin"), order))
-    columns = ["score", "attack", "region"]
+        counts = counts.assign(
+            score=score, low=low + counts["bin"] * width, high=low + (counts["bin"] + 1) * width
+        )
+        bins.append(_in_plan_order(run, counts.sort_values("bin")))
+    keys = ["score", "attack", "region"]
     return Distributions(
-        _together(summaries, [*columns, "images", "missing", "mean", "median"]),
-        _together(bins, [*columns, "outcome", "low", "high", "count"]),
+        _concatenated(summaries, [*keys, "images", "missing", "mean", "median"]),
+        _concatenated(bins, [*keys, "outcome", "low", "high", "count"]),
     )
 
 
-def _limits(found: pd.DataFrame) -> tuple[float, float]:
-    """Of the axis: from the least to the greatest value, without the tails where they would take most of it."""
-    low, high = float(found["least"].min()), float(found["most"].max())
-    inner = float(found["lower"].min()), float(found["upper"].max())
+def _axis(summary: pd.DataFrame) -> tuple[float, float]:
+    """The limits of an axis: all values, or all but the tails if these would take up most of it."""
+    low, high = float(summary["least"].min()), float(summary["most"].max())
+    inner = float(summary["lower"].min()), float(summary["upper"].max())
     if inner[1] > inner[0] and high - low > 3 * (inner[1] - inner[0]):
         low, high = inner
     if high - low <= 1e-9 * max(abs(low), abs(high)):
@@ -122,184 +153,95 @@ def _limits(found: pd.DataFrame) -> tuple[float, float]:
     return low, high
 
 
-def classes(run: Run) -> Classes:
-    """Of every label that occurs."""
+def class_distributions(run: Run) -> Classes:
+    """Robust accuracy and adversarial classes of every label in the records."""
     attack, region = run.plan.reported_cells[0]
-    first = f"attack = {quoted(attack.label)} and region = {quoted(region)}"
-    listed = run.sql(
+    one_cell = f"attack = {quoted(attack.label)} and region = {quoted(region)}"  # every image once
+    classes = run.sql(
         "select label, any_value(label_name) as name, count(*) as images, avg(correct::double) as clean from records "
-        f"where {first} and label is not null group by label order by images desc, label limit {LISTED}"
+        f"where {one_cell} and label is not null group by label order by images desc, label limit {MAX_CLASSES}"
     ).df()
-    listed["name"] = listed["name"].fillna(listed["label"].astype(str))
-    listed = listed.sort_values("label", ignore_index=True)
-    order = {(one.label, place): number for number, (one, place) in enumerate(run.plan.reported_cells)}
+    classes["name"] = classes["name"].fillna(classes["label"].astype(str))
+    classes = classes.sort_values("label", ignore_index=True)
     cells = run.sql(
-        "select label, attack, region, count(robust) as images, count(*) filter (where robust) as held "
-        f"from outcomes where label is not null and {_reported(run)} group by all order by label"
+        "select label, attack, region, count(robust) as images, count(*) filter (where robust) as withstood "
+        f"from outcomes where label is not null and {in_reported_regions(run)} group by all order by label"
     ).df()
-    cells = _ordered(cells[cells["label"].isin(listed["label"])], order)
-    ranges = [
-        proportion_interval(np.arange(images) < held)
-        for images, held in zip(cells["images"], cells["held"], strict=True)
+    cells = _in_plan_order(run, cells[cells["label"].isin(classes["label"])])
+    intervals = [
+        proportion_interval(np.arange(images) < withstood)
+        for images, withstood in zip(cells["images"], cells["withstood"], strict=True)
     ]
-    cells[["robust", "low", "high"]] = np.array(ranges, dtype=float).reshape(-1, 3)
-    # What fools only once it is stored has no class that the records know.
+    cells[["robust", "low", "high"]] = np.array(intervals, dtype=float).reshape(-1, 3)
+    # The records hold the class before rounding: an image that is fooled only after rounding has none to count here.
     fooled = (
-        "fooled and correct and label is not null and adversarial_class_name is not null "
-        "and adversarial_class <> label and "
-        f"{_reported(run)}"
+        "fooled and correct and label is not null and adversarial_class_name is not null and "
+        f"adversarial_class <> label and {in_reported_regions(run)}"
     )
-    landings = run.sql(
-        "select label, arg_max(adversarial_class, n) as adversarial_class, "
-        "max(n)::bigint as fooled, sum(n)::bigint as of from "
-        f"(select label, adversarial_class_name as adversarial_class, count(*) as n "
-        f"from outcomes where {fooled} group by all "
-        "order by adversarial_class) group by label order by label"
+    adversarial = run.sql(
+        "select label, arg_max(adversarial_class, n) as adversarial_class, max(n)::bigint as fooled, "
+        "sum(n)::bigint as of from (select label, adversarial_class_name as adversarial_class, count(*) as n "
+        f"from outcomes where {fooled} group by all order by adversarial_class) group by label order by label"
     ).df()
-    names = listed["name"].nunique()
     confusions = pd.DataFrame(columns=["attack", "region", "label", "adversarial_class", "fooled"])
-    if names <= GRID:
-        confusions = run.sql(
+    if classes["name"].nunique() <= MAX_GRID:
+        counts = run.sql(
             "select attack, region, label_name as label, adversarial_class_name as adversarial_class, "
-            "count(*) as fooled "
-            "from outcomes "
-            f"where {fooled} and label_name is not null group by all order by label, adversarial_class"
+            f"count(*) as fooled from outcomes where {fooled} and label_name is not null "
+            "group by all order by label, adversarial_class"
         ).df()
-        confusions = _ordered(confusions, order)
-    return Classes(listed, cells, landings, confusions)
+        confusions = _in_plan_order(run, counts)
+    return Classes(classes, cells, adversarial, confusions)
 
 
-def _reported(run: Run) -> str:
-    """The condition that a record is not of a region made for another image, which is a control only."""
-    regions = ", ".join(quoted(region) for region in run.plan.reported_regions)
-    return f"region in ({regions})"
+def _in_plan_order(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
+    """Sort rows by the plan's attacks and regions, otherwise leaving their order."""
+    order = {(attack.label, region): place for place, (attack, region) in enumerate(run.plan.reported_cells)}
+    places = [order.get(cell, len(order)) for cell in zip(rows["attack"], rows["region"], strict=True)]
+    return rows.iloc[np.argsort(places, kind="stable")].reset_index(drop=True)
 
 
-def _ordered(found: pd.DataFrame, order: dict[tuple[str, str], int]) -> pd.DataFrame:
-    """Rows in the order of the plan's attacks and regions."""
-    places = [order.get(cell, len(order)) for cell in zip(found["attack"], found["region"], strict=True)]
-    return found.iloc[np.argsort(places, kind="stable")].reset_index(drop=True)
-
-
-def _together(parts: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
+def _concatenated(parts: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
 
-SHOWN = 12  # at either end
-COUNTED = ("few_pixel",)
-ASIDE = ", attacks that look for the smallest change aside"
-MARGIN = (
-    "They are ranked by the least margin that any attack in any region has left them, before rounding to 8 bits; those "
-    "that none fooled held longest."
-)
-SIZE = (
-    "They are ranked by the smallest change (L2 norm) that fooled them in any region, of "
-    "the attacks that look for the smallest; those that none fooled held longest."
-)
-
-
-@dataclass(frozen=True, eq=False)
-class Extremes:
-    """Images at both ends.
-
-    Attributes:
-        easiest: fooled most easily first.
-        hardest: held longest first.
-        told: how many held, and by what they were ranked.
-    """
-
-    easiest: list[Thumbnail]
-    hardest: list[Thumbnail]
-    told: list[str]
-
-
-def extremes(run: Run, shown: int = SHOWN) -> Extremes:
-    """A dozen at either end; of few images none is at both."""
-    # What a budget bounds says nothing by its size, nor does the change of so many pixels by any amount.
-    sized = not any(attack.takes_budget() or attack.name in COUNTED for attack in run.plan.attacks)
-    reported, asked = "list_contains($regions, region)", "list_contains($attacks, attack)"
-    # Each image by the attack and region that brought it furthest; ties by name, so that no page differs.
-    if sized:
-        kept, value = (
-            f"correct and fooled is not null and {reported}",
+def extremes(run: Run, count: int = EXTREMES) -> Extremes:
+    """Up to `count` images at either end."""
+    # The size of a change ranks images only if no attack has a budget (which fixes the size) or counts pixels.
+    by_size = not any(attack.takes_budget() or attack.name in PIXEL_COUNTS for attack in run.plan.attacks)
+    labels = [attack.label for attack in run.plan.attacks]
+    attacks = labels if by_size else run.plan.bounded_attacks or labels
+    if by_size:
+        known = "fooled is not null"
+        value, order = (
             "case when fooled then l2 else 'inf'::double end",
+            "value, margin_adversarial, attack, region",
         )
-        better = "value, margin_adversarial, attack, region"
     else:
-        kept, value = (
-            f"correct and fooled is not null and isfinite(margin_adversarial) and {reported} and {asked}",
-            "margin_adversarial",
-        )
-        better = "fooled desc, value, attack, region"
-    bounded = bounded_attacks(run.plan)
-    every = sized or len(bounded) == len(run.plan.attacks) or not bounded
-    told: dict[str, Any] = {"regions": list(run.plan.reported_regions)}
-    if not sized:
-        told["attacks"] = bounded or [attack.label for attack in run.plan.attacks]
+        known = "fooled is not null and isfinite(margin_adversarial)"
+        value, order = "margin_adversarial", "fooled desc, value, attack, region"
+    # One row per image: the cell that came closest to fooling it; ties are broken by name so that pages are equal.
     ranked = (
-        f'select * exclude (place) from (select *, row_number() over (partition by "index" order by {better}) as place '
-        'from (select "index", image, label_name, adversarial_class_name, attack, region, success, fooled, '
-        "margin_adversarial, "
-        f"{value} as value from outcomes where {kept})) where place = 1"
+        'select * exclude (place) from (select *, row_number() over (partition by "index" order by '
+        f'{order}) as place from (select "index", image, label_name, adversarial_class_name, attack, region, success, '
+        f"fooled, margin_adversarial, {value} as value from outcomes where correct and {known} and "
+        "list_contains($regions, region) and list_contains($attacks, attack))) where place = 1"
     )
-    count, fooled = run.sql(
-        f"select count(*), count(*) filter (where fooled) from ({ranked})", **told
+    chosen = {"regions": list(run.plan.reported_regions), "attacks": attacks}
+    images, fooled = run.sql(
+        f"select count(*), count(*) filter (where fooled) from ({ranked})", **chosen
     ).fetchall()[0]
-    half = min(shown, count - count // 2)
-    easiest = run.sql(
-        f'{ranked} order by fooled desc, value, margin_adversarial, "index" limit {half}', **told
-    ).df()
-    hardest = run.sql(
+    first = min(count, images - images // 2)  # disjoint halves if there are few images
+    easiest = f'{ranked} order by fooled desc, value, margin_adversarial, "index" limit {first}'
+    hardest = (
         f'{ranked} order by fooled, value desc, margin_adversarial desc, "index" desc '
-        f"limit {min(shown, count - half)}",
-        **told,
-    ).df()
-    drawer = _Drawer(run)
-    return Extremes(
-        [drawer.thumbnail(row, sized) for row in easiest.to_dict("records")],
-        [drawer.thumbnail(row, sized) for row in hardest.to_dict("records")],
-        [
-            (
-                f"Of {counted(count)} that were read rightly before, {fooled:,} were fooled in some way and "
-                f"{count - fooled:,} held against everything{'' if every else ASIDE}."
-            ),
-            SIZE if sized else MARGIN,
-        ],
+        f"limit {min(count, images - first)}"
     )
-
-
-class _Drawer:
-    """Reads the maps of an image, those that there are."""
-
-    def __init__(self, run: Run) -> None:
-        names = set(run.maps)
-        self.maps = {name: run.maps[name] for name in ("clean", "adversarial", "importance") if name in names}
-        self.cells = {(attack.label, region): place for place, (attack, region) in enumerate(run.plan.cells)}
-        self.regions = len(run.plan.regions)
-
-    def thumbnail(self, row: dict[str, Any], sized: bool) -> Thumbnail:
-        pictures, small = [], False
-        if {"clean", "adversarial"} <= set(self.maps):
-            place = (int(row["index"]), *divmod(self.cells[row["attack"], row["region"]], self.regions))
-            clean = self.maps["clean"][place[0]]
-            small = pixelated(clean)
-            pictures = [("clean", picture(clean)), ("adversarial", picture(self.maps["adversarial"][place]))]
-            if "importance" in self.maps:
-                pictures.append(("importance", overlaid(clean, self.maps["importance"][place])))
-        return Thumbnail(str(row["image"]), _caption(row, sized), pictures, small)
-
-
-def _caption(row: dict[str, Any], sized: bool) -> str:
-    label, adversarial_class = (_name(row[key]) for key in ("label_name", "adversarial_class_name"))
-    margin = f"margin {number(row['margin_adversarial'])}"
-    if not row["fooled"]:
-        rounded = " once rounded to 8 bits" if row["success"] else ""
-        return f"{label} held under {heading(row)}{rounded}; {margin}"
-    if not row["success"]:
-        return f"{label} fooled under {heading(row)} once rounded to 8 bits; {margin}"
-    measured = f"L2 {number(row['value'])}" if sized else margin
-    return f"{label} → {adversarial_class} under {heading(row)}; {measured}"
-
-
-def _name(text: object) -> str:
-    return text if isinstance(text, str) and not pd.isna(text) else "no name"
+    return Extremes(
+        easiest=run.sql(easiest, **chosen).df(),
+        hardest=run.sql(hardest, **chosen).df(),
+        images=images,
+        fooled=fooled,
+        by_size=by_size,
+        all_attacks=len(attacks) == len(labels),
+    )

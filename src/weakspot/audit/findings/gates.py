@@ -1,4 +1,4 @@
-"""Gates: conditions on what a run or a comparison found, under which a build is to fail."""
+"""Gates: conditions on the rows of a run or comparison that make a build fail."""
 
 from __future__ import annotations
 
@@ -7,46 +7,42 @@ import math
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
 
-import numpy as np
+import pandas as pd
 
 from weakspot._checks import unknown_choice
-from weakspot.statistics import proportion_interval
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from weakspot.audit.store.run import Run
-
-
-Row = Mapping[str, Any]
-ROBUST = ("robust_accuracy", "robust_low", "robust_high")
-OPERATIONS: Mapping[type[ast.AST], Callable[..., Any]] = {
+Row = Mapping[str, object]
+EXAMPLE = "robust_accuracy < 0.4"
+OPERATIONS: Mapping[type[ast.AST], Callable[..., object]] = {
     ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
     ast.Eq: operator.eq, ast.NotEq: operator.ne,
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_,
 }  # fmt: skip
+NOT_COMPUTABLE = (TypeError, ZeroDivisionError, OverflowError)
 
 
 class _UnknownError(Exception):
-    """A number of which nothing is known."""
+    """The row has no known value for a column."""
 
 
 class _UndefinedError(_UnknownError):
-    """A number that the row cannot have."""
+    """The row cannot have a value for a column."""
+
+
+_UNDEFINED = object()  # marks such a column in a row
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a condition says of one row.
+    """The result of one condition on one row.
 
     Attributes:
-        condition: as it was written.
-        row: what it was asked of, in words.
-        failed: whether it holds, or cannot be judged: either way the gate is shut.
+        condition: the condition's text.
+        row: the row's name.
+        failed: whether the condition holds or cannot be judged; both fail the gate.
         why: one sentence.
     """
 
@@ -55,111 +51,93 @@ class Verdict:
     failed: bool
     why: str
 
+    def __repr__(self) -> str:
+        return f"Verdict({'failed' if self.failed else 'passed'}, {self.row}: {self.why})"
+
 
 class Condition:
     """A condition such as "robust_accuracy < 0.4" or "region == 'cam' and low < 0.2".
 
-    Names are columns; comparisons, and, or, not, brackets and + - * / are understood, nothing else is run.
+    Names are columns. Comparisons, and, or, not, parentheses and + - * / are allowed; nothing else is evaluated.
 
     Args:
-        text: as people write it.
-        names: columns that there are; any, where they are not known yet.
+        text: the condition.
+        names: the columns that exist; None allows any name.
 
     Raises:
-        ValueError: when it is no such condition, or names something else.
+        ValueError: if the text is no such condition or names an unknown column.
     """
 
     def __init__(self, text: str, names: Sequence[str] | None = None) -> None:
         self.text = text.strip()
-        try:
-            self.tree = ast.parse(self.text, mode="eval").body
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            raise ValueError(
-                f"fail-if is {text!r}; accepted is a condition such as robust_accuracy < 0.4"
-            ) from None
         self.names: list[str] = []
         try:
-            self._check(self.tree, names)
+            self._tree = ast.parse(self.text, mode="eval").body
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            raise ValueError(f"fail-if must be a condition such as {EXAMPLE}, got {text!r}") from None
+        try:
+            self._check(self._tree, names)
         except RecursionError:
-            raise ValueError(f"fail-if has {len(self.text)} characters; accepted are fewer") from None
-        if not isinstance(self.tree, ast.Compare | ast.BoolOp) and not (
-            isinstance(self.tree, ast.UnaryOp) and isinstance(self.tree.op, ast.Not)
-        ):
-            raise ValueError(
-                f"fail-if is {text!r}, which compares nothing; accepted is such as robust_accuracy < 0.4"
-            )
+            raise ValueError(f"fail-if must be shorter, got {len(self.text)} characters") from None
+        negated = isinstance(self._tree, ast.UnaryOp) and isinstance(self._tree.op, ast.Not)
+        if not negated and not isinstance(self._tree, ast.Compare | ast.BoolOp):
+            raise ValueError(f"fail-if must compare something, as in {EXAMPLE}, got {text!r}")
 
     def _check(self, node: ast.AST, names: Sequence[str] | None) -> None:
-        parts: list[ast.AST]
+        """Raise ValueError unless the node and its parts are in the allowed subset of Python."""
+        parts: list[ast.AST] = []
         match node:
             case ast.Name():
                 if names is not None and node.id not in names:
-                    raise ValueError(unknown_choice("column in fail-if", node.id, names))
+                    raise ValueError(unknown_choice("fail-if column", node.id, names))
                 self.names.append(node.id)
-                return
             case ast.Constant():
-                if isinstance(node.value, str | int | float):
-                    return
-                raise ValueError(
-                    f"fail-if is {self.text!r} with {node.value!r}; accepted are numbers and texts"
-                )
+                if not isinstance(node.value, str | int | float):
+                    raise ValueError(
+                        f"fail-if must hold numbers and texts only, got {node.value!r} in {self.text!r}"
+                    )
             case ast.BoolOp():
-                parts = [*node.values]  # noqa: PD011
+                parts = [*node.values]  # noqa: PD011 - a syntax tree
             case ast.Compare():
                 parts = [node.left, *node.comparators, *node.ops]
             case ast.BinOp():
                 parts = [node.left, node.right, node.op]
             case ast.UnaryOp():
                 parts = [node.operand, node.op]
-            case _ if type(node) in OPERATIONS:
-                return
-            case _:
+            case _ if type(node) not in OPERATIONS:
                 raise ValueError(
-                    f"fail-if is {self.text!r}; accepted are column names, numbers, texts in quotes, comparisons, and, "
-                    "or, not, + - * /"
+                    "fail-if must consist of column names, numbers, quoted texts, comparisons, and, or, not, + - * /, "
+                    f"got {self.text!r}"
                 )
         for part in parts:
             self._check(part, names)
 
-    def asked(self, row: Row, undefined: Collection[str]) -> bool:
-        """Whether it can be asked of a row: not where all that it lacks to be judged are columns in `undefined`."""
+    def applies_to(self, row: Row, undefined: Collection[str]) -> bool:
+        """False if the condition cannot be judged for the sole reason that the row cannot have these columns."""
         try:
-            self._value(self.tree, {**row, **dict.fromkeys(undefined, _UndefinedError)})
+            self._value(self._tree, {**row, **dict.fromkeys(undefined, _UNDEFINED)})
         except _UndefinedError:
             return False
-        except (_UnknownError, TypeError, ZeroDivisionError, OverflowError):
-            return True
+        except (_UnknownError, *NOT_COMPUTABLE):
+            pass
         return True
 
-    def judge(self, row: Row, words: str) -> Verdict:
-        """Whether it holds of a row; what is missing in the row shuts the gate, too, where it decides."""
+    def judge(self, row: Row, name: str) -> Verdict:
+        """Evaluate the condition on a row; an unknown value that matters fails the gate, too."""
         try:
-            holds = bool(self._value(self.tree, row))
+            holds = bool(self._value(self._tree, row))
         except _UnknownError as unknown:
-            return Verdict(self.text, words, True, f"{unknown} is not known, so {self.text} cannot be judged")
-        except (TypeError, ZeroDivisionError, OverflowError) as error:
-            return Verdict(self.text, words, True, f"{self.text} cannot be judged ({error})")
-        seen = ", ".join(f"{name} is {_shown(row[name])}" for name in dict.fromkeys(self.names))
-        return Verdict(self.text, words, holds, f"{self.text}: {seen}")
+            return Verdict(self.text, name, True, f"{unknown} is not known, so {self.text} cannot be judged")
+        except NOT_COMPUTABLE as error:
+            return Verdict(self.text, name, True, f"{self.text} cannot be judged ({error})")
+        values = ", ".join(f"{column} is {_formatted(row[column])}" for column in dict.fromkeys(self.names))
+        return Verdict(self.text, name, holds, f"{self.text}: {values}")
 
-    def _together(self, node: ast.BoolOp, row: Row) -> bool:
-        """What and, or make of their parts; one that is missing counts only where no other decides."""
-        every, unknown = isinstance(node.op, ast.And), None
-        for part in node.values:  # noqa: PD011
-            try:
-                if bool(self._value(part, row)) != every:
-                    return not every
-            except _UnknownError as error:
-                unknown = error if unknown is None or isinstance(unknown, _UndefinedError) else unknown
-        if unknown is not None:
-            raise unknown
-        return every
-
-    def _value(self, node: ast.AST, row: Row) -> Any:
+    def _value(self, node: ast.AST, row: Row) -> object:
         match node:
             case ast.Name():
                 value = row[node.id]
-                if value is _UndefinedError:
+                if value is _UNDEFINED:
                     raise _UndefinedError(node.id)
                 if value is None or (isinstance(value, float) and math.isnan(value)):
                     raise _UnknownError(node.id)
@@ -167,13 +145,13 @@ class Condition:
             case ast.Constant():
                 return node.value
             case ast.BoolOp():
-                return self._together(node, row)
+                return self._combined(node, row)
             case ast.Compare():
                 left = self._value(node.left, row)
                 for sign, part in zip(node.ops, node.comparators, strict=True):
                     right = self._value(part, row)
                     if isinstance(left, str) != isinstance(right, str):
-                        raise TypeError("a text and a number are compared")
+                        raise TypeError("a text is compared with a number")
                     if not OPERATIONS[type(sign)](left, right):
                         return False
                     left = right
@@ -181,125 +159,109 @@ class Condition:
             case ast.BinOp():
                 sides = self._value(node.left, row), self._value(node.right, row)
                 if any(isinstance(side, str) for side in sides):
-                    raise TypeError("a text is no number")
+                    raise TypeError("a text is not a number")
                 return OPERATIONS[type(node.op)](*sides)
             case ast.UnaryOp():
                 return OPERATIONS[type(node.op)](self._value(node.operand, row))
-        raise TypeError(f"{type(node).__name__} is not understood")
+        raise TypeError(f"{type(node).__name__} is not supported")
+
+    def _combined(self, node: ast.BoolOp, row: Row) -> bool:
+        """`and` and `or`; an unknown part only matters if no other part decides."""
+        all_must_hold = isinstance(node.op, ast.And)
+        unknown: _UnknownError | None = None
+        for part in node.values:  # noqa: PD011 - a syntax tree
+            try:
+                if bool(self._value(part, row)) != all_must_hold:
+                    return not all_must_hold
+            except _UnknownError as error:
+                # A value that is merely unknown takes precedence over one that cannot exist: it must fail the gate.
+                unknown = error if unknown is None or isinstance(unknown, _UndefinedError) else unknown
+        if unknown is not None:
+            raise unknown
+        return all_must_hold
 
 
 def judge(
     conditions: Sequence[str],
     rows: pd.DataFrame,
-    words: Callable[[Row], str],
+    name: Callable[[Row], str],
     *,
     undefined: Callable[[Row], Collection[str]] = lambda _: (),
     others: Sequence[tuple[str, pd.DataFrame]] = (),
 ) -> list[Verdict]:
-    """Every condition on every row; the gate is shut where any of them fails, and where one is asked of no row.
+    """Evaluate every condition on every row. The gate fails if any verdict does.
 
     Args:
-        conditions: as people write them.
-        rows: what they are asked of.
-        words: what to call a row.
-        undefined: columns that a row cannot have, such as the robust accuracy of an attack that has none. A condition
-            that cannot be judged for want of these alone is not asked of the row.
-        others: what the rows could be as well, with the case in words; a condition must not hold of these either.
+        conditions: texts.
+        rows: the rows to check.
+        name: names a row for the reader.
+        undefined: the columns that a row cannot have, for example the robust accuracy of an attack without one. A
+            condition that cannot be judged for this reason alone skips the row; a condition that skips every row fails.
+        others: (case, table) pairs of what the rows could be as well; a condition must not hold in these cases either.
 
     Raises:
-        ValueError: when one is no condition.
+        ValueError: if a text is no condition.
     """
-    read = [Condition(text, [str(name) for name in rows.columns]) for text in conditions]
+    parsed = [Condition(text, [str(column) for column in rows.columns]) for text in conditions]
     table = _records(rows)
     cases = [(case, _records(frame)) for case, frame in others]
     verdicts: list[Verdict] = []
-    for one in read:
-        asked = [
-            _worst(one, row, words(row), [(case, frame[place]) for case, frame in cases])
+    for condition in parsed:
+        judged = [
+            _worst(condition, row, name(row), [(case, frame[place]) for case, frame in cases])
             for place, row in enumerate(table)
-            if one.asked(row, undefined(row))
+            if condition.applies_to(row, undefined(row))
         ]
-        if not asked:
-            why = f"there is nothing that {one.text} could be asked of"
+        if not judged:
+            why = f"there is no row on which {condition.text} could be judged"
             if table:
-                names = ", ".join(dict.fromkeys(name for name in one.names if name in undefined(table[0])))
+                names = ", ".join(dict.fromkeys(one for one in condition.names if one in undefined(table[0])))
                 why += (
                     f": no row has {names} (for robust accuracy, give --budget or an attack that takes one)"
                 )
-            asked = [Verdict(one.text, "nothing", True, why)]
-        verdicts += asked
+            judged = [Verdict(condition.text, "nothing", True, why)]
+        verdicts += judged
     return verdicts
 
 
-def _worst(condition: Condition, row: Row, words: str, cases: Sequence[tuple[str, Row]]) -> Verdict:
-    """The verdict on a row, or on the first case of it that shuts the gate."""
-    verdict = condition.judge(row, words)
+def _worst(condition: Condition, row: Row, name: str, cases: Sequence[tuple[str, Row]]) -> Verdict:
+    """The verdict on a row or, if that passes, on the first of its cases that fails."""
+    verdict = condition.judge(row, name)
     for case, other in cases:
         if not verdict.failed and other != row:
-            found = condition.judge(other, words)
-            verdict = replace(found, why=f"{found.why} {case}") if found.failed else verdict
+            extreme = condition.judge(other, name)
+            verdict = replace(extreme, why=f"{extreme.why} {case}") if extreme.failed else verdict
     return verdict
 
 
-def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
+def _records(rows: pd.DataFrame) -> list[dict[str, object]]:
     return [{str(key): value for key, value in row.items()} for row in rows.to_dict("records")]
 
 
-def unknown_cases(run: Run, rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """What `cell_table` could be: images on which the model raised may all have fallen, or all have withstood.
-
-    Without these cases a model that raises on most images would be judged by the few others.
-    """
-    counts = run.sql(
-        "select count(distinct index), count(distinct index) filter (correct is not null) from records"
-    )
-    total, clean = counts.fetchall()[0]
-    cases = []
-    for right, case in ((0, "if all images without a result counted as errors"), (1, "if none of them did")):
-        frame = rows.copy()
-        for place, row in enumerate(_records(rows)):
-            known = int(row["images"])
-            if 0 < known < total and math.isfinite(row["robust_accuracy"]):
-                kept = round(known * row["robust_accuracy"]) + right * (total - known)
-                frame.loc[frame.index[place], list(ROBUST)] = proportion_interval(np.arange(total) < kept)
-        if 0 < clean < total:
-            kept = (clean * frame["clean_accuracy"]).round() + right * (total - clean)
-            frame["clean_accuracy"] = kept / total
-        cases.append((case, frame))
-    return cases
-
-
 def junit(verdicts: Sequence[Verdict], suite: str) -> str:
-    """The verdicts as JUnit XML, a test case for each, which build servers show."""
+    """The verdicts as JUnit XML, one test case each, for build servers."""
     failures = sum(verdict.failed for verdict in verdicts)
     counts = {"tests": str(len(verdicts)), "failures": str(failures), "errors": "0", "skipped": "0"}
     root = ET.Element("testsuites", {"name": "weakspot", **counts})
-    inner = ET.SubElement(root, "testsuite", {"name": _legal(suite), **counts})
+    inner = ET.SubElement(root, "testsuite", {"name": _xml_text(suite), **counts})
     for verdict in verdicts:
-        case = ET.SubElement(
-            inner,
-            "testcase",
-            classname=_legal(verdict.row),
-            name=_legal(f"not ({verdict.condition})"),
-            time="0",
-        )
+        name = _xml_text(f"not ({verdict.condition})")
+        case = ET.SubElement(inner, "testcase", classname=_xml_text(verdict.row), name=name, time="0")
         if verdict.failed:
-            ET.SubElement(case, "failure", message=_legal(verdict.why), type="gate").text = _legal(
-                f"{verdict.row}: {verdict.why}"
-            )
+            failure = ET.SubElement(case, "failure", message=_xml_text(verdict.why), type="gate")
+            failure.text = _xml_text(f"{verdict.row}: {verdict.why}")
     ET.indent(root)
     return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def _shown(value: Any) -> str:
+def _formatted(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _legal(text: str) -> str:
-    """Without characters that XML does not know."""
-    return "".join(
-        char
-        if char in "\t\n" or 32 <= ord(char) < 0xD800 or 0xE000 <= ord(char) < 0xFFFE or ord(char) > 0xFFFF
-        else "?"
-        for char in text
-    )
+def _xml_text(text: str) -> str:
+    """Replace the characters that XML 1.0 does not allow."""
+
+    def allowed(code: int) -> bool:
+        return code in (9, 10) or 32 <= code < 0xD800 or 0xE000 <= code < 0xFFFE or code > 0xFFFF
+
+    return "".join(char if allowed(ord(char)) else "?" for char in text)

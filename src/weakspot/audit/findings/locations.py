@@ -1,17 +1,13 @@
-"""Locations: whether attacks act where the network looks, by the stored maps of a run.
+"""Scores of a run beside their nulls, and whether attacks act where the network looks.
 
 The statistic of an attack with its own image's importance map is compared with the same attack and the importance maps
-of all other images of the run. Only attacks that were free to change any pixel are tested: where a confined attack acts
-follows from where it was allowed to.
-
-Perturbations: the type of each, and where else a single changed pixel works, counted over a run's images.
-
-Scores: the mean of every score of a run in every attack and region, and how far it lies from its null.
+of all other images of the run. Only attacks on the whole image are tested: where a confined attack acts follows from
+where it was allowed to act.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from weakspot.audit.findings.robustness import cell, corrected, numeric_columns, once
+from weakspot.audit.findings.outcomes import WHOLE_IMAGE, adjusted, numeric_columns, once_per_run, read_cell
+from weakspot.audit.store.records import COLUMNS
 from weakspot.audit.store.run import Run
-from weakspot.audit.work.cell_rows import COLUMNS
+from weakspot.audit.store.stored_maps import StoredMap
 from weakspot.explanations.agreement import agreement
 from weakspot.explanations.locality_by_radius import MEANINGS, RANDOM, locality_table
 from weakspot.explanations.promotion import TYPES
@@ -35,247 +32,254 @@ from weakspot.statistics import (
     run_test,
 )
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from weakspot.audit.store.maps import StoredMap
-
-
-MOST = 1000  # images that are compared with each other
-SIDE = 64  # sites of a map, to which larger ones are averaged
-BLOCK = 128  # images whose maps are in memory at full size
-EVERYWHERE = "none"  # the region of attacks that are tested
-ALONE = 0.1  # of q over images, for one image by itself
+MAX_IMAGES = 1000  # compared with each other
+MAX_SIDE = 64  # sites per side; larger maps are averaged
+IMAGES_IN_MEMORY = 128  # images whose maps are in memory at full size
+MAX_Q = 0.1  # over images, for one image by itself
 IMPORTANCE, VULNERABILITY = "importance", "vulnerability"
-LOCATIONS = ("attack", "score", "compared", "value", "null", "excess", "p", "alone")
+LOCATION_COLUMNS = ("attack", "score", "compared", "value", "null", "excess", "p", "alone")
+
+SHIFT_NULL = "_shift_null"
+NULL_SUFFIXES = ("_null", "_null_low", "_null_high", "_p", "_p_less", "_q")
+ATTACK_SCORES = (
+    "confidence_adversarial",
+    "margin_adversarial",
+    "ssim_windowed",
+)  # beside those of the analyses
+OTHER_IMAGES, OWN_NULL = "other images", "its null"
+
+TYPE = "perturbation_type"
+TYPE_COLUMNS = ("attack", "region", "type", "count", "images", "fraction", "low", "high")
 
 
-@once
+@once_per_run
 def location_findings(run: Run) -> pd.DataFrame:
-    """How each attack, free to change any pixel, goes with the importance maps of its own and of other images.
+    """Compare each attack on the whole image with the importance maps of its own image and of other images.
 
-    At most 1000 images are compared, evenly spread over the list; maps with a side over 64 are averaged to 64.
+    Of more than 1000 images, 1000 evenly spread over the list are compared; maps with a side over 64 are averaged.
 
     Returns:
-        Columns attack; score; compared, how many images have the statistic; value, its mean with the own maps; null,
-        with all other images'; excess, a list of the one less the other for each image; p of
-        `statistics.run_test`, NaN below 10 images; alone, how many images by themselves exceed the others (q over
-        images at most .1, `statistics.other_image_test`), NaN below 20 images. Empty if the run kept no maps of the
-        analysis overlap, or has no attack with any pixel free.
+        Columns attack; score; compared (images that have the statistic); value (its mean with the images' own maps);
+        null (with all other images' maps); excess (a list: own - other images', per image); p
+        (`statistics.run_test`, NaN below 10 images); alone (images that exceed the others by themselves: q over images
+        at most .1 in `statistics.other_image_test`; NaN below 20 images). Empty if the run stored no maps of the
+        analysis "overlap" or no attack was run on the whole image.
     """
-    import pandas as pd
-
     rows = []
     for place, attack in enumerate(run.plan.attacks):
-        maps = _maps(run, attack.label, place)
-        if maps is None:
-            continue
-        for score, matrix in agreement(*maps).items():
+        maps = _importance_and_vulnerability(run, attack.label, place)
+        for score, matrix in agreement(*maps).items() if maps is not None else ():
             whole, single = run_test(matrix, seed=run.plan.seed), other_image_test(matrix)
             value, q = single.value.cpu().numpy(), single.q.cpu().numpy()
-            null = _others(matrix)
+            null = _mean_with_others(matrix)
             known = np.isfinite(value - null)
-            excess = (value - null)[known]
-            alone = int(((q <= ALONE) & (value > null)).sum()) if np.isfinite(q).any() else np.nan
-            level = float(null[known].mean()) if known.any() else np.nan
-            rows.append(
-                (attack.label, score, whole.images, whole.value, level, excess.tolist(), whole.p, alone)
-            )
-    return pd.DataFrame(rows, columns=list(LOCATIONS))
+            excess = (value - null)[known].tolist()
+            alone = int(((q <= MAX_Q) & (value > null)).sum()) if np.isfinite(q).any() else np.nan
+            mean_null = float(null[known].mean()) if known.any() else np.nan
+            rows.append((attack.label, score, whole.images, whole.value, mean_null, excess, whole.p, alone))
+    return pd.DataFrame(rows, columns=list(LOCATION_COLUMNS))
 
 
-def _others(matrix: torch.Tensor) -> NDArray[np.float64]:
-    """(N,) mean of each attack's statistic with other images' maps, NaN where none is known."""
-    apart = matrix.clone().fill_diagonal_(torch.nan)
-    known = apart.isfinite()
-    means = apart.where(known, 0).sum(1) / known.sum(1)
+def _mean_with_others(matrix: torch.Tensor) -> NDArray[np.float64]:
+    """(N,) mean of each attack's statistic with other images' maps; NaN if none is known."""
+    others = matrix.clone().fill_diagonal_(torch.nan)
+    known = others.isfinite()
+    means = others.where(known, 0).sum(1) / known.sum(1)
     return np.asarray(means.double().cpu().numpy())
 
 
-def untested(run: Run) -> str:
-    """Why attacks are not compared with where the network looks, in a sentence; empty if they are."""
-    found = location_findings(run)
-    if len(found) and found["p"].notna().any():
+def not_tested_because(run: Run) -> str:
+    """One sentence on why attacks are not compared with where the network looks; empty if they are."""
+    findings = location_findings(run)
+    if len(findings) and findings["p"].notna().any():
         return ""
-    what = "Whether attacks act where the network looks is not tested"
-    if EVERYWHERE not in run.plan.regions:
-        return f"{what}: that takes the region none, as a confined attack acts where it was allowed to."
-    if "overlap" not in run.plan.analyses or not run.plan.maps:
-        return f"{what}: that takes the stored maps of the analysis overlap (--analyses overlap, --maps)."
-    return f"{what}: that takes {LEAST_RUN} images on which the attack took some of the margin."
+    if WHOLE_IMAGE not in run.plan.regions:
+        needed = "the region none, because a confined attack acts where it was allowed to act"
+    elif "overlap" not in run.plan.analyses or not run.plan.maps:
+        needed = "the stored maps of the analysis overlap (--analyses overlap, --maps)"
+    else:
+        needed = f"{LEAST_RUN} images on which the attack reduced the margin"
+    return f"Whether attacks act where the network looks was not tested. The test needs {needed}."
 
 
-def _maps(run: Run, attack: str, place: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Importance and vulnerability (N, 1, H, W) of the images that have both."""
-    stored = run.maps
-    if EVERYWHERE not in run.plan.regions or not {IMPORTANCE, VULNERABILITY} <= set(stored):
+def _importance_and_vulnerability(
+    run: Run, attack: str, place: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The two maps (N, 1, H, W) of the images that have both."""
+    if WHOLE_IMAGE not in run.plan.regions or not {IMPORTANCE, VULNERABILITY} <= set(run.maps):
         return None
-    region = run.plan.regions.index(EVERYWHERE)
-    known = cell(run, attack, EVERYWHERE, ["index", "success"]).dropna()["index"].to_numpy(np.int64)
-    if len(known) > MOST:
-        known = known[np.linspace(0, len(known) - 1, MOST).round().astype(np.int64)]
-    both = [_read(stored[name], known, (place, region)) for name in (IMPORTANCE, VULNERABILITY)]
-    finite = torch.stack([maps.isfinite().flatten(1).all(1) for maps in both]).all(0)
-    return (both[0][finite], both[1][finite]) if bool(finite.any()) else None
+    region = run.plan.regions.index(WHOLE_IMAGE)
+    images = read_cell(run, attack, WHOLE_IMAGE, ["index", "success"]).dropna()["index"].to_numpy(np.int64)
+    if len(images) > MAX_IMAGES:
+        images = images[np.linspace(0, len(images) - 1, MAX_IMAGES).round().astype(np.int64)]
+    importance, vulnerability = (
+        _read(run.maps[name], images, place, region) for name in (IMPORTANCE, VULNERABILITY)
+    )
+    known = importance.isfinite().flatten(1).all(1) & vulnerability.isfinite().flatten(1).all(1)
+    return (importance[known], vulnerability[known]) if bool(known.any()) else None
 
 
-def _read(stored: StoredMap, images: NDArray[np.int64], where: tuple[int, int]) -> torch.Tensor:
-    """(N, 1, H, W) of one cell, averaged to at most `SIDE` sites a side."""
+def _read(stored: StoredMap, images: NDArray[np.int64], attack: int, region: int) -> torch.Tensor:
+    """(N, 1, H, W) of one cell, averaged to at most `MAX_SIDE` sites per side."""
     parts = []
-    for start in range(0, len(stored), BLOCK):
-        mine = images[(images >= start) & (images < start + BLOCK)]
-        if len(mine):
-            block: NDArray[Any] = stored[start : start + BLOCK, where[0], where[1]]
-            parts.append(_averaged(torch.from_numpy(block[mine - start])[:, None].float()))
+    for start in range(0, len(stored), IMAGES_IN_MEMORY):
+        block = images[(images >= start) & (images < start + IMAGES_IN_MEMORY)]
+        if len(block):
+            maps: NDArray[np.floating] = stored[start : start + IMAGES_IN_MEMORY, attack, region]
+            parts.append(_averaged(torch.from_numpy(maps[block - start])[:, None].float()))
     return torch.cat(parts) if parts else torch.empty(0, 1, 1, 1)
 
 
 def _averaged(maps: torch.Tensor) -> torch.Tensor:
-    height, width = maps.shape[2:]
-    shrink = SIDE / max(height, width)
-    if shrink >= 1:
+    scale = MAX_SIDE / max(maps.shape[2:])
+    if scale >= 1:
         return maps
-    return F.interpolate(
-        maps, size=(max(1, round(height * shrink)), max(1, round(width * shrink))), mode="area"
-    )
+    return F.interpolate(maps, size=[max(1, round(side * scale)) for side in maps.shape[2:]], mode="area")
 
 
-TYPE = "perturbation_type"
+class Finding(NamedTuple):
+    """The mean of one score in one cell, beside its null.
+
+    Attributes:
+        attack: the attack's label.
+        region: the region's text.
+        score: the score's name.
+        images: images that have the score.
+        mean: over images.
+        low: lower end of its 95% interval; NaN if there is none.
+        high: upper end.
+        null: mean of the score's null; NaN, like the fields after it, if the score is not tested.
+        excess: mean over images of score - null, with its 95% interval.
+        excess_low: lower end.
+        excess_high: upper end.
+        p: of the test.
+        compared: images in the test.
+        alone: images that exceed other images by themselves; NaN if unknown.
+        against: what the score is tested against: "other images", "its null", or "" if it is not tested.
+        shifted: mean with the score's map shifted within its image; for illustration, not a null.
+        q: p corrected over all findings of the run (Benjamini and Hochberg).
+    """
+
+    attack: str
+    region: str
+    score: str
+    images: int
+    mean: float
+    low: float
+    high: float
+    null: float = np.nan
+    excess: float = np.nan
+    excess_low: float = np.nan
+    excess_high: float = np.nan
+    p: float = np.nan
+    compared: float = np.nan
+    alone: float = np.nan
+    against: str = ""
+    shifted: float = np.nan
+    q: float = np.nan
+
+
+@once_per_run
+def score_findings(run: Run) -> pd.DataFrame:
+    """The mean of every score in every cell with its interval, and how far it lies from its null.
+
+    Only attacks on the whole image are tested. Scores of the analysis "overlap" are tested against other images'
+    importance maps (`location_findings`), other scores against their column NAME_null by `statistics.mean_test`.
+
+    Returns:
+        One row per attack, region and score, with the columns of `Finding`.
+    """
+    names, numeric = score_names(run), set(numeric_columns(run))
+    nulls = {name: f"{name}_null" for name in names if f"{name}_null" in numeric}
+    shifted = {name: f"{name}{SHIFT_NULL}" for name in names if f"{name}{SHIFT_NULL}" in numeric}
+    locations = location_findings(run).set_index(["attack", "score"]).to_dict("index")
+    rows = []
+    for attack, region in run.plan.reported_cells if names else ():
+        columns = [*names, *nulls.values(), *shifted.values()]
+        cell = read_cell(run, attack.label, region, columns).astype("float64")
+        means = mean_intervals(cell[names].to_numpy(float))
+        for name, interval in zip(names, means, strict=True):
+            finding = Finding(attack.label, region, name, int(cell[name].notna().sum()), *interval)
+            if region == WHOLE_IMAGE:  # other regions are not tested
+                if (attack.label, name) in locations:
+                    location = locations[attack.label, name]
+                    excess, low, high = mean_interval(np.array(location["excess"], float))
+                    finding = finding._replace(
+                        against=OTHER_IMAGES, null=location["null"], excess=excess, excess_low=low, excess_high=high,
+                        p=location["p"], compared=location["compared"], alone=location["alone"],
+                    )  # fmt: skip
+                elif name in nulls:
+                    finding = _against_null(finding, cell[name], cell[nulls[name]])
+                if name in shifted:
+                    finding = finding._replace(shifted=round(float(cell[shifted[name]].mean()), 12))
+            rows.append(finding)
+    table = pd.DataFrame(rows, columns=list(Finding._fields))
+    table["q"] = adjusted(table["p"])
+    return table
+
+
+def _against_null(finding: Finding, score: pd.Series[float], null: pd.Series[float]) -> Finding:
+    """The finding, tested against the score's null column."""
+    finding = finding._replace(against=OWN_NULL)
+    excess = (score - null).dropna().to_numpy(float)
+    if not len(excess):
+        return finding
+    mean, low, high = mean_interval(excess)
+    return finding._replace(
+        null=round(float(null.mean()), 12),  # so that the mean of equal nulls is that null
+        excess=mean, excess_low=low, excess_high=high, p=mean_test(excess), compared=len(excess),
+    )  # fmt: skip
+
+
+def score_names(run: Run) -> list[str]:
+    """Numeric columns worth a mean: the attack's first, then those of the analyses."""
+    numeric = numeric_columns(run)
+    own = [name for name in numeric if name not in COLUMNS and not name.endswith(NULL_SUFFIXES)]
+    return [*(name for name in ATTACK_SCORES if name in numeric), *own]
 
 
 def perturbation_types(run: Run) -> pd.DataFrame:
-    """How many perturbations that fooled are of each type, in every attack x region.
+    """How many of the perturbations that fooled are of each type, in every cell.
 
     Returns:
-        Columns attack, region, type ("suppression-dominated", "balanced", "promotion-dominated"), count, images (that
-        were classified correctly and then fooled, and whose type is known), share, low, high (exact 95% interval). No
-        rows if the run has no types.
+        Columns attack; region; type ("suppression-dominated", "balanced" or "promotion-dominated"); count; images
+        (correctly classified, then fooled, and of known type); fraction with its exact 95% interval low, high. No rows
+        if the run has no types.
     """
     rows = []
-    for attack, region in run.plan.cells if _has(run, TYPE) else ():
-        table = cell(run, attack.label, region, [TYPE, "correct", "fooled"])
-        fooled, _ = _ended(table)
-        known = table.loc[fooled & table[TYPE].notna().to_numpy(), TYPE]
+    for attack, region in run.plan.cells if _has_column(run, TYPE) else ():
+        cell = read_cell(run, attack.label, region, [TYPE, "correct", "fooled"])
+        fooled, _ = _fooled_and_failed(cell)
+        types = cell.loc[fooled & cell[TYPE].notna().to_numpy(), TYPE]
         for kind in TYPES.values():
-            hits = known.eq(kind).to_numpy(bool)
+            hits = types.eq(kind).to_numpy(bool)
             rows.append((attack.label, region, kind, int(hits.sum()), len(hits), *proportion_interval(hits)))
-    return pd.DataFrame(rows, columns=["attack", "region", "type", "count", "images", "share", "low", "high"])
+    return pd.DataFrame(rows, columns=list(TYPE_COLUMNS))
 
 
-def localities(run: Run) -> pd.DataFrame:
-    """`locality_table` of every attack x region that changed single pixels.
+def pixel_localities(run: Run) -> pd.DataFrame:
+    """`locality_table` of every cell whose attack changed single pixels.
 
     Returns:
         Columns attack, region and those of `locality_table`. No rows if the run has no one-pixel pairs.
     """
-    parts = []
-    for attack, region in run.plan.cells if _has(run, RANDOM) else ():
-        table = cell(run, attack.label, region, [*MEANINGS, "correct", "fooled"])
-        if table[RANDOM].notna().any():
-            found = locality_table(table[list(MEANINGS)].astype("float64"), *_ended(table))
-            parts.append(found.assign(attack=attack.label, region=region))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    tables = []
+    for attack, region in run.plan.cells if _has_column(run, RANDOM) else ():
+        cell = read_cell(run, attack.label, region, [*MEANINGS, "correct", "fooled"])
+        if cell[RANDOM].notna().any():
+            table = locality_table(cell[list(MEANINGS)].astype("float64"), *_fooled_and_failed(cell))
+            tables.append(table.assign(attack=attack.label, region=region))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def _ended(table: pd.DataFrame) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which correctly classified images were fooled and which were not; an unknown end is neither."""
-    right, fooled, held = (
-        table[name].eq(value).fillna(value=False).to_numpy(bool)
+def _fooled_and_failed(cell: pd.DataFrame) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which correctly classified images were fooled and which were not; unknown outcomes are in neither."""
+    correct, fooled, failed = (
+        cell[name].eq(value).fillna(value=False).to_numpy(bool)
         for name, value in (("correct", True), ("fooled", True), ("fooled", False))
     )
-    return right & fooled, right & held
+    return correct & fooled, correct & failed
 
 
-def _has(run: Run, column: str) -> bool:
+def _has_column(run: Run, column: str) -> bool:
     return column in run.sql("select * from records limit 0").columns
-
-
-SHIFT_NULL = "_shift_null"
-OTHERS = "other images"
-NULL_SUFFIXES = ("_null", "_null_low", "_null_high", "_p", "_p_less", "_q")
-MEASURES = (
-    "confidence_adversarial",
-    "margin_adversarial",
-    "ssim_windowed",
-)  # of the attack itself, beside analyses' scores
-SCORES = (
-    "attack", "region", "score", "images", "mean", "low", "high",
-    "null", "excess", "excess_low", "excess_high", "p", "compared", "alone", "against", "shifted", "q",
-)  # fmt: skip
-
-
-@once
-def score_findings(run: Run) -> pd.DataFrame:
-    """The mean of every score in every attack x region with its interval, and how far it lies from its null.
-
-    Only attacks that were free to change any pixel are tested: what a score says of the place of an attack follows, in
-    a confined one, from where it was confined to. Scores of the overlap analysis are tested against other images'
-    importance maps (`location_findings`). The null of any other score is its column NAME_null, tested by
-    `statistics.mean_test`.
-
-    Returns:
-        Columns attack, region, score; images; mean, low, high; where the score is tested, null, excess (mean over
-        images of score - null) with excess_low and excess_high, p, compared (images of the test) and q, corrected over
-        all rows; alone, how many images by themselves exceed other images' (NaN where that is not known); against,
-        "other images", "its null", or "" where the score is not tested; shifted, the mean where the score's map is
-        shifted within its image, which is no null.
-    """
-    import pandas as pd
-
-    names, numeric = score_names(run), set(numeric_columns(run))
-    nulls = [name for name in names if f"{name}_null" in numeric]
-    shifted = [name for name in names if f"{name}{SHIFT_NULL}" in numeric]
-    located: dict[Any, Any] = {(row.attack, row.score): row for row in location_findings(run).itertuples()}
-    columns = [*names, *(f"{name}_null" for name in nulls), *(f"{name}{SHIFT_NULL}" for name in shifted)]
-    rows = []
-    for attack, region in run.plan.reported_cells if names else ():
-        table = cell(run, attack.label, region, columns).astype("float64")
-        found = dict(zip(names, mean_intervals(table[names].to_numpy(float)), strict=True))
-        for name in names:
-            beside: tuple[float, ...] = (np.nan,) * 7
-            against, null = "", np.nan
-            if region == EVERYWHERE and (attack.label, name) in located:
-                one = located[attack.label, name]
-                beside = (
-                    one.null,
-                    *mean_interval(np.array(one.excess, float)),
-                    one.p,
-                    one.compared,
-                    one.alone,
-                )
-                against = OTHERS
-            elif region == EVERYWHERE and name in nulls:
-                beside = _against(table[name] - table[f"{name}_null"], table[f"{name}_null"])
-                against = "its null"
-            if region == EVERYWHERE and name in shifted:
-                null = round(float(table[f"{name}{SHIFT_NULL}"].mean()), 12)
-            rows.append(
-                (
-                    attack.label,
-                    region,
-                    name,
-                    int(table[name].notna().sum()),
-                    *found[name],
-                    *beside,
-                    against,
-                    null,
-                )
-            )
-    table = pd.DataFrame(rows, columns=list(SCORES[:-1]))
-    table["q"] = corrected(table["p"])
-    return table
-
-
-def _against(excess: pd.Series[float], null: pd.Series[float]) -> tuple[float, ...]:
-    """null, excess, low, high, p, compared, alone of a score that comes with its null."""
-    values = excess.dropna().to_numpy(float)
-    if not len(values):
-        return (np.nan,) * 7
-    return (round(float(null.mean()), 12), *mean_interval(values), mean_test(values), len(values), np.nan)
-
-
-def score_names(run: Run) -> list[str]:
-    """Columns of the records that are numbers worth a mean: of the attack, then of the analyses."""
-    numeric = numeric_columns(run)
-    own = [name for name in numeric if name not in COLUMNS and not name.endswith(NULL_SUFFIXES)]
-    return [*(name for name in MEASURES if name in numeric), *own]

@@ -1,63 +1,31 @@
-"""Summary of an audit: robust accuracy of every attack in every region, in numbers and in words."""
+"""The summary of an audit, in numbers and in sentences, and the table that gates check."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
-from weakspot.audit.findings.contrasts import region_contrasts, told
+from weakspot.audit.findings.contrasts import contrast_sentences, region_contrasts
 from weakspot.audit.findings.locations import score_findings
-from weakspot.audit.plan.limits import counted_budget, judged_attacks
+from weakspot.audit.findings.outcomes import WHOLE_IMAGE, CellSummary, cell_summaries, with_interval
+from weakspot.audit.plan.limits import judged_attacks
 from weakspot.audit.store.run import Run
+from weakspot.regions.spec import RegionSpec
 from weakspot.statistics import proportion_interval
-
-if TYPE_CHECKING:
-    import pandas as pd
-
+from weakspot.statistics.number_format import counted
 
 ROBUST = ("robust_accuracy", "robust_low", "robust_high")
-
-
-@dataclass(frozen=True)
-class CellSummary:
-    """One attack in one region.
-
-    Attributes:
-        attack: its label.
-        budget: at which robust accuracy is counted: of the attack, or of a minimal-norm attack the stated one; None
-            where there is none.
-        region: as the plan has it.
-        region_fraction: of the image, on the mean over the images that are known; NaN where there are none.
-        images: of which it is known how the attack ended.
-        robust_accuracy: share of these that the attack did not fool within the budget; NaN of a minimal-norm attack
-            without one (see `weakspot.audit.findings.robustness`).
-        low: lower end of its 95% interval over images; NaN of a single image, and where there is no robust accuracy.
-        high: upper end.
-        troubled: images on which something went wrong.
-    """
-
-    attack: str
-    budget: str | None
-    region: str
-    region_fraction: float
-    images: int
-    robust_accuracy: float
-    low: float
-    high: float
-    troubled: int
-
-    @property
-    def name(self) -> str:
-        """The attack with its budget: "fmn at linf:4/255"."""
-        return (
-            f"{self.attack} at {self.budget}"
-            if self.budget and self.budget not in self.attack
-            else self.attack
-        )
+LABEL_SOURCES = {
+    "prediction": "the model's own predictions",
+    "folder": "folder names",
+    "csv": "a CSV file",
+    "array": "the array's own labels",
+}
 
 
 @dataclass(frozen=True)
@@ -65,13 +33,13 @@ class Summary:
     """An audit in short.
 
     Attributes:
-        cells: every attack in every region.
-        images: that could be read.
-        clean_accuracy: share of them that the model reads as their label, with nothing changed.
+        cells: robust accuracy of every attack in every region.
+        images: how many images could be read.
+        clean_accuracy: fraction of them that the model classifies as their label without an attack.
         labels: where the labels come from, in words.
-        weakest: what the strongest attack leaves in each region, in one sentence.
-        regions: each region beside its control of equal area in a sentence, where the plan has controls.
-        remarks: what is to be known of the model and of earlier sessions, such as images that were changed.
+        weakest: one sentence: how many images withstand the strongest attack, by region.
+        regions: one sentence per attack and region that has controls of equal area.
+        remarks: what readers must know about the model and earlier sessions, for example that images have changed.
     """
 
     cells: tuple[CellSummary, ...]
@@ -82,139 +50,153 @@ class Summary:
     regions: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
-    def as_mapping(self) -> dict[str, Any]:
-        """Plain values; what is unknown is None."""
-        return {
-            **asdict(self),
-            "regions": list(self.regions),
-            "remarks": list(self.remarks),
-            "clean_accuracy": _plain(self.clean_accuracy),
-            "cells": [{key: _plain(value) for key, value in asdict(cell).items()} for cell in self.cells],
+    def __repr__(self) -> str:
+        head = f"Summary({counted(self.images)}, clean accuracy {self.clean_accuracy:.1%}"
+        lines = [
+            f"  {cell.name} in {cell.region}: {with_interval(cell.robust_accuracy, cell.low, cell.high)}"
+            for cell in self.cells[:8]
+        ]
+        more = [f"  ... {len(self.cells) - 8} more cells"] if len(self.cells) > 8 else []
+        return "\n".join([head, *lines, *more]) + ")"
+
+    def as_mapping(self) -> dict[str, object]:
+        """Values for JSON; an unknown number is None."""
+        plain = {key: _json_value(value) for key, value in asdict(self).items()}
+        return plain | {
+            "cells": [{key: _json_value(value) for key, value in asdict(cell).items()} for cell in self.cells]
         }
 
 
+def _json_value(value: object) -> object:
+    if isinstance(value, tuple):
+        return list(value)
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def summarize(run: Run) -> Summary:
-    """The summary of a run, complete or not; only the columns it needs are read."""
-    found = run.sql(
-        "select attack, region, index, fooled, robust, correct, region_fraction, trouble is not null as troubled "
-        "from outcomes"
-    ).df()
-    cells = []
-    for attack, region in run.plan.reported_cells:
-        mine = found[(found["attack"] == attack.label) & (found["region"] == region)].sort_values("index")
-        known = mine[mine["fooled"].notna()]
-        held = known["robust"].dropna().to_numpy(dtype=bool)
-        robust, low, high = proportion_interval(held) if len(held) else (np.nan,) * 3
-        cells.append(
-            CellSummary(
-                attack.label,
-                counted_budget(run.plan, attack),
-                region,
-                float(known["region_fraction"].mean()),
-                len(known),
-                robust,
-                low,
-                high,
-                int(mine["troubled"].sum()),
-            )
-        )
-    clean = found.drop_duplicates("index")["correct"].dropna().to_numpy(dtype=float)
+    """Summarize a run, complete or not; reads only the columns that it needs."""
+    cells = cell_summaries(run)
+    images, clean = run.sql(
+        "select count(*), avg(correct::int) from (select any_value(correct) as correct from records group by index)"
+    ).fetchall()[0]
+    counts = run.info.labels
+    sources = [f"{LABEL_SOURCES[key]} ({count} images)" for key, count in counts.items()]
     return Summary(
-        tuple(cells),
-        int(found["index"].nunique()),
-        float(clean.mean()) if len(clean) else np.nan,
-        _labels(run.about.get("labels", {})),
-        weakest(cells),
-        tuple(told(region_contrasts(run))),
-        run.remarks,
+        cells=tuple(cells),
+        images=images,
+        clean_accuracy=np.nan if clean is None else float(clean),
+        labels=LABEL_SOURCES[next(iter(counts))] if len(counts) == 1 else ", ".join(sources),
+        weakest=strongest_attack_sentence(cells),
+        regions=tuple(contrast_sentences(region_contrasts(run))),
+        remarks=run.remarks,
     )
 
 
 def cell_table(run: Run, summary: Summary) -> pd.DataFrame:
-    """A row for each attack and region: what a gate can be asked about.
+    """One row per attack and region: the rows that a gate checks.
 
     Returns:
-        Columns attack, budget ("" where there is none), judged (whether the attack has a robust accuracy), region,
-        region_fraction, images, robust_accuracy, robust_low, robust_high, clean_accuracy, troubled, skipped, and of
-        every
-        score its mean, NAME_low and NAME_high.
+        Columns attack, budget ("" if there is none), judged (whether the attack has a robust accuracy), region,
+        region_fraction, images, robust_accuracy, robust_low, robust_high, clean_accuracy, errors, skipped; for every
+        score its mean NAME with NAME_low and NAME_high.
     """
-    import pandas as pd
-
     table = pd.DataFrame([asdict(cell) for cell in summary.cells])
     table["budget"] = table["budget"].fillna("")
     table["judged"] = table["attack"].isin(judged_attacks(run.plan))
     table = table.rename(columns={"low": "robust_low", "high": "robust_high"})
     table = table.assign(clean_accuracy=summary.clean_accuracy, skipped=len(run.skipped))
     for score, rows in score_findings(run).groupby("score", sort=False):
-        own = rows.set_index(["attack", "region"])[["mean", "low", "high"]]
-        own.columns = pd.Index([re.sub(r"\W", "_", f"{score}{suffix}") for suffix in ("", "_low", "_high")])
-        table = table.join(own.drop(columns=own.columns.intersection(table.columns)), on=["attack", "region"])
+        means = rows.set_index(["attack", "region"])[["mean", "low", "high"]]
+        # Gate conditions can only name Python identifiers.
+        means.columns = pd.Index([re.sub(r"\W", "_", f"{score}{end}") for end in ("", "_low", "_high")])
+        table = table.join(
+            means.drop(columns=means.columns.intersection(table.columns)), on=["attack", "region"]
+        )
     return table
 
 
-def weakest(cells: Sequence[CellSummary]) -> str:
-    """One sentence on what the strongest attack leaves in each region; no region is ranked by it.
+def undefined_names(row: Mapping[str, object]) -> Sequence[str]:
+    """The columns that a row of `cell_table` cannot have: robust accuracy, if its attack has none."""
+    return () if row["judged"] else ROBUST
 
-    Regions differ in area, and a larger one is a stronger attack: only controls of equal area say which is weak.
 
-    Args:
-        cells: of the run.
+def unknown_cases(run: Run, table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The extreme tables that `cell_table` could be if images without a result all counted as errors, or none did.
+
+    Without these cases, a model that fails on most images would be judged by the few others.
+
+    Returns:
+        (description of the case, table) pairs.
+    """
+    total, clean = run.sql(
+        "select count(distinct index), count(distinct index) filter (correct is not null) from records"
+    ).fetchall()[0]
+    cases = []
+    for robust, case in (
+        (0, "if all images without a result counted as errors"),
+        (1, "if none of the images without a result counted as errors"),
+    ):
+        frame = table.copy()
+        for place, (images, accuracy) in enumerate(
+            zip(table["images"], table["robust_accuracy"], strict=True)
+        ):
+            if 0 < images < total and math.isfinite(accuracy):
+                count = round(images * accuracy) + robust * (total - images)
+                frame.loc[frame.index[place], list(ROBUST)] = proportion_interval(np.arange(total) < count)
+        if 0 < clean < total:
+            correct = (clean * frame["clean_accuracy"]).round() + robust * (total - clean)
+            frame["clean_accuracy"] = correct / total
+        cases.append((case, frame))
+    return cases
+
+
+def strongest_attack_sentence(cells: Sequence[CellSummary]) -> str:
+    """One sentence on how many images withstand the strongest attack in each region, without ranking the regions.
+
+    Regions differ in area, and an attack on a larger region is stronger: only controls of equal area show whether a
+    region is weak.
     """
     known = [cell for cell in cells if cell.images]
     judged = [cell for cell in known if not np.isnan(cell.robust_accuracy)]
     if not known:
-        return "Nothing could be measured."
+        return "No attack has a known outcome, so nothing could be measured."
     if not judged:
-        from weakspot.audit.page.sentences import no_robust_accuracy
-
         return no_robust_accuracy(list(dict.fromkeys(cell.attack for cell in known)))
-    confined = [cell for cell in judged if cell.region != "none" and not cell.region.startswith("matched:")]
+    confined = [
+        cell for cell in judged if cell.region != WHOLE_IMAGE and not RegionSpec.parse(cell.region).is_control
+    ]
+    strongest = min(confined or judged, key=lambda cell: cell.robust_accuracy)
     if not confined:
-        cell = min(judged, key=lambda one: one.robust_accuracy)
-        return f"{cell.name}, free to change any pixel, leaves {_figure(cell)} still read as their class."
-    least = min(confined, key=lambda one: one.robust_accuracy)
-    if least.robust_accuracy == 1:
-        where = ", ".join(dict.fromkeys(one.region for one in confined))
-        attacks = ", ".join(dict.fromkeys(one.name for one in confined))
-        return f"No image fell to {attacks} confined to a region ({where})."
-    first, *others = [cell for cell in confined if cell.attack == least.attack]
-    said = f"{least.name}, confined to {_place(first)}, leaves {_figure(first)} still read as their class"
-    said += "".join(f"; confined to {_place(other)} {_range(other)}" for other in others)
-    whole = [one for one in judged if one.region == "none" and one.attack == least.attack]
-    return said + (f"; free to change any pixel {_range(whole[0])}." if whole else ".")
+        return f"Under {strongest.name} on the whole image, {_images_left(strongest)}."
+    if strongest.robust_accuracy == 1:
+        regions = ", ".join(dict.fromkeys(cell.region for cell in confined))
+        attacks = ", ".join(dict.fromkeys(cell.name for cell in confined))
+        return f"No image was fooled by {attacks} confined to a region ({regions})."
+    first, *others = [cell for cell in confined if cell.attack == strongest.attack]
+    sentence = f"Under {strongest.name} confined to {_region(first)}, {_images_left(first)}"
+    for cell in others:
+        sentence += f"; confined to {_region(cell)}, {_accuracy(cell)}"
+    for cell in judged:
+        if cell.region == WHOLE_IMAGE and cell.attack == strongest.attack:
+            sentence += f"; on the whole image, {_accuracy(cell)}"
+    return sentence + "."
 
 
-def _place(cell: CellSummary) -> str:
+def no_robust_accuracy(attacks: Sequence[str]) -> str:
+    """One sentence on why minimal-norm attacks have no robust accuracy."""
+    kind = "is a minimal-norm attack and has" if len(attacks) == 1 else "are minimal-norm attacks and have"
+    return f"{', '.join(attacks)} {kind} no robust accuracy without one stated budget (such as --budget linf:4/255)."
+
+
+def _region(cell: CellSummary) -> str:
     return f"{cell.region} ({cell.region_fraction:.0%} of the image)"
 
 
-def _figure(cell: CellSummary) -> str:
-    return f"{_range(cell)} of {cell.images} image{'s' if cell.images > 1 else ''}"
+def _images_left(cell: CellSummary) -> str:
+    verb = "remain" if cell.images > 1 else "remains"
+    return f"{_accuracy(cell)} of {counted(cell.images)} {verb} correctly classified"
 
 
-def _range(cell: CellSummary) -> str:
-    if np.isnan(cell.low):
-        return f"{cell.robust_accuracy:.0%}"
-    return f"{cell.robust_accuracy:.0%} [{cell.low:.0%}, {cell.high:.0%}]"
-
-
-def _labels(counts: dict[str, int]) -> str:
-    words = {
-        "prediction": "the model's own predictions",
-        "folder": "folder names",
-        "csv": "a CSV file",
-        "array": "the array's own",
-    }
-    if len(counts) == 1:
-        return words[next(iter(counts))]
-    return ", ".join(f"{words[key]} ({count} images)" for key, count in counts.items())
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and np.isnan(value) else value
-
-
-def undefined_names(row: Mapping[str, Any]) -> Sequence[str]:
-    """The columns that a row of `cell_table` cannot have: robust accuracy, of an attack that has none."""
-    return () if row["judged"] else ROBUST
+def _accuracy(cell: CellSummary) -> str:
+    interval = "" if np.isnan(cell.low) else f" [{cell.low:.0%}, {cell.high:.0%}]"
+    return f"{cell.robust_accuracy:.0%}{interval}"

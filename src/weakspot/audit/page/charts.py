@@ -1,343 +1,349 @@
-"""Charts of a run: robust accuracy, distributions, confusions. Each takes the few rows it draws.
+"""Charts of a run as Vega-Lite specifications, in the colors of the page.
 
-Curves of a run: how many images are fooled at which size, and how the change spreads through the layers.
+The specifications are written out directly: they are checked by Vega's own compiler in the tests, and the page carries
+Vega's libraries, so that no other charting package is needed.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
-from weakspot.report.charts import (
-    CARD,
-    DASHES,
-    FAINT,
-    INK,
-    OUTCOMES,
-    SERIES,
-    SHAPES,
-    Chart,
-    cycled,
-    finished,
-    plain,
-    rows,
-)
+from weakspot.audit.findings.outcomes import WHOLE_IMAGE
 from weakspot.statistics.number_format import percent
 
-LANE = 18  # pixels of one attack in one region
-RIDGE = 58  # pixels of one histogram, its heading included
-FILLED = 0.58  # of that, what its highest bar takes
-HEADED = 0.8  # and where its heading stands
+# Colors are variables of the style sheet: charts follow light mode, dark mode and print.
+INK, FAINT, LINE, CARD = "var(--ink)", "var(--faint)", "var(--line)", "var(--card)"
+SERIES = tuple(f"var(--series-{number})" for number in range(7))
+OUTCOMES = {"fooled": "var(--fooled)", "withstood": "var(--withstood)", "random edit": FAINT}
+SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
+SOLID = [1, 0]
+DASHES = ([2, 2], [8, 3, 2, 3], [4, 4], [10, 3], [1, 3])
+NORMS = {"linf": "largest change of a channel, of 1", "l2": "L2 norm of the change"}
+CELL_HEIGHT = 18  # pixels of one attack in one region
+HISTOGRAM_HEIGHT = 58  # pixels, with the heading
+BARS, HEADING = 0.58, 0.8  # of that height: the highest bar, and the place of the heading
 SQUARE = 26  # pixels of a row of confusions
+BUDGET_HEIGHT, LAYER_HEIGHT = 280, 190
+MAX_POINTS = 120  # of a curve; more are not visible
+
+Spec = dict[str, object]
+SEPARATE_LEGENDS: Spec = {"legend": {"color": "independent", "strokeDash": "independent"}}
+TEXT: Spec = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"}
+CONFIG: Spec = {
+    "background": None,
+    "font": "system-ui, sans-serif",
+    "view": {"stroke": None},
+    "text": {"color": INK, "fontSize": 12},
+    "rule": {"color": INK},
+    "axis": {
+        **TEXT, "labelColor": INK, "titleColor": FAINT, "gridColor": LINE, "domainColor": LINE, "tickColor": LINE,
+        "labelLimit": 150,
+    },
+    "legend": {
+        **TEXT, "labelColor": INK, "titleColor": FAINT, "orient": "top", "labelLimit": 220, "symbolStrokeWidth": 2,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart for the page.
+
+    Attributes:
+        title: the heading, and the entry in a list to choose from.
+        spec: the Vega-Lite specification.
+        meaning: what it shows, in one sentence.
+        group: charts of one group are shown together if the reader chooses among groups.
+    """
+
+    title: str
+    spec: Mapping[str, object]
+    meaning: str
+    group: str
+
+    def __repr__(self) -> str:
+        return f"Chart({self.title!r})"
+
+
+def _chart(title: str, meaning: str, spec: Spec, height: int, group: str = "") -> Chart:
+    """Finish a specification: as wide as its place on the page, in a group of its own by default."""
+    spec = {
+        **spec,
+        "width": "container",
+        "height": height,
+        "autosize": {"type": "fit-x", "contains": "padding"},
+    }
+    return Chart(title, spec, meaning, group or title)
+
+
+def _field(name: str, kind: str = "quantitative", **options: object) -> Spec:
+    return {"field": name, "type": kind, **options}
+
+
+def _tooltip(*names: str, **formats: str) -> list[Spec]:
+    """Tooltip fields: `names` are texts, `formats` maps numbers to their format ("" for Vega's own)."""
+    texts = [_field(name, "nominal") for name in names]
+    return texts + [_field(name) | ({"format": form} if form else {}) for name, form in formats.items()]
+
+
+def _layer(mark: Spec, shared: Spec | None = None, *, data: str = "rows", **encoding: object) -> Spec:
+    return {"data": {"name": data}, "mark": mark, "encoding": {**(shared or {}), **encoding}}
+
+
+def _rows(table: pd.DataFrame) -> list[Spec]:
+    """Rows for a specification: four significant digits, None for what is not finite."""
+    return [{str(key): json_number(value) for key, value in row.items()} for row in table.to_dict("records")]
+
+
+def json_number(value: object) -> object:
+    """A value as JSON represents it."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, int | np.integer):
+        return int(value)
+    if isinstance(value, float | np.floating):
+        return float(f"{value:.4g}") if np.isfinite(value) else None
+    return value
+
+
+def _colors(names: Sequence[str], palette: Sequence[object]) -> Spec:
+    """A scale that gives each name an entry of the palette, starting over if there are too few."""
+    return {"domain": list(names), "range": [palette[place % len(palette)] for place in range(len(names))]}
 
 
 def robust_chart(cells: pd.DataFrame, clean: float) -> Chart:
-    """A point and its 95% interval for every attack in every region, the weakest region first.
+    """A point with its 95% interval for every attack and region, the weakest region first.
 
     Args:
         cells: columns attack, region, region_fraction, images, robust_accuracy, low, high.
-        clean: accuracy with nothing changed, drawn as a line; or NaN.
+        clean: clean accuracy, drawn as a dashed line; NaN for none.
     """
-    import altair as alt
-
     known = cells[cells["robust_accuracy"].notna()]
     order = known.groupby("region", sort=False)["robust_accuracy"].min().sort_values(kind="stable").index
-    fractions = known.groupby("region")["region_fraction"].mean()
-    names = {region: f"{region} ({percent(float(fractions[region]))})" for region in order}
+    area = known.groupby("region")["region_fraction"].mean()
+    names = {region: f"{region} ({percent(float(area[region]))})" for region in order}
+    names |= {region: "whole image" for region in order if region == WHOLE_IMAGE}
     attacks = list(dict.fromkeys(known["attack"]))
-    table = [
-        {
-            "where": names[row["region"]], "attack": row["attack"], "robust": row["robust_accuracy"],
-            "low": row["low"], "high": row["high"], "images": row["images"],
-        }
-        for row in known.to_dict("records")
-    ]  # fmt: skip
-    base = alt.Chart(rows(table)).encode(
-        y=alt.Y("where:N", sort=list(names.values()), title=None, axis=alt.Axis(grid=True, tickBand="extent")),
-        yOffset=alt.YOffset("attack:N", sort=attacks, scale=alt.Scale(paddingOuter=0.4)),
-        color=alt.Color(
-            "attack:N", sort=attacks, title=None,
-            scale=alt.Scale(domain=attacks, range=cycled(SERIES, len(attacks))),
-        ),
-        tooltip=[
-            alt.Tooltip("attack:N"), alt.Tooltip("where:N", title="region"),
-            alt.Tooltip("robust:Q", format=".1%", title="robust accuracy"),
-            alt.Tooltip("low:Q", format=".1%"), alt.Tooltip("high:Q", format=".1%"), alt.Tooltip("images:Q"),
+    table = known.assign(where=known["region"].map(names), robust=known["robust_accuracy"])
+    shared: Spec = {
+        "y": _field("where", "nominal", sort=list(names.values()), title=None,
+                    axis={"grid": True, "tickBand": "extent"}),
+        "yOffset": _field("attack", "nominal", sort=attacks, scale={"paddingOuter": 0.4}),
+        "color": _field("attack", "nominal", sort=attacks, title=None, scale=_colors(attacks, SERIES)),
+        "tooltip": [
+            *_tooltip("attack"), _field("where", "nominal", title="region"),
+            _field("robust", format=".1%", title="robust accuracy"), *_tooltip(low=".1%", high=".1%", images=""),
         ],
-    )  # fmt: skip
-    across = alt.X(
-        "low:Q",
-        scale=alt.Scale(domain=[0, 1]),
-        axis=alt.Axis(format="%", tickCount=5),
-        title="robust accuracy, 95% interval",
-    )
-    bars = base.mark_rule(strokeWidth=2.5).encode(x=across, x2="high:Q")
-    points = base.mark_point(filled=True, size=90, opacity=1, stroke=CARD, strokeWidth=1).encode(
-        x=alt.X("robust:Q"),
-        shape=alt.Shape(
-            "attack:N", sort=attacks, title=None,
-            scale=alt.Scale(domain=attacks, range=cycled(SHAPES, len(attacks))),
-        ),
-    )  # fmt: skip
-    layers = [bars, points]
+    }  # fmt: skip
+    x_axis: Spec = {"format": "%", "tickCount": 5}
+    across = _field("low", scale={"domain": [0, 1]}, axis=x_axis, title="robust accuracy, 95% interval")
+    shape = _field("attack", "nominal", sort=attacks, title=None, scale=_colors(attacks, SHAPES))
+    point: Spec = {"type": "point", "filled": True, "size": 90, "opacity": 1, "stroke": CARD}
+    layers = [
+        _layer({"type": "rule", "strokeWidth": 2.5}, shared, x=across, x2={"field": "high"}),
+        _layer(point, shared, x=_field("robust"), shape=shape),
+    ]
+    datasets = {"rows": _rows(table[["where", "attack", "robust", "low", "high", "images"]])}
     if not math.isnan(clean):
-        line = alt.Chart(rows([{"clean": clean, "said": "nothing changed"}]))
-        layers.insert(0, line.mark_rule(strokeDash=[4, 4], color=FAINT).encode(x="clean:Q"))
-    height = max(60, len(names) * (14 + LANE * len(attacks)))
-    return finished(
+        datasets["clean"] = [{"clean": json_number(clean)}]
+        line: Spec = {"type": "rule", "strokeDash": [4, 4], "color": FAINT}
+        layers.insert(0, _layer(line, data="clean", x=_field("clean")))
+    return _chart(
         "Robust accuracy by region",
-        "Share of images still read as their class, for each attack confined to each region; the dashed line is the "
-        "accuracy with nothing changed.",
-        alt.layer(*layers).resolve_legend(shape="shared"),
-        height,
+        "Fraction of images that remain correctly classified, for each attack and region; the dashed line is the "
+        "accuracy without an attack.",
+        {"datasets": datasets, "layer": layers, "resolve": {"legend": {"shape": "shared"}}},
+        max(60, len(names) * (14 + CELL_HEIGHT * len(attacks))),
     )
 
 
-def histogram_chart(title: str, bins: pd.DataFrame, headings: dict[tuple[str, str], str]) -> Chart:
-    """One histogram for each attack in each region, one below the other on one axis, by outcome.
+def histogram_chart(title: str, bins: pd.DataFrame, headings: Mapping[tuple[str, str], str]) -> Chart:
+    """One histogram per attack and region, stacked by outcome, below each other on one axis.
 
     Args:
         title: of the score.
         bins: columns attack, region, outcome, low, high, count.
-        headings: (attack, region) to what is said above its histogram, in the order of drawing.
+        headings: (attack, region) to the heading of its histogram, in the order of drawing.
     """
-    import altair as alt
-
+    # All histograms share one chart: number n lies between y = -n (its foot) and 1 - n.
     places = {cell: number for number, cell in enumerate(headings)}
     totals = bins.groupby(["attack", "region"])["count"].sum()
     highest = bins.groupby(["attack", "region", "low"])["count"].sum() / totals
-    scale = FILLED / float(highest.max())
-    table, below = [], dict[tuple[int, float], float]()
-    for row in bins.sort_values("outcome").to_dict("records"):
-        cell = (row["attack"], row["region"])
-        part = float(row["count"] / totals[cell])
-        foot = below.get((places[cell], row["low"]), 0.0)
-        below[places[cell], row["low"]] = foot + part * scale
-        table.append(
-            {
-                "low": row["low"], "high": row["high"], "outcome": row["outcome"], "images": row["count"],
-                "fraction": part, "foot": foot - places[cell], "head": foot + part * scale - places[cell],
-            }
-        )  # fmt: skip
-    limits = [float(bins["low"].min()), float(bins["high"].max())]
-    said = [{"said": text, "at": HEADED - number} for number, text in enumerate(headings.values())]
-    down = alt.Scale(domain=[-len(places) + 0.92, 1.05], nice=False, zero=False)
-    bars = (
-        alt.Chart(rows(table))
-        .mark_rect(stroke=CARD, strokeWidth=0.5)
-        .encode(
-            x=alt.X("low:Q", title=title, scale=alt.Scale(domain=limits, nice=False, zero=False),
-                axis=alt.Axis(tickCount=8)),
-            x2="high:Q",
-            y=alt.Y("foot:Q", axis=None, scale=down),
-            y2="head:Q",
-            color=alt.Color(
-                "outcome:N",
-                title=None,
-                scale=alt.Scale(domain=list(OUTCOMES), range=list(OUTCOMES.values())),
-            ),
-            tooltip=[
-                alt.Tooltip("low:Q"), alt.Tooltip("high:Q"), alt.Tooltip("outcome:N"),
-                alt.Tooltip("images:Q"), alt.Tooltip("share:Q", format=".1%"),
-            ],
-        )
-    )  # fmt: skip
-    words = (
-        alt.Chart(rows(said))
-        .mark_text(align="left", baseline="middle", dx=2)
-        .encode(x=alt.value(0), y=alt.Y("at:Q", axis=None, scale=down), text="said:N")
+    scale = BARS / float(highest.max())
+    table = bins.sort_values("outcome").rename(columns={"count": "images"})
+    place = np.array([places[cell] for cell in zip(table["attack"], table["region"], strict=True)])
+    table["fraction"] = table["images"] / table.groupby(["attack", "region"])["images"].transform("sum")
+    # Bars of the second outcome stand on those of the first.
+    table["head"] = table.groupby(["attack", "region", "low"])["fraction"].cumsum() * scale - place
+    table["foot"] = table["head"] - table["fraction"] * scale
+    low, high = float(bins["low"].min()), float(bins["high"].max())
+    y_scale: Spec = {"domain": [-len(places) + 0.92, 1.05], "nice": False, "zero": False}
+    x = _field(
+        "low", title=title, scale={"domain": [low, high], "nice": False, "zero": False}, axis={"tickCount": 8}
     )
-    feet = (
-        alt.Chart(rows([{"at": -number} for number in range(len(places))]))
-        .mark_rule(color=FAINT, strokeWidth=0.5)
-        .encode(y=alt.Y("at:Q", axis=None, scale=down))
-    )
-    layers: list[alt.Chart] = [feet, bars, words]
-    if limits[0] < 0 < limits[1]:
-        zero = (
-            alt.Chart(rows([{"zero": 0.0, "foot": -n, "head": FILLED - n} for n in range(len(places))]))
-            .mark_rule(color=INK, strokeDash=[2, 3])
-            .encode(x="zero:Q", y=alt.Y("foot:Q", axis=None, scale=down), y2="head:Q")
-        )
-        layers.insert(1, zero)
-    return finished(
+    colors = _field("outcome", "nominal", title=None, scale=_outcome_scale(["fooled", "withstood"]))
+    tooltip = [*_tooltip(low="", high=""), *_tooltip("outcome", images="", fraction=".1%")]
+    numbers = range(len(places))
+    datasets: dict[str, object] = {
+        "rows": _rows(table[["low", "high", "outcome", "images", "fraction", "foot", "head"]]),
+        "headings": [{"text": text, "at": HEADING - number} for number, text in enumerate(headings.values())],
+        "feet": [{"at": -number} for number in numbers],
+    }
+
+    def y(name: str) -> Spec:
+        return _field(name, axis=None, scale=y_scale)
+
+    bar: Spec = {"type": "rect", "stroke": CARD, "strokeWidth": 0.5}
+    text: Spec = {"type": "text", "align": "left", "baseline": "middle", "dx": 2}
+    layers = [
+        _layer({"type": "rule", "color": FAINT, "strokeWidth": 0.5}, data="feet", y=y("at")),
+        _layer(
+            bar, x=x, x2={"field": "high"}, y=y("foot"), y2={"field": "head"}, color=colors, tooltip=tooltip
+        ),
+        _layer(text, data="headings", x={"value": 0}, y=y("at"), text=_field("text", "nominal")),
+    ]
+    if low < 0 < high:
+        datasets["zero"] = [{"zero": 0, "foot": -number, "head": BARS - number} for number in numbers]
+        zero: Spec = {"type": "rule", "color": INK, "strokeDash": [2, 3]}
+        layers.insert(1, _layer(zero, data="zero", x=_field("zero"), y=y("foot"), y2={"field": "head"}))
+    return _chart(
         title,
-        f"How {title} is distributed over images, for each attack in each region; images that were fooled and images "
-        "that held in two colors, one upon the other.",
-        alt.layer(*layers),
-        RIDGE * len(places) + 10,
+        f"Distribution of the {title} over images, for each attack and region; images that were fooled and images that "
+        "withstood are stacked in two colors.",
+        {"datasets": datasets, "layer": layers},
+        HISTOGRAM_HEIGHT * len(places) + 10,
     )
 
 
-def confusion_chart(title: str, found: pd.DataFrame) -> Chart:
-    """From which class to which, as a grid.
+def _outcome_scale(outcomes: Sequence[str]) -> Spec:
+    return {"domain": list(outcomes), "range": [OUTCOMES[outcome] for outcome in outcomes]}
+
+
+def confusion_chart(title: str, confusions: pd.DataFrame) -> Chart:
+    """A grid of labels and adversarial classes.
 
     Args:
-        title: of which attack in which region.
-        found: columns label, adversarial_class, fooled.
+        title: the attack and region.
+        confusions: columns label, adversarial_class, fooled.
     """
-    import altair as alt
-
-    totals = found.groupby("label")["fooled"].transform("sum")
-    table = [
-        {
-            "label": row["label"],
-            "adversarial_class": row["adversarial_class"],
-            "fooled": row["fooled"],
-            "fraction": row["fraction"],
-        }
-        for row in found.assign(fraction=found["fooled"] / totals).to_dict("records")
-    ]
-    names = sorted(set(found["label"]) | set(found["adversarial_class"]))
-    base = alt.Chart(rows(table)).encode(
-        x=alt.X(
-            "adversarial_class:N", sort=names, title="read as, after the attack", scale=alt.Scale(domain=names),
-            axis=alt.Axis(labelAngle=-45, labelLimit=90),
-        ),
-        y=alt.Y("label:N", sort=names, title="label", scale=alt.Scale(domain=names)),
-        tooltip=[
-            alt.Tooltip("label:N"), alt.Tooltip("adversarial_class:N", title="read as"), alt.Tooltip("fooled:Q"),
-            alt.Tooltip("share:Q", format=".1%", title="of the label's"),
+    totals = confusions.groupby("label")["fooled"].transform("sum")
+    table = confusions.assign(fraction=confusions["fooled"] / totals)
+    names = sorted(set(confusions["label"]) | set(confusions["adversarial_class"]))
+    shared: Spec = {
+        "x": _field("adversarial_class", "nominal", sort=names, title="class after the attack",
+                    scale={"domain": names}, axis={"labelAngle": -45, "labelLimit": 90}),
+        "y": _field("label", "nominal", sort=names, title="label", scale={"domain": names}),
+        "tooltip": [
+            *_tooltip("label"), _field("adversarial_class", "nominal", title="class after the attack"),
+            *_tooltip(fooled=""), _field("fraction", format=".1%", title="of the label's fooled images"),
         ],
-    )  # fmt: skip
-    # Opacity over the page's own color reads in light, in dark and in gray.
-    squares = base.mark_rect(color="var(--held)").encode(
-        opacity=alt.Opacity("share:Q", legend=None, scale=alt.Scale(domain=[0, 1], range=[0.06, 0.75]))
-    )
-    numbers = base.mark_text(fontSize=11).encode(text=alt.Text("fooled:Q"))
-    return finished(
+    }  # fmt: skip
+    # Opacity over one color of the page is readable in light, dark and gray.
+    opacity = _field("fraction", legend=None, scale={"domain": [0, 1], "range": [0.06, 0.75]})
+    layers = [
+        _layer({"type": "rect", "color": OUTCOMES["withstood"]}, shared, opacity=opacity),
+        _layer({"type": "text", "fontSize": 11}, shared, text=_field("fooled")),
+    ]
+    return _chart(
         title,
-        "How many images of the class in the row were read as the class in the column after the attack; the darker, "
-        "the larger their part of the row.",
-        alt.layer(squares, numbers),
+        "How many images of the class in the row were classified as the class in the column after the attack; darker "
+        "squares are a larger fraction of their row.",
+        {
+            "datasets": {"rows": _rows(table[["label", "adversarial_class", "fooled", "fraction"]])},
+            "layer": layers,
+        },
         SQUARE * len(names),
     )
 
 
-BUDGET_HEIGHT, DEPTH_HEIGHT = 280, 190
-POINTS = 120  # of a curve at most: the rest is not seen
-RANDOM = ("random edit",)  # of the size of the attack's
-NORMS = {"linf": "largest change of a channel, of 1", "l2": "L2 norm of the change"}
-
-
-def budget_chart(title: str, found: pd.DataFrame) -> Chart:
-    """Share of images fooled at a size or below, a step curve and its band for each region.
+def budget_chart(title: str, curves: pd.DataFrame) -> Chart:
+    """Fraction of images fooled by changes up to a size: a step curve with its band for each region.
 
     Args:
-        title: of which attack, in which norm.
-        found: columns region, control, norm, size, fooled, low, high, images; of one attack and norm.
+        title: the attack and norm.
+        curves: columns region, control, norm, size, fooled, low, high, images, of one attack and norm.
     """
-    import altair as alt
-
-    regions = list(dict.fromkeys(found.sort_values("control", kind="stable")["region"]))
-    controls = {row["region"]: bool(row["control"]) for row in found.to_dict("records")}
-    parts = [_thinned(found[found["region"] == region].sort_values("size")) for region in regions]
-    table = [
-        {key: row[key] for key in ("region", "size", "fooled", "low", "high", "images")}
-        for part in parts
-        for row in part.to_dict("records")
+    regions = list(dict.fromkeys(curves.sort_values("control", kind="stable")["region"]))
+    controls = dict(zip(curves["region"], curves["control"], strict=True))
+    table = pd.concat(
+        [_thinned(curves[curves["region"] == region].sort_values("size")) for region in regions]
+    )
+    norm = str(curves["norm"].iloc[0])
+    x = _field("size", title=NORMS.get(norm, norm))
+    scale = _colors(regions, SERIES)
+    dashes = [
+        DASHES[place % len(DASHES)] if controls[region] else SOLID for place, region in enumerate(regions)
     ]
-    dashes = cycled(DASHES[2:], len(regions))
-    base = alt.Chart(rows(table)).encode(
-        x=alt.X("size:Q", title=NORMS.get(str(found["norm"].iloc[0]), str(found["norm"].iloc[0]))),
-    )
-    colors = alt.Scale(domain=regions, range=cycled(SERIES, len(regions)))
-    bands = base.mark_area(opacity=0.15, interpolate="step-after").encode(
-        color=alt.Color("region:N", legend=None, scale=colors),
-        y=alt.Y(
-            "low:Q",
-            title="fooled, with 95% interval",
-            scale=alt.Scale(domain=[0, 1]),
-            axis=alt.Axis(format="%"),
+    dash = _field("region", "nominal", sort=regions, title=None, scale={"domain": regions, "range": dashes})
+    tooltip = [*_tooltip("region"), *_tooltip(size="", fooled=".1%", low=".1%", high=".1%", images="")]
+    low = _field("low", title="fooled, with 95% interval", scale={"domain": [0, 1]}, axis={"format": "%"})
+    area: Spec = {"type": "area", "opacity": 0.15, "interpolate": "step-after"}
+    line: Spec = {"type": "line", "strokeWidth": 2, "interpolate": "step-after"}
+    layers = [
+        _layer(area, x=x, y=low, y2={"field": "high"}, color=_field("region", "nominal", legend=None, scale=scale)),
+        _layer(
+            line, x=x, y=_field("fooled"), strokeDash=dash, tooltip=tooltip,
+            color=_field("region", "nominal", sort=regions, title=None, scale=scale),
         ),
-        y2="high:Q",
-    )
-    lines = base.mark_line(interpolate="step-after", strokeWidth=2).encode(
-        y="fooled:Q",
-        color=alt.Color("region:N", sort=regions, title=None, scale=colors),
-        strokeDash=alt.StrokeDash(
-            "region:N", sort=regions, title=None,
-            scale=alt.Scale(
-                domain=regions,
-                range=[dashes[n] if controls[region] else DASHES[0] for n, region in enumerate(regions)],
-            ),
-        ),
-        tooltip=[
-            alt.Tooltip("region:N"), alt.Tooltip("size:Q"), alt.Tooltip("fooled:Q", format=".1%"),
-            alt.Tooltip("low:Q", format=".1%"), alt.Tooltip("high:Q", format=".1%"), alt.Tooltip("images:Q"),
-        ],
-    )  # fmt: skip
-    return finished(
+    ]  # fmt: skip
+    rows = _rows(table[["region", "size", "fooled", "low", "high", "images"]])
+    return _chart(
         title,
-        "Share of images that a change of this size or a smaller one fools, for each region; regions that are shifted "
-        "as controls are dashed.",
-        alt.layer(bands, lines).resolve_legend(color="independent", strokeDash="independent"),
+        "Fraction of images that are fooled by a change of this size or a smaller one, for each region; shifted "
+        "regions, which are controls, are dashed.",
+        {"datasets": {"rows": rows}, "layer": layers, "resolve": SEPARATE_LEGENDS},
         BUDGET_HEIGHT,
     )
 
 
-def depth_chart(title: str, group: str, measure: str, found: pd.DataFrame, highest: float) -> Chart:
-    """The mean over images along the layers, with its interval, for images that were fooled and that held.
+def _thinned(curve: pd.DataFrame) -> pd.DataFrame:
+    """At most `MAX_POINTS` of its points, with the first and the last."""
+    if len(curve) <= MAX_POINTS:
+        return curve
+    return curve.iloc[[round(place * (len(curve) - 1) / (MAX_POINTS - 1)) for place in range(MAX_POINTS)]]
+
+
+def layer_chart(title: str, group: str, curves: pd.DataFrame, highest: float) -> Chart:
+    """Means over images along the layers with their intervals, a line for each outcome.
 
     Args:
-        title: of which attack in which region.
+        title: the measure, attack and region.
         group: of charts that are shown together.
-        measure: what is drawn.
-        found: columns outcome, place, layer, mean, low, high, images; a row for each layer.
-        highest: of the axis, so that several charts can be compared.
+        curves: columns measure, outcome, place, layer, mean, low, high, images, one row per layer and outcome.
+        highest: end of the axis, so that charts can be compared.
     """
-    import altair as alt
-
-    known = found[found["mean"].notna()]
-    names = ("outcome", "place", "layer", "mean", "low", "high", "images")
-    table = [
-        {
-            **{key: row[key] for key in names},
-            "low": row["low"] if row["low"] != row["low"] else max(0.0, row["low"]),
-        }
-        for row in known.to_dict("records")
-    ]
-    outcomes = [name for name in (*OUTCOMES, *RANDOM) if name in set(known["outcome"])]
-    base = alt.Chart(rows(table)).encode(
-        x=alt.X(
-            "place:Q",
-            title="layer, first to last",
-            scale=alt.Scale(nice=False),
-            axis=alt.Axis(tickMinStep=1, format="d"),
-        ),
+    known = curves[curves["mean"].notna()]
+    known = known.assign(low=known["low"].clip(lower=0))
+    measure = str(curves["measure"].iloc[0])
+    outcomes = [name for name in OUTCOMES if name in set(known["outcome"])]
+    dashes = dict(zip(OUTCOMES, (SOLID, [6, 3], [2, 2]), strict=True))
+    scale = _outcome_scale(outcomes)
+    x = _field(
+        "place", title="layer, first to last", scale={"nice": False}, axis={"tickMinStep": 1, "format": "d"}
     )
-    colors = alt.Scale(domain=outcomes, range=[OUTCOMES.get(name, FAINT) for name in outcomes])
-    bands = base.mark_area(opacity=0.2).encode(
-        color=alt.Color("outcome:N", legend=None, scale=colors),
-        y=alt.Y("low:Q", title=measure, scale=alt.Scale(domain=[0, plain(highest or 1.0)])),
-        y2="high:Q",
-    )
-    lines = base.mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=20, filled=False)).encode(
-        color=alt.Color("outcome:N", title=None, scale=colors),
-        y="mean:Q",
-        strokeDash=alt.StrokeDash(
-            "outcome:N", title=None,
-            scale=alt.Scale(domain=outcomes, range=[DASHES[n] for n in range(len(outcomes))]),
+    low = _field("low", title=measure, scale={"domain": [0, json_number(highest or 1.0)]})
+    tooltip = [*_tooltip("layer", "outcome"), *_tooltip(mean="", low="", high="", images="")]
+    dash_scale = {"domain": outcomes, "range": [dashes[outcome] for outcome in outcomes]}
+    color = _field("outcome", "nominal", legend=None, scale=scale)
+    layers = [
+        _layer({"type": "area", "opacity": 0.2}, x=x, y=low, y2={"field": "high"}, color=color),
+        _layer(
+            {"type": "line", "strokeWidth": 2, "point": {"size": 20, "filled": False}},
+            x=x, y=_field("mean"), tooltip=tooltip, color=_field("outcome", "nominal", title=None, scale=scale),
+            strokeDash=_field("outcome", "nominal", title=None, scale=dash_scale),
         ),
-        tooltip=[
-            alt.Tooltip("layer:N"), alt.Tooltip("outcome:N"), alt.Tooltip("mean:Q"), alt.Tooltip("low:Q"),
-            alt.Tooltip("high:Q"), alt.Tooltip("images:Q"),
-        ],
-    )  # fmt: skip
-    return finished(
+    ]  # fmt: skip
+    rows = _rows(known[["outcome", "place", "layer", "mean", "low", "high", "images"]])
+    return _chart(
         title,
-        f"The mean over images of {measure} in every layer, with its 95% interval, for images that were fooled and for "
-        "images that held.",
-        alt.layer(bands, lines).resolve_legend(color="independent", strokeDash="independent"),
-        DEPTH_HEIGHT,
+        f"Mean {measure} over images in every layer with its 95% interval, for images that were fooled and images that "
+        "withstood.",
+        {"datasets": {"rows": rows}, "layer": layers, "resolve": SEPARATE_LEGENDS},
+        LAYER_HEIGHT,
         group,
     )
-
-
-def _thinned(curve: pd.DataFrame) -> pd.DataFrame:
-    """At most `POINTS` of its points, the first and the last among them."""
-    if len(curve) <= POINTS:
-        return curve
-    kept = [round(number * (len(curve) - 1) / (POINTS - 1)) for number in range(POINTS)]
-    return curve.iloc[kept]

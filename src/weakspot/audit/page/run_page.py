@@ -1,44 +1,71 @@
-"""The page of a run: a whole data set in one self-contained HTML file.
-
-Reporting: the page of a run, from its folder.
-"""
+"""The page of a run: a whole data set in one self-contained HTML file."""
 
 from __future__ import annotations
 
 import json
 import math
 import shlex
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+import pandas as pd
 
 from weakspot._io.files import write_atomic
+from weakspot._io.urls import is_url, place
+from weakspot.audit.findings.contrasts import contrast_sentences, region_contrasts
+from weakspot.audit.findings.curves import budget_curves, layer_curves
+from weakspot.audit.findings.distributions import class_distributions, distributions, extremes
+from weakspot.audit.findings.locations import (
+    not_tested_because,
+    perturbation_types,
+    pixel_localities,
+    score_findings,
+)
+from weakspot.audit.findings.outcomes import WHOLE_IMAGE, attack_name, with_interval
 from weakspot.audit.findings.summary import Summary, summarize
+from weakspot.audit.page.charts import CONFIG
+from weakspot.audit.page.finding_sections import (
+    budget_section,
+    finding_section,
+    layer_section,
+    locality_section,
+    type_section,
+)
+from weakspot.audit.page.sections import (
+    Section,
+    Table,
+    class_section,
+    distribution_section,
+    image_section,
+    robust_section,
+    text_cell,
+)
+from weakspot.audit.page.thumbnails import thumbnails
+from weakspot.audit.plan.attack_plan import AttackPlan
 from weakspot.audit.plan.limits import judged_attacks
-from weakspot.audit.store.records import has_records
+from weakspot.audit.store.records import has_records, quoted
 from weakspot.audit.store.run import Run
-from weakspot.report.charts import CONFIG, libraries, packed
-from weakspot.report.rendering import rendered
-from weakspot.report.sections import Section, Table
+from weakspot.report.rendering import base64_text, rendered
+from weakspot.statistics.number_format import counted, percent
 
-if TYPE_CHECKING:
-    from weakspot.report.sections import Section
-
-
-SHOWN = 200  # rows of a table that are on the page at once
+FILE = "report.html"
+SHOWN = 200  # rows of a table that are in the HTML; the others are added when the reader sorts or filters
+MAX_SKIPPED = 20  # skipped images listed
+MAX_REGIONS = 4  # contrasts at the top, weakest first; their section has all of them
 
 
 @dataclass(frozen=True)
-class Heading:
-    """What stands on top.
+class Header:
+    """The top of the page.
 
     Attributes:
         title: whose report it is.
-        subtitle: how much was done.
-        warning: what keeps the numbers from being final; nothing where it is empty.
-        facts: (number, what it is) each.
-        sentences: what was found, in words.
+        subtitle: what was run.
+        warning: why the numbers are not final; empty if they are.
+        facts: (number, meaning) pairs.
+        sentences: the findings.
     """
 
     title: str
@@ -48,61 +75,16 @@ class Heading:
     sentences: Sequence[str]
 
 
-def run_page(
-    heading: Heading, sections: Sequence[Section], made: Mapping[str, str], questions: Mapping[str, str]
-) -> str:
-    """The report as HTML; whatever came from outside is escaped.
+@dataclass(frozen=True)
+class Queries:
+    """How to query the run further: a shell command and Python code."""
 
-    Args:
-        heading: of the page.
-        sections: in this order.
-        made: how it came about.
-        questions: how to ask further: shell and python.
-    """
-    drawn = [chart for section in sections for chart in section.charts]
-    return rendered(
-        "run.html",
-        styles=["run.css"],
-        script="run.js",
-        heading=heading,
-        sections=sections,
-        made=dict(made),
-        folder=questions,
-        shown=SHOWN,
-        libraries=packed(libraries()) if drawn else "",
-        drawings=packed(json.dumps({"config": CONFIG, "specs": [dict(chart.spec) for chart in drawn]})),
-        numbers={id(chart): number for number, chart in enumerate(drawn)},
-        identity=id,
-        rest={
-            table.name: _rest(table)
-            for section in sections
-            for table in section.tables
-            if len(table.rows) > SHOWN
-        },
-    )
-
-
-def _rest(table: Table) -> list[list[Any]]:
-    """The rows that are not written down but come when the reader sorts or filters."""
-    return [[[cell.text, _order(cell.order), cell.aside] for cell in row] for row in table.rows[SHOWN:]]
-
-
-def _order(order: float | str) -> float | str | None:
-    return None if isinstance(order, float) and math.isnan(order) else order
-
-
-FILE = "report.html"
-NAMED = 20  # skipped images
-REGIONS = 4  # regions beside their controls that are told on top, the weakest first; all are in their section
+    shell: str
+    python: str
 
 
 def write_run_report(run: Run, path: Path | str) -> Path:
-    """Write the report of a run, complete or not, to one self-contained HTML file, whole or not at all.
-
-    Args:
-        run: what is told.
-        path: of the file; folders are made where they are missing.
-    """
+    """Write the report of a run, complete or not, to one self-contained HTML file, creating missing folders."""
     path = Path(path)
     content = run_report(run)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,215 +92,233 @@ def write_run_report(run: Run, path: Path | str) -> Path:
     return path
 
 
-def keep_run_report(run: Run) -> str:
-    """Write the report beside the run's records, in its folder or at its URL; returns where it is.
+def store_run_report(run: Run) -> str:
+    """Write the report beside the run's records, in its folder or at its URL, and return its location.
 
     Raises:
-        OSError: when that place cannot be written.
+        OSError: if that location cannot be written.
     """
-    from weakspot._io.urls import is_url, place
-
     if not is_url(run.name):
         return str(write_run_report(run, run.folder / FILE).resolve())
-    there = place(run.name).below(FILE)
-    there.system.pipe_file(there.path, run_report(run).encode())
+    location = place(run.name).below(FILE)
+    location.system.pipe_file(location.path, run_report(run).encode())
     return f"{run.name.rstrip('/')}/{FILE}"
 
 
 def run_report(run: Run) -> str:
-    """The report as HTML; records are counted on the disk, so their number does not matter."""
-    folder = shlex.quote(run.name)
-    records = f"{run.name}/records.parquet" if run.complete else f"{run.name}/shards/*.parquet"
-    source = records.replace("'", "''")
-    query = f"select attack, region, avg(success_8bit::int) as fooled from '{source}' group by all"
-    questions = {
-        "shell": f"duckdb -c {_quoted(query)}",
-        "python": f"from weakspot.audit import Run\n\nrun = Run({run.name!r})\n"
+    """The report as HTML. Records are counted on disk, so their number does not matter."""
+    if not has_records(run.folder, complete=run.complete):
+        return run_page(_header(run, None), [], _made(run), _queries(run))
+    summary = summarize(run)
+    return run_page(_header(run, summary), _sections(run, summary), _made(run), _queries(run))
+
+
+def run_page(header: Header, sections: Sequence[Section], made: Mapping[str, str], queries: Queries) -> str:
+    """The page as HTML; all text from outside is escaped.
+
+    Args:
+        header: the top of the page.
+        sections: in this order.
+        made: how the run was made, name to value.
+        queries: how to query it further.
+    """
+    charts = [chart for section in sections for chart in section.charts]
+    specs = [dict(chart.spec) for chart in charts]
+    return rendered(
+        "run.html",
+        styles=["run.css"],
+        script="run.js",
+        header=header,
+        sections=sections,
+        made=dict(made),
+        queries=queries,
+        shown=SHOWN,
+        libraries=_compressed(vega_libraries()) if charts else "",
+        drawings=_compressed(json.dumps({"config": CONFIG, "specs": specs})),
+        numbers={id(chart): number for number, chart in enumerate(charts)},
+        identity=id,
+        rest={
+            table.name: _hidden_rows(table)
+            for section in sections
+            for table in section.tables
+            if len(table.rows) > SHOWN
+        },
+    )
+
+
+def _hidden_rows(table: Table) -> list[list[list[float | str | None]]]:
+    """The rows beyond `SHOWN` for the page's script; JSON has no NaN."""
+
+    def order(value: float | str) -> float | str | None:
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return [[[cell.text, order(cell.order), cell.small] for cell in row] for row in table.rows[SHOWN:]]
+
+
+def vega_libraries() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script."""
+    import vl_convert
+
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+
+
+def _compressed(text: str) -> str:
+    return base64_text(zlib.compress(text.encode("utf-8"), 9))
+
+
+def _queries(run: Run) -> Queries:
+    records = quoted(f"{run.name}/records.parquet" if run.complete else f"{run.name}/shards/*.parquet")
+    query = f"select attack, region, avg(success_8bit::int) as fooled from {records} group by all"
+    # Double quotes read better, but the shell expands some characters inside them.
+    word = shlex.quote(query) if set(query) & set('"$`\\!') else f'"{query}"'
+    return Queries(  # noqa: S604 - a text for the reader
+        shell=f"duckdb -c {word}",
+        python=f"from weakspot.audit import Run\n\nrun = Run({run.name!r})\n"
         'run.sql("select image, min(margin_adversarial) as margin from records group by image order by margin").df()\n'
         'run.maps["adversarial"][0]  # of the first image: attacks x regions x channels x height x width',
-        "report": f"weakspot report {folder}",
-    }
-    if not has_records(run.folder, complete=run.complete):
-        return run_page(_heading(run, None), [], _made(run), questions)
-    summary = summarize(run)
-    return run_page(_heading(run, summary), _sections(run, summary), _made(run), questions)
-
-
-def _quoted(query: str) -> str:
-    """A query as one word of a shell."""
-    return shlex.quote(query) if set(query) & set('"$`\\!') else f'"{query}"'
+    )
 
 
 def _sections(run: Run, summary: Summary) -> list[Section]:
-    """All of them, in the order of the page."""
-    import pandas as pd
-
-    from weakspot.audit.findings.contrasts import region_contrasts, told
-    from weakspot.audit.findings.curves import budget_curves, depths
-    from weakspot.audit.findings.distributions import classes, distributions, extremes
-    from weakspot.audit.findings.locations import localities, perturbation_types, score_findings, untested
-    from weakspot.audit.page.finding_sections import (
-        budget_section,
-        depth_section,
-        finding_section,
-        locality_section,
-        type_section,
-    )
-    from weakspot.audit.page.outcome_sections import (
-        class_section,
-        distribution_section,
-        image_section,
-        robust_section,
-    )
-
-    spread, found, ends = distributions(run), classes(run), extremes(run)
-    judged = found.cells["attack"].isin(judged_attacks(run.plan))
-    pictured = any(image.pictures for image in (*ends.easiest, *ends.hardest))
-    missing = "" if pictured else "The run kept no maps, so that there are names only; --maps keeps pictures."
+    """All sections, in the order of the page."""
+    by_class, ends = class_distributions(run), extremes(run)
+    judged = by_class.cells["attack"].isin(judged_attacks(run.plan))
+    contrasts = region_contrasts(run)
     return [
         robust_section(
             pd.DataFrame([asdict(cell) for cell in summary.cells]),
             summary.clean_accuracy,
             eight_bit=run.eight_bit,
         ),
-        distribution_section(spread.summaries, spread.bins),
-        class_section(found.classes, found.cells[judged], found.landings, found.confusions),
-        image_section(ends.easiest, ends.hardest, ends.told, missing),
-        budget_section(budget_curves(run), region_contrasts(run), told(region_contrasts(run))),
-        finding_section(score_findings(run), untested(run)),
+        distribution_section(distributions(run)),
+        class_section(replace(by_class, cells=by_class.cells[judged])),
+        image_section(
+            ends,
+            thumbnails(run, ends.easiest, by_size=ends.by_size),
+            thumbnails(run, ends.hardest, by_size=ends.by_size),
+        ),
+        budget_section(budget_curves(run), contrasts, contrast_sentences(contrasts)),
+        finding_section(score_findings(run), not_tested_because(run)),
         *type_section(perturbation_types(run)),
-        *locality_section(localities(run)),
-        depth_section(depths(run)),
-        *_skipped(run),
+        *locality_section(pixel_localities(run)),
+        layer_section(layer_curves(run)),
+        *_skipped_section(run),
     ]
 
 
-def _heading(run: Run, summary: Summary | None) -> Heading:
-    from weakspot.audit.page.sentences import ranged
-    from weakspot.statistics.number_format import counted, percent
-
-    plan, name = run.plan, run.about.get("model", {}).get("name", run.plan.model.spec)
-    listed, skipped = run.about.get("images", {}).get("listed"), len(run.skipped)
-    done = (summary.images if summary else 0) + skipped
-    warning = ""
-    if not run.complete:
-        of = f" of {listed:,}" if listed is not None else ""
-        warning = (
-            f"This audit is not complete: {done:,}{of} images are done, and all numbers here are of those. "
-            f"Go on by weakspot audit --resume {shlex.quote(run.name)}."
-        )
-        if "missing" in run.about:
-            warning = (
-                f"{run.shortfall[0].upper()}{run.shortfall[1:]}. All numbers here are of the {done:,} others."
-            )
-    elif run.shortfall:
-        warning = f"{run.shortfall[0].upper()}{run.shortfall[1:]}."
-    warning = " ".join([*([warning] if warning else []), *run.remarks])
-    attacks = ", ".join(
-        f"{one.label} at {one.budget}" if one.budget and one.budget not in one.label else one.label
-        for one in plan.attacks
-    )
-    subtitle = f"{attacks}; each in {counted(len(plan.reported_regions), 'region')}."
+def _header(run: Run, summary: Summary | None) -> Header:
+    title = f"Where {run.info.model.name if run.info.model else run.plan.model.spec} is weak"
+    attacks = ", ".join(attack_name(attack.label, attack.budget) for attack in run.plan.attacks)
+    subtitle = f"{attacks}; each in {counted(len(run.plan.reported_regions), 'region')}."
+    skipped = len(run.skipped)
+    warning = _warning(run, (summary.images if summary else 0) + skipped)
+    unread = (f"{skipped:,}", "skipped because they could not be read" if skipped else "skipped")
     if summary is None or not summary.images:
         nothing = "No image could be read." if run.complete else "There are no records yet."
-        facts = [(f"{skipped:,}", "skipped, as they could not be read")] if skipped else []
-        return Heading(f"Where {name} is weak", subtitle, warning, facts, [nothing])
+        return Header(title, subtitle, warning, [unread] if skipped else [], [nothing])
+    facts = [*_facts(summary), unread]
+    labels = f"Labels: {summary.labels}."
+    if "prediction" in run.info.labels:
+        labels += " Where a label is the model's own prediction, the report does not say whether the model is correct."
+    sentences = [summary.weakest, *summary.regions[:MAX_REGIONS], labels]
+    errors = sum(cell.errors for cell in summary.cells)
+    if errors:
+        sentences.append(
+            f"{counted(errors, 'attack')} failed with an error; the column trouble of the records names it."
+        )
+    if skipped:
+        sentences.append(f"Skipped: {_reasons(run)}.")
+    return Header(title, subtitle, warning, facts, sentences)
+
+
+def _warning(run: Run, done: int) -> str:
+    """Why the numbers are not final, and remarks on the model; empty if there is nothing to say."""
+    shortfall = f"{run.shortfall[:1].upper()}{run.shortfall[1:]}." if run.shortfall else ""
+    if not run.complete:
+        if run.info.missing is not None:
+            shortfall += f" All numbers are about the other {counted(done)}."
+        else:
+            total = f" of {run.info.images.listed:,}" if run.info.images else ""
+            shortfall = (
+                f"This audit is not complete: {done:,}{total} images are done, and all numbers are about those. "
+                f"Continue it with weakspot audit --resume {shlex.quote(run.name)}."
+            )
+    return " ".join([*([shortfall] if shortfall else []), *run.remarks])
+
+
+def _facts(summary: Summary) -> list[tuple[str, str]]:
     known = [cell for cell in summary.cells if cell.images]
     judged = [cell for cell in known if not math.isnan(cell.robust_accuracy)]
     facts = [
-        (
-            f"{summary.images:,}",
-            "images attacked" if known else "images read, of none of which an end is known",
-        )
+        (f"{summary.images:,}", "images attacked" if known else "images read, none with a known outcome")
     ]
     if not math.isnan(summary.clean_accuracy):
-        facts.append((percent(summary.clean_accuracy), "read as their label with nothing changed"))
+        facts.append((percent(summary.clean_accuracy), "correctly classified without an attack"))
     if judged:
         worst = min(judged, key=lambda cell: cell.robust_accuracy)
         area = f"in {worst.region} ({percent(worst.region_fraction)} of the image)"
-        where = "anywhere" if worst.region == "none" else area
-        facts.append(
-            (
-                ranged(worst.robust_accuracy, worst.low, worst.high),
-                f"robust accuracy under {worst.name} {where}, the lowest",
-            )
-        )
-    facts.append((f"{skipped:,}", "skipped, as they could not be read" if skipped else "skipped"))
-    said = [summary.weakest, f"Labels: {summary.labels}."]
-    told_apart = list(summary.regions[:REGIONS])
-    if "prediction" in run.about.get("labels", {}):
-        said[1] += (
-            " Where a label is the model's own prediction, nothing is said on whether the model is right."
-        )
-    troubled = sum(cell.troubled for cell in summary.cells)
-    if troubled:
-        said.append(
-            f"On {counted(troubled, 'attack')} something went wrong; the column trouble of the records says what."
-        )
-    if skipped:
-        said.append(f"Skipped: {_why(run)}.")
-    return Heading(f"Where {name} is weak", subtitle, warning, facts, [said[0], *told_apart, *said[1:]])
+        where = "on the whole image" if worst.region == WHOLE_IMAGE else area
+        accuracy = with_interval(worst.robust_accuracy, worst.low, worst.high)
+        facts.append((accuracy, f"lowest robust accuracy: {worst.name} {where}"))
+    return facts
 
 
-def _why(run: Run) -> str:
-    """Reasons with their counts, the commonest first; what a reason says of one image alone is left to the list."""
-    reasons = run.skipped["reason"].str.removesuffix("; skipped")
-    counts = reasons.value_counts(sort=True)
-    named = [f"{reason} ({number:,})" for reason, number in counts.head(3).items()]
-    return "; ".join([*named, *(["and others"] if len(counts) > len(named) else [])])
+def _reasons(run: Run) -> str:
+    """The most frequent reasons for skipping images, with their counts."""
+    reasons = run.skipped["reason"].str.removesuffix("; skipped").value_counts(sort=True)
+    named = [f"{reason} ({count:,})" for reason, count in reasons.head(3).items()]
+    return "; ".join(named + (["and others"] if len(reasons) > len(named) else []))
 
 
-def _skipped(run: Run) -> list[Section]:
-    """The images that could not be read, where there are any."""
-    from weakspot.report.sections import Section, Table, word
-    from weakspot.statistics.number_format import counted
-
+def _skipped_section(run: Run) -> list[Section]:
     skipped = run.skipped
     if skipped.empty:
         return []
-    rows = [[word(row["image"]), word(row["reason"])] for row in skipped.head(NAMED).to_dict("records")]
+    rows = [
+        [text_cell(row["image"]), text_cell(row["reason"])]
+        for row in skipped.head(MAX_SKIPPED).to_dict("records")
+    ]
     more = len(skipped) - len(rows)
     note = f"{more:,} more are in skipped.parquet." if more else ""
-    said = f"{counted(len(skipped))} could not be read and {'is' if len(skipped) == 1 else 'are'} in no number above."
-    return [Section("skipped", "Skipped", [said], tables=[Table("skipped", ("image", "reason"), rows, note)])]
+    verb = "is" if len(skipped) == 1 else "are"
+    sentence = f"{counted(len(skipped))} could not be read and {verb} not in any number above."
+    table = Table("skipped", ("image", "reason"), rows, note)
+    return [Section("skipped", "Skipped", [sentence], tables=[table])]
 
 
 def _made(run: Run) -> dict[str, str]:
-    """Plan, versions, host and times, as people read them."""
-    about, plan = run.about, run.plan
-    model, host = about.get("model", {}), about.get("host", {})
+    """Plan, versions, host and times, for the reader; what is unknown is left out."""
+    info, plan, model, host = run.info, run.plan, run.info.model, run.info.host
+    speed = f", {info.images_per_second:.3g} images per second" if info.images_per_second else ""
+    machine = ", ".join(str(host[key]) for key in ("name", "system", "processor") if host.get(key))
     made = {
-        "command": about.get("command", ""),
-        "model": f"{model.get('name', '')} ({plan.model.spec}), {model.get('classes', '?')} classes",
-        "fingerprint of the weights": model.get("fingerprint", ""),
-        "input size": " x ".join(map(str, model.get("input_size", ()))),
+        "command": info.command,
+        "model": f"{model.name} ({plan.model.spec}), {model.classes} classes" if model else plan.model.spec,
+        "fingerprint of the weights": model.fingerprint if model else "",
+        "input size": " x ".join(map(str, model.input_size)) if model else "",
         "images": ", ".join(plan.sources),
-        "attacks": "; ".join(_attack(one.label, one.budget, one.settings) for one in plan.attacks),
+        "attacks": "; ".join(map(_attack_settings, plan.attacks)),
         "regions": ", ".join(plan.reported_regions),
-        "controls": f"regions of {plan.control_images} other images for each" if plan.controls else "",
+        "controls": f"for each region, the regions of {plan.control_images} other images"
+        if plan.controls
+        else "",
         "area of cam": f"{plan.fraction:.0%} of the image",
         "analyses": ", ".join(plan.analyses) or "none",
         "seed": str(plan.seed),
-        "started": about.get("started", ""),
-        "finished": about.get("finished", ""),
-        "time": _time(about),
-        "device": about.get("device", ""),
-        "host": ", ".join(
-            str(host[key]) for key in ("name", "system", "processor") if host.get(key)
-        ) + (f", {host['cpus']} cores" if host.get("cpus") else ""),
-        "versions": ", ".join(f"{name} {value}" for name, value in about.get("versions", {}).items()),
+        "started": info.started,
+        "finished": info.finished or "",
+        "time": "" if info.seconds is None else f"{info.seconds:,.0f} s{speed}",
+        "device": info.device,
+        "host": machine + (f", {host['cpus']} cores" if host.get("cpus") else ""),
+        "versions": ", ".join(f"{name} {value}" for name, value in info.versions.items()),
         "folder": run.name,
-    }  # fmt: skip
+    }
     return {key: value for key, value in made.items() if value}
 
 
-def _attack(label: str, budget: str | None, settings: Sequence[tuple[str, Any]]) -> str:
-    told = [*([budget] if budget else []), *(f"{key}={value}" for key, value in settings)]
-    return f"{label} ({', '.join(told)})" if told else label
-
-
-def _time(about: Mapping[str, Any]) -> str:
-    seconds, speed = about.get("seconds"), about.get("images_per_second")
-    if seconds is None:
-        return ""
-    return f"{seconds:,.0f} s" + (f", {speed:.3g} images per second" if speed else "")
+def _attack_settings(attack: AttackPlan) -> str:
+    settings = [
+        *([attack.budget] if attack.budget else []),
+        *(f"{key}={value}" for key, value in attack.settings),
+    ]
+    return f"{attack.label} ({', '.join(settings)})" if settings else attack.label

@@ -1,225 +1,216 @@
-"""Words on a run: each sentence says what the numbers carry, and no more."""
+"""Sentences of a run's page: each states what the numbers support, with its interval and no more."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
+from weakspot.audit.findings.distributions import Classes, Extremes
+from weakspot.audit.findings.outcomes import WHOLE_IMAGE, attack_in_region, attack_name, with_interval
+from weakspot.audit.findings.summary import no_robust_accuracy
 from weakspot.statistics.number_format import counted, number, p_value, percent
 
-LISTED = 6  # regions of a sentence
-CERTAIN = 0.05  # a q value up to which a difference is said to be one
-Row = Mapping[Any, Any]
+LISTED = 6  # regions named in one sentence
+MAX_Q = 0.05  # up to which a difference is called one
+NAMED = 4  # attacks x regions that get a sentence about their perturbations
+Row = Mapping[Hashable, Any]
 
 
-def where(row: Row) -> str:
-    """Of an attack in a region: "pgd in cam"."""
-    return (
-        f"{row['attack']} free to change any pixel"
-        if row["region"] == "none"
-        else f"{row['attack']} in {row['region']}"
-    )
+def heading(attack: str, region: str) -> str:
+    """A cell in short, for tables and charts: "pgd · cam"."""
+    return f"{attack} · {'whole image' if region == WHOLE_IMAGE else region}"
 
 
-def heading(row: Row) -> str:
-    """The same in short, for a chart."""
-    return f"{row['attack']} · {'anywhere' if row['region'] == 'none' else row['region']}"
+def _cell(row: Row) -> str:
+    return attack_in_region(row["attack"], row["region"])
 
 
-def ranged(value: float, low: float, high: float) -> str:
-    """A share with its interval."""
-    return percent(value) + ("" if math.isnan(low) else f" [{percent(low)}, {percent(high)}]")
-
-
-def apart(one: Row, other: Row) -> bool:
-    """Whether the intervals of two rows do not touch."""
-    return bool(one["high"] < other["low"] or other["high"] < one["low"])
+def _intervals_are_apart(row: Row, other: Row) -> bool:
+    return bool(row["high"] < other["low"] or other["high"] < row["low"])
 
 
 def robust_sentences(cells: pd.DataFrame) -> list[str]:
-    """On every attack: what it leaves in each region. Regions are not ranked: they differ in area."""
+    """What withstands each attack, by region. Regions are not ranked, because they differ in area."""
     if not (cells["images"] > 0).any():
-        return ["No attack ended in a way that is known."]
+        return ["No attack has a known outcome."]
     judged = cells[cells["robust_accuracy"].notna()]
-    said = []
-    for attack, mine in judged.groupby("attack", sort=False):
-        first, *others = mine.to_dict("records")
-        left = ranged(first["robust_accuracy"], first["low"], first["high"])
-        budget = str(first["budget"] or "")
-        at = f" at {budget}" if budget and budget not in str(attack) else ""
+    sentences = []
+    for attack, rows in judged.groupby("attack", sort=False):
+        first, *others = rows.to_dict("records")
+        budget = first["budget"] if isinstance(first["budget"], str) else None
+        accuracy = with_interval(first["robust_accuracy"], first["low"], first["high"])
+        verb = "remains" if first["images"] == 1 else "remain"
         sentence = (
-            f"{attack}{at} leaves {left} of {counted(first['images'])} read as their class {_there(first)}"
+            f"Under {attack_name(str(attack), budget)} {_on_region(first)}, {accuracy} of {counted(first['images'])} "
+            f"{verb} correctly classified"
         )
         for row in others[: LISTED - 1]:
-            sentence += f", {ranged(row['robust_accuracy'], row['low'], row['high'])} {_there(row)}"
-        said.append(sentence + (", and more in the table." if len(others) >= LISTED else "."))
+            accuracy = with_interval(row["robust_accuracy"], row["low"], row["high"])
+            sentence += f"; {_on_region(row)}, {accuracy}"
+        sentences.append(sentence + ("; the table has more regions." if len(others) >= LISTED else "."))
     unjudged = cells[(cells["images"] > 0) & cells["robust_accuracy"].isna()]
-    return said + ([no_robust_accuracy(list(unjudged["attack"].unique()))] if len(unjudged) else [])
+    return sentences + ([no_robust_accuracy(list(unjudged["attack"].unique()))] if len(unjudged) else [])
 
 
-def no_robust_accuracy(attacks: Sequence[str]) -> str:
-    """Why minimal-norm attacks of these labels have none, in a sentence."""
-    one = len(attacks) == 1
-    return (
-        f"{', '.join(attacks)} {'looks' if one else 'look'} for the smallest change and "
-        f"{'has' if one else 'have'} no robust accuracy without one stated budget (such as --budget linf:4/255)."
-    )
-
-
-def _there(row: Row) -> str:
-    if row["region"] == "none":
-        return "with any pixel free"
-    return f"in {row['region']} ({percent(row['region_fraction'])} of the image)"
+def _on_region(row: Row) -> str:
+    if row["region"] == WHOLE_IMAGE:
+        return "on the whole image"
+    return f"confined to {row['region']} ({percent(row['region_fraction'])} of the image)"
 
 
 def margin_sentences(summaries: pd.DataFrame) -> list[str]:
-    """On the margins that the attacks leave."""
-    mine = summaries[(summaries["score"] == "margin_adversarial") & (summaries["images"] > 0)]
-    if mine.empty:
-        return ["No image has a margin that is known."]
-    ranked: Sequence[Row] = mine.sort_values("median", kind="stable").to_dict("records")
+    """The smallest and the largest median of the margins after an attack."""
+    margins = summaries[(summaries["score"] == "margin_adversarial") & (summaries["images"] > 0)]
+    if margins.empty:
+        return ["No image has a known margin."]
+    ranked: Sequence[Row] = margins.sort_values("median", kind="stable").to_dict("records")
     least, most = ranked[0], ranked[-1]
-    said = (
-        f"The margin is the lead of the label's logit over the next, of the attacked image before it is rounded to 8 "
-        f"bits; below zero, that image is misclassified. Its median after {where(least)} is {number(least['median'])}"
+    sentence = (
+        "The margin is the logit of the label minus the largest other logit, for the attacked image before it is "
+        "rounded to 8 bits; if it is below zero, that image is misclassified. The median margin is "
+        f"{number(least['median'])} after {_cell(least)}"
     )
-    return [said + (f", after {where(most)} {number(most['median'])}." if len(ranked) > 1 else ".")]
+    return [sentence + (f" and {number(most['median'])} after {_cell(most)}." if len(ranked) > 1 else ".")]
 
 
-def class_sentences(classes: pd.DataFrame, cells: pd.DataFrame, landings: pd.DataFrame) -> list[str]:
-    """On the weakest and the strongest class under the strongest attack, and where images land.
-
-    Args:
-        classes: columns label, name, images, clean.
-        cells: columns label, attack, region, images, robust, low, high.
-        landings: columns label, adversarial_class, fooled, of: most frequent class and how many fooled attacks in all.
-    """
+def class_sentences(by_class: Classes) -> list[str]:
+    """The weakest and the strongest class under the strongest attack, and where fooled images end."""
+    classes, cells = by_class.classes, by_class.cells
     names = dict(zip(classes["label"], classes["name"], strict=True))
     known = cells[cells["images"] > 0]
     if known.empty:
-        return ["No image has a label and an attack that has a robust accuracy."]
+        return ["No image has both a label and an attack with a robust accuracy."]
+    ends = _adversarial_class_sentence(by_class.adversarial, names)
     if len(classes) == 1:
-        only = f"There is one class only: {counted(int(classes['images'].iloc[0]))} of {classes['name'].iloc[0]}."
-        return [only, *_landing(landings, names)]
-    whose = [known["attack"], known["region"]]
-    held = (known["robust"] * known["images"]).groupby(whose).sum() / known["images"].groupby(whose).sum()
-    attack, region = held.index[int(held.to_numpy().argmin())]
-    mine = known[(known["attack"] == attack) & (known["region"] == region)]
-    # By the ends of the intervals: a class of two images that are both fooled is no sure loser.
-    weak: Row = mine.sort_values(["high", "robust"], kind="stable").iloc[0].to_dict()
-    strong: Row = mine.sort_values(["low", "robust"], ascending=False, kind="stable").iloc[0].to_dict()
+        only = f"The run has a single class, {classes['name'].iloc[0]}, with {counted(int(classes['images'].iloc[0]))}."
+        return [only, ends]
+    key = [known["attack"], known["region"]]
+    robust = (known["robust"] * known["images"]).groupby(key).sum() / known["images"].groupby(key).sum()
+    attack, region = robust.index[int(robust.to_numpy().argmin())]
+    rows = known[(known["attack"] == attack) & (known["region"] == region)]
+    # Ranked by the ends of the intervals: with two images, both fooled, a class is not surely the weakest.
+    weak: Row = rows.sort_values(["high", "robust"], kind="stable").iloc[0].to_dict()
+    strong: Row = rows.sort_values(["low", "robust"], ascending=False, kind="stable").iloc[0].to_dict()
     if weak["label"] == strong["label"] or (weak["robust"], strong["robust"]) == (0, 0):
-        said = [
-            (
-                f"Under {where(weak)} no class stands out: {names[weak['label']]} is left with "
-                f"{ranged(weak['robust'], weak['low'], weak['high'])} of {counted(int(weak['images']))}."
-            )
-        ]
+        sentence = (
+            f"Under {_cell(weak)}, no class stands out: {_class_accuracy(weak)} {names[weak['label']]} remain "
+            "correctly classified."
+        )
     else:
         doubt = (
-            f" With {len(mine)} classes compared, some of that is chance."
-            if apart(weak, strong)
-            else " The intervals cannot tell them apart."
+            f"With {len(rows)} classes compared, part of that difference is chance."
+            if _intervals_are_apart(weak, strong)
+            else "The intervals overlap, so the difference may be chance."
         )
-        said = [
-            (
-                f"Under {where(weak)} {names[weak['label']]} is left with "
-                f"{ranged(weak['robust'], weak['low'], weak['high'])} of {counted(int(weak['images']))} and "
-                f"{names[strong['label']]} with {ranged(strong['robust'], strong['low'], strong['high'])} of "
-                f"{counted(int(strong['images']))}.{doubt}"
-            )
-        ]
-    return said + _landing(landings, names)
+        sentence = (
+            f"Under {_cell(weak)}, {_class_accuracy(weak)} {names[weak['label']]} remain correctly classified, and "
+            f"{_class_accuracy(strong)} {names[strong['label']]}. {doubt}"
+        )
+    return [sentence, ends]
 
 
-def _landing(landings: pd.DataFrame, names: dict[Any, str]) -> list[str]:
-    if landings.empty:
-        return ["No image that was read rightly was fooled, so there is nothing to say on where images land."]
-    row = landings.sort_values("fooled", ascending=False, kind="stable").iloc[0]
-    fraction = percent(row["fooled"] / row["of"])
-    return [
-        (
-            f"Most often {names.get(row['label'], 'a class')} is fooled into {row['adversarial_class']}: "
-            f"in {row['fooled']:,} of "
-            f"the {counted(int(row['of']), 'attack')} that fooled one of its images ({fraction})."
-        )
-    ]
+def _class_accuracy(row: Row) -> str:
+    accuracy = with_interval(row["robust"], row["low"], row["high"])
+    return f"{accuracy} of {counted(int(row['images']))} of"
+
+
+def _adversarial_class_sentence(adversarial: pd.DataFrame, names: Mapping[Hashable, str]) -> str:
+    if adversarial.empty:
+        return "No correctly classified image was fooled, so there are no adversarial classes to report."
+    row = adversarial.sort_values("fooled", ascending=False, kind="stable").iloc[0]
+    return (
+        f"The most frequent confusion is {names.get(row['label'], 'a class')} classified as "
+        f"{row['adversarial_class']}: in {row['fooled']:,} of {counted(int(row['of']), 'attack')} that fooled an image "
+        f"of that class ({percent(row['fooled'] / row['of'])})."
+    )
+
+
+def image_sentences(ends: Extremes) -> list[str]:
+    """How many images withstood every attack, and how the images are ranked."""
+    if not ends.images:
+        return ["No correctly classified image has an attack with a known outcome."]
+    which = "every attack" if ends.all_attacks else "every attack, not counting minimal-norm attacks"
+    ranking = (
+        "Images are ranked by the size of the smallest change (L2 norm) that fooled them in any region"
+        if ends.by_size
+        else "Images are ranked by the smallest margin that any attack in any region left, before rounding to 8 bits"
+    )
+    outcome = (
+        f"Of {counted(ends.images)} correctly classified without an attack, {ends.fooled:,} "
+        f"{'was' if ends.fooled == 1 else 'were'} fooled at least once and "
+        f"{ends.images - ends.fooled:,} withstood {which}."
+    )
+    return [outcome, f"{ranking}; images that were never fooled rank as the hardest."]
 
 
 def budget_sentences(curves: pd.DataFrame) -> list[str]:
-    """On the size at which half of the images are fooled."""
-    said = []
-    for (attack, norm), mine in curves.groupby(["attack", "norm"], sort=False):
+    """The size at which half of the images are fooled, by attack and region."""
+    sentences = []
+    for (attack, norm), rows in curves.groupby(["attack", "norm"], sort=False):
         halves = {}
-        for region, curve in mine.groupby("region", sort=False):
+        for region, curve in rows.groupby("region", sort=False):
             reached = curve[curve["fooled"] >= 0.5]["size"]
-            halves[region] = float(reached.min()) if len(reached) else math.inf
-        if not any(math.isfinite(size) for size in halves.values()):
-            said.append(f"{attack} ({norm}) fools less than half of the images in every region.")
+            halves[str(region)] = float(reached.min()) if len(reached) else math.inf
+        if all(math.isinf(size) for size in halves.values()):
+            sentences.append(f"{attack} ({norm}) fools less than half of the images in every region.")
             continue
         sizes = [
-            f"{number(size)} {_inside(region)}"
-            if math.isfinite(size)
-            else f"no size seen here {_inside(region)}"
+            f"{'at no size tested' if math.isinf(size) else number(size)} "
+            f"{'on the whole image' if region == WHOLE_IMAGE else f'in {region}'}"
             for region, size in halves.items()
         ]
-        said.append(f"{attack} has fooled half of the images at an {norm} size of {', '.join(sizes)}.")
-    return said
-
-
-def _inside(region: object) -> str:
-    return "with any pixel free" if region == "none" else f"in {region}"
-
-
-def finding_sentences(found: pd.DataFrame) -> list[str]:
-    """On whether attacks act where the network looks, and on other scores that differ from their null."""
-    tested = found[found["q"].notna()]
-    if tested.empty:
-        return []
-    located = tested["against"] == "other images"
-    said = [_location_sentence(mine) for _, mine in tested[located].groupby("attack", sort=False)]
-    others = tested[~located]
-    sure = others[(others["q"] <= CERTAIN) & others["excess_low"].notna()].sort_values("q")
-    if len(others):
-        said.append(
-            f"Of {counted(len(others), 'other mean score')} with a null, {len(sure)} "
-            f"{'differs' if len(sure) == 1 else 'differ'} from it (q at most {CERTAIN:.2g})."
+        sentences.append(
+            f"Size ({norm}) at which {attack} has fooled half of the images: {', '.join(sizes)}."
         )
-    return said + [
-        f"{_score(row)} of {where(row)} is {number(row['mean'])}, {number(row['null'])} under its null (difference "
-        f"{number(row['excess'])} [{number(row['excess_low'])}, {number(row['excess_high'])}], "
+    return sentences
+
+
+def finding_sentences(findings: pd.DataFrame) -> list[str]:
+    """Whether attacks act where the network looks, and which other scores differ from their null."""
+    tested = findings[findings["q"].notna()]
+    located = tested["against"] == "other images"
+    sentences = [_location_sentence(rows) for _, rows in tested[located].groupby("attack", sort=False)]
+    others = tested[~located]
+    different = others[(others["q"] <= MAX_Q) & others["excess_low"].notna()].sort_values("q")
+    if len(others):
+        verb = "differs from its null" if len(different) == 1 else "differ from their nulls"
+        sentences.append(
+            f"{len(different)} of {counted(len(others), 'other mean score')} with a null {verb} (q at most .05)."
+        )
+    return sentences + [
+        f"The mean {_score(row)} of {_cell(row)} is {number(row['mean'])}, compared with {number(row['null'])} under "
+        f"its null (difference {number(row['excess'])} [{number(row['excess_low'])}, {number(row['excess_high'])}], "
         f"{counted(int(row['compared']))})."
-        for row in sure.head(2).to_dict("records")
+        for row in different.head(2).to_dict("records")
     ]
 
 
-def _location_sentence(mine: pd.DataFrame) -> str:
-    """One attack, free to change any pixel: whether it acts where the network looks, more than in other images."""
-    rows: Sequence[Row] = mine.sort_values("q", kind="stable").to_dict("records")
-    who = where(rows[0])
-    sure = [row for row in rows if row["q"] <= CERTAIN]
-    if not sure:
-        most = counted(int(max(row["compared"] for row in rows)))
+def _location_sentence(findings: pd.DataFrame) -> str:
+    """For one attack on the whole image: whether it acts where the network looks, more than in other images."""
+    rows: Sequence[Row] = findings.sort_values("q", kind="stable").to_dict("records")
+    attack = _cell(rows[0])
+    clear = [row for row in rows if row["q"] <= MAX_Q]
+    if not clear:
+        images = counted(int(max(row["compared"] for row in rows)))
         return (
-            f"{who} is not shown to act more or less where the network looks in the image than where it looks in other "
-            f"images ({most})."
+            f"It is not shown that {attack} acts more, or less, where the network looks in the image than where it "
+            f"looks in other images ({images})."
         )
-    signs = {row["excess"] > 0 for row in sure}
-    if len(signs) > 1:
-        named = "; ".join(f"{_score(row)} {_beside(row)}" for row in sure)
-        return f"Where {who} acts is not clear, as the statistics disagree: {named}."
-    more = "more" if sure[0]["excess"] > 0 else "less"
+    if len({row["excess"] > 0 for row in clear}) > 1:
+        statistics = "; ".join(f"{_score(row)} {_with_null(row)}" for row in clear)
+        return f"Where {attack} acts is unclear because the statistics disagree: {statistics}."
+    first = clear[0]
+    more = first["excess"] > 0
     sentence = (
-        f"{who} acts {more} where the network looks in the image than where it looks in other images: "
-        f"{_score(sure[0])} {_beside(sure[0])}"
+        f"{attack} acts {'more' if more else 'less'} where the network looks in the image than where it looks in other "
+        f"images: {_score(first)} {_with_null(first)}"
     )
-    alone = sure[0]["alone"]
-    if sure[0]["excess"] > 0 and not math.isnan(alone):
-        compared = counted(int(sure[0]["compared"]))
-        sentence += f"; {int(alone):,} of {compared} show it by themselves (q over images at most .1)"
+    if more and not math.isnan(first["alone"]):
+        images = counted(int(first["compared"]))
+        sentence += f"; {int(first['alone']):,} of {images} show it on their own (q over images at most .1)"
     return sentence + "."
 
 
@@ -227,45 +218,59 @@ def _score(row: Row) -> str:
     return str(row["score"]).replace("_", " ")
 
 
-def _beside(row: Row) -> str:
+def _with_null(row: Row) -> str:
     return (
-        f"is {number(row['null'] + row['excess'])} with the own map and {number(row['null'])} with others' "
-        f"({counted(int(row['compared']))}, q {p_value(row['q']).removeprefix('p ')})"
+        f"is {number(row['null'] + row['excess'])} with the image's own map and {number(row['null'])} with other "
+        f"images' maps ({counted(int(row['compared']))}, {p_value(row['q'], 'q')})"
     )
 
 
-def depth_sentences(last: Sequence[tuple[Row | None, Row | None]]) -> list[str]:
-    """On the last layer, of each attack in each region: fooled and held, either of which may be missing."""
-    both = [(fooled, held) for fooled, held in last if fooled and held]
-    said = []
-    if both:
-        fooled, held = max(both, key=lambda pair: min(pair[0]["images"], pair[1]["images"]))
-        measured = not math.isnan(fooled["low"]) and not math.isnan(held["low"])
-        doubt = (
-            "too few to compare"
-            if not measured
-            else "apart"
-            if apart(fooled, held)
-            else "the intervals cannot tell them apart"
+def type_sentences(types: pd.DataFrame) -> list[str]:
+    """The types of the perturbations that fooled, for the first cells."""
+    groups = list(types[types["images"] > 0].groupby(["attack", "region"], sort=False))
+    sentences = []
+    for (attack, region), rows in groups[:NAMED]:
+        parts = [
+            f"{with_interval(row['fraction'], row['low'], row['high'])} are {row['type']}"
+            for row in rows.sort_values("count", ascending=False, kind="stable").to_dict("records")
+        ]
+        sentences.append(
+            f"Of the perturbations with which {attack_in_region(str(attack), str(region))} fooled "
+            f"{counted(int(rows['images'].iloc[0]))}, {', '.join(parts)}."
         )
-        said.append(
-            f"In the last layer ({fooled['layer']}) the {fooled['measure']} of {where(fooled)} is "
-            f"{_figured(fooled)} over {counted(fooled['images'])} that were fooled "
-            f"and {_figured(held)} over {counted(held['images'])} that held"
-            f"{': ' + doubt if doubt != 'apart' else ''}."
+    return sentences + ([f"The table has {len(groups) - NAMED} more."] if len(groups) > NAMED else [])
+
+
+def layer_sentences(last: Sequence[tuple[Row | None, Row | None]]) -> list[str]:
+    """How far changes reach in the last layer.
+
+    Args:
+        last: (fooled, withstood) rows of the last layer for each attack and region; either may be missing.
+    """
+    pairs = [(fooled, withstood) for fooled, withstood in last if fooled and withstood]
+    if pairs:
+        fooled, withstood = max(pairs, key=lambda pair: min(pair[0]["images"], pair[1]["images"]))
+        doubt = ""
+        if math.isnan(fooled["low"]) or math.isnan(withstood["low"]):
+            doubt = " There are too few images to compare the two."
+        elif not _intervals_are_apart(fooled, withstood):
+            doubt = " The intervals overlap, so the difference may be chance."
+        first = (
+            f"In the last layer ({fooled['layer']}), the {fooled['measure']} of {_cell(fooled)} is {_mean(fooled)} "
+            f"over {counted(fooled['images'])} that were fooled and {_mean(withstood)} over "
+            f"{counted(withstood['images'])} that withstood.{doubt}"
         )
     else:
-        said.append(
-            "No attack in any region left both images that were fooled and images that held, so there is no control to "
-            "compare with."
+        first = (
+            "No attack in any region left both images that were fooled and images that withstood, so there is no "
+            "control to compare with."
         )
-    said.append(
-        "Failed attacks are the control here: their changes travel through the layers too, so spread alone explains "
-        "nothing."
-    )
-    return said
+    return [
+        first,
+        "Failed attacks are the control: their changes travel through the layers, so spread alone explains nothing.",
+    ]
 
 
-def _figured(row: Row) -> str:
+def _mean(row: Row) -> str:
     interval = "" if math.isnan(row["low"]) else f" [{number(row['low'])}, {number(row['high'])}]"
     return number(row["mean"]) + interval

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from weakspot.audit.plan.attack_plan import AttackPlan
-from weakspot.audit.plan.plan import Plan, is_minimal, norm_of
+from weakspot.audit.plan.plan import Plan
 from weakspot.budgets import read_budget
 
 NORMS = ("linf", "l2", "l1")  # budgets that have a distance in the records
@@ -23,14 +23,18 @@ class Limit(NamedTuple):
     amount: float
 
 
+def read_limit(text: str) -> Limit:
+    """Parse a budget such as linf:4/255."""
+    kind = text.partition(":")[0].strip().lower()
+    return Limit(text, kind, float(getattr(read_budget(text), "eps")))  # noqa: B009 - Budget is a protocol without it
+
+
 def stated_budgets(plan: Plan) -> list[Limit]:
     """The different budgets that the plan or any of its attacks states."""
     texts = [*plan.stated_budgets, *(attack.budget for attack in plan.attacks if attack.budget)]
     limits: dict[tuple[str, float], Limit] = {}
-    for text in texts:
-        kind = text.partition(":")[0].strip().lower()
-        amount = float(getattr(read_budget(text), "eps"))  # noqa: B009 - Budget is a protocol without it
-        limits.setdefault((kind, amount), Limit(text, kind, amount))
+    for limit in map(read_limit, texts):
+        limits.setdefault((limit.kind, limit.amount), limit)
     return list(limits.values())
 
 
@@ -41,16 +45,16 @@ def limit_of(plan: Plan, attack: AttackPlan) -> Limit | None:
     None if no budget is stated, if several qualify, and for SSIM budgets, for which the records hold no distance.
     """
     stated = stated_budgets(plan)
-    candidates = [limit for limit in stated if limit.kind == norm_of(attack)] or stated
+    candidates = [limit for limit in stated if limit.kind == attack.minimized_norm] or stated
     return candidates[0] if len(candidates) == 1 and candidates[0].kind in NORMS else None
 
 
 def judged_attacks(plan: Plan) -> list[str]:
     """Labels of the attacks that have a robust accuracy: all but minimal-norm attacks without a limit."""
-    return [attack.label for attack in plan.attacks if not is_minimal(attack) or limit_of(plan, attack)]
+    return [attack.label for attack in plan.attacks if not attack.is_minimal or limit_of(plan, attack)]
 
 
 def counted_budget(plan: Plan, attack: AttackPlan) -> str | None:
     """The budget at which an attack's robust accuracy is counted, as text."""
-    limit = limit_of(plan, attack) if is_minimal(attack) else None
+    limit = limit_of(plan, attack) if attack.is_minimal else None
     return limit.budget if limit else attack.budget

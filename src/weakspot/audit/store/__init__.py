@@ -1,1 +1,1 @@
-"""The folder of an audit: records, maps, and whether they are what was written."""
+"""The folder of a run: records, maps, run.json, and whether they are what was written."""

@@ -1,8 +1,8 @@
-"""Records of a run: one Parquet file per shard, and at the end one for all.
+"""Records of a run: one Parquet file per shard and, at the end, one for all.
 
-A shard's file is called NUMBER-DIGEST.parquet, the digest being of its content and number, so that a damaged shard, and
-one in another's place, is known by its name. The shards stay when the run is complete: what is damaged later can be
-written again, or computed again shard by shard.
+A shard's file is named NUMBER-DIGEST.parquet. The digest covers content and number, so that the name reveals a damaged
+shard and one in another's place. Shard files stay after compaction: what is damaged later can be compacted again, or
+computed again shard by shard.
 """
 
 from __future__ import annotations
@@ -11,34 +11,74 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weakspot._io.files import write_atomic
 from weakspot.audit.plan.limits import Limit, limit_of
-from weakspot.audit.plan.plan import Plan, is_minimal
-from weakspot.audit.store.integrity import digest_of, file_digest
+from weakspot.audit.plan.plan import Plan
+from weakspot.audit.store.digests import digest_of, file_digest
 
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-
-FILE, SKIPPED, SHARDS, LISTING = "records.parquet", "skipped.parquet", "shards", "images.parquet"
-NOTE = b"weakspot"  # key of a shard's note: what could not be read, how long it took
-ROWS = 50_000  # of a row group of the compacted file; what compaction holds in memory
+RECORDS, SKIPPED, SHARDS, LISTING = "records.parquet", "skipped.parquet", "shards", "images.parquet"
+NOTE = b"weakspot"  # key of a shard's note in the metadata of its Parquet schema
+ROWS = 50_000  # rows of a row group of the compacted file, and the most that compaction holds in memory
+ROUNDING = (1e-5, 1e-6)  # of a distance in float32, relative and absolute
+TIMES = ("attack_seconds", "analysis_seconds")
+DERIVED = ("fooled", "robust")  # columns computed from the records when they are read
+COLUMNS = {
+    "index": "int64",
+    "image": "str",
+    "content": "str",
+    "attack": "str",
+    "budget": "str",
+    "region": "str",
+    "region_fraction": "float64",
+    "label": "Int64",
+    "label_name": "str",
+    "label_from": "str",
+    "predicted": "Int64",
+    "predicted_name": "str",
+    "correct": "boolean",
+    "success": "boolean",
+    "success_8bit": "boolean",
+    "adversarial_class": "Int64",
+    "adversarial_class_name": "str",
+    "confidence_clean": "float64",
+    "confidence_adversarial": "float64",
+    "margin_clean": "float64",
+    "margin_adversarial": "float64",
+    "linf": "float64",
+    "l2": "float64",
+    "l1": "float64",
+    "pixels": "Int64",
+    "ssim_windowed": "float64",
+    "ssim_windowed_min": "float64",
+    "ssim_budget_spent": "float64",
+    "ssim_local_budget_spent": "float64",
+    "n_forward": "Int64",
+    "n_backward": "Int64",
+    "trouble": "str",
+    "remark": "str",
+    "attack_seconds": "float64",
+    "analysis_seconds": "float64",
+}
+"""Columns that every record has, before those of the analyses, and their pandas types."""
 
 
 @dataclass(frozen=True)
 class Note:
-    """What a shard says besides its rows.
+    """The facts about a shard that are stored beside its rows.
 
     Attributes:
-        read: images that could be read.
+        read: number of images that were read.
         skipped: (name, reason) of files that are no pictures.
-        missing: (name, reason) of files that were listed and are not to be had: the shard is to be done again.
-        contents: digest of every image's stored content, in the order of the listing; None of those not to be had.
-        seconds: of wall time.
-        maps: path below maps.zarr to size and digest, of every file that this shard's maps are in.
+        missing: (name, reason) of listed files that are unavailable; the shard is computed again once they are back.
+        contents: digest of every image's stored content, in the order of the listing; None for unavailable images.
+        seconds: wall time.
+        maps: path below maps.zarr -> size and digest, for every file that holds maps of this shard.
     """
 
     read: int
@@ -48,37 +88,47 @@ class Note:
     seconds: float = 0.0
     maps: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
+    def to_json(self) -> bytes:
+        """The bytes that `from_json` reads."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, content: bytes) -> Note:
+        """Read what `to_json` wrote."""
+        values = json.loads(content)
+        for name in ("skipped", "missing"):
+            values[name] = [(image, reason) for image, reason in values[name]]
+        values["maps"] = {path: (size, digest) for path, (size, digest) in values["maps"].items()}
+        return cls(**values)
+
 
 def shard_files(folder: Path) -> dict[int, Path]:
-    """Number to file of the shards that are there."""
-    found = {shard_number(path): path for path in sorted((folder / SHARDS).glob("[0-9]*-*.parquet"))}
-    return {number: found[number] for number in sorted(found)}
+    """Number -> file of the shards that exist, in order."""
+    paths = {shard_number(path): path for path in sorted((folder / SHARDS).glob("[0-9]*-*.parquet"))}
+    return dict(sorted(paths.items()))
 
 
 def shard_number(shard: Path) -> int:
-    """The number that a shard's file is named by."""
+    """The number in the name of a shard's file."""
     return int(shard.stem.partition("-")[0])
 
 
-def finished_shards(folder: Path) -> set[int]:
-    """Numbers of the shards that are there, whole."""
-    return set(shard_files(folder))
-
-
-def is_sound(shard: Path) -> bool:
-    """Whether a shard's file has the content that its name says."""
+def is_intact(shard: Path) -> bool:
+    """Whether a shard's file has the digest in its name."""
     return shard.stem.partition("-")[2] == file_digest(shard, shard_number(shard))
 
 
 def write_shard(folder: Path, number: int, rows: pd.DataFrame, note: Note) -> Path:
-    """Write one shard, whole or not at all; that it is there says that its maps are, too. Returns its file."""
+    """Write one shard atomically and return its file.
+
+    Its maps must be on the disk already: a shard that exists is complete, so the next session skips it.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pa.Table.from_pandas(rows, preserve_index=False)
-    table = table.replace_schema_metadata({NOTE: json.dumps(asdict(note)).encode()})
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table.replace_schema_metadata({NOTE: note.to_json()}), sink, compression="zstd")
     content = sink.getvalue().to_pybytes()
     path = folder / SHARDS / f"{number:07d}-{digest_of(content, number)}.parquet"
     path.parent.mkdir(exist_ok=True)
@@ -86,44 +136,44 @@ def write_shard(folder: Path, number: int, rows: pd.DataFrame, note: Note) -> Pa
     return path
 
 
-def read_notes(folder: Path) -> Iterator[Note]:
-    """The notes of all shards that are there, in order."""
-    for path in shard_files(folder).values():
-        yield read_note(path)
-
-
 def read_note(shard: Path) -> Note:
     """The note of the shard in that file."""
     import pyarrow.parquet as pq
 
-    said: dict[str, Any] = json.loads(pq.read_schema(shard).metadata[NOTE])
-    for name in ("skipped", "missing"):
-        said[name] = [(image, why) for image, why in said[name]]
-    said["maps"] = {path: (size, digest) for path, (size, digest) in said["maps"].items()}
-    return Note(**said)
+    return Note.from_json(pq.read_schema(shard).metadata[NOTE])
+
+
+def read_notes(folder: Path) -> Iterator[Note]:
+    """The notes of all shards, in order."""
+    return map(read_note, shard_files(folder).values())
+
+
+def no_rows() -> pd.DataFrame:
+    """The records of a shard in which no image could be read."""
+    import pandas as pd
+
+    return pd.DataFrame(columns=list(COLUMNS)).astype(COLUMNS)
 
 
 def unified_schema(folder: Path) -> pa.Schema:
-    """All columns of all shards, in the order of appearance, numbers widened where shards differ."""
+    """All columns of all shards in the order of appearance; where shards differ, the wider number type."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema: pa.Schema | None = None
     for path in shard_files(folder).values():
         own = pq.read_schema(path).remove_metadata()
-        known = own if schema is None else schema
-        schema = known if known.equals(own) else pa.unify_schemas([known, own], promote_options="permissive")
+        if schema is None or not schema.equals(own):
+            schema = pa.unify_schemas([schema or own, own], promote_options="permissive")
     if schema is None:
-        from weakspot.audit.work.cell_rows import no_rows
-
         schema = pa.Schema.from_pandas(no_rows(), preserve_index=False).remove_metadata()
     return schema
 
 
 def compact(folder: Path) -> dict[str, str]:
-    """Make records.parquet and skipped.parquet of all shards, in order; returns the digest of each.
+    """Write records.parquet and skipped.parquet from all shards, in order; return the digest of each.
 
-    One shard is in memory at a time, and `ROWS` rows to be written.
+    One shard and at most `ROWS` further rows are in memory at a time.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -142,75 +192,53 @@ def compact(folder: Path) -> dict[str, str]:
                 writer.write_table(pa.concat_tables(waiting))
 
     skipped = [pair for note in read_notes(folder) for pair in note.skipped]
-    names, reasons = ([pair[place] for pair in skipped] for place in (0, 1))
-    table = pa.table(
-        {"image": pa.array(names, pa.large_string()), "reason": pa.array(reasons, pa.large_string())}
-    )
+    columns = [pa.array([pair[column] for pair in skipped], pa.large_string()) for column in (0, 1)]
+    table = pa.table(dict(zip(("image", "reason"), columns, strict=True)))
     write_atomic(folder / SKIPPED, lambda draft: pq.write_table(table, draft), durable=True)
-    write_atomic(folder / FILE, write, durable=True)
-    return {name: file_digest(folder / name) for name in (FILE, SKIPPED)}
+    write_atomic(folder / RECORDS, write, durable=True)
+    return {name: file_digest(folder / name) for name in (RECORDS, SKIPPED)}
 
 
 def _with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
     import pyarrow as pa
 
     columns = [
-        table[field.name].cast(field.type)
-        if field.name in table.column_names
-        else pa.nulls(len(table), field.type)
-        for field in schema
+        table[column.name].cast(column.type)
+        if column.name in table.column_names
+        else pa.nulls(len(table), column.type)
+        for column in schema
     ]
     return pa.table(columns, schema=schema)
 
 
 def clear_drafts(folder: Path) -> None:
-    """Remove drafts of writers that died; nobody else may be writing."""
-    for place in (folder, folder / SHARDS):
-        for draft in (*place.glob(".*.parquet.*"), *place.glob(".*.json.*")):
-            draft.unlink(missing_ok=True)
-    for draft in folder.glob("maps.zarr/**/*.partial"):
+    """Remove drafts of writers that died; the caller must hold the folder's lock."""
+    drafts = [
+        *(draft for place in (folder, folder / SHARDS) for draft in place.glob(".*.parquet.*")),
+        *(draft for place in (folder, folder / SHARDS) for draft in place.glob(".*.json.*")),
+        *folder.glob("maps.zarr/**/*.partial"),
+    ]
+    for draft in drafts:
         draft.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """A JSON file, whole or not at all."""
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomic(path, lambda draft: draft.write_text(text, "utf-8"), durable=True)
-
-
-def _files(folder: Path, *, complete: bool) -> list[Path]:
-    return [folder / FILE] if complete else list(shard_files(folder).values())
-
-
 def has_records(folder: Path, *, complete: bool) -> bool:
-    """Whether there is a row, or could be: a shard of a run that goes on, or the file of one that is complete."""
+    """Whether a run has any records: it is complete, or at least one shard is."""
     return complete or bool(shard_files(folder))
 
 
 def read_all(folder: Path, *, complete: bool) -> pa.Table:
-    """All records that are there: of a complete run those of its one file, else those of its shards."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    files = _files(folder, complete=complete)
-    if complete:
-        return pq.read_table(files[0])
-    schema = unified_schema(folder)
-    return pa.concat_tables(
-        [_with_schema(pq.read_table(file), schema) for file in files] or [schema.empty_table()]
-    )
+    """All records: those of records.parquet if the run is complete, else those of its shards."""
+    return scan(folder, complete=complete).to_table()
 
 
 def scan(folder: Path, *, complete: bool) -> pa.dataset.Dataset:
-    """The same, to be read from the disk piece by piece."""
+    """All records as `read_all`, read from the disk piece by piece."""
     import pyarrow.dataset as ds
 
-    files = _files(folder, complete=complete)
+    files = [folder / RECORDS] if complete else list(shard_files(folder).values())
     schema = None if complete else unified_schema(folder)
     return ds.dataset([str(file) for file in files], schema=schema, format="parquet")
-
-
-ROUNDING = (1e-5, 1e-6)  # of a distance in float32, relative and absolute
 
 
 def outcomes_query(plan: Plan, *, eight_bit: bool) -> str:
@@ -223,7 +251,7 @@ def outcomes_query(plan: Plan, *, eight_bit: bool) -> str:
     cases = [
         f"when {quoted(attack.label)} then {_within(limit_of(plan, attack), fooled)}"
         for attack in plan.attacks
-        if is_minimal(attack)
+        if attack.is_minimal
     ]
     robust = f"case attack {' '.join(cases)} else not {fooled} end" if cases else f"not {fooled}"
     return f"select *, {fooled} as fooled, ({robust})::boolean as robust from records"  # noqa: S608 - ours

@@ -1,56 +1,67 @@
-"""Audits: a plan carried out shard by shard into a folder, from which it can go on after any death."""
+"""Audits: a plan carried out shard by shard into a folder, resumable after any crash.
+
+Order of writes, so that a crash at any point loses at most the shards in progress: the list of images, run.json, then
+for every shard its maps, then its records (whose existence implies the maps), then the compacted tables, and at last
+run.json with the digests and the status "complete". All of these are atomic and durable.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from weakspot._checks import warn
+from weakspot._checks import first_line, require, warn
 from weakspot._io.files import locked
 from weakspot._io.urls import FetchError
-from weakspot.audit.engines.base import Backlog, Engine, opened
+from weakspot.audit.engines import Backlog, Engine, EngineOptions, open_engine
 from weakspot.audit.plan.plan import Plan
-from weakspot.audit.store.integrity import DamagedError, StoppedError, listed
-from weakspot.audit.store.maps import MapStore
+from weakspot.audit.store.digests import DamagedError, StoppedError, enumerated
+from weakspot.audit.store.maps import MAPS, MapWriter
 from weakspot.audit.store.records import (
     LISTING,
+    RECORDS,
+    SHARDS,
+    SKIPPED,
     Note,
     clear_drafts,
     compact,
-    finished_shards,
     read_notes,
-    write_json,
+    shard_files,
     write_shard,
 )
-from weakspot.audit.store.remote import LocalStore, kept
-from weakspot.audit.store.run import ABOUT, Run, read_about
+from weakspot.audit.store.run import PACKAGES, Run, open_run
+from weakspot.audit.store.run_info import RUN_FILE, ImageCounts, MissingImages, RunInfo, now
+from weakspot.audit.store.stores import LocalStore, open_store
 from weakspot.audit.store.verification import damaged_tables
-from weakspot.audit.work.preparation import Prepared, beginning, load_planned, now, prepare, usual_shard
-from weakspot.audit.work.recovery import check_same, find_damage, read_listing, recover
+from weakspot.audit.work.preparation import (
+    Prepared,
+    check_same_model,
+    default_shard,
+    find_damage,
+    load_planned,
+    prepare,
+    read_listing,
+    recover,
+)
 from weakspot.audit.work.shard import ShardResult
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-
 LOCK = "audit.lock"
-NAMED = 5  # missing images in run.json; how many there are is said beside
-OURS = (ABOUT, LISTING, "records.parquet", "skipped.parquet", "shards", "maps.zarr")
+NAMED = 5  # missing images whose names run.json gives
+OUTPUTS = (RUN_FILE, LISTING, RECORDS, SKIPPED, SHARDS, MAPS)
 
 
 @dataclass(frozen=True)
 class AuditProgress:
-    """How far an audit is.
+    """The progress of an audit.
 
     Attributes:
-        done: images, those of earlier sessions and those that could not be read too.
-        total: images.
-        speed: images per second of this session.
+        done: number of images done, including those of earlier sessions and those that could not be read.
+        total: number of images.
+        speed: images per second in this session.
     """
 
     done: float
@@ -59,11 +70,21 @@ class AuditProgress:
 
     @property
     def seconds_left(self) -> float:
-        """At this speed; infinity before there is one."""
+        """Remaining time at this speed; infinity before a speed is known."""
         return (self.total - self.done) / self.speed if self.speed else float("inf")
 
 
 Watch = Callable[[AuditProgress], None]
+
+
+@dataclass(frozen=True)
+class Session:
+    """How one session of an audit runs; changes no result. See the arguments of `audit`."""
+
+    engine: EngineOptions
+    batch_size: int | None
+    command: str
+    watch: Watch | None
 
 
 def audit(
@@ -80,41 +101,41 @@ def audit(
     """Carry out a plan.
 
     Args:
-        plan: what is to be done.
-        out: folder, made where it is missing; or a URL, where what is found is sent as it is found.
-        batch_size: images attacked at once; changes no result. Where not given all of a shard, fewer when memory
-            runs out.
-        command: what run.json says it was.
-        watch: called with the `AuditProgress` as it changes.
-        engine: local or ray; changes no result, nor do the next two.
-        workers: of Ray; one for each CPU or GPU where not given.
-        address: of a Ray cluster; where not given one is started on this machine, unless this process has joined one.
+        plan: what to do.
+        out: folder, created if it does not exist; or a URL, to which results are sent as they arrive.
+        batch_size: images attacked at once; changes no result. By default all of a shard, fewer if memory runs out.
+        command: recorded in run.json.
+        watch: called with the `AuditProgress` whenever it changes.
+        engine: local, ray or the name of an installed engine; changes no result.
+        workers: of Ray; by default one per CPU or GPU.
+        address: of a Ray cluster; by default the one this process has joined, or one started on this machine.
 
     Raises:
-        ValueError: when the plan does not fit, naming what; or `out` holds a run already or is written by another.
-        FileNotFoundError: when none of the sources is there.
-        StoppedError: when `out` cannot be written, or Ray gives up.
+        ValueError: if the plan does not fit; if `out` holds a run already, or another process writes to it.
+        FileNotFoundError: if none of the sources exists.
+        StoppedError: if `out` cannot be written, an image cannot be fetched, or Ray gives up.
     """
+    require("an audit", *PACKAGES, extra="audit")
     plan = plan.resolved()
-    with kept(out) as place, opened(engine, workers, address) as ready, _writing(place):
-        out, fresh = place.folder, not place.folder.exists()
-        place.check_free(OURS)
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"out is {out}, which is a file; accepted is a folder, made where it is missing")
-        out.mkdir(parents=True, exist_ok=True)
-        with locked(out, LOCK):
-            _check_free(out)
-            write_json(out / ABOUT, {**beginning(plan, command), "status": "planned"})
+    session = Session(EngineOptions(engine, workers, address), batch_size, command, watch)
+    with open_store(out) as store, open_engine(session.engine) as ready, _storage_errors(store):
+        folder, created = store.folder, not store.folder.exists()
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"out must be a folder, got {folder}, which is a file")
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, LOCK):
+            store.check_free(OUTPUTS)
+            RunInfo.planned(plan, command).write(folder)
             try:
-                prepared = prepare(plan, out, command)
+                prepared = prepare(plan, folder, command)
             except (ValueError, FileNotFoundError):
-                for name in (ABOUT, LISTING):
-                    (out / name).unlink(missing_ok=True)
-                if fresh:
-                    (out / LOCK).unlink(missing_ok=True)
-                    out.rmdir()
+                for name in (RUN_FILE, LISTING):
+                    (folder / name).unlink(missing_ok=True)
+                if created:
+                    (folder / LOCK).unlink(missing_ok=True)
+                    folder.rmdir()
                 raise
-            return _run_missing_shards(prepared, place, batch_size, watch, ready)
+            return _run_missing_shards(prepared, store, session, ready)
 
 
 def resume(
@@ -127,182 +148,154 @@ def resume(
     workers: int | None = None,
     address: str | None = None,
 ) -> Run:
-    """Go on with an audit that was cut off or is not complete, and repair one that is damaged.
+    """Continue an audit that was interrupted or lacks images, and repair one that is damaged.
 
-    Of a complete audit every stored file is compared with its digest; if all are what was written, nothing is done.
-    Before an audit goes on, the images that were attacked already are compared, too.
+    If the audit is complete, every stored file is compared with its digest, and nothing is done if all are intact.
+    Before an incomplete audit continues, the images that were already attacked are compared as well.
 
     Arguments and errors are those of `audit`.
 
     Raises:
-        FileNotFoundError: when there is no such run.
-        ValueError: when model or folder are not what they were.
-        DamagedError: when the list of images is damaged.
+        FileNotFoundError: if there is no such run.
+        ValueError: if the model has changed.
+        DamagedError: if the list of images is damaged.
     """
-    with kept(out) as place, _writing(place):
-        place.fetch()
-        read_about(place.folder)
-        return _resumed(place, batch_size, command, watch, (engine, workers, address))
+    require("an audit", *PACKAGES, extra="audit")
+    session = Session(EngineOptions(engine, workers, address), batch_size, command, watch)
+    with open_store(out) as store, _storage_errors(store):
+        store.fetch()
+        RunInfo.read(store.folder, store.name)  # before a lock is made where no run is
+        with locked(store.folder, LOCK):
+            return _resume(store, session)
 
 
-def _resumed(
-    place: LocalStore,
-    batch_size: int | None,
-    command: str,
-    watch: Watch | None,
-    who: tuple[str, int | None, str | None],
-) -> Run:
-    out = place.folder
-    with locked(out, LOCK):
-        about = read_about(out)  # again: it may have been finished in the meantime
-        plan = Plan.from_mapping(about["plan"])
-        clear_drafts(out)
-        if about["status"] == "planned":
-            with opened(*who) as ready:
-                prepared = prepare(plan.resolved(), out, about["command"] or command)
-                return _run_missing_shards(prepared, place, batch_size, watch, ready)
-        listing, damage = read_listing(out, about), find_damage(place)
-        if about["status"] == "complete" and not damage:
-            tables = damaged_tables(out, about)
-            if not tables:
-                place.end()
-                return place.run()
-            if len(finished_shards(out)) == _shard_count(plan, listing):
-                warn(f"{listed(tables)} was damaged and is written again", UserWarning)
-                return _finished(place, about, len(listing))
-        with opened(*who) as ready:
-            classifier = load_planned(plan.model)
-            check_same(about, classifier)
-            said = recover(place, listing, plan.shard or usual_shard(classifier), damage)
-            if said or about["status"] != "running":  # each write can meet a full disk
-                about = {key: value for key, value in about.items() if key != "missing"}
-                about |= {"status": "running", "remarks": _joined(about["remarks"], said)}
-                write_json(out / ABOUT, about)
-            return _run_missing_shards(
-                Prepared(plan, classifier, listing, about), place, batch_size, watch, ready
-            )
+def _resume(store: LocalStore, session: Session) -> Run:
+    folder = store.folder
+    info = RunInfo.read(folder, store.name)  # again: it may have been finished before the lock was held
+    plan = info.plan
+    clear_drafts(folder)
+    if info.status == "planned":
+        with open_engine(session.engine) as engine:
+            prepared = prepare(plan.resolved(), folder, info.command or session.command)
+            return _run_missing_shards(prepared, store, session, engine)
+    listing, damage = read_listing(folder, info), find_damage(store)
+    if info.complete and not damage:
+        tables = damaged_tables(folder, info)
+        if not tables:
+            store.finish()
+            return open_run(store.name)
+        if len(shard_files(folder)) == -(-len(listing) // (plan.shard or 1)):
+            warn(f"damaged files ({enumerated(tables)}) are written again from the shards", UserWarning)
+            return _finish(store, info, len(listing))
+    with open_engine(session.engine) as engine:
+        classifier = load_planned(plan.model)
+        check_same_model(info, classifier)
+        remarks = recover(store, listing, plan.shard or default_shard(classifier), damage)
+        if remarks or info.status != "running":  # no needless write: any can meet a full disk
+            info = replace(info, status="running", missing=None).with_remarks(remarks)
+            info.write(folder)
+        return _run_missing_shards(Prepared(plan, classifier, listing, info), store, session, engine)
 
 
-def _shard_count(plan: Plan, listing: pa.Table) -> int:
-    return -(-len(listing) // (plan.shard or 1))
-
-
-def _joined(remarks: Iterable[str], more: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys([*remarks, *more]))
-
-
-def _run_missing_shards(
-    prepared: Prepared, place: LocalStore, batch_size: int | None, watch: Watch | None, engine: Engine
-) -> Run:
-    """Every shard that is missing, then the end."""
-    out = place.folder
-    place.begin()
-    plan, listing, about = prepared.plan, prepared.listing, dict(prepared.about)
-    total, size = len(listing), plan.shard or usual_shard(prepared.classifier)
-    done = finished_shards(out)
-    left = [number for number in range(-(-total // size)) if number not in done]
-    work = Backlog(plan, prepared.classifier, listing, size, left, batch_size)
-    store = None
+def _run_missing_shards(prepared: Prepared, store: LocalStore, session: Session, engine: Engine) -> Run:
+    """Compute and write every shard that does not exist, then finish the run."""
+    folder, plan, listing, info = store.folder, prepared.plan, prepared.listing, prepared.info
+    store.save_info()
+    total, size = len(listing), plan.shard or default_shard(prepared.classifier)
+    existing = shard_files(folder)
+    missing = [number for number in range(-(-total // size)) if number not in existing]
+    backlog = Backlog(plan, prepared.classifier, listing, size, missing, session.batch_size)
+    maps = None
     if plan.maps:
-        store = MapStore(out, total, [attack.label for attack in plan.attacks], plan.regions, size)
+        maps = MapWriter(folder, total, [attack.label for attack in plan.attacks], plan.regions, size)
     started = time.perf_counter()
-    before = images = sum(min(size, total - number * size) for number in done)
+    before = done = sum(min(size, total - number * size) for number in existing)
 
-    def tell(done: float) -> None:
-        if watch is not None:
+    def report(images: float) -> None:
+        if session.watch is not None:
             elapsed = time.perf_counter() - started
-            watch(AuditProgress(done, total, (done - before) / elapsed if elapsed else 0.0))
+            session.watch(AuditProgress(images, total, (images - before) / elapsed if elapsed else 0.0))
 
     def write(number: int, result: ShardResult) -> None:
-        remarks = _joined(about["remarks"], result.remarks)
-        if remarks != about["remarks"]:
-            about["remarks"] = remarks
-            write_json(out / ABOUT, about)
-        maps = {} if store is None else store.write(number, result.maps)
-        note = Note(result.read, result.skipped, result.missing, result.contents, result.seconds, maps)
-        place.add(write_shard(out, number, result.rows, note))
+        nonlocal info
+        if set(result.remarks) - set(info.remarks):
+            info = info.with_remarks(result.remarks)
+            info.write(folder)
+        files = {} if maps is None else maps.write(number, result.maps)
+        note = Note(result.read, result.skipped, result.missing, result.contents, result.seconds, files)
+        store.add(write_shard(folder, number, result.rows, note))
 
-    tell(images)
-    unread: list[tuple[str, str]] = []  # of shards that are not written, as all of their images are missing
-    # One shard is written while the next is worked on; at the end of the block, however it comes, that is done.
+    report(done)
+    unread: list[
+        tuple[str, str]
+    ] = []  # missing images of shards that are not written, because all are missing
+    # One shard is written while the next is computed. `closing` stops the engine and the executor waits for the
+    # writer, however the block ends.
     with (
         ThreadPoolExecutor(1, thread_name_prefix="weakspot-writer") as writer,
-        closing(engine.results(work, lambda part: tell(images + part))) as results,
+        closing(engine.results(backlog, lambda images: report(done + images))) as results,
     ):
         written: Future[None] | None = None
         for number, result in results:
             if written is not None:
-                written.result()
+                written.result()  # raises what the writer raised
             if result.missing and not result.read:
                 unread += result.missing
                 continue
             written = writer.submit(write, number, result)
-            images += min(size, total - number * size)
-            tell(images)
+            done += min(size, total - number * size)
+            report(done)
         if written is not None:
             written.result()
-    tell(images)
-    about["engine"] = dict(engine.about)
-    return _finished(place, about, total, unread)
+    report(done)
+    return _finish(store, replace(info, engine=dict(engine.about)), total, unread)
 
 
-def _finished(
-    place: LocalStore, about: Mapping[str, Any], total: int, unread: Sequence[tuple[str, str]] = ()
-) -> Run:
-    """Write what is true of all shards together: a complete run, or which images are missing."""
-    out = place.folder
-    notes = list(read_notes(out))
+def _finish(store: LocalStore, info: RunInfo, total: int, unread: Sequence[tuple[str, str]] = ()) -> Run:
+    """Write what is true of all shards together: the complete tables, or which images are missing."""
+    folder = store.folder
+    notes = list(read_notes(folder))
     missing = sorted([*unread, *(pair for note in notes for pair in note.missing)])
-    read, skipped = sum(note.read for note in notes), sum(len(note.skipped) for note in notes)
-    about = {key: value for key, value in about.items() if key != "missing"}
-    about["images"] = {"listed": total, "read": read, "skipped": skipped}
+    counts = ImageCounts(
+        total,
+        sum(note.read for note in notes),
+        sum(len(note.skipped) for note in notes),
+        len(missing) or None,
+    )
+    info = replace(info, images=counts, missing=None)
     if missing:
-        about["images"]["missing"] = len(missing)
-        names = [name for name, _ in missing[:NAMED]]
-        about["missing"] = {"images": len(missing), "names": names, "reason": missing[0][1]}
-        write_json(out / ABOUT, {**about, "status": "incomplete"})
-        place.begin()
-        return place.run()
-    checksums = {**about["checksums"], **compact(out)}
+        names = tuple(name for name, _ in missing[:NAMED])
+        absent = MissingImages(len(missing), names, missing[0][1])
+        replace(info, status="incomplete", missing=absent).write(folder)
+        store.save_info()
+        return open_run(store.name)
     seconds = sum(note.seconds for note in notes)
-    finished = {
-        **about,
-        "status": "complete",
-        "checksums": checksums,
-        "finished": now(),
-        "seconds": round(seconds, 3),
-        "images_per_second": round(total / seconds, 3) if seconds else None,
-    }
-    write_json(out / ABOUT, finished)
-    place.end()
-    clear_drafts(out)
-    return place.run()
-
-
-def _check_free(out: Path) -> None:
-    """Raises ValueError where a run lies already."""
-    taken = next((name for name in OURS if (out / name).exists()), None)
-    if taken is not None and not (out / ABOUT).exists() and taken == LISTING:
-        return  # a run that died before it began
-    if taken is not None:
-        raise ValueError(
-            f"out is {out}, which holds a run already ({taken}); go on with it by --resume {out}, or give another "
-            "folder"
-        )
+    # The digests come from compaction, so run.json is written after the tables that it vouches for.
+    replace(
+        info,
+        status="complete",
+        checksums={**info.checksums, **compact(folder)},
+        finished=now(),
+        seconds=round(seconds, 3),
+        images_per_second=round(total / seconds, 3) if seconds else None,
+    ).write(folder)
+    store.finish()
+    clear_drafts(folder)
+    return open_run(store.name)
 
 
 @contextmanager
-def _writing(place: LocalStore) -> Iterator[None]:
-    """Turns what the system says of a folder that cannot be written into one sentence."""
+def _storage_errors(store: LocalStore) -> Iterator[None]:
+    """Turn errors of the system while a folder is written into one sentence."""
     try:
         yield
     except (FileNotFoundError, DamagedError):
-        raise  # says itself what is missing
+        raise  # these name what is missing
     except FetchError as error:
-        raise StoppedError(f"{error}; go on by --resume once it can", resumable=True) from error
+        raise StoppedError(f"{error}; continue with --resume once it can", resumable=True) from error
     except OSError as error:
-        why = error.strerror or str(error).strip().partition("\n")[0]
-        go_on = f"; what is there is whole: go on by weakspot audit --resume {place.name} once there is room"
+        reason = error.strerror or first_line(error)
+        remedy = f"; what was written is intact: continue with weakspot audit --resume {store.name} once there is room"
         raise StoppedError(
-            f"{place.name} cannot be written ({why}){go_on if place.begun else ''}", resumable=place.begun
+            f"{store.name} cannot be written ({reason}){remedy if store.begun else ''}", resumable=store.begun
         ) from error

@@ -1,13 +1,4 @@
-"""Steady batches: an image's logits are the same to the last bit, whatever images it comes with.
-
-The kernels of a convolution or a matrix product choose their order of summation by the number of images; an attack
-then follows the last bit to another perturbation. So every pass goes in groups of one size. What is left is the place
-in the group, which tells where rows of an odd number of features begin in memory; shards and lots keep it.
-
-Isolation: work on many images of which some fail, or for which memory is too small, done by halves.
-
-Machine: the network as an audit uses it.
-"""
+"""Batches whose results do not depend on what is in them, and their recovery from errors and from lack of memory."""
 
 from __future__ import annotations
 
@@ -19,25 +10,41 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from weakspot._checks import NotFiniteError, describe_error, warn
+from weakspot._checks import NotFiniteError, describe_error, first_line, warn
 from weakspot.audit.plan.plan import Plan
-from weakspot.audit.work.donors import Donors
+from weakspot.audit.work.shard_images import Donors
 from weakspot.classifier import Classifier, default_batch
 from weakspot.models.probe import Watch
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-
-LARGEST_GROUP = 16  # on CPUs as fast as larger ones; more would fill up more of the last group of a batch
+LARGEST_GROUP = 16  # larger ones are no faster on CPUs and waste more of the last, partly filled group
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+)
+# Errors of the machine; any other OSError comes from a model or an attack and concerns the image at hand.
+MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE}
+NOT_FINITE = "the model returned NaN or infinity"
+T = TypeVar("T")
+Parts = list[tuple[Tensor, T]]  # row numbers (n,) and the result for these rows
+Errors = dict[int, str]  # row number -> why it failed
 
 
 class FixedBatchClassifier(Classifier):
-    """A classifier whose network is given exactly `group` images at a time, the last of them repeated to fill up.
+    """A classifier whose network always gets exactly `group` images, the last ones repeated to fill up.
+
+    Kernels of convolutions and matrix products choose their order of summation by the number of images, and an attack
+    turns a difference in the last bit into another perturbation. With a fixed number, an image has the same logits to
+    the last bit whatever images it comes with. What remains is the image's place in the group (it decides the
+    alignment in memory of rows with an odd number of features), which shards and batches preserve.
 
     Attributes:
-        group: how many; may be halved where memory runs out, at the price of the last bits.
-        smallest_group: what it cannot be made smaller than.
+        group: number of images per pass; may be halved if memory runs out, which can change the last bits.
+        smallest_group: lower limit of `group`.
     """
 
     def __init__(self, classifier: Classifier, group: int | None = None) -> None:
@@ -52,7 +59,7 @@ class FixedBatchClassifier(Classifier):
         self.channels = classifier.channels
         self.to(classifier.mean.device)
         self.smallest_group = classifier.fixed_batch or 1
-        self.group = classifier.fixed_batch or group or usual_group(classifier)
+        self.group = classifier.fixed_batch or group or default_group(classifier)
 
     @property
     def group(self) -> int:
@@ -65,43 +72,32 @@ class FixedBatchClassifier(Classifier):
     def forward(self, images: Tensor) -> Tensor:
         if len(images) == self.group:
             return super().forward(images)
-        parts = [
-            super(FixedBatchClassifier, self).forward(part) for part in self.filled(images).split(self.group)
-        ]
-        return torch.cat(parts)[: len(images)]
+        forward = super().forward
+        logits = [forward(part) for part in self.filled(images).split(self.group)]
+        return torch.cat(logits)[: len(images)]
 
 
-def usual_group(classifier: Classifier) -> int:
-    """How many images of the classifier's size go through it at once, unless a plan says otherwise."""
+def default_group(classifier: Classifier) -> int:
+    """The number of images per pass, unless a plan states another."""
     image = torch.empty(1, 1, *classifier.input_size, device="meta")
     return min(LARGEST_GROUP, default_batch(image))
 
 
-T = TypeVar("T")
-Found = list[tuple[Tensor, T]]
-MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
-# What the machine says of itself; any other OSError is a model's or an attack's own, about the image at hand.
-MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE}
-NOT_FINITE = "the model returned NaN or infinity"
-
-
-def bisect_failures(
-    work: Callable[[Tensor], T], rows: Tensor, troubles: dict[int, str], what: str
-) -> Found[T]:
-    """`work` on all rows, or where that fails on either half, down to the images that fail alone.
+def bisect_failures(work: Callable[[Tensor], T], rows: Tensor, errors: Errors, description: str) -> Parts[T]:
+    """Work on all rows or, if that fails, on either half, down to the images that fail alone.
 
     Args:
         work: takes row numbers (n,).
         rows: (N,) row numbers.
-        troubles: the row numbers that fail are entered here, each with the reason.
-        what: the work in words.
+        errors: gets the reason for every row that fails.
+        description: of the work, for the reasons.
 
     Returns:
-        Row numbers and what came out of them, in order.
+        Row numbers and results, in order.
 
     Raises:
         MemoryError: or torch's own, as soon as memory runs out.
-        OSError: if the machine fails (disk full, too many open files), which is no image's fault.
+        OSError: if the machine fails (disk full, too many open files), for which no image is to blame.
     """
     if not len(rows):
         return []
@@ -110,81 +106,81 @@ def bisect_failures(
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        if out_of_memory(error) or (isinstance(error, OSError) and error.errno in MACHINE):
+        if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in MACHINE_ERRORS):
             raise
         if len(rows) == 1:
-            troubles[int(rows[0])] = f"{what}: {sentence(error)}"
+            errors[int(rows[0])] = f"{description}: {sentence(error)}"
             return []
     half = (len(rows) + 1) // 2
-    return bisect_failures(work, rows[:half], troubles, what) + bisect_failures(
-        work, rows[half:], troubles, what
-    )
+    first = bisect_failures(work, rows[:half], errors, description)
+    return first + bisect_failures(work, rows[half:], errors, description)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether it says that memory has run out, of whatever device."""
-    said = str(error).lower()
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory has run out, on any device."""
+    message = str(error).lower()
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in said for words in MEMORY)
+        isinstance(error, RuntimeError) and any(phrase in message for phrase in OUT_OF_MEMORY)
     )
 
 
 def sentence(error: BaseException) -> str:
-    """What a row says of an error."""
+    """An exception as the records state it."""
     if isinstance(error, NotFiniteError):
         return NOT_FINITE
-    first = str(error).strip().partition("\n")[0]
-    return first if isinstance(error, ValueError) and first else describe_error(error)
+    return (
+        first_line(error) if isinstance(error, ValueError) and str(error).strip() else describe_error(error)
+    )
 
 
 class AdaptiveBatches:
-    """How many images are worked on at once: as many as were asked for, or as memory allows.
+    """Splits work into batches of the size that was asked for, or that memory allows.
 
     Args:
-        batch_size: as many as were asked for; None for a whole shard.
-        classifier: what goes in groups and may have its group halved at last, or None where lots go down to one image.
+        batch_size: number of images at once; None for all.
+        classifier: whose groups fill a batch, and whose group is halved as a last resort; None if a batch may shrink
+            to one image.
     """
 
     def __init__(self, batch_size: int | None, classifier: FixedBatchClassifier | None) -> None:
         self.classifier = classifier
+        # Whole groups: an image keeps its place in its group, and so its last bits, whatever the batch size.
         self.size = None if batch_size is None else -(-batch_size // self.group) * self.group
 
     @property
     def group(self) -> int:
-        """How many images go through the model at once."""
+        """Number of images per pass through the model."""
         return 1 if self.classifier is None else self.classifier.group
 
-    def each(
-        self, work: Callable[[Tensor], T], rows: Tensor, troubles: dict[int, str], what: str
-    ) -> Found[T]:
-        """`isolated` work, lot by lot; a lot for which memory runs out is done again in halves.
+    def each(self, work: Callable[[Tensor], T], rows: Tensor, errors: Errors, description: str) -> Parts[T]:
+        """`bisect_failures` batch by batch; a batch that exhausts memory is repeated in halves.
 
-        An image for which memory runs out even alone is entered among the troubles, and the sizes are put back: it is
-        probably the image, not the memory.
+        If memory does not even hold one image, that image gets an error and the sizes are restored: the image is
+        probably to blame, not the memory.
 
         Raises:
-            OSError: as `isolated`.
+            OSError: see `bisect_failures`.
         """
-        found: Found[T] = []
+        parts: Parts[T] = []
         start, before, alone = 0, (self.size, self.group), False
         while start < len(rows):
-            lot = rows[start : start + (self.size or len(rows))]
-            fresh: dict[int, str] = {}
+            batch = rows[start : start + (self.size or len(rows))]
+            own: Errors = {}
             try:
-                found += bisect_failures(work, lot, fresh, what)
+                parts += bisect_failures(work, batch, own, description)
             except BaseException as error:
-                if not out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
-                said = f"{what}: {sentence(error)}"
+                reason = f"{description}: {sentence(error)}"
             else:
-                troubles.update(fresh)
-                start += len(lot)
+                errors.update(own)
+                start += len(batch)
                 continue
-            # Outside the handler, whose traceback keeps the memory in use.
-            if not self._shrink(len(lot)):
+            # Outside the handler: the traceback would keep the memory in use.
+            if not self._shrink(len(batch)):
                 alone = True
-                if len(lot) == 1:
-                    troubles[int(lot[0])] = f"{said} (with 1 image at a time)"
+                if len(batch) == 1:
+                    errors[int(batch[0])] = f"{reason} (with 1 image at a time)"
                     start += 1
                 self.size = 1
         if alone:
@@ -193,14 +189,14 @@ class AdaptiveBatches:
                 self.classifier.group = before[1]
         elif self.group < before[1]:
             warn(
-                f"memory does not hold {before[1]} images at once; they go through the model {self.group} at a time "
-                "from here on, which can change last digits",
+                f"memory does not hold {before[1]} images at once; from now on {self.group} at a time go through the "
+                "model, which can change the last digits",
                 RuntimeWarning,
             )
-        return found
+        return parts
 
     def _shrink(self, count: int) -> bool:
-        """Halve what is worked on at once; False if that is as small as can be."""
+        """Halve the batch, then the group; False if neither can be halved."""
         if count > self.group:
             self.size = max(self.group, count // 2 // self.group * self.group)
         elif self.classifier is not None and self.group > self.classifier.smallest_group:
@@ -212,21 +208,21 @@ class AdaptiveBatches:
 
 @dataclass(eq=False)
 class AuditModel:
-    """The network as an audit uses it, and what it has learned about its memory.
+    """The network as an audit uses it, and what is known about memory.
 
     Attributes:
         classifier: as it was loaded; analyses look inside it.
-        steady: the same network for attacks.
-        lots: how many images are attacked at once.
-        pairs: how many are explained at once, or have their regions found.
-        watch: whether the network is still what it was.
+        fixed: the same network for attacks.
+        attack_batches: how many images are attacked at once.
+        analysis_batches: how many are analyzed at once, or get their regions made.
+        watch: notices if the network changes.
         donors: the other images of the run.
     """
 
     classifier: Classifier
-    steady: FixedBatchClassifier
-    lots: AdaptiveBatches
-    pairs: AdaptiveBatches
+    fixed: FixedBatchClassifier
+    attack_batches: AdaptiveBatches
+    analysis_batches: AdaptiveBatches
     watch: Watch
     donors: Donors
 
@@ -234,29 +230,30 @@ class AuditModel:
     def of(
         cls, classifier: Classifier, plan: Plan, listing: pa.Table, batch_size: int | None = None
     ) -> AuditModel:
-        """For a plan; without a batch size all images of a shard are attacked at once, fewer when memory runs out."""
-        steady = FixedBatchClassifier(classifier, plan.group)
-        donors = Donors(listing, classifier, plan.seed)
+        """Prepare a classifier for a plan; without a batch size, a whole shard is attacked at once if memory allows."""
+        fixed = FixedBatchClassifier(classifier, plan.group)
         return cls(
             classifier,
-            steady,
-            AdaptiveBatches(batch_size, steady),
+            fixed,
+            AdaptiveBatches(batch_size, fixed),
             AdaptiveBatches(None, None),
             Watch(classifier),
-            donors,
+            Donors(listing, classifier, plan.seed),
         )
 
-    def predict(self, images: Tensor, troubles: dict[int, str]) -> Tensor:
-        """Logits (N, K), in groups; NaN as they come, and where the network raised, which is entered as a trouble."""
+    def predict(self, images: Tensor, errors: Errors) -> Tensor:
+        """Logits (N, K), computed in groups; NaN for images on which the network raised, which get an error."""
 
-        def go(mine: Tensor) -> Tensor:
+        def predict_rows(rows: Tensor) -> Tensor:
             with torch.no_grad():
-                return torch.cat([self.steady(images[part]) for part in mine.split(self.steady.group)])
+                return torch.cat([self.fixed(images[part]) for part in rows.split(self.fixed.group)])
 
-        rows = torch.arange(len(images), device=images.device)
-        found = self.lots.each(go, rows, troubles, f"a pass through {self.steady.name}")
-        known = found[0][1] if found else torch.empty(0, max(2, self.watch.probe.logits.shape[1]))
-        logits = known.new_full((len(images), known.shape[1]), torch.nan, device=images.device)
-        for mine, own in found:
-            logits[mine] = own
+        everything = torch.arange(len(images), device=images.device)
+        parts = self.attack_batches.each(
+            predict_rows, everything, errors, f"a pass through {self.fixed.name}"
+        )
+        first = parts[0][1] if parts else torch.empty(0, max(2, self.watch.probe.logits.shape[1]))
+        logits = first.new_full((len(images), first.shape[1]), torch.nan, device=images.device)
+        for rows, part in parts:
+            logits[rows] = part
         return logits

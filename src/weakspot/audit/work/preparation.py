@@ -1,28 +1,34 @@
-"""Preparing: what is settled before the first image of an audit is touched, and written down."""
+"""Before shards are computed: a new audit is fixed and written down; a resumed one is checked and repaired.
+
+A resumed audit removes shards that are damaged, shards with images that changed since they were attacked, and shards
+with missing images that are back. Each is computed again as a whole, which gives its other images the same rows.
+"""
 
 from __future__ import annotations
 
-import os
-import platform
+from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from weakspot._checks import ModelError, NotFiniteError, quiet
+from weakspot._checks import ModelError, NotFiniteError, first_line, quiet, warn
 from weakspot._io.files import write_atomic
 from weakspot._io.urls import exists
 from weakspot.audit.plan.attack_plan import ModelPlan
-from weakspot.audit.plan.image_list import list_images
-from weakspot.audit.plan.plan import Plan, is_other, other_region
-from weakspot.audit.store.integrity import file_digest
-from weakspot.audit.store.records import LISTING, write_json
-from weakspot.audit.store.run import ABOUT, KIND, SCHEMA, versions
-from weakspot.audit.work.batches import usual_group
+from weakspot.audit.plan.image_list import entries, list_images
+from weakspot.audit.plan.plan import Plan
+from weakspot.audit.store.digests import DamagedError, enumerated, file_digest
+from weakspot.audit.store.maps import MAPS, drop_array, drop_maps, map_files
+from weakspot.audit.store.records import LISTING, read_note, shard_files, shard_number
+from weakspot.audit.store.run_info import ImageCounts, ModelInfo, RunInfo, changed_versions
+from weakspot.audit.store.stores import LocalStore
+from weakspot.audit.store.verification import damaged_maps, damaged_shards
+from weakspot.audit.work.batches import default_group
+from weakspot.audit.work.shard_images import content_digests
 from weakspot.classifier import Classifier, evaluating
 from weakspot.models import load
 from weakspot.models.probe import Watch
@@ -31,16 +37,33 @@ from weakspot.regions import read_region
 if TYPE_CHECKING:
     import pyarrow as pa
 
-
-SHARDS = (16, 128)  # images, at least and at most: what is lost by a death, and what every shard costs anew
+SHARD_IMAGES = (16, 128)  # fewer cost more overhead, more lose more work in a crash
 SHARD_PIXELS = 32 * 128 * 128  # of the images of a shard, whose maps must fit in memory
+AT_ONCE = 8  # shards that are verified concurrently
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Everything that an audit needs to compute shards.
+
+    Attributes:
+        plan: with all defaults filled in.
+        classifier: as loaded.
+        listing: of the images.
+        info: the content of run.json.
+    """
+
+    plan: Plan
+    classifier: Classifier
+    listing: pa.Table
+    info: RunInfo
 
 
 def load_planned(model: ModelPlan) -> Classifier:
-    """The classifier that a plan names.
+    """Load the classifier of a plan.
 
     Raises:
-        ValueError: when it cannot be loaded, or does not take images of its size.
+        ValueError: if it cannot be loaded, or does not accept images of its size.
     """
     classifier = load(
         model.spec,
@@ -56,56 +79,39 @@ def load_planned(model: ModelPlan) -> Classifier:
     except ModelError:
         raise
     except (RuntimeError, AssertionError) as error:
-        said = str(error).strip().partition("\n")[0][:120]
+        reason = first_line(error)[:120]
         size = " x ".join(str(side) for side in (classifier.channels, *classifier.input_size))
         raise ValueError(
-            f"model {model.spec} does not take images of {size} (channels x height x width): {said}; give its size, or "
-            "mean with one value per channel"
+            f"model {model.spec} must accept images of {size} (channels x height x width), got: {reason} (give its "
+            "size, or mean with one value per channel)"
         ) from None
     return classifier
 
 
 def class_count(classifier: Classifier) -> int:
-    """How many classes it tells apart."""
+    """The number of classes, found by passing a gray image."""
     gray = torch.full((1, classifier.channels, *classifier.input_size), 0.5, device=classifier.mean.device)
     with evaluating(classifier), torch.no_grad():
         return int(classifier(gray).shape[1])
 
 
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """All that an audit needs to go on.
-
-    Attributes:
-        plan: with nothing left open.
-        classifier: as loaded.
-        listing: of the images.
-        about: what run.json says.
-    """
-
-    plan: Plan
-    classifier: Classifier
-    listing: pa.Table
-    about: Mapping[str, Any]
-
-
 def prepare(plan: Plan, out: Path, command: str) -> Prepared:
-    """Load the model, try what can be tried, list the images; from then on the run is fixed."""
+    """Load the model, try what can be tried, and list the images; from then on the run is fixed."""
     import pyarrow.parquet as pq
 
     if not any(exists(source) for source in plan.sources):
-        raise FileNotFoundError(f"{plan.sources[0]}: there is no such file or folder")
+        raise FileNotFoundError(f"{plan.sources[0]} does not exist (give a file, folder or array)")
     classifier = load_planned(plan.model)
     count = class_count(classifier)
     if len(classifier.class_names) not in {0, count}:
         raise ValueError(
-            f"classes has {len(classifier.class_names)} names; {classifier.name} has {count} classes"
+            f"classes must have {count} names for {classifier.name}, got {len(classifier.class_names)}"
         )
     _try_regions(plan, classifier)
     plan = replace(
         plan,
-        group=classifier.fixed_batch or plan.group or usual_group(classifier),
-        shard=plan.shard or usual_shard(classifier),
+        group=classifier.fixed_batch or plan.group or default_group(classifier),
+        shard=plan.shard or default_shard(classifier),
     )
     listing = list_images(
         plan.sources,
@@ -116,79 +122,172 @@ def prepare(plan: Plan, out: Path, command: str) -> Prepared:
         seed=plan.seed,
     )
     if not len(listing):
-        raise ValueError(f"{', '.join(plan.sources[:3])}: there are no files in it")
+        raise ValueError(f"images must name at least one file, got none in {', '.join(plan.sources[:3])}")
+    # The list is on the disk before run.json refers to its digest.
     write_atomic(out / LISTING, lambda draft: pq.write_table(listing, draft), durable=True)
     watch = Watch(classifier)
-    about = {
-        **beginning(plan, command),
-        "status": "running",
-        "model": {
-            "name": classifier.name,
-            "fingerprint": watch.weights,
-            "classes": count,
-            "input_size": list(classifier.input_size),
-            "probe": watch.probe.as_mapping(),
-        },
-        "device": str(classifier.mean.device),
-        "images": {"listed": len(listing)},
-        "labels": _counted(listing["label_from"].to_pylist()),
-        "absent": [source for source in plan.sources if not exists(source)],
-        "remarks": watch.remarks(),
-        "checksums": {LISTING: file_digest(out / LISTING)},
-    }
-    write_json(out / ABOUT, about)
-    return Prepared(plan, classifier, listing, about)
-
-
-def usual_shard(classifier: Classifier) -> int:
-    """How many images are worked on and written together, unless a plan says otherwise."""
     height, width = classifier.input_size
-    return max(SHARDS[0], min(SHARDS[1], SHARD_PIXELS // (height * width)))
+    info = replace(
+        RunInfo.planned(plan, command),
+        status="running",
+        model=ModelInfo(classifier.name, watch.weights, count, (height, width), watch.probe),
+        device=str(classifier.mean.device),
+        images=ImageCounts(len(listing)),
+        labels=dict(sorted(Counter(listing["label_from"].to_pylist()).items())),
+        absent=tuple(source for source in plan.sources if not exists(source)),
+        remarks=tuple(watch.remarks()),
+        checksums={LISTING: file_digest(out / LISTING)},
+    )
+    info.write(out)
+    return Prepared(plan, classifier, listing, info)
+
+
+def default_shard(classifier: Classifier) -> int:
+    """The number of images that are worked on and written together, unless a plan states another."""
+    height, width = classifier.input_size
+    return max(SHARD_IMAGES[0], min(SHARD_IMAGES[1], SHARD_PIXELS // (height * width)))
 
 
 def _try_regions(plan: Plan, classifier: Classifier) -> None:
-    """Raises ValueError where a region cannot be made, before anything is computed."""
+    """Raises ValueError if a region cannot be made, before anything expensive is computed."""
+    texts = [str(spec.control_of) if spec.donor is not None else text for text, spec in plan.specs.items()]
     with quiet():
         generator = torch.Generator().manual_seed(0)
         images = torch.rand(1, classifier.channels, *classifier.input_size, generator=generator)
         images = images.to(classifier.mean.device)
         labels = torch.zeros(1, dtype=torch.long, device=images.device)
-        for text in dict.fromkeys(other_region(text)[0] if is_other(text) else text for text in plan.regions):
+        for text in dict.fromkeys(texts):
             try:
                 read_region(text, classifier, images, labels, fraction=plan.fraction, seed=plan.seed)
             except NotFiniteError:
-                continue  # rows will say so
+                continue  # rows of the records will state it
             except (ValueError, FileNotFoundError) as error:
-                said = str(error)
-                raise ValueError(
-                    said if said.startswith("region") else f"regions has {text!r}: {said}"
-                ) from None
+                message = str(error)
+                prefix = "" if message.startswith("region") else f"region {text!r} of regions: "
+                raise ValueError(f"{prefix}{message}") from None
 
 
-def beginning(plan: Plan, command: str) -> dict[str, Any]:
-    """What run.json says before anything is done."""
-    return {
-        "schema": SCHEMA,
-        "kind": KIND,
-        "status": "planned",
-        "command": command,
-        "started": now(),
-        "plan": plan.as_mapping(),
-        "versions": {**versions(), **{name: version(name) for name in ("pyarrow", "zarr", "pandas")}},
-        "host": {
-            "name": platform.node(),
-            "system": platform.platform(),
-            "processor": platform.machine(),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
-    }
+def read_listing(folder: Path, info: RunInfo) -> pa.Table:
+    """The list of images as it was when the audit began.
+
+    Raises:
+        DamagedError: if it differs; nothing can be computed again then.
+    """
+    import pyarrow.parquet as pq
+
+    path = folder / LISTING
+    try:
+        intact = file_digest(path) == info.checksums[LISTING]
+    except (OSError, KeyError):
+        intact = False
+    if not intact:
+        raise DamagedError(
+            f"{path} is damaged, and without the list of images the audit cannot continue (start another)"
+        )
+    return pq.read_table(path)
 
 
-def now() -> str:
-    """The time, UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def check_same_model(info: RunInfo, classifier: Classifier) -> None:
+    """Raise ValueError if the model is not the one the audit began with; warn if versions of libraries changed.
+
+    Compared are the weights and, within a tolerance, the logits of fixed probe images.
+    """
+    watch, model, spec = Watch(classifier), info.model, info.plan.model.spec
+    if model is None or watch.weights != model.fingerprint:
+        raise ValueError(
+            f"model {spec} must have the weights with which the audit began (fingerprint "
+            f"{'none' if model is None else model.fingerprint}), got {watch.weights} (start another audit)"
+        )
+    if not watch.probe.agrees(model.probe):
+        raise ValueError(
+            f"model {spec} has the same weights as when the audit began but returns other logits, so its code, its "
+            "normalization or a library has changed (start another audit)"
+        )
+    changes = changed_versions(info.versions)
+    if changes:
+        warn(f"versions have changed ({changes}); the last digits may differ", UserWarning)
 
 
-def _counted(words: list[str]) -> dict[str, int]:
-    return {word: words.count(word) for word in sorted(set(words))}
+def find_damage(store: LocalStore) -> dict[int, list[str]]:
+    """Shard number -> its files, records or maps, that are gone or differ from what was written."""
+    folder, sizes = store.folder, store.map_sizes()
+    bad: dict[int, list[str]] = {}
+    for shard in damaged_shards(folder):
+        bad.setdefault(shard_number(shard), []).append(f"{shard.parent.name}/{shard.name}")
+    intact = {number: path for number, path in shard_files(folder).items() if number not in bad}
+    notes = {number: read_note(path) for number, path in intact.items()}
+    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="weakspot-verify") as pool:
+        damage = list(pool.map(lambda note: damaged_maps(folder, note, sizes), notes.values()))
+    for number, paths in zip(notes, damage, strict=True):
+        if paths:
+            bad[number] = [f"{MAPS}/{path}" for path in paths]
+    # Files that no note mentions: another shard's, or written by something else.
+    for path, number in map_files(folder):
+        if number in notes and path not in notes[number].maps:
+            bad.setdefault(number, []).append(f"{MAPS}/{path}")
+    return bad
+
+
+def recover(store: LocalStore, listing: pa.Table, size: int, damage: Mapping[int, list[str]]) -> list[str]:
+    """Remove the shards that must be computed again.
+
+    Args:
+        store: of the run.
+        listing: of all images.
+        size: number of images of a shard.
+        damage: from `find_damage`.
+
+    Returns:
+        Remarks that name what was damaged and which images changed.
+    """
+    remarks = []
+    paths = [path for number in sorted(damage) for path in damage[number]]
+    for path in paths:
+        if path.endswith("/zarr.json"):
+            drop_array(store.folder, path.removeprefix(f"{MAPS}/"))
+    if damage:
+        files = enumerated(dict.fromkeys(paths))
+        images = sum(len(entries(listing, number * size, size)) for number in damage)
+        remarks.append(
+            f"Damaged files were found ({files}); the results of the {images:,} images in their shards were discarded."
+        )
+    changed, returned = _changed(store.folder, listing, size, skip=damage)
+    if changed:
+        names = [name for number in sorted(changed) for name in changed[number]]
+        were = "1 image was" if len(names) == 1 else f"{len(names):,} images were"
+        remarks.append(
+            f"{were} changed after being attacked ({enumerated(names)}); the earlier results were discarded."
+        )
+    for remark in remarks:
+        warn(remark, UserWarning)
+    store.drop({*damage, *changed, *returned})
+    # Maps without a shard are from a writer that died; its successor may write fewer arrays.
+    drop_maps(
+        store.folder, {number for _, number in map_files(store.folder)} - set(shard_files(store.folder))
+    )
+    return remarks
+
+
+def _changed(
+    folder: Path, listing: pa.Table, size: int, skip: Mapping[int, object]
+) -> tuple[dict[int, list[str]], set[int]]:
+    """Shard number -> names of its changed images, and the shards with missing images of which some are back."""
+    changed: dict[int, list[str]] = {}
+    returned = set()
+    for number, path in shard_files(folder).items():
+        if number in skip:
+            continue
+        note, images = read_note(path), entries(listing, number * size, size)
+        digests = content_digests(images)
+        names = [
+            entry.name
+            for entry, before, now in zip(images, note.contents, digests, strict=True)
+            if before is not None and now is not None and before != now
+        ]
+        if names:
+            changed[number] = names
+        missing = {name for name, _ in note.missing}
+        present = {entry.name for entry, digest in zip(images, digests, strict=True) if digest is not None}
+        if missing & present:
+            returned.add(number)
+    return changed, returned

@@ -1,6 +1,6 @@
-"""Execution: one shard of images under every attack in every region. A function of the plan and the images alone.
+"""One shard of images under every attack in every region: a function of the plan and the images alone.
 
-It writes nothing and knows of no other shard, so that anything may call it: a loop here, or workers elsewhere.
+It writes nothing and knows no other shard, so that any engine may call it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,14 +22,14 @@ from weakspot.attacks import AttackOptions, find_attack
 from weakspot.attacks.eight_bit import stored
 from weakspot.audit.plan.attack_plan import AttackPlan
 from weakspot.audit.plan.image_list import Entry
-from weakspot.audit.plan.plan import Plan, is_other, other_region
-from weakspot.audit.store.maps import BlockBuilder, MapBlock, curve_name
-from weakspot.audit.work.batches import NOT_FINITE, AuditModel
-from weakspot.audit.work.cell_rows import cell_rows, no_rows
-from weakspot.audit.work.shard_images import Opened, open_entries
+from weakspot.audit.plan.plan import Plan
+from weakspot.audit.store.maps import BlockBuilder, MapBlock
+from weakspot.audit.store.records import no_rows
+from weakspot.audit.work.batches import NOT_FINITE, AuditModel, Errors, Parts
+from weakspot.audit.work.cell_results import CellResult, CleanImages, add_maps, cell_rows
+from weakspot.audit.work.shard_images import ShardImages, open_entries
 from weakspot.classifier import evaluating
-from weakspot.explanations import explain
-from weakspot.explanations.analysis import Series
+from weakspot.explanations import Explanation, explain
 from weakspot.models.probe import probe_images
 from weakspot.pairs import AttackResult
 from weakspot.regions import read_region
@@ -37,25 +37,22 @@ from weakspot.regions import read_region
 if TYPE_CHECKING:
     import pandas as pd
 
-    from weakspot.explanations import Explanation
-
-
 Progress = Callable[[float], None]
 
 
 @dataclass(frozen=True, eq=False)
 class ShardResult:
-    """What came out of one shard.
+    """The outcome of one shard.
 
     Attributes:
         rows: one per image that could be read x attack x region.
-        maps: of all images of the shard, also of those that could not be read.
+        maps: of all images of the shard, including those that could not be read.
         skipped: (name, reason) of files that are no pictures.
-        missing: (name, reason) of files that are not to be had: the shard is to be done again once they are.
-        contents: digests of all images of the shard, in order; None of those that were not read.
-        read: images that could be read.
+        missing: (name, reason) of unavailable files; the shard is computed again once they are back.
+        contents: digests of all images of the shard, in order; None for those that were not read.
+        read: number of images that could be read.
         seconds: wall time.
-        remarks: what is to be said of the model by now.
+        remarks: about the model so far.
     """
 
     rows: pd.DataFrame
@@ -65,22 +62,22 @@ class ShardResult:
     contents: Sequence[str | None]
     read: int
     seconds: float
-    remarks: Sequence[str]
+    remarks: Sequence[str] = ()
 
 
 def audit_shard(
-    machine: AuditModel, plan: Plan, entries: Sequence[Entry], progress: Progress | None = None
+    model: AuditModel, plan: Plan, entries: Sequence[Entry], progress: Progress | None = None
 ) -> ShardResult:
     """Attack the images in every way of the plan and explain every pair.
 
-    Rows and maps depend on plan and images alone: not on the batch size, nor on other shards. What fails on one image
-    (a network that returns NaN or raises) is said in its row and hinders no other.
+    Rows and maps depend on plan and images alone: not on the batch size, nor on other shards. If something fails on one
+    image (a network that returns NaN or raises), its row states the error, and the other images are not affected.
 
     Args:
-        machine: the network.
+        model: the network.
         plan: resolved.
         entries: of one shard.
-        progress: called with the share done.
+        progress: called with the fraction done.
 
     Raises:
         ValueError: if an attack or an analysis fails on all images and on neutral ones, too.
@@ -88,321 +85,243 @@ def audit_shard(
     import pandas as pd
 
     started = time.perf_counter()
-    opened = open_entries(entries, machine.classifier)
-    builder = BlockBuilder(len(entries), len(plan.attacks), len(plan.regions))
+    opened = open_entries(entries, model.classifier)
     if not opened.entries:
-        return ShardResult(
-            no_rows(),
-            {},
-            opened.skipped,
-            opened.missing,
-            opened.digests,
-            0,
-            time.perf_counter() - started,
-            (),
-        )
-    with evaluating(machine.steady):  # once, so that a warning of train mode comes once
-        shard = _Shard(machine, plan, opened, [entry.index - entries[0].index for entry in opened.entries])
-        frames = shard.run(builder, progress)
+        seconds = time.perf_counter() - started
+        return ShardResult(no_rows(), {}, opened.skipped, opened.missing, opened.digests, 0, seconds)
+    builder = BlockBuilder(len(entries), len(plan.attacks), len(plan.regions)) if plan.maps else None
+    with evaluating(model.fixed):  # once, so that a warning about train mode comes once
+        shard = _Shard(model, plan, opened, [entry.index - entries[0].index for entry in opened.entries])
+        frames = shard.run(builder, progress or (lambda _: None))
     rows = pd.concat(frames, ignore_index=True)
+    # By image, then by cell: the last key of lexsort is the first to sort by.
     order = np.lexsort((np.repeat(np.arange(len(frames)), len(opened.entries)), rows["index"].to_numpy()))
     return ShardResult(
         rows.iloc[order].reset_index(drop=True),
-        builder.blocks if plan.maps else {},
+        {} if builder is None else builder.blocks,
         opened.skipped,
         [*opened.missing, *shard.missing],
         opened.digests,
         len(opened.entries),
         time.perf_counter() - started,
-        machine.watch.remarks(),
+        model.watch.remarks(),
     )
 
 
 class _Shard:
-    """The images of one shard and what is known of them before any attack."""
+    """The images of one shard, and the work on them."""
 
-    def __init__(self, machine: AuditModel, plan: Plan, opened: Opened, places: Sequence[int]) -> None:
-        self.machine, self.plan, self.opened, self.places = machine, plan, opened, places
-        device = machine.steady.mean.device
-        self.images = opened.images.to(device)
-        self.lost: dict[int, str] = {}
+    def __init__(self, model: AuditModel, plan: Plan, opened: ShardImages, places: Sequence[int]) -> None:
+        self.model, self.plan, self.places = model, plan, places
+        images = opened.images.to(model.fixed.mean.device)
+        self.errors: Errors = {}
         self.missing: list[tuple[str, str]] = []  # images that were attacked without one of their controls
-        self.clean = machine.predict(self.images, self.lost)
-        given = torch.tensor([entry.label for entry in opened.entries], device=device)
-        self.labels = torch.where(given >= 0, given, self.clean.argmax(1))
-        self.sound = self.clean.isfinite().all(1)
-        for row in (~self.sound).nonzero()[:, 0].tolist():
-            self.lost.setdefault(row, f"{NOT_FINITE} for the clean image")
+        logits = model.predict(images, self.errors)
+        given = torch.tensor([entry.label for entry in opened.entries], device=images.device)
+        labels = torch.where(given >= 0, given, logits.argmax(1))
+        self.clean = CleanImages(opened, images, labels, logits)
+        for row in (~self.clean.finite).nonzero()[:, 0].tolist():
+            self.errors.setdefault(row, f"{NOT_FINITE} for the clean image")
 
-    def run(self, builder: BlockBuilder, progress: Progress | None) -> list[pd.DataFrame]:
-        if self.plan.maps:
-            builder.add_pictures("clean", self.places, self.images.cpu().numpy(), {"title": "Clean image"})
-        sound = self.sound.nonzero()[:, 0]
-        regions = {text: self._region(text, sound) for text in self.plan.reported_regions}
-        for text in dict.fromkeys(other_region(text)[0] for text in self.plan.regions if is_other(text)):
-            regions.update(self._other_regions(text, regions.get(text) or self._region(text, sound)))
-        frames = []
+    def run(self, builder: BlockBuilder | None, progress: Progress) -> list[pd.DataFrame]:
+        """The rows of every cell; adds the maps to the builder."""
+        if builder is not None:
+            pictures = self.clean.images.cpu().numpy()
+            builder.add_pictures("clean", self.places, pictures, {"title": "Clean image"})
+        regions = {text: self._region(text) for text in self.plan.reported_regions}
+        donated = [str(spec.control_of) for spec in self.plan.specs.values() if spec.donor is not None]
+        for text in dict.fromkeys(donated):
+            regions.update(self._donated_regions(text, regions.get(text) or self._region(text)))
+        frames: list[pd.DataFrame] = []
         cells = len(self.plan.attacks) * len(self.plan.regions)
         for a, attack in enumerate(self.plan.attacks):
             for r, text in enumerate(self.plan.regions):
-                start = (a * len(self.plan.regions) + r) / cells
+                start = len(frames)
 
-                def advance(share: float, start: float = start) -> None:
-                    if progress is not None:
-                        progress(start + share / cells)
+                def advance(fraction: float, start: int = start) -> None:
+                    progress((start + fraction) / cells)
 
-                frames.append(self._cell(builder, (a, r), attack, text, regions[text], advance))
+                result = self._cell(attack, text, *regions[text], advance)
+                if builder is not None:
+                    add_maps(builder, (a, r), [self.places[row] for row in result.rows.tolist()], result)
+                frames.append(cell_rows(self.clean, self.model.classifier, result))
+                advance(1.0)
         return frames
 
-    def _region(self, text: str, rows: Tensor) -> tuple[Tensor, dict[int, str]]:
-        """Bool (N, 1, H, W) of the images of these rows, and what was wrong with others."""
-        region = torch.zeros_like(self.images[:, :1], dtype=torch.bool)
-        troubles = dict(self.lost)
-        for mine, found in self._made(text, self.images, self.labels, rows, troubles):
-            region[mine] = found
-        return region, troubles
+    def _region(self, text: str) -> tuple[Tensor, Errors]:
+        """Bool (N, 1, H, W) of the images that the model classifies, and the errors of the others."""
+        region = torch.zeros_like(self.clean.images[:, :1], dtype=torch.bool)
+        errors, rows = dict(self.errors), self.clean.finite.nonzero()[:, 0]
+        for part, made in self._made(text, self.clean.images, self.clean.labels, rows, errors):
+            region[part] = made
+        return region, errors
 
-    def _made(
-        self, text: str, images: Tensor, labels: Tensor, rows: Tensor, troubles: dict[int, str]
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _made(self, text: str, images: Tensor, labels: Tensor, rows: Tensor, errors: Errors) -> Parts[Tensor]:
         """The region of that text on these rows of images."""
 
-        def find(mine: Tensor) -> Tensor:
-            with _numbers_left_out():
-                return read_region(
-                    text,
-                    self.machine.classifier,
-                    images[mine],
-                    labels[mine],
-                    fraction=self.plan.fraction,
-                    seed=self.plan.seed,
-                )
+        def make(part: Tensor) -> Tensor:
+            with _without_numbers():
+                return self._read_region(text, images[part], labels[part])
 
-        return self.machine.pairs.each(find, rows, troubles, f"region {text}")
+        return self.model.analysis_batches.each(make, rows, errors, f"region {text}")
 
-    def _other_regions(
-        self, text: str, own: tuple[Tensor, dict[int, str]]
-    ) -> dict[str, tuple[Tensor, dict[int, str]]]:
-        """What `_region` is, for each draw that the plan has of a region made for other images."""
-        drawn = {
-            other: (torch.zeros_like(own[0]), dict(own[1]))
-            for other in self.plan.regions
-            if is_other(other) and other_region(other)[0] == text
+    def _read_region(self, text: str, images: Tensor, labels: Tensor) -> Tensor:
+        plan = self.plan
+        return read_region(
+            text, self.model.classifier, images, labels, fraction=plan.fraction, seed=plan.seed
+        )
+
+    def _donated_regions(self, text: str, own: tuple[Tensor, Errors]) -> dict[str, tuple[Tensor, Errors]]:
+        """The result of `_region` for every control that is this region as made on other images."""
+        controls = {
+            control: (spec.donor, torch.zeros_like(own[0]), dict(own[1]))
+            for control, spec in self.plan.specs.items()
+            if spec.donor is not None and str(spec.control_of) == text
         }
-        count = max(other_region(other)[1] for other in drawn)
-        for row, content in enumerate(self.opened.contents):
+        count = max(number for number, _, _ in controls.values())
+        make = self._donor_region(text)
+        for row, content in enumerate(self.clean.opened.contents):
             if row in own[1]:
                 continue
-            found, missing = self.machine.donors.regions(
-                text, self._donated(text), content, own[0][row], count
-            )
+            regions, missing = self.model.donors.regions(text, make, content, own[0][row], count)
             if missing:
-                name = self.opened.entries[row].name
-                self.missing.append((name, f"its controls need an image that is missing ({missing[0]})"))
-            for other, (region, troubles) in drawn.items():
-                number = other_region(other)[1]
-                if number <= len(found):
-                    region[row] = found[number - 1]
+                reason = f"its controls need an image that is missing ({missing[0]})"
+                self.missing.append((self.clean.opened.entries[row].name, reason))
+            for number, region, errors in controls.values():
+                if number <= len(regions):
+                    region[row] = regions[number - 1]
                 else:
-                    troubles[row] = f"fewer than {number} other images have a region {text} of similar area"
-        return drawn
+                    errors[row] = f"fewer than {number} other images have a region {text} of similar area"
+        return {control: (region, errors) for control, (_, region, errors) in controls.items()}
 
-    def _donated(self, text: str) -> Callable[[Opened], Tensor | None]:
-        """Makes the region of that text on one other image; None where the model or the region fails on it."""
+    def _donor_region(self, text: str) -> Callable[[ShardImages], Tensor | None]:
+        """Makes the region of that text on one other image; None if the model or the region fails on it."""
 
-        def make(opened: Opened) -> Tensor | None:
-            images = opened.images.to(self.images.device)
-            logits = self.machine.predict(images, {})
+        def make(opened: ShardImages) -> Tensor | None:
+            images = opened.images.to(self.clean.images.device)
+            logits = self.model.predict(images, {})
             if not bool(logits.isfinite().all()):
                 return None
             label = opened.entries[0].label
             labels = torch.tensor([label if label >= 0 else int(logits.argmax())], device=images.device)
-            with quiet():  # what there is to say is said where the image itself is attacked
-                found = self._made(text, images, labels, torch.zeros_like(labels), {})
-            return found[0][1] if found else None
+            with quiet():  # its warnings are raised when the image itself is attacked
+                parts = self._made(text, images, labels, torch.zeros_like(labels), {})
+            return parts[0][1] if parts else None
 
         return make
 
     def _cell(
-        self,
-        builder: BlockBuilder,
-        cell: tuple[int, int],
-        attack: AttackPlan,
-        text: str,
-        place: tuple[Tensor, dict[int, str]],
-        progress: Progress,
-    ) -> pd.DataFrame:
-        region, troubles = place[0], dict(place[1])
-        begun = time.perf_counter()
-        rows, result = self._attacked(attack, text, region, troubles, lambda share: progress(share / 2))
+        self, attack: AttackPlan, text: str, region: Tensor, errors: Errors, progress: Progress
+    ) -> CellResult:
+        """Attack every image in its region and explain the pairs; `errors` are those of making the region."""
+        errors = dict(errors)
+        started = time.perf_counter()
+        rows, result = self._attack(attack, text, region, errors, progress)
         if result is not None and result.success_8bit is None:
-            result = self._stored(result, attack)
+            result = self._with_eight_bit(result, attack)
         attacked = time.perf_counter()
-        logits = None
+        logits, explained = None, []
         if result is not None:
-            own: dict[int, str] = {}
-            logits = self.machine.predict(result.adversarial, own)
-            troubles.update({int(rows[row]): why for row, why in own.items()})
-        # Where other images' regions lie, the attack is a control: only how it ended counts.
-        explained = (
-            [] if result is None or is_other(text) else self._explained(attack, text, rows, result, troubles)
-        )
-        self._keep(builder, cell, rows, result, explained)
-        spent = (attacked - begun, time.perf_counter() - attacked)
+            own: Errors = {}
+            logits = self.model.predict(result.adversarial, own)
+            errors.update({int(rows[number]): reason for number, reason in own.items()})
+            # In the regions of other images the attack is a control: only its success counts.
+            if self.plan.analyses and self.plan.specs[text].donor is None:
+                explained = self._explain(attack, text, rows, result, errors)
         count = max(1, len(rows))
-        progress(1.0)
-        return cell_rows(
-            self.opened,
-            self.machine.classifier,
-            attack,
-            text,
-            labels=self.labels,
-            clean=self.clean,
-            region=region,
-            rows=rows,
-            result=result,
-            adversarial=logits,
-            explained=explained,
-            troubles=troubles,
-            seconds=(spent[0] / count, spent[1] / count),
-        )
+        seconds = ((attacked - started) / count, (time.perf_counter() - attacked) / count)
+        return CellResult(attack, text, region, rows, result, logits, explained, errors, seconds)
 
-    def _attacked(
-        self, attack: AttackPlan, text: str, region: Tensor, troubles: dict[int, str], progress: Progress
+    def _attack(
+        self, attack: AttackPlan, text: str, region: Tensor, errors: Errors, progress: Progress
     ) -> tuple[Tensor, AttackResult | None]:
-        """The rows that could be attacked, and what became of them."""
-        described, settings = find_attack(attack.name), attack.own_settings()
-        rows = torch.tensor(
-            [row for row in range(len(self.images)) if row not in troubles],
-            dtype=torch.long,
-            device=region.device,
+        """The rows that could be attacked, and the result for them."""
+        intact = [row for row in range(len(region)) if row not in errors]
+        rows = torch.tensor(intact, dtype=torch.long, device=region.device)
+
+        def run(part: Tensor) -> AttackResult:
+            confined = None if text == "none" else region[part]
+            images, labels = self.clean.images[part], self.clean.labels[part]
+            # An attack is half of a cell's work, its analyses are the other half.
+            return self._call(attack, images, labels, confined, lambda fraction: progress(fraction / 2))
+
+        description = f"attack {attack.label} in region {text}"
+        parts = self.model.attack_batches.each(run, rows, errors, description)
+        if not parts:
+            self._check_possible(attack, text, rows, errors, explained=False)
+            return rows[:0], None
+        return torch.cat([part for part, _ in parts]), AttackResult.concatenate(
+            [result for _, result in parts]
         )
 
-        def go(mine: Tensor) -> AttackResult:
-            options = AttackOptions(
-                budget=attack.parsed_budget(),
-                region=None if text == "none" else region[mine],
-                seed=self.plan.seed,
-                batch_size=self.machine.steady.group,
-                progress=progress,
-            )
-            return described.run(self.machine.steady, self.images[mine], self.labels[mine], options, settings)
+    def _call(
+        self, attack: AttackPlan, images: Tensor, labels: Tensor, region: Tensor | None, progress: Progress
+    ) -> AttackResult:
+        options = AttackOptions(
+            budget=attack.parsed_budget(),
+            region=region,
+            seed=self.plan.seed,
+            batch_size=self.model.fixed.group,
+            progress=progress,
+        )
+        described = find_attack(attack.name)
+        return described.run(self.model.fixed, images, labels, options, attack.own_settings())
 
-        what = f"attack {attack.label} in region {text}"
-        found = self.machine.lots.each(go, rows, troubles, what)
-        if not found:
-            self._check_possible(attack, text, rows, troubles, explained=False)
-            return rows[:0], None
-        return torch.cat([mine for mine, _ in found]), AttackResult.concatenate([one for _, one in found])
-
-    def _stored(self, result: AttackResult, attack: AttackPlan) -> AttackResult:
-        """The result with what becomes of its 8-bit files, which an attack of one's own need not say."""
-        files, fits = stored(result.adversarial, result.clean, attack.parsed_budget())
-        logits = self.machine.predict(files, {})  # where the model raises, a file fools nobody
+    def _with_eight_bit(self, result: AttackResult, attack: AttackPlan) -> AttackResult:
+        """The result with the success of its 8-bit files, which attacks of users need not state."""
+        files, within_budget = stored(result.adversarial, result.clean, attack.parsed_budget())
+        logits = self.model.predict(files, {})  # a file on which the model raises is no success
         fooled = logits.isfinite().all(1) & (logits.argmax(1) != result.labels)
-        return replace(result, success_8bit=fooled & fits)
+        return replace(result, success_8bit=fooled & within_budget)
 
-    def _explained(
-        self, attack: AttackPlan, text: str, rows: Tensor, result: AttackResult, troubles: dict[int, str]
-    ) -> list[tuple[Tensor, Explanation]]:
-        """Explanations of the pairs, each with the rows it is of; normally one."""
-        if not self.plan.analyses:
-            return []
+    def _explain(
+        self, attack: AttackPlan, text: str, rows: Tensor, result: AttackResult, errors: Errors
+    ) -> Parts[Explanation]:
+        """Explanations of the pairs with the numbers of these pairs; usually one."""
 
-        def look(mine: Tensor) -> Explanation:
+        def run(part: Tensor) -> Explanation:
             return explain(
-                self.machine.classifier,
-                result.select(mine),
+                self.model.classifier,
+                result.select(part),
                 analyses=self.plan.analyses,
                 seed=self.plan.seed,
-                compare=False,  # with other images of its shard, which is no property of an image
+                compare=False,  # with the other images of the shard, which is no property of an image
             )
 
-        own: dict[int, str] = {}
-        everyone = torch.arange(len(rows), device=rows.device)
-        found = self.machine.pairs.each(look, everyone, own, f"analyses {', '.join(self.plan.analyses)}")
-        troubles.update({int(rows[row]): why for row, why in own.items()})
-        if not found:
-            self._check_possible(attack, text, rows, troubles, explained=True)
-        return [(mine, explanation) for mine, explanation in found]
+        own: Errors = {}
+        numbers = torch.arange(len(rows), device=rows.device)
+        description = f"analyses {', '.join(self.plan.analyses)}"
+        parts = self.model.analysis_batches.each(run, numbers, own, description)
+        errors.update({int(rows[number]): reason for number, reason in own.items()})
+        if not parts:
+            self._check_possible(attack, text, rows, errors, explained=True)
+        return parts
 
     def _check_possible(
-        self, attack: AttackPlan, text: str, rows: Tensor, troubles: Mapping[int, str], *, explained: bool
+        self, attack: AttackPlan, text: str, rows: Tensor, errors: Errors, *, explained: bool
     ) -> None:
-        """Raise ValueError if what failed on every image fails on neutral images, too: no image is to blame then."""
-        said = [troubles[row] for row in rows.tolist()]
-        if not said or any(why.endswith(NOT_FINITE) for why in said):
+        """Raise ValueError if what failed on every image also fails on neutral images: the plan is to blame then."""
+        reasons = [errors[row] for row in rows.tolist()]
+        if not reasons or any(reason.endswith(NOT_FINITE) for reason in reasons):
             return
-        classifier, plan = self.machine.classifier, self.plan
-        images = probe_images(classifier)[:2]
+        images = probe_images(self.model.classifier)[:2]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                labels = self.machine.predict(images, {}).argmax(1)
-                region = None
-                if text != "none":
-                    region = read_region(
-                        text, classifier, images, labels, fraction=plan.fraction, seed=plan.seed
-                    )
-                options = AttackOptions(
-                    budget=attack.parsed_budget(),
-                    region=region,
-                    seed=plan.seed,
-                    batch_size=self.machine.steady.group,
-                )
-                pairs = find_attack(attack.name).run(
-                    self.machine.steady, images, labels, options, attack.own_settings()
-                )
+                labels = self.model.predict(images, {}).argmax(1)
+                region = None if text == "none" else self._read_region(text, images, labels)
+                pairs = self._call(attack, images, labels, region, lambda _: None)
                 if explained:
-                    explain(classifier, pairs, analyses=plan.analyses, seed=plan.seed)
+                    explain(self.model.classifier, pairs, analyses=self.plan.analyses, seed=self.plan.seed)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            raise ValueError(f"{said[0]} (the same on every image, and on neutral ones)") from error
-
-    def _keep(
-        self,
-        builder: BlockBuilder,
-        cell: tuple[int, int],
-        rows: Tensor,
-        result: AttackResult | None,
-        explained: Sequence[tuple[Tensor, Explanation]],
-    ) -> None:
-        if result is None or not self.plan.maps:
-            return
-        places = [self.places[row] for row in rows.tolist()]
-        about = {"title": "Adversarial image", "kind": "picture"}
-        builder.add("adversarial", places, cell, result.adversarial.cpu().numpy(), about)
-        for mine, explanation in explained:
-            here = [places[row] for row in mine.tolist()]
-            for name, maps in explanation.maps.items():
-                picture = explanation.pictures[name]
-                facts: dict[str, Any] = {"title": picture.title, "kind": picture.kind}
-                if picture.categories:
-                    facts["categories"] = list(picture.categories)
-                builder.add(name, here, cell, maps[:, 0].numpy(), facts)
-            for name, series in explanation.series.items():
-                for size, (steps, alike) in _by_size(series).items():
-                    facts = {"title": series.title, "steps": steps}
-                    builder.add(f"{name}/{size}", here, cell, torch.stack(alike, 1).cpu().numpy(), facts)
-                for curve, values in series.curves.items():
-                    facts = {"title": series.title, "steps": list(series.steps), "curve": curve}
-                    builder.add(curve_name(name, curve), here, cell, values.cpu().numpy(), facts)
-
-
-def _by_size(series: Series) -> dict[str, tuple[list[str], list[Tensor]]]:
-    """Layers and maps (n, h, w) of a series, those of one size together: a few arrays instead of dozens."""
-    sizes: dict[str, tuple[list[str], list[Tensor]]] = {}
-    for step, maps in zip(series.steps, series.maps, strict=True):
-        steps, alike = sizes.setdefault("x".join(map(str, maps.shape[1:])), ([], []))
-        steps.append(step)
-        alike.append(maps)
-    return sizes
+            raise ValueError(f"{reasons[0]} (the same on every image, and on neutral ones)") from error
 
 
 @contextmanager
-def _numbers_left_out() -> Iterator[None]:
-    """Warnings about some images of a shard without their places in it, so that the reader is told once."""
+def _without_numbers() -> Iterator[None]:
+    """Replace the numbers of images in warnings, so that those of several shards are equal and shown once."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield

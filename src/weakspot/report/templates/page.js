@@ -1,5 +1,5 @@
 "use strict";
-// Every map comes as raw levels with its range and is colored here, so opacity, overlay and zoom need no server.
+// Maps arrive as raw levels with their range and are colored here, so that opacity, overlay and zoom need no server.
 
 const shared = JSON.parse(document.getElementById("shared").textContent);
 const bytes = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
@@ -22,7 +22,7 @@ async function readPixels(source, width, height) {
   return context.getImageData(0, 0, width, height).data;
 }
 
-// Marks a category's sites so that it can be told without color: solid, stripes, dots, then both.
+// Marks the sites of a category with a pattern, so that it can be recognized without color: solid, stripes, dots, then both.
 function marked(category, x, y) {
   if (category === 1) return true;
   if (category === 2) return (x + y) % 6 < 4;
@@ -30,7 +30,7 @@ function marked(category, x, y) {
   return (x - y + 4096) % (category + 2) > 1;
 }
 
-// The color of one site of a map as [red, green, blue, share], or null where the photograph shows through.
+// The color of one site of a map as [red, green, blue], or null where the photograph shows through.
 function colorOf(map, at, x, y) {
   const level = map.levels[at];
   if (map.kind === "category") {
@@ -63,8 +63,8 @@ class Pair {
       ["clean", "adversarial"].map((name) => readPixels(this.data[name], width, height)));
     this.images = { clean, adversarial };
     await Promise.all(Object.values(maps).map(async (map) => { map.levels = await inflate(map.values); }));
-    await Promise.all([...this.article.querySelectorAll(".leafing")].map((section) =>
-      new Leafing(section, this.data.series[Number(section.dataset.series)]).open()));
+    await Promise.all([...this.article.querySelectorAll(".layer-browser")].map((section) =>
+      new LayerBrowser(section, this.data.series[Number(section.dataset.series)]).open()));
     this.listen();
     this.draw();
     this.article.dataset.ready = "yes";
@@ -90,7 +90,7 @@ class Pair {
     this.draw();
   }
 
-  // What part of the image is in view, in pixels: left, top, width, height.
+  // The visible part of the image in pixels: left, top, width, height.
   window() {
     const zoom = Number(this.zoom.value);
     const width = Math.max(1, Math.round(this.data.width / zoom));
@@ -134,8 +134,7 @@ class Pair {
     if (image === "adversarial" && this.swapped) image = "clean";
     const name = canvas.dataset.map || this.overlay.value;
     const map = name ? this.data.maps[name] : null;
-    const bare = canvas.dataset.bare !== undefined;
-    const share = bare ? 1 : controls.opacity.value / 100;
+    const opacity = canvas.dataset.opaque === undefined ? controls.opacity.value / 100 : 1;
     const source = this.images[/adversarial$/.test(canvas.dataset.map || "") ? "adversarial" : image];
     canvas.width = width;
     canvas.height = height;
@@ -148,9 +147,9 @@ class Pair {
         const color = map && colorOf(map, at, x, y);
         if (map && controls.gray.checked) red = green = blue = 0.299 * red + 0.587 * green + 0.114 * blue;
         if (color) {
-          red += share * (color[0] - red);
-          green += share * (color[1] - green);
-          blue += share * (color[2] - blue);
+          red += opacity * (color[0] - red);
+          green += opacity * (color[1] - green);
+          blue += opacity * (color[2] - blue);
         }
         drawn.data.set([red, green, blue, 255], to);
       }
@@ -169,11 +168,11 @@ class Pair {
   }
 }
 
-// Maps along the layers, leafed through with a slider.
-class Leafing {
+// Maps along the layers, chosen with a slider.
+class LayerBrowser {
   constructor(section, frames) {
     this.frames = frames;
-    this.canvas = section.querySelector(".leaf");
+    this.canvas = section.querySelector(".layer");
     this.slider = section.querySelector("input");
     this.cursor = section.querySelector(".cursor");
     this.step = section.querySelector(".step");

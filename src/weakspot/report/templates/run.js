@@ -2,7 +2,7 @@
 let drawings;
 const rest = JSON.parse(document.getElementById("rest").textContent);
 
-// The drawing libraries travel compressed and become a script of this page, once.
+// The charting libraries are stored compressed and become a script of this page, once.
 async function load() {
   if (!document.getElementById("libraries").textContent) return;
   drawings = JSON.parse(await unpacked("drawings"));
@@ -23,7 +23,7 @@ async function appeared() {
   while (!window.vegaEmbed) await new Promise((next) => setTimeout(next, 5));
 }
 
-// `ast`: expressions are interpreted, so that the page needs no leave to make code from text.
+// With `ast`, Vega interprets expressions, so that the page needs no permission to evaluate code.
 async function draw(place) {
   if (place.dataset.drawn) return;
   place.dataset.drawn = "begun";
@@ -62,11 +62,11 @@ class Rows {
   all() {
     for (const cells of this.waiting.splice(0)) {
       const row = document.createElement("tr");
-      cells.forEach(([text, order, aside], column) => {
+      cells.forEach(([text, order, small], column) => {
         const cell = document.createElement(column ? "td" : "th");
         if (!column) cell.scope = "row";
         cell.textContent = text;
-        if (aside) cell.append(" ", Object.assign(document.createElement("small"), { textContent: aside }));
+        if (small) cell.append(" ", Object.assign(document.createElement("small"), { textContent: small }));
         cell.dataset.order = order === null ? "nan" : order;
         row.append(cell);
       });
@@ -84,7 +84,7 @@ class Rows {
     const missing = (value) => value === "" || value === "nan";
     this.all().sort((one, other) => {
       const a = key(one), b = key(other);
-      if (missing(a) || missing(b)) return missing(a) - missing(b); // last, either way
+      if (missing(a) || missing(b)) return missing(a) - missing(b); // last in both directions
       const way = typeof a === typeof b ? (a < b ? -1 : a > b ? 1 : 0) : typeof a === "number" ? -1 : 1;
       return down ? -way : way;
     });

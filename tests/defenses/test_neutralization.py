@@ -1,4 +1,4 @@
-"""Neutralization: fills by hand, gradients, regions that come from the image at hand."""
+"""Neutralization: fills by hand, gradients, and regions that come from the given image."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ def photographs(channels: int = 3) -> tuple[Tensor, Tensor]:
 
 @each_fill
 @pytest.mark.parametrize("channels", [1, 3])
-def test_outside_the_region_the_images_keep_their_bits_and_inside_they_change(
-    fill: str, channels: int
-) -> None:
+def test_images_change_inside_the_region_only(fill: str, channels: int) -> None:
     images, region = photographs(channels)
     before = images.clone()
     filled = neutralize(images, region, fill=fill)
@@ -41,7 +39,7 @@ def test_outside_the_region_the_images_keep_their_bits_and_inside_they_change(
     assert torch.equal(neutralize(images, torch.zeros_like(region), fill=fill), images)
 
 
-def test_fills_are_what_they_say() -> None:
+def test_fills_by_hand() -> None:
     images, region = photographs()
     inside = region.expand_as(images)
     mean = neutralize(images, region, fill="mean")
@@ -70,7 +68,7 @@ def test_gradients_of_differentiable_fills_are_the_true_ones(fill: str) -> None:
 
 
 @pytest.mark.parametrize("fill", ["inpaint", "svd"])
-def test_gradients_of_the_others_pass_as_if_nothing_was_changed(fill: str) -> None:
+def test_gradients_of_the_other_fills_go_straight_through(fill: str) -> None:
     images, region = photographs()
     point, weights = images.clone().requires_grad_(), torch.rand_like(images)
     (neutralize(point, region, fill=fill) * weights).sum().backward()
@@ -80,7 +78,7 @@ def test_gradients_of_the_others_pass_as_if_nothing_was_changed(fill: str) -> No
 
 @pytest.mark.parametrize("kind", ["pooling", "tokens, not square", "normalized"])
 @each_fill
-def test_any_network_can_be_defended_and_stays_as_it_is(kind: str, fill: str) -> None:
+def test_any_network_can_be_defended_and_is_not_changed(kind: str, fill: str) -> None:
     model, images = NETWORKS[kind]()
     with untouched(model, images):
         defended = neutralizing(model, fill=fill)
@@ -93,7 +91,7 @@ def test_any_network_can_be_defended_and_stays_as_it_is(kind: str, fill: str) ->
         torch.testing.assert_close(defended(images), logits, rtol=1e-4, atol=1e-5)
 
 
-def test_the_region_comes_from_the_image_at_hand() -> None:
+def test_the_region_comes_from_the_given_image() -> None:
     model, images = NETWORKS["pooling"]()
     classifier = as_classifier(model)
     alone = torch.cat([vulnerable_region(classifier, image[None], fraction=0.2) for image in images])
@@ -114,20 +112,20 @@ def test_attacks_see_through_the_defense() -> None:
     model, images, labels = fragile()
     defended = neutralizing(model, fraction=0.1)
     labels = defended(images).argmax(1)
-    replayed = attacks.pgd(model, images, labels, budget=Linf(0.05), steps=10).adversarial
+    transferred = attacks.pgd(model, images, labels, budget=Linf(0.05), steps=10).adversarial
     aware = attacks.pgd(defended, images, labels, budget=Linf(0.05), steps=10)
     assert bool(aware.success.any())
     with torch.no_grad():
-        assert int(aware.success.sum()) >= int((defended(replayed).argmax(1) != labels).sum()) - 1
+        assert int(aware.success.sum()) >= int((defended(transferred).argmax(1) != labels).sum()) - 1
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [({"fill": "meen"}, "did you mean 'mean'"), ({"fraction": 2}, "fraction must be between 0 and 1, got 2")],
 )
-def test_what_does_not_fit_is_refused(arguments: dict[str, Any], told: str) -> None:
+def test_arguments_that_do_not_fit_are_named(arguments: dict[str, Any], message: str) -> None:
     model, images = NETWORKS["pooling"]()
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         neutralizing(model, **arguments)
     with pytest.raises(ValueError, match="region must"):
         defenses.neutralize(images, torch.ones(1, 1, 2, 2, dtype=torch.bool))

@@ -1,4 +1,4 @@
-"""Masked units: what the mask does, to whom, and the test by an attacker who knows it."""
+"""Masked units: the masked network, and whether masking helps against an attacker who knows it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ LAYERS = {"pooling": "stem.0", "tokens, not square": "encoder.layers.0", "normal
 
 
 def by_hand(model: nn.Module, layer: str, units: list[int], images: Tensor, axis: int) -> Tensor:
-    def silence(_m: nn.Module, _i: Any, output: Tensor) -> Tensor:
+    def mask(_m: nn.Module, _i: Any, output: Tensor) -> Tensor:
         output = output.clone()
         output.index_fill_(axis, torch.tensor(units), 0)
         return output
 
-    handle = model.get_submodule(layer).register_forward_hook(silence)
+    handle = model.get_submodule(layer).register_forward_hook(mask)
     with torch.no_grad():
         logits: Tensor = model(images)
     handle.remove()
@@ -37,18 +37,18 @@ def test_the_masked_network_is_the_network_with_these_units_at_zero(kind: str) -
     model, images = NETWORKS[kind]()
     with untouched(model, images):
         masked = mask_units(model, LAYERS[kind], [1, 3])
-        found = masked(images).detach()
+        result = masked(images).detach()
     expected = by_hand(model, LAYERS[kind], [1, 3], images, 2 if "tokens" in kind else 1)
-    torch.testing.assert_close(found, expected)
-    assert not torch.allclose(found, model(images))
+    torch.testing.assert_close(result, expected)
+    assert not torch.allclose(result, model(images))
     torch.testing.assert_close(mask_units(model, LAYERS[kind], [])(images), model(images))
 
 
 def test_rows_of_features_can_be_masked_too() -> None:
     model, images = NETWORKS["pooling"]()
-    found = mask_units(model, "head", [2])(images)
-    torch.testing.assert_close(found[:, [0, 1, 3]], model(images)[:, [0, 1, 3]])
-    assert not found[:, 2].any()
+    result = mask_units(model, "head", [2])(images)
+    torch.testing.assert_close(result[:, [0, 1, 3]], model(images)[:, [0, 1, 3]])
+    assert not result[:, 2].any()
 
 
 def test_gradients_fused_passes_edits_and_copies_see_the_mask() -> None:
@@ -132,7 +132,7 @@ class Leaking(nn.Module):
         return logits
 
 
-def test_masking_the_unit_that_attacks_use_helps_against_all_who_know() -> None:
+def test_masking_the_unit_that_attacks_use_helps_against_an_attacker_who_knows() -> None:
     _, images, labels = leaky()
     images[:, 1] -= 0.05  # so that unit 1 is not the most active one
     table = masking(Leaking().eval(), "look", [1], images, labels, attack=by_pgd)
@@ -152,7 +152,7 @@ def test_masking_the_unit_that_attacks_use_helps_against_all_who_know() -> None:
     )
 
 
-def test_masking_what_attacks_do_not_use_is_exposed_by_attacking_again() -> None:
+def test_masking_a_unit_that_attacks_do_not_use_does_not_help_against_a_new_attack() -> None:
     model, images, labels = leaky()
     table = masking(model, "look", [0], images, labels, attack=by_pgd)
     rows = table.set_index("masked")
@@ -165,7 +165,7 @@ def test_masking_what_attacks_do_not_use_is_exposed_by_attacking_again() -> None
         assert (table[name] <= table[f"{name}_high"]).all()
 
 
-def test_what_any_masked_units_would_do_is_not_praised() -> None:
+def test_units_that_help_no_more_than_any_others_are_reported_so() -> None:
     """Every network without two of these units is as robust as one without any other two."""
     model, images, labels = Alike().eval(), torch.full((20, 3, 4, 4), 0.45), torch.ones(20, dtype=torch.long)
     table = masking(model, "look", [0, 1], images, labels, attack=by_pgd).set_index("masked")
@@ -190,7 +190,7 @@ class Alike(nn.Module):
         return torch.stack([lead, -lead], 1)
 
 
-def test_masking_what_the_network_needs_makes_it_weaker() -> None:
+def test_masking_a_unit_that_the_network_needs_makes_it_weaker() -> None:
     model, images, labels = leaky()
     weak = attacks.pgd(model, images, labels, budget=Linf(1 / 255), steps=2)
     assert not bool(weak.success.any())
@@ -201,19 +201,18 @@ def test_masking_what_the_network_needs_makes_it_weaker() -> None:
     assert masking_sentence(table).startswith("Masking 1 unit makes the network weaker")
 
 
-def test_what_does_not_fit_is_refused_by_name() -> None:
-    model, images = NETWORKS["normalized"]()
+def test_layers_and_units_that_do_not_exist_are_named() -> None:
+    model, _ = NETWORKS["normalized"]()
     with pytest.raises(ValueError, match=r"got .* .did you mean 'branch'"):
         mask_units(model, "brunch", [0])
-    with pytest.raises(ValueError, match="accepted are whole numbers from 0"):
+    with pytest.raises(ValueError, match="units must be integers of at least 0"):
         mask_units(model, "branch", [-1])
-    with pytest.raises(ValueError, match="units has 9; 'branch' has units 0 to 7"):
+    with pytest.raises(ValueError, match="units must be between 0 and 7, the units of 'branch', got 9"):
         mask_units(model, "branch", [9])
-    del images
 
 
 class Aside(nn.Module):
-    """Has a part that no image goes through."""
+    """Has a part that no image reaches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,13 +232,13 @@ def test_a_mask_that_would_mask_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize("units", [torch.zeros(8, dtype=torch.bool), [1.7], "12", 3, [True]])
-def test_what_is_no_number_of_a_unit_is_refused(units: Any) -> None:
+def test_values_that_are_not_units_are_refused(units: Any) -> None:
     model, _ = NETWORKS["pooling"]()
-    with pytest.raises(ValueError, match="accepted are whole numbers from 0"):
+    with pytest.raises(ValueError, match="units must be integers of at least 0"):
         mask_units(model, "branch", units)
 
 
-def test_readers_see_the_masked_units() -> None:
+def test_other_analyses_see_the_masked_units() -> None:
     model, images = NETWORKS["pooling"]()
     pairs = Pairs.of(model, images, 1 - images)
     masked = mask_units(model, "branch", [0])
@@ -249,7 +248,7 @@ def test_readers_see_the_masked_units() -> None:
         assert (table["change"][1:] != 0).all()
 
 
-def test_caches_tell_masked_networks_apart(tmp_path: Path) -> None:
+def test_caches_distinguish_masked_networks(tmp_path: Path) -> None:
     dataset = planted(tmp_path / "set")
     model = seeing((32, 32))
     tables = [
@@ -260,7 +259,7 @@ def test_caches_tell_masked_networks_apart(tmp_path: Path) -> None:
     assert tables[1]["concept"][0] == "red"
 
 
-def test_units_in_tensors_and_rows_of_features_are_judged_fairly() -> None:
+def test_units_may_be_a_tensor_and_must_be_as_many_as_the_layer_has() -> None:
     model, images, labels = leaky()
     table = masking(model, "head", torch.tensor([1, 1]), images, labels, attack=by_pgd)
     assert table["units"].tolist()[:2] == [0, 1]

@@ -1,4 +1,4 @@
-"""Randomness: draws that belong to an image, draws that are the attacker's own, and what averages over them see."""
+"""Randomness: draws that depend on the image, draws of the attacker, and averages over them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from weakspot.defenses.randomized import defender_model, is_random
 
 
 class Shaking(nn.Module):
-    """A linear network plus a wave along a direction drawn for each batch: little of the answer, all of its slope."""
+    """A linear network plus a wave in a direction drawn for each batch: small in the logits, large in their slope."""
 
     def __init__(self, network: nn.Module, size: float, frequency: float) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def linear(count: int = 20) -> tuple[LinearNetwork, Tensor, Tensor, Linf]:
 
 
 @pytest.mark.parametrize("randomness", [0.3, 1.0])
-def test_a_random_region_belongs_to_the_image_whatever_its_batch_and_order(randomness: float) -> None:
+def test_a_random_region_depends_on_the_image_and_not_on_its_batch_or_order(randomness: float) -> None:
     model, images = NETWORKS["pooling"]()
     classifier = as_classifier(model)
 
@@ -64,7 +64,7 @@ def test_a_random_region_belongs_to_the_image_whatever_its_batch_and_order(rando
         assert not torch.equal(together, other)
 
 
-def test_a_defense_that_is_random_by_the_image_answers_alike_and_leaves_generators_alone() -> None:
+def test_a_defense_that_is_random_by_the_image_repeats_its_output_and_leaves_generators_alone() -> None:
     model, images = NETWORKS["pooling"]()
     defended = neutralizing(model, fraction=0.3, randomness=0.5, seed=3)
     with untouched(model, images):
@@ -94,7 +94,7 @@ def test_the_attackers_draws_are_never_the_defenders() -> None:
     torch.testing.assert_close(defended(images), by_hand(0))
 
 
-def test_gradients_are_the_mean_over_draws_and_a_sure_model_keeps_its_own() -> None:
+def test_gradients_are_the_mean_over_draws_and_a_deterministic_model_keeps_its_own() -> None:
     model, images = NETWORKS["pooling"]()
     assert torch.equal(expectation(model, 1)(images), model(images))
 
@@ -115,7 +115,7 @@ def test_gradients_are_the_mean_over_draws_and_a_sure_model_keeps_its_own() -> N
     torch.testing.assert_close(slope(expectation(defended, 3), images), torch.stack(singly).mean(0))
 
 
-def test_global_generators_are_seeded_for_a_draw_and_put_back() -> None:
+def test_global_generators_are_seeded_for_a_draw_and_restored() -> None:
     class Everything(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             shift = torch.rand(2) + random.random() + float(np.random.rand())  # noqa: NPY002, S311
@@ -137,7 +137,7 @@ def test_global_generators_are_seeded_for_a_draw_and_put_back() -> None:
     assert not is_random(PoolingNetwork().eval(), images)
 
 
-def test_a_defense_that_fails_has_its_draw_put_back() -> None:
+def test_the_draw_of_a_defense_that_raises_is_restored() -> None:
     class Failing(DrawnByImage):
         def forward(self, images: Tensor) -> Tensor:
             raise RuntimeError("no")
@@ -148,7 +148,7 @@ def test_a_defense_that_fails_has_its_draw_put_back() -> None:
     assert failing.draw == 0
 
 
-def test_averaging_over_draws_breaks_what_only_its_randomness_protects() -> None:
+def test_averaging_over_draws_breaks_a_defense_that_is_only_random() -> None:
     model, images, labels, budget = linear()
     defended = Shaking(model, 0.5, 8.0).eval()
 
@@ -176,11 +176,11 @@ def test_gradients_through_the_defense_are_the_true_ones_where_the_region_stays(
 
 
 @pytest.mark.parametrize("randomness", [-0.1, 1.5, "half", True, float("nan")])
-def test_no_such_randomness(randomness: float) -> None:
-    with pytest.raises(ValueError, match=r"randomness is .*accepted is a number from 0"):
+def test_randomness_outside_0_to_1_is_refused(randomness: float) -> None:
+    with pytest.raises(ValueError, match="randomness must be between 0 and 1, got"):
         neutralizing(PoolingNetwork().eval(), randomness=randomness)
 
 
-def test_no_such_draws() -> None:
-    with pytest.raises(ValueError, match="draws is 0; accepted is a whole number of at least 1"):
+def test_a_number_of_draws_below_1_is_refused() -> None:
+    with pytest.raises(ValueError, match="draws must be an integer of at least 1, got 0"):
         expectation(PoolingNetwork().eval(), 0)

@@ -1,0 +1,103 @@
+"""Thumbnails of a run's images: clean, adversarial and importance, as data URLs with a caption."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Hashable, Mapping
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from PIL import Image
+
+from weakspot.audit.page.sections import Thumbnail
+from weakspot.audit.page.sentences import Row, heading
+from weakspot.audit.store.run import Run
+from weakspot.audit.store.stored_maps import StoredMap
+from weakspot.report.rendering import color_table, data_url
+from weakspot.statistics.number_format import number
+
+MAPS = ("clean", "adversarial", "importance")
+MAX_SIDE = 128  # pixels of the longer side
+EXACT = 64  # pixels up to which a picture is stored without loss and drawn with square pixels
+OPACITY = 0.6  # of the color over the photograph
+
+
+def thumbnails(run: Run, images: pd.DataFrame, *, by_size: bool) -> list[Thumbnail]:
+    """Thumbnails of the rows of `Extremes.easiest` or `Extremes.hardest`."""
+    stored = run.maps
+    maps: dict[str, StoredMap] = {name: stored[name] for name in MAPS if name in set(stored)}
+    places = {(attack.label, region): place for place, (attack, region) in enumerate(run.plan.cells)}
+    result = []
+    for row in images.to_dict("records"):
+        attack, region = divmod(places[row["attack"], row["region"]], len(run.plan.regions))
+        pictures, small = _pictures(maps, int(row["index"]), attack, region)
+        result.append(Thumbnail(str(row["image"]), _caption(row, by_size=by_size), pictures, small))
+    return result
+
+
+def _pictures(
+    maps: Mapping[str, StoredMap], image: int, attack: int, region: int
+) -> tuple[list[tuple[str, str]], bool]:
+    """(title, data URL) of the stored pictures of an image, and whether its pixels are drawn as squares."""
+    if not {"clean", "adversarial"} <= set(maps):
+        return [], False
+    clean = _pixels(maps["clean"][image])
+    pictures = [
+        ("clean", _encoded(clean, clean)),
+        ("adversarial", _encoded(_pixels(maps["adversarial"][image, attack, region]), clean)),
+    ]
+    if "importance" in maps:
+        pictures.append(
+            ("importance", _encoded(_overlaid(clean, maps["importance"][image, attack, region]), clean))
+        )
+    return pictures, max(clean.shape[:2]) <= EXACT
+
+
+def _pixels(levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(C, H, W) of 8 bits as (H, W, 3); other channel counts than three are drawn as their gray mean."""
+    if len(levels) == 3:
+        return np.ascontiguousarray(levels.transpose(1, 2, 0))
+    return np.repeat(np.rint(levels.mean(0))[..., None], 3, axis=2).astype(np.uint8)
+
+
+def _overlaid(pixels: NDArray[np.uint8], importance: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """A map (h, w) in color, from zero to its largest value, over the picture in gray."""
+    gray = np.asarray(Image.fromarray(pixels).convert("L").convert("RGB"), dtype=np.float32)
+    values = np.nan_to_num(importance, nan=0, posinf=0, neginf=0).clip(min=0)
+    levels = np.rint(values * (255 / (float(values.max(initial=0)) or 1))).astype(np.uint8)
+    colors = Image.fromarray(color_table("magnitude")[levels])
+    # Nearest neighbor: smoothing would invent detail that the map does not have.
+    colors = colors.resize((pixels.shape[1], pixels.shape[0]), Image.Resampling.NEAREST)
+    mixed = (1 - OPACITY) * gray + OPACITY * np.asarray(colors, dtype=np.float32)
+    return np.rint(mixed).astype(np.uint8)
+
+
+def _encoded(pixels: NDArray[np.uint8], clean: NDArray[np.uint8]) -> str:
+    """A data URL: lossless if the image is small, else a reduced JPEG."""
+    picture, buffer = Image.fromarray(pixels), io.BytesIO()
+    if max(clean.shape[:2]) <= EXACT:
+        picture.save(buffer, "PNG", optimize=True)
+        return data_url("image/png", buffer.getvalue())
+    if max(picture.size) > MAX_SIDE:
+        picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    picture.save(buffer, "JPEG", quality=80)
+    return data_url("image/jpeg", buffer.getvalue())
+
+
+def _caption(row: Row, *, by_size: bool) -> str:
+    label = _class_name(row, "label_name")
+    cell = heading(row["attack"], row["region"])
+    margin = f"margin {number(row['margin_adversarial'])}"
+    if not row["fooled"]:
+        rounded = " after rounding to 8 bits" if row["success"] else ""
+        return f"{label} withstood {cell}{rounded}; {margin}"
+    if not row["success"]:
+        return f"{label} fooled by {cell} after rounding to 8 bits; {margin}"
+    measured = f"L2 {number(row['value'])}" if by_size else margin
+    return f"{label} → {_class_name(row, 'adversarial_class_name')} under {cell}; {measured}"
+
+
+def _class_name(row: Mapping[Hashable, object], key: str) -> str:
+    name = row[key]
+    return name if isinstance(name, str) else "no name"

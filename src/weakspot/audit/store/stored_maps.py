@@ -1,0 +1,154 @@
+"""Maps of a run as they are read: image by image, scaled back, and compared with their digests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from weakspot._io.urls import place
+from weakspot.audit.store.digests import DamagedError
+from weakspot.audit.store.maps import SCALE
+
+if TYPE_CHECKING:
+    import zarr
+
+Check = Callable[[str, int, NDArray[np.int64]], None]
+Index = int | slice | EllipsisType | NDArray[np.int64] | list[int]
+
+
+class StoredMaps(Mapping[str, "StoredMap"]):
+    """The maps of a run: name -> `StoredMap`, read from the disk or from a URL.
+
+    Args:
+        path: of maps.zarr.
+        check: called with the name of an array, its number of dimensions and the images about to be read; raises
+            DamagedError if they differ from what was written.
+    """
+
+    def __init__(self, path: Path | str, check: Check | None = None) -> None:
+        self.path, self.check = path, check
+
+    def __repr__(self) -> str:
+        return f"StoredMaps({', '.join(self)})"
+
+    def __getitem__(self, name: str) -> StoredMap:
+        names = self._arrays()
+        if name not in names:
+            raise KeyError(f"map must be one of {', '.join(self) or '(none stored)'}, got {name!r}")
+        group, scale = self._group(), name + SCALE
+        arrays = [cast("zarr.Array[Any]", group[one]) for one in (name, scale) if one in names]
+        return StoredMap(arrays[0], arrays[1] if len(arrays) > 1 else None, self.check)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._arrays() if not name.endswith(SCALE))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _arrays(self) -> list[str]:
+        """Names of all arrays, those of scales included."""
+        nodes = self._local_nodes(self.path) if isinstance(self.path, Path) else self._remote_nodes(self.path)
+        return sorted(
+            path.rpartition("/")[0]
+            for path, content in nodes
+            if json.loads(content).get("node_type") == "array"
+        )
+
+    def _local_nodes(self, root: Path) -> Iterator[tuple[str, str | bytes]]:
+        for node in root.rglob("zarr.json"):
+            yield node.relative_to(root).as_posix(), node.read_text("utf-8")
+
+    def _remote_nodes(self, url: str) -> Iterator[tuple[str, str | bytes]]:
+        system, root = place(url)
+        for path in system.find(root):
+            if path.endswith("/zarr.json"):
+                yield path[len(root) :].lstrip("/"), system.cat_file(path)
+
+    def _group(self) -> zarr.Group:
+        import zarr
+
+        if isinstance(self.path, Path):
+            return zarr.open_group(self.path, mode="r", zarr_format=3)
+        from zarr.storage import FsspecStore
+
+        return zarr.open_group(FsspecStore.from_url(self.path, read_only=True), mode="r", zarr_format=3)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredMap:
+    """One quantity of all images: (images, attacks, regions, ...), or (images, C, H, W) for pictures of the images.
+
+    Indexing reads only what is asked for; float16 becomes float32, scaled back. Images without the map (those that
+    could not be read) are NaN, or 255 in uint8.
+
+    Attributes:
+        array: as it is stored.
+        scale: factors (images, attacks, regions) of its values, or None.
+        check: see `StoredMaps`.
+    """
+
+    array: zarr.Array[Any]
+    scale: zarr.Array[Any] | None = None
+    check: Check | None = None
+
+    def __repr__(self) -> str:
+        return f"StoredMap({self.array.path}: {self.dtype}, shape {self.shape}, {self.about.get('title', 'untitled')})"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type on the disk."""
+        return np.dtype(self.array.dtype)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Its kind, title, loss and other attributes of the Zarr array."""
+        return dict(self.array.attrs)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Index | tuple[Index, ...]) -> NDArray[Any]:
+        keys = key if isinstance(key, tuple) else (key,)
+        self._check_images(keys)
+        try:
+            values: NDArray[Any] = np.asarray(self.array[cast("Any", key)])
+        except ValueError as error:
+            if "checksum" not in str(error):
+                raise
+            raise DamagedError(f"{self.array.store_path} is damaged: {error}") from error
+        if values.dtype != np.float16:
+            return values
+        if self.scale is None:
+            return values.astype(np.float32)
+        if Ellipsis in keys:
+            place = keys.index(Ellipsis)
+            whole = (slice(None),) * (self.array.ndim - len(keys) + 1)
+            keys = (*keys[:place], *whole, *keys[place + 1 :])
+        # The scale has only the first three axes (image, attack, region); it broadcasts over those that follow.
+        scales: NDArray[np.float32] = np.asarray(self.scale[cast("Any", tuple(keys[:3]))])
+        return values.astype(np.float32) * scales.reshape(*scales.shape, *[1] * (values.ndim - scales.ndim))
+
+    def _check_images(self, keys: tuple[Index, ...]) -> None:
+        if self.check is None:
+            return
+        images = np.arange(len(self))
+        if keys and keys[0] is not Ellipsis:
+            images = np.atleast_1d(images[cast("Any", keys[0])])
+        for array in (self.array, self.scale):
+            if array is not None:
+                self.check(array.path, array.ndim, images)
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        del copy
+        return np.asarray(self[:], dtype=dtype)
