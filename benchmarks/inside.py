@@ -28,7 +28,6 @@ from weakspot import (
     attacks,
     build_concepts,
     defenses,
-    dissection,
     load,
     propagation,
     propagation_study,
@@ -38,8 +37,8 @@ from weakspot import (
 from weakspot.attribution.hooks import spatial_layers
 from weakspot.budgets import Linf
 from weakspot.classifier import Classifier, as_classifier, evaluating
-from weakspot.dissection import ConceptSet
-from weakspot.dissection.broden_files import image_batches
+from weakspot.dissection import ConceptSet, dissect_layers
+from weakspot.dissection.concepts import image_batches
 from weakspot.dissection.sensitivity import equal_noise
 from weakspot.fusion import fused
 from weakspot.statistics import proportion_interval
@@ -181,9 +180,9 @@ def dissection_section() -> None:
                     spent += time.perf_counter() - start
             return time.perf_counter() - begun if reading else spent
 
-        dissections = dissection(model, LAYERS, dataset)
+        dissections = dissect_layers(model, LAYERS, dataset)
         rows = [
-            (seconds(lambda: dissection(model, LAYERS, dataset)), bare(reading=True) + bare(reading=True),
+            (seconds(lambda: dissect_layers(model, LAYERS, dataset)), bare(reading=True) + bare(reading=True),
              bare(reading=False) + bare(reading=False), bare(reading=True, fuse=True) + bare(reading=True, fuse=True))
             for _ in range(3)
         ]  # fmt: skip
@@ -216,7 +215,7 @@ def dissection_memory(count: str) -> None:
     model = load("efficientnet_lite0", device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         dataset = camvid(Path(folder), int(count))
-        peak, more = peak_of(lambda: dissection(model, LAYERS, dataset))
+        peak, more = peak_of(lambda: dissect_layers(model, LAYERS, dataset))
     print(f"{peak:.0f} | {more:.0f}")
 
 

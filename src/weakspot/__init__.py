@@ -17,7 +17,7 @@ from weakspot.dissection import (
     build_concepts,
     demo_concepts,
     dissect,
-    dissection,
+    dissect_layers,
     unit_restoration,
     unit_sensitivity,
 )
@@ -79,7 +79,7 @@ __all__ = [
     "defenses",
     "demo_concepts",
     "dissect",
-    "dissection",
+    "dissect_layers",
     "explain",
     "interpretability_score",
     "load",

@@ -193,7 +193,7 @@ def pictured(quarters: Path, **changes: Any) -> Run:
     return audit(planted_plan(quarters, "spot", **{"limit": 18, **changes}), quarters.parent / name)
 
 
-def test_shards_batches_and_a_second_start_change_no_control(quarters: Path) -> None:
+def test_controls_are_independent_of_shards_batches_and_interruptions(quarters: Path) -> None:
     whole = pictured(quarters, shard=18, maps=True)
     for other in (pictured(quarters, shard=4), pictured(quarters, shard=6, control_images=2)):
         both = [
@@ -235,7 +235,7 @@ def donors_of(quarters: Path, run: Run) -> tuple[Donors, Any, Iterator[tuple[int
     return machine.donors, make, each
 
 
-def test_the_regions_are_those_of_other_images(quarters: Path) -> None:
+def test_controls_are_the_regions_of_other_images(quarters: Path) -> None:
     run = audit(planted_plan(quarters, "spot", maps=True, control_images=3), quarters.parent / "run")
     donors, make, each = donors_of(quarters, run)
     own: dict[int, torch.Tensor] = {}
@@ -257,7 +257,7 @@ def test_the_regions_are_those_of_other_images(quarters: Path) -> None:
     assert 0.1 < alike < 0.4
 
 
-def test_copies_unreadable_images_and_regions_of_other_areas_are_passed_over(quarters: Path) -> None:
+def test_copies_unreadable_images_and_other_areas_are_no_donors(quarters: Path) -> None:
     files = sorted(quarters.glob("*.png"))
     few = quarters.parent / "few"
     few.mkdir()
@@ -270,7 +270,7 @@ def test_copies_unreadable_images_and_regions_of_other_areas_are_passed_over(qua
     first, second = (("copy0.png", f"other:cam#{number}") for number in (1, 2))
     assert pd.notna(records["success"][first])
     assert pd.isna(records["success"][second])
-    assert records["trouble"][second] == "fewer than 2 other images have a region cam of similar area"
+    assert records["error"][second] == "fewer than 2 other images have a region cam of similar area"
     assert all("none, because it needs 40 images" in sentence for sentence in summarize(run).regions)
     assert summarize(run).cells[0].errors == 0
     listing = list_images(run.plan.sources, (), 2, labels="predictions")
@@ -297,7 +297,7 @@ def test_backgrounds_are_controlled_by_backgrounds_of_their_area(quarters: Path)
     assert ((known - own[known.index]).abs() <= 0.1 * own[known.index] + 1e-9).all()
 
 
-def test_regions_of_other_images_are_in_no_other_number(quarters: Path) -> None:
+def test_regions_of_other_images_count_only_as_controls(quarters: Path) -> None:
     attacks = tuple(AttackPlan("pgd", f"linf:{eps}/255", (("steps", 2),)) for eps in (4, 8))
     plan = planted_plan(
         quarters, "spot", limit=10, attacks=attacks, maps=True, analyses=("overlap",), control_images=1
@@ -318,7 +318,7 @@ def test_regions_of_other_images_are_in_no_other_number(quarters: Path) -> None:
     assert adversarial["of"].sum() == (without["success"] & without["correct"]).sum()
 
 
-def test_a_gray_picture_of_another_shape_has_donors_too(planted: Path) -> None:
+def test_gray_pictures_of_other_shapes_have_donors(planted: Path) -> None:
     folder = planted / "odd"
     folder.mkdir()
     rng = np.random.default_rng(1)
@@ -330,7 +330,7 @@ def test_a_gray_picture_of_another_shape_has_donors_too(planted: Path) -> None:
     assert run.info.model.input_size == (SIDE, SIDE)
 
 
-def test_a_donor_whose_file_is_missing_is_named_so_that_the_image_is_attacked_again(quarters: Path) -> None:
+def test_a_missing_donor_makes_its_image_missing(quarters: Path) -> None:
     """Otherwise an audit resumed without some of its files would end with other controls than one that had them."""
     run = audit(planted_plan(quarters, "spot"), quarters.parent / "run")
     listing = list_images(run.plan.sources, (), 2, labels="predictions")

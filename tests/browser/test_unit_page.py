@@ -9,7 +9,7 @@ import pytest
 
 from tests.browser.test_report import HOSTILE, Opened, browser  # noqa: F401 - a fixture
 from tests.dissection.test_units import planted, seeing
-from weakspot.dissection import dissection
+from weakspot.dissection import dissect_layers
 from weakspot.dissection.unit_examples import show_units
 from weakspot.report.unit_page import unit_page
 
@@ -22,7 +22,7 @@ def page(tmp_path: Path, browser: Any) -> Opened:  # noqa: F811
     label = dataset / "label.csv"
     label.write_text(label.read_text().replace("red", HOSTILE.replace('"', "'")))
     model = seeing((32, 32))
-    found = dissection(model, ["look"], dataset, quantile=0.07)
+    found = dissect_layers(model, ["look"], dataset, quantile=0.07)
     pictures = {"look": show_units(model, found["look"], dataset, [0, 1, 2, 3])}
     content = unit_page(found, pictures, model=HOSTILE, made={"set": HOSTILE})
     (tmp_path / "units.html").write_text(content, "utf-8")

@@ -14,7 +14,7 @@ from tests.defenses.test_unit_masking import Leaking
 from tests.networks import untouched
 from weakspot import Classifier, Linf, Pairs, attacks
 from weakspot.defenses.unit_study import association_sentences, unit_study
-from weakspot.dissection import Dissection
+from weakspot.dissection import Dissection, DissectionOptions
 
 
 def dissected(units: int, concepts: list[str | None]) -> Dissection:
@@ -25,7 +25,7 @@ def dissected(units: int, concepts: list[str | None]) -> Dissection:
         }
     )  # fmt: skip
     empty = torch.zeros(units, 0)
-    return Dissection("look", table, (), empty, empty.long(), empty, {"min_iou": 0.04})
+    return Dissection("look", table, (), empty, empty.long(), empty, DissectionOptions(min_iou=0.04))
 
 
 def leaking(count: int = 40) -> tuple[nn.Module, Tensor, Tensor]:
@@ -87,7 +87,7 @@ def test_given_units_are_evaluated_on_all_images_and_noise_masks_nothing() -> No
     still = unit_study(model, dissection, Pairs(images, images, labels, labels), mask=0, attack=attack)
     assert still.masking is None
     assert "nothing is masked" in still.sentences[-1]
-    assert still.sentences[0].startswith("No unit is shown to move more")
+    assert still.sentences[0].startswith("No unit clearly moves more")
     assert unit_study(model, dissection, pairs).masking is None
     with pytest.raises(ValueError, match="mask must be a number of units from 0 to 8"):
         unit_study(model, dissection, pairs, mask=9)

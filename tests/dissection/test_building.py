@@ -131,7 +131,7 @@ def test_without_masks_the_first_folder_is_the_label_of_the_whole_picture(tmp_pa
         else:
             gray(np.full((9, 7), 60)).save(path)
     with pytest.warns(
-        ImageWarning, match="1 of 4 pictures lie in no folder that names a label .* astray.png"
+        ImageWarning, match="1 of 4 pictures are in no folder that names a label .* astray.png"
     ):
         out = build_concepts(tmp_path / "images", tmp_path / "out", category="texture")
     concepts = ConceptSet.open(out)
@@ -195,7 +195,7 @@ def test_pictures_without_a_mask_or_that_are_none_are_skipped_with_a_warning(tmp
     write(tmp_path / "new", class_maps(2))
     (tmp_path / "new/images/0.png").write_bytes(b"text")
     with pytest.warns(
-        ImageWarning, match=r"1 of 2 pictures cannot be read and are skipped, the first is 0\.png"
+        ImageWarning, match=r"1 of 2 pictures cannot be read and are skipped; the first is 0\.png"
     ):
         out = build_concepts(
             tmp_path / "new/images", tmp_path / "out2", masks=tmp_path / "new/masks", names=NAMES, void=[255]
@@ -221,18 +221,18 @@ def test_masks_may_lie_among_the_pictures_and_subfolders_are_kept(tmp_path: Path
     [
         (
             {"void": ()},
-            r"masks/0\.png is 255 at row \d+, column \d+, which neither names nor void holds; .* 0, 1, 2",
+            r"masks/0\.png must hold values in names or void \(0, 1, 2.* got 255 at row \d+, column \d+",
         ),
-        ({"names": ["road", "sky"]}, r"masks/\d\.png is 2 at row"),
-        ({"void": 255}, r"void is 255; accepted is a list of values, such as \[255\]"),
-        ({"names": None}, "names is not given"),
-        ({"names": {-1: "road"}}, "names or void hold the value -1"),
-        ({"names": {70_000: "road"}}, "names or void hold the value 70000"),
-        ({"names": ["road"], "void": [0]}, "leaves no class besides void"),
-        ({"masks": None}, "without masks"),
-        ({"category": "split"}, "category is 'split'"),
-        ({"category": "a;b"}, "category is 'a;b'"),
-        ({"category": " "}, "category is ' '"),
+        ({"names": ["road", "sky"]}, r"masks/\d\.png must hold .* got 2 at row"),
+        ({"void": 255}, r"void must be a list of values, such as \[255\], got 255"),
+        ({"names": None}, "names must be the class names .* got None"),
+        ({"names": {-1: "road"}}, "names and void must hold values .* got -1"),
+        ({"names": {70_000: "road"}}, "names and void must hold values .* got 70000"),
+        ({"names": ["road"], "void": [0]}, "names must leave at least one class besides void"),
+        ({"masks": None}, "masks must be given together with names and void"),
+        ({"category": "split"}, "category must be .* got 'split'"),
+        ({"category": "a;b"}, "category must be .* got 'a;b'"),
+        ({"category": " "}, "category must be .* got ' '"),
         ({"size": (0, 4)}, r"size is \(0, 4\)"),
     ],
 )
@@ -251,8 +251,8 @@ def test_masks_of_another_shape_or_in_color_are_refused(tmp_path: Path) -> None:
     with Image.open(masks / "0.png") as image:
         stretched, colored = image.resize((12, 18), Image.Resampling.NEAREST), image.convert("RGB")
     for mask, sentence in (
-        (stretched, r"is 18 x 12 and its picture 12 x 18 \(height x width\)"),
-        (colored, r"0\.png is a PNG of mode RGB; accepted are class numbers"),
+        (stretched, r"must have the shape of its picture, 12 x 18 \(height x width\), got 18 x 12"),
+        (colored, r"0\.png must hold class numbers .* got a PNG of mode RGB"),
     ):
         mask.save(masks / "0.png")
         with pytest.raises(ValueError, match=sentence):
@@ -260,12 +260,12 @@ def test_masks_of_another_shape_or_in_color_are_refused(tmp_path: Path) -> None:
     (masks / "0.png").unlink()
     with (
         pytest.warns(ImageWarning, match="have no mask"),
-        pytest.raises(ValueError, match="holds no picture to use; accepted are pictures with a PNG"),
+        pytest.raises(ValueError, match="must hold pictures with a PNG of the same stem"),
     ):
         build_concepts(images, tmp_path / "out", masks=masks, names=NAMES)
-    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+    with pytest.raises(FileNotFoundError, match="does not exist or is not a folder"):
         build_concepts(tmp_path / "none", tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="accepted is one class name a line"):
+    with pytest.raises(FileNotFoundError, match="with one class name per line"):
         build_concepts(images, tmp_path / "out", masks=masks, names=tmp_path / "names.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
@@ -274,7 +274,7 @@ def test_only_an_empty_folder_is_written_to(tmp_path: Path) -> None:
     images, masks = write(tmp_path, class_maps(1))
     for path in (images, images / "0.png"):
         before = tree_bytes(tmp_path)
-        with pytest.raises(ValueError, match=f"out is {path}, which is .*; accepted is an empty folder"):
+        with pytest.raises(ValueError, match=f"out must be an empty or a new folder, got {path}, which is"):
             build_concepts(images, path, masks=masks, names=NAMES, void=[255])
         assert tree_bytes(tmp_path) == before
     (tmp_path / "empty").mkdir()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests.dissection.fixture import LAW, label_maps, paint
-from weakspot.dissection.label_masks import nearest, read_labels, write_labels
+from weakspot.dissection.broden_files import nearest, read_labels, write_labels
 
 
 @given(labels=label_maps())

@@ -103,10 +103,10 @@ def test_textures_have_the_symmetry_of_their_name() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"count": 0}, "count is 0; accepted are whole numbers from 1"),
-        ({"size": 15}, "size is 15; accepted are whole numbers from 16 to 4096"),
-        ({"size": 5000}, "size is 5000"),
-        ({"seed": -1}, "seed is -1; accepted are whole numbers from 0"),
+        ({"count": 0}, "count must be an integer of at least 1, got 0"),
+        ({"size": 15}, "size must be an integer of at least 16, got 15"),
+        ({"size": 5000}, "size must be at most 4096, got 5000"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
         ({"seed": 0.5}, "seed must .* got 0.5"),
     ],
 )

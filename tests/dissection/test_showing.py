@@ -8,7 +8,7 @@ import pytest
 
 from tests.dissection.test_units import planted, seeing
 from tests.networks import untouched
-from weakspot.dissection import ConceptSet, dissection
+from weakspot.dissection import ConceptSet, dissect_layers
 from weakspot.dissection.unit_examples import show_units
 from weakspot.report.unit_page import unit_page
 
@@ -16,7 +16,7 @@ from weakspot.report.unit_page import unit_page
 def test_a_detector_lights_what_it_detects(tmp_path: Path) -> None:
     dataset = planted(tmp_path / "set")
     model = seeing((32, 32))
-    found = dissection(model, ["look"], dataset, quantile=0.07)["look"]
+    found = dissect_layers(model, ["look"], dataset, quantile=0.07)["look"]
     with untouched(model):
         shown = show_units(model, found, dataset, [0, 1], count=3)
     concepts = ConceptSet.open(dataset)
@@ -27,14 +27,14 @@ def test_a_detector_lights_what_it_detects(tmp_path: Path) -> None:
             mask = annotation.masks[(annotation.concepts == unit).nonzero()[0, 0]]
             assert float((one.active & mask).sum() / (one.active | mask).sum()) > 0.99
             assert one.pixels.shape == (3, 16, 16)
-    with pytest.raises(ValueError, match="'look' has units 0 to 3"):
+    with pytest.raises(ValueError, match="units must be between 0 and 3 for 'look', got 4"):
         show_units(model, found, dataset, [4])
 
 
 def test_the_page_holds_every_unit_and_its_concept(tmp_path: Path) -> None:
     dataset = planted(tmp_path / "set")
     model = seeing((32, 32))
-    found = dissection(model, ["look"], dataset, quantile=0.07)
+    found = dissect_layers(model, ["look"], dataset, quantile=0.07)
     text = unit_page(found, {}, model="a & b", made={"layer": "<look>"})
     assert "2 of 4 units stand for a concept: green (1), red (1)." in text
     assert text.count("<tr data-unit=") == 4

@@ -22,7 +22,7 @@ from tests.dissection.fixture import (
 )
 from tests.networks import TokenNetwork, untouched
 from weakspot.classifier import Classifier
-from weakspot.dissection import ConceptSet, dissect, dissection
+from weakspot.dissection import ConceptSet, dissect, dissect_layers
 from weakspot.dissection.site_counts import LARGEST, TopValues
 
 HALF = 0.6  # of the fixture's sites at most half carry a color, so that the threshold is 0
@@ -78,7 +78,7 @@ def by_hand(unit: np.ndarray, concept: tuple[str, str], denominator: str) -> flo
 @pytest.mark.parametrize("alignment", ["receptive_field", "resize"])
 def test_ious_are_those_counted_by_hand(tmp_path: Path, denominator: str, alignment: str) -> None:
     dataset = twelve_images(tmp_path / "set")
-    found = dissection(
+    found = dissect_layers(
         seeing(), ["look"], dataset, quantile=HALF, denominator=denominator, alignment=alignment
     )["look"]
     for number, unit in enumerate((LEFT, TOP, QUARTER, np.zeros((8, 8), bool))):
@@ -96,7 +96,7 @@ def test_the_two_fractions_in_the_fixtures_comment(tmp_path: Path) -> None:
     dataset = twelve_images(tmp_path / "set")
     sky = CONCEPTS.index(("sky", "object"))
     for denominator, expected in (("all", 1 / 3), ("category", 3 / 7)):
-        found = dissection(seeing(), ["look"], dataset, quantile=HALF, denominator=denominator)["look"]
+        found = dissect_layers(seeing(), ["look"], dataset, quantile=HALF, denominator=denominator)["look"]
         assert float(found.iou[0, sky]) == pytest.approx(expected)
 
 
@@ -138,7 +138,7 @@ def test_no_result_depends_on_the_batch_size(tmp_path: Path, batch_size: int) ->
     dataset = planted(tmp_path / "set")
     model = drawn((32, 32))
     one, other = (
-        dissection(model, ["network.0", "network.2"], dataset, quantile=0.02, batch_size=size)
+        dissect_layers(model, ["network.0", "network.2"], dataset, quantile=0.02, batch_size=size)
         for size in (None, batch_size)
     )
     for layer, found in one.items():
@@ -159,16 +159,16 @@ def drawn(size: tuple[int, int]) -> Classifier:
 def test_several_layers_in_one_go_are_what_each_gives_alone(tmp_path: Path) -> None:
     dataset = planted(tmp_path / "set")
     model = drawn((32, 32))
-    both = dissection(model, ["0", "4"], dataset, quantile=0.02)
+    both = dissect_layers(model, ["0", "4"], dataset, quantile=0.02)
     for layer, found in both.items():
-        alone = dissection(model, [layer], dataset, quantile=0.02)[layer]
+        alone = dissect_layers(model, [layer], dataset, quantile=0.02)[layer]
         torch.testing.assert_close(found.iou, alone.iou)
         assert found.units["concept"].tolist() == alone.units["concept"].tolist()
 
 
 def test_the_best_images_of_a_unit_are_those_that_excite_it_most(tmp_path: Path) -> None:
     dataset = planted(tmp_path / "set")
-    found = dissection(seeing((32, 32)), ["look"], dataset, quantile=0.07)["look"]
+    found = dissect_layers(seeing((32, 32)), ["look"], dataset, quantile=0.07)["look"]
     from weakspot.images import read_images
 
     concepts = ConceptSet.open(dataset)
@@ -199,8 +199,8 @@ def test_thresholds_of_large_data_sets_are_within_one_percent() -> None:
     values = TopValues(quantile, images * side * side)
     for part in maps:
         values.add(part)
-    assert values._held is not None
-    assert values._held.shape[1] < 2 * LARGEST
+    assert values._values is not None
+    assert values._values.shape[1] < 2 * LARGEST
     every = torch.cat(maps).transpose(0, 1).flatten(1).numpy()
     exact = np.quantile(every, 1 - quantile, axis=1)
     assert values.thresholds().tolist() == pytest.approx(exact.tolist(), rel=0.01)
@@ -285,8 +285,8 @@ def test_progress_rises_to_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"quantile": 0}, "quantile is 0; accepted is a share"),
-        ({"min_iou": 2}, "min_iou is 2; accepted is a number from 0 to 1"),
+        ({"quantile": 0}, "quantile must be a fraction .* got 0"),
+        ({"min_iou": 2}, "min_iou must be between 0 and 1, .* got 2"),
         ({"denominator": "unions"}, "denominator must be one of .* got 'unions'"),
         ({"alignment": "resized"}, "alignment must .*'resized' .did you mean 'resize'"),
         ({"batch_size": 0}, "batch_size must .* got 0"),

@@ -27,14 +27,14 @@ from weakspot import (
     ssim_alignment,
 )
 from weakspot.classifier import as_classifier
-from weakspot.explanations.alignment_controls import (
+from weakspot.explanations.alignment_findings import STATISTICS, alignment
+from weakspot.explanations.analysis import competing_classes
+from weakspot.explanations.visible_change import (
     margin_gradient,
     pgd_of_equal_ssim,
     variance_gradient,
     with_shuffled_weights,
 )
-from weakspot.explanations.analysis import competing_classes
-from weakspot.explanations.visible_change import STATISTICS, alignment
 from weakspot.similarity import ssim_map
 
 SIZE, COUNT = 32, 40

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -124,7 +124,7 @@ def dissect(
     check_existing(attack.images or [])
     with open_session(context, network, output, out, FILES) as session:
         from weakspot.budgets import read_budget
-        from weakspot.dissection import dissection
+        from weakspot.dissection import dissect_layers
 
         classifier = session.classifier
         budget = read_budget(attack.budget)
@@ -133,7 +133,7 @@ def dissect(
         session.advance("reading the concepts", 0.02)
         folder = _find_concepts(dataset, out, classifier, concepts)
         layers = list(layer or _last_layers(classifier))
-        dissections = dissection(
+        dissections = dissect_layers(
             classifier,
             layers,
             folder,
@@ -150,7 +150,7 @@ def dissect(
                 session, dissections, images, budget=budget, steps=attack.steps, mask=mask, seed=seed
             )
         session.advance("drawing", 0.9)
-        options = next(iter(dissections.values())).options
+        options = asdict(next(iter(dissections.values())).options)
         made = {
             "concepts": f"{folder}" if dataset else "colors and textures that weakspot generated",
             "layers": ", ".join(layers),

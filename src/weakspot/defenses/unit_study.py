@@ -17,7 +17,7 @@ from weakspot.defenses.unit_masking import Attack, masking, masking_sentence
 from weakspot.dissection import (
     Dissection,
     associate,
-    in_words,
+    concept_sentence,
     join,
     moved_concepts,
     sensitivity_sentence,
@@ -85,7 +85,11 @@ def unit_study(
     table = join(unit_sensitivity(model, dissection.layer, pairs, seed=seed), dissection.units)
     if progress is not None:
         progress(0.3 if mask is not None else 1.0)
-    sentences = [sensitivity_sentence(table), in_words(moved_concepts(table)), *association_sentences(table)]
+    sentences = [
+        sensitivity_sentence(table),
+        concept_sentence(moved_concepts(table)),
+        *association_sentences(table),
+    ]
     if mask is None:
         return UnitStudy(dissection.layer, table, sentences)
     masked, images, labels = _chosen(model, dissection.layer, pairs, mask, count=len(table), seed=seed)

@@ -72,7 +72,7 @@ def with_interval(value: float, low: float, high: float) -> str:
 def cell_summaries(run: Run) -> list[CellSummary]:
     """One summary per attack and reported region, in the order of the plan."""
     outcomes = run.sql(
-        "select attack, region, index, fooled, robust, region_fraction, trouble is not null as failed from outcomes"
+        "select attack, region, index, fooled, robust, region_fraction, error is not null as failed from outcomes"
     ).df()
     summaries = []
     for attack, region in run.plan.reported_cells:

@@ -224,7 +224,7 @@ def _header(run: Run, summary: Summary | None) -> Header:
     errors = sum(cell.errors for cell in summary.cells)
     if errors:
         sentences.append(
-            f"{counted(errors, 'attack')} failed with an error; the column trouble of the records names it."
+            f"{counted(errors, 'attack')} failed with an error; the column error of the records names it."
         )
     if skipped:
         sentences.append(f"Skipped: {_reasons(run)}.")

@@ -60,7 +60,7 @@ COLUMNS = {
     "ssim_local_budget_spent": "float64",
     "n_forward": "Int64",
     "n_backward": "Int64",
-    "trouble": "str",
+    "error": "str",
     "remark": "str",
     "attack_seconds": "float64",
     "analysis_seconds": "float64",

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-import weakspot
 from weakspot._io.files import write_atomic
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.digests import enumerated
@@ -160,6 +159,8 @@ class RunInfo:
                 f"{name} is damaged: a value is missing or has the wrong type ({error}; restore it or start another "
                 "audit)"
             ) from None
+        except ValueError as error:
+            raise ValueError(f"{name} is damaged: {error}") from None
 
     @classmethod
     def _from_values(cls, values: Mapping[str, Any]) -> RunInfo:
@@ -233,7 +234,7 @@ class RunInfo:
 def versions() -> dict[str, str]:
     """Versions of everything that decides a result."""
     return {
-        "weakspot": weakspot.__version__,
+        "weakspot": version("weakspot"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": version("numpy"),

@@ -112,7 +112,7 @@ def cell_rows(clean: CleanImages, classifier: Classifier, cell: CellResult) -> p
             "region": cell.region_text,
             "region_fraction": cell.region.flatten(1).double().mean(1).cpu().numpy(),
             "label_from": [entry.label_from for entry in entries],
-            "trouble": [cell.errors.get(row) for row in range(len(entries))],
+            "error": [cell.errors.get(row) for row in range(len(entries))],
             "remark": [remark or None for remark in clean.opened.remarks],
             "attack_seconds": cell.seconds[0],
             "analysis_seconds": cell.seconds[1],

@@ -1,4 +1,4 @@
-"""Listings: the same whatever the order, labels where they are sure."""
+"""The list of images: independent of order, with labels only where they are certain."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def pictures(tmp_path: Path) -> Path:
     return draw_pictures(tmp_path / "pictures", 7)
 
 
-def test_the_order_of_sources_and_repetitions_change_nothing(pictures: Path) -> None:
+def test_order_and_repetition_of_sources_change_nothing(pictures: Path) -> None:
     sources = [str(path) for path in sorted(pictures.rglob("*.png"))]
     listing = list_images(sources, CLASSES, 4)
     assert listing.equals(list_images([*reversed(sources), sources[0]], CLASSES, 4))
     assert listing["name"].to_pylist() == sorted(str(Path(path).relative_to(pictures)) for path in sources)
 
 
-def test_folders_named_like_classes_are_labels_and_only_where_all_are(pictures: Path) -> None:
+def test_folders_are_labels_only_if_all_are_named_like_classes(pictures: Path) -> None:
     (pictures / "notes.txt").write_text("no folder, no label")
     listing = list_images([str(pictures)], CLASSES, 4)
-    found = dict(zip(listing["name"].to_pylist(), listing["label"].to_pylist(), strict=True))
-    assert found["cat/00.png"] == 0
-    assert found["dog/01.png"] == 1
-    assert found["fish/02.png"] == 2  # by the name's first part
-    assert found["notes.txt"] == -1
+    by_name = dict(zip(listing["name"].to_pylist(), listing["label"].to_pylist(), strict=True))
+    assert by_name["cat/00.png"] == 0
+    assert by_name["dog/01.png"] == 1
+    assert by_name["fish/02.png"] == 2  # by the name's first part
+    assert by_name["notes.txt"] == -1
     (pictures / "holiday").mkdir()
     (pictures / "cat/00.png").rename(pictures / "holiday/00.png")
     assert set(list_images([str(pictures)], CLASSES, 4)["label_from"].to_pylist()) == {"prediction"}
@@ -44,20 +44,18 @@ def test_folders_named_like_classes_are_labels_and_only_where_all_are(pictures: 
         list_images([str(pictures)], CLASSES, 4, labels="folders")
 
 
-def test_predictions_can_be_asked_for_all_the_same(pictures: Path) -> None:
+def test_predictions_can_be_requested(pictures: Path) -> None:
     listing = list_images([str(pictures)], CLASSES, 4, labels="predictions")
     assert set(listing["label"].to_pylist()) == {-1}
 
 
-def test_a_table_gives_labels_by_name_or_number_and_what_it_lacks_is_told(
-    pictures: Path, tmp_path: Path
-) -> None:
+def test_a_table_gives_labels_by_name_or_number(pictures: Path, tmp_path: Path) -> None:
     table = tmp_path / "labels.csv"
     table.write_text("file,label\ncat/00.png,owl\ndog/01.png,2\n03.png,FISH\n")
     listing = list_images([str(pictures)], CLASSES, 4, labels=str(table))
-    found = {entry.name: entry for entry in entries(listing, 0, 7)}
-    assert [found[name].label for name in ("cat/00.png", "dog/01.png", "cat/03.png")] == [3, 2, 2]
-    assert "labels.csv has no class for it" in found["fish/02.png"].error
+    by_name = {entry.name: entry for entry in entries(listing, 0, 7)}
+    assert [by_name[name].label for name in ("cat/00.png", "dog/01.png", "cat/03.png")] == [3, 2, 2]
+    assert "labels.csv has no class for it" in by_name["fish/02.png"].error
     table.write_text("file,label\ncat/00.png,horse\n")
     with pytest.raises(ValueError, match=r"labels.csv: label of cat/00.png must .* got 'horse'"):
         list_images([str(pictures)], CLASSES, 4, labels=str(table))
@@ -66,17 +64,17 @@ def test_a_table_gives_labels_by_name_or_number_and_what_it_lacks_is_told(
         list_images([str(pictures)], CLASSES, 4, labels=str(table))
 
 
-def test_a_smaller_limit_draws_a_part_of_what_a_larger_one_draws(pictures: Path) -> None:
-    def drawn(limit: int, seed: int = 0) -> set[str]:
+def test_a_smaller_limit_draws_a_subset(pictures: Path) -> None:
+    def draw(limit: int, seed: int = 0) -> set[str]:
         listing = list_images([str(pictures)], CLASSES, 4, limit=limit, seed=seed)
         return set(listing["name"].to_pylist())
 
-    assert [len(drawn(limit)) for limit in (1, 3, 100)] == [1, 3, 7]
-    assert drawn(1) < drawn(3) < drawn(5) < drawn(7)
-    assert len({frozenset(drawn(3, seed)) for seed in range(10)}) > 3
+    assert [len(draw(limit)) for limit in (1, 3, 100)] == [1, 3, 7]
+    assert draw(1) < draw(3) < draw(5) < draw(7)
+    assert len({frozenset(draw(3, seed)) for seed in range(10)}) > 3
 
 
-def test_hidden_files_are_passed_over_and_odd_names_survive(tmp_path: Path) -> None:
+def test_hidden_files_are_left_out_and_undecodable_names_survive(tmp_path: Path) -> None:
     folder = tmp_path / "odd"
     (folder / ".hidden").mkdir(parents=True)
     (folder / ".hidden/a.png").write_bytes(b"")
@@ -89,7 +87,7 @@ def test_hidden_files_are_passed_over_and_odd_names_survive(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("shape", ["NHWC", "NCHW", "NHW"])
 @pytest.mark.parametrize("kind", ["uint8", "float32"])
-def test_arrays_are_images_in_any_layout(tmp_path: Path, shape: str, kind: str) -> None:
+def test_arrays_are_read_in_any_layout(tmp_path: Path, shape: str, kind: str) -> None:
     levels = np.random.default_rng(0).integers(0, 256, (5, 8, 10, 3), dtype=np.uint8)
     stored = {"NHWC": levels, "NCHW": levels.transpose(0, 3, 1, 2), "NHW": levels[..., 0]}[shape]
     stored = stored if kind == "uint8" else (stored / 255).astype(np.float32)
@@ -103,7 +101,7 @@ def test_arrays_are_images_in_any_layout(tmp_path: Path, shape: str, kind: str) 
     torch.testing.assert_close(pixels, expected[:1].expand(3, -1, -1) if shape == "NHW" else expected)
 
 
-def test_an_array_that_is_none_is_named(tmp_path: Path) -> None:
+def test_invalid_arrays_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "broken.npz").write_bytes(b"PK nothing")
     np.savez(tmp_path / "flat.npz", images=np.zeros((3, 4)))
     np.savez(tmp_path / "short.npz", images=np.zeros((3, 4, 4)), labels=np.arange(2))

@@ -71,68 +71,71 @@ def listed(url: str) -> list[str]:
 
 
 @pytest.mark.parametrize("protocol", ["memory", "file"])
-def test_a_run_from_and_to_urls_is_the_local_one(pictures: Path, tmp_path: Path, protocol: str) -> None:
+def test_a_remote_run_equals_the_local_one(pictures: Path, tmp_path: Path, protocol: str) -> None:
     (pictures / "dog/notes.txt").write_text("no picture")
     (pictures / "dog/.hidden.png").write_text("hidden")
     expected = audit(small_plan(pictures), tmp_path / "expected")
     base = "memory://bucket" if protocol == "memory" else f"file://{tmp_path}/bucket"
     source = upload(pictures, f"{base}/pictures")
-    found = audit(small_plan(source), f"{base}/runs/v7")
-    same_records(expected, found)
-    same_maps(expected, found)
-    assert found.skipped.equals(expected.skipped)
+    run = audit(small_plan(source), f"{base}/runs/v7")
+    same_records(expected, run)
+    same_maps(expected, run)
+    assert run.skipped.equals(expected.skipped)
     assert listed(f"{base}/runs/v7") == FILES
     again = open_run(f"{base}/runs/v7")
     assert again.complete
     assert again.sql("select count(*) from records").fetchall() == [(56,)]
     assert again.plan.sources == (source,)
     assert resume(f"{base}/runs/v7").complete
-    del found, again
+    del run, again
     assert list((tmp_path / "scratch").glob("weakspot-*")) == []
     with pytest.raises(ValueError, match=r"which holds a run already \(run.json;"):
         audit(small_plan(source), f"{base}/runs/v7")
 
 
-def test_stopped_at_any_upload_it_goes_on_from_what_is_there(pictures: Path, tmp_path: Path) -> None:
+def test_an_audit_resumes_after_any_failed_upload(pictures: Path, tmp_path: Path) -> None:
     expected = audit(small_plan(pictures), tmp_path / "expected")
     url = "flaky://bucket/v7"
-    said: list[str] = []
+    messages: list[str] = []
     begun, uploads = False, 13
     for _ in range(30):
         Flaky.writes_left = uploads
         try:
-            found = resume(url) if begun else audit(small_plan(pictures), url)
+            run = resume(url) if begun else audit(small_plan(pictures), url)
             break
         except StoppedError as stopped:
-            said.append(str(stopped))
+            messages.append(str(stopped))
             begun = True
         assert list((tmp_path / "scratch").glob("weakspot-*")) == []
         rows = open_run(url).records
         assert not len(rows) or not rows.duplicated(["image", "attack", "region"]).any()
-    assert len(said) > 1
-    assert all("503 Slow Down" in one and f"--resume {url}" in one and "\n" not in one for one in said)
-    same_records(expected, found)
-    same_maps(expected, found)
+    assert len(messages) > 1
+    assert all(
+        "503 Slow Down" in message and f"--resume {url}" in message and "\n" not in message
+        for message in messages
+    )
+    same_records(expected, run)
+    same_maps(expected, run)
     assert listed(url) == FILES
 
 
-def test_only_missing_shards_are_done_again_on_another_machine(pictures: Path, tmp_path: Path) -> None:
+def test_another_machine_computes_only_missing_shards(pictures: Path, tmp_path: Path) -> None:
     url = "memory://bucket/v7"
 
-    def stop(standing: Any) -> None:
-        if standing.done > 8:
+    def stop(progress: Any) -> None:
+        if progress.done > 8:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         audit(small_plan(pictures), url, watch=stop)
     assert set(shard_files(open_run(url).folder)) == {0, 1}
     seen: list[float] = []
-    found = resume(url, watch=lambda standing: seen.append(standing.done))
+    run = resume(url, watch=lambda progress: seen.append(progress.done))
     assert seen[0] == 8
-    same_maps(audit(small_plan(pictures), tmp_path / "expected"), found)
+    same_maps(audit(small_plan(pictures), tmp_path / "expected"), run)
 
 
-def test_what_is_damaged_or_changed_there_is_named_and_done_again(pictures: Path, tmp_path: Path) -> None:
+def test_remote_damage_and_changes_are_reported_and_repaired(pictures: Path, tmp_path: Path) -> None:
     source, url = upload(pictures, "memory://bucket/pictures"), "memory://bucket/v7"
     expected = audit(small_plan(source, analyses=()), url)
     files = MemoryFileSystem()
@@ -145,19 +148,19 @@ def test_what_is_damaged_or_changed_there_is_named_and_done_again(pictures: Path
     change("/maps.zarr/adversarial/c/2/", lambda content: content[:-9])
     named = r"Damaged files were found \(shards/0000000-.*maps.zarr/adversarial/c/2/"
     with pytest.warns(UserWarning, match=named):
-        found = resume(url)
-    same_records(expected, found)
-    same_maps(expected, found)
+        run = resume(url)
+    same_records(expected, run)
+    same_maps(expected, run)
     change("/shards/0000000-", lambda _: b"")
     change("/dog/04.png", lambda content: content + b"more")
     with pytest.warns(UserWarning, match=r"changed after being attacked \(dog/04.png\)"):
-        found = resume(url)
-    left, right = (run.records.drop(columns=[*TIMES, "content"]) for run in (expected, found))
+        run = resume(url)
+    left, right = (run.records.drop(columns=[*TIMES, "content"]) for run in (expected, run))
     assert left.equals(right)
-    assert (expected.records["content"] != found.records["content"]).sum() == 4
+    assert (expected.records["content"] != run.records["content"]).sum() == 4
 
 
-def test_arrays_are_fetched_once_and_bring_their_labels(networks: Path, tmp_path: Path) -> None:
+def test_remote_arrays_are_fetched_once_with_their_labels(networks: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     np.savez(
         tmp_path / "set.npz",
@@ -166,9 +169,9 @@ def test_arrays_are_fetched_once_and_bring_their_labels(networks: Path, tmp_path
     )
     expected = audit(small_plan(tmp_path / "set.npz"), tmp_path / "expected")
     fsspec.filesystem("memory").put_file(str(tmp_path / "set.npz"), "/bucket/set.npz")
-    found = audit(small_plan("memory://bucket/set.npz"), tmp_path / "found")
-    same_records(expected, found)
-    same_maps(expected, found)
+    run = audit(small_plan("memory://bucket/set.npz"), tmp_path / "found")
+    same_records(expected, run)
+    same_maps(expected, run)
     assert len(list((tmp_path / "cache").rglob("*.npz"))) == 1
 
 
@@ -179,7 +182,9 @@ def test_several_sources_local_and_remote(pictures: Path, tmp_path: Path) -> Non
     assert len(set(audit(plan, tmp_path / "found").records["image"])) == 14
 
 
-def test_images_that_vanish_are_missing_but_a_silent_host_stops(pictures: Path, tmp_path: Path) -> None:
+def test_vanished_remote_images_are_missing_and_a_silent_host_stops_the_audit(
+    pictures: Path, tmp_path: Path
+) -> None:
     source = upload(pictures, "flaky://bucket/pictures")
 
     lost: dict[str, Any] = {}
@@ -188,9 +193,9 @@ def test_images_that_vanish_are_missing_but_a_silent_host_stops(pictures: Path, 
         if name := next((name for name in Flaky.store if name.endswith("/fish/02.png")), None):
             lost[name] = Flaky.store.pop(name)
 
-    found = audit(small_plan(source, analyses=()), tmp_path / "found", watch=vanish)
-    assert found.info.missing
-    assert found.info.missing.names == ("fish/02.png",)
+    run = audit(small_plan(source, analyses=()), tmp_path / "found", watch=vanish)
+    assert run.info.missing
+    assert run.info.missing.names == ("fish/02.png",)
     Flaky.store.update(lost)
     expected = audit(small_plan(source, analyses=()), tmp_path / "expected")
     same_records(expected, resume(tmp_path / "found"))
@@ -200,9 +205,9 @@ def test_images_that_vanish_are_missing_but_a_silent_host_stops(pictures: Path, 
 
     with pytest.raises(
         StoppedError, match=r"fish/05.png cannot be fetched \(no route|cat/00.png cannot be f"
-    ) as told:
+    ) as raised:
         audit(small_plan(source, analyses=()), tmp_path / "other", watch=fall_silent)
-    assert told.value.resumable
+    assert raised.value.resumable
     Flaky.silent = False
     same_records(audit(small_plan(source, analyses=()), tmp_path / "whole"), resume(tmp_path / "other"))
 
@@ -216,12 +221,12 @@ def test_images_that_vanish_are_missing_but_a_silent_host_stops(pictures: Path, 
         ("memory://nowhere", "memory://nowhere does not exist"),
     ],
 )
-def test_what_cannot_be_reached_is_one_sentence(
+def test_unreachable_urls_are_refused_in_one_sentence(
     pictures: Path, tmp_path: Path, url: str, sentence: str
 ) -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match=sentence) as told:
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence) as raised:
         audit(small_plan(url), tmp_path / "found")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     assert not (tmp_path / "found").exists()
     with pytest.raises((ValueError, FileNotFoundError)):
         open_run(url)
