@@ -62,8 +62,8 @@ def test_small_edits_of_them_are_exact(name: str) -> None:
 def test_bad_arguments_are_told_in_one_sentence() -> None:
     for arguments, said in (
         ({"name": "resnet19", "classes": 10}, "model must .* got 'resnet19' .did you mean"),
-        ({"name": "resnet20", "classes": 1}, "classes is 1"),
-        ({"name": "resnet20", "classes": 2, "size": (4, 4)}, "size is"),
+        ({"name": "resnet20", "classes": 1}, "classes must be an integer of at least 2, got 1"),
+        ({"name": "resnet20", "classes": 2, "size": (4, 4)}, "size must"),
     ):
         with pytest.raises(ValueError, match=said):
             zoo.build(**arguments)  # type: ignore[arg-type]
