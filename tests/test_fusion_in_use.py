@@ -192,7 +192,7 @@ class Flattening(nn.Module):
 
 
 @pytest.mark.parametrize("module", [Standardized(6, 6, 3), nn.Sequential(nn.Conv2d(6, 6, 3), Flattening())])
-def test_what_folding_would_break_is_left_alone(module: nn.Module) -> None:
+def test_networks_that_folding_would_break_are_not_folded(module: nn.Module) -> None:
     classifier, images = pipeline(module, nn.BatchNorm2d(6))
     assert_the_same_fused(classifier, images, folds=0)
 
@@ -209,7 +209,7 @@ class Recomputing(nn.Module):
         return out
 
 
-def test_what_is_computed_again_on_the_way_back_is_left_alone() -> None:
+def test_checkpointed_modules_are_not_folded() -> None:
     inside = nn.Sequential(nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
     classifier, images = pipeline(Recomputing(inside))
     assert_the_same_fused(classifier, images, folds=0)

@@ -268,7 +268,7 @@ def test_a_missing_directory_is_file_not_found(name: str) -> None:
 
 
 @pytest.mark.parametrize("package", ["timm", "torchvision"])
-def test_a_package_that_is_not_here_is_refused_with_how_to_get_it(package: str) -> None:
+def test_a_missing_package_is_reported_with_its_install_command(package: str) -> None:
     if importlib.util.find_spec(package) is not None:
         pytest.skip(f"{package} is installed")
     with pytest.raises(

@@ -148,7 +148,7 @@ SPECS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("spec", "message"), SPECS.values(), ids=SPECS)
-def test_what_is_no_model_is_refused_in_one_sentence(project: Path, spec: Any, message: str) -> None:
+def test_an_invalid_spec_is_refused_in_one_sentence(project: Path, spec: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as refusal:
         load(spec, device="cpu")
     assert "\n" not in str(refusal.value)
@@ -215,7 +215,7 @@ def test_a_classifier_lies_on_the_device_asked_for(images: Tensor, device: str) 
 
 
 @pytest.mark.parametrize("device", ["nonsense", "", "cpu:x", "cuda:99", "gpu"])
-def test_a_device_that_is_not_here_is_refused_by_name(device: str) -> None:
+def test_an_unavailable_device_is_refused(device: str) -> None:
     with pytest.raises(ValueError, match=rf"^device must be auto, cpu, cuda or mps.* got '{device}'$"):
         load(linear(), device=device)
 

@@ -1,4 +1,4 @@
-"""Folders that a training wrote are models; what is unfinished or damaged is told, and nothing foreign is run."""
+"""Folders that a training wrote are models; unfinished or damaged ones are refused, and no code of theirs is run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_trained_folder_is_a_model(tmp_path: Path) -> None:
     assert torch.equal(model(images), by_hand(images))
 
 
-def test_what_is_no_finished_network_of_the_zoo_is_told(
+def test_a_folder_without_a_finished_network_of_the_zoo_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = trained(tmp_path / "run")
@@ -96,13 +96,13 @@ def test_what_is_no_finished_network_of_the_zoo_is_told(
         ({"class_names": ["a"]}, "class_names must be one name for each of 3 classes, got 1"),
     ],
 )
-def test_a_record_that_cannot_be_is_told(shared: Path, changed: dict[str, object], said: str) -> None:
+def test_an_invalid_record_is_refused(shared: Path, changed: dict[str, object], said: str) -> None:
     record = json.loads((shared / "kept.json").read_text())
     told(shared, json.dumps({**record, "network": {**record["network"], **changed}}), f"is damaged: .*{said}")
 
 
 @pytest.mark.parametrize("settings", [None, 5, {}, {"recipe": 5}, "missing"])
-def test_a_record_without_its_recipe_is_told(shared: Path, settings: object) -> None:
+def test_a_record_without_its_recipe_is_refused(shared: Path, settings: object) -> None:
     record = json.loads((shared / "kept.json").read_text())
     record |= {"settings": settings}
     if settings == "missing":
@@ -110,7 +110,7 @@ def test_a_record_without_its_recipe_is_told(shared: Path, settings: object) -> 
     told(shared, json.dumps(record), "is damaged: training.json must have the recipe")
 
 
-def test_a_record_nested_without_end_is_told(shared: Path) -> None:
+def test_an_endlessly_nested_record_is_refused(shared: Path) -> None:
     told(shared, "[" * 200_000, "training.json is damaged")
     told(shared, json.dumps({"network": 5}), "training.json is damaged")
     told(shared, b"\xff", "training.json is damaged")
