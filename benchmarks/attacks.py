@@ -84,7 +84,7 @@ def show(
     """Print one row per job. Ratios are medians over rounds or, without `each`, ratios of the total times."""
     references = [name for name in outcomes if not name.startswith("weakspot")]
     print(f"\n{title}\n", flush=True)
-    heads = ["job", "fooled", "mean L-inf", "median L2", "median L1", "n_forward", "n_backward", "seconds"]
+    heads = ["job", "fooled", "mean L-inf", "median L2", "median L1", "forwards", "backwards", "seconds"]
     heads += [f"x {name.partition(',')[0]}" for name in references]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for name, outcome in outcomes.items():
@@ -238,7 +238,7 @@ def robust(count: int = 500) -> None:
     if not real.available():
         return
     print(f"\nRobust accuracy under L-infinity, first {count} test images\n")
-    heads = ["network", "eps", "attack", "robust", "n_forward", "n_backward", "seconds", "x AutoAttack"]
+    heads = ["network", "eps", "attack", "robust", "forwards", "backwards", "seconds", "x AutoAttack"]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|", flush=True)
     for name, eps in ROBUST.items():
         model, images, labels = real.first(name, count)

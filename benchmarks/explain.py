@@ -49,8 +49,8 @@ def main() -> None:
             {
                 "floor: 1 forward pass": lambda: predict(model, images),
                 "class_activation": lambda: class_activation(model, images, labels),
-                "class_activation, effective registration": lambda: class_activation(
-                    model, images, labels, registration="effective"
+                "class_activation, effective alignment": lambda: class_activation(
+                    model, images, labels, alignment="effective"
                 ),
                 "margin_drop (integrated gradients)": lambda: margin_drop(
                     model, pairs.clean, pairs.adversarial, pairs.labels, pairs.targets

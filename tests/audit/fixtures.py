@@ -1,10 +1,11 @@
-"""Small pictures, small networks, and what it means that two runs are the same."""
+"""Small pictures and networks, runs audited once per session, and assertions that two runs are the same."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from weakspot.audit import AttackPlan, ModelPlan, Plan, Run
+from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, open_run
 from weakspot.audit.store.digests import file_digest
 from weakspot.audit.store.records import TIMES
 
@@ -87,6 +88,24 @@ FILES = [
     "skipped.parquet",
 ]  # of a whole run
 TINY = ModelPlan("audited_networks:build", size=(24, 24), classes=("cat", "dog", "fish", "owl"))
+
+
+Audited = Callable[[str, Plan, Path], Run]
+
+
+@pytest.fixture(scope="session")
+def audited(tmp_path_factory: pytest.TempPathFactory) -> Audited:
+    """Audit a plan once per session under a name, and give each test a copy that it may change."""
+    runs: dict[str, Path] = {}
+
+    def copy_of(name: str, plan: Plan, folder: Path) -> Run:
+        if name not in runs:
+            runs[name] = tmp_path_factory.mktemp(name) / "run"
+            audit(plan, runs[name])
+        shutil.copytree(runs[name], folder)
+        return open_run(folder)
+
+    return copy_of
 
 
 @pytest.fixture

@@ -14,7 +14,15 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tests.audit.fixtures import draw_pictures, networks, pictures, small_plan, store_records  # noqa: F401 - fixtures
+from tests.audit.fixtures import (
+    Audited,
+    audited,
+    draw_pictures,
+    networks,
+    pictures,
+    small_plan,
+    store_records,
+)
 from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, open_run, summarize
 from weakspot.audit.findings.comparison import compare
 from weakspot.audit.findings.contrasts import WEAK, contrast_sentences, region_contrasts
@@ -25,6 +33,7 @@ from weakspot.audit.findings.summary import strongest_attack_sentence
 from weakspot.regions.spec import RegionSpec
 from weakspot.statistics import false_discovery, paired_proportion_interval
 
+__all__ = ["audited", "networks", "pictures"]  # fixtures
 QUADRANT = """
 import torch
 from torch import nn
@@ -61,7 +70,7 @@ def rows(frame: pd.DataFrame) -> Iterator[Any]:
 
 
 @pytest.fixture
-def planted(networks: Path) -> Path:  # noqa: F811
+def planted(networks: Path) -> Path:
     """Where a network with a weak quarter, and one without, can be imported; quarter.png is that quarter."""
     (networks / "planted_networks.py").write_text(QUADRANT)
     mask = np.zeros(SIZE, np.uint8)
@@ -91,12 +100,12 @@ def plan_for(folder: Path, network: str, **changes: object) -> Plan:
 
 
 @pytest.fixture
-def weak(planted: Path) -> Run:
-    return audit(plan_for(planted, "quadrant"), planted / "weak")
+def weak(planted: Path, audited: Audited) -> Run:
+    return audited("weak", plan_for(planted, "quadrant"), planted / "weak")
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
-def test_a_planted_weak_place_is_found_and_said(weak: Run) -> None:
+def test_a_planted_weak_place_is_found_and_reported(weak: Run) -> None:
     found = region_contrasts(weak)
     assert set(found["control"]) == {
         "shifted"
@@ -142,7 +151,7 @@ def test_contrasts_are_paired_differences_of_the_records(weak: Run) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
-def test_curves_count_the_images_that_fell_at_a_size_or_a_smaller_one(weak: Run) -> None:
+def test_curves_count_images_fooled_up_to_a_size(weak: Run) -> None:
     curves = budget_curves(weak)
     records = weak.records
     assert set(curves["attack"]) == {"fmn", "pgd steps=20"}
@@ -163,7 +172,7 @@ def test_curves_count_the_images_that_fell_at_a_size_or_a_smaller_one(weak: Run)
         assert ((curve["low"] <= curve["fooled"]) & (curve["fooled"] <= curve["high"])).all()
 
 
-def test_a_run_without_controls_budgets_or_analyses_has_no_findings(pictures: Path) -> None:  # noqa: F811
+def test_a_run_without_controls_budgets_or_analyses_has_no_findings(pictures: Path) -> None:
     run = audit(small_plan(pictures, analyses=(), maps=False), pictures.parent / "run")
     assert region_contrasts(run).empty
     assert budget_curves(run).empty
@@ -176,7 +185,7 @@ def test_a_run_without_controls_budgets_or_analyses_has_no_findings(pictures: Pa
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
-def test_an_image_that_falls_in_one_place_only_counts_with_the_largest_size_there(weak: Run) -> None:
+def test_an_image_fooled_in_one_place_counts_with_the_largest_size_elsewhere(weak: Run) -> None:
     records = weak.records
     region = weak.plan.regions[0]
     records = records[records["attack"] == "fmn"].copy()
@@ -194,7 +203,7 @@ def test_an_image_that_falls_in_one_place_only_counts_with_the_largest_size_ther
     assert row.images == 40
 
 
-def test_sizes_are_told_in_the_norm_of_the_attack() -> None:
+def test_sizes_are_given_in_the_norm_of_the_attack() -> None:
     row: dict[str, Any] = dict(  # noqa: C408 - shorter
         attack="fmn", region="cam", control="shifted", draws=1, region_fraction=0.3, control_fraction=0.3, images=40,
         measure="smallest size", norm="linf", region_value=0.002, control_value=0.5, region_censored=0.0,
@@ -224,7 +233,7 @@ def test_the_norm_of_sizes_is_that_of_the_attack_whatever_its_label(planted: Pat
     assert "in L2" in l2
 
 
-def test_where_nothing_fell_no_region_is_called_the_weakest(planted: Path) -> None:
+def test_if_nothing_is_fooled_no_region_is_called_the_weakest(planted: Path) -> None:
     attacks = tuple(AttackPlan("pgd", f"linf:{eps}", (("steps", 1),)) for eps in ("0.0001", "0.0002"))
     said = summarize(audit(plan_for(planted, "even", attacks=attacks), planted / "strong")).weakest
     assert said.startswith("No image was fooled by pgd")
@@ -248,9 +257,7 @@ def test_attacks_that_always_succeed_have_no_robust_accuracy_without_one_budget(
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
-def test_findings_of_a_complete_run_are_computed_once_and_belong_to_who_asks(
-    weak: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_findings_of_a_complete_run_are_cached_and_copied(weak: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run = open_run(weak.folder)
     asked: list[str] = []
     own = Run.sql
@@ -274,7 +281,7 @@ def test_findings_of_a_complete_run_are_computed_once_and_belong_to_who_asks(
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
-def test_a_region_where_nothing_falls_has_its_curve_and_its_control_a_least_size(weak: Run) -> None:
+def test_a_place_where_nothing_is_fooled_has_a_flat_curve_and_a_censored_size(weak: Run) -> None:
     records = weak.records
     region = weak.plan.regions[0]
     smallest = records["attack"] == "fmn"
@@ -295,7 +302,7 @@ def test_a_region_where_nothing_falls_has_its_curve_and_its_control_a_least_size
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
-def test_an_image_unknown_at_a_smaller_budget_is_in_no_curve(weak: Run) -> None:
+def test_an_image_with_an_unknown_outcome_at_a_smaller_budget_is_in_no_curve(weak: Run) -> None:
     records = weak.records
     lost = (records["attack"] == "pgd linf:8/255 steps=20") & (records["index"] < 10)
     records["success_8bit"] = records["success_8bit"].astype("boolean").mask(lost)
@@ -310,7 +317,7 @@ def test_an_image_unknown_at_a_smaller_budget_is_in_no_curve(weak: Run) -> None:
     }  # the first fell before it was lost
 
 
-def test_no_region_is_ranked_by_what_an_attack_leaves_there() -> None:
+def test_regions_are_listed_in_the_order_of_the_plan() -> None:
     """First the small region is the weaker one by far, then the large one: the sentence is in the plan's order."""
     for left in ((0.3, 0.9), (0.9, 0.3)):
         cells = [
@@ -328,7 +335,7 @@ def test_no_region_is_ranked_by_what_an_attack_leaves_there() -> None:
         )
 
 
-def test_areas_are_those_of_images_that_were_attacked_and_nothing_is_no_robustness(networks: Path) -> None:  # noqa: F811
+def test_a_run_without_any_outcome_has_no_areas_and_no_robustness(networks: Path) -> None:
     draw_pictures(networks / "few", 3)
     plan = small_plan(
         networks / "few", model=ModelPlan("audited_networks:mute", size=SIZE), controls=True, regions=("cam",),

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from tests.audit.fixtures import draw_pictures, networks, pictures, small_plan
-from tests.audit.test_report import Reader
+from tests.audit.test_run_page import Reader
 from weakspot.audit import AttackPlan, ModelPlan, Run, audit
 from weakspot.audit.findings.locations import TYPE_COLUMNS, perturbation_types, pixel_localities
 from weakspot.audit.page.finding_sections import locality_section, type_section
@@ -53,7 +53,7 @@ def run(networks: Path) -> Run:
     return audit(plan, networks / "run")
 
 
-def test_types_and_localities_are_those_of_the_records_and_stand_on_the_page(run: Run) -> None:
+def test_types_and_localities_equal_the_records_and_are_on_the_page(run: Run) -> None:
     records, types = run.records, perturbation_types(run)
     fooled = records[records["correct"].eq(True) & records["success_8bit"].eq(True)].fillna(
         {"correct": False}

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.audit.fixtures import draw_pictures, networks, small_plan, store_records
-from tests.audit.test_report import Reader
+from tests.audit.fixtures import Audited, audited, draw_pictures, networks, small_plan, store_records
+from tests.audit.test_run_page import Reader
 from tests.cli.conftest import Run as Ran
 from tests.cli.conftest import photographs, run
 from weakspot.attacks import Attack, fmn, minimizes
@@ -27,7 +27,7 @@ from weakspot.audit.plan.limits import judged_attacks, limit_of, stated_budgets
 from weakspot.audit.store.records import outcomes_query
 from weakspot.pairs import AttackResult
 
-__all__ = ["networks", "photographs", "run"]  # fixtures
+__all__ = ["audited", "networks", "photographs", "run"]  # fixtures
 STEADY = """
 import torch
 from torch import nn
@@ -128,7 +128,7 @@ def test_table_page_gate_and_classes_say_the_same(steady: Path) -> None:
     assert robust["before"].to_dict() == {attack: cell.robust_accuracy for attack, cell in cells.items()}
 
 
-def test_without_one_stated_budget_a_minimal_norm_attack_has_no_robust_accuracy_and_shuts_no_gate(
+def test_a_minimal_norm_attack_without_a_stated_budget_has_no_robust_accuracy_and_fails_no_gate(
     steady: Path,
 ) -> None:
     budgets = tuple(replace(PGD, budget=f"linf:{amount}/255") for amount in (2, 4))
@@ -151,8 +151,8 @@ def test_without_one_stated_budget_a_minimal_norm_attack_has_no_robust_accuracy_
     assert "nan" not in " ".join(cell for row in Reader(run_report(alone)).tables["robust"] for cell in row)
 
 
-def test_a_number_that_is_not_known_still_shuts_the_gate(steady: Path) -> None:
-    found = audit(plan_of(steady, PGD, FMN), steady / "run")
+def test_an_unknown_robust_accuracy_fails_the_gate(steady: Path, audited: Audited) -> None:
+    found = audited("steady", plan_of(steady, PGD, FMN), steady / "run")
     records = found.records
     lost = records["attack"] == "fmn"
     records["success_8bit"] = records["success_8bit"].astype("boolean").mask(lost)
@@ -207,10 +207,10 @@ def test_a_budget_beside_minimal_norm_attacks_alone_is_kept_in_the_plan(steady: 
 
 
 @pytest.fixture
-def unrounded(steady: Path) -> Run:
+def unrounded(steady: Path, audited: Audited) -> Run:
     """A run in which half of what pgd fooled is lost in a file, and one image fools as a file only."""
-    found = audit(plan_of(steady, replace(PGD, budget="linf:1/3"), replace(PGD, name="fgsm", settings=())),
-                  steady / "run")  # fmt: skip
+    plan = plan_of(steady, replace(PGD, budget="linf:1/3"), replace(PGD, name="fgsm", settings=()))
+    found = audited("unrounded", plan, steady / "run")
     records = found.records
     pgd = records["attack"] == "pgd"
     assert records.loc[pgd, "success_8bit"].all()
@@ -223,7 +223,7 @@ def unrounded(steady: Path) -> Run:
     return open_run(found.folder)
 
 
-def test_what_a_file_does_not_keep_counts_nowhere_but_with_float(unrounded: Run) -> None:
+def test_success_that_rounding_removes_counts_only_with_float(unrounded: Run) -> None:
     def robust(one: Run) -> float:
         return next(cell.robust_accuracy for cell in summarize(one).cells if cell.attack == "pgd")
 
@@ -264,7 +264,7 @@ def test_curves_and_contrasts_count_files(unrounded: Run) -> None:
     assert region_contrasts(open_run(unrounded.folder)).empty
 
 
-def test_the_command_line_counts_floats_where_asked(run: Ran, unrounded: Run) -> None:
+def test_the_command_line_counts_floats_if_asked(run: Ran, unrounded: Run) -> None:
     where = unrounded.folder
     shut = "attack == 'pgd' and robust_accuracy < 0.4"
     assert run("audit", "--resume", where, "--no-report", "--fail-if", shut).code == 0
@@ -301,7 +301,7 @@ def mine(model, images, labels, *, region=None, seed=0):
 """
 
 
-def test_of_an_attack_that_says_nothing_of_files_they_are_evaluated(
+def test_the_success_of_files_is_evaluated_if_an_attack_does_not_state_it(
     steady: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (steady / "own_attack.py").write_text(OWN)
@@ -321,15 +321,15 @@ def test_of_an_attack_that_says_nothing_of_files_they_are_evaluated(
     assert [cell.robust_accuracy for cell in summarize(found).cells] == [1.0]
 
 
-def test_the_query_keeps_any_label_a_text(steady: Path) -> None:
-    found = audit(plan_of(steady, PGD, FMN), steady / "run")
+def test_the_query_quotes_any_label(steady: Path, audited: Audited) -> None:
+    found = audited("steady", plan_of(steady, PGD, FMN), steady / "run")
     odd = replace(found.plan, attacks=(replace(FMN, label="it's; drop table"),))
     assert found.sql(outcomes_query(odd, eight_bit=True)).df()["robust"].notna().all()
     draw_pictures(steady / "none", 1)
     assert pd.api.types.is_bool_dtype(found.sql("select robust from outcomes").df()["robust"])
 
 
-def test_a_minimal_norm_attack_of_a_plug_in_gets_curves_like_ours(
+def test_a_minimal_norm_attack_of_a_plugin_gets_budget_curves(
     steady: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @minimizes("l2")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.test_report import HOSTILE, Opened, browser  # noqa: F401 - a fixture
+from tests.browser.test_explanation_page import HOSTILE, Opened, browser  # noqa: F401 - a fixture
 from tests.dissection.test_units import planted, seeing
 from weakspot.dissection import dissect_layers
 from weakspot.dissection.unit_examples import show_units

@@ -143,6 +143,7 @@ class AttackSequence:
                 steps=len(self.sizes), momentum=1.0,
             ).adversarial  # fmt: skip
             self._judge(SUBSTITUTE, moved, moved)
+        # From here on each attack gets only the images that withstood the attacks before it.
         self._attack_by_gradients(OWN, 1, until=0.2)
         if bool(self.defended.correct.any()):
             self._find_straight_lead()
@@ -151,6 +152,7 @@ class AttackSequence:
         left = bool((self.undefended.correct | self.defended.correct).any())
         region = cam(self.model, images, labels, fraction=self.effort.fraction) if left else None
         self._attack_by_gradients(REGION, 4, region=region, until=0.5)
+        # Images may withstand by luck or because gradients mislead: more draws, then attacks without gradients.
         self._average_more_draws()
         if self.effort.thorough:
             self._attack(ENSEMBLE, self._ensemble, until=0.6)
@@ -165,12 +167,7 @@ class AttackSequence:
 
     def _agreement(self, lead: Classifier) -> float:
         agreeing = agreement(
-            self.leads[OWN],
-            lead,
-            self.images,
-            self.labels,
-            budget=self.effort.budget,
-            seed=self.effort.seed,
+            self.leads[OWN], lead, self.images, self.labels, budget=self.effort.budget, seed=self.effort.seed
         )
         return float(agreeing.float().mean())
 
@@ -190,6 +187,7 @@ class AttackSequence:
         """Add agreement to the rows of gradient attacks, if images are left, so that the verdict needs it."""
         (left,) = self.defended.correct.nonzero(as_tuple=True)
         for row in self.rows if len(left) else ():
+            # Rows of attacks without gradients have no lead.
             lead = self.leads.get(str(row["attack"]))
             if lead is not None:
                 row["agreement"] = self._agreement(lead)
@@ -206,7 +204,7 @@ class AttackSequence:
                 float(side.correct.float().mean()) for side in (self.undefended, self.defended)
             )
             if defended - undefended <= GAIN:
-                return
+                return  # no gain is left that more draws could take
             self.defended.attacked = expectation(self.leads[OWN], draws, seed=self.effort.seed)
             self._attack_by_gradients(DRAWS.format(draws), stream, until=0.5)
             if defended - float(self.defended.correct.float().mean()) <= RISING + ROUNDING:
@@ -220,6 +218,7 @@ class AttackSequence:
         while True:
             before = int(self.defended.correct.sum())
 
+            # New squares at every doubling (another stream), not the continuation of the shorter search.
             def search(side: Side, rows: Tensor, count: int = count, stream: int = stream) -> Tensor:
                 with self._problem(side.queried, rows) as problem, problem.fused_model():
                     return square_search(problem, queries=count, stream=stream, progress=self.part)[0]
@@ -274,6 +273,7 @@ class AttackSequence:
         """
         early = early and not self.random and isinstance(self.effort.budget, Linf)
         with self._problem(side.attacked, rows, region) as own:
+            # Gradients come from the lead; the side's own logits decide which image is fooled.
             problem = own if lead is None else replace(own, lead=on_8bit_images(lead))
             search = Search(problem, margin, stop_early=early)
             search.warned = True  # gradients of zero are what the agreement reports
@@ -312,6 +312,7 @@ class AttackSequence:
             correct = (
                 torch.ones_like(self.labels, dtype=torch.bool) if name == CLEAN else side.correct.clone()
             )
+            # An image that an earlier attack fooled stays fooled: the row is the worst case so far.
             rows = correct.nonzero()[:, 0]
             if len(rows):
                 fitted = fit(images[rows], self.images[rows], self.effort.budget)

@@ -55,6 +55,7 @@ def straight_through_models(defended: Classifier, images: Tensor) -> list[Classi
         classes = defended(images).shape[1]
     # Going straight through to the whole network would be the defended model itself.
     whole = (defended, defended.network)
+    # Hooks run when a module returns, inner modules first; reversed, they come from the outside in.
     inner = [module for module, count in reversed(called) if count == classes and module not in whole]
     # Earlier calls are either draws to be averaged, or prepare the last call: both leads are tried.
     calls = {module: inner.count(module) for module in list(dict.fromkeys(inner))[:MOST]}
@@ -159,6 +160,7 @@ class _StraightThrough(nn.Module):
             handle.remove()
         if not calls:  # these images did not reach the inner network, so there is no gradient
             return logits
+        # Logits are a mean over the calls, so the gradient is too: each copy of the image contributes.
         used = calls[-1:] if self.last else calls
         return torch.stack([self._call_logits(inner, call, images) for call in used]).mean(0)
 
@@ -213,6 +215,7 @@ def agreement(
     """
     with attack_context(defended, images, labels, AttackOptions(budget, seed=seed)) as problem:
         points = problem.apply(random_start(problem, STREAM))
+    # A ratio of 1 is a margin that is linear along the step; masked gradients give 0, NaN or any number.
     ratio = _change_ratio(defended, lead, points, labels, budget=budget, seed=seed)
     return (ratio >= SMALLEST_RATIO) & (ratio <= LARGEST_RATIO)
 
@@ -249,6 +252,7 @@ def _change_ratio(
             # steepest_step ascends, so the negative gradient lowers the margin.
             step = STEP * budget.steepest_step(-gradient, torch.zeros_like(batch), batch)
             moved = (batch + step).clamp(0, 1)
+            # First-order change of the margin over the step as clipped to [0, 1].
             predicted = (gradient * (moved - batch)).flatten(1).sum(1)
             with torch.no_grad():
                 with one_draw(defended, seed):

@@ -108,11 +108,13 @@ def evaluate_defense(
     budget = DEFAULT_BUDGET if budget is None else budget
     check_budget(budget)
     images, labels = _checked(model, defended, substitute, images, labels)
+    # Whole gray levels, so that rounding an attacked image to 8 bits never leaves the budget.
     effort = Effort(whole_levels(budget), steps, fraction, draws, queries, thorough=thorough, seed=seed)
     sequence = AttackSequence((model, defended), images, labels, effort, progress)
     sequence.run(substitute)
     rows = sequence.rows
     if oracle is not None:
+        # Against the first attack only: the oracle has no adaptive attacker.
         correct = is_correct(model, oracle(sequence.transferred, images), labels)
         rows.append(table_row(ORACLE, sequence.after_transfer, correct))
     sequence.report(1.0)

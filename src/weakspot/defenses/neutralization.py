@@ -58,6 +58,7 @@ def neutralize(images: Tensor, region: Tensor, *, fill: str = "mean") -> Tensor:
 
 
 def _mean(images: Tensor, region: Tensor) -> Tensor:
+    # A region that covers the whole image has no outside; then the mean is over all sites.
     whole = region.flatten(1).all(1).view(-1, 1, 1, 1)
     outside = (~region | whole).to(images.dtype)
     mean = (images * outside).sum((2, 3), keepdim=True) / outside.sum((2, 3), keepdim=True)
@@ -77,6 +78,7 @@ def _blur(images: Tensor, region: Tensor) -> Tensor:
 def _inpaint(images: Tensor, region: Tensor) -> Tensor:
     import cv2
 
+    # OpenCV inpaints single channels of 8 bits.
     levels = (images.detach().clamp(0, 1) * 255).round().byte().cpu().numpy()
     masks = region[:, 0].cpu().numpy().astype(np.uint8)
     filled = np.stack(
@@ -90,6 +92,7 @@ def _inpaint(images: Tensor, region: Tensor) -> Tensor:
 
 def _svd(images: Tensor, region: Tensor) -> Tensor:
     del region
+    # The closest matrix of this rank (Eckart and Young 1936), for each channel.
     left, sizes, right = torch.linalg.svd(images.detach().float(), full_matrices=False)
     rank = min(RANK, sizes.shape[-1])
     low = (left[..., :rank] * sizes[..., None, :rank]) @ right[..., :rank, :]
@@ -185,6 +188,7 @@ def vulnerable_region(
     vulnerable = gaussian(gradient.norm(dim=1, keepdim=True).double(), sigma, radius)
     if randomness:
         keys = _random.keys(images.detach(), seed)
+        # Both maps as ranks: a weighted sum of gradients and noise would depend on the gradients' scale.
         noise = _random.normal(keys, draw, 1, *images.shape[2:]).to(vulnerable)
         scattered = _ranks(gaussian(noise, sigma, radius))
         vulnerable = (1 - randomness) * _ranks(vulnerable) + randomness * scattered
@@ -193,6 +197,7 @@ def vulnerable_region(
 
 def _ranks(maps: Tensor) -> Tensor:
     """The ranks, from 0, of the sites of maps (N, 1, H, W), so that maps of different scales can be averaged."""
+    # The inverse of a sorting permutation is the rank of each site.
     order = maps.flatten(1).argsort(dim=1, stable=True)
     return order.argsort(dim=1).view_as(maps).to(maps)
 

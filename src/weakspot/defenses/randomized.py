@@ -110,6 +110,7 @@ class _OnDraws(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         content = _random.keys(images.detach(), self.seed).sum()  # does not depend on the order of the images
         logits = []
+        # Another draw is another seed; mixing keeps the seeds of neighboring draws unrelated.
         for draw in self.draws:
             start = int(_random.mixed(_random.mixed(content) + draw))
             with _drawing(self.defended, start, draw):
@@ -126,6 +127,7 @@ def one_draw(model: Classifier, seed: int, draw: int = -1) -> AbstractContextMan
 def _drawing(classifier: Classifier, start: int, draw: int) -> Iterator[None]:
     """Seed the global generators and set the draw of every `DrawnByImage`; all are restored."""
     before: dict[int, int] = getattr(_requested, "draws", {})
+    # By thread and module, so that two threads on one model use different draws.
     numbered = {id(module): draw for module in classifier.modules() if isinstance(module, DrawnByImage)}
     try:
         with seeded(start, classifier.mean.device):

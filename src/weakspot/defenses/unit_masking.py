@@ -147,6 +147,7 @@ class _Masked(nn.Module):
             raise CannotMaskError(
                 f"units must be between 0 and {count - 1}, the units of {self.layer!r}, got {self.units[-1]}"
             )
+        # A product instead of an assignment: gradients pass, and the network's own tensor is not changed.
         factors = torch.ones(count, dtype=activation.dtype, device=activation.device)
         factors[self.units] = 0
         return activation * factors.view([count if place == axis else 1 for place in range(activation.ndim)])
@@ -205,6 +206,7 @@ def masking(
     activity, count = _activity(model, layer, images), len(wanted)
     if not 0 < count <= len(activity):
         raise ValueError(f"units must be 1 to {len(activity)} units, as many as {layer!r} has, got {count}")
+    # The attack on the unmasked network gives both the row "none" and the transferred images of all rows.
     groups: dict[str, Sequence[int]] = {UNMASKED: (), THESE: wanted, **_controls(wanted, activity, seed)}
     transferred = attack(model, images, labels).adversarial
     outcomes: dict[str, dict[str, NDArray[np.bool_]]] = {}
@@ -263,12 +265,14 @@ def masking_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
         f"unmasked one {_ranged(unmasked)} (p = {unmasked['p']:.2g})"
     )
     cost = f"Without any attack it is {these['clean']:.0%} masked and {unmasked['clean']:.0%} unmasked."
+    # The order of the cases matters: a lead that chance explains comes before its sign.
     if unmasked["p"] > level or unmasked["lead"] == 0:
         return f"Masking {units} is not shown to change robustness: {figures}. {cost}"
     if unmasked["lead"] < 0:
         return f"Masking {units} makes the network weaker: {figures}. {cost}"
     if not rows:
         return f"Masking {units} helps; there are no other units to compare with: {figures}. {cost}"
+    # Helping is not enough: the controls show how much masking any units of this number helps.
     behind = [str(name) for name, row in rows.items() if row["lead"] <= 0 or row["p"] > level]
     if behind:
         return (
@@ -295,6 +299,7 @@ def _activity(model: nn.Module, layer: str, images: Tensor) -> Tensor:
 
     def note(activation: Tensor, count: int) -> Tensor:
         axis = unit_axis(activation, images)
+        # The last batch may be filled up with repetitions, which do not count.
         by_unit = activation[:count].movedim(axis, 1).reshape(count, activation.shape[axis], -1)
         sums.append(by_unit.mean(2).sum(0))
         return activation

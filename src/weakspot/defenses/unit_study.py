@@ -124,6 +124,7 @@ def association_sentences(table: pd.DataFrame) -> list[str]:
         ]
     association = associate(table)
     sentences = [association.sentence]
+    # If units that change under noise show the same association, the attack is not its reason.
     noise = table.assign(sensitivity=table["noise"])
     if association.units >= ENOUGH and np.isfinite(noise["sensitivity"]).sum() >= ENOUGH:
         of_noise = associate(noise)
@@ -148,6 +149,7 @@ def _chosen(
         raise ValueError(
             f"pairs must be at least 4 to choose units on one half and judge them on the other, got {len(pairs)}"
         )
+    # Every other pair, so that classes stored in blocks are in both halves.
     halves = [
         Pairs(*(part[start::2] for part in (pairs.clean, pairs.adversarial, pairs.labels, pairs.targets)))
         for start in (0, 1)

@@ -71,6 +71,7 @@ def verdict(table: pd.DataFrame) -> Verdict:
     worst = rows.iloc[-1]
     count = int(worst["images"])
     gain = (int(worst["defended_only"]) - int(worst["undefended_only"])) / count
+    # Only images that the two models classify differently carry evidence; the others cancel.
     p = mcnemar_counts(int(worst["defended_only"]), int(worst["undefended_only"]), alternative="greater")
     leads = rows.set_index("attack").dropna(subset="agreement")
     measured = (
@@ -79,6 +80,7 @@ def verdict(table: pd.DataFrame) -> Verdict:
     )
     if gain <= GAIN + ROUNDING:
         return Verdict("no protection", f"No protection: {measured}.")
+    # Even if every image were gained, p = 2 ** -count would exceed the level.
     if mcnemar_counts(count, 0, alternative="greater") > SIGNIFICANT:
         return Verdict(
             "cannot be judged",
@@ -110,6 +112,7 @@ def _doubts(rows: pd.DataFrame, leads: pd.DataFrame) -> list[str]:
             f"gradients are masked near the decision boundary (from the ends of the gradient attacks they lower the "
             f"margin on {leading_on:.0%} of the images left)"
         )
+    # Rows are accuracies after all attacks so far, so the difference to the row above is what an attack takes.
     count, falls = int(rows["images"].iloc[0]), -rows["defended"].diff()
     averages, searches = (rows["attack"].str.startswith(name.partition("{")[0]) for name in (DRAWS, QUERIES))
     if averages.any() and falls[averages].iloc[-1] > RISING + ROUNDING:

@@ -115,6 +115,7 @@ class ConceptSet:
             for category in categories
             if category in listed
         )
+        # One table lookup turns a mask of label numbers into concepts.
         lookup = np.full((len(categories), LARGEST_LABEL + 1), -1, dtype=np.int32)
         lookup[:, 0] = len(concepts)
         for position, concept in enumerate(concepts):

@@ -70,6 +70,7 @@ def _location(row: pd.Series) -> str:
         return f"No part of the image stands out for {row['label']}, so there is no region where the network looks."
     if math.isnan(row["effect_in_roi"]):
         return f"The attack took almost nothing from the lead of {row['label']}, or nothing that could be located."
+    # Completeness of integrated gradients: the map must sum to the whole drop of the margin.
     if row["completeness_gap"] > MAX_GAP:
         return (
             "The effect could not be located: the vulnerability map misses the whole effect by "

@@ -190,6 +190,7 @@ def scatter(units: pd.DataFrame, level: float) -> Scatter | None:
     if drawn.empty:
         return None
     logs = np.log10(drawn["sensitivity"].astype(float))
+    # Whole powers of ten, at least one apart.
     low, high = math.floor(float(logs.min())), math.ceil(float(logs.max()))
     high = max(high, low + 1)
     end, step = _axis(float(drawn["iou"].max()))

@@ -104,7 +104,8 @@ def train(
         resolved = config.resolved(images.shape[0])
         record = make_record(resolved, images, classifier, about)
         home = classifier.mean.device
-        job = Job(classifier, images, resolved, record, folder, cache or folder)
+        job = Job(classifier, images, resolved, record, out=folder, cache=cache or folder)
+        # Also without Lightning Fabric a finished training can be loaded.
         if not _loaded(job):
             _fit_exclusively(job, home, callbacks)
         result = classifier if isinstance(model, Classifier) else classifier.network

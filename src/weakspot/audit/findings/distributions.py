@@ -111,6 +111,7 @@ def distributions(run: Run) -> Distributions:
     for score in score_columns(run):
         name = quoted_name(score)
         values = (
+            # Infinite values, for example of log ratios, count as missing.
             f"(select attack, region, fooled, case when isfinite({name}::double) then {name}::double end as x "
             f"from outcomes where {in_reported_regions(run)})"
         )
@@ -144,6 +145,7 @@ def distributions(run: Run) -> Distributions:
 def _axis(summary: pd.DataFrame) -> tuple[float, float]:
     """The limits of an axis: all values, or all but the tails if these would take up most of it."""
     low, high = float(summary["least"].min()), float(summary["most"].max())
+    # The widest range that leaves out only the tails of every cell.
     inner = float(summary["lower"].min()), float(summary["upper"].max())
     if inner[1] > inner[0] and high - low > 3 * (inner[1] - inner[0]):
         low, high = inner
@@ -210,6 +212,7 @@ def extremes(run: Run, count: int = EXTREMES) -> Extremes:
     # The size of a change ranks images only if no attack has a budget (which fixes the size) or counts pixels.
     by_size = not any(attack.takes_budget() or attack.name in PIXEL_COUNTS for attack in run.plan.attacks)
     labels = [attack.label for attack in run.plan.attacks]
+    # Minimal-norm attacks end just across the boundary, so that their margins say nothing.
     attacks = labels if by_size else run.plan.bounded_attacks or labels
     if by_size:
         known = "fooled is not null"

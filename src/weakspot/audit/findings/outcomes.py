@@ -77,6 +77,7 @@ def cell_summaries(run: Run) -> list[CellSummary]:
     summaries = []
     for attack, region in run.plan.reported_cells:
         rows = outcomes[(outcomes["attack"] == attack.label) & (outcomes["region"] == region)]
+        # The outcome is unknown where the model or the attack failed on the image.
         known = rows[rows["fooled"].notna()].sort_values("index")
         robust = known["robust"].dropna().to_numpy(dtype=bool)
         interval = proportion_interval(robust) if len(robust) else (np.nan,) * 3
@@ -131,6 +132,7 @@ def adjusted(p: pd.Series[float]) -> NDArray[np.float64]:
 
 def once_per_run(compute: Callable[[Run], pd.DataFrame]) -> Callable[[Run], pd.DataFrame]:
     """Cache the result for each complete `Run`: the summary, the page and a gate all ask for it."""
+    # Weak keys, so that results disappear together with their run.
     cache: WeakKeyDictionary[Run, pd.DataFrame] = WeakKeyDictionary()
 
     @wraps(compute)

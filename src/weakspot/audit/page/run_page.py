@@ -101,6 +101,7 @@ def store_run_report(run: Run) -> str:
     if not is_url(run.name):
         return str(write_run_report(run, run.folder / FILE).resolve())
     location = place(run.name).below(FILE)
+    # A single upload, so that readers of the URL see the old page or the new one.
     location.system.pipe_file(location.path, run_report(run).encode())
     return f"{run.name.rstrip('/')}/{FILE}"
 
@@ -136,6 +137,7 @@ def run_page(header: Header, sections: Sequence[Section], made: Mapping[str, str
         libraries=_compressed(vega_libraries()) if charts else "",
         drawings=_compressed(json.dumps({"config": CONFIG, "specs": specs})),
         numbers={id(chart): number for number, chart in enumerate(charts)},
+        # The template finds the number of a chart by its identity.
         identity=id,
         rest={
             table.name: _hidden_rows(table)

@@ -1,4 +1,4 @@
-"""Foreign attacks: whatever a library does, what comes back keeps the contract and is counted."""
+"""Attacks of other libraries: whatever a library does, the result obeys the contract and passes are counted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.attacks.test_gradient import predicted, region_of
-from tests.networks import Made, untouched
+from tests.covering import sampled
+from tests.networks import NETWORKS, Made, untouched
 from weakspot import L1, L2, SSIM, Linf, ModelWarning
 from weakspot.attacks import external, libraries
 
@@ -59,13 +60,17 @@ def noisy(model: nn.Module, images: Tensor, wanted: Tensor, eps: float) -> Tenso
     return point.detach()
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 2])
-@pytest.mark.parametrize("kind", ["everywhere", "scattered"])
-@pytest.mark.parametrize("budget", [Linf(0.05), L2(0.3)], ids=str)
-def test_what_comes_back_keeps_range_budget_and_region_and_every_pass_is_counted(
-    any_model: Made, library: Callable[[Search], str], budget: Any, kind: str, batch_size: int | None
+@sampled(
+    "network, batch_size, kind, budget",
+    NETWORKS,
+    [None, 1, 2],
+    ["everywhere", "scattered"],
+    [Linf(0.05), L2(0.3)],
+)
+def test_results_obey_range_budget_and_region_and_every_pass_is_counted(
+    library: Callable[[Search], str], network: str, budget: Any, kind: str, batch_size: int | None
 ) -> None:
-    model, images = any_model
+    model, images = NETWORKS[network]()
     labels, region = predicted(model, images), region_of(kind, images)
     seen = []
     handle = model.register_forward_hook(lambda module, given, logits: seen.append(len(given[0])))
@@ -75,7 +80,7 @@ def test_what_comes_back_keeps_range_budget_and_region_and_every_pass_is_counted
         )
     handle.remove()
     assert bool(((result.adversarial >= 0) & (result.adversarial <= 1)).all())
-    assert bool((budget.size(result.perturbation, images) <= budget.eps * (1 + 1e-5) + 1e-7).all())
+    assert bool((budget.distance(result.perturbation, images) <= budget.eps * (1 + 1e-5) + 1e-7).all())
     if region is not None:
         outside = ~region.expand_as(images)
         assert torch.equal(result.adversarial[outside], images[outside])
@@ -139,7 +144,7 @@ def test_passes_of_some_images_only_are_counted_for_those(
     assert torch.equal(result.adversarial, images)
 
 
-def test_what_is_not_finite_stays_clean(library: Callable[[Search], str], pooling: Made) -> None:
+def test_values_that_are_not_finite_stay_clean(library: Callable[[Search], str], pooling: Made) -> None:
     model, images = pooling
     name = library(lambda model, images, wanted, eps: torch.where(images > 0.5, torch.nan, 1 - images))
     result = external(name, model, images, predicted(model, images))
@@ -168,7 +173,7 @@ def explode(model: nn.Module, images: Tensor, wanted: Tensor, eps: float) -> Ten
         ),
     ],
 )
-def test_what_goes_wrong_is_one_sentence(
+def test_a_failure_is_one_sentence(
     library: Callable[[Search], str], pooling: Made, search: Search, options: dict[str, Any], sentence: str
 ) -> None:
     model, images = pooling
@@ -217,7 +222,7 @@ def test_an_attack_sees_a_module_that_stays_in_eval_mode_and_an_empty_region_is_
     torch.testing.assert_close(result.adversarial[[0, 2]], 1 - images[[0, 2]])
 
 
-def test_what_fails_on_some_images_leaves_those_clean_and_says_so(
+def test_a_failure_on_some_images_leaves_those_clean_with_a_warning(
     library: Callable[[Search], str], pooling: Made
 ) -> None:
     model, images = pooling

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from tests.audit.fixtures import NETWORKS, draw_pictures, small_plan
-from tests.browser.test_report import Opened, browser
+from tests.browser.test_explanation_page import Opened, browser
 from weakspot.audit import Run, audit, write_run_report
 from weakspot.audit.findings.contrasts import Contrast
 from weakspot.audit.findings.curves import BUDGET_COLUMNS
@@ -39,10 +39,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         sys.modules.pop("audited_networks", None)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1200, 400])
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (400, "dark")])
 def test_every_chart_is_drawn_in_the_colors_of_the_page(
-    browser: Any, report: Path, scheme: str, width: int
+    browser: Any, report: Path, width: int, scheme: str
 ) -> None:
     opened = Opened(browser, report, width, scheme)
     for select in opened.page.query_selector_all(".which"):
@@ -101,7 +100,7 @@ def test_curves_over_sizes_are_drawn(browser: Any, tmp_path: Path) -> None:
     assert opened.wrong == []
 
 
-def test_many_rows_come_when_they_are_asked_for(browser: Any, tmp_path: Path) -> None:
+def test_hidden_rows_appear_when_filtered_or_sorted(browser: Any, tmp_path: Path) -> None:
     rows = [[text_cell(f"class {number:03d}"), count_cell(number)] for number in range(300)]
     page = run_page(
         Header("t", "", "", [], []),

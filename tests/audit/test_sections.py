@@ -58,7 +58,7 @@ def page(*sections: Section) -> str:
     return run_page(Header("title", "", "", [], []), sections, {}, Queries("", ""))
 
 
-def test_nothing_to_compare_says_which_option_adds_it() -> None:
+def test_an_empty_section_names_the_option_that_fills_it() -> None:
     bare = budget_section(pd.DataFrame(columns=list(BUDGET_COLUMNS)), NONE)
     assert len(bare.sentences) == 1
     assert "--controls" in bare.sentences[0]
@@ -67,7 +67,7 @@ def test_nothing_to_compare_says_which_option_adds_it() -> None:
     assert "--analyses propagation" in layer_section(pd.DataFrame()).sentences[0]
 
 
-def test_the_size_that_fools_half_is_that_of_the_curve() -> None:
+def test_the_size_that_fools_half_equals_the_curve() -> None:
     section = budget_section(curves(), contrast(0.001), contrast_sentences(contrast(0.001)))
     assert section.sentences[0] == (
         "Size (linf) at which pgd has fooled half of the images: 0.02 in cam, at no size tested in matched:cam."
@@ -84,13 +84,13 @@ def test_the_size_that_fools_half_is_that_of_the_curve() -> None:
     assert dashes["range"][1] != [1, 0]
 
 
-def test_without_controls_a_lead_may_be_a_matter_of_area_or_place() -> None:
+def test_without_controls_the_page_warns_about_area_and_place() -> None:
     said = budget_section(curves(), NONE).sentences[-1]
     assert "because of its area or its place; --controls adds them" in said
     assert len(budget_section(pd.DataFrame(columns=list(BUDGET_COLUMNS)), contrast(0.5)).tables) >= 1
 
 
-def test_no_difference_is_claimed_where_there_is_none() -> None:
+def test_no_difference_is_claimed_if_there_is_none() -> None:
     assert "not shown to be weaker" in contrast_sentences(contrast(0.5))[0]
     assert "weak region" not in " ".join(
         budget_section(curves(), contrast(0.5), contrast_sentences(contrast(0.5))).sentences
@@ -111,7 +111,7 @@ def findings(*rows: dict[str, Any]) -> Section:
     return finding_section(pd.DataFrame(list(rows), columns=list(Finding._fields)))
 
 
-def test_acting_where_the_network_looks_is_said_of_attacks_that_beat_other_images() -> None:
+def test_an_attack_acts_where_the_network_looks_if_it_beats_other_images() -> None:
     known = ("attack", "region", "score", "images", "mean", "low", "high")
     bare = {name: nan for name in Finding._fields if name not in known} | {"against": ""}
     section = findings(
@@ -125,7 +125,7 @@ def test_acting_where_the_network_looks_is_said_of_attacks_that_beat_other_image
     assert [cell.text for cell in section.tables[0].rows[2]][5:] == [""] * 6
 
 
-def test_acting_where_the_network_looks_is_not_said_otherwise() -> None:
+def test_an_attack_that_does_not_beat_other_images_is_not_said_to_act_there() -> None:
     (weak,) = findings(finding("effect_in_roi", 0.2), finding("spearman", 0.06)).sentences
     assert "It is not shown that pgd on the whole image acts more, or less, where the network looks" in weak
     (apart,) = findings(finding("effect_in_roi", 0.01), finding("spearman", 0.01, excess=-0.3)).sentences
@@ -191,7 +191,7 @@ def depths(held: float) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(("held", "told"), [(0.1, True), (0.48, False)])
-def test_depth_is_told_against_its_control(held: float, told: bool) -> None:
+def test_layer_sentences_compare_with_the_control(held: float, told: bool) -> None:
     section = layer_section(depths(held))
     assert ("The intervals overlap" in section.sentences[0]) is not told
     assert "spread alone explains nothing" in section.sentences[1]
@@ -212,7 +212,7 @@ def many_classes(count: int) -> Section:
     return class_section(Classes(classes, per, adversarial, CONFUSIONS))
 
 
-def test_what_does_most_is_judged_over_images_not_over_classes() -> None:
+def test_the_strongest_attack_is_chosen_over_images_not_classes() -> None:
     """Ninety images of one class weigh as much as they are, however many small classes there are."""
     labels = ["large", "small", "tiny"]
     classes = pd.DataFrame({"label": range(3), "name": labels, "images": (90, 5, 5), "clean": 1.0})
@@ -229,7 +229,7 @@ def test_what_does_most_is_judged_over_images_not_over_classes() -> None:
     assert "] of 90 images of large remain correctly classified" in said
 
 
-def test_depths_of_few_images_have_no_interval_and_a_page() -> None:
+def test_layer_curves_of_few_images_have_no_interval() -> None:
     few = depths(0.1).assign(images=4, low=np.nan, high=np.nan)
     section = layer_section(few)
     text = page(section)
@@ -239,7 +239,7 @@ def test_depths_of_few_images_have_no_interval_and_a_page() -> None:
     assert not [cell for cell in cells_ if "nan" in str(cell).lower()]
 
 
-def test_a_thousand_classes_are_all_in_the_page_and_some_on_it() -> None:
+def test_a_thousand_classes_are_in_the_page_and_two_hundred_in_its_html() -> None:
     section = many_classes(1000)
     text = page(section)
     assert len(section.tables[0].rows) == 1000
@@ -257,7 +257,7 @@ def test_colors_of_a_chart_are_those_of_the_page() -> None:
     assert "http" not in spec + str(CONFIG)
 
 
-def test_a_curve_that_begins_later_says_its_own_size() -> None:
+def test_a_curve_that_begins_later_has_its_own_size() -> None:
     found = curves(images=3)
     found.loc[found["control"] & (found["size"] == 0.04), "fooled"] = 0.8
     section = budget_section(found[~(found["control"] & (found["size"] < 0.04))], NONE)

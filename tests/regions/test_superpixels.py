@@ -1,4 +1,4 @@
-"""Segments: numbered without gaps, in one piece each, and true to color."""
+"""Superpixels are numbered without gaps, connected and of similar color."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ def test_more_superpixels_than_pixels_are_as_many_as_pixels() -> None:
 
 @pytest.mark.parametrize("count", [0, -3, 2.5])
 def test_a_count_that_is_none_is_refused(count: int) -> None:
-    with pytest.raises(ValueError, match=r"count is .*; accepted is a whole number from 1"):
+    with pytest.raises(ValueError, match=r"count must be an integer of at least 1, got"):
         regions.superpixels(torch.rand(1, 3, 8, 8), count=count)
 
 
 def test_images_of_other_channels_are_refused() -> None:
-    with pytest.raises(ValueError, match="images have 4 channels; accepted are 1 and 3"):
+    with pytest.raises(ValueError, match="images must have 1 or 3 channels, got 4"):
         regions.superpixels(torch.rand(1, 4, 8, 8))
 
 

@@ -81,7 +81,7 @@ def test_names_from_outside_are_escaped(explanation: Explanation) -> None:
     assert html.escape("</script><script>", quote=False) in page(explanation)
 
 
-def test_maps_come_back_from_the_page_as_they_were_found(explanation: Explanation) -> None:
+def test_maps_in_the_page_are_those_of_the_explanation(explanation: Explanation) -> None:
     documents = [found for found in Reader(page(explanation)).documents if "maps" in found]
     assert len(documents) == len(explanation)
     for index, document in enumerate(documents):
@@ -134,7 +134,7 @@ def test_class_names_with_braces_stay_as_they_are(explanation: Explanation) -> N
         assert titles["cam_target_clean"] == f"{other}, clean image"
 
 
-def test_the_page_of_four_photographs_stays_under_five_megabytes_and_says_the_verdicts(
+def test_the_page_of_four_photographs_is_under_five_megabytes_and_has_the_verdicts(
     tmp_path: Path,
 ) -> None:
     class Mean(torch.nn.Module):
@@ -211,7 +211,7 @@ def shown_scores(explanation: Explanation) -> list[str]:
 
 
 @pytest.mark.parametrize("analysis", ["overlap", "promotion"])
-def test_scores_stand_beside_other_images_where_there_are_any(
+def test_scores_are_compared_with_other_images_if_there_are_any(
     pooling: tuple[torch.nn.Module, torch.Tensor], analysis: str
 ) -> None:
     model, images = pooling

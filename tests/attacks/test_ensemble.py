@@ -1,4 +1,4 @@
-"""The ensemble: laws of every attack, what it must find, what it must never claim, and whom it must not accuse."""
+"""The ensemble: laws of every attack, planted weaknesses that it must find, and warnings that it must not give."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.attacks.test_gradient import Watched, balanced, bits, limit, predicted, region_of, tagged, times
+from tests.covering import sampled
 from tests.networks import NETWORKS, LinearNetwork, Made, doubled, untouched
 from weakspot import Classifier, attacks
 from weakspot._checks import ModelWarning
@@ -52,12 +53,11 @@ class Hiding(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("kind", ["everywhere", "empty for one"])
-@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+@sampled("network, budget, kind", NETWORKS, BUDGETS, ["everywhere", "empty for one"])
 def test_results_are_in_range_in_budget_in_region_and_verified(
-    any_model: Made, budget: Budget, kind: str
+    network: str, budget: Budget, kind: str
 ) -> None:
-    model, images = any_model
+    model, images = NETWORKS[network]()
     labels, region = predicted(model, images), region_of(kind, images)
     with untouched(model, images, labels, *([] if region is None else [region])):
         result = ensemble(model, images, labels, budget=budget, region=region)
@@ -100,7 +100,7 @@ def test_an_images_result_depends_on_no_batch_size_no_order_and_no_neighbor(
 
 @pytest.mark.parametrize("targeted", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 5, None])
-def test_counts_are_what_each_image_went_through_the_model(batch_size: int | None, targeted: bool) -> None:
+def test_counts_equal_the_passes_of_each_image(batch_size: int | None, targeted: bool) -> None:
     network, images = balanced(12)
     images, region = tagged(images)
     labels, model = predicted(network, images), Watched(network).eval()
@@ -115,7 +115,7 @@ def test_counts_are_what_each_image_went_through_the_model(batch_size: int | Non
 
 
 @pytest.mark.parametrize("budget", [Linf(0.01), L2(0.2), L1(1.0), SSIM(0.00003)], ids=str)
-def test_every_success_of_the_first_stage_is_kept_as_it_is(budget: Budget) -> None:
+def test_every_success_of_the_first_stage_is_returned_as_it_is(budget: Budget) -> None:
     model, images = balanced()
     labels = predicted(model, images)
     options = AttackOptions(budget)
@@ -154,7 +154,7 @@ def test_a_weak_model_that_hides_its_gradients_is_exposed(
 
 @pytest.mark.parametrize("hide", HIDING.values(), ids=HIDING)
 @pytest.mark.filterwarnings("ignore:the gradient of:weakspot._checks.ModelWarning")
-def test_a_strong_model_that_hides_its_gradients_is_not_said_to_fall(
+def test_a_strong_model_that_hides_its_gradients_is_not_reported_as_fooled(
     hide: Callable[[Tensor], Tensor],
 ) -> None:
     network, images = on_the_margin(0)
@@ -224,9 +224,9 @@ def test_leaving_the_label_short_of_the_target_is_no_targeted_success() -> None:
     assert result.success.tolist() == [False] * 3
 
 
-@pytest.mark.parametrize("budget", BUDGETS, ids=str)
-def test_images_already_misread_are_successes(any_model: Made, budget: Budget) -> None:
-    model, images = any_model
+@pytest.mark.parametrize(("network", "budget"), [*zip(NETWORKS, BUDGETS, strict=True)])
+def test_misclassified_images_are_successes(network: str, budget: Budget) -> None:
+    model, images = NETWORKS[network]()
     labels = model(images).argmin(1)
     result = ensemble(model, images, labels, budget=budget)
     assert result.success.tolist() == [True] * 3
@@ -245,7 +245,7 @@ class Needle(nn.Module):
         return torch.stack([distance, 1e-3 - distance], 1)
 
 
-def test_an_image_that_is_misread_as_it_is_is_a_success_whatever_lies_around_it() -> None:
+def test_an_image_that_is_misclassified_already_is_a_success_whatever_lies_around_it() -> None:
     image = 0.5 + 0.1 * torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     model = Needle(image).eval()
     assert predicted(model, image).tolist() == [1]
@@ -335,7 +335,7 @@ def test_checkpoints_are_inside_the_steps_and_grow_closer(steps: int) -> None:
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 @pytest.mark.parametrize("queries", [1, 2, 65, 130])
-def test_a_square_search_keeps_the_best_it_was_told_and_asks_no_more_than_allowed(
+def test_a_square_search_returns_its_best_and_queries_no_more_than_allowed(
     budget: Budget, queries: int
 ) -> None:
     network, images = NETWORKS["pooling"]()

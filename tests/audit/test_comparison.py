@@ -11,21 +11,30 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.audit.fixtures import TINY, draw_pictures, networks, pictures, small_plan, store_records
+from tests.audit.fixtures import (
+    TINY,
+    Audited,
+    audited,
+    draw_pictures,
+    networks,
+    pictures,
+    small_plan,
+    store_records,
+)
 from weakspot.audit import AttackPlan, Comparison, Run, audit, compare, open_run
 from weakspot.audit.store.records import RECORDS
 from weakspot.statistics import false_discovery, mean_interval, mean_test, paired_proportion_interval
 
-__all__ = ["networks", "pictures"]  # fixtures
+__all__ = ["audited", "networks", "pictures"]  # fixtures
 OTHER = replace(TINY, spec="audited_networks:other")
 
 
 @pytest.fixture
-def before(pictures: Path) -> Run:
-    return audit(small_plan(pictures, maps=False), pictures.parent / "before")
+def before(pictures: Path, audited: Audited) -> Run:
+    return audited("before", small_plan(pictures, maps=False), pictures.parent / "before")
 
 
-def test_a_run_has_not_moved_from_itself(before: Run, pictures: Path) -> None:
+def test_a_run_repeated_has_not_moved(before: Run, pictures: Path) -> None:
     again = audit(small_plan(pictures, maps=False), pictures.parent / "again")
     found = compare(before, again)
     assert found.moved.empty
@@ -69,7 +78,7 @@ def test_rows_are_paired_differences_of_the_records(before: Run, pictures: Path)
     np.testing.assert_allclose(tested["q"], false_discovery(tested["p"].to_numpy()))
 
 
-def test_images_are_the_same_by_content_whatever_they_are_called(before: Run, pictures: Path) -> None:
+def test_images_are_matched_by_content(before: Run, pictures: Path) -> None:
     moved = pictures.parent / "elsewhere"
     for number, path in enumerate(sorted(pictures.rglob("*.png"), reverse=True)):
         target = moved / path.parent.name / f"renamed{number:02d}.png"
@@ -84,7 +93,7 @@ def test_images_are_the_same_by_content_whatever_they_are_called(before: Run, pi
     assert np.abs(table["difference"]).max() < 1e-3  # each image's random start is its content's
 
 
-def test_a_planted_change_is_found_and_said(before: Run) -> None:
+def test_a_planted_change_is_found_and_reported(before: Run) -> None:
     planted = before.folder.parent / "planted"
     shutil.copytree(before.folder, planted)
     records = pd.read_parquet(planted / RECORDS)
@@ -142,7 +151,7 @@ def test_labels_that_changed_are_counted(before: Run) -> None:
     assert not [remark for remark in compare(before, before).remarks if "labels differ" in remark]
 
 
-def test_what_only_one_has_is_said_and_left_out(before: Run, pictures: Path) -> None:
+def test_what_only_one_run_has_is_named_and_left_out(before: Run, pictures: Path) -> None:
     plan = small_plan(
         pictures, attacks=(AttackPlan("pgd", settings=(("steps", 3),)), AttackPlan("fgsm")), regions=("none", "border"),
         analyses=(), maps=False, seed=1,
@@ -161,7 +170,7 @@ def test_what_only_one_has_is_said_and_left_out(before: Run, pictures: Path) -> 
     assert "seed differs: 0 before, 1 after" in found.remarks
 
 
-def test_nothing_in_common_is_one_sentence(before: Run, networks: Path) -> None:
+def test_runs_without_a_common_image_are_refused(before: Run, networks: Path) -> None:
     rng = np.random.default_rng(7)
     other = draw_pictures(networks / "others", 3)
     for path in other.rglob("*.png"):
@@ -175,7 +184,7 @@ def test_nothing_in_common_is_one_sentence(before: Run, networks: Path) -> None:
         open_run(networks)
 
 
-def test_attacks_that_differ_leave_clean_accuracy(before: Run, pictures: Path) -> None:
+def test_runs_of_different_attacks_compare_clean_accuracy(before: Run, pictures: Path) -> None:
     after = audit(
         small_plan(pictures, attacks=(AttackPlan("fgsm"),), analyses=(), maps=False),
         pictures.parent / "after",
@@ -187,7 +196,7 @@ def test_attacks_that_differ_leave_clean_accuracy(before: Run, pictures: Path) -
     assert scores[0]["difference"] == 0
 
 
-def test_a_run_without_a_record_is_one_sentence(before: Run, pictures: Path) -> None:
+def test_a_run_without_records_is_refused(before: Run, pictures: Path) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 

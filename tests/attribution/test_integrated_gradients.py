@@ -1,4 +1,4 @@
-"""Margin drops: sites sum to the whole, exactly where the model is linear."""
+"""Margin drops: sites sum to the whole, exactly if the model is linear."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ def classes_of(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return order[:, 0], order[:, 1]
 
 
-def margins(model: nn.Module, images: Tensor, labels: Tensor, rivals: Tensor) -> Tensor:
+def margins(model: nn.Module, images: Tensor, labels: Tensor, competing: Tensor) -> Tensor:
     with torch.no_grad():
         logits = model(images)
     rows = torch.arange(len(images))
-    difference: Tensor = logits[rows, labels] - logits[rows, rivals]
+    difference: Tensor = logits[rows, labels] - logits[rows, competing]
     return difference
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_sites_sum_to_the_margin_drop(any_model: Made, change: str) -> None:
     model, images = any_model
-    labels, rivals = classes_of(model, images)
+    labels, competing = classes_of(model, images)
     adversarial = CHANGES[change](images)
-    with untouched(model, images, adversarial, labels, rivals):
-        drop = margin_drop(model, images, adversarial, labels, rivals)
-    expected = margins(model, images, labels, rivals) - margins(model, adversarial, labels, rivals)
+    with untouched(model, images, adversarial, labels, competing):
+        drop = margin_drop(model, images, adversarial, labels, competing)
+    expected = margins(model, images, labels, competing) - margins(model, adversarial, labels, competing)
     torch.testing.assert_close(drop.total, expected, rtol=1e-4, atol=1e-6)
     missed = (drop.sites.flatten(1).sum(1) - expected).abs()
     # One percent of the whole; where gains and losses nearly cancel, next to nothing of what was gained and lost.
@@ -75,9 +75,9 @@ def test_the_drop_of_an_attack_lies_in_its_region(any_model: Made, budget: Linf 
     region = torch.zeros(3, 1, *images.shape[2:], dtype=torch.bool)
     region[..., 2:6, 3:] = True
     result = pgd(model, images, labels, budget=budget, region=region, steps=5)
-    _, rivals = classes_of(model, images)
-    rivals = torch.where(result.targets == labels, rivals, result.targets)
-    drop = margin_drop(model, images, result.adversarial, labels, rivals)
+    _, competing = classes_of(model, images)
+    competing = torch.where(result.targets == labels, competing, result.targets)
+    drop = margin_drop(model, images, result.adversarial, labels, competing)
     assert float(drop.gap.max()) <= 0.01
     assert not bool(drop.sites[~region].any())
     assert bool(drop.sites[region].any())
@@ -104,26 +104,26 @@ def test_nothing_changed_costs_nothing(any_model: Made) -> None:
     assert not bool(drop.gap.any())
 
 
-def test_swapping_label_and_rival_or_the_two_images_turns_the_sign(any_model: Made) -> None:
+def test_swapping_label_and_competing_class_or_the_two_images_turns_the_sign(any_model: Made) -> None:
     model, images = any_model
-    labels, rivals = classes_of(model, images)
+    labels, competing = classes_of(model, images)
     other = CHANGES["noise"](images)
-    drop = margin_drop(model, images, other, labels, rivals)
-    torch.testing.assert_close(margin_drop(model, images, other, rivals, labels).sites, -drop.sites)
-    back = margin_drop(model, other, images, labels, rivals)
+    drop = margin_drop(model, images, other, labels, competing)
+    torch.testing.assert_close(margin_drop(model, images, other, competing, labels).sites, -drop.sites)
+    back = margin_drop(model, other, images, labels, competing)
     torch.testing.assert_close(back.sites, -drop.sites, rtol=1e-3, atol=1e-4)
 
 
 def test_a_drop_depends_on_no_neighbor(any_model: Made) -> None:
     model, images = any_model
-    labels, rivals = classes_of(model, images)
+    labels, competing = classes_of(model, images)
     adversarial = images.clone()
     adversarial[0] = 0  # needs more points on its path than the others
     adversarial[1:] = CHANGES["faint noise"](images)[1:]
-    together = margin_drop(model, images, adversarial, labels, rivals)
+    together = margin_drop(model, images, adversarial, labels, competing)
     for index in range(3):
         one = slice(index, index + 1)
-        alone = margin_drop(model, images[one], adversarial[one], labels[one], rivals[one])
+        alone = margin_drop(model, images[one], adversarial[one], labels[one], competing[one])
         torch.testing.assert_close(together.sites[one], alone.sites, rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(together.total[one], alone.total, rtol=1e-3, atol=1e-6)
 
@@ -157,19 +157,19 @@ def test_a_path_that_cannot_be_followed_is_reported_as_a_gap(pooling: Made) -> N
         ("labels", torch.tensor([0, 1])),
         ("labels", torch.tensor([0, 1, 4])),
         ("labels", torch.tensor([0, -1, 2])),
-        ("rivals", torch.tensor([0.0, 1.0, 2.0])),
-        ("rivals", torch.tensor([4, 1, 2])),
+        ("competing", torch.tensor([0.0, 1.0, 2.0])),
+        ("competing", torch.tensor([4, 1, 2])),
         ("model", None),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(pooling: Made, argument: str, value: Any) -> None:
+def test_a_wrong_argument_is_refused_by_name(pooling: Made, argument: str, value: Any) -> None:
     model, images = pooling
     arguments = {
         "model": model,
         "clean": images,
         "adversarial": images / 2,
         "labels": torch.tensor([0, 1, 2]),
-        "rivals": torch.tensor([1, 2, 3]),
+        "competing": torch.tensor([1, 2, 3]),
         argument: value,
     }
     with untouched(model), pytest.raises(ValueError, match=rf"{argument}.*(accepted|must)"):
@@ -190,8 +190,8 @@ def test_grad_switches_outside_change_nothing(without: Callable[[], Any], made_i
     expected = margin_drop(model, *given)
     with without():
         if made_inside:  # as in a user's evaluation loop
-            clean, adversarial, labels, rivals = (tensor.clone() for tensor in given)
-            given = (clean, adversarial, labels, rivals)
+            clean, adversarial, labels, competing = (tensor.clone() for tensor in given)
+            given = (clean, adversarial, labels, competing)
         found = margin_drop(model, *given)
     assert torch.equal(found.sites, expected.sites)
 

@@ -86,7 +86,7 @@ def opened(browser: Any, report: Path) -> Opened:
     return Opened(browser, report)
 
 
-def test_it_opens_offline_without_a_complaint_and_asks_for_nothing_else(opened: Opened, report: Path) -> None:
+def test_it_opens_offline_without_errors_or_requests(opened: Opened, report: Path) -> None:
     assert opened.wrong == []
     assert [url for url in opened.asked if not url.startswith("data:")] == [report.as_uri()]
 
@@ -139,7 +139,7 @@ def test_an_overlay_colors_the_photograph_and_its_opacity_can_be_changed(opened:
     assert opened.pixels(CLEAN) == plain
 
 
-def test_space_blinks_between_the_two_images_and_digits_choose_overlays(opened: Opened) -> None:
+def test_space_blinks_the_images_and_digits_choose_overlays(opened: Opened) -> None:
     clean, adversarial = opened.pixels(CLEAN), opened.pixels(ADVERSARIAL)
     assert clean != adversarial
     opened.page.focus("#pair-0")
@@ -184,7 +184,7 @@ def test_zoom_is_linked_and_a_pointer_reads_both_images(opened: Opened) -> None:
     assert "clean {} {} {} ·".format(*wanted) in said
 
 
-def test_layers_can_be_leafed_through(opened: Opened) -> None:
+def test_the_layer_browser_shows_each_layer(opened: Opened) -> None:
     slider, said = "#pair-0 .layer-browser input", "#pair-0 .layer-browser .step"
     last = opened.page.inner_text(said)
     before = opened.pixels("#pair-0 canvas.layer")
@@ -213,7 +213,7 @@ def test_the_page_fits_its_window(browser: Any, report: Path, width: int) -> Non
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_light_and_dark_follow_the_reader(browser: Any, report: Path) -> None:
+def test_light_and_dark_mode_are_followed(browser: Any, report: Path) -> None:
     colors = {}
     for scheme in ("light", "dark"):
         page = Opened(browser, report, scheme=scheme).page

@@ -28,7 +28,7 @@ CONDITIONS = st.recursive(
 
 
 @given(CONDITIONS)
-def test_a_condition_is_what_python_makes_of_it(text: str) -> None:
+def test_conditions_equal_python_expressions(text: str) -> None:
     found = Condition(text, NAMES).judge(ROW, "pgd")
     assert found.failed == eval(text, {}, dict(ROW))  # noqa: S307 - made above
 
@@ -54,7 +54,7 @@ def test_a_condition_is_what_python_makes_of_it(text: str) -> None:
         ("(" * 5000 + "low < 1" + ")" * 5000, "must be a condition such as robust_accuracy < 0.4, got"),
     ],
 )
-def test_anything_else_is_refused_in_one_sentence(text: str, said: str) -> None:
+def test_other_texts_are_refused_in_one_sentence(text: str, said: str) -> None:
     with pytest.raises(ValueError, match="fail-if ") as raised:
         Condition(text, NAMES)
     assert said in str(raised.value)
@@ -62,7 +62,7 @@ def test_anything_else_is_refused_in_one_sentence(text: str, said: str) -> None:
 
 
 @pytest.mark.parametrize("missing", [None, float("nan")])
-def test_what_is_unknown_shuts_the_gate(missing: float | None) -> None:
+def test_an_unknown_value_fails_the_gate(missing: float | None) -> None:
     found = Condition("robust_accuracy < 0.4", NAMES).judge({**ROW, "robust_accuracy": missing}, "pgd")
     assert found.failed
     assert found.why == "robust_accuracy is not known, so robust_accuracy < 0.4 cannot be judged"
@@ -71,11 +71,11 @@ def test_what_is_unknown_shuts_the_gate(missing: float | None) -> None:
 
 
 @pytest.mark.parametrize("text", ["attack < 3", "attack == 3", "low / 0 < 1", "attack * 2 < 1 + attack"])
-def test_what_cannot_be_judged_shuts_the_gate(text: str) -> None:
+def test_a_condition_that_cannot_be_judged_fails_the_gate(text: str) -> None:
     assert Condition(text, NAMES).judge(ROW, "pgd").failed
 
 
-def test_every_condition_is_asked_of_every_row_and_nothing_to_ask_is_no_pass() -> None:
+def test_every_condition_is_judged_on_every_row_and_no_rows_fail() -> None:
     rows = pd.DataFrame([ROW, {**ROW, "robust_accuracy": 0.6}])
     found = judge(["robust_accuracy < 0.4", "images < 10"], rows, lambda row: f"at {row['robust_accuracy']}")
     assert [(one.row, one.failed) for one in found] == [
@@ -86,7 +86,7 @@ def test_every_condition_is_asked_of_every_row_and_nothing_to_ask_is_no_pass() -
     assert nothing.failed
 
 
-def test_junit_counts_failures_and_holds_any_text() -> None:
+def test_junit_counts_failures_and_escapes_any_text() -> None:
     rows = pd.DataFrame([{**ROW, "attack": "odd"}, ROW])
     odd = 'p<g>&"d\x00\x1b\ud800'
     found = judge(
@@ -113,15 +113,15 @@ def test_junit_counts_failures_and_holds_any_text() -> None:
         ("attack * 2 == 'pgdpgd'", True),
     ],
 )
-def test_what_is_not_known_counts_only_where_no_other_part_decides(text: str, failed: bool) -> None:
+def test_an_unknown_part_counts_only_if_no_other_part_decides(text: str, failed: bool) -> None:
     assert Condition(text, NAMES).judge({**ROW, "low": float("nan")}, "pgd").failed == failed
 
 
-def test_signs_beyond_the_first_plane_reach_the_file() -> None:
+def test_characters_beyond_the_first_plane_are_kept() -> None:
     (verdict,) = judge(["images > 1"], pd.DataFrame([ROW]), lambda _: "\U0001f431\x00")
     assert "\U0001f431?" in junit([verdict], "suite")
 
 
-def test_a_sum_too_long_to_be_read_is_one_sentence() -> None:
+def test_a_sum_that_is_too_long_is_refused() -> None:
     with pytest.raises(ValueError, match="fail-if"):
         Condition("+".join(["images"] * 5000) + " > 1", NAMES)

@@ -1,7 +1,7 @@
-"""Where do the cells of a class activation map belong? Evidence from occlusion. Run: python -m benchmarks.registration
+"""Where do the cells of a class activation map belong? Evidence from occlusion. Run: python -m benchmarks.map_alignment
 
 Each photograph is occluded in a grid of gray squares, and the loss of the class's logit is laid out over the image. The
-class activation map under each registration is then correlated with it. A registration that puts cells where the
+class activation map under each alignment is then correlated with it. An alignment that puts cells where the
 network really looks correlates more. Photographs are ImageNet samples from the folder that WEAKSPOT_DATA names.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from weakspot import Classifier, class_activation, load
 from weakspot.attribution.alignment import effective_grid, receptive_grid
-from weakspot.attribution.cam import REGISTRATIONS
+from weakspot.attribution.cam import ALIGNMENTS
 from weakspot.attribution.layers import find_layer
 from weakspot.classifier import evaluating, predict
 
@@ -85,20 +85,20 @@ def main() -> None:
     for name, model in {**models, "ResNet-18, untrained": untrained_resnet18()}.items():
         shifts(name, model)
     print()
-    others = " | ".join(f"{name} less resize, paired" for name in REGISTRATIONS[1:])
+    others = " | ".join(f"{name} less resize, paired" for name in ALIGNMENTS[1:])
     print(f"| network | photographs | correlation, resize | {others} |\n|---|---|---|---|---|")
     for name, model in models.items():
         labels = predict(model, every).argmax(1)
         lost = [occlusion(model, image, label).flatten() for image, label in zip(every, labels, strict=True)]
         found = {}
-        for registration in REGISTRATIONS:
-            maps = class_activation(model, every, labels, registration=registration).flatten(1)
-            found[registration] = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(maps, lost, strict=True)])
-        plain = found[REGISTRATIONS[0]]
+        for alignment in ALIGNMENTS:
+            maps = class_activation(model, every, labels, alignment=alignment).flatten(1)
+            found[alignment] = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(maps, lost, strict=True)])
+        plain = found[ALIGNMENTS[0]]
         cells = [f"{plain.mean():.3f} ± {standard_error(plain):.3f}"]
         cells += [
             f"{(found[other] - plain).mean():+.3f} ± {standard_error(found[other] - plain):.3f}"
-            for other in REGISTRATIONS[1:]
+            for other in ALIGNMENTS[1:]
         ]
         print(f"| {name} | {len(every)} | " + " | ".join(cells) + " |", flush=True)
 

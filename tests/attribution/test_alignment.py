@@ -1,4 +1,4 @@
-"""Registration against brute force: which pixels, when poisoned with NaN, poison a cell."""
+"""Alignment against brute force: which pixels, when poisoned with NaN, poison a cell."""
 
 from __future__ import annotations
 
@@ -198,8 +198,8 @@ def test_a_registered_map_peaks_on_the_only_thing_in_the_image() -> None:
     nn.init.ones_(model.get_submodule("3").weight)  # type: ignore[arg-type]
     images = torch.zeros(1, 1, 224, 160)
     images[..., 126:131, 62:67] = 1  # around (128, 64)
-    for registration, off in (("receptive_field", 0), ("effective", 0), ("resize", 15.5)):
-        found = class_activation(model, images, torch.tensor([0]), registration=registration)[0, 0]
+    for alignment, off in (("receptive_field", 0), ("effective", 0), ("resize", 15.5)):
+        found = class_activation(model, images, torch.tensor([0]), alignment=alignment)[0, 0]
         peak = (found >= found.max() * (1 - 1e-4)).nonzero().float().mean(0)
         assert (peak - torch.tensor([128.0, 64.0])).tolist() == pytest.approx([off, off], abs=1)
 
@@ -213,8 +213,8 @@ def test_networks_without_channels_first_maps_have_no_grid() -> None:
         assert effective_grid(classifier, images[:1], layer) is None
     classes = torch.tensor([0, 1, 2])
     resized, registered = (
-        class_activation(model, images, classes, registration=registration)
-        for registration in ("resize", "receptive_field")
+        class_activation(model, images, classes, alignment=alignment)
+        for alignment in ("resize", "receptive_field")
     )
     assert torch.equal(resized, registered)
 
@@ -284,7 +284,7 @@ def test_what_a_cell_looks_at_does_not_depend_on_the_picture(pooling: tuple[nn.M
 @pytest.mark.parametrize(
     ("rows", "columns"), [(Axis(3, 8), Axis(0, 5)), (Axis(-2, 4), Axis(7, 1)), (Axis(0, 1), Axis(1, 2))]
 )
-def test_each_cells_own_value_stands_at_its_center(rows: Axis, columns: Axis) -> None:
+def test_each_cells_own_value_lies_at_its_center(rows: Axis, columns: Axis) -> None:
     size = (40, 30)
     maps = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(0))
     placed = place(maps, size, (rows, columns))

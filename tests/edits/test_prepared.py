@@ -1,4 +1,4 @@
-"""Recordings that are kept: used again where the network is as it was, and never where it is not."""
+"""Recordings are remembered: used again if the network is the same, and never if it has changed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from tests.networks import PoolingNetwork
 from weakspot import Classifier, LocalEdits
 from weakspot.edits import engine
-from weakspot.edits.recording import Recording, record
+from weakspot.edits.recording import record
+from weakspot.edits.steps import Recording
 
 
 class Scaled(nn.Module):
-    """A network whose logits hang on an attribute that is no tensor."""
+    """A network whose logits depend on an attribute that is not a tensor."""
 
     def __init__(self) -> None:
         super().__init__()

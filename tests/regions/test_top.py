@@ -1,4 +1,4 @@
-"""Shares: exact areas, and ties by position."""
+"""The highest sites: exact areas, and ties broken by position."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def test_a_smaller_share_lies_inside_a_larger_one(drawn: Tensor, one: float, oth
 
 
 @pytest.mark.parametrize("fraction", [-0.01, 1.01, float("nan")])
-def test_top_refuses_what_is_no_fraction(fraction: float) -> None:
+def test_top_refuses_fractions_outside_their_range(fraction: float) -> None:
     with pytest.raises(ValueError, match="fraction must"):
         regions.top(torch.rand(1, 1, 3, 3), fraction)
 
 
 @pytest.mark.parametrize("bad", [torch.rand(3, 3), torch.rand(1, 3, 3), torch.rand(2, 3, 3, 3)])
 def test_top_refuses_scores_of_another_shape(bad: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"scores has shape .*accepted is \(N, 1, H, W\)"):
+    with pytest.raises(ValueError, match=r"scores must have shape \(N, 1, H, W\), got"):
         regions.top(bad, 0.5)
 
 
@@ -49,5 +49,5 @@ def test_top_refuses_scores_of_another_shape(bad: Tensor) -> None:
 def test_top_refuses_scores_that_are_not_finite(bad: float) -> None:
     values = torch.rand(2, 1, 3, 3)
     values[1, 0, 2, 1] = bad
-    with pytest.raises(ValueError, match="scores holds NaN or infinity"):
+    with pytest.raises(ValueError, match="scores must be finite, got NaN or infinity"):
         regions.top(values, 0.5)

@@ -145,11 +145,11 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
         ({"linf": 0.0}, "The two images are identical; there is nothing to explain."),
     ],
 )
-def test_a_case_is_said_in_its_own_words(changed: dict[str, object], wanted: str) -> None:
+def test_each_case_has_its_own_sentence(changed: dict[str, object], wanted: str) -> None:
     assert wanted in said(**changed)
 
 
-def test_a_success_that_only_one_side_of_rounding_has_is_told_as_such() -> None:
+def test_a_success_on_one_side_of_rounding_is_reported_as_such() -> None:
     before, after = said(success_8bit=False), said(success=False, adversarial_class="lynx", success_8bit=True)
     assert before.startswith(
         "The attack fools the network only before rounding to 8 bits: it changed the classification from lynx (40%) to "
@@ -177,9 +177,7 @@ OUTCOMES: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("outcome", list(OUTCOMES))
 @pytest.mark.parametrize("relation", [1.0, 0.0, -1.0, float("nan")])
-def test_only_a_success_acts_anywhere_and_p_stands_beside_its_own_direction(
-    outcome: str, relation: float
-) -> None:
+def test_only_a_success_acts_anywhere_and_p_follows_its_direction(outcome: str, relation: float) -> None:
     sentences = said(relation=relation, margin_taken=0.5, **OUTCOMES[outcome])
     assert ("It acts" in sentences) == (outcome == "fooled" and relation in (1, -1))
     assert "It works" not in sentences
@@ -188,7 +186,7 @@ def test_only_a_success_acts_anywhere_and_p_stands_beside_its_own_direction(
     assert ("p = .012" in sentences) == (not math.isnan(relation))
 
 
-def test_scores_that_were_not_compared_speak_no_p() -> None:
+def test_scores_without_a_comparison_have_no_p() -> None:
     explained = Explained()
     explained.scores = explained.scores.drop(
         columns=["relation", "relation_p", "relation_q", "effect_in_roi_null"]
@@ -196,7 +194,7 @@ def test_scores_that_were_not_compared_speak_no_p() -> None:
     assert "a p value needs at least 19 other images" in verdict(explained)  # type: ignore[arg-type]
 
 
-def test_without_overlap_only_what_happened_is_said() -> None:
+def test_without_overlap_the_verdict_is_the_outcome() -> None:
     explained = Explained()
     explained.scores = explained.scores.drop(
         columns=[column for column in BASE if column.startswith("effect")]
