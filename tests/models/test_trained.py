@@ -67,7 +67,7 @@ def test_a_folder_without_a_finished_network_of_the_zoo_is_refused(
     (folder / "model.safetensors").write_bytes(b"no")
     said(json.dumps(record), "is damaged")
     (folder / "model.safetensors").unlink()
-    said(json.dumps(record), "not finished")
+    said(json.dumps(record), "must hold a finished training")
 
 
 @pytest.mark.parametrize(
