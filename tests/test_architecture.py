@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "weakspot"
 FACE = {"weakspot", "weakspot.__main__"}  # these two may import everything
 
 # Modules that do not follow a rule yet. A rule's test ignores what is named here; the lists only shrink.
-KNOWN_UPWARD = {("weakspot.audit.work.audits", "weakspot.audit.engines")}
+KNOWN_UPWARD: set[tuple[str, str]] = set()
 KNOWN_LONG: set[str] = set()
 KNOWN_SHADOWED = {"weakspot.edits.cells"}
 

@@ -6,11 +6,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from importlib.metadata import entry_points
 
 from torch import Tensor, nn
 
-from weakspot._checks import unknown_choice
+from weakspot._checks import entry_points, unknown_choice
 from weakspot.attacks.context import AttackOptions
 from weakspot.attacks.libraries import LIBRARIES
 from weakspot.attacks.library_attacks import external

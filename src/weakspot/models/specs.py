@@ -10,7 +10,6 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from weakspot._checks import contain_exits, unknown_choice
+from weakspot._checks import contain_exits, entry_points, unknown_choice
 from weakspot.classifier import Classifier
 from weakspot.models.embedded import from_training, is_trained
 from weakspot.models.exported import load_exported
