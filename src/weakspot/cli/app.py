@@ -93,7 +93,7 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
     the class names, and the function receives the filled dataclass.
 
     Args:
-        *examples: command lines, and at most one closing sentence, for the end of the help text.
+        *examples: command lines for the end of the help text.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
