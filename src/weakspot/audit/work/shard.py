@@ -30,7 +30,7 @@ from weakspot.audit.work.cell_results import CellResult, CleanImages, add_maps, 
 from weakspot.audit.work.shard_images import ShardImages, open_entries
 from weakspot.classifier import evaluating
 from weakspot.explanations import Explanation, explain
-from weakspot.models.probe import probe_images
+from weakspot.models.probe import fixed_images
 from weakspot.pairs import AttackResult
 from weakspot.regions import read_region
 
@@ -314,7 +314,7 @@ class _Shard:
         # NaN is a property of the network on an image, never of the plan.
         if not reasons or any(reason.endswith(NOT_FINITE) for reason in reasons):
             return
-        images = probe_images(self.model.classifier)[:2]
+        images = fixed_images(self.model.classifier)[:2]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
