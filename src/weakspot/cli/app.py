@@ -23,7 +23,7 @@ WRITTEN_KEY = (
     f"{__name__}.written"  # in the context: a function that says what the command has written so far
 )
 EXTRAS = {
-    "audit": (("pyarrow", "duckdb", "zarr", "fsspec", "altair", "vl_convert"), "audit, compare, report"),
+    "audit": (("pyarrow", "duckdb", "zarr", "fsspec", "vl_convert"), "audit, compare, report"),
     "train": (("lightning_fabric",), "train"),
     "ray": (("ray",), "audit --engine ray"),
     "datasets": (("datasets",), "train hf:NAME"),

@@ -1,8 +1,8 @@
-"""Inspection: whether anything in an archive of torch.export could run code.
+"""Inspection of torch.export archives for anything that can run code.
 
 torch.export.load falls back to full unpickling for weights, constants and sample inputs, and evaluates symbolic
-expressions, names and guards from the archive. A file from a stranger is therefore inspected first: every pickle in it
-must load as plain tensors, every expression be arithmetic, every name a name, every operator torch's own.
+expressions, names and guards of the archive. Archives are therefore inspected first: every pickle must load as plain
+tensors, every expression must be arithmetic, every name an identifier, and every operator one of torch's own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OPERATORS = re.compile(
     r"torch\.ops\.(aten|prims|torchvision|quantized_decomposed)\.(?!from_file\b)\w+\.\w+|"
     r"(_operator|math)\.\w+|torch\.sym_\w+"
 )
-# What torch.export.save writes, now and in the format of torch 2.7; torch itself would find names in any case.
+# What torch.export.save writes, now and in the format of torch 2.7.
 ENTRIES = re.compile(
     r"([^/]+/)?(archive_format|archive_version|byteorder|version|\.data/\w+|\.\w+|models/model\.json|"
     r"data/weights/(model_weights_config\.json|model\.pt|weight_\d+)|"
@@ -30,7 +30,7 @@ ENTRIES = re.compile(
     r"serialized_(exported_program\.json|(state_dict|constants|example_inputs)\.pt))"
 )
 EXTRA = re.compile(r"([^/]+/)?(extra|extra_files)/")
-NAMES = {"name", "as_name", "forward_arg_names"}  # torch prints these into Python code, which it then runs
+NAMES = {"name", "as_name", "forward_arg_names"}  # torch prints these into Python code that it runs
 PATHS = {"fqn", "parameter_name", "buffer_name", "tensor_constant_name", "custom_obj_name"}
 EXPRESSIONS = (
     ast.Expression, ast.Expr, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Compare, ast.Call, ast.Constant, ast.Name,
@@ -44,9 +44,10 @@ FUNCTIONS = re.compile(
 
 
 def inspected_archive(path: Path) -> io.BytesIO:
-    """The archive written anew from the entries that were inspected, so that torch reads those and no others.
+    """Inspect an archive and copy its inspected entries to a new one, so that torch reads only those.
 
-    Python's and torch's zip readers disagree about what a crafted file holds, and torch checks no checksums.
+    Python's and torch's zip readers can disagree about the content of a crafted file, and torch does not verify
+    checksums.
     """
     buffer = io.BytesIO()
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(buffer, "w") as copy:
@@ -62,21 +63,19 @@ def _refuse_code(archive: zipfile.ZipFile, path: Path) -> None:
     names = archive.namelist()
     if len(set(names)) < len(names):
         raise ValueError(
-            f"{path} holds two entries of one name, of which only one can be inspected; it is refused"
+            f"{path} is refused: it holds two entries of one name, of which only one can be inspected"
         )
     for name in names:
         if "aotinductor" in name or name.endswith((".so", ".dll", ".dylib", ".pyd")):
             raise ValueError(
-                f"{path} holds compiled code ({name}), which is refused; save it with torch.export.save"
+                f"{path} is refused: it holds compiled code ({name}) (save it with torch.export.save)"
             )
         if "custom_obj" in name or "opaque_obj" in name:
-            raise ValueError(
-                f"{path} holds a pickled object ({name}), which is refused because it can run code"
-            )
+            raise ValueError(f"{path} is refused: it holds a pickled object ({name}), which can run code")
         if EXTRA.match(name):
             continue
         if not ENTRIES.fullmatch(name):
-            raise ValueError(f"{path} holds {name}, which torch.export.save does not write; it is refused")
+            raise ValueError(f"{path} is refused: it holds {name}, which torch.export.save does not write")
         if name.endswith(".pt"):
             _refuse_pickle(archive.read(name), name, path)
         if name.endswith(".json"):
@@ -90,35 +89,33 @@ def _refuse_pickle(content: bytes, name: str, path: Path) -> None:
         return
     try:
         torch.load(io.BytesIO(content), weights_only=True)
-    except Exception:  # noqa: BLE001 - whatever is not plain tensors
-        raise ValueError(f"{path} holds a pickle that is more than tensors ({name}); it is refused") from None
+    except Exception:  # noqa: BLE001 - torch raises many kinds of errors
+        raise ValueError(f"{path} is refused: it holds a pickle of more than tensors ({name})") from None
 
 
 def _refuse_entry(key: str, value: Any, name: str, path: Path, names: list[str]) -> None:
     if key == "use_pickle" and value:
-        raise ValueError(
-            f"{path} keeps tensors as pickles ({name}), which is refused because they can run code"
-        )
+        raise ValueError(f"{path} is refused: it holds tensors as pickles ({name}), which can run code")
     if key == "path_name" and not any(entry.endswith(f"/{value}") for entry in names):
         raise ValueError(f"{path} is damaged: it lacks {value}")
     if key in NAMES and isinstance(value, str) and value and not value.isidentifier():
-        raise ValueError(f"{path} has a name that is none ({value[:60]!r}); it is refused")
+        raise ValueError(f"{path} is refused: it has a name that is not an identifier ({value[:60]!r})")
     if key in PATHS and isinstance(value, str) and not re.fullmatch(r"[\w.]*", value):
-        raise ValueError(f"{path} has a name that is none ({value[:60]!r}); it is refused")
+        raise ValueError(f"{path} is refused: it has a name that is not an identifier ({value[:60]!r})")
     if key in {"in_spec", "out_spec"} and isinstance(value, str) and not _is_plain(json.loads(value)):
         raise ValueError(
-            f"{path} takes or returns more than tuples, lists and mappings of tensors; it is refused"
+            f"{path} is refused: it takes or returns more than tuples, lists and mappings of tensors"
         )
     if key in {"target", "as_operator"} and isinstance(value, str) and not OPERATORS.fullmatch(value):
-        raise ValueError(f"{path} calls {value!r}, which is none of torch's own operators; it is refused")
+        raise ValueError(f"{path} is refused: it calls {value!r}, which is not one of torch's own operators")
     if key in {"expr_str", "guards_code"} and isinstance(value, str) and not _is_arithmetic(value):
         raise ValueError(
-            f"{path} holds an expression that is more than arithmetic ({value[:60]!r}); it is refused"
+            f"{path} is refused: it holds an expression of more than arithmetic ({value[:60]!r})"
         )
 
 
 def _leaves(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every scalar in nested JSON, with the key it stands under."""
+    """Every scalar in nested JSON, with its key."""
     if isinstance(content, dict):
         for name, value in content.items():
             yield from _leaves(value, name)
@@ -148,7 +145,7 @@ def _is_arithmetic(expression: str) -> bool:
         return False
     if not all(isinstance(node, EXPRESSIONS) for node in nodes):
         return False
-    # sympy evaluates strings that its functions are given, and torch prints those of guards into code.
+    # sympy evaluates strings in arguments of its functions, and torch prints the strings of guards into code.
     if any(
         isinstance(node, ast.Constant)
         and isinstance(node.value, str)
