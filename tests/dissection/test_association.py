@@ -22,16 +22,16 @@ def made_up(units: int, linked: float, seed: int = 0) -> pd.DataFrame:
     )
 
 
-def test_an_association_that_activation_explains_is_none() -> None:
-    found = associate(made_up(400, linked=0.0))
-    assert found.correlation > 0.7
-    assert found.low < 0 < found.high
-    assert abs(found.partial) < 0.15
+def test_an_association_explained_by_activation_is_none() -> None:
+    result = associate(made_up(400, linked=0.0))
+    assert result.correlation > 0.7
+    assert result.low < 0 < result.high
+    assert abs(result.partial) < 0.15
     linked = associate(made_up(400, linked=1.0))
     assert linked.low > 0.5
 
 
-def test_an_association_that_layers_explain_is_none() -> None:
+def test_an_association_explained_by_layers_is_none() -> None:
     rng = np.random.default_rng(0)
     layers = np.repeat([0, 1], 150)
     table = pd.DataFrame(
@@ -40,24 +40,24 @@ def test_an_association_that_layers_explain_is_none() -> None:
             "mean_activation": rng.normal(size=300), "layer": np.where(layers, "late", "early"),
         }
     )  # fmt: skip
-    found = associate(table)
-    assert found.correlation > 0.6
-    assert found.low < 0 < found.high
+    result = associate(table)
+    assert result.correlation > 0.6
+    assert result.low < 0 < result.high
 
 
 @pytest.mark.parametrize("units", [20, 64])
 def test_the_interval_of_no_association_includes_zero(units: int) -> None:
     """40 tables without a link: nominally 2 intervals exclude zero; at most 6 may."""
-    found = [associate(made_up(units, linked=0.0, seed=seed)) for seed in range(40)]
-    assert sum(not one.low <= 0 <= one.high for one in found) <= 6
+    result = [associate(made_up(units, linked=0.0, seed=seed)) for seed in range(40)]
+    assert sum(not one.low <= 0 <= one.high for one in result) <= 6
 
 
 def test_few_units_give_no_interval_and_no_claim() -> None:
-    found = associate(made_up(19, linked=3.0))
-    assert found.partial > 0.5
-    assert np.isnan([found.low, found.high]).all()
-    assert "no interval and no claim" in found.sentence
-    assert "more sensitive" not in found.sentence
+    result = associate(made_up(19, linked=3.0))
+    assert result.partial > 0.5
+    assert np.isnan([result.low, result.high]).all()
+    assert "no interval and no claim" in result.sentence
+    assert "more sensitive" not in result.sentence
 
 
 def test_a_sentence_claims_only_what_the_interval_shows() -> None:
@@ -111,7 +111,7 @@ def test_joined_units_say_which_concepts_an_attack_moves() -> None:
     assert kinds.loc["texture", "sensitivity"] == pytest.approx(1.5)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_invalid_input_is_an_error() -> None:
     with pytest.raises(ValueError, match="none named 'iou'"):
         associate(made_up(20, 0).drop(columns="iou"))
     with pytest.raises(ValueError, match="at least 10 units, for a correlation, got 3"):

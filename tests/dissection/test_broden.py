@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.dissection.fixture import (
+from tests.dissection.broden_fixture import (
     CATEGORIES,
     CONCEPTS,
     CONTENTS,
@@ -44,14 +44,14 @@ def change(path: Path, old: str, new: str) -> None:
 
 
 def content(concepts: ConceptSet, annotation: Annotation) -> dict[tuple[str, str], NDArray[np.bool_]]:
-    known = [concepts.concepts[place] for place in annotation.concepts.tolist()]
+    defined = [concepts.concepts[place] for place in annotation.concepts.tolist()]
     return {
         (concept.name, concept.category): mask.numpy()
-        for concept, mask in zip(known, annotation.masks, strict=True)
+        for concept, mask in zip(defined, annotation.masks, strict=True)
     }
 
 
-def test_the_fixture_is_read_as_its_comments_describe_it(folder: Path) -> None:
+def test_the_fixture_matches_its_comments(folder: Path) -> None:
     concepts = ConceptSet.open(str(folder))
     assert len(concepts) == 12
     assert concepts.categories == CATEGORIES
@@ -88,7 +88,7 @@ def test_the_ious_counted_by_hand_in_the_fixture_are_those_of_its_masks(folder: 
 
 @given(planes=st.lists(label_maps(40), min_size=1, max_size=4), whole=st.sets(st.integers(0, 40), max_size=3))
 @LAW
-def test_a_concept_lies_where_any_of_its_category_says_so(
+def test_a_concept_is_the_union_of_the_masks_of_its_category(
     tmp_path: Path, planes: list[NDArray[np.int64]], whole: set[int]
 ) -> None:
     (tmp_path / "images").mkdir(exist_ok=True)
@@ -148,7 +148,7 @@ def test_columns_are_found_by_their_names(
         assert all(np.array_equal(read[name], expected[name]) for name in expected)
 
 
-def test_rows_may_come_twice_and_opening_looks_at_no_picture(folder: Path) -> None:
+def test_duplicate_rows_are_valid_and_opening_reads_no_picture(folder: Path) -> None:
     with (folder / "index.csv").open("a") as file:
         file.write("8,2,06.png,train,,16,,16,8\n8,02_object.png,02.png,train,02_material.png,16,,16,8\n")
     concepts = ConceptSet.open(folder)
@@ -232,15 +232,13 @@ def test_paths_do_not_leave_the_images(folder: Path, path: str, place: str) -> N
         ),
     ],
 )
-def test_a_table_that_cannot_be_meant_is_refused(
-    folder: Path, name: str, old: str, new: str, sentence: str
-) -> None:
+def test_an_invalid_table_is_an_error(folder: Path, name: str, old: str, new: str, sentence: str) -> None:
     change(folder / name, old, new)
     with pytest.raises(ValueError, match=sentence):
         ConceptSet.open(folder)
 
 
-def test_tables_that_are_none_are_refused(folder: Path) -> None:
+def test_a_file_that_is_no_table_is_an_error(folder: Path) -> None:
     (folder / "label.csv").write_bytes(b"number,name,category\n1,\xff,object\n")
     with pytest.raises(ValueError, match=r"label\.csv must be a CSV file in UTF-8, got"):
         ConceptSet.open(folder)
@@ -266,14 +264,14 @@ def test_tables_that_are_none_are_refused(folder: Path) -> None:
         ("new.png", r"images/new\.png: label 3 \(cloth\) must be in a column .* got column object"),
     ],
 )
-def test_a_label_that_its_column_does_not_know_is_refused(folder: Path, cell: str, sentence: str) -> None:
+def test_a_label_of_another_column_is_an_error(folder: Path, cell: str, sentence: str) -> None:
     paint(folder / "images" / "new.png", np.where(LEFT, 3, 2))
     change(folder / "index.csv", "00_object.png", cell)
     with pytest.raises(ValueError, match=sentence):
         ConceptSet.open(folder).annotation(0)
 
 
-def test_label_0_is_nothing_even_where_label_csv_lists_it(folder: Path) -> None:
+def test_label_0_is_unlabeled_even_if_label_csv_lists_it(folder: Path) -> None:
     change(folder / "label.csv", "44,door", "0,-,,,,\n44,door")
     change(folder / "index.csv", "00_object.png", "0")
     annotation = ConceptSet.open(folder).annotation(0)
@@ -293,7 +291,7 @@ def giant() -> bytes:
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_mask_that_is_none_is_refused_by_name(folder: Path) -> None:
+def test_an_invalid_mask_is_an_error_that_names_the_file(folder: Path) -> None:
     path = folder / "images" / "00_object.png"
     whole = path.read_bytes()
     noise = np.random.default_rng(0).integers(0, 2, (8, 8, 3), dtype=np.uint8)

@@ -36,7 +36,14 @@ from weakspot.cli.options import (
     refuse,
 )
 from weakspot.cli.output import json_rows, make_table, print_text
-from weakspot.cli.session import check_output, check_sources, load_classifier, open_session, shorten_paths
+from weakspot.cli.session import (
+    Session,
+    check_output,
+    check_sources,
+    load_classifier,
+    open_session,
+    shorten_paths,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,20 +136,19 @@ def defend(
         check_fraction(fraction)
         classifier = session.classifier
         defended = find_defense(defense, settings, classifier)
-        other = None
-        if substitute is not None:
-            size = "x".join(map(str, classifier.input_size))
-            other = load_classifier(ModelOptions(substitute, size=size, device=network.device))
+        other = None if substitute is None else _load_substitute(session, substitute)
         read = session.read_images(sources, samples=samples)
         if given(context, ["draws"]) and not is_random(
             defended, check_images(read.pixels, classifier), seed=seed
         ):
             refuse(context, ["draws"], f"with {defense}, which is not random")
+        # Before --limit, so that a table must list every image whatever the limit.
         truth, _, where = find_labels(labels, classifier, read)
         if limit is not None and limit < len(truth):
             rows = sorted(random.Random(seed).sample(range(len(truth)), limit))  # noqa: S311 - no secret
             read, truth = read.subset(rows), truth[rows]
         session.make_folder()
+        # The oracle is the same defense with the region of the clean image.
         module = getattr(defended, "network", None)
         own = {key: getattr(module, key) for key in ("fraction", "fill") if oracle}
         table = evaluate_defense(
@@ -175,6 +181,12 @@ def defend(
         print_text(f"\nWritten to {out.resolve()} (look at defense.png)")
 
     session.report(lambda: {**document, "skipped": session.skipped, "folder": str(out.resolve())}, show)
+
+
+def _load_substitute(session: Session, model: str) -> Classifier:
+    """The model of --substitute, with weights and normalization of its own, for images of the same size."""
+    size = "x".join(map(str, session.classifier.input_size))
+    return load_classifier(ModelOptions(model, size=size, device=session.network.device))
 
 
 def find_defense(text: str, settings: Sequence[str] | None, classifier: Classifier) -> nn.Module:

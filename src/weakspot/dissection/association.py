@@ -101,6 +101,7 @@ def associate(joined: pd.DataFrame, *, seed: int = 0) -> Association:
         rng = np.random.default_rng(seed)
         samples = (rng.integers(0, len(finite), (DRAWS // BLOCKS, len(finite))) for _ in range(BLOCKS))
         partials = [_partials(values[:, 0, rows], layers[rows]) for rows in samples]
+        # Percentile interval over bootstrap samples of units.
         low, high = np.nanquantile(np.concatenate(partials), [0.025, 0.975])
     return Association(
         float(correlation), float(partial), float(low), float(high), len(finite), len(np.unique(layers))

@@ -149,14 +149,17 @@ def _restore(
         return predicted
 
     correct, fooled = classes(clean, record) == labels, classes(adversarial, record) != labels
+    # Activations of the clean and of the adversarial images, each once.
     own, attacked = activations
     axis = unit_axis(own, clean)
     count = own.shape[axis]
+    # Mean |change| of each unit over all sites, whatever the position of the unit axis.
     change = (own - attacked).abs().movedim(axis, 1).flatten(2).mean(2)[: len(rows)]
     outcomes: list[Tensor] = []
     for scores in (change, _random.uniform(keys, 0, count)):
         order = scores.argsort(dim=1, descending=True, stable=True)
         positions = torch.arange(count, device=order.device).expand_as(order)
+        # ranks[order[i]] = i, so ranks < k are the k largest scores.
         ranks = torch.empty_like(order).scatter_(1, order, positions)
         restored = []
         for fraction in fractions:

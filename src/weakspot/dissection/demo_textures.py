@@ -157,6 +157,7 @@ def draw(size: int, generator: Generator) -> tuple[NDArray[np.uint8], NDArray[np
     """
     side = size * FINER
     rows, columns = (np.mgrid[:side, :side] + 0.5) / side
+    # Every random number comes from one generator in a fixed order: a changed order changes all pictures.
     regions = _regions(rows, columns, generator)
     prototypes = np.array(list(COLORS.values())) / 255
     distances = np.linalg.norm(prototypes[:, None] - prototypes, axis=2)
@@ -179,6 +180,7 @@ def draw(size: int, generator: Generator) -> tuple[NDArray[np.uint8], NDArray[np
         paint[inside] = own[on.astype(np.int64)] * light[:, None]
         color[inside] = np.where(on, second, first) + 1
         texture[inside] = chosen
+    # Average FINER x FINER blocks, then add grain of a random strength.
     picture = paint.reshape(size, FINER, size, FINER, 3).mean((1, 3))
     picture += generator.normal(0, generator.uniform(0.005, 0.025), picture.shape)
     return np.rint(picture.clip(0, 1) * 255).astype(np.uint8), color, texture

@@ -139,7 +139,9 @@ def unit_sensitivity(
             f"layer {layer!r} must be finite, got NaN or infinity in pair {int((~finite).any(1).argmax())}"
         )
     spread, tested = clean.std(0, ddof=1), means.retained >= KEPT
+    # With m draws of noise per image, the attack is the most extreme of m + 1 with probability 1 / (m + 1) each.
     least = float(noises + 1) ** -int(tested.sum())
+    # The attack's |change| minus the mean |change| under noise, image by image.
     p = _paired_p((np.abs(change) - np.abs(noise).mean(0))[tested], "greater", least)
     signed = (change - noise.mean(0))[tested]
     direction = _paired_p(signed, "two-sided", min(1.0, 2 * least))

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from weakspot._io.files import write_atomic
-from weakspot.attribution.alignment import Grid, place
+from weakspot.attribution.alignment import Axis, Grid, effective_grid, place, receptive_grid
+from weakspot.attribution.hooks import Place
+from weakspot.attribution.layers import find_layer
 from weakspot.classifier import Classifier
 from weakspot.dissection.concepts import Annotation, ConceptSet
 from weakspot.models.specs import fingerprint, settings
@@ -113,6 +115,7 @@ class SiteCounts:
         self.concept.index_add_(0, annotation.concepts, masks.sum(1).double())
         if not len(units):
             return
+        # |unit| once for all images, once where the category is annotated, once where it is labeled.
         areas = active.sum(1).double()
         self.active.index_add_(0, units, areas)
         self.active_annotated.index_add_(0, units, areas[:, None] * annotation.categories)
@@ -125,6 +128,24 @@ class SiteCounts:
         every[:, annotation.concepts] = common[:, :split].double()
         self.both.index_add_(0, units, every)
         self.active_labeled.index_add_(0, units, common[:, split:].double())
+
+
+def mask_grid(classifier: Classifier, image: Tensor, name: str, place: Place, alignment: str) -> Grid | None:
+    """Where the layer's cells lie among the sites of masks, which have half the image's size.
+
+    None if cells tile the image, and for a module with several calls, whose receptive fields are not known.
+    """
+    if alignment == "resize" or place.module is None or place.calls > 1:
+        return None
+    layer = find_layer(classifier, image, name)
+    if layer is None:
+        return None
+    grid = (receptive_grid if alignment == "receptive_field" else effective_grid)(classifier, image, layer)
+    if grid is None:
+        return None
+    # Mask site m covers pixels 2m and 2m + 1, with its center at pixel 2m + .5: so m = (pixel - .5) / 2.
+    rows, columns = (Axis((axis.offset - 0.5) / 2, axis.stride / 2, axis.reach / 2) for axis in grid)
+    return rows, columns
 
 
 class TopValues:
@@ -154,6 +175,7 @@ class TopValues:
             values = values[:, (numbers * PRIME) % 2**32 % self.every == 0]
         self.seen += maps.shape[0] * maps.shape[2] * maps.shape[3]
         self.counted += values.shape[1]
+        # Keep the largest values of each batch, then of all batches together: memory stays constant.
         best = values.topk(min(self.stored, values.shape[1]), 1).values
         if self._values is not None:
             best = torch.cat([self._values, best], 1)
@@ -163,6 +185,7 @@ class TopValues:
         """(U,) the quantile, interpolated between the two nearest values; the stored values are in descending order."""
         if self._values is None:
             raise ValueError("images must hold at least one image, got none")
+        # The quantile of n values lies at position q (n - 1) from the top; memory may hold fewer.
         position = min(self.quantile * (self.counted - 1), self._values.shape[1] - 1.0)
         low = math.floor(position)
         high = min(low + 1, self._values.shape[1] - 1)

@@ -15,7 +15,8 @@ from weakspot.attribution.alignment import place
 from weakspot.attribution.hooks import fused_for, reading, spatial_layers
 from weakspot.classifier import default_batch, evaluating
 from weakspot.dissection.concepts import ConceptSet, read_picture
-from weakspot.dissection.units import Dissection, grid_of
+from weakspot.dissection.site_counts import mask_grid
+from weakspot.dissection.units import Dissection
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +80,7 @@ def show_units(
         sample = torch.zeros(1, classifier.channels, *size, device=classifier.mean.device)
         places = spatial_layers(classifier, sample, [dissection.layer])
         layer = places[dissection.layer]
-        grid = grid_of(classifier, sample, dissection.layer, layer, dissection.options.alignment)
+        grid = mask_grid(classifier, sample, dissection.layer, layer, dissection.options.alignment)
         batch = classifier.fixed_batch or 2 * default_batch(sample)
         with fused_for(classifier, sample, places), torch.no_grad():
             for rows in torch.tensor(sorted(units_of)).split(batch):

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_batch_size, check_choice, is_number
-from weakspot.attribution.alignment import Axis, Grid, effective_grid, receptive_grid
+from weakspot.attribution.alignment import Grid
 from weakspot.attribution.hooks import Place, fused_for, reading, spatial_layers
-from weakspot.attribution.layers import find_layer
 from weakspot.classifier import Classifier, default_batch, evaluating
 from weakspot.dissection.concepts import Annotation, Concept, ConceptSet, image_batches
 from weakspot.dissection.site_counts import (
@@ -27,6 +26,7 @@ from weakspot.dissection.site_counts import (
     LayerResult,
     SiteCounts,
     TopValues,
+    mask_grid,
 )
 
 if TYPE_CHECKING:
@@ -182,7 +182,8 @@ def dissect_layers(
                 top_values, top_images = passes.top_values(quantile)
                 thresholds = {name: values.thresholds() for name, values in top_values.items()}
                 grids = {
-                    name: grid_of(classifier, image, name, place, alignment) for name, place in places.items()
+                    name: mask_grid(classifier, image, name, place, alignment)
+                    for name, place in places.items()
                 }
                 counts = passes.site_counts(thresholds, grids)
             categories = _categories(concepts)
@@ -216,6 +217,7 @@ class _TopImages:
         images = torch.arange(self.seen, self.seen + len(maps)).expand_as(values)
         self.seen += len(maps)
         values, images = torch.cat([self.values, values], 1), torch.cat([self.images, images], 1)
+        # Stable and in order of the images: of equal activations the first image stays.
         order = values.argsort(dim=1, descending=True, stable=True)[:, :TOP]
         self.values, self.images = values.gather(1, order), images.gather(1, order)
 
@@ -303,29 +305,12 @@ def _categories(concepts: ConceptSet) -> Tensor:
     return torch.tensor([numbers[concept.category] for concept in concepts.concepts], dtype=torch.long)
 
 
-def grid_of(classifier: Classifier, image: Tensor, name: str, place: Place, alignment: str) -> Grid | None:
-    """Where the layer's cells lie among the sites of masks, which have half the image's size.
-
-    None if cells tile the image, and for a module with several calls, whose receptive fields are not known.
-    """
-    if alignment == "resize" or place.module is None or place.calls > 1:
-        return None
-    layer = find_layer(classifier, image, name)
-    if layer is None:
-        return None
-    grid = (receptive_grid if alignment == "receptive_field" else effective_grid)(classifier, image, layer)
-    if grid is None:
-        return None
-    # Mask site m covers pixels 2m and 2m + 1, with its center at pixel 2m + .5: so m = (pixel - .5) / 2.
-    rows, columns = (Axis((axis.offset - 0.5) / 2, axis.stride / 2, axis.reach / 2) for axis in grid)
-    return rows, columns
-
-
 def _dissection(
     layer: str, result: LayerResult, concepts: ConceptSet, options: DissectionOptions
 ) -> Dissection:
     import pandas as pd
 
+    # Stable: of concepts with equal IoU the first in the data set wins.
     ious, ranked = result.iou.sort(dim=1, descending=True, stable=True)
     best = [concepts.concepts[position] for position in ranked[:, 0].tolist()]
     detects = ((ious[:, 0] >= options.min_iou) & (ious[:, 0] > 0)).tolist()

@@ -94,6 +94,7 @@ class SsimAlignment:
             return np.zeros(len(scores), dtype=bool)
         value = scores[TESTED]
         passed = (scores[f"{TESTED}_p"] <= ALPHA) & (scores[f"{TESTED}_q"] <= FALSE_DISCOVERIES)
+        # Significance alone is not enough: random networks pass it by less than the floor.
         passed &= value >= FLOOR * scores[f"{TESTED}_null"]
         for control in self.controls:
             over = f"{TESTED}_over_{control}"
@@ -166,6 +167,7 @@ def _block(change: Tensor, importance: Tensor) -> dict[str, Tensor]:
     ranked = [standardized(ranks(maps[:, 0].double())).flatten(1) for maps in (change, importance)]
     # Constant maps have no ranks: they are NaN here and, by adding 0 * NaN, in every statistic.
     defined = 0 * (ranked[0][:, :1] @ ranked[1][:, :1].T)
+    # Concentration is (change inside / change) / (area inside / area); an empty or full region has none.
     area = region.mean(1)
     area = torch.where((area > 0) & (area < 1), area, torch.nan)
     peak = (visible == visible.amax(1, keepdim=True)).double()  # several sites can share the maximum

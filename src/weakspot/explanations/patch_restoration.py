@@ -72,7 +72,7 @@ def restoration(
     """Deletion and insertion curves of the perturbation, and small causal sets of cells.
 
     Sets are found greedily. Cells are exchanged in the order of what each does alone until the decision flips. Then,
-    starting from the weakest, every cell is put back without which the decision stays flipped. So each cell of a set is
+    starting with the weakest, a cell is put back if the decision stays flipped without it. So each cell of a set is
     needed in it; the sets are small, but not proven smallest. If the attack does not fool the model, there are none.
 
     Args:
@@ -168,6 +168,7 @@ class _CellSearch:
 
     def _along(self, image: Tensor, other: Tensor, order: Tensor, counts: Tensor, label: Tensor) -> Tensor:
         """(P,) margins while the first `counts` cells in this order are taken from the other."""
+        # ranks[order[i]] = i: the inverse permutation.
         ranks = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         return self._mixed_margins(image, other, ranks < counts[:, None], label)
 
@@ -201,6 +202,7 @@ def _scores(
     lost = lost.where(
         (lost > 1e-6) & (deletion[:, -1] >= 0), torch.nan
     )  # only a lead that existed can be lost
+    # Areas between each curve and its start, as a fraction of the whole change of the margin.
     regained = torch.trapezoid(deletion.double() - deletion[:, :1], fraction, dim=1) / lost
     taken = torch.trapezoid(insertion[:, :1] - insertion.double(), fraction, dim=1) / lost
     sets = [chosen.masked_fill(necessary == 0, torch.nan) for chosen in (necessary, sufficient)]

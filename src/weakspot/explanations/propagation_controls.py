@@ -206,6 +206,7 @@ class _LayerNumbers:
 
     def values(self, group: str) -> dict[str, np.ndarray]:
         """Spread and reach of the group's pairs."""
+        # Without successes the random edits of all pairs are the control.
         fooled, failed = torch.cat(self.fooled), torch.cat(self.failed)
         rows = failed if group == "failures" else fooled
         if group == "random edits" and not bool(fooled.any()):

@@ -176,6 +176,7 @@ def overlap(
         pairs = prepare_pairs(classifier, pairs)
         competing = competing_classes(classifier, pairs)
         maps = _importances(classifier, pairs, importance, others)
+        # Integrated gradients of z_label - z_target along x -> x': the sites sum to the whole drop (completeness).
         drop = margin_drop(classifier, pairs.clean, pairs.adversarial, pairs.labels, competing)
         important, vulnerable = maps[: len(pairs)], spread(drop.sites)
         roi, roa = top_region(important, fraction), attack_region(vulnerable, fraction)
@@ -188,7 +189,9 @@ def overlap(
                 tests[name] = other_image_test(matrix.masked_fill(~allowed, torch.nan))
             reported = tests["effect_in_roi"]
             related = agreed([reported])
+            # Only images with a p need the second path, which costs gradients.
             rows = reported.p.isfinite().nonzero()[:, 0]
+            # Vulnerability is made of gradients, so it would agree with gradient importance for any attack.
             if importance == "gradient":
                 related[:] = np.nan
             elif len(rows):

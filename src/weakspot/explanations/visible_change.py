@@ -102,6 +102,7 @@ def ssim_alignment(
         classes = torch.cat([labels, predict(classifier, others).argmax(1) if len(others) else labels[:0]])
         maps = class_activation(classifier, images, classes, alignment="effective")
         gradient = margin_gradient(classifier, pairs.clean, labels, targets)
+        # Each control is a map of change and the maps it is compared with.
         pgd_change = pgd_of_equal_ssim(
             classifier, pairs.clean, labels, targets, gradient, loss=change.mean((1, 2, 3)), seed=seed
         )
@@ -116,6 +117,7 @@ def ssim_alignment(
             controls["random_weights"] = (change, unlearned)
     local = isinstance(pairs, AttackResult) and pairs.ssim_local_budget_spent is not None
     own = maps[: len(pairs)]
+    # A change inside an allowed region lies where it was allowed to, so it says nothing about the network.
     confined = reached_fraction(pairs) < WHOLE
     why_not = tuple(_why_not(local, *row) for row in zip(change, own, confined.tolist(), strict=True))
     invisible = change.amax((1, 2, 3), keepdim=True) <= INVISIBLE
@@ -171,7 +173,7 @@ def _run_tests(matrices: Mapping[str, Tensor], allowed: Tensor, *, seed: int) ->
     """The test of each matrix over all images; an image counts once, however many copies of it the batch holds."""
     count = len(allowed)
     among = allowed[:, :count]
-    # Of several copies only one stands in for others (see `comparable`): its column holds more than the diagonal.
+    # Of several copies only one may represent the image (`comparable`): its column is allowed beyond the diagonal.
     counted = among & (among & ~torch.eye(count, dtype=torch.bool, device=among.device)).any(0)[:, None]
     return {
         name: run_test(matrix[:, :count].masked_fill(~counted, torch.nan), seed=seed)

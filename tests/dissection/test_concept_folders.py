@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.dissection.fixture import class_maps, deep, gray, palette
+from tests.dissection.broden_fixture import class_maps, deep, gray, palette
 from weakspot import ImageWarning
 from weakspot.dissection import ConceptSet, build_concepts
 from weakspot.images import read_images
@@ -52,7 +52,7 @@ def tree_bytes(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("form", [gray, deep, palette])
-def test_every_class_lies_where_its_mask_says_and_void_nowhere(
+def test_classes_lie_where_their_masks_are_and_void_nowhere(
     tmp_path: Path, form: Callable[[NDArray[np.int64]], Image.Image]
 ) -> None:
     maps = class_maps()
@@ -71,7 +71,7 @@ def test_every_class_lies_where_its_mask_says_and_void_nowhere(
         assert concepts.image(index).read_bytes() == (images / f"{index}.png").read_bytes()
 
 
-def test_names_may_be_a_list_a_mapping_or_a_file_and_a_build_is_the_same_each_time(tmp_path: Path) -> None:
+def test_names_may_be_a_list_a_mapping_or_a_file(tmp_path: Path) -> None:
     images, masks = write(tmp_path, class_maps())
     (tmp_path / "names.txt").write_bytes("\ufeffroad\r\nsky\r\ntree\r\n".encode())
     forms: list[Any] = [
@@ -98,7 +98,7 @@ def test_a_class_number_over_255_keeps_its_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", [lambda m: gray(m * 255), gray, lambda m: Image.fromarray(m.astype(bool))])
-def test_two_values_are_ground_and_figure_however_they_are_written(
+def test_masks_of_two_values_may_be_written_in_three_ways(
     tmp_path: Path, form: Callable[[NDArray[np.int64]], Image.Image]
 ) -> None:
     maps = [(classes == 1).astype(np.int64) for classes in class_maps()] + [np.zeros((12, 18), np.int64)]
@@ -170,22 +170,22 @@ def test_the_tables_count_what_is_in_the_masks(tmp_path: Path) -> None:
     images, masks = write(tmp_path, class_maps(9))
     out = build_concepts(images, tmp_path / "out", masks=masks, names=NAMES, void=[255])
     concepts = ConceptSet.open(out)
-    found: dict[str, list[float]] = {name: [] for name in NAMES}
+    result: dict[str, list[float]] = {name: [] for name in NAMES}
     for index in range(len(concepts)):
         for name, mask in by_name(concepts, index).items():
-            found[name].append(float(mask.double().mean()))
+            result[name].append(float(mask.double().mean()))
     for file in ("label.csv", "c_object.csv"):
         for row in rows(out / file):
-            assert int(row["frequency"]) == len(found[row["name"]])
-            assert float(row["coverage"]) == pytest.approx(sum(found[row["name"]]), rel=1e-5)
+            assert int(row["frequency"]) == len(result[row["name"]])
+            assert float(row["coverage"]) == pytest.approx(sum(result[row["name"]]), rel=1e-5)
     assert [row["category"] for row in rows(out / "label.csv")] == [
-        f"object({len(found[name])})" for name in NAMES
+        f"object({len(result[name])})" for name in NAMES
     ]
     (category,) = rows(out / "category.csv")
     assert category == {"name": "object", "first": "1", "last": "3", "count": "3", "frequency": "9"}
 
 
-def test_pictures_without_a_mask_or_that_are_none_are_skipped_with_a_warning(tmp_path: Path) -> None:
+def test_pictures_without_mask_and_unreadable_ones_are_skipped_with_a_warning(tmp_path: Path) -> None:
     images, masks = write(tmp_path, class_maps(4))
     (masks / "1.png").unlink()
     (masks / "3.png").unlink()
@@ -203,7 +203,7 @@ def test_pictures_without_a_mask_or_that_are_none_are_skipped_with_a_warning(tmp
     assert len(ConceptSet.open(out)) == 1
 
 
-def test_masks_may_lie_among_the_pictures_and_subfolders_are_kept(tmp_path: Path) -> None:
+def test_masks_may_lie_among_the_pictures_in_subfolders(tmp_path: Path) -> None:
     images, masks = write(tmp_path, class_maps(2))
     for folder in (images, masks):
         (folder / "left, right").mkdir()
@@ -236,7 +236,7 @@ def test_masks_may_lie_among_the_pictures_and_subfolders_are_kept(tmp_path: Path
         ({"size": (0, 4)}, r"size is \(0, 4\)"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_nothing_is_left(
+def test_invalid_arguments_are_errors_and_leave_no_files(
     tmp_path: Path, change: dict[str, Any], sentence: str
 ) -> None:
     images, masks = write(tmp_path / "in", class_maps())
@@ -246,7 +246,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_masks_of_another_shape_or_in_color_are_refused(tmp_path: Path) -> None:
+def test_masks_of_another_shape_or_in_color_are_errors(tmp_path: Path) -> None:
     images, masks = write(tmp_path / "in", class_maps(1))
     with Image.open(masks / "0.png") as image:
         stretched, colored = image.resize((12, 18), Image.Resampling.NEAREST), image.convert("RGB")

@@ -39,7 +39,7 @@ def test_every_site_has_one_color_and_at_most_one_texture(concepts: ConceptSet) 
         assert bool(annotation.categories.all())
 
 
-def test_a_site_shows_the_color_that_its_mask_names(concepts: ConceptSet) -> None:
+def test_a_site_has_the_color_of_its_mask(concepts: ConceptSet) -> None:
     prototypes = torch.tensor(list(COLORS.values())) / 255
     total, count = torch.zeros(len(COLORS), 3), torch.zeros(len(COLORS))
     right = sites = 0
@@ -59,7 +59,7 @@ def test_a_site_shows_the_color_that_its_mask_names(concepts: ConceptSet) -> Non
     assert right / sites > 0.8  # shade, grain and edges take some
 
 
-def test_more_pictures_and_a_second_run_change_nothing_and_another_seed_does(tmp_path: Path) -> None:
+def test_demo_pictures_depend_only_on_number_and_seed(tmp_path: Path) -> None:
     few, same, many, other = (
         demo_concepts(tmp_path / name, count=count, size=33, seed=seed)
         for name, count, seed in (("few", 2, 0), ("same", 2, 0), ("many", 5, 0), ("other", 2, 1))
@@ -110,9 +110,7 @@ def test_textures_have_the_symmetry_of_their_name() -> None:
         ({"seed": 0.5}, "seed must .* got 0.5"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(
-    tmp_path: Path, arguments: dict[str, Any], sentence: str
-) -> None:
+def test_invalid_arguments_are_errors(tmp_path: Path, arguments: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         demo_concepts(tmp_path / "out", **arguments)
     assert not any(tmp_path.iterdir())

@@ -82,13 +82,13 @@ def test_ssim_of_small_images_and_other_channels_follows_its_definition(
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("level", [None, 0.0, 0.3, 1.0])
-def test_an_image_is_exactly_like_itself(channels: int, level: float | None) -> None:
+def test_an_image_has_ssim_one_with_itself(channels: int, level: float | None) -> None:
     image, _ = drawn(channels, 17, 12, 0)
     image = image if level is None else torch.full_like(image, level)
     assert torch.equal(ssim_map(image, image.clone()), torch.ones(2, 1, 17, 12))
 
 
-def test_ssim_is_symmetric_below_one_and_lets_far_sites_alone() -> None:
+def test_ssim_is_symmetric_at_most_one_and_local() -> None:
     clean, _ = drawn(3, 30, 30, 0)
     adversarial = clean.clone()
     adversarial[:, :, 3, 4] = 1 - adversarial[:, :, 3, 4].round()
@@ -104,19 +104,19 @@ def test_ssim_is_symmetric_below_one_and_lets_far_sites_alone() -> None:
 @pytest.mark.parametrize(
     ("clean", "adversarial", "message"),
     [
-        (torch.rand(1, 3, 5, 5), torch.rand(1, 3, 5, 6), "clean is .*adversarial .*accepted is one shape"),
-        (torch.rand(1, 3, 5, 5), torch.rand(2, 3, 5, 5), "accepted is one shape"),
+        (torch.rand(1, 3, 5, 5), torch.rand(1, 3, 5, 6), "adversarial must have the shape of clean"),
+        (torch.rand(1, 3, 5, 5), torch.rand(2, 3, 5, 5), "adversarial must have the shape of clean"),
         (torch.rand(3, 5, 5), torch.rand(3, 5, 5), r"clean must .* got \(3, 5, 5\)"),
         (torch.rand(1, 3, 5, 5), torch.zeros(1, 3, 5, 5, dtype=torch.uint8), "adversarial must .*uint8"),
         (torch.rand(1, 3, 5, 5), torch.full((1, 3, 5, 5), torch.nan), r"adversarial must .*\[0\]"),
     ],
 )
-def test_what_is_no_pair_of_batches_is_refused(clean: Tensor, adversarial: Tensor, message: str) -> None:
+def test_invalid_pairs_of_batches_are_errors(clean: Tensor, adversarial: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ssim_map(clean, adversarial)
 
 
-def test_the_analysis_shows_visible_change_and_scores_mean_and_least_similarity(pooling: Made) -> None:
+def test_the_ssim_analysis_has_its_map_its_mean_and_its_minimum(pooling: Made) -> None:
     model, clean = pooling
     adversarial = (clean + 0.1).clamp(0, 1)
     classes = torch.tensor([0, 1, 2])
