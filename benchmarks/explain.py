@@ -49,7 +49,7 @@ def main() -> None:
             {
                 "floor: 1 forward pass": lambda: predict(model, images),
                 "class_activation": lambda: class_activation(model, images, labels),
-                "class_activation, effective registration": lambda: class_activation(
+                "class_activation, effective alignment": lambda: class_activation(
                     model, images, labels, alignment="effective"
                 ),
                 "margin_drop (integrated gradients)": lambda: margin_drop(

@@ -1,7 +1,7 @@
 """Where do the cells of a class activation map belong? Evidence from occlusion. Run: python -m benchmarks.map_alignment
 
 Each photograph is occluded in a grid of gray squares, and the loss of the class's logit is laid out over the image. The
-class activation map under each registration is then correlated with it. A registration that puts cells where the
+class activation map under each alignment is then correlated with it. An alignment that puts cells where the
 network really looks correlates more. Photographs are ImageNet samples from the folder that WEAKSPOT_DATA names.
 """
 

@@ -104,8 +104,8 @@ def test_ssim_is_symmetric_at_most_one_and_local() -> None:
 @pytest.mark.parametrize(
     ("clean", "adversarial", "message"),
     [
-        (torch.rand(1, 3, 5, 5), torch.rand(1, 3, 5, 6), "clean is .*adversarial .*accepted is one shape"),
-        (torch.rand(1, 3, 5, 5), torch.rand(2, 3, 5, 5), "accepted is one shape"),
+        (torch.rand(1, 3, 5, 5), torch.rand(1, 3, 5, 6), "adversarial must have the shape of clean"),
+        (torch.rand(1, 3, 5, 5), torch.rand(2, 3, 5, 5), "adversarial must have the shape of clean"),
         (torch.rand(3, 5, 5), torch.rand(3, 5, 5), r"clean must .* got \(3, 5, 5\)"),
         (torch.rand(1, 3, 5, 5), torch.zeros(1, 3, 5, 5, dtype=torch.uint8), "adversarial must .*uint8"),
         (torch.rand(1, 3, 5, 5), torch.full((1, 3, 5, 5), torch.nan), r"adversarial must .*\[0\]"),

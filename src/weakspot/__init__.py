@@ -6,6 +6,8 @@
 ['chelsea', 'coffee', 'rocket', 'motorcycle']
 """
 
+from importlib.metadata import version
+
 from weakspot import attacks, defenses, regions, training
 from weakspot._checks import ImageWarning, ModelWarning
 from weakspot.attribution import class_activation, occlusion
@@ -48,7 +50,7 @@ from weakspot.models import load
 from weakspot.pairs import AttackResult, Pairs
 from weakspot.similarity import ssim_map
 
-__version__ = "0.1.0"
+__version__ = version("weakspot")
 __all__ = [
     "L1",
     "L2",

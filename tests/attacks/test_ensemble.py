@@ -1,4 +1,4 @@
-"""The ensemble: laws of every attack, what it must find, what it must never claim, and whom it must not accuse."""
+"""The ensemble: laws of every attack, planted weaknesses that it must find, and warnings that it must not give."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_an_images_result_depends_on_no_batch_size_no_order_and_no_neighbor(
 
 @pytest.mark.parametrize("targeted", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 5, None])
-def test_counts_are_what_each_image_went_through_the_model(batch_size: int | None, targeted: bool) -> None:
+def test_counts_equal_the_passes_of_each_image(batch_size: int | None, targeted: bool) -> None:
     network, images = balanced(12)
     images, region = tagged(images)
     labels, model = predicted(network, images), Watched(network).eval()
@@ -115,7 +115,7 @@ def test_counts_are_what_each_image_went_through_the_model(batch_size: int | Non
 
 
 @pytest.mark.parametrize("budget", [Linf(0.01), L2(0.2), L1(1.0), SSIM(0.00003)], ids=str)
-def test_every_success_of_the_first_stage_is_kept_as_it_is(budget: Budget) -> None:
+def test_every_success_of_the_first_stage_is_returned_as_it_is(budget: Budget) -> None:
     model, images = balanced()
     labels = predicted(model, images)
     options = AttackOptions(budget)
@@ -154,7 +154,7 @@ def test_a_weak_model_that_hides_its_gradients_is_exposed(
 
 @pytest.mark.parametrize("hide", HIDING.values(), ids=HIDING)
 @pytest.mark.filterwarnings("ignore:the gradient of:weakspot._checks.ModelWarning")
-def test_a_strong_model_that_hides_its_gradients_is_not_said_to_fall(
+def test_a_strong_model_that_hides_its_gradients_is_not_reported_as_fooled(
     hide: Callable[[Tensor], Tensor],
 ) -> None:
     network, images = on_the_margin(0)
@@ -224,7 +224,7 @@ def test_leaving_the_label_short_of_the_target_is_no_targeted_success() -> None:
     assert result.success.tolist() == [False] * 3
 
 
-@pytest.mark.parametrize(("network", "budget"), zip(NETWORKS, BUDGETS, strict=True))
+@pytest.mark.parametrize(("network", "budget"), [*zip(NETWORKS, BUDGETS, strict=True)])
 def test_misclassified_images_are_successes(network: str, budget: Budget) -> None:
     model, images = NETWORKS[network]()
     labels = model(images).argmin(1)
@@ -335,7 +335,7 @@ def test_checkpoints_are_inside_the_steps_and_grow_closer(steps: int) -> None:
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 @pytest.mark.parametrize("queries", [1, 2, 65, 130])
-def test_a_square_search_keeps_the_best_it_was_told_and_asks_no_more_than_allowed(
+def test_a_square_search_returns_its_best_and_queries_no_more_than_allowed(
     budget: Budget, queries: int
 ) -> None:
     network, images = NETWORKS["pooling"]()

@@ -1,4 +1,4 @@
-"""Few-pixel attacks: laws of both methods, a brute-force twin, closed forms, and what must not depend on chance."""
+"""Few-pixel attacks: laws of both methods, a brute-force twin, closed forms and reproducibility."""
 
 from __future__ import annotations
 
@@ -149,9 +149,7 @@ def test_colors_are_8_bit_so_that_files_keep_every_success(method: str, shape: t
 @pytest.mark.parametrize("batch_size", [1, 5, None])
 @pytest.mark.parametrize("count", [1, 2])
 @each_method
-def test_counts_are_what_each_image_went_through_the_model(
-    method: str, count: int, batch_size: int | None
-) -> None:
+def test_counts_equal_the_passes_of_each_image(method: str, count: int, batch_size: int | None) -> None:
     network, images = convolutional((3, 8, 8), 6)
     images, region = tagged(images)
     model = Watched(network).eval()
@@ -412,7 +410,7 @@ def test_where_nothing_can_succeed_no_success_is_claimed(method: str) -> None:
 
 
 @each_method
-def test_where_no_image_falls_the_best_attempts_are_kept(method: str) -> None:
+def test_where_no_image_falls_the_best_attempts_are_returned(method: str) -> None:
     model, images = leaning((3, 8, 8), lead=12), random_images(4, 3, 8, 8)
     labels = torch.zeros(4, dtype=torch.long)
     result = few_pixel(model, images, labels, method=method, **SHORT)
@@ -479,7 +477,7 @@ def test_progress_rises(method: str) -> None:
         ("seed", 0.5),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(argument: str, value: Any) -> None:
+def test_a_wrong_argument_is_refused_by_name(argument: str, value: Any) -> None:
     model, images = convolutional((3, 8, 8))
     with (
         untouched(model, images),

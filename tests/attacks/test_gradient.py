@@ -278,7 +278,7 @@ def test_pgd_lowers_every_margin(network: str, budget: Budget, kind: str) -> Non
 @pytest.mark.parametrize(
     ("attack", "options"), [(fgsm, {}), (pgd, {"steps": 4, "restarts": 3})], ids=["fgsm", "pgd"]
 )
-def test_counts_are_what_each_image_went_through_the_model(
+def test_counts_equal_the_passes_of_each_image(
     attack: Attack, options: dict[str, Any], batch_size: int | None
 ) -> None:
     network, images = NETWORKS["pooling"]()
@@ -415,8 +415,8 @@ def test_fgsm_is_one_step_of_the_whole_budget_written_by_hand(any_model: Made, b
     assert region is not None
     point = images.clone().requires_grad_()
     logits = model(point)
-    rivals = logits.scatter(1, labels[:, None], -1e9).argmax(1)
-    lead = (logits[range(3), labels] - logits[range(3), rivals]).sum()
+    competing = logits.scatter(1, labels[:, None], -1e9).argmax(1)
+    lead = (logits[range(3), labels] - logits[range(3), competing]).sum()
     (gradient,) = torch.autograd.grad(lead, point)
     rows = (gradient * region).flatten(1)
     unit = rows.sign() if isinstance(budget, Linf) else torch.nn.functional.normalize(rows)
@@ -461,7 +461,7 @@ def test_misclassified_images_stay_misclassified(network: str, budget: Budget, a
 
 
 @pytest.mark.parametrize("budget", [Linf(1e-4), L2(1e-3)], ids=str)
-def test_where_no_image_falls_the_best_attempts_are_kept(budget: Budget) -> None:
+def test_where_no_image_falls_the_best_attempts_are_returned(budget: Budget) -> None:
     weight = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0))
     model = LinearNetwork(weight).eval()
     images = 0.5 + 0.2 * weight.sign().expand(4, -1, -1, -1)
@@ -513,7 +513,7 @@ def test_progress_rises_to_one(pooling: Made) -> None:
         ("model", "resnet18"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(
+def test_a_wrong_argument_is_refused_by_name(
     pooling: Made, attack: Attack, argument: str, value: Any
 ) -> None:
     model, images = pooling
@@ -833,9 +833,7 @@ def test_momentum_is_a_fraction(attack: Attack, momentum: float) -> None:
 
 @pytest.mark.parametrize("attack", [fgsm, bim, pgd])
 @pytest.mark.parametrize(("eps", "stored"), [(0.4 / 255, False), (1.6 / 255, True)], ids=["lost", "kept"])
-def test_8_bit_success_is_what_png_files_say(
-    tmp_path: Path, attack: Attack, eps: float, stored: bool
-) -> None:
+def test_8_bit_success_is_that_of_png_files(tmp_path: Path, attack: Attack, eps: float, stored: bool) -> None:
     image_module = pytest.importorskip("PIL.Image")
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3, 12, 10, generator=generator)
@@ -904,7 +902,7 @@ def test_the_seed_of_every_image_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("attack", [fgsm, bim, pgd, ensemble])
 @pytest.mark.parametrize("budget", [0.1, "linf", None], ids=str)
-def test_what_is_no_budget_is_refused_by_name(attack: Any, budget: Any) -> None:
+def test_an_invalid_budget_is_refused_by_name(attack: Any, budget: Any) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2)).eval()
     with pytest.raises(ValueError, match=r"budget must be a budget such as Linf"):
         attack(model, torch.rand(1, 3, 4, 4), torch.tensor([0]), budget=budget)

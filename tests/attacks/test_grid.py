@@ -151,7 +151,7 @@ class Lead(nn.Module):
 
 
 @pytest.mark.parametrize("attack", [ATTACKS["fmn"], ATTACKS["fmn in L2"], ATTACKS["carlini_wagner"]])
-def test_what_cannot_fool_on_the_grid_comes_back_as_it_was_and_is_no_success_there(attack: Attack) -> None:
+def test_an_image_that_cannot_fool_on_the_grid_is_returned_unchanged_as_a_failure(attack: Attack) -> None:
     """A network that is fooled only between levels."""
     model = Between().eval()
     images = levels_of(random_images(3, 3, 6, 6))

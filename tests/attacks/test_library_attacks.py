@@ -1,4 +1,4 @@
-"""Foreign attacks: whatever a library does, what comes back keeps the contract and is counted."""
+"""Attacks of other libraries: whatever a library does, the result obeys the contract and passes are counted."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def noisy(model: nn.Module, images: Tensor, wanted: Tensor, eps: float) -> Tenso
     ["everywhere", "scattered"],
     [Linf(0.05), L2(0.3)],
 )
-def test_what_comes_back_keeps_range_budget_and_region_and_every_pass_is_counted(
+def test_results_obey_range_budget_and_region_and_every_pass_is_counted(
     library: Callable[[Search], str], network: str, budget: Any, kind: str, batch_size: int | None
 ) -> None:
     model, images = NETWORKS[network]()
@@ -144,7 +144,7 @@ def test_passes_of_some_images_only_are_counted_for_those(
     assert torch.equal(result.adversarial, images)
 
 
-def test_what_is_not_finite_stays_clean(library: Callable[[Search], str], pooling: Made) -> None:
+def test_values_that_are_not_finite_stay_clean(library: Callable[[Search], str], pooling: Made) -> None:
     model, images = pooling
     name = library(lambda model, images, wanted, eps: torch.where(images > 0.5, torch.nan, 1 - images))
     result = external(name, model, images, predicted(model, images))
@@ -173,7 +173,7 @@ def explode(model: nn.Module, images: Tensor, wanted: Tensor, eps: float) -> Ten
         ),
     ],
 )
-def test_what_goes_wrong_is_one_sentence(
+def test_a_failure_is_one_sentence(
     library: Callable[[Search], str], pooling: Made, search: Search, options: dict[str, Any], sentence: str
 ) -> None:
     model, images = pooling
@@ -222,7 +222,7 @@ def test_an_attack_sees_a_module_that_stays_in_eval_mode_and_an_empty_region_is_
     torch.testing.assert_close(result.adversarial[[0, 2]], 1 - images[[0, 2]])
 
 
-def test_what_fails_on_some_images_leaves_those_clean_and_says_so(
+def test_a_failure_on_some_images_leaves_those_clean_with_a_warning(
     library: Callable[[Search], str], pooling: Made
 ) -> None:
     model, images = pooling

@@ -1,4 +1,4 @@
-"""Objectives: twins in plain Python, invariances, and that they are what drives a search."""
+"""Losses: definitions in plain Python, invariances, and that searches are driven by them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def cases(classes: int, count: int = 40) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("name", list(LOSSES))
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("targeted", [False, True])
-def test_an_objective_is_its_plain_twin(name: str, classes: int, targeted: bool) -> None:
+def test_a_loss_equals_its_definition(name: str, classes: int, targeted: bool) -> None:
     logits, labels, targets = cases(classes)
     found = LOSSES[name](logits, labels, targets if targeted else None)
     expected = [
@@ -142,7 +142,7 @@ def test_an_objective_is_found_by_its_name_or_is_itself() -> None:
     ],
 )
 @pytest.mark.parametrize("attack", [pgd, fgsm])
-def test_what_is_no_objective_is_refused(pooling: Made, attack: Any, loss: Any, sentence: str) -> None:
+def test_an_unknown_loss_is_refused(pooling: Made, attack: Any, loss: Any, sentence: str) -> None:
     model, pictures = pooling
     with pytest.raises(ValueError, match=sentence):
         attack(model, pictures, torch.tensor([0, 1, 2]), loss=loss)

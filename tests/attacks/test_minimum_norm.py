@@ -1,4 +1,4 @@
-"""Attacks that look for the smallest change: laws that all keep, and closed forms on linear models."""
+"""Attacks that look for the smallest change: laws of all of them, and closed forms on linear models."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_results_are_in_range_in_the_region_and_verified(
 
 @pytest.mark.parametrize("batch_size", [4, None])
 @each_attack
-def test_counts_are_what_each_image_went_through_the_model(attack: Attack, batch_size: int | None) -> None:
+def test_counts_equal_the_passes_of_each_image(attack: Attack, batch_size: int | None) -> None:
     network, images = convolutional((3, 8, 8), 6)
     images, region = tagged(images)
     model, through = Watched(network).eval(), 0
@@ -178,9 +178,9 @@ def test_pgd_brackets_what_fmn_finds() -> None:
 
 def test_fmn_refuses_other_norms_and_no_steps() -> None:
     model, images = convolutional((3, 8, 8), 1)
-    with pytest.raises(ValueError, match=r"^norm is 'l0'; accepted: linf, l2$"):
+    with pytest.raises(ValueError, match=r"^norm must be one of linf, l2, got 'l0'"):
         fmn(model, images, predicted(model, images), norm="l0")
-    with pytest.raises(ValueError, match=r"^steps is 0; accepted is a whole number of at least 1$"):
+    with pytest.raises(ValueError, match=r"^steps must be an integer of at least 1, got 0$"):
         fmn(model, images, predicted(model, images), steps=0)
 
 
@@ -238,7 +238,7 @@ def test_an_empty_region_returns_the_clean_bits_and_success_as_it_is(attack: Att
 
 
 @each_attack
-def test_where_no_image_falls_the_best_attempts_are_kept(attack: Attack) -> None:
+def test_where_no_image_falls_the_best_attempts_are_returned(attack: Attack) -> None:
     model, images = leaning((3, 8, 8), lead=300), random_images(4, 3, 8, 8)
     labels = torch.zeros(4, dtype=torch.long)
     result = attack(model, images, labels, steps=60, learning_rate=0.1)
@@ -317,11 +317,11 @@ def test_progress_rises_to_one(attack: Attack) -> None:
     ],
 )
 @each_weighed_attack
-def test_what_does_not_fit_is_refused_by_name(attack: Attack, argument: str, value: Any) -> None:
+def test_a_wrong_argument_is_refused_by_name(attack: Attack, argument: str, value: Any) -> None:
     model, images = convolutional((3, 8, 8), 1)
     with (
         untouched(model, images),
-        pytest.raises(ValueError, match=rf"^{argument} is {value}; accepted[^\n]*$"),
+        pytest.raises(ValueError, match=rf"^{argument} must be [^\n]*, got {value}"),
     ):
         attack(model, images, predicted(model, images), **{"steps": 10, argument: value})
 

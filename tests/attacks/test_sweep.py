@@ -1,4 +1,4 @@
-"""The pixel sweep against brute force, a planted trigger, and the search that it is the oracle of."""
+"""The pixel sweep against brute force, a planted trigger, and searches, whose oracle it is."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def test_the_color_named_reaches_the_margin_named() -> None:
         with torch.no_grad():
             logits = model(edited)
         own = logits.gather(1, labels[:, None])[:, 0]
-        rival = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
-        torch.testing.assert_close(found.margin[:, row, column], own - rival, atol=1e-5, rtol=1e-4)
+        competing = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+        torch.testing.assert_close(found.margin[:, row, column], own - competing, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("early", [True, False])

@@ -1,4 +1,4 @@
-"""Registration against brute force: which pixels, when poisoned with NaN, poison a cell."""
+"""Alignment against brute force: which pixels, when poisoned with NaN, poison a cell."""
 
 from __future__ import annotations
 
@@ -284,7 +284,7 @@ def test_what_a_cell_looks_at_does_not_depend_on_the_picture(pooling: tuple[nn.M
 @pytest.mark.parametrize(
     ("rows", "columns"), [(Axis(3, 8), Axis(0, 5)), (Axis(-2, 4), Axis(7, 1)), (Axis(0, 1), Axis(1, 2))]
 )
-def test_each_cells_own_value_stands_at_its_center(rows: Axis, columns: Axis) -> None:
+def test_each_cells_own_value_lies_at_its_center(rows: Axis, columns: Axis) -> None:
     size = (40, 30)
     maps = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(0))
     placed = place(maps, size, (rows, columns))

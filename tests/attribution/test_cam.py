@@ -1,4 +1,4 @@
-"""Class activation against hand computations, on networks that come in every form."""
+"""Class activation against computations by hand, on networks of every form."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_a_layer_that_cannot_be_used_is_refused_with_advice(pooling: Made, layer
         ("model", None),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(pooling: Made, argument: str, value: Any) -> None:
+def test_a_wrong_argument_is_refused_by_name(pooling: Made, argument: str, value: Any) -> None:
     model, images = pooling
     arguments = {"model": model, "images": images, "classes": CLASSES, argument: value}
     with pytest.raises(ValueError, match=f"{argument}.*(accepted|must)"):

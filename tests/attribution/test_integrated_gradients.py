@@ -1,4 +1,4 @@
-"""Margin drops: sites sum to the whole, exactly where the model is linear."""
+"""Margin drops: sites sum to the whole, exactly if the model is linear."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_nothing_changed_costs_nothing(any_model: Made) -> None:
     assert not bool(drop.gap.any())
 
 
-def test_swapping_label_and_rival_or_the_two_images_turns_the_sign(any_model: Made) -> None:
+def test_swapping_label_and_competing_class_or_the_two_images_turns_the_sign(any_model: Made) -> None:
     model, images = any_model
     labels, competing = classes_of(model, images)
     other = CHANGES["noise"](images)
@@ -162,7 +162,7 @@ def test_a_path_that_cannot_be_followed_is_reported_as_a_gap(pooling: Made) -> N
         ("model", None),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(pooling: Made, argument: str, value: Any) -> None:
+def test_a_wrong_argument_is_refused_by_name(pooling: Made, argument: str, value: Any) -> None:
     model, images = pooling
     arguments = {
         "model": model,

@@ -17,7 +17,7 @@ from weakspot.audit.work.batches import AdaptiveBatches, FixedBatchClassifier, b
 from weakspot.audit.work.shard import _without_numbers
 from weakspot.classifier import Classifier, as_classifier
 
-HALVES = (slice(0, 4), slice(4, None))  # of whole groups, as lots are
+HALVES = (slice(0, 4), slice(4, None))  # whole groups, as in batches
 
 
 def test_logits_are_bit_equal_in_any_batch(any_model: Made) -> None:
@@ -111,7 +111,7 @@ def test_batches_are_halved_until_memory_holds_them(most: int) -> None:
     assert [row for _, rows in parts for row in rows] == list(range(13))
     calls.clear()
     batches.each(work, torch.arange(13), {}, "work")
-    assert max(calls) <= most  # what was learned is kept
+    assert max(calls) <= most  # the size that fits is remembered
 
 
 def test_too_little_memory_for_one_image_is_an_error_of_the_row() -> None:

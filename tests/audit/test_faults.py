@@ -45,7 +45,7 @@ from torch.nn import functional as F
 
 
 class Odd(Tiny):
-    # Raises on dark images, or does what else it was made for.
+    # Raises on dark images, or applies a function to its logits.
     def __init__(self, error=None, act=None):
         super().__init__()
         self.error, self.act, self.calls = error, act, 0
@@ -60,7 +60,7 @@ class Odd(Tiny):
 
 
 class Flat(Tiny):
-    # Raises on the probe images, too, which are all but flat.
+    # Also raises on the probe images, which have strong contrasts.
     def forward(self, images):
         if bool((images.std((1, 2, 3)) > 0.2).any()):
             raise RuntimeError("not flat")
@@ -112,7 +112,7 @@ def leaves():
 
 @pytest.fixture
 def odd(pictures: Path) -> Path:
-    """The pictures, one of them dark, and networks to which that matters."""
+    """The pictures, one of them dark, and networks that fail on it."""
     (pictures.parent / "audited_networks.py").write_text(NETWORKS + ODD)
     Image.new("RGB", (24, 24), (3, 3, 3)).save(pictures / "dog/dark.png")
     return pictures
@@ -155,7 +155,7 @@ def test_an_exception_of_the_model_is_an_error_in_the_row(odd: Path, factory: st
 
 
 def raising(when: int, error: BaseException) -> Any:
-    """pgd that raises on batches that hold an image of that mean in 255ths."""
+    """PGD that raises on batches with an image of this mean gray level."""
 
     def attack(model: nn.Module, images: Tensor, labels: Tensor, **options: Any) -> AttackResult:
         if bool(((images.mean((1, 2, 3)) * 255).round() == when).any()):
@@ -195,12 +195,12 @@ def test_a_shard_of_failing_images_does_not_stop_the_audit_and_shuts_gates(odd: 
     assert run.complete
     assert run.records["error"].notna().sum() == 9
     assert resume(run.folder).complete
-    # Judged by the others alone, the gate would open.
+    # The other images alone would pass these gates.
     summary = summarize(run)
     rows, robust = cell_table(run, summary), summary.cells[0].robust_accuracy
     for condition, shut in (
-        (f"robust_accuracy < {robust - 0.01}", True),  # the nine may have fallen
-        (f"robust_accuracy > {robust + 0.01}", True),  # or withstood
+        (f"robust_accuracy < {robust - 0.01}", True),  # the nine may have been fooled
+        (f"robust_accuracy > {robust + 0.01}", True),  # or not
         (f"clean_accuracy < {summary.clean_accuracy - 0.01}", True),
         (f"robust_accuracy < {robust * 14 / 23 - 0.01}", False),
         ("images < 14", False),
@@ -271,7 +271,7 @@ def test_keyboard_interrupts_pass_through() -> None:
 
 
 def interrupted(plan: Plan, out: Path, factory: str) -> Path:
-    """An audit of one shard by the plan's model; run.json then names another."""
+    """An audit interrupted after one shard, whose run.json then names another model."""
 
     def watch(progress: AuditProgress) -> None:
         if progress.done > 4:

@@ -27,18 +27,19 @@ from tests.audit.fixtures import (
     small_plan,
 )
 from weakspot.audit import AttackPlan, StoppedError, audit, open_run, resume
-from weakspot.audit.engines import EngineOptions, open_engine
 from weakspot.audit.engines.ray_engine import allocation
 from weakspot.audit.store.records import shard_files
+from weakspot.audit.work.engine import EngineOptions, open_engine
 
 __all__ = ["networks", "pictures"]  # fixtures
+pytestmark = pytest.mark.ray
 CHECKED = """
 import os, signal, sys
 from pathlib import Path
 from audited_networks import build
 
 class Mortal(type(build())):
-    # Dies in a worker: once, or each time; or says what is wrong.
+    # Kills its worker once, or every time.
     def forward(self, images):
         here = Path("{folder}")
         if os.environ.get("RAY_JOB_ID") or "default_worker" in sys.argv[0]:
@@ -68,13 +69,13 @@ def others():
 
 
 def cluster_path() -> list[str]:
-    """Where workers find weakspot and these tests."""
+    """The module path of workers."""
     return [str(Path(weakspot.__file__).parents[1]), str(Path(__file__).parents[2])]
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """Ray on this machine, shared by the tests of this module; that an audit leaves it alone is tested by the way."""
+    """Ray on this machine, shared by the tests of this module; audits must leave it running."""
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'weakspot[ray]'")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(cluster_path()))
@@ -91,7 +92,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture
 def mortal(pictures: Path) -> Path:
-    """The folder of the pictures, with networks that know whether a worker holds them."""
+    """The folder of the pictures, and networks that know whether they are in a worker."""
     (pictures.parent / "checked_networks.py").write_text(CHECKED.replace("{folder}", str(pictures.parent)))
     return pictures
 
@@ -137,7 +138,7 @@ def test_a_killed_worker_costs_one_retry(
     same_maps(expected, run)
 
 
-@pytest.mark.slow
+@pytest.mark.kill
 def test_a_shard_that_kills_every_worker_stops_the_audit(cluster: None, mortal: Path) -> None:
     out = mortal.parent / "found"
     (mortal.parent / "always").touch()
@@ -188,7 +189,7 @@ def test_an_interrupted_audit_leaves_no_worker_and_resumes_with_either_engine(
 
 
 def idle(cpus: int) -> bool:
-    """Whether all of the cluster is free, within a while."""
+    """Whether the whole cluster becomes free within a minute."""
     import ray
 
     free: Any = ray.available_resources
@@ -237,7 +238,7 @@ def test_another_process_joins_a_cluster_by_its_address(cluster: None, pictures:
     assert run.info.engine["workers"] == 2
     same_records(expected, run)
     same_maps(expected, run)
-    assert idle(2)  # the cluster goes on without the one who joined
+    assert idle(2)  # the cluster outlives the process that joined
 
 
 def test_workers_share_the_cpus_and_respect_omp_num_threads(
@@ -283,9 +284,12 @@ resume(sys.argv[1], engine="ray", workers=2)
 
 
 def kill_after(out: Path, seconds: float, *, at_work: bool) -> bool:
-    """Resumes on a cluster of its own and kills all of its process group; whether it had not come to its end.
+    """Resume on a cluster of its own and kill all of its process group; returns whether it was still running.
 
-    The blow falls so many seconds after the start, or where it is to be at work, after its first shard.
+    Args:
+        out: folder of the run.
+        seconds: after the start or, `at_work`, after the first shard.
+        at_work: whether to wait for the first shard.
     """
     before, deadline = len(set(shard_files(out))), time.monotonic() + 120
     source = str(Path(weakspot.__file__).parents[1])
@@ -312,20 +316,8 @@ def kill_after(out: Path, seconds: float, *, at_work: bool) -> bool:
     return False
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "kills",
-    [
-        3,
-        pytest.param(
-            20,
-            marks=pytest.mark.skipif(
-                not os.environ.get("WEAKSPOT_LONG"), reason="minutes: WEAKSPOT_LONG=1 runs it"
-            ),
-        ),
-    ],
-)
-def test_an_audit_killed_with_its_workers_ends_with_the_same_records(pictures: Path, kills: int) -> None:
+@pytest.mark.kill
+def test_an_audit_killed_with_its_workers_ends_with_the_same_records(pictures: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'weakspot[ray]'")
     draw_pictures(pictures, 28)
     plan = small_plan(pictures, shard=1, attacks=(AttackPlan("pgd", settings=(("steps", 200),)),))
@@ -337,9 +329,9 @@ def test_an_audit_killed_with_its_workers_ends_with_the_same_records(pictures: P
 
     with pytest.raises(KeyboardInterrupt):
         audit(plan, out, watch=stop)
-    rng = random.Random(kills)  # noqa: S311 - no secret
+    rng = random.Random(3)  # noqa: S311 - no secret
     finished = []
-    for number in range(kills):
+    for number in range(2):
         at_work = bool(number % 2 == 0)
         if not kill_after(out, rng.uniform(0, 0.5 if at_work else 12), at_work=at_work):
             break
@@ -347,7 +339,7 @@ def test_an_audit_killed_with_its_workers_ends_with_the_same_records(pictures: P
         records = open_run(out).records
         assert not len(records) or not records.duplicated(["image", "attack", "region"]).any()
     assert finished[-1] > 0, finished
-    run = resume(out, engine="ray", workers=2) if kills == 3 else resume(out)
+    run = resume(out, engine="ray", workers=2)
     same_records(expected, run)
     same_maps(expected, run)
     assert sorted(path.name for path in out.iterdir()) == FILES

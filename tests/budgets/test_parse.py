@@ -1,4 +1,4 @@
-"""Budgets as text: what is written is what is meant, and anything else is refused in one sentence."""
+"""Budgets as text: valid texts mean what they say, and any other is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -84,6 +84,6 @@ def test_any_other_text_is_refused_in_one_sentence_that_names_the_budget(text: s
         ("ssim-local:2", r"^eps must be at least 0 and below 1, .*got 2\.0"),
     ],
 )
-def test_a_refusal_says_what_is_accepted(text: str, words: str) -> None:
+def test_a_refusal_names_the_valid_form(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         read_budget(text)

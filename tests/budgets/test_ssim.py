@@ -335,7 +335,7 @@ def test_flat_images_may_be_roughened_by_what_the_constant_allows(level: float, 
 
 
 @sampled("layout, level, moved, masked", LAYOUTS, [0.03, 0.1, 0.5], [False, True], [False, True])
-def test_means_take_their_share_of_the_steepest_step_and_all_of_the_budget_is_spent(
+def test_means_take_their_fraction_of_the_steepest_step_and_all_of_the_budget_is_spent(
     layout: tuple[int, int, int], level: float, moved: bool, masked: bool
 ) -> None:
     height, width, patch = layout
@@ -367,7 +367,7 @@ def test_means_take_their_share_of_the_steepest_step_and_all_of_the_budget_is_sp
         assert np.quantile(fractions, 0.9) == pytest.approx(level * scale, rel=2e-2)
 
 
-def test_a_smaller_share_of_means_leaves_fewer_edges_between_patches() -> None:
+def test_a_smaller_fraction_of_means_leaves_fewer_edges_between_patches() -> None:
     generator = torch.Generator().manual_seed(0)
     images = 0.5 + 0.02 * torch.rand(2, 3, 64, 64, generator=generator)
     gradients = torch.randn(2, 3, 64, 64, generator=generator)
@@ -382,7 +382,7 @@ def test_a_smaller_share_of_means_leaves_fewer_edges_between_patches() -> None:
 
 
 @pytest.mark.parametrize("level", [0, -1, 1.1, True, "0.1", float("nan")])
-def test_a_share_of_means_outside_its_range_is_refused(level: Any) -> None:
+def test_a_fraction_of_means_outside_its_range_is_refused(level: Any) -> None:
     with pytest.raises(ValueError, match=r"level must be a fraction above 0 and at most 1, got"):
         SSIM(0.01, level=level)
 
@@ -403,3 +403,55 @@ def test_nothing_is_remembered_of_images_that_may_change(mode: str) -> None:
         budget.distance(change, images)
     moved = change.clone().requires_grad_()
     budget.distance(moved, images).sum().backward()
+
+
+def test_the_corner_pixel_of_nine_by_nine_is_a_patch_of_its_own() -> None:
+    image = torch.full((1, 1, 9, 9), 0.5)
+    change = torch.zeros_like(image)
+    change[..., 8, 8] = 0.1
+    level = 0.1**2 / (0.5**2 + 0.6**2 + C1)
+    assert float(SSIM(0.5, mode="local").distance(change, image)) == pytest.approx(level, rel=1e-5)
+    assert float(SSIM(0.5).distance(change, image)) == pytest.approx(level / 4, rel=1e-5)
+    # Only its mean can change; the step goes to the end of its interval, up or down.
+    for sign in (1, -1):
+        step = SSIM(0.02, mode="local").steepest_step(sign * change, torch.zeros_like(image), image)
+        reached = 0.5 + float(step[..., 8, 8])
+        assert (reached - 0.5) * sign > 0
+        assert (reached - 0.5) ** 2 / (0.5**2 + reached**2 + C1) == pytest.approx(0.02, rel=1e-4)
+        assert not bool(step.flatten()[:-1].any())
+
+
+@pytest.mark.parametrize("above", [1e-3, 1e-2, 0.1])
+def test_a_global_projection_finds_the_budget_where_what_is_spent_is_nearly_flat(above: float) -> None:
+    # On black, half a level of brightness spends nearly as much as all of them: no square law.
+    black = torch.zeros(1, 1, 2, 8)
+    wanted = black.clone()
+    wanted[..., :2] = 1
+    budget = SSIM(0.25 * (1 - above), patch=2)
+    found = budget.project(wanted, black)
+    expected = math.sqrt(C1 * (1 - above) / above)  # the root of m^2 / (m^2 + c1) = 1 - above
+    torch.testing.assert_close(found, expected * wanted, rtol=5e-3, atol=0)
+    assert float(budget.distance(found, black)) == pytest.approx(budget.eps, rel=1e-4)
+
+
+@pytest.mark.parametrize("eps", [-0.1, 1.0, 1, 2.0, float("nan"), float("inf")])
+def test_eps_is_a_fraction_below_one(eps: float) -> None:
+    with pytest.raises(ValueError, match=r"^eps must be at least 0 and below 1, .*got"):
+        SSIM(eps)
+
+
+@pytest.mark.parametrize("patch", [-1, 0, 1, 2.5, 8.0, "8", None, True])
+def test_a_patch_is_a_whole_number_of_pixels(patch: Any) -> None:
+    with pytest.raises(ValueError, match=r"^patch must be an integer of at least 2, got"):
+        SSIM(0.1, patch=patch)
+
+
+@pytest.mark.parametrize(("mode", "words"), [("locale", r" \(did you mean 'local'"), ("", "")])
+def test_a_mode_is_global_or_local(mode: str, words: str) -> None:
+    with pytest.raises(ValueError, match=rf"^mode must be one of global, local, got {mode!r}{words}"):
+        SSIM(0.1, mode=mode)
+
+
+def test_it_is_named_with_its_mode_and_patch() -> None:
+    assert str(SSIM(0.01)) == "0.01 SSIM (global, patches of 8)"
+    assert str(SSIM(0.02, patch=4, mode="local")) == "0.02 SSIM (local, patches of 4)"

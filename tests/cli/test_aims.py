@@ -64,7 +64,7 @@ def test_the_cam_region_has_the_fraction_of_the_image(aim: tuple[torch.nn.Module
 @pytest.mark.parametrize(
     ("region", "fraction", "code", "message"),
     [
-        ("mask.png", 0.3, 2, "mask.png has no white pixel"),
+        ("mask.png", 0.3, 2, "mask.png must have a white pixel"),
         ("notes.png", 0.3, 4, "region: notes.png: not an image in a known format"),
         ("nowhere.png", 0.3, 4, "region: nowhere.png"),
         ("cam", 0, 2, "region must hold at least one pixel, got 'cam' with fraction 0"),

@@ -1,4 +1,4 @@
-"""`weakspot dissect` on a concept set, on pictures with masks, on folders, and on what cannot be meant."""
+"""`weakspot dissect` on a concept set, on images with masks, on folders, under attack, and with wrong options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from weakspot.cli.attacked_units import parse_mask
 TINY = ("--model", "tiny_networks:build", "--size", "32x32", "--layer", "0", "--quantile", "0.05")
 
 
-def test_a_concept_set_is_dissected_and_everything_promised_is_written(run: Run, tmp_path: Path) -> None:
+def test_a_concept_set_is_dissected_and_all_files_are_written(run: Run, tmp_path: Path) -> None:
     dataset = planted(tmp_path / "set")
     ended = run("dissect", dataset, *TINY, "--out", "units")
     assert ended.code == 0, ended.err
@@ -34,7 +34,7 @@ def test_a_concept_set_is_dissected_and_everything_promised_is_written(run: Run,
     assert json.loads(again.out)["layers"][0]["units"] == "8"
 
 
-def test_pictures_with_masks_and_folders_of_pictures(run: Run, tmp_path: Path) -> None:
+def test_images_with_masks_and_folders_of_images(run: Run, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for number in range(4):
         for folder in ("photos", "masks", f"textures/kind{number % 2}"):
@@ -72,16 +72,16 @@ def test_units_under_attack_are_in_the_page_the_tables_and_the_json(run: Run, tm
     attack = ("--images", photos, "--budget", "linf:16/255", "--steps", "4")
     ended = run("dissect", dataset, *TINY, *attack, "--mask", "sensitive:2", "--out", "units", "--json")
     assert ended.code == 0, ended.err
-    told = json.loads(ended.out)
+    document = json.loads(ended.out)
     table = pd.read_csv(tmp_path / "units/0.csv")
     assert {"concept", "iou", "sensitivity", "noise", "p_value", "change"} <= set(table)
     assert (table["images"] == 12).all()
     masking = pd.read_csv(tmp_path / "units/0-masking.csv")
     assert masking["masked"].tolist()[:2] == ["none", "these units"]
     assert (masking["images"] == 6).all()
-    assert [row["masked"] for row in told["masking"]["0"]] == masking["masked"].tolist()
+    assert [row["masked"] for row in document["masking"]["0"]] == masking["masked"].tolist()
     page = (tmp_path / "units/report.html").read_text()
-    sentences = told["sentences"]["0"]
+    sentences = document["sentences"]["0"]
     assert len(sentences) >= 4
     for sentence in sentences:
         assert html.escape(sentence, quote=True).replace("&#x27;", "&#39;") in page

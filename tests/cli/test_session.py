@@ -172,7 +172,10 @@ def test_an_output_folder_must_be_writable_and_free(session: Session, tmp_path: 
             ModelOptions("tiny_networks:gray", size="64x64"),
             r"does not take images of 1 x 64 x 64 .*give --size",
         ),
-        (ModelOptions("tiny_networks:build", classes=Path("tiny_networks.py")), "class"),
+        (
+            ModelOptions("tiny_networks:build", classes=Path("tiny_networks.py")),
+            "--classes must hold 4 names",
+        ),
         (ModelOptions("tiny_networks:biuld"), "did you mean 'build'"),
         (ModelOptions("tiny_networks:build", device="toaster"), "device"),
     ],

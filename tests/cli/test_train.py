@@ -37,7 +37,7 @@ def digits(tmp_path: Path) -> Path:
     return tmp_path / "digits.npz"
 
 
-def test_a_network_is_trained_judged_and_used(run: Run, digits: Path, tmp_path: Path) -> None:
+def test_a_network_is_trained_tested_and_used(run: Run, digits: Path, tmp_path: Path) -> None:
     ended = run(
         "train",
         digits,
@@ -73,7 +73,7 @@ def test_a_network_is_trained_judged_and_used(run: Run, digits: Path, tmp_path: 
     assert used.code == 0, used.err
 
 
-def test_a_matrix_is_a_table_a_picture_and_sentences(run: Run, digits: Path, tmp_path: Path) -> None:
+def test_a_matrix_is_a_table_a_figure_and_sentences(run: Run, digits: Path, tmp_path: Path) -> None:
     command = (
         "train", digits, "--evaluate", "matrix", "--recipes", "standard,localized", "--seeds", "2", *QUICK,
         "--limit", "30", "--strongest", "10", "--out", "runs/matrix",
@@ -98,7 +98,7 @@ def unseeded():
 """
 
 
-def test_folders_of_pictures_and_a_network_of_ones_own(run: Run, tmp_path: Path) -> None:
+def test_folders_of_images_and_a_network_of_the_user(run: Run, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     with (tmp_path / "tiny_networks.py").open("a") as file:
         file.write(UNSEEDED)
@@ -149,7 +149,7 @@ def test_folders_of_pictures_and_a_network_of_ones_own(run: Run, tmp_path: Path)
     assert same.code == 0, same.err
 
 
-def test_an_interrupted_training_says_so_and_goes_on(
+def test_an_interrupted_training_can_be_resumed(
     run: Run,
     digits: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -176,7 +176,7 @@ def test_an_interrupted_training_says_so_and_goes_on(
     assert json.loads(cut.out)["weights"] == json.loads(whole.out)["weights"]
 
 
-def test_a_folder_that_another_training_writes_to_is_refused_in_one_sentence(
+def test_a_folder_in_use_by_another_training_is_refused(
     run: Run,
     digits: Path,
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""LocalEdits against its brute-force twin: paste, and send the whole image through the network."""
+"""LocalEdits against its brute-force twin: the whole pasted image through the network."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_logits_equal_those_of_the_whole_network(name: str, size: tuple[int, int
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_windows_cannot_be_told_from_the_network_for_normalized_gray_and_double(name: str) -> None:
+def test_windows_equal_the_network_for_normalized_gray_and_double(name: str) -> None:
     torch.manual_seed(4)
     network = NETWORKS[name]().double()
     model = Classifier.wrap(network, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])
@@ -380,7 +380,7 @@ class Overwriting(nn.Module):
     [(Choosing(), "values of an image"), (MapView(), "random"), (Overwriting(), "part of a tensor")],
     ids=lambda case: type(case).__name__ if isinstance(case, nn.Module) else "",
 )
-def test_what_cannot_be_recorded_goes_through_the_network(
+def test_networks_that_cannot_be_recorded_run_themselves(
     model: nn.Module, reason: str, image: Tensor
 ) -> None:
     edits = LocalEdits(model.eval(), image, batch_size=1)

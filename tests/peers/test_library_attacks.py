@@ -77,7 +77,7 @@ def test_a_target_is_aimed_at(pooling: Made, name: str) -> None:
         ("art:DeepFool", Linf(0.1), "takes no budget"),
     ],
 )
-def test_what_they_cannot_do_is_one_sentence(
+def test_an_impossible_request_is_one_sentence(
     pooling: Made, name: str, budget: Budget | None, sentence: str
 ) -> None:
     pytest.importorskip(name.partition(":")[0])
@@ -87,7 +87,7 @@ def test_what_they_cannot_do_is_one_sentence(
 
 
 @pytest.mark.parametrize("name", ["torchattacks:DeepFool", "art:DeepFool"])
-def test_what_cannot_aim_says_so(pooling: Made, name: str) -> None:
+def test_an_attack_without_targets_says_so(pooling: Made, name: str) -> None:
     pytest.importorskip(name.partition(":")[0])
     model, images = pooling
     labels = predicted(model, images)

@@ -1,4 +1,4 @@
-"""Frames: as wide as they say."""
+"""Frames have the requested width."""
 
 from __future__ import annotations
 

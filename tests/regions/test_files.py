@@ -1,4 +1,4 @@
-"""Files: what was painted white is what comes in."""
+"""Mask pictures: the white part is the region."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def test_a_shape_that_differs_by_rounding_is_no_other_shape(tmp_path: Path, size
     assert bool(regions.from_file(path, torch.rand(1, 3, 200, 300)).all())
 
 
-def test_only_the_first_frame_counts_and_that_is_said(tmp_path: Path) -> None:
+def test_only_the_first_frame_counts_with_a_warning(tmp_path: Path) -> None:
     frames = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (255, 0)]
     frames[0].save(tmp_path / "mask.gif", save_all=True, append_images=frames[1:])
     with pytest.warns(ImageWarning, match="holds 2 frames"):
         assert bool(regions.from_file(tmp_path / "mask.gif", torch.rand(1, 3, 8, 8)).all())
 
 
-def test_what_is_no_mask_is_refused_and_the_command_line_says_so_with_its_code(tmp_path: Path) -> None:
+def test_files_that_are_not_masks_are_refused_with_an_exit_code(tmp_path: Path) -> None:
     images = torch.rand(1, 3, 8, 8)
     (tmp_path / "text.png").write_text("white")
     paint(tmp_path / "black.png", torch.zeros(8, 8, dtype=torch.bool))

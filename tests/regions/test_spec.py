@@ -1,4 +1,4 @@
-"""Regions as text mean what the functions of those names return."""
+"""Regions as text equal the functions of those names, and controls know what they control."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_name_comes_before_a_file_of_that_name(
         assert torch.equal(read_region(text, model, images, labels), expected), text
 
 
-def test_many_complements_and_long_texts_are_no_trouble(pooling: Made) -> None:
+def test_many_complements_and_long_texts_are_parsed(pooling: Made) -> None:
     model, images = pooling
     labels = predicted(model, images)
     frame = regions.border(images, width=3)
@@ -124,7 +124,7 @@ def test_a_mask_that_is_not_there_is_named(pooling: Made) -> None:
         "matched:cam", "~matched:cam", "matched:(border:3 & cam)", "matched:border:3", "PAINTED", "~PAINTED & border",
     ],
 )  # fmt: skip
-def test_a_region_depends_on_the_share_to_keep_exactly_where_it_says_so(
+def test_a_region_depends_on_the_fraction_exactly_if_it_says_so(
     pooling: Made, tmp_path: Path, text: str
 ) -> None:
     model, images = pooling

@@ -1,4 +1,4 @@
-"""Segments: numbered without gaps, in one piece each, and true to color."""
+"""Superpixels are numbered without gaps, connected and of similar color."""
 
 from __future__ import annotations
 

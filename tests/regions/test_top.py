@@ -1,4 +1,4 @@
-"""Shares: exact areas, and ties by position."""
+"""The highest sites: exact areas, and ties broken by position."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_smaller_share_lies_inside_a_larger_one(drawn: Tensor, one: float, oth
 
 
 @pytest.mark.parametrize("fraction", [-0.01, 1.01, float("nan")])
-def test_top_refuses_what_is_no_fraction(fraction: float) -> None:
+def test_top_refuses_fractions_outside_their_range(fraction: float) -> None:
     with pytest.raises(ValueError, match="fraction must"):
         regions.top(torch.rand(1, 1, 3, 3), fraction)
 

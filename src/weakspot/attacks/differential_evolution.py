@@ -125,6 +125,7 @@ def _sites(places: Tensor, nearest: Tensor, width: int) -> Tensor:
 
 def _nearest_sites(problem: Problem) -> Tensor:
     """(N, H * W) for every site the nearest one of the region."""
+    # Sites inside the region are their own nearest site.
     everywhere = problem.region.flatten(1).all(1)
     height, width = problem.clean.shape[2:]
     nearest = torch.arange(height * width, device=problem.clean.device).repeat(len(problem), 1)

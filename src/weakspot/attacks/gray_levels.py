@@ -124,10 +124,12 @@ class _Grid:
         descent = part.loss_and_gradient(points)
         direction = descent.direction
         value = TOP * points
+        # The next level along the descent direction; values between levels go to the nearer one on that side.
         level = torch.where(direction > 0, (value + NEAR).floor() + 1, (value - NEAR).ceil() - 1)
         placed = _at(level, torch.ones_like(allowed), part.clean)
         movable = allowed & (direction != 0) & (level >= self.low[rows]) & (level <= self.high[rows])
         strength = torch.where(movable, direction.abs(), -1).flatten(1)
+        # The place of each value in the order of its gradient.
         rank = strength.argsort(dim=1, descending=True, stable=True).argsort(dim=1).view_as(direction)
 
         def moved(some: Tensor, count: Tensor) -> Tensor:
@@ -157,6 +159,7 @@ class _Grid:
             rows, value, velocity = rows[left], value[left], velocity[left]
             part, low, high = self.problem.select(rows), self.low[rows], self.high[rows]
             point = _at(value.round(), part.region.expand_as(value), part.clean)
+            # From half of the reach down to nothing.
             length = (1 - step / STEPS) * (high - low).amax((1, 2, 3), keepdim=True) / 2
             direction = part.loss_and_gradient(point).direction
             scale = direction.abs().mean((1, 2, 3), keepdim=True)

@@ -130,6 +130,7 @@ class _CornerSearch:
         corners = self.corners
         sites, colors = candidates // len(corners), corners[candidates % len(corners)]
         margins = evaluate_painted(part, base, owners, sites[:, None], colors[:, None]).margins
+        # The lowest margin over corners and rounds, at each site.
         places = active[owners] * self.site_margins.shape[1] + sites
         self.site_margins.view(-1).scatter_reduce_(0, places, margins.to(self.site_margins), "amin")
         table = torch.full((len(active), self.seen.shape[1]), torch.inf, device=base.device)

@@ -195,6 +195,7 @@ class _Search:
         logits = self.edits.logits(owners, sites // self.width, sites % self.width, patches)
         margins = margin_of(logits, self.problem.labels[owners]).to(self.margin)
         self.n_forward.index_add_(0, owners, torch.ones_like(owners))
+        # Several edits of one call may share a pixel: the lowest margin wins, then the first edit.
         keys = owners * self.height * self.width + sites
         lowest = self.margin.scatter_reduce(0, keys, margins, "amin")
         winners = ((margins == lowest[keys]) & (margins < self.margin[keys])).nonzero()[:, 0]

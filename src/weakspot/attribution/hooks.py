@@ -184,6 +184,7 @@ def _watch(classifier: Classifier, images: Tensor) -> list[_Output]:
         if versions.get(id(tensor)) == tensor._version and id(tensor) in given:
             return  # it returned its input unchanged
         alive.extend((inputs, tensor))
+        # A tensor of a new version was made or changed by this module; otherwise a part of it was the maker.
         if versions.get(id(tensor)) != tensor._version:
             makers[id(tensor)] = module
         versions[id(tensor)] = tensor._version
@@ -224,6 +225,7 @@ def _last_of_each(outputs: Sequence[_Output]) -> list[_Output]:
     chained: set[int] = set()  # outputs that belong to a chain
     continued: set[int] = set()  # outputs of a chain that goes on
     for output in rest:
+        # An operation without weights continues a chain if it reads the chain's end on the same grid.
         behind = {given for given in output.read & chained if grids[given] == output.place.layout.cells}
         if output.leaf and (output.learned or behind):
             chained.add(output.made)

@@ -188,6 +188,7 @@ def find_layer(
         kind = getattr(function, "__name__", str(function)).split(".")[0]
         if kind == "linear" and len(arguments) >= 2:
             linear.append((arguments[1], arguments[2] if len(arguments) > 2 else None))
+        # Calls without gradient do not depend on the image.
         if isinstance(output, Tensor) and output.is_floating_point() and output.requires_grad:
             calls.append(_Call(number, kind, output))
         return output
@@ -212,6 +213,7 @@ def find_layer(
     ]
     if not live:
         return None
+    # The last map that the logits depend on: features of the highest level that still have places.
     chosen, layout = live[-1]
     readable = _module_that_made(classifier, point, chosen) or f"{chosen.kind} (call {chosen.number})"
     head = _pooling_head(layout.maps(chosen.output), linear, logits)

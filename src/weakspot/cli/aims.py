@@ -99,6 +99,7 @@ def find_aim(classifier: Classifier, images: Images, options: AimOptions) -> tup
     classes = ClassIndex(tuple(classifier.class_names), logits.shape[1])
     target = classes.index(options.target, "--target")
     predicted = logits.argmax(1)
+    # An image whose label or prediction is the target leaves nothing to aim at.
     rows = ((labels != target) & (predicted != target)).nonzero().flatten().tolist()
     for row in sorted(set(range(len(labels))) - set(rows)):
         how = "classified" if predicted[row] == target else "labeled"
@@ -120,6 +121,7 @@ def find_region(
 
     text, fraction = options.region, options.fraction
     check_fraction(fraction)
+    # None rather than a region of ones, so that attacks that take no region can run.
     if text == "none":
         return None, "whole image"
     try:

@@ -23,7 +23,7 @@ WRITTEN_KEY = (
     f"{__name__}.written"  # in the context: a function that says what the command has written so far
 )
 EXTRAS = {
-    "audit": (("pyarrow", "duckdb", "zarr", "fsspec", "altair", "vl_convert"), "audit, compare, report"),
+    "audit": (("pyarrow", "duckdb", "zarr", "fsspec", "vl_convert"), "audit, compare, report"),
     "train": (("lightning_fabric",), "train"),
     "ray": (("ray",), "audit --engine ray"),
     "datasets": (("datasets",), "train hf:NAME"),
@@ -90,10 +90,10 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
     """Register a function as a command.
 
     Parameters whose type is a dataclass are option groups: each field becomes an option, and the function receives the
-    filled dataclass.
+    filled dataclass. The class attribute `panel`, if there is one, is the options' panel in the help.
 
     Args:
-        *examples: command lines, and at most one closing sentence, for the end of the help text.
+        *examples: command lines for the end of the help text.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -105,6 +105,8 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
                 parameters.append(parameter.replace(annotation=hints[name]))
                 continue
             types = get_type_hints(groups[name], include_extras=True)
+            for info in (info for kind in types.values() for info in getattr(kind, "__metadata__", ())):
+                info.rich_help_panel = info.rich_help_panel or getattr(groups[name], "panel", None)
             parameters += [
                 parameter.replace(name=field.name, annotation=types[field.name], default=field.default)
                 for field in fields(groups[name])
@@ -115,6 +117,7 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
                 values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
             function(**values)
 
+        # Typer reads both the signature and the annotations: each lists the options of the groups.
         keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
         call.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
         call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -144,6 +147,7 @@ def main() -> None:
     """Run the command line."""
     debug = "--debug" in sys.argv
     try:
+        # Not standalone: typer raises its errors and returns exit codes, instead of printing and exiting.
         code = app(prog_name="weakspot", standalone_mode=False)
         if code == INTERRUPTED:  # an interrupt before the command was called
             complain(NOTHING_WRITTEN)
@@ -173,6 +177,7 @@ def explained(error: BaseException) -> tuple[str, int]:
         for extra, (modules, _) in EXTRAS.items():
             if module in modules:
                 return f"{module} is not installed; run: pip install 'weakspot[{extra}]'", USAGE
+    # The library's own sentences. An OSError, such as a missing file, is input that cannot be read.
     if isinstance(error, ValueError | OSError):
         return str(error).strip() or type(error).__name__, UNREADABLE if isinstance(error, OSError) else USAGE
     return f"unexpected {describe_error(error)} (run again with --debug to see the traceback)", UNEXPECTED

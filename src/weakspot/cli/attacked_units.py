@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from weakspot.cli.app import Failure
 from weakspot.cli.options import ATTACK, BudgetOption, StepsOption, option
@@ -27,13 +27,14 @@ FEWEST = 2  # images to attack; twice as many if half of them choose the units t
 class UnitAttackOptions:
     """Whether and how images are attacked to see which units move."""
 
+    panel: ClassVar[str | None] = ATTACK
+
     images: Annotated[
         list[Path] | None,
         option(
             "PATH",
             "Image files or folders to attack; shows which units move more than under noise, and whether units "
             "that detect a concept move more. Repeat for several.",
-            panel=ATTACK,
         ),
     ] = None
     budget: BudgetOption = "linf:4/255"
@@ -44,7 +45,6 @@ class UnitAttackOptions:
             "UNITS",
             "Mask units and attack again: sensitive (at most a fifth of the layer), sensitive:COUNT, or numbers "
             "such as 3,17. Half of --images chooses the sensitive units, the other half evaluates them.",
-            panel=ATTACK,
         ),
     ] = None
 

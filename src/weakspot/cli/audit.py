@@ -139,6 +139,7 @@ def audit(
             workers=execution.workers,
             address=execution.ray_address,
         )
+        # The records hold both counts, so the run is only opened another way.
         if floats:
             run = audits.open_run(run.name, eight_bit=False)
         if report:

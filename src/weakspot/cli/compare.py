@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 from rich.console import Console
@@ -35,18 +35,19 @@ FloatOption = Annotated[
 class GateOptions:
     """Conditions under which the command fails, for a build server."""
 
+    panel: ClassVar[str | None] = OUTPUT
+
     fail_if: Annotated[
         list[str] | None,
         option(
             "--fail-if CONDITION",
             'Exit with code 3 if this holds for any row or cannot be evaluated: "robust_accuracy < 0.4", '
             "\"region == 'cam' and robust_high < 0.2\". Repeat for several.",
-            panel=OUTPUT,
         ),
     ] = None
-    junit: Annotated[
-        Path | None, option("--junit FILE", "Write the results of --fail-if as JUnit XML.", panel=OUTPUT)
-    ] = None
+    junit: Annotated[Path | None, option("--junit FILE", "Write the results of --fail-if as JUnit XML.")] = (
+        None
+    )
 
     def check(self) -> None:
         """Check the conditions before anything is computed, and remove an earlier result file."""
@@ -210,6 +211,7 @@ def _print(rows: pd.DataFrame, *, every: bool) -> None:
         table.add_row(
             *(escape(str(row[key])) for key in (*names, "images")),
             *(f"{row[key]:.3g}" for key in ("before", "after", "difference")),
+            # NaN differs from itself: no interval or p value was computed.
             f"{row['low']:.3g} to {row['high']:.3g}" if row["low"] == row["low"] else "",
             "" if row["q"] != row["q"] else "< 0.001" if row["q"] < 0.001 else f"{row['q']:.3f}",
         )

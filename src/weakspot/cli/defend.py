@@ -36,7 +36,14 @@ from weakspot.cli.options import (
     refuse,
 )
 from weakspot.cli.output import json_rows, make_table, print_text
-from weakspot.cli.session import check_output, check_sources, load_classifier, open_session, shorten_paths
+from weakspot.cli.session import (
+    Session,
+    check_output,
+    check_sources,
+    load_classifier,
+    open_session,
+    shorten_paths,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,20 +136,19 @@ def defend(
         check_fraction(fraction)
         classifier = session.classifier
         defended = find_defense(defense, settings, classifier)
-        other = None
-        if substitute is not None:
-            size = "x".join(map(str, classifier.input_size))
-            other = load_classifier(ModelOptions(substitute, size=size, device=network.device))
+        other = None if substitute is None else _load_substitute(session, substitute)
         read = session.read_images(sources, samples=samples)
         if given(context, ["draws"]) and not is_random(
             defended, check_images(read.pixels, classifier), seed=seed
         ):
             refuse(context, ["draws"], f"with {defense}, which is not random")
+        # Before --limit, so that a table must list every image whatever the limit.
         truth, _, where = find_labels(labels, classifier, read)
         if limit is not None and limit < len(truth):
             rows = sorted(random.Random(seed).sample(range(len(truth)), limit))  # noqa: S311 - no secret
             read, truth = read.subset(rows), truth[rows]
         session.make_folder()
+        # The oracle is the same defense with the region of the clean image.
         module = getattr(defended, "network", None)
         own = {key: getattr(module, key) for key in ("fraction", "fill") if oracle}
         table = evaluate_defense(
@@ -175,6 +181,12 @@ def defend(
         print_text(f"\nWritten to {out.resolve()} (look at defense.png)")
 
     session.report(lambda: {**document, "skipped": session.skipped, "folder": str(out.resolve())}, show)
+
+
+def _load_substitute(session: Session, model: str) -> Classifier:
+    """The model of --substitute, with weights and normalization of its own, for images of the same size."""
+    size = "x".join(map(str, session.classifier.input_size))
+    return load_classifier(ModelOptions(model, size=size, device=session.network.device))
 
 
 def find_defense(text: str, settings: Sequence[str] | None, classifier: Classifier) -> nn.Module:
@@ -263,22 +275,22 @@ def _write(
 
 def _meanings(steps: int, substitute: str | None, table: pd.DataFrame) -> dict[str, str]:
     """What each row of the table is."""
-    from weakspot.defenses import verdicts as rows
+    from weakspot.defenses.verdicts import Row
 
     meanings = {
-        rows.CLEAN: "no attack",
-        rows.TRANSFERRED: f"PGD-{steps} on the undefended model (the naive evaluation)",
-        rows.SUBSTITUTE: f"momentum iterations on {substitute}",
-        rows.OWN: f"PGD-{steps} with the defended model's gradients",
-        rows.STRAIGHT: "PGD with the gradients of the network inside the defended model",
-        rows.UNDEFENDED_GRADIENTS: "PGD with the gradients of the undefended model",
-        rows.REGION: "PGD in the region of importance, with the defended model's gradients",
-        rows.ENSEMBLE: "Auto-PGD on two losses, targeted, square search",
-        rows.ORACLE: "region of the clean image, which no defender has",
+        Row.CLEAN: "no attack",
+        Row.TRANSFERRED: f"PGD-{steps} on the undefended model (the naive evaluation)",
+        Row.SUBSTITUTE: f"momentum iterations on {substitute}",
+        Row.OWN: f"PGD-{steps} with the defended model's gradients",
+        Row.STRAIGHT: "PGD with the gradients of the network inside the defended model",
+        Row.UNDEFENDED_GRADIENTS: "PGD with the gradients of the undefended model",
+        Row.REGION: "PGD in the region of importance, with the defended model's gradients",
+        Row.ENSEMBLE: "Auto-PGD on two losses, targeted, square search",
+        Row.ORACLE: "region of the clean image, which no defender has",
     }
     families = {
-        rows.DRAWS: "the same, averaged over more draws",
-        rows.QUERIES: "random squares, without gradients",
+        Row.DRAWS: "the same, averaged over more draws",
+        Row.QUERIES: "random squares, without gradients",
     }
     for name in table["attack"]:
         for pattern, meaning in families.items():

@@ -250,6 +250,7 @@ def _last_layers(classifier: Classifier) -> list[str]:
     with evaluating(classifier):
         image = torch.zeros(1, classifier.channels, *classifier.input_size, device=classifier.mean.device)
         places = spatial_layers(classifier, image)
+    # A layer that is called several times has no single map; later layers replace earlier ones of the same size.
     last = {
         place.layout.cells: name
         for name, place in places.items()

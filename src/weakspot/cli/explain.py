@@ -87,6 +87,7 @@ def explain(
         refuse(context, ATTACK_OPTIONS, "with --pair, which attacks nothing (leave out one of the two)")
     else:
         refuse_fraction(context, [aims.region])
+    chosen = None if analyses == "all" else [] if analyses == "none" else parse_names(analyses)
     with open_session(context, network, output, out, FILES) as session:
         from weakspot._io.files import write_atomic
         from weakspot.audit import write_run
@@ -109,7 +110,7 @@ def explain(
         explanation = explain_pairs(
             session.classifier,
             pairs,
-            analyses=None if analyses == "all" else parse_names(analyses),
+            analyses=chosen,
             seed=seed,
             names=names,
             made=made,
@@ -205,6 +206,7 @@ def _read_pairs(classifier: Classifier, sources: Sequence[Path]) -> tuple[Pairs,
     if clean.shape != adversarial.shape:
         sizes = " and ".join(f"{image.shape[1]} x {image.shape[2]}" for image in (clean, adversarial))
         raise Failure(f"the images of a pair must have one size, got {sizes} (height x width)", UNREADABLE)
+    # First at their own size, to see whether resizing would weaken the perturbation.
     if clean.shape[1:] != classifier.input_size:
         height, width = classifier.input_size
         warn(

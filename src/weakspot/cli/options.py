@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 from typer.models import ArgumentInfo, OptionInfo
@@ -30,6 +30,7 @@ def option(
         least: minimum of a number.
         panel: of the help.
     """
+    # A flag ends in a space, so its metavar is empty, which hides the column <bool> of the help.
     *names, metavar = form.split(" ")
     made: OptionInfo = typer.Option(
         *names, help=text, metavar=metavar, show_default=default or True, min=least, rich_help_panel=panel
@@ -116,46 +117,32 @@ DeviceOption = Annotated[str, option("DEVICE", "auto, cpu, cuda or mps.", panel=
 class ModelOptions:
     """Which classifier, and how images are prepared for it."""
 
+    panel: ClassVar[str | None] = MODEL
+
     model: Annotated[
         str,
         option(
             "--model -m MODEL",
             "An installed model (see weakspot models), package.module:factory, model.pt2, a folder that weakspot "
             "train wrote, hf:DIRECTORY, timm:NAME or torchvision:NAME.",
-            panel=MODEL,
         ),
     ] = "efficientnet_lite0"
     weights: WeightsOption = None
     mean: Annotated[
         str | None,
-        option(
-            "NUMBERS",
-            "Mean of each channel on the [0, 1] scale: .485,.456,.406.",
-            default="the model's",
-            panel=MODEL,
-        ),
+        option("NUMBERS", "Mean of each channel on the [0, 1] scale: .485,.456,.406.", default="the model's"),
     ] = None
     std: Annotated[
         str | None,
-        option(
-            "NUMBERS",
-            "Standard deviation of each channel: .229,.224,.225.",
-            default="the model's",
-            panel=MODEL,
-        ),
+        option("NUMBERS", "Standard deviation of each channel: .229,.224,.225.", default="the model's"),
     ] = None
     classes: Annotated[
         Path | None,
-        option(
-            "FILE",
-            "Class names: a text file with one per line, or a JSON list.",
-            default="the model's",
-            panel=MODEL,
-        ),
+        option("FILE", "Class names: a text file with one per line, or a JSON list.", default="the model's"),
     ] = None
     size: Annotated[
         str | None,
-        option("HxW", "Height and width that images are resized to.", default="the model's", panel=MODEL),
+        option("HxW", "Height and width that images are resized to.", default="the model's"),
     ] = None
     device: DeviceOption = "auto"
 
@@ -164,9 +151,11 @@ class ModelOptions:
 class OutputOptions:
     """How a command reports."""
 
-    as_json: Annotated[bool, flag("--json", "Print the results as JSON.", panel=OUTPUT)] = False
-    quiet: Annotated[bool, flag("--quiet -q", "Print nothing but errors.", panel=OUTPUT)] = False
-    debug: Annotated[bool, flag("--debug", "Show the traceback of an error.", panel=OUTPUT)] = False
+    panel: ClassVar[str | None] = OUTPUT
+
+    as_json: Annotated[bool, flag("--json", "Print the results as JSON.")] = False
+    quiet: Annotated[bool, flag("--quiet -q", "Print nothing but errors.")] = False
+    debug: Annotated[bool, flag("--debug", "Show the traceback of an error.")] = False
 
     @property
     def silent(self) -> bool:
@@ -184,6 +173,7 @@ def given(context: typer.Context, names: Sequence[str]) -> dict[str, str]:
     Returns:
         Parameter name to option name, as in {"as_json": "--json"}.
     """
+    # The long name: "--model" of ("--model", "-m").
     spelled = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
     sources = {name: context.get_parameter_source(name) for name in names}
     return {
@@ -278,6 +268,7 @@ def parse_settings(
             value = json.loads(text)
         except ValueError:
             value = text
+        # Lists and objects stay text: only an attack knows what they mean.
         plain = name not in texts and isinstance(value, int | float | bool | None)
         values[name] = value if plain else text
     return values

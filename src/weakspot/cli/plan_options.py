@@ -103,6 +103,7 @@ class EngineOptions:
 
 def given_options(context: typer.Context, plan: PlanOptions, network: ModelOptions) -> dict[str, object]:
     """The plan options that were given, as `Plan.from_mapping` takes them."""
+    # Only what was given: a default must not override a plan.toml.
     chosen = given(context, [field.name for field in fields(plan) if field.name != "settings"])
     values: dict[str, object] = {name: getattr(plan, name) for name in chosen}
     parsed = {

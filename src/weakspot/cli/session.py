@@ -125,6 +125,7 @@ class Session:
                     self.skipped.append(remark)
                 else:
                     read.append((name, file.pixels))
+            # Every named source must give an image; files inside a folder may be anything.
             self.unread |= all(file.pixels is None for file in files)
         if not read:
             raise Failure("none of the images could be read", UNREADABLE)
@@ -189,6 +190,7 @@ def open_session(
     """
     if out.exists() and not out.is_dir():
         raise Failure(f"--out must be a folder, got the file {out}")
+    # Compared by inode, time and size with what is there after an interrupt.
     before = _list_files(out, files)
     context.meta[WRITTEN_KEY] = lambda: _describe_written(out, files, before)
     # Text that a model prints must not end up among the results.
@@ -232,6 +234,7 @@ def check_output(
     folder = out.resolve()
     written = [folder / name for name in (*folders, *files)]
     for source in (source.resolve() for source in sources):
+        # Nothing inside the written folders may be read, and no folder that holds them from an earlier run.
         overwritten = source == folder or any(part in (source, *source.parents) for part in written)
         read_again = source in folder.parents and any(part.exists() for part in written)
         if overwritten or read_again:
@@ -269,10 +272,11 @@ def load_classifier(options: ModelOptions) -> Classifier:
         input_size=parse_size(options.size),
         class_names=read_class_names(options.classes),
     )
+    # One gray image shows early whether channels and size fit, before images are read.
     shape = (classifier.channels, *classifier.input_size)
     try:
         with evaluating(classifier):
-            predict(classifier, torch.full((1, *shape), 0.5, device=classifier.mean.device))
+            logits = predict(classifier, torch.full((1, *shape), 0.5, device=classifier.mean.device))
     except ModelError:
         raise
     except (RuntimeError, AssertionError) as error:
@@ -280,6 +284,9 @@ def load_classifier(options: ModelOptions) -> Classifier:
             f"{options.model} does not take images of {' x '.join(map(str, shape))} (channels x height x width): "
             f"{str(error).strip().splitlines()[0][:120]} (give --size, or --mean with one value per channel)"
         ) from None
+    names = len(classifier.class_names)
+    if options.classes is not None and names != logits.shape[1]:
+        raise Failure(f"--classes must hold {logits.shape[1]} names, one for each class, got {names}")
     return classifier
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from weakspot._checks import quiet
-from weakspot.images import LARGEST_PICTURE
+from weakspot.images import MAX_PIXELS
 
 BASE_COLUMNS = ("image", "split", "ih", "iw", "sh", "sw")
 LARGEST_LABEL = 65_535  # the largest number in the red and green bytes of a mask
@@ -275,7 +275,7 @@ def read_pixels(path: Path) -> tuple[str, NDArray[np.generic]]:
         mode, pixels = _decode(content)
     except Image.DecompressionBombError:
         raise ValueError(
-            f"{path} must be a mask of at most {LARGEST_PICTURE // 10**6} million pixels, got a larger one"
+            f"{path} must be a mask of at most {MAX_PIXELS // 10**6} million pixels, got a larger one"
         ) from None
     except UnidentifiedImageError:
         raise ValueError(f"{path} must be a PNG mask, got another format") from None
@@ -291,6 +291,6 @@ def _decode(content: bytes) -> tuple[str, NDArray[np.generic]]:
         with Image.open(io.BytesIO(content), formats=("PNG",)) as opened:
             opened.verify()  # checksums: without them, some damage decodes to other labels
         with Image.open(io.BytesIO(content), formats=("PNG",)) as opened:
-            if opened.height * opened.width > LARGEST_PICTURE:
+            if opened.height * opened.width > MAX_PIXELS:
                 raise Image.DecompressionBombError
             return opened.mode, np.asarray(opened)

@@ -24,7 +24,7 @@ from weakspot.dissection.broden_files import (
     read_labels,
     read_table,
 )
-from weakspot.images import LARGEST_PICTURE, open_pictures
+from weakspot.images import MAX_PIXELS, open_pictures
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class ConceptSet:
 
 def _parse_row(path: Path, line: int, cells: Mapping[str, str], categories: Sequence[str]) -> _Row:
     height, width = parse_number(cells["sh"]), parse_number(cells["sw"])
-    if min(height, width) < 1 or height * width > LARGEST_PICTURE:
+    if min(height, width) < 1 or height * width > MAX_PIXELS:
         raise ValueError(
             f"{path}, line {line}: sh and sw must be the height and width of masks, integers of at least 1, got "
             f"{cells['sh']!r} and {cells['sw']!r}"

@@ -62,10 +62,12 @@ def windowed(groups: Tensor, cell: int | None = None) -> list[Windowed]:
     lefts, rights = _ends(groups, columns, count)
     tall = _stepped(bottoms - tops + 1, steps[0], height)
     wide = _stepped(rights - lefts + 1, steps[1], width)
+    # Numbers may have gaps, as after a crop of superpixels.
     present = torch.bincount(groups.flatten(), minlength=count) > 0
     batches = []
     for high, broad in torch.stack([tall, wide], 1)[present].unique(dim=0).tolist():
         numbers = ((tall == high) & (wide == broad) & present).nonzero()[:, 0]
+        # Windows at the far borders are moved inside the image.
         top, left = tops[numbers].clamp(max=height - high), lefts[numbers].clamp(max=width - broad)
         patches = groups.unfold(0, high, 1).unfold(1, broad, 1)[top, left]
         batches.append(Windowed(numbers, top, left, (patches == numbers[:, None, None])[:, None]))

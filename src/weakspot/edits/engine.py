@@ -18,7 +18,7 @@ from weakspot._state import HOOKS, hooks
 from weakspot.classifier import Classifier
 from weakspot.edits.kernels import State
 from weakspot.edits.recording import record
-from weakspot.edits.rules import apply, layout_after, needs_clean
+from weakspot.edits.rules import apply, needs_clean, order_after
 from weakspot.edits.steps import (
     CannotRecordError,
     Recording,
@@ -27,7 +27,7 @@ from weakspot.edits.steps import (
     in_place,
     with_padding_in_convolutions,
 )
-from weakspot.edits.windows import Layout, Map, Windows, as_seen, as_sites, paste, whole
+from weakspot.edits.windows import AxisOrder, Map, Windows, as_seen, as_sites, paste, whole
 from weakspot.fusion import fused
 from weakspot.models.specs import settings
 
@@ -57,24 +57,25 @@ class Engine:
         last = {slot: number for number, step in enumerate(steps) for slot in step.inputs}
         last[recording.logits] = len(steps)
         self._read = frozenset(last)
+        # Values are dropped after the step that reads them last.
         self._done_with = [{slot for slot in step.inputs if last[slot] == k} for k, step in enumerate(steps)]
         self._cleans: dict[int, Map] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
-        layouts: dict[int, Layout | None] = {}
+        orders: dict[int, AxisOrder | None] = {}
         values: Values = {0: images}
         bytes_of = {0: images.nbytes}
-        self._store(0, images, layouts, "maps")
+        self._store(0, images, orders, "maps")
         with torch.no_grad():
             for number, step in enumerate(steps):
                 result = step.run(values, len(images), recording.count)
                 for slot, value in zip(step.outputs, result if step.several else [result], strict=True):
                     if isinstance(value, Tensor) and slot in self._read:
                         bytes_of[slot] = value.nbytes
-                        layout = layout_after(step, layouts, value)
-                        if layout == "rows":  # rows have lost their height and width
+                        order = order_after(step, orders, value)
+                        if order == "rows":  # rows have lost their height and width
                             self._sizes[slot] = self._sizes[step.inputs[0]]
                         values[slot] = value
-                        self._store(slot, value, layouts, layout)
+                        self._store(slot, value, orders, order)
                 self._drop(values, number)
         self.logits: Tensor = values[recording.logits].flatten(1)
         most = [max(bytes_of.get(slot, 0) for slot in (*step.inputs, *step.outputs)) for step in steps]
@@ -82,17 +83,17 @@ class Engine:
         self._bytes = [largest // len(images) for largest in accumulate(reversed(most), max)][::-1]
 
     def _store(
-        self, slot: int, value: Tensor, layouts: dict[int, Layout | None], layout: Layout | None
+        self, slot: int, value: Tensor, orders: dict[int, AxisOrder | None], order: AxisOrder | None
     ) -> None:
         """Note how the network sees a value, and store it if edits may need it."""
-        layouts[slot] = layout
-        if layout is None:
+        orders[slot] = order
+        if order is None:
             return
-        if layout != "rows":
-            height, width = value.shape[2:] if layout == "maps" else value.shape[1:3]
+        if order != "rows":
+            height, width = value.shape[2:] if order == "maps" else value.shape[1:3]
             self._sizes[slot] = (int(height), int(width))
-        if any(needs_clean(step, layout) for step in self._readers.get(slot, ())):
-            self._cleans[slot] = Map(as_sites(value, layout, self._sizes[slot]), layout)
+        if any(needs_clean(step, order) for step in self._readers.get(slot, ())):
+            self._cleans[slot] = Map(as_sites(value, order, self._sizes[slot]), order)
 
     def _whole_at_once(self, number: int) -> int:
         """For how many edits whole maps are computed at once from a step on."""
@@ -126,6 +127,7 @@ class Engine:
             result: Any = None
             if windows and within and self._read.isdisjoint(step.outputs[1:]):
                 result = apply(state, step, values)
+                # Only the first output of a tuple is followed; the others are not read.
                 if step.several and result is not None:
                     result = (result, *[None] * (len(step.outputs) - 1))
             if result is None:
@@ -136,9 +138,10 @@ class Engine:
                         for rows in _slices(count, at_once)
                     ]
                     return torch.cat(parts)
+                # From here on whole maps: the windows are pasted into the unedited ones.
                 for slot in set(within):
                     clean = self._cleans[slot]
-                    values[slot] = as_seen(whole(values[slot], clean, owners), clean.layout)
+                    values[slot] = as_seen(whole(values[slot], clean, owners), clean.order)
                 result = step.run(values, count, self.recording.count)
             outputs = zip(step.outputs, result if step.several else [result], strict=True)
             values.update({slot: one for slot, one in outputs if slot in self._read and one is not None})

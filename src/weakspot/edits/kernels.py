@@ -41,7 +41,7 @@ class State:
 def convolution(state: State, step: Step, values: Values) -> Windows | None:
     """Any convolution that is not transposed."""
     windows: Windows = values[step.inputs[0]]
-    if not step.is_convolution or windows.layout != "maps":
+    if not step.is_convolution or windows.order != "maps":
         return None
     _, weight, bias, stride, padding, dilation, transposed, *rest = step.arguments
 
@@ -87,7 +87,7 @@ def average_pool(state: State, step: Step, values: Values) -> Windows | None:
 def slices(state: State, step: Step, values: Values) -> Windows | None:
     """A slice of the images, which must be all; of the channels; or every n-th row or column."""
     windows: Windows = values[step.inputs[0]]
-    if windows.layout != "maps":
+    if windows.order != "maps":
         return None
     defaults: tuple[Any, ...] = (None, 0, None, None, 1)
     _, place, start, end, every = (*step.arguments, *defaults[len(step.arguments) :])
@@ -198,7 +198,7 @@ def _slide(
         kernel: that the function slides.
     """
     windows: Windows = values[step.inputs[0]]
-    if windows.layout != "maps":
+    if windows.order != "maps":
         return None
     clean, (rows, columns) = state.cleans[step.inputs[0]], state.sizes[step.outputs[0]]
     down = kernel.reach(0, windows.tops, windows.size[0], rows)

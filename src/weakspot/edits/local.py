@@ -59,6 +59,7 @@ class Edits:
         check_batch_size(batch_size)
         self.classifier, self.images, self.windows = classifier, images, windows
         self.prepared = prepare(classifier, images[:1]) if prepared is None else prepared
+        # Windows are small: more of them go at once than whole images, but not so many that they leave the cache.
         usual, largest = default_batch(images), batch_size or 2**30
         self._whole_batch = min(usual, largest)
         at_once, whole = (

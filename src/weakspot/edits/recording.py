@@ -77,6 +77,7 @@ class _Recorder(TorchDispatchMode):
             if argument.name in kwargs
         ):
             raise CannotRecordError(f"{func} writes into a tensor that it is given")
+        # A part of a tensor that was written into would be stale in other views of the same storage.
         for leaf in leaves:
             fresh = self.current.get(_storage(leaf))
             if fresh is not None and id(leaf) not in fresh:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from weakspot.edits.kernels import State, average_pool, convolution, max_pool, slices
 from weakspot.edits.steps import SITEWISE, Slot, Step, Values, filled
-from weakspot.edits.windows import Layout, Windows, joined
+from weakspot.edits.windows import AxisOrder, Windows, joined
 
 PAIRWISE = {
     "add",
@@ -50,11 +50,11 @@ def _sitewise(state: State, step: Step, values: Values) -> Windows | None:
     windows = [values[slot] for slot in step.inputs]
     if not all(isinstance(one, Windows) for one in windows):
         return None
-    layout = windows[0].layout
+    order = windows[0].order
     sizes = {state.sizes[slot] for slot in step.inputs}
-    if any(one.layout != layout for one in windows) or len(sizes) > 1:
+    if any(one.order != order for one in windows) or len(sizes) > 1:
         return None
-    if not all(_has_no_sites(leaf, layout) for leaf in (*step.arguments, *step.keywords.values())):
+    if not all(_has_no_sites(leaf, order) for leaf in (*step.arguments, *step.keywords.values())):
         return None
     common: list[Windows] | None = windows
     if len(windows) > 1:
@@ -66,11 +66,11 @@ def _sitewise(state: State, step: Step, values: Values) -> Windows | None:
     return common[0].changed(result[0] if step.several else result)
 
 
-def _has_no_sites(leaf: Any, layout: str) -> bool:
+def _has_no_sites(leaf: Any, order: str) -> bool:
     """Whether an argument is not a tensor, or is the same at every site."""
     if not isinstance(leaf, Tensor) or leaf.numel() == 1:
         return True
-    if layout == "maps":
+    if order == "maps":
         return leaf.shape[-2:] == (1, 1) and (leaf.ndim < 4 or leaf.shape[0] == 1)
     return all(size == 1 for size in leaf.shape[:-1])
 
@@ -81,7 +81,7 @@ def _batch_norm(state: State, step: Step, values: Values) -> Windows | None:
     windows: Windows = values[step.inputs[0]]
     if (
         len(step.inputs) != 1
-        or windows.layout != "maps"
+        or windows.order != "maps"
         or (len(step.arguments) > 5 and step.arguments[5] is True)
     ):
         return None
@@ -93,7 +93,7 @@ def _layer_norm(state: State, step: Step, values: Values) -> Windows | None:
     """Layer normalization over channels, which must be the last axis."""
     del state
     windows: Windows = values[step.inputs[0]]
-    if len(step.inputs) != 1 or windows.layout == "maps" or len(step.arguments[1]) != 1:
+    if len(step.inputs) != 1 or windows.order == "maps" or len(step.arguments[1]) != 1:
         return None
     result = step.call(*filled(step.arguments, {step.inputs[0]: windows.seen()}), **step.keywords)
     return windows.changed(result[0])
@@ -104,7 +104,7 @@ def _linear(state: State, step: Step, values: Values) -> Windows | None:
     del state
     place = 1 if step.name == "addmm" else 0
     windows: Windows = values[step.inputs[0]]
-    if len(step.inputs) != 1 or step.arguments[place] != Slot(step.inputs[0]) or windows.layout != "rows":
+    if len(step.inputs) != 1 or step.arguments[place] != Slot(step.inputs[0]) or windows.order != "rows":
         return None
     result = step.call(*filled(step.arguments, {step.inputs[0]: windows.seen()}), **step.keywords)
     return windows.changed(result)
@@ -114,10 +114,10 @@ def _permute(state: State, step: Step, values: Values) -> Windows | None:
     """Between channels first and channels last."""
     del state
     windows: Windows = values[step.inputs[0]]
-    turn = (windows.layout, tuple(step.arguments[1]))
+    turn = (windows.order, tuple(step.arguments[1]))
     if turn == ("maps", (0, 2, 3, 1)):
-        return replace(windows, layout="sites")
-    return replace(windows, layout="maps") if turn == ("sites", (0, 3, 1, 2)) else None
+        return replace(windows, order="sites")
+    return replace(windows, order="maps") if turn == ("sites", (0, 3, 1, 2)) else None
 
 
 def _view(state: State, step: Step, values: Values) -> Windows | None:
@@ -126,10 +126,10 @@ def _view(state: State, step: Step, values: Values) -> Windows | None:
     height, width = state.sizes[step.inputs[0]]
     channels = windows.values.shape[3]
     shape = tuple(step.arguments[1])
-    if windows.layout == "sites" and len(shape) == 2 and shape[1] == channels:
-        return replace(windows, layout="rows")
-    if windows.layout == "rows" and len(shape) == 4 and shape[1:] == (height, width, channels):
-        return replace(windows, layout="sites")
+    if windows.order == "sites" and len(shape) == 2 and shape[1] == channels:
+        return replace(windows, order="rows")
+    if windows.order == "rows" and len(shape) == 4 and shape[1:] == (height, width, channels):
+        return replace(windows, order="sites")
     return None
 
 
@@ -141,7 +141,7 @@ def _joined_channels(state: State, step: Step, values: Values) -> Windows | None
         place != 1
         or len(parts) != len(windows)
         or len({state.sizes[slot] for slot in step.inputs}) > 1
-        or not all(isinstance(one, Windows) and one.layout == "maps" for one in windows)
+        or not all(isinstance(one, Windows) and one.order == "maps" for one in windows)
     ):
         return None
     common = joined(windows, [state.cleans[slot] for slot in step.inputs], state.owners, state.room)
@@ -154,7 +154,7 @@ def _pad(state: State, step: Step, values: Values) -> Windows | None:
     windows: Windows = values[step.inputs[0]]
     # The last axis first: left, right, top, bottom, channels before, channels behind.
     widths = [*step.arguments[1], 0, 0, 0, 0, 0, 0]
-    if windows.layout != "maps" or min(widths) < 0 or any(widths[6:]):
+    if windows.order != "maps" or min(widths) < 0 or any(widths[6:]):
         return None
     left, _, top, _, front, back = widths[:6]
     value = step.arguments[2] if len(step.arguments) > 2 else 0
@@ -171,7 +171,7 @@ def _over_channels(state: State, step: Step, values: Values) -> Windows | None:
     del state
     windows: Windows = values[step.inputs[0]]
     over = step.arguments[1] if len(step.arguments) > 1 else None
-    if windows.layout != "maps" or not isinstance(over, list | tuple) or [place % 4 for place in over] != [1]:
+    if windows.order != "maps" or not isinstance(over, list | tuple) or [place % 4 for place in over] != [1]:
         return None
     if len(step.arguments) < 3 or not step.arguments[2]:
         return None
@@ -199,16 +199,16 @@ RULES: dict[str, Rule] = {
 }
 
 
-def needs_clean(step: Step, layout: Layout) -> bool:
+def needs_clean(step: Step, order: AxisOrder) -> bool:
     """Whether a rule for this step may read the unedited map around a window."""
     if step.name in SITEWISE | NORMS and len(step.inputs) == 1:
-        return step.name in SITEWISE and not all(_has_no_sites(leaf, layout) for leaf in step.arguments)
-    return layout != "maps" or not step.is_pointwise
+        return step.name in SITEWISE and not all(_has_no_sites(leaf, order) for leaf in step.arguments)
+    return order != "maps" or not step.is_pointwise
 
 
-def layout_after(step: Step, layouts: dict[int, Layout | None], value: Tensor) -> Layout | None:
+def order_after(step: Step, orders: dict[int, AxisOrder | None], value: Tensor) -> AxisOrder | None:
     """How the network sees a step's result, or None if that has no sites."""
-    before = layouts[step.inputs[0]] if step.inputs else None
+    before = orders[step.inputs[0]] if step.inputs else None
     if before is not None and step.name == "permute":
         return {(0, 2, 3, 1): "sites", (0, 3, 1, 2): "maps"}.get(tuple(step.arguments[1]))  # type: ignore[return-value]
     if step.name in {"view", "_unsafe_view"}:

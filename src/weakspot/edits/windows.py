@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Layout = Literal["maps", "sites", "rows"]
+AxisOrder = Literal["maps", "sites", "rows"]
 """How a network sees a map at some step: (N, C, H, W), (N, H, W, C), or (N * H * W, C)."""
 
 
@@ -20,16 +20,16 @@ class Windows:
     """The part of a map that each of M edits changes, all of one size.
 
     Attributes:
-        values: (M, h, w, C) contiguous, whatever the layout.
+        values: (M, h, w, C) contiguous, whatever the order of axes.
         tops: (M,) row of each window's first site.
         lefts: (M,) column of each window's first site.
-        layout: how the network sees the whole map.
+        order: of the axes in which the network sees the whole map.
     """
 
     values: Tensor
     tops: Tensor
     lefts: Tensor
-    layout: Layout = "maps"
+    order: AxisOrder = "maps"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -39,12 +39,12 @@ class Windows:
         return replace(self, values=self.values[rows], tops=self.tops[rows], lefts=self.lefts[rows])
 
     def seen(self) -> Tensor:
-        """The values in the network's layout, as if the window were the whole map."""
-        return as_seen(self.values, self.layout)
+        """The values in the network's order of axes, as if the window were the whole map."""
+        return as_seen(self.values, self.order)
 
     def changed(self, seen: Tensor) -> Windows:
-        """The same windows with other values, given in the network's layout."""
-        return replace(self, values=as_sites(seen, self.layout, self.size))
+        """The same windows with other values, given in the network's order of axes."""
+        return replace(self, values=as_sites(seen, self.order, self.size))
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Map:
 
     Attributes:
         sites: (N, H, W, C) contiguous.
-        layout: how the network sees it.
+        order: of the axes in which the network sees it.
         padded: copies with borders, by widths and value.
     """
 
     sites: Tensor
-    layout: Layout = "maps"
+    order: AxisOrder = "maps"
     padded: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
 
     @property
@@ -75,22 +75,22 @@ class Map:
         return self.padded[key]
 
 
-def as_seen(sites: Tensor, layout: Layout) -> Tensor:
-    """(N, H, W, C) in the network's layout."""
-    if layout == "maps":
+def as_seen(sites: Tensor, order: AxisOrder) -> Tensor:
+    """(N, H, W, C) in the network's order of axes."""
+    if order == "maps":
         count, height, width, channels = sites.shape
         if channels == 1:
             # For one channel with channels-last strides, torch 2.13's convolution on CPUs gives wrong numbers.
             return sites.reshape(count, channels, height, width)
         return sites.permute(0, 3, 1, 2)
-    return sites if layout == "sites" else sites.reshape(-1, sites.shape[3])
+    return sites if order == "sites" else sites.reshape(-1, sites.shape[3])
 
 
-def as_sites(seen: Tensor, layout: Layout, size: tuple[int, int]) -> Tensor:
-    """(N, H, W, C), contiguous, of a map of this height and width in the network's layout."""
-    if layout == "maps":
+def as_sites(seen: Tensor, order: AxisOrder, size: tuple[int, int]) -> Tensor:
+    """(N, H, W, C), contiguous, of a map of this height and width in the network's order of axes."""
+    if order == "maps":
         return seen.permute(0, 2, 3, 1).contiguous()
-    return seen.contiguous() if layout == "sites" else seen.reshape(-1, *size, seen.shape[1]).contiguous()
+    return seen.contiguous() if order == "sites" else seen.reshape(-1, *size, seen.shape[1]).contiguous()
 
 
 def gathered(sites: Tensor, owners: Tensor, tops: Tensor, lefts: Tensor, size: tuple[int, int]) -> Tensor:
@@ -140,6 +140,7 @@ def joined(
     They grow over the unedited maps.
     """
     first = several[0]
+    # Windows of one branch share their tensors of places, which is cheaper to see than equal values.
     if all(
         one.size == first.size and (one.tops is first.tops or torch.equal(one.tops, first.tops))
         and (one.lefts is first.lefts or torch.equal(one.lefts, first.lefts))

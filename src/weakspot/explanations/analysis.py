@@ -9,13 +9,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import check_classes, unknown_choice
+from weakspot._checks import check_classes, entry_points, unknown_choice
 from weakspot.classifier import Classifier, predict
 from weakspot.logits import runner_up
 from weakspot.pairs import Pairs

@@ -41,7 +41,7 @@ class ModelInfo:
     fingerprint: str
     classes: int
     input_size: tuple[int, int]
-    probe: Probe
+    probe: Probe = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,7 @@ class RunInfo:
 
     @classmethod
     def _from_values(cls, values: Mapping[str, Any]) -> RunInfo:
+        # Keys of a newer version with the same schema are ignored.
         known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
         nested: dict[str, Any] = {"plan": Plan.from_mapping(_table(known["plan"]))}
         if "model" in known:
@@ -188,6 +189,7 @@ class RunInfo:
         }
         if self.model is not None:
             values["model"] = {**asdict(self.model), "probe": self.model.probe.as_mapping()}
+        # Before the images are listed these are unknown rather than empty.
         empty = () if self.status != "planned" else ("device", "labels", "absent", "remarks", "checksums")
         skipped = {*empty, *(() if self.engine else ("engine",))}
         values = {key: value for key, value in values.items() if key not in skipped}
