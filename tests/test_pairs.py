@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -415,3 +416,14 @@ def test_a_table_has_every_known_field_and_the_distances_one_row_per_image(optio
         assert table[name].tolist() == tensor.tolist()
     for name in distances.columns:
         assert table[name].tolist() == distances[name].tolist()
+
+
+def test_results_print_in_one_line() -> None:
+    text = repr(results(optional=True))
+    assert re.fullmatch(
+        r"AttackResult\(\d+ x \d+ x \d+ x \d+ on cpu, largest change \S+, \d+ of \d+ successful, "
+        r"\d+ forward and \d+ backward passes\)",
+        text,
+    ), text
+    assert repr(Pairs(**parts())).startswith("Pairs(")
+    assert "tensor" not in text

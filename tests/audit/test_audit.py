@@ -343,6 +343,20 @@ def test_a_network_that_returns_only_nan_does_not_stop_the_audit(pictures: Path)
     assert summarize(run).weakest == "No attack has a known outcome, so nothing could be measured."
 
 
+@pytest.mark.parametrize("package", ["duckdb", "pyarrow", "zarr", "fsspec"])
+def test_a_missing_extra_names_its_install_command(
+    whole: Run, pictures: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    sentence = rf"an audit needs {package}: pip install 'weakspot\[audit\]'"
+    with pytest.raises(ValueError, match=sentence):
+        audit(small_plan(pictures), pictures.parent / "other")
+    for call in (resume, open_run):
+        with pytest.raises(ValueError, match=sentence):
+            call(whole.folder)
+    assert not (pictures.parent / "other").exists()
+
+
 def test_a_folder_holds_one_run(whole: Run, pictures: Path) -> None:
     with pytest.raises(ValueError, match=r"whole, which holds a run already .*--resume"):
         audit(small_plan(pictures), whole.folder)

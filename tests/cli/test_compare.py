@@ -203,7 +203,7 @@ def test_a_folder_without_an_audit_is_one_sentence(run: Run, tmp_path: Path) -> 
     (folder / "run.json").write_text("{")
     assert "is damaged" in refused("folder", 2)
     (folder / "run.json").write_text(json.dumps({"schema": 1, "command": "explain"}))
-    assert "a run of another command" in refused("folder", 2)
+    assert "must be written by weakspot audit" in refused("folder", 2)
     (folder / "run.json").write_text(json.dumps({"kind": "audit", "schema": 99, "status": "complete"}))
     assert "upgrade weakspot" in refused("folder", 2)
 

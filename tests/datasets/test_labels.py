@@ -12,6 +12,7 @@ from weakspot.audit.plan.image_list import list_images
 from weakspot.classifier import Classifier
 from weakspot.cli.aims import find_labels
 from weakspot.cli.session import Images
+from weakspot.datasets import from_tensors
 from weakspot.datasets.labels import CLASS_COLUMNS, FILE_COLUMNS, ClassIndex, LabelTable, folder_classes
 
 NAMES = ("cat", "Dog", "Fish, aquarium", "7")
@@ -132,3 +133,11 @@ def test_folders_are_classes_by_name_or_in_sorted_order() -> None:
 def test_a_target_is_a_class_by_the_same_spellings() -> None:
     classes = ClassIndex(NAMES, 4)
     assert [classes.index(text) for text in ("fish", "FISH, aquarium", "2", "class 2")] == [2] * 4
+
+
+def test_data_sets_and_classifiers_print_in_one_line() -> None:
+    data = from_tensors(torch.rand(5, 3, 8, 6), torch.arange(5), name="digits")
+    assert repr(data) == "LabeledImages('digits': 5 x 3 x 8 x 6, 5 classes, in memory)"
+    assert (
+        repr(classifier()) == "Classifier(Sequential: images 3 x 8 x 8, mean [0.0], std [1.0], 4 class names)"
+    )

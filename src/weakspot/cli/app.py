@@ -89,11 +89,11 @@ app = typer.Typer(
 def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a command.
 
-    Parameters whose type is a dataclass are option groups: each field becomes an option, in the panel of the help that
-    the class names, and the function receives the filled dataclass.
+    Parameters whose type is a dataclass are option groups: each field becomes an option, and the function receives the
+    filled dataclass. The class attribute `panel`, if there is one, is the options' panel in the help.
 
     Args:
-        *examples: command lines, and at most one closing sentence, for the end of the help text.
+        *examples: command lines for the end of the help text.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:

@@ -31,6 +31,7 @@ def products_over_shifts(fixed: Tensor, shifted: Tensor) -> Tensor:
     >>> products_over_shifts(torch.tensor([[[1.0, 3.0, 2.0]]]), torch.tensor([[[1.0, 0.0, 0.0]]])).round()
     tensor([[[1., 3., 2.]]], dtype=torch.float64)
     """
+    # The conjugate turns the convolution into a correlation; shift s is at index s.
     spectra = torch.fft.rfft2(fixed.double()) * torch.fft.rfft2(shifted.double()).conj()
     products: Tensor = torch.fft.irfft2(spectra, s=fixed.shape[-2:])
     return products
