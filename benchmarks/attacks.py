@@ -1,8 +1,8 @@
-"""Attacks beside other libraries' in one run, taking turns. Run: python -m benchmarks.attacks [SECTION ...]
+"""Attacks compared with those of other libraries, in one run. Run: python -m benchmarks.attacks [SECTION ...]
 
-Sections: steps (PGD-20 under L-infinity), pixels (one pixel), quality (SSIM at equal success), robust (auto against
-AutoAttack), smallest (minimal norms). All, where none is named; those that need real data say so where there is none.
-torchattacks, foolbox and ART are compared where they are installed. Every figure that docs quote is printed here.
+Sections: steps (PGD-20 under L-infinity), pixels (one pixel), quality (SSIM at equal success), robust (the ensemble
+against AutoAttack), smallest (minimal norms). Default: all; sections without their real data print a note.
+torchattacks, foolbox and ART are compared if they are installed. All numbers in the docs come from here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EPS, STEPS, SHORT = 4 / 255, 20, 10
 
 @dataclass
 class Outcome:
-    """What one job did: images, counts of one run, and seconds of each round."""
+    """The result of one job: images, counts of one run, and seconds of each round."""
 
     adversarial: list[Tensor] = field(default_factory=list)
     n_forward: int = 0
@@ -50,7 +50,7 @@ def race(
     rounds: int,
     warm: bool = True,
 ) -> dict[str, Outcome]:
-    """Every job on every batch, taking turns; counts and images of the first round, seconds of every one."""
+    """Run every job on every batch, in turn. Counts and images are of the first round, seconds of all rounds."""
     counted = Counted(model)
     outcomes = {name: Outcome() for name in jobs}
     if warm:
@@ -63,10 +63,10 @@ def race(
                 torch.manual_seed(0)
                 np.random.seed(0)  # noqa: NPY002 - torchattacks draws from it
                 begun = time.perf_counter()
-                found = job(counted, *batch)
+                adversarial = job(counted, *batch)
                 outcomes[name].seconds.append(time.perf_counter() - begun)
                 if number == 0:
-                    outcomes[name].adversarial.append(found.detach())
+                    outcomes[name].adversarial.append(adversarial.detach())
                     outcomes[name].n_forward += counted.n_forward
                     outcomes[name].n_backward += counted.n_backward
     return outcomes
@@ -81,10 +81,10 @@ def show(
     *,
     each: bool = True,
 ) -> None:
-    """One row for each job; ratios are medians of round-by-round ratios, or where `each` is false of whole times."""
+    """Print one row per job. Ratios are medians over rounds or, without `each`, ratios of the total times."""
     references = [name for name in outcomes if not name.startswith("weakspot")]
     print(f"\n{title}\n", flush=True)
-    heads = ["job", "fooled", "mean L-inf", "median L2", "median L1", "n_forward", "n_backward", "seconds"]
+    heads = ["job", "fooled", "mean L-inf", "median L2", "median L1", "forwards", "backwards", "seconds"]
     heads += [f"x {name.partition(',')[0]}" for name in references]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for name, outcome in outcomes.items():
@@ -116,9 +116,9 @@ def show(
 
 
 def steps() -> None:
-    """PGD-20 at 4/255: what a step costs, and what leaving early saves."""
+    """PGD-20 at 4/255: the cost of a step, and the savings of stopping early."""
     cases = {"EfficientNet-Lite0, 8 photographs at 224 x 224": (*real.embedded(8), 1000, 5)}
-    if real.there():
+    if real.available():
         cases["MobileNetV2, 8 ImageNet photographs at 224 x 224"] = (
             *real.correct("mobilenet_v2_1.0_224", 8),
             1000,
@@ -144,7 +144,7 @@ def steps() -> None:
 
 def pixels() -> None:
     """One pixel on ResNet-20: population 400, 100 generations, four batches of ten images in turn."""
-    if not real.there():
+    if not real.available():
         return
     model, images, labels = real.correct("cifar10_resnet20", 40)
     jobs = {
@@ -163,24 +163,24 @@ def pixels() -> None:
 def smallest_that_fools(
     model: nn.Module, images: Tensor, labels: Tensor, budgets: Sequence[Budget]
 ) -> tuple[Tensor, Tensor]:
-    """PGD under growing budgets; each image's first success and whether there was one."""
-    found, fooled = images.clone(), torch.zeros(len(images), dtype=torch.bool)
+    """PGD under growing budgets: the first success of each image, and whether there was one."""
+    adversarial, fooled = images.clone(), torch.zeros(len(images), dtype=torch.bool)
     for budget in budgets:
         left = (~fooled).nonzero()[:, 0]
         if not len(left):
             break
         result = attacks.pgd(model, images[left], labels[left], budget=budget, steps=SHORT, stop_early=True)
         won = left[result.success]
-        found[won] = result.adversarial[result.success]
+        adversarial[won] = result.adversarial[result.success]
         fooled[won] = True
-    return found, fooled
+    return adversarial, fooled
 
 
 def quality() -> None:
-    """Mean SSIM of what each budget needs to fool the same images."""
-    if not real.there():
+    """Mean SSIM of the images under the smallest budget that fools them, for several kinds of budgets."""
+    if not real.available():
         return
-    grid = [2.0**power for power in range(-3, 5)]  # so many times the middle budget
+    grid = [2.0**power for power in range(-3, 5)]  # multiples of the middle budget
     kinds: dict[str, list[Budget]] = {
         "L-infinity": [Linf(min(1, factor / 255)) for factor in grid],
         "L2": [L2(factor) for factor in grid],
@@ -194,8 +194,8 @@ def quality() -> None:
         quality_of: dict[str, np.ndarray] = {}
         every = torch.ones(len(images), dtype=torch.bool)
         for kind, budgets in kinds.items():
-            found, fooled = smallest_that_fools(model, images, labels, budgets)
-            quality_of[kind] = ssim_map(images, found).mean((1, 2, 3)).numpy()
+            adversarial, fooled = smallest_that_fools(model, images, labels, budgets)
+            quality_of[kind] = ssim_map(images, adversarial).mean((1, 2, 3)).numpy()
             every &= fooled
         rows = every.numpy()
         print(
@@ -214,10 +214,10 @@ def quality() -> None:
 
 def _interval(values: np.ndarray) -> str:
     """The mean and its 95% interval by bootstrap over images."""
-    found = bootstrap(
+    interval = bootstrap(
         (values,), np.mean, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
-    return f"{values.mean():.5f} ({found.low:.5f} to {found.high:.5f})"
+    return f"{values.mean():.5f} ({interval.low:.5f} to {interval.high:.5f})"
 
 
 ROBUST = {
@@ -234,11 +234,11 @@ ROBUST = {
 
 
 def robust(count: int = 500) -> None:
-    """Robust accuracy by auto and by AutoAttack, five batches of a hundred images in turn."""
-    if not real.there():
+    """Robust accuracy by the ensemble and by AutoAttack, five batches of a hundred images in turn."""
+    if not real.available():
         return
     print(f"\nRobust accuracy under L-infinity, first {count} test images\n")
-    heads = ["network", "eps", "attack", "robust", "n_forward", "n_backward", "seconds", "x AutoAttack"]
+    heads = ["network", "eps", "attack", "robust", "forwards", "backwards", "seconds", "x AutoAttack"]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|", flush=True)
     for name, eps in ROBUST.items():
         model, images, labels = real.first(name, count)
@@ -252,10 +252,10 @@ def robust(count: int = 500) -> None:
         outcomes = race(jobs, model, batches, rounds=1, warm=False)
         last = sum(list(outcomes.values())[-1].seconds)
         for job, outcome in outcomes.items():
-            stood = (real.predictions(model, torch.cat(outcome.adversarial)) == labels).float().mean()
+            correct = (real.predictions(model, torch.cat(outcome.adversarial)) == labels).float().mean()
             seconds = sum(outcome.seconds)
             print(
-                f"| {name} | {_level(eps)} | {job} | {float(stood):.1%} | {outcome.n_forward / count:.0f} | "
+                f"| {name} | {_level(eps)} | {job} | {float(correct):.1%} | {outcome.n_forward / count:.0f} | "
                 f"{outcome.n_backward / count:.0f} | {seconds:.0f} | {seconds / last:.2f} |",
                 flush=True,
             )
@@ -266,8 +266,8 @@ def _level(eps: float) -> str:
 
 
 def smallest(budget: int = 1000) -> None:
-    """Minimal norms on ResNet-20: as many gradients for all, five searches of the weight."""
-    if not real.there():
+    """Minimal norms on ResNet-20: the same number of gradients for all attacks, five searches of the weight."""
+    if not real.available():
         return
     model, images, labels = real.correct("cifar10_resnet20", 32)
     each = budget // 5

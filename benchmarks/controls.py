@@ -1,10 +1,9 @@
-"""Regions against their controls on a real network: what an audit says, and what shifted controls alone would say.
+"""Regions and their controls on a real network: the sentences of an audit, and those of shifted controls alone.
 
 Run: python -m benchmarks.controls [SECTION ...]. Sections: own (PGD in the class activation of 200 CIFAR-10 test
-images, in those of other images and in shifted ones), more (the smallest changes, and backgrounds, in the same way),
-foreign (class activation of another image, which has nothing to do with the image, judged by either kind of control),
-power (how often a region that adds so many points is found, by simulation). CIFAR-10 and ResNet-20 of the folder that
-WEAKSPOT_DATA names.
+images, in that of other images and in shifted ones), more (the same for minimal norms and for backgrounds), foreign
+(the class activation of another image, which is unrelated, tested against both kinds of controls), power (how often a
+region that adds some points is detected, by simulation). CIFAR-10 and ResNet-20 of the folder that WEAKSPOT_DATA names.
 """
 
 from __future__ import annotations
@@ -43,18 +42,18 @@ DRAWS = 5
 
 
 def own() -> None:
-    """PGD in class activation and its controls."""
-    _audited([AttackPlan("pgd", budget) for budget in BUDGETS], ("cam",))
+    """PGD in the class activation and in its controls."""
+    _audit_and_print([AttackPlan("pgd", budget) for budget in BUDGETS], ("cam",))
 
 
 def more() -> None:
-    """The smallest changes, and backgrounds."""
+    """Minimal norms, and backgrounds."""
     fmn = AttackPlan("fmn", settings=(("steps", 40),))
-    _audited([AttackPlan("pgd", BUDGETS[0]), fmn], ("cam", "background"))
+    _audit_and_print([AttackPlan("pgd", BUDGETS[0]), fmn], ("cam", "background"))
 
 
-def _audited(attacks: Sequence[AttackPlan], regions: tuple[str, ...]) -> None:
-    if not real.there():
+def _audit_and_print(attacks: Sequence[AttackPlan], regions: tuple[str, ...]) -> None:
+    if not real.available():
         return
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -81,8 +80,8 @@ def _audited(attacks: Sequence[AttackPlan], regions: tuple[str, ...]) -> None:
 
 
 def foreign() -> None:
-    """PGD in the class activation of the next image: weak by the shifted control, not by other images' regions."""
-    if not real.there():
+    """PGD in the class activation of the next image: weak by shifted controls, but not by other images' regions."""
+    if not real.available():
         return
     model, images, labels = real.correct(NETWORK, IMAGES)
     classifier = Classifier.wrap(model)
@@ -96,10 +95,10 @@ def foreign() -> None:
                 *(region.roll(2 + 7 * number, 0) for number in range(DRAWS)),
             )
         )
-        beside = np.column_stack(others)
+        controls = np.column_stack(others)
         for what, control, p in (
             ("shifted", shifted, mcnemar(other == 1, shifted == 1)),
-            (f"{DRAWS} other images'", beside.mean(1), region_test(other, beside)),
+            (f"{DRAWS} other images'", controls.mean(1), region_test(other, controls)),
         ):
             paired = paired_proportion_interval(other == 1, control == 1)
             mean, low, high = paired if control is shifted else mean_interval(other - control)
@@ -111,19 +110,19 @@ def foreign() -> None:
 
 
 def power(runs: int = 1000) -> None:
-    """Simulated runs of images that mostly hold or fall wherever they are attacked."""
+    """Simulated runs of images that are mostly robust or mostly fooled, wherever they are attacked."""
     rng = np.random.default_rng(0)
     rows = []
     for added, draws, images in product((0.1, 0.0), (1, DRAWS), (40, 100, 200)):
-        found = 0
+        detected = 0
         for _ in range(runs):
             chance = rng.choice([0.05, 0.85], (images, 1))
             others = (rng.random((images, draws)) < chance).astype(float)
             own = (rng.random(images) < chance[:, 0] + added).astype(float)
-            found += abs(own.mean() - others.mean()) >= 0.05 and region_test(own, others) <= 0.05
-        rows.append((100 * added, draws, images, *proportion_interval(np.arange(runs) < found)))
+            detected += abs(own.mean() - others.mean()) >= 0.05 and region_test(own, others) <= 0.05
+        rows.append((100 * added, draws, images, *proportion_interval(np.arange(runs) < detected)))
     print(
-        sections.table(pd.DataFrame(rows, columns=["points", "draws", "images", "found", "low", "high"])),
+        sections.table(pd.DataFrame(rows, columns=["points", "draws", "images", "detected", "low", "high"])),
         flush=True,
     )
 

@@ -1,4 +1,4 @@
-"""What helps against an attacker who knows the defense. Run: python -m benchmarks.defenses [SECTION ...]
+"""Defenses against an attacker who knows them. Run: python -m benchmarks.defenses [SECTION ...]
 
 Sections: digits (broken and genuine defenses on 100 digits), imagenet (neutralization on photographs), cifar10
 (neutralization, every fill; adversarially trained networks). Real data from the folder that WEAKSPOT_DATA names.
@@ -25,8 +25,8 @@ PHOTOGRAPHS, PICTURES = 40, 100
 
 
 def digits() -> None:
-    """What the rule says of every defense in `tests/defenses/digits.py`."""
-    if not real.there():
+    """The verdict on every defense in `tests/defenses/digits.py`."""
+    if not real.available():
         return
     networks = real.networks()
     nets = {short: networks.network(name) for short, name in NAMES.items()}
@@ -37,33 +37,33 @@ def digits() -> None:
         table = defenses.evaluate_defense(
             nets["nat"], case.build().eval(), images, labels, budget=Linf(case.eps)
         )
-        found = defenses.verdict(table)
+        verdict = defenses.verdict(table)
         sides = " | ".join(_with_interval(table, side) for side in ("undefended", "defended"))
-        print(f"| {title} | {case.eps} | {sides} | {found.status} | {found} |", flush=True)
+        print(f"| {title} | {case.eps} | {sides} | {verdict.status} | {verdict} |", flush=True)
 
 
 def imagenet() -> None:
     """EfficientNet-Lite0 behind neutralization by the mean, at 1/255."""
-    if not real.there():
+    if not real.available():
         return
     model, images, labels = real.embedded(PHOTOGRAPHS)
     defended = defenses.neutralizing(model, fraction=0.2, fill="mean")
-    _judged("EfficientNet-Lite0, neutralization by mean", model, defended, images, labels, 1 / 255)
+    _evaluate("EfficientNet-Lite0, neutralization by mean", model, defended, images, labels, 1 / 255)
 
 
 def cifar10() -> None:
-    """ResNet-20 behind neutralization by every fill at 1/255, and beside adversarially trained networks at 2/255."""
-    if not real.there():
+    """ResNet-20 behind neutralization by every fill at 1/255, and adversarially trained networks at 2/255."""
+    if not real.available():
         return
     model, images, labels = real.correct("cifar10_resnet20", PICTURES)
     for fill in FILLS:
         defended = defenses.neutralizing(model, fraction=0.2, fill=fill)
-        _judged(f"ResNet-20, neutralization by {fill}", model, defended, images, labels, 1 / 255)
+        _evaluate(f"ResNet-20, neutralization by {fill}", model, defended, images, labels, 1 / 255)
     for name in ("cifar10_resnet2b_adv", "cifar10_cnn_a_adv"):
-        _judged(name, model, real.networks().network(name), images, labels, 2 / 255)
+        _evaluate(name, model, real.networks().network(name), images, labels, 2 / 255)
 
 
-def _judged(
+def _evaluate(
     name: str, model: nn.Module, defended: nn.Module, images: Tensor, labels: Tensor, eps: float
 ) -> None:
     begun = time.perf_counter()

@@ -1,8 +1,8 @@
-"""Small edits: LocalEdits beside whole forward passes, in one run. Run: python -m benchmarks.edits [SECTION ...]
+"""Small edits: LocalEdits compared with whole forward passes, in one run. Run: python -m benchmarks.edits [SECTION ...]
 
 Sections: throughput (edits of one pixel and of a cell, every network), sweep (all pixels of CIFAR-10 images),
-promotion (cells of a photograph), locality (one-pixel successes moved). Those that need real data say so where there is
-none.
+promotion (cells of a photograph), locality (successful pixels moved to other sites). Sections without their real data
+print a note.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROUNDS = 7
 
 
 def bottleneck_network() -> nn.Module:
-    """Of ResNet-50's shape (He et al. 2016, arXiv 1512.03385), weights random."""
+    """A network of the shape of ResNet-50 (He et al. 2016, arXiv 1512.03385) with random weights."""
     torch.manual_seed(0)
 
     class Bottleneck(nn.Module):
@@ -65,7 +65,7 @@ def seconds(job: Callable[[], object]) -> float:
 
 
 def best_batch(forward: Callable[[Tensor], Tensor], image: Tensor) -> int:
-    """The batch whose images cost least; each size is tried three times, in turn."""
+    """The batch size with the lowest cost per image; each is tried three times, in turn."""
     largest = 32 if image.shape[2] > 64 else 128
     sizes = [size for size in BATCHES if size <= largest]
     batches = {size: image.expand(size, -1, -1, -1).clone() for size in sizes}
@@ -80,23 +80,21 @@ def best_batch(forward: Callable[[Tensor], Tensor], image: Tensor) -> int:
 
 
 def throughput() -> None:
-    """Edits by windows, by whole forward passes of the fused network, and of the module as it comes."""
+    """Edits by windows, by whole forward passes of the fused network, and by those of the original module."""
     photograph = sample_images()[0][:1]
     cases: dict[str, tuple[nn.Module, Tensor, tuple[int, int]]] = {
         "EfficientNet-Lite0": (load("efficientnet_lite0", device="cpu"), photograph, (1, 16)),
         "ResNet-50's shape, random weights": (bottleneck_network(), photograph, (1, 16)),
     }
-    if real.there():
+    if real.available():
         mobile, images, _ = real.correct("mobilenet_v2_1.0_224", 1)
         cases["MobileNetV2"] = (mobile, images, (1, 16))
         for depth in (20, 56):
             model, images, _ = real.first(f"cifar10_resnet{depth}", 1)
             cases[f"ResNet-{depth}, CIFAR-10"] = (model, images, (1, 4))
+    print("\nEdits per second, and the ratio to whole forward passes (median over rounds)\n")
     print(
-        "\nEdits a second, and how many times those of whole forward passes (medians of ratios of rounds)\n"
-    )
-    print(
-        "| network | edit | windows | fused, whole | x fused | as it comes | x as it comes | off, of logit range |"
+        "| network | edit | windows | fused, whole | x fused | original | x original | error, of logit range |"
     )
     print("|---" * 8 + "|", flush=True)
     for name, (model, image, sizes) in cases.items():
@@ -113,9 +111,9 @@ def _row(model: nn.Module, image: Tensor, size: int) -> Sequence[str]:
     lefts = torch.randint(0, width - size + 1, (count,), generator=generator)
     patches = torch.rand(count, image.shape[1], size, size, generator=generator)
     owners = torch.zeros(count, dtype=torch.long)
-    share = count // 4  # of the slower ways do less: they cost the same for every image
-    edited = image.expand(share, -1, -1, -1).clone()
-    for number, (top, left) in enumerate(zip(tops[:share].tolist(), lefts[:share].tolist(), strict=True)):
+    few = count // 4  # edits for the slower ways, whose cost per edit does not depend on their number
+    edited = image.expand(few, -1, -1, -1).clone()
+    for number, (top, left) in enumerate(zip(tops[:few].tolist(), lefts[:few].tolist(), strict=True)):
         edited[number, :, top : top + size, left : left + size] = patches[number]
     with evaluating(model) as classifier:
         prepared = prepare(classifier, image)
@@ -137,14 +135,14 @@ def _row(model: nn.Module, image: Tensor, size: int) -> Sequence[str]:
             with fused(classifier, image):
                 return whole(batch_fused)
 
-        found, expected = by_windows()[:share], whole(batch_plain)
+        result, expected = by_windows()[:few], whole(batch_plain)
         whole_fused()
-        off = float((found - expected).abs().max() / (expected.max() - expected.min()))
+        error = float((result - expected).abs().max() / (expected.max() - expected.min()))
         times = [
             (
                 seconds(by_windows) / count,
-                seconds(whole_fused) / share,
-                seconds(lambda: whole(batch_plain)) / share,
+                seconds(whole_fused) / few,
+                seconds(lambda: whole(batch_plain)) / few,
             )
             for _ in range(ROUNDS)
         ]
@@ -156,13 +154,13 @@ def _row(model: nn.Module, image: Tensor, size: int) -> Sequence[str]:
         f"{ratios[0]:.2f}",
         f"{rates[2]:.0f} (batch {batch_plain})",
         f"{ratios[1]:.2f}",
-        f"{off:.0e}",
+        f"{error:.0e}",
     )
 
 
 def sweep(count: int = 40) -> None:
-    """Every pixel of the attacks benchmark's images, and torchattacks' evolution on the same."""
-    if not real.there():
+    """Every pixel of the images of the attacks benchmark, and the evolution of torchattacks on the same images."""
+    if not real.available():
         return
     model, images, labels = real.correct("cifar10_resnet20", count)
     jobs: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -176,32 +174,32 @@ def sweep(count: int = 40) -> None:
     for name, attack in peers.items():
         jobs[name] = lambda i, y, attack=attack: real.predictions(model, attack(model, i, y)) != y  # type: ignore[misc]
     took: dict[str, float] = dict.fromkeys(jobs, 0.0)
-    fell: dict[str, list[Tensor]] = {name: [] for name in jobs}
+    results: dict[str, list[Tensor]] = {name: [] for name in jobs}
     for i, y in zip(images.split(10), labels.split(10), strict=True):
         for name, job in jobs.items():
             torch.manual_seed(0)
             begun = time.perf_counter()
-            fell[name].append(job(i, y))
+            results[name].append(job(i, y))
             took[name] += time.perf_counter() - begun
     print(f"\nOne pixel anywhere: ResNet-20, first {count} correct CIFAR-10 test images\n")
     print(
-        "| job | images that fall | of those evolution finds | seconds | x torchattacks |\n|---|---|---|---|---|"
+        "| job | images fooled | of those that evolution fools | seconds | x torchattacks |\n|---|---|---|---|---|"
     )
     last = list(jobs)[-1]
-    reference = torch.cat(fell[last])
+    reference = torch.cat(results[last])
     for name in jobs:
-        mine = torch.cat(fell[name])
+        fooled = torch.cat(results[name])
         print(
-            f"| {name} | {int(mine.sum())} | {int((mine & reference).sum())} of {int(reference.sum())} | "
+            f"| {name} | {int(fooled.sum())} | {int((fooled & reference).sum())} of {int(reference.sum())} | "
             f"{took[name]:.1f} | {took[name] / took[last]:.3f} |",
             flush=True,
         )
 
 
 def promotion() -> None:
-    """Cells of 16 pixels of a photograph, and as many forward passes of the fused network."""
+    """Cells of 16 pixels of a photograph, compared with as many forward passes of the fused network."""
     cases = {"EfficientNet-Lite0": real.embedded(1)}
-    if real.there():
+    if real.available():
         cases["MobileNetV2"] = real.correct("mobilenet_v2_1.0_224", 1)
     for name, (model, images, labels) in cases.items():
         pairs = attacks.pgd(model, images, labels, steps=10)
@@ -226,18 +224,18 @@ def promotion() -> None:
             floor()
             ours()
             times = [(seconds(ours), seconds(floor)) for _ in range(7)]
-        ratio = statistics.median(mine / base for mine, base in times)
-        mine, base = (statistics.median(column) for column in zip(*times, strict=True))
+        ratio = statistics.median(own / base for own, base in times)
+        own, base = (statistics.median(column) for column in zip(*times, strict=True))
         print(
-            f"\npromotion_suppression, {name}, 196 cells: {mine:.2f} s, {ratio:.2f} of 196 fused forward passes "
+            f"\npromotion_suppression, {name}, 196 cells: {own:.2f} s, {ratio:.2f} of 196 fused forward passes "
             f"({base:.2f} s, batch {batch})",
             flush=True,
         )
 
 
 def local(wanted: int = 100) -> None:
-    """One-pixel successes against ResNet-20 moved to every other pixel, beside the published figures."""
-    if not real.there():
+    """Successful pixels on ResNet-20 moved to every other site, with the published numbers."""
+    if not real.available():
         return
     model, images, labels = real.correct("cifar10_resnet20", 320)
     pairs = attacks.few_pixel(model, images, labels, method="guided")

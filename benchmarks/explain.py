@@ -1,4 +1,4 @@
-"""What an explanation costs, against the bare passes it cannot do without. Run: python -m benchmarks.explain"""
+"""The cost of an explanation, compared with the passes that it needs at least. Run: python -m benchmarks.explain"""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def main() -> None:
             {
                 "floor: 1 forward pass": lambda: predict(model, images),
                 "class_activation": lambda: class_activation(model, images, labels),
-                "class_activation, effective registration": lambda: class_activation(
-                    model, images, labels, registration="effective"
+                "class_activation, effective alignment": lambda: class_activation(
+                    model, images, labels, alignment="effective"
                 ),
                 "margin_drop (integrated gradients)": lambda: margin_drop(
                     model, pairs.clean, pairs.adversarial, pairs.labels, pairs.targets

@@ -1,7 +1,7 @@
-"""Minimal-norm attacks as 8-bit files: how many survive rounding, and what ending on the grid costs.
+"""Minimal-norm attacks as 8-bit files: how many survive rounding, and the cost of ending on the grid.
 
-Run: WEAKSPOT_DATA=FOLDER python -m benchmarks.grid [IMAGES [ATTACK ...]]. Intervals: Wilson's of shares, bootstrap
-of medians.
+Run: WEAKSPOT_DATA=FOLDER python -m benchmarks.grid [IMAGES [ATTACK ...]]. Intervals are exact for fractions and by
+bootstrap for medians.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ JOBS: dict[str, tuple[Callable[..., AttackResult], dict[str, object]]] = {
 }
 
 
-def share(hits: Tensor) -> str:
-    """A share with its interval."""
+def fraction(hits: Tensor) -> str:
+    """A fraction with its interval."""
     value, low, high = proportion_interval(hits.numpy())
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def median(values: Tensor) -> str:
     """A median with its interval."""
-    found = bootstrap(
+    result = bootstrap(
         (values.numpy(),), np.median, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
     )
-    low, high = found.confidence_interval
+    low, high = result.confidence_interval
     return f"{float(values.median()):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def lengths(result: AttackResult) -> Tensor:
-    """(N,) L2."""
-    found: Tensor = torch.linalg.vector_norm(result.perturbation.flatten(1), dim=1)
-    return found
+    """(N,) L2 norms of the perturbations."""
+    norms: Tensor = torch.linalg.vector_norm(result.perturbation.flatten(1), dim=1)
+    return norms
 
 
 def main(count: int, names: Sequence[str]) -> None:
-    """One table, of the attacks whose lines begin with one of these names; of all where none is given."""
-    if not real.there():
+    """Print the table of the attacks whose names start with one of `names`; of all, if there are none."""
+    if not real.available():
         return
     model, images, labels = real.correct(NETWORK, count)
     print(f"\nAs 8-bit files: {NETWORK}, first {count} correct CIFAR-10 test images\n")
@@ -68,16 +68,16 @@ def main(count: int, names: Sequence[str]) -> None:
             attack(model, images, labels, on_grid=on_grid, **options) for on_grid in (False, True)
         )
         fools = floats.success
-        kept = fools & ended.fooled
+        both = fools & ended.fooled
         most = (255 * floats.perturbation.abs().amax((1, 2, 3)) - 1e-3).ceil()
-        over = (255 * ended.perturbation.abs().amax((1, 2, 3)) > most + 1e-3)[kept]
+        over = (255 * ended.perturbation.abs().amax((1, 2, 3)) > most + 1e-3)[both]
         more = [
             float((one - other).double().mean())
             for one, other in ((ended.n_forward, floats.n_forward), (ended.n_backward, floats.n_backward))
         ]
         print(
-            f"| {name} | {int(fools.sum())} of {count} | {share(floats.fooled[fools])} | "
-            f"{share(ended.fooled[fools])} | {median((lengths(ended) / lengths(floats))[kept])} | "
+            f"| {name} | {int(fools.sum())} of {count} | {fraction(floats.fooled[fools])} | "
+            f"{fraction(ended.fooled[fools])} | {median((lengths(ended) / lengths(floats))[both])} | "
             f"{int(over.sum())} | {more[0]:.1f} | {more[1]:.1f} |",
             flush=True,
         )

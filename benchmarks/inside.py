@@ -1,9 +1,9 @@
 """Inside the network: propagation, dissection, sensitivity, masking. Run: python -m benchmarks.inside [SECTION ...]
 
-Sections: propagation (against bare forward passes and Captum's layer activations), dissection (against bare passes over
-the data, memory as data grow), spread (one-pixel successes beside failures and random edits), sensitivity (units that
-an attack moves more than noise of its size does), masking (units of ResNet-20 masked, attacked again). All but
-propagation need real data and say so where there is none.
+Sections: propagation (compared with forward passes and Captum's layer activations), dissection (compared with passes
+over the data; memory for more images), spread (one-pixel successes, failures and random edits), sensitivity (units that
+an attack changes more than noise of equal size), masking (masked units of ResNet-20, attacked again). All but
+propagation need real data, and print a note without it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from weakspot import (
     attacks,
     build_concepts,
     defenses,
-    dissection,
     load,
     propagation,
     propagation_study,
@@ -38,8 +37,8 @@ from weakspot import (
 from weakspot.attribution.hooks import spatial_layers
 from weakspot.budgets import Linf
 from weakspot.classifier import Classifier, as_classifier, evaluating
-from weakspot.dissection import ConceptSet
-from weakspot.dissection.broden_files import image_batches
+from weakspot.dissection import ConceptSet, dissect_layers
+from weakspot.dissection.concepts import image_batches
 from weakspot.dissection.sensitivity import equal_noise
 from weakspot.fusion import fused
 from weakspot.statistics import proportion_interval
@@ -55,7 +54,7 @@ def seconds(job: Callable[[], object]) -> float:
 
 
 def spread_pairs(count: int = 8) -> tuple[Classifier, Pairs]:
-    """The embedded network and pairs of photographs with noise: what it costs does not depend on the attack."""
+    """The embedded network and pairs of photographs with noise; the cost does not depend on the attack."""
     model = load("efficientnet_lite0", device="cpu")
     images = torch.cat([sample_images()[0], sample_images()[0].flip(3)])[:count]
     noise = 0.03 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
@@ -63,7 +62,7 @@ def spread_pairs(count: int = 8) -> tuple[Classifier, Pairs]:
 
 
 def propagation_section() -> None:
-    """Seconds and memory of propagation beside two bare forward passes, batch 8."""
+    """Seconds and memory of propagation, compared with two forward passes, batch 8."""
     model, pairs = spread_pairs()
     with evaluating(model) as classifier:
         layers = list(spatial_layers(classifier, pairs.clean[:1]))
@@ -80,8 +79,8 @@ def propagation_section() -> None:
                     classifier(part)
 
     jobs: dict[str, Callable[[], object]] = {
-        "two bare forward passes": bare,
-        "two bare forward passes, fused, at the best batch": bare_fused,
+        "two plain forward passes": bare,
+        "two plain forward passes, fused, at the best batch": bare_fused,
         f"propagation, {len(layers)} layers": lambda: propagation(model, pairs),
         "propagation, the last layer": lambda: propagation(model, pairs, layers=layers[-1:]),
     }
@@ -92,18 +91,18 @@ def propagation_section() -> None:
         job()
     times = [[seconds(job) for job in jobs.values()] for _ in range(ROUNDS)]
     print("\nEfficientNet-Lite0, 8 pairs at 224 x 224, medians of 9 rounds\n")
-    print("| job | seconds | x bare |\n|---|---|---|")
+    print("| job | seconds | x plain |\n|---|---|---|")
     for place, name in enumerate(jobs):
-        mine = statistics.median(row[place] for row in times)
+        median = statistics.median(row[place] for row in times)
         ratio = statistics.median(row[place] / row[0] for row in times)
-        print(f"| {name} | {mine:.3f} | {ratio:.2f} |", flush=True)
-    print("\n| job, alone in its process | peak memory, MB | of that not held before, MB |\n|---|---|---|")
+        print(f"| {name} | {median:.3f} | {ratio:.2f} |", flush=True)
+    print("\n| job, alone in its process | peak memory, MB | added by the job, MB |\n|---|---|---|")
     for name in ("bare", "propagation"):
         print(f"| {name} | " + _alone("memory", name) + " |", flush=True)
 
 
 def _captum(model: Classifier, pairs: Pairs) -> Callable[[], object] | None:
-    """The same maps from what Captum gives, whole activations, for the modules that are called once."""
+    """The same maps from the whole activations that Captum returns, for modules that are called once."""
     try:
         from captum.attr import LayerActivation
     except ImportError:
@@ -127,7 +126,7 @@ def _captum(model: Classifier, pairs: Pairs) -> Callable[[], object] | None:
 
 
 def memory(kind: str) -> None:
-    """Prints the peak of one job; runs in a process of its own."""
+    """Print the peak memory of one job, in its own process."""
     model, pairs = spread_pairs()
 
     def bare() -> None:
@@ -145,7 +144,7 @@ def _alone(*arguments: str) -> str:
 
 
 def camvid(folder: Path, count: int | None = None) -> Path:
-    """CamVid in Broden's layout, its first so many images."""
+    """CamVid in the layout of Broden, the first `count` images."""
     source = real.FOLDER / "camvid"
     whole = build_concepts(
         source / "images",
@@ -161,8 +160,8 @@ def camvid(folder: Path, count: int | None = None) -> Path:
 
 
 def dissection_section() -> None:
-    """Two layers on CamVid beside bare passes over the data; memory from 60 to 233 images."""
-    if not real.there():
+    """Two layers on CamVid, compared with passes over the data; memory for 60 to 233 images."""
+    if not real.available():
         return
     model = load("efficientnet_lite0", device="cpu")
     with tempfile.TemporaryDirectory() as folder:
@@ -181,47 +180,48 @@ def dissection_section() -> None:
                     spent += time.perf_counter() - start
             return time.perf_counter() - begun if reading else spent
 
-        found = dissection(model, LAYERS, dataset)
+        dissections = dissect_layers(model, LAYERS, dataset)
         rows = [
-            (seconds(lambda: dissection(model, LAYERS, dataset)), bare(reading=True) + bare(reading=True),
+            (seconds(lambda: dissect_layers(model, LAYERS, dataset)), bare(reading=True) + bare(reading=True),
              bare(reading=False) + bare(reading=False), bare(reading=True, fuse=True) + bare(reading=True, fuse=True))
             for _ in range(3)
         ]  # fmt: skip
-        mine, whole, forward, quick = (statistics.median(column) for column in zip(*rows, strict=True))
+        own, whole, forward, quick = (statistics.median(column) for column in zip(*rows, strict=True))
         print(
             f"\nDissection of {' and '.join(LAYERS)} of EfficientNet-Lite0 on CamVid, {len(concepts)} images\n"
         )
         print("| job | seconds | dissection is |\n|---|---|---|")
-        print(f"| dissection | {mine:.1f} | |")
-        print(f"| two bare passes, reading the images included | {whole:.1f} | {mine / whole:.2f} |")
-        print(f"| two bare passes, network alone | {forward:.1f} | {mine / forward:.2f} |")
-        print(f"| two bare passes, fused, reading the images included | {quick:.1f} | {mine / quick:.2f} |")
+        print(f"| dissection | {own:.1f} | |")
+        print(f"| two plain passes, reading the images included | {whole:.1f} | {own / whole:.2f} |")
+        print(f"| two plain passes, network alone | {forward:.1f} | {own / forward:.2f} |")
+        print(f"| two plain passes, fused, reading the images included | {quick:.1f} | {own / quick:.2f} |")
         for layer in LAYERS:
-            detectors = found[layer].units.dropna(subset=["concept"])
+            detectors = dissections[layer].units.dropna(subset=["concept"])
             counts = detectors.groupby("concept")["iou"].agg(["size", "max"])
-            told = ", ".join(
+            best = ", ".join(
                 f"{name} {row['size']:.0f} (best {row['max']:.3f})" for name, row in counts.iterrows()
             )
             print(
-                f"\n{layer}: {len(detectors)} of {len(found[layer].units)} units stand for a concept: {told or 'none'}"
+                f"\n{layer}: {len(detectors)} of {len(dissections[layer].units)} units detect a concept: "
+                f"{best or 'none'}"
             )
-    print("\n| images | peak memory, MB | of that not held before, MB |\n|---|---|---|")
+    print("\n| images | peak memory, MB | added by the job, MB |\n|---|---|---|")
     for count in (60, 120, 233):
         print(f"| {count} | {_alone('dissection_memory', str(count))} |", flush=True)
 
 
 def dissection_memory(count: str) -> None:
-    """Prints the peak of dissecting so many images; runs in a process of its own."""
+    """Print the peak memory of dissecting `count` images, in its own process."""
     model = load("efficientnet_lite0", device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         dataset = camvid(Path(folder), int(count))
-        peak, more = peak_of(lambda: dissection(model, LAYERS, dataset))
+        peak, more = peak_of(lambda: dissect_layers(model, LAYERS, dataset))
     print(f"{peak:.0f} | {more:.0f}")
 
 
 def spread_section() -> None:
-    """How far one-pixel attacks travel in ResNet-20: successes, failures, random edits."""
-    if not real.there():
+    """How far one-pixel changes spread in ResNet-20: successes, failures, random edits."""
+    if not real.available():
         return
     model, images, labels = real.correct("cifar10_resnet20", 320)
     pairs = attacks.few_pixel(model, images, labels, method="guided")
@@ -239,17 +239,17 @@ def spread_section() -> None:
 
 
 def masking_section(count: int = 300) -> None:
-    """Sensitive units of ResNet-20 masked: clean, replayed and attacked again, beside random and most active units."""
-    if not real.there():
+    """Sensitive units of ResNet-20 masked: clean, transferred and new attacks, with random and most active units."""
+    if not real.available():
         return
     model, images, labels = real.correct("cifar10_resnet20", 2 * count)
-    found, judged = (images[:count], labels[:count]), (images[count:], labels[count:])
+    chosen_on, judged = (images[:count], labels[:count]), (images[count:], labels[count:])
 
     def attack(network: nn.Module, batch: Tensor, wanted: Tensor) -> Pairs:
         return attacks.pgd(network, batch, wanted, budget=Linf(1 / 255), steps=20)
 
     layer = list(spatial_layers(as_classifier(model), images[:1]))[-1]
-    table = unit_sensitivity(model, layer, attack(model, *found))
+    table = unit_sensitivity(model, layer, attack(model, *chosen_on))
     print(
         f"\nResNet-20, {layer}, {len(table)} units; PGD-20, 1/255; units by sensitivity on {count} other images,"
     )
@@ -262,8 +262,8 @@ def masking_section(count: int = 300) -> None:
 
 
 def sensitivity_section(count: int = 200) -> None:
-    """Units of ResNet-20 that an attack moves more than noise of its size does, and that such noise moves."""
-    if not real.there():
+    """Units of ResNet-20 that an attack, or noise of equal size, changes more than noise of equal size does."""
+    if not real.available():
         return
     model, images, labels = real.correct("cifar10_resnet20", count)
     pairs = attacks.pgd(model, images, labels, budget=Linf(2 / 255), steps=20)

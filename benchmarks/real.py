@@ -1,4 +1,4 @@
-"""Real networks and pictures: the embedded ones, and those of the folder that WEAKSPOT_DATA names."""
+"""Real networks and images: the embedded ones, and those of the folder that WEAKSPOT_DATA names."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from weakspot import load, sample_images
 FOLDER = Path(os.environ.get("WEAKSPOT_DATA", "../shared/data"))
 
 
-def there() -> bool:
-    """Whether there is such a folder; says so where there is none."""
-    found = (FOLDER / "networks.py").is_file()
-    if not found:
+def available() -> bool:
+    """Whether there is such a folder; prints a note if there is none."""
+    exists = (FOLDER / "networks.py").is_file()
+    if not exists:
         print(f"\n(no real data at {FOLDER}; set WEAKSPOT_DATA)")
-    return found
+    return exists
 
 
 def networks() -> Any:
-    """The folder's module, which loads its networks and pictures."""
+    """The folder's module, which loads its networks and images."""
     if str(FOLDER) not in sys.path:
         sys.path.insert(0, str(FOLDER))
     return importlib.import_module("networks")
 
 
 def embedded(count: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """The embedded network in eval mode, photographs (count, 3, 224, 224), and what it reads them as.
+    """The embedded network in eval mode, photographs (count, 3, 224, 224), and the classes that it predicts.
 
-    The photographs are ImageNet's where the folder is there, else scikit-image's four and their mirror images.
+    The photographs are ImageNet's if the folder exists, otherwise scikit-image's four and their mirror images.
     """
     model = load("efficientnet_lite0", device="cpu")
-    if there():
+    if available():
         images = networks().imagenet(count)[0].contiguous()
     else:
         images = sample_images()[0]
@@ -60,7 +60,7 @@ def correct(name: str, count: int) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def first(name: str, count: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """A network of the folder and the first `count` test images, right or wrong."""
+    """A network of the folder and the first `count` test images."""
     real = networks()
     images, labels = (real.mnist if name.startswith("mnist") else real.cifar10)(count=count)
     return real.network(name), images.contiguous(), labels
@@ -73,6 +73,6 @@ def predictions(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def resnet20() -> nn.Module:
-    """CIFAR-10's ResNet-20, as "benchmarks.real:resnet20" for commands."""
+    """ResNet-20 for CIFAR-10, for the model spec "benchmarks.real:resnet20"."""
     model: nn.Module = networks().network("cifar10_resnet20")
     return model.eval()

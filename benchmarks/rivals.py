@@ -1,4 +1,4 @@
-"""The same question put to other libraries. Each function returns adversarial images (N, C, H, W)."""
+"""The same attacks by other libraries. Each function returns adversarial images (N, C, H, W)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 class Counted(nn.Module):
-    """A network, and how many images went through it and gradients came back; every library is counted so."""
+    """A network that counts the images of its forward and backward passes, for every library in the same way."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Counted(nn.Module):
 
 
 def floor(steps: int) -> Attack:
-    """Nothing but forward and backward passes of the network as it is."""
+    """Forward and backward passes of the network only."""
 
     def run(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         for _ in range(steps):
@@ -52,8 +52,8 @@ def floor(steps: int) -> Attack:
 def torchattacks(attack: str, **options: Any) -> Attack:
     def run(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         module = importlib.import_module("torchattacks")
-        found: Tensor = getattr(module, attack)(model, **options)(images, labels)
-        return found
+        adversarial: Tensor = getattr(module, attack)(model, **options)(images, labels)
+        return adversarial
 
     return run
 
@@ -62,8 +62,9 @@ def foolbox(attack: str, eps: float | None, **options: Any) -> Attack:
     def run(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         module = importlib.import_module("foolbox")
         network = module.PyTorchModel(model, bounds=(0, 1), device="cpu")
-        found: Tensor = getattr(module.attacks, attack)(**options)(network, images, labels, epsilons=eps)[1]
-        return found
+        attacker = getattr(module.attacks, attack)(**options)
+        adversarial: Tensor = attacker(network, images, labels, epsilons=eps)[1]
+        return adversarial
 
     return run
 
@@ -80,26 +81,26 @@ def art(attack: str, classes: int, **options: Any) -> Attack:
             clip_values=(0.0, 1.0),
             device_type="cpu",
         )
-        made = getattr(module, attack)(network, batch_size=len(images), verbose=False, **options)
-        return torch.from_numpy(made.generate(images.numpy(), labels.numpy()))
+        attacker = getattr(module, attack)(network, batch_size=len(images), verbose=False, **options)
+        return torch.from_numpy(attacker.generate(images.numpy(), labels.numpy()))
 
     return run
 
 
 def installed(**attacks: Attack) -> dict[str, Attack]:
-    """Those of the libraries that are here: names begin with the library's."""
+    """The attacks whose library, the first part of their name, is installed."""
     warnings.filterwarnings("ignore", module=r"(foolbox|torchattacks|art)\..*")
-    there = {}
+    usable = {}
     for name, attack in attacks.items():
         if importlib.util.find_spec(name.partition("_")[0]) is None:
             print(f"(no {name.partition('_')[0]}: not installed)")
         else:
-            there[name.replace("_", " ", 1)] = attack
-    return there
+            usable[name.replace("_", " ", 1)] = attack
+    return usable
 
 
 def pgd(eps: float, steps: int, classes: int) -> dict[str, Attack]:
-    """Madry's PGD from a random start under L-infinity, steps of 2.5 eps / steps, in every library."""
+    """Madry's PGD from a random start under L-infinity with steps of 2.5 eps / steps, by every library."""
     step = 2.5 * eps / steps
     return installed(
         torchattacks_PGD=torchattacks("PGD", eps=eps, alpha=step, steps=steps),

@@ -1,8 +1,8 @@
-"""What an audit costs beside bare calls, on several workers, after deaths, and in memory.
+"""The cost of an audit: overhead, several workers, resuming, and memory.
 
-Run: python -m benchmarks.runs [SECTION ...]. Sections: overhead (the audit against the same attacks and analyses called
-bare), ray (one and two workers, one thread each), resume (killed half-way and resumed, against never stopped), memory
-(peak of 1,000 and of 10,000 images). CIFAR-10 and ResNet-20 of the folder that WEAKSPOT_DATA names.
+Run: python -m benchmarks.runs [SECTION ...]. Sections: overhead (compared with direct calls of the same attacks and
+analyses), ray (one and two workers, one thread each), resume (killed halfway and resumed, compared with an undisturbed
+audit), memory (peak for 1,000 and 10,000 images). CIFAR-10 and ResNet-20 of the folder that WEAKSPOT_DATA names.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MODEL = ModelPlan("benchmarks.real:resnet20", size=(32, 32))
 ATTACKS = (AttackPlan("pgd", "linf:2/255"), AttackPlan("fmn", settings=(("steps", 20),)))
 REGIONS = ("none", "cam")
 ANALYSES = ("overlap", "ssim")
-ROUNDS = 2  # and one before them that is not counted
+ROUNDS = 2  # after one that is not counted
 
 
 def photographs(folder: Path, count: int) -> Path:
@@ -44,8 +44,8 @@ def photographs(folder: Path, count: int) -> Path:
 
 
 def overhead(count: int = 192) -> None:
-    """Images are read, attacked in regions and explained, by the audit and by hand in batches of its shards."""
-    if not real.there():
+    """Images are read, attacked in regions and explained: by an audit, and by direct calls in batches of a shard."""
+    if not real.available():
         return
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -65,8 +65,9 @@ def overhead(count: int = 192) -> None:
     ratios = [one / other for one, other in zip(audited, bare, strict=True)]
     print(
         f"\n| ResNet-20, {count} CIFAR-10 images, {len(ATTACKS)} attacks, {len(REGIONS)} regions, "
-        f"{len(ANALYSES)} analyses | median | of bare calls | range | CPU time of bare calls |\n|---|---|---|---|---|\n"
-        f"| bare calls | {statistics.median(bare):.1f} s | 1.00 | | |\n"
+        f"{len(ANALYSES)} analyses | median | of direct calls | range | CPU time of direct calls |\n"
+        "|---|---|---|---|---|\n"
+        f"| direct calls | {statistics.median(bare):.1f} s | 1.00 | | |\n"
         f"| audit, maps and all | {statistics.median(audited):.1f} s | {statistics.median(ratios):.2f} | "
         f"{min(ratios):.2f} to {max(ratios):.2f} | {statistics.median(spent):.2f} |",
         flush=True,
@@ -74,17 +75,21 @@ def overhead(count: int = 192) -> None:
 
 
 def by_hand(source: Path, batch: int) -> None:
-    """What the audit does, without records, maps, or care."""
+    """The calls of the audit, without records, maps and checks."""
     model = weakspot.load(MODEL.spec, input_size=(32, 32))
     with np.load(source) as arrays:
         pixels, labels = arrays["images"], torch.from_numpy(arrays["labels"])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    for some, theirs in zip(images.split(batch), labels.split(batch), strict=True):
-        places = {text: read_region(text, model, some, theirs) for text in REGIONS}
+    for batch_images, batch_labels in zip(images.split(batch), labels.split(batch), strict=True):
+        places = {text: read_region(text, model, batch_images, batch_labels) for text in REGIONS}
         for attack in ATTACKS:
             for region in places.values():
                 pairs = find_attack(attack.name).run(
-                    model, some, theirs, AttackOptions(attack.parsed_budget(), region), attack.own_settings()
+                    model,
+                    batch_images,
+                    batch_labels,
+                    AttackOptions(attack.parsed_budget(), region),
+                    attack.own_settings(),
                 )
                 weakspot.explain(model, pairs, analyses=ANALYSES)
 
@@ -108,8 +113,8 @@ def one_thread() -> dict[str, str]:
 
 
 def ray(count: int = 2048, steps: int = 20) -> None:
-    """Images a second once every worker has done its first shard, and seconds of all, Ray's own start with it."""
-    if not real.there():
+    """Images per second after the first shard of every worker, and total seconds including the start of Ray."""
+    if not real.available():
         return
     os.environ["OMP_NUM_THREADS"] = "1"  # of each worker
     print(
@@ -142,8 +147,8 @@ def ray(count: int = 2048, steps: int = 20) -> None:
 
 
 def resume(count: int = 256) -> None:
-    """Killed when half of the shards are there, then resumed: seconds of both together, against never stopped."""
-    if not real.there():
+    """Seconds of an audit that is killed after half of its shards and resumed, and of an undisturbed one."""
+    if not real.available():
         return
     options = ("--set", "pgd.steps=30", "--analyses", "overlap")
     print(f"\n| {count} CIFAR-10 images, PGD-30, overlap, one thread | seconds |\n|---|---|")
@@ -178,7 +183,7 @@ def resume(count: int = 256) -> None:
 
 def memory(counts: Sequence[int] = (1000, 10_000)) -> None:
     """Peak resident memory of the command, by the system."""
-    if not real.there():
+    if not real.available():
         return
     print(
         "\n| CIFAR-10 images, FGSM, overlap, with maps | seconds | peak | of the first |\n|---|---|---|---|"

@@ -1,4 +1,4 @@
-"""Timing inside one run: alternate what is compared, report medians, spread and ratios."""
+"""Timing within one run: jobs take turns, and tables have medians, ranges and ratios."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def alternate(jobs: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, list[float]]:
-    """Seconds of every job in every round, jobs taking turns so that a machine's drift hits all alike."""
+    """Seconds of every job in every round. Jobs take turns, so that the machine's drift affects all of them."""
     for job in jobs.values():
         job()
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
@@ -41,9 +41,9 @@ def peak_gigabytes() -> float:
 
 
 def peak_of(job: Callable[[], object]) -> tuple[float, float]:
-    """Megabytes: the most that this process held during the job, and how much of that it did not hold before.
+    """The peak memory of this process during the job, and how much of it was added by the job, in megabytes.
 
-    Linux only: the kernel's high-water mark is set back first.
+    Linux only: the kernel's high-water mark is reset first.
     """
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")

@@ -1,9 +1,9 @@
-"""What training costs, and what it gives. Run: python -m benchmarks.training [SECTION ...]
+"""The cost of training, and its effect. Run: python -m benchmarks.training [SECTION ...]
 
-Sections: cost (a localized epoch against bare training passes), mnist and cifar10 (the matrix: networks trained by
-four recipes against every test, as `weakspot train --evaluate matrix` makes it). Real data from the folder that
-WEAKSPOT_DATA names; the matrices are kept in the folder that WEAKSPOT_MATRIX names, ./matrix-NAME by default, and go on
-after a death.
+Sections: cost (a localized epoch compared with plain training passes), mnist and cifar10 (the robustness matrix:
+networks trained by four recipes against every test, as `weakspot train --evaluate matrix` makes it). Real data comes
+from the folder that WEAKSPOT_DATA names. The matrices are stored in the folder that WEAKSPOT_MATRIX names, by default
+./matrix-NAME; the same command resumes them.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ RECIPES = ("standard", "localized", "random_mask", "full")
 
 
 def cost() -> None:
-    """Seconds of a localized epoch, without judging, against 1 + steps x share bare training passes of its batches."""
-    if not real.there():
+    """Seconds of a localized epoch, without evaluation, and of 1 + steps x fraction plain training passes."""
+    if not real.available():
         return
     print(
-        "\n| network | images | steps | bare pass, ms an image | epoch | of 1 + steps x share bare passes | range |"
-        "\n|---|---|---|---|---|---|---|"
+        "\n| network | images | steps | plain pass, ms per image | epoch | of 1 + steps x fraction plain passes "
+        "| range |\n|---|---|---|---|---|---|---|"
     )
     digits = read_labeled(real.FOLDER / "mnist").subset(torch.arange(1280))
-    # Many updates where they are quick, so that what an epoch costs once does not pass for what updates cost.
+    # More updates for the faster network, so that the fixed cost of an epoch is small.
     many, few = cifar("train", 2560), cifar("train", 256)
     for name, data, steps in (("two_conv", digits, 40), ("two_conv", many, 10), ("resnet20", few, 10)):
-        _epoch_against_passes(name, data, steps)
+        _compare_epoch(name, data, steps)
 
 
-def _epoch_against_passes(name: str, data: LabeledImages, steps: int) -> None:
+def _compare_epoch(name: str, data: LabeledImages, steps: int) -> None:
     from tempfile import TemporaryDirectory
 
     config = TrainConfig(
@@ -50,27 +50,27 @@ def _epoch_against_passes(name: str, data: LabeledImages, steps: int) -> None:
     batch = config.batch_size
     passes = round(1 + steps * config.attacked_fraction)
     model = zoo.build(name, classes=10, channels=data.shape[0], size=data.shape[1:])
-    epochs, bare = [], []
+    epochs, plain = [], []
     with TemporaryDirectory() as cache:
         for number in range(ROUNDS + 1):
             rows: list[dict[str, float]] = []
-            # The backgrounds are found once, in the round that is thrown away, and stored.
+            # The backgrounds are found in the first round, which is not counted, and stored.
             train(model, data, config, cache=Path(cache), on_epoch=rows.append)
-            seconds = _bare(name, data, batch, passes)
+            seconds = _plain_passes(name, data, batch, passes)
             if number:
                 epochs.append(rows[0]["seconds"])
-                bare.append(seconds)
-    ratios = [epoch / floor for epoch, floor in zip(epochs, bare, strict=True)]
+                plain.append(seconds)
+    ratios = [epoch / floor for epoch, floor in zip(epochs, plain, strict=True)]
     print(
         f"| {name}, {data.shape[0]} x {data.shape[1]} x {data.shape[2]} | {len(data)} | {steps} | "
-        f"{1e3 * statistics.median(bare) / passes / len(data):.3f} | {statistics.median(epochs):.2f} s | "
+        f"{1e3 * statistics.median(plain) / passes / len(data):.3f} | {statistics.median(epochs):.2f} s | "
         f"{statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} |",
         flush=True,
     )
 
 
-def _bare(name: str, data: LabeledImages, batch: int, passes: int) -> float:
-    """Seconds for forward, backward and update of every batch, that often, on images that lie ready."""
+def _plain_passes(name: str, data: LabeledImages, batch: int, passes: int) -> float:
+    """Seconds of forward pass, backward pass and update of every batch, `passes` times, on images in memory."""
     model = zoo.build(name, classes=10, channels=data.shape[0], size=data.shape[1:]).train()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as torch documents it
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -87,7 +87,7 @@ def _bare(name: str, data: LabeledImages, batch: int, passes: int) -> float:
 
 def mnist() -> None:
     """Two convolutions, 6 epochs, all 60,000 and 10,000 digits."""
-    if real.there():
+    if real.available():
         folder = real.FOLDER / "mnist"
         _matrix(
             "mnist",
@@ -100,8 +100,8 @@ def mnist() -> None:
 
 def cifar10() -> None:
     """Two convolutions, 8 epochs at a learning rate of .02, 30,000 training images, the first 1000 test images."""
-    if real.there():
-        # At 0.1 the network, which has no normalization, ends up naming one class under full attacks.
+    if real.available():
+        # At 0.1 the network, which has no normalization, ends up predicting one class under full attacks.
         config = TrainConfig(epochs=8, learning_rate=0.02)
         _matrix("cifar10", "two_conv", cifar("train"), cifar("test", 1000), config)
 
@@ -115,7 +115,7 @@ def cifar(split: str, count: int | None = None) -> LabeledImages:
 def _matrix(title: str, network: str, data: LabeledImages, test: LabeledImages, config: TrainConfig) -> None:
     begun = time.perf_counter()
     out = Path(os.environ.get("WEAKSPOT_MATRIX", f"matrix-{title}"))
-    found = robustness_matrix(
+    matrix = robustness_matrix(
         lambda seed: zoo.build(network, classes=10, channels=data.shape[0], size=data.shape[1:], seed=seed),
         data, test, config, out=out, recipes=RECIPES, strongest=300,
         on_epoch=lambda name, row: print(name, {key: round(value, 4) for key, value in row.items()}, flush=True),
@@ -123,8 +123,8 @@ def _matrix(title: str, network: str, data: LabeledImages, test: LabeledImages, 
     print(
         f"\n{title}, {network}, {config}, {len(data)} training images: {time.perf_counter() - begun:.0f} s\n"
     )
-    print(sections.table(found.accuracy))
-    against = found.differences[found.differences["against"] == "standard"]
+    print(sections.table(matrix.accuracy))
+    against = matrix.differences[matrix.differences["against"] == "standard"]
     print("\n" + sections.table(against))
 
 

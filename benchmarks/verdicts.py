@@ -70,8 +70,7 @@ def maps_of(model: nn.Module, images: Tensor, eps: float, *, attack_seed: int, s
         rows = torch.arange(len(pairs))
         again = second_path(classifier, pairs, losing, drop, rows, seed=seed)
         importances = [
-            class_activation(classifier, images, labels, registration=name)
-            for name in ("effective", "resize")
+            class_activation(classifier, images, labels, alignment=name) for name in ("effective", "resize")
         ]
     energy = pairs.perturbation.double().square().sum(1)
     return Maps(importances, [spread(drop.sites), spread(again)], energy, pairs.success)

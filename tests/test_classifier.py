@@ -66,7 +66,7 @@ def images() -> Tensor:
         ([0.0], [1 / 255]),
     ],
 )
-def test_the_network_sees_images_less_mean_by_std(
+def test_the_network_gets_normalized_images(
     images: Tensor, mean: Sequence[float], std: Sequence[float]
 ) -> None:
     linear = nn.Linear(12, 4)
@@ -79,12 +79,12 @@ def test_the_network_sees_images_less_mean_by_std(
     torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_without_mean_and_std_the_network_sees_the_images_themselves(any_model: Made) -> None:
+def test_without_mean_and_std_the_network_gets_the_images(any_model: Made) -> None:
     model, images = any_model
     assert torch.equal(Classifier.wrap(model)(images), model(images))
 
 
-def test_the_network_is_used_as_it_is(any_model: Made) -> None:
+def test_the_network_is_not_copied(any_model: Made) -> None:
     model, images = any_model
     with untouched(model, images):
         classifier = Classifier.wrap(model, mean=[0.5], std=[0.5], class_names=["a", "b"])
@@ -128,7 +128,7 @@ def test_a_wrong_mean_or_std_is_refused_by_name(mean: Any, std: Any, message: st
 
 
 @pytest.mark.parametrize("module", [None, "model", lambda images: images, PoolingNetwork, {"a": 1}])
-def test_what_is_no_module_is_refused(module: Any) -> None:
+def test_an_object_that_is_not_a_module_is_refused(module: Any) -> None:
     with pytest.raises(ValueError, match=r"^model must be a torch\.nn\.Module that returns logits, got \w+"):
         Classifier.wrap(module)
     with pytest.raises(ValueError, match=r"^model must be a torch\.nn\.Module"), evaluating(module):
@@ -144,7 +144,7 @@ def test_what_is_no_module_is_refused(module: Any) -> None:
         (nn.Linear(3, 2), [0.5], 3),
     ],
 )
-def test_pictures_have_as_many_channels_as_the_network_takes(
+def test_channels_are_those_of_the_normalization_or_the_first_convolution(
     network: nn.Module, mean: list[float], channels: int
 ) -> None:
     assert Classifier.wrap(network, mean=mean).channels == channels
@@ -197,7 +197,7 @@ NO_LOGITS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 
 
 @pytest.mark.parametrize(("form", "what"), NO_LOGITS.values(), ids=NO_LOGITS)
-def test_what_holds_no_logits_is_refused_with_what_it_is(
+def test_an_output_without_logits_is_refused_with_its_type(
     images: Tensor, form: Callable[[Tensor], Any], what: str
 ) -> None:
     with pytest.raises(ValueError, match=rf"the network must return logits .* got .*{what}$"):
@@ -222,7 +222,7 @@ def evaluated(model: nn.Module, images: Tensor) -> Tensor:
         return logits
 
 
-def test_a_module_left_in_train_mode_is_told_and_comes_back_as_it_was(pooling: Made) -> None:
+def test_a_module_in_train_mode_is_warned_of_and_its_mode_is_restored(pooling: Made) -> None:
     model, images = pooling
     assert isinstance(model, PoolingNetwork)
     expected = model(images)
@@ -236,7 +236,7 @@ def test_a_module_left_in_train_mode_is_told_and_comes_back_as_it_was(pooling: M
     assert not model.branch.training
 
 
-def test_an_evaluated_model_with_one_part_in_train_mode_is_evaluated_whole(pooling: Made) -> None:
+def test_a_model_with_a_submodule_in_train_mode_is_evaluated_in_eval_mode(pooling: Made) -> None:
     model, images = pooling
     assert isinstance(model, PoolingNetwork)
     expected = model(images)
@@ -251,18 +251,18 @@ def test_an_evaluated_model_with_one_part_in_train_mode_is_evaluated_whole(pooli
     assert model.stem[1].training
 
 
-def test_a_model_in_eval_mode_is_not_told_off(any_model: Made) -> None:
+def test_a_model_in_eval_mode_causes_no_warning(any_model: Made) -> None:
     model, images = any_model
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with untouched(model, images), evaluating(model) as classifier:
             classifier(images)
-    assert [str(warning.message) for warning in told if issubclass(warning.category, ModelWarning)] == []
+    assert [str(warning.message) for warning in caught if issubclass(warning.category, ModelWarning)] == []
 
 
 @pytest.mark.filterwarnings("ignore::weakspot._checks.ModelWarning")
 @pytest.mark.parametrize("training", [True, False])
-def test_everything_comes_back_when_the_body_raises(pooling: Made, training: bool) -> None:
+def test_state_is_restored_if_the_body_raises(pooling: Made, training: bool) -> None:
     model, images = pooling
     model.train(training)
     next(model.children()).train(not training)
@@ -284,7 +284,7 @@ class KeepsItsMode(nn.Sequential):
         raise NotImplementedError
 
 
-def test_a_module_that_refuses_eval_is_evaluated_all_the_same(images: Tensor) -> None:
+def test_a_module_that_refuses_eval_is_evaluated(images: Tensor) -> None:
     model = KeepsItsMode(nn.Flatten(), nn.Dropout(0.5), nn.Linear(12, 4))
     with pytest.warns(ModelWarning):
         assert torch.equal(evaluated(model, images), model[2](images.flatten(1)))
@@ -310,7 +310,7 @@ class Modal(nn.Module):
 
 
 @pytest.mark.parametrize("switch", [torch.no_grad, torch.enable_grad, torch.inference_mode])
-def test_a_call_answers_in_eval_mode_and_leaves_every_mode_and_statistic(
+def test_a_call_evaluates_in_eval_mode_and_changes_no_mode_or_statistic(
     images: Tensor, switch: Callable[[], Any]
 ) -> None:
     model = Modal()
@@ -338,7 +338,7 @@ def test_a_call_that_fails_leaves_every_mode(images: Tensor) -> None:
     assert [module.training for module in model.modules()] == [True, True, False, True, True]
 
 
-def test_a_network_that_switches_its_own_parts_has_them_switched_back(images: Tensor) -> None:
+def test_modes_that_a_network_switches_itself_are_restored(images: Tensor) -> None:
     class Switching(Modal):
         def forward(self, images: Tensor) -> Tensor:
             self.frozen.train()
@@ -350,7 +350,7 @@ def test_a_network_that_switches_its_own_parts_has_them_switched_back(images: Te
     assert not any(module.training for module in model.modules())
 
 
-def test_flags_of_weakspots_own_wrappers_say_nothing(images: Tensor) -> None:
+def test_train_mode_of_weakspots_wrappers_causes_no_warning(images: Tensor) -> None:
     model = Modal()
     classifier = Classifier.wrap(model)
     model.eval()
@@ -359,14 +359,14 @@ def test_flags_of_weakspots_own_wrappers_say_nothing(images: Tensor) -> None:
         torch.testing.assert_close(classifier(images), model(images))  # a warning would be an error here
 
 
-def test_parts_whose_mode_changes_nothing_are_not_worth_a_warning(images: Tensor) -> None:
+def test_submodules_whose_mode_does_not_matter_cause_no_warning(images: Tensor) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
     model[1] = nn.Sequential(nn.Linear(12, 4), nn.ReLU())
     Classifier.wrap(model)(images)
     assert model[1].training
 
 
-def test_an_exported_network_whose_mode_is_fixed_is_not_said_to_train(images: Tensor) -> None:
+def test_an_exported_network_with_a_fixed_mode_causes_no_warning(images: Tensor) -> None:
     exported = torch.export.export(Modal().eval(), (images,)).module()
     assert exported.training
     with evaluating(exported) as classifier:
@@ -421,7 +421,9 @@ def test_random_numbers_drawn_inside_do_not_change_those_drawn_after(images: Ten
 
 
 @pytest.mark.parametrize(("low", "high"), [(-0.1, 0.5), (0.0, 1.1), (-2.1, 2.6), (0.0, 255.0)])
-def test_images_outside_the_unit_range_are_told_and_cut(images: Tensor, low: float, high: float) -> None:
+def test_images_outside_the_unit_range_are_clipped_with_a_warning(
+    images: Tensor, low: float, high: float
+) -> None:
     stretched = low + images * (high - low) / images.max()
     stretched[0, 0, 0, 0] = low
     with pytest.warns(ImageWarning, match=r"^images span .* mean=\.\.\., std=\.\.\."):
@@ -430,7 +432,7 @@ def test_images_outside_the_unit_range_are_told_and_cut(images: Tensor, low: flo
 
 
 @pytest.mark.parametrize(("low", "high"), [(-3e-8, 1.0), (0.0, 1 + 1.2e-7), (0.0, 1.0)])
-def test_rounding_is_not_told_and_still_cut(images: Tensor, low: float, high: float) -> None:
+def test_rounding_errors_are_clipped_without_a_warning(images: Tensor, low: float, high: float) -> None:
     images[0, 0, 0, 0], images[0, 0, 0, 1] = low, high
     checked = check_images(images, Classifier.wrap(nn.Linear(2, 2)))  # an ImageWarning would be an error
     assert torch.equal(checked, images.clamp(0, 1))
@@ -464,9 +466,7 @@ def test_checked_images_are_never_the_callers_own(images: Tensor) -> None:
         (lambda images: None, "^images must .* got NoneType"),
     ],
 )
-def test_what_is_no_batch_of_images_is_refused_with_what_it_is(
-    images: Tensor, spoil: Callable[[Tensor], Any], message: str
-) -> None:
+def test_invalid_images_are_refused(images: Tensor, spoil: Callable[[Tensor], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_images(spoil(images), Classifier.wrap(nn.Linear(2, 2)))
 
@@ -491,7 +491,9 @@ def test_logits_do_not_depend_on_the_batch_size(any_model: Made, batch_size: int
         lambda logits: (logits.softmax(1), logits),
     ],
 )
-def test_a_model_that_returns_probabilities_is_told(images: Tensor, broken: Callable[[Tensor], Any]) -> None:
+def test_a_model_that_returns_probabilities_is_warned_of(
+    images: Tensor, broken: Callable[[Tensor], Any]
+) -> None:
     classifier = Classifier(Returning(broken).eval(), name="softened")
     with pytest.warns(
         ModelWarning, match=r"^softened returns rows that are probabilities.*before the softmax"
@@ -523,7 +525,7 @@ def test_a_model_that_ends_in_sigmoids_is_named_multi_label_once(images: Tensor,
     assert len(seen) == 2  # the user's hooks see no probes
 
 
-def test_probabilities_are_told_once_whatever_the_classifier_around_the_network(images: Tensor) -> None:
+def test_probabilities_are_warned_of_once_per_network(images: Tensor) -> None:
     network = Returning(lambda logits: logits.softmax(1)).eval()
     with quiet(ModelWarning):
         predict(Classifier.wrap(network), images)  # not heard, so not said
@@ -535,7 +537,7 @@ def test_probabilities_are_told_once_whatever_the_classifier_around_the_network(
     assert len([one for one in caught if "probabilities" in str(one.message)]) == 1
 
 
-def test_a_network_that_meets_the_tests_of_probabilities_by_chance_is_not_accused(images: Tensor) -> None:
+def test_logits_that_resemble_probabilities_by_chance_cause_no_warning(images: Tensor) -> None:
     linear = nn.Linear(12, 2)
     nn.init.zeros_(linear.weight)
     with torch.no_grad():
@@ -557,9 +559,7 @@ def test_a_network_that_meets_the_tests_of_probabilities_by_chance_is_not_accuse
         lambda logits: logits - logits.mean(1, keepdim=True) + 0.25,  # sums to one, but with negative values
     ],
 )
-def test_a_model_that_returns_logits_is_not_told_off(
-    images: Tensor, sound: Callable[[Tensor], Tensor]
-) -> None:
+def test_logits_cause_no_warning(images: Tensor, sound: Callable[[Tensor], Tensor]) -> None:
     network = Returning(sound).eval()
     logits = predict(Classifier.wrap(network), images)  # a ModelWarning would be an error here
     assert torch.equal(logits, sound(network.head(images.flatten(1))))
@@ -617,7 +617,7 @@ def test_the_margin_is_the_labels_lead_over_the_best_other_class(case: tuple[Ten
 
 
 @given(scored(), st.integers(0, 5))
-def test_the_margin_over_a_named_rival_is_the_difference_of_two_logits(
+def test_the_margin_to_a_given_class_is_the_difference_of_two_logits(
     case: tuple[Tensor, Tensor], shift: int
 ) -> None:
     logits, labels = case

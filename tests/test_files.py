@@ -12,7 +12,7 @@ import pytest
 from weakspot._io.files import write_atomic
 
 
-def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("before")
 
@@ -27,7 +27,7 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("durable", [True, False])
-def test_what_a_link_points_to_is_replaced_and_the_link_stays(tmp_path: Path, durable: bool) -> None:
+def test_the_target_of_a_link_is_replaced_and_the_link_stays(tmp_path: Path, durable: bool) -> None:
     (tmp_path / "target").write_text("before")
     (tmp_path / "link").symlink_to("target")
     write_atomic(tmp_path / "link", lambda draft: draft.write_text("after"), durable=durable)

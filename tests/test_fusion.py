@@ -200,7 +200,7 @@ def assert_equal_to_rounding(found: tuple[Tensor, Tensor], expected: tuple[Tenso
 
 def folding(classifier: Classifier) -> list[str]:
     """The batch-norms that hand on what they are given, in this thread and just now."""
-    folded = [norm for mode in fusion._inside.modes for _, norm in mode.folds]
+    folded = [norm for mode in fusion._active.modes for _, norm in mode.folds]
     return [name for name, module in classifier.network.named_modules() if module in folded]
 
 
@@ -223,7 +223,7 @@ def test_logits_and_gradients_are_the_same_folded_or_not(kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_of_every_kind_say_the_same_fused(name: str) -> None:
+def test_fused_logits_are_equal_for_every_kind_of_network(name: str) -> None:
     model, images = NETWORKS[name]()
     classifier = model if isinstance(model, Classifier) else Classifier.wrap(model)
     expected = answers(classifier, images)
@@ -234,7 +234,7 @@ def test_networks_of_every_kind_say_the_same_fused(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_can_be_folded_is_planned_and_nothing_else(kind: str) -> None:
+def test_only_foldable_pairs_are_planned(kind: str) -> None:
     classifier, images = made(kind)
     modules = dict(classifier.network.named_modules())
     plan = [
@@ -249,7 +249,7 @@ def test_what_can_be_folded_is_planned_and_nothing_else(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["residual", "double", "own forward"])
-def test_everything_is_put_back_after_an_exception(kind: str) -> None:
+def test_fusion_ends_after_an_exception(kind: str) -> None:
     classifier, images = made(kind)
     parameters = dict(classifier.named_parameters())
 
@@ -265,7 +265,7 @@ def test_everything_is_put_back_after_an_exception(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["residual", "own forward"])
-def test_entered_within_itself_it_says_the_same_and_is_put_back(kind: str) -> None:
+def test_nested_fusion_is_equal_and_ends(kind: str) -> None:
     classifier, images = made(kind)
     expected = answers(classifier, images)
     parameters = dict(classifier.named_parameters())
@@ -340,7 +340,7 @@ def test_changed_weights_are_taken_up_at_the_next_entry(in_place: bool) -> None:
     assert not torch.allclose(found[0], before[0], rtol=1e-2)
 
 
-def test_a_hook_added_after_the_first_use_is_heeded() -> None:
+def test_a_hook_added_after_the_first_use_disables_folding() -> None:
     classifier, images = made("in place")
     with fused(classifier, images[:1]):
         assert len(folding(classifier)) == 2

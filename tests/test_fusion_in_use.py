@@ -33,7 +33,7 @@ def assert_the_same_fused(classifier: Classifier, images: Tensor, *, folds: int 
     expected = answers(classifier, images)
     with untouched(classifier, images), fused(classifier, images[:1]):
         found = answers(classifier, images)
-        folded = [norm for mode in fusion._inside.modes for _, norm in mode.folds]
+        folded = [norm for mode in fusion._active.modes for _, norm in mode.folds]
     for one, other in zip(found, expected, strict=True):
         apart, scale = (
             float((one - other).abs().max()),
@@ -192,7 +192,7 @@ class Flattening(nn.Module):
 
 
 @pytest.mark.parametrize("module", [Standardized(6, 6, 3), nn.Sequential(nn.Conv2d(6, 6, 3), Flattening())])
-def test_what_folding_would_break_is_left_alone(module: nn.Module) -> None:
+def test_networks_that_folding_would_break_are_not_folded(module: nn.Module) -> None:
     classifier, images = pipeline(module, nn.BatchNorm2d(6))
     assert_the_same_fused(classifier, images, folds=0)
 
@@ -209,7 +209,7 @@ class Recomputing(nn.Module):
         return out
 
 
-def test_what_is_computed_again_on_the_way_back_is_left_alone() -> None:
+def test_checkpointed_modules_are_not_folded() -> None:
     inside = nn.Sequential(nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
     classifier, images = pipeline(Recomputing(inside))
     assert_the_same_fused(classifier, images, folds=0)
@@ -221,7 +221,7 @@ def test_a_compiled_network_is_left_to_its_compiler() -> None:
     assert_the_same_fused(classifier, images, folds=1)
     block.compile(backend="eager")
     with fused(classifier, images[:1]):
-        assert not fusion._inside.modes
+        assert not fusion._active.modes
 
 
 def test_one_network_in_two_classifiers_is_fused_in_each_and_put_back() -> None:

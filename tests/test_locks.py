@@ -26,7 +26,7 @@ with locked(Path(sys.argv[1]), "held.lock"):
 """
 
 
-def test_a_second_writer_is_told_who_holds_it_and_a_dead_one_blocks_nobody(tmp_path: Path) -> None:
+def test_a_second_writer_learns_the_holder_and_a_dead_holder_blocks_nobody(tmp_path: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )

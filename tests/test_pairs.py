@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,9 +86,7 @@ REFUSED: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
 
 
 @pytest.mark.parametrize(("name", "spoil"), REFUSED.values(), ids=REFUSED)
-def test_what_does_not_fit_is_refused_in_one_sentence_that_names_it(
-    name: str, spoil: Callable[[Tensor], Any]
-) -> None:
+def test_invalid_arguments_are_refused_by_name(name: str, spoil: Callable[[Tensor], Any]) -> None:
     good = parts()
     Pairs(**good)
     with pytest.raises(ValueError, match=rf"\b{name}\b.*(accepted (is|are)|must) ") as refusal:
@@ -95,7 +94,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence_that_names_it(
     assert "\n" not in str(refusal.value)
 
 
-def test_an_error_says_which_image_is_not_finite() -> None:
+def test_the_error_names_the_image_that_is_not_finite() -> None:
     good = parts()
     good["adversarial"][2, 1, 4, 6] = torch.nan
     with pytest.raises(ValueError, match=r"adversarial must .*\[2\]"):
@@ -107,7 +106,7 @@ def test_pairs_cannot_be_changed_in_place() -> None:
         Pairs(**parts()).labels = torch.zeros(3)  # type: ignore[misc]
 
 
-def test_the_perturbation_leads_from_clean_to_adversarial() -> None:
+def test_the_perturbation_is_adversarial_minus_clean() -> None:
     pairs = Pairs(**parts())
     torch.testing.assert_close(pairs.clean + pairs.perturbation, pairs.adversarial)
     assert torch.equal(
@@ -119,7 +118,7 @@ def test_the_perturbation_leads_from_clean_to_adversarial() -> None:
 # ---------------------------------------------------------------- of
 
 
-def test_labels_and_targets_are_the_models_own_predictions(any_model: Made) -> None:
+def test_labels_and_targets_default_to_predictions(any_model: Made) -> None:
     model, images = any_model
     adversarial = images.flip(0)
     with untouched(model, images, adversarial):
@@ -132,7 +131,7 @@ def test_labels_and_targets_are_the_models_own_predictions(any_model: Made) -> N
     assert torch.equal(pairs.adversarial, adversarial)
 
 
-def test_given_labels_are_kept_and_targets_are_still_predicted(any_model: Made) -> None:
+def test_given_labels_are_used_and_targets_are_predicted(any_model: Made) -> None:
     model, images = any_model
     predicted = Pairs.of(model, images, images.flip(0))
     wrong = 1 - predicted.labels.clamp(0, 1)
@@ -160,7 +159,7 @@ def test_pairs_are_detached_from_the_callers_tensors(pooling: Made) -> None:
     assert torch.equal(asked, images)
 
 
-def test_values_outside_the_unit_range_are_cut_and_told(pooling: Made) -> None:
+def test_values_outside_the_unit_range_are_clipped_with_a_warning(pooling: Made) -> None:
     model, images = pooling
     bright = images + 0.2
     with pytest.warns(ImageWarning, match=r"^adversarial span .* to 1\."):
@@ -183,7 +182,7 @@ def test_values_outside_the_unit_range_are_cut_and_told(pooling: Made) -> None:
         (lambda images: {"labels": [0, 1, 2]}, "labels"),
     ],
 )
-def test_of_refuses_by_name_what_does_not_fit_and_leaves_the_model_alone(
+def test_of_refuses_invalid_arguments_and_does_not_change_the_model(
     pooling: Made, spoil: Callable[[Tensor], dict[str, Any]], name: str
 ) -> None:
     model, images = pooling
@@ -191,7 +190,7 @@ def test_of_refuses_by_name_what_does_not_fit_and_leaves_the_model_alone(
         Pairs.of(model, **{"clean": images, "adversarial": images, **spoil(images)})
 
 
-def test_of_names_the_last_class_a_label_may_be(pooling: Made) -> None:
+def test_of_refuses_a_label_beyond_the_last_class(pooling: Made) -> None:
     model, images = pooling
     with pytest.raises(ValueError, match="labels must be classes between 0 and 3, got 4"):
         Pairs.of(model, images, images, torch.tensor([0, 4, 1]))
@@ -237,9 +236,11 @@ def test_an_attack_result_comes_back_bit_for_bit_and_is_also_a_file_of_pairs(
     assert_same(Pairs.load(tmp_path / "result.safetensors"), Pairs(**parts()))
 
 
-def test_pairs_are_no_attack_result(tmp_path: Path) -> None:
+def test_pairs_cannot_be_loaded_as_an_attack_result(tmp_path: Path) -> None:
     Pairs(**parts()).save(tmp_path / "pairs.safetensors")
-    with pytest.raises(ValueError, match=r"lacks success, n_forward, n_backward; .*AttackResult\.save"):
+    with pytest.raises(
+        ValueError, match=r"AttackResult\.save wrote, but lacks success, n_forward, n_backward"
+    ):
         AttackResult.load(tmp_path / "pairs.safetensors")
 
 
@@ -270,7 +271,7 @@ def test_fields_may_share_memory_or_lie_in_any_order(
     assert_same(Pairs.load(tmp_path / "pairs.safetensors"), pairs)
 
 
-def test_a_file_may_be_named_by_a_string_and_its_folder_is_made(tmp_path: Path) -> None:
+def test_save_takes_a_string_and_creates_the_folder(tmp_path: Path) -> None:
     pairs = Pairs(**parts())
     pairs.save(f"{tmp_path}/new/folder/pairs.safetensors")
     assert_same(Pairs.load(f"{tmp_path}/new/folder/pairs.safetensors"), pairs)
@@ -305,7 +306,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_draft(tmp_path: Path) -> N
     assert os.listdir(tmp_path) == [path.name]  # noqa: PTH208 - hidden files included
 
 
-def test_a_folder_in_the_way_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_folder_at_the_path_is_not_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "pairs.safetensors"
     folder.mkdir()
     (folder / "kept").write_text("kept")
@@ -315,7 +316,7 @@ def test_a_folder_in_the_way_stays_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_file_not_found(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.safetensors: there is no such file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors does not exist"):
         Pairs.load(tmp_path / "none.safetensors")
 
 
@@ -339,20 +340,22 @@ def whole_file(folder: Path) -> bytes:
 )
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
     (tmp_path / "spoilt.safetensors").write_bytes(spoil(whole_file(tmp_path)))
-    with pytest.raises(ValueError, match=r"spoilt\.safetensors is no safetensors file .*Pairs\.save"):
+    with pytest.raises(
+        ValueError, match=r"spoilt\.safetensors must be .* Pairs\.save wrote, but cannot be read"
+    ):
         Pairs.load(tmp_path / "spoilt.safetensors")
 
 
-def test_a_file_of_other_tensors_is_refused_with_what_it_lacks(tmp_path: Path) -> None:
+def test_a_file_of_other_tensors_is_refused_with_the_missing_names(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     save_file({"clean": torch.zeros(1, 3, 2, 2), "bias": torch.zeros(3)}, path)
     with pytest.raises(
-        ValueError, match=r"weights\.safetensors lacks adversarial, labels, targets; accepted"
+        ValueError, match=r"weights\.safetensors must be .* but lacks adversarial, labels, targets"
     ):
         Pairs.load(path)
 
 
-def test_pairs_that_do_not_fit_are_refused_from_a_file_too(tmp_path: Path) -> None:
+def test_invalid_pairs_in_a_file_are_refused(tmp_path: Path) -> None:
     made = parts()
     save_file({**made, "clean": made["clean"] * torch.nan}, tmp_path / "pairs.safetensors")
     with pytest.raises(ValueError, match=r"clean must .*\[0\]"):
@@ -413,3 +416,14 @@ def test_a_table_has_every_known_field_and_the_distances_one_row_per_image(optio
         assert table[name].tolist() == tensor.tolist()
     for name in distances.columns:
         assert table[name].tolist() == distances[name].tolist()
+
+
+def test_results_print_in_one_line() -> None:
+    text = repr(results(optional=True))
+    assert re.fullmatch(
+        r"AttackResult\(\d+ x \d+ x \d+ x \d+ on cpu, largest change \S+, \d+ of \d+ successful, "
+        r"\d+ forward and \d+ backward passes\)",
+        text,
+    ), text
+    assert repr(Pairs(**parts())).startswith("Pairs(")
+    assert "tensor" not in text

@@ -68,7 +68,7 @@ def test_a_warning_names_the_callers_line(call: str) -> None:
         assert (one.filename, one.lineno) == (__file__, function.__code__.co_firstlineno)
 
 
-def test_no_warning_goes_past_the_one_way_of_giving_them() -> None:
+def test_every_warning_goes_through_warn() -> None:
     source = Path(weakspot.__file__).parent
     own = Path(inspect.getfile(warn))
     for path in source.rglob("*.py"):
@@ -91,7 +91,7 @@ def test_quiet_is_for_its_category_and_for_the_time_inside() -> None:
     assert three() == ["b", "d"]
 
 
-def test_the_same_model_is_told_off_once_by_whatever_is_called() -> None:
+def test_each_model_is_warned_of_once() -> None:
     model = PoolingNetwork()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

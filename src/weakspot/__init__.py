@@ -6,6 +6,8 @@
 ['chelsea', 'coffee', 'rocket', 'motorcycle']
 """
 
+from importlib.metadata import version
+
 from weakspot import attacks, defenses, regions, training
 from weakspot._checks import ImageWarning, ModelWarning
 from weakspot.attribution import class_activation, occlusion
@@ -17,7 +19,7 @@ from weakspot.dissection import (
     build_concepts,
     demo_concepts,
     dissect,
-    dissection,
+    dissect_layers,
     unit_restoration,
     unit_sensitivity,
 )
@@ -48,7 +50,7 @@ from weakspot.models import load
 from weakspot.pairs import AttackResult, Pairs
 from weakspot.similarity import ssim_map
 
-__version__ = "0.1.0"
+__version__ = version("weakspot")
 __all__ = [
     "L1",
     "L2",
@@ -79,7 +81,7 @@ __all__ = [
     "defenses",
     "demo_concepts",
     "dissect",
-    "dissection",
+    "dissect_layers",
     "explain",
     "interpretability_score",
     "load",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -14,6 +15,8 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import torch
@@ -184,6 +187,19 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
         raise ValueError(unknown_choice(name, value, names))
 
 
+def entry_points(*, group: str, name: str | None = None) -> list[EntryPoint]:
+    """The installed entry points of a group, like `importlib.metadata.entry_points`, whose scan takes milliseconds.
+
+    The installed packages are scanned once per search path.
+    """
+    return [entry for entry in _entry_points(group, tuple(sys.path)) if name in {None, entry.name}]
+
+
+@lru_cache(maxsize=64)
+def _entry_points(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:  # noqa: ARG001 - a key of the cache
+    return tuple(importlib.metadata.entry_points(group=group))
+
+
 def require(purpose: str, *modules: str, extra: str) -> None:
     """Check that optional packages are installed, without importing them.
 
@@ -291,7 +307,9 @@ def check_seed(seed: int) -> None:
 def check_fraction(fraction: float, *, name: str = "fraction") -> None:
     """Raises ValueError unless `fraction` is a number between 0 and 1."""
     if not 0 <= fraction <= 1:
-        raise ValueError(f"{name} must be between 0 and 1, got {fraction!r}")
+        tenth, percent = fraction / 10, fraction / 100
+        hint = f" (did you mean {tenth if tenth < 1 else percent:g}?)" if 1 < fraction <= 100 else ""
+        raise ValueError(f"{name} must be between 0 and 1, got {fraction!r}{hint}")
 
 
 def check_finite(logits: Tensor, name: str) -> None:

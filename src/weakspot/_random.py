@@ -1,7 +1,7 @@
-"""Random numbers that belong to an image: the same whatever its batch, its place in it, the device or the order.
+"""Random numbers per image, which do not depend on batch, order or device.
 
-A counter is hashed with a key made of the image's content and a seed (splitmix64: Steele et al. 2014, doi
-10.1145/2714064.2660195), so any number of any image's stream is had at once, for all images together.
+A counter is hashed with a key of the image's content and a seed (splitmix64: Steele et al. 2014, doi
+10.1145/2714064.2660195). Any number of any image's stream can be computed directly, for all images at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ GOLDEN, FIRST, SECOND = (
 
 
 def keys(images: Tensor, seed: int) -> Tensor:
-    """(N,) one key for each of the images (N, C, H, W), from its 8-bit content and the seed."""
+    """One key (N,) for each of the images (N, C, H, W), from its 8-bit content and the seed."""
     levels = (images * 255).round().byte().cpu().flatten(1).numpy()
     digests = [
         hashlib.blake2b(pixels.tobytes(), digest_size=8, key=str(seed).encode()).digest() for pixels in levels
@@ -28,26 +28,28 @@ def keys(images: Tensor, seed: int) -> Tensor:
 
 
 def uniform(keys: Tensor, stream: int, *shape: int) -> Tensor:
-    """(N, *shape) uniform in (0, 1), one of 2^23 values, float32; streams are independent of each other."""
+    """Uniform numbers (N, *shape) in (0, 1), float32 with 2^23 distinct values; streams are independent."""
+    # The stream's start is computed in Python integers and wrapped to a signed 64-bit number.
     counter = torch.arange(math.prod(shape), device=keys.device)
     start = mixed(keys + ((stream * GOLDEN + 2**63) % 2**64 - 2**63))
     bits = mixed(start[:, None] + (counter + 1) * GOLDEN)
+    # The upper 23 bits, at the centers of 2^23 equal intervals: never exactly 0 or 1.
     return ((_shifted(bits, 41).float() + 0.5) / 2**23).view(-1, *shape)
 
 
 def normal(keys: Tensor, stream: int, *shape: int) -> Tensor:
-    """(N, *shape) standard normal, float32."""
+    """Standard normal numbers (N, *shape), float32, by the inverse of the error function."""
     return torch.erfinv(uniform(keys, stream, *shape) * 2 - 1).mul(2**0.5)
 
 
 def mixed(numbers: Tensor) -> Tensor:
-    """Hash 64-bit numbers of any shape."""
+    """Hash 64-bit numbers of any shape (the finalizer of splitmix64)."""
     numbers = (numbers ^ _shifted(numbers, 30)) * FIRST
     numbers = (numbers ^ _shifted(numbers, 27)) * SECOND
     return numbers ^ _shifted(numbers, 31)
 
 
 def _shifted(numbers: Tensor, places: int) -> Tensor:
-    """Shifted right without the sign."""
+    """Logical shift to the right: the sign bit is not extended."""
     shifted: Tensor = (numbers >> places) & (2 ** (64 - places) - 1)
     return shifted

@@ -1,14 +1,13 @@
-"""The fused form of a classifier: batch-norm folded into the convolutions before it, channels last.
+"""Batch-norm folded into the convolution before it, with the channels-last memory layout.
 
-In eval mode a batch-norm is a scale and a shift per channel, which the convolution before it can do at no cost
-(Jacob et al. 2018, arXiv 1712.05877, section 3.2). Together with the channels-last memory layout this roughly halves
-forward and backward passes on CPUs; either alone does not pay.
+In eval mode a batch-norm is a scale and a shift per channel, which the convolution before it can apply at no cost
+(Jacob et al. 2018, arXiv 1712.05877, section 3.2). Together with the channels-last layout this roughly halves the time
+of forward and backward passes on CPUs; either one alone does not help.
 
-Nothing is copied or rewritten: inside `fused`, a mode of this thread (torch's function mode) gives folded weights to
-the calls that convolve with a module's own weights, and lets the batch-norms after them hand on what they are given.
-So hooks, wrappers and counters of the module go on working, its Python code runs as it is, other threads see the module
-as it is, and there is nothing to put back when a search is killed. Which batch-norms may be folded is found once, by
-watching one image go through a copy.
+The network is neither copied nor rewritten: inside `fused`, a function mode of this thread (torch.overrides) passes the
+folded weights to the network's calls of conv2d and skips its calls of batch_norm. Hooks, wrappers and counters of the
+network therefore still work, other threads see the unchanged network, and an interrupted search leaves nothing to
+restore. Which batch-norms can be folded is determined once, by recording a pass of one image through a copy.
 """
 
 from __future__ import annotations
@@ -32,31 +31,36 @@ from weakspot.classifier import Classifier, default_batch
 
 TOLERANCE = 1e-5  # of the largest logit
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # arguments of F.conv2d
-LOOKS = {"dim", "ndimension", "size", "stride", "numel", "is_contiguous", "is_floating_point", "is_complex"}
+INSPECTIONS = {
+    "dim",
+    "ndimension",
+    "size",
+    "stride",
+    "numel",
+    "is_contiguous",
+    "is_floating_point",
+    "is_complex",
+}
 Fold = tuple[str, str]  # names of a convolution and of the batch-norm that follows it
-Plan = Mapping[
-    Fold, frozenset[str]
-]  # folds, and the modules that what flows between the two goes into or comes out of
-
 _plans: weakref.WeakKeyDictionary[nn.Module, tuple[object, Sequence[Fold]]] = weakref.WeakKeyDictionary()
 _batches: weakref.WeakKeyDictionary[nn.Module, dict[object, int]] = weakref.WeakKeyDictionary()
-_inside = threading.local()  # the modes that this thread is in
+_active = threading.local()  # the function modes that this thread is in
 
 
 @contextmanager
 def fused(classifier: Classifier, image: Tensor) -> Iterator[None]:
-    """The classifier in its fused form for this thread, equal to its own to 1e-5 of the largest logit.
+    """Evaluate a classifier in fused form in this thread; logits are equal to 1e-5 of the largest logit.
 
-    What cannot be fused stays as it is: networks without batch-norm or with hooks inside, a convolution whose output
-    is read by more than its batch-norm, a module that cannot be copied. Weights are folded as they are on entry.
+    A network is evaluated as it is if it has no batch-norm, has hooks inside or cannot be copied; so is a convolution
+    whose output is used by more than its batch-norm. The weights on entry are folded; later changes are not seen.
 
     Args:
         classifier: in eval mode.
-        image: (1, C, H, W), what to watch on its way through the network the first time.
+        image: (1, C, H, W); the first time, its pass through a copy of the network is recorded.
     """
     network = classifier.network
-    inside: list[_Folded] = _inside.__dict__.setdefault("modes", [])
-    if any(network is mode.network for mode in inside):
+    active: list[_Folded] = _active.__dict__.setdefault("modes", [])
+    if any(network is mode.network for mode in active):
         yield
         return
     modules = dict(network.named_modules())
@@ -71,23 +75,23 @@ def fused(classifier: Classifier, image: Tensor) -> Iterator[None]:
     if not folds:
         yield
         return
-    mode = _Folded(network, folds, [module for module in modules.values() if _is_convolution(module)])
-    inside.append(mode)
+    mode = _Folded(network, folds)
+    active.append(mode)
     try:
         with mode:
             yield
     finally:
-        inside.remove(mode)
+        active.remove(mode)
 
 
 def folded_convolutions(classifier: Classifier, image: Tensor) -> frozenset[nn.Module]:
-    """The convolutions that `fused` would give other weights: their own outputs are not what they were, then."""
+    """The convolutions to which `fused` passes folded weights, so that their own outputs differ."""
     modules = dict(classifier.network.named_modules())
     return frozenset(modules[convolution] for convolution, _ in _plan(classifier, image))
 
 
 def _plan(classifier: Classifier, image: Tensor) -> Sequence[Fold]:
-    """The folds that hold for this network and image shape, from memory where they were found before."""
+    """The folds of this network for this image shape, cached."""
     network = classifier.network
     structure = [(name, type(module)) for name, module in network.named_modules()]
     norms = [name for name, kind in structure if issubclass(kind, nn.BatchNorm2d)]
@@ -100,33 +104,33 @@ def _plan(classifier: Classifier, image: Tensor) -> Sequence[Fold]:
     ):
         return ()
     signature = _signature(classifier, image)
-    known = _plans.get(network)
-    if known is None or known[0] != signature:
-        known = (signature, _find_folds(classifier, image))
-        _plans[network] = known
-    return known[1]
+    cached = _plans.get(network)
+    if cached is None or cached[0] != signature:
+        cached = (signature, _find_folds(classifier, image))
+        _plans[network] = cached
+    return cached[1]
 
 
 def _find_folds(classifier: Classifier, image: Tensor) -> Sequence[Fold]:
-    """Watch the image go through a copy; keep the folds if the copy says the same with them."""
+    """Record a pass through a copy; return the folds if the copy's logits stay the same with them."""
     try:
         with quiet(), torch.no_grad(), preserve_random_state(image.device):
             twin = unhooked_copy(classifier)
             probe = twin.filled(torch.cat([image, 1 - image]))
-            expected, folds = _watch(twin, probe)
+            expected, folds = _record_folds(twin, probe)
             _plans[twin.network] = (_signature(twin, image), folds)
             with fused(twin, image):
-                found = twin(probe)
+                logits = twin(probe)
             if folds and _runs_again(twin, probe):
                 return ()
-    except Exception:  # noqa: BLE001 - whatever a strange module raises, it then stays as it is
+    except Exception:  # noqa: BLE001 - a module that fails here, in whatever way, is not fused
         return ()
     scale = expected.abs().amax(1, keepdim=True)
-    return folds if bool(((found - expected).abs() <= TOLERANCE * scale).all()) else ()
+    return folds if bool(((logits - expected).abs() <= TOLERANCE * scale).all()) else ()
 
 
 def _runs_again(twin: Classifier, probe: Tensor) -> bool:
-    """Whether parts are run again on the way back, as checkpointing does: outside our mode, and so unfolded."""
+    """Whether the backward pass runs modules again (checkpointing), outside the function mode and so unfused."""
     calls: list[nn.Module] = []
     with torch.inference_mode(mode=False), torch.enable_grad():
         point = probe.clone().requires_grad_()
@@ -144,11 +148,11 @@ def _signature(classifier: Classifier, image: Tensor) -> object:
     return structure, tuple(image.shape[1:]), image.device
 
 
-def _watch(twin: Classifier, images: Tensor) -> tuple[Tensor, Sequence[Fold]]:
-    """Logits, and every batch-norm that alone reads the output of a convolution, each called once."""
+def _record_folds(twin: Classifier, images: Tensor) -> tuple[Tensor, Sequence[Fold]]:
+    """Logits, and the pairs of a convolution and the only reader of its output, a batch-norm, each called once."""
     modules = dict(twin.network.named_modules())
     calls: dict[str, int] = {}
-    made: dict[int, tuple[str, Tensor]] = {}  # holding the tensors keeps their ids from being used again
+    made: dict[int, tuple[str, Tensor]] = {}  # the tensors are held so that their ids are not reused
     read: dict[str, str] = {}
     names = {id(module): name for name, module in modules.items()}
 
@@ -170,12 +174,10 @@ def _watch(twin: Classifier, images: Tensor) -> tuple[Tensor, Sequence[Fold]]:
         if _is_norm(module) or _is_convolution(module):
             handles.append(module.register_forward_hook(after))
     readers = _Readers(made)
-    try:
-        with readers:
-            logits = twin(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with readers:
+        logits = twin(images)
+    for handle in handles:  # if the pass fails, the copy is not used again
+        handle.remove()
     uses = {made[key][0]: count for key, count in readers.counts.items() if key in made}
     folds = [
         (convolution, norm)
@@ -187,7 +189,7 @@ def _watch(twin: Classifier, images: Tensor) -> tuple[Tensor, Sequence[Fold]]:
 
 
 def _owners(network: nn.Module) -> dict[int, int]:
-    """How many modules have each parameter and buffer, by id: weights that two share are folded for neither."""
+    """By id, how many modules own each parameter and buffer; shared weights are not folded."""
     counts: dict[int, int] = {}
     for module in network.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -196,7 +198,7 @@ def _owners(network: nn.Module) -> dict[int, int]:
 
 
 class _Readers(TorchFunctionMode):
-    """Counts the calls that take a tensor of `watched`; looking at its shape or type is none."""
+    """Counts the calls that take a tensor of `watched`, except those that only inspect its shape or type."""
 
     def __init__(self, watched: Mapping[int, object]) -> None:
         super().__init__()
@@ -208,7 +210,7 @@ class _Readers(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if name not in LOOKS and not (name == "__get__" and not isinstance(result, Tensor)):
+        if name not in INSPECTIONS and not (name == "__get__" and not isinstance(result, Tensor)):
             leaves = _pytree.tree_leaves((args, kwargs))
             for key in {id(leaf) for leaf in leaves if isinstance(leaf, Tensor)} & self.watched.keys():
                 self.counts[key] = self.counts.get(key, 0) + 1
@@ -224,7 +226,7 @@ def _is_convolution(module: nn.Module) -> bool:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile made it: that would compile our mode too, and again for every shape."""
+    """Whether torch.compile made the module; it would compile the function mode, too, for every shape."""
     return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
@@ -238,38 +240,30 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _hooked_inside(network: nn.Module) -> bool:
-    """Whether a hook may see, change or call what folding changes: on all modules at once, or on any inner one.
+    """Whether a hook may see what folding changes: a global hook, or a hook of an inner module.
 
-    Modules around all convolutions and batch-norms are not inner ones; what counters hang on goes on working.
+    A module that contains all convolutions and batch-norms is not an inner module, so that counters can stay on it.
     """
     if any(bool(getattr(nn.modules.module, f"_global{name}", None)) for name in HOOKS):
         return True
     folded = {id(module) for module in network.modules() if isinstance(module, nn.Conv2d | nn.BatchNorm2d)}
     return any(
-        _hooked(module) and not folded <= {id(inner) for inner in module.modules()}
+        any(hooks(module, name) for name in HOOKS) and not folded <= {id(inner) for inner in module.modules()}
         for module in network.modules()
     )
 
 
-def _hooked(module: nn.Module) -> bool:
-    return any(bool(hooks(module, name)) for name in HOOKS)
-
-
 class _Folded(TorchFunctionMode):
-    """Convolutions do the work of the batch-norms after them, all of them channels last, and those batch-norms none."""
+    """Passes folded, channels-last weights to convolutions and skips the batch-norms after them."""
 
-    def __init__(
-        self, network: nn.Module, folds: Sequence[tuple[Any, Any]], convolutions: Sequence[Any]
-    ) -> None:
+    def __init__(self, network: nn.Module, folds: Sequence[tuple[Any, Any]]) -> None:
         super().__init__()
         self.network, self.folds = network, folds
-        # Held, so that no other tensor gets the id of one of these.
+        convolutions: list[Any] = [module for module in network.modules() if _is_convolution(module)]
+        # Held, so that no other tensor can have one of their ids.
         self.parameters = [convolution.weight for convolution in convolutions]
         self.buffers = [norm.running_mean for _, norm in folds]
-        self.weights: dict[int, dict[str, Tensor]] = {
-            id(convolution.weight): {"weight": _channels_last(convolution.weight)}
-            for convolution in convolutions
-        }
+        self.weights = {id(weight): {"weight": _channels_last(weight)} for weight in self.parameters}
         self.weights |= {id(convolution.weight): _folded(convolution, norm) for convolution, norm in folds}
         self.statistics = {id(norm.running_mean) for _, norm in folds}
 
@@ -290,8 +284,9 @@ def _argument(place: int, name: str, args: tuple[Any, ...], kwargs: Mapping[str,
 
 
 def _folded(convolution: Any, norm: Any) -> dict[str, Tensor]:
-    """Weight and bias that do the convolution's and the batch-norm's work."""
+    """Weight and bias of the convolution followed by the batch-norm."""
     with torch.no_grad():
+        # norm(conv(x)) = scale * (w * x + b - mean) + beta, with scale = gamma / sqrt(var + eps)
         scale = (norm.running_var + norm.eps).rsqrt().double()
         shift = -norm.running_mean.double() * scale
         if norm.affine:
@@ -307,20 +302,20 @@ def _channels_last(weight: Tensor) -> Tensor:
 
 
 def measured_batch(classifier: Classifier, images: Tensor) -> int:
-    """How many images of this shape go through the fused classifier at once: what costs least per image.
+    """The fastest batch size of the fused classifier for images of this shape.
 
-    Half, once and twice the usual number are timed once per network and shape, on a copy, where there are enough
-    images for it to matter; another than the usual must save a tenth. Only multiples of four are tried: CPU kernels
-    treat the rest of a division by four apart, and results would differ in their last bits.
+    If there are enough images for it to matter, half, once and twice the default size are timed on a copy, once per
+    network and shape; a size other than the default must save a tenth. Only multiples of four are tried: CPU kernels
+    treat the remainder of a division by four differently, and results would differ in their last bits.
     """
     usual = default_batch(images)
     if len(images) < max(4 * usual, 32):
         return usual
     key = (tuple(images.shape[1:]), images.device)
-    known = _batches.setdefault(classifier.network, {})
-    if key not in known:
-        known[key] = _measure_batch(classifier, images, usual)
-    return known[key]
+    measured = _batches.setdefault(classifier.network, {})
+    if key not in measured:
+        measured[key] = _measure_batch(classifier, images, usual)
+    return measured[key]
 
 
 def _measure_batch(classifier: Classifier, images: Tensor, usual: int) -> int:
@@ -333,7 +328,7 @@ def _measure_batch(classifier: Classifier, images: Tensor, usual: int) -> int:
     with preserve_random_state(images.device), fused(twin, images[:1]):
         _seconds(twin, images[:usual])
         for size in sizes:
-            with suppress(RuntimeError):  # too large for the memory
+            with suppress(RuntimeError):  # out of memory
                 cost[size] = _seconds(twin, images[:size]) / size
     if usual not in cost:
         return usual
@@ -344,11 +339,11 @@ def _measure_batch(classifier: Classifier, images: Tensor, usual: int) -> int:
 def _seconds(classifier: Classifier, images: Tensor) -> float:
     if images.is_cuda:
         torch.cuda.synchronize()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     point = images.clone().requires_grad_()
     logits = classifier(point)
     if logits.requires_grad:
         torch.autograd.grad(logits.sum(), point, allow_unused=True)
     if images.is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return time.perf_counter() - start

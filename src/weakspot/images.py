@@ -1,4 +1,4 @@
-"""Pictures come in: files, folders and sample photographs become (N, C, H, W) in [0, 1]."""
+"""Image files, folders and sample photographs as tensors (N, C, H, W) in [0, 1]."""
 
 from __future__ import annotations
 
@@ -14,40 +14,50 @@ from torch import Tensor
 
 from weakspot._checks import ImageWarning, quiet, warn
 
-LARGEST_PICTURE = 120_000_000  # pixels; decoded this takes 360 MB, a phone's largest photograph stays below
+MAX_PIXELS = 120_000_000  # decoded, 360 MB; the largest photographs of phones are smaller
 SAMPLES = ("chelsea", "coffee", "rocket", "motorcycle_left")
 SAMPLE_NAMES = ("chelsea", "coffee", "rocket", "motorcycle")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Picture:
-    """One file: its pixels (C, H, W) in [0, 1], or the reason why there are none."""
+    """One image file.
+
+    Attributes:
+        name: path below the source.
+        pixels: (C, H, W) in [0, 1], or None if the file was skipped.
+        remark: why the file was skipped, or how it was converted; may be empty.
+    """
 
     name: str
     pixels: Tensor | None
     remark: str = ""
 
+    def __repr__(self) -> str:
+        sides = "no pixels" if self.pixels is None else " x ".join(map(str, self.pixels.shape))
+        return f"Picture({self.name!r}: {sides}{f', {self.remark}' if self.remark else ''})"
+
 
 def read_images(
     source: Path | str, *, size: tuple[int, int] | None = None, channels: int = 3
 ) -> tuple[Tensor, list[str]]:
-    """Read a picture, or every picture in a folder and its subfolders, sorted by path.
+    """Read an image, or every image in a folder and its subfolders, sorted by path.
 
-    EXIF rotation is applied, transparency is laid on white, 16-bit and CMYK are converted, of an animation the
-    first frame is taken. Files that cannot be read are named in a warning and skipped.
+    EXIF rotation is applied, transparent images are laid on white, 16-bit and CMYK images are converted, and the first
+    frame of an animation is read. Files that cannot be read are named in a warning and skipped.
 
     Args:
-        source: a file or a folder; names that start with a dot are passed over.
-        size: (height, width); each picture is cropped at its center to this shape and resized with
-            anti-aliasing. Without it pictures keep their size and must agree.
+        source: a file or a folder; names that start with a dot are ignored.
+        size: (height, width); each image is cropped at its center to this aspect ratio and resized with anti-aliasing.
+            Without it, images keep their size and must all have the same.
         channels: 3 for color, 1 for gray.
 
     Returns:
-        Images (N, C, H, W), float32 in [0, 1], and one name for each: the path below `source`.
+        Images (N, C, H, W), float32 in [0, 1], and the path of each below `source`.
 
     Raises:
-        FileNotFoundError: when there is nothing at `source`.
-        ValueError: when no picture could be read, or sizes differ and no `size` was given.
+        FileNotFoundError: if there is nothing at `source`.
+        ValueError: if no image could be read, or sizes differ and no `size` was given.
     """
     pictures = open_pictures(Path(source), size=size, channels=channels)
     for picture in pictures:
@@ -56,13 +66,15 @@ def read_images(
     good = [(picture.name, picture.pixels) for picture in pictures if picture.pixels is not None]
     if not good:
         reasons = "; ".join(f"{picture.name}: {picture.remark}" for picture in pictures[:3])
-        raise ValueError(f"{source} holds no picture that can be read ({reasons or 'it is an empty folder'})")
+        raise ValueError(
+            f"{source} must hold an image that can be read, got none ({reasons or 'it is an empty folder'})"
+        )
     first_name, first = good[0]
     for name, pixels in good:
         if pixels.shape != first.shape:
             raise ValueError(
-                f"pictures differ in size: {first_name} is {tuple(first.shape[1:])}, {name} is "
-                f"{tuple(pixels.shape[1:])} (height, width); give size=(height, width) to bring them to one"
+                f"images must have one size, got {tuple(first.shape[1:])} of {first_name} and "
+                f"{tuple(pixels.shape[1:])} of {name} (give size=(height, width) to resize them)"
             )
     return torch.stack([pixels for _, pixels in good]), [name for name, _ in good]
 
@@ -70,31 +82,31 @@ def read_images(
 def open_pictures(
     source: Path, *, size: tuple[int, int] | None = None, channels: int = 3, background: str = "white"
 ) -> list[Picture]:
-    """Every file at `source`, readable or not, in the order of `read_images`; transparency is laid on `background`."""
+    """Every file at `source`, readable or not, in the order of `read_images`, on a background color."""
     if channels not in {1, 3}:
-        raise ValueError(f"channels is {channels}; accepted are 3 (color) and 1 (gray)")
+        raise ValueError(f"channels must be 3 (color) or 1 (gray), got {channels}")
     if size is not None and not (
         isinstance(size, tuple | list)
         and len(size) == 2
         and all(isinstance(side, int) and side > 0 for side in size)
     ):
-        raise ValueError(f"size is {size}; accepted is (height, width) in pixels, both at least 1")
+        raise ValueError(f"size must be (height, width) in pixels, both at least 1, got {size}")
     if not source.exists():
-        raise FileNotFoundError(f"{source}: there is no such file or folder")
+        raise FileNotFoundError(f"{source} does not exist")
     if not source.is_dir():
         return [_open_picture(source, source.name, size, channels, background)]
-    closed: list[Path] = []
-    found = [
+    unreadable: list[Path] = []  # folders
+    files = [
         Path(folder, name)
-        for folder, _, names in os.walk(source, onerror=lambda error: closed.append(Path(error.filename)))
+        for folder, _, names in os.walk(source, onerror=lambda error: unreadable.append(Path(error.filename)))
         for name in names
     ]
     pictures = []
-    for path in sorted(found + closed):
+    for path in sorted(files + unreadable):
         name = path.relative_to(source)
         if any(part.startswith(".") for part in name.parts):
             continue
-        if path in closed:
+        if path in unreadable:
             pictures.append(Picture(name.as_posix(), None, "no permission to read the folder; skipped"))
         else:
             pictures.append(_open_picture(path, name.as_posix(), size, channels, background))
@@ -102,10 +114,10 @@ def open_pictures(
 
 
 def sample_images(size: tuple[int, int] = (224, 224)) -> tuple[Tensor, list[str]]:
-    """Four real photographs that come with scikit-image: a cat, a coffee, a rocket, a motorcycle; works offline.
+    """Four photographs of scikit-image, available offline: a cat, a coffee, a rocket and a motorcycle.
 
     Args:
-        size: (height, width) they are cropped and resized to.
+        size: (height, width) to which they are cropped and resized.
 
     Returns:
         Images (4, 3, height, width), float32 in [0, 1], and their names.
@@ -128,19 +140,19 @@ def _open_picture(
             return Picture(name, None, "not a regular file; skipped")
         if path.stat().st_size == 0:
             return Picture(name, None, "the file is empty (0 bytes); skipped")
-        with quiet():  # Pillow's own remarks; what matters is said here, by name
+        with quiet():  # Pillow's own warnings; the remarks here name the file
             Image.init()
             with Image.open(path, formats=[kind for kind in Image.OPEN if kind != "EPS"]) as opened:
                 return _decode(opened, name, size, channels, background)
     except UnidentifiedImageError:
         return Picture(name, None, "not an image in a known format; skipped")
     except Image.DecompressionBombError:
-        return Picture(name, None, f"more than {LARGEST_PICTURE // 1_000_000} million pixels; refused")
+        return Picture(name, None, f"more than {MAX_PIXELS // 1_000_000} million pixels; refused")
     except PermissionError:
         return Picture(name, None, "no permission to read the file; skipped")
     except MemoryError:
         return Picture(name, None, "too large to decode in memory; skipped")
-    # Pillow's decoders raise nearly anything on damaged input; any of it means one thing to the user.
+    # Pillow's decoders raise nearly anything on damaged input.
     except Exception as error:  # noqa: BLE001
         reason = "the image is truncated" if "truncated" in str(error) else f"the image is damaged ({error})"
         return Picture(name, None, f"{reason}; skipped")
@@ -149,11 +161,11 @@ def _open_picture(
 def _decode(
     opened: Image.Image, name: str, size: tuple[int, int] | None, channels: int, background: str
 ) -> Picture:
-    if opened.width * opened.height > LARGEST_PICTURE:
+    if opened.width * opened.height > MAX_PIXELS:
         return Picture(
             name,
             None,
-            f"{opened.width} x {opened.height} is more than {LARGEST_PICTURE // 10**6} million pixels; refused",
+            f"{opened.width} x {opened.height} is more than {MAX_PIXELS // 10**6} million pixels; refused",
         )
     frames = int(getattr(opened, "n_frames", 1))
     remark = f"holds {frames} frames, the first is used" if frames > 1 else ""
@@ -169,14 +181,14 @@ def _decode(
 def fitted(
     opened: Image.Image, size: tuple[int, int] | None, channels: int, background: str = "white"
 ) -> Image.Image:
-    """A picture turned upright, in 8 bits, gray or RGB, cropped at the center and resized to `size`."""
+    """An image with EXIF rotation applied, as 8-bit gray or RGB, cropped at the center and resized to `size`."""
     image = _eight_bits(ImageOps.exif_transpose(opened), background)
     image = image.convert("L" if channels == 1 else "RGB")
     return image if size is None else _fit(image, size)
 
 
 def _eight_bits(image: Image.Image, background: str) -> Image.Image:
-    """Deep gray as 8 bits and transparency laid on the background; other modes as they are."""
+    """Convert 16 and 32-bit gray to 8 bits, and lay transparent images on the background."""
     if image.mode.startswith("I"):
         deep: NDArray[np.float64] = np.asarray(image).astype(np.float64)
         top = 65535 if deep.max() <= 65535 else 2**32 - 1
@@ -188,10 +200,11 @@ def _eight_bits(image: Image.Image, background: str) -> Image.Image:
 
 
 def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The largest centered crop of the asked shape, resized. Crop and resize are one step: a strip stays small."""
+    """The largest centered crop of the aspect ratio of `size`, resized."""
     height, width = size
     scale = min(image.width / width, image.height / height)
-    # Rounding must not lead out of the picture, not even by 1e-14.
+    # Clamped, because rounding must not lead out of the image, not even by 1e-14.
     left, top = max(0.0, (image.width - width * scale) / 2), max(0.0, (image.height - height * scale) / 2)
     box = (left, top, min(left + width * scale, image.width), min(top + height * scale, image.height))
+    # Crop and resize in one step, so that a long strip does not become a large intermediate image.
     return image.resize((width, height), Image.Resampling.BILINEAR, box=box)

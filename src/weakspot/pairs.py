@@ -1,4 +1,4 @@
-"""Pairs: clean and adversarial images side by side, the noun that everything is about."""
+"""Pairs of clean and adversarial images, which attacks return and analyses explain."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from weakspot.similarity import ssim_map
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = {"weakspot": "pairs 1"}  # one entry: of several, safetensors would change the order from run to run
+FORMAT = {"weakspot": "pairs 1"}  # one entry, because safetensors does not write several in a fixed order
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Pairs:
-    """N clean images, the adversarial image made of each, and the two classes the pair is about.
+    """N clean images, an adversarial image of each, and the two classes of each pair.
 
     Attributes:
         clean: (N, C, H, W) in [0, 1].
         adversarial: (N, C, H, W) in [0, 1].
-        labels: (N,) class t0 the clean image stands for.
-        targets: (N,) class t the adversarial image lands in, or was asked to.
+        labels: (N,) class t0 of the clean image.
+        targets: (N,) class t of the adversarial image, or the target of the attack.
 
     Raises:
-        ValueError: when shapes do not fit each other or values are not finite.
+        ValueError: if shapes do not fit each other or values are not finite.
     """
 
     clean: Tensor
@@ -45,16 +45,17 @@ class Pairs:
     def __post_init__(self) -> None:
         check_batch(self.clean, name="clean")
         check_batch(self.adversarial, name="adversarial")
-        if self.clean.shape != self.adversarial.shape:
-            raise ValueError(
-                f"clean has shape {tuple(self.clean.shape)} and adversarial {tuple(self.adversarial.shape)}; "
-                "accepted are two batches of one shape"
-            )
+        _check_same_shape(self.clean, self.adversarial)
         check_classes(self.labels, len(self.clean), name="labels")
         check_classes(self.targets, len(self.clean), name="targets")
 
     def __len__(self) -> int:
         return len(self.clean)
+
+    def __repr__(self) -> str:
+        sides = " x ".join(map(str, self.clean.shape))
+        largest = float(self.perturbation.abs().max())
+        return f"{type(self).__name__}({sides} on {self.clean.device}, largest change {largest:.3g})"
 
     @property
     def perturbation(self) -> Tensor:
@@ -63,10 +64,10 @@ class Pairs:
 
     @property
     def distances(self) -> pd.DataFrame:
-        """How far each pair is apart, one row each.
+        """Distances between the images of each pair, one row per pair.
 
-        Columns: linf, l2, l1 (images in [0, 1]), pixels (sites where any channel changed), ssim_windowed and
-        ssim_windowed_min (mean and minimum of `ssim_map`). What an SSIM budget bounds is another quantity: see
+        Columns: linf, l2, l1 (images in [0, 1]), pixels (pixels where any channel changed), ssim_windowed and
+        ssim_windowed_min (mean and minimum of `ssim_map`). An SSIM budget bounds another quantity, see
         `AttackResult.ssim_budget_spent`.
         """
         import pandas as pd
@@ -89,7 +90,7 @@ class Pairs:
 
     @classmethod
     def of(cls, model: nn.Module, clean: Tensor, adversarial: Tensor, labels: Tensor | None = None) -> Pairs:
-        """Pairs made by any tool; missing labels and all targets are the model's own predictions.
+        """Make pairs of images from any tool; targets, and labels if not given, are the model's predictions.
 
         Args:
             model: the classifier under attack.
@@ -98,20 +99,16 @@ class Pairs:
             labels: (N,) class of each clean image.
 
         Raises:
-            ValueError: when shapes do not fit or a label is no class of the model.
+            ValueError: if shapes do not fit each other or a label is not a class of the model.
 
         Warns:
-            ImageWarning: when values lie outside [0, 1].
+            ImageWarning: if values lie outside [0, 1].
         """
         with evaluating(model) as classifier, torch.no_grad():
             for name, images in (("clean", clean), ("adversarial", adversarial)):
                 check_batch(images, name=name)
                 check_range(images, name=name)
-            if clean.shape != adversarial.shape:
-                raise ValueError(
-                    f"clean has shape {tuple(clean.shape)} and adversarial {tuple(adversarial.shape)}; "
-                    "accepted are two batches of one shape"
-                )
+            _check_same_shape(clean, adversarial)
             device = classifier.mean.device
             clean, adversarial = (
                 images.detach().to(device, torch.float32).clamp(0, 1) for images in (clean, adversarial)
@@ -123,7 +120,7 @@ class Pairs:
             return Pairs(clean, adversarial, labels.to(device), logits.argmax(1))
 
     def save(self, path: Path | str) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file, atomically."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
@@ -137,46 +134,47 @@ class Pairs:
         """Read what `save` wrote, onto the CPU.
 
         Raises:
-            FileNotFoundError: when there is no such file.
-            ValueError: when the file is no safetensors file or holds no pairs.
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is not a safetensors file or holds no pairs.
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: there is no such file")
+            raise FileNotFoundError(f"{path} does not exist")
         try:
             with safe_open(path, "pt") as file:
                 stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except SafetensorError as error:
             raise ValueError(
-                f"{path} is no safetensors file ({error}); accepted is what Pairs.save wrote"
+                f"{path} must be a safetensors file that Pairs.save wrote, but cannot be read ({error})"
             ) from None
         missing = [
             field.name for field in fields(cls) if field.name not in stored and field.default is MISSING
         ]
         if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}; accepted is what {cls.__name__}.save wrote")
+            raise ValueError(
+                f"{path} must be a file that {cls.__name__}.save wrote, but lacks {', '.join(missing)}"
+            )
         return cls(**{field.name: stored[field.name] for field in fields(cls) if field.name in stored})
 
     def _tensors(self) -> dict[str, Tensor]:
-        every = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: tensor for name, tensor in every.items() if tensor is not None}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in values.items() if tensor is not None}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AttackResult(Pairs):
-    """Pairs an attack made, with what it cost.
+    """Pairs that an attack made, with its success and cost.
 
     Attributes:
-        success: (N,) bool, from a fresh forward pass of the returned images.
-        forwards: (N,) images of this sample sent through the model, that fresh pass included.
-        backwards: (N,) gradients of this sample taken.
-        success_8bit: (N,) bool, of the images as 8-bit files hold them, within the attack's budget (see
-            `attacks.stored`).
-        seed: (N,) of everything random; 0 where nothing is.
-        ssim_budget_spent: (N,) mean over patches of d1^2 + d2^2, what a budget `SSIM(eps)` bounds; None if the attack
-            had another budget.
-        ssim_local_budget_spent: (N,) largest d1^2 or d2^2 of any patch, what `SSIM(eps, mode="local")` bounds; None if
-            the attack had another budget.
+        success: (N,) bool, by a fresh forward pass of the returned images.
+        n_forward: (N,) forward passes of this image, the fresh one included.
+        n_backward: (N,) gradients of this image.
+        success_8bit: (N,) bool, of the images rounded to 8 bits within the attack's budget (see `attacks.stored`).
+        seed: (N,) of all random numbers; 0 if the attack is deterministic.
+        ssim_budget_spent: (N,) mean over patches of d1^2 + d2^2, which a budget `SSIM(eps)` bounds; None for other
+            budgets.
+        ssim_local_budget_spent: (N,) largest d1^2 or d2^2 of any patch, which `SSIM(eps, mode="local")` bounds; None
+            for other budgets.
     """
 
     success: Tensor
@@ -198,21 +196,26 @@ class AttackResult(Pairs):
         shared = [name for name in tables[0] if all(name in table for table in tables)]
         return cls(**{name: torch.cat([table[name] for table in tables]) for name in shared})
 
+    def __repr__(self) -> str:
+        passes = int(self.n_forward.sum()), int(self.n_backward.sum())
+        success = f"{int(self.fooled.sum())} of {len(self)} successful"
+        return f"{super().__repr__()[:-1]}, {success}, {passes[0]} forward and {passes[1]} backward passes)"
+
     @property
     def fooled(self) -> Tensor:
-        """(N,) bool, the success that counts: of the 8-bit files, or where that is not known of the images."""
+        """(N,) bool, success after rounding to 8 bits, or success if that is not known."""
         return self.success if self.success_8bit is None else self.success_8bit
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per image: label, target, success, success_8bit, `distances`, forwards, backwards, seed.
+        """One row per image: label, target, success, success_8bit, `distances`, n_forward, n_backward, seed.
 
-        If the budget was an `SSIM`, ssim_budget_spent or ssim_local_budget_spent stands before forwards.
+        For an `SSIM` budget, ssim_budget_spent or ssim_local_budget_spent precedes n_forward.
         """
         import pandas as pd
 
-        def columns(**known: Tensor | None) -> pd.DataFrame:
-            return pd.DataFrame({name: t.cpu().numpy() for name, t in known.items() if t is not None})
+        def columns(**tensors: Tensor | None) -> pd.DataFrame:
+            return pd.DataFrame({name: t.cpu().numpy() for name, t in tensors.items() if t is not None})
 
         before = columns(
             label=self.labels, target=self.targets, success=self.success, success_8bit=self.success_8bit
@@ -225,3 +228,10 @@ class AttackResult(Pairs):
             seed=self.seed,
         )
         return pd.concat([before, self.distances, after], axis=1)
+
+
+def _check_same_shape(clean: Tensor, adversarial: Tensor) -> None:
+    if clean.shape != adversarial.shape:
+        raise ValueError(
+            f"adversarial must have the shape of clean, {tuple(clean.shape)}, got {tuple(adversarial.shape)}"
+        )

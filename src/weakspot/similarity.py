@@ -1,7 +1,4 @@
-"""Similarity: where two images look different to the eye.
-
-Smoothing: Gaussian means of maps, borders mirrored, so that sums over a map are kept.
-"""
+"""Structural similarity of two images, and the Gaussian smoothing and luma that it uses."""
 
 from __future__ import annotations
 
@@ -12,14 +9,22 @@ from weakspot._checks import check_batch
 
 
 def gaussian(maps: Tensor, sigma: float, radius: int) -> Tensor:
-    """Maps (N, M, H, W) under a separable Gaussian cut at `radius` pixels; the edge pixel itself is mirrored too."""
+    """Smooth maps (N, M, H, W) with a separable Gaussian.
+
+    Borders are mirrored, the edge pixel included ("symmetric" padding), so that the sum over a map stays the same.
+
+    Args:
+        maps: (N, M, H, W).
+        sigma: in pixels.
+        radius: in pixels, at which the Gaussian is cut off.
+    """
     offsets = torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
     kernel = kernel / kernel.sum()
     for side in (3, 2):
         size = maps.shape[side]
         mirrored = maps.index_select(side, _mirrored(size, radius, maps.device))
-        # Tap by tap: a convolution would lay out every window in memory first.
+        # One tap at a time: a convolution would first copy every window to memory.
         smooth = torch.zeros_like(maps)
         for tap, weight in enumerate(kernel.tolist()):
             smooth += weight * mirrored.narrow(side, tap, size)
@@ -28,6 +33,7 @@ def gaussian(maps: Tensor, sigma: float, radius: int) -> Tensor:
 
 
 def _mirrored(size: int, radius: int, device: torch.device) -> Tensor:
+    # Indices repeat with period 2 * size: 0, 1, ..., size - 1, size - 1, ..., 1, 0.
     places = torch.arange(-radius, size + radius, device=device) % (2 * size)
     return torch.minimum(places, 2 * size - 1 - places)
 
@@ -38,29 +44,29 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 def ssim_map(clean: Tensor, adversarial: Tensor) -> Tensor:
-    """Structural similarity of the two images around each site (Wang et al. 2004, doi 10.1109/TIP.2003.819861).
+    """Structural similarity around each pixel (Wang et al. 2004, doi 10.1109/TIP.2003.819861, equation 13).
 
     Equal to scikit-image's `structural_similarity` with gaussian_weights=True, sigma=1.5,
-    use_sample_covariance=False and data_range=1, on luma (BT.601) where images have three channels; of other
-    channel counts but one, the mean over channels is compared.
+    use_sample_covariance=False and data_range=1. Images with three channels are compared by luma (BT.601), with any
+    other number of channels by their mean over channels.
 
     Args:
         clean: (N, C, H, W) in [0, 1].
         adversarial: (N, C, H, W) in [0, 1].
 
     Returns:
-        (N, 1, H, W), 1 where nothing changed.
+        (N, 1, H, W), at most 1; 1 where the images are equal.
 
     Raises:
-        ValueError: when the two differ in shape or are no such batches.
+        ValueError: if the shapes differ, or these are not batches of images.
     """
     check_batch(clean, name="clean")
     check_batch(adversarial, name="adversarial")
     if clean.shape != adversarial.shape:
         raise ValueError(
-            f"clean is {tuple(clean.shape)}, adversarial {tuple(adversarial.shape)}; accepted is one shape"
+            f"adversarial must have the shape of clean, {tuple(clean.shape)}, got {tuple(adversarial.shape)}"
         )
-    # float64: local variances are small differences of large squares.
+    # float64, because local variances are small differences of large squares (MPS has no float64).
     precision = torch.float32 if clean.device.type == "mps" else torch.float64
     first, second = luma(clean.detach().to(precision)), luma(adversarial.detach().to(precision))
     moments = gaussian(torch.cat([first, second, first**2, second**2, first * second], 1), SIGMA, RADIUS)
@@ -74,7 +80,7 @@ def ssim_map(clean: Tensor, adversarial: Tensor) -> Tensor:
 
 
 def luma(images: Tensor) -> Tensor:
-    """(N, 1, H, W) brightness of images (N, C, H, W)."""
+    """Brightness (N, 1, H, W) of images (N, C, H, W)."""
     if images.shape[1] == 3:
         return torch.einsum("nchw,c->nhw", images, images.new_tensor(LUMA))[:, None]
     return images.mean(1, keepdim=True)

@@ -1,11 +1,4 @@
-"""The zoo's networks by name.
-
-Two convolutions and two linear layers, for small gray pictures such as MNIST's.
-
-ResNet-20 for small color pictures.
-
-Pre-activation ResNet-18 for small color pictures.
-"""
+"""Small networks to train: two convolutions for MNIST, ResNet-20 and pre-activation ResNet-18 for CIFAR."""
 
 from __future__ import annotations
 
@@ -15,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weakspot._checks import check_seed, unknown_choice
+from weakspot._checks import check_choice, check_count, check_seed
 from weakspot._state import seeded
 from weakspot.classifier import Classifier
 
 
 def two_conv(*, classes: int = 10, channels: int = 1, size: tuple[int, int] = (28, 28)) -> Classifier:
-    """Convolutions 4 x 4 with stride 2 to 16 and 32 channels, linear to 100, linear to the classes.
+    """Two 4 x 4 convolutions of stride 2 with 16 and 32 channels, and linear layers to 100 and to the classes.
 
-    The shape of the small networks that Wong and Kolter 2018 (arXiv 1711.00851) train on MNIST: 166,406 weights there.
+    The small network of Wong and Kolter 2018 (arXiv 1711.00851) for MNIST, with 166,406 weights.
 
     Args:
         classes: at least two.
@@ -48,9 +41,9 @@ WIDTHS = (16, 32, 64)
 
 
 def resnet20(*, classes: int = 10, channels: int = 3, size: tuple[int, int] = (32, 32)) -> Classifier:
-    """ResNet-20 of He et al. 2016 (arXiv 1512.03385, section 4.2), shortcuts without weights: 0.27 million weights.
+    """ResNet-20 of He et al. 2016 (arXiv 1512.03385, section 4.2), with parameter-free shortcuts, 0.27 million weights.
 
-    Images are normalized by mean 0.5 and deviation 0.25.
+    Images are normalized with mean 0.5 and standard deviation 0.25.
 
     Args:
         classes: at least two.
@@ -78,7 +71,7 @@ def resnet20(*, classes: int = 10, channels: int = 3, size: tuple[int, int] = (3
 
 
 class _Block(nn.Module):
-    """Two convolutions beside a shortcut, which takes every other pixel and fills new channels with zeros."""
+    """Two convolutions and a shortcut that subsamples by 2 and pads new channels with zeros (option A)."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -100,9 +93,9 @@ PREACT_WIDTHS = (64, 128, 256, 512)
 
 
 def preact_resnet18(*, classes: int = 10, channels: int = 3, size: tuple[int, int] = (32, 32)) -> Classifier:
-    """Pre-activation ResNet-18 (He et al. 2016, arXiv 1603.05027), first convolution 3 x 3: 11.2 million weights.
+    """Pre-activation ResNet-18 (He et al. 2016, arXiv 1603.05027) with a 3 x 3 first convolution, 11.2 million weights.
 
-    Images are normalized by mean 0.5 and deviation 0.25.
+    Images are normalized with mean 0.5 and standard deviation 0.25.
 
     Args:
         classes: at least two.
@@ -129,7 +122,7 @@ def preact_resnet18(*, classes: int = 10, channels: int = 3, size: tuple[int, in
 
 
 class _PreactBlock(nn.Module):
-    """Norm, ReLU, convolution, twice; where the shape changes, the shortcut is a convolution of the activated maps."""
+    """Norm, ReLU and convolution, twice; if the shape changes, the shortcut is a convolution of the activated maps."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -142,9 +135,9 @@ class _PreactBlock(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         active = torch.relu(self.first_norm(maps))
-        beside = maps if self.shortcut is None else self.shortcut(active)
+        shortcut = maps if self.shortcut is None else self.shortcut(active)
         hidden: Tensor = self.second(torch.relu(self.second_norm(self.first(active))))
-        return hidden + beside
+        return hidden + shortcut
 
 
 NETWORKS: dict[str, Callable[..., Classifier]] = {
@@ -158,28 +151,25 @@ ALIASES = {"resnet18": "preact_resnet18"}
 def build(
     name: str, *, classes: int, channels: int = 3, size: tuple[int, int] = (32, 32), seed: int = 0
 ) -> Classifier:
-    """The network of that name with weights drawn by `seed`; the global random numbers stay as they were.
+    """Build a network with weights from a seed; global random generators are not changed.
 
     Args:
-        name: one of `NETWORKS`; "resnet18" is "preact_resnet18".
+        name: one of `NETWORKS`; "resnet18" means "preact_resnet18".
         classes: at least two.
         channels: of the images.
         size: (height, width) of the images.
-        seed: of the weights.
+        seed: of the initial weights.
 
     Raises:
-        ValueError: when an argument does not fit, naming it.
+        ValueError: if an argument is not valid.
 
     >>> build("resnet20", classes=10)(torch.rand(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-    maker = NETWORKS.get(ALIASES.get(name, name))
-    if maker is None:
-        raise ValueError(unknown_choice("model", name, [*NETWORKS, *ALIASES]))
-    if classes < 2:
-        raise ValueError(f"classes is {classes}; accepted are two and more")
+    check_choice("model", name, [*NETWORKS, *ALIASES])
+    check_count("classes", classes, least=2)
     if min(size) < 8:
-        raise ValueError(f"size is {size}; accepted are images of at least 8 x 8 pixels")
+        raise ValueError(f"size must be at least 8 x 8 pixels, got {size}")
     check_seed(seed)
     with seeded(seed):
-        return maker(classes=classes, channels=channels, size=size).eval()
+        return NETWORKS[ALIASES.get(name, name)](classes=classes, channels=channels, size=size).eval()

@@ -1,4 +1,4 @@
-"""Few-pixel attacks: laws of both methods, a brute-force twin, closed forms, and what must not depend on chance."""
+"""Few-pixel attacks: laws of both methods, a brute-force twin, closed forms and reproducibility."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.attacks.test_gradient import Watched, bits, margins_of, predicted, region_of, tagged, times
+from tests.covering import sampled
 from tests.networks import FlatNetwork, Made, PoolingNetwork, untouched
 from weakspot.attacks import few_pixel
 from weakspot.pairs import AttackResult
@@ -121,10 +122,7 @@ def one_pixel_margins(model: nn.Module, image: Tensor, label: Tensor) -> Tensor:
     return margins_of(model, candidates, label.expand(len(candidates))).view(-1, len(CORNERS))
 
 
-@pytest.mark.parametrize("kind", ["everywhere", "scattered"])
-@pytest.mark.parametrize("count", [1, 2, 3])
-@each_shape
-@each_method
+@sampled("method, shape, count, kind", METHODS, SHAPES, [1, 2, 3], ["everywhere", "scattered"])
 def test_results_are_in_range_of_few_pixels_in_the_region_and_verified(
     method: str, shape: tuple[int, ...], count: int, kind: str
 ) -> None:
@@ -151,9 +149,7 @@ def test_colors_are_8_bit_so_that_files_keep_every_success(method: str, shape: t
 @pytest.mark.parametrize("batch_size", [1, 5, None])
 @pytest.mark.parametrize("count", [1, 2])
 @each_method
-def test_counts_are_what_each_image_went_through_the_model(
-    method: str, count: int, batch_size: int | None
-) -> None:
+def test_counts_equal_the_passes_of_each_image(method: str, count: int, batch_size: int | None) -> None:
     network, images = convolutional((3, 8, 8), 6)
     images, region = tagged(images)
     model = Watched(network).eval()
@@ -365,7 +361,7 @@ def test_a_region_of_a_single_site_changes_that_site_only(method: str, count: in
     assert changed_sites(result).unique().tolist()[-1] == 1
 
 
-@pytest.mark.parametrize("wrong", [False, True], ids=["read well", "misread"])
+@pytest.mark.parametrize("wrong", [False, True], ids=["correct", "misclassified"])
 @each_method
 def test_an_empty_region_returns_the_clean_bits_and_success_as_it_is(method: str, wrong: bool) -> None:
     model, images = convolutional((3, 8, 8))
@@ -387,7 +383,7 @@ def test_a_neighbor_with_an_empty_region_is_left_as_it_is(method: str) -> None:
 
 
 @each_method
-def test_images_already_misread_are_successes_at_little_cost(method: str) -> None:
+def test_images_already_misclassified_are_successes_at_little_cost(method: str) -> None:
     model, images = convolutional((3, 8, 8))
     with torch.no_grad():
         labels = model(images).argmin(1)
@@ -398,7 +394,7 @@ def test_images_already_misread_are_successes_at_little_cost(method: str) -> Non
 
 
 @each_method
-def test_an_image_that_is_misread_as_it_is_is_a_success_whatever_lies_around_it(method: str) -> None:
+def test_an_image_that_is_misclassified_already_is_a_success_whatever_lies_around_it(method: str) -> None:
     image = random_images(1, 3, 8, 8, contrast=0.2)
     model = Needle(image).eval()
     assert predicted(model, image).tolist() == [1]
@@ -414,7 +410,7 @@ def test_where_nothing_can_succeed_no_success_is_claimed(method: str) -> None:
 
 
 @each_method
-def test_where_no_image_falls_the_best_attempts_are_kept(method: str) -> None:
+def test_where_no_image_falls_the_best_attempts_are_returned(method: str) -> None:
     model, images = leaning((3, 8, 8), lead=12), random_images(4, 3, 8, 8)
     labels = torch.zeros(4, dtype=torch.long)
     result = few_pixel(model, images, labels, method=method, **SHORT)
@@ -425,7 +421,7 @@ def test_where_no_image_falls_the_best_attempts_are_kept(method: str) -> None:
 @each_method
 def test_an_attempt_is_never_worse_than_the_clean_image(method: str) -> None:
     image = random_images(1, 3, 8, 8, contrast=0.2)
-    # Read well, if only just; whatever is painted leads away from where it would be misread.
+    # Just classified correctly; whatever is painted leads away from where it would not be.
     model, labels = Needle(image + 0.001).eval(), torch.tensor([0])
     assert predicted(model, image).tolist() == [0]
     result = few_pixel(model, image, labels, method=method, **SHORT)
@@ -481,7 +477,7 @@ def test_progress_rises(method: str) -> None:
         ("seed", 0.5),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(argument: str, value: Any) -> None:
+def test_a_wrong_argument_is_refused_by_name(argument: str, value: Any) -> None:
     model, images = convolutional((3, 8, 8))
     with (
         untouched(model, images),

@@ -1,4 +1,4 @@
-"""Searches for one pixel whose candidates go by windows: the same search as by whole passes, and as reproducible."""
+"""Searches for one pixel whose candidates go by windows equal those by whole passes, and are as reproducible."""
 
 from __future__ import annotations
 

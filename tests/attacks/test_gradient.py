@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.covering import sampled
 from tests.networks import NETWORKS, LinearNetwork, Made, untouched
 from weakspot._checks import ImageWarning, ModelWarning
 from weakspot.attacks import bim, ensemble, fgsm, pgd
@@ -239,13 +240,11 @@ def test_an_untargeted_success_short_of_the_target_is_no_targeted_success() -> N
     assert torch.equal(result.targets, targets)
 
 
-@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
-@pytest.mark.parametrize("kind", REGIONS)
-@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+@sampled("network, budget, kind, attack", NETWORKS, BUDGETS, REGIONS, ATTACKS.values())
 def test_results_are_in_range_in_budget_in_region_and_verified(
-    any_model: Made, budget: Budget, kind: str, attack: Attack
+    network: str, budget: Budget, kind: str, attack: Attack
 ) -> None:
-    model, images = any_model
+    model, images = NETWORKS[network]()
     labels, region = predicted(model, images), region_of(kind, images)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 0.5)
@@ -266,10 +265,9 @@ def test_results_are_in_range_in_budget_in_region_and_verified(
     assert moved.tolist() == [True, kind != "empty for one", True]
 
 
-@pytest.mark.parametrize("kind", ["everywhere", "scattered"])
-@pytest.mark.parametrize("budget", BUDGETS, ids=str)
-def test_pgd_lowers_every_margin(any_model: Made, budget: Budget, kind: str) -> None:
-    model, images = any_model
+@sampled("network, budget, kind", NETWORKS, BUDGETS, ["everywhere", "scattered"])
+def test_pgd_lowers_every_margin(network: str, budget: Budget, kind: str) -> None:
+    model, images = NETWORKS[network]()
     labels = predicted(model, images)
     result = pgd(model, images, labels, budget=budget, region=region_of(kind, images), steps=5)
     after = margins_of(model, result.adversarial, labels)
@@ -280,7 +278,7 @@ def test_pgd_lowers_every_margin(any_model: Made, budget: Budget, kind: str) -> 
 @pytest.mark.parametrize(
     ("attack", "options"), [(fgsm, {}), (pgd, {"steps": 4, "restarts": 3})], ids=["fgsm", "pgd"]
 )
-def test_counts_are_what_each_image_went_through_the_model(
+def test_counts_equal_the_passes_of_each_image(
     attack: Attack, options: dict[str, Any], batch_size: int | None
 ) -> None:
     network, images = NETWORKS["pooling"]()
@@ -303,12 +301,11 @@ def test_counts_are_what_each_image_went_through_the_model(
     assert max(len(batch) for batch in model.seen) == (batch_size or 3)
 
 
-@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
-@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+@sampled("network, budget, attack", NETWORKS, BUDGETS, ATTACKS.values())
 def test_an_images_result_depends_on_no_batch_size_no_order_and_no_neighbor(
-    any_model: Made, budget: Budget, attack: Attack
+    network: str, budget: Budget, attack: Attack
 ) -> None:
-    model, images = any_model
+    model, images = NETWORKS[network]()
     labels, region = predicted(model, images), region_of("scattered", images)
     assert region is not None
 
@@ -418,8 +415,8 @@ def test_fgsm_is_one_step_of_the_whole_budget_written_by_hand(any_model: Made, b
     assert region is not None
     point = images.clone().requires_grad_()
     logits = model(point)
-    rivals = logits.scatter(1, labels[:, None], -1e9).argmax(1)
-    lead = (logits[range(3), labels] - logits[range(3), rivals]).sum()
+    competing = logits.scatter(1, labels[:, None], -1e9).argmax(1)
+    lead = (logits[range(3), labels] - logits[range(3), competing]).sum()
     (gradient,) = torch.autograd.grad(lead, point)
     rows = (gradient * region).flatten(1)
     unit = rows.sign() if isinstance(budget, Linf) else torch.nn.functional.normalize(rows)
@@ -454,10 +451,9 @@ def test_an_empty_region_returns_the_clean_bits(any_model: Made, attack: Attack)
     assert result.success.tolist() == [False] * 3
 
 
-@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
-@pytest.mark.parametrize("budget", BUDGETS, ids=str)
-def test_images_already_misread_stay_misread(any_model: Made, budget: Budget, attack: Attack) -> None:
-    model, images = any_model
+@sampled("network, budget, attack", NETWORKS, BUDGETS, ATTACKS.values())
+def test_misclassified_images_stay_misclassified(network: str, budget: Budget, attack: Attack) -> None:
+    model, images = NETWORKS[network]()
     labels = model(images).argmin(1)
     result = attack(model, images, labels, budget=budget)
     assert result.success.tolist() == [True] * 3
@@ -465,7 +461,7 @@ def test_images_already_misread_stay_misread(any_model: Made, budget: Budget, at
 
 
 @pytest.mark.parametrize("budget", [Linf(1e-4), L2(1e-3)], ids=str)
-def test_where_no_image_falls_the_best_attempts_are_kept(budget: Budget) -> None:
+def test_where_no_image_falls_the_best_attempts_are_returned(budget: Budget) -> None:
     weight = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0))
     model = LinearNetwork(weight).eval()
     images = 0.5 + 0.2 * weight.sign().expand(4, -1, -1, -1)
@@ -517,7 +513,7 @@ def test_progress_rises_to_one(pooling: Made) -> None:
         ("model", "resnet18"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(
+def test_a_wrong_argument_is_refused_by_name(
     pooling: Made, attack: Attack, argument: str, value: Any
 ) -> None:
     model, images = pooling
@@ -616,10 +612,13 @@ def test_seeds_reach_over_64_bits(pooling: Made, seed: int) -> None:
     assert not torch.equal(first.adversarial, other.adversarial)
 
 
-@pytest.mark.parametrize("made_inside", [False, True], ids=["tensors from outside", "tensors made inside"])
-@pytest.mark.parametrize("network", ["pooling", "normalized"])
-@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+@sampled(
+    "attack, without, network, made_inside",
+    ATTACKS.values(),
+    [torch.no_grad, torch.inference_mode],
+    ["pooling", "normalized"],
+    [False, True],
+)
 def test_grad_switches_outside_change_nothing(
     attack: Attack, without: Callable[[], Any], network: str, made_inside: bool
 ) -> None:
@@ -701,12 +700,11 @@ STOPPING: dict[str, tuple[Attack, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("attack", "options"), STOPPING.values(), ids=STOPPING)
-@pytest.mark.parametrize("batch_size", [7, None])
-@pytest.mark.parametrize("budget", [Linf(0.01), L2(0.2), L1(1.0), SSIM(0.00003)], ids=str)
+@sampled("budget, batch_size, name", [Linf(0.01), L2(0.2), L1(1.0), SSIM(0.00003)], [7, None], STOPPING)
 def test_stopping_early_finds_the_same_successes_for_less_and_finished_images_leave(
-    budget: Budget, batch_size: int | None, attack: Attack, options: dict[str, Any]
+    budget: Budget, batch_size: int | None, name: str
 ) -> None:
+    attack, options = STOPPING[name]
     network, images = balanced()
     images, region = tagged(images)
     labels = predicted(network, images)
@@ -742,10 +740,13 @@ def test_stopping_early_saves_passes_where_images_fall() -> None:
     assert result.n_backward.tolist() == [1] * 3
 
 
-@pytest.mark.parametrize("steps", [1, 3, 10])
-@pytest.mark.parametrize("contrast", [0.8, 1.0], ids=["box far", "box near"])
-@pytest.mark.parametrize("loss", ["margin", "cross_entropy", "dlr"])
-@pytest.mark.parametrize("momentum", [0.0, 0.5, 1.0])
+@sampled(
+    "steps, contrast, loss, momentum",
+    [1, 3, 10],
+    [0.8, 1.0],  # box far, box near
+    ["margin", "cross_entropy", "dlr"],
+    [0.0, 0.5, 1.0],
+)
 def test_the_iterative_method_on_a_linear_model_ends_in_the_corner_of_the_cube(
     steps: int, contrast: float, loss: str, momentum: float
 ) -> None:
@@ -826,15 +827,13 @@ def test_the_iterative_method_draws_nothing() -> None:
 @pytest.mark.parametrize("attack", [pgd, bim])
 def test_momentum_is_a_fraction(attack: Attack, momentum: float) -> None:
     model, images = NETWORKS["pooling"]()
-    with untouched(model, images), pytest.raises(ValueError, match=r"^momentum is .*; accepted"):
+    with untouched(model, images), pytest.raises(ValueError, match=r"^momentum must be between 0 and 1, got"):
         attack(model, images, torch.tensor([0, 1, 2]), momentum=momentum)
 
 
 @pytest.mark.parametrize("attack", [fgsm, bim, pgd])
 @pytest.mark.parametrize(("eps", "stored"), [(0.4 / 255, False), (1.6 / 255, True)], ids=["lost", "kept"])
-def test_8_bit_success_is_what_png_files_say(
-    tmp_path: Path, attack: Attack, eps: float, stored: bool
-) -> None:
+def test_8_bit_success_is_that_of_png_files(tmp_path: Path, attack: Attack, eps: float, stored: bool) -> None:
     image_module = pytest.importorskip("PIL.Image")
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3, 12, 10, generator=generator)
@@ -903,7 +902,7 @@ def test_the_seed_of_every_image_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("attack", [fgsm, bim, pgd, ensemble])
 @pytest.mark.parametrize("budget", [0.1, "linf", None], ids=str)
-def test_what_is_no_budget_is_refused_by_name(attack: Any, budget: Any) -> None:
+def test_an_invalid_budget_is_refused_by_name(attack: Any, budget: Any) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2)).eval()
     with pytest.raises(ValueError, match=r"budget must be a budget such as Linf"):
         attack(model, torch.rand(1, 3, 4, 4), torch.tensor([0]), budget=budget)

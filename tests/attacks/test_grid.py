@@ -151,7 +151,7 @@ class Lead(nn.Module):
 
 
 @pytest.mark.parametrize("attack", [ATTACKS["fmn"], ATTACKS["fmn in L2"], ATTACKS["carlini_wagner"]])
-def test_what_cannot_fool_on_the_grid_comes_back_as_it_was_and_is_no_success_there(attack: Attack) -> None:
+def test_an_image_that_cannot_fool_on_the_grid_is_returned_unchanged_as_a_failure(attack: Attack) -> None:
     """A network that is fooled only between levels."""
     model = Between().eval()
     images = levels_of(random_images(3, 3, 6, 6))
@@ -188,7 +188,7 @@ def test_files_keep_within_the_budget_and_success_is_theirs(budget: Budget, betw
     before = levels_of(images)
     assert torch.equal(files, levels_of(files))
     assert bool(fits.all())
-    assert bool((budget.size(files - before, before) <= budget.eps * (1 + 1e-5) + 1e-6).all())  # type: ignore[attr-defined]
+    assert bool((budget.distance(files - before, before) <= budget.eps * (1 + 1e-5) + 1e-6).all())  # type: ignore[attr-defined]
     assert bool(((files - result.adversarial).abs() <= 1 / 255 + 1e-6).all())
     assert result.success_8bit is not None
     assert torch.equal(result.success_8bit, predicted(model, round_trip(files)) != labels)

@@ -1,4 +1,4 @@
-"""Linear models, where every budget has an optimum that something else can find; planted weaknesses; best attempts."""
+"""Linear models, whose optimum in every budget is known otherwise; planted weaknesses; best attempts."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_a_budget_of_ones_own_may_leave_the_region_to_the_attack(
 
 @pytest.mark.parametrize("stop_early", [False, True])
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
-def test_where_nothing_can_succeed_the_best_attempt_is_kept(budget: Budget, stop_early: bool) -> None:
+def test_where_nothing_can_succeed_the_best_attempt_is_returned(budget: Budget, stop_early: bool) -> None:
     model, images, _ = linear(3, 16, 12)
 
     class Sure(nn.Module):
@@ -211,7 +211,7 @@ def test_where_nothing_can_succeed_the_best_attempt_is_kept(budget: Budget, stop
 
 @pytest.mark.parametrize("targeted", [False, True])
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
-def test_a_batch_that_is_misread_as_it_is_costs_one_step_and_comes_back_unchanged(
+def test_a_batch_that_is_misclassified_already_costs_one_step_and_comes_back_unchanged(
     budget: Budget, targeted: bool
 ) -> None:
     model, images = NETWORKS["normalized"]()
@@ -245,7 +245,7 @@ def test_progress_ends_at_one_wherever_the_images_leave(pooling: Made, falls: bo
 
 
 @pytest.mark.parametrize("name", ["flat, gray, two classes, not square", "pooling"])
-def test_8_bit_success_of_a_batch_is_what_its_files_say(tmp_path: Path, name: str) -> None:
+def test_8_bit_success_of_a_batch_is_that_of_its_files(tmp_path: Path, name: str) -> None:
     pictures = pytest.importorskip("PIL.Image")
     network, _ = NETWORKS[name]()
     _, example = NETWORKS[name]()

@@ -1,4 +1,4 @@
-"""What an SSIM budget bounds and what windows show are two numbers under two names."""
+"""The quantity that an SSIM budget bounds and the one that windows show have two names."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_spent_budget_is_its_definition_and_no_mean_over_windows(
     assert "ssim" not in table
 
 
-def test_other_budgets_spend_none_and_what_was_spent_is_kept(pooling: Made, tmp_path: Path) -> None:
+def test_other_budgets_spend_none_and_the_spent_budget_is_saved(pooling: Made, tmp_path: Path) -> None:
     model, images = pooling
     labels = model(images).argmax(1)
     for budget in (Linf(0.03), L2(0.5)):

@@ -1,4 +1,4 @@
-"""The pixel sweep against brute force, a planted trigger, and the search that it is the oracle of."""
+"""The pixel sweep against brute force, a planted trigger, and searches, whose oracle it is."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def test_the_color_named_reaches_the_margin_named() -> None:
         with torch.no_grad():
             logits = model(edited)
         own = logits.gather(1, labels[:, None])[:, 0]
-        rival = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
-        torch.testing.assert_close(found.margin[:, row, column], own - rival, atol=1e-5, rtol=1e-4)
+        competing = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+        torch.testing.assert_close(found.margin[:, row, column], own - competing, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("early", [True, False])
@@ -159,8 +159,8 @@ def test_bad_colors_get_one_sentence() -> None:
     with pytest.raises(ValueError, match="did you mean 'corners'"):
         pixel_sweep(model, images, labels, colors="corner")
     with pytest.raises(
-        ValueError, match=r"colors is \(2, 1\); accepted is 'corners', 'refined' or a float tensor"
+        ValueError, match=r"colors must be corners, refined or a float tensor \(K, 3\), got \(2, 1\)"
     ):
         pixel_sweep(model, images, labels, colors=torch.rand(2, 1))
-    with pytest.raises(ValueError, match="colors leave"):
+    with pytest.raises(ValueError, match="colors must be between 0 and 1"):
         pixel_sweep(model, images, labels, colors=torch.rand(2, 3) + 1)

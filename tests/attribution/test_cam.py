@@ -1,4 +1,4 @@
-"""Class activation against hand computations, on networks that come in every form."""
+"""Class activation against computations by hand, on networks of every form."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_a_named_layer_is_read_as_it_came_out(pooling: Made, layer: str, wrapped
     [
         ("brunch", r"layer must .*got 'brunch' \(did you mean 'branch'\?"),
         ("nothing like it", r"layer must be one of stem.*got 'nothing like it'"),
-        ("head", r"layer 'head' returns \(1, 4\), which is no map of an image of 20 x 20"),
+        ("head", r"layer must return a map of an image of 20 x 20, got 'head', which returns \(1, 4\)"),
         ("unused", r"layer must run and return a tensor, got 'unused'"),
     ],
 )
@@ -177,11 +177,11 @@ def test_a_layer_that_cannot_be_used_is_refused_with_advice(pooling: Made, layer
         ("classes", torch.tensor([0, 1])),
         ("classes", torch.tensor([0.0, 1.0, 2.0])),
         ("images", torch.rand(3, 20, 20)),
-        ("registration", "resized"),
+        ("alignment", "resized"),
         ("model", None),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(pooling: Made, argument: str, value: Any) -> None:
+def test_a_wrong_argument_is_refused_by_name(pooling: Made, argument: str, value: Any) -> None:
     model, images = pooling
     arguments = {"model": model, "images": images, "classes": CLASSES, argument: value}
     with pytest.raises(ValueError, match=f"{argument}.*(accepted|must)"):
@@ -268,18 +268,18 @@ def test_an_exported_network_gets_the_same_map(name: str, batch: int | None, tmp
     torch.testing.assert_close(class_activation(exported, images, CLASSES), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("registration", ["resize", "receptive_field", "effective"])
+@pytest.mark.parametrize("alignment", ["resize", "receptive_field", "effective"])
 def test_an_images_map_depends_on_no_neighbor_and_leaves_the_model_alone(
-    any_model: Made, registration: str
+    any_model: Made, alignment: str
 ) -> None:
     model, images = any_model
     with untouched(model, images, CLASSES):
-        together = class_activation(model, images, CLASSES, registration=registration)
+        together = class_activation(model, images, CLASSES, alignment=alignment)
     assert together.shape == (3, 1, *images.shape[2:])
     assert not together.requires_grad
     for index in (2, 0, 1):
         one = slice(index, index + 1)
-        alone = class_activation(model, images[one], CLASSES[one], registration=registration)
+        alone = class_activation(model, images[one], CLASSES[one], alignment=alignment)
         torch.testing.assert_close(together[one], alone, rtol=1e-4, atol=1e-5)
         assert bool(alone.any())
 
@@ -374,16 +374,16 @@ class FailingOnce(nn.Module):
 
 
 @pytest.mark.parametrize("fail_at", [1, 2, 3])
-@pytest.mark.parametrize("registration", ["receptive_field", "effective"])
+@pytest.mark.parametrize("alignment", ["receptive_field", "effective"])
 @pytest.mark.parametrize("layer", [None, "network.stem"])
 def test_after_a_failure_no_hook_and_no_mode_is_left(
-    pooling: Made, layer: str | None, registration: str, fail_at: int
+    pooling: Made, layer: str | None, alignment: str, fail_at: int
 ) -> None:
     network, images = pooling
     expected = class_activation(FailingOnce(network, 0).eval(), images, CLASSES, layer=layer)
     model = FailingOnce(network, fail_at).eval()
     with untouched(model, images), pytest.raises(RuntimeError, match="out of memory, say"):
-        class_activation(model, images, CLASSES, layer=layer, registration=registration)
+        class_activation(model, images, CLASSES, layer=layer, alignment=alignment)
     assert torch.overrides._get_current_function_mode_stack() == []
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
     torch.testing.assert_close(

@@ -58,7 +58,7 @@ def test_tokens_are_laid_out_as_the_grid_of_patches_behind_their_prefix(
         (1 + 4 * 6, (16, 24), (4, 6, 1)),
     ],
 )
-def test_tokens_of_well_known_networks_are_laid_out_rightly(
+def test_tokens_of_well_known_networks_are_laid_out_correctly(
     tokens: int, size: tuple[int, int], expected: tuple[int, int, int]
 ) -> None:
     layout = Layout.of(torch.zeros(1, tokens, 8), torch.zeros(1, 3, *size))
@@ -83,7 +83,7 @@ def test_maps_are_recognized_with_channels_first_and_last(
     [(1, 64), (1, 64, 1, 1), (1, 401, 64), (1, 8, 30, 8), (1, 2, 3, 4, 5), (64,), ()],
     ids=str,
 )
-def test_what_has_another_aspect_ratio_is_no_map(shape: tuple[int, ...]) -> None:
+def test_another_aspect_ratio_is_not_a_map(shape: tuple[int, ...]) -> None:
     assert Layout.of(torch.zeros(shape), torch.zeros(1, 3, 64, 160)) is None
 
 

@@ -1,18 +1,20 @@
-"""Small pictures, small networks, and what it means that two runs are the same."""
+"""Small pictures and networks, runs audited once per session, and assertions that two runs are the same."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from weakspot.audit import AttackPlan, ModelPlan, Plan, Run
+from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, open_run
 from weakspot.audit.store.digests import file_digest
 from weakspot.audit.store.records import TIMES
 
@@ -86,12 +88,31 @@ FILES = [
     "shards",
     "skipped.parquet",
 ]  # of a whole run
+QUICK: dict[str, Any] = {"attacks": (AttackPlan("pgd", settings=(("steps", 2),)),), "analyses": ()}
 TINY = ModelPlan("audited_networks:build", size=(24, 24), classes=("cat", "dog", "fish", "owl"))
+
+
+Audited = Callable[[str, Plan, Path], Run]
+
+
+@pytest.fixture(scope="session")
+def audited(tmp_path_factory: pytest.TempPathFactory) -> Audited:
+    """Audit a plan once per session under a name, and give each test a copy that it may change."""
+    runs: dict[str, Path] = {}
+
+    def copy_of(name: str, plan: Plan, folder: Path) -> Run:
+        if name not in runs:
+            runs[name] = tmp_path_factory.mktemp(name) / "run"
+            audit(plan, runs[name])
+        shutil.copytree(runs[name], folder)
+        return open_run(folder)
+
+    return copy_of
 
 
 @pytest.fixture
 def networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with audited_networks.py, which can be imported and is the working directory."""
+    """A folder with audited_networks.py, on the module path and the working directory."""
     (tmp_path / "audited_networks.py").write_text(NETWORKS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -132,14 +153,24 @@ def small_plan(*sources: Path | str, **changes: object) -> Plan:
     return Plan(**{**plan, **changes})  # type: ignore[arg-type]
 
 
+def audit_pictures(folder: Path, **changes: object) -> Path:
+    """The folder of a complete audit of 14 pictures; its records equal those of any other folder."""
+    (folder / "audited_networks.py").write_text(NETWORKS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        audit(small_plan(draw_pictures(folder / "pictures", 14), **changes), folder / "whole")
+        sys.modules.pop("audited_networks", None)
+    return folder / "whole"
+
+
 def same_records(one: Run, other: Run) -> None:
-    """Asserts that all records are the same to the last bit, times apart."""
+    """Assert that all records but their times are bit-equal."""
     left, right = (run.records.drop(columns=list(TIMES)) for run in (one, other))
     pd.testing.assert_frame_equal(left, right, check_exact=True)
 
 
 def store_records(folder: Path, records: pd.DataFrame) -> None:
-    """Writes other records into a whole run, as if an audit had found them."""
+    """Replace the records of a complete run, with their digest."""
     records.to_parquet(folder / "records.parquet")
     about = json.loads((folder / "run.json").read_text())
     about["checksums"]["records.parquet"] = file_digest(folder / "records.parquet")
@@ -147,7 +178,7 @@ def store_records(folder: Path, records: pd.DataFrame) -> None:
 
 
 def same_maps(one: Run, other: Run) -> None:
-    """Asserts that all maps are the same to the last bit."""
+    """Assert that all maps are bit-equal."""
     assert list(one.maps) == list(other.maps)
     for name, stored in one.maps.items():
         np.testing.assert_array_equal(stored[:], other.maps[name][:], err_msg=name)

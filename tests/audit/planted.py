@@ -1,4 +1,4 @@
-"""Pictures with one bright quarter each, and networks that depend on it, on every pixel alike, or on the middle."""
+"""Pictures with one bright quarter, and networks that depend on it, on all pixels equally, or on the middle."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Central(Evidence):
 
 
 def spot():
-    # What is brighter than one half counts, all else for a twentieth.
+    # Brightness above one half counts fully, the rest counts one twentieth.
     generator = torch.Generator().manual_seed(0)
     return Spot(20.0, 0.5, 0.05, 0.95 + 0.1 * torch.rand(24, 24, generator=generator)).eval()
 
@@ -63,7 +63,7 @@ def even():
 
 
 def central():
-    # Every image is weak in the middle, whatever it shows.
+    # Every image is weak in the middle, independent of its content.
     axis = torch.linspace(-1, 1, 24)
     return Central(20.0, 0.0, 1.0, torch.exp(-4 * (axis[:, None] ** 2 + axis[None] ** 2))).eval()
 """
@@ -71,7 +71,7 @@ def central():
 
 @pytest.fixture
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with quarter_networks.py, which can be imported and is the working directory."""
+    """A folder with quarter_networks.py, on the module path and the working directory."""
     (tmp_path / "quarter_networks.py").write_text(NETWORKS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -80,7 +80,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def draw_quarters(folder: Path, count: int) -> Path:
-    """Pictures of which one quarter is bright, all four equally often, brighter and darker."""
+    """Pictures with one bright quarter (each of the four equally often) of varying brightness."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for number in range(count):
@@ -93,7 +93,7 @@ def draw_quarters(folder: Path, count: int) -> Path:
 
 
 def planted_plan(source: Path, network: str, **changes: object) -> Plan:
-    """PGD in the quarter of most evidence, beside its controls."""
+    """PGD in the quarter with the most evidence, and in its controls."""
     usual = {
         "sources": (str(source),),
         "model": ModelPlan(f"quarter_networks:{network}", size=SIZE),

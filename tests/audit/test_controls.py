@@ -1,4 +1,4 @@
-"""Controls of regions: a weak region is found, neither an even network nor the middle of images is accused."""
+"""Controls of regions: a weak region is found; neither an even network nor the middle of images is accused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from weakspot.audit.findings.contrasts import (
 )
 from weakspot.audit.findings.distributions import class_distributions, distributions, extremes
 from weakspot.audit.plan.image_list import list_images
-from weakspot.audit.store.records import TIMES
 from weakspot.audit.work.batches import AuditModel
 from weakspot.audit.work.preparation import load_planned
 from weakspot.audit.work.shard_images import Donors, ShardImages
@@ -193,17 +192,14 @@ def pictured(quarters: Path, **changes: Any) -> Run:
     return audit(planted_plan(quarters, "spot", **{"limit": 18, **changes}), quarters.parent / name)
 
 
-def test_shards_batches_and_a_second_start_change_no_control(quarters: Path) -> None:
-    whole = pictured(quarters, shard=18, maps=True)
-    for other in (pictured(quarters, shard=4), pictured(quarters, shard=6, control_images=2)):
-        both = [
-            run.records.drop(columns=list(TIMES)).set_index(["image", "region"])[
-                ["region_fraction", "success", "linf", "l2"]
-            ]
-            for run in (whole, other)
-        ]
-        assert len(both[1]) == 18 * len(other.plan.regions)
-        pd.testing.assert_frame_equal(both[0].reindex(both[1].index), both[1], rtol=1e-3)
+def test_controls_are_independent_of_shards_batches_and_interruptions(quarters: Path) -> None:
+    whole, other = pictured(quarters, shard=18), pictured(quarters, shard=6, control_images=2)
+    both = [
+        run.records.set_index(["image", "region"])[["region_fraction", "success", "linf", "l2"]]
+        for run in (whole, other)
+    ]
+    assert len(both[1]) == 18 * len(other.plan.regions)
+    pd.testing.assert_frame_equal(both[0].reindex(both[1].index), both[1], rtol=1e-3)
 
     def stop(standing: Any) -> None:
         if standing.done >= 8:
@@ -235,7 +231,7 @@ def donors_of(quarters: Path, run: Run) -> tuple[Donors, Any, Iterator[tuple[int
     return machine.donors, make, each
 
 
-def test_the_regions_are_those_of_other_images(quarters: Path) -> None:
+def test_controls_are_the_regions_of_other_images(quarters: Path) -> None:
     run = audit(planted_plan(quarters, "spot", maps=True, control_images=3), quarters.parent / "run")
     donors, make, each = donors_of(quarters, run)
     own: dict[int, torch.Tensor] = {}
@@ -252,12 +248,12 @@ def test_the_regions_are_those_of_other_images(quarters: Path) -> None:
             assert not (seen & ~mask[0].numpy()).any()
             assert seen.sum() > 0.8 * int(mask.sum())
             assert any(torch.equal(mask, other) for n, other in own.items() if n != number)
-    # Four quarters: were an image its own donor, more of its draws would be its own region.
+    # One in four pictures has its bright quarter in the same place; more would mean that images are their own donors.
     alike = np.mean([torch.equal(mask, own[number]) for number, masks in drawn.items() for mask in masks])
     assert 0.1 < alike < 0.4
 
 
-def test_copies_unreadable_images_and_regions_of_other_areas_are_passed_over(quarters: Path) -> None:
+def test_copies_unreadable_images_and_other_areas_are_no_donors(quarters: Path) -> None:
     files = sorted(quarters.glob("*.png"))
     few = quarters.parent / "few"
     few.mkdir()
@@ -270,7 +266,7 @@ def test_copies_unreadable_images_and_regions_of_other_areas_are_passed_over(qua
     first, second = (("copy0.png", f"other:cam#{number}") for number in (1, 2))
     assert pd.notna(records["success"][first])
     assert pd.isna(records["success"][second])
-    assert records["trouble"][second] == "fewer than 2 other images have a region cam of similar area"
+    assert records["error"][second] == "fewer than 2 other images have a region cam of similar area"
     assert all("none, because it needs 40 images" in sentence for sentence in summarize(run).regions)
     assert summarize(run).cells[0].errors == 0
     listing = list_images(run.plan.sources, (), 2, labels="predictions")
@@ -297,7 +293,7 @@ def test_backgrounds_are_controlled_by_backgrounds_of_their_area(quarters: Path)
     assert ((known - own[known.index]).abs() <= 0.1 * own[known.index] + 1e-9).all()
 
 
-def test_regions_of_other_images_are_in_no_other_number(quarters: Path) -> None:
+def test_regions_of_other_images_count_only_as_controls(quarters: Path) -> None:
     attacks = tuple(AttackPlan("pgd", f"linf:{eps}/255", (("steps", 2),)) for eps in (4, 8))
     plan = planted_plan(
         quarters, "spot", limit=10, attacks=attacks, maps=True, analyses=("overlap",), control_images=1
@@ -318,7 +314,7 @@ def test_regions_of_other_images_are_in_no_other_number(quarters: Path) -> None:
     assert adversarial["of"].sum() == (without["success"] & without["correct"]).sum()
 
 
-def test_a_gray_picture_of_another_shape_has_donors_too(planted: Path) -> None:
+def test_gray_pictures_of_other_shapes_have_donors(planted: Path) -> None:
     folder = planted / "odd"
     folder.mkdir()
     rng = np.random.default_rng(1)
@@ -330,8 +326,8 @@ def test_a_gray_picture_of_another_shape_has_donors_too(planted: Path) -> None:
     assert run.info.model.input_size == (SIDE, SIDE)
 
 
-def test_a_donor_whose_file_is_missing_is_named_so_that_the_image_is_attacked_again(quarters: Path) -> None:
-    """Otherwise an audit resumed without some of its files would end with other controls than one that had them."""
+def test_a_missing_donor_makes_its_image_missing(quarters: Path) -> None:
+    """Otherwise an audit resumed without some files would get other controls than one that had them."""
     run = audit(planted_plan(quarters, "spot"), quarters.parent / "run")
     listing = list_images(run.plan.sources, (), 2, labels="predictions")
     own = torch.zeros(1, *SIZE, dtype=torch.bool)

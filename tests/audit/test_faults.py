@@ -1,4 +1,4 @@
-"""Faults of models and attacks: said of the image, or of the model, and never the end of an audit or an open gate."""
+"""Faults of models and attacks: an error of the image, a remark on the model, never a crash or an open gate."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from torch.nn import functional as F
 
 
 class Odd(Tiny):
-    # Raises on dark images, or does what else it was made for.
+    # Raises on dark images, or applies a function to its logits.
     def __init__(self, error=None, act=None):
         super().__init__()
         self.error, self.act, self.calls = error, act, 0
@@ -60,7 +60,7 @@ class Odd(Tiny):
 
 
 class Flat(Tiny):
-    # Raises on the probe images, too, which are all but flat.
+    # Also raises on the probe images, which have strong contrasts.
     def forward(self, images):
         if bool((images.std((1, 2, 3)) > 0.2).any()):
             raise RuntimeError("not flat")
@@ -112,7 +112,7 @@ def leaves():
 
 @pytest.fixture
 def odd(pictures: Path) -> Path:
-    """The pictures, one of them dark, and networks to which that matters."""
+    """The pictures, one of them dark, and networks that fail on it."""
     (pictures.parent / "audited_networks.py").write_text(NETWORKS + ODD)
     Image.new("RGB", (24, 24), (3, 3, 3)).save(pictures / "dog/dark.png")
     return pictures
@@ -127,7 +127,7 @@ def plan_of(odd: Path, factory: str, **changes: Any) -> Plan:
 
 
 @pytest.mark.parametrize(
-    ("factory", "said"),
+    ("factory", "reason"),
     [
         ("runtime", "RuntimeError: odd image"),
         ("exits", "ModelError: Odd raised SystemExit: 0; a model must not end the process"),
@@ -136,26 +136,26 @@ def plan_of(odd: Path, factory: str, **changes: Any) -> Plan:
         ("strange", "ModelError: Odd raised Odder: odd; a model must not end the process"),
     ],
 )
-def test_an_image_on_which_the_model_raises_is_said_in_its_row(odd: Path, factory: str, said: str) -> None:
+def test_an_exception_of_the_model_is_an_error_in_the_row(odd: Path, factory: str, reason: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = audit(plan_of(odd, factory), odd.parent / "found")
-    assert found.complete
-    records = found.records
+        run = audit(plan_of(odd, factory), odd.parent / "found")
+    assert run.complete
+    records = run.records
     assert len(records) == 15
-    (row,) = records[records["trouble"].notna()].itertuples()
-    assert (row.image, row.trouble) == ("dog/dark.png", f"a pass through Odd: {said}")
+    (row,) = records[records["error"].notna()].itertuples()
+    assert (row.image, row.error) == ("dog/dark.png", f"a pass through Odd: {reason}")
     assert records["success"].isna().sum() == 1
     expected = audit(plan_of(odd, "plain"), odd.parent / "expected").records
     others = expected["image"] != "dog/dark.png"
     np.testing.assert_allclose(
         records.loc[others, "margin_clean"], expected.loc[others, "margin_clean"], atol=1e-5
     )
-    assert resume(found.folder).complete
+    assert resume(run.folder).complete
 
 
 def raising(when: int, error: BaseException) -> Any:
-    """pgd that raises on batches that hold an image of that mean in 255ths."""
+    """PGD that raises on batches with an image of this mean gray level."""
 
     def attack(model: nn.Module, images: Tensor, labels: Tensor, **options: Any) -> AttackResult:
         if bool(((images.mean((1, 2, 3)) * 255).round() == when).any()):
@@ -166,7 +166,7 @@ def raising(when: int, error: BaseException) -> Any:
 
 
 @pytest.mark.parametrize("error", [KeyError("odd"), SystemExit(0), OSError("odd"), RecursionError("odd")])
-def test_an_image_on_which_attack_or_analysis_raises_is_said_in_its_row(
+def test_an_exception_of_attack_or_analysis_is_an_error_in_the_row(
     odd: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard, "find_attack", lambda name: Attack.of(name, raising(3, error)))
@@ -179,54 +179,54 @@ def test_an_image_on_which_attack_or_analysis_raises_is_said_in_its_row(
 
     monkeypatch.setattr(shard, "explain", explaining)
     Image.new("RGB", (24, 24), (250, 250, 250)).save(odd / "cat/bright.png")
-    found = audit(plan_of(odd, "plain", analyses=("ssim",)), odd.parent / "found")
-    assert found.complete
-    troubles = found.records.set_index("image")["trouble"].dropna()
-    assert set(troubles.index) == {"dog/dark.png", "cat/bright.png"}
-    assert troubles["dog/dark.png"].startswith("attack pgd in region none: ")
-    assert troubles["cat/bright.png"].startswith("analyses ssim: ")
-    assert found.records.set_index("image")["success"].isna().tolist().count(True) == 1
+    run = audit(plan_of(odd, "plain", analyses=("ssim",)), odd.parent / "found")
+    assert run.complete
+    errors = run.records.set_index("image")["error"].dropna()
+    assert set(errors.index) == {"dog/dark.png", "cat/bright.png"}
+    assert errors["dog/dark.png"].startswith("attack pgd in region none: ")
+    assert errors["cat/bright.png"].startswith("analyses ssim: ")
+    assert run.records.set_index("image")["success"].isna().tolist().count(True) == 1
 
 
-def test_a_whole_shard_of_odd_images_does_not_stop_the_audit(odd: Path) -> None:
+def test_a_shard_of_failing_images_does_not_stop_the_audit_and_shuts_gates(odd: Path) -> None:
     for number in range(8):
         Image.new("RGB", (24, 24), (number % 4, 3, 3)).save(odd / f"cat/0-{number}.png")
-    found = audit(plan_of(odd, "runtime"), odd.parent / "found")
-    assert found.complete
-    assert found.records["trouble"].notna().sum() == 9
-    assert resume(found.folder).complete
-    # Judged by the others alone, the gate would open.
-    summary = summarize(found)
-    rows, robust = cell_table(found, summary), summary.cells[0].robust_accuracy
+    run = audit(plan_of(odd, "runtime"), odd.parent / "found")
+    assert run.complete
+    assert run.records["error"].notna().sum() == 9
+    assert resume(run.folder).complete
+    # The other images alone would pass these gates.
+    summary = summarize(run)
+    rows, robust = cell_table(run, summary), summary.cells[0].robust_accuracy
     for condition, shut in (
-        (f"robust_accuracy < {robust - 0.01}", True),  # the nine may have fallen
-        (f"robust_accuracy > {robust + 0.01}", True),  # or withstood
+        (f"robust_accuracy < {robust - 0.01}", True),  # the nine may have been fooled
+        (f"robust_accuracy > {robust + 0.01}", True),  # or not
         (f"clean_accuracy < {summary.clean_accuracy - 0.01}", True),
         (f"robust_accuracy < {robust * 14 / 23 - 0.01}", False),
         ("images < 14", False),
     ):
         (alone,) = judge([condition], rows, str)
-        (verdict,) = judge([condition], rows, str, others=unknown_cases(found, rows))
+        (verdict,) = judge([condition], rows, str, others=unknown_cases(run, rows))
         assert not alone.failed
         assert verdict.failed == shut, verdict
 
 
-def test_a_model_that_raises_on_the_probe_images_is_audited_all_the_same(networks: Path) -> None:
+def test_a_model_that_raises_on_probe_images_is_audited(networks: Path) -> None:
     (networks / "audited_networks.py").write_text(NETWORKS + ODD)
     rng = np.random.default_rng(0)
     for number in range(6):
         noise = rng.integers(0, 256 if number == 2 else 9, (24, 24, 3), dtype=np.uint8)
         (networks / "flat").mkdir(exist_ok=True)
         Image.fromarray(noise).save(networks / f"flat/{number}.png")
-    found = audit(plan_of(networks / "flat", "flat", shard=2), networks / "found")
-    assert found.records["success"].isna().tolist() == [False, False, True, False, False, False]
-    assert found.remarks == ()
+    run = audit(plan_of(networks / "flat", "flat", shard=2), networks / "found")
+    assert run.records["success"].isna().tolist() == [False, False, True, False, False, False]
+    assert run.remarks == ()
     alone = audit(plan_of(networks / "flat/2.png", "flat"), networks / "alone")
-    assert alone.records["trouble"].tolist() == ["a pass through Flat: RuntimeError: not flat"]
+    assert alone.records["error"].tolist() == ["a pass through Flat: RuntimeError: not flat"]
 
 
 @pytest.mark.parametrize("size", [None, 1])
-def test_what_fails_on_neutral_images_too_stops_at_once(
+def test_an_attack_that_also_fails_on_neutral_images_stops_the_audit(
     odd: Path, size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def attack(*_: Any, **__: Any) -> AttackResult:
@@ -258,7 +258,7 @@ def test_a_model_cannot_end_the_process(error: BaseException) -> None:
         load(factory)
 
 
-def test_an_interrupt_is_the_users() -> None:
+def test_keyboard_interrupts_pass_through() -> None:
     class Interrupted(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             raise KeyboardInterrupt
@@ -270,11 +270,11 @@ def test_an_interrupt_is_the_users() -> None:
 # --- which model
 
 
-def cut_off(plan: Plan, out: Path, factory: str) -> Path:
-    """An audit of one shard by the plan's model; run.json then names another."""
+def interrupted(plan: Plan, out: Path, factory: str) -> Path:
+    """An audit interrupted after one shard, whose run.json then names another model."""
 
-    def watch(standing: AuditProgress) -> None:
-        if standing.done > 4:
+    def watch(progress: AuditProgress) -> None:
+        if progress.done > 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -286,17 +286,17 @@ def cut_off(plan: Plan, out: Path, factory: str) -> Path:
 
 
 @pytest.mark.parametrize("factory", ["scaled", "slightly", "dropout"])
-def test_the_same_weights_used_otherwise_do_not_go_on(odd: Path, factory: str) -> None:
-    out = cut_off(plan_of(odd, "plain"), odd.parent / "found", factory)
+def test_an_audit_does_not_continue_with_other_logits(odd: Path, factory: str) -> None:
+    out = interrupted(plan_of(odd, "plain"), odd.parent / "found", factory)
     with pytest.raises(
         ValueError, match=r"has the same weights .* but returns other logits, so its code"
-    ) as told:
+    ) as raised:
         resume(out)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
-def test_last_digits_are_no_other_model(odd: Path) -> None:
-    out = cut_off(plan_of(odd, "plain"), odd.parent / "found", "rounded")
+def test_rounding_differences_are_the_same_model(odd: Path) -> None:
+    out = interrupted(plan_of(odd, "plain"), odd.parent / "found", "rounded")
     assert resume(out).complete
 
 
@@ -311,7 +311,7 @@ def test_another_normalization_is_another_model() -> None:
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 @pytest.mark.parametrize("shift", [0.0, 1e3])
-def test_the_tolerance_goes_with_the_spread_of_the_logits(scale: float, shift: float) -> None:
+def test_the_tolerance_scales_with_the_spread_of_the_logits(scale: float, shift: float) -> None:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).double().eval()
 
@@ -334,7 +334,7 @@ def test_the_tolerance_goes_with_the_spread_of_the_logits(scale: float, shift: f
     assert replace(same, device="cuda").agrees(close)
 
 
-def test_probing_leaves_the_model_and_the_random_numbers_alone(odd: Path) -> None:
+def test_probing_changes_neither_model_nor_random_state(odd: Path) -> None:
     network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Dropout(), nn.Linear(12, 3))
     state = {name: value.clone() for name, value in network.state_dict().items()}
     torch.manual_seed(3)
@@ -357,20 +357,20 @@ def test_probing_leaves_the_model_and_the_random_numbers_alone(odd: Path) -> Non
         ("plain", None),
     ],
 )
-def test_a_model_that_does_not_stay_the_same_is_named(odd: Path, factory: str, sentence: str | None) -> None:
+def test_a_model_that_changes_is_remarked(odd: Path, factory: str, sentence: str | None) -> None:
     changes = {"regions": ("none", "cam"), "analyses": ("overlap",)} if sentence is None else {}
-    found = audit(plan_of(odd, factory, **changes), odd.parent / "found")
+    run = audit(plan_of(odd, factory, **changes), odd.parent / "found")
     expected = () if sentence is None else (sentence,)
-    assert found.remarks == summarize(found).remarks == expected
-    assert json.loads((found.folder / "run.json").read_text())["remarks"] == list(expected)
+    assert run.remarks == summarize(run).remarks == expected
+    assert json.loads((run.folder / "run.json").read_text())["remarks"] == list(expected)
     if sentence is None:
         return
-    assert f"{found.name}: {sentence}" in compare(found, found).remarks
+    assert f"{run.name}: {sentence}" in compare(run, run).remarks
     if sentence == CHANGED:
-        assert CHANGED in write_run_report(found, odd.parent / "page.html").read_text()
+        assert CHANGED in write_run_report(run, odd.parent / "page.html").read_text()
 
 
-def test_a_comparison_says_that_the_same_weights_were_used_otherwise(odd: Path) -> None:
+def test_a_comparison_remarks_other_logits_of_the_same_weights(odd: Path) -> None:
     plain, scaled = (audit(plan_of(odd, name), odd.parent / name) for name in ("plain", "scaled"))
     assert (
         "both runs use the same weights, but the model computes something else with them"
@@ -386,10 +386,10 @@ def test_a_worker_sends_an_exit_as_an_error() -> None:
     assert (type(sent), str(sent)) == (RuntimeError, "SystemExit: 0")
 
 
-def test_maps_of_troubled_images_are_missing(odd: Path) -> None:
-    found = audit(plan_of(odd, "runtime"), odd.parent / "found")
-    place = found.records["image"].tolist().index("dog/dark.png")
-    assert (found.maps["adversarial"][place] == 255).all()
+def test_maps_of_failed_images_are_missing(odd: Path) -> None:
+    run = audit(plan_of(odd, "runtime"), odd.parent / "found")
+    place = run.records["image"].tolist().index("dog/dark.png")
+    assert (run.maps["adversarial"][place] == 255).all()
     again = audit(plan_of(odd, "runtime"), odd.parent / "again", batch_size=3)
-    same_records(found, again)
-    same_maps(found, again)
+    same_records(run, again)
+    same_maps(run, again)

@@ -14,17 +14,26 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tests.audit.fixtures import draw_pictures, networks, pictures, small_plan, store_records  # noqa: F401 - fixtures
+from tests.audit.fixtures import (
+    Audited,
+    audited,
+    draw_pictures,
+    networks,
+    pictures,
+    small_plan,
+    store_records,
+)
 from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, open_run, summarize
-from weakspot.audit.findings.cells import CellSummary
 from weakspot.audit.findings.comparison import compare
 from weakspot.audit.findings.contrasts import WEAK, contrast_sentences, region_contrasts
 from weakspot.audit.findings.curves import budget_curves
 from weakspot.audit.findings.locations import score_findings
+from weakspot.audit.findings.outcomes import CellSummary
 from weakspot.audit.findings.summary import strongest_attack_sentence
 from weakspot.regions.spec import RegionSpec
 from weakspot.statistics import false_discovery, paired_proportion_interval
 
+__all__ = ["audited", "networks", "pictures"]  # fixtures
 QUADRANT = """
 import torch
 from torch import nn
@@ -61,7 +70,7 @@ def rows(frame: pd.DataFrame) -> Iterator[Any]:
 
 
 @pytest.fixture
-def planted(networks: Path) -> Path:  # noqa: F811
+def planted(networks: Path) -> Path:
     """Where a network with a weak quarter, and one without, can be imported; quarter.png is that quarter."""
     (networks / "planted_networks.py").write_text(QUADRANT)
     mask = np.zeros(SIZE, np.uint8)
@@ -91,44 +100,46 @@ def plan_for(folder: Path, network: str, **changes: object) -> Plan:
 
 
 @pytest.fixture
-def weak(planted: Path) -> Run:
-    return audit(plan_for(planted, "quadrant"), planted / "weak")
+def weak(planted: Path, audited: Audited) -> Run:
+    return audited("weak", plan_for(planted, "quadrant"), planted / "weak")
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
-def test_a_planted_weak_place_is_found_and_said(weak: Run) -> None:
-    found = region_contrasts(weak)
-    assert set(found["control"]) == {
+def test_a_planted_weak_place_is_found_and_reported(weak: Run) -> None:
+    contrasts = region_contrasts(weak)
+    assert set(contrasts["control"]) == {
         "shifted"
     }  # a region that is the same in every image has no other images'
-    smallest = found.set_index("attack").loc["fmn"]
+    smallest = contrasts.set_index("attack").loc["fmn"]
     assert smallest["measure"] == "smallest size"
     assert smallest["region_fraction"] == smallest["control_fraction"] == 0.25
     assert smallest["low"] > 0
     assert smallest["q"] < 0.01
     assert smallest["region_value"] < smallest["control_value"]
     assert all(
-        sentence.endswith(PLACE) for sentence in contrast_sentences(found) if sentence.startswith("fmn")
+        sentence.endswith(PLACE) for sentence in contrast_sentences(contrasts) if sentence.startswith("fmn")
     )
     assert any(
-        sentence.endswith(PLACE) for sentence in contrast_sentences(found) if sentence.startswith("pgd")
+        sentence.endswith(PLACE) for sentence in contrast_sentences(contrasts) if sentence.startswith("pgd")
     )
-    assert not any(WEAK in sentence for sentence in contrast_sentences(found))
+    assert not any(WEAK in sentence for sentence in contrast_sentences(contrasts))
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
 def test_a_network_without_a_weak_place_is_not_accused(planted: Path) -> None:
     run = audit(plan_for(planted, "even"), planted / "sound")
-    found = region_contrasts(run)
-    assert (found["q"] > 0.05).all()
-    assert not any("weaker place" in sentence or WEAK in sentence for sentence in contrast_sentences(found))
+    contrasts = region_contrasts(run)
+    assert (contrasts["q"] > 0.05).all()
+    assert not any(
+        "weaker place" in sentence or WEAK in sentence for sentence in contrast_sentences(contrasts)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
 def test_contrasts_are_paired_differences_of_the_records(weak: Run) -> None:
-    found = region_contrasts(weak)
+    contrasts = region_contrasts(weak)
     records = weak.records
-    for row in rows(found[found["measure"] == "fooled"]):
+    for row in rows(contrasts[contrasts["measure"] == "fooled"]):
         sides = [
             records[(records["attack"] == row.attack) & (records["region"] == region)].set_index("index")[
                 "success_8bit"
@@ -138,11 +149,11 @@ def test_contrasts_are_paired_differences_of_the_records(weak: Run) -> None:
         assert (row.region_value, row.control_value) == (sides[0].mean(), sides[1].mean())
         expected = paired_proportion_interval(*(side.to_numpy(bool) for side in sides))
         assert (row.difference, row.low, row.high) == pytest.approx(expected)
-    np.testing.assert_allclose(found["q"], false_discovery(found["p"].to_numpy()))
+    np.testing.assert_allclose(contrasts["q"], false_discovery(contrasts["p"].to_numpy()))
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
-def test_curves_count_the_images_that_fell_at_a_size_or_a_smaller_one(weak: Run) -> None:
+def test_curves_count_images_fooled_up_to_a_size(weak: Run) -> None:
     curves = budget_curves(weak)
     records = weak.records
     assert set(curves["attack"]) == {"fmn", "pgd steps=20"}
@@ -150,20 +161,20 @@ def test_curves_count_the_images_that_fell_at_a_size_or_a_smaller_one(weak: Run)
     for (attack, region), curve in curves.groupby(["attack", "region"]):
         assert curve["size"].is_monotonic_increasing
         assert curve["fooled"].is_monotonic_increasing
-        mine = records[records["region"] == region]
+        selected = records[records["region"] == region]
         last = curve.iloc[-1]
         if attack == "fmn":
-            mine = mine[mine["attack"] == "fmn"]
-            fell = mine["success_8bit"] & (mine["linf"] <= last["size"] * 1.0001)
+            selected = selected[selected["attack"] == "fmn"]
+            fell = selected["success_8bit"] & (selected["linf"] <= last["size"] * 1.0001)
             assert last["fooled"] == fell.mean()
         else:
-            fell = mine[mine["attack"] != "fmn"].groupby("index")["success_8bit"].any()
+            fell = selected[selected["attack"] != "fmn"].groupby("index")["success_8bit"].any()
             assert last["fooled"] == fell.mean()
             assert curve["size"].tolist() == pytest.approx([2 / 255, 8 / 255, 24 / 255])
         assert ((curve["low"] <= curve["fooled"]) & (curve["fooled"] <= curve["high"])).all()
 
 
-def test_a_run_without_controls_budgets_or_analyses_has_no_findings(pictures: Path) -> None:  # noqa: F811
+def test_a_run_without_controls_budgets_or_analyses_has_no_findings(pictures: Path) -> None:
     run = audit(small_plan(pictures, analyses=(), maps=False), pictures.parent / "run")
     assert region_contrasts(run).empty
     assert budget_curves(run).empty
@@ -176,7 +187,7 @@ def test_a_run_without_controls_budgets_or_analyses_has_no_findings(pictures: Pa
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
-def test_an_image_that_falls_in_one_place_only_counts_with_the_largest_size_there(weak: Run) -> None:
+def test_an_image_fooled_in_one_place_counts_with_the_largest_size_elsewhere(weak: Run) -> None:
     records = weak.records
     region = weak.plan.regions[0]
     records = records[records["attack"] == "fmn"].copy()
@@ -194,7 +205,7 @@ def test_an_image_that_falls_in_one_place_only_counts_with_the_largest_size_ther
     assert row.images == 40
 
 
-def test_sizes_are_told_in_the_norm_of_the_attack() -> None:
+def test_sizes_are_given_in_the_norm_of_the_attack() -> None:
     row: dict[str, Any] = dict(  # noqa: C408 - shorter
         attack="fmn", region="cam", control="shifted", draws=1, region_fraction=0.3, control_fraction=0.3, images=40,
         measure="smallest size", norm="linf", region_value=0.002, control_value=0.5, region_censored=0.0,
@@ -216,20 +227,20 @@ def test_the_norm_of_sizes_is_that_of_the_attack_whatever_its_label(planted: Pat
         AttackPlan("fmn", settings=(steps,), label="short"),
         AttackPlan("fmn", settings=(steps, ("norm", "l2"))),
     )
-    found = region_contrasts(audit(plan_for(planted, "quadrant", attacks=attacks), planted / "norms"))
-    assert list(found["norm"]) == ["linf", "l2"]
-    linf, l2 = contrast_sentences(found.assign(difference=[2.0, 1.0]))
+    contrasts = region_contrasts(audit(plan_for(planted, "quadrant", attacks=attacks), planted / "norms"))
+    assert list(contrasts["norm"]) == ["linf", "l2"]
+    linf, l2 = contrast_sentences(contrasts.assign(difference=[2.0, 1.0]))
     assert "/255" in linf
     assert "/255" not in l2
     assert "in L2" in l2
 
 
-def test_where_nothing_fell_no_region_is_called_the_weakest(planted: Path) -> None:
+def test_if_nothing_is_fooled_no_region_is_called_the_weakest(planted: Path) -> None:
     attacks = tuple(AttackPlan("pgd", f"linf:{eps}", (("steps", 1),)) for eps in ("0.0001", "0.0002"))
-    said = summarize(audit(plan_for(planted, "even", attacks=attacks), planted / "strong")).weakest
-    assert said.startswith("No image was fooled by pgd")
-    assert "quarter.png" in said
-    assert "matched" not in said
+    sentence = summarize(audit(plan_for(planted, "even", attacks=attacks), planted / "strong")).weakest
+    assert sentence.startswith("No image was fooled by pgd")
+    assert "quarter.png" in sentence
+    assert "matched" not in sentence
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
@@ -248,9 +259,7 @@ def test_attacks_that_always_succeed_have_no_robust_accuracy_without_one_budget(
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
-def test_findings_of_a_complete_run_are_computed_once_and_belong_to_who_asks(
-    weak: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_findings_of_a_complete_run_are_cached_and_copied(weak: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run = open_run(weak.folder)
     asked: list[str] = []
     own = Run.sql
@@ -274,7 +283,7 @@ def test_findings_of_a_complete_run_are_computed_once_and_belong_to_who_asks(
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
-def test_a_region_where_nothing_falls_has_its_curve_and_its_control_a_least_size(weak: Run) -> None:
+def test_a_place_where_nothing_is_fooled_has_a_flat_curve_and_a_censored_size(weak: Run) -> None:
     records = weak.records
     region = weak.plan.regions[0]
     smallest = records["attack"] == "fmn"
@@ -285,8 +294,8 @@ def test_a_region_where_nothing_falls_has_its_curve_and_its_control_a_least_size
     curves = budget_curves(run)
     (flat,) = rows(curves[(curves["attack"] == "fmn") & curves["control"]])
     assert (flat.size, flat.fooled, flat.images) == (0.1, 0.0, 40)
-    found = region_contrasts(run)
-    (row,) = rows(found[found["attack"] == "fmn"])
+    contrasts = region_contrasts(run)
+    (row,) = rows(contrasts[contrasts["attack"] == "fmn"])
     assert (row.region_censored, row.control_censored) == (0.0, 1.0)
     assert any(
         "confined to the region shifted within the image, at least 26/255" in sentence
@@ -295,7 +304,7 @@ def test_a_region_where_nothing_falls_has_its_curve_and_its_control_a_least_size
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
-def test_an_image_unknown_at_a_smaller_budget_is_in_no_curve(weak: Run) -> None:
+def test_an_image_with_an_unknown_outcome_at_a_smaller_budget_is_in_no_curve(weak: Run) -> None:
     records = weak.records
     lost = (records["attack"] == "pgd linf:8/255 steps=20") & (records["index"] < 10)
     records["success_8bit"] = records["success_8bit"].astype("boolean").mask(lost)
@@ -310,7 +319,7 @@ def test_an_image_unknown_at_a_smaller_budget_is_in_no_curve(weak: Run) -> None:
     }  # the first fell before it was lost
 
 
-def test_no_region_is_ranked_by_what_an_attack_leaves_there() -> None:
+def test_regions_are_listed_in_the_order_of_the_plan() -> None:
     """First the small region is the weaker one by far, then the large one: the sentence is in the plan's order."""
     for left in ((0.3, 0.9), (0.9, 0.3)):
         cells = [
@@ -328,7 +337,7 @@ def test_no_region_is_ranked_by_what_an_attack_leaves_there() -> None:
         )
 
 
-def test_areas_are_those_of_images_that_were_attacked_and_nothing_is_no_robustness(networks: Path) -> None:  # noqa: F811
+def test_a_run_without_any_outcome_has_no_areas_and_no_robustness(networks: Path) -> None:
     draw_pictures(networks / "few", 3)
     plan = small_plan(
         networks / "few", model=ModelPlan("audited_networks:mute", size=SIZE), controls=True, regions=("cam",),

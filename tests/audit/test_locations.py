@@ -10,9 +10,9 @@ import pytest
 import torch
 import zarr
 
-from tests.audit.fixtures import store_records
+from tests.audit.fixtures import Audited, audited, store_records
 from tests.audit.planted import draw_quarters, planted, planted_plan
-from weakspot.audit import AttackPlan, Run, audit, open_run, score_findings
+from weakspot.audit import AttackPlan, Plan, Run, audit, open_run, score_findings
 from weakspot.audit.findings import locations
 from weakspot.audit.findings.locations import IMPORTANCE, VULNERABILITY, location_findings, not_tested_because
 from weakspot.audit.page.finding_sections import finding_section
@@ -22,15 +22,15 @@ from weakspot.audit.store.verification import MapCheck
 from weakspot.explanations.agreement import STATISTICS, agreement
 from weakspot.statistics import other_image_test, run_test
 
-__all__ = ["planted"]  # a fixture
+__all__ = ["audited", "planted"]  # fixtures
 LOOKS = "acts more where the network looks"
 
 
-def looked_at(planted: Path, name: str = "looked", count: int = 24, **changes: object) -> Run:
-    """Attacks on bright quarters, where the network looks, with any pixel free."""
+def looked_plan(planted: Path, count: int = 24, **changes: object) -> Plan:
+    """Attacks on the whole image of bright quarters, where the network looks."""
     usual = {"regions": ("none", "cam"), "controls": False, "analyses": ("overlap",), "maps": True}
     source = draw_quarters(planted / f"quarters{count}", count)
-    return audit(planted_plan(source, "spot", **{**usual, **changes}), planted / name)
+    return planted_plan(source, "spot", **{**usual, **changes})
 
 
 def sentences(run: Run) -> str:
@@ -38,8 +38,8 @@ def sentences(run: Run) -> str:
 
 
 @pytest.fixture
-def looked(planted: Path) -> Run:
-    return looked_at(planted)
+def looked(planted: Path, audited: Audited) -> Run:
+    return audited("looked", looked_plan(planted), planted / "looked")
 
 
 def shuffled(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
@@ -52,10 +52,10 @@ def shuffled(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     return open_run(run.folder)
 
 
-def test_attacks_where_the_network_looks_are_said_to_be(looked: Run) -> None:
-    found = score_findings(looked).set_index(["region", "score"])
+def test_attacks_where_the_network_looks_are_found(looked: Run) -> None:
+    findings = score_findings(looked).set_index(["region", "score"])
     for score in STATISTICS:
-        row: Any = found.loc[("none", score)]
+        row: Any = findings.loc[("none", score)]
         assert row["p"] <= row["q"] < 0.01
         assert row["excess_low"] > 0
         assert row["against"] == "other images"
@@ -64,7 +64,7 @@ def test_attacks_where_the_network_looks_are_said_to_be(looked: Run) -> None:
     assert LOOKS in run_report(looked)
 
 
-def test_attacks_on_unrelated_maps_are_not(looked: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attacks_beside_unrelated_maps_are_not(looked: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run = shuffled(looked, monkeypatch)
     assert (location_findings(run)["p"] > 0.05).all()
     assert (
@@ -74,12 +74,12 @@ def test_attacks_on_unrelated_maps_are_not(looked: Run, monkeypatch: pytest.Monk
     assert LOOKS not in run_report(run)
 
 
-def test_the_tests_are_those_of_the_stored_maps(looked: Run) -> None:
-    found = location_findings(looked).set_index("score")
+def test_the_tests_equal_those_on_the_stored_maps(looked: Run) -> None:
+    findings = location_findings(looked).set_index("score")
     maps = [torch.from_numpy(looked.maps[name][:, 0, 0])[:, None] for name in (IMPORTANCE, VULNERABILITY)]
     records = looked.records[looked.records["region"] == "none"]
     for score, matrix in agreement(*maps).items():
-        row: Any = found.loc[score]
+        row: Any = findings.loc[score]
         whole, single = run_test(matrix), other_image_test(matrix)
         assert (row["compared"], row["value"], row["p"]) == (24, whole.value, whole.p)
         assert row["alone"] == int(((single.q <= 0.1) & (single.value > single.null)).sum())
@@ -89,32 +89,32 @@ def test_the_tests_are_those_of_the_stored_maps(looked: Run) -> None:
         assert whole.value == pytest.approx(records[score].mean(), abs=2e-3)
 
 
-def test_what_follows_from_the_confinement_is_not_tested(looked: Run) -> None:
+def test_confined_attacks_are_not_tested(looked: Run) -> None:
     """The defect: an attack confined to the class activation "has its effect in the region of importance"."""
-    found = score_findings(looked)
-    confined = found[found["region"] == "cam"].set_index("score")
+    findings = score_findings(looked)
+    confined = findings[findings["region"] == "cam"].set_index("score")
     assert confined["mean"]["effect_in_roi"] > 0.5
     assert confined[["null", "excess", "p", "q", "shifted"]].isna().all(axis=None)
     assert "confined to cam" not in sentences(looked)
-    assert set(found.loc[found["p"].notna(), "region"]) == {"none"}
+    assert set(findings.loc[findings["p"].notna(), "region"]) == {"none"}
 
 
-def test_a_score_with_a_null_of_its_own_is_tested_with_any_pixel_free_only(looked: Run) -> None:
+def test_a_score_with_its_own_null_is_tested_on_the_whole_image_only(looked: Run) -> None:
     records = looked.records
     rng = np.random.default_rng(0)
     records["planted"] = rng.normal(1, 0.2, len(records))
     records["planted_null"] = 0.5
     store_records(looked.folder, records)
-    found = score_findings(open_run(looked.folder))
-    mine = found[found["score"] == "planted"].set_index("region")
-    assert mine["q"]["none"] < 0.001
-    assert mine["against"]["none"] == "its null"
-    assert np.isnan(mine["q"]["cam"])
+    findings = score_findings(open_run(looked.folder))
+    selected = findings[findings["score"] == "planted"].set_index("region")
+    assert selected["q"]["none"] < 0.001
+    assert selected["against"]["none"] == "its null"
+    assert np.isnan(selected["q"]["cam"])
     assert "The mean planted of pgd on the whole image is" in sentences(open_run(looked.folder))
 
 
-def test_nothing_of_a_record_depends_on_the_images_beside_it(planted: Path) -> None:
-    whole, parts = (looked_at(planted, f"by{shard}", 8, shard=shard) for shard in (8, 3))
+def test_records_do_not_depend_on_the_other_images_of_their_shard(planted: Path) -> None:
+    whole, parts = (audit(looked_plan(planted, 8, shard=shard), planted / f"by{shard}") for shard in (8, 3))
     assert {f"{score}_shift_p" for score in STATISTICS} <= set(whole.records)
     names = list(map(str, whole.records))
     assert not [name for name in names if name.removesuffix("_shift_null").endswith(("_null", "_q"))]
@@ -135,29 +135,29 @@ def test_nothing_of_a_record_depends_on_the_images_beside_it(planted: Path) -> N
         ({"analyses": ()}, "(--analyses overlap, --maps)"),
     ],
 )
-def test_what_cannot_be_tested_says_what_it_takes(
-    planted: Path, changes: dict[str, object], why: str
-) -> None:
-    run = looked_at(planted, **{"count": 12, **changes})  # type: ignore[arg-type]
+def test_a_missing_test_names_what_it_needs(planted: Path, changes: dict[str, object], why: str) -> None:
+    run = audit(looked_plan(planted, **{"count": 12, **changes}), planted / "run")  # type: ignore[arg-type]
     assert score_findings(run)["p"].isna().all()
     assert why in sentences(run)
     assert LOOKS not in sentences(run)
 
 
-def test_of_many_images_evenly_spread_ones_are_compared_and_large_maps_averaged(
+def test_many_images_are_sampled_evenly_and_large_maps_averaged(
     looked: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locations, "MAX_IMAGES", 12)
     monkeypatch.setattr(locations, "MAX_SIDE", 8)
-    found = location_findings(open_run(looked.folder))
-    assert (found["compared"] == 12).all()
-    assert (found["p"] < 0.05).all()
+    findings = location_findings(open_run(looked.folder))
+    assert (findings["compared"] == 12).all()
+    assert (findings["p"] < 0.05).all()
 
 
 def test_each_attack_has_a_test_of_its_own(planted: Path) -> None:
     attacks = tuple(AttackPlan("pgd", f"linf:{eps}/255", (("steps", 2),)) for eps in (4, 8))
-    run = looked_at(planted, count=12, attacks=attacks, regions=("cam", "none"))
-    found = location_findings(run)
-    assert len(found) == 2 * len(STATISTICS)
-    first, second = (found[found["attack"] == attack.label]["value"].tolist() for attack in run.plan.attacks)
+    run = audit(looked_plan(planted, 12, attacks=attacks, regions=("cam", "none")), planted / "run")
+    findings = location_findings(run)
+    assert len(findings) == 2 * len(STATISTICS)
+    first, second = (
+        findings[findings["attack"] == attack.label]["value"].tolist() for attack in run.plan.attacks
+    )
     assert first != second

@@ -1,4 +1,4 @@
-"""Maps: packed within the loss that is stated, read back where they were put."""
+"""Maps: stored within the stated loss, read where they were written."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ ANY = st.floats(-(2.0**99), 2.0**99, width=32)
 
 
 @given(arrays(np.float32, (3, 4, 5), elements=ANY))
-def test_no_value_is_off_by_more_than_is_stated(maps: np.ndarray) -> None:
+def test_packing_keeps_the_stated_loss(maps: np.ndarray) -> None:
     packed, scales = _packed(maps)
     back = packed.astype(np.float32) * scales[:, None, None]
     top = np.abs(maps).max((1, 2), keepdims=True)
     assert (np.abs(back - maps) <= np.maximum(np.abs(maps) / 2048, top / 4096)).all()
 
 
-def test_maps_come_back_where_they_were_put_and_others_are_missing(tmp_path: Path) -> None:
+def test_maps_are_read_where_they_were_written(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     store = MapWriter(tmp_path, 6, ["pgd", "few_pixel"], ["none"], 4)
-    put = {}
+    written = {}
     for number, images in ((1, 2), (0, 4)):
         block = BlockBuilder(images, 2, 1)
         tiny, large = rng.normal(size=(2, 5, 7)), rng.integers(0, 4, (1, 5, 7))
@@ -38,13 +38,13 @@ def test_maps_come_back_where_they_were_put_and_others_are_missing(tmp_path: Pat
         block.add_pictures("clean", [0, 1], rng.random((2, 3, 5, 7)), {})
         store.write(number, block.blocks)
         store.write(number, block.blocks)  # a shard that is done again changes nothing
-        put[4 * number] = (tiny, large)
+        written[4 * number] = (tiny, large)
     maps = StoredMaps(store.path)
     assert list(maps) == ["cells", "clean", "tiny"]
     assert maps["tiny"].shape == (6, 2, 1, 5, 7)
     assert [str(maps[name].dtype) for name in ("tiny", "cells", "clean")] == ["float16", "uint8", "uint8"]
     assert maps["clean"].shape == (6, 3, 5, 7)
-    for place, (tiny, large) in put.items():
+    for place, (tiny, large) in written.items():
         expected = tiny * np.array([1e-9, 1e9])[:, None, None]
         for attack in (0, 1):
             bound = np.abs(expected[attack]).max() / 2048

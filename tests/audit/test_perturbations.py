@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from tests.audit.fixtures import draw_pictures, networks, pictures, small_plan
-from tests.audit.test_report import Reader
+from tests.audit.test_run_page import Reader
 from weakspot.audit import AttackPlan, ModelPlan, Run, audit
 from weakspot.audit.findings.locations import TYPE_COLUMNS, perturbation_types, pixel_localities
 from weakspot.audit.page.finding_sections import locality_section, type_section
@@ -53,15 +53,15 @@ def run(networks: Path) -> Run:
     return audit(plan, networks / "run")
 
 
-def test_types_and_localities_are_those_of_the_records_and_stand_on_the_page(run: Run) -> None:
+def test_types_and_localities_equal_the_records_and_are_on_the_page(run: Run) -> None:
     records, types = run.records, perturbation_types(run)
     fooled = records[records["correct"].eq(True) & records["success_8bit"].eq(True)].fillna(
         {"correct": False}
     )
-    assert set(fooled["attack"]) == {"pgd", "pixels"}
+    assert set(fooled["attack"]) == {"pgd", "few_pixel"}
     for row in types.to_dict("records"):
-        mine = fooled[fooled["attack"] == row["attack"]]["perturbation_type"].dropna()
-        hits = (mine == row["type"]).to_numpy(bool)
+        selected = fooled[fooled["attack"] == row["attack"]]["perturbation_type"].dropna()
+        hits = (selected == row["type"]).to_numpy(bool)
         assert (row["count"], row["images"]) == (hits.sum(), len(hits))
         assert [row["fraction"], row["low"], row["high"]] == pytest.approx(
             list(proportion_interval(hits)), nan_ok=True
@@ -70,9 +70,9 @@ def test_types_and_localities_are_those_of_the_records_and_stand_on_the_page(run
     for kind, wanted in (("promotion-dominated", ratio > 1), ("suppression-dominated", ratio < -1)):
         assert (records["perturbation_type"].eq(kind).fillna(value=False) == wanted).all()
     table = pixel_localities(run)
-    assert table["attack"].unique().tolist() == ["pixels"]
+    assert table["attack"].unique().tolist() == ["few_pixel"]
     assert table["radius"].tolist() == [*RADII, "random site"]
-    own = fooled[fooled["attack"] == "pixels"]["fools_at_radius_1"].dropna()
+    own = fooled[fooled["attack"] == "few_pixel"]["fools_at_radius_1"].dropna()
     assert table["images"][0] == len(own)
     assert table["rate"][0] == pytest.approx(own.mean(), nan_ok=True)
     page = Reader(run_report(run))

@@ -51,6 +51,16 @@ def test_controls_are_cells_but_no_reported_regions(pictures: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_plan_prints_as_a_few_lines(pictures: Path) -> None:
+    plan = small_plan(pictures, regions=("none", "cam"), controls=True, control_images=2).resolved()
+    assert repr(plan).splitlines() == [
+        f"Plan(model audited_networks:build, images from {pictures})",
+        "  attacks: pgd, few_pixel",
+        "  regions: none, cam and 3 controls",
+        "  analyses: overlap",
+    ]
+
+
 def test_several_budgets_give_several_attacks_with_their_own_labels(pictures: Path) -> None:
     plan = Plan.from_mapping(
         {"images": str(pictures), "attacks": "pgd,few_pixel", "budget": "linf:2/255,linf:8/255"}

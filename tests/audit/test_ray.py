@@ -1,4 +1,4 @@
-"""The Ray engine: the same records as one process, whoever dies."""
+"""The Ray engine: the same records as one process, even if workers die."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ from tests.audit.fixtures import (
     small_plan,
 )
 from weakspot.audit import AttackPlan, StoppedError, audit, open_run, resume
-from weakspot.audit.engines import EngineOptions, open_engine
 from weakspot.audit.engines.ray_engine import allocation
 from weakspot.audit.store.records import shard_files
+from weakspot.audit.work.engine import EngineOptions, open_engine
 
 __all__ = ["networks", "pictures"]  # fixtures
+pytestmark = pytest.mark.ray
 CHECKED = """
 import os, signal, sys
 from pathlib import Path
 from audited_networks import build
 
 class Mortal(type(build())):
-    # Dies in a worker: once, or each time; or says what is wrong.
+    # Kills its worker once, or every time.
     def forward(self, images):
         here = Path("{folder}")
         if os.environ.get("RAY_JOB_ID") or "default_worker" in sys.argv[0]:
@@ -68,13 +69,13 @@ def others():
 
 
 def cluster_path() -> list[str]:
-    """Where workers find weakspot and these tests."""
+    """The module path of workers."""
     return [str(Path(weakspot.__file__).parents[1]), str(Path(__file__).parents[2])]
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """Ray on this machine, shared by the tests of this module; that an audit leaves it alone is tested by the way."""
+    """Ray on this machine, shared by the tests of this module; audits must leave it running."""
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'weakspot[ray]'")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(cluster_path()))
@@ -91,7 +92,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture
 def mortal(pictures: Path) -> Path:
-    """The folder of the pictures, with networks that know whether a worker holds them."""
+    """The folder of the pictures, and networks that know whether they are in a worker."""
     (pictures.parent / "checked_networks.py").write_text(CHECKED.replace("{folder}", str(pictures.parent)))
     return pictures
 
@@ -102,7 +103,7 @@ def with_model(pictures: Path, factory: str, **changes: object) -> Any:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_records_and_maps_are_those_of_one_process(
+def test_records_and_maps_equal_those_of_one_process(
     cluster: None,
     pictures: Path,
     workers: int,
@@ -113,40 +114,40 @@ def test_records_and_maps_are_those_of_one_process(
     (pictures / "dog/notes.txt").write_text("no picture")
     expected = audit(small_plan(pictures), pictures.parent / "expected")
     capfd.readouterr()
-    found = audit(small_plan(pictures), pictures.parent / "found", engine="ray", workers=workers)
+    run = audit(small_plan(pictures), pictures.parent / "found", engine="ray", workers=workers)
     assert capfd.readouterr() == ("", "")
-    same_records(expected, found)
-    same_maps(expected, found)
-    assert found.skipped.equals(expected.skipped)
-    assert sorted(path.name for path in found.folder.iterdir()) == FILES
-    assert found.info.engine["workers"] == workers
-    assert found.info.engine["threads"] == 2 // workers
-    assert found.plan == expected.plan
+    same_records(expected, run)
+    same_maps(expected, run)
+    assert run.skipped.equals(expected.skipped)
+    assert sorted(path.name for path in run.folder.iterdir()) == FILES
+    assert run.info.engine["workers"] == workers
+    assert run.info.engine["threads"] == 2 // workers
+    assert run.plan == expected.plan
 
 
-def test_a_worker_that_is_killed_costs_a_retry(
+def test_a_killed_worker_costs_one_retry(
     cluster: None, mortal: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     expected = audit(small_plan(mortal), mortal.parent / "expected")
     (mortal.parent / "once").touch()
     capfd.readouterr()
-    found = audit(with_model(mortal, "mortal"), mortal.parent / "found", engine="ray", workers=2)
+    run = audit(with_model(mortal, "mortal"), mortal.parent / "found", engine="ray", workers=2)
     assert capfd.readouterr() == ("", "")
     assert not (mortal.parent / "once").exists()
-    same_records(expected, found)
-    same_maps(expected, found)
+    same_records(expected, run)
+    same_maps(expected, run)
 
 
-@pytest.mark.slow
-def test_a_shard_that_kills_every_worker_stops_the_run_which_can_go_on(cluster: None, mortal: Path) -> None:
+@pytest.mark.kill
+def test_a_shard_that_kills_every_worker_stops_the_audit(cluster: None, mortal: Path) -> None:
     out = mortal.parent / "found"
     (mortal.parent / "always").touch()
     firsts = [path.relative_to(mortal).as_posix() for path in sorted(mortal.rglob("*.png"))][::4]
     any_shard = "|".join(rf"shard {number} \({first} .*" for number, first in enumerate(firsts))
-    with pytest.raises(StoppedError, match=rf"({any_shard}) was given up after 3 workers") as told:
+    with pytest.raises(StoppedError, match=rf"({any_shard}) was given up after 3 workers") as raised:
         audit(with_model(mortal, "mortal"), out, engine="ray", workers=1)
-    assert told.value.resumable
-    assert "\n" not in str(told.value)
+    assert raised.value.resumable
+    assert "\n" not in str(raised.value)
     (mortal.parent / "always").unlink()
     same_records(audit(small_plan(mortal), mortal.parent / "expected"), resume(out))
 
@@ -158,37 +159,37 @@ def test_a_shard_that_kills_every_worker_stops_the_run_which_can_go_on(cluster: 
         ("others", "model checked_networks:others has other weights on the machine"),
     ],
 )
-def test_what_goes_wrong_in_a_worker_is_told_as_it_would_be_here(
+def test_exceptions_of_workers_arrive_unchanged(
     cluster: None, mortal: Path, factory: str, sentence: str
 ) -> None:
-    with pytest.raises(ValueError, match=sentence) as told:
+    with pytest.raises(ValueError, match=sentence) as raised:
         audit(with_model(mortal, factory), mortal.parent / "found", engine="ray", workers=1)
-    assert "\n" not in str(told.value)
-    assert "ray" not in str(told.value).lower().replace("array", "")
+    assert "\n" not in str(raised.value)
+    assert "ray" not in str(raised.value).lower().replace("array", "")
 
 
-def test_stopped_in_the_middle_it_leaves_no_worker_and_goes_on_with_either_engine(
+def test_an_interrupted_audit_leaves_no_worker_and_resumes_with_either_engine(
     cluster: None, pictures: Path
 ) -> None:
     expected = audit(small_plan(pictures), pictures.parent / "expected")
     out = pictures.parent / "found"
 
-    def stop(standing: Any) -> None:
-        if standing.done:
+    def stop(progress: Any) -> None:
+        if progress.done:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         audit(small_plan(pictures), out, engine="ray", workers=1, watch=stop)
     assert len(set(shard_files(out))) in {1, 2}
-    found = resume(out)
-    same_records(expected, found)
-    same_maps(expected, found)
-    assert found.info.engine == {"name": "local"}
+    run = resume(out)
+    same_records(expected, run)
+    same_maps(expected, run)
+    assert run.info.engine == {"name": "local"}
     assert idle(2)
 
 
 def idle(cpus: int) -> bool:
-    """Whether all of the cluster is free, within a while."""
+    """Whether the whole cluster becomes free within a minute."""
     import ray
 
     free: Any = ray.available_resources
@@ -200,7 +201,7 @@ def idle(cpus: int) -> bool:
     return False
 
 
-def test_what_the_cluster_lacks_is_told_before_anything_is_done(cluster: None, pictures: Path) -> None:
+def test_too_small_clusters_are_refused_at_once(cluster: None, pictures: Path) -> None:
     with pytest.raises(
         ValueError, match="workers must be at most 2, the number of CPUs of the Ray cluster, got 9"
     ):
@@ -233,14 +234,14 @@ def test_another_process_joins_a_cluster_by_its_address(cluster: None, pictures:
         env={**os.environ, "PYTHONPATH": os.pathsep.join([*cluster_path(), str(pictures.parent)])},
     )  # fmt: skip
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
-    found = open_run(pictures.parent / "found")
-    assert found.info.engine["workers"] == 2
-    same_records(expected, found)
-    same_maps(expected, found)
-    assert idle(2)  # the cluster goes on without the one who joined
+    run = open_run(pictures.parent / "found")
+    assert run.info.engine["workers"] == 2
+    same_records(expected, run)
+    same_maps(expected, run)
+    assert idle(2)  # the cluster outlives the process that joined
 
 
-def test_workers_share_the_cpus_and_keep_to_what_threads_are_asked_for(
+def test_workers_share_the_cpus_and_respect_omp_num_threads(
     cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -258,7 +259,7 @@ def test_workers_share_the_cpus_and_keep_to_what_threads_are_asked_for(
         (("local", None, "auto"), "ray-address must be left out for the engine local, got auto"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(
+def test_unusable_engine_options_are_refused(
     given: tuple[str, int | None, str | None], sentence: str, pictures: Path
 ) -> None:
     engine, workers, address = given
@@ -267,7 +268,7 @@ def test_what_does_not_fit_is_one_sentence(
     assert not (pictures.parent / "x").exists()
 
 
-def test_without_ray_the_remedy_is_told(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_ray_names_its_install_command(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"the engine ray needs ray: pip install 'weakspot\[ray\]'"):
         audit(small_plan(pictures), pictures.parent / "x", engine="ray")
@@ -282,10 +283,13 @@ resume(sys.argv[1], engine="ray", workers=2)
 """
 
 
-def killed(out: Path, seconds: float, *, at_work: bool) -> bool:
-    """Resumes on a cluster of its own and kills all of its process group; whether it had not come to its end.
+def kill_after(out: Path, seconds: float, *, at_work: bool) -> bool:
+    """Resume on a cluster of its own and kill all of its process group; returns whether it was still running.
 
-    The blow falls so many seconds after the start, or where it is to be at work, after its first shard.
+    Args:
+        out: folder of the run.
+        seconds: after the start or, `at_work`, after the first shard.
+        at_work: whether to wait for the first shard.
     """
     before, deadline = len(set(shard_files(out))), time.monotonic() + 120
     source = str(Path(weakspot.__file__).parents[1])
@@ -312,22 +316,8 @@ def killed(out: Path, seconds: float, *, at_work: bool) -> bool:
     return False
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "kills",
-    [
-        3,
-        pytest.param(
-            20,
-            marks=pytest.mark.skipif(
-                not os.environ.get("WEAKSPOT_LONG"), reason="minutes: WEAKSPOT_LONG=1 runs it"
-            ),
-        ),
-    ],
-)
-def test_killed_with_all_its_workers_at_random_moments_it_ends_as_if_it_never_was(
-    pictures: Path, kills: int
-) -> None:
+@pytest.mark.kill
+def test_an_audit_killed_with_its_workers_ends_with_the_same_records(pictures: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'weakspot[ray]'")
     draw_pictures(pictures, 28)
     plan = small_plan(pictures, shard=1, attacks=(AttackPlan("pgd", settings=(("steps", 200),)),))
@@ -339,17 +329,17 @@ def test_killed_with_all_its_workers_at_random_moments_it_ends_as_if_it_never_wa
 
     with pytest.raises(KeyboardInterrupt):
         audit(plan, out, watch=stop)
-    rng = random.Random(kills)  # noqa: S311 - no secret
+    rng = random.Random(3)  # noqa: S311 - no secret
     finished = []
-    for number in range(kills):
+    for number in range(2):
         at_work = bool(number % 2 == 0)
-        if not killed(out, rng.uniform(0, 0.5 if at_work else 12), at_work=at_work):
+        if not kill_after(out, rng.uniform(0, 0.5 if at_work else 12), at_work=at_work):
             break
         finished.append(len(set(shard_files(out))))
         records = open_run(out).records
         assert not len(records) or not records.duplicated(["image", "attack", "region"]).any()
     assert finished[-1] > 0, finished
-    found = resume(out, engine="ray", workers=2) if kills == 3 else resume(out)
-    same_records(expected, found)
-    same_maps(expected, found)
+    run = resume(out, engine="ray", workers=2)
+    same_records(expected, run)
+    same_maps(expected, run)
     assert sorted(path.name for path in out.iterdir()) == FILES

@@ -239,14 +239,14 @@ def test_the_first_guess_of_how_many_entries_l1_moves_may_be_far_too_low() -> No
 
 
 @pytest.mark.parametrize("eps", [-0.1, 1.5, 8, float("nan"), float("inf")])
-def test_linf_refuses_what_is_no_share_of_the_image_range(eps: float) -> None:
+def test_linf_refuses_sizes_outside_the_image_range(eps: float) -> None:
     with pytest.raises(ValueError, match=r"eps must be between 0 and 1, got"):
         Linf(eps)
 
 
 @pytest.mark.parametrize("kind", [L2, L1])
 @pytest.mark.parametrize("eps", [-0.1, float("nan"), float("inf")])
-def test_l2_and_l1_refuse_what_is_not_finite_or_below_zero(kind: type[L2 | L1], eps: float) -> None:
+def test_l2_and_l1_refuse_sizes_that_are_not_finite_or_negative(kind: type[L2 | L1], eps: float) -> None:
     with pytest.raises(ValueError, match=r"eps must be a finite length of at least 0 .*, got"):
         kind(eps)
 

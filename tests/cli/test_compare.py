@@ -1,31 +1,46 @@
-"""`weakspot compare` and the gates: what they print, how they end, what they leave."""
+"""`weakspot compare`, `weakspot report` and the gate: what they print, write and refuse."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pandas as pd
 import pytest
 
+from tests.cli.conftest import NETWORKS, Run, save
 from tests.cli.test_audit import QUICK, TINY
-from tests.cli.test_explain import Run, photographs, run
-
-__all__ = ["photographs", "run"]  # fixtures
-
-
-@pytest.fixture
-def audited(run: Run, photographs: Path, tmp_path: Path) -> Path:
-    for name, steps in (("one", 1), ("two", 2)):
-        ended = run(
-            "audit", photographs, *TINY, *QUICK, "--set", f"pgd.steps={steps}", "--out", name, "--quiet"
-        )
-        assert ended.code == 0, ended.err
-    return tmp_path
+from weakspot import audit as audits
+from weakspot import sample_images
+from weakspot.cli.app import Failure
+from weakspot.cli.compare import GateOptions
 
 
-def test_two_runs_of_unlike_attacks_share_clean_accuracy_only(run: Run, audited: Path) -> None:
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two audits, "one" and "two", by PGD with as many steps."""
+    folder = tmp_path_factory.mktemp("audited")
+    (folder / "tiny_networks.py").write_text(NETWORKS)
+    for image, name in zip(*sample_images((64, 64)), strict=True):
+        save(image, folder / "photos" / f"{name}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        for name, steps in (("one", 1), ("two", 2)):
+            plan = {
+                "images": "photos",
+                "model": {"spec": "tiny_networks:build", "size": [32, 32]},
+                "attacks": [{"name": "pgd", "settings": {"steps": steps}}],
+                "analyses": "none",
+            }
+            audits.audit(audits.Plan.from_mapping(plan), folder / name)
+    sys.modules.pop("tiny_networks", None)
+    return folder
+
+
+def test_audits_with_different_attacks_share_only_clean_accuracy(run: Run, audited: Path) -> None:
     ended = run("compare", audited / "one", audited / "two")
     assert ended.code == 0, ended.err
     assert "nothing to compare" in ended.out
@@ -38,12 +53,12 @@ def test_a_comparison_is_a_table_a_sentence_and_files(run: Run, audited: Path, t
     for word in ("robust_accuracy", "margin_adversarial", "has not moved beyond chance", "the same weights"):
         assert word in ended.out
     assert "robust_accuracy" in set(pd.read_csv(tmp_path / "moved.csv")["score"])
-    found = json.loads(run("compare", audited / "one", audited / "one", "--json").out)
-    assert found["images"] == 4
-    assert found["scores"][0]["score"] == "clean_accuracy"
+    document = json.loads(run("compare", audited / "one", audited / "one", "--json").out)
+    assert document["images"] == 4
+    assert document["scores"][0]["score"] == "clean_accuracy"
 
 
-def test_a_shut_gate_ends_with_three_and_tells_build_servers(run: Run, audited: Path, tmp_path: Path) -> None:
+def test_a_failed_gate_ends_with_three_and_writes_junit(run: Run, audited: Path, tmp_path: Path) -> None:
     ended = run(
         "compare", audited / "one", audited / "one", "--fail-if", "difference <= 0", "--junit", "gate.xml"
     )
@@ -63,10 +78,20 @@ def test_a_shut_gate_ends_with_three_and_tells_build_servers(run: Run, audited: 
         ("robust_low > robust_high", 0),
     ],
 )
-def test_an_audit_is_gated_when_it_is_done_and_again_later(
+def test_a_finished_audit_can_be_gated_later(
     run: Run, audited: Path, tmp_path: Path, condition: str, code: int
 ) -> None:
-    ended = run("audit", "--resume", audited / "two", "--fail-if", condition, "--junit", "gate.xml", "--json")
+    ended = run(
+        "audit",
+        "--resume",
+        audited / "two",
+        "--no-report",
+        "--fail-if",
+        condition,
+        "--junit",
+        "gate.xml",
+        "--json",
+    )
     assert ended.code == code, ended.err
     gate = json.loads(ended.out)["gate"]
     assert gate["failed"] == (code == 3)
@@ -74,38 +99,50 @@ def test_an_audit_is_gated_when_it_is_done_and_again_later(
     assert (tmp_path / "gate.xml").is_file()
 
 
-def test_a_gate_that_makes_no_sense_is_said_before_anything_is_computed(
-    run: Run, photographs: Path, tmp_path: Path
-) -> None:
-    for options, said in (
-        (("--fail-if", "robust_accuracy <"), "accepted is a condition such as"),
-        (("--fail-if", "robust_accuracy.x < 1"), "accepted are column names"),
-        (("--junit", "gate.xml"), "--junit has nothing to tell without --fail-if"),
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (GateOptions(["robust_accuracy <"]), "robust_accuracy <"),
+        (GateOptions(["robust_accuracy.x < 1"]), "column names"),
+        (GateOptions(None, Path("gate.xml")), "--junit has no effect without --fail-if"),
         (
-            ("--fail-if", "images < 1", "--junit", "nowhere/gate.xml"),
-            "accepted is a file in a folder that is there",
+            GateOptions(["images < 1"], Path("nowhere/gate.xml")),
+            "--junit must be a file in an existing folder",
         ),
-    ):
-        ended = run("audit", photographs, *TINY, *QUICK, "--out", "made", *options)
-        assert (ended.code, ended.err.count("\n")) == (2, 1)
-        assert said in ended.err
-        assert not (tmp_path / "made").exists()
+    ],
+)
+def test_a_gate_that_makes_no_sense_is_refused_before_anything_is_computed(
+    options: GateOptions, message: str
+) -> None:
+    with pytest.raises((Failure, ValueError)) as caught:
+        options.check()
+    assert message in str(caught.value)
 
 
-def test_a_gate_on_a_column_that_is_not_there_names_those_that_are(run: Run, audited: Path) -> None:
-    ended = run("audit", "--resume", audited / "two", "--fail-if", "robust_acuracy < 1")
+def test_a_gate_is_checked_before_the_audit_starts(run: Run, photographs: Path, tmp_path: Path) -> None:
+    ended = run("audit", photographs, *TINY, *QUICK, "--out", "made", "--junit", "gate.xml")
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_gate_on_an_unknown_column_suggests_a_column(run: Run, audited: Path) -> None:
+    ended = run("audit", "--resume", audited / "two", "--no-report", "--fail-if", "robust_acuracy < 1")
     assert ended.code == 2
     assert "did you mean 'robust_accuracy" in ended.err
 
 
 def test_what_cannot_be_compared_is_one_sentence(run: Run, audited: Path, tmp_path: Path) -> None:
-    for arguments, code, said in (
+    for arguments, code, message in (
         ((tmp_path / "nowhere", audited / "one"), 4, "holds no run"),
-        ((audited / "one", audited / "two", "--csv", "nowhere/moved.csv"), 2, "--csv is"),
+        (
+            (audited / "one", audited / "two", "--csv", "nowhere/moved.csv"),
+            2,
+            "--csv must be a file in an existing folder",
+        ),
     ):
         ended = run("compare", *arguments)
         assert (ended.code, ended.err.count("\n")) == (code, 1), ended.err
-        assert said in ended.err
+        assert message in ended.err
 
 
 def test_controls_are_named_in_a_sentence(run: Run, photographs: Path) -> None:
@@ -120,5 +157,73 @@ def test_controls_are_named_in_a_sentence(run: Run, photographs: Path) -> None:
         in ended.out
     )
     assert "pgd confined to cam (30% of the image) fools 0% of 4 images" in ended.out
-    ended = run("audit", photographs, *TINY, "--controls", "--out", "other")
-    assert (ended.code, "regions names none to control" in ended.err) == (2, True)
+
+
+def test_an_audit_writes_a_report_now_or_later(run: Run, photographs: Path, tmp_path: Path) -> None:
+    assert (
+        run("audit", photographs, *TINY, *QUICK, "--analyses", "overlap", "--report", "--out", "made").code
+        == 0
+    )
+    page = (tmp_path / "made/report.html").read_text("utf-8")
+    assert "<title>weakspot: Where" in page
+    assert run("audit", photographs, *TINY, *QUICK, "--out", "bare").code == 0
+    assert not (tmp_path / "bare/report.html").exists()
+    ended = run("report", "bare")
+    assert (ended.code, ended.out) == (0, f"Written to {tmp_path / 'bare/report.html'}\n")
+    ended = run("report", "made", "--out", "other.html", "--quiet")
+    assert (ended.code, ended.out, ended.err) == (0, "", "")
+    assert (tmp_path / "other.html").read_text("utf-8") == page
+
+
+def test_a_full_disk_for_the_report_does_not_spoil_the_audit(
+    run: Run, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("weakspot.audit.page.run_page.write_atomic", full)
+    ended = run("audit", photographs, *TINY, *QUICK, "--report", "--out", "made")
+    assert ended.code == 0
+    assert "report.html could not be written (No space left on device)" in ended.err
+    assert "(run weakspot report made to try again)" in ended.err
+    assert (tmp_path / "made/records.parquet").is_file()
+
+
+def test_a_folder_without_an_audit_is_one_sentence(run: Run, tmp_path: Path) -> None:
+    def refused(name: str, code: int) -> str:
+        ended = run("report", name)
+        assert (ended.code, ended.out) == (code, "")
+        assert len(ended.err.strip().splitlines()) == 1
+        return ended.err
+
+    assert "nothing holds no run" in refused("nothing", 4)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert "holds no run (it has no run.json)" in refused("folder", 4)
+    (folder / "run.json").write_text("{")
+    assert "is damaged" in refused("folder", 2)
+    (folder / "run.json").write_text(json.dumps({"schema": 1, "command": "explain"}))
+    assert "must be written by weakspot audit" in refused("folder", 2)
+    (folder / "run.json").write_text(json.dumps({"kind": "audit", "schema": 99, "status": "complete"}))
+    assert "upgrade weakspot" in refused("folder", 2)
+
+
+def test_a_report_is_a_file(run: Run, audited: Path) -> None:
+    ended = run("report", audited / "one", "--out", audited)
+    assert (ended.code, "--out must be a file, got the folder" in ended.err) == (2, True)
+
+
+def test_audits_at_urls_are_reported_and_compared(run: Run, photographs: Path, tmp_path: Path) -> None:
+    there = f"file://{tmp_path}/there"
+    ended = run("audit", photographs, *TINY, *QUICK, "--report", "--out", there)
+    assert ended.code == 0, ended.err
+    page = tmp_path / "there/report.html"
+    first = page.read_text("utf-8")
+    assert "<title>weakspot: Where" in first
+    page.unlink()
+    ended = run("report", there)
+    assert (ended.code, ended.out) == (0, f"Written to {there}/report.html\n")
+    assert page.read_text("utf-8") == first
+    ended = run("compare", there, there)
+    assert ended.code == 0, ended.err
+    assert "has not moved beyond chance" in ended.out

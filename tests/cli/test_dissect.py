@@ -1,4 +1,4 @@
-"""`weakspot dissect` on a concept set, on pictures with masks, on folders, and on what cannot be meant."""
+"""`weakspot dissect` on a concept set, on images with masks, on folders, under attack, and with wrong options."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 from PIL import Image
 
-from tests.cli.test_explain import Run, run  # noqa: F401 - a fixture
+from tests.cli.conftest import Run
 from tests.dissection.test_units import planted
+from weakspot.cli.app import Failure
+from weakspot.cli.attacked_units import parse_mask
 
 TINY = ("--model", "tiny_networks:build", "--size", "32x32", "--layer", "0", "--quantile", "0.05")
 
 
-def test_a_concept_set_is_dissected_and_everything_promised_is_written(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_a_concept_set_is_dissected_and_all_files_are_written(run: Run, tmp_path: Path) -> None:
     dataset = planted(tmp_path / "set")
     ended = run("dissect", dataset, *TINY, "--out", "units")
     assert ended.code == 0, ended.err
@@ -31,7 +34,7 @@ def test_a_concept_set_is_dissected_and_everything_promised_is_written(run: Run,
     assert json.loads(again.out)["layers"][0]["units"] == "8"
 
 
-def test_pictures_with_masks_and_folders_of_pictures(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_images_with_masks_and_folders_of_images(run: Run, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for number in range(4):
         for folder in ("photos", "masks", f"textures/kind{number % 2}"):
@@ -52,7 +55,7 @@ def test_pictures_with_masks_and_folders_of_pictures(run: Run, tmp_path: Path) -
     assert set(pd.read_csv(tmp_path / "two/concepts/label.csv")["name"]) == {"kind0", "kind1"}
     ended = run("dissect", "photos", "--masks", "masks", "--names", "names.txt", *TINY, "--out", "one")
     assert ended.code == 2
-    assert "holds concepts from before" in ended.err
+    assert "holds the concepts of an earlier run" in ended.err
 
 
 def draw(folder: Path, count: int) -> Path:
@@ -64,21 +67,21 @@ def draw(folder: Path, count: int) -> Path:
     return folder
 
 
-def test_units_under_attack_are_in_the_page_the_tables_and_the_json(run: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_units_under_attack_are_in_the_page_the_tables_and_the_json(run: Run, tmp_path: Path) -> None:
     dataset, photos = planted(tmp_path / "set"), draw(tmp_path / "photos", 12)
     attack = ("--images", photos, "--budget", "linf:16/255", "--steps", "4")
     ended = run("dissect", dataset, *TINY, *attack, "--mask", "sensitive:2", "--out", "units", "--json")
     assert ended.code == 0, ended.err
-    told = json.loads(ended.out)
+    document = json.loads(ended.out)
     table = pd.read_csv(tmp_path / "units/0.csv")
     assert {"concept", "iou", "sensitivity", "noise", "p_value", "change"} <= set(table)
     assert (table["images"] == 12).all()
     masking = pd.read_csv(tmp_path / "units/0-masking.csv")
     assert masking["masked"].tolist()[:2] == ["none", "these units"]
     assert (masking["images"] == 6).all()
-    assert [row["masked"] for row in told["masking"]["0"]] == masking["masked"].tolist()
+    assert [row["masked"] for row in document["masking"]["0"]] == masking["masked"].tolist()
     page = (tmp_path / "units/report.html").read_text()
-    sentences = told["sentences"]["0"]
+    sentences = document["sentences"]["0"]
     assert len(sentences) >= 4
     for sentence in sentences:
         assert html.escape(sentence, quote=True).replace("&#x27;", "&#39;") in page
@@ -93,38 +96,40 @@ def test_units_under_attack_are_in_the_page_the_tables_and_the_json(run: Run, tm
     assert "Under attack" not in (tmp_path / "units/report.html").read_text()
 
 
-def test_what_cannot_be_meant_is_told_in_a_sentence(run: Run, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize(
+    ("text", "layers", "message"),
+    [
+        ("many", 1, "--mask must be sensitive, sensitive:COUNT or unit numbers such as 3,17, got 'many'"),
+        ("sensitive:0", 1, "--mask must be sensitive"),
+        ("1,2", 0, "--mask 1,2 must go with exactly one --layer, got 0"),
+    ],
+)
+def test_a_mask_is_units_or_a_number_of_sensitive_units(text: str, layers: int, message: str) -> None:
+    with pytest.raises(Failure) as caught:
+        parse_mask(text, layers)
+    assert message in str(caught.value)
+    valid = {None: None, "sensitive": 0, "sensitive:3": 3, "1, 2": [1, 2]}
+    assert [parse_mask(given, 1) for given in valid] == list(valid.values())
+
+
+def test_a_wrong_option_is_one_sentence(run: Run, tmp_path: Path) -> None:
     dataset, photos = planted(tmp_path / "set"), draw(tmp_path / "photos", 3)
-    for arguments, told in (
-        ((), "give either a folder of labeled pictures or --demo"),
-        ((dataset, "--demo"), "give either"),
-        (("nowhere",), "there is no such folder"),
-        (("--demo", "--masks", "m"), "--masks does nothing with --demo"),
-        (("--demo", "--void", "0", "--names", "n"), "--names and --void do nothing with --demo"),
-        ((dataset, *TINY, "--names", "n"), "--names does nothing without --masks"),
-        ((dataset, *TINY, "--void", "0"), "--void does nothing without --masks"),
-        ((dataset, *TINY[:4], "--layer", "9"), "layers has '9'"),
-        ((dataset, *TINY, "--denominator", "none"), "denominator is 'none'"),
-        ((dataset, *TINY, "--mask", "sensitive"), "--mask does nothing without --images"),
-        (
-            (dataset, *TINY, "--budget", "linf:1/255", "--steps", "3"),
-            "--budget and --steps do nothing without",
-        ),
-        (
-            (dataset, *TINY, "--images", photos, "--mask", "many"),
-            "--mask must be sensitive, sensitive:COUNT or unit",
-        ),
-        ((dataset, *TINY, "--images", photos, "--mask", "sensitive:0"), "--mask must be sensitive"),
-        (
-            (dataset, *TINY[:4], "--images", photos, "--mask", "1,2"),
-            "must go with exactly one --layer, got 0",
-        ),
+    for arguments, message in (
+        ((), "one of a folder of labeled images and --demo must be given"),
+        ((dataset, "--demo"), "one of a folder"),
+        (("nowhere",), "nowhere: no such folder"),
+        (("--demo", "--masks", "m"), "--masks has no effect with --demo"),
+        (("--demo", "--void", "0", "--names", "n"), "--names and --void have no effect with --demo"),
+        ((dataset, *TINY, "--names", "n"), "--names has no effect without --masks"),
+        ((dataset, *TINY, "--mask", "sensitive"), "--mask has no effect without --images"),
+        ((dataset, *TINY, "--budget", "linf:1/255", "--steps", "3"), "--budget and --steps have no effect"),
+        ((dataset, *TINY[:4], "--layer", "9"), "9"),
         ((dataset, *TINY, "--images", photos, "--mask", "99"), "units"),
-        ((dataset, *TINY, "--images", photos / "0.png"), "--images must hold at least 2 pictures, got 1"),
-        ((dataset, *TINY, "--images", photos, "--mask", "sensitive"), "at least 4 pictures, got 3"),
-        ((dataset, *TINY, "--images", "nowhere.png"), "nowhere.png: there is no such file"),
+        ((dataset, *TINY, "--images", photos / "0.png"), "--images must hold at least 2 images, got 1"),
+        ((dataset, *TINY, "--images", photos, "--mask", "sensitive"), "at least 4 images, got 3"),
+        ((dataset, *TINY, "--images", "nowhere.png"), "nowhere.png: no such file or folder"),
     ):
         ended = run("dissect", *arguments)
         assert ended.code in {2, 4}
-        assert told in ended.err
+        assert message in ended.err
         assert ended.err.count("weakspot:") == 1

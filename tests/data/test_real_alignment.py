@@ -11,7 +11,7 @@ import torch
 
 from weakspot import SSIM, Classifier, attacks, ssim_alignment
 from weakspot.classifier import predict
-from weakspot.explanations.visible_change import STATISTICS, alignment
+from weakspot.explanations.alignment_findings import STATISTICS, alignment
 from weakspot.statistics import other_image_test
 
 pytestmark = [pytest.mark.data, pytest.mark.slow]

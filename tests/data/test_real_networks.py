@@ -87,7 +87,7 @@ def test_the_evidence_for_a_class_lies_on_the_object(networks: ModuleType, data:
     assert Image.open(masks[0]).size == Image.open(folder / "images" / files[0]).size
     labels = torch.tensor([int(rows[file]["class_index"]) for file in files])
     model = load("efficientnet_lite0", device="cpu")
-    evidence = class_activation(model, images, labels, registration="effective").clamp(min=0)
+    evidence = class_activation(model, images, labels, alignment="effective").clamp(min=0)
     fraction = (evidence * inside).sum((1, 2, 3)) / evidence.sum((1, 2, 3))
     area = inside.float().mean((1, 2, 3))
     assert float((fraction > area).float().mean()) > 0.8

@@ -10,7 +10,9 @@ import torch
 from tests.audit.fixtures import draw_pictures
 from weakspot.audit.plan.image_list import list_images
 from weakspot.classifier import Classifier
-from weakspot.cli.inputs import class_index, find_labels
+from weakspot.cli.aims import find_labels
+from weakspot.cli.session import Images
+from weakspot.datasets import from_tensors
 from weakspot.datasets.labels import CLASS_COLUMNS, FILE_COLUMNS, ClassIndex, LabelTable, folder_classes
 
 NAMES = ("cat", "Dog", "Fish, aquarium", "7")
@@ -28,10 +30,8 @@ def classifier() -> Classifier:
 
 
 def of_defend(table: Path, pictures: Path) -> list[int]:
-    labels, _ = find_labels(
-        str(table), classifier(), torch.rand(3, 3, 8, 8), [str(pictures / file) for file in FILES]
-    )
-    return labels.tolist()
+    paths = [str(pictures / file) for file in FILES]
+    return find_labels(str(table), classifier(), Images(torch.rand(3, 3, 8, 8), paths, paths)).labels.tolist()
 
 
 def of_audit(table: Path, pictures: Path) -> list[int]:
@@ -81,7 +81,7 @@ def test_a_line_that_fits_two_images_is_refused_by_all(pictures: Path) -> None:
     table.write_text("file,label\n00.png,0\n")
     paths = [str(pictures / "cat/00.png"), str(pictures / "dog/00.png")]
     with pytest.raises(ValueError, match=r"must tell .*cat/00\.png and .*dog/00\.png apart"):
-        find_labels(str(table), classifier(), torch.rand(2, 3, 8, 8), paths)
+        find_labels(str(table), classifier(), Images(torch.rand(2, 3, 8, 8), paths, paths))
     with pytest.raises(ValueError, match="apart"):
         of_audit(table, pictures)
 
@@ -131,6 +131,13 @@ def test_folders_are_classes_by_name_or_in_sorted_order() -> None:
 
 
 def test_a_target_is_a_class_by_the_same_spellings() -> None:
-    assert [class_index(classifier(), text, 4) for text in ("fish", "FISH, aquarium", "2", "class 2")] == [
-        2
-    ] * 4
+    classes = ClassIndex(NAMES, 4)
+    assert [classes.index(text) for text in ("fish", "FISH, aquarium", "2", "class 2")] == [2] * 4
+
+
+def test_data_sets_and_classifiers_print_in_one_line() -> None:
+    data = from_tensors(torch.rand(5, 3, 8, 6), torch.arange(5), name="digits")
+    assert repr(data) == "LabeledImages('digits': 5 x 3 x 8 x 6, 5 classes, in memory)"
+    assert (
+        repr(classifier()) == "Classifier(Sequential: images 3 x 8 x 8, mean [0.0], std [1.0], 4 class names)"
+    )

@@ -93,7 +93,7 @@ def test_numbers_of_the_other_byte_order_are_read(tmp_path: Path) -> None:
         (IMAGES[:0], LABELS[:0], "images must be a tensor .* with at least one pixel"),
     ],
 )
-def test_other_arrays_are_told(tmp_path: Path, images: Any, labels: Any, message: str) -> None:
+def test_unsuitable_arrays_are_refused(tmp_path: Path, images: Any, labels: Any, message: str) -> None:
     np.savez(tmp_path / "x.npz", images=images, labels=labels)
     refused(tmp_path / "x.npz", message)
 
@@ -143,14 +143,14 @@ def test_both_ways_to_write_the_names_are_found(tmp_path: Path, between: str, pa
     ids=["overflow", "nine axes", "no axes", "short head", "more", "fewer", "empty"],
 )
 @pytest.mark.parametrize("packed", [True, False])
-def test_heads_that_lie_are_told(tmp_path: Path, stored: bytes, message: str, packed: bool) -> None:
+def test_wrong_headers_are_refused(tmp_path: Path, stored: bytes, message: str, packed: bool) -> None:
     path = tmp_path / ("a-ubyte.gz" if packed else "a-ubyte")
     path.write_bytes(gzip.compress(stored) if packed else stored)
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{message}"):
         read_idx(path)
 
 
-def test_any_damaged_byte_of_a_gzip_file_is_told(tmp_path: Path) -> None:
+def test_any_damaged_byte_of_a_gzip_file_is_refused(tmp_path: Path) -> None:
     whole = gzip.compress(idx(IMAGES), mtime=0)
     path = tmp_path / "a-ubyte.gz"
     for place in range(10, len(whole)):
@@ -173,7 +173,7 @@ def test_a_file_that_unpacks_to_more_than_it_says_does_not_fill_the_memory(tmp_p
     assert most < 20_000_000
 
 
-def test_no_images_are_told_with_the_folder(tmp_path: Path) -> None:
+def test_files_without_images_are_refused_with_the_folder(tmp_path: Path) -> None:
     (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(IMAGES[:0]))
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(LABELS[:0].astype(np.uint8)))
     refused(tmp_path, "images must be a tensor .* with at least one pixel")
@@ -182,7 +182,7 @@ def test_no_images_are_told_with_the_folder(tmp_path: Path) -> None:
 # Tensors
 
 
-def test_images_that_take_gradients_give_none() -> None:
+def test_images_that_require_gradients_are_detached() -> None:
     images = torch.rand(3, 1, 4, 4, requires_grad=True)
     data = from_tensors(images, torch.arange(3))
     assert not data.images(torch.arange(3)).requires_grad
@@ -196,7 +196,7 @@ def test_classes_may_be_any_whole_numbers(dtype: torch.dtype) -> None:
     assert from_tensors(torch.rand(3, 1, 4, 4), torch.arange(3).to(dtype)).labels.tolist() == [0, 1, 2]
 
 
-def test_absurd_classes_are_told_and_take_no_memory() -> None:
+def test_huge_class_numbers_are_refused_without_memory() -> None:
     with pytest.raises(ValueError, match="labels must be below 100000, got 1099511627776"):
         from_tensors(torch.rand(2, 1, 4, 4), torch.tensor([0, 2**40]))
 
@@ -227,9 +227,7 @@ def classes(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_folder_is_listed_once_and_looked_into_little(
-    classes: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_is_listed_once(classes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scanned: list[str] = []
     real = os.scandir
 
@@ -248,7 +246,7 @@ def test_a_folder_is_listed_once_and_looked_into_little(
     assert len(pictures) <= 4 + 3, pictures
 
 
-def test_a_picture_that_is_gone_is_told(classes: Path) -> None:
+def test_a_deleted_image_is_named(classes: Path) -> None:
     data = read_labeled(classes, size=(8, 8))
     (classes / "train/ant/1.png").unlink()
     with pytest.raises(ValueError, match=r"ant/1.png does not exist any more") as error:
@@ -280,7 +278,7 @@ def hub(tmp_path: Path) -> Make:
     return make
 
 
-def test_one_data_set_alone_is_that_of_training(hub: Make) -> None:
+def test_a_data_set_without_splits_is_the_training_split(hub: Make) -> None:
     source = hub()
     assert len(read_labeled(source)) == 6
     refused(
@@ -291,7 +289,7 @@ def test_one_data_set_alone_is_that_of_training(hub: Make) -> None:
     )
 
 
-def test_one_data_set_alone_that_says_test_is_no_training(hub: Make) -> None:
+def test_a_data_set_of_the_test_split_is_not_the_training_split(hub: Make) -> None:
     source = hub(split="test")
     assert len(read_labeled(source, split="test")) == 6
     refused(source, "must have a split train, got test", kind=FileNotFoundError)
@@ -324,11 +322,11 @@ def test_one_data_set_alone_that_says_test_is_no_training(hub: Make) -> None:
         ({"image": [], "label": []}, "at least one row|cannot be loaded"),
     ],
 )
-def test_other_columns_are_told(hub: Make, columns: dict[str, Any], message: str) -> None:
+def test_unsuitable_columns_are_refused(hub: Make, columns: dict[str, Any], message: str) -> None:
     refused(hub(**columns), message)
 
 
-def test_a_picture_missing_further_on_is_told_when_asked_for(hub: Make) -> None:
+def test_a_missing_image_is_refused_when_it_is_read(hub: Make) -> None:
     pictures: list[Any] = [Image.fromarray(array) for array in IMAGES]
     pictures[4] = None
     data = read_labeled(hub(image=pictures))

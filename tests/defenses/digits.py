@@ -1,7 +1,7 @@
-"""Defenses of networks for digits, broken and genuine, with what the rule should say of each.
+"""Defenses of networks for digits, broken and genuine, with the right verdict on each.
 
-Built on the networks of the real data folder: `nat` is trained without attacks and is the undefended model of all. As a
-foreign network, `convex` falls entirely at the budgets used here.
+Built on the networks of the real data folder. `nat` is trained without attacks and is the undefended model everywhere.
+`convex`, used as another network, is fooled on every image at the budgets of these cases.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.defenses.planted import Wrapper, one_hot, reversed_gradient
+from tests.defenses.planted import one_hot, reversed_gradient
+from tests.networks import Wrapped
 
 NAMES = {
     "nat": "mnist_conv_small_nat", "convex": "mnist_convex_eps0.1", "pgd": "mnist_cnn_pgd_eps0.3",
@@ -38,7 +39,7 @@ class Case:
 
 
 class Inline(nn.Module):
-    """The layers of a network called one by one, so that there is no inner network to be led by."""
+    """The layers of a network called one by one, so that there is no inner network to go straight through to."""
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ def resized(images: Tensor) -> Tensor:
 
 
 def shaken_blocks(images: Tensor) -> Tensor:
-    """Blocks of 7 pixels, each rolled by up to a pixel, anew at every call."""
+    """Blocks of 7 pixels, each rolled by up to a pixel, differently at every call."""
     blocks = images.unfold(2, 7, 7).unfold(3, 7, 7).clone()
     for row in range(4):
         for column in range(4):
@@ -84,7 +85,7 @@ def shaken_blocks(images: Tensor) -> Tensor:
 
 
 def rounded_waves(images: Tensor) -> Tensor:
-    """Coarsely rounded in frequency, as JPEG does."""
+    """The images coarsely rounded in frequency, as JPEG does."""
     rounded: Tensor = COSINES.T @ ((COSINES @ images @ COSINES.T * 4).round() / 4) @ COSINES
     return rounded
 
@@ -95,7 +96,7 @@ def hashes(images: Tensor) -> list[int]:
 
 
 def rounded_waves_by_hash(images: Tensor) -> Tensor:
-    """The same with offsets drawn by a hash of the image."""
+    """The same, with offsets drawn by a hash of the image."""
     offsets = torch.stack(
         [torch.rand(1, SIZE, SIZE, generator=torch.Generator().manual_seed(key)) for key in hashes(images)]
     )
@@ -105,7 +106,7 @@ def rounded_waves_by_hash(images: Tensor) -> Tensor:
 
 
 def stopped_near_boundary(margin: float) -> Callable[[Tensor], Tensor]:
-    """Logits without slope where the lead of the best class is small."""
+    """Logits without slope where the margin of the best class is small."""
 
     def stop(logits: Tensor) -> Tensor:
         best = logits.topk(2, 1).values
@@ -116,7 +117,7 @@ def stopped_near_boundary(margin: float) -> Callable[[Tensor], Tensor]:
 
 
 def rising_near_boundary(margin: float) -> Callable[[Tensor], Tensor]:
-    """Logits whose lead grows again as the decision boundary comes near."""
+    """Logits whose margin grows again near the decision boundary."""
 
     def rise(logits: Tensor) -> Tensor:
         best = logits.topk(2, 1)
@@ -133,7 +134,7 @@ def few_winners(hidden: Tensor) -> Tensor:
 
 
 class Rippled(nn.Module):
-    """A wave of the image on every logit: true gradients that lead nowhere."""
+    """Adds a wave of the image to every logit: true gradients that mislead."""
 
     def __init__(self, network: nn.Module, size: float, frequency: float) -> None:
         super().__init__()
@@ -160,7 +161,7 @@ class Nearest(nn.Module):
 
 
 class EitherByHash(nn.Module):
-    """A hash of the image decides which of two networks answers; neither shows a gradient."""
+    """A hash of the image decides which of two networks is used; neither has a gradient."""
 
     def __init__(self, first: nn.Module, second: nn.Module) -> None:
         super().__init__()
@@ -172,7 +173,7 @@ class EitherByHash(nn.Module):
 
 
 class Vote(nn.Module):
-    """Counts the classes that several networks name."""
+    """Counts the classes that several networks predict."""
 
     def __init__(self, *networks: nn.Module) -> None:
         super().__init__()
@@ -187,30 +188,30 @@ def cases(nets: Mapping[str, nn.Module], known: Tensor) -> dict[str, Case]:
     nat, convex, pgd, a_adv = (nets[name] for name in ("nat", "convex", "pgd", "a_adv"))
     either = (NONE, UNCLEAR)
     return {
-        # The zoo that the thresholds were chosen on.
-        "detach, own network": Case(lambda: Wrapper(nat, detached), 0.2, (NONE,)),
-        "detach, foreign network": Case(lambda: Wrapper(convex, detached), 0.2, (NONE,)),
-        "detach, robust network": Case(lambda: Wrapper(pgd, detached), 0.3, (PROTECTS,)),
-        "softmax": Case(lambda: Wrapper(nat, after=lambda logits: 50 * (20 * logits).softmax(1)), 0.2, (NONE,)),
-        "temperature of a million": Case(lambda: Wrapper(nat, after=lambda logits: 1e6 * logits), 0.2, (NONE,)),
-        "noise": Case(lambda: Wrapper(nat, lambda images: images + 0.1 * torch.randn_like(images)), 0.2, (NONE,)),
-        "resize and pad": Case(lambda: Wrapper(nat, resized), 0.2, (NONE,)),
-        "wrong gradients": Case(lambda: Wrapper(nat, reversed_gradient), 0.2, (NONE,)),
-        "rounded in frequency": Case(lambda: Wrapper(nat, rounded_waves), 0.2, (NONE,)),
-        "images of two levels": Case(lambda: Wrapper(nat, lambda images: (images > 0.5).float()), 0.15, either),
+        # The cases that the thresholds were chosen on.
+        "detach, own network": Case(lambda: Wrapped(nat, detached), 0.2, (NONE,)),
+        "detach, foreign network": Case(lambda: Wrapped(convex, detached), 0.2, (NONE,)),
+        "detach, robust network": Case(lambda: Wrapped(pgd, detached), 0.3, (PROTECTS,)),
+        "softmax": Case(lambda: Wrapped(nat, after=lambda logits: 50 * (20 * logits).softmax(1)), 0.2, (NONE,)),
+        "temperature of a million": Case(lambda: Wrapped(nat, after=lambda logits: 1e6 * logits), 0.2, (NONE,)),
+        "noise": Case(lambda: Wrapped(nat, lambda images: images + 0.1 * torch.randn_like(images)), 0.2, (NONE,)),
+        "resize and pad": Case(lambda: Wrapped(nat, resized), 0.2, (NONE,)),
+        "wrong gradients": Case(lambda: Wrapped(nat, reversed_gradient), 0.2, (NONE,)),
+        "rounded in frequency": Case(lambda: Wrapped(nat, rounded_waves), 0.2, (NONE,)),
+        "images of two levels": Case(lambda: Wrapped(nat, lambda images: (images > 0.5).float()), 0.15, either),
         "hidden one-hot": Case(lambda: Inline(convex, after=one_hot), 0.2, either),
-        "robust, one-hot": Case(lambda: Wrapper(pgd, after=one_hot), 0.3, (UNCLEAR,)),
-        "robust, rounded images": Case(lambda: Wrapper(pgd, lambda images: (7 * images).round() / 7), 0.3, (UNCLEAR,)),
+        "robust, one-hot": Case(lambda: Wrapped(pgd, after=one_hot), 0.3, (UNCLEAR,)),
+        "robust, rounded images": Case(lambda: Wrapped(pgd, lambda images: (7 * images).round() / 7), 0.3, (UNCLEAR,)),
         "PGD training (.3)": Case(lambda: pgd, 0.3, (PROTECTS,)),
         "FGSM training (.3)": Case(lambda: nets["fgsm"], 0.3, (PROTECTS,)),
         "adversarial training (a_adv)": Case(lambda: a_adv, 0.3, (PROTECTS,)),
         "convex training (.1)": Case(lambda: convex, 0.1, (PROTECTS,)),
-        # Of forty images, one that falls to a lucky draw is already more than a doubling of draws may take.
-        "robust, resize and pad": Case(lambda: Wrapper(pgd, resized), 0.3, (PROTECTS, UNCLEAR)),
-        # Others, on which no threshold was chosen. The stopped slope showed that agreement must also be measured where
-        # attacks end, and the noise before a robust network that draws must be doubled as queries are.
+        # One of forty images that a lucky draw fools is already more than a doubling of draws may take.
+        "robust, resize and pad": Case(lambda: Wrapped(pgd, resized), 0.3, (PROTECTS, UNCLEAR)),
+        # Cases on which no threshold was chosen. The stopped slope showed that agreement must also be measured where
+        # attacks end, and the noise before a robust network that draws must be doubled like queries.
         "robust, noise": Case(
-            lambda: Wrapper(pgd, lambda images: images + 0.1 * torch.randn_like(images)), 0.3, either
+            lambda: Wrapped(pgd, lambda images: images + 0.1 * torch.randn_like(images)), 0.3, either
         ),
         "slope stopped near the boundary": Case(lambda: Inline(convex, after=stopped_near_boundary(3.0)), 0.2, either),
         "lead rising near the boundary": Case(lambda: Inline(convex, after=rising_near_boundary(2.0)), 0.2, either),

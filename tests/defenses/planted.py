@@ -13,7 +13,7 @@ from tests.networks import LinearNetwork
 from weakspot.budgets import Linf
 
 BUDGET = Linf(0.1)
-ROBUST, FRAGILE = 0.3, 0.03  # change of every pixel that flips a network which reads pixels of this contrast
+ROBUST, FRAGILE = 0.3, 0.03  # change of every pixel that flips a network whose pixels have this contrast
 
 
 Function = Callable[[Tensor], Any]
@@ -23,26 +23,10 @@ def _same(images: Tensor) -> Tensor:
     return images
 
 
-class Wrapper(nn.Module):
-    """A network between two functions."""
-
-    def __init__(
-        self, network: nn.Module, before: Function = _same, after: Function = _same
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.network, self.before, self.after = network, before, after
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.after(self.network(self.before(images)))
-        return logits
-
-
 class Inline(nn.Module):
-    """A linear network written into the defense itself, so that there is no inner network to be led by."""
+    """A linear network inside the defense itself, so that there is no inner network to go straight through to."""
 
-    def __init__(
-        self, network: LinearNetwork, before: Function = _same, after: Function = _same
-    ) -> None:  # fmt: skip
+    def __init__(self, network: LinearNetwork, before: Function = _same, after: Function = _same) -> None:
         super().__init__()
         self.weight, self.before, self.after = nn.Parameter(network.weight.detach()), before, after
 
@@ -63,17 +47,17 @@ class _Reversed(torch.autograd.Function):
 
 
 def reversed_gradient(images: Tensor) -> Tensor:
-    found: Tensor = _Reversed.apply(images)  # type: ignore[no-untyped-call]
-    return found
+    same: Tensor = _Reversed.apply(images)  # type: ignore[no-untyped-call]
+    return same
 
 
 def one_hot(logits: Tensor) -> Tensor:
-    """The class and nothing else; three, so that it is not taken for a probability."""
+    """The class only. Three instead of one, so that it is not taken for a probability."""
     return 3 * F.one_hot(logits.argmax(1), logits.shape[1]).float()
 
 
 def planted(count: int = 24) -> tuple[LinearNetwork, LinearNetwork, LinearNetwork, Tensor, Tensor]:
-    """Two fragile networks and a robust one, each with pixels of its own; images of two classes, and labels."""
+    """Two fragile networks and a robust one, each with its own pixels; images of two classes and labels."""
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(256, generator=generator)
     labels = torch.arange(count) % 2

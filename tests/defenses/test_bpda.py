@@ -1,4 +1,4 @@
-"""Leads: gradients that pass a defense by, whether they predict its margin, and images as 8-bit files keep them."""
+"""Leads: gradients that bypass a defense, whether they predict its margin, and images as 8-bit files store them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.defenses.planted import BUDGET, Inline, Wrapper, planted, reversed_gradient
-from tests.networks import NETWORKS, untouched
+from tests.defenses.planted import BUDGET, Inline, planted, reversed_gradient
+from tests.networks import NETWORKS, Wrapped, untouched
 from weakspot import L1, L2, SSIM, Linf
 from weakspot.attacks.eight_bit import fit, on_8bit_images, rounded, whole_levels
 from weakspot.budgets import Budget
@@ -33,37 +33,37 @@ def leads(defended: nn.Module, images: Tensor) -> list[Classifier]:
         return straight_through_models(as_classifier(defended), images)
 
 
-def test_preprocessing_without_a_gradient_is_passed_straight_through() -> None:
+def test_the_lead_goes_straight_through_preprocessing_without_a_gradient() -> None:
     network, images = NETWORKS["pooling"]()
-    defended = Wrapper(network, lambda shown: (shown.detach() * 16).round() / 16).eval()
+    defended = Wrapped(network, lambda shown: (shown.detach() * 16).round() / 16).eval()
     (lead,) = leads(defended, images)
     with untouched(defended, images):
         torch.testing.assert_close(lead(images), defended(images))
     expected = gradient_of(network, (images * 16).round() / 16)
-    found = gradient_of(lead, images)
-    # Each channel's slope is that of a line fitted through rounded against given values: almost one.
-    torch.testing.assert_close(found, expected, rtol=0.02, atol=1e-4)
+    result = gradient_of(lead, images)
+    # The slope of each channel is fitted to rounded over given values: almost one.
+    torch.testing.assert_close(result, expected, rtol=0.02, atol=1e-4)
 
 
-def test_a_change_of_scale_is_passed_with_its_own_slope() -> None:
+def test_a_change_of_scale_has_its_own_slope() -> None:
     network, images = NETWORKS["pooling"]()
 
     def normalized(shown: Tensor) -> Tensor:
         return (shown - 0.4) / 0.25
 
-    (lead,) = leads(Wrapper(network, lambda shown: normalized(shown).detach()).eval(), images)
-    expected = gradient_of(Wrapper(network, normalized).eval(), images)
+    (lead,) = leads(Wrapped(network, lambda shown: normalized(shown).detach()).eval(), images)
+    expected = gradient_of(Wrapped(network, normalized).eval(), images)
     torch.testing.assert_close(gradient_of(lead, images), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_another_size_is_reached_by_resizing() -> None:
+def test_images_are_resized_to_the_size_of_the_inner_network() -> None:
     network, images = NETWORKS["pooling"]()
 
     def resized(shown: Tensor) -> Tensor:
         return F.interpolate(shown, size=(26, 23), mode="bilinear", align_corners=False)
 
-    (lead,) = leads(Wrapper(network, lambda shown: resized(shown).detach()).eval(), images)
-    expected = gradient_of(Wrapper(network, resized).eval(), images)
+    (lead,) = leads(Wrapped(network, lambda shown: resized(shown).detach()).eval(), images)
+    expected = gradient_of(Wrapped(network, resized).eval(), images)
     torch.testing.assert_close(gradient_of(lead, images), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -97,7 +97,7 @@ def test_several_copies_of_an_image_are_averaged(how: str) -> None:
 
 
 def test_the_last_of_several_calls_can_lead_alone() -> None:
-    """A first pass that only prepares the second, as neutralization has, is no part of the answer."""
+    """A first pass that only prepares the second, as in neutralization, does not contribute to the logits."""
     network, images = NETWORKS["pooling"]()
 
     class Twice(nn.Module):
@@ -115,9 +115,9 @@ def test_the_last_of_several_calls_can_lead_alone() -> None:
     assert not torch.allclose(gradient_of(mean, images), gradient_of(network, images), rtol=1e-2)
 
 
-def test_a_network_that_is_no_submodule_is_found_and_nested_ones_from_the_outside_in() -> None:
+def test_a_network_that_is_not_a_submodule_is_found_and_nested_ones_from_the_outside_in() -> None:
     network, images = NETWORKS["normalized"]()
-    hidden = Wrapper(nn.Identity(), after=lambda shown: network(shown.detach())).eval()
+    hidden = Wrapped(nn.Identity(), after=lambda shown: network(shown.detach())).eval()
     outer, inner = leads(hidden, images)  # the classifier, and the network that it normalizes for
     expected = gradient_of(network, images)
     for lead in (outer, inner):
@@ -141,7 +141,7 @@ def test_a_network_that_fails_leaves_no_hook() -> None:
             raise RuntimeError("no")
         return logits
 
-    defended = Wrapper(network, after=failing).eval()
+    defended = Wrapped(network, after=failing).eval()
     (lead,) = leads(defended, images)
     with pytest.raises(RuntimeError, match="no"), untouched(defended):
         lead(images)
@@ -160,8 +160,8 @@ def test_true_gradients_agree_and_others_do_not(budget: Budget) -> None:
     own = as_classifier(network)
 
     def agreeing(lead: nn.Module) -> float:
-        found = agreement(own, as_classifier(lead), images, labels, budget=budget, seed=0)
-        return float(found.float().mean())
+        result = agreement(own, as_classifier(lead), images, labels, budget=budget, seed=0)
+        return float(result.float().mean())
 
     with untouched(network, images, labels):
         assert agreeing(network) >= 0.9
@@ -170,14 +170,14 @@ def test_true_gradients_agree_and_others_do_not(budget: Budget) -> None:
         reversed_gradient,
         lambda shown: shown + 3 * (shown - shown.detach()),
     ):
-        assert agreeing(Wrapper(network, before).eval()) == 0
+        assert agreeing(Wrapped(network, before).eval()) == 0
 
 
 def test_agreement_belongs_to_the_image_and_does_not_see_other_draws() -> None:
     first, _, _, images, labels = planted()
-    noisy = as_classifier(Wrapper(first, lambda shown: shown + 0.5 * torch.randn_like(shown)).eval())
+    noisy = as_classifier(Wrapped(first, lambda shown: shown + 0.5 * torch.randn_like(shown)).eval())
     assert bool(agreement(noisy, noisy, images, labels, budget=BUDGET, seed=0).all())
-    half = as_classifier(Wrapper(first, lambda shown: torch.where(shown < 0.5, shown, shown.detach())).eval())
+    half = as_classifier(Wrapped(first, lambda shown: torch.where(shown < 0.5, shown, shown.detach())).eval())
     together = agreement(half, half, images, labels, budget=Linf(0.004), seed=0)
     alone = [
         agreement(half, half, images[i : i + 1], labels[i : i + 1], budget=Linf(0.004), seed=0)
@@ -186,20 +186,20 @@ def test_agreement_belongs_to_the_image_and_does_not_see_other_draws() -> None:
     assert torch.equal(together[:8], torch.cat(alone))
 
 
-def test_a_slope_that_vanishes_near_the_boundary_does_not_lead_on() -> None:
+def test_a_slope_that_vanishes_near_the_decision_boundary_does_not_lead_on() -> None:
     first, _, _, images, labels = planted()
 
     def flat(logits: Tensor) -> Tensor:
         near = (logits[:, :1] - logits[:, 1:]).abs() < 4
         return torch.where(near, 2 * logits.sign().detach(), logits)
 
-    network, plateau = as_classifier(first), as_classifier(Wrapper(first, after=flat).eval())
-    # Half way to the boundary: on the plateau.
+    network, plateau = as_classifier(first), as_classifier(Wrapped(first, after=flat).eval())
+    # Halfway to the boundary, on the plateau.
     sign = (1 - 2 * labels).view(-1, 1, 1, 1)
     ends = images - 0.02 * sign * first.weight.detach().sign()
     for points, expected in ((images, True), (ends, False)):
-        found = leads_on(plateau, plateau, points, labels, budget=BUDGET, seed=0)
-        assert bool((found == expected).all())
+        result = leads_on(plateau, plateau, points, labels, budget=BUDGET, seed=0)
+        assert bool((result == expected).all())
         assert bool(leads_on(network, network, points, labels, budget=BUDGET, seed=0).all())
 
 
@@ -216,7 +216,7 @@ def test_a_fitted_image_is_on_the_grid_and_inside_the_budget(budget: Budget, see
     levels = fitted * 255
     assert float((levels - levels.round()).abs().max()) < 1e-4
     assert bool((cut.distance(fitted - clean, clean) <= limit(budget) * (1 + 1e-5)).all())
-    # What is already on the grid and inside stays as it is.
+    # An image that is on the grid and inside the budget does not change.
     assert torch.equal(fit(fitted, clean, cut), fitted)
 
 

@@ -1,4 +1,4 @@
-"""The rule on real networks: broken defenses of digits are never praised, genuine ones are (needs the data folder)."""
+"""Verdicts on real networks: "protects" for genuine defenses of digits, never for broken ones."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def test_broken_defenses_are_not_praised_and_genuine_ones_are(title: str, digits
         nets["nat"], case.build().eval(), images, labels, budget=Linf(case.eps),
         queries=4000 if PROTECTS in case.statuses else 1000,
     )  # fmt: skip
-    found = verdict(table)
-    assert found.status in case.statuses, f"{found}\n{table}"
-    masked = "Its own gradients are masked" in str(found)
+    result = verdict(table)
+    assert result.status in case.statuses, f"{result}\n{table}"
+    masked = "Its own gradients are masked" in str(result)
     assert masked == (title == "detach, robust network")
-    assert (found.status == PROTECTS) == str(found).startswith("Protects against these attacks")
+    assert (result.status == PROTECTS) == str(result).startswith("Protects against these attacks")

@@ -1,4 +1,4 @@
-"""Evaluation of defenses on planted weaknesses: broken ones are never praised, a robust network always is."""
+"""Evaluation on planted weaknesses: "protects" for a robust network, never for a broken defense."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import weakspot
-from tests.defenses.planted import BUDGET, Inline, Wrapper, one_hot, planted, reversed_gradient
-from tests.defenses.test_neutralizing import fragile
-from tests.defenses.test_randomness import Shaking
-from tests.networks import LinearNetwork, untouched
+from tests.defenses.planted import BUDGET, Inline, one_hot, planted, reversed_gradient
+from tests.defenses.test_neutralization import fragile
+from tests.defenses.test_randomized import Shaking
+from tests.networks import LinearNetwork, Wrapped, untouched
 from weakspot._checks import ModelWarning
 from weakspot.budgets import L2, Linf
 from weakspot.defenses import (
@@ -61,60 +61,59 @@ def by_hash(images: Tensor, strength: float) -> Tensor:
 
 
 FIRST, SECOND, ROBUST, *_ = planted()
-# Defenses that a network needs no more than its own weakness to be broken by.
 BROKEN: dict[str, Callable[[], nn.Module]] = {
-    "detach, own network": lambda: Wrapper(FIRST, detached),
-    "detach, foreign network": lambda: Wrapper(SECOND, detached),
-    "detach, no inner network to see": lambda: Inline(SECOND, detached),
-    "reversed gradient": lambda: Wrapper(SECOND, reversed_gradient),
-    "reversed gradient, no inner network to see": lambda: Inline(SECOND, reversed_gradient),
-    "rounded images": lambda: Wrapper(SECOND, lambda images: (images * 32).round() / 32),
+    "detach, own network": lambda: Wrapped(FIRST, detached),
+    "detach, foreign network": lambda: Wrapped(SECOND, detached),
+    "detach, no inner network": lambda: Inline(SECOND, detached),
+    "reversed gradient": lambda: Wrapped(SECOND, reversed_gradient),
+    "reversed gradient, no inner network": lambda: Inline(SECOND, reversed_gradient),
+    "rounded images": lambda: Wrapped(SECOND, lambda images: (images * 32).round() / 32),
     "rounded logits": lambda: Inline(SECOND, after=lambda logits: (4 * logits).round() / 4),
-    "saturated logits": lambda: Wrapper(SECOND, after=lambda logits: (50 * logits).tanh()),
-    "temperature": lambda: Wrapper(SECOND, after=lambda logits: 1e6 * logits),
-    "one-hot, own network": lambda: Wrapper(FIRST, after=one_hot),
-    "noise at every call": lambda: Wrapper(SECOND, lambda images: images + 0.1 * torch.randn_like(images)),
+    "saturated logits": lambda: Wrapped(SECOND, after=lambda logits: (50 * logits).tanh()),
+    "temperature": lambda: Wrapped(SECOND, after=lambda logits: 1e6 * logits),
+    "one-hot, own network": lambda: Wrapped(FIRST, after=one_hot),
+    "noise at every call": lambda: Wrapped(SECOND, lambda images: images + 0.1 * torch.randn_like(images)),
     "noise by a hash of the image": lambda: Inline(SECOND, partial(by_hash, strength=0.05)),
-    "gradient through half of the pixels": lambda: Wrapper(
+    "gradient through half of the pixels": lambda: Wrapped(
         SECOND, lambda images: torch.where(torch.rand_like(images) < 0.5, images, images.detach())
     ),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_defense_is_not_praised(name: str) -> None:
-    table, found = judged(BROKEN[name]())
-    assert found.status == "no protection", (found, table)
+def test_a_broken_defense_does_not_protect(name: str) -> None:
+    table, result = judged(BROKEN[name]())
+    assert result.status == "no protection", (result, table)
     assert by_attack(table)["defended"]["clean"] == 1
     assert float(table["defended"].iloc[-1]) == 0
 
 
 def test_a_broken_defense_that_withstands_every_attack_cannot_be_judged() -> None:
-    """Neither gradients nor answers say where it falls: a one-hot answer, and no inner network to see."""
-    table, found = judged(Inline(SECOND, after=one_hot))
+    """Neither gradients nor outputs show its weakness: one-hot logits, and no inner network."""
+    table, result = judged(Inline(SECOND, after=one_hot))
     assert float(table["defended"].iloc[-1]) == 1
-    assert found.status == "cannot be judged"
+    assert result.status == "cannot be judged"
     assert "gradients are masked (the best of 2 kinds predicts the defended model's margin on 0%" in str(
-        found
+        result
     )
 
 
 @pytest.mark.parametrize("hidden", [False, True])
 def test_a_robust_network_protects_also_where_its_own_gradients_are_masked(hidden: bool) -> None:
-    table, found = judged(Wrapper(ROBUST, detached) if hidden else ROBUST)
-    assert found.status == "protects"
-    assert str(found).startswith(
+    table, result = judged(Wrapped(ROBUST, detached) if hidden else ROBUST)
+    assert result.status == "protects"
+    assert str(result).startswith(
         "Protects against these attacks: 100% [86%, 100%] of 24 images withstand every attack with the defense and 0% "
         "[0%, 14%] without it, p < .001."
     )
-    assert ("Its own gradients are masked: they predict its margin on 0%" in str(found)) == hidden
+    assert ("Its own gradients are masked: they predict its margin on 0%" in str(result)) == hidden
     agreements = by_attack(table)["agreement"]
     assert agreements["white-box"] == 1 - hidden
     assert not hidden or agreements["BPDA (straight-through)"] == 1
 
 
 @pytest.mark.parametrize("thorough", [False, True])
-def test_an_undefended_model_has_the_same_on_both_sides_and_nothing_is_left_behind(thorough: bool) -> None:
+def test_without_a_defense_both_sides_are_equal_and_nothing_is_changed(thorough: bool) -> None:
     model, images, labels = fragile()
     fractions: list[float] = []
     with untouched(model, images, labels):
@@ -130,7 +129,7 @@ def test_an_undefended_model_has_the_same_on_both_sides_and_nothing_is_left_behi
     assert verdict(table).status == "no protection"
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1
-    # Another object that computes the same.
+    # Another object that computes the same logits.
     twin = evaluate_defense(
         model, nn.Sequential(model).eval(), images, labels, budget=Linf(0.02), steps=5, queries=20
     )
@@ -138,7 +137,7 @@ def test_an_undefended_model_has_the_same_on_both_sides_and_nothing_is_left_behi
     assert by_attack(twin)["defended"]["white-box"] == by_attack(table)["defended"]["white-box"]
 
 
-def test_accuracy_only_falls_down_the_table_and_order_does_not_matter() -> None:
+def test_accuracy_only_decreases_and_the_order_of_images_does_not_matter() -> None:
     model, images, labels = fragile()
     judge = partial(
         evaluate_defense, model, neutralizing(model, fraction=0.1), budget=Linf(0.01), steps=5, queries=20
@@ -149,17 +148,17 @@ def test_accuracy_only_falls_down_the_table_and_order_does_not_matter() -> None:
     pd.testing.assert_frame_equal(table, judge(images.flip(0), labels.flip(0)))
 
 
-def test_both_sides_face_the_same_queries_which_double_until_little_more_falls() -> None:
+def test_both_sides_get_the_same_queries_which_double_until_they_take_little_more() -> None:
     table, _ = judged(Inline(SECOND, after=one_hot))
     assert table["attack"].tolist() == ATTACKS
-    short, found = judged(ROBUST, queries=999)
+    short, result = judged(ROBUST, queries=999)
     assert short["attack"].tolist() == ATTACKS[:-1]
-    assert found.status == "cannot be judged"
-    assert "the number of queries was never doubled from 500 (raise queries to at least 1000)" in str(found)
+    assert result.status == "cannot be judged"
+    assert "the number of queries was never doubled from 500 (raise queries to at least 1000)" in str(result)
 
 
 class OffGrid(nn.Module):
-    """Wrong on every image that no 8-bit file holds, and robust on all others."""
+    """Wrong on every image that an 8-bit file cannot store, and robust on all others."""
 
     def forward(self, images: Tensor) -> Tensor:
         off = ((images * 255 - (images * 255).round()).abs() > 1e-3).flatten(1).any(1)
@@ -167,7 +166,7 @@ class OffGrid(nn.Module):
         return torch.where(off[:, None], -logits, logits)
 
 
-def test_what_fools_only_between_8_bit_levels_does_not_count() -> None:
+def test_images_that_fool_only_between_8_bit_levels_do_not_count() -> None:
     table, _ = judged(OffGrid())
     assert float(table["defended"].iloc[-1]) == 1
     _, _, _, images, labels = planted()
@@ -176,10 +175,10 @@ def test_what_fools_only_between_8_bit_levels_does_not_count() -> None:
 
 
 def test_the_verdict_survives_a_file(tmp_path: Path) -> None:
-    for defended in (ROBUST, Wrapper(FIRST, detached), Inline(SECOND, after=one_hot)):
-        table, found = judged(defended)
+    for defended in (ROBUST, Wrapped(FIRST, detached), Inline(SECOND, after=one_hot)):
+        table, result = judged(defended)
         table.to_csv(tmp_path / "defense.csv", index=False)
-        assert verdict(pd.read_csv(tmp_path / "defense.csv")) == found
+        assert verdict(pd.read_csv(tmp_path / "defense.csv")) == result
 
 
 def test_a_random_defense_is_broken_by_averaging() -> None:
@@ -196,24 +195,24 @@ def test_a_random_defense_is_broken_by_averaging() -> None:
 
 
 class Coins(DrawnByImage):
-    """A robust network on images with much noise, which belongs to the image and the draw."""
+    """A robust network on images with much noise, which depends on the image and the draw."""
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = ROBUST(by_hash(images + 0.1 * self.draw, 2.0))
         return logits
 
 
-def test_draws_that_belong_to_the_image_are_asked_for_until_one_errs_and_others_are_not() -> None:
+def test_draws_by_the_image_are_queried_until_one_errs_and_other_draws_are_not() -> None:
     by_image, _ = judged(Coins(), queries=500)
     assert by_image["defended"].iloc[-2] >= 0.3
     assert by_image["defended"].iloc[-1] <= 0.05
     at_every_call, _ = judged(
-        Wrapper(ROBUST, lambda images: images + 2 * (torch.rand_like(images) - 0.5)), queries=500
+        Wrapped(ROBUST, lambda images: images + 2 * (torch.rand_like(images) - 0.5)), queries=500
     )
     assert at_every_call["defended"].iloc[-1] >= 0.3
 
 
-def test_the_oracle_stands_apart_under_its_own_name() -> None:
+def test_the_oracle_has_a_row_of_its_own_and_no_part_in_the_verdict() -> None:
     model, images, labels = fragile()
     with untouched(model, images):
         same = oracle_neutralized(model, images, images, fraction=0.1)
@@ -228,7 +227,7 @@ def test_the_oracle_stands_apart_under_its_own_name() -> None:
     assert with_oracle["defended"].iloc[-1] == plain["undefended"].iloc[0]
     pd.testing.assert_frame_equal(plain, with_oracle.iloc[:-1], check_dtype=False)
     assert verdict(plain) == verdict(with_oracle)
-    with pytest.raises(ValueError, match=r"clean has shape .* accepted are two batches of one shape"):
+    with pytest.raises(ValueError, match=r"clean must have the shape of images, .* got"):
         oracle_neutralized(model, images, images[:2])
 
 
@@ -247,30 +246,30 @@ class Tuple(nn.Module):
 @pytest.mark.parametrize(
     "network", [Tuple(), nn.Sequential(LinearNetwork(ROBUST.weight.detach()), nn.Identity())]
 )
-def test_outputs_of_any_form_are_judged(network: nn.Module) -> None:
+def test_outputs_of_any_form_are_evaluated(network: nn.Module) -> None:
     assert judged(network)[1].status == "protects"
 
 
-def test_other_norms_are_judged_too() -> None:
+def test_other_norms_are_evaluated_too() -> None:
     undefended, second, robust, images, labels = planted()
     judge = partial(
         evaluate_defense, undefended, images=images, labels=labels, budget=L2(0.8), steps=10, queries=1000
     )
     assert verdict(judge(defended=robust)).status == "protects"
-    assert verdict(judge(defended=Wrapper(second, detached).eval())).status == "no protection"
+    assert verdict(judge(defended=Wrapped(second, detached).eval())).status == "no protection"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": 0}, "steps is 0"),
-        ({"draws": 0}, "draws is 0"),
-        ({"queries": 0}, "queries is 0"),
+        ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
+        ({"draws": 0}, "draws must be"),
+        ({"queries": 0}, "queries must be"),
         ({"fraction": 3}, "fraction must .* got 3"),
         ({"seed": 0.5}, "seed must .* got 0.5"),
         ({"budget": 0.1}, "budget must .* got 0.1"),
-        ({"defended": len}, "defended must be a torch.nn.Module, got a builtin_function_or_method"),
-        ({"substitute": 3}, "substitute must be a torch.nn.Module, got a int"),
+        ({"defended": len}, "defended must be a torch.nn.Module, got builtin_function_or_method"),
+        ({"substitute": 3}, "substitute must be a torch.nn.Module, got int"),
         ({"labels": torch.full((12,), 9)}, "labels"),
         (
             {"defended": nn.Sequential(nn.Flatten(), nn.Linear(1200, 7)).eval()},
@@ -279,7 +278,7 @@ def test_other_norms_are_judged_too() -> None:
         ({"defended": nn.Linear(3, 4).eval()}, "defended must take the images of model, of shape"),
     ],
 )
-def test_bad_input_is_refused_by_name(arguments: dict[str, Any], message: str) -> None:
+def test_arguments_that_do_not_fit_are_named(arguments: dict[str, Any], message: str) -> None:
     model, images, labels = fragile()
     given: dict[str, Any] = {
         "model": model,
@@ -291,11 +290,11 @@ def test_bad_input_is_refused_by_name(arguments: dict[str, Any], message: str) -
         evaluate_defense(**given)
 
 
-def test_a_model_that_returns_probabilities_is_warned_of() -> None:
+def test_a_model_that_returns_probabilities_causes_a_warning() -> None:
     model, images, labels = fragile()
     with pytest.warns(ModelWarning, match="probabilities"):
         evaluate_defense(
-            model, Wrapper(model, after=lambda z: z.softmax(1)).eval(), images, labels, steps=1, queries=1
+            model, Wrapped(model, after=lambda z: z.softmax(1)).eval(), images, labels, steps=1, queries=1
         )
 
 

@@ -1,4 +1,4 @@
-"""A layer's units under attack: the unit that attacks use is found and masked, on images that had no part in it."""
+"""Unit studies: the unit that attacks use is chosen and masked, and evaluated on other images."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.defenses.test_masking import Leaking
+from tests.defenses.test_unit_masking import Leaking
 from tests.networks import untouched
 from weakspot import Classifier, Linf, Pairs, attacks
 from weakspot.defenses.unit_study import association_sentences, unit_study
-from weakspot.dissection import Dissection
+from weakspot.dissection import Dissection, DissectionOptions
 
 
-def found_in(units: int, concepts: list[str | None]) -> Dissection:
+def dissected(units: int, concepts: list[str | None]) -> Dissection:
     table = pd.DataFrame(
         {
             "unit": range(units), "threshold": 0.0, "concept": concepts, "iou": np.linspace(0.2, 0.01, units),
@@ -25,7 +25,7 @@ def found_in(units: int, concepts: list[str | None]) -> Dissection:
         }
     )  # fmt: skip
     empty = torch.zeros(units, 0)
-    return Dissection("look", table, (), empty, empty.long(), empty, {"min_iou": 0.04})
+    return Dissection("look", table, (), empty, empty.long(), empty, DissectionOptions(min_iou=0.04))
 
 
 def leaking(count: int = 40) -> tuple[nn.Module, Tensor, Tensor]:
@@ -50,53 +50,53 @@ class Recorded:
         return attacks.pgd(model, images, labels, budget=Linf(0.2), steps=10)
 
 
-def test_the_unit_that_attacks_use_is_chosen_and_judged_on_other_images() -> None:
+def test_the_unit_that_attacks_use_is_chosen_and_evaluated_on_other_images() -> None:
     model, images, labels = leaking()
     attack = Recorded()
     pairs = attack(model, images, labels)
-    shares: list[float] = []
+    progress: list[float] = []
     with untouched(model, images):
         study = unit_study(
             model,
-            found_in(8, ["blue", None, *[None] * 6]),
+            dissected(8, ["blue", None, *[None] * 6]),
             pairs,
             mask=1,
             attack=attack,
-            progress=shares.append,
+            progress=progress.append,
         )
     assert study.masked == [1]
     assert study.masking is not None
     assert (study.masking["images"] == 20).all()
     assert all(torch.equal(seen, images[1::2]) for seen in attack.seen[1:])
     assert "helps" in study.sentences[-1]
-    assert shares[-1] == pytest.approx(1)
-    assert shares == sorted(shares)
+    assert progress[-1] == pytest.approx(1)
+    assert progress == sorted(progress)
     assert repr(study) == "UnitStudy('look', 8 units, 1 masked)"
     assert study.sentences[2].startswith("Fewer than 10 units vary")  # six units see nothing
 
 
-def test_units_that_are_given_are_judged_on_all_images_and_noise_masks_nothing() -> None:
+def test_given_units_are_evaluated_on_all_images_and_noise_masks_nothing() -> None:
     model, images, labels = leaking()
     attack = Recorded()
     pairs = attack(model, images, labels)
-    found = found_in(8, [None] * 8)
-    given = unit_study(model, found, pairs, mask=[3, 1], attack=attack)
+    dissection = dissected(8, [None] * 8)
+    given = unit_study(model, dissection, pairs, mask=[3, 1], attack=attack)
     assert given.masked == [3, 1]
     assert given.masking is not None
     assert (given.masking["images"] == 40).all()
-    still = unit_study(model, found, Pairs(images, images, labels, labels), mask=0, attack=attack)
+    still = unit_study(model, dissection, Pairs(images, images, labels, labels), mask=0, attack=attack)
     assert still.masking is None
     assert "nothing is masked" in still.sentences[-1]
-    assert still.sentences[0].startswith("No unit is shown to move more")
-    assert unit_study(model, found, pairs).masking is None
+    assert still.sentences[0].startswith("No unit clearly moves more")
+    assert unit_study(model, dissection, pairs).masking is None
     with pytest.raises(ValueError, match="mask must be a number of units from 0 to 8"):
-        unit_study(model, found, pairs, mask=9)
+        unit_study(model, dissection, pairs, mask=9)
     few = Pairs(images[:3], images[:3], labels[:3], labels[:3])
     with pytest.raises(ValueError, match="at least 4"):
-        unit_study(model, found, few, mask=1)
+        unit_study(model, dissection, few, mask=1)
 
 
-def test_what_is_left_for_noise_stands_beside_what_is_left_for_the_attack() -> None:
+def test_noise_has_its_own_sentence_beside_the_attack() -> None:
     rng = np.random.default_rng(0)
     own, activation = rng.normal(size=(2, 60))
     table = pd.DataFrame(

@@ -1,4 +1,4 @@
-"""The rule of verdicts, threshold by threshold, on tables that are made by hand."""
+"""The rule of verdicts, threshold by threshold, on tables made by hand."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def standing(
             table(standing(0.1, 0.8), leads={"white-box": (1.0, 0.49)}), "cannot be judged",
             "masked near the decision boundary .* lower the margin on 49%",
         ),
-        # A lead that agrees everywhere but where attacks end, and one that does only there.
+        # A lead that agrees everywhere except where attacks end, and one that agrees only there.
         (
             table(standing(0.1, 0.8) | {"BPDA (straight-through)": (0.1, 0.8)},
                   leads={"white-box": (1.0, 0.0), "BPDA (straight-through)": (0.1, 1.0)}),
@@ -73,7 +73,7 @@ def standing(
                   | standing(0.1, 0.8), leads={"white-box": (0.2, 0.0), "BPDA (straight-through)": (0.95, 1.0)}),
             "protects", r"own gradients are masked: they predict its margin on 20% of the images, those of BPDA \(str",
         ),
-        # No image is left to lead on from: nothing speaks against the gradients.
+        # No image is left: nothing speaks against the gradients.
         (table(standing(0.1, 0.8), leads={"white-box": (1.0, np.nan)}), "protects", "80%"),
         (table(standing(0.1, 0.78, first=0.8)), "protects", "78%"),
         (table(standing(0.1, 0.77, first=0.8)), "cannot be judged", r"took 3 more of 100 images; raise queries\)"),
@@ -91,7 +91,7 @@ def standing(
                    "white-box, 16 draws": (0.1, 0.69)} | dict(list(standing(0.1, 0.69).items())[2:])),
             "protects", "69%",
         ),
-        # Two doubts are both told, and the oracle's row counts for nothing.
+        # All doubts are in the sentence, and the oracle's row does not count.
         (
             table(standing(0.1, 0.6, first=0.8, gradients=0.8), leads={"white-box": (0.0, 0.0)}), "cannot be judged",
             "^Cannot be judged: gradients are masked .* and the square search .* and 20% of the images",
@@ -100,21 +100,21 @@ def standing(
     ],
 )  # fmt: skip
 def test_the_rule(made: pd.DataFrame, status: str, words: str) -> None:
-    found = verdict(made)
-    assert found.status == status, found
-    assert re.search(words, str(found)), found
-    assert str(found) == found.sentence
+    result = verdict(made)
+    assert result.status == status, result
+    assert re.search(words, str(result)), result
+    assert str(result) == result.sentence
 
 
 @pytest.mark.parametrize(("images", "status"), [(4, "cannot be judged"), (5, "protects")])
 def test_so_few_images_that_no_outcome_is_significant_cannot_be_judged(images: int, status: str) -> None:
     made = table(standing(0.0, 1.0)).assign(images=images, defended_only=images)
-    found = verdict(made)
-    assert found.status == status
-    assert ("4 images are too few to show a gain" in str(found)) == (images == 4)
+    result = verdict(made)
+    assert result.status == status
+    assert ("4 images are too few to show a gain" in str(result)) == (images == 4)
 
 
-def test_mcnemar_is_the_share_of_all_ways_to_flip_the_pairs() -> None:
+def test_mcnemar_is_the_fraction_of_all_ways_to_flip_the_pairs() -> None:
     for only_first, only_second in itertools.product(range(6), range(6)):
         count = only_first + only_second
         ways = [sum(flips) >= only_first for flips in itertools.product((0, 1), repeat=count)]

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from weakspot.dissection import Association, associate, by_category, in_words, join, moved_concepts
+from weakspot.dissection import Association, associate, by_category, concept_sentence, join, moved_concepts
 
 
 def made_up(units: int, linked: float, seed: int = 0) -> pd.DataFrame:
@@ -22,16 +22,16 @@ def made_up(units: int, linked: float, seed: int = 0) -> pd.DataFrame:
     )
 
 
-def test_an_association_that_activation_explains_is_none() -> None:
-    found = associate(made_up(400, linked=0.0))
-    assert found.correlation > 0.7
-    assert found.low < 0 < found.high
-    assert abs(found.partial) < 0.15
+def test_an_association_explained_by_activation_is_none() -> None:
+    result = associate(made_up(400, linked=0.0))
+    assert result.correlation > 0.7
+    assert result.low < 0 < result.high
+    assert abs(result.partial) < 0.15
     linked = associate(made_up(400, linked=1.0))
     assert linked.low > 0.5
 
 
-def test_an_association_that_layers_explain_is_none() -> None:
+def test_an_association_explained_by_layers_is_none() -> None:
     rng = np.random.default_rng(0)
     layers = np.repeat([0, 1], 150)
     table = pd.DataFrame(
@@ -40,41 +40,43 @@ def test_an_association_that_layers_explain_is_none() -> None:
             "mean_activation": rng.normal(size=300), "layer": np.where(layers, "late", "early"),
         }
     )  # fmt: skip
-    found = associate(table)
-    assert found.correlation > 0.6
-    assert found.low < 0 < found.high
+    result = associate(table)
+    assert result.correlation > 0.6
+    assert result.low < 0 < result.high
 
 
 @pytest.mark.parametrize("units", [20, 64])
 def test_the_interval_of_no_association_includes_zero(units: int) -> None:
     """40 tables without a link: nominally 2 intervals exclude zero; at most 6 may."""
-    found = [associate(made_up(units, linked=0.0, seed=seed)) for seed in range(40)]
-    assert sum(not one.low <= 0 <= one.high for one in found) <= 6
+    result = [associate(made_up(units, linked=0.0, seed=seed)) for seed in range(40)]
+    assert sum(not one.low <= 0 <= one.high for one in result) <= 6
 
 
 def test_few_units_give_no_interval_and_no_claim() -> None:
-    found = associate(made_up(19, linked=3.0))
-    assert found.partial > 0.5
-    assert np.isnan([found.low, found.high]).all()
-    assert "no interval, and no claim" in found.sentence
-    assert "more sensitive" not in found.sentence
+    result = associate(made_up(19, linked=3.0))
+    assert result.partial > 0.5
+    assert np.isnan([result.low, result.high]).all()
+    assert "no interval and no claim" in result.sentence
+    assert "more sensitive" not in result.sentence
 
 
 def test_a_sentence_claims_only_what_the_interval_shows() -> None:
     none, linked = (associate(made_up(400, linked=one)).sentence for one in (0.0, 1.0))
-    assert none.startswith("It is not shown that units that agree better with a concept are more or less")
+    assert none.startswith(
+        "There is not enough evidence that units that agree better with a concept are more or less"
+    )
     assert "includes zero" in none
     assert linked.startswith(
         "Units that agree better with a concept are more sensitive: the rank correlation"
     )
-    assert "is left at equal mean activation [" in linked
+    assert "and at equal mean activation it is 0." in linked
     less = Association(0.5, -0.3, -0.4, -0.2, 90, 2).sentence
     assert "are less sensitive" in less
-    assert "at equal mean activation in the same layer [-0.40, -0.20]" in less
+    assert "at equal mean activation in the same layer it is -0.30 [-0.40, -0.20]" in less
     explained = made_up(50, 0)
     explained["iou"] = explained["mean_activation"]
-    assert "nothing is left that could be measured" in associate(explained).sentence
-    assert "cannot be said" in associate(explained.assign(iou=0.0)).sentence
+    assert "nothing is left to correlate" in associate(explained).sentence
+    assert "cannot be determined" in associate(explained.assign(iou=0.0)).sentence
 
 
 def test_joined_units_say_which_concepts_an_attack_moves() -> None:
@@ -97,19 +99,19 @@ def test_joined_units_say_which_concepts_an_attack_moves() -> None:
     counts = moved.loc[["dotted", "ear", "sky", "wheel"], ["units", "moved", "promoted", "suppressed"]]
     # The wheel ends above where it was, but noise alone would take it higher: moved, in no direction.
     assert counts.to_numpy().tolist() == [[2, 1, 1, 0], [1, 1, 0, 1], [1, 0, 0, 0], [1, 1, 0, 0]]
-    assert in_words(moved_concepts(table)) == (
-        "More than noise of the same size does, the attack promotes dotted (1 of 2 detectors); it suppresses ear (1 of "
-        "1 detectors); it moves wheel (1 of 1 detectors) without a common direction."
+    assert concept_sentence(moved_concepts(table)) == (
+        "The attack moves detectors more than noise of the same size does: it promotes dotted (1 of 2 detectors); it "
+        "suppresses ear (1 of 1 detectors); it moves wheel (1 of 1 detectors) in no common direction."
     )
-    still = "No detector is shown to move more than under noise of the same size."
-    assert in_words(moved_concepts(table, level=0.0)) == still
-    assert in_words(moved_concepts(table.assign(concept=None))) == "No unit stands for a concept."
+    still = "No detector clearly moves more than under noise of the same size."
+    assert concept_sentence(moved_concepts(table, level=0.0)) == still
+    assert concept_sentence(moved_concepts(table.assign(concept=None))) == "No unit detects a concept."
     kinds = by_category(table).set_index("category")
     assert kinds["units"].to_dict() == {"texture": 2, "part": 2, "object": 1, "none": 1}
     assert kinds.loc["texture", "sensitivity"] == pytest.approx(1.5)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_invalid_input_is_an_error() -> None:
     with pytest.raises(ValueError, match="none named 'iou'"):
         associate(made_up(20, 0).drop(columns="iou"))
     with pytest.raises(ValueError, match="at least 10 units, for a correlation, got 3"):

@@ -36,7 +36,7 @@ def carried() -> tuple[nn.Module, Pairs]:
     return model, Pairs.of(model, clean, adversarial)
 
 
-def test_the_unit_that_carries_the_decision_brings_it_back() -> None:
+def test_the_unit_that_carries_the_decision_restores_it() -> None:
     model, pairs = carried()
     with untouched(model, pairs.clean, pairs.adversarial):
         table = unit_restoration(model, "look", pairs, fractions=(1 / 8, 1.0))
@@ -51,7 +51,7 @@ def test_the_unit_that_carries_the_decision_brings_it_back() -> None:
 
 
 @pytest.mark.parametrize(("kind", "layer"), [("pooling", "stem"), ("tokens, not square", "encoder.layers.0")])
-def test_all_units_of_the_only_way_back_are_the_clean_decision(kind: str, layer: str) -> None:
+def test_restoring_all_units_gives_the_clean_decision(kind: str, layer: str) -> None:
     model, images = NETWORKS[kind]()
     with torch.no_grad():
         model.get_submodule("head").bias.sub_(model(images).mean(0))  # type: ignore[operator]
@@ -63,19 +63,19 @@ def test_all_units_of_the_only_way_back_are_the_clean_decision(kind: str, layer:
     assert unit_restoration(model, layer, pairs, fractions=(0.2, 1.0)).equals(table)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_invalid_input_is_an_error() -> None:
     model, pairs = carried()
-    with pytest.raises(ValueError, match="shares is"):
+    with pytest.raises(ValueError, match="fractions must be a list of fractions"):
         unit_restoration(model, "look", pairs, fractions=(0.0,))
-    with pytest.raises(ValueError, match="layers has 'luck'"):
+    with pytest.raises(ValueError, match=r"layers must .* got 'luck'"):
         unit_restoration(model, "luck", pairs)
 
 
-def test_the_analysis_says_how_many_units_it_takes() -> None:
+def test_the_analysis_counts_the_units_that_restore_the_decision() -> None:
     model, pairs = carried()
-    found = analyze_units(model, pairs)
-    assert found.scores["units_to_revert"].tolist()[:5] == [0.01] * 5
-    assert found.scores["units_to_revert"].isna().tolist() == [False] * 5 + [True]
-    assert (found.scores["random_units_to_revert"][:5] >= 0.01).all()
+    result = analyze_units(model, pairs)
+    assert result.scores["units_to_revert"].tolist()[:5] == [0.01] * 5
+    assert result.scores["units_to_revert"].isna().tolist() == [False] * 5 + [True]
+    assert (result.scores["random_units_to_revert"][:5] >= 0.01).all()
     flat = nn.Sequential(nn.Flatten(), nn.Linear(75, 2)).eval()
     assert len(analyze_units(flat, pairs).scores) == len(pairs)

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.dissection.fixture import LAW, label_maps, paint
-from weakspot.dissection.label_masks import nearest, read_labels, write_labels
+from tests.dissection.broden_fixture import LAW, label_maps, paint
+from weakspot.dissection.broden_files import nearest, read_labels, write_labels
 
 
 @given(labels=label_maps())
 @LAW
-def test_any_label_map_that_is_written_reads_back(tmp_path: Path, labels: NDArray[np.int64]) -> None:
+def test_label_maps_round_trip(tmp_path: Path, labels: NDArray[np.int64]) -> None:
     assert np.array_equal(read_labels(paint(tmp_path / "mask.png", labels)), labels)
     write_labels(tmp_path / "own.png", labels)
     assert np.array_equal(read_labels(tmp_path / "own.png"), labels)
@@ -37,7 +37,7 @@ def test_resizing_mixes_no_labels(labels: NDArray[np.int64], zoom: int, shape: t
     assert np.array_equal(nearest(larger, (labels.shape[0], labels.shape[1])), labels)
 
 
-def test_a_damaged_mask_is_read_as_it_was_or_refused(tmp_path: Path) -> None:
+def test_a_damaged_mask_is_unchanged_or_an_error(tmp_path: Path) -> None:
     labels = np.random.default_rng(0).integers(0, 2000, (6, 5))
     whole = paint(tmp_path / "mask.png", labels).read_bytes()
     refused = 0

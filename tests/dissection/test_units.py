@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.dissection.fixture import (
+from tests.dissection.broden_fixture import (
     CATEGORIES,
     CONCEPTS,
     CONTENTS,
@@ -22,7 +22,7 @@ from tests.dissection.fixture import (
 )
 from tests.networks import TokenNetwork, untouched
 from weakspot.classifier import Classifier
-from weakspot.dissection import ConceptSet, dissect, dissection
+from weakspot.dissection import ConceptSet, dissect, dissect_layers
 from weakspot.dissection.site_counts import LARGEST, TopValues
 
 HALF = 0.6  # of the fixture's sites at most half carry a color, so that the threshold is 0
@@ -78,26 +78,26 @@ def by_hand(unit: np.ndarray, concept: tuple[str, str], denominator: str) -> flo
 @pytest.mark.parametrize("alignment", ["receptive_field", "resize"])
 def test_ious_are_those_counted_by_hand(tmp_path: Path, denominator: str, alignment: str) -> None:
     dataset = twelve_images(tmp_path / "set")
-    found = dissection(
+    result = dissect_layers(
         seeing(), ["look"], dataset, quantile=HALF, denominator=denominator, alignment=alignment
     )["look"]
     for number, unit in enumerate((LEFT, TOP, QUARTER, np.zeros((8, 8), bool))):
         expected = [by_hand(unit, concept, denominator) for concept in CONCEPTS]
-        assert found.iou[number].tolist() == pytest.approx(expected)
-        row = found.units.iloc[number]
+        assert result.iou[number].tolist() == pytest.approx(expected)
+        row = result.units.iloc[number]
         assert row["iou"] == pytest.approx(max(expected))
         assert row["second_iou"] == pytest.approx(sorted(expected)[-2])
         if max(expected) >= 0.04:
             assert (row["concept"], row["category"]) == CONCEPTS[int(np.argmax(expected))]
-    assert found.units["concept"].isna().tolist() == [False, False, False, True]
+    assert result.units["concept"].isna().tolist() == [False, False, False, True]
 
 
-def test_the_two_fractions_in_the_fixtures_comment(tmp_path: Path) -> None:
+def test_the_two_fractions_in_the_comment_of_the_fixture(tmp_path: Path) -> None:
     dataset = twelve_images(tmp_path / "set")
     sky = CONCEPTS.index(("sky", "object"))
     for denominator, expected in (("all", 1 / 3), ("category", 3 / 7)):
-        found = dissection(seeing(), ["look"], dataset, quantile=HALF, denominator=denominator)["look"]
-        assert float(found.iou[0, sky]) == pytest.approx(expected)
+        result = dissect_layers(seeing(), ["look"], dataset, quantile=HALF, denominator=denominator)["look"]
+        assert float(result.iou[0, sky]) == pytest.approx(expected)
 
 
 def planted(folder: Path, count: int = 20, side: int = 32) -> Path:
@@ -138,12 +138,12 @@ def test_no_result_depends_on_the_batch_size(tmp_path: Path, batch_size: int) ->
     dataset = planted(tmp_path / "set")
     model = drawn((32, 32))
     one, other = (
-        dissection(model, ["network.0", "network.2"], dataset, quantile=0.02, batch_size=size)
+        dissect_layers(model, ["network.0", "network.2"], dataset, quantile=0.02, batch_size=size)
         for size in (None, batch_size)
     )
-    for layer, found in one.items():
-        torch.testing.assert_close(found.iou, other[layer].iou)
-        assert torch.equal(found.top_images, other[layer].top_images)
+    for layer, result in one.items():
+        torch.testing.assert_close(result.iou, other[layer].iou)
+        assert torch.equal(result.top_images, other[layer].top_images)
 
 
 def drawn(size: tuple[int, int]) -> Classifier:
@@ -156,19 +156,19 @@ def drawn(size: tuple[int, int]) -> Classifier:
     return Classifier.wrap(network.eval(), input_size=size)
 
 
-def test_several_layers_in_one_go_are_what_each_gives_alone(tmp_path: Path) -> None:
+def test_several_layers_equal_single_ones(tmp_path: Path) -> None:
     dataset = planted(tmp_path / "set")
     model = drawn((32, 32))
-    both = dissection(model, ["0", "4"], dataset, quantile=0.02)
-    for layer, found in both.items():
-        alone = dissection(model, [layer], dataset, quantile=0.02)[layer]
-        torch.testing.assert_close(found.iou, alone.iou)
-        assert found.units["concept"].tolist() == alone.units["concept"].tolist()
+    both = dissect_layers(model, ["0", "4"], dataset, quantile=0.02)
+    for layer, result in both.items():
+        alone = dissect_layers(model, [layer], dataset, quantile=0.02)[layer]
+        torch.testing.assert_close(result.iou, alone.iou)
+        assert result.units["concept"].tolist() == alone.units["concept"].tolist()
 
 
-def test_the_best_images_of_a_unit_are_those_that_excite_it_most(tmp_path: Path) -> None:
+def test_the_top_images_have_the_largest_activations(tmp_path: Path) -> None:
     dataset = planted(tmp_path / "set")
-    found = dissection(seeing((32, 32)), ["look"], dataset, quantile=0.07)["look"]
+    result = dissect_layers(seeing((32, 32)), ["look"], dataset, quantile=0.07)["look"]
     from weakspot.images import read_images
 
     concepts = ConceptSet.open(dataset)
@@ -176,13 +176,13 @@ def test_the_best_images_of_a_unit_are_those_that_excite_it_most(tmp_path: Path)
         [read_images(concepts.image(number), size=(32, 32))[0] for number in range(len(concepts))]
     )
     expected = pictures[:, 0].flatten(1).amax(1).sort(descending=True, stable=True)
-    assert found.top_images[0].tolist() == expected.indices[:8].tolist()
-    torch.testing.assert_close(found.top_values[0], expected.values[:8])
+    assert result.top_images[0].tolist() == expected.indices[:8].tolist()
+    torch.testing.assert_close(result.top_values[0], expected.values[:8])
 
 
 @pytest.mark.parametrize("quantile", [0.005, 0.1, 0.6])
 @pytest.mark.parametrize("batches", [1, 3])
-def test_thresholds_are_exact_quantiles_of_data_sets_that_fit(quantile: float, batches: int) -> None:
+def test_thresholds_are_exact_quantiles_for_small_data_sets(quantile: float, batches: int) -> None:
     maps = torch.randn(6, 5, 9, 7, generator=torch.Generator().manual_seed(0))
     values = TopValues(quantile, 6 * 63)
     for part in maps.split(6 // batches):
@@ -199,8 +199,8 @@ def test_thresholds_of_large_data_sets_are_within_one_percent() -> None:
     values = TopValues(quantile, images * side * side)
     for part in maps:
         values.add(part)
-    assert values._held is not None
-    assert values._held.shape[1] < 2 * LARGEST
+    assert values._values is not None
+    assert values._values.shape[1] < 2 * LARGEST
     every = torch.cat(maps).transpose(0, 1).flatten(1).numpy()
     exact = np.quantile(every, 1 - quantile, axis=1)
     assert values.thresholds().tolist() == pytest.approx(exact.tolist(), rel=0.01)
@@ -220,7 +220,7 @@ def test_tokens_are_dissected_as_the_grid_of_their_patches(tmp_path: Path) -> No
     assert table["iou"][0] > 0.4
 
 
-def test_the_cache_gives_back_what_was_found_and_knows_another_network_data_set_or_option(
+def test_the_cache_depends_on_network_data_set_and_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset, cache = planted(tmp_path / "set"), tmp_path / "cache"
@@ -265,7 +265,7 @@ def counted(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def test_the_model_comes_back_untouched_even_after_an_exception(tmp_path: Path) -> None:
+def test_the_model_is_unchanged_even_after_an_exception(tmp_path: Path) -> None:
     dataset = planted(tmp_path / "set")
     model = drawn((32, 32))
     with untouched(model):
@@ -276,27 +276,38 @@ def test_the_model_comes_back_untouched_even_after_an_exception(tmp_path: Path) 
 
 
 def test_progress_rises_to_one(tmp_path: Path) -> None:
-    told: list[float] = []
-    dissect(drawn((32, 32)), "4", planted(tmp_path / "set"), progress=told.append)
-    assert told == sorted(told)
-    assert told[-1] == 1
+    message: list[float] = []
+    dissect(drawn((32, 32)), "4", planted(tmp_path / "set"), progress=message.append)
+    assert message == sorted(message)
+    assert message[-1] == 1
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        ({"quantile": 0}, "quantile is 0; accepted is a share"),
-        ({"min_iou": 2}, "min_iou is 2; accepted is a number from 0 to 1"),
+        ({"quantile": 0}, "quantile must be a fraction .* got 0"),
+        ({"min_iou": 2}, "min_iou must be between 0 and 1, .* got 2"),
         ({"denominator": "unions"}, "denominator must be one of .* got 'unions'"),
         ({"alignment": "resized"}, "alignment must .*'resized' .did you mean 'resize'"),
         ({"batch_size": 0}, "batch_size must .* got 0"),
         ({"layer": "lok"}, "layers must .* got 'lok' .did you mean 'look'"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused_by_name(
-    tmp_path: Path, change: dict[str, Any], told: str
+def test_invalid_arguments_are_errors_that_name_them(
+    tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     dataset = twelve_images(tmp_path / "set")
     arguments = {"layer": "look", **change}
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         dissect(seeing(), dataset=dataset, **arguments)
+
+
+def test_dissections_and_concept_sets_print_as_a_few_lines(tmp_path: Path) -> None:
+    dataset = planted(tmp_path)
+    dissection = dissect_layers(seeing(), ["look"], dataset, quantile=0.07)["look"]
+    concepts = ConceptSet.open(dataset)
+    for result in (dissection, concepts, concepts.annotation(0)):
+        text = repr(result)
+        assert "tensor(" not in text
+        assert len(text.splitlines()) <= 3, text
+    assert repr(dissection).startswith("Dissection of 'look': ")

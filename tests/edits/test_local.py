@@ -1,4 +1,4 @@
-"""LocalEdits against its brute-force twin: paste, and send the whole image through the network."""
+"""LocalEdits against its brute-force twin: the whole pasted image through the network."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_logits_equal_those_of_the_whole_network(name: str, size: tuple[int, int
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_windows_cannot_be_told_from_the_network_for_normalized_gray_and_double(name: str) -> None:
+def test_windows_equal_the_network_for_normalized_gray_and_double(name: str) -> None:
     torch.manual_seed(4)
     network = NETWORKS[name]().double()
     model = Classifier.wrap(network, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])
@@ -380,7 +380,7 @@ class Overwriting(nn.Module):
     [(Choosing(), "values of an image"), (MapView(), "random"), (Overwriting(), "part of a tensor")],
     ids=lambda case: type(case).__name__ if isinstance(case, nn.Module) else "",
 )
-def test_what_cannot_be_recorded_goes_through_the_network(
+def test_networks_that_cannot_be_recorded_run_themselves(
     model: nn.Module, reason: str, image: Tensor
 ) -> None:
     edits = LocalEdits(model.eval(), image, batch_size=1)
@@ -428,18 +428,26 @@ def test_bad_input_gets_one_sentence(image: Tensor) -> None:
     edits = LocalEdits(NETWORKS["plain"](), image)
     one, patch = torch.zeros(1, dtype=torch.long), torch.rand(1, 3, 2, 2)
     for arguments, words in {
-        (one + 18, one, patch): "tops[0] is 18; patches of 2 x 2 fit at 0 to 17",
-        (one, one - 1, patch): "lefts[0] is -1",
-        (one.float(), one, patch): "tops is (1,) torch.float32; accepted is an integer tensor (1,)",
-        (one, one, patch[:, :2]): "patches is (1, 2, 2, 2); accepted is a float tensor (M, 3, h, w)",
-        (one, one, torch.rand(1, 3, 20, 2)): "patches are 20 x 2; accepted is 1 x 1 to 19 x 23",
-        (one, one, patch * torch.nan): "patches are not all finite",
+        (one + 18, one, patch): "tops must be between 0 and 17 for these patches, got 18",
+        (one, one - 1, patch): "lefts must be between 0 and 21 for these patches, got -1",
+        (
+            one.float(),
+            one,
+            patch,
+        ): "tops must be an integer tensor (1,), one for each patch, got (1,) torch.float32",
+        (one, one, patch[:, :2]): "patches must be a float tensor (M, 3, h, w), got (1, 2, 2, 2)",
+        (
+            one,
+            one,
+            torch.rand(1, 3, 20, 2),
+        ): "patches must be between 1 x 1 and 19 x 23, the image, got 20 x 2",
+        (one, one, patch * torch.nan): "patches must be finite floats",
     }.items():
         with pytest.raises(ValueError, match=re.escape(words)):
             edits.logits(*arguments)
     with pytest.warns(ImageWarning, match="patches span"):
         edits.logits(one, one, patch + 3)
-    with pytest.raises(ValueError, match="image is a batch of 2"):
+    with pytest.raises(ValueError, match=r"image must be one image, .* got 2 images"):
         LocalEdits(NETWORKS["plain"](), torch.rand(2, 3, 8, 8))
     assert edits.logits(one[:0], one[:0], patch[:0]).shape == (0, 5)
 

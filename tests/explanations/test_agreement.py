@@ -49,7 +49,9 @@ def by_definition(importance: Tensor, vulnerability: Tensor, fraction: float) ->
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5])
-def test_every_attack_with_every_map_equals_loops(fraction: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agreement_equals_loops_over_attacks_and_maps(
+    fraction: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("weakspot.explanations.agreement.CHUNK", 3)
     importance, vulnerability = fields(7, 0), fields(5, 1) + 0.3
     matrices = agreement(importance, vulnerability, fraction=fraction)
@@ -61,7 +63,7 @@ def test_every_attack_with_every_map_equals_loops(fraction: float, monkeypatch: 
     assert torch.equal(alone.nan_to_num(9), matrices["effect_in_roi"].nan_to_num(9))
 
 
-def test_a_map_without_contrast_agrees_with_nothing() -> None:
+def test_maps_without_contrast_have_no_statistics() -> None:
     importance, vulnerability = fields(3, 0), fields(3, 1) + 0.3
     importance[1], vulnerability[2] = 0.7, 0.1
     for matrix in (
@@ -73,7 +75,7 @@ def test_a_map_without_contrast_agrees_with_nothing() -> None:
         assert matrix[:2][:, [0, 2]].isfinite().all()
 
 
-def test_only_another_image_is_another_image() -> None:
+def test_copies_of_an_image_are_not_other_images() -> None:
     images = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     images[2] = images[0]  # attacked twice
     references = torch.cat([images[1:2], torch.rand(2, 3, 5, 5), torch.zeros(1, 3, 5, 5)])
@@ -88,9 +90,7 @@ def test_only_another_image_is_another_image() -> None:
 
 
 @pytest.mark.parametrize(("size", "radius"), [((24, 32), 1), ((150, 200), 3)])
-def test_what_is_reached_lies_within_a_fiftieth_of_the_shorter_side(
-    size: tuple[int, int], radius: int
-) -> None:
+def test_reached_sites_lie_within_a_fiftieth_of_the_shorter_side(size: tuple[int, int], radius: int) -> None:
     clean = torch.zeros(2, 3, *size)
     adversarial = clean.clone()
     adversarial[0, 1, 10, 12] = 0.5
@@ -114,7 +114,7 @@ def part(pairs: Pairs, rows: slice) -> Pairs:
 P_VALUES = [f"{name}_p" for name in STATISTICS]
 
 
-def test_p_needs_nineteen_other_images_wherever_they_come_from() -> None:
+def test_p_needs_nineteen_other_images_from_batch_and_reference() -> None:
     model, pairs = attacked(21)
     others = torch.rand(19, 3, 20, 20, generator=torch.Generator().manual_seed(1))
     for rows, reference, given in (
@@ -136,11 +136,11 @@ def test_an_image_among_its_own_references_changes_nothing() -> None:
     model, pairs = attacked(3)
     others = torch.rand(20, 3, 20, 20, generator=torch.Generator().manual_seed(1))
     expected = overlap(model, pairs, reference=others).scores
-    found = overlap(model, pairs, reference=torch.cat([pairs.clean[1:2], others, others[:5]])).scores
-    pd.testing.assert_frame_equal(found, expected)
+    result = overlap(model, pairs, reference=torch.cat([pairs.clean[1:2], others, others[:5]])).scores
+    pd.testing.assert_frame_equal(result, expected)
 
 
-def test_one_image_attacked_twenty_times_is_no_null_of_itself() -> None:
+def test_one_image_attacked_twenty_times_has_no_p() -> None:
     model, pairs = attacked(1)
     many = Pairs(
         pairs.clean.expand(20, -1, -1, -1),
@@ -151,7 +151,7 @@ def test_one_image_attacked_twenty_times_is_no_null_of_itself() -> None:
     assert overlap(model, many).scores[[*P_VALUES, "relation"]].isna().all(axis=None)
 
 
-def test_without_comparing_a_part_has_the_scores_of_the_whole() -> None:
+def test_without_comparison_parts_have_the_scores_of_the_whole() -> None:
     model, pairs = attacked(24)
     whole = overlap(model, pairs, compare=False).scores
     assert not whole.filter(regex="(?<!_shift)(_null|_p|_q)$|^relation").size
@@ -161,7 +161,7 @@ def test_without_comparing_a_part_has_the_scores_of_the_whole() -> None:
     pd.testing.assert_frame_equal(compared[list(whole)], whole)
 
 
-def test_scores_of_other_images_stand_beside_given_scores() -> None:
+def test_given_scores_are_compared_with_reference_scores() -> None:
     model, pairs = attacked(2)
     given, others = fields(2, 0, (20, 20)), fields(30, 1, (20, 20))
     scores = overlap(model, pairs, importance=given, reference=others).scores
@@ -171,7 +171,7 @@ def test_scores_of_other_images_stand_beside_given_scores() -> None:
 
 
 @pytest.mark.parametrize("importance", ["gradient", "occlusion"])
-def test_gradients_as_importance_are_stated_of_nothing(importance: Any) -> None:
+def test_gradient_importance_states_no_relation(importance: Any) -> None:
     model, images = NETWORKS["pooling"]()
     others = torch.rand(20, 3, 20, 20, generator=torch.Generator().manual_seed(1))
     pairs = pgd(model, images, model(images).argmax(1), budget=L2(1.5), steps=3)

@@ -27,14 +27,14 @@ from weakspot import (
     ssim_alignment,
 )
 from weakspot.classifier import as_classifier
-from weakspot.explanations.alignment_controls import (
+from weakspot.explanations.alignment_findings import STATISTICS, alignment
+from weakspot.explanations.analysis import competing_classes
+from weakspot.explanations.visible_change import (
     margin_gradient,
     pgd_of_equal_ssim,
     variance_gradient,
     with_shuffled_weights,
 )
-from weakspot.explanations.analysis import competing_classes
-from weakspot.explanations.visible_change import STATISTICS, alignment
 from weakspot.similarity import ssim_map
 
 SIZE, COUNT = 32, 40
@@ -87,26 +87,26 @@ def changed(clean: Tensor, where: Tensor, seed: int) -> Pairs:
 # ---------------------------------------------------------------- the statistics
 
 
-def test_a_change_shaped_like_the_activation_has_the_highest_values_and_one_elsewhere_the_lowest() -> None:
+def test_statistics_are_highest_inside_the_activation_and_lowest_outside() -> None:
     hill = blobs(1, 0)
-    found = {name: float(value) for name, value in alignment(hill, hill).items()}
+    result = {name: float(value) for name, value in alignment(hill, hill).items()}
     area = float((hill > 0.5).double().mean())
     inside = float(hill[hill > 0.5].double().sum() / hill.double().sum())
-    assert found["ssim_pointing"] == 1
-    assert found["ssim_spearman"] == pytest.approx(1)
-    assert found["ssim_concentration"] == pytest.approx(inside / area)
+    assert result["ssim_pointing"] == 1
+    assert result["ssim_spearman"] == pytest.approx(1)
+    assert result["ssim_concentration"] == pytest.approx(inside / area)
     apart = torch.where(hill > 0.5, 0.0, 1 - hill)
     away = {name: float(value) for name, value in alignment(apart, hill).items()}
     assert away["ssim_pointing"] == away["ssim_concentration"] == 0
     assert away["ssim_spearman"] < -0.5
 
 
-def test_every_change_with_every_map_equals_the_definition_written_out() -> None:
+def test_alignment_equals_its_definition_for_every_pairing() -> None:
     generator = torch.Generator().manual_seed(3)
     change = torch.rand(4, 1, 7, 5, generator=generator) ** 3
     change[1, 0, 2, 1] = change[1, 0, 4, 3] = 2.0  # two most changed sites
     maps = torch.randn(6, 1, 7, 5, generator=generator)
-    found = alignment(change, maps)
+    result = alignment(change, maps)
     for j, visible in enumerate(change[:, 0].double().numpy()):
         for i, looked in enumerate(maps[:, 0].double().numpy()):
             region = looked > looked.max() / 2
@@ -116,11 +116,11 @@ def test_every_change_with_every_map_equals_the_definition_written_out() -> None
                 "ssim_spearman": spearmanr(visible.ravel(), looked.ravel())[0],
             }
             for name, value in expected.items():
-                assert float(found[name][j, i]) == pytest.approx(value), (name, j, i)
+                assert float(result[name][j, i]) == pytest.approx(value), (name, j, i)
 
 
 @pytest.mark.parametrize("which", ["nothing changed", "all alike changed", "unknown", "negative", "constant"])
-def test_maps_without_a_place_have_no_statistic(which: str) -> None:
+def test_undefined_maps_have_no_statistic(which: str) -> None:
     change, looked = blobs(1, 0), blobs(1, 1)
     if which == "nothing changed":
         change = torch.zeros_like(change)
@@ -130,10 +130,10 @@ def test_maps_without_a_place_have_no_statistic(which: str) -> None:
         change = torch.full_like(change, torch.nan)
     else:
         looked = looked - 2 if which == "negative" else torch.ones_like(looked)
-    found = alignment(torch.cat([change, blobs(1, 2)]), torch.cat([looked, blobs(1, 3)]))
+    result = alignment(torch.cat([change, blobs(1, 2)]), torch.cat([looked, blobs(1, 3)]))
     for name in STATISTICS:
-        assert bool(found[name][0, 0].isnan()), name
-        assert bool(found[name][1, 1].isfinite()), name
+        assert bool(result[name][0, 0].isnan()), name
+        assert bool(result[name][1, 1].isfinite()), name
 
 
 # ---------------------------------------------------------------- verdicts
@@ -141,73 +141,73 @@ def test_maps_without_a_place_have_no_statistic(which: str) -> None:
 
 def test_a_planted_alignment_is_found() -> None:
     evidence = blobs(COUNT, 1)
-    found = ssim_alignment(RedEvidence().eval(), changed(photographs(evidence, 2), evidence, 3))
-    assert found.aligned_overall
-    assert found.aligned.mean() > 0.3
-    assert "The visible change lies where the network looks, on average over 40 images" in found.sentences[0]
-    assert "variance x gradient" in found.sentences[0]
-    assert (found.scores["ssim_concentration"] > found.scores["ssim_concentration_pgd"]).all()
-    assert found.why_not == ("",) * COUNT
+    result = ssim_alignment(RedEvidence().eval(), changed(photographs(evidence, 2), evidence, 3))
+    assert result.aligned_overall
+    assert result.aligned.mean() > 0.3
+    assert "The visible change lies where the network looks, on average over 40 images" in result.sentences[0]
+    assert "variance x gradient" in result.sentences[0]
+    assert (result.scores["ssim_concentration"] > result.scores["ssim_concentration_pgd"]).all()
+    assert result.why_not == ("",) * COUNT
 
 
-def test_nine_images_state_nothing_and_nineteen_have_no_p_of_their_own() -> None:
+def test_least_numbers_of_images_for_a_run_and_for_a_single_image() -> None:
     evidence = blobs(COUNT, 1)
     clean = photographs(evidence, 2)
     for count, stated in ((9, False), (19, True)):
         some = changed(clean[:count], evidence[:count], 3)
-        found = ssim_alignment(RedEvidence().eval(), some)
-        assert found.aligned_overall == stated
-        assert not found.aligned.any()
-        assert found.scores["ssim_concentration_p"].isna().all()
+        result = ssim_alignment(RedEvidence().eval(), some)
+        assert result.aligned_overall == stated
+        assert not result.aligned.any()
+        assert result.scores["ssim_concentration_p"].isna().all()
     filled = ssim_alignment(RedEvidence().eval(), some, reference=clean[count:])
     assert filled.scores["ssim_concentration_p"].notna().all()
 
 
 @pytest.mark.parametrize("spread", [1.0, 0.3], ids=["anywhere", "all near the middle"])
-def test_a_change_that_has_nothing_to_do_with_the_activation_is_not_accused(spread: float) -> None:
+def test_an_unrelated_change_is_not_accused(spread: float) -> None:
     evidence, elsewhere = blobs(70, 1, spread=spread), blobs(70, 4, spread=spread)
-    found = ssim_alignment(RedEvidence().eval(), changed(photographs(evidence, 2), elsewhere, 3))
+    result = ssim_alignment(RedEvidence().eval(), changed(photographs(evidence, 2), elsewhere, 3))
     for name in STATISTICS:
-        assert (found.scores[f"{name}_p"] <= 0.05).mean() <= 0.10, name
-    assert not found.aligned.any()
-    assert not found.aligned_overall
-    assert "There is not enough evidence that" in found.sentences[0]
+        assert (result.scores[f"{name}_p"] <= 0.05).mean() <= 0.10, name
+    assert not result.aligned.any()
+    assert not result.aligned_overall
+    assert "There is not enough evidence that" in result.sentences[0]
 
 
 def test_noise_of_equal_size_is_not_accused() -> None:
-    found = ssim_alignment(
+    result = ssim_alignment(
         RedEvidence().eval(), changed(photographs(blobs(COUNT, 1), 2), torch.ones(COUNT, 1, SIZE, SIZE), 3)
     )
-    assert not found.aligned_overall
-    assert not found.aligned.any()
+    assert not result.aligned_overall
+    assert not result.aligned.any()
 
 
-def test_what_variance_and_gradient_give_anyway_is_not_accused() -> None:
+def test_a_change_explained_by_variance_and_gradient_is_not_accused() -> None:
     """Texture lies where the network looks: other images' maps are exceeded, the control is not."""
     evidence = blobs(COUNT, 1)
     clean = photographs(evidence, 2, texture=0.05 + evidence)
     model = RedEvidence().eval()
     first_order = variance_gradient(clean, torch.ones_like(clean)).float()
-    found = ssim_alignment(model, changed(clean, first_order / first_order.amax((1, 2, 3), keepdim=True), 3))
-    assert found.runs["other images"].p < 0.01
-    assert found.runs["other images"].value > 1.25 * found.runs["other images"].null
-    assert "variance_gradient" not in found.exceeded
-    assert not found.aligned_overall
-    assert not found.aligned.any()
-    assert "it does not clearly exceed local variance x gradient energy" in found.sentences[0]
+    result = ssim_alignment(model, changed(clean, first_order / first_order.amax((1, 2, 3), keepdim=True), 3))
+    assert result.runs["other images"].p < 0.01
+    assert result.runs["other images"].value > 1.25 * result.runs["other images"].null
+    assert "variance_gradient" not in result.exceeded
+    assert not result.aligned_overall
+    assert not result.aligned.any()
+    assert "it does not clearly exceed local variance x gradient energy" in result.sentences[0]
 
 
-def test_what_pgd_of_equal_ssim_gives_anyway_is_not_accused() -> None:
+def test_a_change_explained_by_pgd_of_equal_ssim_is_not_accused() -> None:
     """Texture lies elsewhere, so that the change of any PGD attack is seen where the network looks."""
     evidence = blobs(COUNT, 1)
     clean = photographs(evidence, 2, texture=3 * (1 - evidence) ** 4 + 0.02)
     model = RedEvidence().eval()
     result = attacks.pgd(model, clean, torch.zeros(COUNT).long(), budget=Linf(4 / 255), steps=20)
-    found = ssim_alignment(model, result)
-    assert {"other images", "variance_gradient"} <= set(found.exceeded)
-    assert "pgd" not in found.exceeded
-    assert not found.aligned_overall
-    assert not found.aligned.any()
+    outcome = ssim_alignment(model, result)
+    assert {"other images", "variance_gradient"} <= set(outcome.exceeded)
+    assert "pgd" not in outcome.exceeded
+    assert not outcome.aligned_overall
+    assert not outcome.aligned.any()
 
 
 def random_network(seed: int) -> nn.Module:
@@ -226,19 +226,19 @@ def test_a_network_with_random_weights_is_not_accused(seed: int, budget: Budget)
     model = random_network(seed)
     clean = photographs(blobs(COUNT, 1), 2, texture=0.1 + blobs(COUNT, 5))
     result = attacks.pgd(model, clean, model(clean).argmax(1), budget=budget, steps=5)
-    found = ssim_alignment(model, result)
-    assert found.runs["other images"].images > 10
-    assert not found.aligned_overall
-    assert not found.aligned.any()
+    outcome = ssim_alignment(model, result)
+    assert outcome.runs["other images"].images > 10
+    assert not outcome.aligned_overall
+    assert not outcome.aligned.any()
 
 
-def test_permuted_weights_are_a_control_on_request() -> None:
+def test_permuted_weights_are_an_optional_control() -> None:
     clean = photographs(blobs(COUNT, 1), 2, texture=0.1 + blobs(COUNT, 5))
     model = random_network(0)
-    found = ssim_alignment(model, changed(clean, blobs(COUNT, 1), 3), random_weights=True)
-    assert found.controls == ["variance_gradient", "pgd", "random_weights"]
-    assert found.scores["ssim_spearman_random_weights"].notna().any()
-    assert len(found.sentences) >= 5
+    result = ssim_alignment(model, changed(clean, blobs(COUNT, 1), 3), random_weights=True)
+    assert result.controls == ["variance_gradient", "pgd", "random_weights"]
+    assert result.scores["ssim_spearman_random_weights"].notna().any()
+    assert len(result.sentences) >= 5
     before = [parameter.clone() for parameter in model.parameters()]
     shuffled = with_shuffled_weights(as_classifier(model), 0)
     for old, own, new in zip(before, model.parameters(), shuffled.parameters(), strict=True):
@@ -249,28 +249,28 @@ def test_permuted_weights_are_a_control_on_request() -> None:
 # ---------------------------------------------------------------- what is not defined
 
 
-def test_a_budget_of_every_patch_is_no_evidence() -> None:
+def test_a_local_ssim_budget_gives_no_evidence() -> None:
     evidence = blobs(20, 1)
     clean, model = photographs(evidence, 2), RedEvidence().eval()
     result = attacks.pgd(model, clean, torch.zeros(20).long(), budget=SSIM(0.01, mode="local"), steps=3)
-    found = ssim_alignment(model, result)
-    assert found.scores.isna().all(axis=None)
-    assert not found.aligned_overall
-    assert found.sentences[0] == "No image can be compared."
-    assert found.sentences[1] == (
+    outcome = ssim_alignment(model, result)
+    assert outcome.scores.isna().all(axis=None)
+    assert not outcome.aligned_overall
+    assert outcome.sentences[0] == "No image can be compared."
+    assert outcome.sentences[1] == (
         "20 images are left out: the attack's budget bounds SSIM in every patch, and the attack spends it in every "
         "patch."
     )
 
 
-def test_an_activation_that_is_nowhere_positive_has_no_region_that_matters_most() -> None:
+def test_an_activation_without_positive_values_has_no_region() -> None:
     evidence = blobs(4, 1)
     model = RedEvidence().eval()
     model.slope = -8.0
     pairs = changed(photographs(evidence, 2), evidence, 3)
-    found = ssim_alignment(model, pairs)
-    assert found.scores[list(STATISTICS)].isna().all(axis=None)
-    assert "nowhere positive, so no region matters most" in found.why_not[0]
+    result = ssim_alignment(model, pairs)
+    assert result.scores[list(STATISTICS)].isna().all(axis=None)
+    assert "nowhere positive, so no region matters most" in result.why_not[0]
     regional = overlap(model, pairs)
     assert not bool(regional.roi.any())
     assert regional.scores[["effect_in_roi", "jaccard", "spearman", "moran_i"]].isna().all(axis=None)
@@ -285,23 +285,23 @@ def test_an_attack_confined_to_a_region_has_no_statistic() -> None:
     evidence = blobs(COUNT, 1)
     pairs = changed(photographs(evidence, 2), evidence, 3)
     inside = torch.where(evidence > 0.3, pairs.adversarial, pairs.clean)
-    found = ssim_alignment(RedEvidence().eval(), Pairs(pairs.clean, inside, pairs.labels, pairs.targets))
-    assert found.scores.isna().all(axis=None)
-    assert found.runs["other images"].images == 0
-    assert "40 images are left out: the attack changed only a part of the image." in found.sentences
+    result = ssim_alignment(RedEvidence().eval(), Pairs(pairs.clean, inside, pairs.labels, pairs.targets))
+    assert result.scores.isna().all(axis=None)
+    assert result.runs["other images"].images == 0
+    assert "40 images are left out: the attack changed only a part of the image." in result.sentences
 
 
-def test_a_copy_of_an_image_is_no_other_image() -> None:
+def test_a_copy_counts_once_in_the_test_of_a_run() -> None:
     evidence = blobs(10, 1)
     pairs = changed(photographs(evidence, 2), evidence, 3)
     twice = [
         torch.cat([tensor, tensor])
         for tensor in (pairs.clean, pairs.adversarial, pairs.labels, pairs.targets)
     ]
-    found = ssim_alignment(RedEvidence().eval(), Pairs(*twice))
-    assert found.scores["ssim_concentration_p"].isna().all()
-    assert found.runs["other images"].images == 10
-    assert {test.images for test in found.runs.values()} == {10}
+    result = ssim_alignment(RedEvidence().eval(), Pairs(*twice))
+    assert result.scores["ssim_concentration_p"].isna().all()
+    assert result.runs["other images"].images == 10
+    assert {test.images for test in result.runs.values()} == {10}
 
 
 # ---------------------------------------------------------------- controls
@@ -317,23 +317,23 @@ def test_the_pgd_control_has_the_ssim_of_the_attack(any_model: Made) -> None:
         pairs = Pairs(images, noisy, labels, labels)
         targets, loss = competing_classes(classifier, pairs), (1 - ssim_map(images, noisy)).mean((1, 2, 3))
         gradient = margin_gradient(classifier, images, labels, targets)
-        found = pgd_of_equal_ssim(classifier, images, labels, targets, gradient, loss=loss, seed=0)
-        reached = found.mean((1, 2, 3))
-        known = reached.isfinite()
-        assert bool(known.any()) or strength > 0.1
-        torch.testing.assert_close(reached[known], loss[known], rtol=0.02, atol=0)
+        result = pgd_of_equal_ssim(classifier, images, labels, targets, gradient, loss=loss, seed=0)
+        reached = result.mean((1, 2, 3))
+        defined = reached.isfinite()
+        assert bool(defined.any()) or strength > 0.1
+        torch.testing.assert_close(reached[defined], loss[defined], rtol=0.02, atol=0)
 
 
-def test_variance_x_gradient_is_its_definition_and_the_map_of_a_small_steepest_step() -> None:
+def test_variance_gradient_equals_its_definition_and_a_small_steepest_step() -> None:
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(1, 1, 21, 21, generator=generator) * 0.5 + 0.25
     gradient = torch.randn(1, 1, 21, 21, generator=generator)
-    found = variance_gradient(image, gradient)
+    result = variance_gradient(image, gradient)
     line = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
     window = np.outer(line, line) / line.sum() ** 2
     pixels, slopes = (tensor[0, 0, 5:16, 5:16].double().numpy() for tensor in (image, gradient))
     variance = (window * pixels**2).sum() - (window * pixels).sum() ** 2
-    assert float(found[0, 0, 10, 10]) == pytest.approx((2 * variance + 0.03**2) * (window * slopes**2).sum())
+    assert float(result[0, 0, 10, 10]) == pytest.approx((2 * variance + 0.03**2) * (window * slopes**2).sum())
     # A small change of random signs, in proportion to the bound of its window, is seen as the first order has it.
     clean = photographs(blobs(1, 1), 2, texture=0.05 + blobs(1, 4))
     bound = variance_gradient(clean, torch.ones_like(clean)).float()
@@ -346,7 +346,7 @@ def test_variance_x_gradient_is_its_definition_and_the_map_of_a_small_steepest_s
 
 
 @pytest.mark.filterwarnings("ignore::weakspot._checks.ModelWarning")
-def test_every_network_is_left_alone_and_parts_have_the_scores_of_the_whole(any_model: Made) -> None:
+def test_ssim_alignment_leaves_networks_unchanged_and_parts_equal_the_whole(any_model: Made) -> None:
     model, images = any_model
     labels = model(images).argmax(1)
     result = attacks.pgd(model, images, labels, budget=Linf(0.05), steps=3)
@@ -369,15 +369,15 @@ def test_every_network_is_left_alone_and_parts_have_the_scores_of_the_whole(any_
             )
 
 
-def test_the_report_says_what_each_score_means_and_what_was_found() -> None:
+def test_the_report_has_a_meaning_for_each_score_and_the_finding() -> None:
     evidence = blobs(10, 1)
     pairs = changed(photographs(evidence, 2), evidence, 3)
-    found = explain(RedEvidence().eval(), pairs, analyses=["ssim"])
+    result = explain(RedEvidence().eval(), pairs, analyses=["ssim"])
     plain = [
-        name for name in map(str, found.analyses["ssim"].scores) if not name.endswith(("_null", "_p", "_q"))
+        name for name in map(str, result.analyses["ssim"].scores) if not name.endswith(("_null", "_p", "_q"))
     ]
-    assert list(found.meanings) == plain
-    assert "The visible change lies where the network looks" in found.pictures["ssim"].meaning
+    assert list(result.meanings) == plain
+    assert "The visible change lies where the network looks" in result.pictures["ssim"].meaning
     few = explain(
         RedEvidence().eval(), changed(photographs(evidence[:2], 2), evidence[:2], 3), analyses=["ssim"]
     )
@@ -385,7 +385,7 @@ def test_the_report_says_what_each_score_means_and_what_was_found() -> None:
     assert "lies where the network looks, on average" not in few.pictures["ssim"].meaning
 
 
-def test_it_is_readable_and_says_what_does_not_fit() -> None:
+def test_repr_is_short_and_errors_name_the_argument() -> None:
     evidence = blobs(2, 1)
     pairs = changed(photographs(evidence, 2), evidence, 3)
     model = RedEvidence().eval()

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import weakspot
 from tests.networks import NETWORKS, LinearNetwork, Made, untouched
 from weakspot._checks import ModelWarning
-from weakspot.attacks import pgd
+from weakspot.attacks import pgd, pixel_sweep
 from weakspot.attribution import class_activation
 from weakspot.budgets import L2, Linf
 from weakspot.classifier import Classifier
@@ -72,13 +73,13 @@ def returning(
 
 
 @pytest.mark.parametrize("from_attack", [True, False])
-def test_base_scores_are_what_the_model_says_of_each_image(any_model: Made, from_attack: bool) -> None:
+def test_base_scores_equal_the_logits_of_the_model(any_model: Made, from_attack: bool) -> None:
     model, images = any_model
     result = attacked(model, images)
     pairs = result if from_attack else Pairs.of(model, result.clean, result.adversarial, result.labels)
-    found = explain(model, pairs, analyses=[])
-    assert found.scores["image"].tolist() == ["image 0", "image 1", "image 2"]
-    for index, row in found.scores.iterrows():
+    outcome = explain(model, pairs, analyses=[])
+    assert outcome.scores["image"].tolist() == ["image 0", "image 1", "image 2"]
+    for index, row in outcome.scores.iterrows():
         assert isinstance(index, int)
         with torch.no_grad():
             clean, adversarial = (
@@ -93,7 +94,7 @@ def test_base_scores_are_what_the_model_says_of_each_image(any_model: Made, from
         )
         names = [f"class {k}" for k in (label, target, adversarial_class, int(clean.argmax()))]
         assert row[["label", "target", "adversarial_class", "read_clean_as"]].tolist() == names
-        assert found.class_names[index] == (names[0], names[1])
+        assert outcome.class_names[index] == (names[0], names[1])
         before, after = (torch.exp(z) / torch.exp(z).sum() for z in (clean.double(), adversarial.double()))
         change = (result.adversarial[index] - images[index]).double()
         expected = {
@@ -112,7 +113,7 @@ def test_base_scores_are_what_the_model_says_of_each_image(any_model: Made, from
             assert float(row[name]) == pytest.approx(float(value), rel=1e-3, abs=1e-5), name
 
 
-def test_a_success_that_rounding_takes_back_is_told_as_such_whoever_made_the_pair() -> None:
+def test_success_after_rounding_to_8_bits_is_reported_for_any_pairs() -> None:
     weight = torch.full((1, 4, 4), 1.0)
     model = Classifier.wrap(LinearNetwork(weight).eval())
     last = nn.Linear(2, 2)
@@ -142,24 +143,24 @@ def test_success_of_an_attack_is_its_own_verdict() -> None:
     assert missed.success.tolist() == [False] * 3
     assert explain(model, missed, analyses=[]).scores["success"].tolist() == [False] * 3
     reached = pgd(model, images, labels, targets=targets, budget=Linf(0.6))
-    found = explain(model, reached, analyses=[])
-    assert found.scores["success"].tolist() == reached.success.tolist() == [True] * 3
-    assert found.scores["target"].tolist() == [f"class {int(k)}" for k in targets]
+    result = explain(model, reached, analyses=[])
+    assert result.scores["success"].tolist() == reached.success.tolist() == [True] * 3
+    assert result.scores["target"].tolist() == [f"class {int(k)}" for k in targets]
 
 
-def test_images_and_classes_are_called_by_their_names() -> None:
+def test_images_and_classes_have_their_names() -> None:
     model, images = NETWORKS["linear"]()
     named = Classifier.wrap(model, class_names=["cat", "dog", "owl"])
     pairs = attacked(named, images)
-    found = explain(named, pairs, analyses=[], names=["a.png", "b.png", "c.png"], made={"budget": "1.5 L2"})
-    assert found.scores["image"].tolist() == ["a.png", "b.png", "c.png"]
-    assert found.scores["label"].tolist() == [["cat", "dog", "owl"][int(k)] for k in pairs.labels]
-    assert found.scores["adversarial_class"].tolist() == [
+    result = explain(named, pairs, analyses=[], names=["a.png", "b.png", "c.png"], made={"budget": "1.5 L2"})
+    assert result.scores["image"].tolist() == ["a.png", "b.png", "c.png"]
+    assert result.scores["label"].tolist() == [["cat", "dog", "owl"][int(k)] for k in pairs.labels]
+    assert result.scores["adversarial_class"].tolist() == [
         ["cat", "dog", "owl"][int(k)] for k in pairs.targets
     ]
-    assert dict(found.made) == {"budget": "1.5 L2"}
-    assert found.model == "Sequential"
-    assert len(found) == 3
+    assert dict(result.made) == {"budget": "1.5 L2"}
+    assert result.model == "Sequential"
+    assert len(result) == 3
 
 
 def test_every_analysis_adds_its_scores_and_maps_on_the_cpu(any_model: Made) -> None:
@@ -168,36 +169,36 @@ def test_every_analysis_adds_its_scores_and_maps_on_the_cpu(any_model: Made) -> 
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 0.5)
     with untouched(model, pairs.clean, pairs.adversarial, pairs.labels):
-        found = explain(model, pairs)
-    assert list(found.analyses) == OWN
-    for maps in found.maps.values():
+        result = explain(model, pairs)
+    assert list(result.analyses) == OWN
+    for maps in result.maps.values():
         assert maps.device.type == "cpu"
         assert not maps.requires_grad
         assert maps.shape == (3, 1, *images.shape[2:])
-    assert set(found.pictures) == set(found.maps)
-    torch.testing.assert_close(found.maps["ssim"], 1 - ssim_map(pairs.clean, pairs.adversarial))
+    assert set(result.pictures) == set(result.maps)
+    torch.testing.assert_close(result.maps["ssim"], 1 - ssim_map(pairs.clean, pairs.adversarial))
     alone = overlap(model, pairs)
-    pd.testing.assert_frame_equal(found.scores[list(alone.scores)], alone.scores, rtol=1e-3)
-    torch.testing.assert_close(found.maps["vulnerability"], alone.vulnerability, rtol=1e-3, atol=1e-6)
+    pd.testing.assert_frame_equal(result.scores[list(alone.scores)], alone.scores, rtol=1e-3)
+    torch.testing.assert_close(result.maps["vulnerability"], alone.vulnerability, rtol=1e-3, atol=1e-6)
     partition = alone.essential * 1 + alone.contested * 2 + alone.neutralizable * 3
-    assert torch.equal(found.maps["partition"], partition)
-    assert set(found.meanings) <= set(found.scores)
+    assert torch.equal(result.maps["partition"], partition)
+    assert set(result.meanings) <= set(result.scores)
 
 
 def test_evidence_is_shown_for_both_classes_in_both_images(any_model: Made) -> None:
     model, images = any_model
     pairs = attacked(model, images)
-    found = explain(model, pairs, analyses=["cam"])
+    result = explain(model, pairs, analyses=["cam"])
     with torch.no_grad():
         second = model(pairs.adversarial).scatter(1, pairs.labels[:, None], -1e9).argmax(1)
     rivals = torch.where(pairs.targets == pairs.labels, second, pairs.targets)
     for role, classes in (("label", pairs.labels), ("target", rivals)):
         for when, batch in (("clean", pairs.clean), ("adversarial", pairs.adversarial)):
-            expected = class_activation(model, batch, classes, registration="effective")
-            torch.testing.assert_close(found.maps[f"cam_{role}_{when}"], expected, rtol=1e-4, atol=1e-5)
-    before, after = (found.maps[f"cam_label_{when}"].flatten(1).numpy() for when in ("clean", "adversarial"))
+            expected = class_activation(model, batch, classes, alignment="effective")
+            torch.testing.assert_close(result.maps[f"cam_{role}_{when}"], expected, rtol=1e-4, atol=1e-5)
+    before, after = (result.maps[f"cam_label_{when}"].flatten(1).numpy() for when in ("clean", "adversarial"))
     expected_kept = [np.corrcoef(a, b)[0, 1] for a, b in zip(before, after, strict=True)]
-    np.testing.assert_allclose(found.scores["evidence_kept"], expected_kept, atol=1e-4)
+    np.testing.assert_allclose(result.scores["evidence_kept"], expected_kept, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["pooling", "flat, gray, two classes, not square"])
@@ -219,7 +220,7 @@ def test_randomized_weights_change_every_map_that_comes_from_the_model(name: str
         assert abs(np.mean(alike)) < 0.6, key
 
 
-def test_analyses_run_in_their_order_whatever_the_order_asked_for(pooling: Made) -> None:
+def test_analyses_run_in_a_fixed_order(pooling: Made) -> None:
     model, images = pooling
     pairs = attacked(model, images)
     assert available_analyses() == OWN
@@ -228,10 +229,10 @@ def test_analyses_run_in_their_order_whatever_the_order_asked_for(pooling: Made)
 
 def test_progress_rises_to_one(pooling: Made) -> None:
     model, images = pooling
-    told: list[float] = []
-    explain(model, attacked(model, images), progress=told.append)
-    assert told == sorted(told)
-    assert told[-1] == 1
+    message: list[float] = []
+    explain(model, attacked(model, images), progress=message.append)
+    assert message == sorted(message)
+    assert message[-1] == 1
 
 
 @pytest.mark.parametrize(
@@ -253,7 +254,9 @@ def test_progress_rises_to_one(pooling: Made) -> None:
         ({"model": "resnet18"}, "model must be a torch.nn.Module that returns logits, got str"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(pooling: Made, options: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_errors_that_name_them(
+    pooling: Made, options: dict[str, Any], message: str
+) -> None:
     model, images = pooling
     arguments = {"model": model, "pairs": attacked(model, images), **options}
     with untouched(model), pytest.raises(ValueError, match=message):
@@ -261,7 +264,7 @@ def test_what_does_not_fit_is_refused_by_name(pooling: Made, options: dict[str, 
 
 
 @pytest.mark.parametrize("name", ["labels", "targets"])
-def test_classes_the_model_has_not_are_refused_by_name(pooling: Made, name: str) -> None:
+def test_unknown_classes_are_errors_that_name_the_argument(pooling: Made, name: str) -> None:
     model, images = pooling
     classes = {"labels": torch.tensor([0, 1, 2]), "targets": torch.tensor([1, 2, 3])}
     classes[name] = torch.tensor([0, 1, 9])
@@ -269,7 +272,7 @@ def test_classes_the_model_has_not_are_refused_by_name(pooling: Made, name: str)
         explain(model, Pairs(images, images, **classes))
 
 
-def test_a_third_partys_analysis_is_run_like_our_own(pooling: Made, install: Install) -> None:
+def test_an_installed_analysis_runs_like_a_built_in_one(pooling: Made, install: Install) -> None:
     model, images = pooling
     pairs = attacked(model, images)
     given: list[tuple[bool, int, int]] = []
@@ -286,18 +289,18 @@ def test_a_third_partys_analysis_is_run_like_our_own(pooling: Made, install: Ins
 
     install(brightness=brightness)
     assert available_analyses() == [*OWN, "brightness"]
-    found = explain(model, pairs, analyses=["ssim", "brightness"], seed=5)
+    result = explain(model, pairs, analyses=["ssim", "brightness"], seed=5)
     assert given == [(False, 3, 5)]
-    np.testing.assert_allclose(found.scores["brightness"], pairs.adversarial.mean((1, 2, 3)).numpy())
-    assert len(found.scores) == 3
-    assert not found.maps["bright"].requires_grad
-    torch.testing.assert_close(found.maps["bright"], pairs.adversarial.mean(1, keepdim=True))
-    assert found.meanings["brightness"] == "How bright it is."
-    assert found.pictures["bright"].title == "Brightness"
+    np.testing.assert_allclose(result.scores["brightness"], pairs.adversarial.mean((1, 2, 3)).numpy())
+    assert len(result.scores) == 3
+    assert not result.maps["bright"].requires_grad
+    torch.testing.assert_close(result.maps["bright"], pairs.adversarial.mean(1, keepdim=True))
+    assert result.meanings["brightness"] == "How bright it is."
+    assert result.pictures["bright"].title == "Brightness"
     assert "brightness" in explain(model, pairs).scores
 
 
-def test_only_an_analysis_that_names_them_is_given_the_other_images(pooling: Made, install: Install) -> None:
+def test_only_an_analysis_with_the_parameters_receives_other_images(pooling: Made, install: Install) -> None:
     model, images = pooling
     others = torch.rand(20, 3, 20, 20, generator=torch.Generator().manual_seed(0))
     given: dict[str, Any] = {}
@@ -326,20 +329,20 @@ def test_only_an_analysis_that_names_them_is_given_the_other_images(pooling: Mad
     assert given["newer"] == {"compare": False, "reference": None}
 
 
-def test_references_give_p_values_and_leaving_them_out_gives_none(pooling: Made) -> None:
+def test_references_give_p_values(pooling: Made) -> None:
     model, images = pooling
     pairs = attacked(model, images)
     others = torch.rand(20, 3, 20, 20, generator=torch.Generator().manual_seed(0))
     names = ["overlap", "promotion"]
     with untouched(model, others):
-        found = explain(model, pairs, analyses=names, reference=others).scores
-    tested = [name for name in found if str(name).endswith("_p") and "shift" not in str(name)]
+        result = explain(model, pairs, analyses=names, reference=others).scores
+    tested = [name for name in result if str(name).endswith("_p") and "shift" not in str(name)]
     assert {"relation_p", "spearman_p", "interpretability_label_p", "interpretability_target_p"} <= set(
         tested
     )
-    assert found[tested].notna().all(axis=None)
+    assert result[tested].notna().all(axis=None)
     bare = explain(model, pairs, analyses=names).scores
-    assert list(bare) == list(found)
+    assert list(bare) == list(result)
     assert bare[tested].isna().all(axis=None)
     alone = explain(model, pairs, analyses=names, compare=False)
     assert not alone.scores.filter(regex="(?<!_shift)(_null|_p|_q)$|^relation").size
@@ -355,7 +358,7 @@ def test_references_give_p_values_and_leaving_them_out_gives_none(pooling: Made)
         (None, "NoneType"),
     ],
 )
-def test_an_analysis_without_one_row_for_each_pair_is_refused(
+def test_an_analysis_must_return_one_row_for_each_pair(
     pooling: Made, install: Install, result: Any, what: str
 ) -> None:
     model, images = pooling
@@ -364,7 +367,7 @@ def test_an_analysis_without_one_row_for_each_pair_is_refused(
         explain(model, attacked(model, images), analyses=["mine"])
 
 
-def test_a_column_that_is_taken_is_prefixed_and_overwrites_nothing(pooling: Made, install: Install) -> None:
+def test_a_duplicate_column_gets_a_prefix(pooling: Made, install: Install) -> None:
     model, images = pooling
     pairs = attacked(model, images)
     install(
@@ -372,41 +375,39 @@ def test_a_column_that_is_taken_is_prefixed_and_overwrites_nothing(pooling: Made
         other=returning({"fresh": [10.0] * 3}),
     )
     plain = explain(model, pairs, analyses=["ssim"]).scores
-    found = explain(model, pairs, analyses=["ssim", "mine", "other"]).scores
-    pd.testing.assert_frame_equal(found[list(plain)], plain)
+    result = explain(model, pairs, analyses=["ssim", "mine", "other"]).scores
+    pd.testing.assert_frame_equal(result[list(plain)], plain)
     added = {
         "mine_l2": [7.0] * 3,
         "mine_ssim_windowed": [8.0] * 3,
         "fresh": [9.0] * 3,
         "other_fresh": [10.0] * 3,
     }
-    assert {name: found[name].tolist() for name in found if name not in plain} == added
+    assert {name: result[name].tolist() for name in result if name not in plain} == added
 
 
-def test_a_map_that_is_taken_overwrites_nothing(pooling: Made, install: Install) -> None:
+def test_a_duplicate_map_gets_a_prefix(pooling: Made, install: Install) -> None:
     model, images = pooling
     pairs = attacked(model, images)
     install(mine=returning({"x": [1.0] * 3}, {"ssim": torch.full((3, 1, 20, 20), 7.0)}))
-    found = explain(model, pairs, analyses=["ssim", "mine"])
-    torch.testing.assert_close(found.maps["ssim"], 1 - ssim_map(pairs.clean, pairs.adversarial))
-    assert torch.equal(found.maps["mine_ssim"], torch.full((3, 1, 20, 20), 7.0))
-    assert set(found.pictures) == set(found.maps)
-    assert found.pictures["ssim"].title == "Visible change (1 - SSIM)"
+    result = explain(model, pairs, analyses=["ssim", "mine"])
+    torch.testing.assert_close(result.maps["ssim"], 1 - ssim_map(pairs.clean, pairs.adversarial))
+    assert torch.equal(result.maps["mine_ssim"], torch.full((3, 1, 20, 20), 7.0))
+    assert set(result.pictures) == set(result.maps)
+    assert result.pictures["ssim"].title == "Visible change (1 - SSIM)"
 
 
-def test_the_meaning_of_a_column_that_is_taken_goes_with_its_new_name(
-    pooling: Made, install: Install
-) -> None:
+def test_the_meaning_of_a_duplicate_column_has_the_new_name(pooling: Made, install: Install) -> None:
     model, images = pooling
     install(mine=returning({"ssim_windowed": [8.0] * 3}, meanings={"ssim_windowed": "Something else."}))
-    found = explain(model, attacked(model, images), analyses=["ssim", "mine"])
-    assert found.meanings["ssim_windowed"].startswith("Mean structural similarity")
-    assert found.meanings["mine_ssim_windowed"] == "Something else."
+    result = explain(model, attacked(model, images), analyses=["ssim", "mine"])
+    assert result.meanings["ssim_windowed"].startswith("Mean structural similarity")
+    assert result.meanings["mine_ssim_windowed"] == "Something else."
 
 
 @pytest.mark.filterwarnings("ignore:.*train mode")
 @pytest.mark.parametrize("training", [False, True])
-def test_an_analysis_that_raises_leaves_the_model_as_it_was(
+def test_an_exception_in_an_analysis_leaves_the_model_unchanged(
     any_model: Made, install: Install, training: bool
 ) -> None:
     model, images = any_model
@@ -428,11 +429,35 @@ def test_an_analysis_that_raises_leaves_the_model_as_it_was(
         explain(model, pairs, analyses=["reckless"])
 
 
-def test_a_model_in_train_mode_is_explained_in_eval_mode_and_put_back(pooling: Made) -> None:
+def test_a_model_in_train_mode_is_explained_in_eval_mode(pooling: Made) -> None:
     model, images = pooling
     pairs = attacked(model, images)
     expected = explain(model, pairs).scores
     model.train()
     with untouched(model), pytest.warns(ModelWarning, match="train mode"):
-        found = explain(model, pairs).scores
-    pd.testing.assert_frame_equal(found, expected)
+        result = explain(model, pairs).scores
+    pd.testing.assert_frame_equal(result, expected)
+
+
+def test_results_print_as_a_few_lines_without_tensors(pooling: Made) -> None:
+    model, images = pooling
+    pairs = attacked(model, images)
+    one_pixel = pixel_sweep(model, images, pairs.labels).pairs(images, pairs.labels)
+    explanation = explain(model, pairs)
+    results = [
+        overlap(model, pairs),
+        weakspot.promotion_suppression(model, pairs),
+        weakspot.propagation(model, pairs),
+        weakspot.propagation_study(model, pairs),
+        weakspot.restoration(model, pairs),
+        weakspot.ssim_alignment(model, pairs),
+        weakspot.locality(model, one_pixel),
+        explanation,
+        *explanation.analyses.values(),
+    ]
+    for result in results:
+        text = repr(result)
+        assert type(result).__name__ in text
+        assert "tensor(" not in text
+        assert len(text.splitlines()) <= 10, text
+        assert len(text) < 1500, text

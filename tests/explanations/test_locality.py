@@ -23,27 +23,27 @@ def triggered_pair() -> tuple[Triggered, Pairs]:
     return model, Pairs.of(model, clean, adversarial)
 
 
-def by_control(found: Locality, column: str) -> dict[str, float]:
-    table: dict[str, list[object]] = found.controls.to_dict("list")  # type: ignore[assignment]
+def by_control(result: Locality, column: str) -> dict[str, float]:
+    table: dict[str, list[object]] = result.controls.to_dict("list")  # type: ignore[assignment]
     return {str(name): float(str(value)) for name, value in zip(table["control"], table[column], strict=True)}
 
 
 def test_exactly_the_receptive_field_shares_the_weakness() -> None:
     model, pairs = triggered_pair()
-    found = locality(model, pairs, radius=4)
-    assert {tuple(place) for place in found.success[0].nonzero().tolist()} == {
+    result = locality(model, pairs, radius=4)
+    assert {tuple(place) for place in result.success[0].nonzero().tolist()} == {
         (row, column) for row in range(3, 6) for column in range(5, 8)
     }
-    assert torch.equal(found.same_class, found.success)
-    assert found.by_radius["rate"].tolist() == pytest.approx([1, 0, 0, 0, 8 / 119])
-    rates, images = by_control(found, "rate"), by_control(found, "images")
+    assert torch.equal(result.same_class, result.success)
+    assert result.by_radius["rate"].tolist() == pytest.approx([1, 0, 0, 0, 8 / 119])
+    rates, images = by_control(result, "rate"), by_control(result, "images")
     assert rates["neighbors"] == 1
     assert rates["moved with the image"] == 1  # by one site the pixel stays in the filter's window
     assert 0 < rates["random color"] < 1
     assert images["neighbors of failed attacks"] == 0
 
 
-def test_failures_are_controls_and_not_results() -> None:
+def test_failed_attacks_are_controls_only() -> None:
     model, pairs = triggered_pair()
     weak = pairs.clean.clone()
     weak[0, 2, 4, 6] = 0.3
@@ -53,9 +53,9 @@ def test_failures_are_controls_and_not_results() -> None:
         torch.cat([pairs.adversarial, weak]),
         torch.tensor([0, 0]),
     )
-    found = locality(model, both, radius=4)
-    assert found.by_radius["images"].tolist() == [1] * 5
-    rates, images = by_control(found, "rate"), by_control(found, "images")
+    result = locality(model, both, radius=4)
+    assert result.by_radius["images"].tolist() == [1] * 5
+    rates, images = by_control(result, "rate"), by_control(result, "images")
     assert (rates["neighbors of failed attacks"], images["neighbors of failed attacks"]) == (0, 1)
     assert rates["random site of failed attacks"] == 0
 
@@ -67,7 +67,7 @@ def test_maps_equal_moving_the_pixel_by_hand() -> None:
     labels = model(images).argmax(1)
     sweep = attacks.pixel_sweep(model, images, labels)
     pairs = sweep.pairs(images, labels)
-    found = locality(model, pairs)
+    result = locality(model, pairs)
     adversarial_class = model(pairs.adversarial).argmax(1)
     for number in range(4):
         row, column = (pairs.perturbation[number] != 0).any(0).nonzero()[0].tolist()
@@ -78,12 +78,12 @@ def test_maps_equal_moving_the_pixel_by_hand() -> None:
                 edited[0, :, down, along] = color
                 with torch.no_grad():
                     predicted = int(model(edited).argmax())
-                assert bool(found.success[number, down, along]) == (predicted != int(labels[number]))
+                assert bool(result.success[number, down, along]) == (predicted != int(labels[number]))
                 same = predicted == int(adversarial_class[number]) != int(labels[number])
-                assert bool(found.same_class[number, down, along]) == same
+                assert bool(result.same_class[number, down, along]) == same
 
 
-def test_pairs_that_differ_in_more_than_one_pixel_are_refused_by_number() -> None:
+def test_pairs_must_differ_in_exactly_one_pixel() -> None:
     model, pairs = triggered_pair()
     two = pairs.adversarial.clone()
     two[0, 0, 0, 0] = 1
@@ -98,7 +98,7 @@ def test_pairs_that_differ_in_more_than_one_pixel_are_refused_by_number() -> Non
         locality(model, pairs, radius=0)
 
 
-def test_the_same_seed_gives_the_same_table_whatever_the_batch() -> None:
+def test_locality_does_not_depend_on_the_batch_size() -> None:
     torch.manual_seed(1)
     model = PoolingNetwork().eval()
     images = torch.rand(3, 3, 8, 8) * 0.05 + 0.5
@@ -109,24 +109,24 @@ def test_the_same_seed_gives_the_same_table_whatever_the_batch() -> None:
     assert one.controls.equals(other.controls)
 
 
-def test_scores_by_radius_are_the_shares_of_the_rings() -> None:
+def test_scores_by_radius_are_fractions_of_the_rings() -> None:
     torch.manual_seed(0)
     model = PoolingNetwork().eval()
     images = torch.rand(4, 3, 9, 7) * 0.05 + 0.5
     labels = model(images).argmax(1)
     pairs = attacks.pixel_sweep(model, images, labels).pairs(images, labels)
-    found, scores = locality(model, pairs), analyze_locality(model, pairs).scores
+    result, scores = locality(model, pairs), analyze_locality(model, pairs).scores
     for number in range(4):
         site = (pairs.perturbation[number] != 0).any(0).nonzero()[0].tolist()
         by_ring: dict[int, list[bool]] = {}
         for row in range(9):
             for column in range(7):
                 ring = max(abs(row - site[0]), abs(column - site[1]))
-                by_ring.setdefault(ring, []).append(bool(found.success[number, row, column]))
+                by_ring.setdefault(ring, []).append(bool(result.success[number, row, column]))
         for radius in RADII:
-            wanted = np.mean(by_ring[radius]) if radius in by_ring else np.nan
+            expected = np.mean(by_ring[radius]) if radius in by_ring else np.nan
             rate = scores[f"fools_at_radius_{radius}"][number]
-            assert rate == pytest.approx(wanted, nan_ok=True)
+            assert rate == pytest.approx(expected, nan_ok=True)
         others = [hit for ring, hits in by_ring.items() if ring for hit in hits]
         assert scores["fools_at_random_site"][number] == pytest.approx(np.mean(others))
 
@@ -138,7 +138,7 @@ def rates(images: int, near: float, far: float, seed: int = 0) -> pd.DataFrame:
     return table.assign(fools_at_radius_1=rng.binomial(8, near, images) / 8)
 
 
-def test_the_table_by_radius_has_random_sites_and_failed_attacks_beside() -> None:
+def test_the_table_by_radius_compares_random_sites_and_failed_attacks() -> None:
     scores = pd.concat([rates(30, 0.4, 0.05), rates(25, 0.02, 0.02, seed=1)], ignore_index=True)
     scores.loc[3] = np.nan  # more than one pixel differs there
     fooled = np.arange(55) < 30
@@ -156,21 +156,23 @@ def test_the_table_by_radius_has_random_sites_and_failed_attacks_beside() -> Non
     )
 
 
-def test_even_networks_few_images_and_no_success_give_no_claim() -> None:
-    everyone = np.ones(30, dtype=bool)
+def test_no_claim_without_evidence_images_or_success() -> None:
+    everything = np.ones(30, dtype=bool)
     accused = 0
     for seed in range(60):
-        even = locality_sentence(locality_table(rates(30, 0.1, 0.1, seed), everyone, ~everyone))
+        even = locality_sentence(locality_table(rates(30, 0.1, 0.1, seed), everything, ~everything))
         accused += not even.startswith(
             "There is not enough evidence that neighboring sites share the weakness"
         )
     assert accused <= 4  # 1.5 at the nominal 2.5%
-    none = locality_table(rates(30, 0.0, 0.0), everyone, ~everyone)
+    none = locality_table(rates(30, 0.0, 0.0), everything, ~everything)
     assert locality_sentence(none).startswith("There is not enough evidence")
-    few = locality_table(rates(19, 0.9, 0.0), everyone[:19], ~everyone[:19])
+    few = locality_table(rates(19, 0.9, 0.0), everything[:19], ~everything[:19])
     assert few["excess_low"].isna().all()
     assert "no claim is made" in locality_sentence(few)
-    assert "no pixel to move" in locality_sentence(locality_table(rates(30, 0.9, 0.0), ~everyone, everyone))
+    assert "no pixel to move" in locality_sentence(
+        locality_table(rates(30, 0.9, 0.0), ~everything, everything)
+    )
 
 
 @pytest.mark.parametrize("images", [5, 10, 20, 50])

@@ -70,35 +70,35 @@ def planted(bright: bool, count: int = 4) -> tuple[nn.Module, Tensor, Tensor]:
     return WeakPatch(patch).eval(), images, patch
 
 
-def test_a_planted_weak_patch_is_found_and_its_tie_to_the_evidence_is_seen() -> None:
+def test_a_planted_weak_patch_on_the_evidence_is_found() -> None:
     model, images, patch = planted(bright=True)
     result = pgd(model, images, torch.zeros(4, dtype=torch.long), budget=Linf(0.1))
     assert bool(result.success.all())
-    found = overlap(model, result, fraction=float(patch.float().mean()))
-    for region in (found.roa, found.roi):
+    outcome = overlap(model, result, fraction=float(patch.float().mean()))
+    for region in (outcome.roa, outcome.roi):
         common, either = (region & patch).sum((1, 2, 3)), (region | patch).sum((1, 2, 3))
         assert float((common / either).min()) > 0.9
     for name in TESTED:
-        assert found.scores[f"{name}_shift_p"].max() < 0.04, name
-        assert (found.scores[name] > found.scores[f"{name}_shift_null"]).all(), name
-    assert (found.scores["roa_components"] == 1).all()
+        assert outcome.scores[f"{name}_shift_p"].max() < 0.04, name
+        assert (outcome.scores[name] > outcome.scores[f"{name}_shift_null"]).all(), name
+    assert (outcome.scores["roa_components"] == 1).all()
 
 
-def test_a_weak_patch_away_from_the_evidence_is_not_tied_to_it() -> None:
+def test_a_planted_weak_patch_away_from_the_evidence_is_found() -> None:
     model, images, patch = planted(bright=False)
     result = pgd(model, images, torch.zeros(4, dtype=torch.long), budget=Linf(0.1))
     assert bool(result.success.all())
-    found = overlap(model, result, fraction=float(patch.float().mean()))
-    common, either = (found.roa & patch).sum((1, 2, 3)), (found.roa | patch).sum((1, 2, 3))
+    outcome = overlap(model, result, fraction=float(patch.float().mean()))
+    common, either = (outcome.roa & patch).sum((1, 2, 3)), (outcome.roa | patch).sum((1, 2, 3))
     assert float((common / either).min()) > 0.9
-    assert not bool(found.contested.any())
-    assert torch.equal(found.neutralizable, found.roa)
-    assert (found.scores["effect_in_roi"] < 0.05).all()
-    assert (found.scores["effect_in_roi_shift_p"] > 0.3).all()
-    assert (found.scores["jaccard_shift_p"] == 1).all()
+    assert not bool(outcome.contested.any())
+    assert torch.equal(outcome.neutralizable, outcome.roa)
+    assert (outcome.scores["effect_in_roi"] < 0.05).all()
+    assert (outcome.scores["effect_in_roi_shift_p"] > 0.3).all()
+    assert (outcome.scores["jaccard_shift_p"] == 1).all()
 
 
-def test_a_weak_patch_that_all_images_share_is_no_relation_of_any() -> None:
+def test_a_weak_patch_shared_by_all_images_is_no_relation() -> None:
     """Every image is bright on the patch, as objects are in the middle: the shifts are fooled, other images are not."""
     model, images, patch = planted(bright=True, count=24)
     result = pgd(model, images, torch.zeros(24, dtype=torch.long), budget=Linf(0.1))
@@ -109,7 +109,7 @@ def test_a_weak_patch_that_all_images_share_is_no_relation_of_any() -> None:
 
 
 @pytest.mark.parametrize("related", [True, False])
-def test_importance_may_be_given_and_is_what_is_tested(related: bool) -> None:
+def test_given_importance_is_the_tested_importance(related: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.full((3, 20, 20), 0.01)
     weight[:, 4:9, 4:9] = 1
@@ -118,9 +118,9 @@ def test_importance_may_be_given_and_is_what_is_tested(related: bool) -> None:
     labels = model(images).argmax(1)
     given = torch.rand(3, 1, 20, 20, generator=generator)
     given[..., 4:9, slice(4, 9) if related else slice(12, 17)] += 2
-    found = overlap(model, fgsm(model, images, labels), fraction=25 / 400, importance=given)
-    assert torch.equal(found.importance, given)
-    p = found.scores[[f"{name}_shift_p" for name in TESTED]].to_numpy()
+    result = overlap(model, fgsm(model, images, labels), fraction=25 / 400, importance=given)
+    assert torch.equal(result.importance, given)
+    p = result.scores[[f"{name}_shift_p" for name in TESTED]].to_numpy()
     assert (p < 0.05).all() if related else (p > 0.1).all()
 
 
@@ -161,7 +161,7 @@ def test_a_model_without_a_relation_is_not_accused(unrelated: pd.DataFrame, null
         assert (p[side] <= 0.05).mean() <= 0.12, "either tail"
 
 
-def test_a_model_without_a_relation_gets_no_verdict(unrelated: pd.DataFrame) -> None:
+def test_a_model_without_a_relation_has_no_verdict(unrelated: pd.DataFrame) -> None:
     assert (unrelated["relation"] != 0).mean() <= 0.01
     assert (unrelated["relation_p"] >= unrelated["effect_in_roi_p"]).all()
 
@@ -173,53 +173,53 @@ def related(count: int) -> tuple[nn.Module, Tensor]:
     return Unrelated().eval(), images
 
 
-def test_the_same_test_has_the_power_to_accuse() -> None:
+def test_the_test_has_power() -> None:
     model, images = related(40)
     labels, change = torch.zeros(40, dtype=torch.long), torch.tensor([0, 0, 0.1]).view(1, 3, 1, 1)
-    found = overlap(model, Pairs(images, images + change, labels, 1 - labels)).scores
+    result = overlap(model, Pairs(images, images + change, labels, 1 - labels)).scores
     for name in TESTED:
         # Where the green field is under one half the blue one helps class 0; red is then low as well.
         for null in ("", "_shift"):
-            defined = found[f"{name}{null}_p"].dropna()
+            defined = result[f"{name}{null}_p"].dropna()
             assert len(defined) >= 10
             assert (defined <= 0.05).mean() > (0.6 if null else 0.9), name
-    stated = found["relation"].dropna()
+    stated = result["relation"].dropna()
     assert (stated == 1).mean() > 0.8
     assert not (stated == -1).any()
     turned = overlap(model, Pairs(images.flip(0), images.flip(0) + change, labels, 1 - labels)).scores
-    assert turned["relation"].tolist()[::-1] == pytest.approx(found["relation"].tolist(), nan_ok=True)
+    assert turned["relation"].tolist()[::-1] == pytest.approx(result["relation"].tolist(), nan_ok=True)
 
 
 def test_noise_of_equal_size_is_never_where_the_network_looks() -> None:
     model, images = related(200)
     labels = torch.zeros(200, dtype=torch.long)
     noise = 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(3)).sign()
-    found = overlap(model, Pairs(images, images + noise, labels, 1 - labels)).scores
-    assert found["relation"].notna().sum() >= 20
-    assert not (found["relation"] == 1).any()
+    result = overlap(model, Pairs(images, images + noise, labels, 1 - labels)).scores
+    assert result["relation"].notna().sum() >= 20
+    assert not (result["relation"] == 1).any()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 3])  # with 2 no class activation is positive
-def test_random_weights_are_never_attacked_where_they_look(seed: int) -> None:
+def test_random_weights_have_no_relation(seed: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = PoolingNetwork().eval()
     images = torch.cat([smooth_fields(60, 24, 3 * seed + k) for k in range(3)], 1)
-    found = overlap(model, attacked(model, images)).scores
-    assert found["relation"].notna().all()
-    assert not (found["relation"] == 1).any()
+    result = overlap(model, attacked(model, images)).scores
+    assert result["relation"].notna().all()
+    assert not (result["relation"] == 1).any()
     assert (
-        (found["effect_in_roi_p"] <= 0.05) & (found["effect_in_roi"] > found["effect_in_roi_null"])
+        (result["effect_in_roi_p"] <= 0.05) & (result["effect_in_roi"] > result["effect_in_roi_null"])
     ).mean() <= 0.1
 
 
 def test_vulnerability_sums_to_the_margin_drop(any_model: Made) -> None:
     model, images = any_model
     pairs = attacked(model, images)
-    found = overlap(model, pairs)
-    total = found.scores["margin_drop"].to_numpy()
-    np.testing.assert_allclose(found.vulnerability.double().sum((1, 2, 3)).numpy(), total, rtol=0.011)
-    assert (found.scores["completeness_gap"] <= 0.01).all()
+    result = overlap(model, pairs)
+    total = result.scores["margin_drop"].to_numpy()
+    np.testing.assert_allclose(result.vulnerability.double().sum((1, 2, 3)).numpy(), total, rtol=0.011)
+    assert (result.scores["completeness_gap"] <= 0.01).all()
     labels, rivals = pairs.labels, second_best_where_failed(model, pairs)
     np.testing.assert_allclose(margins(model, pairs, labels, rivals), total, rtol=1e-3, atol=1e-6)
 
@@ -245,37 +245,37 @@ def test_regions_have_their_exact_area_and_the_four_parts_cover_the_image_once(
     any_model: Made, fraction: float
 ) -> None:
     model, images = any_model
-    found = overlap(model, attacked(model, images), fraction=fraction)
+    result = overlap(model, attacked(model, images), fraction=fraction)
     sites = images.shape[2] * images.shape[3]
-    assert found.roi.dtype == found.roa.dtype == torch.bool
-    assert found.roi.flatten(1).sum(1).tolist() == [round(fraction * sites)] * 3
-    took = (found.vulnerability > 0).flatten(1).sum(1)
-    assert found.roa.flatten(1).sum(1).tolist() == took.clamp(max=round(fraction * sites)).tolist()
-    rest = ~(found.roi | found.roa)
-    parts = found.essential.int() + found.contested.int() + found.neutralizable.int() + rest.int()
+    assert result.roi.dtype == result.roa.dtype == torch.bool
+    assert result.roi.flatten(1).sum(1).tolist() == [round(fraction * sites)] * 3
+    took = (result.vulnerability > 0).flatten(1).sum(1)
+    assert result.roa.flatten(1).sum(1).tolist() == took.clamp(max=round(fraction * sites)).tolist()
+    rest = ~(result.roi | result.roa)
+    parts = result.essential.int() + result.contested.int() + result.neutralizable.int() + rest.int()
     assert torch.equal(parts, torch.ones_like(parts))
-    assert torch.equal(found.essential | found.contested, found.roi)
-    assert torch.equal(found.neutralizable | found.contested, found.roa)
-    for scores, region in ((found.importance, found.roi), (found.vulnerability, found.roa)):
+    assert torch.equal(result.essential | result.contested, result.roi)
+    assert torch.equal(result.neutralizable | result.contested, result.roa)
+    for scores, region in ((result.importance, result.roi), (result.vulnerability, result.roa)):
         for values, inside in zip(scores, region, strict=True):
             if bool(inside.any()) and not bool(inside.all()):
                 assert float(values[inside].min()) >= float(values[~inside].max())
 
 
 def neighbors_mean(field: NDArray[np.float64]) -> NDArray[np.float64]:
-    found = np.empty_like(field)
+    result = np.empty_like(field)
     height, width = field.shape
     for y, x in np.ndindex(*field.shape):
         window = field[max(0, y - 1) : min(height, y + 2), max(0, x - 1) : min(width, x + 2)]
-        found[y, x] = (window.sum() - field[y, x]) / (window.size - 1)
-    return found
+        result[y, x] = (window.sum() - field[y, x]) / (window.size - 1)
+    return result
 
 
-def by_definition(found: Overlap, index: int) -> dict[str, NDArray[np.float64]]:
+def by_definition(result: Overlap, index: int) -> dict[str, NDArray[np.float64]]:
     """Every statistic of one image at every shift of the attack, the one observed first, by loops."""
     importance, vulnerability, roi, roa = (
         maps[index, 0].double().numpy()
-        for maps in (found.importance, found.vulnerability, found.roi, found.roa)
+        for maps in (result.importance, result.vulnerability, result.roi, result.roa)
     )
     looked = (importance - importance.mean()) / importance.std()
     lagged = neighbors_mean((vulnerability - vulnerability.mean()) / vulnerability.std())
@@ -293,10 +293,10 @@ def by_definition(found: Overlap, index: int) -> dict[str, NDArray[np.float64]]:
 @pytest.mark.parametrize("network", ["flat, gray, two classes, not square", "linear"])
 def test_scores_nulls_and_p_values_equal_loops_over_every_shift(network: str) -> None:
     model, images = NETWORKS[network]()
-    found = overlap(model, attacked(model, images), fraction=0.3)
+    result = overlap(model, attacked(model, images), fraction=0.3)
     for index in range(3):
-        row = found.scores.loc[index]
-        for name, values in by_definition(found, index).items():
+        row = result.scores.loc[index]
+        for name, values in by_definition(result, index).items():
             observed = values[0]
             assert row[name] == pytest.approx(observed, abs=1e-5)
             assert row[f"{name}_shift_null"] == pytest.approx(values.mean(), abs=1e-5)
@@ -317,11 +317,11 @@ def test_plain_scores_equal_their_definitions() -> None:
     adversarial[:, :, weight[0] > 0] -= 0.1
     importance = torch.arange(320.0).flip(0).view(1, 1, 16, 20)  # the upper rows are looked at
     zero = torch.zeros(1, dtype=torch.long)
-    found = overlap(
+    result = overlap(
         model, Pairs(images, adversarial, zero, 1 - zero), fraction=39 / 320, importance=importance
     )
-    assert torch.equal(found.roa[0, 0], weight[0] > 0)
-    row = found.scores.loc[0]
+    assert torch.equal(result.roa[0, 0], weight[0] > 0)
+    row = result.scores.loc[0]
     assert row["roa_components"] == 2
     assert row["roa_largest_fraction"] == pytest.approx(29 / 39)
     assert row["changed_fraction"] == pytest.approx(39 / 320)
@@ -333,14 +333,14 @@ def test_plain_scores_equal_their_definitions() -> None:
 def test_identical_images_claim_nothing(any_model: Made) -> None:
     model, images = any_model
     labels = model(images).argmax(1)
-    found = overlap(model, Pairs(images, images.clone(), labels, labels))
-    assert not bool(found.vulnerability.any())
+    result = overlap(model, Pairs(images, images.clone(), labels, labels))
+    assert not bool(result.vulnerability.any())
     for name in TESTED:
-        for column in found.scores.filter(regex=f"^({name}|relation)"):
-            assert found.scores[column].isna().all(), column
-    assert (found.scores["margin_drop"] == 0).all()
-    assert (found.scores["changed_fraction"] == 0).all()
-    assert (found.scores["margin_taken"] == 0).all()
+        for column in result.scores.filter(regex=f"^({name}|relation)"):
+            assert result.scores[column].isna().all(), column
+    assert (result.scores["margin_drop"] == 0).all()
+    assert (result.scores["changed_fraction"] == 0).all()
+    assert (result.scores["margin_taken"] == 0).all()
 
 
 @pytest.mark.parametrize("level", [0.0, 0.1, -3.0])
@@ -350,20 +350,20 @@ def test_constant_importance_claims_nothing(pooling: Made, level: float) -> None
     importance = torch.rand(3, 1, 20, 20, generator=torch.Generator().manual_seed(0))
     expected = overlap(model, pairs, importance=importance).scores
     importance[1] = level
-    found = overlap(model, pairs, importance=importance).scores
+    result = overlap(model, pairs, importance=importance).scores
     for name in TESTED:
-        assert np.isnan(found.loc[1, [name, f"{name}_shift_p"]].to_numpy(float)).all(), name
+        assert np.isnan(result.loc[1, [name, f"{name}_shift_p"]].to_numpy(float)).all(), name
         assert not expected[[name, f"{name}_shift_p"]].isna().to_numpy().any(), name
-        pd.testing.assert_series_equal(found.loc[[0, 2], name], expected.loc[[0, 2], name])
+        pd.testing.assert_series_equal(result.loc[[0, 2], name], expected.loc[[0, 2], name])
 
 
-def test_a_margin_that_grew_was_lost_nowhere(pooling: Made) -> None:
+def test_a_margin_that_grew_has_no_effect_in_a_region(pooling: Made) -> None:
     model, images = pooling
     pairs = attacked(model, images)
     back = Pairs(pairs.adversarial, pairs.clean, pairs.labels, second_best_where_failed(model, pairs))
-    found = overlap(model, back).scores
-    assert (found["margin_drop"] < 0).all()
-    assert found[["effect_in_roi", "effect_in_roi_p", "effect_in_roi_shift_p"]].isna().to_numpy().all()
+    result = overlap(model, back).scores
+    assert (result["margin_drop"] < 0).all()
+    assert result[["effect_in_roi", "effect_in_roi_p", "effect_in_roi_shift_p"]].isna().to_numpy().all()
 
 
 def test_a_failed_untargeted_attack_is_explained_against_the_runner_up() -> None:
@@ -371,11 +371,13 @@ def test_a_failed_untargeted_attack_is_explained_against_the_runner_up() -> None
     labels = model(images).argmax(1)
     failed = pgd(model, images, labels, budget=Linf(1e-4))
     assert torch.equal(failed.targets, labels)
-    found = overlap(model, failed)
+    result = overlap(model, failed)
     rivals = model(failed.adversarial).argsort(1, descending=True)[:, 1]
-    np.testing.assert_allclose(found.scores["margin_drop"], margins(model, failed, labels, rivals), rtol=1e-2)
+    np.testing.assert_allclose(
+        result.scores["margin_drop"], margins(model, failed, labels, rivals), rtol=1e-2
+    )
     expected = margin_drop(model, images, failed.adversarial, labels, rivals).sites
-    torch.testing.assert_close(found.vulnerability, expected, rtol=0.05, atol=1e-6)
+    torch.testing.assert_close(result.vulnerability, expected, rtol=0.05, atol=1e-6)
 
 
 def test_the_runner_up_is_what_the_adversarial_image_came_closest_to() -> None:
@@ -393,7 +395,7 @@ def test_the_runner_up_is_what_the_adversarial_image_came_closest_to() -> None:
     )
 
 
-def test_a_mixed_batch_keeps_each_images_own_target() -> None:
+def test_a_mixed_batch_uses_the_target_of_each_image() -> None:
     model, images = NETWORKS["linear"]()
     labels = model(images).argmax(1)
     mixed = Pairs(
@@ -406,38 +408,38 @@ def test_a_mixed_batch_keeps_each_images_own_target() -> None:
     )
 
 
-def test_results_are_deterministic_and_no_row_depends_on_another(any_model: Made) -> None:
+def test_results_are_deterministic_and_independent_of_other_rows(any_model: Made) -> None:
     model, images = any_model
     pairs = attacked(model, images)
-    found = overlap(model, pairs, seed=0)
-    pd.testing.assert_frame_equal(overlap(model, pairs, seed=7).scores, found.scores)
+    result = overlap(model, pairs, seed=0)
+    pd.testing.assert_frame_equal(overlap(model, pairs, seed=7).scores, result.scores)
     for index in (2, 0, 1):
         one = slice(index, index + 1)
         alone = overlap(
             model, Pairs(pairs.clean[one], pairs.adversarial[one], pairs.labels[one], pairs.targets[one])
         )
-        torch.testing.assert_close(alone.vulnerability, found.vulnerability[one], rtol=1e-3, atol=1e-6)
-        torch.testing.assert_close(alone.importance, found.importance[one], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(alone.vulnerability, result.vulnerability[one], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(alone.importance, result.importance[one], rtol=1e-3, atol=1e-5)
         for name in TESTED:
-            assert alone.scores.loc[0, name] == pytest.approx(found.scores.loc[index, name], abs=0.02)
+            assert alone.scores.loc[0, name] == pytest.approx(result.scores.loc[index, name], abs=0.02)
 
 
 def test_importance_by_gradient_is_its_norm_over_channels(any_model: Made) -> None:
     model, images = any_model
     pairs = attacked(model, images)
-    found = overlap(model, pairs, importance="gradient").importance
+    result = overlap(model, pairs, importance="gradient").importance
     for index in range(3):
         image = images[index : index + 1].clone().requires_grad_()
         (gradient,) = torch.autograd.grad(model(image)[0, pairs.labels[index]], image)
         torch.testing.assert_close(
-            found[index], gradient[0].square().sum(0, keepdim=True).sqrt(), rtol=1e-4, atol=1e-6
+            result[index], gradient[0].square().sum(0, keepdim=True).sqrt(), rtol=1e-4, atol=1e-6
         )
 
 
-def test_importance_by_default_is_the_registered_class_activation_of_the_label(any_model: Made) -> None:
+def test_default_importance_is_the_aligned_class_activation_of_the_label(any_model: Made) -> None:
     model, images = any_model
     pairs = attacked(model, images)
-    expected = class_activation(model, images, pairs.labels, registration="effective")
+    expected = class_activation(model, images, pairs.labels, alignment="effective")
     torch.testing.assert_close(overlap(model, pairs).importance, expected)
 
 
@@ -451,9 +453,9 @@ def test_networks_with_pooling_layers_are_explained(pool: nn.Module) -> None:
         model = model.append(nn.LazyLinear(3)).eval()
         images = torch.rand(2, 1, 16, 16)
         model(images)
-    found = overlap(model, attacked(model, images))
-    assert bool(found.importance.flatten(1).any(1).all())
-    assert found.scores[[f"{name}_shift_p" for name in TESTED]].notna().to_numpy().all()
+    result = overlap(model, attacked(model, images))
+    assert bool(result.importance.flatten(1).any(1).all())
+    assert result.scores[[f"{name}_shift_p" for name in TESTED]].notna().to_numpy().all()
 
 
 @pytest.mark.parametrize(
@@ -479,7 +481,9 @@ def test_networks_with_pooling_layers_are_explained(pool: nn.Module) -> None:
         ({"model": "resnet18"}, "model must be a torch.nn.Module that returns logits, got str"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(pooling: Made, options: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_errors_that_name_them(
+    pooling: Made, options: dict[str, Any], message: str
+) -> None:
     model, images = pooling
     arguments = {"model": model, "pairs": attacked(model, images), **options}
     with untouched(model), pytest.raises(ValueError, match=message):
@@ -487,7 +491,7 @@ def test_what_does_not_fit_is_refused_by_name(pooling: Made, options: dict[str, 
 
 
 @pytest.mark.parametrize("name", ["labels", "targets"])
-def test_classes_the_model_has_not_are_refused_by_name(pooling: Made, name: str) -> None:
+def test_unknown_classes_are_errors_that_name_the_argument(pooling: Made, name: str) -> None:
     model, images = pooling
     classes = {"labels": torch.tensor([0, 1, 2]), "targets": torch.tensor([1, 2, 3])}
     classes[name] = torch.tensor([0, 1, 9])
@@ -496,7 +500,7 @@ def test_classes_the_model_has_not_are_refused_by_name(pooling: Made, name: str)
 
 
 @pytest.mark.parametrize("importance", ["cam", "gradient"])
-def test_model_and_pairs_are_left_alone_even_on_failure(
+def test_model_and_pairs_are_unchanged_even_after_an_error(
     any_model: Made, importance: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, images = any_model
@@ -537,41 +541,41 @@ class Corner(nn.Module):
         return logits
 
 
-def test_no_region_is_filled_up_with_sites_that_do_not_matter() -> None:
+def test_regions_do_not_include_ties_that_do_not_matter() -> None:
     """Ties in reading order would call the top rows important and attacked, and their overlap significant."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, images = Corner().eval(), torch.rand(3, 3, 16, 24)
-    found = overlap(model, attacked(model, images))
+    result = overlap(model, attacked(model, images))
     read = torch.zeros(16, 24, dtype=torch.bool)
     read[:9, 11:] = True  # the corner, the kernel's reach and the Gaussian's
-    for region in (found.roi, found.roa):
+    for region in (result.roi, result.roa):
         assert bool(region.any())
         assert not bool((region & ~read).any())
 
 
-def test_what_a_confined_attack_never_touched_is_not_called_attacked(pooling: Made) -> None:
+def test_untouched_sites_are_not_in_the_region_of_attack(pooling: Made) -> None:
     model, images = pooling
     region = torch.zeros(3, 1, 20, 20, dtype=torch.bool)
     region[..., 12:16, 3:6] = True
-    found = overlap(model, pgd(model, images, model(images).argmax(1), region=region, steps=3))
+    result = overlap(model, pgd(model, images, model(images).argmax(1), region=region, steps=3))
     near = torch.zeros(20, 20, dtype=torch.bool)
     near[10:18, 1:8] = True
-    assert not bool((found.roa & ~near).any())
-    assert (found.scores["reached_fraction"] < 0.5).all()
+    assert not bool((result.roa & ~near).any())
+    assert (result.scores["reached_fraction"] < 0.5).all()
     for name in TESTED:
-        assert found.scores[name].notna().all(), name  # what it is, and nothing that it is tested against
-        assert found.scores.filter(regex=f"^{name}_").isna().to_numpy().all(), name
+        assert result.scores[name].notna().all(), name  # what it is, and nothing that it is tested against
+        assert result.scores.filter(regex=f"^{name}_").isna().to_numpy().all(), name
 
 
 @pytest.mark.parametrize("pixels", [1, 40])
-def test_an_attack_that_did_not_reach_the_whole_image_has_no_p_and_no_relation(pixels: int) -> None:
+def test_a_confined_attack_has_no_p_and_no_relation(pixels: int) -> None:
     """Confined to where the network looks, or sparse: where it acts follows from where it was put."""
     model, images = related(30)
     evidence = class_activation(model, images, torch.zeros(30, dtype=torch.long))
     best = torch.zeros(30, 576).scatter_(1, evidence.flatten(1).topk(pixels).indices, 1.0).view(30, 1, 24, 24)
     labels = torch.zeros(30, dtype=torch.long)
     pairs = Pairs(images, images - best * torch.tensor([0.1, 0, 0]).view(1, 3, 1, 1), labels, 1 - labels)
-    found = overlap(model, pairs).scores
-    assert found["effect_in_roi"].between(0.95, 1.05).all()
-    assert found.filter(regex="_p$|_q$|_null$|^relation").isna().to_numpy().all()
+    result = overlap(model, pairs).scores
+    assert result["effect_in_roi"].between(0.95, 1.05).all()
+    assert result.filter(regex="_p$|_q$|_null$|^relation").isna().to_numpy().all()

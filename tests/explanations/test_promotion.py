@@ -43,23 +43,23 @@ def test_a_linear_model_has_its_weights_as_effects(variant: str, size: tuple[int
     torch.manual_seed(0)
     model = Three((3, *size)).eval()
     pairs = pairs_of(model, (2, 3, *size), [0, 1], [1, 2])
-    found = promotion_suppression(model, pairs, cell=4, variant=variant)
+    result = promotion_suppression(model, pairs, cell=4, variant=variant)
     effects = torch.einsum("nchw,kchw->nkhw", pairs.perturbation, model.weight.detach())
     raised = in_cells(effects[torch.arange(2), pairs.targets], 4)
     lowered = in_cells(-effects[torch.arange(2), pairs.labels], 4)
-    torch.testing.assert_close(found.promotion, raised, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(found.suppression, lowered, atol=1e-4, rtol=1e-4)
-    assert found.scores["additivity_gap"].abs().max() < 1e-4
+    torch.testing.assert_close(result.promotion, raised, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(result.suppression, lowered, atol=1e-4, rtol=1e-4)
+    assert result.scores["additivity_gap"].abs().max() < 1e-4
     ratio = (raised.clamp(min=1e-6) / lowered.clamp(min=1e-6)).log2().clamp(-10, 10)
     change = (raised + lowered).sum((1, 2), keepdim=True).abs()
     active = torch.maximum(raised, lowered) >= 0.001 * change
-    assert torch.equal(found.ratio.isnan(), ~active)
-    torch.testing.assert_close(found.ratio[active], ratio[active], atol=1e-2, rtol=1e-2)
+    assert torch.equal(result.ratio.isnan(), ~active)
+    torch.testing.assert_close(result.ratio[active], ratio[active], atol=1e-2, rtol=1e-2)
     clear = active & ((ratio.abs() - 1).abs() > 0.01)
-    assert torch.equal(found.kind[clear], ((ratio > 1).byte() - (ratio < -1).byte()).to(torch.int8)[clear])
-    assert bool((found.kind[~active] == -128).all())
+    assert torch.equal(result.kind[clear], ((ratio > 1).byte() - (ratio < -1).byte()).to(torch.int8)[clear])
+    assert bool((result.kind[~active] == -128).all())
     negative = ((raised < 0) | (lowered < 0)).flatten(1).double().mean(1)
-    assert found.scores["negative_fraction"].tolist() == pytest.approx(negative.tolist())
+    assert result.scores["negative_fraction"].tolist() == pytest.approx(negative.tolist())
 
 
 class Moved(nn.Module):
@@ -71,7 +71,7 @@ class Moved(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("change", "wanted", "ratio"),
+    ("change", "expected", "ratio"),
     [
         ((-0.3, 0.0, 0.2), "suppression-dominated", -10.0),
         ((0.0, 0.3, 0.2), "promotion-dominated", 10.0),
@@ -84,15 +84,15 @@ class Moved(nn.Module):
         ((0.0, 0.0, 0.2), None, math.nan),
     ],
 )
-def test_the_type_of_a_perturbation_is_that_of_the_logits_it_moves(
-    change: tuple[float, float, float], wanted: str | None, ratio: float
+def test_the_type_of_a_perturbation_follows_from_its_logits(
+    change: tuple[float, float, float], expected: str | None, ratio: float
 ) -> None:
     clean = torch.full((1, 3, 6, 5), 0.5)
     pairs = Pairs(
         clean, clean + torch.tensor(change)[None, :, None, None], torch.tensor([0]), torch.tensor([1])
     )
     row = promotion_suppression(Moved().eval(), pairs, cell=2).scores.iloc[0]
-    assert row["perturbation_type"] == wanted
+    assert row["perturbation_type"] == expected
     assert row["promotion_log2_ratio"] == pytest.approx(ratio, abs=1e-3, nan_ok=True)
     assert row["whole_suppression"] == pytest.approx(-6 * change[0], abs=1e-5)
     assert row["whole_promotion"] == pytest.approx(6 * change[1], abs=1e-5)
@@ -119,16 +119,16 @@ def test_the_whole_perturbation_is_one_cell_that_covers_the_image() -> None:
             assert [kind if isinstance(kind, str) else None for kind in whole["perturbation_type"]] == types
 
 
-def test_any_network_equals_leaving_cells_out_one_by_one() -> None:
+def test_effects_equal_leaving_out_cells_one_by_one() -> None:
     torch.manual_seed(1)
     for model, size in ((PoolingNetwork().eval(), (18, 13)), (TokenNetwork().eval(), (16, 24))):
         clean, adversarial = torch.rand(2, 3, *size), torch.rand(2, 3, *size)
         pairs = Pairs(clean, adversarial, torch.tensor([0, 1]), torch.tensor([2, 0]))
-        found = promotion_suppression(model, pairs, cell=5)
+        result = promotion_suppression(model, pairs, cell=5)
         with torch.no_grad():
             base = model(adversarial)
-            for row in range(found.promotion.shape[1]):
-                for column in range(found.promotion.shape[2]):
+            for row in range(result.promotion.shape[1]):
+                for column in range(result.promotion.shape[2]):
                     where = (
                         slice(None),
                         slice(None),
@@ -140,40 +140,40 @@ def test_any_network_equals_leaving_cells_out_one_by_one() -> None:
                     change = base - model(edited)
                     raised = change.gather(1, pairs.targets[:, None])[:, 0]
                     lowered = -change.gather(1, pairs.labels[:, None])[:, 0]
-                    torch.testing.assert_close(found.promotion[:, row, column], raised, atol=2e-5, rtol=1e-3)
+                    torch.testing.assert_close(result.promotion[:, row, column], raised, atol=2e-5, rtol=1e-3)
                     torch.testing.assert_close(
-                        found.suppression[:, row, column], lowered, atol=2e-5, rtol=1e-3
+                        result.suppression[:, row, column], lowered, atol=2e-5, rtol=1e-3
                     )
 
 
-def test_superpixels_take_the_place_of_cells() -> None:
+def test_superpixels_replace_cells() -> None:
     torch.manual_seed(2)
     model = Three((3, 12, 15)).eval()
     pairs = pairs_of(model, (2, 3, 12, 15), [0, 1], [1, 2])
     groups = regions.superpixels(pairs.clean, count=9)
-    found = promotion_suppression(model, pairs, groups=groups)
+    result = promotion_suppression(model, pairs, groups=groups)
     effects = torch.einsum("nchw,kchw->nkhw", pairs.perturbation, model.weight.detach())
     for number in range(2):
         raised = effects[number, pairs.targets[number]]
         for group in range(int(groups[number].max()) + 1):
             inside = groups[number, 0] == group
             torch.testing.assert_close(
-                found.promotion[number, 0, group], raised[inside].sum(), atol=1e-4, rtol=1e-4
+                result.promotion[number, 0, group], raised[inside].sum(), atol=1e-4, rtol=1e-4
             )
-            on_pixels = found.on_pixels(found.promotion)[number, 0][inside]
-            assert bool((on_pixels == found.promotion[number, 0, group]).all())
-    assert found.promotion.shape[2] == int(groups.max()) + 1
+            on_pixels = result.on_pixels(result.promotion)[number, 0][inside]
+            assert bool((on_pixels == result.promotion[number, 0, group]).all())
+    assert result.promotion.shape[2] == int(groups.max()) + 1
 
 
 def test_no_perturbation_has_no_effect_and_no_kind() -> None:
     model = PoolingNetwork().eval()
     images = torch.rand(1, 3, 16, 16)
-    found = promotion_suppression(model, Pairs(images, images, torch.tensor([0]), torch.tensor([1])), cell=8)
-    assert bool((found.promotion.abs() < 1e-5).all())
-    assert found.scores["additivity_gap"].isna().all() or abs(found.scores["additivity_gap"][0]) < 1e3
+    result = promotion_suppression(model, Pairs(images, images, torch.tensor([0]), torch.tensor([1])), cell=8)
+    assert bool((result.promotion.abs() < 1e-5).all())
+    assert result.scores["additivity_gap"].isna().all() or abs(result.scores["additivity_gap"][0]) < 1e3
 
 
-def test_bad_input_gets_one_sentence() -> None:
+def test_invalid_arguments_are_errors() -> None:
     model, images = PoolingNetwork().eval(), torch.rand(1, 3, 8, 8)
     pairs = Pairs(images, images, torch.tensor([0]), torch.tensor([1]))
     with pytest.raises(ValueError, match="cell must be an integer of at least 1, got 0"):
@@ -200,10 +200,10 @@ def test_an_even_perturbation_scores_the_root_of_the_area(fraction: float) -> No
 
 def evidence_of(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     """The 30% of each image that the score is about."""
-    return regions.top(class_activation(model, images, classes, registration="effective"), 0.3)
+    return regions.top(class_activation(model, images, classes, alignment="effective"), 0.3)
 
 
-def test_a_perturbation_inside_the_evidence_scores_one_and_proves_nothing() -> None:
+def test_a_perturbation_inside_the_evidence_scores_one_without_p() -> None:
     """It was confined to the region that the score is about."""
     torch.manual_seed(4)
     model = PoolingNetwork().eval()
@@ -219,7 +219,7 @@ def test_a_perturbation_inside_the_evidence_scores_one_and_proves_nothing() -> N
 
 
 @pytest.mark.parametrize("of", ["label", "target"])
-def test_a_perturbation_that_leans_to_its_own_evidence_beats_that_of_other_images(of: str) -> None:
+def test_a_perturbation_on_its_own_evidence_is_found(of: str) -> None:
     torch.manual_seed(4)
     model = PoolingNetwork().eval()
     clean = torch.rand(40, 3, 20, 20) * 0.5
@@ -240,17 +240,17 @@ def test_every_score_of_every_perturbation_with_every_map_equals_its_definition(
     evidence, change = torch.randn(4, 1, 7, 9), torch.randn(3, 2, 7, 9)
     change[1] = 0
     evidence[2] = 1.5
-    found = interpretability_matrix(evidence, change.double().square().sum(1), fraction=0.4)
+    result = interpretability_matrix(evidence, change.double().square().sum(1), fraction=0.4)
     for j in range(3):
         for i in range(4):
             inside = regions.top(evidence[i : i + 1], 0.4)[0]
             expected = (change[j] * inside).norm() / change[j].norm()
-            assert float(found[j, i]) == pytest.approx(
+            assert float(result[j, i]) == pytest.approx(
                 math.nan if i == 2 else float(expected), nan_ok=True, abs=1e-6
             )
 
 
-def test_references_are_other_images_for_the_interpretability_too() -> None:
+def test_references_count_as_other_images_for_interpretability() -> None:
     torch.manual_seed(6)
     model = PoolingNetwork().eval()
     clean = torch.rand(2, 3, 20, 20) * 0.5
@@ -263,7 +263,7 @@ def test_references_are_other_images_for_the_interpretability_too() -> None:
     assert list(alone) == [f"interpretability_label{end}" for end in ("", "_shift_null", "_shift_p")]
 
 
-def test_nothing_perturbed_has_no_score() -> None:
+def test_no_perturbation_has_no_score() -> None:
     images = torch.rand(1, 3, 16, 16)
     pairs = Pairs(images, images, torch.tensor([0]), torch.tensor([1]))
     assert bool(interpretability_score(PoolingNetwork().eval(), pairs).isnan().all())

@@ -90,34 +90,36 @@ def as_maps(activation: Tensor, cells: torch.Size) -> Tensor:
 
 
 @each_network
-def test_equals_a_brute_force_reading_of_every_layer(kind: str) -> None:
+def test_propagation_equals_brute_force_in_every_layer(kind: str) -> None:
     model, pairs = made(kind)
-    found = propagation(model, pairs)
-    assert found.layers
-    for layer in found.layers:
+    result = propagation(model, pairs)
+    assert result.layers
+    for layer in result.layers:
         name, _, call = layer.partition(" (call ")
         turn = int(call.rstrip(")")) if call else 1
-        cells = found.maximum[layer].shape[1:]
+        cells = result.maximum[layer].shape[1:]
         first, second = (
             as_maps(by_hooks(model, name, turn, images), cells) for images in (pairs.clean, pairs.adversarial)
         )
         expected = (first - second).abs()
-        torch.testing.assert_close(found.maximum[layer], expected.amax(1), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.mean[layer], expected.mean(1), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.peak[layer], first.abs().flatten(1).amax(1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result.maximum[layer], expected.amax(1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result.mean[layer], expected.mean(1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result.peak[layer], first.abs().flatten(1).amax(1), rtol=1e-4, atol=1e-5)
 
 
-def test_layers_that_are_named_are_read_as_they_are_even_where_fusing_would_change_them() -> None:
+def test_named_layers_are_recorded_without_fusion() -> None:
     model, pairs = made("shared")
-    found = propagation(model, pairs, layers=["second", "norm", "relu (call 2)"])
-    assert list(found.layers) == ["second", "norm", "relu (call 2)"]
+    result = propagation(model, pairs, layers=["second", "norm", "relu (call 2)"])
+    assert list(result.layers) == ["second", "norm", "relu (call 2)"]
     for layer, (name, turn) in {
         "second": ("second", 1),
         "norm": ("norm", 1),
         "relu (call 2)": ("relu", 2),
     }.items():
         first, second = (by_hooks(model, name, turn, images) for images in (pairs.clean, pairs.adversarial))
-        torch.testing.assert_close(found.maximum[layer], (first - second).abs().amax(1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            result.maximum[layer], (first - second).abs().amax(1), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_default_layers_are_ends_of_chains_and_blocks() -> None:
@@ -132,12 +134,12 @@ def test_default_layers_are_ends_of_chains_and_blocks() -> None:
 @each_network
 def test_no_perturbation_changes_nothing(kind: str) -> None:
     model, pairs = made(kind)
-    found = propagation(model, Pairs(pairs.clean, pairs.clean, pairs.labels, pairs.labels))
-    for layer in found.layers:
-        assert not found.maximum[layer].any()
-        assert not found.mean[layer].any()
-        assert not found.spread[layer].any()
-        assert not found.reach[layer].any()
+    result = propagation(model, Pairs(pairs.clean, pairs.clean, pairs.labels, pairs.labels))
+    for layer in result.layers:
+        assert not result.maximum[layer].any()
+        assert not result.mean[layer].any()
+        assert not result.spread[layer].any()
+        assert not result.reach[layer].any()
 
 
 @each_network
@@ -150,14 +152,14 @@ def test_no_result_depends_on_the_batch_size(kind: str, batch_size: int) -> None
 
 
 @each_network
-def test_the_model_comes_back_untouched(kind: str) -> None:
+def test_the_model_is_unchanged(kind: str) -> None:
     model, pairs = made(kind)
     with untouched(model, pairs.clean, pairs.adversarial):
         propagation(model, pairs)
         propagation_study(model, pairs)
 
 
-def test_hooks_are_gone_after_an_exception() -> None:
+def test_hooks_are_removed_after_an_exception() -> None:
     model, pairs = made("convolutions")
     classifier = as_classifier(model)
     places = spatial_layers(classifier, pairs.clean[:1])
@@ -184,7 +186,7 @@ class OneSize(nn.Module):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_networks_of_one_batch_size(size: int) -> None:
+def test_networks_with_a_fixed_batch_size(size: int) -> None:
     model, pairs = made("shared")
     plain = propagation(model, pairs)
     fixed = propagation(OneSize(model, size).eval(), pairs, layers=["network.relu", "network.relu (call 2)"])
@@ -194,15 +196,15 @@ def test_networks_of_one_batch_size(size: int) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1, 3, 5), (3, 7, 4, 4), (2, 700, 9, 31), (2, 3, 300, 500)], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_gaps_equal_brute_force_whatever_the_memory_layout(
+def test_activation_change_equals_brute_force_in_any_memory_layout(
     shape: tuple[int, ...], layout: torch.memory_format
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randn(shape, generator=generator).to(memory_format=layout) for _ in range(2))
-    found, difference = activation_change(first, second), (first - second).abs()
-    assert torch.equal(found.maximum, difference.amax(1))
-    torch.testing.assert_close(found.mean, difference.mean(1))
-    assert torch.equal(found.peak, first.abs().flatten(1).amax(1))
+    result, difference = activation_change(first, second), (first - second).abs()
+    assert torch.equal(result.maximum, difference.amax(1))
+    torch.testing.assert_close(result.mean, difference.mean(1))
+    assert torch.equal(result.peak, first.abs().flatten(1).amax(1))
     assert shape[1] * shape[2] * shape[3] < TILE or shape[0] > 1
 
 
@@ -215,15 +217,15 @@ def one_pixel_pairs(model: nn.Module, clean: Tensor, row: int, column: int) -> P
 def test_one_pixel_reaches_exactly_the_sites_that_see_it() -> None:
     model, _ = made("shared")
     clean = torch.rand(3, 3, 11, 13, generator=torch.Generator().manual_seed(2))
-    found = propagation(model, one_pixel_pairs(model, clean, 4, 6))
+    result = propagation(model, one_pixel_pairs(model, clean, 4, 6))
     for layer, radius in (("relu", 1), ("relu (call 2)", 2)):
         touched = torch.zeros(11, 13, dtype=torch.bool)
         touched[4 - radius : 5 + radius, 6 - radius : 7 + radius] = True
-        assert not found.maximum[layer][:, ~touched].any()
-        assert found.maximum[layer][:, touched].any()
+        assert not result.maximum[layer][:, ~touched].any()
+        assert result.maximum[layer][:, touched].any()
 
 
-def test_random_edits_keep_the_size_of_the_change_and_depend_on_image_and_seed_alone() -> None:
+def test_random_edits_have_the_size_of_the_change_and_depend_only_on_image_and_seed() -> None:
     _, pairs = made("convolutions")
     pairs = Pairs(
         pairs.clean, pairs.clean + 0.4 * (pairs.adversarial - pairs.clean), pairs.labels, pairs.targets
@@ -256,28 +258,28 @@ def rows_of(study: PropagationStudy, layer: str) -> dict[str, dict[str, float]]:
     }
 
 
-def test_the_study_says_of_each_group_what_the_pairs_of_it_show() -> None:
+def test_the_study_has_the_means_of_each_group() -> None:
     model, pairs = attacked(60)
     fooled = model(pairs.adversarial).argmax(1) != pairs.labels
     assert 0 < int((~fooled).sum()) < 20 < int(fooled.sum())  # of one group there is an interval
-    study, found = propagation_study(model, pairs), propagation(model, pairs)
-    for layer in found.layers:
+    study, result = propagation_study(model, pairs), propagation(model, pairs)
+    for layer in result.layers:
         rows = rows_of(study, layer)
         for group, chosen in (("successes", fooled), ("failures", ~fooled)):
             assert rows[group]["images"] == int(chosen.sum())
-            assert rows[group]["spread"] == pytest.approx(float(found.spread[layer][chosen].mean()))
-            assert rows[group]["reach"] == pytest.approx(float(found.reach[layer][chosen].mean()))
+            assert rows[group]["spread"] == pytest.approx(float(result.spread[layer][chosen].mean()))
+            assert rows[group]["reach"] == pytest.approx(float(result.reach[layer][chosen].mean()))
             low, high = rows[group]["reach_low"], rows[group]["reach_high"]
             assert (
                 (low <= rows[group]["reach"] <= high) if group == "successes" else np.isnan([low, high]).all()
             )
             torch.testing.assert_close(
-                study.maximum[group][layer], found.maximum[layer][chosen].mean(0), rtol=1e-4, atol=1e-6
+                study.maximum[group][layer], result.maximum[layer][chosen].mean(0), rtol=1e-4, atol=1e-6
             )
         assert rows["random edits"]["images"] == int(fooled.sum())
 
 
-def test_lots_in_a_stream_give_what_one_lot_gives() -> None:
+def test_several_batches_equal_one_batch() -> None:
     model, pairs = made("shared", 7)
     whole = propagation_study(model, pairs)
     lots = (
@@ -291,7 +293,7 @@ def test_lots_in_a_stream_give_what_one_lot_gives() -> None:
     )
 
 
-def test_a_study_without_successes_has_random_edits_of_all_pairs_and_says_nothing_of_successes() -> None:
+def test_a_study_without_successes_has_random_edits_of_all_pairs() -> None:
     model, pairs = made("convolutions")
     none = Pairs(pairs.clean, pairs.clean, pairs.labels, pairs.labels)
     study = propagation_study(model, none)
@@ -308,27 +310,27 @@ def test_the_figure_draws_a_line_for_each_group_that_has_pairs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "told"),
+    ("layers", "message"),
     [
         (["stam"], "layers must .* got 'stam' .did you mean 'stem'"),
         (["head"], "layers must .* got 'head' .head has no feature map"),
-        ("stem", "accepted is a list of layer names"),
-        ([], "accepted is a list of layer names"),
+        ("stem", "layers must be a list of layer names"),
+        ([], "layers must be a list of layer names"),
     ],
 )
-def test_layers_that_do_not_fit_are_refused_by_name(layers: Any, told: str) -> None:
+def test_invalid_layers_are_errors_that_name_them(layers: Any, message: str) -> None:
     model, pairs = made("convolutions")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         propagation(model, pairs, layers=layers)
 
 
-def test_a_network_without_maps_is_told_so() -> None:
+def test_a_network_without_maps_is_an_error() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2)).eval()
-    with pytest.raises(ValueError, match="keeps no map of the image"):
+    with pytest.raises(ValueError, match="must have a map of the image"):
         propagation(model, Pairs.of(model, torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)))
 
 
-def test_exported_networks_are_read_by_their_function_calls() -> None:
+def test_exported_networks_are_recorded_by_their_function_calls() -> None:
     model, pairs = made("convolutions", 4)
     program = torch.export.export(
         model, (pairs.clean[:2],), dynamic_shapes=({0: torch.export.Dim("images", min=1)},)
@@ -336,11 +338,11 @@ def test_exported_networks_are_read_by_their_function_calls() -> None:
     exported = program.module()
     for module in exported.modules():
         module.training = False
-    found = propagation(exported, pairs)
+    result = propagation(exported, pairs)
     plain = propagation(model, pairs, layers=["stem.0", "branch"])
-    assert len(found.layers) == 2
-    for one, other in zip(plain.layers, found.layers, strict=True):
-        torch.testing.assert_close(plain.maximum[one], found.maximum[other], rtol=1e-4, atol=1e-5)
+    assert len(result.layers) == 2
+    for one, other in zip(plain.layers, result.layers, strict=True):
+        torch.testing.assert_close(plain.maximum[one], result.maximum[other], rtol=1e-4, atol=1e-5)
 
 
 class Wrapped(nn.Module):
@@ -355,7 +357,7 @@ class Wrapped(nn.Module):
         return maps
 
 
-def test_a_layer_that_hands_on_a_folded_convolution_is_read_as_it_is() -> None:
+def test_a_layer_that_returns_a_folded_convolution_is_recorded_without_folding() -> None:
     model = nn.Sequential(
         Wrapped(), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)
     ).eval()
@@ -364,9 +366,9 @@ def test_a_layer_that_hands_on_a_folded_convolution_is_read_as_it_is() -> None:
     clean = torch.rand(2, 3, 9, 9)
     pairs = Pairs.of(model, clean, 1 - clean)
     for layer in ("0", "0.inner"):
-        found = propagation(model, pairs, layers=[layer])
+        result = propagation(model, pairs, layers=[layer])
         expected = (model[0](clean) - model[0](1 - clean)).abs().amax(1)
-        torch.testing.assert_close(found.maximum[layer], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result.maximum[layer], expected, rtol=1e-4, atol=1e-5)
 
 
 class Odd(nn.Module):
@@ -400,11 +402,11 @@ class Odd(nn.Module):
         return logits
 
 
-def test_modules_that_return_no_map_of_their_image_are_passed_over() -> None:
+def test_modules_without_a_map_are_skipped() -> None:
     model = Odd().eval()
     clean = torch.rand(3, 3, 8, 8)
-    found = propagation(model, Pairs.of(model, clean, 1 - clean))
-    assert list(found.layers) == ["look"]
+    result = propagation(model, Pairs.of(model, clean, 1 - clean))
+    assert list(result.layers) == ["look"]
 
 
 def test_layers_of_exported_networks_can_be_named() -> None:
@@ -419,7 +421,7 @@ def test_layers_of_exported_networks_can_be_named() -> None:
     assert torch.equal(last.maximum[every.layers[-1]], every.maximum[every.layers[-1]])
 
 
-def test_a_layer_named_twice_is_refused() -> None:
+def test_a_duplicate_layer_is_an_error() -> None:
     model, pairs = made("convolutions")
     with pytest.raises(ValueError, match="has already"):
         propagation(model, pairs, layers=["stem", "network.stem"])
@@ -435,7 +437,7 @@ def test_random_edits_of_one_pixel_are_as_large_as_the_attack() -> None:
     assert float((sizes[1] / sizes[0]).mean()) > 0.97
 
 
-def test_silent_layers_and_nan_are_not_taken_for_calm() -> None:
+def test_silent_layers_and_nan_do_not_count_as_unchanged() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2)
     ).eval()
@@ -443,8 +445,8 @@ def test_silent_layers_and_nan_are_not_taken_for_calm() -> None:
         model[0].weight.fill_(1.0)  # type: ignore[operator]
         model[0].bias.fill_(-1.0)  # type: ignore[operator]
     clean = torch.zeros(2, 3, 4, 4)
-    found = propagation(model, Pairs.of(model, clean, clean + 1))
-    assert found.reach["1"].isnan().all()
-    assert (found.spread["1"] == 1).all()
+    result = propagation(model, Pairs.of(model, clean, clean + 1))
+    assert result.reach["1"].isnan().all()
+    assert (result.spread["1"] == 1).all()
     table = propagation_study(model, Pairs.of(model, clean, clean + 1)).table
     assert not np.isinf(table["reach"]).any()

@@ -29,7 +29,7 @@ def a_test(p: list[float], direction: list[int]) -> OtherImageTest:
     return OtherImageTest(*filled)
 
 
-def test_a_relation_is_stated_where_all_tests_agree() -> None:
+def test_a_relation_is_stated_if_all_tests_agree() -> None:
     """Images: agree, one p too large, directions differ, away, undefined, half defined, no direction."""
     nan = math.nan
     first = a_test([0.002, 0.002, 0.002, 0.01, nan, 0.002, 0.002], [1, 1, 1, -1, 0, 1, 1])
@@ -41,7 +41,7 @@ def test_a_relation_is_stated_where_all_tests_agree() -> None:
         assert stated["relation_p"].tolist() == pytest.approx(p, nan_ok=True)
 
 
-def test_q_is_over_the_images_of_one_direction() -> None:
+def test_q_is_computed_in_each_direction() -> None:
     p, direction = [0.01, 0.02, 0.03, 0.01, 0.9, 0.8], [1, 1, 1, -1, 1, -1]
     stated = agreed([a_test(p, direction)])
     up = false_discovery_control([0.005, 0.01, 0.015, 1, 0.45, 1])
@@ -111,8 +111,8 @@ def test_paths_of_different_lengths_equal_single_ones(any_model: Made) -> None:
     classifier = Classifier.wrap(model)
     losing = competing_classes(classifier, pairs)
     places = [torch.rand(count) for count in (3, 5, 3)]
-    arguments = (images, pairs.adversarial, pairs.labels, losing)
-    found = sampled_drop(classifier, *arguments, places)
+    arguments = (images, pairs.adversarial, torch.stack([pairs.labels, losing], 1))
+    result = sampled_drop(classifier, *arguments, places)
     change = pairs.adversarial - images
     for row in range(3):
         point = (images[row] + places[row].view(-1, 1, 1, 1) * change[row]).requires_grad_()
@@ -120,10 +120,10 @@ def test_paths_of_different_lengths_equal_single_ones(any_model: Made) -> None:
         margin = (logits[:, pairs.labels[row]] - logits[:, losing[row]]).sum()
         (gradient,) = torch.autograd.grad(margin, point)
         expected = -(change[row] * gradient.mean(0)).sum(0, keepdim=True)
-        torch.testing.assert_close(found[row], expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(result[row], expected, rtol=1e-3, atol=1e-5)
 
 
-def test_the_seed_changes_the_relation_alone_and_hardly_that() -> None:
+def test_the_seed_changes_only_the_relation_and_rarely() -> None:
     """On a network without a bend the two paths are the same; the bent one must still state the same again."""
     model, images = related(40)
     bent = nn.Sequential(model, nn.Softplus(beta=4)).eval()
@@ -165,15 +165,15 @@ def test_a_network_without_gradients_has_no_relation() -> None:
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))
-def test_relations_are_judged_of_every_kind_of_network(name: str) -> None:
+def test_relations_are_computed_for_every_kind_of_network(name: str) -> None:
     model, images = NETWORKS[name]()
     many = torch.rand(60, *images.shape[1:], generator=torch.Generator().manual_seed(0))
     scores = overlap(model, attacked(model, many)).scores  # NaN where no class activation is positive
-    known = scores[scores["relation"].notna()]
-    assert len(known) >= 20
-    both = (known["relation_p"] <= 0.1) & (known["relation_q"] <= 0.1)
-    assert ((known["relation"] != 0) == both).all()
-    assert (known["relation_p"] >= known["effect_in_roi_p"]).all()
-    more = known["effect_in_roi"] > known["effect_in_roi_null"]
-    assert (more[known["relation"] == 1]).all()
-    assert not (more[known["relation"] == -1]).any()
+    defined = scores[scores["relation"].notna()]
+    assert len(defined) >= 20
+    both = (defined["relation_p"] <= 0.1) & (defined["relation_q"] <= 0.1)
+    assert ((defined["relation"] != 0) == both).all()
+    assert (defined["relation_p"] >= defined["effect_in_roi_p"]).all()
+    more = defined["effect_in_roi"] > defined["effect_in_roi_null"]
+    assert (more[defined["relation"] == 1]).all()
+    assert not (more[defined["relation"] == -1]).any()

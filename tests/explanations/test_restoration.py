@@ -19,16 +19,16 @@ def test_sets_flip_the_decision_and_every_member_is_needed() -> None:
     labels = model(images).argmax(1)
     pairs = attacks.pgd(model, images, labels, budget=Linf(0.3), steps=20)
     assert bool(pairs.success.all())
-    found = restoration(model, pairs, cell=4)
+    result = restoration(model, pairs, cell=4)
     with torch.no_grad():
-        alone = model(torch.where(found.sufficient, pairs.adversarial, images)).argmax(1)
-        without = model(torch.where(found.necessary, images, pairs.adversarial)).argmax(1)
+        alone = model(torch.where(result.sufficient, pairs.adversarial, images)).argmax(1)
+        without = model(torch.where(result.necessary, images, pairs.adversarial)).argmax(1)
     assert bool((alone != labels).all())
     assert bool((without == labels).all())
     for number in range(3):
-        cells = found.sufficient[number, 0, ::4, ::4].nonzero()
+        cells = result.sufficient[number, 0, ::4, ::4].nonzero()
         for row, column in cells.tolist():
-            fewer = found.sufficient[number : number + 1].clone()
+            fewer = result.sufficient[number : number + 1].clone()
             fewer[0, 0, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = False
             with torch.no_grad():
                 left = model(torch.where(fewer, pairs.adversarial[number], images[number])).argmax(1)
@@ -47,36 +47,36 @@ class Threshold(nn.Module):
         return torch.stack([score, -score], 1)
 
 
-def test_one_planted_cell_is_both_enough_and_needed() -> None:
+def test_one_planted_cell_is_sufficient_and_necessary() -> None:
     weight = torch.full((3, 12, 12), 0.1)
     weight[:, 4:8, 8:] = 5
     clean = torch.full((1, 3, 12, 12), 0.5)
     model = Threshold(weight, float((clean * weight).sum()) - 50).eval()
     adversarial = clean - 0.05
     adversarial[:, :, 4:8, 8:] = 0
-    found = restoration(model, Pairs.of(model, clean, adversarial), cell=4)
+    result = restoration(model, Pairs.of(model, clean, adversarial), cell=4)
     planted = torch.zeros(1, 1, 12, 12, dtype=torch.bool)
     planted[:, :, 4:8, 8:] = True
-    assert torch.equal(found.sufficient, planted)
-    assert torch.equal(found.necessary, planted)
-    assert found.scores["necessary_fraction"][0] == pytest.approx(1 / 9)
-    assert found.scores["deletion_auc"][0] > 0.9
-    assert found.scores["insertion_auc"][0] > 0.9
+    assert torch.equal(result.sufficient, planted)
+    assert torch.equal(result.necessary, planted)
+    assert result.scores["necessary_fraction"][0] == pytest.approx(1 / 9)
+    assert result.scores["deletion_auc"][0] > 0.9
+    assert result.scores["insertion_auc"][0] > 0.9
 
 
-def test_an_attack_is_not_concentrated_for_being_confined() -> None:
+def test_a_confined_attack_does_not_count_as_concentrated() -> None:
     """Linear: every changed cell takes the same, so the curves are straight however few cells were changed."""
     model = Threshold(torch.ones(3, 12, 12), 3 * 144 * 0.5 - 2).eval()
     clean = torch.full((2, 3, 12, 12), 0.5)
     adversarial = clean.clone()
     adversarial[0] -= 4 / 432
     adversarial[1, :, :4, :8] -= 4 / 96
-    found = restoration(model, Pairs.of(model, clean, adversarial), cell=4)
-    scores = found.scores
+    result = restoration(model, Pairs.of(model, clean, adversarial), cell=4)
+    scores = result.scores
     assert scores["deletion_auc"].tolist() == pytest.approx([0.5, 0.5], abs=1e-3)
     assert scores["insertion_auc"].tolist() == pytest.approx([0.5, 0.5], abs=1e-3)
     assert scores["necessary_fraction"].tolist() == pytest.approx([5 / 9, 1 / 2])
-    assert not bool((found.sufficient[1] & (adversarial[1] == clean[1]).all(0)).any())
+    assert not bool((result.sufficient[1] & (adversarial[1] == clean[1]).all(0)).any())
 
 
 def test_curves_run_from_one_image_to_the_other() -> None:
@@ -85,26 +85,26 @@ def test_curves_run_from_one_image_to_the_other() -> None:
     images = torch.rand(2, 3, 10, 13)
     labels = model(images).argmax(1)
     pairs = attacks.pgd(model, images, labels, budget=Linf(0.2), steps=5)
-    found = restoration(model, pairs, cell=4)
+    result = restoration(model, pairs, cell=4)
     with torch.no_grad():
         ends = [model(x) for x in (pairs.adversarial, images)]
     margins = [
         z.gather(1, labels[:, None])[:, 0] - z.scatter(1, labels[:, None], -torch.inf).amax(1) for z in ends
     ]
-    assert found.fraction[0].tolist() == pytest.approx([number / 12 for number in range(13)])
-    torch.testing.assert_close(found.deletion[:, 0], margins[0], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(found.deletion[:, -1], margins[1], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(found.insertion[:, 0], margins[1], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(found.insertion[:, -1], margins[0], atol=1e-4, rtol=1e-4)
+    assert result.fraction[0].tolist() == pytest.approx([number / 12 for number in range(13)])
+    torch.testing.assert_close(result.deletion[:, 0], margins[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(result.deletion[:, -1], margins[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(result.insertion[:, 0], margins[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(result.insertion[:, -1], margins[0], atol=1e-4, rtol=1e-4)
 
 
 def test_an_attack_that_fails_has_no_causal_set() -> None:
     model = PoolingNetwork().eval()
     images = torch.rand(1, 3, 8, 8)
     labels = model(images).argmax(1)
-    found = restoration(model, Pairs(images, images, labels, (labels + 1) % 4), cell=4)
-    assert not bool(found.necessary.any() | found.sufficient.any())
-    assert found.scores.isna().all(axis=None)
+    result = restoration(model, Pairs(images, images, labels, (labels + 1) % 4), cell=4)
+    assert not bool(result.necessary.any() | result.sufficient.any())
+    assert result.scores.isna().all(axis=None)
 
 
 COLORS = {"gray": 0.5, "black": 0.0}
@@ -115,7 +115,7 @@ def test_occlusion_equals_covering_cells_one_by_one() -> None:
     model = PoolingNetwork().eval()
     images, classes = torch.rand(2, 3, 11, 14), torch.tensor([2, 0])
     for fill in ("mean", "gray", "black"):
-        found = occlusion(model, images, classes, cell=4, fill=fill)
+        result = occlusion(model, images, classes, cell=4, fill=fill)
         with torch.no_grad():
             for top in range(0, 11, 4):
                 for left in range(0, 14, 4):
@@ -125,8 +125,8 @@ def test_occlusion_equals_covering_cells_one_by_one() -> None:
                     )
                     covered[:, :, top : top + 4, left : left + 4] = color
                     fall = (model(images) - model(covered)).gather(1, classes[:, None])[:, 0]
-                    torch.testing.assert_close(found[:, 0, top, left], fall, atol=2e-5, rtol=1e-3)
-                    same = found[:, 0, top : top + 4, left : left + 4].flatten(1)
+                    torch.testing.assert_close(result[:, 0, top, left], fall, atol=2e-5, rtol=1e-3)
+                    same = result[:, 0, top : top + 4, left : left + 4].flatten(1)
                     assert bool((same == same[:, :1]).all())
 
 
@@ -135,15 +135,15 @@ def test_overlap_takes_occlusion_as_importance() -> None:
     model = PoolingNetwork().eval()
     images = torch.rand(2, 3, 28, 28)
     pairs = attacks.pgd(model, images, model(images).argmax(1), steps=3)
-    found = overlap(model, pairs, importance="occlusion")
-    torch.testing.assert_close(found.importance, occlusion(model, images, pairs.labels, cell=2))
+    result = overlap(model, pairs, importance="occlusion")
+    torch.testing.assert_close(result.importance, occlusion(model, images, pairs.labels, cell=2))
 
 
-def test_bad_input_gets_one_sentence() -> None:
+def test_invalid_arguments_are_errors() -> None:
     model, images = PoolingNetwork().eval(), torch.rand(1, 3, 8, 8)
     with pytest.raises(ValueError, match=r"fill must .* got 'graay'"):
         occlusion(model, images, torch.tensor([0]), fill="graay")
-    with pytest.raises(ValueError, match=r"cell must be an integer of at least 1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"^cell .*1\.5"):
         occlusion(model, images, torch.tensor([0]), cell=1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="cell must be an integer of at least 1, got -1"):
         restoration(model, Pairs(images, images, torch.tensor([0]), torch.tensor([1])), cell=-1)

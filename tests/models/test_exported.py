@@ -180,7 +180,9 @@ def test_a_network_of_two_inputs_is_refused(tmp_path: Path) -> None:
 
     program = torch.export.export(Two(), (torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)))
     torch.export.save(program, tmp_path / "two.pt2")
-    with pytest.raises(ValueError, match=r"two\.pt2 takes 2 inputs; accepted is a network of one"):
+    with pytest.raises(
+        ValueError, match=r"two\.pt2 must be a network of one input, the images, got 2 inputs"
+    ):
         load_exported(tmp_path / "two.pt2")
 
 
@@ -470,7 +472,7 @@ def test_the_archive_that_was_inspected_is_the_one_that_is_read(tmp_path: Path, 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_two_entries_of_one_name_are_refused(tmp_path: Path, archive: Path) -> None:
     path = rebuilt(archive, tmp_path / "twice.pt2", added={SAMPLES: malicious(tmp_path / "trace")})
-    with pytest.raises(ValueError, match=r"twice\.pt2 holds two entries of one name"):
+    with pytest.raises(ValueError, match=r"twice\.pt2 is refused: it holds two entries of one name"):
         load_exported(path)
 
 
@@ -504,13 +506,13 @@ def test_a_guard_that_is_arithmetic_is_accepted(
 @pytest.mark.parametrize(
     "content", [b"", b"this is text", b"PK\x05\x06" + bytes(18), b"PK\x03\x04 nothing", b"\xff" * 1000]
 )
-def test_what_is_no_archive_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_an_archive_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "text.pt2").write_bytes(content)
     with pytest.raises(ValueError, match=r"text\.pt2"):
         load(str(tmp_path / "text.pt2"))
 
 
-def test_a_state_dict_that_is_called_pt2_is_refused_by_name(tmp_path: Path, small: nn.Module) -> None:
+def test_a_state_dict_named_pt2_is_refused(tmp_path: Path, small: nn.Module) -> None:
     torch.save(small.state_dict(), tmp_path / "weights.pt2")
     with pytest.raises(ValueError, match=r"weights\.pt2"):
         load(str(tmp_path / "weights.pt2"))
@@ -518,9 +520,9 @@ def test_a_state_dict_that_is_called_pt2_is_refused_by_name(tmp_path: Path, smal
 
 def test_a_missing_archive_is_file_not_found(tmp_path: Path) -> None:
     for name in ("none.pt2", "."):
-        with pytest.raises(FileNotFoundError, match="there is no such file"):
+        with pytest.raises(FileNotFoundError, match="does not exist"):
             load_exported(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match=r"none\.pt2: there is no such file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.pt2 does not exist"):
         load(str(tmp_path / "none.pt2"))
 
 
@@ -562,9 +564,7 @@ def test_flipped_bytes_are_refused_or_change_nothing(
     assert refused > 10
 
 
-def test_a_changed_weight_is_refused_and_not_believed(
-    tmp_path: Path, archive: Path, small: nn.Module, images: Tensor
-) -> None:
+def test_a_changed_weight_is_refused(tmp_path: Path, archive: Path, small: nn.Module, images: Tensor) -> None:
     whole, path = bytearray(archive.read_bytes()), tmp_path / "changed.pt2"
     weight = next(small.parameters()).detach().numpy().tobytes()
     whole[whole.index(weight) + 3] ^= 0x40  # the exponent of the first weight

@@ -1,4 +1,4 @@
-"""Folders that a training wrote are models; what is unfinished or damaged is told, and nothing foreign is run."""
+"""Folders that a training wrote are models; unfinished or damaged ones are refused, and no code of theirs is run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_trained_folder_is_a_model(tmp_path: Path) -> None:
     assert torch.equal(model(images), by_hand(images))
 
 
-def test_what_is_no_finished_network_of_the_zoo_is_told(
+def test_a_folder_without_a_finished_network_of_the_zoo_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = trained(tmp_path / "run")
@@ -57,7 +57,7 @@ def test_what_is_no_finished_network_of_the_zoo_is_told(
     for network in ({"spec": "harmful:make"}, {"zoo": "harmful:make"}, {}):
         said(
             json.dumps({**record, "network": network}),
-            "not hold a network of the zoo; name the network with --model",
+            "must hold a network of the zoo, got another one .name the network with --model",
         )
     assert not (tmp_path / "pwned").exists()
     said("{", r"training.json is damaged")
@@ -67,50 +67,50 @@ def test_what_is_no_finished_network_of_the_zoo_is_told(
     (folder / "model.safetensors").write_bytes(b"no")
     said(json.dumps(record), "is damaged")
     (folder / "model.safetensors").unlink()
-    said(json.dumps(record), "not finished")
+    said(json.dumps(record), "must hold a finished training")
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"size": [8]}, r"size is \[8\]; accepted is \[height, width\]"),
-        ({"size": 8}, "size is 8; accepted is"),
-        ({"size": [12, -8]}, r"size\[1\] is -8; accepted are whole numbers from 8 to 4096"),
-        ({"size": [12, 8.0]}, r"size\[1\] is 8.0"),
-        ({"size": [10**9, 8]}, r"size\[0\] is 1000000000"),
+        ({"size": [8]}, r"size must be \[height, width\], got \[8\]"),
+        ({"size": 8}, "size must be .* got 8"),
+        ({"size": [12, -8]}, r"size\[1\] must be an integer from 8 to 4096, got -8"),
+        ({"size": [12, 8.0]}, r"size\[1\] must .* got 8.0"),
+        ({"size": [10**9, 8]}, r"size\[0\] must .* got 1000000000"),
         (
             {"size": [4096, 4096]},
-            "does not hold the weights of two_conv with 3 classes, 1 channels and images of 4096",
+            "must hold the weights of two_conv with 3 classes, 1 channels and images of 4096",
         ),
-        ({"classes": float("inf")}, "classes is inf; accepted are whole numbers from 2 to 100000"),
-        ({"classes": 10**12}, "classes is 1000000000000"),
-        ({"classes": "3"}, "classes is '3'"),
-        ({"classes": True}, "classes is True"),
-        ({"classes": None}, "classes is None"),
-        ({"classes": 4}, "does not hold the weights of two_conv with 4 classes"),
-        ({"channels": 0}, "channels is 0; accepted are whole numbers from 1 to 16"),
-        ({"channels": "x" * 1000}, "channels is 'xxx.*; accepted"),
-        ({"class_names": 5}, "class_names is 5; accepted is a list of names"),
-        ({"class_names": "abc"}, "class_names is 'abc'"),
-        ({"class_names": [["a"], "b", "c"]}, "class_names is"),
-        ({"class_names": ["a"]}, "class_names holds 1 names; accepted is one for each of 3"),
+        ({"classes": float("inf")}, "classes must be an integer from 2 to 100000, got inf"),
+        ({"classes": 10**12}, "classes must .* got 1000000000000"),
+        ({"classes": "3"}, "classes must .* got '3'"),
+        ({"classes": True}, "classes must .* got True"),
+        ({"classes": None}, "classes must .* got None"),
+        ({"classes": 4}, "must hold the weights of two_conv with 4 classes"),
+        ({"channels": 0}, "channels must be an integer from 1 to 16, got 0"),
+        ({"channels": "x" * 1000}, "channels must .* got 'xxx"),
+        ({"class_names": 5}, "class_names must be a list of names, got 5"),
+        ({"class_names": "abc"}, "class_names must .* got 'abc'"),
+        ({"class_names": [["a"], "b", "c"]}, "class_names must be a list"),
+        ({"class_names": ["a"]}, "class_names must be one name for each of 3 classes, got 1"),
     ],
 )
-def test_a_record_that_cannot_be_is_told(shared: Path, changed: dict[str, object], said: str) -> None:
+def test_an_invalid_record_is_refused(shared: Path, changed: dict[str, object], said: str) -> None:
     record = json.loads((shared / "kept.json").read_text())
     told(shared, json.dumps({**record, "network": {**record["network"], **changed}}), f"is damaged: .*{said}")
 
 
 @pytest.mark.parametrize("settings", [None, 5, {}, {"recipe": 5}, "missing"])
-def test_a_record_without_its_recipe_is_told(shared: Path, settings: object) -> None:
+def test_a_record_without_its_recipe_is_refused(shared: Path, settings: object) -> None:
     record = json.loads((shared / "kept.json").read_text())
     record |= {"settings": settings}
     if settings == "missing":
         del record["settings"]
-    told(shared, json.dumps(record), "is damaged: training.json does not say the recipe")
+    told(shared, json.dumps(record), "is damaged: training.json must have the recipe")
 
 
-def test_a_record_nested_without_end_is_told(shared: Path) -> None:
+def test_an_endlessly_nested_record_is_refused(shared: Path) -> None:
     told(shared, "[" * 200_000, "training.json is damaged")
     told(shared, json.dumps({"network": 5}), "training.json is damaged")
     told(shared, b"\xff", "training.json is damaged")

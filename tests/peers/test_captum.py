@@ -41,24 +41,24 @@ def test_grad_cam_is_captums_times_the_number_of_cells(network: str, layer: str,
     torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_the_margin_drop_is_captums_integrated_gradients_of_rival_less_label(any_model: Made) -> None:
+def test_the_margin_drop_is_captums_integrated_gradients_of_competing_less_label(any_model: Made) -> None:
     model, images = any_model
     with torch.no_grad():
         order = model(images).argsort(1, descending=True)
-    labels, rivals = order[:, 0], order[:, 1]
+    labels, competing = order[:, 0], order[:, 1]
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
     adversarial = (0.6 * images + 0.05 * noise).clamp(0, 1)
-    drop = margin_drop(model, images, adversarial, labels, rivals)
+    drop = margin_drop(model, images, adversarial, labels, competing)
     gradients = captum.IntegratedGradients(model)
     open_ = torch.ones(3, dtype=torch.bool)
     for points in (16, 32, 64, 128, 256):  # ours takes the first that is complete within one percent
-        of_label, of_rival = (
+        of_label, of_competing = (
             gradients.attribute(
                 adversarial, baselines=images, target=classes, n_steps=points, method="gausslegendre"
             )
-            for classes in (labels, rivals)
+            for classes in (labels, competing)
         )
-        sites = (of_rival - of_label).sum(1, keepdim=True).float()
+        sites = (of_competing - of_label).sum(1, keepdim=True).float()
         complete = (sites.flatten(1).sum(1) - drop.total).abs() <= 0.01 * drop.total.abs()
         now = open_ & complete
         torch.testing.assert_close(drop.sites[now], sites[now], rtol=1e-3, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Activation: the top share of the registered map, of one class and of two."""
+"""Regions of activation: the highest sites of the aligned map, for one class and for two."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_cam_is_the_top_of_the_registered_class_activation(
 ) -> None:
     model, images = pooling
     classes = torch.tensor([0, 3, 1])
-    maps = class_activation(model, images, classes, layer=layer, registration="effective")
+    maps = class_activation(model, images, classes, layer=layer, alignment="effective")
     for fraction in (0.0, 0.1, 0.3, 1.0):
         region = regions.cam(model, images, classes, fraction=fraction, layer=layer)
         assert region.flatten(1).sum(1).tolist() == [round(fraction * 400)] * 3
@@ -69,7 +69,7 @@ def test_support_finds_the_two_patches_that_two_classes_read() -> None:
 
 
 @pytest.mark.parametrize("fraction", [-0.01, 1.01, float("nan")])
-def test_what_is_no_share_is_refused(pooling: Made, fraction: float) -> None:
+def test_a_fraction_outside_its_range_is_refused(pooling: Made, fraction: float) -> None:
     model, images = pooling
     classes = torch.zeros(3, dtype=torch.long)
     with pytest.raises(ValueError, match="fraction must"):

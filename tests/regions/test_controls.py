@@ -1,4 +1,4 @@
-"""Controls: exactly equal area, and what they say they are."""
+"""Controls have exactly equal area and the promised shape."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def test_controls_of_different_seeds_differ(kind: str) -> None:
     ],
     ids=["float", "three dimensions", "three channels"],
 )
-def test_matched_refuses_what_is_no_region(bad: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"region is .*accepted is bool \(N, 1, H, W\)"):
+def test_matched_refuses_tensors_that_are_not_regions(bad: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"region must be bool \(N, 1, H, W\), got"):
         regions.matched(bad)
 
 

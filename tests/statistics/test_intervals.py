@@ -22,7 +22,7 @@ Draw = Callable[[np.random.Generator, tuple[int, int]], NDArray[np.float64]]
 
 
 @pytest.mark.parametrize("count", [1, 2, *SIZES, 200])
-def test_the_interval_of_a_share_covers_every_fraction(count: int) -> None:
+def test_the_interval_of_a_proportion_covers(count: int) -> None:
     from scipy.stats import binom
 
     ends = np.array([proportion_interval(np.arange(count) < hits) for hits in range(count + 1)])
@@ -35,7 +35,7 @@ def test_the_interval_of_a_share_covers_every_fraction(count: int) -> None:
     assert (ends[:, 0] <= ends[:, 2]).all()
 
 
-def test_the_interval_of_a_share_is_no_wider_than_it_must_be() -> None:
+def test_the_interval_of_a_proportion_is_not_too_wide() -> None:
     from scipy.stats import binom
 
     law = binom.pmf(np.arange(51), 50, 0.3)
@@ -43,7 +43,7 @@ def test_the_interval_of_a_share_is_no_wider_than_it_must_be() -> None:
     assert (law * ((ends[:, 1] <= 0.3) & (ends[:, 2] >= 0.3))).sum() < 0.98
 
 
-def test_no_cases_have_no_fraction() -> None:
+def test_no_images_have_no_proportion() -> None:
     assert np.isnan(proportion_interval(np.zeros(0, dtype=bool))).all()
     assert np.isnan(paired_proportion_interval(np.zeros(0, bool), np.zeros(0, bool))).all()
 
@@ -169,7 +169,7 @@ def test_an_interval_does_not_depend_on_the_scale() -> None:
     np.testing.assert_allclose(mean_interval(values * 1e-9), small)
 
 
-def test_beyond_many_images_the_interval_is_students() -> None:
+def test_for_many_images_the_interval_is_students() -> None:
     values = np.random.default_rng(2).exponential(size=4000)
     half = 1.96 * values.std(ddof=1) / 4000**0.5
     np.testing.assert_allclose(

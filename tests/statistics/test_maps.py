@@ -65,7 +65,7 @@ def test_a_constant_map_cannot_be_standardized_and_spoils_no_neighbor(constant: 
 
 @LAW
 @given(maps())
-def test_ranks_count_smaller_sites_and_share_ties(values: Tensor) -> None:
+def test_ranks_count_smaller_sites_and_average_ties(values: Tensor) -> None:
     for original, found in zip(values.flatten(1), ranks(values).flatten(1), strict=True):
         for value, rank in zip(original, found, strict=True):
             expected = int((original < value).sum()) + (int((original == value).sum()) + 1) / 2

@@ -43,7 +43,7 @@ def test_unrelated_images_have_uniform_p(count: int, law: str) -> None:
     assert float(any_q.double().mean()) <= 0.2
 
 
-def test_own_maps_that_stand_out_are_found() -> None:
+def test_own_maps_that_differ_are_detected() -> None:
     matrix = unrelated(40, 0)
     matrix[:20].diagonal().add_(6)
     found = other_image_test(matrix)
@@ -71,7 +71,7 @@ def test_the_null_is_the_mean_over_other_images_and_p_is_a_rank() -> None:
         assert float(p) == pytest.approx(min(1, 2 * min(tails)))
 
 
-def test_below_nineteen_other_images_there_is_no_p() -> None:
+def test_fewer_than_nineteen_other_images_have_no_p() -> None:
     for count, references, given_ in (
         (19, 0, False),
         (20, 0, True),
@@ -139,7 +139,7 @@ def test_a_run_leaves_out_images_without_a_statistic() -> None:
     assert run_test(torch.full((3, 3), torch.nan)).images == 0
 
 
-def test_a_shared_habit_fools_shifts_and_not_other_images() -> None:
+def test_a_common_tendency_misleads_shifts_and_not_other_images() -> None:
     """Importance and attack of unrelated images that both favor the center: the defect this module exists for."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.arange(16.0) - 7.5

@@ -53,7 +53,7 @@ def test_few_images_have_no_p() -> None:
     assert mean_test(np.zeros(5)) == 1
 
 
-def test_the_region_test_of_yes_and_no_counts_every_way_to_give_the_outcomes() -> None:
+def test_the_region_test_of_booleans_equals_enumeration() -> None:
     rng = np.random.default_rng(0)
     for _ in range(5):
         own, others = rng.integers(0, 2, 4).astype(float), rng.integers(0, 2, (4, 2)).astype(float)
@@ -68,7 +68,7 @@ def test_the_region_test_of_yes_and_no_counts_every_way_to_give_the_outcomes() -
         assert region_test(own, others) == pytest.approx(expected)
 
 
-def test_the_region_test_of_a_measure_draws_what_enumeration_counts() -> None:
+def test_the_region_test_of_a_measure_approximates_enumeration() -> None:
     rng = np.random.default_rng(1)
     own, others = rng.normal(size=6) + 0.8, rng.normal(size=(6, 2))
     others[0, 1] = np.nan
@@ -82,7 +82,7 @@ def test_the_region_test_of_a_measure_draws_what_enumeration_counts() -> None:
 
 
 @pytest.mark.parametrize("count", [40, 200])
-def test_a_region_that_has_nothing_to_do_with_its_image_is_not_accused(count: int) -> None:
+def test_a_region_unrelated_to_its_image_is_not_significant(count: int) -> None:
     """Images differ in how easily they fall, which is no matter of the region."""
     rng = np.random.default_rng(4)
     ease = rng.beta(0.5, 0.5, (500, count, 1))

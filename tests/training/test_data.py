@@ -167,7 +167,7 @@ def test_picture_files_are_decoded_alike_by_any_number_of_workers_and_damage_is_
     def damage(row: dict[str, float]) -> None:
         (tmp_path / "photos/one/03.png").write_bytes(b"no picture")
 
-    with pytest.raises(ValueError, match=r"one/03.png: "):
+    with pytest.raises(ValueError, match=r"one/03.png cannot be read: "):
         quick_train(fresh(), data, on_epoch=damage, workers=workers, held_out=0, epochs=3)
 
 
@@ -219,3 +219,8 @@ def test_backgrounds_resume_after_a_crash_and_are_found_once(
     rows = torch.tensor([49, 0, 17])
     for stored in (resumed, backgrounds.find_backgrounds(images, cache=tmp_path, progress=crash)):
         assert torch.equal(stored.masks(rows), whole.masks(rows))
+
+
+def test_an_augmentation_of_nothing_returns_its_input() -> None:
+    images, _ = halves(4)
+    assert Augmentation("none", 4, (16, 12), 0, 0).apply(torch.arange(4), images) is images

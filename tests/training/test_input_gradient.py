@@ -37,11 +37,7 @@ def test_it_is_the_adjoint_for_every_shape(
 
 
 def stems() -> list[nn.Module]:
-    return [
-        nn.Conv2d(3, 6, 4, 2, 1),
-        nn.Conv2d(1, 6, 7, 2, 3, bias=False),
-        nn.Conv2d(3, 6, 8, 8),
-    ]
+    return [nn.Conv2d(3, 6, 4, 2, 1), nn.Conv2d(1, 6, 7, 2, 3, bias=False), nn.Conv2d(3, 6, 8, 8)]
 
 
 def gradients(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,6 @@ from weakspot.datasets import from_tensors
 from weakspot.training import RECIPES, loop
 from weakspot.training.backgrounds import Backgrounds, find_backgrounds
 from weakspot.training.config import ResolvedConfig
-from weakspot.training.data import Augmentation
 from weakspot.training.fit import make_fabric
 from weakspot.training.held_out import HeldOut, held_out_images, split
 
@@ -353,8 +352,3 @@ def test_other_arguments_are_refused_and_a_missing_extra_is_named(monkeypatch: p
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
     with pytest.raises(ValueError, match=r"pip install 'weakspot\[train\]'"):
         train(fresh(), halves(), replace(QUICK, epochs=1))
-
-
-def test_an_augmentation_of_nothing_returns_its_input() -> None:
-    images, _ = halves(4)
-    assert Augmentation("none", 4, (16, 12), 0, 0).apply(torch.arange(4), images) is images

@@ -45,7 +45,7 @@ def test_residual_stages_have_three_and_two_blocks_and_halve_the_maps() -> None:
 
 
 @pytest.mark.parametrize("name", list(zoo.NETWORKS))
-def test_small_edits_of_them_are_exact(name: str) -> None:
+def test_small_edits_of_the_networks_are_exact(name: str) -> None:
     channels, size = (1, (28, 28)) if name == "two_conv" else (3, (32, 32))
     model = zoo.build(name, classes=10, channels=channels, size=size).eval()
     image = torch.rand(channels, *size)
@@ -59,11 +59,11 @@ def test_small_edits_of_them_are_exact(name: str) -> None:
         torch.testing.assert_close(found, classifier(edited), rtol=1e-4, atol=1e-4)
 
 
-def test_bad_arguments_are_told_in_one_sentence() -> None:
+def test_invalid_arguments_are_refused() -> None:
     for arguments, said in (
         ({"name": "resnet19", "classes": 10}, "model must .* got 'resnet19' .did you mean"),
-        ({"name": "resnet20", "classes": 1}, "classes is 1"),
-        ({"name": "resnet20", "classes": 2, "size": (4, 4)}, "size is"),
+        ({"name": "resnet20", "classes": 1}, "classes must be an integer of at least 2, got 1"),
+        ({"name": "resnet20", "classes": 2, "size": (4, 4)}, "size must"),
     ):
         with pytest.raises(ValueError, match=said):
             zoo.build(**arguments)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from weakspot._checks import first_line
+from weakspot._checks import first_line, require
 from weakspot._io.files import write_atomic
 
 
@@ -50,6 +50,7 @@ def place(url: str) -> Place:
     Raises:
         ValueError: if the protocol is unknown or its package is not installed.
     """
+    require("a URL", "fsspec", extra="audit")
     from fsspec import get_filesystem_class
     from fsspec.core import url_to_fs
 

@@ -144,7 +144,7 @@ class Problem:
     def ball(self) -> PreparedBudget:
         """The budget around the clean images."""
         if self.budget is None:
-            raise ValueError("budget must be given for this attack, got None")
+            raise ValueError("budget must be a budget such as Linf(4 / 255), got None")
         return prepare(self.budget, self.clean)
 
     def apply(self, perturbation: Tensor) -> Tensor:
@@ -191,6 +191,7 @@ class Problem:
         part = self.select(rows)
         files, fits = stored(images[rows], part.clean, self.budget)
         of_files = part.evaluate(files)
+        # Image and file must both fool: the larger of the two margins counts.
         both = torch.where(fits & (of_files < 0), torch.maximum(of_files, margins[rows]), 0)
         return margins.index_copy(0, rows, both)
 
@@ -200,6 +201,7 @@ class Problem:
         for part in torch.arange(len(images), device=images.device).split(self.batch_size):
             point = images[part].detach().requires_grad_()
             labels, targets = self.labels[part], None if self.targets is None else self.targets[part]
+            # With a lead, the classifier only judges: its gradients are not needed.
             with torch.set_grad_enabled(self.lead is None):
                 logits = self.classifier(point)
             self._check(logits.detach(), labels, targets)
@@ -207,10 +209,11 @@ class Problem:
             values = loss(led, labels, targets if self.loss_targets is None else self.loss_targets[part])
             check_values(values, len(part))
             if values.requires_grad:
+                # The sum over images has each image's own gradient in its row.
                 (gradient,) = torch.autograd.grad(
                     values.sum(), point, allow_unused=True, materialize_grads=True
                 )
-            else:
+            else:  # a network that detaches its input
                 gradient = torch.zeros_like(point)
             direction = gradient.neg().contiguous()  # the fused form's gradient is channels last
             if not self.everywhere:

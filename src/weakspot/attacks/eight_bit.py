@@ -1,7 +1,4 @@
-"""Images as 8-bit files keep them: what a classifier sees of them, and the nearest such image within a budget.
-
-Stored images: attacked images as 8-bit picture files hold them, within the budget of the attack.
-"""
+"""Images as 8-bit files store them, and the nearest such image within a budget."""
 
 from __future__ import annotations
 
@@ -14,15 +11,17 @@ from weakspot._checks import is_number
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf
 from weakspot.classifier import Classifier, as_wrapped_classifier
 
-LEVELS = 255
+TOP = 255  # the highest of the 256 levels
 # Tried from the left until a rounded perturbation is inside the budget; the last one always is.
 SCALES = (1.0, 0.995, 0.99, 0.98, 0.96, 0.93, 0.9, 0.85, 0.8, 0.7, 0.5, 0.0)
-CLOSE = 1e-6
+CLOSE = 1e-6  # relative rounding error of a budget
+NEAR = 1e-3  # of a level: less is rounding of float32
+OVER = 1e-5  # of a budget: less is rounding of float32
 
 
 def rounded(images: Tensor) -> Tensor:
     """Images in [0, 1] at the nearest of 256 levels."""
-    return (images * LEVELS).round() / LEVELS
+    return (images * TOP).round() / TOP
 
 
 def on_8bit_images(classifier: Classifier) -> Classifier:
@@ -36,27 +35,27 @@ class _Rounding(nn.Module):
         self.classifier = classifier
 
     def forward(self, images: Tensor) -> Tensor:
-        # The rounded images to the last bit, with the gradient of the identity.
+        # The rounded images to the last bit, with the gradient of the identity (straight-through).
         shown = rounded(images.detach()) + (images - images.detach())
         logits: Tensor = self.classifier(shown)
         return logits
 
 
 def whole_levels(budget: Budget) -> Budget:
-    """The same budget for 8-bit images: an L-infinity size is cut to whole levels, so that rounding cannot exceed it.
+    """The same budget for 8-bit images: L-infinity is cut to whole levels, so that rounding cannot exceed it.
 
     Raises:
-        ValueError: when an L-infinity budget is smaller than one level.
+        ValueError: if an L-infinity budget is smaller than one level.
     """
     if not isinstance(budget, Linf):
         return budget
-    levels = int(budget.eps * LEVELS + CLOSE)
+    levels = int(budget.eps * TOP + CLOSE)
     if not levels:
         raise ValueError(
             f"budget must be at least 1/255 in L-infinity, got {budget.eps:g}: attacked images are rounded to 8 bits "
             "and a smaller budget changes none of them"
         )
-    return Linf(levels / LEVELS)
+    return Linf(levels / TOP)
 
 
 def fit(images: Tensor, clean: Tensor, budget: Budget) -> Tensor:
@@ -85,31 +84,26 @@ def _is_inside(change: Tensor, clean: Tensor, budget: Budget) -> Tensor:
     limit = getattr(budget, "eps", None)
     if limit is not None and is_number(limit):
         return budget.distance(change, clean) <= float(limit) * (1 + CLOSE)
-    # A budget of one's own need not tell its limit: what is inside is projected on itself.
+    # A user's budget need not have a limit of this name: what is inside is projected on itself.
     return (budget.project(change, clean) - change).flatten(1).abs().amax(1) <= CLOSE
 
 
-TOP = 255  # the highest of the 256 levels
-NEAR = 1e-3  # of a level: less is rounding of float32
-OVER = 1e-5  # of a budget: less is rounding of float32
-
-
 def stored(images: Tensor, clean: Tensor, budget: Budget | None = None) -> tuple[Tensor, Tensor]:
-    """Attacked images as 8-bit files hold them, and whether the files keep within the budget.
+    """Round attacked images like 8-bit files, and say whether the files are within the budget.
 
     Each value is rounded to the nearest of 256 levels. A budget holds between files, from the file of the clean image
-    to that of the attacked one. Rounding can overspend it by up to half a level a value (of `Linf(4 / 255)` it never
-    does, of `Linf(1.5 / 255)` or an `L2` it may); values that it moved away from the clean image then go one level
-    back, those first that it moved farthest, as few of them as bisection finds.
+    to that of the attacked one. Rounding can overspend it by up to half a level per value (never for `Linf(4 / 255)`,
+    but for `Linf(1.5 / 255)` or an `L2`). Then values that it moved away from the clean image go one level back,
+    starting with those that it moved farthest, as few of them as bisection finds.
 
     Args:
         images: (N, C, H, W) in [0, 1], each within the budget of its clean image.
         clean: (N, C, H, W) in [0, 1].
-        budget: of the attack; None where it has none, and nearest levels are what counts.
+        budget: of the attack; None if it has none, and images are rounded to the nearest levels.
 
     Returns:
-        Images (N, C, H, W) on the grid, and bool (N,), false where no file within the budget was found, which only
-        budgets that are no norm allow.
+        Images (N, C, H, W) on the grid, and bool (N,), false if no file within the budget was found, which can only
+        happen for budgets that are not norms.
 
     >>> import torch
     >>> from weakspot import Linf
@@ -123,13 +117,13 @@ def stored(images: Tensor, clean: Tensor, budget: Budget | None = None) -> tuple
     if budget is None:
         return levels / TOP, fits
     before = (TOP * clean).round()
-    # Of a budget of one's own the limit is not known: what the attack has spent is within it.
+    # The limit of a user's budget is unknown, but the attack is within it.
     most = budget.distance(images - clean, clean)
     if isinstance(budget, Linf | L2 | L1 | SSIM):
         most = torch.full_like(most, budget.eps)
 
     def over(files: Tensor, rows: Tensor) -> Tensor:
-        # Of the whole batch: a budget may hold something for each image.
+        # Of the whole batch: a budget may have a limit for each image.
         every = levels.index_copy(0, rows, files)
         spent = budget.distance((every - before) / TOP, before / TOP)
         return (spent > most * (1 + OVER) + 1e-7)[rows]
@@ -144,20 +138,22 @@ def stored(images: Tensor, clean: Tensor, budget: Budget | None = None) -> tuple
 def _within(
     levels: Tensor, before: Tensor, asked: Tensor, rows: Tensor, over: Callable[..., Tensor]
 ) -> Tensor:
-    """Levels (n, C, H, W) with as few as possible of those that rounding moved outward one level nearer to `before`."""
+    """Levels (n, C, H, W) with as few as possible of those that rounding moved outward moved back toward `before`."""
     moved = levels - before
     excess = torch.where(moved != 0, moved.abs() - asked.abs(), 0)
     back = excess > NEAR
+    # The place of each value in the order of its excess.
     rank = torch.where(back, excess, 0).flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     rank = rank.view_as(levels)
 
     def nearer(count: Tensor) -> Tensor:
         return torch.where(back & (rank < count[:, None, None, None]), levels - moved.sign(), levels)
 
+    # Bisect: `few` moves are not enough, `enough` are.
     few, enough = torch.zeros_like(rows), back.flatten(1).sum(1)
-    while bool((fused_model := enough - few > 1).any()):
+    while bool((open_ := enough - few > 1).any()):
         middle = (few + enough) // 2
         spent = over(nearer(middle), rows)
-        few = torch.where(fused_model & spent, middle, few)
-        enough = torch.where(fused_model & ~spent, middle, enough)
+        few = torch.where(open_ & spent, middle, few)
+        enough = torch.where(open_ & ~spent, middle, enough)
     return nearer(enough)

@@ -64,6 +64,7 @@ def ensemble(
             best = problem.clean.clone()
             lowest, logits = problem.logits(best)
             lowest = problem.file_margins(best, lowest)
+            # The label itself comes last in the order of classes.
             others = logits.scatter(1, problem.labels[:, None], -torch.inf)
             stages = _stages(problem, others.argsort(dim=1, descending=True, stable=True))
             for number, stage in enumerate(stages):
@@ -74,7 +75,7 @@ def ensemble(
                 points, margins = stage(active, part_of(progress, number, len(stages)))
                 better = margins < lowest[active]
                 best[active[better]], lowest[active[better]] = points[better], margins[better]
-            else:
+            else:  # only if the last stage, which needs no gradients, was run
                 _warn_of_hidden_gradients(problem, before - int((lowest >= 0).sum()))
         return problem.result(best)
 

@@ -190,6 +190,7 @@ class Search:
 
     def run(self, perturbation: Tensor, sizes: Sequence[float], progress: Progress | None = None) -> None:
         """Descend from a perturbation (N, C, H, W), in steps of these sizes in units of the budget."""
+        # The images still in the search; everything else in the loop has one row for each of them.
         active = torch.arange(len(self.problem), device=perturbation.device)
         if self.stop_early:
             active = active[self.lowest >= 0]
@@ -208,6 +209,7 @@ class Search:
                 active, part, perturbation = active[unfooled], part.select(unfooled), perturbation[unfooled]
                 direction, velocity = direction[unfooled], velocity[unfooled]
             if self.momentum:
+                # Gradients of mean size one, so that their magnitudes over the steps do not matter.
                 scale = direction.abs().mean((1, 2, 3), keepdim=True)
                 velocity = self.momentum * velocity + direction / scale.clamp(min=1e-30)
                 direction = velocity

@@ -163,6 +163,7 @@ def proximal_round(problem: Problem, shrink: Shrink, descent: Descent) -> Round:
             sparser = shrink(ahead - rate * (2 * ahead - active * falling), rate)
             # Clipped at the ends of the box instead of as an image, so that zeros stay exactly zero.
             after = torch.where(problem.region, sparser.clamp(-problem.clean, 1 - problem.clean), 0)
+            # FISTA's momentum with weights k / (k + 3) instead of the recursion for t_k.
             ahead = after + step / (step + 3) * (after - perturbation)
             perturbation = after
             point = problem.apply(perturbation)

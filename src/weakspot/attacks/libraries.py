@@ -1,4 +1,4 @@
-"""How foolbox, torchattacks and ART are asked for one of their attacks, each in its own way."""
+"""Adapters for foolbox, torchattacks and ART, each of which runs one attack of its library."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NORMS: dict[type, float] = {Linf: math.inf, L2: 2, L1: 1}
 
 @dataclass(frozen=True)
 class Task:
-    """What an attack of another library is asked to do.
+    """One run of an attack of another library.
 
     Attributes:
         name: as the user gave it.

@@ -1,4 +1,4 @@
-"""Candidates of a few-pixel search: images with some pixels repainted, made and evaluated in batches."""
+"""Candidates of a few-pixel search: images with some pixels repainted, evaluated in batches."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from weakspot.attacks.context import Problem
 from weakspot.attacks.losses import log_odds
 from weakspot.edits import Edits, prepare, work_saved
 
-LARGE = 96 * 96  # pixels of an image from which on edits may go by windows; smaller ones share batches
-WORTH = 1.3  # times the multiplications that windows must save; the time they save is more (`benchmarks/edits.py`)
+LARGE = 96 * 96  # pixels of an image from which on edits may go by windows; smaller images share batches
+WORTH = 1.3  # least ratio of multiplications; that of time is larger (`benchmarks/edits.py`)
 
 
 class Painted(NamedTuple):
-    """What the model makes of candidates: margins (M,), below zero where they fool, and fitness (M,), to be lowered."""
+    """Margins (M,) of candidates, below zero where they fool, and their fitness (M,), which the search lowers."""
 
     margins: Tensor
     fitness: Tensor
@@ -33,23 +33,23 @@ def paint(images: Tensor, sites: Tensor, colors: Tensor) -> Tensor:
 def evaluate_painted(
     problem: Problem, images: Tensor, owners: Tensor, sites: Tensor, colors: Tensor
 ) -> Painted:
-    """Repaint images[owners] and send them through the model; no more than a few batches exist at once."""
+    """Repaint images[owners] and evaluate them; only a few batches exist at once."""
     if problem.prepared is not None and sites.shape[1] == 1:
         return _by_windows(problem, images, owners, sites[:, 0], colors[:, 0])
     margins, fitness = [], []
     for part in torch.arange(len(owners), device=images.device).split(4 * problem.batch_size):
-        mine = owners[part]
-        found, logits = problem.logits(paint(images[mine], sites[part], colors[part]), mine)
-        targets = None if problem.targets is None else problem.targets[mine]
-        margins.append(found)
-        fitness.append(log_odds(logits, problem.labels[mine], targets))
+        own = owners[part]
+        margin, logits = problem.logits(paint(images[own], sites[part], colors[part]), own)
+        targets = None if problem.targets is None else problem.targets[own]
+        margins.append(margin)
+        fitness.append(log_odds(logits, problem.labels[own], targets))
     return Painted(torch.cat(margins), torch.cat(fitness))
 
 
 def with_windows(problem: Problem) -> Problem:
-    """The problem; where the images are large and windows save enough work, edits of one pixel go by them.
+    """The same problem, with edits of one pixel by windows if the images are large and windows save enough work.
 
-    Decided by counting, not by measuring: the same seed gives the same result on every machine.
+    This is decided by counting, not by timing, so that the same seed gives the same result on every machine.
     """
     image = problem.clean[:1]
     if image.shape[2] * image.shape[3] < LARGE:
@@ -61,7 +61,7 @@ def with_windows(problem: Problem) -> Problem:
 
 
 def _by_windows(problem: Problem, images: Tensor, owners: Tensor, sites: Tensor, colors: Tensor) -> Painted:
-    """One pixel each, image by image: what shares a chunk, and so the last bits, does not depend on other images."""
+    """One pixel each, image by image, because the last bits of a result depend on what shares its chunk."""
     width = images.shape[3]
     margins = torch.empty(len(owners), dtype=images.dtype, device=images.device)
     fitness = torch.empty_like(margins)
@@ -70,8 +70,7 @@ def _by_windows(problem: Problem, images: Tensor, owners: Tensor, sites: Tensor,
         edits = Edits(problem.classifier, images[owner : owner + 1], problem.prepared, windows=True)
         places, patches = sites[rows], colors[rows, :, None, None].to(images)
         logits = edits.logits(torch.zeros_like(places), places // width, places % width, patches)
-        mine = owners[rows]
-        targets = None if problem.targets is None else problem.targets[mine]
-        margins[rows] = problem.margins(logits, mine)
-        fitness[rows] = log_odds(logits, problem.labels[mine], targets).to(fitness)
+        targets = None if problem.targets is None else problem.targets[owners[rows]]
+        margins[rows] = problem.margins(logits, owners[rows])
+        fitness[rows] = log_odds(logits, problem.labels[owners[rows]], targets).to(fitness)
     return Painted(margins, fitness)

@@ -1,7 +1,4 @@
-"""Few-pixel attacks: all images and all candidates of a generation in one batch.
-
-Few-pixel search in the order that the gradient suggests, then around the best sites found.
-"""
+"""Few-pixel attacks: differential evolution, and a search in the order that the gradient suggests."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from weakspot.pairs import AttackResult
 ECONOMY = 12  # evolution's forward passes per one of this search's
 ROUND = 100  # candidates of each image tried at once, in the order of the gradient
 CENTERS = 8  # best sites whose neighbors are tried next
-FINER, COLORS = 4, 125  # best sites that are at last tried in about so many colors between the corners
+FINER, COLORS = 4, 125  # best sites that are finally tried in about so many colors between the corners
 
 
 def follow_gradient(
@@ -30,99 +27,125 @@ def follow_gradient(
     adversarial, lowest = problem.clean.clone(), torch.full_like(problem.clean[:, 0, 0, 0], torch.inf)
     limit = max(ROUND, population * generations // ECONOMY // count)
     for pixel in range(count):
-        here = (lowest >= 0).nonzero()[:, 0]
-        if not len(here):
+        active = (lowest >= 0).nonzero()[:, 0]
+        if not len(active):
             break
-        found, margins = _next_pixel(
-            problem.select(here), adversarial[here], limit, part_of(progress, pixel, count)
+        images, margins = _next_pixel(
+            problem.select(active), adversarial[active], limit, part_of(progress, pixel, count)
         )
-        better = margins < lowest[here]
-        adversarial[here[better]], lowest[here[better]] = found[better], margins[better]
+        better = margins < lowest[active]
+        adversarial[active[better]], lowest[active[better]] = images[better], margins[better]
     return adversarial, lowest
 
 
 def _next_pixel(
     problem: Problem, images: Tensor, limit: int, progress: Progress | None
 ) -> tuple[Tensor, Tensor]:
-    """The images with the one pixel more that lowers their margin most, and those margins (N,).
+    """The images with the one more pixel that lowers their margin most, and those margins (N,).
 
-    What corners leave of each image's `limit` forward passes, a sixth at least, goes to colors between them.
+    Of each image's `limit` forward passes, whatever the corners leave, at least a sixth, goes to colors between them.
     """
-    found, lowest, site_margins, spent = _corners(problem, images, limit - limit // 6, progress)
+    search = _CornerSearch(problem, images, limit - limit // 6)
+    search.run(progress)
+    best, lowest = search.best, search.lowest
     rest = (lowest >= 0).nonzero()[:, 0]
     if len(rest):
         finer, margins = _between_corners(
-            problem.select(rest), images[rest], site_margins[rest], limit - spent[rest]
+            problem.select(rest), images[rest], search.site_margins[rest], limit - search.spent[rest]
         )
         better = margins < lowest[rest]
-        found[rest[better]], lowest[rest[better]] = finer[better], margins[better].to(lowest)
-    return found, lowest
+        best[rest[better]], lowest[rest[better]] = finer[better], margins[better].to(lowest)
+    return best, lowest
 
 
-def _corners(
-    problem: Problem, images: Tensor, limit: int, progress: Progress | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The best images with one pixel in a corner of the color cube, their margins, those of sites, and passes spent.
+class _CornerSearch:
+    """The best images with one pixel in a corner of the color cube.
 
     Of each image's `limit` forward passes half go to candidates in the order of the gradient, the others to the
-    neighbors of the best sites so far: sites near a weak one are weak too (Vargas and Su 2019). Where there are fewer
-    candidates than that, all are tried.
+    neighbors of the best sites so far, because sites near a weak one are weak too (Vargas and Su 2019). If there are
+    fewer candidates than that, all are tried. A candidate's number is site * corners + corner.
+
+    Attributes:
+        best: (N, C, H, W).
+        lowest: (N,) their margins.
+        site_margins: (N, H * W) lowest margin found at each site, infinite where none was tried.
+        spent: (N,) forward passes.
     """
-    number, channels, height, width = images.shape
-    corners = torch.tensor(list(itertools.product([0.0, 1.0], repeat=channels)), device=images.device)
-    order, allowed = in_gradient_order(problem, images, corners)
-    found, lowest = images.clone(), torch.full_like(images[:, 0, 0, 0], torch.inf)
-    here, part, base = torch.arange(number, device=images.device), problem, images
-    seen = ~allowed
-    site_margins = torch.full((number, height * width), torch.inf, device=images.device)
-    used = torch.zeros_like(site_margins, dtype=torch.bool)
-    candidates_of = allowed.sum(1)
-    by_gradient = torch.where(candidates_of <= limit, candidates_of, limit // 2)
-    spent = torch.zeros_like(by_gradient)
-    total, best_sites = spent.clone(), site_margins.clone()
-    for start in itertools.count(0, ROUND):
-        ranked = start < by_gradient
-        chosen = torch.zeros_like(seen).scatter_(1, order[:, start : start + ROUND], value=True)
+
+    def __init__(self, problem: Problem, images: Tensor, limit: int) -> None:
+        self.problem, self.images, self.limit = problem, images, limit
+        self.best, self.lowest = images.clone(), torch.full_like(images[:, 0, 0, 0], torch.inf)
+        self.corners = color_grid(2, images)
+        self.order, allowed = in_gradient_order(problem, images, self.corners)
+        self.seen = ~allowed
+        sites = images.shape[2] * images.shape[3]
+        self.site_margins = torch.full((len(images), sites), torch.inf, device=images.device)
+        self.used = torch.zeros_like(self.site_margins, dtype=torch.bool)  # sites whose neighbors were tried
+        candidates = allowed.sum(1)
+        self.by_gradient = torch.where(candidates <= limit, candidates, limit // 2)
+        self.spent = torch.zeros_like(self.by_gradient)
+
+    def run(self, progress: Progress | None) -> None:
+        active = torch.arange(len(self.images), device=self.images.device)
+        for start in itertools.count(0, ROUND):
+            chosen = self._choose(active, start)
+            self.spent[active] += chosen.sum(1)
+            owners, candidates = chosen.nonzero().unbind(1)
+            if len(owners):
+                self._try(active, owners, candidates)
+            # An image that has gone through its ranks and found no new neighbors is done.
+            ranked = start < self.by_gradient[active]
+            unfinished = (self.lowest[active] >= 0) & (self.spent[active] < self.limit)
+            active = active[unfinished & (ranked | chosen.any(1))]
+            if progress is not None:
+                progress(float(self.spent[active].max()) / self.limit if len(active) else 1.0)
+            if not len(active):
+                break
+
+    def _choose(self, active: Tensor, start: int) -> Tensor:
+        """Bool (n, candidates): those to try next on the active images (n,)."""
+        height, width = self.images.shape[2:]
+        ranked = start < self.by_gradient[active]
+        ranks = self.order[active, start : start + ROUND]
+        chosen = torch.zeros_like(self.seen[active]).scatter_(1, ranks, value=True)
         chosen &= ranked[:, None]
         if not bool(ranked.all()):
-            best = site_margins.masked_fill(used, torch.inf).topk(min(CENTERS, height * width), largest=False)
-            centers = torch.zeros_like(used).scatter_(1, best.indices, best.values.isfinite())
+            margins = self.site_margins[active].masked_fill(self.used[active], torch.inf)
+            best = margins.topk(min(CENTERS, height * width), largest=False)
+            centers = torch.zeros_like(margins, dtype=torch.bool)
+            centers.scatter_(1, best.indices, best.values.isfinite())
             centers &= ~ranked[:, None]
-            used |= centers
+            self.used[active] |= centers
+            # A maximum over 3 x 3 marks the neighbors, in all corners.
             near = F.max_pool2d(centers.view(-1, 1, height, width).float(), 3, 1, 1) > 0
-            chosen |= near.view(len(here), -1, 1).expand(-1, -1, len(corners)).flatten(1)
-        chosen &= ~seen
-        chosen &= chosen.cumsum(1) <= (limit - spent)[:, None]
-        spent = spent + chosen.sum(1)
-        owners, candidates = chosen.nonzero().unbind(1)
-        if len(owners):
-            sites, colors = candidates // len(corners), corners[candidates % len(corners)]
-            margins = evaluate_painted(part, base, owners, sites[:, None], colors[:, None]).margins
-            seen |= chosen
-            places = owners * height * width + sites
-            site_margins.view(-1).scatter_reduce_(0, places, margins.to(site_margins), "amin")
-            table = torch.full(seen.shape, torch.inf, device=images.device)
-            table[owners, candidates] = margins.to(table)
-            values, best_candidates = table.min(1)
-            better = values < lowest[here]
-            painted = paint(
-                base,
-                (best_candidates // len(corners))[:, None],
-                corners[best_candidates % len(corners)][:, None],
-            )
-            found[here[better]], lowest[here[better]] = painted[better], values[better].to(lowest)
-        # An image that has gone through its ranks and found no new neighbors is done.
-        left = (lowest[here] >= 0) & (spent < limit) & (ranked | chosen.any(1))
-        total[here], best_sites[here] = spent, site_margins
-        if not bool(left.all()):
-            here, part, base = here[left], part.select(left), base[left]
-            order, seen, site_margins, used = order[left], seen[left], site_margins[left], used[left]
-            by_gradient, spent = by_gradient[left], spent[left]
-        if progress is not None:
-            progress(float(spent.max()) / limit if len(here) else 1.0)
-        if not len(here):
-            break
-    return found, lowest, best_sites, total
+            chosen |= near.view(len(active), -1, 1).expand(-1, -1, len(self.corners)).flatten(1)
+        chosen &= ~self.seen[active]
+        chosen &= chosen.cumsum(1) <= (self.limit - self.spent[active])[:, None]
+        self.seen[active] |= chosen
+        return chosen
+
+    def _try(self, active: Tensor, owners: Tensor, candidates: Tensor) -> None:
+        """Evaluate candidates (M,) of the active images numbered `owners` (M,)."""
+        part, base = self.problem.select(active), self.images[active]
+        corners = self.corners
+        sites, colors = candidates // len(corners), corners[candidates % len(corners)]
+        margins = evaluate_painted(part, base, owners, sites[:, None], colors[:, None]).margins
+        # The lowest margin over corners and rounds, at each site.
+        places = active[owners] * self.site_margins.shape[1] + sites
+        self.site_margins.view(-1).scatter_reduce_(0, places, margins.to(self.site_margins), "amin")
+        table = torch.full((len(active), self.seen.shape[1]), torch.inf, device=base.device)
+        table[owners, candidates] = margins.to(table)
+        values, best = table.min(1)
+        better = values < self.lowest[active]
+        painted = paint(base, (best // len(corners))[:, None], corners[best % len(corners)][:, None])
+        self.best[active[better]] = painted[better]
+        self.lowest[active[better]] = values[better].to(self.lowest)
+
+
+def color_grid(levels: int, images: Tensor) -> Tensor:
+    """(levels^C, C) even grid of 8-bit colors, like the images; two levels are the corners of the color cube."""
+    steps = ((torch.linspace(0, 1, levels) * 255).round() / 255).tolist()
+    return torch.tensor(list(itertools.product(steps, repeat=images.shape[1]))).to(images)
 
 
 def _between_corners(
@@ -137,8 +160,7 @@ def _between_corners(
         left_over: (N,) forward passes that may be spent.
     """
     count, channels = images.shape[:2]
-    levels = (torch.linspace(0, 1, max(2, round(COLORS ** (1 / channels)))) * 255).round() / 255
-    colors = torch.tensor(list(itertools.product(levels.tolist(), repeat=channels)), device=images.device)
+    colors = color_grid(max(2, round(COLORS ** (1 / channels))), images)
     best = site_margins.topk(min(FINER, site_margins.shape[1]), largest=False)
     ranks = torch.arange(best.values.shape[1], device=images.device)
     tried = best.values.isfinite() & (ranks < (left_over // len(colors))[:, None])
@@ -147,18 +169,19 @@ def _between_corners(
     if len(owners):
         sites = best.indices[owners, places].repeat_interleave(len(colors))
         every = colors.repeat(len(owners), 1)
-        who = owners.repeat_interleave(len(colors))
-        found = evaluate_painted(problem, images, who, sites[:, None], every[:, None]).margins
-        table[owners, places] = found.view(-1, len(colors)).to(table)
-    margins, chosen = table.flatten(1).min(1)
+        each = owners.repeat_interleave(len(colors))
+        margins = evaluate_painted(problem, images, each, sites[:, None], every[:, None]).margins
+        table[owners, places] = margins.view(-1, len(colors)).to(table)
+    lowest, chosen = table.flatten(1).min(1)
     sites = best.indices.gather(1, (chosen // len(colors))[:, None])
-    return paint(images, sites, colors[chosen % len(colors)][:, None]), margins
+    return paint(images, sites, colors[chosen % len(colors)][:, None]), lowest
 
 
 def in_gradient_order(problem: Problem, images: Tensor, corners: Tensor) -> tuple[Tensor, Tensor]:
     """Candidates, site * corners + corner, by the margin's first-order change, and which are in the region."""
     falling = problem.loss_and_gradient(images).direction.flatten(2)
     flat = images.flatten(2)
+    # First-order fall of the margin: direction . (corner - present color).
     gain = torch.einsum("ncs,kc->nsk", falling, corners) - (falling * flat).sum(1)[:, :, None]
     inside = problem.region.flatten(1)[:, :, None].expand_as(gain)
     gain = gain.masked_fill(~inside, -torch.inf).flatten(1)
@@ -185,30 +208,19 @@ def few_pixel(
 ) -> AttackResult:
     """Change `count` pixels to any color (Su et al. 2019, arXiv 1710.08864; Vargas and Su 2019, arXiv 1902.02947).
 
-    "evolution" is differential evolution as published: candidates (row, column, color), a child a + 0.5 (b - c)
-    of three others without crossover replaces only its own parent, the fitness is the label's probability (targeted:
-    the target's), colors are 8-bit. A candidate that the population already holds is not sent through the model
-    again. "guided" tries the corners of the color cube at the sites where the gradient promises most, then around
-    the best sites found, then colors between the corners; pixels are added one after the other.
-    Images leave as soon as they fool. On images of 96 x 96 pixels and more, a single pixel's candidates go through
-    `LocalEdits` where that saves a quarter of the multiplications.
+    "evolution" is differential evolution as published: candidates are (row, column, color), a child a + 0.5 (b - c) of
+    three others without crossover replaces only its own parent, the fitness is the label's probability (targeted: the
+    target's), and colors are 8-bit. A candidate that the population already contains is not evaluated again. "guided"
+    tries the corners of the color cube at the sites where the gradient promises most, then around the best sites so
+    far, then colors between the corners; pixels are added one after the other. Images leave as soon as they fool. On
+    images of 96 x 96 pixels and more, a single pixel's candidates go through `LocalEdits` if that saves a quarter of
+    the multiplications. Shared arguments are described in `AttackOptions`.
 
     Args:
-        model: as for `pgd`, like the other arguments that are not named here.
-        images: likewise.
-        labels: likewise.
-        count: pixels that may change.
-        region: bool (N, 1, H, W) of the sites that may change.
-        targets: (N,) classes to reach.
+        count: pixels that may change; 1 is the one-pixel attack.
         population: candidates of each image.
-        generations: at most; "guided" spends population x generations / 12 forward passes, at most.
-        method: "evolution" or "guided".
-        seed: of the evolution; nothing in "guided" is random.
-        batch_size: images at once.
-        progress: called with the share done.
-
-    Raises:
-        ValueError: when an argument does not fit, naming it.
+        generations: at most; "guided" spends at most population x generations / 12 forward passes.
+        method: "evolution" or "guided", in which nothing is random.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2, bias=False)).eval()
@@ -225,17 +237,16 @@ def few_pixel(
         model, images, labels, AttackOptions(None, region, targets, seed, batch_size)
     ) as problem:
         sites = problem.region.flatten(1).sum(1)
-        if count > images.shape[2] * images.shape[3]:
-            raise ValueError(
-                f"count is {count}; accepted is at most the {images[0, 0].numel()} pixels of an image"
-            )
+        pixels = images.shape[2] * images.shape[3]
+        if count > pixels:
+            raise ValueError(f"count must be at most the {pixels} pixels of an image, got {count}")
         adversarial = problem.clean.clone()
         with problem.fused_model():
             lowest = problem.evaluate(adversarial)
             rows = ((sites > 0) & (lowest >= 0)).nonzero()[:, 0]
             if len(rows):
                 chosen = problem.select(rows)
-                found, margins = METHODS[method](
+                best, margins = METHODS[method](
                     with_windows(chosen) if count == 1 or method == "guided" else chosen,
                     count=count,
                     population=population,
@@ -243,5 +254,5 @@ def few_pixel(
                     progress=progress,
                 )
                 better = margins < lowest[rows]
-                adversarial[rows[better]] = found[better]
+                adversarial[rows[better]] = best[better]
         return problem.result(adversarial)

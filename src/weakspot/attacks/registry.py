@@ -6,11 +6,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from importlib.metadata import entry_points
 
 from torch import Tensor, nn
 
-from weakspot._checks import unknown_choice
+from weakspot._checks import entry_points, unknown_choice
 from weakspot.attacks.context import AttackOptions
 from weakspot.attacks.libraries import LIBRARIES
 from weakspot.attacks.library_attacks import external
@@ -23,7 +22,7 @@ SHARED = {"model", "images", "labels", *(entry.name for entry in fields(AttackOp
 NORMS: tuple[Norm, ...] = ("linf", "l2", "l1", "l0")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Attack:
     """An attack with everything that its signature says, read once.
 
@@ -40,7 +39,7 @@ class Attack:
     """
 
     name: str
-    function: Callable[..., AttackResult] = field(repr=False)
+    function: Callable[..., AttackResult]
     accepts: frozenset[str] = frozenset()
     parameters: Mapping[str, inspect.Parameter] = field(default_factory=dict)
     open_ended: bool = False
@@ -68,6 +67,10 @@ class Attack:
             minimizes=getattr(function, "minimizes", None),
             norm_argument=getattr(function, "norm_argument", None),
         )
+
+    def __repr__(self) -> str:
+        own = ", ".join(f"{one.name}={one.default!r}" for one in self.parameters.values())
+        return f"Attack({self.name}({own}), minimizes={self.minimizes!r})"
 
     @property
     def takes_budget(self) -> bool:
@@ -107,10 +110,13 @@ class Attack:
         """
         if options.region is not None and "region" not in self.accepts:
             raise ValueError(f"region must be none for attack {self.name}, which takes no region")
-        given = {entry.name: getattr(options, entry.name) for entry in fields(options)}
-        if options.budget is None:
-            del given["budget"]  # the attack's own default
-        taken = {name: value for name, value in given.items() if name in self.accepts}
+        taken = {}
+        for entry in fields(options):
+            value = getattr(options, entry.name)
+            # None leaves a budget at the attack's own default, and **options without an entry.
+            omitted = value is None and (entry.name == "budget" or self.open_ended)
+            if entry.name in self.accepts and not omitted:
+                taken[entry.name] = value
         result = self.function(model, images, labels, **taken, **settings)
         if not isinstance(result, AttackResult):
             kind = type(result).__name__

@@ -47,10 +47,11 @@ def square_search(
     for query in range(1, queries):
         if not len(active):
             break
-        if query % BLOCK == 1:
+        if query % BLOCK == 1:  # images that have left need no numbers
             block = _random.uniform(part.keys, stream + 1 + query // BLOCK, BLOCK, channels + 2).to(best)
         numbers = block[:, (query - 1) % BLOCK]
         side = _side(query / queries, height, width)
+        # Numbers 0 and 1 are the place, the others the signs of the channels.
         top = (numbers[:, 0] * (height - side + 1)).long().view(-1, 1, 1, 1)
         left = (numbers[:, 1] * (width - side + 1)).long().view(-1, 1, 1, 1)
         inside = ((rows >= top) & (rows < top + side)) & ((columns >= left) & (columns < left + side))

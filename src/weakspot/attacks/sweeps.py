@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,31 +11,29 @@ from torch import Tensor, nn
 from weakspot._checks import unknown_choice
 from weakspot.attacks.context import AttackOptions, Problem, Progress, attack_context
 from weakspot.attacks.pixel_edits import paint
-from weakspot.attacks.pixel_search import in_gradient_order
+from weakspot.attacks.pixel_search import color_grid, in_gradient_order
 from weakspot.edits import Edits, Prepared, prepare
 from weakspot.logits import margin as margin_of
 from weakspot.pairs import Pairs
 
-BLOCK = 8192  # edits whose logits are held at once
-EARLY_BLOCK = 256  # candidates of each image between two looks at who has fallen
-GROUP_SITES = 64 * 32 * 32  # sites of the images whose maps are held at once
-REFINED_SITES, REFINED_LEVELS = (
-    8,
-    5,
-)  # best sites of an image that are tried in a grid of so many levels a channel
+BLOCK = 8192  # edits whose logits are in memory at once
+EARLY_BLOCK = 256  # candidates of each image between two checks which images are fooled
+GROUP_SITES = 64 * 32 * 32  # sites of the images whose maps are in memory at once
+# Best sites of an image that are tried in a grid of so many levels per channel.
+REFINED_SITES, REFINED_LEVELS = 8, 5
 COLORS = ("corners", "refined")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PixelSweep:
     """What one changed pixel can do, at every pixel.
 
     Attributes:
         margin: (N, H, W) smallest logit margin z_label - max other z over colors; below 0 where one pixel is enough,
-            infinite where none was tried.
-        color: (N, C, H, W) the color that reaches it; the image's own where none was tried.
-        predicted: (N, H, W) class predicted under that color; where none was tried, of the image itself.
-        forwards: (N,) edits evaluated.
+            infinite where no color was tried.
+        color: (N, C, H, W) the color with that margin; the image's own where none was tried.
+        predicted: (N, H, W) class predicted under that color; where none was tried, the class of the image itself.
+        n_forward: (N,) edits evaluated.
     """
 
     margin: Tensor
@@ -44,13 +41,20 @@ class PixelSweep:
     predicted: Tensor
     n_forward: Tensor
 
+    def __repr__(self) -> str:
+        weak = (self.margin < 0).flatten(1).double().mean(1)
+        return (
+            f"PixelSweep({len(weak)} images, margin {tuple(self.margin.shape)}, {int(self.success.sum())} fooled by "
+            f"one pixel, {float(weak.mean()):.1%} of pixels enough, {int(self.n_forward.sum())} edits)"
+        )
+
     @property
     def success(self) -> Tensor:
         """(N,) bool, whether one pixel is enough anywhere."""
         return (self.margin < 0).flatten(1).any(1)
 
     def pairs(self, images: Tensor, labels: Tensor) -> Pairs:
-        """The images (N, C, H, W) and each with its one most harmful pixel; targets are the classes predicted then."""
+        """The images (N, C, H, W) and each with its most harmful pixel; targets are the classes predicted then."""
         best = self.margin.flatten(1).argmin(1)[:, None]
         colors = (
             self.color.flatten(2).gather(2, best[:, None].expand(-1, images.shape[1], -1)).transpose(1, 2)
@@ -71,25 +75,16 @@ def pixel_sweep(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> PixelSweep:
-    """Change every pixel to every color, one at a time, and note the smallest margin.
+    """Change every pixel to every color, one at a time, and record the smallest margin.
 
-    What a search for one pixel (`few_pixel`) may miss, this does not, among the colors that it is given. Edits go
-    through `LocalEdits`, which recomputes only what a pixel reaches.
+    Among the given colors this finds everything that a search for one pixel (`few_pixel`) may miss. Edits go through
+    `LocalEdits`, which recomputes only what a pixel reaches. Shared arguments are described in `AttackOptions`.
 
     Args:
-        model: any classifier that takes images in [0, 1].
-        images: (N, C, H, W).
-        labels: (N,) class of each.
-        colors: "corners" of the color cube, 2^C of them; "refined", which goes on with a grid of 5^C colors at the
-            8 best pixels of each image that no corner makes fall; or colors (K, C) in [0, 1].
-        region: bool (N, 1, H, W) of the pixels to try; all where not given.
-        stop_early: an image leaves as soon as a pixel fools the model; candidates then come in the order that the
-            gradient promises, and most of a fallen image's map stays untried.
-        batch_size: images at once; changes no result.
-        progress: called with the share done.
-
-    Raises:
-        ValueError: when an argument does not fit, naming it.
+        colors: "corners" of the color cube, 2^C of them; "refined", which continues with a grid of 5^C colors at the 8
+            best pixels of each image that no corner fools; or colors (K, C) in [0, 1].
+        stop_early: whether an image leaves as soon as a pixel fools the model; candidates then come in the order that
+            the gradient suggests, and most of a fooled image's map stays untried.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2, bias=False)).eval()
     >>> images = torch.full((1, 3, 4, 4), 0.5)
@@ -117,7 +112,7 @@ def pixel_sweep(
                 search.sweep(palette, fraction, stop_early=stop_early)
                 if colors == "refined":
                     search.refine()
-                sweeps.append(search.found())
+                sweeps.append(search.maps())
     return PixelSweep(*(torch.cat(fields) for fields in zip(*sweeps, strict=True)))
 
 
@@ -126,28 +121,18 @@ def _palette(colors: str | Tensor, images: Tensor) -> Tensor:
     channels = images.shape[1]
     if isinstance(colors, str):
         if colors not in COLORS:
-            raise ValueError(
-                unknown_choice("colors", colors, COLORS, remedy=f"or give a tensor of colors (K, {channels})")
-            )
-        return _grid(2, channels).to(images)
+            raise ValueError(unknown_choice("colors", colors, COLORS, remedy=f"or a tensor (K, {channels})"))
+        return color_grid(2, images)
     if not isinstance(colors, Tensor) or colors.ndim != 2 or colors.shape[1] != channels or not len(colors):
-        what = tuple(colors.shape) if isinstance(colors, Tensor) else type(colors).__name__
-        raise ValueError(
-            f"colors is {what}; accepted is 'corners', 'refined' or a float tensor (K, {channels})"
-        )
+        got = tuple(colors.shape) if isinstance(colors, Tensor) else type(colors).__name__
+        raise ValueError(f"colors must be corners, refined or a float tensor (K, {channels}), got {got}")
     if not bool(((colors >= 0) & (colors <= 1)).all()):
-        raise ValueError("colors leave [0, 1]; accepted are colors on the images' scale")
+        raise ValueError("colors must be between 0 and 1, like the images")
     return colors.detach().to(images)
 
 
-def _grid(levels: int, channels: int) -> Tensor:
-    """(levels^C, C) even grid of 8-bit colors."""
-    steps = ((torch.linspace(0, 1, levels) * 255).round() / 255).tolist()
-    return torch.tensor(list(itertools.product(steps, repeat=channels)))
-
-
 class _Search:
-    """The best color of every pixel of some images, so far."""
+    """The best color so far of every pixel of some images."""
 
     def __init__(self, problem: Problem, logits: Tensor, prepared: Prepared, batch_size: int | None) -> None:
         count, channels, self.height, self.width = problem.clean.shape
@@ -170,27 +155,27 @@ class _Search:
             order = (~inside).byte().argsort(dim=1, stable=True)
             count, block = inside.sum(1), max(1, BLOCK // len(order))
         total = int(count.max())
-        standing = torch.arange(len(order), device=order.device)
+        active = torch.arange(len(order), device=order.device)
         for start in range(0, total, block):
-            chosen = order[standing, start : start + block]
+            chosen = order[active, start : start + block]
             places = torch.arange(start, start + chosen.shape[1], device=order.device)
-            rows, columns = (places < count[standing][:, None]).nonzero().unbind(1)
+            rows, columns = (places < count[active][:, None]).nonzero().unbind(1)
             candidates = chosen[rows, columns]
-            self._try(standing[rows], candidates // len(palette), palette[candidates % len(palette)])
+            self._try(active[rows], candidates // len(palette), palette[candidates % len(palette)])
             if stop_early:
-                standing = standing[~self._fallen()[standing]]
-                if not len(standing):
+                active = active[~self._fooled()[active]]
+                if not len(active):
                     break
             progress(min(1.0, (start + block) / total))
 
     def refine(self) -> None:
-        """Try a grid of colors at the best pixels of images that still stand."""
-        palette = _grid(REFINED_LEVELS, self.color.shape[1]).to(self.color)
-        standing = (~self._fallen()).nonzero()[:, 0]
-        margins = self.margin.view(-1, self.height * self.width)[standing]
+        """Try a grid of colors at the best pixels of images that are not fooled yet."""
+        palette = color_grid(REFINED_LEVELS, self.problem.clean)
+        active = (~self._fooled()).nonzero()[:, 0]
+        margins = self.margin.view(-1, self.height * self.width)[active]
         best = margins.topk(min(REFINED_SITES, margins.shape[1]), largest=False)
         rows, ranks = best.values.isfinite().nonzero().unbind(1)
-        owners, sites = standing[rows], best.indices[rows, ranks]
+        owners, sites = active[rows], best.indices[rows, ranks]
         for part in torch.arange(len(owners), device=owners.device).split(max(1, BLOCK // len(palette))):
             many = len(part)
             self._try(
@@ -199,17 +184,18 @@ class _Search:
                 palette.repeat(many, 1),
             )
 
-    def _fallen(self) -> Tensor:
+    def _fooled(self) -> Tensor:
         return (self.margin.view(-1, self.height * self.width) < 0).any(1)
 
     def _try(self, owners: Tensor, sites: Tensor, colors: Tensor) -> None:
-        """One pixel each (M,), in colors (M, C); keep what lowers a pixel's margin, the first of equals."""
+        """Try one pixel each (M,), in colors (M, C), and store what lowers a pixel's margin, the first among equals."""
         if not len(owners):
             return
         patches = colors[:, :, None, None]
         logits = self.edits.logits(owners, sites // self.width, sites % self.width, patches)
         margins = margin_of(logits, self.problem.labels[owners]).to(self.margin)
         self.n_forward.index_add_(0, owners, torch.ones_like(owners))
+        # Several edits of one call may share a pixel: the lowest margin wins, then the first edit.
         keys = owners * self.height * self.width + sites
         lowest = self.margin.scatter_reduce(0, keys, margins, "amin")
         winners = ((margins == lowest[keys]) & (margins < self.margin[keys])).nonzero()[:, 0]
@@ -219,7 +205,7 @@ class _Search:
         self.margin = lowest
         self.color[changed], self.predicted[changed] = colors[chosen], logits.argmax(1)[chosen]
 
-    def found(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def maps(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         shape = (len(self.problem), self.height, self.width)
         color = self.color.view(*shape, -1).permute(0, 3, 1, 2).contiguous()
         return self.margin.view(shape), color, self.predicted.view(shape), self.n_forward

@@ -93,6 +93,7 @@ class Smallest:
         for number in range(SEARCHES):
             self.fooled = torch.zeros_like(self.fooled)
             descend(weights, self.note, part_of(progress, number, SEARCHES))
+            # A weight that fools is an upper end of the bracket, one that does not a lower end.
             high = torch.where(self.fooled, weights, high)
             low = torch.where(self.fooled, low, weights)
             weights = torch.where(
@@ -158,6 +159,7 @@ def adam_round(problem: Problem, descent: Descent) -> Round:
             gradient = (2 * (point - problem.clean) - active * falling) * (1 - bent.square()) / 2
             mean = 0.9 * mean + 0.1 * gradient
             square = 0.999 * square + 0.001 * gradient.square()
+            # Bias correction of both moments.
             rate = descent.learning_rate / (1 - 0.9**step)
             variable = variable - rate * mean / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
             if progress is not None:

@@ -1,16 +1,16 @@
-"""Registration: where the cells of a layer's map lie in the image.
+"""Alignment: where the cells of a layer's map lie in the image.
 
-Resizing a map as if its cells tiled the image can put them wrong: padding shifts them. In ResNet-18 the last map at
-224 pixels is drawn 15.5 pixels down and right of the centers of its receptive fields. Those centers follow from
+Resizing a map as if its cells tiled the image can misplace them, because padding shifts them. In ResNet-18 the last map
+at 224 pixels is drawn 15.5 pixels down and right of the centers of its receptive fields. Those centers follow from
 stride, kernel, padding and dilation of each operation on the way (Araujo et al. 2019, "Computing receptive fields of
-convolutional neural networks", doi 10.23915/distill.00021). But a trained network can undo the shift with its
-weights, and networks padded as TensorFlow does have undone most of it: there the center of the effective receptive
-field (Luo et al. 2016, arXiv 1701.04128), measured from gradients, is the truer place.
+convolutional neural networks", doi 10.23915/distill.00021). But a trained network can undo the shift with its weights,
+and networks padded like TensorFlow's have undone most of it. There the center of the effective receptive field (Luo et
+al. 2016, arXiv 1701.04128), measured from gradients, is the better place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from weakspot.classifier import Classifier, default_batch
 class Axis:
     """Along one axis, cell i is centered on pixel `offset + stride * i` (pixel centers at 0, 1, 2, ...).
 
-    `reach` is how far from its center a cell can see.
+    `reach` is how far from its center a cell can see, in pixels.
     """
 
     offset: float = 0.0
@@ -36,27 +36,32 @@ class Axis:
     reach: float = field(default=0.5, compare=False)
 
     def windowed(self, kernel: int, stride: int, padding: int, dilation: int = 1) -> Axis:
+        """After a sliding kernel, whose center is half its extent behind its first site; that begins in the padding."""
         half = self.stride * (kernel - 1) * dilation / 2
         return Axis(self.offset + half - self.stride * padding, self.stride * stride, self.reach + half)
 
     def transposed(self, kernel: int, stride: int, padding: int, dilation: int = 1) -> Axis:
+        """After a transposed convolution: the inverse of `windowed`, on a finer grid."""
         before = self.stride / stride
         half = before * (kernel - 1) * dilation / 2
         return Axis(self.offset - half + before * padding, before, self.reach + half)
 
     def sliced(self, start: int, step: int) -> Axis:
+        """After a slice; a negative start is padding."""
         return Axis(self.offset + self.stride * start, self.stride * step, self.reach)
 
     def resized(self, before: int, after: int) -> Axis:
+        """After resizing from so many cells to so many, both covering the same pixels."""
         stride = self.stride * before / after
         return Axis(self.offset + (stride - self.stride) / 2, stride, self.reach + max(stride, self.stride))
 
 
 Grid = tuple[Axis, Axis]
+Arguments = tuple[Any, ...]  # of a torch function
 
 
 def receptive_grid(classifier: Classifier, image: Tensor, layer: Layer) -> Grid | None:
-    """Centers of the receptive fields of the layer's cells, vertical and horizontal; None where not known.
+    """Centers of the receptive fields of the layer's cells, vertical and horizontal; None if they cannot be derived.
 
     Args:
         classifier: in eval mode.
@@ -69,15 +74,15 @@ def receptive_grid(classifier: Classifier, image: Tensor, layer: Layer) -> Grid 
     grids = _Grids(image)
     with layer.watched() as seen, grids:
         classifier(image)
-    known: Grid | None = grids.known.get(seen[-1])
-    return known
+    grid: Grid | None = grids.known.get(seen[-1])
+    return grid
 
 
 def effective_grid(classifier: Classifier, image: Tensor, layer: Layer) -> Grid | None:
     """Centers of the effective receptive fields: the strides of `receptive_grid`, the offsets measured.
 
-    The energy of the gradient of the map's central cells is averaged over fixed noise images, coarse and fine, so
-    that the answer depends on the network and the image's size alone; its centroid is where those cells look.
+    The energy of the gradient of the map's central cells is averaged over fixed noise images, coarse and fine, so that
+    the result depends only on the network and the image's size; its centroid is where those cells look.
 
     Args:
         classifier: in eval mode, gradients on.
@@ -88,6 +93,7 @@ def effective_grid(classifier: Classifier, image: Tensor, layer: Layer) -> Grid 
         return None
     size, cells = image.shape[2:], (layer.layout.height, layer.layout.width)
     known = receptive_grid(classifier, image, layer)
+    # Without known receptive fields, cells that tile the image.
     strides = [axis.stride for axis in known] if known else [a / b for a, b in zip(size, cells, strict=True)]
     central = [slice((count - 1) // 2 - (count > 2), count // 2 + 1 + (count > 2)) for count in cells]
     energy = torch.zeros(size, device=image.device)
@@ -97,7 +103,7 @@ def effective_grid(classifier: Classifier, image: Tensor, layer: Layer) -> Grid 
         with layer.watched() as seen:
             classifier(point)
         cells_seen = seen[-1][: len(batch), :, central[0], central[1]]
-        # Lengths and not squares: a cell that is loud counts no more than its neighbors.
+        # Lengths instead of squares: a cell of high activation counts no more than its neighbors.
         looked_at = (cells_seen.square().sum(1) + 1e-12).sqrt().sum()
         (gradient,) = torch.autograd.grad(looked_at, point)
         each = gradient[: len(batch)].square().sum(1)
@@ -111,6 +117,7 @@ def effective_grid(classifier: Classifier, image: Tensor, layer: Layer) -> Grid 
     ):
         pixels = torch.arange(len(along), device=along.device)
         centroid = float((along * pixels).sum() / along.sum())
+        # The centroid belongs to the middle of the central cells; the first cell lies that many strides before it.
         axes.append(Axis(centroid - stride * (cell.start + cell.stop - 1) / 2, stride, reach))
     return axes[0], axes[1]
 
@@ -128,10 +135,10 @@ def _probes(image: Tensor) -> Tensor:
 
 
 def place(maps: Tensor, size: tuple[int, int], grid: Grid | None, *, unseen: float = 0.0) -> Tensor:
-    """Maps (N, M, h, w) bilinearly over the image: (N, M, height, width).
+    """Draw maps (N, M, h, w) over the image by bilinear interpolation: (N, M, height, width).
 
-    With a grid, each cell's value stands at the center of its receptive field, and the outermost values go on as far
-    as their cells can see, `unseen` beyond; without one, cells tile the image.
+    With a grid, each cell's value lies at the center of its receptive field. The outermost values extend as far as
+    their cells can see, and `unseen` fills the rest. Without a grid, cells tile the image.
     """
     if grid is None:
         return F.interpolate(maps, size, mode="bilinear", align_corners=False)
@@ -139,7 +146,7 @@ def place(maps: Tensor, size: tuple[int, int], grid: Grid | None, *, unseen: flo
     for axis, pixels, cells in zip(grid, size, maps.shape[2:], strict=True):
         pixel = torch.arange(pixels, device=maps.device, dtype=maps.dtype)
         cell = (pixel - axis.offset) / axis.stride
-        positions.append(2 * cell / max(cells - 1, 1) - 1)
+        positions.append(2 * cell / max(cells - 1, 1) - 1)  # for grid_sample: -1 the first cell, 1 the last
         beyond = torch.maximum(axis.offset - pixel, pixel - axis.offset - axis.stride * (cells - 1))
         seen.append(beyond <= max(axis.reach, axis.stride))
     down, across = torch.meshgrid(*positions, indexing="ij")
@@ -156,7 +163,7 @@ class _Grids(TorchDispatchMode):
         self.known: Any = WeakIdKeyDictionary({image: (Axis(), Axis())})
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: object, args: Arguments = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         made = output[0] if isinstance(output, tuple | list) and output else output
@@ -168,7 +175,7 @@ class _Grids(TorchDispatchMode):
                     self.known[made] = grid
         return output
 
-    def _after(self, name: str, args: tuple[Any, ...], sources: list[Tensor], made: Tensor) -> Grid | None:
+    def _after(self, name: str, args: Arguments, sources: list[Tensor], made: Tensor) -> Grid | None:
         rows, columns = self.known[sources[0]]
         sizes = sources[0].shape[2:], made.shape[2:]
         if name == "convolution" and args[6]:
@@ -177,7 +184,7 @@ class _Grids(TorchDispatchMode):
             vertical, horizontal = _WINDOWS[name](args)
             return rows.windowed(*vertical), columns.windowed(*horizontal)
         if name.endswith(("_pad_nd", "_pad2d")):
-            padding = [*args[1], 0, 0]
+            padding = [*args[1], 0, 0]  # the last axis first
             left, top = padding[0], padding[2]
             return rows.sliced(-top, 1), columns.sliced(-left, 1)
         if name == "slice" and args[1] in {2, 3, -1, -2}:
@@ -187,12 +194,13 @@ class _Grids(TorchDispatchMode):
             return (rows.sliced(*move), columns) if args[1] in {2, -2} else (rows, columns.sliced(*move))
         if "adaptive" in name or "upsample" in name:
             return rows.resized(sizes[0][0], sizes[1][0]), columns.resized(sizes[0][1], sizes[1][1])
-        alike = [self.known[tensor] for tensor in sources if tensor.shape[2:] == made.shape[2:]]
-        return _mean(alike) if alike else None
+        # Anything else that leaves height and width as they are works site by site.
+        same_size = [self.known[tensor] for tensor in sources if tensor.shape[2:] == made.shape[2:]]
+        return _mean(same_size) if same_size else None
 
 
 def _mean(grids: list[Grid]) -> Grid | None:
-    """Branches that meet: the mean of their offsets, if they agree on strides."""
+    """The grid where branches meet: the mean of their offsets, if their strides agree."""
     strides = {(rows.stride, columns.stride) for rows, columns in grids}
     if len(strides) != 1:
         return None
@@ -204,7 +212,7 @@ def _mean(grids: list[Grid]) -> Grid | None:
     )
 
 
-def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
+def _tensors(args: Arguments) -> Iterator[Tensor]:
     for arg in args:
         if isinstance(arg, Tensor):
             yield arg
@@ -215,25 +223,26 @@ def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
 Window = tuple[int, int, int, int]  # kernel, stride, padding, dilation
 
 
-def _convolution(args: tuple[Any, ...]) -> list[Window]:
+def _convolution(args: Arguments) -> list[Window]:
+    # aten::convolution(input, weight, bias, stride, padding, dilation, transposed, ...)
     kernel, stride, padding, dilation = args[1].shape[2:], *(_both(args[i]) for i in (3, 4, 5))
     return list(zip(kernel, stride, padding, dilation, strict=True))
 
 
-def _pool(args: tuple[Any, ...]) -> list[Window]:
-    """Arguments that were left out stand for: stride as the kernel, no padding, no dilation."""
+def _pool(args: Arguments) -> list[Window]:
+    """By default the stride is the kernel, and there is no padding and no dilation."""
     kernel = _both(args[1])
     stride = _both(args[2]) if len(args) > 2 and args[2] else kernel
     padding = _both(args[3]) if len(args) > 3 else (0, 0)
     return list(zip(kernel, stride, padding, (1, 1), strict=True))
 
 
-def _max_pool(args: tuple[Any, ...]) -> list[Window]:
+def _max_pool(args: Arguments) -> list[Window]:
     dilation = _both(args[4]) if len(args) > 4 else (1, 1)
     return [(*window[:3], step) for window, step in zip(_pool(args), dilation, strict=True)]
 
 
-def _both(value: Any) -> tuple[int, int]:
+def _both(value: int | Sequence[int]) -> tuple[int, int]:
     if isinstance(value, int):
         return value, value
     first, *rest = value

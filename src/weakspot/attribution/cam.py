@@ -1,16 +1,16 @@
-"""Class activation: where in the image a network gathers evidence for a class."""
+"""Class activation: where in the image a network finds evidence for a class."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import check_classes
+from weakspot._checks import check_choice, check_classes
 from weakspot.attribution.alignment import Grid, effective_grid, place, receptive_grid
 from weakspot.attribution.layers import Layer, find_layer
 from weakspot.classifier import Classifier, check_images, check_logits, default_batch, evaluating
 
-REGISTRATIONS = ("resize", "receptive_field", "effective")
+ALIGNMENTS = ("resize", "receptive_field", "effective")
 
 
 def class_activation(
@@ -19,36 +19,36 @@ def class_activation(
     classes: Tensor,
     *,
     layer: str | None = None,
-    registration: str = "resize",
+    alignment: str = "resize",
 ) -> Tensor:
-    """Evidence for a class, site by site, signed and not normalized.
+    """Return the evidence for a class, site by site, signed and not normalized.
 
-    Where the network ends in pooling + linear this is the plain CAM, sum_c w_kc A_c (Zhou et al. 2016, arXiv
-    1512.04150), whose mean over the map is the logit less its bias. Elsewhere it is Grad-CAM (Selvaraju et al.
-    2017, arXiv 1610.02391) with gradients summed, not averaged, over the map, so that both agree where both
-    exist, and without its final ReLU: clamp(min=0) gives that. Of a token network the last normalized tokens
-    that reach the logit are used. A network that keeps no map at all gets gradient times image.
+    If the network ends in pooling + linear this is the plain CAM, sum_c w_kc A_c (Zhou et al. 2016, arXiv 1512.04150,
+    equation 2), whose mean over the map is the logit less its bias. Elsewhere it is Grad-CAM (Selvaraju et al. 2017,
+    arXiv 1610.02391) with gradients summed over the map instead of averaged, so that both agree where both exist, and
+    without its final ReLU, which is clamp(min=0). For a network of tokens, the last normalized tokens that reach the
+    logit are used. A network without any map of the image gets gradient times image.
 
     Args:
         model: any classifier.
         images: (N, C, H, W) in [0, 1].
-        classes: (N,) the class each image is explained for.
-        layer: the module whose output is used; the last that keeps a map where not given.
-        registration: "resize" lets the cells tile the image, as other tools do; "receptive_field" puts each at
-            the center of its receptive field, "effective" where gradients say that it really looks (both of
-            convolutional networks; others are resized).
+        classes: (N,) the class that each image is explained for.
+        layer: the module whose output is used; if None, the last one that has a map of the image.
+        alignment: "resize" lets the cells tile the image, like other tools; "receptive_field" places each at the center
+            of its receptive field, "effective" where it looks according to gradients. The latter two need
+            convolutions; other maps are resized.
 
     Returns:
         (N, 1, H, W).
 
     Raises:
-        ValueError: when an argument does not fit, naming it.
+        ValueError: if an argument does not fit, naming it.
     """
     with evaluating(model) as classifier:
         images = check_images(images, classifier)
         check_classes(classes, len(images), name="classes")
         every = classes.to(images.device, torch.long, copy=True)[:, None]
-        return class_activations(classifier, images, every, layer=layer, registration=registration)
+        return class_activations(classifier, images, every, layer=layer, alignment=alignment)
 
 
 def class_activations(
@@ -57,7 +57,7 @@ def class_activations(
     classes: Tensor,
     *,
     layer: str | None = None,
-    registration: str = "resize",
+    alignment: str = "resize",
 ) -> Tensor:
     """`class_activation` for several classes of each image from one forward pass.
 
@@ -66,52 +66,45 @@ def class_activations(
         images: (N, C, H, W), checked.
         classes: (N, M).
         layer: as in `class_activation`.
-        registration: as in `class_activation`.
+        alignment: as in `class_activation`.
 
     Returns:
         (N, M, H, W).
     """
-    if registration not in REGISTRATIONS:
-        raise ValueError(f"registration is {registration!r}; accepted are {' and '.join(REGISTRATIONS)}")
-    found = find_layer(classifier, images[:1], layer)
-    maps = _placed(classifier, found, images, classes, registration)
-    if layer is None and found is not None:
-        _repair(classifier, found, images, classes, registration, maps)
+    check_choice("alignment", alignment, ALIGNMENTS)
+    last = find_layer(classifier, images[:1], layer)
+    maps = _drawn(classifier, last, images, classes, alignment)
+    if layer is not None or last is None:
+        return maps
+    # Classes that do not depend on that layer are explained at the last one that they do depend on.
+    empty = ~maps.flatten(2).any(2)
+    for wanted in classes[empty].unique().tolist():
+        other = find_layer(classifier, images[:1], wanted=wanted)
+        if other is None or other.call == last.call:
+            continue
+        for row, column in (empty & (classes == wanted)).nonzero().tolist():
+            one, same = slice(row, row + 1), slice(column, column + 1)
+            maps[one, same] = _drawn(classifier, other, images[one], classes[one, same], alignment)
     return maps
 
 
-def _placed(
-    classifier: Classifier, layer: Layer | None, images: Tensor, classes: Tensor, registration: str
+def _drawn(
+    classifier: Classifier, layer: Layer | None, images: Tensor, classes: Tensor, alignment: str
 ) -> Tensor:
-    """(N, M, H, W) evidence at the layer, laid over the images; gradient times image without a layer."""
+    """(N, M, H, W) evidence at the layer, drawn over the images; gradient times image without a layer."""
     if layer is None:
         batches = _batches(classifier, images, classes)
         return torch.cat([(_gradients(classifier, x, wanted) * x[:, None]).sum(2) for x, wanted in batches])
-    grid = _grid(classifier, images[:1], layer, registration)
+    grid = _grid(classifier, images[:1], layer, alignment)
     size = (images.shape[2], images.shape[3])
     batches = _batches(classifier, images, classes)
     return torch.cat([place(_evidence(classifier, layer, x, wanted), size, grid) for x, wanted in batches])
 
 
-def _repair(
-    classifier: Classifier, found: Layer, images: Tensor, classes: Tensor, registration: str, maps: Tensor
-) -> None:
-    """Explain classes that do not depend on the layer found at the last layer that they do depend on."""
-    empty = ~maps.flatten(2).any(2)
-    for wanted in classes[empty].unique().tolist():
-        other = find_layer(classifier, images[:1], wanted=wanted)
-        if other is None or other.call == found.call:
-            continue
-        for row, column in (empty & (classes == wanted)).nonzero().tolist():
-            one = slice(row, row + 1)
-            only = classes[one, column : column + 1]
-            maps[one, column : column + 1] = _placed(classifier, other, images[one], only, registration)
-
-
-def _grid(classifier: Classifier, image: Tensor, layer: Layer, registration: str) -> Grid | None:
-    if registration == "receptive_field":
+def _grid(classifier: Classifier, image: Tensor, layer: Layer, alignment: str) -> Grid | None:
+    if alignment == "receptive_field":
         return receptive_grid(classifier, image, layer)
-    return effective_grid(classifier, image, layer) if registration == "effective" else None
+    return effective_grid(classifier, image, layer) if alignment == "effective" else None
 
 
 def _batches(classifier: Classifier, images: Tensor, classes: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -132,10 +125,12 @@ def _evidence(classifier: Classifier, layer: Layer, images: Tensor, classes: Ten
         return torch.einsum("nmc,nchw->nmhw", layer.head[classes], maps).float()
     evidence = []
     for wanted in classes.unbind(1):
+        # The sum over images has each image's own gradient in its own row.
         picked = logits.gather(1, wanted[:, None]).sum()
         (gradient,) = torch.autograd.grad(
             picked, activation, retain_graph=True, allow_unused=True, materialize_grads=True
         )
+        # alpha_c of Grad-CAM (equation 1), without dividing by the number of cells.
         weights = layer.layout.maps(gradient)[:count].sum((2, 3))
         evidence.append(torch.einsum("nc,nchw->nhw", weights, maps))
     return torch.stack(evidence, 1).float()

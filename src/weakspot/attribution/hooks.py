@@ -1,7 +1,4 @@
-"""Reading: the maps of many layers in one forward pass, each handed on as it appears and never kept.
-
-Replacing: let a layer's maps be other ones while a network runs.
-"""
+"""Reading and replacing the maps of many layers in one forward pass, each as it appears."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from weakspot.classifier import Classifier
 from weakspot.fusion import folded_convolutions, fused
 
 Visit = Callable[[str, Tensor], None]
-"""Told the layer's name and its maps (N, C, h, w), which it must not change or keep."""
+"""Takes a layer's name and its maps (N, C, h, w), which it must neither change nor hold on to."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +25,11 @@ class Place:
     """Where a map of the image is made.
 
     Attributes:
-        layout: how the output is a map.
+        layout: how the output represents a map.
         module: the module that makes it, or None for a bare function call.
-        turn: which of the module's calls in a forward pass, from 1; of a bare function the number of the call.
+        turn: the number of the module's call in a forward pass, from 1; for a bare function that of the function call.
         calls: how often the module is called in a forward pass.
-        maker: the module that made the output, where the module only hands on what a part of it made.
+        maker: the module that made the output, if the module only returns what a part of it made.
     """
 
     layout: Layout
@@ -45,11 +42,11 @@ class Place:
 def spatial_layers(
     classifier: Classifier, image: Tensor, names: Sequence[str] | None = None
 ) -> dict[str, Place]:
-    """Name to place of the layers whose outputs are maps of the image, in the order they are made.
+    """The layers whose outputs are maps of the image, by name, in the order in which they are made.
 
-    Without names: behind every learned operation the last of its norms and activations, and each block whose output
-    none of its parts made. Later calls of a module that is used several times are named "relu (call 2)". A network
-    without modules, as exported ones are, has its convolutions' and attentions' function calls.
+    Without names: the last norm or activation behind every learned operation, and each block whose output none of its
+    parts made. Later calls of a module that is used several times are named "relu (call 2)". For a network without
+    modules, such as an exported one, these are the function calls of its convolutions and attentions.
 
     Args:
         classifier: in eval mode.
@@ -57,21 +54,21 @@ def spatial_layers(
         names: modules, as `model.named_modules()` has them.
 
     Raises:
-        ValueError: when a name is no such layer, or there are no such layers.
+        ValueError: if a name is not such a layer, or there are no such layers.
     """
     if names is None:
-        chosen = default_layers(classifier, image)
-        if not chosen:
+        default = default_layers(classifier, image)
+        if not default:
             raise ValueError(
-                f"{classifier.name} keeps no map of the image that can be watched; accepted are networks with "
-                "convolutions or tokens that are not TorchScript"
+                f"{classifier.name} must have a map of the image that can be watched, got none (networks with "
+                "convolutions or tokens have, unless they are TorchScript)"
             )
-        return chosen
+        return default
     if isinstance(names, str) or not len(names):
-        raise ValueError(f"layers is {names!r}; accepted is a list of layer names")
+        raise ValueError(f"layers must be a list of layer names, got {names!r}")
     every = {output.name: output.place for output in _watch(classifier, _two(classifier, image))}
     every = every or _calls(classifier, image)
-    known: dict[str, Place] = {}
+    chosen: dict[str, Place] = {}
     for name in names:
         spellings = (str(name), str(name).removeprefix("network."), f"network.{name}")
         plain = next((spelling for spelling in spellings if spelling in every), str(name))
@@ -79,29 +76,29 @@ def spatial_layers(
             modules = {key for key, _ in classifier.network.named_modules()}
             why = f"{plain} has no feature map" if plain in modules else ""
             raise ValueError(unknown_choice("layers", name, every, remedy=why))
-        if every[plain] in known.values():
-            raise ValueError(f"layers has {name!r}, which it has already; accepted is each layer once")
-        known[name] = every[plain]
-    return known
+        if every[plain] in chosen.values():
+            raise ValueError(f"layers must name each layer once, got {name!r} twice")
+        chosen[name] = every[plain]
+    return chosen
 
 
 def default_layers(classifier: Classifier, image: Tensor) -> dict[str, Place]:
-    """`spatial_layers` without names; none where the network keeps no maps."""
+    """`spatial_layers` without names; empty if the network has no maps."""
     outputs = _watch(classifier, _two(classifier, image))
     return {output.name: output.place for output in _last_of_each(outputs)} or _calls(classifier, image)
 
 
 def _two(classifier: Classifier, image: Tensor) -> Tensor:
-    """Two images, so that what is made once for all images is not taken for a map of one."""
+    """Two images, so that something made once for all images is not taken for a map of one."""
     return classifier.filled(noise_like(image).expand(2, -1, -1, -1)[: classifier.fixed_batch or 2])
 
 
 @contextmanager
 def reading(classifier: Classifier, places: Mapping[str, Place], visit: Visit) -> Iterator[None]:
-    """While open, every forward pass hands the maps of these places on as they are made.
+    """While open, every forward pass hands on the maps of these places as they are made.
 
-    Modules are watched by hooks, gone on exit whatever happens: what a later in-place operation does to an output
-    comes after it was read.
+    Modules are watched by hooks, which are removed on exit, also after exceptions. An output is read before a later
+    in-place operation can change it.
 
     Args:
         classifier: in eval mode.
@@ -115,15 +112,15 @@ def reading(classifier: Classifier, places: Mapping[str, Place], visit: Visit) -
         table = calls if place.module is None else wanted.setdefault(place.module, {})
         table[place.turn] = (name, place.layout)
 
-    def see(known: tuple[str, Layout] | None, tensor: Tensor | None) -> None:
-        if known is not None and tensor is not None:
-            visit(known[0], known[1].maps(tensor.detach()))
+    def see(layer: tuple[str, Layout] | None, tensor: Tensor | None) -> None:
+        if layer is not None and tensor is not None:
+            visit(layer[0], layer[1].maps(tensor.detach()))
 
-    def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
+    def hook(module: nn.Module, _inputs: object, output: object) -> None:
         turns[module] = turns.get(module, 0) + 1
         see(wanted[module].get(turns[module]), first_tensor(output))
 
-    def called(number: int, output: Any, *_: Any) -> Any:
+    def called(number: int, output: object, *_: object) -> object:
         see(calls.get(number), output if isinstance(output, Tensor) else None)
         return output
 
@@ -138,7 +135,7 @@ def reading(classifier: Classifier, places: Mapping[str, Place], visit: Visit) -
 
 @contextmanager
 def fused_for(classifier: Classifier, image: Tensor, places: Mapping[str, Place]) -> Iterator[None]:
-    """The classifier in its fused form, unless that would change what one of the places hands on."""
+    """The classifier in its fused form, unless that would change the maps of one of the places."""
     with ExitStack() as stack:
         makers = {place.maker for place in places.values()}
         if makers.isdisjoint(folded_convolutions(classifier, image)):
@@ -148,13 +145,13 @@ def fused_for(classifier: Classifier, image: Tensor, places: Mapping[str, Place]
 
 @dataclass(frozen=True)
 class _Output:
-    """What one call of a module returned in the pass that was watched.
+    """What one call of a module returned in the watched pass.
 
     Attributes:
         name: of the module, with the number of the call from the second on.
         place: where it is.
-        read: ids of the tensors it was given.
-        made: id of the tensor it returned.
+        read: ids of the tensors that it got.
+        made: id of the tensor that it returned.
         learned: whether it, or a module in it, has a weight matrix.
         leaf: whether it is an operation of its own: it holds a weight matrix itself, or has no parts.
     """
@@ -170,12 +167,12 @@ class _Output:
 def _watch(classifier: Classifier, images: Tensor) -> list[_Output]:
     """Every call of a module in a forward pass that returned a map of the image, in the order they returned."""
     outputs: list[_Output] = []
-    alive: list[Any] = []  # so that no id is used again
+    alive: list[object] = []  # so that no id is reused
     turns: dict[str, int] = {}
     versions: dict[int, int] = {}  # of tensors: in-place operations raise them
     makers: dict[int, nn.Module] = {}
 
-    def hook(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    def hook(name: str, module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         tensor = first_tensor(output)
         turns[name] = turns.get(name, 0) + 1
         if tensor is None or not tensor.ndim or len(tensor) != len(images) or not tensor.is_floating_point():
@@ -185,8 +182,9 @@ def _watch(classifier: Classifier, images: Tensor) -> list[_Output]:
             return
         given = frozenset(id(one) for one in inputs if isinstance(one, Tensor))
         if versions.get(id(tensor)) == tensor._version and id(tensor) in given:
-            return  # it handed on what it was given
+            return  # it returned its input unchanged
         alive.extend((inputs, tensor))
+        # A tensor of a new version was made or changed by this module; otherwise a part of it was the maker.
         if versions.get(id(tensor)) != tensor._version:
             makers[id(tensor)] = module
         versions[id(tensor)] = tensor._version
@@ -219,14 +217,15 @@ def _watch(classifier: Classifier, images: Tensor) -> list[_Output]:
 
 
 def _last_of_each(outputs: Sequence[_Output]) -> list[_Output]:
-    """Of each chain of a learned operation, norms and activations the end, and blocks; what returns the same once."""
+    """The ends of chains of a learned operation, norms and activations, and blocks; each tensor once."""
     first = next((number for number, output in enumerate(outputs) if output.learned and output.leaf), 0)
     rest = outputs[first:]
     outermost = {output.made: number for number, output in enumerate(rest)}  # the last to return it
     grids = {output.made: output.place.layout.cells for output in rest}
-    chained: set[int] = set()
-    continued: set[int] = set()
+    chained: set[int] = set()  # outputs that belong to a chain
+    continued: set[int] = set()  # outputs of a chain that goes on
     for output in rest:
+        # An operation without weights continues a chain if it reads the chain's end on the same grid.
         behind = {given for given in output.read & chained if grids[given] == output.place.layout.cells}
         if output.leaf and (output.learned or behind):
             chained.add(output.made)
@@ -242,9 +241,9 @@ def _last_of_each(outputs: Sequence[_Output]) -> list[_Output]:
 
 def _calls(classifier: Classifier, image: Tensor) -> dict[str, Place]:
     """Function calls with weights whose outputs are maps of the image, for networks that have no modules."""
-    images, found = _two(classifier, image), {}
+    images, places = _two(classifier, image), {}
 
-    def note(number: int, output: Any, function: Callable[..., Any], _arguments: Any) -> Any:
+    def note(number: int, output: object, function: Callable[..., object], _arguments: object) -> object:
         kind = getattr(function, "__name__", str(function)).split(".")[0]
         if (
             ("conv" in kind or "attention" in kind)
@@ -253,24 +252,24 @@ def _calls(classifier: Classifier, image: Tensor) -> dict[str, Place]:
         ):
             layout = Layout.of(output, images)
             if layout is not None:
-                found[f"{kind} (call {number})"] = Place(layout, None, number)
+                places[f"{kind} (call {number})"] = Place(layout, None, number)
         return output
 
     with Calls(note).counted(classifier), torch.no_grad():
         classifier(images)
-    return found
+    return places
 
 
 @contextmanager
 def replacing(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While open, the first tensor that the module returns is changed before the network goes on with it.
+    """While open, the first tensor that the module returns is changed before the network uses it.
 
     Args:
         module: any part of a network.
-        change: from that tensor to one of the same shape.
+        change: maps that tensor to one of the same shape.
     """
 
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+    def hook(_module: nn.Module, _inputs: object, output: object) -> object:
         tensor = first_tensor(output)
         if tensor is None:
             return output
@@ -281,7 +280,7 @@ def replacing(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator
 
 
 def _with_first(output: Any, tensor: Tensor) -> Any:
-    """The same output, its first tensor another."""
+    """The same output with another first tensor."""
     if isinstance(output, Tensor):
         return tensor
     if isinstance(output, tuple | list):

@@ -1,14 +1,12 @@
-"""Layers: find where a network last keeps a map of the image, and read that map.
+"""Layers: find where a network last has a map of the image, and read that map.
 
-Calls are watched through torch's function mode rather than module hooks alone: the last map of a network is
-often made by a bare `relu(x + y)` that belongs to no module, and exported networks have no modules at all.
-
-Layout: in what order an activation holds the cells of a map.
+Calls are watched by torch's function mode rather than by module hooks alone: the last map of a network is often made by
+a bare `relu(x + y)` that belongs to no module, and exported networks have no modules at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,13 +19,13 @@ from weakspot._checks import unknown_choice
 from weakspot._state import hooked, is_unwatched
 from weakspot.classifier import Classifier
 
-ASPECT_TOLERANCE = 0.2  # a grid this far from the image's own aspect ratio is no picture of it
+ASPECT_TOLERANCE = 0.2  # how far the aspect ratio of a map may be from that of the image
 LARGEST_PREFIX = 8  # class, distillation and register tokens before the patches
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How an activation is a map of the image.
+    """How an activation represents a map of the image.
 
     Attributes:
         kind: "channels_first" (N, C, h, w), "channels_last" (N, h, w, C) or "tokens" (N, prefix + h w, C).
@@ -57,12 +55,12 @@ class Layout:
 
     @staticmethod
     def of(activation: Tensor, image: Tensor) -> Layout | None:
-        """The layout whose cells have the image's aspect ratio, or None where there is no such."""
+        """The layout whose cells have the image's aspect ratio, or None if there is none."""
         aspect = image.shape[-2] / image.shape[-1]
         if activation.ndim == 4:
             _, first, second, third = activation.shape
             orders = {"channels_first": (second, third), "channels_last": (first, second)}
-            fitting = {kind: cells for kind, cells in orders.items() if _alike(*cells, aspect)}
+            fitting = {kind: cells for kind, cells in orders.items() if _has_aspect(*cells, aspect)}
             if fitting:
                 kind = min(fitting, key=lambda kind: abs(fitting[kind][0] / fitting[kind][1] / aspect - 1))
                 return Layout(kind, *fitting[kind])
@@ -76,20 +74,20 @@ class Layout:
 
 
 def unit_axis(activation: Tensor, images: Tensor) -> int:
-    """Which axis of an activation numbers the units; of rows of features the second."""
+    """The axis of an activation that numbers the units; the second if it has no map."""
     layout = Layout.of(activation, images)
     return activation.ndim - 1 if layout is not None and layout.kind != "channels_first" else 1
 
 
-def _alike(height: int, width: int, aspect: float) -> bool:
-    # A grid of a few cells cannot match an aspect closely: one cell more or less is always forgiven.
+def _has_aspect(height: int, width: int, aspect: float) -> bool:
+    # A grid of a few cells cannot match an aspect ratio closely: one cell more or less is always accepted.
     exact = height * width > 1 and abs(height / width / aspect - 1) <= ASPECT_TOLERANCE
     rounded = height * width > 1 and min(abs(height - width * aspect), abs(width - height / aspect)) < 1
     return exact or rounded
 
 
 def _tiles(height: int, width: int, image: Tensor) -> bool:
-    """Whether patches of one size, the last ones cut off or filled up, make this grid of the image."""
+    """Whether patches of one size, the last ones dropped or padded, divide the image into this grid."""
     if height * width <= 1:
         return False
     sides = ((image.shape[-2], height), (image.shape[-1], width))
@@ -115,12 +113,12 @@ class Layer:
     """A place in the network whose output is a map of the image.
 
     Attributes:
-        name: the module's name, or what and which call it is.
+        name: the module's name, or the kind and number of the call.
         root: the classifier, whose forward passes are watched.
-        layout: how its output is a map.
+        layout: how its output represents a map.
         module: the module that makes it, or None for a bare function call.
         call: the number of that call in a forward pass.
-        head: (K, C) weights, where logits are these times the map's mean (plus a bias), else None.
+        head: (K, C) weights if the logits are these times the map's mean (plus a bias), else None.
     """
 
     name: str
@@ -132,32 +130,32 @@ class Layer:
 
     @contextmanager
     def watched(self) -> Iterator[list[Tensor]]:
-        """While open, each forward pass leaves this layer's output in the list (the last one counts).
+        """While open, each forward pass appends this layer's output to the list (the last one counts).
 
-        The network goes on with a copy, so that an in-place operation behind the layer cannot change it. Passes
-        must run with gradients on, as `find_layer` did: without them some modules take other paths.
+        The network continues with a copy, so that an in-place operation behind the layer cannot change it. Passes must
+        run with gradients on, like `find_layer`: without them some modules take other paths.
         """
         seen: list[Tensor] = []
         if self.module is None:
             calls = Calls(
-                lambda number, output, *_: self._keep(seen, output) if number == self.call else output
+                lambda number, output, *_: self._append(seen, output) if number == self.call else output
             )
             with calls.counted(self.root):
                 yield seen
             return
 
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> object:
             tensor = first_tensor(output)
             if tensor is None:
                 return output
-            copy = self._keep(seen, tensor)
+            copy = self._append(seen, tensor)
             return copy if tensor is output else output
 
         with hooked(self.module, hook):
             yield seen
 
     @staticmethod
-    def _keep(seen: list[Tensor], output: Tensor) -> Tensor:
+    def _append(seen: list[Tensor], output: Tensor) -> Tensor:
         seen.append(output)
         return output.clone()
 
@@ -165,18 +163,18 @@ class Layer:
 def find_layer(
     classifier: Classifier, image: Tensor, name: str | None = None, *, wanted: int | None = None
 ) -> Layer | None:
-    """The named layer, or the last that keeps a map of the image; None where the network keeps none.
+    """The named layer, or the last one that has a map of the image; None if the network has none.
 
-    The search looks at one fixed noise image of the given size, so that the answer depends on the network alone.
+    The search uses one fixed noise image of the given size, so that the result depends on the network alone.
 
     Args:
         classifier: in eval mode, gradients on.
         image: (1, C, H, W), of which only the size matters.
         name: a module's name as `model.named_modules()` has it.
-        wanted: the class whose logit the layer must reach; any where not given.
+        wanted: the class whose logit must depend on the layer; any class if None.
 
     Raises:
-        ValueError: when there is no layer of that name, or its output is no map of the image.
+        ValueError: if there is no layer of that name, or its output is not a map of the image.
     """
     point = classifier.filled(noise_like(image)).requires_grad_()
     if name is not None:
@@ -184,10 +182,13 @@ def find_layer(
     calls: list[_Call] = []
     linear: list[tuple[Tensor, Tensor | None]] = []
 
-    def record(number: int, output: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    def record(
+        number: int, output: object, function: Callable[..., object], arguments: tuple[Any, ...]
+    ) -> object:
         kind = getattr(function, "__name__", str(function)).split(".")[0]
         if kind == "linear" and len(arguments) >= 2:
             linear.append((arguments[1], arguments[2] if len(arguments) > 2 else None))
+        # Calls without gradient do not depend on the image.
         if isinstance(output, Tensor) and output.is_floating_point() and output.requires_grad:
             calls.append(_Call(number, kind, output))
         return output
@@ -197,7 +198,7 @@ def find_layer(
     candidates = _candidates(calls, point)
     if not candidates or not logits.requires_grad:
         return None
-    # Unequal weights, so that what the classes have in common does not cancel.
+    # Unequal weights, so that what the classes share does not cancel.
     weights = noise_like(logits) if wanted is None else torch.eye(logits.shape[1]).to(logits)[wanted]
     gradients = torch.autograd.grad(
         (logits * weights).sum(),
@@ -212,6 +213,7 @@ def find_layer(
     ]
     if not live:
         return None
+    # The last map that the logits depend on: features of the highest level that still have places.
     chosen, layout = live[-1]
     readable = _module_that_made(classifier, point, chosen) or f"{chosen.kind} (call {chosen.number})"
     head = _pooling_head(layout.maps(chosen.output), linear, logits)
@@ -231,16 +233,16 @@ class _Call:
 
 
 def _candidates(calls: list[_Call], image: Tensor) -> list[tuple[_Call, Layout]]:
-    """Calls whose output could be the last map: of a token network its normalized tokens, else any map."""
+    """Calls whose output could be the last map: for a network of tokens its normalized tokens, else any map."""
     last_convolution = max((call.number for call in calls if "conv" in call.kind), default=-1)
-    # What stands before the first learned operation is the image itself, normalized or the like.
+    # Before the first learned operation comes the image itself, for example normalized.
     first_learned = min(
         (call.number for call in calls if call.kind in LEARNED or "conv" in call.kind), default=torch.inf
     )
     maps = [
         (call, layout)
         for call in calls
-        # A view is the same map in another shape, in which channels and sites can be mistaken for each other.
+        # A view is the same map in another shape, in which channels and sites could be confused.
         if call.number >= first_learned
         and call.output.ndim in {3, 4}
         and len(call.output) == len(image)
@@ -256,7 +258,7 @@ def _candidates(calls: list[_Call], image: Tensor) -> list[tuple[_Call, Layout]]
 
 
 def _pooling_head(maps: Tensor, linear: list[tuple[Tensor, Tensor | None]], logits: Tensor) -> Tensor | None:
-    """The last linear layer's weights if the logits are exactly that layer of the maps' mean, tried on the image."""
+    """The last linear layer's weights if that layer of the maps' mean gives the logits of this image."""
     if not linear:
         return None
     weight, bias = linear[-1]
@@ -267,12 +269,12 @@ def _pooling_head(maps: Tensor, linear: list[tuple[Tensor, Tensor | None]], logi
 
 
 def _module_that_made(classifier: Classifier, image: Tensor, chosen: _Call) -> str | None:
-    """The name of the outermost module whose output equals the chosen one, for people to read."""
+    """The name of the outermost module whose output equals the chosen one, for display."""
     names: list[str] = []
     with ExitStack() as stack:
         for name, module in classifier.network.named_modules():
 
-            def hook(_module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
+            def hook(_module: nn.Module, _inputs: object, output: object, name: str = name) -> None:
                 if (
                     isinstance(output, Tensor)
                     and output.shape == chosen.output.shape
@@ -300,13 +302,13 @@ def _named_layer(classifier: Classifier, image: Tensor, name: str) -> Layer:
     layout = Layout.of(seen[-1], image)
     if layout is None:
         raise ValueError(
-            f"layer {name!r} returns {tuple(seen[-1].shape)}, which is no map of an image of "
-            f"{image.shape[-2]} x {image.shape[-1]}; name a layer that keeps height and width"
+            f"layer must return a map of an image of {image.shape[-2]} x {image.shape[-1]}, got {name!r}, which "
+            f"returns {tuple(seen[-1].shape)} (name a layer with height and width)"
         )
     return replace(probe, layout=layout)
 
 
-def first_tensor(output: Any) -> Tensor | None:
+def first_tensor(output: object) -> Tensor | None:
     """The tensor that a module returned, the first of several, or None."""
     if isinstance(output, Tensor):
         return output
@@ -319,7 +321,7 @@ def first_tensor(output: Any) -> Tensor | None:
 class Calls(TorchFunctionMode):
     """Numbers torch calls in a forward pass and lets `visit(number, output, function, arguments)` replace outputs."""
 
-    def __init__(self, visit: Callable[..., Any]) -> None:
+    def __init__(self, visit: Callable[..., object]) -> None:
         super().__init__()
         self.visit = visit
         self.number = 0
@@ -328,7 +330,7 @@ class Calls(TorchFunctionMode):
     def counted(self, root: nn.Module) -> Iterator[None]:
         """Watch calls, counting from the start of each forward pass of `root`."""
 
-        def restart(_module: nn.Module, _inputs: Any) -> None:
+        def restart(_module: nn.Module, _inputs: object) -> None:
             self.number = 0
 
         with hooked(root, restart, before=True), self:
@@ -336,11 +338,11 @@ class Calls(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        func: Callable[..., Any],
-        types: Any,
+        func: Callable[..., object],
+        types: object,
         args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         output = func(*args, **(kwargs or {}))
         if is_unwatched():
             return output

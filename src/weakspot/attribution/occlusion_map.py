@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import check_choice, check_classes
+from weakspot._checks import check_choice, check_classes, check_count
 from weakspot.classifier import check_images, evaluating
 from weakspot.edits import Edits, cells, exchanged, prepare, windowed
 
@@ -21,37 +21,36 @@ def occlusion(
     fill: str = "mean",
     batch_size: int | None = None,
 ) -> Tensor:
-    """By how much the class's logit falls when a cell is covered (Zeiler and Fergus 2014, arXiv 1311.2901).
+    """Measure how much the class's logit falls when a cell is covered (Zeiler and Fergus 2014, arXiv 1311.2901).
 
-    Cells tile the image; those at the far borders may be smaller. Edits go through `LocalEdits`.
+    Cells tile the image; those at the right and lower border may be smaller. Edits go through `LocalEdits`.
 
     Args:
         model: any classifier.
         images: (N, C, H, W) in [0, 1].
-        classes: (N,) the class each image is explained for.
+        classes: (N,) the class that each image is explained for.
         cell: side of the cells in pixels.
         fill: what covers them: the image's "mean" color, "gray" (one half) or "black".
-        batch_size: edits at once; changes no result.
+        batch_size: edits at once; it changes no result.
 
     Returns:
         (N, 1, H, W), the same at every pixel of a cell; negative where covering helps the class.
 
     Raises:
-        ValueError: when an argument does not fit, naming it.
+        ValueError: if an argument does not fit, naming it.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2, bias=False)).eval()
     >>> occlusion(model, torch.rand(1, 3, 4, 4), torch.tensor([0]), cell=2).shape
     torch.Size([1, 1, 4, 4])
     """
-    if not isinstance(cell, int) or cell < 1:
-        raise ValueError(f"cell is {cell!r}; accepted is a whole number of pixels from 1")
+    check_count("cell", cell)
     check_choice("fill", fill, FILLS)
     with evaluating(model) as classifier:
         images = check_images(images, classifier)
         check_classes(classes, len(images), name="classes")
         classes = classes.to(images.device, torch.long)
         groups = cells(images.shape[2], images.shape[3], cell).to(images.device)
-        lots = windowed(groups, cell)
+        batches = windowed(groups, cell)
         prepared = prepare(classifier, images[:1])
         maps = []
         for image, wanted in zip(images.split(1), classes, strict=True):
@@ -59,7 +58,7 @@ def occlusion(
             logits = edits.clean_logits()
             check_classes(classes, len(images), logits.shape[1], name="classes")
             before = logits[0, wanted]
-            covered = exchanged(edits, _cover(image, fill), lots)[:, wanted]
+            covered = exchanged(edits, _cover(image, fill), batches)[:, wanted]
             maps.append((before - covered)[groups][None, None].float())
     return torch.cat(maps)
 

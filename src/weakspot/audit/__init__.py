@@ -1,4 +1,4 @@
-"""Runs: what a command leaves on disk, and audits, which leave most."""
+"""Audits: attacks on many images in many regions, stored in a run that can be resumed, queried and compared."""
 
 from weakspot.audit.findings.comparison import Comparison, compare
 from weakspot.audit.findings.contrasts import region_contrasts

@@ -7,14 +7,12 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from weakspot._checks import check_choice, check_count, is_number
 from weakspot.budgets.base import PreparedBudget
+from weakspot.budgets.patches import C1, TINY, Patches, by_patch
 
-C1, C2 = 0.01**2, 0.03**2  # Wang et al. 2004, doi 10.1109/TIP.2003.819861, for images in [0, 1]
 MODES = ("global", "local")
-TINY = 1e-20
 CLOSE = 1e-6  # points nearer to each other than this count as equal
 ROUNDS = 10  # of alternating projections
 MARGIN = 1 - 4e-6  # room for what rounding in float32 may add to a distance
@@ -59,7 +57,7 @@ class SSIM:
 
     def prepare(self, images: Tensor) -> PreparedBudget:
         """Bind the budget to images; the moments of their patches are then computed once."""
-        patches = _Patches(images, self.patch)
+        patches = Patches(images, self.patch)
         return _LocalSSIM(self, patches) if self.mode == "local" else _GlobalSSIM(self, patches)
 
     def project(self, perturbation: Tensor, images: Tensor, *, region: Tensor | None = None) -> Tensor:
@@ -86,91 +84,12 @@ class SSIM:
         return f"{self.eps:g} SSIM ({self.mode}, patches of {self.patch})"
 
 
-class _Patches:
-    """Images (N, C, H, W) as patches (N, C, rows, patch, columns, patch), zeros beyond the border, and their moments.
-
-    Attributes:
-        valid: 1 where there are pixels, broadcasting over patches.
-        count: pixels in each patch.
-        steady: (count - 1) c2.
-        whole: whether no patch is cut at the border.
-        has_single: whether the patch in the corner has only one pixel.
-    """
-
-    def __init__(self, images: Tensor, patch: int) -> None:
-        self.patch = patch
-        self.height, self.width = images.shape[2:]
-        self.rows, self.columns = -(-self.height // patch), -(-self.width // patch)
-        self.whole = not (self.height % patch or self.width % patch)
-        self.has_single = self.height % patch == self.width % patch == 1
-        self.valid = self.split(torch.ones_like(images[:1, :1]))
-        self.count = self.total(self.valid)
-        self.steady = (self.count - 1) * C2
-        self.images = images
-
-    @cached_property
-    def mean(self) -> Tensor:
-        return self.total(self.split(self.images)) / self.count
-
-    @cached_property
-    def centered(self) -> Tensor:
-        return self.within(self.split(self.images) - self.mean)
-
-    @cached_property
-    def energy(self) -> Tensor:
-        return self.total(self.centered.square())
-
-    def split(self, images: Tensor) -> Tensor:
-        below, beside = self.rows * self.patch - self.height, self.columns * self.patch - self.width
-        if below or beside:
-            images = F.pad(images, (0, beside, 0, below))
-        return images.reshape(*images.shape[:2], self.rows, self.patch, self.columns, self.patch)
-
-    def join(self, patches: Tensor) -> Tensor:
-        whole = patches.reshape(*patches.shape[:2], self.rows * self.patch, self.columns * self.patch)
-        return whole[:, :, : self.height, : self.width]
-
-    def total(self, patches: Tensor) -> Tensor:
-        """Sum over the pixels of each patch."""
-        return patches.sum(5, keepdim=True).sum(3, keepdim=True)
-
-    def within(self, patches: Tensor) -> Tensor:
-        """The same with zeros beyond the border."""
-        return patches if self.whole else patches * self.valid
-
-    def parts(self, changed: Tensor) -> tuple[Tensor, Tensor]:
-        """The change of each patch's mean, and of its centered part."""
-        mean = self.total(changed) / self.count
-        return mean, self.within(changed - mean)
-
-    def denominators(self, mean: Tensor, centered: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of d1^2 and d2^2, for these changes of mean and centered part."""
-        energy = self.total((self.centered + centered).square())
-        return self.mean.square() + (self.mean + mean).square() + C1, self.energy + energy + self.steady
-
-    def distances(self, changed: Tensor) -> tuple[Tensor, Tensor]:
-        """d1^2 and d2^2 of every patch and channel."""
-        mean, centered = self.parts(changed)
-        level, structure = self.denominators(mean, centered)
-        return mean.square() / level, self.total(centered.square()) / structure.clamp(min=TINY)
-
-    def in_box(self, perturbation: Tensor, region: Tensor | None) -> Tensor:
-        """The perturbation cut to the box and to the region."""
-        inside = (self.images + perturbation).clamp_(0, 1).sub_(self.images)
-        return inside if region is None else torch.where(region, inside, 0)
-
-    def slope(self, gradient: Tensor) -> Tensor:
-        """The gradient as patches, divided by its largest entry so that no square underflows."""
-        largest = gradient.abs().amax((1, 2, 3), keepdim=True).clamp(min=torch.finfo(gradient.dtype).tiny)
-        return self.split(gradient / largest)
-
-
 class _GlobalSSIM:
     """SSIM in mode "global": one bound for the mean of d1^2 + d2^2 over all patches of an image."""
 
     steps_to_optimum = False
 
-    def __init__(self, budget: SSIM, patches: _Patches) -> None:
+    def __init__(self, budget: SSIM, patches: Patches) -> None:
         self.eps, self.level, self.patches = budget.eps, budget.level, patches
 
     def project(self, perturbation: Tensor, region: Tensor | None = None) -> Tensor:
@@ -253,7 +172,7 @@ class _LocalSSIM:
 
     steps_to_optimum = True
 
-    def __init__(self, budget: SSIM, patches: _Patches) -> None:
+    def __init__(self, budget: SSIM, patches: Patches) -> None:
         self.eps, self.patches = budget.eps, patches
 
     @cached_property
@@ -281,7 +200,7 @@ class _LocalSSIM:
         if bool(cut.any()):
             start = patches.split(patches.in_box(perturbation, region))
             allowed = None if region is None else patches.split(region.expand_as(patches.images))
-            _by_patch(inside)[cut] = self._alternated(start, allowed, cut)
+            by_patch(inside)[cut] = self._alternated(start, allowed, cut)
         return patches.join(inside * self._fractions_within(inside))
 
     def steepest_step(self, gradient: Tensor, perturbation: Tensor) -> Tensor:
@@ -316,10 +235,10 @@ class _LocalSSIM:
         patches = self.patches
         images, valid = patches.split(patches.images), patches.valid.expand_as(start)
         bounds = (*self.ball, *self.interval)
-        pixels, inside, valid = (_by_patch(t)[cut] for t in (images, start, valid))
-        middle, radius, center, width = (_by_patch(t)[cut] for t in bounds)
-        count = _by_patch(patches.count.expand_as(bounds[1]))[cut]
-        locked = None if allowed is None else ~_by_patch(allowed)[cut]
+        pixels, inside, valid = (by_patch(t)[cut] for t in (images, start, valid))
+        middle, radius, center, width = (by_patch(t)[cut] for t in bounds)
+        count = by_patch(patches.count.expand_as(bounds[1]))[cut]
+        locked = None if allowed is None else ~by_patch(allowed)[cut]
         done = torch.zeros_like(radius, dtype=torch.bool)
         for _ in range(ROUNDS):
             mean = inside.sum((1, 2), keepdim=True) / count
@@ -351,8 +270,3 @@ class _LocalSSIM:
             root = c / (b + (b.square() + a * c).sqrt()).clamp(min=TINY)
             fraction = torch.minimum(fraction, torch.where(a + 2 * b <= c, 1, root))
         return fraction.clamp(0, 1)
-
-
-def _by_patch(patches: Tensor) -> Tensor:
-    """(N, C, rows, columns, patch, patch), a view of (N, C, rows, patch, columns, patch)."""
-    return patches.permute(0, 1, 2, 4, 3, 5)

@@ -1,15 +1,7 @@
-"""The command line: parse, call, print. What the commands do is in the package."""
+"""The command line: each command parses its options, calls the library and prints the results."""
 
-from weakspot.cli import (  # noqa: F401 - importing a command registers it
-    attack,
-    audit,
-    compare,
-    defend,
-    dissect,
-    explain,
-    inspect,
-    train,
-)
+# Importing a command registers it; the help lists them in this order.
+from weakspot.cli import explain, attack, audit, compare, defend, dissect, train, inspect  # noqa: F401, I001
 from weakspot.cli.app import app, main
 
 __all__ = ["app", "main"]

@@ -1,124 +1,74 @@
-"""The application: options, exit codes, and the one place that turns exceptions into sentences.
-
-What is kept: the files that a command had written when it was interrupted.
-"""
+"""The application: commands with option groups, exit codes, and how exceptions become sentences."""
 
 from __future__ import annotations
 
+import inspect
 import sys
-import threading
-import time
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, NoReturn, TextIO
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from importlib.metadata import version
+from itertools import pairwise
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
-import weakspot
 from weakspot._checks import ModelError, describe_error
 
-KEY = __name__
-Files = dict[Path, tuple[int, int, int]]
+UNEXPECTED, USAGE, GATE_FAILED, UNREADABLE, RESUMABLE, INTERRUPTED = 1, 2, 3, 4, 5, 130
+NOTHING_WRITTEN = "interrupted; nothing was written"
+WRITTEN_KEY = (
+    f"{__name__}.written"  # in the context: a function that says what the command has written so far
+)
+EXTRAS = {
+    "audit": (("pyarrow", "duckdb", "zarr", "fsspec", "vl_convert"), "audit, compare, report"),
+    "train": (("lightning_fabric",), "train"),
+    "ray": (("ray",), "audit --engine ray"),
+    "datasets": (("datasets",), "train hf:NAME"),
+    "transformers": (("transformers",), "--model hf:DIRECTORY"),
+    "timm": (("timm",), "--model timm:NAME"),
+    "torchvision": (("torchvision",), "--model torchvision:NAME"),
+}
+"""Each optional extra: the modules that it installs, and the commands and options that need them."""
+
+notes = Console(stderr=True, highlight=False)
 
 
-@dataclass(frozen=True)
-class Watched:
-    """A folder as it was before the command began.
+class Failure(Exception):  # noqa: N818 - a mistake of the user, not of the program
+    """One sentence for the user and the exit code of the command."""
 
-    Attributes:
-        folder: that the command writes to.
-        names: of what it writes there, files or folders; patterns too.
-        before: the files of these names, each with what changes when it is written.
-    """
-
-    folder: Path
-    names: Sequence[str]
-    before: Files
-
-    def written(self) -> list[str]:
-        """The files written since, those in folders by their number."""
-        now = _files(self.folder, self.names)
-        new = [path.relative_to(self.folder).parts for path in now if now[path] != self.before.get(path)]
-        inside = Counter(parts[0] for parts in new if len(parts) > 1)
-        folders = [f"{name}/ ({count} file{'s' if count > 1 else ''})" for name, count in inside.items()]
-        return folders + [parts[0] for parts in new if len(parts) == 1]
-
-
-def watch(context: typer.Context, folder: Path, names: Sequence[str]) -> None:
-    """Remember what lies in the folder, so that an interrupt can be told what the command had written.
-
-    Args:
-        context: of the command that runs.
-        folder: that it will write to; need not be there.
-        names: of what it will write there, files or folders; patterns too. Nothing else is looked at.
-    """
-    context.meta[KEY] = Watched(folder, names, _files(folder, names))
-
-
-def what_is_kept(context: typer.Context) -> str:
-    """What an interrupted command left behind, in words; nothing of one that watches no folder."""
-    watched: Watched | None = context.meta.get(KEY)
-    if watched is None:
-        return ""
-    written = watched.written()
-    return f"written to {watched.folder} by then: {', '.join(written)}" if written else "nothing was written"
-
-
-def _files(folder: Path, names: Sequence[str]) -> Files:
-    found: Files = {}
-    for top in (path for name in names for path in sorted(folder.glob(name))):
-        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
-            if path.is_file():
-                about = path.stat()
-                found[path] = (about.st_ino, about.st_mtime_ns, about.st_size)
-    return found
-
-
-UNEXPECTED, USAGE, UNREADABLE, RESUMABLE, INTERRUPTED = 1, 2, 4, 5, 130
-LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
-BEFORE = "interrupted; nothing was written"
-
-
-class Failure(Exception):  # noqa: N818 - what the user did is not an error of the program
-    """One sentence for the user and the exit code it ends with."""
-
-    def __init__(self, sentence: str, code: int) -> None:
+    def __init__(self, sentence: str, code: int = USAGE) -> None:
         super().__init__(sentence)
         self.code = code
 
 
 class Commands(TyperGroup):
-    """All commands; an interrupt of one that has no words of its own for it becomes a sentence."""
+    """All commands. Turns interrupts, and models that exit, into a `Failure`."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that was named.
+        """Run the selected command.
 
         Raises:
-            Failure: if it was interrupted, saying what it had written by then; or if code that it called (a model, an
-                attack, an analysis) asked Python to exit, whatever the code: the commands themselves never do.
+            Failure: if the command was interrupted, with the files written so far, or if a model or plug-in called
+                `sys.exit` with any code.
         """
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # here, because typer ends with the code alone
-            kept = what_is_kept(ctx)
-            raise Failure(f"interrupted; {kept}" if kept else "interrupted", INTERRUPTED) from None
+        except KeyboardInterrupt:  # typer would end with the code alone
+            written = ctx.meta.get(WRITTEN_KEY, str)()
+            raise Failure(f"interrupted; {written}" if written else "interrupted", INTERRUPTED) from None
         except Exception:
             raise
         except BaseException as error:
+            # rich exits this way if the reader of a pipe has gone.
             if (
                 isinstance(error, SystemExit)
                 and error.code
                 and isinstance(error.__context__, BrokenPipeError)
             ):
-                raise  # rich, when nobody reads on
+                raise
             raise Failure(
                 f"the command did not finish: the model or a plug-in raised {describe_error(error)}",
                 UNEXPECTED,
@@ -134,141 +84,143 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-notes = Console(stderr=True, highlight=False)
+
+
+def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as a command.
+
+    Parameters whose type is a dataclass are option groups: each field becomes an option, and the function receives the
+    filled dataclass. The class attribute `panel`, if there is one, is the options' panel in the help.
+
+    Args:
+        *examples: command lines for the end of the help text.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(function, include_extras=True)
+        groups = {name: kind for name, kind in hints.items() if isinstance(kind, type) and is_dataclass(kind)}
+        parameters: list[inspect.Parameter] = []
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name not in groups:
+                parameters.append(parameter.replace(annotation=hints[name]))
+                continue
+            types = get_type_hints(groups[name], include_extras=True)
+            for info in (info for kind in types.values() for info in getattr(kind, "__metadata__", ())):
+                info.rich_help_panel = info.rich_help_panel or getattr(groups[name], "panel", None)
+            parameters += [
+                parameter.replace(name=field.name, annotation=types[field.name], default=field.default)
+                for field in fields(groups[name])
+            ]
+
+        def call(**values: object) -> None:
+            for name, kind in groups.items():
+                values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+            function(**values)
+
+        # Typer reads both the signature and the annotations: each lists the options of the groups.
+        keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+        call.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        # Paragraphs on one line each: the help is wrapped to the terminal, not to the source.
+        paragraphs = (function.__doc__ or "").split("\n\n")
+        text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+        epilog = "\n\n".join(
+            ["[bold]Examples[/bold]" if len(examples) > 1 else "[bold]Example[/bold]", *examples]
+        )
+        app.command(function.__name__, help=text, epilog=epilog)(call)
+        return function
+
+    return register
 
 
 def complain(sentence: str) -> None:
-    """One line of what was wrong, to standard error."""
+    """Print an error to standard error."""
     notes.print(f"[red]weakspot:[/red] {escape(sentence)}", soft_wrap=True)
 
 
 def note(sentence: str) -> None:
-    """One line worth knowing, to standard error."""
+    """Print a note to standard error."""
     notes.print(f"[yellow]note:[/yellow] {escape(sentence)}", soft_wrap=True)
 
 
 def main() -> None:
-    """Run the command line; the only place that turns exceptions into sentences and exit codes."""
+    """Run the command line."""
     debug = "--debug" in sys.argv
     try:
-        app(prog_name="weakspot")
-    except Failure as failure:
-        if debug and failure.code != INTERRUPTED:
+        # Not standalone: typer raises its errors and returns exit codes, instead of printing and exiting.
+        code = app(prog_name="weakspot", standalone_mode=False)
+        if code == INTERRUPTED:  # an interrupt before the command was called
+            complain(NOTHING_WRITTEN)
+    except SystemExit as stopped:
+        code = stopped.code
+    except (Exception, KeyboardInterrupt) as error:
+        sentence, code = explained(error)
+        if debug and code != INTERRUPTED:
             raise
-        complain(str(failure))
-        _end(failure.code)
-    except ModelError as error:
-        if debug:
-            raise
-        complain(str(error))
-        sys.exit(UNEXPECTED)
-    except (ValueError, FileNotFoundError, OSError) as error:
-        if debug:
-            raise
-        complain(str(error).strip() or type(error).__name__)
-        sys.exit(UNREADABLE if isinstance(error, OSError) else USAGE)
-    except Exception as error:
-        if debug:
-            raise
-        why = str(error).strip().partition("\n")[0]
-        complain(f"{type(error).__name__} that was not expected: {why} (run again with --debug to see where)")
-        sys.exit(UNEXPECTED)
-    except KeyboardInterrupt:
-        complain(BEFORE)
-        _end(INTERRUPTED)
-    except SystemExit as ended:
-        if ended.code == INTERRUPTED:  # typer's, for an interrupt before it called a command
-            complain(BEFORE)
-        _end(ended.code)
+        if sentence:
+            complain(sentence)
+    _exit(code)
 
 
-def _end(code: int | str | None) -> NoReturn:
+def explained(error: BaseException) -> tuple[str, int]:
+    """The sentence and the exit code for an exception."""
+    if isinstance(error, Failure):
+        return str(error), error.code
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return NOTHING_WRITTEN, INTERRUPTED
+    if isinstance(error, typer.BadParameter.__mro__[1]):  # UsageError, which typer does not export
+        return _usage_sentence(error), USAGE
+    if isinstance(error, ModelError):
+        return str(error), UNEXPECTED
+    if isinstance(error, ModuleNotFoundError):
+        module = (error.name or "").partition(".")[0]
+        for extra, (modules, _) in EXTRAS.items():
+            if module in modules:
+                return f"{module} is not installed; run: pip install 'weakspot[{extra}]'", USAGE
+    # The library's own sentences. An OSError, such as a missing file, is input that cannot be read.
+    if isinstance(error, ValueError | OSError):
+        return str(error).strip() or type(error).__name__, UNREADABLE if isinstance(error, OSError) else USAGE
+    return f"unexpected {describe_error(error)} (run again with --debug to see the traceback)", UNEXPECTED
+
+
+def _usage_sentence(error: Any) -> str:
+    """Typer's message for a command line that it cannot parse, in the style of the other errors."""
+    options = getattr(getattr(error, "param", None), "opts", [])
+    expected = str(getattr(error, "message", "")).partition(", unable")[0].removeprefix("Input should be ")
+    if hasattr(error, "possibilities"):
+        near = " or ".join(sorted(error.possibilities or ()))
+        text = f"unknown option {error.option_name}" + (f" (did you mean {near}?)" if near else "")
+    elif options and options[0].startswith("-") and expected:
+        value = next((value for option, value in pairwise(sys.argv) if option in options), None)
+        text = f"{max(options, key=len)} must be {expected}" + (f", got {value!r}" if value else "")
+    else:
+        text = error.format_message().rstrip(".")
+        text = text[:1].lower() + text[1:]
+    path = getattr(error.ctx, "command_path", "weakspot")
+    return f"{text}; see {path} --help" if text else ""
+
+
+def _exit(code: int | str | None) -> NoReturn:
     """Exit with the code, after an interrupt too.
 
-    `python -m` kills itself by SIGINT, whatever the code, where the interrupt arrived inside an `exec`
-    of a string (as in the making of dataclasses, while libraries are imported), unless another `exec` ended well.
+    If the interrupt arrived inside an `exec` of a string (dataclasses do this while libraries are imported),
+    `python -m` kills itself by SIGINT whatever the code, unless another `exec` has succeeded since.
     """
     exec("")  # noqa: S102
     sys.exit(code)
 
 
-def _version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"weakspot {weakspot.__version__}")
+        typer.echo(f"weakspot {version('weakspot')}")
         raise typer.Exit
 
 
 @app.callback()
 def options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
     """Find where an image classifier is weak, why, and what helps."""
-
-
-@contextmanager
-def progress_bar(silent: bool) -> Iterator[Callable[[str, float], None]]:
-    """`advance(what, share)` moves a bar on a terminal; elsewhere a line is printed every 30 seconds."""
-    if silent:
-        yield lambda _what, _share: None
-    elif not notes.is_terminal:
-        with _progress_lines() as advance:
-            yield advance
-    else:
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=notes, transient=True) as bar:
-            task = bar.add_task("starting", total=1.0)
-            yield lambda what, fraction: bar.update(task, description=what, completed=fraction)
-
-
-@contextmanager
-def _progress_lines() -> Iterator[Callable[[str, float], None]]:
-    """Lines of how far the work is; from a thread, so that one slow step does not silence them."""
-    started, state, ended = time.monotonic(), [("starting", 0.0)], threading.Event()
-
-    def print_lines() -> None:
-        while not ended.wait(LINE_EVERY):
-            what, fraction = state[0]
-            elapsed = time.monotonic() - started
-            left = f", about {_duration(elapsed * (1 - fraction) / fraction)} left" if fraction > 0.02 else ""
-            notes.print(f"{escape(what)}: {fraction:.0%} after {_duration(elapsed)}{left}", soft_wrap=True)
-
-    def advance(what: str, fraction: float) -> None:
-        state[0] = (what, fraction)
-
-    printer = threading.Thread(target=print_lines, daemon=True)
-    printer.start()
-    try:
-        yield advance
-    finally:
-        ended.set()
-        printer.join()
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-
-
-@contextmanager
-def notes_for_people(quiet: bool) -> Iterator[None]:
-    """Warnings as one line each, without the place in the code."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        said: set[str] = set()  # "once" forgets whenever code in between changes the filters for a while
-
-        def show(
-            message: Warning | str,
-            category: type[Warning],
-            filename: str,  # noqa: ARG001 - the signature that warnings calls
-            lineno: int,  # noqa: ARG001
-            file: TextIO | None = None,  # noqa: ARG001
-            line: str | None = None,  # noqa: ARG001
-        ) -> None:
-            if quiet or str(message) in said or issubclass(category, DeprecationWarning | FutureWarning):
-                return
-            said.add(str(message))
-            note(str(message))
-
-        warnings.showwarning = show
-        yield

@@ -2,60 +2,61 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from weakspot.cli.app import USAGE, Failure
-from weakspot.cli.inputs import read_pictures
+from weakspot.cli.app import Failure
+from weakspot.cli.options import ATTACK, BudgetOption, StepsOption, option
+from weakspot.cli.output import json_rows
+from weakspot.cli.session import Session
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from weakspot.budgets import Budget
-    from weakspot.classifier import Classifier
     from weakspot.defenses.unit_study import UnitStudy
     from weakspot.dissection import Dissection
+    from weakspot.pairs import Pairs
 
-BUDGET = "linf:4/255"
-OPTIONS = ("budget", "steps", "mask", "seed")  # that do nothing without --images
-FEWEST = 2  # images, for a spread; four with units to be chosen and judged
+FEWEST = 2  # images to attack; twice as many if half of them choose the units that are masked
 
 
-@dataclass(frozen=True, eq=False)
-class Asked:
-    """What is to be attacked, and how.
+@dataclass(frozen=True)
+class UnitAttackOptions:
+    """Whether and how images are attacked to see which units move."""
 
-    Attributes:
-        pictures: (N, C, H, W).
-        budget: of the attack.
-        steps: of the attack.
-        mask: as `unit_study` takes it.
-        seed: of everything random.
-        skipped: one sentence for each file that could not be read.
-        unread: sources of which nothing could be read.
-    """
+    panel: ClassVar[str | None] = ATTACK
 
-    pictures: Tensor
-    budget: Budget
-    steps: int
-    mask: int | list[int] | None
-    seed: int
-    skipped: list[str]
-    unread: list[Path]
+    images: Annotated[
+        list[Path] | None,
+        option(
+            "PATH",
+            "Image files or folders to attack; shows which units move more than under noise, and whether units "
+            "that detect a concept move more. Repeat for several.",
+        ),
+    ] = None
+    budget: BudgetOption = "linf:4/255"
+    steps: StepsOption = 20
+    mask: Annotated[
+        str | None,
+        option(
+            "UNITS",
+            "Mask units and attack again: sensitive (at most a fifth of the layer), sensitive:COUNT, or numbers "
+            "such as 3,17. Half of --images chooses the sensitive units, the other half evaluates them.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, eq=False)
 class AttackedUnits:
-    """What was found under attack; empty where nothing was attacked.
+    """Results of the attack; empty if nothing was attacked.
 
     Attributes:
-        studies: layer to study.
-        sentences: on all layers together, where there are several.
-        attack: in words.
+        studies: one for each layer.
+        sentences: on all layers together, if there are several.
+        attack: description of the attack.
     """
 
     studies: Mapping[str, UnitStudy] = field(default_factory=dict)
@@ -63,7 +64,7 @@ class AttackedUnits:
     attack: str = ""
 
     def as_json(self) -> dict[str, object]:
-        """The sentences of each layer and the tables of masking; nothing where nothing was attacked."""
+        """The sentences of each layer and the tables of masking."""
         if not self.studies:
             return {}
         tables = {name: study.masking for name, study in self.studies.items() if study.masking is not None}
@@ -71,27 +72,21 @@ class AttackedUnits:
             "attack": self.attack,
             "sentences": {name: list(study.sentences) for name, study in self.studies.items()},
             "all_layers": list(self.sentences),
-            "masking": {
-                name: json.loads(table.to_json(orient="records", double_precision=9))
-                for name, table in tables.items()
-            },
+            "masking": {name: json_rows(table) for name, table in tables.items()},
         }
 
-    def lines(self) -> list[str]:
-        """For people: one paragraph for each layer, and one for all of them."""
+    def paragraphs(self) -> list[str]:
+        """One for each layer, and one for all of them."""
         lines = [f"{name}: {' '.join(study.sentences)}" for name, study in self.studies.items()]
         return [*lines, *([f"All layers: {' '.join(self.sentences)}"] if self.sentences else [])]
 
 
-def read_mask(text: str | None, layers: int) -> int | list[int] | None:
+def parse_mask(text: str | None, layers: int) -> int | list[int] | None:
     """What --mask stands for: a number of sensitive units (0 for a fifth of the layer), or these units.
 
     Args:
         text: as given.
-        layers: how many were named; units given by number belong to one.
-
-    Raises:
-        Failure: if the text is neither.
+        layers: how many --layer options were given; unit numbers belong to one.
     """
     if text is None:
         return None
@@ -100,71 +95,58 @@ def read_mask(text: str | None, layers: int) -> int | list[int] | None:
         return int(count or 0)
     numbers = [part.strip() for part in text.split(",")]
     if not all(number.isdecimal() for number in numbers):
-        raise Failure(
-            f"--mask must be sensitive, sensitive:COUNT or unit numbers such as 3,17, got {text!r}", USAGE
-        )
+        raise Failure(f"--mask must be sensitive, sensitive:COUNT or unit numbers such as 3,17, got {text!r}")
     if layers != 1:
-        raise Failure(f"--mask {text} must go with exactly one --layer, got {layers}", USAGE)
+        raise Failure(f"--mask {text} must go with exactly one --layer, got {layers}")
     return [int(number) for number in numbers]
 
 
-def read_asked(
-    classifier: Classifier,
-    images: list[Path],
-    budget: str | None,
-    steps: int,
-    mask: int | list[int] | None,
-    seed: int,
-) -> Asked:
-    """The pictures of --images and what is to be done with them."""
-    from weakspot.budgets import read_budget
-
-    spent = read_budget(budget or BUDGET)
-    batch, _, skipped, unread = read_pictures(classifier, images, samples=False)
+def read_attacked(session: Session, options: UnitAttackOptions, mask: int | list[int] | None) -> Tensor:
+    """The images (N, C, H, W) of --images."""
+    images = session.read_images(options.images or []).pixels
     fewest = 2 * FEWEST if isinstance(mask, int) else FEWEST
-    if len(batch) < fewest:
-        raise Failure(f"--images must hold at least {fewest} pictures, got {len(batch)}", USAGE)
-    return Asked(batch, spent, steps, mask, seed, skipped, unread)
+    if len(images) < fewest:
+        raise Failure(f"--images must hold at least {fewest} images, got {len(images)}")
+    return images
 
 
 def attack_units(
-    classifier: Classifier,
-    found: Mapping[str, Dissection],
-    asked: Asked | None,
-    progress: Callable[[float], None],
+    session: Session,
+    dissections: Mapping[str, Dissection],
+    images: Tensor,
+    *,
+    budget: Budget,
+    steps: int,
+    mask: int | list[int] | None,
+    seed: int,
 ) -> AttackedUnits:
-    """Attack the pictures with PGD, and study the units of every dissected layer."""
-    if asked is None:
-        return AttackedUnits()
+    """Attack the images with PGD, and study the units of every dissected layer."""
     import pandas as pd
 
     from weakspot.attacks import pgd
     from weakspot.classifier import check_images, evaluating, predict
     from weakspot.defenses.unit_study import association_sentences, unit_study
-    from weakspot.pairs import Pairs
 
+    classifier = session.classifier
     with evaluating(classifier):
-        images = check_images(asked.pictures, classifier)
+        images = check_images(images, classifier)
         labels = predict(classifier, images).argmax(1)
 
-    def attack(network: nn.Module, shown: Tensor, wanted: Tensor) -> Pairs:
-        return pgd(network, shown, wanted, budget=asked.budget, steps=asked.steps, seed=asked.seed)
+    def attack(model: nn.Module, shown: Tensor, wanted: Tensor) -> Pairs:
+        return pgd(model, shown, wanted, budget=budget, steps=steps, seed=seed)
 
+    session.advance("attacking", 0.5)
     pairs = attack(classifier, images, labels)
-    progress(0.2)
     studies = {}
-    for number, (name, one) in enumerate(found.items()):
-        step = partial(_share, progress, number, len(found))
+    part = 0.3 / len(dissections)  # of the progress, for each layer
+    for number, (name, dissection) in enumerate(dissections.items()):
+        progress = session.progress("attacking", 0.55 + number * part, 0.55 + (number + 1) * part)
         studies[name] = unit_study(
-            classifier, one, pairs, mask=asked.mask, attack=attack, seed=asked.seed, progress=step
+            classifier, dissection, pairs, mask=mask, attack=attack, seed=seed, progress=progress
         )
-    together = []
+    sentences: Sequence[str] = ()
     if len(studies) > 1:
         tables = [study.units.assign(layer=name) for name, study in studies.items()]
-        together = association_sentences(pd.concat(tables, ignore_index=True))
-    words = f"PGD, {asked.budget}, {asked.steps} steps, on {len(images)} pictures whose labels are the model's own"
-    return AttackedUnits(studies, together, f"{words} predictions")
-
-
-def _share(progress: Callable[[float], None], number: int, count: int, done: float) -> None:
-    progress(0.2 + 0.8 * (number + done) / count)
+        sentences = association_sentences(pd.concat(tables, ignore_index=True))
+    how = f"PGD, {budget}, {steps} steps, on {len(images)} images labeled by the model's predictions"
+    return AttackedUnits(studies, sentences, how)

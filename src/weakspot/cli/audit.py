@@ -1,8 +1,7 @@
-"""`weakspot audit`: every attack in every region on every image, kept in a folder, resumable."""
+"""`weakspot audit`: every attack in every region on every image, stored in a folder, resumable."""
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import signal
@@ -11,373 +10,236 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from weakspot.cli.app import (
-    RESUMABLE,
-    UNREADABLE,
-    USAGE,
-    Failure,
-    app,
-    complain,
-    note,
-    notes_for_people,
-    progress_bar,
-)
-from weakspot.cli.audit_options import (
-    FailIfOption,
-    FloatOption,
-    JUnitOption,
-    check_gate,
-    known,
-    parse_batch_size,
-    pass_gate,
-    plain,
-    plan_table,
-    tell_gate,
-)
-from weakspot.cli.inputs import class_names, image_size, numbers
+from weakspot.cli.app import RESUMABLE, UNREADABLE, Failure, command, complain, note
+from weakspot.cli.compare import FloatOption, Gate, GateOptions
 from weakspot.cli.options import (
-    ClassesOption,
-    DebugOption,
-    MeanOption,
-    QuietOption,
-    SizeOption,
-    StdOption,
-    WeightsOption,
+    OUTPUT,
+    ModelOptions,
+    OutputOptions,
+    argument,
+    flag,
+    option,
+    parse_batch_size,
     refuse_fraction,
 )
+from weakspot.cli.output import (
+    json_rows,
+    make_table,
+    print_json,
+    print_table,
+    print_text,
+    progress_bar,
+    warnings_as_notes,
+)
+from weakspot.cli.plan_options import EngineOptions, PlanOptions, given_options, plan_table
+from weakspot.cli.session import command_line
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from weakspot.audit import AuditProgress, Run, Summary
     from weakspot.audit.findings.gates import Verdict
 
-EXAMPLES = """
-
-[bold]Examples[/bold]
-
-weakspot audit photos/ --model my_package.models:build --out runs/v7
-
-weakspot audit photos/ --attacks pgd,few_pixel --set pixels.method=guided --regions none,cam,background --out runs/v7
-
-weakspot audit cifar.npz --model nets:resnet20 --size 32x32 --budget linf:2/255,linf:8/255 --limit 500 --out runs/eps
-
-weakspot audit photos/ --attacks fmn,pgd --regions cam,background --controls --out runs/weak_places
-
-weakspot audit plan.toml
-
-weakspot audit --resume runs/v7
-
-weakspot audit --resume runs/v7 --fail-if "robust_accuracy < 0.4" --junit gate.xml
-
-weakspot audit photos/ --model nets:resnet20 --engine ray --workers 8 --out runs/v7
-
-weakspot audit s3://bucket/photos --model nets:resnet20 --out s3://bucket/runs/v7
-
-duckdb -c "select attack, region, avg(success_8bit::int) from 'runs/v7/records.parquet' group by all"
-"""
-SHOWN = 5  # skipped images that are named; all are in skipped.parquet
+SHOWN = 5  # skipped images that are named; skipped.parquet has all
+FILES = "run.json, records.parquet, skipped.parquet, maps.zarr, report.html"
 
 
-@app.command(epilog=EXAMPLES)
+@command(
+    "weakspot audit photos/ --model my_package.models:build --out runs/v7",
+    "weakspot audit photos/ --attacks pgd,few_pixel --set few_pixel.method=guided --regions none,cam --out runs/v7",
+    "weakspot audit cifar.npz --model nets:resnet20 --size 32x32 --budget linf:2/255,linf:8/255 --out runs/eps",
+    "weakspot audit photos/ --attacks fmn,pgd --regions cam,background --controls --out runs/weak_places",
+    "weakspot audit plan.toml",
+    "weakspot audit --resume runs/v7",
+    "weakspot audit --resume runs/v7 --fail-if 'robust_accuracy < 0.4' --junit gate.xml",
+    "weakspot audit s3://bucket/photos --engine ray --workers 8 --out s3://bucket/runs/v7",
+    "duckdb -c \"select attack, region, avg(success_8bit::int) from 'runs/v7/records.parquet' group by all\"",
+)
 def audit(
     context: typer.Context,
+    plan: PlanOptions,
+    network: ModelOptions,
+    execution: EngineOptions,
+    gate: GateOptions,
+    output: OutputOptions,
     images: Annotated[
         list[str] | None,
-        typer.Argument(
-            help="Pictures, folders, .npz or .npy arrays, by path or URL (s3://...); or one plan.toml, which "
-            "options given beside it overrule.",
-            show_default=False,
+        argument(
+            "IMAGES",
+            "Image files, folders, .npz or .npy arrays, as paths or URLs (s3://...); or one plan.toml.",
         ),
     ] = None,
-    attacks: Annotated[
-        str | None,
-        typer.Option(
-            "--attacks", "-a", help="Separated by commas, see `weakspot attack --list`. [default: pgd]"
-        ),
-    ] = None,
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            "--budget",
-            "-b",
-            help="For every attack that takes one; several make several of each. [default: linf:4/255]",
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="ATTACK.NAME=VALUE of that attack's own arguments: --set pgd.steps=50."),
-    ] = None,
-    regions: Annotated[
-        str | None,
-        typer.Option(
-            help="Separated by commas, as --region of `weakspot attack`: none,cam,~cam. [default: none]"
-        ),
-    ] = None,
-    controls: Annotated[
-        bool | None,
-        typer.Option(
-            "--controls/--no-controls",
-            help="Attack in controls beside every region too: the region of each of --control-images other images, "
-            "and the region shifted within the image. What tells a weak region from a large or a central one, for "
-            "about 7 times the cost of the attacks in regions.",
-        ),
-    ] = None,
-    control_images: Annotated[
-        int | None,
-        typer.Option(
-            help="Other images whose regions are controls; with fewer the audit is cheaper and finds less. [default: 5]"
-        ),
-    ] = None,
-    analyses: Annotated[
-        str | None,
-        typer.Option(help="Separated by commas, or all, or none. [default: overlap,promotion,propagation]"),
-    ] = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            help="folders (named like classes), a CSV file (columns file, label), predictions (the model's own), or "
-            "auto: what the array has, else folders where all match, else predictions. [default: auto]"
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="As for `weakspot attack`. [default: efficientnet_lite0]"),
-    ] = None,
-    weights: WeightsOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    classes: ClassesOption = None,
-    size: SizeOption = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps. [default: auto]")] = None,
-    fraction: Annotated[
-        float | None, typer.Option(help="Share of the image in the region cam. [default: 0.3]")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="At most so many images, drawn by name and --seed. [default: all]")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random. [default: 0]")] = None,
-    maps: Annotated[
-        bool | None, typer.Option("--maps/--no-maps", help="Keep maps and pictures. [default: maps]")
-    ] = None,
-    report: Annotated[
-        bool, typer.Option("--report/--no-report", help="Write report.html at the end.")
-    ] = True,
-    batch_size: Annotated[
-        str,
-        typer.Option(help="Images attacked at once, or auto: as many as memory holds. Changes no result."),
-    ] = "auto",
     out: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder or URL for run.json, records.parquet, skipped.parquet, maps.zarr, report.html; out in a plan."
-        ),
+        str | None, option("FOLDER", f"Folder or URL for {FILES}.", default="out in plan.toml")
     ] = None,
     resume: Annotated[
         str | None,
-        typer.Option(
-            help="Go on with the audit in this folder or at this URL, or repair it; no other images or plan options."
+        option(
+            "RUN",
+            "Continue or repair the audit in this folder or at this URL. Takes no images and no plan options.",
         ),
     ] = None,
-    engine: Annotated[
-        str, typer.Option(help="local, or ray: several workers, here or on a cluster. Changes no result.")
-    ] = "local",
-    workers: Annotated[
-        int | None, typer.Option(help="Of Ray. [default: one for each CPU, or GPU where the model is on one]")
-    ] = None,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(help="Of a Ray cluster, or auto. [default: RAY_ADDRESS, else one is started here]"),
-    ] = None,
+    report: Annotated[
+        bool, flag("--report/--no-report", "Write report.html at the end.", panel=OUTPUT)
+    ] = True,
     floats: FloatOption = False,
-    fail_if: FailIfOption = None,
-    junit: JUnitOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
 ) -> None:
-    """Attack every image in every way, in every region, and keep what was found: one row per image x attack x region.
+    """Attack every image with every attack in every region: one row per image x attack x region.
 
-    Killed at any moment, it goes on by --resume, and ends as if it had never stopped. Files that are no pictures are
-    skipped and listed; while a listed image cannot be read any more, the audit is not complete and exits with 4. The
-    same seed gives the same records whatever the batch size and the order of images.
+    If the audit is interrupted, --resume continues it, with the same result as without the interrupt. The same seed
+    gives the same records for every batch size and order of images. Files that are not images are skipped and listed.
+    If images can no longer be read, the audit is incomplete and exits with code 4.
 
-    Robust accuracy counts an image as lost if the attacked image, stored with 8 bits, is misclassified, under attacks
-    that look for the smallest change only if that is within the stated budget.
+    Robust accuracy counts an image as lost if the attacked image, stored with 8 bits, is misclassified. Attacks that
+    search for the smallest change count only within the stated budget.
 
-    A gate (--fail-if) is asked of every attack in every region: robust_accuracy, robust_low, robust_high,
-    clean_accuracy, images, skipped, errors, region_fraction, and the mean of any score with NAME_low and NAME_high.
-    With
-    --resume of a finished audit it is asked at once. It never opens on an audit that is not complete.
+    The conditions of --fail-if are evaluated for every attack in every region: robust_accuracy, robust_low,
+    robust_high, clean_accuracy, images, skipped, errors, region_fraction, and the mean of any score with NAME_low
+    and NAME_high. With --resume of a finished audit they are evaluated at once. On an incomplete audit they fail.
     """
-    del debug
-    given = {
-        "attacks": attacks, "budget": budget, "regions": regions, "controls": controls,
-        "control_images": control_images, "analyses": analyses,
-        "labels": labels, "fraction": fraction, "limit": limit, "seed": seed, "maps": maps,
-    }  # fmt: skip
-    network = {
-        "spec": model, "weights": None if weights is None else str(weights), "mean": numbers("mean", mean),
-        "std": numbers("std", std), "size": image_size(size), "device": device,
-        "classes": None if classes is None else class_names(classes),
-    }  # fmt: skip
-    said = known({**given, "model": known(network) or None})
-    sources = list(images or [])
-    how: dict[str, Any] = {
-        "batch_size": parse_batch_size(batch_size),
-        "command": shlex.join(["weakspot", *sys.argv[1:]]), "engine": engine,
-        "workers": workers, "address": ray_address,
-    }  # fmt: skip
-    conditions = list(fail_if or [])
-    check_gate(conditions, junit)
-    if resume is not None:
-        if sources or said or settings or out is not None:
-            raise Failure("--resume takes no images and no options of the plan: the folder holds them", USAGE)
-        where: str = resume
-    else:
-        table, where = plan_table(sources, said, settings or [], out)
     started = time.perf_counter()
+    gate.check()
+    batch_size = parse_batch_size(execution.batch_size)
+    overrides = given_options(context, plan, network)
+    if resume is None:
+        table, where = plan_table(list(images or []), overrides, plan.settings, out)
+    elif images or overrides or plan.settings or out is not None:
+        raise Failure("--resume takes no images and no plan options, because the run holds them")
+    else:
+        table, where = {}, resume
     with (
         redirect_stdout(sys.stderr),
-        notes_for_people(quiet),
-        _progress(quiet or as_json) as watch,
-        _stopping(where),
+        warnings_as_notes(output.quiet),
+        _progress(output.silent) as watch,
+        _resumable(where),
     ):
-        from weakspot.audit import Plan, open_run, summarize
-        from weakspot.audit import audit as carry_out
-        from weakspot.audit import resume as go_on
+        from weakspot import audit as audits
+        from weakspot.audit.findings.gates import judge
         from weakspot.audit.findings.summary import cell_table, undefined_names, unknown_cases
 
-        if resume is not None:
-            run = go_on(where, watch=watch, **how)
-        else:
-            plan = Plan.from_mapping(table)
-            refuse_fraction(context, plan.regions, "--regions")
-            if control_images is not None and not plan.controls:
-                raise Failure("--control-images takes effect only with --controls", USAGE)
-            run = carry_out(plan, where, watch=watch, **how)
+        work: Callable[..., Run] = audits.resume
+        if resume is None:
+            resolved = audits.Plan.from_mapping(table)
+            refuse_fraction(context, resolved.regions, "--regions")
+            if "control_images" in overrides and not resolved.controls:
+                raise Failure("--control-images has no effect without --controls")
+            work = partial(audits.audit, resolved)
+        run = work(
+            where,
+            batch_size=batch_size,
+            command=command_line(),
+            watch=watch,
+            engine=execution.engine,
+            workers=execution.workers,
+            address=execution.ray_address,
+        )
+        # The records hold both counts, so the run is only opened another way.
         if floats:
-            run = open_run(run.name, eight_bit=False)
+            run = audits.open_run(run.name, eight_bit=False)
         if report:
-            _report(run)
-    summary = summarize(run)
+            _write_report(run)
+    summary = audits.summarize(run)
+
+    def evaluate(conditions: Sequence[str]) -> Sequence[Verdict]:
+        rows = cell_table(run, summary)
+        others = unknown_cases(run, rows)
+        return judge(conditions, rows, _cell_name, undefined=undefined_names, others=others)
+
     shortfalls = [run.shortfall] if run.shortfall else []
-    verdicts = pass_gate(
-        conditions,
-        lambda: cell_table(run, summary),
-        _cell_name,
-        junit,
-        f"audit {run.name}",
-        shortfalls=shortfalls,
-        undefined=undefined_names,
-        others=lambda rows: unknown_cases(run, rows),
-    )
-    _tell(run, summary, verdicts, time.perf_counter() - started, as_json=as_json, quiet=quiet)
+    result = Gate.evaluate(gate, evaluate, f"audit {run.name}", shortfalls)
+    if output.as_json:
+        print_json(_document(run, summary, result))
+    elif not output.quiet:
+        _print(run, summary, time.perf_counter() - started)
     for sentence in shortfalls:
         complain(sentence)
-    tell_gate(verdicts, quiet=quiet or as_json, shortfalls=shortfalls)
+    result.announce(silent=output.silent)
     if shortfalls or not (run.info.images and run.info.images.read):
         raise typer.Exit(UNREADABLE)
 
 
-def _cell_name(row: Mapping[str, Any]) -> str:
-    return f"{row['attack']} in {row['region']}"
-
-
 @contextmanager
-def _progress(silent: bool) -> Iterator[Any]:
+def _progress(silent: bool) -> Iterator[Callable[[AuditProgress], None]]:
     with progress_bar(silent) as advance:
         advance("loading the model", 0.0)
 
-        def watch(standing: AuditProgress) -> None:
-            speed = f", {standing.speed:.3g} images/s" if standing.speed else ""
-            what = f"auditing {int(standing.done)}/{standing.total}{speed}"
-            advance(what, standing.done / standing.total)
+        def watch(progress: AuditProgress) -> None:
+            speed = f", {progress.speed:.3g} images/s" if progress.speed else ""
+            step = f"auditing {int(progress.done)}/{progress.total}{speed}"
+            advance(step, progress.done / progress.total)
 
         yield watch
 
 
 @contextmanager
-def _stopping(where: str) -> Iterator[None]:
-    """An interrupt, or a request to end, stops between any two steps; the folder can be resumed."""
+def _resumable(where: str) -> Iterator[None]:
+    """Turn an interrupt or SIGTERM, between any two steps, into a sentence that says how to continue."""
     from weakspot._io.urls import exists
     from weakspot.audit import StoppedError
 
-    def ask(*_: object) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    own = None
+    previous = None
     if threading.current_thread() is threading.main_thread():
-        own = signal.signal(signal.SIGTERM, ask)
+        previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     except KeyboardInterrupt:
         begun = exists(f"{where.rstrip('/')}/run.json")
-        go_on = f"go on by weakspot audit --resume {shlex.quote(where)}"
-        raise Failure(f"interrupted; {go_on if begun else 'nothing was begun'}", RESUMABLE) from None
+        remedy = f"continue with weakspot audit --resume {shlex.quote(where)}"
+        raise Failure(f"interrupted; {remedy if begun else 'nothing was written'}", RESUMABLE) from None
     except StoppedError as stopped:
-        raise Failure(str(stopped), RESUMABLE if stopped.resumable else USAGE) from stopped
+        raise Failure(str(stopped), RESUMABLE if stopped.resumable else 2) from stopped
     finally:
-        if own is not None:
-            signal.signal(signal.SIGTERM, own)
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
 
 
-def _report(run: Run) -> None:
-    """Write the page; the audit is done, whether there is room for that or not."""
+def _write_report(run: Run) -> None:
+    """Write the report. The audit is complete even if there is no room for it."""
     from weakspot.audit.page.run_page import FILE, store_run_report
 
     try:
         store_run_report(run)
     except OSError as error:
-        again = f"weakspot report {shlex.quote(run.name)}"
         note(
-            f"{FILE} could not be written ({error.strerror or error}); the audit is whole: {again} tries again"
+            f"{FILE} could not be written ({error.strerror or error}); the audit is complete (run weakspot report "
+            f"{shlex.quote(run.name)} to try again)"
         )
 
 
-def _tell(
-    run: Run, summary: Summary, verdicts: Sequence[Verdict], seconds: float, *, as_json: bool, quiet: bool
-) -> None:
+def _cell_name(row: Mapping[str, object]) -> str:
+    return f"{row['attack']} in {row['region']}"
+
+
+def _location(run: Run) -> str:
     from weakspot._io.urls import is_url
 
-    where = run.name if is_url(run.name) else str(run.folder.resolve())
-    skipped = run.skipped
-    if as_json:
-        rows = json.loads(skipped.to_json(orient="records"))
-        about = {
-            "folder": where,
-            "status": run.info.status,
-            "counts": run.info.to_json().get("images"),
-            "shortfall": run.shortfall,
-        }
-        typer.echo(
-            json.dumps({**about, **summary.as_mapping(), **plain(verdicts), "skipped": rows}, indent=2)
-        )
-        return
-    if quiet:
-        return
-    _print(summary, Console(highlight=False))
-    console = Console(highlight=False, style="dim")
-    for _, row in skipped.head(SHOWN).iterrows():
-        console.print(
-            escape(f"skipped {row['image']}: {row['reason'].removesuffix('; skipped')}"), soft_wrap=True
-        )
-    if len(skipped) > SHOWN:
-        console.print(f"... and {len(skipped) - SHOWN} more, in skipped.parquet")
-    tail = f", {len(skipped)} skipped" if len(skipped) else ""
-    console.print(f"{summary.images} images audited{tail}, in {seconds:.1f} s")
-    typer.echo(f"\nWritten to {where}")
+    return run.name if is_url(run.name) else str(run.folder.resolve())
 
 
-def _print(summary: Summary, console: Console) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("attack", "budget", "region", "area", "images", "robust", "95% interval", "trouble"):
-        table.add_column(heading, overflow="fold", no_wrap=heading not in {"attack", "region"})
+def _document(run: Run, summary: Summary, gate: Gate) -> dict[str, object]:
+    return {
+        "folder": _location(run),
+        "status": run.info.status,
+        "counts": run.info.to_json().get("images"),
+        "shortfall": run.shortfall,
+        **summary.as_mapping(),
+        **gate.as_json(),
+        "skipped": json_rows(run.skipped),
+    }
+
+
+def _print(run: Run, summary: Summary, seconds: float) -> None:
+    headings = ("attack", "budget", "region", "area", "images", "robust", "95% interval", "errors")
+    table = make_table(headings, fold=("attack", "region"))
     for cell in summary.cells:
         table.add_row(
             escape(cell.attack),
@@ -386,18 +248,22 @@ def _print(summary: Summary, console: Console) -> None:
             "" if math.isnan(cell.region_fraction) else f"{cell.region_fraction:.0%}",
             str(cell.images),
             "" if math.isnan(cell.robust_accuracy) else f"{cell.robust_accuracy:.1%}",
-            "" if cell.low != cell.low else f"{cell.low:.1%} to {cell.high:.1%}",
+            "" if math.isnan(cell.low) else f"{cell.low:.1%} to {cell.high:.1%}",
             str(cell.errors or ""),
         )
-    console.print(table)
+    print_table(table)
     if summary.images:
-        clean = summary.clean_accuracy
-        known = (
-            "Of no image a reading is known"
-            if math.isnan(clean)
-            else f"With nothing changed {clean:.1%} are read as their label"
-        )
-        said = f"{known}. Labels: {summary.labels}."
-        console.print(f"\n{said}", soft_wrap=True)
+        clean = f"Clean accuracy is {summary.clean_accuracy:.1%}"
+        unknown = "Clean accuracy is unknown: no image has a prediction"
+        sentence = unknown if math.isnan(summary.clean_accuracy) else clean
+        print_text(f"\n{sentence}. Labels: {summary.labels}.")
     for sentence in (summary.weakest, *summary.regions, *summary.remarks):
-        console.print(escape(sentence), soft_wrap=True)
+        print_text(sentence)
+    skipped = run.skipped
+    for _, row in skipped.head(SHOWN).iterrows():
+        print_text(f"skipped {row['image']}: {row['reason'].removesuffix('; skipped')}", style="dim")
+    if len(skipped) > SHOWN:
+        print_text(f"... and {len(skipped) - SHOWN} more, listed in skipped.parquet", style="dim")
+    tail = f", {len(skipped)} skipped" if len(skipped) else ""
+    print_text(f"{summary.images} images audited{tail}, in {seconds:.1f} s", style="dim")
+    print_text(f"\nWritten to {_location(run)}")

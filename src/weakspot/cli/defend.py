@@ -2,171 +2,130 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
-import sys
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from weakspot.cli.app import UNREADABLE, USAGE, Failure, app, notes_for_people, progress_bar, watch
-from weakspot.cli.defense_specs import find_defense
-from weakspot.cli.inputs import (
-    check_existing,
-    check_sources,
-    find_labels,
-    load_classifier,
-    located_pictures,
-    shortened,
-)
+from weakspot.cli.aims import find_labels
+from weakspot.cli.app import Failure, command
 from weakspot.cli.options import (
-    ClassesOption,
-    DebugOption,
-    DeviceOption,
-    MeanOption,
-    ModelOption,
-    QuietOption,
+    ATTACK,
+    BudgetOption,
+    FractionOption,
+    ImagesArgument,
+    LabelsOption,
+    LimitOption,
+    ModelOptions,
+    OutputOptions,
     SamplesOption,
     SeedOption,
-    SizeOption,
-    StdOption,
-    WeightsOption,
+    SetOption,
+    StepsOption,
+    flag,
     given,
+    option,
+    parse_settings,
     refuse,
 )
-from weakspot.cli.output import check_folder, describe_run, make_folder
+from weakspot.cli.output import json_rows, make_table, print_text
+from weakspot.cli.session import (
+    Session,
+    check_output,
+    check_sources,
+    load_classifier,
+    open_session,
+    shorten_paths,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import nn
 
+    from weakspot.classifier import Classifier
 
 FILES = ("defense.csv", "defense.json", "defense.png", "run.json")
-WIDE = 125  # columns of a terminal that takes the table with what each row is
-EXAMPLES = """
-
-[bold]Examples[/bold]
-
-weakspot defend photos/ --defense neutralize
-
-weakspot defend photos/ --set fraction=0.1 --set fill=blur --budget linf:2/255 --labels folders
-
-weakspot defend photos/ --set randomness=0.5 --draws 10
-
-weakspot defend photos/ --defense mask_units --set layer=_blocks.5 --set units=3,17 --labels labels.csv
-
-weakspot defend photos/ --defense my_package.defenses:jpeg --set quality=75 --limit 100
-"""
+WIDE = 125  # columns of a terminal on which the table explains its rows
+BUILT_IN = ("neutralize", "mask_units")
+FORMS = "neutralize, mask_units or package.module:factory"
 
 
-@app.command(epilog=EXAMPLES)
+@command(
+    "weakspot defend photos/ --defense neutralize",
+    "weakspot defend photos/ --set fraction=0.1 --set fill=blur --budget linf:2/255 --labels folders",
+    "weakspot defend photos/ --set randomness=0.5 --draws 10",
+    "weakspot defend photos/ --defense mask_units --set layer=_blocks.5 --set units=3,17 --labels labels.csv",
+    "weakspot defend photos/ --defense my_package.defenses:jpeg --set quality=75 --limit 100",
+)
 def defend(
     context: typer.Context,
-    images: Annotated[
-        list[Path] | None, typer.Argument(help="Pictures or folders of pictures.", show_default=False)
-    ] = None,
+    network: ModelOptions,
+    output: OutputOptions,
+    images: ImagesArgument = None,
     samples: SamplesOption = False,
+    labels: LabelsOption = None,
+    limit: LimitOption = None,
     defense: Annotated[
         str,
-        typer.Option(
-            "--defense",
-            "-D",
-            help="neutralize, mask_units, or package.module:factory: a function that takes the undefended model "
-            "(images in [0, 1] to logits) and returns the defended one, a torch module of the same kind.",
+        option(
+            "--defense -D NAME",
+            "neutralize, mask_units, or package.module:factory, a function that takes the undefended model "
+            "(images in [0, 1] to logits) and returns the defended one.",
         ),
     ] = "neutralize",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="NAME=VALUE of the defense's own arguments: fraction, fill, randomness, seed of neutralize; layer, "
-            "units of mask_units.",
-            show_default=False,
-        ),
-    ] = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            help="A CSV file with the columns file and label (name or number of the class), or 'folders': each "
-            "picture's folder is named for its class. The model's own predictions by default.",
-            show_default=False,
-        ),
-    ] = None,
-    budget: Annotated[
-        str,
-        typer.Option("--budget", "-b", help="How much attacks may change: linf:4/255, l2:1.5, ssim:0.01."),
-    ] = "linf:4/255",
-    limit: Annotated[
-        int | None,
-        typer.Option(help="Use at most this many pictures, chosen by the seed.", min=1, show_default=False),
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of each restart of PGD.", min=1)] = 30,
-    fraction: Annotated[
-        float,
-        typer.Option(
-            help="Fraction of the image that the attack inside the region of importance may change."
-        ),
-    ] = 0.3,
+    settings: SetOption = None,
+    budget: BudgetOption = "linf:4/255",
+    steps: StepsOption = 30,
+    fraction: FractionOption = 0.3,
     draws: Annotated[
-        int, typer.Option(help="Draws of a random defense that attacks average over.", min=1)
+        int, option("N", "Draws of a random defense that attacks average over.", least=1, panel=ATTACK)
     ] = 4,
     queries: Annotated[
         int,
-        typer.Option(
-            help="Most queries of one square search; from 500 on they are doubled while it still gains.",
-            min=1,
+        option(
+            "N",
+            "Maximum queries of the square search; it starts with 500 and doubles them while they help.",
+            least=1,
+            panel=ATTACK,
         ),
     ] = 4000,
     substitute: Annotated[
-        str | None,
-        typer.Option(
-            help="Another model, named as --model is, for one more transferred attack.", show_default=False
-        ),
+        str | None, option("MODEL", "Another model, for one more transferred attack.", panel=ATTACK)
     ] = None,
     oracle: Annotated[
         bool,
-        typer.Option(
+        flag(
             "--oracle",
-            help="With neutralize: a row for the region of the clean image, which no defender has.",
+            "With neutralize: add a row for the region of the clean image, which no defender has.",
+            panel=ATTACK,
         ),
     ] = False,
-    thorough: Annotated[bool, typer.Option("--thorough", help="Also the ensemble of attacks: slow.")] = False,
-    model: ModelOption = "efficientnet_lite0",
-    weights: WeightsOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    classes: ClassesOption = None,
-    size: SizeOption = None,
-    out: Annotated[Path, typer.Option(help=f"Folder for {', '.join(FILES)}.")] = Path("weakspot-defend"),
+    thorough: Annotated[
+        bool, flag("--thorough", "Add the ensemble of attacks (slow).", panel=ATTACK)
+    ] = False,
     seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print verdict and table as JSON.")] = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
+    out: Annotated[Path, option("FOLDER", f"Folder for {', '.join(FILES)}.")] = Path("weakspot-defend"),
 ) -> None:
-    """Evaluate a defense by attackers who know it.
+    """Evaluate a defense against attackers who know it.
 
     Prints a verdict (protects, no protection, or cannot be judged) and a table: the accuracy of the undefended and of
-    the defended model under the same attacks, each tried on the images that withstood those before it.
+    the defended model under the same attacks, each tried on the images that withstood the attacks before it.
+
+    --set takes fraction, fill, randomness and seed of neutralize, and layer and units of mask_units.
     """
-    del debug
-    started = time.perf_counter()
     sources = list(images or [])
-    check_sources(sources, pair=False, samples=samples)
-    watch(context, out, FILES)
-    check_folder(out)
-    _check_apart(out, sources)
-    check_existing(sources)
+    check_sources(sources, samples=samples)
+    check_output(out, [source for source in sources if source.is_dir()], files=["defense.png"])
     if oracle and defense != "neutralize":
-        raise Failure(f"--oracle goes with --defense neutralize, not with {defense}", USAGE)
-    with redirect_stdout(sys.stderr), notes_for_people(quiet), progress_bar(quiet) as advance:
+        raise Failure(f"--oracle needs --defense neutralize, got {defense}")
+    with open_session(context, network, output, out, FILES) as session:
         from weakspot._checks import check_fraction
         from weakspot.budgets import read_budget
         from weakspot.classifier import check_images
@@ -174,32 +133,32 @@ def defend(
         from weakspot.defenses.randomized import is_random
 
         spent = read_budget(budget)
-        check_fraction(fraction, name="fraction")
-        advance("loading the model", 0.0)
-        classifier = load_classifier(model, weights, mean, std, classes, size, device)
-        defended = find_defense(defense, settings or [], classifier)
-        other = None
-        if substitute is not None:
-            sides = "x".join(map(str, classifier.input_size))
-            other = load_classifier(substitute, None, None, None, None, sides, device)
-        batch, paths, skipped, unread = located_pictures(classifier, sources, samples=samples)
-        if given(context, ["draws"]) and not is_random(defended, check_images(batch, classifier), seed=seed):
-            refuse(context, ["draws"], f"with {defense}, which is not random; leave it out")
-        truth, where = find_labels(labels, classifier, batch, paths)
-        if limit is not None and limit < len(batch):
-            chosen = sorted(random.Random(seed).sample(range(len(batch)), limit))  # noqa: S311 - no secret
-            batch, truth, paths = batch[chosen], truth[chosen], [paths[index] for index in chosen]
-        make_folder(out)
+        check_fraction(fraction)
+        classifier = session.classifier
+        defended = find_defense(defense, settings, classifier)
+        other = None if substitute is None else _load_substitute(session, substitute)
+        read = session.read_images(sources, samples=samples)
+        if given(context, ["draws"]) and not is_random(
+            defended, check_images(read.pixels, classifier), seed=seed
+        ):
+            refuse(context, ["draws"], f"with {defense}, which is not random")
+        # Before --limit, so that a table must list every image whatever the limit.
+        truth, _, where = find_labels(labels, classifier, read)
+        if limit is not None and limit < len(truth):
+            rows = sorted(random.Random(seed).sample(range(len(truth)), limit))  # noqa: S311 - no secret
+            read, truth = read.subset(rows), truth[rows]
+        session.make_folder()
+        # The oracle is the same defense with the region of the clean image.
         module = getattr(defended, "network", None)
         own = {key: getattr(module, key) for key in ("fraction", "fill") if oracle}
         table = evaluate_defense(
-            classifier, defended, batch, truth, budget=spent, steps=steps, fraction=fraction, draws=draws,
+            classifier, defended, read.pixels, truth, budget=spent, steps=steps, fraction=fraction, draws=draws,
             queries=queries, substitute=other, thorough=thorough, seed=seed,
             oracle=partial(oracle_neutralized, classifier, **own) if oracle else None,
-            progress=lambda done: advance(f"attacking {len(batch)} images", 0.1 + 0.85 * done),
+            progress=session.progress(f"attacking {len(truth)} images", 0.1, 0.95),
         )  # fmt: skip
         result = verdict(table)
-        advance("writing", 0.97)
+        session.advance("writing", 0.97)
         about = {
             "defense": ", ".join([defense, *(settings or [])]),
             "status": result.status,
@@ -208,105 +167,144 @@ def defend(
             f"of importance {fraction:.0%}",
             "substitute": substitute or "none",
             "labels": where,
-            "images": paths if samples else shortened(paths),
-            **describe_run(classifier, model, seed, skipped),
+            **session.provenance(seed),
         }
-        _write(out, table, about, f"{classifier.name}, {about['defense']}, {len(batch)} images, {spent}")
-    if as_json:
-        typer.echo(
-            json.dumps(
-                {
-                    **_as_json(table, about),
-                    "skipped": skipped,
-                    "folder": str(out.resolve()),
-                },
-                indent=2,
+        document: dict[str, object] = {key: about[key] for key in ("status", "verdict", "defense", "labels")}
+        document |= {"images": len(truth), "attacks": json_rows(table)}
+        title = f"{result.sentence} {classifier.name}, {about['defense']}, {len(truth)} images, {spent}"
+        names = read.paths if samples else shorten_paths(read.paths)
+        _write(out, table, document, {**about, "images": names}, title)
+
+    def show() -> None:
+        _print(table, result.sentence, where, _meanings(steps, substitute, table))
+        print_text(f"\n{len(truth)} images{session.ending()}", style="dim")
+        print_text(f"\nWritten to {out.resolve()} (look at defense.png)")
+
+    session.report(lambda: {**document, "skipped": session.skipped, "folder": str(out.resolve())}, show)
+
+
+def _load_substitute(session: Session, model: str) -> Classifier:
+    """The model of --substitute, with weights and normalization of its own, for images of the same size."""
+    size = "x".join(map(str, session.classifier.input_size))
+    return load_classifier(ModelOptions(model, size=size, device=session.network.device))
+
+
+def find_defense(text: str, settings: Sequence[str] | None, classifier: Classifier) -> nn.Module:
+    """The defended model that the options describe.
+
+    Args:
+        text: a built-in defense, or package.module:factory. The factory is called with the undefended classifier and
+            the settings, and returns a module that takes the same images and returns logits.
+        settings: NAME=VALUE each.
+        classifier: the undefended classifier.
+    """
+    from torch import nn
+
+    from weakspot._checks import unknown_choice
+    from weakspot.models.specs import find_factory
+
+    module, colon, name = text.partition(":")
+    if not colon and text not in BUILT_IN:
+        raise Failure(unknown_choice("--defense", text, BUILT_IN, remedy="or give package.module:factory"))
+    if not colon:
+        defended = _built_in(text, settings, classifier)
+    else:
+        factory = find_factory(module, name, kind="defense", forms=FORMS)
+        if not callable(factory):
+            raise Failure(
+                f"--defense {text} must be a function of the undefended classifier, got {type(factory).__name__}"
             )
+        values = parse_settings(settings, texts=("layer", "units"))
+        try:
+            defended = factory(classifier, **values)
+        except Exception as error:
+            given_settings = f" and {', '.join(settings)}" if settings else ""
+            raise Failure(
+                f"--defense {text} failed on the undefended classifier{given_settings}: {type(error).__name__}: {error}"
+            ) from error
+    if not isinstance(defended, nn.Module):
+        raise Failure(
+            f"--defense {text} must return a torch.nn.Module that takes images in [0, 1] and returns logits, got "
+            f"{type(defended).__name__}"
         )
-    elif not quiet:
-        meanings = _meanings(steps, substitute, table)
-        _print(table, result.sentence, where, meanings, len(skipped), time.perf_counter() - started)
-        typer.echo(f"\nWritten to {out.resolve()}; look at defense.png")
-    if unread:
-        raise typer.Exit(UNREADABLE)
+    for part in defended.modules():  # flags rather than .eval(), which exported modules refuse
+        part.training = False
+    return defended.to(classifier.mean.device)
 
 
-def _check_apart(out: Path, sources: Sequence[Path]) -> None:
-    """Raises Failure where what is written would be read, as a picture, in this run or the next."""
-    folder = out.resolve()
-    for source in (source.resolve() for source in sources if source.is_dir()):
-        if source == folder or (source in folder.parents and (folder / "defense.png").exists()):
-            raise Failure(f"out is {out}, inside a folder of pictures to be read; give another folder", USAGE)
+def _built_in(name: str, settings: Sequence[str] | None, classifier: Classifier) -> nn.Module:
+    from weakspot._checks import unknown_choice
+    from weakspot.defenses import mask_units, neutralizing
+
+    make: Callable[..., nn.Module] = neutralizing if name == "neutralize" else mask_units
+    values: dict[str, object] = {**parse_settings(settings, texts=("layer", "units"))}
+    parameters = {key: p for key, p in inspect.signature(make).parameters.items() if key != "model"}
+    for key in values:
+        if key not in parameters:
+            raise Failure(unknown_choice(f"--set of {name}", key, parameters))
+    missing = [key for key, p in parameters.items() if p.default is p.empty and key not in values]
+    if missing:
+        raise Failure(f"{name} needs {' and '.join(missing)} (give --set layer=_blocks.5 --set units=3,17)")
+    if name == "neutralize" and "seed" in values and not values.get("randomness"):
+        raise Failure("--set seed has no effect without randomness (add --set randomness=0.5)")
+    if "units" in values:
+        units = [part.strip() for part in str(values["units"]).split(",")]
+        if not all(part.isascii() and part.isdigit() for part in units):
+            raise Failure(f"units must be integers separated by commas such as 3,17, got {values['units']!r}")
+        values["units"] = [int(part) for part in units]
+    try:
+        return make(classifier, **values)
+    except TypeError as error:
+        raise Failure(f"{name} failed with {', '.join(settings or ())}: {error}") from error
 
 
-def _as_json(table: pd.DataFrame, about: Mapping[str, Any]) -> dict[str, Any]:
-    rows = json.loads(table.to_json(orient="records", double_precision=9))
-    return {
-        "status": about["status"],
-        "verdict": about["verdict"],
-        "defense": about["defense"],
-        "labels": about["labels"],
-        "images": len(about["images"]),
-        "attacks": rows,
-    }
-
-
-def _write(out: Path, table: pd.DataFrame, about: Mapping[str, Any], title: str) -> None:
-    """All files, run.json last."""
+def _write(
+    out: Path, table: pd.DataFrame, document: Mapping[str, object], about: Mapping[str, object], title: str
+) -> None:
+    """Write all files, run.json last."""
     from weakspot._io.files import write_atomic
     from weakspot.audit.store.run_folder import write_scores
     from weakspot.report.figures import accuracy_figure
 
-    text = json.dumps(_as_json(table, about), indent=2) + "\n"
+    text = json.dumps(document, indent=2) + "\n"
     write_atomic(out / "defense.json", lambda draft: draft.write_text(text, "utf-8"))
-    figure = accuracy_figure(table, f"{about['verdict']} {title}")
+    figure = accuracy_figure(table, title)
     write_atomic(out / "defense.png", lambda draft: figure.savefig(draft, dpi=120, format="png"))
     write_scores(table, about, out, name="defense.csv")
 
 
 def _meanings(steps: int, substitute: str | None, table: pd.DataFrame) -> dict[str, str]:
-    """What each row is, in few words."""
-    from weakspot.defenses import verdicts as rows
+    """What each row of the table is."""
+    from weakspot.defenses.verdicts import Row
 
     meanings = {
-        rows.CLEAN: "no attack",
-        rows.TRANSFERRED: f"PGD-{steps} on the undefended model: the naive figure",
-        rows.SUBSTITUTE: f"momentum iterations on {substitute}",
-        rows.OWN: f"PGD-{steps} on the model's own gradients",
-        rows.STRAIGHT: "PGD led by the network inside the defended model",
-        rows.UNDEFENDED_GRADIENTS: "PGD led by the undefended model",
-        rows.REGION: "PGD on its own gradients, only there",
-        rows.ENSEMBLE: "Auto-PGD on two losses, targeted, square search",
-        rows.ORACLE: "region of the clean image: no defender has it",
+        Row.CLEAN: "no attack",
+        Row.TRANSFERRED: f"PGD-{steps} on the undefended model (the naive evaluation)",
+        Row.SUBSTITUTE: f"momentum iterations on {substitute}",
+        Row.OWN: f"PGD-{steps} with the defended model's gradients",
+        Row.STRAIGHT: "PGD with the gradients of the network inside the defended model",
+        Row.UNDEFENDED_GRADIENTS: "PGD with the gradients of the undefended model",
+        Row.REGION: "PGD in the region of importance, with the defended model's gradients",
+        Row.ENSEMBLE: "Auto-PGD on two losses, targeted, square search",
+        Row.ORACLE: "region of the clean image, which no defender has",
     }
     families = {
-        rows.DRAWS: "the same on the mean of more draws",
-        rows.QUERIES: "random squares, no gradients",
+        Row.DRAWS: "the same, averaged over more draws",
+        Row.QUERIES: "random squares, without gradients",
     }
+    for name in table["attack"]:
+        for pattern, meaning in families.items():
+            if name.startswith(pattern.partition("{")[0]):
+                meanings.setdefault(name, meaning)
+    return {name: meanings[name] for name in table["attack"]}
 
-    def meaning(name: str) -> str:
-        family = (text for start, text in families.items() if name.startswith(start.partition("{")[0]))
-        return meanings.get(name) or next(family)
 
-    return {name: meaning(name) for name in table["attack"]}
-
-
-def _print(
-    table: pd.DataFrame,
-    sentence: str,
-    where: str,
-    meanings: Mapping[str, str],
-    skipped: int,
-    seconds: float,
-) -> None:
+def _print(table: pd.DataFrame, sentence: str, where: str, meanings: Mapping[str, str]) -> None:
     console = Console(highlight=False)
-    console.print(f"[bold]{escape(sentence)}[/bold]\n", soft_wrap=True)
     wide = console.width >= WIDE
-    shown = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("left after", "undefended", "95%", "defended", "95%", *(["made how"] if wide else [])):
-        shown.add_column(
-            heading, justify="right" if heading in {"undefended", "defended"} else "left", no_wrap=True
-        )
+    print_text(f"{sentence}\n", style="bold")
+    headings = ("accuracy after", "undefended", "95%", "defended", "95%", *(["method"] if wide else []))
+    shown = make_table(headings, fold=(), right=("undefended", "defended"))
     for _, row in table.iterrows():
         name = str(row["attack"])
         cells = [
@@ -314,20 +312,15 @@ def _print(
             for side in ("undefended", "defended")
             for cell in (f"{row[side]:.0%}", f"{row[f'{side}_low']:.0%}-{row[f'{side}_high']:.0%}")
         ]
-        shown.add_row(name, *cells, *([meanings[name]] if wide else []))
+        shown.add_row(escape(name), *cells, *([escape(meanings[name])] if wide else []))
     console.print(shown)
     if not wide:
-        legend = (f"{name}: {meaning}" for name, meaning in meanings.items())
-        console.print("\n" + escape("\n".join(legend)), style="dim", soft_wrap=True)
-    console.print(
-        "\nEach attack is tried on the images that withstood those above it; attacked images are rounded to 8 bits.",
-        soft_wrap=True,
+        print_text("\n" + "\n".join(f"{name}: {meaning}" for name, meaning in meanings.items()), style="dim")
+    print_text(
+        "\nEach attack is tried on the images that withstood those above it; attacked images are rounded to 8 bits."
     )
-    console.print(f"Labels: {escape(where)}.", soft_wrap=True)
-    if where.startswith("the model's own"):
-        console.print(
-            "So the undefended model's clean accuracy is 100% by definition; --labels shows what a defense costs.",
-            soft_wrap=True,
+    print_text(f"Labels: {where}.")
+    if where.startswith("the model's"):
+        print_text(
+            "So the undefended model's clean accuracy is 100% by definition; --labels shows what a defense costs."
         )
-    tail = f", {skipped} skipped" if skipped else ""
-    console.print(f"\n{int(table['images'].iloc[0])} images{tail} in {seconds:.1f} s", style="dim")

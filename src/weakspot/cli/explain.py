@@ -1,297 +1,279 @@
-"""`weakspot explain`: attack pictures, or take a pair, and explain.
-
-Aims: what an attack on the command line is to reach, and where it may act.
-"""
+"""`weakspot explain`: attack images, or read pairs, and explain them."""
 
 from __future__ import annotations
 
-import os
-import sys
-import time
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
-from weakspot.cli.app import UNREADABLE, USAGE, Failure, app, note, notes_for_people, progress_bar, watch
-from weakspot.cli.inputs import (
-    check_existing,
-    check_sources,
-    class_index,
-    load_classifier,
-    number,
-    read_pair,
-    read_pictures,
-    read_reference,
-)
+from weakspot.cli.aims import AimOptions, find_aim, find_region
+from weakspot.cli.app import UNREADABLE, Failure, command
 from weakspot.cli.options import (
-    ClassesOption,
-    DebugOption,
-    DeviceOption,
-    FractionOption,
-    MeanOption,
-    ModelOption,
-    QuietOption,
-    RegionOption,
+    AnalysesOption,
+    BudgetOption,
+    ImagesArgument,
+    ModelOptions,
+    OutputOptions,
     SamplesOption,
     SeedOption,
-    SizeOption,
-    StdOption,
-    TargetOption,
-    WeightsOption,
+    StepsOption,
+    flag,
+    option,
+    parse_names,
     refuse,
     refuse_fraction,
 )
-from weakspot.cli.output import check_folder, describe_run, make_folder, print_json, print_table
+from weakspot.cli.output import json_rows, make_table, print_table, print_text
+from weakspot.cli.session import Session, check_existing, check_sources, open_session
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from weakspot.classifier import Classifier
+    from weakspot.explanations import Explanation
     from weakspot.pairs import Pairs
 
-
-class Aim(NamedTuple):
-    """Images (N, C, H, W), what the model reads them as (N,), the classes to reach (N,) or None, and N names."""
-
-    images: Tensor
-    labels: Tensor
-    targets: Tensor | None
-    names: list[str]
-
-
-def find_aim(classifier: Classifier, images: Tensor, names: list[str], target: str | None) -> Aim:
-    """The labels are the model's own predictions; pictures that it reads as the target already are left out."""
-    import torch
-
-    from weakspot.classifier import check_images, evaluating, predict
-
-    with evaluating(classifier):
-        images = check_images(images, classifier)
-        logits = predict(classifier, images)
-    labels = logits.argmax(1)
-    if target is None:
-        return Aim(images, labels, None, names)
-    wanted = class_index(classifier, target, logits.shape[1])
-    others = labels != wanted
-    for name, other in zip(names, others.tolist(), strict=True):
-        if not other:
-            note(f"{name}: already read as {classifier.class_name(wanted)}; skipped")
-    if not bool(others.any()):
-        raise Failure(f"every picture is already read as {classifier.class_name(wanted)}, the target", USAGE)
-    left = [name for name, other in zip(names, others.tolist(), strict=True) if other]
-    return Aim(images[others], labels[others], torch.full_like(labels[others], wanted), left)
-
-
-def find_region(
-    text: str, fraction: float, classifier: Classifier, aim: Aim, seed: int
-) -> tuple[Tensor | None, str]:
-    """The region that the option names, None where that is everywhere, and the region in words."""
-    from weakspot._checks import check_fraction
-    from weakspot.regions import read_region
-    from weakspot.regions.masks import UnreadableError
-    from weakspot.regions.spec import NAMES
-
-    check_fraction(fraction)
-    if text == "none":
-        return None, "whole image"
-    try:
-        region = read_region(
-            text, classifier, aim.images, aim.labels, targets=aim.targets, fraction=fraction, seed=seed
-        )
-    except (UnreadableError, FileNotFoundError) as error:
-        raise Failure(f"region: {error}", UNREADABLE) from None
-    except ValueError as error:
-        said = str(error)
-        raise Failure(said if said.startswith("region") else f"region: {said}", USAGE) from None
-    if not bool(region.any()):
-        raise Failure(
-            f"region is {text!r} and fraction is {fraction}, which leaves no pixel to change; accepted is more",
-            USAGE,
-        )
-    if text == "cam":
-        return region, f"the {fraction:.0%} of the image with most evidence for its class"
-    return region, f"the white part of {text}" if text not in NAMES and os.path.isfile(text) else text  # noqa: PTH113
-
-
 FILES = ("report.html", "scores.csv", "pairs.safetensors", "maps.npz", "locality.csv", "run.json")
-OF_ATTACK = ("region", "fraction", "norm", "eps", "steps", "target")
-LABELS = "the model's own predictions on the clean images"
-EXAMPLES = """
-
-[bold]Examples[/bold]
-
-weakspot explain cat.jpg dog.jpg
-
-weakspot explain photos/ --region cam --eps 8/255 --out runs/cam
-
-weakspot explain --pair clean.png adversarial.png --model my_package.models:build
-
-weakspot explain --samples --json > scores.json
-
-weakspot attack photos/ --attack pixels --out runs/pixels
-
-weakspot explain --pair runs/pixels/pairs.safetensors --analyses locality
-"""
+ATTACK_OPTIONS = ("labels", "region", "fraction", "budget", "steps", "target")
 
 
-@app.command(epilog=EXAMPLES)
+@command(
+    "weakspot explain cat.jpg dog.jpg",
+    "weakspot explain photos/ --region cam --budget linf:8/255 --out runs/cam",
+    "weakspot explain --pair clean.png adversarial.png --model my_package.models:build",
+    "weakspot explain --samples --json > scores.json",
+    "weakspot attack photos/ --attack few_pixel --out runs/pixels",
+    "weakspot explain --pair runs/pixels/pairs.safetensors --analyses locality",
+)
 def explain(
     context: typer.Context,
-    images: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            help="Pictures or folders of pictures; with --pair CLEAN and ADVERSARIAL.", show_default=False
-        ),
-    ] = None,
+    aims: AimOptions,
+    network: ModelOptions,
+    output: OutputOptions,
+    images: ImagesArgument = None,
+    samples: SamplesOption = False,
     pair: Annotated[
         bool,
-        typer.Option(
-            "--pair", help="Explain a pair made by any tool: CLEAN ADVERSARIAL, or one pairs.safetensors."
+        flag(
+            "--pair",
+            "Explain pairs made by any tool: IMAGES are CLEAN ADVERSARIAL, or one pairs.safetensors.",
         ),
     ] = False,
-    samples: SamplesOption = False,
-    model: ModelOption = "efficientnet_lite0",
-    weights: WeightsOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    classes: ClassesOption = None,
-    size: SizeOption = None,
-    region: RegionOption = "none",
-    fraction: FractionOption = 0.3,
-    norm: Annotated[str, typer.Option(help="How change is measured: linf or l2.")] = "linf",
-    eps: Annotated[
-        str, typer.Option(help="How much may change: 4/255, 0.02; for l2 a length such as 1.5.")
-    ] = "4/255",
-    steps: Annotated[int, typer.Option(help="Steps of the attack.", min=1)] = 20,
-    target: TargetOption = None,
-    analyses: Annotated[
-        str | None, typer.Option(help="Which analyses, separated by commas; all by default.")
-    ] = None,
     reference: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder of other pictures of the same source. Attacks are compared with where the network looks in "
-            "them; a p value needs 19 other pictures, the ones that are explained included.",
-            show_default=False,
+        option(
+            "FOLDER",
+            "Other images of the same source. Each attack is compared with where the model looks in them; a p "
+            "value needs 19 others, the explained images included.",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help=f"Folder for {', '.join(FILES)}.")] = Path("weakspot-out"),
+    budget: BudgetOption = "linf:4/255",
+    steps: StepsOption = 20,
+    analyses: AnalysesOption = "all",
     seed: SeedOption = 0,
-    device: DeviceOption = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print scores as JSON.")] = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
+    out: Annotated[Path, option("FOLDER", f"Folder for {', '.join(FILES)}.")] = Path("weakspot-out"),
 ) -> None:
-    """Attack pictures, or take a pair as it is, and explain where the change acts and whether the model looks there.
+    """Attack images, or read pairs, and explain where the change acts and whether the model looks there.
 
-    Labels are the model's own predictions on the clean pictures. Files that cannot be read are named and skipped.
+    Files that cannot be read are noted and skipped.
     """
-    del debug
-    started = time.perf_counter()
     sources = list(images or [])
-    check_sources(sources, pair=pair, samples=samples)
-    watch(context, out, FILES)
+    _check_pair(sources, pair=pair, samples=samples)
     if pair:
-        refuse(context, OF_ATTACK, "with --pair, which takes the pair as it is; leave out one or the other")
-    budget_eps = number(eps)
-    check_folder(out)
-    check_existing(sources)
-
-    # Whatever a model prints must not end up among the scores.
-    with redirect_stdout(sys.stderr), notes_for_people(quiet), progress_bar(quiet or as_json) as advance:
-        if not pair:
-            refuse_fraction(context, [region])
-        advance("loading the model", 0.0)
-        classifier = load_classifier(model, weights, mean, std, classes, size, device)
-        if pair:
-            (pairs, names), how = read_pair(classifier, sources), "a pair taken as it is"
-            skipped: list[str] = []
-            unread: list[Path] = []
-            make_folder(out)
-        else:
-            batch, names, skipped, unread = read_pictures(classifier, sources, samples=samples)
-            make_folder(out)
-            pairs, names, how = _attack(
-                classifier, batch, names, region, fraction, norm, budget_eps, steps, target, seed,
-                lambda share: advance("attacking", 0.1 + 0.4 * share),
-            )  # fmt: skip
-        others = None if reference is None else read_reference(classifier, reference)
+        refuse(context, ATTACK_OPTIONS, "with --pair, which attacks nothing (leave out one of the two)")
+    else:
+        refuse_fraction(context, [aims.region])
+    chosen = None if analyses == "all" else [] if analyses == "none" else parse_names(analyses)
+    with open_session(context, network, output, out, FILES) as session:
         from weakspot._io.files import write_atomic
         from weakspot.audit import write_run
         from weakspot.explanations import explain as explain_pairs
         from weakspot.explanations.locality_by_radius import locality_of, locality_sentence
 
+        if pair:
+            pairs, names, source = _read_pairs(session.classifier, sources)
+            how = "pairs as given"
+            session.make_folder()
+        else:
+            pairs, names, source, how = _attack(session, sources, aims, budget, steps, seed, samples=samples)
+        others = None if reference is None else _read_reference(session, reference)
         made = {
             "attack": how,
-            "labels": "as the file has them" if pair and len(sources) == 1 else LABELS,
-            **({} if others is None else {"reference": f"{len(others)} pictures in {reference}"}),
-            **describe_run(classifier, model, seed, skipped),
+            "labels": source,
+            **({} if others is None else {"reference": f"{len(others)} images in {reference}"}),
+            **session.provenance(seed),
         }
         explanation = explain_pairs(
-            classifier,
+            session.classifier,
             pairs,
-            analyses=[name.strip() for name in analyses.split(",")] if analyses else None,
+            analyses=chosen,
             seed=seed,
             names=names,
             made=made,
             reference=others,
-            progress=lambda share: advance("explaining", 0.5 + 0.45 * share),
+            progress=session.progress("explaining", 0.5, 0.95),
         )
-        advance("writing", 0.97)
-        seconds = time.perf_counter() - started
-        about = {**made, "images": list(names), "skipped": skipped, "seconds": round(seconds, 2)}
+        session.advance("writing", 0.97)
+        about = {
+            **made,
+            "images": list(names),
+            "skipped": session.skipped,
+            "seconds": round(session.seconds, 2),
+        }
         paths = write_run(explanation, out, about)
-        moved = locality_of(explanation.scores)
-        if moved is not None:
+        locality = locality_of(explanation.scores)
+        if locality is not None:
             paths["locality.csv"] = out / "locality.csv"
-            write_atomic(paths["locality.csv"], partial(moved.to_csv, index=False))
-    if as_json:
-        print_json(explanation, paths, skipped)
-    elif not quiet:
-        print_table(explanation, seconds, len(skipped))
-        if moved is not None:
-            typer.echo(f"\n{locality_sentence(moved)}")
-        typer.echo(f"\nReport: {paths['report.html'].resolve()}")
-    if unread:
-        raise typer.Exit(UNREADABLE)
+            write_atomic(paths["locality.csv"], partial(locality.to_csv, index=False))
+
+    def show() -> None:
+        _print(explanation, session.ending())
+        if locality is not None:
+            print_text(f"\n{locality_sentence(locality)}")
+        print_text(f"\nReport: {paths['report.html'].resolve()}")
+
+    session.report(lambda: _document(explanation, paths, session.skipped), show)
+
+
+def _check_pair(sources: Sequence[Path], *, pair: bool, samples: bool) -> None:
+    """Check that the paths fit the options."""
+    saved = len(sources) == 1 and sources[0].suffix == ".safetensors"
+    if pair and samples:
+        raise Failure("--samples has no effect with --pair (leave out one of the two)")
+    if pair and len(sources) != 2 and not saved:
+        raise Failure(
+            f"--pair needs two images, CLEAN ADVERSARIAL, or one pairs.safetensors, got {len(sources)} paths"
+        )
+    if saved and not pair:
+        raise Failure(f"{sources[0]} is not an image (add --pair to explain saved pairs)")
+    if pair:
+        check_existing(sources)
+    else:
+        check_sources(sources, samples=samples)
 
 
 def _attack(
-    classifier: Classifier,
-    images: Tensor,
-    names: list[str],
-    region: str,
-    fraction: float,
-    norm: str,
-    eps: float,
+    session: Session,
+    sources: Sequence[Path],
+    aims: AimOptions,
+    budget: str,
     steps: int,
-    target: str | None,
     seed: int,
-    progress: Callable[[float], None],
-) -> tuple[Pairs, list[str], str]:
-    """The pairs, their names, and in words how they were made."""
+    *,
+    samples: bool,
+) -> tuple[Pairs, list[str], str, str]:
+    """The pairs, their names, where the labels are from, and how the pairs were made."""
     from weakspot.attacks import pgd
-    from weakspot.budgets import L2, Linf
+    from weakspot.budgets import read_budget
 
-    if norm not in {"linf", "l2"}:
-        raise Failure(f"norm is {norm!r}; accepted are linf and l2", USAGE)
-    budget = Linf(eps) if norm == "linf" else L2(eps)
-    aim = find_aim(classifier, images, names, target)
-    mask, where = find_region(region, fraction, classifier, aim, seed)
+    spent = read_budget(budget)
+    aim, source = find_aim(session.classifier, session.read_images(sources, samples=samples), aims)
+    session.make_folder()
+    mask, where = find_region(aims, session.classifier, aim, seed)
     pairs = pgd(
-        classifier,
+        session.classifier,
         aim.images,
         aim.labels,
-        budget=budget,
+        budget=spent,
         region=mask,
         targets=aim.targets,
         steps=steps,
         seed=seed,
-        progress=progress,
+        progress=session.progress("attacking", 0.1, 0.5),
     )
-    asked = "" if aim.targets is None else f", toward {classifier.class_name(int(aim.targets[0]))}"
-    return pairs, aim.names, f"PGD, {budget}, {steps} steps, {where}{asked}"
+    toward = "" if aim.targets is None else f", toward {session.classifier.class_name(int(aim.targets[0]))}"
+    return pairs, aim.names, source, f"PGD, {spent}, {steps} steps, {where}{toward}"
+
+
+def _read_pairs(classifier: Classifier, sources: Sequence[Path]) -> tuple[Pairs, list[str], str]:
+    """The pair in two images, or the pairs in one file of `Pairs.save`; names, and where the labels are from."""
+    from weakspot._checks import warn
+    from weakspot.pairs import AttackResult, Pairs
+
+    if len(sources) == 1:
+        try:
+            pairs: Pairs = AttackResult.load(sources[0])
+        except (
+            ValueError
+        ):  # pairs of another tool, without success and counts; or no pairs, which load reports
+            pairs = Pairs.load(sources[0])
+        return pairs, [f"{sources[0].stem} {number}" for number in range(len(pairs))], "from the file"
+    clean, adversarial = (_read_image(source, classifier.channels) for source in sources)
+    if clean.shape != adversarial.shape:
+        sizes = " and ".join(f"{image.shape[1]} x {image.shape[2]}" for image in (clean, adversarial))
+        raise Failure(f"the images of a pair must have one size, got {sizes} (height x width)", UNREADABLE)
+    # First at their own size, to see whether resizing would weaken the perturbation.
+    if clean.shape[1:] != classifier.input_size:
+        height, width = classifier.input_size
+        warn(
+            f"both images are resized from {clean.shape[1]} x {clean.shape[2]} to {height} x {width}, which weakens a "
+            "perturbation (save adversarial images at the size that the model takes)",
+            UserWarning,
+        )
+        clean, adversarial = (
+            _read_image(source, classifier.channels, classifier.input_size) for source in sources
+        )
+    names = [f"{sources[0].name} → {sources[1].name}"]
+    return Pairs.of(classifier, clean[None], adversarial[None]), names, "the model's predictions"
+
+
+def _read_image(path: Path, channels: int, size: tuple[int, int] | None = None) -> Tensor:
+    """One image file (C, H, W), of its own size by default."""
+    from weakspot.images import open_pictures
+
+    if not path.is_file():
+        raise Failure(f"--pair needs two image files, got {path}", UNREADABLE)
+    (image,) = open_pictures(path, size=size, channels=channels)
+    if image.pixels is None:
+        raise Failure(f"{path}: {image.remark}", UNREADABLE)
+    return image.pixels
+
+
+def _read_reference(session: Session, folder: Path) -> Tensor:
+    """The images (R, C, H, W) in a folder."""
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "a path that does not exist"
+        raise Failure(f"--reference must be a folder of images, got {folder}, {what}", UNREADABLE)
+    return session.read_images([folder]).pixels
+
+
+def _document(explanation: Explanation, paths: dict[str, Path], skipped: Sequence[str]) -> dict[str, object]:
+    """Scores, verdicts and files for --json."""
+    rows = json_rows(explanation.scores)
+    for index, row in enumerate(rows):
+        row["verdict"] = explanation.verdict(index)
+    files = {name: str(path.resolve()) for name, path in paths.items()}
+    return {"scores": rows, "skipped": list(skipped), "files": files}
+
+
+def _print(explanation: Explanation, ending: str) -> None:
+    """A table, then the verdict on each image."""
+    from weakspot.report.image_verdict import headline
+    from weakspot.statistics.number_format import p_value, percent
+
+    scores = explanation.scores
+    placed = "effect_in_roi" in scores and bool(scores["effect_in_roi_shift_p"].notna().any())
+    compared = "relation" in scores and bool(scores["relation"].notna().any())
+    headings = ["image", "before → after"]
+    headings += ["effect where it looks"] if placed else []
+    headings += ["in other images", "p"] if compared else []
+    table = make_table(headings)
+    for _, row in scores.iterrows():
+        failed = "" if row["success_8bit"] or row["linf"] == 0 else " [yellow](failed)[/yellow]"
+        cells = [escape(str(row["image"])), escape(headline(row)) + failed]
+        if placed:  # NaN if the attack is confined to a region, which decides where it acts
+            cells.append(percent(row["effect_in_roi"]) if row["effect_in_roi_shift_p"] >= 0 else "")
+        if compared:
+            tested = row["relation_p"] >= 0
+            cells.append(percent(row["effect_in_roi_null"]) if tested else "")
+            cells.append(p_value(row["relation_p"]).removeprefix("p = ").removeprefix("p ") if tested else "")
+        table.add_row(*cells)
+    print_table(table)
+    for index, name in enumerate(scores["image"]):
+        print_text(f"\n{name}", style="bold")
+        print_text(explanation.verdict(index))
+    print_text(f"\n{len(explanation)} images explained{ending}", style="dim")

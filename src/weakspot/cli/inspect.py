@@ -1,51 +1,42 @@
-"""`weakspot models` and `weakspot doctor`: what is here and whether it works."""
+"""`weakspot models` and `weakspot doctor`: what is installed and whether it works."""
 
 from __future__ import annotations
 
+import importlib
 import time
-from typing import Annotated
 
 import typer
 
-from weakspot.cli.app import app
+from weakspot.cli.app import EXTRAS, command
+from weakspot.cli.options import OutputOptions
 from weakspot.cli.output import print_rows
 
+EXPECTED = ("Egyptian cat", "espresso", "missile", "moped")  # classes of the sample images
 
-@app.command()
-def models(
-    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
-) -> None:
-    """List the models that can be named with --model, and whether what they need is here.
 
-    [bold]Example[/bold]: weakspot models
-    """
+@command("weakspot models")
+def models(output: OutputOptions) -> None:
+    """List the models that --model takes, and whether the packages they need are installed."""
     from weakspot.models import available_models
 
-    rows = [{"model": name, "what": "installed", "usable": "yes"} for name in available_models()]
+    rows = [{"model": name, "source": "installed", "usable": "yes"} for name in available_models()]
     rows += [
-        {
-            "model": "package.module:factory",
-            "what": "your own function or class that makes a module",
-            "usable": "yes",
-        },
-        {"model": "model.pt2", "what": "saved by torch.export.save", "usable": "yes"},
+        {"model": "package.module:factory", "source": "your function that returns a module", "usable": "yes"},
+        {"model": "FOLDER", "source": "written by weakspot train", "usable": "yes"},
+        {"model": "model.pt2", "source": "saved by torch.export.save", "usable": "yes"},
     ]
     hubs = {"hf:DIRECTORY": "transformers", "timm:NAME": "timm", "torchvision:NAME": "torchvision"}
     rows += [
-        {"model": form, "what": f"from {package}", "usable": _importable(package)}
+        {"model": form, "source": package, "usable": installed([package], package)}
         for form, package in hubs.items()
     ]
-    print_rows(rows, as_json)
+    if not output.quiet:
+        print_rows(rows, as_json=output.as_json)
 
 
-@app.command()
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
-) -> None:
-    """Check that weakspot works here: versions, device, embedded network, speed, optional packages.
-
-    [bold]Example[/bold]: weakspot doctor
-    """
+@command("weakspot doctor")
+def doctor(output: OutputOptions) -> None:
+    """Check that weakspot works: versions, device, embedded network, speed and optional extras."""
     import torch
 
     from weakspot.attacks import pgd
@@ -55,49 +46,44 @@ def doctor(
     from weakspot.images import sample_images
     from weakspot.models import load
 
-    rows = [{"check": name, "found": value} for name, value in versions().items()]
     classifier = load("efficientnet_lite0")
-    images, _ = sample_images()
-    images = images.to(classifier.mean.device)
-    rows.append({"check": "device", "found": f"{classifier.mean.device}, {torch.get_num_threads()} threads"})
-    predict(classifier, images)
-    begun = time.perf_counter()
-    said = [classifier.class_name(int(index)) for index in predict(classifier, images).argmax(1)]
-    forward = (time.perf_counter() - begun) / len(images)
-    begun = time.perf_counter()
-    fooled = pgd(classifier, images, predict(classifier, images).argmax(1), steps=3).success
-    attack = time.perf_counter() - begun
-    expected = ["Egyptian cat", "espresso", "missile", "moped"]
-    well = said == expected and bool(fooled.any())
-    rows += [
-        {"check": "embedded network", "found": "says " + ", ".join(said)},
-        {"check": "speed", "found": f"{1000 * forward:.0f} ms for a forward pass of one 224 x 224 image"},
-        {
-            "check": "attack",
-            "found": f"{int(fooled.sum())} of 4 photographs fooled in 3 steps, {attack:.1f} s",
-        },
-        {"check": "analyses", "found": ", ".join(available_analyses())},
-    ]
-    rows += [{"check": name, "found": _importable(name)} for name in ("transformers", "timm", "torchvision")]
-    rows.append(
-        {
-            "check": "verdict",
-            "found": "all is well" if well else f"the network should say {', '.join(expected)}",
-        }
-    )
-    print_rows(rows, as_json)
-    if not well:
+    device = classifier.mean.device
+    images = sample_images()[0].to(device)
+    predict(classifier, images)  # warms up
+    started = time.perf_counter()
+    labels = predict(classifier, images).argmax(1)
+    forward = (time.perf_counter() - started) / len(images)
+    started = time.perf_counter()
+    fooled = pgd(classifier, images, labels, steps=3).success
+    attack = time.perf_counter() - started
+    predicted = [classifier.class_name(int(label)) for label in labels]
+    healthy = predicted == [*EXPECTED] and bool(fooled.any())
+    checks = {
+        **versions(),
+        "device": f"{device}, {torch.get_num_threads()} threads",
+        "embedded network": f"predicts {', '.join(predicted)}",
+        "speed": f"{1000 * forward:.0f} ms for a forward pass of one 224 x 224 image",
+        "attack": f"{int(fooled.sum())} of 4 photographs fooled in 3 steps, {attack:.1f} s",
+        "analyses": ", ".join(available_analyses()),
+    }
+    for extra, (modules, purpose) in EXTRAS.items():
+        checks[f"extra {extra}"] = f"{installed(modules, extra)}; for {purpose}"
+    checks["result"] = "everything works" if healthy else f"the network should predict {', '.join(EXPECTED)}"
+    if not output.quiet:
+        print_rows([{"check": name, "result": text} for name, text in checks.items()], as_json=output.as_json)
+    if not healthy:
         raise typer.Exit(1)
 
 
-def _importable(package: str) -> str:
-    """What becomes of importing the package: "yes" and its version, or why not."""
-    import importlib
-
-    try:
-        module = importlib.import_module(package)
-    except ModuleNotFoundError:
-        return f"not installed (pip install 'weakspot[{package}]')"
-    except Exception as error:  # noqa: BLE001 - a broken package may raise anything, and that is the finding
-        return f"installed, but does not import: {str(error).splitlines()[0][:100]}"
-    return f"yes, {getattr(module, '__version__', 'version unknown')}"
+def installed(modules: tuple[str, ...] | list[str], extra: str) -> str:
+    """Whether the modules of an extra can be imported: "yes" and the version, or the reason why not."""
+    imported = []
+    for name in modules:
+        try:
+            imported.append(importlib.import_module(name))
+        except ModuleNotFoundError:
+            return f"{name} is not installed; run: pip install 'weakspot[{extra}]'"
+        except Exception as error:  # noqa: BLE001 - a broken package may raise anything, and this reports it
+            return f"{name} is installed but cannot be imported: {str(error).splitlines()[0][:100]}"
+    versions = (f"{module.__name__} {getattr(module, '__version__', '')}".strip() for module in imported)
+    return f"yes ({', '.join(versions)})"

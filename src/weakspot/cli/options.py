@@ -1,100 +1,293 @@
-"""Options that several commands share.
-
-Given options: those that the user wrote, and a refusal of those that cannot take effect.
-"""
+"""Options that several commands share, each with one name, one default, one help text and one meaning."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
+from typer.models import ArgumentInfo, OptionInfo
 
-from weakspot.cli.app import USAGE, Failure
+from weakspot.cli.app import UNREADABLE, Failure
 
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        help="efficientnet_lite0 (embedded), package.module:factory, model.pt2, a folder of `weakspot train`, hf:DIR, "
-        "timm:NAME, torchvision:NAME.",
+MODEL, ATTACK, OUTPUT = "Model", "Attack", "Output"  # panels of the help
+Value = str | int | float | bool | None
+
+
+def option(
+    form: str, text: str, *, default: str | None = None, least: int | None = None, panel: str | None = None
+) -> OptionInfo:
+    """An option with a value.
+
+    Args:
+        form: names, then what the help calls the value, as in "--budget -b KIND:EPS"; the name may be left out.
+        text: help.
+        default: how the help describes a default that depends on other things.
+        least: minimum of a number.
+        panel: of the help.
+    """
+    # A flag ends in a space, so its metavar is empty, which hides the column <bool> of the help.
+    *names, metavar = form.split(" ")
+    made: OptionInfo = typer.Option(
+        *names, help=text, metavar=metavar, show_default=default or True, min=least, rich_help_panel=panel
+    )
+    return made
+
+
+def flag(form: str, text: str, *, panel: str | None = None) -> OptionInfo:
+    """An option without a value; `form` is its names."""
+    return option(f"{form} ", text, panel=panel)
+
+
+def argument(form: str, text: str) -> ArgumentInfo:
+    """A positional argument; `form` is what the help calls it."""
+    made: ArgumentInfo = typer.Argument(help=text, metavar=form, show_default=False)
+    return made
+
+
+ImagesArgument = Annotated[list[Path] | None, argument("IMAGES", "Image files or folders of images.")]
+SamplesOption = Annotated[bool, flag("--samples", "Use the four photographs that come with scikit-image.")]
+LabelsOption = Annotated[
+    str | None,
+    option(
+        "SOURCE",
+        "'folders' (each image's folder is named after its class), or a CSV file with the columns file and label "
+        "(a class name or number).",
+        default="the model's predictions",
     ),
 ]
-WeightsOption = Annotated[Path | None, typer.Option(help="Weights: .safetensors, or a plain state dict.")]
-MeanOption = Annotated[
-    str | None, typer.Option(help="Normalization of each channel on the [0, 1] scale: .485,.456,.406")
-]
-StdOption = Annotated[str | None, typer.Option(help="Likewise: .229,.224,.225")]
-ClassesOption = Annotated[
-    Path | None, typer.Option(help="Class names: a text file, one per line, or a JSON list.")
-]
-SizeOption = Annotated[
-    str | None, typer.Option(help="HEIGHTxWIDTH that pictures are brought to; the model's own by default.")
-]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-TargetOption = Annotated[
-    str | None, typer.Option(help="Class to reach, by name or number; any other class by default.")
+LimitOption = Annotated[int | None, option("N", "Use at most N images, chosen by --seed.", least=1)]
+BudgetOption = Annotated[
+    str,
+    option(
+        "--budget -b KIND:EPS",
+        "How much an image may change: linf:4/255, l2:1.5, l1:20, ssim:0.01, ssim-local:0.05.",
+        panel=ATTACK,
+    ),
 ]
 RegionOption = Annotated[
     str,
-    typer.Option(
-        help="Where the attack may act: none (anywhere), cam, background, border:WIDTH, support, a mask picture "
-        "(white); ~ for not, & for and, | for or, matched: for a control of equal area."
+    option(
+        "REGION",
+        "Where an image may change: none (anywhere), cam, background, border:WIDTH, support, or a mask image "
+        "(its white part). Combine with ~ (not), & (and), | (or); matched:REGION is a control of equal area.",
+        panel=ATTACK,
     ),
 ]
-FractionOption = Annotated[float, typer.Option(help="Share of the image in --region cam and support.")]
-SeedOption = Annotated[int, typer.Option(help="Of everything random.")]
-SamplesOption = Annotated[
-    bool, typer.Option("--samples", help="Take four photographs that come with scikit-image.")
+FractionOption = Annotated[
+    float,
+    option("X", "Fraction of the image in a region of importance (cam, support), 0 to 1.", panel=ATTACK),
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+TargetOption = Annotated[
+    str | None,
+    option(
+        "CLASS", "Class that the attack aims at, by name or number.", default="any other class", panel=ATTACK
+    ),
+]
+StepsOption = Annotated[int, option("N", "Steps of PGD.", least=1, panel=ATTACK)]
+SetOption = Annotated[
+    list[str] | None,
+    option(
+        "--set NAME=VALUE",
+        "Set an argument of the attack or defense, such as steps=50. Repeat for several.",
+        panel=ATTACK,
+    ),
+]
+AnalysesOption = Annotated[str, option("NAMES", "Analyses to run, separated by commas, or all, or none.")]
+BatchSizeOption = Annotated[
+    str,
+    option(
+        "N",
+        "Images attacked at once, or auto: as many as fit in memory. Does not change results.",
+        panel=ATTACK,
+    ),
+]
+SeedOption = Annotated[int, option("N", "Seed of all random numbers.")]
+WeightsOption = Annotated[
+    Path | None, option("FILE", "Weights: .safetensors, or a PyTorch state dict.", panel=MODEL)
+]
+DeviceOption = Annotated[str, option("DEVICE", "auto, cpu, cuda or mps.", panel=MODEL)]
 
 
-def given(context: typer.Context, names: Sequence[str]) -> list[str]:
-    """Which of these parameters the user gave, as options are written; a default that was spelled out counts as given.
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which classifier, and how images are prepared for it."""
+
+    panel: ClassVar[str | None] = MODEL
+
+    model: Annotated[
+        str,
+        option(
+            "--model -m MODEL",
+            "An installed model (see weakspot models), package.module:factory, model.pt2, a folder that weakspot "
+            "train wrote, hf:DIRECTORY, timm:NAME or torchvision:NAME.",
+        ),
+    ] = "efficientnet_lite0"
+    weights: WeightsOption = None
+    mean: Annotated[
+        str | None,
+        option("NUMBERS", "Mean of each channel on the [0, 1] scale: .485,.456,.406.", default="the model's"),
+    ] = None
+    std: Annotated[
+        str | None,
+        option("NUMBERS", "Standard deviation of each channel: .229,.224,.225.", default="the model's"),
+    ] = None
+    classes: Annotated[
+        Path | None,
+        option("FILE", "Class names: a text file with one per line, or a JSON list.", default="the model's"),
+    ] = None
+    size: Annotated[
+        str | None,
+        option("HxW", "Height and width that images are resized to.", default="the model's"),
+    ] = None
+    device: DeviceOption = "auto"
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """How a command reports."""
+
+    panel: ClassVar[str | None] = OUTPUT
+
+    as_json: Annotated[bool, flag("--json", "Print the results as JSON.")] = False
+    quiet: Annotated[bool, flag("--quiet -q", "Print nothing but errors.")] = False
+    debug: Annotated[bool, flag("--debug", "Show the traceback of an error.")] = False
+
+    @property
+    def silent(self) -> bool:
+        """Whether standard error shows no progress."""
+        return self.quiet or self.as_json
+
+
+def given(context: typer.Context, names: Sequence[str]) -> dict[str, str]:
+    """The parameters that the user gave on the command line, even if equal to the default.
 
     Args:
-        context: of the command that runs.
-        names: of parameters of its function.
+        context: of the running command.
+        names: parameters to look at.
+
+    Returns:
+        Parameter name to option name, as in {"as_json": "--json"}.
     """
+    # The long name: "--model" of ("--model", "-m").
     spelled = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
     sources = {name: context.get_parameter_source(name) for name in names}
-    return [spelled[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    return {
+        name: spelled[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"
+    }
 
 
 def refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
-    """What is given and would be ignored is a mistake, not a wish.
+    """Refuse options that would be ignored.
 
     Args:
-        context: of the command that runs.
-        names: of parameters that do nothing as it is called.
-        why: how it is called, and the remedy: "with --pair, which ...; leave out one or the other".
+        context: of the running command.
+        names: parameters without an effect in this call.
+        why: the reason and the remedy, as in "without --masks (add it)".
 
     Raises:
-        Failure: when any of them was given, naming all that were.
+        Failure: if the user gave any of them.
     """
-    found = given(context, names)
-    if found:
-        *rest, last = found
+    options = list(given(context, names).values())
+    if options:
+        *rest, last = options
         listed = f"{', '.join(rest)} and {last}" if rest else last
-        raise Failure(f"{listed} {'do' if rest else 'does'} nothing {why}", USAGE)
+        raise Failure(f"{listed} {'have' if rest else 'has'} no effect {why}")
 
 
 def refuse_fraction(context: typer.Context, regions: Sequence[str], option: str = "--region") -> None:
-    """The share to keep is that of two regions alone.
-
-    Args:
-        context: of the command that runs.
-        regions: that the attack is confined to, as `read_region` takes them.
-        option: that names them.
-
-    Raises:
-        Failure: when --fraction was given and none of the regions depends on it.
-    """
+    """Refuse --fraction if none of the regions depends on it."""
     from weakspot.regions.spec import RegionSpec
 
     if not any(RegionSpec.parse(region).depends_on_fraction for region in regions):
-        refuse(context, ["fraction"], f"without cam or support in {option}; add one of them, or leave it out")
+        refuse(context, ["fraction"], f"without cam or support in {option}")
+
+
+def parse_number(name: str, text: str) -> float:
+    """A number such as 0.03 or 8/255."""
+    try:
+        return float(Fraction(text.replace(" ", "")))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise Failure(f"{name} must be a number such as 0.03 or 8/255, got {text!r}") from None
+
+
+def parse_numbers(name: str, text: str | None) -> list[float] | None:
+    """Numbers separated by commas."""
+    if text is None:
+        return None
+    try:
+        return [parse_number(name, part) for part in text.split(",")]
+    except Failure:
+        raise Failure(f"{name} must be numbers separated by commas, one per channel, got {text!r}") from None
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """HEIGHTxWIDTH, or one number for both."""
+    if text is None:
+        return None
+    height, _, width = text.lower().partition("x")
+    if not all(side.isascii() and side.isdigit() and int(side) for side in (height, width or height)):
+        raise Failure(f"--size must be HEIGHTxWIDTH in pixels such as 224x224, got {text!r}")
+    return int(height), int(width or height)
+
+
+def parse_batch_size(text: str) -> int | None:
+    """The batch size, None for auto."""
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise Failure(f"--batch-size must be auto or an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def parse_names(text: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def parse_settings(
+    settings: Sequence[str] | None, *, form: str = "NAME=VALUE", texts: Sequence[str] = ()
+) -> dict[str, Value]:
+    """The values of --set: numbers, true, false and null as in JSON, anything else as text.
+
+    Args:
+        settings: as given.
+        form: the form that the error message asks for.
+        texts: names whose values are always text.
+    """
+    values: dict[str, Value] = {}
+    for setting in settings or ():
+        name, equals, text = setting.partition("=")
+        if not (equals and name):
+            raise Failure(f"--set must be {form}, got {setting!r}")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        # Lists and objects stay text: only an attack knows what they mean.
+        plain = name not in texts and isinstance(value, int | float | bool | None)
+        values[name] = value if plain else text
+    return values
+
+
+def read_class_names(path: Path | None) -> list[str] | None:
+    """Names from a text file with one per line, or from a JSON list or object of number to name."""
+    if path is None:
+        return None
+    if not path.is_file():
+        raise Failure(f"--classes: {path} does not exist", UNREADABLE)
+    text = path.read_text("utf-8", errors="replace")
+    if path.suffix != ".json":
+        return text.splitlines()
+    try:
+        names = json.loads(text)
+    except ValueError:
+        raise Failure(
+            f"--classes: {path} is not valid JSON (it must be a list of names)", UNREADABLE
+        ) from None
+    names = [names[key] for key in sorted(names, key=int)] if isinstance(names, Mapping) else names
+    return [str(name) for name in names]

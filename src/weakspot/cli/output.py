@@ -1,153 +1,148 @@
-"""Output: scores for people and for machines."""
+"""Output: tables and JSON on standard output, progress and warnings on standard error."""
 
 from __future__ import annotations
 
 import json
-import os
-import shlex
-import sys
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from weakspot.cli.app import USAGE, Failure
+from weakspot.cli.app import note, notes
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from weakspot.classifier import Classifier
-    from weakspot.explanations import Explanation
+LINE_EVERY = 30.0  # seconds between two progress lines if standard error is not a terminal
+MEASURABLE = 0.02  # fraction done from which the remaining time is estimated
+Advance = Callable[[str, float], None]  # the current step, and the fraction of the command that is done
 
 
-def check_folder(out: Path) -> None:
-    """Raises Failure where `out` is a file."""
-    if out.exists() and not out.is_dir():
-        raise Failure(f"out is {out}, which is a file; accepted is a folder", USAGE)
+@contextmanager
+def progress_bar(silent: bool) -> Iterator[Advance]:
+    """A bar on a terminal, a line every 30 seconds elsewhere."""
+    if silent:
+        yield lambda _step, _fraction: None
+    elif not notes.is_terminal:
+        with _progress_lines() as advance:
+            yield advance
+    else:
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=notes, transient=True) as bar:
+            task = bar.add_task("starting", total=1.0)
+            yield lambda step, fraction: bar.update(task, description=step, completed=fraction)
 
 
-def make_folder(out: Path) -> None:
-    """Before the work, so that nothing is computed that cannot be kept."""
+@contextmanager
+def _progress_lines() -> Iterator[Advance]:
+    """Print progress from a thread, so that one slow step does not silence it."""
+    started, state, ended = time.monotonic(), [("starting", 0.0)], threading.Event()
+
+    def print_lines() -> None:
+        while not ended.wait(LINE_EVERY):
+            step, fraction = state[0]
+            elapsed = time.monotonic() - started
+            left = ""
+            if fraction > MEASURABLE:
+                left = f", about {_duration(elapsed * (1 - fraction) / fraction)} left"
+            notes.print(f"{escape(step)}: {fraction:.0%} after {_duration(elapsed)}{left}", soft_wrap=True)
+
+    def advance(step: str, fraction: float) -> None:
+        state[0] = (step, fraction)
+
+    printer = threading.Thread(target=print_lines, daemon=True)
+    printer.start()
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Failure(f"out is {out}, which cannot be made ({error.strerror})", USAGE) from None
-    if not os.access(out, os.W_OK):
-        raise Failure(f"out is {out}, where you may not write", USAGE)
+        yield advance
+    finally:
+        ended.set()
+        printer.join()
 
 
-def describe_run(classifier: Classifier, model: str, seed: int, skipped: list[str]) -> dict[str, str]:
-    """How it was made, for report and run.json."""
-    from weakspot.audit.store.run_info import versions
-    from weakspot.models.specs import fingerprint
-
-    made = {
-        "model": f"{classifier.name} ({model}), weights {fingerprint(classifier)}",
-        "seed": str(seed),
-        "device": str(classifier.mean.device),
-        "command": shlex.join(["weakspot", *sys.argv[1:]]),
-        "versions": ", ".join(f"{name} {value}" for name, value in versions().items()),
-        "made at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    }
-    return made | ({"skipped": "; ".join(skipped)} if skipped else {})
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
-def print_json(explanation: Explanation, paths: dict[str, Path], skipped: list[str]) -> None:
-    """Every score, verdicts and files as one JSON document on standard output."""
-    rows = json.loads(explanation.scores.to_json(orient="records", double_precision=9))
-    verdicts = [explanation.verdict(index) for index in range(len(explanation))]
-    for row, said in zip(rows, verdicts, strict=True):
-        row["verdict"] = said
-    files = {name: str(path.resolve()) for name, path in paths.items()}
-    typer.echo(json.dumps({"scores": rows, "skipped": skipped, "files": files}, indent=2))
+@contextmanager
+def warnings_as_notes(quiet: bool) -> Iterator[None]:
+    """Print each warning once, as one line without the place in the code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        printed: set[str] = set()  # the filter "once" forgets when other code changes the filters
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,  # noqa: ARG001 - the signature that warnings calls
+            lineno: int,  # noqa: ARG001
+            file: TextIO | None = None,  # noqa: ARG001
+            line: str | None = None,  # noqa: ARG001
+        ) -> None:
+            text = str(message)
+            if not (quiet or text in printed or issubclass(category, DeprecationWarning | FutureWarning)):
+                printed.add(text)
+                note(text)
+
+        warnings.showwarning = show
+        yield
 
 
-def print_table(explanation: Explanation, seconds: float, skipped: int) -> None:
-    """A table, then a verdict per image."""
-    from weakspot.report.verdicts import headline
-    from weakspot.statistics.number_format import p_value, percent
+def make_table(
+    headings: Sequence[str], *, fold: Sequence[str] | None = None, right: Sequence[str] = ()
+) -> Table:
+    """An empty table without borders.
 
-    console = Console(highlight=False)
+    Args:
+        headings: one for each column.
+        fold: columns whose text may wrap; all of them by default.
+        right: columns that are aligned to the right.
+    """
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    scores = explanation.scores
-    placed = "effect_in_roi" in scores and bool(scores["effect_in_roi_shift_p"].notna().any())
-    compared = "relation" in scores and bool(scores["relation"].notna().any())
-    headings = ["image", "before → after"]
-    headings += ["effect where it looks"] if placed else []
-    headings += ["in other images", "p"] if compared else []
     for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for _, row in scores.iterrows():
-        failed = "" if row["success_8bit"] or row["linf"] == 0 else " [yellow](failed)[/yellow]"
-        cells = [escape(str(row["image"])), escape(headline(row)) + failed]
-        if placed:  # of an attack confined to a part of the image it follows from that part
-            cells.append(percent(row["effect_in_roi"]) if row["effect_in_roi_shift_p"] >= 0 else "")
-        if compared:
-            known = row["relation_p"] >= 0
-            cells.append(percent(row["effect_in_roi_null"]) if known else "")
-            cells.append(p_value(row["relation_p"]).removeprefix("p = ").removeprefix("p ") if known else "")
-        table.add_row(*cells)
-    console.print(table)
-    for index in range(len(explanation)):
-        console.print(
-            f"\n[bold]{escape(str(explanation.scores['image'].iloc[index]))}[/bold]", soft_wrap=True
+        table.add_column(
+            heading,
+            justify="right" if heading in right else "left",
+            overflow="fold",
+            no_wrap=fold is not None and heading not in fold,
         )
-        console.print(escape(explanation.verdict(index)))
-    tail = f", {skipped} skipped" if skipped else ""
-    console.print(f"\n{len(explanation)} explained{tail} in {seconds:.1f} s", style="dim")
+    return table
 
 
-def print_attack(scores: pd.DataFrame, seconds: float, skipped: int) -> None:
-    """A row for each image: what it was read as before and after, how far it was moved, what that cost."""
-    console = Console(highlight=False)
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    spent = [name for name in ("ssim_budget_spent", "ssim_local_budget_spent") if name in scores]
-    similarities = ["ssim_windowed", "ssim_windowed_min", *spent]
-    headings = (
-        "image",
-        "before → after",
-        "fooled",
-        "unrounded",
-        "linf",
-        "l2",
-        "pixels",
-        *similarities,
-        "n_forward",
-        "n_backward",
-    )
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for _, row in scores.iterrows():
-        table.add_row(
-            escape(str(row["image"])),
-            escape(f"{row['before']} → {row['after']}"),
-            *("yes" if row[key] else "[yellow]no[/yellow]" for key in ("success_8bit", "success")),
-            *(f"{row[key]:.3g}" for key in ("linf", "l2")),
-            str(row["pixels"]),
-            *(f"{row[name]:.3g}" if name in spent else f"{row[name]:.3f}" for name in similarities),
-            *(str(row[key]) for key in ("n_forward", "n_backward")),
-        )
-    console.print(table)
-    tail = f", {skipped} skipped" if skipped else ""
-    fooled, floats = (int(scores[key].sum()) for key in ("success_8bit", "success"))
-    console.print(
-        f"\n{fooled} of {len(scores)} fooled as 8-bit files ({floats} before rounding){tail}, in {seconds:.1f} s",
-        style="dim",
-    )
+def print_table(table: Table) -> None:
+    """Print a table to standard output."""
+    Console(highlight=False).print(table)
 
 
-def print_rows(rows: list[dict[str, str]], as_json: bool) -> None:
-    """Rows of one shape as a table or as JSON."""
+def print_text(text: str, *, style: str | None = None) -> None:
+    """Print text to standard output; nothing in it is markup, and lines are not wrapped."""
+    Console(highlight=False, markup=False, emoji=False, soft_wrap=True).print(text, style=style)
+
+
+def print_rows(rows: Sequence[dict[str, str]], *, as_json: bool = False) -> None:
+    """Print rows with equal keys as a table or as JSON."""
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        print_json(rows)
         return
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in rows[0]:
-        table.add_column(heading, overflow="fold")
+    table = make_table(list(rows[0]))
     for row in rows:
         table.add_row(*(escape(value) for value in row.values()))
-    Console(highlight=False).print(table)
+    print_table(table)
+
+
+def json_rows(frame: pd.DataFrame, digits: int = 9) -> list[dict[str, object]]:
+    """The rows of a frame as JSON has them, NaN as null."""
+    rows: list[dict[str, object]] = json.loads(frame.to_json(orient="records", double_precision=digits))
+    return rows
+
+
+def print_json(document: object) -> None:
+    """Print a JSON document to standard output."""
+    typer.echo(json.dumps(document, indent=2))

@@ -1,261 +1,274 @@
-"""`weakspot train`: train a network by a recipe, or one by each and compare them."""
+"""`weakspot train`: train a network by a recipe, or one by each of several recipes and compare them."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weakspot.cli.app import RESUMABLE, USAGE, Failure, app, complain, notes_for_people, progress_bar
-from weakspot.cli.inputs import image_size, number
-from weakspot.cli.options import DebugOption, QuietOption, SeedOption, WeightsOption, refuse
-from weakspot.cli.output import print_rows
+from weakspot.cli.app import RESUMABLE, Failure, command
+from weakspot.cli.options import (
+    ATTACK,
+    MODEL,
+    DeviceOption,
+    OutputOptions,
+    SeedOption,
+    WeightsOption,
+    argument,
+    flag,
+    option,
+    parse_names,
+    parse_number,
+    parse_size,
+    refuse,
+)
+from weakspot.cli.output import print_json, print_rows, progress_bar, warnings_as_notes
 from weakspot.cli.training_jobs import (
+    Evaluation,
     TrainingJob,
-    description,
+    describe_network,
     epoch_logger,
-    everything,
-    fit_matrix,
-    fit_one,
-    judge_own,
-    maker_of,
+    list_choices,
+    network_maker,
     print_training,
 )
 
+if TYPE_CHECKING:
+    from weakspot.training import TrainConfig
+
 EVALUATIONS = ("none", "own", "matrix")
-EXAMPLES = """
-
-[bold]Examples[/bold]
-
-weakspot train mnist/ --recipe localized --out runs/localized
-
-weakspot train cifar-10-batches-bin/ --recipe full --model resnet18 --epochs 30 --out runs/full
-
-weakspot train photos/ --size 64x64 --recipe fast --budget linf:4/255 --out runs/fast
-
-weakspot train mnist/ --evaluate matrix --recipes standard,localized,random_mask,full --out runs/matrix
-
-torchrun --nproc-per-node 4 -m weakspot train cifar/ --precision bf16-mixed --out runs/four
-
-The same command goes on with a training that was cut off; weakspot explain DIGITS --model runs/localized uses it.
-"""
+STRONGEST = 500  # images for the ensemble of attacks
 
 
-@app.command(epilog=EXAMPLES)
+@dataclass(frozen=True)
+class DataOptions:
+    """How image files are read. Arrays are taken as they are."""
+
+    size: Annotated[
+        str | None, option("HxW", "Height and width that images are resized to.", default="32x32")
+    ] = None
+    channels: Annotated[int, option("N", "Read image files as gray (1) or color (3).")] = 3
+    workers: Annotated[int, option("N", "Processes that decode image files.", least=0)] = 2
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The recipe and the numbers of the training."""
+
+    recipe: Annotated[
+        str, option("--recipe -r NAME", "Which images are attacked, and where; see --list.")
+    ] = "localized"
+    epochs: Annotated[int, option("N", "Passes over the data.", least=1)] = 10
+    batch_size: Annotated[int, option("N", "Images per update.", least=1)] = 128
+    learning_rate: Annotated[
+        float, option("X", "Learning rate at the start; it falls to zero along a cosine.")
+    ] = 0.1
+    augment: Annotated[
+        str | None, option("NAMES", "none, crop, or crop,flip.", default="none for gray, else crop,flip")
+    ] = None
+    precision: Annotated[str, option("NAME", "32-true, 16-mixed or bf16-mixed.")] = "32-true"
+    attacked_fraction: Annotated[
+        float, option("X", "Fraction of each batch that is attacked, 0 to 1.", panel=ATTACK)
+    ] = 0.5
+    budget: Annotated[
+        str | None,
+        option(
+            "--budget -b KIND:EPS",
+            "How much an image may change: linf:8/255, l2:0.5.",
+            default="linf:0.3 for gray, else linf:8/255",
+            panel=ATTACK,
+        ),
+    ] = None
+    steps: Annotated[
+        int | None, option("N", "Steps of PGD.", default="40 for gray, else 10", least=1, panel=ATTACK)
+    ] = None
+    step_size: Annotated[
+        str | None,
+        option(
+            "X",
+            "Size of each step: 0.01, 2/255.",
+            default="0.01 for gray, else 2/255; 2.5 x EPS / steps with --budget",
+            panel=ATTACK,
+        ),
+    ] = None
+
+    def config(self, *, seed: int, workers: int) -> TrainConfig:
+        """The configuration that `training.train` takes."""
+        from weakspot.budgets import read_budget
+        from weakspot.training import TrainConfig
+
+        return TrainConfig(
+            recipe=self.recipe,
+            budget=None if self.budget is None else read_budget(self.budget),
+            epochs=self.epochs,
+            attacked_fraction=self.attacked_fraction,
+            seed=seed,
+            steps=self.steps,
+            step_size=None if self.step_size is None else parse_number("--step-size", self.step_size),
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            augment=self.augment,
+            precision=self.precision,
+            workers=workers,
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How the trained network is tested."""
+
+    evaluate: Annotated[
+        str,
+        option(
+            "MODE",
+            "none; own: the network on every test; matrix: a network for each of --recipes on every test.",
+        ),
+    ] = "none"
+    recipes: Annotated[
+        str | None, option("NAMES", "Recipes of the matrix, separated by commas.", default="six of --list")
+    ] = None
+    seeds: Annotated[int, option("N", "Networks per recipe of the matrix.", least=1)] = 1
+    limit: Annotated[int | None, option("N", "Use at most N test images, the first.", least=2)] = None
+    strongest: Annotated[int, option("N", "Test images for the ensemble of attacks, the first.", least=1)] = (
+        STRONGEST
+    )
+
+    def check(self, context: typer.Context) -> None:
+        """Refuse options that this evaluation would ignore."""
+        if self.evaluate not in EVALUATIONS:
+            from weakspot._checks import unknown_choice
+
+            raise Failure(unknown_choice("--evaluate", self.evaluate, EVALUATIONS))
+        if self.evaluate == "matrix":
+            refuse(context, ["recipe"], "with --evaluate matrix (give --recipes)")
+            return
+        refuse(context, ["recipes", "seeds"], "without --evaluate matrix")
+        if self.evaluate == "none":
+            refuse(context, ["limit", "strongest"], "without --evaluate own or matrix")
+
+    def chosen(self, recipe: str) -> Sequence[str]:
+        """The recipes that networks are trained by."""
+        from weakspot.training import MATRIX_RECIPES
+
+        if self.evaluate != "matrix":
+            return [recipe]
+        return MATRIX_RECIPES if self.recipes is None else parse_names(self.recipes)
+
+
+@command(
+    "weakspot train mnist/ --recipe localized --out runs/localized",
+    "weakspot train cifar-10-batches-bin/ --recipe full --model resnet18 --epochs 30 --out runs/full",
+    "weakspot train photos/ --size 64x64 --recipe fast --budget linf:4/255 --out runs/fast",
+    "weakspot train mnist/ --evaluate matrix --recipes standard,localized,full --out runs/matrix",
+    "torchrun --nproc-per-node 4 -m weakspot train cifar/ --precision bf16-mixed --out runs/four",
+    "weakspot explain digits/ --model runs/localized",
+)
 def train(
     context: typer.Context,
+    reading: DataOptions,
+    training: TrainingOptions,
+    evaluation: EvaluationOptions,
+    output: OutputOptions,
     data: Annotated[
         str | None,
-        typer.Argument(
-            help="A folder of MNIST's IDX files, of CIFAR's batches, or of one folder per class; an .npz file; or "
+        argument(
+            "DATA",
+            "A folder of MNIST's IDX files, of CIFAR's batches, or of one folder per class; an .npz file; or "
             "hf:DIRECTORY_OR_NAME.",
-            show_default=False,
         ),
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option("--recipe", "-r", help="One of --list; localized by default.", show_default=False),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            help="two_conv, resnet20, resnet18 (fresh weights), or package.module:factory; two_conv for gray images "
-            "and resnet20 for color by default.",
-            show_default=False,
+        option(
+            "--model -m MODEL",
+            "two_conv, resnet20 or resnet18 with fresh weights, or package.module:factory.",
+            default="two_conv for gray, else resnet20",
+            panel=MODEL,
         ),
     ] = None,
     weights: WeightsOption = None,
-    out: Annotated[
-        Path, typer.Option(help="Folder for model.safetensors, training.json and checkpoints.")
-    ] = Path("weakspot-train"),
-    epochs: Annotated[int, typer.Option(help="Passes over the data.", min=1)] = 10,
-    fraction: Annotated[float, typer.Option(help="Of every batch that is attacked, 0 to 1.")] = 0.5,
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            "--budget",
-            "-b",
-            help="Of the adversary: linf:8/255, l2:0.5; linf:0.3 for gray images, linf:8/255 for color by default.",
-            show_default=False,
-        ),
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(help="Of the adversary; 40 for gray images, 10 for color by default.", min=1),
-    ] = None,
-    step_size: Annotated[str | None, typer.Option(help="Of each: 0.01, 2/255.", show_default=False)] = None,
-    batch_size: Annotated[int, typer.Option(help="Images per update.", min=1)] = 128,
-    learning_rate: Annotated[float, typer.Option(help="At the start; it falls along a cosine.")] = 0.1,
-    augment: Annotated[
-        str | None,
-        typer.Option(help="none, crop, or crop,flip; none for gray images and both for color by default."),
-    ] = None,
-    precision: Annotated[str, typer.Option(help="32-true, 16-mixed, bf16-mixed.")] = "32-true",
-    size: Annotated[
-        str | None, typer.Option(help="HEIGHTxWIDTH that picture files are brought to; 32x32 by default.")
-    ] = None,
-    channels: Annotated[int, typer.Option(help="1: picture files are read as gray; 3: as color.")] = 3,
-    evaluate: Annotated[
-        str,
-        typer.Option(
-            help="none; own: the network against every test; matrix: a network of each of --recipes against every "
-            "test."
-        ),
-    ] = "none",
-    recipes: Annotated[
-        str | None, typer.Option(help="Of the matrix, separated by commas.", show_default=False)
-    ] = None,
-    seeds: Annotated[
-        int | None,
-        typer.Option(help="Of the matrix: networks per recipe; 1 by default.", min=1, show_default=False),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Images of the test split, the first; all by default.", min=2)
-    ] = None,
-    strongest: Annotated[
-        int | None,
-        typer.Option(
-            help="Images for the ensemble of attacks, the first of these; 500 by default.",
-            min=1,
-            show_default=False,
-        ),
-    ] = None,
+    device: DeviceOption = "auto",
     seed: SeedOption = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    workers: Annotated[int, typer.Option(help="Processes that decode picture files.", min=0)] = 2,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
-    quiet: QuietOption = False,
-    list_all: Annotated[bool, typer.Option("--list", help="List recipes and tests, and stop.")] = False,
-    debug: DebugOption = False,
+    out: Annotated[
+        Path, option("FOLDER", "Folder for model.safetensors, training.json and checkpoints.")
+    ] = Path("weakspot-train"),
+    list_all: Annotated[bool, flag("--list", "List recipes and tests, and exit.")] = False,
 ) -> None:
-    """Train a network, part of every batch attacked first: in the background, everywhere, or as --recipe says.
+    """Train a network; part of each batch is attacked first: in the background, everywhere, or as --recipe says.
 
-    Writes plain weights (safetensors) and how they were made. After every epoch, held-out images are judged as they are
-    and attacked. A training that was killed goes on when the same command is given again, to the same weights.
+    Writes the weights (safetensors) and how they were made. After each epoch, held-out images are tested with and
+    without an attack. If training is interrupted, the same command resumes it, and ends with the same weights.
     """
-    del debug
     if list_all:
-        print_rows(everything(), as_json)
+        print_rows(list_choices(), as_json=output.as_json)
         return
     if data is None:
-        raise Failure("no data was named; give a folder, an .npz file or hf:NAME", USAGE)
-    if evaluate not in EVALUATIONS:
-        from weakspot._checks import unknown_choice
-
-        raise Failure(unknown_choice("--evaluate", evaluate, EVALUATIONS), USAGE)
-    _check_used(evaluate, recipe, recipes=recipes, seeds=seeds, limit=limit, strongest=strongest)
-    silent = quiet or as_json or os.environ.get("RANK", "0") != "0"
+        raise Failure("no data was named (give a folder, an .npz file or hf:NAME)")
+    evaluation.check(context)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    silent = output.silent or not first
     started = time.perf_counter()
     try:
-        with redirect_stdout(sys.stderr), notes_for_people(quiet), progress_bar(silent) as advance:
-            from weakspot.budgets import read_budget
+        with redirect_stdout(sys.stderr), warnings_as_notes(output.quiet), progress_bar(silent) as advance:
             from weakspot.datasets import read_labeled
             from weakspot.models.specs import find_device
-            from weakspot.training import TrainConfig
 
             where = str(find_device(device))
-            shape = image_size(size) or (32, 32)
-            _check_attacked(
-                context, _chosen(recipes) if evaluate == "matrix" else [recipe or "localized"], fraction
-            )
+            size = parse_size(reading.size) or (32, 32)
+            recipes = evaluation.chosen(training.recipe)
+            _check_attacked(context, recipes, training.attacked_fraction)
             advance("reading the data", 0.0)
-            training = read_labeled(data, size=shape, channels=channels)
-            if training.held:
-                why = f"with {data}, which holds arrays and no picture files; leave it out"
-                refuse(context, ["size", "channels", "workers"], why)
-            # Read now, so that what is wrong with it is said before hours of work.
-            test = (
-                None
-                if evaluate == "none"
-                else read_labeled(data, split="test", size=shape, channels=channels)
-            )
-            maker = maker_of(model, weights, training, where)
-            config = TrainConfig(
-                recipe=recipe or "localized",
-                budget=None if budget is None else read_budget(budget),
-                epochs=epochs,
-                attacked_fraction=fraction,
-                seed=seed,
-                steps=steps,
-                step_size=None if step_size is None else number(step_size, "step_size"),
-                batch_size=batch_size,
-                learning_rate=learning_rate,
-                augment=augment,
-                precision=precision,
-                workers=workers,
-            )
+            images = read_labeled(data, size=size, channels=reading.channels)
+            if images.held:
+                refuse(
+                    context,
+                    ["size", "channels", "workers"],
+                    f"with {data}, which holds arrays, not image files",
+                )
+            # The test split is read first, so that an error in it shows before hours of training.
+            test = None
+            if evaluation.evaluate != "none":
+                test = read_labeled(data, split="test", size=size, channels=reading.channels)
             job = TrainingJob(
-                maker=maker,
-                data=training,
-                config=config,
+                make=network_maker(model, weights, images, where),
+                data=images,
+                config=training.config(seed=seed, workers=reading.workers),
                 out=out,
-                about={"network": description(model, training)},
+                about={"network": describe_network(model, images)},
                 on_epoch=None if silent else epoch_logger(),
                 advance=advance,
             )
-            strongest = 500 if strongest is None else strongest
-            if evaluate == "matrix" and test is not None:
-                said = fit_matrix(
-                    job, test, _chosen(recipes), seeds=seeds or 1, limit=limit, strongest=strongest
-                )
+            if test is None:
+                results = job.train()
             else:
-                trained, said = fit_one(job)
-                if test is not None:
-                    said |= judge_own(job, trained, test, limit=limit, strongest=strongest)
+                tests = Evaluation(test, evaluation.limit, evaluation.strongest)
+                matrix = evaluation.evaluate == "matrix"
+                results = job.matrix(tests, recipes, evaluation.seeds) if matrix else job.train(tests)
     except KeyboardInterrupt:
-        complain(f"interrupted; the same command goes on from {out}")
-        raise typer.Exit(RESUMABLE) from None
-    if os.environ.get("RANK", "0") != "0":
-        return
-    if as_json:
-        typer.echo(json.dumps({**said, "folder": str(out.resolve())}, indent=2))
-    elif not quiet:
-        print_training(said, time.perf_counter() - started, out, matrix=evaluate == "matrix")
-
-
-def _check_used(evaluate: str, recipe: str | None, **options: object) -> None:
-    """Raises Failure where an option was given that this evaluation has no use for."""
-    if evaluate == "matrix" and recipe is not None:
-        raise Failure("--recipe goes without --evaluate matrix, which takes --recipes", USAGE)
-    used = {"none": (), "own": ("limit", "strongest"), "matrix": tuple(options)}[evaluate]
-    for name, value in options.items():
-        if value is not None and name not in used:
-            raise Failure(
-                f"--{name} goes with --evaluate {'own or matrix' if name in {'limit', 'strongest'} else 'matrix'}",
-                USAGE,
-            )
-
-
-def _chosen(recipes: str | None) -> Sequence[str]:
-    """The recipes of the matrix."""
-    from weakspot.training import MATRIX_RECIPES
-
-    return (
-        MATRIX_RECIPES if recipes is None else [name.strip() for name in recipes.split(",") if name.strip()]
-    )
+        raise Failure(f"interrupted; the same command resumes from {out}", RESUMABLE) from None
+    if first and output.as_json:
+        print_json({**results, "folder": str(out.resolve())})
+    elif first and not output.quiet:
+        print_training(results, time.perf_counter() - started, out, matrix=evaluation.evaluate == "matrix")
 
 
 def _check_attacked(context: typer.Context, recipes: Sequence[str], fraction: float) -> None:
-    """Raises Failure where an option of the adversary was given and no recipe has an adversary that it is for."""
+    """Refuse options of an attack that no recipe makes."""
     from weakspot.training.config import find_recipe
 
     searches = {find_recipe(name).search for name in recipes}
     named = f"the recipe{'s' if len(recipes) > 1 else ''} {', '.join(recipes)}"
+    steps = ["steps", "step_size"]
     if searches <= {"none"}:
-        refuse(
-            context, ["fraction", "steps", "step_size"], f"with {named}: nothing is attacked; leave it out"
-        )
+        refuse(context, ["attacked_fraction", *steps], f"with {named}, which attacks nothing")
     elif "descent" not in searches:
-        why = f"with {named}: the adversary takes no steps of that kind; leave it out"
-        refuse(context, ["steps", "step_size"], why)
+        refuse(context, steps, f"with {named}, which does not use PGD")
     elif not fraction:
-        refuse(context, ["steps", "step_size"], "with --fraction 0: nothing is attacked; leave it out")
+        refuse(context, steps, "with --attacked-fraction 0, which attacks nothing")

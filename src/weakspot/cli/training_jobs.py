@@ -1,173 +1,174 @@
-"""What `weakspot train` does: one training judged on its own, or one by each recipe and the matrix.
-
-What `weakspot train` says: a line for every epoch, the table at the end, what there is to choose from.
-"""
+"""Training jobs: one network, alone or tested, or one for each recipe of the matrix, and how their results print."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
-from weakspot.cli.app import USAGE, Failure
+from weakspot.cli.app import Failure
+from weakspot.cli.output import Advance, json_rows, make_table, print_text
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from torch import nn
-
     from weakspot.classifier import Classifier
     from weakspot.datasets import LabeledImages
     from weakspot.training import Matrix, TrainConfig
 
+Results = dict[str, Any]  # the document of --json
+OnEpoch = Callable[[str, Mapping[str, float]], None]
+WIDE = 125  # columns of a terminal on which the table has intervals
+TITLES = {
+    "clean": "clean",
+    "localized": "PGD, background",
+    "full": "PGD, everywhere",
+    "strongest": "ensemble, everywhere",
+    "swapped": "background swapped",
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What networks are tested on.
+
+    Attributes:
+        images: of the test split.
+        limit: how many of them, the first; None for all.
+        strongest: how many of these the ensemble of attacks gets, the first.
+    """
+
+    images: LabeledImages
+    limit: int | None
+    strongest: int
+
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What every evaluation of `weakspot train` needs.
+    """What is trained, and how.
 
     Attributes:
-        maker: seed to a network with fresh weights.
+        make: seed to a network with fresh weights.
         data: images to train on.
-        config: every number of the training.
+        config: recipe, budget and all numbers.
         out: folder of the results.
         about: more entries for training.json.
         on_epoch: called with a network's name and its row after each epoch.
-        advance: called with the current activity and the fraction done.
+        advance: called with the current step and the fraction done.
     """
 
-    maker: Callable[[int], Classifier]
+    make: Callable[[int], Classifier]
     data: LabeledImages
     config: TrainConfig
     out: Path
-    about: Mapping[str, object]
-    on_epoch: Callable[[str, Mapping[str, float]], None] | None
-    advance: Callable[[str, float], None]
+    about: dict[str, object]
+    on_epoch: OnEpoch | None
+    advance: Advance
+
+    def train(self, evaluation: Evaluation | None = None) -> Results:
+        """Train one network: the content of training.json, and the accuracy on every test."""
+        from weakspot.training import train
+        from weakspot.training.checkpoint import read_record
+
+        recipe, on_epoch = self.config.recipe, self.on_epoch
+        trained = train(
+            self.make(self.config.seed),
+            self.data,
+            self.config,
+            out=self.out,
+            about=self.about,
+            on_epoch=None if on_epoch is None else (lambda row: on_epoch(recipe, row)),
+            progress=lambda fraction: self.advance(f"training ({recipe})", fraction),
+        )
+        results = dict(read_record(self.out) or {})
+        if evaluation is None:
+            return results
+
+        from weakspot.statistics import proportion_interval
+        from weakspot.training import TestConfig, judged_images, outcomes
+
+        channels = self.data.shape[0]
+        budget = self.config.resolved(channels).budget
+        rows = []
+        tested = outcomes(
+            trained,
+            judged_images(evaluation.images, limit=evaluation.limit, cache=self.out),
+            TestConfig.usual(budget, channels, strongest=evaluation.strongest),
+            progress=lambda fraction: self.advance("testing", fraction),
+        )
+        for name, correct in tested.items():
+            mean, low, high = proportion_interval(correct.numpy())
+            rows.append({"test": name, "accuracy": mean, "low": low, "high": high, "images": len(correct)})
+        return results | {"tests": rows}
+
+    def matrix(self, evaluation: Evaluation, recipes: Sequence[str], seeds: int) -> Results:
+        """Train networks by each recipe, test all of them, and write the tables and the figure."""
+        from weakspot.training import robustness_matrix
+
+        matrix = robustness_matrix(
+            self.make,
+            self.data,
+            evaluation.images,
+            self.config,
+            out=self.out,
+            recipes=recipes,
+            seeds=seeds,
+            limit=evaluation.limit,
+            strongest=evaluation.strongest,
+            about=self.about,
+            on_epoch=self.on_epoch,
+            progress=self.advance,
+        )
+        _write(matrix, self.out)
+        return {
+            "accuracy": json_rows(matrix.accuracy, digits=6),
+            "differences": json_rows(matrix.differences, digits=6),
+            "stopped": dict(matrix.stopped),
+        }
 
 
-def fit_one(job: TrainingJob) -> tuple[nn.Module, dict[str, Any]]:
-    """Train by one recipe: the trained network and the content of training.json."""
-    from weakspot.training import train
-    from weakspot.training.checkpoint import read_record
-
-    recipe, on_epoch = job.config.recipe, job.on_epoch
-    trained = train(
-        job.maker(job.config.seed),
-        job.data,
-        job.config,
-        out=job.out,
-        about=job.about,
-        on_epoch=None if on_epoch is None else (lambda row: on_epoch(recipe, row)),
-        progress=lambda done: job.advance(f"training ({recipe})", done),
-    )
-    return trained, dict(read_record(job.out) or {})
-
-
-def judge_own(
-    job: TrainingJob, model: nn.Module, test: LabeledImages, *, limit: int | None, strongest: int
-) -> dict[str, Any]:
-    """Accuracy with its interval under every test."""
-    from weakspot.statistics import proportion_interval
-    from weakspot.training import TestConfig, judged_images, outcomes
-
-    tested = judged_images(test, limit=limit, cache=job.out)
-    channels = test.shape[0]
-    tests = TestConfig.usual(job.config.resolved(channels).budget, channels, strongest=strongest)
-    results = outcomes(model, tested, tests, progress=lambda done: job.advance("testing", done))
-    rows = []
-    for name, right in results.items():
-        mean, low, high = proportion_interval(right.numpy())
-        rows.append({"test": name, "accuracy": mean, "low": low, "high": high, "images": len(right)})
-    return {"tests": rows}
-
-
-def fit_matrix(
-    job: TrainingJob,
-    test: LabeledImages,
-    recipes: Sequence[str],
-    *,
-    seeds: int,
-    limit: int | None,
-    strongest: int,
-) -> dict[str, Any]:
-    """Train by each recipe, test all networks, and write the matrix's tables and picture."""
-    from weakspot.training import robustness_matrix
-
-    matrix = robustness_matrix(
-        job.maker,
-        job.data,
-        test,
-        job.config,
-        out=job.out,
-        recipes=recipes,
-        seeds=seeds,
-        limit=limit,
-        strongest=strongest,
-        about=job.about,
-        on_epoch=job.on_epoch,
-        progress=job.advance,
-    )
-    _write(matrix, job.out)
-    return {
-        "accuracy": json.loads(matrix.accuracy.to_json(orient="records", double_precision=6)),
-        "differences": json.loads(matrix.differences.to_json(orient="records", double_precision=6)),
-        "stopped": dict(matrix.stopped),
-    }
-
-
-def _write(found: Matrix, out: Path) -> None:
+def _write(matrix: Matrix, out: Path) -> None:
     from weakspot._io.files import write_atomic
     from weakspot.report.figures import matrix_figure
-    from weakspot.training import TESTS
 
-    write_atomic(out / "accuracy.csv", lambda draft: found.accuracy.to_csv(draft, index=False))
-    write_atomic(out / "differences.csv", lambda draft: found.differences.to_csv(draft, index=False))
-    figure = matrix_figure(found.accuracy, _titles(found.accuracy, TESTS))
+    for name, table in (("accuracy.csv", matrix.accuracy), ("differences.csv", matrix.differences)):
+        write_atomic(out / name, lambda draft, table=table: table.to_csv(draft, index=False))  # type: ignore[misc]
+    images = matrix.accuracy.groupby("test")["images"].first()
+    titles = {test: f"{title}\n{images[test]:,} images" for test, title in TITLES.items() if test in images}
+    figure = matrix_figure(matrix.accuracy, titles)
     write_atomic(out / "matrix.png", lambda draft: figure.savefig(draft, dpi=150, format="png"))
 
 
-def _titles(accuracy: pd.DataFrame, tests: Mapping[str, str]) -> dict[str, str]:
-    """A title for each test, with the number of its images."""
-    short = {
-        "clean": "clean",
-        "localized": "PGD, background",
-        "full": "PGD, everywhere",
-        "strongest": "ensemble, everywhere",
-        "swapped": "background swapped",
-    }
-    images = accuracy.groupby("test")["images"].first()
-    return {test: f"{short[test]}\n{images[test]:,} images" for test in tests if test in images}
-
-
-def maker_of(
+def network_maker(
     model: str | None, weights: Path | None, data: LabeledImages, device: str
 ) -> Callable[[int], Classifier]:
-    """Seed to a network for the data: of the zoo with fresh weights, or whatever the spec names."""
+    """A function from a seed to a network for the data.
+
+    Args:
+        model: a network of the zoo, or package.module:factory.
+        weights: file of initial weights, or None for fresh ones.
+        data: decides the default network, its classes, channels and size.
+        device: of the network.
+    """
+    from weakspot._checks import unknown_choice
     from weakspot.models import load
     from weakspot.zoo import ALIASES, NETWORKS, build
 
-    name = model or _usual(data)
+    name = model or _default_network(data)
     if name in NETWORKS or name in ALIASES:
+        classes, (channels, *size) = len(data.class_names), data.shape
 
         def make(seed: int) -> Classifier:
-            fresh = build(
-                name, classes=len(data.class_names), channels=data.shape[0], size=data.shape[1:], seed=seed
-            )
+            fresh = build(name, classes=classes, channels=channels, size=(size[0], size[1]), seed=seed)
             return load(fresh, weights=weights, device=device, class_names=data.class_names)
 
         return make
     if ":" not in name:
-        from weakspot._checks import unknown_choice
+        choices = [*NETWORKS, *ALIASES]
+        raise Failure(unknown_choice("--model", name, choices, remedy="or give package.module:factory"))
 
-        raise Failure(
-            unknown_choice("--model", name, [*NETWORKS, *ALIASES], remedy="or give package.module:factory"),
-            USAGE,
-        )
-
-    def made(seed: int) -> Classifier:
+    def make_own(seed: int) -> Classifier:
         import torch
 
         # A factory draws its weights from the global generator.
@@ -177,21 +178,21 @@ def maker_of(
                 name, weights=weights, device=device, input_size=data.shape[1:], class_names=data.class_names
             )
 
-    return made
+    return make_own
 
 
-def _usual(data: LabeledImages) -> str:
+def _default_network(data: LabeledImages) -> str:
     return "two_conv" if data.shape[0] == 1 else "resnet20"
 
 
-def description(model: str | None, data: LabeledImages) -> dict[str, Any]:
-    """What training.json says of the network, enough to build one of the zoo again."""
+def describe_network(model: str | None, data: LabeledImages) -> dict[str, object]:
+    """The network's entry of training.json, enough to build one of the zoo again."""
     from weakspot.zoo import ALIASES, NETWORKS
 
-    name = model or _usual(data)
+    name = model or _default_network(data)
     name = ALIASES.get(name, name)
-    made = {"zoo": name} if name in NETWORKS else {"spec": name}
-    return made | {
+    return {
+        "zoo" if name in NETWORKS else "spec": name,
         "classes": len(data.class_names),
         "channels": data.shape[0],
         "size": list(data.shape[1:]),
@@ -199,66 +200,56 @@ def description(model: str | None, data: LabeledImages) -> dict[str, Any]:
     }
 
 
-WIDE = 125  # columns of a terminal that takes the table with intervals
+def epoch_logger() -> OnEpoch:
+    """A function that prints a line to standard error for each epoch, and for the tests at the end."""
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
-
-def epoch_logger() -> Callable[[str, Mapping[str, float]], None]:
-    """A line on standard error for every epoch."""
-    console = Console(stderr=True, highlight=False)
-
-    def tell(name: str, row: Mapping[str, float]) -> None:
+    def log(name: str, row: Mapping[str, float]) -> None:
         if "epoch" not in row:
-            line = ", ".join(f"{test} {value:.1%}" for test, value in row.items())
-            console.print(f"{name}: {line}", soft_wrap=True)
+            console.print(f"{name}: " + ", ".join(f"{test} {value:.1%}" for test, value in row.items()))
             return
-        judged = ", ".join(f"{key} {row[key]:.1%}" for key in ("clean", "robust") if key in row)
+        tested = ", ".join(f"{key} {row[key]:.1%}" for key in ("clean", "robust") if key in row)
         console.print(
-            f"{name}, epoch {row['epoch']:.0f}: loss {row['loss']:.3f}, held out: {judged or 'none'}; "
+            f"{name}, epoch {row['epoch']:.0f}: loss {row['loss']:.3f}, held out: {tested or 'none'}; "
             f"{row['seconds']:.0f} s",
             style="dim",
-            soft_wrap=True,
         )
 
-    return tell
+    return log
 
 
-def print_training(said: Mapping[str, Any], seconds: float, out: Path, *, matrix: bool) -> None:
-    """The table of accuracies, what stopped early, where all is written and what to do next."""
+def print_training(results: Results, seconds: float, out: Path, *, matrix: bool) -> None:
+    """Print the accuracies, the trainings that stopped early, and what to do next."""
     console = Console(highlight=False)
-    rows = said.get("accuracy") or said.get("tests") or []
+    rows = results.get("accuracy") or results.get("tests") or []
     if rows:
-        tests = list(dict.fromkeys(row["test"] for row in rows))
-        table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-        wide = console.width >= WIDE
-        for heading in (["trained"] if matrix else []) + tests:
-            table.add_column(heading, no_wrap=True)
-        names = list(dict.fromkeys(row.get("recipe", "") for row in rows))
-        for name in names:
-            cells = [
-                f"{row['accuracy']:.1%}"
-                + (
-                    f" ({row['low']:.1%}-{row['high']:.1%})"
-                    if wide and row["low"] is not None and row["low"] == row["low"]
-                    else ""
-                )
-                for row in rows
-                if row.get("recipe", "") == name
-            ]
+        tests = dict.fromkeys(row["test"] for row in rows)
+        table = make_table([*(["recipe"] if matrix else []), *tests], fold=())
+        for name in dict.fromkeys(row.get("recipe", "") for row in rows):
+            own = [row for row in rows if row.get("recipe", "") == name]
+            cells = [_accuracy(row, interval=console.width >= WIDE) for row in own]
             table.add_row(*([name] if matrix else []), *cells)
         console.print(table)
-    if said.get("stopped") and not matrix:
-        console.print(f"[yellow]stopped early:[/yellow] {said['stopped']}")
-    for name, why in said["stopped"].items() if matrix else ():
-        console.print(f"[yellow]{name} stopped early:[/yellow] {why}")
-    spec = said.get("network", {}).get("spec")
+    stopped = results.get("stopped") or {}
+    for name, why in stopped.items() if matrix else [("training", stopped)] if stopped else []:
+        print_text(f"{name} stopped early: {why}", style="yellow")
+    spec = results.get("network", {}).get("spec")
     use = f"{spec} --weights {out / 'model.safetensors'}" if spec else str(out)
-    what = "matrix.png and accuracy.csv" if matrix else f"weakspot explain PICTURES --model {use}"
-    console.print(f"\nWritten to {out.resolve()} in {seconds:.0f} s; next: {what}", style="dim")
+    following = (
+        "look at matrix.png and accuracy.csv" if matrix else f"next: weakspot explain IMAGES --model {use}"
+    )
+    print_text(f"\nWritten to {out.resolve()} in {seconds:.0f} s; {following}", style="dim")
 
 
-def everything() -> list[dict[str, str]]:
-    """Recipes and tests, a row each."""
+def _accuracy(row: Mapping[str, Any], *, interval: bool) -> str:
+    # low is null in JSON, or NaN, where there is no interval.
+    known = interval and row["low"] is not None and row["low"] == row["low"]
+    return f"{row['accuracy']:.1%}" + (f" ({row['low']:.1%}-{row['high']:.1%})" if known else "")
+
+
+def list_choices() -> list[dict[str, str]]:
+    """Recipes and tests, one row each."""
     from weakspot.training import RECIPES, TESTS
 
     rows = [{"kind": "recipe", "name": name, "what": recipe.summary} for name, recipe in RECIPES.items()]
-    return rows + [{"kind": "test", "name": name, "what": what} for name, what in TESTS.items()]
+    return rows + [{"kind": "test", "name": name, "what": summary} for name, summary in TESTS.items()]

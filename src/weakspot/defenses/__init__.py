@@ -1,4 +1,4 @@
-"""What helps against attacks, and the tests that tell help from illusion."""
+"""Defenses against attacks, and their evaluation by an attacker who knows them."""
 
 from weakspot.defenses.evaluation import evaluate_defense
 from weakspot.defenses.neutralization import neutralize, neutralizing, oracle_neutralized

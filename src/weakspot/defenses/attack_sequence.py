@@ -1,15 +1,16 @@
-"""The sequence of attacks on an undefended and a defended model, each on the images that withstood those before."""
+"""The sequence of attacks on an undefended and a defended model, each on the images that withstood the earlier ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from weakspot.attacks import bim, ensemble
-from weakspot.attacks.context import AttackOptions, Progress, attack_context, part_of
+from weakspot.attacks.context import AttackOptions, Problem, Progress, attack_context, part_of
 from weakspot.attacks.eight_bit import fit, on_8bit_images
 from weakspot.attacks.gradient import Search, random_start, shrinking_steps
 from weakspot.attacks.losses import margin
@@ -18,31 +19,28 @@ from weakspot.budgets import Budget, Linf
 from weakspot.classifier import Classifier, as_classifier, evaluating, predict
 from weakspot.defenses.bpda import agreement, leads_on, straight_through_models
 from weakspot.defenses.randomized import DrawnByImage, defender_model, expectation, is_random
-from weakspot.defenses.verdicts import (
-    AGREEING,
-    CLEAN,
-    DRAWS,
-    ENSEMBLE,
-    GAIN,
-    OWN,
-    QUERIES,
-    REGION,
-    RISING,
-    ROUNDING,
-    STRAIGHT,
-    SUBSTITUTE,
-    TRANSFERRED,
-    UNDEFENDED,
-    UNDEFENDED_GRADIENTS,
-)
+from weakspot.defenses.verdicts import AGREEING, GAIN, RISING, ROUNDING, UNDEFENDED, Row
 from weakspot.regions import cam
 from weakspot.statistics import proportion_interval
 
 RESTARTS = 2
 FIRST_QUERIES = 500
-MOST_DRAWS = 8  # times `draws`
-FEW = 8  # images that inner networks are looked for with
+MOST_DRAWS = 8  # times `Effort.draws`
+TRIED = 8  # images that inner networks are looked for with
 STREAMS = 10  # of random numbers that each attack has to itself
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard both models are attacked; `evaluate_defense` describes the fields."""
+
+    budget: Budget
+    steps: int
+    fraction: float
+    draws: int
+    queries: int
+    thorough: bool
+    seed: int
 
 
 @dataclass
@@ -50,255 +48,279 @@ class Side:
     """One of the two models, and which images it still classifies correctly.
 
     Attributes:
-        judged: decides what is correct.
-        attacked: what attacks by gradients are made on.
-        queried: what the search without gradients asks.
-        standing: bool (N,).
+        judged: decides which images are correct.
+        attacked: gives the gradients of attacks.
+        queried: answers the square search.
+        correct: bool (N,).
     """
 
     judged: Classifier
     attacked: Classifier
     queried: Classifier
-    standing: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    correct: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+
+    @classmethod
+    def of(cls, classifier: Classifier, random: bool, effort: Effort) -> Side:
+        """A random defense is judged on the defender's draw and attacked on the attacker's."""
+        if not random:
+            return cls(classifier, classifier, classifier)
+        judged = defender_model(classifier, seed=effort.seed)
+        attacked = expectation(classifier, effort.draws, seed=effort.seed)
+        # Draws by the image can be queried until one errs; other draws are new at every query.
+        by_image = any(isinstance(module, DrawnByImage) for module in classifier.modules())
+        return cls(judged, attacked, judged if by_image else attacked)
 
 
 class AttackSequence:
-    """Attacks in turn on both sides, and the row that each leaves behind.
+    """Attacks in turn on both models, and the table row of each.
 
     Attributes:
-        leads: on the defended model, by name of their attack.
-        ends: (N, C, H, W) where each attack by gradients on the defended model ended.
+        leads: of attacks on the defended model, by the name of the attack.
+        ends: (N, C, H, W) where each gradient attack on the defended model ended, by its name.
         rows: of the table so far.
         transferred: (N, C, H, W) images attacked for the undefended model.
-        after_transfer: (N,) bool, where the undefended model withstands those.
-        sides: undefended, defended.
+        after_transfer: (N,) bool, whether the undefended model withstands them.
+        undefended: the first side.
+        defended: the second side.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        defended: nn.Module,
+        models: tuple[nn.Module, nn.Module],
         images: Tensor,
         labels: Tensor,
-        budget: Budget,
-        steps: int,
-        draws: int,
-        seed: int,
+        effort: Effort,
         progress: Progress | None,
     ) -> None:
-        self.images, self.labels, self.budget, self.seed = images, labels, budget, seed
-        self.model, self.progress = model, progress
-        self.random = defended is not model and is_random(defended, images, seed=seed)
-        self.sizes = shrinking_steps(steps if not self.random else -(-2 * steps // 3))
+        model, defended = models
+        self.model, self.images, self.labels = model, images, labels
+        self.effort, self.progress = effort, progress
+        self.random = defended is not model and is_random(defended, images, seed=effort.seed)
+        # Every step on a random defense costs `draws` passes, so it has fewer steps and one restart.
+        steps = effort.steps if not self.random else -(-2 * effort.steps // 3)
+        self.sizes = shrinking_steps(steps)
         self.restarts = 1 if self.random else RESTARTS
-        undefended, shielded = as_classifier(model), as_classifier(defended)
-        self.sides = (_side(undefended, False, draws, seed), _side(shielded, self.random, draws, seed))
-        self.draws = draws
-        self.leads = {OWN: shielded, UNDEFENDED_GRADIENTS: undefended}
+        own, undefended = as_classifier(defended), as_classifier(model)
+        self.undefended = Side.of(undefended, False, effort)
+        self.defended = Side.of(own, self.random, effort)
+        self.leads = {Row.OWN: own, Row.UNDEFENDED_GRADIENTS: undefended}
         self.ends: dict[str, Tensor] = {}
         self.rows: list[dict[str, object]] = []
         self.transferred = images
         self.after_transfer = torch.zeros_like(labels, dtype=torch.bool)
         self.done = 0.0
-        self.part: Progress = lambda share: self.report(0.1 * share)
+        self.part: Progress = lambda fraction: self.report(0.1 * fraction)
 
-    def _agreement(self, lead: Classifier) -> float:
-        agree = agreement(self.leads[OWN], lead, self.images, self.labels, budget=self.budget, seed=self.seed)
-        return float(agree.float().mean())
-
-    def _find_straight_lead(self) -> None:
-        """Of the networks inside, the outermost whose gradients agree, or else the one whose agree best."""
-        with evaluating(self.leads[OWN]) as defended:
-            inner = straight_through_models(defended, self.images[:FEW])
-        best = -1.0
-        for lead in inner:
-            agree = self._agreement(lead) if len(inner) > 1 else 1.0
-            if agree > best:
-                best, self.leads[STRAIGHT] = agree, lead
-            if agree >= AGREEING:
-                break
-
-    def run(self, *, fraction: float, queries: int, substitute: nn.Module | None, thorough: bool) -> None:
-        """Every attack, each on what is left."""
+    def run(self, substitute: nn.Module | None) -> None:
+        """Run every attack, each on the images that are left."""
         images, labels = self.images, self.labels
-        self._stand(CLEAN, [images, images])
-        transferred = self._descended(self.sides[0], images, labels, None, None, 0, early=False)
-        self.transferred = fit(transferred, images, self.budget)
-        self._stand(TRANSFERRED, [self.transferred] * 2)
-        self.after_transfer = self.sides[0].standing
+        self._judge(Row.CLEAN, images, images)
+        everything = torch.arange(len(images), device=images.device)
+        transferred = self._pgd(self.undefended, everything, stream=0, early=False)
+        self.transferred = fit(transferred, images, self.effort.budget)
+        self._judge(Row.TRANSFERRED, self.transferred, self.transferred)
+        self.after_transfer = self.undefended.correct
         self.report(0.1)
         if substitute is not None:
             moved = bim(
-                on_8bit_images(as_classifier(substitute)), images, labels, budget=self.budget,
+                on_8bit_images(as_classifier(substitute)), images, labels, budget=self.effort.budget,
                 steps=len(self.sizes), momentum=1.0,
             ).adversarial  # fmt: skip
-            self._stand(SUBSTITUTE, [moved] * 2)
-        self._descend(OWN, None, 1, until=0.2)
-        if bool(self.sides[1].standing.any()):
+            self._judge(Row.SUBSTITUTE, moved, moved)
+        # From here on each attack gets only the images that withstood the attacks before it.
+        self._attack_by_gradients(Row.OWN, 1, until=0.2)
+        if bool(self.defended.correct.any()):
             self._find_straight_lead()
-        self._descend(STRAIGHT, None, 2, until=0.3)
-        self._descend(UNDEFENDED_GRADIENTS, None, 3, until=0.4)
-        left = any(bool(side.standing.any()) for side in self.sides)
-        self._descend(
-            REGION, cam(self.model, images, labels, fraction=fraction) if left else None, 4, until=0.5
-        )
-        self._average_more()
-        if thorough:
-            self._attack(ENSEMBLE, self._ensemble, until=0.6)
+        self._attack_by_gradients(Row.STRAIGHT, 2, until=0.3)
+        self._attack_by_gradients(Row.UNDEFENDED_GRADIENTS, 3, until=0.4)
+        left = bool((self.undefended.correct | self.defended.correct).any())
+        region = cam(self.model, images, labels, fraction=self.effort.fraction) if left else None
+        self._attack_by_gradients(Row.REGION, 4, region=region, until=0.5)
+        # Images may withstand by luck or because gradients mislead: more draws, then attacks without gradients.
+        self._average_more_draws()
+        if self.effort.thorough:
+            self._attack(Row.ENSEMBLE, self._ensemble, until=0.6)
         self._add_agreements()
-        self._search(queries)
+        self._search_by_queries()
+
+    def report(self, fraction: float) -> None:
+        """Report the progress of the whole, which never decreases."""
+        self.done = max(self.done, fraction)
+        if self.progress is not None:
+            self.progress(self.done)
+
+    def _agreement(self, lead: Classifier) -> float:
+        agreeing = agreement(
+            self.leads[Row.OWN],
+            lead,
+            self.images,
+            self.labels,
+            budget=self.effort.budget,
+            seed=self.effort.seed,
+        )
+        return float(agreeing.float().mean())
+
+    def _find_straight_lead(self) -> None:
+        """Use the outermost inner network whose gradients agree, or else the one whose gradients agree best."""
+        with evaluating(self.leads[Row.OWN]) as defended:
+            inner = straight_through_models(defended, self.images[:TRIED])
+        best = -1.0
+        for lead in inner:
+            agreeing = self._agreement(lead) if len(inner) > 1 else 1.0
+            if agreeing > best:
+                best, self.leads[Row.STRAIGHT] = agreeing, lead
+            if agreeing >= AGREEING:
+                break
 
     def _add_agreements(self) -> None:
-        """To the rows of gradients, where images are left for a verdict to need them."""
-        (here,) = self.sides[1].standing.nonzero(as_tuple=True)
-        for row in self.rows if len(here) else ():
+        """Add agreement to the rows of gradient attacks, if images are left, so that the verdict needs it."""
+        (left,) = self.defended.correct.nonzero(as_tuple=True)
+        for row in self.rows if len(left) else ():
+            # Rows of attacks without gradients have no lead.
             lead = self.leads.get(str(row["attack"]))
             if lead is not None:
                 row["agreement"] = self._agreement(lead)
-                ends = self.ends[str(row["attack"])][here]
-                led = leads_on(
-                    self.leads[OWN], lead, ends, self.labels[here], budget=self.budget, seed=self.seed
-                )
-                row["agreement_at_end"] = float(led.float().mean())
+                ends, labels = self.ends[str(row["attack"])][left], self.labels[left]
+                budget, seed = self.effort.budget, self.effort.seed
+                leading = leads_on(self.leads[Row.OWN], lead, ends, labels, budget=budget, seed=seed)
+                row["agreement_at_end"] = float(leading.float().mean())
 
-    def _average_more(self) -> None:
-        """On a random defense that gains so far: twice as many draws, until that takes next to nothing more."""
-        draws, number = 2 * self.draws, 5
-        while self.random and draws <= MOST_DRAWS * self.draws:
-            undefended, defended = (float(side.standing.float().mean()) for side in self.sides)
+    def _average_more_draws(self) -> None:
+        """Double the draws on a random defense that still gains, until a doubling takes next to nothing."""
+        draws, stream = 2 * self.effort.draws, 5
+        while self.random and draws <= MOST_DRAWS * self.effort.draws:
+            undefended, defended = (
+                float(side.correct.float().mean()) for side in (self.undefended, self.defended)
+            )
             if defended - undefended <= GAIN:
+                return  # no gain is left that more draws could take
+            self.defended.attacked = expectation(self.leads[Row.OWN], draws, seed=self.effort.seed)
+            self._attack_by_gradients(Row.DRAWS.format(draws), stream, until=0.5)
+            if defended - float(self.defended.correct.float().mean()) <= RISING + ROUNDING:
                 return
-            side = self.sides[1]
-            side.attacked = expectation(self.leads[OWN], draws, seed=self.seed)
-            self._descend(DRAWS.format(draws), None, number, until=0.5)
-            if defended - float(side.standing.float().mean()) <= RISING + ROUNDING:
-                return
-            draws, number = 2 * draws, number + 1
+            draws, stream = 2 * draws, stream + 1
 
-    def _search(self, cap: int) -> None:
-        """Square search with a growing number of queries, until a doubling takes next to nothing more."""
-        count, stream = min(FIRST_QUERIES, cap), 1000
+    def _search_by_queries(self) -> None:
+        """Square search with a growing number of queries, until a doubling takes next to nothing."""
+        most = self.effort.queries
+        count, stream = min(FIRST_QUERIES, most), 1000
         while True:
-            before = int(self.sides[1].standing.sum())
+            before = int(self.defended.correct.sum())
 
-            def squares(side: Side, here: Tensor, count: int = count, stream: int = stream) -> Tensor:
-                network = on_8bit_images(side.queried)
-                options = AttackOptions(self.budget, seed=self.seed)
-                with (
-                    attack_context(network, self.images[here], self.labels[here], options) as problem,
-                    problem.fused_model(),
-                ):
+            # New squares at every doubling (another stream), not the continuation of the shorter search.
+            def search(side: Side, rows: Tensor, count: int = count, stream: int = stream) -> Tensor:
+                with self._problem(side.queried, rows) as problem, problem.fused_model():
                     return square_search(problem, queries=count, stream=stream, progress=self.part)[0]
 
-            self._attack(QUERIES.format(count), squares, until=0.5 + 0.5 * count / cap)
-            fallen = before - int(self.sides[1].standing.sum())
-            if (count > FIRST_QUERIES and fallen <= RISING * len(self.images) + ROUNDING) or 2 * count > cap:
+            self._attack(Row.QUERIES.format(count), search, until=0.5 + 0.5 * count / most)
+            fooled = before - int(self.defended.correct.sum())
+            little = fooled <= RISING * len(self.images) + ROUNDING
+            if (count > FIRST_QUERIES and little) or 2 * count > most:
                 return
             count, stream = 2 * count, 2 * stream
 
-    def _descend(self, name: str, region: Tensor | None, number: int, *, until: float) -> None:
-        def descent(side: Side, here: Tensor) -> Tensor:
-            where = None if region is None else region[here]
-            defended = side is self.sides[1]
-            lead = self.leads.get(name) if defended and name != OWN else None
+    def _attack_by_gradients(
+        self, name: str, stream: int, *, region: Tensor | None = None, until: float
+    ) -> None:
+        """PGD on both sides; on the defended model along the lead of that name, if there is one."""
+
+        def descend(side: Side, rows: Tensor) -> Tensor:
+            defended = side is self.defended
+            lead = self.leads.get(name) if defended and name != Row.OWN else None
             if lead is not None and self.random:
-                lead = expectation(lead, self.draws, seed=self.seed)
-            best = self._descended(side, self.images[here], self.labels[here], lead, where, number)
+                lead = expectation(lead, self.effort.draws, seed=self.effort.seed)
+            best = self._pgd(side, rows, lead=lead, region=region, stream=stream)
             if defended:
                 self.ends[name] = self.images.clone()
-                self.ends[name][here] = best
+                self.ends[name][rows] = best
             return best
 
-        self._attack(name, descent, until=until)
+        self._attack(name, descend, until=until)
 
-    def _descended(
+    def _problem(
+        self, classifier: Classifier, rows: Tensor, region: Tensor | None = None
+    ) -> AbstractContextManager[Problem]:
+        """The attack problem of these images, which the classifier sees rounded to 8 bits."""
+        region = None if region is None else region[rows]
+        options = AttackOptions(self.effort.budget, region, seed=self.effort.seed)
+        return attack_context(on_8bit_images(classifier), self.images[rows], self.labels[rows], options)
+
+    def _pgd(
         self,
         side: Side,
-        images: Tensor,
-        labels: Tensor,
-        lead: Classifier | None,
-        region: Tensor | None,
-        number: int,
+        rows: Tensor,
+        *,
+        stream: int,
+        lead: Classifier | None = None,
+        region: Tensor | None = None,
         early: bool = True,
     ) -> Tensor:
-        """PGD judged by the side's answers; images leave it at once where what fools cannot change afterward."""
-        early = early and not self.random and isinstance(self.budget, Linf)
-        network = on_8bit_images(side.attacked)
-        options = AttackOptions(self.budget, region, seed=self.seed)
-        with attack_context(network, images, labels, options) as own:
+        """The images of lowest margin that PGD passes.
+
+        With `early`, an image that is fooled leaves the search, unless rounding could undo it: only whole levels of an
+        L-infinity budget round to themselves.
+        """
+        early = early and not self.random and isinstance(self.effort.budget, Linf)
+        with self._problem(side.attacked, rows, region) as own:
+            # Gradients come from the lead; the side's own logits decide which image is fooled.
             problem = own if lead is None else replace(own, lead=on_8bit_images(lead))
             search = Search(problem, margin, stop_early=early)
             search.warned = True  # gradients of zero are what the agreement reports
             with problem.fused_model():
                 for restart in range(self.restarts):
-                    start = random_start(problem, STREAMS * number + restart)
+                    start = random_start(problem, STREAMS * stream + restart)
                     search.run(start, self.sizes, part_of(self.part, restart, self.restarts))
             return search.best
 
-    def _ensemble(self, side: Side, here: Tensor) -> Tensor:
-        network = on_8bit_images(side.attacked)
+    def _ensemble(self, side: Side, rows: Tensor) -> Tensor:
         return ensemble(
-            network,
-            self.images[here],
-            self.labels[here],
-            budget=self.budget,
-            seed=self.seed,
+            on_8bit_images(side.attacked),
+            self.images[rows],
+            self.labels[rows],
+            budget=self.effort.budget,
+            seed=self.effort.seed,
             progress=self.part,
         ).adversarial
 
-    def _attack(self, name: str, made: Callable[[Side, Tensor], Tensor], *, until: float) -> None:
-        """An attack made for each side, on the images that are still correct there; `until` is the progress then."""
-        shown, half = [], max(0.0, until - self.done) / 2
-        for side in self.sides:
+    def _attack(self, name: str, attack: Callable[[Side, Tensor], Tensor], *, until: float) -> None:
+        """Attack the images that each side still classifies correctly; `until` is the progress afterward."""
+        attacked, half = [], max(0.0, until - self.done) / 2
+        for side in (self.undefended, self.defended):
             start = self.done
-            self.part = lambda share, start=start: self.report(start + half * share)  # type: ignore[misc]
-            attacked, here = self.images.clone(), side.standing.nonzero()[:, 0]
-            if len(here):
-                attacked[here] = fit(made(side, here), self.images[here], self.budget)
-            shown.append(attacked)
-        self._stand(name, shown)
+            self.part = lambda fraction, start=start: self.report(start + half * fraction)  # type: ignore[misc]
+            images, rows = self.images.clone(), side.correct.nonzero()[:, 0]
+            if len(rows):
+                images[rows] = fit(attack(side, rows), self.images[rows], self.effort.budget)
+            attacked.append(images)
+        self._judge(name, *attacked)
         self.report(until)
 
-    def _stand(self, name: str, shown: Sequence[Tensor]) -> None:
-        """Judge what is shown to each side, and add the row."""
-        for side, attacked in zip(self.sides, shown, strict=True):
-            here = torch.ones_like(self.labels, dtype=torch.bool) if name == CLEAN else side.standing
-            left = here.clone()
-            rows = here.nonzero()[:, 0]
+    def _judge(self, name: str, *attacked: Tensor) -> None:
+        """Judge the images (N, C, H, W) attacked for each side, and add the table row."""
+        for side, images in zip((self.undefended, self.defended), attacked, strict=True):
+            correct = (
+                torch.ones_like(self.labels, dtype=torch.bool) if name == Row.CLEAN else side.correct.clone()
+            )
+            # An image that an earlier attack fooled stays fooled: the row is the worst case so far.
+            rows = correct.nonzero()[:, 0]
             if len(rows):
-                fitted = fit(attacked[rows], self.images[rows], self.budget)
-                left[rows] = correct(side.judged, fitted, self.labels[rows])
-            side.standing = left
-        row = table_row(name, *(side.standing for side in self.sides))
-        self.rows.append(row)
-
-    def report(self, fraction: float) -> None:
-        """Progress of the whole, which never goes back."""
-        self.done = max(self.done, fraction)
-        if self.progress is not None:
-            self.progress(self.done)
+                fitted = fit(images[rows], self.images[rows], self.effort.budget)
+                correct[rows] = is_correct(side.judged, fitted, self.labels[rows])
+            side.correct = correct
+        self.rows.append(table_row(name, self.undefended.correct, self.defended.correct))
 
 
-def _side(classifier: Classifier, random: bool, draws: int, seed: int) -> Side:
-    if not random:
-        return Side(classifier, classifier, classifier)
-    judged, attacked = defender_model(classifier, seed=seed), expectation(classifier, draws, seed=seed)
-    # Draws that are a function of the image can be asked for until one errs; others are new at every query.
-    by_image = any(isinstance(module, DrawnByImage) for module in classifier.modules())
-    return Side(judged, attacked, judged if by_image else attacked)
-
-
-def correct(network: nn.Module, shown: Tensor, labels: Tensor) -> Tensor:
-    """(N,) bool."""
+def is_correct(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """(N,) bool, whether the network classifies each image correctly."""
     with evaluating(network) as classifier:
-        return predict(classifier, shown).argmax(1) == labels
+        return predict(classifier, images).argmax(1) == labels
 
 
 def table_row(name: str, undefended: Tensor, defended: Tensor) -> dict[str, object]:
-    """A row of the table from which images (N,) are correct on either side."""
+    """A row of the table from the images (N,) that each model classifies correctly."""
     row: dict[str, object] = {"attack": name}
-    for side, standing in ((UNDEFENDED, undefended), ("defended", defended)):
-        bounds = proportion_interval(standing.cpu().numpy())
+    for side, correct in ((UNDEFENDED, undefended), ("defended", defended)):
+        bounds = proportion_interval(correct.cpu().numpy())
         row |= dict(zip((side, f"{side}_low", f"{side}_high"), bounds, strict=True))
     row["undefended_only"] = int((undefended & ~defended).sum())
     row["defended_only"] = int((defended & ~undefended).sum())

@@ -1,9 +1,9 @@
-"""BPDA: gradients of something near a defended model in place of its own (Athalye et al. 2018, arXiv 1802.00420).
+"""BPDA: gradients of a nearby model instead of the defended model's own (Athalye et al. 2018, arXiv 1802.00420).
 
-A lead is a classifier whose gradients an attack follows, while the defended model's answers decide what fools. Its own
-gradients are one lead; the undefended model is another; a third goes straight through to the network inside.
+A lead is a classifier whose gradients an attack follows, while the defended model decides which images fool it. The
+defended model is one lead, the undefended model another, and a third goes straight through to the network inside.
 
-Agreement: whether a step along a lead's gradient changes the defended model's margin as the gradient predicts.
+Agreement is whether a step along a lead's gradient changes the defended model's margin as the gradient predicts.
 """
 
 from __future__ import annotations
@@ -25,72 +25,97 @@ from weakspot.classifier import Classifier, as_wrapped_classifier, default_batch
 from weakspot.defenses.randomized import one_draw
 from weakspot.logits import logits_of, margin
 
-MOST = 6  # inner networks that are looked at, from the outside
-FLAT = 1e-8  # variance of a channel below which no slope can be fitted
+MOST = 6  # inner networks that are tried, from the outside in
+FLAT = 1e-8  # variance of a channel below which no slope is fitted
+STEP = 1 / 50  # of the budget, at which a prediction is checked
+SMALLEST_RATIO, LARGEST_RATIO = 0.5, 2.0  # of the actual to the predicted change, at a random point
+LEADING_RATIO = 0.25  # where an attack ended; less, because competing classes come near there
+STREAM = 900  # of each image's random numbers; attacks use those below
 
 
 def straight_through_models(defended: Classifier, images: Tensor) -> list[Classifier]:
-    """For each network that the defended model calls inside, from the outside in: a classifier that is led by it.
+    """A lead for each network that the defended model calls inside, from the outside in.
 
-    Such a network takes a picture (a four-dimensional tensor with the images' channels) and returns logits of as many
-    classes; it need not be registered as a submodule. The classifier takes the image that is given, records what the
-    defended model feeds to the inner network, and passes that on with the gradient of a straight line from the image:
-    one slope per image and channel, fitted between the two. So preprocessing without a gradient, or with a wrong one,
-    is passed through. Where the inner network takes another size, the image is resized to it; where it is called
-    several times, there is one classifier that averages the calls' logits and one that takes the last call.
+    Such a network takes images (a four-dimensional tensor with as many channels) and returns logits of as many classes;
+    it need not be registered as a submodule. The lead records what the defended model feeds to the inner network and
+    passes it on with the gradient of a straight line from the given image: one slope per image and channel, fitted
+    between the two. This replaces the gradient of a preprocessing step that has none or a wrong one. If the inner
+    network takes another size, the image is resized to it. If it is called several times, there is one lead that
+    averages the logits of all calls and one that uses the last call.
 
     Args:
         defended: in eval mode.
         images: (N, C, H, W), a few to try it on.
 
     Returns:
-        An empty list where the network cannot be seen from outside, as when its layers are called one by one.
+        An empty list if there is no such network, for example because the layers are called one by one.
     """
     images = defended.filled(images)
     with torch.no_grad(), _watching(images) as called:
         classes = defended(images).shape[1]
-    # The whole network is no inner one: its gradients are the defended model's own.
+    # Going straight through to the whole network would be the defended model itself.
     whole = (defended, defended.network)
-    inner = [module for module, found in reversed(called) if found == classes and module not in whole]
-    # Earlier calls may be draws to be averaged, or only prepare the last one: both are worth trying.
-    times = {module: inner.count(module) for module in list(dict.fromkeys(inner))[:MOST]}
-    ways = [
+    # Hooks run when a module returns, inner modules first; reversed, they come from the outside in.
+    inner = [module for module, count in reversed(called) if count == classes and module not in whole]
+    # Earlier calls are either draws to be averaged, or prepare the last call: both leads are tried.
+    calls = {module: inner.count(module) for module in list(dict.fromkeys(inner))[:MOST]}
+    variants = [
         (module, last)
-        for module, count in times.items()
+        for module, count in calls.items()
         for last in ((False, True) if count > 1 else (True,))
     ]
+    name = f"{defended.name} (straight-through)"
     return [
-        as_wrapped_classifier(
-            _StraightThrough(defended, module, last), defended, f"{defended.name} (straight-through)"
-        )
-        for module, last in ways
+        as_wrapped_classifier(_StraightThrough(defended, module, last), defended, name)
+        for module, last in variants
     ]
 
 
 @contextmanager
 def _watching(images: Tensor) -> Iterator[list[tuple[nn.Module, int]]]:
-    """Every module of this thread that took a picture and returned logits, inner before outer, with its classes."""
+    """Record the modules that take images and return logits, inner before outer, with their number of classes."""
     called: list[tuple[nn.Module, int]] = []
-    here = threading.get_ident()
+    thread = threading.get_ident()
 
-    def seen(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        if threading.get_ident() != here:
+    def record(
+        module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], output: Any
+    ) -> None:
+        if threading.get_ident() != thread:
             return
-        # The model may itself be counting its tensor operations; these are not among them.
+        # The model may count its tensor operations; those of this hook must not be counted.
         with torch._C.DisableTorchFunction(), suppress(ValueError):
-            if _picture(args, kwargs, images) is not None:
+            if _image_argument(args, kwargs, images) is not None:
                 called.append((module, logits_of(output).shape[1]))
 
-    handle = register_module_forward_hook(seen, with_kwargs=True)
+    handle = register_module_forward_hook(record, with_kwargs=True)
     try:
         yield called
     finally:
         handle.remove()
 
 
-def _picture(args: tuple[Any, ...], kwargs: Mapping[str, Any], images: Tensor) -> int | str | None:
-    """Where among its arguments a module was given pictures of as many channels as the images."""
-    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+class _Call(NamedTuple):
+    """Arguments of an inner network, and which of them is the batch of images."""
+
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+    place: int | str
+    fed: Tensor
+
+    def with_images(self, images: Tensor) -> tuple[list[object], dict[str, object]]:
+        args, kwargs = list(self.args), dict(self.kwargs)
+        if isinstance(self.place, int):
+            args[self.place] = images
+        else:
+            kwargs[self.place] = images
+        return args, kwargs
+
+
+def _image_argument(
+    args: tuple[object, ...], kwargs: Mapping[str, object], images: Tensor
+) -> tuple[int | str, Tensor] | None:
+    """The first argument that is a batch of images with the same channels, possibly several copies of each."""
+    places: list[tuple[int | str, object]] = [*enumerate(args), *kwargs.items()]
     for place, value in places:
         if (
             isinstance(value, Tensor)
@@ -99,25 +124,8 @@ def _picture(args: tuple[Any, ...], kwargs: Mapping[str, Any], images: Tensor) -
             and value.is_floating_point()
             and len(value) % len(images) == 0
         ):
-            return place
+            return place, value
     return None
-
-
-class _Call(NamedTuple):
-    """Arguments of an inner network, the picture among them, and where it is."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    place: int | str
-    picture: Tensor
-
-    def with_picture(self, picture: Tensor) -> tuple[list[Any], dict[str, Any]]:
-        args, kwargs = list(self.args), dict(self.kwargs)
-        if isinstance(self.place, int):
-            args[self.place] = picture
-        else:
-            kwargs[self.place] = picture
-        return args, kwargs
 
 
 class _StraightThrough(nn.Module):
@@ -126,69 +134,67 @@ class _StraightThrough(nn.Module):
     def __init__(self, defended: Classifier, inner: nn.Module, last: bool) -> None:
         super().__init__()
         self.defended, self.last = defended, last
-        self.inner = [inner]  # not registered a second time: it usually is a part of the defended model
+        self.inner = [
+            inner
+        ]  # in a list, so that it is not registered twice: it usually belongs to `defended`
 
     def forward(self, images: Tensor) -> Tensor:
         (inner,) = self.inner
         calls: list[_Call] = []
-        here = threading.get_ident()
+        thread = threading.get_ident()
 
-        def record(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            if threading.get_ident() != here:
+        def record(_: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+            if threading.get_ident() != thread:
                 return
             with torch._C.DisableTorchFunction():
-                place = _picture(args, kwargs, images)
-                if place is not None:
-                    picture = args[place] if isinstance(place, int) else kwargs[place]
-                    calls.append(_Call(args, kwargs, place, picture.detach().clone()))
+                argument = _image_argument(args, kwargs, images)
+                if argument is not None:
+                    place, fed = argument
+                    calls.append(_Call(args, kwargs, place, fed.detach().clone()))
 
         handle = inner.register_forward_pre_hook(record, with_kwargs=True)
         try:
             with torch.no_grad():
-                answer: Tensor = self.defended(images)
+                logits: Tensor = self.defended(images)
         finally:
             handle.remove()
-        if not calls:  # it took another way for these images: there is nothing to lead
-            return answer
+        if not calls:  # these images did not reach the inner network, so there is no gradient
+            return logits
+        # Logits are a mean over the calls, so the gradient is too: each copy of the image contributes.
         used = calls[-1:] if self.last else calls
-        return torch.stack([self._led(inner, call, images) for call in used]).mean(0)
+        return torch.stack([self._call_logits(inner, call, images) for call in used]).mean(0)
 
-    def _led(self, inner: nn.Module, call: _Call, images: Tensor) -> Tensor:
+    def _call_logits(self, inner: nn.Module, call: _Call, images: Tensor) -> Tensor:
         """(N, K) logits of one call, averaged over the copies of each image in its batch."""
-        picture = call.picture
-        times = len(picture) // len(images)
-        shown = _resized(images, picture)
-        # Copies come batch after batch (`repeat`) or image by image (`repeat_interleave`).
-        arranged = (shown.repeat(times, 1, 1, 1), shown.repeat_interleave(times, 0))
-        distances = [float((picture - copies.detach()).abs().mean()) for copies in arranged]
-        tiled = distances[0] <= distances[1]
-        args, kwargs = call.with_picture(_straight(picture, arranged[0 if tiled else 1]))
+        fed = call.fed
+        times = len(fed) // len(images)
+        resized = _resized(images, fed)
+        # Copies come either batch after batch (`repeat`) or image by image (`repeat_interleave`).
+        orders = (resized.repeat(times, 1, 1, 1), resized.repeat_interleave(times, 0))
+        distances = [float((fed - copies.detach()).abs().mean()) for copies in orders]
+        by_batch = distances[0] <= distances[1]
+        args, kwargs = call.with_images(_with_straight_gradient(fed, orders[0 if by_batch else 1]))
         logits = logits_of(inner(*args, **kwargs))
-        sizes, copies = ((times, len(images)), 0) if tiled else ((len(images), times), 1)
-        led: Tensor = logits.unflatten(0, sizes).mean(copies)
-        return led
+        sizes, copies = ((times, len(images)), 0) if by_batch else ((len(images), times), 1)
+        mean: Tensor = logits.unflatten(0, sizes).mean(copies)
+        return mean
 
 
-def _resized(images: Tensor, picture: Tensor) -> Tensor:
-    if images.shape[2:] == picture.shape[2:]:
-        return images.to(picture)
-    return F.interpolate(images.to(picture), size=picture.shape[2:], mode="bilinear", align_corners=False)
+def _resized(images: Tensor, fed: Tensor) -> Tensor:
+    if images.shape[2:] == fed.shape[2:]:
+        return images.to(fed)
+    return F.interpolate(images.to(fed), size=fed.shape[2:], mode="bilinear", align_corners=False)
 
 
-def _straight(picture: Tensor, shown: Tensor) -> Tensor:
-    """The picture to the last bit, with the gradient of a straight line from the image, fitted by least squares."""
+def _with_straight_gradient(fed: Tensor, images: Tensor) -> Tensor:
+    """`fed`, bit for bit, with the gradient of slope * images, where the slope is fitted by least squares."""
     with torch.no_grad():
-        centered = shown - shown.mean((2, 3), keepdim=True)
+        # slope = cov(image, fed) / var(image) for each image and channel, 1 where the channel is constant.
+        centered = images - images.mean((2, 3), keepdim=True)
         variance = centered.square().mean((2, 3), keepdim=True)
-        slope = (centered * picture).mean((2, 3), keepdim=True) / variance.clamp(min=FLAT)
+        slope = (centered * fed).mean((2, 3), keepdim=True) / variance.clamp(min=FLAT)
         slope = torch.where(variance > FLAT, slope, 1)
-    return picture + slope * (shown - shown.detach())
-
-
-STEP = 1 / 50  # of the budget
-SMALLEST_RATIO, LARGEST_RATIO = 0.5, 2.0  # times the predicted change, at a random point
-LEADING = 0.25  # times the predicted change, where an attack ended: competing classes come near there
-STREAM = 900  # of each image's random numbers; attacks use those below
+    return fed + slope * (images - images.detach())
 
 
 def agreement(
@@ -196,7 +202,7 @@ def agreement(
 ) -> Tensor:
     """(N,) bool: a short step down the lead's gradient changes the defended margin by .5 to 2 times the prediction.
 
-    The step is a fiftieth of the budget from a random point of the ball; a random defense plays one draw throughout.
+    The step is a fiftieth of the budget from a random point of the ball. A random defense uses one draw throughout.
     Masked gradients, which are zero or wrong, do not agree.
 
     Args:
@@ -204,12 +210,13 @@ def agreement(
         lead: whose gradient predicts; `defended` itself for its own gradients.
         images: (N, C, H, W) in [0, 1].
         labels: (N,).
-        budget: of the attacks that are to be judged.
+        budget: of the attacks that are evaluated.
         seed: of points and draws.
     """
     with attack_context(defended, images, labels, AttackOptions(budget, seed=seed)) as problem:
         points = problem.apply(random_start(problem, STREAM))
-    ratio = _ratio(defended, lead, points, labels, budget, seed)
+    # A ratio of 1 is a margin that is linear along the step; masked gradients give 0, NaN or any number.
+    ratio = _change_ratio(defended, lead, points, labels, budget=budget, seed=seed)
     return (ratio >= SMALLEST_RATIO) & (ratio <= LARGEST_RATIO)
 
 
@@ -219,37 +226,38 @@ def leads_on(
     """(N,) bool: a short step from these points (N, C, H, W) lowers the margin by at least a quarter of the prediction.
 
     At the points where an attack ended, a model whose slope vanishes near its decision boundary does not lead on,
-    though its gradients agree elsewhere. Kinks between competing classes are common there in any model, so less is
-    asked than of `agreement`.
+    although its gradients agree elsewhere. Kinks between competing classes are common there in any model, so the
+    threshold is lower than that of `agreement`.
     """
-    return _ratio(defended, lead, points, labels, budget, seed) >= LEADING
+    return _change_ratio(defended, lead, points, labels, budget=budget, seed=seed) >= LEADING_RATIO
 
 
-def _ratio(
-    defended: Classifier, lead: Classifier, points: Tensor, labels: Tensor, budget: Budget, seed: int
+def _change_ratio(
+    defended: Classifier, lead: Classifier, points: Tensor, labels: Tensor, *, budget: Budget, seed: int
 ) -> Tensor:
-    """(N,) the change of the defended margin over the predicted one; NaN where no fall is predicted."""
+    """(N,) actual change of the defended margin over the predicted one; NaN where no decrease is predicted."""
     size = default_batch(points)
+    ratios = []
     with evaluating(defended), evaluating(lead):
-        parts = zip(points.split(size), labels.split(size), strict=True)
-        return torch.cat([_ratio_of_batch(defended, lead, *part, budget, seed) for part in parts])
-
-
-def _ratio_of_batch(
-    defended: Classifier, lead: Classifier, points: Tensor, labels: Tensor, budget: Budget, seed: int
-) -> Tensor:
-    start = points.detach().clone().requires_grad_()
-    with one_draw(lead, seed):
-        led = margin(lead(start), labels)
-    if not led.requires_grad:
-        return torch.full_like(led, torch.nan)
-    (gradient,) = torch.autograd.grad(led.sum(), start, allow_unused=True, materialize_grads=True)
-    step = STEP * budget.steepest_step(-gradient, torch.zeros_like(points), points)
-    moved = (points + step).clamp(0, 1)
-    predicted = (gradient * (moved - points)).flatten(1).sum(1)
-    with torch.no_grad():
-        with one_draw(defended, seed):
-            before = margin(defended(points), labels)
-        with one_draw(defended, seed):
-            after = margin(defended(moved), labels)
-    return torch.where(predicted < 0, (after - before) / predicted, torch.nan)
+        for batch, classes in zip(points.split(size), labels.split(size), strict=True):
+            start = batch.detach().clone().requires_grad_()
+            with one_draw(lead, seed):
+                predicting = margin(lead(start), classes)
+            if not predicting.requires_grad:
+                ratios.append(torch.full_like(predicting, torch.nan))
+                continue
+            (gradient,) = torch.autograd.grad(
+                predicting.sum(), start, allow_unused=True, materialize_grads=True
+            )
+            # steepest_step ascends, so the negative gradient lowers the margin.
+            step = STEP * budget.steepest_step(-gradient, torch.zeros_like(batch), batch)
+            moved = (batch + step).clamp(0, 1)
+            # First-order change of the margin over the step as clipped to [0, 1].
+            predicted = (gradient * (moved - batch)).flatten(1).sum(1)
+            with torch.no_grad():
+                with one_draw(defended, seed):
+                    before = margin(defended(batch), classes)
+                with one_draw(defended, seed):  # the same draw again
+                    after = margin(defended(moved), classes)
+            ratios.append(torch.where(predicted < 0, (after - before) / predicted, torch.nan))
+    return torch.cat(ratios)

@@ -1,4 +1,4 @@
-"""Evaluation of a defense: the defended and the undefended model under the same attacks, made for each."""
+"""Evaluation of a defense: the defended and the undefended model under the same attacks, each made for it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import check_budget, check_classes, check_count, check_fraction, check_seed
+from weakspot._checks import (
+    check_budget,
+    check_classes,
+    check_count,
+    check_fraction,
+    check_seed,
+    describe_error,
+)
 from weakspot.attacks.context import Progress
 from weakspot.attacks.eight_bit import rounded, whole_levels
 from weakspot.budgets import Budget, Linf
 from weakspot.classifier import check_images, evaluating, predict
-from weakspot.defenses.attack_sequence import AttackSequence, correct, table_row
-from weakspot.defenses.verdicts import ORACLE
+from weakspot.defenses.attack_sequence import AttackSequence, Effort, is_correct, table_row
+from weakspot.defenses.verdicts import Row
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,74 +48,75 @@ def evaluate_defense(
 ) -> pd.DataFrame:
     """Accuracy of the undefended and of the defended model under the same attacks; `verdict` sums it up.
 
-    Both models face the attacks in turn, each attack the images that withstood those above it, so that a row is the
-    accuracy that is left after all attacks so far and the last row is the worst case. Images are rounded to 8 bits
-    first and every attacked image is judged after rounding, inside the budget. Rows:
+    Both models face the attacks in turn. Each attack gets the images that withstood the attacks above it, so that a row
+    is the accuracy left after all attacks so far and the last row is the worst case. Images are rounded to 8 bits
+    first, and every attacked image is judged after rounding, inside the budget. Rows:
 
     - "clean": no attack.
-    - "transferred from the undefended model": PGD made for the undefended model, shown to both; all that an attacker
-      does who does not know the defense.
-    - "transferred from the substitute": momentum iterations (arXiv 1710.06081), where a `substitute` is given.
+    - "transferred from the undefended model": PGD made for the undefended model and shown to both. An attacker who does
+      not know the defense can do no more.
+    - "transferred from the substitute": MI-FGSM (arXiv 1710.06081) on `substitute`, if there is one.
     - "white-box": PGD on the model's own gradients.
-    - "BPDA (straight-through)": PGD led by the network inside the defended model (`straight_through_models`). Where
-      none can be seen, both models face their own gradients from other starts.
-    - "BPDA (undefended gradients)": PGD led by the undefended model.
-    - "white-box (region of importance)": PGD only where the undefended model gathers most evidence.
-    - "white-box, N draws": only on a random defense that keeps a gain so far: N doubles from twice `draws` to eight
+    - "BPDA (straight-through)": PGD along the gradients of the network inside the defended model
+      (`straight_through_models`). If there is none, both models face their own gradients from other starts.
+    - "BPDA (undefended gradients)": PGD along the gradients of the undefended model.
+    - "white-box (region of importance)": PGD confined to the class activation of the undefended model.
+    - "white-box, N draws": only on a random defense that keeps a gain so far. N doubles from twice `draws` to eight
       times, until a doubling takes at most 2 points.
-    - "ensemble": `attacks.ensemble`, where `thorough`.
+    - "ensemble": `attacks.ensemble`, if `thorough`.
     - "square search, N queries": N = 500, then twice as many with new squares until a doubling takes at most 2 points
       from the defended model, or N reaches `queries`.
-    - "oracle region": where an `oracle` is given; not part of the worst case.
+    - "oracle region": if there is an `oracle`. Not part of the worst case.
 
-    PGD has two restarts; on a random defense one of two thirds of the steps, on the mean logits of `draws` draws
-    (EOT, arXiv 1707.07397) that are not the one the defense is judged by.
+    PGD has two restarts. On a random defense it has one, with two thirds of the steps, on the mean logits of `draws`
+    draws (EOT, arXiv 1707.07397) other than the one that the defense is judged by.
 
     Args:
         model: the undefended classifier.
         defended: the defended one, such as `neutralizing(model)`.
         images: (N, C, H, W) in [0, 1].
         labels: (N,).
-        budget: of every attack; 4/255 in L-infinity by default.
+        budget: of every attack. Default: `Linf(4 / 255)`.
         steps: of each PGD restart.
         fraction: of the image that the attack inside the region of importance may change.
-        draws: of a random defense, that attacks average over.
-        queries: most queries of one square search; below 1000 there is no doubling, and `verdict` cannot praise.
+        draws: of a random defense, over which attacks average.
+        queries: most queries of one square search. Below 1000 there is no doubling, and no verdict of "protects".
         substitute: another classifier of the same classes.
-        oracle: attacked and clean images to what the undefended model is then given, such as
+        oracle: a function of attacked and clean images that returns the images for the undefended model, such as
             `functools.partial(oracle_neutralized, model)`.
-        thorough: also the ensemble, which is slow.
-        seed: of the attacks and of draws from the global generators, which are put back.
+        thorough: whether the ensemble, which is slow, is run too.
+        seed: of the attacks and of draws from the global generators, which are restored.
         progress: called with the fraction done.
 
     Returns:
         One row per attack. "undefended" and "defended" are accuracies, each with "_low" and "_high" (the exact 95%
-        interval over images); "undefended_only" and "defended_only" count the images that only one of the two models
-        still classifies correctly; "agreement" of a row of gradients is the fraction of images where they predict the
-        defended model's margin at a random point (`agreement`) and "agreement_at_end" the fraction, of the images that
-        withstand all gradient attacks, where they still lead on from the point that their attack ended at
-        (`leads_on`); "images" is N.
+        interval over images). "undefended_only" and "defended_only" count the images that only one of the two models
+        still classifies correctly. For gradient attacks, "agreement" is the fraction of images whose gradients predict
+        the defended model's margin at a random point (`agreement`), and "agreement_at_end" the fraction, of the images
+        that withstand all gradient attacks, whose gradients still lower the margin where the attack ended (`leads_on`).
+        "images" is N.
 
     Raises:
-        ValueError: when an argument does not fit, naming it.
+        ValueError: if an argument does not fit.
     """
     import pandas as pd
 
     check_seed(seed)
-    check_count("steps", steps)
-    check_count("draws", draws)
-    check_count("queries", queries)
-    check_fraction(fraction, name="fraction")
+    for name, count in (("steps", steps), ("draws", draws), ("queries", queries)):
+        check_count(name, count)
+    check_fraction(fraction)
     budget = DEFAULT_BUDGET if budget is None else budget
     check_budget(budget)
-    budget = whole_levels(budget)
     images, labels = _checked(model, defended, substitute, images, labels)
-    sequence = AttackSequence(model, defended, images, labels, budget, steps, draws, seed, progress)
-    sequence.run(fraction=fraction, queries=queries, substitute=substitute, thorough=thorough)
+    # Whole gray levels, so that rounding an attacked image to 8 bits never leaves the budget.
+    effort = Effort(whole_levels(budget), steps, fraction, draws, queries, thorough=thorough, seed=seed)
+    sequence = AttackSequence((model, defended), images, labels, effort, progress)
+    sequence.run(substitute)
     rows = sequence.rows
     if oracle is not None:
-        standing = correct(model, oracle(sequence.transferred, images), labels)
-        rows.append(table_row(ORACLE, sequence.after_transfer, standing))
+        # Against the first attack only: the oracle has no adaptive attacker.
+        correct = is_correct(model, oracle(sequence.transferred, images), labels)
+        rows.append(table_row(Row.ORACLE, sequence.after_transfer, correct))
     sequence.report(1.0)
     return pd.DataFrame(rows)
 
@@ -116,10 +124,14 @@ def evaluate_defense(
 def _checked(
     model: nn.Module, defended: nn.Module, substitute: nn.Module | None, images: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Images rounded to 8 bits and labels, on the model's device; ValueError unless the networks take them."""
+    """The images rounded to 8 bits and the labels, on the model's device.
+
+    Raises:
+        ValueError: if a network does not take them.
+    """
     for name, network in (("model", model), ("defended", defended), ("substitute", substitute)):
         if network is not None and not isinstance(network, nn.Module):
-            raise ValueError(f"{name} must be a torch.nn.Module, got a {type(network).__name__}")
+            raise ValueError(f"{name} must be a torch.nn.Module, got {type(network).__name__}")
     with evaluating(model) as classifier:
         images = rounded(check_images(images, classifier))
         classes = predict(classifier, images[:1]).shape[1]
@@ -135,12 +147,11 @@ def _check_network(name: str, network: nn.Module, image: Tensor, classes: int) -
     """Raises ValueError unless the network takes the image and has as many classes."""
     with evaluating(network) as classifier:
         try:
-            found = predict(classifier, classifier.filled(image)).shape[1]
+            logits = predict(classifier, classifier.filled(image))
         except Exception as error:
-            why = str(error).strip().partition("\n")[0]
             raise ValueError(
                 f"{name} must take the images of model, of shape {tuple(image.shape[1:])}, and return logits; "
-                f"it raised {type(error).__name__}: {why}"
+                f"it raised {describe_error(error)}"
             ) from error
-    if found != classes:
-        raise ValueError(f"{name} must have the {classes} classes of model, got {found} logits")
+    if logits.shape[1] != classes:
+        raise ValueError(f"{name} must have the {classes} classes of model, got {logits.shape[1]} logits")

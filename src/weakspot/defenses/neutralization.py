@@ -1,12 +1,8 @@
-"""Fills: what stands where a region is blocked out.
+"""Neutralization: regions of an image that look vulnerable and matter little are blocked out before classification.
 
-Neutralizing: a classifier that blocks out, in each image it is given, what looks vulnerable and matters little.
-
-After Chattopadhyay et al. 2020 (arXiv 2011.10794), who say that this can be a defense after the fact; how the region
-is found, and every parameter, is ours. Judge it by attacks on the defended model itself: attacks on the bare one,
-replayed, say nothing of an attacker who knows.
-
-The oracle: a neutralization that looks at the clean image, which no defender has.
+After Chattopadhyay et al. 2020 (arXiv 2011.10794), who propose it as a defense after training. How the region is found
+and every parameter are ours. Evaluate it by attacks on the defended model (`evaluate_defense`): attacks that were made
+for the undefended model say nothing about an attacker who knows the defense.
 """
 
 from __future__ import annotations
@@ -27,27 +23,27 @@ from weakspot.regions import top
 from weakspot.similarity import gaussian
 
 RANK = 8  # of the truncated SVD
-RADIUS = 3  # pixels of surroundings that inpainting looks at
+RADIUS = 3  # pixels of surroundings that inpainting uses
 
 
 def neutralize(images: Tensor, region: Tensor, *, fill: str = "mean") -> Tensor:
     """Block out a region (after Chattopadhyay et al. 2020, arXiv 2011.10794).
 
-    Gradients pass through the fills "mean", "zero" and "blur" as they are; "inpaint" and "svd" hand on the gradient
-    as if they left the image as it is (BPDA, Athalye et al. 2018, arXiv 1802.00420).
+    The fills "mean", "zero" and "blur" have their true gradients. "inpaint" and "svd" pass the gradient on as if they
+    did not change the image (BPDA, Athalye et al. 2018, arXiv 1802.00420).
 
     Args:
         images: (N, C, H, W) in [0, 1].
         region: bool (N, 1, H, W), or (1, 1, H, W) for every image.
-        fill: "mean" of the image's sites outside the region, channel by channel (of all, where it is the whole image);
+        fill: "mean", the mean of each channel outside the region (of the whole image, if the region is all of it);
             "zero", black; "blur", 3 x 3 means; "inpaint" from the surroundings (Telea 2004,
-            doi 10.1080/10867651.2004.10487596); "svd", each channel's best approximation of rank 8.
+            doi 10.1080/10867651.2004.10487596); "svd", the best approximation of each channel with rank 8.
 
     Returns:
-        (N, C, H, W), outside the region the images' own bits.
+        (N, C, H, W), unchanged outside the region, bit for bit.
 
     Raises:
-        ValueError: when an argument does not fit, naming it.
+        ValueError: if an argument does not fit.
 
     >>> region = torch.zeros(1, 1, 2, 2, dtype=torch.bool)
     >>> region[..., 0, 0] = True
@@ -56,20 +52,17 @@ def neutralize(images: Tensor, region: Tensor, *, fill: str = "mean") -> Tensor:
     """
     check_batch(images)
     check_region(region, images)
-    check_fill(fill)
+    check_choice("fill", fill, FILLS)
     where = region.to(images.device).expand(len(images), -1, -1, -1)
     return torch.where(where, FILLS[fill](images, where), images)
 
 
-def check_fill(fill: str) -> None:
-    """Raises ValueError unless `fill` is the name of a fill."""
-    check_choice("fill", fill, FILLS)
-
-
 def _mean(images: Tensor, region: Tensor) -> Tensor:
+    # A region that covers the whole image has no outside; then the mean is over all sites.
     whole = region.flatten(1).all(1).view(-1, 1, 1, 1)
-    kept = (~region | whole).to(images.dtype)
-    return ((images * kept).sum((2, 3), keepdim=True) / kept.sum((2, 3), keepdim=True)).expand_as(images)
+    outside = (~region | whole).to(images.dtype)
+    mean = (images * outside).sum((2, 3), keepdim=True) / outside.sum((2, 3), keepdim=True)
+    return mean.expand_as(images)
 
 
 def _zero(images: Tensor, region: Tensor) -> Tensor:
@@ -85,6 +78,7 @@ def _blur(images: Tensor, region: Tensor) -> Tensor:
 def _inpaint(images: Tensor, region: Tensor) -> Tensor:
     import cv2
 
+    # OpenCV inpaints single channels of 8 bits.
     levels = (images.detach().clamp(0, 1) * 255).round().byte().cpu().numpy()
     masks = region[:, 0].cpu().numpy().astype(np.uint8)
     filled = np.stack(
@@ -93,19 +87,20 @@ def _inpaint(images: Tensor, region: Tensor) -> Tensor:
             for image, mask in zip(levels, masks, strict=True)
         ]
     )
-    return _as_if_unchanged(images, torch.from_numpy(filled).to(images) / 255)
+    return _straight_through(images, torch.from_numpy(filled).to(images) / 255)
 
 
 def _svd(images: Tensor, region: Tensor) -> Tensor:
     del region
+    # The closest matrix of this rank (Eckart and Young 1936), for each channel.
     left, sizes, right = torch.linalg.svd(images.detach().float(), full_matrices=False)
     rank = min(RANK, sizes.shape[-1])
     low = (left[..., :rank] * sizes[..., None, :rank]) @ right[..., :rank, :]
-    return _as_if_unchanged(images, low.clamp(0, 1).to(images))
+    return _straight_through(images, low.clamp(0, 1).to(images))
 
 
-def _as_if_unchanged(images: Tensor, filled: Tensor) -> Tensor:
-    """The filled images, their gradient that of the images."""
+def _straight_through(images: Tensor, filled: Tensor) -> Tensor:
+    """The filled images, with the gradient of the images."""
     return images + (filled - images).detach()
 
 
@@ -121,44 +116,43 @@ FILLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def neutralizing(
     model: nn.Module, *, fraction: float = 0.2, fill: str = "mean", randomness: float = 0.0, seed: int = 0
 ) -> Classifier:
-    """The model defended: in every image it is given, a region is blocked out before it is classified.
+    """The model behind a defense that blocks out a region of every image before it is classified.
 
-    The region is found in that very image, which may be an attacked one: the top share of the gradient of the lead of
-    the class predicted there (vulnerable), less the top share of that class's activation (important). Attacks on the
-    result go through the fill with the region held fixed (BPDA, Athalye et al. 2018, arXiv 1802.00420), so that they
-    see gradients; `fill` may have none of its own (`neutralize`).
+    The region is found in the given image, which may be an attacked one. It is the top `fraction` of the gradient of
+    the predicted class's lead (vulnerable) without the top `fraction` of the class activation (important). Attacks on
+    the result see gradients through the fill with the region held fixed (BPDA, Athalye et al. 2018, arXiv 1802.00420).
 
-    With randomness, sites are ranked by their gradient and, in part, by a smooth random map. That is drawn by the seed
-    and the image's 8-bit content: the same image meets the same region whenever it is given, whatever its batch, and
-    global generators are not drawn from. An attacker without the seed averages over draws of his own (`expectation`);
-    one who has it, or may ask often enough, faces a defense without randomness.
+    With randomness, sites are ranked by their gradient and in part by a smooth random map. The map is derived from the
+    seed and the 8-bit content of the image: the same image always gets the same region, and the global generators are
+    not used. An attacker without the seed averages over draws of their own (`expectation`). For an attacker who has it,
+    or may query often enough, the defense is not random.
 
     Args:
-        model: any classifier; its weights are shared, not copied.
-        fraction: share of the image that counts as vulnerable, and as important.
-        fill: as for `neutralize`.
-        randomness: weight of the random map against the gradient's ranks, from 0 (none) to 1 (the share `fraction` is
-            blocked out at random places, where it is not important).
+        model: any classifier. Its weights are shared, not copied.
+        fraction: of the image that counts as vulnerable, and as important.
+        fill: see `neutralize`.
+        randomness: weight of the random map against the ranks of the gradient, from 0 (none) to 1 (the region is random
+            outside the important one).
         seed: of the random maps.
 
     Raises:
-        ValueError: when an argument does not fit, naming it.
+        ValueError: if an argument does not fit.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     >>> neutralizing(model.eval(), fraction=0.1)(torch.rand(2, 3, 16, 16)).shape
     torch.Size([2, 2])
     """
     check_fraction(fraction)
-    check_fill(fill)
+    check_choice("fill", fill, FILLS)
     if not is_number(randomness) or not 0 <= randomness <= 1:
-        raise ValueError(f"randomness is {randomness!r}; accepted is a number from 0 (none) to 1")
+        raise ValueError(f"randomness must be between 0 and 1, got {randomness!r}")
     check_seed(seed)
     classifier = as_classifier(model)
-    how = f"{fill}, {randomness:.0%} random" if randomness else fill
+    description = f"{fill}, {randomness:.0%} random" if randomness else fill
     return as_wrapped_classifier(
         _Neutralizing(classifier, fraction, fill, randomness, seed),
         classifier,
-        f"{classifier.name} behind neutralization ({how})",
+        f"{classifier.name} behind neutralization ({description})",
     )
 
 
@@ -171,44 +165,45 @@ def vulnerable_region(
     seed: int = 0,
     draw: int = 0,
 ) -> Tensor:
-    """Bool (N, 1, H, W): what `neutralizing` blocks out of these images, seen by nobody but them.
+    """The region that `neutralizing` blocks out, bool (N, 1, H, W), from these images only.
 
     Args:
         classifier: in eval mode.
         images: (N, C, H, W) in [0, 1].
-        fraction: share of the image that counts as vulnerable, and as important.
+        fraction: of the image that counts as vulnerable, and as important.
         randomness: weight of the random map, 0 to 1.
         seed: of the random maps.
-        draw: which of each image's random maps.
+        draw: number of the random map of each image.
     """
-    with torch.inference_mode(mode=False), torch.enable_grad():
+    with torch.inference_mode(mode=False), torch.enable_grad():  # also if the caller disabled gradients
         point = images.detach().clone().requires_grad_()
         logits = classifier(point)
         best = logits.topk(2, dim=1)
-        (gradient,) = torch.autograd.grad(
-            (best.values[:, 0] - best.values[:, 1]).sum(), point, allow_unused=True, materialize_grads=True
-        )
+        lead = best.values[:, 0] - best.values[:, 1]
+        (gradient,) = torch.autograd.grad(lead.sum(), point, allow_unused=True, materialize_grads=True)
         important = class_activations(classifier, point.detach(), best.indices[:, :1])
+    # Gradients change from site to site; smoothing makes regions of them.
     sigma = max(0.5, min(images.shape[2:]) / 64)
     radius = max(1, round(4 * sigma))
     vulnerable = gaussian(gradient.norm(dim=1, keepdim=True).double(), sigma, radius)
     if randomness:
         keys = _random.keys(images.detach(), seed)
+        # Both maps as ranks: a weighted sum of gradients and noise would depend on the gradients' scale.
         noise = _random.normal(keys, draw, 1, *images.shape[2:]).to(vulnerable)
-        vulnerable = (1 - randomness) * _ranks(vulnerable) + randomness * _ranks(
-            gaussian(noise, sigma, radius)
-        )
+        scattered = _ranks(gaussian(noise, sigma, radius))
+        vulnerable = (1 - randomness) * _ranks(vulnerable) + randomness * scattered
     return top(vulnerable.float(), fraction) & ~top(important.float(), fraction)
 
 
 def _ranks(maps: Tensor) -> Tensor:
-    """Maps (N, 1, H, W) as ranks of their sites, from 0, so that maps of any scale can be weighed together."""
+    """The ranks, from 0, of the sites of maps (N, 1, H, W), so that maps of different scales can be averaged."""
+    # The inverse of a sorting permutation is the rank of each site.
     order = maps.flatten(1).argsort(dim=1, stable=True)
     return order.argsort(dim=1).view_as(maps).to(maps)
 
 
 class _Neutralizing(DrawnByImage):
-    """Takes images in [0, 1]; normalization lives in the classifier that it defends."""
+    """Takes images in [0, 1]; the defended classifier normalizes them."""
 
     def __init__(
         self, defended: Classifier, fraction: float, fill: str, randomness: float, seed: int
@@ -235,30 +230,29 @@ def oracle_neutralized(
 ) -> Tensor:
     """Attacked images with the region blocked out that `neutralizing` finds in their *clean* images.
 
-    No defender can do this: he is given the attacked image only. It is what neutralization would be worth if attacks
-    did not also move the region, and belongs in a table only under the name of an oracle.
+    No defender can do this, because a defender has the attacked image only. The result bounds what neutralization would
+    achieve if attacks did not also move the region; tables must call it an oracle.
 
     Args:
-        model: the bare classifier.
-        images: (N, C, H, W) in [0, 1], as attacked.
-        clean: (N, C, H, W) in [0, 1], what they were made of.
-        fraction: as for `neutralizing`.
-        fill: as for `neutralize`.
+        model: the undefended classifier.
+        images: (N, C, H, W) in [0, 1], attacked.
+        clean: (N, C, H, W) in [0, 1], the same images without attack.
+        fraction: see `neutralizing`.
+        fill: see `neutralize`.
 
     Returns:
-        (N, C, H, W), for the bare model to classify.
+        (N, C, H, W), for the undefended model to classify.
 
     Raises:
-        ValueError: when an argument does not fit, naming it.
+        ValueError: if an argument does not fit.
     """
     check_fraction(fraction)
-    check_fill(fill)
+    check_choice("fill", fill, FILLS)
     with evaluating(model) as classifier, torch.no_grad():
         images = check_images(images, classifier)
         clean = check_images(clean, classifier, name="clean")
         if clean.shape != images.shape:
             raise ValueError(
-                f"clean has shape {tuple(clean.shape)} and images {tuple(images.shape)}; accepted are two batches of "
-                "one shape"
+                f"clean must have the shape of images, {tuple(images.shape)}, got {tuple(clean.shape)}"
             )
         return neutralize(images, vulnerable_region(classifier, clean, fraction=fraction), fill=fill)

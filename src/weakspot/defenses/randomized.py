@@ -1,14 +1,13 @@
-"""Randomness: draws of a random defense, those it is judged by and those that an attacker makes.
+"""Randomized defenses: the draws that a defense is judged by, and those that an attacker averages over.
 
-A random defense must not be attacked on the very draw that it will be judged by: the attacker would then have learned a
-coin toss, not the defense. So every draw has a number. Those from 0 on are the defender's, and 0 is the one that is
-judged; negative ones are the attacker's, who knows how the defense draws but not what it will draw.
+A random defense must not be attacked on the draw that it is judged by, because the attack would then learn one coin
+toss instead of the defense. Every draw has a number. Numbers from 0 up are the defender's, and draw 0 is judged;
+negative numbers are the attacker's, who knows how the defense draws but not what it will draw.
 
-There are two kinds of randomness. A defense that draws from the global generators (torch, numpy, random) draws anew
-whenever it is called. One that derives its draws from the image, as `neutralizing` does, is a function of the image to
-anybody who has its seed, or may ask as often as they like: it gives the same answer to the same image, so an image on
-which it errs goes on fooling it. Such an attacker attacks the defended model as it is, as a search without gradients
-does anyway; randomness by the image protects only the seed's secret, and only as long as nobody may ask.
+There are two kinds of randomness. A defense that draws from the global generators (torch, numpy, random) draws anew at
+every call. A defense that derives its draws from the image, as `neutralizing` does, gives the same answer to the same
+image, so an image that fools it once fools it always. An attacker who has its seed, or may query it, attacks it as it
+is; its randomness protects only as long as the seed is secret and nobody may query.
 """
 
 from __future__ import annotations
@@ -20,58 +19,57 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from weakspot import _random as numbers
+from weakspot import _random
 from weakspot._checks import check_count, check_seed
 from weakspot._state import seeded
 from weakspot.classifier import Classifier, as_classifier, as_wrapped_classifier, evaluating
 
-DIFFERENT = 1e-4  # of the largest logit: what two draws must differ by for the defense to count as random
-LOOKED_AT = 4  # images
+DIFFERENT = 1e-4  # of the largest logit; two draws that differ by more are random
+TRIED = 4  # images
+
+_requested = threading.local()  # draw numbers of this thread, by the id of the module
 
 
 class DrawnByImage(nn.Module):
-    """Base of defenses whose draws are a function of the image, a seed and the number of the draw.
+    """Base class of defenses whose draws are a function of the image, a seed and the number of the draw.
 
-    A subclass draws by `numbers.keys(images, seed)` and the stream `draw`, or in any other way that depends on `draw`.
+    A subclass uses `draw` where it draws, for example as the stream of random numbers of an image.
 
     Attributes:
-        draw: number of the draw; 0, the defender's own, unless someone asks for another for a while.
+        draw: number of the draw. 0, the defender's own, unless `expectation` asks for another one.
     """
 
     own_draw: int = 0
 
     @property
     def draw(self) -> int:
-        """The number that this thread asked for, else the module's own."""
-        asked: dict[int, int] = getattr(_asked, "draws", {})
-        return asked.get(id(self), self.own_draw)
+        """The number that this thread requested, else the module's own."""
+        requested: dict[int, int] = getattr(_requested, "draws", {})
+        return requested.get(id(self), self.own_draw)
 
     @draw.setter
     def draw(self, number: int) -> None:
         self.own_draw = number
 
 
-_asked = threading.local()  # draws by the id of the module
-
-
 def expectation(model: nn.Module, draws: int, *, seed: int = 0) -> Classifier:
-    """What an attacker attacks in place of a random defense: its logits on the mean over draws of their own.
+    """A random defense as an attacker sees it: its logits averaged over the attacker's own draws.
 
-    Expectation over transformation (EOT, Athalye et al. 2018, arXiv 1707.07397). Gradients of the mean logits are mean
-    gradients; an attack's objective is taken of the mean logits, which is the mean objective where that is linear in
-    them, as the margin is while the same rival leads. Draws change with the images, so that each step of an attack
-    averages new ones, and are never those that the defender plays (this module's own words say why).
+    Expectation over transformation (EOT, Athalye et al. 2018, arXiv 1707.07397, equation 1). The gradient of the mean
+    logits is the mean gradient. Attacks take their loss of the mean logits; for a loss that is linear in the logits, as
+    the margin is while the same class competes, this is the mean loss. Draws change with the images, so that every step
+    of an attack averages over new ones, and they are never the defender's (see the text of this module).
 
-    The global generators of torch, numpy and random are seeded for each draw, and put back. Of a defense that draws
-    from them, what an image meets depends on the batch that it comes in; of `DrawnByImage`, on the image alone.
+    The global generators of torch, numpy and random are seeded for each draw and restored. For a defense that uses
+    them, the draws of an image depend on its batch; for a `DrawnByImage`, on the image only.
 
     Args:
-        model: any classifier; its weights are shared, not copied.
-        draws: how many to average. Each costs a forward and a backward pass, and holds its own activations meanwhile.
-        seed: of the attacker's draws, where the defense draws from the global generators.
+        model: any classifier. Its weights are shared, not copied.
+        draws: how many to average over. Each costs a forward and a backward pass, and the memory of its activations.
+        seed: of the attacker's draws, if the defense uses the global generators.
 
     Raises:
-        ValueError: when an argument does not fit, naming it.
+        ValueError: if an argument does not fit.
 
     >>> class Noisy(nn.Module):
     ...     def forward(self, images):
@@ -84,53 +82,56 @@ def expectation(model: nn.Module, draws: int, *, seed: int = 0) -> Classifier:
     check_seed(seed)
     classifier = as_classifier(model)
     name = f"{classifier.name} on the mean of {draws} draws" if draws > 1 else classifier.name
-    return as_wrapped_classifier(_Drawn(classifier, range(-draws, 0), seed), classifier, name)
+    return as_wrapped_classifier(_OnDraws(classifier, range(-draws, 0), seed), classifier, name)
 
 
 def defender_model(model: nn.Module, *, seed: int = 0) -> Classifier:
-    """The random defense on the draw that it is judged by; the same whenever it is asked in the same batch."""
+    """The random defense on the draw that it is judged by, which is the same for the same batch."""
     classifier = as_classifier(model)
-    return as_wrapped_classifier(_Drawn(classifier, (0,), seed), classifier, classifier.name)
+    return as_wrapped_classifier(_OnDraws(classifier, (0,), seed), classifier, classifier.name)
 
 
 def is_random(model: nn.Module, images: Tensor, *, seed: int = 0) -> bool:
-    """Whether two draws on the first few images (N, C, H, W) give other logits."""
+    """Whether two draws give different logits on the first few images (N, C, H, W)."""
     with evaluating(model) as classifier, torch.no_grad():
-        few = classifier.filled(images[:LOOKED_AT])
-        first, second = (_Drawn(classifier, (number,), seed)(few) for number in (0, -1))
+        few = classifier.filled(images[:TRIED])
+        first, second = (_OnDraws(classifier, (number,), seed)(few) for number in (0, -1))
     return bool(((first - second).abs() > DIFFERENT * first.abs().amax()).any())
 
 
-class _Drawn(nn.Module):
-    """The mean logits of a classifier over draws of these numbers."""
+class _OnDraws(nn.Module):
+    """The mean logits of a classifier over the draws of these numbers."""
 
-    def __init__(self, drawn: Classifier, draws: Sequence[int], seed: int) -> None:
+    def __init__(self, defended: Classifier, draws: Sequence[int], seed: int) -> None:
         super().__init__()
-        self.drawn, self.draws, self.seed = drawn, tuple(draws), seed
-        self.training = drawn.training
+        self.defended, self.draws, self.seed = defended, tuple(draws), seed
+        self.training = defended.training
 
     def forward(self, images: Tensor) -> Tensor:
-        content = numbers.keys(images.detach(), self.seed).sum()
-        found = []
+        content = _random.keys(images.detach(), self.seed).sum()  # does not depend on the order of the images
+        logits = []
+        # Another draw is another seed; mixing keeps the seeds of neighboring draws unrelated.
         for draw in self.draws:
-            with _drawing(self.drawn, int(numbers.mixed(numbers.mixed(content) + draw)), draw):
-                found.append(self.drawn(images))
-        return torch.stack(found).mean(0) if len(found) > 1 else found[0]
+            start = int(_random.mixed(_random.mixed(content) + draw))
+            with _drawing(self.defended, start, draw):
+                logits.append(self.defended(images))
+        return torch.stack(logits).mean(0) if len(logits) > 1 else logits[0]
 
 
 def one_draw(model: Classifier, seed: int, draw: int = -1) -> AbstractContextManager[None]:
-    """The same draw, one of the attacker's, whatever images the model is given; its generators are put back."""
+    """Inside, the model uses one draw of the attacker for all images."""
     return _drawing(model, seed, draw)
 
 
 @contextmanager
 def _drawing(classifier: Classifier, start: int, draw: int) -> Iterator[None]:
-    """Global generators start there and `DrawnByImage` have that draw; all are put back."""
-    before: dict[int, int] = getattr(_asked, "draws", {})
+    """Seed the global generators and set the draw of every `DrawnByImage`; all are restored."""
+    before: dict[int, int] = getattr(_requested, "draws", {})
+    # By thread and module, so that two threads on one model use different draws.
     numbered = {id(module): draw for module in classifier.modules() if isinstance(module, DrawnByImage)}
     try:
         with seeded(start, classifier.mean.device):
-            _asked.draws = before | numbered
+            _requested.draws = before | numbered
             yield
     finally:
-        _asked.draws = before
+        _requested.draws = before

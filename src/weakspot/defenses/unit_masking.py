@@ -1,6 +1,7 @@
-"""Masking: a network with some of a layer's units silenced (after Xu et al. 2019, arXiv 1904.02057).
+"""Unit masking: a network with some units of a layer set to zero (after Xu et al. 2019, arXiv 1904.02057).
 
-Does masking units help? The attacker who knows the mask attacks again; replayed attacks are weak evidence.
+`masking` measures whether this helps. The attack is made again on the masked network, because attacks made for the
+unmasked network are weak evidence.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ if TYPE_CHECKING:
 
 
 def mask_units(model: nn.Module, layer: str, units: Sequence[int] | Tensor) -> Classifier:
-    """The model with these units of a layer at zero; the model itself stays as it is.
+    """The model with these units of a layer set to zero. The model itself is not changed.
 
     Attacks on the result see the masked network, gradients included.
 
     Args:
-        model: any classifier; its weights are shared, not copied.
-        layer: a module, as `model.named_modules()` has it, whose output is a map, tokens, or a row of features; of
-            tokens units are the channels, the class token's too.
-        units: their numbers.
+        model: any classifier. Its weights are shared, not copied.
+        layer: a name in `model.named_modules()`. The layer's output is a map, tokens or a row of features; units of
+            tokens are the channels, also those of the class token.
+        units: their numbers, from 0.
 
     Raises:
-        ValueError: when there is no such layer or unit, naming it; of a network that does not take images of the
-            classifier's input size, when it is first used.
+        ValueError: if there is no such layer or unit. If the network does not take images of the classifier's input
+            size, this is raised at the first call.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     >>> masked = mask_units(model.eval(), "1", [0, 1, 2, 3])
@@ -65,7 +66,7 @@ def mask_units(model: nn.Module, layer: str, units: Sequence[int] | Tensor) -> C
     )
     masked.channels = classifier.channels
     masked.training = classifier.training
-    _try(masked)
+    _try_once(masked)
     return masked
 
 
@@ -73,41 +74,44 @@ class CannotMaskError(ValueError):
     """The layer cannot be masked, or has no such unit."""
 
 
-def _try(masked: Classifier) -> None:
-    """One pass, so that what cannot be masked is told now. Images of a size that the network refuses say nothing."""
+def _try_once(masked: Classifier) -> None:
+    """Run the network once, so that a layer which cannot be masked is reported now.
+
+    Other errors are ignored: the network may not take images of this size.
+    """
     image = torch.zeros(1, masked.channels, *masked.input_size, device=masked.mean.device)
     with evaluating(masked), torch.no_grad():
         try:
             masked(masked.filled(image))
         except CannotMaskError:
             raise
-        except Exception:  # noqa: BLE001 - whatever a network raises of an image that is not its own
+        except Exception:  # noqa: BLE001 - a network may raise anything
             return
 
 
 def unit_numbers(units: Sequence[int] | Tensor) -> list[int]:
-    """Units as whole numbers, ascending, each once.
+    """The unit numbers in ascending order, each once.
 
     Raises:
-        ValueError: when one of them is no number of a unit.
+        ValueError: if one of them is not an integer of at least 0.
     """
-    accepted = "accepted are whole numbers from 0, such as [3, 17]"
+    expected = "units must be integers of at least 0, such as [3, 17], got"
     if isinstance(units, str | bytes) or not isinstance(units, Iterable):
-        raise ValueError(f"units is {units!r}; {accepted}")
+        raise ValueError(f"{expected} {units!r}")
     numbers = set()
     for unit in units.tolist() if isinstance(units, Tensor) else units:
         try:
             number = operator.index(unit)
         except TypeError:
-            raise ValueError(f"units has {unit!r}; {accepted}") from None
+            raise ValueError(f"{expected} {unit!r}") from None
         if number < 0 or isinstance(unit, bool):
-            raise ValueError(f"units has {unit!r}; {accepted}")
+            raise ValueError(f"{expected} {unit!r}")
         numbers.add(number)
     return sorted(numbers)
 
 
 class _Masked(nn.Module):
-    """A network that runs with some units of one of its modules at zero."""
+    """A network with some units of one of its modules set to zero."""
 
     def __init__(self, network: nn.Module, layer: str, units: Sequence[int]) -> None:
         super().__init__()
@@ -116,34 +120,37 @@ class _Masked(nn.Module):
         self.training = network.training
 
     def forward(self, images: Tensor) -> Any:
-        # Looked up in each pass: a copy of this network must silence its own module.
+        # Looked up in each pass, so that a copy of this network masks its own module.
         module = self.network.get_submodule(self.layer)
-        silenced: list[bool] = []
+        has_run: list[bool] = []
 
-        def silence(activation: Tensor) -> Tensor:
-            silenced.append(True)
-            return self._silenced(activation, images)
+        def mask(activation: Tensor) -> Tensor:
+            has_run.append(True)
+            return self._masked(activation, images)
 
-        with replacing(module, silence):
+        with replacing(module, mask):
             output = self.network(images)
-        if not silenced:
+        if not has_run:
             raise CannotMaskError(
-                f"layer {self.layer!r} did not run, or returned no tensor: nothing would be masked; name a layer that "
-                "every image goes through (parts of TorchScript and of exported networks cannot be watched)"
+                f"layer must be one that every image goes through and that returns a tensor, got {self.layer!r}, of "
+                "which nothing would be masked (parts of TorchScript and of exported networks cannot be masked)"
             )
         return output
 
     def extra_repr(self) -> str:
         return f"units {self.units} of {self.layer} at zero"
 
-    def _silenced(self, activation: Tensor, images: Tensor) -> Tensor:
+    def _masked(self, activation: Tensor, images: Tensor) -> Tensor:
         axis = unit_axis(activation, images)
         count = activation.shape[axis]
         if self.units and self.units[-1] >= count:
-            raise CannotMaskError(f"units has {self.units[-1]}; {self.layer!r} has units 0 to {count - 1}")
-        keep = torch.ones(count, dtype=activation.dtype, device=activation.device)
-        keep[self.units] = 0
-        return activation * keep.view([count if place == axis else 1 for place in range(activation.ndim)])
+            raise CannotMaskError(
+                f"units must be between 0 and {count - 1}, the units of {self.layer!r}, got {self.units[-1]}"
+            )
+        # A product instead of an assignment: gradients pass, and the network's own tensor is not changed.
+        factors = torch.ones(count, dtype=activation.dtype, device=activation.device)
+        factors[self.units] = 0
+        return activation * factors.view([count if place == axis else 1 for place in range(activation.ndim)])
 
 
 DRAWS = 3  # sets of random units
@@ -164,15 +171,15 @@ def masking(
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> pd.DataFrame:
-    """Accuracy of the network with units masked: clean, under replayed attacks, and attacked again.
+    """Accuracy of the network with units masked: clean, under transferred attacks, and attacked again.
 
-    The controls are as many random units, three sets of them, and the most active units. A control that happens to be
-    the same set as these units or another control is left out.
+    The controls are three sets of as many random units, and as many of the most active units. A control that equals
+    these units or another control is left out.
 
     Args:
         model: any classifier.
-        layer: as in `mask_units`.
-        units: to be masked; if they were chosen by their sensitivity, then on *other* images.
+        layer: see `mask_units`.
+        units: that are masked. If they were chosen by their sensitivity, choose them on *other* images.
         images: (N, C, H, W).
         labels: (N,).
         attack: `attacks.pgd` or any function of model, images and labels that returns pairs.
@@ -181,12 +188,12 @@ def masking(
 
     Returns:
         One row per network (masked: "none", "these units", "random units 1" to "3", "most active units"), with
-        units, images; clean, transfer (attacks on the unmasked network, replayed) and attacked_again, each with _low
-        and _high, exact 95% intervals; lead (attacked_again of these units less that of this row, on the same
-        images) and p (of the lead, by McNemar's exact test).
+        units, images; clean, transfer (attacks made for the unmasked network) and attacked_again, each with _low and
+        _high, exact 95% intervals; lead (attacked_again of "these units" minus that of this row, on the same images)
+        and p (of the lead, by McNemar's exact test).
 
     Raises:
-        ValueError: if an argument does not fit, naming it.
+        ValueError: if an argument does not fit.
     """
     import pandas as pd
 
@@ -199,16 +206,17 @@ def masking(
     activity, count = _activity(model, layer, images), len(wanted)
     if not 0 < count <= len(activity):
         raise ValueError(f"units must be 1 to {len(activity)} units, as many as {layer!r} has, got {count}")
+    # The attack on the unmasked network gives both the row "none" and the transferred images of all rows.
     groups: dict[str, Sequence[int]] = {UNMASKED: (), THESE: wanted, **_controls(wanted, activity, seed)}
-    replayed = attack(model, images, labels).adversarial
+    transferred = attack(model, images, labels).adversarial
     outcomes: dict[str, dict[str, NDArray[np.bool_]]] = {}
     for number, (name, chosen) in enumerate(groups.items(), start=1):
         masked = mask_units(model, layer, chosen) if len(chosen) else model
-        again = attack(masked, images, labels).adversarial if len(chosen) else replayed
+        again = attack(masked, images, labels).adversarial if len(chosen) else transferred
         with evaluating(masked) as classifier:
             outcomes[name] = {
                 measure: (predict(classifier, shown).argmax(1) == labels).cpu().numpy()
-                for measure, shown in zip(MEASURES, (images, replayed, again), strict=True)
+                for measure, shown in zip(MEASURES, (images, transferred, again), strict=True)
             }
         if progress is not None:
             progress(number / len(groups))
@@ -216,19 +224,19 @@ def masking(
 
 
 def _controls(wanted: Sequence[int], activity: Tensor, seed: int) -> dict[str, Sequence[int]]:
-    """As many random and most active units, without sets that are the units asked for or another control."""
+    """As many random and most active units, without sets that equal `wanted` or another control."""
     rng = np.random.default_rng(seed)
     sets = {
         f"random units {number}": rng.choice(len(activity), len(wanted), replace=False).tolist()
         for number in range(1, DRAWS + 1)
     } | {ACTIVE: activity.topk(len(wanted)).indices.tolist()}
     seen = [set(wanted)]
-    different = {}
+    controls = {}
     for name, chosen in sets.items():
         if set(chosen) not in seen:
-            different[name] = chosen
+            controls[name] = chosen
             seen.append(set(chosen))
-    return different
+    return controls
 
 
 def _row(name: str, count: int, outcomes: dict[str, dict[str, NDArray[np.bool_]]]) -> dict[str, object]:
@@ -242,35 +250,37 @@ def _row(name: str, count: int, outcomes: dict[str, dict[str, NDArray[np.bool_]]
 
 
 def masking_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
-    """Whether masking these units is shown to help against an attack made anew, and more than the controls do.
+    """A sentence: does masking these units help against a new attack, and more than the controls do?
 
     Args:
         table: from `masking`.
-        level: of McNemar's test; a lead over the controls must reach it against each of them.
+        level: of McNemar's test. A lead over the controls must reach it against each of them.
     """
     rows = {row["masked"]: row for row in table.to_dict("records")}
-    bare, these = rows.pop(UNMASKED), rows.pop(THESE)
+    unmasked, these = rows.pop(UNMASKED), rows.pop(THESE)
     count = int(these["units"])
     units = f"{count} unit{'s' if count > 1 else ''}"
     figures = (
-        f"attacked again, the masked network classifies {_ranged(these)} of {these['images']} images correctly, the "
-        f"unmasked one {_ranged(bare)} (p = {bare['p']:.2g})"
+        f"under a new attack, the masked network classifies {_ranged(these)} of {these['images']} images correctly and "
+        f"the unmasked one {_ranged(unmasked)} (p = {unmasked['p']:.2g})"
     )
-    cost = f"Without any attack it is {these['clean']:.0%} masked and {bare['clean']:.0%} unmasked."
-    if bare["p"] > level or bare["lead"] == 0:
+    cost = f"Without attack, accuracy is {these['clean']:.0%} with the mask and {unmasked['clean']:.0%} without it."
+    # The order of the cases matters: a lead that chance explains comes before its sign.
+    if unmasked["p"] > level or unmasked["lead"] == 0:
         return f"Masking {units} is not shown to change robustness: {figures}. {cost}"
-    if bare["lead"] < 0:
+    if unmasked["lead"] < 0:
         return f"Masking {units} makes the network weaker: {figures}. {cost}"
     if not rows:
-        return f"Masking {units} helps; there are no other units to compare with: {figures}. {cost}"
+        return f"Masking {units} helps, but there are no other units to compare with: {figures}. {cost}"
+    # Helping is not enough: the controls show how much masking any units of this number helps.
     behind = [str(name) for name, row in rows.items() if row["lead"] <= 0 or row["p"] > level]
     if behind:
         return (
-            f"Masking {units} helps, but is not shown to help more than masking as many others "
+            f"Masking {units} helps, but is not shown to help more than masking as many other units "
             f"({', '.join(behind)}): {figures}. {cost}"
         )
     return (
-        f"Masking {units} helps, and more than masking as many others, at random or the most active (p at most "
+        f"Masking {units} helps, and more than masking as many random units or the most active ones (p at most "
         f"{max(row['p'] for row in rows.values()):.2g}): {figures}. {cost}"
     )
 
@@ -282,18 +292,19 @@ def _ranged(row: dict[Hashable, Any]) -> str:
 
 def _activity(model: nn.Module, layer: str, images: Tensor) -> Tensor:
     """(U,) mean activation of the layer's units in these images."""
-    bare = mask_units(model, layer, [])
+    classifier = mask_units(model, layer, [])  # gives access to the layer by its name
     sums: list[Tensor] = []
-    inner = bare.network
+    inner = classifier.network
     module = inner.get_submodule("network").get_submodule(str(inner.layer))
 
     def note(activation: Tensor, count: int) -> Tensor:
         axis = unit_axis(activation, images)
+        # The last batch may be filled up with repetitions, which do not count.
         by_unit = activation[:count].movedim(axis, 1).reshape(count, activation.shape[axis], -1)
         sums.append(by_unit.mean(2).sum(0))
         return activation
 
-    with evaluating(bare) as classifier, torch.no_grad():
+    with evaluating(classifier), torch.no_grad():
         for part in images.split(classifier.fixed_batch or default_batch(images)):
             with replacing(module, partial(note, count=len(part))):
                 classifier(classifier.filled(part))

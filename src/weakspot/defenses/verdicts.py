@@ -1,4 +1,4 @@
-"""The verdict on a defense: what a table of `evaluate_defense` comes to."""
+"""The verdict on a defense, from the table of `evaluate_defense`."""
 
 from __future__ import annotations
 
@@ -10,39 +10,44 @@ from weakspot.statistics import mcnemar_counts
 if TYPE_CHECKING:
     import pandas as pd
 
-# Names of the rows of the table, and of one side of it.
-UNDEFENDED = "undefended"
-CLEAN = "clean"
-TRANSFERRED = "transferred from the undefended model"
-SUBSTITUTE = "transferred from the substitute"
-OWN = "white-box"
-STRAIGHT = "BPDA (straight-through)"
-UNDEFENDED_GRADIENTS = "BPDA (undefended gradients)"
-REGION = "white-box (region of importance)"
-DRAWS = "white-box, {} draws"
-ENSEMBLE = "ensemble"
-QUERIES = "square search, {} queries"
-ORACLE = "oracle region"
+UNDEFENDED = "undefended"  # the column of the model without the defense
 
-# Chosen on defenses of digits 0 to 99, measured on others (docs/how-to-evaluate-a-defense.md).
-GAIN = 0.05  # of accuracy under attack; a smaller one is no protection
+
+class Row:
+    """Names of the rows of the table, in their order. Rows with {} are formatted with a number."""
+
+    CLEAN = "clean"
+    TRANSFERRED = "transferred from the undefended model"
+    SUBSTITUTE = "transferred from the substitute"
+    OWN = "white-box"
+    STRAIGHT = "BPDA (straight-through)"
+    UNDEFENDED_GRADIENTS = "BPDA (undefended gradients)"
+    REGION = "white-box (region of importance)"
+    DRAWS = "white-box, {} draws"
+    ENSEMBLE = "ensemble"
+    QUERIES = "square search, {} queries"
+    ORACLE = "oracle region"
+
+
+# Thresholds, chosen on defenses of digits 0 to 99 and measured on others (docs/how-to-evaluate-a-defense.md).
+GAIN = 0.05  # in accuracy under attack; a smaller gain is no protection
 SIGNIFICANT = 0.05  # p value of McNemar's exact test
-AGREEING = 0.9  # fraction of images where gradients must predict the margin
+AGREEING = 0.9  # fraction of images whose gradients must predict the margin
 LEADING_ON = (
-    0.5  # fraction of the images left where those gradients must still lower it at the end of their attack
+    0.5  # fraction of the images left whose gradients must still lower the margin where the attack ended
 )
-RISING = 0.02  # of accuracy that the last doubling of queries, or of draws, may take
-QUERIES_ONLY = 0.1  # of accuracy that queries may take after every gradient attack
+RISING = 0.02  # accuracy that the last doubling of queries, or of draws, may take
+QUERIES_ONLY = 0.1  # accuracy that queries may take after all gradient attacks
 ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a defense is worth against an attacker who knows it.
+    """Whether a defense protects against an attacker who knows it.
 
     Attributes:
         status: "protects", "no protection" or "cannot be judged".
-        sentence: the status with its evidence; `str` of a verdict gives it.
+        sentence: the status with its evidence, which `str` returns.
     """
 
     status: str
@@ -53,22 +58,25 @@ class Verdict:
 
 
 def verdict(table: pd.DataFrame) -> Verdict:
-    """Sum up what `evaluate_defense` returned.
+    """Sum up the table of `evaluate_defense`.
 
-    A defense protects if, after all attacks, it keeps more than 5 points of accuracy over the undefended model (exact
-    one-sided McNemar p at most .05) and nothing says that stronger attacks would go on: some gradients predict the
-    defended model's margin on at least 90% of the images and, from where their attack ended, still lower it on half of
-    the images left; the last doubling of queries, and of the draws of a random defense, took at most 2 points; and
-    queries took at most 10 points after all gradient attacks. Without the gain there is no protection; with the gain
-    but without the rest, nothing can be concluded.
+    A defense protects if two conditions hold:
+
+    1. After all attacks, it has more than 5 points of accuracy over the undefended model (exact one-sided McNemar p at
+       most .05). Otherwise there is no protection.
+    2. Nothing shows that stronger attacks would succeed. Some gradients predict the defended model's margin on at least
+       90% of the images and still lower it, where their attack ended, on half of the images left. The last doubling of
+       queries, and of the draws of a random defense, took at most 2 points. Queries took at most 10 points after all
+       gradient attacks. Otherwise the defense cannot be judged.
 
     Args:
-        table: as returned, or as read from `defense.csv`.
+        table: from `evaluate_defense`, or read from `defense.csv`.
     """
-    rows = table[table["attack"] != ORACLE]
+    rows = table[table["attack"] != Row.ORACLE]
     worst = rows.iloc[-1]
     count = int(worst["images"])
     gain = (int(worst["defended_only"]) - int(worst["undefended_only"])) / count
+    # Only images that the two models classify differently carry evidence; the others cancel.
     p = mcnemar_counts(int(worst["defended_only"]), int(worst["undefended_only"]), alternative="greater")
     leads = rows.set_index("attack").dropna(subset="agreement")
     measured = (
@@ -77,6 +85,7 @@ def verdict(table: pd.DataFrame) -> Verdict:
     )
     if gain <= GAIN + ROUNDING:
         return Verdict("no protection", f"No protection: {measured}.")
+    # Even if every image were gained, p = 2 ** -count would exceed the level.
     if mcnemar_counts(count, 0, alternative="greater") > SIGNIFICANT:
         return Verdict(
             "cannot be judged",
@@ -89,14 +98,14 @@ def verdict(table: pd.DataFrame) -> Verdict:
         return Verdict(
             "cannot be judged", f"Cannot be judged: {' and '.join(reasons)}. What was measured: {measured}."
         )
-    return Verdict("protects", f"Protects against these attacks: {measured}.{_masked(leads)}")
+    return Verdict("protects", f"Protects against these attacks: {measured}.{_masking_note(leads)}")
 
 
 def _doubts(rows: pd.DataFrame, leads: pd.DataFrame) -> list[str]:
-    """Why a gain may be an illusion."""
+    """The reasons why a gain may be an illusion."""
     reasons = []
     agreeing = leads[leads["agreement"] >= AGREEING - ROUNDING]
-    # NaN where no image is left to lead on from.
+    # NaN where no image is left.
     leading_on = agreeing["agreement_at_end"].fillna(1.0).max()
     if agreeing.empty:
         reasons.append(
@@ -108,8 +117,11 @@ def _doubts(rows: pd.DataFrame, leads: pd.DataFrame) -> list[str]:
             f"gradients are masked near the decision boundary (from the ends of the gradient attacks they lower the "
             f"margin on {leading_on:.0%} of the images left)"
         )
+    # Rows are accuracies after all attacks so far, so the difference to the row above is what an attack takes.
     count, falls = int(rows["images"].iloc[0]), -rows["defended"].diff()
-    averages, searches = (rows["attack"].str.startswith(name.partition("{")[0]) for name in (DRAWS, QUERIES))
+    averages, searches = (
+        rows["attack"].str.startswith(name.partition("{")[0]) for name in (Row.DRAWS, Row.QUERIES)
+    )
     if averages.any() and falls[averages].iloc[-1] > RISING + ROUNDING:
         reasons.append(
             f"averaging over more draws still gains (the last doubling took "
@@ -128,9 +140,9 @@ def _doubts(rows: pd.DataFrame, leads: pd.DataFrame) -> list[str]:
     return reasons
 
 
-def _masked(leads: pd.DataFrame) -> str:
-    """What to add where the model protects although its own gradients mislead."""
-    own, best = float(leads["agreement"][OWN]), str(leads["agreement"].idxmax())
+def _masking_note(leads: pd.DataFrame) -> str:
+    """A sentence for a model that protects although its own gradients mislead."""
+    own, best = float(leads["agreement"][Row.OWN]), str(leads["agreement"].idxmax())
     if own >= AGREEING - ROUNDING:
         return ""
     return (

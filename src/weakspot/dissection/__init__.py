@@ -4,7 +4,7 @@ from weakspot.dissection.association import (
     Association,
     associate,
     by_category,
-    in_words,
+    concept_sentence,
     join,
     moved_concepts,
 )
@@ -13,7 +13,7 @@ from weakspot.dissection.concept_folders import build_concepts
 from weakspot.dissection.concepts import Annotation, Concept, ConceptSet
 from weakspot.dissection.demo_textures import demo_concepts
 from weakspot.dissection.sensitivity import sensitivity_sentence, unit_sensitivity
-from weakspot.dissection.units import Dissection, dissect, dissection
+from weakspot.dissection.units import Dissection, DissectionOptions, dissect, dissect_layers
 
 __all__ = [
     "Annotation",
@@ -21,13 +21,14 @@ __all__ = [
     "Concept",
     "ConceptSet",
     "Dissection",
+    "DissectionOptions",
     "associate",
     "build_concepts",
     "by_category",
+    "concept_sentence",
     "demo_concepts",
     "dissect",
-    "dissection",
-    "in_words",
+    "dissect_layers",
     "join",
     "moved_concepts",
     "sensitivity_sentence",

@@ -1,6 +1,7 @@
-"""Sensitivity joined with dissection: are the units that stand for a concept more sensitive, and which concepts move?
+"""Association: are the units that detect a concept more sensitive, and which concepts does an attack move?
 
-After Xu et al. 2019 (arXiv 1904.02057). The control for mean activation and layer, and the intervals, are ours.
+Joins unit sensitivity with dissection, after Xu et al. 2019 (arXiv 1904.02057). Busy units move more and overlap more,
+so the control is mean activation (and the layer); it and the intervals are ours.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DRAWS = 2000  # bootstrap samples of units
-BLOCKS = 10  # in which they are drawn
+BLOCKS = 10  # in which the samples are drawn, to bound memory
 FEWEST = 10  # units, for a correlation
 ENOUGH = 20  # units, for an interval
 COLUMNS = ("sensitivity", "iou", "mean_activation")
@@ -28,12 +29,13 @@ class Association:
     """Whether units with a larger IoU are more sensitive.
 
     Attributes:
-        correlation: Spearman's, of sensitivity and IoU over units.
-        partial: the same with ranks of mean activation, and the layer, taken out of both; NaN if nothing is left.
-        low: 2.5% quantile of the partial correlation over bootstrap samples of units; NaN of fewer than 20 units.
+        correlation: Spearman's rank correlation of sensitivity and IoU over units.
+        partial: the same at equal mean activation and layer: the ranks of both are replaced by what a regression on
+            the ranks of mean activation leaves. NaN if nothing is left.
+        low: 2.5% quantile of the partial correlation over bootstrap samples of units; NaN with fewer than 20 units.
         high: the 97.5% quantile.
-        units: how many units it is of.
-        layers: of how many layers they are.
+        units: number of units.
+        layers: number of layers.
     """
 
     correlation: float
@@ -45,35 +47,37 @@ class Association:
 
     @property
     def sentence(self) -> str:
-        """What is left of the correlation at equal mean activation; a claim only if the interval excludes zero."""
-        held = "mean activation" + (" in the same layer" if self.layers > 1 else "")
-        raw = f"the rank correlation of sensitivity and IoU over {self.units} units is {self.correlation:.2f}"
+        """The partial correlation in words; a claim only if its interval excludes zero."""
+        control = "mean activation" + (" in the same layer" if self.layers > 1 else "")
         if np.isnan(self.correlation):
             return (
-                f"Whether sensitivity goes with IoU cannot be said: one of them is the same in all {self.units} "
-                "units."
+                "Whether sensitivity goes with IoU cannot be determined, because one of them is the same in all "
+                f"{self.units} units."
             )
+        raw = f"the rank correlation of sensitivity and IoU over {self.units} units is {self.correlation:.2f}"
         if np.isnan(self.partial):
-            return f"{raw[0].upper()}{raw[1:]}; at equal {held} nothing is left that could be measured."
-        left = f"{self.partial:.2f} is left at equal {held}"
+            return f"{_capitalized(raw)}; at equal {control}, nothing is left to correlate."
+        partial = f"at equal {control} it is {self.partial:.2f}"
         if np.isnan(self.low):
-            return f"{raw[0].upper()}{raw[1:]}; {left}; fewer than {ENOUGH} units give no interval, and no claim."
+            return f"{_capitalized(raw)}, and {partial}. Fewer than {ENOUGH} units give no interval and no claim."
         interval = f"[{self.low:.2f}, {self.high:.2f}]"
         if self.low <= 0 <= self.high:
             return (
-                "It is not shown that units that agree better with a concept are more or less sensitive: "
-                f"{raw}; {left} {interval}, an interval that includes zero."
+                "There is not enough evidence that units that agree better with a concept are more or less sensitive: "
+                f"{raw}, and {partial} {interval}, an interval that includes zero."
             )
         more = "more" if self.partial > 0 else "less"
-        return f"Units that agree better with a concept are {more} sensitive: {raw}; {left} {interval}."
+        return (
+            f"Units that agree better with a concept are {more} sensitive: {raw}, and {partial} {interval}."
+        )
 
 
 def associate(joined: pd.DataFrame, *, seed: int = 0) -> Association:
-    """Sensitivity against IoU, controlling for mean activation and layer: busy units move more and overlap more.
+    """Correlate sensitivity with IoU, controlling for mean activation and layer.
 
     Args:
-        joined: one row per unit with sensitivity, iou, mean_activation and, if of several layers, layer; `join` makes
-            it.
+        joined: from `join`: one row per unit with sensitivity, iou, mean_activation and, if there are several layers,
+            layer.
         seed: of the bootstrap.
 
     Raises:
@@ -97,14 +101,10 @@ def associate(joined: pd.DataFrame, *, seed: int = 0) -> Association:
         rng = np.random.default_rng(seed)
         samples = (rng.integers(0, len(finite), (DRAWS // BLOCKS, len(finite))) for _ in range(BLOCKS))
         partials = [_partials(values[:, 0, rows], layers[rows]) for rows in samples]
+        # Percentile interval over bootstrap samples of units.
         low, high = np.nanquantile(np.concatenate(partials), [0.025, 0.975])
     return Association(
-        float(correlation),
-        float(partial),
-        float(low),
-        float(high),
-        len(finite),
-        len(np.unique(layers)),
+        float(correlation), float(partial), float(low), float(high), len(finite), len(np.unique(layers))
     )
 
 
@@ -137,24 +137,28 @@ def moved_concepts(joined: pd.DataFrame, *, level: float = 0.05) -> pd.DataFrame
 
     columns = ["concept", "category", "units", "moved", "promoted", "suppressed", "sensitivity", "noise"]
     rows = []
-    for (concept, category), group in joined[joined["concept"].notna()].groupby(
-        ["concept", "category"], sort=True
-    ):
+    detectors = joined[joined["concept"].notna()]
+    for (concept, category), group in detectors.groupby(["concept", "category"], sort=True):
         moved = group["p_value"] <= level
-        # In one direction: further than noise alone would take it, and to the side on which the unit ends.
+        # A direction needs more than noise moves the unit on average, to the side on which the unit ends.
         directed = moved & (group["direction_p"] <= level)
         up = directed & (group["change"] > 0) & (group["excess"] > 0)
         down = directed & (group["change"] < 0) & (group["excess"] < 0)
-        counts = [len(group), *(int(rows.sum()) for rows in (moved, up, down))]
+        counts = [len(group), *(int(units.sum()) for units in (moved, up, down))]
         rows.append([concept, category, *counts, group["sensitivity"].median(), group["noise"].median()])
     table = pd.DataFrame(rows, columns=columns)
     return table.sort_values(["moved", "sensitivity"], ascending=False, ignore_index=True)
 
 
-def in_words(concepts: pd.DataFrame, most: int = 3) -> str:
-    """One sentence: the concepts whose detectors an attack moves more than noise does, and in which direction."""
+def concept_sentence(concepts: pd.DataFrame, most: int = 3) -> str:
+    """One sentence: the concepts whose detectors an attack moves more than noise does, and in which direction.
+
+    Args:
+        concepts: from `moved_concepts`.
+        most: concepts named for each direction.
+    """
     if concepts.empty:
-        return "No unit stands for a concept."
+        return "No unit detects a concept."
     up, down = concepts["promoted"] > 0, concepts["suppressed"] > 0
     groups = {
         "promotes": (concepts[up & ~down], "promoted"),
@@ -163,53 +167,52 @@ def in_words(concepts: pd.DataFrame, most: int = 3) -> str:
     }
     parts = []
     for verb, (rows, column) in groups.items():
-        named = [
+        names = [
             f"{row['concept']} ({row[column]} of {row['units']} detectors)"
             for row in rows.sort_values(column, ascending=False, kind="stable").head(most).to_dict("records")
         ]
         more = f" and {len(rows) - most} more" if len(rows) > most else ""
-        if named:
-            parts.append(
-                f"{verb} {', '.join(named)}{more}"
-                + (" without a common direction" if verb == "moves" else "")
-            )
+        end = " in no common direction" if verb == "moves" else ""
+        if names:
+            parts.append(f"{verb} {', '.join(names)}{more}{end}")
     if not parts:
-        return "No detector is shown to move more than under noise of the same size."
-    return f"More than noise of the same size does, the attack {'; it '.join(parts)}."
+        return "No detector clearly moves more than under noise of the same size."
+    return f"The attack moves detectors more than noise of the same size does: it {'; it '.join(parts)}."
 
 
 def by_category(joined: pd.DataFrame) -> pd.DataFrame:
-    """Mean sensitivity of the detectors of each category, and of units that stand for nothing."""
-    kinds = joined["category"].fillna("none")
-    table = joined.groupby(kinds)["sensitivity"].agg(["size", "mean"])
+    """Mean sensitivity of the detectors of each category, and of units that detect nothing ("none")."""
+    categories = joined["category"].fillna("none")
+    table = joined.groupby(categories)["sensitivity"].agg(["size", "mean"])
     return table.set_axis(["units", "sensitivity"], axis=1).rename_axis("category").reset_index()
 
 
 def _partials(values: NDArray[np.floating], layers: NDArray[np.generic]) -> NDArray[np.float64]:
-    """(B,) Spearman's partial correlations of B samples; NaN where the controls explain everything.
+    """(B,) Spearman's partial correlations of B samples; NaN if the controls explain everything.
 
     Args:
-        values: (3, B, n) of which the first two are correlated and the third is controlled for.
-        layers: (B, n) the layer of each unit, which is controlled for.
+        values: (3, B, n): the first two are correlated and the third is controlled for.
+        layers: (B, n) the layer of each unit, which is also controlled for.
     """
     ranked = _ranks(values)
-    # Within its layer each rank counts from the layer's mean, which takes out the layer's own effect.
-    rest = np.zeros_like(ranked)
-    for level in np.unique(layers):
-        inside = layers == level
+    # Subtracting each layer's mean rank removes the effect of the layer.
+    centered = np.zeros_like(ranked)
+    for layer in np.unique(layers):
+        inside = layers == layer
         mean = (ranked * inside).sum(2, keepdims=True) / np.maximum(inside.sum(1), 1)[:, None]
-        rest += (ranked - mean) * inside
-    first, second, control = rest
+        centered += (ranked - mean) * inside
+    first, second, control = centered
+    # Residuals of the regression on the control: x - c <x, c> / <c, c>.
     weight = np.where((control**2).sum(1) > 0, (control**2).sum(1), 1.0)
-    rests = [one - ((one * control).sum(1) / weight)[:, None] * control for one in (first, second)]
-    found = _correlations(*rests)
-    for one, ranks in zip(rests, ranked, strict=False):
-        found[np.abs(one).max(1) <= 1e-9 * np.abs(ranks).max(1)] = np.nan
-    return found
+    residuals = [one - ((one * control).sum(1) / weight)[:, None] * control for one in (first, second)]
+    partials = _correlations(*residuals)
+    for residual, ranks in zip(residuals, ranked, strict=False):
+        partials[np.abs(residual).max(1) <= 1e-9 * np.abs(ranks).max(1)] = np.nan  # only rounding is left
+    return partials
 
 
 def _correlations(first: NDArray[np.floating], second: NDArray[np.floating]) -> NDArray[np.float64]:
-    """(B,) Pearson's of the rows of (B, n), NaN of constant ones."""
+    """(B,) Pearson's correlations of the rows of (B, n); NaN for constant rows."""
     first, second = (one - one.mean(1, keepdims=True) for one in (first, second))
     size = np.sqrt((first**2).sum(1) * (second**2).sum(1))
     return np.asarray((first * second).sum(1) / np.where(size > 0, size, np.nan), dtype=np.float64)
@@ -219,3 +222,7 @@ def _ranks(values: NDArray[np.floating]) -> NDArray[np.float64]:
     from scipy.stats import rankdata
 
     return np.asarray(rankdata(values, axis=-1), dtype=np.float64)
+
+
+def _capitalized(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]

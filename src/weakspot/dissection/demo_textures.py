@@ -1,4 +1,4 @@
-"""Pictures: a concept set of colors and textures that is drawn, not collected."""
+"""Demo textures: a concept set of colors and textures that is drawn, not collected, so that it needs no data."""
 
 from __future__ import annotations
 
@@ -9,15 +9,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from weakspot._checks import check_seed
-from weakspot.dissection.broden_files import Entry, drafted, half, shares_of, write_tables
-from weakspot.dissection.label_masks import nearest, write_labels
+from weakspot._checks import check_count, check_seed
+from weakspot.dissection.broden_files import (
+    Entry,
+    draft_folder,
+    half,
+    label_fractions,
+    nearest,
+    write_labels,
+    write_tables,
+)
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Generator = np.random.Generator
 
-# The eleven basic color terms of Berlin and Kay (1969), each by a color that nobody would call otherwise.
+# The eleven basic color terms of Berlin and Kay (1969), each with a color that has no other name.
 COLORS: Mapping[str, tuple[int, int, int]] = {
     "black": (18, 18, 20),
     "white": (242, 242, 238),
@@ -31,32 +38,33 @@ COLORS: Mapping[str, tuple[int, int, int]] = {
     "orange": (246, 132, 20),
     "gray": (132, 132, 134),
 }
-DISTINCT = 0.45  # distance in RGB of two colors in one texture, below which it would hardly be seen
-JITTER = 0.03  # colors of one term differ by so much
-FADING = 0.12  # largest share of the first color in the second, so that contrast varies and terms stay true
-PERIODS = (0.05, 0.12)  # of a texture, in shares of the image's side
-PLAIN = 0.15  # share of regions without a texture
-FINER = 2  # pictures are drawn so many times finer and averaged, for edges as a camera sees them
+DISTINCT = 0.45  # least distance in RGB of two colors in one texture; a smaller one is hardly visible
+JITTER = 0.03  # by which colors of one term differ
+FADING = 0.12  # largest fraction of the first color in the second: contrast varies and color terms stay true
+PERIODS = (0.05, 0.12)  # of a texture, as fractions of the image's side
+PLAIN = 0.15  # fraction of the regions without a texture
+LARGEST_SIZE = 4096
+FINER = 2  # pictures are drawn this many times larger and averaged, for edges as a camera sees them
 
 
-def striped(u: Floats, v: Floats, generator: Generator) -> Bools:  # noqa: ARG001 - one contract for every texture
+def striped(u: Floats, v: Floats, generator: Generator) -> Bools:  # noqa: ARG001 - all textures have one signature
     """Parallel bands."""
     return u % 1 < generator.uniform(0.35, 0.65)
 
 
 def dotted(u: Floats, v: Floats, generator: Generator) -> Bools:
-    """Discs, every other row shifted by half a step."""
+    """Disks, every other row shifted by half a step."""
     across = (u + 0.5 * (np.floor(v) % 2)) % 1 - 0.5
     return np.asarray(np.hypot(across, v % 1 - 0.5) < generator.uniform(0.26, 0.38))
 
 
 def checkered(u: Floats, v: Floats, generator: Generator) -> Bools:  # noqa: ARG001
-    """Squares of a chess board."""
+    """Squares of a chessboard."""
     return np.asarray((np.floor(u * 1.4) + np.floor(v * 1.4)) % 2 == 0)
 
 
 def grid(u: Floats, v: Floats, generator: Generator) -> Bools:
-    """Thin lines that cross."""
+    """Thin crossing lines."""
     width = generator.uniform(0.16, 0.26)
     return (u % 1 < width) | (v % 1 < width)
 
@@ -67,19 +75,19 @@ def ringed(u: Floats, v: Floats, generator: Generator) -> Bools:
 
 
 def zigzagged(u: Floats, v: Floats, generator: Generator) -> Bools:
-    """Bands that turn again and again."""
+    """Zigzag bands."""
     bends = np.abs(u * 0.6 % 1 - 0.5) * generator.uniform(2.2, 3.2)
     return (v + bends) % 1 < generator.uniform(0.4, 0.6)
 
 
 def speckled(u: Floats, v: Floats, generator: Generator) -> Bools:
-    """Small grains without order."""
+    """Small grains in random places."""
     grains = generator.random((64, 64)) < generator.uniform(0.25, 0.45)
     return grains[(np.floor(u * 5) % 64).astype(np.int64), (np.floor(v * 5) % 64).astype(np.int64)]
 
 
 def blotchy(u: Floats, v: Floats, generator: Generator) -> Bools:
-    """Round patches without order: where a sum of waves in every direction is high."""
+    """Round patches in random places: where a sum of waves in random directions is high."""
     angles, phases = generator.uniform(0, 2 * np.pi, (2, 14))
     rates = generator.uniform(0.3, 0.75, 14) * 2 * np.pi
     waves = np.cos(
@@ -89,65 +97,67 @@ def blotchy(u: Floats, v: Floats, generator: Generator) -> Bools:
 
 
 Texture = Callable[[Floats, Floats, Generator], Bools]
-# At (u, v), which count periods along and across, whether the second color is there.
+# Whether the second color is at (u, v), coordinates in periods along and across the texture.
 TEXTURES: tuple[Texture, ...] = (striped, dotted, checkered, grid, ringed, zigzagged, speckled, blotchy)
 
 
 def demo_concepts(out: Path | str, *, count: int = 96, size: int = 224, seed: int = 0) -> Path:
     """Draw a concept set of colors and textures, which needs no data and no network connection.
 
-    Each picture is laid out in regions, and each region is plain or has a texture of two colors at a random scale
-    and orientation, with shading and grain. The category "color" knows the eleven basic color terms of Berlin and
-    Kay (1969, Basic Color Terms), "texture" knows `TEXTURES`; masks say for each site which it is.
+    Each picture consists of regions. A region is plain or has a texture of two colors at a random scale and
+    orientation, with shading and grain. The category "color" has the eleven basic color terms of Berlin and Kay (1969,
+    Basic Color Terms), "texture" has `TEXTURES`; masks give both for each site.
 
     Args:
-        out: the folder to make, as `ConceptSet.open` reads it.
-        count: pictures; more of them do not change the first ones.
-        size: their height and width.
-        seed: whole number from 0.
+        out: the folder to create, which `ConceptSet.open` reads.
+        count: number of pictures; a larger number does not change the first ones.
+        size: height and width of the pictures, 16 to 4096.
+        seed: integer of at least 0.
 
     Returns:
         The path `out`.
 
     Raises:
-        ValueError: when an argument does not fit, or `out` is not empty.
+        ValueError: if an argument is invalid, or `out` is not empty.
     """
     check_seed(seed)
-    for name, value, least in (("count", count, 1), ("size", size, 16), ("seed", seed, 0)):
-        if not isinstance(value, int) or not least <= value <= (4096 if name == "size" else 2**63):
-            largest = " to 4096" if name == "size" else ""
-            raise ValueError(f"{name} is {value!r}; accepted are whole numbers from {least}{largest}")
+    check_count("seed", seed, least=0)
+    check_count("count", count)
+    check_count("size", size, least=16)
+    if size > LARGEST_SIZE:
+        raise ValueError(f"size must be at most {LARGEST_SIZE}, got {size}")
     out = Path(out).absolute()
     colors = dict(enumerate(COLORS, 1))
     textures = dict(enumerate((texture.__name__ for texture in TEXTURES), len(colors) + 1))
     shape = half((size, size))
     entries = []
-    with drafted(out) as draft:
+    with draft_folder(out) as draft:
         for index in range(count):
             picture, color, texture = draw(size, np.random.default_rng([seed, index]))
             name = f"{index:05d}"
             planes = {
                 "color": nearest(color, shape),
-                # The number of no texture is 0 in both.
+                # Textures are numbered after the colors; "no texture" stays 0.
                 "texture": nearest(np.where(texture > 0, texture + len(colors), 0), shape),
             }
             for category, labels in planes.items():
                 write_labels(draft / "images" / f"{name}_{category}.png", labels)
             Image.fromarray(picture).save(draft / "images" / f"{name}.png")
-            shares = shares_of(planes["color"]) | shares_of(planes["texture"])
+            fractions = label_fractions(planes["color"]) | label_fractions(planes["texture"])
             cells = {category: f"{name}_{category}.png" for category in planes}
-            entries.append(Entry(f"{name}.png", (size, size), shape, cells, shares))
+            entries.append(Entry(f"{name}.png", (size, size), shape, cells, fractions))
         write_tables(draft, {"color": colors, "texture": textures}, entries)
     return out
 
 
 def draw(size: int, generator: Generator) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
-    """A picture (size, size, 3), and at `FINER` times its size which color and which texture is where, from 1.
+    """A picture (size, size, 3), and at `FINER` times its size the numbers of color and texture, from 1.
 
-    A texture of 0 is none.
+    Texture 0 means no texture.
     """
     side = size * FINER
     rows, columns = (np.mgrid[:side, :side] + 0.5) / side
+    # Every random number comes from one generator in a fixed order: a changed order changes all pictures.
     regions = _regions(rows, columns, generator)
     prototypes = np.array(list(COLORS.values())) / 255
     distances = np.linalg.norm(prototypes[:, None] - prototypes, axis=2)
@@ -164,18 +174,20 @@ def draw(size: int, generator: Generator) -> tuple[NDArray[np.uint8], NDArray[np
             on = TEXTURES[chosen - 1](*_coordinates(y, x, generator), generator)
         own = prototypes[[first, second]] + generator.uniform(-JITTER, JITTER, (2, 3))
         own[1] += generator.uniform(0, FADING) * (own[0] - own[1])
+        # Shading: a random brightness with a random linear slope.
         tilt = generator.uniform(-0.25, 0.25, 2)
         light = generator.uniform(0.92, 1.04) + (y - 0.5) * tilt[0] + (x - 0.5) * tilt[1]
         paint[inside] = own[on.astype(np.int64)] * light[:, None]
         color[inside] = np.where(on, second, first) + 1
         texture[inside] = chosen
+    # Average FINER x FINER blocks, then add grain of a random strength.
     picture = paint.reshape(size, FINER, size, FINER, 3).mean((1, 3))
     picture += generator.normal(0, generator.uniform(0.005, 0.025), picture.shape)
     return np.rint(picture.clip(0, 1) * 255).astype(np.uint8), color, texture
 
 
 def _coordinates(y: Floats, x: Floats, generator: Generator) -> tuple[Floats, Floats]:
-    """Places in a region, turned and counted in periods from somewhere near its middle."""
+    """Positions in a region in periods of a texture: scaled, shifted to near its middle and rotated."""
     angle, period = generator.uniform(0, np.pi), np.exp(generator.uniform(*np.log(PERIODS)))
     down, right = (
         (side - side.mean() + generator.uniform(-0.5, 0.5) * side.std()) / period for side in (y, x)
@@ -184,7 +196,7 @@ def _coordinates(y: Floats, x: Floats, generator: Generator) -> tuple[Floats, Fl
 
 
 def _regions(rows: Floats, columns: Floats, generator: Generator) -> NDArray[np.int64]:
-    """Number of the region of each pixel: the nearest of a few seeds, or ellipses on a background."""
+    """The region of each pixel: that of the nearest of a few points, or one of several ellipses on a background."""
     count = int(generator.integers(3, 7))
     middles = generator.uniform(0.1, 0.9, (count, 2))
     if generator.random() < 0.5:

@@ -1,15 +1,14 @@
-"""Unit sensitivity: which units an attack moves more than noise of the same size does.
+"""Unit sensitivity: which units does an attack move more than noise of the same size does?
 
-The measure is after Xu et al. 2019 (arXiv 1904.02057). The noise, the test against it and its correction are ours.
-
-Noise of the size of a perturbation: its values at random places with random signs, a control for units.
+The measure, change over spread, is after Xu et al. 2019 (arXiv 1904.02057). Signed changes cancel over classes, so
+absolute changes are averaged. The control, noise of the size of the perturbation, the test against it and its
+correction are ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from weakspot import _random
-from weakspot._checks import check_batch_size, check_seed
+from weakspot._checks import check_batch_size, check_count, check_seed
 from weakspot.attribution.hooks import Place, fused_for, reading, spatial_layers
 from weakspot.classifier import Classifier, default_batch, evaluating
 from weakspot.explanations.analysis import check_pairs, prepare_pairs
@@ -28,19 +27,21 @@ from weakspot.statistics import false_discovery
 if TYPE_CHECKING:
     import pandas as pd
 
-
-PLACEMENTS = 16  # tries for each draw, of which the one that keeps most of the size is taken
-STREAM = 1_000_000  # apart from the random streams of attacks
+PLACEMENTS = 16  # attempts for each draw of noise; the one that retains most of the size is taken
+STREAM = 1_000_000  # separates these random streams from those of attacks
 ROUNDING = 1e-6
+NOISES = 4  # draws of noise for each pair
+KEPT = 0.99  # fraction of the perturbation's L2 norm that every draw must retain for the pair to be tested
+LEVEL = 0.05  # of the corrected p value
 
 
 def equal_noise(pairs: Pairs, number: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The clean images under noise that has the perturbation's L0, L1, L2 and L-infinity size.
+    """The clean images with noise that has the L0, L1, L2 and L-infinity size of the perturbation.
 
-    Whole pixels of the perturbation move to random places and every value takes a random sign; where it would leave
-    [0, 1], it takes the other one. Only values above .5 can fail to fit with either sign: they are cut, and of up to 16
-    placements the one that keeps the most is taken. If a perturbation is itself such noise, it and all draws are
-    exchangeable.
+    Whole pixels of the perturbation move to random sites and every value gets a random sign, or the other sign if this
+    one leaves [0, 1]. Only values above .5 can fail to fit with either sign: they are clipped, and of up to 16
+    placements the one that retains most is taken. If a perturbation is itself such noise, it is exchangeable with all
+    draws.
 
     Args:
         pairs: N pairs.
@@ -48,40 +49,34 @@ def equal_noise(pairs: Pairs, number: int, seed: int = 0) -> tuple[Tensor, Tenso
         seed: of the draws.
 
     Returns:
-        (N, C, H, W) the noisy images, and (N,) the fraction of the perturbation's L2 norm that was kept, 1 where
-        nothing was cut.
+        (N, C, H, W) the noisy images, and (N,) the fraction of the perturbation's L2 norm that is retained, 1 if
+        nothing was clipped.
     """
     clean, change = pairs.clean, pairs.perturbation.abs()
     channels, height, width = clean.shape[1:]
-    # Of both images: two attacks on one image get noise of their own.
+    # Keys of both images: two attacks on one image get different noise.
     keys = _random.keys(torch.cat([clean, pairs.adversarial], 1), seed)
     size = change.flatten(1).norm(dim=1)
-    noisy, kept = clean.clone(), torch.full_like(size, -1.0)
+    noisy, retained = clean.clone(), torch.full_like(size, -1.0)
     for attempt in range(PLACEMENTS):
-        rows = (kept < 1 - ROUNDING).nonzero()[:, 0]
+        rows = (retained < 1 - ROUNDING).nonzero()[:, 0]
         if not len(rows):
             break
         stream = STREAM + number * 2 * PLACEMENTS + 2 * attempt
         order = _random.uniform(keys[rows], stream, height * width).argsort(dim=1, stable=True)
         flipped = _random.uniform(keys[rows], stream + 1, channels, height, width) < 0.5
         moved = change[rows].flatten(2).gather(2, order[:, None].expand(-1, channels, -1))
-        moved = moved.view_as(clean[rows])
-        signed = torch.where(flipped, -moved, moved)
         before = clean[rows]
-        # The other sign only where this one does not fit and the other one does.
-        room = (before + signed - 0.5).abs() <= 0.5 + ROUNDING
-        other = (before - signed - 0.5).abs() <= 0.5 + ROUNDING
-        tried = (before + torch.where(~room & other, -signed, signed)).clamp(0, 1)
-        share = (tried - before).flatten(1).norm(dim=1) / size[rows].where(size[rows] > 0, 1)
-        share = share.where(size[rows] > 0, 1)
-        better = share > kept[rows]
-        noisy[rows[better]], kept[rows[better]] = tried[better], share[better]
-    return noisy, kept.clamp(max=1)
-
-
-NOISES = 4  # draws of noise for each pair
-KEPT = 0.99  # fraction of the perturbation's L2 norm that every draw must keep for the pair to be tested
-LEVEL = 0.05  # of the corrected p value
+        moved = moved.view_as(before)
+        signed = torch.where(flipped, -moved, moved)
+        # |x - .5| <= .5 is inside [0, 1]. Use the other sign only if this one does not fit and the other one does.
+        fits, other_fits = ((before + sign * signed - 0.5).abs() <= 0.5 + ROUNDING for sign in (1, -1))
+        attempted = (before + torch.where(~fits & other_fits, -signed, signed)).clamp(0, 1)
+        fraction = (attempted - before).flatten(1).norm(dim=1) / size[rows].where(size[rows] > 0, 1)
+        fraction = fraction.where(size[rows] > 0, 1)
+        better = fraction > retained[rows]
+        noisy[rows[better]], retained[rows[better]] = attempted[better], fraction[better]
+    return noisy, retained.clamp(max=1)
 
 
 def unit_sensitivity(
@@ -93,31 +88,31 @@ def unit_sensitivity(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> pd.DataFrame:
-    """How far an attack moves each unit of a layer, against noise of the same size.
+    """Measure how far an attack moves each unit of a layer, compared with noise of the same size.
 
     The change of a unit in one pair is the change of its mean activation over all sites. Its sensitivity is the mean
-    over pairs of |change|, divided by the spread of the unit over the clean images; changes of opposite sign do not
-    cancel. `p` is that of a one-sided paired t test of |change| under the attack against its mean over draws of noise
-    (`equal_noise`); it is never below (noises + 1) ** -images, the least that exchanging attack and noise can give.
-    `p_value` is corrected for the number of units (Benjamini and Hochberg 1995, doi
+    over pairs of |change|, divided by the standard deviation of the unit over the clean images; changes of opposite
+    sign do not cancel. `p` is that of a one-sided paired t test of |change| under the attack against its mean over
+    draws of noise (`equal_noise`). It is never below (noises + 1) ** -images, the smallest p of a test that exchanges
+    attack and noise. `p_value` is corrected for the number of units (Benjamini and Hochberg 1995, doi
     10.1111/j.2517-6161.1995.tb02031.x).
 
     Args:
-        model: any classifier.
+        model: any classifier. It is not changed.
         layer: a module whose output is a map; the units of tokens are their channels.
-        pairs: at least two pairs, or batches of them one after the other.
+        pairs: at least two pairs, or an iterable of batches of pairs.
         noises: draws of noise for each pair.
         seed: of the noise.
         batch_size: pairs at once; changes no result.
 
     Returns:
-        One row per unit: unit; change (mean over pairs, signed); excess (change less the mean signed change under
+        One row per unit: unit; change (mean over pairs, signed); excess (change minus the mean signed change under
         noise); spread (standard deviation of the clean activation); sensitivity; noise (the sensitivity to noise); p,
-        p_value; direction_p (two-sided, that excess is not zero, corrected); mean_activation; images (pairs tested:
-        those whose noise keeps 99% of the perturbation's norm, which is all of them up to an L-infinity size of .5).
+        p_value; direction_p (two-sided p that excess is not zero, corrected); mean_activation; images (pairs tested:
+        those whose noise retains 99% of the perturbation's norm, which is all pairs up to an L-infinity size of .5).
 
     Raises:
-        ValueError: if an argument does not fit, naming it.
+        ValueError: if an argument is invalid; the message names it.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     >>> clean = torch.rand(8, 3, 16, 16)
@@ -127,19 +122,26 @@ def unit_sensitivity(
     """
     import pandas as pd
 
-    if not isinstance(noises, int) or isinstance(noises, bool) or noises < 1:
-        raise ValueError(f"noises must be a whole number from 1, got {noises!r}")
+    check_count("noises", noises)
     check_seed(seed)
-    means = _unit_means(model, layer, pairs, noises, seed, batch_size)
+    check_batch_size(batch_size)
+    if not isinstance(layer, str):
+        raise ValueError(f"layer must be the name of one layer, got {layer!r}")
+    batches = [pairs] if isinstance(pairs, Pairs) else pairs
+    means = _unit_means(model, layer, batches, noises=noises, seed=seed, batch_size=batch_size)
     clean = means.clean
     if len(clean) < 2:
         raise ValueError(f"pairs must hold at least two pairs, for a spread, got {len(clean)}")
     change, noise = means.adversarial - clean, means.noisy - clean
     finite = np.isfinite(change) & np.isfinite(noise).all(0)
     if not finite.all():
-        raise ValueError(f"layer {layer!r} has NaN or infinity in pair {int((~finite).any(1).argmax())}")
-    spread, tested = clean.std(0, ddof=1), means.kept >= KEPT
+        raise ValueError(
+            f"layer {layer!r} must be finite, got NaN or infinity in pair {int((~finite).any(1).argmax())}"
+        )
+    spread, tested = clean.std(0, ddof=1), means.retained >= KEPT
+    # With m draws of noise per image, the attack is the most extreme of m + 1 with probability 1 / (m + 1) each.
     least = float(noises + 1) ** -int(tested.sum())
+    # The attack's |change| minus the mean |change| under noise, image by image.
     p = _paired_p((np.abs(change) - np.abs(noise).mean(0))[tested], "greater", least)
     signed = (change - noise.mean(0))[tested]
     direction = _paired_p(signed, "two-sided", min(1.0, 2 * least))
@@ -161,33 +163,33 @@ def unit_sensitivity(
 
 
 def sensitivity_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
-    """How many units the attack moves more than noise of the same size does."""
+    """How many units the attack moves more than noise of the same size does, from `unit_sensitivity`."""
     images, units = int(table["images"].iloc[0]), len(table)
     if images < 2:
         return "No unit was tested: noise with values as large as the perturbation's does not fit into the images."
     moved = int((table["p_value"] <= level).sum())
-    counted = f"{images} images, {level:.0%} false discoveries"
+    basis = f"{images} images, {level:.0%} false discoveries"
     if not moved:
-        return f"No unit is shown to move more than under noise of the same size ({units} units, {counted})."
+        return f"No unit clearly moves more than under noise of the same size ({units} units, {basis})."
     return (
-        f"The attack moves {moved} of {units} units more than noise of the same size does ({counted}); the median "
-        f"sensitivity is {table['sensitivity'].median():.2g}, under noise {table['noise'].median():.2g}."
+        f"The attack moves {moved} of {units} units more than noise of the same size does ({basis}); the median "
+        f"sensitivity is {table['sensitivity'].median():.2g}, and {table['noise'].median():.2g} under noise."
     )
 
 
 def _paired_p(differences: NDArray[np.floating], alternative: str, least: float) -> NDArray[np.float64]:
-    """(U,) p values of a paired t test of (N, U) differences, none below `least`; 1 if fewer than two pairs."""
+    """(U,) p values of a paired t test of (N, U) differences, none below `least`; 1 with fewer than two pairs."""
     from scipy.stats import ttest_1samp
 
     if len(differences) < 2:
         return np.ones(differences.shape[1])
     mean = differences.mean(0)
-    # The same difference in every pair has no t; what it shows is limited by `least` alone.
-    still = np.ptp(differences, 0) == 0
+    # The same difference in every pair has no t. It is as certain as `least` allows, or nothing if it is zero.
+    constant = np.ptp(differences, 0) == 0
     beyond = mean > 0 if alternative == "greater" else mean != 0
     with np.errstate(divide="ignore", invalid="ignore"):
         p = np.asarray(ttest_1samp(differences, 0, alternative=alternative).pvalue)
-    return np.maximum(np.where(still, np.where(beyond, 0.0, 1.0), p), least)
+    return np.maximum(np.where(constant, np.where(beyond, 0.0, 1.0), p), least)
 
 
 def _over_spread(sizes: NDArray[np.floating], spread: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -203,55 +205,47 @@ class _Means:
         clean: (N, U).
         adversarial: (N, U).
         noisy: (draws, N, U).
-        kept: (N,) smallest fraction of the perturbation's norm that a draw of noise kept.
+        retained: (N,) smallest fraction of the perturbation's norm that a draw of noise retained.
     """
 
     clean: NDArray[np.float64]
     adversarial: NDArray[np.float64]
     noisy: NDArray[np.float64]
-    kept: NDArray[np.float64]
+    retained: NDArray[np.float64]
 
 
 def _unit_means(
-    model: nn.Module,
-    layer: str,
-    pairs: Pairs | Iterable[Pairs],
-    noises: int,
-    seed: int,
-    batch_size: int | None,
+    model: nn.Module, layer: str, batches: Iterable[Pairs], *, noises: int, seed: int, batch_size: int | None
 ) -> _Means:
     """Mean activation of every unit in the clean, the adversarial and the noisy images."""
-    check_batch_size(batch_size)
-    if not isinstance(layer, str):
-        raise ValueError(f"layer must be the name of one layer, got {layer!r}")
-    found: list[Tensor] = []
-    kept: list[Tensor] = []
+    means: list[Tensor] = []
+    retained: list[Tensor] = []
     with evaluating(model) as classifier:
-        for batch in [pairs] if isinstance(pairs, Pairs) else pairs:
+        for batch in batches:
             check_pairs(batch, model)
-            prepared = prepare_pairs(classifier, batch)
-            sample = prepared.clean[:1]
+            pairs = prepare_pairs(classifier, batch)
+            sample = pairs.clean[:1]
             places = spatial_layers(classifier, sample, [layer])
             size = classifier.fixed_batch or batch_size or default_batch(sample)
-            drawn = [equal_noise(prepared, number, seed) for number in range(noises)]
-            versions = [prepared.clean, prepared.adversarial, *(noisy for noisy, _ in drawn)]
+            draws = [equal_noise(pairs, number, seed) for number in range(noises)]
+            versions = [pairs.clean, pairs.adversarial, *(noisy for noisy, _ in draws)]
             with fused_for(classifier, sample, places), torch.no_grad():
-                found.append(torch.stack([_means(classifier, places, one, size) for one in versions]))
-            kept.append(torch.stack([fraction for _, fraction in drawn]).amin(0))
-    if not found:
+                means.append(torch.stack([_means(classifier, places, one, size) for one in versions]))
+            retained.append(torch.stack([fraction for _, fraction in draws]).amin(0))
+    if not means:
         raise ValueError("pairs must hold at least two pairs, got none")
-    clean, adversarial, *noisy = torch.cat(found, 1).double().cpu().numpy()
-    return _Means(clean, adversarial, np.stack(noisy), torch.cat(kept).double().cpu().numpy())
+    clean, adversarial, *noisy = torch.cat(means, 1).double().cpu().numpy()
+    return _Means(clean, adversarial, np.stack(noisy), torch.cat(retained).double().cpu().numpy())
 
 
 def _means(classifier: Classifier, places: dict[str, Place], images: Tensor, size: int) -> Tensor:
     """(N, U) mean activation of every unit of the one place."""
     means: list[Tensor] = []
-
-    def see(_name: str, maps: Tensor, count: int) -> None:
-        means.append(maps[:count].float().mean((2, 3)))
-
     for part in images.split(size):
-        with reading(classifier, places, partial(see, count=len(part))):
+
+        def visit(_name: str, maps: Tensor, count: int = len(part)) -> None:
+            means.append(maps[:count].float().mean((2, 3)))
+
+        with reading(classifier, places, visit):
             classifier(classifier.filled(part))
     return torch.cat(means)

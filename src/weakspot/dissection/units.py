@@ -1,4 +1,8 @@
-"""Units: what each of a layer's units stands for, by network dissection (Bau et al. 2017, arXiv 1704.05796)."""
+"""Network dissection: which concept does each unit of a layer detect?
+
+After Bau et al. 2017 (arXiv 1704.05796): a unit is active above its top quantile over the data set, and detects the
+concept whose sites agree best with its active sites, by intersection over union.
+"""
 
 from __future__ import annotations
 
@@ -12,36 +16,75 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_batch_size, check_choice, is_number
-from weakspot.attribution.alignment import Axis, Grid, effective_grid, receptive_grid
+from weakspot.attribution.alignment import Grid
 from weakspot.attribution.hooks import Place, fused_for, reading, spatial_layers
-from weakspot.attribution.layers import find_layer
 from weakspot.classifier import Classifier, default_batch, evaluating
-from weakspot.dissection.broden_files import image_batches
-from weakspot.dissection.concepts import Concept, ConceptSet
-from weakspot.dissection.site_counts import DENOMINATORS, Cache, Numbers, Tally, TopValues
+from weakspot.dissection.concepts import Annotation, Concept, ConceptSet, image_batches
+from weakspot.dissection.site_counts import (
+    DENOMINATORS,
+    DissectionCache,
+    LayerResult,
+    SiteCounts,
+    TopValues,
+    mask_grid,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ALIGNMENTS = ("receptive_field", "effective", "resize")
-TOP = 8  # images of a unit that are remembered
+TOP = 8  # images stored per unit
 RUNNERS_UP = ("second", "third")
 Progress = Callable[[float], None]
+Visit = Callable[
+    [str, Tensor, list[Annotation]], None
+]  # layer, its maps (n, U, h, w), the images' annotations
+
+
+@dataclass(frozen=True)
+class DissectionOptions:
+    """The options of a dissection; see `dissect`.
+
+    Attributes:
+        quantile: fraction of the sites at which a unit is active.
+        denominator: which sites of a unit the union counts.
+        alignment: where the cells of a layer lie in the image.
+        min_iou: least intersection over union of a detector.
+        dataset: the folder of the data set.
+    """
+
+    quantile: float = 0.005
+    denominator: str = "category"
+    alignment: str = "receptive_field"
+    min_iou: float = 0.04
+    dataset: str = ""
+
+    def check(self) -> None:
+        """Raises ValueError unless every option is valid."""
+        if not is_number(self.quantile) or not 0 < self.quantile < 1:
+            raise ValueError(
+                f"quantile must be a fraction of all sites between 0 and 1, such as 0.005, got {self.quantile!r}"
+            )
+        if not is_number(self.min_iou) or not 0 <= self.min_iou <= 1:
+            raise ValueError(f"min_iou must be between 0 and 1, such as 0.04, got {self.min_iou!r}")
+        check_choice("denominator", self.denominator, DENOMINATORS)
+        check_choice("alignment", self.alignment, ALIGNMENTS)
 
 
 @dataclass(frozen=True, eq=False)
 class Dissection:
-    """What the units of one layer stand for.
+    """The concepts of the units of one layer.
 
     Attributes:
-        layer: its name.
-        units: one row per unit: unit, threshold, concept, category, iou, then second, second_iou, third, third_iou;
-            concept and category are missing where no concept reaches `min_iou`, and iou is then of the nearest.
+        layer: name of the layer.
+        units: one row per unit: unit, threshold, concept, category, iou, then second, second_iou, third, third_iou.
+            concept and category are missing if no concept reaches `min_iou`; iou is then that of the nearest concept.
         concepts: the C concepts of the data set.
         iou: (U, C).
-        top_images: (U, 8) numbers of the images that excite each unit most, best first, -1 where there are fewer.
-        top_values: (U, 8) by how much.
-        options: what it was made with.
+        top_images: (U, 8) numbers of the images with the largest activation of each unit, best first; -1 if there are
+            fewer.
+        top_values: (U, 8) those activations.
+        options: the options of the dissection.
     """
 
     layer: str
@@ -50,7 +93,15 @@ class Dissection:
     iou: Tensor
     top_images: Tensor
     top_values: Tensor
-    options: Mapping[str, object]
+    options: DissectionOptions
+
+    def __repr__(self) -> str:
+        detected = self.units["concept"].dropna()
+        common = ", ".join(f"{name} ({count})" for name, count in detected.value_counts().head(5).items())
+        return (
+            f"Dissection of {self.layer!r}: {len(detected)} of {len(self.units)} units detect one of "
+            f"{len(self.concepts)} concepts\n  most common: {common or 'none'}"
+        )
 
 
 def dissect(
@@ -68,34 +119,34 @@ def dissect(
 ) -> pd.DataFrame:
     """One row per unit of a layer: unit, threshold, concept, category, iou, and the runner-up concepts.
 
-    A unit is active where it exceeds its threshold, the value that a share `quantile` of all sites of all images
-    exceeds; it stands for the concept whose sites agree best with those, by intersection over union.
+    A unit is active where it exceeds its threshold, the value that a fraction `quantile` of all sites of all images
+    exceeds. It detects the concept whose sites agree best with those, by intersection over union.
 
     Args:
-        model: any classifier; the units of tokens are their channels.
+        model: any classifier; the units of tokens are their channels. It is not changed.
         layer: a module whose output is a map.
         dataset: a folder in Broden's layout; see `ConceptSet`.
-        quantile: share of the sites at which a unit is active.
+        quantile: fraction of the sites at which a unit is active.
         min_iou: least intersection over union for a unit to count as a detector.
-        denominator: sites of a unit that the union counts: of images where the concept's category is annotated
-            ("category"), only those that carry a label of it ("activated"), or of all images ("all").
-        alignment: cells lie at the centers of their receptive fields ("receptive_field"), where gradients say that
+        denominator: which sites of a unit the union counts: those of images where the concept's category is annotated
+            ("category"), only those that carry a label of it ("activated"), or those of all images ("all").
+        alignment: cells lie at the centers of their receptive fields ("receptive_field"), where gradients show that
             they look ("effective"), or tile the image ("resize").
         batch_size: images at once; changes no result.
-        cache: a folder that keeps results and gives them back for the same network, data and options.
-        progress: called with the share done.
+        cache: a folder where results are stored and found again for the same network, data and options.
+        progress: called with the finished fraction.
 
     Raises:
-        ValueError: when an argument or a file of the data set does not fit, naming it.
+        ValueError: if an argument or a file of the data set is invalid; the message names it.
     """
-    found = dissection(
+    results = dissect_layers(
         model, [layer], dataset, quantile=quantile, min_iou=min_iou, denominator=denominator, alignment=alignment,
         batch_size=batch_size, cache=cache, progress=progress,
     )  # fmt: skip
-    return found[layer].units
+    return results[layer].units
 
 
-def dissection(
+def dissect_layers(
     model: nn.Module,
     layers: Sequence[str],
     dataset: Path | str,
@@ -108,46 +159,45 @@ def dissection(
     cache: Path | str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Dissection]:
-    """`dissect` for several layers in the same two passes over the data, with all concepts and the best images."""
-    _check(quantile, min_iou, denominator, alignment)
+    """`dissect` for several layers in the same two passes over the data, with all concepts and the top images."""
+    options = DissectionOptions(quantile, denominator, alignment, min_iou, str(Path(dataset)))
+    options.check()
     check_batch_size(batch_size)
     if isinstance(layers, str) or not isinstance(layers, Sequence) or not len(layers):
-        raise ValueError(f"layers is {layers!r}; accepted is a list of layer names")
+        raise ValueError(f"layers must be a list of layer names, got {layers!r}")
     concepts = ConceptSet.open(dataset)
     for file, rows in (("index.csv", len(concepts)), ("label.csv", len(concepts.concepts))):
         if not rows:
-            raise ValueError(
-                f"{Path(dataset) / file} has no rows that say anything; accepted is at least one"
-            )
-    options = {"quantile": quantile, "denominator": denominator, "alignment": alignment}
+            raise ValueError(f"{Path(dataset) / file} must have at least one row, got none that can be used")
+    decisive = {"quantile": quantile, "denominator": denominator, "alignment": alignment}
     with evaluating(model) as classifier:
-        kept = Cache(cache, classifier, concepts, options)
-        found = {layer: known for layer in layers if (known := kept.get(layer)) is not None}
-        missing = [layer for layer in layers if layer not in found]
+        stored = DissectionCache(cache, classifier, concepts, decisive)
+        results = {layer: result for layer in layers if (result := stored.get(layer)) is not None}
+        missing = [layer for layer in layers if layer not in results]
         if missing:
             image = torch.zeros(1, classifier.channels, *classifier.input_size, device=classifier.mean.device)
             places = spatial_layers(classifier, image, missing)
-            work = _Work(classifier, concepts, image, places, batch_size, progress)
+            passes = _Passes(classifier, concepts, image, places, batch_size, progress)
             with fused_for(classifier, image, places):
-                tops, best = work.thresholds(quantile)
-                thresholds = {name: values.thresholds() for name, values in tops.items()}
+                top_values, top_images = passes.top_values(quantile)
+                thresholds = {name: values.thresholds() for name, values in top_values.items()}
                 grids = {
-                    name: grid_of(classifier, image, name, place, alignment) for name, place in places.items()
+                    name: mask_grid(classifier, image, name, place, alignment)
+                    for name, place in places.items()
                 }
-                tallies = work.tallies(thresholds, grids)
+                counts = passes.site_counts(thresholds, grids)
             categories = _categories(concepts)
             for name in missing:
-                numbers = Numbers(
+                results[name] = LayerResult(
                     thresholds[name].float().cpu(),
-                    tallies[name].iou(categories, denominator).float(),
-                    *best[name].found(),
+                    counts[name].iou(categories, denominator).float(),
+                    *top_images[name].padded(),
                 )
-                kept.put(name, numbers)
-                found[name] = numbers
-    return {layer: _dissection(layer, found[layer], concepts, min_iou, options) for layer in layers}
+                stored.put(name, results[name])
+    return {layer: _dissection(layer, results[layer], concepts, options) for layer in layers}
 
 
-class _Best:
+class _TopImages:
     """The images with the largest activation of each unit."""
 
     def __init__(self, units: int) -> None:
@@ -156,19 +206,23 @@ class _Best:
         self.seen = 0
 
     def add(self, maps: Tensor) -> None:
+        """Add maps (N, U, h, w) of the next N images."""
         values = maps.flatten(2).amax(2).T.float().cpu()
-        if bool(values.isnan().any() or (values == torch.inf).any()):
-            bad = self.seen + int((values.isnan() | (values == torch.inf)).any(0).nonzero()[0])
+        invalid = values.isnan() | (values == torch.inf)
+        if bool(invalid.any()):
+            image = self.seen + int(invalid.any(0).nonzero()[0])
             raise ValueError(
-                f"the layer has NaN or infinity for image {bad} of the data set; check the network's weights"
+                f"the layer has NaN or infinity for image {image} of the data set (check the network's weights)"
             )
         images = torch.arange(self.seen, self.seen + len(maps)).expand_as(values)
         self.seen += len(maps)
         values, images = torch.cat([self.values, values], 1), torch.cat([self.images, images], 1)
+        # Stable and in order of the images: of equal activations the first image stays.
         order = values.argsort(dim=1, descending=True, stable=True)[:, :TOP]
         self.values, self.images = values.gather(1, order), images.gather(1, order)
 
-    def found(self) -> tuple[Tensor, Tensor]:
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """(U, TOP) image numbers, -1 if there are fewer, and their values."""
         missing = TOP - self.images.shape[1]
         return (
             nn.functional.pad(self.images, (0, missing), value=-1),
@@ -177,7 +231,7 @@ class _Best:
 
 
 @dataclass(frozen=True)
-class _Work:
+class _Passes:
     """The two passes over the data.
 
     Attributes:
@@ -186,7 +240,7 @@ class _Work:
         image: (1, C, H, W), of which only the size matters.
         places: the layers.
         batch_size: images at once.
-        progress: called with the share done.
+        progress: called with the finished fraction.
     """
 
     classifier: Classifier
@@ -196,108 +250,86 @@ class _Work:
     batch_size: int | None
     progress: Progress | None
 
-    def thresholds(self, quantile: float) -> tuple[dict[str, TopValues], dict[str, _Best]]:
-        """Top values and best images of each layer."""
-        tops = {
+    def top_values(self, quantile: float) -> tuple[dict[str, TopValues], dict[str, _TopImages]]:
+        """First pass: top values and top images of each layer."""
+        values = {
             name: TopValues(quantile, len(self.concepts) * math.prod(place.layout.cells))
             for name, place in self.places.items()
         }
-        best: dict[str, _Best] = {}
+        images: dict[str, _TopImages] = {}
 
-        def visit(name: str, maps: Tensor, _labeled: object) -> None:
-            tops[name].add(maps)
-            best.setdefault(name, _Best(maps.shape[1])).add(maps)
+        def visit(name: str, maps: Tensor, _annotations: list[Annotation]) -> None:
+            values[name].add(maps)
+            images.setdefault(name, _TopImages(maps.shape[1])).add(maps)
 
-        self._pass(visit, annotated=False, begun=0.0)
-        return tops, best
+        self._run(visit, annotated=False, done=0.0)
+        return values, images
 
-    def tallies(self, thresholds: Mapping[str, Tensor], grids: Mapping[str, Grid | None]) -> dict[str, Tally]:
-        """Sites of units, concepts and both, of each layer."""
+    def site_counts(
+        self, thresholds: Mapping[str, Tensor], grids: Mapping[str, Grid | None]
+    ) -> dict[str, SiteCounts]:
+        """Second pass: sites of units, concepts and both, of each layer."""
         categories = _categories(self.concepts)
         sizes = len(self.concepts.concepts), len(self.concepts.categories)
-        tallies = {name: Tally.empty(len(values), *sizes) for name, values in thresholds.items()}
+        counts = {name: SiteCounts.empty(len(values), *sizes) for name, values in thresholds.items()}
 
-        def visit(name: str, maps: Tensor, annotations: list[object]) -> None:
-            tallies[name].add(maps, thresholds[name], grids[name], annotations, categories)  # type: ignore[arg-type]
+        def visit(name: str, maps: Tensor, annotations: list[Annotation]) -> None:
+            counts[name].add(maps, thresholds[name], grids[name], annotations, categories)
 
-        self._pass(visit, annotated=True, begun=0.5)
-        return tallies
+        self._run(visit, annotated=True, done=0.5)
+        return counts
 
-    def _pass(self, visit: Callable[..., None], *, annotated: bool, begun: float) -> None:
+    def _run(self, visit: Visit, *, annotated: bool, done: float) -> None:
+        """Pass all images through the network; `done` is the fraction of the whole work that is finished before."""
         size = self.classifier.fixed_batch or self.batch_size or 2 * default_batch(self.image)
         batches = image_batches(
             self.concepts, self.classifier.input_size, self.classifier.channels, size, annotated=annotated
         )
-        done = 0
-        for images, labeled in batches:
+        finished = 0
+        for images, labels in batches:
             count = len(images)
 
-            def see(name: str, maps: Tensor, count: int = count, labeled: object = labeled) -> None:
-                visit(name, maps[:count], labeled)
+            def see(name: str, maps: Tensor, count: int = count, labels: list[Annotation] = labels) -> None:
+                visit(name, maps[:count], labels)  # without the images that fill a fixed batch
 
             with reading(self.classifier, self.places, see), torch.no_grad():
                 self.classifier(self.classifier.filled(images.to(self.image.device)))
-            done += count
+            finished += count
             if self.progress is not None:
-                self.progress(begun + 0.5 * done / len(self.concepts))
+                self.progress(done + 0.5 * finished / len(self.concepts))
 
 
 def _categories(concepts: ConceptSet) -> Tensor:
-    """(C,) category of each concept."""
+    """(C,) the category of each concept."""
     numbers = {name: number for number, name in enumerate(concepts.categories)}
     return torch.tensor([numbers[concept.category] for concept in concepts.concepts], dtype=torch.long)
 
 
-def grid_of(classifier: Classifier, image: Tensor, name: str, place: Place, alignment: str) -> Grid | None:
-    """Where the layer's cells lie among sites of half the image's size; not known of a module with several calls."""
-    if alignment == "resize" or place.module is None or place.calls > 1:
-        return None
-    layer = find_layer(classifier, image, name)
-    if layer is None:
-        return None
-    grid = (receptive_grid if alignment == "receptive_field" else effective_grid)(classifier, image, layer)
-    if grid is None:
-        return None
-    rows, columns = (Axis((axis.offset - 0.5) / 2, axis.stride / 2, axis.reach / 2) for axis in grid)
-    return rows, columns
-
-
 def _dissection(
-    layer: str, numbers: Numbers, concepts: ConceptSet, min_iou: float, options: Mapping[str, object]
+    layer: str, result: LayerResult, concepts: ConceptSet, options: DissectionOptions
 ) -> Dissection:
     import pandas as pd
 
-    ious, ranked = numbers.iou.sort(dim=1, descending=True, stable=True)
-    best = [concepts.concepts[place] for place in ranked[:, 0].tolist()]
-    detects = ((ious[:, 0] >= min_iou) & (ious[:, 0] > 0)).tolist()
+    # Stable: of concepts with equal IoU the first in the data set wins.
+    ious, ranked = result.iou.sort(dim=1, descending=True, stable=True)
+    best = [concepts.concepts[position] for position in ranked[:, 0].tolist()]
+    detects = ((ious[:, 0] >= options.min_iou) & (ious[:, 0] > 0)).tolist()
     table: dict[str, object] = {
         "unit": range(len(ious)),
-        "threshold": numbers.thresholds.numpy(),
+        "threshold": result.thresholds.numpy(),
         "concept": [concept.name if good else None for concept, good in zip(best, detects, strict=True)],
         "category": [concept.category if good else None for concept, good in zip(best, detects, strict=True)],
         "iou": ious[:, 0].numpy(),
     }
     for rank, title in enumerate(RUNNERS_UP[: ranked.shape[1] - 1], start=1):
-        table[title] = [concepts.concepts[place].name for place in ranked[:, rank].tolist()]
+        table[title] = [concepts.concepts[position].name for position in ranked[:, rank].tolist()]
         table[f"{title}_iou"] = ious[:, rank].numpy()
-    about = {**options, "min_iou": min_iou, "dataset": str(concepts.folder)}
     return Dissection(
         layer,
         pd.DataFrame(table),
         concepts.concepts,
-        numbers.iou,
-        numbers.top_images,
-        numbers.top_values,
-        about,
+        result.iou,
+        result.top_images,
+        result.top_values,
+        options,
     )
-
-
-def _check(quantile: float, min_iou: float, denominator: str, alignment: str) -> None:
-    if not is_number(quantile) or not 0 < quantile < 1:
-        raise ValueError(
-            f"quantile is {quantile!r}; accepted is a share of all sites between 0 and 1, as 0.005"
-        )
-    if not is_number(min_iou) or not 0 <= min_iou <= 1:
-        raise ValueError(f"min_iou is {min_iou!r}; accepted is a number from 0 to 1, as 0.04")
-    check_choice("denominator", denominator, DENOMINATORS)
-    check_choice("alignment", alignment, ALIGNMENTS)

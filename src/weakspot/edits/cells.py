@@ -1,4 +1,4 @@
-"""Groups: cells or superpixels of an image, as windows that edits can be made in."""
+"""Cells and superpixels of an image, as windows that edits are made in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from weakspot.edits.local import Edits
 
-ACROSS = 14  # windows of superpixels are as many steps of this share of the image as they need
+ACROSS = 14  # sides of windows around superpixels are multiples of this part of the image
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Windowed:
     """Groups whose windows are of one size.
 
     Attributes:
-        numbers: (G,) of the groups.
+        numbers: (G,) numbers of the groups.
         tops: (G,) row of each window's first pixel.
-        lefts: (G,) column likewise.
+        lefts: (G,) column of each window's first pixel.
         inside: bool (G, 1, h, w), the group's own pixels in its window.
     """
 
@@ -47,11 +47,11 @@ def grid(height: int, width: int, cell: int) -> tuple[int, int]:
 
 
 def windowed(groups: Tensor, cell: int | None = None) -> list[Windowed]:
-    """Windows around groups, in lots of one size.
+    """Windows around groups, in batches of one size.
 
     Args:
-        groups: (H, W) numbers from 0; every group gets the smallest window of a lot that holds it.
-        cell: side of the cells that the groups are, or None for superpixels.
+        groups: (H, W) numbers from 0; every group gets the smallest of a few sizes that contains it.
+        cell: side of the cells, or None for superpixels.
     """
     height, width = groups.shape
     count = int(groups.max()) + 1
@@ -62,14 +62,16 @@ def windowed(groups: Tensor, cell: int | None = None) -> list[Windowed]:
     lefts, rights = _ends(groups, columns, count)
     tall = _stepped(bottoms - tops + 1, steps[0], height)
     wide = _stepped(rights - lefts + 1, steps[1], width)
-    there = torch.bincount(groups.flatten(), minlength=count) > 0
-    lots = []
-    for high, broad in torch.stack([tall, wide], 1)[there].unique(dim=0).tolist():
-        numbers = ((tall == high) & (wide == broad) & there).nonzero()[:, 0]
+    # Numbers may have gaps, as after a crop of superpixels.
+    present = torch.bincount(groups.flatten(), minlength=count) > 0
+    batches = []
+    for high, broad in torch.stack([tall, wide], 1)[present].unique(dim=0).tolist():
+        numbers = ((tall == high) & (wide == broad) & present).nonzero()[:, 0]
+        # Windows at the far borders are moved inside the image.
         top, left = tops[numbers].clamp(max=height - high), lefts[numbers].clamp(max=width - broad)
         patches = groups.unfold(0, high, 1).unfold(1, broad, 1)[top, left]
-        lots.append(Windowed(numbers, top, left, (patches == numbers[:, None, None])[:, None]))
-    return lots
+        batches.append(Windowed(numbers, top, left, (patches == numbers[:, None, None])[:, None]))
+    return batches
 
 
 def _ends(groups: Tensor, places: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -85,34 +87,36 @@ def _stepped(lengths: Tensor, step: int, limit: int) -> Tensor:
     return (-(-lengths // step) * step).clamp(max=limit)
 
 
-def exchanged(edits: Edits, other: Tensor, lots: Sequence[Windowed], chosen: Tensor | None = None) -> Tensor:
+def exchanged(
+    edits: Edits, other: Tensor, batches: Sequence[Windowed], chosen: Tensor | None = None
+) -> Tensor:
     """(G, K) logits of the one image of `edits` with each group, alone, taken from another image.
 
     Args:
         edits: of one image.
         other: (1, C, H, W) to take from.
-        lots: the groups.
-        chosen: (G,) bool, those to try; rows of others are NaN. All where not given.
+        batches: the groups.
+        chosen: (G,) bool, those to try; rows of others are NaN. All if None.
     """
     image = edits.images
-    count = int(max(int(lot.numbers.max()) for lot in lots)) + 1
-    found: Tensor | None = None
-    for lot in lots:
-        mine = torch.ones_like(lot.numbers, dtype=torch.bool) if chosen is None else chosen[lot.numbers]
-        if not bool(mine.any()):
+    count = int(max(int(batch.numbers.max()) for batch in batches)) + 1
+    rows: Tensor | None = None
+    for batch in batches:
+        wanted = torch.ones_like(batch.numbers, dtype=torch.bool) if chosen is None else chosen[batch.numbers]
+        if not bool(wanted.any()):
             continue
-        tops, lefts, inside = lot.tops[mine], lot.lefts[mine], lot.inside[mine]
+        tops, lefts, inside = batch.tops[wanted], batch.lefts[wanted], batch.inside[wanted]
         tall, wide = inside.shape[2:]
         patches = torch.where(
             inside, _cut(other, tops, lefts, tall, wide), _cut(image, tops, lefts, tall, wide)
         )
         logits = edits.logits(torch.zeros_like(tops), tops, lefts, patches)
-        if found is None:
-            found = torch.full((count, logits.shape[1]), torch.nan, device=logits.device, dtype=logits.dtype)
-        found[lot.numbers[mine]] = logits
-    if found is None:
-        raise ValueError("chosen names no group; accepted is at least one")
-    return found
+        if rows is None:
+            rows = torch.full((count, logits.shape[1]), torch.nan, device=logits.device, dtype=logits.dtype)
+        rows[batch.numbers[wanted]] = logits
+    if rows is None:
+        raise ValueError("chosen must name at least one group, got none")
+    return rows
 
 
 def _cut(image: Tensor, tops: Tensor, lefts: Tensor, height: int, width: int) -> Tensor:

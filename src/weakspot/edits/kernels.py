@@ -1,8 +1,13 @@
-"""Functions that slide a kernel over a map: what of their results a window reaches, and what those look at."""
+"""Functions that slide a kernel over a map: which of their results a window reaches, and which sites those read.
+
+Along one axis, result r reads the sites r * stride - padding + k * dilation for k from 0 to kernel - 1, so its extent
+is dilation * (kernel - 1) + 1 sites. A window of sites start to start + length - 1 reaches the results from
+ceil((start + padding - extent + 1) / stride) to floor((start + length - 1 + padding) / stride).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,21 +15,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from weakspot.edits.recording import Slot, Step
+from weakspot.edits.steps import Step, Values, pair
 from weakspot.edits.windows import Map, Windows, as_seen, gathered, paste
 
-STEPS = 8  # sizes of windows, at most, on any map
+SIZES = 8  # different sizes of windows, at most, on any map
 
 
 @dataclass(frozen=True)
 class State:
-    """What rules look at.
+    """What rules need to know besides the windows.
 
     Attributes:
-        owners: (M,) which of the unedited images each edit is of.
-        cleans: maps of these, by slot.
+        owners: (M,) the number of the unedited image of each edit.
+        cleans: maps of the unedited images, by slot.
         sizes: heights and widths of maps, by slot.
-        room: windows that take more than this share of a map are not worth their while.
+        room: the fraction of a map from which on whole maps cost less than windows.
     """
 
     owners: Tensor
@@ -33,42 +38,25 @@ class State:
     room: float
 
 
-def convolution(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
-    """Any but transposed ones."""
+def convolution(state: State, step: Step, values: Values) -> Windows | None:
+    """Any convolution that is not transposed."""
     windows: Windows = values[step.inputs[0]]
-    if not is_convolution(step) or windows.layout != "maps":
+    if not step.is_convolution or windows.order != "maps":
         return None
     _, weight, bias, stride, padding, dilation, transposed, *rest = step.arguments
 
     def convolve(maps: Tensor) -> Tensor:
-        found: Tensor = step.call(maps, weight, bias, stride, (0, 0), dilation, transposed, *rest)
-        return found
+        result: Tensor = step.call(maps, weight, bias, stride, (0, 0), dilation, transposed, *rest)
+        return result
 
-    if is_pointwise(step):
+    if step.is_pointwise:
         return windows.changed(convolve(windows.seen()))
-    return _sliding(
-        state, step, values, convolve, weight.shape[2:], pair(stride), pair(padding), pair(dilation), 0.0
-    )
+    kernel = _Kernel(weight.shape[2:], pair(stride), pair(padding), pair(dilation))
+    return _slide(state, step, values, convolve, kernel)
 
 
-def is_convolution(step: Step) -> bool:
-    """Whether it is a convolution of two axes, not transposed, of maps with weights that do not depend on the image."""
-    if step.name != "convolution" or len(step.inputs) != 1:
-        return False
-    maps, weight, _, _, _, _, transposed, *_ = step.arguments
-    return isinstance(maps, Slot) and weight.ndim == 4 and not transposed
-
-
-def is_pointwise(step: Step) -> bool:
-    """Whether it is a convolution of each site's own channels."""
-    if not is_convolution(step):
-        return False
-    _, weight, _, stride, padding, *_ = step.arguments
-    return weight.shape[2:] == (1, 1) and set(stride) == {1} and set(padding) == {0}
-
-
-def max_pool(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
-    """Over windows of two axes; beyond the border lies minus infinity."""
+def max_pool(state: State, step: Step, values: Values) -> Windows | None:
+    """Max pooling over two axes; the border is minus infinity."""
     _, kernel, stride, padding, dilation, _ = (*step.arguments, *[None] * 6)[:6]
     kernel = pair(kernel)
     stride, dilation = pair(stride) if stride else kernel, pair(dilation or 1)
@@ -76,11 +64,12 @@ def max_pool(state: State, step: Step, values: dict[int, Any]) -> Windows | None
     def pool(maps: Tensor) -> Tensor:
         return F.max_pool2d(maps, kernel, stride, 0, dilation)
 
-    return _sliding(state, step, values, pool, kernel, stride, pair(padding or 0), dilation, -torch.inf)
+    geometry = _Kernel(kernel, stride, pair(padding or 0), dilation, border=-torch.inf)
+    return _slide(state, step, values, pool, geometry)
 
 
-def average_pool(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
-    """Not where a window that hangs over the border is divided by another number."""
+def average_pool(state: State, step: Step, values: Values) -> Windows | None:
+    """Average pooling, unless kernels that overlap the border are divided by another number."""
     defaults = (None, None, None, 0, False, True, None)
     given = (*step.arguments, *defaults[len(step.arguments) :])
     _, kernel, stride, padding, ceil, counts_border, divisor = given
@@ -92,13 +81,13 @@ def average_pool(state: State, step: Step, values: dict[int, Any]) -> Windows | 
     def pool(maps: Tensor) -> Tensor:
         return F.avg_pool2d(maps, kernel, stride, 0, divisor_override=divisor)
 
-    return _sliding(state, step, values, pool, kernel, stride, padding, (1, 1), 0.0)
+    return _slide(state, step, values, pool, _Kernel(kernel, stride, padding))
 
 
-def slices(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
-    """Part of the images, which must be all; of the channels; or every so many-th row or column."""
+def slices(state: State, step: Step, values: Values) -> Windows | None:
+    """A slice of the images, which must be all; of the channels; or every n-th row or column."""
     windows: Windows = values[step.inputs[0]]
-    if windows.layout != "maps":
+    if windows.order != "maps":
         return None
     defaults: tuple[Any, ...] = (None, 0, None, None, 1)
     _, place, start, end, every = (*step.arguments, *defaults[len(step.arguments) :])
@@ -115,63 +104,71 @@ def slices(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
     def part(maps: Tensor) -> Tensor:
         return maps[:, :, :: stride[0], :: stride[1]]
 
-    return _sliding(state, step, values, part, (1, 1), stride, (0, 0), (1, 1), 0.0)
+    return _slide(state, step, values, part, _Kernel((1, 1), stride))
 
 
-def _sliding(
-    state: State,
-    step: Step,
-    values: dict[int, Any],
-    function: Callable[[Tensor], Tensor],
-    kernel: tuple[int, ...],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    border: float,
-) -> Windows | None:
-    """Functions that slide a kernel over the map: cut out what the reached results look at, and do only that.
+@dataclass(frozen=True)
+class _Kernel:
+    """How a kernel slides; each pair is down and along.
 
-    Args:
-        state: as for `apply`, like the next two.
-        step: likewise.
-        values: likewise.
-        function: of maps (M, C, H, W) whose border is already there.
-        kernel: height and width.
-        stride: down and along.
+    Attributes:
+        size: height and width.
+        stride: of the results.
         padding: sites of border at the top and at the left.
-        dilation: likewise, between the kernel's sites.
-        border: what the border is filled with.
+        dilation: distance between the kernel's sites.
+        border: the value of the border.
     """
-    windows: Windows = values[step.inputs[0]]
-    if windows.layout != "maps":
-        return None
-    clean, (rows, columns) = state.cleans[step.inputs[0]], state.sizes[step.outputs[0]]
-    down = _reach(windows.tops, windows.size[0], kernel[0], stride[0], padding[0], dilation[0], rows)
-    along = _reach(windows.lefts, windows.size[1], kernel[1], stride[1], padding[1], dilation[1], columns)
-    if down.count * along.count > state.room * rows * columns:
-        return None
-    border_widths = (*along.border(clean.size[1], columns), *down.border(clean.size[0], rows))
-    as_wrapped_classifier = clean.with_border(border_widths, border)
-    cut = gathered(as_wrapped_classifier, state.owners, down.cut, along.cut, down.length, along.length)
-    paste(cut, down.inside, along.inside, windows.values)
-    seen = as_seen(cut[:, down.before :, along.before :], "maps")
-    found = function(seen)[:, :, : down.count, : along.count]
-    return Windows(found.permute(0, 2, 3, 1).contiguous(), down.first, along.first)
+
+    size: Sequence[int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    border: float = 0.0
+
+    def reach(self, axis: int, starts: Tensor, length: int, results: int) -> _Reach:
+        """What windows (M,) of this length reach along an axis (0 down, 1 along) with so many results."""
+        stride, padding = self.stride[axis], self.padding[axis]
+        extent = self.dilation[axis] * (self.size[axis] - 1) + 1
+        # ceil(a / stride) as floor((a + stride - 1) / stride).
+        first, last = starts + (padding - extent + stride), starts + (padding + length - 1)
+        if stride > 1:
+            first, last = (torch.div(ends, stride, rounding_mode="floor") for ends in (first, last))
+        first, last = first.clamp(min=0), last.clamp(max=results - 1)
+        # Fewer at the borders. Rounded up, so that few sizes occur: torch sets up its kernels for each.
+        multiple = max(1, results // SIZES)
+        reached = max(1, -(-int((last - first).amax() + 1) // multiple) * multiple)
+        count = min(reached, (length + extent - 2) // stride + 1, results)
+        first = first.clamp(max=results - count)
+        # A stride longer than the kernel skips sites, on which the window may begin or end.
+        before, behind = max(0, stride - extent), stride - 1
+        # Result r reads from site r * stride - padding, which is r * stride + before in the map with its border of
+        # padding + before sites. The stretch begins `before` sites earlier.
+        cut = first * stride
+        return _Reach(
+            first,
+            count,
+            cut,
+            length=before + (count - 1) * stride + extent + behind,
+            inside=starts + padding + before - cut,
+            before=before,
+            top=padding + before,
+            end=(results - 1) * stride + extent + behind + before,
+        )
 
 
 @dataclass(frozen=True)
 class _Reach:
-    """Along one axis: results that a window reaches, and the stretch of the map that they look at.
+    """Along one axis: the results that a window reaches, and the stretch of the map that they read.
 
     Attributes:
-        first: (M,) of the results reached.
-        count: how many there are, the same for all.
-        cut: (M,) where the stretch to cut out begins, counted with the border.
+        first: (M,) the first of these results.
+        count: how many there are, the same for all windows.
+        cut: (M,) where the stretch begins, counted with the border.
         length: of the stretch.
         inside: (M,) where the window lies in it.
-        before: sites at its beginning that no result looks at.
+        before: sites at its beginning that no result reads.
         top: width of the border before the map.
-        need: function arguments that `border` needs: kernel's extent, stride, and sites wanted behind.
+        end: sites that the last stretch needs in all, with both borders.
     """
 
     first: Tensor
@@ -181,45 +178,37 @@ class _Reach:
     inside: Tensor
     before: int
     top: int
-    need: tuple[int, int, int]
+    end: int
 
-    def border(self, size: int, results: int) -> tuple[int, int]:
-        """Widths before and behind a map of this size, for so many results."""
-        extent, stride, behind = self.need
-        end = (results - 1) * stride + extent + behind + self.before
-        return self.top, max(0, end - self.top - size)
+    def border(self, size: int) -> tuple[int, int]:
+        """Widths before and behind a map of this size."""
+        return self.top, max(0, self.end - self.top - size)
 
 
-def _reach(
-    starts: Tensor, length: int, kernel: int, stride: int, padding: int, dilation: int, results: int
-) -> _Reach:
-    extent = dilation * (kernel - 1) + 1
-    first, last = starts + (padding - extent + stride), starts + (padding + length - 1)
-    if stride > 1:
-        first, last = (torch.div(ends, stride, rounding_mode="floor") for ends in (first, last))
-    first, last = first.clamp(min=0), last.clamp(max=results - 1)
-    # Fewer at the borders. In steps, so that not every size comes up: kernels are set up for each.
-    step = max(1, results // STEPS)
-    reached = max(1, -(-int((last - first).amax() + 1) // step) * step)
-    count = min(reached, (length + extent - 2) // stride + 1, results)
-    first = first.clamp(max=results - count)
-    # A stride longer than the kernel skips sites; the window may begin or end on them.
-    before, behind = max(0, stride - extent), stride - 1
-    cut = first * stride
-    return _Reach(
-        first,
-        count,
-        cut,
-        before + (count - 1) * stride + extent + behind,
-        starts + padding + before - cut,
-        before,
-        padding + before,
-        (extent, stride, behind),
-    )
+def _slide(
+    state: State, step: Step, values: Values, function: Callable[[Tensor], Tensor], kernel: _Kernel
+) -> Windows | None:
+    """Cut out what the reached results read, and apply the function only to that.
 
-
-def pair(value: Any) -> tuple[int, int]:
-    """Down and along, of an argument that may be one number for both; of four numbers the first two."""
-    if isinstance(value, int):
-        return value, value
-    return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
+    Args:
+        state: see `rules.apply`.
+        step: the step, whose input is windows.
+        values: by slot.
+        function: of maps (M, C, H, W) that contain their border.
+        kernel: that the function slides.
+    """
+    windows: Windows = values[step.inputs[0]]
+    if windows.order != "maps":
+        return None
+    clean, (rows, columns) = state.cleans[step.inputs[0]], state.sizes[step.outputs[0]]
+    down = kernel.reach(0, windows.tops, windows.size[0], rows)
+    along = kernel.reach(1, windows.lefts, windows.size[1], columns)
+    if down.count * along.count > state.room * rows * columns:
+        return None
+    widths = (*along.border(clean.size[1]), *down.border(clean.size[0]))
+    bordered = clean.with_border(widths, kernel.border)
+    cut = gathered(bordered, state.owners, down.cut, along.cut, (down.length, along.length))
+    paste(cut, down.inside, along.inside, windows.values)
+    seen = as_seen(cut[:, down.before :, along.before :], "maps")
+    result = function(seen)[:, :, : down.count, : along.count]
+    return Windows(result.permute(0, 2, 3, 1).contiguous(), down.first, along.first)

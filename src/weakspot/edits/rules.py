@@ -1,4 +1,7 @@
-"""How each tensor function acts on windows: which window of its result an edit reaches, and how to compute it."""
+"""How each tensor function acts on windows: which window of its result an edit reaches, and how to compute it.
+
+A rule returns None where it does not apply; the step is then done on whole maps, which is always right and never fast.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from weakspot.edits.kernels import State, average_pool, convolution, is_pointwise, max_pool, slices
-from weakspot.edits.recording import Slot, Step, filled
-from weakspot.edits.windows import Layout, Windows, joined
+from weakspot.edits.kernels import State, average_pool, convolution, max_pool, slices
+from weakspot.edits.steps import SITEWISE, Slot, Step, Values, filled
+from weakspot.edits.windows import AxisOrder, Windows, joined
 
-SITEWISE = {
-    "relu", "hardtanh", "sigmoid", "tanh", "gelu", "silu", "hardswish", "hardsigmoid", "elu", "leaky_relu", "celu",
-    "selu", "softplus", "mish", "neg", "abs", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "square",
-    "pow", "clamp", "clamp_min", "clamp_max", "erf", "sin", "cos", "sign", "round", "floor", "ceil", "clone", "detach",
-    "alias", "_to_copy", "contiguous", "lift_fresh", "_prelu_kernel", "hardshrink", "softshrink", "threshold",
-    "logical_not",
-}  # fmt: skip
 PAIRWISE = {
     "add",
     "sub",
@@ -38,34 +34,31 @@ PAIRWISE = {
     "where",
 }
 NORMS = {
-    "native_batch_norm",
-    "_native_batch_norm_legit_no_training",
-    "_batch_norm_no_update",
-    "cudnn_batch_norm",
-}
-Rule = Callable[[State, Step, dict[int, Any]], Windows | None]
+    "native_batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_no_update", "cudnn_batch_norm",
+}  # fmt: skip
+Rule = Callable[[State, Step, Values], Windows | None]
 
 
-def apply(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
-    """What a step makes of windows, or None where it needs whole maps."""
+def apply(state: State, step: Step, values: Values) -> Windows | None:
+    """The windows of a step's result, or None if it needs whole maps."""
     rule = RULES.get(step.name)
     return None if rule is None else rule(state, step, values)
 
 
-def _sitewise(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
-    """Functions of each site's own channels, with constants that are the same at every site."""
+def _sitewise(state: State, step: Step, values: Values) -> Windows | None:
+    """Functions of each site's own channels, of one map or of several, with constants without sites."""
     windows = [values[slot] for slot in step.inputs]
     if not all(isinstance(one, Windows) for one in windows):
         return None
-    layout = windows[0].layout
+    order = windows[0].order
     sizes = {state.sizes[slot] for slot in step.inputs}
-    if any(one.layout != layout for one in windows) or len(sizes) > 1:
+    if any(one.order != order for one in windows) or len(sizes) > 1:
         return None
-    if not all(_spread_evenly(leaf, layout) for leaf in (*step.arguments, *step.keywords.values())):
+    if not all(_has_no_sites(leaf, order) for leaf in (*step.arguments, *step.keywords.values())):
         return None
-    common = joined(windows, [state.cleans[slot] for slot in step.inputs], state.owners, state.room) if (
-        len(windows) > 1
-    ) else windows  # fmt: skip
+    common: list[Windows] | None = windows
+    if len(windows) > 1:
+        common = joined(windows, [state.cleans[slot] for slot in step.inputs], state.owners, state.room)
     if common is None:
         return None
     seen = {slot: one.seen() for slot, one in zip(step.inputs, common, strict=True)}
@@ -73,22 +66,22 @@ def _sitewise(state: State, step: Step, values: dict[int, Any]) -> Windows | Non
     return common[0].changed(result[0] if step.several else result)
 
 
-def _spread_evenly(leaf: Any, layout: str) -> bool:
-    """Whether an argument is no tensor, or one without sites."""
+def _has_no_sites(leaf: Any, order: str) -> bool:
+    """Whether an argument is not a tensor, or is the same at every site."""
     if not isinstance(leaf, Tensor) or leaf.numel() == 1:
         return True
-    if layout == "maps":
+    if order == "maps":
         return leaf.shape[-2:] == (1, 1) and (leaf.ndim < 4 or leaf.shape[0] == 1)
     return all(size == 1 for size in leaf.shape[:-1])
 
 
-def _batch_norm(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
-    """In eval mode: a scale and a shift per channel."""
+def _batch_norm(state: State, step: Step, values: Values) -> Windows | None:
+    """Batch normalization in eval mode: a scale and a shift per channel."""
     del state
     windows: Windows = values[step.inputs[0]]
     if (
         len(step.inputs) != 1
-        or windows.layout != "maps"
+        or windows.order != "maps"
         or (len(step.arguments) > 5 and step.arguments[5] is True)
     ):
         return None
@@ -96,49 +89,51 @@ def _batch_norm(state: State, step: Step, values: dict[int, Any]) -> Windows | N
     return windows.changed(result[0])
 
 
-def _layer_norm(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
+def _layer_norm(state: State, step: Step, values: Values) -> Windows | None:
+    """Layer normalization over channels, which must be the last axis."""
     del state
     windows: Windows = values[step.inputs[0]]
-    if len(step.inputs) != 1 or windows.layout == "maps" or len(step.arguments[1]) != 1:
+    if len(step.inputs) != 1 or windows.order == "maps" or len(step.arguments[1]) != 1:
         return None
     result = step.call(*filled(step.arguments, {step.inputs[0]: windows.seen()}), **step.keywords)
     return windows.changed(result[0])
 
 
-def _linear(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
+def _linear(state: State, step: Step, values: Values) -> Windows | None:
     """Rows times a constant matrix: addmm(bias, rows, matrix) or mm(rows, matrix)."""
     del state
     place = 1 if step.name == "addmm" else 0
     windows: Windows = values[step.inputs[0]]
-    if len(step.inputs) != 1 or step.arguments[place] != Slot(step.inputs[0]) or windows.layout != "rows":
+    if len(step.inputs) != 1 or step.arguments[place] != Slot(step.inputs[0]) or windows.order != "rows":
         return None
     result = step.call(*filled(step.arguments, {step.inputs[0]: windows.seen()}), **step.keywords)
     return windows.changed(result)
 
 
-def _permute(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
+def _permute(state: State, step: Step, values: Values) -> Windows | None:
+    """Between channels first and channels last."""
     del state
     windows: Windows = values[step.inputs[0]]
-    turn = (windows.layout, tuple(step.arguments[1]))
+    turn = (windows.order, tuple(step.arguments[1]))
     if turn == ("maps", (0, 2, 3, 1)):
-        return replace(windows, layout="sites")
-    return replace(windows, layout="maps") if turn == ("sites", (0, 3, 1, 2)) else None
+        return replace(windows, order="sites")
+    return replace(windows, order="maps") if turn == ("sites", (0, 3, 1, 2)) else None
 
 
-def _view(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
+def _view(state: State, step: Step, values: Values) -> Windows | None:
     """Between (N, H, W, C) and (N * H * W, C)."""
     windows: Windows = values[step.inputs[0]]
     height, width = state.sizes[step.inputs[0]]
     channels = windows.values.shape[3]
     shape = tuple(step.arguments[1])
-    if windows.layout == "sites" and len(shape) == 2 and shape[1] == channels:
-        return replace(windows, layout="rows")
-    if windows.layout == "rows" and len(shape) == 4 and shape[1:] == (height, width, channels):
-        return replace(windows, layout="sites")
+    if windows.order == "sites" and len(shape) == 2 and shape[1] == channels:
+        return replace(windows, order="rows")
+    if windows.order == "rows" and len(shape) == 4 and shape[1:] == (height, width, channels):
+        return replace(windows, order="sites")
     return None
 
 
-def _joined_channels(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
+def _joined_channels(state: State, step: Step, values: Values) -> Windows | None:
     """Concatenation along channels."""
     parts, place = step.arguments[0], step.arguments[1] if len(step.arguments) > 1 else 0
     windows = [values[slot] for slot in step.inputs]
@@ -146,36 +141,37 @@ def _joined_channels(state: State, step: Step, values: dict[int, Any]) -> Window
         place != 1
         or len(parts) != len(windows)
         or len({state.sizes[slot] for slot in step.inputs}) > 1
-        or not all(isinstance(one, Windows) and one.layout == "maps" for one in windows)
+        or not all(isinstance(one, Windows) and one.order == "maps" for one in windows)
     ):
         return None
     common = joined(windows, [state.cleans[slot] for slot in step.inputs], state.owners, state.room)
     return None if common is None else replace(common[0], values=torch.cat([one.values for one in common], 3))
 
 
-def _pad(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
-    """Constant padding: of channels as it is; of sites, the window only lies elsewhere in the larger map."""
+def _pad(state: State, step: Step, values: Values) -> Windows | None:
+    """Constant padding. If sites are padded, the window only lies elsewhere in the larger map."""
     del state
     windows: Windows = values[step.inputs[0]]
+    # The last axis first: left, right, top, bottom, channels before, channels behind.
     widths = [*step.arguments[1], 0, 0, 0, 0, 0, 0]
-    if windows.layout != "maps" or min(widths) < 0 or any(widths[6:]):
+    if windows.order != "maps" or min(widths) < 0 or any(widths[6:]):
         return None
     left, _, top, _, front, back = widths[:6]
     value = step.arguments[2] if len(step.arguments) > 2 else 0
-    values_ = F.pad(windows.values, (front, back), value=value) if front or back else windows.values
-    return Windows(values_, windows.tops + top, windows.lefts + left)
+    padded = F.pad(windows.values, (front, back), value=value) if front or back else windows.values
+    return Windows(padded, windows.tops + top, windows.lefts + left)
 
 
-def _over_channels(state: State, step: Step, values: dict[int, Any]) -> Windows | None:
+def _over_channels(state: State, step: Step, values: Values) -> Windows | None:
     """Means and sums over channels, site by site.
 
-    Over all sites whole maps are needed: the unedited sum and what the window adds to it is no short cut, because
-    where the edit takes away what the sum was made of, rounding is all that is left.
+    Those over all sites need whole maps. The unedited sum plus the window's difference would be faster, but where the
+    edit removes what the sum consisted of, only rounding errors would be left.
     """
     del state
     windows: Windows = values[step.inputs[0]]
     over = step.arguments[1] if len(step.arguments) > 1 else None
-    if windows.layout != "maps" or not isinstance(over, list | tuple) or [place % 4 for place in over] != [1]:
+    if windows.order != "maps" or not isinstance(over, list | tuple) or [place % 4 for place in over] != [1]:
         return None
     if len(step.arguments) < 3 or not step.arguments[2]:
         return None
@@ -203,16 +199,16 @@ RULES: dict[str, Rule] = {
 }
 
 
-def needs_clean(step: Step, layout: Layout) -> bool:
-    """Whether windows may have to be seen in their maps for this step."""
+def needs_clean(step: Step, order: AxisOrder) -> bool:
+    """Whether a rule for this step may read the unedited map around a window."""
     if step.name in SITEWISE | NORMS and len(step.inputs) == 1:
-        return step.name in SITEWISE and not all(_spread_evenly(leaf, layout) for leaf in step.arguments)
-    return layout != "maps" or not is_pointwise(step)
+        return step.name in SITEWISE and not all(_has_no_sites(leaf, order) for leaf in step.arguments)
+    return order != "maps" or not step.is_pointwise
 
 
-def layout_after(step: Step, layouts: dict[int, Layout | None], value: Tensor) -> Layout | None:
-    """How the network sees what a step returned, or None for what has no sites."""
-    before = layouts[step.inputs[0]] if step.inputs else None
+def order_after(step: Step, orders: dict[int, AxisOrder | None], value: Tensor) -> AxisOrder | None:
+    """How the network sees a step's result, or None if that has no sites."""
+    before = orders[step.inputs[0]] if step.inputs else None
     if before is not None and step.name == "permute":
         return {(0, 2, 3, 1): "sites", (0, 3, 1, 2): "maps"}.get(tuple(step.arguments[1]))  # type: ignore[return-value]
     if step.name in {"view", "_unsafe_view"}:

@@ -11,25 +11,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Layout = Literal["maps", "sites", "rows"]
-"""How a network sees a map just now: (N, C, H, W), (N, H, W, C), or (N * H * W, C)."""
+AxisOrder = Literal["maps", "sites", "rows"]
+"""How a network sees a map at some step: (N, C, H, W), (N, H, W, C), or (N * H * W, C)."""
 
 
 @dataclass(frozen=True)
 class Windows:
-    """What M edits change of a map: a window each, all of one size.
+    """The part of a map that each of M edits changes, all of one size.
 
     Attributes:
-        values: (M, h, w, C) contiguous, whatever the layout.
+        values: (M, h, w, C) contiguous, whatever the order of axes.
         tops: (M,) row of each window's first site.
-        lefts: (M,) column likewise.
-        layout: how the network sees the whole map.
+        lefts: (M,) column of each window's first site.
+        order: of the axes in which the network sees the whole map.
     """
 
     values: Tensor
     tops: Tensor
     lefts: Tensor
-    layout: Layout = "maps"
+    order: AxisOrder = "maps"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -39,12 +39,12 @@ class Windows:
         return replace(self, values=self.values[rows], tops=self.tops[rows], lefts=self.lefts[rows])
 
     def seen(self) -> Tensor:
-        """The values in the network's layout, as if the window were the whole map."""
-        return as_seen(self.values, self.layout)
+        """The values in the network's order of axes, as if the window were the whole map."""
+        return as_seen(self.values, self.order)
 
     def changed(self, seen: Tensor) -> Windows:
-        """The same windows with other values, given in the network's layout."""
-        return replace(self, values=as_sites(seen, self.layout, self.size))
+        """The same windows with other values, given in the network's order of axes."""
+        return replace(self, values=as_sites(seen, self.order, self.size))
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Map:
 
     Attributes:
         sites: (N, H, W, C) contiguous.
-        layout: how the network sees it.
-        padded: copies with borders, by the widths and the value of these.
+        order: of the axes in which the network sees it.
+        padded: copies with borders, by widths and value.
     """
 
     sites: Tensor
-    layout: Layout = "maps"
+    order: AxisOrder = "maps"
     padded: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
 
     @property
@@ -66,7 +66,7 @@ class Map:
         return self.sites.shape[1], self.sites.shape[2]
 
     def with_border(self, widths: Sequence[int], value: float) -> Tensor:
-        """(N, H', W', C) with (left, right, top, bottom) more sites of the value."""
+        """(N, H', W', C) with (left, right, top, bottom) more sites of this value."""
         if not any(widths):
             return self.sites
         key = (*widths, value)
@@ -75,51 +75,54 @@ class Map:
         return self.padded[key]
 
 
-def as_seen(sites: Tensor, layout: Layout) -> Tensor:
-    """(N, H, W, C) in the network's layout."""
-    if layout == "maps":
+def as_seen(sites: Tensor, order: AxisOrder) -> Tensor:
+    """(N, H, W, C) in the network's order of axes."""
+    if order == "maps":
         count, height, width, channels = sites.shape
         if channels == 1:
-            # One channel with channels-last strides, torch 2.13's convolution on CPUs gives wrong numbers for.
+            # For one channel with channels-last strides, torch 2.13's convolution on CPUs gives wrong numbers.
             return sites.reshape(count, channels, height, width)
         return sites.permute(0, 3, 1, 2)
-    return sites if layout == "sites" else sites.reshape(-1, sites.shape[3])
+    return sites if order == "sites" else sites.reshape(-1, sites.shape[3])
 
 
-def as_sites(seen: Tensor, layout: Layout, size: tuple[int, int]) -> Tensor:
-    """(N, H, W, C), contiguous, of a map of this height and width in the network's layout."""
-    if layout == "maps":
+def as_sites(seen: Tensor, order: AxisOrder, size: tuple[int, int]) -> Tensor:
+    """(N, H, W, C), contiguous, of a map of this height and width in the network's order of axes."""
+    if order == "maps":
         return seen.permute(0, 2, 3, 1).contiguous()
-    return seen.contiguous() if layout == "sites" else seen.reshape(-1, *size, seen.shape[1]).contiguous()
+    return seen.contiguous() if order == "sites" else seen.reshape(-1, *size, seen.shape[1]).contiguous()
 
 
-def gathered(sites: Tensor, owners: Tensor, tops: Tensor, lefts: Tensor, height: int, width: int) -> Tensor:
-    """(M, height, width, C): the windows at these places of the maps (N, H, W, C) of their owners."""
-    flat = _flat(owners, tops, lefts, height, width, sites.shape[1], sites.shape[2])
-    rows = sites.view(-1, sites.shape[3]).index_select(0, flat)
-    return rows.view(-1, height, width, sites.shape[3])
+def gathered(sites: Tensor, owners: Tensor, tops: Tensor, lefts: Tensor, size: tuple[int, int]) -> Tensor:
+    """(M, height, width, C): the windows of this size at these places of the owners' maps (N, H, W, C)."""
+    first = _number(sites, owners, tops, lefts)
+    # As rows of channels, so that each copied piece is contiguous.
+    rows = sites.view(-1, sites.shape[3]).index_select(0, _all_numbers(first, size, sites.shape[2]))
+    return rows.view(-1, *size, sites.shape[3])
 
 
 def paste(onto: Tensor, tops: Tensor, lefts: Tensor, values: Tensor) -> Tensor:
-    """Write values (M, h, w, C) into (M, H, W, C), each at its place; returns what was written into."""
+    """Write values (M, h, w, C) into (M, H, W, C), each at its place; returns the latter."""
     count, height, width, channels = values.shape
     owners = torch.arange(count, device=values.device)
-    flat = _flat(owners, tops, lefts, height, width, onto.shape[1], onto.shape[2])
-    onto.view(-1, channels).index_copy_(0, flat, values.reshape(-1, channels))
+    numbers = _all_numbers(_number(onto, owners, tops, lefts), (height, width), onto.shape[2])
+    onto.view(-1, channels).index_copy_(0, numbers, values.reshape(-1, channels))
     return onto
 
 
-def _flat(
-    owners: Tensor, tops: Tensor, lefts: Tensor, height: int, width: int, rows: int, columns: int
-) -> Tensor:
-    """Numbers of the sites of windows in maps that lie one after the other."""
-    first = (owners * rows + tops) * columns + lefts
-    return (first[:, None] + _offsets(height, width, columns, tops.device)).view(-1)
+def _number(maps: Tensor, owners: Tensor, tops: Tensor, lefts: Tensor) -> Tensor:
+    """(M,) numbers of sites of the owners' maps (N, H, W, C), counted over all maps in reading order."""
+    return (owners * maps.shape[1] + tops) * maps.shape[2] + lefts
+
+
+def _all_numbers(first: Tensor, size: tuple[int, int], columns: int) -> Tensor:
+    """(M * height * width,) numbers of all sites of windows, whose first sites have the numbers (M,)."""
+    return (first[:, None] + _offsets(*size, columns, first.device)).view(-1)
 
 
 @lru_cache(maxsize=512)
 def _offsets(height: int, width: int, columns: int, device: torch.device) -> Tensor:
-    """(height * width,) how far a window's sites lie behind its first in a map of so many columns."""
+    """(height * width,) numbers of a window's sites less that of its first, in a map of so many columns."""
     down, along = torch.arange(height, device=device), torch.arange(width, device=device)
     return (down[:, None] * columns + along).view(-1)
 
@@ -132,11 +135,12 @@ def whole(windows: Windows, clean: Map, owners: Tensor) -> Tensor:
 def joined(
     several: Sequence[Windows], cleans: Sequence[Map], owners: Tensor, room: float
 ) -> list[Windows] | None:
-    """The windows grown to common places and one size, or None where that takes more than `room` of the map.
+    """The windows grown to common places and one size, or None if that takes more than `room` of the map.
 
-    What is grown over is the unedited map.
+    They grow over the unedited maps.
     """
     first = several[0]
+    # Windows of one branch share their tensors of places, which is cheaper to see than equal values.
     if all(
         one.size == first.size and (one.tops is first.tops or torch.equal(one.tops, first.tops))
         and (one.lefts is first.lefts or torch.equal(one.lefts, first.lefts))
@@ -148,26 +152,19 @@ def joined(
     lefts, wide = _span([one.lefts for one in several], [one.size[1] for one in several], width)
     if tall * wide > room * height * width:
         return None
-    return [
-        replace(
-            one,
-            values=paste(
-                gathered(clean.sites, owners, tops, lefts, tall, wide),
-                one.tops - tops,
-                one.lefts - lefts,
-                one.values,
-            ),
-            tops=tops,
-            lefts=lefts,
-        )
-        if one.size != (tall, wide) or not torch.equal(one.tops, tops) or not torch.equal(one.lefts, lefts)
-        else one
-        for one, clean in zip(several, cleans, strict=True)
-    ]
+    grown = []
+    for one, clean in zip(several, cleans, strict=True):
+        if one.size != (tall, wide) or not torch.equal(one.tops, tops) or not torch.equal(one.lefts, lefts):
+            around = gathered(clean.sites, owners, tops, lefts, (tall, wide))
+            values = paste(around, one.tops - tops, one.lefts - lefts, one.values)
+            grown.append(replace(one, values=values, tops=tops, lefts=lefts))
+        else:
+            grown.append(one)
+    return grown
 
 
 def _span(starts: Sequence[Tensor], lengths: Sequence[int], limit: int) -> tuple[Tensor, int]:
-    """Starts (M,) and the one length of stretches that hold all stretches, row by row, within 0 to limit."""
+    """Starts (M,) and the one length of stretches within 0 to limit that contain all stretches, row by row."""
     start = torch.stack(list(starts)).amin(0)
     end = torch.stack([begin + length for begin, length in zip(starts, lengths, strict=True)]).amax(0)
     length = int((end - start).max())

@@ -54,6 +54,7 @@ LEVEL = 0.1  # the largest p and q, in every setting
 
 def top_region(scores: Tensor, fraction: float) -> Tensor:
     """The top fraction of the sites of scores (N, 1, H, W), without a tie at its edge that fills over a tenth of it."""
+    # Ties are broken by position, so a large tie at the edge would put an arbitrary part of it into the region.
     chosen = top(scores, fraction)
     highest_outside = torch.where(chosen, -torch.inf, scores).flatten(1).amax(1).view(-1, 1, 1, 1)
     above = chosen & (scores > highest_outside)
@@ -115,6 +116,7 @@ def agreement(importance: Tensor, vulnerability: Tensor, *, fraction: float = 0.
         roa = attack_region(attacks, fraction)[:, 0].double()
         looked, worked = standardized(important), standardized(vulnerable)
         blank = _blank(looked, worked)
+        # |A and B| for every pair of regions, and |A| + |B| - |A and B|.
         common = _products(roa, roi)
         union = roa.sum((1, 2))[:, None] + roi.sum((1, 2)) - common
         sites = important[0].numel()
@@ -173,6 +175,7 @@ def _blank(looked: Tensor, worked: Tensor) -> Tensor:
 
 def reached_fraction(pairs: Pairs) -> Tensor:
     """(N,) fraction of each image that lies near a changed pixel."""
+    # A dilation by a square: max pooling of the changed pixels.
     changed = (pairs.perturbation != 0).any(1, keepdim=True).float()
     radius = max(1, round(REACH * min(changed.shape[2:])))
     return F.max_pool2d(changed, 2 * radius + 1, 1, radius).flatten(1).mean(1)
@@ -261,15 +264,15 @@ def second_path(
         rows: (n,) numbers of the pairs.
         seed: of the places.
     """
+    # One uniform number in each of `count` equal parts of [0, 1].
     keys = _random.keys(pairs.clean[rows], seed)
     counts = (drop.points[rows] // 2).tolist()
     places = [
         (torch.arange(count, device=keys.device) + _random.uniform(key[None], 0, count)[0]) / count
         for key, count in zip(keys, counts, strict=True)
     ]
-    return sampled_drop(
-        classifier, pairs.clean[rows], pairs.adversarial[rows], pairs.labels[rows], competing[rows], places
-    )
+    classes = torch.stack([pairs.labels[rows], competing[rows]], 1)
+    return sampled_drop(classifier, pairs.clean[rows], pairs.adversarial[rows], classes, places)
 
 
 def setting_tests(
@@ -314,6 +317,7 @@ def agreed(tests: Sequence[OtherImageTest]) -> pd.DataFrame:
             ps.append(p.nan_to_num(1))
             qs.append(q.nan_to_num(1))
         worst[sign] = torch.stack(ps).amax(0), torch.stack(qs).amax(0)
+    # The direction with the smaller worst p is reported.
     up = worst[1][0] <= worst[-1][0]
     p, q = (torch.where(up, worst[1][k], worst[-1][k]) for k in (0, 1))
     direction = torch.where(up, 1.0, -1.0).to(p)

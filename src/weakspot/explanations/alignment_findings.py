@@ -1,4 +1,4 @@
-"""The result of `ssim_alignment` and its sentences: the finding, then other images, then each control."""
+"""The statistics and the result of `ssim_alignment`, and its sentences: the finding, other images, each control."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weakspot.statistics import LEAST_RUN, RunTest
+from weakspot.explanations.agreement import every_pairing
+from weakspot.statistics import LEAST_RUN, RunTest, ranks, standardized
 from weakspot.statistics.number_format import counted, p_value
 
 if TYPE_CHECKING:
     import pandas as pd
 
+STATISTICS = ("ssim_pointing", "ssim_concentration", "ssim_spearman")
 TESTED = "ssim_concentration"  # the statistic of the sentences
 ALPHA, FALSE_DISCOVERIES = 0.05, 0.1  # the largest p and q at which alignment is stated
 # A concentration must be this many times the null and each control. Gradients pass only through active units, so even
@@ -91,6 +94,7 @@ class SsimAlignment:
             return np.zeros(len(scores), dtype=bool)
         value = scores[TESTED]
         passed = (scores[f"{TESTED}_p"] <= ALPHA) & (scores[f"{TESTED}_q"] <= FALSE_DISCOVERIES)
+        # Significance alone is not enough: random networks pass it by less than the floor.
         passed &= value >= FLOOR * scores[f"{TESTED}_null"]
         for control in self.controls:
             over = f"{TESTED}_over_{control}"
@@ -135,6 +139,43 @@ class SsimAlignment:
 
     def __repr__(self) -> str:
         return f"SsimAlignment of {counted(len(self.scores))}. {self.sentences[0]}"
+
+
+def alignment(change: Tensor, importance: Tensor) -> dict[str, Tensor]:
+    """The three statistics of every change with every importance map.
+
+    Args:
+        change: (N, 1, H, W) not negative; NaN if unknown.
+        importance: (M, 1, H, W).
+
+    Returns:
+        Name to (N, M) float64. NaN if undefined: if nothing changed or everything changed alike, and if importance is
+        nowhere positive or everywhere above half its maximum.
+    """
+    return every_pairing(_block, change, importance)
+
+
+def half_maximum(importance: Tensor) -> Tensor:
+    """Bool (N, 1, H, W): where importance exceeds half its maximum; empty if no value is positive."""
+    most = importance.amax((1, 2, 3), keepdim=True)
+    return (importance > most / 2) & (most > 0)
+
+
+def _block(change: Tensor, importance: Tensor) -> dict[str, Tensor]:
+    visible = change.flatten(1).double().clamp(min=0)
+    region = half_maximum(importance).flatten(1).double()
+    ranked = [standardized(ranks(maps[:, 0].double())).flatten(1) for maps in (change, importance)]
+    # Constant maps have no ranks: they are NaN here and, by adding 0 * NaN, in every statistic.
+    defined = 0 * (ranked[0][:, :1] @ ranked[1][:, :1].T)
+    # Concentration is (change inside / change) / (area inside / area); an empty or full region has none.
+    area = region.mean(1)
+    area = torch.where((area > 0) & (area < 1), area, torch.nan)
+    peak = (visible == visible.amax(1, keepdim=True)).double()  # several sites can share the maximum
+    return {
+        "ssim_pointing": peak @ region.T / peak.sum(1, keepdim=True) + 0 * area + defined,
+        "ssim_concentration": visible @ region.T / visible.sum(1, keepdim=True) / area + defined,
+        "ssim_spearman": ranked[0] @ ranked[1].T / visible.shape[1] + 0 * area,
+    }
 
 
 def column_meanings(columns: Sequence[str], result: SsimAlignment) -> dict[str, str]:
@@ -203,7 +244,10 @@ def _single_images(result: SsimAlignment) -> list[str]:
     tested = int(result.scores[f"{TESTED}_p"].notna().sum()) if result.runs else 0
     if not tested:
         return []
-    return [f"Tested one by one, {int(result.aligned.sum())} of {counted(tested)} show the same."]
+    aligned = int(result.aligned.sum())
+    return [
+        f"Tested alone, the visible change of {aligned} of {counted(tested)} is shown to lie where the network looks."
+    ]
 
 
 def _listed(parts: Sequence[str], word: str) -> str:

@@ -46,10 +46,11 @@ def analyze_cam(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:  
     with evaluating(model) as classifier:
         both = torch.stack([pairs.labels, competing_classes(classifier, pairs)], 1)
         images, classes = torch.cat([pairs.clean, pairs.adversarial]), torch.cat([both, both])
-        evidence = class_activations(classifier, images, classes, registration="effective")
+        evidence = class_activations(classifier, images, classes, alignment="effective")
         clean, adversarial = evidence.chunk(2)
     names = ("cam_label_clean", "cam_target_clean", "cam_label_adversarial", "cam_target_adversarial")
     maps = dict(zip(names, (*clean.split(1, 1), *adversarial.split(1, 1)), strict=True))
+    # Pearson's correlation: the mean product of two standardized maps.
     correlation = (standardized(clean[:, 0]) * standardized(adversarial[:, 0])).mean((1, 2))
     return Analysis(
         scores=pd.DataFrame({"evidence_kept": correlation.cpu().numpy()}),
@@ -127,7 +128,8 @@ def interpretability_test(
             logits = predict(classifier, others)
             first = logits.argmax(1)
             classes = torch.cat([classes, first if of == "label" else runner_up(logits, first)[1]])
-        evidence = class_activation(classifier, images, classes, registration="effective")
+        evidence = class_activation(classifier, images, classes, alignment="effective")
+    # IS_c = ||B_c * d||_2 / ||d||_2 (Xu et al. 2019), with the squares of d summed over channels.
     energy = pairs.perturbation.double().square().sum(1)
     confined = reached_fraction(pairs) < WHOLE
     test = None
@@ -137,6 +139,7 @@ def interpretability_test(
         test = other_image_test(matrix.masked_fill(~allowed, torch.nan))
     own = evidence[: len(pairs)]
     total = energy.sum((1, 2), keepdim=True)
+    # The score at every circular shift of B; the first one, without a shift, is the score itself.
     inside = products_over_shifts(top(own, fraction)[:, 0], energy)
     fractions = inside / total.where(total > 0, torch.nan) + _blank(own)
     fractions = fractions.where(

@@ -251,6 +251,7 @@ def _successes(classifier: Classifier, pairs: Pairs, adversarial_class: Tensor) 
             return success, pairs.success_8bit
     else:
         success = (adversarial_class != pairs.labels) & (adversarial_class == pairs.targets)
+    # The image as a file stores it: rounded to the nearest of 256 levels.
     class_8bit = predict(classifier, (pairs.adversarial * 255).round() / 255).argmax(1)
     # An untargeted pair has the reached class as its target: any other wrong class is a success as well. A target that
     # was asked for and not reached in float32 must be reached in 8 bits.

@@ -66,8 +66,10 @@ def _by_sites(first: Tensor, second: Tensor) -> ActivationChange:
         *(maps.permute(0, 2, 3, 1).reshape(-1, channels).split(rows) for maps in (first, second)), strict=True
     ):
         part = slice(start, start + len(one))
+        # PM_max and PM_mean of Vargas and Su 2019, for a block of sites.
         difference = _at_least_float32(one).sub(_at_least_float32(other)).abs_()
         maximum[part], mean[part] = difference.amax(1), difference.mean(1)
+        # max |A| without a copy of |A|: the larger of -min and max.
         least, most = one.aminmax(dim=1)
         peak[part] = torch.maximum(-least, most)
         start += len(one)
@@ -239,6 +241,7 @@ def _stacked(
     changes: dict[str, list[ActivationChange]] = {}
     count = len(batches[0])
 
+    # The first `count` maps of the stack are the clean ones, followed by one block for each kind of change.
     def visit(name: str, maps: Tensor) -> None:
         changes[name] = [activation_change(maps[:count], part) for part in maps[count:].split(count)]
 

@@ -68,6 +68,7 @@ def locality_table(
         usable = moved & np.isfinite(values)
         row: dict[str, object] = {"radius": name, "images": int((usable & fooled).sum())}
         row |= dict(zip(RATES, rate_interval(values[usable & fooled]), strict=True))
+        # Each image is its own control: rate in the ring minus rate at random sites of the same image.
         difference = (values - random)[usable & fooled]
         mean, low, high = mean_interval(difference)
         if np.isnan(low):

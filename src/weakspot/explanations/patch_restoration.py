@@ -21,6 +21,7 @@ from weakspot.explanations.analysis import Analysis, Picture, check_pairs, prepa
 from weakspot.fusion import fused
 from weakspot.logits import margin
 from weakspot.pairs import Pairs
+from weakspot.statistics.number_format import number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,7 +63,7 @@ class Restoration:
 
     def __repr__(self) -> str:
         count, points = self.fraction.shape
-        means = ", ".join(f"{name} {float(self.scores[name].mean()):.2f}" for name in self.scores)
+        means = ", ".join(f"{name} {number(float(self.scores[name].mean()))}" for name in self.scores)
         return f"Restoration of {count} perturbations, curves of {points} points\n  means: {means}"
 
 
@@ -72,7 +73,7 @@ def restoration(
     """Deletion and insertion curves of the perturbation, and small causal sets of cells.
 
     Sets are found greedily. Cells are exchanged in the order of what each does alone until the decision flips. Then,
-    starting from the weakest, every cell is put back without which the decision stays flipped. So each cell of a set is
+    starting with the weakest, a cell is put back if the decision stays flipped without it. So each cell of a set is
     needed in it; the sets are small, but not proven smallest. If the attack does not fool the model, there are none.
 
     Args:
@@ -168,6 +169,7 @@ class _CellSearch:
 
     def _along(self, image: Tensor, other: Tensor, order: Tensor, counts: Tensor, label: Tensor) -> Tensor:
         """(P,) margins while the first `counts` cells in this order are taken from the other."""
+        # ranks[order[i]] = i: the inverse permutation.
         ranks = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         return self._mixed_margins(image, other, ranks < counts[:, None], label)
 
@@ -184,11 +186,11 @@ class _CellSearch:
         while before != int(chosen.sum()):  # removing one cell can make another superfluous: pass again
             before = int(chosen.sum())
             weakest_first = flipping.flip(0)
-            for number in weakest_first[chosen[weakest_first]].tolist():
-                chosen[number] = False
+            for cell in weakest_first[chosen[weakest_first]].tolist():
+                chosen[cell] = False
                 margins = self._mixed_margins(image, other, chosen[None], label)
                 if bool(margins[0] >= 0) != correct:
-                    chosen[number] = True
+                    chosen[cell] = True
         return chosen
 
 
@@ -201,6 +203,7 @@ def _scores(
     lost = lost.where(
         (lost > 1e-6) & (deletion[:, -1] >= 0), torch.nan
     )  # only a lead that existed can be lost
+    # Areas between each curve and its start, as a fraction of the whole change of the margin.
     regained = torch.trapezoid(deletion.double() - deletion[:, :1], fraction, dim=1) / lost
     taken = torch.trapezoid(insertion[:, :1] - insertion.double(), fraction, dim=1) / lost
     sets = [chosen.masked_fill(necessary == 0, torch.nan) for chosen in (necessary, sufficient)]

@@ -24,6 +24,7 @@ from weakspot.explanations.analysis import Analysis, Picture, check_pairs, prepa
 from weakspot.explanations.locality_by_radius import MEANINGS, RADII, RANDOM, ring_score
 from weakspot.pairs import Pairs
 from weakspot.statistics import rate_interval
+from weakspot.statistics.number_format import counted, percent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,9 +57,9 @@ class Locality:
 
     def __repr__(self) -> str:
         count, height, width = self.success.shape
-        lines = [f"Locality of {count} one-pixel changes in images of {height} x {width}"]
+        lines = [f"Locality of {count} one-pixel changes in images of {height} x {width}; rates of fooling:"]
         lines += [
-            f"  {row['control']} ({row['images']} images): {row['rate']:.0%} [{row['low']:.0%}, {row['high']:.0%}]"
+            f"  {row['control']} ({counted(row['images'])}): {percent(row['rate'])}"
             for row in self.controls.to_dict("records")
         ]
         return "\n".join(lines)
@@ -93,6 +94,7 @@ def locality(
     check_pairs(pairs, model)
     check_seed(seed)
     check_count("radius", radius)
+    # A pixel counts as changed if any of its channels is.
     changed = (pairs.perturbation != 0).any(1).flatten(1)
     counts = changed.sum(1)
     if not bool((counts == 1).all()):
@@ -187,6 +189,7 @@ def _moved_together(classifier: Classifier, pairs: Pairs) -> Tensor:
     worked, usable = (
         torch.zeros(len(pairs), dtype=torch.float64, device=pairs.clean.device) for _ in range(2)
     )
+    # Image and pixel move together, so a network without border effects gives the same class.
     for shift in SHIFTS:
         clean, adversarial = (
             predict(classifier, images.roll(shift, (2, 3))).argmax(1)
@@ -259,8 +262,8 @@ def analyze_locality(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analys
     which = "every pixel" if step == 1 else f"one pixel of every {step} x {step}"
     maps = {"one_pixel_margin": margins}
     meanings = {
-        "weakest_pixel": "Smallest lead of the label if one pixel takes a corner color of the RGB cube; below 0, that "
-        f"pixel is enough. {which.capitalize()} was tried.",
+        "weakest_pixel": "Smallest lead of the label if one pixel takes a corner color (each channel 0 or 1); below 0, "
+        f"that pixel is enough. {which.capitalize()} was tried.",
         "weak_pixels": "Fraction of these pixels that are enough alone.",
     }
     pictures = {

@@ -152,9 +152,12 @@ def promotion_suppression(
     # For one cell as large as the image, x' without it is x: the definition of a cell also covers the perturbation.
     whole_suppression, whole_promotion = (clean - adversarial)[:, 0], (adversarial - clean)[:, 1]
     change = whole_suppression + whole_promotion  # of the margin z_label - z_target
+    # r_i = log2(p_i / s_i): above 1 promotion is more than twice suppression, below -1 the other way round.
     ratio = _log2_ratio(promotion, suppression)
+    # Logits are float32 sums: differences below this fraction of the largest logit are rounding, not an effect.
     noise = NOISE * torch.maximum(clean.abs().amax(1), adversarial.abs().amax(1))
     change = change.where(change.abs() > noise, 0)
+    # A cell is inactive if neither effect reaches 0.1% of the whole change or rises above rounding.
     larger = torch.maximum(promotion, suppression)
     inactive = ~((larger >= ACTIVE * change.abs()[:, None]) & (larger > noise[:, None]))
     ratio = ratio.masked_fill(inactive, torch.nan)
@@ -222,6 +225,7 @@ class _Effects:
             groups: (H, W) numbers.
             both: (2,) label and target.
         """
+        # Leave one out: x' with clean pixels in the part. Add one: x with adversarial pixels in the part.
         leave_out = self.variant == "leave_one_out"
         whole, part = (adversarial, clean) if leave_out else (clean, adversarial)
         edits = Edits(self.classifier, whole, self.prepared, batch_size=self.batch_size)
@@ -232,10 +236,12 @@ class _Effects:
         touched[groups[(clean != adversarial).any(1)[0]]] = True
         # An untouched group has exactly no effect; what is left of the difference is rounding.
         change = (with_part - without).where(touched[:, None] | edited.isnan(), 0)
+        # The part changes z_label by -s_i and z_target by +p_i.
         return torch.stack([-change[:, 0], change[:, 1]], 1)
 
 
 def _log2_ratio(promotion: Tensor, suppression: Tensor) -> Tensor:
+    # Effects in the wrong direction count as the floor; negative_fraction reports how many there are.
     return (promotion.clamp(min=FLOOR) / suppression.clamp(min=FLOOR)).log2().clamp(-CLIP, CLIP)
 
 
@@ -264,6 +270,7 @@ def _cell_scores(
 ) -> pd.DataFrame:
     import pandas as pd
 
+    # NaN pads images with fewer superpixels than the others.
     exists = promotion.isfinite()
     number = exists.sum(1).double()
     active = (exists & (kind != INACTIVE)).sum(1).double()

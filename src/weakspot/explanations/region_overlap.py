@@ -176,6 +176,7 @@ def overlap(
         pairs = prepare_pairs(classifier, pairs)
         competing = competing_classes(classifier, pairs)
         maps = _importances(classifier, pairs, importance, others)
+        # Integrated gradients of z_label - z_target along x -> x': the sites sum to the whole drop (completeness).
         drop = margin_drop(classifier, pairs.clean, pairs.adversarial, pairs.labels, competing)
         important, vulnerable = maps[: len(pairs)], spread(drop.sites)
         roi, roa = top_region(important, fraction), attack_region(vulnerable, fraction)
@@ -188,7 +189,9 @@ def overlap(
                 tests[name] = other_image_test(matrix.masked_fill(~allowed, torch.nan))
             reported = tests["effect_in_roi"]
             related = agreed([reported])
+            # Only images with a p need the second path, which costs gradients.
             rows = reported.p.isfinite().nonzero()[:, 0]
+            # Vulnerability is made of gradients, so it would agree with gradient importance for any attack.
             if importance == "gradient":
                 related[:] = np.nan
             elif len(rows):
@@ -196,7 +199,7 @@ def overlap(
                 again[rows] = spread(second_path(classifier, pairs, competing, drop, rows, seed=seed))
                 aligned = [maps]
                 if importance == "cam":
-                    aligned.append(_importances(classifier, pairs, importance, others, registration="resize"))
+                    aligned.append(_importances(classifier, pairs, importance, others, alignment="resize"))
                 related = agreed([reported, *setting_tests(aligned, [vulnerable, again], allowed)])
     shifted = shift_tests(important[:, 0], vulnerable[:, 0], roi[:, 0], roa[:, 0])
     columns = [tested_columns(name, tests.get(name), shifted[name], confined) for name in shifted]
@@ -216,7 +219,7 @@ def _importances(
     importance: str | Tensor,
     others: Tensor,
     *,
-    registration: str = "effective",
+    alignment: str = "effective",
 ) -> Tensor:
     """(N + R, 1, H, W) importance of the labels in the clean images and of the predicted classes in the others."""
     if isinstance(importance, Tensor):
@@ -229,7 +232,7 @@ def _importances(
         images = torch.cat([images, others])
         classes = torch.cat([classes, predict(classifier, others).argmax(1)])
     if importance == "cam":
-        maps = class_activation(classifier, images, classes, registration=registration)
+        maps = class_activation(classifier, images, classes, alignment=alignment)
         # Without any evidence for the class no region matters most: a constant map has no statistics.
         return torch.where(maps.amax((1, 2, 3), keepdim=True) > 0, maps, 0)
     if importance == "gradient":

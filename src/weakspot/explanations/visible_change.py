@@ -2,39 +2,45 @@
 
 Compares the SSIM map of a perturbation with the class activation map, after Pochimireddy et al. 2021 (arXiv
 2106.12731), re-specified from the abstract: the statistics, their nulls and the controls are ours. Photographs and
-attacks both favor the center of an image, so the result counts only against other images' maps and against the
-controls in `alignment_controls`.
+attacks both favor the center of an image, so the result counts only against other images' maps and two controls.
+To first order, 1 - SSIM of an attack within a bound on SSIM is (2 x local variance + C2) x gradient energy, and a PGD
+attack with the same SSIM has a map of its own: alignment must exceed both.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_seed
+from weakspot.attacks import pgd
 from weakspot.attribution.cam import class_activation
-from weakspot.classifier import evaluating, predict
-from weakspot.explanations.agreement import WHOLE, comparable, every_pairing, other_images, reached_fraction
-from weakspot.explanations.alignment_controls import (
-    margin_gradient,
-    pgd_of_equal_ssim,
-    variance_gradient,
-    with_shuffled_weights,
+from weakspot.classifier import Classifier, default_batch, evaluating, predict
+from weakspot.explanations.agreement import WHOLE, comparable, other_images, reached_fraction
+from weakspot.explanations.alignment_findings import (
+    STATISTICS,
+    TESTED,
+    SsimAlignment,
+    alignment,
+    column_meanings,
 )
-from weakspot.explanations.alignment_findings import TESTED, SsimAlignment, column_meanings
 from weakspot.explanations.analysis import Analysis, Picture, check_pairs, competing_classes, prepare_pairs
 from weakspot.pairs import AttackResult, Pairs
-from weakspot.similarity import ssim_map
-from weakspot.statistics import RunTest, other_image_test, ranks, run_test, standardized
+from weakspot.similarity import C2, RADIUS, SIGMA, gaussian, luma, ssim_map
+from weakspot.statistics import RunTest, other_image_test, run_test
 
 if TYPE_CHECKING:
     import pandas as pd
 
-STATISTICS = ("ssim_pointing", "ssim_concentration", "ssim_spearman")
 INVISIBLE = 1e-5  # 1 - SSIM below which a change is rounding
+STEPS = 5  # of the PGD control
+ROUNDS = 8  # of the search for equal SSIM; 1 - SSIM grows with the square of the change, so few are enough
+EQUAL = 0.02  # relative difference of mean 1 - SSIM up to which the control counts as equal to the attack
 
 
 def ssim_alignment(
@@ -94,8 +100,9 @@ def ssim_alignment(
         others = other_images(classifier, pairs, reference if compare else None)
         images = torch.cat([pairs.clean, others])
         classes = torch.cat([labels, predict(classifier, others).argmax(1) if len(others) else labels[:0]])
-        maps = class_activation(classifier, images, classes, registration="effective")
+        maps = class_activation(classifier, images, classes, alignment="effective")
         gradient = margin_gradient(classifier, pairs.clean, labels, targets)
+        # Each control is a map of change and the maps it is compared with.
         pgd_change = pgd_of_equal_ssim(
             classifier, pairs.clean, labels, targets, gradient, loss=change.mean((1, 2, 3)), seed=seed
         )
@@ -106,10 +113,11 @@ def ssim_alignment(
         if random_weights:
             shuffled = with_shuffled_weights(classifier, seed)
             predicted = predict(shuffled, images).argmax(1)
-            unlearned = class_activation(shuffled, images, predicted, registration="effective")
+            unlearned = class_activation(shuffled, images, predicted, alignment="effective")
             controls["random_weights"] = (change, unlearned)
     local = isinstance(pairs, AttackResult) and pairs.ssim_local_budget_spent is not None
     own = maps[: len(pairs)]
+    # A change inside an allowed region lies where it was allowed to, so it says nothing about the network.
     confined = reached_fraction(pairs) < WHOLE
     why_not = tuple(_why_not(local, *row) for row in zip(change, own, confined.tolist(), strict=True))
     invisible = change.amax((1, 2, 3), keepdim=True) <= INVISIBLE
@@ -165,47 +173,11 @@ def _run_tests(matrices: Mapping[str, Tensor], allowed: Tensor, *, seed: int) ->
     """The test of each matrix over all images; an image counts once, however many copies of it the batch holds."""
     count = len(allowed)
     among = allowed[:, :count]
-    # Of several copies only one stands in for others (see `comparable`): its column holds more than the diagonal.
+    # Of several copies only one may represent the image (`comparable`): its column is allowed beyond the diagonal.
     counted = among & (among & ~torch.eye(count, dtype=torch.bool, device=among.device)).any(0)[:, None]
     return {
         name: run_test(matrix[:, :count].masked_fill(~counted, torch.nan), seed=seed)
         for name, matrix in matrices.items()
-    }
-
-
-def alignment(change: Tensor, importance: Tensor) -> dict[str, Tensor]:
-    """The three statistics of every change with every importance map.
-
-    Args:
-        change: (N, 1, H, W) not negative; NaN if unknown.
-        importance: (M, 1, H, W).
-
-    Returns:
-        Name to (N, M) float64. NaN if undefined: if nothing changed or everything changed alike, and if importance is
-        nowhere positive or everywhere above half its maximum.
-    """
-    return every_pairing(_alignment_block, change, importance)
-
-
-def half_maximum(importance: Tensor) -> Tensor:
-    """Bool (N, 1, H, W): where importance exceeds half its maximum; empty if no value is positive."""
-    most = importance.amax((1, 2, 3), keepdim=True)
-    return (importance > most / 2) & (most > 0)
-
-
-def _alignment_block(change: Tensor, importance: Tensor) -> dict[str, Tensor]:
-    visible = change.flatten(1).double().clamp(min=0)
-    region = half_maximum(importance).flatten(1).double()
-    ranked = [standardized(ranks(maps[:, 0].double())).flatten(1) for maps in (change, importance)]
-    # Constant maps have no ranks: they are NaN here and, by adding 0 * NaN, in every statistic.
-    defined = 0 * (ranked[0][:, :1] @ ranked[1][:, :1].T)
-    area = region.mean(1)
-    area = torch.where((area > 0) & (area < 1), area, torch.nan)
-    peak = (visible == visible.amax(1, keepdim=True)).double()  # several sites can share the maximum
-    return {
-        "ssim_pointing": peak @ region.T / peak.sum(1, keepdim=True) + 0 * area + defined,
-        "ssim_concentration": visible @ region.T / visible.sum(1, keepdim=True) / area + defined,
-        "ssim_spearman": ranked[0] @ ranked[1].T / visible.shape[1] + 0 * area,
     }
 
 
@@ -222,6 +194,128 @@ def _why_not(local: bool, change: Tensor, importance: Tensor, confined: bool) ->
     if float(change.max() - change.min()) <= INVISIBLE:
         return "the change is equally visible everywhere"
     return "the attack changed only a part of the image" if confined else ""
+
+
+# ---------------------------------------------------------------- controls
+
+
+def margin_gradient(classifier: Classifier, images: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """(N, C, H, W) gradient of z_target - z_label at the images; zero if the network has no gradient."""
+    size = classifier.fixed_batch or default_batch(images)
+    gradients = []
+    for part, label, target in zip(images.split(size), labels.split(size), targets.split(size), strict=True):
+        point = classifier.filled(part).clone().requires_grad_()
+        logits = classifier(point)[: len(part)]
+        rise = (logits.gather(1, target[:, None]) - logits.gather(1, label[:, None])).sum()
+        if rise.requires_grad:
+            (gradient,) = torch.autograd.grad(rise, point, allow_unused=True, materialize_grads=True)
+            gradients.append(gradient[: len(part)])
+        else:
+            gradients.append(torch.zeros_like(part))
+    return torch.cat(gradients)
+
+
+def variance_gradient(images: Tensor, gradient: Tensor) -> Tensor:
+    """(N, 1, H, W) local variance x gradient energy under the windows of `ssim_map`.
+
+    This is 1 - SSIM of the steepest step: a change of (2 s^2 + C2) g has |change|^2 / (2 s^2 + C2), which is
+    (2 s^2 + C2) |g|^2.
+    """
+    precision = torch.float32 if images.device.type == "mps" else torch.float64
+    gray = luma(images.to(precision))
+    mean, square = gaussian(torch.cat([gray, gray**2], 1), SIGMA, RADIUS).split(1, 1)
+    variance = (square - mean**2).clamp(min=0)  # rounding can make E[x^2] - E[x]^2 negative
+    energy = gaussian(gradient.to(precision).square().sum(1, keepdim=True), SIGMA, RADIUS)
+    first_order: Tensor = (2 * variance + C2) * energy
+    return first_order
+
+
+def pgd_of_equal_ssim(
+    classifier: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    targets: Tensor,
+    gradient: Tensor,
+    *,
+    loss: Tensor,
+    seed: int,
+) -> Tensor:
+    """1 - SSIM of an L-infinity PGD attack with the same mean 1 - SSIM as the attack under study.
+
+    The radius is the one at which the sign of the gradient has that loss of SSIM. PGD runs with this radius, and its
+    perturbation is then scaled to the exact loss.
+
+    Args:
+        classifier: in eval mode.
+        images: (N, C, H, W).
+        labels: (N,) classes to leave.
+        targets: (N,) classes to reach, different from the labels.
+        gradient: (N, C, H, W) from `margin_gradient`.
+        loss: (N,) mean 1 - SSIM to match.
+        seed: of the random start.
+
+    Returns:
+        (N, 1, H, W); NaN for images where no such attack comes within 2% of the loss.
+    """
+    radius = _scale_to_loss(images, gradient.sign(), loss, first=2 / 255).clamp(max=1)
+    attacked = pgd(
+        classifier, images, labels, targets=targets, budget=_OwnRadius(radius), steps=STEPS, seed=seed
+    )
+    change = attacked.perturbation
+    scale = _scale_to_loss(images, change, loss, first=1.0)
+    visible = _visible(images, scale * change)
+    near = (visible.mean((1, 2, 3)) - loss).abs() <= EQUAL * loss
+    return torch.where(near.view(-1, 1, 1, 1), visible, torch.nan)
+
+
+def with_shuffled_weights(classifier: Classifier, seed: int) -> Classifier:
+    """A copy whose weights are permuted within each tensor: the same values without anything learned.
+
+    After Adebayo et al. 2018 (arXiv 1810.03292), who draw new weights. Permuting needs no rule of initialization and
+    works for every module.
+    """
+    shuffled = copy.deepcopy(classifier)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in shuffled.parameters():
+            if parameter.ndim > 1:  # biases and the parameters of norms stay
+                order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+                parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    return shuffled
+
+
+def _visible(images: Tensor, change: Tensor) -> Tensor:
+    return 1 - ssim_map(images, (images + change).clamp(0, 1))
+
+
+def _scale_to_loss(images: Tensor, direction: Tensor, loss: Tensor, *, first: float) -> Tensor:
+    """(N, 1, 1, 1) factors that bring the direction's mean 1 - SSIM to the loss, as closely as `ROUNDS` allow."""
+    scale = torch.full_like(images[:, :1, :1, :1], first)
+    for _ in range(ROUNDS):
+        reached = _visible(images, scale * direction).mean((1, 2, 3))
+        ratio = (loss / reached.clamp(min=1e-12)).sqrt().clamp(0.1, 10)  # the loss is quadratic in the scale
+        if bool(((ratio - 1).abs() < EQUAL / 20).all()):
+            break
+        scale = (scale * ratio.view(-1, 1, 1, 1)).clamp(max=10)
+    return scale
+
+
+@dataclass(frozen=True, eq=False)
+class _OwnRadius:
+    """An L-infinity budget with a radius (N, 1, 1, 1) for each image."""
+
+    radius: Tensor
+
+    def project(self, perturbation: Tensor, images: Tensor, *, region: Tensor | None = None) -> Tensor:
+        wanted = perturbation if region is None else torch.where(region, perturbation, 0)
+        return (images + wanted.clamp(-self.radius, self.radius)).clamp(0, 1) - images
+
+    def steepest_step(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
+        return self.radius * gradient.sign()
+
+    def distance(self, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
+        """In units of the radius."""
+        return (perturbation.abs() / self.radius.clamp(min=1e-12)).flatten(1).amax(1)
 
 
 def analyze_ssim(

@@ -1,4 +1,4 @@
-"""Models come in by name: `load("efficientnet_lite0")`, `load("package.module:factory")`, `load("model.pt2")`."""
+"""Models by name: `load("efficientnet_lite0")`, `load("package.module:factory")`, `load("model.pt2")`."""
 
 from weakspot.models.specs import available_models, load
 

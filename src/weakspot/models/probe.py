@@ -1,7 +1,7 @@
-"""Probe: what a network answers to four fixed images, by which two networks of the same weights are told apart.
+"""Logits of four fixed images, by which two networks with the same weights are distinguished.
 
-The weights do not say how they are used: another activation, normalization or temperature leaves the state dict as it
-is. The answers are compared within a tolerance instead of hashed, because kernels round differently.
+Weights do not determine a network: another activation, normalization or temperature does not change the state dict. The
+logits are compared within a tolerance and not hashed, because kernels round differently.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from weakspot.classifier import Classifier, evaluating
 from weakspot.models.specs import fingerprint
 
 COUNT = 4
-# Shares of the spread of the logits; docs/decisions.md has what was measured.
-ON_CPU = 1e-4  # other processors, threads, batches, library versions; and the same pass twice
+# Tolerances as fractions of the range of the logits; measurements are in docs/decisions.md.
+ON_CPU = 1e-4  # other processors, threads, batches or library versions; and the same pass twice
 ON_OTHERS = 1e-2  # GPUs multiply in TF32
 LOW_PRECISION = 1e-1  # weights of 16 bits
-OF_LARGEST = 1e-6  # of the largest logit, for logits that are far from zero and close together
+OF_LARGEST = 1e-6  # of the largest logit, for logits that are large and close together
 CHANGED = "The model changed its own weights or buffers during the audit, so results depend on the order of the images."
 DRIFTED = (
-    "The model's answers to fixed probe images changed during the audit although its weights did not, so results "
+    "The model's logits for fixed probe images changed during the audit although its weights did not, so results "
     "depend on the order of the images."
 )
 RANDOM = (
@@ -39,11 +39,11 @@ RANDOM = (
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """Answers of a network.
+    """Logits of a network for the probe images.
 
     Attributes:
         logits: float64 (4, K), NaN for an image on which the network raised.
-        device: kind of device it was on.
+        device: type of the device.
         low_precision: whether any of its parameters has fewer than 32 bits.
         repeats: whether a second pass gave the same logits.
     """
@@ -53,8 +53,12 @@ class Probe:
     low_precision: bool
     repeats: bool
 
-    def as_mapping(self) -> dict[str, Any]:
-        """What `read_probe` takes: plain values, the logits as base64 of little-endian float32."""
+    def __repr__(self) -> str:
+        sides = " x ".join(map(str, self.logits.shape))
+        return f"Probe(logits {sides}, device {self.device}, repeats {self.repeats})"
+
+    def as_mapping(self) -> dict[str, str | int]:
+        """Plain values for `read_probe`; logits as base64 of little-endian float32."""
         return {
             "logits": base64.b64encode(self.logits.astype("<f4").tobytes()).decode(),
             "classes": self.logits.shape[1],
@@ -64,7 +68,7 @@ class Probe:
         }
 
     def agrees(self, other: Probe) -> bool:
-        """Whether both could be of one network; logits that do not even agree with themselves say nothing."""
+        """Whether both may be of one network. Logits that do not repeat are not compared."""
         if not (self.repeats and other.repeats):
             return self.repeats == other.repeats
         tolerance = ON_CPU if self.device == other.device == "cpu" else ON_OTHERS
@@ -74,7 +78,7 @@ class Probe:
 
 
 def read_probe(mapping: Mapping[str, Any]) -> Probe:
-    """The probe that `as_mapping` described."""
+    """The probe that `as_mapping` wrote."""
     logits = np.frombuffer(base64.b64decode(mapping["logits"]), "<f4").astype(np.float64)
     return Probe(
         logits.reshape(COUNT, mapping["classes"]),
@@ -85,7 +89,7 @@ def read_probe(mapping: Mapping[str, Any]) -> Probe:
 
 
 def probe(classifier: Classifier) -> Probe:
-    """Pass the probe images through the network, twice, one by one."""
+    """Pass the probe images through the network, one by one, twice."""
     kinds = [tensor.dtype for tensor in classifier.parameters() if tensor.is_floating_point()]
     first, second = _logits(classifier, passes=2)
     return Probe(
@@ -96,8 +100,8 @@ def probe(classifier: Classifier) -> Probe:
     )
 
 
-def probe_images(classifier: Classifier) -> Tensor:
-    """Four images (4, C, H, W) for a classifier, the same on every machine: whole 255ths made by whole numbers."""
+def fixed_images(classifier: Classifier) -> Tensor:
+    """Four images (4, C, H, W) for a classifier, computed in integers to be the same on every machine."""
     height, width = classifier.input_size
     c, y, x = np.ogrid[: classifier.channels, :height, :width]
     place = ((c * height + y) * width + x).astype(np.uint64)
@@ -109,48 +113,46 @@ def probe_images(classifier: Classifier) -> Tensor:
 
 
 def alike(one: NDArray[np.float64], other: NDArray[np.float64], tolerance: float) -> bool:
-    """Whether logits (n, K) agree within a share of their spread; NaN and infinity only with their like."""
+    """Whether logits (n, K) agree within a fraction of their range; NaN and infinity must be at the same places."""
     if one.shape != other.shape:
         return False
-    known = np.isfinite(one)
-    if not np.array_equal(one[~known], other[~known], equal_nan=True):
+    finite = np.isfinite(one)
+    if not np.array_equal(one[~finite], other[~finite], equal_nan=True):
         return False
-    finite = np.where(known, one, np.nan)[known.any(1)]
-    if not len(finite):
+    rows = np.where(finite, one, np.nan)[finite.any(1)]
+    if not len(rows):
         return True
-    spread = float((np.nanmax(finite, 1) - np.nanmin(finite, 1)).max())
-    bound = tolerance * spread + OF_LARGEST * float(np.abs(one[known]).max())
-    return bool((np.abs(one[known] - other[known]) <= bound).all())
+    spread = float((np.nanmax(rows, 1) - np.nanmin(rows, 1)).max())
+    bound = tolerance * spread + OF_LARGEST * float(np.abs(one[finite]).max())
+    return bool((np.abs(one[finite] - other[finite]) <= bound).all())
 
 
 def _logits(classifier: Classifier, passes: int) -> list[NDArray[np.float64]]:
-    """Logits (4, K) of every pass; the first begins from fixed seeds, so that dropout would draw the same again."""
-    images = probe_images(classifier)
+    """Logits (4, K) of every pass; the first starts from fixed seeds, so that a random network repeats them."""
+    images = fixed_images(classifier)
     with evaluating(classifier), torch.no_grad():
         random.seed(0)
-        np.random.seed(0)  # noqa: NPY002 - the generator that a model may draw from; `evaluating` puts it back
+        np.random.seed(0)  # noqa: NPY002 - models may draw from it; `evaluating` restores it
         torch.manual_seed(0)
-        found = [[_answer(classifier, image[None]) for image in images] for _ in range(passes)]
-    classes = max((len(answer) for answers in found for answer in answers), default=0)
+        logits = [[_logits_of_one(classifier, image[None]) for image in images] for _ in range(passes)]
+    classes = max((len(row) for rows in logits for row in rows), default=0)
     empty = np.full(classes, np.nan)
-    return [
-        np.stack([answer if len(answer) == classes else empty for answer in answers]) for answers in found
-    ]
+    return [np.stack([row if len(row) == classes else empty for row in rows]) for rows in logits]
 
 
-def _answer(classifier: Classifier, image: Tensor) -> NDArray[np.float64]:
+def _logits_of_one(classifier: Classifier, image: Tensor) -> NDArray[np.float64]:
     try:
         logits: NDArray[np.float64] = classifier(image)[0].double().cpu().numpy()
-    except Exception:  # noqa: BLE001 - an audit says of each image what a network raises on it
+    except Exception:  # noqa: BLE001 - the audit reports for each image what the network raises
         return np.empty(0)
     return logits
 
 
 class Watch:
-    """Looks again and again at a network that is not supposed to change.
+    """Detects changes of a network that should not change during an audit.
 
     Args:
-        classifier: as it is at the beginning.
+        classifier: in its state at the start.
     """
 
     def __init__(self, classifier: Classifier) -> None:
@@ -159,10 +161,10 @@ class Watch:
         self.probe = probe(classifier)
 
     def remarks(self) -> list[str]:
-        """What is to be said of the network by now: nothing of one that is as it was."""
-        found = [] if self.probe.repeats else [RANDOM]
+        """Sentences on what changed since the start; none if nothing did."""
+        remarks = [] if self.probe.repeats else [RANDOM]
         if fingerprint(self.classifier) != self.weights:
-            return [*found, CHANGED]
+            return [*remarks, CHANGED]
         if self.probe.repeats and not alike(self.probe.logits, _logits(self.classifier, passes=1)[0], ON_CPU):
-            found.append(DRIFTED)
-        return found
+            remarks.append(DRIFTED)
+        return remarks

@@ -1,8 +1,6 @@
-"""Model specs: one string names a network, whatever it comes from.
+"""Models from one string: installed models, factories, exported archives, trained folders and hubs.
 
-Settings: what a network's modules hold besides tensors and parts, as far as it can be written down.
-
-Fingerprint: a short name of a network's weights.
+Also the identity of a network: a fingerprint of its weights and the settings of its modules.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from weakspot._checks import contain_exits, unknown_choice
+from weakspot._checks import contain_exits, entry_points, unknown_choice
 from weakspot.classifier import Classifier
 from weakspot.models.embedded import from_training, is_trained
 from weakspot.models.exported import load_exported
@@ -44,31 +41,26 @@ def load(
     input_size: tuple[int, int] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Classifier:
-    """A classifier in eval mode from a spec, a module or a function that makes one.
+    """Load a classifier in eval mode.
 
     Args:
-        spec: "efficientnet_lite0" (embedded), "package.module:factory", "model.pt2" (torch.export),
-            "hf:DIRECTORY", "timm:NAME", "torchvision:NAME"; or a module; or a function without arguments.
-        weights: a .safetensors file, or a state dict that torch.load reads with weights_only=True.
+        spec: "efficientnet_lite0" (embedded), "package.module:factory", "model.pt2" (torch.export), a folder that
+            `weakspot train` wrote, "hf:DIRECTORY", "timm:NAME", "torchvision:NAME"; or a module; or a function without
+            arguments that returns one.
+        weights: path of a .safetensors file, or of a state dict that torch.load reads with weights_only=True.
         device: "auto" (CUDA, then MPS, then CPU), or any torch device.
-        mean: normalization on the [0, 1] scale, in place of what the model brings.
-        std: likewise.
-        input_size: (height, width), in place of what the model brings.
-        class_names: in place of what the model brings.
+        mean: of the normalization, on the [0, 1] scale of images; replaces the model's own.
+        std: of the normalization; replaces the model's own.
+        input_size: (height, width); replaces the model's own.
+        class_names: one per class; replace the model's own.
 
     Raises:
-        ValueError: when the spec cannot be understood, what it needs is not installed, or weights do not fit.
-        FileNotFoundError: when a file is not there.
+        ValueError: if the spec is not valid, a package is not installed, or the weights do not fit.
+        FileNotFoundError: if a file does not exist.
     """
     with contain_exits(f"model {spec}" if isinstance(spec, str) else "the model's factory"):
-        made = (
-            spec
-            if isinstance(spec, nn.Module)
-            else _from_name(spec)
-            if isinstance(spec, str)
-            else _made_by(spec, spec)
-        )
-    classifier = made if isinstance(made, Classifier) else Classifier(made)
+        network = _from_name(spec) if isinstance(spec, str) else _call_factory(spec, spec)
+    classifier = network if isinstance(network, Classifier) else Classifier(network)
     if any(value is not None for value in (mean, std, input_size, class_names)):
         classifier = Classifier(
             classifier.network,
@@ -80,7 +72,7 @@ def load(
         )
     if weights is not None:
         _load_weights(classifier.network, Path(weights))
-    for module in classifier.modules():
+    for module in classifier.modules():  # exported modules refuse .eval()
         module.training = False
     return classifier.to(find_device(device))
 
@@ -91,22 +83,22 @@ def available_models() -> list[str]:
 
 
 def find_device(device: str) -> torch.device:
-    """The device of that name; "auto" is the fastest there is.
+    """The device of a name; "auto" is CUDA, then MPS, then the CPU.
 
     Raises:
-        ValueError: when there is no such device here.
+        ValueError: if this machine has no such device.
     """
     if device == "auto":
         backends = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        return torch.device(next(name for name, there in backends.items() if there))
+        return torch.device(next(name for name, available in backends.items() if available))
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(
-            f"device is {device!r}, which is not to be had here; accepted: auto, cpu, cuda, mps"
+            f"device must be auto, cpu, cuda or mps, and available on this machine, got {device!r}"
         ) from None
-    return found
+    return chosen
 
 
 def _from_name(spec: str) -> nn.Module:
@@ -116,45 +108,45 @@ def _from_name(spec: str) -> nn.Module:
         return load_exported(Path(spec))
     if Path(spec).suffix in {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".safetensors"}:
         raise ValueError(
-            f"{spec} holds weights, which do not say what network they belong to; name the network with --model and "
-            "give this file as --weights"
+            f"model must name a network, got the weights {spec} (name the network with --model and give this file as "
+            "--weights)"
         )
     source, colon, name = spec.partition(":")
     if colon and source in HUBS:
         return HUBS[source](name)
     if colon:
-        return _made_by(find_factory(source, name), spec)
+        return _call_factory(find_factory(source, name), spec)
     entries = entry_points(group=GROUP, name=spec)
     for entry in entries:
-        return _made_by(entry.load(), spec)
+        return _call_factory(entry.load(), spec)
     raise ValueError(unknown_choice("model", spec, available_models(), remedy=f"or give {FORMS}"))
 
 
 def find_factory(module_name: str, name: str, *, kind: str = "model", forms: str = FORMS) -> Any:
-    """`module_name.name`, looked for in the working directory too, as `python -m` does.
+    """Import `module_name.name`, also from the working directory, as `python -m` does.
 
     Args:
         module_name: a dotted name.
-        name: what to take of it.
-        kind: what errors call it.
-        forms: what errors say is accepted.
+        name: of an attribute of the module.
+        kind: of object, for messages.
+        forms: of valid specs, for messages.
 
     Raises:
-        ValueError: when there is no such module or it has no such name.
+        ValueError: if there is no such module or attribute.
     """
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     try:
         module = importlib.import_module(module_name)
     except (TypeError, ValueError):
         raise ValueError(
-            f"{kind} {module_name}:{name}: {module_name!r} is no module's name; {forms} are accepted"
+            f"{kind} {module_name}:{name} must start with the name of a module (valid are {forms})"
         ) from None
     except ModuleNotFoundError as error:
-        why = f"there is no module {error.name!r}"
         raise ValueError(
-            f"{kind} {module_name}:{name}: {why} here or installed; {forms} are accepted"
+            f"{kind} {module_name}:{name}: there is no module {error.name!r} in this folder or installed (valid are "
+            f"{forms})"
         ) from None
     if not hasattr(module, name):
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -162,23 +154,24 @@ def find_factory(module_name: str, name: str, *, kind: str = "model", forms: str
     return getattr(module, name)
 
 
-def _made_by(factory: Any, spec: Any) -> nn.Module:
-    made = factory if isinstance(factory, nn.Module) else factory() if callable(factory) else factory
-    if inspect.isclass(made) or not isinstance(made, nn.Module):
+def _call_factory(factory: Any, spec: Any) -> nn.Module:
+    is_factory = callable(factory) and not isinstance(factory, nn.Module)
+    network = factory() if is_factory else factory
+    if inspect.isclass(network) or not isinstance(network, nn.Module):
         raise ValueError(
-            f"model {spec}: made a {type(made).__name__}; accepted is a torch.nn.Module or a function without "
-            "arguments that returns one"
+            f"model {spec} must be a torch.nn.Module or a function without arguments that returns one, got "
+            f"{type(network).__name__}"
         )
-    return made
+    return network
 
 
 def _load_weights(network: nn.Module, path: Path) -> None:
-    """Fill the network with the tensors in `path`; nothing in the file is ever run."""
+    """Load the tensors of a file into the network; code in the file is never run."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file of weights")
+        raise FileNotFoundError(f"weights must be a file, got {path}, which does not exist")
     state = _read_state(path)
     own = network.state_dict()
-    # Training wrappers (DataParallel, Lightning, torch.compile) put a word before every name.
+    # Training wrappers (DataParallel, Lightning, torch.compile) put a prefix before every name.
     spellings = [
         {key.removeprefix(prefix): value for key, value in state.items()}
         for prefix in ("", "module.", "model.", "_orig_mod.", "network.")
@@ -189,14 +182,14 @@ def _load_weights(network: nn.Module, path: Path) -> None:
     )
     if missing:
         raise ValueError(
-            f"{path} does not fit the model: {len(missing)} of its {len(own)} tensors are not in the file, "
-            f"{missing[0]} for one (the file has {next(iter(state), 'nothing')})"
+            f"{path} does not fit the model: it lacks {len(missing)} of the model's {len(own)} tensors, for example "
+            f"{missing[0]} (it has {next(iter(state), 'nothing')})"
         )
     for key, tensor in own.items():
         if key in stripped and stripped[key].shape != tensor.shape:
             raise ValueError(
-                f"{path} does not fit the model: {key} is {tuple(stripped[key].shape)} in the file and "
-                f"{tuple(tensor.shape)} in the model"
+                f"{path} does not fit the model: {key} must have shape {tuple(tensor.shape)}, got "
+                f"{tuple(stripped[key].shape)}"
             )
     network.load_state_dict({key: stripped[key] for key in own if key in stripped}, strict=False)
 
@@ -206,13 +199,13 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no safetensors file ({error})") from None
+            raise ValueError(f"{path} cannot be read as a safetensors file ({error})") from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - torch raises a dozen kinds; each means the same to the user
+    except Exception as error:  # noqa: BLE001 - torch raises many kinds of errors for the same reason
         raise ValueError(
-            f"{path} cannot be read as plain tensors, and files that need unpickling are refused because they can run "
-            f"code; accepted are .safetensors and state dicts saved by torch.save ({type(error).__name__})"
+            f"{path} must be a .safetensors file or a state dict saved by torch.save, got {type(error).__name__} while "
+            "reading (files that need full unpickling are refused because they can run code)"
         ) from None
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
@@ -220,23 +213,21 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
-        raise ValueError(
-            f"{path} holds a {type(state).__name__} and not names with tensors; accepted is a state dict"
-        )
+        raise ValueError(f"{path} must hold a state dict, names with tensors, got {type(state).__name__}")
     return state
 
 
-PLAIN = (bool, int, float, complex, str, bytes, type(None))
+PLAIN_TYPES = (bool, int, float, complex, str, bytes, type(None))
 
 
 def settings(network: nn.Module) -> list[tuple[str, str, list[tuple[str, object]]]]:
-    """Of every module its name, its class, and its attributes that are numbers, words, or lists of such."""
-    found = []
+    """For every module its name, its class, and its attributes that are numbers, texts, or lists of them."""
+    result = []
     for name, module in network.named_modules():
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         plain = [(key, value) for key, value in vars(module).items() if key != "training" and _plain(value)]
-        found.append((name, kind, plain))
-    return found
+        result.append((name, kind, plain))
+    return result
 
 
 def _plain(value: object) -> bool:
@@ -244,11 +235,11 @@ def _plain(value: object) -> bool:
         return all(_plain(key) and _plain(item) for key, item in value.items())
     if isinstance(value, list | tuple):
         return all(_plain(item) for item in value)
-    return isinstance(value, PLAIN)
+    return isinstance(value, PLAIN_TYPES)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Sixteen hex digits that change with any weight: SHA-256 over names, shapes and bytes of the state dict."""
+    """SHA-256 of names, shapes and bytes of the state dict, 16 hex digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         plain = tensor.detach().cpu().contiguous()

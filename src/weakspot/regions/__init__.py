@@ -1,4 +1,4 @@
-"""Regions: where. Boolean masks (N, 1, H, W), combined with `&`, `|` and `~`, and controls of equal area."""
+"""Regions: where an attack may act. Boolean masks (N, 1, H, W), combined by `&`, `|` and `~`, and their controls."""
 
 from weakspot.regions.activation import cam, support
 from weakspot.regions.controls import matched

@@ -1,4 +1,4 @@
-"""Activation: where a network gathers evidence for a class, and for the two classes of an attack."""
+"""Regions of activation: where a network finds evidence for a class, and for the two classes of an attack."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from weakspot.regions.masks import top
 def cam(
     model: nn.Module, images: Tensor, classes: Tensor, *, fraction: float = 0.3, layer: str | None = None
 ) -> Tensor:
-    """Where the network gathers most evidence for a class: the top share of its class activation.
+    """Return where the network finds most evidence for a class: the sites of highest class activation.
 
     Args:
         model: any classifier.
         images: (N, C, H, W) in [0, 1].
-        classes: (N,) the class each image is explained for.
-        fraction: share of the image, 0 to 1.
-        layer: the module whose map is used; the last that keeps one where not given.
+        classes: (N,) the class that each image is explained for.
+        fraction: fraction of the image, 0 to 1.
+        layer: the module whose map is used; if None, the last one that has a map of the image.
 
     Returns:
-        Bool (N, 1, H, W), round(fraction * H * W) sites true in each.
+        Bool (N, 1, H, W), with round(fraction * H * W) sites true in each image.
 
     Warns:
-        ModelWarning: if the activation of an image is nowhere positive, as may be with tokens: its region then is not
-            one that matters, but the one that speaks least against the class.
+        ModelWarning: if the activation of an image is nowhere positive, which happens with tokens. Its region then does
+            not matter for the class, but speaks least against it.
     """
     check_fraction(fraction)
-    maps = class_activation(model, images, classes, layer=layer, registration="effective")
+    maps = class_activation(model, images, classes, layer=layer, alignment="effective")
     against = int((maps.amax((1, 2, 3)) <= 0).sum())
     if against:
         warn(
@@ -51,24 +51,24 @@ def support(
     fraction: float = 0.3,
     layer: str | None = None,
 ) -> Tensor:
-    """Where evidence is gathered for the label or for the target: the sites that a refined attack may alter.
+    """Return where the network finds evidence for the label or for the target: the sites of a refined attack.
 
     After the refinement of attacks by class activation in Xu et al. 2019 (arXiv 1904.02057), re-specified from the
-    abstract; the share is ours. Equals `cam` of the labels | `cam` of the targets.
+    abstract; the fraction is ours. Equals `cam` of the labels | `cam` of the targets.
 
     Args:
         model: any classifier.
         images: (N, C, H, W) in [0, 1].
         labels: (N,) the true classes.
-        targets: (N,) the classes that the attack asks for or reached.
-        fraction: share of the image for each of the two classes, 0 to 1.
-        layer: the module whose map is used; the last that keeps one where not given.
+        targets: (N,) the classes that the attack aims at or reached.
+        fraction: fraction of the image for each of the two classes, 0 to 1.
+        layer: the module whose map is used; if None, the last one that has a map of the image.
 
     Returns:
-        Bool (N, 1, H, W), between fraction and 2 * fraction of the sites true in each.
+        Bool (N, 1, H, W), with between fraction and 2 * fraction of the sites true in each image.
 
     Raises:
-        ValueError: when an argument does not fit, naming it.
+        ValueError: if an argument does not fit, naming it.
     """
     check_fraction(fraction)
     with evaluating(model) as classifier:
@@ -76,5 +76,5 @@ def support(
         for name, classes in (("labels", labels), ("targets", targets)):
             check_classes(classes, len(images), name=name)
         both = torch.stack([classes.to(images.device, torch.long) for classes in (labels, targets)], 1)
-        maps = class_activations(classifier, images, both, layer=layer, registration="effective")
+        maps = class_activations(classifier, images, both, layer=layer, alignment="effective")
     return torch.cat([top(one[:, None], fraction) for one in maps.unbind(1)], 1).any(1, keepdim=True)

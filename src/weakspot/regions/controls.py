@@ -14,24 +14,24 @@ CONTROLS = ("shift", "random", "border")
 
 
 def matched(region: Tensor, *, kind: str = "shift", seed: int = 0, images: Tensor | None = None) -> Tensor:
-    """A control region of exactly equal area.
+    """Return a control region of exactly equal area.
 
     Args:
         region: bool (N, 1, H, W).
-        kind: "shift" moves the region, whole and wrapping around, by a random amount that is not zero;
-            "random" scatters its sites; "border" takes the sites nearest the image's border.
-        seed: of "shift", "random" and of the order among equally near sites of "border". Each image draws
-            by `seed` and its own region, whatever else is in the batch.
-        images: (N, C, H, W) by which each image draws too, so that regions that are alike are not moved alike.
+        kind: "shift" moves the region as a whole, wrapping around, by a random amount that is not zero; "random"
+            scatters its sites; "border" takes the sites nearest to the image's border.
+        seed: of "shift", of "random", and of the order among equally near sites of "border". Each image draws by `seed`
+            and its own region, whatever else is in the batch.
+        images: (N, C, H, W), by which each image draws as well, so that equal regions are not moved equally.
 
     Returns:
         Bool (N, 1, H, W).
 
     Raises:
-        ValueError: when the region is not such a mask or the kind is unknown.
+        ValueError: if the region is not such a mask or the kind is unknown.
     """
     if region.dtype != torch.bool or region.ndim != 4 or region.shape[1] != 1:
-        raise ValueError(f"region is {tuple(region.shape)} {region.dtype}; accepted is bool (N, 1, H, W)")
+        raise ValueError(f"region must be bool (N, 1, H, W), got {tuple(region.shape)} {region.dtype}")
     check_seed(seed)
     check_choice("kind", kind, CONTROLS)
     if images is not None and len(images) != len(region):
@@ -58,5 +58,6 @@ def _control(mask: Tensor, kind: str, seed: int, image: bytes) -> Tensor:
         inward = torch.minimum(
             torch.minimum(rows, height - 1 - rows), torch.minimum(columns, width - 1 - columns)
         )
+        # Random numbers below one only order the sites at the same distance.
         scores = scores - inward
     return top(scores.to(mask.device), int(mask.sum()) / (height * width))

@@ -1,4 +1,4 @@
-"""Backgrounds: the sites that do not belong to the object, which a localized attack may alter."""
+"""Backgrounds: the sites outside the object, which a localized attack may alter."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from weakspot.regions.activation import cam
 METHODS = ("auto", "threshold", "grabcut", "cam")
 INK = 0.1  # gray value above which a pixel belongs to a character
 ITERATIONS = 5  # of GrabCut
-INNER = 3 / 4  # of each side: the rectangle outside which GrabCut takes everything for background
-SHORT, ZOOM = 64, 4  # images with a shorter side are enlarged, because GrabCut needs colors to count
-PLAUSIBLE = (0.1, 0.8)  # share of the image that a foreground covers
-KEEP = 0.3  # share of the image that is foreground by class activation
-NAMED = 8  # images that a warning names
+INNER = 3 / 4  # of each side: GrabCut takes everything outside this rectangle for background
+SHORT, ZOOM = 64, 4  # images with a shorter side are enlarged: GrabCut fits models to many pixels
+PLAUSIBLE = (0.1, 0.8)  # fraction of the image that a foreground covers
+FOREGROUND = 0.3  # fraction of the image that is foreground by class activation
+LISTED = 8  # images that a warning names
 
 
 def background(
     images: Tensor, *, method: str = "auto", model: nn.Module | None = None, classes: Tensor | None = None
 ) -> Tensor:
-    """The background of each image, which an attack may alter while the object stays as it is.
+    """Return the background of each image, which an attack may alter while the object stays as it is.
 
     For the localized attacks of Rothberg et al. 2019 (arXiv 1909.04779), re-specified from the abstract; how the
-    background is found, and every number, is ours. GrabCut is that of Rother et al. 2004 as in OpenCV, whose
-    random numbers are seeded anew for each image; no other random numbers are drawn.
+    background is found, and every number, is ours. GrabCut is that of Rother et al. 2004 as in OpenCV. Its random
+    numbers are seeded anew for each image, and no others are drawn.
 
     Args:
         images: (N, C, H, W) in [0, 1].
-        method: "threshold": further than one pixel, diagonals included, from every pixel above 0.1; for gray
-            images with a dark ground. "grabcut": what 5 iterations of GrabCut leave out that started from the
-            inner 3/4 of each side; for gray and color, images with a side under 64 enlarged 4 times. "cam": all
-            but the 30% with most evidence for a class; needs `model`. "auto": threshold for gray images and
-            GrabCut for color; where the foreground so found covers less than 10% or more than 80% of an image,
-            "cam" for that image where `model` is given, else all outside the rectangle.
-        model: any classifier, of which "cam" and "auto" see the class activation.
-        classes: (N,) the class whose evidence counts; the model's own predictions where not given.
+        method: "threshold": more than one pixel, diagonals included, away from every pixel above 0.1, for gray images
+            on a dark ground. "grabcut": what 5 iterations of GrabCut from the inner 3/4 of each side leave out, for
+            gray and color; images with a side under 64 are enlarged 4 times. "cam": all but the 30% with most evidence
+            for a class; needs `model`. "auto": threshold for gray images and GrabCut for color; if the resulting
+            foreground covers less than 10% or more than 80% of an image, then "cam" for that image if `model` is
+            given, else everything outside the rectangle.
+        model: any classifier, whose class activation "cam" and "auto" use.
+        classes: (N,) the class whose evidence counts; if None, the model's own predictions.
 
     Returns:
-        Bool (N, 1, H, W), true where the background is.
+        Bool (N, 1, H, W), true in the background.
 
     Raises:
-        ValueError: when an argument does not fit or the method needs other images or a model.
+        ValueError: if an argument does not fit or the method needs other images or a model.
 
     Warns:
-        ImageWarning: when "auto" had to give up the foreground it found, naming the images.
+        ImageWarning: if "auto" discarded the foreground of some images, naming them.
 
     >>> dot = torch.zeros(1, 1, 4, 4)
     >>> dot[..., 0, 0] = 1
@@ -57,53 +57,54 @@ def background(
               [1, 1, 1, 1],
               [1, 1, 1, 1]]]], dtype=torch.int32)
     """
-    images = _checked(images, method, model, classes)
+    images = _checked_images(images, method, model, classes)
     if method == "cam" and model is not None:
         return _outside_activation(model, images, classes)
     by_threshold = method == "threshold" or (method == "auto" and images.shape[1] == 1)
-    found = _outside_ink(images) if by_threshold else _outside_grabcut(images)
+    region = (
+        _outside_ink(images) if by_threshold else torch.stack([_outside_grabcut(image) for image in images])
+    )
     if method != "auto":
-        return found
-    foreground = (~found).flatten(1).double().mean(1)
+        return region
+    foreground = (~region).flatten(1).double().mean(1)
     implausible = (foreground < PLAUSIBLE[0]) | (foreground > PLAUSIBLE[1])
     if bool(implausible.any()):
         if model is None:
-            found[implausible] = ~_inner_rectangle(images)
+            region[implausible] = ~_inner_rectangle(images)
             instead = (
                 "all outside the inner rectangle, 3/4 of each side (model= gives class activation instead)"
             )
         else:
             chosen = None if classes is None else classes.to(images.device)[implausible]
-            found[implausible] = _outside_activation(model, images[implausible], chosen)
-            instead = f"all but the {KEEP:.0%} with most evidence for the class"
+            region[implausible] = _outside_activation(model, images[implausible], chosen)
+            instead = f"all but the {FOREGROUND:.0%} with most evidence for the class"
         _warn(implausible, "the threshold" if by_threshold else "GrabCut", instead)
-    return found
+    return region
 
 
-def _checked(images: Tensor, method: str, model: nn.Module | None, classes: Tensor | None) -> Tensor:
-    """The images without gradients in [0, 1], never changed in place."""
+def _checked_images(images: Tensor, method: str, model: nn.Module | None, classes: Tensor | None) -> Tensor:
+    """The images without gradients, clipped to [0, 1] in a copy."""
     check_choice("method", method, METHODS)
     check_batch(images)
     check_range(images)
     if classes is not None:
         check_classes(classes, len(images), name="classes")
     if method == "cam" and model is None:
-        raise ValueError("model is None; accepted with method 'cam' is a classifier")
+        raise ValueError("model must be a classifier for method 'cam', got None")
     _, channels, height, width = images.shape
-    accepted = {"threshold": {1}, "cam": {channels}}.get(method, {1, 3})
-    if channels not in accepted:
-        raise ValueError(
-            f"images have {channels} channels; accepted with method {method!r} are "
-            f"{' and '.join(map(str, sorted(accepted)))}"
-        )
+    allowed = {"threshold": {1}, "cam": {channels}}.get(method, {1, 3})
+    if channels not in allowed:
+        listed = " or ".join(map(str, sorted(allowed)))
+        raise ValueError(f"images must have {listed} channels for method {method!r}, got {channels}")
     if method in {"auto", "grabcut"} and min(height, width) < 3:
         raise ValueError(
-            f"images are {height} x {width}; accepted with method {method!r} are at least 3 x 3 pixels"
+            f"images must be at least 3 x 3 pixels for method {method!r}, got {height} x {width}"
         )
     return images.detach().clamp(0, 1)
 
 
 def _outside_ink(images: Tensor) -> Tensor:
+    # A maximum over 3 x 3 dilates the ink by one pixel.
     return F.max_pool2d((images > INK).float(), 3, 1, 1) == 0
 
 
@@ -111,14 +112,10 @@ def _outside_activation(model: nn.Module, images: Tensor, classes: Tensor | None
     with evaluating(model) as classifier:
         if classes is None:
             classes = predict(classifier, images.to(classifier.mean.device, torch.float32)).argmax(1)
-        return ~cam(classifier, images, classes, fraction=KEEP).to(images.device)
+        return ~cam(classifier, images, classes, fraction=FOREGROUND).to(images.device)
 
 
-def _outside_grabcut(images: Tensor) -> Tensor:
-    return torch.stack([_outside_grabcut_of_one(image) for image in images])
-
-
-def _outside_grabcut_of_one(image: Tensor) -> Tensor:
+def _outside_grabcut(image: Tensor) -> Tensor:
     """Bool (1, H, W) of an image (C, H, W)."""
     import cv2
     import numpy as np
@@ -130,11 +127,14 @@ def _outside_grabcut_of_one(image: Tensor) -> Tensor:
     (top, inner_height), (left, inner_width) = _inner(height), _inner(width)
     rectangle = (left * zoom, top * zoom, inner_width * zoom, inner_height * zoom)
     mask = np.zeros(pixels.shape[:2], np.uint8)
-    colors_behind, colors_before = np.zeros((1, 65)), np.zeros((1, 65))
+    behind, before = (
+        np.zeros((1, 65)),
+        np.zeros((1, 65)),
+    )  # OpenCV's color models of background and foreground
     cv2.setRNGSeed(0)
-    cv2.grabCut(pixels, mask, rectangle, colors_behind, colors_before, ITERATIONS, cv2.GC_INIT_WITH_RECT)
+    cv2.grabCut(pixels, mask, rectangle, behind, before, ITERATIONS, cv2.GC_INIT_WITH_RECT)
     foreground = (mask == cv2.GC_FGD) | (mask == cv2.GC_PR_FGD)
-    centers = slice(zoom // 2, None, zoom)
+    centers = slice(zoom // 2, None, zoom)  # back to the pixels of the image
     return torch.from_numpy(~foreground[centers, centers])[None].to(image.device)
 
 
@@ -148,17 +148,17 @@ def _inner_rectangle(images: Tensor) -> Tensor:
 
 
 def _inner(side: int) -> tuple[int, int]:
-    """Start and length of the rectangle along a side of at least 3; something is left outside at both ends."""
+    """Start and length of the rectangle along a side of at least 3 pixels; at least one is outside at both ends."""
     margin = max(1, round(side * (1 - INNER) / 2))
     return margin, side - 2 * margin
 
 
-def _warn(implausible: Tensor, found_by: str, instead: str) -> None:
+def _warn(implausible: Tensor, source: str, instead: str) -> None:
     numbers = implausible.nonzero()[:, 0].tolist()
-    more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
+    more = f" and {len(numbers) - LISTED} more" if len(numbers) > LISTED else ""
     warn(
-        f"{found_by} found a foreground under {PLAUSIBLE[0]:.0%} or over {PLAUSIBLE[1]:.0%} of the image in "
-        f"{'image' if len(numbers) == 1 else 'images'} {', '.join(map(str, numbers[:NAMED]))}{more}; there the "
+        f"{source} found a foreground under {PLAUSIBLE[0]:.0%} or over {PLAUSIBLE[1]:.0%} of the image in "
+        f"{'image' if len(numbers) == 1 else 'images'} {', '.join(map(str, numbers[:LISTED]))}{more}; there the "
         f"background is {instead}",
         ImageWarning,
     )

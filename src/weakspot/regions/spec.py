@@ -18,10 +18,6 @@ from weakspot.regions.segmentation import background
 
 DEFAULT_WIDTH = 8  # of a border, in pixels
 NAMES = ("none", "cam", "background", "border", "support")
-FORMS = (
-    "none, cam, background, border:WIDTH, support (of label and target), the path of a mask picture (white),"
-    " or these with ~ (not), & (and), | (or) and matched: (a control of equal area) before a name or (all of it)"
-)
 _MATCHED = "matched:"
 _DONATED = re.compile(r"other:(.+)#([1-9]\d*)")
 
@@ -173,17 +169,18 @@ class _Maker:
         if word == "support":
             return self.support()
         if not (os.path.exists(word) or Path(word).suffix):  # noqa: PTH110 - Path.exists raises on long names
-            raise ValueError(unknown_choice("region", word, NAMES, remedy=f"forms: {FORMS}"))
+            remedy = "or border:WIDTH, a mask picture, or these with ~, &, | and matched:"
+            raise ValueError(unknown_choice("region", self.text, NAMES, remedy=remedy))
         return self.from_file(word)
 
     def border(self, width: str) -> Tensor:
         if width and not (width.isascii() and width.isdigit() and len(width) < 6):
-            raise ValueError(f"region is {self.text!r}; accepted after border: is a width in pixels")
+            raise ValueError(f"region must be border:WIDTH with a width in pixels, got {self.text!r}")
         return border(self.images, width=int(width or DEFAULT_WIDTH))
 
     def support(self) -> Tensor:
         if self.targets is None:
-            raise ValueError("region is 'support', which needs a class to reach: give a target")
+            raise ValueError("region must not be support without a class to reach (give a target)")
         return support(self.model, self.images, self.labels, self.targets, fraction=self.fraction)
 
     def from_file(self, path: str) -> Tensor:

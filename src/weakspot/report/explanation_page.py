@@ -16,6 +16,7 @@ from weakspot.explanations.analysis import Series
 from weakspot.explanations.explanation import Explanation
 from weakspot.explanations.locality_by_radius import RATES, locality_of, locality_sentence
 from weakspot.report.figures import MapView, map_views
+from weakspot.report.image_verdict import headline
 from weakspot.report.rendering import (
     CATEGORIES,
     base64_text,
@@ -25,7 +26,6 @@ from weakspot.report.rendering import (
     picture_url,
     rendered,
 )
-from weakspot.report.verdicts import headline
 from weakspot.statistics.number_format import number, p_value, percent
 
 WIDTH, HEIGHT = 600, 120  # of the drawing of the layer curves, in its own units
@@ -177,6 +177,7 @@ def _score_row(row: pd.Series, name: str, meaning: str) -> ScoreRow:
         value = RELATIONS.get(row[name], "not compared")
     elif f"{name}_shift_p" in row and np.isnan(shift_p) and not np.isnan(row[name]):
         value = "not compared"  # it follows from where the attack was allowed to act
+    # Comparisons with NaN are false: a missing p value stays missing.
     # A p value from shifts is small for unrelated images, too: it is shown only beside the one from other images.
     p, q, shift_p = (value if p >= 0 else np.nan for value in (p, q, shift_p))
     shifted = "" if np.isnan(shift_null) else formatted(shift_null)

@@ -18,8 +18,8 @@ from weakspot.explanations.analysis import Picture
 from weakspot.explanations.explanation import Explanation
 from weakspot.explanations.propagation_controls import PropagationStudy
 from weakspot.pairs import Pairs
+from weakspot.report.image_verdict import headline
 from weakspot.report.rendering import CATEGORIES, HATCHES, color_table
-from weakspot.report.verdicts import headline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,6 +99,7 @@ def _limits(picture: Picture, maps: Sequence[NDArray[np.float32]]) -> tuple[floa
         return picture.fixed
     if picture.kind == "category":
         return 0.0, float(max(len(picture.categories) - 1, 1))
+    # Symmetric limits, so that the middle of a diverging color table means zero.
     sizes = [np.abs(values) if picture.kind == "signed" else values for values in maps]
     high = float(max((np.nanmax(v, initial=0, where=np.isfinite(v)) for v in sizes), default=0)) or 1.0
     return (-high, high) if picture.kind == "signed" else (0.0, high)
@@ -210,6 +211,7 @@ def contact_sheet(pairs: Pairs, captions: Sequence[str], path: Path) -> Path:
     for row in range(shown):
         change = pairs.perturbation[row].float().cpu()
         largest = float(change.abs().max())
+        # Mid-gray (0.5) is no change.
         stretched = 0.5 + change / (2 * largest) if largest else change + 0.5
         titles = ("clean", "adversarial", f"difference, full scale ±{largest:.3g}")
         images = (pairs.clean[row].cpu(), pairs.adversarial[row].cpu(), stretched)

@@ -78,6 +78,7 @@ def rendered(template: str, *, styles: Sequence[str] = (), script: str = "", **v
     def read(name: str) -> str:
         return templates.joinpath(name).read_text("utf-8")
 
+    # StrictUndefined: a misspelled variable raises instead of leaving a gap in the page.
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,

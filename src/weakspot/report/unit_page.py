@@ -13,7 +13,7 @@ from weakspot.defenses.unit_masking import MEASURES, THESE
 from weakspot.defenses.unit_study import UnitStudy
 from weakspot.dissection import Dissection
 from weakspot.dissection.sensitivity import LEVEL
-from weakspot.dissection.unit_examples import Shown
+from weakspot.dissection.unit_examples import UnitExample
 from weakspot.report.rendering import picture_url, rendered
 from weakspot.statistics.number_format import p_value, percent
 
@@ -24,7 +24,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 42  # margins
 
 def unit_page(
     layers: Mapping[str, Dissection],
-    pictures: Mapping[str, Mapping[int, Sequence[Shown]]],
+    pictures: Mapping[str, Mapping[int, Sequence[UnitExample]]],
     *,
     model: str,
     made: Mapping[str, str],
@@ -55,7 +55,7 @@ def unit_page(
 
 
 def _layer(
-    dissection: Dissection, pictures: Mapping[int, Sequence[Shown]], study: UnitStudy | None
+    dissection: Dissection, pictures: Mapping[int, Sequence[UnitExample]], study: UnitStudy | None
 ) -> dict[str, object]:
     """The template's variables for one layer."""
     units = dissection.units if study is None else study.units
@@ -67,7 +67,7 @@ def _layer(
         "name": dissection.layer,
         "units": len(units),
         "detectors": len(detectors),
-        "min_iou": dissection.options["min_iou"],
+        "min_iou": dissection.options.min_iou,
         "bars": [
             {"concept": concept, "category": category, "units": int(n), "width": round(100 * n / largest)}
             for category, concept, n in counts.reset_index().itertuples(index=False)
@@ -124,7 +124,7 @@ def _bare_p(p: float) -> str:
     return p_value(p).removeprefix("p ").lstrip("= ")
 
 
-def _picture(shown: Shown) -> str:
+def _picture(shown: UnitExample) -> str:
     """The picture as a data URL, dimmed where the unit is inactive, with the border of the active sites drawn."""
     pixels = shown.pixels.permute(1, 2, 0).numpy()
     pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
@@ -190,6 +190,7 @@ def scatter(units: pd.DataFrame, level: float) -> Scatter | None:
     if drawn.empty:
         return None
     logs = np.log10(drawn["sensitivity"].astype(float))
+    # Whole powers of ten, at least one apart.
     low, high = math.floor(float(logs.min())), math.ceil(float(logs.max()))
     high = max(high, low + 1)
     end, step = _axis(float(drawn["iou"].max()))

@@ -1,6 +1,6 @@
-"""95% intervals over images, each with a coverage of at least .92 in tests/test_intervals.py, or none at all.
+"""95% intervals over images, each with a coverage of at least .92 in tests/statistics/test_intervals.py, or none.
 
-The percentile bootstrap is not among them: at ten images of yes or no it covers .62 instead of .95.
+The percentile bootstrap is not used: for a proportion of ten images it covers .62 instead of .95.
 """
 
 from __future__ import annotations
@@ -9,14 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 LEVEL = 0.95
-LEAST_IMAGES = 20  # of a mean: below it no interval covers skewed data
-LEAST_VARIED = 5  # images that differ from the most common value: with fewer, the spread is not known
-LEAST_PAIRS = 5  # of a paired difference of proportions
-BOOTSTRAP_TAIL = (
-    0.02  # on either side: with .025 twenty lognormal values are covered .93 of the time, with .02 .94
-)
+LEAST_IMAGES = 20  # for a mean; with fewer, no interval covers skewed data
+LEAST_VARIED = 5  # images that differ from the most common value; with fewer, the spread is not known
+LEAST_PAIRS = 5  # for a paired difference of proportions
+BOOTSTRAP_TAIL = 0.02  # per side; the coverage for twenty lognormal values is .94, and .93 with .025
 RESAMPLES = 10_000  # of the bootstrap
-MANY = 2000  # images beyond which the bootstrap's interval has become Student's
+MANY = 2000  # images beyond which the bootstrap interval equals Student's
 ROUNDING = 1e-9
 
 Interval = tuple[float, float, float]
@@ -25,10 +23,10 @@ Interval = tuple[float, float, float]
 def proportion_interval(hits: NDArray[np.bool_]) -> Interval:
     """The proportion of hits and its exact 95% interval (Clopper and Pearson 1934, doi 10.1093/biomet/26.4.404).
 
-    Wilson's interval is shorter by a twelfth, but covers only .83 where hits are rare (1 in 50 among ten images).
+    Wilson's interval is shorter by a twelfth, but covers only .83 if hits are rare (1 in 50, ten images).
 
     Args:
-        hits: (images,) yes or no.
+        hits: (images,) bool.
 
     Returns:
         Proportion, low and high; NaN without images.
@@ -40,10 +38,10 @@ def proportion_interval(hits: NDArray[np.bool_]) -> Interval:
 
 
 def rate_interval(rates: NDArray[np.floating]) -> Interval:
-    """The mean of rates between 0 and 1 and its 95% interval: `proportion_interval` with as many trials as images.
+    """The mean of rates between 0 and 1 and its 95% interval.
 
-    Rates spread no more than outcomes that are 0 or 1 of the same mean, so the interval is not too narrow, however few
-    images there are.
+    This is `proportion_interval` with the sum of the rates as the number of hits. Rates vary no more than outcomes of 0
+    or 1 with the same mean, so the interval is not too narrow for any number of images.
 
     Args:
         rates: (images,) from 0 to 1.
@@ -59,6 +57,7 @@ def rate_interval(rates: NDArray[np.floating]) -> Interval:
     count = len(rates)
     if not count:
         return np.nan, np.nan, np.nan
+    # Quantiles of the beta distribution are the exact bounds of the binomial, here for a sum that may be fractional.
     total = float(np.sum(rates))
     tail = (1 - LEVEL) / 2
     low = float(beta.ppf(tail, total, count - total + 1)) if total > 0 else 0.0
@@ -70,14 +69,14 @@ def paired_proportion_interval(first: NDArray[np.bool_], second: NDArray[np.bool
     """The difference of two proportions on the same images, first - second, and its 95% interval.
 
     Adjusted Wald interval of Bonett and Price (2012, doi 10.3102/1076998611411915), with Student's quantile in place
-    of the normal one: without it, ten images in which every pair disagrees are covered .89 of the time.
+    of the normal one: with the normal one, ten images in which every pair disagrees are covered .89 of the time.
 
     Args:
-        first: (images,) yes or no.
-        second: (images,) yes or no, of the same images.
+        first: (images,) bool.
+        second: (images,) bool, of the same images.
 
     Returns:
-        Difference, low and high; no interval (NaN) below 5 images.
+        Difference, low and high; NaN for low and high with fewer than 5 images.
 
     >>> yes, no = np.array([True] * 5), np.array([False] * 5)
     >>> tuple(round(bound, 3) for bound in paired_proportion_interval(yes, no))
@@ -93,6 +92,7 @@ def paired_proportion_interval(first: NDArray[np.bool_], second: NDArray[np.bool
     if count < LEAST_PAIRS:
         return difference, np.nan, np.nan
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    # One pair is added to each discordant count, and two to the number of pairs.
     up, down = (only_first + 1) / (count + 2), (only_second + 1) / (count + 2)
     half = t.ppf((1 + LEVEL) / 2, count - 1) * ((up + down - (up - down) ** 2) / (count + 2)) ** 0.5
     return difference, max(-1.0, float(up - down - half)), min(1.0, float(up - down + half))
@@ -109,46 +109,44 @@ def mean_interval(values: NDArray[np.floating], seed: int = 0) -> Interval:
 
 
 def mean_intervals(values: NDArray[np.floating], seed: int = 0) -> NDArray[np.float64]:
-    """Mean and 95% interval of every column of a table, missing values (NaN) left out.
+    """Mean and 95% interval of every column of a table; missing values (NaN) are ignored.
 
-    A column of yes and no (0 and 1) is a proportion and gets `proportion_interval`; one of -1, 0 and 1 a difference of
-    two
-    and gets `paired_proportion_interval`. Any other gets the wider of Student's interval and the bootstrap-t interval
-    (Efron 1981, doi 10.2307/3314608): the first is right for heavy tails, the second for skewed values. It needs at
-    least 20 values, 5 of them unlike the most common one; with fewer the column has no interval (NaN). What no
-    interval can cover is an extreme so rare that none of the images shows it.
+    A column of 0 and 1 is a proportion and gets `proportion_interval`; a column of -1, 0 and 1 is a difference of two
+    proportions and gets `paired_proportion_interval`. Any other column gets the wider of Student's interval and the
+    bootstrap-t interval (Efron 1981, doi 10.2307/3314608): the first is correct for heavy tails, the second for skewed
+    values. It needs at least 20 values, 5 of which differ from the most common one; with fewer, the interval is NaN.
+    No interval covers an extreme so rare that none of the images shows it.
 
     Args:
         values: (images, columns).
         seed: of the bootstrap. All columns share their resamples.
 
     Returns:
-        (columns, 3) mean, low and high.
+        (columns, 3): mean, low and high.
     """
     table: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
-    known = np.isfinite(table)
-    found = np.full((table.shape[1], 3), np.nan)
-    studied = []
+    intervals = np.full((table.shape[1], 3), np.nan)
+    general = []  # columns that are not proportions
     for number, column in enumerate(table.T):
-        mine = column[known[:, number]]
-        if not len(mine):
+        values = column[np.isfinite(column)]
+        if not len(values):
             continue
-        found[number, 0] = mine.mean()
-        distinct, counts = np.unique(mine, return_counts=True)
+        intervals[number, 0] = values.mean()
+        distinct, counts = np.unique(values, return_counts=True)
         if len(distinct) > 1 and np.isin(distinct, (0, 1)).all():
-            found[number] = proportion_interval(mine == 1)
+            intervals[number] = proportion_interval(values == 1)
         elif len(distinct) > 1 and np.isin(distinct, (-1, 0, 1)).all():
-            found[number] = paired_proportion_interval(mine == 1, mine == -1)
-        elif len(mine) >= LEAST_IMAGES and len(mine) - counts.max() >= LEAST_VARIED:
-            studied.append(number)
-    if studied:
-        low, high = _studentized(table[:, studied], seed)
-        found[studied, 1], found[studied, 2] = low, high
-    return found
+            intervals[number] = paired_proportion_interval(values == 1, values == -1)
+        elif len(values) >= LEAST_IMAGES and len(values) - counts.max() >= LEAST_VARIED:
+            general.append(number)
+    if general:
+        low, high = _studentized(table[:, general], seed)
+        intervals[general, 1], intervals[general, 2] = low, high
+    return intervals
 
 
 def _studentized(values: NDArray[np.float64], seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Low and high of every column: the wider of Student's interval and the bootstrap-t's on either side."""
+    """Low and high of every column; on each side the farther bound of Student's and the bootstrap-t interval."""
     from scipy.stats import t
 
     tail = (1 - LEVEL) / 2
@@ -159,6 +157,7 @@ def _studentized(values: NDArray[np.float64], seed: int) -> tuple[NDArray[np.flo
     if short.any():
         drawn = _bootstrap_t(values[:, short], seed)
         upper, lower = np.quantile(drawn, [1 - BOOTSTRAP_TAIL, BOOTSTRAP_TAIL], axis=0)
+        # Bootstrap-t exchanges the tails: the upper quantile gives the lower bound.
         low[short] = np.fmin(low[short], mean[short] - upper * error[short])
         high[short] = np.fmax(high[short], mean[short] - lower * error[short])
     return low, high
@@ -174,21 +173,21 @@ def _moments(
 
 
 def _bootstrap_t(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """(resamples, columns) of (mean* - mean) / standard error*, the images drawn with replacement."""
+    """(resamples, columns) of (mean* - mean) / standard error*, with images drawn with replacement."""
     known = np.isfinite(values)
     centered = np.where(known, values - np.nanmean(values, axis=0), 0.0)
     spread = np.nanstd(values, axis=0)
     rng = np.random.default_rng(seed)
     images = len(values)
     drawn = np.empty((RESAMPLES, values.shape[1]))
-    rows = max(1, 4_000_000 // images)  # at once: memory does not grow with the number of images
+    rows = max(1, 4_000_000 // images)  # at once, so that memory does not grow with the number of images
     for start in range(0, RESAMPLES, rows):
         size = min(rows, RESAMPLES - start)
         weights = rng.multinomial(images, np.full(images, 1 / images), size).astype(np.float64)
-        counts = np.maximum(weights @ known, 2)  # a resample may hold hardly any of a column's images
+        counts = np.maximum(weights @ known, 2)  # a resample may hold one or none of a column's images
         shift = weights @ centered / counts
         error = np.sqrt(np.maximum(weights @ centered**2 / counts - shift**2, 0) / (counts - 1))
-        # A resample of one value only has no error: its statistic is beyond all others.
+        # A resample of equal values has no standard error: its statistic lies beyond all others.
         flat = error <= ROUNDING * spread
         with np.errstate(divide="ignore", invalid="ignore"):
             studentized = np.where(flat, np.where(shift == 0, 0.0, np.sign(shift) * np.inf), shift / error)

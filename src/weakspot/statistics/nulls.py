@@ -1,9 +1,8 @@
-"""Nulls for "the attack acts where the network looks": other images of the same source, and shifts of one image.
+"""Null distributions for "the attack acts where the network looks", and the sums over maps that they need.
 
-Attacks and attention both gather in the middle of images. Shifting a map against its own image breaks that common
-habit as well as the alignment, so it finds "alignment" between unrelated images: only other images' maps are a null.
-
-Sums over sites of maps (N, H, W): products at every shift, standardization, ranks, neighbors.
+Attacks and attention both concentrate in the middle of images. Shifting a map against its own image destroys this
+common tendency together with the alignment, and so finds "alignment" between unrelated images. Only other images' maps
+are a valid null (`other_image_test`, `run_test`); `shift_test` is descriptive.
 """
 
 from __future__ import annotations
@@ -25,20 +24,21 @@ ROUNDING = 1e-9
 
 
 def products_over_shifts(fixed: Tensor, shifted: Tensor) -> Tensor:
-    """sum_i fixed_i * shifted_(i - s) for every circular shift s: (N, H, W) each, and so is the result.
+    """sum_i fixed_i * shifted_(i - s) for every circular shift s, (N, H, W) like both maps.
 
-    One Fourier transform each instead of H * W sums (the cross-correlation theorem); float64.
+    Computed in float64 by Fourier transforms (the cross-correlation theorem).
 
     >>> products_over_shifts(torch.tensor([[[1.0, 3.0, 2.0]]]), torch.tensor([[[1.0, 0.0, 0.0]]])).round()
     tensor([[[1., 3., 2.]]], dtype=torch.float64)
     """
+    # The conjugate turns the convolution into a correlation; shift s is at index s.
     spectra = torch.fft.rfft2(fixed.double()) * torch.fft.rfft2(shifted.double()).conj()
     products: Tensor = torch.fft.irfft2(spectra, s=fixed.shape[-2:])
     return products
 
 
 def standardized(maps: Tensor) -> Tensor:
-    """(N, H, W) less their mean over their deviation, float64; a constant map has none and becomes NaN."""
+    """Maps (N, H, W) with mean 0 and standard deviation 1, float64; a constant map becomes NaN."""
     maps = maps.double()
     centered = maps - maps.mean((1, 2), keepdim=True)
     spread = centered.square().mean((1, 2), keepdim=True).sqrt()
@@ -48,7 +48,7 @@ def standardized(maps: Tensor) -> Tensor:
 
 
 def ranks(maps: Tensor) -> Tensor:
-    """(N, H, W) ranks of the sites of each map, ties sharing their mean rank."""
+    """Ranks (N, H, W) of the sites within each map; ties get their mean rank."""
     import pandas as pd
 
     ranked = pd.DataFrame(maps.flatten(1).T.cpu().numpy()).rank().to_numpy().T
@@ -56,7 +56,7 @@ def ranks(maps: Tensor) -> Tensor:
 
 
 def queen_lag(maps: Tensor) -> Tensor:
-    """(N, H, W) mean of each site's neighbors, diagonal ones included; at the border of those there are."""
+    """Mean (N, H, W) of the up to eight neighbors of each site."""
     kernel = torch.ones(1, 1, 3, 3, dtype=torch.float64, device=maps.device)
     kernel[..., 1, 1] = 0
     sums, counts = (
@@ -66,23 +66,23 @@ def queen_lag(maps: Tensor) -> Tensor:
     return sums / counts.clamp(min=1)
 
 
-LEAST_OTHERS = 19  # other images for a p value of one image: with 19, p <= .05 is within reach
+LEAST_OTHERS = 19  # other images for a p value of one image; with fewer, p cannot reach .05
 LEAST_RUN = 10  # images for the p value of a whole run
 PERMUTATIONS = 9999
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OtherImageTest:
-    """A statistic of each attack and its own image's map, beside its values with other images' maps.
+    """A statistic of each attack with its own image's map, compared with other images' maps.
 
-    Every field is (N,), NaN where the statistic is not defined; all but `value` are NaN below 19 other images.
+    Every field is (N,) and NaN if the statistic is not defined; all but `value` need 19 other images.
 
     Attributes:
         value: with the image's own map.
         null: mean over the other images' maps.
-        p: two-sided pooled rank.
-        q: p corrected over the N images (Benjamini and Hochberg).
-        direction: 1 if the value is above `null` and in the upper tail, -1 below and in the lower, else 0.
+        p: two-sided, by the rank among the pooled values of all attacks.
+        q: p adjusted for the N images (Benjamini and Hochberg).
+        direction: 1 if the value is above `null` and in the upper tail, -1 if below and in the lower tail, else 0.
     """
 
     value: Tensor
@@ -90,6 +90,9 @@ class OtherImageTest:
     p: Tensor
     q: Tensor
     direction: Tensor
+
+    def __repr__(self) -> str:
+        return _summary(self, len(self.value))
 
     def columns(self, name: str) -> pd.DataFrame:
         """One row per image: name, name_null, name_p, name_q."""
@@ -102,38 +105,34 @@ class OtherImageTest:
 def other_image_test(matrix: Tensor) -> OtherImageTest:
     """Test each image's own value against the values with other images' maps.
 
-    Each attack's values with other images' maps are brought to a common scale by the mean and deviation of that
-    attack's remaining ones, its own by those of all; p ranks its own among all of them, of every attack.
+    Values are standardized per attack to pool them over attacks: each value with another image's map by the mean and
+    standard deviation of the attack's remaining ones, the own value by those of all of them. p ranks the own value in
+    this pool.
 
     Args:
-        matrix: (N, N + R), the statistic of attack j and importance map i: the own value at [j, j], values with the
-            other images of the batch beside it, and in the last R columns values with reference images. NaN where
-            it is not defined.
+        matrix: (N, N + R), the statistic of attack j and map i: the own value at [j, j], values with the other images
+            of the batch in the first N columns, values with reference images in the last R. NaN if not defined.
     """
     values = matrix.detach().double().cpu().numpy()
     count = len(values)
     own = values.diagonal().copy()
     others = values.copy()
     np.fill_diagonal(others, np.nan)
-    others[np.isnan(own)] = (
-        np.nan
-    )  # an attack without a statistic of its own is no null for the others either
-    known = np.isfinite(others)
-    number = known.sum(1)
-    enough = number >= LEAST_OTHERS
+    others[np.isnan(own)] = np.nan  # an attack without an own value does not contribute to the pool
+    enough = np.isfinite(others).sum(1) >= LEAST_OTHERS
     null, p, tail = np.full(count, np.nan), np.full(count, np.nan), np.zeros(count)
     if enough.any():
         pool, scores = _standardized(np.where(enough[:, None], others, np.nan), own)
         null[enough] = np.nanmean(others[enough], axis=1)
         p[enough], tail[enough] = _pooled_rank(pool, scores[enough])
-    # Among skewed values a score can be above the mean and yet in the lower tail; it then has no direction.
+    # In a skewed pool a score can be above the mean and in the lower tail; it then has no direction.
     tail[tail != np.sign(np.nan_to_num(own - null))] = 0
     fields = (own, null, p, false_discovery(p), tail)
     return OtherImageTest(*(torch.from_numpy(field).to(matrix.device) for field in fields))
 
 
 def _standardized(others: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values of other images' maps, each in deviations from the rest of its row, and the own ones from all of it."""
+    """Standardized values of other images' maps (leave-one-out within the row), and of the own maps."""
     known = np.isfinite(others)
     number = known.sum(1, keepdims=True).astype(float)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -141,7 +140,7 @@ def _standardized(others: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.n
         centered = others - mean
         squares = np.nansum(centered**2, 1, keepdims=True)
         scale = np.abs(np.where(known, others, 0)).max(1, keepdims=True)
-        flat = squares <= (ROUNDING * scale) ** 2 * number  # all other maps give the same value
+        flat = squares <= (ROUNDING * scale) ** 2 * number  # all other maps have the same value
         # Leave one out: without x, the mean moves by -x / (n - 1), the sum of squares by -x^2 n / (n - 1).
         moved = centered * number / (number - 1)
         rest = np.maximum(squares - centered**2 * number / (number - 1), 0) / (number - 2)
@@ -153,7 +152,7 @@ def _standardized(others: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _pooled_rank(pool: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two-sided p of every score among the pool, itself among them, and its tail: 1 upper, -1 lower, 0 neither."""
+    """Two-sided p of every score in the pool and itself, and its tail: 1 upper, -1 lower, 0 neither."""
     ordered = np.sort(pool)
     slack = ROUNDING * np.abs(scores)
     slack[np.isinf(scores)] = 0.0
@@ -165,13 +164,13 @@ def _pooled_rank(pool: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.n
 
 @dataclass(frozen=True)
 class RunTest:
-    """Whether attacks go with their own images' maps on the mean of a run.
+    """Whether, on average over a run, attacks align with their own images' maps.
 
     Attributes:
-        images: how many have a statistic.
-        value: mean over images of the statistic with their own map; NaN without images.
-        null: mean over all ways to give the maps to other images, own ones among them.
-        p: two-sided, by permutation of the maps among the images; NaN below 10 images.
+        images: number of images with a statistic.
+        value: mean of the statistic with the own map; NaN without images.
+        null: mean over all assignments of maps to images.
+        p: two-sided, by permuting the maps among the images; NaN with fewer than 10 images.
     """
 
     images: int
@@ -181,15 +180,15 @@ class RunTest:
 
 
 def run_test(matrix: Tensor, *, seed: int = 0) -> RunTest:
-    """Test whether attacks go with their own images' maps, by giving the maps to the images at random.
+    """Test whether attacks align with their own images' maps, by permuting the maps among the images.
 
     Args:
-        matrix: (N, N), the statistic of attack j and importance map i; an image whose own value is NaN is left out.
+        matrix: (N, N), the statistic of attack j and map i; images whose own value is NaN are ignored.
         seed: of 9,999 permutations.
     """
     values = matrix.detach().double().cpu().numpy()
-    sound = np.isfinite(values.diagonal())
-    values = values[np.ix_(sound, sound)]
+    defined = np.isfinite(values.diagonal())
+    values = values[np.ix_(defined, defined)]
     count = len(values)
     if not count:
         return RunTest(0, np.nan, np.nan, np.nan)
@@ -206,16 +205,16 @@ def run_test(matrix: Tensor, *, seed: int = 0) -> RunTest:
     return RunTest(count, value, null, p)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ShiftTest:
-    """A statistic of two maps, beside its values when one is shifted, wrapping around, by every possible amount.
+    """A statistic of two maps, compared with its values for every circular shift of one of them.
 
-    All H * W shifts are taken, so that nothing is drawn: were alignment within the image arbitrary, p <= a would
-    happen with probability at most a. It is not arbitrary where both maps favor the middle of the image: a low p does
-    not say that the two belong together (see `other_image_test`). Every field is (N,), NaN where not defined.
+    All H * W shifts are used, so nothing is sampled. If every shift were equally likely, p <= a would have probability
+    at most a. It is not if both maps favor the middle of the image, so a low p does not show that the two maps belong
+    together (see `other_image_test`). Every field is (N,) and NaN if not defined.
 
     Attributes:
-        value: as observed.
+        value: without a shift.
         null: mean over all shifts.
         p: two-sided.
     """
@@ -223,6 +222,9 @@ class ShiftTest:
     value: Tensor
     null: Tensor
     p: Tensor
+
+    def __repr__(self) -> str:
+        return _summary(self, len(self.value))
 
     def columns(self, name: str) -> pd.DataFrame:
         """One row per image: name_shift_null, name_shift_p."""
@@ -233,7 +235,7 @@ class ShiftTest:
 
 
 def shift_test(over_shifts: Tensor) -> ShiftTest:
-    """The test of a statistic (N, H, W) known at every shift, [:, 0, 0] being the one observed."""
+    """Compare a statistic (N, H, W) at every shift with its value without a shift, at [:, 0, 0]."""
     values = over_shifts.flatten(1)
     observed = values[:, :1]
     slack = ROUNDING * values.abs().amax(1, keepdim=True)
@@ -242,3 +244,9 @@ def shift_test(over_shifts: Tensor) -> ShiftTest:
     below = (values <= observed + slack).double().mean(1)
     p = (2 * torch.minimum(above, below)).clamp(max=1).to(values.dtype)
     return ShiftTest(value=observed[:, 0], null=values.mean(1), p=torch.where(undefined, torch.nan, p))
+
+
+def _summary(test: OtherImageTest | ShiftTest, images: int) -> str:
+    below = int((test.p <= 0.05).sum())
+    value, null = (float(field.nanmean()) for field in (test.value, test.null))
+    return f"{type(test).__name__}({images} images: mean {value:.3g}, null {null:.3g}, p <= .05 for {below})"

@@ -38,6 +38,7 @@ def perturbed(
     recipe, budget = find_recipe(config.recipe), config.budget
     if recipe.search == "noise":
         return images + _start(budget, images, region, noise)
+
     # In fractions of the budget, because a step of the protocol spends the whole budget.
     steps, size = config.steps, config.step_size / max(limit_of(budget), 1e-12)
     if recipe.search == "step":
@@ -60,6 +61,7 @@ def perturbed(
         return _sign_descent(loss, images, region, noise, steps=steps, size=size * budget.eps, eps=budget.eps)
     point, ball = images + _start(budget, images, region, noise), prepare(budget, images)
     for _ in range(steps):
+        # Mask before the step: a budget other than L-infinity shares its length among all sites.
         gradient = _gradient(loss, point)
         gradient = gradient if region is None else gradient * region
         step = ball.steepest_step(gradient, point - images)
@@ -101,10 +103,29 @@ def _start(budget: Budget, images: Tensor, region: Tensor | None, noise: Tensor)
     if type(budget) is Linf:
         reach = budget.eps if region is None else budget.eps * region
         return (images + reach * noise).clamp_(0, 1) - images
+    # A random direction at a random fraction of the budget, from one number of the noise.
     inside = noise if region is None else noise * region
     extreme = budget.steepest_step(inside, torch.zeros_like(images), images)
     length = noise[:, :1, :1, :1].abs()
     return prepare(budget, images).project(extreme * length, region)
+
+
+def trades_loss(clean: Tensor, attacked: Tensor, labels: Tensor, beta: float) -> Tensor:
+    """CE(f(x), y) + beta KL(f(x) || f(x')), equation 5 of Zhang et al. 2019 (arXiv 1901.08573).
+
+    Args:
+        clean: (N, K) logits.
+        attacked: (n, K) logits of the first n images under attack.
+        labels: (N,).
+        beta: weight of the divergence.
+    """
+    loss = F.cross_entropy(clean, labels)
+    if not len(attacked):
+        return loss
+    divergence = F.kl_div(
+        F.log_softmax(attacked, 1), F.log_softmax(clean[: len(attacked)], 1), reduction="sum", log_target=True
+    )
+    return loss + beta * divergence / len(clean)
 
 
 def uniform_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -115,6 +136,7 @@ def uniform_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     count, channels, height, width = shape
     size = count * channels * height * width
     drawn = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    # 16 bits per value; stored channels last, as the images are.
     levels = drawn.view(torch.int16)[:size].view(count, height, width, channels)
     return levels.permute(0, 3, 1, 2).to(torch.float32).div_(2**15)
 
@@ -131,5 +153,6 @@ def scattered(region: Tensor, places: Tensor, count: int, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand((count, *region.shape[1:]), generator=generator)[places].flatten(1)
+    # The sites of the lowest random scores, as many as the region has: exact area, uniform sites.
     ranks = scores.argsort(1).argsort(1)
     return (ranks < region.flatten(1).sum(1, keepdim=True)).view_as(region)

@@ -83,6 +83,7 @@ def _resume_part(part: Path, bits: np.ndarray) -> int:
     part.parent.mkdir(parents=True, exist_ok=True)
     written = np.fromfile(part, np.uint8) if part.is_file() else np.empty(0, np.uint8)
     width = int(bits.shape[1])
+    # A killed process may have left half a chunk.
     rows = min(len(written) // width, len(bits)) // CHUNK * CHUNK
     bits[:rows] = written[: rows * width].reshape(rows, width)
     part.write_bytes(bits[:rows].tobytes())

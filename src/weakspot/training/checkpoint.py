@@ -151,6 +151,7 @@ def find_earlier(out: Path, record: Record) -> Record | None:
 def check_same(out: Path, record: Record, earlier: Record) -> None:
     """Raises ValueError if the folder's earlier record is of another training."""
     for part in IDENTITY:
+        # Versions are recorded but not compared: an update must not end a training.
         asked, stored = record[part], earlier.get(part)
         if asked == stored:
             continue
@@ -169,6 +170,7 @@ def data_fingerprint(data: LabeledImages) -> str:
     digest.update(data.labels.cpu().numpy().tobytes())
     for path in getattr(data.pixels, "paths", ()):
         digest.update(f"{path} {path.stat().st_size}".encode())
+    # Evenly spread rows, because decoding all images would take as long as an epoch.
     count = len(data) if data.held else min(HASHED, len(data))
     for rows in torch.linspace(0, len(data) - 1, count, dtype=torch.float64).round().long().split(HASHED):
         digest.update(data.pixels(rows).detach().cpu().contiguous().numpy().tobytes())

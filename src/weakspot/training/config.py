@@ -143,7 +143,7 @@ class TrainConfig:
             for field in fields(self)
             if getattr(self, field.name) != field.default
         ]
-        return f"TrainConfig({', '.join(changed)})"
+        return f"{type(self).__name__}({', '.join(changed)})"
 
     def resolved(self, channels: int) -> ResolvedConfig:
         """The configuration with a value instead of every `None`, for images of this many channels."""
@@ -158,7 +158,7 @@ class TrainConfig:
             step_size = usual_size
         else:
             step_size = STEP_RATIO * limit_of(budget) / steps
-        # Recipes without descent ignore both, so that records of equal trainings are equal.
+        # Recipes without descent ignore both values, so that records of equal trainings are equal.
         if find_recipe(self.recipe).search != "descent":
             steps, step_size = 1, 0.0
         given = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -175,6 +175,7 @@ class TrainConfig:
 class ResolvedConfig(TrainConfig):
     """A `TrainConfig` in which nothing is left to the data."""
 
+    # Narrower types than in the base class, so that nothing below has to handle None.
     budget: Budget = Linf(0.3)  # noqa: RUF009 - frozen
     steps: int = 1
     step_size: float = 0.0

@@ -77,6 +77,7 @@ def _dataset_of(loader: DataLoader[Item]) -> Dataset[Item]:
         and not sampler.replacement
         and sampler.num_samples == len(sampler.data_source)
     )
+    # A sampler that leaves items out usually separates training from validation data.
     if not isinstance(dataset, IterableDataset):
         if not whole or type(loader.batch_sampler) not in {BatchSampler, NoneType}:
             own = sampler if not whole else loader.batch_sampler
@@ -99,6 +100,7 @@ def _from_dataset(dataset: Dataset[Item], workers: int) -> LabeledImages:
         raise ValueError("data must hold at least one item, got an empty data set")
     first, _ = read_item(dataset, 0)
     pixels = _DatasetPixels(dataset, tuple(first.shape), first.dtype)
+    # Random transforms would move images away from their masks, and make interrupted trainings differ.
     for index in range(min(READ_TWICE, count)):
         once, again = (read_item(dataset, index) for _ in range(2))
         if not torch.equal(once[0], again[0]) or once[1] != again[1]:
@@ -202,6 +204,7 @@ class Augmentation:
         # Source row and column of every site, in the padded image: hence + down and + right.
         lines = shifts[:, :1] + down + torch.arange(height)
         columns = torch.arange(width).expand(len(rows), -1)
+        # The shifted crop is mirrored: its site j comes from the mirrored column of j, plus the shift.
         columns = torch.where(self.flips[rows][:, None], width - 1 - columns, columns) + shifts[:, 1:] + right
         # One gather over flat sites takes a quarter of the time of indexing by image, line and column.
         sites = (lines[:, :, None] * padded.shape[3] + columns[:, None]).flatten(1).to(pixels.device)

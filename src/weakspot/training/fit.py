@@ -96,7 +96,8 @@ def fit(job: Job, fabric: Fabric, callbacks: Callbacks) -> None:
             write_record(out, {**job.record, "finished": False, "epochs": loop.history})
 
     if earlier is None:
-        save_state(loop.state())
+        save_state(loop.state())  # from now on the folder belongs to this training
+    # Finding backgrounds was the first part of the progress bar.
     if progress is not None and backgrounds is not None:
         progress = _part(progress, BACKGROUND_PROGRESS, 1)
     with deferred_interrupts() as interrupts:
@@ -139,6 +140,7 @@ def _write_finished(out: Path, classifier: Classifier, record: Record) -> None:
     }
     # Not save_file, which makes files that only their owner can read.
     write_atomic(out / WEIGHTS, lambda draft: draft.write_bytes(save(tensors)), durable=True)
+    # In this order, so that a crash in between leaves either a checkpoint or finished weights.
     write_record(out, {**record, "finished": True, "weights": fingerprint(classifier.network)})
     (out / CHECKPOINT).unlink(missing_ok=True)
 

@@ -53,6 +53,7 @@ class HeldOut(NamedTuple):
                     steps=STEPS,
                     stop_early=True,
                 )
+            # From a fresh pass, and only images that are correct without attack.
             robust = predict(classifier, attacked.adversarial).argmax(1) == labels
         return {"clean": float(clean.double().mean()), "robust": float((clean & robust).double().mean())}
 
@@ -92,6 +93,7 @@ def collapsed(robust: Sequence[float], constant: float) -> bool:
     >>> collapsed([0.3, 0.41, 0.02], 0.1), collapsed([0.3, 0.41, 0.35], 0.1), collapsed([0.5, 0.1], 0.5)
     (True, False, False)
     """
+    # Gains and losses are measured from the constant predictor, which no attack can fool.
     best, last = max(robust), robust[-1]
     gained = best - constant
     return gained > LARGEST_FALL / 2 and last < best - LARGEST_FALL and last - constant < REMAINING * gained

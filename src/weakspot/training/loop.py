@@ -18,7 +18,7 @@ from weakspot._state import EvalMode
 from weakspot.classifier import Classifier
 from weakspot.datasets import LabeledImages
 from weakspot.datasets.labeled import as_float
-from weakspot.training.adversary import perturbed, scattered, uniform_noise
+from weakspot.training.adversary import perturbed, scattered, trades_loss, uniform_noise
 from weakspot.training.backgrounds import Backgrounds
 from weakspot.training.checkpoint import Best, State
 from weakspot.training.config import ResolvedConfig, find_recipe
@@ -57,7 +57,7 @@ class Callbacks:
         save: called with the state at the end of every epoch, every `save_every` seconds, and when interrupted.
         on_epoch: called with the row of each epoch.
         progress: called with the fraction done.
-        raise_if_interrupted: called between updates, when the state is consistent.
+        raise_if_interrupted: called between updates.
     """
 
     save: Callable[[State], None] | None = None
@@ -69,7 +69,7 @@ class Callbacks:
 class Loop:
     """One training: network, optimizer, data and position.
 
-    Everything random is drawn from (seed, epoch, update), so that two integers are the whole position.
+    Everything random is drawn from (seed, epoch, update): two integers are the whole position.
 
     Attributes:
         epoch: the one in progress.
@@ -210,6 +210,7 @@ class Loop:
         config, seed = self.config, self.config.seed
         generator = torch.Generator().manual_seed(mixed_seed(seed, self.epoch, ORDER))
         order = torch.randperm(len(self.data), generator=generator)
+        # The last incomplete batch is left out: the attacked fraction would differ in it.
         order = order[: self.per_epoch * config.batch_size].view(self.per_epoch, -1)
         places = torch.arange(self.fabric.global_rank, config.batch_size, self.fabric.world_size)
         batches = list(order[self.update :, places])
@@ -230,6 +231,7 @@ class Loop:
         pixels = batch.pixels.detach().to(device)  # as bytes: a quarter of the traffic of floats
         images = as_float(batch.augmentation.apply(batch.rows, pixels), self.layout)
         labels = self.data.labels[batch.rows].to(device)
+        # Dropout and other draws of the network depend on the position only, so that resuming repeats them.
         start = mixed_seed(config.seed, self.epoch, self.update, self.fabric.global_rank, DROPOUT)
         torch.manual_seed(start)
         random.seed(start)
@@ -239,7 +241,9 @@ class Loop:
         attacked = int((batch.places < config.attacked).sum())
         adversarial = self._attack(batch, images[:attacked], labels[:attacked])
         if self.recipe.trades:
-            loss = self._trades_loss(images, adversarial, labels)
+            # One pass for both, so that batch-norm sees clean and adversarial images together.
+            logits = self.network(torch.cat([images, adversarial]))
+            loss = trades_loss(logits[: len(images)], logits[len(images) :], labels, config.beta)
         else:
             # (1 - r) CE(x) + r CE(x') over a batch, at the cost of 1 + r * steps passes.
             mixed = torch.cat([adversarial, images[attacked:]]) if attacked else images
@@ -251,22 +255,6 @@ class Loop:
             raise ValueError(self._divergence())
         return value
 
-    def _trades_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Tensor:
-        """CE(f(x), y) + beta KL(f(x) || f(x')), equation 5 of Zhang et al. 2019 (arXiv 1901.08573)."""
-        # One pass for both, so that batch-norm sees clean and adversarial images together.
-        logits = self.network(torch.cat([images, adversarial]))
-        clean, attacked = logits[: len(images)], logits[len(images) :]
-        loss = F.cross_entropy(clean, labels)
-        if not len(attacked):
-            return loss
-        divergence = F.kl_div(
-            F.log_softmax(attacked, 1),
-            F.log_softmax(clean[: len(attacked)], 1),
-            reduction="sum",
-            log_target=True,
-        )
-        return loss + self.config.beta * divergence / len(images)
-
     def _attack(self, batch: Batch, images: Tensor, labels: Tensor) -> Tensor:
         """Adversarial versions of the first images of the batch, made with the network in eval mode."""
         config, count = self.config, len(images)
@@ -274,6 +262,7 @@ class Loop:
             return images
         generator = torch.Generator().manual_seed(mixed_seed(config.seed, self.epoch, self.update, NOISE))
         noise = uniform_noise((config.attacked, *images.shape[1:]), generator)
+        # All processes draw the noise of the whole batch and use their part of it.
         if self.fabric.world_size > 1:
             noise = noise[batch.places[:count]]
         region = self._region(batch, count)
@@ -307,8 +296,7 @@ class Loop:
         row = {"epoch": self.epoch + 1, "loss": mean, "learning_rate": rate}
         if self.held_out is not None:
             row |= self.held_out.evaluate(self.classifier, self.config)
-        first: dict[str, float] = self.fabric.broadcast(row)
-        return first
+        return self.fabric.broadcast(row)
 
     def _stop_if_collapsed(self, row: dict[str, float]) -> None:
         """Stop if robustness has collapsed; otherwise remember the best weights."""
@@ -325,7 +313,7 @@ class Loop:
 
 
 class _InOwnMode(nn.Module):
-    """A classifier as it is trained. Called directly, a classifier always answers in eval mode."""
+    """A classifier in its own mode, to be trained. Called directly, a classifier is always in eval mode."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()

@@ -119,6 +119,7 @@ def robustness_matrix(
     results: dict[str, dict[str, Tensor]] = {}
     stopped = {}
     for position, name in enumerate(names):
+        # One seed means one start and one order of images for all recipes, which makes the differences paired.
         recipe, _, seed = name.rpartition("-")
         begin, middle, end = (
             MASK_PROGRESS + (1 - MASK_PROGRESS) * (position + fraction) / len(names)

@@ -144,16 +144,12 @@ def outcomes(
 
     localized = after_pgd(masks, 0.0, 0.3)
     full = after_pgd(None, 0.3, 0.6)
+    # Worst case over PGD and the ensemble, on the first images.
     strongest = (full & localized)[: config.strongest]
     rows = strongest.nonzero()[:, 0]  # images that PGD fooled need no stronger attack
     if len(rows):
         result = ensemble(
-            model,
-            images[rows],
-            labels[rows],
-            budget=config.budget,
-            seed=config.seed,
-            progress=part(0.6, 1.0),
+            model, images[rows], labels[rows], budget=config.budget, seed=config.seed, progress=part(0.6, 1.0)
         )
         strongest[rows] = ~result.fooled
     results = (clean, localized, full, strongest, swapped)
@@ -182,6 +178,7 @@ def swap_backgrounds(images: Tensor, backgrounds: Tensor, seed: int = 0) -> Tens
     source[order] = order.roll(1)  # one cycle through all images, so that none keeps its own background
     source = source.to(images.device)
     behind, visible = images[source], backgrounds[source]
+    # The mean color of the other image's background fills the place of its object.
     area = visible.sum((2, 3), keepdim=True).clamp(min=1)
     mean = (behind * visible).sum((2, 3), keepdim=True) / area
     swapped: Tensor = torch.where(backgrounds, torch.where(visible, behind, mean), images)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
 from weakspot._checks import check_classes, first_line
-from weakspot._state import EvalMode, copied, in_train_mode
+from weakspot._state import EvalMode, copied, in_train_mode, preserve_random_state
 from weakspot.classifier import Classifier, as_classifier
 from weakspot.datasets import LabeledImages
 from weakspot.training.checkpoint import Record, find_earlier, make_record
@@ -94,23 +92,24 @@ def train(
         raise ValueError(f"out must be the path of a folder, got {out!r}")
     folder = None if out is None else Path(out)
     callbacks = Callbacks(on_epoch=on_epoch, progress=progress)
-    generators = random.getstate(), np.random.get_state()  # noqa: NPY002 - a model may draw from it
-    try:
-        with torch.random.fork_rng(), torch.inference_mode(mode=False), torch.enable_grad():
-            classifier = _copied(model)
-            images = as_labeled(data, classifier, workers=config.workers)
-            _check_fit(classifier, images)
-            resolved = config.resolved(images.shape[0])
-            record = make_record(resolved, images, classifier, about)
-            home = classifier.mean.device
-            job = Job(classifier, images, resolved, record, folder, cache or folder)
-            if not _loaded(job):
-                _fit_exclusively(job, home, callbacks)
-            result = classifier if isinstance(model, Classifier) else classifier.network
-            result.to(home, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    finally:
-        random.setstate(generators[0])
-        np.random.set_state(generators[1])  # noqa: NPY002
+    with (
+        torch.random.fork_rng(),  # the generators of all devices
+        preserve_random_state(),
+        torch.inference_mode(mode=False),
+        torch.enable_grad(),
+    ):
+        classifier = _copied(model)
+        images = as_labeled(data, classifier, workers=config.workers)
+        _check_fit(classifier, images)
+        resolved = config.resolved(images.shape[0])
+        record = make_record(resolved, images, classifier, about)
+        home = classifier.mean.device
+        job = Job(classifier, images, resolved, record, out=folder, cache=cache or folder)
+        # Also without Lightning Fabric a finished training can be loaded.
+        if not _loaded(job):
+            _fit_exclusively(job, home, callbacks)
+        result = classifier if isinstance(model, Classifier) else classifier.network
+        result.to(home, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for module, own in zip(result.modules(), model.modules(), strict=True):
         module.training = in_train_mode(own)
     return result

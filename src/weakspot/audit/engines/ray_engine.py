@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from weakspot._checks import first_line, require, warn
 from weakspot._io.urls import is_url
-from weakspot.audit.engines import Backlog, Engine, Progress, Results
 from weakspot.audit.engines.ray_worker import Attempts, GivenUpError, Reply, Task, Worker
 from weakspot.audit.store.digests import StoppedError
 from weakspot.audit.store.run_info import versions
+from weakspot.audit.work.engine import Backlog, Engine, Progress, Results
 from weakspot.audit.work.shard import ShardResult
 from weakspot.models.probe import probe
 from weakspot.models.specs import fingerprint
@@ -243,6 +243,7 @@ def allocation(device: str, workers: int | None) -> tuple[int, int, float]:
         raise ValueError(
             f"workers must be at most {sum(cpus)}, the number of CPUs of the Ray cluster, got {count}"
         )
+    # More threads than cores of a worker's share would slow all workers down.
     requested = os.environ.get("OMP_NUM_THREADS", "")
     most = int(requested) if requested.isdigit() and int(requested) else max(fitting)
     return count, min(max(fitting), most), min(1.0, gpus / count)
@@ -288,6 +289,7 @@ def _batches(backlog: Backlog, workers: int, threads: int, gpus: float) -> Gener
 def _unpacked(content: bytes) -> ShardResult:
     """The result that a worker sent, with its warnings raised; or its exception, raised."""
     reply: Reply = pickle.loads(content)  # noqa: S301 - from our own worker, like everything that Ray carries
+    # Raised in this process, so that the user's filters apply and repetitions are shown once.
     for message, category in reply.warnings:
         warn(message, category)
     if isinstance(reply.result, Exception):

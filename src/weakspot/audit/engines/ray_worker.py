@@ -138,6 +138,7 @@ class Worker:
     def __call__(self, batch: pa.Table) -> pa.Table:
         import pyarrow as pa
 
+        # batch_size=1 in `map_batches`.
         (number,) = batch["number"].to_pylist()
         messages = list(self.warnings)
         with _recorded(messages):
@@ -162,6 +163,7 @@ def _load(task: Task) -> AuditModel:
     Raises:
         ValueError: if model or images differ from those where the audit was started.
     """
+    # Before the model is loaded: some libraries size their thread pools on first use.
     torch.set_num_threads(task.threads)
     sys.path.extend(path for path in task.paths if path not in sys.path)
     if Path(task.folder).is_dir():

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from weakspot.audit.findings.cells import WHOLE_IMAGE, adjusted, quoted_name
 from weakspot.audit.findings.locations import score_names
+from weakspot.audit.findings.outcomes import WHOLE_IMAGE, adjusted, quoted_name
 from weakspot.audit.plan.attack_plan import AttackPlan
 from weakspot.audit.plan.limits import limit_of
 from weakspot.audit.plan.plan import Plan
@@ -153,6 +153,7 @@ def compare(before: Run, after: Run) -> Comparison:
 def _differences(pairs: pd.DataFrame, scores: Sequence[str], attack: str, region: str) -> pd.DataFrame:
     """One row per score, from the columns NAME and NAME_after of `pairs`."""
     sides = [pairs[[f"{name}{suffix}" for name in scores]].to_numpy(float) for suffix in ("", "_after")]
+    # A mean difference needs the same images on both sides.
     known = np.isfinite(sides[0]) & np.isfinite(sides[1])
     before, after = (np.where(known, side, np.nan) for side in sides)
     changes = after - before

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from weakspot.audit.findings.cells import adjusted, once_per_run, read_cell
+from weakspot.audit.findings.outcomes import adjusted, once_per_run, read_cell
+from weakspot.audit.plan.limits import recorded_norm
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.run import Run
 from weakspot.regions.spec import RegionSpec
@@ -191,6 +192,7 @@ def _beside(contrast: Contrast, first: Contrast) -> str:
         change = f"{100 * contrast.difference:+.1f} points"
         interval = f"{100 * contrast.low:+.1f}, {100 * contrast.high:+.1f}"
     else:
+        # The difference is log2(control / region), so its power of two is the ratio of sizes.
         value = _size(contrast.control_value, contrast.control_censored, contrast.norm)
         change = f"{2**contrast.difference:.2f} times as much"
         interval = f"{2**contrast.low:.2f}, {2**contrast.high:.2f}"
@@ -216,7 +218,7 @@ def _comparisons(plan: Plan) -> Iterator[tuple[str, str | None, str, str, Sequen
             shifted = [control.text for control in controls if control.donor is None]
             for kind, texts in ((OTHERS, drawn), (SHIFTED, shifted)):
                 if texts and not spec.is_control:
-                    yield attack.label, attack.minimized_norm, region, kind, texts
+                    yield attack.label, recorded_norm(attack), region, kind, texts
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,6 +252,7 @@ def _outcomes(run: Run, attack: str, region: str, controls: Sequence[str], norm:
     columns = ["index", "fooled", "correct", "region_fraction", *([] if norm is None else [norm])]
     own = read_cell(run, attack, region, columns).set_index("index")
     own = own[own["fooled"].notna() & own["correct"].fillna(False).astype(bool)]
+    # Reindexed to the region's images: a control with an unknown outcome becomes NaN there.
     frames = [
         read_cell(run, attack, text, columns).set_index("index").reindex(own.index) for text in controls
     ]
@@ -259,6 +262,7 @@ def _outcomes(run: Run, attack: str, region: str, controls: Sequence[str], norm:
         return np.column_stack(parts)
 
     known = np.isfinite(stacked("fooled"))
+    # An image is compared if at least one of its controls is known.
     some = known.any(1)
     return _Outcomes(
         own["fooled"].to_numpy(float)[some],

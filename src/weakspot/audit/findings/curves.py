@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from weakspot.audit.findings.cells import once_per_run, read_cell
+from weakspot.audit.findings.outcomes import once_per_run, read_cell
 from weakspot.audit.plan.attack_plan import AttackPlan, Value
-from weakspot.audit.plan.limits import NORMS, read_limit
+from weakspot.audit.plan.limits import NORMS, read_limit, recorded_norm
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.records import quoted
 from weakspot.audit.store.run import Run
@@ -56,6 +56,7 @@ def budget_curves(run: Run) -> pd.DataFrame:
         largest = float(max(finite, default=0))
         for region, smallest in sizes_by_region.items():
             for size in _curve_sizes(family, smallest, largest) if len(smallest) else ():
+                # Sizes are stored in float32: one that equals the budget may lie above it by rounding.
                 fooled = proportion_interval(smallest <= size * (1 + FLOAT32))
                 rows.append(
                     (family.name, region, region in controls, family.norm, size, *fooled, len(smallest))
@@ -73,9 +74,7 @@ class _Family(NamedTuple):
 
 def _families(plan: Plan) -> list[_Family]:
     families = [
-        _Family(attack.label, attack.minimized_norm, [attack])
-        for attack in plan.attacks
-        if attack.minimized_norm
+        _Family(attack.label, norm, [attack]) for attack in plan.attacks if (norm := recorded_norm(attack))
     ]
     groups: dict[tuple[str, str, tuple[tuple[str, Value], ...]], list[AttackPlan]] = {}
     for attack in plan.attacks:
@@ -118,6 +117,7 @@ def _curve_sizes(family: _Family, smallest: NDArray[np.float64], largest: float)
         return [_budget_size(attack) for attack in family.attacks]
     fell = smallest[np.isfinite(smallest)]
     if len(fell):
+        # method="higher": every point of the curve is a size that occurred.
         quantiles = np.quantile(fell, np.linspace(0, 1, MAX_POINTS), method="higher")
         return [float(size) for size in np.unique(quantiles)]
     return [largest] if largest else []
@@ -145,6 +145,7 @@ def layer_curves(run: Run) -> pd.DataFrame:
 def _layer_curve(run: Run, name: str, outcomes: NDArray[np.int8]) -> Iterator[tuple[object, ...]]:
     """The rows of one stored array (image, attack, region, layer)."""
     stored = run.maps[name]
+    # The map is described as "spread", or "spread, random edit" for its control.
     measure, _, random_edit = str(stored.about["curve"]).partition(", ")
     images = _evenly_spread(np.flatnonzero((outcomes >= 0).any((1, 2))))
     values = _read(stored, images)
@@ -155,6 +156,7 @@ def _layer_curve(run: Run, name: str, outcomes: NDArray[np.int8]) -> Iterator[tu
         groups = {outcome: ended == number for number, outcome in enumerate(OUTCOMES)}
     places = {cell: place for place, cell in enumerate(run.plan.cells)}
     keys: list[tuple[object, ...]] = []
+    # One column per cell, outcome and layer, NaN for images that are not in the group.
     columns = []
     for attack, region in run.plan.reported_cells:
         at = divmod(places[attack, region], len(run.plan.regions))

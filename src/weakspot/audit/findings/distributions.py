@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from weakspot.audit.findings.cells import in_reported_regions, quoted_name
+from weakspot.audit.findings.outcomes import in_reported_regions, quoted_name
 from weakspot.audit.store.records import COLUMNS, quoted
 from weakspot.audit.store.run import Run
 from weakspot.statistics import proportion_interval
@@ -24,9 +24,6 @@ NUMBERS = ("DOUBLE", "FLOAT", "BIGINT", "INTEGER", "SMALLINT", "TINYINT")
 MAX_GRID = 20  # class names up to which confusions are counted pair by pair
 MAX_CLASSES = 2_000  # in the table; of more classes, those with the most images
 EXTREMES = 12  # images at either end
-PIXEL_COUNTS = (
-    "few_pixel",
-)  # attacks limited by the number of pixels, so that the size of a change says nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +108,7 @@ def distributions(run: Run) -> Distributions:
     for score in score_columns(run):
         name = quoted_name(score)
         values = (
+            # Infinite values, for example of log ratios, count as missing.
             f"(select attack, region, fooled, case when isfinite({name}::double) then {name}::double end as x "
             f"from outcomes where {in_reported_regions(run)})"
         )
@@ -144,6 +142,7 @@ def distributions(run: Run) -> Distributions:
 def _axis(summary: pd.DataFrame) -> tuple[float, float]:
     """The limits of an axis: all values, or all but the tails if these would take up most of it."""
     low, high = float(summary["least"].min()), float(summary["most"].max())
+    # The widest range that leaves out only the tails of every cell.
     inner = float(summary["lower"].min()), float(summary["upper"].max())
     if inner[1] > inner[0] and high - low > 3 * (inner[1] - inner[0]):
         low, high = inner
@@ -207,9 +206,10 @@ def _concatenated(parts: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame
 
 def extremes(run: Run, count: int = EXTREMES) -> Extremes:
     """Up to `count` images at either end."""
-    # The size of a change ranks images only if no attack has a budget (which fixes the size) or counts pixels.
-    by_size = not any(attack.takes_budget() or attack.name in PIXEL_COUNTS for attack in run.plan.attacks)
+    # Sizes rank images only if every attack minimizes them: a budget, or a number of pixels, fixes the size.
+    by_size = all(attack.is_minimal and not attack.takes_budget() for attack in run.plan.attacks)
     labels = [attack.label for attack in run.plan.attacks]
+    # Minimal-norm attacks end just across the boundary, so that their margins say nothing.
     attacks = labels if by_size else run.plan.bounded_attacks or labels
     if by_size:
         known = "fooled is not null"

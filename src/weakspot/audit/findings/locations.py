@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from weakspot.audit.findings.cells import WHOLE_IMAGE, adjusted, numeric_columns, once_per_run, read_cell
+from weakspot.audit.findings.outcomes import WHOLE_IMAGE, adjusted, numeric_columns, once_per_run, read_cell
 from weakspot.audit.store.records import COLUMNS
 from weakspot.audit.store.run import Run
 from weakspot.audit.store.stored_maps import StoredMap
@@ -69,6 +69,7 @@ def location_findings(run: Run) -> pd.DataFrame:
     for place, attack in enumerate(run.plan.attacks):
         maps = _importance_and_vulnerability(run, attack.label, place)
         for score, matrix in agreement(*maps).items() if maps is not None else ():
+            # matrix[j, i]: attack j with the importance map of image i; the diagonal holds the own pairs.
             whole, single = run_test(matrix, seed=run.plan.seed), other_image_test(matrix)
             value, q = single.value.cpu().numpy(), single.q.cpu().numpy()
             null = _mean_with_others(matrix)
@@ -134,6 +135,7 @@ def _averaged(maps: torch.Tensor) -> torch.Tensor:
     scale = MAX_SIDE / max(maps.shape[2:])
     if scale >= 1:
         return maps
+    # "area" takes the mean over each site, so that no evidence is skipped.
     return F.interpolate(maps, size=[max(1, round(side * scale)) for side in maps.shape[2:]], mode="area")
 
 

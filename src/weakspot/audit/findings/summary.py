@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 
-from weakspot.audit.findings.cells import WHOLE_IMAGE, CellSummary, cell_summaries, with_interval
 from weakspot.audit.findings.contrasts import contrast_sentences, region_contrasts
 from weakspot.audit.findings.locations import score_findings
+from weakspot.audit.findings.outcomes import WHOLE_IMAGE, CellSummary, cell_summaries, with_interval
 from weakspot.audit.plan.limits import judged_attacks
 from weakspot.audit.store.run import Run
 from weakspot.regions.spec import RegionSpec
@@ -80,6 +80,7 @@ def summarize(run: Run) -> Summary:
         "select count(*), avg(correct::int) from (select any_value(correct) as correct from records group by index)"
     ).fetchall()[0]
     counts = run.info.labels
+    # A run over several folders or arrays can have several sources of labels.
     sources = [f"{LABEL_SOURCES[key]} ({count} images)" for key, count in counts.items()]
     return Summary(
         cells=tuple(cells),
@@ -141,6 +142,7 @@ def unknown_cases(run: Run, table: pd.DataFrame) -> list[tuple[str, pd.DataFrame
             zip(table["images"], table["robust_accuracy"], strict=True)
         ):
             if 0 < images < total and math.isfinite(accuracy):
+                # The accuracy counts the known images; the unknown ones are added as all lost or all robust.
                 count = round(images * accuracy) + robust * (total - images)
                 frame.loc[frame.index[place], list(ROBUST)] = proportion_interval(np.arange(total) < count)
         if 0 < clean < total:

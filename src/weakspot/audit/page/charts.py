@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from weakspot.audit.findings.cells import WHOLE_IMAGE
+from weakspot.audit.findings.outcomes import WHOLE_IMAGE
 from weakspot.statistics.number_format import percent
 
 # Colors are variables of the style sheet: charts follow light mode, dark mode and print.
@@ -32,6 +32,7 @@ BUDGET_HEIGHT, LAYER_HEIGHT = 280, 190
 MAX_POINTS = 120  # of a curve; more are not visible
 
 Spec = dict[str, object]
+SEPARATE_LEGENDS: Spec = {"legend": {"color": "independent", "strokeDash": "independent"}}
 TEXT: Spec = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"}
 CONFIG: Spec = {
     "background": None,
@@ -142,14 +143,7 @@ def robust_chart(cells: pd.DataFrame, clean: float) -> Chart:
     x_axis: Spec = {"format": "%", "tickCount": 5}
     across = _field("low", scale={"domain": [0, 1]}, axis=x_axis, title="robust accuracy, 95% interval")
     shape = _field("attack", "nominal", sort=attacks, title=None, scale=_colors(attacks, SHAPES))
-    point: Spec = {
-        "type": "point",
-        "filled": True,
-        "size": 90,
-        "opacity": 1,
-        "stroke": CARD,
-        "strokeWidth": 1,
-    }
+    point: Spec = {"type": "point", "filled": True, "size": 90, "opacity": 1, "stroke": CARD}
     layers = [
         _layer({"type": "rule", "strokeWidth": 2.5}, shared, x=across, x2={"field": "high"}),
         _layer(point, shared, x=_field("robust"), shape=shape),
@@ -181,16 +175,12 @@ def histogram_chart(title: str, bins: pd.DataFrame, headings: Mapping[tuple[str,
     totals = bins.groupby(["attack", "region"])["count"].sum()
     highest = bins.groupby(["attack", "region", "low"])["count"].sum() / totals
     scale = BARS / float(highest.max())
-    table, stacked = [], dict[tuple[int, float], float]()
-    for row in bins.sort_values("outcome").to_dict("records"):
-        place = places[row["attack"], row["region"]]
-        fraction = float(row["count"] / totals[row["attack"], row["region"]])
-        foot = stacked.get((place, row["low"]), 0.0)
-        stacked[place, row["low"]] = head = foot + fraction * scale
-        table.append(
-            {"low": row["low"], "high": row["high"], "outcome": row["outcome"], "images": row["count"],
-             "fraction": fraction, "foot": foot - place, "head": head - place}
-        )  # fmt: skip
+    table = bins.sort_values("outcome").rename(columns={"count": "images"})
+    place = np.array([places[cell] for cell in zip(table["attack"], table["region"], strict=True)])
+    table["fraction"] = table["images"] / table.groupby(["attack", "region"])["images"].transform("sum")
+    # Bars of the second outcome stand on those of the first.
+    table["head"] = table.groupby(["attack", "region", "low"])["fraction"].cumsum() * scale - place
+    table["foot"] = table["head"] - table["fraction"] * scale
     low, high = float(bins["low"].min()), float(bins["high"].max())
     y_scale: Spec = {"domain": [-len(places) + 0.92, 1.05], "nice": False, "zero": False}
     x = _field(
@@ -200,7 +190,7 @@ def histogram_chart(title: str, bins: pd.DataFrame, headings: Mapping[tuple[str,
     tooltip = [*_tooltip(low="", high=""), *_tooltip("outcome", images="", fraction=".1%")]
     numbers = range(len(places))
     datasets: dict[str, object] = {
-        "rows": _rows(pd.DataFrame(table)),
+        "rows": _rows(table[["low", "high", "outcome", "images", "fraction", "foot", "head"]]),
         "headings": [{"text": text, "at": HEADING - number} for number, text in enumerate(headings.values())],
         "feet": [{"at": -number} for number in numbers],
     }
@@ -306,12 +296,9 @@ def budget_chart(title: str, curves: pd.DataFrame) -> Chart:
         title,
         "Fraction of images that are fooled by a change of this size or a smaller one, for each region; shifted "
         "regions, which are controls, are dashed.",
-        {"datasets": {"rows": rows}, "layer": layers, "resolve": _SEPARATE_LEGENDS},
+        {"datasets": {"rows": rows}, "layer": layers, "resolve": SEPARATE_LEGENDS},
         BUDGET_HEIGHT,
     )
-
-
-_SEPARATE_LEGENDS: Spec = {"legend": {"color": "independent", "strokeDash": "independent"}}
 
 
 def _thinned(curve: pd.DataFrame) -> pd.DataFrame:
@@ -356,7 +343,7 @@ def layer_chart(title: str, group: str, curves: pd.DataFrame, highest: float) ->
         title,
         f"Mean {measure} over images in every layer with its 95% interval, for images that were fooled and images that "
         "withstood.",
-        {"datasets": {"rows": rows}, "layer": layers, "resolve": _SEPARATE_LEGENDS},
+        {"datasets": {"rows": rows}, "layer": layers, "resolve": SEPARATE_LEGENDS},
         LAYER_HEIGHT,
         group,
     )

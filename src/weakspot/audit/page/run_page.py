@@ -14,7 +14,6 @@ import pandas as pd
 
 from weakspot._io.files import write_atomic
 from weakspot._io.urls import is_url, place
-from weakspot.audit.findings.cells import WHOLE_IMAGE, attack_name, with_interval
 from weakspot.audit.findings.contrasts import contrast_sentences, region_contrasts
 from weakspot.audit.findings.curves import budget_curves, layer_curves
 from weakspot.audit.findings.distributions import class_distributions, distributions, extremes
@@ -24,6 +23,7 @@ from weakspot.audit.findings.locations import (
     pixel_localities,
     score_findings,
 )
+from weakspot.audit.findings.outcomes import WHOLE_IMAGE, attack_name, with_interval
 from weakspot.audit.findings.summary import Summary, summarize
 from weakspot.audit.page.charts import CONFIG
 from weakspot.audit.page.finding_sections import (
@@ -101,6 +101,7 @@ def store_run_report(run: Run) -> str:
     if not is_url(run.name):
         return str(write_run_report(run, run.folder / FILE).resolve())
     location = place(run.name).below(FILE)
+    # A single upload, so that readers of the URL see the old page or the new one.
     location.system.pipe_file(location.path, run_report(run).encode())
     return f"{run.name.rstrip('/')}/{FILE}"
 
@@ -136,6 +137,7 @@ def run_page(header: Header, sections: Sequence[Section], made: Mapping[str, str
         libraries=_compressed(vega_libraries()) if charts else "",
         drawings=_compressed(json.dumps({"config": CONFIG, "specs": specs})),
         numbers={id(chart): number for number, chart in enumerate(charts)},
+        # The template finds the number of a chart by its identity.
         identity=id,
         rest={
             table.name: _hidden_rows(table)
@@ -173,7 +175,7 @@ def _queries(run: Run) -> Queries:
     word = shlex.quote(query) if set(query) & set('"$`\\!') else f'"{query}"'
     return Queries(  # noqa: S604 - a text for the reader
         shell=f"duckdb -c {word}",
-        python=f"from weakspot.audit import Run\n\nrun = Run({run.name!r})\n"
+        python=f"from weakspot.audit import open_run\n\nrun = open_run({run.name!r})\n"
         'run.sql("select image, min(margin_adversarial) as margin from records group by image order by margin").df()\n'
         'run.maps["adversarial"][0]  # of the first image: attacks x regions x channels x height x width',
     )
@@ -224,7 +226,7 @@ def _header(run: Run, summary: Summary | None) -> Header:
     errors = sum(cell.errors for cell in summary.cells)
     if errors:
         sentences.append(
-            f"{counted(errors, 'attack')} failed with an error; the column trouble of the records names it."
+            f"{counted(errors, 'attack')} failed with an error; the column error of the records names it."
         )
     if skipped:
         sentences.append(f"Skipped: {_reasons(run)}.")

@@ -264,6 +264,7 @@ def _confusion_charts(confusions: pd.DataFrame, cells: Sequence[tuple[str, str]]
     names = set(confusions["label"]) | set(confusions["adversarial_class"])
     if not 1 < len(names) <= MAX_CLASSES:
         return []
+    # One grid over everything first, then one per cell.
     total = confusions.groupby(["label", "adversarial_class"])[["fooled"]].sum().reset_index()
     charts = [confusion_chart("all attacks in all regions", total)]
     for attack, region in cells if len(cells) > 1 else ():

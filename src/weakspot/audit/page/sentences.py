@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from weakspot.audit.findings.cells import WHOLE_IMAGE, attack_in_region, attack_name, with_interval
 from weakspot.audit.findings.distributions import Classes, Extremes
+from weakspot.audit.findings.outcomes import WHOLE_IMAGE, attack_in_region, attack_name, with_interval
 from weakspot.audit.findings.summary import no_robust_accuracy
 from weakspot.statistics.number_format import counted, number, p_value, percent
 
@@ -88,6 +88,7 @@ def class_sentences(by_class: Classes) -> list[str]:
         only = f"The run has a single class, {classes['name'].iloc[0]}, with {counted(int(classes['images'].iloc[0]))}."
         return [only, ends]
     key = [known["attack"], known["region"]]
+    # Weighted by images: a small class must not decide which attack is the strongest.
     robust = (known["robust"] * known["images"]).groupby(key).sum() / known["images"].groupby(key).sum()
     attack, region = robust.index[int(robust.to_numpy().argmin())]
     rows = known[(known["attack"] == attack) & (known["region"] == region)]
@@ -249,6 +250,7 @@ def layer_sentences(last: Sequence[tuple[Row | None, Row | None]]) -> list[str]:
     """
     pairs = [(fooled, withstood) for fooled, withstood in last if fooled and withstood]
     if pairs:
+        # The cell with the most images in its smaller group.
         fooled, withstood = max(pairs, key=lambda pair: min(pair[0]["images"], pair[1]["images"]))
         doubt = ""
         if math.isnan(fooled["low"]) or math.isnan(withstood["low"]):

@@ -1,1 +1,1 @@
-"""Plans: what an audit is to do, stated once and in full before it starts."""
+"""Plans: what an audit does, and on which images, stated in full before it starts."""

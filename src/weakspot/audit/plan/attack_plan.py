@@ -159,6 +159,7 @@ def labeled(attacks: Iterable[AttackPlan]) -> tuple[AttackPlan, ...]:
     Raises:
         ValueError: if two have the same label.
     """
+    # Records and maps are keyed by label, so labels must tell all attacks apart.
     unique = list(dict.fromkeys(attacks))
     names = [attack.name for attack in unique]
     own = [attack.label or attack.name for attack in unique]

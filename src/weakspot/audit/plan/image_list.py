@@ -102,10 +102,12 @@ def list_images(
         return image._replace(label=-1)
 
     named: dict[str, _Image] = {}
+    # A file below two sources is listed once, by the first of them.
     for source, group in images.items():
         by_folder = _folder_labels(present[source], group, classes, labels)
         for image in group:
             named.setdefault(_name(image, root), with_label(image, by_folder))
+    # Sorted by name: the index of an image does not depend on the order of the disk.
     names = sorted(named)
     if limit is not None and limit < len(names):
         names = sorted(sorted(names, key=lambda name: _draw(name, seed))[:limit])
@@ -152,6 +154,7 @@ def _walk(source: Path, location: str) -> Iterator[_Image]:
             below = path.relative_to(source).parts
             first = below[0] if len(below) > 1 else ""
             yield _Image(path, os.fsencode(path), folder=first, error=_unreadable(path))
+    # A folder without permission is an entry of its own, so that it is reported as skipped.
     for path in closed:
         yield _Image(path, os.fsencode(path), error="no permission to read the folder; skipped")
 

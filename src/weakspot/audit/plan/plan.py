@@ -75,6 +75,18 @@ class Plan:
     group: int | None = None
     stated_budgets: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        controls = len(self.regions) - len([spec for spec in self.specs.values() if not spec.is_control])
+        regions = [text for text, spec in self.specs.items() if not spec.is_control]
+        return "\n".join(
+            [
+                f"Plan(model {self.model.spec}, images from {', '.join(self.sources[:3]) or 'nowhere'})",
+                f"  attacks: {', '.join(attack.label or attack.name for attack in self.attacks)}",
+                f"  regions: {', '.join(regions)}" + (f" and {controls} controls" if controls else ""),
+                f"  analyses: {', '.join(self.analyses) or 'none'}",
+            ]
+        )
+
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, object], folder: Path | None = None) -> Plan:
         """Read a plan, not yet `resolved`, from plain values.
@@ -107,6 +119,7 @@ class Plan:
             values["analyses"] = tuple(available_analyses())
         elif values.get("analyses") == ("none",):
             values["analyses"] = ()
+        # Everything else is the path of a CSV file.
         if values.get("labels", "auto") not in LABELS:
             values["labels"] = str(folder / str(values["labels"]))
         return cls(**values)
@@ -227,6 +240,7 @@ def read_plan(path: Path) -> dict[str, object]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML ({error})") from None
     folder = path.absolute().parent
+    # Relative to the file, not to the working directory: a plan can be moved with its images.
     images = table.get("images")
     if isinstance(images, str | list):
         paths = [images] if isinstance(images, str) else images
@@ -249,41 +263,3 @@ def _within(folder: Path, path: str) -> str:
 
 def _normal(source: str) -> str:
     return source.rstrip("/") if is_url(source) else os.path.normpath(source)
-
-
-def control_of(region: str) -> str:
-    """Text of the control that is the region shifted within the image."""
-    return RegionSpec.parse(region).shifted().text
-
-
-def is_other(region: str) -> bool:
-    """Whether a region is a control made on other images."""
-    return RegionSpec.parse(region).donor is not None
-
-
-def is_control(region: str) -> bool:
-    """Whether a region exists only to be compared with another."""
-    return RegionSpec.parse(region).is_control
-
-
-def other_region(text: str) -> tuple[str, int]:
-    """The region and number of a control made on other images."""
-    spec = RegionSpec.parse(text)
-    assert spec.control_of is not None  # noqa: S101
-    assert spec.donor is not None  # noqa: S101
-    return spec.control_of.text, spec.donor
-
-
-def is_minimal(attack: AttackPlan) -> bool:
-    """See `AttackPlan.is_minimal`."""
-    return attack.is_minimal
-
-
-def norm_of(attack: AttackPlan) -> str | None:
-    """See `AttackPlan.minimized_norm`."""
-    return attack.minimized_norm
-
-
-def bounded_attacks(plan: Plan) -> list[str]:
-    """See `Plan.bounded_attacks`."""
-    return plan.bounded_attacks

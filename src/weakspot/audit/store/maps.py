@@ -108,6 +108,7 @@ def _kind(name: str, values: Values, about: Attributes) -> tuple[str, str]:
     if values.dtype.kind in "biu" or kind == "category":
         if bool(((values >= 0) & (values < MISSING) & (values == np.floor(values))).all()):
             return "category", name
+        # Categories beyond 254 do not fit uint8.
         return "magnitude", f"{name} unbounded"
     return ("signed" if kind == "signed" else "magnitude"), name
 
@@ -123,6 +124,7 @@ def _levels(values: Values) -> NDArray[np.uint8]:
 def _packed(values: Values) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
     """Maps (n, ...) as float16, and the (n,) powers of two by which they were divided."""
     flat = values.reshape(len(values), -1).astype(np.float32)
+    # NaN and infinity are stored as they are and do not decide the scale.
     top = np.where(np.isfinite(flat), np.abs(flat), 0).max(1, initial=0)
     unscaled = (top == 0) | ((top >= SMALLEST) & (top <= LARGEST))
     # A power of two changes only the exponent: dividing by it loses nothing.
@@ -156,6 +158,7 @@ class MapWriter:
         except Exception:  # noqa: BLE001 - damaged in some way; it follows from the plan alone
             intact = False
         if not intact:
+            # Only the group's own description is replaced; arrays have theirs.
             (self.path / "zarr.json").unlink(missing_ok=True)
             self.group = zarr.open_group(self.path, mode="a", zarr_format=3)
             self.group.attrs.update(about)
@@ -170,6 +173,7 @@ class MapWriter:
         paths: list[Path] = []
         for name, block in blocks.items():
             paths += self._write(name, number, block.values, block.about)
+            # Most maps need no scale, and an array of ones would only cost files.
             if block.scale is not None and bool((block.scale != 1).any()):
                 paths += self._write(name + SCALE, number, block.scale, {"kind": "scale", "of": name})
         return {

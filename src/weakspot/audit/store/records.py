@@ -60,7 +60,7 @@ COLUMNS = {
     "ssim_local_budget_spent": "float64",
     "n_forward": "Int64",
     "n_backward": "Int64",
-    "trouble": "str",
+    "error": "str",
     "remark": "str",
     "attack_seconds": "float64",
     "analysis_seconds": "float64",
@@ -126,6 +126,7 @@ def write_shard(folder: Path, number: int, rows: pd.DataFrame, note: Note) -> Pa
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    # In memory first: the name of the file needs the digest of its content.
     table = pa.Table.from_pandas(rows, preserve_index=False)
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({NOTE: note.to_json()}), sink, compression="zstd")
@@ -160,6 +161,7 @@ def unified_schema(folder: Path) -> pa.Schema:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    # Shards can differ: an analysis may have scores for some attacks only, or integers where others have fractions.
     schema: pa.Schema | None = None
     for path in shard_files(folder).values():
         own = pq.read_schema(path).remove_metadata()
@@ -181,6 +183,7 @@ def compact(folder: Path) -> dict[str, str]:
     schema = unified_schema(folder)
 
     def write(draft: Path) -> None:
+        # Few large row groups instead of one per shard make queries faster.
         waiting: list[pa.Table] = []
         with pq.ParquetWriter(draft, schema, compression="zstd") as writer:
             for path in shard_files(folder).values():

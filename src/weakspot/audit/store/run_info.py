@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-import weakspot
 from weakspot._io.files import write_atomic
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.digests import enumerated
@@ -42,7 +41,7 @@ class ModelInfo:
     fingerprint: str
     classes: int
     input_size: tuple[int, int]
-    probe: Probe
+    probe: Probe = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -160,9 +159,12 @@ class RunInfo:
                 f"{name} is damaged: a value is missing or has the wrong type ({error}; restore it or start another "
                 "audit)"
             ) from None
+        except ValueError as error:
+            raise ValueError(f"{name} is damaged: {error}") from None
 
     @classmethod
     def _from_values(cls, values: Mapping[str, Any]) -> RunInfo:
+        # Keys of a newer version with the same schema are ignored.
         known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
         nested: dict[str, Any] = {"plan": Plan.from_mapping(_table(known["plan"]))}
         if "model" in known:
@@ -187,6 +189,7 @@ class RunInfo:
         }
         if self.model is not None:
             values["model"] = {**asdict(self.model), "probe": self.model.probe.as_mapping()}
+        # Before the images are listed these are unknown rather than empty.
         empty = () if self.status != "planned" else ("device", "labels", "absent", "remarks", "checksums")
         skipped = {*empty, *(() if self.engine else ("engine",))}
         values = {key: value for key, value in values.items() if key not in skipped}
@@ -233,7 +236,7 @@ class RunInfo:
 def versions() -> dict[str, str]:
     """Versions of everything that decides a result."""
     return {
-        "weakspot": weakspot.__version__,
+        "weakspot": version("weakspot"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": version("numpy"),

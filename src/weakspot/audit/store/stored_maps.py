@@ -124,6 +124,7 @@ class StoredMap:
         try:
             values: NDArray[Any] = np.asarray(self.array[cast("Any", key)])
         except ValueError as error:
+            # Zarr reports a failed CRC32C as a ValueError.
             if "checksum" not in str(error):
                 raise
             raise DamagedError(f"{self.array.store_path} is damaged: {error}") from error
@@ -132,6 +133,7 @@ class StoredMap:
         if self.scale is None:
             return values.astype(np.float32)
         if Ellipsis in keys:
+            # Written out, so that the first three keys are those of image, attack and region.
             place = keys.index(Ellipsis)
             whole = (slice(None),) * (self.array.ndim - len(keys) + 1)
             keys = (*keys[:place], *whole, *keys[place + 1 :])

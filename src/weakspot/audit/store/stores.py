@@ -127,6 +127,7 @@ class RemoteStore(LocalStore):
             self._send(self.folder / name)
 
     def add(self, shard: Path) -> None:
+        # zarr.json stays here: later shards of the array are written against it.
         for path in sorted((self.folder / MAPS).rglob("*")):
             if path.is_file():
                 self._send(path)
@@ -162,6 +163,7 @@ class RemoteStore(LocalStore):
 
     def _send(self, path: Path) -> None:
         state = _state(path)
+        # Time and size suffice: only this process writes to the folder, and only new content.
         if self.sent.get(path) == state:
             return
         system, target = self.remote.below(path.relative_to(self.folder).as_posix())
@@ -171,6 +173,7 @@ class RemoteStore(LocalStore):
         if protocols & ATOMIC:
             self._call(system.put_file, str(path), target)
         else:
+            # Elsewhere an interrupted upload would leave a cut file under the final name.
             draft = f"{folder}/.{name}{DRAFT}"
             self._call(system.put_file, str(path), draft)
             self._call(system.mv, draft, target)

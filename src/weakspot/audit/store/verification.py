@@ -46,6 +46,7 @@ def damaged_tables(folder: Path, info: RunInfo) -> list[str]:
 def damaged_shards(folder: Path) -> list[Path]:
     """Shard files that differ from what was written, or duplicate the number of another."""
     paths = sorted((folder / SHARDS).glob("[0-9]*-*.parquet"))
+    # Reversed, so that the first file in order wins.
     first = {shard_number(path): path for path in reversed(paths)}
     return [path for path in paths if not is_intact(path) or first[shard_number(path)] != path]
 
@@ -90,6 +91,7 @@ class MapCheck:
     def __call__(self, array: str, ndim: int, images: NDArray[np.int64]) -> None:
         """Raise DamagedError if one of these images of an array is in a file that differs from what was written."""
         bad = []
+        # Consecutive images share a shard, and so one file of every array.
         for number in np.unique(images // self.size).tolist():
             if (array, number) in self.checked or number not in self.shards:
                 continue

@@ -17,7 +17,6 @@ from pathlib import Path
 from weakspot._checks import first_line, require, warn
 from weakspot._io.files import locked
 from weakspot._io.urls import FetchError
-from weakspot.audit.engines import Backlog, Engine, EngineOptions, open_engine
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.digests import DamagedError, StoppedError, enumerated
 from weakspot.audit.store.maps import MAPS, MapWriter
@@ -37,6 +36,7 @@ from weakspot.audit.store.run import PACKAGES, Run, open_run
 from weakspot.audit.store.run_info import RUN_FILE, ImageCounts, MissingImages, RunInfo, now
 from weakspot.audit.store.stores import LocalStore, open_store
 from weakspot.audit.store.verification import damaged_tables
+from weakspot.audit.work.engine import Backlog, Engine, EngineOptions, open_engine
 from weakspot.audit.work.preparation import (
     Prepared,
     check_same_model,
@@ -123,8 +123,10 @@ def audit(
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"out must be a folder, got {folder}, which is a file")
         folder.mkdir(parents=True, exist_ok=True)
+        # Locked before the folder is checked: of two processes that start at once, one must see the other's run.
         with locked(folder, LOCK):
             store.check_free(OUTPUTS)
+            # From here on a crash leaves a run that `resume` starts from the beginning.
             RunInfo.planned(plan, command).write(folder)
             try:
                 prepared = prepare(plan, folder, command)
@@ -165,6 +167,7 @@ def resume(
     with open_store(out) as store, _storage_errors(store):
         store.fetch()
         RunInfo.read(store.folder, store.name)  # before a lock is made where no run is
+        # The lock also holds for a complete run: its repair writes.
         with locked(store.folder, LOCK):
             return _resume(store, session)
 
@@ -173,12 +176,14 @@ def _resume(store: LocalStore, session: Session) -> Run:
     folder = store.folder
     info = RunInfo.read(folder, store.name)  # again: it may have been finished before the lock was held
     plan = info.plan
+    # Safe under the lock: whoever made these drafts is dead.
     clear_drafts(folder)
     if info.status == "planned":
         with open_engine(session.engine) as engine:
             prepared = prepare(plan.resolved(), folder, info.command or session.command)
             return _run_missing_shards(prepared, store, session, engine)
     listing, damage = read_listing(folder, info), find_damage(store)
+    # Shards and maps are intact; only the compacted tables can still be damaged.
     if info.complete and not damage:
         tables = damaged_tables(folder, info)
         if not tables:
@@ -200,6 +205,7 @@ def _resume(store: LocalStore, session: Session) -> Run:
 def _run_missing_shards(prepared: Prepared, store: LocalStore, session: Session, engine: Engine) -> Run:
     """Compute and write every shard that does not exist, then finish the run."""
     folder, plan, listing, info = store.folder, prepared.plan, prepared.listing, prepared.info
+    # A remote run becomes resumable before its first shard is sent.
     store.save_info()
     total, size = len(listing), plan.shard or default_shard(prepared.classifier)
     existing = shard_files(folder)
@@ -218,9 +224,11 @@ def _run_missing_shards(prepared: Prepared, store: LocalStore, session: Session,
 
     def write(number: int, result: ShardResult) -> None:
         nonlocal info
+        # A remark is on the disk before the shard that it concerns: a crash in between cannot lose it.
         if set(result.remarks) - set(info.remarks):
             info = info.with_remarks(result.remarks)
             info.write(folder)
+        # Maps first: the existence of the shard's file says that they are complete.
         files = {} if maps is None else maps.write(number, result.maps)
         note = Note(result.read, result.skipped, result.missing, result.contents, result.seconds, files)
         store.add(write_shard(folder, number, result.rows, note))
@@ -239,6 +247,7 @@ def _run_missing_shards(prepared: Prepared, store: LocalStore, session: Session,
         for number, result in results:
             if written is not None:
                 written.result()  # raises what the writer raised
+            # Without a file the shard counts as missing, so that the next session tries it again.
             if result.missing and not result.read:
                 unread += result.missing
                 continue
@@ -254,6 +263,7 @@ def _run_missing_shards(prepared: Prepared, store: LocalStore, session: Session,
 def _finish(store: LocalStore, info: RunInfo, total: int, unread: Sequence[tuple[str, str]] = ()) -> Run:
     """Write what is true of all shards together: the complete tables, or which images are missing."""
     folder = store.folder
+    # Counts come from the notes on the disk, not from this session, which may have computed only some shards.
     notes = list(read_notes(folder))
     missing = sorted([*unread, *(pair for note in notes for pair in note.missing)])
     counts = ImageCounts(
@@ -269,6 +279,7 @@ def _finish(store: LocalStore, info: RunInfo, total: int, unread: Sequence[tuple
         replace(info, status="incomplete", missing=absent).write(folder)
         store.save_info()
         return open_run(store.name)
+    # Working time of all sessions; the wall time between them says nothing.
     seconds = sum(note.seconds for note in notes)
     # The digests come from compaction, so run.json is written after the tables that it vouches for.
     replace(

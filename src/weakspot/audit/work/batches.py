@@ -58,6 +58,7 @@ class FixedBatchClassifier(Classifier):
         )
         self.channels = classifier.channels
         self.to(classifier.mean.device)
+        # A network exported for one batch size accepts no other group.
         self.smallest_group = classifier.fixed_batch or 1
         self.group = classifier.fixed_batch or group or default_group(classifier)
 
@@ -72,6 +73,7 @@ class FixedBatchClassifier(Classifier):
     def forward(self, images: Tensor) -> Tensor:
         if len(images) == self.group:
             return super().forward(images)
+        # Bound here: `super()` without arguments does not work in a comprehension.
         forward = super().forward
         logits = [forward(part) for part in self.filled(images).split(self.group)]
         return torch.cat(logits)[: len(images)]
@@ -111,7 +113,9 @@ def bisect_failures(work: Callable[[Tensor], T], rows: Tensor, errors: Errors, d
         if len(rows) == 1:
             errors[int(rows[0])] = f"{description}: {sentence(error)}"
             return []
+    # Outside the handler, so that the failed attempt's tensors are freed before the halves are tried.
     half = (len(rows) + 1) // 2
+    # An image that fails costs about 2 log2(N) extra attempts; N - 1 good ones stay in large parts.
     first = bisect_failures(work, rows[:half], errors, description)
     return first + bisect_failures(work, rows[half:], errors, description)
 
@@ -162,9 +166,11 @@ class AdaptiveBatches:
             OSError: see `bisect_failures`.
         """
         parts: Parts[T] = []
+        # Sizes learned from memory errors persist for later calls, unless one image alone was to blame.
         start, before, alone = 0, (self.size, self.group), False
         while start < len(rows):
             batch = rows[start : start + (self.size or len(rows))]
+            # Errors of a batch that runs out of memory are dropped: its halves will report them again.
             own: Errors = {}
             try:
                 parts += bisect_failures(work, batch, own, description)
@@ -197,6 +203,7 @@ class AdaptiveBatches:
 
     def _shrink(self, count: int) -> bool:
         """Halve the batch, then the group; False if neither can be halved."""
+        # Halves stay multiples of the group, so that every image keeps its place in its group.
         if count > self.group:
             self.size = max(self.group, count // 2 // self.group * self.group)
         elif self.classifier is not None and self.group > self.classifier.smallest_group:
@@ -252,6 +259,7 @@ class AuditModel:
         parts = self.attack_batches.each(
             predict_rows, everything, errors, f"a pass through {self.fixed.name}"
         )
+        # If the network failed on everything, the number of classes comes from the probe.
         first = parts[0][1] if parts else torch.empty(0, max(2, self.watch.probe.logits.shape[1]))
         logits = first.new_full((len(images), first.shape[1]), torch.nan, device=images.device)
         for rows, part in parts:

@@ -112,13 +112,14 @@ def cell_rows(clean: CleanImages, classifier: Classifier, cell: CellResult) -> p
             "region": cell.region_text,
             "region_fraction": cell.region.flatten(1).double().mean(1).cpu().numpy(),
             "label_from": [entry.label_from for entry in entries],
-            "trouble": [cell.errors.get(row) for row in range(len(entries))],
+            "error": [cell.errors.get(row) for row in range(len(entries))],
             "remark": [remark or None for remark in clean.opened.remarks],
             "attack_seconds": cell.seconds[0],
             "analysis_seconds": cell.seconds[1],
         },
         index=range(len(entries)),
     )
+    # A given label is known even if the model failed; a predicted one is not.
     predicted = clean.logits.argmax(1)
     labeled = torch.tensor([entry.label >= 0 for entry in entries], device=finite.device) | finite
     columns = _Columns(frame, classifier)
@@ -132,6 +133,7 @@ def cell_rows(clean: CleanImages, classifier: Classifier, cell: CellResult) -> p
         for name in MEASURES:
             if name in table:
                 columns.set(name, cell.rows, table[name].to_numpy())
+        # The attacked image may make the network return NaN even though the attack succeeded earlier.
         fine, labels = cell.logits.isfinite().all(1), clean.labels[cell.rows]
         rows = cell.rows[fine]
         columns.set_classes("adversarial_class", cell.logits.argmax(1), fine, cell.rows)
@@ -153,6 +155,7 @@ class _Columns:
     classifier: Classifier
 
     def set(self, name: str, rows: Tensor, values: ArrayLike) -> None:
+        # Object columns hold missing values of any type; `astype(COLUMNS)` gives them their own type.
         column = np.full(len(self.frame), None, dtype=object)
         column[rows.cpu().numpy()] = values
         self.frame[name] = column
@@ -192,6 +195,7 @@ def _scores(rows: Tensor, explained: Parts[Explanation], count: int) -> pd.DataF
 
 def _own_scores(scores: pd.DataFrame) -> pd.DataFrame:
     """Scores without null, p and q of those whose p is corrected over the batch: they depend on the other images."""
+    # A score has a q only if its p was corrected over the batch.
     corrected = [name.removesuffix("_q") for name in map(str, scores) if name.endswith("_q")]
     return scores.drop(columns=[f"{name}{end}" for name in corrected for end in COMPARED], errors="ignore")
 

@@ -107,6 +107,7 @@ def prepare(plan: Plan, out: Path, command: str) -> Prepared:
         raise ValueError(
             f"classes must have {count} names for {classifier.name}, got {len(classifier.class_names)}"
         )
+    # A region that cannot be made would otherwise fail after minutes of attacks.
     _try_regions(plan, classifier)
     plan = replace(
         plan,
@@ -152,6 +153,7 @@ def _try_regions(plan: Plan, classifier: Classifier) -> None:
     """Raises ValueError if a region cannot be made, before anything expensive is computed."""
     texts = [str(spec.control_of) if spec.donor is not None else text for text, spec in plan.specs.items()]
     with quiet():
+        # Noise rather than a flat image, which has no background to separate.
         generator = torch.Generator().manual_seed(0)
         images = torch.rand(1, classifier.channels, *classifier.input_size, generator=generator)
         images = images.to(classifier.mean.device)
@@ -214,6 +216,7 @@ def find_damage(store: LocalStore) -> dict[int, list[str]]:
     bad: dict[int, list[str]] = {}
     for shard in damaged_shards(folder):
         bad.setdefault(shard_number(shard), []).append(f"{shard.parent.name}/{shard.name}")
+    # Notes of damaged shards are not believed.
     intact = {number: path for number, path in shard_files(folder).items() if number not in bad}
     notes = {number: read_note(path) for number, path in intact.items()}
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="weakspot-verify") as pool:
@@ -243,6 +246,7 @@ def recover(store: LocalStore, listing: pa.Table, size: int, damage: Mapping[int
     remarks = []
     paths = [path for number in sorted(damage) for path in damage[number]]
     for path in paths:
+        # A damaged description concerns every shard of the array, so the whole array goes.
         if path.endswith("/zarr.json"):
             drop_array(store.folder, path.removeprefix(f"{MAPS}/"))
     if damage:
@@ -251,6 +255,7 @@ def recover(store: LocalStore, listing: pa.Table, size: int, damage: Mapping[int
         remarks.append(
             f"Damaged files were found ({files}); the results of the {images:,} images in their shards were discarded."
         )
+    # Damaged shards are computed again anyway, so their images need no comparison.
     changed, returned = _changed(store.folder, listing, size, skip=damage)
     if changed:
         names = [name for number in sorted(changed) for name in changed[number]]
@@ -282,6 +287,7 @@ def _changed(
         names = [
             entry.name
             for entry, before, now in zip(images, note.contents, digests, strict=True)
+            # An image that has become unavailable did not change: its rows stay valid.
             if before is not None and now is not None and before != now
         ]
         if names:

@@ -30,7 +30,7 @@ from weakspot.audit.work.cell_results import CellResult, CleanImages, add_maps, 
 from weakspot.audit.work.shard_images import ShardImages, open_entries
 from weakspot.classifier import evaluating
 from weakspot.explanations import Explanation, explain
-from weakspot.models.probe import probe_images
+from weakspot.models.probe import fixed_images
 from weakspot.pairs import AttackResult
 from weakspot.regions import read_region
 
@@ -117,6 +117,7 @@ class _Shard:
         self.errors: Errors = {}
         self.missing: list[tuple[str, str]] = []  # images that were attacked without one of their controls
         logits = model.predict(images, self.errors)
+        # A label of -1 is replaced by the model's own prediction.
         given = torch.tensor([entry.label for entry in opened.entries], device=images.device)
         labels = torch.where(given >= 0, given, logits.argmax(1))
         self.clean = CleanImages(opened, images, labels, logits)
@@ -128,8 +129,10 @@ class _Shard:
         if builder is not None:
             pictures = self.clean.images.cpu().numpy()
             builder.add_pictures("clean", self.places, pictures, {"title": "Clean image"})
+        # Regions depend on the clean image alone, so all attacks share them.
         regions = {text: self._region(text) for text in self.plan.reported_regions}
         donated = [str(spec.control_of) for spec in self.plan.specs.values() if spec.donor is not None]
+        # The controlled region may itself be absent from the plan; it is made for its area then.
         for text in dict.fromkeys(donated):
             regions.update(self._donated_regions(text, regions.get(text) or self._region(text)))
         frames: list[pd.DataFrame] = []
@@ -151,6 +154,7 @@ class _Shard:
     def _region(self, text: str) -> tuple[Tensor, Errors]:
         """Bool (N, 1, H, W) of the images that the model classifies, and the errors of the others."""
         region = torch.zeros_like(self.clean.images[:, :1], dtype=torch.bool)
+        # A region needs a prediction: images on which the model failed keep their error.
         errors, rows = dict(self.errors), self.clean.finite.nonzero()[:, 0]
         for part, made in self._made(text, self.clean.images, self.clean.labels, rows, errors):
             region[part] = made
@@ -178,6 +182,7 @@ class _Shard:
             for control, spec in self.plan.specs.items()
             if spec.donor is not None and str(spec.control_of) == text
         }
+        # Draws are nested: the first of five donors is the first of two, so fewer controls are a subset.
         count = max(number for number, _, _ in controls.values())
         make = self._donor_region(text)
         for row, content in enumerate(self.clean.opened.contents):
@@ -214,9 +219,11 @@ class _Shard:
         self, attack: AttackPlan, text: str, region: Tensor, errors: Errors, progress: Progress
     ) -> CellResult:
         """Attack every image in its region and explain the pairs; `errors` are those of making the region."""
+        # A copy: errors of one attack must not exclude images from the next.
         errors = dict(errors)
         started = time.perf_counter()
         rows, result = self._attack(attack, text, region, errors, progress)
+        # Success is counted on the 8-bit file that a user would store.
         if result is not None and result.success_8bit is None:
             result = self._with_eight_bit(result, attack)
         attacked = time.perf_counter()
@@ -236,6 +243,7 @@ class _Shard:
         self, attack: AttackPlan, text: str, region: Tensor, errors: Errors, progress: Progress
     ) -> tuple[Tensor, AttackResult | None]:
         """The rows that could be attacked, and the result for them."""
+        # Images with an error are not attacked; their rows state why.
         intact = [row for row in range(len(region)) if row not in errors]
         rows = torch.tensor(intact, dtype=torch.long, device=region.device)
 
@@ -246,6 +254,7 @@ class _Shard:
             return self._call(attack, images, labels, confined, lambda fraction: progress(fraction / 2))
 
         description = f"attack {attack.label} in region {text}"
+        # Random numbers follow from seed and image, so results do not depend on how rows are batched.
         parts = self.model.attack_batches.each(run, rows, errors, description)
         if not parts:
             self._check_possible(attack, text, rows, errors, explained=False)
@@ -302,9 +311,10 @@ class _Shard:
     ) -> None:
         """Raise ValueError if what failed on every image also fails on neutral images: the plan is to blame then."""
         reasons = [errors[row] for row in rows.tolist()]
+        # NaN is a property of the network on an image, never of the plan.
         if not reasons or any(reason.endswith(NOT_FINITE) for reason in reasons):
             return
-        images = probe_images(self.model.classifier)[:2]
+        images = fixed_images(self.model.classifier)[:2]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

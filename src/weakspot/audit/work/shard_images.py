@@ -73,6 +73,7 @@ def open_entries(entries: Sequence[Entry], classifier: Classifier) -> ShardImage
     facts: list[tuple[Entry, str, str]] = []
     skipped, missing = [], []
     digests: list[str | None] = [None] * len(entries)
+    # Remote pictures are fetched together, as each request waits for the network.
     contents = _fetched(entries)
     for place, entry in enumerate(entries):
         if entry.error:
@@ -115,6 +116,7 @@ def content_digests(entries: Sequence[Entry]) -> list[str | None]:
                 content = contents[entry.index]
                 return None if content is None else digest_of(content)
             path = _path(entry)
+            # The digest of an array's row covers that row alone: other rows may change.
             if entry.row >= 0:
                 return digest_of(stored_image(path, entry.row))
             return file_digest(path) if _is_regular(path) else ""
@@ -245,12 +247,14 @@ class Donors:
         area = int(own.sum())
         regions: list[Tensor] = []
         missing: list[str] = []
+        # Donors are tried in an order that depends on the image's content, so that equal images get equal controls.
         for index in self._order(content):
             if len(regions) == count:
                 break
             donor = self._donor(text, make, index, missing)
             if donor is None or donor[0] == content:
                 continue
+            # Masks are remembered as bits: one eighth of the memory.
             mask = np.unpackbits(donor[1], count=own.numel()).reshape(tuple(own.shape)).astype(bool)
             if abs(int(mask.sum()) - area) <= AREA * area:
                 regions.append(torch.from_numpy(mask).to(own.device))
@@ -258,6 +262,7 @@ class Donors:
 
     def _order(self, content: str) -> Iterator[int]:
         digest = hashlib.blake2b(content.encode(), digest_size=16, key=str(self.seed).encode()).digest()
+        # NumPy guarantees the stream of a seeded PCG64, so that draws are equal on every machine.
         rng = np.random.default_rng(int.from_bytes(digest))
         return iter(rng.permutation(len(self.listing))[:TRIED].tolist())
 

@@ -23,12 +23,12 @@ async function appeared() {
   while (!window.vegaEmbed) await new Promise((next) => setTimeout(next, 5));
 }
 
-// With `ast`, Vega interprets expressions, so that the page needs no permission to evaluate code (unsafe-eval).
+// With `ast`, Vega interprets expressions, so that the page needs no permission to evaluate code.
 async function draw(place) {
   if (place.dataset.drawn) return;
   place.dataset.drawn = "begun";
-  const wide = place.clientWidth;
-  const legend = { ...drawings.config.legend, columns: Math.max(1, Math.floor(wide / 140)), labelLimit: Math.min(220, wide / 2) };
+  const wide = place.clientWidth; // of which names beside the y axis take up to 150 pixels
+  const legend = { ...drawings.config.legend, columns: Math.max(1, Math.floor((wide - 150) / 150)), labelLimit: Math.min(220, Math.max(90, wide - 200)) };
   const config = { ...drawings.config, legend };
   const options = { mode: "vega-lite", renderer: "svg", actions: false, ast: true, config };
   await vegaEmbed(place, drawings.specs[Number(place.dataset.chart)], options);

@@ -1,5 +1,0 @@
-"""`python -m weakspot.cli`."""
-
-from weakspot.cli import main
-
-main()

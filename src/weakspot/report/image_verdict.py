@@ -1,0 +1,142 @@
+"""The verdict on an explained image: what happened, with the number, the chance level and the doubt."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from weakspot.explanations.agreement import WHOLE
+from weakspot.explanations.explanation import Explanation
+from weakspot.statistics import LEAST_OTHERS
+from weakspot.statistics.number_format import number, p_value, percent
+
+MAX_GAP = 0.1  # completeness gap above which nothing is claimed
+
+
+def headline(row: pd.Series) -> str:
+    """Class and confidence before and after: "Egyptian cat 40% → lynx 97%"."""
+    before = f"{row['label']} {percent(row['label_clean'])}"
+    return f"{before} → {row['adversarial_class']} {percent(row['adversarial_class_adversarial'])}"
+
+
+def verdict(explanation: Explanation, index: int = 0) -> str:
+    """The verdict on pair number `index`, in a few sentences."""
+    row = explanation.scores.iloc[index]
+    if row["linf"] == 0:
+        return "The two images are identical; there is nothing to explain."
+    sentences = [_outcome(row)]
+    if "effect_in_roi" in row:
+        sentences.append(_location(row))
+    if "promotion_log2_ratio" in row and row["read_clean_as"] == row["label"]:
+        sentences.append(_perturbation_type(row))
+    return " ".join(sentences)
+
+
+def _outcome(row: pd.Series) -> str:
+    label, reached, target = row["label"], row["adversarial_class"], row["target"]
+    before, after = percent(row["label_clean"]), percent(row["adversarial_class_adversarial"])
+    if row["read_clean_as"] != label:
+        return (
+            f"Without an attack, the image is classified as {row['read_clean_as']}, not as {label} ({before}), so "
+            f"there is no success to explain; the adversarial image is classified as {reached} ({after})."
+        )
+    if row["success"]:
+        change = f"changed the classification from {label} ({before}) to {reached} ({after})"
+        if row["success_8bit"]:
+            return f"The attack {change}."
+        return (
+            f"The attack fools the network only before rounding to 8 bits: it {change}, but the result no longer fools "
+            "the network when stored in an image file."
+        )
+    if row["success_8bit"]:
+        return (
+            "The attack fools the network only after rounding to 8 bits, as in an image file; before rounding, the "
+            f"image is classified as {reached} ({after})."
+        )
+    if row["asked_for_target"]:
+        return (
+            f"The attack failed: its target {target} reached {percent(row['target_adversarial'])}, and the image is "
+            f"classified as {reached} ({after})."
+        )
+    return (
+        f"The attack failed: the image is still classified as {label} ({before} before, {after} after); the closest "
+        f"other class is {target}."
+    )
+
+
+def _location(row: pd.Series) -> str:
+    if row["roi_fraction"] == 0:
+        return f"No part of the image stands out for {row['label']}, so there is no region where the network looks."
+    if math.isnan(row["effect_in_roi"]):
+        return f"The attack took almost nothing from the lead of {row['label']}, or nothing that could be located."
+    # Completeness of integrated gradients: the map must sum to the whole drop of the margin.
+    if row["completeness_gap"] > MAX_GAP:
+        return (
+            "The effect could not be located: the vulnerability map misses the whole effect by "
+            f"{percent(row['completeness_gap'])}, which happens if a network answers at random."
+        )
+    if not row["success"] or row["read_clean_as"] != row["label"]:
+        return _lost_margin(row)
+    if row["reached_fraction"] < WHOLE:
+        return (
+            f"It changed {percent(row['changed_fraction'])} of the pixels and left "
+            f"{percent(1 - row['reached_fraction'])} of the image untouched; where it acts follows from that and is "
+            "not compared with where the network looks."
+        )
+    return f"{_relation(row, 'It acts')}."
+
+
+def _lost_margin(row: pd.Series) -> str:
+    """For an attack that failed or had nothing to fool: it has no place where it works, but may have taken margin."""
+    lost = row["margin_taken"]
+    if math.isnan(lost):
+        amount = f"The attack put {row['label']} further behind {row['target']}"
+    else:
+        fraction = "all" if lost >= 1 else percent(lost)
+        amount = f"The attack took {fraction} of the lead of {row['label']} over {row['target']}"
+    if row["reached_fraction"] < WHOLE:
+        return f"{amount} by changing {percent(row['changed_fraction'])} of the pixels."
+    return f"{amount}. {_relation(row, 'That lead was lost')}."
+
+
+def _relation(row: pd.Series, subject: str) -> str:
+    """Where the effect lies; a direction is stated only if every setting gives the same one (`relation`)."""
+    effect = (
+        f"{percent(row['effect_in_roi'])} of the effect falls on the {percent(row['roi_fraction'])} of the image that "
+        f"matters most for {row['label']}"
+    )
+    relation = row.get("relation", math.nan)
+    if math.isnan(relation):
+        return (
+            f"{effect}; a p value needs at least {LEAST_OTHERS} other images of the same source, in the batch or from "
+            "--reference FOLDER"
+        )
+    doubt = (
+        f"({percent(row['effect_in_roi_null'])} on the part that matters in other images; "
+        f"{p_value(row['relation_p'])}, {p_value(row['relation_q'], 'q')} over the images)"
+    )
+    if relation > 0:
+        return f"{subject} where the network looks: {effect} {doubt}"
+    if relation < 0:
+        return f"{subject} away from where the network looks: only {effect} {doubt}"
+    return f"There is no clear relation to where the network looks: {effect} {doubt}"
+
+
+def _perturbation_type(row: pd.Series) -> str:
+    """Whether the perturbation raises the target's logit or lowers the label's (Xu et al. 2019, arXiv 1904.02057)."""
+    promotion, suppression = row["whole_promotion"], row["whole_suppression"]
+    target, label = row["target"], row["label"]
+    if math.isnan(row["promotion_log2_ratio"]):
+        return f"The perturbation neither raises the logit of {target} nor lowers that of {label}."
+    effects = (
+        f"{_verb(promotion)} the logit of {target} by {number(abs(promotion))} and "
+        f"{_verb(-suppression)} that of {label} by {number(abs(suppression))}"
+    )
+    if row["perturbation_type"] == "balanced":
+        return f"The perturbation is balanced: it {effects}, and neither effect is more than twice the other."
+    return f"The perturbation is {row['perturbation_type']}: it {effects}."
+
+
+def _verb(change: float) -> str:
+    return "raises" if change > 0 else "lowers"

@@ -1,0 +1,94 @@
+"""Run commands in the test's process, on tiny networks and small photographs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from weakspot import cli, sample_images
+from weakspot.cli import output
+
+
+@dataclass
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+NETWORKS = """
+import torch
+from torch import nn
+
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    ).eval()
+
+
+class Loud(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = build()
+
+    def forward(self, images):
+        print("hello from forward")
+        return self.inner(images)
+
+
+def gray():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 10)).eval()
+"""
+TINY = ("--model", "tiny_networks:build", "--size", "64x64")
+NAMES = ["chelsea.png", "coffee.png", "motorcycle.png", "rocket.png"]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Run `weakspot ARGUMENTS` in a folder of its own, which holds tiny networks in tiny_networks.py."""
+    (tmp_path / "tiny_networks.py").write_text(NETWORKS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "200")
+    # No progress line, however slow the machine is.
+    monkeypatch.setattr(output, "LINE_EVERY", 3600.0)
+
+    def call(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["weakspot", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return Ended(int(stopped.value.code or 0), captured.out, captured.err)
+
+    yield call
+    sys.modules.pop("tiny_networks", None)
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """A folder of four photographs of 64 x 64 pixels."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    images, names = sample_images((64, 64))
+    for image, name in zip(images, names, strict=True):
+        save(image, folder / f"{name}.png")
+    return folder
+
+
+def save(image: torch.Tensor, path: Path) -> None:
+    """Write an image (C, H, W) as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(path)

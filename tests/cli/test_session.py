@@ -1,0 +1,187 @@
+"""The session: images that are read, folders that are written, classifiers that fit, options that are parsed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+
+from tests.cli.conftest import NAMES, Run, save
+from weakspot import sample_images
+from weakspot.cli.app import Failure, app
+from weakspot.cli.options import (
+    ModelOptions,
+    OutputOptions,
+    parse_batch_size,
+    parse_names,
+    parse_number,
+    parse_numbers,
+    parse_settings,
+    parse_size,
+    read_class_names,
+)
+from weakspot.cli.session import Session, check_existing, check_output, check_sources, load_classifier
+
+MODEL = ModelOptions("tiny_networks:build", size="64x64")
+
+
+@pytest.fixture
+def session(run: Run, tmp_path: Path) -> Session:
+    context = typer.Context(typer.main.get_command(app))
+    return Session(context, OutputOptions(), MODEL, tmp_path / "out", lambda _step, _fraction: None)
+
+
+def test_bad_files_among_good_ones_are_named_once_each(
+    session: Session, photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = photographs / "coffee.png"
+    (photographs / "rocket.png").unlink()
+    (photographs / "notes.txt").write_text("not an image")
+    (photographs / "empty.png").touch()
+    (photographs / "cut.png").write_bytes(good.read_bytes()[:2000])
+    (photographs / "half.jpg").write_bytes(b"\xff\xd8\xff\xe0" + bytes(20))
+    (photographs / "broken.gif").write_bytes(b"GIF89a")
+    Image.fromarray(np.zeros((8, 8), np.float32), mode="F").save(photographs / "float.tiff")
+    images = session.read_images([photographs, Path("missing.png")])
+    assert images.names == NAMES[:3]
+    assert session.unread  # missing.png
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    bad = ["notes.txt", "empty.png", "cut.png", "half.jpg", "broken.gif", "float.tiff"]
+    assert len(lines) == len(session.skipped) == len(bad)
+    for name in bad:
+        assert sum(name in line for line in lines) == 1
+
+
+def test_names_are_unique_and_printable(session: Session, photographs: Path) -> None:
+    other = Path("other")
+    other.mkdir()
+    (other / "coffee.png").write_bytes((photographs / "coffee.png").read_bytes())
+    images = session.read_images([photographs / "coffee.png", other / "coffee.png", other / "coffee.png"])
+    assert images.names == ["photos/coffee.png", "other/coffee.png", "other/coffee.png"]
+    assert images.subset([1]).names == ["other/coffee.png"]
+    assert repr(images) == "Images((3, 3, 64, 64): photos/coffee.png, other/coffee.png, other/coffee.png)"
+
+
+def test_sample_images_have_the_channels_of_the_classifier(run: Run, session: Session) -> None:
+    session.network = ModelOptions("tiny_networks:gray", size="28x28")
+    assert session.read_images([], samples=True).pixels.shape == (4, 1, 28, 28)
+
+
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        (lambda: parse_number("--eps", "four"), "--eps must be a number such as 0.03 or 8/255, got 'four'"),
+        (lambda: parse_number("--eps", "1/0"), "--eps must be a number"),
+        (
+            lambda: parse_numbers("--mean", "a,b"),
+            "--mean must be numbers separated by commas, one per channel, got 'a,b'",
+        ),
+        (
+            lambda: parse_size("big"),
+            "--size must be HEIGHTxWIDTH in pixels such as 224x224, got 'big'",
+        ),
+        (lambda: parse_size("0x3"), "--size must be HEIGHTxWIDTH"),
+        (lambda: parse_batch_size("0"), "--batch-size must be auto or an integer of at least 1, got '0'"),
+        (lambda: parse_settings(["steps"]), "--set must be NAME=VALUE, got 'steps'"),
+        (lambda: read_class_names(Path("nowhere.txt")), "--classes: nowhere.txt does not exist"),
+        (lambda: read_class_names(Path(__file__).with_name("x.json")), "x.json does not exist"),
+        (lambda: check_sources([]), "no images were named (give files, folders, or --samples)"),
+        (lambda: check_sources([Path("x")], samples=True), "--samples takes no images (leave out one of"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence(check: Callable[[], object], message: str) -> None:
+    with pytest.raises(Failure) as caught:
+        check()
+    assert message in str(caught.value)
+
+
+def test_values_are_parsed(tmp_path: Path) -> None:
+    assert parse_number("--eps", "8 / 255") == 8 / 255
+    assert parse_numbers("--mean", ".5, 1/4") == [0.5, 0.25]
+    assert parse_size("32x16") == (32, 16)
+    assert parse_size("32") == (32, 32)
+    assert (parse_batch_size("auto"), parse_batch_size("7")) == (None, 7)
+    assert parse_names("pgd, ,fgsm") == ["pgd", "fgsm"]
+    given = ["steps=3", "loss=dlr", "early=true", "layer=0", "steps=4"]
+    values = {"steps": 4, "loss": "dlr", "early": True, "layer": "0"}
+    assert parse_settings(given, texts=["layer"]) == values
+    for name, text in (
+        ("names.txt", "cat\ndog"),
+        ("list.json", '["cat", "dog"]'),
+        ("map.json", '{"1": "dog", "0": "cat"}'),
+    ):
+        (tmp_path / name).write_text(text)
+        assert read_class_names(tmp_path / name) == ["cat", "dog"]
+
+
+def test_sources_that_do_not_exist_end_the_command_only_if_none_exists(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_existing([tmp_path, "nowhere"])
+    assert capsys.readouterr().err == "weakspot: nowhere: no such file or folder\n"
+    with pytest.raises(typer.Exit) as ended:
+        check_existing(["nowhere"])
+    assert ended.value.exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "refused"),
+    [
+        ("made/clean", "made", True),
+        ("made/adversarial/a.png", "made", True),
+        ("made", "made", True),
+        (".", "made", True),
+        ("made/clean", "made/clean", True),
+        ("made/clean", "other", False),
+        (".", "other", False),  # nothing was written there yet
+    ],
+)
+def test_images_that_are_read_are_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, out: str, refused: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for part in ("clean", "adversarial"):
+        save(sample_images((8, 8))[0][0], tmp_path / "made" / part / "a.png")
+    folders = ("clean", "adversarial")
+    if refused:
+        with pytest.raises(Failure, match=r"holds images that are read \(give another folder\)"):
+            check_output(Path(out), [Path(source)], folders=folders, files=["overview.png"])
+    else:
+        check_output(Path(out), [Path(source)], folders=folders, files=["overview.png"])
+
+
+def test_an_output_folder_must_be_writable_and_free(session: Session, tmp_path: Path) -> None:
+    session.make_folder()
+    assert (tmp_path / "out").is_dir()
+    session.out = Path("/proc/nowhere")
+    with pytest.raises(Failure, match=r"--out /proc/nowhere cannot be created"):
+        session.make_folder()
+    (tmp_path / "clean").touch()
+    with pytest.raises(Failure, match="already holds a file named clean"):
+        check_output(tmp_path, [], folders=["clean"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ModelOptions("tiny_networks:gray", size="64x64"),
+            r"does not take images of 1 x 64 x 64 .*give --size",
+        ),
+        (
+            ModelOptions("tiny_networks:build", classes=Path("tiny_networks.py")),
+            "--classes must hold 4 names",
+        ),
+        (ModelOptions("tiny_networks:biuld"), "did you mean 'build'"),
+        (ModelOptions("tiny_networks:build", device="toaster"), "device"),
+    ],
+)
+def test_a_classifier_that_does_not_fit_is_one_sentence(
+    session: Session, options: ModelOptions, message: str
+) -> None:
+    with pytest.raises((Failure, ValueError), match=message):
+        load_classifier(options)
