@@ -36,12 +36,12 @@ def before(pictures: Path, audited: Audited) -> Run:
 
 def test_a_run_repeated_has_not_moved(before: Run, pictures: Path) -> None:
     again = audit(small_plan(pictures, maps=False), pictures.parent / "again")
-    found = compare(before, again)
-    assert found.moved.empty
-    assert (found.table["difference"].dropna() == 0).all()
-    assert found.images == 14
-    assert "both runs use the same weights" in found.remarks
-    assert found.sentence() == (
+    comparison = compare(before, again)
+    assert comparison.moved.empty
+    assert (comparison.table["difference"].dropna() == 0).all()
+    assert comparison.images == 14
+    assert "both runs use the same weights" in comparison.remarks
+    assert comparison.sentence() == (
         "Robust accuracy has not moved beyond chance for any of 4 attacks x regions, on 14 images that both runs "
         "contain."
     )
@@ -49,9 +49,9 @@ def test_a_run_repeated_has_not_moved(before: Run, pictures: Path) -> None:
 
 def test_rows_are_paired_differences_of_the_records(before: Run, pictures: Path) -> None:
     after = audit(small_plan(pictures, model=OTHER, maps=False), pictures.parent / "after")
-    found = compare(before, after)
+    comparison = compare(before, after)
     sides = [run.records.set_index(["attack", "region", "index"]).sort_index() for run in (before, after)]
-    for row in found.table.to_dict("records"):
+    for row in comparison.table.to_dict("records"):
         if row["score"] == "clean_accuracy":
             values = [side["correct"].groupby("index").first() for side in sides]
         elif row["score"] == "robust_accuracy":
@@ -74,7 +74,7 @@ def test_rows_are_paired_differences_of_the_records(before: Run, pictures: Path)
                 else mean_interval((other - one)[known])
             )
             np.testing.assert_allclose([row["low"], row["high"]], exact[1:])
-    tested = found.table.dropna(subset=["p"])
+    tested = comparison.table.dropna(subset=["p"])
     np.testing.assert_allclose(tested["q"], false_discovery(tested["p"].to_numpy()))
 
 
@@ -87,8 +87,8 @@ def test_images_are_matched_by_content(before: Run, pictures: Path) -> None:
     first = min(moved.rglob("*.png"))
     shutil.copy(first, first.with_name("twice.png"))  # one more than before
     after = audit(small_plan(moved, maps=False, analyses=()), moved.parent / "after")
-    found = compare(before, after)
-    table = found.table[found.table["score"] == "margin_adversarial"]
+    comparison = compare(before, after)
+    table = comparison.table[comparison.table["score"] == "margin_adversarial"]
     assert set(table["images"]) == {14}
     assert np.abs(table["difference"]).max() < 1e-3  # each image's random start is its content's
 
@@ -100,20 +100,20 @@ def test_a_planted_change_is_found_and_reported(before: Run) -> None:
     weaker = (records["attack"] == "pgd") & (records["region"] == "cam")
     records.loc[weaker, "success_8bit"] = True
     store_records(planted, records)
-    found = compare(before, open_run(planted))
-    moved = found.table[found.table["difference"] != 0].dropna()
+    comparison = compare(before, open_run(planted))
+    moved = comparison.table[comparison.table["difference"] != 0].dropna()
     assert list(zip(moved["score"], moved["attack"], moved["region"], strict=True)) == [
         ("robust_accuracy", "pgd", "cam")
     ]
     records.loc[weaker, "margin_adversarial"] -= 3.0
     store_records(planted, records)
-    found = compare(before, open_run(planted))
-    (margin,) = rows_of(found, "margin_adversarial", "pgd", "cam")
+    comparison = compare(before, open_run(planted))
+    (margin,) = rows_of(comparison, "margin_adversarial", "pgd", "cam")
     assert margin["difference"] == pytest.approx(-3)
     assert np.isnan(
         margin["low"]
     )  # 14 images have no interval of a mean, so that nothing is said to have moved
-    assert "margin_adversarial" not in set(found.moved["score"])
+    assert "margin_adversarial" not in set(comparison.moved["score"])
 
 
 def test_a_change_of_every_image_has_an_interval(before: Run) -> None:
@@ -126,16 +126,16 @@ def test_a_change_of_every_image_has_an_interval(before: Run) -> None:
         records["success_8bit"] = fell
         store_records(folder, records)
         sides.append(open_run(folder))
-    found = compare(*sides)
-    for row in rows_of(found, "robust_accuracy"):
+    comparison = compare(*sides)
+    for row in rows_of(comparison, "robust_accuracy"):
         assert (row["difference"], row["high"]) == (1, 1)
         assert 0.6 < row["low"] < 1
         assert row["p"] == 2 * 0.5**14
-    assert "Robust accuracy has moved" in found.sentence()
+    assert "Robust accuracy has moved" in comparison.sentence()
 
 
-def rows_of(found: Comparison, score: str, attack: str = "", region: str = "") -> list[dict[str, Any]]:
-    table = found.table[found.table["score"] == score]
+def rows_of(comparison: Comparison, score: str, attack: str = "", region: str = "") -> list[dict[str, Any]]:
+    table = comparison.table[comparison.table["score"] == score]
     rows = [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
     return [row for row in rows if row["attack"].startswith(attack) and row["region"].startswith(region)]
 
@@ -156,18 +156,18 @@ def test_what_only_one_run_has_is_named_and_left_out(before: Run, pictures: Path
         pictures, attacks=(AttackPlan("pgd", settings=(("steps", 3),)), AttackPlan("fgsm")), regions=("none", "border"),
         analyses=(), maps=False, seed=1,
     )  # fmt: skip
-    found = compare(before, audit(plan, pictures.parent / "after"))
-    assert set(found.table["attack"]) == {"", "pgd"}
-    assert set(found.table["region"]) == {"", "none"}
-    said = " ".join(found.only)
+    comparison = compare(before, audit(plan, pictures.parent / "after"))
+    assert set(comparison.table["attack"]) == {"", "pgd"}
+    assert set(comparison.table["region"]) == {"", "none"}
+    text = " ".join(comparison.only)
     for word in (
         "attack few_pixel only in",
         "region cam only in",
         "attack fgsm only in",
         "region border only in",
     ):
-        assert word in said
-    assert "seed differs: 0 before, 1 after" in found.remarks
+        assert word in text
+    assert "seed differs: 0 before, 1 after" in comparison.remarks
 
 
 def test_runs_without_a_common_image_are_refused(before: Run, networks: Path) -> None:
@@ -189,10 +189,12 @@ def test_runs_of_different_attacks_compare_clean_accuracy(before: Run, pictures:
         small_plan(pictures, attacks=(AttackPlan("fgsm"),), analyses=(), maps=False),
         pictures.parent / "after",
     )
-    found = compare(before, after)
-    assert list(found.table["score"]) == ["clean_accuracy"]
-    assert found.sentence() == "The runs have no attack and region in common: there is nothing to compare."
-    scores: Any = found.as_mapping()["scores"]
+    comparison = compare(before, after)
+    assert list(comparison.table["score"]) == ["clean_accuracy"]
+    assert (
+        comparison.sentence() == "The runs have no attack and region in common: there is nothing to compare."
+    )
+    scores: Any = comparison.as_mapping()["scores"]
     assert scores[0]["difference"] == 0
 
 

@@ -106,38 +106,40 @@ def weak(planted: Path, audited: Audited) -> Run:
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
 def test_a_planted_weak_place_is_found_and_reported(weak: Run) -> None:
-    found = region_contrasts(weak)
-    assert set(found["control"]) == {
+    contrasts = region_contrasts(weak)
+    assert set(contrasts["control"]) == {
         "shifted"
     }  # a region that is the same in every image has no other images'
-    smallest = found.set_index("attack").loc["fmn"]
+    smallest = contrasts.set_index("attack").loc["fmn"]
     assert smallest["measure"] == "smallest size"
     assert smallest["region_fraction"] == smallest["control_fraction"] == 0.25
     assert smallest["low"] > 0
     assert smallest["q"] < 0.01
     assert smallest["region_value"] < smallest["control_value"]
     assert all(
-        sentence.endswith(PLACE) for sentence in contrast_sentences(found) if sentence.startswith("fmn")
+        sentence.endswith(PLACE) for sentence in contrast_sentences(contrasts) if sentence.startswith("fmn")
     )
     assert any(
-        sentence.endswith(PLACE) for sentence in contrast_sentences(found) if sentence.startswith("pgd")
+        sentence.endswith(PLACE) for sentence in contrast_sentences(contrasts) if sentence.startswith("pgd")
     )
-    assert not any(WEAK in sentence for sentence in contrast_sentences(found))
+    assert not any(WEAK in sentence for sentence in contrast_sentences(contrasts))
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
 def test_a_network_without_a_weak_place_is_not_accused(planted: Path) -> None:
     run = audit(plan_for(planted, "even"), planted / "sound")
-    found = region_contrasts(run)
-    assert (found["q"] > 0.05).all()
-    assert not any("weaker place" in sentence or WEAK in sentence for sentence in contrast_sentences(found))
+    contrasts = region_contrasts(run)
+    assert (contrasts["q"] > 0.05).all()
+    assert not any(
+        "weaker place" in sentence or WEAK in sentence for sentence in contrast_sentences(contrasts)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
 def test_contrasts_are_paired_differences_of_the_records(weak: Run) -> None:
-    found = region_contrasts(weak)
+    contrasts = region_contrasts(weak)
     records = weak.records
-    for row in rows(found[found["measure"] == "fooled"]):
+    for row in rows(contrasts[contrasts["measure"] == "fooled"]):
         sides = [
             records[(records["attack"] == row.attack) & (records["region"] == region)].set_index("index")[
                 "success_8bit"
@@ -147,7 +149,7 @@ def test_contrasts_are_paired_differences_of_the_records(weak: Run) -> None:
         assert (row.region_value, row.control_value) == (sides[0].mean(), sides[1].mean())
         expected = paired_proportion_interval(*(side.to_numpy(bool) for side in sides))
         assert (row.difference, row.low, row.high) == pytest.approx(expected)
-    np.testing.assert_allclose(found["q"], false_discovery(found["p"].to_numpy()))
+    np.testing.assert_allclose(contrasts["q"], false_discovery(contrasts["p"].to_numpy()))
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
@@ -159,14 +161,14 @@ def test_curves_count_images_fooled_up_to_a_size(weak: Run) -> None:
     for (attack, region), curve in curves.groupby(["attack", "region"]):
         assert curve["size"].is_monotonic_increasing
         assert curve["fooled"].is_monotonic_increasing
-        mine = records[records["region"] == region]
+        selected = records[records["region"] == region]
         last = curve.iloc[-1]
         if attack == "fmn":
-            mine = mine[mine["attack"] == "fmn"]
-            fell = mine["success_8bit"] & (mine["linf"] <= last["size"] * 1.0001)
+            selected = selected[selected["attack"] == "fmn"]
+            fell = selected["success_8bit"] & (selected["linf"] <= last["size"] * 1.0001)
             assert last["fooled"] == fell.mean()
         else:
-            fell = mine[mine["attack"] != "fmn"].groupby("index")["success_8bit"].any()
+            fell = selected[selected["attack"] != "fmn"].groupby("index")["success_8bit"].any()
             assert last["fooled"] == fell.mean()
             assert curve["size"].tolist() == pytest.approx([2 / 255, 8 / 255, 24 / 255])
         assert ((curve["low"] <= curve["fooled"]) & (curve["fooled"] <= curve["high"])).all()
@@ -225,9 +227,9 @@ def test_the_norm_of_sizes_is_that_of_the_attack_whatever_its_label(planted: Pat
         AttackPlan("fmn", settings=(steps,), label="short"),
         AttackPlan("fmn", settings=(steps, ("norm", "l2"))),
     )
-    found = region_contrasts(audit(plan_for(planted, "quadrant", attacks=attacks), planted / "norms"))
-    assert list(found["norm"]) == ["linf", "l2"]
-    linf, l2 = contrast_sentences(found.assign(difference=[2.0, 1.0]))
+    contrasts = region_contrasts(audit(plan_for(planted, "quadrant", attacks=attacks), planted / "norms"))
+    assert list(contrasts["norm"]) == ["linf", "l2"]
+    linf, l2 = contrast_sentences(contrasts.assign(difference=[2.0, 1.0]))
     assert "/255" in linf
     assert "/255" not in l2
     assert "in L2" in l2
@@ -235,10 +237,10 @@ def test_the_norm_of_sizes_is_that_of_the_attack_whatever_its_label(planted: Pat
 
 def test_if_nothing_is_fooled_no_region_is_called_the_weakest(planted: Path) -> None:
     attacks = tuple(AttackPlan("pgd", f"linf:{eps}", (("steps", 1),)) for eps in ("0.0001", "0.0002"))
-    said = summarize(audit(plan_for(planted, "even", attacks=attacks), planted / "strong")).weakest
-    assert said.startswith("No image was fooled by pgd")
-    assert "quarter.png" in said
-    assert "matched" not in said
+    sentence = summarize(audit(plan_for(planted, "even", attacks=attacks), planted / "strong")).weakest
+    assert sentence.startswith("No image was fooled by pgd")
+    assert "quarter.png" in sentence
+    assert "matched" not in sentence
 
 
 @pytest.mark.filterwarnings("ignore:the gradient of")
@@ -292,8 +294,8 @@ def test_a_place_where_nothing_is_fooled_has_a_flat_curve_and_a_censored_size(we
     curves = budget_curves(run)
     (flat,) = rows(curves[(curves["attack"] == "fmn") & curves["control"]])
     assert (flat.size, flat.fooled, flat.images) == (0.1, 0.0, 40)
-    found = region_contrasts(run)
-    (row,) = rows(found[found["attack"] == "fmn"])
+    contrasts = region_contrasts(run)
+    (row,) = rows(contrasts[contrasts["attack"] == "fmn"])
     assert (row.region_censored, row.control_censored) == (0.0, 1.0)
     assert any(
         "confined to the region shifted within the image, at least 26/255" in sentence

@@ -29,12 +29,12 @@ CONDITIONS = st.recursive(
 
 @given(CONDITIONS)
 def test_conditions_equal_python_expressions(text: str) -> None:
-    found = Condition(text, NAMES).judge(ROW, "pgd")
-    assert found.failed == eval(text, {}, dict(ROW))  # noqa: S307 - made above
+    verdicts = Condition(text, NAMES).judge(ROW, "pgd")
+    assert verdicts.failed == eval(text, {}, dict(ROW))  # noqa: S307 - made above
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("robust_acuracy < 0.4", "got 'robust_acuracy' (did you mean 'robust_accuracy'"),
         ("", "must be a condition such as robust_accuracy < 0.4, got"),
@@ -54,18 +54,18 @@ def test_conditions_equal_python_expressions(text: str) -> None:
         ("(" * 5000 + "low < 1" + ")" * 5000, "must be a condition such as robust_accuracy < 0.4, got"),
     ],
 )
-def test_other_texts_are_refused_in_one_sentence(text: str, said: str) -> None:
+def test_other_texts_are_refused_in_one_sentence(text: str, message: str) -> None:
     with pytest.raises(ValueError, match="fail-if ") as raised:
         Condition(text, NAMES)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
     assert "\n" not in str(raised.value).replace(text, "")
 
 
 @pytest.mark.parametrize("missing", [None, float("nan")])
 def test_an_unknown_value_fails_the_gate(missing: float | None) -> None:
-    found = Condition("robust_accuracy < 0.4", NAMES).judge({**ROW, "robust_accuracy": missing}, "pgd")
-    assert found.failed
-    assert found.why == "robust_accuracy is not known, so robust_accuracy < 0.4 cannot be judged"
+    verdicts = Condition("robust_accuracy < 0.4", NAMES).judge({**ROW, "robust_accuracy": missing}, "pgd")
+    assert verdicts.failed
+    assert verdicts.why == "robust_accuracy is not known, so robust_accuracy < 0.4 cannot be judged"
     # ... but not where it does not decide
     assert not Condition("attack == 'none' and low < 1", NAMES).judge({**ROW, "low": missing}, "pgd").failed
 
@@ -77,11 +77,13 @@ def test_a_condition_that_cannot_be_judged_fails_the_gate(text: str) -> None:
 
 def test_every_condition_is_judged_on_every_row_and_no_rows_fail() -> None:
     rows = pd.DataFrame([ROW, {**ROW, "robust_accuracy": 0.6}])
-    found = judge(["robust_accuracy < 0.4", "images < 10"], rows, lambda row: f"at {row['robust_accuracy']}")
-    assert [(one.row, one.failed) for one in found] == [
+    verdicts = judge(
+        ["robust_accuracy < 0.4", "images < 10"], rows, lambda row: f"at {row['robust_accuracy']}"
+    )
+    assert [(one.row, one.failed) for one in verdicts] == [
         ("at 0.31", True), ("at 0.6", False), ("at 0.31", False), ("at 0.6", False)
     ]  # fmt: skip
-    assert found[0].why == "robust_accuracy < 0.4: robust_accuracy is 0.31"
+    assert verdicts[0].why == "robust_accuracy < 0.4: robust_accuracy is 0.31"
     (nothing,) = judge(["images < 10"], rows.iloc[:0], str)
     assert nothing.failed
 
@@ -89,12 +91,12 @@ def test_every_condition_is_judged_on_every_row_and_no_rows_fail() -> None:
 def test_junit_counts_failures_and_escapes_any_text() -> None:
     rows = pd.DataFrame([{**ROW, "attack": "odd"}, ROW])
     odd = 'p<g>&"d\x00\x1b\ud800'
-    found = judge(
+    verdicts = judge(
         ["robust_accuracy < 0.4 and attack != 'pgd'"],
         rows,
         lambda row: odd if row["attack"] == "odd" else "pgd",
     )
-    text = junit(found, "audit <x>")
+    text = junit(verdicts, "audit <x>")
     root = ET.fromstring(text.encode())  # noqa: S314 - ours
     assert root.attrib["failures"] == "1"
     assert root.attrib["tests"] == "2"

@@ -53,9 +53,9 @@ def shuffled(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def test_attacks_where_the_network_looks_are_found(looked: Run) -> None:
-    found = score_findings(looked).set_index(["region", "score"])
+    findings = score_findings(looked).set_index(["region", "score"])
     for score in STATISTICS:
-        row: Any = found.loc[("none", score)]
+        row: Any = findings.loc[("none", score)]
         assert row["p"] <= row["q"] < 0.01
         assert row["excess_low"] > 0
         assert row["against"] == "other images"
@@ -75,11 +75,11 @@ def test_attacks_beside_unrelated_maps_are_not(looked: Run, monkeypatch: pytest.
 
 
 def test_the_tests_equal_those_on_the_stored_maps(looked: Run) -> None:
-    found = location_findings(looked).set_index("score")
+    findings = location_findings(looked).set_index("score")
     maps = [torch.from_numpy(looked.maps[name][:, 0, 0])[:, None] for name in (IMPORTANCE, VULNERABILITY)]
     records = looked.records[looked.records["region"] == "none"]
     for score, matrix in agreement(*maps).items():
-        row: Any = found.loc[score]
+        row: Any = findings.loc[score]
         whole, single = run_test(matrix), other_image_test(matrix)
         assert (row["compared"], row["value"], row["p"]) == (24, whole.value, whole.p)
         assert row["alone"] == int(((single.q <= 0.1) & (single.value > single.null)).sum())
@@ -91,12 +91,12 @@ def test_the_tests_equal_those_on_the_stored_maps(looked: Run) -> None:
 
 def test_confined_attacks_are_not_tested(looked: Run) -> None:
     """The defect: an attack confined to the class activation "has its effect in the region of importance"."""
-    found = score_findings(looked)
-    confined = found[found["region"] == "cam"].set_index("score")
+    findings = score_findings(looked)
+    confined = findings[findings["region"] == "cam"].set_index("score")
     assert confined["mean"]["effect_in_roi"] > 0.5
     assert confined[["null", "excess", "p", "q", "shifted"]].isna().all(axis=None)
     assert "confined to cam" not in sentences(looked)
-    assert set(found.loc[found["p"].notna(), "region"]) == {"none"}
+    assert set(findings.loc[findings["p"].notna(), "region"]) == {"none"}
 
 
 def test_a_score_with_its_own_null_is_tested_on_the_whole_image_only(looked: Run) -> None:
@@ -105,11 +105,11 @@ def test_a_score_with_its_own_null_is_tested_on_the_whole_image_only(looked: Run
     records["planted"] = rng.normal(1, 0.2, len(records))
     records["planted_null"] = 0.5
     store_records(looked.folder, records)
-    found = score_findings(open_run(looked.folder))
-    mine = found[found["score"] == "planted"].set_index("region")
-    assert mine["q"]["none"] < 0.001
-    assert mine["against"]["none"] == "its null"
-    assert np.isnan(mine["q"]["cam"])
+    findings = score_findings(open_run(looked.folder))
+    selected = findings[findings["score"] == "planted"].set_index("region")
+    assert selected["q"]["none"] < 0.001
+    assert selected["against"]["none"] == "its null"
+    assert np.isnan(selected["q"]["cam"])
     assert "The mean planted of pgd on the whole image is" in sentences(open_run(looked.folder))
 
 
@@ -147,15 +147,17 @@ def test_many_images_are_sampled_evenly_and_large_maps_averaged(
 ) -> None:
     monkeypatch.setattr(locations, "MAX_IMAGES", 12)
     monkeypatch.setattr(locations, "MAX_SIDE", 8)
-    found = location_findings(open_run(looked.folder))
-    assert (found["compared"] == 12).all()
-    assert (found["p"] < 0.05).all()
+    findings = location_findings(open_run(looked.folder))
+    assert (findings["compared"] == 12).all()
+    assert (findings["p"] < 0.05).all()
 
 
 def test_each_attack_has_a_test_of_its_own(planted: Path) -> None:
     attacks = tuple(AttackPlan("pgd", f"linf:{eps}/255", (("steps", 2),)) for eps in (4, 8))
     run = audit(looked_plan(planted, 12, attacks=attacks, regions=("cam", "none")), planted / "run")
-    found = location_findings(run)
-    assert len(found) == 2 * len(STATISTICS)
-    first, second = (found[found["attack"] == attack.label]["value"].tolist() for attack in run.plan.attacks)
+    findings = location_findings(run)
+    assert len(findings) == 2 * len(STATISTICS)
+    first, second = (
+        findings[findings["attack"] == attack.label]["value"].tolist() for attack in run.plan.attacks
+    )
     assert first != second

@@ -60,8 +60,8 @@ def test_types_and_localities_equal_the_records_and_are_on_the_page(run: Run) ->
     )
     assert set(fooled["attack"]) == {"pgd", "few_pixel"}
     for row in types.to_dict("records"):
-        mine = fooled[fooled["attack"] == row["attack"]]["perturbation_type"].dropna()
-        hits = (mine == row["type"]).to_numpy(bool)
+        selected = fooled[fooled["attack"] == row["attack"]]["perturbation_type"].dropna()
+        hits = (selected == row["type"]).to_numpy(bool)
         assert (row["count"], row["images"]) == (hits.sum(), len(hits))
         assert [row["fraction"], row["low"], row["high"]] == pytest.approx(
             list(proportion_interval(hits)), nan_ok=True

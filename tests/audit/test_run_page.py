@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import shlex
 import shutil
 import sys
 import zlib
@@ -13,6 +15,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pandas as pd
 import pytest
@@ -68,8 +71,8 @@ class Reader(HTMLParser):
     def drawings(self) -> dict[str, Any]:
         packed = re.search(r'<script type="text/plain" id="drawings">([^<]*)</script>', self.text)
         assert packed is not None
-        found: dict[str, Any] = json.loads(zlib.decompress(b64decode(packed[1])))
-        return found
+        drawings: dict[str, Any] = json.loads(zlib.decompress(b64decode(packed[1])))
+        return drawings
 
     def values(self, number: int) -> list[dict[str, Any]]:
         """All rows of data of a drawing."""
@@ -113,10 +116,10 @@ def test_robust_accuracy_equals_the_records(made: Path, read: Reader) -> None:
     records, table = open_run(made).records, read.frame("robust")
     assert len(table) == 6
     for row in table.to_dict("records"):
-        mine = records[(records["attack"] == row["attack"]) & (records["region"] == row["region"])]
-        assert row["robust accuracy"] == percent(1 - float(mine["success_8bit"].mean()))
-        assert row["area"] == percent(float(mine["region_fraction"].mean()))
-        assert int(row["images"]) == len(mine)
+        selected = records[(records["attack"] == row["attack"]) & (records["region"] == row["region"])]
+        assert row["robust accuracy"] == percent(1 - float(selected["success_8bit"].mean()))
+        assert row["area"] == percent(float(selected["region_fraction"].mean()))
+        assert int(row["images"]) == len(selected)
     summary = summarize(open_run(made))
     assert [row["robust"] for row in read.values(0) if "robust" in row][:6] == [
         pytest.approx(cell.robust_accuracy, rel=1e-3) for cell in summary.cells
@@ -132,10 +135,10 @@ def test_distributions_equal_the_records(made: Path, read: Reader) -> None:
         "last spread": "last_spread",
     }
     for row in table[table["score"].isin(list(names))].to_dict("records"):
-        mine = records[(records["attack"] == row["attack"]) & (records["region"] == row["region"])]
-        values = mine[names[row["score"]]].to_numpy(dtype=float)
+        selected = records[(records["attack"] == row["attack"]) & (records["region"] == row["region"])]
+        values = selected[names[row["score"]]].to_numpy(dtype=float)
         values = values[np.isfinite(values)]
-        assert int(row["images"]) + int(row["unknown"]) == len(mine)
+        assert int(row["images"]) + int(row["unknown"]) == len(selected)
         assert float(row["median"]) == pytest.approx(np.median(values), rel=5e-3)
         assert float(row["mean"]) == pytest.approx(values.mean(), rel=5e-3)
     assert not [score for score in table["score"] if score.endswith((" p", " null"))]
@@ -151,20 +154,20 @@ def test_classes_have_exact_intervals_and_adversarial_classes(made: Path, read: 
     records, table = open_run(made).records, read.frame("classes")
     assert table["label"].tolist() == ["cat", "dog", HOSTILE]
     for row in table.to_dict("records"):
-        mine = records[records["label_name"] == row["label"]]
-        images = mine.drop_duplicates("index")
+        selected = records[records["label_name"] == row["label"]]
+        images = selected.drop_duplicates("index")
         assert int(row["images"]) == len(images)
         assert row["clean accuracy"] == percent(float(images["correct"].mean()))
         for attack, region, heading in (
             ("pgd", "cam", "pgd · cam"),
             ("few_pixel", "none", "few_pixel · whole image"),
         ):
-            held = ~mine[(mine["attack"] == attack) & (mine["region"] == region)]["success_8bit"].to_numpy(
-                dtype=bool
-            )
+            held = ~selected[(selected["attack"] == attack) & (selected["region"] == region)][
+                "success_8bit"
+            ].to_numpy(dtype=bool)
             fraction, low, high = proportion_interval(held)
             assert row[heading] == f"{percent(fraction)} {percent(low)} to {percent(high)}"
-        adversarial_class = mine[mine["success_8bit"] & mine["correct"]][
+        adversarial_class = selected[selected["success_8bit"] & selected["correct"]][
             "adversarial_class_name"
         ].value_counts()
         if len(adversarial_class):
@@ -188,19 +191,19 @@ def test_layer_curves_compare_successes_with_failures(made: Path, read: Reader) 
             ["pgd", "few_pixel"].index(row["attack"]),
             ["none", "cam", "matched:cam"].index(row["region"]),
         )
-        mine = records[
+        selected = records[
             (records["attack"] == row["attack"]) & (records["region"] == row["region"]) & records["correct"]
         ]
         for outcome, success in (("fooled", True), ("withstood", False)):
-            places = mine[mine["success_8bit"] == success]["index"].to_numpy()
+            places = selected[selected["success_8bit"] == success]["index"].to_numpy()
             assert int(row[f"images {'that ' if not success else ''}{outcome}"]) == len(places)
-            said = row[f"{outcome} [95%]"].split(" ")[0]
+            shown_mean = row[f"{outcome} [95%]"].split(" ")[0]
             if len(places):
-                assert float(said) == pytest.approx(
+                assert float(shown_mean) == pytest.approx(
                     spread[:][places, cell[0], cell[1], -1].mean(), rel=6e-3, abs=1e-6
                 )
             else:
-                assert said == ""
+                assert shown_mean == ""
     assert "spread alone explains nothing" in read.text
 
 
@@ -227,6 +230,14 @@ def test_names_from_outside_are_escaped(read: Reader) -> None:
 def test_a_small_page_holds_its_libraries_once(read: Reader) -> None:
     assert len(read.text) < 1_500_000
     assert len(re.findall(r'id="libraries">[A-Za-z0-9+/=]{100000,}<', read.text)) == 1
+
+
+def test_the_queries_on_the_page_run(read: Reader) -> None:
+    shell, python = (html.unescape(text) for text in re.findall(r"<pre>(.*?)</pre>", read.text, re.DOTALL))
+    exec(compile(python, "query", "exec"), {})  # noqa: S102 - our own page
+    (command, option, query) = shlex.split(shell)
+    assert (command, option) == ("duckdb", "-c")
+    assert len(duckdb.execute(query).df()) == 6
 
 
 def test_skipped_images_are_listed(read: Reader) -> None:
@@ -260,7 +271,7 @@ QUICK = (AttackPlan("pgd", settings=(("steps", 2),)),)
 @pytest.mark.parametrize(
     ("count", "changes", "shown"),
     [
-        (1, {"maps": False}, ("1 image", "The run stored no maps")),
+        (1, {"maps": False, "labels": "predictions"}, ("1 image", "The run stored no maps")),
         (
             4,
             {

@@ -178,6 +178,12 @@ def test_an_attack_without_robust_accuracy_is_named_and_left_out_of_the_chart() 
     assert not robust_section(table.iloc[1:], 1.0).charts
 
 
+def test_an_attack_without_a_budget_is_named_without_one() -> None:
+    """pandas turns a missing budget into NaN as soon as another attack has one."""
+    table = cells(0.5, 0.4).assign(attack=["pgd", "few_pixel"], budget=["linf:4/255", math.nan])
+    assert robust_section(table, 1.0).sentences[1].startswith("Under few_pixel confined to region 1")
+
+
 def depths(held: float) -> pd.DataFrame:
     return pd.DataFrame(
         [
@@ -190,10 +196,10 @@ def depths(held: float) -> pd.DataFrame:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("held", "told"), [(0.1, True), (0.48, False)])
-def test_layer_sentences_compare_with_the_control(held: float, told: bool) -> None:
+@pytest.mark.parametrize(("held", "compared"), [(0.1, True), (0.48, False)])
+def test_layer_sentences_compare_with_the_control(held: float, compared: bool) -> None:
     section = layer_section(depths(held))
-    assert ("The intervals overlap" in section.sentences[0]) is not told
+    assert ("The intervals overlap" in section.sentences[0]) is not compared
     assert "spread alone explains nothing" in section.sentences[1]
     only = layer_section(depths(held).query("outcome == 'fooled'"))
     assert "no control to compare with" in only.sentences[0]
@@ -258,9 +264,9 @@ def test_colors_of_a_chart_are_those_of_the_page() -> None:
 
 
 def test_a_curve_that_begins_later_has_its_own_size() -> None:
-    found = curves(images=3)
-    found.loc[found["control"] & (found["size"] == 0.04), "fooled"] = 0.8
-    section = budget_section(found[~(found["control"] & (found["size"] < 0.04))], NONE)
+    later = curves(images=3)
+    later.loc[later["control"] & (later["size"] == 0.04), "fooled"] = 0.8
+    section = budget_section(later[~(later["control"] & (later["size"] < 0.04))], NONE)
     assert section.sentences[0].endswith("of the images: 0.02 in cam, 0.04 in matched:cam.")
 
 

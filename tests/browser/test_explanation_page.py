@@ -68,10 +68,10 @@ class Opened:
         self.page.wait_for_selector("body[data-ready=yes]", timeout=20_000)
 
     def pixels(self, selector: str) -> list[int]:
-        found: list[int] = self.page.eval_on_selector(
+        pixels: list[int] = self.page.eval_on_selector(
             selector, "c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
         )
-        return found
+        return pixels
 
     def overlaid(self, name: str) -> list[int]:
         self.page.select_option("#pair-0 .overlay", name)
@@ -177,22 +177,22 @@ def test_zoom_is_linked_and_a_pointer_reads_both_images(opened: Opened) -> None:
     )
     assert sizes == [[24, 24]] * (2 + len(MAPS))
     opened.page.hover(CLEAN)
-    said = opened.page.inner_text("#pair-0 .readout")
-    row, column = (int(number) for number in re.findall(r"(?:row|column) (\d+)", said))
+    shown = opened.page.inner_text("#pair-0 .readout")
+    row, column = (int(number) for number in re.findall(r"(?:row|column) (\d+)", shown))
     assert {row, column} <= {47, 48}
     wanted = (sample_images((96, 96))[0][0, :, row, column] * 255).round().int().tolist()
-    assert "clean {} {} {} ·".format(*wanted) in said
+    assert "clean {} {} {} ·".format(*wanted) in shown
 
 
 def test_the_layer_browser_shows_each_layer(opened: Opened) -> None:
-    slider, said = "#pair-0 .layer-browser input", "#pair-0 .layer-browser .step"
-    last = opened.page.inner_text(said)
+    slider, shown = "#pair-0 .layer-browser input", "#pair-0 .layer-browser .step"
+    last = opened.page.inner_text(shown)
     before = opened.pixels("#pair-0 canvas.layer")
     assert len(set(before)) > 2
     assert last.startswith("1 of 1: 1, 24")
     opened.page.focus(slider)
     opened.page.keyboard.press("ArrowLeft")
-    assert opened.page.inner_text(said) == last  # a network of one layer has nowhere to go
+    assert opened.page.inner_text(shown) == last  # a network of one layer has nowhere to go
     shown = opened.page.inner_text("#pair-0 .layer-browser .value >> nth=0")
     assert float(shown) > 0
 

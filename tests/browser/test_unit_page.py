@@ -22,9 +22,9 @@ def page(tmp_path: Path, browser: Any) -> Opened:  # noqa: F811
     label = dataset / "label.csv"
     label.write_text(label.read_text().replace("red", HOSTILE.replace('"', "'")))
     model = seeing((32, 32))
-    found = dissect_layers(model, ["look"], dataset, quantile=0.07)
-    pictures = {"look": show_units(model, found["look"], dataset, [0, 1, 2, 3])}
-    content = unit_page(found, pictures, model=HOSTILE, made={"set": HOSTILE})
+    layers = dissect_layers(model, ["look"], dataset, quantile=0.07)
+    pictures = {"look": show_units(model, layers["look"], dataset, [0, 1, 2, 3])}
+    content = unit_page(layers, pictures, model=HOSTILE, made={"set": HOSTILE})
     (tmp_path / "units.html").write_text(content, "utf-8")
     return Opened(browser, tmp_path / "units.html")
 

@@ -148,7 +148,7 @@ def test_masking_the_unit_that_attacks_use_helps_against_an_attacker_who_knows()
     # Wilson's interval of 20 of 20.
     assert rows["attacked_again_low"]["these units"] == pytest.approx(0.8316, abs=1e-3)
     assert masking_sentence(table).startswith(
-        "Masking 1 unit helps, and more than masking as many others, at"
+        "Masking 1 unit helps, and more than masking as many random units or"
     )
 
 
@@ -158,7 +158,7 @@ def test_masking_a_unit_that_attacks_do_not_use_does_not_help_against_a_new_atta
     rows = table.set_index("masked")
     assert rows["attacked_again"]["these units"] == 0
     assert masking_sentence(table).startswith(
-        "Masking 1 unit is not shown to change robustness: attacked again"
+        "Masking 1 unit is not shown to change robustness: under a new attack"
     )
     for name in ("clean", "transfer", "attacked_again"):
         assert (table[f"{name}_low"] <= table[name]).all()
@@ -171,7 +171,7 @@ def test_units_that_help_no_more_than_any_others_are_reported_so() -> None:
     table = masking(model, "look", [0, 1], images, labels, attack=by_pgd).set_index("masked")
     assert table["lead"]["none"] == 1
     assert table["p"]["none"] < 1e-5
-    assert "is not shown to help more than masking as many others (random units 1" in masking_sentence(
+    assert "is not shown to help more than masking as many other units (random units 1" in masking_sentence(
         table.reset_index()
     )
 

@@ -36,7 +36,7 @@ def test_the_page_holds_every_unit_and_its_concept(tmp_path: Path) -> None:
     model = seeing((32, 32))
     result = dissect_layers(model, ["look"], dataset, quantile=0.07)
     text = unit_page(result, {}, model="a & b", made={"layer": "<look>"})
-    assert "2 of 4 units stand for a concept: green (1), red (1)." in text
+    assert "2 of 4 units detect a concept: green (1), red (1)." in text
     assert text.count("<tr data-unit=") == 4
     assert "a &amp; b" in text
     assert "&lt;look&gt;" in text

@@ -1,4 +1,4 @@
-"""The page: one file, nothing from outside, every number the one that was found."""
+"""The explanation page: one file, nothing from outside, every number equal to the explanation's."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.networks import NETWORKS
 from weakspot import Classifier, Explanation, Linf, explain
 from weakspot.attacks import pgd
 from weakspot.report.explanation_page import notebook_frame, page
@@ -27,18 +28,15 @@ HOSTILE = [
 ]
 
 
-def explained(module: torch.nn.Module, images: torch.Tensor) -> Explanation:
+@pytest.fixture(scope="module")
+def explanation() -> Explanation:
+    module, images = NETWORKS["pooling"]()
     model = Classifier.wrap(module, class_names=[HOSTILE[0], "b & b", "{target}", "d"])
     labels = model(images).argmax(1)
     pairs = pgd(model, images, labels, budget=Linf(0.2), steps=4)
     return explain(
         model, pairs, names=[HOSTILE[1], "second", "third"], made={"attack": HOSTILE[1], "seed": "0"}
     )
-
-
-@pytest.fixture
-def explanation(pooling: tuple[torch.nn.Module, torch.Tensor]) -> Explanation:
-    return explained(*pooling)
 
 
 class Reader(HTMLParser):
@@ -82,17 +80,17 @@ def test_names_from_outside_are_escaped(explanation: Explanation) -> None:
 
 
 def test_maps_in_the_page_are_those_of_the_explanation(explanation: Explanation) -> None:
-    documents = [found for found in Reader(page(explanation)).documents if "maps" in found]
+    documents = [document for document in Reader(page(explanation)).documents if "maps" in document]
     assert len(documents) == len(explanation)
     for index, document in enumerate(documents):
         assert set(document["maps"]) == {"difference", *explanation.maps}
         for name, packed in document["maps"].items():
-            found = (
+            maps = (
                 explanation.pairs.perturbation.mean(1)
                 if name == "difference"
                 else explanation.maps[name][:, 0]
             )
-            wanted = found[index].double().numpy()
+            wanted = maps[index].double().numpy()
             levels = np.frombuffer(zlib.decompress(base64.b64decode(packed["values"])), np.uint8)
             low, high = packed["range"]
             values = low + levels.reshape(document["height"], document["width"]) / 255 * (high - low)
@@ -100,7 +98,7 @@ def test_maps_in_the_page_are_those_of_the_explanation(explanation: Explanation)
 
 
 def test_pictures_in_the_page_are_the_images_to_eight_bits(explanation: Explanation) -> None:
-    document = next(found for found in Reader(page(explanation)).documents if "maps" in found)
+    document = next(document for document in Reader(page(explanation)).documents if "maps" in document)
     for name in ("clean", "adversarial"):
         picture = Image.open(io.BytesIO(base64.b64decode(document[name].split(",")[1])))
         image = getattr(explanation.pairs, name)[0]
@@ -111,7 +109,7 @@ def test_pictures_in_the_page_are_the_images_to_eight_bits(explanation: Explanat
 
 def test_class_activations_of_a_pair_share_one_scale(explanation: Explanation) -> None:
     for index, document in enumerate(
-        found for found in Reader(page(explanation)).documents if "maps" in found
+        document for document in Reader(page(explanation)).documents if "maps" in document
     ):
         limits = {
             tuple(packed["limits"]) for name, packed in document["maps"].items() if name.startswith("cam_")
@@ -168,7 +166,7 @@ def test_images_of_other_channel_counts_are_drawn(channels: int) -> None:
     ).eval()
     images = torch.rand(1, channels, 12, 17)
     explanation = explain(network, pgd(network, images, network(images).argmax(1), steps=2))
-    documents = [found for found in Reader(page(explanation)).documents if "maps" in found]
+    documents = [document for document in Reader(page(explanation)).documents if "maps" in document]
     assert (documents[0]["height"], documents[0]["width"]) == (12, 17)
     assert explanation.figure().axes
 
@@ -220,10 +218,10 @@ def test_scores_are_compared_with_other_images_if_there_are_any(
     name = {"overlap": "effect in roi", "promotion": "interpretability label"}[analysis]
     headings = (">other images<", ">p<", ">q<")
     for reference in (others, None):
-        found = explain(model, pairs, analyses=[analysis], reference=reference)
-        told = page(found).split("<main>")[1]
-        assert all((heading in told) == (reference is not None) for heading in headings)
-        rows = [row for row in shown_scores(found) if f"|{name}|" in row]
+        compared = explain(model, pairs, analyses=[analysis], reference=reference)
+        text = page(compared).split("<main>")[1]
+        assert all((heading in text) == (reference is not None) for heading in headings)
+        rows = [row for row in shown_scores(compared) if f"|{name}|" in row]
         assert len(rows) == 3
         assert all(
             ("(p " in row) == (reference is not None) for row in rows

@@ -30,7 +30,7 @@ class Explained:
         self.scores = pd.DataFrame([{**BASE, "success_8bit": changed.get("success", True), **changed}])
 
 
-def said(**changed: object) -> str:
+def verdict_for(**changed: object) -> str:
     return verdict(Explained(**changed))  # type: ignore[arg-type]
 
 
@@ -146,23 +146,28 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
     ],
 )
 def test_each_case_has_its_own_sentence(changed: dict[str, object], wanted: str) -> None:
-    assert wanted in said(**changed)
+    assert wanted in verdict_for(**changed)
 
 
 def test_a_success_on_one_side_of_rounding_is_reported_as_such() -> None:
-    before, after = said(success_8bit=False), said(success=False, adversarial_class="lynx", success_8bit=True)
+    before, after = (
+        verdict_for(success_8bit=False),
+        verdict_for(success=False, adversarial_class="lynx", success_8bit=True),
+    )
     assert before.startswith(
         "The attack fools the network only before rounding to 8 bits: it changed the classification from lynx (40%) to "
         "tabby (97%), but the result no longer fools the network when stored in an image file."
     )
     assert after.startswith("The attack fools the network only after rounding to 8 bits")
-    assert "failed" in said(success=False)
+    assert "failed" in verdict_for(success=False)
 
 
 @pytest.mark.parametrize("success", [True, False])
 def test_a_confined_or_sparse_attack_is_not_compared_with_where_the_network_looks(success: bool) -> None:
     for changed in (0.3, 0.0001):
-        sentences = said(changed_fraction=changed, reached_fraction=0.4, effect_in_roi=0.99, success=success)
+        sentences = verdict_for(
+            changed_fraction=changed, reached_fraction=0.4, effect_in_roi=0.99, success=success
+        )
         assert "p =" not in sentences
         assert "99%" not in sentences
         assert "confined" not in sentences  # a sparse attack chose its place
@@ -178,7 +183,7 @@ OUTCOMES: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("outcome", list(OUTCOMES))
 @pytest.mark.parametrize("relation", [1.0, 0.0, -1.0, float("nan")])
 def test_only_a_success_acts_anywhere_and_p_follows_its_direction(outcome: str, relation: float) -> None:
-    sentences = said(relation=relation, margin_taken=0.5, **OUTCOMES[outcome])
+    sentences = verdict_for(relation=relation, margin_taken=0.5, **OUTCOMES[outcome])
     assert ("It acts" in sentences) == (outcome == "fooled" and relation in (1, -1))
     assert "It works" not in sentences
     assert ("away from" in sentences) == (relation == -1)
@@ -221,7 +226,7 @@ def test_the_type_of_the_perturbation_is_one_sentence(
         "whole_promotion": promotion, "whole_suppression": suppression, "promotion_log2_ratio": ratio,
         "perturbation_type": kind,
     }  # fmt: skip
-    assert wanted in said(**known)
+    assert wanted in verdict_for(**known)
     # Of an image that is misclassified without any attack, nothing is typed.
-    assert "logit" not in said(**known, read_clean_as="dog")
-    assert "logit" not in said(**known, linf=0)
+    assert "logit" not in verdict_for(**known, read_clean_as="dog")
+    assert "logit" not in verdict_for(**known, linf=0)

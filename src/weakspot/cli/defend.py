@@ -275,22 +275,22 @@ def _write(
 
 def _meanings(steps: int, substitute: str | None, table: pd.DataFrame) -> dict[str, str]:
     """What each row of the table is."""
-    from weakspot.defenses import verdicts as rows
+    from weakspot.defenses.verdicts import Row
 
     meanings = {
-        rows.CLEAN: "no attack",
-        rows.TRANSFERRED: f"PGD-{steps} on the undefended model (the naive evaluation)",
-        rows.SUBSTITUTE: f"momentum iterations on {substitute}",
-        rows.OWN: f"PGD-{steps} with the defended model's gradients",
-        rows.STRAIGHT: "PGD with the gradients of the network inside the defended model",
-        rows.UNDEFENDED_GRADIENTS: "PGD with the gradients of the undefended model",
-        rows.REGION: "PGD in the region of importance, with the defended model's gradients",
-        rows.ENSEMBLE: "Auto-PGD on two losses, targeted, square search",
-        rows.ORACLE: "region of the clean image, which no defender has",
+        Row.CLEAN: "no attack",
+        Row.TRANSFERRED: f"PGD-{steps} on the undefended model (the naive evaluation)",
+        Row.SUBSTITUTE: f"momentum iterations on {substitute}",
+        Row.OWN: f"PGD-{steps} with the defended model's gradients",
+        Row.STRAIGHT: "PGD with the gradients of the network inside the defended model",
+        Row.UNDEFENDED_GRADIENTS: "PGD with the gradients of the undefended model",
+        Row.REGION: "PGD in the region of importance, with the defended model's gradients",
+        Row.ENSEMBLE: "Auto-PGD on two losses, targeted, square search",
+        Row.ORACLE: "region of the clean image, which no defender has",
     }
     families = {
-        rows.DRAWS: "the same, averaged over more draws",
-        rows.QUERIES: "random squares, without gradients",
+        Row.DRAWS: "the same, averaged over more draws",
+        Row.QUERIES: "random squares, without gradients",
     }
     for name in table["attack"]:
         for pattern, meaning in families.items():

@@ -19,23 +19,7 @@ from weakspot.budgets import Budget, Linf
 from weakspot.classifier import Classifier, as_classifier, evaluating, predict
 from weakspot.defenses.bpda import agreement, leads_on, straight_through_models
 from weakspot.defenses.randomized import DrawnByImage, defender_model, expectation, is_random
-from weakspot.defenses.verdicts import (
-    AGREEING,
-    CLEAN,
-    DRAWS,
-    ENSEMBLE,
-    GAIN,
-    OWN,
-    QUERIES,
-    REGION,
-    RISING,
-    ROUNDING,
-    STRAIGHT,
-    SUBSTITUTE,
-    TRANSFERRED,
-    UNDEFENDED,
-    UNDEFENDED_GRADIENTS,
-)
+from weakspot.defenses.verdicts import AGREEING, GAIN, RISING, ROUNDING, UNDEFENDED, Row
 from weakspot.regions import cam
 from weakspot.statistics import proportion_interval
 
@@ -119,7 +103,7 @@ class AttackSequence:
         own, undefended = as_classifier(defended), as_classifier(model)
         self.undefended = Side.of(undefended, False, effort)
         self.defended = Side.of(own, self.random, effort)
-        self.leads = {OWN: own, UNDEFENDED_GRADIENTS: undefended}
+        self.leads = {Row.OWN: own, Row.UNDEFENDED_GRADIENTS: undefended}
         self.ends: dict[str, Tensor] = {}
         self.rows: list[dict[str, object]] = []
         self.transferred = images
@@ -130,11 +114,11 @@ class AttackSequence:
     def run(self, substitute: nn.Module | None) -> None:
         """Run every attack, each on the images that are left."""
         images, labels = self.images, self.labels
-        self._judge(CLEAN, images, images)
+        self._judge(Row.CLEAN, images, images)
         everything = torch.arange(len(images), device=images.device)
         transferred = self._pgd(self.undefended, everything, stream=0, early=False)
         self.transferred = fit(transferred, images, self.effort.budget)
-        self._judge(TRANSFERRED, self.transferred, self.transferred)
+        self._judge(Row.TRANSFERRED, self.transferred, self.transferred)
         self.after_transfer = self.undefended.correct
         self.report(0.1)
         if substitute is not None:
@@ -142,20 +126,20 @@ class AttackSequence:
                 on_8bit_images(as_classifier(substitute)), images, labels, budget=self.effort.budget,
                 steps=len(self.sizes), momentum=1.0,
             ).adversarial  # fmt: skip
-            self._judge(SUBSTITUTE, moved, moved)
+            self._judge(Row.SUBSTITUTE, moved, moved)
         # From here on each attack gets only the images that withstood the attacks before it.
-        self._attack_by_gradients(OWN, 1, until=0.2)
+        self._attack_by_gradients(Row.OWN, 1, until=0.2)
         if bool(self.defended.correct.any()):
             self._find_straight_lead()
-        self._attack_by_gradients(STRAIGHT, 2, until=0.3)
-        self._attack_by_gradients(UNDEFENDED_GRADIENTS, 3, until=0.4)
+        self._attack_by_gradients(Row.STRAIGHT, 2, until=0.3)
+        self._attack_by_gradients(Row.UNDEFENDED_GRADIENTS, 3, until=0.4)
         left = bool((self.undefended.correct | self.defended.correct).any())
         region = cam(self.model, images, labels, fraction=self.effort.fraction) if left else None
-        self._attack_by_gradients(REGION, 4, region=region, until=0.5)
+        self._attack_by_gradients(Row.REGION, 4, region=region, until=0.5)
         # Images may withstand by luck or because gradients mislead: more draws, then attacks without gradients.
         self._average_more_draws()
         if self.effort.thorough:
-            self._attack(ENSEMBLE, self._ensemble, until=0.6)
+            self._attack(Row.ENSEMBLE, self._ensemble, until=0.6)
         self._add_agreements()
         self._search_by_queries()
 
@@ -167,19 +151,24 @@ class AttackSequence:
 
     def _agreement(self, lead: Classifier) -> float:
         agreeing = agreement(
-            self.leads[OWN], lead, self.images, self.labels, budget=self.effort.budget, seed=self.effort.seed
+            self.leads[Row.OWN],
+            lead,
+            self.images,
+            self.labels,
+            budget=self.effort.budget,
+            seed=self.effort.seed,
         )
         return float(agreeing.float().mean())
 
     def _find_straight_lead(self) -> None:
         """Use the outermost inner network whose gradients agree, or else the one whose gradients agree best."""
-        with evaluating(self.leads[OWN]) as defended:
+        with evaluating(self.leads[Row.OWN]) as defended:
             inner = straight_through_models(defended, self.images[:TRIED])
         best = -1.0
         for lead in inner:
             agreeing = self._agreement(lead) if len(inner) > 1 else 1.0
             if agreeing > best:
-                best, self.leads[STRAIGHT] = agreeing, lead
+                best, self.leads[Row.STRAIGHT] = agreeing, lead
             if agreeing >= AGREEING:
                 break
 
@@ -193,7 +182,7 @@ class AttackSequence:
                 row["agreement"] = self._agreement(lead)
                 ends, labels = self.ends[str(row["attack"])][left], self.labels[left]
                 budget, seed = self.effort.budget, self.effort.seed
-                leading = leads_on(self.leads[OWN], lead, ends, labels, budget=budget, seed=seed)
+                leading = leads_on(self.leads[Row.OWN], lead, ends, labels, budget=budget, seed=seed)
                 row["agreement_at_end"] = float(leading.float().mean())
 
     def _average_more_draws(self) -> None:
@@ -205,8 +194,8 @@ class AttackSequence:
             )
             if defended - undefended <= GAIN:
                 return  # no gain is left that more draws could take
-            self.defended.attacked = expectation(self.leads[OWN], draws, seed=self.effort.seed)
-            self._attack_by_gradients(DRAWS.format(draws), stream, until=0.5)
+            self.defended.attacked = expectation(self.leads[Row.OWN], draws, seed=self.effort.seed)
+            self._attack_by_gradients(Row.DRAWS.format(draws), stream, until=0.5)
             if defended - float(self.defended.correct.float().mean()) <= RISING + ROUNDING:
                 return
             draws, stream = 2 * draws, stream + 1
@@ -223,7 +212,7 @@ class AttackSequence:
                 with self._problem(side.queried, rows) as problem, problem.fused_model():
                     return square_search(problem, queries=count, stream=stream, progress=self.part)[0]
 
-            self._attack(QUERIES.format(count), search, until=0.5 + 0.5 * count / most)
+            self._attack(Row.QUERIES.format(count), search, until=0.5 + 0.5 * count / most)
             fooled = before - int(self.defended.correct.sum())
             little = fooled <= RISING * len(self.images) + ROUNDING
             if (count > FIRST_QUERIES and little) or 2 * count > most:
@@ -237,7 +226,7 @@ class AttackSequence:
 
         def descend(side: Side, rows: Tensor) -> Tensor:
             defended = side is self.defended
-            lead = self.leads.get(name) if defended and name != OWN else None
+            lead = self.leads.get(name) if defended and name != Row.OWN else None
             if lead is not None and self.random:
                 lead = expectation(lead, self.effort.draws, seed=self.effort.seed)
             best = self._pgd(side, rows, lead=lead, region=region, stream=stream)
@@ -310,7 +299,7 @@ class AttackSequence:
         """Judge the images (N, C, H, W) attacked for each side, and add the table row."""
         for side, images in zip((self.undefended, self.defended), attacked, strict=True):
             correct = (
-                torch.ones_like(self.labels, dtype=torch.bool) if name == CLEAN else side.correct.clone()
+                torch.ones_like(self.labels, dtype=torch.bool) if name == Row.CLEAN else side.correct.clone()
             )
             # An image that an earlier attack fooled stays fooled: the row is the worst case so far.
             rows = correct.nonzero()[:, 0]

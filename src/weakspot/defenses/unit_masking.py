@@ -261,26 +261,26 @@ def masking_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
     count = int(these["units"])
     units = f"{count} unit{'s' if count > 1 else ''}"
     figures = (
-        f"attacked again, the masked network classifies {_ranged(these)} of {these['images']} images correctly, the "
-        f"unmasked one {_ranged(unmasked)} (p = {unmasked['p']:.2g})"
+        f"under a new attack, the masked network classifies {_ranged(these)} of {these['images']} images correctly and "
+        f"the unmasked one {_ranged(unmasked)} (p = {unmasked['p']:.2g})"
     )
-    cost = f"Without any attack it is {these['clean']:.0%} masked and {unmasked['clean']:.0%} unmasked."
+    cost = f"Without attack, accuracy is {these['clean']:.0%} with the mask and {unmasked['clean']:.0%} without it."
     # The order of the cases matters: a lead that chance explains comes before its sign.
     if unmasked["p"] > level or unmasked["lead"] == 0:
         return f"Masking {units} is not shown to change robustness: {figures}. {cost}"
     if unmasked["lead"] < 0:
         return f"Masking {units} makes the network weaker: {figures}. {cost}"
     if not rows:
-        return f"Masking {units} helps; there are no other units to compare with: {figures}. {cost}"
+        return f"Masking {units} helps, but there are no other units to compare with: {figures}. {cost}"
     # Helping is not enough: the controls show how much masking any units of this number helps.
     behind = [str(name) for name, row in rows.items() if row["lead"] <= 0 or row["p"] > level]
     if behind:
         return (
-            f"Masking {units} helps, but is not shown to help more than masking as many others "
+            f"Masking {units} helps, but is not shown to help more than masking as many other units "
             f"({', '.join(behind)}): {figures}. {cost}"
         )
     return (
-        f"Masking {units} helps, and more than masking as many others, at random or the most active (p at most "
+        f"Masking {units} helps, and more than masking as many random units or the most active ones (p at most "
         f"{max(row['p'] for row in rows.values()):.2g}): {figures}. {cost}"
     )
 

@@ -10,19 +10,24 @@ from weakspot.statistics import mcnemar_counts
 if TYPE_CHECKING:
     import pandas as pd
 
-# Names of the rows of the table, and of a column.
-UNDEFENDED = "undefended"
-CLEAN = "clean"
-TRANSFERRED = "transferred from the undefended model"
-SUBSTITUTE = "transferred from the substitute"
-OWN = "white-box"
-STRAIGHT = "BPDA (straight-through)"
-UNDEFENDED_GRADIENTS = "BPDA (undefended gradients)"
-REGION = "white-box (region of importance)"
-DRAWS = "white-box, {} draws"
-ENSEMBLE = "ensemble"
-QUERIES = "square search, {} queries"
-ORACLE = "oracle region"
+UNDEFENDED = "undefended"  # the column of the model without the defense
+
+
+class Row:
+    """Names of the rows of the table, in their order. Rows with {} are formatted with a number."""
+
+    CLEAN = "clean"
+    TRANSFERRED = "transferred from the undefended model"
+    SUBSTITUTE = "transferred from the substitute"
+    OWN = "white-box"
+    STRAIGHT = "BPDA (straight-through)"
+    UNDEFENDED_GRADIENTS = "BPDA (undefended gradients)"
+    REGION = "white-box (region of importance)"
+    DRAWS = "white-box, {} draws"
+    ENSEMBLE = "ensemble"
+    QUERIES = "square search, {} queries"
+    ORACLE = "oracle region"
+
 
 # Thresholds, chosen on defenses of digits 0 to 99 and measured on others (docs/how-to-evaluate-a-defense.md).
 GAIN = 0.05  # in accuracy under attack; a smaller gain is no protection
@@ -67,7 +72,7 @@ def verdict(table: pd.DataFrame) -> Verdict:
     Args:
         table: from `evaluate_defense`, or read from `defense.csv`.
     """
-    rows = table[table["attack"] != ORACLE]
+    rows = table[table["attack"] != Row.ORACLE]
     worst = rows.iloc[-1]
     count = int(worst["images"])
     gain = (int(worst["defended_only"]) - int(worst["undefended_only"])) / count
@@ -114,7 +119,9 @@ def _doubts(rows: pd.DataFrame, leads: pd.DataFrame) -> list[str]:
         )
     # Rows are accuracies after all attacks so far, so the difference to the row above is what an attack takes.
     count, falls = int(rows["images"].iloc[0]), -rows["defended"].diff()
-    averages, searches = (rows["attack"].str.startswith(name.partition("{")[0]) for name in (DRAWS, QUERIES))
+    averages, searches = (
+        rows["attack"].str.startswith(name.partition("{")[0]) for name in (Row.DRAWS, Row.QUERIES)
+    )
     if averages.any() and falls[averages].iloc[-1] > RISING + ROUNDING:
         reasons.append(
             f"averaging over more draws still gains (the last doubling took "
@@ -135,7 +142,7 @@ def _doubts(rows: pd.DataFrame, leads: pd.DataFrame) -> list[str]:
 
 def _masking_note(leads: pd.DataFrame) -> str:
     """A sentence for a model that protects although its own gradients mislead."""
-    own, best = float(leads["agreement"][OWN]), str(leads["agreement"].idxmax())
+    own, best = float(leads["agreement"][Row.OWN]), str(leads["agreement"].idxmax())
     if own >= AGREEING - ROUNDING:
         return ""
     return (

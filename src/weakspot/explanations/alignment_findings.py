@@ -244,7 +244,10 @@ def _single_images(result: SsimAlignment) -> list[str]:
     tested = int(result.scores[f"{TESTED}_p"].notna().sum()) if result.runs else 0
     if not tested:
         return []
-    return [f"Tested one by one, {int(result.aligned.sum())} of {counted(tested)} show the same."]
+    aligned = int(result.aligned.sum())
+    return [
+        f"Tested alone, the visible change of {aligned} of {counted(tested)} is shown to lie where the network looks."
+    ]
 
 
 def _listed(parts: Sequence[str], word: str) -> str:

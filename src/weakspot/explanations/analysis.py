@@ -94,9 +94,11 @@ class Analysis:
     series: Mapping[str, Series] = field(default_factory=dict)
 
     def __repr__(self) -> str:
+        tests = ("_null", "_p", "_q")
+        scores = [str(name) for name in self.scores if not str(name).endswith(tests)]
         lines = [
             f"Analysis of {len(self.scores)} pairs",
-            f"  scores: {', '.join(map(str, self.scores)) or 'none'}",
+            f"  scores: {', '.join(scores) or 'none'}",
             f"  maps: {shapes(self.maps)}",
         ]
         return "\n".join(lines + ([f"  series: {', '.join(self.series)}"] if self.series else []))
@@ -108,12 +110,15 @@ AnalysisFunction = Callable[
 
 
 def shapes(tensors: Mapping[str, Tensor]) -> str:
-    """The names and shapes of tensors, for a `repr`.
+    """The names of tensors, grouped by shape, for a `repr`.
 
-    >>> shapes({"roi": torch.zeros(2, 1, 8, 8)})
-    'roi (2, 1, 8, 8)'
+    >>> shapes({"roi": torch.zeros(2, 1, 8, 8), "roa": torch.zeros(2, 1, 8, 8)})
+    'roi, roa (2, 1, 8, 8)'
     """
-    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()) or "none"
+    names: dict[tuple[int, ...], list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(tuple(tensor.shape), []).append(name)
+    return "; ".join(f"{', '.join(group)} {shape}" for shape, group in names.items()) or "none"
 
 
 def available_analyses() -> list[str]:

@@ -21,6 +21,7 @@ from weakspot.explanations.analysis import Analysis, Picture, check_pairs, prepa
 from weakspot.fusion import fused
 from weakspot.logits import margin
 from weakspot.pairs import Pairs
+from weakspot.statistics.number_format import number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,7 +63,7 @@ class Restoration:
 
     def __repr__(self) -> str:
         count, points = self.fraction.shape
-        means = ", ".join(f"{name} {float(self.scores[name].mean()):.2f}" for name in self.scores)
+        means = ", ".join(f"{name} {number(float(self.scores[name].mean()))}" for name in self.scores)
         return f"Restoration of {count} perturbations, curves of {points} points\n  means: {means}"
 
 
@@ -185,11 +186,11 @@ class _CellSearch:
         while before != int(chosen.sum()):  # removing one cell can make another superfluous: pass again
             before = int(chosen.sum())
             weakest_first = flipping.flip(0)
-            for number in weakest_first[chosen[weakest_first]].tolist():
-                chosen[number] = False
+            for cell in weakest_first[chosen[weakest_first]].tolist():
+                chosen[cell] = False
                 margins = self._mixed_margins(image, other, chosen[None], label)
                 if bool(margins[0] >= 0) != correct:
-                    chosen[number] = True
+                    chosen[cell] = True
         return chosen
 
 

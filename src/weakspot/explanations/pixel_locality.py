@@ -24,6 +24,7 @@ from weakspot.explanations.analysis import Analysis, Picture, check_pairs, prepa
 from weakspot.explanations.locality_by_radius import MEANINGS, RADII, RANDOM, ring_score
 from weakspot.pairs import Pairs
 from weakspot.statistics import rate_interval
+from weakspot.statistics.number_format import counted, percent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,9 +57,9 @@ class Locality:
 
     def __repr__(self) -> str:
         count, height, width = self.success.shape
-        lines = [f"Locality of {count} one-pixel changes in images of {height} x {width}"]
+        lines = [f"Locality of {count} one-pixel changes in images of {height} x {width}; rates of fooling:"]
         lines += [
-            f"  {row['control']} ({row['images']} images): {row['rate']:.0%} [{row['low']:.0%}, {row['high']:.0%}]"
+            f"  {row['control']} ({counted(row['images'])}): {percent(row['rate'])}"
             for row in self.controls.to_dict("records")
         ]
         return "\n".join(lines)

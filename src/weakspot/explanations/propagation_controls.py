@@ -28,6 +28,7 @@ from weakspot.explanations.feature_propagation import (
 )
 from weakspot.pairs import Pairs
 from weakspot.statistics import mean_interval
+from weakspot.statistics.number_format import counted, number, percent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,7 +67,8 @@ class PropagationStudy:
     def __repr__(self) -> str:
         last = self.table[self.table["layer"] == self.layers[-1]]
         lines = [
-            f"  {row['group']} ({row['images']} images): spread {row['spread']:.0%}, reach {row['reach']:.2f}"
+            f"  {row['group']} ({counted(row['images'])}): spread {percent(row['spread'])}, "
+            f"reach {number(row['reach'])}"
             for row in last.to_dict("records")
         ]
         return "\n".join(

@@ -16,6 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from weakspot.audit.findings.outcomes import adjusted, once_per_run, read_cell
+from weakspot.audit.plan.limits import recorded_norm
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.run import Run
 from weakspot.regions.spec import RegionSpec
@@ -217,7 +218,7 @@ def _comparisons(plan: Plan) -> Iterator[tuple[str, str | None, str, str, Sequen
             shifted = [control.text for control in controls if control.donor is None]
             for kind, texts in ((OTHERS, drawn), (SHIFTED, shifted)):
                 if texts and not spec.is_control:
-                    yield attack.label, attack.minimized_norm, region, kind, texts
+                    yield attack.label, recorded_norm(attack), region, kind, texts
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from weakspot.audit.findings.outcomes import once_per_run, read_cell
 from weakspot.audit.plan.attack_plan import AttackPlan, Value
-from weakspot.audit.plan.limits import NORMS, read_limit
+from weakspot.audit.plan.limits import NORMS, read_limit, recorded_norm
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.records import quoted
 from weakspot.audit.store.run import Run
@@ -74,9 +74,7 @@ class _Family(NamedTuple):
 
 def _families(plan: Plan) -> list[_Family]:
     families = [
-        _Family(attack.label, attack.minimized_norm, [attack])
-        for attack in plan.attacks
-        if attack.minimized_norm
+        _Family(attack.label, norm, [attack]) for attack in plan.attacks if (norm := recorded_norm(attack))
     ]
     groups: dict[tuple[str, str, tuple[tuple[str, Value], ...]], list[AttackPlan]] = {}
     for attack in plan.attacks:

@@ -24,9 +24,6 @@ NUMBERS = ("DOUBLE", "FLOAT", "BIGINT", "INTEGER", "SMALLINT", "TINYINT")
 MAX_GRID = 20  # class names up to which confusions are counted pair by pair
 MAX_CLASSES = 2_000  # in the table; of more classes, those with the most images
 EXTREMES = 12  # images at either end
-PIXEL_COUNTS = (
-    "few_pixel",
-)  # attacks limited by the number of pixels, so that the size of a change says nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,8 +206,8 @@ def _concatenated(parts: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame
 
 def extremes(run: Run, count: int = EXTREMES) -> Extremes:
     """Up to `count` images at either end."""
-    # The size of a change ranks images only if no attack has a budget (which fixes the size) or counts pixels.
-    by_size = not any(attack.takes_budget() or attack.name in PIXEL_COUNTS for attack in run.plan.attacks)
+    # Sizes rank images only if every attack minimizes them: a budget, or a number of pixels, fixes the size.
+    by_size = all(attack.is_minimal and not attack.takes_budget() for attack in run.plan.attacks)
     labels = [attack.label for attack in run.plan.attacks]
     # Minimal-norm attacks end just across the boundary, so that their margins say nothing.
     attacks = labels if by_size else run.plan.bounded_attacks or labels

@@ -175,7 +175,7 @@ def _queries(run: Run) -> Queries:
     word = shlex.quote(query) if set(query) & set('"$`\\!') else f'"{query}"'
     return Queries(  # noqa: S604 - a text for the reader
         shell=f"duckdb -c {word}",
-        python=f"from weakspot.audit import Run\n\nrun = Run({run.name!r})\n"
+        python=f"from weakspot.audit import open_run\n\nrun = open_run({run.name!r})\n"
         'run.sql("select image, min(margin_adversarial) as margin from records group by image order by margin").df()\n'
         'run.maps["adversarial"][0]  # of the first image: attacks x regions x channels x height x width',
     )

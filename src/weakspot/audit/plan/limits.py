@@ -49,6 +49,11 @@ def limit_of(plan: Plan, attack: AttackPlan) -> Limit | None:
     return candidates[0] if len(candidates) == 1 and candidates[0].kind in NORMS else None
 
 
+def recorded_norm(attack: AttackPlan) -> str | None:
+    """The norm that a minimal-norm attack minimizes, if the records hold a distance in it; None otherwise."""
+    return attack.minimized_norm if attack.minimized_norm in NORMS else None
+
+
 def judged_attacks(plan: Plan) -> list[str]:
     """Labels of the attacks that have a robust accuracy: all but minimal-norm attacks without a limit."""
     return [attack.label for attack in plan.attacks if not attack.is_minimal or limit_of(plan, attack)]
