@@ -34,7 +34,7 @@ def test_conditions_equal_python_expressions(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("robust_acuracy < 0.4", "got 'robust_acuracy' (did you mean 'robust_accuracy'"),
         ("", "must be a condition such as robust_accuracy < 0.4, got"),

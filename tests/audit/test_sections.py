@@ -196,7 +196,7 @@ def depths(held: float) -> pd.DataFrame:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("held", "told"), [(0.1, True), (0.48, False)])
+@pytest.mark.parametrize(("held", "compared"), [(0.1, True), (0.48, False)])
 def test_layer_sentences_compare_with_the_control(held: float, compared: bool) -> None:
     section = layer_section(depths(held))
     assert ("The intervals overlap" in section.sentences[0]) is not compared

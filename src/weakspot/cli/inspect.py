@@ -85,6 +85,5 @@ def installed(modules: tuple[str, ...] | list[str], extra: str) -> str:
             return f"{name} is not installed; run: pip install 'weakspot[{extra}]'"
         except Exception as error:  # noqa: BLE001 - a broken package may raise anything, and this reports it
             return f"{name} is installed but cannot be imported: {str(error).splitlines()[0][:100]}"
-    return ", ".join(
-        f"yes, {module.__name__} {getattr(module, '__version__', '')}".strip() for module in imported
-    )
+    versions = (f"{module.__name__} {getattr(module, '__version__', '')}".strip() for module in imported)
+    return f"yes ({', '.join(versions)})"
