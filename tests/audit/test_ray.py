@@ -29,7 +29,7 @@ from tests.audit.fixtures import (
 from weakspot.audit import AttackPlan, StoppedError, audit, open_run, resume
 from weakspot.audit.engines.ray_engine import allocation
 from weakspot.audit.store.records import shard_files
-from weakspot.audit.work.engine import EngineOptions, open_engine
+from weakspot.audit.work.shard_engine import EngineOptions, open_engine
 
 __all__ = ["networks", "pictures"]  # fixtures
 pytestmark = pytest.mark.ray

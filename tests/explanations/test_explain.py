@@ -130,7 +130,7 @@ def test_success_after_rounding_to_8_bits_is_reported_for_any_pairs() -> None:
         assert explanation.scores["success"].tolist() == [True, True]
         assert explanation.scores["success_8bit"].tolist() == [False, True]
         assert explanation.verdict(0).startswith(
-            "The attack fools the network only before rounding to 8 bits: it moved"
+            "The attack fools the network only before rounding to 8 bits: it changed"
         )
         assert explanation.verdict(1).startswith("The attack changed the classification from")
 

@@ -423,7 +423,7 @@ def test_layers_of_exported_networks_can_be_named() -> None:
 
 def test_a_duplicate_layer_is_an_error() -> None:
     model, pairs = made("convolutions")
-    with pytest.raises(ValueError, match="has already"):
+    with pytest.raises(ValueError, match="layers must name each layer once"):
         propagation(model, pairs, layers=["stem", "network.stem"])
 
 

@@ -84,7 +84,7 @@ def test_files_that_are_not_masks_are_refused_with_an_exit_code(tmp_path: Path) 
     (tmp_path / "text.png").write_text("white")
     paint(tmp_path / "black.png", torch.zeros(8, 8, dtype=torch.bool))
     for name, error, sentence, code in (
-        ("none.png", FileNotFoundError, "there is no such file", UNREADABLE),
+        ("none.png", FileNotFoundError, "does not exist", UNREADABLE),
         ("text.png", ValueError, "text.png: not an image in a known format$", UNREADABLE),
         (".", ValueError, "must be a picture, got a folder", UNREADABLE),
         ("black.png", ValueError, r"must have a white pixel .* \(white is where the attack acts\)$", USAGE),

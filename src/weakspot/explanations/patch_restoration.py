@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from weakspot._checks import check_count
 from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.edits import Edits, Prepared, cells, exchanged, prepare, windowed
-from weakspot.edits.cells import Windowed
+from weakspot.edits.cell_windows import Windowed
 from weakspot.explanations.analysis import Analysis, Picture, check_pairs, prepare_pairs
 from weakspot.fusion import fused
 from weakspot.logits import margin

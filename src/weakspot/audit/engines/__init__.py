@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from weakspot.audit.work.batches import AuditModel
-from weakspot.audit.work.engine import Backlog, Engine, Progress, Results
 from weakspot.audit.work.shard import audit_shard
+from weakspot.audit.work.shard_engine import Backlog, Engine, Progress, Results
 
 
 class LocalEngine:

@@ -22,8 +22,8 @@ from weakspot._io.urls import is_url
 from weakspot.audit.engines.ray_worker import Attempts, GivenUpError, Reply, Task, Worker
 from weakspot.audit.store.digests import StoppedError
 from weakspot.audit.store.run_info import versions
-from weakspot.audit.work.engine import Backlog, Engine, Progress, Results
 from weakspot.audit.work.shard import ShardResult
+from weakspot.audit.work.shard_engine import Backlog, Engine, Progress, Results
 from weakspot.models.probe import probe
 from weakspot.models.specs import fingerprint
 

@@ -36,7 +36,6 @@ from weakspot.audit.store.run import PACKAGES, Run, open_run
 from weakspot.audit.store.run_info import RUN_FILE, ImageCounts, MissingImages, RunInfo, now
 from weakspot.audit.store.stores import LocalStore, open_store
 from weakspot.audit.store.verification import damaged_tables
-from weakspot.audit.work.engine import Backlog, Engine, EngineOptions, open_engine
 from weakspot.audit.work.preparation import (
     Prepared,
     check_same_model,
@@ -48,6 +47,7 @@ from weakspot.audit.work.preparation import (
     recover,
 )
 from weakspot.audit.work.shard import ShardResult
+from weakspot.audit.work.shard_engine import Backlog, Engine, EngineOptions, open_engine
 
 LOCK = "audit.lock"
 NAMED = 5  # missing images whose names run.json gives
