@@ -146,9 +146,11 @@ def test_too_few_images_or_a_missing_control_allow_no_verdict() -> None:
 
 def test_a_region_that_is_the_same_in_every_image_is_judged_as_a_place_only() -> None:
     _, shifted = contrasts(region="border:4", difference=0.2, low=0.1)
-    said = verdict([shifted])
-    assert said == "a weaker place than the same shape shifted; the content of the images there is not judged"
-    assert WEAK not in said
+    message = verdict([shifted])
+    assert (
+        message == "a weaker place than the same shape shifted; the content of the images there is not judged"
+    )
+    assert WEAK not in message
 
 
 def test_the_sentence_says_numbers_intervals_and_images() -> None:

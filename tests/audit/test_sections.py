@@ -85,8 +85,8 @@ def test_the_size_that_fools_half_equals_the_curve() -> None:
 
 
 def test_without_controls_the_page_warns_about_area_and_place() -> None:
-    said = budget_section(curves(), NONE).sentences[-1]
-    assert "because of its area or its place; --controls adds them" in said
+    message = budget_section(curves(), NONE).sentences[-1]
+    assert "because of its area or its place; --controls adds them" in message
     assert len(budget_section(pd.DataFrame(columns=list(BUDGET_COLUMNS)), contrast(0.5)).tables) >= 1
 
 
@@ -230,9 +230,9 @@ def test_the_strongest_attack_is_chosen_over_images_not_classes() -> None:
     per = pd.DataFrame(rows, columns=["label", "attack", "region", "images", "robust", "low", "high"])
     none = pd.DataFrame(columns=["label", "adversarial_class", "fooled", "of"])
     # Under cam 19 of 100 images remain, under border 81; the means over classes are .70 and .30.
-    (said, *_) = class_sentences(Classes(classes, per, none, CONFUSIONS))
-    assert said.startswith("Under pgd confined to cam, 10% [")
-    assert "] of 90 images of large remain correctly classified" in said
+    (message, *_) = class_sentences(Classes(classes, per, none, CONFUSIONS))
+    assert message.startswith("Under pgd confined to cam, 10% [")
+    assert "] of 90 images of large remain correctly classified" in message
 
 
 def test_layer_curves_of_few_images_have_no_interval() -> None:

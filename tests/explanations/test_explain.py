@@ -363,7 +363,7 @@ def test_an_analysis_must_return_one_row_for_each_pair(
     pooling: Made, install: Install, result: Any, what: str
 ) -> None:
     model, images = pooling
-    install(mine=lambda model, pairs, *, seed: result)
+    install(ours=lambda model, pairs, *, seed: result)
     with untouched(model), pytest.raises(ValueError, match=f"'mine' must return an Analysis.* got {what}"):
         explain(model, attacked(model, images), analyses=["mine"])
 
@@ -372,7 +372,7 @@ def test_a_duplicate_column_gets_a_prefix(pooling: Made, install: Install) -> No
     model, images = pooling
     pairs = attacked(model, images)
     install(
-        mine=returning({"l2": [7.0] * 3, "ssim_windowed": [8.0] * 3, "fresh": [9.0] * 3}),
+        ours=returning({"l2": [7.0] * 3, "ssim_windowed": [8.0] * 3, "fresh": [9.0] * 3}),
         other=returning({"fresh": [10.0] * 3}),
     )
     plain = explain(model, pairs, analyses=["ssim"]).scores
@@ -390,7 +390,7 @@ def test_a_duplicate_column_gets_a_prefix(pooling: Made, install: Install) -> No
 def test_a_duplicate_map_gets_a_prefix(pooling: Made, install: Install) -> None:
     model, images = pooling
     pairs = attacked(model, images)
-    install(mine=returning({"x": [1.0] * 3}, {"ssim": torch.full((3, 1, 20, 20), 7.0)}))
+    install(ours=returning({"x": [1.0] * 3}, {"ssim": torch.full((3, 1, 20, 20), 7.0)}))
     result = explain(model, pairs, analyses=["ssim", "mine"])
     torch.testing.assert_close(result.maps["ssim"], 1 - ssim_map(pairs.clean, pairs.adversarial))
     assert torch.equal(result.maps["mine_ssim"], torch.full((3, 1, 20, 20), 7.0))
@@ -400,7 +400,7 @@ def test_a_duplicate_map_gets_a_prefix(pooling: Made, install: Install) -> None:
 
 def test_the_meaning_of_a_duplicate_column_has_the_new_name(pooling: Made, install: Install) -> None:
     model, images = pooling
-    install(mine=returning({"ssim_windowed": [8.0] * 3}, meanings={"ssim_windowed": "Something else."}))
+    install(ours=returning({"ssim_windowed": [8.0] * 3}, meanings={"ssim_windowed": "Something else."}))
     result = explain(model, attacked(model, images), analyses=["ssim", "mine"])
     assert result.meanings["ssim_windowed"].startswith("Mean structural similarity")
     assert result.meanings["mine_ssim_windowed"] == "Something else."

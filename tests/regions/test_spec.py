@@ -132,14 +132,14 @@ def test_a_region_depends_on_the_fraction_exactly_if_it_says_so(
     labels = predicted(model, images)
     mask = torch.zeros(20, 20, dtype=torch.bool)
     mask[3:9, 4:15] = True
-    said = text.replace("PAINTED", str(paint(tmp_path / "cam & support.png", mask)))
-    said = said if text == "PAINTED" else said.replace("cam & support.png", "mask.png")
+    message = text.replace("PAINTED", str(paint(tmp_path / "cam & support.png", mask)))
+    message = message if text == "PAINTED" else message.replace("cam & support.png", "mask.png")
     paint(tmp_path / "mask.png", mask)
     few, many = (
-        read_region(said, model, images, labels, targets=(labels + 1) % 4, fraction=fraction, seed=5)
+        read_region(message, model, images, labels, targets=(labels + 1) % 4, fraction=fraction, seed=5)
         for fraction in (0.1, 0.7)
     )
-    assert RegionSpec.parse(said).depends_on_fraction == (not few.equal(many))
+    assert RegionSpec.parse(message).depends_on_fraction == (not few.equal(many))
 
 
 @pytest.mark.filterwarnings("ignore::weakspot._checks.ImageWarning")

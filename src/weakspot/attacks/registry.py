@@ -79,7 +79,7 @@ class Attack:
 
     @property
     def takes_budget(self) -> bool:
-        """Whether it can be told how much may change."""
+        """Whether it takes a budget."""
         return "budget" in self.accepts
 
     @property
