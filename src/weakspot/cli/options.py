@@ -105,6 +105,13 @@ SetOption = Annotated[
     ),
 ]
 AnalysesOption = Annotated[str, option("NAMES", "Analyses to run, separated by commas, or all, or none.")]
+FloatOption = Annotated[
+    bool,
+    flag(
+        "--float",
+        "Count attacked images as the attack returned them, not rounded to 8 bits as image files are.",
+    ),
+]
 BatchSizeOption = Annotated[
     str,
     option(
