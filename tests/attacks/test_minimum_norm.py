@@ -299,11 +299,11 @@ def test_nothing_is_random(attack: Attack) -> None:
 @each_attack
 def test_progress_rises_to_one(attack: Attack) -> None:
     model, images = convolutional((3, 8, 8))
-    told: list[float] = []
-    attack(model, images, predicted(model, images), steps=40, progress=told.append)
-    assert told == sorted(told)
-    assert 0 <= told[0] < 0.2
-    assert told[-1] == 1
+    reported: list[float] = []
+    attack(model, images, predicted(model, images), steps=40, progress=reported.append)
+    assert reported == sorted(reported)
+    assert 0 <= reported[0] < 0.2
+    assert reported[-1] == 1
 
 
 @pytest.mark.parametrize(

@@ -146,11 +146,12 @@ def test_too_few_images_or_a_missing_control_allow_no_verdict() -> None:
 
 def test_a_region_that_is_the_same_in_every_image_is_judged_as_a_place_only() -> None:
     _, shifted = contrasts(region="border:4", difference=0.2, low=0.1)
-    said = verdict([shifted])
+    message = verdict([shifted])
     assert (
-        said == "weaker than the same region shifted within the image; this says nothing about image content"
+        message
+        == "weaker than the same region shifted within the image; this says nothing about image content"
     )
-    assert WEAK not in said
+    assert WEAK not in message
 
 
 def test_the_sentence_says_numbers_intervals_and_images() -> None:

@@ -70,7 +70,7 @@ def test_an_empty_section_names_the_option_that_fills_it() -> None:
 def test_the_size_that_fools_half_equals_the_curve() -> None:
     section = budget_section(curves(), contrast(0.001), contrast_sentences(contrast(0.001)))
     assert section.sentences[0] == (
-        "Size (linf) at which pgd has fooled half of the images: 0.02 in cam, at no size tested in matched:cam."
+        "Size (linf) at which pgd has fooled half of the images: 0.02 in cam, none of the tested sizes in matched:cam."
     )
     assert section.sentences[1].endswith("a weak region.")
     assert [row[2].text for row in section.tables[0].rows] == ["other images (5)", "shifted"]
@@ -85,8 +85,8 @@ def test_the_size_that_fools_half_equals_the_curve() -> None:
 
 
 def test_without_controls_the_page_warns_about_area_and_place() -> None:
-    said = budget_section(curves(), NONE).sentences[-1]
-    assert "because of its area or its position; --controls adds them" in said
+    message = budget_section(curves(), NONE).sentences[-1]
+    assert "because of its area or its position; --controls adds them" in message
     assert len(budget_section(pd.DataFrame(columns=list(BUDGET_COLUMNS)), contrast(0.5)).tables) >= 1
 
 
@@ -233,9 +233,9 @@ def test_the_strongest_attack_is_chosen_over_images_not_classes() -> None:
     per = pd.DataFrame(rows, columns=["label", "attack", "region", "images", "robust", "low", "high"])
     none = pd.DataFrame(columns=["label", "adversarial_class", "fooled", "of"])
     # Under cam 19 of 100 images remain, under border 81; the means over classes are .70 and .30.
-    (said, *_) = class_sentences(Classes(classes, per, none, CONFUSIONS))
-    assert said.startswith("Under pgd confined to cam, 10% [")
-    assert "] of 90 images of large remain correctly classified" in said
+    (message, *_) = class_sentences(Classes(classes, per, none, CONFUSIONS))
+    assert message.startswith("Under pgd confined to cam, 10% [")
+    assert "] of 90 images of large remain correctly classified" in message
 
 
 def test_layer_curves_of_few_images_have_no_interval() -> None:

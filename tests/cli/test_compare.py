@@ -15,7 +15,7 @@ from tests.cli.test_audit import QUICK, TINY
 from weakspot import audit as audits
 from weakspot import sample_images
 from weakspot.cli.app import Failure
-from weakspot.cli.compare import GateOptions
+from weakspot.cli.gate_options import GateOptions
 
 
 @pytest.fixture(scope="module")

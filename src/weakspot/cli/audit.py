@@ -17,9 +17,10 @@ import typer
 from rich.markup import escape
 
 from weakspot.cli.app import RESUMABLE, UNREADABLE, Failure, command, complain, note
-from weakspot.cli.compare import FloatOption, Gate, GateOptions
+from weakspot.cli.gate_options import Gate, GateOptions
 from weakspot.cli.options import (
     OUTPUT,
+    FloatOption,
     ModelOptions,
     OutputOptions,
     argument,

@@ -161,7 +161,7 @@ def budget_sentences(curves: pd.DataFrame) -> list[str]:
             sentences.append(f"{attack} ({norm}) fools less than half of the images in every region.")
             continue
         sizes = [
-            f"{'at no size tested' if math.isinf(size) else number(size)} "
+            f"{'none of the tested sizes' if math.isinf(size) else number(size)} "
             f"{'on the whole image' if region == WHOLE_IMAGE else f'in {region}'}"
             for region, size in halves.items()
         ]
