@@ -149,7 +149,7 @@ def find_attack(name: str) -> Attack:
     """
     if name.partition(":")[0] in LIBRARIES:
         described = Attack.of(name, partial(external, name))
-        # Without a budget its size is its own affair: some look for the smallest, others have a default.
+        # Without a budget, the library decides the size: some attacks minimize it, others have a default.
         return replace(described, minimizes="other")
     for entry in entry_points(group=GROUP, name=name):
         try:

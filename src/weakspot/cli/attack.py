@@ -76,9 +76,9 @@ def attack(
         bool, flag("--list", "List attacks, their arguments, budgets and regions, and exit.")
     ] = False,
 ) -> None:
-    """Attack images; write the adversarial images, and what each cost.
+    """Attack images; write the adversarial images and a table of outcomes, sizes and costs.
 
-    Success is checked by a fresh forward pass, also of the
+    Success is verified by a fresh forward pass on the adversarial images and on their
     PNG files. `weakspot explain --pair OUT/pairs.safetensors` explains the pairs.
     """
     if list_all:

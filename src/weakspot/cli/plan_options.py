@@ -69,7 +69,12 @@ class PlanOptions:
         ),
     ] = False
     control_images: Annotated[
-        int, option("N", "Other images whose regions are controls; fewer find less.", panel=ATTACK)
+        int,
+        option(
+            "N",
+            "Number of other images whose regions serve as controls; fewer give less statistical power.",
+            panel=ATTACK,
+        ),
     ] = 5
     analyses: AnalysesOption = "overlap,promotion,propagation"
     labels: Annotated[
