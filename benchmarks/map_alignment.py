@@ -48,8 +48,8 @@ def shifts(name: str, model: nn.Module) -> None:
             return
         tile = 224 / layer.layout.height
         found = [grid(classifier, image, layer) for grid in (receptive_grid, effective_grid)]
-    told = [", ".join(f"{axis.offset - (tile - 1) / 2:+.1f}" for axis in grid) for grid in found if grid]
-    print(f"| {name} | {' | '.join(told)} |")
+    reported = [", ".join(f"{axis.offset - (tile - 1) / 2:+.1f}" for axis in grid) for grid in found if grid]
+    print(f"| {name} | {' | '.join(reported)} |")
 
 
 def untrained_resnet18() -> nn.Module:

@@ -149,12 +149,12 @@ def stated(maps: Maps, whose: Tensor, allowed: Tensor) -> pd.DataFrame:
 def verdicts(name: str, maps: Maps, again: Sequence[Maps]) -> None:
     """How many relations are stated, of unrelated pairs too, and how many of them again with fresh seeds."""
     count = len(maps.success)
-    everyone = torch.ones(count, count, dtype=torch.bool)
-    own = stated(maps, torch.arange(count), everyone)["relation"].to_numpy()
+    all_allowed = torch.ones(count, count, dtype=torch.bool)
+    own = stated(maps, torch.arange(count), all_allowed)["relation"].to_numpy()
     apart = stated(maps, *unrelated(count))["relation"].to_numpy()
     cells = [rate(own == 1), rate(own == -1), rate(np.nan_to_num(apart) != 0)]
     for other in again:
-        anew = stated(other, torch.arange(count), everyone)["relation"].to_numpy()
+        anew = stated(other, torch.arange(count), all_allowed)["relation"].to_numpy()
         spoken = np.nan_to_num(own) != 0
         back = np.nan_to_num(anew) != 0
         both = [(own == anew)[spoken], (own == anew)[back]]

@@ -308,12 +308,12 @@ def test_an_attack_within_an_attack_on_the_same_model_ends_as_it_does_alone(pool
     expected = pgd(model, images, labels, steps=3)
     inner: list[AttackResult] = []
 
-    def told(fraction: float) -> None:
+    def reported(fraction: float) -> None:
         if not inner:
             inner.append(pgd(model, images, labels, steps=3))
 
     with untouched(model, images):
-        outer = pgd(model, images, labels, steps=3, progress=told)
+        outer = pgd(model, images, labels, steps=3, progress=reported)
     for result in (outer, *inner):
         torch.testing.assert_close(result.adversarial, expected.adversarial, rtol=0, atol=1e-5)
 

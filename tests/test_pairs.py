@@ -89,7 +89,7 @@ REFUSED: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
 def test_invalid_arguments_are_refused_by_name(name: str, spoil: Callable[[Tensor], Any]) -> None:
     good = parts()
     Pairs(**good)
-    with pytest.raises(ValueError, match=rf"\b{name}\b.*(accepted (is|are)|must) ") as refusal:
+    with pytest.raises(ValueError, match=rf"\b{name}\b.*must ") as refusal:
         Pairs(**{**good, name: spoil(good[name])})
     assert "\n" not in str(refusal.value)
 
@@ -186,7 +186,7 @@ def test_of_refuses_invalid_arguments_and_does_not_change_the_model(
     pooling: Made, spoil: Callable[[Tensor], dict[str, Any]], name: str
 ) -> None:
     model, images = pooling
-    with untouched(model, images), pytest.raises(ValueError, match=rf"\b{name}\b.*(accepted (is|are)|must) "):
+    with untouched(model, images), pytest.raises(ValueError, match=rf"\b{name}\b.*must "):
         Pairs.of(model, **{"clean": images, "adversarial": images, **spoil(images)})
 
 

@@ -304,10 +304,10 @@ def test_the_same_seed_gives_the_same_result_and_another_another() -> None:
 
 def test_progress_rises() -> None:
     network, images = on_the_margin(20)
-    told: list[float] = []
-    ensemble(network, images.clamp(0, 1), torch.zeros(8, dtype=torch.long), progress=told.append)
-    assert told == sorted(told)
-    assert 0 <= told[0] <= told[-1] <= 1
+    reported: list[float] = []
+    ensemble(network, images.clamp(0, 1), torch.zeros(8, dtype=torch.long), progress=reported.append)
+    assert reported == sorted(reported)
+    assert 0 <= reported[0] <= reported[-1] <= 1
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 5])

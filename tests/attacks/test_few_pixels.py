@@ -458,11 +458,13 @@ def test_a_larger_region_never_loses_a_guided_success_on_a_linear_model() -> Non
 @each_method
 def test_progress_rises(method: str) -> None:
     model, images = leaning((3, 8, 8), 40), random_images(3, 3, 8, 8)
-    told: list[float] = []
-    few_pixel(model, images, predicted(model, images), count=2, method=method, progress=told.append, **SHORT)
-    assert len(told) > 1
-    assert told == sorted(told)
-    assert 0 <= told[0] <= told[-1] == 1
+    reported: list[float] = []
+    few_pixel(
+        model, images, predicted(model, images), count=2, method=method, progress=reported.append, **SHORT
+    )
+    assert len(reported) > 1
+    assert reported == sorted(reported)
+    assert 0 <= reported[0] <= reported[-1] == 1
 
 
 @pytest.mark.parametrize(

@@ -477,11 +477,11 @@ def test_where_no_image_falls_the_best_attempts_are_returned(budget: Budget) -> 
 
 def test_progress_rises_to_one(pooling: Made) -> None:
     model, images = pooling
-    told: list[float] = []
-    pgd(model, images, predicted(model, images), steps=3, restarts=2, batch_size=2, progress=told.append)
-    assert told == sorted(told)
-    assert 0 <= told[0] < 0.2
-    assert told[-1] == 1
+    reported: list[float] = []
+    pgd(model, images, predicted(model, images), steps=3, restarts=2, batch_size=2, progress=reported.append)
+    assert reported == sorted(reported)
+    assert 0 <= reported[0] < 0.2
+    assert reported[-1] == 1
 
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
@@ -724,8 +724,8 @@ def test_stopping_early_finds_the_same_successes_for_less_and_finished_images_le
     tags = images[:, 0, 0, 0]
     rows, logits = torch.cat(model.seen)[:, 0, 0, 0], torch.cat(model.logits)
     for index in short.fooled.nonzero()[:, 0].tolist():
-        mine = logits[rows == tags[index]][:-2]
-        lost = iter((conservative_margin(mine, labels[index].expand(len(mine)), None) < 0).tolist())
+        ours = logits[rows == tags[index]][:-2]
+        lost = iter((conservative_margin(ours, labels[index].expand(len(ours)), None) < 0).tolist())
         outcomes = [next(lost) for fools in lost if fools]
         assert outcomes[-1]
         assert not any(outcomes[:-1])

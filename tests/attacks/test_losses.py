@@ -177,9 +177,9 @@ def test_an_own_objective_is_given_logits_labels_and_targets() -> None:
 
     fgsm(model, images, labels, targets=targets, loss=watched)
     fgsm(model, images, labels, loss=watched)
-    for (logits, told, aims), expected in zip(given, [targets, None], strict=True):
+    for (logits, reported, aims), expected in zip(given, [targets, None], strict=True):
         torch.testing.assert_close(logits, model(images).detach())
-        assert torch.equal(told, labels)
+        assert torch.equal(reported, labels)
         assert aims is expected is None or (
             aims is not None and expected is not None and torch.equal(aims, expected)
         )

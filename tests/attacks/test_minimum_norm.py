@@ -25,7 +25,7 @@ from tests.networks import FlatNetwork, doubled, untouched
 from weakspot.attacks import carlini_wagner, ead, fmn, pgd, strattack
 from weakspot.attacks.context import attack_context
 from weakspot.attacks.gray_levels import STEPS
-from weakspot.attacks.tradeoff import Smallest, squared
+from weakspot.attacks.tradeoff import BestSoFar, squared
 from weakspot.budgets import Linf
 from weakspot.pairs import AttackResult
 
@@ -198,11 +198,11 @@ def test_each_images_weight_is_raised_tenfold_until_it_fools_and_lowered_tenfold
     needed, tried = torch.tensor([0.3, 2.0, 30.0, 1e9]), []
     with attack_context(model, images, torch.zeros(4, dtype=torch.long)) as problem:
 
-        def descend(weights: Tensor, note: Callable[[Tensor, Tensor], None], progress: object) -> None:
+        def descend(weights: Tensor, record: Callable[[Tensor, Tensor], None], progress: object) -> None:
             tried.append(weights.tolist())
-            note(problem.clean, needed - weights - 1e-6)
+            record(problem.clean, needed - weights - 1e-6)
 
-        Smallest(problem, squared, confidence=0.0).search(descend, None)
+        BestSoFar(problem, squared, confidence=0.0).search(descend, None)
     assert torch.tensor(tried).T.tolist() == [
         pytest.approx([1, 0.1, 10**-0.5, 10**-0.75, 10**-0.625]),
         pytest.approx([1, 10, 10**0.5, 10**0.25, 10**0.375]),
@@ -299,11 +299,11 @@ def test_nothing_is_random(attack: Attack) -> None:
 @each_attack
 def test_progress_rises_to_one(attack: Attack) -> None:
     model, images = convolutional((3, 8, 8))
-    told: list[float] = []
-    attack(model, images, predicted(model, images), steps=40, progress=told.append)
-    assert told == sorted(told)
-    assert 0 <= told[0] < 0.2
-    assert told[-1] == 1
+    reported: list[float] = []
+    attack(model, images, predicted(model, images), steps=40, progress=reported.append)
+    assert reported == sorted(reported)
+    assert 0 <= reported[0] < 0.2
+    assert reported[-1] == 1
 
 
 @pytest.mark.parametrize(

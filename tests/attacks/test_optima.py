@@ -229,7 +229,7 @@ def test_a_batch_that_is_misclassified_already_costs_one_step_and_comes_back_unc
 def test_progress_ends_at_one_wherever_the_images_leave(pooling: Made, falls: bool, restarts: int) -> None:
     model, images = pooling
     labels = model(images).argmin(1) if falls else predicted(model, images)
-    told: list[float] = []
+    reported: list[float] = []
     pgd(
         model,
         images,
@@ -238,10 +238,10 @@ def test_progress_ends_at_one_wherever_the_images_leave(pooling: Made, falls: bo
         restarts=restarts,
         budget=Linf(1e-6),
         stop_early=True,
-        progress=told.append,
+        progress=reported.append,
     )
-    assert told == sorted(told)
-    assert told[-1] == 1
+    assert reported == sorted(reported)
+    assert reported[-1] == 1
 
 
 @pytest.mark.parametrize("name", ["flat, gray, two classes, not square", "pooling"])

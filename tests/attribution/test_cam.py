@@ -184,7 +184,7 @@ def test_a_layer_that_cannot_be_used_is_refused_with_advice(pooling: Made, layer
 def test_a_wrong_argument_is_refused_by_name(pooling: Made, argument: str, value: Any) -> None:
     model, images = pooling
     arguments = {"model": model, "images": images, "classes": CLASSES, argument: value}
-    with pytest.raises(ValueError, match=f"{argument}.*(accepted|must)"):
+    with pytest.raises(ValueError, match=f"{argument}.*must"):
         class_activation(**arguments)
 
 

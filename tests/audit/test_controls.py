@@ -137,8 +137,8 @@ def test_a_difference_below_the_floor_is_said_and_is_no_weak_region(side: int) -
 
 
 def test_too_few_images_or_a_missing_control_allow_no_verdict() -> None:
-    assert verdict(contrasts(images=(39, 40))) == "none, because it needs 40 images and there are 39"
-    assert verdict(contrasts(images=(0, 40), q=(np.nan, 0.001))).endswith("there are 0")
+    assert verdict(contrasts(images=(39, 40))) == "none (at least 40 images are needed, 39 are available)"
+    assert verdict(contrasts(images=(0, 40), q=(np.nan, 0.001))).endswith("0 are available)")
     others, shifted = contrasts()
     assert "no other images' regions" in verdict([shifted])
     assert "no shifted regions" in verdict([others])
@@ -146,9 +146,12 @@ def test_too_few_images_or_a_missing_control_allow_no_verdict() -> None:
 
 def test_a_region_that_is_the_same_in_every_image_is_judged_as_a_place_only() -> None:
     _, shifted = contrasts(region="border:4", difference=0.2, low=0.1)
-    said = verdict([shifted])
-    assert said == "a weaker place than the same shape shifted; the content of the images there is not judged"
-    assert WEAK not in said
+    message = verdict([shifted])
+    assert (
+        message
+        == "weaker than the same region shifted within the image; this says nothing about image content"
+    )
+    assert WEAK not in message
 
 
 def test_the_sentence_says_numbers_intervals_and_images() -> None:
@@ -267,7 +270,7 @@ def test_copies_unreadable_images_and_other_areas_are_no_donors(quarters: Path) 
     assert pd.notna(records["success"][first])
     assert pd.isna(records["success"][second])
     assert records["error"][second] == "fewer than 2 other images have a region cam of similar area"
-    assert all("none, because it needs 40 images" in sentence for sentence in summarize(run).regions)
+    assert all("none (at least 40 images are needed" in sentence for sentence in summarize(run).regions)
     assert summarize(run).cells[0].errors == 0
     listing = list_images(run.plan.sources, (), 2, labels="predictions")
     donors = Donors(listing, load_planned(run.plan.model), 0)

@@ -61,7 +61,7 @@ def even():
     return Even().eval()
 """
 SIZE = (24, 24)
-PLACE = "a weaker place than the same shape shifted; the content of the images there is not judged."
+PLACE = "weaker than the same region shifted within the image; this says nothing about image content."
 
 
 def rows(frame: pd.DataFrame) -> Iterator[Any]:
@@ -131,7 +131,8 @@ def test_a_network_without_a_weak_place_is_not_accused(planted: Path) -> None:
     contrasts = region_contrasts(run)
     assert (contrasts["q"] > 0.05).all()
     assert not any(
-        "weaker place" in sentence or WEAK in sentence for sentence in contrast_sentences(contrasts)
+        "weaker than the same region" in sentence or WEAK in sentence
+        for sentence in contrast_sentences(contrasts)
     )
 
 

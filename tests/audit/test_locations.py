@@ -68,7 +68,7 @@ def test_attacks_beside_unrelated_maps_are_not(looked: Run, monkeypatch: pytest.
     run = shuffled(looked, monkeypatch)
     assert (location_findings(run)["p"] > 0.05).all()
     assert (
-        "It is not shown that pgd on the whole image acts more, or less, where the network looks"
+        "There is not enough evidence that pgd on the whole image acts more, or less, where the network looks"
         in sentences(run)
     )
     assert LOOKS not in run_report(run)

@@ -104,7 +104,7 @@ def test_a_toml_file_equals_its_mapping(pictures: Path, tmp_path: Path) -> None:
         ),
         ({"budget": "linf:x"}, "linf:x"),
         ({"analyses": "overlpa"}, "did you mean 'overlap'"),
-        ({"labels": "nowhere.csv"}, "labels must be .* CSV file, got '.*nowhere.csv'"),
+        ({"labels": "nowhere.csv"}, "labels must be .* CSV file with .*, got '.*nowhere.csv'"),
         ({"limit": 0}, "limit must be an integer of at least 1, got 0"),
         ({"shard": "many"}, "shard must be .* got 'many'"),
         ({"control_images": 0}, "control_images must be .* got 0"),

@@ -70,7 +70,7 @@ def test_an_empty_section_names_the_option_that_fills_it() -> None:
 def test_the_size_that_fools_half_equals_the_curve() -> None:
     section = budget_section(curves(), contrast(0.001), contrast_sentences(contrast(0.001)))
     assert section.sentences[0] == (
-        "Size (linf) at which pgd has fooled half of the images: 0.02 in cam, at no size tested in matched:cam."
+        "Size (linf) at which pgd has fooled half of the images: 0.02 in cam, none of the tested sizes in matched:cam."
     )
     assert section.sentences[1].endswith("a weak region.")
     assert [row[2].text for row in section.tables[0].rows] == ["other images (5)", "shifted"]
@@ -85,8 +85,8 @@ def test_the_size_that_fools_half_equals_the_curve() -> None:
 
 
 def test_without_controls_the_page_warns_about_area_and_place() -> None:
-    said = budget_section(curves(), NONE).sentences[-1]
-    assert "because of its area or its place; --controls adds them" in said
+    message = budget_section(curves(), NONE).sentences[-1]
+    assert "because of its area or its position; --controls adds them" in message
     assert len(budget_section(pd.DataFrame(columns=list(BUDGET_COLUMNS)), contrast(0.5)).tables) >= 1
 
 
@@ -118,21 +118,24 @@ def test_an_attack_acts_where_the_network_looks_if_it_beats_other_images() -> No
         finding("effect_in_roi", 0.002), finding("jaccard", 0.3), finding("margin_drop", nan) | bare
     )
     assert section.sentences == [
-        ("pgd on the whole image acts more where the network looks in the image than where it looks in other images: "
+        ("pgd on the whole image acts more where the network looks than other images' importance maps would predict: "
         "effect in roi is 0.5 with the image's own map and 0.2 with other images' maps (48 images, q = .002); 7 of 48 "
-        "images show it on their own (q over images at most .1).")
+        "images are individually significant (q over images at most .1).")
     ]  # fmt: skip
     assert [cell.text for cell in section.tables[0].rows[2]][5:] == [""] * 6
 
 
 def test_an_attack_that_does_not_beat_other_images_is_not_said_to_act_there() -> None:
     (weak,) = findings(finding("effect_in_roi", 0.2), finding("spearman", 0.06)).sentences
-    assert "It is not shown that pgd on the whole image acts more, or less, where the network looks" in weak
+    assert (
+        "There is not enough evidence that pgd on the whole image acts more, or less, where the network looks"
+        in weak
+    )
     (apart,) = findings(finding("effect_in_roi", 0.01), finding("spearman", 0.01, excess=-0.3)).sentences
-    assert "the statistics disagree" in apart
+    assert "the statistics differ in direction" in apart
     (away,) = findings(finding("effect_in_roi", 0.01, excess=-0.3)).sentences
     assert "acts less where the network looks" in away
-    assert "on their own" not in away
+    assert "individually" not in away
 
 
 def cells(*robust: float) -> pd.DataFrame:
@@ -161,7 +164,7 @@ def test_regions_are_listed_and_not_ranked(robust: tuple[float, float]) -> None:
 def test_many_regions_are_in_the_table() -> None:
     section = robust_section(cells(*[0.5] * 9), 1.0)
     assert section.sentences[0].endswith(
-        "confined to region 5 (50% of the image), 50% [40%, 60%]; the table has more regions."
+        "confined to region 5 (50% of the image), 50% [40%, 60%]; the table lists the other regions."
     )
     assert "region 6" not in section.sentences[0]
     assert len(section.tables[0].rows) == 9
@@ -200,7 +203,7 @@ def depths(held: float) -> pd.DataFrame:
 def test_layer_sentences_compare_with_the_control(held: float, compared: bool) -> None:
     section = layer_section(depths(held))
     assert ("The intervals overlap" in section.sentences[0]) is not compared
-    assert "spread alone explains nothing" in section.sentences[1]
+    assert "spread alone does not explain success" in section.sentences[1]
     only = layer_section(depths(held).query("outcome == 'fooled'"))
     assert "no control to compare with" in only.sentences[0]
 
@@ -230,9 +233,9 @@ def test_the_strongest_attack_is_chosen_over_images_not_classes() -> None:
     per = pd.DataFrame(rows, columns=["label", "attack", "region", "images", "robust", "low", "high"])
     none = pd.DataFrame(columns=["label", "adversarial_class", "fooled", "of"])
     # Under cam 19 of 100 images remain, under border 81; the means over classes are .70 and .30.
-    (said, *_) = class_sentences(Classes(classes, per, none, CONFUSIONS))
-    assert said.startswith("Under pgd confined to cam, 10% [")
-    assert "] of 90 images of large remain correctly classified" in said
+    (message, *_) = class_sentences(Classes(classes, per, none, CONFUSIONS))
+    assert message.startswith("Under pgd confined to cam, 10% [")
+    assert "] of 90 images of large remain correctly classified" in message
 
 
 def test_layer_curves_of_few_images_have_no_interval() -> None:

@@ -203,7 +203,7 @@ def test_an_interrupt_names_the_files_written_by_this_run(
 
 def test_an_interrupt_outside_a_session_says_what_is_known(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("weakspot.cli.inspect.print_rows", interrupt)
+        patch.setattr("weakspot.cli.doctor.print_rows", interrupt)
         ended = run("models")
     assert (ended.code, ended.err) == (130, "weakspot: interrupted\n")
     monkeypatch.setattr(TyperGroup, "make_context", interrupt)

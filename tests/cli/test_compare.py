@@ -15,7 +15,7 @@ from tests.cli.test_audit import QUICK, TINY
 from weakspot import audit as audits
 from weakspot import sample_images
 from weakspot.cli.app import Failure
-from weakspot.cli.compare import GateOptions
+from weakspot.cli.gate_options import GateOptions
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_controls_are_named_in_a_sentence(run: Run, photographs: Path) -> None:
     assert ended.code == 0, ended.err
     assert "matched:(border&~cam)" in ended.out
     assert (
-        "fmn confined to cam (30% of the image) or to its controls fools no correctly classified image."
+        "fmn fooled no correctly classified image, either in cam (30% of the image) or in its controls."
         in ended.out
     )
     assert "pgd confined to cam (30% of the image) fools 0% of 4 images" in ended.out

@@ -18,7 +18,7 @@ from tests.training.tiny import halves
 from weakspot import cli, load, training
 from weakspot._io.files import locked
 from weakspot.cli.app import Failure
-from weakspot.cli.train import EvaluationOptions, _check_attacked
+from weakspot.cli.train import DEFAULT_RECIPES, EvaluationOptions, _check_attacked
 
 QUICK = ("--epochs", "2", "--batch-size", "20", "--steps", "2", "--learning-rate", "0.05")
 
@@ -282,3 +282,7 @@ def test_an_option_of_an_attack_that_no_recipe_makes_is_refused(
     with pytest.raises(Failure) as caught:
         _check_attacked(context(*given), recipes, 0.0 if "fraction 0" in message else 0.5)
     assert message in str(caught.value)
+
+
+def test_the_help_names_the_recipes_of_a_matrix() -> None:
+    assert ",".join(training.MATRIX_RECIPES) == DEFAULT_RECIPES

@@ -1,7 +1,8 @@
-"""One source of labels: what one command accepts, all accept, with the same classes."""
+"""Label files and folder names: they mean the same classes to every command that takes --labels."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,17 @@ from weakspot.classifier import Classifier
 from weakspot.cli.aims import find_labels
 from weakspot.cli.session import Images
 from weakspot.datasets import from_tensors
-from weakspot.datasets.labels import CLASS_COLUMNS, FILE_COLUMNS, ClassIndex, LabelTable, folder_classes
+from weakspot.datasets.labels import (
+    CLASS_COLUMNS,
+    FILE_COLUMNS,
+    FORMATS,
+    ClassIndex,
+    LabelFormat,
+    LabelLine,
+    LabelTable,
+    folder_classes,
+    read_labels,
+)
 
 NAMES = ("cat", "Dog", "Fish, aquarium", "7")
 FILES = ("cat/00.png", "dog/01.png", "fish/02.png")
@@ -86,9 +97,32 @@ def test_a_line_that_fits_two_images_is_refused_by_all(pictures: Path) -> None:
         of_audit(table, pictures)
 
 
+@pytest.mark.parametrize("name", ["labels", "labels.txt", "labels.CSV"])
+def test_a_file_with_another_suffix_or_none_is_read_as_csv(pictures: Path, name: str) -> None:
+    table = pictures.parent / name
+    table.write_text("file,label\n00.png,2\n01.png,1\n02.png,0\n")
+    assert of_defend(table, pictures) == of_audit(table, pictures) == [2, 1, 0]
+
+
+def test_a_new_format_is_read_and_named_by_its_suffix(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: Path) -> Iterator[LabelLine]:
+        for line in path.read_text().splitlines():
+            file, _, label = line.partition(" = ")
+            yield LabelLine(file, label, is_number=False)
+
+    monkeypatch.setitem(FORMATS, ".lines", LabelFormat("lines", "a file of lines", "FILE = LABEL", read))
+    table = pictures.parent / "labels.lines"
+    table.write_text("00.png = fish\n01.png = dog\n02.png = cat\n")
+    assert of_defend(table, pictures) == of_audit(table, pictures) == [2, 1, 0]
+    listing = list_images([str(pictures)], NAMES, 4, labels=str(table))
+    assert set(listing["label_from"].to_pylist()) == {"lines"}
+
+
 def test_a_table_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"got .*nowhere\.csv, which does not exist"):
-        LabelTable.read(tmp_path / "nowhere.csv", ClassIndex(NAMES, 4))
+        read_labels(tmp_path / "nowhere.csv", ClassIndex(NAMES, 4))
 
 
 def test_an_unlisted_image_is_left_out_or_refused(tmp_path: Path) -> None:
@@ -105,7 +139,7 @@ def test_a_name_that_is_another_classs_number_is_a_name_except_in_a_column_of_nu
     table = tmp_path / "labels.csv"
     for column, expected in (("label", 0), ("class_index", 1)):
         table.write_text(f"file,{column}\na.png,1\n")
-        assert LabelTable.read(table, classes).classes == {"a.png": expected}
+        assert read_labels(table, classes).classes == {"a.png": expected}
 
 
 def test_a_name_of_two_classes_names_neither() -> None:

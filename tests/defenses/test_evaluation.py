@@ -103,8 +103,8 @@ def test_a_robust_network_protects_also_where_its_own_gradients_are_masked(hidde
     table, result = judged(Wrapped(ROBUST, detached) if hidden else ROBUST)
     assert result.status == "protects"
     assert str(result).startswith(
-        "Protects against these attacks: 100% [86%, 100%] of 24 images withstand every attack with the defense and 0% "
-        "[0%, 14%] without it, p < .001."
+        "Protects against these attacks: accuracy after all attacks is 100% [86%, 100%] with the defense and "
+        "0% [0%, 14%] without it (24 images, p < .001)."
     )
     assert ("Its own gradients are masked: they predict its margin on 0%" in str(result)) == hidden
     agreements = by_attack(table)["agreement"]

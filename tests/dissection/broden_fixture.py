@@ -15,7 +15,7 @@ from PIL import Image
 LAW = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 # Pictures are 16 x 16 and masks 8 x 8, that is 64 sites. All twelve pictures are the same: red is 255 in the left
-# half and 0 elsewhere, green likewise in the top half, blue in the top left quarter. A unit that passes red on is
+# half and 0 elsewhere; green is set in the top half, blue in the top left quarter. A unit that passes red on is
 # therefore active at LEFT in every picture, and its IoU with a concept can be counted.
 LEFT, TOP, QUARTER, LOWER = (np.zeros((8, 8), bool) for _ in range(4))
 LEFT[:, :4] = True  # 32 sites

@@ -233,7 +233,7 @@ def test_masks_may_lie_among_the_pictures_in_subfolders(tmp_path: Path) -> None:
         ({"category": "split"}, "category must be .* got 'split'"),
         ({"category": "a;b"}, "category must be .* got 'a;b'"),
         ({"category": " "}, "category must be .* got ' '"),
-        ({"size": (0, 4)}, r"size is \(0, 4\)"),
+        ({"size": (0, 4)}, r"size must be \(height, width\).*got \(0, 4\)"),
     ],
 )
 def test_invalid_arguments_are_errors_and_leave_no_files(

@@ -294,9 +294,9 @@ def test_several_images_each_keep_their_own(image: Tensor) -> None:
         found = Edits(classifier, images, windows=True).logits(owners, tops, lefts, patches)
     with torch.no_grad():
         for number in range(3):
-            mine = owners == number
-            alone = model(pasted(images[number : number + 1], tops[mine], lefts[mine], patches[mine]))
-            torch.testing.assert_close(found[mine], alone)
+            ours = owners == number
+            alone = model(pasted(images[number : number + 1], tops[ours], lefts[ours], patches[ours]))
+            torch.testing.assert_close(found[ours], alone)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 1000])

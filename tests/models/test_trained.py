@@ -49,25 +49,25 @@ def test_a_folder_without_a_finished_network_of_the_zoo_is_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "harmful.py").write_text("open('pwned', 'w')\ndef make(): pass\n")
 
-    def said(text: str, match: str) -> None:
+    def message(text: str, match: str) -> None:
         (folder / "training.json").write_text(text)
         with pytest.raises(ValueError, match=match):
             load(str(folder), device="cpu")
 
     for network in ({"spec": "harmful:make"}, {"zoo": "harmful:make"}, {}):
-        said(
+        message(
             json.dumps({**record, "network": network}),
             "must hold a network of the zoo, got another one .name the network with --model",
         )
     assert not (tmp_path / "pwned").exists()
-    said("{", r"training.json is damaged")
-    said("[]", r"training.json is damaged")
-    said(json.dumps({**record, "network": {"zoo": "two_conv"}}), "is damaged")
-    said(json.dumps({**record, "network": {**record["network"], "classes": 4}}), "is damaged")
+    message("{", r"training.json is damaged")
+    message("[]", r"training.json is damaged")
+    message(json.dumps({**record, "network": {"zoo": "two_conv"}}), "is damaged")
+    message(json.dumps({**record, "network": {**record["network"], "classes": 4}}), "is damaged")
     (folder / "model.safetensors").write_bytes(b"no")
-    said(json.dumps(record), "is damaged")
+    message(json.dumps(record), "is damaged")
     (folder / "model.safetensors").unlink()
-    said(json.dumps(record), "must hold a finished training")
+    message(json.dumps(record), "must hold a finished training")
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,13 @@ def test_a_folder_without_a_finished_network_of_the_zoo_is_refused(
         ({"class_names": ["a"]}, "class_names must be one name for each of 3 classes, got 1"),
     ],
 )
-def test_an_invalid_record_is_refused(shared: Path, changed: dict[str, object], said: str) -> None:
+def test_an_invalid_record_is_refused(shared: Path, changed: dict[str, object], message: str) -> None:
     record = json.loads((shared / "kept.json").read_text())
-    told(shared, json.dumps({**record, "network": {**record["network"], **changed}}), f"is damaged: .*{said}")
+    reported(
+        shared,
+        json.dumps({**record, "network": {**record["network"], **changed}}),
+        f"is damaged: .*{message}",
+    )
 
 
 @pytest.mark.parametrize("settings", [None, 5, {}, {"recipe": 5}, "missing"])
@@ -107,13 +111,13 @@ def test_a_record_without_its_recipe_is_refused(shared: Path, settings: object) 
     record |= {"settings": settings}
     if settings == "missing":
         del record["settings"]
-    told(shared, json.dumps(record), "is damaged: training.json must have the recipe")
+    reported(shared, json.dumps(record), "is damaged: training.json must have the recipe")
 
 
 def test_an_endlessly_nested_record_is_refused(shared: Path) -> None:
-    told(shared, "[" * 200_000, "training.json is damaged")
-    told(shared, json.dumps({"network": 5}), "training.json is damaged")
-    told(shared, b"\xff", "training.json is damaged")
+    reported(shared, "[" * 200_000, "training.json is damaged")
+    reported(shared, json.dumps({"network": 5}), "training.json is damaged")
+    reported(shared, b"\xff", "training.json is damaged")
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +127,11 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def told(folder: Path, record: str | bytes, said: str) -> None:
+def reported(folder: Path, record: str | bytes, message: str) -> None:
     (folder / "training.json").write_bytes(record.encode() if isinstance(record, str) else record)
     with pytest.raises(ValueError, match=re.escape(str(folder))) as caught:
         load(str(folder), device="cpu")
-    assert re.search(said, str(caught.value)), caught.value
+    assert re.search(message, str(caught.value)), caught.value
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
 

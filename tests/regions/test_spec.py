@@ -12,7 +12,7 @@ from tests.networks import Made, untouched
 from tests.regions.test_files import paint
 from weakspot import regions
 from weakspot.regions import read_region
-from weakspot.regions.spec import RegionSpec
+from weakspot.regions.spec import REGIONS, RegionSpec
 
 
 def predicted(model: torch.nn.Module, images: Tensor) -> Tensor:
@@ -120,10 +120,11 @@ def test_a_mask_that_is_not_there_is_named(pooling: Made) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "none", "cam", "support", "border", "border:3", "~cam", "~~ support", "cam & border:3", "border:3|~support",
+        *REGIONS, "border:3", "~cam", "~~ support", "cam & border:3", "border:3|~support",
         "matched:cam", "~matched:cam", "matched:(border:3 & cam)", "matched:border:3", "PAINTED", "~PAINTED & border",
     ],
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore::weakspot._checks.ImageWarning")
 def test_a_region_depends_on_the_fraction_exactly_if_it_says_so(
     pooling: Made, tmp_path: Path, text: str
 ) -> None:
@@ -131,14 +132,23 @@ def test_a_region_depends_on_the_fraction_exactly_if_it_says_so(
     labels = predicted(model, images)
     mask = torch.zeros(20, 20, dtype=torch.bool)
     mask[3:9, 4:15] = True
-    said = text.replace("PAINTED", str(paint(tmp_path / "cam & support.png", mask)))
-    said = said if text == "PAINTED" else said.replace("cam & support.png", "mask.png")
+    message = text.replace("PAINTED", str(paint(tmp_path / "cam & support.png", mask)))
+    message = message if text == "PAINTED" else message.replace("cam & support.png", "mask.png")
     paint(tmp_path / "mask.png", mask)
     few, many = (
-        read_region(said, model, images, labels, targets=(labels + 1) % 4, fraction=fraction, seed=5)
+        read_region(message, model, images, labels, targets=(labels + 1) % 4, fraction=fraction, seed=5)
         for fraction in (0.1, 0.7)
     )
-    assert RegionSpec.parse(said).depends_on_fraction == (not few.equal(many))
+    assert RegionSpec.parse(message).depends_on_fraction == (not few.equal(many))
+
+
+@pytest.mark.filterwarnings("ignore::weakspot._checks.ImageWarning")
+@pytest.mark.parametrize("name", REGIONS)
+def test_a_region_depends_on_the_image_exactly_if_its_table_says_so(pooling: Made, name: str) -> None:
+    model, images = pooling
+    labels = predicted(model, images)
+    masks = read_region(name, model, images, labels, targets=(labels + 1) % 4)
+    assert REGIONS[name].depends_on_image == any(not mask.equal(masks[0]) for mask in masks)
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,6 @@ def test_where_a_confined_attack_acts_is_not_shown(pooling: tuple[torch.nn.Modul
     pairs = pgd(model, images, model(images).argmax(1), budget=Linf(0.2), region=region, steps=4)
     rows = shown_scores(explain(model, pairs, analyses=["overlap", "promotion"]))
     for name in ("effect in roi", "jaccard", "spearman", "moran i", "relation", "interpretability label"):
-        mine = [row for row in rows if f"|{name}|" in row]
-        assert len(mine) == 3
-        assert all("|not compared|" in row for row in mine), name
+        ours = [row for row in rows if f"|{name}|" in row]
+        assert len(ours) == 3
+        assert all("|not compared|" in row for row in ours), name

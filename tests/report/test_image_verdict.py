@@ -66,20 +66,20 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
         (
             {"relation": NAN, "relation_p": NAN, "relation_q": NAN, "effect_in_roi_null": NAN},
             (
-                "61% of the effect falls on the 20% of the image that matters most for lynx; a p value needs at least "
-                "19 other images of the same source, in the batch or from --reference FOLDER."
+                "61% of the effect falls on the 20% of the image that matters most for lynx (no p value: that needs at "
+                "least 19 other images of the same source, in the batch or in --reference FOLDER)."
             ),
         ),
         (
             {"changed_fraction": 0.3, "reached_fraction": 0.4},
             (
-                "It changed 30% of the pixels and left 60% of the image untouched; where it acts follows from that and "
-                "is not compared with where the network looks."
+                "It changed 30% of the pixels and left 60% of the image untouched. Its effect can only lie near "
+                "changed pixels, so it is not compared with where the network looks."
             ),
         ),
         (
             {"effect_in_roi": NAN},
-            "The attack took almost nothing from the lead of lynx, or nothing that could be located.",
+            "The attack hardly reduced the margin of lynx, or the loss could not be located.",
         ),
         (
             {"roi_fraction": 0.0},
@@ -88,21 +88,21 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
         (
             {**FAILED, "margin_taken": 0.34, "effect_in_roi": 0.4},
             (
-                "The attack took 34% of the lead of lynx over tabby. That lead was lost where the network looks: 40% "
-                "of the effect falls on the 20%"
+                "The attack removed 34% of the margin of lynx over tabby. That margin was lost where the network "
+                "looks: 40% of the effect falls on the 20%"
             ),
         ),
         (
             {**FAILED, "margin_taken": 0.34, "relation": NAN},
-            "The attack took 34% of the lead of lynx over tabby. 61% of the effect falls on the 20%",
+            "The attack removed 34% of the margin of lynx over tabby. 61% of the effect falls on the 20%",
         ),
         (
             {**FAILED, "margin_taken": 0.34, "changed_fraction": 0.3, "reached_fraction": 0.4},
-            "The attack took 34% of the lead of lynx over tabby by changing 30% of the pixels.",
+            "The attack removed 34% of the margin of lynx over tabby by changing 30% of the pixels.",
         ),
         (
             {**FAILED, "asked_for_target": True, "adversarial_class": "fox", "margin_taken": 2.5},
-            "The attack took all of the lead of lynx over tabby.",
+            "The attack removed all of the margin of lynx over tabby.",
         ),
         ({"read_clean_as": "dog", "margin_taken": NAN}, "The attack put lynx further behind tabby."),
         (
@@ -124,8 +124,8 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
         (
             {"read_clean_as": "dog"},
             (
-                "Without an attack, the image is classified as dog, not as lynx (40%), so there is no success to "
-                "explain; the adversarial image is classified as tabby (97%)."
+                "Without an attack, the image is classified as dog, not as lynx (40%), so the attack cannot "
+                "count as a success; the adversarial image is classified as tabby (97%)."
             ),
         ),
         (
@@ -140,7 +140,7 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
         ({"changed_fraction": 0.27}, "It acts where the network looks"),
         (
             {"completeness_gap": 0.96},
-            "The effect could not be located: the vulnerability map misses the whole effect by 96%",
+            "the sum of the vulnerability map differs from the actual drop of the margin by 96%",
         ),
         ({"linf": 0.0}, "The two images are identical; there is nothing to explain."),
     ],
@@ -196,7 +196,7 @@ def test_scores_without_a_comparison_have_no_p() -> None:
     explained.scores = explained.scores.drop(
         columns=["relation", "relation_p", "relation_q", "effect_in_roi_null"]
     )
-    assert "a p value needs at least 19 other images" in verdict(explained)  # type: ignore[arg-type]
+    assert "no p value: that needs at least 19 other images" in verdict(explained)  # type: ignore[arg-type]
 
 
 def test_without_overlap_the_verdict_is_the_outcome() -> None:

@@ -60,10 +60,10 @@ def test_small_edits_of_the_networks_are_exact(name: str) -> None:
 
 
 def test_invalid_arguments_are_refused() -> None:
-    for arguments, said in (
+    for arguments, message in (
         ({"name": "resnet19", "classes": 10}, "model must .* got 'resnet19' .did you mean"),
         ({"name": "resnet20", "classes": 1}, "classes must be an integer of at least 2, got 1"),
         ({"name": "resnet20", "classes": 2, "size": (4, 4)}, "size must"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             zoo.build(**arguments)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import ModelWarning, warn
+from weakspot._checks import ModelWarning, check_budget, warn
 from weakspot.attacks.auto_pgd import adaptive_descent
 from weakspot.attacks.context import (
     DEFAULT_BUDGET,
@@ -58,6 +58,7 @@ def ensemble(
         ModelWarning: if gradients are zero, or if more than 5% of the images fall only to the search without gradients:
             the model then hides its gradients, and attacks that follow them overrate it.
     """
+    check_budget(budget)  # also where every image is misclassified from the start, so that no stage runs
     options = AttackOptions(budget, region, targets, seed, batch_size)
     with attack_context(model, images, labels, options) as problem:
         with problem.fused_model():

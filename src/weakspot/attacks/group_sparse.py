@@ -13,11 +13,11 @@ from weakspot.attacks.context import AttackOptions, Problem, Progress, attack_co
 from weakspot.attacks.losses import minimizes
 from weakspot.attacks.tradeoff import (
     SEARCHES,
+    BestSoFar,
     Descent,
-    Note,
-    Round,
-    Smallest,
-    adam_round,
+    InnerSearch,
+    Record,
+    adam_search,
     check_rates,
     squared,
 )
@@ -69,10 +69,10 @@ def ead(
         model, images, labels, AttackOptions(None, region, targets, seed, batch_size)
     ) as problem:
         with problem.fused_model():
-            smallest = Smallest(problem, lambda d: d.abs().flatten(1).sum(1), confidence)
+            best = BestSoFar(problem, lambda d: d.abs().flatten(1).sum(1), confidence)
             descent = Descent(steps // SEARCHES, learning_rate, confidence)
-            smallest.search(proximal_round(problem, shrink, descent), progress)
-            adversarial = smallest.settled(on_grid)
+            best.search(proximal_search(problem, shrink, descent), progress)
+            adversarial = best.on_8bit_grid() if on_grid else best.images
         return problem.result(adversarial)
 
 
@@ -128,32 +128,32 @@ def strattack(
         refining = max(1, int(REFINING * steps) // SEARCHES)
         searching = max(1, steps // SEARCHES - refining)
         with problem.fused_model():
-            smallest = Smallest(problem, lambda d: group_lengths(d, groups).sum(1), confidence)
+            best = BestSoFar(problem, lambda d: group_lengths(d, groups).sum(1), confidence)
             descent = Descent(searching, learning_rate, confidence)
-            smallest.search(proximal_round(problem, shrink, descent), part_of(progress, 0, 2))
-            refined = _within_groups(smallest, groups)
+            best.search(proximal_search(problem, shrink, descent), part_of(progress, 0, 2))
+            refined = _within_groups(best, groups)
             descent = replace(descent, steps=refining)
-            refined.search(adam_round(refined.problem, descent), part_of(progress, 1, 2))
-            adversarial = refined.settled(on_grid)
+            refined.search(adam_search(refined.problem, descent), part_of(progress, 1, 2))
+            adversarial = refined.on_8bit_grid() if on_grid else refined.images
         return problem.result(adversarial)
 
 
-def _within_groups(smallest: Smallest, groups: Tensor) -> Smallest:
+def _within_groups(best: BestSoFar, groups: Tensor) -> BestSoFar:
     """The smallest L2 length so far, on a problem whose region is the groups that were changed."""
-    problem, images = smallest.problem, smallest.images
+    problem, images = best.problem, best.images
     changed = (group_lengths(images - problem.clean, groups) > 0).gather(1, groups.flatten(1))
     inside = replace(problem, region=problem.region & changed.view_as(groups), everywhere=False)
-    refined = Smallest(inside, squared, smallest.confidence)
-    refined.images, refined.lowest = images, smallest.lowest
-    refined.size = torch.where(smallest.size.isinf(), torch.inf, squared(images - problem.clean))
+    refined = BestSoFar(inside, squared, best.confidence)
+    refined.images, refined.lowest = images, best.lowest
+    refined.size = torch.where(best.size.isinf(), torch.inf, squared(images - problem.clean))
     return refined
 
 
-def proximal_round(problem: Problem, shrink: Shrink, descent: Descent) -> Round:
+def proximal_search(problem: Problem, shrink: Shrink, descent: Descent) -> InnerSearch:
     """Accelerated proximal descent (FISTA: Beck and Teboulle 2009, doi 10.1137/080716542); it stays in the box."""
     steps = descent.steps
 
-    def descend(weights: Tensor, note: Note, progress: Progress | None) -> None:
+    def descend(weights: Tensor, record: Record, progress: Progress | None) -> None:
         perturbation, ahead = torch.zeros_like(problem.clean), torch.zeros_like(problem.clean)
         for step in range(steps):
             margins, _, falling = problem.loss_and_gradient(problem.apply(ahead))
@@ -167,7 +167,7 @@ def proximal_round(problem: Problem, shrink: Shrink, descent: Descent) -> Round:
             ahead = after + step / (step + 3) * (after - perturbation)
             perturbation = after
             point = problem.apply(perturbation)
-            note(point, problem.evaluate(point))
+            record(point, problem.evaluate(point))
             if progress is not None:
                 progress((step + 1) / steps)
 

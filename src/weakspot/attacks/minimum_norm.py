@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from weakspot._checks import check_choice, check_count
 from weakspot.attacks.context import AttackOptions, Progress, attack_context
 from weakspot.attacks.losses import minimizes
-from weakspot.attacks.tradeoff import Smallest
+from weakspot.attacks.tradeoff import BestSoFar
 from weakspot.pairs import AttackResult
 
 # By how much the ball grows or shrinks per step, at first and at last (arXiv 2102.12827, section 3).
@@ -115,15 +115,15 @@ def fmn(
         model, images, labels, AttackOptions(None, region, targets, seed, batch_size)
     ) as problem:
         with problem.fused_model():
-            smallest = Smallest(problem, NORMS[norm].size, 0.0)
-            _walk(NORMS[norm], smallest, steps, progress)
-            adversarial = smallest.settled(on_grid)
+            best = BestSoFar(problem, NORMS[norm].size, 0.0)
+            _walk(NORMS[norm], best, steps, progress)
+            adversarial = best.on_8bit_grid() if on_grid else best.images
         return problem.result(adversarial)
 
 
-def _walk(norm: _Norm, smallest: Smallest, steps: int, progress: Progress | None) -> None:
-    """Pass points along the boundary, and hand each to `smallest` (algorithm 1 of the paper)."""
-    problem = smallest.problem
+def _walk(norm: _Norm, best: BestSoFar, steps: int, progress: Progress | None) -> None:
+    """Pass points along the boundary, and record each in `best` (algorithm 1 of the paper)."""
+    problem = best.problem
     clean = problem.clean
     largest = norm.size(torch.maximum(clean, 1 - clean))  # no image can be changed by more
     change, radius = torch.zeros_like(clean), torch.zeros_like(largest)
@@ -133,13 +133,13 @@ def _walk(norm: _Norm, smallest: Smallest, steps: int, progress: Progress | None
         if not number:
             correct = margins >= 0
             problem.select(correct).warn_of_zero_gradients(direction[correct])
-        smallest.note(point, margins)
+        best.record(point, margins)
         growth, length = (_annealed(*ends, number / steps) for ends in (GROWTH, STEPS))
         # The boundary's distance to first order is the margin over the gradient's dual norm.
         ahead = norm.size(change) + margins.clamp(min=0) / norm.dual(direction).clamp(min=1e-30)
         # Beyond the boundary rather than on it, where rounding decides.
-        outward = torch.where(smallest.size.isinf(), ahead, radius) * (1 + growth)
-        inward = torch.minimum(radius * (1 - growth), smallest.size)
+        outward = torch.where(best.size.isinf(), ahead, radius) * (1 + growth)
+        inward = torch.minimum(radius * (1 - growth), best.size)
         radius = torch.minimum(torch.where(margins < 0, inward, outward), largest)
         ball = _spread(radius)
         change = norm.into(change + length * ball * norm.unit(direction), ball)
@@ -147,7 +147,7 @@ def _walk(norm: _Norm, smallest: Smallest, steps: int, progress: Progress | None
         if progress is not None:
             progress((number + 1) / steps)
     point = problem.apply(change)
-    smallest.note(point, problem.evaluate(point))
+    best.record(point, problem.evaluate(point))
 
 
 def _annealed(first: float, last: float, fraction: float) -> float:

@@ -1,4 +1,8 @@
-"""Attacks by name: ours and plug-ins from the entry-point group, those of other libraries as LIBRARY:CLASS."""
+"""Attacks by name: ours and plug-ins by entry point, those of other libraries as LIBRARY:CLASS.
+
+To register an attack, add an entry point in the group `weakspot.attacks` of `pyproject.toml` (ours or your package's).
+Nothing in this file has to change.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from weakspot.attacks.losses import Minimized, Norm
 from weakspot.pairs import AttackResult
 
 GROUP = "weakspot.attacks"
+# Lists show these first, in this order. All other attacks follow, sorted by name.
 ORDER = ("pgd", "ensemble", "fgsm", "bim", "fmn", "carlini_wagner", "ead", "strattack", "few_pixel")
 SHARED = {"model", "images", "labels", *(entry.name for entry in fields(AttackOptions))}
 NORMS: tuple[Norm, ...] = ("linf", "l2", "l1", "l0")
@@ -74,7 +79,7 @@ class Attack:
 
     @property
     def takes_budget(self) -> bool:
-        """Whether it can be told how much may change."""
+        """Whether it takes a budget."""
         return "budget" in self.accepts
 
     @property
@@ -125,7 +130,7 @@ class Attack:
 
 
 def available_attacks() -> dict[str, str]:
-    """The names that `find_attack` takes, ours first, each with the first line of its docstring."""
+    """The names that `find_attack` takes, those of `ORDER` first, each with the first line of its docstring."""
     installed = {entry.name for entry in entry_points(group=GROUP)}
     summaries = {}
     for name in [*(name for name in ORDER if name in installed), *sorted(installed - set(ORDER))]:
@@ -144,7 +149,7 @@ def find_attack(name: str) -> Attack:
     """
     if name.partition(":")[0] in LIBRARIES:
         described = Attack.of(name, partial(external, name))
-        # Without a budget its size is its own affair: some look for the smallest, others have a default.
+        # Without a budget, the library decides the size: some attacks minimize it, others have a default.
         return replace(described, minimizes="other")
     for entry in entry_points(group=GROUP, name=name):
         try:

@@ -1,4 +1,4 @@
-"""Attacks that look for the smallest change, which trade its size against fooling with a weight for each image."""
+"""Minimal-norm attacks by penalty: minimize size + c * loss, with c tuned for each image."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from weakspot.pairs import AttackResult
 SEARCHES = 5  # weights tried for each image
 FIRST_WEIGHT = 1.0
 Size = Callable[[Tensor], Tensor]  # perturbations (N, C, H, W) to sizes (N,)
-Note = Callable[[Tensor, Tensor], None]  # takes points (N, C, H, W) and their margins (N,)
+Record = Callable[[Tensor, Tensor], None]  # takes points (N, C, H, W) and their margins (N,)
 
 
-class Round(Protocol):
-    """One descent under fixed weights (N,), which hands every point that it passes to `note`."""
+class InnerSearch(Protocol):
+    """One descent with fixed weights (N,), which passes every point that it visits to `record`."""
 
-    def __call__(self, weights: Tensor, note: Note, progress: Progress | None) -> None: ...
+    def __call__(self, weights: Tensor, record: Record, progress: Progress | None) -> None: ...
 
 
 @dataclass(frozen=True)
 class Descent:
-    """Settings of one round.
+    """Settings of one inner search.
 
     Attributes:
         steps: gradient steps.
@@ -46,7 +46,7 @@ class Descent:
         return torch.where(margins + self.confidence > 0, weights, 0)[:, None, None, None]
 
 
-class Smallest:
+class BestSoFar:
     """Each image's smallest point so far that fools by `confidence`, or else the one nearest to fooling.
 
     Attributes:
@@ -62,8 +62,8 @@ class Smallest:
         self.fooled = self.lowest < -confidence
         self.size = torch.where(self.fooled, 0, torch.inf)
 
-    def note(self, points: Tensor, margins: Tensor) -> None:
-        """Take in points (N, C, H, W) and their margins (N,)."""
+    def record(self, points: Tensor, margins: Tensor) -> None:
+        """Update the best points with these points (N, C, H, W) and their margins (N,)."""
         size = self.measure(points - self.problem.clean)
         fools = margins < -self.confidence
         better = torch.where(fools, size < self.size, self.size.isinf() & (margins < self.lowest))
@@ -72,27 +72,25 @@ class Smallest:
         self.size = torch.where(better & fools, size, self.size)
         self.fooled = self.fooled | fools
 
-    def settled(self, on_grid: bool) -> Tensor:
-        """The images (N, C, H, W); on the 8-bit grid, the smallest point there that still fools, if there is one.
+    def on_8bit_grid(self) -> Tensor:
+        """The images (N, C, H, W), moved to the smallest point on the 8-bit grid that still fools, if there is one.
 
         It must fool by `confidence` if the image does so now.
         """
-        if not on_grid:
-            return self.images
         needed = torch.where(self.size.isinf(), 0, -self.confidence).to(self.lowest)
         return settle(self.problem, self.images, self.measure, fools=self.lowest < 0, needed=needed)
 
-    def search(self, descend: Round, progress: Progress | None) -> None:
+    def search(self, descend: InnerSearch, progress: Progress | None) -> None:
         """Bisect each image's weight on a logarithmic scale.
 
-        Multiply by ten until a round fools (as in arXiv 1608.04644), and divide by ten until one does not: with a
-        weight that is far too large, the change that fools is far too large.
+        Multiply by ten until an inner search fools (as in arXiv 1608.04644), and divide by ten until one does not: with
+        a weight that is far too large, the change that fools is far too large.
         """
         low, high = torch.zeros_like(self.lowest), torch.full_like(self.lowest, torch.inf)
         weights = torch.full_like(self.lowest, FIRST_WEIGHT)
         for number in range(SEARCHES):
             self.fooled = torch.zeros_like(self.fooled)
-            descend(weights, self.note, part_of(progress, number, SEARCHES))
+            descend(weights, self.record, part_of(progress, number, SEARCHES))
             # A weight that fools is an upper end of the bracket, one that does not a lower end.
             high = torch.where(self.fooled, weights, high)
             low = torch.where(self.fooled, low, weights)
@@ -135,25 +133,25 @@ def carlini_wagner(
         model, images, labels, AttackOptions(None, region, targets, seed, batch_size)
     ) as problem:
         with problem.fused_model():
-            smallest = Smallest(problem, squared, confidence)
+            best = BestSoFar(problem, squared, confidence)
             descent = Descent(steps // SEARCHES, learning_rate, confidence)
-            smallest.search(adam_round(problem, descent), progress)
-            adversarial = smallest.settled(on_grid)
+            best.search(adam_search(problem, descent), progress)
+            adversarial = best.on_8bit_grid() if on_grid else best.images
         return problem.result(adversarial)
 
 
-def adam_round(problem: Problem, descent: Descent) -> Round:
+def adam_search(problem: Problem, descent: Descent) -> InnerSearch:
     """Carlini and Wagner's descent, with Adam (Kingma and Ba 2015, arXiv 1412.6980, algorithm 1)."""
     # Pulled off 0 and 1, where atanh is infinite.
     start = torch.atanh((2 * problem.clean - 1).clamp(-1 + 1e-6, 1 - 1e-6))
 
-    def descend(weights: Tensor, note: Note, progress: Progress | None) -> None:
+    def descend(weights: Tensor, record: Record, progress: Progress | None) -> None:
         variable, mean, square = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
         for step in range(1, descent.steps + 1):
             bent = torch.tanh(variable)
             point = torch.where(problem.region, (bent + 1) / 2, problem.clean)
             margins, _, falling = problem.loss_and_gradient(point)
-            note(point, margins)
+            record(point, margins)
             active = descent.active_weights(margins, weights)
             # The chain rule through (tanh(w) + 1) / 2; `falling` is minus the margin's gradient.
             gradient = (2 * (point - problem.clean) - active * falling) * (1 - bent.square()) / 2
@@ -165,7 +163,7 @@ def adam_round(problem: Problem, descent: Descent) -> Round:
             if progress is not None:
                 progress(step / descent.steps)
         point = torch.where(problem.region, (torch.tanh(variable) + 1) / 2, problem.clean)
-        note(point, problem.evaluate(point))
+        record(point, problem.evaluate(point))
 
     return descend
 

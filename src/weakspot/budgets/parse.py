@@ -4,18 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from typing import NamedTuple
 
 from weakspot._checks import unknown_choice
 from weakspot.budgets.base import Budget
 from weakspot.budgets.norms import L1, L2, Linf
 from weakspot.budgets.ssim import SSIM
 
-MAKERS: dict[str, Callable[[float], Budget]] = {
-    "linf": Linf,
-    "l2": L2,
-    "l1": L1,
-    "ssim": SSIM,
-    "ssim-local": lambda eps: SSIM(eps, mode="local"),
+
+class BudgetKind(NamedTuple):
+    """A kind of budget that a text can name.
+
+    Attributes:
+        make: the budget of an amount.
+        summary: what the amount bounds.
+        example: a text with a typical amount.
+    """
+
+    make: Callable[[float], Budget]
+    summary: str
+    example: str
+
+
+# The kinds that --budget and plans take; their help and `weakspot attack --list` are written from this table.
+BUDGETS = {
+    "linf": BudgetKind(Linf, "largest change of any channel of any pixel", "linf:4/255"),
+    "l2": BudgetKind(L2, "Euclidean norm of the change", "l2:1.5"),
+    "l1": BudgetKind(L1, "sum of all absolute changes", "l1:20"),
+    "ssim": BudgetKind(
+        SSIM, "loss of structural similarity, mean over patches (ssim_budget_spent)", "ssim:0.01"
+    ),
+    "ssim-local": BudgetKind(
+        lambda eps: SSIM(eps, mode="local"),
+        "loss of structural similarity in any patch (ssim_local_budget_spent)",
+        "ssim-local:0.05",
+    ),
 }
 
 
@@ -34,8 +57,8 @@ def read_budget(text: str) -> Budget:
     kind, colon, amount = str(text).strip().lower().partition(":")
     if not colon:
         raise ValueError(f"budget must be KIND:AMOUNT, got {text!r} (for example linf:4/255 or l2:1.5)")
-    if kind not in MAKERS:
-        raise ValueError(unknown_choice("budget kind", kind, MAKERS))
+    if kind not in BUDGETS:
+        raise ValueError(unknown_choice("budget kind", kind, BUDGETS))
     try:
         # No exponents of many digits: Fraction would write out all their zeros.
         eps = float(Fraction(amount.strip())) if len(amount.partition("e")[2]) <= 4 else float(amount)
@@ -43,4 +66,4 @@ def read_budget(text: str) -> Budget:
         raise ValueError(
             f"budget must end with a number or a fraction, got {text!r} (for example linf:4/255)"
         ) from None
-    return MAKERS[kind](eps)
+    return BUDGETS[kind].make(eps)

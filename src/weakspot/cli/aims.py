@@ -58,11 +58,11 @@ class Aim(NamedTuple):
 
 
 def find_labels(text: str | None, classifier: Classifier, images: Images) -> Labels:
-    """Labels as --labels describes them: from a CSV table, "folders", or None for the model's predictions."""
+    """Labels as --labels describes them: from a label file, "folders", or None for the model's predictions."""
     import torch
 
     from weakspot.classifier import check_images, evaluating, predict
-    from weakspot.datasets.labels import FOLDERS, ClassIndex, LabelTable, folder_classes
+    from weakspot.datasets.labels import FOLDERS, ClassIndex, folder_classes, read_labels
 
     with evaluating(classifier):
         logits = predict(classifier, check_images(images.pixels, classifier))
@@ -71,7 +71,7 @@ def find_labels(text: str | None, classifier: Classifier, images: Images) -> Lab
     classes = ClassIndex(tuple(classifier.class_names), logits.shape[1])
     files = [Path(path).absolute() for path in images.paths]
     if text != FOLDERS:
-        by_file = LabelTable.read(Path(text), classes).find_all(files, complete=True)
+        by_file = read_labels(Path(text), classes).find_all(files, complete=True)
         labels, source = [by_file[file] for file in files], text
     else:
         by_folder = folder_classes((file.parent.name for file in files), classes, sorted_order=True)
@@ -117,7 +117,7 @@ def find_region(
     from weakspot._checks import check_fraction
     from weakspot.regions import read_region
     from weakspot.regions.masks import UnreadableError
-    from weakspot.regions.spec import NAMES
+    from weakspot.regions.spec import REGIONS
 
     text, fraction = options.region, options.fraction
     check_fraction(fraction)
@@ -134,4 +134,4 @@ def find_region(
         raise Failure(f"region must hold at least one pixel, got {text!r} with fraction {fraction}")
     if text == "cam":
         return region, f"the {fraction:.0%} of the image with most evidence for its class"
-    return region, f"the white part of {text}" if text not in NAMES and os.path.isfile(text) else text  # noqa: PTH113
+    return region, f"the white part of {text}" if text not in REGIONS and os.path.isfile(text) else text  # noqa: PTH113

@@ -43,20 +43,6 @@ if TYPE_CHECKING:
 
 FILES = ("clean", "adversarial", "overview.png", "scores.csv", "pairs.safetensors", "run.json")
 WIDE = 125  # columns of a terminal on which the table has all distances
-BUDGETS = {
-    "linf": "largest change of any channel of any pixel, as in linf:4/255",
-    "l2": "Euclidean norm of the change, as in l2:1.5",
-    "l1": "sum of all absolute changes, as in l1:20",
-    "ssim": "loss of structural similarity, mean over patches (ssim_budget_spent), as in ssim:0.01",
-    "ssim-local": "loss of structural similarity in any patch (ssim_local_budget_spent), as in ssim-local:0.05",
-}
-REGIONS = {
-    "none": "anywhere",
-    "cam": "the --fraction of the image with the most evidence for the label",
-    "background": "outside the object (a threshold on gray images, GrabCut on color)",
-    "border": "a frame of 8 pixels, or border:WIDTH",
-    "support": "most evidence for the label or the target, each the --fraction of the image; needs --target",
-}
 
 
 @command(
@@ -90,9 +76,9 @@ def attack(
         bool, flag("--list", "List attacks, their arguments, budgets and regions, and exit.")
     ] = False,
 ) -> None:
-    """Attack images; write the adversarial images, and what each cost.
+    """Attack images; write the adversarial images and a table of outcomes, sizes and costs.
 
-    Success is checked by a fresh forward pass, also of the
+    Success is verified by a fresh forward pass on the adversarial images and on their
     PNG files. `weakspot explain --pair OUT/pairs.safetensors` explains the pairs.
     """
     if list_all:
@@ -234,8 +220,8 @@ def list_choices() -> list[dict[str, str]]:
     """Attacks with their arguments, budgets and regions, one row each."""
     from weakspot.attacks import available_attacks, find_attack
     from weakspot.attacks.libraries import LIBRARIES, PACKAGES, installed
-    from weakspot.budgets.parse import MAKERS
-    from weakspot.regions.spec import NAMES
+    from weakspot.budgets.parse import BUDGETS
+    from weakspot.regions.spec import REGIONS
 
     def row(kind: str, name: str, summary: str, settable: str = "") -> dict[str, str]:
         return {"kind": kind, "name": name, "what": summary, "--set": settable}
@@ -252,6 +238,9 @@ def list_choices() -> list[dict[str, str]]:
         classes = ", ".join(name.partition(":")[2] for name in names if name.startswith(f"{library}:"))
         summary = classes or f"not installed; run: pip install {PACKAGES[library]}"
         rows.append(row("attack", f"{library}:CLASS", summary, "the arguments of the class"))
-    rows += [row("budget", f"{kind}:EPS", BUDGETS[kind]) for kind in MAKERS]
-    rows += [row("region", kind, REGIONS[kind]) for kind in NAMES]
+    rows += [
+        row("budget", f"{name}:EPS", f"{kind.summary}, as in {kind.example}")
+        for name, kind in BUDGETS.items()
+    ]
+    rows += [row("region", name, kind.summary) for name, kind in REGIONS.items()]
     return [*rows, row("region", "FILE", "the white part of a mask image")]

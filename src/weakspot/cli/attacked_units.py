@@ -44,7 +44,7 @@ class UnitAttackOptions:
         option(
             "UNITS",
             "Mask units and attack again: sensitive (at most a fifth of the layer), sensitive:COUNT, or numbers "
-            "such as 3,17. Half of --images chooses the sensitive units, the other half evaluates them.",
+            "such as 3,17. Sensitive units are chosen on half of --images; masking is evaluated on the other half.",
         ),
     ] = None
 

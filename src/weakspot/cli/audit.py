@@ -17,9 +17,10 @@ import typer
 from rich.markup import escape
 
 from weakspot.cli.app import RESUMABLE, UNREADABLE, Failure, command, complain, note
-from weakspot.cli.compare import FloatOption, Gate, GateOptions
+from weakspot.cli.gate_options import Gate, GateOptions
 from weakspot.cli.options import (
     OUTPUT,
+    FloatOption,
     ModelOptions,
     OutputOptions,
     argument,
@@ -96,8 +97,8 @@ def audit(
     gives the same records for every batch size and order of images. Files that are not images are skipped and listed.
     If images can no longer be read, the audit is incomplete and exits with code 4.
 
-    Robust accuracy counts an image as lost if the attacked image, stored with 8 bits, is misclassified. Attacks that
-    search for the smallest change count only within the stated budget.
+    Robust accuracy counts an image as lost if the attacked image, stored with 8 bits, is misclassified. A
+    change that exceeds the stated budget does not count; minimal-norm attacks need one stated budget.
 
     The conditions of --fail-if are evaluated for every attack in every region: robust_accuracy, robust_low,
     robust_high, clean_accuracy, images, skipped, errors, region_fraction, and the mean of any score with NAME_low

@@ -1,141 +1,23 @@
-"""`weakspot compare` and `weakspot report`, and the gate that they share with `weakspot audit`."""
+"""`weakspot compare` and `weakspot report`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-from rich.console import Console
 from rich.markup import escape
 
-from weakspot.cli.app import GATE_FAILED, UNREADABLE, Failure, command
-from weakspot.cli.options import OUTPUT, OutputOptions, argument, flag, option
+from weakspot.cli.app import Failure, command
+from weakspot.cli.gate_options import Gate, GateOptions, check_writable
+from weakspot.cli.options import FloatOption, OutputOptions, argument, flag, option
 from weakspot.cli.output import make_table, print_json, print_table, print_text, warnings_as_notes
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from weakspot.audit.findings.gates import Verdict
-
 Row = Mapping[str, Any]  # of a table
 SHOWN = 20  # scores that are shown without --all
-FloatOption = Annotated[
-    bool,
-    flag(
-        "--float",
-        "Count attacked images as the attack returned them, not rounded to 8 bits as image files are.",
-    ),
-]
-
-
-@dataclass(frozen=True)
-class GateOptions:
-    """Conditions under which the command fails, for a build server."""
-
-    panel: ClassVar[str | None] = OUTPUT
-
-    fail_if: Annotated[
-        list[str] | None,
-        option(
-            "--fail-if CONDITION",
-            'Exit with code 3 if this holds for any row or cannot be evaluated: "robust_accuracy < 0.4", '
-            "\"region == 'cam' and robust_high < 0.2\". Repeat for several.",
-        ),
-    ] = None
-    junit: Annotated[Path | None, option("--junit FILE", "Write the results of --fail-if as JUnit XML.")] = (
-        None
-    )
-
-    def check(self) -> None:
-        """Check the conditions before anything is computed, and remove an earlier result file."""
-        from weakspot.audit.findings.gates import Condition
-
-        for text in self.fail_if or ():
-            Condition(text)
-        if self.junit is None:
-            return
-        if not self.fail_if:
-            raise Failure("--junit has no effect without --fail-if")
-        check_writable("--junit", self.junit)
-        if self.junit.is_file() and not self.junit.is_symlink():
-            self.junit.unlink()  # so that no earlier verdict is taken for the one of this run
-
-
-def check_writable(option: str, path: Path) -> None:
-    """Check that a file can be written at the path."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise Failure(f"{option} must be a file in an existing folder, got {path}")
-
-
-@dataclass(frozen=True)
-class Gate:
-    """A gate after the work: the verdicts on all conditions.
-
-    Attributes:
-        verdicts: one for each condition and row; none without conditions.
-        shortfalls: why the audits are incomplete. Every condition then fails, because missing images could decide it.
-    """
-
-    verdicts: Sequence[Verdict]
-    shortfalls: Sequence[str] = ()
-
-    @classmethod
-    def evaluate(
-        cls,
-        options: GateOptions,
-        judge: Callable[[Sequence[str]], Sequence[Verdict]],
-        suite: str,
-        shortfalls: Sequence[str] = (),
-    ) -> Gate:
-        """Evaluate the conditions, and write the result file.
-
-        Args:
-            options: conditions and result file.
-            judge: evaluates the conditions on complete audits.
-            suite: name of the JUnit suite.
-            shortfalls: why the audits are incomplete.
-        """
-        from weakspot._io.files import write_atomic
-        from weakspot.audit.findings.gates import Verdict, junit
-
-        conditions = [text.strip() for text in options.fail_if or ()]
-        if conditions and shortfalls:
-            why = "; ".join(shortfalls)
-            verdicts: Sequence[Verdict] = [
-                Verdict(text, "all images", True, f"{text} cannot be evaluated: {why}") for text in conditions
-            ]
-        else:
-            verdicts = judge(conditions) if conditions else []
-        if options.junit is not None:
-            text = junit(verdicts, suite)
-            write_atomic(options.junit, lambda draft: draft.write_text(text, "utf-8"))
-        return cls(verdicts, shortfalls)
-
-    def as_json(self) -> dict[str, object]:
-        """The entry of the JSON document; nothing without conditions."""
-        if not self.verdicts:
-            return {}
-        failed = any(verdict.failed for verdict in self.verdicts)
-        return {"gate": {"failed": failed, "checks": [asdict(verdict) for verdict in self.verdicts]}}
-
-    def announce(self, *, silent: bool) -> None:
-        """Print the failed checks to standard error.
-
-        Raises:
-            typer.Exit: with code 3 if a check failed, 4 if the audits are incomplete.
-        """
-        console = Console(stderr=True, highlight=False)
-        failed = [verdict for verdict in self.verdicts if verdict.failed]
-        for verdict in failed:
-            console.print(escape(f"gate: {verdict.row}: {verdict.why}"), soft_wrap=True, style="red")
-        if failed:
-            raise typer.Exit(UNREADABLE if self.shortfalls else GATE_FAILED)
-        if self.verdicts and not silent:
-            count = len(self.verdicts)
-            console.print(f"gate: passed, {count} check{'s' if count > 1 else ''}", style="dim")
 
 
 @command(

@@ -103,7 +103,7 @@ def defend(
         bool,
         flag(
             "--oracle",
-            "With neutralize: add a row for the region of the clean image, which no defender has.",
+            "With neutralize: add a row with the region taken from the clean image, which no real defender has.",
             panel=ATTACK,
         ),
     ] = False,
@@ -275,22 +275,22 @@ def _write(
 
 def _meanings(steps: int, substitute: str | None, table: pd.DataFrame) -> dict[str, str]:
     """What each row of the table is."""
-    from weakspot.defenses.verdicts import Row
+    from weakspot.defenses.verdicts import AttackRow
 
     meanings = {
-        Row.CLEAN: "no attack",
-        Row.TRANSFERRED: f"PGD-{steps} on the undefended model (the naive evaluation)",
-        Row.SUBSTITUTE: f"momentum iterations on {substitute}",
-        Row.OWN: f"PGD-{steps} with the defended model's gradients",
-        Row.STRAIGHT: "PGD with the gradients of the network inside the defended model",
-        Row.UNDEFENDED_GRADIENTS: "PGD with the gradients of the undefended model",
-        Row.REGION: "PGD in the region of importance, with the defended model's gradients",
-        Row.ENSEMBLE: "Auto-PGD on two losses, targeted, square search",
-        Row.ORACLE: "region of the clean image, which no defender has",
+        AttackRow.CLEAN: "no attack",
+        AttackRow.TRANSFERRED: f"PGD-{steps} on the undefended model (the naive evaluation)",
+        AttackRow.SUBSTITUTE: f"momentum iterations on {substitute}",
+        AttackRow.OWN: f"PGD-{steps} with the defended model's gradients",
+        AttackRow.STRAIGHT: "PGD with the gradients of the network inside the defended model",
+        AttackRow.UNDEFENDED_GRADIENTS: "PGD with the gradients of the undefended model",
+        AttackRow.REGION: "PGD in the region of importance, with the defended model's gradients",
+        AttackRow.ENSEMBLE: "Auto-PGD on two losses, targeted, square search",
+        AttackRow.ORACLE: "region taken from the clean image, which no real defender has",
     }
     families = {
-        Row.DRAWS: "the same, averaged over more draws",
-        Row.QUERIES: "random squares, without gradients",
+        AttackRow.DRAWS: "the same, averaged over more draws",
+        AttackRow.QUERIES: "random squares, without gradients",
     }
     for name in table["attack"]:
         for pattern, meaning in families.items():

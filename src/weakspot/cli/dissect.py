@@ -89,13 +89,18 @@ def dissect(
         float | None,
         option(
             "X",
-            "Fraction of all sites at which a unit counts as active.",
+            "Fraction of all sites, those of highest activation, at which a unit counts as active.",
             default=f"{QUANTILE}, or {DEMO_QUANTILE} with --demo",
         ),
     ] = None,
     min_iou: Annotated[float, option("X", "Minimum intersection over union of a detector.")] = 0.04,
     denominator: Annotated[
-        str, option("NAME", "Sites that the union counts: category, activated or all.")
+        str,
+        option(
+            "NAME",
+            "Which of a unit's active sites count in the union: those in images annotated in the concept's category "
+            "(category), only those labeled in it (activated), or all.",
+        ),
     ] = "category",
     alignment: Annotated[
         str, option("NAME", "How maps are aligned with images: receptive_field, effective or resize.")

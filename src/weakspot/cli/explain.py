@@ -68,7 +68,7 @@ def explain(
         option(
             "FOLDER",
             "Other images of the same source. Each attack is compared with where the model looks in them; a p "
-            "value needs 19 others, the explained images included.",
+            "value needs at least 20 images in total, including those explained.",
         ),
     ] = None,
     budget: BudgetOption = "linf:4/255",

@@ -12,10 +12,14 @@ from typing import Annotated, ClassVar
 import typer
 from typer.models import ArgumentInfo, OptionInfo
 
+from weakspot.budgets.parse import BUDGETS
 from weakspot.cli.app import UNREADABLE, Failure
+from weakspot.datasets.labels import LABEL_FILE
+from weakspot.regions.spec import REGIONS, RegionSpec, region_forms
 
 MODEL, ATTACK, OUTPUT = "Model", "Attack", "Output"  # panels of the help
 Value = str | int | float | bool | None
+BY_FRACTION = [name for name, kind in REGIONS.items() if kind.depends_on_fraction]
 
 
 def option(
@@ -55,8 +59,7 @@ LabelsOption = Annotated[
     str | None,
     option(
         "SOURCE",
-        "'folders' (each image's folder is named after its class), or a CSV file with the columns file and label "
-        "(a class name or number).",
+        f"'folders' (each image's folder is named after its class), or {LABEL_FILE} (a class name or number).",
         default="the model's predictions",
     ),
 ]
@@ -65,7 +68,7 @@ BudgetOption = Annotated[
     str,
     option(
         "--budget -b KIND:EPS",
-        "How much an image may change: linf:4/255, l2:1.5, l1:20, ssim:0.01, ssim-local:0.05.",
+        f"How much an image may change: {', '.join(kind.example for kind in BUDGETS.values())}.",
         panel=ATTACK,
     ),
 ]
@@ -73,14 +76,18 @@ RegionOption = Annotated[
     str,
     option(
         "REGION",
-        "Where an image may change: none (anywhere), cam, background, border:WIDTH, support, or a mask image "
+        f"Where an image may change: {', '.join(region_forms()).replace('none', 'none (anywhere)')}, or a mask image "
         "(its white part). Combine with ~ (not), & (and), | (or); matched:REGION is a control of equal area.",
         panel=ATTACK,
     ),
 ]
 FractionOption = Annotated[
     float,
-    option("X", "Fraction of the image in a region of importance (cam, support), 0 to 1.", panel=ATTACK),
+    option(
+        "X",
+        f"Fraction of the image in a region of importance ({', '.join(BY_FRACTION)}), 0 to 1.",
+        panel=ATTACK,
+    ),
 ]
 TargetOption = Annotated[
     str | None,
@@ -98,6 +105,13 @@ SetOption = Annotated[
     ),
 ]
 AnalysesOption = Annotated[str, option("NAMES", "Analyses to run, separated by commas, or all, or none.")]
+FloatOption = Annotated[
+    bool,
+    flag(
+        "--float",
+        "Count attacked images as the attack returned them, not rounded to 8 bits as image files are.",
+    ),
+]
 BatchSizeOption = Annotated[
     str,
     option(
@@ -201,10 +215,8 @@ def refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
 
 def refuse_fraction(context: typer.Context, regions: Sequence[str], option: str = "--region") -> None:
     """Refuse --fraction if none of the regions depends on it."""
-    from weakspot.regions.spec import RegionSpec
-
     if not any(RegionSpec.parse(region).depends_on_fraction for region in regions):
-        refuse(context, ["fraction"], f"without cam or support in {option}")
+        refuse(context, ["fraction"], f"without {' or '.join(BY_FRACTION)} in {option}")
 
 
 def parse_number(name: str, text: str) -> float:

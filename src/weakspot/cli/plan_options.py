@@ -28,6 +28,7 @@ from weakspot.cli.options import (
     read_class_names,
 )
 from weakspot.cli.session import check_existing
+from weakspot.datasets.labels import LABEL_FILE
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,20 @@ class PlanOptions:
         ),
     ] = False
     control_images: Annotated[
-        int, option("N", "Other images whose regions are controls; fewer find less.", panel=ATTACK)
+        int,
+        option(
+            "N",
+            "Number of other images whose regions serve as controls; fewer give less statistical power.",
+            panel=ATTACK,
+        ),
     ] = 5
     analyses: AnalysesOption = "overlap,promotion,propagation"
     labels: Annotated[
         str,
         option(
             "SOURCE",
-            "folders (named after classes), a CSV file with the columns file and label, predictions (the "
-            "model's), or auto: the labels of an array, else folders if all match, else predictions.",
+            f"folders (named after classes), {LABEL_FILE}, predictions (the model's), or auto: the labels of an "
+            "array, else folders if all match, else predictions.",
         ),
     ] = "auto"
     limit: LimitOption = None

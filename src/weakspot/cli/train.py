@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from weakspot.training import TrainConfig
 
 EVALUATIONS = ("none", "own", "matrix")
+# MATRIX_RECIPES, repeated because importing weakspot.training takes seconds.
+DEFAULT_RECIPES = "standard,localized,foreground,random_mask,full,noise"
 STRONGEST = 500  # images for the ensemble of attacks
 
 
@@ -132,13 +134,13 @@ class EvaluationOptions:
         ),
     ] = "none"
     recipes: Annotated[
-        str | None, option("NAMES", "Recipes of the matrix, separated by commas.", default="six of --list")
+        str | None, option("NAMES", "Recipes of the matrix, separated by commas.", default=DEFAULT_RECIPES)
     ] = None
     seeds: Annotated[int, option("N", "Networks per recipe of the matrix.", least=1)] = 1
-    limit: Annotated[int | None, option("N", "Use at most N test images, the first.", least=2)] = None
-    strongest: Annotated[int, option("N", "Test images for the ensemble of attacks, the first.", least=1)] = (
-        STRONGEST
-    )
+    limit: Annotated[int | None, option("N", "Evaluate on only the first N test images.", least=2)] = None
+    strongest: Annotated[
+        int, option("N", "Run the ensemble of attacks on only the first N test images.", least=1)
+    ] = STRONGEST
 
     def check(self, context: typer.Context) -> None:
         """Refuse options that this evaluation would ignore."""
@@ -201,7 +203,7 @@ def train(
     ] = Path("weakspot-train"),
     list_all: Annotated[bool, flag("--list", "List recipes and tests, and exit.")] = False,
 ) -> None:
-    """Train a network; part of each batch is attacked first: in the background, everywhere, or as --recipe says.
+    """Train a network; --recipe chooses where part of each batch is attacked first, if at all.
 
     Writes the weights (safetensors) and how they were made. After each epoch, held-out images are tested with and
     without an attack. If training is interrupted, the same command resumes it, and ends with the same weights.

@@ -1,16 +1,21 @@
-"""Labels: the class of each image, from a CSV table or from folder names.
+"""Labels: the class of each image of a model that exists already, from a label file or from folder names.
 
-Every command reads labels here, so that a table or a folder that one command accepts is accepted by all, with the same
-classes. Labels that are stored beside images in an array are in `arrays`.
+`explain`, `attack`, `defend` and `audit` read `--labels` here, so that a line of a label file or the name of a folder
+means the same class to all of them. They differ in what they do with an image that the file does not list: `audit`
+skips it, the others refuse the file.
+
+Two sources of labels are elsewhere: labels stored beside images in an array (`arrays`), and the folders of training
+data (`folders`), which define the classes of a model instead of naming those of one.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
 from weakspot._checks import unknown_choice
 
@@ -75,59 +80,77 @@ def _plain(name: str) -> str:
     return name.strip().lower().replace("_", " ").replace("-", " ")
 
 
+class LabelLine(NamedTuple):
+    """What a label file says about one image.
+
+    Attributes:
+        file: path of the image, or a trailing part of it.
+        label: a class name or number.
+        is_number: whether the label is a number even if a class has that name.
+    """
+
+    file: str
+    label: str
+    is_number: bool
+
+
+def read_csv(path: Path) -> Iterator[LabelLine]:
+    """The lines of a CSV file with a header; see FILE_COLUMNS and CLASS_COLUMNS for the accepted titles.
+
+    Raises:
+        ValueError: if a column is missing.
+    """
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        reader = csv.DictReader(file, skipinitialspace=True)
+        titles = [(title or "").strip().lower() for title in reader.fieldnames or []]
+        file_column, class_column = (
+            next((name for name in names if name in titles), None) for names in (FILE_COLUMNS, CLASS_COLUMNS)
+        )
+        if file_column is None or class_column is None:
+            raise ValueError(
+                f"labels: {path} must have the columns file and label, got {', '.join(titles) or 'none'} (also "
+                f"accepted: {', '.join(FILE_COLUMNS[1:])}; {', '.join(CLASS_COLUMNS)})"
+            )
+        reader.fieldnames = titles
+        for row in reader:
+            name, label = ((row[column] or "").strip() for column in (file_column, class_column))
+            yield LabelLine(name, label, class_column in NUMBER_COLUMNS)
+
+
+class LabelFormat(NamedTuple):
+    """A format of label files.
+
+    Attributes:
+        name: in the column `label_from` of an audit's records.
+        title: in sentences.
+        content: what must be in the file, for help and errors.
+        read: the lines of a file.
+    """
+
+    name: str
+    title: str
+    content: str
+    read: Callable[[Path], Iterator[LabelLine]]
+
+
+CSV = LabelFormat("csv", "a CSV file", "the columns file and label", read_csv)
+FORMATS = {".csv": CSV}  # by suffix; files with other suffixes are read as CSV
+LABEL_FILE = " or ".join(f"{one.title} with {one.content}" for one in FORMATS.values())
+
+
 @dataclass(frozen=True)
 class LabelTable:
-    """A CSV file of labels.
+    """The content of a label file.
 
     Attributes:
         path: of the file.
         classes: class of each file, by the path that the table gives.
+        format: of the file.
     """
 
     path: Path
     classes: Mapping[str, int]
-
-    @classmethod
-    def read(cls, path: Path, classes: ClassIndex) -> LabelTable:
-        """Read a CSV file with a header; see FILE_COLUMNS and CLASS_COLUMNS for the accepted titles.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if a column is missing, a label is not a class, or one file has two labels.
-        """
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"labels must be a CSV file with the columns file and label, or {FOLDERS}, got {path}, which does not "
-                "exist"
-            )
-        table: dict[str, int] = {}
-        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            titles = [(title or "").strip().lower() for title in reader.fieldnames or []]
-            file_column, class_column = (
-                next((name for name in names if name in titles), None)
-                for names in (FILE_COLUMNS, CLASS_COLUMNS)
-            )
-            if file_column is None or class_column is None:
-                raise ValueError(
-                    f"labels: {path} must have the columns file and label, got {', '.join(titles) or 'none'} (also "
-                    f"accepted: {', '.join(FILE_COLUMNS[1:])}; {', '.join(CLASS_COLUMNS)})"
-                )
-            reader.fieldnames = titles
-            for row in reader:
-                name, text = ((row[column] or "").strip() for column in (file_column, class_column))
-                number = classes.find(text, numbers_first=class_column in NUMBER_COLUMNS)
-                if number is None:
-                    message = unknown_choice(f"label of {name}", text, classes.names)
-                    raise ValueError(
-                        f"labels: {path}: {message} (or give a number from 0 to {classes.count - 1})"
-                    )
-                key = Path(name).as_posix()
-                if table.setdefault(key, number) != number:
-                    raise ValueError(
-                        f"labels: {path} must give one label for {name}, got {table[key]} and {number}"
-                    )
-        return cls(path, table)
+    format: LabelFormat = CSV
 
     def find_all(self, paths: Iterable[PurePath], *, complete: bool = False) -> dict[PurePath, int]:
         """The class of every file that the table lists.
@@ -159,6 +182,30 @@ class LabelTable:
                 )
             labels[path] = self.classes[key]
         return labels
+
+
+def read_labels(path: Path, classes: ClassIndex) -> LabelTable:
+    """Read a label file in the format that its suffix names.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not valid, a label is not a class, or one file has two labels.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"labels must be {LABEL_FILE}, or {FOLDERS}, got {path}, which does not exist"
+        )
+    table: dict[str, int] = {}
+    form = FORMATS.get(path.suffix.lower(), CSV)
+    for name, label, is_number in form.read(path):
+        number = classes.find(label, numbers_first=is_number)
+        if number is None:
+            message = unknown_choice(f"label of {name}", label, classes.names)
+            raise ValueError(f"labels: {path}: {message} (or give a number from 0 to {classes.count - 1})")
+        key = Path(name).as_posix()
+        if table.setdefault(key, number) != number:
+            raise ValueError(f"labels: {path} must give one label for {name}, got {table[key]} and {number}")
+    return LabelTable(path, table, form)
 
 
 def folder_classes(

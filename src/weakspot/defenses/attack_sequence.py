@@ -19,7 +19,14 @@ from weakspot.budgets import Budget, Linf
 from weakspot.classifier import Classifier, as_classifier, evaluating, predict
 from weakspot.defenses.bpda import agreement, leads_on, straight_through_models
 from weakspot.defenses.randomized import DrawnByImage, defender_model, expectation, is_random
-from weakspot.defenses.verdicts import AGREEING, GAIN, RISING, ROUNDING, UNDEFENDED, Row
+from weakspot.defenses.verdicts import (
+    MAX_LAST_DOUBLING,
+    MIN_AGREEING,
+    MIN_GAIN,
+    ROUNDING,
+    UNDEFENDED,
+    AttackRow,
+)
 from weakspot.regions import cam
 from weakspot.statistics import proportion_interval
 
@@ -103,7 +110,7 @@ class AttackSequence:
         own, undefended = as_classifier(defended), as_classifier(model)
         self.undefended = Side.of(undefended, False, effort)
         self.defended = Side.of(own, self.random, effort)
-        self.leads = {Row.OWN: own, Row.UNDEFENDED_GRADIENTS: undefended}
+        self.leads = {AttackRow.OWN: own, AttackRow.UNDEFENDED_GRADIENTS: undefended}
         self.ends: dict[str, Tensor] = {}
         self.rows: list[dict[str, object]] = []
         self.transferred = images
@@ -114,11 +121,11 @@ class AttackSequence:
     def run(self, substitute: nn.Module | None) -> None:
         """Run every attack, each on the images that are left."""
         images, labels = self.images, self.labels
-        self._judge(Row.CLEAN, images, images)
+        self._judge(AttackRow.CLEAN, images, images)
         everything = torch.arange(len(images), device=images.device)
         transferred = self._pgd(self.undefended, everything, stream=0, early=False)
         self.transferred = fit(transferred, images, self.effort.budget)
-        self._judge(Row.TRANSFERRED, self.transferred, self.transferred)
+        self._judge(AttackRow.TRANSFERRED, self.transferred, self.transferred)
         self.after_transfer = self.undefended.correct
         self.report(0.1)
         if substitute is not None:
@@ -126,20 +133,20 @@ class AttackSequence:
                 on_8bit_images(as_classifier(substitute)), images, labels, budget=self.effort.budget,
                 steps=len(self.sizes), momentum=1.0,
             ).adversarial  # fmt: skip
-            self._judge(Row.SUBSTITUTE, moved, moved)
+            self._judge(AttackRow.SUBSTITUTE, moved, moved)
         # From here on each attack gets only the images that withstood the attacks before it.
-        self._attack_by_gradients(Row.OWN, 1, until=0.2)
+        self._attack_by_gradients(AttackRow.OWN, 1, until=0.2)
         if bool(self.defended.correct.any()):
             self._find_straight_lead()
-        self._attack_by_gradients(Row.STRAIGHT, 2, until=0.3)
-        self._attack_by_gradients(Row.UNDEFENDED_GRADIENTS, 3, until=0.4)
+        self._attack_by_gradients(AttackRow.STRAIGHT, 2, until=0.3)
+        self._attack_by_gradients(AttackRow.UNDEFENDED_GRADIENTS, 3, until=0.4)
         left = bool((self.undefended.correct | self.defended.correct).any())
         region = cam(self.model, images, labels, fraction=self.effort.fraction) if left else None
-        self._attack_by_gradients(Row.REGION, 4, region=region, until=0.5)
+        self._attack_by_gradients(AttackRow.REGION, 4, region=region, until=0.5)
         # Images may withstand by luck or because gradients mislead: more draws, then attacks without gradients.
         self._average_more_draws()
         if self.effort.thorough:
-            self._attack(Row.ENSEMBLE, self._ensemble, until=0.6)
+            self._attack(AttackRow.ENSEMBLE, self._ensemble, until=0.6)
         self._add_agreements()
         self._search_by_queries()
 
@@ -151,7 +158,7 @@ class AttackSequence:
 
     def _agreement(self, lead: Classifier) -> float:
         agreeing = agreement(
-            self.leads[Row.OWN],
+            self.leads[AttackRow.OWN],
             lead,
             self.images,
             self.labels,
@@ -162,14 +169,14 @@ class AttackSequence:
 
     def _find_straight_lead(self) -> None:
         """Use the outermost inner network whose gradients agree, or else the one whose gradients agree best."""
-        with evaluating(self.leads[Row.OWN]) as defended:
+        with evaluating(self.leads[AttackRow.OWN]) as defended:
             inner = straight_through_models(defended, self.images[:TRIED])
         best = -1.0
         for lead in inner:
             agreeing = self._agreement(lead) if len(inner) > 1 else 1.0
             if agreeing > best:
-                best, self.leads[Row.STRAIGHT] = agreeing, lead
-            if agreeing >= AGREEING:
+                best, self.leads[AttackRow.STRAIGHT] = agreeing, lead
+            if agreeing >= MIN_AGREEING:
                 break
 
     def _add_agreements(self) -> None:
@@ -182,7 +189,7 @@ class AttackSequence:
                 row["agreement"] = self._agreement(lead)
                 ends, labels = self.ends[str(row["attack"])][left], self.labels[left]
                 budget, seed = self.effort.budget, self.effort.seed
-                leading = leads_on(self.leads[Row.OWN], lead, ends, labels, budget=budget, seed=seed)
+                leading = leads_on(self.leads[AttackRow.OWN], lead, ends, labels, budget=budget, seed=seed)
                 row["agreement_at_end"] = float(leading.float().mean())
 
     def _average_more_draws(self) -> None:
@@ -192,11 +199,11 @@ class AttackSequence:
             undefended, defended = (
                 float(side.correct.float().mean()) for side in (self.undefended, self.defended)
             )
-            if defended - undefended <= GAIN:
+            if defended - undefended <= MIN_GAIN:
                 return  # no gain is left that more draws could take
-            self.defended.attacked = expectation(self.leads[Row.OWN], draws, seed=self.effort.seed)
-            self._attack_by_gradients(Row.DRAWS.format(draws), stream, until=0.5)
-            if defended - float(self.defended.correct.float().mean()) <= RISING + ROUNDING:
+            self.defended.attacked = expectation(self.leads[AttackRow.OWN], draws, seed=self.effort.seed)
+            self._attack_by_gradients(AttackRow.DRAWS.format(draws), stream, until=0.5)
+            if defended - float(self.defended.correct.float().mean()) <= MAX_LAST_DOUBLING + ROUNDING:
                 return
             draws, stream = 2 * draws, stream + 1
 
@@ -212,9 +219,9 @@ class AttackSequence:
                 with self._problem(side.queried, rows) as problem, problem.fused_model():
                     return square_search(problem, queries=count, stream=stream, progress=self.part)[0]
 
-            self._attack(Row.QUERIES.format(count), search, until=0.5 + 0.5 * count / most)
+            self._attack(AttackRow.QUERIES.format(count), search, until=0.5 + 0.5 * count / most)
             fooled = before - int(self.defended.correct.sum())
-            little = fooled <= RISING * len(self.images) + ROUNDING
+            little = fooled <= MAX_LAST_DOUBLING * len(self.images) + ROUNDING
             if (count > FIRST_QUERIES and little) or 2 * count > most:
                 return
             count, stream = 2 * count, 2 * stream
@@ -226,7 +233,7 @@ class AttackSequence:
 
         def descend(side: Side, rows: Tensor) -> Tensor:
             defended = side is self.defended
-            lead = self.leads.get(name) if defended and name != Row.OWN else None
+            lead = self.leads.get(name) if defended and name != AttackRow.OWN else None
             if lead is not None and self.random:
                 lead = expectation(lead, self.effort.draws, seed=self.effort.seed)
             best = self._pgd(side, rows, lead=lead, region=region, stream=stream)
@@ -299,7 +306,9 @@ class AttackSequence:
         """Judge the images (N, C, H, W) attacked for each side, and add the table row."""
         for side, images in zip((self.undefended, self.defended), attacked, strict=True):
             correct = (
-                torch.ones_like(self.labels, dtype=torch.bool) if name == Row.CLEAN else side.correct.clone()
+                torch.ones_like(self.labels, dtype=torch.bool)
+                if name == AttackRow.CLEAN
+                else side.correct.clone()
             )
             # An image that an earlier attack fooled stays fooled: the row is the worst case so far.
             rows = correct.nonzero()[:, 0]

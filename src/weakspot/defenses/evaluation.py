@@ -21,7 +21,7 @@ from weakspot.attacks.eight_bit import rounded, whole_levels
 from weakspot.budgets import Budget, Linf
 from weakspot.classifier import check_images, evaluating, predict
 from weakspot.defenses.attack_sequence import AttackSequence, Effort, is_correct, table_row
-from weakspot.defenses.verdicts import Row
+from weakspot.defenses.verdicts import AttackRow
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,7 +116,7 @@ def evaluate_defense(
     if oracle is not None:
         # Against the first attack only: the oracle has no adaptive attacker.
         correct = is_correct(model, oracle(sequence.transferred, images), labels)
-        rows.append(table_row(Row.ORACLE, sequence.after_transfer, correct))
+        rows.append(table_row(AttackRow.ORACLE, sequence.after_transfer, correct))
     sequence.report(1.0)
     return pd.DataFrame(rows)
 

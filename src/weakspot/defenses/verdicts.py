@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 UNDEFENDED = "undefended"  # the column of the model without the defense
 
 
-class Row:
+class AttackRow:
     """Names of the rows of the table, in their order. Rows with {} are formatted with a number."""
 
     CLEAN = "clean"
@@ -30,14 +30,12 @@ class Row:
 
 
 # Thresholds, chosen on defenses of digits 0 to 99 and measured on others (docs/how-to-evaluate-a-defense.md).
-GAIN = 0.05  # in accuracy under attack; a smaller gain is no protection
+MIN_GAIN = 0.05  # in accuracy under attack; a smaller gain is no protection
 SIGNIFICANT = 0.05  # p value of McNemar's exact test
-AGREEING = 0.9  # fraction of images whose gradients must predict the margin
-LEADING_ON = (
-    0.5  # fraction of the images left whose gradients must still lower the margin where the attack ended
-)
-RISING = 0.02  # accuracy that the last doubling of queries, or of draws, may take
-QUERIES_ONLY = 0.1  # accuracy that queries may take after all gradient attacks
+MIN_AGREEING = 0.9  # fraction of images whose gradients must predict the margin
+MIN_STILL_FALLING = 0.5  # fraction of surviving images whose gradient must lower the margin where PGD ended
+MAX_LAST_DOUBLING = 0.02  # accuracy that the last doubling of queries, or of draws, may remove
+MAX_QUERIES_ONLY = 0.1  # accuracy that queries may remove after all gradient attacks
 ROUNDING = 1e-9
 
 
@@ -65,14 +63,14 @@ def verdict(table: pd.DataFrame) -> Verdict:
     1. After all attacks, it has more than 5 points of accuracy over the undefended model (exact one-sided McNemar p at
        most .05). Otherwise there is no protection.
     2. Nothing shows that stronger attacks would succeed. Some gradients predict the defended model's margin on at least
-       90% of the images and still lower it, where their attack ended, on half of the images left. The last doubling of
-       queries, and of the draws of a random defense, took at most 2 points. Queries took at most 10 points after all
-       gradient attacks. Otherwise the defense cannot be judged.
+       90% of the images and, where their attack ended, still lower it on half of the surviving images. The last
+       doubling of queries, and of the draws of a random defense, reduced accuracy by at most 2 points. Queries reduced
+       it by at most 10 points after all gradient attacks. Otherwise the defense cannot be judged.
 
     Args:
         table: from `evaluate_defense`, or read from `defense.csv`.
     """
-    rows = table[table["attack"] != Row.ORACLE]
+    rows = table[table["attack"] != AttackRow.ORACLE]
     worst = rows.iloc[-1]
     count = int(worst["images"])
     gain = (int(worst["defended_only"]) - int(worst["undefended_only"])) / count
@@ -80,23 +78,23 @@ def verdict(table: pd.DataFrame) -> Verdict:
     p = mcnemar_counts(int(worst["defended_only"]), int(worst["undefended_only"]), alternative="greater")
     leads = rows.set_index("attack").dropna(subset="agreement")
     measured = (
-        f"{_accuracy(worst, 'defended')} of {count} images withstand every attack with the defense and "
-        f"{_accuracy(worst, UNDEFENDED)} without it, {_p_value(p)}"
+        f"accuracy after all attacks is {_accuracy(worst, 'defended')} with the defense and "
+        f"{_accuracy(worst, UNDEFENDED)} without it ({count} images, {_p_value(p)})"
     )
-    if gain <= GAIN + ROUNDING:
+    if gain <= MIN_GAIN + ROUNDING:
         return Verdict("no protection", f"No protection: {measured}.")
     # Even if every image were gained, p = 2 ** -count would exceed the level.
     if mcnemar_counts(count, 0, alternative="greater") > SIGNIFICANT:
         return Verdict(
             "cannot be judged",
-            f"Cannot be judged: {count} images are too few to show a gain. What was measured: {measured}.",
+            f"Cannot be judged: {count} images are too few to show a gain. Measured: {measured}.",
         )
     if p > SIGNIFICANT:
-        return Verdict("no protection", f"No protection shown: {measured}, which chance can explain.")
+        return Verdict("no protection", f"No protection shown: {measured}, and the difference can be chance.")
     reasons = _doubts(rows, leads)
     if reasons:
         return Verdict(
-            "cannot be judged", f"Cannot be judged: {' and '.join(reasons)}. What was measured: {measured}."
+            "cannot be judged", f"Cannot be judged: {' and '.join(reasons)}. Measured: {measured}."
         )
     return Verdict("protects", f"Protects against these attacks: {measured}.{_masking_note(leads)}")
 
@@ -104,46 +102,48 @@ def verdict(table: pd.DataFrame) -> Verdict:
 def _doubts(rows: pd.DataFrame, leads: pd.DataFrame) -> list[str]:
     """The reasons why a gain may be an illusion."""
     reasons = []
-    agreeing = leads[leads["agreement"] >= AGREEING - ROUNDING]
+    agreeing = leads[leads["agreement"] >= MIN_AGREEING - ROUNDING]
     # NaN where no image is left.
-    leading_on = agreeing["agreement_at_end"].fillna(1.0).max()
+    still_falling = agreeing["agreement_at_end"].fillna(1.0).max()
     if agreeing.empty:
         reasons.append(
-            f"gradients are masked (the best of {len(leads)} kinds predicts the defended model's margin on "
-            f"{leads['agreement'].max():.0%} of the images)"
+            f"gradients are masked (the best of {len(leads)} sources of gradients predicts the defended model's "
+            f"margin on {leads['agreement'].max():.0%} of the images)"
         )
-    elif leading_on < LEADING_ON - ROUNDING:
+    elif still_falling < MIN_STILL_FALLING - ROUNDING:
         reasons.append(
-            f"gradients are masked near the decision boundary (from the ends of the gradient attacks they lower the "
-            f"margin on {leading_on:.0%} of the images left)"
+            f"gradients are masked near the decision boundary (where the gradient attacks stopped, following the "
+            f"gradient still lowers the margin on only {still_falling:.0%} of the surviving images)"
         )
     # Rows are accuracies after all attacks so far, so the difference to the row above is what an attack takes.
     count, falls = int(rows["images"].iloc[0]), -rows["defended"].diff()
     averages, searches = (
-        rows["attack"].str.startswith(name.partition("{")[0]) for name in (Row.DRAWS, Row.QUERIES)
+        rows["attack"].str.startswith(name.partition("{")[0]) for name in (AttackRow.DRAWS, AttackRow.QUERIES)
     )
-    if averages.any() and falls[averages].iloc[-1] > RISING + ROUNDING:
+    if averages.any() and falls[averages].iloc[-1] > MAX_LAST_DOUBLING + ROUNDING:
         reasons.append(
-            f"averaging over more draws still gains (the last doubling took "
+            f"the attack still improves with more draws averaged (the last doubling fooled "
             f"{falls[averages].iloc[-1] * count:.0f} more of {count} images)"
         )
     if searches.sum() < 2:
         reasons.append("the number of queries was never doubled from 500 (raise queries to at least 1000)")
-    elif falls[searches].iloc[-1] > RISING + ROUNDING:
+    elif falls[searches].iloc[-1] > MAX_LAST_DOUBLING + ROUNDING:
         reasons.append(
-            f"the square search still gains (its last doubling took {falls[searches].iloc[-1] * count:.0f} more of "
-            f"{count} images; raise queries)"
+            f"the query-based attack still improves with more queries (the last doubling fooled "
+            f"{falls[searches].iloc[-1] * count:.0f} more of {count} images; raise queries)"
         )
     only = falls[searches].sum()
-    if only > QUERIES_ONLY + ROUNDING:
-        reasons.append(f"{only:.0%} of the images withstand all gradient attacks and fall to queries")
+    if only > MAX_QUERIES_ONLY + ROUNDING:
+        reasons.append(
+            f"{only:.0%} of the images withstand all gradient attacks but not the query-based attack"
+        )
     return reasons
 
 
 def _masking_note(leads: pd.DataFrame) -> str:
     """A sentence for a model that protects although its own gradients mislead."""
-    own, best = float(leads["agreement"][Row.OWN]), str(leads["agreement"].idxmax())
-    if own >= AGREEING - ROUNDING:
+    own, best = float(leads["agreement"][AttackRow.OWN]), str(leads["agreement"].idxmax())
+    if own >= MIN_AGREEING - ROUNDING:
         return ""
     return (
         f" Its own gradients are masked: they predict its margin on {own:.0%} of the images, those of {best} on "

@@ -42,10 +42,12 @@ CONTROL_MEANINGS = {
     "ssim_spearman": "The same rank correlation for {}.",
 }
 CONTROLS = {
-    "variance_gradient": "Local variance x gradient energy, which any attack bounded in SSIM follows to first order,",
-    "pgd": "The change of an L-infinity PGD attack with the same mean SSIM",
-    "random_weights": "Where the class activation of the network with permuted weights exceeds half its maximum, the "
-    "same change",
+    "variance_gradient": "local variance x gradient energy, which any SSIM-bounded attack follows to first order: it "
+    "is {:.2f} times as dense where the class activation exceeds half its maximum",
+    "pgd": "an L-infinity PGD attack with the same mean SSIM: its change is {:.2f} times as dense where the class "
+    "activation exceeds half its maximum",
+    "random_weights": "the network with permuted weights: the attack's change is {:.2f} times as dense where this "
+    "network's class activation exceeds half its maximum",
 }
 SHORT = {
     "other images": "other images' class activations",
@@ -112,8 +114,8 @@ class SsimAlignment:
         for name, test in self.runs.items():
             level = test.null if name == "other images" else self.control_level(name)
             # The value of a control's test is already a difference; that of other images is not.
-            lead = test.value - test.null if name == "other images" else test.value
-            if test.p <= ALPHA and test.value > test.null and lead >= (FLOOR - 1) * level:
+            excess = test.value - test.null if name == "other images" else test.value
+            if test.p <= ALPHA and test.value > test.null and excess >= (FLOOR - 1) * level:
                 names.append(name)
         return names
 
@@ -203,16 +205,15 @@ def control_sentences(result: SsimAlignment) -> dict[str, str]:
         if name == "other images":
             sentences[name] = (
                 f"Over {counted(test.images)}, the change is {test.value:.2f} times as dense where the class "
-                f"activation exceeds half its maximum as in the whole image, and {test.null:.2f} times as dense where "
-                f"other images' class activations do{end}"
+                f"activation exceeds half its maximum as in the whole image; with other images' class activations, it "
+                f"is {test.null:.2f} times as dense{end}"
             )
         elif not test.images:
-            sentences[name] = f"{CONTROLS[name]} could not be compared."
+            sentences[name] = f"Control, {SHORT[name]}: no image could be compared."
         else:
             sentences[name] = (
-                f"{CONTROLS[name]} is {result.control_level(name):.2f} times as dense there ({counted(test.images)}). "
-                f"The attack's change minus this is {test.value:+.2f}, and {test.null:+.2f} with other images' class "
-                f"activations{end}"
+                f"Control, {CONTROLS[name].format(result.control_level(name))} ({counted(test.images)}). The attack "
+                f"minus this control: {test.value:+.2f}; with other images' class activations: {test.null:+.2f}{end}"
             )
     return sentences
 
@@ -246,7 +247,7 @@ def _single_images(result: SsimAlignment) -> list[str]:
         return []
     aligned = int(result.aligned.sum())
     return [
-        f"Tested alone, the visible change of {aligned} of {counted(tested)} is shown to lie where the network looks."
+        f"Tested individually, {aligned} of {counted(tested)} show a visible change that lies where the network looks."
     ]
 
 

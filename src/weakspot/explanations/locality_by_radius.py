@@ -95,7 +95,7 @@ def locality_of(scores: pd.DataFrame) -> pd.DataFrame | None:
 
 
 def locality_sentence(table: pd.DataFrame) -> str:
-    """Whether neighboring sites share the weakness: claimed only if their lead over random sites is beyond doubt."""
+    """Whether neighboring sites share the weakness: claimed only if their excess over random sites is beyond doubt."""
     near, random = table.iloc[0], table.iloc[-1]
     images = int(near["images"])
     if not images:

@@ -262,8 +262,8 @@ def analyze_locality(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analys
     which = "every pixel" if step == 1 else f"one pixel of every {step} x {step}"
     maps = {"one_pixel_margin": margins}
     meanings = {
-        "weakest_pixel": "Smallest lead of the label if one pixel takes a corner color (each channel 0 or 1); below 0, "
-        f"that pixel is enough. {which.capitalize()} was tried.",
+        "weakest_pixel": "Smallest margin of the label if one pixel takes a corner color (each channel 0 or 1); below "
+        f"0, that pixel is enough. {which.capitalize()} was tried.",
         "weak_pixels": "Fraction of these pixels that are enough alone.",
     }
     pictures = {

@@ -303,7 +303,7 @@ def analyze_overlap(
             "vulnerability": Picture(
                 "Where the attack acts",
                 kind="signed",
-                meaning="What each place of the perturbation took from the lead of {label} over {target}; the "
+                meaning="What each place of the perturbation took from the margin of {label} over {target}; the "
                 "values sum to the whole loss.",
             ),
             "importance": Picture(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +18,61 @@ from weakspot.regions.masks import border, from_file
 from weakspot.regions.segmentation import background
 
 DEFAULT_WIDTH = 8  # of a border, in pixels
-NAMES = ("none", "cam", "background", "border", "support")
 _MATCHED = "matched:"
 _DONATED = re.compile(r"other:(.+)#([1-9]\d*)")
+
+
+@dataclass(frozen=True)
+class RegionKind:
+    """A kind of region that a text can name.
+
+    Attributes:
+        make: (term, argument) -> bool (N, 1, H, W), where `term` holds the images and everything else a region is made
+            from, and `argument` is what follows the colon in NAME:ARGUMENT.
+        summary: which part of the image it is.
+        argument: what help calls the argument; empty if the kind takes none.
+        depends_on_fraction: whether its area is the given fraction of the image.
+        depends_on_image: whether it is computed from the image.
+    """
+
+    make: Callable[[_Maker, str], Tensor]
+    summary: str
+    argument: str = ""
+    depends_on_fraction: bool = False
+    depends_on_image: bool = False
+
+
+# The names that --region and plans take; their help and `weakspot attack --list` are written from this table.
+REGIONS = {
+    "none": RegionKind(lambda term, _: term.everywhere(), "anywhere"),
+    "cam": RegionKind(
+        lambda term, _: cam(term.model, term.images, term.labels, fraction=term.fraction),
+        "the --fraction of the image with the most evidence for the label",
+        depends_on_fraction=True,
+        depends_on_image=True,
+    ),
+    "background": RegionKind(
+        lambda term, _: background(term.images, model=term.model, classes=term.labels),
+        "outside the object (a threshold on gray images, GrabCut on color)",
+        depends_on_image=True,
+    ),
+    "border": RegionKind(
+        lambda term, width: term.border(width),
+        f"a frame of {DEFAULT_WIDTH} pixels, or border:WIDTH",
+        argument="WIDTH",
+    ),
+    "support": RegionKind(
+        lambda term, _: term.support(),
+        "most evidence for the label or the target, each the --fraction of the image; needs --target",
+        depends_on_fraction=True,
+        depends_on_image=True,
+    ),
+}
+
+
+def region_forms() -> list[str]:
+    """How each kind is written, as in border:WIDTH."""
+    return [f"{name}:{kind.argument}" if kind.argument else name for name, kind in REGIONS.items()]
 
 
 @dataclass(frozen=True)
@@ -68,13 +121,13 @@ class RegionSpec:
 
     @property
     def depends_on_fraction(self) -> bool:
-        """Whether the region contains one whose area is a given fraction of the image: "cam" or "support"."""
-        return not {"cam", "support"}.isdisjoint(_words(self.text))
+        """Whether the region contains one whose area is a given fraction of the image, such as "cam"."""
+        return any(kind.depends_on_fraction for kind in _kinds(self.text))
 
     @property
     def depends_on_image(self) -> bool:
         """Whether the region contains one that is computed from the image: not only borders and files."""
-        return not {"cam", "support", "background"}.isdisjoint(_words(self.text))
+        return any(kind.depends_on_image for kind in _kinds(self.text))
 
     def shifted(self) -> RegionSpec:
         """The control of equal area within the same image, made by `regions.matched`."""
@@ -100,9 +153,9 @@ def read_region(
     A name takes precedence over a file of the same name; ./NAME reaches the file.
 
     Args:
-        region: "none" (anywhere), "cam", "background", "border:WIDTH", "support" or the path of a mask picture;
-            "~cam" for everything else, "matched:cam" for a control of equal area. Terms are joined by "&", which
-            binds more tightly, and "|"; "matched:(cam&background)" is a control of the whole expression.
+        region: a name of `REGIONS`, such as "none" (anywhere), "cam" or "border:WIDTH", or the path of a mask
+            picture; "~cam" for everything else, "matched:cam" for a control of equal area. Terms are joined by "&",
+            which binds more tightly, and "|"; "matched:(cam&background)" is a control of the whole expression.
         model: the classifier whose class activation "cam", "support" and "background" use.
         images: (N, C, H, W) in [0, 1].
         labels: (N,) classes that "cam" and "support" are for.
@@ -157,21 +210,17 @@ class _Maker:
         return ~region if negations % 2 else region
 
     def named(self, word: str) -> Tensor:
-        name, _, argument = word.partition(":")
-        if name == "border":
-            return self.border(argument)
-        if word == "none":
-            return torch.ones_like(self.images[:, :1], dtype=torch.bool)
-        if word == "cam":
-            return cam(self.model, self.images, self.labels, fraction=self.fraction)
-        if word == "background":
-            return background(self.images, model=self.model, classes=self.labels)
-        if word == "support":
-            return self.support()
+        kind = _kind(word)
+        if kind is not None:
+            return kind.make(self, word.partition(":")[2])
         if not (os.path.exists(word) or Path(word).suffix):  # noqa: PTH110 - Path.exists raises on long names
-            remedy = "or border:WIDTH, a mask picture, or these with ~, &, | and matched:"
-            raise ValueError(unknown_choice("region", self.text, NAMES, remedy=remedy))
+            forms = ", ".join(form for form in region_forms() if ":" in form)
+            remedy = f"or {forms}, a mask picture, or these with ~, &, | and matched:"
+            raise ValueError(unknown_choice("region", self.text, REGIONS, remedy=remedy))
         return self.from_file(word)
+
+    def everywhere(self) -> Tensor:
+        return torch.ones_like(self.images[:, :1], dtype=torch.bool)
 
     def border(self, width: str) -> Tensor:
         if width and not (width.isascii() and width.isdigit() and len(width) < 6):
@@ -188,12 +237,22 @@ class _Maker:
 
 
 def _is_file(text: str) -> bool:
-    return text not in NAMES and os.path.isfile(text)  # noqa: PTH113 - Path.is_file raises on long names
+    return text not in REGIONS and os.path.isfile(text)  # noqa: PTH113 - Path.is_file raises on long names
 
 
-def _words(text: str) -> list[str]:
-    """The names in a region's text; none if the text is the path of a file."""
-    return [] if _is_file(text) else re.findall(r"[^&|~() ]+", re.sub(r"\b(matched|other):|#\d+$", " ", text))
+def _kind(word: str) -> RegionKind | None:
+    """The kind that a word names, as NAME or, if the kind takes an argument, NAME:ARGUMENT."""
+    name, colon, _ = word.partition(":")
+    kind = REGIONS.get(name)
+    return kind if kind is not None and (kind.argument or not colon) else None
+
+
+def _kinds(text: str) -> list[RegionKind]:
+    """The kinds of region in a region's text; none if the text is the path of a file."""
+    if _is_file(text):
+        return []
+    words = re.findall(r"[^&|~() ]+", re.sub(r"\b(matched|other):|#\d+$", " ", text))
+    return [kind for kind in map(_kind, words) if kind is not None]
 
 
 def _enclosed(text: str) -> str:

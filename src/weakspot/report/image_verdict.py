@@ -39,7 +39,7 @@ def _outcome(row: pd.Series) -> str:
     if row["read_clean_as"] != label:
         return (
             f"Without an attack, the image is classified as {row['read_clean_as']}, not as {label} ({before}), so "
-            f"there is no success to explain; the adversarial image is classified as {reached} ({after})."
+            f"the attack cannot count as a success; the adversarial image is classified as {reached} ({after})."
         )
     if row["success"]:
         change = f"changed the classification from {label} ({before}) to {reached} ({after})"
@@ -69,35 +69,35 @@ def _location(row: pd.Series) -> str:
     if row["roi_fraction"] == 0:
         return f"No part of the image stands out for {row['label']}, so there is no region where the network looks."
     if math.isnan(row["effect_in_roi"]):
-        return f"The attack took almost nothing from the lead of {row['label']}, or nothing that could be located."
+        return f"The attack hardly reduced the margin of {row['label']}, or the loss could not be located."
     # Completeness of integrated gradients: the map must sum to the whole drop of the margin.
     if row["completeness_gap"] > MAX_GAP:
         return (
-            "The effect could not be located: the vulnerability map misses the whole effect by "
-            f"{percent(row['completeness_gap'])}, which happens if a network answers at random."
+            "The effect could not be located: the sum of the vulnerability map differs from the actual drop of "
+            f"the margin by {percent(row['completeness_gap'])}, which happens if a network's output is random."
         )
     if not row["success"] or row["read_clean_as"] != row["label"]:
         return _lost_margin(row)
     if row["reached_fraction"] < WHOLE:
         return (
             f"It changed {percent(row['changed_fraction'])} of the pixels and left "
-            f"{percent(1 - row['reached_fraction'])} of the image untouched; where it acts follows from that and is "
-            "not compared with where the network looks."
+            f"{percent(1 - row['reached_fraction'])} of the image untouched. Its effect can only lie near changed "
+            "pixels, so it is not compared with where the network looks."
         )
     return f"{_relation(row, 'It acts')}."
 
 
 def _lost_margin(row: pd.Series) -> str:
-    """For an attack that failed or had nothing to fool: it has no place where it works, but may have taken margin."""
+    """For an attack that failed or had nothing to fool: it has no effect to locate, but may have reduced the margin."""
     lost = row["margin_taken"]
     if math.isnan(lost):
         amount = f"The attack put {row['label']} further behind {row['target']}"
     else:
         fraction = "all" if lost >= 1 else percent(lost)
-        amount = f"The attack took {fraction} of the lead of {row['label']} over {row['target']}"
+        amount = f"The attack removed {fraction} of the margin of {row['label']} over {row['target']}"
     if row["reached_fraction"] < WHOLE:
         return f"{amount} by changing {percent(row['changed_fraction'])} of the pixels."
-    return f"{amount}. {_relation(row, 'That lead was lost')}."
+    return f"{amount}. {_relation(row, 'That margin was lost')}."
 
 
 def _relation(row: pd.Series, subject: str) -> str:
@@ -109,8 +109,8 @@ def _relation(row: pd.Series, subject: str) -> str:
     relation = row.get("relation", math.nan)
     if math.isnan(relation):
         return (
-            f"{effect}; a p value needs at least {LEAST_OTHERS} other images of the same source, in the batch or from "
-            "--reference FOLDER"
+            f"{effect} (no p value: that needs at least {LEAST_OTHERS} other images of the same source, in the batch "
+            "or in --reference FOLDER)"
         )
     doubt = (
         f"({percent(row['effect_in_roi_null'])} on the part that matters in other images; "

@@ -51,7 +51,7 @@ class Contrast(NamedTuple):
         control_value: the measure in the controls.
         region_censored: fraction of sizes that stand for "at least the largest size that this attack needed".
         control_censored: the same in the controls.
-        difference: above zero if the region is the weaker place: region - control for fractions, log2(control /
+        difference: above zero if the region is weaker than its controls: region - control for fractions, log2(control /
             region) for sizes.
         low: lower end of the 95% interval of the difference over images; NaN if there is none.
         high: upper end.
@@ -81,7 +81,7 @@ class Contrast(NamedTuple):
 
     @property
     def direction(self) -> int:
-        """1 if the region is clearly the weaker place, -1 if it is clearly the stronger one, else 0."""
+        """1 if the region is clearly weaker than its controls, -1 if it is clearly stronger, else 0."""
         clear = self.q <= MAX_Q and (self.low > 0 or self.high < 0)
         return int(np.sign(self.difference)) if clear else 0
 
@@ -116,16 +116,16 @@ def verdict(contrasts: Sequence[Contrast]) -> str:
     "a weak region" and "stronger than its controls" need q <= .05, an interval without zero, and a difference of at
     least 5 points (a factor of 1.1 for sizes), in the same direction against other images' regions and against the
     shifted region, each on at least 40 images. A region that is the same in every image cannot be compared with other
-    images' regions: only its place is judged.
+    images' regions: only its position is judged.
     """
     by_control = {contrast.control: contrast for contrast in contrasts}
     region = contrasts[0].region
     if SHIFTED not in by_control or (RegionSpec.parse(region).depends_on_image and OTHERS not in by_control):
         missing = "shifted regions" if SHIFTED not in by_control else "other images' regions"
-        return f"none, because the run has no {missing} as controls"
+        return f"none (the run has no {missing} as controls)"
     images = min(contrast.images for contrast in contrasts)
     if images < MIN_IMAGES:
-        return f"none, because it needs {MIN_IMAGES} images and there are {images}"
+        return f"none (at least {MIN_IMAGES} images are needed, {images} are available)"
     directions = {contrast.direction for contrast in contrasts}
     if len(directions) > 1 or 0 in directions:
         return UNCLEAR
@@ -136,8 +136,10 @@ def verdict(contrasts: Sequence[Contrast]) -> str:
         return f"{'weaker' if weaker else 'stronger'} than its controls, but not by the {least} that a verdict needs"
     if OTHERS in by_control:
         return WEAK if weaker else STRONG
-    place = "weaker" if weaker else "stronger"
-    return f"a {place} place than the same shape shifted; the content of the images there is not judged"
+    comparison = "weaker" if weaker else "stronger"
+    return (
+        f"{comparison} than the same region shifted within the image; this says nothing about image content"
+    )
 
 
 def contrast_sentences(contrasts: pd.DataFrame) -> list[str]:
@@ -158,10 +160,13 @@ def _sentence(group: Sequence[Contrast]) -> str:
     confined = f"{first.attack} confined to {first.region}"
     fractions = [contrast.region_fraction for contrast in group]
     if np.isnan(fractions).all():
-        return f"{confined}: no correctly classified image was attacked both there and in its controls."
+        return (
+            f"{confined}: no correctly classified image was attacked both in this region and in its controls."
+        )
     confined += f" ({np.nanmax(fractions):.0%} of the image)"
     if not any(contrast.images for contrast in group):
-        return f"{confined} or to its controls fools no correctly classified image."
+        region = f"{first.region} ({np.nanmax(fractions):.0%} of the image)"
+        return f"{first.attack} fooled no correctly classified image, either in {region} or in its controls."
     if not first.images:
         effect = "has no image to compare"
     elif first.measure == FOOLED:
@@ -308,7 +313,7 @@ def _smallest_sizes(run: Run, attack: str, outcomes: _Outcomes, norm: str) -> tu
     used = (fooled | control_fooled.any(1)) & (region > 0) & np.isfinite(controls).any(1)
     if not used.any():
         return NOTHING
-    # Minus log2: larger values mean a weaker place, as with fractions.
+    # Minus log2: larger values mean a weaker region, as with fractions.
     own, others = -np.log2(region[used]), -np.log2(controls[used])
     censored = np.where(np.isfinite(others), ~control_fooled[used], np.nan)
     return int(used.sum()), (

@@ -15,6 +15,7 @@ from weakspot.audit.findings.locations import score_findings
 from weakspot.audit.findings.outcomes import WHOLE_IMAGE, CellSummary, cell_summaries, with_interval
 from weakspot.audit.plan.limits import judged_attacks
 from weakspot.audit.store.run import Run
+from weakspot.datasets.labels import FORMATS
 from weakspot.regions.spec import RegionSpec
 from weakspot.statistics import proportion_interval
 from weakspot.statistics.number_format import counted
@@ -23,8 +24,8 @@ ROBUST = ("robust_accuracy", "robust_low", "robust_high")
 LABEL_SOURCES = {
     "prediction": "the model's own predictions",
     "folder": "folder names",
-    "csv": "a CSV file",
     "array": "the array's own labels",
+    **{form.name: form.title for form in FORMATS.values()},
 }
 
 

@@ -41,7 +41,7 @@ def _p_cell(p: float) -> Cell:
 
 
 def budget_section(curves: pd.DataFrame, contrasts: pd.DataFrame, compared: Sequence[str] = ()) -> Section:
-    """Which sizes of change fool how many images in which region, and whether its controls fall as well.
+    """Which sizes of change fool how many images in which region, and whether its controls are fooled as well.
 
     Args:
         curves: from `budget_curves`.
@@ -58,8 +58,8 @@ def budget_section(curves: pd.DataFrame, contrasts: pd.DataFrame, compared: Sequ
     sentences = [*budget_sentences(curves), *compared]
     if contrasts.empty:
         sentences.append(
-            "The run has no controls, so a region may fall more often because of its area or its place; --controls "
-            "adds them."
+            "The run has no controls, so a region may be fooled more often only because of its area or its position; "
+            "--controls adds them."
         )
     charts = [
         budget_chart(f"{attack}, {norm}", rows)
@@ -70,10 +70,10 @@ def budget_section(curves: pd.DataFrame, contrasts: pd.DataFrame, compared: Sequ
         "The controls are the regions of other images of the run, chosen to be within a tenth of the region's area and "
         "used unchanged, and the region shifted within the image. A region is called weak, or stronger, if q is at "
         "most .05, the interval excludes zero and the difference is at least 5 points (a factor of 1.1 for sizes) "
-        "against both kinds, on at least 40 images. p asks whether the region's outcome could as well be that of any "
-        "control; q is p corrected for the number of comparisons (Benjamini and Hochberg). For the measure fooled, a "
-        "larger value means a weaker place. For the measure smallest size, a smaller value does, and the difference is "
-        "log2 of the controls' size over the region's."
+        "against both kinds, on at least 40 images. p tests whether the outcomes of region and controls are "
+        "exchangeable within each image; q is p corrected for the number of comparisons (Benjamini and Hochberg). For "
+        "the measure fooled, a larger value means a weaker region. For the measure smallest size, a smaller value "
+        "does, and the difference is log2 of the controls' size over the region's."
     )
     choose = "Attack and norm" if len(charts) > 1 else ""
     notes = [] if contrasts.empty else [note]
@@ -143,15 +143,15 @@ def finding_section(findings: pd.DataFrame, not_tested: str = "") -> Section:
     ]  # fmt: skip
     columns = (
         "attack", "region", "score", "images", "mean [95%]", "with other images", "difference [95%]", "p", "q",
-        "images above on their own", "shifted within this image",
+        "images individually significant", "shifted within this image",
     )  # fmt: skip
     note = (
-        "Only attacks on the whole image are tested: where a confined attack acts follows from where it was allowed to "
-        "act. Scores of the overlap analysis are compared with the same attack and the importance maps of the other "
+        "Only attacks on the whole image are tested: a confined attack can only act where it is allowed "
+        "to. Scores of the overlap analysis are compared with the same attack and the importance maps of the other "
         "images of the run (at most 1000 images; maps are averaged to at most 64 sites per side). The maps are "
-        "permuted among the images for p, which needs 10 images; a test of an image on its own needs 19 others. "
+        "permuted among the images for p, which needs 10 images; a test of a single image needs 19 others. "
         '"Shifted within this image" is the mean with the map shifted against its own image: attacks and attention '
-        "both favor the middle of an image, so a difference from it shows no more than that."
+        "both favor the middle of an image, so a difference from this value may reflect only that."
     )
     sentences = [*finding_sentences(findings), *([not_tested] if not_tested else [])]
     return Section(key, name, sentences, tables=[Table("findings", columns, rows)], notes=[note])
@@ -200,7 +200,7 @@ def layer_section(curves: pd.DataFrame) -> Section:
         "Spread is the fraction of a layer's sites that change by more than a tenth of the layer's peak in the clean "
         "image; reach is the largest change divided by that peak. Only images that are correctly classified without an "
         "attack count, and a random edit of the attack's size is shown for comparison. Intervals of a mean "
-        "(bootstrap-t) need 20 images; of more than 1,000 images, 1,000 evenly spread over the list are read."
+        "(bootstrap-t) need 20 images; of more than 1,000 images, 1,000 evenly spaced ones are used."
     )
     table = Table("depth", columns, rows)
     return Section(
@@ -261,13 +261,13 @@ def locality_section(table: pd.DataFrame) -> list[Section]:
         for row in table.to_dict("records")
     ]  # fmt: skip
     columns = (
-        "attack", "region", "moved by", "attacks that fooled", "still fools [95%]", "lead over random sites [95%]",
+        "attack", "region", "moved by", "attacks that fooled", "still fools [95%]", "excess over random sites [95%]",
         "attacks that failed", "fools when moved [95%]",
     )  # fmt: skip
     note = (
         "Rates are means over images of the fraction of sites at that distance (in pixels, along either axis) where "
         "the attack's pixel value changes the class from the label. Failed attacks are the control. Intervals of rates "
-        "are exact, with as many trials as images; the lead has an interval only from 20 images up."
+        "are exact, with as many trials as images; an interval of the excess needs 20 images."
     )
     tables = [Table("locality", columns, rows)]
     return [Section("locality", "The same pixel at other sites", sentences, tables=tables, notes=[note])]

@@ -33,7 +33,7 @@ def _intervals_are_apart(row: Row, other: Row) -> bool:
 
 
 def robust_sentences(cells: pd.DataFrame) -> list[str]:
-    """What withstands each attack, by region. Regions are not ranked, because they differ in area."""
+    """Robust accuracy under each attack, by region. Regions are not ranked, because they differ in area."""
     if not (cells["images"] > 0).any():
         return ["No attack has a known outcome."]
     judged = cells[cells["robust_accuracy"].notna()]
@@ -50,7 +50,9 @@ def robust_sentences(cells: pd.DataFrame) -> list[str]:
         for row in others[: LISTED - 1]:
             accuracy = with_interval(row["robust_accuracy"], row["low"], row["high"])
             sentence += f"; {_on_region(row)}, {accuracy}"
-        sentences.append(sentence + ("; the table has more regions." if len(others) >= LISTED else "."))
+        sentences.append(
+            sentence + ("; the table lists the other regions." if len(others) >= LISTED else ".")
+        )
     unjudged = cells[(cells["images"] > 0) & cells["robust_accuracy"].isna()]
     return sentences + ([no_robust_accuracy(list(unjudged["attack"].unique()))] if len(unjudged) else [])
 
@@ -159,7 +161,7 @@ def budget_sentences(curves: pd.DataFrame) -> list[str]:
             sentences.append(f"{attack} ({norm}) fools less than half of the images in every region.")
             continue
         sizes = [
-            f"{'at no size tested' if math.isinf(size) else number(size)} "
+            f"{'none of the tested sizes' if math.isinf(size) else number(size)} "
             f"{'on the whole image' if region == WHOLE_IMAGE else f'in {region}'}"
             for region, size in halves.items()
         ]
@@ -170,20 +172,21 @@ def budget_sentences(curves: pd.DataFrame) -> list[str]:
 
 
 def finding_sentences(findings: pd.DataFrame) -> list[str]:
-    """Whether attacks act where the network looks, and which other scores differ from their null."""
+    """Whether attacks act where the network looks, and which other scores differ from their null values."""
     tested = findings[findings["q"].notna()]
     located = tested["against"] == "other images"
     sentences = [_location_sentence(rows) for _, rows in tested[located].groupby("attack", sort=False)]
     others = tested[~located]
     different = others[(others["q"] <= MAX_Q) & others["excess_low"].notna()].sort_values("q")
     if len(others):
-        verb = "differs from its null" if len(different) == 1 else "differ from their nulls"
+        differ = f"{len(different) or 'none'} {'differ' if len(different) > 1 else 'differs'}"
         sentences.append(
-            f"{len(different)} of {counted(len(others), 'other mean score')} with a null {verb} (q at most .05)."
+            f"Of {counted(len(others), 'other mean score')} tested against a null value, {differ} from it "
+            "(q at most .05)."
         )
     return sentences + [
-        f"The mean {_score(row)} of {_cell(row)} is {number(row['mean'])}, compared with {number(row['null'])} under "
-        f"its null (difference {number(row['excess'])} [{number(row['excess_low'])}, {number(row['excess_high'])}], "
+        f"The mean {_score(row)} of {_cell(row)} is {number(row['mean'])}; its null value is {number(row['null'])} "
+        f"(difference {number(row['excess'])} [{number(row['excess_low'])}, {number(row['excess_high'])}], "
         f"{counted(int(row['compared']))})."
         for row in different.head(2).to_dict("records")
     ]
@@ -197,21 +200,22 @@ def _location_sentence(findings: pd.DataFrame) -> str:
     if not clear:
         images = counted(int(max(row["compared"] for row in rows)))
         return (
-            f"It is not shown that {attack} acts more, or less, where the network looks in the image than where it "
-            f"looks in other images ({images})."
+            f"There is not enough evidence that {attack} acts more, or less, where the network looks than other "
+            f"images' importance maps would predict ({images})."
         )
     if len({row["excess"] > 0 for row in clear}) > 1:
         statistics = "; ".join(f"{_score(row)} {_with_null(row)}" for row in clear)
-        return f"Where {attack} acts is unclear because the statistics disagree: {statistics}."
+        return f"Where {attack} acts is unclear because the statistics differ in direction: {statistics}."
     first = clear[0]
     more = first["excess"] > 0
     sentence = (
-        f"{attack} acts {'more' if more else 'less'} where the network looks in the image than where it looks in other "
-        f"images: {_score(first)} {_with_null(first)}"
+        f"{attack} acts {'more' if more else 'less'} where the network looks than other images' importance maps would "
+        f"predict: {_score(first)} {_with_null(first)}"
     )
     if more and not math.isnan(first["alone"]):
         images = counted(int(first["compared"]))
-        sentence += f"; {int(first['alone']):,} of {images} show it on their own (q over images at most .1)"
+        verb = "is" if int(first["alone"]) == 1 else "are"
+        sentence += f"; {int(first['alone']):,} of {images} {verb} individually significant (q over images at most .1)"
     return sentence + "."
 
 
@@ -239,7 +243,10 @@ def type_sentences(types: pd.DataFrame) -> list[str]:
             f"Of the perturbations with which {attack_in_region(str(attack), str(region))} fooled "
             f"{counted(int(rows['images'].iloc[0]))}, {', '.join(parts)}."
         )
-    return sentences + ([f"The table has {len(groups) - NAMED} more."] if len(groups) > NAMED else [])
+    more = len(groups) - NAMED
+    return sentences + (
+        [f"The table has {counted(more, 'more combination')} of attack and region."] if more > 0 else []
+    )
 
 
 def layer_sentences(last: Sequence[tuple[Row | None, Row | None]]) -> list[str]:
@@ -269,7 +276,7 @@ def layer_sentences(last: Sequence[tuple[Row | None, Row | None]]) -> list[str]:
         )
     return [
         first,
-        "Failed attacks are the control: their changes travel through the layers, so spread alone explains nothing.",
+        "Failed attacks are the control: their changes spread too, so spread alone does not explain success.",
     ]
 
 

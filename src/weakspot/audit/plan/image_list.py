@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from weakspot._io.urls import exists, files, is_url, local_copy
 from weakspot.datasets.arrays import ARRAYS, array_labels, array_length
-from weakspot.datasets.labels import FOLDERS, ClassIndex, LabelTable, folder_classes
+from weakspot.datasets.labels import FOLDERS, ClassIndex, folder_classes, read_labels
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+LABELS = ("auto", FOLDERS, "predictions")  # sources of labels; any other text is the path of a label file
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Entry:
         path: the file, or its URL.
         row: of the array; -1 for a picture file.
         label: its class; -1 if the model's own prediction becomes the label.
-        label_from: "folder", "csv", "array" or "prediction".
+        label_from: "folder", "array", "prediction", or the name of a format of label files, such as "csv".
         error: why it cannot be used; empty otherwise.
     """
 
@@ -81,7 +83,7 @@ def list_images(
     classes = ClassIndex(tuple(class_names), class_count)
     images = {source: list(_walk(source, present[source])) for source in sorted(present)}
     root = _common_root(images)
-    table = LabelTable.read(Path(labels), classes) if Path(labels).suffix else None
+    table = None if labels in LABELS else read_labels(Path(labels), classes)
     numbers = (
         {}
         if table is None
@@ -92,7 +94,7 @@ def list_images(
         if table is not None:
             label = numbers.get(image.table_path, -1)
             error = f"{Path(labels).name} has no class for it; skipped" if label < 0 else ""
-            return image._replace(label=label, label_from="csv", error=image.error or error)
+            return image._replace(label=label, label_from=table.format.name, error=image.error or error)
         if labels != "predictions" and image.label >= 0:
             excess = f"its label is {image.label}; the model has {class_count} classes; skipped"
             error = excess if image.label >= class_count else image.error

@@ -24,13 +24,14 @@ from weakspot.audit.plan.attack_plan import (
     read_attacks,
     read_texts,
 )
+from weakspot.audit.plan.image_list import LABELS
 from weakspot.budgets import read_budget
+from weakspot.datasets.labels import LABEL_FILE
 from weakspot.explanations.analysis import available_analyses, find_analyses
 from weakspot.regions.spec import RegionSpec
 
 DEFAULT_BUDGET = "linf:4/255"
 DEFAULT_ANALYSES = ("overlap", "promotion", "propagation")
-LABELS = ("auto", "folders", "predictions")
 OTHER_IMAGES = 5  # controls per image that are regions of other images
 
 
@@ -47,8 +48,8 @@ class Plan:
             image, the same kind of region made on other images of the run.
         control_images: number of other images per image.
         analyses: names, in the order in which they run.
-        labels: "folders" (a folder is named like a class), the path of a CSV file, "predictions" (of the model), or
-            "auto": the labels in an array, else folders if all of them match, else predictions.
+        labels: "folders" (a folder is named like a class), the path of a label file, "predictions" (of the model),
+            or "auto": the labels in an array, else folders if all of them match, else predictions.
         fraction: fraction of the image in the region cam.
         seed: of everything random, including the choice of `limit` images.
         limit: largest number of images; None for all.
@@ -119,7 +120,7 @@ class Plan:
             values["analyses"] = tuple(available_analyses())
         elif values.get("analyses") == ("none",):
             values["analyses"] = ()
-        # Everything else is the path of a CSV file.
+        # Everything else is the path of a label file.
         if values.get("labels", "auto") not in LABELS:
             values["labels"] = str(folder / str(values["labels"]))
         return cls(**values)
@@ -201,7 +202,7 @@ class Plan:
             )
         if self.labels not in LABELS and not Path(self.labels).is_file():
             raise ValueError(
-                f"labels must be {', '.join(LABELS)} or the path of a CSV file, got {self.labels!r}"
+                f"labels must be {', '.join(LABELS)} or the path of {LABEL_FILE}, got {self.labels!r}"
             )
         if not isinstance(self.controls, bool):
             raise ValueError(f"controls must be true or false, got {self.controls!r}")
