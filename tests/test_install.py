@@ -52,6 +52,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["explain", "attack"])
 def test_the_core_explains_and_attacks(digits: Path, name: str, tmp_path: Path) -> None:
     ended = command(name, digits, "--model", "mnist_standard", "--out", tmp_path / "out", cwd=tmp_path)

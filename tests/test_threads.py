@@ -151,6 +151,7 @@ def explained(model: nn.Module, pairs: Pairs) -> list[Tensor]:
     return [torch.from_numpy(scores), *found.maps.values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_analyses_at_once_on_one_network_find_what_each_finds_alone(name: str) -> None:
     model, images = MODELS[name]()

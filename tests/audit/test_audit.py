@@ -98,6 +98,7 @@ def test_records_and_maps_equal_direct_calls(whole: Run, pictures: Path) -> None
     np.testing.assert_allclose(whole.maps["adversarial"][:, 0, 1] / 255, pairs.adversarial, atol=0.51 / 255)
 
 
+@pytest.mark.slow
 def test_batch_size_and_order_of_images_change_no_bit(pictures: Path) -> None:
     files = list(pictures.rglob("*.png"))
     random.Random(7).shuffle(files)  # noqa: S311 - no secret
@@ -142,6 +143,7 @@ def test_too_little_memory_gives_smaller_batches_and_the_same_records(pictures: 
     assert run.records["success_8bit"].tolist() == expected.records["success_8bit"].tolist()
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_any_moment_only_costs_time(
     whole: Run, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

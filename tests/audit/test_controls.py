@@ -195,6 +195,7 @@ def pictured(quarters: Path, **changes: Any) -> Run:
     return audit(planted_plan(quarters, "spot", **{"limit": 18, **changes}), quarters.parent / name)
 
 
+@pytest.mark.slow
 def test_controls_are_independent_of_shards_batches_and_interruptions(quarters: Path) -> None:
     whole, other = pictured(quarters, shard=18), pictured(quarters, shard=6, control_images=2)
     both = [

@@ -333,6 +333,7 @@ def test_resuming_an_intact_complete_audit_writes_nothing(whole: Run) -> None:
 # --- changed images
 
 
+@pytest.mark.slow
 def test_changed_images_are_reported_and_attacked_again(pictures: Path) -> None:
     out = interrupted(pictures)
     edited = pictures / "cat/03.png"
@@ -362,6 +363,7 @@ def test_changes_that_keep_size_and_time_are_detected(pictures: Path) -> None:
     same_records(audit(small_plan(pictures, **QUICK), pictures.parent / "expected"), run)
 
 
+@pytest.mark.slow
 def test_changed_rows_of_arrays_and_repaired_pictures_are_detected(networks: Path, pictures: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (10, 24, 24, 3), dtype=np.uint8)
     np.save(networks / "set.npy", images)

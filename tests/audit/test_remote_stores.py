@@ -182,6 +182,7 @@ def test_several_sources_local_and_remote(pictures: Path, tmp_path: Path) -> Non
     assert len(set(audit(plan, tmp_path / "found").records["image"])) == 14
 
 
+@pytest.mark.slow
 def test_vanished_remote_images_are_missing_and_a_silent_host_stops_the_audit(
     pictures: Path, tmp_path: Path
 ) -> None:

@@ -82,6 +82,7 @@ def gate(run_: Run, condition: str = CONDITION) -> list[Any]:
     return judge([condition], rows, lambda row: str(row["attack"]), undefined=undefined_names)
 
 
+@pytest.mark.slow
 def test_a_network_that_is_robust_at_the_budget_passes_a_gate_beside_a_minimal_norm_attack(
     run: Ran,
     steady: Path,
@@ -101,6 +102,7 @@ def test_a_network_that_is_robust_at_the_budget_passes_a_gate_beside_a_minimal_n
     assert ET.parse("gate.xml").getroot().attrib["failures"] == "2"  # noqa: S314 - ours
 
 
+@pytest.mark.slow
 def test_table_page_gate_and_classes_say_the_same(steady: Path) -> None:
     result = audit(plan_of(steady, PGD, FMN, network="shaky"), steady / "run")
     records = result.records
@@ -126,6 +128,7 @@ def test_table_page_gate_and_classes_say_the_same(steady: Path) -> None:
     assert robust["before"].to_dict() == {attack: cell.robust_accuracy for attack, cell in cells.items()}
 
 
+@pytest.mark.slow
 def test_a_minimal_norm_attack_without_a_stated_budget_has_no_robust_accuracy_and_fails_no_gate(
     steady: Path,
 ) -> None:
@@ -221,6 +224,7 @@ def unrounded(steady: Path, audited: Audited) -> Run:
     return open_run(result.folder)
 
 
+@pytest.mark.slow
 def test_success_that_rounding_removes_counts_only_with_float(unrounded: Run) -> None:
     def robust(one: Run) -> float:
         return next(cell.robust_accuracy for cell in summarize(one).cells if cell.attack == "pgd")
@@ -262,6 +266,7 @@ def test_curves_and_contrasts_count_files(unrounded: Run) -> None:
     assert region_contrasts(open_run(unrounded.folder)).empty
 
 
+@pytest.mark.slow
 def test_the_command_line_counts_floats_if_asked(run: Ran, unrounded: Run) -> None:
     where = unrounded.folder
     shut = "attack == 'pgd' and robust_accuracy < 0.4"

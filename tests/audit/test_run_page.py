@@ -245,6 +245,7 @@ def test_skipped_images_are_listed(read: Reader) -> None:
     assert "1 image could not be read" in read.text
 
 
+@pytest.mark.slow
 def test_an_incomplete_run_states_how_much_is_done(
     networks: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,6 +341,7 @@ def test_gray_pictures_and_a_thousand_classes(networks: Path) -> None:
     sys.modules.pop("gray_network", None)
 
 
+@pytest.mark.slow
 def test_the_page_is_reproducible_written_atomically_and_changes_no_file_of_the_run(
     made: Path, tmp_path: Path, read: Reader
 ) -> None:

@@ -32,6 +32,7 @@ WRITER = "weakspot.audit.work.audits.write_shard"
 QUICK = ("--set", "pgd.steps=2", "--attacks", "pgd", "--analyses", "none", "--no-report")
 
 
+@pytest.mark.slow
 def test_an_audit_prints_a_table_and_a_sentence(run: Run, photographs: Path, tmp_path: Path) -> None:
     ended = run(
         "audit", photographs, *TINY, "--attacks", "pgd,few_pixel", "--regions", "none,cam,background", "--analyses",

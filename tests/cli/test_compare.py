@@ -145,6 +145,7 @@ def test_what_cannot_be_compared_is_one_sentence(run: Run, audited: Path, tmp_pa
         assert message in ended.err
 
 
+@pytest.mark.slow
 def test_controls_are_named_in_a_sentence(run: Run, photographs: Path) -> None:
     ended = run(
         "audit", photographs, *TINY, "--attacks", "fmn,pgd", "--set", "fmn.steps=10", "--analyses", "none", "--regions",
@@ -159,6 +160,7 @@ def test_controls_are_named_in_a_sentence(run: Run, photographs: Path) -> None:
     assert "pgd confined to cam (30% of the image) fools 0% of 4 images" in ended.out
 
 
+@pytest.mark.slow
 def test_an_audit_writes_a_report_now_or_later(run: Run, photographs: Path, tmp_path: Path) -> None:
     assert (
         run("audit", photographs, *TINY, *QUICK, "--analyses", "overlap", "--report", "--out", "made").code
@@ -175,6 +177,7 @@ def test_an_audit_writes_a_report_now_or_later(run: Run, photographs: Path, tmp_
     assert (tmp_path / "other.html").read_text("utf-8") == page
 
 
+@pytest.mark.slow
 def test_a_full_disk_for_the_report_does_not_spoil_the_audit(
     run: Run, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +216,7 @@ def test_a_report_is_a_file(run: Run, audited: Path) -> None:
     assert (ended.code, "--out must be a file, got the folder" in ended.err) == (2, True)
 
 
+@pytest.mark.slow
 def test_audits_at_urls_are_reported_and_compared(run: Run, photographs: Path, tmp_path: Path) -> None:
     there = f"file://{tmp_path}/there"
     ended = run("audit", photographs, *TINY, *QUICK, "--report", "--out", there)

@@ -75,6 +75,7 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "own_defenses"
 
 
+@pytest.mark.slow
 def test_table_verdict_figure_and_record_are_written_and_agree(
     run: Run, photographs: Path, tmp_path: Path
 ) -> None:
@@ -111,6 +112,7 @@ def test_table_verdict_figure_and_record_are_written_and_agree(
         assert sheet.width > 800
 
 
+@pytest.mark.slow
 def test_json_is_nothing_but_json_and_quiet_is_quiet(run: Run, photographs: Path) -> None:
     ended = run("defend", photographs, *TINY, "--json", "--oracle", "--set", "fraction=0.1", "--out", "made")
     assert ended.code == 0, ended.err
@@ -135,6 +137,7 @@ def test_masked_units_are_evaluated(run: Run, photographs: Path) -> None:
     assert json.loads(ended.out)["defense"] == "mask_units, layer=0, units=0,3"
 
 
+@pytest.mark.slow
 def test_a_defense_of_the_user_is_evaluated(run: Run, photographs: Path, foreign: str) -> None:
     def evaluated(name: str, *arguments: object) -> tuple[dict[str, dict[str, float]], str]:
         ended = run(
@@ -152,6 +155,7 @@ def test_a_defense_of_the_user_is_evaluated(run: Run, photographs: Path, foreign
     assert "transferred from the substitute" in table
 
 
+@pytest.mark.slow
 def test_limit_takes_images_chosen_by_the_seed(run: Run, photographs: Path) -> None:
     def chosen(seed: int) -> list[str]:
         ended = run("defend", photographs, *QUICK, "--limit", 2, "--seed", seed, "--quiet", "--out", "made")
@@ -166,6 +170,7 @@ def test_limit_takes_images_chosen_by_the_seed(run: Run, photographs: Path) -> N
     assert len({tuple(names) for names in several}) > 1
 
 
+@pytest.mark.slow
 def test_progress_is_printed_where_there_is_no_terminal(
     run: Run, photographs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +182,7 @@ def test_progress_is_printed_where_there_is_no_terminal(
     assert (ended.out, ended.err) == ("", "")
 
 
+@pytest.mark.slow
 def test_labels_come_from_a_table_or_from_folders(run: Run, photographs: Path, tmp_path: Path) -> None:
     names = sorted(path.name for path in photographs.iterdir())
     (tmp_path / "names.txt").write_text("cat\ncup\nrocket\nbike\n")

@@ -22,6 +22,7 @@ from weakspot.statistics.number_format import p_value
 QUICK = (*TINY, "--steps", 3, "--analyses", "overlap")
 
 
+@pytest.mark.slow
 def test_a_folder_is_explained_and_all_files_are_written(run: Run, photographs: Path, tmp_path: Path) -> None:
     options = (*TINY, "--steps", 3, "--budget", "linf:16/255", "--seed", 3)
     ended = run("explain", photographs, *options, "--out", "run")
@@ -314,6 +315,7 @@ def build():
 """
 
 
+@pytest.mark.slow
 def test_one_pixel_pairs_get_a_table_by_radius(run: Run, tmp_path: Path) -> None:
     (tmp_path / "striped_networks.py").write_text(BRITTLE)
     clean = torch.rand(24, 3, 30, 30, generator=torch.Generator().manual_seed(0)) * 0.5

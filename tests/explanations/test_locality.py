@@ -156,6 +156,7 @@ def test_the_table_by_radius_compares_random_sites_and_failed_attacks() -> None:
     )
 
 
+@pytest.mark.slow
 def test_no_claim_without_evidence_images_or_success() -> None:
     everything = np.ones(30, dtype=bool)
     accused = 0

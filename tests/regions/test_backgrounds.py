@@ -77,6 +77,7 @@ def test_grabcut_finds_a_planted_disc(
     assert overlap(~regions.background(image.flip(3), method="grabcut"), disc.flip(3)) > 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "zoom", "rectangle"),
     [((32, 32), 4, (16, 16, 96, 96)), ((63, 80), 4, (40, 32, 240, 188)), ((64, 96), 1, (12, 8, 72, 48))],

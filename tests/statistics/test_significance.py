@@ -23,6 +23,7 @@ def test_mcnemar_is_the_binomial_test_of_the_pairs_that_differ() -> None:
     assert mcnemar(np.ones(3, bool), np.ones(3, bool)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [20, 50])
 @pytest.mark.parametrize("law", ["normal", "lognormal"])
 def test_a_mean_of_zero_is_rejected_no_more_often_than_the_interval_fails(law: str, count: int) -> None:
