@@ -363,24 +363,24 @@ def test_an_analysis_must_return_one_row_for_each_pair(
     pooling: Made, install: Install, result: Any, what: str
 ) -> None:
     model, images = pooling
-    install(ours=lambda model, pairs, *, seed: result)
-    with untouched(model), pytest.raises(ValueError, match=f"'mine' must return an Analysis.* got {what}"):
-        explain(model, attacked(model, images), analyses=["mine"])
+    install(added=lambda model, pairs, *, seed: result)
+    with untouched(model), pytest.raises(ValueError, match=f"'added' must return an Analysis.* got {what}"):
+        explain(model, attacked(model, images), analyses=["added"])
 
 
 def test_a_duplicate_column_gets_a_prefix(pooling: Made, install: Install) -> None:
     model, images = pooling
     pairs = attacked(model, images)
     install(
-        ours=returning({"l2": [7.0] * 3, "ssim_windowed": [8.0] * 3, "fresh": [9.0] * 3}),
+        added=returning({"l2": [7.0] * 3, "ssim_windowed": [8.0] * 3, "fresh": [9.0] * 3}),
         other=returning({"fresh": [10.0] * 3}),
     )
     plain = explain(model, pairs, analyses=["ssim"]).scores
-    result = explain(model, pairs, analyses=["ssim", "mine", "other"]).scores
+    result = explain(model, pairs, analyses=["ssim", "added", "other"]).scores
     pd.testing.assert_frame_equal(result[list(plain)], plain)
     added = {
-        "mine_l2": [7.0] * 3,
-        "mine_ssim_windowed": [8.0] * 3,
+        "added_l2": [7.0] * 3,
+        "added_ssim_windowed": [8.0] * 3,
         "fresh": [9.0] * 3,
         "other_fresh": [10.0] * 3,
     }
@@ -390,20 +390,20 @@ def test_a_duplicate_column_gets_a_prefix(pooling: Made, install: Install) -> No
 def test_a_duplicate_map_gets_a_prefix(pooling: Made, install: Install) -> None:
     model, images = pooling
     pairs = attacked(model, images)
-    install(ours=returning({"x": [1.0] * 3}, {"ssim": torch.full((3, 1, 20, 20), 7.0)}))
-    result = explain(model, pairs, analyses=["ssim", "mine"])
+    install(added=returning({"x": [1.0] * 3}, {"ssim": torch.full((3, 1, 20, 20), 7.0)}))
+    result = explain(model, pairs, analyses=["ssim", "added"])
     torch.testing.assert_close(result.maps["ssim"], 1 - ssim_map(pairs.clean, pairs.adversarial))
-    assert torch.equal(result.maps["mine_ssim"], torch.full((3, 1, 20, 20), 7.0))
+    assert torch.equal(result.maps["added_ssim"], torch.full((3, 1, 20, 20), 7.0))
     assert set(result.pictures) == set(result.maps)
     assert result.pictures["ssim"].title == "Visible change (1 - SSIM)"
 
 
 def test_the_meaning_of_a_duplicate_column_has_the_new_name(pooling: Made, install: Install) -> None:
     model, images = pooling
-    install(ours=returning({"ssim_windowed": [8.0] * 3}, meanings={"ssim_windowed": "Something else."}))
-    result = explain(model, attacked(model, images), analyses=["ssim", "mine"])
+    install(added=returning({"ssim_windowed": [8.0] * 3}, meanings={"ssim_windowed": "Something else."}))
+    result = explain(model, attacked(model, images), analyses=["ssim", "added"])
     assert result.meanings["ssim_windowed"].startswith("Mean structural similarity")
-    assert result.meanings["mine_ssim_windowed"] == "Something else."
+    assert result.meanings["added_ssim_windowed"] == "Something else."
 
 
 @pytest.mark.filterwarnings("ignore:.*train mode")
