@@ -204,7 +204,7 @@ def test_layer_curves_compare_successes_with_failures(made: Path, read: Reader) 
                 )
             else:
                 assert shown_mean == ""
-    assert "spread alone explains nothing" in read.text
+    assert "spread alone does not explain success" in read.text
 
 
 def test_the_page_requests_nothing(read: Reader) -> None:

@@ -71,7 +71,7 @@ def test_a_folder_without_a_finished_network_of_the_zoo_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"size": [8]}, r"size must be \[height, width\], got \[8\]"),
         ({"size": 8}, "size must be .* got 8"),

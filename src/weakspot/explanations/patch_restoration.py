@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 POINTS = 32  # of a curve, at most, after its start
 PARTS = ("neither", "in the set that is enough", "in the set that is needed", "in both")
 MEANINGS = {
-    "deletion_auc": "Mean lead of the label while the changed cells are removed, the most harmful first, as a fraction "
-    "of the way from the adversarial to the clean lead. The nearer to 1, the fewer cells carry the attack.",
-    "insertion_auc": "Mean loss of the lead while the changed cells are put into the clean image, the most harmful "
+    "deletion_auc": "Mean margin of the label while the changed cells are removed, the most harmful first, as a "
+    "fraction of the way from the adversarial to the clean margin. The nearer to 1, the fewer cells carry the attack.",
+    "insertion_auc": "Mean loss of margin while the changed cells are put into the clean image, the most harmful "
     "first, as a fraction of the whole loss. The nearer to 1, the fewer cells carry the attack.",
     "necessary_fraction": "Fraction of the changed cells in a small set without which the attack fails.",
     "sufficient_fraction": "Fraction of the changed cells in a small set that fools the model alone.",
