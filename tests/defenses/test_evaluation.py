@@ -93,8 +93,9 @@ def test_a_broken_defense_that_withstands_every_attack_cannot_be_judged() -> Non
     table, result = judged(Inline(SECOND, after=one_hot))
     assert float(table["defended"].iloc[-1]) == 1
     assert result.status == "cannot be judged"
-    assert "gradients are masked (the best of 2 sources of gradients predicts the defended model's margin on 0%" in str(
-        result
+    assert (
+        "gradients are masked (the best of 2 sources of gradients predicts the defended model's margin on 0%"
+        in str(result)
     )
 
 
