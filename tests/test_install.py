@@ -74,7 +74,9 @@ def test_a_missing_extra_is_named_with_its_install_line(
     digits: Path, arguments: tuple[str, ...], install: str, tmp_path: Path
 ) -> None:
     np.savez(tmp_path / "digits.npz", images=np.zeros((4, 28, 28), np.uint8), labels=np.arange(4))
-    first = arguments if arguments[0] == "train" else (arguments[0], digits, *arguments[1:])
+    first: tuple[str | Path, ...] = (
+        arguments if arguments[0] == "train" else (arguments[0], digits, *arguments[1:])
+    )
     ended = command(*first, "--out", tmp_path / "out", cwd=tmp_path)
     assert ended.returncode != 0
     assert install in " ".join(ended.stderr.split())
