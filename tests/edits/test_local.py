@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from weakspot import Classifier, ImageWarning, LocalEdits, ModelWarning
 from weakspot.classifier import evaluating
-from weakspot.edits import Edits, local, prepare
+from weakspot.edits import Edits, prepare
+from weakspot.edits.local import WORTH
 
 TOLERANCE = 1e-4  # of the range of the logits
 
@@ -312,30 +313,48 @@ def test_batch_size_and_way_change_no_result(batch_size: int, windows: bool | No
             torch.testing.assert_close(found, classifier(pasted(image, tops, lefts, patches)))
 
 
-@pytest.mark.parametrize("windows_cost", [1.0, 3.0])
-def test_the_faster_way_is_found_by_measuring_once(
-    windows_cost: float, image: Tensor, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["residual", "tokens"])
+def test_the_way_is_chosen_by_counting_multiplications(
+    name: str, image: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each way is warmed up and timed, then the cheaper does the rest, of later calls too."""
+    """Windows where they save work; a network of tokens, where they save almost none, takes whole images from the
+    first edit on. No clock decides."""
     torch.manual_seed(0)
-    clock, went = [0.0], []
-    monkeypatch.setattr(local, "_now", lambda _: clock[0])
+    model = Tokens().eval() if name == "tokens" else NETWORKS[name]()
+    went = []
     own = Edits._part
 
-    def part(self: Edits, by_windows: bool, owners: Tensor, *rest: Tensor) -> Tensor:
+    def part(self: Edits, by_windows: bool, *rest: Tensor) -> Tensor:
         went.append(by_windows)
-        clock[0] += len(owners) * (windows_cost if by_windows else 2.0)
-        return own(self, by_windows, owners, *rest)
+        return own(self, by_windows, *rest)
 
     monkeypatch.setattr(Edits, "_part", part)
-    places = torch.arange(19 * 19)
-    tops, lefts = places // 19, places % 19
-    with evaluating(NETWORKS["residual"]()) as classifier:
-        edits = Edits(classifier, image, batch_size=4)
-        for _ in range(2):
-            edits.logits(torch.zeros_like(tops), tops, lefts, torch.rand(len(tops), 3, 1, 1))
-    assert went[:4] == [True, True, False, False]
-    assert set(went[4:]) == {windows_cost < 2.0}
+    places = torch.arange(16 * 16)
+    tops, lefts = places // 16, places % 16
+    with evaluating(model) as classifier:
+        edits = Edits(classifier, image[:, :, :16, :16], batch_size=4)
+        edits.logits(torch.zeros_like(tops), tops, lefts, torch.rand(len(tops), 3, 1, 1))
+        recording = edits.prepared.recording
+        assert recording is not None
+        assert (recording.work_saved[1, 1] >= WORTH) == (name != "tokens")
+    assert set(went) == {name != "tokens"}
+
+
+class Tokens(nn.Module):
+    """Eight layers of plain attention over patches of 4 x 4 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 16, 4, 4)
+        self.values = nn.ModuleList(nn.Linear(16, 16) for _ in range(8))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.embed(images).flatten(2).transpose(1, 2)
+        for values in self.values:
+            tokens = tokens + values((tokens @ tokens.transpose(1, 2)).softmax(2) @ tokens)
+        logits: Tensor = self.head(tokens.mean(1))
+        return logits
 
 
 class Choosing(nn.Module):

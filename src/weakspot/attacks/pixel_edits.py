@@ -10,10 +10,10 @@ from torch import Tensor
 
 from weakspot.attacks.context import Problem
 from weakspot.attacks.losses import log_odds
-from weakspot.edits import Edits, prepare, work_saved
+from weakspot.edits import Edits, prepare
+from weakspot.edits.local import WORTH, work_saved
 
 LARGE = 96 * 96  # pixels of an image from which on edits may go by windows; smaller images share batches
-WORTH = 1.3  # least ratio of multiplications; that of time is larger (`benchmarks/edits.py`)
 
 
 class Painted(NamedTuple):

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from weakspot.attribution.layers import Layer
 from weakspot.classifier import Classifier, default_batch
+from weakspot.edits.recording import Observer
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def place(maps: Tensor, size: tuple[int, int], grid: Grid | None, *, unseen: flo
     return placed.masked_fill(~(seen[0][:, None] & seen[1][None]), unseen)
 
 
-class _Grids(TorchDispatchMode):
+class _Grids(Observer):
     """Follows the image's grid through every operation of a forward pass."""
 
     def __init__(self, image: Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import quiet
-from weakspot._state import HOOKS, hooks
+from weakspot._state import HOOKS, hooks, remembered
 from weakspot.classifier import Classifier
 from weakspot.edits.kernels import State
 from weakspot.edits.recording import record
@@ -24,6 +24,7 @@ from weakspot.edits.steps import (
     Recording,
     Step,
     Values,
+    by_onednn,
     in_place,
     with_padding_in_convolutions,
 )
@@ -48,7 +49,7 @@ class Engine:
     def __init__(self, recording: Recording, images: Tensor, *, full_batch: int) -> None:
         """Run the recording once on the images (N, C, H, W) and store the maps that edits may need."""
         self.recording, self.full_batch = recording, full_batch
-        self._steps = steps = in_place(recording.steps)
+        self._steps = steps = in_place(by_onednn(recording.steps))
         readers: dict[int, list[Step]] = {}
         for step in steps:
             for slot in step.inputs:
@@ -201,6 +202,10 @@ def prepare(classifier: Classifier, image: Tensor) -> Prepared:
         classifier: in eval mode.
         image: (1, C, H, W) in [0, 1].
     """
+    return remembered(classifier, ("prepared", image.shape, image.dtype), lambda: _prepare(classifier, image))
+
+
+def _prepare(classifier: Classifier, image: Tensor) -> Prepared:
     if _has_hooks(classifier):
         return Prepared(None, "hooks on it would not see the edits")
     if any(isinstance(module, torch.jit.ScriptModule) for module in classifier.modules()):

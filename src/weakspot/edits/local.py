@@ -1,50 +1,41 @@
-"""LocalEdits: exact logits of an image under many small edits, by windows or whole images, whichever is faster."""
+"""LocalEdits: exact logits of an image under many small edits, by windows or whole images, whichever is less work."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from weakspot._checks import check_batch_size, check_range
 from weakspot.classifier import Classifier, check_images, check_logits, default_batch, evaluating, predict
 from weakspot.edits.engine import Engine, Prepared, edited_images, evenly, prepare
-from weakspot.edits.steps import CannotRecordError, Recording, without_growth
+from weakspot.edits.recording import Observer
+from weakspot.edits.steps import Arguments, CannotRecordError, Keywords, Recording, without_growth
 from weakspot.fusion import fused
 
 LARGEST_CHUNK = 256
 INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+WORTH = 1.3  # least ratio of multiplications; that of time is larger (`benchmarks/edits.py`)
+FAILURES = (RuntimeError, LookupError, TypeError, ValueError, AttributeError, CannotRecordError)
 RANKS = 6  # classes of distance to the border, down and along, at most
 Progress = Callable[[float], None]
-
-
-@dataclass
-class _Timing:
-    """Seconds that each way took for one edit: windows (True) and whole images (False).
-
-    Attributes:
-        seconds: of the ways that were timed.
-        warm: the ways that ran at least once.
-    """
-
-    seconds: dict[bool, float] = field(default_factory=dict)
-    warm: set[bool] = field(default_factory=set)
 
 
 class Edits:
     """Logits of several images under edits that are each confined to one window.
 
-    Recomputing windows costs less than whole images for most networks and small edits, and more for some. If there are
-    many edits, both ways do a part of them, once for each size of window, and the faster does the rest.
+    Recomputing windows costs less than whole images for most networks and small edits, and more for some, above all
+    for networks of tokens. The way with fewer multiplications is taken, so that results do not depend on how busy a
+    machine is.
 
     Attributes:
         images: (N, C, H, W) in [0, 1].
-        windows: None to choose by timing; True or False for one way only, in tests and benchmarks.
+        windows: None to choose by `work_saved`; True or False for one way only, in tests and benchmarks.
     """
 
     def __init__(
@@ -66,12 +57,14 @@ class Edits:
             (24 * usual, LARGEST_CHUNK // 2) if images.device.type == "cpu" else (16 * usual, 4 * usual)
         )
         self._chunk = min(at_once, LARGEST_CHUNK, largest)
-        self._timings: dict[tuple[int, int], _Timing] = {}
-        self._engine = None
-        if self.prepared.recording is not None:
-            self._engine = Engine(
-                self.prepared.recording, images, full_batch=min(whole, LARGEST_CHUNK // 2, largest)
-            )
+        self._full_batch = min(whole, LARGEST_CHUNK // 2, largest)
+        self._recording = self.prepared.recording
+
+    @cached_property
+    def _engine(self) -> Engine:
+        if self._recording is None:
+            raise CannotRecordError(self.prepared.reason)
+        return Engine(self._recording, self.images, full_batch=self._full_batch)
 
     def logits(
         self,
@@ -85,12 +78,9 @@ class Edits:
         parts: list[Tensor] = []
         done, count = 0, len(owners)
         order = self._by_distance_to_border(tops, lefts, patches)
-        while done < count:
-            by_windows = self._next_way(patches, count - done)
-            rows = order[done : done + evenly(count - done, self._chunk if by_windows else self._whole_batch)]
-            begun = _now(patches)
+        by_windows = self._by_windows((patches.shape[2], patches.shape[3]))
+        for rows in order.split(evenly(count, self._chunk if by_windows else self._whole_batch)):
             parts.append(self._part(by_windows, owners[rows], tops[rows], lefts[rows], patches[rows]))
-            self._note(by_windows, patches, len(rows), _now(patches) - begun)
             done += len(rows)
             if progress is not None:
                 progress(done / count)
@@ -112,58 +102,51 @@ class Edits:
 
     def clean_logits(self) -> Tensor:
         """(N, K) of the unedited images."""
-        if self._engine is not None:
+        if "_engine" in vars(self):
             return self._engine.logits
         with fused(self.classifier, self.images[:1]):
             return predict(self.classifier, self.images, self._whole_batch)
 
+    def whole(self, images: Tensor) -> Tensor:
+        """(M, K) logits of other images (M, C, H, W), by the recording if there is one."""
+        if self._recording is not None and self.windows is not False:
+            logits = torch.cat([self._engine.replayed(part) for part in images.split(self._whole_batch)])
+            check_logits(logits, self.classifier, images)
+            return logits
+        with fused(self.classifier, self.images[:1]):
+            return predict(self.classifier, images, self._whole_batch)
+
     def _part(self, by_windows: bool, owners: Tensor, tops: Tensor, lefts: Tensor, patches: Tensor) -> Tensor:
-        if by_windows and self._engine is not None:
+        if by_windows and self._recording is not None:
             try:
                 logits = self._engine.edited(owners, tops, lefts, patches)
                 if len(logits) == len(owners):
                     return logits
-            except (
-                RuntimeError,
-                LookupError,
-                TypeError,
-                ValueError,
-                AttributeError,
-                CannotRecordError,
-            ) as error:
+            except FAILURES as error:
                 if "out of memory" in str(error):
                     raise
-            self._engine = None  # these edits do what the recording's trial did not
+            self._recording = None  # these edits do what the recording's trial did not
         with fused(self.classifier, self.images[:1]), torch.no_grad():
-            whole: Tensor = self.classifier(edited_images(self.images, owners, tops, lefts, patches))
-        return whole
+            # Not more at once than whole images usually go, if the chunk was meant for windows.
+            chunks = torch.arange(len(owners), device=owners.device).split(self._whole_batch)
+            return torch.cat(
+                [
+                    self.classifier(
+                        edited_images(self.images, owners[rows], tops[rows], lefts[rows], patches[rows])
+                    )
+                    for rows in chunks
+                ]
+            )
 
-    def _next_way(self, patches: Tensor, left: int) -> bool:
-        """Whether the next chunk goes by windows. Each way is warmed up, then timed, before one is chosen."""
-        if self._engine is None or self.windows is not None:
-            return self._engine is not None and self.windows is not False
-        seconds = self._timings.setdefault(_shape(patches), _Timing()).seconds
-        if len(seconds) == 2:
-            return seconds[True] <= seconds[False]
-        if True not in seconds:
-            return True
-        return left <= 4 * self._chunk  # too few edits for another trial to pay
-
-    def _note(self, by_windows: bool, patches: Tensor, count: int, seconds: float) -> None:
-        timing = self._timings.setdefault(_shape(patches), _Timing())
-        if by_windows in timing.warm and by_windows not in timing.seconds:
-            timing.seconds[by_windows] = seconds / count
-        timing.warm.add(by_windows)
-
-
-def _shape(patches: Tensor) -> tuple[int, int]:
-    return patches.shape[2], patches.shape[3]
-
-
-def _now(tensor: Tensor) -> float:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    def _by_windows(self, size: tuple[int, int]) -> bool:
+        if self._recording is None or self.windows is not None:
+            return self._recording is not None and self.windows is not False
+        try:
+            return work_saved(self._recording, self.images[:1], size) >= WORTH
+        except FAILURES as error:
+            if "out of memory" in str(error):
+                raise
+            return False
 
 
 class LocalEdits:
@@ -270,20 +253,45 @@ def _check_places(places: Tensor, count: int, last: int, *, name: str) -> None:
         )
 
 
-def work_saved(recording: Recording, image: Tensor) -> float:
-    """How many times more multiplications a whole pass takes than one edited pixel in the middle of the image.
+def work_saved(recording: Recording, image: Tensor, size: tuple[int, int] = (1, 1)) -> float:
+    """How many times more multiplications a whole pass takes than one edit in the middle of the image.
+
+    It is counted once for each recording and size.
 
     Args:
         recording: of the network.
         image: (1, C, H, W).
+        size: height and width of the edit.
 
     Returns:
         The ratio for convolutions and matrix products; infinite if windows take none.
     """
-    engine = Engine(without_growth(recording), image, full_batch=1)
-    top, left = (torch.tensor([size // 2], device=image.device) for size in image.shape[2:])
-    with FlopCounterMode(display=False) as by_windows:
-        engine.edited(torch.zeros_like(top), top, left, image[:, :, :1, :1])
-    with FlopCounterMode(display=False) as whole:
-        engine.replayed(image)
-    return float(whole.get_total_flops()) / float(max(1e-9, by_windows.get_total_flops()))
+    if size not in recording.work_saved:
+        engine = Engine(without_growth(recording), image, full_batch=1)
+        top, left = (
+            torch.tensor([(whole - part) // 2], device=image.device)
+            for whole, part in zip(image.shape[2:], size, strict=True)
+        )
+        by_windows, whole = _Multiplications(), _Multiplications()
+        with by_windows:
+            engine.edited(torch.zeros_like(top), top, left, image[:, :, : size[0], : size[1]])
+        with whole:
+            engine.replayed(image)
+        recording.work_saved[size] = whole.count / by_windows.count if by_windows.count else math.inf
+    return recording.work_saved[size]
+
+
+class _Multiplications(Observer):
+    """Counts those of convolutions and matrix products in this thread (FlopCounterMode sets hooks of all threads)."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.count += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result

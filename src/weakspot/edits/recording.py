@@ -42,7 +42,15 @@ def record(classifier: Classifier, image: Tensor) -> Recording:
     return Recording(_used(recorder.steps, slot), slot, count)
 
 
-class _Recorder(TorchDispatchMode):
+class Observer(TorchDispatchMode):
+    """A dispatch mode that does not load torch's compiler, which takes over a second, at its first call."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class _Recorder(Observer):
     """Records every function called on what depends on the images."""
 
     def __init__(self, images: Tensor) -> None:

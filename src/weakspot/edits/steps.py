@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -108,11 +108,13 @@ class Recording:
         steps: in the order they were done; each needs only slots that earlier ones filled.
         logits: the slot that ends with the logits.
         count: the number of images that were recorded.
+        work_saved: by windows, by the size of the edit (see `local.work_saved`).
     """
 
     steps: Sequence[Step]
     logits: int
     count: int
+    work_saved: dict[tuple[int, int], float] = field(default_factory=dict, init=False)
 
 
 def filled(arguments: Any, values: Values) -> Any:
@@ -182,6 +184,21 @@ def without_growth(recording: Recording) -> Recording:
         for step in recording.steps
     ]
     return replace(recording, steps=steps)
+
+
+def by_onednn(steps: Sequence[Step]) -> list[Step]:
+    """The steps, where pointwise convolutions on CPUs go through oneDNN whatever the number of images.
+
+    With one thread and fewer than 16 images torch 2.13 takes a matrix product instead, which needs up to twice the
+    time. It does not if the kernel is dilated, and a kernel of one site has nothing to dilate.
+    """
+
+    def dilated(step: Step) -> Step:
+        if not step.is_pointwise or step.arguments[1].device.type != "cpu":
+            return step
+        return replace(step, arguments=(*step.arguments[:5], [2, 2], *step.arguments[6:]))
+
+    return [dilated(step) for step in steps]
 
 
 def in_place(steps: Sequence[Step]) -> list[Step]:
