@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.networks import PoolingNetwork
 from weakspot import Linf, Pairs, attacks, occlusion, overlap, restoration
@@ -33,6 +33,54 @@ def test_sets_flip_the_decision_and_every_member_is_needed() -> None:
             with torch.no_grad():
                 left = model(torch.where(fewer, pairs.adversarial[number], images[number])).argmax(1)
             assert int(left) == int(labels[number])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sets_equal_those_of_the_plain_search(seed: int) -> None:
+    """Cell by cell, each in a forward pass of its own, pass after pass until a pass puts no cell back."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2), nn.Tanh(), nn.Conv2d(8, 8, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(72, 3)
+    ).eval()
+    images = torch.rand(4, 3, 16, 16)
+    pairs = attacks.pgd(model, images, model(images).argmax(1), budget=Linf(0.2), steps=8)
+    result = restoration(model, pairs, cell=2)
+    for number, (image, other, label) in enumerate(
+        zip(pairs.clean, pairs.adversarial, pairs.labels.tolist(), strict=True)
+    ):
+        sufficient = plain_set(model, image, other, label, correct=False)
+        necessary = plain_set(model, other, image, label, correct=True)
+        assert torch.equal(result.sufficient[number, 0, ::2, ::2].flatten(), sufficient)
+        assert torch.equal(result.necessary[number, 0, ::2, ::2].flatten(), necessary)
+
+
+@torch.no_grad()
+def plain_set(model: nn.Module, image: Tensor, other: Tensor, label: int, *, correct: bool) -> Tensor:
+    """(64,) the cells of side 2 of the other image that make the decision `correct`, or false, in `image`."""
+    groups = (torch.arange(16) // 2)[:, None] * 8 + torch.arange(16) // 2
+
+    def margin(chosen: Tensor) -> float:
+        logits = model(torch.where(chosen[groups], other, image)[None])[0].double()
+        return float(logits[label] - logits[torch.arange(3) != label].max())
+
+    nothing = torch.zeros(64, dtype=torch.bool)
+    if (margin(nothing) >= 0) == correct or (margin(~nothing) >= 0) != correct:
+        return nothing
+    alone = torch.tensor([margin(torch.arange(64) == cell) for cell in range(64)])
+    chosen = nothing.clone()
+    # As many of the strongest as the first of 33 evenly spaced counts that flips the decision.
+    order = alone.argsort(descending=correct, stable=True)
+    for count in torch.linspace(0, 64, 33).round().long().tolist():
+        chosen[order[:count]] = True
+        if (margin(chosen) >= 0) == correct:
+            break
+    weakest_first, before = [cell for cell in order.flip(0).tolist() if chosen[cell]], None
+    while before != (before := int(chosen.sum())):
+        for cell in weakest_first:
+            if chosen[cell]:
+                chosen[cell] = False
+                chosen[cell] = (margin(chosen) >= 0) != correct
+    return chosen
 
 
 class Threshold(nn.Module):

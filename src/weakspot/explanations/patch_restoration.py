@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_count
-from weakspot.classifier import Classifier, evaluating, predict
+from weakspot.classifier import Classifier, evaluating
 from weakspot.edits import Edits, Prepared, cells, exchanged, prepare, windowed
 from weakspot.edits.cell_windows import Windowed
 from weakspot.explanations.analysis import Analysis, Picture, check_pairs, prepare_pairs
@@ -26,6 +26,7 @@ from weakspot.statistics.number_format import number
 if TYPE_CHECKING:
     import pandas as pd
 
+AT_ONCE = 4  # cells that are tried at once, at first
 POINTS = 32  # of a curve, at most, after its start
 PARTS = ("neither", "in the set that is enough", "in the set that is needed", "in both")
 MEANINGS = {
@@ -137,13 +138,14 @@ class _CellSearch:
         unchanged[self.groups[(clean != adversarial).any(1)[0]]] = False
         points = min(total, POINTS) + 1
         counts = torch.linspace(0, int((~unchanged).sum()), points, device=clean.device).round().long()
+        attacked, intact = self._edits(adversarial), self._edits(clean)
         # Unchanged cells go last: they do nothing.
-        removal = self._alone(adversarial, clean, label).masked_fill(unchanged, -torch.inf)
+        removal = self._alone(attacked, clean, label).masked_fill(unchanged, -torch.inf)
         removal = removal.argsort(descending=True, stable=True)
-        entry = self._alone(clean, adversarial, label).masked_fill(unchanged, torch.inf)
+        entry = self._alone(intact, adversarial, label).masked_fill(unchanged, torch.inf)
         entry = entry.argsort(stable=True)
-        deletion = self._along(adversarial, clean, removal, counts, label)
-        insertion = self._along(clean, adversarial, entry, counts, label)
+        deletion = self._along(attacked, clean, removal, counts, label)
+        insertion = self._along(intact, adversarial, entry, counts, label)
         none = torch.zeros_like(unchanged)
         if not bool(
             (deletion[0] < 0) & (deletion[-1] >= 0)
@@ -155,42 +157,57 @@ class _CellSearch:
         sufficient = self._pruned(clean, adversarial, entry[:entered], label, correct=False)
         return counts, deletion, insertion, necessary, sufficient
 
-    def _alone(self, image: Tensor, other: Tensor, label: Tensor) -> Tensor:
-        """(G,) margins of the image with each cell, alone, taken from the other."""
-        edits = Edits(self.classifier, image, self.prepared, batch_size=self.batch_size)
-        logits = exchanged(edits, other, self.windows)
+    def _edits(self, image: Tensor) -> Edits:
+        return Edits(self.classifier, image, self.prepared, batch_size=self.batch_size)
+
+    def _alone(self, edits: Edits, other: Tensor, label: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """(G,) margins of the image with each chosen cell, alone, taken from the other; NaN for cells not chosen."""
+        logits = exchanged(edits, other, self.windows, chosen)
         return margin(logits, label.expand(len(logits)))
 
-    def _mixed_margins(self, image: Tensor, other: Tensor, chosen: Tensor, label: Tensor) -> Tensor:
-        """(M,) margins of the image with the chosen cells (M, G) taken from the other."""
-        images = torch.where(chosen[:, self.groups][:, None], other, image)
-        logits = predict(self.classifier, images, self.batch_size)
-        return margin(logits, label.expand(len(images)))
-
-    def _along(self, image: Tensor, other: Tensor, order: Tensor, counts: Tensor, label: Tensor) -> Tensor:
-        """(P,) margins while the first `counts` cells in this order are taken from the other."""
+    def _along(self, edits: Edits, other: Tensor, order: Tensor, counts: Tensor, label: Tensor) -> Tensor:
+        """(P,) margins of the image while the first `counts` cells in this order are taken from the other."""
         # ranks[order[i]] = i: the inverse permutation.
         ranks = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return self._mixed_margins(image, other, ranks < counts[:, None], label)
+        counts, places = counts.unique_consecutive(return_inverse=True)  # few changed cells repeat counts
+        chosen = ranks < counts[:, None]
+        logits = edits.whole(torch.where(chosen[:, self.groups][:, None], other, edits.images))
+        return margin(logits, label.expand(len(logits)))[places]
 
     def _pruned(
         self, image: Tensor, other: Tensor, flipping: Tensor, label: Tensor, *, correct: bool
     ) -> Tensor:
         """(G,) bool: of the cells that flip the decision, strongest first, those that are needed for it.
 
-        `correct` says whether the flipped decision is the label.
+        Cells are put back in turns, the weakest first, and again from the first one on, because putting one back can
+        make another superfluous, until all were tried since the last one that stayed back. Most cells are needed, so
+        several are tried at once, each alone; those behind the first superfluous one are then tried again.
+
+        Args:
+            image: (1, C, H, W) that the cells are put into.
+            other: (1, C, H, W) that they are taken from.
+            flipping: (F,) numbers of the cells.
+            label: the class of the clean image.
+            correct: whether the flipped decision is the label.
         """
         chosen = torch.zeros(int(self.groups.max()) + 1, dtype=torch.bool, device=flipping.device)
         chosen[flipping] = True
-        before = -1
-        while before != int(chosen.sum()):  # removing one cell can make another superfluous: pass again
-            before = int(chosen.sum())
-            weakest_first = flipping.flip(0)
-            for cell in weakest_first[chosen[weakest_first]].tolist():
-                chosen[cell] = False
-                margins = self._mixed_margins(image, other, chosen[None], label)
-                if bool(margins[0] >= 0) != correct:
-                    chosen[cell] = True
+        kept, start, untried, at_once = flipping.flip(0), 0, len(flipping), AT_ONCE
+        mixed = self._edits(torch.where(chosen[self.groups], other, image))
+        while untried:
+            tried = kept[start : start + min(at_once, untried)]
+            alone = torch.zeros_like(chosen).index_fill_(0, tried, True)
+            stays_flipped = (self._alone(mixed, image, label, alone)[tried] >= 0) == correct
+            if bool(stays_flipped.any()):
+                superfluous = start + int(stays_flipped.long().argmax())
+                chosen[kept[superfluous]] = False
+                kept = torch.cat([kept[:superfluous], kept[superfluous + 1 :]])
+                start, untried, at_once = superfluous, len(kept), AT_ONCE
+                mixed = self._edits(torch.where(chosen[self.groups], other, image))
+            else:
+                start, untried, at_once = start + len(tried), untried - len(tried), 2 * at_once
+            if start >= len(kept):
+                start = 0
         return chosen
 
 
