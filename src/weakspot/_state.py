@@ -11,9 +11,9 @@ from __future__ import annotations
 import copy
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -26,6 +26,7 @@ SEEDED = threading.RLock()
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -134,6 +135,49 @@ def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
                 if not held.holders:
                     del _frozen[id(weight)]
                     weight.requires_grad_(True)
+
+
+@contextmanager
+def remembering(model: nn.Module) -> Iterator[None]:
+    """Let `remembered` keep results in this thread; the model's weights must not change inside."""
+    memories: dict[int, _Memory] = _this.__dict__.setdefault("memories", {})
+    if id(model) in memories:
+        yield
+        return
+    memories[id(model)] = _Memory(_count_hooks(model))
+    try:
+        yield
+    finally:
+        del memories[id(model)]
+
+
+def remembered(model: nn.Module, key: Hashable, compute: Callable[[], Result]) -> Result:
+    """What `compute` returns; inside `remembering` it runs once for each key, unless hooks were added since.
+
+    Args:
+        model: that the result depends on.
+        key: whatever else it depends on.
+        compute: a function of nothing else.
+    """
+    memory: _Memory | None = getattr(_this, "memories", {}).get(id(model))
+    if memory is None or memory.hooks != _count_hooks(model):
+        return compute()
+    if key not in memory.results:
+        memory.results[key] = compute()
+    result: Result = memory.results[key]
+    return result
+
+
+@dataclass
+class _Memory:
+    """What was computed for a model, and how many hooks it had."""
+
+    hooks: int
+    results: dict[Hashable, Any] = field(default_factory=dict)
+
+
+def _count_hooks(model: nn.Module) -> int:
+    return sum(len(hooks(module, kind)) for module in model.modules() for kind in HOOKS)
 
 
 class OwnHook:

@@ -17,9 +17,10 @@ import weakspot
 from tests.networks import NETWORKS, LinearNetwork, Made, untouched
 from weakspot._checks import ModelWarning
 from weakspot.attacks import pgd, pixel_sweep
-from weakspot.attribution import class_activation
+from weakspot.attribution import cam, class_activation
 from weakspot.budgets import L2, Linf
 from weakspot.classifier import Classifier
+from weakspot.edits import engine
 from weakspot.explanations import Analysis, Picture, explain, overlap
 from weakspot.explanations.analysis import ORDER, available_analyses
 from weakspot.pairs import AttackResult, Pairs
@@ -181,6 +182,66 @@ def test_every_analysis_adds_its_scores_and_maps_on_the_cpu(any_model: Made) -> 
     partition = alone.essential * 1 + alone.contested * 2 + alone.neutralizable * 3
     assert torch.equal(result.maps["partition"], partition)
     assert set(result.meanings) <= set(result.scores)
+
+
+@pytest.mark.parametrize("name", available_analyses())
+def test_an_analysis_finds_alone_what_it_finds_among_others(name: str, pooling: Made) -> None:
+    """What analyses share in one explanation changes none of them, nor the model, its hooks or generators."""
+    model, images = pooling
+    pairs = attacked(model, images)
+    together = explain(model, pairs)
+    with untouched(model, pairs.clean, pairs.adversarial, pairs.labels):
+        alone = explain(model, pairs, analyses=[name])
+    for maps in alone.maps:
+        torch.testing.assert_close(alone.maps[maps], together.maps[maps], rtol=1e-5, atol=1e-6)
+    pd.testing.assert_frame_equal(alone.scores, together.scores[list(alone.scores)], rtol=1e-4)
+
+
+def test_layers_alignments_and_recordings_are_found_once(
+    pooling: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images = pooling
+    calls = {"find_layer": 0, "effective_grid": 0, "_prepare": 0}
+
+    def counting(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*given: Any) -> Any:
+            calls[name] += 1
+            return own(*given)
+
+        return counted
+
+    for name, module in (("find_layer", cam), ("effective_grid", cam), ("_prepare", engine)):
+        monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
+    pairs = attacked(model, images)
+    explain(model, pairs)
+    assert calls == {"find_layer": 1, "effective_grid": 1, "_prepare": 1}
+    explain(model, pairs)  # nothing is kept beyond a call: the weights may have changed
+    assert calls == {"find_layer": 2, "effective_grid": 2, "_prepare": 2}
+
+
+def test_an_analysis_that_adds_a_hook_sees_the_hooked_network(pooling: Made, install: Install) -> None:
+    """A network with a hook that changes it is another network: nothing that was found before counts."""
+    model, images = pooling
+    pairs = attacked(model, images)
+    conv = next(one for one in model.modules() if isinstance(one, nn.Conv2d))
+
+    def with_and_without_hook(model: nn.Module) -> list[Tensor]:
+        before = class_activation(model, pairs.clean, pairs.labels)
+        handle = conv.register_forward_hook(lambda *given: given[2].tanh())
+        after = class_activation(model, pairs.clean, pairs.labels)
+        handle.remove()
+        return [before, after]
+
+    found: list[Tensor] = []
+
+    def analyze(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
+        found.extend(with_and_without_hook(model))
+        return Analysis(pd.DataFrame(index=range(len(pairs))), {})
+
+    install(hooking=analyze)
+    explain(model, pairs, analyses=["cam", "hooking"])
+    assert not torch.equal(found[0], found[1])
+    torch.testing.assert_close(found, with_and_without_hook(model))
 
 
 def test_evidence_is_shown_for_both_classes_in_both_images(any_model: Made) -> None:

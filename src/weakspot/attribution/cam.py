@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_choice, check_classes
+from weakspot._state import remembered
 from weakspot.attribution.alignment import Grid, effective_grid, place, receptive_grid
 from weakspot.attribution.layers import Layer, find_layer
 from weakspot.classifier import Classifier, check_images, check_logits, default_batch, evaluating
@@ -72,7 +73,8 @@ def class_activations(
         (N, M, H, W).
     """
     check_choice("alignment", alignment, ALIGNMENTS)
-    last = find_layer(classifier, images[:1], layer)
+    key = "layer", layer, images.shape[1:]
+    last = remembered(classifier, key, lambda: find_layer(classifier, images[:1], layer))
     maps = _drawn(classifier, last, images, classes, alignment)
     if layer is not None or last is None:
         return maps
@@ -104,7 +106,10 @@ def _drawn(
 def _grid(classifier: Classifier, image: Tensor, layer: Layer, alignment: str) -> Grid | None:
     if alignment == "receptive_field":
         return receptive_grid(classifier, image, layer)
-    return effective_grid(classifier, image, layer) if alignment == "effective" else None
+    if alignment == "resize":
+        return None
+    key = "grid", layer.name, layer.call, image.shape
+    return remembered(classifier, key, lambda: effective_grid(classifier, image, layer))
 
 
 def _batches(classifier: Classifier, images: Tensor, classes: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import unknown_choice
-from weakspot._state import hooked
+from weakspot._state import hooked, remembered
 from weakspot.attribution.layers import Calls, Layout, first_tensor, noise_like
 from weakspot.classifier import Classifier
 from weakspot.fusion import folded_convolutions, fused
@@ -84,8 +84,12 @@ def spatial_layers(
 
 def default_layers(classifier: Classifier, image: Tensor) -> dict[str, Place]:
     """`spatial_layers` without names; empty if the network has no maps."""
-    outputs = _watch(classifier, _two(classifier, image))
-    return {output.name: output.place for output in _last_of_each(outputs)} or _calls(classifier, image)
+
+    def watch() -> dict[str, Place]:
+        outputs = _watch(classifier, _two(classifier, image))
+        return {output.name: output.place for output in _last_of_each(outputs)} or _calls(classifier, image)
+
+    return remembered(classifier, ("default layers", image.shape), watch)
 
 
 def _two(classifier: Classifier, image: Tensor) -> Tensor:

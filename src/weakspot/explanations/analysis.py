@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_classes, entry_points, unknown_choice
+from weakspot._state import remembered
 from weakspot.classifier import Classifier, predict
 from weakspot.logits import runner_up
 from weakspot.pairs import Pairs
@@ -184,7 +185,7 @@ def prepare_pairs(classifier: Classifier, pairs: P) -> P:
         ValueError: if a label or target is not a class of the model.
     """
     pairs = pairs.to(classifier.mean.device)
-    classes = predict(classifier, pairs.clean[:1].float()).shape[1]
+    classes = remembered(classifier, "classes", lambda: predict(classifier, pairs.clean[:1].float()).shape[1])
     for name in ("labels", "targets"):
         check_classes(getattr(pairs, name), len(pairs), classes, name=name)
     return replace(

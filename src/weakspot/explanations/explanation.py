@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from weakspot._checks import ModelWarning, check_classes, warn_once
 from weakspot._io.files import write_atomic
+from weakspot._state import remembering
 from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.explanations.agreement import other_images
 from weakspot.explanations.analysis import (
@@ -165,7 +166,7 @@ def explain(
             f"got {', '.join(functions) or 'none'}"
         )
     results: dict[str, Analysis] = {}
-    with evaluating(model) as classifier:
+    with evaluating(model) as classifier, remembering(classifier):
         pairs = prepare_pairs(classifier, pairs)
         others = None if reference is None else other_images(classifier, pairs, reference)
         options = {"reference": others, "compare": compare}
