@@ -9,11 +9,12 @@ that the first one found.
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -137,6 +138,9 @@ def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
                     weight.requires_grad_(True)
 
 
+_Memory = tuple[int, dict[Hashable, Any]]  # how many hooks a model had, and what was computed for it
+
+
 @contextmanager
 def remembering(model: nn.Module) -> Iterator[None]:
     """Let `remembered` keep results in this thread; the model's weights must not change inside."""
@@ -144,7 +148,7 @@ def remembering(model: nn.Module) -> Iterator[None]:
     if id(model) in memories:
         yield
         return
-    memories[id(model)] = _Memory(_count_hooks(model))
+    memories[id(model)] = _count_hooks(model), {}
     try:
         yield
     finally:
@@ -159,21 +163,13 @@ def remembered(model: nn.Module, key: Hashable, compute: Callable[[], Result]) -
         key: whatever else it depends on.
         compute: a function of nothing else.
     """
-    memory: _Memory | None = getattr(_this, "memories", {}).get(id(model))
-    if memory is None or memory.hooks != _count_hooks(model):
+    count, results = getattr(_this, "memories", {}).get(id(model), (None, {}))
+    if count != _count_hooks(model):
         return compute()
-    if key not in memory.results:
-        memory.results[key] = compute()
-    result: Result = memory.results[key]
+    if key not in results:
+        results[key] = compute()
+    result: Result = results[key]
     return result
-
-
-@dataclass
-class _Memory:
-    """What was computed for a model, and how many hooks it had."""
-
-    hooks: int
-    results: dict[Hashable, Any] = field(default_factory=dict)
 
 
 def _count_hooks(model: nn.Module) -> int:
@@ -322,6 +318,14 @@ def preserve_random_state(device: torch.device | None = None) -> Iterator[None]:
                 _first_states.clear()
             elif set(_drawing) == {thread}:
                 state.restore()
+
+
+@contextmanager
+def trial_copy(module: Module) -> Iterator[Module]:
+    """A deep copy without hooks to try things on; the global generators are restored on exit."""
+    device = next((tensor.device for tensor in itertools.chain(module.parameters(), module.buffers())), None)
+    with preserve_random_state(device):
+        yield unhooked_copy(module)
 
 
 @contextmanager

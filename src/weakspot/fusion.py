@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from weakspot._checks import quiet
-from weakspot._state import HOOKS, hooks, preserve_random_state, unhooked_copy
+from weakspot._state import HOOKS, hooks, trial_copy
 from weakspot.classifier import Classifier, default_batch
 
 TOLERANCE = 1e-5  # of the largest logit
@@ -114,9 +114,8 @@ def _plan(classifier: Classifier, image: Tensor) -> Sequence[Fold]:
 def _find_folds(classifier: Classifier, image: Tensor) -> Sequence[Fold]:
     """Record a pass through a copy; return the folds if the copy's logits stay the same with them."""
     try:
-        with quiet(), torch.no_grad(), preserve_random_state(image.device):
-            twin = unhooked_copy(classifier)
-            probe = twin.filled(torch.cat([image, 1 - image]))
+        with quiet(), torch.no_grad(), trial_copy(classifier) as twin:
+            probe = torch.cat([image, 1 - image])
             expected, folds = _record_folds(twin, probe)
             _plans[twin.network] = (_signature(twin, image), folds)
             with fused(twin, image):
@@ -319,17 +318,16 @@ def measured_batch(classifier: Classifier, images: Tensor) -> int:
 
 
 def _measure_batch(classifier: Classifier, images: Tensor, usual: int) -> int:
-    try:
-        twin = unhooked_copy(classifier)
-    except Exception:  # noqa: BLE001 - a module that cannot be copied is not measured
-        return usual
     sizes = sorted({max(4, usual // 8 * 4), usual, 2 * usual}, key=lambda size: size != usual)
     cost = {}
-    with preserve_random_state(images.device), fused(twin, images[:1]):
-        _seconds(twin, images[:usual])
-        for size in sizes:
-            with suppress(RuntimeError):  # out of memory
-                cost[size] = _seconds(twin, images[:size]) / size
+    try:
+        with trial_copy(classifier) as twin, fused(twin, images[:1]):
+            _seconds(twin, images[:usual])
+            for size in sizes:
+                with suppress(RuntimeError):  # out of memory
+                    cost[size] = _seconds(twin, images[:size]) / size
+    except Exception:  # noqa: BLE001 - a module that cannot be copied or run is not measured
+        return usual
     if usual not in cost:
         return usual
     best = min(cost, key=cost.__getitem__)
