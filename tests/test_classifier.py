@@ -543,9 +543,11 @@ def test_logits_that_resemble_probabilities_by_chance_cause_no_warning(images: T
     with torch.no_grad():
         linear.weight[0, 0], linear.weight[1, 0] = 0.01, -0.01  # rows sum to one and lie in [0, 1] for images
         linear.bias[:] = 0.5
-    predict(
-        Classifier.wrap(nn.Sequential(nn.Flatten(), linear).eval()), images
-    )  # a warning would be an error
+    network = nn.Sequential(nn.Flatten(), linear).eval()
+    logits = predict(Classifier.wrap(network), images)  # a ModelWarning would be an error here
+    assert torch.equal(logits, network(images))
+    assert logits.min() >= 0
+    torch.testing.assert_close(logits.sum(1), torch.ones(len(images)))  # they do resemble probabilities
 
 
 @pytest.mark.parametrize(
