@@ -136,7 +136,7 @@ def audit(
             batch_size=batch_size,
             command=command_line(),
             watch=watch,
-            engine=execution.audit_engine,
+            engine=execution.engine,
             workers=execution.workers,
             address=execution.ray_address,
         )
