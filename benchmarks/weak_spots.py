@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from weakspot.attacks.smallest_change import cropped
 
 from benchmarks import real, rivals
 from weakspot import load, sample_images
@@ -27,6 +26,7 @@ from weakspot.attacks.context import AttackOptions, Problem, attack_context
 from weakspot.attacks.first_order import cell_numbers, linearize
 from weakspot.attacks.losses import margin
 from weakspot.attacks.minimum_norm import NORMS, _walk
+from weakspot.attacks.smallest_change import cropped
 from weakspot.attacks.tradeoff import BestSoFar
 
 STEPS = 300

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_choice, check_count
-from weakspot.attacks.context import AttackOptions, Problem, Progress, attack_context, part_of
+from weakspot._progress import Progress, ProgressOption
+from weakspot._progress import part as part_of
+from weakspot.attacks.context import AttackOptions, Problem, attack_context
 from weakspot.attacks.first_order import estimate_places, linearize
 from weakspot.attacks.losses import margin, minimizes
 from weakspot.attacks.minimum_norm import NORMS, annealed, spread
@@ -62,7 +64,7 @@ def minimal_pgd(
     seed: int = 0,
     on_grid: bool = True,
     batch_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> AttackResult:
     """Find the smallest L-infinity or L2 change that fools, in any region, by PGD whose radius adapts to each image.
 
@@ -87,7 +89,7 @@ def minimal_pgd(
     check_count("classes", classes)
     check_choice("norm", norm, NORMS)
     with attack_context(
-        model, images, labels, AttackOptions(None, region, targets, seed, batch_size)
+        model, images, labels, AttackOptions(None, region, targets, seed, batch_size, progress)
     ) as problem:
         adversarial = problem.clean.clone()
         with problem.fused_model():
@@ -100,7 +102,7 @@ def minimal_pgd(
                 search = SmallestChange(
                     cropped(part, part.region, torch.arange(len(rows), device=rows.device)), norm, steps=steps
                 )
-                best = search.run(starts, part_of(progress, number, len(groups)))
+                best = search.run(starts, part_of(problem.progress, number, number + 1, len(groups)))
                 found = best.on_8bit_grid() if on_grid else best.images
                 crops = best.problem.crops
                 adversarial[rows] = found if crops is None else crops.whole(found)
@@ -129,7 +131,7 @@ class SmallestChange:
             rows = wanted.nonzero()[:, 0]
             if len(rows):
                 targets = starts.classes[rows, number]
-                self._descend(rows, targets, size[rows], part_of(progress, number, count))
+                self._descend(rows, targets, size[rows], part_of(progress, number, number + 1, count))
         return self.best
 
     def _descend(self, rows: Tensor, targets: Tensor, radius: Tensor, progress: Progress | None) -> None:
