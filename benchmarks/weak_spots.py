@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks import real, rivals
+from benchmarks import peers, real
 from weakspot import load, sample_images
 from weakspot.attacks.context import AttackOptions, Problem, attack_context
 from weakspot.attacks.first_order import cell_numbers, linearize
@@ -96,7 +96,7 @@ def fmn_300(part: Problem, _: Tensor) -> Tensor:
 
 
 def foolbox_300(part: Problem, _: Tensor) -> Tensor:
-    return rivals.foolbox("LInfFMNAttack", None, steps=STEPS)(_Cells(part), part.clean, part.labels)
+    return peers.foolbox("LInfFMNAttack", None, steps=STEPS)(_Cells(part), part.clean, part.labels)
 
 
 class _Cells(nn.Module):
