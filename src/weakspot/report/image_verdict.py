@@ -132,7 +132,9 @@ def _why(row: pd.Series) -> str:
     if math.isnan(row["promotion_log2_ratio"]):
         return f"neither raises {row['target']} nor lowers {row['label']}"
     effects = ((row["target"], row["whole_promotion"]), (row["label"], -row["whole_suppression"]))
-    return "logits: " + ", ".join(f"{name} {'+' * (change > 0)}{number(change)}" for name, change in effects)
+    return "logits: " + ", ".join(
+        f"{name} {'+' if change > 0 else ''}{number(change)}" for name, change in effects
+    )
 
 
 def _how_local(row: pd.Series) -> tuple[str, list[str]]:
