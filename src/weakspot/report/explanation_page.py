@@ -64,7 +64,7 @@ def page(explanation: Explanation) -> str:
     return rendered(
         "page.html",
         rules="".join(f"i.{kind} {{ background: {gradient(kind)} }}\n" for kind in kinds),
-        script="page.js",
+        scripts=["folds.js", "page.js"],
         linked=linked,
         anchor=anchor,
         model=explanation.model,

@@ -1,4 +1,3 @@
-"use strict";
 // Maps arrive as raw levels with their range and are colored here, so that opacity, overlay and zoom need no server.
 
 const shared = JSON.parse(document.getElementById("shared").textContent);
@@ -219,13 +218,6 @@ function sortSheet(key) {
   [...sheet.children].sort((a, b) => last(sign * value(a)) - last(sign * value(b))).forEach((item) => sheet.append(item));
 }
 
-// Fragments of links lead into closed sections, which open on the way.
-function reveal() {
-  const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
-  for (let part = target; part; part = part.parentElement) if (part.tagName === "DETAILS") part.open = true;
-  if (target) target.scrollIntoView();
-}
-
 const pairs = [...document.querySelectorAll("article.pair")].map((article) => new Pair(article));
 const drawAll = () => pairs.forEach((pair) => pair.draw());
 let current = 0;
@@ -258,14 +250,6 @@ function press(event) {
   event.preventDefault();
 }
 
-// On paper everything is open.
-let closed = [];
-function openForPrint() {
-  closed = [...document.querySelectorAll("details:not([open])")];
-  for (const section of closed) section.open = true;
-  drawAll();
-}
-
 document.addEventListener("keydown", press);
 document.addEventListener("focusin", (event) => {
   const article = event.target.closest("article.pair");
@@ -274,9 +258,7 @@ document.addEventListener("focusin", (event) => {
 for (const name of ["overlay", "zoom", "opacity", "gray"]) controls[name].addEventListener("input", drawAll);
 controls.blink.addEventListener("click", blink);
 document.getElementById("sort")?.addEventListener("change", (event) => sortSheet(event.target.value));
-window.addEventListener("hashchange", reveal);
-window.addEventListener("beforeprint", openForPrint);
-window.addEventListener("afterprint", () => { for (const section of closed) section.open = false; });
+window.addEventListener("beforeprint", drawAll); // after all sections were opened (folds.js)
 drawSwatches();
 Promise.all(pairs.map((pair) => pair.open())).then(() => {
   reveal();
