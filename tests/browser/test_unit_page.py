@@ -56,7 +56,7 @@ def test_units_can_be_sorted_and_filtered_and_nothing_hostile_runs(page: Opened)
     assert "The other 2 agree with no labeled concept" in page.page.inner_text("main")
     assert page.page.locator(".examples figure").count() == 2
     assert not page.page.is_visible("table.units")
-    page.page.click("summary:has-text('Units')")
+    page.page.click("summary:has(strong:text-is('Units'))")
     page.page.click("button[data-key=unit]")
     assert units(page) == [1, 0]
     page.page.click("button[data-key=unit]")

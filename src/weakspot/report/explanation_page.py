@@ -15,18 +15,18 @@ from torch import Tensor
 from weakspot.explanations.explanation import Explanation
 from weakspot.explanations.locality_by_radius import RATES, locality_of, locality_sentence
 from weakspot.report.glossary import TERMS, anchor, linked
-from weakspot.report.image_verdict import (
+from weakspot.report.image_findings import (
     HELPS,
     LOCAL,
     QUESTIONS,
     WHERE,
     WHY,
     findings,
-    headline,
+    in_levels,
     overview,
-    page_verdict,
     strongest_fact,
 )
+from weakspot.report.image_verdict import headline, page_verdict
 from weakspot.report.layer_browser import layer_browser
 from weakspot.report.map_views import MapView, filled, map_views, worth_drawing
 from weakspot.report.next_steps import next_steps
@@ -51,11 +51,15 @@ RELATIONS = {1: "where it looks", -1: "away from there", 0: "not clear"}
 SORT_KEYS = ("effect_in_roi", "relation_p", "margin_drop")
 # The question that each analysis answers; those of other packages come last, under a heading of their own.
 ANSWERS = {
+    "weak_spots": WHERE,
     "cam": WHERE, "ssim": WHERE, "overlap": WHERE, "promotion": WHY, "propagation": WHY, "locality": LOCAL,
     "restoration": HELPS, "units": HELPS,
 }  # fmt: skip
 OTHER = "Other analyses"
-LEADS = ("vulnerability",)  # the first picture of a pair: the first of these maps that shows something
+LEADS = (
+    "first_order",
+    "vulnerability",
+)  # the first picture of a pair: the first of these maps that shows something
 
 
 def page(explanation: Explanation) -> str:
@@ -212,10 +216,19 @@ def _map(view: MapView) -> dict[str, object]:
         "title": view.title,
         "meaning": view.meaning,
         "kind": view.picture.kind,
-        "low": view.low,
-        "high": view.high,
+        "low": _end(view, view.low),
+        "high": _end(view, view.high),
         "legend": legend,
+        "square": view.square,
+        "size": view.values.shape,  # noqa: PD011 - an array
     }
+
+
+def _end(view: MapView, value: float) -> str:
+    """The value of the first or last color, as text."""
+    if view.logarithmic:
+        return in_levels(value)
+    return f"{value:+.2g}" if view.picture.kind == "signed" else f"{value:.3g}"
 
 
 def _scales(views: Sequence[MapView]) -> list[dict[str, object]]:
@@ -235,14 +248,15 @@ def _scales(views: Sequence[MapView]) -> list[dict[str, object]]:
 
 def _levels(view: MapView) -> dict[str, object]:
     """The raw map for the page's script: 8-bit levels between its own smallest and largest value."""
-    values = np.nan_to_num(view.values)
+    values, *limits = view.scaled
     low, high = float(values.min()), float(values.max())
     if view.picture.kind == "category":
         low, high = 0.0, 255.0
     return {
         "values": compressed_levels(values, low, high),
         "range": [low, high],
-        "limits": [view.low, view.high],
+        "limits": limits,
+        "logarithmic": view.logarithmic,
         "kind": view.picture.kind,
         "categories": list(view.picture.categories),
     }

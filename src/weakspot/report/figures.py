@@ -80,14 +80,22 @@ def photograph(axis: Axes, pixels: NDArray[np.float32]) -> None:
 
 
 def _draw(axis: Axes, view: MapView, clean: NDArray[np.float32]) -> None:
-    from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Patch
+    from matplotlib.colors import ListedColormap, LogNorm, Normalize
+    from matplotlib.patches import Patch, Rectangle
 
     values = view.values  # noqa: PD011 - an array
     if view.picture.kind != "category":
         colors = ListedColormap(color_table(view.picture.kind) / 255)
-        shown = axis.imshow(values, cmap=colors, vmin=view.low, vmax=view.high, interpolation="nearest")
+        scale = Normalize(view.low, view.high)
+        if view.logarithmic:  # the smallest values brightest
+            colors, scale = colors.reversed(), LogNorm(view.high, view.low, clip=True)
+        shown = axis.imshow(values, cmap=colors, norm=scale, interpolation="nearest")
         axis.figure.colorbar(shown, ax=axis, shrink=0.8)
+        if view.square is not None:
+            top, left, side = view.square
+            for color, width in (("black", 3.5), ("white", 1.75)):
+                place = (left - 0.5, top - 0.5)  # of the corner: the middle of pixel 0 is at 0
+                axis.add_patch(Rectangle(place, side, side, fill=False, ec=color, lw=width))
         return
     axis.imshow(clean.mean(0), cmap="gray", vmin=0, vmax=1)
     handles = []

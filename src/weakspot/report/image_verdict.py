@@ -1,21 +1,18 @@
-"""Sentences on explained images: what happened to one and to all, with the number, the chance level and the doubt."""
+"""The verdict on an explained image: what happened, with the number, the chance level and the doubt."""
 
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 
 import pandas as pd
 
 from weakspot.explanations.agreement import WHOLE
 from weakspot.explanations.explanation import Explanation
 from weakspot.statistics import LEAST_OTHERS
-from weakspot.statistics.number_format import counted, number, p_value, percent
+from weakspot.statistics.number_format import number, p_value, percent
 
 MAX_GAP = 0.1  # completeness gap above which nothing is claimed
-FEW = 0.5  # fraction of the changed cells up to which they are worth a headline
 IDENTICAL = "The two images are identical; there is nothing to explain."
-WHERE, WHY, LOCAL, HELPS = QUESTIONS = ("Where", "Why", "How local", "What helps")
 
 
 def headline(row: pd.Series) -> str:
@@ -31,11 +28,11 @@ def verdict(explanation: Explanation, index: int = 0) -> str:
         return IDENTICAL
     sentences = [_outcome(row)]
     if "effect_in_roi" in row:
-        sentences.append(_location(row))
+        sentences.append(location(row))
     elif _failed(row):
         sentences.append(f"{_margin_taken(row)}.")
     if "promotion_log2_ratio" in row and row["read_clean_as"] == row["label"]:
-        sentences.append(_perturbation_type(row))
+        sentences.append(perturbation_type(row))
     return " ".join(sentences)
 
 
@@ -53,54 +50,6 @@ def page_verdict(row: pd.Series) -> str:
     return " ".join(sentences)
 
 
-def strongest_fact(row: pd.Series) -> str:
-    """The least that was found to be enough, in one sentence; empty if nothing was."""
-    sufficient = row.get("sufficient_fraction", math.nan)
-    if not row["success_8bit"] or not sufficient <= FEW:
-        return ""
-    return f"Changing {_cells(sufficient)} is enough to fool the network."
-
-
-def overview(scores: pd.DataFrame) -> str:
-    """One sentence over several images: on how many the attack succeeds; empty for one image."""
-    correct = scores[scores["read_clean_as"] == scores["label"]]
-    total, wrong = len(correct), len(scores) - len(correct)
-    if len(scores) == 1:
-        return ""
-    if not total:
-        return f"All {counted(wrong)} are misclassified without any attack."
-    done = int(correct["success_8bit"].sum())
-    rounded = int((correct["success"] & ~correct["success_8bit"]).sum())
-    which = f"the {counted(total)}" if total > 1 else "the one image"
-    if wrong:
-        which += " that the network classifies correctly"
-    if total == 1:
-        sentence = f"The attack {'succeeds' if done else 'fails'} on {which}"
-    elif done == total:
-        sentence = f"The attack succeeds on all {which.removeprefix('the ')}"
-    else:
-        sentence = f"The attack succeeds on {done or 'none'} of {which}"
-    if rounded:
-        sentence += f", and on {rounded} only before rounding to 8 bits"
-    if wrong:
-        sentence += f"; {wrong} {'is' if wrong == 1 else 'are'} misclassified without any attack"
-    return sentence + "."
-
-
-def findings(row: pd.Series) -> dict[str, tuple[str, list[str]]]:
-    """For each question what was found, in a few words (or none) and in sentences."""
-    found: dict[str, tuple[str, list[str]]] = {question: ("", []) for question in QUESTIONS}
-    if row["linf"] == 0:
-        return found
-    if "effect_in_roi" in row:
-        found[WHERE] = (_where(row), [_location(row)])
-    if "promotion_log2_ratio" in row and row["read_clean_as"] == row["label"]:
-        found[WHY] = (_why(row), [_perturbation_type(row)])
-    found[LOCAL] = _how_local(row)
-    found[HELPS] = _what_helps(row)
-    return found
-
-
 def _failed(row: pd.Series) -> bool:
     return not row["success"] and not row["success_8bit"] and row["read_clean_as"] == row["label"]
 
@@ -113,83 +62,6 @@ def located(row: pd.Series) -> bool:
         and row["completeness_gap"] <= MAX_GAP
         and row["reached_fraction"] >= WHOLE
     )
-
-
-def _where(row: pd.Series) -> str:
-    relation = row.get("relation", math.nan)
-    if row["reached_fraction"] < WHOLE:
-        return f"{percent(row['changed_fraction'])} of the pixels changed"
-    if not located(row):
-        return ""
-    if math.isnan(relation):
-        return f"{percent(row['effect_in_roi'])} of the effect on the {percent(row['roi_fraction'])} that matters most"
-    return {1: "where the network looks", -1: "away from where the network looks"}.get(
-        relation, "no clear relation"
-    )
-
-
-def _why(row: pd.Series) -> str:
-    if math.isnan(row["promotion_log2_ratio"]):
-        return f"neither raises {row['target']} nor lowers {row['label']}"
-    effects = ((row["target"], row["whole_promotion"]), (row["label"], -row["whole_suppression"]))
-    return "logits: " + ", ".join(
-        f"{name} {'+' if change > 0 else ''}{number(change)}" for name, change in effects
-    )
-
-
-def _how_local(row: pd.Series) -> tuple[str, list[str]]:
-    short, sentences = "", []
-    sufficient, weak = (row.get(name, math.nan) for name in ("sufficient_fraction", "weak_pixels"))
-    if not math.isnan(sufficient):
-        short = f"changing {_cells(sufficient)} is enough"
-        sentences.append(
-            f"Changing {_cells(sufficient)} is enough to fool the network, with the rest of the image clean (a small "
-            "set, found greedily; a smaller one may exist)."
-        )
-    if weak > 0:
-        short = "a single pixel is enough"
-        sentences.append(
-            f"{percent(weak)} of the pixels tried are enough alone, with each channel set to 0 or 1."
-        )
-    elif weak == 0:
-        short = short or "no single pixel tried is enough"
-        left = row["weakest_pixel"] / row["margin_clean"]
-        sentences.append(
-            "No single pixel tried is enough, with each channel set to 0 or 1: the worst leaves "
-            f"{percent(left)} of the margin of {row['label']}."
-        )
-    return short, sentences
-
-
-def _what_helps(row: pd.Series) -> tuple[str, list[str]]:
-    short, sentences = "", []
-    needed, units = (row.get(name, math.nan) for name in ("necessary_fraction", "units_to_revert"))
-    if not math.isnan(needed):
-        short = f"undoing {_cells(needed)} stops it"
-        sentences.append(
-            f"If {percent(needed)} of the changed cells get their clean values back, the attack no longer succeeds (a "
-            "small set, found greedily with the clean image at hand; a defense does not have that)."
-        )
-    if units < 1:
-        random = row["random_units_to_revert"]
-        beside = "only all of them do" if random == 1 else f"{percent(random)} are needed"
-        sentences.append(
-            f"The clean values of the {percent(units)} of the last layer's units that changed most restore the "
-            f"decision; of units drawn at random, {beside}."
-        )
-    return short, sentences
-
-
-def _cells(fraction: float) -> str:
-    """A fraction of the changed cells in words that can be counted.
-
-    >>> _cells(1 / 64), _cells(13 / 64), _cells(1.0)
-    ('1 in 64 changed cells', '20% of the changed cells', '100% of the changed cells')
-    """
-    ratio = Fraction(fraction).limit_denominator(4096)
-    if ratio.numerator == 1 < ratio.denominator:
-        return f"1 in {ratio.denominator} changed cells"
-    return f"{percent(fraction)} of the changed cells"
 
 
 def _outcome(row: pd.Series) -> str:
@@ -224,7 +96,8 @@ def _outcome(row: pd.Series) -> str:
     )
 
 
-def _location(row: pd.Series) -> str:
+def location(row: pd.Series) -> str:
+    """Where the effect of an attack lies, or why that is not said."""
     if row["roi_fraction"] == 0:
         return f"No part of the image stands out for {row['label']}, so there is no region where the network looks."
     if math.isnan(row["effect_in_roi"]):
@@ -287,7 +160,7 @@ def _relation(row: pd.Series, subject: str) -> str:
     return f"There is no clear relation to where the network looks: {effect} {doubt}"
 
 
-def _perturbation_type(row: pd.Series) -> str:
+def perturbation_type(row: pd.Series) -> str:
     """Whether the perturbation raises the target's logit or lowers the label's (Xu et al. 2019, arXiv 1904.02057)."""
     promotion, suppression = row["whole_promotion"], row["whole_suppression"]
     target, label = row["target"], row["label"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from weakspot.explanations.analysis import Picture
@@ -14,6 +16,9 @@ from weakspot.statistics.number_format import number
 
 # In fractions of the color scale.
 UNIFORM = 0.05  # a map whose colors differ by less looks the same everywhere
+LOGARITHMIC = ("first_order",)  # maps of sizes: the smallest, the weakest places, are drawn brightest
+LEAST_RATIO = 4.0  # of the ends of a logarithmic scale, so that small differences look small
+OUTLINED = "smallest_square"  # drawn as an outline in the map "first_order"
 SAME_MEAN, SAME_LARGEST = 0.02, 0.1  # two maps that differ by less look alike
 DIFFERENCE = Picture(
     "Difference",
@@ -33,7 +38,8 @@ class MapView:
         picture: how it is drawn.
         values: (H, W).
         low: value of the first color.
-        high: value of the last color.
+        high: value of the last color; on a logarithmic scale the smaller of the two.
+        square: (top, left, side) in pixels, outlined in the map; None for none.
     """
 
     name: str
@@ -43,34 +49,70 @@ class MapView:
     values: NDArray[np.float32]
     low: float
     high: float
+    square: tuple[int, int, int] | None = None
 
     def __repr__(self) -> str:
         return f"MapView({self.name!r}, {self.values.shape}, {self.low:.3g} to {self.high:.3g})"
 
     @property
+    def logarithmic(self) -> bool:
+        """Whether colors follow the logarithm of the values, the smallest brightest."""
+        return self.name in LOGARITHMIC
+
+    @property
+    def scaled(self) -> tuple[NDArray[np.float32], float, float]:
+        """Values (H, W), first and last color as they are drawn: logarithms to base 10 on a logarithmic scale."""
+        values = np.nan_to_num(self.values, posinf=self.low)
+        if not self.logarithmic:
+            return values, self.low, self.high
+        logs: NDArray[np.float32] = np.log10(np.maximum(values, self.high))
+        return logs, math.log10(self.low), math.log10(self.high)
+
+    @property
     def colors(self) -> NDArray[np.float32]:
-        """(H, W) place of each value on the color scale, 0 to 1; not defined values are 0."""
-        places = (np.nan_to_num(self.values) - self.low) / (self.high - self.low)
-        clipped: NDArray[np.float32] = np.clip(places, 0, 1)
+        """(H, W) place of each value on the color scale, 0 to 1; values that are not defined are 0."""
+        values, low, high = self.scaled
+        clipped: NDArray[np.float32] = np.clip((values - low) / (high - low), 0, 1)
         return clipped
 
 
 def map_views(explanation: Explanation, index: int) -> list[MapView]:
     """The difference of a pair and all of its maps; maps with the same scale name share their color limits."""
     maps = {"difference": explanation.pairs.perturbation[index].mean(0).numpy()}
-    maps |= {name: tensor[index, 0].numpy().astype(np.float32) for name, tensor in explanation.maps.items()}
+    maps |= {
+        name: tensor[index, 0].numpy().astype(np.float32)
+        for name, tensor in explanation.maps.items()
+        if name != OUTLINED
+    }
     pictures = {"difference": DIFFERENCE} | explanation.pictures
     label, target = explanation.class_names[index]
     views = []
     for name, values in maps.items():
         picture = pictures[name]
         same_scale = [maps[key] for key in maps if picture.scale and pictures[key].scale == picture.scale]
-        low, high = _limits(picture, same_scale or [values])
+        low, high = _ends(values) if name in LOGARITHMIC else _limits(picture, same_scale or [values])
         title = filled(picture.title, label, target)
         if name == "difference" and high > 0:
             title = f"Difference, amplified {1 / high:.0f} times"
-        views.append(MapView(name, title, filled(picture.meaning, label, target), picture, values, low, high))
+        meaning = filled(picture.meaning, label, target)
+        square = _square(explanation.scores.iloc[index]) if name in LOGARITHMIC else None
+        views.append(MapView(name, title, meaning, picture, values, low, high, square))
     return views
+
+
+def _square(row: pd.Series) -> tuple[int, int, int] | None:
+    """Top, left and side of the smallest square found; None if there is none."""
+    place = [float(row.get(f"{OUTLINED}_{name}", math.nan)) for name in ("top", "left", "side")]
+    return None if any(map(math.isnan, place)) else (int(place[0]), int(place[1]), int(place[2]))
+
+
+def _ends(sizes: NDArray[np.float32]) -> tuple[float, float]:
+    """Largest and smallest size above 0, at least `LEAST_RATIO` apart."""
+    positive = sizes[np.isfinite(sizes) & (sizes > 0)]
+    if not positive.size:
+        return 1.0, 1 / LEAST_RATIO
+    low = float(positive.min())
+    return max(float(positive.max()), LEAST_RATIO * low), low
 
 
 def filled(text: str, label: str, target: str) -> str:
@@ -126,7 +168,7 @@ def _uniform(view: MapView) -> str:
     colors = view.colors
     if finite.size < values.size or colors.max() - colors.min() >= UNIFORM:
         return ""
-    if finite.max() <= 0 <= view.low:
+    if finite.max() <= 0 <= view.low or (view.logarithmic and finite.max() <= 0):
         return f"“{view.title}” is nowhere above 0."
     low, high = number(float(finite.min())), number(float(finite.max()))
     between = f"{low} everywhere" if low == high else f"between {low} and {high} everywhere"
@@ -152,7 +194,7 @@ def _repeated(view: MapView, drawn: Sequence[MapView]) -> str:
 def _pattern(view: MapView) -> NDArray[np.float32]:
     """The values in units of the largest; categories as they are."""
     values: NDArray[np.float32] = np.nan_to_num(view.values)
-    if view.picture.kind == "category":
+    if view.picture.kind == "category" or view.logarithmic:
         return values
     if view.picture.kind == "magnitude":
         values = np.maximum(values, 0)  # below zero is drawn as zero

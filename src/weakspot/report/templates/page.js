@@ -64,7 +64,7 @@ class Pair {
       new LayerBrowser(section, this.data.series[section.dataset.series]));
     await Promise.all(this.browsers.map((browser) => browser.open()));
     // Tall images are not wider than what fits on a screen.
-    for (const canvas of this.views) canvas.style.maxWidth = `${(24 * width) / height}rem`;
+    for (const picture of this.article.querySelectorAll("canvas.view, canvas.map, svg.square")) picture.style.maxWidth = `${(24 * width) / height}rem`;
     this.listen();
     this.draw();
     this.article.dataset.ready = "yes";
@@ -105,14 +105,18 @@ class Pair {
     const color = (name) => [...this.images[name].subarray(4 * at, 4 * at + 3)].join(" ");
     const name = canvas.dataset.map || (this.data.maps[controls.overlay.value] ? controls.overlay.value : "difference");
     const map = this.data.maps[name];
+    const level = map.range[0] + (map.levels[at] / 255) * (map.range[1] - map.range[0]);
     const value = map.kind === "category" ? map.categories[map.levels[at]]
-      : (map.range[0] + (map.levels[at] / 255) * (map.range[1] - map.range[0])).toPrecision(3);
+      : map.logarithmic ? `${(255 * 10 ** level).toPrecision(3)}/255` : level.toPrecision(3);
     controls.readout.textContent =
       `row ${y}, column ${x} · clean ${color("clean")} · adversarial ${color("adversarial")} · ${name.replaceAll("_", " ")} ${value}`;
     this.draw();
   }
 
   draw() {
+    // The outline of the square follows the zoom.
+    const outline = this.article.querySelector("svg.square");
+    if (outline) outline.setAttribute("viewBox", this.window().join(" "));
     for (const canvas of this.views) if (canvas.offsetParent) this.drawOne(canvas);
     this.article.querySelector(".shown").textContent = swapped ? "Clean (blinking)" : "Adversarial";
   }
