@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from weakspot.explanations.analysis import Picture
@@ -95,13 +94,14 @@ def map_views(explanation: Explanation, index: int) -> list[MapView]:
         if name == "difference" and high > 0:
             title = f"Difference, amplified {1 / high:.0f} times"
         meaning = filled(picture.meaning, label, target)
-        square = _square(explanation.scores.iloc[index]) if name in LOGARITHMIC else None
+        square = _square(explanation, index) if name in LOGARITHMIC else None
         views.append(MapView(name, title, meaning, picture, values, low, high, square))
     return views
 
 
-def _square(row: pd.Series) -> tuple[int, int, int] | None:
+def _square(explanation: Explanation, index: int) -> tuple[int, int, int] | None:
     """Top, left and side of the smallest square found; None if there is none."""
+    row = explanation.scores.iloc[index]
     place = [float(row.get(f"{OUTLINED}_{name}", math.nan)) for name in ("top", "left", "side")]
     return None if any(map(math.isnan, place)) else (int(place[0]), int(place[1]), int(place[2]))
 
