@@ -49,6 +49,7 @@ from weakspot.images import read_images, sample_images
 from weakspot.models import load
 from weakspot.pairs import AttackResult, Pairs
 from weakspot.similarity import ssim_map
+from weakspot.vulnerability import SmallestSquare, smallest_square
 
 __version__ = version("weakspot")
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "Propagation",
     "PropagationStudy",
     "Restoration",
+    "SmallestSquare",
     "SsimAlignment",
     "attacks",
     "build_concepts",
@@ -96,6 +98,7 @@ __all__ = [
     "regions",
     "restoration",
     "sample_images",
+    "smallest_square",
     "ssim_alignment",
     "ssim_map",
     "training",
