@@ -49,7 +49,7 @@ from weakspot.images import read_images, sample_images
 from weakspot.models import load
 from weakspot.pairs import AttackResult, Pairs
 from weakspot.similarity import ssim_map
-from weakspot.vulnerability import SmallestSquare, smallest_square
+from weakspot.vulnerability import SmallestSquare, WeakSpots, smallest_square, weak_spots
 
 __version__ = version("weakspot")
 __all__ = [
@@ -77,6 +77,7 @@ __all__ = [
     "Restoration",
     "SmallestSquare",
     "SsimAlignment",
+    "WeakSpots",
     "attacks",
     "build_concepts",
     "class_activation",
@@ -104,4 +105,5 @@ __all__ = [
     "training",
     "unit_restoration",
     "unit_sensitivity",
+    "weak_spots",
 ]
