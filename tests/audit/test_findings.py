@@ -332,9 +332,9 @@ def test_regions_are_listed_in_the_order_of_the_plan() -> None:
             )
         ]
         cam, rest = (f"{fraction:.0%} [{fraction - 0.1:.0%}, {fraction + 0.1:.0%}]" for fraction in left)
-        assert strongest_attack_sentence(cells) == (
+        assert strongest_attack_sentence(cells, 0.99) == (
             f"Under pgd at linf:1/255 confined to cam (30% of the image), {cam} of 100 images remain correctly "
-            f"classified; confined to background (70% of the image), {rest}."
+            f"classified (99% without an attack); confined to background (70% of the image), {rest}."
         )
 
 

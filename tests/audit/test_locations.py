@@ -15,8 +15,8 @@ from tests.audit.planted import draw_quarters, planted, planted_plan
 from weakspot.audit import AttackPlan, Plan, Run, audit, open_run, score_findings
 from weakspot.audit.findings import locations
 from weakspot.audit.findings.locations import IMPORTANCE, VULNERABILITY, location_findings, not_tested_because
-from weakspot.audit.page.finding_sections import finding_section
 from weakspot.audit.page.run_page import run_report
+from weakspot.audit.page.score_sections import finding_section
 from weakspot.audit.store.records import TIMES
 from weakspot.audit.store.verification import MapCheck
 from weakspot.explanations.agreement import STATISTICS, agreement

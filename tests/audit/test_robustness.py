@@ -23,7 +23,7 @@ from weakspot.audit.findings.curves import budget_curves
 from weakspot.audit.findings.gates import judge
 from weakspot.audit.findings.summary import cell_table, undefined_names
 from weakspot.audit.page.run_page import run_report
-from weakspot.audit.plan.limits import judged_attacks, limit_of, recorded_norm, stated_budgets
+from weakspot.audit.plan.limits import has_robust_accuracy, limit_of, recorded_norm, stated_budgets
 from weakspot.audit.store.records import outcomes_query
 from weakspot.pairs import AttackResult
 
@@ -188,7 +188,7 @@ def test_a_minimal_norm_attack_is_counted_at_the_one_budget_of_its_norm_or_of_th
         if attack.name != "pgd":
             limit = limit_of(plan, attack)
             assert (limit and limit.budget) == limits[attack.name]
-            assert (attack.label in judged_attacks(plan)) == (limit is not None)
+            assert has_robust_accuracy(plan, attack) == (limit is not None)
     assert {attack.name for attack in plan.attacks} - set(limits) <= {"pgd"}
     assert all(name == "pgd" for name in plan.bounded_attacks)
 
@@ -360,7 +360,7 @@ def test_a_minimal_norm_attack_of_a_plugin_gets_budget_curves(
     monkeypatch.setattr("weakspot.audit.work.shard.find_attack", lambda _: find)
     monkeypatch.setattr("weakspot.audit.plan.attack_plan.find_attack", lambda _: find)
     plan = plan_of(steady, AttackPlan("plugged", settings=(("steps", 30),)))
-    assert judged_attacks(plan) == []  # no budget is stated at which it could be counted
+    assert not has_robust_accuracy(plan, plan.attacks[0])  # no budget is stated at which it could be counted
     curves = budget_curves(audit(plan, steady / "plugged"))
     assert len(curves)
     assert set(curves["norm"]) == {"l2"}

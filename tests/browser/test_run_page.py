@@ -15,9 +15,9 @@ from tests.browser.test_explanation_page import Opened, browser
 from weakspot.audit import Run, audit, write_run_report
 from weakspot.audit.findings.contrasts import Contrast
 from weakspot.audit.findings.curves import BUDGET_COLUMNS
-from weakspot.audit.page.finding_sections import budget_section
+from weakspot.audit.page.elements import Section, Table, count_cell, text_cell
+from weakspot.audit.page.outcome_sections import budget_section
 from weakspot.audit.page.run_page import Header, Queries, run_page
-from weakspot.audit.page.sections import Section, Table, count_cell, text_cell
 
 __all__ = ["browser"]  # a fixture
 pytestmark = [pytest.mark.browser, pytest.mark.slow]

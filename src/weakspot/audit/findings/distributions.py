@@ -71,12 +71,15 @@ class Extremes:
 
     Attributes:
         easiest: most easily fooled first; columns index, image, label_name, adversarial_class_name, attack, region,
-            success, fooled, margin_adversarial, value (what the images are ranked by).
-        hardest: the same columns, longest withstood first; with few images, none is in both.
+            success, fooled, margin_adversarial, value (what the images are ranked by). If some images were fooled and
+            some were not, only those that were.
+        hardest: the same columns, hardest first. If some images were fooled and some were not, only those that were
+            not. No image is in both.
         images: correctly classified images with a known outcome.
         fooled: how many of them some attack fooled.
         by_size: ranked by the smallest change that fooled them; if False, by the smallest margin left.
-        all_attacks: False if minimal-norm attacks were left out.
+        left_out: labels of the attacks that are not counted, because they succeed nearly always.
+        unknown: images that withstood, but have an attack of unknown outcome among those counted.
     """
 
     easiest: pd.DataFrame
@@ -84,7 +87,8 @@ class Extremes:
     images: int
     fooled: int
     by_size: bool
-    all_attacks: bool
+    left_out: tuple[str, ...] = ()
+    unknown: int = 0
 
     def __repr__(self) -> str:
         return f"Extremes({counted(self.images)}, {self.fooled} fooled)"
@@ -212,36 +216,38 @@ def extremes(run: Run, count: int = EXTREMES) -> Extremes:
     # Minimal-norm attacks end just across the boundary, so that their margins say nothing.
     attacks = labels if by_size else run.plan.bounded_attacks or labels
     if by_size:
-        known = "fooled is not null"
         value, order = (
             "case when fooled then l2 else 'inf'::double end",
             "value, margin_adversarial, attack, region",
         )
     else:
-        known = "fooled is not null and isfinite(margin_adversarial)"
         value, order = "margin_adversarial", "fooled desc, value, attack, region"
+    counted_rows = "correct and list_contains($regions, region) and list_contains($attacks, attack)"
     # One row per image: the cell that came closest to fooling it; ties are broken by name so that pages are equal.
     ranked = (
         'select * exclude (place) from (select *, row_number() over (partition by "index" order by '
         f'{order}) as place from (select "index", image, label_name, adversarial_class_name, attack, region, success, '
-        f"fooled, margin_adversarial, {value} as value from outcomes where correct and {known} and "
-        "list_contains($regions, region) and list_contains($attacks, attack))) where place = 1"
+        f"fooled, margin_adversarial, {value} as value from outcomes where fooled is not null and {counted_rows})) "
+        "where place = 1"
     )
     chosen = {"regions": list(run.plan.reported_regions), "attacks": attacks}
-    images, fooled = run.sql(
-        f"select count(*), count(*) filter (where fooled) from ({ranked})", **chosen
+    open_images = f'select "index" from outcomes where fooled is null and {counted_rows}'
+    images, fooled, unknown = run.sql(
+        "select count(*), count(*) filter (where fooled), "
+        f'count(*) filter (where not fooled and "index" in ({open_images})) from ({ranked})',
+        **chosen,
     ).fetchall()[0]
-    first = min(count, images - images // 2)  # disjoint halves if there are few images
-    easiest = f'{ranked} order by fooled desc, value, margin_adversarial, "index" limit {first}'
-    hardest = (
-        f'{ranked} order by fooled, value desc, margin_adversarial desc, "index" desc '
-        f"limit {min(count, images - first)}"
-    )
+    # If some images were fooled and some withstood, these are the two ends; otherwise, disjoint halves of all.
+    mixed = 0 < fooled < images
+    first, last = (fooled, images - fooled) if mixed else (images - images // 2, images // 2)
+    easiest = f'{ranked} order by fooled desc, value, margin_adversarial, "index" limit {min(count, first)}'
+    hardest = f'{ranked} order by fooled, value desc, margin_adversarial desc, "index" desc limit {min(count, last)}'
     return Extremes(
         easiest=run.sql(easiest, **chosen).df(),
         hardest=run.sql(hardest, **chosen).df(),
         images=images,
         fooled=fooled,
         by_size=by_size,
-        all_attacks=len(attacks) == len(labels),
+        left_out=tuple(label for label in labels if label not in attacks),
+        unknown=unknown,
     )

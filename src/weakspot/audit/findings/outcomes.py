@@ -15,7 +15,6 @@ from weakspot.audit.plan.limits import counted_budget
 from weakspot.audit.store.records import quoted
 from weakspot.audit.store.run import Run
 from weakspot.statistics import false_discovery, proportion_interval
-from weakspot.statistics.number_format import percent
 
 WHOLE_IMAGE = "none"  # the region of an attack that may change every pixel
 
@@ -36,6 +35,7 @@ class CellSummary:
         low: lower end of the exact 95% interval over images; NaN if robust_accuracy is.
         high: upper end.
         errors: images on which the model or an analysis failed.
+        known: False if the attack is a plug-in that is not installed here: what its success means is unknown.
     """
 
     attack: str
@@ -47,6 +47,7 @@ class CellSummary:
     low: float
     high: float
     errors: int
+    known: bool = True
 
     @property
     def name(self) -> str:
@@ -59,14 +60,9 @@ def attack_name(label: str, budget: str | None) -> str:
     return f"{label} at {budget}" if budget and budget not in label else label
 
 
-def attack_in_region(attack: str, region: str) -> str:
-    """Name a cell in a sentence: "pgd confined to cam", "pgd on the whole image"."""
-    return f"{attack} on the whole image" if region == WHOLE_IMAGE else f"{attack} confined to {region}"
-
-
-def with_interval(value: float, low: float, high: float) -> str:
-    """A fraction with its interval: "61% [40%, 80%]"."""
-    return percent(value) + ("" if np.isnan(low) else f" [{percent(low)}, {percent(high)}]")
+def in_region(region: str) -> str:
+    """Where an attack acts, in a sentence: "confined to cam", "on the whole image"."""
+    return "on the whole image" if region == WHOLE_IMAGE else f"confined to {region}"
 
 
 def cell_summaries(run: Run) -> list[CellSummary]:
@@ -92,6 +88,7 @@ def cell_summaries(run: Run) -> list[CellSummary]:
                 low=interval[1],
                 high=interval[2],
                 errors=int(rows["failed"].sum()),
+                known=attack.is_known,
             )
         )
     return summaries
