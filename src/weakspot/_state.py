@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -141,23 +141,23 @@ class OwnHook:
 
     __slots__ = ("hook", "open", "thread")
 
-    def __init__(self, hook: Callable[..., Any]) -> None:
+    def __init__(self, hook: Callable[..., object]) -> None:
         self.hook, self.thread, self.open = hook, threading.get_ident(), True
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: object) -> object:
         return self.hook(*arguments) if self.open and self.sees() else None
 
     def sees(self) -> bool:
         """Whether the hook is called in a pass of the current thread."""
         return self.thread == threading.get_ident() and not getattr(_this, "unwatched", 0)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> OwnHook:
+    def __deepcopy__(self, memo: dict[int, object]) -> OwnHook:
         return self  # closing the hook also closes it in copies of the module
 
 
 @contextmanager
 def hooked(
-    module: nn.Module, hook: Callable[..., Any], *, before: bool = False, first: bool = False
+    module: nn.Module, hook: Callable[..., object], *, before: bool = False, first: bool = False
 ) -> Iterator[None]:
     """Register a forward hook for passes of this thread, and remove it on exit.
 
@@ -179,7 +179,7 @@ def hooked(
             handle.remove()
 
 
-def hooks(module: nn.Module, kind: str) -> list[Any]:
+def hooks(module: nn.Module, kind: str) -> list[object]:
     """The hooks of a kind (one of `HOOKS`) that are called in passes of this thread."""
     registered = tuple(getattr(module, kind).values())
     return [
@@ -208,7 +208,7 @@ Module = TypeVar("Module", bound=nn.Module)
 def copied(module: Module) -> Module:
     """A deep copy in the module's own modes, even while other threads hold the module in eval mode."""
     with _lock:  # no other thread adds or removes hooks during the copy
-        memo: dict[int, Any] = {}
+        memo: dict[int, nn.Module] = {}
         twin = copy.deepcopy(module, memo)
         for own in module.modules():
             if id(own) in memo:

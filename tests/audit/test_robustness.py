@@ -312,13 +312,13 @@ def test_the_success_of_files_is_evaluated_if_an_attack_does_not_state_it(
     (steady / "own_attack.py").write_text(OWN)
     import own_attack  # type: ignore[import-not-found]
 
+    from weakspot.audit.execution import attacked_groups
     from weakspot.audit.plan import attack_plan
-    from weakspot.audit.work import shard
 
     def find(name: str) -> Attack:
         return Attack.of(name, own_attack.mine)
 
-    monkeypatch.setattr(shard, "find_attack", find)
+    monkeypatch.setattr(attacked_groups, "find_attack", find)
     monkeypatch.setattr(attack_plan, "find_attack", find)
     result = audit(plan_of(steady, AttackPlan("mine")), steady / "run")
     assert result.records["success"].all()
@@ -357,7 +357,7 @@ def test_a_minimal_norm_attack_of_a_plugin_gets_budget_curves(
         return fmn(model, images, labels, norm="l2", region=region, steps=steps)
 
     find = Attack.of("plugged", plugged)
-    monkeypatch.setattr("weakspot.audit.work.shard.find_attack", lambda _: find)
+    monkeypatch.setattr("weakspot.audit.execution.attacked_groups.find_attack", lambda _: find)
     monkeypatch.setattr("weakspot.audit.plan.attack_plan.find_attack", lambda _: find)
     plan = plan_of(steady, AttackPlan("plugged", settings=(("steps", 30),)))
     assert not has_robust_accuracy(plan, plan.attacks[0])  # no budget is stated at which it could be counted

@@ -23,9 +23,9 @@ from PIL import Image
 
 from tests.audit.fixtures import NETWORKS, TINY, draw_pictures, networks, pictures, small_plan
 from weakspot.audit import AttackPlan, ModelPlan, audit, open_run, summarize, write_run_report
+from weakspot.audit.execution import lifecycle
 from weakspot.audit.page.run_page import run_report
 from weakspot.audit.store.records import shard_files
-from weakspot.audit.work import audits
 from weakspot.statistics import proportion_interval
 
 __all__ = ["networks", "pictures"]  # fixtures
@@ -252,7 +252,7 @@ def test_an_incomplete_run_states_how_much_is_done(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(audits, "compact", stop)
+    monkeypatch.setattr(lifecycle, "compact", stop)
     with pytest.raises(KeyboardInterrupt):
         audit(small_plan(pictures), networks / "cut")
     shard_files(networks / "cut")[1].unlink()

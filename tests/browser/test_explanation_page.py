@@ -78,6 +78,26 @@ class Opened:
         return self.pixels(CLEAN)
 
 
+def check_injections_are_blocked(browser: Any, path: Path, folder: Path) -> None:
+    """A script, a handler and a style that someone put into the page do nothing; the page still works."""
+    injected = (
+        "<script>document.title = 'broken'</script><img src=x onerror=\"document.title = 'broken'\">"
+        '<p id=injected style="position: fixed">.</p><style>#injected { position: fixed }</style>'
+    )
+    text = path.read_text("utf-8")
+    assert text.count("<body>") == 1
+    attacked = folder / "attacked.html"
+    attacked.write_text(text.replace("<body>", f"<body>{injected}"), "utf-8")
+    plain, opened = Opened(browser, path), Opened(browser, attacked)
+    assert plain.wrong == []
+    assert opened.page.title() == plain.page.title()
+    position = "getComputedStyle(document.getElementById('injected')).position"
+    assert opened.page.evaluate(position) == "static"
+    # The browser reports each of the five: two styles, a script, a picture that is not data, and its handler.
+    assert len(opened.wrong) == 5
+    assert all("Content Security Policy" in message for message in opened.wrong)
+
+
 CLEAN, ADVERSARIAL = '#pair-0 canvas[data-image="clean"]', '#pair-0 canvas[data-image="adversarial"]'
 
 
@@ -89,6 +109,10 @@ def opened(browser: Any, report: Path) -> Opened:
 def test_it_opens_offline_without_errors_or_requests(opened: Opened, report: Path) -> None:
     assert opened.wrong == []
     assert [url for url in opened.asked if not url.startswith("data:")] == [report.as_uri()]
+
+
+def test_only_the_scripts_and_styles_of_the_page_run(browser: Any, report: Path, tmp_path: Path) -> None:
+    check_injections_are_blocked(browser, report, tmp_path)
 
 
 def test_names_that_are_markup_are_shown_and_not_run(opened: Opened) -> None:

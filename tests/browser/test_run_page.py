@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from tests.audit.fixtures import NETWORKS, draw_pictures, small_plan
-from tests.browser.test_explanation_page import Opened, browser
+from tests.browser.test_explanation_page import Opened, browser, check_injections_are_blocked
 from weakspot.audit import Run, audit, write_run_report
 from weakspot.audit.findings.contrasts import Contrast
 from weakspot.audit.findings.curves import BUDGET_COLUMNS
@@ -63,6 +63,19 @@ def test_every_chart_is_drawn_in_the_colors_of_the_page(
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
     assert opened.wrong == []
     assert [url for url in opened.asked if not url.startswith("data:")] == [report.as_uri()]
+
+
+def test_only_the_scripts_and_styles_of_the_page_run(browser: Any, report: Path, tmp_path: Path) -> None:
+    check_injections_are_blocked(browser, report, tmp_path)
+
+
+def test_a_tooltip_floats_over_its_chart(browser: Any, report: Path) -> None:
+    opened = Opened(browser, report)
+    opened.page.hover(".drawn:not([hidden]) .chart svg .mark-rect path >> nth=0")
+    opened.page.wait_for_selector("#vg-tooltip-element.visible")
+    position = "getComputedStyle(document.getElementById('vg-tooltip-element')).position"
+    assert opened.page.evaluate(position) == "fixed"
+    assert opened.wrong == []
 
 
 def test_tables_are_sorted_and_filtered(browser: Any, report: Path) -> None:

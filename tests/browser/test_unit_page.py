@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 
-from tests.browser.test_explanation_page import HOSTILE, Opened, browser  # noqa: F401 - a fixture
+from tests.browser.test_explanation_page import (
+    HOSTILE,
+    Opened,
+    browser,  # noqa: F401 - a fixture
+    check_injections_are_blocked,
+)
 from tests.dissection.test_units import planted, seeing
 from weakspot.dissection import dissect_layers
 from weakspot.dissection.unit_examples import show_units
@@ -17,7 +22,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 
 @pytest.fixture
-def page(tmp_path: Path, browser: Any) -> Opened:  # noqa: F811
+def path(tmp_path: Path) -> Path:
     dataset = planted(tmp_path / "set")
     label = dataset / "label.csv"
     label.write_text(label.read_text().replace("red", HOSTILE.replace('"', "'")))
@@ -26,7 +31,12 @@ def page(tmp_path: Path, browser: Any) -> Opened:  # noqa: F811
     pictures = {"look": show_units(model, layers["look"], dataset, [0, 1, 2, 3])}
     content = unit_page(layers, pictures, model=HOSTILE, made={"set": HOSTILE})
     (tmp_path / "units.html").write_text(content, "utf-8")
-    return Opened(browser, tmp_path / "units.html")
+    return tmp_path / "units.html"
+
+
+@pytest.fixture
+def page(path: Path, browser: Any) -> Opened:  # noqa: F811
+    return Opened(browser, path)
 
 
 def units(page: Opened) -> list[int]:
@@ -50,3 +60,11 @@ def test_units_can_be_sorted_and_filtered_and_nothing_hostile_runs(page: Opened)
     drawn = page.page.eval_on_selector_all("img", "all => all.every(one => one.loading === 'lazy')")
     assert drawn
     assert page.page.locator("tr[data-unit='1'] img").count() == 4
+
+
+def test_only_the_scripts_and_styles_of_the_page_run(
+    path: Path,
+    browser: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    check_injections_are_blocked(browser, path, tmp_path)

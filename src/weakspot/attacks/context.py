@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,6 +21,7 @@ from weakspot._checks import (
     check_seed,
     warn,
 )
+from weakspot._progress import Progress, ProgressOption, shown
 from weakspot.attacks.eight_bit import stored
 from weakspot.attacks.losses import Loss, check_values, conservative_margin, margin
 from weakspot.budgets import SSIM, Budget, Linf, PreparedBudget, prepare
@@ -30,7 +31,6 @@ from weakspot.fusion import fused, measured_batch
 from weakspot.pairs import AttackResult
 
 DEFAULT_BUDGET = Linf(4 / 255)
-Progress = Callable[[float], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,8 @@ class AttackOptions:
             other images.
         batch_size: images that go through the model at once; it bounds the memory and changes no result beyond
             rounding. If None, it is chosen by measuring.
-        progress: called with the fraction done, 0 to 1.
+        progress: True for a bar on standard error or in the notebook, or a function that is called with the fraction
+            done, 0 to 1.
     """
 
     budget: Budget | None = None
@@ -59,7 +60,7 @@ class AttackOptions:
     targets: Tensor | None = None
     seed: int = 0
     batch_size: int | None = None
-    progress: Progress | None = None
+    progress: ProgressOption = None
 
 
 class LossGradient(NamedTuple):
@@ -99,6 +100,7 @@ class Problem:
         loss_targets: (N,) classes that losses aim at instead of `targets`; success is judged by `targets`.
         prepared: the classifier's recording, if edits of one pixel go by windows.
         lead: another classifier whose logits and gradients losses get; success is judged by `classifier`.
+        progress: called with the fraction done, 0 to 1.
     """
 
     classifier: Classifier
@@ -117,6 +119,7 @@ class Problem:
     loss_targets: Tensor | None = None
     prepared: Prepared | None = None
     lead: Classifier | None = None
+    progress: Progress | None = None
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -292,7 +295,11 @@ def attack_context(
     check_seed(options.seed)
     if options.budget is not None:
         check_budget(options.budget)
-    with evaluating(model) as classifier:
+    count = len(images) if isinstance(images, Tensor) else 0  # `check_images` refuses what is no tensor
+    with (
+        evaluating(model) as classifier,
+        shown(options.progress, "attacking", total=count, counted=False) as progress,
+    ):
         clean = check_images(images, classifier)
         count, device = len(clean), clean.device
         check_classes(labels, count)
@@ -326,11 +333,5 @@ def attack_context(
             n_backward=torch.zeros_like(labels),
             budget=options.budget,
             everywhere=bool(region.all()),
+            progress=progress,
         )
-
-
-def part_of(progress: Progress | None, number: int, count: int) -> Progress | None:
-    """Progress of one of several pieces as progress of the whole."""
-    if progress is None:
-        return None
-    return lambda fraction: progress((number + fraction) / count)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_choice, check_count
-from weakspot.attacks.context import AttackOptions, Progress, attack_context
+from weakspot._progress import Progress, ProgressOption
+from weakspot.attacks.context import AttackOptions, attack_context
 from weakspot.attacks.losses import minimizes
 from weakspot.attacks.tradeoff import BestSoFar
 from weakspot.pairs import AttackResult
@@ -78,7 +79,7 @@ def fmn(
     seed: int = 0,
     on_grid: bool = True,
     batch_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> AttackResult:
     """Find the smallest L-infinity or L2 change that fools (fast minimum-norm, Pintor et al. 2021, arXiv 2102.12827).
 
@@ -112,11 +113,11 @@ def fmn(
     check_count("steps", steps)
     check_choice("norm", norm, NORMS)
     with attack_context(
-        model, images, labels, AttackOptions(None, region, targets, seed, batch_size)
+        model, images, labels, AttackOptions(None, region, targets, seed, batch_size, progress)
     ) as problem:
         with problem.fused_model():
             best = BestSoFar(problem, NORMS[norm].size, 0.0)
-            _walk(NORMS[norm], best, steps, progress)
+            _walk(NORMS[norm], best, steps, problem.progress)
             adversarial = best.on_8bit_grid() if on_grid else best.images
         return problem.result(adversarial)
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_count, is_number
-from weakspot.attacks.context import AttackOptions, Problem, Progress, attack_context, part_of
+from weakspot._progress import Progress, ProgressOption, part
+from weakspot.attacks.context import AttackOptions, Problem, attack_context
 from weakspot.attacks.gray_levels import settle
 from weakspot.attacks.losses import minimizes
 from weakspot.pairs import AttackResult
@@ -90,7 +91,7 @@ class BestSoFar:
         weights = torch.full_like(self.lowest, FIRST_WEIGHT)
         for number in range(SEARCHES):
             self.fooled = torch.zeros_like(self.fooled)
-            descend(weights, self.record, part_of(progress, number, SEARCHES))
+            descend(weights, self.record, part(progress, number, number + 1, SEARCHES))
             # A weight that fools is an upper end of the bracket, one that does not a lower end.
             high = torch.where(self.fooled, weights, high)
             low = torch.where(self.fooled, low, weights)
@@ -113,7 +114,7 @@ def carlini_wagner(
     confidence: float = 0.0,
     on_grid: bool = True,
     batch_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> AttackResult:
     """Find the smallest L2 change that fools (Carlini and Wagner 2017, arXiv 1608.04644, section V).
 
@@ -130,12 +131,12 @@ def carlini_wagner(
     check_count("steps", steps, least=SEARCHES)
     check_rates(learning_rate, confidence)
     with attack_context(
-        model, images, labels, AttackOptions(None, region, targets, seed, batch_size)
+        model, images, labels, AttackOptions(None, region, targets, seed, batch_size, progress)
     ) as problem:
         with problem.fused_model():
             best = BestSoFar(problem, squared, confidence)
             descent = Descent(steps // SEARCHES, learning_rate, confidence)
-            best.search(adam_search(problem, descent), progress)
+            best.search(adam_search(problem, descent), problem.progress)
             adversarial = best.on_8bit_grid() if on_grid else best.images
         return problem.result(adversarial)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, is_dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -279,7 +278,7 @@ def replacing(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator
         yield
 
 
-def _with_first(output: Any, tensor: Tensor) -> Any:
+def _with_first(output: object, tensor: Tensor) -> object:
     """The same output with another first tensor."""
     if isinstance(output, Tensor):
         return tensor
@@ -289,5 +288,5 @@ def _with_first(output: Any, tensor: Tensor) -> Any:
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
     if is_dataclass(output) and not isinstance(output, type):
         return replace(output, last_hidden_state=tensor)
-    output.last_hidden_state = tensor
+    setattr(output, "last_hidden_state", tensor)  # noqa: B010  (an output class of any library)
     return output

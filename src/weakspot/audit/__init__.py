@@ -1,5 +1,6 @@
 """Audits: attacks on many images in many regions, stored in a run that can be resumed, queried and compared."""
 
+from weakspot.audit.execution.lifecycle import AuditProgress, audit, resume
 from weakspot.audit.findings.comparison import Comparison, compare
 from weakspot.audit.findings.contrasts import region_contrasts
 from weakspot.audit.findings.curves import budget_curves
@@ -11,7 +12,6 @@ from weakspot.audit.plan.plan import Plan, read_plan
 from weakspot.audit.store.digests import StoppedError
 from weakspot.audit.store.run import Run, open_run
 from weakspot.audit.store.run_folder import write_run
-from weakspot.audit.work.audits import AuditProgress, audit, resume
 
 __all__ = [
     "AttackPlan",

@@ -98,9 +98,16 @@ def attack(
         aim, source = find_aim(session.classifier, session.read_images(sources, samples=samples), aims)
         session.make_folder()
         mask, where = find_region(aims, session.classifier, aim, seed)
-        shared = AttackOptions(spent, mask, aim.targets, seed, batch, session.progress("attacking", 0.1, 0.9))
+        shared = AttackOptions(
+            spent,
+            mask,
+            aim.targets,
+            seed,
+            batch,
+            session.display.step("attacking", total=len(aim.images), counted=False),
+        )
         result = _run(chosen, session.classifier, aim, shared, own)
-        session.advance("writing", 0.92)
+        session.display.step("writing")
         about = {
             "attack": ", ".join([name, *(settings or []), *([str(spent)] if spent else []), where]),
             "labels": source,

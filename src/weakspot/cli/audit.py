@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from weakspot._progress import Step
 from weakspot.cli.app import RESUMABLE, UNREADABLE, Failure, command, complain, note
 from weakspot.cli.gate_options import Gate, GateOptions
 from weakspot.cli.options import (
@@ -35,7 +36,7 @@ from weakspot.cli.output import (
     print_json,
     print_table,
     print_text,
-    progress_bar,
+    progress_display,
     warnings_as_notes,
 )
 from weakspot.cli.plan_options import EngineOptions, PlanOptions, given_options, plan_table
@@ -167,13 +168,14 @@ def audit(
 
 @contextmanager
 def _progress(silent: bool) -> Iterator[Callable[[AuditProgress], None]]:
-    with progress_bar(silent) as advance:
-        advance("loading the model", 0.0)
+    with progress_display(silent) as display:
+        display.step("loading the model")
+        step: Step | None = None
 
         def watch(progress: AuditProgress) -> None:
-            speed = f", {progress.speed:.3g} images/s" if progress.speed else ""
-            step = f"auditing {int(progress.done)}/{progress.total}{speed}"
-            advance(step, progress.done / progress.total)
+            nonlocal step
+            step = step or display.step("auditing", total=progress.total)
+            step(progress.done / progress.total)
 
         yield watch
 

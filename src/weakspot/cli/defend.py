@@ -155,10 +155,10 @@ def defend(
             classifier, defended, read.pixels, truth, budget=spent, steps=steps, fraction=fraction, draws=draws,
             queries=queries, substitute=other, thorough=thorough, seed=seed,
             oracle=partial(oracle_neutralized, classifier, **own) if oracle else None,
-            progress=session.progress(f"attacking {len(truth)} images", 0.1, 0.95),
+            progress=session.display.step("attacking", total=len(truth), counted=False),
         )  # fmt: skip
         result = verdict(table)
-        session.advance("writing", 0.97)
+        session.display.step("writing")
         about = {
             "defense": ", ".join([defense, *(settings or [])]),
             "status": result.status,

@@ -115,9 +115,9 @@ def explain(
             names=names,
             made=made,
             reference=others,
-            progress=session.progress("explaining", 0.5, 0.95),
+            progress=session.display.step("explaining"),
         )
-        session.advance("writing", 0.97)
+        session.display.step("writing")
         about = {
             **made,
             "images": list(names),
@@ -183,7 +183,7 @@ def _attack(
         targets=aim.targets,
         steps=steps,
         seed=seed,
-        progress=session.progress("attacking", 0.1, 0.5),
+        progress=session.display.step("attacking", total=len(aim.images), counted=False),
     )
     toward = "" if aim.targets is None else f", toward {session.classifier.class_name(int(aim.targets[0]))}"
     return pairs, aim.names, source, f"PGD, {spent}, {steps} steps, {where}{toward}"

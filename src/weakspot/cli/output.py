@@ -3,72 +3,31 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from weakspot._progress import Display, open_display
 from weakspot.cli.app import note, notes
 
 if TYPE_CHECKING:
     import pandas as pd
 
-LINE_EVERY = 30.0  # seconds between two progress lines if standard error is not a terminal
-MEASURABLE = 0.02  # fraction done from which the remaining time is estimated
-Advance = Callable[[str, float], None]  # the current step, and the fraction of the command that is done
-
 
 @contextmanager
-def progress_bar(silent: bool) -> Iterator[Advance]:
-    """A bar on a terminal, a line every 30 seconds elsewhere."""
+def progress_display(silent: bool) -> Iterator[Display]:
+    """The display of a command's steps on standard error."""
     if silent:
-        yield lambda _step, _fraction: None
-    elif not notes.is_terminal:
-        with _progress_lines() as advance:
-            yield advance
+        yield Display()
     else:
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=notes, transient=True) as bar:
-            task = bar.add_task("starting", total=1.0)
-            yield lambda step, fraction: bar.update(task, description=step, completed=fraction)
-
-
-@contextmanager
-def _progress_lines() -> Iterator[Advance]:
-    """Print progress from a thread, so that one slow step does not silence it."""
-    started, state, ended = time.monotonic(), [("starting", 0.0)], threading.Event()
-
-    def print_lines() -> None:
-        while not ended.wait(LINE_EVERY):
-            step, fraction = state[0]
-            elapsed = time.monotonic() - started
-            left = ""
-            if fraction > MEASURABLE:
-                left = f", about {_duration(elapsed * (1 - fraction) / fraction)} left"
-            notes.print(f"{escape(step)}: {fraction:.0%} after {_duration(elapsed)}{left}", soft_wrap=True)
-
-    def advance(step: str, fraction: float) -> None:
-        state[0] = (step, fraction)
-
-    printer = threading.Thread(target=print_lines, daemon=True)
-    printer.start()
-    try:
-        yield advance
-    finally:
-        ended.set()
-        printer.join()
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+        with open_display(notes) as display:
+            yield display
 
 
 @contextmanager

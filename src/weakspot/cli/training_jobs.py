@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from weakspot._progress import Display
 from weakspot.cli.app import Failure
-from weakspot.cli.output import Advance, json_rows, make_table, print_text
+from weakspot.cli.output import json_rows, make_table, print_text
 
 if TYPE_CHECKING:
     from weakspot.classifier import Classifier
@@ -55,7 +56,7 @@ class TrainingJob:
         out: folder of the results.
         about: more entries for training.json.
         on_epoch: called with a network's name and its row after each epoch.
-        advance: called with the current step and the fraction done.
+        display: of the current step.
     """
 
     make: Callable[[int], Classifier]
@@ -64,7 +65,7 @@ class TrainingJob:
     out: Path
     about: dict[str, object]
     on_epoch: OnEpoch | None
-    advance: Advance
+    display: Display
 
     def train(self, evaluation: Evaluation | None = None) -> Results:
         """Train one network: the content of training.json, and the accuracy on every test."""
@@ -79,7 +80,7 @@ class TrainingJob:
             out=self.out,
             about=self.about,
             on_epoch=None if on_epoch is None else (lambda row: on_epoch(recipe, row)),
-            progress=lambda fraction: self.advance(f"training ({recipe})", fraction),
+            progress=self.display.step(f"training ({recipe})"),
         )
         results = dict(read_record(self.out) or {})
         if evaluation is None:
@@ -95,7 +96,7 @@ class TrainingJob:
             trained,
             judged_images(evaluation.images, limit=evaluation.limit, cache=self.out),
             TestConfig.usual(budget, channels, strongest=evaluation.strongest),
-            progress=lambda fraction: self.advance("testing", fraction),
+            progress=self.display.step("testing"),
         )
         for name, correct in tested.items():
             mean, low, high = proportion_interval(correct.numpy())
@@ -105,6 +106,12 @@ class TrainingJob:
     def matrix(self, evaluation: Evaluation, recipes: Sequence[str], seeds: int) -> Results:
         """Train networks by each recipe, test all of them, and write the tables and the figure."""
         from weakspot.training import robustness_matrix
+
+        step = self.display.step("training networks")
+
+        def report(activity: str, fraction: float) -> None:
+            step.name = activity
+            step(fraction)
 
         matrix = robustness_matrix(
             self.make,
@@ -118,7 +125,7 @@ class TrainingJob:
             strongest=evaluation.strongest,
             about=self.about,
             on_epoch=self.on_epoch,
-            progress=self.advance,
+            progress=report,
         )
         _write(matrix, self.out)
         return {

@@ -49,7 +49,7 @@ def page(explanation: Explanation) -> str:
         attack=explanation.made.get("attack", ""),
         locality=_locality(explanation),
         made=dict(explanation.made),
-        gradients={kind: gradient(kind) for kind in kinds},
+        rules="".join(f"i.{kind} {{ background: {gradient(kind)} }}\n" for kind in kinds),
         shared={
             "tables": {kind: base64_text(color_table(kind).tobytes()) for kind in kinds},
             "categories": list(CATEGORIES),

@@ -122,17 +122,19 @@ def run_page(header: Header, sections: Sequence[Section], made: Mapping[str, str
     """
     charts = [chart for section in sections for chart in section.charts]
     specs = [dict(chart.spec) for chart in charts]
+    libraries = vega_libraries() if charts else ""
     return rendered(
         "run.html",
         styles=["run.css"],
         script="run.js",
+        later=[libraries],
         header=header,
         sections=sections,
         made=dict(made),
         queries=queries,
         shown=SHOWN,
         first=FIRST_IMAGES,
-        libraries=_compressed(vega_libraries()) if charts else "",
+        libraries=_compressed(libraries) if libraries else "",
         drawings=_compressed(json.dumps({"config": CONFIG, "specs": specs})),
         numbers={id(chart): number for number, chart in enumerate(charts)},
         # The template finds the number of a chart by its identity.

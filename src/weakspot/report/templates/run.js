@@ -30,7 +30,9 @@ async function draw(place) {
   const wide = place.clientWidth; // of which names beside the y axis take up to 150 pixels
   const legend = { ...drawings.config.legend, columns: Math.max(1, Math.floor((wide - 150) / 150)), labelLimit: Math.min(220, Math.max(90, wide - 200)) };
   const config = { ...drawings.config, legend };
-  const options = { mode: "vega-lite", renderer: "svg", actions: false, ast: true, config };
+  // The page's policy admits its own style sheet only: the libraries insert none, and run.css has their rules.
+  const tooltip = { disableDefaultStyle: true };
+  const options = { mode: "vega-lite", renderer: "svg", actions: false, ast: true, config, defaultStyle: false, tooltip };
   await vegaEmbed(place, drawings.specs[Number(place.dataset.chart)], options);
   place.dataset.drawn = "yes";
 }
