@@ -23,6 +23,7 @@ COMPANIONS = ("_null", "_null_low", "_null_high", "_p", "_p_less", "_q")  # colu
 NUMBERS = ("DOUBLE", "FLOAT", "BIGINT", "INTEGER", "SMALLINT", "TINYINT")
 MAX_GRID = 20  # class names up to which confusions are counted pair by pair
 MAX_CLASSES = 2_000  # in the table; of more classes, those with the most images
+MISCLASSIFIED = "misclassified without an attack"  # neither fooled nor withstood
 EXTREMES = 12  # images at either end
 
 
@@ -32,7 +33,7 @@ class Distributions:
 
     Attributes:
         summaries: columns score, attack, region, images, missing, mean, median.
-        bins: columns score, attack, region, outcome ("fooled" or "withstood"), low, high, count.
+        bins: columns score, attack, region, outcome ("fooled", "withstood", or `MISCLASSIFIED`), low, high, count.
     """
 
     summaries: pd.DataFrame
@@ -113,7 +114,7 @@ def distributions(run: Run) -> Distributions:
         name = quoted_name(score)
         values = (
             # Infinite values, for example of log ratios, count as missing.
-            f"(select attack, region, fooled, case when isfinite({name}::double) then {name}::double end as x "
+            f"(select attack, region, fooled, correct, case when isfinite({name}::double) then {name}::double end as x "
             f"from outcomes where {in_reported_regions(run)})"
         )
         summary = run.sql(
@@ -127,7 +128,8 @@ def distributions(run: Run) -> Distributions:
         low, high = _axis(summary)
         width = (high - low) / BINS
         counts = run.sql(
-            "select attack, region, case when fooled then 'fooled' else 'withstood' end as outcome, "
+            f"select attack, region, case when not correct then '{MISCLASSIFIED}' when fooled then 'fooled' "
+            "else 'withstood' end as outcome, "
             # Values beyond the axis go into the outermost bins.
             f"greatest(0, least({BINS - 1}, floor((x - {low!r}) / {width!r})))::integer as bin, count(*) as count "
             f"from {values} where x is not null and fooled is not null group by all"

@@ -182,9 +182,10 @@ def strongest_attack_sentence(cells: Sequence[CellSummary], clean: float) -> str
         regions = ", ".join(dict.fromkeys(cell.region for cell in confined))
         attacks = ", ".join(dict.fromkeys(cell.name for cell in confined))
         fewest = min(confined, key=lambda cell: cell.images)
+        none = "The image was not" if fewest.images == 1 else f"None of {counted(fewest.images)} was"
         sentence = (
-            f"None of {counted(fewest.images)} was fooled by {attacks} confined to a region ({regions}): robust "
-            f"accuracy is {_accuracy(fewest)}"
+            f"{none} fooled by {attacks} confined to a region ({regions}): robust accuracy is "
+            f"{_accuracy(fewest)}"
         )
         for cell in sorted(whole, key=lambda cell: cell.robust_accuracy)[:1]:
             sentence += f"; under {cell.name} on the whole image, {_accuracy(cell)}"

@@ -10,7 +10,6 @@ from typing import Any
 import pandas as pd
 
 from weakspot.audit.findings.outcomes import WHOLE_IMAGE
-from weakspot.audit.page.charts import Chart
 from weakspot.statistics.number_format import number, p_value, percent
 
 TITLES = {
@@ -24,6 +23,26 @@ TITLES = {
     "ssim_windowed": "mean SSIM over sliding windows (ssim_windowed)",
 }
 Row = Mapping[Hashable, Any]  # of a data frame
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart for the page.
+
+    Attributes:
+        title: the heading, and the entry in a list to choose from.
+        spec: the Vega-Lite specification.
+        meaning: what it shows, in one sentence.
+        group: charts of one group are shown together if the reader chooses among groups.
+    """
+
+    title: str
+    spec: Mapping[str, object]
+    meaning: str
+    group: str
+
+    def __repr__(self) -> str:
+        return f"Chart({self.title!r})"
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ import pandas as pd
 from weakspot.audit.findings.distributions import Classes, Extremes
 from weakspot.audit.findings.outcomes import CellSummary, in_region
 from weakspot.audit.findings.summary import NOTHING_TO_LOSE, no_robust_accuracy, robust_accuracy_sentence
-from weakspot.audit.page.charts import Chart, budget_chart, confusion_chart, robust_chart
+from weakspot.audit.page.charts import budget_chart, confusion_chart, robust_chart
 from weakspot.audit.page.elements import (
     Cell,
+    Chart,
     Column,
     Row,
     Section,
@@ -50,7 +51,7 @@ def robust_section(cells: Sequence[CellSummary], clean: float, *, eight_bit: boo
     known = [cell for cell in cells if cell.images]
     judged = [cell for cell in known if not math.isnan(cell.robust_accuracy)]
     sentences = [NOTHING_TO_LOSE] if clean == 0 else []
-    for attack in dict.fromkeys(cell.attack for cell in judged):
+    for attack in dict.fromkeys(cell.attack for cell in judged if clean != 0):
         rows = [cell for cell in judged if cell.attack == attack]
         more = "; the table lists the other regions" if len(rows) > LISTED else ""
         sentences.append(robust_accuracy_sentence(rows[:LISTED], clean) + f"{more}.")
@@ -154,6 +155,9 @@ def class_sentences(by_class: Classes) -> list[str]:
     weak: Row = rows.sort_values(["high", "robust"], kind="stable").iloc[0].to_dict()
     strong: Row = rows.sort_values(["low", "robust"], ascending=False, kind="stable").iloc[0].to_dict()
     cell = f"{attack} {in_region(str(region))}"
+    if len(rows) > 1 and rows["robust"].min() == rows["robust"].max():
+        same = percent(weak["robust"])
+        return [f"Under {cell}, {same} of the images of every class remain correctly classified.", ends]
     if weak["label"] == strong["label"] or weak["robust"] == strong["robust"]:
         even = f"{_class_accuracy(weak)} {names[weak['label']]} remain correctly classified"
         return [f"Under {cell}, no class stands out: {even}.", ends]

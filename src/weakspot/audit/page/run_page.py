@@ -12,7 +12,7 @@ from pathlib import Path
 
 from weakspot._io.files import write_atomic
 from weakspot._io.urls import is_url, place
-from weakspot.audit.findings.contrasts import contrast_sentences, region_contrasts
+from weakspot.audit.findings.contrasts import WEAK, contrast_sentences, region_contrasts
 from weakspot.audit.findings.curves import budget_curves, layer_curves
 from weakspot.audit.findings.distributions import class_distributions, distributions, extremes
 from weakspot.audit.findings.locations import (
@@ -50,7 +50,7 @@ FILE = "report.html"
 SHOWN = 200  # rows of a table that are in the HTML; the others are added when the reader sorts or filters
 FIRST_IMAGES = 4  # thumbnails of a gallery that are not folded
 MAX_SKIPPED = 20  # skipped images listed
-MAX_REGIONS = 4  # contrasts at the top, weakest first; their section has all of them
+MAX_REGIONS = 4  # weak regions at the top; their section has all contrasts
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def _sections(run: Run, summary: Summary) -> list[Section]:
 
 
 def _header(run: Run, summary: Summary | None) -> Header:
-    title = f"Where {run.info.model.name if run.info.model else run.plan.model.spec} is weak"
+    title = f"Where is {run.info.model.name if run.info.model else run.plan.model.spec} weak?"
     attacks = ", ".join(attack_name(attack.label, attack.budget) for attack in run.plan.attacks)
     subtitle = f"{attacks}; each in {counted(len(run.plan.reported_regions), 'region')}."
     skipped = len(run.skipped)
@@ -223,7 +223,8 @@ def _header(run: Run, summary: Summary | None) -> Header:
     labels = f"Labels: {summary.labels}."
     if "prediction" in run.info.labels:
         labels += " Where a label is the model's own prediction, the report does not say whether the model is correct."
-    sentences = [summary.weakest, *summary.regions[:MAX_REGIONS], labels]
+    weak = [sentence for sentence in summary.regions if sentence.endswith(f"{WEAK}.")]
+    sentences = [summary.weakest, *(weak[:MAX_REGIONS] or summary.regions[:1]), labels]
     errors = sum(cell.errors for cell in summary.cells)
     if errors:
         sentences.append(

@@ -13,9 +13,10 @@ import pandas as pd
 from weakspot.audit.findings.curves import OUTCOMES, RANDOM_EDIT
 from weakspot.audit.findings.distributions import Distributions
 from weakspot.audit.findings.outcomes import in_region
-from weakspot.audit.page.charts import Chart, histogram_chart, layer_chart
+from weakspot.audit.page.charts import histogram_chart, layer_chart
 from weakspot.audit.page.elements import (
     Cell,
+    Chart,
     Column,
     Row,
     Section,
@@ -36,9 +37,8 @@ from weakspot.statistics.number_format import counted, number, p_value, with_int
 
 MAX_Q = 0.05  # up to which a difference is called one
 NAMED = 4  # attacks x regions that get a sentence of their own
-MAX_ABREAST = (
-    12  # attacks x regions whose layer curves are shown at once; of more, the reader chooses an attack
-)
+# Attacks x regions whose layer curves are shown at once; of more, the reader chooses an attack.
+MAX_ABREAST = 3
 
 
 def _cell(row: Row) -> str:
