@@ -236,7 +236,9 @@ def test_success_that_rounding_removes_counts_only_with_float(unrounded: Run) ->
     assert (robust(unrounded), robust(floats)) == (0.5, 0.125)
     pages = [Reader(run_report(one)) for one in (unrounded, floats)]
     for page, left in zip(pages, ("50% ", "12% "), strict=True):
-        assert page.frame("robust").set_index("attack").loc["pgd", "robust accuracy [95%]"].startswith(left)
+        assert str(page.frame("robust").set_index("attack").loc["pgd", "robust accuracy [95%]"]).startswith(
+            left
+        )
     assert "each as stored in an 8-bit image file" in pages[0].text
     assert "each before it is rounded to 8 bits" in pages[1].text
     moved = compare(unrounded, unrounded).table.set_index(["score", "attack"])
