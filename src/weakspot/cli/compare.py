@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from weakspot.cli.app import Failure, command
+from weakspot.cli.app import Failure, command, console, one_line
 from weakspot.cli.gate_options import Gate, GateOptions, check_writable
 from weakspot.cli.options import EveryOption, FloatOption, OutputOptions, argument, option
 from weakspot.cli.output import (
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from weakspot.audit.findings.comparison import Comparison
 
 Row = Mapping[str, Any]  # of a table
+LEAST_NAME = 12  # characters of a name in a table
 
 
 @command(
@@ -91,15 +92,19 @@ def _print(comparison: Comparison, *, every: bool) -> None:
     if rows:
         headings = ("score", "under", "before", "after", "difference [95%]")
         table = make_table((*headings, "images", "q") if every else headings, fold=())
+        lines = []
         for _, row in rows:
+            interval = f" [{number(row['low'])}, {number(row['high'])}]" if row["low"] == row["low"] else ""
+            lines.append([number(row["before"]), number(row["after"]), number(row["difference"]) + interval])
+        # The names share what the numbers leave of a line.
+        taken = sum(max(map(len, column)) + 2 for column in zip(headings[2:], *lines, strict=True))
+        width = max(LEAST_NAME, (console().width - taken) // 2 - 2)
+        for (_, row), line in zip(rows, lines, strict=True):
             names = [row["score"], " · ".join(filter(None, (row["attack"], row["region"])))]
-            cells = [*map(number, row[["before", "after"]]), number(row["difference"])]
-            if row["low"] == row["low"]:  # NaN differs from itself: there is no interval
-                cells[-1] += f" [{number(row['low'])}, {number(row['high'])}]"
-            extra = (
-                [str(row["images"]), "" if row["q"] != row["q"] else p_value(row["q"], "")] if every else []
-            )
-            add_row(table, *(name if every else shorten_name(name, 18) for name in names), *cells, *extra)
+            if every:
+                line += [str(row["images"]), "" if row["q"] != row["q"] else p_value(row["q"], "")]
+            shown = names if every else [shorten_name(one_line(name), width) for name in names]
+            add_row(table, *shown, *line)
         print_table(table, whole=every)
     else:
         print_text("No change of a score is significant (q below .05).")
