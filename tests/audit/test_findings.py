@@ -27,8 +27,8 @@ from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, open_run, su
 from weakspot.audit.findings.comparison import compare
 from weakspot.audit.findings.contrasts import WEAK, contrast_sentences, region_contrasts
 from weakspot.audit.findings.curves import budget_curves
-from weakspot.audit.findings.locations import score_findings
 from weakspot.audit.findings.outcomes import CellSummary
+from weakspot.audit.findings.scores import score_findings
 from weakspot.audit.findings.summary import strongest_attack_sentence
 from weakspot.regions.spec import RegionSpec
 from weakspot.statistics import false_discovery, paired_proportion_interval

@@ -17,8 +17,8 @@ import vl_convert
 from weakspot.audit.findings.contrasts import Contrast, contrast_sentences
 from weakspot.audit.findings.curves import BUDGET_COLUMNS
 from weakspot.audit.findings.distributions import Classes, Extremes
-from weakspot.audit.findings.locations import Finding
 from weakspot.audit.findings.outcomes import CellSummary
+from weakspot.audit.findings.scores import Finding
 from weakspot.audit.findings.summary import strongest_attack_sentence
 from weakspot.audit.page.charts import (
     CONFIG,

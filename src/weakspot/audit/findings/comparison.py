@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from weakspot.audit.findings.locations import score_names
-from weakspot.audit.findings.outcomes import adjusted, in_region, quoted_name
+from weakspot.audit.findings.outcomes import adjusted, in_region, quoted_name, score_names
+from weakspot.audit.findings.scores import ATTACK_SCORES
 from weakspot.audit.plan.attack_plan import AttackPlan
 from weakspot.audit.plan.limits import limit_of
 from weakspot.audit.plan.plan import Plan
@@ -207,11 +207,11 @@ def _shared(before: Run, after: Run) -> _Shared:
     attacks = [(one, by_identity.get((one.name, one.budget, one.settings))) for one in before.plan.attacks]
     # Reported regions only: regions of other images are controls within their own run.
     regions = [region for region in before.plan.reported_regions if region in after.plan.reported_regions]
-    scores = score_names(after)
+    scores = score_names(after, ATTACK_SCORES)
     return _Shared(
         [(one, other) for one, other in attacks if other is not None],
         regions,
-        [name for name in score_names(before) if name in scores],
+        [name for name in score_names(before, ATTACK_SCORES) if name in scores],
     )
 
 

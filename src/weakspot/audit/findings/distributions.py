@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from weakspot.audit.findings.outcomes import in_reported_regions, quoted_name
-from weakspot.audit.store.records import COLUMNS, quoted
+from weakspot.audit.findings.outcomes import in_reported_regions, quoted_name, score_names
+from weakspot.audit.store.records import quoted
 from weakspot.audit.store.run import Run
 from weakspot.statistics import proportion_interval
 from weakspot.statistics.number_format import counted
@@ -19,8 +19,6 @@ ATTACK_SCORES = (
     "margin_adversarial", "confidence_adversarial", "l2", "linf", "pixels", "ssim_windowed", "margin_clean",
     "confidence_clean",
 )  # fmt: skip
-COMPANIONS = ("_null", "_null_low", "_null_high", "_p", "_p_less", "_q")  # columns that belong to a score
-NUMBERS = ("DOUBLE", "FLOAT", "BIGINT", "INTEGER", "SMALLINT", "TINYINT")
 MAX_GRID = 20  # class names up to which confusions are counted pair by pair
 MAX_CLASSES = 2_000  # in the table; of more classes, those with the most images
 MISCLASSIFIED = "misclassified without an attack"  # neither fooled nor withstood
@@ -95,22 +93,10 @@ class Extremes:
         return f"Extremes({counted(self.images)}, {self.fooled} fooled)"
 
 
-def score_columns(run: Run) -> list[str]:
-    """Numeric columns worth a histogram: the attack's first, then those of the analyses."""
-    described = run.sql("describe records").df()
-    types = dict(zip(described["column_name"], described["column_type"], strict=True))
-    own = [name for name in ATTACK_SCORES if name in types]
-    return own + [
-        name
-        for name, kind in types.items()
-        if name not in COLUMNS and kind in NUMBERS and not name.endswith(COMPANIONS)
-    ]
-
-
 def distributions(run: Run) -> Distributions:
     """Summaries and histograms of every score, read one score at a time."""
     summaries, bins = [], []
-    for score in score_columns(run):
+    for score in score_names(run, ATTACK_SCORES, booleans=False):
         name = quoted_name(score)
         values = (
             # Infinite values, for example of log ratios, count as missing.

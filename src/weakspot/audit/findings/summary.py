@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from weakspot.audit.findings.contrasts import contrast_sentences, region_contrasts
-from weakspot.audit.findings.locations import score_findings
 from weakspot.audit.findings.outcomes import WHOLE_IMAGE, CellSummary, cell_summaries, in_region
+from weakspot.audit.findings.scores import score_findings
 from weakspot.audit.plan.limits import has_robust_accuracy
 from weakspot.audit.store.run import Run
 from weakspot.datasets.labels import FORMATS

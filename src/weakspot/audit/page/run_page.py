@@ -15,13 +15,13 @@ from weakspot._io.urls import is_url, place
 from weakspot.audit.findings.contrasts import WEAK, contrast_sentences, region_contrasts
 from weakspot.audit.findings.curves import budget_curves, layer_curves
 from weakspot.audit.findings.distributions import class_distributions, distributions, extremes
-from weakspot.audit.findings.locations import (
+from weakspot.audit.findings.outcomes import attack_name, in_region
+from weakspot.audit.findings.scores import (
     not_tested_because,
     perturbation_types,
     pixel_localities,
     score_findings,
 )
-from weakspot.audit.findings.outcomes import attack_name, in_region
 from weakspot.audit.findings.summary import Summary, summarize
 from weakspot.audit.page.charts import CONFIG
 from weakspot.audit.page.elements import Section, Table, table_of, texts
