@@ -384,3 +384,43 @@ def test_every_chart_compiles() -> None:
         drawn = set(re.findall(r'"field": "(\w+)"', json.dumps(chart.spec)))
         rows: Any = chart.spec["datasets"]
         assert drawn <= {key for data in rows.values() for row in data for key in row}, chart
+
+
+def test_a_caption_names_only_what_is_drawn() -> None:
+    both, plain = (budget_chart("pgd", rows).meaning for rows in (curves(), curves().query("not control")))
+    assert "are dashed" in both
+    assert "dashed" not in plain
+    with_clean, without = (robust_section(cells(0.5), clean).charts[0].meaning for clean in (0.9, nan))
+    assert "dashed line" in with_clean
+    assert "dashed" not in without
+
+
+def test_ticks_of_layers_are_whole_and_different() -> None:
+    for count in (1, 2, 3, 40):
+        rows = pd.concat([depths(0.1).assign(place=place) for place in range(1, count + 1)])
+        spec: Any = layer_chart("spread", "spread", rows, 0.5).spec
+        ticks = spec["layer"][0]["encoding"]["x"]["axis"]["values"]
+        assert ticks == sorted(set(ticks))
+        assert set(ticks) <= set(range(1, count + 1))
+        assert len(ticks) <= 10
+
+
+def test_histograms_share_an_axis_and_the_regions_of_an_attack_share_heights() -> None:
+    """An attack that ends in one bar does not flatten another; a bar of one attack means the same in each region."""
+    shares = {("pgd", "none"): (4, 4, 2), ("pgd", "cam"): (2, 2, 6), ("fmn", "none"): (0, 10, 0)}
+    bins = pd.DataFrame(
+        [
+            (attack, region, "fooled", low, low + 1, count)
+            for (attack, region), counts in shares.items()
+            for low, count in enumerate(counts)
+            if count
+        ],
+        columns=["attack", "region", "outcome", "low", "high", "count"],
+    )
+    spec: Any = histogram_chart("margin", bins, dict.fromkeys(shares, "")).spec
+    rows = spec["datasets"]["rows"]
+    per = {(round(row["head"] - row["foot"], 3), row["fraction"]) for row in rows}
+    heights = {fraction: height for height, fraction in per if fraction < 1}
+    assert max(height for height, _ in per) == max(heights.values()) == 0.58  # both attacks fill their rows
+    for fraction, height in heights.items():
+        assert height == pytest.approx(0.58 * fraction / 0.6, abs=2e-3)

@@ -40,7 +40,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         sys.modules.pop("audited_networks", None)
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (400, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
 def test_every_chart_is_drawn_in_the_colors_of_the_page(
     browser: Any, report: Path, width: int, scheme: str
 ) -> None:

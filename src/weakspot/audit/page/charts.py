@@ -137,14 +137,15 @@ def robust_chart(cells: pd.DataFrame, clean: float) -> Chart:
         _layer(point, shared, x=_field("robust"), shape=shape),
     ]
     datasets = {"rows": _rows(table[["where", "attack", "robust", "low", "high", "images"]])}
+    meaning = "Fraction of images that remain correctly classified, for each attack and region"
     if not math.isnan(clean):
+        meaning += "; the dashed line is the accuracy without an attack"
         datasets["clean"] = [{"clean": json_number(clean)}]
         line: Spec = {"type": "rule", "strokeDash": [4, 4], "color": FAINT}
         layers.insert(0, _layer(line, data="clean", x=_field("clean")))
     return _chart(
         "Robust accuracy by region",
-        "Fraction of images that remain correctly classified, for each attack and region; the dashed line is the "
-        "accuracy without an attack.",
+        f"{meaning}.",
         {"datasets": datasets, "layer": layers, "resolve": {"legend": {"shape": "shared"}}},
         max(60, len(names) * (14 + CELL_HEIGHT * len(attacks))),
     )
@@ -243,8 +244,8 @@ def confusion_chart(title: str, confusions: pd.DataFrame) -> Chart:
     ]
     return _chart(
         title,
-        "How many images of the class in the row were classified as the class in the column after the attack; darker "
-        "squares are a larger fraction of their row.",
+        "How many images of the class in the row were classified as the class in the column after the attack; stronger "
+        "colors are a larger fraction of their row.",
         {
             "datasets": {"rows": _rows(table[["label", "adversarial_class", "fooled", "fraction"]])},
             "layer": layers,
@@ -291,8 +292,8 @@ def budget_chart(title: str, curves: pd.DataFrame) -> Chart:
     rows = _rows(table[["region", "size", "fooled", "low", "high", "images"]])
     return _chart(
         title,
-        "Fraction of images that are fooled by a change of this size or a smaller one, for each region; shifted "
-        "regions, which are controls, are dashed.",
+        "Fraction of images that are fooled by a change of this size or a smaller one, for each region"
+        + ("; shifted regions, which are controls, are dashed." if any(controls.values()) else "."),
         {"datasets": {"rows": rows}, "layer": layers, "resolve": SEPARATE_LEGENDS},
         BUDGET_HEIGHT,
     )

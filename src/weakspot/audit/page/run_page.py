@@ -48,7 +48,7 @@ from weakspot.statistics.number_format import counted, number, percent, with_int
 
 FILE = "report.html"
 SHOWN = 200  # rows of a table that are in the HTML; the others are added when the reader sorts or filters
-FIRST_IMAGES = 4  # thumbnails of a gallery that are not folded
+FIRST_IMAGES = 3  # thumbnails of a gallery that are not folded
 MAX_SKIPPED = 20  # skipped images listed
 MAX_REGIONS = 4  # weak regions at the top; their section has all contrasts
 
