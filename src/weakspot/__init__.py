@@ -49,6 +49,7 @@ from weakspot.images import read_images, sample_images
 from weakspot.models import load
 from weakspot.pairs import AttackResult, Pairs
 from weakspot.similarity import ssim_map
+from weakspot.vulnerability import WeakSpots, weak_spots
 
 __version__ = version("weakspot")
 __all__ = [
@@ -75,6 +76,7 @@ __all__ = [
     "PropagationStudy",
     "Restoration",
     "SsimAlignment",
+    "WeakSpots",
     "attacks",
     "build_concepts",
     "class_activation",
@@ -101,4 +103,5 @@ __all__ = [
     "training",
     "unit_restoration",
     "unit_sensitivity",
+    "weak_spots",
 ]

@@ -14,13 +14,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from weakspot._progress import Step
 from weakspot.cli.app import RESUMABLE, UNREADABLE, Failure, command, complain, note
 from weakspot.cli.gate_options import Gate, GateOptions
 from weakspot.cli.options import (
     OUTPUT,
+    EveryOption,
     FloatOption,
     ModelOptions,
     OutputOptions,
@@ -31,6 +31,8 @@ from weakspot.cli.options import (
     refuse_fraction,
 )
 from weakspot.cli.output import (
+    add_row,
+    first_rows,
     json_rows,
     make_table,
     print_json,
@@ -91,6 +93,7 @@ def audit(
         bool, flag("--report/--no-report", "Write report.html at the end.", panel=OUTPUT)
     ] = True,
     floats: FloatOption = False,
+    every: EveryOption = False,
 ) -> None:
     """Attack every image with every attack in every region: one row per image x attack x region.
 
@@ -158,7 +161,7 @@ def audit(
     if output.as_json:
         print_json(_document(run, summary, result))
     elif not output.quiet:
-        _print(run, summary, time.perf_counter() - started)
+        _print(run, summary, time.perf_counter() - started, every=every)
     for sentence in shortfalls:
         complain(sentence)
     result.announce(silent=output.silent)
@@ -240,28 +243,34 @@ def _document(run: Run, summary: Summary, gate: Gate) -> dict[str, object]:
     }
 
 
-def _print(run: Run, summary: Summary, seconds: float) -> None:
-    headings = ("attack", "budget", "region", "area", "images", "robust", "95% interval", "errors")
-    table = make_table(headings, fold=("attack", "region"))
-    for cell in summary.cells:
-        table.add_row(
-            escape(cell.attack),
-            escape(cell.budget or ""),
-            escape(cell.region),
-            "" if math.isnan(cell.region_fraction) else f"{cell.region_fraction:.0%}",
-            str(cell.images),
-            "" if math.isnan(cell.robust_accuracy) else f"{cell.robust_accuracy:.1%}",
-            "" if math.isnan(cell.low) else f"{cell.low:.1%} to {cell.high:.1%}",
-            str(cell.errors or ""),
-        )
-    print_table(table)
+def _print(run: Run, summary: Summary, seconds: float, *, every: bool) -> None:
     if summary.images:
         clean = f"Clean accuracy is {summary.clean_accuracy:.1%}"
         unknown = "Clean accuracy is unknown: no image has a prediction"
         sentence = unknown if math.isnan(summary.clean_accuracy) else clean
-        print_text(f"\n{sentence}. Labels: {summary.labels}.")
+        print_text(f"{sentence}. Labels: {summary.labels}.")
     for sentence in (summary.weakest, *summary.regions, *summary.remarks):
         print_text(sentence)
+    print_text("")
+    headings = ("attack", "budget", "region", "area", "images", "robust", "95% interval")
+    failed = any(cell.errors for cell in summary.cells)
+    table = make_table([*headings, *(["errors"] if failed else [])], fold=("attack", "region"))
+    cells, more = first_rows(summary.cells, every=every)
+    for cell in cells:
+        add_row(
+            table,
+            cell.attack,
+            cell.budget or "",
+            cell.region,
+            "" if math.isnan(cell.region_fraction) else f"{cell.region_fraction:.0%}",
+            str(cell.images),
+            "" if math.isnan(cell.robust_accuracy) else f"{cell.robust_accuracy:.1%}",
+            "" if math.isnan(cell.low) else f"{cell.low:.1%} to {cell.high:.1%}",
+            *([str(cell.errors or "")] if failed else []),
+        )
+    print_table(table, whole=every)
+    if more:
+        print_text(f"... and {more} more (show them with --all)", style="dim")
     skipped = run.skipped
     for _, row in skipped.head(SHOWN).iterrows():
         print_text(f"skipped {row['image']}: {row['reason'].removesuffix('; skipped')}", style="dim")

@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.markup import escape
-
 from weakspot.cli.app import Failure, command
 from weakspot.cli.gate_options import Gate, GateOptions, check_writable
-from weakspot.cli.options import FloatOption, OutputOptions, argument, flag, option
-from weakspot.cli.output import make_table, print_json, print_table, print_text, warnings_as_notes
+from weakspot.cli.options import EveryOption, FloatOption, OutputOptions, argument, option
+from weakspot.cli.output import add_row, make_table, print_json, print_table, print_text, warnings_as_notes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,9 +31,7 @@ def compare(
     ],
     gate: GateOptions,
     output: OutputOptions,
-    every: Annotated[
-        bool, flag("--all", "Show all scores, not only those that changed significantly.")
-    ] = False,
+    every: EveryOption = False,
     csv: Annotated[Path | None, option("FILE", "Write all scores to this file.")] = None,
     floats: FloatOption = False,
 ) -> None:
@@ -90,14 +86,15 @@ def _print(rows: pd.DataFrame, *, every: bool) -> None:
     table = make_table(headings, fold=names)
     shown = rows if every else rows.head(SHOWN)
     for _, row in shown.iterrows():
-        table.add_row(
-            *(escape(str(row[key])) for key in (*names, "images")),
+        add_row(
+            table,
+            *(str(row[key]) for key in (*names, "images")),
             *(f"{row[key]:.3g}" for key in ("before", "after", "difference")),
             # NaN differs from itself: no interval or p value was computed.
             f"{row['low']:.3g} to {row['high']:.3g}" if row["low"] == row["low"] else "",
             "" if row["q"] != row["q"] else "< 0.001" if row["q"] < 0.001 else f"{row['q']:.3f}",
         )
-    print_table(table)
+    print_table(table, whole=every)
     more = len(rows) - len(shown)
     print_text(f"... and {more} more (show them with --all)\n" if more else "", style="dim")
 

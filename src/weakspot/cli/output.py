@@ -6,18 +6,22 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from weakspot._progress import Display, open_display
-from weakspot.cli.app import note, notes
+from weakspot.cli.app import console, note, notes, one_line, printable
 
 if TYPE_CHECKING:
     import pandas as pd
+
+MOST_ROWS = 5  # of a table without --all
+WHOLE_WIDTH = 1000  # characters of a line under --all, enough for every table
+NAME_WIDTH = 26  # characters of a file name in a table, a third of a line
+Row = TypeVar("Row")
 
 
 @contextmanager
@@ -75,14 +79,37 @@ def make_table(
     return table
 
 
-def print_table(table: Table) -> None:
-    """Print a table to standard output."""
-    Console(highlight=False).print(table)
+def add_row(table: Table, *cells: str | Text) -> None:
+    """Add a row; nothing in its text is markup, and control characters are shown as escapes."""
+    table.add_row(*(one_line(cell) if isinstance(cell, str) else cell for cell in cells))
+
+
+def print_table(table: Table, *, whole: bool = False) -> None:
+    """Print a table to standard output: within the terminal's width, or as wide as it is if it is to be whole."""
+    page = console()
+    page.width = max(page.width, WHOLE_WIDTH if whole else 0)
+    page.print(table)
+
+
+def first_rows(rows: Sequence[Row], *, every: bool) -> tuple[Sequence[Row], int]:
+    """The rows that a table shows, and how many it leaves out: at most five without --all."""
+    shown = rows if every else rows[:MOST_ROWS]
+    return shown, len(rows) - len(shown)
+
+
+def shorten_name(name: str, width: int = NAME_WIDTH) -> str:
+    """A file name with its middle left out, because photographs often differ only at the end.
+
+    >>> shorten_name("holidays/2024/IMG_20240817_183352_0412.jpg", 24)
+    'holidays/202…52_0412.jpg'
+    """
+    half = (width - 1) // 2
+    return name if len(name) <= width else f"{name[: width - 1 - half]}…{name[-half:]}"
 
 
 def print_text(text: str, *, style: str | None = None) -> None:
     """Print text to standard output; nothing in it is markup, and lines are not wrapped."""
-    Console(highlight=False, markup=False, emoji=False, soft_wrap=True).print(text, style=style)
+    console().print(printable(text), style=style, soft_wrap=True)
 
 
 def print_rows(rows: Sequence[dict[str, str]], *, as_json: bool = False) -> None:
@@ -92,7 +119,7 @@ def print_rows(rows: Sequence[dict[str, str]], *, as_json: bool = False) -> None
         return
     table = make_table(list(rows[0]))
     for row in rows:
-        table.add_row(*(escape(value) for value in row.values()))
+        add_row(table, *row.values())
     print_table(table)
 
 

@@ -19,7 +19,7 @@ import typer
 
 from weakspot._checks import ModelError
 from weakspot._progress import Display
-from weakspot.cli.app import UNREADABLE, WRITTEN_KEY, Failure, complain, note
+from weakspot.cli.app import UNREADABLE, WRITTEN_KEY, Failure, complain, note, one_line
 from weakspot.cli.options import ModelOptions, OutputOptions, parse_numbers, parse_size, read_class_names
 from weakspot.cli.output import print_json, progress_display, warnings_as_notes
 
@@ -116,7 +116,7 @@ class Session:
                 note(f"{source}: the folder is empty")
             for file in files:
                 name = str(source / file.name) if source.is_dir() else str(source)
-                remark = printable(f"{name}: {file.remark}")
+                remark = one_line(f"{name}: {file.remark}")
                 if file.remark:
                     note(remark)
                 if file.pixels is None:
@@ -297,12 +297,7 @@ def shorten_paths(names: Sequence[str]) -> list[str]:
     """Paths relative to the folder that contains them all."""
     paths = [Path(name).absolute() for name in names]
     common = os.path.commonpath([path.parent for path in paths])
-    return [printable(os.path.relpath(path, common)) for path in paths]
-
-
-def printable(name: str) -> str:
-    """The name with bytes that are not text written as escapes."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+    return [one_line(os.path.relpath(path, common)) for path in paths]
 
 
 def _list_files(folder: Path, patterns: Sequence[str]) -> Files:

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from weakspot._progress import Display
-from weakspot.cli.app import Failure
-from weakspot.cli.output import json_rows, make_table, print_text
+from weakspot.cli.app import Failure, console, notes
+from weakspot.cli.output import add_row, json_rows, make_table, print_table, print_text
 
 if TYPE_CHECKING:
     from weakspot.classifier import Classifier
@@ -209,17 +207,18 @@ def describe_network(model: str | None, data: LabeledImages) -> dict[str, object
 
 def epoch_logger() -> OnEpoch:
     """A function that prints a line to standard error for each epoch, and for the tests at the end."""
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
     def log(name: str, row: Mapping[str, float]) -> None:
         if "epoch" not in row:
-            console.print(f"{name}: " + ", ".join(f"{test} {value:.1%}" for test, value in row.items()))
+            tests = ", ".join(f"{test} {value:.1%}" for test, value in row.items())
+            notes.print(f"{name}: {tests}", soft_wrap=True)
             return
         tested = ", ".join(f"{key} {row[key]:.1%}" for key in ("clean", "robust") if key in row)
-        console.print(
+        notes.print(
             f"{name}, epoch {row['epoch']:.0f}: loss {row['loss']:.3f}, held out: {tested or 'none'}; "
             f"{row['seconds']:.0f} s",
             style="dim",
+            soft_wrap=True,
         )
 
     return log
@@ -227,16 +226,15 @@ def epoch_logger() -> OnEpoch:
 
 def print_training(results: Results, seconds: float, out: Path, *, matrix: bool) -> None:
     """Print the accuracies, the trainings that stopped early, and what to do next."""
-    console = Console(highlight=False)
     rows = results.get("accuracy") or results.get("tests") or []
     if rows:
         tests = dict.fromkeys(row["test"] for row in rows)
         table = make_table([*(["recipe"] if matrix else []), *tests], fold=())
         for name in dict.fromkeys(row.get("recipe", "") for row in rows):
             own = [row for row in rows if row.get("recipe", "") == name]
-            cells = [_accuracy(row, interval=console.width >= WIDE) for row in own]
-            table.add_row(*([name] if matrix else []), *cells)
-        console.print(table)
+            cells = [_accuracy(row, interval=console().width >= WIDE) for row in own]
+            add_row(table, *([name] if matrix else []), *cells)
+        print_table(table)
     stopped = results.get("stopped") or {}
     for name, why in stopped.items() if matrix else [("training", stopped)] if stopped else []:
         print_text(f"{name} stopped early: {why}", style="yellow")
