@@ -239,7 +239,7 @@ def test_the_norm_of_sizes_is_that_of_the_attack_whatever_its_label(planted: Pat
 def test_if_nothing_is_fooled_no_region_is_called_the_weakest(planted: Path) -> None:
     attacks = tuple(AttackPlan("pgd", f"linf:{eps}", (("steps", 1),)) for eps in ("0.0001", "0.0002"))
     sentence = summarize(audit(plan_for(planted, "even", attacks=attacks), planted / "strong")).weakest
-    assert sentence.startswith("No image was fooled by pgd")
+    assert sentence.startswith("None of 40 images was fooled by pgd")
     assert "quarter.png" in sentence
     assert "matched" not in sentence
 
