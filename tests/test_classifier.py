@@ -543,9 +543,11 @@ def test_logits_that_resemble_probabilities_by_chance_cause_no_warning(images: T
     with torch.no_grad():
         linear.weight[0, 0], linear.weight[1, 0] = 0.01, -0.01  # rows sum to one and lie in [0, 1] for images
         linear.bias[:] = 0.5
-    predict(
-        Classifier.wrap(nn.Sequential(nn.Flatten(), linear).eval()), images
-    )  # a warning would be an error
+    network = nn.Sequential(nn.Flatten(), linear).eval()
+    logits = predict(Classifier.wrap(network), images)  # a ModelWarning would be an error here
+    assert torch.equal(logits, network(images))
+    assert logits.min() >= 0
+    torch.testing.assert_close(logits.sum(1), torch.ones(len(images)))  # they do resemble probabilities
 
 
 @pytest.mark.parametrize(
@@ -621,9 +623,9 @@ def test_the_margin_to_a_given_class_is_the_difference_of_two_logits(
     case: tuple[Tensor, Tensor], shift: int
 ) -> None:
     logits, labels = case
-    rivals = (labels + shift) % logits.shape[1]
-    expected = [row[label] - row[rival] for row, label, rival in zip(logits, labels, rivals, strict=True)]
-    assert torch.equal(margin(logits, labels, rivals), torch.stack(expected))
+    competing = (labels + shift) % logits.shape[1]
+    expected = [row[label] - row[other] for row, label, other in zip(logits, labels, competing, strict=True)]
+    assert torch.equal(margin(logits, labels, competing), torch.stack(expected))
 
 
 @given(scored())

@@ -11,8 +11,9 @@ from __future__ import annotations
 import copy
 import itertools
 import random
+import sys
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -20,6 +21,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SEEDED = threading.RLock()
 """Held while a global random generator runs from a seed, so that two threads do not draw from it in turn."""
@@ -27,7 +29,6 @@ SEEDED = threading.RLock()
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -138,66 +139,28 @@ def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
                     weight.requires_grad_(True)
 
 
-_Memory = tuple[int, dict[Hashable, Any]]  # how many hooks a model had, and what was computed for it
-
-
-@contextmanager
-def remembering(model: nn.Module) -> Iterator[None]:
-    """Let `remembered` keep results in this thread; the model's weights must not change inside."""
-    memories: dict[int, _Memory] = _this.__dict__.setdefault("memories", {})
-    if id(model) in memories:
-        yield
-        return
-    memories[id(model)] = _count_hooks(model), {}
-    try:
-        yield
-    finally:
-        del memories[id(model)]
-
-
-def remembered(model: nn.Module, key: Hashable, compute: Callable[[], Result]) -> Result:
-    """What `compute` returns; inside `remembering` it runs once for each key, unless hooks were added since.
-
-    Args:
-        model: that the result depends on.
-        key: whatever else it depends on.
-        compute: a function of nothing else.
-    """
-    count, results = getattr(_this, "memories", {}).get(id(model), (None, {}))
-    if count != _count_hooks(model):
-        return compute()
-    if key not in results:
-        results[key] = compute()
-    result: Result = results[key]
-    return result
-
-
-def _count_hooks(model: nn.Module) -> int:
-    return sum(len(hooks(module, kind)) for module in model.modules() for kind in HOOKS)
-
-
 class OwnHook:
     """A hook that is called in passes of the thread that registered it, and in no other thread's."""
 
     __slots__ = ("hook", "open", "thread")
 
-    def __init__(self, hook: Callable[..., Any]) -> None:
+    def __init__(self, hook: Callable[..., object]) -> None:
         self.hook, self.thread, self.open = hook, threading.get_ident(), True
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: object) -> object:
         return self.hook(*arguments) if self.open and self.sees() else None
 
     def sees(self) -> bool:
         """Whether the hook is called in a pass of the current thread."""
         return self.thread == threading.get_ident() and not getattr(_this, "unwatched", 0)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> OwnHook:
+    def __deepcopy__(self, memo: dict[int, object]) -> OwnHook:
         return self  # closing the hook also closes it in copies of the module
 
 
 @contextmanager
 def hooked(
-    module: nn.Module, hook: Callable[..., Any], *, before: bool = False, first: bool = False
+    module: nn.Module, hook: Callable[..., object], *, before: bool = False, first: bool = False
 ) -> Iterator[None]:
     """Register a forward hook for passes of this thread, and remove it on exit.
 
@@ -219,7 +182,7 @@ def hooked(
             handle.remove()
 
 
-def hooks(module: nn.Module, kind: str) -> list[Any]:
+def hooks(module: nn.Module, kind: str) -> list[object]:
     """The hooks of a kind (one of `HOOKS`) that are called in passes of this thread."""
     registered = tuple(getattr(module, kind).values())
     return [
@@ -248,7 +211,7 @@ Module = TypeVar("Module", bound=nn.Module)
 def copied(module: Module) -> Module:
     """A deep copy in the module's own modes, even while other threads hold the module in eval mode."""
     with _lock:  # no other thread adds or removes hooks during the copy
-        memo: dict[int, Any] = {}
+        memo: dict[int, nn.Module] = {}
         twin = copy.deepcopy(module, memo)
         for own in module.modules():
             if id(own) in memo:
@@ -347,3 +310,24 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         yield
+
+
+class DispatchMode(TorchDispatchMode):
+    """A dispatch mode that torch's compiler is kept out of, without importing the compiler.
+
+    A compiled model that runs under the mode would have the mode compiled as well. torch prevents that by importing
+    its compiler, which takes 1.3 s, whether or not a model is compiled. Here it happens only if it is loaded already.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # not when the class is made
+
+    def __enter__(self) -> Any:
+        mode = type(self)
+        if "torch._dynamo" in sys.modules and not hasattr(mode.__torch_dispatch__, "__wrapped__"):
+            mode.__torch_dispatch__ = torch._disable_dynamo(mode.__torch_dispatch__, recursive=True)  # type: ignore[method-assign, attr-defined]
+        return super().__enter__()  # type: ignore[no-untyped-call]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ VIEWS = (
 )  # autograd steps without arithmetic
 
 
-def logits_of(output: Any) -> Tensor:
+def logits_of(output: object) -> Tensor:
     """The logits (N, K) in what a network returned.
 
     Args:
@@ -43,13 +42,14 @@ def logits_of(output: Any) -> Tensor:
     return logits.flatten(1)
 
 
-def _find_logits(output: Any) -> Tensor | None:
+def _find_logits(output: object) -> Tensor | None:
     if isinstance(output, Tensor):
         is_map = output.ndim == 4 and output.shape[2:] == (1, 1)
         return output if (output.ndim == 2 or is_map) and output.shape[1] >= 2 else None
-    if getattr(output, "logits", None) is not None:
-        return _find_logits(output.logits)
-    parts: list[Any] = []
+    named = getattr(output, "logits", None)
+    if named is not None:
+        return _find_logits(named)
+    parts: list[object] = []
     if isinstance(output, Mapping):
         parts = [output[key] for key in ("logits", "out") if key in output] or list(output.values())
     elif isinstance(output, tuple | list):

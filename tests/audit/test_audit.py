@@ -38,8 +38,8 @@ from weakspot._checks import ModelWarning
 from weakspot._io import files
 from weakspot.attacks import pgd
 from weakspot.audit import AttackPlan, AuditProgress, Run, StoppedError, audit, open_run, resume, summarize
+from weakspot.audit.execution.preparation import load_planned
 from weakspot.audit.store.run_info import ImageCounts, MissingImages
-from weakspot.audit.work.preparation import load_planned
 from weakspot.images import open_pictures
 
 __all__ = ["networks", "pictures"]  # fixtures

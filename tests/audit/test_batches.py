@@ -13,8 +13,8 @@ from torch import Tensor
 from tests.networks import Made
 from weakspot._checks import NotFiniteError
 from weakspot.attacks import pgd
-from weakspot.audit.work.batches import AdaptiveBatches, FixedBatchClassifier, bisect_failures
-from weakspot.audit.work.shard import _without_numbers
+from weakspot.audit.execution.attacked_groups import _without_numbers
+from weakspot.audit.execution.batches import AdaptiveBatches, FixedBatchClassifier, bisect_failures
 from weakspot.classifier import Classifier, as_classifier
 
 HALVES = (slice(0, 4), slice(4, None))  # whole groups, as in batches

@@ -16,6 +16,9 @@ from PIL import Image
 from tests.audit.fixtures import same_maps, same_records
 from tests.audit.planted import SIDE, SIZE, draw_quarters, planted, planted_plan
 from weakspot.audit import AttackPlan, Run, audit, region_contrasts, resume, summarize
+from weakspot.audit.execution.batches import AuditModel
+from weakspot.audit.execution.opened_images import Donors, ShardImages
+from weakspot.audit.execution.preparation import load_planned
 from weakspot.audit.findings.contrasts import (
     OTHERS,
     SHIFTED,
@@ -28,9 +31,6 @@ from weakspot.audit.findings.contrasts import (
 )
 from weakspot.audit.findings.distributions import class_distributions, distributions, extremes
 from weakspot.audit.plan.image_list import list_images
-from weakspot.audit.work.batches import AuditModel
-from weakspot.audit.work.preparation import load_planned
-from weakspot.audit.work.shard_images import Donors, ShardImages
 from weakspot.classifier import predict
 from weakspot.regions import cam
 from weakspot.statistics import region_test
@@ -228,8 +228,8 @@ def donors_of(quarters: Path, run: Run) -> tuple[Donors, Any, Iterator[tuple[int
         labels = predict(classifier, opened.images).argmax(1)
         return cam(classifier, opened.images, labels, fraction=0.25)[0]
 
+    from weakspot.audit.execution.opened_images import open_entries
     from weakspot.audit.plan.image_list import entries
-    from weakspot.audit.work.shard_images import open_entries
 
     each = ((n, open_entries(entries(listing, n, 1), classifier)) for n in range(len(listing)))
     return machine.donors, make, each

@@ -29,9 +29,9 @@ from weakspot.audit import (
     summarize,
     write_run_report,
 )
+from weakspot.audit.execution import attacked_groups
 from weakspot.audit.findings.gates import judge
 from weakspot.audit.findings.summary import cell_table, unknown_cases
-from weakspot.audit.work import shard
 from weakspot.models import load
 from weakspot.models.probe import CHANGED, DRIFTED, RANDOM, Watch, probe, read_probe
 from weakspot.pairs import AttackResult
@@ -169,7 +169,7 @@ def raising(when: int, error: BaseException) -> Any:
 def test_an_exception_of_attack_or_analysis_is_an_error_in_the_row(
     odd: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard, "find_attack", lambda name: Attack.of(name, raising(3, error)))
+    monkeypatch.setattr(attacked_groups, "find_attack", lambda name: Attack.of(name, raising(3, error)))
     own = weakspot.explain
 
     def explaining(model: nn.Module, pairs: AttackResult, **options: Any) -> Any:
@@ -177,7 +177,7 @@ def test_an_exception_of_attack_or_analysis_is_an_error_in_the_row(
             raise error
         return own(model, pairs, **options)
 
-    monkeypatch.setattr(shard, "explain", explaining)
+    monkeypatch.setattr(attacked_groups, "explain", explaining)
     Image.new("RGB", (24, 24), (250, 250, 250)).save(odd / "cat/bright.png")
     run = audit(plan_of(odd, "plain", analyses=("ssim",)), odd.parent / "found")
     assert run.complete
@@ -232,7 +232,7 @@ def test_an_attack_that_also_fails_on_neutral_images_stops_the_audit(
     def attack(*_: Any, **__: Any) -> AttackResult:
         raise ValueError("no such norm")
 
-    monkeypatch.setattr(shard, "find_attack", lambda name: Attack.of(name, attack))
+    monkeypatch.setattr(attacked_groups, "find_attack", lambda name: Attack.of(name, attack))
     with pytest.raises(
         ValueError, match=r"attack pgd in region none: no such norm \(the same on every image"
     ):

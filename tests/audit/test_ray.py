@@ -28,8 +28,8 @@ from tests.audit.fixtures import (
 )
 from weakspot.audit import AttackPlan, StoppedError, audit, open_run, resume
 from weakspot.audit.engines.ray_engine import allocation
+from weakspot.audit.execution.audit_engine import EngineOptions, open_engine
 from weakspot.audit.store.records import shard_files
-from weakspot.audit.work.shard_engine import EngineOptions, open_engine
 
 __all__ = ["networks", "pictures"]  # fixtures
 pytestmark = pytest.mark.ray

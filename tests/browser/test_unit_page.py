@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 
-from tests.browser.test_explanation_page import HOSTILE, Opened, browser  # noqa: F401 - a fixture
+from tests.browser.test_explanation_page import (
+    HOSTILE,
+    Opened,
+    browser,  # noqa: F401 - a fixture
+    check_injections_are_blocked,
+)
 from tests.dissection.test_units import planted, seeing
 from weakspot.dissection import dissect_layers
 from weakspot.dissection.unit_examples import show_units
@@ -17,7 +22,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 
 @pytest.fixture
-def page(tmp_path: Path, browser: Any) -> Opened:  # noqa: F811
+def path(tmp_path: Path) -> Path:
     dataset = planted(tmp_path / "set")
     label = dataset / "label.csv"
     label.write_text(label.read_text().replace("red", HOSTILE.replace('"', "'")))
@@ -26,7 +31,12 @@ def page(tmp_path: Path, browser: Any) -> Opened:  # noqa: F811
     pictures = {"look": show_units(model, layers["look"], dataset, [0, 1, 2, 3])}
     content = unit_page(layers, pictures, model=HOSTILE, made={"set": HOSTILE})
     (tmp_path / "units.html").write_text(content, "utf-8")
-    return Opened(browser, tmp_path / "units.html")
+    return tmp_path / "units.html"
+
+
+@pytest.fixture
+def page(path: Path, browser: Any) -> Opened:  # noqa: F811
+    return Opened(browser, path)
 
 
 def units(page: Opened) -> list[int]:
@@ -40,13 +50,39 @@ def test_units_can_be_sorted_and_filtered_and_nothing_hostile_runs(page: Opened)
     assert page.wrong == []
     assert len(page.asked) == 1
     assert page.page.title().startswith("weakspot: units of <img")
-    assert set(units(page)[:2]) == {0, 1}
+    # Units that stand for no concept are counted, not listed; the list is folded.
+    assert set(units(page)) == {0, 1}
+    assert "2 of 4 units stand for a concept" in page.page.inner_text("main")
+    assert "The other 2 agree with no labeled concept" in page.page.inner_text("main")
+    assert page.page.locator(".examples figure").count() == 2
+    assert not page.page.is_visible("table.units")
+    page.page.click("summary:has(strong:text-is('Units'))")
     page.page.click("button[data-key=unit]")
-    assert units(page) == [3, 2, 1, 0]
+    assert units(page) == [1, 0]
     page.page.click("button[data-key=unit]")
-    assert units(page) == [0, 1, 2, 3]
+    assert units(page) == [0, 1]
     page.page.select_option(".concepts", "green")
     assert units(page) == [1]
-    drawn = page.page.eval_on_selector_all("img", "all => all.every(one => one.loading === 'lazy')")
+    drawn = page.page.eval_on_selector_all("table img", "all => all.every(one => one.loading === 'lazy')")
     assert drawn
     assert page.page.locator("tr[data-unit='1'] img").count() == 4
+
+
+def test_only_the_scripts_and_styles_of_the_page_run(
+    path: Path,
+    browser: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    check_injections_are_blocked(browser, path, tmp_path)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_is_short_before_unfolding_and_fits_its_window(
+    path: Path,
+    browser: Any,  # noqa: F811
+    width: int,
+) -> None:
+    page = Opened(browser, path, width).page
+    assert page.evaluate("document.documentElement.scrollHeight") <= 2500
+    page.eval_on_selector_all("details", "all => all.forEach(section => { section.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width

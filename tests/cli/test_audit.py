@@ -22,13 +22,13 @@ import weakspot
 from tests.cli.conftest import Run
 from weakspot import audit as runs
 from weakspot._io.files import locked
+from weakspot.audit.execution.lifecycle import LOCK
 from weakspot.audit.store.records import TIMES
-from weakspot.audit.work.audits import LOCK
 from weakspot.cli.app import Failure
 from weakspot.cli.plan_options import PlanOptions, plan_table
 
 TINY = ("--model", "tiny_networks:build", "--size", "32x32")
-WRITER = "weakspot.audit.work.audits.write_shard"
+WRITER = "weakspot.audit.execution.lifecycle.write_shard"
 QUICK = ("--set", "pgd.steps=2", "--attacks", "pgd", "--analyses", "none", "--no-report")
 
 

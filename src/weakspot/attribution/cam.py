@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_choice, check_classes
-from weakspot._state import remembered
+from weakspot._memory import remembered
 from weakspot.attribution.alignment import Grid, effective_grid, place, receptive_grid
 from weakspot.attribution.layers import Layer, find_layer
 from weakspot.classifier import Classifier, check_images, check_logits, default_batch, evaluating

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, is_dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from weakspot._checks import unknown_choice
-from weakspot._state import hooked, remembered
+from weakspot._memory import remembered
+from weakspot._state import hooked
 from weakspot.attribution.layers import Calls, Layout, first_tensor, noise_like
 from weakspot.classifier import Classifier
 from weakspot.fusion import folded_convolutions, fused
@@ -283,7 +283,7 @@ def replacing(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator
         yield
 
 
-def _with_first(output: Any, tensor: Tensor) -> Any:
+def _with_first(output: object, tensor: Tensor) -> object:
     """The same output with another first tensor."""
     if isinstance(output, Tensor):
         return tensor
@@ -293,5 +293,5 @@ def _with_first(output: Any, tensor: Tensor) -> Any:
         return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
     if is_dataclass(output) and not isinstance(output, type):
         return replace(output, last_hidden_state=tensor)
-    output.last_hidden_state = tensor
+    setattr(output, "last_hidden_state", tensor)  # noqa: B010  (an output class of any library)
     return output

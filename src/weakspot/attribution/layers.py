@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -183,7 +182,7 @@ def find_layer(
     linear: list[tuple[Tensor, Tensor | None]] = []
 
     def record(
-        number: int, output: object, function: Callable[..., object], arguments: tuple[Any, ...]
+        number: int, output: object, function: Callable[..., object], arguments: tuple[Tensor, ...]
     ) -> object:
         kind = getattr(function, "__name__", str(function)).split(".")[0]
         if kind == "linear" and len(arguments) >= 2:
@@ -340,8 +339,8 @@ class Calls(TorchFunctionMode):
         self,
         func: Callable[..., object],
         types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
     ) -> object:
         output = func(*args, **(kwargs or {}))
         if is_unwatched():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ def _watching(images: Tensor) -> Iterator[list[tuple[nn.Module, int]]]:
     thread = threading.get_ident()
 
     def record(
-        module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], output: Any
+        module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], output: object
     ) -> None:
         if threading.get_ident() != thread:
             return

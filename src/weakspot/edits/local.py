@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 from weakspot._checks import check_batch_size, check_range
+from weakspot._state import DispatchMode
 from weakspot.classifier import Classifier, check_images, check_logits, default_batch, evaluating, predict
 from weakspot.edits.engine import Engine, Prepared, edited_images, evenly, prepare
-from weakspot.edits.recording import Observer
 from weakspot.edits.steps import Arguments, CannotRecordError, Keywords, Recording, without_growth
 from weakspot.fusion import fused
 
@@ -281,11 +281,11 @@ def work_saved(recording: Recording, image: Tensor, size: tuple[int, int] = (1, 
     return recording.work_saved[size]
 
 
-class _Multiplications(Observer):
+class _Multiplications(DispatchMode):
     """Counts those of convolutions and matrix products in this thread (FlopCounterMode sets hooks of all threads)."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.count = 0
 
     def __torch_dispatch__(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +65,7 @@ def _sitewise(state: State, step: Step, values: Values) -> Windows | None:
     return common[0].changed(result[0] if step.several else result)
 
 
-def _has_no_sites(leaf: Any, order: str) -> bool:
+def _has_no_sites(leaf: object, order: str) -> bool:
     """Whether an argument is not a tensor, or is the same at every site."""
     if not isinstance(leaf, Tensor) or leaf.numel() == 1:
         return True

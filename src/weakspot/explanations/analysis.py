@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_classes, entry_points, unknown_choice
-from weakspot._state import remembered
+from weakspot._memory import remembered
 from weakspot.classifier import Classifier, predict
 from weakspot.logits import runner_up
 from weakspot.pairs import Pairs
@@ -28,7 +28,17 @@ P = TypeVar("P", bound=Pairs)
 GROUP = "weakspot.analyses"
 RENDERERS = "weakspot.renderers"
 # `explain` runs these first, in this order. All other analyses follow, sorted by name.
-ORDER = ("cam", "ssim", "overlap", "promotion", "restoration", "locality", "propagation", "units")
+ORDER = (
+    "weak_spots",
+    "cam",
+    "ssim",
+    "overlap",
+    "promotion",
+    "restoration",
+    "locality",
+    "propagation",
+    "units",
+)
 
 
 @dataclass(frozen=True)

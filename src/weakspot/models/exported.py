@@ -18,7 +18,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -171,7 +170,7 @@ def _refuse_pickle(content: bytes, name: str, path: Path) -> None:
         raise ValueError(f"{path} is refused: it holds a pickle of more than tensors ({name})") from None
 
 
-def _refuse_entry(key: str, value: Any, name: str, path: Path, names: list[str]) -> None:
+def _refuse_entry(key: str, value: object, name: str, path: Path, names: list[str]) -> None:
     if key == "use_pickle" and value:
         raise ValueError(f"{path} is refused: it holds tensors as pickles ({name}), which can run code")
     if key == "path_name" and not any(entry.endswith(f"/{value}") for entry in names):
@@ -192,7 +191,7 @@ def _refuse_entry(key: str, value: Any, name: str, path: Path, names: list[str])
         )
 
 
-def _leaves(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(content: object, key: str = "") -> Iterator[tuple[str, object]]:
     """Every scalar in nested JSON, with its key."""
     if isinstance(content, dict):
         for name, value in content.items():
@@ -204,10 +203,12 @@ def _leaves(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, content
 
 
-def _is_plain(spec: Any) -> bool:
+def _is_plain(spec: object) -> bool:
     """Whether a serialized tree holds only containers and names: a context can make torch import any module."""
     if isinstance(spec, list):
         return all(_is_plain(part) for part in spec if not isinstance(part, int))
+    if not isinstance(spec, dict):
+        return False
     context = spec["context"]
     keys = json.loads(context) if isinstance(context, str) else context
     plain = keys is None or (

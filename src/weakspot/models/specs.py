@@ -11,7 +11,6 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -122,7 +121,7 @@ def _from_name(spec: str) -> nn.Module:
     raise ValueError(unknown_choice("model", spec, available_models(), remedy=f"or give {FORMS}"))
 
 
-def find_factory(module_name: str, name: str, *, kind: str = "model", forms: str = FORMS) -> Any:
+def find_factory(module_name: str, name: str, *, kind: str = "model", forms: str = FORMS) -> object:
     """Import `module_name.name`, also from the working directory, as `python -m` does.
 
     Args:
@@ -151,12 +150,12 @@ def find_factory(module_name: str, name: str, *, kind: str = "model", forms: str
     if not hasattr(module, name):
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ValueError(unknown_choice(f"{kind} in {module_name}", name, public))
-    return getattr(module, name)
+    value: object = getattr(module, name)
+    return value
 
 
-def _call_factory(factory: Any, spec: Any) -> nn.Module:
-    is_factory = callable(factory) and not isinstance(factory, nn.Module)
-    network = factory() if is_factory else factory
+def _call_factory(factory: object, spec: object) -> nn.Module:
+    network = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
     if inspect.isclass(network) or not isinstance(network, nn.Module):
         raise ValueError(
             f"model {spec} must be a torch.nn.Module or a function without arguments that returns one, got "

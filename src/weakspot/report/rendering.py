@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import zlib
 from collections.abc import Sequence
@@ -64,13 +65,26 @@ def picture_url(pixels: NDArray[np.uint8], *, jpeg_quality: int | None = None) -
     return data_url("image/jpeg", buffer.getvalue())
 
 
-def rendered(template: str, *, styles: Sequence[str] = (), script: str = "", **values: object) -> str:
+def rendered(
+    template: str,
+    *,
+    styles: Sequence[str] = (),
+    rules: str = "",
+    scripts: Sequence[str] = (),
+    later: Sequence[str] = (),
+    **values: object,
+) -> str:
     """The template as HTML; all values are escaped.
+
+    The page's content security policy names its style sheet and its scripts by their SHA-256 hashes: a browser runs no
+    other script, even if one were injected. Style attributes are blocked, too; scripts may set styles.
 
     Args:
         template: name of its file.
         styles: names of style sheets, inserted after page.css.
-        script: name of a script file to insert, if any.
+        rules: more style rules.
+        scripts: names of script files, inserted one after the other.
+        later: scripts that these insert into the page.
         values: the template's variables.
     """
     templates = files("weakspot.report").joinpath("templates")
@@ -85,7 +99,19 @@ def rendered(template: str, *, styles: Sequence[str] = (), script: str = "", **v
         trim_blocks=True,
         loader=jinja2.FunctionLoader(read),
     )
-    style = "".join(map(read, ("page.css", *styles)))
+    style = "".join(map(read, ("page.css", *styles))) + rules
+    code = "".join(map(read, scripts))
+    # A policy without a hash must say 'none'.
+    hashes = [_content_hash(content) for content in (code, *later) if content] or ["'none'"]
     return environment.get_template(template).render(
-        style=style, script=read(script) if script else "", **values
+        style=style,
+        script=code,
+        style_hash=_content_hash(style),
+        script_hashes=" ".join(hashes),
+        **values,
     )
+
+
+def _content_hash(content: str) -> str:
+    """The source expression of an inline script or style in a content security policy."""
+    return f"'sha256-{base64_text(hashlib.sha256(content.encode()).digest())}'"

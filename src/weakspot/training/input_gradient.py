@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 MOST_CHANNELS = 4  # of images; with more, or with smaller kernels, the libraries are as fast
@@ -100,15 +101,21 @@ def fast_input_gradient(network: nn.Module) -> Iterator[None]:
         del stem.forward
 
 
+class _Context(FunctionCtx):
+    adjoint: Adjoint
+    stride: int
+    size: tuple[int, int]
+
+
 class _Stem(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, images: Tensor, stem: nn.Conv2d, adjoint: Adjoint) -> Tensor:
-        ctx.adjoint, ctx.stride, ctx.size = adjoint, stem.stride[0], tuple(images.shape[2:])
+    def forward(ctx: _Context, images: Tensor, stem: nn.Conv2d, adjoint: Adjoint) -> Tensor:
+        ctx.adjoint, ctx.stride, ctx.size = adjoint, stem.stride[0], (images.shape[2], images.shape[3])
         bias = None if stem.bias is None else stem.bias.detach()
         return F.conv2d(images, stem.weight.detach(), bias, stem.stride, stem.padding)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor, None, None]:
         return input_gradient(gradient, ctx.adjoint, ctx.stride, ctx.size), None, None
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from weakspot.audit.work.batches import AuditModel
-from weakspot.audit.work.shard import audit_shard
-from weakspot.audit.work.shard_engine import Backlog, Engine, Progress, Results
+from weakspot.audit.execution.attacked_groups import audit_shard
+from weakspot.audit.execution.audit_engine import Backlog, Engine, Progress, Results
+from weakspot.audit.execution.batches import AuditModel
 
 
 class LocalEngine:

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 from weakspot._checks import first_line, require, warn
 from weakspot._io.urls import is_url
 from weakspot.audit.engines.ray_worker import Attempts, GivenUpError, Reply, Task, Worker
+from weakspot.audit.execution.attacked_groups import ShardResult
+from weakspot.audit.execution.audit_engine import Backlog, Engine, Progress, Results
 from weakspot.audit.store.digests import StoppedError
 from weakspot.audit.store.run_info import versions
-from weakspot.audit.work.shard import ShardResult
-from weakspot.audit.work.shard_engine import Backlog, Engine, Progress, Results
 from weakspot.models.probe import probe
 from weakspot.models.specs import fingerprint
 

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weakspot._checks import describe_error, warn
+from weakspot.audit.execution.attacked_groups import ShardResult, audit_shard
+from weakspot.audit.execution.batches import AuditModel
+from weakspot.audit.execution.preparation import load_planned
 from weakspot.audit.plan.image_list import entries
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.run_info import changed_versions
-from weakspot.audit.work.batches import AuditModel
-from weakspot.audit.work.preparation import load_planned
-from weakspot.audit.work.shard import ShardResult, audit_shard
 from weakspot.models.probe import Probe
 
 if TYPE_CHECKING:

@@ -30,7 +30,9 @@ async function draw(place) {
   const wide = place.clientWidth; // of which names beside the y axis take up to 150 pixels
   const legend = { ...drawings.config.legend, columns: Math.max(1, Math.floor((wide - 150) / 150)), labelLimit: Math.min(220, Math.max(90, wide - 200)) };
   const config = { ...drawings.config, legend };
-  const options = { mode: "vega-lite", renderer: "svg", actions: false, ast: true, config };
+  // The page's policy admits its own style sheet only: the libraries insert none, and run.css has their rules.
+  const tooltip = { disableDefaultStyle: true };
+  const options = { mode: "vega-lite", renderer: "svg", actions: false, ast: true, config, defaultStyle: false, tooltip };
   await vegaEmbed(place, drawings.specs[Number(place.dataset.chart)], options);
   place.dataset.drawn = "yes";
 }
@@ -110,6 +112,13 @@ for (const input of document.querySelectorAll(".filter")) {
 }
 for (const select of document.querySelectorAll(".which")) select.addEventListener("change", () => choose(select));
 
+// On paper, everything is unfolded.
+let folded = [];
+addEventListener("beforeprint", () => {
+  folded = [...document.querySelectorAll("details:not([open])")];
+  for (const details of folded) details.open = true;
+});
+addEventListener("afterprint", () => { for (const details of folded) details.open = false; });
 load().then(async () => {
   for (const place of document.querySelectorAll(".drawn:not([hidden]) .chart")) await draw(place);
   document.body.dataset.ready = "yes";

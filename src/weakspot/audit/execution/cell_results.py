@@ -11,11 +11,11 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from weakspot.audit.execution.batches import Errors, Parts
+from weakspot.audit.execution.opened_images import ShardImages
 from weakspot.audit.plan.attack_plan import AttackPlan
 from weakspot.audit.store.maps import BlockBuilder, curve_name
 from weakspot.audit.store.records import COLUMNS, DERIVED
-from weakspot.audit.work.batches import Errors, Parts
-from weakspot.audit.work.shard_images import ShardImages
 from weakspot.classifier import Classifier
 from weakspot.explanations.analysis import Series
 from weakspot.explanations.explanation import Explanation

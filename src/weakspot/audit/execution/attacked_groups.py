@@ -20,14 +20,14 @@ from torch import Tensor
 from weakspot._checks import quiet, warn
 from weakspot.attacks import AttackOptions, find_attack
 from weakspot.attacks.eight_bit import stored
+from weakspot.audit.execution.batches import NOT_FINITE, AuditModel, Errors, Parts
+from weakspot.audit.execution.cell_results import CellResult, CleanImages, add_maps, cell_rows
+from weakspot.audit.execution.opened_images import ShardImages, open_entries
 from weakspot.audit.plan.attack_plan import AttackPlan
 from weakspot.audit.plan.image_list import Entry
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.maps import BlockBuilder, MapBlock
 from weakspot.audit.store.records import no_rows
-from weakspot.audit.work.batches import NOT_FINITE, AuditModel, Errors, Parts
-from weakspot.audit.work.cell_results import CellResult, CleanImages, add_maps, cell_rows
-from weakspot.audit.work.shard_images import ShardImages, open_entries
 from weakspot.classifier import evaluating
 from weakspot.explanations import Explanation, explain
 from weakspot.models.probe import fixed_images

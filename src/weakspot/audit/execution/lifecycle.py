@@ -17,6 +17,18 @@ from pathlib import Path
 from weakspot._checks import first_line, require, warn
 from weakspot._io.files import locked
 from weakspot._io.urls import FetchError
+from weakspot.audit.execution.attacked_groups import ShardResult
+from weakspot.audit.execution.audit_engine import Backlog, Engine, EngineOptions, open_engine
+from weakspot.audit.execution.preparation import (
+    Prepared,
+    check_same_model,
+    default_shard,
+    find_damage,
+    load_planned,
+    prepare,
+    read_listing,
+    recover,
+)
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.digests import DamagedError, StoppedError, enumerated
 from weakspot.audit.store.maps import MAPS, MapWriter
@@ -36,18 +48,6 @@ from weakspot.audit.store.run import PACKAGES, Run, open_run
 from weakspot.audit.store.run_info import RUN_FILE, ImageCounts, MissingImages, RunInfo, now
 from weakspot.audit.store.stores import LocalStore, open_store
 from weakspot.audit.store.verification import damaged_tables
-from weakspot.audit.work.preparation import (
-    Prepared,
-    check_same_model,
-    default_shard,
-    find_damage,
-    load_planned,
-    prepare,
-    read_listing,
-    recover,
-)
-from weakspot.audit.work.shard import ShardResult
-from weakspot.audit.work.shard_engine import Backlog, Engine, EngineOptions, open_engine
 
 LOCK = "audit.lock"
 NAMED = 5  # missing images whose names run.json gives

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from weakspot._checks import check_count, entry_points, unknown_choice
+from weakspot.audit.execution.attacked_groups import ShardResult
 from weakspot.audit.plan.image_list import Entry, entries
 from weakspot.audit.plan.plan import Plan
-from weakspot.audit.work.shard import ShardResult
 from weakspot.classifier import Classifier
 
 if TYPE_CHECKING:

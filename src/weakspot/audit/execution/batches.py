@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from weakspot._checks import NotFiniteError, describe_error, first_line, warn
+from weakspot.audit.execution.opened_images import Donors
 from weakspot.audit.plan.plan import Plan
-from weakspot.audit.work.shard_images import Donors
 from weakspot.classifier import Classifier, default_batch
 from weakspot.models.probe import Watch
 

@@ -18,6 +18,8 @@ import torch
 from weakspot._checks import ModelError, NotFiniteError, first_line, quiet, warn
 from weakspot._io.files import write_atomic
 from weakspot._io.urls import exists
+from weakspot.audit.execution.batches import default_group
+from weakspot.audit.execution.opened_images import content_digests
 from weakspot.audit.plan.attack_plan import ModelPlan
 from weakspot.audit.plan.image_list import entries, list_images
 from weakspot.audit.plan.plan import Plan
@@ -27,8 +29,6 @@ from weakspot.audit.store.records import LISTING, read_note, shard_files, shard_
 from weakspot.audit.store.run_info import ImageCounts, ModelInfo, RunInfo, changed_versions
 from weakspot.audit.store.stores import LocalStore
 from weakspot.audit.store.verification import damaged_maps, damaged_shards
-from weakspot.audit.work.batches import default_group
-from weakspot.audit.work.shard_images import content_digests
 from weakspot.classifier import Classifier, evaluating
 from weakspot.models import load
 from weakspot.models.probe import Watch
