@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.vulnerability.test_square import Patch, gray
 from weakspot import Linf, Pairs, attacks, explain
-from weakspot.explanations.weakest_places import pair_budgets
+from weakspot.explanations.weakest_places import pair_budgets, square_finding
 
 
 def pairs_of(model: Patch, images: Tensor, labels: Tensor, eps: float) -> Pairs:
@@ -25,6 +25,16 @@ def test_each_state_of_an_image_has_its_own_scores() -> None:
     adversarial = torch.stack([strong[0], weak[1], images[2] + 4 / 255, images[3]])
     explanation = explain(model, Pairs(images, adversarial, labels, 1 - labels), analyses=["weak_spots"])
     scores = explanation.scores
+    sentences = [square_finding(row) for _, row in scores.iterrows()]
+    assert sentences[0] == (
+        "A 5 x 5 square, 5.2% of the image, changed by at most 8/255, is enough to turn 'class 0' into 'class 1'."
+    )
+    assert sentences[1] is not None
+    assert sentences[1].startswith("No square was found in which a change of at most 4/255")
+    assert sentences[2] is not None
+    assert sentences[2].startswith("No change is needed: the image is classified as 'class 0'")
+    assert sentences[3] is None
+    assert not any("robust" in str(sentence) for sentence in sentences)
     assert scores["smallest_square_class"].tolist() == ["class 1", "", "", ""]
     assert (255 * scores["smallest_square_budget"]).round(3).tolist() == [8, 4, 4, 0]
     assert scores["smallest_square_side"].tolist()[0] == 5

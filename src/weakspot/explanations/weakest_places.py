@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,6 +14,10 @@ from weakspot.classifier import evaluating, predict
 from weakspot.explanations.analysis import Analysis, Picture
 from weakspot.pairs import Pairs
 from weakspot.vulnerability import SmallestSquare, smallest_square, weak_spots
+from weakspot.vulnerability.square import enough, needless, unfound
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 GRID = 7
 LEVEL = 1 / 255
@@ -71,6 +78,21 @@ def analyze_weak_spots(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Anal
                 meaning="A change inside this square is enough. Smaller squares may be enough, too.",
             ),
         },
+    )
+
+
+def square_finding(row: pd.Series) -> str | None:
+    """The sentence on the smallest square of one pair, from its row of scores; None if it was not looked for."""
+    budget = float(row.get("smallest_square_budget", 0))
+    if not budget > 0:
+        return None
+    if row["read_clean_as"] != row["label"]:
+        return needless(str(row["label"]), str(row["read_clean_as"]))
+    side, fraction = row["smallest_square_side"], row["smallest_square_fraction"]
+    if math.isnan(side):
+        return unfound(Linf(budget), str(row["label"]))
+    return enough(
+        int(side), float(fraction), Linf(budget), (str(row["label"]), str(row["smallest_square_class"]))
     )
 
 
