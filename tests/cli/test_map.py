@@ -83,7 +83,7 @@ def test_an_image_with_another_label_needs_no_change(run: Run, photographs: Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--effort", "quick"), "--effort must be estimate or verified, got 'quick'"),
+        (("--effort", "quick"), "--effort must be one of estimate, verified, got 'quick'"),
         (("--grid", "0"), "--grid must be"),
         (("--budget", "8"), "budget must be KIND:AMOUNT"),
     ],
