@@ -189,7 +189,7 @@ def test_a_figure_draws_both_images_and_every_map(explanation: Explanation) -> N
     assert len(titles) == 3 + len(explanation.maps)
     drawn = [axis for axis in sheet.axes if axis.images]
     assert len(drawn) >= 3 + len(explanation.maps)
-    with pytest.raises(IndexError, match="index must be below the number of pairs, 3, got 3"):
+    with pytest.raises(IndexError, match="index must be between 0 and 2, one of 3 pairs, got 3"):
         explanation.figure(3)
 
 

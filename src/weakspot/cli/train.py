@@ -17,6 +17,7 @@ from weakspot.cli.app import RESUMABLE, Failure, command
 from weakspot.cli.options import (
     ATTACK,
     MODEL,
+    STEPS,
     DeviceOption,
     OutputOptions,
     SeedOption,
@@ -89,7 +90,7 @@ class TrainingOptions:
         ),
     ] = None
     steps: Annotated[
-        int | None, option("N", "Steps of PGD.", default="40 for gray, else 10", least=1, panel=ATTACK)
+        int | None, option("N", STEPS, default="40 for gray, else 10", least=1, panel=ATTACK)
     ] = None
     step_size: Annotated[
         str | None,

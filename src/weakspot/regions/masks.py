@@ -107,7 +107,10 @@ class UnreadableError(ValueError):
 
 
 def from_file(path: Path | str, images: Tensor) -> Tensor:
-    """Read the white part of a mask picture; transparency counts as black.
+    """Read the marked part of a mask picture.
+
+    In a picture with transparent pixels, every opaque pixel is marked, whatever its color. In any other picture, the
+    white part is.
 
     A picture of another size is cropped at its center to the images' aspect ratio and resized, like the pictures.
 
@@ -116,12 +119,12 @@ def from_file(path: Path | str, images: Tensor) -> Tensor:
         images: (N, C, H, W), of which only size and device matter.
 
     Returns:
-        Bool (1, 1, H, W), true where the picture is lighter than half.
+        Bool (1, 1, H, W), true where the picture is more opaque, or lighter, than half.
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.
         UnreadableError: a ValueError, if `path` is not a picture that can be read.
-        ValueError: if no pixel within the crop is white, or images are not such a batch.
+        ValueError: if no pixel within the crop is marked, or images are not such a batch.
 
     Warns:
         ImageWarning: if the crop cuts off a part of the picture, because its aspect ratio is another one.
@@ -146,15 +149,15 @@ def from_file(path: Path | str, images: Tensor) -> Tensor:
     region = mask[None, None] > 0.5
     if not bool(region.any()):
         raise ValueError(
-            f"{path} must have a white pixel where the model looks ({height} x {width}, cropped at the center like the "
-            "pictures), got none (white is where the attack acts)"
+            f"{path} must have a mark where the model looks ({height} x {width}, cropped at the center like the "
+            "pictures), got none (mark where the attack acts: white on black, or any color on a transparent ground)"
         )
     return region.to(images.device)
 
 
 def _gray(path: Path, size: tuple[int, int] | None) -> tuple[Tensor, str]:
-    """The picture (H, W), and a remark about it."""
-    (picture,) = open_pictures(path, size=size, channels=1, background="black")
+    """How white or, in a transparent picture, how opaque each pixel is (H, W), and a remark."""
+    (picture,) = open_pictures(path, size=size, channels=1, marks=True)
     if picture.pixels is None:
         raise UnreadableError(f"{path}: {picture.remark.removesuffix('; skipped')}")
     return picture.pixels[0], picture.remark
