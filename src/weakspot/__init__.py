@@ -50,6 +50,7 @@ from weakspot.logits import OneLogit
 from weakspot.models import load
 from weakspot.pairs import AttackResult, Pairs
 from weakspot.similarity import ssim_map
+from weakspot.vulnerability import WeakSpots, weak_spots
 
 __version__ = version("weakspot")
 __all__ = [
@@ -77,6 +78,7 @@ __all__ = [
     "PropagationStudy",
     "Restoration",
     "SsimAlignment",
+    "WeakSpots",
     "attacks",
     "build_concepts",
     "class_activation",
@@ -103,4 +105,5 @@ __all__ = [
     "training",
     "unit_restoration",
     "unit_sensitivity",
+    "weak_spots",
 ]

@@ -26,7 +26,7 @@ from weakspot.attacks.eight_bit import stored
 from weakspot.attacks.losses import Loss, check_values, conservative_margin, margin
 from weakspot.budgets import SSIM, Budget, Linf, PreparedBudget, prepare
 from weakspot.classifier import Classifier, check_images, check_logits, evaluating, predict
-from weakspot.edits import Prepared
+from weakspot.edits import Crops, Prepared
 from weakspot.fusion import fused, measured_batch
 from weakspot.pairs import AttackResult
 
@@ -100,6 +100,7 @@ class Problem:
         loss_targets: (N,) classes that losses aim at instead of `targets`; success is judged by `targets`.
         prepared: the classifier's recording, if edits of one pixel go by windows.
         lead: another classifier whose logits and gradients losses get; success is judged by `classifier`.
+        crops: if not None, `clean` and `region` are these parts of whole images, and the rest of them is fixed.
         progress: called with the fraction done, 0 to 1.
     """
 
@@ -119,6 +120,7 @@ class Problem:
     loss_targets: Tensor | None = None
     prepared: Prepared | None = None
     lead: Classifier | None = None
+    crops: Crops | None = None
     progress: Progress | None = None
 
     def __len__(self) -> int:
@@ -137,6 +139,7 @@ class Problem:
             region=self.region[chosen],
             keys=self.keys[chosen],
             rows=self.rows[chosen],
+            crops=None if self.crops is None else self.crops.select(chosen),
         )
 
     def fused_model(self) -> AbstractContextManager[None]:
@@ -170,10 +173,14 @@ class Problem:
         margins, batches = [], []
         with torch.no_grad():
             for part in torch.arange(len(images), device=images.device).split(self.batch_size):
-                logits = self.classifier(images[part])
+                logits = self._logits(images[part], owners[part])
                 margins.append(self.margins(logits, owners[part]))
                 batches.append(logits)
         return torch.cat(margins), torch.cat(batches)
+
+    def _logits(self, images: Tensor, owners: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(images) if self.crops is None else self.crops.logits(images, owners)
+        return logits
 
     def margins(self, logits: Tensor, owners: Tensor) -> Tensor:
         """(M,) margins of logits (M, K), whose forward passes are counted; `owners` (M,) numbers their clean images."""
@@ -206,7 +213,7 @@ class Problem:
             labels, targets = self.labels[part], None if self.targets is None else self.targets[part]
             # With a lead, the classifier only judges: its gradients are not needed.
             with torch.set_grad_enabled(self.lead is None):
-                logits = self.classifier(point)
+                logits = self._logits(point, part)
             self._check(logits.detach(), labels, targets)
             led = logits if self.lead is None else self.lead(point)
             values = loss(led, labels, targets if self.loss_targets is None else self.loss_targets[part])

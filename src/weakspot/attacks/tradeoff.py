@@ -61,17 +61,18 @@ class BestSoFar:
         self.images = problem.clean.clone()
         self.lowest = problem.evaluate(problem.clean)
         self.fooled = self.lowest < -confidence
-        self.size = torch.where(self.fooled, 0, torch.inf)
+        self.size = torch.where(self.fooled, 0, torch.inf).to(self.lowest)
 
-    def record(self, points: Tensor, margins: Tensor) -> None:
-        """Update the best points with these points (N, C, H, W) and their margins (N,)."""
-        size = self.measure(points - self.problem.clean)
+    def record(self, points: Tensor, margins: Tensor, rows: Tensor | None = None) -> None:
+        """Update the best points with these points (n, C, H, W) and their margins (n,), of all images or of `rows`."""
+        rows = torch.arange(len(points), device=points.device) if rows is None else rows
+        size, smallest = self.measure(points - self.problem.clean[rows]), self.size[rows]
         fools = margins < -self.confidence
-        better = torch.where(fools, size < self.size, self.size.isinf() & (margins < self.lowest))
-        self.images = torch.where(better[:, None, None, None], points, self.images)
-        self.lowest = torch.minimum(margins, self.lowest)
-        self.size = torch.where(better & fools, size, self.size)
-        self.fooled = self.fooled | fools
+        better = torch.where(fools, size < smallest, smallest.isinf() & (margins < self.lowest[rows]))
+        self.images[rows[better]] = points[better]
+        self.lowest[rows] = torch.minimum(margins, self.lowest[rows])
+        self.size[rows[better & fools]] = size[better & fools]
+        self.fooled[rows[fools]] = True
 
     def on_8bit_grid(self) -> Tensor:
         """The images (N, C, H, W), moved to the smallest point on the 8-bit grid that still fools, if there is one.
