@@ -30,7 +30,7 @@ from weakspot.cli.output import (
     first_rows,
     json_rows,
     make_table,
-    print_rows,
+    print_choices,
     print_table,
     print_text,
     shorten_name,
@@ -76,7 +76,7 @@ def attack(
     PNG files. `weakspot explain --pair OUT/pairs.safetensors` explains the pairs.
     """
     if list_all:
-        print_rows(list_choices(), as_json=output.as_json)
+        print_choices(list_choices(), as_json=output.as_json)
         return
     sources = list(images or [])
     check_sources(sources, samples=samples)

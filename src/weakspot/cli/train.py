@@ -30,7 +30,7 @@ from weakspot.cli.options import (
     parse_size,
     refuse,
 )
-from weakspot.cli.output import print_json, print_rows, progress_display, warnings_as_notes
+from weakspot.cli.output import print_choices, print_json, progress_display, warnings_as_notes
 from weakspot.cli.training_jobs import (
     Evaluation,
     TrainingJob,
@@ -210,7 +210,7 @@ def train(
     without an attack. If training is interrupted, the same command resumes it, and ends with the same weights.
     """
     if list_all:
-        print_rows(list_choices(), as_json=output.as_json)
+        print_choices(list_choices(), as_json=output.as_json)
         return
     if data is None:
         raise Failure("no data was named (give a folder, an .npz file or hf:NAME)")
