@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from weakspot._checks import unknown_choice
 from weakspot.regions.activation import cam, important_superpixels, support
-from weakspot.regions.controls import matched
-from weakspot.regions.masks import border, from_file
+from weakspot.regions.masks import border, from_file, matched
 from weakspot.regions.segmentation import background
 
 DEFAULT_WIDTH = 8  # of a border, in pixels
