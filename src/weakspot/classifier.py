@@ -178,7 +178,8 @@ def as_classifier(model: nn.Module) -> Classifier:
 
 def _concerns_shape(error: RuntimeError) -> bool:
     """Whether torch refused a tensor for its shape, and not for lack of memory, for example."""
-    return any(word in str(error) for word in ("shape", "size", "dimension"))
+    is_memory = isinstance(error, torch.OutOfMemoryError) or "memory" in str(error)
+    return not is_memory and any(word in str(error) for word in ("shape", "size", "dimension"))
 
 
 def _configured_names(network: nn.Module) -> list[str]:

@@ -42,14 +42,14 @@ def logits_of(output: object) -> Tensor:
         )
         raise ValueError(
             "the network must return logits of shape (images, classes) with at least two classes, a tuple or mapping "
-            f"that holds them, or an object with .logits, got {value}"
+            f"that holds them, or an object with .logits, got {value}{_remedy(output)}"
         )
     return logits.flatten(1)
 
 
 def _remedy(output: Any) -> str:
     """What to do with one value for each image."""
-    is_one = isinstance(output, Tensor) and output.ndim in {1, 2} and output.numel() == len(output)
+    is_one = isinstance(output, Tensor) and output.ndim > 0 and output.numel() == len(output)
     return " (one logit, z against 0: wrap the network in weakspot.OneLogit)" if is_one else ""
 
 
