@@ -162,7 +162,10 @@ def _print(scores: pd.DataFrame, correct: Sequence[bool], ending: str, out: Path
     numbers = ["linf", *(["l2", "ssim_windowed", "ssim_windowed_min", *spent] if every else [])]
     counts = ["pixels", "n_forward", *(["n_backward"] if every else [])]
     texts = ("image", "before → after")
-    table = make_table([*texts, *flags, *numbers, *counts], fold=texts)
+    # In plain words, or, where every column is shown, under the names of scores.csv.
+    words = {} if every else {"linf": "largest\nchange", "pixels": "pixels\nchanged", "n_forward": "passes"}
+    headings = [*texts, *flags, *(words.get(name, name) for name in (*numbers, *counts))]
+    table = make_table(headings, fold=texts)
     rows, more = first_rows([row for _, row in scores.iterrows()], every=every)
     for row in rows:
         add_row(
