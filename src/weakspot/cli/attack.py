@@ -145,6 +145,8 @@ def _write(
 
 def _print(scores: pd.DataFrame, correct: Sequence[bool], ending: str, out: Path, *, every: bool) -> None:
     """What the attack achieved, then a row for each image."""
+    from weakspot.statistics.number_format import size_of_change
+
     # An image that is misclassified without an attack is no success of the attack.
     stored, floats = (
         sum(fooled and right for fooled, right in zip(scores[key], correct, strict=True))
@@ -173,7 +175,7 @@ def _print(scores: pd.DataFrame, correct: Sequence[bool], ending: str, out: Path
             str(row["image"]) if every else shorten_name(str(row["image"])),
             f"{row['before']} → {row['after']}",
             *("yes" if row[key] else Text("no", style="yellow") for key in flags.values()),
-            *(f"{row[key]:.3g}" for key in numbers),
+            *(f"{row[key]:.3g}" if every else size_of_change(row[key], key) for key in numbers),
             *(str(row[key]) for key in counts),
         )
     print_text("")
