@@ -585,7 +585,25 @@ def test_class_names_come_from_the_config_of_a_network(table: Any, names: tuple[
     network = nn.Linear(2, 2)
     network.config = SimpleNamespace(id2label=table)  # type: ignore[assignment]
     assert Classifier.wrap(network).class_names == names
+    assert Classifier.wrap(network).input_size == (224, 224)
     assert Classifier.wrap(network, class_names=["own", "names"]).class_names == ("own", "names")
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (32, (32, 32)),
+        ([32, 48], (32, 48)),
+        (None, (224, 224)),
+        ("large", (224, 224)),
+        ([1, 2, 3], (224, 224)),
+    ],
+)
+def test_the_image_size_comes_from_the_config_of_a_network(size: Any, expected: tuple[int, int]) -> None:
+    network = nn.Linear(2, 2)
+    network.config = SimpleNamespace(image_size=size)  # type: ignore[assignment]
+    assert Classifier.wrap(network).input_size == expected
+    assert Classifier.wrap(network, input_size=(8, 9)).input_size == (8, 9)
 
 
 # ---------------------------------------------------------------- predicting

@@ -76,7 +76,7 @@ class Classifier(nn.Module):
         self.unscaled = all(value == 1 for value in std) and len(std) <= len(mean)
         self.network = network
         self.name = name or type(network).__name__
-        self.input_size = input_size or (224, 224)
+        self.input_size = input_size or _configured_size(network) or (224, 224)
         self.channels = _image_channels(network, max(len(mean), len(std)))
         self.class_names = tuple(class_names or _configured_names(network))
         self.fixed_batch: int | None = getattr(network, "fixed_batch", None)
@@ -98,7 +98,8 @@ class Classifier(nn.Module):
                 `.logits`. It is neither copied nor changed.
             mean: one value per channel or one for all, on the [0, 1] scale of images; 0 for no normalization.
             std: one value per channel or one for all, on the same scale; 1 for no normalization.
-            input_size: (height, width) to which images are cropped and resized; (224, 224) if not given.
+            input_size: (height, width) to which images are cropped and resized; by default that in the config of a
+                transformers network, else (224, 224).
             class_names: one name per class; by default those in the config of a transformers network.
 
         Raises:
@@ -189,6 +190,13 @@ def _configured_names(network: nn.Module) -> list[str]:
         return []
     names = [str(table[index]) for index in sorted(table)]
     return [] if names == [f"LABEL_{index}" for index in range(len(names))] else names
+
+
+def _configured_size(network: nn.Module) -> tuple[int, int] | None:
+    """The (height, width) in the config of a transformers network, if there is one."""
+    size = getattr(getattr(network, "config", None), "image_size", None)
+    height, width = size if isinstance(size, tuple | list) and len(size) == 2 else (size, size)
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
 
 def _image_channels(network: nn.Module, statistics: int) -> int:
