@@ -96,6 +96,8 @@ def test_wrong_labels_are_named_and_never_count_as_fooled(run: Run, photographs:
         assert ended.err.count("classified as") == 1
         # No image was changed: a model that errs without an attack has not been fooled by one.
         assert ended.out.startswith("0 of 3 correctly classified images fooled as 8-bit files")
+        assert "yes" not in ended.out
+        assert ended.out.count("wrong before") == 1
 
 
 def test_many_wrong_labels_are_counted(run: Run, tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def test_a_device_that_this_machine_lacks_is_one_sentence(device: str) -> None:
         ("os.path:join", "os.path:join must be in a module of yours"),
         (
             "my_models:needs",
-            "a function without arguments that returns a torch.nn.Module, got one with a missing a",
+            "a function without arguments that returns a torch.nn.Module, got one that needs size$",
         ),
         ("my_models:exits", "my_models:exits raised SystemExit: 0; a model must not end the process"),
     ],

@@ -168,13 +168,17 @@ def _print(scores: pd.DataFrame, correct: Sequence[bool], ending: str, out: Path
     words = {} if every else {"linf": "largest\nchange", "pixels": "pixels\nchanged", "n_forward": "passes"}
     headings = [*texts, *flags, *(words.get(name, name) for name in (*numbers, *counts))]
     table = make_table(headings, fold=texts)
-    rows, more = first_rows([row for _, row in scores.iterrows()], every=every)
-    for row in rows:
+    pairs = zip([row for _, row in scores.iterrows()], correct, strict=True)
+    rows, more = first_rows([*pairs], every=every)
+    for row, right in rows:
         add_row(
             table,
             str(row["image"]) if every else shorten_name(str(row["image"])),
             f"{row['before']} → {row['after']}",
-            *("yes" if row[key] else Text("no", style="yellow") for key in flags.values()),
+            *(
+                Text("no" if right else "wrong before", style="yellow") if not (row[key] and right) else "yes"
+                for key in flags.values()
+            ),
             *(f"{row[key]:.3g}" if every else size_of_change(row[key], key) for key in numbers),
             *(str(row[key]) for key in counts),
         )

@@ -264,6 +264,7 @@ def _print(explanation: Explanation, ending: str, *, every: bool) -> None:
     rows, more = first_rows([row for _, row in scores.iterrows()], every=every)
     for row in rows:
         failed = "" if row["success_8bit"] or row["linf"] == 0 else " (failed)"
+        failed = failed if row["read_clean_as"] == row["label"] else " (wrong before)"
         name = str(row["image"]) if every else shorten_name(str(row["image"]))
         cells: list[str | Text] = [name, Text.assemble(one_line(headline(row)), (failed, "yellow"))]
         if placed:  # NaN if the attack is confined to a region, which decides where it acts

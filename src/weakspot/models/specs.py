@@ -182,13 +182,16 @@ def _check_no_arguments(factory: Callable[..., object], spec: object) -> None:
         signature = inspect.signature(factory)
     except (ValueError, TypeError):  # some functions written in C have none
         return
-    try:
-        signature.bind()
-    except TypeError as error:
+    needed = [
+        name
+        for name, one in signature.parameters.items()
+        if one.default is one.empty and one.kind not in {one.VAR_POSITIONAL, one.VAR_KEYWORD}
+    ]
+    if needed:
         raise ValueError(
-            f"model {spec} must be a function without arguments that returns a torch.nn.Module, got one with a "
-            f"{first_line(error)}"
-        ) from None
+            f"model {spec} must be a function without arguments that returns a torch.nn.Module, got one that needs "
+            f"{' and '.join(needed)}"
+        )
 
 
 def _load_weights(network: nn.Module, path: Path) -> None:
