@@ -436,6 +436,7 @@ INDICES: dict[str, tuple[Any, list[int]]] = {
     "a number": (2, [2]),
     "a negative number": (-1, [3]),
     "a numpy number": (np.int64(1), [1]),
+    "a tensor of one number": (torch.tensor(2), [2]),
     "a slice": (slice(None, 2), [0, 1]),
     "a backward slice": (slice(None, None, -1), [3, 2, 1, 0]),
     "an empty slice": (slice(2, 2), []),
@@ -482,6 +483,8 @@ def test_pairs_are_iterated_one_by_one() -> None:
         ([0, 4], IndexError, "got 4"),
         (1.5, IndexError, "must be indexed by numbers, a slice, a mask or names, got float"),
         (True, IndexError, "must be indexed by"),
+        (torch.tensor(1.5), IndexError, "must be indexed by"),
+        (torch.tensor([[0]]), IndexError, "index must be the number or the name of a pair"),
         ([0.5], IndexError, "index must be the number or the name of a pair, got 0.5"),
         (torch.tensor([True, False]), IndexError, "a mask of 4 pairs must have as many entries, got 2"),
         (

@@ -9,6 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -83,12 +84,12 @@ class Pairs:
     def _numbers(self, rows: Rows) -> Tensor:
         """The numbers (n,) of the pairs that an index stands for."""
         every = torch.arange(len(self))
-        if isinstance(rows, slice):
-            return every[rows]
-        if isinstance(rows, int | str) and not isinstance(rows, bool):
-            return every[row_number(rows, self.names, len(self))][None]
         if isinstance(rows, Tensor):
             rows = rows.tolist()
+        if isinstance(rows, slice):
+            return every[rows]
+        if isinstance(rows, int | str | np.integer) and not isinstance(rows, bool):
+            return every[row_number(rows, self.names, len(self))][None]
         if not isinstance(rows, Sequence):
             raise IndexError(
                 f"pairs must be indexed by numbers, a slice, a mask or names, got {type(rows).__name__}"
