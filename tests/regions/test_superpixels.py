@@ -103,6 +103,7 @@ def chosen_by_hand(labels: Tensor, scores: Tensor, fraction: float) -> set[int]:
     return chosen if fraction else set()
 
 
+@pytest.mark.filterwarnings("ignore:the first superpixel")
 @pytest.mark.parametrize("fraction", [0.0, 0.01, 0.1, 0.3, 0.8, 1.0])
 def test_the_region_is_whole_superpixels_in_the_order_of_their_evidence(
     pooling: tuple[nn.Module, Tensor], fraction: float
@@ -149,3 +150,12 @@ def test_the_superpixels_of_a_planted_object_are_chosen() -> None:
 def test_a_number_of_superpixels_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="region must be superpixels:COUNT with a number of pieces, got"):
         regions.read_region(text, nn.Identity(), torch.rand(1, 3, 8, 8), torch.tensor([0]))
+
+
+def test_a_single_superpixel_larger_than_the_fraction_is_warned_of(pooling: tuple[nn.Module, Tensor]) -> None:
+    model, images = pooling
+    with pytest.warns(
+        ImageWarning, match="the first superpixel of 3 of 3 images is larger than the fraction 0.1"
+    ):
+        region = regions.important_superpixels(model, images, torch.tensor([0, 1, 2]), fraction=0.1, count=1)
+    assert bool(region.all())

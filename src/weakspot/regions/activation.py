@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import ModelWarning, check_classes, check_fraction, warn
+from weakspot._checks import ImageWarning, ModelWarning, check_classes, check_fraction, warn
 from weakspot.attribution.cam import class_activation, class_activations
 from weakspot.classifier import check_images, evaluating
 from weakspot.regions.masks import superpixels, top
@@ -62,11 +62,24 @@ def important_superpixels(
 
     Raises:
         ValueError: if an argument does not fit, naming it.
+
+    Warns:
+        ImageWarning: if the first superpixel of an image alone is larger than the fraction.
     """
     check_fraction(fraction)
     groups = superpixels(images, count=count)
     maps = class_activation(model, images, classes, alignment="effective").to(groups.device)
-    return torch.stack([_highest_groups(own, map_, fraction) for own, map_ in zip(groups, maps, strict=True)])
+    region = torch.stack(
+        [_highest_groups(own, map_, fraction) for own, map_ in zip(groups, maps, strict=True)]
+    )
+    larger = int((region.flatten(1).double().mean(1) > fraction + 1e-9).sum())
+    if larger:
+        warn(
+            f"the first superpixel of {larger} of {len(region)} images is larger than the fraction {fraction:g}, and is "
+            "the whole region there (give more superpixels, as in superpixels:400)",
+            ImageWarning,
+        )
+    return region
 
 
 def _highest_groups(groups: Tensor, scores: Tensor, fraction: float) -> Tensor:
