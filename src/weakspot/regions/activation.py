@@ -75,8 +75,8 @@ def important_superpixels(
     larger = int((region.flatten(1).double().mean(1) > fraction + 1e-9).sum())
     if larger:
         warn(
-            f"the first superpixel of {larger} of {len(region)} images is larger than the fraction {fraction:g}, and is "
-            "the whole region there (give more superpixels, as in superpixels:400)",
+            f"the first superpixel of {larger} of {len(region)} images is larger than the fraction {fraction:g} and "
+            "is the whole region there (give more superpixels, as in superpixels:400)",
             ImageWarning,
         )
     return region
