@@ -87,7 +87,7 @@ class Pairs:
         if isinstance(rows, Tensor):
             rows = rows.tolist()
         if isinstance(rows, slice):
-            return every[rows]
+            return torch.tensor([*range(len(self))[rows]], dtype=torch.long)  # torch has no negative steps
         if isinstance(rows, int | str | np.integer) and not isinstance(rows, bool):
             return every[row_number(rows, self.names, len(self))][None]
         if not isinstance(rows, Sequence):
