@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -128,10 +128,12 @@ class Display:
 
     Attributes:
         current: the step that is shown.
+        paused: a context manager in which a bar is out of the way of other output.
     """
 
     def __init__(self) -> None:
         self.current = Step("starting")
+        self.paused: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def step(self, name: str, *, total: int = 1, unit: str = "image", counted: bool = True) -> Step:
         """Begin a step; returns what it reports to. Arguments are those of `shown`."""
@@ -201,7 +203,18 @@ def _terminal_bar(display: Display, console: Console) -> Iterator[None]:
         row.add_row(spinner, Text(step.name), bar, Text(step.status))
         return row
 
-    with Live(get_renderable=draw, console=console, transient=True, redirect_stdout=False):
+    live = Live(get_renderable=draw, console=console, transient=True, redirect_stdout=False)
+
+    @contextmanager
+    def paused() -> Iterator[None]:
+        live.stop()
+        try:
+            yield
+        finally:
+            live.start()
+
+    display.paused = paused
+    with live:
         yield
 
 

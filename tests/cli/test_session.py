@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +34,8 @@ MODEL = ModelOptions("tiny_networks:build", size="64x64")
 @pytest.fixture
 def session(run: Run, tmp_path: Path) -> Session:
     context = typer.Context(typer.main.get_command(app))
-    return Session(context, OutputOptions(), MODEL, tmp_path / "out", Display())
+    classifier = load_classifier(MODEL)
+    return Session(context, OutputOptions(), MODEL, tmp_path / "out", Display(), classifier, sys.stdout)
 
 
 def test_bad_files_among_good_ones_are_named_once_each(

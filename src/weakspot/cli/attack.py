@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from weakspot.attacks import Attack, AttackOptions, find_attack
 from weakspot.cli.aims import Aim, AimOptions, find_aim, find_region
 from weakspot.cli.app import Failure, command
 from weakspot.cli.options import (
@@ -45,7 +46,6 @@ from weakspot.cli.session import check_output, check_sources, open_session
 if TYPE_CHECKING:
     import pandas as pd
 
-    from weakspot.attacks import Attack, AttackOptions
     from weakspot.budgets import Budget
     from weakspot.classifier import Classifier
     from weakspot.pairs import AttackResult
@@ -96,33 +96,26 @@ def attack(
     sources = list(images or [])
     check_sources(sources, samples=samples)
     check_output(out, sources, folders=FILES[:2], files=FILES[2:3])
+    refuse_fraction(context, [aims.region])
+    chosen = find_attack(name)
+    spent = find_budget(chosen, budget, given=bool(given(context, ["budget"])))
+    own = read_settings(chosen, settings)
+    batch = parse_batch_size(batch_size)
     with open_session(context, network, output, out, FILES) as session:
-        from weakspot.attacks import AttackOptions, find_attack
-
-        refuse_fraction(context, [aims.region])
-        chosen = find_attack(name)
-        spent = find_budget(chosen, budget, given=bool(given(context, ["budget"])))
-        own = read_settings(chosen, settings)
-        batch = parse_batch_size(batch_size)
-        aim, source = find_aim(session.classifier, session.read_images(sources, samples=samples), aims)
+        classifier = session.classifier
+        aim, source = find_aim(classifier, session.read_images(sources, samples=samples), aims)
         session.make_folder()
-        mask, where = find_region(aims, session.classifier, aim, seed)
-        shared = AttackOptions(
-            spent,
-            mask,
-            aim.targets,
-            seed,
-            batch,
-            session.display.step("attacking", total=len(aim.images), counted=False),
-        )
-        result = _run(chosen, session.classifier, aim, shared, own)
+        mask, where = find_region(aims, classifier, aim, seed)
+        step = session.display.step("attacking", total=len(aim.images), counted=False)
+        shared = AttackOptions(spent, mask, aim.targets, seed, batch, step)
+        result = _run(chosen, classifier, aim, shared, own)
         session.display.step("writing")
         about = {
             "attack": ", ".join([name, *(settings or []), *([str(spent)] if spent else []), where]),
             "labels": source,
             **session.provenance(seed),
         }
-        scores = _write(out, session.classifier, result, aim.names, spent, about)
+        scores = _write(out, classifier, result, aim.names, spent, about)
     session.report(
         lambda: {
             "scores": json_rows(scores),
@@ -244,7 +237,7 @@ def _print(scores: pd.DataFrame, correct: Sequence[bool], ending: str, out: Path
 
 def list_choices() -> list[dict[str, str]]:
     """Attacks with their arguments, budgets and regions, one row each."""
-    from weakspot.attacks import available_attacks, find_attack
+    from weakspot.attacks import available_attacks
     from weakspot.attacks.libraries import LIBRARIES, PACKAGES, installed
     from weakspot.budgets.parse import BUDGETS
     from weakspot.regions.spec import REGIONS

@@ -26,8 +26,14 @@ if TYPE_CHECKING:
 P = TypeVar("P", bound=Pairs)
 GROUP = "weakspot.analyses"
 RENDERERS = "weakspot.renderers"
-# `explain` runs these first, in this order. All other analyses follow, sorted by name.
+# The order of scores and maps. All other analyses follow, sorted by name.
 ORDER = ("cam", "ssim", "overlap", "promotion", "restoration", "locality", "propagation", "units")
+FIRST = "overlap"  # `explain` runs this one first: the verdict rests on it
+QUICK = (
+    "cam",
+    "ssim",
+    "overlap",
+)  # enough for classes, place and verdict
 
 
 @dataclass(frozen=True)
