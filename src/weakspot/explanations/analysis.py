@@ -27,13 +27,19 @@ P = TypeVar("P", bound=Pairs)
 GROUP = "weakspot.analyses"
 RENDERERS = "weakspot.renderers"
 # The order of scores and maps. All other analyses follow, sorted by name.
-ORDER = ("cam", "ssim", "overlap", "promotion", "restoration", "locality", "propagation", "units")
-FIRST = "overlap"  # `explain` runs this one first: the verdict rests on it
-QUICK = (
+ORDER = (
+    "weak_spots",
     "cam",
     "ssim",
     "overlap",
-)  # enough for classes, place and verdict
+    "promotion",
+    "restoration",
+    "locality",
+    "propagation",
+    "units",
+)
+FIRST = "overlap"  # `explain` runs this one first: the verdict rests on it
+QUICK = ("cam", "ssim", "overlap")  # enough for classes, place and verdict
 
 
 @dataclass(frozen=True)
