@@ -107,10 +107,13 @@ class Step:
         gained, elapsed = self.done - before, now - since
         if gained <= 0 or elapsed < MEASURABLE:
             return f"{amount}{', ' if amount else ''}{duration(now - self.began)} so far"
-        # Units per second; a single unit has no rate.
+        # A single unit has no rate.
         rate = gained * self.total / elapsed
-        fast = rate > 0.1
-        speed = f"{_number(f'{rate:.2g}', self.unit)}/s" if fast else f"{duration(1 / rate)} per {self.unit}"
+        if rate >= 1:
+            speed = f"{_number(f'{rate:.2g}', self.unit)}/s"
+        else:
+            each = 1 / rate
+            speed = f"{duration(each) if each > 10 else f'{each:.2g} s'} per {self.unit}"
         left = f"about {duration(elapsed * (1 - self.done) / gained)} left"
         return ", ".join([amount, *([speed] if self.total > 1 else []), left])
 

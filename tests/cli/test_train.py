@@ -313,9 +313,7 @@ def test_limit_takes_the_same_images_again_and_quick_says_what_it_leaves_out(
     quick = trained("quick", "--quick")
     assert isinstance(quick["epochs"], list)
     assert len(quick["epochs"]) == 1
-    assert "--quick: at most 2,000 images, one epoch: shows that it works, not how well" in str(
-        quick["printed"]
-    )
+    assert "--quick: at most 2,000 images and one epoch, which shows that it works" in str(quick["printed"])
     for option in ("--limit", "--epochs"):
         refused = run("train", digits, "--quick", option, 10)
         assert (refused.code, f"{option} has no effect with --quick" in refused.err) == (2, True)
@@ -327,7 +325,7 @@ def test_an_interrupt_says_whether_there_is_anything_to_resume(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    command = ("train", digits, "--recipe", "standard", *QUICK, "--out", "cut")
+    command = ("train", digits, "--recipe", "full", *QUICK, "--out", "cut")
     with monkeypatch.context() as patch:
         patch.setattr("weakspot.datasets.read_labeled", interrupt)
         ended = run(*command)
