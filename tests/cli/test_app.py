@@ -38,9 +38,20 @@ COMMANDS = (
 )
 # Options whose meaning depends on the command: on what is trained, or on what a plan.toml may hold.
 OWN = {
-    "train": {"--model", "--budget", "--steps", "--size", "--limit", "--batch-size", "--workers", "--list"},
+    "train": {
+        "--model",
+        "--budget",
+        "--steps",
+        "--size",
+        "--limit",
+        "--batch-size",
+        "--workers",
+        "--list",
+        "--quick",
+    },
     "audit": {"--out", "--labels", "--set", "--resume"},
     "dissect": {"--out"},
+    **dict.fromkeys(("explain", "defend"), {"--quick"}),  # what each leaves out
 }
 
 
@@ -310,7 +321,7 @@ def test_models_and_doctor_list_what_is_missing(run: Run) -> None:
     assert ended.code == 0, ended.out + ended.err
     checks = {row["check"]: row["result"] for row in json.loads(ended.out)}
     assert checks["result"] == "everything works"
-    assert checks["analyses"].startswith("cam, ssim, overlap")
+    assert checks["analyses"].startswith("weak_spots, cam, ssim, overlap")
     assert checks["extra audit"].endswith("for audit, compare, report")
 
 

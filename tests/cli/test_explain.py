@@ -142,7 +142,7 @@ def test_four_photographs_have_no_p_value(run: Run, photographs: Path, tmp_path:
     page = (tmp_path / "run/report.html").read_text()
     for text in (ended.out, page.split("<main>")[1].split("<script")[0]):
         assert not re.search(r"\b[pq] ?[=<]|&lt; \.|where the network looks:", text)
-    assert '<th scope="col">other images</th>' not in page
+    assert '">other images</a></th>' not in page
 
 
 def test_a_folder_of_references_gives_p_values(run: Run, photographs: Path, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_folder_of_references_gives_p_values(run: Run, photographs: Path, tmp_
         assert f"{p}, q" in ended.out
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert record["reference"] == "24 images in others"
-    assert '<th scope="col">other images</th>' in (tmp_path / "run/report.html").read_text()
+    assert '">other images</a></th>' in (tmp_path / "run/report.html").read_text()
 
 
 def test_references_that_do_not_exist_are_named(run: Run, photographs: Path) -> None:

@@ -70,7 +70,7 @@ def test_names_are_unique_and_printable(session: Session, photographs: Path) -> 
 
 
 def test_sample_images_have_the_channels_of_the_classifier(run: Run, session: Session) -> None:
-    session.network = ModelOptions("tiny_networks:gray", size="28x28")
+    session.classifier = load_classifier(ModelOptions("tiny_networks:gray", size="28x28"))
     assert session.read_images([], samples=True).pixels.shape == (4, 1, 28, 28)
 
 
