@@ -185,10 +185,9 @@ def test_the_thread_ends_with_the_block_and_after_an_error(monkeypatch: pytest.M
     import threading
 
     monkeypatch.setattr(_progress, "FIRST_LINE", 0.001)
-    before = threading.active_count()
     with pytest.raises(KeyError), open_display(Console(file=io.StringIO())):
         raise KeyError
-    assert threading.active_count() == before
+    assert not any(thread.name == "weakspot-progress" for thread in threading.enumerate())
 
 
 IMAGES, LABELS = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
@@ -221,6 +220,4 @@ def test_no_call_is_silent_while_a_slow_model_works(
     lines = [line for line in capsys.readouterr().err.splitlines() if "left" in line or "so far" in line]
     # One line after 5 s and one every 30 s of the time in which a bar is open.
     assert len(lines) >= max(1, (clock.now - started) // 60)
-    assert any("left" in line for line in lines) or lines[0].startswith(
-        "explaining: 0/1 analyses, 5 s so far"
-    )
+    assert any("left" in line for line in lines) or lines[0].startswith("explaining: 5 s so far")

@@ -250,7 +250,7 @@ def repeat(action: Callable[[], None], first: float, every: float) -> Iterator[N
             action()
             wait = every
 
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=run, name="weakspot-progress", daemon=True)
     thread.start()
     try:
         yield
