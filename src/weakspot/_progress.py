@@ -199,11 +199,14 @@ def _terminal_bar(display: Display, console: Console) -> Iterator[None]:
 
     def draw() -> Table:
         step = display.current
+        status = step.status
+        # The bar takes what the text leaves.
+        room = console.width - len(step.name) - len(status) - 6
         row = Table.grid(padding=(0, 1))
         for _ in range(4):
             row.add_column(no_wrap=True, overflow="ellipsis")
-        bar = ProgressBar(1.0, step.done, width=max(4, min(24, console.width // 4)))
-        row.add_row(spinner, Text(step.name), bar, Text(step.status))
+        bar = ProgressBar(1.0, step.done, width=max(4, min(24, room)))
+        row.add_row(spinner, Text(step.name), bar, Text(status))
         return row
 
     live = Live(get_renderable=draw, console=console, transient=True, redirect_stdout=False)

@@ -387,7 +387,7 @@ def test_the_first_verdict_is_on_screen_before_deeper_analyses(
     ended = run("explain", photographs / "coffee.png", *TINY, "--steps", 3)
     assert ended.code == 0, ended.err
     assert re.search(r"\ncoffee\.png\n\w", late.seen)
-    assert "Deeper analyses follow: late (--quick leaves them out)" in late.seen
+    assert "Further analyses follow: late (Ctrl-C keeps those that have finished)" in late.seen
     # What was printed is not printed again, and each analysis has its cost.
     assert "fooled as 8-bit files" not in ended.out
     assert re.search(r"Analyses: overlap [\d.]+ s, late [\d.]+ s, in [\d.]+ s", ended.out)
@@ -415,7 +415,7 @@ def test_quick_runs_and_names_what_it_leaves_out(run: Run, photographs: Path, tm
     assert (
         "Left out by --quick: weak_spots, promotion, restoration, locality, propagation, units" in ended.out
     )
-    assert "Deeper analyses follow: cam, ssim" in ended.out
+    assert "Further analyses follow: cam, ssim" in ended.out
     record = json.loads((tmp_path / "made/run.json").read_text())
     assert set(record["seconds_of_analyses"]) == {"cam", "ssim", "overlap"}
     refused = run("explain", photographs, *TINY, "--quick", "--analyses", "cam")

@@ -157,8 +157,13 @@ class Session:
     def showing(self) -> Iterator[None]:
         """Print results while the work goes on, with the progress bar out of the way."""
         with self.display.paused(), redirect_stdout(self.results):
-            yield
-        self.results.flush()
+            try:
+                yield
+                self.results.flush()
+            except SystemExit as left:
+                # rich exits if the reader of a pipe has gone; what is written to files goes on.
+                if not isinstance(left.__context__, BrokenPipeError):
+                    raise
 
     def report(self, document: Callable[[], object], show: Callable[[], None]) -> None:
         """Print the results as JSON or for people.

@@ -49,10 +49,8 @@ class VerdictOutput:
             with self.session.showing():
                 self._print_verdicts(explanation)
                 if self.missing:
-                    following = (
-                        f"\nDeeper analyses follow: {', '.join(self.missing)} (--quick leaves them out)"
-                    )
-                    print_text(following, style="dim")
+                    following = f"Further analyses follow: {', '.join(self.missing)}"
+                    print_text(f"\n{following} (Ctrl-C keeps those that have finished)", style="dim")
 
     def finish(self, explanation: Explanation) -> None:
         """Print what the verdicts say beyond those printed before, and what each analysis cost."""
