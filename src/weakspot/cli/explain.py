@@ -10,19 +10,18 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from weakspot.budgets import Budget, read_budget
+from weakspot.attacks import AttackOptions
 from weakspot.cli.aims import AimOptions, find_aim, find_region
 from weakspot.cli.app import INTERRUPTED, UNREADABLE, Failure, command
+from weakspot.cli.attack_choice import AttackChoice, ChosenAttack
 from weakspot.cli.options import (
     AnalysesOption,
-    BudgetOption,
     EveryOption,
     ImagesArgument,
     ModelOptions,
     OutputOptions,
     SamplesOption,
     SeedOption,
-    StepsOption,
     flag,
     option,
     parse_names,
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 
 FILES = ("report.html", "scores.csv", "pairs.safetensors", "maps.npz", "locality.csv", "run.json")
 GIVEN = "pairs as given"
-ATTACK_OPTIONS = ("labels", "region", "fraction", "budget", "steps", "target")
+ATTACK_OPTIONS = ("labels", "target", "region", "fraction", "name", "budget", "steps", "settings")
 
 
 @command(
@@ -52,12 +51,13 @@ ATTACK_OPTIONS = ("labels", "region", "fraction", "budget", "steps", "target")
     "weakspot explain photos/ --region cam --budget linf:8/255 --out runs/cam",
     "weakspot explain --pair clean.png adversarial.png --model my_package.models:build",
     "weakspot explain --samples --json > scores.json",
-    "weakspot attack photos/ --attack few_pixel --out runs/pixels",
-    "weakspot explain --pair runs/pixels/pairs.safetensors --analyses locality",
+    "weakspot explain photos/ --attack few_pixel --set count=3 --analyses locality",
+    "weakspot explain --pair runs/pixels/pairs.safetensors",
 )
 def explain(
     context: typer.Context,
     aims: AimOptions,
+    choice: AttackChoice,
     network: ModelOptions,
     output: OutputOptions,
     images: ImagesArgument = None,
@@ -77,8 +77,6 @@ def explain(
             "value needs at least 20 images in total, including those explained.",
         ),
     ] = None,
-    budget: BudgetOption = "linf:4/255",
-    steps: StepsOption = 20,
     analyses: AnalysesOption = "all",
     quick: Annotated[
         bool, flag("--quick", f"Run only the analyses of the first verdict: {', '.join(QUICK)}.")
@@ -97,7 +95,7 @@ def explain(
         refuse(context, ATTACK_OPTIONS, "with --pair, which attacks nothing (leave out one of the two)")
     else:
         refuse_fraction(context, [aims.region])
-    spent = read_budget(budget)
+    attack = choice.choose(context)
     if quick:
         refuse(context, ["analyses"], "with --quick (leave out one of the two)")
     every_name = available_analyses()
@@ -110,7 +108,7 @@ def explain(
             session.make_folder()
         else:
             read = session.read_images(sources, samples=samples)
-            attacked = _attack(session, classifier, read, aims, budget=spent, steps=steps, seed=seed)
+            attacked = _attack(session, classifier, read, aims, attack, seed=seed)
         others = None if reference is None else _read_reference(session, reference)
         screen = VerdictOutput(session, planned, every)
         interrupted = False
@@ -222,30 +220,18 @@ def _attack(
     classifier: Classifier,
     images: Images,
     aims: AimOptions,
+    attack: ChosenAttack,
     *,
-    budget: Budget,
-    steps: int,
     seed: int,
 ) -> _Attacked:
-    """Attack the images with PGD."""
-    from weakspot.attacks import pgd
-
+    """Attack the images."""
     aim, source = find_aim(classifier, images, aims)
     session.make_folder()
     mask, where = find_region(aims, classifier, aim, seed)
-    pairs = pgd(
-        classifier,
-        aim.images,
-        aim.labels,
-        budget=budget,
-        region=mask,
-        targets=aim.targets,
-        steps=steps,
-        seed=seed,
-        progress=session.display.step("attacking", total=len(aim.images), counted=False),
-    )
-    toward = "" if aim.targets is None else f", toward {classifier.class_name(int(aim.targets[0]))}"
-    return _Attacked(pairs, aim.names, source, f"PGD, {budget}, {steps} steps, {where}{toward}")
+    step = session.display.step("attacking", total=len(aim.images), counted=False)
+    options = AttackOptions(attack.budget, mask, aim.targets, seed, None, step)
+    pairs = attack.run(classifier, aim, options)
+    return _Attacked(pairs, aim.names, source, attack.describe(classifier, aim, where))
 
 
 def _read_pairs(classifier: Classifier, sources: Sequence[Path]) -> _Attacked:
@@ -260,8 +246,8 @@ def _read_pairs(classifier: Classifier, sources: Sequence[Path]) -> _Attacked:
             ValueError
         ):  # pairs of another tool, without success and counts; or no pairs, which load reports
             pairs = Pairs.load(sources[0])
-        names = [f"{sources[0].stem} {number}" for number in range(len(pairs))]
-        return _Attacked(pairs, names, "from the file", GIVEN)
+        names = pairs.names or [f"{sources[0].stem} {number}" for number in range(len(pairs))]
+        return _Attacked(pairs, list(names), "from the file", GIVEN)
     clean, adversarial = (_read_image(source, classifier.channels) for source in sources)
     if clean.shape != adversarial.shape:
         sizes = " and ".join(f"{image.shape[1]} x {image.shape[2]}" for image in (clean, adversarial))
