@@ -161,8 +161,7 @@ def explain(
         compare: False omits the scores that depend on the other images of the batch, such as p values. Parts of a
             batch then have the same scores as the whole.
         progress: True for a bar on standard error or in the notebook, or a function of the fraction done.
-        on_analysis: called after each analysis with the explanation so far. The first one decides the verdict, if it is
-            among the analyses.
+        on_analysis: called after each analysis with the explanation so far; the one that decides the verdict runs first.
 
     Raises:
         ValueError: if an argument is invalid; the message names it.
@@ -191,16 +190,14 @@ def explain(
         evaluating(model) as classifier,
         shown(progress, "explaining", total=len(functions), unit="analysis") as report,
     ):
-        pairs = prepare_pairs(classifier, pairs)
+        pairs = prepare_pairs(classifier, pairs).named(names)
         others = None if reference is None else other_images(classifier, pairs, reference)
         options = {"reference": others, "compare": compare}
         base, competing = _base_scores(classifier, pairs, names)
 
         def explanation() -> Explanation:
             done = {name: results[name] for name in functions if name in results}
-            return _assembled(
-                classifier, pairs.named(names), base, competing, done, made=made, seconds=seconds
-            )
+            return _assembled(classifier, pairs, base, competing, done, made=made, seconds=seconds)
 
         for number, name in enumerate(sorted(functions, key=lambda name: name != FIRST), 1):
             function, started = functions[name], time.perf_counter()
