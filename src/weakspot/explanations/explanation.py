@@ -161,7 +161,7 @@ def explain(
         compare: False omits the scores that depend on the other images of the batch, such as p values. Parts of a
             batch then have the same scores as the whole.
         progress: True for a bar on standard error or in the notebook, or a function of the fraction done.
-        on_analysis: called after each analysis with the explanation so far; the one that decides the verdict runs first.
+        on_analysis: called after each analysis with the explanation so far; the one behind the verdict is first.
 
     Raises:
         ValueError: if an argument is invalid; the message names it.
