@@ -82,7 +82,6 @@ def photograph(axis: Axes, pixels: NDArray[np.float32]) -> None:
 def _draw(axis: Axes, view: MapView, clean: NDArray[np.float32]) -> None:
     from matplotlib.colors import ListedColormap, LogNorm
     from matplotlib.patches import Patch, Rectangle
-    from matplotlib.ticker import FuncFormatter
 
     values = view.values  # noqa: PD011 - an array
     if view.picture.kind != "category":
@@ -94,9 +93,10 @@ def _draw(axis: Axes, view: MapView, clean: NDArray[np.float32]) -> None:
             shown = axis.imshow(
                 255 * values, cmap=colors.reversed(), norm=scale, interpolation="nearest", alpha=0.65
             )
-            plain = FuncFormatter(lambda size, _: f"{size:.3g}/255")
-            bar = axis.figure.colorbar(shown, ax=axis, shrink=0.8, format=plain)
-            bar.ax.yaxis.set_minor_formatter(plain)
+            bar = axis.figure.colorbar(shown, ax=axis, shrink=0.8)
+            marks = np.geomspace(255 * view.high, 255 * view.low, 4)
+            bar.set_ticks(marks.tolist(), labels=[f"{mark:.2g}/255" for mark in marks])
+            bar.minorticks_off()
         else:
             shown = axis.imshow(values, cmap=colors, vmin=view.low, vmax=view.high, interpolation="nearest")
             axis.figure.colorbar(shown, ax=axis, shrink=0.8)
