@@ -279,7 +279,7 @@ class ScoreRow:
 def _score_row(row: pd.Series, name: str, meaning: str) -> ScoreRow:
     formatted = percent if name in FRACTIONS else number
     null, p, q, shift_null, shift_p = (float(row.get(f"{name}{suffix}", np.nan)) for suffix in COMPANIONS)
-    value = formatted(float(row[name]))
+    value = "none" if np.isinf(row[name]) else formatted(float(row[name]))
     if name == "relation":
         value = RELATIONS.get(row[name], "not compared")
     elif f"{name}_shift_p" in row and np.isnan(shift_p) and not np.isnan(row[name]):
