@@ -53,7 +53,7 @@ class Linearization:
 
 
 def linearize(problem: Problem, classes: int = CLASSES) -> Linearization:
-    """Take the gradients of the margins against the competing classes with the largest logits.
+    """Take the gradients of the margins against the competing classes with the largest logits, or against the target.
 
     Args:
         problem: the images, and the region in which they may change.
@@ -62,6 +62,8 @@ def linearize(problem: Problem, classes: int = CLASSES) -> Linearization:
     logits = problem.logits(problem.clean)[1]
     others = logits.scatter(1, problem.labels[:, None], -torch.inf)
     highest = others.topk(min(classes, logits.shape[1] - 1), 1).indices
+    if problem.targets is not None:
+        highest = problem.targets[:, None]
     margins, directions = [], []
     for targets in highest.unbind(1):
         # `margin` with a class is z_label - z_class; the attacks' own targeted loss compares with every class.
