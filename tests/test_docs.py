@@ -127,3 +127,8 @@ def test_the_citation_names_the_version_of_the_package() -> None:
     files = [(ROOT / name).read_text("utf-8") for name in ("CITATION.cff", "pyproject.toml")]
     cited, packaged = (re.findall(version, text, re.MULTILINE) for text in files)
     assert cited == packaged != []
+
+
+def test_every_page_of_the_docs_is_in_the_menu_of_the_site() -> None:
+    menu = re.findall(r"([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= set(menu)
