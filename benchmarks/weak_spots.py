@@ -1,11 +1,12 @@
 """The weak-spot map beside the best of several references: sizes per cell, cells missed, ranks, CPU seconds.
 
-Run: python -m benchmarks.weak_spots reference|measure|table FOLDER [--network efficientnet|resnet20] [--images N]
-[--every K] [--minutes M].
+Run: python -m benchmarks.weak_spots reference|measure|table|regions FOLDER [--network efficientnet|resnet20]
+[--images N] [--every K] [--minutes M].
 
 - reference: for every K-th cell, the smallest size over `fmn` with 300 steps, foolbox's FMN with 300 steps, and PGD at
   bisected radii toward each of three runner-up classes. It stops after M minutes.
 - measure: the search of `weak_spots` in the cells whose reference is complete.
+- regions: `minimal_pgd` inside the class activation and the background beside the same references.
 - table: ratios of sizes to the reference, and how they fall with the number of passes.
 
 Every result is a JSON file in FOLDER, one per image, which grows cell by cell: a run that is stopped resumes.
@@ -28,12 +29,14 @@ from torch import Tensor, nn
 
 from benchmarks import peers, real
 from weakspot import load, sample_images
+from weakspot.attacks import minimal_pgd
 from weakspot.attacks.context import AttackOptions, Problem, attack_context
 from weakspot.attacks.first_order import cell_numbers, estimate_places, linearize
 from weakspot.attacks.losses import margin
 from weakspot.attacks.minimum_norm import NORMS, _walk
 from weakspot.attacks.smallest_change import SmallestChange, Starts, cropped
 from weakspot.attacks.tradeoff import BestSoFar
+from weakspot.regions import background, cam
 
 STEPS = 300
 RUNGS, RUNG_STEPS, CLASSES = 9, 20, 3
@@ -114,8 +117,9 @@ class _Cells(nn.Module):
         self.eval()
 
     def forward(self, patches: Tensor) -> Tensor:
+        inside = torch.where(self.part.region, patches, self.part.clean)
         rows = torch.arange(len(patches)).split(self.part.batch_size)
-        return torch.cat([self.part._logits(patches[some], some) for some in rows])
+        return torch.cat([self.part._logits(inside[some], some) for some in rows])
 
 
 def ladder(part: Problem, highest: Tensor) -> Tensor:
@@ -195,6 +199,36 @@ def verified(part: Problem, patches: Tensor) -> Tensor:
         classes = torch.cat([part.classifier(some).argmax(1) for some in whole.split(4)])
     size = 255 * NORMS["linf"].size(patches - part.clean)
     return torch.where(classes != part.labels, size, torch.inf)
+
+
+def regions(several: list[Case], deadline: float) -> None:
+    """Sizes of `minimal_pgd` inside the class activation and the background, relative to the reference."""
+    print("| image | region | fraction | reference | minimal_pgd | ratio | passes | s |")
+    print("|---|---|---|---|---|---|---|---|")
+    for case in several:
+        masks = {"cam": cam(case.model, case.image, case.label), "background": background(case.image)}
+        for name, region in masks.items():
+            if time.time() > deadline:
+                return
+            with attack_context(case.model, case.image, case.label, AttackOptions(region=region)) as problem:
+                with problem.fused_model():
+                    highest = linearize(problem, CLASSES).classes
+                    found = {method: run(problem, highest) for method, run in METHODS.items()}
+                sizes = {
+                    method: float(verified(problem, torch.where(problem.region, images, problem.clean)))
+                    for method, images in found.items()
+                }
+            begun = time.process_time()
+            ours = minimal_pgd(case.model, case.image, case.label, region=region, on_grid=False)
+            seconds = time.process_time() - begun
+            size = 255 * float(ours.perturbation.abs().max()) if bool(ours.success) else float("inf")
+            best = min(sizes.values())
+            told = ", ".join(f"{method} {one:.3f}" for method, one in sizes.items())
+            print(
+                f"| {case.name} | {name} | {float(region.float().mean()):.2f} | {told} | {size:.3f} | "
+                f"{size / best:.3f} | {int(ours.n_forward)} | {seconds:.1f} |",
+                flush=True,
+            )
 
 
 class _Traced(SmallestChange):
@@ -300,7 +334,7 @@ def spearman(one: Tensor, other: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("section", choices=["reference", "measure", "table"])
+    parser.add_argument("section", choices=["reference", "measure", "table", "regions"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--network", choices=list(GRIDS), default="efficientnet")
     parser.add_argument("--images", type=int, default=10)
@@ -311,6 +345,9 @@ def main() -> None:
     several = cases(given.network, given.images, given.folder)
     if given.section == "table":
         table(several)
+        return
+    if given.section == "regions":
+        regions(several, deadline)
         return
     for case in several:
         if given.section == "measure":
