@@ -20,10 +20,23 @@ from weakspot.classifier import default_batch
 from weakspot.edits import Crops, bounding_boxes, differentiable_engine
 from weakspot.pairs import AttackResult
 
-# By how much the ball grows or shrinks per step: at first in a first round, at first in a later one, and at last. Ten
-# equal outcomes in a row move the first radius by a factor of more than 20, so that no first guess is too far off.
-FIRST_GROWTH, LATER_GROWTH, LAST_GROWTH = 0.5, 0.1, 0.01
-STEPS = (1.0, 0.1)  # in units of the ball's radius, at first and at last
+
+@dataclass(frozen=True)
+class Pace:
+    """How a round begins and ends; in between, annealed by a cosine.
+
+    Attributes:
+        growth: by how much the ball grows or shrinks per step.
+        steps: their length, in units of the ball's radius.
+    """
+
+    growth: tuple[float, float]
+    steps: tuple[float, float]
+
+
+# Ten equal outcomes in a row move the first radius by a factor of more than 20: no first guess is too far off.
+FIRST, LATER = Pace((0.5, 0.01), (1.0, 0.1)), Pace((0.1, 0.01), (1.0, 0.1))
+LAST = Pace((0.02, 0.002), (0.25, 0.02))
 MOMENTUM = 0.75
 PATIENCE = (
     10  # steps of a first round toward a further class without a smaller change, after which it is given up
@@ -128,8 +141,16 @@ class SmallestChange:
     """
 
     def __init__(
-        self, problem: Problem, norm: str, *, steps: int = 20, rounds: int = 5, max_size: float = math.inf
+        self,
+        problem: Problem,
+        norm: str,
+        *,
+        steps: int = 20,
+        rounds: int = 5,
+        polish: bool = True,
+        max_size: float = math.inf,
     ) -> None:
+        self.polish = polish
         self.problem, self.norm, self.steps, self.rounds = problem, NORMS[norm], steps, rounds
         self.best = BestSoFar(problem, self.norm.size, 0.0)
         self.toward = problem.labels.clone()
@@ -145,17 +166,28 @@ class SmallestChange:
             wanted = starts.sizes[:, number] < WORTH * best.size if number else best.size > 0
             rows = wanted.nonzero()[:, 0]
             radius = torch.minimum(starts.sizes[rows, number], 0.99 * best.size[rows])
-            told = part_of(progress, number, number + 1, count + self.rounds)
+            told = part_of(progress, number, number + 1, count + self.rounds + 1)
             self._round(rows, starts.classes[rows, number], radius, progress=told)
         self._try_extremes(best.size.isinf().nonzero()[:, 0])
         rows = (best.size > 0).nonzero()[:, 0]
         for number in range(self.rounds):
             before = best.size[rows]
-            radius = before * (1 - LATER_GROWTH / 2)
-            told = part_of(progress, count + number, count + number + 1, count + self.rounds)
-            start = best.images[rows] - self.problem.clean[rows]
-            self._round(rows, self.toward[rows], radius, start=start, progress=told)
+            told = part_of(progress, count + number, count + number + 1, count + self.rounds + 1)
+            self._go_on(rows, LATER, told)
             rows = rows[best.size[rows] < (1 - GAIN) * before]
+        rows = (best.size.isfinite() & (best.size > 0)).nonzero()[:, 0]
+        if self.rounds and self.polish:
+            self._go_on(
+                rows,
+                LAST,
+                part_of(progress, count + self.rounds, count + self.rounds + 1, count + self.rounds + 1),
+            )
+
+    def _go_on(self, rows: Tensor, pace: Pace, progress: Progress | None) -> None:
+        """A round from the smallest changes so far."""
+        start = self.best.images[rows] - self.problem.clean[rows]
+        radius = self.best.size[rows] * (1 - pace.growth[0] / 2)
+        self._round(rows, self.toward[rows], radius, start=start, pace=pace, progress=progress)
 
     def _try_extremes(self, rows: Tensor) -> None:
         """Start at the largest changes to black, to white and to the farther of both, where gradients led nowhere."""
@@ -171,7 +203,7 @@ class SmallestChange:
             start, lowest = torch.where(spread(lower), change, start), torch.where(lower, margins, lowest)
             highest = logits.scatter(1, part.labels[:, None], -torch.inf).argmax(1)
             self.toward[rows[lower]] = (highest if part.targets is None else part.targets)[lower]
-        self._round(rows, self.toward[rows], self.largest[rows], start=start, growth=FIRST_GROWTH)
+        self._round(rows, self.toward[rows], self.largest[rows], start=start)
 
     def _round(
         self,
@@ -180,7 +212,7 @@ class SmallestChange:
         radius: Tensor,
         *,
         start: Tensor | None = None,
-        growth: float | None = None,
+        pace: Pace = FIRST,
         progress: Progress | None = None,
     ) -> None:
         """Steps of the searches `rows` (n,), each toward its own class from a radius of its own (n,).
@@ -188,7 +220,6 @@ class SmallestChange:
         Without changes (n, C, h, w) to start at, a round begins at the clean image.
         """
         norm, best, first = self.norm, self.best, start is None
-        growth = growth or (FIRST_GROWTH if first else LATER_GROWTH)
         part, largest = replace(self.problem.select(rows), loss_targets=targets), self.largest[rows]
         radius = torch.minimum(radius, largest)
         change = torch.zeros_like(part.clean) if start is None else norm.into(start, spread(radius))
@@ -202,12 +233,12 @@ class SmallestChange:
             best.record(points, margins, rows)
             improved = best.size[rows] < before
             self.toward[rows[improved]] = targets[improved]
-            factor, length = (annealed(*ends, step / self.steps) for ends in ((growth, LAST_GROWTH), STEPS))
+            factor, length = (annealed(*ends, step / self.steps) for ends in (pace.growth, pace.steps))
             if step or not first:  # the clean image says nothing about the radius
                 shrunk = torch.minimum(radius, norm.size(points - part.clean)) * (1 - factor)
                 radius = torch.where(margins < 0, shrunk, radius * (1 + factor))
             # A larger change than the smallest so far is of no use.
-            radius = torch.minimum(torch.minimum(radius, (1 - LAST_GROWTH) * best.size[rows]), largest)
+            radius = torch.minimum(torch.minimum(radius, (1 - pace.growth[1]) * best.size[rows]), largest)
             mean = direction.abs().mean((1, 2, 3), keepdim=True)
             velocity = MOMENTUM * velocity + direction / mean.clamp(min=1e-30)
             ball = spread(radius)
