@@ -234,8 +234,8 @@ def regions(several: list[Case], deadline: float) -> None:
 class _Traced(SmallestChange):
     """Notes the passes per cell and the sizes after every round."""
 
-    def __init__(self, problem: Problem, **options: int) -> None:
-        super().__init__(problem, "linf", **options)
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem, "linf", polish=False)
         self.trace: list[tuple[float, Tensor]] = []
         self.begun = int(problem.n_forward.sum())
 

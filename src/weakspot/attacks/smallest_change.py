@@ -88,8 +88,8 @@ def minimal_pgd(
     A round takes steepest steps with momentum toward one class, inside a ball that shrinks where the image fools and
     grows where it does not, at first by half, at last by a hundredth. In `fmn`, the radius moves by a few percent per
     step, which is too little where the first-order guess is far off, as in small regions. The first rounds try the
-    classes that are nearest to first order. More rounds start at the smallest change so far, as long as they gain 2%.
-    Regions that fit into half of the image are searched as crops, whose passes recompute only what they reach. Nothing
+    classes that are nearest to first order. More rounds start at the smallest change so far, as long as they gain 2%; a
+    last one takes shorter steps. Regions that fit into half of the image are searched as crops, whose passes recompute only what they reach. Nothing
     is random. Shared arguments are described in `AttackOptions`.
 
     Args:
@@ -138,6 +138,7 @@ class SmallestChange:
         problem: of whole images or of crops, each of which is one search.
         best: the smallest changes so far.
         toward: (M,) the class of the round that found them.
+        polish: whether a last round takes shorter steps, which gains about 1% for a third more passes.
     """
 
     def __init__(
@@ -161,27 +162,23 @@ class SmallestChange:
     def run(self, starts: Starts, progress: Progress | None = None) -> None:
         """Try the classes in turn, then extremes if none was reached, then go on from the smallest change."""
         best, count = self.best, starts.classes.shape[1]
+        whole = count + self.rounds + 1
         self.toward = starts.classes[:, 0].clone()
         for number in range(count):
             wanted = starts.sizes[:, number] < WORTH * best.size if number else best.size > 0
             rows = wanted.nonzero()[:, 0]
             radius = torch.minimum(starts.sizes[rows, number], 0.99 * best.size[rows])
-            told = part_of(progress, number, number + 1, count + self.rounds + 1)
+            told = part_of(progress, number, number + 1, whole)
             self._round(rows, starts.classes[rows, number], radius, progress=told)
         self._try_extremes(best.size.isinf().nonzero()[:, 0])
-        rows = (best.size > 0).nonzero()[:, 0]
-        for number in range(self.rounds):
+        found = (best.size.isfinite() & (best.size > 0)).nonzero()[:, 0]
+        rows = found
+        for number in range(count, count + self.rounds):
             before = best.size[rows]
-            told = part_of(progress, count + number, count + number + 1, count + self.rounds + 1)
-            self._go_on(rows, LATER, told)
+            self._go_on(rows, LATER, part_of(progress, number, number + 1, whole))
             rows = rows[best.size[rows] < (1 - GAIN) * before]
-        rows = (best.size.isfinite() & (best.size > 0)).nonzero()[:, 0]
-        if self.rounds and self.polish:
-            self._go_on(
-                rows,
-                LAST,
-                part_of(progress, count + self.rounds, count + self.rounds + 1, count + self.rounds + 1),
-            )
+        if self.polish:
+            self._go_on(found, LAST, part_of(progress, whole - 1, whole, whole))
 
     def _go_on(self, rows: Tensor, pace: Pace, progress: Progress | None) -> None:
         """A round from the smallest changes so far."""
