@@ -89,8 +89,8 @@ def minimal_pgd(
     grows where it does not, at first by half, at last by a hundredth. In `fmn`, the radius moves by a few percent per
     step, which is too little where the first-order guess is far off, as in small regions. The first rounds try the
     classes that are nearest to first order. More rounds start at the smallest change so far, as long as they gain 2%; a
-    last one takes shorter steps. Regions that fit into half of the image are searched as crops, whose passes recompute only what they reach. Nothing
-    is random. Shared arguments are described in `AttackOptions`.
+    last one takes shorter steps. Regions that fit into half of the image are searched as crops, whose passes recompute
+    only what they reach. Nothing is random. Shared arguments are described in `AttackOptions`.
 
     Args:
         norm: "linf" or "l2".
