@@ -45,6 +45,11 @@ class Linearization:
     def __repr__(self) -> str:
         return f"Linearization({len(self.clean)} images, {self.classes.shape[1]} competing classes)"
 
+    def warn_of_zero_gradients(self, problem: Problem) -> None:
+        """Warn about images of the problem that need a change and whose gradients are all zero."""
+        correct = self.margins[:, 0] >= 0
+        problem.select(correct).warn_of_zero_gradients(self.directions[correct].abs().amax(1))
+
     @property
     def room(self) -> Tensor:
         """(N, T, C, H, W) how far each value can move along its direction before it leaves [0, 1]."""

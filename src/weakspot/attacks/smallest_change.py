@@ -116,6 +116,7 @@ def minimal_pgd(
             for number, rows in enumerate(groups):
                 part = problem.select(rows)
                 linear = linearize(part, classes)
+                linear.warn_of_zero_gradients(part)
                 sizes = estimate_places(linear, part.region[:, None], norm)[:, 0]
                 starts = Starts.nearest(linear.classes, sizes, classes)
                 search = SmallestChange(
@@ -128,6 +129,8 @@ def minimal_pgd(
                 found = search.best.on_8bit_grid() if on_grid else search.best.images
                 crops = search.problem.crops
                 adversarial[rows] = found if crops is None else crops.whole(found)
+                if problem.progress is not None:
+                    problem.progress((number + 1) / len(groups))
         return problem.result(adversarial)
 
 
