@@ -37,11 +37,13 @@ class Pace:
 # Ten equal outcomes in a row move the first radius by a factor of more than 20: no first guess is too far off.
 FIRST, LATER = Pace((0.5, 0.01), (1.0, 0.1)), Pace((0.1, 0.01), (1.0, 0.1))
 LAST = Pace((0.02, 0.002), (0.25, 0.02))
+SLOW, MEDIUM = Pace((0.1, 0.01), (0.5, 0.05)), Pace((0.3, 0.02), (0.5, 0.05))
 MOMENTUM = 0.75
 PATIENCE = (
     10  # steps of a first round toward a further class without a smaller change, after which it is given up
 )
 WORTH = 1.5  # times the smallest size so far: a class whose first-order size is beyond it is not tried
+FAR = 2.0  # times the first-order size: sizes beyond it are rare where descents do well
 GAIN = 0.02  # of the size: a round that gained less was the last
 LARGEST_CROP = 0.5  # of an image: crops that are larger save nothing
 CROPS_AT_ONCE = 6  # times as many crops as whole images go through the model at once
@@ -174,6 +176,11 @@ class SmallestChange:
             told = part_of(progress, number, number + 1, whole)
             self._round(rows, starts.classes[rows, number], radius, progress=told)
         self._try_extremes(best.size.isinf().nonzero()[:, 0])
+        # Far from the first-order size, a descent may have run past a nearer change: approach it slowly, from inside.
+        nearest = starts.sizes.amin(1)
+        rows = ((best.size > FAR * nearest) & nearest.isfinite()).nonzero()[:, 0]
+        for pace in (SLOW, MEDIUM):
+            self._round(rows, None, nearest[rows], pace=pace)
         found = (best.size.isfinite() & (best.size > 0)).nonzero()[:, 0]
         rows = found
         for number in range(count, count + self.rounds):
@@ -208,7 +215,7 @@ class SmallestChange:
     def _round(
         self,
         rows: Tensor,
-        targets: Tensor,
+        targets: Tensor | None,
         radius: Tensor,
         *,
         start: Tensor | None = None,
@@ -232,7 +239,12 @@ class SmallestChange:
             before = best.size[rows]
             best.record(points, margins, rows)
             improved = best.size[rows] < before
-            self.toward[rows[improved]] = targets[improved]
+            if targets is None:  # whichever class is next; a later round aims at the one that won
+                if bool(improved.any()):
+                    won = part.select(improved).logits(points[improved])[1]
+                    self.toward[rows[improved]] = won.argmax(1)
+            else:
+                self.toward[rows[improved]] = targets[improved]
             factor, length = (annealed(*ends, step / self.steps) for ends in (pace.growth, pace.steps))
             if step or not first:  # the clean image says nothing about the radius
                 shrunk = torch.minimum(radius, norm.size(points - part.clean)) * (1 - factor)
@@ -245,9 +257,10 @@ class SmallestChange:
             change = norm.into(change + length * ball * norm.unit(velocity), ball)
             change = (part.clean + change).clamp(0, 1) - part.clean
             idle = torch.where(improved | best.size[rows].isinf(), 0, idle + 1)
-            if first and bool((idle >= PATIENCE).any()):
+            if pace is FIRST and first and bool((idle >= PATIENCE).any()):
                 on = idle < PATIENCE
-                part, rows, targets, idle = part.select(on), rows[on], targets[on], idle[on]
+                part, rows, idle = part.select(on), rows[on], idle[on]
+                targets = None if targets is None else targets[on]
                 radius, largest, change, velocity = radius[on], largest[on], change[on], velocity[on]
             if progress is not None:
                 progress((step + 1) / self.steps)
