@@ -307,7 +307,7 @@ def table(several: list[Case]) -> None:
             f"{spearman(first, torch.minimum(best, ours)):.2f} | {cost['passes']:.0f} | "
             f"{cost['seconds'] / len(names):.2f} |"
         )
-        for number in range(8):
+        for number in range(12):
             # An image that needed fewer rounds than others stays where it ended.
             rounds = [known[key] for key in (f"round {n}" for n in range(number + 1)) if key in known]
             at = torch.tensor([rounds[-1][name] for name in names])
