@@ -103,8 +103,8 @@ def test_batch_size_and_order_of_images_change_no_bit(pictures: Path) -> None:
     files = list(pictures.rglob("*.png"))
     random.Random(7).shuffle(files)  # noqa: S311 - no secret
     plan = small_plan(pictures, pictures.parent / "pictures/", labels="predictions")
-    one_by_one = audit(plan, pictures.parent / "other", batch_size=1)
-    shuffled = audit(small_plan(*files, labels="predictions"), pictures.parent / "again", batch_size=7)
+    one_by_one = audit(plan, pictures.parent / "other")
+    shuffled = audit(small_plan(*files, labels="predictions"), pictures.parent / "again")
     same_records(one_by_one, shuffled)
     same_maps(one_by_one, shuffled)
 
@@ -127,7 +127,7 @@ def test_curves_over_layers_are_independent_of_batch_and_shard(networks: Path, p
         rtol=1 / 2048,
         atol=1e-6,
     )
-    same_maps(run, audit(replace(plan, shard=5), networks / "other", batch_size=3))
+    same_maps(run, audit(replace(plan, shard=5), networks / "other"))
 
 
 def test_too_little_memory_gives_smaller_batches_and_the_same_records(pictures: Path) -> None:

@@ -13,7 +13,6 @@ from weakspot.cli.app import Failure
 from weakspot.cli.options import (
     ATTACK,
     AnalysesOption,
-    BatchSizeOption,
     BudgetOption,
     FractionOption,
     LimitOption,
@@ -94,7 +93,6 @@ class PlanOptions:
 class EngineOptions:
     """How the audit is executed. None of these changes the results."""
 
-    batch_size: BatchSizeOption = "auto"
     engine: Annotated[
         str, option("NAME", "local, or ray: several workers, on this machine or a cluster.")
     ] = "local"

@@ -1,62 +1,27 @@
-"""Before shards are computed: a new audit is fixed and written down; a resumed one is checked and repaired.
-
-A resumed audit removes shards that are damaged, shards with images that changed since they were attacked, and shards
-with missing images that are back. Each is computed again as a whole, which gives its other images the same rows.
-"""
+"""Before groups are computed: the model is loaded and tried, and the images are listed. From then on a run is fixed."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from weakspot._checks import ModelError, NotFiniteError, first_line, quiet, warn
 from weakspot._io.files import write_atomic
 from weakspot._io.urls import exists
-from weakspot.audit.execution.batches import default_group
-from weakspot.audit.execution.opened_images import content_digests
+from weakspot.audit.execution.job import Job
 from weakspot.audit.plan.attack_plan import ModelPlan
-from weakspot.audit.plan.image_list import entries, list_images
+from weakspot.audit.plan.image_list import list_images
 from weakspot.audit.plan.plan import Plan
-from weakspot.audit.store.digests import DamagedError, enumerated, file_digest
-from weakspot.audit.store.maps import MAPS, drop_array, drop_maps, map_files
-from weakspot.audit.store.records import LISTING, read_note, shard_files, shard_number
+from weakspot.audit.store.digests import file_digest
+from weakspot.audit.store.records import LISTING
 from weakspot.audit.store.run_info import ImageCounts, ModelInfo, RunInfo, changed_versions
-from weakspot.audit.store.stores import LocalStore
-from weakspot.audit.store.verification import damaged_maps, damaged_shards
 from weakspot.classifier import Classifier, evaluating
 from weakspot.models import load
 from weakspot.models.probe import Watch
 from weakspot.regions import read_region
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-SHARD_IMAGES = (16, 128)  # fewer cost more overhead, more lose more work in a crash
-SHARD_PIXELS = 32 * 128 * 128  # of the images of a shard, whose maps must fit in memory
-AT_ONCE = 8  # shards that are verified concurrently
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """Everything that an audit needs to compute shards.
-
-    Attributes:
-        plan: with all defaults filled in.
-        classifier: as loaded.
-        listing: of the images.
-        info: the content of run.json.
-    """
-
-    plan: Plan
-    classifier: Classifier
-    listing: pa.Table
-    info: RunInfo
 
 
 def load_planned(model: ModelPlan) -> Classifier:
@@ -95,10 +60,11 @@ def class_count(classifier: Classifier) -> int:
         return int(classifier(gray).shape[1])
 
 
-def prepare(plan: Plan, out: Path, command: str) -> Prepared:
-    """Load the model, try what can be tried, and list the images; from then on the run is fixed."""
+def prepare(info: RunInfo, out: Path) -> tuple[Job, RunInfo]:
+    """Load the model of a planned run, try what can be tried, and list the images."""
     import pyarrow.parquet as pq
 
+    plan = info.plan
     if not any(exists(source) for source in plan.sources):
         raise FileNotFoundError(f"{plan.sources[0]} does not exist (give a file, folder or array)")
     classifier = load_planned(plan.model)
@@ -109,11 +75,6 @@ def prepare(plan: Plan, out: Path, command: str) -> Prepared:
         )
     # A region that cannot be made would otherwise fail after minutes of attacks.
     _try_regions(plan, classifier)
-    plan = replace(
-        plan,
-        group=classifier.fixed_batch or plan.group or default_group(classifier),
-        shard=plan.shard or default_shard(classifier),
-    )
     listing = list_images(
         plan.sources,
         classifier.class_names,
@@ -126,10 +87,11 @@ def prepare(plan: Plan, out: Path, command: str) -> Prepared:
         raise ValueError(f"images must name at least one file, got none in {', '.join(plan.sources[:3])}")
     # The list is on the disk before run.json refers to its digest.
     write_atomic(out / LISTING, lambda draft: pq.write_table(listing, draft), durable=True)
-    watch = Watch(classifier)
+    job, watch = Job.of(plan, classifier, listing), Watch(classifier)
     height, width = classifier.input_size
     info = replace(
-        RunInfo.planned(plan, command),
+        info,
+        plan=job.plan,
         status="running",
         model=ModelInfo(classifier.name, watch.weights, count, (height, width), watch.probe),
         device=str(classifier.mean.device),
@@ -140,13 +102,7 @@ def prepare(plan: Plan, out: Path, command: str) -> Prepared:
         checksums={LISTING: file_digest(out / LISTING)},
     )
     info.write(out)
-    return Prepared(plan, classifier, listing, info)
-
-
-def default_shard(classifier: Classifier) -> int:
-    """The number of images that are worked on and written together, unless a plan states another."""
-    height, width = classifier.input_size
-    return max(SHARD_IMAGES[0], min(SHARD_IMAGES[1], SHARD_PIXELS // (height * width)))
+    return job, info
 
 
 def _try_regions(plan: Plan, classifier: Classifier) -> None:
@@ -169,26 +125,6 @@ def _try_regions(plan: Plan, classifier: Classifier) -> None:
                 raise ValueError(f"{prefix}{message}") from None
 
 
-def read_listing(folder: Path, info: RunInfo) -> pa.Table:
-    """The list of images as it was when the audit began.
-
-    Raises:
-        DamagedError: if it differs; nothing can be computed again then.
-    """
-    import pyarrow.parquet as pq
-
-    path = folder / LISTING
-    try:
-        intact = file_digest(path) == info.checksums[LISTING]
-    except (OSError, KeyError):
-        intact = False
-    if not intact:
-        raise DamagedError(
-            f"{path} is damaged, and without the list of images the audit cannot continue (start another)"
-        )
-    return pq.read_table(path)
-
-
 def check_same_model(info: RunInfo, classifier: Classifier) -> None:
     """Raise ValueError if the model is not the one the audit began with; warn if versions of libraries changed.
 
@@ -208,92 +144,3 @@ def check_same_model(info: RunInfo, classifier: Classifier) -> None:
     changes = changed_versions(info.versions)
     if changes:
         warn(f"versions have changed ({changes}); the last digits may differ", UserWarning)
-
-
-def find_damage(store: LocalStore) -> dict[int, list[str]]:
-    """Shard number -> its files, records or maps, that are gone or differ from what was written."""
-    folder, sizes = store.folder, store.map_sizes()
-    bad: dict[int, list[str]] = {}
-    for shard in damaged_shards(folder):
-        bad.setdefault(shard_number(shard), []).append(f"{shard.parent.name}/{shard.name}")
-    # Notes of damaged shards are not believed.
-    intact = {number: path for number, path in shard_files(folder).items() if number not in bad}
-    notes = {number: read_note(path) for number, path in intact.items()}
-    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="weakspot-verify") as pool:
-        damage = list(pool.map(lambda note: damaged_maps(folder, note, sizes), notes.values()))
-    for number, paths in zip(notes, damage, strict=True):
-        if paths:
-            bad[number] = [f"{MAPS}/{path}" for path in paths]
-    # Files that no note mentions: another shard's, or written by something else.
-    for path, number in map_files(folder):
-        if number in notes and path not in notes[number].maps:
-            bad.setdefault(number, []).append(f"{MAPS}/{path}")
-    return bad
-
-
-def recover(store: LocalStore, listing: pa.Table, size: int, damage: Mapping[int, list[str]]) -> list[str]:
-    """Remove the shards that must be computed again.
-
-    Args:
-        store: of the run.
-        listing: of all images.
-        size: number of images of a shard.
-        damage: from `find_damage`.
-
-    Returns:
-        Remarks that name what was damaged and which images changed.
-    """
-    remarks = []
-    paths = [path for number in sorted(damage) for path in damage[number]]
-    for path in paths:
-        # A damaged description concerns every shard of the array, so the whole array goes.
-        if path.endswith("/zarr.json"):
-            drop_array(store.folder, path.removeprefix(f"{MAPS}/"))
-    if damage:
-        files = enumerated(dict.fromkeys(paths))
-        images = sum(len(entries(listing, number * size, size)) for number in damage)
-        remarks.append(
-            f"Damaged files were found ({files}); the results of the {images:,} images in their shards were discarded."
-        )
-    # Damaged shards are computed again anyway, so their images need no comparison.
-    changed, returned = _changed(store.folder, listing, size, skip=damage)
-    if changed:
-        names = [name for number in sorted(changed) for name in changed[number]]
-        were = "1 image was" if len(names) == 1 else f"{len(names):,} images were"
-        remarks.append(
-            f"{were} changed after being attacked ({enumerated(names)}); the earlier results were discarded."
-        )
-    for remark in remarks:
-        warn(remark, UserWarning)
-    store.drop({*damage, *changed, *returned})
-    # Maps without a shard are from a writer that died; its successor may write fewer arrays.
-    drop_maps(
-        store.folder, {number for _, number in map_files(store.folder)} - set(shard_files(store.folder))
-    )
-    return remarks
-
-
-def _changed(
-    folder: Path, listing: pa.Table, size: int, skip: Mapping[int, object]
-) -> tuple[dict[int, list[str]], set[int]]:
-    """Shard number -> names of its changed images, and the shards with missing images of which some are back."""
-    changed: dict[int, list[str]] = {}
-    returned = set()
-    for number, path in shard_files(folder).items():
-        if number in skip:
-            continue
-        note, images = read_note(path), entries(listing, number * size, size)
-        digests = content_digests(images)
-        names = [
-            entry.name
-            for entry, before, now in zip(images, note.contents, digests, strict=True)
-            # An image that has become unavailable did not change: its rows stay valid.
-            if before is not None and now is not None and before != now
-        ]
-        if names:
-            changed[number] = names
-        missing = {name for name, _ in note.missing}
-        present = {entry.name for entry, digest in zip(images, digests, strict=True) if digest is not None}
-        if missing & present:
-            returned.add(number)
-    return changed, returned

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,21 @@ class StoppedError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         return partial(StoppedError, resumable=self.resumable), self.args
+
+
+class AuditInterrupt(KeyboardInterrupt):
+    """An audit was interrupted; what was done before is saved.
+
+    Attributes:
+        saved: number of attacks whose records are saved.
+    """
+
+    def __init__(self, saved: int, planned: int, name: str) -> None:
+        super().__init__(
+            f"{saved:,} of {planned:,} planned attacks are saved; resume with weakspot audit --resume "
+            f"{shlex.quote(name)}"
+        )
+        self.saved = saved
 
 
 def digest_of(content: bytes | memoryview, number: int | None = None) -> str:

@@ -8,7 +8,7 @@ computed again shard by shard.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -118,7 +118,7 @@ def is_intact(shard: Path) -> bool:
     return shard.stem.partition("-")[2] == file_digest(shard, shard_number(shard))
 
 
-def write_shard(folder: Path, number: int, rows: pd.DataFrame, note: Note) -> Path:
+def write_shard(folder: Path, number: int, rows: pa.Table, note: Note) -> Path:
     """Write one shard atomically and return its file.
 
     Its maps must be on the disk already: a shard that exists is complete, so the next session skips it.
@@ -127,14 +127,34 @@ def write_shard(folder: Path, number: int, rows: pd.DataFrame, note: Note) -> Pa
     import pyarrow.parquet as pq
 
     # In memory first: the name of the file needs the digest of its content.
-    table = pa.Table.from_pandas(rows, preserve_index=False)
     sink = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata({NOTE: note.to_json()}), sink, compression="zstd")
+    pq.write_table(rows.replace_schema_metadata({NOTE: note.to_json()}), sink, compression="zstd")
     content = sink.getvalue().to_pybytes()
     path = folder / SHARDS / f"{number:07d}-{digest_of(content, number)}.parquet"
     path.parent.mkdir(exist_ok=True)
     write_atomic(path, lambda draft: draft.write_bytes(content), durable=True)
     return path
+
+
+def as_rows(frame: pd.DataFrame) -> pa.Table:
+    """Records as they are stored. Scores that no row has take the type that they have in other rows."""
+    import pyarrow as pa
+
+    table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
+    columns = [
+        pa.nulls(len(table)) if name not in COLUMNS and column.null_count == len(table) else column
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    ]
+    return pa.table(columns, names=table.column_names)
+
+
+def merged_rows(tables: Sequence[pa.Table]) -> pa.Table:
+    """The rows of all tables by image; rows of one image stay in order."""
+    import numpy as np
+    import pyarrow as pa
+
+    table = pa.concat_tables(tables, promote_options="permissive")
+    return table.take(np.argsort(table["index"].to_numpy(), kind="stable"))
 
 
 def read_note(shard: Path) -> Note:
@@ -147,6 +167,13 @@ def read_note(shard: Path) -> Note:
 def read_notes(folder: Path) -> Iterator[Note]:
     """The notes of all shards, in order."""
     return map(read_note, shard_files(folder).values())
+
+
+def count_rows(shards: Iterable[Path]) -> int:
+    """The number of records in these shards."""
+    import pyarrow.parquet as pq
+
+    return sum(pq.read_metadata(path).num_rows for path in shards)
 
 
 def no_rows() -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
+SQL_MEMORY = "4GB"  # of the queries of `Run.sql`
+SQL_SECONDS = 120.0
+LOCKED = (
+    "autoinstall_known_extensions = false",
+    "autoload_known_extensions = false",
+    "enable_external_access = false",  # files, network, and variables of the caller
+)
 PACKAGES = ("duckdb", "fsspec", "pyarrow", "zarr")
 
 
@@ -128,16 +136,57 @@ class Run:
     def sql(self, query: str, **values: object) -> duckdb.DuckDBPyRelation:
         """Run a DuckDB query on the tables records, outcomes, skipped and images; `.df()` makes a DataFrame.
 
-        outcomes are the records with the columns fooled and robust (see `outcomes_query`).
+        outcomes are the records with the columns fooled and robust (see `outcomes_query`). A query reads nothing but
+        these tables: no files, no network, no extensions. `SQL_MEMORY` and `SQL_SECONDS` bound it; `connect` has no
+        such limits.
 
         Args:
             query: SQL.
             **values: for the placeholders $name in it.
 
         Raises:
-            duckdb.Error: if the query is invalid.
+            duckdb.Error: if the query is invalid, needs too much memory, or wants more than these tables.
+            TimeoutError: if it takes too long.
         """
-        return self._connection.sql(query, params=values) if values else self._connection.sql(query)
+        import duckdb
+
+        connection, late = self._connection, threading.Event()
+
+        def stop() -> None:
+            late.set()
+            connection.interrupt()
+
+        timer = threading.Timer(SQL_SECONDS, stop)
+        timer.start()
+        try:
+            result = connection.sql(query, params=values) if values else connection.sql(query)
+            if result is None:  # a statement without a table
+                result = connection.sql("select true as success")
+            return _with_rows(result)
+        except duckdb.InterruptException:
+            if not late.is_set():
+                raise
+            raise TimeoutError(
+                f"query must end within {SQL_SECONDS:g} s, got a longer one (use connect, which has no limit)"
+            ) from None
+        finally:
+            timer.cancel()
+
+    def connect(self) -> duckdb.DuckDBPyConnection:
+        """A DuckDB connection with the tables of `sql` and without its limits: it can read and write files."""
+        import duckdb
+        import pyarrow.dataset as ds
+
+        connection = duckdb.connect()
+        # Through Arrow rather than by path, in which DuckDB would expand wildcards.
+        connection.register("records", scan(self._checked, complete=self.complete))
+        connection.register("skipped", self.skipped)
+        connection.execute(
+            f"create temp view outcomes as {outcomes_query(self.plan, eight_bit=self.eight_bit)}"
+        )
+        if (self.folder / LISTING).is_file():
+            connection.register("images", ds.dataset(self.folder / LISTING))
+        return connection
 
     @property
     def maps(self) -> StoredMaps:
@@ -152,19 +201,17 @@ class Run:
 
     @cached_property
     def _connection(self) -> duckdb.DuckDBPyConnection:
-        import duckdb
-        import pyarrow.dataset as ds
-
-        connection = duckdb.connect()
-        # Through Arrow rather than by path, in which DuckDB would expand wildcards.
-        connection.register("records", scan(self._checked, complete=self.complete))
-        connection.register("skipped", self.skipped)
-        connection.execute(
-            f"create temp view outcomes as {outcomes_query(self.plan, eight_bit=self.eight_bit)}"
-        )
-        if (self.folder / LISTING).is_file():
-            connection.register("images", ds.dataset(self.folder / LISTING))
+        connection = self.connect()
+        for setting in (*LOCKED, f"memory_limit = '{SQL_MEMORY}'", "lock_configuration = true"):
+            connection.execute(f"set {setting}")
         return connection
+
+
+def _with_rows(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelation:
+    """The relation, run once: otherwise its query would run when its rows are asked for, without a limit of time."""
+    keep = "materialize" if hasattr(relation, "materialize") else "execute"  # before DuckDB 2
+    rows: duckdb.DuckDBPyRelation = getattr(relation, keep)()
+    return rows
 
 
 def _frame(table: pa.Table) -> pd.DataFrame:
