@@ -107,7 +107,7 @@ def recover(
         )
     # Damaged shards are computed again anyway, so their images need no comparison.
     changed, returned = _changed(store.folder, job, skip=damage)
-    kept, edited = _kept(store, job)
+    kept, edited = _kept(store, job, skip=damage)
     if changed or edited:
         names = [*(name for number in sorted(changed) for name in changed[number]), *edited]
         were = "1 image was" if len(names) == 1 else f"{len(names):,} images were"
@@ -154,7 +154,7 @@ def _edited(images: Sequence[Entry], before: Sequence[str | None], now: Sequence
     ]
 
 
-def _kept(store: LocalStore, job: Job) -> tuple[list[GroupResult], list[str]]:
+def _kept(store: LocalStore, job: Job, skip: Mapping[int, object]) -> tuple[list[GroupResult], list[str]]:
     """The results of unfinished shards whose images are all as they were, and the names of changed images."""
     done = shard_files(store.folder)
     store.drop_unfinished(done)  # of sessions that died before they could remove them
@@ -162,7 +162,7 @@ def _kept(store: LocalStore, job: Job) -> tuple[list[GroupResult], list[str]]:
     kept: dict[GroupKey, GroupResult] = {}
     edited: dict[str, None] = {}
     for path in unfinished_files(store.folder):
-        for result in read_unfinished(path):
+        for result in [] if shard_number(path) in skip else read_unfinished(path):
             images = job.entries_of(result.key)
             place = result.key[:2]
             if place not in digests:

@@ -13,18 +13,13 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
+from typing import cast
 
 from weakspot._checks import check_count, check_fraction, check_seed
 from weakspot._io.urls import is_url
-from weakspot.audit.plan.attack_plan import (
-    AttackPlan,
-    ModelPlan,
-    checked_table,
-    labeled,
-    read_attacks,
-    read_texts,
-)
+from weakspot.audit.plan.attack_plan import AttackPlan, ModelPlan, labeled, with_budgets
 from weakspot.audit.plan.image_list import LABELS
+from weakspot.audit.plan.schema import Reader
 from weakspot.budgets import read_budget
 from weakspot.datasets.labels import LABEL_FILE
 from weakspot.explanations.analysis import available_analyses, find_analyses
@@ -102,28 +97,20 @@ class Plan:
         Raises:
             ValueError: if a key is unknown or a value has the wrong type.
         """
-        values = checked_table("plan", mapping, cls, more=("images", "budget"))
-        values.pop("sources", None)
+        plan, budgets = _typed(mapping)
         folder = (folder or Path.cwd()).absolute()
-        images = values.pop("images", None) or ()
-        images = [images] if isinstance(images, str) else images  # one path: a comma is legal in it
-        values["sources"] = tuple(_within(folder, path) for path in read_texts("images", images))
-        budget = values.pop("budget", None)
-        if budget is not None:
-            values["stated_budgets"] = budget
-        values["model"] = ModelPlan.from_mapping(values.get("model", {}), folder)
-        values["attacks"] = read_attacks(values.get("attacks", "pgd"), budget)
-        for key, name in (("regions", "regions"), ("analyses", "analyses"), ("stated_budgets", "budget")):
-            if key in values:
-                values[key] = read_texts(name, values[key])
-        if values.get("analyses") == ("all",):
-            values["analyses"] = tuple(available_analyses())
-        elif values.get("analyses") == ("none",):
-            values["analyses"] = ()
-        # Everything else is the path of a label file.
-        if values.get("labels", "auto") not in LABELS:
-            values["labels"] = str(folder / str(values["labels"]))
-        return cls(**values)
+        weights, labels = plan.model.weights, plan.labels
+        analyses = tuple(available_analyses()) if plan.analyses == ("all",) else plan.analyses
+        return replace(
+            plan,
+            sources=tuple(_within(folder, path) for path in plan.sources),
+            model=replace(plan.model, weights=None if weights is None else str(folder / weights)),
+            attacks=with_budgets(plan.attacks, budgets),
+            stated_budgets=budgets or plan.stated_budgets,
+            analyses=() if analyses == ("none",) else analyses,
+            # Everything else is the path of a label file.
+            labels=labels if labels in LABELS else str(folder / labels),
+        )
 
     def as_mapping(self) -> dict[str, object]:
         """The plain values that `from_mapping` reads."""
@@ -204,8 +191,6 @@ class Plan:
             raise ValueError(
                 f"labels must be {', '.join(LABELS)} or the path of {LABEL_FILE}, got {self.labels!r}"
             )
-        if not isinstance(self.controls, bool):
-            raise ValueError(f"controls must be true or false, got {self.controls!r}")
         find_analyses(self.analyses)
         for budget in self.stated_budgets:
             read_budget(budget)
@@ -227,12 +212,25 @@ class Plan:
         return tuple(dict.fromkeys(spec.text for spec in specs))
 
 
+def _typed(mapping: Mapping[str, object]) -> tuple[Plan, tuple[str, ...]]:
+    """The plan as it is spelled, and its budgets for all attacks; `out` is a key of files, not of plans."""
+    reader, texts = Reader(spelled=True), tuple[str, ...]
+    values = dict(mapping)
+    reader.read(str | None, values.pop("out", None), "out")
+    images = values.pop("images", None) or ()
+    images = [images] if isinstance(images, str) else images  # one path: a comma is legal in it
+    sources = reader.read(texts, images, "images")
+    budgets = reader.read(texts | None, values.pop("budget", None), "budget")
+    plan = reader.table(Plan, {**values, "sources": sources}, "plan", more=("budget", "images", "out"))
+    return plan, cast("tuple[str, ...] | None", budgets) or ()
+
+
 def read_plan(path: Path) -> dict[str, object]:
     """The content of a TOML file; paths in it, `out` included, become relative to the file's folder.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not valid TOML.
+        ValueError: if it is not valid TOML, has an unknown key, or a value of the wrong type.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist (give the path of a plan)")
@@ -240,12 +238,15 @@ def read_plan(path: Path) -> dict[str, object]:
         table: dict[str, object] = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML ({error})") from None
+    try:
+        _typed(table)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     folder = path.absolute().parent
     # Relative to the file, not to the working directory: a plan can be moved with its images.
-    images = table.get("images")
-    if isinstance(images, str | list):
-        paths = [images] if isinstance(images, str) else images
-        table["images"] = [_within(folder, str(one)) for one in paths]
+    images = table.get("images", [])
+    paths = [images] if isinstance(images, str) else images
+    table["images"] = [_within(folder, one) for one in cast("list[str]", paths)]
     for key in ("out", "labels"):
         value = table.get(key)
         if isinstance(value, str) and value not in LABELS:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from weakspot._io.files import write_atomic
 from weakspot.audit.plan.limits import Limit, limit_of
 from weakspot.audit.plan.plan import Plan
+from weakspot.audit.plan.schema import Reader
 from weakspot.audit.store.digests import digest_of, file_digest
 
 if TYPE_CHECKING:
@@ -82,9 +83,9 @@ class Note:
     """
 
     read: int
-    skipped: Sequence[tuple[str, str]]
-    missing: Sequence[tuple[str, str]] = ()
-    contents: Sequence[str | None] = ()
+    skipped: tuple[tuple[str, str], ...]
+    missing: tuple[tuple[str, str], ...] = ()
+    contents: tuple[str | None, ...] = ()
     seconds: float = 0.0
     maps: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
@@ -95,11 +96,7 @@ class Note:
     @classmethod
     def from_json(cls, content: bytes) -> Note:
         """Read what `to_json` wrote."""
-        values = json.loads(content)
-        for name in ("skipped", "missing"):
-            values[name] = [(image, reason) for image, reason in values[name]]
-        values["maps"] = {path: (size, digest) for path, (size, digest) in values["maps"].items()}
-        return cls(**values)
+        return Reader().table(cls, json.loads(content), "note")
 
 
 def shard_files(folder: Path) -> dict[int, Path]:

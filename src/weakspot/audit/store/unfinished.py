@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from weakspot._io.files import write_atomic
+from weakspot.audit.plan.schema import Reader
 from weakspot.audit.store.digests import digest_of
 from weakspot.audit.store.maps import MapBlock, Values, merge_block
 from weakspot.audit.store.records import Note, merged_rows, shard_number
@@ -136,11 +137,7 @@ def read_unfinished(path: Path) -> list[GroupResult]:
                 for name, about in facts["about"].items()
             }
             rows = pa.ipc.open_stream(pa.py_buffer(file.get_tensor(f"{number}/rows").tobytes())).read_all()
-            seen = ImageFacts(
-                tuple(facts["images"]["contents"]),
-                tuple((name, reason) for name, reason in facts["images"]["skipped"]),
-                tuple((name, reason) for name, reason in facts["images"]["missing"]),
-            )
+            seen = Reader().table(ImageFacts, facts["images"], "images")
             results.append(GroupResult(GroupKey(*facts["key"]), rows, blocks, seen, facts["seconds"]))
     return results
 
@@ -194,9 +191,9 @@ def merged(results: Iterable[GroupResult], shape: tuple[int, int, int]) -> Shard
             merge_block(blocks, name, block, shape, (key.start, key.attack, key.region))
     note = Note(
         sum(len(result.rows) for result in ordered if result.key.attack == result.key.region == 0),
-        [pair for start in sorted(skipped) for pair in skipped[start]],
-        [pair for start in sorted(missing) for pair in missing[start]],
-        contents,
+        tuple(pair for start in sorted(skipped) for pair in skipped[start]),
+        tuple(pair for start in sorted(missing) for pair in missing[start]),
+        tuple(contents),
         sum(result.seconds for result in ordered),
     )
     return ShardResult(merged_rows([result.rows for result in ordered]), blocks, note)
