@@ -26,7 +26,7 @@ from tests.audit.fixtures import (
 )
 from weakspot import Classifier
 from weakspot.audit import AttackPlan, AuditInterrupt, AuditProgress, Plan, Run, audit, open_run, resume
-from weakspot.audit.execution import attacked_groups, ledger
+from weakspot.audit.execution import attacked_groups, job
 from weakspot.audit.execution.job import Job, affordable_group, estimated_passes, forward_flops
 from weakspot.audit.store.records import shard_files
 from weakspot.audit.store.unfinished import merged, read_unfinished, unfinished_files, write_unfinished
@@ -101,14 +101,14 @@ def test_repeated_interrupts_give_the_same_records(whole: Run, pictures: Path) -
 def test_a_session_that_ends_before_the_shard_is_merged_computes_nothing_again(
     whole: Run, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(job, "SAVE_EVERY", 0.0)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     out = pictures.parent / "cut"
     with monkeypatch.context() as patch:
-        patch.setattr(ledger, "write_shard", full)
+        patch.setattr(job, "write_shard", full)
         with pytest.raises(Exception, match="No space left"):
             audit(one_shard(pictures), out)
     assert sum(len(read_unfinished(path)) for path in unfinished_files(out)) == 15
@@ -121,18 +121,18 @@ def test_what_is_done_is_written_within_seconds(
 ) -> None:
     """With a clock that runs `pause` seconds per group, no more than SAVE_EVERY and one group are unsaved."""
     clock = [0.0]
-    monkeypatch.setattr("weakspot.audit.execution.ledger.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("weakspot.audit.execution.job.time.monotonic", lambda: clock[0])
     unsaved: list[float] = []
-    own = ledger.Ledger.add
+    own = job.Ledger.add
 
-    def add(self: ledger.Ledger, result: Any) -> None:
+    def add(self: job.Ledger, result: Any) -> None:
         clock[0] += pause
         own(self, result)
         unsaved.append(pause * len(self.unsaved))
 
-    monkeypatch.setattr(ledger.Ledger, "add", add)
+    monkeypatch.setattr(job.Ledger, "add", add)
     audit(one_shard(pictures, analyses=()), pictures.parent / "out")
-    assert max(unsaved) <= ledger.SAVE_EVERY
+    assert max(unsaved) <= job.SAVE_EVERY
     assert len(unsaved) == 16
 
 

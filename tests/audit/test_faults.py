@@ -380,7 +380,7 @@ def test_a_comparison_remarks_other_logits_of_the_same_weights(odd: Path) -> Non
 
 
 def test_a_worker_sends_an_exit_as_an_error() -> None:
-    from weakspot.audit.engines.ray_worker import _sendable
+    from weakspot.audit.execution.ray_worker import _sendable
 
     sent = _sendable(SystemExit(0))
     assert (type(sent), str(sent)) == (RuntimeError, "SystemExit: 0")

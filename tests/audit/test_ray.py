@@ -27,8 +27,8 @@ from tests.audit.fixtures import (
     small_plan,
 )
 from weakspot.audit import AttackPlan, StoppedError, audit, open_run, resume
-from weakspot.audit.engines.ray_engine import allocation
 from weakspot.audit.execution.audit_engine import open_engine
+from weakspot.audit.execution.ray_engine import allocation
 from weakspot.audit.store.records import shard_files
 
 __all__ = ["networks", "pictures"]  # fixtures

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.cli.conftest import NAMES, TINY, Run, save
 from weakspot import Pairs, sample_images
-from weakspot.audit.store.run_folder import FILES
+from weakspot.audit.store.run import FILES
 from weakspot.cli.app import Failure
 from weakspot.cli.explain import _check_pair
 from weakspot.statistics.number_format import p_value

@@ -10,8 +10,7 @@ from weakspot.audit.page.run_page import write_run_report
 from weakspot.audit.plan.attack_plan import AttackPlan, ModelPlan
 from weakspot.audit.plan.plan import Plan, read_plan
 from weakspot.audit.store.digests import AuditInterrupt, StoppedError
-from weakspot.audit.store.run import Run, open_run
-from weakspot.audit.store.run_folder import write_run
+from weakspot.audit.store.run import Run, open_run, write_run
 
 __all__ = [
     "AttackPlan",

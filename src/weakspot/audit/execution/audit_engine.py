@@ -6,18 +6,17 @@ manager of an `Engine`. This file has the one of this process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from weakspot._checks import check_count, entry_points, unknown_choice
 from weakspot.audit.execution.attacked_groups import Progress, attack_groups
 from weakspot.audit.execution.batches import AuditModel
-from weakspot.audit.execution.job import Job
-from weakspot.audit.store.unfinished import GroupKey, GroupResult
+from weakspot.audit.execution.job import Backlog, Job
+from weakspot.audit.store.unfinished import GroupResult
 
 GROUP = "weakspot.engines"
-Backlog = Mapping[int, Sequence[GroupKey]]  # number of a shard -> its groups that are not computed yet
 Results = Generator[GroupResult, None, None]
 
 

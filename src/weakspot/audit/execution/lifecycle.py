@@ -18,10 +18,15 @@ from weakspot._checks import first_line, require, warn
 from weakspot._io.files import locked
 from weakspot._io.urls import FetchError
 from weakspot.audit.execution.audit_engine import Engine, open_engine
-from weakspot.audit.execution.job import Job
-from weakspot.audit.execution.ledger import Ledger
-from weakspot.audit.execution.preparation import check_same_model, load_planned, prepare
-from weakspot.audit.execution.recovery import find_damage, read_listing, recover
+from weakspot.audit.execution.job import Job, Ledger
+from weakspot.audit.execution.preparation import (
+    check_same_model,
+    find_damage,
+    load_planned,
+    prepare,
+    read_listing,
+    recover,
+)
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.digests import AuditInterrupt, DamagedError, StoppedError, enumerated
 from weakspot.audit.store.maps import MAPS
@@ -32,6 +37,7 @@ from weakspot.audit.store.records import (
     SKIPPED,
     clear_drafts,
     compact,
+    damaged_tables,
     read_notes,
     shard_files,
 )
@@ -39,7 +45,6 @@ from weakspot.audit.store.run import PACKAGES, Run, open_run
 from weakspot.audit.store.run_info import RUN_FILE, ImageCounts, MissingImages, RunInfo, now
 from weakspot.audit.store.stores import LocalStore, open_store
 from weakspot.audit.store.unfinished import UNFINISHED
-from weakspot.audit.store.verification import damaged_tables
 
 LOCK = "audit.lock"
 NAMED = 5  # missing images whose names run.json gives

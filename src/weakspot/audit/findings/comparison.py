@@ -12,8 +12,7 @@ import pandas as pd
 from weakspot.audit.findings.locations import score_names
 from weakspot.audit.findings.outcomes import WHOLE_IMAGE, adjusted, quoted_name
 from weakspot.audit.plan.attack_plan import AttackPlan
-from weakspot.audit.plan.limits import limit_of
-from weakspot.audit.plan.plan import Plan
+from weakspot.audit.plan.plan import Plan, limit_of
 from weakspot.audit.store.records import has_records
 from weakspot.audit.store.run import Run
 from weakspot.statistics import mean_intervals, mean_test, paired_proportion_interval

@@ -16,8 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from weakspot.audit.findings.outcomes import adjusted, once_per_run, read_cell
-from weakspot.audit.plan.limits import recorded_norm
-from weakspot.audit.plan.plan import Plan
+from weakspot.audit.plan.plan import Plan, recorded_norm
 from weakspot.audit.store.run import Run
 from weakspot.regions.spec import RegionSpec
 from weakspot.statistics import mean_interval, paired_proportion_interval, region_test

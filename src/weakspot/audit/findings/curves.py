@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from weakspot.audit.findings.outcomes import once_per_run, read_cell
 from weakspot.audit.plan.attack_plan import AttackPlan, Value
-from weakspot.audit.plan.limits import NORMS, read_limit, recorded_norm
-from weakspot.audit.plan.plan import Plan
+from weakspot.audit.plan.plan import NORMS, Plan, read_limit, recorded_norm
 from weakspot.audit.store.records import quoted
 from weakspot.audit.store.run import Run
 from weakspot.audit.store.stored_maps import StoredMap

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from weakspot.audit.plan.limits import counted_budget
+from weakspot.audit.plan.plan import counted_budget
 from weakspot.audit.store.records import quoted
 from weakspot.audit.store.run import Run
 from weakspot.statistics import false_discovery, proportion_interval
@@ -32,7 +32,7 @@ class CellSummary:
         region_fraction: mean fraction of the image, over the images with a known outcome; NaN if there are none.
         images: images with a known outcome.
         robust_accuracy: fraction of these images that the attack did not fool within the budget; NaN for a
-            minimal-norm attack without a stated budget (see `weakspot.audit.plan.limits`).
+            minimal-norm attack without a stated budget (see `weakspot.audit.plan.plan`).
         low: lower end of the exact 95% interval over images; NaN if robust_accuracy is.
         high: upper end.
         errors: images on which the model or an analysis failed.

@@ -13,7 +13,7 @@ import pandas as pd
 from weakspot.audit.findings.contrasts import contrast_sentences, region_contrasts
 from weakspot.audit.findings.locations import score_findings
 from weakspot.audit.findings.outcomes import WHOLE_IMAGE, CellSummary, cell_summaries, with_interval
-from weakspot.audit.plan.limits import judged_attacks
+from weakspot.audit.plan.plan import judged_attacks
 from weakspot.audit.store.run import Run
 from weakspot.datasets.labels import FORMATS
 from weakspot.regions.spec import RegionSpec

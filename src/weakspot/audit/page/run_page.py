@@ -44,7 +44,7 @@ from weakspot.audit.page.sections import (
 )
 from weakspot.audit.page.thumbnails import thumbnails
 from weakspot.audit.plan.attack_plan import AttackPlan
-from weakspot.audit.plan.limits import judged_attacks
+from weakspot.audit.plan.plan import judged_attacks
 from weakspot.audit.store.records import has_records, quoted
 from weakspot.audit.store.run import Run
 from weakspot.report.rendering import base64_text, rendered

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 from weakspot._checks import check_count, check_fraction, check_seed
 from weakspot._io.urls import is_url
@@ -25,6 +25,7 @@ from weakspot.datasets.labels import LABEL_FILE
 from weakspot.explanations.analysis import available_analyses, find_analyses
 from weakspot.regions.spec import RegionSpec
 
+NORMS = ("linf", "l2", "l1")  # budgets that have a distance in the records
 DEFAULT_BUDGET = "linf:4/255"
 DEFAULT_ANALYSES = ("overlap", "promotion", "propagation")
 OTHER_IMAGES = 5  # controls per image that are regions of other images
@@ -265,3 +266,53 @@ def _within(folder: Path, path: str) -> str:
 
 def _normal(source: str) -> str:
     return source.rstrip("/") if is_url(source) else os.path.normpath(source)
+
+
+class Limit(NamedTuple):
+    """A stated budget: its text, its kind (linf, l2, l1, ...) and its amount."""
+
+    budget: str
+    kind: str
+    amount: float
+
+
+def read_limit(text: str) -> Limit:
+    """Parse a budget such as linf:4/255."""
+    kind = text.partition(":")[0].strip().lower()
+    return Limit(text, kind, float(getattr(read_budget(text), "eps")))  # noqa: B009 - Budget is a protocol without it
+
+
+def stated_budgets(plan: Plan) -> list[Limit]:
+    """The different budgets that the plan or any of its attacks states."""
+    texts = [*plan.stated_budgets, *(attack.budget for attack in plan.attacks if attack.budget)]
+    limits: dict[tuple[str, float], Limit] = {}
+    for limit in map(read_limit, texts):
+        limits.setdefault((limit.kind, limit.amount), limit)
+    return list(limits.values())
+
+
+def limit_of(plan: Plan, attack: AttackPlan) -> Limit | None:
+    """The stated budget at which a minimal-norm attack is counted.
+
+    This is the only stated budget in the attack's own norm or, if there is none in that norm, the only one of the plan.
+    None if no budget is stated, if several qualify, and for SSIM budgets, for which the records hold no distance.
+    """
+    stated = stated_budgets(plan)
+    candidates = [limit for limit in stated if limit.kind == attack.minimized_norm] or stated
+    return candidates[0] if len(candidates) == 1 and candidates[0].kind in NORMS else None
+
+
+def recorded_norm(attack: AttackPlan) -> str | None:
+    """The norm that a minimal-norm attack minimizes, if the records hold a distance in it; None otherwise."""
+    return attack.minimized_norm if attack.minimized_norm in NORMS else None
+
+
+def judged_attacks(plan: Plan) -> list[str]:
+    """Labels of the attacks that have a robust accuracy: all but minimal-norm attacks without a limit."""
+    return [attack.label for attack in plan.attacks if not attack.is_minimal or limit_of(plan, attack)]
+
+
+def counted_budget(plan: Plan, attack: AttackPlan) -> str | None:
+    """The budget at which an attack's robust accuracy is counted, as text."""
+    limit = limit_of(plan, attack) if attack.is_minimal else None
+    return limit.budget if limit else attack.budget

@@ -64,6 +64,14 @@ def file_digest(path: Path, number: int | None = None) -> str:
         return hashlib.file_digest(file, blake2b).hexdigest()
 
 
+def digest_or_none(path: Path) -> str | None:
+    """The digest of a file, None if it cannot be read."""
+    try:
+        return file_digest(path)
+    except OSError:
+        return None
+
+
 def _salt(number: int | None) -> bytes:
     # The number of a shard is part of its digest: an intact file in another shard's place is damage, too.
     return b"" if number is None else f"{number}".encode()

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weakspot._io.files import synchronize
-from weakspot.audit.store.digests import file_digest
+from weakspot.audit.store.digests import digest_or_none, file_digest
 
 MAPS = "maps.zarr"
 CLEAN = "clean"  # pictures of the images themselves, the only map without attacks and regions
@@ -271,3 +271,18 @@ def drop_maps(folder: Path, numbers: Collection[int]) -> None:
 def drop_array(folder: Path, description: str) -> None:
     """Remove a whole array whose zarr.json, at that path below maps.zarr, is damaged."""
     shutil.rmtree((folder / MAPS / description).parent, ignore_errors=True)
+
+
+def damaged_maps(
+    folder: Path, files: Mapping[str, tuple[int, str]], sizes: Mapping[str, int] | None = None
+) -> list[str]:
+    """Paths below maps.zarr of a shard's files that are gone or differ from what was written.
+
+    Args:
+        folder: of the run.
+        files: of the shard, with their sizes and digests, as its note has them.
+        sizes: of the files at a URL; if given, only sizes are compared.
+    """
+    if sizes is not None:
+        return [path for path, (size, _) in files.items() if sizes.get(path) != size]
+    return [path for path, (_, digest) in files.items() if digest_or_none(folder / MAPS / path) != digest]

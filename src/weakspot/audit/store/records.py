@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weakspot._io.files import write_atomic
-from weakspot.audit.plan.limits import Limit, limit_of
-from weakspot.audit.plan.plan import Plan
+from weakspot.audit.plan.plan import Limit, Plan, limit_of
 from weakspot.audit.plan.schema import Reader
-from weakspot.audit.store.digests import digest_of, file_digest
+from weakspot.audit.store.digests import damaged, digest_of, digest_or_none, file_digest
+from weakspot.audit.store.run_info import RunInfo
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -294,3 +294,30 @@ def _within(limit: Limit | None, fooled: str) -> str:
 def quoted(text: str) -> str:
     """A text as an SQL literal."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def check_records(folder: Path, info: RunInfo, name: str) -> None:
+    """Compare all records (of an incomplete run, its shards) with their digests.
+
+    Raises:
+        DamagedError: naming the files that differ in the run called `name`.
+    """
+    bad = damaged_tables(folder, info)
+    if not info.complete:
+        bad += [f"{SHARDS}/{path.name}" for path in damaged_shards(folder)]
+    if bad:
+        raise damaged(name, bad)
+
+
+def damaged_tables(folder: Path, info: RunInfo) -> list[str]:
+    """Names of the run's own Parquet files that are gone or differ from what was written."""
+    names = [LISTING, RECORDS, SKIPPED] if info.complete else [LISTING] if LISTING in info.checksums else []
+    return [name for name in names if digest_or_none(folder / name) != info.checksums.get(name)]
+
+
+def damaged_shards(folder: Path) -> list[Path]:
+    """Shard files that differ from what was written, or duplicate the number of another."""
+    paths = sorted((folder / SHARDS).glob("[0-9]*-*.parquet"))
+    # Reversed, so that the first file in order wins.
+    first = {shard_number(path): path for path in reversed(paths)}
+    return [path for path in paths if not is_intact(path) or first[shard_number(path)] != path]

@@ -18,9 +18,8 @@ import torch
 
 from weakspot._checks import describe_error, warn
 from weakspot.audit.execution.attacked_groups import attack_groups
-from weakspot.audit.execution.audit_engine import Backlog
 from weakspot.audit.execution.batches import AuditModel
-from weakspot.audit.execution.job import Job
+from weakspot.audit.execution.job import Backlog, Job
 from weakspot.audit.execution.preparation import load_planned
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.run_info import changed_versions

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from weakspot._checks import first_line, require, warn
 from weakspot._io.urls import is_url
-from weakspot.audit.engines.ray_worker import Attempts, GivenUpError, Reply, Task, Worker
 from weakspot.audit.execution.attacked_groups import Progress
-from weakspot.audit.execution.audit_engine import Backlog, Engine, Results
-from weakspot.audit.execution.job import Job
+from weakspot.audit.execution.audit_engine import Engine, Results
+from weakspot.audit.execution.job import Backlog, Job
+from weakspot.audit.execution.ray_worker import Attempts, GivenUpError, Reply, Task, Worker
 from weakspot.audit.store.digests import StoppedError
 from weakspot.audit.store.run_info import versions
 from weakspot.audit.store.unfinished import GroupResult

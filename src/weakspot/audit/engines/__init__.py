@@ -1,1 +1,0 @@
-"""Engines that compute an audit's groups elsewhere: on the workers of a Ray cluster."""
