@@ -17,8 +17,8 @@ import torch
 from scipy.stats import bootstrap
 from torch import Tensor, nn
 
-from benchmarks import real, rivals, sections
-from benchmarks.rivals import Attack, Counted
+from benchmarks import peers, real, sections
+from benchmarks.peers import Attack, Counted
 from benchmarks.timing import peak_gigabytes
 from weakspot import L2, SSIM, AttackResult, Budget, Linf, Pairs, attacks, ssim_map
 
@@ -127,12 +127,12 @@ def steps() -> None:
         cases["ResNet-20, 128 CIFAR-10 images at 32 x 32"] = (*real.correct("cifar10_resnet20", 128), 10, 5)
     for title, (model, images, labels, classes, rounds) in cases.items():
         jobs = {
-            f"floor, {STEPS} forward + backward": rivals.floor(STEPS),
+            f"floor, {STEPS} forward + backward": peers.floor(STEPS),
             "weakspot pgd": ours(attacks.pgd, budget=Linf(EPS), steps=STEPS),
             "weakspot pgd, stop_early": ours(attacks.pgd, budget=Linf(EPS), steps=STEPS, stop_early=True),
             "weakspot pgd, SSIM(0.001) global": ours(attacks.pgd, budget=SSIM(0.001), steps=STEPS),
             "weakspot pgd, SSIM(0.01) local": ours(attacks.pgd, budget=SSIM(0.01, mode="local"), steps=STEPS),
-            **rivals.pgd(EPS, STEPS, classes),
+            **peers.pgd(EPS, STEPS, classes),
         }
         outcomes = race(jobs, model, [(images, labels)], rounds=rounds)
         show(f"PGD, {STEPS} steps, 4/255: {title}", outcomes, model, images, labels)
@@ -152,7 +152,7 @@ def pixels() -> None:
         "weakspot few_pixel, guided": ours(
             attacks.few_pixel, population=400, generations=100, method="guided"
         ),
-        **rivals.installed(torchattacks_OnePixel=rivals.torchattacks("OnePixel", steps=100, popsize=400)),
+        **peers.installed(torchattacks_OnePixel=peers.torchattacks("OnePixel", steps=100, popsize=400)),
     }
     batches = list(zip(images.split(10), labels.split(10), strict=True))
     outcomes = race(jobs, model, batches, rounds=1, warm=False)
@@ -244,8 +244,8 @@ def robust(count: int = 500) -> None:
         model, images, labels = real.first(name, count)
         jobs = {
             "weakspot ensemble": ours(attacks.ensemble, budget=Linf(eps)),
-            **rivals.installed(
-                torchattacks_AutoAttack=rivals.torchattacks("AutoAttack", eps=eps, n_classes=10, seed=0)
+            **peers.installed(
+                torchattacks_AutoAttack=peers.torchattacks("AutoAttack", eps=eps, n_classes=10, seed=0)
             ),
         }
         batches = list(zip(images.split(100), labels.split(100), strict=True))
@@ -273,17 +273,17 @@ def smallest(budget: int = 1000) -> None:
     each = budget // 5
     jobs = {
         "weakspot carlini_wagner": ours(attacks.carlini_wagner, steps=budget, on_grid=False),
-        **rivals.installed(
-            foolbox_CW=rivals.foolbox(
+        **peers.installed(
+            foolbox_CW=peers.foolbox(
                 "L2CarliniWagnerAttack", None, binary_search_steps=5, steps=each, stepsize=0.01
             ),
-            torchattacks_CW=rivals.torchattacks("CW", c=1, steps=budget, lr=0.01),
+            torchattacks_CW=peers.torchattacks("CW", c=1, steps=budget, lr=0.01),
         ),
     }
     batches = [(images, labels)]
     short = {
         "weakspot fmn": ours(attacks.fmn, steps=100, on_grid=False),
-        **rivals.installed(foolbox_FMN=rivals.foolbox("LInfFMNAttack", None, steps=100)),
+        **peers.installed(foolbox_FMN=peers.foolbox("LInfFMNAttack", None, steps=100)),
     }
     outcomes = race(short, model, batches, rounds=3)
     show(
@@ -296,11 +296,11 @@ def smallest(budget: int = 1000) -> None:
     jobs = {
         "weakspot ead": ours(attacks.ead, steps=budget, on_grid=False),
         "weakspot strattack, cells of 4": ours(attacks.strattack, group=4, steps=budget, on_grid=False),
-        **rivals.installed(
-            foolbox_EAD=rivals.foolbox(
+        **peers.installed(
+            foolbox_EAD=peers.foolbox(
                 "EADAttack", None, binary_search_steps=5, steps=each, decision_rule="L1", regularization=0.001
             ),
-            torchattacks_EADL1=rivals.torchattacks("EADL1", binary_search_steps=5, max_iterations=each),
+            torchattacks_EADL1=peers.torchattacks("EADL1", binary_search_steps=5, max_iterations=each),
         ),
     }
     outcomes = race(jobs, model, batches, rounds=1, warm=False)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks import real, rivals, sections
+from benchmarks import peers, real, sections
 from benchmarks.timing import peak_gigabytes
 from weakspot import Pairs, attacks, load, locality, promotion_suppression, sample_images
 from weakspot.classifier import Classifier, evaluating
@@ -170,8 +170,8 @@ def sweep(count: int = 40) -> None:
             attacks.pixel_sweep(model, i, y, colors="refined", stop_early=True).success
         ),
     }
-    peers = rivals.installed(torchattacks_OnePixel=rivals.torchattacks("OnePixel", steps=100, popsize=400))
-    for name, attack in peers.items():
+    others = peers.installed(torchattacks_OnePixel=peers.torchattacks("OnePixel", steps=100, popsize=400))
+    for name, attack in others.items():
         jobs[name] = lambda i, y, attack=attack: real.predictions(model, attack(model, i, y)) != y  # type: ignore[misc]
     took: dict[str, float] = dict.fromkeys(jobs, 0.0)
     results: dict[str, list[Tensor]] = {name: [] for name in jobs}

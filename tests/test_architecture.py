@@ -192,3 +192,20 @@ def test_weights_are_never_unpickled() -> None:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 assert "weights_only=True" in ast.unparse(node), path
+
+
+def test_the_first_verdict_loads_neither_a_compiler_nor_statistics_that_it_does_not_use() -> None:
+    code = (
+        "import sys, torch, weakspot\n"
+        "from weakspot.zoo import build\n"
+        "model = weakspot.Classifier.wrap(build('two_conv', classes=3, channels=3, size=(32, 32), seed=0))\n"
+        "images = torch.rand(1, 3, 32, 32)\n"
+        "pairs = weakspot.attacks.pgd(model, images, model(images).argmax(1), steps=2)\n"
+        "weakspot.explain(model, pairs, analyses=['overlap']).verdict()\n"
+        "weakspot.LocalEdits(model, images[0])\n"
+        "print([name for name in ('torch._dynamo', 'scipy.stats', 'matplotlib', 'jinja2') if name in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]", result.stderr

@@ -623,9 +623,9 @@ def test_the_margin_to_a_given_class_is_the_difference_of_two_logits(
     case: tuple[Tensor, Tensor], shift: int
 ) -> None:
     logits, labels = case
-    rivals = (labels + shift) % logits.shape[1]
-    expected = [row[label] - row[rival] for row, label, rival in zip(logits, labels, rivals, strict=True)]
-    assert torch.equal(margin(logits, labels, rivals), torch.stack(expected))
+    competing = (labels + shift) % logits.shape[1]
+    expected = [row[label] - row[other] for row, label, other in zip(logits, labels, competing, strict=True)]
+    assert torch.equal(margin(logits, labels, competing), torch.stack(expected))
 
 
 @given(scored())

@@ -112,3 +112,23 @@ def test_the_docs_have_commands_of_every_kind() -> None:
     assert {command.split()[1] for command in COMMANDS} >= {
         "attack", "audit", "compare", "defend", "dissect", "explain", "report", "train",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "SECURITY.md", ROOT / "CODE_OF_CONDUCT.md"], ids=lambda page: page.name
+)
+def test_links_between_files_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text("utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_citation_names_the_version_of_the_package() -> None:
+    version = r'^version(?:: | = ")([\d.]+)"?$'
+    files = [(ROOT / name).read_text("utf-8") for name in ("CITATION.cff", "pyproject.toml")]
+    cited, packaged = (re.findall(version, text, re.MULTILINE) for text in files)
+    assert cited == packaged != []
+
+
+def test_every_page_of_the_docs_is_in_the_menu_of_the_site() -> None:
+    menu = re.findall(r"([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= set(menu)

@@ -49,6 +49,7 @@ from weakspot.images import read_images, sample_images
 from weakspot.models import load
 from weakspot.pairs import AttackResult, Pairs
 from weakspot.similarity import ssim_map
+from weakspot.vulnerability import SmallestSquare, WeakSpots, smallest_square, weak_spots
 
 __version__ = version("weakspot")
 __all__ = [
@@ -74,7 +75,9 @@ __all__ = [
     "Propagation",
     "PropagationStudy",
     "Restoration",
+    "SmallestSquare",
     "SsimAlignment",
+    "WeakSpots",
     "attacks",
     "build_concepts",
     "class_activation",
@@ -96,9 +99,11 @@ __all__ = [
     "regions",
     "restoration",
     "sample_images",
+    "smallest_square",
     "ssim_alignment",
     "ssim_map",
     "training",
     "unit_restoration",
     "unit_sensitivity",
+    "weak_spots",
 ]

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SEEDED = threading.RLock()
 """Held while a global random generator runs from a seed, so that two threads do not draw from it in turn."""
@@ -299,3 +301,24 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         yield
+
+
+class DispatchMode(TorchDispatchMode):
+    """A dispatch mode that torch's compiler is kept out of, without importing the compiler.
+
+    A compiled model that runs under the mode would have the mode compiled as well. torch prevents that by importing
+    its compiler, which takes 1.3 s, whether or not a model is compiled. Here it happens only if it is loaded already.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # not when the class is made
+
+    def __enter__(self) -> Any:
+        mode = type(self)
+        if "torch._dynamo" in sys.modules and not hasattr(mode.__torch_dispatch__, "__wrapped__"):
+            mode.__torch_dispatch__ = torch._disable_dynamo(mode.__torch_dispatch__, recursive=True)  # type: ignore[method-assign, attr-defined]
+        return super().__enter__()  # type: ignore[no-untyped-call]

@@ -11,8 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from weakspot import cli, sample_images
-from weakspot.cli import output
+from weakspot import _progress, cli, sample_images
 
 
 @dataclass
@@ -64,7 +63,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("COLUMNS", "200")
     # No progress line, however slow the machine is.
-    monkeypatch.setattr(output, "LINE_EVERY", 3600.0)
+    monkeypatch.setattr(_progress, "FIRST_LINE", 3600.0)
 
     def call(*arguments: object) -> Ended:
         monkeypatch.setattr(sys, "argv", ["weakspot", *map(str, arguments)])

@@ -12,8 +12,7 @@ from PIL import Image
 
 from tests.cli.conftest import TINY as MODEL
 from tests.cli.conftest import Run
-from weakspot import Linf, defenses, load, read_images
-from weakspot.cli import output
+from weakspot import Linf, _progress, defenses, load, read_images
 from weakspot.cli.app import Failure
 from weakspot.cli.defend import find_defense
 
@@ -174,10 +173,11 @@ def test_limit_takes_images_chosen_by_the_seed(run: Run, photographs: Path) -> N
 def test_progress_is_printed_where_there_is_no_terminal(
     run: Run, photographs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output, "LINE_EVERY", 0.02)
+    monkeypatch.setattr(_progress, "FIRST_LINE", 0.02)
+    monkeypatch.setattr(_progress, "LINE_EVERY", 0.02)
     ended = run("defend", photographs, *QUICK, "--out", "made")
     assert ended.code == 0
-    assert re.search(r"^attacking 4 images: \d+% after \d+ s", ended.err, re.MULTILINE)
+    assert re.search(r"^attacking: \d+% of 4 images, ", ended.err, re.MULTILINE)
     ended = run("defend", photographs, *QUICK, "--out", "made", "--quiet")
     assert (ended.out, ended.err) == ("", "")
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.cli.conftest import NAMES, Run, save
 from weakspot import sample_images
+from weakspot._progress import Display
 from weakspot.cli.app import Failure, app
 from weakspot.cli.options import (
     ModelOptions,
@@ -32,7 +33,7 @@ MODEL = ModelOptions("tiny_networks:build", size="64x64")
 @pytest.fixture
 def session(run: Run, tmp_path: Path) -> Session:
     context = typer.Context(typer.main.get_command(app))
-    return Session(context, OutputOptions(), MODEL, tmp_path / "out", lambda _step, _fraction: None)
+    return Session(context, OutputOptions(), MODEL, tmp_path / "out", Display())
 
 
 def test_bad_files_among_good_ones_are_named_once_each(

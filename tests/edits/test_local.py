@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -556,3 +558,19 @@ def test_a_recording_keeps_the_weights_of_its_time(image: Tensor) -> None:
         for parameter in model.parameters():
             parameter.mul_(2)
     torch.testing.assert_close(edits.logits(torch.zeros_like(tops), tops, lefts, patches), before)
+
+
+def test_a_compiled_model_gives_the_same_logits_and_the_recorder_is_not_compiled() -> None:
+    code = (
+        "import torch, weakspot\n"
+        "from weakspot.zoo import build\n"
+        "model = build('two_conv', classes=3, channels=3, size=(32, 32), seed=0).eval()\n"
+        "image, places, patches = torch.rand(3, 32, 32), torch.arange(5), torch.rand(5, 3, 2, 2)\n"
+        "expected = weakspot.LocalEdits(model, image).logits(places, places, patches)\n"
+        "compiled = torch.compile(model, backend='eager')\n"
+        "compiled(image[None])\n"
+        "logits = weakspot.LocalEdits(compiled, image).logits(places, places, patches)\n"
+        "assert torch.equal(logits, expected)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "recording.py" not in result.stderr

@@ -10,6 +10,7 @@ from weakspot.attacks.losses import LOSSES, minimizes
 from weakspot.attacks.minimum_norm import fmn
 from weakspot.attacks.pixel_search import few_pixel
 from weakspot.attacks.registry import Attack, available_attacks, find_attack
+from weakspot.attacks.smallest_change import minimal_pgd
 from weakspot.attacks.sweeps import PixelSweep, pixel_sweep
 from weakspot.attacks.tradeoff import carlini_wagner
 
@@ -28,6 +29,7 @@ __all__ = [
     "fgsm",
     "find_attack",
     "fmn",
+    "minimal_pgd",
     "minimizes",
     "pgd",
     "pixel_sweep",

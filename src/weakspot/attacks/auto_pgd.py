@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from weakspot.attacks.context import Problem, Progress
+from weakspot._progress import Progress
+from weakspot.attacks.context import Problem
 from weakspot.attacks.gradient import random_start
 from weakspot.attacks.losses import Loss
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,16 +21,16 @@ from weakspot._checks import (
     check_seed,
     warn,
 )
+from weakspot._progress import Progress, ProgressOption, shown
 from weakspot.attacks.eight_bit import stored
 from weakspot.attacks.losses import Loss, check_values, conservative_margin, margin
 from weakspot.budgets import SSIM, Budget, Linf, PreparedBudget, prepare
 from weakspot.classifier import Classifier, check_images, check_logits, evaluating, predict
-from weakspot.edits import Prepared
+from weakspot.edits import Crops, Prepared
 from weakspot.fusion import fused, measured_batch
 from weakspot.pairs import AttackResult
 
 DEFAULT_BUDGET = Linf(4 / 255)
-Progress = Callable[[float], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,8 @@ class AttackOptions:
             other images.
         batch_size: images that go through the model at once; it bounds the memory and changes no result beyond
             rounding. If None, it is chosen by measuring.
-        progress: called with the fraction done, 0 to 1.
+        progress: True for a bar on standard error or in the notebook, or a function that is called with the fraction
+            done, 0 to 1.
     """
 
     budget: Budget | None = None
@@ -59,7 +60,7 @@ class AttackOptions:
     targets: Tensor | None = None
     seed: int = 0
     batch_size: int | None = None
-    progress: Progress | None = None
+    progress: ProgressOption = None
 
 
 class LossGradient(NamedTuple):
@@ -99,6 +100,8 @@ class Problem:
         loss_targets: (N,) classes that losses aim at instead of `targets`; success is judged by `targets`.
         prepared: the classifier's recording, if edits of one pixel go by windows.
         lead: another classifier whose logits and gradients losses get; success is judged by `classifier`.
+        crops: if not None, `clean` and `region` are these parts of whole images, and the rest of them is fixed.
+        progress: called with the fraction done, 0 to 1.
     """
 
     classifier: Classifier
@@ -117,6 +120,8 @@ class Problem:
     loss_targets: Tensor | None = None
     prepared: Prepared | None = None
     lead: Classifier | None = None
+    crops: Crops | None = None
+    progress: Progress | None = None
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -134,6 +139,7 @@ class Problem:
             region=self.region[chosen],
             keys=self.keys[chosen],
             rows=self.rows[chosen],
+            crops=None if self.crops is None else self.crops.select(chosen),
         )
 
     def fused_model(self) -> AbstractContextManager[None]:
@@ -167,10 +173,14 @@ class Problem:
         margins, batches = [], []
         with torch.no_grad():
             for part in torch.arange(len(images), device=images.device).split(self.batch_size):
-                logits = self.classifier(images[part])
+                logits = self._logits(images[part], owners[part])
                 margins.append(self.margins(logits, owners[part]))
                 batches.append(logits)
         return torch.cat(margins), torch.cat(batches)
+
+    def _logits(self, images: Tensor, owners: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(images) if self.crops is None else self.crops.logits(images, owners)
+        return logits
 
     def margins(self, logits: Tensor, owners: Tensor) -> Tensor:
         """(M,) margins of logits (M, K), whose forward passes are counted; `owners` (M,) numbers their clean images."""
@@ -203,7 +213,7 @@ class Problem:
             labels, targets = self.labels[part], None if self.targets is None else self.targets[part]
             # With a lead, the classifier only judges: its gradients are not needed.
             with torch.set_grad_enabled(self.lead is None):
-                logits = self.classifier(point)
+                logits = self._logits(point, part)
             self._check(logits.detach(), labels, targets)
             led = logits if self.lead is None else self.lead(point)
             values = loss(led, labels, targets if self.loss_targets is None else self.loss_targets[part])
@@ -292,7 +302,11 @@ def attack_context(
     check_seed(options.seed)
     if options.budget is not None:
         check_budget(options.budget)
-    with evaluating(model) as classifier:
+    count = len(images) if isinstance(images, Tensor) else 0  # `check_images` refuses what is no tensor
+    with (
+        evaluating(model) as classifier,
+        shown(options.progress, "attacking", total=count, counted=False) as progress,
+    ):
         clean = check_images(images, classifier)
         count, device = len(clean), clean.device
         check_classes(labels, count)
@@ -326,11 +340,5 @@ def attack_context(
             n_backward=torch.zeros_like(labels),
             budget=options.budget,
             everywhere=bool(region.all()),
+            progress=progress,
         )
-
-
-def part_of(progress: Progress | None, number: int, count: int) -> Progress | None:
-    """Progress of one of several pieces as progress of the whole."""
-    if progress is None:
-        return None
-    return lambda fraction: progress((number + fraction) / count)

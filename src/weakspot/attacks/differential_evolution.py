@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from weakspot import _random
-from weakspot.attacks.context import Problem, Progress
+from weakspot._progress import Progress
+from weakspot.attacks.context import Problem
 from weakspot.attacks.pixel_edits import evaluate_painted, paint
 
 WEIGHT = 0.5  # F of Storn and Price: of the difference of two candidates that is added to a third

@@ -9,15 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import ModelWarning, check_budget, warn
+from weakspot._progress import Progress, ProgressOption, part
 from weakspot.attacks.auto_pgd import adaptive_descent
-from weakspot.attacks.context import (
-    DEFAULT_BUDGET,
-    AttackOptions,
-    Problem,
-    Progress,
-    attack_context,
-    part_of,
-)
+from weakspot.attacks.context import DEFAULT_BUDGET, AttackOptions, Problem, attack_context
 from weakspot.attacks.losses import Loss, cross_entropy, dlr
 from weakspot.attacks.square_search import square_search
 from weakspot.budgets import Budget
@@ -40,7 +34,7 @@ def ensemble(
     targets: Tensor | None = None,
     seed: int = 0,
     batch_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> AttackResult:
     """Judge robustness: the worst case of several attacks per image, with nothing to tune.
 
@@ -59,7 +53,7 @@ def ensemble(
             the model then hides its gradients, and attacks that follow them overrate it.
     """
     check_budget(budget)  # also where every image is misclassified from the start, so that no stage runs
-    options = AttackOptions(budget, region, targets, seed, batch_size)
+    options = AttackOptions(budget, region, targets, seed, batch_size, progress)
     with attack_context(model, images, labels, options) as problem:
         with problem.fused_model():
             best = problem.clean.clone()
@@ -73,7 +67,7 @@ def ensemble(
                 if not len(active):
                     break
                 before = len(active)
-                points, margins = stage(active, part_of(progress, number, len(stages)))
+                points, margins = stage(active, part(problem.progress, number, number + 1, len(stages)))
                 better = margins < lowest[active]
                 best[active[better]], lowest[active[better]] = points[better], margins[better]
             else:  # only if the last stage, which needs no gradients, was run

@@ -9,14 +9,8 @@ from torch import Tensor, nn
 
 from weakspot import _random
 from weakspot._checks import check_count, is_number
-from weakspot.attacks.context import (
-    DEFAULT_BUDGET,
-    AttackOptions,
-    Problem,
-    Progress,
-    attack_context,
-    part_of,
-)
+from weakspot._progress import Progress, ProgressOption, part
+from weakspot.attacks.context import DEFAULT_BUDGET, AttackOptions, Problem, attack_context
 from weakspot.attacks.losses import Loss, find_loss
 from weakspot.budgets import Budget
 from weakspot.pairs import AttackResult
@@ -63,7 +57,7 @@ def bim(
     loss: str | Loss = "cross_entropy",
     stop_early: bool = False,
     batch_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> AttackResult:
     """Take steps of one size from the image itself (Kurakin et al. 2017, arXiv 1607.02533); nothing is random.
 
@@ -79,11 +73,11 @@ def bim(
     lowered = find_loss(loss)
     check_count("steps", steps)
     _check_momentum(momentum)
-    options = AttackOptions(budget, region, targets, batch_size=batch_size)
+    options = AttackOptions(budget, region, targets, batch_size=batch_size, progress=progress)
     with attack_context(model, images, labels, options) as problem:
         search = Search(problem, lowered, momentum=momentum, stop_early=stop_early)
         with problem.fused_model():
-            search.run(torch.zeros_like(problem.clean), _even_steps(problem, steps), progress)
+            search.run(torch.zeros_like(problem.clean), _even_steps(problem, steps), problem.progress)
         return problem.result(search.best)
 
 
@@ -102,7 +96,7 @@ def pgd(
     loss: str | Loss = "margin",
     stop_early: bool = False,
     batch_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> AttackResult:
     """Projected gradient descent from random starts (Madry et al. 2018, arXiv 1706.06083, section 2.1).
 
@@ -138,13 +132,13 @@ def pgd(
     check_count("restarts", restarts)
     _check_momentum(momentum)
     sizes = shrinking_steps(steps)
-    options = AttackOptions(budget, region, targets, seed, batch_size)
+    options = AttackOptions(budget, region, targets, seed, batch_size, progress)
     with attack_context(model, images, labels, options) as problem:
         search = Search(problem, lowered, momentum=momentum, stop_early=stop_early)
         with problem.fused_model():
             for restart in range(restarts):
                 start = random_start(problem, restart)
-                search.run(start, sizes, part_of(progress, restart, restarts))
+                search.run(start, sizes, part(problem.progress, restart, restart + 1, restarts))
         return problem.result(search.best)
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_count, is_number
-from weakspot.attacks.context import AttackOptions, Problem, Progress, attack_context, part_of
+from weakspot._progress import Progress, ProgressOption, part
+from weakspot.attacks.context import AttackOptions, Problem, attack_context
 from weakspot.attacks.losses import minimizes
 from weakspot.attacks.tradeoff import (
     SEARCHES,
@@ -42,7 +43,7 @@ def ead(
     confidence: float = 0.0,
     on_grid: bool = True,
     batch_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> AttackResult:
     """Find the smallest change in L1, with a little L2 (Chen et al. 2018, arXiv 1709.04114, algorithm 1).
 
@@ -66,12 +67,12 @@ def ead(
         return perturbation.sign() * (perturbation.abs() - beta * step).clamp(min=0)
 
     with attack_context(
-        model, images, labels, AttackOptions(None, region, targets, seed, batch_size)
+        model, images, labels, AttackOptions(None, region, targets, seed, batch_size, progress)
     ) as problem:
         with problem.fused_model():
             best = BestSoFar(problem, lambda d: d.abs().flatten(1).sum(1), confidence)
             descent = Descent(steps // SEARCHES, learning_rate, confidence)
-            best.search(proximal_search(problem, shrink, descent), progress)
+            best.search(proximal_search(problem, shrink, descent), problem.progress)
             adversarial = best.on_8bit_grid() if on_grid else best.images
         return problem.result(adversarial)
 
@@ -92,7 +93,7 @@ def strattack(
     confidence: float = 0.0,
     on_grid: bool = True,
     batch_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> AttackResult:
     """Find a change in few groups of pixels, in the manner of StrAttack (Xu et al. 2019, arXiv 1808.01664).
 
@@ -115,7 +116,7 @@ def strattack(
     check_rates(learning_rate, confidence)
     _check_weight("sparsity", sparsity)
     with attack_context(
-        model, images, labels, AttackOptions(None, region, targets, seed, batch_size)
+        model, images, labels, AttackOptions(None, region, targets, seed, batch_size, progress)
     ) as problem:
         groups = _groups(group, problem.clean)
 
@@ -130,10 +131,10 @@ def strattack(
         with problem.fused_model():
             best = BestSoFar(problem, lambda d: group_lengths(d, groups).sum(1), confidence)
             descent = Descent(searching, learning_rate, confidence)
-            best.search(proximal_search(problem, shrink, descent), part_of(progress, 0, 2))
+            best.search(proximal_search(problem, shrink, descent), part(problem.progress, 0, 0.5))
             refined = _within_groups(best, groups)
             descent = replace(descent, steps=refining)
-            refined.search(adam_search(refined.problem, descent), part_of(progress, 1, 2))
+            refined.search(adam_search(refined.problem, descent), part(problem.progress, 0.5, 1))
             adversarial = refined.on_8bit_grid() if on_grid else refined.images
         return problem.result(adversarial)
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import ModelWarning, quiet, warn
+from weakspot._progress import ProgressOption
 from weakspot._state import SEEDED, without_parameter_gradients
-from weakspot.attacks.context import AttackOptions, Problem, Progress, attack_context
+from weakspot.attacks.context import AttackOptions, Problem, attack_context
 from weakspot.attacks.gray_levels import settle
 from weakspot.attacks.libraries import ONE_BY_ONE, Library, Task, eps_of, find, takes_eps
 from weakspot.attacks.tradeoff import squared
@@ -34,7 +35,7 @@ def external(
     targets: Tensor | None = None,
     seed: int = 0,
     batch_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
     **options: object,
 ) -> AttackResult:
     """Run an attack of another library, verify its result and count its cost.
@@ -65,7 +66,7 @@ def external(
     """
     library, attack = find(name)
     eps = None if budget is None else eps_of(name, budget)
-    shared = AttackOptions(budget, region, targets, seed, batch_size)
+    shared = AttackOptions(budget, region, targets, seed, batch_size, progress)
     with attack_context(model, images, labels, shared) as problem:
         adversarial = problem.clean.clone()
         failures: list[ValueError] = []
@@ -89,8 +90,8 @@ def external(
             parts = problem.rows.split(1 if alone else problem.batch_size)
             for number, rows in enumerate(parts):
                 run(rows)
-                if progress is not None:
-                    progress((number + 1) / len(parts))
+                if problem.progress is not None:
+                    problem.progress((number + 1) / len(parts))
         if len(failures) == len(problem):
             raise failures[0]
         if failures:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_choice, check_count
-from weakspot.attacks.context import AttackOptions, Progress, attack_context
+from weakspot._progress import Progress, ProgressOption
+from weakspot.attacks.context import AttackOptions, attack_context
 from weakspot.attacks.losses import minimizes
 from weakspot.attacks.tradeoff import BestSoFar
 from weakspot.pairs import AttackResult
@@ -37,20 +38,21 @@ def _length(rows: Tensor) -> Tensor:
 def _safe_length(rows: Tensor) -> Tensor:
     """The length of rows whose squares may underflow in float32."""
     peak = rows.abs().amax((1, 2, 3)).clamp(min=1e-30)
-    return peak * _length(rows / _spread(peak))
+    return peak * _length(rows / spread(peak))
 
 
 def _unit_length(gradient: Tensor) -> Tensor:
     # Divided by the largest entry first: the squares of a tiny gradient would underflow in float32.
     scaled = gradient / gradient.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-30)
-    return scaled / _spread(_length(scaled)).clamp(min=1e-30)
+    return scaled / spread(_length(scaled)).clamp(min=1e-30)
 
 
 def _into_l2_ball(change: Tensor, radius: Tensor) -> Tensor:
-    return change * (radius / _spread(_length(change)).clamp(min=1e-30)).clamp(max=1)
+    return change * (radius / spread(_length(change)).clamp(min=1e-30)).clamp(max=1)
 
 
-def _spread(values: Tensor) -> Tensor:
+def spread(values: Tensor) -> Tensor:
+    """Values (N,) as (N, 1, 1, 1), one for each image."""
     return values[:, None, None, None]
 
 
@@ -78,7 +80,7 @@ def fmn(
     seed: int = 0,
     on_grid: bool = True,
     batch_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> AttackResult:
     """Find the smallest L-infinity or L2 change that fools (fast minimum-norm, Pintor et al. 2021, arXiv 2102.12827).
 
@@ -112,11 +114,11 @@ def fmn(
     check_count("steps", steps)
     check_choice("norm", norm, NORMS)
     with attack_context(
-        model, images, labels, AttackOptions(None, region, targets, seed, batch_size)
+        model, images, labels, AttackOptions(None, region, targets, seed, batch_size, progress)
     ) as problem:
         with problem.fused_model():
             best = BestSoFar(problem, NORMS[norm].size, 0.0)
-            _walk(NORMS[norm], best, steps, progress)
+            _walk(NORMS[norm], best, steps, problem.progress)
             adversarial = best.on_8bit_grid() if on_grid else best.images
         return problem.result(adversarial)
 
@@ -134,14 +136,14 @@ def _walk(norm: _Norm, best: BestSoFar, steps: int, progress: Progress | None) -
             correct = margins >= 0
             problem.select(correct).warn_of_zero_gradients(direction[correct])
         best.record(point, margins)
-        growth, length = (_annealed(*ends, number / steps) for ends in (GROWTH, STEPS))
+        growth, length = (annealed(*ends, number / steps) for ends in (GROWTH, STEPS))
         # The boundary's distance to first order is the margin over the gradient's dual norm.
         ahead = norm.size(change) + margins.clamp(min=0) / norm.dual(direction).clamp(min=1e-30)
         # Beyond the boundary rather than on it, where rounding decides.
         outward = torch.where(best.size.isinf(), ahead, radius) * (1 + growth)
         inward = torch.minimum(radius * (1 - growth), best.size)
         radius = torch.minimum(torch.where(margins < 0, inward, outward), largest)
-        ball = _spread(radius)
+        ball = spread(radius)
         change = norm.into(change + length * ball * norm.unit(direction), ball)
         change = (clean + change).clamp(0, 1) - clean
         if progress is not None:
@@ -150,6 +152,6 @@ def _walk(norm: _Norm, best: BestSoFar, steps: int, progress: Progress | None) -
     best.record(point, problem.evaluate(point))
 
 
-def _annealed(first: float, last: float, fraction: float) -> float:
+def annealed(first: float, last: float, fraction: float) -> float:
     """Cosine annealing, as in the paper."""
     return last + (first - last) * (1 + math.cos(math.pi * fraction)) / 2

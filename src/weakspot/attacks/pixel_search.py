@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weakspot._checks import check_choice, check_count
-from weakspot.attacks.context import AttackOptions, Problem, Progress, attack_context, part_of
+from weakspot._progress import Progress, ProgressOption, part
+from weakspot.attacks.context import AttackOptions, Problem, attack_context
 from weakspot.attacks.differential_evolution import evolve
 from weakspot.attacks.pixel_edits import evaluate_painted, paint, with_windows
 from weakspot.pairs import AttackResult
@@ -31,7 +32,10 @@ def follow_gradient(
         if not len(active):
             break
         images, margins = _next_pixel(
-            problem.select(active), adversarial[active], limit, part_of(progress, pixel, count)
+            problem.select(active),
+            adversarial[active],
+            limit,
+            part(progress, pixel, pixel + 1, count),
         )
         better = margins < lowest[active]
         adversarial[active[better]], lowest[active[better]] = images[better], margins[better]
@@ -204,7 +208,7 @@ def few_pixel(
     method: str = "evolution",
     seed: int = 0,
     batch_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> AttackResult:
     """Change `count` pixels to any color (Su et al. 2019, arXiv 1710.08864; Vargas and Su 2019, arXiv 1902.02947).
 
@@ -234,7 +238,7 @@ def few_pixel(
     check_count("population", population, least=4)
     check_choice("method", method, METHODS)
     with attack_context(
-        model, images, labels, AttackOptions(None, region, targets, seed, batch_size)
+        model, images, labels, AttackOptions(None, region, targets, seed, batch_size, progress)
     ) as problem:
         sites = problem.region.flatten(1).sum(1)
         pixels = images.shape[2] * images.shape[3]
@@ -251,7 +255,7 @@ def few_pixel(
                     count=count,
                     population=population,
                     generations=generations,
-                    progress=progress,
+                    progress=problem.progress,
                 )
                 better = margins < lowest[rows]
                 adversarial[rows[better]] = best[better]

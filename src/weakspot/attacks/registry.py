@@ -22,7 +22,18 @@ from weakspot.pairs import AttackResult
 
 GROUP = "weakspot.attacks"
 # Lists show these first, in this order. All other attacks follow, sorted by name.
-ORDER = ("pgd", "ensemble", "fgsm", "bim", "fmn", "carlini_wagner", "ead", "strattack", "few_pixel")
+ORDER = (
+    "pgd",
+    "ensemble",
+    "fgsm",
+    "bim",
+    "minimal_pgd",
+    "fmn",
+    "carlini_wagner",
+    "ead",
+    "strattack",
+    "few_pixel",
+)
 SHARED = {"model", "images", "labels", *(entry.name for entry in fields(AttackOptions))}
 NORMS: tuple[Norm, ...] = ("linf", "l2", "l1", "l0")
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from weakspot import _random
-from weakspot.attacks.context import Problem, Progress
+from weakspot._progress import Progress
+from weakspot.attacks.context import Problem
 from weakspot.budgets import Linf
 
 FIRST_FRACTION = 0.8  # of the image in the first squares, as the authors set it for L-infinity

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import unknown_choice
-from weakspot.attacks.context import AttackOptions, Problem, Progress, attack_context
+from weakspot._progress import ProgressOption
+from weakspot.attacks.context import AttackOptions, Problem, attack_context
 from weakspot.attacks.pixel_edits import paint
 from weakspot.attacks.pixel_search import color_grid, in_gradient_order
 from weakspot.edits import Edits, Prepared, prepare
@@ -73,7 +74,7 @@ def pixel_sweep(
     region: Tensor | None = None,
     stop_early: bool = False,
     batch_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> PixelSweep:
     """Change every pixel to every color, one at a time, and record the smallest margin.
 
@@ -93,7 +94,7 @@ def pixel_sweep(
     (torch.Size([1, 4, 4]), torch.Size([1, 3, 4, 4]), 128)
     """
     with attack_context(
-        model, images, labels, AttackOptions(region=region, batch_size=batch_size)
+        model, images, labels, AttackOptions(region=region, batch_size=batch_size, progress=progress)
     ) as problem:
         palette = _palette(colors, problem.clean)
         group = max(1, GROUP_SITES // (images.shape[2] * images.shape[3]))
@@ -106,8 +107,8 @@ def pixel_sweep(
                 search = _Search(problem.select(rows), logits[rows], prepared, batch_size)
 
                 def fraction(done: float, number: int = number) -> None:
-                    if progress is not None:
-                        progress((number + done) / len(parts))
+                    if problem.progress is not None:
+                        problem.progress((number + done) / len(parts))
 
                 search.sweep(palette, fraction, stop_early=stop_early)
                 if colors == "refined":

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_count, is_number
-from weakspot.attacks.context import AttackOptions, Problem, Progress, attack_context, part_of
+from weakspot._progress import Progress, ProgressOption, part
+from weakspot.attacks.context import AttackOptions, Problem, attack_context
 from weakspot.attacks.gray_levels import settle
 from weakspot.attacks.losses import minimizes
 from weakspot.pairs import AttackResult
@@ -60,17 +61,18 @@ class BestSoFar:
         self.images = problem.clean.clone()
         self.lowest = problem.evaluate(problem.clean)
         self.fooled = self.lowest < -confidence
-        self.size = torch.where(self.fooled, 0, torch.inf)
+        self.size = torch.where(self.fooled, 0, torch.inf).to(self.lowest)
 
-    def record(self, points: Tensor, margins: Tensor) -> None:
-        """Update the best points with these points (N, C, H, W) and their margins (N,)."""
-        size = self.measure(points - self.problem.clean)
+    def record(self, points: Tensor, margins: Tensor, rows: Tensor | None = None) -> None:
+        """Update the best points with these points (n, C, H, W) and their margins (n,), of all images or of `rows`."""
+        rows = torch.arange(len(points), device=points.device) if rows is None else rows
+        size, smallest = self.measure(points - self.problem.clean[rows]), self.size[rows]
         fools = margins < -self.confidence
-        better = torch.where(fools, size < self.size, self.size.isinf() & (margins < self.lowest))
-        self.images = torch.where(better[:, None, None, None], points, self.images)
-        self.lowest = torch.minimum(margins, self.lowest)
-        self.size = torch.where(better & fools, size, self.size)
-        self.fooled = self.fooled | fools
+        better = torch.where(fools, size < smallest, smallest.isinf() & (margins < self.lowest[rows]))
+        self.images[rows[better]] = points[better]
+        self.lowest[rows] = torch.minimum(margins, self.lowest[rows])
+        self.size[rows[better & fools]] = size[better & fools]
+        self.fooled[rows[fools]] = True
 
     def on_8bit_grid(self) -> Tensor:
         """The images (N, C, H, W), moved to the smallest point on the 8-bit grid that still fools, if there is one.
@@ -90,7 +92,7 @@ class BestSoFar:
         weights = torch.full_like(self.lowest, FIRST_WEIGHT)
         for number in range(SEARCHES):
             self.fooled = torch.zeros_like(self.fooled)
-            descend(weights, self.record, part_of(progress, number, SEARCHES))
+            descend(weights, self.record, part(progress, number, number + 1, SEARCHES))
             # A weight that fools is an upper end of the bracket, one that does not a lower end.
             high = torch.where(self.fooled, weights, high)
             low = torch.where(self.fooled, low, weights)
@@ -113,7 +115,7 @@ def carlini_wagner(
     confidence: float = 0.0,
     on_grid: bool = True,
     batch_size: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> AttackResult:
     """Find the smallest L2 change that fools (Carlini and Wagner 2017, arXiv 1608.04644, section V).
 
@@ -130,12 +132,12 @@ def carlini_wagner(
     check_count("steps", steps, least=SEARCHES)
     check_rates(learning_rate, confidence)
     with attack_context(
-        model, images, labels, AttackOptions(None, region, targets, seed, batch_size)
+        model, images, labels, AttackOptions(None, region, targets, seed, batch_size, progress)
     ) as problem:
         with problem.fused_model():
             best = BestSoFar(problem, squared, confidence)
             descent = Descent(steps // SEARCHES, learning_rate, confidence)
-            best.search(adam_search(problem, descent), progress)
+            best.search(adam_search(problem, descent), problem.progress)
             adversarial = best.on_8bit_grid() if on_grid else best.images
         return problem.result(adversarial)
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from weakspot._state import DispatchMode
 from weakspot.attribution.layers import Layer
 from weakspot.classifier import Classifier, default_batch
 
@@ -155,11 +155,11 @@ def place(maps: Tensor, size: tuple[int, int], grid: Grid | None, *, unseen: flo
     return placed.masked_fill(~(seen[0][:, None] & seen[1][None]), unseen)
 
 
-class _Grids(TorchDispatchMode):
+class _Grids(DispatchMode):
     """Follows the image's grid through every operation of a forward pass."""
 
     def __init__(self, image: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.known: Any = WeakIdKeyDictionary({image: (Axis(), Axis())})
 
     def __torch_dispatch__(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from weakspot.cli.app import UNREADABLE, Failure, note
 from weakspot.cli.options import FractionOption, LabelsOption, RegionOption, TargetOption
+from weakspot.cli.output import MOST_ROWS
 from weakspot.cli.session import Images
 
 if TYPE_CHECKING:
@@ -49,12 +51,14 @@ class Aim(NamedTuple):
         labels: (N,) classes that the images stand for.
         targets: (N,) classes to reach, or None.
         names: N names.
+        correct: (N,) bool, whether the clean image is classified as its label.
     """
 
     images: Tensor
     labels: Tensor
     targets: Tensor | None
     names: list[str]
+    correct: Tensor
 
 
 def find_labels(text: str | None, classifier: Classifier, images: Images) -> Labels:
@@ -94,11 +98,12 @@ def find_aim(classifier: Classifier, images: Images, options: AimOptions) -> tup
 
     labels, logits, source = find_labels(options.labels, classifier, images)
     pixels = check_images(images.pixels, classifier)
+    predicted = logits.argmax(1)
+    _note_misclassified(classifier, images.names, labels, predicted)
     if options.target is None:
-        return Aim(pixels, labels, None, images.names), source
+        return Aim(pixels, labels, None, images.names, predicted == labels), source
     classes = ClassIndex(tuple(classifier.class_names), logits.shape[1])
     target = classes.index(options.target, "--target")
-    predicted = logits.argmax(1)
     # An image whose label or prediction is the target leaves nothing to aim at.
     rows = ((labels != target) & (predicted != target)).nonzero().flatten().tolist()
     for row in sorted(set(range(len(labels))) - set(rows)):
@@ -107,7 +112,20 @@ def find_aim(classifier: Classifier, images: Images, options: AimOptions) -> tup
     if not rows:
         raise Failure(f"every image is already classified as the target, {classifier.class_name(target)}")
     targets = torch.full_like(labels[rows], target)
-    return Aim(pixels[rows], labels[rows], targets, [images.names[row] for row in rows]), source
+    names = [images.names[row] for row in rows]
+    return Aim(pixels[rows], labels[rows], targets, names, (predicted == labels)[rows]), source
+
+
+def _note_misclassified(
+    classifier: Classifier, names: Sequence[str], labels: Tensor, predicted: Tensor
+) -> None:
+    """Name the images whose label is not what the model predicts, at most five of them."""
+    wrong = (labels != predicted).nonzero().flatten().tolist()
+    for row in wrong[:MOST_ROWS]:
+        label, reached = (classifier.class_name(int(classes[row])) for classes in (labels, predicted))
+        note(f"{names[row]}: labeled {label}, classified as {reached} without an attack")
+    if len(wrong) > MOST_ROWS:
+        note(f"... and {len(wrong) - MOST_ROWS} more images are misclassified without an attack")
 
 
 def find_region(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -12,7 +13,7 @@ from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 from typer.core import TyperGroup
 
 from weakspot._checks import ModelError, describe_error
@@ -33,7 +34,27 @@ EXTRAS = {
 }
 """Each optional extra: the modules that it installs, and the commands and options that need them."""
 
-notes = Console(stderr=True, highlight=False)
+# Characters that move the cursor, recolor the terminal or reverse the text: controls, and direction overrides.
+_CONTROLS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console on which text is never markup: names such as "[red]" and ":smile:" are printed as they are."""
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+def printable(text: str) -> str:
+    """The text with control characters, and bytes that are not text, as escapes. Line breaks stay."""
+    escaped = _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return escaped.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def one_line(text: str) -> str:
+    """The printable text with line breaks as escapes: a file name must not look like a line of ours."""
+    return printable(text).replace("\n", "\\n")
+
+
+notes = console(stderr=True)
 
 
 class Failure(Exception):  # noqa: N818 - a mistake of the user, not of the program
@@ -135,12 +156,12 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
 
 def complain(sentence: str) -> None:
     """Print an error to standard error."""
-    notes.print(f"[red]weakspot:[/red] {escape(sentence)}", soft_wrap=True)
+    notes.print(Text.assemble(("weakspot:", "red"), f" {one_line(sentence)}"), soft_wrap=True)
 
 
 def note(sentence: str) -> None:
     """Print a note to standard error."""
-    notes.print(f"[yellow]note:[/yellow] {escape(sentence)}", soft_wrap=True)
+    notes.print(Text.assemble(("note:", "yellow"), f" {one_line(sentence)}"), soft_wrap=True)
 
 
 def main() -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from weakspot.cli.aims import Aim, AimOptions, find_aim, find_region
 from weakspot.cli.app import Failure, command
@@ -16,6 +15,7 @@ from weakspot.cli.options import (
     ATTACK,
     BatchSizeOption,
     BudgetOption,
+    EveryOption,
     ImagesArgument,
     ModelOptions,
     OutputOptions,
@@ -30,7 +30,16 @@ from weakspot.cli.options import (
     parse_settings,
     refuse_fraction,
 )
-from weakspot.cli.output import json_rows, make_table, print_rows, print_text
+from weakspot.cli.output import (
+    add_row,
+    first_rows,
+    json_rows,
+    make_table,
+    print_rows,
+    print_table,
+    print_text,
+    shorten_name,
+)
 from weakspot.cli.session import check_output, check_sources, open_session
 
 if TYPE_CHECKING:
@@ -42,7 +51,6 @@ if TYPE_CHECKING:
     from weakspot.pairs import AttackResult
 
 FILES = ("clean", "adversarial", "overview.png", "scores.csv", "pairs.safetensors", "run.json")
-WIDE = 125  # columns of a terminal on which the table has all distances
 
 
 @command(
@@ -71,6 +79,7 @@ def attack(
     settings: SetOption = None,
     batch_size: BatchSizeOption = "auto",
     seed: SeedOption = 0,
+    every: EveryOption = False,
     out: Annotated[Path, option("FOLDER", f"Folder for {', '.join(FILES)}.")] = Path("weakspot-attack"),
     list_all: Annotated[
         bool, flag("--list", "List attacks, their arguments, budgets and regions, and exit.")
@@ -98,9 +107,16 @@ def attack(
         aim, source = find_aim(session.classifier, session.read_images(sources, samples=samples), aims)
         session.make_folder()
         mask, where = find_region(aims, session.classifier, aim, seed)
-        shared = AttackOptions(spent, mask, aim.targets, seed, batch, session.progress("attacking", 0.1, 0.9))
+        shared = AttackOptions(
+            spent,
+            mask,
+            aim.targets,
+            seed,
+            batch,
+            session.display.step("attacking", total=len(aim.images), counted=False),
+        )
         result = _run(chosen, session.classifier, aim, shared, own)
-        session.advance("writing", 0.92)
+        session.display.step("writing")
         about = {
             "attack": ", ".join([name, *(settings or []), *([str(spent)] if spent else []), where]),
             "labels": source,
@@ -113,7 +129,7 @@ def attack(
             "skipped": session.skipped,
             "folder": str(out.resolve()),
         },
-        lambda: _print(scores, session.ending(), out),
+        lambda: _print(scores, aim.correct.tolist(), session.ending(), out, every=every),
     )
 
 
@@ -189,30 +205,40 @@ def _write(
     return scores
 
 
-def _print(scores: pd.DataFrame, ending: str, out: Path) -> None:
-    """A row for each image: classes before and after, distances, and what the attack cost."""
-    console = Console(highlight=False)
-    wide = console.width >= WIDE
+def _print(scores: pd.DataFrame, correct: Sequence[bool], ending: str, out: Path, *, every: bool) -> None:
+    """What the attack achieved, then a row for each image."""
+    # An image that is misclassified without an attack is no success of the attack.
+    stored, floats = (
+        sum(fooled and right for fooled, right in zip(scores[key], correct, strict=True))
+        for key in ("success_8bit", "success")
+    )
+    wrong = len(scores) - sum(correct)
+    which = "correctly classified images" if wrong else "images"
+    print_text(
+        f"{stored} of {sum(correct)} {which} fooled as 8-bit files ({floats} before rounding){ending}."
+    )
+    if wrong:
+        print_text(f"Misclassified without an attack: {wrong} of the {len(scores)} images.")
     spent = [name for name in ("ssim_budget_spent", "ssim_local_budget_spent") if name in scores]
-    flags = {"fooled": "success_8bit", **({"unrounded": "success"} if wide else {})}
-    numbers = ["linf", "l2", *(["ssim_windowed", "ssim_windowed_min", *spent] if wide else [])]
-    counts = ["pixels", "n_forward", *(["n_backward"] if wide else [])]
+    flags = {"fooled": "success_8bit", **({"unrounded": "success"} if every else {})}
+    numbers = ["linf", *(["l2", "ssim_windowed", "ssim_windowed_min", *spent] if every else [])]
+    counts = ["pixels", "n_forward", *(["n_backward"] if every else [])]
     texts = ("image", "before → after")
     table = make_table([*texts, *flags, *numbers, *counts], fold=texts)
-    for _, row in scores.iterrows():
-        table.add_row(
-            escape(str(row["image"])),
-            escape(f"{row['before']} → {row['after']}"),
-            *("yes" if row[key] else "[yellow]no[/yellow]" for key in flags.values()),
+    rows, more = first_rows([row for _, row in scores.iterrows()], every=every)
+    for row in rows:
+        add_row(
+            table,
+            str(row["image"]) if every else shorten_name(str(row["image"])),
+            f"{row['before']} → {row['after']}",
+            *("yes" if row[key] else Text("no", style="yellow") for key in flags.values()),
             *(f"{row[key]:.3g}" for key in numbers),
             *(str(row[key]) for key in counts),
         )
-    console.print(table)
-    stored, floats = (int(scores[key].sum()) for key in ("success_8bit", "success"))
-    print_text(
-        f"\n{stored} of {len(scores)} images fooled as 8-bit files ({floats} before rounding){ending}",
-        style="dim",
-    )
+    print_text("")
+    print_table(table, whole=every)
+    if more:
+        print_text(f"... and {more} more (show them with --all; all scores are in scores.csv)", style="dim")
     print_text(f"\nWritten to {out.resolve()} (look at overview.png; all scores are in scores.csv)")
 
 

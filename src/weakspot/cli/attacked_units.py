@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
+from weakspot._progress import part
 from weakspot.cli.app import Failure
 from weakspot.cli.options import ATTACK, BudgetOption, StepsOption, option
 from weakspot.cli.output import json_rows
@@ -135,14 +136,20 @@ def attack_units(
     def attack(model: nn.Module, shown: Tensor, wanted: Tensor) -> Pairs:
         return pgd(model, shown, wanted, budget=budget, steps=steps, seed=seed)
 
-    session.advance("attacking", 0.5)
+    session.display.step("attacking", total=len(images), counted=False)
     pairs = attack(classifier, images, labels)
     studies = {}
-    part = 0.3 / len(dissections)  # of the progress, for each layer
+    count = len(dissections)
+    step = session.display.step("comparing units", total=count, unit="layer")
     for number, (name, dissection) in enumerate(dissections.items()):
-        progress = session.progress("attacking", 0.55 + number * part, 0.55 + (number + 1) * part)
         studies[name] = unit_study(
-            classifier, dissection, pairs, mask=mask, attack=attack, seed=seed, progress=progress
+            classifier,
+            dissection,
+            pairs,
+            mask=mask,
+            attack=attack,
+            seed=seed,
+            progress=part(step, number, number + 1, count),
         )
     sentences: Sequence[str] = ()
     if len(studies) > 1:

@@ -14,12 +14,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
+from weakspot._progress import Step
 from weakspot.cli.app import RESUMABLE, UNREADABLE, Failure, command, complain, note
 from weakspot.cli.gate_options import Gate, GateOptions
 from weakspot.cli.options import (
     OUTPUT,
+    EveryOption,
     FloatOption,
     ModelOptions,
     OutputOptions,
@@ -29,12 +30,14 @@ from weakspot.cli.options import (
     refuse_fraction,
 )
 from weakspot.cli.output import (
+    add_row,
+    first_rows,
     json_rows,
     make_table,
     print_json,
     print_table,
     print_text,
-    progress_bar,
+    progress_display,
     warnings_as_notes,
 )
 from weakspot.cli.plan_options import EngineOptions, PlanOptions, given_options, plan_table
@@ -89,6 +92,7 @@ def audit(
         bool, flag("--report/--no-report", "Write report.html at the end.", panel=OUTPUT)
     ] = True,
     floats: FloatOption = False,
+    every: EveryOption = False,
 ) -> None:
     """Attack every image with every attack in every region: one row per image x attack x region.
 
@@ -154,7 +158,7 @@ def audit(
     if output.as_json:
         print_json(_document(run, summary, result))
     elif not output.quiet:
-        _print(run, summary, time.perf_counter() - started)
+        _print(run, summary, time.perf_counter() - started, every=every)
     for sentence in shortfalls:
         complain(sentence)
     result.announce(silent=output.silent)
@@ -164,13 +168,14 @@ def audit(
 
 @contextmanager
 def _progress(silent: bool) -> Iterator[Callable[[AuditProgress], None]]:
-    with progress_bar(silent) as advance:
-        advance("loading the model", 0.0)
+    with progress_display(silent) as display:
+        display.step("loading the model")
+        step: Step | None = None
 
         def watch(progress: AuditProgress) -> None:
-            speed = f", {progress.speed:.3g} images/s" if progress.speed else ""
-            step = f"auditing {int(progress.done)}/{progress.total}{speed}"
-            advance(step, progress.done / progress.total)
+            nonlocal step
+            step = step or display.step("auditing", total=progress.total)
+            step(progress.done / progress.total)
 
         yield watch
 
@@ -237,28 +242,40 @@ def _document(run: Run, summary: Summary, gate: Gate) -> dict[str, object]:
     }
 
 
-def _print(run: Run, summary: Summary, seconds: float) -> None:
-    headings = ("attack", "budget", "region", "area", "images", "robust", "95% interval", "errors")
-    table = make_table(headings, fold=("attack", "region"))
-    for cell in summary.cells:
-        table.add_row(
-            escape(cell.attack),
-            escape(cell.budget or ""),
-            escape(cell.region),
-            "" if math.isnan(cell.region_fraction) else f"{cell.region_fraction:.0%}",
-            str(cell.images),
-            "" if math.isnan(cell.robust_accuracy) else f"{cell.robust_accuracy:.1%}",
-            "" if math.isnan(cell.low) else f"{cell.low:.1%} to {cell.high:.1%}",
-            str(cell.errors or ""),
-        )
-    print_table(table)
-    if summary.images:
-        clean = f"Clean accuracy is {summary.clean_accuracy:.1%}"
-        unknown = "Clean accuracy is unknown: no image has a prediction"
-        sentence = unknown if math.isnan(summary.clean_accuracy) else clean
-        print_text(f"\n{sentence}. Labels: {summary.labels}.")
+def _print(run: Run, summary: Summary, seconds: float, *, every: bool) -> None:
+    from weakspot.statistics.number_format import percent, with_interval
+
     for sentence in (summary.weakest, *summary.regions, *summary.remarks):
         print_text(sentence)
+    if summary.images:
+        unknown = math.isnan(summary.clean_accuracy)
+        clean = "unknown: no image has a prediction" if unknown else percent(summary.clean_accuracy)
+        print_text(f"Clean accuracy is {clean}. Labels: {summary.labels}.\n")
+    failed = any(cell.errors for cell in summary.cells)
+    headings = [
+        "attack",
+        "region",
+        "area",
+        "images",
+        "robust accuracy [95%]",
+        *(["errors"] if failed else []),
+    ]
+    table = make_table(headings, fold=("attack", "region"))
+    cells, more = first_rows(summary.cells, every=every)
+    for cell in cells:
+        accuracy = with_interval(cell.robust_accuracy, cell.low, cell.high)
+        add_row(
+            table,
+            cell.name,
+            cell.region,
+            "" if math.isnan(cell.region_fraction) else percent(cell.region_fraction),
+            str(cell.images),
+            "" if math.isnan(cell.robust_accuracy) else accuracy,
+            *([str(cell.errors or "")] if failed else []),
+        )
+    print_table(table, whole=every)
+    if more:
+        print_text(f"... and {more} more (show them with --all)", style="dim")
     skipped = run.skipped
     for _, row in skipped.head(SHOWN).iterrows():
         print_text(f"skipped {row['image']}: {row['reason'].removesuffix('; skipped')}", style="dim")

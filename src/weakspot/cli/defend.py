@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from weakspot.cli.aims import find_labels
 from weakspot.cli.app import Failure, command
 from weakspot.cli.options import (
     ATTACK,
     BudgetOption,
+    EveryOption,
     FractionOption,
     ImagesArgument,
     LabelsOption,
@@ -35,7 +34,7 @@ from weakspot.cli.options import (
     parse_settings,
     refuse,
 )
-from weakspot.cli.output import json_rows, make_table, print_text
+from weakspot.cli.output import MOST_ROWS, add_row, json_rows, make_table, print_table, print_text
 from weakspot.cli.session import (
     Session,
     check_output,
@@ -52,7 +51,6 @@ if TYPE_CHECKING:
     from weakspot.classifier import Classifier
 
 FILES = ("defense.csv", "defense.json", "defense.png", "run.json")
-WIDE = 125  # columns of a terminal on which the table explains its rows
 BUILT_IN = ("neutralize", "mask_units")
 FORMS = "neutralize, mask_units or package.module:factory"
 
@@ -111,6 +109,7 @@ def defend(
         bool, flag("--thorough", "Add the ensemble of attacks (slow).", panel=ATTACK)
     ] = False,
     seed: SeedOption = 0,
+    every: EveryOption = False,
     out: Annotated[Path, option("FOLDER", f"Folder for {', '.join(FILES)}.")] = Path("weakspot-defend"),
 ) -> None:
     """Evaluate a defense against attackers who know it.
@@ -155,10 +154,10 @@ def defend(
             classifier, defended, read.pixels, truth, budget=spent, steps=steps, fraction=fraction, draws=draws,
             queries=queries, substitute=other, thorough=thorough, seed=seed,
             oracle=partial(oracle_neutralized, classifier, **own) if oracle else None,
-            progress=session.progress(f"attacking {len(truth)} images", 0.1, 0.95),
+            progress=session.display.step("attacking", total=len(truth), counted=False),
         )  # fmt: skip
         result = verdict(table)
-        session.advance("writing", 0.97)
+        session.display.step("writing")
         about = {
             "defense": ", ".join([defense, *(settings or [])]),
             "status": result.status,
@@ -176,7 +175,7 @@ def defend(
         _write(out, table, document, {**about, "images": names}, title)
 
     def show() -> None:
-        _print(table, result.sentence, where, _meanings(steps, substitute, table))
+        _print(table, result.sentence, where, _meanings(steps, substitute, table), every=every)
         print_text(f"\n{len(truth)} images{session.ending()}", style="dim")
         print_text(f"\nWritten to {out.resolve()} (look at defense.png)")
 
@@ -299,23 +298,28 @@ def _meanings(steps: int, substitute: str | None, table: pd.DataFrame) -> dict[s
     return {name: meanings[name] for name in table["attack"]}
 
 
-def _print(table: pd.DataFrame, sentence: str, where: str, meanings: Mapping[str, str]) -> None:
-    console = Console(highlight=False)
-    wide = console.width >= WIDE
+def _print(
+    table: pd.DataFrame, sentence: str, where: str, meanings: Mapping[str, str], *, every: bool
+) -> None:
     print_text(f"{sentence}\n", style="bold")
-    headings = ("accuracy after", "undefended", "95%", "defended", "95%", *(["method"] if wide else []))
+    headings = ("accuracy after", "undefended", "95%", "defended", "95%")
     shown = make_table(headings, fold=(), right=("undefended", "defended"))
-    for _, row in table.iterrows():
-        name = str(row["attack"])
+    rows, idle = [row for _, row in table.iterrows()], 0
+    if not every and len(rows) > MOST_ROWS:
+        rows = _decisive(rows)
+        idle = len(table) - len(rows)
+    for row in rows:
         cells = [
             cell
             for side in ("undefended", "defended")
             for cell in (f"{row[side]:.0%}", f"{row[f'{side}_low']:.0%}-{row[f'{side}_high']:.0%}")
         ]
-        shown.add_row(escape(name), *cells, *([escape(meanings[name])] if wide else []))
-    console.print(shown)
-    if not wide:
-        print_text("\n" + "\n".join(f"{name}: {meaning}" for name, meaning in meanings.items()), style="dim")
+        add_row(shown, str(row["attack"]), *cells)
+    print_table(shown, whole=every)
+    if idle:
+        print_text(f"... and {idle} attacks that fooled no further image (show them with --all)", style="dim")
+    lines = [f"{row['attack']}: {meanings[str(row['attack'])]}" for row in rows]
+    print_text("\n" + "\n".join(lines), style="dim")
     print_text(
         "\nEach attack is tried on the images that withstood those above it; attacked images are rounded to 8 bits."
     )
@@ -324,3 +328,12 @@ def _print(table: pd.DataFrame, sentence: str, where: str, meanings: Mapping[str
         print_text(
             "So the undefended model's clean accuracy is 100% by definition; --labels shows what a defense costs."
         )
+
+
+def _decisive(rows: Sequence[pd.Series]) -> list[pd.Series]:
+    """The first row, and those on which the accuracy of a side is below that of every row before."""
+    shown = [rows[0]]
+    for row in rows[1:]:
+        if any(row[side] < min(other[side] for other in shown) for side in ("undefended", "defended")):
+            shown.append(row)
+    return shown

@@ -135,7 +135,7 @@ def dissect(
         budget = read_budget(attack.budget)
         images = read_attacked(session, attack, mask) if attack.images else None
         session.make_folder()
-        session.advance("reading the concepts", 0.02)
+        session.display.step("reading the concepts")
         folder = _find_concepts(dataset, out, classifier, concepts)
         layers = list(layer or _last_layers(classifier))
         dissections = dissect_layers(
@@ -147,14 +147,14 @@ def dissect(
             denominator=denominator,
             alignment=alignment,
             cache=out / "cache",
-            progress=session.progress("dissecting", 0.05, 0.85 if images is None else 0.5),
+            progress=session.display.step("dissecting"),
         )
         attacked = AttackedUnits()
         if images is not None:
             attacked = attack_units(
                 session, dissections, images, budget=budget, steps=attack.steps, mask=mask, seed=seed
             )
-        session.advance("drawing", 0.9)
+        session.display.step("drawing")
         options = asdict(next(iter(dissections.values())).options)
         made = {
             "concepts": f"{folder}" if dataset else "colors and textures that weakspot generated",
@@ -194,7 +194,8 @@ def _write(
 
     pictures = {}
     for name, dissection in dissections.items():
-        best = dissection.units.sort_values("iou", ascending=False)["unit"].head(SHOWN).tolist()
+        detectors = dissection.units[dissection.units["concept"].notna()]
+        best = detectors.sort_values("iou", ascending=False)["unit"].head(SHOWN).tolist()
         pictures[name] = show_units(session.classifier, dissection, concepts, best)
     out, studies = session.out, attacked.studies
     content = unit_page(

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from weakspot.cli.aims import AimOptions, find_aim, find_region
-from weakspot.cli.app import UNREADABLE, Failure, command
+from weakspot.cli.app import UNREADABLE, Failure, command, one_line
 from weakspot.cli.options import (
     AnalysesOption,
     BudgetOption,
+    EveryOption,
     ImagesArgument,
     ModelOptions,
     OutputOptions,
@@ -27,7 +28,15 @@ from weakspot.cli.options import (
     refuse,
     refuse_fraction,
 )
-from weakspot.cli.output import json_rows, make_table, print_table, print_text
+from weakspot.cli.output import (
+    add_row,
+    first_rows,
+    json_rows,
+    make_table,
+    print_table,
+    print_text,
+    shorten_name,
+)
 from weakspot.cli.session import Session, check_existing, check_sources, open_session
 
 if TYPE_CHECKING:
@@ -75,6 +84,7 @@ def explain(
     steps: StepsOption = 20,
     analyses: AnalysesOption = "all",
     seed: SeedOption = 0,
+    every: EveryOption = False,
     out: Annotated[Path, option("FOLDER", f"Folder for {', '.join(FILES)}.")] = Path("weakspot-out"),
 ) -> None:
     """Attack images, or read pairs, and explain where the change acts and whether the model looks there.
@@ -115,9 +125,9 @@ def explain(
             names=names,
             made=made,
             reference=others,
-            progress=session.progress("explaining", 0.5, 0.95),
+            progress=session.display.step("explaining"),
         )
-        session.advance("writing", 0.97)
+        session.display.step("writing")
         about = {
             **made,
             "images": list(names),
@@ -131,7 +141,7 @@ def explain(
             write_atomic(paths["locality.csv"], partial(locality.to_csv, index=False))
 
     def show() -> None:
-        _print(explanation, session.ending())
+        _print(explanation, session.ending(), every=every)
         if locality is not None:
             print_text(f"\n{locality_sentence(locality)}")
         print_text(f"\nReport: {paths['report.html'].resolve()}")
@@ -183,7 +193,7 @@ def _attack(
         targets=aim.targets,
         steps=steps,
         seed=seed,
-        progress=session.progress("attacking", 0.1, 0.5),
+        progress=session.display.step("attacking", total=len(aim.images), counted=False),
     )
     toward = "" if aim.targets is None else f", toward {session.classifier.class_name(int(aim.targets[0]))}"
     return pairs, aim.names, source, f"PGD, {spent}, {steps} steps, {where}{toward}"
@@ -250,30 +260,38 @@ def _document(explanation: Explanation, paths: dict[str, Path], skipped: Sequenc
     return {"scores": rows, "skipped": list(skipped), "files": files}
 
 
-def _print(explanation: Explanation, ending: str) -> None:
-    """A table, then the verdict on each image."""
+def _print(explanation: Explanation, ending: str, *, every: bool) -> None:
+    """How many images were fooled, a table, then the verdict on each image of the table."""
     from weakspot.report.image_verdict import headline
     from weakspot.statistics.number_format import p_value, percent
 
     scores = explanation.scores
+    # An image that is misclassified without an attack is no success of the attack.
+    right = scores["read_clean_as"] == scores["label"]
+    fooled = int((scores["success_8bit"] & right).sum())
+    which = "images" if right.all() else "correctly classified images"
+    print_text(f"{fooled} of {int(right.sum())} {which} fooled as 8-bit files{ending}.\n")
     placed = "effect_in_roi" in scores and bool(scores["effect_in_roi_shift_p"].notna().any())
     compared = "relation" in scores and bool(scores["relation"].notna().any())
     headings = ["image", "before → after"]
     headings += ["effect where it looks"] if placed else []
     headings += ["in other images", "p"] if compared else []
     table = make_table(headings)
-    for _, row in scores.iterrows():
-        failed = "" if row["success_8bit"] or row["linf"] == 0 else " [yellow](failed)[/yellow]"
-        cells = [escape(str(row["image"])), escape(headline(row)) + failed]
+    rows, more = first_rows([row for _, row in scores.iterrows()], every=every)
+    for row in rows:
+        failed = "" if row["success_8bit"] or row["linf"] == 0 else " (failed)"
+        name = str(row["image"]) if every else shorten_name(str(row["image"]))
+        cells: list[str | Text] = [name, Text.assemble(one_line(headline(row)), (failed, "yellow"))]
         if placed:  # NaN if the attack is confined to a region, which decides where it acts
             cells.append(percent(row["effect_in_roi"]) if row["effect_in_roi_shift_p"] >= 0 else "")
         if compared:
             tested = row["relation_p"] >= 0
             cells.append(percent(row["effect_in_roi_null"]) if tested else "")
             cells.append(p_value(row["relation_p"]).removeprefix("p = ").removeprefix("p ") if tested else "")
-        table.add_row(*cells)
-    print_table(table)
-    for index, name in enumerate(scores["image"]):
-        print_text(f"\n{name}", style="bold")
+        add_row(table, *cells)
+    print_table(table, whole=every)
+    for index, row in enumerate(rows):
+        print_text(f"\n{row['image']}", style="bold")
         print_text(explanation.verdict(index))
-    print_text(f"\n{len(explanation)} images explained{ending}", style="dim")
+    if more:
+        print_text(f"\n... and {more} more images (show them with --all; all are in the report)", style="dim")

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from weakspot.cli.app import GATE_FAILED, UNREADABLE, Failure
+from weakspot.cli.app import GATE_FAILED, UNREADABLE, Failure, notes, one_line
 from weakspot.cli.options import OUTPUT, option
 
 if TYPE_CHECKING:
@@ -114,12 +112,11 @@ class Gate:
         Raises:
             typer.Exit: with code 3 if a check failed, 4 if the audits are incomplete.
         """
-        console = Console(stderr=True, highlight=False)
         failed = [verdict for verdict in self.verdicts if verdict.failed]
         for verdict in failed:
-            console.print(escape(f"gate: {verdict.row}: {verdict.why}"), soft_wrap=True, style="red")
+            notes.print(one_line(f"gate: {verdict.row}: {verdict.why}"), soft_wrap=True, style="red")
         if failed:
             raise typer.Exit(UNREADABLE if self.shortfalls else GATE_FAILED)
         if self.verdicts and not silent:
             count = len(self.verdicts)
-            console.print(f"gate: passed, {count} check{'s' if count > 1 else ''}", style="dim")
+            notes.print(f"gate: passed, {count} check{'s' if count > 1 else ''}", style="dim")

@@ -105,6 +105,7 @@ SetOption = Annotated[
     ),
 ]
 AnalysesOption = Annotated[str, option("NAMES", "Analyses to run, separated by commas, or all, or none.")]
+EveryOption = Annotated[bool, flag("--all", "Show every row and column of the table.", panel=OUTPUT)]
 FloatOption = Annotated[
     bool,
     flag(

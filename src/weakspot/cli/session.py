@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 import typer
 
 from weakspot._checks import ModelError
-from weakspot.cli.app import UNREADABLE, WRITTEN_KEY, Failure, complain, note
+from weakspot._progress import Display
+from weakspot.cli.app import UNREADABLE, WRITTEN_KEY, Failure, complain, note, one_line
 from weakspot.cli.options import ModelOptions, OutputOptions, parse_numbers, parse_size, read_class_names
-from weakspot.cli.output import Advance, print_json, progress_bar, warnings_as_notes
+from weakspot.cli.output import print_json, progress_display, warnings_as_notes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +64,7 @@ class Session:
         output: how the command reports.
         network: which classifier.
         out: folder that the command writes to.
-        advance: reports the current step and the fraction done.
+        display: of the current step.
         started: time at the start.
         skipped: one sentence for each file that could not be read.
         unread: whether a file or folder that was named gave no image; the command then exits with code 4.
@@ -73,7 +74,7 @@ class Session:
     output: OutputOptions
     network: ModelOptions
     out: Path
-    advance: Advance
+    display: Display
     started: float = field(default_factory=time.perf_counter)
     skipped: list[str] = field(default_factory=list)
     unread: bool = False
@@ -91,10 +92,6 @@ class Session:
         """Seconds since the start."""
         return time.perf_counter() - self.started
 
-    def progress(self, step: str, start: float, end: float) -> Callable[[float], None]:
-        """A callback for a step that takes the command from one fraction of its progress to another."""
-        return lambda fraction: self.advance(step, start + (end - start) * fraction)
-
     def read_images(self, sources: Sequence[Path], *, samples: bool = False) -> Images:
         """Read image files. Files that cannot be read are noted and skipped.
 
@@ -106,6 +103,7 @@ class Session:
         from weakspot.images import open_pictures, sample_images
 
         size, channels = self.classifier.input_size, self.classifier.channels
+        self.display.step("reading the images")
         if samples:
             from weakspot.similarity import luma
 
@@ -118,7 +116,7 @@ class Session:
                 note(f"{source}: the folder is empty")
             for file in files:
                 name = str(source / file.name) if source.is_dir() else str(source)
-                remark = printable(f"{name}: {file.remark}")
+                remark = one_line(f"{name}: {file.remark}")
                 if file.remark:
                     note(remark)
                 if file.pixels is None:
@@ -197,10 +195,10 @@ def open_session(
     with (
         redirect_stdout(sys.stderr),
         warnings_as_notes(output.quiet),
-        progress_bar(output.silent) as advance,
+        progress_display(output.silent) as display,
     ):
-        advance("loading the model", 0.0)
-        yield Session(context, output, network, out, advance)
+        display.step("loading the model")
+        yield Session(context, output, network, out, display)
 
 
 def check_sources(sources: Sequence[Path], *, samples: bool = False) -> None:
@@ -299,12 +297,7 @@ def shorten_paths(names: Sequence[str]) -> list[str]:
     """Paths relative to the folder that contains them all."""
     paths = [Path(name).absolute() for name in names]
     common = os.path.commonpath([path.parent for path in paths])
-    return [printable(os.path.relpath(path, common)) for path in paths]
-
-
-def printable(name: str) -> str:
-    """The name with bytes that are not text written as escapes."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+    return [one_line(os.path.relpath(path, common)) for path in paths]
 
 
 def _list_files(folder: Path, patterns: Sequence[str]) -> Files:

@@ -29,7 +29,7 @@ from weakspot.cli.options import (
     parse_size,
     refuse,
 )
-from weakspot.cli.output import print_json, print_rows, progress_bar, warnings_as_notes
+from weakspot.cli.output import print_json, print_rows, progress_display, warnings_as_notes
 from weakspot.cli.training_jobs import (
     Evaluation,
     TrainingJob,
@@ -218,7 +218,11 @@ def train(
     silent = output.silent or not first
     started = time.perf_counter()
     try:
-        with redirect_stdout(sys.stderr), warnings_as_notes(output.quiet), progress_bar(silent) as advance:
+        with (
+            redirect_stdout(sys.stderr),
+            warnings_as_notes(output.quiet),
+            progress_display(silent) as display,
+        ):
             from weakspot.datasets import read_labeled
             from weakspot.models.specs import find_device
 
@@ -226,7 +230,7 @@ def train(
             size = parse_size(reading.size) or (32, 32)
             recipes = evaluation.chosen(training.recipe)
             _check_attacked(context, recipes, training.attacked_fraction)
-            advance("reading the data", 0.0)
+            display.step("reading the data")
             images = read_labeled(data, size=size, channels=reading.channels)
             if images.held:
                 refuse(
@@ -245,7 +249,7 @@ def train(
                 out=out,
                 about={"network": describe_network(model, images)},
                 on_epoch=None if silent else epoch_logger(),
-                advance=advance,
+                display=display,
             )
             if test is None:
                 results = job.train()

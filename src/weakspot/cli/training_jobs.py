@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from weakspot.cli.app import Failure
-from weakspot.cli.output import Advance, json_rows, make_table, print_text
+from weakspot._progress import Display
+from weakspot.cli.app import Failure, console, notes
+from weakspot.cli.output import add_row, json_rows, make_table, print_table, print_text
 
 if TYPE_CHECKING:
     from weakspot.classifier import Classifier
@@ -55,7 +54,7 @@ class TrainingJob:
         out: folder of the results.
         about: more entries for training.json.
         on_epoch: called with a network's name and its row after each epoch.
-        advance: called with the current step and the fraction done.
+        display: of the current step.
     """
 
     make: Callable[[int], Classifier]
@@ -64,7 +63,7 @@ class TrainingJob:
     out: Path
     about: dict[str, object]
     on_epoch: OnEpoch | None
-    advance: Advance
+    display: Display
 
     def train(self, evaluation: Evaluation | None = None) -> Results:
         """Train one network: the content of training.json, and the accuracy on every test."""
@@ -79,7 +78,7 @@ class TrainingJob:
             out=self.out,
             about=self.about,
             on_epoch=None if on_epoch is None else (lambda row: on_epoch(recipe, row)),
-            progress=lambda fraction: self.advance(f"training ({recipe})", fraction),
+            progress=self.display.step(f"training ({recipe})"),
         )
         results = dict(read_record(self.out) or {})
         if evaluation is None:
@@ -95,7 +94,7 @@ class TrainingJob:
             trained,
             judged_images(evaluation.images, limit=evaluation.limit, cache=self.out),
             TestConfig.usual(budget, channels, strongest=evaluation.strongest),
-            progress=lambda fraction: self.advance("testing", fraction),
+            progress=self.display.step("testing"),
         )
         for name, correct in tested.items():
             mean, low, high = proportion_interval(correct.numpy())
@@ -105,6 +104,12 @@ class TrainingJob:
     def matrix(self, evaluation: Evaluation, recipes: Sequence[str], seeds: int) -> Results:
         """Train networks by each recipe, test all of them, and write the tables and the figure."""
         from weakspot.training import robustness_matrix
+
+        step = self.display.step("training networks")
+
+        def report(activity: str, fraction: float) -> None:
+            step.name = activity
+            step(fraction)
 
         matrix = robustness_matrix(
             self.make,
@@ -118,7 +123,7 @@ class TrainingJob:
             strongest=evaluation.strongest,
             about=self.about,
             on_epoch=self.on_epoch,
-            progress=self.advance,
+            progress=report,
         )
         _write(matrix, self.out)
         return {
@@ -202,17 +207,18 @@ def describe_network(model: str | None, data: LabeledImages) -> dict[str, object
 
 def epoch_logger() -> OnEpoch:
     """A function that prints a line to standard error for each epoch, and for the tests at the end."""
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
     def log(name: str, row: Mapping[str, float]) -> None:
         if "epoch" not in row:
-            console.print(f"{name}: " + ", ".join(f"{test} {value:.1%}" for test, value in row.items()))
+            tests = ", ".join(f"{test} {value:.1%}" for test, value in row.items())
+            notes.print(f"{name}: {tests}", soft_wrap=True)
             return
         tested = ", ".join(f"{key} {row[key]:.1%}" for key in ("clean", "robust") if key in row)
-        console.print(
+        notes.print(
             f"{name}, epoch {row['epoch']:.0f}: loss {row['loss']:.3f}, held out: {tested or 'none'}; "
             f"{row['seconds']:.0f} s",
             style="dim",
+            soft_wrap=True,
         )
 
     return log
@@ -220,16 +226,15 @@ def epoch_logger() -> OnEpoch:
 
 def print_training(results: Results, seconds: float, out: Path, *, matrix: bool) -> None:
     """Print the accuracies, the trainings that stopped early, and what to do next."""
-    console = Console(highlight=False)
     rows = results.get("accuracy") or results.get("tests") or []
     if rows:
         tests = dict.fromkeys(row["test"] for row in rows)
         table = make_table([*(["recipe"] if matrix else []), *tests], fold=())
         for name in dict.fromkeys(row.get("recipe", "") for row in rows):
             own = [row for row in rows if row.get("recipe", "") == name]
-            cells = [_accuracy(row, interval=console.width >= WIDE) for row in own]
-            table.add_row(*([name] if matrix else []), *cells)
-        console.print(table)
+            cells = [_accuracy(row, interval=console().width >= WIDE) for row in own]
+            add_row(table, *([name] if matrix else []), *cells)
+        print_table(table)
     stopped = results.get("stopped") or {}
     for name, why in stopped.items() if matrix else [("training", stopped)] if stopped else []:
         print_text(f"{name} stopped early: {why}", style="yellow")

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from weakspot._progress import Progress, part
 from weakspot.attacks import bim, ensemble
-from weakspot.attacks.context import AttackOptions, Problem, Progress, attack_context, part_of
+from weakspot.attacks.context import AttackOptions, Problem, attack_context
 from weakspot.attacks.eight_bit import fit, on_8bit_images
 from weakspot.attacks.gradient import Search, random_start, shrinking_steps
 from weakspot.attacks.losses import margin
@@ -276,7 +277,11 @@ class AttackSequence:
             with problem.fused_model():
                 for restart in range(self.restarts):
                     start = random_start(problem, STREAMS * stream + restart)
-                    search.run(start, self.sizes, part_of(self.part, restart, self.restarts))
+                    search.run(
+                        start,
+                        self.sizes,
+                        part(self.part, restart, restart + 1, self.restarts),
+                    )
             return search.best
 
     def _ensemble(self, side: Side, rows: Tensor) -> Tensor:

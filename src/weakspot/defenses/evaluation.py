@@ -16,7 +16,7 @@ from weakspot._checks import (
     check_seed,
     describe_error,
 )
-from weakspot.attacks.context import Progress
+from weakspot._progress import ProgressOption, shown
 from weakspot.attacks.eight_bit import rounded, whole_levels
 from weakspot.budgets import Budget, Linf
 from weakspot.classifier import check_images, evaluating, predict
@@ -44,7 +44,7 @@ def evaluate_defense(
     oracle: Callable[[Tensor, Tensor], Tensor] | None = None,
     thorough: bool = False,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> pd.DataFrame:
     """Accuracy of the undefended and of the defended model under the same attacks; `verdict` sums it up.
 
@@ -86,7 +86,7 @@ def evaluate_defense(
             `functools.partial(oracle_neutralized, model)`.
         thorough: whether the ensemble, which is slow, is run too.
         seed: of the attacks and of draws from the global generators, which are restored.
-        progress: called with the fraction done.
+        progress: True for a bar on standard error or in the notebook, or a function of the fraction done.
 
     Returns:
         One row per attack. "undefended" and "defended" are accuracies, each with "_low" and "_high" (the exact 95%
@@ -110,14 +110,15 @@ def evaluate_defense(
     images, labels = _checked(model, defended, substitute, images, labels)
     # Whole gray levels, so that rounding an attacked image to 8 bits never leaves the budget.
     effort = Effort(whole_levels(budget), steps, fraction, draws, queries, thorough=thorough, seed=seed)
-    sequence = AttackSequence((model, defended), images, labels, effort, progress)
-    sequence.run(substitute)
-    rows = sequence.rows
-    if oracle is not None:
-        # Against the first attack only: the oracle has no adaptive attacker.
-        correct = is_correct(model, oracle(sequence.transferred, images), labels)
-        rows.append(table_row(AttackRow.ORACLE, sequence.after_transfer, correct))
-    sequence.report(1.0)
+    with shown(progress, "attacking", total=len(images), counted=False) as report:
+        sequence = AttackSequence((model, defended), images, labels, effort, report)
+        sequence.run(substitute)
+        rows = sequence.rows
+        if oracle is not None:
+            # Against the first attack only: the oracle has no adaptive attacker.
+            correct = is_correct(model, oracle(sequence.transferred, images), labels)
+            rows.append(table_row(AttackRow.ORACLE, sequence.after_transfer, correct))
+        sequence.report(1.0)
     return pd.DataFrame(rows)
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from weakspot._checks import check_classes, check_seed, unknown_choice
+from weakspot._progress import Progress
 from weakspot.attacks import pgd
 from weakspot.attribution.hooks import replacing
 from weakspot.attribution.layers import unit_axis
@@ -169,7 +170,7 @@ def masking(
     *,
     attack: Attack = pgd,
     seed: int = 0,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Accuracy of the network with units masked: clean, under transferred attacks, and attacked again.
 

@@ -5,13 +5,14 @@ After Xu et al. 2019 (arXiv 1904.02057); the tests and controls are ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor, nn
 
+from weakspot._progress import Progress
 from weakspot.attacks import pgd
 from weakspot.defenses.unit_masking import Attack, masking, masking_sentence
 from weakspot.dissection import (
@@ -64,7 +65,7 @@ def unit_study(
     mask: int | Sequence[int] | None = None,
     attack: Attack = pgd,
     seed: int = 0,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress | None = None,
 ) -> UnitStudy:
     """Measure the sensitivity of a dissected layer's units, its association with IoU, and the effect of masking them.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_batch_size, check_choice, is_number
+from weakspot._progress import Progress, ProgressOption, shown
 from weakspot.attribution.alignment import Grid
 from weakspot.attribution.hooks import Place, fused_for, reading, spatial_layers
 from weakspot.classifier import Classifier, default_batch, evaluating
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 ALIGNMENTS = ("receptive_field", "effective", "resize")
 TOP = 8  # images stored per unit
 RUNNERS_UP = ("second", "third")
-Progress = Callable[[float], None]
 Visit = Callable[
     [str, Tensor, list[Annotation]], None
 ]  # layer, its maps (n, U, h, w), the images' annotations
@@ -115,7 +115,7 @@ def dissect(
     alignment: str = "receptive_field",
     batch_size: int | None = None,
     cache: Path | str | None = None,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> pd.DataFrame:
     """One row per unit of a layer: unit, threshold, concept, category, iou, and the runner-up concepts.
 
@@ -134,7 +134,7 @@ def dissect(
             they look ("effective"), or tile the image ("resize").
         batch_size: images at once; changes no result.
         cache: a folder where results are stored and found again for the same network, data and options.
-        progress: called with the finished fraction.
+        progress: True for a bar on standard error or in the notebook, or a function of the fraction done.
 
     Raises:
         ValueError: if an argument or a file of the data set is invalid; the message names it.
@@ -157,7 +157,7 @@ def dissect_layers(
     alignment: str = "receptive_field",
     batch_size: int | None = None,
     cache: Path | str | None = None,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> dict[str, Dissection]:
     """`dissect` for several layers in the same two passes over the data, with all concepts and the top images."""
     options = DissectionOptions(quantile, denominator, alignment, min_iou, str(Path(dataset)))
@@ -170,14 +170,17 @@ def dissect_layers(
         if not rows:
             raise ValueError(f"{Path(dataset) / file} must have at least one row, got none that can be used")
     decisive = {"quantile": quantile, "denominator": denominator, "alignment": alignment}
-    with evaluating(model) as classifier:
+    with (
+        evaluating(model) as classifier,
+        shown(progress, "dissecting", total=len(concepts), counted=False) as report,
+    ):
         stored = DissectionCache(cache, classifier, concepts, decisive)
         results = {layer: result for layer in layers if (result := stored.get(layer)) is not None}
         missing = [layer for layer in layers if layer not in results]
         if missing:
             image = torch.zeros(1, classifier.channels, *classifier.input_size, device=classifier.mean.device)
             places = spatial_layers(classifier, image, missing)
-            passes = _Passes(classifier, concepts, image, places, batch_size, progress)
+            passes = _Passes(classifier, concepts, image, places, batch_size, report)
             with fused_for(classifier, image, places):
                 top_values, top_images = passes.top_values(quantile)
                 thresholds = {name: values.thresholds() for name, values in top_values.items()}

@@ -106,10 +106,12 @@ class Engine:
             values.pop(slot, None)
 
     def edited(self, owners: Tensor, tops: Tensor, lefts: Tensor, patches: Tensor) -> Tensor:
-        """(M, K) logits with patches (M, C, h, w) at (tops, lefts) of the images numbered `owners`, each (M,)."""
+        """(M, K) logits with patches (M, C, h, w) at (tops, lefts) of the images numbered `owners`, each (M,).
+
+        If the patches require gradients, the logits have them too; `has_gradients` says whether they are right.
+        """
         sites = patches.permute(0, 2, 3, 1).contiguous()
-        with torch.no_grad():
-            return self._run(0, {0: Windows(sites, tops, lefts)}, owners, windows=True)
+        return self._run(0, {0: Windows(sites, tops, lefts)}, owners, windows=True)
 
     def replayed(self, images: Tensor) -> Tensor:
         """(M, K) logits of whole images, by the recording."""
@@ -287,6 +289,41 @@ def _error_of_trials(classifier: Classifier, recording: Recording, image: Tensor
         edits = torch.zeros_like(tops), tops, lefts, patches
         errors.append(_error(engine.edited(*edits), classifier(edited_images(image, *edits))))
     return max(errors)
+
+
+def has_gradients(engine: Engine, classifier: Classifier, image: Tensor) -> bool:
+    """Whether an engine's gradients of logits by patches are those of the network itself.
+
+    Those of a network that defines its own backward pass, as a straight-through defense does, are not: the recording
+    holds only what its forward pass computes.
+
+    Args:
+        engine: of images of this shape.
+        classifier: that was recorded, in its fused form if the recording is.
+        image: (1, C, H, W), image 0 of the engine.
+    """
+    _, _, height, width = image.shape
+    tall, wide = max(1, height // 4), max(1, width // 4)
+    top = torch.tensor([(height - tall) // 2], device=image.device)
+    left = torch.tensor([(width - wide) // 2], device=image.device)
+    gradients = []
+    try:
+        for forward in (
+            lambda patch: engine.edited(torch.zeros_like(top), top, left, patch),
+            lambda patch: classifier(edited_images(image, torch.zeros_like(top), top, left, patch)),
+        ):
+            here = image[:, :, int(top) : int(top) + tall, int(left) : int(left) + wide]
+            patch = (0.9 * here + 0.05).detach().requires_grad_()
+            with torch.enable_grad():
+                logits = forward(patch)
+                weights = torch.linspace(-1, 1, logits.shape[1], device=image.device)
+                (gradient,) = torch.autograd.grad((logits * weights).sum(), patch)
+            gradients.append(gradient)
+    except RuntimeError:  # no gradient, or a step that autograd cannot follow
+        return False
+    ours, theirs = gradients
+    # A ReLU at zero may fall to either side by rounding, so that single values may differ.
+    return bool((ours - theirs).norm() <= 1e-3 * theirs.norm())
 
 
 def edited_images(images: Tensor, owners: Tensor, tops: Tensor, lefts: Tensor, patches: Tensor) -> Tensor:

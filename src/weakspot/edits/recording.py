@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from weakspot._state import DispatchMode
 from weakspot.classifier import Classifier
 from weakspot.edits.steps import Arguments, CannotRecordError, Keywords, Recording, Slot, Step
 
@@ -42,11 +42,11 @@ def record(classifier: Classifier, image: Tensor) -> Recording:
     return Recording(_used(recorder.steps, slot), slot, count)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(DispatchMode):
     """Records every function called on what depends on the images."""
 
     def __init__(self, images: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.steps: list[Step] = []
         self.alive: list[Tensor] = [images]  # so that no id and no storage is reused
         self.slots = {id(images): 0}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from weakspot._checks import ModelWarning, check_classes, warn_once
 from weakspot._io.files import write_atomic
+from weakspot._progress import ProgressOption, shown
 from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.explanations.agreement import other_images
 from weakspot.explanations.analysis import (
@@ -125,7 +126,7 @@ def explain(
     made: Mapping[str, str] | None = None,
     reference: Tensor | None = None,
     compare: bool = True,
-    progress: Callable[[float], None] | None = None,
+    progress: ProgressOption = None,
 ) -> Explanation:
     """Show where each perturbation acts, and whether the network looks there.
 
@@ -140,7 +141,7 @@ def explain(
             batch and these together, are needed to test whether an attack acts where the network looks.
         compare: False omits the scores that depend on the other images of the batch, such as p values. Parts of a
             batch then have the same scores as the whole.
-        progress: called with the finished fraction, 0 to 1.
+        progress: True for a bar on standard error or in the notebook, or a function of the fraction done.
 
     Raises:
         ValueError: if an argument is invalid; the message names it.
@@ -165,7 +166,10 @@ def explain(
             f"got {', '.join(functions) or 'none'}"
         )
     results: dict[str, Analysis] = {}
-    with evaluating(model) as classifier:
+    with (
+        evaluating(model) as classifier,
+        shown(progress, "explaining", total=len(functions), unit="analysis") as report,
+    ):
         pairs = prepare_pairs(classifier, pairs)
         others = None if reference is None else other_images(classifier, pairs, reference)
         options = {"reference": others, "compare": compare}
@@ -173,8 +177,8 @@ def explain(
         for number, (name, function) in enumerate(functions.items(), 1):
             analysis = function(classifier, pairs, seed=seed, **accepted_options(function, options))
             results[name] = _checked(name, analysis, len(pairs))
-            if progress is not None:
-                progress(number / len(functions))
+            if report is not None:
+                report(number / len(functions))
     results = _with_unique_names(results, base)
     class_names = [
         (classifier.class_name(int(own)), classifier.class_name(int(other)))

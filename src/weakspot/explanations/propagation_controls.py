@@ -6,7 +6,7 @@ intervals over images are ours. Without them, spread explains nothing: failed at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from weakspot import _random
 from weakspot._checks import check_batch_size, check_seed
+from weakspot._progress import Progress
 from weakspot.attribution.hooks import default_layers, fused_for, spatial_layers
 from weakspot.classifier import evaluating
 from weakspot.explanations.analysis import Analysis, Series, check_pairs, find_renderer, prepare_pairs
@@ -83,7 +84,7 @@ def propagation_study(
     layers: Sequence[str] | None = None,
     seed: int = 0,
     batch_size: int | None = None,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress | None = None,
 ) -> PropagationStudy:
     """Measure propagation over many pairs in one stream, with its controls; no map of a single pair is stored.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from weakspot._checks import ImageWarning, quiet
 from weakspot._io.files import write_atomic
+from weakspot._progress import Progress
 from weakspot.datasets import LabeledImages
 from weakspot.regions import background
 from weakspot.training.checkpoint import data_fingerprint
@@ -38,7 +38,7 @@ class Backgrounds:
 
 
 def find_backgrounds(
-    data: LabeledImages, *, cache: Path | None = None, progress: Callable[[float], None] | None = None
+    data: LabeledImages, *, cache: Path | None = None, progress: Progress | None = None
 ) -> Backgrounds:
     """The background of every image by `regions.background`, on all cores.
 

@@ -6,7 +6,7 @@ import atexit
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from weakspot._checks import ModelWarning, warn
 from weakspot._io.files import LockedError, locked, write_atomic
+from weakspot._progress import Progress, part
 from weakspot.classifier import Classifier
 from weakspot.datasets import LabeledImages
 from weakspot.models.specs import find_device, fingerprint
@@ -98,8 +99,8 @@ def fit(job: Job, fabric: Fabric, callbacks: Callbacks) -> None:
     if earlier is None:
         save_state(loop.state())  # from now on the folder belongs to this training
     # Finding backgrounds was the first part of the progress bar.
-    if progress is not None and backgrounds is not None:
-        progress = _part(progress, BACKGROUND_PROGRESS, 1)
+    if backgrounds is not None:
+        progress = part(progress, BACKGROUND_PROGRESS, 1)
     with deferred_interrupts() as interrupts:
         loop.run(
             replace(
@@ -116,18 +117,13 @@ def fit(job: Job, fabric: Fabric, callbacks: Callbacks) -> None:
         _write_finished(out, classifier, {**job.record, "epochs": loop.history, "stopped": loop.stopped})
 
 
-def _backgrounds(job: Job, fabric: Fabric, progress: Callable[[float], None] | None) -> Backgrounds | None:
+def _backgrounds(job: Job, fabric: Fabric, progress: Progress | None) -> Backgrounds | None:
     """The backgrounds of all images, if the recipe needs them."""
     if find_recipe(job.config.recipe).region == "everywhere" or not job.config.attacked:
         return None
-    first = None if progress is None else _part(progress, 0, BACKGROUND_PROGRESS)
+    first = part(progress, 0, BACKGROUND_PROGRESS)
     with fabric.rank_zero_first():  # the other processes read what the first one stored
         return find_backgrounds(job.data, cache=job.cache, progress=first)
-
-
-def _part(progress: Callable[[float], None], start: float, end: float) -> Callable[[float], None]:
-    """Progress of a part of the work, from `start` to `end` of the whole."""
-    return lambda done: progress(start + (end - start) * done)
 
 
 def _write_finished(out: Path, classifier: Classifier, record: Record) -> None:

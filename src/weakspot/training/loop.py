@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from weakspot._progress import Progress
 from weakspot._state import EvalMode
 from weakspot.classifier import Classifier
 from weakspot.datasets import LabeledImages
@@ -62,7 +63,7 @@ class Callbacks:
 
     save: Callable[[State], None] | None = None
     on_epoch: Callable[[dict[str, float]], None] | None = None
-    progress: Callable[[float], None] | None = None
+    progress: Progress | None = None
     raise_if_interrupted: Callable[[], None] = lambda: None
 
 
@@ -126,6 +127,8 @@ class Loop:
         """
         saved = time.monotonic()
         total = self.per_epoch * self.config.epochs
+        if callbacks.progress is not None:  # what an earlier run had done
+            callbacks.progress((self.epoch * self.per_epoch + self.update) / total)
         while self.epoch < self.config.epochs and not self.stopped:
             begun = time.perf_counter()
             for batch in self._batches():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from weakspot._checks import check_count
 from weakspot._io.files import write_atomic
+from weakspot._progress import Progress
 from weakspot.datasets import LabeledImages
 from weakspot.models.specs import fingerprint
 from weakspot.statistics import mean_interval, paired_proportion_interval, proportion_interval
@@ -166,7 +167,7 @@ def stored_outcomes(
     test: Judged,
     tests: TestConfig,
     *,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """The outcomes that an earlier call stored for this network, these images and these attacks, else new ones."""
     key = [repr(tests), fingerprint(network), version("weakspot")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import check_classes, check_count
+from weakspot._progress import Progress, part
 from weakspot.attacks import ensemble, pgd
 from weakspot.budgets import Budget
 from weakspot.classifier import evaluating, predict
@@ -81,7 +81,7 @@ def judged_images(
     *,
     limit: int | None = None,
     cache: Path | None = None,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress | None = None,
 ) -> Judged:
     """The first `limit` images of the data with their backgrounds, which `cache` stores.
 
@@ -93,13 +93,13 @@ def judged_images(
     if len(data) < 2:
         raise ValueError(f"test must have at least two images, to swap backgrounds, got {len(data)}")
     rows = torch.arange(len(data) if limit is None else min(limit, len(data)))
-    part = data.subset(rows)
-    backgrounds = find_backgrounds(part, cache=cache, progress=progress)
-    return Judged(part.images(rows), part.labels, backgrounds.masks(rows))
+    first = data.subset(rows)
+    backgrounds = find_backgrounds(first, cache=cache, progress=progress)
+    return Judged(first.images(rows), first.labels, backgrounds.masks(rows))
 
 
 def outcomes(
-    model: nn.Module, test: Judged, config: TestConfig, *, progress: Callable[[float], None] | None = None
+    model: nn.Module, test: Judged, config: TestConfig, *, progress: Progress | None = None
 ) -> dict[str, Tensor]:
     """For each of `TESTS`, which images the model classifies correctly: bool (N,), for "strongest" (strongest,).
 
@@ -120,9 +120,6 @@ def outcomes(
         clean = logits.argmax(1) == labels
         swapped = predict(classifier, swap_backgrounds(images, masks, config.seed)).argmax(1) == labels
 
-    def part(start: float, end: float) -> Callable[[float], None] | None:
-        return None if progress is None else lambda done: progress(start + (end - start) * done)
-
     def after_pgd(region: Tensor | None, start: float, end: float) -> Tensor:
         # Images that are misclassified without attack are not attacked.
         rows = clean.nonzero()[:, 0]
@@ -137,7 +134,7 @@ def outcomes(
                 steps=config.steps,
                 seed=config.seed,
                 stop_early=True,
-                progress=part(start, end),
+                progress=part(progress, start, end),
             )
             right[rows] = ~result.fooled
         return right
@@ -149,7 +146,12 @@ def outcomes(
     rows = strongest.nonzero()[:, 0]  # images that PGD fooled need no stronger attack
     if len(rows):
         result = ensemble(
-            model, images[rows], labels[rows], budget=config.budget, seed=config.seed, progress=part(0.6, 1.0)
+            model,
+            images[rows],
+            labels[rows],
+            budget=config.budget,
+            seed=config.seed,
+            progress=part(progress, 0.6, 1.0),
         )
         strongest[rows] = ~result.fooled
     results = (clean, localized, full, strongest, swapped)

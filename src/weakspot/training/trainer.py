@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from weakspot._checks import check_classes, first_line
+from weakspot._progress import ProgressOption, shown
 from weakspot._state import EvalMode, copied, in_train_mode, preserve_random_state
 from weakspot.classifier import Classifier, as_classifier
 from weakspot.datasets import LabeledImages
@@ -29,7 +30,7 @@ def train(
     cache: Path | None = None,
     about: Record | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
-    progress: Callable[[float], None] | None = None,
+    progress: ProgressOption = None,
 ) -> nn.Module:
     """Train a copy of a network. A part of every batch is attacked first, as the recipe of the config says.
 
@@ -65,7 +66,7 @@ def train(
         cache: folder that stores the backgrounds for later trainings. Default: `out`.
         about: more entries for training.json.
         on_epoch: called after every epoch with its row: epoch, loss, learning_rate, clean, robust, seconds.
-        progress: called with the fraction done.
+        progress: True for a bar on standard error or in the notebook, or a function of the fraction done.
 
     Returns:
         The trained copy, in the mode and on the device of the model.
@@ -91,13 +92,14 @@ def train(
     if out is not None and not isinstance(out, Path | str):
         raise ValueError(f"out must be the path of a folder, got {out!r}")
     folder = None if out is None else Path(out)
-    callbacks = Callbacks(on_epoch=on_epoch, progress=progress)
     with (
         torch.random.fork_rng(),  # the generators of all devices
         preserve_random_state(),
         torch.inference_mode(mode=False),
         torch.enable_grad(),
+        shown(progress, "training") as report,
     ):
+        callbacks = Callbacks(on_epoch=on_epoch, progress=report)
         classifier = _copied(model)
         images = as_labeled(data, classifier, workers=config.workers)
         _check_fit(classifier, images)

@@ -85,6 +85,11 @@ class AttackPlan:
         return self.budget is None and attack is not None and attack.minimizes is not None
 
     @property
+    def is_known(self) -> bool:
+        """Whether it is known what counts as success: not for a plug-in that is missing here and states no budget."""
+        return self.budget is not None or self._installed() is not None
+
+    @property
     def minimized_norm(self) -> str | None:
         """The norm in which a minimal-norm attack looks for the smallest change; None for all other attacks."""
         attack = self._installed()

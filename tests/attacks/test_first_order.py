@@ -11,7 +11,7 @@ from scipy.optimize import linprog, minimize
 from torch import Tensor, nn
 
 from weakspot.attacks.context import AttackOptions, attack_context
-from weakspot.vulnerability.first_order import (
+from weakspot.attacks.first_order import (
     CLASSES,
     Linearization,
     cell_numbers,
@@ -168,7 +168,7 @@ def test_a_network_that_reads_one_corner_is_weak_only_there() -> None:
 
 @pytest.mark.parametrize("parts", [7, 10**6])
 def test_results_do_not_depend_on_the_batch(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weakspot.vulnerability.first_order.ELEMENTS", parts)
+    monkeypatch.setattr("weakspot.attacks.first_order.ELEMENTS", parts)
     model = linear_network((3, 6, 6), 5)
     torch.manual_seed(3)
     images = torch.rand(5, 3, 6, 6)

@@ -1,0 +1,209 @@
+"""The weak-spot map beside the best of several references: sizes per cell, cells missed, ranks, CPU seconds.
+
+Run: python -m benchmarks.weak_spots reference FOLDER [--network efficientnet|resnet20] [--images N] [--every K]
+[--minutes M]. The reference of a cell is the smallest size over `fmn` with 300 steps, foolbox's FMN with 300 steps, and
+PGD at bisected radii toward each of three runner-up classes. Every result is a JSON file in
+FOLDER, one per image, which grows cell by cell: a run that is stopped resumes. `--every K` takes every K-th cell, and
+`--minutes M` stops after so long. Photographs: the four samples, then ImageNet's of the folder that WEAKSPOT_DATA
+names. Sizes are L-infinity in units of 1/255.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import peers, real
+from weakspot import load, sample_images
+from weakspot.attacks.context import AttackOptions, Problem, attack_context
+from weakspot.attacks.first_order import cell_numbers, linearize
+from weakspot.attacks.losses import margin
+from weakspot.attacks.minimum_norm import NORMS, _walk
+from weakspot.attacks.smallest_change import cropped
+from weakspot.attacks.tradeoff import BestSoFar
+
+STEPS = 300
+RUNGS, RUNG_STEPS, CLASSES = 9, 20, 3
+AT_ONCE = 7  # cells between two writes
+GRIDS = {"efficientnet": 7, "resnet20": 8}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, an image (1, C, H, W) and its file in the folder of results."""
+
+    name: str
+    model: nn.Module
+    image: Tensor
+    label: Tensor
+    grid: int
+    file: Path
+
+    def read(self) -> dict[str, dict[str, float]]:
+        found: dict[str, dict[str, float]] = (
+            json.loads(self.file.read_text("utf-8")) if self.file.exists() else {}
+        )
+        return found
+
+    def add(self, method: str, values: dict[str, float]) -> None:
+        found = self.read()
+        found.setdefault(method, {}).update(values)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(json.dumps(found, indent=1), "utf-8")
+
+
+def cases(network: str, count: int, folder: Path) -> list[Case]:
+    """The images of a network: for EfficientNet-Lite0 the rocket first."""
+    if network == "resnet20":
+        model, images, labels = real.correct("cifar10_resnet20", count)
+        names = [f"cifar{number}" for number in range(count)]
+    else:
+        model = load("efficientnet_lite0", device="cpu")
+        images, names = sample_images()
+        order = [2, 0, 1, 3]
+        images, names = images[order], [names[number] for number in order]
+        if count > 4 and real.available():
+            more = real.networks().imagenet(200)[0]
+            chosen = torch.arange(count - 4) * (200 // max(1, count - 4))
+            images = torch.cat([images, more[chosen]])
+            names += [f"imagenet{number}" for number in chosen.tolist()]
+        images, names = images[:count].contiguous(), names[:count]
+        labels = real.predictions(model, images)
+    return [
+        Case(
+            name,
+            model,
+            images[k : k + 1],
+            labels[k : k + 1],
+            GRIDS[network],
+            folder / network / f"{name}.json",
+        )
+        for k, name in enumerate(names)
+    ]
+
+
+def fmn_300(part: Problem, _: Tensor) -> Tensor:
+    best = BestSoFar(part, NORMS["linf"].size, 0.0)
+    _walk(NORMS["linf"], best, STEPS, None)
+    return best.images
+
+
+def foolbox_300(part: Problem, _: Tensor) -> Tensor:
+    return peers.foolbox("LInfFMNAttack", None, steps=STEPS)(_Cells(part), part.clean, part.labels)
+
+
+class _Cells(nn.Module):
+    """The classifier as a function of all cells at once, for other libraries."""
+
+    def __init__(self, part: Problem) -> None:
+        super().__init__()
+        self.part = part
+        self.eval()
+
+    def forward(self, patches: Tensor) -> Tensor:
+        rows = torch.arange(len(patches)).split(self.part.batch_size)
+        return torch.cat([self.part._logits(patches[some], some) for some in rows])
+
+
+def ladder(part: Problem, highest: Tensor) -> Tensor:
+    """PGD from the clean image at bisected radii, toward each of the runner-up classes."""
+    best = BestSoFar(part, NORMS["linf"].size, 0.0)
+    for targets in highest.unbind(1):
+        aimed = replace(part, loss_targets=targets)
+        low, high = torch.zeros(len(part)), torch.full((len(part),), torch.inf)
+        radius = torch.where(best.size.isfinite(), 0.9 * best.size, torch.full_like(best.size, 2 / 255))
+        for _ in range(RUNGS):
+            change, velocity = torch.zeros_like(part.clean), torch.zeros_like(part.clean)
+            open_ = torch.ones(len(part), dtype=torch.bool)
+            for step in range(RUNG_STEPS):
+                rows = open_.nonzero()[:, 0]
+                if not len(rows):
+                    break
+                some = aimed.select(rows)
+                points = some.apply(change[rows])
+                margins, _, direction = some.loss_and_gradient(points, margin)
+                whole = part.clean.clone()
+                whole[rows] = points
+                every = torch.full((len(part),), torch.inf)
+                every[rows] = margins
+                best.record(whole, every)
+                open_[rows[margins < 0]] = False
+                norm = direction.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30)
+                velocity[rows] = 0.75 * velocity[rows] + direction / norm
+                ball = radius[rows][:, None, None, None]
+                length = 1.0 if not step else 0.5 * (1 - step / RUNG_STEPS)
+                moved = change[rows] + length * ball * velocity[rows].sign()
+                moved = torch.maximum(torch.minimum(moved, ball), -ball)
+                change[rows] = (some.clean + moved).clamp(0, 1) - some.clean
+            high = torch.where(open_, high, torch.minimum(high, radius))
+            low = torch.where(open_, radius, low)
+            radius = torch.where(
+                high.isinf(), 2.5 * radius, torch.where(low == 0, 0.5 * high, (low * high).sqrt())
+            ).clamp(max=1)
+    return best.images
+
+
+METHODS: dict[str, Callable[[Problem, Tensor], Tensor]] = {
+    "fmn": fmn_300,
+    "foolbox": foolbox_300,
+    "ladder": ladder,
+}
+
+
+def reference(case: Case, every: int, deadline: float) -> None:
+    """Fill in the cells that are missing, method by method."""
+    size = case.image.shape[2], case.image.shape[3]
+    numbers, (rows, columns) = cell_numbers(size, case.grid)
+    with (
+        attack_context(case.model, case.image, case.label, AttackOptions()) as problem,
+        problem.fused_model(),
+    ):
+        highest = linearize(problem, CLASSES).classes
+        for method, run in METHODS.items():
+            known = case.read().get(method, {})
+            missing = [cell for cell in range(0, rows * columns, every) if str(cell) not in known]
+            for start in range(0, len(missing), AT_ONCE):
+                if time.time() > deadline:
+                    return
+                some = torch.tensor(missing[start : start + AT_ONCE])
+                begun = time.process_time()
+                owners = torch.zeros_like(some)
+                part = cropped(problem, (numbers == some[:, None, None])[:, None], owners)
+                sizes = verified(part, run(part, highest[owners]))
+                case.add(method, {str(int(cell)): float(one) for cell, one in zip(some, sizes, strict=True)})
+                seconds = time.process_time() - begun
+                print(f"{case.name} {method} {some.tolist()} {seconds:.0f} s", flush=True)
+
+
+def verified(part: Problem, patches: Tensor) -> Tensor:
+    """(M,) sizes in 1/255 of changes that fool in a fresh pass of the whole image; infinite for others."""
+    whole = part.crops.whole(patches) if part.crops is not None else patches
+    with torch.no_grad():
+        classes = torch.cat([part.classifier(some).argmax(1) for some in whole.split(4)])
+    size = 255 * NORMS["linf"].size(patches - part.clean)
+    return torch.where(classes != part.labels, size, torch.inf)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("section", choices=["reference"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--network", choices=list(GRIDS), default="efficientnet")
+    parser.add_argument("--images", type=int, default=10)
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=1e9)
+    given = parser.parse_args()
+    deadline = time.time() + 60 * given.minutes
+    for case in cases(given.network, given.images, given.folder):
+        reference(case, given.every, deadline)
+
+
+if __name__ == "__main__":
+    main()
