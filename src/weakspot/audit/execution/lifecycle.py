@@ -214,36 +214,29 @@ def _carry_out(job: Job, ledger: Ledger, engine: Engine, session: SessionOptions
 
 def _finish(store: LocalStore, info: RunInfo, total: int, unread: Sequence[tuple[str, str]] = ()) -> Run:
     """Write what is true of all shards together: the complete tables, or which images are missing."""
-    folder = store.folder
     # Counts come from the notes on the disk, not from this session, which may have computed only some shards.
-    notes = list(read_notes(folder))
+    notes = list(read_notes(store.folder))
     missing = sorted([*unread, *(pair for note in notes for pair in note.missing)])
-    counts = ImageCounts(
-        total,
-        sum(note.read for note in notes),
-        sum(len(note.skipped) for note in notes),
-        len(missing) or None,
-    )
-    info = replace(info, images=counts, missing=None)
+    read, skipped = sum(note.read for note in notes), sum(len(note.skipped) for note in notes)
+    info = replace(info, images=ImageCounts(total, read, skipped, len(missing) or None), missing=None)
     if missing:
         names = tuple(name for name, _ in missing[:NAMED])
         absent = MissingImages(len(missing), names, missing[0][1])
-        replace(info, status="incomplete", missing=absent).write(folder)
+        replace(info, status="incomplete", missing=absent).write(store.folder)
         store.save_info()
-        return open_run(store.name)
-    # Working time of all sessions; the wall time between them says nothing.
-    seconds = sum(note.seconds for note in notes)
-    # The digests come from compaction, so run.json is written after the tables that it vouches for.
-    replace(
-        info,
-        status="complete",
-        checksums={**info.checksums, **compact(folder)},
-        finished=now(),
-        seconds=round(seconds, 3),
-        images_per_second=round(total / seconds, 3) if seconds else None,
-    ).write(folder)
-    store.finish()
-    clear_drafts(folder)
+    else:
+        # Working time of all sessions; the wall time between them says nothing.
+        seconds = sum(note.seconds for note in notes)
+        # The digests come from compaction, so run.json is written after the tables that it vouches for.
+        replace(
+            info,
+            status="complete",
+            checksums={**info.checksums, **compact(store.folder, notes)},
+            finished=now(),
+            seconds=round(seconds, 3),
+            images_per_second=round(total / seconds, 3) if seconds else None,
+        ).write(store.folder)
+        store.finish()
     return open_run(store.name)
 
 

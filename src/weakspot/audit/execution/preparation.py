@@ -18,6 +18,7 @@ import torch
 from weakspot._checks import ModelError, NotFiniteError, first_line, quiet, warn
 from weakspot._io.files import write_atomic
 from weakspot._io.urls import exists
+from weakspot._state import preserve_random_state
 from weakspot.audit.execution.job import Job
 from weakspot.audit.execution.opened_images import content_digests
 from weakspot.audit.plan.attack_plan import ModelPlan
@@ -42,7 +43,7 @@ from weakspot.audit.store.unfinished import (
     read_unfinished,
     unfinished_files,
 )
-from weakspot.classifier import Classifier, evaluating
+from weakspot.classifier import Classifier
 from weakspot.models import load
 from weakspot.models.probe import Watch
 from weakspot.regions import read_region
@@ -85,7 +86,7 @@ def load_planned(model: ModelPlan) -> Classifier:
 def class_count(classifier: Classifier) -> int:
     """The number of classes, found by passing a gray image."""
     gray = torch.full((1, classifier.channels, *classifier.input_size), 0.5, device=classifier.mean.device)
-    with evaluating(classifier), torch.no_grad():
+    with preserve_random_state(gray.device), torch.no_grad():
         return int(classifier(gray).shape[1])
 
 
@@ -94,7 +95,8 @@ def prepare(info: RunInfo, out: Path) -> tuple[Job, RunInfo]:
     import pyarrow.parquet as pq
 
     plan = info.plan
-    if not any(exists(source) for source in plan.sources):
+    present = [source for source in plan.sources if exists(source)]
+    if not present:
         raise FileNotFoundError(f"{plan.sources[0]} does not exist (give a file, folder or array)")
     classifier = load_planned(plan.model)
     count = class_count(classifier)
@@ -105,7 +107,7 @@ def prepare(info: RunInfo, out: Path) -> tuple[Job, RunInfo]:
     # A region that cannot be made would otherwise fail after minutes of attacks.
     _try_regions(plan, classifier)
     listing = list_images(
-        plan.sources,
+        present,
         classifier.class_names,
         count,
         labels=plan.labels,
@@ -126,7 +128,7 @@ def prepare(info: RunInfo, out: Path) -> tuple[Job, RunInfo]:
         device=str(classifier.mean.device),
         images=ImageCounts(len(listing)),
         labels=dict(sorted(Counter(listing["label_from"].to_pylist()).items())),
-        absent=tuple(source for source in plan.sources if not exists(source)),
+        absent=tuple(source for source in plan.sources if source not in present),
         remarks=tuple(watch.remarks()),
         checksums={LISTING: file_digest(out / LISTING)},
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from weakspot._io.urls import exists, files, is_url, local_copy
+from weakspot._io.urls import files, is_url, local_copy
 from weakspot.datasets.arrays import ARRAYS, array_labels, array_length
 from weakspot.datasets.labels import FOLDERS, ClassIndex, folder_classes, read_labels
 
@@ -69,7 +69,7 @@ def list_images(
     """A table of `Entry`, sorted by name, independent of the order of sources and of files on the disk.
 
     Args:
-        sources: absolute paths or URLs; those that do not exist are left out.
+        sources: absolute paths or URLs that exist.
         class_names: of the model; may be empty.
         class_count: number of classes of the model.
         labels: as in `Plan`.
@@ -79,7 +79,7 @@ def list_images(
     Raises:
         ValueError: if the labels that were asked for do not exist, naming the file or folder.
     """
-    present = {Path(os.path.normpath(source)): source for source in sorted(sources) if exists(source)}
+    present = {Path(os.path.normpath(source)): source for source in sorted(sources)}
     classes = ClassIndex(tuple(class_names), class_count)
     images = {source: list(_walk(source, present[source])) for source in sorted(present)}
     root = _common_root(images)

@@ -196,8 +196,8 @@ def unified_schema(folder: Path) -> pa.Schema:
     return schema
 
 
-def compact(folder: Path) -> dict[str, str]:
-    """Write records.parquet and skipped.parquet from all shards, in order; return the digest of each.
+def compact(folder: Path, notes: Iterable[Note]) -> dict[str, str]:
+    """Write records.parquet and skipped.parquet from all shards and their notes, in order; return the digest of each.
 
     One shard and at most `ROWS` further rows are in memory at a time.
     """
@@ -218,7 +218,7 @@ def compact(folder: Path) -> dict[str, str]:
             if waiting:
                 writer.write_table(pa.concat_tables(waiting))
 
-    skipped = [pair for note in read_notes(folder) for pair in note.skipped]
+    skipped = [pair for note in notes for pair in note.skipped]
     columns = [pa.array([pair[column] for pair in skipped], pa.large_string()) for column in (0, 1)]
     table = pa.table(dict(zip(("image", "reason"), columns, strict=True)))
     write_atomic(folder / SKIPPED, lambda draft: pq.write_table(table, draft), durable=True)

@@ -13,7 +13,15 @@ from typing import ParamSpec, TypeVar
 from weakspot._checks import first_line
 from weakspot._io.urls import Place, is_url, place
 from weakspot.audit.store.maps import MAPS, drop_maps
-from weakspot.audit.store.records import LISTING, RECORDS, SHARDS, SKIPPED, shard_files, shard_number
+from weakspot.audit.store.records import (
+    LISTING,
+    RECORDS,
+    SHARDS,
+    SKIPPED,
+    clear_drafts,
+    shard_files,
+    shard_number,
+)
 from weakspot.audit.store.run_info import RUN_FILE
 from weakspot.audit.store.unfinished import SUFFIX, UNFINISHED, remove_unfinished, unfinished_files
 
@@ -96,7 +104,8 @@ class LocalStore:
         self.drop_unfinished(numbers)
 
     def finish(self) -> None:
-        """Store everything that is left; the run is complete."""
+        """Store everything that is left and remove drafts; the run is complete."""
+        clear_drafts(self.folder)
 
 
 class RemoteStore(LocalStore):
@@ -176,6 +185,7 @@ class RemoteStore(LocalStore):
         for path in [*sorted(files - {self.folder / RUN_FILE}), self.folder / RUN_FILE]:
             self._send(path)
         self._remove(lambda path: path.endswith(DRAFT))  # of a writer that died
+        super().finish()
 
     def _remove(self, matches: Callable[[str], bool]) -> None:
         system, root = self.remote
