@@ -150,8 +150,12 @@ def _walk(source: Path, location: str) -> Iterator[_Image]:
         yield _Image(source, os.fsencode(source), error=_unreadable(source))
         return
     closed: list[Path] = []
-    for folder, inner, names in os.walk(source, onerror=lambda error: closed.append(Path(error.filename))):
-        inner[:] = [name for name in inner if not name.startswith(".")]
+    roots = [os.path.realpath(source)]
+    for folder, inner, names in os.walk(
+        source, onerror=lambda error: closed.append(Path(error.filename)), followlinks=True
+    ):
+        shown = (name for name in sorted(inner) if not name.startswith("."))
+        inner[:] = [name for name in shown if _is_new(Path(folder, name), roots)]
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
             below = path.relative_to(source).parts
             first = below[0] if len(below) > 1 else ""
@@ -159,6 +163,17 @@ def _walk(source: Path, location: str) -> Iterator[_Image]:
     # A folder without permission is an entry of its own, so that it is reported as skipped.
     for path in closed:
         yield _Image(path, os.fsencode(path), error="no permission to read the folder; skipped")
+
+
+def _is_new(folder: Path, roots: list[str]) -> bool:
+    """Whether a folder is to be entered; a link only if it leads out of everything that is entered anyway."""
+    if not folder.is_symlink():
+        return True
+    target = os.path.realpath(folder)
+    if any(os.path.commonpath([target, root]) in {target, root} for root in roots):
+        return False  # the same images would be listed again, or without end
+    roots.append(target)
+    return True
 
 
 def _unreadable(path: Path) -> str:
