@@ -270,7 +270,7 @@ class _Images:
                 result.select(part),
                 analyses=self.plan.analyses,
                 seed=self.plan.seed,
-                compare=False,  # with the other images of the shard, which is no property of an image
+                compare=False,  # with the other images of the group, which is no property of an image
             )
 
         own: Errors = {}
@@ -307,7 +307,7 @@ class _Images:
 
 @contextmanager
 def _without_numbers() -> Iterator[None]:
-    """Replace the numbers of images in warnings, so that those of several shards are equal and shown once."""
+    """Replace the numbers of images in warnings, so that those of several groups are equal and shown once."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield

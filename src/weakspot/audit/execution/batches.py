@@ -36,7 +36,7 @@ class FixedBatchClassifier(Classifier):
     Kernels of convolutions and matrix products choose their order of summation by the number of images, and an attack
     turns a difference in the last bit into another perturbation. With a fixed number, an image has the same logits to
     the last bit whatever images it comes with. What remains is the image's place in the group (it decides the
-    alignment in memory of rows with an odd number of features), which shards and batches preserve.
+    alignment in memory of rows with an odd number of features), which the division into groups preserves.
 
     Attributes:
         group: number of images per pass; may be halved if memory runs out, which can change the last bits.

@@ -50,8 +50,9 @@ class Plan:
         seed: of everything random, including the choice of `limit` images.
         limit: largest number of images; None for all.
         maps: whether maps and pictures are stored.
-        shard: number of images that are worked on and written together.
-        group: fixed number of images per pass through the model; None until the model is known.
+        shard: number of images that are stored together; None until the model is known.
+        group: number of images that are attacked together and of every pass through the model; None until the model is
+            known.
         stated_budgets: budgets such as linf:4/255 at which the robust accuracy of minimal-norm attacks may be counted,
             in addition to those of the attacks.
     """
