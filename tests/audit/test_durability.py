@@ -139,16 +139,18 @@ def test_what_is_done_is_written_within_seconds(
 def test_results_survive_a_round_trip_and_merge_in_any_order(pictures: Path, tmp_path: Path) -> None:
     out = interrupted(pictures, 13.2, analyses=("overlap", "propagation"))
     results = [result for path in unfinished_files(out) for result in read_unfinished(path)]
+    results[0] = replace(results[0], remarks=("The model is odd.",))
     again = read_unfinished(write_unfinished(tmp_path, results))
+    assert [result.remarks for result in again[:2]] == [("The model is odd.",), ()]
     expected = merged(results, (14, 2, 2))
     random.Random(0).shuffle(again)  # noqa: S311 - no secret
-    for one in (merged(again, (14, 2, 2)),):
-        assert one.rows.equals(expected.rows)
-        assert one.note == expected.note
-        assert one.maps.keys() == expected.maps.keys()
-        for name, block in one.maps.items():
-            np.testing.assert_array_equal(block.values, expected.maps[name].values)
-            assert dict(block.about) == dict(expected.maps[name].about)
+    shuffled = merged(again, (14, 2, 2))
+    assert shuffled.rows.equals(expected.rows)
+    assert shuffled.note == expected.note
+    assert shuffled.maps.keys() == expected.maps.keys()
+    for name, block in shuffled.maps.items():
+        np.testing.assert_array_equal(block.values, expected.maps[name].values)
+        assert dict(block.about) == dict(expected.maps[name].about)
 
 
 def test_damaged_unfinished_results_are_named_and_computed_again(whole: Run, pictures: Path) -> None:

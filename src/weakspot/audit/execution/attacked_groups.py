@@ -39,6 +39,7 @@ from weakspot.regions.spec import RegionSpec
 if TYPE_CHECKING:
     import pyarrow as pa
 
+CHECK_EVERY = 30.0  # seconds between checks whether the model has changed
 Progress = Callable[[float], None]
 
 
@@ -60,13 +61,17 @@ def attack_groups(
     Raises:
         ValueError: if an attack or an analysis fails on all images and on neutral ones, too.
     """
+    checked = time.perf_counter()
     for _, cells in groupby(groups, key=lambda key: key.start):
         images: _Images | None = None  # opened once for all attacks and regions
         for key in cells:
             started = time.perf_counter()
             images = images or _Images(model, job, job.entries_of(key))
             rows, maps = images.attack(key, progress)
-            remarks = tuple(model.watch.remarks()) if key == groups[-1] else ()
+            # What was computed before a change of the model may be stored already, so it is looked for now and then.
+            remarks: tuple[str, ...] = ()
+            if key == groups[-1] or time.perf_counter() - checked >= CHECK_EVERY:
+                remarks, checked = tuple(model.watch.remarks()), time.perf_counter()
             facts = ImageFacts(
                 tuple(images.opened.digests), tuple(images.opened.skipped), tuple(images.missing)
             )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -197,7 +197,7 @@ class Ledger:
         saved: number of attacks whose records are on the disk.
     """
 
-    def __init__(self, store: LocalStore, job: Job, info: RunInfo, kept: Iterable[GroupResult] = ()) -> None:
+    def __init__(self, store: LocalStore, job: Job, info: RunInfo, kept: Sequence[GroupResult] = ()) -> None:
         self.store, self.job, self.info = store, job, info
         existing = shard_files(store.folder)
         self.results: dict[int, dict[GroupKey, GroupResult]] = {

@@ -108,6 +108,7 @@ def write_unfinished(folder: Path, results: Sequence[GroupResult]) -> Path:
                 "key": result.key,
                 "images": asdict(result.images),
                 "seconds": result.seconds,
+                "remarks": result.remarks,
                 "about": {name: dict(block.about) for name, block in result.maps.items()},
             }
         )
@@ -138,7 +139,8 @@ def read_unfinished(path: Path) -> list[GroupResult]:
             }
             rows = pa.ipc.open_stream(pa.py_buffer(file.get_tensor(f"{number}/rows").tobytes())).read_all()
             seen = Reader().table(ImageFacts, facts["images"], "images")
-            results.append(GroupResult(GroupKey(*facts["key"]), rows, blocks, seen, facts["seconds"]))
+            key, seconds, remarks = GroupKey(*facts["key"]), facts["seconds"], tuple(facts["remarks"])
+            results.append(GroupResult(key, rows, blocks, seen, seconds, remarks))
     return results
 
 
