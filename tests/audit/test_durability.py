@@ -215,8 +215,33 @@ def square(side: int) -> Classifier:
     return Classifier.wrap(network.eval(), input_size=(side, side))
 
 
+class Transposed(nn.Module):
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values.transpose(1, 2)
+
+
 def test_flops_are_those_of_the_formula() -> None:
-    assert forward_flops(square(24)) == 2 * (24 * 24 * 32 * 3 * 9 + 32 * 5)
+    classifier = square(24)
+    expected = 2 * (24 * 24 * 32 * 3 * 9 + 32 * 5)
+    assert forward_flops(classifier) == expected
+    assert (
+        forward_flops(Classifier.wrap(torch.jit.script(classifier.network), input_size=(24, 24))) == expected
+    )
+    assert all(parameter.grad is None for parameter in classifier.parameters())
+
+
+def test_flops_of_transformer_layers_are_counted() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 4, 4), nn.Flatten(2), Transposed(), layer, nn.Flatten(), nn.Linear(16 * 40, 3)
+    )
+    tokens, width, hidden = 40, 16, 32
+    linear = 2 * tokens * (width * 3 * width + width * width + 2 * width * hidden)
+    attention = 4 * tokens * tokens * width
+    ends = 2 * (tokens * width * 48 + tokens * width * 3)
+    # Some versions of torch do not count attention itself, a few percent of a larger transformer.
+    counted = forward_flops(Classifier.wrap(network.eval(), input_size=(20, 32)))
+    assert counted in {linear + ends, linear + attention + ends}
 
 
 def test_passes_are_estimated_from_the_settings() -> None:

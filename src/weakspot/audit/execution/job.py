@@ -156,8 +156,9 @@ def forward_flops(classifier: Classifier) -> float:
     """Floating-point operations of the matrix products and convolutions of one image's forward pass."""
     gray = torch.full((1, classifier.channels, *classifier.input_size), 0.5, device=classifier.mean.device)
     count = _FlopCount()
-    with evaluating(classifier), torch.no_grad(), count:
-        classifier(gray)
+    # With gradients, as attacks need them: otherwise transformers run fused layers that are not counted.
+    with evaluating(classifier), count:
+        classifier(gray.requires_grad_())
     return count.flops
 
 
