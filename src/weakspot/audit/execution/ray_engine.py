@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 OBJECT_STORE = 2**30  # bytes of shared memory of a cluster that is started here; more goes to the disk
 PATIENCE = 10  # seconds in which a cluster must answer
 AHEAD = 2  # shards per worker: the one it works on, and the next
-# Of Ray Data: silent, and a block for every group, which is then sent as soon as it is done.
-SETTINGS = {"enable_progress_bars": False, "print_on_execution_start": False, "target_max_block_size": 1}
+SETTINGS = {"enable_progress_bars": False, "print_on_execution_start": False}  # of Ray Data
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
