@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -13,8 +14,10 @@ from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
 from typer.core import TyperGroup
+from typer.models import OptionInfo
 
 from weakspot._checks import ModelError, describe_error
 
@@ -107,6 +110,26 @@ app = typer.Typer(
 )
 
 
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Threads of the network. On a busy machine, 1 can be several times faster.",
+        metavar="N",
+        min=1,
+        show_default="one for each core",
+        rich_help_panel="Output",
+    ),
+]
+
+
+def set_threads(count: int) -> None:
+    """Use so many threads in this process and in those that it starts."""
+    import torch
+
+    torch.set_num_threads(count)
+    os.environ["OMP_NUM_THREADS"] = str(count)
+
+
 def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a command.
 
@@ -133,7 +156,21 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
                 for field in fields(groups[name])
             ]
 
+        parameters.append(
+            inspect.Parameter(
+                "threads", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=ThreadsOption
+            )
+        )
+        for parameter in parameters:
+            for info in getattr(parameter.annotation, "__metadata__", ()):
+                # Every option shows a default, also those that are off or empty without it.
+                if isinstance(info, OptionInfo) and parameter.default is None and info.show_default is True:
+                    info.show_default = "none"
+
         def call(**values: object) -> None:
+            threads = values.pop("threads")
+            if isinstance(threads, int):
+                set_threads(threads)
             for name, kind in groups.items():
                 values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
             function(**values)
@@ -144,6 +181,11 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
         call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         # Paragraphs on one line each: the help is wrapped to the terminal, not to the source.
         paragraphs = (function.__doc__ or "").split("\n\n")
+        extra = next(
+            (name for name, (_, uses) in EXTRAS.items() if function.__name__ in uses.split(", ")), None
+        )
+        # Escaped, because help is the one text that typer prints as markup.
+        paragraphs += [escape(f"Needs an extra: pip install 'weakspot[{extra}]'.")] if extra else []
         text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
         epilog = "\n\n".join(
             ["[bold]Examples[/bold]" if len(examples) > 1 else "[bold]Example[/bold]", *examples]

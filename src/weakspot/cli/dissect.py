@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from weakspot.budgets import read_budget
 from weakspot.cli.app import Failure, command
 from weakspot.cli.attacked_units import (
     AttackedUnits,
@@ -19,6 +20,7 @@ from weakspot.cli.attacked_units import (
     read_attacked,
 )
 from weakspot.cli.options import (
+    EveryOption,
     ModelOptions,
     OutputOptions,
     SeedOption,
@@ -27,7 +29,7 @@ from weakspot.cli.options import (
     option,
     refuse,
 )
-from weakspot.cli.output import print_rows, print_text
+from weakspot.cli.output import first_rows, print_rows, print_text
 from weakspot.cli.session import Session, check_existing, open_session
 
 if TYPE_CHECKING:
@@ -106,6 +108,7 @@ def dissect(
         str, option("NAME", "How maps are aligned with images: receptive_field, effective or resize.")
     ] = "receptive_field",
     seed: SeedOption = 0,
+    every: EveryOption = False,
     out: Annotated[Path, option("FOLDER", "Folder for report.html, a table per layer, run.json.")] = Path(
         "weakspot-units"
     ),
@@ -127,12 +130,11 @@ def dissect(
         refuse(context, ("budget", "steps", "mask", "seed"), "without --images")
     mask = parse_mask(attack.mask, len(layer or []))
     check_existing(attack.images or [])
+    budget = read_budget(attack.budget)
     with open_session(context, network, output, out, FILES) as session:
-        from weakspot.budgets import read_budget
         from weakspot.dissection import dissect_layers
 
         classifier = session.classifier
-        budget = read_budget(attack.budget)
         images = read_attacked(session, attack, mask) if attack.images else None
         session.make_folder()
         session.display.step("reading the concepts")
@@ -167,7 +169,14 @@ def dissect(
     rows = _layer_rows(dissections)
 
     def show() -> None:
-        print_rows(rows)
+        units, detectors = (sum(int(row[key]) for row in rows) for key in ("units", "detectors"))
+        print_text(
+            f"{detectors} of {units} units detect a concept (intersection over union of at least {min_iou:g}).\n"
+        )
+        shown, more = first_rows(rows, every=every)
+        print_rows(shown)
+        if more:
+            print_text(f"... and {more} more layers (show them with --all)", style="dim")
         for paragraph in attacked.paragraphs():
             print_text(f"\n{paragraph}")
         print_text(f"\n{len(layers)} layers{session.ending()}", style="dim")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,8 +31,22 @@ def progress_display(silent: bool) -> Iterator[Display]:
     if silent:
         yield Display()
     else:
+        remark = busy_remark()
+        if remark:
+            note(remark)
         with open_display(notes) as display:
             yield display
+
+
+def busy_remark() -> str | None:
+    """A hint to use one thread, if this machine is busy: threads that wait for each other spin and get in the way."""
+    import torch
+
+    # The load cannot be asked for on every system.
+    load, cores = getattr(os, "getloadavg", lambda: [0.0])()[0], os.cpu_count() or 1
+    if torch.get_num_threads() == 1 or load <= cores:
+        return None
+    return f"this machine is busy (load {load:.1f} on {cores} cores); --threads 1 may be faster (see weakspot doctor)"
 
 
 @contextmanager
@@ -121,6 +136,31 @@ def print_rows(rows: Sequence[dict[str, str]], *, as_json: bool = False) -> None
     for row in rows:
         add_row(table, *row.values())
     print_table(table)
+
+
+def print_choices(rows: Sequence[dict[str, str]], *, as_json: bool = False) -> None:
+    """Print named choices by their kind, or all rows as JSON.
+
+    Args:
+        rows: kind, name and what each choice is, and what it takes under the name of an option such as "--set".
+        as_json: print JSON.
+    """
+    if as_json:
+        print_json(rows)
+        return
+    # One column of names for all kinds, so that the texts stand below each other.
+    width = max(len(row["name"]) for row in rows)
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        print_text(f"{kind}s", style="bold")
+        table = make_table(["  " + "name".ljust(width), "what"])
+        table.show_header = False
+        for row in (row for row in rows if row["kind"] == kind):
+            takes = [f"{key}: {text}" for key, text in row.items() if key.startswith("--") and text]
+            add_row(
+                table, "  " + row["name"].ljust(width), Text("\n".join(map(one_line, [row["what"], *takes])))
+            )
+        print_table(table)
+        print_text("")
 
 
 def json_rows(frame: pd.DataFrame, digits: int = 9) -> list[dict[str, object]]:

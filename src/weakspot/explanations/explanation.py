@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -16,6 +17,7 @@ from weakspot._progress import ProgressOption, shown
 from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.explanations.agreement import other_images
 from weakspot.explanations.analysis import (
+    FIRST,
     Analysis,
     Picture,
     Series,
@@ -28,7 +30,7 @@ from weakspot.explanations.analysis import (
     shapes,
 )
 from weakspot.logits import margin
-from weakspot.pairs import AttackResult, Pairs
+from weakspot.pairs import AttackResult, Pairs, row_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,6 +53,7 @@ class Explanation:
         model: the classifier's name.
         class_names: names of the label and the target, one tuple per pair.
         made: how the pairs were made (budget, region, seed, command, versions), for the reader.
+        seconds: name to the time that each analysis took.
     """
 
     scores: pd.DataFrame
@@ -60,6 +63,7 @@ class Explanation:
     model: str
     class_names: Sequence[tuple[str, str]]
     made: Mapping[str, str] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -96,13 +100,27 @@ class Explanation:
             name: series for analysis in self.analyses.values() for name, series in analysis.series.items()
         }
 
-    def verdict(self, index: int = 0) -> str:
-        """What happened to one image, in plain words, with the number, the chance level and the doubt."""
-        return str(find_renderer("verdict")(self, index))
+    def verdict(self, index: int | str = 0) -> str:
+        """What happened to one image, in plain words, with the number, the chance level and the doubt.
 
-    def figure(self, index: int = 0) -> Figure:
-        """A matplotlib figure of one pair: both images, their difference and every map with its scale."""
-        return cast("Figure", find_renderer("figure")(self, index))
+        Args:
+            index: the number or the name of the image.
+
+        Raises:
+            IndexError: if there is no image of this number.
+            ValueError: if there is no image, or more than one, of this name.
+        """
+        return str(find_renderer("verdict")(self, self._row(index)))
+
+    def figure(self, index: int | str = 0) -> Figure:
+        """A matplotlib figure of one pair: both images, their difference and every map with its scale.
+
+        Takes an index, and raises, as `verdict` does.
+        """
+        return cast("Figure", find_renderer("figure")(self, self._row(index)))
+
+    def _row(self, index: int | str) -> int:
+        return row_number(index, [str(name) for name in self.scores["image"]], len(self))
 
     def to_html(self, path: Path | str) -> Path:
         """Write one self-contained page and return its path."""
@@ -127,6 +145,7 @@ def explain(
     reference: Tensor | None = None,
     compare: bool = True,
     progress: ProgressOption = None,
+    on_analysis: Callable[[Explanation], None] | None = None,
 ) -> Explanation:
     """Show where each perturbation acts, and whether the network looks there.
 
@@ -135,13 +154,14 @@ def explain(
         pairs: from an attack, or `Pairs.of(model, clean, adversarial)`.
         analyses: names from the entry-point group "weakspot.analyses". Default: all installed analyses.
         seed: passed to every analysis.
-        names: the name of each image.
+        names: the name of each image; by default those of the pairs.
         made: how the pairs were made, for the report.
         reference: (R, C, H, W) other images from the same source as the pairs. At least 19 other images, those of the
             batch and these together, are needed to test whether an attack acts where the network looks.
         compare: False omits the scores that depend on the other images of the batch, such as p values. Parts of a
             batch then have the same scores as the whole.
         progress: True for a bar on standard error or in the notebook, or a function of the fraction done.
+        on_analysis: called after each analysis with the explanation so far; the one behind the verdict is first.
 
     Raises:
         ValueError: if an argument is invalid; the message names it.
@@ -152,11 +172,10 @@ def explain(
     >>> explain(model, pairs, names=["first", "second"]).scores["image"].tolist()
     ['first', 'second']
     """
-    import pandas as pd
-
     check_pairs(pairs, model)
     if names is not None and len(names) != len(pairs):
         raise ValueError(f"names must have one entry for each of {len(pairs)} pairs, got {len(names)}")
+    names = names if names is not None else pairs.names or [f"image {row}" for row in range(len(pairs))]
     functions = find_analyses(analyses)
     if reference is not None and not any(
         accepted_options(each, {"reference": None}) for each in functions.values()
@@ -166,19 +185,45 @@ def explain(
             f"got {', '.join(functions) or 'none'}"
         )
     results: dict[str, Analysis] = {}
+    seconds: dict[str, float] = {}
     with (
         evaluating(model) as classifier,
         shown(progress, "explaining", total=len(functions), unit="analysis") as report,
     ):
-        pairs = prepare_pairs(classifier, pairs)
+        pairs = prepare_pairs(classifier, pairs).named(names)
         others = None if reference is None else other_images(classifier, pairs, reference)
         options = {"reference": others, "compare": compare}
         base, competing = _base_scores(classifier, pairs, names)
-        for number, (name, function) in enumerate(functions.items(), 1):
+
+        def explanation() -> Explanation:
+            done = {name: results[name] for name in functions if name in results}
+            return _assembled(classifier, pairs, base, competing, done, made=made, seconds=seconds)
+
+        for number, name in enumerate(sorted(functions, key=lambda name: name != FIRST), 1):
+            function, started = functions[name], time.perf_counter()
             analysis = function(classifier, pairs, seed=seed, **accepted_options(function, options))
             results[name] = _checked(name, analysis, len(pairs))
+            seconds[name] = time.perf_counter() - started
             if report is not None:
                 report(number / len(functions))
+            if on_analysis is not None:
+                on_analysis(explanation())
+        return explanation()
+
+
+def _assembled(
+    classifier: Classifier,
+    pairs: Pairs,
+    base: pd.DataFrame,
+    competing: Tensor,
+    results: Mapping[str, Analysis],
+    *,
+    made: Mapping[str, str] | None,
+    seconds: Mapping[str, float],
+) -> Explanation:
+    """The explanation of the pairs by these analyses; `competing` (N,) are the classes that the labels compete with."""
+    import pandas as pd
+
     results = _with_unique_names(results, base)
     class_names = [
         (classifier.class_name(int(own)), classifier.class_name(int(other)))
@@ -192,12 +237,11 @@ def explain(
         model=classifier.name,
         class_names=class_names,
         made=dict(made or {}),
+        seconds=dict(seconds),
     )
 
 
-def _base_scores(
-    classifier: Classifier, pairs: Pairs, names: Sequence[str] | None
-) -> tuple[pd.DataFrame, Tensor]:
+def _base_scores(classifier: Classifier, pairs: Pairs, names: Sequence[str]) -> tuple[pd.DataFrame, Tensor]:
     """The scores that need no analysis, and (N,) the class that each label competes with."""
     import pandas as pd
 
@@ -237,7 +281,7 @@ def _base_scores(
         "l2": torch.linalg.vector_norm(change, dim=1),
     }
     texts = {
-        "image": list(names) if names is not None else [f"image {number}" for number in range(len(pairs))],
+        "image": list(names),
         "label": class_names(pairs.labels),
         "target": class_names(competing),
         "adversarial_class": class_names(adversarial_class),

@@ -272,7 +272,7 @@ class _Images:
         def run(part: Tensor) -> Explanation:
             return explain(
                 self.model.classifier,
-                result.select(part),
+                result[part],
                 analyses=self.plan.analyses,
                 seed=self.plan.seed,
                 compare=False,  # with the other images of the group, which is no property of an image

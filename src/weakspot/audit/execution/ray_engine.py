@@ -1,4 +1,4 @@
-"""The Ray engine: Ray Data hands shards to workers that hold the model, and gets back their groups one by one."""
+"""The Ray engine: Ray Data hands shards to workers that hold the model, and gets back their groups."""
 
 from __future__ import annotations
 
