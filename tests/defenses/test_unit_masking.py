@@ -142,7 +142,7 @@ def test_masking_the_unit_that_attacks_use_helps_against_an_attacker_who_knows()
     assert rows["attacked_again"]["none"] == 0
     assert rows["clean"]["these units"] == rows["attacked_again"]["these units"] == 1
     assert rows["units"].to_dict() == {"none": 0, "these units": 1, **dict.fromkeys(controls, 1)}
-    assert (rows["lead"][["none", *controls]] == 1).all()
+    assert (rows["gain"][["none", *controls]] == 1).all()
     assert rows["p"].drop("these units").to_numpy() == pytest.approx(2.0**-19)  # 20 of 20 on one side
     assert rows["p"]["these units"] == 1
     # Wilson's interval of 20 of 20.

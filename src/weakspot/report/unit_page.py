@@ -111,7 +111,7 @@ def _study(study: UnitStudy) -> dict[str, object]:
                 **{
                     name: [percent(row[f"{name}{end}"]) for end in ("", "_low", "_high")] for name in MEASURES
                 },
-                "lead": f"{100 * row['lead']:+.1f}" if row["masked"] != THESE else "",
+                "gain": f"{100 * row['gain']:+.1f}" if row["masked"] != THESE else "",
                 "p": _bare_p(row["p"]) if row["masked"] != THESE else "",
             }
             for row in rows
