@@ -169,7 +169,7 @@ def test_units_that_help_no_more_than_any_others_are_reported_so() -> None:
     """Every network without two of these units is as robust as one without any other two."""
     model, images, labels = Alike().eval(), torch.full((20, 3, 4, 4), 0.45), torch.ones(20, dtype=torch.long)
     table = masking(model, "look", [0, 1], images, labels, attack=by_pgd).set_index("masked")
-    assert table["lead"]["none"] == 1
+    assert table["gain"]["none"] == 1
     assert table["p"]["none"] < 1e-5
     assert "is not shown to help more than masking as many other units (random units 1" in masking_sentence(
         table.reset_index()
