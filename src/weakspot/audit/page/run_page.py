@@ -126,7 +126,7 @@ def run_page(header: Header, sections: Sequence[Section], made: Mapping[str, str
     return rendered(
         "run.html",
         styles=["run.css"],
-        script="run.js",
+        scripts=["run.js"],
         later=[libraries],
         header=header,
         sections=sections,
