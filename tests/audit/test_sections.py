@@ -257,7 +257,8 @@ def test_only_what_was_fooled_or_withstood_is_said_to_have_been() -> None:
 def test_the_most_frequent_confusion_is_only_one_if_no_other_is_as_frequent() -> None:
     classes = pd.DataFrame({"label": [0, 1], "name": ["cat", "dog"], "images": 9, "clean": 1.0})
     per = classes.assign(attack="pgd", region="none", robust=0.4, low=0.1, high=0.8)
-    for counts, start in (((3, 3), "One of the most frequent"), ((3, 2), "The most frequent")):
+    cases = (((3, 3), "One of the most frequent"), ((3, 2), "The most frequent"), ((1, 1), "No"))
+    for counts, start in cases:
         into = pd.DataFrame(
             {"label": [0, 1], "adversarial_class": ["dog", "cat"], "fooled": counts, "of": counts}
         )

@@ -188,6 +188,8 @@ def _adversarial_class_sentence(adversarial: pd.DataFrame, names: Mapping[Hashab
         return "No correctly classified image was fooled, so there are no adversarial classes to report."
     ranked = adversarial.sort_values("fooled", ascending=False, kind="stable")
     row = ranked.iloc[0]
+    if len(ranked) > 1 and row["fooled"] == 1:
+        return "No confusion of two classes occurred more than once."
     tied = int((ranked["fooled"] == row["fooled"]).sum()) > 1
     return (
         f"{'One of the most frequent confusions' if tied else 'The most frequent confusion'} is "

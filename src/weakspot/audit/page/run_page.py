@@ -111,7 +111,15 @@ def run_report(run: Run) -> str:
     if not has_records(run.folder, complete=run.complete):
         return run_page(_header(run, None), [], _made(run), _queries(run))
     summary, places = summarize(run), weak_places(run)
-    return run_page(_header(run, summary, places), _sections(run, summary, places), _made(run), _queries(run))
+    header = _header(run, summary, places)
+    # A section with a picture does not repeat what the top of the page says.
+    sections = [
+        replace(section, sentences=[one for one in section.sentences if one not in header.sentences])
+        if section.charts
+        else section
+        for section in _sections(run, summary, places)
+    ]
+    return run_page(header, sections, _made(run), _queries(run))
 
 
 def run_page(header: Header, sections: Sequence[Section], made: Mapping[str, str], queries: Queries) -> str:
