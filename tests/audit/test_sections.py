@@ -257,10 +257,15 @@ def test_only_what_was_fooled_or_withstood_is_said_to_have_been() -> None:
 def test_the_most_frequent_confusion_is_only_one_if_no_other_is_as_frequent() -> None:
     classes = pd.DataFrame({"label": [0, 1], "name": ["cat", "dog"], "images": 9, "clean": 1.0})
     per = classes.assign(attack="pgd", region="none", robust=0.4, low=0.1, high=0.8)
-    cases = (((3, 3), "One of the most frequent"), ((3, 2), "The most frequent"), ((1, 1), "No"))
-    for counts, start in cases:
+    cases = (
+        ((3, 3), (3, 3), "One of the most frequent"),
+        ((3, 2), (3, 2), "The most frequent"),
+        ((3, 2), (6, 2), "One of the most frequent"),  # three others of the first label may be of one class
+        ((1, 1), (1, 1), "No"),
+    )
+    for counts, totals, start in cases:
         into = pd.DataFrame(
-            {"label": [0, 1], "adversarial_class": ["dog", "cat"], "fooled": counts, "of": counts}
+            {"label": [0, 1], "adversarial_class": ["dog", "cat"], "fooled": counts, "of": totals}
         )
         even, frequent = class_sentences(Classes(classes, per, into, CONFUSIONS))
         assert frequent.startswith(f"{start} confusion")

@@ -190,7 +190,8 @@ def _adversarial_class_sentence(adversarial: pd.DataFrame, names: Mapping[Hashab
     row = ranked.iloc[0]
     if len(ranked) > 1 and row["fooled"] == 1:
         return "No confusion of two classes occurred more than once."
-    tied = int((ranked["fooled"] == row["fooled"]).sum()) > 1
+    # The table has each label's most frequent class: another class of this label may be as frequent.
+    tied = int((ranked["fooled"] == row["fooled"]).sum()) > 1 or row["of"] - row["fooled"] >= row["fooled"]
     return (
         f"{'One of the most frequent confusions' if tied else 'The most frequent confusion'} is "
         f"{names.get(row['label'], 'a class')} classified as {row['adversarial_class']}: in {row['fooled']:,} of "
