@@ -287,7 +287,7 @@ def _print(explanation: Explanation, ending: str, *, every: bool) -> None:
         if compared:
             tested = row["relation_p"] >= 0
             cells.append(percent(row["effect_in_roi_null"]) if tested else "")
-            cells.append(p_value(row["relation_p"]).removeprefix("p = ").removeprefix("p ") if tested else "")
+            cells.append(p_value(row["relation_p"], "") if tested else "")
         add_row(table, *cells)
     print_table(table, whole=every)
     for index, row in enumerate(rows):
