@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from tests.audit.fixtures import Audited, audited
+from tests.audit.fixtures import Audited, audited, networks, small_plan
 from tests.audit.planted import draw_quarters, planted, planted_plan
-from weakspot.audit import AttackPlan, Run
+from weakspot.audit import AttackPlan, ModelPlan, Run, audit
 from weakspot.audit.findings import weak_spots
 from weakspot.audit.findings.weak_spots import WeakPlaces, weak_places
 from weakspot.audit.page.run_page import run_report
 from weakspot.audit.page.spot_section import spot_section
 
-__all__ = ["audited", "planted"]  # fixtures
+__all__ = ["audited", "networks", "planted"]  # fixtures
 
 
 def spotted(planted: Path, audited: Audited, network: str) -> Run:
@@ -87,7 +91,7 @@ def made_up(sides: list[float], p: float = 0.4) -> WeakPlaces:
         {"index": range(len(sides)), "image": "a.png", "side": sides, "top": 0.0, "left": 0.0}
     )
     squares["fraction"] = squares["side"] ** 2 / 32**2
-    return WeakPlaces((0, 0), 8 / 255, squares, np.full((7, 7), 0.1), (0, 0), p)
+    return WeakPlaces((0, 0), 8 / 255, squares, 0, np.full((7, 7), 0.1), (0, 0), p)
 
 
 def test_sentences_claim_only_the_squares_that_were_found() -> None:
@@ -106,10 +110,53 @@ def test_sentences_claim_only_the_squares_that_were_found() -> None:
     assert "was not tested" in made_up([3], math.nan).sentences()[1]
 
 
+def test_images_and_maps_that_are_missing_are_named() -> None:
+    assert "Left out" not in made_up([3]).sentences()[0]
+    assert "Left out: 2 images" in replace(made_up([3]), left_out=2).sentences()[0]
+    unmapped = replace(made_up([3] * 20, math.nan), median=np.empty((0, 0)))
+    assert unmapped.sentences()[1].endswith("the run stored no maps (--maps).")
+    assert not spot_section(unmapped).charts
+
+
 def test_a_run_without_the_analysis_names_it() -> None:
     section = spot_section(None)
     assert section.is_empty
     assert "--analyses weak_spots" in section.sentences[0]
+    (searched,) = spot_section(None, searched=True).sentences
+    assert "--analyses" not in searched  # it ran, and no image was correctly classified
+
+
+@pytest.mark.slow
+def test_odd_runs_have_weak_spots(networks: Path) -> None:
+    """One gray image that is not square; an attack whose changes differ in size; no whole image; no maps."""
+    rng = np.random.default_rng(0)
+    folder = networks / "gray"
+    folder.mkdir()
+    for number in range(3):
+        Image.fromarray(rng.integers(0, 255, (20, 28), dtype=np.uint8)).save(folder / f"{number}.png")
+    (networks / "gray_network.py").write_text(
+        "import torch\nfrom torch import nn\n\ndef build():\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), "
+        "nn.Linear(16, 2)).eval()\n"
+    )
+    for changes in (
+        {"limit": 1},
+        {"attacks": (AttackPlan("few_pixel", settings=(("generations", 2), ("population", 4))),)},
+        {"regions": ("cam",), "maps": False},
+    ):
+        usual: dict[str, Any] = {
+            "model": ModelPlan("gray_network:build", size=(20, 28)), "regions": ("none",), "labels": "predictions",
+            "attacks": (AttackPlan("pgd", "linf:8/255", (("steps", 2),)),), "analyses": ("weak_spots",),
+        }  # fmt: skip
+        run = audit(small_plan(folder, **{**usual, **changes}), networks / f"run {'-'.join(changes)}")
+        places = weak_places(run)
+        assert places is not None
+        assert len(places.squares) + places.left_out == len(run.records)
+        text = " ".join(places.sentences())
+        assert "nan" not in text
+        assert ("no maps" in text) == ("maps" in changes)
+        assert 'id="spots"' in run_report(run)
+    sys.modules.pop("gray_network", None)
 
 
 def test_equal_cells_are_drawn_alike() -> None:

@@ -13,7 +13,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from weakspot.audit.findings.outcomes import (
-    WHOLE_IMAGE,
     evenly_spread,
     in_blocks,
     read_cell,
@@ -36,19 +35,22 @@ class WeakPlaces:
     """Where the correctly classified images of a run are weak.
 
     Attributes:
-        cell: (attack, region) numbers in the plan, of the pairs whose size of change was used.
+        cell: (attack, region) numbers in the plan, of the pairs whose size of change was taken.
         budget: by how much values may change inside a square, for all these images alike.
         squares: one row per image, smallest square first, with the columns index, image, side (NaN if none was found),
             fraction, top, left.
+        left_out: correctly classified images whose pair has no change, or one of another size.
         median: (rows, columns) of a grid: the median over images of the change that is needed there if only this cell
             may change, estimated from gradients; 1 stands for 1 or more.
         weakest: row and column of the cell that ranks weakest on average.
         p: of the null hypothesis that position does not matter, for the mean rank of that cell; NaN below 10 images.
+            Without stored maps, median is empty.
     """
 
     cell: tuple[int, int]
     budget: float
     squares: pd.DataFrame
+    left_out: int
     median: NDArray[np.float64]
     weakest: tuple[int, int]
     p: float
@@ -81,9 +83,17 @@ class WeakPlaces:
                 square += f" In half of {images}, one of at most {half:.0f} x {half:.0f} pixels was found."
             if found < len(sides):
                 square += f" None was found in {counted(len(sides) - found, 'image')}."
+        if self.left_out:
+            square += (
+                f" Left out: {counted(self.left_out, 'image')} that the attack did not change by this size."
+            )
         return [square, self._place_sentence()]
 
     def _place_sentence(self) -> str:
+        if not self.median.size:
+            return (
+                "Whether images are weak in the same place was not tested: the run stored no maps (--maps)."
+            )
         if np.isnan(self.p):
             return f"Whether images are weak in the same place was not tested: the test needs {LEAST_RUN} images."
         if self.p > MAX_P:
@@ -100,30 +110,31 @@ class WeakPlaces:
 
 
 def weak_places(run: Run) -> WeakPlaces | None:
-    """Squares and estimates of the correctly classified images; None if the run has none.
+    """Squares and estimates of the correctly classified images; None if there are none.
 
-    The pairs of one attack in one region set the change that is allowed inside a square: those of the first bounded
-    attack, on the whole image if the plan has it. Images whose pair has another size of change than most are left out.
+    The change that is allowed inside a square is that of the pair, and squares are compared at one size of change: at
+    the size that most images share, under the attack and in the region with the most such images.
     """
     if not set(COLUMNS) <= set(recorded_columns(run)):
         return None
-    regions = run.plan.reported_regions
-    region = WHOLE_IMAGE if WHOLE_IMAGE in regions else regions[0]
-    labels = [attack.label for attack in run.plan.attacks]
-    attack = next(iter(run.plan.bounded_attacks), labels[0])
-    rows = read_cell(run, attack, region, ["index", "image", "correct", *COLUMNS])
-    rows.columns = pd.Index([str(name).removeprefix(f"{SQUARE}_") for name in rows.columns])
-    rows = rows[rows["correct"].fillna(False).astype(bool) & (rows["budget"] > 0)]
-    if rows.empty:
+    best, cell, correct = pd.DataFrame(), (0, 0), 0
+    for attack, region in run.plan.reported_cells:
+        rows = read_cell(run, attack.label, region, ["index", "image", "correct", *COLUMNS])
+        rows.columns = pd.Index([str(name).removeprefix(f"{SQUARE}_") for name in rows.columns])
+        rows = rows[rows["correct"].fillna(False).astype(bool)]
+        known = rows[rows["budget"] > 0]
+        same = known[known["budget"].round(9) == known["budget"].round(9).mode().max()]
+        if len(same) > len(best):
+            cell = run.plan.attacks.index(attack), run.plan.regions.index(region)
+            best, correct = same, len(rows)
+    if best.empty:
         return None
-    budget = float(rows["budget"].round(9).mode().iloc[0])
-    rows = rows[np.isclose(rows["budget"], budget, rtol=1e-6, atol=0)]
-    cell = labels.index(attack), run.plan.regions.index(region)
-    sizes = _estimates(run, rows["index"].to_numpy(np.int64), cell)
+    sizes = _estimates(run, best["index"].to_numpy(np.int64), cell)
     median = np.median(sizes, axis=0) if len(sizes) else np.full((0, 0), np.nan)
     weakest, p = _common_place(sizes, run.plan.seed)
-    squares = rows[["index", "image", "side", "fraction", "top", "left"]].sort_values(["side", "index"])
-    return WeakPlaces(cell, budget, squares.reset_index(drop=True), median, weakest, p)
+    squares = best[["index", "image", "side", "fraction", "top", "left"]].sort_values(["side", "index"])
+    budget = float(best["budget"].iloc[0])
+    return WeakPlaces(cell, budget, squares.reset_index(drop=True), correct - len(best), median, weakest, p)
 
 
 def _estimates(run: Run, images: NDArray[np.int64], cell: tuple[int, int]) -> NDArray[np.float64]:

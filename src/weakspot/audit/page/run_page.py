@@ -198,7 +198,11 @@ def _sections(run: Run, summary: Summary, places: WeakPlaces | None) -> list[Sec
     judged = [attack.label for attack in run.plan.attacks if has_robust_accuracy(run.plan, attack)]
     contrasts = region_contrasts(run)
     sections = [
-        spot_section(places, square_thumbnails(run, places, SMALLEST_SQUARES) if places else ()),
+        spot_section(
+            places,
+            square_thumbnails(run, places, SMALLEST_SQUARES) if places else (),
+            searched="weak_spots" in run.plan.analyses,
+        ),
         robust_section(summary.cells, summary.clean_accuracy, eight_bit=run.eight_bit),
         budget_section(budget_curves(run), contrasts, contrast_sentences(contrasts)),
         class_section(replace(by_class, cells=by_class.cells[by_class.cells["attack"].isin(judged)])),

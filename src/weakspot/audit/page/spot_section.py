@@ -26,16 +26,20 @@ CELL = 38  # pixels of a cell of the map
 LEAST = 1e-6  # of a size, for its logarithm
 
 
-def spot_section(places: WeakPlaces | None, smallest: Sequence[Thumbnail] = ()) -> Section:
+def spot_section(
+    places: WeakPlaces | None, smallest: Sequence[Thumbnail] = (), *, searched: bool = False
+) -> Section:
     """How little must change in each place, and the smallest squares that were enough.
 
     Args:
         places: from `weak_places`.
         smallest: the images with the smallest squares.
+        searched: whether the run has the analysis.
     """
     if places is None:
-        needed = "The run has no weak spots of correctly classified images; --analyses weak_spots adds them."
-        return Section(KEY, TITLE, [needed])
+        nothing = "No correctly classified image was changed by an attack, so no square was looked for."
+        needed = "The run has no map of weak spots; --analyses weak_spots adds it."
+        return Section(KEY, TITLE, [nothing if searched else needed])
     columns: dict[str, Column] = {
         "image": texts("image"), "side of the square, pixels": counts("side"),
         "fraction of the image": percents("fraction"), "first row": counts("top"), "first column": counts("left"),
