@@ -246,7 +246,8 @@ def _document(run: Run, summary: Summary, gate: Gate) -> dict[str, object]:
 def _print(run: Run, summary: Summary, seconds: float, *, every: bool) -> None:
     from weakspot.statistics.number_format import percent, with_interval
 
-    for sentence in (summary.weakest, *summary.regions, *summary.remarks):
+    regions = summary.regions if every else summary.weak_regions()
+    for sentence in (summary.weakest, *regions, *summary.remarks):
         print_text(sentence)
     if summary.images:
         unknown = math.isnan(summary.clean_accuracy)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from weakspot._io.files import write_atomic
 from weakspot._io.urls import is_url, place
-from weakspot.audit.findings.contrasts import WEAK, contrast_sentences, region_contrasts
+from weakspot.audit.findings.contrasts import contrast_sentences, region_contrasts
 from weakspot.audit.findings.curves import budget_curves, layer_curves
 from weakspot.audit.findings.distributions import class_distributions, distributions, extremes
 from weakspot.audit.findings.outcomes import attack_name, in_region
@@ -53,7 +53,6 @@ SHOWN = 200  # rows of a table that are in the HTML; the others are added when t
 FIRST_IMAGES = 3  # thumbnails of a gallery that are not folded
 SMALLEST_SQUARES = 6  # images whose squares are drawn
 MAX_SKIPPED = 20  # skipped images listed
-MAX_REGIONS = 4  # weak regions at the top; their section has all contrasts
 
 
 @dataclass(frozen=True)
@@ -239,9 +238,8 @@ def _header(run: Run, summary: Summary | None, places: WeakPlaces | None = None)
     labels = f"Labels: {summary.labels}."
     if "prediction" in run.info.labels:
         labels += " Where a label is the model's own prediction, the report does not say whether the model is correct."
-    weak = [sentence for sentence in summary.regions if sentence.endswith(f"{WEAK}.")]
     square = places.sentences()[:1] if places else []
-    sentences = [summary.weakest, *square, *(weak[:MAX_REGIONS] or summary.regions[:1]), labels]
+    sentences = [summary.weakest, *square, *summary.weak_regions(), labels]
     errors = sum(cell.errors for cell in summary.cells)
     if errors:
         sentences.append(
