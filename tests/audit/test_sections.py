@@ -74,6 +74,8 @@ def test_an_empty_section_names_the_option_that_fills_it() -> None:
     assert len(bare.sentences) == 1
     assert "--controls" in bare.sentences[0]
     assert not bare.charts
+    (planned,) = budget_section(pd.DataFrame(columns=list(BUDGET_COLUMNS)), NONE, planned=True).sentences
+    assert "--" not in planned  # the attack is there, but no image was correctly classified
     assert "--analyses" in finding_section(pd.DataFrame(columns=list(Finding._fields))).sentences[0]
     assert "--analyses propagation" in layer_section(pd.DataFrame()).sentences[0]
 

@@ -239,13 +239,16 @@ def image_sentences(ends: Extremes) -> list[str]:
     return [outcome, f"{ranking}{never}."]
 
 
-def budget_section(curves: pd.DataFrame, contrasts: pd.DataFrame, compared: Sequence[str] = ()) -> Section:
+def budget_section(
+    curves: pd.DataFrame, contrasts: pd.DataFrame, compared: Sequence[str] = (), *, planned: bool = False
+) -> Section:
     """Which sizes of change fool how many images in which region, and whether its controls are fooled as well.
 
     Args:
         curves: from `budget_curves`.
         contrasts: from `region_contrasts`.
         compared: `contrast_sentences` of the contrasts.
+        planned: whether the plan has attacks that give curves.
     """
     key, name = "sizes", "Size of change needed, by region"
     if curves.empty and contrasts.empty:
@@ -253,7 +256,8 @@ def budget_section(curves: pd.DataFrame, contrasts: pd.DataFrame, compared: Sequ
             "The run has no sizes to compare: several budgets (--budget linf:1/255,linf:4/255) or a minimal-norm "
             "attack give curves, and --controls adds controls of equal area."
         )
-        return Section(key, name, [needed])
+        unknown = "No correctly classified image has an attack with a known outcome."
+        return Section(key, name, [unknown if planned else needed])
     groups = list(curves.groupby(["attack", "norm"], sort=False))
     sentences = [_half_sentence(str(attack), str(norm), rows) for (attack, norm), rows in groups]
     sentences += compared

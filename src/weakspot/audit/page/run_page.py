@@ -13,7 +13,7 @@ from pathlib import Path
 from weakspot._io.files import write_atomic
 from weakspot._io.urls import is_url, place
 from weakspot.audit.findings.contrasts import contrast_sentences, region_contrasts
-from weakspot.audit.findings.curves import budget_curves, layer_curves
+from weakspot.audit.findings.curves import budget_curves, families, layer_curves
 from weakspot.audit.findings.distributions import class_distributions, distributions, extremes
 from weakspot.audit.findings.outcomes import attack_name, in_region
 from weakspot.audit.findings.scores import (
@@ -203,7 +203,9 @@ def _sections(run: Run, summary: Summary, places: WeakPlaces | None) -> list[Sec
             searched="weak_spots" in run.plan.analyses,
         ),
         robust_section(summary.cells, summary.clean_accuracy, eight_bit=run.eight_bit),
-        budget_section(budget_curves(run), contrasts, contrast_sentences(contrasts)),
+        budget_section(
+            budget_curves(run), contrasts, contrast_sentences(contrasts), planned=bool(families(run.plan))
+        ),
         class_section(replace(by_class, cells=by_class.cells[by_class.cells["attack"].isin(judged)])),
         image_section(
             ends,
