@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from weakspot.audit.plan.limits import counted_budget
 from weakspot.audit.store.records import COLUMNS, quoted
 from weakspot.audit.store.run import Run
+from weakspot.regions.spec import RegionSpec
 from weakspot.statistics import proportion_interval
 
 MAX_IMAGES = 1000  # whose maps are compared
@@ -52,6 +53,11 @@ class CellSummary:
     high: float
     errors: int
     known: bool = True
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the region only serves as a control of another one."""
+        return RegionSpec.parse(self.region).is_control
 
     @property
     def name(self) -> str:

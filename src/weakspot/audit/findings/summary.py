@@ -16,7 +16,6 @@ from weakspot.audit.findings.scores import score_findings
 from weakspot.audit.plan.limits import has_robust_accuracy
 from weakspot.audit.store.run import Run
 from weakspot.datasets.labels import FORMATS
-from weakspot.regions.spec import RegionSpec
 from weakspot.statistics import proportion_interval
 from weakspot.statistics.number_format import counted, percent, with_interval
 
@@ -179,9 +178,7 @@ def strongest_attack_sentence(cells: Sequence[CellSummary], clean: float) -> str
         return NOTHING_TO_LOSE
     if not judged:
         return " ".join(no_robust_accuracy(known))
-    confined = [
-        cell for cell in judged if cell.region != WHOLE_IMAGE and not RegionSpec.parse(cell.region).is_control
-    ]
+    confined = [cell for cell in judged if cell.region != WHOLE_IMAGE and not cell.is_control]
     strongest = min(confined or judged, key=lambda cell: cell.robust_accuracy)
     whole = [cell for cell in judged if cell.region == WHOLE_IMAGE]
     if confined and strongest.robust_accuracy == 1:

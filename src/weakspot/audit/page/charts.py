@@ -289,7 +289,7 @@ def budget_chart(title: str, curves: pd.DataFrame) -> Chart:
     rows = _rows(table[["region", "size", "fooled", "low", "high", "images"]])
     return _chart(
         title,
-        "Fraction of images that are fooled by a change of this size or a smaller one, for each region"
+        "Fraction of correctly classified images that a change of this size or a smaller one fools, for each region"
         + ("; shifted regions, which are controls, are dashed." if any(controls.values()) else "."),
         {"datasets": {"rows": rows}, "layer": layers, "resolve": SEPARATE_LEGENDS},
         BUDGET_HEIGHT,

@@ -269,7 +269,7 @@ def _warning(run: Run, done: int) -> str:
 
 def _facts(summary: Summary) -> list[tuple[str, str]]:
     known = [cell for cell in summary.cells if cell.images]
-    judged = [cell for cell in known if not math.isnan(cell.robust_accuracy)]
+    judged = [cell for cell in known if not math.isnan(cell.robust_accuracy) and not cell.is_control]
     noun = "image" if summary.images == 1 else "images"
     facts = [
         (f"{summary.images:,}", f"{noun} attacked" if known else f"{noun} read, none with a known outcome")
