@@ -23,7 +23,7 @@ from weakspot.audit.findings.scores import (
     score_findings,
 )
 from weakspot.audit.findings.summary import Summary, summarize
-from weakspot.audit.findings.weak_spots import WeakPlaces, weak_places
+from weakspot.audit.findings.weak_places import WeakPlaces, weak_places
 from weakspot.audit.page.charts import CONFIG
 from weakspot.audit.page.elements import Section, Table, table_of, texts
 from weakspot.audit.page.outcome_sections import (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from weakspot.audit.findings.weak_spots import WeakPlaces
+from weakspot.audit.findings.weak_places import WeakPlaces
 from weakspot.audit.page.charts import OUTCOMES, Spec, _chart, _field, _layer, _rows, _tooltip
 from weakspot.audit.page.elements import (
     Chart,

@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from weakspot.audit.findings.weak_spots import ESTIMATE, WeakPlaces
+from weakspot.audit.findings.weak_places import ESTIMATE, WeakPlaces
 from weakspot.audit.page.elements import Row, Thumbnail, heading
 from weakspot.audit.store.run import Run
 from weakspot.audit.store.stored_maps import StoredMap

@@ -17,8 +17,8 @@ from scipy.ndimage import gaussian_filter
 from tests.audit.fixtures import Audited, audited, networks, small_plan
 from tests.audit.planted import draw_quarters, planted, planted_plan
 from weakspot.audit import AttackPlan, ModelPlan, Run, audit
-from weakspot.audit.findings import weak_spots
-from weakspot.audit.findings.weak_spots import WeakPlaces, weak_places
+from weakspot.audit.findings import weak_places as findings
+from weakspot.audit.findings.weak_places import WeakPlaces, weak_places
 from weakspot.audit.page.run_page import run_report
 from weakspot.audit.page.spot_section import spot_section
 
@@ -74,16 +74,16 @@ def test_a_network_that_is_weak_where_the_subject_is_has_no_weak_place(
 
 def test_random_maps_have_no_common_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Smooth maps, as neighboring cells of an image are alike: p errs upward."""
-    monkeypatch.setattr(weak_spots, "PERMUTATIONS", 199)
+    monkeypatch.setattr(findings, "PERMUTATIONS", 199)
     rng = np.random.default_rng(0)
     found = [
-        weak_spots._common_place(gaussian_filter(rng.normal(size=(15, 7, 7)), (0, 1, 1)), 0)[1] < 0.05
+        findings._common_place(gaussian_filter(rng.normal(size=(15, 7, 7)), (0, 1, 1)), 0)[1] < 0.05
         for _ in range(60)
     ]
     assert np.mean(found) <= 0.1
-    few = weak_spots._common_place(rng.normal(size=(9, 7, 7)), 0)[1]
+    few = findings._common_place(rng.normal(size=(9, 7, 7)), 0)[1]
     assert math.isnan(few)
-    assert math.isnan(weak_spots._common_place(np.empty((0, 7, 7)), 0)[1])
+    assert math.isnan(findings._common_place(np.empty((0, 7, 7)), 0)[1])
 
 
 def made_up(sides: list[float], p: float = 0.4) -> WeakPlaces:
