@@ -48,7 +48,8 @@ def spot_section(
         "Each square was found by an attack that may change only its pixels; smaller ones may be enough, too. The map "
         "is an estimate from gradients alone, without an attack: by how much all values of one cell must change, if "
         "only these may. An image whose cell needs more than the whole range from black to white counts as needing "
-        "255/255."
+        "255/255. Cells differ by a pixel in side if the grid does not divide the image, and a larger cell needs less; "
+        "the test of a common place corrects for that."
     )
     return Section(
         KEY,
