@@ -72,6 +72,15 @@ def test_a_network_that_is_weak_where_the_subject_is_has_no_weak_place(
     assert "the square, outlined" in page
 
 
+@pytest.mark.slow
+def test_a_network_of_which_every_pixel_counts_alike_has_no_weak_place(
+    planted: Path, audited: Audited
+) -> None:
+    places = weak_places(spotted(planted, audited, "even"))
+    assert places is not None
+    assert places.p > 0.05
+
+
 def test_random_maps_have_no_common_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Smooth maps, as neighboring cells of an image are alike: p errs upward."""
     monkeypatch.setattr(findings, "PERMUTATIONS", 199)
