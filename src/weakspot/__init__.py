@@ -49,7 +49,7 @@ from weakspot.images import read_images, sample_images
 from weakspot.models import load
 from weakspot.pairs import AttackResult, Pairs
 from weakspot.similarity import ssim_map
-from weakspot.vulnerability import WeakSpots, weak_spots
+from weakspot.vulnerability import SmallestSquare, WeakSpots, smallest_square, weak_spots
 
 __version__ = version("weakspot")
 __all__ = [
@@ -75,6 +75,7 @@ __all__ = [
     "Propagation",
     "PropagationStudy",
     "Restoration",
+    "SmallestSquare",
     "SsimAlignment",
     "WeakSpots",
     "attacks",
@@ -98,6 +99,7 @@ __all__ = [
     "regions",
     "restoration",
     "sample_images",
+    "smallest_square",
     "ssim_alignment",
     "ssim_map",
     "training",

@@ -42,9 +42,28 @@ def test_a_run_repeated_has_not_moved(before: Run, pictures: Path) -> None:
     assert comparison.images == 14
     assert "both runs use the same weights" in comparison.remarks
     assert comparison.sentence() == (
-        "Robust accuracy has not moved beyond chance for any of 4 attacks x regions, on 14 images that both runs "
-        "contain."
+        "No change of robust accuracy beyond chance was found for any of 4 attacks x regions, on 14 images that both "
+        "runs contain."
     )
+
+
+@pytest.mark.parametrize("images", [4, 6])
+def test_a_change_that_so_few_images_cannot_show_is_not_denied(images: int) -> None:
+    row = {
+        "score": "robust_accuracy",
+        "attack": "pgd",
+        "region": "cam",
+        "images": images,
+        "q": 2 * 0.5**images,
+    }
+    table = pd.DataFrame([row | {"before": 1.0, "after": 0.0, "difference": -1.0, "low": -1.0, "high": -0.4}])
+    sentence = Comparison(table.assign(p=table["q"]), images, (), ()).sentence()
+    if images == 6:
+        assert sentence == (
+            "Robust accuracy has moved: pgd confined to cam from 100% to 0% (-100.0 points [-100.0, -40.0])."
+        )
+    else:
+        assert "even a change of all would be within chance" in sentence
 
 
 def test_rows_are_paired_differences_of_the_records(before: Run, pictures: Path) -> None:

@@ -27,8 +27,8 @@ from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, open_run, su
 from weakspot.audit.findings.comparison import compare
 from weakspot.audit.findings.contrasts import WEAK, contrast_sentences, region_contrasts
 from weakspot.audit.findings.curves import budget_curves
-from weakspot.audit.findings.locations import score_findings
 from weakspot.audit.findings.outcomes import CellSummary
+from weakspot.audit.findings.scores import score_findings
 from weakspot.audit.findings.summary import strongest_attack_sentence
 from weakspot.regions.spec import RegionSpec
 from weakspot.statistics import false_discovery, paired_proportion_interval
@@ -239,7 +239,7 @@ def test_the_norm_of_sizes_is_that_of_the_attack_whatever_its_label(planted: Pat
 def test_if_nothing_is_fooled_no_region_is_called_the_weakest(planted: Path) -> None:
     attacks = tuple(AttackPlan("pgd", f"linf:{eps}", (("steps", 1),)) for eps in ("0.0001", "0.0002"))
     sentence = summarize(audit(plan_for(planted, "even", attacks=attacks), planted / "strong")).weakest
-    assert sentence.startswith("No image was fooled by pgd")
+    assert sentence.startswith("None of 40 images was fooled by pgd")
     assert "quarter.png" in sentence
     assert "matched" not in sentence
 
@@ -332,9 +332,9 @@ def test_regions_are_listed_in_the_order_of_the_plan() -> None:
             )
         ]
         cam, rest = (f"{fraction:.0%} [{fraction - 0.1:.0%}, {fraction + 0.1:.0%}]" for fraction in left)
-        assert strongest_attack_sentence(cells) == (
+        assert strongest_attack_sentence(cells, 0.99) == (
             f"Under pgd at linf:1/255 confined to cam (30% of the image), {cam} of 100 images remain correctly "
-            f"classified; confined to background (70% of the image), {rest}."
+            f"classified (99% without an attack); confined to background (70% of the image), {rest}."
         )
 
 

@@ -13,10 +13,10 @@ import zarr
 from tests.audit.fixtures import Audited, audited, store_records
 from tests.audit.planted import draw_quarters, planted, planted_plan
 from weakspot.audit import AttackPlan, Plan, Run, audit, open_run, score_findings
-from weakspot.audit.findings import locations
-from weakspot.audit.findings.locations import IMPORTANCE, VULNERABILITY, location_findings, not_tested_because
-from weakspot.audit.page.finding_sections import finding_section
+from weakspot.audit.findings import outcomes, scores
+from weakspot.audit.findings.scores import IMPORTANCE, VULNERABILITY, location_findings, not_tested_because
 from weakspot.audit.page.run_page import run_report
+from weakspot.audit.page.score_sections import finding_section
 from weakspot.audit.store.records import TIMES
 from weakspot.audit.store.verification import MapCheck
 from weakspot.explanations.agreement import STATISTICS, agreement
@@ -145,8 +145,8 @@ def test_a_missing_test_names_what_it_needs(planted: Path, changes: dict[str, ob
 def test_many_images_are_sampled_evenly_and_large_maps_averaged(
     looked: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locations, "MAX_IMAGES", 12)
-    monkeypatch.setattr(locations, "MAX_SIDE", 8)
+    monkeypatch.setattr(outcomes, "MAX_IMAGES", 12)
+    monkeypatch.setattr(scores, "MAX_SIDE", 8)
     findings = location_findings(open_run(looked.folder))
     assert (findings["compared"] == 12).all()
     assert (findings["p"] < 0.05).all()

@@ -11,9 +11,9 @@ import pytest
 from tests.audit.fixtures import draw_pictures, networks, pictures, small_plan
 from tests.audit.test_run_page import Reader
 from weakspot.audit import AttackPlan, ModelPlan, Run, audit
-from weakspot.audit.findings.locations import TYPE_COLUMNS, perturbation_types, pixel_localities
-from weakspot.audit.page.finding_sections import locality_section, type_section
+from weakspot.audit.findings.scores import TYPE_COLUMNS, perturbation_types, pixel_localities
 from weakspot.audit.page.run_page import run_report
+from weakspot.audit.page.score_sections import locality_section, type_section
 from weakspot.explanations.locality_by_radius import RADII
 from weakspot.statistics import proportion_interval
 

@@ -17,15 +17,17 @@ from tests.audit.test_run_page import Reader
 from tests.cli.conftest import Run as Ran
 from tests.cli.conftest import photographs, run
 from weakspot.attacks import Attack, fmn, minimizes
+from weakspot.attacks.registry import find_attack
 from weakspot.audit import AttackPlan, ModelPlan, Plan, Run, audit, compare, open_run, summarize
 from weakspot.audit.findings.contrasts import region_contrasts
 from weakspot.audit.findings.curves import budget_curves
 from weakspot.audit.findings.gates import judge
 from weakspot.audit.findings.summary import cell_table, undefined_names
 from weakspot.audit.page.run_page import run_report
-from weakspot.audit.plan.limits import judged_attacks, limit_of, recorded_norm, stated_budgets
+from weakspot.audit.plan.limits import has_robust_accuracy, limit_of, recorded_norm, stated_budgets
 from weakspot.audit.store.records import outcomes_query
 from weakspot.pairs import AttackResult
+from weakspot.statistics.number_format import percent
 
 __all__ = ["audited", "networks", "photographs", "run"]  # fixtures
 STEADY = """
@@ -117,7 +119,8 @@ def test_table_page_gate_and_classes_say_the_same(steady: Path) -> None:
     page = Reader(run_report(result))
     table = page.frame("robust").set_index("attack")
     for attack, cell in cells.items():
-        assert table.loc[attack, "robust accuracy"] == f"{cell.robust_accuracy:.1%}"
+        accuracy, low, high = map(percent, (cell.robust_accuracy, cell.low, cell.high))
+        assert table.loc[attack, "robust accuracy [95%]"] == f"{accuracy} {low} to {high}"
         (verdict,) = [one for one in gate(result, "robust_accuracy < 2") if one.row == attack]
         assert verdict.why.endswith(f"robust_accuracy is {cell.robust_accuracy:.4g}")
         held = page.frame("classes")[f"{attack} · whole image"].str.split("%").str[0].astype(float)
@@ -143,7 +146,7 @@ def test_a_minimal_norm_attack_without_a_stated_budget_has_no_robust_accuracy_an
     assert len(gate(several, "images < 3")) == 3  # every attack has a number of images
     assert [one.failed for one in gate(several, "robust_accuracy < 0.4 or images > 3")] == [True] * 3
     page = Reader(run_report(several))
-    assert page.frame("robust").set_index("attack").loc["fmn", "robust accuracy"] == ""
+    assert page.frame("robust").set_index("attack").loc["fmn", "robust accuracy [95%]"] == ""
     assert "fmn is a minimal-norm attack and has no robust accuracy" in page.text
     alone = audit(plan_of(steady, FMN), steady / "alone")
     (shut,) = gate(alone)
@@ -188,7 +191,7 @@ def test_a_minimal_norm_attack_is_counted_at_the_one_budget_of_its_norm_or_of_th
         if attack.name != "pgd":
             limit = limit_of(plan, attack)
             assert (limit and limit.budget) == limits[attack.name]
-            assert (attack.label in judged_attacks(plan)) == (limit is not None)
+            assert has_robust_accuracy(plan, attack) == (limit is not None)
     assert {attack.name for attack in plan.attacks} - set(limits) <= {"pgd"}
     assert all(name == "pgd" for name in plan.bounded_attacks)
 
@@ -232,8 +235,10 @@ def test_success_that_rounding_removes_counts_only_with_float(unrounded: Run) ->
     floats = open_run(unrounded.folder, eight_bit=False)
     assert (robust(unrounded), robust(floats)) == (0.5, 0.125)
     pages = [Reader(run_report(one)) for one in (unrounded, floats)]
-    for page, left in zip(pages, ("50.0%", "12.5%"), strict=True):
-        assert page.frame("robust").set_index("attack").loc["pgd", "robust accuracy"] == left
+    for page, left in zip(pages, ("50% ", "12% "), strict=True):
+        assert str(page.frame("robust").set_index("attack").loc["pgd", "robust accuracy [95%]"]).startswith(
+            left
+        )
     assert "each as stored in an 8-bit image file" in pages[0].text
     assert "each before it is rounded to 8 bits" in pages[1].text
     moved = compare(unrounded, unrounded).table.set_index(["score", "attack"])
@@ -360,7 +365,7 @@ def test_a_minimal_norm_attack_of_a_plugin_gets_budget_curves(
     monkeypatch.setattr("weakspot.audit.execution.attacked_groups.find_attack", lambda _: find)
     monkeypatch.setattr("weakspot.audit.plan.attack_plan.find_attack", lambda _: find)
     plan = plan_of(steady, AttackPlan("plugged", settings=(("steps", 30),)))
-    assert judged_attacks(plan) == []  # no budget is stated at which it could be counted
+    assert not has_robust_accuracy(plan, plan.attacks[0])  # no budget is stated at which it could be counted
     curves = budget_curves(audit(plan, steady / "plugged"))
     assert len(curves)
     assert set(curves["norm"]) == {"l2"}
@@ -369,3 +374,32 @@ def test_a_minimal_norm_attack_of_a_plugin_gets_budget_curves(
     expected = budget_curves(audit(plan_of(steady, ours), steady / "ours"))
     assert curves["size"].tolist() == expected["size"].tolist()
     assert curves["fooled"].tolist() == expected["fooled"].tolist()
+
+
+def test_an_attack_whose_package_is_missing_is_not_judged(
+    steady: Path, audited: Audited, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it minimizes the change is unknown: neither its success nor its failure counts as robust accuracy."""
+    result = audited("steady", plan_of(steady, PGD, FMN), steady / "run")
+
+    def find(name: str) -> Attack:
+        if name == "fmn":
+            raise ValueError("no such attack")
+        return find_attack(name)
+
+    monkeypatch.setattr("weakspot.audit.plan.attack_plan.find_attack", find)
+    result = open_run(result.folder)
+    summary = summarize(result)
+    bounded, missing = summary.cells
+    assert (bounded.known, missing.known) == (True, False)
+    assert bounded.robust_accuracy == 1
+    assert math.isnan(missing.robust_accuracy)
+    assert "fmn" not in summary.weakest
+    page = run_report(result)
+    assert "The robust accuracy under fmn is unknown" in page
+    assert "minimal-norm attack and has no" not in page
+    assert "not counting fmn" in page  # in the ranking of images, where a minimal-norm attack would fool all
+    verdicts = {verdict.row: verdict for verdict in gate(result, "robust_accuracy < 0.4")}
+    assert not verdicts["pgd"].failed
+    assert verdicts["fmn"].failed  # unknown, unlike a minimal-norm attack, which is skipped
+    assert "robust_accuracy is not known" in verdicts["fmn"].why

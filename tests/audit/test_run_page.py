@@ -27,6 +27,7 @@ from weakspot.audit.execution import lifecycle
 from weakspot.audit.page.run_page import run_report
 from weakspot.audit.store.records import shard_files
 from weakspot.statistics import proportion_interval
+from weakspot.statistics.number_format import percent
 
 __all__ = ["networks", "pictures"]  # fixtures
 HOSTILE = "<script>document.title='broken'<\\script>"  # a slash cannot be in a name
@@ -74,9 +75,10 @@ class Reader(HTMLParser):
         drawings: dict[str, Any] = json.loads(zlib.decompress(b64decode(packed[1])))
         return drawings
 
-    def values(self, number: int) -> list[dict[str, Any]]:
-        """All rows of data of a drawing."""
-        spec = self.drawings["specs"][number]
+    def values(self, title: str) -> list[dict[str, Any]]:
+        """All rows of data of the drawing of this title."""
+        (number,) = re.findall(rf'<h4>{title}</h4>\s*<div class="chart" data-chart="(\d+)"', self.text)
+        spec = self.drawings["specs"][int(number)]
         return [row for rows in spec["datasets"].values() for row in rows]
 
 
@@ -108,20 +110,17 @@ def read(made: Path) -> Reader:
     return Reader(run_report(open_run(made)))
 
 
-def percent(fraction: float) -> str:
-    return f"{fraction:.1%}"
-
-
 def test_robust_accuracy_equals_the_records(made: Path, read: Reader) -> None:
     records, table = open_run(made).records, read.frame("robust")
     assert len(table) == 6
     for row in table.to_dict("records"):
         selected = records[(records["attack"] == row["attack"]) & (records["region"] == row["region"])]
-        assert row["robust accuracy"] == percent(1 - float(selected["success_8bit"].mean()))
+        robust, low, high = map(percent, proportion_interval(~selected["success_8bit"].to_numpy(dtype=bool)))
+        assert row["robust accuracy [95%]"] == f"{robust} {low} to {high}"
         assert row["area"] == percent(float(selected["region_fraction"].mean()))
         assert int(row["images"]) == len(selected)
     summary = summarize(open_run(made))
-    assert [row["robust"] for row in read.values(0) if "robust" in row][:6] == [
+    assert [row["robust"] for row in read.values("Robust accuracy by region") if "robust" in row][:6] == [
         pytest.approx(cell.robust_accuracy, rel=1e-3) for cell in summary.cells
     ]
     assert summary.weakest.replace("'", "&#39;") in read.text
@@ -142,12 +141,15 @@ def test_distributions_equal_the_records(made: Path, read: Reader) -> None:
         assert float(row["median"]) == pytest.approx(np.median(values), rel=5e-3)
         assert float(row["mean"]) == pytest.approx(values.mean(), rel=5e-3)
     assert not [score for score in table["score"] if score.endswith((" p", " null"))]
-    bars = [row for row in read.values(1) if "images" in row]
+    bars = [row for row in read.values("margin after the attack") if "images" in row]
     assert sum(row["images"] for row in bars) == len(records)
-    assert sum(row["images"] for row in bars if row["outcome"] == "fooled") == records["success_8bit"].sum()
+    counts = pd.DataFrame(bars).groupby("outcome")["images"].sum()
+    # An image that is misclassified without an attack was not fooled by it.
+    assert counts.get("fooled", 0) == (records["success_8bit"] & records["correct"]).sum()
+    assert counts["misclassified without an attack"] == (~records["correct"].astype(bool)).sum() > 0
     for bar in bars:  # below zero a margin is lost, up to the bar that zero lies in
-        assert bar["outcome"] == "fooled" or bar["high"] > 0
-        assert bar["outcome"] == "withstood" or bar["low"] <= 0
+        assert bar["outcome"] != "withstood" or bar["high"] > 0
+        assert bar["outcome"] != "fooled" or bar["low"] <= 0
 
 
 def test_classes_have_exact_intervals_and_adversarial_classes(made: Path, read: Reader) -> None:
@@ -204,7 +206,7 @@ def test_layer_curves_compare_successes_with_failures(made: Path, read: Reader) 
                 )
             else:
                 assert shown_mean == ""
-    assert "spread alone does not explain success" in read.text
+    assert "so there is no control to compare with" in read.text  # nothing that was correctly classified fell
 
 
 def test_the_page_requests_nothing(read: Reader) -> None:
@@ -287,7 +289,7 @@ QUICK = (AttackPlan("pgd", settings=(("steps", 2),)),)
             {"labels": "predictions", "attacks": (AttackPlan("carlini_wagner", settings=(("steps", 9),)),)},
             ("by the size of the smallest change",),
         ),
-        (3, {"regions": ("cam&~cam", "none")}, ("0.0%",)),
+        (3, {"regions": ("cam&~cam", "none")}, ("confined to cam&amp;~cam (0% of the image)",)),
     ],
     ids=["one image, no maps", "no success, no analyses", "minimal norm", "empty region"],
 )
@@ -320,7 +322,7 @@ def test_a_network_that_returns_nan_has_a_page(networks: Path, pictures: Path) -
     mute = replace(plan, model=replace(plan.model, spec="audited_networks:mute"))
     read = Reader(run_report(audit(mute, networks / "run")))
     assert "No attack has a known outcome, so nothing could be measured." in read.text
-    assert set(read.frame("robust")["robust accuracy"]) == {""}
+    assert set(read.frame("robust")["robust accuracy [95%]"]) == {""}
 
 
 def test_gray_pictures_and_a_thousand_classes(networks: Path) -> None:

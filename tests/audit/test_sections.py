@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import asdict, replace
 from math import nan
 from typing import Any
 
@@ -15,8 +16,10 @@ import vl_convert
 
 from weakspot.audit.findings.contrasts import Contrast, contrast_sentences
 from weakspot.audit.findings.curves import BUDGET_COLUMNS
-from weakspot.audit.findings.distributions import Classes
-from weakspot.audit.findings.locations import Finding
+from weakspot.audit.findings.distributions import Classes, Extremes
+from weakspot.audit.findings.outcomes import CellSummary
+from weakspot.audit.findings.scores import Finding
+from weakspot.audit.findings.summary import strongest_attack_sentence
 from weakspot.audit.page.charts import (
     CONFIG,
     budget_chart,
@@ -25,10 +28,18 @@ from weakspot.audit.page.charts import (
     layer_chart,
     robust_chart,
 )
-from weakspot.audit.page.finding_sections import budget_section, finding_section, layer_section
+from weakspot.audit.page.elements import Section, Thumbnail
+from weakspot.audit.page.outcome_sections import (
+    budget_section,
+    class_section,
+    class_sentences,
+    image_section,
+    image_sentences,
+    robust_section,
+)
 from weakspot.audit.page.run_page import SHOWN, Header, Queries, run_page
-from weakspot.audit.page.sections import Section, class_section, robust_section
-from weakspot.audit.page.sentences import class_sentences
+from weakspot.audit.page.score_sections import finding_section, layer_section
+from weakspot.statistics.number_format import with_interval
 
 CONFUSIONS = pd.DataFrame(columns=["attack", "region", "label", "adversarial_class", "fooled"])
 NONE = pd.DataFrame(columns=list(Contrast._fields))
@@ -70,7 +81,8 @@ def test_an_empty_section_names_the_option_that_fills_it() -> None:
 def test_the_size_that_fools_half_equals_the_curve() -> None:
     section = budget_section(curves(), contrast(0.001), contrast_sentences(contrast(0.001)))
     assert section.sentences[0] == (
-        "Size (linf) at which pgd has fooled half of the images: 0.02 in cam, none of the tested sizes in matched:cam."
+        "Size (linf) at which pgd has fooled half of the correctly classified images: confined to cam, 5.1/255; "
+        "confined to matched:cam, none of the tested sizes."
     )
     assert section.sentences[1].endswith("a weak region.")
     assert [row[2].text for row in section.tables[0].rows] == ["other images (5)", "shifted"]
@@ -138,26 +150,31 @@ def test_an_attack_that_does_not_beat_other_images_is_not_said_to_act_there() ->
     assert "individually" not in away
 
 
-def cells(*robust: float) -> pd.DataFrame:
-    return pd.DataFrame(
-        [
-            {
-                "attack": "pgd", "budget": None, "region": f"region {number}", "region_fraction": 0.1 * number,
-                "images": 9,
-                "robust_accuracy": value, "low": max(0.0, value - 0.1), "high": min(1.0, value + 0.1), "errors": 0,
-            }
-            for number, value in enumerate(robust)
-        ]
-    )  # fmt: skip
+def cells(*robust: float, **changes: Any) -> list[CellSummary]:
+    return [
+        CellSummary(
+            attack="pgd",
+            budget=None,
+            region=f"region {number}",
+            region_fraction=0.1 * number,
+            images=9,
+            robust_accuracy=value,
+            low=max(0.0, value - 0.1),
+            high=min(1.0, value + 0.1),
+            errors=0,
+            **changes,
+        )
+        for number, value in enumerate(robust)
+    ]
 
 
 @pytest.mark.parametrize("robust", [(0.2, 0.9), (0.9, 0.2), (0.5, 0.55)])
 def test_regions_are_listed_and_not_ranked(robust: tuple[float, float]) -> None:
-    (sentence,) = robust_section(cells(*robust), 1.0).sentences
-    first, other = (f"{one:.0%} [{max(0, one - 0.1):.0%}, {min(1, one + 0.1):.0%}]" for one in robust)
+    (sentence,) = robust_section(cells(*robust), 0.95).sentences
+    first, other = (with_interval(one, max(0, one - 0.1), min(1, one + 0.1)) for one in robust)
     assert sentence == (
-        f"Under pgd confined to region 0 (0% of the image), {first} of 9 images remain correctly classified; confined "
-        f"to region 1 (10% of the image), {other}."
+        f"Under pgd confined to region 0 (0% of the image), {first} of 9 images remain correctly classified (95% "
+        f"without an attack); confined to region 1 (10% of the image), {other}."
     )
 
 
@@ -171,20 +188,85 @@ def test_many_regions_are_in_the_table() -> None:
 
 
 def test_an_attack_without_robust_accuracy_is_named_and_left_out_of_the_chart() -> None:
-    table = cells(0.5, math.nan).assign(attack=["pgd", "fmn"], budget=["linf:4/255", ""])
-    section = robust_section(table, 1.0)
+    pgd, other = cells(0.5, math.nan)
+    fmn = replace(other, attack="fmn", low=math.nan, high=math.nan)
+    section = robust_section([replace(pgd, budget="linf:4/255"), fmn], 1.0)
     assert section.sentences[0].startswith(
         "Under pgd at linf:4/255 confined to region 0 (0% of the image), 50%"
     )
     assert section.sentences[1].startswith("fmn is a minimal-norm attack and has no robust accuracy")
     assert "fmn" not in str(section.charts[0].spec)
-    assert not robust_section(table.iloc[1:], 1.0).charts
+    assert not robust_section([fmn], 1.0).charts
+    (unknown,) = robust_section([replace(fmn, attack="mine", known=False)], 1.0).sentences
+    assert unknown.startswith("The robust accuracy under mine is unknown")
+    assert "minimal-norm" not in unknown
 
 
 def test_an_attack_without_a_budget_is_named_without_one() -> None:
     """pandas turns a missing budget into NaN as soon as another attack has one."""
-    table = cells(0.5, 0.4).assign(attack=["pgd", "few_pixel"], budget=["linf:4/255", math.nan])
-    assert robust_section(table, 1.0).sentences[1].startswith("Under few_pixel confined to region 1")
+    pgd, other = cells(0.5, 0.4)
+    section = robust_section([replace(pgd, budget="linf:4/255"), replace(other, attack="few_pixel")], 1.0)
+    assert section.sentences[1].startswith("Under few_pixel confined to region 1")
+    assert section.tables[0].rows[1][1].text == ""
+
+
+def test_a_network_that_is_wrong_without_an_attack_is_not_called_weak() -> None:
+    for sentence in (
+        robust_section(cells(0.0), 0.0).sentences[0],
+        strongest_attack_sentence(cells(0.0), 0.0),
+    ):
+        assert sentence.startswith("No image is classified as its label without an attack")
+    assert "nothing to show" not in strongest_attack_sentence(cells(0.0), 0.5)
+
+
+def test_a_network_that_is_robust_in_its_regions_is_not_hidden_behind_them() -> None:
+    """The attack on the whole image is named, too, and the interval says how few images there are."""
+    whole = replace(cells(0.2)[0], region="none")
+    text = strongest_attack_sentence([*cells(1.0), whole], 1.0)
+    assert text == (
+        "None of 9 images was fooled by pgd confined to a region (region 0): robust accuracy is 100% [90%, 100%]; "
+        "under pgd on the whole image, 20% [10%, 30%]."
+    )
+    assert not strongest_attack_sentence(cells(0.9), 1.0).startswith("None")
+
+
+def ends(images: int, fooled: int, **changes: Any) -> Extremes:
+    rows = pd.DataFrame()
+    return Extremes(rows, rows, images, fooled, **{"by_size": False, **changes})
+
+
+def test_only_what_was_fooled_or_withstood_is_said_to_have_been() -> None:
+    """No picture stands under "withstood" if nothing did, none under "fooled" if nothing was."""
+    picture = Thumbnail("a.png", "", (), False)
+    titles = {
+        fooled: [title for title, _ in image_section(ends(4, fooled), [picture], [picture]).galleries]
+        for fooled in (0, 2, 4)
+    }
+    assert titles == {
+        0: ["Closest to being fooled", "Withstood longest"],
+        2: ["Fooled most easily", "Withstood longest"],
+        4: ["Fooled most easily", "Fooled last"],
+    }
+    for fooled in (0, 4):
+        assert "never fooled" not in " ".join(image_sentences(ends(4, fooled)))
+    assert "rank as the hardest" in image_sentences(ends(4, 2))[1]
+    assert "2 withstood every attack, not counting fmn." in image_sentences(ends(4, 2, left_out=("fmn",)))[0]
+    assert "withstood every attack whose outcome is known" in image_sentences(ends(4, 2, unknown=1))[0]
+
+
+def test_the_most_frequent_confusion_is_only_one_if_no_other_is_as_frequent() -> None:
+    classes = pd.DataFrame({"label": [0, 1], "name": ["cat", "dog"], "images": 9, "clean": 1.0})
+    per = classes.assign(attack="pgd", region="none", robust=0.4, low=0.1, high=0.8)
+    for counts, start in (((3, 3), "One of the most frequent"), ((3, 2), "The most frequent")):
+        into = pd.DataFrame(
+            {"label": [0, 1], "adversarial_class": ["dog", "cat"], "fooled": counts, "of": counts}
+        )
+        even, frequent = class_sentences(Classes(classes, per, into, CONFUSIONS))
+        assert frequent.startswith(f"{start} confusion")
+        assert (
+            even
+            == "Under pgd on the whole image, 40% of the images of every class remain correctly classified."
+        )
 
 
 def depths(held: float) -> pd.DataFrame:
@@ -201,9 +283,10 @@ def depths(held: float) -> pd.DataFrame:
 
 @pytest.mark.parametrize(("held", "compared"), [(0.1, True), (0.48, False)])
 def test_layer_sentences_compare_with_the_control(held: float, compared: bool) -> None:
-    section = layer_section(depths(held))
-    assert ("The intervals overlap" in section.sentences[0]) is not compared
-    assert "spread alone does not explain success" in section.sentences[1]
+    (sentence,) = layer_section(depths(held)).sentences
+    assert ("The intervals overlap" in sentence) is not compared
+    assert ("does not explain success" in sentence) is not compared
+    assert ("reach further than those of failed attacks" in sentence) is compared
     only = layer_section(depths(held).query("outcome == 'fooled'"))
     assert "no control to compare with" in only.sentences[0]
 
@@ -270,7 +353,7 @@ def test_a_curve_that_begins_later_has_its_own_size() -> None:
     later = curves(images=3)
     later.loc[later["control"] & (later["size"] == 0.04), "fooled"] = 0.8
     section = budget_section(later[~(later["control"] & (later["size"] < 0.04))], NONE)
-    assert section.sentences[0].endswith("of the images: 0.02 in cam, 0.04 in matched:cam.")
+    assert section.sentences[0].endswith(": confined to cam, 5.1/255; confined to matched:cam, 10/255.")
 
 
 def test_every_chart_compiles() -> None:
@@ -287,7 +370,7 @@ def test_every_chart_compiles() -> None:
         {"label": ["cat", "dog"], "adversarial_class": ["dog", "cat"], "fooled": [1, 2]}
     )
     charts = [
-        robust_chart(cells(0.2, 0.9), 0.95),
+        robust_chart(pd.DataFrame([asdict(cell) for cell in cells(0.2, 0.9)]), 0.95),
         histogram_chart("margin", bins, {("pgd", "cam"): "pgd · cam"}),
         confusion_chart("pgd", confusions),
         budget_chart("pgd", curves()),
@@ -301,3 +384,43 @@ def test_every_chart_compiles() -> None:
         drawn = set(re.findall(r'"field": "(\w+)"', json.dumps(chart.spec)))
         rows: Any = chart.spec["datasets"]
         assert drawn <= {key for data in rows.values() for row in data for key in row}, chart
+
+
+def test_a_caption_names_only_what_is_drawn() -> None:
+    both, plain = (budget_chart("pgd", rows).meaning for rows in (curves(), curves().query("not control")))
+    assert "are dashed" in both
+    assert "dashed" not in plain
+    with_clean, without = (robust_section(cells(0.5), clean).charts[0].meaning for clean in (0.9, nan))
+    assert "dashed line" in with_clean
+    assert "dashed" not in without
+
+
+def test_ticks_of_layers_are_whole_and_different() -> None:
+    for count in (1, 2, 3, 40):
+        rows = pd.concat([depths(0.1).assign(place=place) for place in range(1, count + 1)])
+        spec: Any = layer_chart("spread", "spread", rows, 0.5).spec
+        ticks = spec["layer"][0]["encoding"]["x"]["axis"]["values"]
+        assert ticks == sorted(set(ticks))
+        assert set(ticks) <= set(range(1, count + 1))
+        assert len(ticks) <= 10
+
+
+def test_histograms_share_an_axis_and_the_regions_of_an_attack_share_heights() -> None:
+    """An attack that ends in one bar does not flatten another; a bar of one attack means the same in each region."""
+    shares = {("pgd", "none"): (4, 4, 2), ("pgd", "cam"): (2, 2, 6), ("fmn", "none"): (0, 10, 0)}
+    bins = pd.DataFrame(
+        [
+            (attack, region, "fooled", low, low + 1, count)
+            for (attack, region), counts in shares.items()
+            for low, count in enumerate(counts)
+            if count
+        ],
+        columns=["attack", "region", "outcome", "low", "high", "count"],
+    )
+    spec: Any = histogram_chart("margin", bins, dict.fromkeys(shares, "")).spec
+    rows = spec["datasets"]["rows"]
+    per = {(round(row["head"] - row["foot"], 3), row["fraction"]) for row in rows}
+    heights = {fraction: height for height, fraction in per if fraction < 1}
+    assert max(height for height, _ in per) == max(heights.values()) == 0.58  # both attacks fill their rows
+    for fraction, height in heights.items():
+        assert height == pytest.approx(0.58 * fraction / 0.6, abs=2e-3)

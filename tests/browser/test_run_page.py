@@ -15,12 +15,13 @@ from tests.browser.test_explanation_page import Opened, browser, check_injection
 from weakspot.audit import Run, audit, write_run_report
 from weakspot.audit.findings.contrasts import Contrast
 from weakspot.audit.findings.curves import BUDGET_COLUMNS
-from weakspot.audit.page.finding_sections import budget_section
+from weakspot.audit.page.elements import Section, Table, count_cell, text_cell
+from weakspot.audit.page.outcome_sections import budget_section
 from weakspot.audit.page.run_page import Header, Queries, run_page
-from weakspot.audit.page.sections import Section, Table, count_cell, text_cell
 
 __all__ = ["browser"]  # a fixture
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
+UNFOLD = "for (const fold of document.querySelectorAll('details')) fold.open = true"
 MARKS = "svg .mark-rect path, svg .mark-symbol path, svg .mark-line path, svg .mark-rule line, svg .mark-area path"
 
 
@@ -39,7 +40,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         sys.modules.pop("audited_networks", None)
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (400, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
 def test_every_chart_is_drawn_in_the_colors_of_the_page(
     browser: Any, report: Path, width: int, scheme: str
 ) -> None:
@@ -85,6 +86,7 @@ def test_tables_are_sorted_and_filtered(browser: Any, report: Path) -> None:
         cells = page.query_selector_all(f"#table-robust tbody tr > :nth-child({number})")
         return [float(cell.get_attribute("data-order") or "nan") for cell in cells]
 
+    page.evaluate(UNFOLD)
     page.click("#table-robust th:nth-child(6) button")
     assert column(6) == sorted(column(6))
     page.click("#table-robust th:nth-child(6) button")
@@ -126,6 +128,7 @@ def test_hidden_rows_appear_when_filtered_or_sorted(browser: Any, tmp_path: Path
     opened = Opened(browser, path)
     names = "#table-many tbody tr th"
     assert len(opened.page.query_selector_all(names)) == 200
+    opened.page.evaluate(UNFOLD)
     opened.page.fill(".filter", "class 29")
     assert [row.inner_text() for row in opened.page.query_selector_all(names)] == [
         f"class 29{n}" for n in range(10)

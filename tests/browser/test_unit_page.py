@@ -50,14 +50,20 @@ def test_units_can_be_sorted_and_filtered_and_nothing_hostile_runs(page: Opened)
     assert page.wrong == []
     assert len(page.asked) == 1
     assert page.page.title().startswith("weakspot: units of <img")
-    assert set(units(page)[:2]) == {0, 1}
+    # Units that stand for no concept are counted, not listed; the list is folded.
+    assert set(units(page)) == {0, 1}
+    assert "2 of 4 units stand for a concept" in page.page.inner_text("main")
+    assert "The other 2 agree with no labeled concept" in page.page.inner_text("main")
+    assert page.page.locator(".examples figure").count() == 2
+    assert not page.page.is_visible("table.units")
+    page.page.click("summary:has(strong:text-is('Units'))")
     page.page.click("button[data-key=unit]")
-    assert units(page) == [3, 2, 1, 0]
+    assert units(page) == [1, 0]
     page.page.click("button[data-key=unit]")
-    assert units(page) == [0, 1, 2, 3]
+    assert units(page) == [0, 1]
     page.page.select_option(".concepts", "green")
     assert units(page) == [1]
-    drawn = page.page.eval_on_selector_all("img", "all => all.every(one => one.loading === 'lazy')")
+    drawn = page.page.eval_on_selector_all("table img", "all => all.every(one => one.loading === 'lazy')")
     assert drawn
     assert page.page.locator("tr[data-unit='1'] img").count() == 4
 
@@ -68,3 +74,15 @@ def test_only_the_scripts_and_styles_of_the_page_run(
     tmp_path: Path,
 ) -> None:
     check_injections_are_blocked(browser, path, tmp_path)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_is_short_before_unfolding_and_fits_its_window(
+    path: Path,
+    browser: Any,  # noqa: F811
+    width: int,
+) -> None:
+    page = Opened(browser, path, width).page
+    assert page.evaluate("document.documentElement.scrollHeight") <= 2500
+    page.eval_on_selector_all("details", "all => all.forEach(section => { section.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -14,6 +14,7 @@ from tests.cli.conftest import NETWORKS, Run, save
 from tests.cli.test_audit import QUICK, TINY
 from weakspot import audit as audits
 from weakspot import sample_images
+from weakspot.audit.findings.comparison import Comparison
 from weakspot.cli.app import Failure
 from weakspot.cli.gate_options import GateOptions
 
@@ -50,12 +51,46 @@ def test_audits_with_different_attacks_share_only_clean_accuracy(run: Run, audit
 def test_a_comparison_is_a_table_a_sentence_and_files(run: Run, audited: Path, tmp_path: Path) -> None:
     ended = run("compare", audited / "one", audited / "one", "--all", "--csv", "moved.csv")
     assert ended.code == 0, ended.err
-    for word in ("robust_accuracy", "margin_adversarial", "has not moved beyond chance", "the same weights"):
+    for word in (
+        "robust_accuracy",
+        "margin_adversarial",
+        "No change of robust accuracy beyond chance",
+        "the same weights",
+    ):
         assert word in ended.out
     assert "robust_accuracy" in set(pd.read_csv(tmp_path / "moved.csv")["score"])
     document = json.loads(run("compare", audited / "one", audited / "one", "--json").out)
     assert document["images"] == 4
     assert document["scores"][0]["score"] == "clean_accuracy"
+
+
+def test_the_terminal_has_the_sentence_first_and_80_columns(
+    run: Run, audited: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 30 scores of an attack with a hostile label, five rows, with whole words in the header."""
+    label = ":smile: [red]five:\x1b[2J " + "x" * 60
+    row = {
+        "attack": label,
+        "region": "matched:(border&~cam)",
+        "images": 50,
+        "before": 12345.6,
+        "after": -0.0123,
+    }
+    row |= {"difference": -12345.6, "low": -13456.7, "high": -0.000123, "p": 1e-9, "q": 1e-8}
+    table = pd.DataFrame([row | {"score": f"a_score_with_a_long_name_{number}"} for number in range(30)])
+    comparison = Comparison(table, 50, (), ("remark",))
+    monkeypatch.setattr(audits, "compare", lambda *_: comparison)
+    monkeypatch.setenv("COLUMNS", "80")
+    ended = run("compare", audited / "one", audited / "two")
+    lines = ended.out.splitlines()
+    assert lines[0] == comparison.sentence()
+    (head,) = [place for place, line in enumerate(lines) if line.startswith("score")]
+    assert lines[head].split() == ["score", "under", "before", "after", "difference", "[95%]"]
+    assert all(len(line) <= 80 for line in lines[head : head + 6])
+    assert lines[head + 6] == "... and 25 more (show them with --all)"
+    assert "\x1b" not in ended.out
+    assert ":smile:" in ended.out
+    assert label.replace("\x1b", "\\x1b") in run("compare", audited / "one", audited / "two", "--all").out
 
 
 def test_a_failed_gate_ends_with_three_and_writes_junit(run: Run, audited: Path, tmp_path: Path) -> None:
@@ -230,4 +265,4 @@ def test_audits_at_urls_are_reported_and_compared(run: Run, photographs: Path, t
     assert page.read_text("utf-8") == first
     ended = run("compare", there, there)
     assert ended.code == 0, ended.err
-    assert "has not moved beyond chance" in ended.out
+    assert "No change of robust accuracy beyond chance" in ended.out

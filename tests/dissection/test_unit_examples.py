@@ -31,12 +31,15 @@ def test_an_example_of_a_detector_is_active_on_its_concept(tmp_path: Path) -> No
         show_units(model, result, dataset, [4])
 
 
-def test_the_page_holds_every_unit_and_its_concept(tmp_path: Path) -> None:
+def test_the_page_lists_units_that_stand_for_a_concept_and_counts_the_rest(tmp_path: Path) -> None:
     dataset = planted(tmp_path / "set")
     model = seeing((32, 32))
     result = dissect_layers(model, ["look"], dataset, quantile=0.07)
     text = unit_page(result, {}, model="a & b", made={"layer": "<look>"})
-    assert "2 of 4 units detect a concept: green (1), red (1)." in text
-    assert text.count("<tr data-unit=") == 4
+    assert (
+        "2 of 4 units stand for a concept: green (1), red (1). The other 2 agree with no labeled concept"
+        in text
+    )
+    assert text.count("<tr data-unit=") == 2
     assert "a &amp; b" in text
     assert "&lt;look&gt;" in text

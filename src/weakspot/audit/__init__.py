@@ -4,7 +4,7 @@ from weakspot.audit.execution.lifecycle import AuditProgress, audit, resume
 from weakspot.audit.findings.comparison import Comparison, compare
 from weakspot.audit.findings.contrasts import region_contrasts
 from weakspot.audit.findings.curves import budget_curves
-from weakspot.audit.findings.locations import score_findings
+from weakspot.audit.findings.scores import score_findings
 from weakspot.audit.findings.summary import Summary, summarize
 from weakspot.audit.page.run_page import write_run_report
 from weakspot.audit.plan.attack_plan import AttackPlan, ModelPlan

@@ -244,28 +244,34 @@ def _document(run: Run, summary: Summary, gate: Gate) -> dict[str, object]:
 
 
 def _print(run: Run, summary: Summary, seconds: float, *, every: bool) -> None:
-    if summary.images:
-        clean = f"Clean accuracy is {summary.clean_accuracy:.1%}"
-        unknown = "Clean accuracy is unknown: no image has a prediction"
-        sentence = unknown if math.isnan(summary.clean_accuracy) else clean
-        print_text(f"{sentence}. Labels: {summary.labels}.")
+    from weakspot.statistics.number_format import percent, with_interval
+
     for sentence in (summary.weakest, *summary.regions, *summary.remarks):
         print_text(sentence)
-    print_text("")
-    headings = ("attack", "budget", "region", "area", "images", "robust", "95% interval")
+    if summary.images:
+        unknown = math.isnan(summary.clean_accuracy)
+        clean = "unknown: no image has a prediction" if unknown else percent(summary.clean_accuracy)
+        print_text(f"Clean accuracy is {clean}. Labels: {summary.labels}.\n")
     failed = any(cell.errors for cell in summary.cells)
-    table = make_table([*headings, *(["errors"] if failed else [])], fold=("attack", "region"))
+    headings = [
+        "attack",
+        "region",
+        "area",
+        "images",
+        "robust accuracy [95%]",
+        *(["errors"] if failed else []),
+    ]
+    table = make_table(headings, fold=("attack", "region"))
     cells, more = first_rows(summary.cells, every=every)
     for cell in cells:
+        accuracy = with_interval(cell.robust_accuracy, cell.low, cell.high)
         add_row(
             table,
-            cell.attack,
-            cell.budget or "",
+            cell.name,
             cell.region,
-            "" if math.isnan(cell.region_fraction) else f"{cell.region_fraction:.0%}",
+            "" if math.isnan(cell.region_fraction) else percent(cell.region_fraction),
             str(cell.images),
-            "" if math.isnan(cell.robust_accuracy) else f"{cell.robust_accuracy:.1%}",
-            "" if math.isnan(cell.low) else f"{cell.low:.1%} to {cell.high:.1%}",
+            "" if math.isnan(cell.robust_accuracy) else accuracy,
             *([str(cell.errors or "")] if failed else []),
         )
     print_table(table, whole=every)

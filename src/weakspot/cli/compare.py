@@ -6,16 +6,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from weakspot.cli.app import Failure, command
+from weakspot.cli.app import Failure, command, console, one_line
 from weakspot.cli.gate_options import Gate, GateOptions, check_writable
 from weakspot.cli.options import EveryOption, FloatOption, OutputOptions, argument, option
-from weakspot.cli.output import add_row, make_table, print_json, print_table, print_text, warnings_as_notes
+from weakspot.cli.output import (
+    add_row,
+    first_rows,
+    make_table,
+    print_json,
+    print_table,
+    print_text,
+    shorten_name,
+    warnings_as_notes,
+)
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from weakspot.audit.findings.comparison import Comparison
 
 Row = Mapping[str, Any]  # of a table
-SHOWN = 20  # scores that are shown without --all
+LEAST_NAME = 12  # characters of a name in a table
 
 
 @command(
@@ -66,10 +75,7 @@ def compare(
     if output.as_json:
         print_json({**comparison.as_mapping(), **result.as_json()})
     elif not output.quiet:
-        _print(comparison.table if every else comparison.moved, every=every)
-        print_text(comparison.sentence())
-        for sentence in (*comparison.remarks, *comparison.only):
-            print_text(sentence, style="dim")
+        _print(comparison, every=every)
     result.announce(silent=output.silent)
 
 
@@ -77,26 +83,35 @@ def _row_name(row: Row) -> str:
     return " / ".join(str(row[key]) for key in ("score", "attack", "region") if row[key])
 
 
-def _print(rows: pd.DataFrame, *, every: bool) -> None:
-    if rows.empty:
-        print_text("No score changed significantly.")
-        return
-    names = ("score", "attack", "region")
-    headings = (*names, "images", "before", "after", "difference", "95% interval", "q")
-    table = make_table(headings, fold=names)
-    shown = rows if every else rows.head(SHOWN)
-    for _, row in shown.iterrows():
-        add_row(
-            table,
-            *(str(row[key]) for key in (*names, "images")),
-            *(f"{row[key]:.3g}" for key in ("before", "after", "difference")),
-            # NaN differs from itself: no interval or p value was computed.
-            f"{row['low']:.3g} to {row['high']:.3g}" if row["low"] == row["low"] else "",
-            "" if row["q"] != row["q"] else "< 0.001" if row["q"] < 0.001 else f"{row['q']:.3f}",
-        )
-    print_table(table, whole=every)
-    more = len(rows) - len(shown)
-    print_text(f"... and {more} more (show them with --all)\n" if more else "", style="dim")
+def _print(comparison: Comparison, *, every: bool) -> None:
+    """The sentence that counts, the scores that moved (all with `every`), and other differences of the runs."""
+    from weakspot.statistics.number_format import number, p_value
+
+    print_text(f"{comparison.sentence()}\n")
+    rows, more = first_rows(list((comparison.table if every else comparison.moved).iterrows()), every=every)
+    if rows:
+        headings = ("score", "under", "before", "after", "difference [95%]")
+        table = make_table((*headings, "images", "q") if every else headings, fold=())
+        lines = []
+        for _, row in rows:
+            interval = f" [{number(row['low'])}, {number(row['high'])}]" if row["low"] == row["low"] else ""
+            lines.append([number(row["before"]), number(row["after"]), number(row["difference"]) + interval])
+        # The names share what the numbers leave of a line.
+        taken = sum(max(map(len, column)) + 2 for column in zip(headings[2:], *lines, strict=True))
+        width = max(LEAST_NAME, (console().width - taken) // 2 - 2)
+        for (_, row), line in zip(rows, lines, strict=True):
+            names = [row["score"], " · ".join(filter(None, (row["attack"], row["region"])))]
+            if every:
+                line += [str(row["images"]), "" if row["q"] != row["q"] else p_value(row["q"], "")]
+            shown = names if every else [shorten_name(one_line(name), width) for name in names]
+            add_row(table, *shown, *line)
+        print_table(table, whole=every)
+    else:
+        print_text("No change of a score is significant (q below .05).")
+    if more:
+        print_text(f"... and {more} more (show them with --all)", style="dim")
+    for sentence in (*comparison.remarks, *comparison.only):
+        print_text(sentence, style="dim")
 
 
 @command("weakspot report runs/v7", "weakspot report runs/v7 --out v7.html")

@@ -194,7 +194,8 @@ def _write(
 
     pictures = {}
     for name, dissection in dissections.items():
-        best = dissection.units.sort_values("iou", ascending=False)["unit"].head(SHOWN).tolist()
+        detectors = dissection.units[dissection.units["concept"].notna()]
+        best = detectors.sort_values("iou", ascending=False)["unit"].head(SHOWN).tolist()
         pictures[name] = show_units(session.classifier, dissection, concepts, best)
     out, studies = session.out, attacked.studies
     content = unit_page(

@@ -27,7 +27,17 @@ P = TypeVar("P", bound=Pairs)
 GROUP = "weakspot.analyses"
 RENDERERS = "weakspot.renderers"
 # `explain` runs these first, in this order. All other analyses follow, sorted by name.
-ORDER = ("cam", "ssim", "overlap", "promotion", "restoration", "locality", "propagation", "units")
+ORDER = (
+    "weak_spots",
+    "cam",
+    "ssim",
+    "overlap",
+    "promotion",
+    "restoration",
+    "locality",
+    "propagation",
+    "units",
+)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MEANING = (
-    "Where the network gathers evidence for this class (class activation map). The four maps share one scale."
+    "Where the network gathers evidence for this class (class activation map). The maps share one scale."
 )
 
 

@@ -12,11 +12,24 @@ import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor
 
-from weakspot.explanations.analysis import Series
 from weakspot.explanations.explanation import Explanation
 from weakspot.explanations.locality_by_radius import RATES, locality_of, locality_sentence
-from weakspot.report.figures import MapView, map_views
-from weakspot.report.image_verdict import headline
+from weakspot.report.glossary import TERMS, anchor, linked
+from weakspot.report.image_findings import (
+    HELPS,
+    LOCAL,
+    QUESTIONS,
+    WHERE,
+    WHY,
+    findings,
+    in_levels,
+    overview,
+    strongest_fact,
+)
+from weakspot.report.image_verdict import headline, page_verdict
+from weakspot.report.layer_browser import layer_browser
+from weakspot.report.map_views import MapView, filled, map_views, worth_drawing
+from weakspot.report.next_steps import next_steps
 from weakspot.report.rendering import (
     CATEGORIES,
     base64_text,
@@ -28,7 +41,7 @@ from weakspot.report.rendering import (
 )
 from weakspot.statistics.number_format import number, p_value, percent
 
-WIDTH, HEIGHT = 600, 120  # of the drawing of the layer curves, in its own units
+THUMBNAIL = 96  # pixels
 FRACTIONS = {
     "effect_in_roi", "jaccard", "roa_largest_fraction", "changed_fraction", "reached_fraction", "roi_fraction",
     "margin_taken", "completeness_gap",
@@ -36,6 +49,17 @@ FRACTIONS = {
 COMPANIONS = ("_null", "_p", "_q", "_shift_null", "_shift_p")  # columns that belong to a score
 RELATIONS = {1: "where it looks", -1: "away from there", 0: "not clear"}
 SORT_KEYS = ("effect_in_roi", "relation_p", "margin_drop")
+# The question that each analysis answers; those of other packages come last, under a heading of their own.
+ANSWERS = {
+    "weak_spots": WHERE,
+    "cam": WHERE, "ssim": WHERE, "overlap": WHERE, "promotion": WHY, "propagation": WHY, "locality": LOCAL,
+    "restoration": HELPS, "units": HELPS,
+}  # fmt: skip
+OTHER = "Other analyses"
+LEADS = (
+    "first_order",
+    "vulnerability",
+)  # the first picture of a pair: the first of these maps that shows something
 
 
 def page(explanation: Explanation) -> str:
@@ -43,13 +67,20 @@ def page(explanation: Explanation) -> str:
     kinds = ("signed", "magnitude")
     return rendered(
         "page.html",
-        script="page.js",
+        rules="".join(f"i.{kind} {{ background: {gradient(kind)} }}\n" for kind in kinds),
+        scripts=["folds.js", "page.js"],
+        linked=linked,
+        anchor=anchor,
         model=explanation.model,
+        overview=overview(explanation.scores),
         pairs=[_pair(explanation, index) for index in range(len(explanation))],
+        overlays=_overlays(explanation),
         attack=explanation.made.get("attack", ""),
         locality=_locality(explanation),
+        steps=next_steps(explanation),
+        terms=TERMS,
+        meanings={name: text for name, text in explanation.meanings.items() if not name.endswith(COMPANIONS)},
         made=dict(explanation.made),
-        rules="".join(f"i.{kind} {{ background: {gradient(kind)} }}\n" for kind in kinds),
         shared={
             "tables": {kind: base64_text(color_table(kind).tobytes()) for kind in kinds},
             "categories": list(CATEGORIES),
@@ -66,40 +97,93 @@ def notebook_frame(explanation: Explanation) -> str:
 def _pair(explanation: Explanation, index: int) -> dict[str, object]:
     """The template's variables for one pair; "data" goes to the page's script."""
     row = explanation.scores.iloc[index]
-    views = map_views(explanation, index)
-    browsers = [layer_browser(series, index) for series in explanation.series.values()]
+    views, remarks = worth_drawing(map_views(explanation, index))
+    leads = [view for name in LEADS for view in views if view.name == name]
+    browsers = {name: layer_browser(series, index) for name, series in explanation.series.items()}
     height, width = explanation.pairs.clean.shape[2:]
-    clean, adversarial = (
-        picture_url(_eight_bit(images[index]))
-        for images in (explanation.pairs.clean, explanation.pairs.adversarial)
-    )
+    pixels = [
+        _eight_bit(images[index]) for images in (explanation.pairs.clean, explanation.pairs.adversarial)
+    ]
+    clean, adversarial = map(picture_url, pixels)
     scores = [
         _score_row(row, name, meaning)
         for name, meaning in explanation.meanings.items()
         if name in row and not name.endswith(COMPANIONS)
     ]
+    verdict = page_verdict(row)
     return {
         "name": str(row["image"]),
         "headline": headline(row),
-        "verdict": explanation.verdict(index),
+        "fact": strongest_fact(row),
+        "verdict": verdict,
+        "finding": " ".join(filter(None, (strongest_fact(row), explanation.verdict(index)))),
         "failure": _failure(row),
-        "adversarial": adversarial,
-        "maps": [_map(view) for view in views],
-        "scales": _scales(views),
+        "thumbnail": _thumbnail(pixels[1]),
+        "lead": _map(leads[0]) if leads else None,
+        "difference": next(_map(view) for view in views if view.name == "difference"),
+        "sections": _sections(explanation, row, [v for v in views if v not in leads[:1]], remarks, browsers),
         "scores": scores,
         "compared": any(score.p for score in scores),
         "related": row.get("relation_p", np.nan) >= 0,
         "sort": {key: float(row[key]) for key in SORT_KEYS if key in row},
-        "series": [browser for browser, _ in browsers],
         "data": {
             "clean": clean,
             "adversarial": adversarial,
             "height": height,
             "width": width,
             "maps": {view.name: _levels(view) for view in views},
-            "series": [frames for _, frames in browsers],
+            "series": {name: frames for name, (_, frames) in browsers.items()},
         },
     }
+
+
+@dataclass(frozen=True)
+class PageSection:
+    """What the page says and shows about one question, for one pair.
+
+    Attributes:
+        title: the question.
+        finding: the answer in a few words; may be empty.
+        sentences: the answer in full, and what maps would show that are not drawn.
+        scales: groups of maps that share a color scale.
+        browsers: the template's variables of maps along the layers.
+    """
+
+    title: str
+    finding: str
+    sentences: Sequence[str]
+    scales: Sequence[Mapping[str, object]]
+    browsers: Sequence[Mapping[str, object]]
+
+
+def _sections(
+    explanation: Explanation,
+    row: pd.Series,
+    views: Sequence[MapView],
+    remarks: Mapping[str, str],
+    browsers: Mapping[str, tuple[dict[str, object], list[dict[str, object]]]],
+) -> list[PageSection]:
+    """The questions that an analysis answered, in order."""
+    found = findings(row)
+    sections = []
+    for title in (*QUESTIONS, OTHER):
+        analyses = [a for name, a in explanation.analyses.items() if ANSWERS.get(name, OTHER) == title]
+        names = [name for analysis in analyses for name in analysis.maps]
+        series = [name for analysis in analyses for name in analysis.series]
+        finding, sentences = found.get(title, ("", []))
+        shown = [view for view in views if view.name in names]
+        said = [*sentences, *(remarks[name] for name in names if name in remarks)]
+        if shown or said or series:
+            drawn = [{"key": name, **browsers[name][0]} for name in series]
+            sections.append(PageSection(title, finding, said, _scales(shown), drawn))
+    return sections
+
+
+def _overlays(explanation: Explanation) -> list[tuple[str, str]]:
+    """Name and title of every map that can be laid over the photographs."""
+    pictures = explanation.pictures
+    titles = {name: filled(pictures[name].title, "label", "competing class") for name in explanation.maps}
+    return [("difference", "Difference"), *titles.items()]
 
 
 def _failure(row: pd.Series) -> str:
@@ -116,6 +200,12 @@ def _eight_bit(image: Tensor) -> NDArray[np.uint8]:
     return levels.transpose(1, 2, 0) if len(levels) == 3 else levels.mean(0).astype(np.uint8)
 
 
+def _thumbnail(pixels: NDArray[np.uint8]) -> str:
+    """A small JPEG of about `THUMBNAIL` pixels."""
+    step = max(1, min(pixels.shape[:2]) // THUMBNAIL)
+    return picture_url(np.ascontiguousarray(pixels[::step, ::step]), jpeg_quality=80)
+
+
 def _map(view: MapView) -> dict[str, object]:
     legend = [
         {"name": name, "category": category, "area": percent(float((view.values == category).mean()))}  # noqa: PD011
@@ -126,31 +216,47 @@ def _map(view: MapView) -> dict[str, object]:
         "title": view.title,
         "meaning": view.meaning,
         "kind": view.picture.kind,
-        "low": view.low,
-        "high": view.high,
+        "low": _end(view, view.low),
+        "high": _end(view, view.high),
         "legend": legend,
+        "square": view.square,
+        "size": view.values.shape,  # noqa: PD011 - an array
     }
 
 
+def _end(view: MapView, value: float) -> str:
+    """The value of the first or last color, as text."""
+    if view.logarithmic:
+        return in_levels(value)
+    return f"{value:+.2g}" if view.picture.kind == "signed" else f"{value:.3g}"
+
+
 def _scales(views: Sequence[MapView]) -> list[dict[str, object]]:
-    """Maps in groups that share one scale, in order; the difference is shown elsewhere."""
-    groups: dict[str, list[str]] = {}
+    """Maps in groups that share one color scale, in order."""
+    groups: dict[str, list[MapView]] = {}
     for view in views:
-        if view.name != "difference":
-            groups.setdefault(view.picture.scale or view.name, []).append(view.name)
-    return [{"title": title if len(names) > 1 else "", "names": names} for title, names in groups.items()]
+        groups.setdefault(view.picture.scale or view.name, []).append(view)
+    return [
+        {
+            "title": title[:1].upper() + title[1:] if len(group) > 1 else "",
+            "maps": [_map(view) for view in group],
+            "meanings": list(dict.fromkeys(view.meaning for view in group)),
+        }
+        for title, group in groups.items()
+    ]
 
 
 def _levels(view: MapView) -> dict[str, object]:
     """The raw map for the page's script: 8-bit levels between its own smallest and largest value."""
-    values = np.nan_to_num(view.values)
+    values, *limits = view.scaled
     low, high = float(values.min()), float(values.max())
     if view.picture.kind == "category":
         low, high = 0.0, 255.0
     return {
         "values": compressed_levels(values, low, high),
         "range": [low, high],
-        "limits": [view.low, view.high],
+        "limits": limits,
+        "logarithmic": view.logarithmic,
         "kind": view.picture.kind,
         "categories": list(view.picture.categories),
     }
@@ -160,6 +266,7 @@ def _levels(view: MapView) -> dict[str, object]:
 class ScoreRow:
     """A row of the table of scores, as text: a score, its meaning, and what it is compared with ("" if nothing)."""
 
+    key: str
     name: str
     meaning: str
     value: str
@@ -184,7 +291,7 @@ def _score_row(row: pd.Series, name: str, meaning: str) -> ScoreRow:
     if shifted and not np.isnan(shift_p):
         shifted += f" ({p_value(shift_p)})"
     others = "" if np.isnan(null) else formatted(null)
-    return ScoreRow(name.replace("_", " "), meaning, value, others, _bare(p), _bare(q), shifted)
+    return ScoreRow(name, name.replace("_", " "), meaning, value, others, _bare(p), _bare(q), shifted)
 
 
 def _bare(p: float) -> str:
@@ -224,45 +331,3 @@ def points(value: float, low: float, high: float) -> str:
     if np.isnan(value):
         return ""
     return f"{100 * value:+.0f}" + ("" if np.isnan(low) else f" [{100 * low:+.0f}, {100 * high:+.0f}]")
-
-
-def layer_browser(series: Series, index: int) -> tuple[dict[str, object], list[dict[str, object]]]:
-    """The template's variables for one pair's maps along the layers, and the frames that the script draws."""
-    frames: list[dict[str, object]] = []
-    for step, maps, tops in zip(series.steps, series.maps, series.tops, strict=True):
-        values = np.nan_to_num(maps[index].numpy().astype(np.float32), posinf=0, neginf=0)
-        highest, top = float(values.max()), float(np.nan_to_num(tops[index].item(), posinf=0))
-        frame = {"step": step, "height": values.shape[0], "width": values.shape[1], "highest": highest}
-        frames.append(
-            {**frame, "values": compressed_levels(values, 0.0, highest), "top": top or highest or 1.0}
-        )
-    curves = {name: values[index].double().numpy() for name, values in series.curves.items()}
-    limit = max((float(np.nanmax(_finite(curve), initial=0)) for curve in curves.values()), default=0) or 1.0
-    return {
-        "title": series.title,
-        "meaning": series.meaning,
-        "last": len(frames) - 1,
-        "first_step": series.steps[0],
-        "last_step": series.steps[-1],
-        "size": (WIDTH, HEIGHT),
-        "limit": limit,
-        "curves": [
-            {
-                "name": name,
-                "points": _polyline(curve, limit),
-                "values": [float(f"{value:.3g}") for value in curve],
-            }
-            for name, curve in curves.items()
-        ],
-    }, frames
-
-
-def _polyline(curve: NDArray[np.float64], limit: float) -> str:
-    """The points of an SVG polyline, from left to right; SVG's y axis points down."""
-    across = np.linspace(0, WIDTH, len(curve)) if len(curve) > 1 else np.array([WIDTH / 2])
-    down = HEIGHT * (1 - np.nan_to_num(_finite(curve)) / limit)
-    return " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
-
-
-def _finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.where(np.isfinite(values), values, np.nan)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +13,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from weakspot._io.files import write_atomic
-from weakspot.explanations.analysis import Picture
 from weakspot.explanations.explanation import Explanation
 from weakspot.explanations.propagation_controls import PropagationStudy
 from weakspot.pairs import Pairs
 from weakspot.report.image_verdict import headline
+from weakspot.report.map_views import MapView, map_views, worth_drawing
 from weakspot.report.rendering import CATEGORIES, HATCHES, color_table
 
 if TYPE_CHECKING:
@@ -37,76 +36,10 @@ SHEET_WIDTH, ROW_HEIGHT = 9.0, 3.2  # inches
 # From the palette of Okabe and Ito; they differ in gray as well, and one is hatched.
 SIDES = (("undefended", "#56b4e9", "", "o"), ("defended", "#d55e00", "///", "D"))
 BAR = 0.38  # height of a bar, of a row's 1
-DIFFERENCE = Picture(
-    "Difference",
-    kind="signed",
-    meaning="Adversarial minus clean image, mean over color channels: blue is darker, orange is brighter.",
-)
-
-
-@dataclass(frozen=True)
-class MapView:
-    """One map of one pair, ready to be drawn.
-
-    Attributes:
-        name: of the map.
-        title: with class names filled in.
-        meaning: one sentence, with class names filled in.
-        picture: how it is drawn.
-        values: (H, W).
-        low: value of the first color.
-        high: value of the last color.
-    """
-
-    name: str
-    title: str
-    meaning: str
-    picture: Picture
-    values: NDArray[np.float32]
-    low: float
-    high: float
-
-    def __repr__(self) -> str:
-        return f"MapView({self.name!r}, {self.values.shape}, {self.low:.3g} to {self.high:.3g})"
-
-
-def map_views(explanation: Explanation, index: int) -> list[MapView]:
-    """The difference of a pair and all of its maps; maps with the same scale name share their color limits."""
-    maps = {"difference": explanation.pairs.perturbation[index].mean(0).numpy()}
-    maps |= {name: tensor[index, 0].numpy().astype(np.float32) for name, tensor in explanation.maps.items()}
-    pictures = {"difference": DIFFERENCE} | explanation.pictures
-    label, target = explanation.class_names[index]
-
-    def filled(text: str) -> str:
-        # Split first, because a class may itself be called "{target}".
-        return label.join(part.replace("{target}", target) for part in text.split("{label}"))
-
-    views = []
-    for name, values in maps.items():
-        picture = pictures[name]
-        same_scale = [maps[key] for key in maps if picture.scale and pictures[key].scale == picture.scale]
-        low, high = _limits(picture, same_scale or [values])
-        title = filled(picture.title)
-        if name == "difference" and high > 0:
-            title = f"Difference, amplified {1 / high:.0f} times"
-        views.append(MapView(name, title, filled(picture.meaning), picture, values, low, high))
-    return views
-
-
-def _limits(picture: Picture, maps: Sequence[NDArray[np.float32]]) -> tuple[float, float]:
-    """Color limits over these maps: around zero if signed, from zero up if magnitudes; never an empty range."""
-    if picture.fixed is not None:
-        return picture.fixed
-    if picture.kind == "category":
-        return 0.0, float(max(len(picture.categories) - 1, 1))
-    # Symmetric limits, so that the middle of a diverging color table means zero.
-    sizes = [np.abs(values) if picture.kind == "signed" else values for values in maps]
-    high = float(max((np.nanmax(v, initial=0, where=np.isfinite(v)) for v in sizes), default=0)) or 1.0
-    return (-high, high) if picture.kind == "signed" else (0.0, high)
 
 
 def figure(explanation: Explanation, index: int = 0) -> Figure:
-    """Draw pair number `index`: both images, their difference, and every map with its scale.
+    """Draw pair number `index`: both images, their difference, and every map that shows something, with its scale.
 
     Raises:
         IndexError: if there is no such pair.
@@ -115,7 +48,7 @@ def figure(explanation: Explanation, index: int = 0) -> Figure:
 
     if not -len(explanation) <= index < len(explanation):
         raise IndexError(f"index must be below the number of pairs, {len(explanation)}, got {index}")
-    views = map_views(explanation, index)
+    views, _ = worth_drawing(map_views(explanation, index))
     rows = math.ceil((2 + len(views)) / COLUMNS)
     sheet = Figure(figsize=(3.3 * COLUMNS, 2.9 * rows + 0.9), layout="compressed")
     axes = list(sheet.subplots(rows, COLUMNS, squeeze=False).flat)
@@ -147,14 +80,22 @@ def photograph(axis: Axes, pixels: NDArray[np.float32]) -> None:
 
 
 def _draw(axis: Axes, view: MapView, clean: NDArray[np.float32]) -> None:
-    from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Patch
+    from matplotlib.colors import ListedColormap, LogNorm, Normalize
+    from matplotlib.patches import Patch, Rectangle
 
     values = view.values  # noqa: PD011 - an array
     if view.picture.kind != "category":
         colors = ListedColormap(color_table(view.picture.kind) / 255)
-        shown = axis.imshow(values, cmap=colors, vmin=view.low, vmax=view.high, interpolation="nearest")
+        scale = Normalize(view.low, view.high)
+        if view.logarithmic:  # the smallest values brightest
+            colors, scale = colors.reversed(), LogNorm(view.high, view.low, clip=True)
+        shown = axis.imshow(values, cmap=colors, norm=scale, interpolation="nearest")
         axis.figure.colorbar(shown, ax=axis, shrink=0.8)
+        if view.square is not None:
+            top, left, side = view.square
+            for color, width in (("black", 3.5), ("white", 1.75)):
+                place = (left - 0.5, top - 0.5)  # of the corner: the middle of pixel 0 is at 0
+                axis.add_patch(Rectangle(place, side, side, fill=False, ec=color, lw=width))
         return
     axis.imshow(clean.mean(0), cmap="gray", vmin=0, vmax=1)
     handles = []

@@ -12,6 +12,7 @@ from weakspot.statistics import LEAST_OTHERS
 from weakspot.statistics.number_format import number, p_value, percent
 
 MAX_GAP = 0.1  # completeness gap above which nothing is claimed
+IDENTICAL = "The two images are identical; there is nothing to explain."
 
 
 def headline(row: pd.Series) -> str:
@@ -24,13 +25,43 @@ def verdict(explanation: Explanation, index: int = 0) -> str:
     """The verdict on pair number `index`, in a few sentences."""
     row = explanation.scores.iloc[index]
     if row["linf"] == 0:
-        return "The two images are identical; there is nothing to explain."
+        return IDENTICAL
     sentences = [_outcome(row)]
     if "effect_in_roi" in row:
-        sentences.append(_location(row))
+        sentences.append(location(row))
+    elif _failed(row):
+        sentences.append(f"{_margin_taken(row)}.")
     if "promotion_log2_ratio" in row and row["read_clean_as"] == row["label"]:
-        sentences.append(_perturbation_type(row))
+        sentences.append(perturbation_type(row))
     return " ".join(sentences)
+
+
+def page_verdict(row: pd.Series) -> str:
+    """The verdict below the headline of the page, which states a plain success; the rest is below the questions."""
+    if row["linf"] == 0:
+        return IDENTICAL
+    sentences = []
+    if _failed(row) or not row["success_8bit"] or row["read_clean_as"] != row["label"]:
+        sentences.append(_outcome(row))
+    if _failed(row):
+        sentences.append(f"{_margin_taken(row)}.")
+    if located(row) and not math.isnan(row.get("relation", math.nan)):
+        sentences.append(f"{_relation(row, 'That margin was lost' if _failed(row) else 'It acts')}.")
+    return " ".join(sentences)
+
+
+def _failed(row: pd.Series) -> bool:
+    return not row["success"] and not row["success_8bit"] and row["read_clean_as"] == row["label"]
+
+
+def located(row: pd.Series) -> bool:
+    """Whether the effect could be located, of an attack that was free to act anywhere."""
+    return bool(
+        row.get("roi_fraction", 0) > 0
+        and not math.isnan(row["effect_in_roi"])
+        and row["completeness_gap"] <= MAX_GAP
+        and row["reached_fraction"] >= WHOLE
+    )
 
 
 def _outcome(row: pd.Series) -> str:
@@ -65,7 +96,8 @@ def _outcome(row: pd.Series) -> str:
     )
 
 
-def _location(row: pd.Series) -> str:
+def location(row: pd.Series) -> str:
+    """Where the effect of an attack lies, or why that is not said."""
     if row["roi_fraction"] == 0:
         return f"No part of the image stands out for {row['label']}, so there is no region where the network looks."
     if math.isnan(row["effect_in_roi"]):
@@ -77,7 +109,10 @@ def _location(row: pd.Series) -> str:
             f"the margin by {percent(row['completeness_gap'])}, which happens if a network's output is random."
         )
     if not row["success"] or row["read_clean_as"] != row["label"]:
-        return _lost_margin(row)
+        # It has no effect to locate, but may have reduced the margin.
+        if row["reached_fraction"] < WHOLE:
+            return f"{_margin_taken(row)} by changing {percent(row['changed_fraction'])} of the pixels."
+        return f"{_margin_taken(row)}. {_relation(row, 'That margin was lost')}."
     if row["reached_fraction"] < WHOLE:
         return (
             f"It changed {percent(row['changed_fraction'])} of the pixels and left "
@@ -87,17 +122,19 @@ def _location(row: pd.Series) -> str:
     return f"{_relation(row, 'It acts')}."
 
 
-def _lost_margin(row: pd.Series) -> str:
-    """For an attack that failed or had nothing to fool: it has no effect to locate, but may have reduced the margin."""
-    lost = row["margin_taken"]
-    if math.isnan(lost):
-        amount = f"The attack put {row['label']} further behind {row['target']}"
-    else:
-        fraction = "all" if lost >= 1 else percent(lost)
-        amount = f"The attack removed {fraction} of the margin of {row['label']} over {row['target']}"
-    if row["reached_fraction"] < WHOLE:
-        return f"{amount} by changing {percent(row['changed_fraction'])} of the pixels."
-    return f"{amount}. {_relation(row, 'That margin was lost')}."
+def _margin_taken(row: pd.Series) -> str:
+    """How much of the margin an attack took that did not succeed, without the full stop."""
+    label, rival = row["label"], row["target"]
+    taken = row.get("margin_taken", math.nan)
+    if "margin_taken" not in row and row["margin_clean"] > 0:
+        # Without the analysis overlap, the margin over the best other class is known.
+        taken, rival = 1 - row["margin_adversarial"] / row["margin_clean"], "any other class"
+    if math.isnan(taken):
+        return f"The attack put {label} further behind {rival}"
+    if taken <= 0:
+        return f"The attack removed nothing of the margin of {label} over {rival}"
+    fraction = "all" if taken >= 1 else percent(taken)
+    return f"The attack removed {fraction} of the margin of {label} over {rival}"
 
 
 def _relation(row: pd.Series, subject: str) -> str:
@@ -123,7 +160,7 @@ def _relation(row: pd.Series, subject: str) -> str:
     return f"There is no clear relation to where the network looks: {effect} {doubt}"
 
 
-def _perturbation_type(row: pd.Series) -> str:
+def perturbation_type(row: pd.Series) -> str:
     """Whether the perturbation raises the target's logit or lowers the label's (Xu et al. 2019, arXiv 1904.02057)."""
     promotion, suppression = row["whole_promotion"], row["whole_suppression"]
     target, label = row["target"], row["label"]

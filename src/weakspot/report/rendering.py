@@ -70,7 +70,7 @@ def rendered(
     *,
     styles: Sequence[str] = (),
     rules: str = "",
-    script: str = "",
+    scripts: Sequence[str] = (),
     later: Sequence[str] = (),
     **values: object,
 ) -> str:
@@ -83,8 +83,8 @@ def rendered(
         template: name of its file.
         styles: names of style sheets, inserted after page.css.
         rules: more style rules.
-        script: name of a script file to insert, if any.
-        later: scripts that this script inserts into the page.
+        scripts: names of script files, inserted one after the other.
+        later: scripts that these insert into the page.
         values: the template's variables.
     """
     templates = files("weakspot.report").joinpath("templates")
@@ -100,7 +100,7 @@ def rendered(
         loader=jinja2.FunctionLoader(read),
     )
     style = "".join(map(read, ("page.css", *styles))) + rules
-    code = read(script) if script else ""
+    code = "".join(map(read, scripts))
     # A policy without a hash must say 'none'.
     hashes = [_content_hash(content) for content in (code, *later) if content] or ["'none'"]
     return environment.get_template(template).render(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from weakspot.dissection.unit_examples import UnitExample
 from weakspot.report.rendering import picture_url, rendered
 from weakspot.statistics.number_format import p_value, percent
 
+EXAMPLES = 6  # units with pictures that are shown before unfolding
 DIMMED = 0.3  # brightness outside the unit's active sites
 WIDTH, HEIGHT = 420, 300  # of the scatter plot, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 42  # margins
@@ -45,7 +47,7 @@ def unit_page(
     return rendered(
         "units.html",
         styles=["units.css"],
-        script="units.js",
+        scripts=["folds.js", "units.js"],
         model=model,
         made=dict(made),
         layers=[_layer(one, pictures.get(name, {}), studies.get(name)) for name, one in layers.items()],
@@ -62,6 +64,11 @@ def _layer(
     detectors = units[units["concept"].notna()]
     counts = detectors.groupby(["category", "concept"]).size().sort_values(ascending=False)
     largest = int(counts.max()) if len(counts) else 1
+    rows = [
+        _row(row, pictures, study) for row in detectors.sort_values("iou", ascending=False).to_dict("records")
+    ]
+    # The best unit of each concept that has pictures, in the order of the bars.
+    best = {row.concept: row for row in reversed(rows) if row.pictures}
     return {
         "study": None if study is None else _study(study),
         "name": dissection.layer,
@@ -72,30 +79,60 @@ def _layer(
             {"concept": concept, "category": category, "units": int(n), "width": round(100 * n / largest)}
             for category, concept, n in counts.reset_index().itertuples(index=False)
         ],
-        "rows": [
-            {
-                "unit": int(row["unit"]),
-                "concept": row["concept"] if isinstance(row["concept"], str) else "",
-                "category": row["category"] if isinstance(row["category"], str) else "",
-                "iou": float(row["iou"]),
-                "others": ", ".join(
-                    f"{row[name]} {row[f'{name}_iou']:.3f}" for name in ("second", "third") if name in row
-                ),
-                "sensitivity": None if study is None else float(row["sensitivity"]),
-                "noise": None if study is None else float(row["noise"]),
-                "p": None if study is None else _bare_p(float(row["p_value"])),
-                "pictures": [
-                    {
-                        "image": shown.image,
-                        "data": _picture(shown),
-                        "fraction": float(shown.active.float().mean()),
-                    }
-                    for shown in pictures.get(int(row["unit"]), ())
-                ],
-            }
-            for row in units.sort_values("iou", ascending=False).to_dict("records")
-        ],
+        "examples": [best[concept] for _, concept in counts.index if concept in best][:EXAMPLES],
+        "rows": rows,
     }
+
+
+@dataclass(frozen=True)
+class UnitRow:
+    """A unit that stands for a concept, as the template draws it.
+
+    Attributes:
+        unit: its number.
+        concept: with which it agrees best.
+        category: of that concept.
+        iou: with that concept.
+        others: the next best concepts with their IoU.
+        sensitivity: under attack; None if nothing was attacked.
+        noise: under noise of the same size.
+        p: of the difference, as text.
+        pictures: (number of the image, data URL, fraction of active sites).
+    """
+
+    unit: int
+    concept: str
+    category: str
+    iou: float
+    others: str
+    sensitivity: float | None
+    noise: float | None
+    p: str | None
+    pictures: Sequence[tuple[int, str, float]]
+
+    def __repr__(self) -> str:
+        return f"UnitRow({self.unit}, {self.concept!r}, IoU {self.iou:.3f}, {len(self.pictures)} pictures)"
+
+
+def _row(
+    row: Mapping[Hashable, Any], pictures: Mapping[int, Sequence[UnitExample]], study: UnitStudy | None
+) -> UnitRow:
+    return UnitRow(
+        unit=int(row["unit"]),
+        concept=row["concept"],
+        category=row["category"],
+        iou=float(row["iou"]),
+        others=", ".join(
+            f"{row[name]} {row[f'{name}_iou']:.3f}" for name in ("second", "third") if name in row
+        ),
+        sensitivity=None if study is None else float(row["sensitivity"]),
+        noise=None if study is None else float(row["noise"]),
+        p=None if study is None else _bare_p(float(row["p_value"])),
+        pictures=[
+            (shown.image, _picture(shown), float(shown.active.float().mean()))
+            for shown in pictures.get(int(row["unit"]), ())
+        ],
+    )
 
 
 def _study(study: UnitStudy) -> dict[str, object]:

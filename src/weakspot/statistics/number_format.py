@@ -27,28 +27,62 @@ def percent(fraction: float) -> str:
 
 
 def p_value(p: float, name: str = "p") -> str:
-    """A p value without false precision; `name` is its symbol.
+    """A p value without false precision; `name` is its symbol, or empty under a heading that names it.
 
-    >>> p_value(0.0123), p_value(0.00002), p_value(0.26), p_value(1.0)
-    ('p = .012', 'p < .001', 'p = .26', 'p = 1')
+    >>> p_value(0.0123), p_value(0.00002), p_value(0.26), p_value(1.0), p_value(0.26, ""), p_value(0.00002, "")
+    ('p = .012', 'p < .001', 'p = .26', 'p = 1', '.26', '< .001')
     """
     if math.isnan(p):
-        return f"{name} not defined"
+        return f"{name} not defined".strip()
     if p < 0.001:
-        return f"{name} < .001"
+        return f"{name} < .001".strip()
     digits = f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
-    return f"{name} = 1" if float(digits) == 1 else f"{name} = {digits.lstrip('0')}"
+    text = "1" if float(digits) == 1 else digits.lstrip("0")
+    return f"{name} = {text}" if name else text
 
 
 def number(value: float) -> str:
-    """A score with three significant digits.
+    """A score with three significant digits, or all digits before the point.
 
-    >>> number(0.123456), number(51.97), number(float("nan")), number(31), number(-1.5e-17)
-    ('0.123', '52', 'not defined', '31', '0')
+    >>> number(0.123456), number(51.97), number(float("nan")), number(31), number(-1.5e-17), number(12345.6)
+    ('0.123', '52', 'not defined', '31', '0', '12,346')
     """
     if math.isnan(value):
         return "not defined"
-    return "0" if abs(value) < ROUNDING else f"{value:.3g}"
+    if abs(value) < ROUNDING:
+        return "0"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    """A fraction with its interval, if there is one.
+
+    >>> with_interval(0.61, 0.4, 0.8), with_interval(0.61, float("nan"), float("nan"))
+    ('61% [40%, 80%]', '61%')
+    """
+    return percent(value) + ("" if math.isnan(low) else f" [{percent(low)}, {percent(high)}]")
+
+
+def points(difference: float, low: float = math.nan, high: float = math.nan) -> str:
+    """A difference of two fractions in percentage points, with its interval, if there is one.
+
+    >>> points(0.125, 0.031, 0.22), points(-0.3)
+    ('+12.5 points [+3.1, +22.0]', '-30.0 points')
+    """
+    interval = "" if math.isnan(low) else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{100 * difference:+.1f} points{interval}"
+
+
+def size_of_change(size: float, norm: str) -> str:
+    """The size of a change: L-infinity sizes in steps of an 8-bit image, others with the name of their norm.
+
+    >>> size_of_change(0.0314, "linf"), size_of_change(0.0784, "linf"), size_of_change(0.5, "l2")
+    ('8/255', '20/255', '0.5 in L2')
+    """
+    if norm != "linf":
+        return f"{number(size)} in {norm.upper()}"
+    steps = round(255 * size, 6)
+    return f"{steps:.2g}/255" if steps < 10 else f"{steps:.0f}/255"
 
 
 def counted(count: int, noun: str = "image") -> str:

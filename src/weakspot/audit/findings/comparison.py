@@ -9,21 +9,22 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from weakspot.audit.findings.locations import score_names
-from weakspot.audit.findings.outcomes import WHOLE_IMAGE, adjusted, quoted_name
+from weakspot.audit.findings.outcomes import adjusted, in_region, quoted_name, score_names
+from weakspot.audit.findings.scores import ATTACK_SCORES
 from weakspot.audit.plan.attack_plan import AttackPlan
 from weakspot.audit.plan.limits import limit_of
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.records import has_records
 from weakspot.audit.store.run import Run
 from weakspot.statistics import mean_intervals, mean_test, paired_proportion_interval
-from weakspot.statistics.number_format import counted
+from weakspot.statistics.number_format import counted, percent, points
 
 COLUMNS = (
     "score", "attack", "region", "images", "before", "after", "difference", "low", "high", "p", "q",
 )  # fmt: skip
 ROBUST, CLEAN = "robust_accuracy", "clean_accuracy"
 MAX_Q = 0.05
+LEAST_IMAGES = 6  # in McNemar's test, with p = 2 / 2**6 = .03 if all change alike
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,19 @@ class Comparison:
             return "No image has a known attack outcome in both runs: there is nothing to compare."
         moved = self.moved[self.moved["score"] == ROBUST]
         if moved.empty:
+            few = (
+                f" (of {counted(self.images)}, even a change of all would be within chance)"
+                if self.images < LEAST_IMAGES
+                else ""
+            )
             return (
-                f"Robust accuracy has not moved beyond chance for any of {len(robust)} attacks x regions, on "
-                f"{counted(self.images)} that both runs contain."
+                f"No change of robust accuracy beyond chance was found for any of {len(robust)} attacks x regions, on "
+                f"{counted(self.images)} that both runs contain{few}."
             )
         changes = [
-            f"{attack} in {region} from {before:.0%} to {after:.0%} ({100 * difference:+.0f} points "
-            f"[{100 * low:+.0f}, {100 * high:+.0f}])"
-            for attack, region, before, after, difference, low, high in moved[
-                ["attack", "region", "before", "after", "difference", "low", "high"]
-            ]
-            .replace({"region": {WHOLE_IMAGE: "the whole image"}})
-            .itertuples(index=False, name=None)
+            f"{row['attack']} {in_region(row['region'])} from {percent(row['before'])} to {percent(row['after'])} "
+            f"({points(row['difference'], row['low'], row['high'])})"
+            for row in moved.to_dict("records")
         ]
         return f"Robust accuracy has moved: {'; '.join(changes)}."
 
@@ -205,11 +207,11 @@ def _shared(before: Run, after: Run) -> _Shared:
     attacks = [(one, by_identity.get((one.name, one.budget, one.settings))) for one in before.plan.attacks]
     # Reported regions only: regions of other images are controls within their own run.
     regions = [region for region in before.plan.reported_regions if region in after.plan.reported_regions]
-    scores = score_names(after)
+    scores = score_names(after, ATTACK_SCORES)
     return _Shared(
         [(one, other) for one, other in attacks if other is not None],
         regions,
-        [name for name in score_names(before) if name in scores],
+        [name for name in score_names(before, ATTACK_SCORES) if name in scores],
     )
 
 

@@ -21,7 +21,7 @@ from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.run import Run
 from weakspot.regions.spec import RegionSpec
 from weakspot.statistics import mean_interval, paired_proportion_interval, region_test
-from weakspot.statistics.number_format import counted, p_value
+from weakspot.statistics.number_format import counted, p_value, percent, points, size_of_change
 
 OTHERS, SHIFTED = "other images", "shifted"  # kinds of controls
 FOOLED, SMALLEST = "fooled", "smallest size"  # measures
@@ -163,14 +163,14 @@ def _sentence(group: Sequence[Contrast]) -> str:
         return (
             f"{confined}: no correctly classified image was attacked both in this region and in its controls."
         )
-    confined += f" ({np.nanmax(fractions):.0%} of the image)"
+    confined += f" ({percent(np.nanmax(fractions))} of the image)"
     if not any(contrast.images for contrast in group):
-        region = f"{first.region} ({np.nanmax(fractions):.0%} of the image)"
+        region = f"{first.region} ({percent(np.nanmax(fractions))} of the image)"
         return f"{first.attack} fooled no correctly classified image, either in {region} or in its controls."
     if not first.images:
         effect = "has no image to compare"
     elif first.measure == FOOLED:
-        effect = f"fools {first.region_value:.0%} of {counted(first.images)}"
+        effect = f"fools {percent(first.region_value)} of {counted(first.images)}"
     else:
         size = _size(first.region_value, first.region_censored, first.norm)
         effect = f"needs {size} (geometric mean over {counted(first.images)})"
@@ -187,31 +187,25 @@ def _beside(contrast: Contrast, first: Contrast) -> str:
         many = contrast.draws > 1
         control = f"{contrast.draws} other images' regions" if many else "another image's region"
     if abs(contrast.control_fraction - contrast.region_fraction) >= 0.005:
-        control += f" ({contrast.control_fraction:.0%} of the image)"
+        control += f" ({percent(contrast.control_fraction)} of the image)"
     if not contrast.images:
         return f"confined to {control}: no image to compare"
     if contrast.images != first.images:
         control += f", on {counted(contrast.images)}"
     if contrast.measure == FOOLED:
-        value = f"{contrast.control_value:.0%}"
-        change = f"{100 * contrast.difference:+.1f} points"
-        interval = f"{100 * contrast.low:+.1f}, {100 * contrast.high:+.1f}"
+        value = percent(contrast.control_value)
+        change = points(contrast.difference, contrast.low, contrast.high)
     else:
         # The difference is log2(control / region), so its power of two is the ratio of sizes.
         value = _size(contrast.control_value, contrast.control_censored, contrast.norm)
         change = f"{2**contrast.difference:.2f} times as much"
-        interval = f"{2**contrast.low:.2f}, {2**contrast.high:.2f}"
-    if np.isfinite(contrast.low):
-        change += f" [{interval}]"
+        if np.isfinite(contrast.low):
+            change += f" [{2**contrast.low:.2f}, {2**contrast.high:.2f}]"
     return f"confined to {control}, {value} ({change}, {p_value(contrast.q, 'q')})"
 
 
 def _size(size: float, censored: float, norm: str) -> str:
-    """A size in a sentence: L-infinity sizes in steps of an 8-bit image, others with the name of their norm."""
-    at_least, steps = "at least " if censored else "", round(255 * size, 6)
-    if norm == "linf":
-        return at_least + (f"{steps:.2g}/255" if steps < 10 else f"{steps:.0f}/255")
-    return f"{at_least}{size:.3g} in {norm.upper()}"
+    return ("at least " if censored else "") + size_of_change(size, norm)
 
 
 def _comparisons(plan: Plan) -> Iterator[tuple[str, str | None, str, str, Sequence[str]]]:

@@ -9,13 +9,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from weakspot.audit.findings.outcomes import once_per_run, read_cell
+from weakspot.audit.findings.outcomes import evenly_spread, in_blocks, once_per_run, read_cell
 from weakspot.audit.plan.attack_plan import AttackPlan, Value
 from weakspot.audit.plan.limits import NORMS, read_limit, recorded_norm
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.records import quoted
 from weakspot.audit.store.run import Run
-from weakspot.audit.store.stored_maps import StoredMap
 from weakspot.statistics import mean_intervals, proportion_interval
 
 BUDGET_COLUMNS = ("attack", "region", "control", "norm", "size", "fooled", "low", "high", "images")
@@ -25,8 +24,6 @@ FLOAT32 = 1e-5  # relative rounding of stored sizes
 LAYER_COLUMNS = (
     "measure", "attack", "region", "outcome", "place", "layer", "mean", "low", "high", "images",
 )  # fmt: skip
-MAX_IMAGES = 1000  # images per layer curve; of more images, so many evenly spread over the list
-IMAGES_IN_MEMORY = 128
 BOOTSTRAP_COLUMNS = 200  # at once
 RANDOM_EDIT = "random edit"
 OUTCOMES = ("fooled", "withstood")
@@ -147,8 +144,10 @@ def _layer_curve(run: Run, name: str, outcomes: NDArray[np.int8]) -> Iterator[tu
     stored = run.maps[name]
     # The map is described as "spread", or "spread, random edit" for its control.
     measure, _, random_edit = str(stored.about["curve"]).partition(", ")
-    images = _evenly_spread(np.flatnonzero((outcomes >= 0).any((1, 2))))
-    values = _read(stored, images)
+    images = evenly_spread(np.flatnonzero((outcomes >= 0).any((1, 2))))
+    parts = [stored[block][places].astype(np.float64) for block, places in in_blocks(images)]
+    values = np.concatenate([np.empty((0, *stored.shape[1:])), *parts])
+    values = np.where(np.isfinite(values), values, np.nan)
     ended = outcomes[images]
     if random_edit:
         groups = {RANDOM_EDIT: ended >= 0}
@@ -166,28 +165,11 @@ def _layer_curve(run: Run, name: str, outcomes: NDArray[np.int8]) -> Iterator[tu
                 keys.append((attack.label, region, outcome, layer, step))
     table = np.concatenate(columns, axis=1)
     # In parts, because the bootstrap resamples all columns of a part at once.
-    parts = np.split(table, range(BOOTSTRAP_COLUMNS, table.shape[1], BOOTSTRAP_COLUMNS), axis=1)
-    intervals = np.concatenate([mean_intervals(part) for part in parts])
+    slices = np.split(table, range(BOOTSTRAP_COLUMNS, table.shape[1], BOOTSTRAP_COLUMNS), axis=1)
+    intervals = np.concatenate([mean_intervals(part) for part in slices])
     counts = np.isfinite(table).sum(0)
     for key, interval, count in zip(keys, intervals, counts, strict=True):
         yield (measure, *key, *map(float, interval), int(count))
-
-
-def _evenly_spread(images: NDArray[np.int64]) -> NDArray[np.int64]:
-    if len(images) <= MAX_IMAGES:
-        return images
-    return images[np.linspace(0, len(images) - 1, MAX_IMAGES).round().astype(np.int64)]
-
-
-def _read(stored: StoredMap, images: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(n, attacks, regions, layers) of these images; infinities become NaN."""
-    parts = [np.empty((0, *stored.shape[1:]))]
-    for start in range(0, len(stored), IMAGES_IN_MEMORY):
-        block = images[(images >= start) & (images < start + IMAGES_IN_MEMORY)]
-        if len(block):
-            parts.append(stored[start : start + IMAGES_IN_MEMORY][block - start].astype(np.float64))
-    values = np.concatenate(parts)
-    return np.where(np.isfinite(values), values, np.nan)
 
 
 def _outcomes(run: Run, images: int) -> NDArray[np.int8]:

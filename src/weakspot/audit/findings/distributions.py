@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from weakspot.audit.findings.outcomes import in_reported_regions, quoted_name
-from weakspot.audit.store.records import COLUMNS, quoted
+from weakspot.audit.findings.outcomes import in_reported_regions, quoted_name, score_names
+from weakspot.audit.store.records import quoted
 from weakspot.audit.store.run import Run
 from weakspot.statistics import proportion_interval
 from weakspot.statistics.number_format import counted
@@ -19,10 +19,9 @@ ATTACK_SCORES = (
     "margin_adversarial", "confidence_adversarial", "l2", "linf", "pixels", "ssim_windowed", "margin_clean",
     "confidence_clean",
 )  # fmt: skip
-COMPANIONS = ("_null", "_null_low", "_null_high", "_p", "_p_less", "_q")  # columns that belong to a score
-NUMBERS = ("DOUBLE", "FLOAT", "BIGINT", "INTEGER", "SMALLINT", "TINYINT")
 MAX_GRID = 20  # class names up to which confusions are counted pair by pair
 MAX_CLASSES = 2_000  # in the table; of more classes, those with the most images
+MISCLASSIFIED = "misclassified without an attack"  # neither fooled nor withstood
 EXTREMES = 12  # images at either end
 
 
@@ -32,7 +31,7 @@ class Distributions:
 
     Attributes:
         summaries: columns score, attack, region, images, missing, mean, median.
-        bins: columns score, attack, region, outcome ("fooled" or "withstood"), low, high, count.
+        bins: columns score, attack, region, outcome ("fooled", "withstood", or `MISCLASSIFIED`), low, high, count.
     """
 
     summaries: pd.DataFrame
@@ -71,12 +70,15 @@ class Extremes:
 
     Attributes:
         easiest: most easily fooled first; columns index, image, label_name, adversarial_class_name, attack, region,
-            success, fooled, margin_adversarial, value (what the images are ranked by).
-        hardest: the same columns, longest withstood first; with few images, none is in both.
+            success, fooled, margin_adversarial, value (what the images are ranked by). If some images were fooled and
+            some were not, only those that were.
+        hardest: the same columns, hardest first. If some images were fooled and some were not, only those that were
+            not. No image is in both.
         images: correctly classified images with a known outcome.
         fooled: how many of them some attack fooled.
         by_size: ranked by the smallest change that fooled them; if False, by the smallest margin left.
-        all_attacks: False if minimal-norm attacks were left out.
+        left_out: labels of the attacks that are not counted, because they succeed nearly always.
+        unknown: images that withstood, but have an attack of unknown outcome among those counted.
     """
 
     easiest: pd.DataFrame
@@ -84,32 +86,21 @@ class Extremes:
     images: int
     fooled: int
     by_size: bool
-    all_attacks: bool
+    left_out: tuple[str, ...] = ()
+    unknown: int = 0
 
     def __repr__(self) -> str:
         return f"Extremes({counted(self.images)}, {self.fooled} fooled)"
 
 
-def score_columns(run: Run) -> list[str]:
-    """Numeric columns worth a histogram: the attack's first, then those of the analyses."""
-    described = run.sql("describe records").df()
-    types = dict(zip(described["column_name"], described["column_type"], strict=True))
-    own = [name for name in ATTACK_SCORES if name in types]
-    return own + [
-        name
-        for name, kind in types.items()
-        if name not in COLUMNS and kind in NUMBERS and not name.endswith(COMPANIONS)
-    ]
-
-
 def distributions(run: Run) -> Distributions:
     """Summaries and histograms of every score, read one score at a time."""
     summaries, bins = [], []
-    for score in score_columns(run):
+    for score in score_names(run, ATTACK_SCORES, booleans=False):
         name = quoted_name(score)
         values = (
             # Infinite values, for example of log ratios, count as missing.
-            f"(select attack, region, fooled, case when isfinite({name}::double) then {name}::double end as x "
+            f"(select attack, region, fooled, correct, case when isfinite({name}::double) then {name}::double end as x "
             f"from outcomes where {in_reported_regions(run)})"
         )
         summary = run.sql(
@@ -123,7 +114,8 @@ def distributions(run: Run) -> Distributions:
         low, high = _axis(summary)
         width = (high - low) / BINS
         counts = run.sql(
-            "select attack, region, case when fooled then 'fooled' else 'withstood' end as outcome, "
+            f"select attack, region, case when not correct then '{MISCLASSIFIED}' when fooled then 'fooled' "
+            "else 'withstood' end as outcome, "
             # Values beyond the axis go into the outermost bins.
             f"greatest(0, least({BINS - 1}, floor((x - {low!r}) / {width!r})))::integer as bin, count(*) as count "
             f"from {values} where x is not null and fooled is not null group by all"
@@ -212,36 +204,38 @@ def extremes(run: Run, count: int = EXTREMES) -> Extremes:
     # Minimal-norm attacks end just across the boundary, so that their margins say nothing.
     attacks = labels if by_size else run.plan.bounded_attacks or labels
     if by_size:
-        known = "fooled is not null"
         value, order = (
             "case when fooled then l2 else 'inf'::double end",
             "value, margin_adversarial, attack, region",
         )
     else:
-        known = "fooled is not null and isfinite(margin_adversarial)"
         value, order = "margin_adversarial", "fooled desc, value, attack, region"
+    counted_rows = "correct and list_contains($regions, region) and list_contains($attacks, attack)"
     # One row per image: the cell that came closest to fooling it; ties are broken by name so that pages are equal.
     ranked = (
         'select * exclude (place) from (select *, row_number() over (partition by "index" order by '
         f'{order}) as place from (select "index", image, label_name, adversarial_class_name, attack, region, success, '
-        f"fooled, margin_adversarial, {value} as value from outcomes where correct and {known} and "
-        "list_contains($regions, region) and list_contains($attacks, attack))) where place = 1"
+        f"fooled, margin_adversarial, {value} as value from outcomes where fooled is not null and {counted_rows})) "
+        "where place = 1"
     )
     chosen = {"regions": list(run.plan.reported_regions), "attacks": attacks}
-    images, fooled = run.sql(
-        f"select count(*), count(*) filter (where fooled) from ({ranked})", **chosen
+    open_images = f'select "index" from outcomes where fooled is null and {counted_rows}'
+    images, fooled, unknown = run.sql(
+        "select count(*), count(*) filter (where fooled), "
+        f'count(*) filter (where not fooled and "index" in ({open_images})) from ({ranked})',
+        **chosen,
     ).fetchall()[0]
-    first = min(count, images - images // 2)  # disjoint halves if there are few images
-    easiest = f'{ranked} order by fooled desc, value, margin_adversarial, "index" limit {first}'
-    hardest = (
-        f'{ranked} order by fooled, value desc, margin_adversarial desc, "index" desc '
-        f"limit {min(count, images - first)}"
-    )
+    # If some images were fooled and some withstood, these are the two ends; otherwise, disjoint halves of all.
+    mixed = 0 < fooled < images
+    first, last = (fooled, images - fooled) if mixed else (images - images // 2, images // 2)
+    easiest = f'{ranked} order by fooled desc, value, margin_adversarial, "index" limit {min(count, first)}'
+    hardest = f'{ranked} order by fooled, value desc, margin_adversarial desc, "index" desc limit {min(count, last)}'
     return Extremes(
         easiest=run.sql(easiest, **chosen).df(),
         hardest=run.sql(hardest, **chosen).df(),
         images=images,
         fooled=fooled,
         by_size=by_size,
-        all_attacks=len(attacks) == len(labels),
+        left_out=tuple(label for label in labels if label not in attacks),
+        unknown=unknown,
     )

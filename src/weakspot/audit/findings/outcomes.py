@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from weakref import WeakKeyDictionary
@@ -12,11 +12,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from weakspot.audit.plan.limits import counted_budget
-from weakspot.audit.store.records import quoted
+from weakspot.audit.store.records import COLUMNS, quoted
 from weakspot.audit.store.run import Run
 from weakspot.statistics import false_discovery, proportion_interval
-from weakspot.statistics.number_format import percent
 
+MAX_IMAGES = 1000  # whose maps are compared
+IMAGES_IN_MEMORY = 128  # images whose maps are in memory at full size
+NUMBERS = ("DOUBLE", "FLOAT", "BIGINT", "INTEGER", "SMALLINT", "TINYINT")
+COMPANIONS = ("_null", "_null_low", "_null_high", "_p", "_p_less", "_q")  # columns that belong to a score
 WHOLE_IMAGE = "none"  # the region of an attack that may change every pixel
 
 
@@ -36,6 +39,7 @@ class CellSummary:
         low: lower end of the exact 95% interval over images; NaN if robust_accuracy is.
         high: upper end.
         errors: images on which the model or an analysis failed.
+        known: False if the attack is a plug-in that is not installed here: what its success means is unknown.
     """
 
     attack: str
@@ -47,6 +51,7 @@ class CellSummary:
     low: float
     high: float
     errors: int
+    known: bool = True
 
     @property
     def name(self) -> str:
@@ -59,14 +64,9 @@ def attack_name(label: str, budget: str | None) -> str:
     return f"{label} at {budget}" if budget and budget not in label else label
 
 
-def attack_in_region(attack: str, region: str) -> str:
-    """Name a cell in a sentence: "pgd confined to cam", "pgd on the whole image"."""
-    return f"{attack} on the whole image" if region == WHOLE_IMAGE else f"{attack} confined to {region}"
-
-
-def with_interval(value: float, low: float, high: float) -> str:
-    """A fraction with its interval: "61% [40%, 80%]"."""
-    return percent(value) + ("" if np.isnan(low) else f" [{percent(low)}, {percent(high)}]")
+def in_region(region: str) -> str:
+    """Where an attack acts, in a sentence: "confined to cam", "on the whole image"."""
+    return "on the whole image" if region == WHOLE_IMAGE else f"confined to {region}"
 
 
 def cell_summaries(run: Run) -> list[CellSummary]:
@@ -92,6 +92,7 @@ def cell_summaries(run: Run) -> list[CellSummary]:
                 low=interval[1],
                 high=interval[2],
                 errors=int(rows["failed"].sum()),
+                known=attack.is_known,
             )
         )
     return summaries
@@ -115,11 +116,38 @@ def in_reported_regions(run: Run) -> str:
     return f"region in ({', '.join(quoted(region) for region in run.plan.reported_regions)})"
 
 
-def numeric_columns(run: Run) -> list[str]:
-    """Names of the columns of the records that hold numbers or booleans."""
+def score_names(run: Run, attack_scores: Sequence[str], *, booleans: bool = True) -> list[str]:
+    """Numeric columns that are scores: those of the attack that are named, then all of the analyses.
+
+    Columns that belong to a score, such as its null and its p value, are not among them.
+    """
     relation = run.sql("select * from records limit 0")
-    kinds = zip(relation.columns, relation.types, strict=True)
-    return [name for name, kind in kinds if str(kind) in {"DOUBLE", "FLOAT", "BIGINT", "INTEGER", "BOOLEAN"}]
+    kinds = {*NUMBERS, "BOOLEAN"} if booleans else {*NUMBERS}
+    numeric = [
+        name for name, kind in zip(relation.columns, relation.types, strict=True) if str(kind) in kinds
+    ]
+    own = [name for name in numeric if name not in COLUMNS and not name.endswith(COMPANIONS)]
+    return [*(name for name in attack_scores if name in numeric), *own]
+
+
+def recorded_columns(run: Run) -> list[str]:
+    """The names of the columns of the records."""
+    return list(run.sql("select * from records limit 0").columns)
+
+
+def evenly_spread(images: NDArray[np.int64]) -> NDArray[np.int64]:
+    """At most `MAX_IMAGES` of the images, evenly spread over the list."""
+    if len(images) <= MAX_IMAGES:
+        return images
+    return images[np.linspace(0, len(images) - 1, MAX_IMAGES).round().astype(np.int64)]
+
+
+def in_blocks(images: NDArray[np.int64]) -> Iterator[tuple[slice, NDArray[np.int64]]]:
+    """Slices of a stored map that hold the images, in parts that fit the memory, and their places in each slice."""
+    for start in range(0, int(images.max(initial=-1)) + 1, IMAGES_IN_MEMORY):
+        block = images[(images >= start) & (images < start + IMAGES_IN_MEMORY)]
+        if len(block):
+            yield slice(start, start + IMAGES_IN_MEMORY), block - start
 
 
 def adjusted(p: pd.Series[float]) -> NDArray[np.float64]:

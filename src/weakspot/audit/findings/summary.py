@@ -11,16 +11,20 @@ import numpy as np
 import pandas as pd
 
 from weakspot.audit.findings.contrasts import contrast_sentences, region_contrasts
-from weakspot.audit.findings.locations import score_findings
-from weakspot.audit.findings.outcomes import WHOLE_IMAGE, CellSummary, cell_summaries, with_interval
-from weakspot.audit.plan.limits import judged_attacks
+from weakspot.audit.findings.outcomes import WHOLE_IMAGE, CellSummary, cell_summaries, in_region
+from weakspot.audit.findings.scores import score_findings
+from weakspot.audit.plan.limits import has_robust_accuracy
 from weakspot.audit.store.run import Run
 from weakspot.datasets.labels import FORMATS
 from weakspot.regions.spec import RegionSpec
 from weakspot.statistics import proportion_interval
-from weakspot.statistics.number_format import counted
+from weakspot.statistics.number_format import counted, percent, with_interval
 
 ROBUST = ("robust_accuracy", "robust_low", "robust_high")
+NOTHING_TO_LOSE = (
+    "No image is classified as its label without an attack, so that attacks have nothing to show (check the labels, "
+    "and the input size and normalization of the model)."
+)
 LABEL_SOURCES = {
     "prediction": "the model's own predictions",
     "folder": "folder names",
@@ -52,11 +56,8 @@ class Summary:
     remarks: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        head = f"Summary({counted(self.images)}, clean accuracy {self.clean_accuracy:.1%}"
-        lines = [
-            f"  {cell.name} in {cell.region}: {with_interval(cell.robust_accuracy, cell.low, cell.high)}"
-            for cell in self.cells[:8]
-        ]
+        head = f"Summary({counted(self.images)}, clean accuracy {percent(self.clean_accuracy)}"
+        lines = [f"  {cell.name} {in_region(cell.region)}: {_accuracy(cell)}" for cell in self.cells[:8]]
         more = [f"  ... {len(self.cells) - 8} more cells"] if len(self.cells) > 8 else []
         return "\n".join([head, *lines, *more]) + ")"
 
@@ -88,7 +89,7 @@ def summarize(run: Run) -> Summary:
         images=images,
         clean_accuracy=np.nan if clean is None else float(clean),
         labels=LABEL_SOURCES[next(iter(counts))] if len(counts) == 1 else ", ".join(sources),
-        weakest=strongest_attack_sentence(cells),
+        weakest=strongest_attack_sentence(cells, np.nan if clean is None else float(clean)),
         regions=tuple(contrast_sentences(region_contrasts(run))),
         remarks=run.remarks,
     )
@@ -98,13 +99,14 @@ def cell_table(run: Run, summary: Summary) -> pd.DataFrame:
     """One row per attack and region: the rows that a gate checks.
 
     Returns:
-        Columns attack, budget ("" if there is none), judged (whether the attack has a robust accuracy), region,
+        Columns attack, budget ("" if there is none), judged (whether the attack may have a robust accuracy), region,
         region_fraction, images, robust_accuracy, robust_low, robust_high, clean_accuracy, errors, skipped; for every
         score its mean NAME with NAME_low and NAME_high.
     """
     table = pd.DataFrame([asdict(cell) for cell in summary.cells])
     table["budget"] = table["budget"].fillna("")
-    table["judged"] = table["attack"].isin(judged_attacks(run.plan))
+    without = [one.label for one in run.plan.attacks if has_robust_accuracy(run.plan, one) is False]
+    table["judged"] = ~table["attack"].isin(without)
     table = table.rename(columns={"low": "robust_low", "high": "robust_high"})
     table = table.assign(clean_accuracy=summary.clean_accuracy, skipped=len(run.skipped))
     for score, rows in score_findings(run).groupby("score", sort=False):
@@ -153,53 +155,81 @@ def unknown_cases(run: Run, table: pd.DataFrame) -> list[tuple[str, pd.DataFrame
     return cases
 
 
-def strongest_attack_sentence(cells: Sequence[CellSummary]) -> str:
+def strongest_attack_sentence(cells: Sequence[CellSummary], clean: float) -> str:
     """One sentence on how many images withstand the strongest attack in each region, without ranking the regions.
 
     Regions differ in area, and an attack on a larger region is stronger: only controls of equal area show whether a
     region is weak.
+
+    Args:
+        cells: from `cell_summaries`.
+        clean: clean accuracy, or NaN.
     """
     known = [cell for cell in cells if cell.images]
     judged = [cell for cell in known if not np.isnan(cell.robust_accuracy)]
     if not known:
         return "No attack has a known outcome, so nothing could be measured."
+    if clean == 0:
+        return NOTHING_TO_LOSE
     if not judged:
-        return no_robust_accuracy(list(dict.fromkeys(cell.attack for cell in known)))
+        return " ".join(no_robust_accuracy(known))
     confined = [
         cell for cell in judged if cell.region != WHOLE_IMAGE and not RegionSpec.parse(cell.region).is_control
     ]
     strongest = min(confined or judged, key=lambda cell: cell.robust_accuracy)
-    if not confined:
-        return f"Under {strongest.name} on the whole image, {_images_left(strongest)}."
-    if strongest.robust_accuracy == 1:
+    whole = [cell for cell in judged if cell.region == WHOLE_IMAGE]
+    if confined and strongest.robust_accuracy == 1:
         regions = ", ".join(dict.fromkeys(cell.region for cell in confined))
         attacks = ", ".join(dict.fromkeys(cell.name for cell in confined))
-        return f"No image was fooled by {attacks} confined to a region ({regions})."
-    first, *others = [cell for cell in confined if cell.attack == strongest.attack]
-    sentence = f"Under {strongest.name} confined to {_region(first)}, {_images_left(first)}"
-    for cell in others:
-        sentence += f"; confined to {_region(cell)}, {_accuracy(cell)}"
-    for cell in judged:
-        if cell.region == WHOLE_IMAGE and cell.attack == strongest.attack:
-            sentence += f"; on the whole image, {_accuracy(cell)}"
-    return sentence + "."
+        fewest = min(confined, key=lambda cell: cell.images)
+        none = "The image was not" if fewest.images == 1 else f"None of {counted(fewest.images)} was"
+        sentence = (
+            f"{none} fooled by {attacks} confined to a region ({regions}): robust accuracy is "
+            f"{_accuracy(fewest)}"
+        )
+        for cell in sorted(whole, key=lambda cell: cell.robust_accuracy)[:1]:
+            sentence += f"; under {cell.name} on the whole image, {_accuracy(cell)}"
+        return f"{sentence}."
+    listed = [cell for cell in (*confined, *whole) if cell.attack == strongest.attack]
+    return robust_accuracy_sentence(listed, clean) + "."
 
 
-def no_robust_accuracy(attacks: Sequence[str]) -> str:
-    """One sentence on why minimal-norm attacks have no robust accuracy."""
-    kind = "is a minimal-norm attack and has" if len(attacks) == 1 else "are minimal-norm attacks and have"
-    return f"{', '.join(attacks)} {kind} no robust accuracy without one stated budget (such as --budget linf:4/255)."
+def robust_accuracy_sentence(cells: Sequence[CellSummary], clean: float) -> str:
+    """How many images remain correctly classified under one attack, by region; without the full stop."""
+    first, *others = cells
+    verb = "remain" if first.images > 1 else "remains"
+    unattacked = "" if np.isnan(clean) else f" ({percent(clean)} without an attack)"
+    sentence = (
+        f"Under {first.name} {_place(first)}, {_accuracy(first)} of {counted(first.images)} {verb} correctly "
+        f"classified{unattacked}"
+    )
+    return "; ".join([sentence, *(f"{_place(cell)}, {_accuracy(cell)}" for cell in others)])
 
 
-def _region(cell: CellSummary) -> str:
-    return f"{cell.region} ({cell.region_fraction:.0%} of the image)"
+def no_robust_accuracy(cells: Sequence[CellSummary]) -> list[str]:
+    """Sentences on why the attacks of these cells have no robust accuracy."""
+    minimal = list(dict.fromkeys(cell.attack for cell in cells if cell.known))
+    missing = list(dict.fromkeys(cell.attack for cell in cells if not cell.known))
+    sentences = []
+    if minimal:
+        kind = (
+            "is a minimal-norm attack and has" if len(minimal) == 1 else "are minimal-norm attacks and have"
+        )
+        sentences.append(
+            f"{', '.join(minimal)} {kind} no robust accuracy without one stated budget (such as --budget linf:4/255)."
+        )
+    if missing:
+        sentences.append(
+            f"The robust accuracy under {', '.join(missing)} is unknown: without the package of the attack, weakspot "
+            "cannot tell whether success was limited by a budget (install the package and read the run again)."
+        )
+    return sentences
 
 
-def _images_left(cell: CellSummary) -> str:
-    verb = "remain" if cell.images > 1 else "remains"
-    return f"{_accuracy(cell)} of {counted(cell.images)} {verb} correctly classified"
+def _place(cell: CellSummary) -> str:
+    area = "" if cell.region == WHOLE_IMAGE else f" ({percent(cell.region_fraction)} of the image)"
+    return in_region(cell.region) + area
 
 
 def _accuracy(cell: CellSummary) -> str:
-    interval = "" if np.isnan(cell.low) else f" [{cell.low:.0%}, {cell.high:.0%}]"
-    return f"{cell.robust_accuracy:.0%}{interval}"
+    return with_interval(cell.robust_accuracy, cell.low, cell.high)

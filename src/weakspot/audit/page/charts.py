@@ -8,27 +8,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from weakspot.audit.findings.distributions import MISCLASSIFIED
 from weakspot.audit.findings.outcomes import WHOLE_IMAGE
+from weakspot.audit.page.elements import Chart
 from weakspot.statistics.number_format import percent
 
 # Colors are variables of the style sheet: charts follow light mode, dark mode and print.
 INK, FAINT, LINE, CARD = "var(--ink)", "var(--faint)", "var(--line)", "var(--card)"
 SERIES = tuple(f"var(--series-{number})" for number in range(7))
-OUTCOMES = {"fooled": "var(--fooled)", "withstood": "var(--withstood)", "random edit": FAINT}
+OUTCOMES = {
+    "fooled": "var(--fooled)",
+    "withstood": "var(--withstood)",
+    "random edit": FAINT,
+    MISCLASSIFIED: LINE,
+}
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
 SOLID = [1, 0]
 DASHES = ([2, 2], [8, 3, 2, 3], [4, 4], [10, 3], [1, 3])
-NORMS = {"linf": "largest change of a channel, of 1", "l2": "L2 norm of the change"}
+NORMS = {"linf": "largest change of a channel, in steps of 1/255", "l2": "L2 norm of the change"}
 CELL_HEIGHT = 18  # pixels of one attack in one region
 HISTOGRAM_HEIGHT = 58  # pixels, with the heading
 BARS, HEADING = 0.58, 0.8  # of that height: the highest bar, and the place of the heading
 SQUARE = 26  # pixels of a row of confusions
 BUDGET_HEIGHT, LAYER_HEIGHT = 280, 190
+MAX_TICKS = 10  # of layers
+FEW_SIZES = 5  # of a budget curve, which are marked by points
 MAX_POINTS = 120  # of a curve; more are not visible
 
 Spec = dict[str, object]
@@ -48,26 +56,6 @@ CONFIG: Spec = {
         **TEXT, "labelColor": INK, "titleColor": FAINT, "orient": "top", "labelLimit": 220, "symbolStrokeWidth": 2,
     },
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart for the page.
-
-    Attributes:
-        title: the heading, and the entry in a list to choose from.
-        spec: the Vega-Lite specification.
-        meaning: what it shows, in one sentence.
-        group: charts of one group are shown together if the reader chooses among groups.
-    """
-
-    title: str
-    spec: Mapping[str, object]
-    meaning: str
-    group: str
-
-    def __repr__(self) -> str:
-        return f"Chart({self.title!r})"
 
 
 def _chart(title: str, meaning: str, spec: Spec, height: int, group: str = "") -> Chart:
@@ -149,14 +137,15 @@ def robust_chart(cells: pd.DataFrame, clean: float) -> Chart:
         _layer(point, shared, x=_field("robust"), shape=shape),
     ]
     datasets = {"rows": _rows(table[["where", "attack", "robust", "low", "high", "images"]])}
+    meaning = "Fraction of images that remain correctly classified, for each attack and region"
     if not math.isnan(clean):
+        meaning += "; the dashed line is the accuracy without an attack"
         datasets["clean"] = [{"clean": json_number(clean)}]
         line: Spec = {"type": "rule", "strokeDash": [4, 4], "color": FAINT}
         layers.insert(0, _layer(line, data="clean", x=_field("clean")))
     return _chart(
         "Robust accuracy by region",
-        "Fraction of images that remain correctly classified, for each attack and region; the dashed line is the "
-        "accuracy without an attack.",
+        f"{meaning}.",
         {"datasets": datasets, "layer": layers, "resolve": {"legend": {"shape": "shared"}}},
         max(60, len(names) * (14 + CELL_HEIGHT * len(attacks))),
     )
@@ -167,26 +156,30 @@ def histogram_chart(title: str, bins: pd.DataFrame, headings: Mapping[tuple[str,
 
     Args:
         title: of the score.
-        bins: columns attack, region, outcome, low, high, count.
+        bins: columns attack, region, outcome, low, high, count, from `distributions`.
         headings: (attack, region) to the heading of its histogram, in the order of drawing.
     """
     # All histograms share one chart: number n lies between y = -n (its foot) and 1 - n.
     places = {cell: number for number, cell in enumerate(headings)}
-    totals = bins.groupby(["attack", "region"])["count"].sum()
-    highest = bins.groupby(["attack", "region", "low"])["count"].sum() / totals
-    scale = BARS / float(highest.max())
     table = bins.sort_values("outcome").rename(columns={"count": "images"})
     place = np.array([places[cell] for cell in zip(table["attack"], table["region"], strict=True)])
     table["fraction"] = table["images"] / table.groupby(["attack", "region"])["images"].transform("sum")
-    # Bars of the second outcome stand on those of the first.
-    table["head"] = table.groupby(["attack", "region", "low"])["fraction"].cumsum() * scale - place
-    table["foot"] = table["head"] - table["fraction"] * scale
+    # Regions share a scale within an attack. Across attacks, one that ends in a single bar, as minimal-norm attacks do
+    # at the boundary, would flatten the others.
+    highest = table.groupby(["attack", "region", "low"])["fraction"].transform("sum").groupby(table["attack"])
+    scale = BARS / highest.transform("max")
+    # Bars of an outcome stand on those of the outcome before.
+    heights = table["fraction"] * scale
+    table["head"] = heights.groupby([table["attack"], table["region"], table["low"]]).cumsum() - place
+    table["foot"] = table["head"] - heights
     low, high = float(bins["low"].min()), float(bins["high"].max())
     y_scale: Spec = {"domain": [-len(places) + 0.92, 1.05], "nice": False, "zero": False}
     x = _field(
         "low", title=title, scale={"domain": [low, high], "nice": False, "zero": False}, axis={"tickCount": 8}
     )
-    colors = _field("outcome", "nominal", title=None, scale=_outcome_scale(["fooled", "withstood"]))
+    colors = _field(
+        "outcome", "nominal", title=None, scale=_outcome_scale(list(dict.fromkeys(table["outcome"])))
+    )
     tooltip = [*_tooltip(low="", high=""), *_tooltip("outcome", images="", fraction=".1%")]
     numbers = range(len(places))
     datasets: dict[str, object] = {
@@ -213,8 +206,8 @@ def histogram_chart(title: str, bins: pd.DataFrame, headings: Mapping[tuple[str,
         layers.insert(1, _layer(zero, data="zero", x=_field("zero"), y=y("foot"), y2={"field": "head"}))
     return _chart(
         title,
-        f"Distribution of the {title} over images, for each attack and region; images that were fooled and images that "
-        "withstood are stacked in two colors.",
+        f"Distribution of the {title} over images, for each attack and region, stacked by outcome in colors. Heights "
+        "can be compared between the regions of an attack.",
         {"datasets": datasets, "layer": layers},
         HISTOGRAM_HEIGHT * len(places) + 10,
     )
@@ -251,8 +244,8 @@ def confusion_chart(title: str, confusions: pd.DataFrame) -> Chart:
     ]
     return _chart(
         title,
-        "How many images of the class in the row were classified as the class in the column after the attack; darker "
-        "squares are a larger fraction of their row.",
+        "How many images of the class in the row were classified as the class in the column after the attack; stronger "
+        "colors are a larger fraction of their row.",
         {
             "datasets": {"rows": _rows(table[["label", "adversarial_class", "fooled", "fraction"]])},
             "layer": layers,
@@ -268,13 +261,16 @@ def budget_chart(title: str, curves: pd.DataFrame) -> Chart:
         title: the attack and norm.
         curves: columns region, control, norm, size, fooled, low, high, images, of one attack and norm.
     """
+    curves = curves.assign(region=curves["region"].replace(WHOLE_IMAGE, "whole image"))
     regions = list(dict.fromkeys(curves.sort_values("control", kind="stable")["region"]))
     controls = dict(zip(curves["region"], curves["control"], strict=True))
     table = pd.concat(
         [_thinned(curves[curves["region"] == region].sort_values("size")) for region in regions]
     )
     norm = str(curves["norm"].iloc[0])
-    x = _field("size", title=NORMS.get(norm, norm))
+    if norm == "linf":
+        table = table.assign(size=255 * table["size"])
+    x = _field("size", title=NORMS.get(norm, norm), scale={"zero": True}, axis={"tickCount": 8})
     scale = _colors(regions, SERIES)
     dashes = [
         DASHES[place % len(DASHES)] if controls[region] else SOLID for place, region in enumerate(regions)
@@ -284,6 +280,8 @@ def budget_chart(title: str, curves: pd.DataFrame) -> Chart:
     low = _field("low", title="fooled, with 95% interval", scale={"domain": [0, 1]}, axis={"format": "%"})
     area: Spec = {"type": "area", "opacity": 0.15, "interpolate": "step-after"}
     line: Spec = {"type": "line", "strokeWidth": 2, "interpolate": "step-after"}
+    if curves["size"].nunique() <= FEW_SIZES:
+        line["point"] = {"size": 40}
     layers = [
         _layer(area, x=x, y=low, y2={"field": "high"}, color=_field("region", "nominal", legend=None, scale=scale)),
         _layer(
@@ -294,8 +292,8 @@ def budget_chart(title: str, curves: pd.DataFrame) -> Chart:
     rows = _rows(table[["region", "size", "fooled", "low", "high", "images"]])
     return _chart(
         title,
-        "Fraction of images that are fooled by a change of this size or a smaller one, for each region; shifted "
-        "regions, which are controls, are dashed.",
+        "Fraction of images that are fooled by a change of this size or a smaller one, for each region"
+        + ("; shifted regions, which are controls, are dashed." if any(controls.values()) else "."),
         {"datasets": {"rows": rows}, "layer": layers, "resolve": SEPARATE_LEGENDS},
         BUDGET_HEIGHT,
     )
@@ -321,10 +319,13 @@ def layer_chart(title: str, group: str, curves: pd.DataFrame, highest: float) ->
     known = known.assign(low=known["low"].clip(lower=0))
     measure = str(curves["measure"].iloc[0])
     outcomes = [name for name in OUTCOMES if name in set(known["outcome"])]
-    dashes = dict(zip(OUTCOMES, (SOLID, [6, 3], [2, 2]), strict=True))
+    dashes = dict(zip(OUTCOMES, (SOLID, [6, 3], [2, 2]), strict=False))
     scale = _outcome_scale(outcomes)
+    # Written out: a chart with few layers would repeat the numbers of its ticks.
+    layers_drawn = sorted({int(place) for place in known["place"]})
+    ticks = layers_drawn[:: math.ceil(len(layers_drawn) / MAX_TICKS)]
     x = _field(
-        "place", title="layer, first to last", scale={"nice": False}, axis={"tickMinStep": 1, "format": "d"}
+        "place", title="layer, first to last", scale={"nice": False}, axis={"values": ticks, "format": "d"}
     )
     low = _field("low", title=measure, scale={"domain": [0, json_number(highest or 1.0)]})
     tooltip = [*_tooltip("layer", "outcome"), *_tooltip(mean="", low="", high="", images="")]

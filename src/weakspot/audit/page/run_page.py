@@ -7,53 +7,50 @@ import math
 import shlex
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import pandas as pd
 
 from weakspot._io.files import write_atomic
 from weakspot._io.urls import is_url, place
-from weakspot.audit.findings.contrasts import contrast_sentences, region_contrasts
+from weakspot.audit.findings.contrasts import WEAK, contrast_sentences, region_contrasts
 from weakspot.audit.findings.curves import budget_curves, layer_curves
 from weakspot.audit.findings.distributions import class_distributions, distributions, extremes
-from weakspot.audit.findings.locations import (
+from weakspot.audit.findings.outcomes import attack_name, in_region
+from weakspot.audit.findings.scores import (
     not_tested_because,
     perturbation_types,
     pixel_localities,
     score_findings,
 )
-from weakspot.audit.findings.outcomes import WHOLE_IMAGE, attack_name, with_interval
 from weakspot.audit.findings.summary import Summary, summarize
 from weakspot.audit.page.charts import CONFIG
-from weakspot.audit.page.finding_sections import (
+from weakspot.audit.page.elements import Section, Table, table_of, texts
+from weakspot.audit.page.outcome_sections import (
     budget_section,
+    class_section,
+    image_section,
+    robust_section,
+)
+from weakspot.audit.page.score_sections import (
+    distribution_section,
     finding_section,
     layer_section,
     locality_section,
     type_section,
 )
-from weakspot.audit.page.sections import (
-    Section,
-    Table,
-    class_section,
-    distribution_section,
-    image_section,
-    robust_section,
-    text_cell,
-)
 from weakspot.audit.page.thumbnails import thumbnails
 from weakspot.audit.plan.attack_plan import AttackPlan
-from weakspot.audit.plan.limits import judged_attacks
+from weakspot.audit.plan.limits import has_robust_accuracy
 from weakspot.audit.store.records import has_records, quoted
 from weakspot.audit.store.run import Run
 from weakspot.report.rendering import base64_text, rendered
-from weakspot.statistics.number_format import counted, percent
+from weakspot.statistics.number_format import counted, number, percent, with_interval
 
 FILE = "report.html"
 SHOWN = 200  # rows of a table that are in the HTML; the others are added when the reader sorts or filters
+FIRST_IMAGES = 3  # thumbnails of a gallery that are not folded
 MAX_SKIPPED = 20  # skipped images listed
-MAX_REGIONS = 4  # contrasts at the top, weakest first; their section has all of them
+MAX_REGIONS = 4  # weak regions at the top; their section has all contrasts
 
 
 @dataclass(frozen=True)
@@ -129,13 +126,14 @@ def run_page(header: Header, sections: Sequence[Section], made: Mapping[str, str
     return rendered(
         "run.html",
         styles=["run.css"],
-        script="run.js",
+        scripts=["run.js"],
         later=[libraries],
         header=header,
         sections=sections,
         made=dict(made),
         queries=queries,
         shown=SHOWN,
+        first=FIRST_IMAGES,
         libraries=_compressed(libraries) if libraries else "",
         drawings=_compressed(json.dumps({"config": CONFIG, "specs": specs})),
         numbers={id(chart): number for number, chart in enumerate(charts)},
@@ -184,34 +182,35 @@ def _queries(run: Run) -> Queries:
 
 
 def _sections(run: Run, summary: Summary) -> list[Section]:
-    """All sections, in the order of the page."""
+    """All sections, in the order of the page; those without anything to show are one section, the last but one."""
     by_class, ends = class_distributions(run), extremes(run)
-    judged = by_class.cells["attack"].isin(judged_attacks(run.plan))
+    judged = [attack.label for attack in run.plan.attacks if has_robust_accuracy(run.plan, attack)]
     contrasts = region_contrasts(run)
-    return [
-        robust_section(
-            pd.DataFrame([asdict(cell) for cell in summary.cells]),
-            summary.clean_accuracy,
-            eight_bit=run.eight_bit,
-        ),
-        distribution_section(distributions(run)),
-        class_section(replace(by_class, cells=by_class.cells[judged])),
+    sections = [
+        robust_section(summary.cells, summary.clean_accuracy, eight_bit=run.eight_bit),
+        budget_section(budget_curves(run), contrasts, contrast_sentences(contrasts)),
+        class_section(replace(by_class, cells=by_class.cells[by_class.cells["attack"].isin(judged)])),
         image_section(
             ends,
             thumbnails(run, ends.easiest, by_size=ends.by_size),
             thumbnails(run, ends.hardest, by_size=ends.by_size),
         ),
-        budget_section(budget_curves(run), contrasts, contrast_sentences(contrasts)),
         finding_section(score_findings(run), not_tested_because(run)),
         *type_section(perturbation_types(run)),
         *locality_section(pixel_localities(run)),
         layer_section(layer_curves(run)),
+        distribution_section(distributions(run)),
+    ]
+    missing = [f"{one.title}: {sentence}" for one in sections if one.is_empty for sentence in one.sentences]
+    return [
+        *(section for section in sections if not section.is_empty),
+        *([Section("missing", "What this audit does not show", missing)] if missing else []),
         *_skipped_section(run),
     ]
 
 
 def _header(run: Run, summary: Summary | None) -> Header:
-    title = f"Where {run.info.model.name if run.info.model else run.plan.model.spec} is weak"
+    title = f"Where is {run.info.model.name if run.info.model else run.plan.model.spec} weak?"
     attacks = ", ".join(attack_name(attack.label, attack.budget) for attack in run.plan.attacks)
     subtitle = f"{attacks}; each in {counted(len(run.plan.reported_regions), 'region')}."
     skipped = len(run.skipped)
@@ -224,7 +223,8 @@ def _header(run: Run, summary: Summary | None) -> Header:
     labels = f"Labels: {summary.labels}."
     if "prediction" in run.info.labels:
         labels += " Where a label is the model's own prediction, the report does not say whether the model is correct."
-    sentences = [summary.weakest, *summary.regions[:MAX_REGIONS], labels]
+    weak = [sentence for sentence in summary.regions if sentence.endswith(f"{WEAK}.")]
+    sentences = [summary.weakest, *(weak[:MAX_REGIONS] or summary.regions[:1]), labels]
     errors = sum(cell.errors for cell in summary.cells)
     if errors:
         sentences.append(
@@ -253,17 +253,16 @@ def _warning(run: Run, done: int) -> str:
 def _facts(summary: Summary) -> list[tuple[str, str]]:
     known = [cell for cell in summary.cells if cell.images]
     judged = [cell for cell in known if not math.isnan(cell.robust_accuracy)]
+    noun = "image" if summary.images == 1 else "images"
     facts = [
-        (f"{summary.images:,}", "images attacked" if known else "images read, none with a known outcome")
+        (f"{summary.images:,}", f"{noun} attacked" if known else f"{noun} read, none with a known outcome")
     ]
     if not math.isnan(summary.clean_accuracy):
         facts.append((percent(summary.clean_accuracy), "correctly classified without an attack"))
     if judged:
         worst = min(judged, key=lambda cell: cell.robust_accuracy)
-        area = f"in {worst.region} ({percent(worst.region_fraction)} of the image)"
-        where = "on the whole image" if worst.region == WHOLE_IMAGE else area
         accuracy = with_interval(worst.robust_accuracy, worst.low, worst.high)
-        facts.append((accuracy, f"lowest robust accuracy: {worst.name} {where}"))
+        facts.append((accuracy, f"lowest robust accuracy: {worst.name} {in_region(worst.region)}"))
     return facts
 
 
@@ -278,22 +277,20 @@ def _skipped_section(run: Run) -> list[Section]:
     skipped = run.skipped
     if skipped.empty:
         return []
-    rows = [
-        [text_cell(row["image"]), text_cell(row["reason"])]
-        for row in skipped.head(MAX_SKIPPED).to_dict("records")
-    ]
-    more = len(skipped) - len(rows)
-    note = f"{more:,} more are in skipped.parquet." if more else ""
     verb = "is" if len(skipped) == 1 else "are"
     sentence = f"{counted(len(skipped))} could not be read and {verb} not in any number above."
-    table = Table("skipped", ("image", "reason"), rows, note)
-    return [Section("skipped", "Skipped", [sentence], tables=[table])]
+    table = table_of(
+        "skipped", skipped.head(MAX_SKIPPED), {"image": texts("image"), "reason": texts("reason")}
+    )
+    more = len(skipped) - MAX_SKIPPED
+    notes = [f"{more:,} more are in skipped.parquet."] if more > 0 else []
+    return [Section("skipped", "Skipped", [sentence], tables=[table], notes=notes)]
 
 
 def _made(run: Run) -> dict[str, str]:
     """Plan, versions, host and times, for the reader; what is unknown is left out."""
     info, plan, model, host = run.info, run.plan, run.info.model, run.info.host
-    speed = f", {info.images_per_second:.3g} images per second" if info.images_per_second else ""
+    speed = f", {number(info.images_per_second)} images per second" if info.images_per_second else ""
     machine = ", ".join(str(host[key]) for key in ("name", "system", "processor") if host.get(key))
     made = {
         "command": info.command,
@@ -306,7 +303,7 @@ def _made(run: Run) -> dict[str, str]:
         "controls": f"for each region, the regions of {plan.control_images} other images"
         if plan.controls
         else "",
-        "area of cam": f"{plan.fraction:.0%} of the image",
+        "area of cam": f"{percent(plan.fraction)} of the image",
         "analyses": ", ".join(plan.analyses) or "none",
         "seed": str(plan.seed),
         "started": info.started,

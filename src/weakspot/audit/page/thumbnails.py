@@ -10,8 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from weakspot.audit.page.sections import Thumbnail
-from weakspot.audit.page.sentences import Row, heading
+from weakspot.audit.page.elements import Row, Thumbnail, heading
 from weakspot.audit.store.run import Run
 from weakspot.audit.store.stored_maps import StoredMap
 from weakspot.report.rendering import color_table, data_url
@@ -48,9 +47,11 @@ def _pictures(
         ("adversarial", _encoded(_pixels(maps["adversarial"][image, attack, region]), clean)),
     ]
     if "importance" in maps:
-        pictures.append(
-            ("importance", _encoded(_overlaid(clean, maps["importance"][image, attack, region]), clean))
-        )
+        values = np.nan_to_num(maps["importance"][image, attack, region], nan=0, posinf=0, neginf=0)
+        if values.max(initial=0) > 0:
+            pictures.append(("importance", _encoded(_overlaid(clean, values), clean)))
+        else:
+            pictures.append(("no evidence for the label, so no importance is drawn", ""))
     return pictures, max(clean.shape[:2]) <= EXACT
 
 
@@ -62,10 +63,10 @@ def _pixels(levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _overlaid(pixels: NDArray[np.uint8], importance: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """A map (h, w) in color, from zero to its largest value, over the picture in gray."""
+    """A map (h, w) with a value above zero in color, from zero to its largest value, over the picture in gray."""
     gray = np.asarray(Image.fromarray(pixels).convert("L").convert("RGB"), dtype=np.float32)
-    values = np.nan_to_num(importance, nan=0, posinf=0, neginf=0).clip(min=0)
-    levels = np.rint(values * (255 / (float(values.max(initial=0)) or 1))).astype(np.uint8)
+    values = importance.clip(min=0)
+    levels = np.rint(values * (255 / float(values.max()))).astype(np.uint8)
     colors = Image.fromarray(color_table("magnitude")[levels])
     # Nearest neighbor: smoothing would invent detail that the map does not have.
     colors = colors.resize((pixels.shape[1], pixels.shape[0]), Image.Resampling.NEAREST)

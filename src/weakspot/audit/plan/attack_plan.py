@@ -117,6 +117,11 @@ class AttackPlan:
         return self.budget is None and attack is not None and attack.minimizes is not None
 
     @property
+    def is_known(self) -> bool:
+        """Whether it is known what counts as success: not for a plug-in that is missing here and states no budget."""
+        return self.budget is not None or self._installed() is not None
+
+    @property
     def minimized_norm(self) -> str | None:
         """The norm in which a minimal-norm attack looks for the smallest change; None for all other attacks."""
         attack = self._installed()
@@ -143,7 +148,8 @@ def read_attacks(value: object, budgets: object) -> tuple[AttackPlan, ...]:
         raise ValueError(f"attacks must be a list of names or tables, got {value!r}")
     for entry in entries:
         attack = AttackPlan.from_mapping(entry)
-        fill = attack.budget is None and attack.takes_budget()
+        # The plan of a finished run has no budgets to fill in, and is read without the package of its attack, too.
+        fill = budgets is not None and attack.budget is None and attack.takes_budget()
         attacks += [replace(attack, budget=text) if fill else attack for text in texts]
     if budgets is not None and not any(attack.budget or attack.is_minimal for attack in attacks):
         names = ", ".join(sorted({attack.name for attack in attacks}))

@@ -42,9 +42,10 @@ def limit_of(plan: Plan, attack: AttackPlan) -> Limit | None:
     """The stated budget at which a minimal-norm attack is counted.
 
     This is the only stated budget in the attack's own norm or, if there is none in that norm, the only one of the plan.
-    None if no budget is stated, if several qualify, and for SSIM budgets, for which the records hold no distance.
+    None if no budget is stated, if several qualify, for SSIM budgets, for which the records hold no distance, and if
+    the attack is not known.
     """
-    stated = stated_budgets(plan)
+    stated = stated_budgets(plan) if attack.is_known else []
     candidates = [limit for limit in stated if limit.kind == attack.minimized_norm] or stated
     return candidates[0] if len(candidates) == 1 and candidates[0].kind in NORMS else None
 
@@ -54,9 +55,11 @@ def recorded_norm(attack: AttackPlan) -> str | None:
     return attack.minimized_norm if attack.minimized_norm in NORMS else None
 
 
-def judged_attacks(plan: Plan) -> list[str]:
-    """Labels of the attacks that have a robust accuracy: all but minimal-norm attacks without a limit."""
-    return [attack.label for attack in plan.attacks if not attack.is_minimal or limit_of(plan, attack)]
+def has_robust_accuracy(plan: Plan, attack: AttackPlan) -> bool | None:
+    """False for minimal-norm attacks without a limit; None if the attack is not known."""
+    if not attack.is_known:
+        return None
+    return not attack.is_minimal or limit_of(plan, attack) is not None
 
 
 def counted_budget(plan: Plan, attack: AttackPlan) -> str | None:

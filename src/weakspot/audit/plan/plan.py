@@ -157,7 +157,7 @@ class Plan:
     @property
     def bounded_attacks(self) -> list[str]:
         """Labels of the attacks whose success is news; minimal-norm attacks succeed nearly always."""
-        return [attack.label for attack in self.attacks if not attack.is_minimal]
+        return [attack.label for attack in self.attacks if attack.is_known and not attack.is_minimal]
 
     def resolved(self) -> Plan:
         """The same plan with defaults filled in, without repetitions, checked as far as possible without images.

@@ -254,7 +254,7 @@ def outcomes_query(plan: Plan, *, eight_bit: bool) -> str:
     cases = [
         f"when {quoted(attack.label)} then {_within(limit_of(plan, attack), fooled)}"
         for attack in plan.attacks
-        if attack.is_minimal
+        if attack.is_minimal or not attack.is_known
     ]
     robust = f"case attack {' '.join(cases)} else not {fooled} end" if cases else f"not {fooled}"
     return f"select *, {fooled} as fooled, ({robust})::boolean as robust from records"  # noqa: S608 - ours

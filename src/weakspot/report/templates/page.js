@@ -1,11 +1,13 @@
-"use strict";
 // Maps arrive as raw levels with their range and are colored here, so that opacity, overlay and zoom need no server.
 
 const shared = JSON.parse(document.getElementById("shared").textContent);
 const bytes = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
 const tables = Object.fromEntries(Object.entries(shared.tables).map(([kind, text]) => [kind, bytes(text)]));
 const categories = shared.categories.map((color) => [1, 3, 5].map((at) => parseInt(color.slice(at, at + 2), 16)));
-const controls = { opacity: document.getElementById("opacity"), gray: document.getElementById("gray") };
+const names = ["overlay", "blink", "zoom", "opacity", "gray", "readout"];
+const controls = Object.fromEntries(names.map((name) => [name, document.getElementById(name)]));
+let swapped = false; // while blinking: whether the clean image is in the place of the adversarial one
+let blinking;
 
 async function inflate(text) {
   const stream = new Blob([bytes(text)]).stream().pipeThrough(new DecompressionStream("deflate"));
@@ -49,12 +51,7 @@ class Pair {
     this.article = article;
     this.data = JSON.parse(article.querySelector(".data").textContent);
     this.views = [...article.querySelectorAll("canvas.view, canvas.map")];
-    this.overlay = article.querySelector(".overlay");
-    this.zoom = article.querySelector(".zoom");
-    this.blinking = article.querySelector(".blink");
-    this.readout = article.querySelector(".readout");
     this.center = [this.data.width / 2, this.data.height / 2];
-    this.swapped = false;
   }
 
   async open() {
@@ -63,36 +60,29 @@ class Pair {
       ["clean", "adversarial"].map((name) => readPixels(this.data[name], width, height)));
     this.images = { clean, adversarial };
     await Promise.all(Object.values(maps).map(async (map) => { map.levels = await inflate(map.values); }));
-    await Promise.all([...this.article.querySelectorAll(".layer-browser")].map((section) =>
-      new LayerBrowser(section, this.data.series[Number(section.dataset.series)]).open()));
+    this.browsers = [...this.article.querySelectorAll(".layer-browser")].map((section) =>
+      new LayerBrowser(section, this.data.series[section.dataset.series]));
+    await Promise.all(this.browsers.map((browser) => browser.open()));
+    // Tall images are not wider than what fits on a screen.
+    for (const picture of this.article.querySelectorAll("canvas.view, canvas.map, svg.square")) picture.style.maxWidth = `${(24 * width) / height}rem`;
     this.listen();
     this.draw();
     this.article.dataset.ready = "yes";
   }
 
   listen() {
-    this.overlay.addEventListener("change", () => this.draw());
-    this.zoom.addEventListener("change", () => this.draw());
-    this.blinking.addEventListener("click", () => this.blink());
     for (const canvas of this.views) {
       canvas.addEventListener("pointermove", (event) => this.point(canvas, event));
       canvas.addEventListener("pointerleave", () => { this.cursor = null; this.draw(); });
       canvas.addEventListener("click", (event) => { this.center = this.site(canvas, event); this.draw(); });
     }
+    // Canvases in a closed section are drawn when it opens.
+    for (const section of this.article.querySelectorAll("details")) section.addEventListener("toggle", () => this.draw());
   }
 
-  blink() {
-    const on = this.blinking.getAttribute("aria-pressed") !== "true";
-    this.blinking.setAttribute("aria-pressed", String(on));
-    clearInterval(this.timer);
-    this.swapped = false;
-    if (on) this.timer = setInterval(() => { this.swapped = !this.swapped; this.draw(); }, 500);
-    this.draw();
-  }
-
-  // The visible part of the image in pixels: left, top, width, height.
+// The visible part of the image in pixels: left, top, width, height.
   window() {
-    const zoom = Number(this.zoom.value);
+    const zoom = Number(controls.zoom.value);
     const width = Math.max(1, Math.round(this.data.width / zoom));
     const height = Math.max(1, Math.round(this.data.height / zoom));
     const left = Math.max(0, Math.min(this.data.width - width, Math.round(this.center[0] - width / 2)));
@@ -113,27 +103,29 @@ class Pair {
     const [x, y] = this.cursor;
     const at = y * this.data.width + x;
     const color = (name) => [...this.images[name].subarray(4 * at, 4 * at + 3)].join(" ");
-    const name = canvas.dataset.map || this.overlay.value || "difference";
+    const name = canvas.dataset.map || (this.data.maps[controls.overlay.value] ? controls.overlay.value : "difference");
     const map = this.data.maps[name];
+    const level = map.range[0] + (map.levels[at] / 255) * (map.range[1] - map.range[0]);
     const value = map.kind === "category" ? map.categories[map.levels[at]]
-      : (map.range[0] + (map.levels[at] / 255) * (map.range[1] - map.range[0])).toPrecision(3);
-    this.readout.textContent =
+      : map.logarithmic ? `${(255 * 10 ** level).toPrecision(3)}/255` : level.toPrecision(3);
+    controls.readout.textContent =
       `row ${y}, column ${x} · clean ${color("clean")} · adversarial ${color("adversarial")} · ${name.replaceAll("_", " ")} ${value}`;
     this.draw();
   }
 
   draw() {
-    for (const canvas of this.views) this.drawOne(canvas);
-    const shown = this.article.querySelector(".shown");
-    shown.textContent = this.swapped ? "clean (blinking)" : "adversarial";
+    // The outline of the square follows the zoom.
+    const outline = this.article.querySelector("svg.square");
+    if (outline) outline.setAttribute("viewBox", this.window().join(" "));
+    for (const canvas of this.views) if (canvas.offsetParent) this.drawOne(canvas);
+    this.article.querySelector(".shown").textContent = swapped ? "Clean (blinking)" : "Adversarial";
   }
 
   drawOne(canvas) {
     const [left, top, width, height] = this.window();
     let image = canvas.dataset.image || "clean";
-    if (image === "adversarial" && this.swapped) image = "clean";
-    const name = canvas.dataset.map || this.overlay.value;
-    const map = name ? this.data.maps[name] : null;
+    if (image === "adversarial" && swapped) image = "clean";
+    const map = this.data.maps[canvas.dataset.map || controls.overlay.value];
     const opacity = canvas.dataset.opaque === undefined ? controls.opacity.value / 100 : 1;
     const source = this.images[/adversarial$/.test(canvas.dataset.map || "") ? "adversarial" : image];
     canvas.width = width;
@@ -230,8 +222,18 @@ function sortSheet(key) {
   [...sheet.children].sort((a, b) => last(sign * value(a)) - last(sign * value(b))).forEach((item) => sheet.append(item));
 }
 
-const pairs = [...document.querySelectorAll(".pair")].map((article) => new Pair(article));
+const pairs = [...document.querySelectorAll("article.pair")].map((article) => new Pair(article));
+const drawAll = () => pairs.forEach((pair) => pair.draw());
 let current = 0;
+
+function blink() {
+  const on = controls.blink.getAttribute("aria-pressed") !== "true";
+  controls.blink.setAttribute("aria-pressed", String(on));
+  clearInterval(blinking);
+  swapped = false;
+  if (on) blinking = setInterval(() => { swapped = !swapped; drawAll(); }, 500);
+  drawAll();
+}
 
 function go(step) {
   current = Math.max(0, Math.min(pairs.length - 1, current + step));
@@ -239,23 +241,30 @@ function go(step) {
   pairs[current].article.focus({ preventScroll: true });
 }
 
-document.addEventListener("keydown", (event) => {
-  if (/^(INPUT|SELECT|BUTTON|TEXTAREA)$/.test(event.target.tagName) || event.ctrlKey || event.metaKey || event.altKey) return;
-  const pair = pairs[current];
+function press(event) {
+  const busy = /^(INPUT|SELECT|BUTTON|TEXTAREA|SUMMARY)$/.test(event.target.tagName);
+  if (busy || event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === "ArrowRight") go(1);
   else if (event.key === "ArrowLeft") go(-1);
-  else if (event.key === " ") pair.blink();
-  else if (/^\d$/.test(event.key) && Number(event.key) < pair.overlay.length) {
-    pair.overlay.selectedIndex = Number(event.key);
-    pair.draw();
+  else if (event.key === " ") blink();
+  else if (/^\d$/.test(event.key) && Number(event.key) < controls.overlay.length) {
+    controls.overlay.selectedIndex = Number(event.key);
+    drawAll();
   } else return;
   event.preventDefault();
-});
+}
+
+document.addEventListener("keydown", press);
 document.addEventListener("focusin", (event) => {
-  const article = event.target.closest(".pair");
+  const article = event.target.closest("article.pair");
   if (article) current = pairs.findIndex((pair) => pair.article === article);
 });
-for (const control of Object.values(controls)) control.addEventListener("input", () => pairs.forEach((pair) => pair.draw()));
+for (const name of ["overlay", "zoom", "opacity", "gray"]) controls[name].addEventListener("input", drawAll);
+controls.blink.addEventListener("click", blink);
 document.getElementById("sort")?.addEventListener("change", (event) => sortSheet(event.target.value));
+window.addEventListener("beforeprint", drawAll); // after all sections were opened (folds.js)
 drawSwatches();
-Promise.all(pairs.map((pair) => pair.open())).then(() => { document.body.dataset.ready = "yes"; });
+Promise.all(pairs.map((pair) => pair.open())).then(() => {
+  reveal();
+  document.body.dataset.ready = "yes";
+});

@@ -112,6 +112,13 @@ for (const input of document.querySelectorAll(".filter")) {
 }
 for (const select of document.querySelectorAll(".which")) select.addEventListener("change", () => choose(select));
 
+// On paper, everything is unfolded.
+let folded = [];
+addEventListener("beforeprint", () => {
+  folded = [...document.querySelectorAll("details:not([open])")];
+  for (const details of folded) details.open = true;
+});
+addEventListener("afterprint", () => { for (const details of folded) details.open = false; });
 load().then(async () => {
   for (const place of document.querySelectorAll(".drawn:not([hidden]) .chart")) await draw(place);
   document.body.dataset.ready = "yes";

@@ -15,8 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from weakspot.audit.findings.outcomes import WHOLE_IMAGE, adjusted, numeric_columns, once_per_run, read_cell
-from weakspot.audit.store.records import COLUMNS
+from weakspot.audit.findings.outcomes import (
+    WHOLE_IMAGE,
+    adjusted,
+    evenly_spread,
+    in_blocks,
+    once_per_run,
+    read_cell,
+    recorded_columns,
+    score_names,
+)
 from weakspot.audit.store.run import Run
 from weakspot.audit.store.stored_maps import StoredMap
 from weakspot.explanations.agreement import agreement
@@ -32,20 +40,14 @@ from weakspot.statistics import (
     run_test,
 )
 
-MAX_IMAGES = 1000  # compared with each other
 MAX_SIDE = 64  # sites per side; larger maps are averaged
-IMAGES_IN_MEMORY = 128  # images whose maps are in memory at full size
 MAX_Q = 0.1  # over images, for one image by itself
 IMPORTANCE, VULNERABILITY = "importance", "vulnerability"
 LOCATION_COLUMNS = ("attack", "score", "compared", "value", "null", "excess", "p", "alone")
 
 SHIFT_NULL = "_shift_null"
-NULL_SUFFIXES = ("_null", "_null_low", "_null_high", "_p", "_p_less", "_q")
-ATTACK_SCORES = (
-    "confidence_adversarial",
-    "margin_adversarial",
-    "ssim_windowed",
-)  # beside those of the analyses
+# The attack's own scores, beside those of the analyses.
+ATTACK_SCORES = ("confidence_adversarial", "margin_adversarial", "ssim_windowed")
 OTHER_IMAGES, OWN_NULL = "other images", "its null"
 
 TYPE = "perturbation_type"
@@ -111,8 +113,7 @@ def _importance_and_vulnerability(
         return None
     region = run.plan.regions.index(WHOLE_IMAGE)
     images = read_cell(run, attack, WHOLE_IMAGE, ["index", "success"]).dropna()["index"].to_numpy(np.int64)
-    if len(images) > MAX_IMAGES:
-        images = images[np.linspace(0, len(images) - 1, MAX_IMAGES).round().astype(np.int64)]
+    images = evenly_spread(images)
     importance, vulnerability = (
         _read(run.maps[name], images, place, region) for name in (IMPORTANCE, VULNERABILITY)
     )
@@ -122,12 +123,10 @@ def _importance_and_vulnerability(
 
 def _read(stored: StoredMap, images: NDArray[np.int64], attack: int, region: int) -> torch.Tensor:
     """(N, 1, H, W) of one cell, averaged to at most `MAX_SIDE` sites per side."""
-    parts = []
-    for start in range(0, len(stored), IMAGES_IN_MEMORY):
-        block = images[(images >= start) & (images < start + IMAGES_IN_MEMORY)]
-        if len(block):
-            maps: NDArray[np.floating] = stored[start : start + IMAGES_IN_MEMORY, attack, region]
-            parts.append(_averaged(torch.from_numpy(maps[block - start])[:, None].float()))
+    parts = [
+        _averaged(torch.from_numpy(stored[block, attack, region][places])[:, None].float())
+        for block, places in in_blocks(images)
+    ]
     return torch.cat(parts) if parts else torch.empty(0, 1, 1, 1)
 
 
@@ -191,9 +190,9 @@ def score_findings(run: Run) -> pd.DataFrame:
     Returns:
         One row per attack, region and score, with the columns of `Finding`.
     """
-    names, numeric = score_names(run), set(numeric_columns(run))
-    nulls = {name: f"{name}_null" for name in names if f"{name}_null" in numeric}
-    shifted = {name: f"{name}{SHIFT_NULL}" for name in names if f"{name}{SHIFT_NULL}" in numeric}
+    names, recorded = score_names(run, ATTACK_SCORES), recorded_columns(run)
+    nulls = {name: f"{name}_null" for name in names if f"{name}_null" in recorded}
+    shifted = {name: f"{name}{SHIFT_NULL}" for name in names if f"{name}{SHIFT_NULL}" in recorded}
     locations = location_findings(run).set_index(["attack", "score"]).to_dict("index")
     rows = []
     for attack, region in run.plan.reported_cells if names else ():
@@ -233,13 +232,6 @@ def _against_null(finding: Finding, score: pd.Series[float], null: pd.Series[flo
     )  # fmt: skip
 
 
-def score_names(run: Run) -> list[str]:
-    """Numeric columns worth a mean: the attack's first, then those of the analyses."""
-    numeric = numeric_columns(run)
-    own = [name for name in numeric if name not in COLUMNS and not name.endswith(NULL_SUFFIXES)]
-    return [*(name for name in ATTACK_SCORES if name in numeric), *own]
-
-
 def perturbation_types(run: Run) -> pd.DataFrame:
     """How many of the perturbations that fooled are of each type, in every cell.
 
@@ -249,7 +241,7 @@ def perturbation_types(run: Run) -> pd.DataFrame:
         if the run has no types.
     """
     rows = []
-    for attack, region in run.plan.cells if _has_column(run, TYPE) else ():
+    for attack, region in run.plan.cells if TYPE in recorded_columns(run) else ():
         cell = read_cell(run, attack.label, region, [TYPE, "correct", "fooled"])
         fooled, _ = _fooled_and_failed(cell)
         types = cell.loc[fooled & cell[TYPE].notna().to_numpy(), TYPE]
@@ -266,7 +258,7 @@ def pixel_localities(run: Run) -> pd.DataFrame:
         Columns attack, region and those of `locality_table`. No rows if the run has no one-pixel pairs.
     """
     tables = []
-    for attack, region in run.plan.cells if _has_column(run, RANDOM) else ():
+    for attack, region in run.plan.cells if RANDOM in recorded_columns(run) else ():
         cell = read_cell(run, attack.label, region, [*MEANINGS, "correct", "fooled"])
         if cell[RANDOM].notna().any():
             table = locality_table(cell[list(MEANINGS)].astype("float64"), *_fooled_and_failed(cell))
@@ -281,7 +273,3 @@ def _fooled_and_failed(cell: pd.DataFrame) -> tuple[NDArray[np.bool_], NDArray[n
         for name, value in (("correct", True), ("fooled", True), ("fooled", False))
     )
     return correct & fooled, correct & failed
-
-
-def _has_column(run: Run, column: str) -> bool:
-    return column in run.sql("select * from records limit 0").columns

@@ -1,0 +1,209 @@
+"""What was found on explained images, for the page: one sentence over all, the strongest fact, and an answer to each
+question.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pandas as pd
+
+from weakspot.explanations.agreement import WHOLE
+from weakspot.report.image_verdict import located, location, perturbation_type
+from weakspot.statistics.number_format import counted, number, percent
+
+FEW = 0.5  # fraction of the changed cells up to which they are worth a headline
+WHERE, WHY, LOCAL, HELPS = QUESTIONS = ("Where", "Why", "How local", "What helps")
+
+
+def overview(scores: pd.DataFrame) -> str:
+    """One sentence over several images: on how many the attack succeeds; empty for one image."""
+    correct = scores[scores["read_clean_as"] == scores["label"]]
+    total, wrong = len(correct), len(scores) - len(correct)
+    if len(scores) == 1:
+        return ""
+    if not total:
+        return f"All {counted(wrong)} are misclassified without any attack."
+    done = int(correct["success_8bit"].sum())
+    rounded = int((correct["success"] & ~correct["success_8bit"]).sum())
+    which = f"the {counted(total)}" if total > 1 else "the one image"
+    if wrong:
+        which += " that the network classifies correctly"
+    if total == 1:
+        sentence = f"The attack {'succeeds' if done else 'fails'} on {which}"
+    elif done == total:
+        sentence = f"The attack succeeds on all {which.removeprefix('the ')}"
+    else:
+        sentence = f"The attack succeeds on {done or 'none'} of {which}"
+    if squares := _squares(correct):
+        sentence = f"{squares}; {sentence[0].lower()}{sentence[1:]}"
+    if rounded:
+        sentence += f", and on {rounded} only before rounding to 8 bits"
+    if wrong:
+        sentence += f"; {wrong} {'is' if wrong == 1 else 'are'} misclassified without any attack"
+    return sentence + "."
+
+
+def strongest_fact(row: pd.Series) -> str:
+    """The least that was found to be enough, in one sentence; empty if nothing was."""
+    if row.get("smallest_square_side", math.nan) > 0:
+        return (
+            f"{_square_of(row)}, changed by at most {in_levels(row['smallest_square_budget'])}, is enough to turn "
+            f"{row['label']} into {row['smallest_square_class']}."
+        )
+    sufficient = row.get("sufficient_fraction", math.nan)
+    if not row["success_8bit"] or not sufficient <= FEW:
+        return ""
+    return f"Changing {_cells(sufficient)} is enough to fool the network."
+
+
+def findings(row: pd.Series) -> dict[str, tuple[str, list[str]]]:
+    """For each question what was found, in a few words (or none) and in sentences."""
+    found: dict[str, tuple[str, list[str]]] = {question: ("", []) for question in QUESTIONS}
+    if row["linf"] == 0:
+        return found
+    where = []
+    if "effect_in_roi" in row:
+        where.append(location(row))
+    if row.get("weakest_cell", math.nan) > 0:
+        where.append(
+            f"From gradients alone, the weakest cell needs a change of {in_levels(row['weakest_cell'])} (an estimate "
+            "for each cell, if only that cell may change)."
+        )
+    found[WHERE] = (_where(row), where)
+    if "promotion_log2_ratio" in row and row["read_clean_as"] == row["label"]:
+        found[WHY] = (_why(row), [perturbation_type(row)])
+    found[LOCAL] = _how_local(row)
+    found[HELPS] = _what_helps(row)
+    return found
+
+
+def in_levels(size: float) -> str:
+    """A change of values in [0, 1] in gray levels of 255.
+
+    >>> in_levels(4 / 255), in_levels(0.0041), in_levels(1.0)
+    ('4/255', '1.05/255', '255/255')
+    """
+    return f"{number(255 * size)}/255"
+
+
+def _squares(correct: pd.DataFrame) -> str:
+    """On how many images of how many the budget is enough inside a square; empty if none was found or looked for."""
+    if "smallest_square_side" not in correct or not (correct["smallest_square_side"] > 0).any():
+        return ""
+    found = correct[correct["smallest_square_side"] > 0]
+    sides, areas, budgets = (
+        (found[f"smallest_square_{name}"].min(), found[f"smallest_square_{name}"].max())
+        for name in ("side", "fraction", "budget")
+    )
+    side = _range(f"{sides[0]:.0f}", f"{sides[1]:.0f}")
+    area = _range(f"{100 * areas[0]:.2g}%", f"{100 * areas[1]:.2g}%")
+    budget = _range(*map(in_levels, budgets))
+    count = "all" if len(found) == len(correct) else f"{len(found)} of the"
+    return (
+        f"A square of {side} pixels a side ({area} of the image), changed by at most {budget}, is enough to fool the "
+        f"network on {count} {counted(len(correct))}"
+    )
+
+
+def _square_of(row: pd.Series) -> str:
+    side, area = (
+        int(row["smallest_square_side"]),
+        f"{100 * row['smallest_square_fraction']:.2g}% of the image",
+    )
+    return f"A single pixel, {area}" if side == 1 else f"A {side} x {side} square, {area}"
+
+
+def _range(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
+
+
+def _where(row: pd.Series) -> str:
+    if "effect_in_roi" not in row:
+        return ""
+    relation = row.get("relation", math.nan)
+    if row["reached_fraction"] < WHOLE:
+        return f"{percent(row['changed_fraction'])} of the pixels changed"
+    if not located(row):
+        return ""
+    if math.isnan(relation):
+        return f"{percent(row['effect_in_roi'])} of the effect on the {percent(row['roi_fraction'])} that matters most"
+    return {1: "where the network looks", -1: "away from where the network looks"}.get(
+        relation, "no clear relation"
+    )
+
+
+def _why(row: pd.Series) -> str:
+    if math.isnan(row["promotion_log2_ratio"]):
+        return f"neither raises {row['target']} nor lowers {row['label']}"
+    effects = ((row["target"], row["whole_promotion"]), (row["label"], -row["whole_suppression"]))
+    return "logits: " + ", ".join(
+        f"{name} {'+' if change > 0 else ''}{number(change)}" for name, change in effects
+    )
+
+
+def _how_local(row: pd.Series) -> tuple[str, list[str]]:
+    short, sentences = "", []
+    if row.get("smallest_square_side", math.nan) > 0:
+        place = f"row {row['smallest_square_top']:.0f}, column {row['smallest_square_left']:.0f}"
+        sentences.append(
+            f"{_square_of(row)} (from {place}) is enough: the image with that change, rounded to 8 bits, is "
+            f"classified as {row['smallest_square_class']}. Smaller squares may be enough, too."
+        )
+    elif row.get("smallest_square_budget", math.nan) > 0 and row["read_clean_as"] == row["label"]:
+        sentences.append(
+            f"No square was found in which a change of at most {in_levels(row['smallest_square_budget'])} is enough. "
+            "That does not prove that there is none."
+        )
+    sufficient, weak = (row.get(name, math.nan) for name in ("sufficient_fraction", "weak_pixels"))
+    if not math.isnan(sufficient):
+        short = f"changing {_cells(sufficient)} is enough"
+        sentences.append(
+            f"Changing {_cells(sufficient)} is enough to fool the network, with the rest of the image clean (a small "
+            "set, found greedily; a smaller one may exist)."
+        )
+    if weak > 0:
+        short = "a single pixel is enough"
+        sentences.append(
+            f"{percent(weak)} of the pixels tried are enough alone, with each channel set to 0 or 1."
+        )
+    elif weak == 0:
+        short = short or "no single pixel tried is enough"
+        left = row["weakest_pixel"] / row["margin_clean"]
+        sentences.append(
+            "No single pixel tried is enough, with each channel set to 0 or 1: the worst leaves "
+            f"{percent(left)} of the margin of {row['label']}."
+        )
+    return short, sentences
+
+
+def _what_helps(row: pd.Series) -> tuple[str, list[str]]:
+    short, sentences = "", []
+    needed, units = (row.get(name, math.nan) for name in ("necessary_fraction", "units_to_revert"))
+    if not math.isnan(needed):
+        short = f"undoing {_cells(needed)} stops it"
+        sentences.append(
+            f"If {percent(needed)} of the changed cells get their clean values back, the attack no longer succeeds (a "
+            "small set, found greedily with the clean image at hand; a defense does not have that)."
+        )
+    if units < 1:
+        random = row["random_units_to_revert"]
+        beside = "only all of them do" if random == 1 else f"{percent(random)} are needed"
+        sentences.append(
+            f"The clean values of the {percent(units)} of the last layer's units that changed most restore the "
+            f"decision; of units drawn at random, {beside}."
+        )
+    return short, sentences
+
+
+def _cells(fraction: float) -> str:
+    """A fraction of the changed cells in words that can be counted.
+
+    >>> _cells(1 / 64), _cells(13 / 64), _cells(1.0)
+    ('1 in 64 changed cells', '20% of the changed cells', '100% of the changed cells')
+    """
+    ratio = Fraction(fraction).limit_denominator(4096)
+    if ratio.numerator == 1 < ratio.denominator:
+        return f"1 in {ratio.denominator} changed cells"
+    return f"{percent(fraction)} of the changed cells"

@@ -1,0 +1,201 @@
+"""The maps of a pair as they are drawn, and a sentence in place of each map that would show nothing new."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weakspot.explanations.analysis import Picture
+from weakspot.explanations.explanation import Explanation
+from weakspot.statistics.number_format import number
+
+# In fractions of the color scale.
+UNIFORM = 0.05  # a map whose colors differ by less looks the same everywhere
+LOGARITHMIC = ("first_order",)  # maps of sizes: the smallest, the weakest places, are drawn brightest
+LEAST_RATIO = 4.0  # of the ends of a logarithmic scale, so that small differences look small
+OUTLINED = "smallest_square"  # drawn as an outline in the map "first_order"
+SAME_MEAN, SAME_LARGEST = 0.02, 0.1  # two maps that differ by less look alike
+DIFFERENCE = Picture(
+    "Difference",
+    kind="signed",
+    meaning="Adversarial minus clean image, mean over color channels: blue is darker, orange is brighter.",
+)
+
+
+@dataclass(frozen=True)
+class MapView:
+    """One map of one pair, ready to be drawn.
+
+    Attributes:
+        name: of the map.
+        title: with class names filled in.
+        meaning: one sentence, with class names filled in.
+        picture: how it is drawn.
+        values: (H, W).
+        low: value of the first color.
+        high: value of the last color; on a logarithmic scale the smaller of the two.
+        square: (top, left, side) in pixels, outlined in the map; None for none.
+    """
+
+    name: str
+    title: str
+    meaning: str
+    picture: Picture
+    values: NDArray[np.float32]
+    low: float
+    high: float
+    square: tuple[int, int, int] | None = None
+
+    def __repr__(self) -> str:
+        return f"MapView({self.name!r}, {self.values.shape}, {self.low:.3g} to {self.high:.3g})"
+
+    @property
+    def logarithmic(self) -> bool:
+        """Whether colors follow the logarithm of the values, the smallest brightest."""
+        return self.name in LOGARITHMIC
+
+    @property
+    def scaled(self) -> tuple[NDArray[np.float32], float, float]:
+        """Values (H, W), first and last color as they are drawn: logarithms to base 10 on a logarithmic scale."""
+        values = np.nan_to_num(self.values, posinf=self.low)
+        if not self.logarithmic:
+            return values, self.low, self.high
+        logs: NDArray[np.float32] = np.log10(np.maximum(values, self.high))
+        return logs, math.log10(self.low), math.log10(self.high)
+
+    @property
+    def colors(self) -> NDArray[np.float32]:
+        """(H, W) place of each value on the color scale, 0 to 1; values that are not defined are 0."""
+        values, low, high = self.scaled
+        clipped: NDArray[np.float32] = np.clip((values - low) / (high - low), 0, 1)
+        return clipped
+
+
+def map_views(explanation: Explanation, index: int) -> list[MapView]:
+    """The difference of a pair and all of its maps; maps with the same scale name share their color limits."""
+    maps = {"difference": explanation.pairs.perturbation[index].mean(0).numpy()}
+    maps |= {
+        name: tensor[index, 0].numpy().astype(np.float32)
+        for name, tensor in explanation.maps.items()
+        if name != OUTLINED
+    }
+    pictures = {"difference": DIFFERENCE} | explanation.pictures
+    label, target = explanation.class_names[index]
+    views = []
+    for name, values in maps.items():
+        picture = pictures[name]
+        same_scale = [maps[key] for key in maps if picture.scale and pictures[key].scale == picture.scale]
+        low, high = _ends(values) if name in LOGARITHMIC else _limits(picture, same_scale or [values])
+        title = filled(picture.title, label, target)
+        if name == "difference" and high > 0:
+            title = f"Difference, amplified {1 / high:.0f} times"
+        meaning = filled(picture.meaning, label, target)
+        square = _square(explanation, index) if name in LOGARITHMIC else None
+        views.append(MapView(name, title, meaning, picture, values, low, high, square))
+    return views
+
+
+def _square(explanation: Explanation, index: int) -> tuple[int, int, int] | None:
+    """Top, left and side of the smallest square found; None if there is none."""
+    row = explanation.scores.iloc[index]
+    place = [float(row.get(f"{OUTLINED}_{name}", math.nan)) for name in ("top", "left", "side")]
+    return None if any(map(math.isnan, place)) else (int(place[0]), int(place[1]), int(place[2]))
+
+
+def _ends(sizes: NDArray[np.float32]) -> tuple[float, float]:
+    """Largest and smallest size above 0, at least `LEAST_RATIO` apart."""
+    positive = sizes[np.isfinite(sizes) & (sizes > 0)]
+    if not positive.size:
+        return 1.0, 1 / LEAST_RATIO
+    low = float(positive.min())
+    return max(float(positive.max()), LEAST_RATIO * low), low
+
+
+def filled(text: str, label: str, target: str) -> str:
+    """The text with the names of both classes.
+
+    >>> filled("{label}, clean image", "{target}", "cat")
+    '{target}, clean image'
+    """
+    # Split first, because a class may itself be called "{target}".
+    return label.join(part.replace("{target}", target) for part in text.split("{label}"))
+
+
+def _limits(picture: Picture, maps: Sequence[NDArray[np.float32]]) -> tuple[float, float]:
+    """Color limits over these maps: around zero if signed, from zero up if magnitudes; never an empty range."""
+    if picture.fixed is not None:
+        return picture.fixed
+    if picture.kind == "category":
+        return 0.0, float(max(len(picture.categories) - 1, 1))
+    # Symmetric limits, so that the middle of a diverging color table means zero.
+    sizes = [np.abs(values) if picture.kind == "signed" else values for values in maps]
+    high = float(max((np.nanmax(v, initial=0, where=np.isfinite(v)) for v in sizes), default=0)) or 1.0
+    return (-high, high) if picture.kind == "signed" else (0.0, high)
+
+
+def worth_drawing(views: Sequence[MapView]) -> tuple[list[MapView], dict[str, str]]:
+    """The maps that show something, and a sentence for each of the others, by name.
+
+    A map shows nothing if it looks the same everywhere, or like an earlier map. The difference image is always drawn.
+    """
+    drawn: list[MapView] = []
+    sentences: dict[str, str] = {}
+    for view in views:
+        sentence = "" if view.name == "difference" else _uniform(view) or _repeated(view, drawn)
+        if sentence:
+            sentences[view.name] = sentence
+        else:
+            drawn.append(view)
+    return drawn, sentences
+
+
+def _uniform(view: MapView) -> str:
+    """What a map that looks the same everywhere says; empty if it does not look so."""
+    values = view.values
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return f"“{view.title}” is not defined for this image."
+    if view.picture.kind == "category":
+        first = int(values.flat[0])
+        if (values != first).any():
+            return ""
+        named = first < len(view.picture.categories)
+        return f"“{view.title}”: {view.picture.categories[first] if named else first} everywhere."
+    colors = view.colors
+    if finite.size < values.size or colors.max() - colors.min() >= UNIFORM:
+        return ""
+    if finite.max() <= 0 <= view.low or (view.logarithmic and finite.max() <= 0):
+        return f"“{view.title}” is nowhere above 0."
+    low, high = number(float(finite.min())), number(float(finite.max()))
+    between = f"{low} everywhere" if low == high else f"between {low} and {high} everywhere"
+    return f"“{view.title}” is {between}."
+
+
+def _repeated(view: MapView, drawn: Sequence[MapView]) -> str:
+    """Which earlier map this one looks like; empty if there is none.
+
+    Maps on one scale look alike if their colors do. Those on different scales are compared as patterns.
+    """
+    for other in drawn:
+        alike = (other.picture.kind, other.values.shape) == (view.picture.kind, view.values.shape)
+        if not alike or other.name == "difference" or other.picture.categories != view.picture.categories:
+            continue
+        together = view.picture.scale is not None and view.picture.scale == other.picture.scale
+        distance = np.abs(view.colors - other.colors if together else _pattern(view) - _pattern(other))
+        if distance.mean() < SAME_MEAN and distance.max() < SAME_LARGEST:
+            return f"“{view.title}” looks like “{other.title}”."
+    return ""
+
+
+def _pattern(view: MapView) -> NDArray[np.float32]:
+    """The values in units of the largest; categories as they are."""
+    values: NDArray[np.float32] = np.nan_to_num(view.values)
+    if view.picture.kind == "category" or view.logarithmic:
+        return values
+    if view.picture.kind == "magnitude":
+        values = np.maximum(values, 0)  # below zero is drawn as zero
+    return values / (np.abs(values).max() or 1.0)

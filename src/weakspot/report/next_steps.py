@@ -1,0 +1,146 @@
+"""What to do next after an explanation: a reason that the findings support, and the exact command."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+
+from weakspot.explanations.explanation import Explanation
+from weakspot.report.image_verdict import located
+from weakspot.statistics import LEAST_OTHERS
+from weakspot.statistics.number_format import counted
+
+MOST = 4  # steps shown
+FEW_CELLS = (
+    0.25  # of the change: if undoing so much stops most attacks, a defense that finds the place may help
+)
+MODEL_OPTIONS = ("--model", "-m", "--weights", "--mean", "--std", "--classes", "--size", "--device")
+DEFAULT_BUDGET = "linf:4/255"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to do.
+
+    Attributes:
+        reason: why, in one sentence that ends with a colon.
+        command: for the shell.
+    """
+
+    reason: str
+    command: str
+
+
+def next_steps(explanation: Explanation) -> list[Step]:
+    """What the findings suggest, most specific first; at most `MOST` steps."""
+    scores, made = explanation.scores, explanation.made
+    model = _model_options(made)
+    correct = scores[scores["read_clean_as"] == scores["label"]]
+    fooled = correct[correct["success_8bit"]]
+    failed = correct[~correct["success"] & ~correct["success_8bit"] & (correct["linf"] > 0)]
+    steps = []
+    if len(fooled) and made.get("region") == "background":
+        steps += _background(len(fooled), len(correct), model)
+    elif 2 * len(fooled) > len(correct):
+        steps.append(
+            Step(
+                f"{_of(len(fooled), len(correct))} fooled. Training on attacked images is the defense that holds best "
+                "(a folder with one folder per class):",
+                "weakspot train photos/ --size 64x64 --recipe full --out runs/full",
+            )
+        )
+    if len(failed):
+        reason = f"The attack failed on {counted(len(failed))}, which does not prove that it is robust"
+        reason = reason if len(failed) == 1 else reason.replace("it is", "they are")
+        steps.append(
+            Step(
+                f"{reason}. Try the ensemble of attacks:",
+                f"weakspot attack photos/ --attack ensemble{_budget(made)}{model} --out runs/ensemble",
+            )
+        )
+    if _few_cells(fooled):
+        steps.append(
+            Step(
+                "Undoing a quarter of the change or less stops most of these attacks. Test whether a defense can find "
+                "the place by itself:",
+                f"weakspot defend photos/ --defense neutralize{_budget(made)}{model}",
+            )
+        )
+    few = f"{counted(len(scores))} {'is an example' if len(scores) == 1 else 'are examples'}, not a rate."
+    steps.append(
+        Step(
+            f"{few} Measure robust accuracy and weak regions on your own photographs, at least 40 of them:",
+            f"weakspot audit photos/ --regions none,cam,background --controls{_budget(made)}{model} --out runs/first",
+        )
+    )
+    untested = "relation" in scores and scores["relation"].isna().all()
+    if untested and any(located(row) for _, row in fooled.iterrows()):
+        steps.append(
+            Step(
+                "To test whether attacks act where the network looks, compare with at least "
+                f"{LEAST_OTHERS} other images of the same source:",
+                f"weakspot explain photos/ --reference other-photos/{_budget(made)}{model} --out runs/compared",
+            )
+        )
+    return steps[:MOST]
+
+
+def _background(fooled: int, total: int, model: str) -> list[Step]:
+    return [
+        Step(
+            f"{_of(fooled, total)} fooled by a change of the background alone. Train on images whose background is "
+            "attacked (a folder with one folder per class):",
+            "weakspot train photos/ --size 64x64 --recipe localized --out runs/localized",
+        ),
+        Step(
+            "Whether the background is weaker than other places of its size is another question:",
+            f"weakspot audit photos/ --regions background --controls{model} --out runs/background",
+        ),
+    ]
+
+
+def _of(part: int, total: int) -> str:
+    if total == 1:
+        return "The image is"
+    if part == total:
+        return f"All {counted(total)} are"
+    return f"{part} of {counted(total)} {'is' if part == 1 else 'are'}"
+
+
+def _few_cells(fooled: pd.DataFrame) -> bool:
+    if "necessary_fraction" not in fooled or fooled.empty:
+        return False
+    return bool((fooled["necessary_fraction"] <= FEW_CELLS).mean() > 0.5)
+
+
+def _words(made: Mapping[str, str]) -> list[str]:
+    try:
+        return shlex.split(made.get("command", ""))
+    except ValueError:  # a quote that is not closed: not one of our commands
+        return []
+
+
+def _model_options(made: Mapping[str, str]) -> str:
+    """The options that describe the model, as they were typed; a placeholder for models made in Python."""
+    words = _words(made)
+    if not words:
+        return " --model my_package.models:build"
+    chosen: list[str] = []
+    for place, word in enumerate(words):
+        name, equals, _ = word.partition("=")
+        if name in MODEL_OPTIONS:
+            chosen += [word] if equals else words[place : place + 2]
+    return f" {shlex.join(chosen)}" if chosen else ""
+
+
+def _budget(made: Mapping[str, str]) -> str:
+    """The budget as it was typed, unless it is the default of all commands."""
+    words = _words(made)
+    for option in ("--budget", "-b"):
+        if option in words[:-1]:
+            typed = words[words.index(option) + 1]
+            return "" if typed == DEFAULT_BUDGET else f" --budget {shlex.quote(typed)}"
+    return ""
