@@ -42,7 +42,7 @@ class Material:
     train: LabeledImages | None = None
     test: LabeledImages | None = None
     make: Callable[[int], nn.Module] | None = None
-    log: Callable[[str], None] = lambda _: None
+    log: Callable[[str], object] = lambda _: None
 
     @property
     def count(self) -> int:
@@ -67,9 +67,14 @@ class Material:
             self.model, self.images, self.labels, budget=self.budget, steps=steps, seed=self.seed
         )
 
+    @property
+    def successes(self) -> int:
+        """How many attacks of `pairs` succeed."""
+        return int(self.pairs.success.sum())
+
     @cached_property
     def fooled(self) -> AttackResult:
-        """The successful attacks of `pairs`."""
+        """The successful attacks of `pairs`, of which there must be one."""
         return self.pairs.select(self.pairs.success)
 
     def correct(self, images: Tensor, labels: Tensor) -> Tensor:

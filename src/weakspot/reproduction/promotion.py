@@ -56,8 +56,8 @@ class Promotion:
         }
 
     @cached_property
-    def pairs(self) -> AttackResult:
-        """Successful attacks."""
+    def pairs(self) -> AttackResult | None:
+        """Successful attacks; None if there are none."""
         material = self.material
         material.log("attacking")
         values = material.images[0].numel()
@@ -71,14 +71,19 @@ class Promotion:
             steps=10 if material.quick else 40,
             seed=material.seed,
         )
-        return result.select(result.success)
+        return result.select(result.success) if result.success.any() else None
+
+    @property
+    def successes(self) -> int:
+        """Number of `pairs`."""
+        return 0 if self.pairs is None else len(self.pairs)
 
     def types(self) -> Claim:
         """How the successful perturbations divide into the three types, and whether effects of cells add up."""
         name = "three types"
-        if len(self.pairs) < FEWEST_UNITS:
+        if self.pairs is None or len(self.pairs) < FEWEST_UNITS:
             return untested(
-                name, TYPES, f"Only {counted(len(self.pairs))} can be fooled; {FEWEST_UNITS} are needed."
+                name, TYPES, f"Only {counted(self.successes)} can be fooled; {FEWEST_UNITS} are needed."
             )
         self.material.log("restoring cell by cell")
         scores = promotion_suppression(
@@ -114,8 +119,8 @@ class Promotion:
     def cam(self) -> Claim:
         """Whether perturbations are stronger in their own label's class activation than in other images'."""
         name = "perturbations follow the class activation"
-        count = len(self.pairs)
-        if count <= LEAST_OTHERS:
+        count = self.successes
+        if self.pairs is None or count <= LEAST_OTHERS:
             return untested(name, CAM, f"Only {counted(count)} can be fooled; {LEAST_OTHERS + 1} are needed.")
         table = interpretability_test(self.material.model, self.pairs)
         own, null = table["interpretability_label"], table["interpretability_label_null"]
@@ -152,9 +157,9 @@ class Promotion:
             return untested(
                 name, UNITS, "The drawn concepts are colors and textures, and these images are gray."
             )
-        if len(self.pairs) < FEWEST_UNITS:
+        if self.pairs is None or len(self.pairs) < FEWEST_UNITS:
             return untested(
-                name, UNITS, f"Only {counted(len(self.pairs))} can be fooled; {FEWEST_UNITS} are needed."
+                name, UNITS, f"Only {counted(self.successes)} can be fooled; {FEWEST_UNITS} are needed."
             )
         material.log("dissecting the last layer")
         classifier = as_classifier(material.model)

@@ -15,7 +15,7 @@ from weakspot.explanations import Overlap, overlap
 from weakspot.reproduction.claims import CAUTION, CONFIRMED, LEVEL, NOT_CONFIRMED, Claim, Difference, untested
 from weakspot.reproduction.material import Material
 from weakspot.statistics import LEAST_RUN, mean_interval, run_test
-from weakspot.statistics.number_format import p_value, percent
+from weakspot.statistics.number_format import counted, p_value, percent
 
 CITATION = "Chattopadhyay, Yip, Tan and Chattopadhyay, arXiv 2011.10794"
 FRACTION = 0.2  # of the image in each region
@@ -60,8 +60,15 @@ class Spatial:
         # Row j, column i: how much of attack j's effect falls on the region of importance of image i.
         effect = self.overlap.vulnerability.double().flatten(1)
         matrix = effect @ self.overlap.roi.double().flatten(1).T / effect.sum(1, keepdim=True)
+        # Where no margin was lost, no fraction of it was lost anywhere.
+        undefined = self.overlap.scores["effect_in_roi"].isna().to_numpy(copy=True)
+        matrix[torch.from_numpy(undefined)] = torch.nan
         test = run_test(matrix, seed=self.material.seed)
-        _, low, high = mean_interval(matrix.diagonal().numpy())
+        _, low, high = mean_interval(matrix.diagonal().numpy(), self.material.seed)
+        if test.images < LEAST_RUN:
+            return untested(
+                name, LOOKS, f"Only {counted(test.images)} lost a margin; {LEAST_RUN} are needed."
+            )
         interval = "" if np.isnan(low) else f" [{percent(low)}, {percent(high)}]"
         measured = (
             f"{percent(test.value)}{interval} of an attack's effect falls on the {percent(FRACTION)} of the image "
@@ -92,9 +99,11 @@ class Spatial:
     def regions(self) -> Claim:
         """Whether each region is critical for what it is named after: more than the same region of another image."""
         name, material = "regions matter", self.material
+        if material.successes < LEAST_RUN:
+            return untested(
+                name, REGIONS, f"Only {material.successes} attacks succeed; {LEAST_RUN} are needed."
+            )
         pairs = material.fooled
-        if len(pairs) < LEAST_RUN:
-            return untested(name, REGIONS, f"Only {len(pairs)} attacks succeed; {LEAST_RUN} are needed.")
         roi, roa = (region[material.pairs.success] for region in (self.overlap.roi, self.overlap.roa))
 
         def fools_alone(region: torch.Tensor) -> np.ndarray:
@@ -133,9 +142,11 @@ class Spatial:
     def helps(self) -> Claim:
         """Whether neutralization is a defense: against the old attack, and against one that knows it."""
         name, material = "neutralizing helps", self.material
+        if material.successes < LEAST_RUN:
+            return untested(
+                name, NEUTRALIZING, f"Only {material.successes} attacks succeed; {LEAST_RUN} are needed."
+            )
         pairs = material.fooled
-        if len(pairs) < LEAST_RUN:
-            return untested(name, NEUTRALIZING, f"Only {len(pairs)} attacks succeed; {LEAST_RUN} are needed.")
         success = material.pairs.success
         blocked = (self.overlap.roa & ~self.overlap.roi)[success]
 
