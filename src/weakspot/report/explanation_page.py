@@ -227,7 +227,7 @@ def _map(view: MapView) -> dict[str, object]:
 def _end(view: MapView, value: float) -> str:
     """The value of the first or last color, as text."""
     if view.logarithmic:
-        return in_levels(value)
+        return in_levels(value) + (" (weak)" if value == view.high else "")
     return f"{value:+.2g}" if view.picture.kind == "signed" else f"{value:.3g}"
 
 

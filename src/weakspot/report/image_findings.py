@@ -10,6 +10,7 @@ from fractions import Fraction
 import pandas as pd
 
 from weakspot.explanations.agreement import WHOLE
+from weakspot.explanations.weakest_places import square_finding
 from weakspot.report.image_verdict import located, location, perturbation_type
 from weakspot.statistics.number_format import counted, number, percent
 
@@ -24,7 +25,7 @@ def overview(scores: pd.DataFrame) -> str:
     if len(scores) == 1:
         return ""
     if not total:
-        return f"All {counted(wrong)} are misclassified without any attack."
+        return f"{_all(wrong).capitalize()} are misclassified without any attack."
     done = int(correct["success_8bit"].sum())
     rounded = int((correct["success"] & ~correct["success_8bit"]).sum())
     which = f"the {counted(total)}" if total > 1 else "the one image"
@@ -33,7 +34,7 @@ def overview(scores: pd.DataFrame) -> str:
     if total == 1:
         sentence = f"The attack {'succeeds' if done else 'fails'} on {which}"
     elif done == total:
-        sentence = f"The attack succeeds on all {which.removeprefix('the ')}"
+        sentence = f"The attack succeeds on {_all(total)}{which.removeprefix(f'the {counted(total)}')}"
     else:
         sentence = f"The attack succeeds on {done or 'none'} of {which}"
     if squares := _squares(correct):
@@ -48,10 +49,7 @@ def overview(scores: pd.DataFrame) -> str:
 def strongest_fact(row: pd.Series) -> str:
     """The least that was found to be enough, in one sentence; empty if nothing was."""
     if row.get("smallest_square_side", math.nan) > 0:
-        return (
-            f"{_square_of(row)}, changed by at most {in_levels(row['smallest_square_budget'])}, is enough to turn "
-            f"{row['label']} into {row['smallest_square_class']}."
-        )
+        return square_finding(row) or ""
     sufficient = row.get("sufficient_fraction", math.nan)
     if not row["success_8bit"] or not sufficient <= FEW:
         return ""
@@ -100,19 +98,22 @@ def _squares(correct: pd.DataFrame) -> str:
     side = _range(f"{sides[0]:.0f}", f"{sides[1]:.0f}")
     area = _range(f"{100 * areas[0]:.2g}%", f"{100 * areas[1]:.2g}%")
     budget = _range(*map(in_levels, budgets))
-    count = "all" if len(found) == len(correct) else f"{len(found)} of the"
+    count = (
+        _all(len(correct)) if len(found) == len(correct) else f"{len(found)} of the {counted(len(correct))}"
+    )
     return (
         f"A square of {side} pixels a side ({area} of the image), changed by at most {budget}, is enough to fool the "
-        f"network on {count} {counted(len(correct))}"
+        f"network on {count}"
     )
 
 
-def _square_of(row: pd.Series) -> str:
-    side, area = (
-        int(row["smallest_square_side"]),
-        f"{100 * row['smallest_square_fraction']:.2g}% of the image",
-    )
-    return f"A single pixel, {area}" if side == 1 else f"A {side} x {side} square, {area}"
+def _all(count: int) -> str:
+    """All of several images.
+
+    >>> _all(1), _all(2), _all(4)
+    ('the image', 'both images', 'all 4 images')
+    """
+    return {1: "the image", 2: "both images"}.get(count, f"all {counted(count)}")
 
 
 def _range(low: str, high: str) -> str:
@@ -145,20 +146,14 @@ def _why(row: pd.Series) -> str:
 
 def _how_local(row: pd.Series) -> tuple[str, list[str]]:
     short, sentences = "", []
-    if row.get("smallest_square_side", math.nan) > 0:
-        place = f"row {row['smallest_square_top']:.0f}, column {row['smallest_square_left']:.0f}"
-        sentences.append(
-            f"{_square_of(row)} (from {place}) is enough: the image with that change, rounded to 8 bits, is "
-            f"classified as {row['smallest_square_class']}. Smaller squares may be enough, too."
-        )
-    elif row.get("smallest_square_budget", math.nan) > 0 and row["read_clean_as"] == row["label"]:
-        sentences.append(
-            f"No square was found in which a change of at most {in_levels(row['smallest_square_budget'])} is enough. "
-            "That does not prove that there is none."
-        )
+    if row["read_clean_as"] == row["label"] and (square := square_finding(row)):
+        found = not math.isnan(row["smallest_square_side"])
+        side = row["smallest_square_side"]
+        short = f"a square of {counted(int(side), 'pixel')} is enough" if found else "no square found"
+        sentences.append(f"{square} A smaller one may be enough, too." if found else square)
     sufficient, weak = (row.get(name, math.nan) for name in ("sufficient_fraction", "weak_pixels"))
     if not math.isnan(sufficient):
-        short = f"changing {_cells(sufficient)} is enough"
+        short = short or f"changing {_cells(sufficient)} is enough"
         sentences.append(
             f"Changing {_cells(sufficient)} is enough to fool the network, with the rest of the image clean (a small "
             "set, found greedily; a smaller one may exist)."

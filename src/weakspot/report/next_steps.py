@@ -106,7 +106,7 @@ def _of(part: int, total: int) -> str:
     if total == 1:
         return "The image is"
     if part == total:
-        return f"All {counted(total)} are"
+        return "Both images are" if total == 2 else f"All {counted(total)} are"
     return f"{part} of {counted(total)} {'is' if part == 1 else 'are'}"
 
 

@@ -1,0 +1,205 @@
+"""What a page says was found, and what it recommends: each sentence, and cases in which it would be false."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from tests.report.test_image_verdict import BASE, FAILED, NAN
+from weakspot.report.image_findings import HELPS, LOCAL, WHERE, WHY, findings, overview, strongest_fact
+from weakspot.report.image_verdict import page_verdict
+from weakspot.report.next_steps import next_steps
+
+RIGHT: dict[str, object] = {**BASE, "success_8bit": True, "margin_clean": 2.0, "margin_adversarial": -3.0}
+LOST: dict[str, object] = {**RIGHT, **FAILED, "success_8bit": False, "margin_taken": 0.34}
+MISREAD: dict[str, object] = {**RIGHT, "read_clean_as": "dog", "margin_taken": NAN}
+SQUARE = {
+    "smallest_square_side": 24.0, "smallest_square_fraction": 0.01148, "smallest_square_top": 3.0,
+    "smallest_square_left": 5.0, "smallest_square_budget": 8 / 255, "smallest_square_class": "tabby",
+    "weakest_cell": 0.004,
+}  # fmt: skip
+NO_SQUARE = {**SQUARE, **dict.fromkeys([f"smallest_square_{name}" for name in ("side", "fraction")], NAN)}
+
+
+def row(base: dict[str, object], **changed: object) -> pd.Series:
+    return pd.Series({**base, **changed})
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [
+        ([RIGHT], ""),
+        ([RIGHT, RIGHT], "The attack succeeds on both images."),
+        ([RIGHT, LOST], "The attack succeeds on 1 of the 2 images."),
+        ([LOST, LOST], "The attack succeeds on none of the 2 images."),
+        (
+            [RIGHT, {**RIGHT, "success_8bit": False}],
+            "The attack succeeds on 1 of the 2 images, and on 1 only before rounding to 8 bits.",
+        ),
+        ([MISREAD, MISREAD], "Both images are misclassified without any attack."),
+        (
+            [RIGHT, MISREAD],
+            ("The attack succeeds on the one image that the network classifies correctly; 1 is misclassified without "
+            "any attack."),
+        ),
+        (
+            [RIGHT, LOST, MISREAD, MISREAD],
+            ("The attack succeeds on 1 of the 2 images that the network classifies correctly; 2 are misclassified "
+            "without any attack."),
+        ),
+        (
+            [{**RIGHT, **SQUARE}, {**LOST, **SQUARE, "smallest_square_side": 12.0, "smallest_square_fraction": 0.0029}],
+            ("A square of 12 to 24 pixels a side (0.29% to 1.1% of the image), changed by at most 8/255, is enough to "
+            "fool the network on both images; the attack succeeds on 1 of the 2 images."),
+        ),
+        (
+            [{**RIGHT, **SQUARE}, {**RIGHT, **NO_SQUARE}],
+            (
+                "A square of 24 pixels a side (1.1% of the image), changed by at most 8/255, is enough to fool the "
+                "network on 1 of the 2 images; the attack succeeds on both images."
+            ),
+        ),
+        ([{**RIGHT, **NO_SQUARE}] * 2, "The attack succeeds on both images."),
+    ],
+)  # fmt: skip
+def test_one_sentence_over_all_images(rows: list[dict[str, object]], wanted: str) -> None:
+    assert overview(pd.DataFrame(rows)) == wanted
+
+
+def test_the_strongest_fact_is_what_was_found_to_be_enough() -> None:
+    assert strongest_fact(row(RIGHT, **SQUARE)) == (
+        "A 24 x 24 square, 1.1% of the image, changed by at most 8/255, is enough to turn 'lynx' into 'tabby'."
+    )
+    # A search of its own: it may succeed where the attack failed.
+    assert "24 x 24" in strongest_fact(row(LOST, **SQUARE))
+    cells = {"sufficient_fraction": 1 / 64}
+    assert (
+        strongest_fact(row(RIGHT, **cells)) == "Changing 1 in 64 changed cells is enough to fool the network."
+    )
+    assert strongest_fact(row(RIGHT, **NO_SQUARE, **cells)).startswith("Changing 1 in 64")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"sufficient_fraction": NAN},
+        {"sufficient_fraction": 0.9},  # nearly all of the attack: nothing to say
+        {"sufficient_fraction": 0.1, "success_8bit": False},  # not in a file
+        dict(NO_SQUARE),
+    ],
+)
+def test_nothing_is_a_fact_that_was_not_found(changed: dict[str, object]) -> None:
+    assert strongest_fact(row(RIGHT, **changed)) == ""
+
+
+def test_the_verdict_below_a_headline_is_the_outcome_only_if_it_is_not_a_plain_success() -> None:
+    assert page_verdict(row(RIGHT, relation=NAN)) == ""
+    assert page_verdict(row(RIGHT)).startswith("It acts where the network looks: 61% of the effect")
+    assert page_verdict(row(RIGHT, reached_fraction=0.4)) == ""  # not compared, so p is not spoken
+    assert page_verdict(row(LOST, relation=NAN)) == (
+        "The attack failed: the image is still classified as lynx (40% before, 30% after); the closest other class is "
+        "tabby. The attack removed 34% of the margin of lynx over tabby."
+    )
+    assert "removed nothing of the margin" in page_verdict(row(LOST, relation=NAN, margin_taken=-0.2))
+    assert "misclassified" not in page_verdict(row(MISREAD, relation=NAN))
+    assert page_verdict(row(MISREAD, relation=NAN)).startswith(
+        "Without an attack, the image is classified as dog"
+    )
+    assert "identical" in page_verdict(row(RIGHT, linf=0.0))
+
+
+def test_without_overlap_a_failed_attack_still_says_what_it_took() -> None:
+    scores = row(LOST, margin_adversarial=1.5).drop(
+        [name for name in LOST if name.startswith(("effect", "relation", "margin_taken", "roi", "reached"))]
+    )
+    assert page_verdict(scores).endswith("The attack removed 25% of the margin of lynx over any other class.")
+
+
+def test_each_question_has_its_own_answer() -> None:
+    found = findings(
+        row(
+            RIGHT, **SQUARE, relation=NAN, whole_promotion=11.4, whole_suppression=3.16, promotion_log2_ratio=1.85,
+            perturbation_type="promotion-dominated", sufficient_fraction=1 / 64, necessary_fraction=0.4,
+            weak_pixels=0.0, weakest_pixel=1.5, units_to_revert=0.3, random_units_to_revert=1.0,
+        )
+    )  # fmt: skip
+    assert found[WHERE][0] == "61% of the effect on the 20% that matters most"
+    assert "the weakest cell needs a change of 1.02/255 (an estimate" in found[WHERE][1][1]
+    assert found[WHY][0] == "logits: tabby +11.4, lynx -3.16"
+    assert found[LOCAL][0] == "a square of 24 pixels is enough"
+    assert "the worst leaves 75% of the margin of lynx" in found[LOCAL][1][-1]
+    assert found[HELPS][0] == "undoing 40% of the changed cells stops it"
+    assert "of units drawn at random, only all of them do" in found[HELPS][1][1]
+
+
+@pytest.mark.parametrize(
+    ("relation", "wanted"),
+    [
+        (1.0, "where the network looks"),
+        (-1.0, "away from where the network looks"),
+        (0.0, "no clear relation"),
+    ],
+)
+def test_where_an_attack_acts_is_as_tested(relation: float, wanted: str) -> None:
+    assert findings(row(RIGHT, relation=relation))[WHERE][0] == wanted
+    confined = findings(row(RIGHT, relation=relation, reached_fraction=0.4, changed_fraction=0.3))
+    assert confined[WHERE][0] == "30% of the pixels changed"
+
+
+def test_restoring_all_units_is_no_finding() -> None:
+    found = findings(row(RIGHT, units_to_revert=1.0, random_units_to_revert=1.0))
+    assert found[HELPS] == ("", [])
+
+
+class Explained(SimpleNamespace):
+    """The part of an Explanation that next steps read."""
+
+
+def steps(rows: list[dict[str, object]], **made: str) -> list[str]:
+    explained: Any = Explained(scores=pd.DataFrame(rows), made=made)
+    found = next_steps(explained)
+    assert all(step.reason.endswith(":") and step.command.startswith("weakspot ") for step in found)
+    return [f"{step.reason} {step.command}" for step in found]
+
+
+COMMAND = "weakspot explain a.png --model 'my nets:build' --size=32x32 --budget linf:8/255"
+
+
+def test_a_weak_background_is_said_only_of_attacks_on_the_background() -> None:
+    untested = {**RIGHT, "relation": NAN}
+    confined = {**untested, "reached_fraction": 0.6}
+    assert not any("localized" in step for step in steps([untested], command=COMMAND))
+    assert not any("localized" in step for step in steps([LOST], command=COMMAND, region="background"))
+    said = steps([confined, LOST], command=COMMAND, region="background")
+    assert said[0] == (
+        "1 of 2 images is fooled by a change of the background alone. Train on images whose background is attacked (a "
+        "folder with one folder per class): weakspot train photos/ --size 64x64 --recipe localized --out runs/localized"
+    )
+    assert not any("--reference" in step for step in said)  # a confined attack is not compared
+
+
+def test_commands_repeat_the_model_and_the_budget() -> None:
+    said = steps([{**RIGHT, "relation": NAN}, LOST], command=COMMAND)
+    audit = next(step for step in said if "weakspot audit" in step)
+    assert "--budget linf:8/255 --model 'my nets:build' --size=32x32" in audit
+    assert "--model my_package.models:build" in " ".join(steps([RIGHT]))  # made in Python
+    assert "--model" not in " ".join(steps([RIGHT], command="weakspot explain --samples"))
+
+
+def test_recommendations_follow_from_the_findings() -> None:
+    failed = " ".join(steps([LOST, LOST], command="weakspot explain a b"))
+    assert "The attack failed on 2 images, which does not prove that they are robust." in failed
+    assert "--recipe" not in failed
+    fooled = " ".join(steps([RIGHT, RIGHT], command="weakspot explain a b"))
+    assert "Both images are fooled." in fooled
+    assert "failed" not in fooled
+    assert "--reference" not in fooled  # it was tested
+    assert "neutralize" not in fooled
+    few = {**RIGHT, "necessary_fraction": 0.1}
+    assert "neutralize" in " ".join(steps([few, few], command="weakspot explain a b"))
+    assert "neutralize" not in " ".join(steps([few, RIGHT, RIGHT], command="weakspot explain a b c"))
+    assert "1 image is an example, not a rate." in " ".join(steps([RIGHT]))
