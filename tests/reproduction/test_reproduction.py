@@ -150,6 +150,6 @@ def test_a_difference_is_beyond_zero_if_its_interval_is(
 
 def test_every_paper_has_claims_with_words_of_the_abstract(random_network: nn.Module, tmp_path: Path) -> None:
     for paper in PAPERS.values():
-        assert paper.claims(material(random_network, 2, size=16), tmp_path)
+        assert paper.claims(material(random_network, 2, size=16), tmp_path).claims
     claim = Claim("name", "the words", "measured", "control", CONFIRMED)
     assert "the words" in str(claim)

@@ -43,6 +43,7 @@ class Localized:
 
     def __init__(self, material: Material, out: Path) -> None:
         self.material, self.out = material, out
+        self.attack = f"PGD, {material.budget}"
         self.claims = {"the background is enough": self.background, "localized training helps": self.training}
 
     def background(self) -> Claim:

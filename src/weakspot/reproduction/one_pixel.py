@@ -39,6 +39,7 @@ class OnePixel:
 
     def __init__(self, material: Material) -> None:
         self.material = material
+        self.attack = "guided search for one pixel"
         self.claims = {
             "reaches the last layer": self.reaches,
             "becomes global": self.spreads,

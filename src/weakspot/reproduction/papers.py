@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -17,7 +18,15 @@ from weakspot.reproduction import localized, one_pixel, perceptual, promotion, s
 from weakspot.reproduction.claims import Claim, Reproduction
 from weakspot.reproduction.material import Material
 
-Claims = Mapping[str, Callable[[], Claim]]
+
+class Claims(Protocol):
+    """The claims of one paper, on one network and its images."""
+
+    attack: str
+
+    @property
+    def claims(self) -> Mapping[str, Callable[[], Claim]]:
+        """Each claim's name, and the function that measures it."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +38,11 @@ class Paper:
 
 
 PAPERS: Mapping[str, Paper] = {
-    "spatial": Paper(spatial.CITATION, lambda material, _: spatial.Spatial(material).claims),
-    "perceptual": Paper(perceptual.CITATION, lambda material, _: perceptual.Perceptual(material).claims),
-    "localized": Paper(localized.CITATION, lambda material, out: localized.Localized(material, out).claims),
-    "promotion": Paper(promotion.CITATION, lambda material, _: promotion.Promotion(material).claims),
-    "one-pixel": Paper(one_pixel.CITATION, lambda material, _: one_pixel.OnePixel(material).claims),
+    "spatial": Paper(spatial.CITATION, lambda material, _: spatial.Spatial(material)),
+    "perceptual": Paper(perceptual.CITATION, lambda material, _: perceptual.Perceptual(material)),
+    "localized": Paper(localized.CITATION, localized.Localized),
+    "promotion": Paper(promotion.CITATION, lambda material, _: promotion.Promotion(material)),
+    "one-pixel": Paper(one_pixel.CITATION, lambda material, _: one_pixel.OnePixel(material)),
 }
 
 
@@ -54,10 +63,10 @@ def reproduce(paper: str, material: Material, out: Path | str) -> Reproduction:
     check_choice("paper", paper, PAPERS)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    recipe = PAPERS[paper]
+    tested = PAPERS[paper].claims(material, out)
     key = _key(material)
     claims: list[Claim] = []
-    for name, measure in recipe.claims(material, out).items():
+    for name, measure in tested.claims.items():
         stored = out / f".{paper}-{name.replace(' ', '-')}-{key}.json"
         if stored.exists():
             claims.append(Claim(**json.loads(stored.read_text("utf-8"))))
@@ -66,8 +75,8 @@ def reproduce(paper: str, material: Material, out: Path | str) -> Reproduction:
         text = json.dumps(asdict(claim), ensure_ascii=False)
         write_atomic(stored, lambda part, text=text: part.write_text(text, "utf-8"))  # type: ignore[misc]
         claims.append(claim)
-    settings = f"{material.budget}, {'quick' if material.quick else 'full'}, seed {material.seed}"
-    result = Reproduction(paper, recipe.citation, material.about, settings, tuple(claims))
+    settings = f"{tested.attack}, {'quick' if material.quick else 'full'}, seed {material.seed}"
+    result = Reproduction(paper, PAPERS[paper].citation, material.about, settings, tuple(claims))
     result.to_json(out / f"{paper}.json")
     return result
 

@@ -42,6 +42,7 @@ class Perceptual:
 
     def __init__(self, material: Material) -> None:
         self.material = material
+        self.attack = "PGD, SSIM and L-infinity"
         self.claims = {
             "less visible": self.less_visible,
             "changes lie where the network looks": self.semantic,

@@ -49,6 +49,10 @@ class Promotion:
 
     def __init__(self, material: Material) -> None:
         self.material = material
+        # As long as a perturbation of 1/255 (gray: .05) at every value.
+        size = 0.05 if material.images.shape[1] == 1 else 1 / 255
+        self.budget = L2(size * material.images[0].numel() ** 0.5)
+        self.attack = f"PGD, {self.budget}"
         self.claims = {
             "three types": self.types,
             "perturbations follow the class activation": self.cam,
@@ -60,14 +64,11 @@ class Promotion:
         """Successful attacks; None if there are none."""
         material = self.material
         material.log("attacking")
-        values = material.images[0].numel()
-        # As long as a perturbation of 1/255 (gray: .05) at every value.
-        budget = L2((0.05 if material.images.shape[1] == 1 else 1 / 255) * values**0.5)
         result = attacks.pgd(
             material.model,
             material.images,
             material.labels,
-            budget=budget,
+            budget=self.budget,
             steps=10 if material.quick else 40,
             seed=material.seed,
         )
@@ -96,11 +97,10 @@ class Promotion:
             for kind, (rate, low, high) in rates.items()
         )
         measured = f"Of {counted(len(kinds), 'perturbation')}: {parts}."
-        gap = float(scores["additivity_gap"].mean())
+        gap = float(scores["additivity_gap"].abs().mean())
         control = (
-            f"The type is that of the whole perturbation. The effects of single cells, left out one at a time, "
-            f"miss {percent(gap)} of the "
-            "whole effect."
+            "The type is that of the whole perturbation. The effects of single cells, left out one at a time, add up "
+            f"to something else: the sum differs from the whole effect by {percent(gap)} of it on average."
         )
         present = sum(rate > 0 for rate, _, _ in rates.values())
         outcome = NOT_CONFIRMED if present < 2 else CONFIRMED

@@ -37,6 +37,7 @@ class Spatial:
 
     def __init__(self, material: Material) -> None:
         self.material = material
+        self.attack = f"PGD, {material.budget}"
         self.claims = {
             "regions correlate": self.looks,
             "regions matter": self.regions,
