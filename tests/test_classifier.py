@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.networks import Made, PoolingNetwork, untouched
-from weakspot import attacks
+from weakspot import Linf, attacks
 from weakspot._checks import ImageWarning, ModelWarning, quiet
 from weakspot.classifier import Classifier, as_classifier, check_images, evaluating, predict
-from weakspot.logits import logits_of, margin, runner_up
+from weakspot.explanations import explain
+from weakspot.logits import OneLogit, logits_of, margin, runner_up
 
 
 class Returning(nn.Module):
@@ -200,7 +201,10 @@ NO_LOGITS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 def test_an_output_without_logits_is_refused_with_its_type(
     images: Tensor, form: Callable[[Tensor], Any], what: str
 ) -> None:
-    with pytest.raises(ValueError, match=rf"the network must return logits .* got .*{what}$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"the network must return logits .* got .*{what}( .one logit, z against 0: wrap .*)?$",
+    ):
         Classifier.wrap(Returning(form).eval())(images)
 
 
@@ -463,12 +467,143 @@ def test_checked_images_are_never_the_callers_own(images: Tensor) -> None:
         (lambda images: images[..., :0], "must hold at least one pixel"),
         (lambda images: images.numpy(), "^images must be a float tensor .* got ndarray"),
         (list, "^images must .* got list"),
+        (Tensor.to_sparse, "^images must be a dense tensor that has values, got a torch.sparse_coo tensor"),
+        (lambda images: images.to("meta"), "^images must be .* has values, got a meta tensor"),
         (lambda images: None, "^images must .* got NoneType"),
     ],
 )
 def test_invalid_images_are_refused(images: Tensor, spoil: Callable[[Tensor], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_images(spoil(images), Classifier.wrap(nn.Linear(2, 2)))
+
+
+def test_a_network_without_values_is_refused_in_one_sentence(images: Tensor) -> None:
+    model = Classifier.wrap(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).to("meta").eval())
+    with (
+        pytest.raises(ValueError, match=r"^Sequential must have weights, got meta tensors"),
+        evaluating(model),
+    ):
+        pass
+
+
+def test_a_size_that_the_network_does_not_take_is_one_sentence() -> None:
+    fixed = Classifier.wrap(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 6, 2)).eval(), input_size=(8, 6))
+    wrong = torch.rand(2, 3, 6, 6)
+    sentence = "^images must have a size that Sequential takes, such as its input_size 8 x 6, got 6 x 6 .mat1"
+    with pytest.raises(ValueError, match=sentence):
+        fixed(wrong)
+    with pytest.raises(ValueError, match=sentence):
+        attacks.pgd(fixed, wrong, torch.tensor([0, 1]), steps=1)
+
+
+def test_other_errors_of_a_network_stay_as_they_are(images: Tensor) -> None:
+    class Full(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB (size 3)")
+
+    # Adaptive batches look for this error; the images' size is not the reason.
+    with pytest.raises(torch.OutOfMemoryError):
+        Classifier.wrap(Full().eval(), input_size=(9, 9))(images)
+
+
+# ---------------------------------------------------------------- one logit, and names from a config
+
+
+@pytest.mark.parametrize("shape", ["(N,)", "(N, 1)", "(N, 1, 1, 1)", ".logits"])
+def test_one_logit_is_two_classes_with_logits_zero_and_z(images: Tensor, shape: str) -> None:
+    head = nn.Linear(12, 1)
+
+    class One(nn.Module):
+        def forward(self, images: Tensor) -> Any:
+            z = head(images.flatten(1))
+            forms = {
+                "(N,)": z[:, 0],
+                "(N, 1)": z,
+                "(N, 1, 1, 1)": z[..., None, None],
+                ".logits": SimpleNamespace(logits=z),
+            }
+            return forms[shape]
+
+    if shape != ".logits":
+        with pytest.raises(
+            ValueError, match=r"one logit, z against 0: wrap the network in weakspot\.OneLogit"
+        ):
+            Classifier.wrap(One().eval())(images)
+    logits = Classifier.wrap(OneLogit(One()).eval())(images)
+    z = head(images.flatten(1))
+    assert torch.equal(logits, torch.cat([torch.zeros_like(z), z], 1))
+    assert torch.equal(margin(logits, torch.ones(5, dtype=torch.long)), z[:, 0])
+
+
+def test_one_label_of_a_multi_label_network_is_a_question_of_its_own(images: Tensor) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).eval()
+    for label in range(4):
+        logits = OneLogit(network, label=label)(images)
+        assert torch.equal(logits[:, 1], network(images)[:, label])
+        assert not logits[:, 0].any()
+    with pytest.raises(ValueError, match="label must be between 0 and 3, got 4"):
+        OneLogit(network, label=4)(images)
+    with pytest.raises(ValueError, match=r"one logit for each image, got 4 \(give label=\)"):
+        OneLogit(network)(images)
+
+
+def test_an_attack_on_one_logit_reaches_the_closed_form() -> None:
+    weights = torch.randn(1, 48, generator=torch.Generator().manual_seed(0))
+    linear = nn.Linear(48, 1)
+    linear.weight.data, linear.bias.data = weights, torch.tensor([1.0])
+    model = Classifier.wrap(OneLogit(nn.Sequential(nn.Flatten(), linear)).eval(), input_size=(4, 4))
+    images = torch.full((1, 3, 4, 4), 0.5)
+    label = model(images).argmax(1)
+    pairs = attacks.pgd(model, images, label, budget=Linf(0.1), steps=10)
+    # z moves by eps times the L1 norm of the weights, toward zero.
+    before, after = (model(batch)[0, 1] for batch in (images, pairs.adversarial))
+    torch.testing.assert_close((before - after).abs(), 0.1 * weights.abs().sum())
+    assert before.sign() == (before - after).sign()
+
+
+def test_every_analysis_explains_one_logit(pooling: Made) -> None:
+    model, images = pooling
+    binary = Classifier.wrap(OneLogit(model, label=0).eval())
+    labels = binary(images).argmax(1)
+    explanation = explain(binary, attacks.pgd(binary, images, labels, steps=2))
+    assert len(explanation) == len(images)
+    assert set(explanation.scores["label"]) <= {"class 0", "class 1"}
+
+
+@pytest.mark.parametrize(
+    ("table", "names"),
+    [
+        ({0: "cat", 1: "dog"}, ("cat", "dog")),
+        ({1: "dog", 0: "cat"}, ("cat", "dog")),
+        ({0: "LABEL_0", 1: "LABEL_1"}, ()),
+        ({}, ()),
+        (None, ()),
+        ({"a": "cat"}, ()),
+    ],
+)
+def test_class_names_come_from_the_config_of_a_network(table: Any, names: tuple[str, ...]) -> None:
+    network = nn.Linear(2, 2)
+    network.config = SimpleNamespace(id2label=table)  # type: ignore[assignment]
+    assert Classifier.wrap(network).class_names == names
+    assert Classifier.wrap(network).input_size == (224, 224)
+    assert Classifier.wrap(network, class_names=["own", "names"]).class_names == ("own", "names")
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (32, (32, 32)),
+        ([32, 48], (32, 48)),
+        (None, (224, 224)),
+        ("large", (224, 224)),
+        ([1, 2, 3], (224, 224)),
+    ],
+)
+def test_the_image_size_comes_from_the_config_of_a_network(size: Any, expected: tuple[int, int]) -> None:
+    network = nn.Linear(2, 2)
+    network.config = SimpleNamespace(image_size=size)  # type: ignore[assignment]
+    assert Classifier.wrap(network).input_size == expected
+    assert Classifier.wrap(network, input_size=(8, 9)).input_size == (8, 9)
 
 
 # ---------------------------------------------------------------- predicting

@@ -25,10 +25,10 @@ from weakspot.pairs import AttackResult, Pairs
 
 def fields_of(pairs: Pairs) -> dict[str, Tensor]:
     known = {field.name: getattr(pairs, field.name) for field in dataclasses.fields(pairs)}
-    return {name: tensor for name, tensor in known.items() if tensor is not None}
+    return {name: tensor for name, tensor in known.items() if isinstance(tensor, Tensor)}
 
 
-def parts(count: int = 3, seed: int = 0) -> dict[str, Tensor]:
+def parts(count: int = 3, seed: int = 0) -> dict[str, Any]:
     """What a good Pairs is made of."""
     generator = torch.Generator().manual_seed(seed)
     clean, adversarial = torch.rand(2, count, 3, 5, 7, generator=generator).unbind()
@@ -40,8 +40,8 @@ def results(count: int = 3, seed: int = 0, *, optional: bool = True) -> AttackRe
     generator = torch.Generator().manual_seed(seed)
     n_forward, n_backward, seeds = torch.randint(0, 99, (3, count), generator=generator).unbind()
     success, success_8bit = (torch.rand(2, count, generator=generator) > 0.5).unbind()
-    known = {"success": success, "n_forward": n_forward, "n_backward": n_backward}
-    extra = {"success_8bit": success_8bit, "seed": seeds} if optional else {}
+    known: dict[str, Any] = {"success": success, "n_forward": n_forward, "n_backward": n_backward}
+    extra: dict[str, Any] = {"success_8bit": success_8bit, "seed": seeds} if optional else {}
     return AttackResult(**parts(count, seed), **known, **extra)
 
 
@@ -49,6 +49,7 @@ def assert_same(found: Pairs, expected: Pairs) -> None:
     """The same type and, field by field, the same dtype and bits."""
     assert type(found) is type(expected)
     assert fields_of(found).keys() == fields_of(expected).keys()
+    assert found.names == expected.names
     for name, tensor in fields_of(expected).items():
         assert getattr(found, name).dtype == tensor.dtype
         assert torch.equal(getattr(found, name), tensor), name
@@ -427,3 +428,104 @@ def test_results_print_in_one_line() -> None:
     ), text
     assert repr(Pairs(**parts())).startswith("Pairs(")
     assert "tensor" not in text
+
+
+# ---------------------------------------------------------------- parts of pairs, and names
+
+INDICES: dict[str, tuple[Any, list[int]]] = {
+    "a number": (2, [2]),
+    "a negative number": (-1, [3]),
+    "a numpy number": (np.int64(1), [1]),
+    "a tensor of one number": (torch.tensor(2), [2]),
+    "a slice": (slice(None, 2), [0, 1]),
+    "a backward slice": (slice(None, None, -1), [3, 2, 1, 0]),
+    "an empty slice": (slice(2, 2), []),
+    "a list": ([3, 0, 0], [3, 0, 0]),
+    "a tensor": (torch.tensor([1, -1]), [1, 3]),
+    "a mask": (torch.tensor([True, False, True, False]), [0, 2]),
+    "a list of bools": ([False, True, False, False], [1]),
+    "a name": ("coffee", [1]),
+    "names": (["rocket", "cat"], [2, 0]),
+}
+NAMES = ("cat", "coffee", "rocket", "bike")
+
+
+@pytest.mark.parametrize(("index", "rows"), INDICES.values(), ids=INDICES)
+@pytest.mark.parametrize("kind", [Pairs, AttackResult])
+def test_a_part_of_pairs_has_the_fields_of_its_rows(kind: type[Pairs], index: Any, rows: list[int]) -> None:
+    whole = (results(4) if kind is AttackResult else Pairs(**parts(4))).named(NAMES)
+    if not rows:
+        with pytest.raises(ValueError, match="must hold at least one pixel"):
+            whole[index]
+        return
+    part = whole[index]
+    assert type(part) is kind
+    assert part.names == tuple(NAMES[row] for row in rows)
+    assert fields_of(part).keys() == fields_of(whole).keys()
+    for name, value in fields_of(whole).items():
+        if isinstance(value, Tensor):
+            assert torch.equal(getattr(part, name), torch.stack([value[row] for row in rows])), name
+
+
+def test_pairs_are_iterated_one_by_one() -> None:
+    whole = results(3).named(NAMES[:3])
+    assert [part.names for part in whole] == [("cat",), ("coffee",), ("rocket",)]  # type: ignore[attr-defined]
+    assert whole[1:][0].names == ("coffee",)
+    assert AttackResult.concatenate([whole[:1], whole[1:]]).names == whole.names
+    assert AttackResult.concatenate([whole[:1], results(2)]).names == ()
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        (9, IndexError, "index must be between 0 and 3, one of 4 pairs, got 9"),
+        (-5, IndexError, "index must be between 0 and 3, one of 4 pairs, got -5"),
+        ([0, 4], IndexError, "got 4"),
+        (1.5, IndexError, "must be indexed by numbers, a slice, a mask or names, got float"),
+        (True, IndexError, "must be indexed by"),
+        (torch.tensor(1.5), IndexError, "must be indexed by"),
+        (torch.tensor([[0]]), IndexError, "index must be the number or the name of a pair"),
+        ([0.5], IndexError, "index must be the number or the name of a pair, got 0.5"),
+        (torch.tensor([True, False]), IndexError, "a mask of 4 pairs must have as many entries, got 2"),
+        (
+            "cofee",
+            ValueError,
+            "name must be one of cat, coffee, rocket, bike, got 'cofee' .did you mean 'coffee'",
+        ),
+    ],
+)
+def test_an_index_that_fits_no_pair_is_one_sentence(index: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
+        results(4).named(NAMES)[index]
+    assert "\n" not in str(caught.value)
+
+
+def test_names_that_do_not_fit_or_decide_are_refused() -> None:
+    with pytest.raises(ValueError, match="names must have one entry for each of 3 pairs, got 2"):
+        Pairs(**parts(3)).named(["a", "b"])
+    with pytest.raises(ValueError, match=r"name must be that of one pair, got 'a' of pairs \[0, 2\]"):
+        Pairs(**parts(3)).named(["a", "b", "a"])["a"]
+    with pytest.raises(ValueError, match=r"give the pairs names with pairs\.named"):
+        Pairs(**parts(3))["a"]
+
+
+def test_names_are_stored_with_the_pairs(tmp_path: Path) -> None:
+    for pairs in (Pairs(**parts(3)), results(3)):
+        for names in ((), ("a.png", ":smile: \u00fc", "")):
+            pairs.named(names).save(tmp_path / "pairs.safetensors")
+            again = type(pairs).load(tmp_path / "pairs.safetensors")
+            assert again.names == names
+            assert_same(again, pairs.named(names))
+
+
+@pytest.mark.parametrize(
+    "about", [None, {"weakspot": "pairs 1"}, {"weakspot": '{"names": 3}'}, {"weakspot": "[" * 9999}]
+)
+def test_files_without_names_are_read(tmp_path: Path, about: dict[str, str] | None) -> None:
+    save_file(parts(3), tmp_path / "pairs.safetensors", about)
+    assert Pairs.load(tmp_path / "pairs.safetensors").names == ()
+
+
+def test_names_for_another_number_of_images_are_ignored(tmp_path: Path) -> None:
+    save_file(parts(3), tmp_path / "pairs.safetensors", {"weakspot": '{"names": ["a"]}'})
+    assert Pairs.load(tmp_path / "pairs.safetensors").names == ()

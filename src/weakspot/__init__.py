@@ -46,6 +46,7 @@ from weakspot.explanations import (
     ssim_alignment,
 )
 from weakspot.images import read_images, sample_images
+from weakspot.logits import OneLogit
 from weakspot.models import load
 from weakspot.pairs import AttackResult, Pairs
 from weakspot.similarity import ssim_map
@@ -68,6 +69,7 @@ __all__ = [
     "LocalEdits",
     "Locality",
     "ModelWarning",
+    "OneLogit",
     "Overlap",
     "Pairs",
     "Picture",

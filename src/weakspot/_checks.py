@@ -232,6 +232,9 @@ def check_batch(images: Tensor, *, name: str = "images") -> None:
     """Raises ValueError unless `images` is a finite float batch (N, C, H, W) with at least one pixel."""
     if not isinstance(images, Tensor):
         raise ValueError(f"{name} must be a float tensor (N, C, H, W) in [0, 1], got {type(images).__name__}")
+    if images.is_meta or images.layout != torch.strided:
+        kind = "meta" if images.is_meta else str(images.layout)
+        raise ValueError(f"{name} must be a dense tensor that has values, got a {kind} tensor")
     if images.ndim != 4:
         hint = " (add a batch dimension with images[None])" if images.ndim == 3 else ""
         raise ValueError(f"{name} must have shape (N, C, H, W), got {tuple(images.shape)}{hint}")
@@ -259,7 +262,8 @@ def check_classes(
     classes: Tensor, count: int, class_count: int | None = None, *, name: str = "labels"
 ) -> None:
     """Raises ValueError unless `classes` holds one class, below `class_count`, for each of `count` images."""
-    if not isinstance(classes, Tensor) or classes.shape != (count,) or not _is_integer(classes.dtype):
+    is_numeric = isinstance(classes, Tensor) and classes.dtype != torch.bool
+    if not (is_numeric and classes.shape == (count,)) or classes.is_floating_point() or classes.is_complex():
         raise ValueError(
             f"{name} must be an integer tensor of shape ({count},), one class per image, got {_described(classes)}"
         )
@@ -267,10 +271,6 @@ def check_classes(
     if bool(wrong.any()):
         expected = "at least 0" if class_count is None else f"between 0 and {class_count - 1}"
         raise ValueError(f"{name} must be classes {expected}, got {int(classes[wrong][0])}")
-
-
-def _is_integer(dtype: torch.dtype) -> bool:
-    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def _described(value: object) -> str:

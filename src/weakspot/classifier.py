@@ -17,13 +17,11 @@ from weakspot._checks import (
     check_normalization,
     check_range,
     contain_exits,
-    is_news,
-    is_quiet,
-    quiet,
+    first_line,
     warn_once,
 )
-from weakspot._state import EvalMode, preserve_random_state, unhooked_copy, unwatched
-from weakspot.logits import logits_of, may_be_probabilities, probability_layer, probe_images
+from weakspot._state import EvalMode, preserve_random_state
+from weakspot.logits import filled, logits_of, may_be_probabilities, warn_of_probabilities
 
 MAX_BATCH = 128
 BATCH_PIXELS = 4 * 224 * 224  # four images of 224 x 224: small enough for caches, measured no slower than 16
@@ -78,9 +76,9 @@ class Classifier(nn.Module):
         self.unscaled = all(value == 1 for value in std) and len(std) <= len(mean)
         self.network = network
         self.name = name or type(network).__name__
-        self.input_size = input_size or (224, 224)
+        self.input_size = input_size or _configured_size(network) or (224, 224)
         self.channels = _image_channels(network, max(len(mean), len(std)))
-        self.class_names = tuple(class_names or ())
+        self.class_names = tuple(class_names or _configured_names(network))
         self.fixed_batch: int | None = getattr(network, "fixed_batch", None)
         self.training = network.training
 
@@ -100,8 +98,9 @@ class Classifier(nn.Module):
                 `.logits`. It is neither copied nor changed.
             mean: one value per channel or one for all, on the [0, 1] scale of images; 0 for no normalization.
             std: one value per channel or one for all, on the same scale; 1 for no normalization.
-            input_size: (height, width) to which images are cropped and resized; (224, 224) if not given.
-            class_names: one name per class.
+            input_size: (height, width) to which images are cropped and resized; by default that in the config of a
+                transformers network, else (224, 224).
+            class_names: one name per class; by default those in the config of a transformers network.
 
         Raises:
             ValueError: if mean and std do not fit each other or std is not positive.
@@ -142,18 +141,23 @@ class Classifier(nn.Module):
             with contain_exits(self.name):
                 output = self.network(shifted if self.unscaled else shifted / self.std)
         except RuntimeError as error:
-            if images.shape[1] == self.channels:
+            if images.shape[1] != self.channels:
+                raise ValueError(
+                    f"images must have {self.channels} channels for {self.name}, got {images.shape[1]}"
+                ) from error
+            if tuple(images.shape[2:]) == tuple(self.input_size) or not _concerns_shape(error):
                 raise
+            height, width = images.shape[2:]
             raise ValueError(
-                f"images must have {self.channels} channels for {self.name}, got {images.shape[1]}"
+                f"images must have a size that {self.name} takes, such as its input_size "
+                f"{' x '.join(map(str, self.input_size))}, got {height} x {width} ({first_line(error)})"
             ) from error
         logits = logits_of(output)
         return logits if logits.dtype in {torch.float32, torch.float64} else logits.float()
 
     def filled(self, images: Tensor) -> Tensor:
         """The images, with the last one repeated until their number is a multiple of `fixed_batch`."""
-        missing = -len(images) % (self.fixed_batch or 1)
-        return torch.cat([images, images[-1:].expand(missing, *images.shape[1:])]) if missing else images
+        return filled(images, self.fixed_batch or 1)
 
     def __repr__(self) -> str:
         sides = " x ".join(map(str, (self.channels, *self.input_size)))
@@ -171,6 +175,28 @@ class Classifier(nn.Module):
 def as_classifier(model: nn.Module) -> Classifier:
     """The model itself if it is a Classifier, else the model wrapped without normalization."""
     return model if isinstance(model, Classifier) else Classifier.wrap(model)
+
+
+def _concerns_shape(error: RuntimeError) -> bool:
+    """Whether torch refused a tensor for its shape, and not for lack of memory, for example."""
+    is_memory = isinstance(error, torch.OutOfMemoryError) or "memory" in str(error)
+    return not is_memory and any(word in str(error) for word in ("shape", "size", "dimension"))
+
+
+def _configured_names(network: nn.Module) -> list[str]:
+    """Class names in the config of a transformers network; none if there are only LABEL_0, LABEL_1, ..."""
+    table = getattr(getattr(network, "config", None), "id2label", None)
+    if not isinstance(table, dict) or not all(isinstance(index, int) for index in table):
+        return []
+    names = [str(table[index]) for index in sorted(table)]
+    return [] if names == [f"LABEL_{index}" for index in range(len(names))] else names
+
+
+def _configured_size(network: nn.Module) -> tuple[int, int] | None:
+    """The (height, width) in the config of a transformers network, if there is one."""
+    size = getattr(getattr(network, "config", None), "image_size", None)
+    height, width = size if isinstance(size, tuple | list) and len(size) == 2 else (size, size)
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
 
 def _image_channels(network: nn.Module, statistics: int) -> int:
@@ -192,6 +218,8 @@ def evaluating(model: nn.Module) -> Iterator[Classifier]:
     """
     with torch.inference_mode(mode=False):  # buffers made in inference mode have no gradients
         classifier = as_classifier(model)
+    if classifier.mean.is_meta:
+        raise ValueError(f"{classifier.name} must have weights, got meta tensors (load its weights first)")
     with EvalMode(classifier) as mode:
         if mode.switched:
             _warn_of_train_mode(classifier, mode.switched)
@@ -284,54 +312,9 @@ def check_logits(logits: Tensor, classifier: Classifier, images: Tensor) -> None
     """
     check_finite(logits, classifier.name)
     if may_be_probabilities(logits):
-        _warn_of_probabilities(classifier, images)
-
-
-def _warn_of_probabilities(classifier: Classifier, images: Tensor) -> None:
-    """Warn if the outputs for probe images are probabilities, too.
-
-    The probes go through a copy, so that the user's hooks and counters see only the passes that the user asked for.
-    """
-    if is_quiet(ModelWarning) or not is_news(classifier.network, "outputs probed"):
-        return
-    with (
-        unwatched(),
-        preserve_random_state(classifier.mean.device),
-        quiet(),
-        torch.inference_mode(mode=False),
-        torch.enable_grad(),
-    ):
-        output = _probe(classifier, images)
-    layer = None if output is None else probability_layer(output)
-    if layer is None:
-        return
-    values = {
-        "softmax": "rows that are probabilities (they sum to one), not logits",
-        "sigmoid": "values between 0 and 1 that do not sum to one, as a sigmoid for each class does (multi-label)",
-    }
-    warn_once(
-        classifier.network,
-        "probabilities",
-        f"{classifier.name} returns {values[layer]}: gradients fade where it is certain and margins mislead (return "
-        f"the values before the {layer})",
-        ModelWarning,
-    )
-
-
-def _probe(classifier: Classifier, images: Tensor) -> Tensor | None:
-    """Outputs of a copy for the probe images, or for those in [0, 1] if it refuses others; None if it refuses all."""
-    try:
-        copy = unhooked_copy(classifier)
-    except Exception:  # noqa: BLE001 - a module that cannot be copied, for whatever reason, is probed itself
-        copy = classifier
-    probes = probe_images(images)
-    for batch in (probes, probes[:5]):
-        try:
-            output: Tensor = copy(copy.filled(batch).requires_grad_())
-        except Exception:  # noqa: BLE001, S112 - not every network takes images beyond [0, 1]
-            continue
-        return output
-    return None
+        warn_of_probabilities(
+            classifier, classifier.network, images.to(classifier.mean.device), classifier.name
+        )
 
 
 def as_wrapped_classifier(network: nn.Module, classifier: Classifier, name: str) -> Classifier:

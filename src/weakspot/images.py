@@ -80,9 +80,16 @@ def read_images(
 
 
 def open_pictures(
-    source: Path, *, size: tuple[int, int] | None = None, channels: int = 3, background: str = "white"
+    source: Path, *, size: tuple[int, int] | None = None, channels: int = 3, marks: bool = False
 ) -> list[Picture]:
-    """Every file at `source`, readable or not, in the order of `read_images`, on a background color."""
+    """Every file at `source`, readable or not, in the order of `read_images`.
+
+    Args:
+        source: a file or a folder.
+        size: (height, width), as in `read_images`.
+        channels: 3 for color, 1 for gray.
+        marks: whether the pictures are masks: then a picture with transparent pixels is read by its opacity.
+    """
     if channels not in {1, 3}:
         raise ValueError(f"channels must be 3 (color) or 1 (gray), got {channels}")
     if size is not None and not (
@@ -94,7 +101,7 @@ def open_pictures(
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist")
     if not source.is_dir():
-        return [_open_picture(source, source.name, size, channels, background)]
+        return [_open_picture(source, source.name, size, channels, marks)]
     unreadable: list[Path] = []  # folders
     files = [
         Path(folder, name)
@@ -109,7 +116,7 @@ def open_pictures(
         if path in unreadable:
             pictures.append(Picture(name.as_posix(), None, "no permission to read the folder; skipped"))
         else:
-            pictures.append(_open_picture(path, name.as_posix(), size, channels, background))
+            pictures.append(_open_picture(path, name.as_posix(), size, channels, marks))
     return pictures
 
 
@@ -132,9 +139,7 @@ def sample_images(size: tuple[int, int] = (224, 224)) -> tuple[Tensor, list[str]
     return torch.cat(images), list(SAMPLE_NAMES)
 
 
-def _open_picture(
-    path: Path, name: str, size: tuple[int, int] | None, channels: int, background: str
-) -> Picture:
+def _open_picture(path: Path, name: str, size: tuple[int, int] | None, channels: int, marks: bool) -> Picture:
     try:
         if not path.is_file():
             return Picture(name, None, "not a regular file; skipped")
@@ -143,7 +148,7 @@ def _open_picture(
         with quiet():  # Pillow's own warnings; the remarks here name the file
             Image.init()
             with Image.open(path, formats=[kind for kind in Image.OPEN if kind != "EPS"]) as opened:
-                return _decode(opened, name, size, channels, background)
+                return _decode(opened, name, size, channels, marks)
     except UnidentifiedImageError:
         return Picture(name, None, "not an image in a known format; skipped")
     except Image.DecompressionBombError:
@@ -159,7 +164,7 @@ def _open_picture(
 
 
 def _decode(
-    opened: Image.Image, name: str, size: tuple[int, int] | None, channels: int, background: str
+    opened: Image.Image, name: str, size: tuple[int, int] | None, channels: int, marks: bool
 ) -> Picture:
     if opened.width * opened.height > MAX_PIXELS:
         return Picture(
@@ -173,29 +178,32 @@ def _decode(
         return Picture(
             name, None, "floating-point pixels have no known range; convert to 8 or 16 bits; skipped"
         )
-    image = fitted(opened, size, channels, background)
+    image = fitted(opened, size, channels, marks=marks)
     pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
     return Picture(name, pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous(), remark)
 
 
 def fitted(
-    opened: Image.Image, size: tuple[int, int] | None, channels: int, background: str = "white"
+    opened: Image.Image, size: tuple[int, int] | None, channels: int, *, marks: bool = False
 ) -> Image.Image:
     """An image with EXIF rotation applied, as 8-bit gray or RGB, cropped at the center and resized to `size`."""
-    image = _eight_bits(ImageOps.exif_transpose(opened), background)
+    image = _eight_bits(ImageOps.exif_transpose(opened), marks=marks)
     image = image.convert("L" if channels == 1 else "RGB")
     return image if size is None else _fit(image, size)
 
 
-def _eight_bits(image: Image.Image, background: str) -> Image.Image:
-    """Convert 16 and 32-bit gray to 8 bits, and lay transparent images on the background."""
+def _eight_bits(image: Image.Image, *, marks: bool) -> Image.Image:
+    """Convert 16 and 32-bit gray to 8 bits, and lay transparent images on white; of marks, take the opacity."""
     if image.mode.startswith("I"):
         deep: NDArray[np.float64] = np.asarray(image).astype(np.float64)
         top = 65535 if deep.max() <= 65535 else 2**32 - 1
         return Image.fromarray(np.rint(deep.clip(0) * (255 / top)).astype(np.uint8))
     if image.has_transparency_data:
         solid = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", solid.size, background), solid)
+        opacity = solid.getchannel("A")
+        if marks and bool((np.asarray(opacity) < 255).any()):
+            return opacity
+        return Image.alpha_composite(Image.new("RGBA", solid.size, "white"), solid)
     return image
 
 

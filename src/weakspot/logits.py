@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from weakspot._checks import ModelWarning, is_news, is_quiet, quiet, warn_once
+from weakspot._state import preserve_random_state, unhooked_copy, unwatched
 
 ROUNDING = 1e-4  # by which a row of probabilities may miss a sum of 1
 VIEWS = (
@@ -37,9 +42,56 @@ def logits_of(output: object) -> Tensor:
         )
         raise ValueError(
             "the network must return logits of shape (images, classes) with at least two classes, a tuple or mapping "
-            f"that holds them, or an object with .logits, got {value}"
+            f"that holds them, or an object with .logits, got {value}{_remedy(output)}"
         )
     return logits.flatten(1)
+
+
+def _remedy(output: Any) -> str:
+    """What to do with one value for each image."""
+    is_one = isinstance(output, Tensor) and output.ndim > 0 and output.numel() == len(output)
+    return " (one logit, z against 0: wrap the network in weakspot.OneLogit)" if is_one else ""
+
+
+class OneLogit(nn.Module):
+    """A network with one logit z as a classifier of two classes, with logits (0, z): class 1 wins if z is positive.
+
+    Also asks a multi-label network about one of its labels: without a label, weakspot compares each label with the
+    others, as if exactly one of them held.
+
+    Args:
+        network: returns z as (N,), (N, 1) or, with `label`, (N, K); before any sigmoid.
+        label: the label of a multi-label network to ask about.
+
+    >>> network = OneLogit(nn.Sequential(nn.Flatten(), nn.Linear(12, 1)))
+    >>> network(torch.rand(5, 3, 2, 2)).shape
+    torch.Size([5, 2])
+    """
+
+    def __init__(self, network: nn.Module, *, label: int | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.label = label
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, 2).
+
+        Raises:
+            ValueError: if the network does not return one value for each image, or has no such label.
+        """
+        output = self.network(images)
+        output = getattr(output, "logits", output)
+        if not isinstance(output, Tensor):
+            raise ValueError(f"the network must return a tensor of logits, got {type(output).__name__}")
+        logits = output.flatten(1) if output.ndim > 1 else output[:, None]
+        count = logits.shape[1]
+        if self.label is None and count != 1:
+            raise ValueError(f"the network must return one logit for each image, got {count} (give label=)")
+        if self.label is not None and not 0 <= self.label < count:
+            raise ValueError(f"label must be between 0 and {count - 1}, got {self.label}")
+        column = self.label or 0
+        # A zero is put before z.
+        return F.pad(logits[:, column : column + 1], (1, 0))
 
 
 def _find_logits(output: object) -> Tensor | None:
@@ -100,6 +152,68 @@ def probability_layer(output: Tensor) -> str | None:
         return "softmax"
     saturates = float(values.min()) < 0.001 and float(values.max()) > 0.999
     return "sigmoid" if saturates or _ends_in_sigmoid(output) else None
+
+
+def warn_of_probabilities(model: nn.Module, network: nn.Module, images: Tensor, name: str) -> None:
+    """Warn, once for each network, if the outputs for probe images are probabilities.
+
+    The probes go through a copy, so that the user's hooks and counters see only the passes that the user asked for.
+
+    Args:
+        model: that returns logits, or what should be logits.
+        network: the module inside that the user knows.
+        images: (N, C, H, W); only their size and type matter.
+        name: of the model.
+    """
+    if is_quiet(ModelWarning) or not is_news(network, "outputs probed"):
+        return
+    with (
+        unwatched(),
+        preserve_random_state(getattr(model, "mean", images).device),
+        quiet(),
+        torch.inference_mode(mode=False),
+        torch.enable_grad(),
+    ):
+        output = _probe(model, images, getattr(network, "fixed_batch", None) or 1)
+    layer = None if output is None else probability_layer(output)
+    if layer is None:
+        return
+    values = {
+        "softmax": "rows that are probabilities (they sum to one), not logits",
+        "sigmoid": "values between 0 and 1 that do not sum to one, as a sigmoid for each class does (multi-label)",
+    }
+    remedy = {
+        "softmax": "return the values before the softmax",
+        "sigmoid": "return the values before the sigmoid; weakspot.OneLogit asks about one label",
+    }
+    warn_once(
+        network,
+        "probabilities",
+        f"{name} returns {values[layer]}: gradients fade where it is certain and margins mislead ({remedy[layer]})",
+        ModelWarning,
+    )
+
+
+def _probe(model: nn.Module, images: Tensor, multiple: int) -> Tensor | None:
+    """Outputs of a copy for the probe images, or for those in [0, 1] if it refuses others; None if it refuses all."""
+    try:
+        copy = unhooked_copy(model)
+    except Exception:  # noqa: BLE001 - a module that cannot be copied, for whatever reason, is probed itself
+        copy = model
+    probes = probe_images(images)
+    for batch in (probes, probes[:5]):
+        try:
+            output: Tensor = copy(filled(batch, multiple).requires_grad_())
+        except Exception:  # noqa: BLE001, S112 - not every network takes images beyond [0, 1]
+            continue
+        return output
+    return None
+
+
+def filled(images: Tensor, multiple: int) -> Tensor:
+    """The images, with the last one repeated until their number is a multiple."""
+    missing = -len(images) % multiple
+    return torch.cat([images, images[-1:].expand(missing, *images.shape[1:])]) if missing else images
 
 
 def probe_images(images: Tensor) -> Tensor:

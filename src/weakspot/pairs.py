@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+import json
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from weakspot._checks import check_batch, check_classes, check_range
+from weakspot._checks import check_batch, check_classes, check_range, unknown_choice
 from weakspot._io.files import write_atomic
 from weakspot.classifier import evaluating, predict
 from weakspot.similarity import ssim_map
@@ -20,18 +23,23 @@ from weakspot.similarity import ssim_map
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = {"weakspot": "pairs 1"}  # one entry, because safetensors does not write several in a fixed order
+FORMAT = "pairs 1"
+Rows = int | str | slice | Tensor | Sequence[int] | Sequence[bool] | Sequence[str]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pairs:
     """N clean images, an adversarial image of each, and the two classes of each pair.
 
+    Parts of them are Pairs again: `pairs[2]`, `pairs[:2]`, `pairs[pairs.labels == 3]`, `pairs[[0, 4]]` and, if they
+    have names, `pairs["coffee"]`.
+
     Attributes:
         clean: (N, C, H, W) in [0, 1].
         adversarial: (N, C, H, W) in [0, 1].
         labels: (N,) class t0 of the clean image.
         targets: (N,) class t of the adversarial image, or the target of the attack.
+        names: N names of the images, or empty; `named` gives them.
 
     Raises:
         ValueError: if shapes do not fit each other or values are not finite.
@@ -41,6 +49,7 @@ class Pairs:
     adversarial: Tensor
     labels: Tensor
     targets: Tensor
+    names: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         check_batch(self.clean, name="clean")
@@ -48,9 +57,52 @@ class Pairs:
         _check_same_shape(self.clean, self.adversarial)
         check_classes(self.labels, len(self.clean), name="labels")
         check_classes(self.targets, len(self.clean), name="targets")
+        if len(self.names) not in {0, len(self.clean)}:
+            raise ValueError(
+                f"names must have one entry for each of {len(self)} pairs, got {len(self.names)}"
+            )
 
     def __len__(self) -> int:
         return len(self.clean)
+
+    def __getitem__(self, rows: Rows) -> Self:
+        """Some of the pairs, with all their fields, as a batch: one number or name gives a batch of one.
+
+        Args:
+            rows: a number, a slice, a list or tensor of numbers, a bool mask (N,), a name or a list of names.
+
+        Raises:
+            IndexError: if there is no pair of this number, or a mask has another length.
+            ValueError: if there is no pair, or more than one, of this name.
+        """
+        chosen = self._numbers(rows)
+        parts = {name: tensor[chosen.to(tensor.device)] for name, tensor in self._tensors().items()}
+        return type(self)(
+            **parts, names=tuple(self.names[row] for row in chosen.tolist()) if self.names else ()
+        )
+
+    def _numbers(self, rows: Rows) -> Tensor:
+        """The numbers (n,) of the pairs that an index stands for."""
+        every = torch.arange(len(self))
+        if isinstance(rows, Tensor):
+            rows = rows.tolist()
+        if isinstance(rows, slice):
+            return torch.tensor([*range(len(self))[rows]], dtype=torch.long)  # torch has no negative steps
+        if isinstance(rows, int | str | np.integer) and not isinstance(rows, bool):
+            return every[row_number(rows, self.names, len(self))][None]
+        if not isinstance(rows, Sequence):
+            raise IndexError(
+                f"pairs must be indexed by numbers, a slice, a mask or names, got {type(rows).__name__}"
+            )
+        if rows and all(isinstance(row, bool) for row in rows):
+            if len(rows) != len(self):
+                raise IndexError(f"a mask of {len(self)} pairs must have as many entries, got {len(rows)}")
+            return every[torch.tensor(rows)]
+        return every[[row_number(row, self.names, len(self)) for row in rows]]
+
+    def named(self, names: Sequence[str]) -> Self:
+        """The same pairs with a name for each image."""
+        return replace(self, names=tuple(names))
 
     def __repr__(self) -> str:
         sides = " x ".join(map(str, self.clean.shape))
@@ -86,10 +138,19 @@ class Pairs:
 
     def to(self, device: torch.device | str) -> Self:
         """The same pairs on another device."""
-        return type(self)(**{name: tensor.to(device) for name, tensor in self._tensors().items()})
+        moved = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        return type(self)(**moved, names=self.names)
 
     @classmethod
-    def of(cls, model: nn.Module, clean: Tensor, adversarial: Tensor, labels: Tensor | None = None) -> Pairs:
+    def of(
+        cls,
+        model: nn.Module,
+        clean: Tensor,
+        adversarial: Tensor,
+        labels: Tensor | None = None,
+        *,
+        names: Sequence[str] = (),
+    ) -> Pairs:
         """Make pairs of images from any tool; targets, and labels if not given, are the model's predictions.
 
         Args:
@@ -97,6 +158,7 @@ class Pairs:
             clean: (N, C, H, W) in [0, 1].
             adversarial: (N, C, H, W) in [0, 1].
             labels: (N,) class of each clean image.
+            names: N names of the images.
 
         Raises:
             ValueError: if shapes do not fit each other or a label is not a class of the model.
@@ -117,7 +179,7 @@ class Pairs:
             if labels is None:
                 labels = predict(classifier, clean).argmax(1)
             check_classes(labels, len(clean), logits.shape[1])
-            return Pairs(clean, adversarial, labels.to(device), logits.argmax(1))
+            return Pairs(clean, adversarial, labels.to(device), logits.argmax(1), names=tuple(names))
 
     def save(self, path: Path | str) -> None:
         """Write a safetensors file, atomically."""
@@ -127,7 +189,9 @@ class Pairs:
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in self._tensors().items()
         }
-        write_atomic(path, lambda draft: draft.write_bytes(save(tensors, FORMAT)))
+        # One entry, because safetensors does not write several in a fixed order.
+        about = {"weakspot": json.dumps({"format": FORMAT, "names": self.names})}
+        write_atomic(path, lambda draft: draft.write_bytes(save(tensors, about)))
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
@@ -143,22 +207,23 @@ class Pairs:
         try:
             with safe_open(path, "pt") as file:
                 stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+                names = _stored_names(file.metadata())
         except SafetensorError as error:
             raise ValueError(
                 f"{path} must be a safetensors file that Pairs.save wrote, but cannot be read ({error})"
             ) from None
-        missing = [
-            field.name for field in fields(cls) if field.name not in stored and field.default is MISSING
-        ]
+        missing = [one.name for one in fields(cls) if one.name not in stored and one.default is MISSING]
         if missing:
             raise ValueError(
                 f"{path} must be a file that {cls.__name__}.save wrote, but lacks {', '.join(missing)}"
             )
-        return cls(**{field.name: stored[field.name] for field in fields(cls) if field.name in stored})
+        known = {one.name: stored[one.name] for one in fields(cls) if one.name in stored}
+        # Other tools may write names for another number of images.
+        return cls(**known, names=names if len(names) == len(known["clean"]) else ())
 
     def _tensors(self) -> dict[str, Tensor]:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: tensor for name, tensor in values.items() if tensor is not None}
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {name: tensor for name, tensor in values.items() if isinstance(tensor, Tensor)}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -185,16 +250,16 @@ class AttackResult(Pairs):
     ssim_budget_spent: Tensor | None = None
     ssim_local_budget_spent: Tensor | None = None
 
-    def select(self, rows: Tensor) -> Self:
-        """Some of the pairs, by number or by a bool mask (N,)."""
-        return type(self)(**{name: tensor[rows] for name, tensor in self._tensors().items()})
-
     @classmethod
     def concatenate(cls, results: Sequence[Self]) -> Self:
-        """Results one after the other; a field that one of them lacks is None."""
+        """Results one after the other; a field that one of them lacks is None, and names that one lacks are empty."""
         tables = [result._tensors() for result in results]
         shared = [name for name in tables[0] if all(name in table for table in tables)]
-        return cls(**{name: torch.cat([table[name] for table in tables]) for name in shared})
+        names = tuple(name for result in results for name in result.names)
+        return cls(
+            **{name: torch.cat([table[name] for table in tables]) for name in shared},
+            names=names if all(result.names for result in results) else (),
+        )
 
     def __repr__(self) -> str:
         passes = int(self.n_forward.sum()), int(self.n_backward.sum())
@@ -228,6 +293,43 @@ class AttackResult(Pairs):
             seed=self.seed,
         )
         return pd.concat([before, self.distances, after], axis=1)
+
+
+def row_number(index: int | str, names: Sequence[str], count: int) -> int:
+    """The number of the pair that a number, which may be negative, or a name stands for.
+
+    Args:
+        index: a number or a name.
+        names: of the pairs; may be empty.
+        count: how many pairs there are.
+
+    Raises:
+        IndexError: if there is no pair of this number.
+        ValueError: if there is no pair, or more than one, of this name.
+    """
+    if isinstance(index, str):
+        rows = [row for row, name in enumerate(names) if name == index]
+        if len(rows) > 1:
+            raise ValueError(f"name must be that of one pair, got {index!r} of pairs {rows} (give a number)")
+        if not rows:
+            remedy = "" if names else "give the pairs names with pairs.named(names)"
+            raise ValueError(unknown_choice("name", index, names, remedy=remedy))
+        return rows[0]
+    if isinstance(index, bool) or not hasattr(index, "__index__"):
+        raise IndexError(f"index must be the number or the name of a pair, got {index!r}")
+    number = operator.index(index)
+    if not -count <= number < count:
+        raise IndexError(f"index must be between 0 and {count - 1}, one of {count} pairs, got {number}")
+    return number % count
+
+
+def _stored_names(metadata: Mapping[str, str] | None) -> tuple[str, ...]:
+    """The names in the metadata of a file; none in a file of another tool."""
+    try:
+        names = json.loads((metadata or {}).get("weakspot", ""))["names"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ()
+    return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def _check_same_shape(clean: Tensor, adversarial: Tensor) -> None:

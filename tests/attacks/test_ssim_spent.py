@@ -64,7 +64,7 @@ def test_other_budgets_spend_none_and_the_spent_budget_is_saved(pooling: Made, t
     result = attacks.pgd(model, images, labels, budget=SSIM(0.01), steps=2)
     assert result.ssim_budget_spent is not None
     result.save(tmp_path / "pairs.safetensors")
-    halves = [result.select(torch.tensor(rows)) for rows in ([0, 1], [2])]
+    halves = [result[rows] for rows in ([0, 1], [2])]
     for again in (AttackResult.load(tmp_path / "pairs.safetensors"), AttackResult.concatenate(halves)):
         assert again.ssim_budget_spent is not None
         assert torch.equal(again.ssim_budget_spent, result.ssim_budget_spent)

@@ -49,7 +49,7 @@ def test_a_fraction_is_refused_exactly_where_no_region_depends_on_it(
         if used:
             refuse_fraction(context, ["none", region])
         else:
-            with pytest.raises(Failure, match="--fraction has no effect without cam or support in --region"):
+            with pytest.raises(Failure, match="--fraction has no effect without cam or superpixels"):
                 refuse_fraction(context, ["none", region])
         refuse_fraction(one.make_context(command, ["x.png"]), [region])
 
@@ -65,7 +65,7 @@ def test_the_cam_region_has_the_fraction_of_the_image(aim: tuple[torch.nn.Module
 @pytest.mark.parametrize(
     ("region", "fraction", "code", "message"),
     [
-        ("mask.png", 0.3, 2, "mask.png must have a white pixel"),
+        ("mask.png", 0.3, 2, "mask.png must have a mark"),
         ("notes.png", 0.3, 4, "region: notes.png: not an image in a known format"),
         ("nowhere.png", 0.3, 4, "region: nowhere.png"),
         ("cam", 0, 2, "region must hold at least one pixel, got 'cam' with fraction 0"),
@@ -91,4 +91,4 @@ def test_a_mask_on_a_transparent_ground_is_white_where_it_was_painted(
     region, where = find_region(AimOptions(region="mask.png"), aim[0], aim[1], 0)  # type: ignore[arg-type]
     assert region is not None
     assert np.array_equal(region[0, 0].numpy(), mask[..., 3] > 0)
-    assert where == "the white part of mask.png"
+    assert where == "the marked part of mask.png"

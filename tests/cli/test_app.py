@@ -150,7 +150,7 @@ def interrupt(*_: object, **__: object) -> None:
     [
         (("explain", *TINY, "--steps", 3), "weakspot.attacks.pgd"),
         (("explain", *TINY, "--debug"), "weakspot.cli.session.load_classifier"),
-        (("attack", *TINY), "weakspot.cli.attack._run"),
+        (("attack", *TINY), "weakspot.cli.attack_choice.ChosenAttack.run"),
         (("defend", *TINY), "weakspot.defenses.evaluate_defense"),
         (("dissect", "--demo", *TINY), "weakspot.cli.dissect._last_layers"),
     ],

@@ -17,7 +17,7 @@ from weakspot import SSIM, AttackResult, ImageWarning, Linf, attacks, load, read
 from weakspot.attacks import registry
 from weakspot.attacks.registry import ORDER, available_attacks, find_attack
 from weakspot.cli.app import Failure
-from weakspot.cli.attack import find_budget, read_settings
+from weakspot.cli.attack_choice import find_budget, read_settings
 from weakspot.regions.spec import REGIONS
 
 

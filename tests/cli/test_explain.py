@@ -39,7 +39,7 @@ def test_a_folder_is_explained_and_all_files_are_written(run: Run, photographs: 
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert record["seed"] == "3"
     assert record["schema"] == 1
-    assert record["attack"] == "PGD, 16/255 L-infinity, 3 steps, whole image"
+    assert record["attack"] == "pgd, steps=3, 16/255 L-infinity, whole image"
     assert record["labels"] == "the model's predictions on the clean images"
     assert record["command"].startswith("weakspot explain")
     # The saved pairs, explained again, give the same scores.

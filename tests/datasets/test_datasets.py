@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from weakspot.datasets import from_tensors, read_labeled
-from weakspot.datasets.idx import read_idx
+from weakspot.datasets.binary_files import read_idx
 
 ROWS = torch.arange(12)
 

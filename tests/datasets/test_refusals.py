@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from weakspot.datasets import from_tensors, read_labeled
-from weakspot.datasets.idx import read_idx
+from weakspot.datasets.binary_files import read_idx
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8)
 LABELS = np.arange(6) % 3

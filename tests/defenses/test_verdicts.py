@@ -55,7 +55,7 @@ def standing(
         (table(standing(0.2, 0.26)), "protects", r"Protects against these attacks: accuracy .* 26% \[18%, 36%\] w"),
         (table(standing(0.2, 0.1)), "no protection", "No protection: accuracy .* 10%"),
         # Six points of sixty images that changed sides: chance.
-        (table(standing(0.3, 0.36), lost=27), "no protection", r"p = .259\), and the difference can be chance"),
+        (table(standing(0.3, 0.36), lost=27), "no protection", r"p = .26\), and the difference can be chance"),
         (table(standing(0.1, 0.8), leads={"white-box": (0.89, 1.0)}), "cannot be judged", "are masked .the best of 1"),
         (table(standing(0.1, 0.8), leads={"white-box": (0.9, 0.5)}), "protects", r"p < .001\).$"),
         (

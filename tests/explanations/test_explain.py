@@ -265,7 +265,7 @@ def test_invalid_arguments_are_errors_that_name_them(
 @pytest.mark.parametrize("name", ["labels", "targets"])
 def test_unknown_classes_are_errors_that_name_the_argument(pooling: Made, name: str) -> None:
     model, images = pooling
-    classes = {"labels": torch.tensor([0, 1, 2]), "targets": torch.tensor([1, 2, 3])}
+    classes: dict[str, Any] = {"labels": torch.tensor([0, 1, 2]), "targets": torch.tensor([1, 2, 3])}
     classes[name] = torch.tensor([0, 1, 9])
     with pytest.raises(ValueError, match=f"{name} must be classes .* got 9"):
         explain(model, Pairs(images, images, **classes))
@@ -462,3 +462,24 @@ def test_results_print_as_a_few_lines_without_tensors(pooling: Made) -> None:
         assert "tensor(" not in text
         assert len(text.splitlines()) <= 10, text
         assert len(text) < 1500, text
+
+
+def test_images_of_an_explanation_are_reached_by_name_and_by_number(pooling: Made) -> None:
+    model, images = pooling
+    labels = Classifier.wrap(model)(images).argmax(1)
+    names = ["cat", "coffee", "coffee"]
+    explanation = explain(model, pgd(model, images, labels, steps=1), analyses=[], names=names)
+    assert explanation.pairs.names == tuple(names)
+    assert explanation.verdict("cat") == explanation.verdict(0) == explanation.verdict(-3)
+    for ask in (explanation.verdict, explanation.figure):
+        with pytest.raises(IndexError, match="index must be between 0 and 2, one of 3 pairs, got 9"):
+            ask(9)
+        with pytest.raises(ValueError, match="name must be one of cat, coffee, coffee, got 'caat'"):
+            ask("caat")
+        with pytest.raises(
+            ValueError, match=r"name must be that of one pair, got 'coffee' of pairs \[1, 2\]"
+        ):
+            ask("coffee")
+    # Names of the pairs are those of the explanation, and a part of it can be explained again.
+    again = explain(model, explanation.pairs[1:], analyses=[])
+    assert again.scores["image"].tolist() == ["coffee", "coffee"]

@@ -493,7 +493,7 @@ def test_invalid_arguments_are_errors_that_name_them(
 @pytest.mark.parametrize("name", ["labels", "targets"])
 def test_unknown_classes_are_errors_that_name_the_argument(pooling: Made, name: str) -> None:
     model, images = pooling
-    classes = {"labels": torch.tensor([0, 1, 2]), "targets": torch.tensor([1, 2, 3])}
+    classes: dict[str, Any] = {"labels": torch.tensor([0, 1, 2]), "targets": torch.tensor([1, 2, 3])}
     classes[name] = torch.tensor([0, 1, 9])
     with pytest.raises(ValueError, match=r"(labels|targets|rivals|classes) must be classes .* got 9"):
         overlap(model, Pairs(images, 1 - images, **classes))

@@ -71,7 +71,7 @@ def test_parts_of_a_batch_have_the_scores_of_the_whole() -> None:
     pairs = attacks.pgd(model, images, labels, budget=Linf(20 / 255), steps=3)
     whole = explain(model, pairs, analyses=["weak_spots"]).scores
     for number in range(3):
-        part = explain(model, pairs.select(torch.tensor([number])), analyses=["weak_spots"]).scores
+        part = explain(model, pairs[number], analyses=["weak_spots"]).scores
         names = [name for name in whole if str(name).startswith(("smallest_square", "weakest"))]
         assert len(names) == 7
         assert part[names].iloc[0].equals(whole[names].iloc[number])

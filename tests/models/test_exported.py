@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.networks import Made, untouched
+from weakspot.models import exported as exported_archives
 from weakspot.models import load
 from weakspot.models.exported import load_exported
 
@@ -596,3 +597,44 @@ def test_a_missing_entry_is_refused_in_one_sentence_without_a_traceback(
         load_exported(path)
     assert "warnings above" not in str(refusal.value)
     assert "Traceback" not in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------- bombs
+
+
+def rezipped(source: Path, target: Path, name: str, content: bytes) -> Path:
+    """The archive with one entry replaced, compressed."""
+    with zipfile.ZipFile(source) as good, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as bad:
+        for entry in good.namelist():
+            bad.writestr(entry, content if entry.endswith(name) else good.read(entry))
+    return target
+
+
+@pytest.mark.parametrize("name", ["weights/weight_0", "models/model.json", "byteorder"])
+def test_an_entry_that_grows_out_of_proportion_is_refused_before_it_is_read(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    bomb = rezipped(archive, tmp_path / "bomb.pt2", name, bytes(20_000_000))
+    assert bomb.stat().st_size < 200_000
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("an entry was read"))
+    with pytest.raises(ValueError, match=r"is refused: .* would grow from [\d,]+ to 20,000,000 bytes"):
+        load_exported(bomb)
+
+
+def test_an_archive_too_large_for_any_classifier_is_refused(
+    archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exported_archives, "LARGEST", 1000)
+    with pytest.raises(ValueError, match=r"is refused: it holds [\d,]+ bytes, more than 1,000"):
+        load_exported(archive)
+
+
+def test_an_ordinary_archive_may_be_compressed(archive: Path, tmp_path: Path, images: Tensor) -> None:
+    again = rezipped(archive, tmp_path / "small.pt2", "no entry", b"")
+    assert torch.equal(load_exported(again)(images), load_exported(archive)(images))
+
+
+def test_json_nested_beyond_pythons_stack_is_one_sentence(archive: Path, tmp_path: Path) -> None:
+    deep = rezipped(archive, tmp_path / "deep.pt2", "models/model.json", b"[" * 100_000 + b"]" * 100_000)
+    with pytest.raises(ValueError, match=r"cannot be read as an archive of torch\.export\.save"):
+        load_exported(deep)

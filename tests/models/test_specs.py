@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.networks import Made, PoolingNetwork
+from weakspot._checks import ModelError
 from weakspot.classifier import Classifier
 from weakspot.images import sample_images
 from weakspot.models import available_models, load
@@ -214,10 +215,52 @@ def test_a_classifier_lies_on_the_device_asked_for(images: Tensor, device: str) 
     assert classifier(images.to(expected)).shape == (2, 4)
 
 
-@pytest.mark.parametrize("device", ["nonsense", "", "cpu:x", "cuda:99", "gpu"])
-def test_an_unavailable_device_is_refused(device: str) -> None:
-    with pytest.raises(ValueError, match=rf"^device must be auto, cpu, cuda or mps.* got '{device}'$"):
+@pytest.mark.parametrize("device", ["nonsense", "", "cpu:x", "gpu"])
+def test_text_that_is_no_device_is_refused(device: str) -> None:
+    with pytest.raises(ValueError, match=rf"^device must be auto, cpu, cuda or mps, got '{device}'$"):
         load(linear(), device=device)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "mps", "cuda"])
+def test_a_device_that_this_machine_lacks_is_one_sentence(device: str) -> None:
+    if device == (
+        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else ""
+    ):
+        pytest.skip("this machine has it")
+    with pytest.raises(
+        ValueError, match=rf"^device {device} is not available on this machine \(use auto or cpu;"
+    ) as caught:
+        load(linear(), device=device)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ("os:system", "os:system must be in a module of yours, got os, which is part of Python"),
+        ("sys:exit", "sys:exit must be in a module of yours"),
+        ("os.path:join", "os.path:join must be in a module of yours"),
+        (
+            "my_models:needs",
+            "a function without arguments that returns a torch.nn.Module, got one that needs size$",
+        ),
+        ("my_models:exits", "my_models:exits raised SystemExit: 0; a model must not end the process"),
+    ],
+)
+def test_a_spec_that_is_no_factory_is_one_sentence(project: Path, spec: str, sentence: str) -> None:
+    (project / "my_models.py").write_text(
+        MODULE + "\n\ndef needs(size):\n    return Network()\n\n\ndef exits():\n    raise SystemExit(0)\n"
+    )
+    with pytest.raises((ValueError, ModelError), match=sentence) as caught:
+        load(spec, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_this_folder_does_not_take_the_place_of_an_installed_module(project: Path) -> None:
+    (project / "pytest.py").write_text("raise SystemExit(1)")
+    (project / "my_models.py").write_text("import pytest\n" + MODULE)
+    load("my_models:build", device="cpu")
+    assert sys.path[-1] == str(project)
 
 
 # ---------------------------------------------------------------- weights

@@ -1,4 +1,4 @@
-"""Mask pictures: the white part is the region."""
+"""Mask pictures: the white part is the region, or what is painted on a transparent ground."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_mask_of_another_shape_is_cropped_at_its_center_with_a_warning(tmp_pat
     assert torch.equal(region, (torch.arange(32) < 8).expand(1, 1, 32, 32))
     with (
         pytest.warns(ImageWarning, match="another shape"),
-        pytest.raises(ValueError, match="white pixel where the model looks"),
+        pytest.raises(ValueError, match="a mark where the model looks"),
     ):
         regions.from_file(paint(path, painted & (torch.arange(64) < 16)), torch.rand(1, 1, 32, 32))
 
@@ -87,10 +87,43 @@ def test_files_that_are_not_masks_are_refused_with_an_exit_code(tmp_path: Path) 
         ("none.png", FileNotFoundError, "does not exist", UNREADABLE),
         ("text.png", ValueError, "text.png: not an image in a known format$", UNREADABLE),
         (".", ValueError, "must be a picture, got a folder", UNREADABLE),
-        ("black.png", ValueError, r"must have a white pixel .* \(white is where the attack acts\)$", USAGE),
+        (
+            "black.png",
+            ValueError,
+            r"must have a mark .* \(mark where the attack acts: white on black, or .*\)$",
+            USAGE,
+        ),
     ):
         with pytest.raises(error, match=sentence):
             regions.from_file(tmp_path / name, images)
         with pytest.raises(Exception, match=sentence) as caught:
             named(tmp_path / name, images)
         assert explained(caught.value)[1] == code
+
+
+@pytest.mark.parametrize("color", [(255, 0, 0), (0, 0, 0), (255, 255, 255), (40, 90, 10)])
+@pytest.mark.parametrize("kind", ["png", "webp", "gif"])
+def test_any_opaque_mark_on_a_transparent_ground_is_a_mark(
+    tmp_path: Path, color: tuple[int, int, int], kind: str
+) -> None:
+    painted = torch.rand(8, 12, generator=torch.Generator().manual_seed(1)) > 0.6
+    pixels = np.zeros((8, 12, 4), np.uint8)
+    pixels[painted.numpy()] = (*color, 255)
+    path = tmp_path / f"mask.{kind}"
+    Image.fromarray(pixels).save(path, lossless=True)
+    assert torch.equal(regions.from_file(path, torch.rand(1, 3, 8, 12)), painted[None, None])
+
+
+def test_an_opaque_picture_with_an_alpha_channel_is_read_by_its_lightness(tmp_path: Path) -> None:
+    pixels = np.zeros((6, 6, 4), np.uint8)
+    pixels[..., 3] = 255
+    pixels[:2, :, :3] = 255
+    Image.fromarray(pixels).save(tmp_path / "mask.png")
+    region = regions.from_file(tmp_path / "mask.png", torch.rand(1, 3, 6, 6))
+    assert torch.equal(region[0, 0], torch.arange(6)[:, None].expand(6, 6) < 2)
+
+
+def test_a_picture_without_a_mark_is_refused(tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 8), (255, 255, 255, 0)).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match="must have a mark where the model looks"):
+        regions.from_file(tmp_path / "mask.png", torch.rand(1, 3, 8, 8))

@@ -98,7 +98,10 @@ def test_many_complements_and_long_texts_are_parsed(pooling: Made) -> None:
         ("camm", "region must .* got 'camm' .did you mean 'cam'"),
         ("", "region must be one of none, cam.* got ''"),
         ("cam &", "region must be one of none, cam.* got 'cam &'"),
-        ("somewhere", "region must be one of .* got 'somewhere' .or border:WIDTH, a mask picture"),
+        (
+            "somewhere",
+            "region must be one of .* got 'somewhere' .or superpixels:COUNT, border:WIDTH, a mask picture",
+        ),
         ("border:wide", "region must be border:WIDTH with a width in pixels, got 'border:wide'"),
         ("cam:3", "region must .* got 'cam:3' .did you mean 'cam'"),
         ("support", "region must not be support without a class to reach"),

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.regions.strategies import LAW, generators_untouched, pictures
 from weakspot import ImageWarning, regions, sample_images
+from weakspot.attribution import class_activation
 
 
 @LAW
@@ -88,3 +89,73 @@ def test_images_of_other_channels_are_refused() -> None:
 def test_normalized_images_are_noticed() -> None:
     with pytest.warns(ImageWarning, match="are clipped to"):
         regions.superpixels(torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+
+
+def chosen_by_hand(labels: Tensor, scores: Tensor, fraction: float) -> set[int]:
+    """Pieces in the order of their mean score, while they fit; the first one in any case."""
+    areas = {number: int((labels == number).sum()) for number in labels.unique().tolist()}
+    means = {number: float(scores[labels == number].double().mean()) for number in areas}
+    chosen: set[int] = set()
+    for number in sorted(areas, key=lambda each: -means[each]):
+        if chosen and sum(areas[each] for each in chosen) + areas[number] > fraction * labels.numel():
+            break
+        chosen.add(number)
+    return chosen if fraction else set()
+
+
+@pytest.mark.filterwarnings("ignore:the first superpixel")
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.1, 0.3, 0.8, 1.0])
+def test_the_region_is_whole_superpixels_in_the_order_of_their_evidence(
+    pooling: tuple[nn.Module, Tensor], fraction: float
+) -> None:
+    model, images = pooling
+    classes = torch.tensor([0, 3, 1])
+    region = regions.important_superpixels(model, images, classes, fraction=fraction, count=12)
+    labels = regions.superpixels(images, count=12)
+    maps = class_activation(model, images, classes, alignment="effective")
+    for own, cut, scores in zip(region, labels, maps, strict=True):
+        expected = chosen_by_hand(cut, scores, fraction)
+        assert {number for number in cut.unique().tolist() if bool(own[cut == number].any())} == expected
+        assert {number for number in cut.unique().tolist() if bool(own[cut == number].all())} == expected
+        if len(expected) > 1:
+            assert float(own.float().mean()) <= fraction
+    text = regions.read_region("superpixels:12", model, images, classes, fraction=fraction)
+    assert torch.equal(text, region)
+
+
+def test_the_superpixels_of_a_planted_object_are_chosen() -> None:
+    class Corner(nn.Module):
+        """Class 0 is the red of the image, pooled everywhere."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.maps = nn.Conv2d(3, 2, 1, bias=False)
+            self.maps.weight.data = torch.tensor([[1.0, -1, -1], [-1, 0, 1]]).view(2, 3, 1, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.relu(self.maps(images)).mean((2, 3))
+
+    images = torch.zeros(1, 3, 40, 40)
+    images[:, 2] = 0.3
+    images[:, :, 8:20, 20:32] = torch.tensor([0.9, 0.1, 0.1]).view(1, 3, 1, 1)
+    area = 144 / 1600
+    region = regions.important_superpixels(
+        Corner().eval(), images, torch.tensor([0]), fraction=area, count=60
+    )
+    assert not bool(region[images[:, :1] == 0].any())
+    assert float(region.float().mean()) > area / 2
+
+
+@pytest.mark.parametrize("text", ["superpixels:x", "superpixels:-3", "superpixels:1.5"])
+def test_a_number_of_superpixels_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="region must be superpixels:COUNT with a number of pieces, got"):
+        regions.read_region(text, nn.Identity(), torch.rand(1, 3, 8, 8), torch.tensor([0]))
+
+
+def test_a_single_superpixel_larger_than_the_fraction_is_warned_of(pooling: tuple[nn.Module, Tensor]) -> None:
+    model, images = pooling
+    with pytest.warns(
+        ImageWarning, match="the first superpixel of 3 of 3 images is larger than the fraction 0.1"
+    ):
+        region = regions.important_superpixels(model, images, torch.tensor([0, 1, 2]), fraction=0.1, count=1)
+    assert bool(region.all())

@@ -110,7 +110,7 @@ def test_the_same_seed_gives_the_same_claims_and_finished_ones_are_not_measured_
     given = material(random_network, 12, size=16)
     first = reproduce(paper, given, tmp_path / "one")
     assert reproduce(paper, replace(given), tmp_path / "two") == first
-    monkeypatch.setattr(AttackResult, "select", _never)
+    monkeypatch.setattr(AttackResult, "__getitem__", _never)
     assert reproduce(paper, replace(given), tmp_path / "one") == first
     assert read_reproduction(tmp_path / "one" / f"{paper}.json") == first
     assert {claim.verdict for claim in first.claims} <= set(VERDICTS)

@@ -24,7 +24,7 @@ from weakspot.training import RECIPES, loop
 from weakspot.training.backgrounds import Backgrounds, find_backgrounds
 from weakspot.training.config import ResolvedConfig
 from weakspot.training.fit import make_fabric
-from weakspot.training.held_out import HeldOut, held_out_images, split
+from weakspot.training.robust_accuracy import HeldOut, held_out_images, split
 
 pytestmark = [pytest.mark.train, pytest.mark.filterwarnings("ignore:.*lightning.*")]
 MASKED = {name for name, recipe in RECIPES.items() if recipe.region != "everywhere"}

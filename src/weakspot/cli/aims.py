@@ -152,4 +152,6 @@ def find_region(
         raise Failure(f"region must hold at least one pixel, got {text!r} with fraction {fraction}")
     if text == "cam":
         return region, f"the {fraction:.0%} of the image with most evidence for its class"
-    return region, f"the white part of {text}" if text not in REGIONS and os.path.isfile(text) else text  # noqa: PTH113
+    if text == "superpixels":
+        return region, f"the superpixels with most evidence for its class, up to {fraction:.0%} of the image"
+    return region, f"the marked part of {text}" if text not in REGIONS and os.path.isfile(text) else text  # noqa: PTH113

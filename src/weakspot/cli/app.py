@@ -13,8 +13,10 @@ from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
 from typer.core import TyperGroup
+from typer.models import OptionInfo
 
 from weakspot._checks import ModelError, describe_error
 
@@ -133,6 +135,12 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
                 for field in fields(groups[name])
             ]
 
+        for parameter in parameters:
+            for info in getattr(parameter.annotation, "__metadata__", ()):
+                # Every option shows a default, also those that are off or empty without it.
+                if isinstance(info, OptionInfo) and parameter.default is None and info.show_default is True:
+                    info.show_default = "none"
+
         def call(**values: object) -> None:
             for name, kind in groups.items():
                 values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
@@ -144,6 +152,11 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
         call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         # Paragraphs on one line each: the help is wrapped to the terminal, not to the source.
         paragraphs = (function.__doc__ or "").split("\n\n")
+        extra = next(
+            (name for name, (_, uses) in EXTRAS.items() if function.__name__ in uses.split(", ")), None
+        )
+        # Escaped, because help is the one text that typer prints as markup.
+        paragraphs += [escape(f"Needs an extra: pip install 'weakspot[{extra}]'.")] if extra else []
         text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
         epilog = "\n\n".join(
             ["[bold]Examples[/bold]" if len(examples) > 1 else "[bold]Example[/bold]", *examples]

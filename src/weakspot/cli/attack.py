@@ -9,25 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from weakspot.cli.aims import Aim, AimOptions, find_aim, find_region
-from weakspot.cli.app import Failure, command
+from weakspot.cli.aims import AimOptions, find_aim, find_region
+from weakspot.cli.app import command
+from weakspot.cli.attack_choice import AttackChoice
 from weakspot.cli.options import (
-    ATTACK,
     BatchSizeOption,
-    BudgetOption,
     EveryOption,
     ImagesArgument,
     ModelOptions,
     OutputOptions,
     SamplesOption,
     SeedOption,
-    SetOption,
-    Value,
     flag,
-    given,
     option,
     parse_batch_size,
-    parse_settings,
     refuse_fraction,
 )
 from weakspot.cli.output import (
@@ -35,7 +30,7 @@ from weakspot.cli.output import (
     first_rows,
     json_rows,
     make_table,
-    print_rows,
+    print_choices,
     print_table,
     print_text,
     shorten_name,
@@ -45,7 +40,6 @@ from weakspot.cli.session import check_output, check_sources, open_session
 if TYPE_CHECKING:
     import pandas as pd
 
-    from weakspot.attacks import Attack, AttackOptions
     from weakspot.budgets import Budget
     from weakspot.classifier import Classifier
     from weakspot.pairs import AttackResult
@@ -63,20 +57,11 @@ FILES = ("clean", "adversarial", "overview.png", "scores.csv", "pairs.safetensor
 def attack(
     context: typer.Context,
     aims: AimOptions,
+    choice: AttackChoice,
     network: ModelOptions,
     output: OutputOptions,
     images: ImagesArgument = None,
     samples: SamplesOption = False,
-    name: Annotated[
-        str,
-        option(
-            "--attack -a NAME",
-            "A name from --list, or foolbox:CLASS, torchattacks:CLASS, art:CLASS.",
-            panel=ATTACK,
-        ),
-    ] = "pgd",
-    budget: BudgetOption = "linf:4/255",
-    settings: SetOption = None,
     batch_size: BatchSizeOption = "auto",
     seed: SeedOption = 0,
     every: EveryOption = False,
@@ -91,38 +76,30 @@ def attack(
     PNG files. `weakspot explain --pair OUT/pairs.safetensors` explains the pairs.
     """
     if list_all:
-        print_rows(list_choices(), as_json=output.as_json)
+        print_choices(list_choices(), as_json=output.as_json)
         return
     sources = list(images or [])
     check_sources(sources, samples=samples)
     check_output(out, sources, folders=FILES[:2], files=FILES[2:3])
     with open_session(context, network, output, out, FILES) as session:
-        from weakspot.attacks import AttackOptions, find_attack
+        from weakspot.attacks import AttackOptions
 
         refuse_fraction(context, [aims.region])
-        chosen = find_attack(name)
-        spent = find_budget(chosen, budget, given=bool(given(context, ["budget"])))
-        own = read_settings(chosen, settings)
+        chosen = choice.choose(context)
         batch = parse_batch_size(batch_size)
         aim, source = find_aim(session.classifier, session.read_images(sources, samples=samples), aims)
         session.make_folder()
         mask, where = find_region(aims, session.classifier, aim, seed)
-        shared = AttackOptions(
-            spent,
-            mask,
-            aim.targets,
-            seed,
-            batch,
-            session.display.step("attacking", total=len(aim.images), counted=False),
-        )
-        result = _run(chosen, session.classifier, aim, shared, own)
+        step = session.display.step("attacking", total=len(aim.images), counted=False)
+        shared = AttackOptions(chosen.budget, mask, aim.targets, seed, batch, step)
+        result = chosen.run(session.classifier, aim, shared)
         session.display.step("writing")
         about = {
-            "attack": ", ".join([name, *(settings or []), *([str(spent)] if spent else []), where]),
+            "attack": chosen.describe(session.classifier, aim, where),
             "labels": source,
             **session.provenance(seed),
         }
-        scores = _write(out, session.classifier, result, aim.names, spent, about)
+        scores = _write(out, session.classifier, result, aim.names, chosen.budget, about)
     session.report(
         lambda: {
             "scores": json_rows(scores),
@@ -131,45 +108,6 @@ def attack(
         },
         lambda: _print(scores, aim.correct.tolist(), session.ending(), out, every=every),
     )
-
-
-def find_budget(attack: Attack, text: str, *, given: bool) -> Budget | None:
-    """The budget that was given, or the default one for an attack that must have one."""
-    from weakspot.budgets import read_budget
-
-    if given and not attack.takes_budget:
-        raise Failure(f"{attack.name} searches for the smallest change and takes no --budget")
-    # Attacks that search for the smallest change may take a budget, but have none by default.
-    needed = attack.takes_budget and attack.default_budget
-    return read_budget(text) if given or needed else None
-
-
-def read_settings(attack: Attack, settings: Sequence[str] | None) -> dict[str, Value]:
-    """The arguments of --set."""
-    from weakspot._checks import unknown_choice
-
-    values = parse_settings(settings)
-    for key in values:
-        if not attack.takes(key):
-            raise Failure(unknown_choice(f"--set of {attack.name}", key, sorted(attack.parameters)))
-    return values
-
-
-def _run(
-    attack: Attack, classifier: Classifier, aim: Aim, options: AttackOptions, own: Mapping[str, Value]
-) -> AttackResult:
-    """Run the attack, which must take every option that was given and decides the result."""
-    for name, option_name in (
-        ("region", "--region"),
-        ("targets", "--target"),
-        ("batch_size", "--batch-size"),
-    ):
-        if getattr(options, name) is not None and name not in attack.accepts:
-            raise Failure(f"{attack.name} takes no {option_name}")
-    try:
-        return attack.run(classifier, aim.images, aim.labels, options, own)
-    except TypeError as error:
-        raise Failure(f"{attack.name} failed with these arguments: {error}") from error
 
 
 def _write(
@@ -200,13 +138,15 @@ def _write(
         for (_, row), fooled in zip(scores.iterrows(), result.fooled.tolist(), strict=True)
     ]
     contact_sheet(result, captions, out / "overview.png")
-    result.save(out / "pairs.safetensors")
+    result.named(names).save(out / "pairs.safetensors")
     write_scores(scores, {**about, "images": list(names)}, out)
     return scores
 
 
 def _print(scores: pd.DataFrame, correct: Sequence[bool], ending: str, out: Path, *, every: bool) -> None:
     """What the attack achieved, then a row for each image."""
+    from weakspot.statistics.number_format import size_of_change
+
     # An image that is misclassified without an attack is no success of the attack.
     stored, floats = (
         sum(fooled and right for fooled, right in zip(scores[key], correct, strict=True))
@@ -224,15 +164,22 @@ def _print(scores: pd.DataFrame, correct: Sequence[bool], ending: str, out: Path
     numbers = ["linf", *(["l2", "ssim_windowed", "ssim_windowed_min", *spent] if every else [])]
     counts = ["pixels", "n_forward", *(["n_backward"] if every else [])]
     texts = ("image", "before → after")
-    table = make_table([*texts, *flags, *numbers, *counts], fold=texts)
-    rows, more = first_rows([row for _, row in scores.iterrows()], every=every)
-    for row in rows:
+    # In plain words, or, where every column is shown, under the names of scores.csv.
+    words = {} if every else {"linf": "largest\nchange", "pixels": "pixels\nchanged", "n_forward": "passes"}
+    headings = [*texts, *flags, *(words.get(name, name) for name in (*numbers, *counts))]
+    table = make_table(headings, fold=texts)
+    pairs = zip([row for _, row in scores.iterrows()], correct, strict=True)
+    rows, more = first_rows([*pairs], every=every)
+    for row, right in rows:
         add_row(
             table,
             str(row["image"]) if every else shorten_name(str(row["image"])),
             f"{row['before']} → {row['after']}",
-            *("yes" if row[key] else Text("no", style="yellow") for key in flags.values()),
-            *(f"{row[key]:.3g}" for key in numbers),
+            *(
+                Text("no" if right else "wrong before", style="yellow") if not (row[key] and right) else "yes"
+                for key in flags.values()
+            ),
+            *(f"{row[key]:.3g}" if every else size_of_change(row[key], key) for key in numbers),
             *(str(row[key]) for key in counts),
         )
     print_text("")
@@ -269,4 +216,7 @@ def list_choices() -> list[dict[str, str]]:
         for name, kind in BUDGETS.items()
     ]
     rows += [row("region", name, kind.summary) for name, kind in REGIONS.items()]
-    return [*rows, row("region", "FILE", "the white part of a mask image")]
+    return [
+        *rows,
+        row("region", "FILE", "the white part of a mask image, or what is painted on a transparent ground"),
+    ]

@@ -19,6 +19,7 @@ from weakspot.cli.attacked_units import (
     read_attacked,
 )
 from weakspot.cli.options import (
+    EveryOption,
     ModelOptions,
     OutputOptions,
     SeedOption,
@@ -27,7 +28,7 @@ from weakspot.cli.options import (
     option,
     refuse,
 )
-from weakspot.cli.output import print_rows, print_text
+from weakspot.cli.output import first_rows, print_rows, print_text
 from weakspot.cli.session import Session, check_existing, open_session
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def dissect(
         str, option("NAME", "How maps are aligned with images: receptive_field, effective or resize.")
     ] = "receptive_field",
     seed: SeedOption = 0,
+    every: EveryOption = False,
     out: Annotated[Path, option("FOLDER", "Folder for report.html, a table per layer, run.json.")] = Path(
         "weakspot-units"
     ),
@@ -167,7 +169,14 @@ def dissect(
     rows = _layer_rows(dissections)
 
     def show() -> None:
-        print_rows(rows)
+        units, detectors = (sum(int(row[key]) for row in rows) for key in ("units", "detectors"))
+        print_text(
+            f"{detectors} of {units} units detect a concept (intersection over union of at least {min_iou:g}).\n"
+        )
+        shown, more = first_rows(rows, every=every)
+        print_rows(shown)
+        if more:
+            print_text(f"... and {more} more layers (show them with --all)", style="dim")
         for paragraph in attacked.paragraphs():
             print_text(f"\n{paragraph}")
         print_text(f"\n{len(layers)} layers{session.ending()}", style="dim")

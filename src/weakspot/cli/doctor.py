@@ -59,6 +59,7 @@ def doctor(output: OutputOptions) -> None:
     predicted = [classifier.class_name(int(label)) for label in labels]
     healthy = predicted == [*EXPECTED] and bool(fooled.any())
     checks = {
+        "result": "everything works" if healthy else f"the network should predict {', '.join(EXPECTED)}",
         **versions(),
         "device": f"{device}, {torch.get_num_threads()} threads",
         "embedded network": f"predicts {', '.join(predicted)}",
@@ -68,7 +69,6 @@ def doctor(output: OutputOptions) -> None:
     }
     for extra, (modules, purpose) in EXTRAS.items():
         checks[f"extra {extra}"] = f"{installed(modules, extra)}; for {purpose}"
-    checks["result"] = "everything works" if healthy else f"the network should predict {', '.join(EXPECTED)}"
     if not output.quiet:
         print_rows([{"check": name, "result": text} for name, text in checks.items()], as_json=output.as_json)
     if not healthy:

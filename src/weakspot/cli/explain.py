@@ -12,16 +12,15 @@ from rich.text import Text
 
 from weakspot.cli.aims import AimOptions, find_aim, find_region
 from weakspot.cli.app import UNREADABLE, Failure, command, one_line
+from weakspot.cli.attack_choice import AttackChoice, ChosenAttack
 from weakspot.cli.options import (
     AnalysesOption,
-    BudgetOption,
     EveryOption,
     ImagesArgument,
     ModelOptions,
     OutputOptions,
     SamplesOption,
     SeedOption,
-    StepsOption,
     flag,
     option,
     parse_names,
@@ -37,7 +36,7 @@ from weakspot.cli.output import (
     print_text,
     shorten_name,
 )
-from weakspot.cli.session import Session, check_existing, check_sources, open_session
+from weakspot.cli.session import Images, Session, check_existing, check_sources, open_session
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
     from weakspot.pairs import Pairs
 
 FILES = ("report.html", "scores.csv", "pairs.safetensors", "maps.npz", "locality.csv", "run.json")
-ATTACK_OPTIONS = ("labels", "region", "fraction", "budget", "steps", "target")
+ATTACK_OPTIONS = ("labels", "target", "region", "fraction", "name", "budget", "steps", "settings")
 
 
 @command(
@@ -55,12 +54,13 @@ ATTACK_OPTIONS = ("labels", "region", "fraction", "budget", "steps", "target")
     "weakspot explain photos/ --region cam --budget linf:8/255 --out runs/cam",
     "weakspot explain --pair clean.png adversarial.png --model my_package.models:build",
     "weakspot explain --samples --json > scores.json",
-    "weakspot attack photos/ --attack few_pixel --out runs/pixels",
-    "weakspot explain --pair runs/pixels/pairs.safetensors --analyses locality",
+    "weakspot explain photos/ --attack few_pixel --set count=3 --analyses locality",
+    "weakspot explain --pair runs/pixels/pairs.safetensors",
 )
 def explain(
     context: typer.Context,
     aims: AimOptions,
+    choice: AttackChoice,
     network: ModelOptions,
     output: OutputOptions,
     images: ImagesArgument = None,
@@ -80,8 +80,6 @@ def explain(
             "value needs at least 20 images in total, including those explained.",
         ),
     ] = None,
-    budget: BudgetOption = "linf:4/255",
-    steps: StepsOption = 20,
     analyses: AnalysesOption = "all",
     seed: SeedOption = 0,
     every: EveryOption = False,
@@ -109,7 +107,9 @@ def explain(
             how = "pairs as given"
             session.make_folder()
         else:
-            pairs, names, source, how = _attack(session, sources, aims, budget, steps, seed, samples=samples)
+            attack = choice.choose(context)
+            images_read = session.read_images(sources, samples=samples)
+            pairs, names, source, how = _attack(session, images_read, aims, attack, seed)
         others = None if reference is None else _read_reference(session, reference)
         made = {
             "attack": how,
@@ -167,36 +167,19 @@ def _check_pair(sources: Sequence[Path], *, pair: bool, samples: bool) -> None:
 
 
 def _attack(
-    session: Session,
-    sources: Sequence[Path],
-    aims: AimOptions,
-    budget: str,
-    steps: int,
-    seed: int,
-    *,
-    samples: bool,
+    session: Session, images: Images, aims: AimOptions, attack: ChosenAttack, seed: int
 ) -> tuple[Pairs, list[str], str, str]:
     """The pairs, their names, where the labels are from, and how the pairs were made."""
-    from weakspot.attacks import pgd
-    from weakspot.budgets import read_budget
+    from weakspot.attacks import AttackOptions
 
-    spent = read_budget(budget)
-    aim, source = find_aim(session.classifier, session.read_images(sources, samples=samples), aims)
+    classifier = session.classifier
+    aim, source = find_aim(classifier, images, aims)
     session.make_folder()
-    mask, where = find_region(aims, session.classifier, aim, seed)
-    pairs = pgd(
-        session.classifier,
-        aim.images,
-        aim.labels,
-        budget=spent,
-        region=mask,
-        targets=aim.targets,
-        steps=steps,
-        seed=seed,
-        progress=session.display.step("attacking", total=len(aim.images), counted=False),
-    )
-    toward = "" if aim.targets is None else f", toward {session.classifier.class_name(int(aim.targets[0]))}"
-    return pairs, aim.names, source, f"PGD, {spent}, {steps} steps, {where}{toward}"
+    mask, where = find_region(aims, classifier, aim, seed)
+    step = session.display.step("attacking", total=len(aim.images), counted=False)
+    options = AttackOptions(attack.budget, mask, aim.targets, seed, None, step)
+    pairs = attack.run(classifier, aim, options)
+    return pairs, aim.names, source, attack.describe(classifier, aim, where)
 
 
 def _read_pairs(classifier: Classifier, sources: Sequence[Path]) -> tuple[Pairs, list[str], str]:
@@ -211,7 +194,8 @@ def _read_pairs(classifier: Classifier, sources: Sequence[Path]) -> tuple[Pairs,
             ValueError
         ):  # pairs of another tool, without success and counts; or no pairs, which load reports
             pairs = Pairs.load(sources[0])
-        return pairs, [f"{sources[0].stem} {number}" for number in range(len(pairs))], "from the file"
+        names = pairs.names or [f"{sources[0].stem} {number}" for number in range(len(pairs))]
+        return pairs, list(names), "from the file"
     clean, adversarial = (_read_image(source, classifier.channels) for source in sources)
     if clean.shape != adversarial.shape:
         sizes = " and ".join(f"{image.shape[1]} x {image.shape[2]}" for image in (clean, adversarial))
@@ -280,6 +264,7 @@ def _print(explanation: Explanation, ending: str, *, every: bool) -> None:
     rows, more = first_rows([row for _, row in scores.iterrows()], every=every)
     for row in rows:
         failed = "" if row["success_8bit"] or row["linf"] == 0 else " (failed)"
+        failed = failed if row["read_clean_as"] == row["label"] else " (wrong before)"
         name = str(row["image"]) if every else shorten_name(str(row["image"]))
         cells: list[str | Text] = [name, Text.assemble(one_line(headline(row)), (failed, "yellow"))]
         if placed:  # NaN if the attack is confined to a region, which decides where it acts

@@ -63,7 +63,9 @@ LabelsOption = Annotated[
         default="the model's predictions",
     ),
 ]
-LimitOption = Annotated[int | None, option("N", "Use at most N images, chosen by --seed.", least=1)]
+LimitOption = Annotated[
+    int | None, option("N", "Use at most N images, chosen by --seed.", least=1, default="all images")
+]
 BudgetOption = Annotated[
     str,
     option(
@@ -77,7 +79,8 @@ RegionOption = Annotated[
     option(
         "REGION",
         f"Where an image may change: {', '.join(region_forms()).replace('none', 'none (anywhere)')}, or a mask image "
-        "(its white part). Combine with ~ (not), & (and), | (or); matched:REGION is a control of equal area.",
+        "(its white part, or what is painted on a transparent ground). Combine with ~ (not), & (and), | (or); "
+        "matched:REGION is a control of equal area.",
         panel=ATTACK,
     ),
 ]
@@ -95,7 +98,8 @@ TargetOption = Annotated[
         "CLASS", "Class that the attack aims at, by name or number.", default="any other class", panel=ATTACK
     ),
 ]
-StepsOption = Annotated[int, option("N", "Steps of PGD.", least=1, panel=ATTACK)]
+STEPS = "Steps of the attack."
+StepsOption = Annotated[int, option("N", STEPS, least=1, panel=ATTACK)]
 SetOption = Annotated[
     list[str] | None,
     option(
@@ -123,7 +127,8 @@ BatchSizeOption = Annotated[
 ]
 SeedOption = Annotated[int, option("N", "Seed of all random numbers.")]
 WeightsOption = Annotated[
-    Path | None, option("FILE", "Weights: .safetensors, or a PyTorch state dict.", panel=MODEL)
+    Path | None,
+    option("FILE", "Weights: .safetensors, or a PyTorch state dict.", default="the model's own", panel=MODEL),
 ]
 DeviceOption = Annotated[str, option("DEVICE", "auto, cpu, cuda or mps.", panel=MODEL)]
 
@@ -279,7 +284,7 @@ def parse_settings(
             raise Failure(f"--set must be {form}, got {setting!r}")
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = text
         # Lists and objects stay text: only an attack knows what they mean.
         plain = name not in texts and isinstance(value, int | float | bool | None)
@@ -298,9 +303,13 @@ def read_class_names(path: Path | None) -> list[str] | None:
         return text.splitlines()
     try:
         names = json.loads(text)
-    except ValueError:
+        # transformers and torchvision also write {"0": "cat", "1": "dog"}.
+        names = [names[key] for key in sorted(names, key=int)] if isinstance(names, Mapping) else names
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str | int) for name in names):
         raise Failure(
-            f"--classes: {path} is not valid JSON (it must be a list of names)", UNREADABLE
-        ) from None
-    names = [names[key] for key in sorted(names, key=int)] if isinstance(names, Mapping) else names
+            f"--classes: {path} must be a JSON list of names, or an object of class number to name",
+            UNREADABLE,
+        )
     return [str(name) for name in names]

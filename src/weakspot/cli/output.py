@@ -123,6 +123,31 @@ def print_rows(rows: Sequence[dict[str, str]], *, as_json: bool = False) -> None
     print_table(table)
 
 
+def print_choices(rows: Sequence[dict[str, str]], *, as_json: bool = False) -> None:
+    """Print named choices by their kind, or all rows as JSON.
+
+    Args:
+        rows: kind, name and what each choice is, and what it takes under the name of an option such as "--set".
+        as_json: print JSON.
+    """
+    if as_json:
+        print_json(rows)
+        return
+    # One column of names for all kinds, so that the texts stand below each other.
+    width = max(len(row["name"]) for row in rows)
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        print_text(f"{kind}s", style="bold")
+        table = make_table(["  " + "name".ljust(width), "what"])
+        table.show_header = False
+        for row in (row for row in rows if row["kind"] == kind):
+            takes = [f"{key}: {text}" for key, text in row.items() if key.startswith("--") and text]
+            add_row(
+                table, "  " + row["name"].ljust(width), Text("\n".join(map(one_line, [row["what"], *takes])))
+            )
+        print_table(table)
+        print_text("")
+
+
 def json_rows(frame: pd.DataFrame, digits: int = 9) -> list[dict[str, object]]:
     """The rows of a frame as JSON has them, NaN as null."""
     rows: list[dict[str, object]] = json.loads(frame.to_json(orient="records", double_precision=digits))

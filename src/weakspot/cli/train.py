@@ -17,6 +17,7 @@ from weakspot.cli.app import RESUMABLE, Failure, command
 from weakspot.cli.options import (
     ATTACK,
     MODEL,
+    STEPS,
     DeviceOption,
     OutputOptions,
     SeedOption,
@@ -29,7 +30,7 @@ from weakspot.cli.options import (
     parse_size,
     refuse,
 )
-from weakspot.cli.output import print_json, print_rows, progress_display, warnings_as_notes
+from weakspot.cli.output import print_choices, print_json, progress_display, warnings_as_notes
 from weakspot.cli.training_jobs import (
     Evaluation,
     TrainingJob,
@@ -89,7 +90,7 @@ class TrainingOptions:
         ),
     ] = None
     steps: Annotated[
-        int | None, option("N", "Steps of PGD.", default="40 for gray, else 10", least=1, panel=ATTACK)
+        int | None, option("N", STEPS, default="40 for gray, else 10", least=1, panel=ATTACK)
     ] = None
     step_size: Annotated[
         str | None,
@@ -209,7 +210,7 @@ def train(
     without an attack. If training is interrupted, the same command resumes it, and ends with the same weights.
     """
     if list_all:
-        print_rows(list_choices(), as_json=output.as_json)
+        print_choices(list_choices(), as_json=output.as_json)
         return
     if data is None:
         raise Failure("no data was named (give a folder, an .npz file or hf:NAME)")

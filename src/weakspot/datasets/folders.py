@@ -10,9 +10,8 @@ import torch
 
 from weakspot._checks import check_choice
 from weakspot.datasets.arrays import read_npz
-from weakspot.datasets.cifar import has_cifar, read_cifar_folder
+from weakspot.datasets.binary_files import has_cifar, has_idx, read_cifar_folder, read_idx_folder
 from weakspot.datasets.hub import read_hub
-from weakspot.datasets.idx import has_idx, read_idx_folder
 from weakspot.datasets.labeled import LabeledImages, from_files
 
 SPLITS = {"train": ("train", "training"), "test": ("val", "valid", "validation", "test", "testing")}

@@ -24,6 +24,7 @@ from weakspot.attribution.layers import unit_axis
 from weakspot.classifier import Classifier, as_classifier, check_images, default_batch, evaluating, predict
 from weakspot.pairs import Pairs
 from weakspot.statistics import mcnemar, proportion_interval
+from weakspot.statistics.number_format import p_value, percent, with_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -263,9 +264,10 @@ def masking_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
     units = f"{count} unit{'s' if count > 1 else ''}"
     figures = (
         f"under a new attack, the masked network classifies {_ranged(these)} of {these['images']} images correctly and "
-        f"the unmasked one {_ranged(unmasked)} (p = {unmasked['p']:.2g})"
+        f"the unmasked one {_ranged(unmasked)} ({p_value(unmasked['p'])})"
     )
-    cost = f"Without attack, accuracy is {these['clean']:.0%} with the mask and {unmasked['clean']:.0%} without it."
+    with_mask, without = percent(these["clean"]), percent(unmasked["clean"])
+    cost = f"Without attack, accuracy is {with_mask} with the mask and {without} without it."
     # The order of the cases matters: a lead that chance explains comes before its sign.
     if unmasked["p"] > level or unmasked["lead"] == 0:
         return f"Masking {units} is not shown to change robustness: {figures}. {cost}"
@@ -280,15 +282,16 @@ def masking_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
             f"Masking {units} helps, but is not shown to help more than masking as many other units "
             f"({', '.join(behind)}): {figures}. {cost}"
         )
+    largest = p_value(max(row["p"] for row in rows.values()), "")
     return (
         f"Masking {units} helps, and more than masking as many random units or the most active ones (p at most "
-        f"{max(row['p'] for row in rows.values()):.2g}): {figures}. {cost}"
+        f"{largest.removeprefix('< ')}): {figures}. {cost}"
     )
 
 
 def _ranged(row: dict[Hashable, Any]) -> str:
     fraction, low, high = (row[f"attacked_again{suffix}"] for suffix in ("", "_low", "_high"))
-    return f"{fraction:.0%} [{low:.0%}, {high:.0%}]"
+    return with_interval(fraction, low, high)
 
 
 def _activity(model: nn.Module, layer: str, images: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weakspot.statistics import mcnemar_counts
+from weakspot.statistics.number_format import p_value, percent, with_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,7 +80,7 @@ def verdict(table: pd.DataFrame) -> Verdict:
     leads = rows.set_index("attack").dropna(subset="agreement")
     measured = (
         f"accuracy after all attacks is {_accuracy(worst, 'defended')} with the defense and "
-        f"{_accuracy(worst, UNDEFENDED)} without it ({count} images, {_p_value(p)})"
+        f"{_accuracy(worst, UNDEFENDED)} without it ({count} images, {p_value(p)})"
     )
     if gain <= MIN_GAIN + ROUNDING:
         return Verdict("no protection", f"No protection: {measured}.")
@@ -108,12 +109,12 @@ def _doubts(rows: pd.DataFrame, leads: pd.DataFrame) -> list[str]:
     if agreeing.empty:
         reasons.append(
             f"gradients are masked (the best of {len(leads)} sources of gradients predicts the defended model's "
-            f"margin on {leads['agreement'].max():.0%} of the images)"
+            f"margin on {percent(leads['agreement'].max())} of the images)"
         )
     elif still_falling < MIN_STILL_FALLING - ROUNDING:
         reasons.append(
             f"gradients are masked near the decision boundary (where the gradient attacks stopped, following the "
-            f"gradient still lowers the margin on only {still_falling:.0%} of the surviving images)"
+            f"gradient still lowers the margin on only {percent(still_falling)} of the surviving images)"
         )
     # Rows are accuracies after all attacks so far, so the difference to the row above is what an attack takes.
     count, falls = int(rows["images"].iloc[0]), -rows["defended"].diff()
@@ -135,7 +136,7 @@ def _doubts(rows: pd.DataFrame, leads: pd.DataFrame) -> list[str]:
     only = falls[searches].sum()
     if only > MAX_QUERIES_ONLY + ROUNDING:
         reasons.append(
-            f"{only:.0%} of the images withstand all gradient attacks but not the query-based attack"
+            f"{percent(only)} of the images withstand all gradient attacks but not the query-based attack"
         )
     return reasons
 
@@ -146,14 +147,10 @@ def _masking_note(leads: pd.DataFrame) -> str:
     if own >= MIN_AGREEING - ROUNDING:
         return ""
     return (
-        f" Its own gradients are masked: they predict its margin on {own:.0%} of the images, those of {best} on "
-        f"{leads['agreement'].max():.0%}."
+        f" Its own gradients are masked: they predict its margin on {percent(own)} of the images, those of {best} on "
+        f"{percent(leads['agreement'].max())}."
     )
 
 
 def _accuracy(row: pd.Series, side: str) -> str:
-    return f"{row[side]:.0%} [{row[f'{side}_low']:.0%}, {row[f'{side}_high']:.0%}]"
-
-
-def _p_value(p: float) -> str:
-    return "p < .001" if p < 0.001 else f"p = {f'{p:.3f}'.lstrip('0')}"
+    return with_interval(row[side], row[f"{side}_low"], row[f"{side}_high"])

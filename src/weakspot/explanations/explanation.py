@@ -28,7 +28,7 @@ from weakspot.explanations.analysis import (
     shapes,
 )
 from weakspot.logits import margin
-from weakspot.pairs import AttackResult, Pairs
+from weakspot.pairs import AttackResult, Pairs, row_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,13 +96,27 @@ class Explanation:
             name: series for analysis in self.analyses.values() for name, series in analysis.series.items()
         }
 
-    def verdict(self, index: int = 0) -> str:
-        """What happened to one image, in plain words, with the number, the chance level and the doubt."""
-        return str(find_renderer("verdict")(self, index))
+    def verdict(self, index: int | str = 0) -> str:
+        """What happened to one image, in plain words, with the number, the chance level and the doubt.
 
-    def figure(self, index: int = 0) -> Figure:
-        """A matplotlib figure of one pair: both images, their difference and every map with its scale."""
-        return cast("Figure", find_renderer("figure")(self, index))
+        Args:
+            index: the number or the name of the image.
+
+        Raises:
+            IndexError: if there is no image of this number.
+            ValueError: if there is no image, or more than one, of this name.
+        """
+        return str(find_renderer("verdict")(self, self._row(index)))
+
+    def figure(self, index: int | str = 0) -> Figure:
+        """A matplotlib figure of one pair: both images, their difference and every map with its scale.
+
+        Takes an index, and raises, as `verdict` does.
+        """
+        return cast("Figure", find_renderer("figure")(self, self._row(index)))
+
+    def _row(self, index: int | str) -> int:
+        return row_number(index, [str(name) for name in self.scores["image"]], len(self))
 
     def to_html(self, path: Path | str) -> Path:
         """Write one self-contained page and return its path."""
@@ -135,7 +149,7 @@ def explain(
         pairs: from an attack, or `Pairs.of(model, clean, adversarial)`.
         analyses: names from the entry-point group "weakspot.analyses". Default: all installed analyses.
         seed: passed to every analysis.
-        names: the name of each image.
+        names: the name of each image; by default those of the pairs.
         made: how the pairs were made, for the report.
         reference: (R, C, H, W) other images from the same source as the pairs. At least 19 other images, those of the
             batch and these together, are needed to test whether an attack acts where the network looks.
@@ -157,6 +171,7 @@ def explain(
     check_pairs(pairs, model)
     if names is not None and len(names) != len(pairs):
         raise ValueError(f"names must have one entry for each of {len(pairs)} pairs, got {len(names)}")
+    names = names if names is not None else pairs.names or [f"image {row}" for row in range(len(pairs))]
     functions = find_analyses(analyses)
     if reference is not None and not any(
         accepted_options(each, {"reference": None}) for each in functions.values()
@@ -187,7 +202,7 @@ def explain(
     return Explanation(
         scores=pd.concat([base, *(a.scores.set_axis(base.index) for a in results.values())], axis=1),
         maps={name: maps.detach().cpu() for a in results.values() for name, maps in a.maps.items()},
-        pairs=pairs.to("cpu"),
+        pairs=pairs.to("cpu").named(names),
         analyses=results,
         model=classifier.name,
         class_names=class_names,
@@ -195,9 +210,7 @@ def explain(
     )
 
 
-def _base_scores(
-    classifier: Classifier, pairs: Pairs, names: Sequence[str] | None
-) -> tuple[pd.DataFrame, Tensor]:
+def _base_scores(classifier: Classifier, pairs: Pairs, names: Sequence[str]) -> tuple[pd.DataFrame, Tensor]:
     """The scores that need no analysis, and (N,) the class that each label competes with."""
     import pandas as pd
 
@@ -237,7 +250,7 @@ def _base_scores(
         "l2": torch.linalg.vector_norm(change, dim=1),
     }
     texts = {
-        "image": list(names) if names is not None else [f"image {number}" for number in range(len(pairs))],
+        "image": list(names),
         "label": class_names(pairs.labels),
         "target": class_names(competing),
         "adversarial_class": class_names(adversarial_class),

@@ -36,6 +36,9 @@ ENTRIES = re.compile(
     r"data/constants/(model_constants_config\.json|model\.pt|tensor_\d+)|data/sample_inputs/model\.pt|"
     r"serialized_(exported_program\.json|(state_dict|constants|example_inputs)\.pt))"
 )
+LARGEST = 16 * 2**30  # bytes of all entries of an archive together, more than any image classifier has
+RATIO = 100  # uncompressed by compressed size; torch.export.save does not compress, and weights hardly shrink
+SMALL = 2**20  # bytes below which an entry may have any ratio: JSON of repetitive networks shrinks a lot
 EXTRA = re.compile(r"([^/]+/)?(extra|extra_files)/")
 NAMES = {"name", "as_name", "forward_arg_names"}  # torch prints these into Python code that it runs
 PATHS = {"fqn", "parameter_name", "buffer_name", "tensor_constant_name", "custom_obj_name"}
@@ -70,6 +73,7 @@ def load_exported(path: Path) -> nn.Module:
         OSError,
         struct.error,
         json.JSONDecodeError,
+        RecursionError,
         UnicodeDecodeError,
         NotImplementedError,
         RuntimeError,
@@ -128,6 +132,7 @@ def _inspected_archive(path: Path) -> io.BytesIO:
     """
     buffer = io.BytesIO()
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(buffer, "w") as copy:
+        _refuse_bomb(archive, path)
         _refuse_code(archive, path)
         for name in archive.namelist():
             if not EXTRA.match(name):
@@ -159,6 +164,20 @@ def _refuse_code(archive: zipfile.ZipFile, path: Path) -> None:
             content = json.loads(archive.read(name))
             for key, value in _leaves(content):
                 _refuse_entry(key, value, name, path, names)
+
+
+def _refuse_bomb(archive: zipfile.ZipFile, path: Path) -> None:
+    """Refuse entries that are far larger than the file, before any of them is read."""
+    entries = archive.infolist()
+    for entry in entries:
+        if entry.file_size > SMALL and entry.file_size > RATIO * entry.compress_size:
+            raise ValueError(
+                f"{path} is refused: {entry.filename} would grow from {entry.compress_size:,} to {entry.file_size:,} "
+                "bytes (save it with torch.export.save, which does not compress)"
+            )
+    total = sum(entry.file_size for entry in entries)
+    if total > LARGEST:
+        raise ValueError(f"{path} is refused: it holds {total:,} bytes, more than {LARGEST:,}")
 
 
 def _refuse_pickle(content: bytes, name: str, path: Path) -> None:

@@ -38,8 +38,6 @@ def from_transformers(name: str) -> Classifier:
         raise ValueError(f"hf:{name} lacks weights of the network, for example {min(report['missing_keys'])}")
     config = network.config
     settings = _preprocessing(Path(name) if from_disk else None, name)
-    names = [str(config.id2label[index]) for index in sorted(config.id2label)]
-    has_names = not all(label == f"LABEL_{index}" for index, label in enumerate(names))
     return Classifier(
         network,
         mean=settings.get("image_mean") or [0.0],
@@ -50,7 +48,6 @@ def from_transformers(name: str) -> Classifier:
             or getattr(config, "image_size", None)
             or 224
         ),
-        class_names=names if has_names else None,
         name=name.rstrip("/").split("/")[-1],
     )
 
@@ -120,7 +117,7 @@ def _preprocessing(folder: Path | None, name: str) -> dict[str, Any]:
             return settings | {"image_mean": None, "image_std": None}
         if settings.get("image_mean") and settings.get("image_std"):
             return settings
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         settings = {}
     warn(
         f"hf:{name} has no preprocessor_config.json with a normalization, so images are not normalized (give mean and "

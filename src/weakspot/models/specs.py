@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from weakspot._checks import contain_exits, entry_points, unknown_choice
+from weakspot._checks import contain_exits, entry_points, first_line, unknown_choice
 from weakspot.classifier import Classifier
 from weakspot.models.embedded import from_training, is_trained
 from weakspot.models.exported import load_exported
@@ -92,10 +92,14 @@ def find_device(device: str) -> torch.device:
         return torch.device(next(name for name, available in backends.items() if available))
     try:
         chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or mps, got {device!r}") from None
+    try:
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
-            f"device must be auto, cpu, cuda or mps, and available on this machine, got {device!r}"
+            f"device {device} is not available on this machine (use auto or cpu; torch {torch.__version__} says: "
+            f"{first_line(error)[:100]})"
         ) from None
     return chosen
 
@@ -133,9 +137,15 @@ def find_factory(module_name: str, name: str, *, kind: str = "model", forms: str
     Raises:
         ValueError: if there is no such module or attribute.
     """
+    if module_name.partition(".")[0] in sys.stdlib_module_names:
+        raise ValueError(
+            f"{kind} {module_name}:{name} must be in a module of yours, got {module_name}, which is part of Python "
+            f"(valid are {forms})"
+        )
+    # Last, so that a file of this folder cannot take the place of an installed module.
     folder = str(Path.cwd())
     if folder not in sys.path:
-        sys.path.insert(0, folder)
+        sys.path.append(folder)
     try:
         module = importlib.import_module(module_name)
     except (TypeError, ValueError):
@@ -155,13 +165,33 @@ def find_factory(module_name: str, name: str, *, kind: str = "model", forms: str
 
 
 def _call_factory(factory: object, spec: object) -> nn.Module:
-    network = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
+    network = factory
+    if callable(factory) and not isinstance(factory, nn.Module):
+        _check_no_arguments(factory, spec)
+        network = factory()
     if inspect.isclass(network) or not isinstance(network, nn.Module):
         raise ValueError(
             f"model {spec} must be a torch.nn.Module or a function without arguments that returns one, got "
             f"{type(network).__name__}"
         )
     return network
+
+
+def _check_no_arguments(factory: Callable[..., object], spec: object) -> None:
+    try:
+        signature = inspect.signature(factory)
+    except (ValueError, TypeError):  # some functions written in C have none
+        return
+    needed = [
+        name
+        for name, one in signature.parameters.items()
+        if one.default is one.empty and one.kind not in {one.VAR_POSITIONAL, one.VAR_KEYWORD}
+    ]
+    if needed:
+        raise ValueError(
+            f"model {spec} must be a function without arguments that returns a torch.nn.Module, got one that needs "
+            f"{' and '.join(needed)}"
+        )
 
 
 def _load_weights(network: nn.Module, path: Path) -> None:

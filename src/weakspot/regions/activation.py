@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import ModelWarning, check_classes, check_fraction, warn
+from weakspot._checks import ImageWarning, ModelWarning, check_classes, check_fraction, warn
 from weakspot.attribution.cam import class_activation, class_activations
 from weakspot.classifier import check_images, evaluating
-from weakspot.regions.masks import top
+from weakspot.regions.masks import superpixels, top
 
 
 def cam(
@@ -40,6 +40,59 @@ def cam(
             ModelWarning,
         )
     return top(maps, fraction)
+
+
+def important_superpixels(
+    model: nn.Module, images: Tensor, classes: Tensor, *, fraction: float = 0.3, count: int = 100
+) -> Tensor:
+    """Return the superpixels in which the network finds most evidence for a class, as whole pieces of the image.
+
+    Superpixels are taken in the order of their mean class activation, until the next one would exceed the fraction.
+    The first one is taken whatever its size. Unlike `cam`, the region follows the outlines of the image.
+
+    Args:
+        model: any classifier.
+        images: (N, C, H, W) in [0, 1], with 1 or 3 channels.
+        classes: (N,) the class that each image is explained for.
+        fraction: the most that the region covers of an image of several superpixels, 0 to 1; 0 gives an empty region.
+        count: the approximate number of superpixels that `superpixels` cuts an image into.
+
+    Returns:
+        Bool (N, 1, H, W).
+
+    Raises:
+        ValueError: if an argument does not fit, naming it.
+
+    Warns:
+        ImageWarning: if the first superpixel of an image alone is larger than the fraction.
+    """
+    check_fraction(fraction)
+    groups = superpixels(images, count=count)
+    maps = class_activation(model, images, classes, alignment="effective").to(groups.device)
+    region = torch.stack(
+        [_highest_groups(own, map_, fraction) for own, map_ in zip(groups, maps, strict=True)]
+    )
+    larger = int((region.flatten(1).double().mean(1) > fraction + 1e-9).sum())
+    if larger:
+        warn(
+            f"the first superpixel of {larger} of {len(region)} images is larger than the fraction {fraction:g} and "
+            "is the whole region there (give more superpixels, as in superpixels:400)",
+            ImageWarning,
+        )
+    return region
+
+
+def _highest_groups(groups: Tensor, scores: Tensor, fraction: float) -> Tensor:
+    """Bool (1, H, W): the groups (1, H, W) of highest mean score (1, H, W), in order, while they fit."""
+    areas = groups.flatten().bincount()
+    sums = torch.zeros(len(areas), dtype=torch.float64, device=groups.device)
+    means = sums.index_add_(0, groups.flatten(), scores.flatten().double()) / areas
+    # A stable sort breaks ties by number, so that the same image always gives the same region.
+    order = means.argsort(descending=True, stable=True)
+    covered = areas[order].cumsum(0)
+    taken = int((covered <= fraction * groups.numel()).sum())
+    kept = order[: max(taken, 1 if fraction > 0 else 0)]
+    return torch.isin(groups, kept)
 
 
 def support(

@@ -1,14 +1,26 @@
-"""Masks that need no network: the highest scores, frames, superpixels and painted pictures."""
+"""Masks that need no network: highest scores, frames, superpixels, painted pictures, and controls of equal area."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from weakspot._checks import ImageWarning, check_batch, check_count, check_fraction, check_range, warn
+from weakspot._checks import (
+    ImageWarning,
+    check_batch,
+    check_choice,
+    check_count,
+    check_fraction,
+    check_range,
+    check_seed,
+    warn,
+)
 from weakspot.images import open_pictures
+
+CONTROLS = ("shift", "random", "border")
 
 
 def top(scores: Tensor, fraction: float) -> Tensor:
@@ -107,7 +119,10 @@ class UnreadableError(ValueError):
 
 
 def from_file(path: Path | str, images: Tensor) -> Tensor:
-    """Read the white part of a mask picture; transparency counts as black.
+    """Read the marked part of a mask picture.
+
+    In a picture with transparent pixels, every opaque pixel is marked, whatever its color. In any other picture, the
+    white part is.
 
     A picture of another size is cropped at its center to the images' aspect ratio and resized, like the pictures.
 
@@ -116,12 +131,12 @@ def from_file(path: Path | str, images: Tensor) -> Tensor:
         images: (N, C, H, W), of which only size and device matter.
 
     Returns:
-        Bool (1, 1, H, W), true where the picture is lighter than half.
+        Bool (1, 1, H, W), true where the picture is more opaque, or lighter, than half.
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.
         UnreadableError: a ValueError, if `path` is not a picture that can be read.
-        ValueError: if no pixel within the crop is white, or images are not such a batch.
+        ValueError: if no pixel within the crop is marked, or images are not such a batch.
 
     Warns:
         ImageWarning: if the crop cuts off a part of the picture, because its aspect ratio is another one.
@@ -146,15 +161,15 @@ def from_file(path: Path | str, images: Tensor) -> Tensor:
     region = mask[None, None] > 0.5
     if not bool(region.any()):
         raise ValueError(
-            f"{path} must have a white pixel where the model looks ({height} x {width}, cropped at the center like the "
-            "pictures), got none (white is where the attack acts)"
+            f"{path} must have a mark where the model looks ({height} x {width}, cropped at the center like the "
+            "pictures), got none (mark where the attack acts: white on black, or any color on a transparent ground)"
         )
     return region.to(images.device)
 
 
 def _gray(path: Path, size: tuple[int, int] | None) -> tuple[Tensor, str]:
-    """The picture (H, W), and a remark about it."""
-    (picture,) = open_pictures(path, size=size, channels=1, background="black")
+    """How white or, in a transparent picture, how opaque each pixel is (H, W), and a remark."""
+    (picture,) = open_pictures(path, size=size, channels=1, marks=True)
     if picture.pixels is None:
         raise UnreadableError(f"{path}: {picture.remark.removesuffix('; skipped')}")
     return picture.pixels[0], picture.remark
@@ -164,3 +179,53 @@ def _is_cut(mask: tuple[int, int], images: tuple[int, int]) -> bool:
     """Whether the crop removes at least a pixel of the images on either side; less is rounding."""
     scale = min(mask[0] / images[0], mask[1] / images[1])
     return max(own / scale - side for own, side in zip(mask, images, strict=True)) >= 2
+
+
+def matched(region: Tensor, *, kind: str = "shift", seed: int = 0, images: Tensor | None = None) -> Tensor:
+    """Return a control region of exactly equal area.
+
+    Args:
+        region: bool (N, 1, H, W).
+        kind: "shift" moves the region as a whole, wrapping around, by a random amount that is not zero; "random"
+            scatters its sites; "border" takes the sites nearest to the image's border.
+        seed: of "shift", of "random", and of the order among equally near sites of "border". Each image draws by `seed`
+            and its own region, whatever else is in the batch.
+        images: (N, C, H, W), by which each image draws as well, so that equal regions are not moved equally.
+
+    Returns:
+        Bool (N, 1, H, W).
+
+    Raises:
+        ValueError: if the region is not such a mask or the kind is unknown.
+    """
+    if region.dtype != torch.bool or region.ndim != 4 or region.shape[1] != 1:
+        raise ValueError(f"region must be bool (N, 1, H, W), got {tuple(region.shape)} {region.dtype}")
+    check_seed(seed)
+    check_choice("kind", kind, CONTROLS)
+    if images is not None and len(images) != len(region):
+        raise ValueError(f"images must be as many as regions ({len(region)}), got {len(images)}")
+    contents = [b""] * len(region) if images is None else [image.cpu().numpy().tobytes() for image in images]
+    return torch.cat(
+        [_control(mask, kind, seed, own) for mask, own in zip(region.split(1), contents, strict=True)]
+    )
+
+
+def _control(mask: Tensor, kind: str, seed: int, image: bytes) -> Tensor:
+    content = mask.cpu().numpy().tobytes() + image
+    digest = hashlib.blake2b(content, digest_size=7, key=str(seed).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest))
+    height, width = mask.shape[2:]
+    if kind == "shift":
+        if height * width == 1:
+            return mask.clone()
+        move = int(torch.randint(1, height * width, (), generator=generator))
+        return mask.roll((move // width, move % width), (2, 3))
+    scores = torch.rand(1, 1, height, width, generator=generator)
+    if kind == "border":
+        rows, columns = torch.arange(height)[:, None], torch.arange(width)[None]
+        inward = torch.minimum(
+            torch.minimum(rows, height - 1 - rows), torch.minimum(columns, width - 1 - columns)
+        )
+        # Random numbers below one only order the sites at the same distance.
+        scores = scores - inward
+    return top(scores.to(mask.device), int(mask.sum()) / (height * width))

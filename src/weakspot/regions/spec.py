@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from weakspot._checks import unknown_choice
-from weakspot.regions.activation import cam, support
-from weakspot.regions.controls import matched
-from weakspot.regions.masks import border, from_file
+from weakspot.regions.activation import cam, important_superpixels, support
+from weakspot.regions.masks import border, from_file, matched
 from weakspot.regions.segmentation import background
 
 DEFAULT_WIDTH = 8  # of a border, in pixels
+DEFAULT_COUNT = 100  # of superpixels
 _MATCHED = "matched:"
 _DONATED = re.compile(r"other:(.+)#([1-9]\d*)")
 
@@ -48,6 +48,14 @@ REGIONS = {
     "cam": RegionKind(
         lambda term, _: cam(term.model, term.images, term.labels, fraction=term.fraction),
         "the --fraction of the image with the most evidence for the label",
+        depends_on_fraction=True,
+        depends_on_image=True,
+    ),
+    "superpixels": RegionKind(
+        lambda term, count: term.superpixels(count),
+        f"whole superpixels with the most evidence for the label, up to the --fraction of the image; about "
+        f"{DEFAULT_COUNT} pieces, or superpixels:COUNT",
+        argument="COUNT",
         depends_on_fraction=True,
         depends_on_image=True,
     ),
@@ -156,11 +164,11 @@ def read_region(
         region: a name of `REGIONS`, such as "none" (anywhere), "cam" or "border:WIDTH", or the path of a mask
             picture; "~cam" for everything else, "matched:cam" for a control of equal area. Terms are joined by "&",
             which binds more tightly, and "|"; "matched:(cam&background)" is a control of the whole expression.
-        model: the classifier whose class activation "cam", "support" and "background" use.
+        model: the classifier whose class activation "cam", "superpixels", "support" and "background" use.
         images: (N, C, H, W) in [0, 1].
-        labels: (N,) classes that "cam" and "support" are for.
+        labels: (N,) classes that "cam", "superpixels" and "support" are for.
         targets: (N,) the second class of "support".
-        fraction: fraction of the image in "cam" and "support", 0 to 1.
+        fraction: fraction of the image in "cam" and "support", and at most in "superpixels", 0 to 1.
         seed: of "matched:".
 
     Returns:
@@ -223,9 +231,21 @@ class _Maker:
         return torch.ones_like(self.images[:, :1], dtype=torch.bool)
 
     def border(self, width: str) -> Tensor:
-        if width and not (width.isascii() and width.isdigit() and len(width) < 6):
-            raise ValueError(f"region must be border:WIDTH with a width in pixels, got {self.text!r}")
-        return border(self.images, width=int(width or DEFAULT_WIDTH))
+        return border(
+            self.images, width=self.number(width, "border:WIDTH with a width in pixels", DEFAULT_WIDTH)
+        )
+
+    def superpixels(self, count: str) -> Tensor:
+        number = self.number(count, "superpixels:COUNT with a number of pieces", DEFAULT_COUNT)
+        return important_superpixels(
+            self.model, self.images, self.labels, fraction=self.fraction, count=number
+        )
+
+    def number(self, text: str, form: str, default: int) -> int:
+        """The number after the colon of a term, or the default if there is none."""
+        if text and not (text.isascii() and text.isdigit() and len(text) < 6):
+            raise ValueError(f"region must be {form}, got {self.text!r}")
+        return int(text or default)
 
     def support(self) -> Tensor:
         if self.targets is None:

@@ -46,8 +46,6 @@ def figure(explanation: Explanation, index: int = 0) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    if not -len(explanation) <= index < len(explanation):
-        raise IndexError(f"index must be below the number of pairs, {len(explanation)}, got {index}")
     views, _ = worth_drawing(map_views(explanation, index))
     rows = math.ceil((2 + len(views)) / COLUMNS)
     sheet = Figure(figsize=(3.3 * COLUMNS, 2.9 * rows + 0.9), layout="compressed")

@@ -75,7 +75,7 @@ class Material:
     @cached_property
     def fooled(self) -> AttackResult:
         """The successful attacks of `pairs`, of which there must be one."""
-        return self.pairs.select(self.pairs.success)
+        return self.pairs[self.pairs.success]
 
     def correct(self, images: Tensor, labels: Tensor) -> Tensor:
         """(N,) bool, whether the network classifies images as labels."""

@@ -72,7 +72,7 @@ class Promotion:
             steps=10 if material.quick else 40,
             seed=material.seed,
         )
-        return result.select(result.success) if result.success.any() else None
+        return result[result.success] if result.success.any() else None
 
     @property
     def successes(self) -> int:

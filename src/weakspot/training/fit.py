@@ -37,8 +37,8 @@ from weakspot.training.checkpoint import (
     write_record,
 )
 from weakspot.training.config import ResolvedConfig, find_recipe
-from weakspot.training.held_out import held_out_images, split
 from weakspot.training.loop import Callbacks, Loop
+from weakspot.training.robust_accuracy import held_out_images, split
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

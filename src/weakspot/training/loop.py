@@ -24,8 +24,8 @@ from weakspot.training.backgrounds import Backgrounds
 from weakspot.training.checkpoint import Best, State
 from weakspot.training.config import ResolvedConfig, find_recipe
 from weakspot.training.data import Augmentation, mixed_seed, read_in_workers
-from weakspot.training.held_out import HeldOut, collapsed
 from weakspot.training.input_gradient import fast_input_gradient
+from weakspot.training.robust_accuracy import HeldOut, collapsed
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

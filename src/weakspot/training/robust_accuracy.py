@@ -1,20 +1,25 @@
-"""Robustness tests: which images a trained network classifies correctly, without attack and under each attack."""
+"""Accuracy under attack: of a network on held-out images during its training, and on test images after it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import check_classes, check_count
+from weakspot._checks import ModelWarning, check_classes, check_count, quiet
 from weakspot._progress import Progress, part
+from weakspot._state import EvalMode
 from weakspot.attacks import ensemble, pgd
 from weakspot.budgets import Budget
-from weakspot.classifier import evaluating, predict
+from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.datasets import LabeledImages
-from weakspot.training.backgrounds import find_backgrounds
+from weakspot.regions import matched
+from weakspot.training.backgrounds import Backgrounds, find_backgrounds
+from weakspot.training.config import ResolvedConfig, find_recipe
 
 TESTS = {
     "clean": "no attack",
@@ -24,6 +29,12 @@ TESTS = {
     "swapped": "the background of another image behind the object",
 }
 GRAY_STEPS, COLOR_STEPS = 40, 20  # of PGD: MNIST and CIFAR-10 as Madry et al. 2018 (arXiv 1706.06083) test
+SPLIT_SEED = (
+    0  # the split depends on the data only, so that all seeds and recipes are compared on the same images
+)
+HELD_OUT_STEPS = 10  # of the evaluating attack; many, because single-step training overfits to single steps
+LARGEST_FALL = 0.2  # robust accuracy that fell by more than this, ...
+REMAINING = 0.5  # ... to less than this fraction of its best, has collapsed
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -185,3 +196,77 @@ def swap_backgrounds(images: Tensor, backgrounds: Tensor, seed: int = 0) -> Tens
     mean = (behind * visible).sum((2, 3), keepdim=True) / area
     swapped: Tensor = torch.where(backgrounds, torch.where(visible, behind, mean), images)
     return swapped
+
+
+class HeldOut(NamedTuple):
+    """Images (N, C, H, W), labels (N,), and the region (N, 1, H, W) of the attack (None: everywhere)."""
+
+    images: Tensor
+    labels: Tensor
+    region: Tensor | None
+
+    @property
+    def constant(self) -> float:
+        """Accuracy of a network that always predicts the most frequent class."""
+        return float(self.labels.bincount().max()) / len(self.labels)
+
+    def evaluate(self, classifier: Classifier, config: ResolvedConfig) -> dict[str, float]:
+        """Fractions of correctly classified images: without attack ("clean") and under PGD ("robust")."""
+        device = classifier.mean.device
+        images, labels = self.images.to(device), self.labels.to(device)
+        with EvalMode(classifier):
+            clean = predict(classifier, images).argmax(1) == labels
+            with quiet(ModelWarning):  # an untrained network may have zero gradients
+                attacked = pgd(
+                    classifier,
+                    images,
+                    labels,
+                    budget=config.budget,
+                    region=None if self.region is None else self.region.to(device),
+                    steps=HELD_OUT_STEPS,
+                    stop_early=True,
+                )
+            # From a fresh pass, and only images that are correct without attack.
+            robust = predict(classifier, attacked.adversarial).argmax(1) == labels
+        return {"clean": float(clean.double().mean()), "robust": float((clean & robust).double().mean())}
+
+
+def split(count: int, held_out: int) -> tuple[Tensor, Tensor]:
+    """Rows to train on and rows held out, at most a tenth of all."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(SPLIT_SEED))
+    held = min(held_out, count // 10)
+    return order[held:].sort().values, order[:held].sort().values
+
+
+def held_out_images(
+    data: LabeledImages, rows: Tensor, backgrounds: Backgrounds | None, config: ResolvedConfig
+) -> HeldOut | None:
+    """The held-out rows, with the region that the recipe attacks. None if there are no rows."""
+    if not len(rows):
+        return None
+    region = None if backgrounds is None else backgrounds.masks(rows)
+    target = find_recipe(config.recipe).region
+    if region is not None and target == "foreground":
+        region = ~region
+    if region is not None and target == "random":
+        region = matched(region, kind="random", seed=config.seed)
+    return HeldOut(data.images(rows), data.labels[rows], region)
+
+
+def collapsed(robust: Sequence[float], constant: float) -> bool:
+    """Whether the last of these robust accuracies shows catastrophic overfitting (Wong et al. 2020, arXiv 2001.03994).
+
+    The network then withstands single steps only, and its accuracy under many steps falls to nothing from one epoch to
+    the next.
+
+    Args:
+        robust: one accuracy per epoch.
+        constant: accuracy of always predicting the most frequent class, which is no robustness.
+
+    >>> collapsed([0.3, 0.41, 0.02], 0.1), collapsed([0.3, 0.41, 0.35], 0.1), collapsed([0.5, 0.1], 0.5)
+    (True, False, False)
+    """
+    # Gains and losses are measured from the constant predictor, which no attack can fool.
+    best, last = max(robust), robust[-1]
+    gained = best - constant
+    return gained > LARGEST_FALL / 2 and last < best - LARGEST_FALL and last - constant < REMAINING * gained

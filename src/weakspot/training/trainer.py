@@ -17,8 +17,8 @@ from weakspot.training.checkpoint import Record, find_earlier, make_record
 from weakspot.training.config import TrainConfig
 from weakspot.training.data import TrainingData, as_labeled
 from weakspot.training.fit import Job, exclusive, fit, load_finished, make_fabric
-from weakspot.training.held_out import split
 from weakspot.training.loop import Callbacks
+from weakspot.training.robust_accuracy import split
 
 
 def train(

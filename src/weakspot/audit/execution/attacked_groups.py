@@ -291,7 +291,7 @@ class _Shard:
         def run(part: Tensor) -> Explanation:
             return explain(
                 self.model.classifier,
-                result.select(part),
+                result[part],
                 analyses=self.plan.analyses,
                 seed=self.plan.seed,
                 compare=False,  # with the other images of the shard, which is no property of an image
