@@ -14,7 +14,7 @@ import torch
 from weakspot._checks import check_choice
 from weakspot._io.files import write_atomic
 from weakspot.models.specs import fingerprint
-from weakspot.reproduction import localized, one_pixel, perceptual, promotion, spatial
+from weakspot.reproduction import localized, one_pixel, perceptual, perturbation_types, spatial
 from weakspot.reproduction.claims import Claim, Reproduction
 from weakspot.reproduction.material import Material
 
@@ -41,7 +41,9 @@ PAPERS: Mapping[str, Paper] = {
     "spatial": Paper(spatial.CITATION, lambda material, _: spatial.Spatial(material)),
     "perceptual": Paper(perceptual.CITATION, lambda material, _: perceptual.Perceptual(material)),
     "localized": Paper(localized.CITATION, localized.Localized),
-    "promotion": Paper(promotion.CITATION, lambda material, _: promotion.Promotion(material)),
+    "promotion": Paper(
+        perturbation_types.CITATION, lambda material, _: perturbation_types.Promotion(material)
+    ),
     "one-pixel": Paper(one_pixel.CITATION, lambda material, _: one_pixel.OnePixel(material)),
 }
 
