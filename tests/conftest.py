@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.clock import FakeClock
 from tests.networks import NETWORKS, Made
+from weakspot import _progress
 
 # Networks this small lose more time to synchronizing threads than they gain.
 torch.set_num_threads(1)
@@ -33,3 +35,12 @@ def data() -> Path:
     if not (folder / "MANIFEST.md").is_file():
         pytest.skip(f"no real data at {folder}; set WEAKSPOT_DATA to run this test")
     return folder
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    """The clock that progress goes by."""
+    fake = FakeClock()
+    monkeypatch.setattr(_progress, "clock", fake)
+    monkeypatch.setattr(_progress, "repeat", fake.repeat)
+    return fake

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -107,10 +107,13 @@ class Step:
         gained, elapsed = self.done - before, now - since
         if gained <= 0 or elapsed < MEASURABLE:
             return f"{amount}{', ' if amount else ''}{duration(now - self.began)} so far"
-        # Units per second; a single unit has no rate.
+        # A single unit has no rate.
         rate = gained * self.total / elapsed
-        fast = rate > 0.1
-        speed = f"{_number(f'{rate:.2g}', self.unit)}/s" if fast else f"{duration(1 / rate)} per {self.unit}"
+        if rate >= 1:
+            speed = f"{_number(f'{rate:.2g}', self.unit)}/s"
+        else:
+            each = 1 / rate
+            speed = f"{duration(each) if each > 10 else f'{each:.2g} s'} per {self.unit}"
         left = f"about {duration(elapsed * (1 - self.done) / gained)} left"
         return ", ".join([amount, *([speed] if self.total > 1 else []), left])
 
@@ -128,10 +131,12 @@ class Display:
 
     Attributes:
         current: the step that is shown.
+        paused: a context manager in which a bar is out of the way of other output.
     """
 
     def __init__(self) -> None:
         self.current = Step("starting")
+        self.paused: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def step(self, name: str, *, total: int = 1, unit: str = "image", counted: bool = True) -> Step:
         """Begin a step; returns what it reports to. Arguments are those of `shown`."""
@@ -194,14 +199,28 @@ def _terminal_bar(display: Display, console: Console) -> Iterator[None]:
 
     def draw() -> Table:
         step = display.current
+        status = step.status
+        # The bar takes what the text leaves.
+        room = console.width - len(step.name) - len(status) - 6
         row = Table.grid(padding=(0, 1))
         for _ in range(4):
             row.add_column(no_wrap=True, overflow="ellipsis")
-        bar = ProgressBar(1.0, step.done, width=max(4, min(24, console.width // 4)))
-        row.add_row(spinner, Text(step.name), bar, Text(step.status))
+        bar = ProgressBar(1.0, step.done, width=max(4, min(24, room)))
+        row.add_row(spinner, Text(step.name), bar, Text(status))
         return row
 
-    with Live(get_renderable=draw, console=console, transient=True, redirect_stdout=False):
+    live = Live(get_renderable=draw, console=console, transient=True, redirect_stdout=False)
+
+    @contextmanager
+    def paused() -> Iterator[None]:
+        live.stop()
+        try:
+            yield
+        finally:
+            live.start()
+
+    display.paused = paused
+    with live:
         yield
 
 
@@ -234,7 +253,7 @@ def repeat(action: Callable[[], None], first: float, every: float) -> Iterator[N
             action()
             wait = every
 
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=run, name="weakspot-progress", daemon=True)
     thread.start()
     try:
         yield

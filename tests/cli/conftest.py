@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from weakspot import _progress, cli, sample_images
+from weakspot.cli import output
 
 
 @dataclass
@@ -64,6 +65,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.setenv("COLUMNS", "200")
     # No progress line, however slow the machine is.
     monkeypatch.setattr(_progress, "FIRST_LINE", 3600.0)
+    monkeypatch.setattr(output, "busy_remark", lambda: None)
 
     def call(*arguments: object) -> Ended:
         monkeypatch.setattr(sys, "argv", ["weakspot", *map(str, arguments)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import typer
 from typer.core import TyperGroup
 
@@ -20,6 +22,7 @@ import weakspot
 from tests.cli.conftest import NETWORKS, TINY, Run
 from weakspot._checks import ModelError
 from weakspot.cli.app import Failure, app, explained
+from weakspot.cli.output import busy_remark
 
 COMMANDS = (
     "explain",
@@ -35,9 +38,21 @@ COMMANDS = (
 )
 # Options whose meaning depends on the command: on what is trained, or on what a plan.toml may hold.
 OWN = {
-    "train": {"--model", "--budget", "--steps", "--size", "--limit", "--batch-size", "--workers", "--list"},
+    "train": {
+        "--model",
+        "--budget",
+        "--steps",
+        "--size",
+        "--limit",
+        "--batch-size",
+        "--workers",
+        "--list",
+        "--quick",
+    },
     "audit": {"--out", "--labels", "--set", "--resume"},
     "dissect": {"--out"},
+    "explain": {"--quick"},  # each leaves out something else
+    "defend": {"--quick"},
 }
 
 
@@ -307,5 +322,32 @@ def test_models_and_doctor_list_what_is_missing(run: Run) -> None:
     assert ended.code == 0, ended.out + ended.err
     checks = {row["check"]: row["result"] for row in json.loads(ended.out)}
     assert checks["result"] == "everything works"
-    assert checks["analyses"].startswith("cam, ssim, overlap")
+    assert checks["analyses"].startswith("weak_spots, cam, ssim, overlap")
     assert checks["extra audit"].endswith("for audit, compare, report")
+
+
+def test_every_command_takes_threads(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert run("models", "--threads", 3).code == 0
+    assert (chosen, os.environ["OMP_NUM_THREADS"]) == ([3], "3")
+    run("models")
+    assert chosen == [3]
+    assert run("models", "--threads", 0).code == 2
+    for name in app.registered_commands:
+        assert name.callback is not None
+        assert "threads" in inspect.signature(name.callback).parameters
+
+
+def test_a_busy_machine_is_remarked_on_only_if_threads_can_get_in_each_others_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for threads, load, remarked in ((4, 9.0, True), (4, 4.0, False), (1, 9.0, False)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0, 0))
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert (busy_remark() is not None) == remarked
+    monkeypatch.delattr(os, "getloadavg")  # as on Windows
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert busy_remark() is None

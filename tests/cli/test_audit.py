@@ -383,7 +383,9 @@ def test_ray_prints_nothing_of_its_own_and_leaves_nothing_running(
     assert run("audit", photographs, *TINY, *QUICK, "--out", "here").code == 0
     child = with_ray(tmp_path, "photos", *TINY, *QUICK, "--out", "made")
     out, err = child.communicate(timeout=200)
-    assert (child.returncode, err) == (0, "")
+    # Our own: how far the audit is, and that this machine is busy.
+    own = ("loading the model: ", "auditing: ", "note: this machine is busy")
+    assert (child.returncode, [line for line in err.splitlines() if not line.startswith(own)]) == (0, [])
     assert "4 images audited" in out
     assert "raylet" not in out
     one, other = (runs.open_run(tmp_path / folder) for folder in ("here", "made"))

@@ -80,7 +80,7 @@ def test_table_verdict_figure_and_record_are_written_and_agree(
 ) -> None:
     ended = run(
         "defend", photographs, *TINY, "--set", "fraction=0.1", "--set", "fill=blur", "--budget", "linf:2/255",
-        "--seed", 3,
+        "--seed", 3, "--all",
         "--out", "made",
     )  # fmt: skip
     assert ended.code == 0, ended.err

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,15 @@ import torch
 from PIL import Image
 
 from tests.cli.conftest import NAMES, TINY, Run, save
-from weakspot import Pairs, sample_images
+from weakspot import Analysis, Classifier, Pairs, sample_images
 from weakspot.audit.store.run_folder import FILES
 from weakspot.cli.app import Failure
 from weakspot.cli.explain import _check_pair
+from weakspot.explanations import explanation
+from weakspot.explanations.analysis import find_analyses
 from weakspot.statistics.number_format import p_value
 
+explain_command = sys.modules["weakspot.cli.explain"]  # the package has the function under this name
 QUICK = (*TINY, "--steps", 3, "--analyses", "overlap")
 
 
@@ -137,7 +142,7 @@ def test_four_photographs_have_no_p_value(run: Run, photographs: Path, tmp_path:
     page = (tmp_path / "run/report.html").read_text()
     for text in (ended.out, page.split("<main>")[1].split("<script")[0]):
         assert not re.search(r"\b[pq] ?[=<]|&lt; \.|where the network looks:", text)
-    assert '<th scope="col">other images</th>' not in page
+    assert '">other images</a></th>' not in page
 
 
 def test_a_folder_of_references_gives_p_values(run: Run, photographs: Path, tmp_path: Path) -> None:
@@ -162,7 +167,7 @@ def test_a_folder_of_references_gives_p_values(run: Run, photographs: Path, tmp_
         assert f"{p}, q" in ended.out
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert record["reference"] == "24 images in others"
-    assert '<th scope="col">other images</th>' in (tmp_path / "run/report.html").read_text()
+    assert '">other images</a></th>' in (tmp_path / "run/report.html").read_text()
 
 
 def test_references_that_do_not_exist_are_named(run: Run, photographs: Path) -> None:
@@ -343,3 +348,83 @@ def test_one_pixel_pairs_get_a_table_by_radius(run: Run, tmp_path: Path) -> None
     assert plain.code == 0
     assert not (tmp_path / "plain/locality.csv").exists()
     assert "The same pixel at other sites" not in (tmp_path / "plain/report.html").read_text()
+
+
+class Interrupting:
+    """An analysis that raises KeyboardInterrupt, or notes what standard output holds when it runs."""
+
+    def __init__(self, capture: pytest.CaptureFixture[str] | None = None) -> None:
+        self.capture, self.seen = capture, ""
+
+    def __call__(self, model: Classifier, pairs: Pairs, *, seed: int) -> Analysis:
+        if self.capture is None:
+            raise KeyboardInterrupt
+        self.seen = self.capture.readouterr().out
+        return Analysis(pd.DataFrame({"nothing": np.zeros(len(pairs))}), {})
+
+
+@pytest.fixture
+def last_analysis(monkeypatch: pytest.MonkeyPatch) -> Callable[[Interrupting], None]:
+    """Make one analysis the last of two, after `overlap`."""
+
+    def install(function: Interrupting) -> None:
+        real = find_analyses(["overlap"])
+        for module in (explanation, explain_command):
+            monkeypatch.setattr(module, "find_analyses", lambda names: {"late": function, **real})
+        monkeypatch.setattr(explain_command, "available_analyses", lambda: ["late", "overlap"])
+
+    return install
+
+
+def test_the_first_verdict_is_on_screen_before_deeper_analyses(
+    run: Run,
+    photographs: Path,
+    capsys: pytest.CaptureFixture[str],
+    last_analysis: Callable[[Interrupting], None],
+) -> None:
+    late = Interrupting(capsys)
+    last_analysis(late)
+    ended = run("explain", photographs / "coffee.png", *TINY, "--steps", 3)
+    assert ended.code == 0, ended.err
+    assert re.search(r"\ncoffee\.png\n\w", late.seen)
+    assert "Further analyses follow: late (Ctrl-C keeps those that have finished)" in late.seen
+    # What was printed is not printed again, and each analysis has its cost.
+    assert "fooled as 8-bit files" not in ended.out
+    assert re.search(r"Analyses: overlap [\d.]+ s, late [\d.]+ s, in [\d.]+ s", ended.out)
+    # Neither with --quiet nor with --json is anything printed before the end.
+    for option in ("--quiet", "--json"):
+        run("explain", photographs / "coffee.png", *TINY, "--steps", 3, option)
+        assert late.seen == ""
+
+
+def test_an_interrupt_keeps_the_analyses_that_had_finished(
+    run: Run, photographs: Path, tmp_path: Path, last_analysis: Callable[[Interrupting], None]
+) -> None:
+    last_analysis(Interrupting())
+    ended = run("explain", photographs / "coffee.png", *TINY, "--steps", 3, "--out", "kept")
+    assert ended.code == 130
+    assert ended.err.strip().endswith("report.html holds the analyses that had finished, without late")
+    record = json.loads((tmp_path / "kept/run.json").read_text())
+    assert record["analyses left out"] == "late"
+    assert "effect_in_roi" in pd.read_csv(tmp_path / "kept/scores.csv")
+
+
+def test_quick_runs_and_names_what_it_leaves_out(run: Run, photographs: Path, tmp_path: Path) -> None:
+    ended = run("explain", photographs / "coffee.png", *TINY, "--steps", 3, "--quick", "--out", "made")
+    assert ended.code == 0, ended.err
+    assert (
+        "Left out by --quick: weak_spots, promotion, restoration, locality, propagation, units" in ended.out
+    )
+    assert "Further analyses follow: cam, ssim" in ended.out
+    record = json.loads((tmp_path / "made/run.json").read_text())
+    assert set(record["seconds_of_analyses"]) == {"cam", "ssim", "overlap"}
+    refused = run("explain", photographs, *TINY, "--quick", "--analyses", "cam")
+    assert (refused.code, "--analyses has no effect with --quick" in refused.err) == (2, True)
+
+
+def test_an_unknown_analysis_is_refused_before_the_attack(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    ended = run("explain", photographs, *TINY, "--analyses", "cma")
+    assert (ended.code, "did you mean 'cam'" in ended.err) == (2, True), ended.err
+    assert not (tmp_path / "weakspot-out").exists()

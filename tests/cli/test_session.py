@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +34,8 @@ MODEL = ModelOptions("tiny_networks:build", size="64x64")
 @pytest.fixture
 def session(run: Run, tmp_path: Path) -> Session:
     context = typer.Context(typer.main.get_command(app))
-    return Session(context, OutputOptions(), MODEL, tmp_path / "out", Display())
+    classifier = load_classifier(MODEL)
+    return Session(context, OutputOptions(), MODEL, tmp_path / "out", Display(), classifier, sys.stdout)
 
 
 def test_bad_files_among_good_ones_are_named_once_each(
@@ -68,7 +70,7 @@ def test_names_are_unique_and_printable(session: Session, photographs: Path) -> 
 
 
 def test_sample_images_have_the_channels_of_the_classifier(run: Run, session: Session) -> None:
-    session.network = ModelOptions("tiny_networks:gray", size="28x28")
+    session.classifier = load_classifier(ModelOptions("tiny_networks:gray", size="28x28"))
     assert session.read_images([], samples=True).pixels.shape == (4, 1, 28, 28)
 
 

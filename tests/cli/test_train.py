@@ -237,7 +237,11 @@ def context(*arguments: str) -> typer.Context:
         (["--recipe", "full"], EvaluationOptions("matrix"), "--recipe has no effect with --evaluate matrix"),
         (["--recipes", "full"], EvaluationOptions(), "--recipes has no effect without --evaluate matrix"),
         (["--seeds", "2"], EvaluationOptions("own"), "--seeds has no effect without --evaluate matrix"),
-        (["--limit", "3"], EvaluationOptions(), "--limit has no effect without --evaluate own or matrix"),
+        (
+            ["--strongest", "3"],
+            EvaluationOptions(),
+            "--strongest has no effect without --evaluate own or matrix",
+        ),
         ([], EvaluationOptions("all"), "--evaluate must be one of none, own, matrix, got 'all'"),
     ],
 )
@@ -247,7 +251,7 @@ def test_an_option_that_the_evaluation_would_ignore_is_refused(
     with pytest.raises(Failure) as caught:
         evaluation.check(context(*given))
     assert message in str(caught.value)
-    EvaluationOptions("own").check(context("--limit", "3"))
+    EvaluationOptions("own").check(context("--strongest", "3"))
 
 
 @pytest.mark.parametrize(
@@ -286,3 +290,48 @@ def test_an_option_of_an_attack_that_no_recipe_makes_is_refused(
 
 def test_the_help_names_the_recipes_of_a_matrix() -> None:
     assert ",".join(training.MATRIX_RECIPES) == DEFAULT_RECIPES
+
+
+def test_limit_takes_the_same_images_again_and_quick_says_what_it_leaves_out(
+    run: Run, digits: Path, tmp_path: Path
+) -> None:
+    def trained(out: str, *options: object) -> dict[str, object]:
+        command = ("train", digits, "--recipe", "standard", "--batch-size", 20, "--out", out, *options)
+        ended = run(*command)
+        assert ended.code == 0, ended.err
+        record: dict[str, object] = json.loads((tmp_path / out / "training.json").read_text())
+        return record | {"printed": ended.out}
+
+    few, again, others = (
+        trained(f"run{number}", "--limit", 60, "--epochs", 1, "--seed", seed)["data"]
+        for number, seed in enumerate((0, 0, 1))
+    )
+    assert few == again
+    assert few != others
+    assert isinstance(few, dict)
+    assert few["images"] == 60
+    quick = trained("quick", "--quick")
+    assert isinstance(quick["epochs"], list)
+    assert len(quick["epochs"]) == 1
+    assert "--quick: at most 2,000 images and one epoch, which shows that it works" in str(quick["printed"])
+    for option in ("--limit", "--epochs"):
+        refused = run("train", digits, "--quick", option, 10)
+        assert (refused.code, f"{option} has no effect with --quick" in refused.err) == (2, True)
+
+
+def test_an_interrupt_says_whether_there_is_anything_to_resume(
+    run: Run, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    command = ("train", digits, "--recipe", "full", *QUICK, "--out", "cut")
+    with monkeypatch.context() as patch:
+        patch.setattr("weakspot.datasets.read_labeled", interrupt)
+        ended = run(*command)
+    assert (ended.code, ended.err.strip()) == (130, "weakspot: interrupted; nothing was written")
+    with monkeypatch.context() as patch:
+        patch.setattr("weakspot.training.loop.Loop._step", interrupt)
+        ended = run(*command)
+    assert (ended.code, "the same command resumes from cut" in ended.err) == (5, True), ended.err
+    assert run(*command).code == 0

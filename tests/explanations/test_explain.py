@@ -238,7 +238,7 @@ def test_progress_rises_to_one(pooling: Made) -> None:
     ("options", "message"),
     [
         ({"analyses": ["overlp"]}, r"analysis must .* got 'overlp' \(did you mean 'overlap'\?"),
-        ({"analyses": ["nothing like it"]}, r"analysis must be one of cam, ssim, overlap"),
+        ({"analyses": ["nothing like it"]}, r"analysis must be one of weak_spots, cam, ssim"),
         ({"names": ["one", "two"]}, "names must have one entry for each of 3 pairs, got 2"),
         (
             {"analyses": ["cam"], "reference": torch.rand(2, 3, 20, 20)},

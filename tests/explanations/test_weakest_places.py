@@ -16,7 +16,7 @@ def pairs_of(model: Patch, images: Tensor, labels: Tensor, eps: float) -> Pairs:
     return attacks.pgd(model, images, labels, budget=Linf(eps), steps=3)
 
 
-def test_each_state_of_an_image_has_its_own_sentence() -> None:
+def test_each_state_of_an_image_has_its_own_scores() -> None:
     """Found, not found at the smaller budget, misclassified, and a pair without a change: one row of each."""
     model = Patch(4, 6, 5, 7.5 / 255, 128 / 255).eval()
     images = gray(4, (24, 20))
@@ -35,6 +35,8 @@ def test_each_state_of_an_image_has_its_own_sentence() -> None:
     assert sentences[2].startswith("No change is needed: the image is classified as 'class 0'")
     assert sentences[3] is None
     assert not any("robust" in str(sentence) for sentence in sentences)
+    assert scores["smallest_square_class"].tolist() == ["class 1", "", "", ""]
+    assert (255 * scores["smallest_square_budget"]).round(3).tolist() == [8, 4, 4, 0]
     assert scores["smallest_square_side"].tolist()[0] == 5
     assert all(math.isnan(side) for side in scores["smallest_square_side"][1:])
     assert (scores["smallest_square_top"][0], scores["smallest_square_left"][0]) == (4, 6)

@@ -150,6 +150,11 @@ def test_where_an_attack_acts_is_as_tested(relation: float, wanted: str) -> None
     assert confined[WHERE][0] == "30% of the pixels changed"
 
 
+def test_a_cell_that_no_change_of_which_is_enough_has_no_size() -> None:
+    (_, said) = findings(row(RIGHT, **{**SQUARE, "weakest_cell": float("inf")}))[WHERE][1]
+    assert said == "From gradients alone, no change of a single cell of the grid is enough (an estimate)."
+
+
 def test_restoring_all_units_is_no_finding() -> None:
     found = findings(row(RIGHT, units_to_revert=1.0, random_units_to_revert=1.0))
     assert found[HELPS] == ("", [])

@@ -230,3 +230,13 @@ def test_the_type_of_the_perturbation_is_one_sentence(
     # Of an image that is misclassified without any attack, nothing is typed.
     assert "logit" not in verdict_for(**known, read_clean_as="dog")
     assert "logit" not in verdict_for(**known, linf=0)
+
+
+def test_the_smallest_square_comes_first_and_only_if_one_was_found() -> None:
+    square = {
+        "smallest_square_side": 11.0, "smallest_square_fraction": 0.0024, "smallest_square_budget": 4 / 255,
+        "smallest_square_class": "fox",
+    }  # fmt: skip
+    said = "An 11 x 11 square, 0.2% of the image, changed by at most 4/255, is enough to turn 'lynx' into 'fox'. "
+    assert verdict_for(**square).startswith(f"{said}The attack changed the classification from lynx")
+    assert verdict_for(**{**square, "smallest_square_side": NAN}).startswith("The attack changed")

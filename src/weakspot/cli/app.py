@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -109,6 +110,26 @@ app = typer.Typer(
 )
 
 
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Threads of the network. On a busy machine, 1 can be several times faster.",
+        metavar="N",
+        min=1,
+        show_default="one for each core",
+        rich_help_panel="Output",
+    ),
+]
+
+
+def set_threads(count: int) -> None:
+    """Use so many threads in this process and in those that it starts."""
+    import torch
+
+    torch.set_num_threads(count)
+    os.environ["OMP_NUM_THREADS"] = str(count)
+
+
 def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a command.
 
@@ -135,6 +156,11 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
                 for field in fields(groups[name])
             ]
 
+        parameters.append(
+            inspect.Parameter(
+                "threads", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=ThreadsOption
+            )
+        )
         for parameter in parameters:
             for info in getattr(parameter.annotation, "__metadata__", ()):
                 # Every option shows a default, also those that are off or empty without it.
@@ -142,6 +168,9 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
                     info.show_default = "none"
 
         def call(**values: object) -> None:
+            threads = values.pop("threads")
+            if isinstance(threads, int):
+                set_threads(threads)
             for name, kind in groups.items():
                 values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
             function(**values)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from weakspot.attacks import AttackOptions
 from weakspot.cli.aims import AimOptions, find_aim, find_region
 from weakspot.cli.app import command
 from weakspot.cli.attack_choice import AttackChoice
@@ -81,25 +82,24 @@ def attack(
     sources = list(images or [])
     check_sources(sources, samples=samples)
     check_output(out, sources, folders=FILES[:2], files=FILES[2:3])
+    refuse_fraction(context, [aims.region])
+    chosen = choice.choose(context)
+    batch = parse_batch_size(batch_size)
     with open_session(context, network, output, out, FILES) as session:
-        from weakspot.attacks import AttackOptions
-
-        refuse_fraction(context, [aims.region])
-        chosen = choice.choose(context)
-        batch = parse_batch_size(batch_size)
-        aim, source = find_aim(session.classifier, session.read_images(sources, samples=samples), aims)
+        classifier = session.classifier
+        aim, source = find_aim(classifier, session.read_images(sources, samples=samples), aims)
         session.make_folder()
-        mask, where = find_region(aims, session.classifier, aim, seed)
+        mask, where = find_region(aims, classifier, aim, seed)
         step = session.display.step("attacking", total=len(aim.images), counted=False)
         shared = AttackOptions(chosen.budget, mask, aim.targets, seed, batch, step)
-        result = chosen.run(session.classifier, aim, shared)
+        result = chosen.run(classifier, aim, shared)
         session.display.step("writing")
         about = {
-            "attack": chosen.describe(session.classifier, aim, where),
+            "attack": chosen.describe(classifier, aim, where),
             "labels": source,
             **session.provenance(seed),
         }
-        scores = _write(out, session.classifier, result, aim.names, chosen.budget, about)
+        scores = _write(out, classifier, result, aim.names, chosen.budget, about)
     session.report(
         lambda: {
             "scores": json_rows(scores),

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from weakspot._checks import check_fraction, unknown_choice
+from weakspot.budgets import read_budget
 from weakspot.cli.aims import find_labels
 from weakspot.cli.app import Failure, command
 from weakspot.cli.options import (
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
     from weakspot.classifier import Classifier
 
 FILES = ("defense.csv", "defense.json", "defense.png", "run.json")
+QUICK = {"limit": 16, "steps": 10, "queries": 500}
+QUICK_SUMMARY = "At most {limit} images, {steps} steps and {queries} queries".format(**QUICK)
 BUILT_IN = ("neutralize", "mask_units")
 FORMS = "neutralize, mask_units or package.module:factory"
 
@@ -108,6 +112,10 @@ def defend(
     thorough: Annotated[
         bool, flag("--thorough", "Add the ensemble of attacks (slow).", panel=ATTACK)
     ] = False,
+    quick: Annotated[
+        bool,
+        flag("--quick", f"{QUICK_SUMMARY}: too few to say that a defense protects."),
+    ] = False,
     seed: SeedOption = 0,
     every: EveryOption = False,
     out: Annotated[Path, option("FOLDER", f"Folder for {', '.join(FILES)}.")] = Path("weakspot-defend"),
@@ -124,15 +132,16 @@ def defend(
     check_output(out, [source for source in sources if source.is_dir()], files=["defense.png"])
     if oracle and defense != "neutralize":
         raise Failure(f"--oracle needs --defense neutralize, got {defense}")
+    if quick:
+        refuse(context, list(QUICK), "with --quick, which sets them (leave out one of the two)")
+        limit, steps, queries = QUICK.values()
+    spent = read_budget(budget)
+    check_fraction(fraction)
     with open_session(context, network, output, out, FILES) as session:
-        from weakspot._checks import check_fraction
-        from weakspot.budgets import read_budget
         from weakspot.classifier import check_images
         from weakspot.defenses import evaluate_defense, oracle_neutralized, verdict
         from weakspot.defenses.randomized import is_random
 
-        spent = read_budget(budget)
-        check_fraction(fraction)
         classifier = session.classifier
         defended = find_defense(defense, settings, classifier)
         other = None if substitute is None else _load_substitute(session, substitute)
@@ -177,6 +186,8 @@ def defend(
     def show() -> None:
         _print(table, result.sentence, where, _meanings(steps, substitute, table), every=every)
         print_text(f"\n{len(truth)} images{session.ending()}", style="dim")
+        if quick:
+            print_text(f"--quick: {QUICK_SUMMARY}: too few to say that a defense protects.")
         print_text(f"\nWritten to {out.resolve()} (look at defense.png)")
 
     session.report(lambda: {**document, "skipped": session.skipped, "folder": str(out.resolve())}, show)
@@ -199,7 +210,6 @@ def find_defense(text: str, settings: Sequence[str] | None, classifier: Classifi
     """
     from torch import nn
 
-    from weakspot._checks import unknown_choice
     from weakspot.models.specs import find_factory
 
     module, colon, name = text.partition(":")
@@ -232,7 +242,6 @@ def find_defense(text: str, settings: Sequence[str] | None, classifier: Classifi
 
 
 def _built_in(name: str, settings: Sequence[str] | None, classifier: Classifier) -> nn.Module:
-    from weakspot._checks import unknown_choice
     from weakspot.defenses import mask_units, neutralizing
 
     make: Callable[..., nn.Module] = neutralizing if name == "neutralize" else mask_units

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from weakspot.budgets import read_budget
 from weakspot.cli.app import Failure, command
 from weakspot.cli.attacked_units import (
     AttackedUnits,
@@ -129,12 +130,11 @@ def dissect(
         refuse(context, ("budget", "steps", "mask", "seed"), "without --images")
     mask = parse_mask(attack.mask, len(layer or []))
     check_existing(attack.images or [])
+    budget = read_budget(attack.budget)
     with open_session(context, network, output, out, FILES) as session:
-        from weakspot.budgets import read_budget
         from weakspot.dissection import dissect_layers
 
         classifier = session.classifier
-        budget = read_budget(attack.budget)
         images = read_attacked(session, attack, mask) if attack.images else None
         session.make_folder()
         session.display.step("reading the concepts")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import os
 import time
 
 import typer
+from torch import Tensor
 
+from weakspot.classifier import Classifier
 from weakspot.cli.app import EXTRAS, command
 from weakspot.cli.options import OutputOptions
 from weakspot.cli.output import print_rows
 
+FASTER = 0.8  # one thread is recommended if it takes at most this fraction of the time
 EXPECTED = ("Egyptian cat", "espresso", "missile", "moped")  # classes of the sample images
 
 
@@ -49,10 +53,8 @@ def doctor(output: OutputOptions) -> None:
     classifier = load("efficientnet_lite0")
     device = classifier.mean.device
     images = sample_images()[0].to(device)
-    predict(classifier, images)  # warms up
-    started = time.perf_counter()
-    labels = predict(classifier, images).argmax(1)
-    forward = (time.perf_counter() - started) / len(images)
+    labels = predict(classifier, images).argmax(1)  # warms up
+    forward = _seconds_per_pass(classifier, images)
     started = time.perf_counter()
     fooled = pgd(classifier, images, labels, steps=3).success
     attack = time.perf_counter() - started
@@ -64,6 +66,7 @@ def doctor(output: OutputOptions) -> None:
         "device": f"{device}, {torch.get_num_threads()} threads",
         "embedded network": f"predicts {', '.join(predicted)}",
         "speed": f"{1000 * forward:.0f} ms for a forward pass of one 224 x 224 image",
+        "threads": _compare_threads(classifier, images, forward),
         "attack": f"{int(fooled.sum())} of 4 photographs fooled in 3 steps, {attack:.1f} s",
         "analyses": ", ".join(available_analyses()),
     }
@@ -73,6 +76,34 @@ def doctor(output: OutputOptions) -> None:
         print_rows([{"check": name, "result": text} for name, text in checks.items()], as_json=output.as_json)
     if not healthy:
         raise typer.Exit(1)
+
+
+def _seconds_per_pass(classifier: Classifier, images: Tensor) -> float:
+    from weakspot.classifier import predict
+
+    started = time.perf_counter()
+    for image in images.split(1):
+        predict(classifier, image)
+    return (time.perf_counter() - started) / len(images)
+
+
+def _compare_threads(classifier: Classifier, images: Tensor, seconds: float) -> str:
+    """How fast a forward pass is with one thread, compared with `seconds` with all of them."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if classifier.mean.device.type != "cpu" or threads == 1:
+        return f"{threads}"
+    torch.set_num_threads(1)
+    try:
+        alone = _seconds_per_pass(classifier, images)
+    finally:
+        torch.set_num_threads(threads)
+    load = f", load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores" if hasattr(os, "getloadavg") else ""
+    measured = f"{1000 * alone:.0f} ms with 1 thread, {1000 * seconds:.0f} ms with {threads}{load}"
+    if alone < FASTER * seconds:
+        return f"{measured}: give --threads 1 (or set OMP_WAIT_POLICY=passive) while this machine is busy"
+    return measured
 
 
 def installed(modules: tuple[str, ...] | list[str], extra: str) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
-from rich.text import Text
 
+from weakspot.attacks import AttackOptions
 from weakspot.cli.aims import AimOptions, find_aim, find_region
-from weakspot.cli.app import UNREADABLE, Failure, command, one_line
+from weakspot.cli.app import INTERRUPTED, UNREADABLE, Failure, command
 from weakspot.cli.attack_choice import AttackChoice, ChosenAttack
 from weakspot.cli.options import (
     AnalysesOption,
@@ -27,16 +28,11 @@ from weakspot.cli.options import (
     refuse,
     refuse_fraction,
 )
-from weakspot.cli.output import (
-    add_row,
-    first_rows,
-    json_rows,
-    make_table,
-    print_table,
-    print_text,
-    shorten_name,
-)
+from weakspot.cli.output import json_rows, print_text
 from weakspot.cli.session import Images, Session, check_existing, check_sources, open_session
+from weakspot.cli.verdict_output import VerdictOutput
+from weakspot.explanations import explain as explain_pairs
+from weakspot.explanations.analysis import QUICK, available_analyses, find_analyses
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +42,7 @@ if TYPE_CHECKING:
     from weakspot.pairs import Pairs
 
 FILES = ("report.html", "scores.csv", "pairs.safetensors", "maps.npz", "locality.csv", "run.json")
+GIVEN = "pairs as given"
 ATTACK_OPTIONS = ("labels", "target", "region", "fraction", "name", "budget", "steps", "settings")
 
 
@@ -81,6 +78,9 @@ def explain(
         ),
     ] = None,
     analyses: AnalysesOption = "all",
+    quick: Annotated[
+        bool, flag("--quick", f"Run only the analyses of the first verdict: {', '.join(QUICK)}.")
+    ] = False,
     seed: SeedOption = 0,
     every: EveryOption = False,
     out: Annotated[Path, option("FOLDER", f"Folder for {', '.join(FILES)}.")] = Path("weakspot-out"),
@@ -95,58 +95,91 @@ def explain(
         refuse(context, ATTACK_OPTIONS, "with --pair, which attacks nothing (leave out one of the two)")
     else:
         refuse_fraction(context, [aims.region])
-    chosen = None if analyses == "all" else [] if analyses == "none" else parse_names(analyses)
+    attack = choice.choose(context)
+    if quick:
+        refuse(context, ["analyses"], "with --quick (leave out one of the two)")
+    every_name = available_analyses()
+    chosen = every_name if analyses == "all" else [] if analyses == "none" else parse_names(analyses)
+    planned = list(find_analyses(QUICK if quick else chosen))
     with open_session(context, network, output, out, FILES) as session:
-        from weakspot._io.files import write_atomic
-        from weakspot.audit import write_run
-        from weakspot.explanations import explain as explain_pairs
-        from weakspot.explanations.locality_by_radius import locality_of, locality_sentence
-
+        classifier = session.classifier
         if pair:
-            pairs, names, source = _read_pairs(session.classifier, sources)
-            how = "pairs as given"
+            attacked = _read_pairs(classifier, sources)
             session.make_folder()
         else:
-            attack = choice.choose(context)
-            images_read = session.read_images(sources, samples=samples)
-            pairs, names, source, how = _attack(session, images_read, aims, attack, seed)
+            read = session.read_images(sources, samples=samples)
+            attacked = _attack(session, classifier, read, aims, attack, seed=seed)
         others = None if reference is None else _read_reference(session, reference)
+        screen = VerdictOutput(session, planned, every)
+        interrupted = False
+        try:
+            explanation = explain_pairs(
+                classifier,
+                attacked.pairs,
+                analyses=planned,
+                seed=seed,
+                names=attacked.names,
+                reference=others,
+                progress=session.display.step("explaining", total=len(planned), unit="analysis"),
+                on_analysis=screen.update,
+            )
+        except KeyboardInterrupt:
+            if screen.latest is None:
+                raise
+            explanation, interrupted = screen.latest, True
+        session.display.step("writing")
+        left_out = [name for name in every_name if name not in explanation.analyses]
         made = {
-            "attack": how,
-            "labels": source,
+            "attack": attacked.how,
+            "labels": attacked.source,
             **({} if others is None else {"reference": f"{len(others)} images in {reference}"}),
+            **({"analyses left out": ", ".join(left_out)} if interrupted or quick else {}),
             **session.provenance(seed),
         }
-        explanation = explain_pairs(
-            session.classifier,
-            pairs,
-            analyses=chosen,
-            seed=seed,
-            names=names,
-            made=made,
-            reference=others,
-            progress=session.display.step("explaining"),
-        )
-        session.display.step("writing")
-        about = {
-            **made,
-            "images": list(names),
-            "skipped": session.skipped,
-            "seconds": round(session.seconds, 2),
-        }
-        paths = write_run(explanation, out, about)
-        locality = locality_of(explanation.scores)
-        if locality is not None:
-            paths["locality.csv"] = out / "locality.csv"
-            write_atomic(paths["locality.csv"], partial(locality.to_csv, index=False))
+        paths = _write(session, replace(explanation, made=made))
+    if interrupted:
+        kept = f"{paths['report.html']} holds the analyses that had finished, without {', '.join(screen.missing)}"
+        raise Failure(f"interrupted; {kept}", INTERRUPTED)
+    session.report(
+        lambda: _document(explanation, paths, session.skipped),
+        lambda: _print_end(explanation, screen, paths, left_out if quick else []),
+    )
 
-    def show() -> None:
-        _print(explanation, session.ending(), every=every)
-        if locality is not None:
-            print_text(f"\n{locality_sentence(locality)}")
-        print_text(f"\nReport: {paths['report.html'].resolve()}")
 
-    session.report(lambda: _document(explanation, paths, session.skipped), show)
+def _write(session: Session, explanation: Explanation) -> dict[str, Path]:
+    """Write all files; returns their paths by name."""
+    from weakspot._io.files import write_atomic
+    from weakspot.audit import write_run
+    from weakspot.explanations.locality_by_radius import locality_of
+
+    about = {
+        **explanation.made,
+        "images": explanation.scores["image"].tolist(),
+        "skipped": session.skipped,
+        "seconds": round(session.seconds, 2),
+        "seconds_of_analyses": {name: round(seconds, 2) for name, seconds in explanation.seconds.items()},
+    }
+    paths = write_run(explanation, session.out, about)
+    locality = locality_of(explanation.scores)
+    if locality is not None:
+        paths["locality.csv"] = session.out / "locality.csv"
+        write_atomic(paths["locality.csv"], partial(locality.to_csv, index=False))
+    return paths
+
+
+def _print_end(
+    explanation: Explanation, screen: VerdictOutput, paths: Mapping[str, Path], left_out: Sequence[str]
+) -> None:
+    """What deeper analyses add to the first verdict, what --quick left out, and where the report is."""
+    from weakspot.explanations.locality_by_radius import locality_of, locality_sentence
+
+    screen.finish(explanation)
+    locality = locality_of(explanation.scores)
+    if locality is not None:
+        print_text(f"\n{locality_sentence(locality)}")
+    if left_out:
+        print_text(f"\nLeft out by --quick: {', '.join(left_out)}", style="dim")
+    print_text(f"\nReport: {paths['report.html'].resolve()}")
 
 
 def _check_pair(sources: Sequence[Path], *, pair: bool, samples: bool) -> None:
@@ -166,24 +199,43 @@ def _check_pair(sources: Sequence[Path], *, pair: bool, samples: bool) -> None:
         check_sources(sources, samples=samples)
 
 
-def _attack(
-    session: Session, images: Images, aims: AimOptions, attack: ChosenAttack, seed: int
-) -> tuple[Pairs, list[str], str, str]:
-    """The pairs, their names, where the labels are from, and how the pairs were made."""
-    from weakspot.attacks import AttackOptions
+class _Attacked(NamedTuple):
+    """Pairs to explain.
 
-    classifier = session.classifier
+    Attributes:
+        pairs: N pairs.
+        names: of the images.
+        source: where the labels are from.
+        how: the pairs were made.
+    """
+
+    pairs: Pairs
+    names: list[str]
+    source: str
+    how: str
+
+
+def _attack(
+    session: Session,
+    classifier: Classifier,
+    images: Images,
+    aims: AimOptions,
+    attack: ChosenAttack,
+    *,
+    seed: int,
+) -> _Attacked:
+    """Attack the images."""
     aim, source = find_aim(classifier, images, aims)
     session.make_folder()
     mask, where = find_region(aims, classifier, aim, seed)
     step = session.display.step("attacking", total=len(aim.images), counted=False)
     options = AttackOptions(attack.budget, mask, aim.targets, seed, None, step)
     pairs = attack.run(classifier, aim, options)
-    return pairs, aim.names, source, attack.describe(classifier, aim, where)
+    return _Attacked(pairs, aim.names, source, attack.describe(classifier, aim, where))
 
 
-def _read_pairs(classifier: Classifier, sources: Sequence[Path]) -> tuple[Pairs, list[str], str]:
-    """The pair in two images, or the pairs in one file of `Pairs.save`; names, and where the labels are from."""
+def _read_pairs(classifier: Classifier, sources: Sequence[Path]) -> _Attacked:
+    """The pair in two images, or the pairs in one file of `Pairs.save`."""
     from weakspot._checks import warn
     from weakspot.pairs import AttackResult, Pairs
 
@@ -195,7 +247,7 @@ def _read_pairs(classifier: Classifier, sources: Sequence[Path]) -> tuple[Pairs,
         ):  # pairs of another tool, without success and counts; or no pairs, which load reports
             pairs = Pairs.load(sources[0])
         names = pairs.names or [f"{sources[0].stem} {number}" for number in range(len(pairs))]
-        return pairs, list(names), "from the file"
+        return _Attacked(pairs, list(names), "from the file", GIVEN)
     clean, adversarial = (_read_image(source, classifier.channels) for source in sources)
     if clean.shape != adversarial.shape:
         sizes = " and ".join(f"{image.shape[1]} x {image.shape[2]}" for image in (clean, adversarial))
@@ -212,7 +264,8 @@ def _read_pairs(classifier: Classifier, sources: Sequence[Path]) -> tuple[Pairs,
             _read_image(source, classifier.channels, classifier.input_size) for source in sources
         )
     names = [f"{sources[0].name} → {sources[1].name}"]
-    return Pairs.of(classifier, clean[None], adversarial[None]), names, "the model's predictions"
+    pairs = Pairs.of(classifier, clean[None], adversarial[None])
+    return _Attacked(pairs, names, "the model's predictions", GIVEN)
 
 
 def _read_image(path: Path, channels: int, size: tuple[int, int] | None = None) -> Tensor:
@@ -242,41 +295,3 @@ def _document(explanation: Explanation, paths: dict[str, Path], skipped: Sequenc
         row["verdict"] = explanation.verdict(index)
     files = {name: str(path.resolve()) for name, path in paths.items()}
     return {"scores": rows, "skipped": list(skipped), "files": files}
-
-
-def _print(explanation: Explanation, ending: str, *, every: bool) -> None:
-    """How many images were fooled, a table, then the verdict on each image of the table."""
-    from weakspot.report.image_verdict import headline
-    from weakspot.statistics.number_format import p_value, percent
-
-    scores = explanation.scores
-    # An image that is misclassified without an attack is no success of the attack.
-    right = scores["read_clean_as"] == scores["label"]
-    fooled = int((scores["success_8bit"] & right).sum())
-    which = "images" if right.all() else "correctly classified images"
-    print_text(f"{fooled} of {int(right.sum())} {which} fooled as 8-bit files{ending}.\n")
-    placed = "effect_in_roi" in scores and bool(scores["effect_in_roi_shift_p"].notna().any())
-    compared = "relation" in scores and bool(scores["relation"].notna().any())
-    headings = ["image", "before → after"]
-    headings += ["effect where it looks"] if placed else []
-    headings += ["in other images", "p"] if compared else []
-    table = make_table(headings)
-    rows, more = first_rows([row for _, row in scores.iterrows()], every=every)
-    for row in rows:
-        failed = "" if row["success_8bit"] or row["linf"] == 0 else " (failed)"
-        failed = failed if row["read_clean_as"] == row["label"] else " (wrong before)"
-        name = str(row["image"]) if every else shorten_name(str(row["image"]))
-        cells: list[str | Text] = [name, Text.assemble(one_line(headline(row)), (failed, "yellow"))]
-        if placed:  # NaN if the attack is confined to a region, which decides where it acts
-            cells.append(percent(row["effect_in_roi"]) if row["effect_in_roi_shift_p"] >= 0 else "")
-        if compared:
-            tested = row["relation_p"] >= 0
-            cells.append(percent(row["effect_in_roi_null"]) if tested else "")
-            cells.append(p_value(row["relation_p"]).removeprefix("p = ").removeprefix("p ") if tested else "")
-        add_row(table, *cells)
-    print_table(table, whole=every)
-    for index, row in enumerate(rows):
-        print_text(f"\n{row['image']}", style="bold")
-        print_text(explanation.verdict(index))
-    if more:
-        print_text(f"\n... and {more} more images (show them with --all; all are in the report)", style="dim")

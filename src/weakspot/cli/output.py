@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,8 +31,22 @@ def progress_display(silent: bool) -> Iterator[Display]:
     if silent:
         yield Display()
     else:
+        remark = busy_remark()
+        if remark:
+            note(remark)
         with open_display(notes) as display:
             yield display
+
+
+def busy_remark() -> str | None:
+    """A hint to use one thread, if this machine is busy: threads that wait for each other spin and get in the way."""
+    import torch
+
+    # The load cannot be asked for on every system.
+    load, cores = getattr(os, "getloadavg", lambda: [0.0])()[0], os.cpu_count() or 1
+    if torch.get_num_threads() == 1 or load <= cores:
+        return None
+    return f"this machine is busy (load {load:.1f} on {cores} cores); --threads 1 may be faster (see weakspot doctor)"
 
 
 @contextmanager

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import typer
 
@@ -65,6 +64,8 @@ class Session:
         network: which classifier.
         out: folder that the command writes to.
         display: of the current step.
+        classifier: in eval mode, after a first forward pass to check that it takes such images.
+        results: the standard output of the command.
         started: time at the start.
         skipped: one sentence for each file that could not be read.
         unread: whether a file or folder that was named gave no image; the command then exits with code 4.
@@ -75,17 +76,14 @@ class Session:
     network: ModelOptions
     out: Path
     display: Display
+    classifier: Classifier
+    results: TextIO
     started: float = field(default_factory=time.perf_counter)
     skipped: list[str] = field(default_factory=list)
     unread: bool = False
 
     def __repr__(self) -> str:
         return f"Session({self.context.info_name} {self.network.model} -> {self.out})"
-
-    @cached_property
-    def classifier(self) -> Classifier:
-        """The classifier in eval mode, after a first forward pass to check that it takes such images."""
-        return load_classifier(self.network)
 
     @property
     def seconds(self) -> float:
@@ -155,6 +153,18 @@ class Session:
         }
         return made | ({"skipped": "; ".join(self.skipped)} if self.skipped else {})
 
+    @contextmanager
+    def showing(self) -> Iterator[None]:
+        """Print results while the work goes on, with the progress bar out of the way."""
+        with self.display.paused(), redirect_stdout(self.results):
+            try:
+                yield
+                self.results.flush()
+            except SystemExit as left:
+                # rich exits if the reader of a pipe has gone; what is written to files goes on.
+                if not isinstance(left.__context__, BrokenPipeError):
+                    raise
+
     def report(self, document: Callable[[], object], show: Callable[[], None]) -> None:
         """Print the results as JSON or for people.
 
@@ -190,6 +200,7 @@ def open_session(
         raise Failure(f"--out must be a folder, got the file {out}")
     # Compared by inode, time and size with what is there after an interrupt.
     before = _list_files(out, files)
+    started, results = time.perf_counter(), sys.stdout
     context.meta[WRITTEN_KEY] = lambda: _describe_written(out, files, before)
     # Text that a model prints must not end up among the results.
     with (
@@ -198,7 +209,7 @@ def open_session(
         progress_display(output.silent) as display,
     ):
         display.step("loading the model")
-        yield Session(context, output, network, out, display)
+        yield Session(context, output, network, out, display, load_classifier(network), results, started)
 
 
 def check_sources(sources: Sequence[Path], *, samples: bool = False) -> None:

@@ -7,13 +7,13 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weakspot.cli.app import RESUMABLE, Failure, command
+from weakspot.cli.app import INTERRUPTED, RESUMABLE, Failure, command
 from weakspot.cli.options import (
     ATTACK,
     MODEL,
@@ -30,7 +30,7 @@ from weakspot.cli.options import (
     parse_size,
     refuse,
 )
-from weakspot.cli.output import print_choices, print_json, progress_display, warnings_as_notes
+from weakspot.cli.output import print_choices, print_json, print_text, progress_display, warnings_as_notes
 from weakspot.cli.training_jobs import (
     Evaluation,
     TrainingJob,
@@ -42,11 +42,13 @@ from weakspot.cli.training_jobs import (
 )
 
 if TYPE_CHECKING:
+    from weakspot.datasets import LabeledImages
     from weakspot.training import TrainConfig
 
 EVALUATIONS = ("none", "own", "matrix")
 # MATRIX_RECIPES, repeated because importing weakspot.training takes seconds.
 DEFAULT_RECIPES = "standard,localized,foreground,random_mask,full,noise"
+QUICK_LIMIT = 2000
 STRONGEST = 500  # images for the ensemble of attacks
 
 
@@ -59,6 +61,10 @@ class DataOptions:
     ] = None
     channels: Annotated[int, option("N", "Read image files as gray (1) or color (3).")] = 3
     workers: Annotated[int, option("N", "Processes that decode image files.", least=0)] = 2
+    limit: Annotated[
+        int | None,
+        option("N", "Use at most N training images, chosen by --seed, and the first N test images.", least=2),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,6 @@ class EvaluationOptions:
         str | None, option("NAMES", "Recipes of the matrix, separated by commas.", default=DEFAULT_RECIPES)
     ] = None
     seeds: Annotated[int, option("N", "Networks per recipe of the matrix.", least=1)] = 1
-    limit: Annotated[int | None, option("N", "Evaluate on only the first N test images.", least=2)] = None
     strongest: Annotated[
         int, option("N", "Run the ensemble of attacks on only the first N test images.", least=1)
     ] = STRONGEST
@@ -154,7 +159,7 @@ class EvaluationOptions:
             return
         refuse(context, ["recipes", "seeds"], "without --evaluate matrix")
         if self.evaluate == "none":
-            refuse(context, ["limit", "strongest"], "without --evaluate own or matrix")
+            refuse(context, ["strongest"], "without --evaluate own or matrix")
 
     def chosen(self, recipe: str) -> Sequence[str]:
         """The recipes that networks are trained by."""
@@ -198,6 +203,10 @@ def train(
     ] = None,
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
+    quick: Annotated[
+        bool,
+        flag("--quick", f"At most {QUICK_LIMIT:,} images and one epoch: shows that it works, not how well."),
+    ] = False,
     seed: SeedOption = 0,
     out: Annotated[
         Path, option("FOLDER", "Folder for model.safetensors, training.json and checkpoints.")
@@ -215,6 +224,9 @@ def train(
     if data is None:
         raise Failure("no data was named (give a folder, an .npz file or hf:NAME)")
     evaluation.check(context)
+    if quick:
+        refuse(context, ["limit", "epochs"], "with --quick, which sets them (leave out one of the two)")
+        reading, training = replace(reading, limit=QUICK_LIMIT), replace(training, epochs=1)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     silent = output.silent or not first
     started = time.perf_counter()
@@ -245,7 +257,7 @@ def train(
                 test = read_labeled(data, split="test", size=size, channels=reading.channels)
             job = TrainingJob(
                 make=network_maker(model, weights, images, where),
-                data=images,
+                data=images if reading.limit is None else _sample(images, reading.limit, seed),
                 config=training.config(seed=seed, workers=reading.workers),
                 out=out,
                 about={"network": describe_network(model, images)},
@@ -255,15 +267,30 @@ def train(
             if test is None:
                 results = job.train()
             else:
-                tests = Evaluation(test, evaluation.limit, evaluation.strongest)
+                tests = Evaluation(test, reading.limit, evaluation.strongest)
                 matrix = evaluation.evaluate == "matrix"
                 results = job.matrix(tests, recipes, evaluation.seeds) if matrix else job.train(tests)
     except KeyboardInterrupt:
-        raise Failure(f"interrupted; the same command resumes from {out}", RESUMABLE) from None
+        # Written as soon as the data is read; in a folder of its own for each network of a matrix.
+        begun = any(out.rglob("training.json"))
+        kept = f"the same command resumes from {out}" if begun else "nothing was written"
+        raise Failure(f"interrupted; {kept}", RESUMABLE if begun else INTERRUPTED) from None
     if first and output.as_json:
         print_json({**results, "folder": str(out.resolve())})
     elif first and not output.quiet:
         print_training(results, time.perf_counter() - started, out, matrix=evaluation.evaluate == "matrix")
+        if quick:
+            print_text(
+                f"--quick: at most {QUICK_LIMIT:,} images and one epoch, which shows that it works, not how well."
+            )
+
+
+def _sample(images: LabeledImages, limit: int, seed: int) -> LabeledImages:
+    """At most so many of the images, in their order."""
+    import torch
+
+    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:limit]
+    return images.subset(rows.sort().values)
 
 
 def _check_attacked(context: typer.Context, recipes: Sequence[str], fraction: float) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 P = TypeVar("P", bound=Pairs)
 GROUP = "weakspot.analyses"
 RENDERERS = "weakspot.renderers"
-# `explain` runs these first, in this order. All other analyses follow, sorted by name.
+# The order of scores and maps. All other analyses follow, sorted by name.
 ORDER = (
     "weak_spots",
     "cam",
@@ -38,6 +38,8 @@ ORDER = (
     "propagation",
     "units",
 )
+FIRST = "overlap"  # `explain` runs this one first: the verdict rests on it
+QUICK = ("cam", "ssim", "overlap")  # enough for classes, place and verdict
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -16,6 +17,7 @@ from weakspot._progress import ProgressOption, shown
 from weakspot.classifier import Classifier, evaluating, predict
 from weakspot.explanations.agreement import other_images
 from weakspot.explanations.analysis import (
+    FIRST,
     Analysis,
     Picture,
     Series,
@@ -51,6 +53,7 @@ class Explanation:
         model: the classifier's name.
         class_names: names of the label and the target, one tuple per pair.
         made: how the pairs were made (budget, region, seed, command, versions), for the reader.
+        seconds: name to the time that each analysis took.
     """
 
     scores: pd.DataFrame
@@ -60,6 +63,7 @@ class Explanation:
     model: str
     class_names: Sequence[tuple[str, str]]
     made: Mapping[str, str] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -141,6 +145,7 @@ def explain(
     reference: Tensor | None = None,
     compare: bool = True,
     progress: ProgressOption = None,
+    on_analysis: Callable[[Explanation], None] | None = None,
 ) -> Explanation:
     """Show where each perturbation acts, and whether the network looks there.
 
@@ -156,6 +161,7 @@ def explain(
         compare: False omits the scores that depend on the other images of the batch, such as p values. Parts of a
             batch then have the same scores as the whole.
         progress: True for a bar on standard error or in the notebook, or a function of the fraction done.
+        on_analysis: called after each analysis with the explanation so far; the one behind the verdict is first.
 
     Raises:
         ValueError: if an argument is invalid; the message names it.
@@ -166,8 +172,6 @@ def explain(
     >>> explain(model, pairs, names=["first", "second"]).scores["image"].tolist()
     ['first', 'second']
     """
-    import pandas as pd
-
     check_pairs(pairs, model)
     if names is not None and len(names) != len(pairs):
         raise ValueError(f"names must have one entry for each of {len(pairs)} pairs, got {len(names)}")
@@ -181,19 +185,45 @@ def explain(
             f"got {', '.join(functions) or 'none'}"
         )
     results: dict[str, Analysis] = {}
+    seconds: dict[str, float] = {}
     with (
         evaluating(model) as classifier,
         shown(progress, "explaining", total=len(functions), unit="analysis") as report,
     ):
-        pairs = prepare_pairs(classifier, pairs)
+        pairs = prepare_pairs(classifier, pairs).named(names)
         others = None if reference is None else other_images(classifier, pairs, reference)
         options = {"reference": others, "compare": compare}
         base, competing = _base_scores(classifier, pairs, names)
-        for number, (name, function) in enumerate(functions.items(), 1):
+
+        def explanation() -> Explanation:
+            done = {name: results[name] for name in functions if name in results}
+            return _assembled(classifier, pairs, base, competing, done, made=made, seconds=seconds)
+
+        for number, name in enumerate(sorted(functions, key=lambda name: name != FIRST), 1):
+            function, started = functions[name], time.perf_counter()
             analysis = function(classifier, pairs, seed=seed, **accepted_options(function, options))
             results[name] = _checked(name, analysis, len(pairs))
+            seconds[name] = time.perf_counter() - started
             if report is not None:
                 report(number / len(functions))
+            if on_analysis is not None:
+                on_analysis(explanation())
+        return explanation()
+
+
+def _assembled(
+    classifier: Classifier,
+    pairs: Pairs,
+    base: pd.DataFrame,
+    competing: Tensor,
+    results: Mapping[str, Analysis],
+    *,
+    made: Mapping[str, str] | None,
+    seconds: Mapping[str, float],
+) -> Explanation:
+    """The explanation of the pairs by these analyses; `competing` (N,) are the classes that the labels compete with."""
+    import pandas as pd
+
     results = _with_unique_names(results, base)
     class_names = [
         (classifier.class_name(int(own)), classifier.class_name(int(other)))
@@ -202,11 +232,12 @@ def explain(
     return Explanation(
         scores=pd.concat([base, *(a.scores.set_axis(base.index) for a in results.values())], axis=1),
         maps={name: maps.detach().cpu() for a in results.values() for name, maps in a.maps.items()},
-        pairs=pairs.to("cpu").named(names),
+        pairs=pairs.to("cpu"),
         analyses=results,
         model=classifier.name,
         class_names=class_names,
         made=dict(made or {}),
+        seconds=dict(seconds),
     )
 
 

@@ -110,13 +110,13 @@ def _pair(explanation: Explanation, index: int) -> dict[str, object]:
         for name, meaning in explanation.meanings.items()
         if name in row and not name.endswith(COMPANIONS)
     ]
-    verdict = page_verdict(row)
+    fact, spoken, verdict = strongest_fact(row), explanation.verdict(index), page_verdict(row)
     return {
         "name": str(row["image"]),
         "headline": headline(row),
-        "fact": strongest_fact(row),
+        "fact": fact,
         "verdict": verdict,
-        "finding": " ".join(filter(None, (strongest_fact(row), explanation.verdict(index)))),
+        "finding": spoken if spoken.startswith(fact) else f"{fact} {spoken}",
         "failure": _failure(row),
         "thumbnail": _thumbnail(pixels[1]),
         "lead": _map(leads[0]) if leads else None,
@@ -279,7 +279,7 @@ class ScoreRow:
 def _score_row(row: pd.Series, name: str, meaning: str) -> ScoreRow:
     formatted = percent if name in FRACTIONS else number
     null, p, q, shift_null, shift_p = (float(row.get(f"{name}{suffix}", np.nan)) for suffix in COMPANIONS)
-    value = formatted(float(row[name]))
+    value = "none" if np.isinf(row[name]) else formatted(float(row[name]))
     if name == "relation":
         value = RELATIONS.get(row[name], "not compared")
     elif f"{name}_shift_p" in row and np.isnan(shift_p) and not np.isnan(row[name]):

@@ -78,17 +78,26 @@ def photograph(axis: Axes, pixels: NDArray[np.float32]) -> None:
 
 
 def _draw(axis: Axes, view: MapView, clean: NDArray[np.float32]) -> None:
-    from matplotlib.colors import ListedColormap, LogNorm, Normalize
+    from matplotlib.colors import ListedColormap, LogNorm
     from matplotlib.patches import Patch, Rectangle
 
     values = view.values  # noqa: PD011 - an array
     if view.picture.kind != "category":
         colors = ListedColormap(color_table(view.picture.kind) / 255)
-        scale = Normalize(view.low, view.high)
-        if view.logarithmic:  # the smallest values brightest
-            colors, scale = colors.reversed(), LogNorm(view.high, view.low, clip=True)
-        shown = axis.imshow(values, cmap=colors, norm=scale, interpolation="nearest")
-        axis.figure.colorbar(shown, ax=axis, shrink=0.8)
+        if view.logarithmic:
+            # In gray levels, the smallest brightest, over the photograph.
+            axis.imshow(clean.mean(0), cmap="gray", vmin=0, vmax=1)
+            scale = LogNorm(255 * view.high, 255 * view.low, clip=True)
+            shown = axis.imshow(
+                255 * values, cmap=colors.reversed(), norm=scale, interpolation="nearest", alpha=0.65
+            )
+            bar = axis.figure.colorbar(shown, ax=axis, shrink=0.8)
+            marks = np.geomspace(255 * view.high, 255 * view.low, 4)
+            bar.set_ticks(marks.tolist(), labels=[f"{mark:.2g}/255" for mark in marks])
+            bar.minorticks_off()
+        else:
+            shown = axis.imshow(values, cmap=colors, vmin=view.low, vmax=view.high, interpolation="nearest")
+            axis.figure.colorbar(shown, ax=axis, shrink=0.8)
         if view.square is not None:
             top, left, side = view.square
             for color, width in (("black", 3.5), ("white", 1.75)):

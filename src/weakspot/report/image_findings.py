@@ -64,9 +64,12 @@ def findings(row: pd.Series) -> dict[str, tuple[str, list[str]]]:
     where = []
     if "effect_in_roi" in row:
         where.append(location(row))
-    if row.get("weakest_cell", math.nan) > 0:
+    weakest = row.get("weakest_cell", math.nan)
+    if math.isinf(weakest):
+        where.append("From gradients alone, no change of a single cell of the grid is enough (an estimate).")
+    elif weakest > 0:
         where.append(
-            f"From gradients alone, the weakest cell needs a change of {in_levels(row['weakest_cell'])} (an estimate "
+            f"From gradients alone, the weakest cell needs a change of {in_levels(weakest)} (an estimate "
             "for each cell, if only that cell may change)."
         )
     found[WHERE] = (_where(row), where)

@@ -8,6 +8,7 @@ import pandas as pd
 
 from weakspot.explanations.agreement import WHOLE
 from weakspot.explanations.explanation import Explanation
+from weakspot.explanations.weakest_places import square_finding
 from weakspot.statistics import LEAST_OTHERS
 from weakspot.statistics.number_format import number, p_value, percent
 
@@ -26,7 +27,9 @@ def verdict(explanation: Explanation, index: int = 0) -> str:
     row = explanation.scores.iloc[index]
     if row["linf"] == 0:
         return IDENTICAL
-    sentences = [_outcome(row)]
+    # First what is weak whatever the attack did, then what the attack did.
+    sentences = [square_finding(row) or ""] if row.get("smallest_square_side", math.nan) > 0 else []
+    sentences.append(_outcome(row))
     if "effect_in_roi" in row:
         sentences.append(location(row))
     elif _failed(row):

@@ -1,0 +1,190 @@
+"""`weakspot map`: where images are weak, and the smallest square of each that is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from weakspot.cli.aims import find_labels
+from weakspot.cli.app import command
+from weakspot.cli.options import (
+    BudgetOption,
+    ImagesArgument,
+    LabelsOption,
+    ModelOptions,
+    OutputOptions,
+    SamplesOption,
+    SeedOption,
+    option,
+)
+from weakspot.cli.output import json_rows, print_text, shorten_name
+from weakspot.cli.session import check_output, check_sources, open_session
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from weakspot.classifier import Classifier
+    from weakspot.vulnerability import SmallestSquare, WeakSpots
+
+FILES = ("maps", "scores.csv", "pairs.safetensors")
+
+
+@command(
+    "weakspot map cat.jpg dog.jpg",
+    "weakspot map photos/ --budget linf:8/255 --effort verified --out runs/weak",
+    "weakspot explain --pair runs/weak/pairs.safetensors",
+)
+def map(  # noqa: A001 - the name of the command
+    context: typer.Context,
+    network: ModelOptions,
+    output: OutputOptions,
+    images: ImagesArgument = None,
+    samples: SamplesOption = False,
+    labels: LabelsOption = None,
+    budget: BudgetOption = "linf:4/255",
+    grid: Annotated[int, option("N", "Cells per side of the map.", least=1)] = 7,
+    effort: Annotated[
+        str,
+        option(
+            "EFFORT", "estimate (from gradients), or verified (every cell is searched, which takes longer)."
+        ),
+    ] = "estimate",
+    seed: SeedOption = 0,
+    out: Annotated[Path, option("FOLDER", f"Folder for {', '.join(FILES)}.")] = Path("weakspot-map"),
+) -> None:
+    """Find where images are weak: a map of each, and the smallest square found in which the budget is enough.
+
+    `weakspot explain --pair OUT/pairs.safetensors` explains the images changed inside
+    their squares.
+    """
+    sources = list(images or [])
+    check_sources(sources, samples=samples)
+    check_output(out, sources, folders=FILES[:1])
+    with open_session(context, network, output, out, FILES) as session:
+        from weakspot._checks import check_choice
+        from weakspot._io.files import write_atomic
+        from weakspot.budgets import L2, read_budget
+        from weakspot.vulnerability import smallest_square, weak_spots
+        from weakspot.vulnerability.spot_map import EFFORTS
+
+        spent = read_budget(budget)
+        check_choice("--effort", effort, EFFORTS)
+        classifier = session.classifier
+        read = session.read_images(sources, samples=samples)
+        aim = find_labels(labels, classifier, read)
+        session.make_folder()
+        count = len(read.names)
+        squares = smallest_square(
+            classifier, read.pixels, aim.labels, budget=spent, seed=seed,
+            progress=session.display.step("looking for the smallest squares", total=count),
+        )  # fmt: skip
+        spots = weak_spots(
+            classifier, read.pixels, aim.labels, grid=grid, norm="l2" if isinstance(spent, L2) else "linf",
+            effort=effort, seed=seed,
+            progress=session.display.step("searching the cells", total=count, counted=False),
+        )  # fmt: skip
+        scores = _table(classifier, read.names, squares, spots)
+        session.display.step("writing")
+        pictures = _draw(out / FILES[0], scores, squares, spots)
+        write_atomic(out / "scores.csv", partial(scores.to_csv, index=False))
+        squares.pairs.save(out / "pairs.safetensors")
+
+    def show() -> None:
+        if len(scores) > 1:
+            print_text(f"{_summary(scores)}\n")
+        for _, row in scores.iterrows():
+            print_text(f"{shorten_name(row['image'])}: {row['sentence']}")
+        print_text(f"\nMaps: {pictures.resolve()}{session.ending()}", style="dim")
+
+    session.report(
+        lambda: {"scores": json_rows(scores), "skipped": session.skipped, "maps": str(pictures)}, show
+    )
+
+
+def _table(
+    classifier: Classifier, names: Sequence[str], squares: SmallestSquare, spots: WeakSpots
+) -> pd.DataFrame:
+    """One row per image: the classes, the square, the weakest cells, and the sentence."""
+    import pandas as pd
+
+    from weakspot.classifier import evaluating, predict
+    from weakspot.vulnerability.square import enough, needless, unfound
+
+    pairs = squares.pairs
+    with evaluating(classifier):
+        clean, changed = (
+            predict(classifier, images).argmax(1) for images in (pairs.clean, pairs.adversarial)
+        )
+    rows = []
+    for number, side in enumerate(squares.side.tolist()):
+        label, before, after = (
+            classifier.class_name(int(index[number])) for index in (pairs.labels, clean, changed)
+        )
+        fraction = float(squares.fraction[number])
+        if side:
+            sentence = enough(side, fraction, squares.budget, (label, after))
+        elif before != label:
+            sentence = needless(label, before)
+        else:
+            sentence = unfound(squares.budget, label)
+        found = spots.size[number][spots.size[number].isfinite()]
+        rows.append(
+            {
+                "image": names[number],
+                "label": label,
+                "classified_as": before,
+                "adversarial_class": after if side else None,
+                "side": side or None,
+                "fraction": fraction if side else None,
+                "top": int(squares.top[number]) if side else None,
+                "left": int(squares.left[number]) if side else None,
+                "weakest_cell_estimate": float(spots.first_order[number].min()),
+                "weakest_cell_found": float(found.min()) if len(found) else None,
+                "cells_found": len(found) if spots.effort == "verified" else None,
+                "sentence": sentence,
+            }
+        )
+    table = pd.DataFrame(rows)
+    whole = ["side", "top", "left", "cells_found"]
+    return table.astype(dict.fromkeys(whole, "Int64"))
+
+
+def _draw(folder: Path, scores: pd.DataFrame, squares: SmallestSquare, spots: WeakSpots) -> Path:
+    """Write a picture of each image."""
+    from weakspot._io.files import write_atomic
+    from weakspot.report.spot_figure import SpotView, spot_figure
+
+    folder.mkdir(exist_ok=True)
+    for number, row in scores.iterrows():
+        index = int(str(number))
+        side, top, left = (int(values[index]) for values in (squares.side, squares.top, squares.left))
+        view = SpotView(
+            squares.pairs.clean[index].cpu().numpy(),
+            spots.first_order[index].cpu().numpy(),
+            (side, top, left) if side else None,
+            spots.norm,
+            spots.size[index].cpu().numpy() if spots.effort == "verified" else None,
+            spots.max_size,
+        )
+        figure = spot_figure(view, shorten_name(row["image"], 60), row["sentence"])
+        path = folder / f"{index + 1:04} {Path(row['image']).stem}.png"
+        write_atomic(path, partial(figure.savefig, dpi=130, format="png"))
+    return folder
+
+
+def _summary(scores: pd.DataFrame) -> str:
+    """One sentence over all images."""
+    correct = scores[scores["label"] == scores["classified_as"]]
+    if not len(correct):
+        return "No image is classified as its label."
+    found = correct["side"].dropna()
+    if not len(found):
+        return f"No square was found in any of {len(correct)} correctly classified images."
+    return (
+        f"In {len(found)} of {len(correct)} correctly classified images, a square that is enough was found; half of "
+        f"these squares are at most {int(found.astype(float).median())} pixels wide."
+    )

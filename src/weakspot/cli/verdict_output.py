@@ -1,0 +1,112 @@
+"""What `explain` prints: the first verdict as soon as it is known, and at the end what deeper analyses add."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from weakspot.cli.app import one_line
+from weakspot.cli.output import add_row, first_rows, make_table, print_table, print_text, shorten_name
+from weakspot.cli.session import Session
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from weakspot.explanations import Explanation
+
+
+@dataclass(eq=False)
+class VerdictOutput:
+    """The verdicts of one `explain`.
+
+    Attributes:
+        session: of the command.
+        planned: names of the analyses that will run.
+        every: whether all images are shown.
+        latest: the explanation after the last analysis that has finished.
+        printed: the verdicts that were printed, by row.
+    """
+
+    session: Session
+    planned: Sequence[str]
+    every: bool
+    latest: Explanation | None = None
+    printed: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[str]:
+        """Analyses that have not finished."""
+        done = self.latest.analyses if self.latest else {}
+        return [name for name in self.planned if name not in done]
+
+    def update(self, explanation: Explanation) -> None:
+        """Keep the explanation so far; print the first verdicts while deeper analyses follow."""
+        first, self.latest = self.latest is None, explanation
+        if first and not self.session.output.silent:
+            with self.session.showing():
+                self._print_verdicts(explanation)
+                if self.missing:
+                    following = f"Further analyses follow: {', '.join(self.missing)}"
+                    print_text(f"\n{following} (Ctrl-C keeps those that have finished)", style="dim")
+
+    def finish(self, explanation: Explanation) -> None:
+        """Print what the verdicts say beyond those printed before, and what each analysis cost."""
+        if not self.printed:
+            self._print_verdicts(explanation)
+        for index, before in self.printed.items():
+            verdict = explanation.verdict(index)
+            if verdict != before:
+                print_text(f"\n{explanation.scores['image'].iloc[index]}", style="bold")
+                print_text(verdict.removeprefix(before).strip())
+        if explanation.seconds:
+            costs = (f"{name} {seconds:.1f} s" for name, seconds in explanation.seconds.items())
+            print_text(f"\nAnalyses: {', '.join(costs)}{self.session.ending()}", style="dim")
+
+    def _print_verdicts(self, explanation: Explanation) -> None:
+        """How many images were fooled, a table, then the verdict on each image of the table."""
+        scores = explanation.scores
+        # An image that is misclassified without an attack is no success of the attack.
+        right = scores["read_clean_as"] == scores["label"]
+        fooled = int((scores["success_8bit"] & right).sum())
+        which = "images" if right.all() else "correctly classified images"
+        ending = self.session.ending()
+        print_text(f"{fooled} of {int(right.sum())} {which} fooled as 8-bit files{ending}.\n")
+        rows, more = first_rows([row for _, row in scores.iterrows()], every=self.every)
+        _print_table(scores, rows, every=self.every)
+        for index, row in enumerate(rows):
+            self.printed[index] = explanation.verdict(index)
+            print_text(f"\n{row['image']}", style="bold")
+            print_text(self.printed[index])
+        if more:
+            print_text(
+                f"\n... and {more} more images (show them with --all; all are in the report)", style="dim"
+            )
+
+
+def _print_table(scores: pd.DataFrame, rows: Sequence[pd.Series], *, every: bool) -> None:
+    """A row for each image: classes before and after, and where the effect lies if that can be told."""
+    from weakspot.report.image_verdict import headline
+    from weakspot.statistics.number_format import p_value, percent
+
+    placed = "effect_in_roi" in scores and bool(scores["effect_in_roi_shift_p"].notna().any())
+    compared = "relation" in scores and bool(scores["relation"].notna().any())
+    headings = ["image", "before → after"]
+    headings += ["effect where it looks"] if placed else []
+    headings += ["in other images", "p"] if compared else []
+    table = make_table(headings)
+    for row in rows:
+        failed = "" if row["success_8bit"] or row["linf"] == 0 else " (failed)"
+        failed = failed if row["read_clean_as"] == row["label"] else " (wrong before)"
+        name = str(row["image"]) if every else shorten_name(str(row["image"]))
+        cells: list[str | Text] = [name, Text.assemble(one_line(headline(row)), (failed, "yellow"))]
+        if placed:  # NaN if the attack is confined to a region, which decides where it acts
+            cells.append(percent(row["effect_in_roi"]) if row["effect_in_roi_shift_p"] >= 0 else "")
+        if compared:
+            tested = row["relation_p"] >= 0
+            cells.append(percent(row["effect_in_roi_null"]) if tested else "")
+            cells.append(p_value(row["relation_p"]).removeprefix("p = ").removeprefix("p ") if tested else "")
+        add_row(table, *cells)
+    print_table(table, whole=every)

@@ -1,0 +1,95 @@
+"""`weakspot map`: its sentences, its files, and the images for which there is nothing to find."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from tests.cli.conftest import NAMES, TINY, Run
+from weakspot import Pairs
+
+PLANTED = """
+import torch
+from torch import nn
+
+
+class Patch(nn.Module):
+    # Class 1 wins once rows and columns 8 to 15 are brighter than 11/255 below their mean in `coffee`.
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, images):
+        value = images[:, :, 8:16, 8:16].mean((1, 2, 3)) + 0 * self.bias
+        return torch.stack([0.6 - value, value - 0.6], 1)
+
+
+def patch():
+    return Patch().eval()
+"""
+
+
+def test_sentences_come_first_and_files_hold_the_rest(run: Run, photographs: Path, tmp_path: Path) -> None:
+    ended = run("map", photographs, *TINY, "--budget", "linf:64/255", "--out", "spots")
+    assert ended.code == 0, ended.err
+    scores = pd.read_csv(tmp_path / "spots/scores.csv")
+    assert scores["image"].tolist() == NAMES
+    lines = ended.out.splitlines()
+    found = int(scores["side"].notna().sum())
+    if found:
+        assert lines[0].startswith(
+            f"In {found} of 4 correctly classified images, a square that is enough was found"
+        )
+    for name, sentence in zip(NAMES, scores["sentence"], strict=True):
+        assert f"{name}: {sentence}" in lines
+    assert len(list((tmp_path / "spots/maps").glob("*.png"))) == 4
+    pairs = Pairs.load(tmp_path / "spots/pairs.safetensors")
+    changed = (pairs.perturbation != 0).any(1).flatten(1).any(1)
+    assert bool((changed | torch.tensor(scores["side"].isna().to_numpy())).all())
+
+
+def test_a_planted_square_is_named_and_a_small_budget_finds_none(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "planted.py").write_text(PLANTED)
+    model = ("--model", "planted:patch", "--size", "64x64", "--effort", "verified", "--grid", 8, "--json")
+    strong = json.loads(run("map", photographs, *model, "--budget", "linf:1").out)["scores"]
+    assert all(4 <= row["top"] + row["side"] <= 24 for row in strong)  # it covers a part of the patch
+    assert all(row["cells_found"] == 1 for row in strong)  # and only the patch's cell is weak
+    weak = json.loads(run("map", photographs, *model, "--budget", "linf:1/255").out)["scores"]
+    assert all(row["side"] is None for row in weak)
+    assert all(
+        row["sentence"].startswith("No square was found in which a change of at most 1/255") for row in weak
+    )
+
+
+def test_an_image_with_another_label_needs_no_change(run: Run, photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "planted.py").write_text(PLANTED)
+    model = ("--model", "planted:patch", "--size", "64x64")
+    rows = json.loads(run("map", photographs, *model, "--json").out)["scores"]
+    labels = tmp_path / "labels.csv"
+    lines = [f"photos/{row['image']},{'class 1' if row['label'] == 'class 0' else 'class 0'}" for row in rows]
+    labels.write_text("image,label\n" + "\n".join(lines) + "\n")
+    ended = run("map", photographs, *model, "--labels", labels)
+    assert ended.code == 0, ended.err
+    assert ended.out.count("No change is needed: the image is classified as") == 4
+    assert ended.out.startswith("No image is classified as its label.")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--effort", "quick"), "--effort must be one of estimate, verified, got 'quick'"),
+        (("--grid", "0"), "--grid must be"),
+        (("--budget", "8"), "budget must be KIND:AMOUNT"),
+    ],
+)
+def test_bad_options_are_refused_in_one_sentence(
+    run: Run, photographs: Path, options: tuple[str, str], message: str
+) -> None:
+    ended = run("map", photographs, *TINY, *options)
+    assert (ended.code, message in ended.err) == (2, True), ended.err
