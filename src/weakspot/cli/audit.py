@@ -58,7 +58,7 @@ FILES = "run.json, records.parquet, skipped.parquet, maps.zarr, report.html"
     "weakspot audit photos/ --model my_package.models:build --out runs/v7",
     "weakspot audit photos/ --attacks pgd,few_pixel --set few_pixel.method=guided --regions none,cam --out runs/v7",
     "weakspot audit cifar.npz --model nets:resnet20 --size 32x32 --budget linf:2/255,linf:8/255 --out runs/eps",
-    "weakspot audit photos/ --attacks fmn,pgd --regions cam,background --controls --out runs/weak_places",
+    "weakspot audit photos/ --attacks minimal_pgd,pgd --regions cam,background --controls --out runs/weak_places",
     "weakspot audit plan.toml",
     "weakspot audit --resume runs/v7",
     "weakspot audit --resume runs/v7 --fail-if 'robust_accuracy < 0.4' --junit gate.xml",
