@@ -58,7 +58,7 @@ FILES = "run.json, records.parquet, skipped.parquet, maps.zarr, report.html"
     "weakspot audit photos/ --model my_package.models:build --out runs/v7",
     "weakspot audit photos/ --attacks pgd,few_pixel --set few_pixel.method=guided --regions none,cam --out runs/v7",
     "weakspot audit cifar.npz --model nets:resnet20 --size 32x32 --budget linf:2/255,linf:8/255 --out runs/eps",
-    "weakspot audit photos/ --attacks fmn,pgd --regions cam,background --controls --out runs/weak_places",
+    "weakspot audit photos/ --attacks minimal_pgd,pgd --regions cam,background --controls --out runs/weak_places",
     "weakspot audit plan.toml",
     "weakspot audit --resume runs/v7",
     "weakspot audit --resume runs/v7 --fail-if 'robust_accuracy < 0.4' --junit gate.xml",
@@ -246,7 +246,8 @@ def _document(run: Run, summary: Summary, gate: Gate) -> dict[str, object]:
 def _print(run: Run, summary: Summary, seconds: float, *, every: bool) -> None:
     from weakspot.statistics.number_format import percent, with_interval
 
-    for sentence in (summary.weakest, *summary.regions, *summary.remarks):
+    regions = summary.regions if every else summary.weak_regions()
+    for sentence in (summary.weakest, *regions, *summary.remarks):
         print_text(sentence)
     if summary.images:
         unknown = math.isnan(summary.clean_accuracy)
