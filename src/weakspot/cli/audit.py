@@ -27,7 +27,6 @@ from weakspot.cli.options import (
     argument,
     flag,
     option,
-    parse_batch_size,
     refuse_fraction,
 )
 from weakspot.cli.output import (
@@ -110,7 +109,6 @@ def audit(
     """
     started = time.perf_counter()
     gate.check()
-    batch_size = parse_batch_size(execution.batch_size)
     overrides = given_options(context, plan, network)
     if resume is None:
         table, where = plan_table(list(images or []), overrides, plan.settings, out)
@@ -137,7 +135,6 @@ def audit(
             work = partial(audits.audit, resolved)
         run = work(
             where,
-            batch_size=batch_size,
             command=command_line(),
             watch=watch,
             engine=execution.engine,
@@ -187,7 +184,7 @@ def _progress(silent: bool) -> Iterator[Callable[[AuditProgress], None]]:
 def _resumable(where: str) -> Iterator[None]:
     """Turn an interrupt or SIGTERM, between any two steps, into a sentence that says how to continue."""
     from weakspot._io.urls import exists
-    from weakspot.audit import StoppedError
+    from weakspot.audit import AuditInterrupt, StoppedError
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -197,6 +194,8 @@ def _resumable(where: str) -> Iterator[None]:
         previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
+    except AuditInterrupt as interrupted:
+        raise Failure(f"interrupted; {interrupted}", RESUMABLE) from None
     except KeyboardInterrupt:
         begun = exists(f"{where.rstrip('/')}/run.json")
         remedy = f"continue with weakspot audit --resume {shlex.quote(where)}"
@@ -246,7 +245,8 @@ def _document(run: Run, summary: Summary, gate: Gate) -> dict[str, object]:
 def _print(run: Run, summary: Summary, seconds: float, *, every: bool) -> None:
     from weakspot.statistics.number_format import percent, with_interval
 
-    for sentence in (summary.weakest, *summary.regions, *summary.remarks):
+    regions = summary.regions if every else summary.weak_regions()
+    for sentence in (summary.weakest, *regions, *summary.remarks):
         print_text(sentence)
     if summary.images:
         unknown = math.isnan(summary.clean_accuracy)
