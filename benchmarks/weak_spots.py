@@ -1,11 +1,17 @@
 """The weak-spot map beside the best of several references: sizes per cell, cells missed, ranks, CPU seconds.
 
-Run: python -m benchmarks.weak_spots reference FOLDER [--network efficientnet|resnet20] [--images N] [--every K]
-[--minutes M]. The reference of a cell is the smallest size over `fmn` with 300 steps, foolbox's FMN with 300 steps, and
-PGD at bisected radii toward each of three runner-up classes. Every result is a JSON file in
-FOLDER, one per image, which grows cell by cell: a run that is stopped resumes. `--every K` takes every K-th cell, and
-`--minutes M` stops after so long. Photographs: the four samples, then ImageNet's of the folder that WEAKSPOT_DATA
-names. Sizes are L-infinity in units of 1/255.
+Run: python -m benchmarks.weak_spots reference|measure|table|regions FOLDER [--network efficientnet|resnet20]
+[--images N] [--every K] [--minutes M].
+
+- reference: for every K-th cell, the smallest size over `fmn` with 300 steps, foolbox's FMN with 300 steps, and PGD at
+  bisected radii toward each of three runner-up classes. It stops after M minutes.
+- measure: the search of `weak_spots` in the cells whose reference is complete.
+- regions: `minimal_pgd` inside the class activation and the background beside the same references.
+- table: ratios of sizes to the reference, and how they fall with the number of passes.
+
+Every result is a JSON file in FOLDER, one per image, which grows cell by cell: a run that is stopped resumes.
+Photographs: the four samples, then ImageNet's of the folder that WEAKSPOT_DATA names; for ResNet-20, CIFAR-10 test
+images that it classifies correctly. Sizes are L-infinity in units of 1/255.
 """
 
 from __future__ import annotations
@@ -16,18 +22,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import peers, real
 from weakspot import load, sample_images
+from weakspot.attacks import minimal_pgd
 from weakspot.attacks.context import AttackOptions, Problem, attack_context
-from weakspot.attacks.first_order import cell_numbers, linearize
+from weakspot.attacks.first_order import cell_numbers, estimate_places, linearize
 from weakspot.attacks.losses import margin
 from weakspot.attacks.minimum_norm import NORMS, _walk
-from weakspot.attacks.smallest_change import cropped
+from weakspot.attacks.smallest_change import SmallestChange, Starts, cropped
 from weakspot.attacks.tradeoff import BestSoFar
+from weakspot.regions import background, cam
 
 STEPS = 300
 RUNGS, RUNG_STEPS, CLASSES = 9, 20, 3
@@ -108,8 +117,9 @@ class _Cells(nn.Module):
         self.eval()
 
     def forward(self, patches: Tensor) -> Tensor:
+        inside = torch.where(self.part.region, patches, self.part.clean)
         rows = torch.arange(len(patches)).split(self.part.batch_size)
-        return torch.cat([self.part._logits(patches[some], some) for some in rows])
+        return torch.cat([self.part._logits(inside[some], some) for some in rows])
 
 
 def ladder(part: Problem, highest: Tensor) -> Tensor:
@@ -191,9 +201,140 @@ def verified(part: Problem, patches: Tensor) -> Tensor:
     return torch.where(classes != part.labels, size, torch.inf)
 
 
+def regions(several: list[Case], deadline: float) -> None:
+    """Sizes of `minimal_pgd` inside the class activation and the background, relative to the reference."""
+    print("| image | region | fraction | reference | minimal_pgd | ratio | passes | s |")
+    print("|---|---|---|---|---|---|---|---|")
+    for case in several:
+        masks = {"cam": cam(case.model, case.image, case.label), "background": background(case.image)}
+        for name, region in masks.items():
+            if time.time() > deadline:
+                return
+            with attack_context(case.model, case.image, case.label, AttackOptions(region=region)) as problem:
+                with problem.fused_model():
+                    highest = linearize(problem, CLASSES).classes
+                    found = {method: run(problem, highest) for method, run in METHODS.items()}
+                sizes = {
+                    method: float(verified(problem, torch.where(problem.region, images, problem.clean)))
+                    for method, images in found.items()
+                }
+            begun = time.process_time()
+            ours = minimal_pgd(case.model, case.image, case.label, region=region, on_grid=False)
+            seconds = time.process_time() - begun
+            size = 255 * float(ours.perturbation.abs().max()) if bool(ours.success) else float("inf")
+            best = min(sizes.values())
+            told = ", ".join(f"{method} {one:.3f}" for method, one in sizes.items())
+            print(
+                f"| {case.name} | {name} | {float(region.float().mean()):.2f} | {told} | {size:.3f} | "
+                f"{size / best:.3f} | {int(ours.n_forward)} | {seconds:.1f} |",
+                flush=True,
+            )
+
+
+class _Traced(SmallestChange):
+    """Notes the passes per cell and the sizes after every round."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem, "linf", polish=False)
+        self.trace: list[tuple[float, Tensor]] = []
+        self.begun = int(problem.n_forward.sum())
+
+    def _round(self, *arguments: Any, **options: Any) -> None:
+        super()._round(*arguments, **options)
+        passes = (int(self.problem.n_forward.sum()) - self.begun) / len(self.problem)
+        self.trace.append((passes, 255 * self.best.size))
+
+
+def measure(case: Case) -> None:
+    """Sizes of the weak-spot map's own search in the cells of the reference, after every round."""
+    known = case.read()
+    done = [set(known.get(method, {})) for method in METHODS]
+    cells = torch.tensor(sorted(int(cell) for cell in set.intersection(*done)))
+    if not len(cells):
+        return
+    size = case.image.shape[2], case.image.shape[3]
+    numbers, _ = cell_numbers(size, case.grid)
+    masks = (numbers == cells[:, None, None])[:, None]
+    owners = torch.zeros_like(cells)
+    with (
+        attack_context(case.model, case.image, case.label, AttackOptions()) as problem,
+        problem.fused_model(),
+    ):
+        begun = time.process_time()
+        linear = linearize(problem)
+        sizes = estimate_places(linear, masks[None])[0]
+        estimated = time.process_time() - begun
+        part = cropped(problem, masks, owners)
+        search = _Traced(part)
+        search.run(Starts.nearest(linear.classes[owners], sizes, CLASSES))
+        seconds = time.process_time() - begun
+    names = [str(int(cell)) for cell in cells]
+    final = verified(part, search.best.images)
+    case.add("ours", dict(zip(names, final.tolist(), strict=True)))
+    case.add("first_order", dict(zip(names, (255 * sizes.amin(1)).tolist(), strict=True)))
+    case.add("cost", {"passes": search.trace[-1][0], "seconds": seconds, "estimate": estimated})
+    for number, (passes, at) in enumerate(search.trace):
+        case.add(f"round {number}", {"passes": passes, **dict(zip(names, at.tolist(), strict=True))})
+    print(
+        f"{case.name}: {seconds:.0f} s for {len(cells)} cells, {search.trace[-1][0]:.0f} passes each",
+        flush=True,
+    )
+
+
+def table(several: list[Case]) -> None:
+    """Ratios to the reference of each image, and the curve of passes over all cells."""
+    print(
+        "| image | cells | median ratio | worst | missed | rank of first order | passes per cell | s per cell |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    every: list[Tensor] = []
+    curve: dict[int, list[Tensor]] = {}
+    passes: dict[int, list[float]] = {}
+    for case in several:
+        known = case.read()
+        if "ours" not in known:
+            continue
+        names = list(known["ours"])
+        best = torch.tensor([min(known[method][name] for method in METHODS) for name in names])
+        ours, first = (torch.tensor([known[key][name] for name in names]) for key in ("ours", "first_order"))
+        both = best.isfinite() & ours.isfinite()
+        ratio = (ours / best)[both]
+        every.append(ratio)
+        missed = int((best.isfinite() & ~ours.isfinite()).sum())
+        cost = known["cost"]
+        print(
+            f"| {case.name} | {len(names)} | {ratio.median():.3f} | {ratio.max():.2f} | {missed} | "
+            f"{spearman(first, torch.minimum(best, ours)):.2f} | {cost['passes']:.0f} | "
+            f"{cost['seconds'] / len(names):.2f} |"
+        )
+        for number in range(12):
+            # An image that needed fewer rounds than others stays where it ended.
+            rounds = [known[key] for key in (f"round {n}" for n in range(number + 1)) if key in known]
+            at = torch.tensor([rounds[-1][name] for name in names])
+            curve.setdefault(number, []).append((at / best)[both])
+            passes.setdefault(number, []).append(rounds[-1]["passes"])
+    if not every:
+        return
+    joined = torch.cat(every)
+    print(f"\nall: {len(joined)} cells, median {joined.median():.3f}, worst {joined.max():.2f}\n")
+    print("| rounds | passes per cell | median ratio | 90% | worst |")
+    print("|---|---|---|---|---|")
+    for number, parts in curve.items():
+        ratios = torch.cat(parts)
+        mean = sum(passes[number]) / len(passes[number])
+        print(
+            f"| {number + 1} | {mean:.0f} | {ratios.median():.3f} | {ratios.quantile(0.9):.3f} | {ratios.max():.2f} |"
+        )
+
+
+def spearman(one: Tensor, other: Tensor) -> float:
+    ranks = torch.stack([one.argsort().argsort().double(), other.argsort().argsort().double()])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("section", choices=["reference"])
+    parser.add_argument("section", choices=["reference", "measure", "table", "regions"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--network", choices=list(GRIDS), default="efficientnet")
     parser.add_argument("--images", type=int, default=10)
@@ -201,8 +342,18 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9)
     given = parser.parse_args()
     deadline = time.time() + 60 * given.minutes
-    for case in cases(given.network, given.images, given.folder):
-        reference(case, given.every, deadline)
+    several = cases(given.network, given.images, given.folder)
+    if given.section == "table":
+        table(several)
+        return
+    if given.section == "regions":
+        regions(several, deadline)
+        return
+    for case in several:
+        if given.section == "measure":
+            measure(case)
+        else:
+            reference(case, given.every, deadline)
 
 
 if __name__ == "__main__":

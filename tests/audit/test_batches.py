@@ -106,7 +106,7 @@ def test_batches_are_halved_until_memory_holds_them(most: int) -> None:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
         return rows.tolist()
 
-    batches = AdaptiveBatches(None, None)
+    batches = AdaptiveBatches(None)
     parts = batches.each(work, torch.arange(13), {}, "work")
     assert [row for _, rows in parts for row in rows] == list(range(13))
     calls.clear()
@@ -119,7 +119,7 @@ def test_too_little_memory_for_one_image_is_an_error_of_the_row() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     errors: dict[int, str] = {}
-    batches = AdaptiveBatches(None, None)
+    batches = AdaptiveBatches(None)
     assert batches.each(work, torch.arange(4), errors, "work") == []
     assert errors == dict.fromkeys(
         range(4), "work: OutOfMemoryError: CUDA out of memory (with 1 image at a time)"
@@ -129,7 +129,7 @@ def test_too_little_memory_for_one_image_is_an_error_of_the_row() -> None:
 
 def test_one_image_too_large_for_memory_does_not_shrink_later_batches(any_model: Made) -> None:
     fixed = FixedBatchClassifier(as_classifier(any_model[0]), 4)
-    batches = AdaptiveBatches(None, fixed)
+    batches = AdaptiveBatches(fixed)
     errors: dict[int, str] = {}
     work = failing({5}, lambda: MemoryError("out of memory"))
     with warnings.catch_warnings():

@@ -17,7 +17,8 @@ from tests.audit.fixtures import same_maps, same_records
 from tests.audit.planted import SIDE, SIZE, draw_quarters, planted, planted_plan
 from weakspot.audit import AttackPlan, Run, audit, region_contrasts, resume, summarize
 from weakspot.audit.execution.batches import AuditModel
-from weakspot.audit.execution.opened_images import Donors, ShardImages
+from weakspot.audit.execution.job import Job
+from weakspot.audit.execution.opened_images import Donors, OpenedImages
 from weakspot.audit.execution.preparation import load_planned
 from weakspot.audit.findings.contrasts import (
     OTHERS,
@@ -213,18 +214,18 @@ def test_controls_are_independent_of_shards_batches_and_interruptions(quarters: 
     plan = planted_plan(quarters, "spot", limit=18, shard=4, maps=True)
     with pytest.raises(KeyboardInterrupt):
         audit(plan, folder, watch=stop)
-    resumed = resume(folder, batch_size=3)
+    resumed = resume(folder)
     straight = audit(plan, quarters.parent / "straight")
     same_records(resumed, straight)
     same_maps(resumed, straight)
 
 
-def donors_of(quarters: Path, run: Run) -> tuple[Donors, Any, Iterator[tuple[int, ShardImages]]]:
+def donors_of(quarters: Path, run: Run) -> tuple[Donors, Any, Iterator[tuple[int, OpenedImages]]]:
     classifier = load_planned(run.plan.model)
     listing = list_images(run.plan.sources, (), 2, labels="predictions")
-    machine = AuditModel.of(classifier, run.plan, listing)
+    machine = AuditModel.of(Job.of(run.plan, classifier, listing))
 
-    def make(opened: ShardImages) -> torch.Tensor:
+    def make(opened: OpenedImages) -> torch.Tensor:
         labels = predict(classifier, opened.images).argmax(1)
         return cam(classifier, opened.images, labels, fraction=0.25)[0]
 
@@ -279,7 +280,7 @@ def test_copies_unreadable_images_and_other_areas_are_no_donors(quarters: Path) 
     own[:, :10, :10] = True
     for side, count in ((10, 1), (11, 0), (9, 0)):  # 121 and 81 sites are not within a tenth of 100
 
-        def make(opened: ShardImages, side: int = side) -> torch.Tensor:
+        def make(opened: OpenedImages, side: int = side) -> torch.Tensor:
             mask = torch.zeros(1, *SIZE, dtype=torch.bool)
             mask[:, -side:, -side:] = True
             return mask
@@ -337,7 +338,7 @@ def test_a_missing_donor_makes_its_image_missing(quarters: Path) -> None:
     own = torch.zeros(1, *SIZE, dtype=torch.bool)
     own[:, :4, :4] = True
 
-    def make(_: ShardImages) -> torch.Tensor:
+    def make(_: OpenedImages) -> torch.Tensor:
         return own
 
     donors = Donors(listing, load_planned(run.plan.model), 0)

@@ -236,7 +236,7 @@ def test_an_attack_that_also_fails_on_neutral_images_stops_the_audit(
     with pytest.raises(
         ValueError, match=r"attack pgd in region none: no such norm \(the same on every image"
     ):
-        audit(plan_of(odd, "plain"), odd.parent / "found", batch_size=size)
+        audit(plan_of(odd, "plain"), odd.parent / "found")
 
 
 # --- the process
@@ -380,7 +380,7 @@ def test_a_comparison_remarks_other_logits_of_the_same_weights(odd: Path) -> Non
 
 
 def test_a_worker_sends_an_exit_as_an_error() -> None:
-    from weakspot.audit.engines.ray_worker import _sendable
+    from weakspot.audit.execution.ray_worker import _sendable
 
     sent = _sendable(SystemExit(0))
     assert (type(sent), str(sent)) == (RuntimeError, "SystemExit: 0")
@@ -390,6 +390,6 @@ def test_maps_of_failed_images_are_missing(odd: Path) -> None:
     run = audit(plan_of(odd, "runtime"), odd.parent / "found")
     place = run.records["image"].tolist().index("dog/dark.png")
     assert (run.maps["adversarial"][place] == 255).all()
-    again = audit(plan_of(odd, "runtime"), odd.parent / "again", batch_size=3)
+    again = audit(plan_of(odd, "runtime"), odd.parent / "again")
     same_records(run, again)
     same_maps(run, again)

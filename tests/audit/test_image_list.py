@@ -116,3 +116,19 @@ def test_invalid_arrays_are_refused_by_name(tmp_path: Path) -> None:
 def test_an_animation_of_another_size_is_one_entry(tmp_path: Path) -> None:
     Image.new("RGB", (5, 5)).save(tmp_path / "a.gif")
     assert len(list_images([str(tmp_path / "a.gif")], (), 4)) == 1
+
+
+def test_linked_folders_are_followed_once_and_cycles_end(tmp_path: Path) -> None:
+    """A link into what is listed anyway, to a parent or to itself adds nothing."""
+    for place in ("photos/real", "elsewhere/deep"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / place / "a.png")
+    photos = tmp_path / "photos"
+    for link, target in {
+        "again": "real", "up": "..", "self": ".", "away": "../elsewhere", "twice": "../elsewhere/deep",
+        "gone": "nowhere",
+    }.items():  # fmt: skip
+        (photos / link).symlink_to(target)
+    (tmp_path / "elsewhere/deep/back").symlink_to("../../photos")
+    names = [str(name) for name in list_images([str(photos)], (), 4)["name"].to_pylist()]
+    assert names == ["away/deep/a.png", "gone", "real/a.png"]

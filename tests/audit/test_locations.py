@@ -18,7 +18,7 @@ from weakspot.audit.findings.scores import IMPORTANCE, VULNERABILITY, location_f
 from weakspot.audit.page.run_page import run_report
 from weakspot.audit.page.score_sections import finding_section
 from weakspot.audit.store.records import TIMES
-from weakspot.audit.store.verification import MapCheck
+from weakspot.audit.store.stored_maps import MapCheck
 from weakspot.explanations.agreement import STATISTICS, agreement
 from weakspot.statistics import other_image_test, run_test
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from weakspot.audit.store.maps import BlockBuilder, MapWriter, _packed
+from weakspot.audit.store.maps import GroupMaps, MapBlock, MapWriter, _packed, merge_block
 from weakspot.audit.store.stored_maps import StoredMaps
 
 ANY = st.floats(-(2.0**99), 2.0**99, width=32)
@@ -30,14 +30,19 @@ def test_maps_are_read_where_they_were_written(tmp_path: Path) -> None:
     store = MapWriter(tmp_path, 6, ["pgd", "few_pixel"], ["none"], 4)
     written = {}
     for number, images in ((1, 2), (0, 4)):
-        block = BlockBuilder(images, 2, 1)
+        blocks: dict[str, MapBlock] = {}
         tiny, large = rng.normal(size=(2, 5, 7)), rng.integers(0, 4, (1, 5, 7))
-        block.add("tiny", [0], (0, 0), tiny[:1] * 1e-9, {"kind": "signed"})
-        block.add("tiny", [0], (1, 0), tiny[1:] * 1e9, {"kind": "signed"})
-        block.add("cells", [1], (1, 0), large, {"kind": "category", "categories": list("abcd")})
-        block.add_pictures("clean", [0, 1], rng.random((2, 3, 5, 7)), {})
-        store.write(number, block.blocks)
-        store.write(number, block.blocks)  # a shard that is done again changes nothing
+        for attack in (1, 0):
+            group = GroupMaps(images)
+            group.add("tiny", [0], tiny[[attack]] * (1e-9, 1e9)[attack], {"kind": "signed"})
+            if attack:
+                group.add("cells", [1], large, {"kind": "category", "categories": list("abcd")})
+            else:
+                group.add("clean", [0, 1], rng.random((2, 3, 5, 7)), {"kind": "picture"})
+            for name, block in group.blocks.items():
+                merge_block(blocks, name, block, (images, 2, 1), (0, attack, 0))
+        store.write(number, blocks)
+        store.write(number, blocks)  # a shard that is done again changes nothing
         written[4 * number] = (tiny, large)
     maps = StoredMaps(store.path)
     assert list(maps) == ["cells", "clean", "tiny"]

@@ -107,7 +107,7 @@ def test_a_sentence_counts_only_images_whose_type_is_known() -> None:
     (section,) = type_section(table)
     (sentence,) = section.sentences
     assert sentence == (
-        "Of the perturbations with which pgd on the whole image fooled 4 images, 75% [19%, 99.4%] are "
+        "Of 4 perturbations of known type with which pgd on the whole image fooled an image, 75% [19%, 99.4%] are "
         "promotion-dominated, 25% [0.6%, 81%] are suppression-dominated, 0% [0%, 60%] are balanced."
     )
     assert type_section(table[table["images"] == 0]) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,8 @@ def test_a_toml_file_equals_its_mapping(pictures: Path, tmp_path: Path) -> None:
             {"attacks": [{"name": "pgd", "settings": {"stepps": 3}}]},
             "setting of attack pgd must be .* got 'stepps' .did you mean 'steps'",
         ),
-        ({"attacks": [{"name": "pgd", "settings": 3}]}, "settings of attack pgd must be a table, got 3"),
-        ({"attacks": [{"budget": "l2:1"}]}, "must each have a name"),
+        ({"attacks": [{"name": "pgd", "settings": 3}]}, r"attacks\[0\].settings must be a table, got 3"),
+        ({"attacks": [{"budget": "l2:1"}]}, r"attacks\[0\] must have the key name, got budget"),
         (
             {"attacks": "few_pixel", "budget": "linf:4/255"},
             "budget must be left out, got 'linf:4/255': few_pixel takes none",
@@ -115,12 +116,62 @@ def test_a_toml_file_equals_its_mapping(pictures: Path, tmp_path: Path) -> None:
         ({"seed": 1.5}, "seed must be .* got 1.5"),
         ({"model": {"sepc": "x"}}, "key of model must be .* got 'sepc' .did you mean 'spec'"),
         ({"model": 3}, "model must be a table of .* got 3"),
-        ({"regions": [1]}, "regions must be a list of texts"),
+        ({"regions": [1]}, r"regions\[0\] must be a text, got 1"),
     ],
 )
 def test_invalid_values_are_refused_by_name(pictures: Path, change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         Plan.from_mapping({"images": str(pictures), **change}).resolved()
+
+
+WRONG: dict[str, list[str]] = {
+    "images": ["3", "true", "[3]", "{a = 1}", "2020-01-01"],
+    "out": ["3", "[]", "false", "{}"],
+    "model": ["3", "true", "['a']", "[[1]]"],
+    "model.spec": ["3", "[]", "{}"],
+    "model.weights": ["3", "['a']"],
+    "model.mean": ["3", "true", "['a']", "[true]", "{a = 1}"],
+    "model.std": ["0.5", "[[0.5]]"],
+    "model.size": ["224", "[224]", "[224, 224, 3]", "['a', 'b']", "[2.5, 3]"],
+    "model.classes": ["3", "[1, 2]", "{}"],
+    "model.device": ["3", "['cpu']", "false"],
+    "attacks": ["3", "true", "[3]", "[['pgd']]", "{name = 'pgd'}", "1.5"],
+    "attacks[0].name": ["3", "[]", "{}"],
+    "attacks[0].budget": ["3", "['linf:1/255']", "true", "0.1"],
+    "attacks[0].settings": ["3", "'steps=3'", "['steps']", "{steps = [3]}", "{steps = {a = 1}}"],
+    "attacks[0].label": ["3", "[]"],
+    "budget": ["3", "0.1", "[0.1]", "{}", "true"],
+    "regions": ["3", "[3]", "{}", "[['cam']]"],
+    "controls": ["1", "'yes'", "[]", "0.5"],
+    "control_images": ["'5'", "2.5", "true", "[5]"],
+    "analyses": ["3", "[3]", "{}", "true"],
+    "labels": ["3", "['auto']", "{}", "true"],
+    "fraction": ["'0.3'", "[0.3]", "true", "{}"],
+    "seed": ["'0'", "1.5", "true", "[0]"],
+    "limit": ["'10'", "2.5", "true", "[1]"],
+    "maps": ["1", "'no'", "[]"],
+    "shard": ["'4'", "2.5", "true"],
+    "group": ["'4'", "2.5", "[4]"],
+    "stated_budgets": ["3", "[3]"],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in WRONG.items() for value in values]
+)
+def test_a_wrong_type_is_one_sentence_with_file_and_key(tmp_path: Path, key: str, value: str) -> None:
+    path = tmp_path / "plan.toml"
+    if key.startswith("attacks[0]."):
+        inner = key.partition(".")[2]
+        name = "" if inner == "name" else "name = 'pgd'\n"
+        path.write_text(f"images = ['a']\n[[attacks]]\n{name}{inner} = {value}\n")
+    elif key.startswith("model."):
+        path.write_text(f"images = ['a']\n[model]\n{key.partition('.')[2]} = {value}\n")
+    else:
+        path.write_text(f"{key} = {value}\n")
+    with pytest.raises(ValueError, match=rf"plan\.toml: {re.escape(key)}[^ ]* must (be|have) ") as raised:
+        read_plan(path)
+    assert "\n" not in str(raised.value)
 
 
 def test_two_attacks_with_one_label_are_refused(pictures: Path) -> None:

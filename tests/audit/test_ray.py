@@ -27,8 +27,8 @@ from tests.audit.fixtures import (
     small_plan,
 )
 from weakspot.audit import AttackPlan, StoppedError, audit, open_run, resume
-from weakspot.audit.engines.ray_engine import allocation
-from weakspot.audit.execution.audit_engine import EngineOptions, open_engine
+from weakspot.audit.execution.audit_engine import open_engine
+from weakspot.audit.execution.ray_engine import allocation
 from weakspot.audit.store.records import shard_files
 
 __all__ = ["networks", "pictures"]  # fixtures
@@ -213,7 +213,7 @@ def test_too_small_clusters_are_refused_at_once(cluster: None, pictures: Path) -
             ValueError,
             match="ray-address must be left out, got 'auto': this process",
         ),
-        open_engine(EngineOptions("ray", address="auto")),
+        open_engine("ray", address="auto"),
     ):
         pass
 

@@ -24,7 +24,7 @@ from weakspot.audit.findings.curves import budget_curves
 from weakspot.audit.findings.gates import judge
 from weakspot.audit.findings.summary import cell_table, undefined_names
 from weakspot.audit.page.run_page import run_report
-from weakspot.audit.plan.limits import has_robust_accuracy, limit_of, recorded_norm, stated_budgets
+from weakspot.audit.plan.plan import has_robust_accuracy, limit_of, recorded_norm, stated_budgets
 from weakspot.audit.store.records import outcomes_query
 from weakspot.pairs import AttackResult
 from weakspot.statistics.number_format import percent

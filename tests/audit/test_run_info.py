@@ -85,5 +85,5 @@ def test_a_damaged_or_foreign_file_is_one_sentence(change: dict[str, object], se
 def test_a_missing_value_is_damage(status: str) -> None:
     values = as_json(example())
     del values[status]
-    with pytest.raises(ValueError, match=r"run\.json is damaged: a value is missing or has the wrong type"):
+    with pytest.raises(ValueError, match=rf"run\.json is damaged: run must have the key {status}"):
         RunInfo.from_json(values)

@@ -74,6 +74,8 @@ def test_an_empty_section_names_the_option_that_fills_it() -> None:
     assert len(bare.sentences) == 1
     assert "--controls" in bare.sentences[0]
     assert not bare.charts
+    (planned,) = budget_section(pd.DataFrame(columns=list(BUDGET_COLUMNS)), NONE, planned=True).sentences
+    assert "--" not in planned  # the attack is there, but no image was correctly classified
     assert "--analyses" in finding_section(pd.DataFrame(columns=list(Finding._fields))).sentences[0]
     assert "--analyses propagation" in layer_section(pd.DataFrame()).sentences[0]
 
@@ -257,9 +259,15 @@ def test_only_what_was_fooled_or_withstood_is_said_to_have_been() -> None:
 def test_the_most_frequent_confusion_is_only_one_if_no_other_is_as_frequent() -> None:
     classes = pd.DataFrame({"label": [0, 1], "name": ["cat", "dog"], "images": 9, "clean": 1.0})
     per = classes.assign(attack="pgd", region="none", robust=0.4, low=0.1, high=0.8)
-    for counts, start in (((3, 3), "One of the most frequent"), ((3, 2), "The most frequent")):
+    cases = (
+        ((3, 3), (3, 3), "One of the most frequent"),
+        ((3, 2), (3, 2), "The most frequent"),
+        ((3, 2), (6, 2), "One of the most frequent"),  # three others of the first label may be of one class
+        ((1, 1), (1, 1), "No"),
+    )
+    for counts, totals, start in cases:
         into = pd.DataFrame(
-            {"label": [0, 1], "adversarial_class": ["dog", "cat"], "fooled": counts, "of": counts}
+            {"label": [0, 1], "adversarial_class": ["dog", "cat"], "fooled": counts, "of": totals}
         )
         even, frequent = class_sentences(Classes(classes, per, into, CONFUSIONS))
         assert frequent.startswith(f"{start} confusion")

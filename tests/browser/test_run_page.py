@@ -97,6 +97,19 @@ def test_tables_are_sorted_and_filtered(browser: Any, report: Path) -> None:
     assert all("SSIM" in row.inner_text() for row in rows)
 
 
+def test_printing_unfolds_everything_and_folds_it_again(browser: Any, report: Path) -> None:
+    page = Opened(browser, report).page
+    opened = "[...document.querySelectorAll('details')].map((fold) => fold.open)"
+    page.evaluate("document.querySelector('details').open = true")
+    before = page.evaluate(opened)
+    assert before.count(True) == 1
+    assert before.count(False) > 3
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert all(page.evaluate(opened))
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate(opened) == before
+
+
 def test_curves_over_sizes_are_drawn(browser: Any, tmp_path: Path) -> None:
     rows = [
         ("<b>pgd</b>", region, control, norm, size, 10 * size, 5 * size, 12 * size, 9)

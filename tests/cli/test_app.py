@@ -187,7 +187,7 @@ def test_an_interrupt_before_anything_is_written_says_so(
 @pytest.mark.parametrize(
     ("command", "where", "written"),
     [
-        (("explain",), "weakspot.audit.store.run_folder._save_maps", "report.html, pairs.safetensors"),
+        (("explain",), "weakspot.audit.store.run._save_maps", "report.html, pairs.safetensors"),
         (
             ("attack", "--set", "steps=1"),
             "weakspot.report.figures.contact_sheet",

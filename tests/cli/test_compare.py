@@ -184,7 +184,7 @@ def test_what_cannot_be_compared_is_one_sentence(run: Run, audited: Path, tmp_pa
 def test_controls_are_named_in_a_sentence(run: Run, photographs: Path) -> None:
     ended = run(
         "audit", photographs, *TINY, "--attacks", "fmn,pgd", "--set", "fmn.steps=10", "--analyses", "none", "--regions",
-        "cam,border&~cam", "--controls", "--out", "made",
+        "cam,border&~cam", "--controls", "--out", "made", "--all",
     )  # fmt: skip
     assert ended.code == 0, ended.err
     assert "matched:(border&~cam)" in ended.out

@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.cli.conftest import NAMES, TINY, Run, save
 from weakspot import Analysis, Classifier, Pairs, sample_images
-from weakspot.audit.store.run_folder import FILES
+from weakspot.audit.store.run import FILES
 from weakspot.cli.app import Failure
 from weakspot.cli.explain import _check_pair
 from weakspot.explanations import explanation

@@ -26,6 +26,7 @@ COMMANDS = {
     "explain": ("explain", "photos", "--steps", 2, "--analyses", "cam,overlap"),
     "attack": ("attack", "photos", "--set", "steps=4"),
     "defend": ("defend", "photos", "--steps", 2, "--queries", 2),
+    "map": ("map", "photos"),
     "dissect": ("dissect", "--demo", "--layer", "inner.0"),
     "audit": ("audit", "photos", "--attacks", "fgsm", "--out", "run", "--no-report"),
     "train": ("train", "photos", "--recipe", "standard", "--epochs", 1, "--batch-size", 2),

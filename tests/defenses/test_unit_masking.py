@@ -142,7 +142,7 @@ def test_masking_the_unit_that_attacks_use_helps_against_an_attacker_who_knows()
     assert rows["attacked_again"]["none"] == 0
     assert rows["clean"]["these units"] == rows["attacked_again"]["these units"] == 1
     assert rows["units"].to_dict() == {"none": 0, "these units": 1, **dict.fromkeys(controls, 1)}
-    assert (rows["lead"][["none", *controls]] == 1).all()
+    assert (rows["gain"][["none", *controls]] == 1).all()
     assert rows["p"].drop("these units").to_numpy() == pytest.approx(2.0**-19)  # 20 of 20 on one side
     assert rows["p"]["these units"] == 1
     # Wilson's interval of 20 of 20.
@@ -169,7 +169,7 @@ def test_units_that_help_no_more_than_any_others_are_reported_so() -> None:
     """Every network without two of these units is as robust as one without any other two."""
     model, images, labels = Alike().eval(), torch.full((20, 3, 4, 4), 0.45), torch.ones(20, dtype=torch.long)
     table = masking(model, "look", [0, 1], images, labels, attack=by_pgd).set_index("masked")
-    assert table["lead"]["none"] == 1
+    assert table["gain"]["none"] == 1
     assert table["p"]["none"] < 1e-5
     assert "is not shown to help more than masking as many other units (random units 1" in masking_sentence(
         table.reset_index()

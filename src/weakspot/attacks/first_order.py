@@ -45,6 +45,11 @@ class Linearization:
     def __repr__(self) -> str:
         return f"Linearization({len(self.clean)} images, {self.classes.shape[1]} competing classes)"
 
+    def warn_of_zero_gradients(self, problem: Problem) -> None:
+        """Warn about images of the problem that need a change and whose gradients are all zero."""
+        correct = self.margins[:, 0] >= 0
+        problem.select(correct).warn_of_zero_gradients(self.directions[correct].abs().amax(1))
+
     @property
     def room(self) -> Tensor:
         """(N, T, C, H, W) how far each value can move along its direction before it leaves [0, 1]."""
@@ -53,7 +58,7 @@ class Linearization:
 
 
 def linearize(problem: Problem, classes: int = CLASSES) -> Linearization:
-    """Take the gradients of the margins against the competing classes with the largest logits.
+    """Take the gradients of the margins against the competing classes with the largest logits, or against the target.
 
     Args:
         problem: the images, and the region in which they may change.
@@ -62,6 +67,8 @@ def linearize(problem: Problem, classes: int = CLASSES) -> Linearization:
     logits = problem.logits(problem.clean)[1]
     others = logits.scatter(1, problem.labels[:, None], -torch.inf)
     highest = others.topk(min(classes, logits.shape[1] - 1), 1).indices
+    if problem.targets is not None:
+        highest = problem.targets[:, None]
     margins, directions = [], []
     for targets in highest.unbind(1):
         # `margin` with a class is z_label - z_class; the attacks' own targeted loss compares with every class.

@@ -90,6 +90,10 @@ def fmn(
     itself and in units of the ball's radius, so that no step size depends on images or region. Nothing is random.
     Shared arguments are described in `AttackOptions`.
 
+    In small regions it may end far too high. Its radius shrinks by a few percent per step, which is too little where
+    the first radius is far off, and it aims at whichever class is next, which may change from step to step: in a cell
+    of 2% of a photograph, 300 steps ended at 143/255 where 1.3/255 is enough. `minimal_pgd` has neither weakness.
+
     Args:
         norm: "linf" or "l2".
         steps: gradient steps.

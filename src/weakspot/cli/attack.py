@@ -120,7 +120,7 @@ def _write(
 ) -> pd.DataFrame:
     """Write all files; returns the table of scores.csv."""
     from weakspot.attacks import stored
-    from weakspot.audit.store.run_folder import write_pngs, write_scores
+    from weakspot.audit.store.run import write_pngs, write_scores
     from weakspot.classifier import evaluating, predict
     from weakspot.report.figures import contact_sheet
 

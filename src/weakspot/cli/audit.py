@@ -27,7 +27,6 @@ from weakspot.cli.options import (
     argument,
     flag,
     option,
-    parse_batch_size,
     refuse_fraction,
 )
 from weakspot.cli.output import (
@@ -58,7 +57,7 @@ FILES = "run.json, records.parquet, skipped.parquet, maps.zarr, report.html"
     "weakspot audit photos/ --model my_package.models:build --out runs/v7",
     "weakspot audit photos/ --attacks pgd,few_pixel --set few_pixel.method=guided --regions none,cam --out runs/v7",
     "weakspot audit cifar.npz --model nets:resnet20 --size 32x32 --budget linf:2/255,linf:8/255 --out runs/eps",
-    "weakspot audit photos/ --attacks fmn,pgd --regions cam,background --controls --out runs/weak_places",
+    "weakspot audit photos/ --attacks minimal_pgd,pgd --regions cam,background --controls --out runs/weak_places",
     "weakspot audit plan.toml",
     "weakspot audit --resume runs/v7",
     "weakspot audit --resume runs/v7 --fail-if 'robust_accuracy < 0.4' --junit gate.xml",
@@ -110,7 +109,6 @@ def audit(
     """
     started = time.perf_counter()
     gate.check()
-    batch_size = parse_batch_size(execution.batch_size)
     overrides = given_options(context, plan, network)
     if resume is None:
         table, where = plan_table(list(images or []), overrides, plan.settings, out)
@@ -137,7 +135,6 @@ def audit(
             work = partial(audits.audit, resolved)
         run = work(
             where,
-            batch_size=batch_size,
             command=command_line(),
             watch=watch,
             engine=execution.engine,
@@ -187,7 +184,7 @@ def _progress(silent: bool) -> Iterator[Callable[[AuditProgress], None]]:
 def _resumable(where: str) -> Iterator[None]:
     """Turn an interrupt or SIGTERM, between any two steps, into a sentence that says how to continue."""
     from weakspot._io.urls import exists
-    from weakspot.audit import StoppedError
+    from weakspot.audit import AuditInterrupt, StoppedError
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -197,6 +194,8 @@ def _resumable(where: str) -> Iterator[None]:
         previous = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
+    except AuditInterrupt as interrupted:
+        raise Failure(f"interrupted; {interrupted}", RESUMABLE) from None
     except KeyboardInterrupt:
         begun = exists(f"{where.rstrip('/')}/run.json")
         remedy = f"continue with weakspot audit --resume {shlex.quote(where)}"
@@ -246,7 +245,8 @@ def _document(run: Run, summary: Summary, gate: Gate) -> dict[str, object]:
 def _print(run: Run, summary: Summary, seconds: float, *, every: bool) -> None:
     from weakspot.statistics.number_format import percent, with_interval
 
-    for sentence in (summary.weakest, *summary.regions, *summary.remarks):
+    regions = summary.regions if every else summary.weak_regions()
+    for sentence in (summary.weakest, *regions, *summary.remarks):
         print_text(sentence)
     if summary.images:
         unknown = math.isnan(summary.clean_accuracy)

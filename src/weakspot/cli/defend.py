@@ -271,7 +271,7 @@ def _write(
 ) -> None:
     """Write all files, run.json last."""
     from weakspot._io.files import write_atomic
-    from weakspot.audit.store.run_folder import write_scores
+    from weakspot.audit.store.run import write_scores
     from weakspot.report.figures import accuracy_figure
 
     text = json.dumps(document, indent=2) + "\n"

@@ -197,7 +197,7 @@ def _write(
     import pandas as pd
 
     from weakspot._io.files import write_atomic
-    from weakspot.audit.store.run_folder import write_scores
+    from weakspot.audit.store.run import write_scores
     from weakspot.dissection.unit_examples import show_units
     from weakspot.report.unit_page import unit_page
 

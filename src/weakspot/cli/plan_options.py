@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -13,7 +13,6 @@ from weakspot.cli.app import Failure
 from weakspot.cli.options import (
     ATTACK,
     AnalysesOption,
-    BatchSizeOption,
     BudgetOption,
     FractionOption,
     LimitOption,
@@ -94,7 +93,6 @@ class PlanOptions:
 class EngineOptions:
     """How the audit is executed. None of these changes the results."""
 
-    batch_size: BatchSizeOption = "auto"
     engine: Annotated[
         str, option("NAME", "local, or ray: several workers, on this machine or a cluster.")
     ] = "local"
@@ -137,10 +135,7 @@ def plan_table(
     if len(sources) == 1 and Path(sources[0]).suffix == ".toml" and not is_url(sources[0]):
         path = Path(sources[0])
         table = dict(read_plan(path))
-        planned = table.pop("out", None)
-        if planned is not None and not isinstance(planned, str):
-            raise Failure(f"{path}: out must be the path of a folder, got {planned!r}")
-        out = out or planned
+        out = out or cast("str | None", table.pop("out", None))
     if not table.get("images"):
         raise Failure("no images were named (give files, folders, arrays, a plan.toml, or --resume RUN)")
     if out is None:

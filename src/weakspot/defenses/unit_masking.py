@@ -191,8 +191,8 @@ def masking(
     Returns:
         One row per network (masked: "none", "these units", "random units 1" to "3", "most active units"), with
         units, images; clean, transfer (attacks made for the unmasked network) and attacked_again, each with _low and
-        _high, exact 95% intervals; lead (attacked_again of "these units" minus that of this row, on the same images)
-        and p (of the lead, by McNemar's exact test).
+        _high, exact 95% intervals; gain (attacked_again of "these units" minus that of this row, on the same images)
+        and p (of the gain, by McNemar's exact test).
 
     Raises:
         ValueError: if an argument does not fit.
@@ -248,7 +248,7 @@ def _row(name: str, count: int, outcomes: dict[str, dict[str, NDArray[np.bool_]]
         interval = proportion_interval(right)
         row |= dict(zip((measure, f"{measure}_low", f"{measure}_high"), interval, strict=True))
     other = own["attacked_again"]
-    return row | {"lead": float(these.mean() - other.mean()), "p": mcnemar(these, other)}
+    return row | {"gain": float(these.mean() - other.mean()), "p": mcnemar(these, other)}
 
 
 def masking_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
@@ -256,7 +256,7 @@ def masking_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
 
     Args:
         table: from `masking`.
-        level: of McNemar's test. A lead over the controls must reach it against each of them.
+        level: of McNemar's test. A gain over the controls must reach it against each of them.
     """
     rows = {row["masked"]: row for row in table.to_dict("records")}
     unmasked, these = rows.pop(UNMASKED), rows.pop(THESE)
@@ -268,15 +268,15 @@ def masking_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
     )
     with_mask, without = percent(these["clean"]), percent(unmasked["clean"])
     cost = f"Without attack, accuracy is {with_mask} with the mask and {without} without it."
-    # The order of the cases matters: a lead that chance explains comes before its sign.
-    if unmasked["p"] > level or unmasked["lead"] == 0:
+    # The order of the cases matters: a gain that chance explains comes before its sign.
+    if unmasked["p"] > level or unmasked["gain"] == 0:
         return f"Masking {units} is not shown to change robustness: {figures}. {cost}"
-    if unmasked["lead"] < 0:
+    if unmasked["gain"] < 0:
         return f"Masking {units} makes the network weaker: {figures}. {cost}"
     if not rows:
         return f"Masking {units} helps, but there are no other units to compare with: {figures}. {cost}"
     # Helping is not enough: the controls show how much masking any units of this number helps.
-    behind = [str(name) for name, row in rows.items() if row["lead"] <= 0 or row["p"] > level]
+    behind = [str(name) for name, row in rows.items() if row["gain"] <= 0 or row["p"] > level]
     if behind:
         return (
             f"Masking {units} helps, but is not shown to help more than masking as many other units "

@@ -296,7 +296,7 @@ def _score_row(row: pd.Series, name: str, meaning: str) -> ScoreRow:
 
 def _bare(p: float) -> str:
     """A p value for a column with its own heading; empty if there is none."""
-    return "" if np.isnan(p) else p_value(p).removeprefix("p = ").removeprefix("p ")
+    return "" if np.isnan(p) else p_value(p, "")
 
 
 def _locality(explanation: Explanation) -> dict[str, object] | None:

@@ -127,7 +127,7 @@ def _row(
         ),
         sensitivity=None if study is None else float(row["sensitivity"]),
         noise=None if study is None else float(row["noise"]),
-        p=None if study is None else _bare_p(float(row["p_value"])),
+        p=None if study is None else p_value(float(row["p_value"]), ""),
         pictures=[
             (shown.image, _picture(shown), float(shown.active.float().mean()))
             for shown in pictures.get(int(row["unit"]), ())
@@ -148,17 +148,12 @@ def _study(study: UnitStudy) -> dict[str, object]:
                 **{
                     name: [percent(row[f"{name}{end}"]) for end in ("", "_low", "_high")] for name in MEASURES
                 },
-                "lead": f"{100 * row['lead']:+.1f}" if row["masked"] != THESE else "",
-                "p": _bare_p(row["p"]) if row["masked"] != THESE else "",
+                "gain": f"{100 * row['gain']:+.1f}" if row["masked"] != THESE else "",
+                "p": p_value(row["p"], "") if row["masked"] != THESE else "",
             }
             for row in rows
         ],
     }
-
-
-def _bare_p(p: float) -> str:
-    """A p value for a column that is headed p."""
-    return p_value(p).removeprefix("p ").lstrip("= ")
 
 
 def _picture(shown: UnitExample) -> str:

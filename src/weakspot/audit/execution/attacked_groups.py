@@ -1,6 +1,6 @@
-"""One shard of images under every attack in every region: a function of the plan and the images alone.
+"""Groups of images under one attack in one region: a function of the plan and the images alone.
 
-It writes nothing and knows no other shard, so that any engine may call it.
+It writes nothing and knows no other group, so that any engine may call it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,134 +22,116 @@ from weakspot.attacks import AttackOptions, find_attack
 from weakspot.attacks.eight_bit import stored
 from weakspot.audit.execution.batches import NOT_FINITE, AuditModel, Errors, Parts
 from weakspot.audit.execution.cell_results import CellResult, CleanImages, add_maps, cell_rows
-from weakspot.audit.execution.opened_images import ShardImages, open_entries
+from weakspot.audit.execution.job import Job
+from weakspot.audit.execution.opened_images import OpenedImages, open_entries
 from weakspot.audit.plan.attack_plan import AttackPlan
 from weakspot.audit.plan.image_list import Entry
-from weakspot.audit.plan.plan import Plan
-from weakspot.audit.store.maps import BlockBuilder, MapBlock
-from weakspot.audit.store.records import no_rows
+from weakspot.audit.store.maps import CLEAN, GroupMaps, MapBlock
+from weakspot.audit.store.records import as_rows, no_rows
+from weakspot.audit.store.unfinished import GroupKey, GroupResult, ImageFacts
 from weakspot.classifier import evaluating
 from weakspot.explanations import Explanation, explain
 from weakspot.models.probe import fixed_images
 from weakspot.pairs import AttackResult
 from weakspot.regions import read_region
+from weakspot.regions.spec import RegionSpec
 
 if TYPE_CHECKING:
-    import pandas as pd
+    import pyarrow as pa
 
+CHECK_EVERY = 30.0  # seconds between checks whether the model has changed
 Progress = Callable[[float], None]
 
 
-@dataclass(frozen=True, eq=False)
-class ShardResult:
-    """The outcome of one shard.
+def attack_groups(
+    model: AuditModel, job: Job, groups: Sequence[GroupKey], progress: Progress
+) -> Iterator[GroupResult]:
+    """Attack groups of one shard and explain every pair.
 
-    Attributes:
-        rows: one per image that could be read x attack x region.
-        maps: of all images of the shard, including those that could not be read.
-        skipped: (name, reason) of files that are no pictures.
-        missing: (name, reason) of unavailable files; the shard is computed again once they are back.
-        contents: digests of all images of the shard, in order; None for those that were not read.
-        read: number of images that could be read.
-        seconds: wall time.
-        remarks: about the model so far.
-    """
-
-    rows: pd.DataFrame
-    maps: Mapping[str, MapBlock]
-    skipped: Sequence[tuple[str, str]]
-    missing: Sequence[tuple[str, str]]
-    contents: Sequence[str | None]
-    read: int
-    seconds: float
-    remarks: Sequence[str] = ()
-
-
-def audit_shard(
-    model: AuditModel, plan: Plan, entries: Sequence[Entry], progress: Progress | None = None
-) -> ShardResult:
-    """Attack the images in every way of the plan and explain every pair.
-
-    Rows and maps depend on plan and images alone: not on the batch size, nor on other shards. If something fails on one
-    image (a network that returns NaN or raises), its row states the error, and the other images are not affected.
+    Rows and maps depend on plan and images alone: not on other groups, nor on which were computed earlier. If something
+    fails on one image (a network that returns NaN or raises), its row states the error, and the other images are not
+    affected.
 
     Args:
         model: the network.
-        plan: resolved.
-        entries: of one shard.
-        progress: called with the fraction done.
+        job: of the audit.
+        groups: in the order of `Job.groups`.
+        progress: called with the number of attacks done in the group that is computed.
 
     Raises:
         ValueError: if an attack or an analysis fails on all images and on neutral ones, too.
     """
-    import pandas as pd
-
-    started = time.perf_counter()
-    opened = open_entries(entries, model.classifier)
-    if not opened.entries:
-        seconds = time.perf_counter() - started
-        return ShardResult(no_rows(), {}, opened.skipped, opened.missing, opened.digests, 0, seconds)
-    builder = BlockBuilder(len(entries), len(plan.attacks), len(plan.regions)) if plan.maps else None
-    with evaluating(model.fixed):  # once, so that a warning about train mode comes once
-        shard = _Shard(model, plan, opened, [entry.index - entries[0].index for entry in opened.entries])
-        frames = shard.run(builder, progress or (lambda _: None))
-    rows = pd.concat(frames, ignore_index=True)
-    # By image, then by cell: the last key of lexsort is the first to sort by.
-    order = np.lexsort((np.repeat(np.arange(len(frames)), len(opened.entries)), rows["index"].to_numpy()))
-    return ShardResult(
-        rows.iloc[order].reset_index(drop=True),
-        {} if builder is None else builder.blocks,
-        opened.skipped,
-        [*opened.missing, *shard.missing],
-        opened.digests,
-        len(opened.entries),
-        time.perf_counter() - started,
-        model.watch.remarks(),
-    )
+    checked = time.perf_counter()
+    for _, cells in groupby(groups, key=lambda key: key.start):
+        images: _Images | None = None  # opened once for all attacks and regions
+        for key in cells:
+            started = time.perf_counter()
+            images = images or _Images(model, job, job.entries_of(key))
+            rows, maps = images.attack(key, progress)
+            # What was computed before a change of the model may be stored already, so it is looked for now and then.
+            remarks: tuple[str, ...] = ()
+            if key == groups[-1] or time.perf_counter() - checked >= CHECK_EVERY:
+                remarks, checked = tuple(model.watch.remarks()), time.perf_counter()
+            facts = ImageFacts(
+                tuple(images.opened.digests), tuple(images.opened.skipped), tuple(images.missing)
+            )
+            yield GroupResult(key, rows, maps, facts, time.perf_counter() - started, remarks)
 
 
-class _Shard:
-    """The images of one shard, and the work on them."""
+class _Images:
+    """The images of a group, and the work on them.
 
-    def __init__(self, model: AuditModel, plan: Plan, opened: ShardImages, places: Sequence[int]) -> None:
-        self.model, self.plan, self.places = model, plan, places
-        images = opened.images.to(model.fixed.mean.device)
+    Attributes:
+        opened: what could be read of them.
+        missing: (name, reason) of unavailable images, and of images that were attacked without one of their controls.
+    """
+
+    def __init__(self, model: AuditModel, job: Job, entries: Sequence[Entry]) -> None:
+        self.model, self.plan = model, job.plan
+        self.opened = open_entries(entries, model.classifier)
+        self.missing = list(self.opened.missing)
+        self.count = len(entries)
+        self.places = [entry.index - entries[0].index for entry in self.opened.entries]
+        self.regions: dict[str, tuple[Tensor, Errors]] = {}
         self.errors: Errors = {}
-        self.missing: list[tuple[str, str]] = []  # images that were attacked without one of their controls
-        logits = model.predict(images, self.errors)
+        if not self.opened.entries:
+            return
+        images = self.opened.images.to(model.fixed.mean.device)
+        with evaluating(model.fixed):
+            logits = model.predict(images, self.errors)
         # A label of -1 is replaced by the model's own prediction.
-        given = torch.tensor([entry.label for entry in opened.entries], device=images.device)
+        given = torch.tensor([entry.label for entry in self.opened.entries], device=images.device)
         labels = torch.where(given >= 0, given, logits.argmax(1))
-        self.clean = CleanImages(opened, images, labels, logits)
+        self.clean = CleanImages(self.opened, images, labels, logits)
         for row in (~self.clean.finite).nonzero()[:, 0].tolist():
             self.errors.setdefault(row, f"{NOT_FINITE} for the clean image")
 
-    def run(self, builder: BlockBuilder | None, progress: Progress) -> list[pd.DataFrame]:
-        """The rows of every cell; adds the maps to the builder."""
-        if builder is not None:
-            pictures = self.clean.images.cpu().numpy()
-            builder.add_pictures("clean", self.places, pictures, {"title": "Clean image"})
-        # Regions depend on the clean image alone, so all attacks share them.
-        regions = {text: self._region(text) for text in self.plan.reported_regions}
-        donated = [str(spec.control_of) for spec in self.plan.specs.values() if spec.donor is not None]
-        # The controlled region may itself be absent from the plan; it is made for its area then.
-        for text in dict.fromkeys(donated):
-            regions.update(self._donated_regions(text, regions.get(text) or self._region(text)))
-        frames: list[pd.DataFrame] = []
-        cells = len(self.plan.attacks) * len(self.plan.regions)
-        for a, attack in enumerate(self.plan.attacks):
-            for r, text in enumerate(self.plan.regions):
-                start = len(frames)
+    def attack(self, key: GroupKey, progress: Progress) -> tuple[pa.Table, Mapping[str, MapBlock]]:
+        """The rows and maps of one attack in one region."""
+        if not self.opened.entries:
+            return as_rows(no_rows()), {}
+        attack, text = self.plan.attacks[key.attack], self.plan.regions[key.region]
+        with evaluating(self.model.fixed):
+            result = self._cell(attack, text, lambda fraction: progress(fraction * self.count))
+        maps = GroupMaps(self.count)
+        if self.plan.maps and key.attack == key.region == 0:
+            about = {"title": "Clean image", "kind": "picture"}
+            maps.add(CLEAN, self.places, self.clean.images.cpu().numpy(), about)
+        if self.plan.maps:
+            add_maps(maps, [self.places[row] for row in result.rows.tolist()], result)
+        return as_rows(cell_rows(self.clean, self.model.classifier, result)), maps.blocks
 
-                def advance(fraction: float, start: int = start) -> None:
-                    progress((start + fraction) / cells)
-
-                result = self._cell(attack, text, *regions[text], advance)
-                if builder is not None:
-                    add_maps(builder, (a, r), [self.places[row] for row in result.rows.tolist()], result)
-                frames.append(cell_rows(self.clean, self.model.classifier, result))
-                advance(1.0)
-        return frames
+    def _region_of(self, text: str) -> tuple[Tensor, Errors]:
+        """Bool (N, 1, H, W), and the errors of images that have none; made once for all attacks."""
+        if text not in self.regions:
+            spec = RegionSpec.parse(text)
+            if spec.donor is None:
+                self.regions[text] = self._region(text)
+            else:
+                # The controlled region may itself be absent from the plan; it is made for its area then.
+                controlled = str(spec.control_of)
+                self.regions |= self._donated_regions(controlled, self._region_of(controlled))
+        return self.regions[text]
 
     def _region(self, text: str) -> tuple[Tensor, Errors]:
         """Bool (N, 1, H, W) of the images that the model classifies, and the errors of the others."""
@@ -199,10 +181,10 @@ class _Shard:
                     errors[row] = f"fewer than {number} other images have a region {text} of similar area"
         return {control: (region, errors) for control, (_, region, errors) in controls.items()}
 
-    def _donor_region(self, text: str) -> Callable[[ShardImages], Tensor | None]:
+    def _donor_region(self, text: str) -> Callable[[OpenedImages], Tensor | None]:
         """Makes the region of that text on one other image; None if the model or the region fails on it."""
 
-        def make(opened: ShardImages) -> Tensor | None:
+        def make(opened: OpenedImages) -> Tensor | None:
             images = opened.images.to(self.clean.images.device)
             logits = self.model.predict(images, {})
             if not bool(logits.isfinite().all()):
@@ -215,10 +197,9 @@ class _Shard:
 
         return make
 
-    def _cell(
-        self, attack: AttackPlan, text: str, region: Tensor, errors: Errors, progress: Progress
-    ) -> CellResult:
-        """Attack every image in its region and explain the pairs; `errors` are those of making the region."""
+    def _cell(self, attack: AttackPlan, text: str, progress: Progress) -> CellResult:
+        """Attack every image in its region and explain the pairs."""
+        region, errors = self._region_of(text)
         # A copy: errors of one attack must not exclude images from the next.
         errors = dict(errors)
         started = time.perf_counter()
@@ -294,7 +275,7 @@ class _Shard:
                 result[part],
                 analyses=self.plan.analyses,
                 seed=self.plan.seed,
-                compare=False,  # with the other images of the shard, which is no property of an image
+                compare=False,  # with the other images of the group, which is no property of an image
             )
 
         own: Errors = {}
@@ -331,7 +312,7 @@ class _Shard:
 
 @contextmanager
 def _without_numbers() -> Iterator[None]:
-    """Replace the numbers of images in warnings, so that those of several shards are equal and shown once."""
+    """Replace the numbers of images in warnings, so that those of several groups are equal and shown once."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield

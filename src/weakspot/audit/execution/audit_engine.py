@@ -1,91 +1,76 @@
-"""The contract of engines, which compute the shards of an audit. They change no result, so plans do not name one.
+"""Engines, which compute the groups of an audit. They change no result, so plans do not name one.
 
 An engine is found by the entry-point group `weakspot.engines`: a function (workers, address) that returns a context
-manager of an `Engine`.
+manager of an `Engine`. This file has the one of this process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 from weakspot._checks import check_count, entry_points, unknown_choice
-from weakspot.audit.execution.attacked_groups import ShardResult
-from weakspot.audit.plan.image_list import Entry, entries
-from weakspot.audit.plan.plan import Plan
-from weakspot.classifier import Classifier
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from weakspot.audit.execution.attacked_groups import Progress, attack_groups
+from weakspot.audit.execution.batches import AuditModel
+from weakspot.audit.execution.job import Backlog, Job
+from weakspot.audit.store.unfinished import GroupResult
 
 GROUP = "weakspot.engines"
-Results = Generator[tuple[int, ShardResult], None, None]
-Progress = Callable[[float], None]
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """The name of an engine, and the number and address of its workers; see `audit`."""
-
-    name: str = "local"
-    workers: int | None = None
-    address: str | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Backlog:
-    """The shards that an audit has left to do.
-
-    Attributes:
-        plan: resolved.
-        classifier: as it was loaded in this process.
-        listing: all images.
-        size: number of images of a shard.
-        missing: numbers of the shards that do not exist yet.
-        batch_size: images attacked at once; None for as many as memory holds.
-    """
-
-    plan: Plan
-    classifier: Classifier
-    listing: pa.Table
-    size: int
-    missing: Sequence[int]
-    batch_size: int | None
-
-    def entries(self, number: int) -> list[Entry]:
-        """The images of one shard."""
-        return entries(self.listing, number * self.size, self.size)
+Results = Generator[GroupResult, None, None]
 
 
 class Engine(Protocol):
-    """Computes shards; usable inside the block of `open_engine`."""
+    """Computes groups; usable inside the block of `open_engine`."""
 
     @property
     def about(self) -> Mapping[str, str | int | None]:
         """What run.json records about it."""
 
-    def results(self, backlog: Backlog, progress: Progress) -> Results:
-        """Number and result of every missing shard, in any order.
+    def results(self, job: Job, backlog: Backlog, progress: Progress) -> Results:
+        """The result of every group of the backlog, in any order, as soon as it is known.
 
         Args:
-            backlog: what is missing.
-            progress: called with the number of images done in shards that have not been yielded yet.
+            job: of the audit.
+            backlog: what is not computed yet.
+            progress: called with the number of attacks done in groups that have not been yielded yet.
         """
 
 
-def open_engine(options: EngineOptions) -> AbstractContextManager[Engine]:
+def open_engine(
+    name: str = "local", workers: int | None = None, address: str | None = None
+) -> AbstractContextManager[Engine]:
     """An engine by name; what it starts (such as a cluster) ends with the block.
 
     Raises:
         ValueError: if there is no such engine, the options do not fit, or a package or cluster is missing.
     """
     engines = {entry.name: entry for entry in entry_points(group=GROUP)}
-    if options.name not in engines:
-        raise ValueError(unknown_choice("engine", options.name, sorted(engines)))
-    if options.workers is not None:
-        check_count("workers", options.workers)
-    factory: Callable[[int | None, str | None], AbstractContextManager[Engine]]
-    factory = engines[options.name].load()
-    return factory(options.workers, options.address)
+    if name not in engines:
+        raise ValueError(unknown_choice("engine", name, sorted(engines)))
+    if workers is not None:
+        check_count("workers", workers)
+    factory: Callable[[int | None, str | None], AbstractContextManager[Engine]] = engines[name].load()
+    return factory(workers, address)
+
+
+class LocalEngine:
+    """Computes one group after the other in this process."""
+
+    about: Mapping[str, str | int | None] = {"name": "local"}
+
+    def results(self, job: Job, backlog: Backlog, progress: Progress) -> Results:
+        model = AuditModel.of(job)
+        for groups in backlog.values():
+            yield from attack_groups(model, job, groups, progress)
+
+
+@contextmanager
+def open_local(workers: int | None, address: str | None) -> Iterator[Engine]:
+    """The local engine, which has neither workers nor an address."""
+    for name, value in (("workers", workers), ("ray-address", address)):
+        if value is not None:
+            raise ValueError(
+                f"{name} must be left out for the engine local, got {value} (or use --engine ray)"
+            )
+    yield LocalEngine()

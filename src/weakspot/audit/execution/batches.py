@@ -5,21 +5,17 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from weakspot._checks import NotFiniteError, describe_error, first_line, warn
+from weakspot.audit.execution.job import Job, default_group
 from weakspot.audit.execution.opened_images import Donors
-from weakspot.audit.plan.plan import Plan
-from weakspot.classifier import Classifier, default_batch
+from weakspot.classifier import Classifier
 from weakspot.models.probe import Watch
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-LARGEST_GROUP = 16  # larger ones are no faster on CPUs and waste more of the last, partly filled group
 OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -40,7 +36,7 @@ class FixedBatchClassifier(Classifier):
     Kernels of convolutions and matrix products choose their order of summation by the number of images, and an attack
     turns a difference in the last bit into another perturbation. With a fixed number, an image has the same logits to
     the last bit whatever images it comes with. What remains is the image's place in the group (it decides the
-    alignment in memory of rows with an odd number of features), which shards and batches preserve.
+    alignment in memory of rows with an odd number of features), which the division into groups preserves.
 
     Attributes:
         group: number of images per pass; may be halved if memory runs out, which can change the last bits.
@@ -77,12 +73,6 @@ class FixedBatchClassifier(Classifier):
         forward = super().forward
         logits = [forward(part) for part in self.filled(images).split(self.group)]
         return torch.cat(logits)[: len(images)]
-
-
-def default_group(classifier: Classifier) -> int:
-    """The number of images per pass, unless a plan states another."""
-    image = torch.empty(1, 1, *classifier.input_size, device="meta")
-    return min(LARGEST_GROUP, default_batch(image))
 
 
 def bisect_failures(work: Callable[[Tensor], T], rows: Tensor, errors: Errors, description: str) -> Parts[T]:
@@ -138,18 +128,16 @@ def sentence(error: BaseException) -> str:
 
 
 class AdaptiveBatches:
-    """Splits work into batches of the size that was asked for, or that memory allows.
+    """Splits work into batches of the size that memory allows; all images at once if it can.
 
     Args:
-        batch_size: number of images at once; None for all.
         classifier: whose groups fill a batch, and whose group is halved as a last resort; None if a batch may shrink
             to one image.
     """
 
-    def __init__(self, batch_size: int | None, classifier: FixedBatchClassifier | None) -> None:
+    def __init__(self, classifier: FixedBatchClassifier | None) -> None:
         self.classifier = classifier
-        # Whole groups: an image keeps its place in its group, and so its last bits, whatever the batch size.
-        self.size = None if batch_size is None else -(-batch_size // self.group) * self.group
+        self.size: int | None = None
 
     @property
     def group(self) -> int:
@@ -234,18 +222,16 @@ class AuditModel:
     donors: Donors
 
     @classmethod
-    def of(
-        cls, classifier: Classifier, plan: Plan, listing: pa.Table, batch_size: int | None = None
-    ) -> AuditModel:
-        """Prepare a classifier for a plan; without a batch size, a whole shard is attacked at once if memory allows."""
-        fixed = FixedBatchClassifier(classifier, plan.group)
+    def of(cls, job: Job) -> AuditModel:
+        """Prepare the classifier of a job."""
+        classifier, fixed = job.classifier, FixedBatchClassifier(job.classifier, job.group)
         return cls(
             classifier,
             fixed,
-            AdaptiveBatches(batch_size, fixed),
-            AdaptiveBatches(None, None),
+            AdaptiveBatches(fixed),
+            AdaptiveBatches(None),
             Watch(classifier),
-            Donors(listing, classifier, plan.seed),
+            Donors(job.listing, classifier, job.plan.seed),
         )
 
     def predict(self, images: Tensor, errors: Errors) -> Tensor:

@@ -1,4 +1,4 @@
-"""What one cell (attack x region) of a shard leaves: its rows of the records, and its maps."""
+"""What one attack in one region leaves of a group of images: its rows of the records, and its maps."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from weakspot.audit.execution.batches import Errors, Parts
-from weakspot.audit.execution.opened_images import ShardImages
+from weakspot.audit.execution.opened_images import OpenedImages
 from weakspot.audit.plan.attack_plan import AttackPlan
-from weakspot.audit.store.maps import BlockBuilder, curve_name
+from weakspot.audit.store.maps import GroupMaps, curve_name
 from weakspot.audit.store.records import COLUMNS, DERIVED
 from weakspot.classifier import Classifier
 from weakspot.explanations.analysis import Series
@@ -50,7 +50,7 @@ MEASURES = (
 
 @dataclass(frozen=True, eq=False)
 class CleanImages:
-    """The images (N) of a shard before any attack.
+    """The images (N) of a group before any attack.
 
     Attributes:
         opened: names, labels and digests.
@@ -59,7 +59,7 @@ class CleanImages:
         logits: (N, K); NaN for images on which the model failed.
     """
 
-    opened: ShardImages
+    opened: OpenedImages
     images: Tensor
     labels: Tensor
     logits: Tensor
@@ -205,34 +205,33 @@ def _nullable_type(column: pd.Series) -> str:
     return {"b": "boolean", "i": "Int64", "u": "Int64", "f": "float64"}.get(kind, "str")
 
 
-def add_maps(builder: BlockBuilder, cell: tuple[int, int], places: Sequence[int], result: CellResult) -> None:
-    """Add the attacked images of a cell and the maps of their explanations.
+def add_maps(maps: GroupMaps, places: Sequence[int], result: CellResult) -> None:
+    """Add the attacked images and the maps of their explanations.
 
     Args:
-        builder: of the shard's blocks.
-        cell: numbers of attack and region.
-        places: in the shard, of the n attacked images.
+        maps: of the group.
+        places: in the group, of the n attacked images.
         result: of the cell.
     """
     if result.result is None:
         return
     about: dict[str, str | Sequence[str]] = {"title": "Adversarial image", "kind": "picture"}
-    builder.add("adversarial", places, cell, result.result.adversarial.cpu().numpy(), about)
+    maps.add("adversarial", places, result.result.adversarial.cpu().numpy(), about)
     for numbers, explanation in result.explained:
         own = [places[number] for number in numbers.tolist()]
-        for name, maps in explanation.maps.items():
+        for name, values in explanation.maps.items():
             picture = explanation.pictures[name]
             about = {"title": picture.title, "kind": picture.kind}
             if picture.categories:
                 about["categories"] = list(picture.categories)
-            builder.add(name, own, cell, maps[:, 0].numpy(), about)
+            maps.add(name, own, values[:, 0].numpy(), about)
         for name, series in explanation.series.items():
             for size, (steps, layers) in _by_size(series).items():
                 about = {"title": series.title, "steps": steps}
-                builder.add(f"{name}/{size}", own, cell, torch.stack(layers, 1).cpu().numpy(), about)
-            for curve, values in series.curves.items():
+                maps.add(f"{name}/{size}", own, torch.stack(layers, 1).cpu().numpy(), about)
+            for curve, numbers_of_layers in series.curves.items():
                 about = {"title": series.title, "steps": list(series.steps), "curve": curve}
-                builder.add(curve_name(name, curve), own, cell, values.cpu().numpy(), about)
+                maps.add(curve_name(name, curve), own, numbers_of_layers.cpu().numpy(), about)
 
 
 def _by_size(series: Series) -> dict[str, tuple[list[str], list[Tensor]]]:

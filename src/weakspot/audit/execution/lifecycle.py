@@ -1,28 +1,26 @@
-"""Audits: a plan carried out shard by shard into a folder, resumable after any crash.
+"""Audits: a plan carried out group by group into a folder, resumable after any crash.
 
-Order of writes, so that a crash at any point loses at most the shards in progress: the list of images, run.json, then
-for every shard its maps, then its records (whose existence implies the maps), then the compacted tables, and at last
-run.json with the digests and the status "complete". All of these are atomic and durable.
+Order of writes, so that a crash at any point loses seconds of work: the list of images, run.json, the groups and shards
+(see `ledger`), then the compacted tables, and at last run.json with the digests and the status "complete". All of these
+are atomic and durable.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from weakspot._checks import first_line, require, warn
 from weakspot._io.files import locked
 from weakspot._io.urls import FetchError
-from weakspot.audit.execution.attacked_groups import ShardResult
-from weakspot.audit.execution.audit_engine import Backlog, Engine, EngineOptions, open_engine
+from weakspot.audit.execution.audit_engine import Engine, open_engine
+from weakspot.audit.execution.job import Job, Ledger
 from weakspot.audit.execution.preparation import (
-    Prepared,
     check_same_model,
-    default_shard,
     find_damage,
     load_planned,
     prepare,
@@ -30,28 +28,27 @@ from weakspot.audit.execution.preparation import (
     recover,
 )
 from weakspot.audit.plan.plan import Plan
-from weakspot.audit.store.digests import DamagedError, StoppedError, enumerated
-from weakspot.audit.store.maps import MAPS, MapWriter
+from weakspot.audit.store.digests import AuditInterrupt, DamagedError, StoppedError, enumerated
+from weakspot.audit.store.maps import MAPS
 from weakspot.audit.store.records import (
     LISTING,
     RECORDS,
     SHARDS,
     SKIPPED,
-    Note,
     clear_drafts,
     compact,
+    damaged_tables,
     read_notes,
     shard_files,
-    write_shard,
 )
 from weakspot.audit.store.run import PACKAGES, Run, open_run
 from weakspot.audit.store.run_info import RUN_FILE, ImageCounts, MissingImages, RunInfo, now
 from weakspot.audit.store.stores import LocalStore, open_store
-from weakspot.audit.store.verification import damaged_tables
+from weakspot.audit.store.unfinished import UNFINISHED
 
 LOCK = "audit.lock"
 NAMED = 5  # missing images whose names run.json gives
-OUTPUTS = (RUN_FILE, LISTING, RECORDS, SKIPPED, SHARDS, MAPS)
+OUTPUTS = (RUN_FILE, LISTING, RECORDS, SKIPPED, SHARDS, UNFINISHED, MAPS)
 
 
 @dataclass(frozen=True)
@@ -74,51 +71,41 @@ class AuditProgress:
         return (self.total - self.done) / self.speed if self.speed else float("inf")
 
 
-Watch = Callable[[AuditProgress], None]
+class SessionOptions(TypedDict, total=False):
+    """How one session of an audit runs; none of these changes a result.
 
+    Attributes:
+        command: recorded in run.json.
+        watch: called with the `AuditProgress` whenever it changes.
+        engine: local, ray or the name of an installed engine; by default local.
+        workers: of Ray; by default one per CPU or GPU.
+        address: of a Ray cluster; by default the one this process has joined, or one started on this machine.
+    """
 
-@dataclass(frozen=True)
-class Session:
-    """How one session of an audit runs; changes no result. See the arguments of `audit`."""
-
-    engine: EngineOptions
-    batch_size: int | None
     command: str
-    watch: Watch | None
+    watch: Callable[[AuditProgress], None] | None
+    engine: str
+    workers: int | None
+    address: str | None
 
 
-def audit(
-    plan: Plan,
-    out: Path | str,
-    *,
-    batch_size: int | None = None,
-    command: str = "",
-    watch: Watch | None = None,
-    engine: str = "local",
-    workers: int | None = None,
-    address: str | None = None,
-) -> Run:
+def audit(plan: Plan, out: Path | str, **session: Unpack[SessionOptions]) -> Run:
     """Carry out a plan.
 
     Args:
         plan: what to do.
         out: folder, created if it does not exist; or a URL, to which results are sent as they arrive.
-        batch_size: images attacked at once; changes no result. By default all of a shard, fewer if memory runs out.
-        command: recorded in run.json.
-        watch: called with the `AuditProgress` whenever it changes.
-        engine: local, ray or the name of an installed engine; changes no result.
-        workers: of Ray; by default one per CPU or GPU.
-        address: of a Ray cluster; by default the one this process has joined, or one started on this machine.
+        **session: see `SessionOptions`.
 
     Raises:
         ValueError: if the plan does not fit; if `out` holds a run already, or another process writes to it.
         FileNotFoundError: if none of the sources exists.
         StoppedError: if `out` cannot be written, an image cannot be fetched, or Ray gives up.
+        AuditInterrupt: a KeyboardInterrupt that says how much is saved.
     """
     require("an audit", *PACKAGES, extra="audit")
     plan = plan.resolved()
-    session = Session(EngineOptions(engine, workers, address), batch_size, command, watch)
-    with open_store(out) as store, open_engine(session.engine) as ready, _storage_errors(store):
+    with open_store(out) as store, _open_engine(session) as engine, _storage_errors(store):
         folder, created = store.folder, not store.folder.exists()
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"out must be a folder, got {folder}, which is a file")
@@ -127,9 +114,10 @@ def audit(
         with locked(folder, LOCK):
             store.check_free(OUTPUTS)
             # From here on a crash leaves a run that `resume` starts from the beginning.
-            RunInfo.planned(plan, command).write(folder)
+            info = RunInfo.planned(plan, session.get("command", ""))
+            info.write(folder)
             try:
-                prepared = prepare(plan, folder, command)
+                job, info = prepare(info, folder)
             except (ValueError, FileNotFoundError):
                 for name in (RUN_FILE, LISTING):
                     (folder / name).unlink(missing_ok=True)
@@ -137,19 +125,10 @@ def audit(
                     (folder / LOCK).unlink(missing_ok=True)
                     folder.rmdir()
                 raise
-            return _run_missing_shards(prepared, store, session, ready)
+            return _carry_out(job, Ledger(store, job, info), engine, session)
 
 
-def resume(
-    out: Path | str,
-    *,
-    batch_size: int | None = None,
-    command: str = "",
-    watch: Watch | None = None,
-    engine: str = "local",
-    workers: int | None = None,
-    address: str | None = None,
-) -> Run:
+def resume(out: Path | str, **session: Unpack[SessionOptions]) -> Run:
     """Continue an audit that was interrupted or lacks images, and repair one that is damaged.
 
     If the audit is complete, every stored file is compared with its digest, and nothing is done if all are intact.
@@ -163,7 +142,6 @@ def resume(
         DamagedError: if the list of images is damaged.
     """
     require("an audit", *PACKAGES, extra="audit")
-    session = Session(EngineOptions(engine, workers, address), batch_size, command, watch)
     with open_store(out) as store, _storage_errors(store):
         store.fetch()
         RunInfo.read(store.folder, store.name)  # before a lock is made where no run is
@@ -172,16 +150,18 @@ def resume(
             return _resume(store, session)
 
 
-def _resume(store: LocalStore, session: Session) -> Run:
+def _resume(store: LocalStore, session: SessionOptions) -> Run:
     folder = store.folder
     info = RunInfo.read(folder, store.name)  # again: it may have been finished before the lock was held
-    plan = info.plan
     # Safe under the lock: whoever made these drafts is dead.
     clear_drafts(folder)
     if info.status == "planned":
-        with open_engine(session.engine) as engine:
-            prepared = prepare(plan.resolved(), folder, info.command or session.command)
-            return _run_missing_shards(prepared, store, session, engine)
+        with _open_engine(session) as engine:
+            planned = replace(
+                info, plan=info.plan.resolved(), command=info.command or session.get("command", "")
+            )
+            job, info = prepare(planned, folder)
+            return _carry_out(job, Ledger(store, job, info), engine, session)
     listing, damage = read_listing(folder, info), find_damage(store)
     # Shards and maps are intact; only the compacted tables can still be damaged.
     if info.complete and not damage:
@@ -189,109 +169,74 @@ def _resume(store: LocalStore, session: Session) -> Run:
         if not tables:
             store.finish()
             return open_run(store.name)
-        if len(shard_files(folder)) == -(-len(listing) // (plan.shard or 1)):
+        if len(shard_files(folder)) == -(-len(listing) // (info.plan.shard or 1)):
             warn(f"damaged files ({enumerated(tables)}) are written again from the shards", UserWarning)
             return _finish(store, info, len(listing))
-    with open_engine(session.engine) as engine:
-        classifier = load_planned(plan.model)
-        check_same_model(info, classifier)
-        remarks = recover(store, listing, plan.shard or default_shard(classifier), damage)
+    with _open_engine(session) as engine:
+        job = Job.of(info.plan, load_planned(info.plan.model), listing)
+        check_same_model(info, job.classifier)
+        kept, remarks = recover(store, job, damage)
         if remarks or info.status != "running":  # no needless write: any can meet a full disk
             info = replace(info, status="running", missing=None).with_remarks(remarks)
             info.write(folder)
-        return _run_missing_shards(Prepared(plan, classifier, listing, info), store, session, engine)
+        return _carry_out(job, Ledger(store, job, info, kept), engine, session)
 
 
-def _run_missing_shards(prepared: Prepared, store: LocalStore, session: Session, engine: Engine) -> Run:
-    """Compute and write every shard that does not exist, then finish the run."""
-    folder, plan, listing, info = store.folder, prepared.plan, prepared.listing, prepared.info
-    # A remote run becomes resumable before its first shard is sent.
-    store.save_info()
-    total, size = len(listing), plan.shard or default_shard(prepared.classifier)
-    existing = shard_files(folder)
-    missing = [number for number in range(-(-total // size)) if number not in existing]
-    backlog = Backlog(plan, prepared.classifier, listing, size, missing, session.batch_size)
-    maps = None
-    if plan.maps:
-        maps = MapWriter(folder, total, [attack.label for attack in plan.attacks], plan.regions, size)
-    started = time.perf_counter()
-    before = done = sum(min(size, total - number * size) for number in existing)
+def _open_engine(session: SessionOptions) -> AbstractContextManager[Engine]:
+    return open_engine(session.get("engine", "local"), session.get("workers"), session.get("address"))
 
-    def report(images: float) -> None:
-        if session.watch is not None:
-            elapsed = time.perf_counter() - started
-            session.watch(AuditProgress(images, total, (images - before) / elapsed if elapsed else 0.0))
 
-    def write(number: int, result: ShardResult) -> None:
-        nonlocal info
-        # A remark is on the disk before the shard that it concerns: a crash in between cannot lose it.
-        if set(result.remarks) - set(info.remarks):
-            info = info.with_remarks(result.remarks)
-            info.write(folder)
-        # Maps first: the existence of the shard's file says that they are complete.
-        files = {} if maps is None else maps.write(number, result.maps)
-        note = Note(result.read, result.skipped, result.missing, result.contents, result.seconds, files)
-        store.add(write_shard(folder, number, result.rows, note))
+def _carry_out(job: Job, ledger: Ledger, engine: Engine, session: SessionOptions) -> Run:
+    """Compute and store every group that is left, then finish the run."""
+    # A remote run becomes resumable before its first results are sent.
+    ledger.store.save_info()
+    watch, cells = session.get("watch"), len(job.plan.cells)
+    started, before = time.perf_counter(), ledger.done
 
-    report(done)
-    unread: list[
-        tuple[str, str]
-    ] = []  # missing images of shards that are not written, because all are missing
-    # One shard is written while the next is computed. `closing` stops the engine and the executor waits for the
-    # writer, however the block ends.
-    with (
-        ThreadPoolExecutor(1, thread_name_prefix="weakspot-writer") as writer,
-        closing(engine.results(backlog, lambda images: report(done + images))) as results,
-    ):
-        written: Future[None] | None = None
-        for number, result in results:
-            if written is not None:
-                written.result()  # raises what the writer raised
-            # Without a file the shard counts as missing, so that the next session tries it again.
-            if result.missing and not result.read:
-                unread += result.missing
-                continue
-            written = writer.submit(write, number, result)
-            done += min(size, total - number * size)
-            report(done)
-        if written is not None:
-            written.result()
-    report(done)
-    return _finish(store, replace(info, engine=dict(engine.about)), total, unread)
+    def report(attacks: float = 0.0) -> None:
+        if watch is not None:
+            elapsed, done = time.perf_counter() - started, ledger.done + attacks
+            speed = (done - before) / cells / elapsed if elapsed else 0.0
+            watch(AuditProgress(done / cells, len(job.listing), speed))
+
+    try:
+        # The engine stops before the ledger is closed, however the block ends.
+        with ledger, closing(engine.results(job, ledger.backlog, report)) as results:
+            report()
+            for result in results:
+                ledger.add(result)
+                report()
+    except KeyboardInterrupt:
+        raise AuditInterrupt(ledger.saved, job.attacks, ledger.store.name) from None
+    info = replace(ledger.info, engine=dict(engine.about))
+    return _finish(ledger.store, info, len(job.listing), ledger.unread)
 
 
 def _finish(store: LocalStore, info: RunInfo, total: int, unread: Sequence[tuple[str, str]] = ()) -> Run:
     """Write what is true of all shards together: the complete tables, or which images are missing."""
-    folder = store.folder
     # Counts come from the notes on the disk, not from this session, which may have computed only some shards.
-    notes = list(read_notes(folder))
+    notes = list(read_notes(store.folder))
     missing = sorted([*unread, *(pair for note in notes for pair in note.missing)])
-    counts = ImageCounts(
-        total,
-        sum(note.read for note in notes),
-        sum(len(note.skipped) for note in notes),
-        len(missing) or None,
-    )
-    info = replace(info, images=counts, missing=None)
+    read, skipped = sum(note.read for note in notes), sum(len(note.skipped) for note in notes)
+    info = replace(info, images=ImageCounts(total, read, skipped, len(missing) or None), missing=None)
     if missing:
         names = tuple(name for name, _ in missing[:NAMED])
         absent = MissingImages(len(missing), names, missing[0][1])
-        replace(info, status="incomplete", missing=absent).write(folder)
+        replace(info, status="incomplete", missing=absent).write(store.folder)
         store.save_info()
-        return open_run(store.name)
-    # Working time of all sessions; the wall time between them says nothing.
-    seconds = sum(note.seconds for note in notes)
-    # The digests come from compaction, so run.json is written after the tables that it vouches for.
-    replace(
-        info,
-        status="complete",
-        checksums={**info.checksums, **compact(folder)},
-        finished=now(),
-        seconds=round(seconds, 3),
-        images_per_second=round(total / seconds, 3) if seconds else None,
-    ).write(folder)
-    store.finish()
-    clear_drafts(folder)
+    else:
+        # Working time of all sessions; the wall time between them says nothing.
+        seconds = sum(note.seconds for note in notes)
+        # The digests come from compaction, so run.json is written after the tables that it vouches for.
+        replace(
+            info,
+            status="complete",
+            checksums={**info.checksums, **compact(store.folder, notes)},
+            finished=now(),
+            seconds=round(seconds, 3),
+            images_per_second=round(total / seconds, 3) if seconds else None,
+        ).write(store.folder)
+        store.finish()
     return open_run(store.name)
 
 

@@ -1,4 +1,4 @@
-"""The images of one shard, the reasons why others cannot be read, and the regions of other images as controls.
+"""The images of one group, the reasons why others cannot be read, and the regions of other images as controls.
 
 A file that exists and is no picture is skipped. A file that was listed and is unavailable now is missing: it may come
 back, so an audit without it is not complete.
@@ -45,8 +45,8 @@ class MissingError(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class ShardImages:
-    """The images of a shard that could be read, and those that could not.
+class OpenedImages:
+    """The images of a group that could be read, and those that could not.
 
     Attributes:
         images: (n, C, H, W) in [0, 1], at the model's size.
@@ -67,8 +67,8 @@ class ShardImages:
     digests: Sequence[str | None]
 
 
-def open_entries(entries: Sequence[Entry], classifier: Classifier) -> ShardImages:
-    """Open every image of a shard; those that cannot be read are skipped or missing, with the reason."""
+def open_entries(entries: Sequence[Entry], classifier: Classifier) -> OpenedImages:
+    """Open some images; those that cannot be read are skipped or missing, with the reason."""
     images: list[Tensor] = []
     facts: list[tuple[Entry, str, str]] = []
     skipped, missing = [], []
@@ -93,7 +93,7 @@ def open_entries(entries: Sequence[Entry], classifier: Classifier) -> ShardImage
         else:
             images.append(pixels)
             facts.append((entry, digest, remark))
-    return ShardImages(
+    return OpenedImages(
         torch.stack(images) if images else torch.empty(0),
         [entry for entry, _, _ in facts],
         [digest for _, digest, _ in facts],
@@ -105,7 +105,7 @@ def open_entries(entries: Sequence[Entry], classifier: Classifier) -> ShardImage
 
 
 def content_digests(entries: Sequence[Entry]) -> list[str | None]:
-    """Digests of the stored content now, comparable with `ShardImages.digests`; nothing is decoded."""
+    """Digests of the stored content now, comparable with `OpenedImages.digests`; nothing is decoded."""
     contents = _fetched(entries)
 
     def digest(entry: Entry) -> str | None:
@@ -224,7 +224,7 @@ class Donors:
     def regions(
         self,
         text: str,
-        make: Callable[[ShardImages], Tensor | None],
+        make: Callable[[OpenedImages], Tensor | None],
         content: str,
         own: Tensor,
         count: int,
@@ -267,7 +267,7 @@ class Donors:
         return iter(rng.permutation(len(self.listing))[:TRIED].tolist())
 
     def _donor(
-        self, text: str, make: Callable[[ShardImages], Tensor | None], index: int, missing: list[str]
+        self, text: str, make: Callable[[OpenedImages], Tensor | None], index: int, missing: list[str]
     ) -> tuple[str, NDArray[np.uint8]] | None:
         """Digest of an image and its region, packed."""
         key = (text, index)

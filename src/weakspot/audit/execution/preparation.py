@@ -1,15 +1,15 @@
-"""Before shards are computed: a new audit is fixed and written down; a resumed one is checked and repaired.
+"""Before groups are computed: a new audit is fixed and written down; a resumed one is checked and repaired.
 
-A resumed audit removes shards that are damaged, shards with images that changed since they were attacked, and shards
-with missing images that are back. Each is computed again as a whole, which gives its other images the same rows.
+A resumed audit removes damaged shards, shards with images that changed since they were attacked, and shards with
+missing images that are back. Each is computed again as a whole, which gives its other images the same rows.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,18 +18,32 @@ import torch
 from weakspot._checks import ModelError, NotFiniteError, first_line, quiet, warn
 from weakspot._io.files import write_atomic
 from weakspot._io.urls import exists
-from weakspot.audit.execution.batches import default_group
+from weakspot._state import preserve_random_state
+from weakspot.audit.execution.job import Job
 from weakspot.audit.execution.opened_images import content_digests
 from weakspot.audit.plan.attack_plan import ModelPlan
-from weakspot.audit.plan.image_list import entries, list_images
+from weakspot.audit.plan.image_list import Entry, list_images
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.digests import DamagedError, enumerated, file_digest
-from weakspot.audit.store.maps import MAPS, drop_array, drop_maps, map_files
-from weakspot.audit.store.records import LISTING, read_note, shard_files, shard_number
+from weakspot.audit.store.maps import MAPS, damaged_maps, drop_array, drop_maps, map_files
+from weakspot.audit.store.records import (
+    LISTING,
+    damaged_shards,
+    is_intact,
+    read_note,
+    shard_files,
+    shard_number,
+)
 from weakspot.audit.store.run_info import ImageCounts, ModelInfo, RunInfo, changed_versions
 from weakspot.audit.store.stores import LocalStore
-from weakspot.audit.store.verification import damaged_maps, damaged_shards
-from weakspot.classifier import Classifier, evaluating
+from weakspot.audit.store.unfinished import (
+    UNFINISHED,
+    GroupKey,
+    GroupResult,
+    read_unfinished,
+    unfinished_files,
+)
+from weakspot.classifier import Classifier
 from weakspot.models import load
 from weakspot.models.probe import Watch
 from weakspot.regions import read_region
@@ -37,26 +51,7 @@ from weakspot.regions import read_region
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SHARD_IMAGES = (16, 128)  # fewer cost more overhead, more lose more work in a crash
-SHARD_PIXELS = 32 * 128 * 128  # of the images of a shard, whose maps must fit in memory
 AT_ONCE = 8  # shards that are verified concurrently
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """Everything that an audit needs to compute shards.
-
-    Attributes:
-        plan: with all defaults filled in.
-        classifier: as loaded.
-        listing: of the images.
-        info: the content of run.json.
-    """
-
-    plan: Plan
-    classifier: Classifier
-    listing: pa.Table
-    info: RunInfo
 
 
 def load_planned(model: ModelPlan) -> Classifier:
@@ -91,15 +86,17 @@ def load_planned(model: ModelPlan) -> Classifier:
 def class_count(classifier: Classifier) -> int:
     """The number of classes, found by passing a gray image."""
     gray = torch.full((1, classifier.channels, *classifier.input_size), 0.5, device=classifier.mean.device)
-    with evaluating(classifier), torch.no_grad():
+    with preserve_random_state(gray.device), torch.no_grad():
         return int(classifier(gray).shape[1])
 
 
-def prepare(plan: Plan, out: Path, command: str) -> Prepared:
-    """Load the model, try what can be tried, and list the images; from then on the run is fixed."""
+def prepare(info: RunInfo, out: Path) -> tuple[Job, RunInfo]:
+    """Load the model of a planned run, try what can be tried, and list the images."""
     import pyarrow.parquet as pq
 
-    if not any(exists(source) for source in plan.sources):
+    plan = info.plan
+    present = [source for source in plan.sources if exists(source)]
+    if not present:
         raise FileNotFoundError(f"{plan.sources[0]} does not exist (give a file, folder or array)")
     classifier = load_planned(plan.model)
     count = class_count(classifier)
@@ -109,13 +106,8 @@ def prepare(plan: Plan, out: Path, command: str) -> Prepared:
         )
     # A region that cannot be made would otherwise fail after minutes of attacks.
     _try_regions(plan, classifier)
-    plan = replace(
-        plan,
-        group=classifier.fixed_batch or plan.group or default_group(classifier),
-        shard=plan.shard or default_shard(classifier),
-    )
     listing = list_images(
-        plan.sources,
+        present,
         classifier.class_names,
         count,
         labels=plan.labels,
@@ -126,27 +118,22 @@ def prepare(plan: Plan, out: Path, command: str) -> Prepared:
         raise ValueError(f"images must name at least one file, got none in {', '.join(plan.sources[:3])}")
     # The list is on the disk before run.json refers to its digest.
     write_atomic(out / LISTING, lambda draft: pq.write_table(listing, draft), durable=True)
-    watch = Watch(classifier)
+    job, watch = Job.of(plan, classifier, listing), Watch(classifier)
     height, width = classifier.input_size
     info = replace(
-        RunInfo.planned(plan, command),
+        info,
+        plan=job.plan,
         status="running",
         model=ModelInfo(classifier.name, watch.weights, count, (height, width), watch.probe),
         device=str(classifier.mean.device),
         images=ImageCounts(len(listing)),
         labels=dict(sorted(Counter(listing["label_from"].to_pylist()).items())),
-        absent=tuple(source for source in plan.sources if not exists(source)),
+        absent=tuple(source for source in plan.sources if source not in present),
         remarks=tuple(watch.remarks()),
         checksums={LISTING: file_digest(out / LISTING)},
     )
     info.write(out)
-    return Prepared(plan, classifier, listing, info)
-
-
-def default_shard(classifier: Classifier) -> int:
-    """The number of images that are worked on and written together, unless a plan states another."""
-    height, width = classifier.input_size
-    return max(SHARD_IMAGES[0], min(SHARD_IMAGES[1], SHARD_PIXELS // (height * width)))
+    return job, info
 
 
 def _try_regions(plan: Plan, classifier: Classifier) -> None:
@@ -167,26 +154,6 @@ def _try_regions(plan: Plan, classifier: Classifier) -> None:
                 message = str(error)
                 prefix = "" if message.startswith("region") else f"region {text!r} of regions: "
                 raise ValueError(f"{prefix}{message}") from None
-
-
-def read_listing(folder: Path, info: RunInfo) -> pa.Table:
-    """The list of images as it was when the audit began.
-
-    Raises:
-        DamagedError: if it differs; nothing can be computed again then.
-    """
-    import pyarrow.parquet as pq
-
-    path = folder / LISTING
-    try:
-        intact = file_digest(path) == info.checksums[LISTING]
-    except (OSError, KeyError):
-        intact = False
-    if not intact:
-        raise DamagedError(
-            f"{path} is damaged, and without the list of images the audit cannot continue (start another)"
-        )
-    return pq.read_table(path)
 
 
 def check_same_model(info: RunInfo, classifier: Classifier) -> None:
@@ -210,17 +177,40 @@ def check_same_model(info: RunInfo, classifier: Classifier) -> None:
         warn(f"versions have changed ({changes}); the last digits may differ", UserWarning)
 
 
+def read_listing(folder: Path, info: RunInfo) -> pa.Table:
+    """The list of images as it was when the audit began.
+
+    Raises:
+        DamagedError: if it differs; nothing can be computed again then.
+    """
+    import pyarrow.parquet as pq
+
+    path = folder / LISTING
+    try:
+        intact = file_digest(path) == info.checksums[LISTING]
+    except (OSError, KeyError):
+        intact = False
+    if not intact:
+        raise DamagedError(
+            f"{path} is damaged, and without the list of images the audit cannot continue (start another)"
+        )
+    return pq.read_table(path)
+
+
 def find_damage(store: LocalStore) -> dict[int, list[str]]:
     """Shard number -> its files, records or maps, that are gone or differ from what was written."""
     folder, sizes = store.folder, store.map_sizes()
     bad: dict[int, list[str]] = {}
     for shard in damaged_shards(folder):
         bad.setdefault(shard_number(shard), []).append(f"{shard.parent.name}/{shard.name}")
+    for file in unfinished_files(folder):
+        if not is_intact(file):
+            bad.setdefault(shard_number(file), []).append(f"{UNFINISHED}/{file.name}")
     # Notes of damaged shards are not believed.
     intact = {number: path for number, path in shard_files(folder).items() if number not in bad}
     notes = {number: read_note(path) for number, path in intact.items()}
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="weakspot-verify") as pool:
-        damage = list(pool.map(lambda note: damaged_maps(folder, note, sizes), notes.values()))
+        damage = list(pool.map(lambda note: damaged_maps(folder, note.maps, sizes), notes.values()))
     for number, paths in zip(notes, damage, strict=True):
         if paths:
             bad[number] = [f"{MAPS}/{path}" for path in paths]
@@ -231,17 +221,19 @@ def find_damage(store: LocalStore) -> dict[int, list[str]]:
     return bad
 
 
-def recover(store: LocalStore, listing: pa.Table, size: int, damage: Mapping[int, list[str]]) -> list[str]:
-    """Remove the shards that must be computed again.
+def recover(
+    store: LocalStore, job: Job, damage: Mapping[int, list[str]]
+) -> tuple[list[GroupResult], list[str]]:
+    """Remove what must be computed again.
 
     Args:
         store: of the run.
-        listing: of all images.
-        size: number of images of a shard.
+        job: of the audit.
         damage: from `find_damage`.
 
     Returns:
-        Remarks that name what was damaged and which images changed.
+        The results of unfinished shards that can be kept, and remarks that name what was damaged and which images
+        changed.
     """
     remarks = []
     paths = [path for number in sorted(damage) for path in damage[number]]
@@ -251,45 +243,41 @@ def recover(store: LocalStore, listing: pa.Table, size: int, damage: Mapping[int
             drop_array(store.folder, path.removeprefix(f"{MAPS}/"))
     if damage:
         files = enumerated(dict.fromkeys(paths))
-        images = sum(len(entries(listing, number * size, size)) for number in damage)
+        images = sum(job.size(number) for number in damage)
         remarks.append(
             f"Damaged files were found ({files}); the results of the {images:,} images in their shards were discarded."
         )
     # Damaged shards are computed again anyway, so their images need no comparison.
-    changed, returned = _changed(store.folder, listing, size, skip=damage)
-    if changed:
-        names = [name for number in sorted(changed) for name in changed[number]]
+    changed, returned = _changed(store.folder, job, skip=damage)
+    kept, edited = _kept(store, job, skip=damage)
+    if changed or edited:
+        names = [*(name for number in sorted(changed) for name in changed[number]), *edited]
         were = "1 image was" if len(names) == 1 else f"{len(names):,} images were"
         remarks.append(
             f"{were} changed after being attacked ({enumerated(names)}); the earlier results were discarded."
         )
     for remark in remarks:
         warn(remark, UserWarning)
-    store.drop({*damage, *changed, *returned})
+    dropped = {*damage, *changed, *returned}
+    store.drop(dropped)
+    kept = [result for result in kept if result.key.shard not in dropped]
     # Maps without a shard are from a writer that died; its successor may write fewer arrays.
     drop_maps(
         store.folder, {number for _, number in map_files(store.folder)} - set(shard_files(store.folder))
     )
-    return remarks
+    return kept, remarks
 
 
-def _changed(
-    folder: Path, listing: pa.Table, size: int, skip: Mapping[int, object]
-) -> tuple[dict[int, list[str]], set[int]]:
+def _changed(folder: Path, job: Job, skip: Mapping[int, object]) -> tuple[dict[int, list[str]], set[int]]:
     """Shard number -> names of its changed images, and the shards with missing images of which some are back."""
     changed: dict[int, list[str]] = {}
     returned = set()
     for number, path in shard_files(folder).items():
         if number in skip:
             continue
-        note, images = read_note(path), entries(listing, number * size, size)
+        note, images = read_note(path), job.entries(number)
         digests = content_digests(images)
-        names = [
-            entry.name
-            for entry, before, now in zip(images, note.contents, digests, strict=True)
-            # An image that has become unavailable did not change: its rows stay valid.
-            if before is not None and now is not None and before != now
-        ]
+        names = _edited(images, note.contents, digests)
         if names:
             changed[number] = names
         missing = {name for name, _ in note.missing}
@@ -297,3 +285,31 @@ def _changed(
         if missing & present:
             returned.add(number)
     return changed, returned
+
+
+def _edited(images: Sequence[Entry], before: Sequence[str | None], now: Sequence[str | None]) -> list[str]:
+    """Names of the images with another content; one that has become unavailable did not change: its rows stay valid."""
+    return [
+        entry.name
+        for entry, then, digest in zip(images, before, now, strict=True)
+        if then is not None and digest is not None and then != digest
+    ]
+
+
+def _kept(store: LocalStore, job: Job, skip: Mapping[int, object]) -> tuple[list[GroupResult], list[str]]:
+    """The results of unfinished shards whose images are all as they were, and the names of changed images."""
+    done = shard_files(store.folder)
+    store.drop_unfinished(done)  # of sessions that died before they could remove them
+    digests: dict[tuple[int, int], list[str | None]] = {}
+    kept: dict[GroupKey, GroupResult] = {}
+    edited: dict[str, None] = {}
+    for path in unfinished_files(store.folder):
+        for result in [] if shard_number(path) in skip else read_unfinished(path):
+            images = job.entries_of(result.key)
+            place = result.key[:2]
+            if place not in digests:
+                digests[place] = content_digests(images)
+            edited.update(dict.fromkeys(_edited(images, result.images.contents, digests[place])))
+            if not result.images.missing and list(result.images.contents) == digests[place]:
+                kept[result.key] = result
+    return list(kept.values()), list(edited)

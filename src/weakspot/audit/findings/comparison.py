@@ -9,14 +9,13 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from weakspot.audit.findings.outcomes import adjusted, in_region, quoted_name, score_names
+from weakspot.audit.findings.outcomes import in_region, quoted_name, score_names
 from weakspot.audit.findings.scores import ATTACK_SCORES
 from weakspot.audit.plan.attack_plan import AttackPlan
-from weakspot.audit.plan.limits import limit_of
-from weakspot.audit.plan.plan import Plan
+from weakspot.audit.plan.plan import Plan, limit_of
 from weakspot.audit.store.records import has_records
 from weakspot.audit.store.run import Run
-from weakspot.statistics import mean_intervals, mean_test, paired_proportion_interval
+from weakspot.statistics import false_discovery, mean_intervals, mean_test, paired_proportion_interval
 from weakspot.statistics.number_format import counted, percent, points
 
 COLUMNS = (
@@ -135,7 +134,7 @@ def compare(before: Run, after: Run) -> Comparison:
             cells = _cell(before, own.label, region, scores), _cell(after, other.label, region, scores)
             rows.append(_differences(_matched(*cells), scores, own.label, region))
     table = pd.concat(rows, ignore_index=True)
-    table["q"] = adjusted(table["p"])
+    table["q"] = false_discovery(table["p"].to_numpy(float))
     remarks = _remarks(before, after)
     if incomparable:
         remarks.append(

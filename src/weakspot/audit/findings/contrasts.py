@@ -15,12 +15,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from weakspot.audit.findings.outcomes import adjusted, once_per_run, read_cell
-from weakspot.audit.plan.limits import recorded_norm
-from weakspot.audit.plan.plan import Plan
+from weakspot.audit.findings.outcomes import once_per_run, read_cell
+from weakspot.audit.plan.plan import Plan, recorded_norm
 from weakspot.audit.store.run import Run
 from weakspot.regions.spec import RegionSpec
-from weakspot.statistics import mean_interval, paired_proportion_interval, region_test
+from weakspot.statistics import false_discovery, mean_interval, paired_proportion_interval, region_test
 from weakspot.statistics.number_format import counted, p_value, percent, points, size_of_change
 
 OTHERS, SHIFTED = "other images", "shifted"  # kinds of controls
@@ -106,7 +105,7 @@ def region_contrasts(run: Run) -> pd.DataFrame:
     """
     rows = [_contrast(run, *comparison) for comparison in _comparisons(run.plan)]
     table = pd.DataFrame(rows, columns=list(Contrast._fields))
-    table["q"] = adjusted(table["p"])
+    table["q"] = false_discovery(table["p"].to_numpy(float))
     return table
 
 

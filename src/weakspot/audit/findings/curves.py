@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from weakspot.audit.findings.outcomes import evenly_spread, in_blocks, once_per_run, read_cell
 from weakspot.audit.plan.attack_plan import AttackPlan, Value
-from weakspot.audit.plan.limits import NORMS, read_limit, recorded_norm
-from weakspot.audit.plan.plan import Plan
+from weakspot.audit.plan.plan import NORMS, Plan, read_limit, recorded_norm
 from weakspot.audit.store.records import quoted
 from weakspot.audit.store.run import Run
 from weakspot.statistics import mean_intervals, proportion_interval
@@ -47,7 +46,7 @@ def budget_curves(run: Run) -> pd.DataFrame:
         spec.text for spec in specs if spec.control_of is not None and spec.control_of.text in regions
     }
     rows: list[tuple[object, ...]] = []
-    for family in _families(run.plan):
+    for family in families(run.plan):
         sizes_by_region = {region: _smallest_sizes(run, family, region) for region in regions}
         finite = [sizes[np.isfinite(sizes)].max(initial=0) for sizes in sizes_by_region.values()]
         largest = float(max(finite, default=0))
@@ -61,7 +60,7 @@ def budget_curves(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(BUDGET_COLUMNS))
 
 
-class _Family(NamedTuple):
+class Family(NamedTuple):
     """Attacks that make one curve: a minimal-norm attack, or one attack at several budgets."""
 
     name: str
@@ -69,9 +68,10 @@ class _Family(NamedTuple):
     attacks: Sequence[AttackPlan]
 
 
-def _families(plan: Plan) -> list[_Family]:
-    families = [
-        _Family(attack.label, norm, [attack]) for attack in plan.attacks if (norm := recorded_norm(attack))
+def families(plan: Plan) -> list[Family]:
+    """The curves that a plan gives in each region."""
+    result = [
+        Family(attack.label, norm, [attack]) for attack in plan.attacks if (norm := recorded_norm(attack))
     ]
     groups: dict[tuple[str, str, tuple[tuple[str, Value], ...]], list[AttackPlan]] = {}
     for attack in plan.attacks:
@@ -81,15 +81,15 @@ def _families(plan: Plan) -> list[_Family]:
     for (name, kind, settings), attacks in groups.items():
         if len(attacks) > 1:
             title = " ".join([name, *(f"{key}={value}" for key, value in settings)])
-            families.append(_Family(title, kind, sorted(attacks, key=_budget_size)))
-    return families
+            result.append(Family(title, kind, sorted(attacks, key=_budget_size)))
+    return result
 
 
 def _budget_size(attack: AttackPlan) -> float:
     return read_limit(str(attack.budget)).amount
 
 
-def _smallest_sizes(run: Run, family: _Family, region: str) -> NDArray[np.float64]:
+def _smallest_sizes(run: Run, family: Family, region: str) -> NDArray[np.float64]:
     """(images,) the smallest size at which each image was fooled, infinite if it withstood."""
     several = len(family.attacks) > 1
     fell, unknown = [], []
@@ -108,7 +108,7 @@ def _smallest_sizes(run: Run, family: _Family, region: str) -> NDArray[np.float6
     return np.asarray(smallest, dtype=float)
 
 
-def _curve_sizes(family: _Family, smallest: NDArray[np.float64], largest: float) -> list[float]:
+def _curve_sizes(family: Family, smallest: NDArray[np.float64], largest: float) -> list[float]:
     """The sizes at which a curve has points."""
     if len(family.attacks) > 1:
         return [_budget_size(attack) for attack in family.attacks]

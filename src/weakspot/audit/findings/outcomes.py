@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from weakspot.audit.plan.limits import counted_budget
+from weakspot.audit.plan.plan import counted_budget
 from weakspot.audit.store.records import COLUMNS, quoted
 from weakspot.audit.store.run import Run
-from weakspot.statistics import false_discovery, proportion_interval
+from weakspot.regions.spec import RegionSpec
+from weakspot.statistics import proportion_interval
 
 MAX_IMAGES = 1000  # whose maps are compared
 IMAGES_IN_MEMORY = 128  # images whose maps are in memory at full size
@@ -35,7 +36,7 @@ class CellSummary:
         region_fraction: mean fraction of the image, over the images with a known outcome; NaN if there are none.
         images: images with a known outcome.
         robust_accuracy: fraction of these images that the attack did not fool within the budget; NaN for a
-            minimal-norm attack without a stated budget (see `weakspot.audit.plan.limits`).
+            minimal-norm attack without a stated budget (see `weakspot.audit.plan.plan`).
         low: lower end of the exact 95% interval over images; NaN if robust_accuracy is.
         high: upper end.
         errors: images on which the model or an analysis failed.
@@ -52,6 +53,11 @@ class CellSummary:
     high: float
     errors: int
     known: bool = True
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the region only serves as a control of another one."""
+        return RegionSpec.parse(self.region).is_control
 
     @property
     def name(self) -> str:
@@ -148,14 +154,6 @@ def in_blocks(images: NDArray[np.int64]) -> Iterator[tuple[slice, NDArray[np.int
         block = images[(images >= start) & (images < start + IMAGES_IN_MEMORY)]
         if len(block):
             yield slice(start, start + IMAGES_IN_MEMORY), block - start
-
-
-def adjusted(p: pd.Series[float]) -> NDArray[np.float64]:
-    """p values corrected for their number (Benjamini and Hochberg); NaN stays NaN and does not count."""
-    q = np.full(len(p), np.nan)
-    known = p.notna().to_numpy()
-    q[known] = false_discovery(p[known].to_numpy(float))
-    return q
 
 
 def once_per_run(compute: Callable[[Run], pd.DataFrame]) -> Callable[[Run], pd.DataFrame]:

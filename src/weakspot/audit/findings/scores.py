@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from weakspot.audit.findings.outcomes import (
     WHOLE_IMAGE,
-    adjusted,
     evenly_spread,
     in_blocks,
     once_per_run,
@@ -32,6 +31,7 @@ from weakspot.explanations.locality_by_radius import MEANINGS, RANDOM, locality_
 from weakspot.explanations.promotion import TYPES
 from weakspot.statistics import (
     LEAST_RUN,
+    false_discovery,
     mean_interval,
     mean_intervals,
     mean_test,
@@ -215,7 +215,7 @@ def score_findings(run: Run) -> pd.DataFrame:
                     finding = finding._replace(shifted=round(float(cell[shifted[name]].mean()), 12))
             rows.append(finding)
     table = pd.DataFrame(rows, columns=list(Finding._fields))
-    table["q"] = adjusted(table["p"])
+    table["q"] = false_discovery(table["p"].to_numpy(float))
     return table
 
 

@@ -10,16 +10,16 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 
-from weakspot.audit.findings.contrasts import contrast_sentences, region_contrasts
+from weakspot.audit.findings.contrasts import WEAK, contrast_sentences, region_contrasts
 from weakspot.audit.findings.outcomes import WHOLE_IMAGE, CellSummary, cell_summaries, in_region
 from weakspot.audit.findings.scores import score_findings
-from weakspot.audit.plan.limits import has_robust_accuracy
+from weakspot.audit.plan.plan import has_robust_accuracy
 from weakspot.audit.store.run import Run
 from weakspot.datasets.labels import FORMATS
-from weakspot.regions.spec import RegionSpec
 from weakspot.statistics import proportion_interval
 from weakspot.statistics.number_format import counted, percent, with_interval
 
+MAX_REGIONS = 4  # weak regions that are named first
 ROBUST = ("robust_accuracy", "robust_low", "robust_high")
 NOTHING_TO_LOSE = (
     "No image is classified as its label without an attack, so that attacks have nothing to show (check the labels, "
@@ -60,6 +60,11 @@ class Summary:
         lines = [f"  {cell.name} {in_region(cell.region)}: {_accuracy(cell)}" for cell in self.cells[:8]]
         more = [f"  ... {len(self.cells) - 8} more cells"] if len(self.cells) > 8 else []
         return "\n".join([head, *lines, *more]) + ")"
+
+    def weak_regions(self) -> tuple[str, ...]:
+        """The sentences on the first weak regions or, if none is, the first sentence on a region."""
+        weak = tuple(sentence for sentence in self.regions if sentence.endswith(f"{WEAK}."))
+        return weak[:MAX_REGIONS] or self.regions[:1]
 
     def as_mapping(self) -> dict[str, object]:
         """Values for JSON; an unknown number is None."""
@@ -173,9 +178,7 @@ def strongest_attack_sentence(cells: Sequence[CellSummary], clean: float) -> str
         return NOTHING_TO_LOSE
     if not judged:
         return " ".join(no_robust_accuracy(known))
-    confined = [
-        cell for cell in judged if cell.region != WHOLE_IMAGE and not RegionSpec.parse(cell.region).is_control
-    ]
+    confined = [cell for cell in judged if cell.region != WHOLE_IMAGE and not cell.is_control]
     strongest = min(confined or judged, key=lambda cell: cell.robust_accuracy)
     whole = [cell for cell in judged if cell.region == WHOLE_IMAGE]
     if confined and strongest.robust_accuracy == 1:

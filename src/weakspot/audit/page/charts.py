@@ -37,7 +37,6 @@ SQUARE = 26  # pixels of a row of confusions
 BUDGET_HEIGHT, LAYER_HEIGHT = 280, 190
 MAX_TICKS = 10  # of layers
 FEW_SIZES = 5  # of a budget curve, which are marked by points
-MAX_POINTS = 120  # of a curve; more are not visible
 
 Spec = dict[str, object]
 SEPARATE_LEGENDS: Spec = {"legend": {"color": "independent", "strokeDash": "independent"}}
@@ -264,9 +263,7 @@ def budget_chart(title: str, curves: pd.DataFrame) -> Chart:
     curves = curves.assign(region=curves["region"].replace(WHOLE_IMAGE, "whole image"))
     regions = list(dict.fromkeys(curves.sort_values("control", kind="stable")["region"]))
     controls = dict(zip(curves["region"], curves["control"], strict=True))
-    table = pd.concat(
-        [_thinned(curves[curves["region"] == region].sort_values("size")) for region in regions]
-    )
+    table = curves.sort_values("size", kind="stable")
     norm = str(curves["norm"].iloc[0])
     if norm == "linf":
         table = table.assign(size=255 * table["size"])
@@ -292,18 +289,11 @@ def budget_chart(title: str, curves: pd.DataFrame) -> Chart:
     rows = _rows(table[["region", "size", "fooled", "low", "high", "images"]])
     return _chart(
         title,
-        "Fraction of images that are fooled by a change of this size or a smaller one, for each region"
+        "Fraction of correctly classified images that a change of this size or a smaller one fools, for each region"
         + ("; shifted regions, which are controls, are dashed." if any(controls.values()) else "."),
         {"datasets": {"rows": rows}, "layer": layers, "resolve": SEPARATE_LEGENDS},
         BUDGET_HEIGHT,
     )
-
-
-def _thinned(curve: pd.DataFrame) -> pd.DataFrame:
-    """At most `MAX_POINTS` of its points, with the first and the last."""
-    if len(curve) <= MAX_POINTS:
-        return curve
-    return curve.iloc[[round(place * (len(curve) - 1) / (MAX_POINTS - 1)) for place in range(MAX_POINTS)]]
 
 
 def layer_chart(title: str, group: str, curves: pd.DataFrame, highest: float) -> Chart:

@@ -188,7 +188,10 @@ def _adversarial_class_sentence(adversarial: pd.DataFrame, names: Mapping[Hashab
         return "No correctly classified image was fooled, so there are no adversarial classes to report."
     ranked = adversarial.sort_values("fooled", ascending=False, kind="stable")
     row = ranked.iloc[0]
-    tied = int((ranked["fooled"] == row["fooled"]).sum()) > 1
+    if len(ranked) > 1 and row["fooled"] == 1:
+        return "No confusion of two classes occurred more than once."
+    # The table has each label's most frequent class: another class of this label may be as frequent.
+    tied = int((ranked["fooled"] == row["fooled"]).sum()) > 1 or row["of"] - row["fooled"] >= row["fooled"]
     return (
         f"{'One of the most frequent confusions' if tied else 'The most frequent confusion'} is "
         f"{names.get(row['label'], 'a class')} classified as {row['adversarial_class']}: in {row['fooled']:,} of "
@@ -236,13 +239,16 @@ def image_sentences(ends: Extremes) -> list[str]:
     return [outcome, f"{ranking}{never}."]
 
 
-def budget_section(curves: pd.DataFrame, contrasts: pd.DataFrame, compared: Sequence[str] = ()) -> Section:
+def budget_section(
+    curves: pd.DataFrame, contrasts: pd.DataFrame, compared: Sequence[str] = (), *, planned: bool = False
+) -> Section:
     """Which sizes of change fool how many images in which region, and whether its controls are fooled as well.
 
     Args:
         curves: from `budget_curves`.
         contrasts: from `region_contrasts`.
         compared: `contrast_sentences` of the contrasts.
+        planned: whether the plan has attacks that give curves.
     """
     key, name = "sizes", "Size of change needed, by region"
     if curves.empty and contrasts.empty:
@@ -250,7 +256,8 @@ def budget_section(curves: pd.DataFrame, contrasts: pd.DataFrame, compared: Sequ
             "The run has no sizes to compare: several budgets (--budget linf:1/255,linf:4/255) or a minimal-norm "
             "attack give curves, and --controls adds controls of equal area."
         )
-        return Section(key, name, [needed])
+        unknown = "No correctly classified image has an attack with a known outcome."
+        return Section(key, name, [unknown if planned else needed])
     groups = list(curves.groupby(["attack", "norm"], sort=False))
     sentences = [_half_sentence(str(attack), str(norm), rows) for (attack, norm), rows in groups]
     sentences += compared

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from weakspot._io.files import write_atomic
 from weakspot._io.urls import is_url, place
-from weakspot.audit.findings.contrasts import WEAK, contrast_sentences, region_contrasts
-from weakspot.audit.findings.curves import budget_curves, layer_curves
+from weakspot.audit.findings.contrasts import contrast_sentences, region_contrasts
+from weakspot.audit.findings.curves import budget_curves, families, layer_curves
 from weakspot.audit.findings.distributions import class_distributions, distributions, extremes
 from weakspot.audit.findings.outcomes import attack_name, in_region
 from weakspot.audit.findings.scores import (
@@ -23,6 +23,7 @@ from weakspot.audit.findings.scores import (
     score_findings,
 )
 from weakspot.audit.findings.summary import Summary, summarize
+from weakspot.audit.findings.weak_places import WeakPlaces, weak_places
 from weakspot.audit.page.charts import CONFIG
 from weakspot.audit.page.elements import Section, Table, table_of, texts
 from weakspot.audit.page.outcome_sections import (
@@ -38,9 +39,10 @@ from weakspot.audit.page.score_sections import (
     locality_section,
     type_section,
 )
-from weakspot.audit.page.thumbnails import thumbnails
+from weakspot.audit.page.spot_section import spot_section
+from weakspot.audit.page.thumbnails import square_thumbnails, thumbnails
 from weakspot.audit.plan.attack_plan import AttackPlan
-from weakspot.audit.plan.limits import has_robust_accuracy
+from weakspot.audit.plan.plan import has_robust_accuracy
 from weakspot.audit.store.records import has_records, quoted
 from weakspot.audit.store.run import Run
 from weakspot.report.rendering import base64_text, rendered
@@ -49,8 +51,8 @@ from weakspot.statistics.number_format import counted, number, percent, with_int
 FILE = "report.html"
 SHOWN = 200  # rows of a table that are in the HTML; the others are added when the reader sorts or filters
 FIRST_IMAGES = 3  # thumbnails of a gallery that are not folded
+SMALLEST_SQUARES = 6  # images whose squares are drawn
 MAX_SKIPPED = 20  # skipped images listed
-MAX_REGIONS = 4  # weak regions at the top; their section has all contrasts
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,16 @@ def run_report(run: Run) -> str:
     """The report as HTML. Records are counted on disk, so their number does not matter."""
     if not has_records(run.folder, complete=run.complete):
         return run_page(_header(run, None), [], _made(run), _queries(run))
-    summary = summarize(run)
-    return run_page(_header(run, summary), _sections(run, summary), _made(run), _queries(run))
+    summary, places = summarize(run), weak_places(run)
+    header = _header(run, summary, places)
+    # A section with a picture does not repeat what the top of the page says.
+    sections = [
+        replace(section, sentences=[one for one in section.sentences if one not in header.sentences])
+        if section.charts
+        else section
+        for section in _sections(run, summary, places)
+    ]
+    return run_page(header, sections, _made(run), _queries(run))
 
 
 def run_page(header: Header, sections: Sequence[Section], made: Mapping[str, str], queries: Queries) -> str:
@@ -181,14 +191,21 @@ def _queries(run: Run) -> Queries:
     )
 
 
-def _sections(run: Run, summary: Summary) -> list[Section]:
+def _sections(run: Run, summary: Summary, places: WeakPlaces | None) -> list[Section]:
     """All sections, in the order of the page; those without anything to show are one section, the last but one."""
     by_class, ends = class_distributions(run), extremes(run)
     judged = [attack.label for attack in run.plan.attacks if has_robust_accuracy(run.plan, attack)]
     contrasts = region_contrasts(run)
     sections = [
+        spot_section(
+            places,
+            square_thumbnails(run, places, SMALLEST_SQUARES) if places else (),
+            searched="weak_spots" in run.plan.analyses,
+        ),
         robust_section(summary.cells, summary.clean_accuracy, eight_bit=run.eight_bit),
-        budget_section(budget_curves(run), contrasts, contrast_sentences(contrasts)),
+        budget_section(
+            budget_curves(run), contrasts, contrast_sentences(contrasts), planned=bool(families(run.plan))
+        ),
         class_section(replace(by_class, cells=by_class.cells[by_class.cells["attack"].isin(judged)])),
         image_section(
             ends,
@@ -209,7 +226,7 @@ def _sections(run: Run, summary: Summary) -> list[Section]:
     ]
 
 
-def _header(run: Run, summary: Summary | None) -> Header:
+def _header(run: Run, summary: Summary | None, places: WeakPlaces | None = None) -> Header:
     title = f"Where is {run.info.model.name if run.info.model else run.plan.model.spec} weak?"
     attacks = ", ".join(attack_name(attack.label, attack.budget) for attack in run.plan.attacks)
     subtitle = f"{attacks}; each in {counted(len(run.plan.reported_regions), 'region')}."
@@ -223,8 +240,8 @@ def _header(run: Run, summary: Summary | None) -> Header:
     labels = f"Labels: {summary.labels}."
     if "prediction" in run.info.labels:
         labels += " Where a label is the model's own prediction, the report does not say whether the model is correct."
-    weak = [sentence for sentence in summary.regions if sentence.endswith(f"{WEAK}.")]
-    sentences = [summary.weakest, *(weak[:MAX_REGIONS] or summary.regions[:1]), labels]
+    square = places.sentences()[:1] if places else []
+    sentences = [summary.weakest, *square, *summary.weak_regions(), labels]
     errors = sum(cell.errors for cell in summary.cells)
     if errors:
         sentences.append(
@@ -252,7 +269,7 @@ def _warning(run: Run, done: int) -> str:
 
 def _facts(summary: Summary) -> list[tuple[str, str]]:
     known = [cell for cell in summary.cells if cell.images]
-    judged = [cell for cell in known if not math.isnan(cell.robust_accuracy)]
+    judged = [cell for cell in known if not math.isnan(cell.robust_accuracy) and not cell.is_control]
     noun = "image" if summary.images == 1 else "images"
     facts = [
         (f"{summary.images:,}", f"{noun} attacked" if known else f"{noun} read, none with a known outcome")

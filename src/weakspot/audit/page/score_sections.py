@@ -192,8 +192,8 @@ def type_section(types: pd.DataFrame) -> list[Section]:
             for row in rows.sort_values("count", ascending=False, kind="stable").to_dict("records")
         ]
         sentences.append(
-            f"Of the perturbations with which {attack} {in_region(str(region))} fooled "
-            f"{counted(int(rows['images'].iloc[0]))}, {', '.join(parts)}."
+            f"Of {counted(int(rows['images'].iloc[0]), 'perturbation')} of known type with which {attack} "
+            f"{in_region(str(region))} fooled an image, {', '.join(parts)}."
         )
     if len(groups) > NAMED:
         more = counted(len(groups) - NAMED, "more combination")

@@ -8,17 +8,20 @@ from collections.abc import Hashable, Mapping
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from weakspot.audit.findings.weak_places import ESTIMATE, WeakPlaces
 from weakspot.audit.page.elements import Row, Thumbnail, heading
 from weakspot.audit.store.run import Run
 from weakspot.audit.store.stored_maps import StoredMap
 from weakspot.report.rendering import color_table, data_url
-from weakspot.statistics.number_format import number
+from weakspot.statistics.number_format import number, percent
 
 MAPS = ("clean", "adversarial", "importance")
 MAX_SIDE = 128  # pixels of the longer side
 EXACT = 64  # pixels up to which a picture is stored without loss and drawn with square pixels
+OUTLINE = (213, 94, 0)
+LEAST_CHANGE = 1e-6  # drawn as the strongest color
 OPACITY = 0.6  # of the color over the photograph
 
 
@@ -33,6 +36,35 @@ def thumbnails(run: Run, images: pd.DataFrame, *, by_size: bool) -> list[Thumbna
         pictures, small = _pictures(maps, int(row["index"]), attack, region)
         result.append(Thumbnail(str(row["image"]), _caption(row, by_size=by_size), pictures, small))
     return result
+
+
+def square_thumbnails(run: Run, places: WeakPlaces, count: int) -> list[Thumbnail]:
+    """The images with the smallest squares, each square outlined, beside the estimate for each cell."""
+    stored, result = run.maps, []
+    if not {"clean", ESTIMATE} <= set(stored):
+        return []
+    for row in places.squares[places.squares["side"].notna()].head(count).to_dict("records"):
+        image, side = int(row["index"]), int(row["side"])
+        clean = _pixels(stored["clean"][image])
+        # Less change needed is drawn brighter, on a logarithmic scale.
+        needed = np.log(np.clip(stored[ESTIMATE][image, *places.cell], LEAST_CHANGE, 1).astype(np.float32))
+        strength = (needed.max() - needed) / (float(np.ptp(needed)) or 1.0)
+        outlined = _outlined(clean, int(row["left"]), int(row["top"]), side)
+        pictures = [("the square, outlined", outlined)]
+        if strength.max() > 0:
+            pictures.append(("estimate: brighter needs less", _encoded(_overlaid(clean, strength), clean)))
+        caption = f"{side} x {side} pixels, {percent(row['fraction'])} of the image"
+        result.append(Thumbnail(str(row["image"]), caption, pictures, max(clean.shape[:2]) <= EXACT))
+    return result
+
+
+def _outlined(clean: NDArray[np.uint8], left: int, top: int, side: int) -> str:
+    """The picture with a square outlined, enlarged so that the line covers no pixel of a small one."""
+    scale = max(1, MAX_SIDE // max(clean.shape[:2]))
+    picture = Image.fromarray(clean.repeat(scale, 0).repeat(scale, 1))
+    box = (scale * left - 1, scale * top - 1, scale * (left + side), scale * (top + side))
+    ImageDraw.Draw(picture).rectangle(box, outline=OUTLINE, width=max(2, max(picture.size) // 100))
+    return _encoded(np.asarray(picture), np.asarray(picture))
 
 
 def _pictures(

@@ -1,11 +1,9 @@
-"""What a plan states about its network and its attacks, and how both are read from plain values."""
+"""What a plan states about its network and its attacks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from weakspot._checks import unknown_choice
 from weakspot.attacks import Attack, find_attack
@@ -36,21 +34,6 @@ class ModelPlan:
     classes: tuple[str, ...] | None = None
     device: str = "auto"
 
-    @classmethod
-    def from_mapping(cls, value: object, folder: Path) -> ModelPlan:
-        """Read a spec, or a table of this class's attributes.
-
-        Raises:
-            ValueError: if the value is neither, or has an unknown key.
-        """
-        table = checked_table("model", {"spec": value} if isinstance(value, str) else value, cls)
-        for key, item in table.items():
-            if isinstance(item, list):
-                table[key] = tuple(item)
-        if table.get("weights") is not None:
-            table["weights"] = str(folder / str(table["weights"]))
-        return cls(**table)
-
 
 @dataclass(frozen=True)
 class AttackPlan:
@@ -67,21 +50,6 @@ class AttackPlan:
     budget: str | None = None
     settings: tuple[tuple[str, Value], ...] = ()
     label: str = ""
-
-    @classmethod
-    def from_mapping(cls, value: object) -> AttackPlan:
-        """Read a name, or a table of this class's attributes.
-
-        Raises:
-            ValueError: if the value is neither, or has an unknown key.
-        """
-        table = checked_table("attacks", {"name": value.strip()} if isinstance(value, str) else value, cls)
-        if "name" not in table:
-            raise ValueError(f"attacks must each have a name, got {value!r}")
-        settings = table.pop("settings", {})
-        if not isinstance(settings, Mapping):
-            raise ValueError(f"settings of attack {table['name']} must be a table, got {settings!r}")
-        return cls(**table, settings=tuple(sorted(settings.items())))
 
     def own_settings(self) -> dict[str, Value]:
         """Keyword arguments of the attack's own.
@@ -135,28 +103,24 @@ class AttackPlan:
             return None
 
 
-def read_attacks(value: object, budgets: object) -> tuple[AttackPlan, ...]:
-    """Read names or tables of attacks; every attack that takes a budget and states none appears once per budget.
+def with_budgets(attacks: Iterable[AttackPlan], budgets: Sequence[str]) -> tuple[AttackPlan, ...]:
+    """The attacks; every one that takes a budget and states none appears once per budget.
 
     Raises:
         ValueError: if budgets are given and no attack can use them.
     """
-    texts: list[str | None] = [None] if budgets is None else [*read_texts("budget", budgets)]
-    attacks = []
-    entries = read_texts("attacks", value) if isinstance(value, str) else value
-    if not isinstance(entries, Iterable):
-        raise ValueError(f"attacks must be a list of names or tables, got {value!r}")
-    for entry in entries:
-        attack = AttackPlan.from_mapping(entry)
-        # The plan of a finished run has no budgets to fill in, and is read without the package of its attack, too.
-        fill = budgets is not None and attack.budget is None and attack.takes_budget()
-        attacks += [replace(attack, budget=text) if fill else attack for text in texts]
-    if budgets is not None and not any(attack.budget or attack.is_minimal for attack in attacks):
-        names = ", ".join(sorted({attack.name for attack in attacks}))
+    if not budgets:
+        return tuple(attacks)
+    filled: list[AttackPlan] = []
+    for attack in attacks:
+        fill = attack.budget is None and attack.takes_budget()
+        filled += [replace(attack, budget=text) for text in budgets] if fill else [attack]
+    if not any(attack.budget or attack.is_minimal for attack in filled):
+        names = ", ".join(sorted({attack.name for attack in filled}))
         raise ValueError(
-            f"budget must be left out, got {budgets!r}: {names} takes none (or add an attack such as pgd)"
+            f"budget must be left out, got {', '.join(budgets)!r}: {names} takes none (or add an attack such as pgd)"
         )
-    return tuple(attacks)
+    return tuple(filled)
 
 
 def labeled(attacks: Iterable[AttackPlan]) -> tuple[AttackPlan, ...]:
@@ -183,26 +147,3 @@ def labeled(attacks: Iterable[AttackPlan]) -> tuple[AttackPlan, ...]:
 def _description(attack: AttackPlan) -> str:
     settings = [f"{key}={value}" for key, value in attack.settings]
     return " ".join([attack.name, *([attack.budget] if attack.budget else []), *settings])
-
-
-def checked_table(name: str, value: object, *types: type, more: Iterable[str] = ()) -> dict[str, Any]:
-    """A copy of a table whose keys are fields of these dataclasses or one of `more`.
-
-    Raises:
-        ValueError: if the value is no table or has another key.
-    """
-    keys = sorted({entry.name for kind in types for entry in fields(kind)} | set(more))
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{name} must be a table of {', '.join(keys)}, got {value!r}")
-    for key in value:
-        if key not in keys:
-            raise ValueError(unknown_choice(f"key of {name}", key, keys))
-    return dict(value)
-
-
-def read_texts(name: str, value: object) -> tuple[str, ...]:
-    """A list of texts, or one text of several separated by commas; empty ones are dropped."""
-    parts = value.split(",") if isinstance(value, str) else value
-    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
-        raise ValueError(f"{name} must be a list of texts, got {value!r}")
-    return tuple(part.strip() for part in parts if part.strip())

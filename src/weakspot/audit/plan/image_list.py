@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from weakspot._io.urls import exists, files, is_url, local_copy
+from weakspot._io.urls import files, is_url, local_copy
 from weakspot.datasets.arrays import ARRAYS, array_labels, array_length
 from weakspot.datasets.labels import FOLDERS, ClassIndex, folder_classes, read_labels
 
@@ -69,7 +69,7 @@ def list_images(
     """A table of `Entry`, sorted by name, independent of the order of sources and of files on the disk.
 
     Args:
-        sources: absolute paths or URLs; those that do not exist are left out.
+        sources: absolute paths or URLs that exist.
         class_names: of the model; may be empty.
         class_count: number of classes of the model.
         labels: as in `Plan`.
@@ -79,7 +79,7 @@ def list_images(
     Raises:
         ValueError: if the labels that were asked for do not exist, naming the file or folder.
     """
-    present = {Path(os.path.normpath(source)): source for source in sorted(sources) if exists(source)}
+    present = {Path(os.path.normpath(source)): source for source in sorted(sources)}
     classes = ClassIndex(tuple(class_names), class_count)
     images = {source: list(_walk(source, present[source])) for source in sorted(present)}
     root = _common_root(images)
@@ -150,8 +150,12 @@ def _walk(source: Path, location: str) -> Iterator[_Image]:
         yield _Image(source, os.fsencode(source), error=_unreadable(source))
         return
     closed: list[Path] = []
-    for folder, inner, names in os.walk(source, onerror=lambda error: closed.append(Path(error.filename))):
-        inner[:] = [name for name in inner if not name.startswith(".")]
+    roots = [os.path.realpath(source)]
+    for folder, inner, names in os.walk(
+        source, onerror=lambda error: closed.append(Path(error.filename)), followlinks=True
+    ):
+        shown = (name for name in sorted(inner) if not name.startswith("."))
+        inner[:] = [name for name in shown if _is_new(Path(folder, name), roots)]
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
             below = path.relative_to(source).parts
             first = below[0] if len(below) > 1 else ""
@@ -159,6 +163,17 @@ def _walk(source: Path, location: str) -> Iterator[_Image]:
     # A folder without permission is an entry of its own, so that it is reported as skipped.
     for path in closed:
         yield _Image(path, os.fsencode(path), error="no permission to read the folder; skipped")
+
+
+def _is_new(folder: Path, roots: list[str]) -> bool:
+    """Whether a folder is to be entered; a link only if it leads out of everything that is entered anyway."""
+    if not folder.is_symlink():
+        return True
+    target = os.path.realpath(folder)
+    if any(os.path.commonpath([target, root]) in {target, root} for root in roots):
+        return False  # the same images would be listed again, or without end
+    roots.append(target)
+    return True
 
 
 def _unreadable(path: Path) -> str:

@@ -13,23 +13,19 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple, cast
 
 from weakspot._checks import check_count, check_fraction, check_seed
 from weakspot._io.urls import is_url
-from weakspot.audit.plan.attack_plan import (
-    AttackPlan,
-    ModelPlan,
-    checked_table,
-    labeled,
-    read_attacks,
-    read_texts,
-)
+from weakspot.audit.plan.attack_plan import AttackPlan, ModelPlan, labeled, with_budgets
 from weakspot.audit.plan.image_list import LABELS
+from weakspot.audit.plan.schema import Reader
 from weakspot.budgets import read_budget
 from weakspot.datasets.labels import LABEL_FILE
 from weakspot.explanations.analysis import available_analyses, find_analyses
 from weakspot.regions.spec import RegionSpec
 
+NORMS = ("linf", "l2", "l1")  # budgets that have a distance in the records
 DEFAULT_BUDGET = "linf:4/255"
 DEFAULT_ANALYSES = ("overlap", "promotion", "propagation")
 OTHER_IMAGES = 5  # controls per image that are regions of other images
@@ -54,8 +50,9 @@ class Plan:
         seed: of everything random, including the choice of `limit` images.
         limit: largest number of images; None for all.
         maps: whether maps and pictures are stored.
-        shard: number of images that are worked on and written together.
-        group: fixed number of images per pass through the model; None until the model is known.
+        shard: number of images that are stored together; None until the model is known.
+        group: number of images that are attacked together and of every pass through the model; None until the model is
+            known.
         stated_budgets: budgets such as linf:4/255 at which the robust accuracy of minimal-norm attacks may be counted,
             in addition to those of the attacks.
     """
@@ -102,28 +99,20 @@ class Plan:
         Raises:
             ValueError: if a key is unknown or a value has the wrong type.
         """
-        values = checked_table("plan", mapping, cls, more=("images", "budget"))
-        values.pop("sources", None)
+        plan, budgets = _typed(mapping)
         folder = (folder or Path.cwd()).absolute()
-        images = values.pop("images", None) or ()
-        images = [images] if isinstance(images, str) else images  # one path: a comma is legal in it
-        values["sources"] = tuple(_within(folder, path) for path in read_texts("images", images))
-        budget = values.pop("budget", None)
-        if budget is not None:
-            values["stated_budgets"] = budget
-        values["model"] = ModelPlan.from_mapping(values.get("model", {}), folder)
-        values["attacks"] = read_attacks(values.get("attacks", "pgd"), budget)
-        for key, name in (("regions", "regions"), ("analyses", "analyses"), ("stated_budgets", "budget")):
-            if key in values:
-                values[key] = read_texts(name, values[key])
-        if values.get("analyses") == ("all",):
-            values["analyses"] = tuple(available_analyses())
-        elif values.get("analyses") == ("none",):
-            values["analyses"] = ()
-        # Everything else is the path of a label file.
-        if values.get("labels", "auto") not in LABELS:
-            values["labels"] = str(folder / str(values["labels"]))
-        return cls(**values)
+        weights, labels = plan.model.weights, plan.labels
+        analyses = tuple(available_analyses()) if plan.analyses == ("all",) else plan.analyses
+        return replace(
+            plan,
+            sources=tuple(_within(folder, path) for path in plan.sources),
+            model=replace(plan.model, weights=None if weights is None else str(folder / weights)),
+            attacks=with_budgets(plan.attacks, budgets),
+            stated_budgets=budgets or plan.stated_budgets,
+            analyses=() if analyses == ("none",) else analyses,
+            # Everything else is the path of a label file.
+            labels=labels if labels in LABELS else str(folder / labels),
+        )
 
     def as_mapping(self) -> dict[str, object]:
         """The plain values that `from_mapping` reads."""
@@ -204,8 +193,6 @@ class Plan:
             raise ValueError(
                 f"labels must be {', '.join(LABELS)} or the path of {LABEL_FILE}, got {self.labels!r}"
             )
-        if not isinstance(self.controls, bool):
-            raise ValueError(f"controls must be true or false, got {self.controls!r}")
         find_analyses(self.analyses)
         for budget in self.stated_budgets:
             read_budget(budget)
@@ -227,12 +214,25 @@ class Plan:
         return tuple(dict.fromkeys(spec.text for spec in specs))
 
 
+def _typed(mapping: Mapping[str, object]) -> tuple[Plan, tuple[str, ...]]:
+    """The plan as it is spelled, and its budgets for all attacks; `out` is a key of files, not of plans."""
+    reader, texts = Reader(spelled=True), tuple[str, ...]
+    values = dict(mapping)
+    reader.read(str | None, values.pop("out", None), "out")
+    images = values.pop("images", None) or ()
+    images = [images] if isinstance(images, str) else images  # one path: a comma is legal in it
+    sources = reader.read(texts, images, "images")
+    budgets = reader.read(texts | None, values.pop("budget", None), "budget")
+    plan = reader.table(Plan, {**values, "sources": sources}, "plan", more=("budget", "images", "out"))
+    return plan, cast("tuple[str, ...] | None", budgets) or ()
+
+
 def read_plan(path: Path) -> dict[str, object]:
     """The content of a TOML file; paths in it, `out` included, become relative to the file's folder.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not valid TOML.
+        ValueError: if it is not valid TOML, has an unknown key, or a value of the wrong type.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist (give the path of a plan)")
@@ -240,12 +240,15 @@ def read_plan(path: Path) -> dict[str, object]:
         table: dict[str, object] = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML ({error})") from None
+    try:
+        _typed(table)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     folder = path.absolute().parent
     # Relative to the file, not to the working directory: a plan can be moved with its images.
-    images = table.get("images")
-    if isinstance(images, str | list):
-        paths = [images] if isinstance(images, str) else images
-        table["images"] = [_within(folder, str(one)) for one in paths]
+    images = table.get("images", [])
+    paths = [images] if isinstance(images, str) else images
+    table["images"] = [_within(folder, one) for one in cast("list[str]", paths)]
     for key in ("out", "labels"):
         value = table.get(key)
         if isinstance(value, str) and value not in LABELS:
@@ -264,3 +267,56 @@ def _within(folder: Path, path: str) -> str:
 
 def _normal(source: str) -> str:
     return source.rstrip("/") if is_url(source) else os.path.normpath(source)
+
+
+class Limit(NamedTuple):
+    """A stated budget: its text, its kind (linf, l2, l1, ...) and its amount."""
+
+    budget: str
+    kind: str
+    amount: float
+
+
+def read_limit(text: str) -> Limit:
+    """Parse a budget such as linf:4/255."""
+    kind = text.partition(":")[0].strip().lower()
+    return Limit(text, kind, float(getattr(read_budget(text), "eps")))  # noqa: B009 - Budget is a protocol without it
+
+
+def stated_budgets(plan: Plan) -> list[Limit]:
+    """The different budgets that the plan or any of its attacks states."""
+    texts = [*plan.stated_budgets, *(attack.budget for attack in plan.attacks if attack.budget)]
+    limits: dict[tuple[str, float], Limit] = {}
+    for limit in map(read_limit, texts):
+        limits.setdefault((limit.kind, limit.amount), limit)
+    return list(limits.values())
+
+
+def limit_of(plan: Plan, attack: AttackPlan) -> Limit | None:
+    """The stated budget at which a minimal-norm attack is counted.
+
+    This is the only stated budget in the attack's own norm or, if there is none in that norm, the only one of the plan.
+    None if no budget is stated, if several qualify, for SSIM budgets, for which the records hold no distance, and if
+    the attack is not known.
+    """
+    stated = stated_budgets(plan) if attack.is_known else []
+    candidates = [limit for limit in stated if limit.kind == attack.minimized_norm] or stated
+    return candidates[0] if len(candidates) == 1 and candidates[0].kind in NORMS else None
+
+
+def recorded_norm(attack: AttackPlan) -> str | None:
+    """The norm that a minimal-norm attack minimizes, if the records hold a distance in it; None otherwise."""
+    return attack.minimized_norm if attack.minimized_norm in NORMS else None
+
+
+def has_robust_accuracy(plan: Plan, attack: AttackPlan) -> bool | None:
+    """False for minimal-norm attacks without a limit; None if the attack is not known."""
+    if not attack.is_known:
+        return None
+    return not attack.is_minimal or limit_of(plan, attack) is not None
+
+
+def counted_budget(plan: Plan, attack: AttackPlan) -> str | None:
+    """The budget at which an attack's robust accuracy is counted, as text."""
+    limit = limit_of(plan, attack) if attack.is_minimal else None
+    return limit.budget if limit else attack.budget

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,21 @@ class StoppedError(Exception):
         return partial(StoppedError, resumable=self.resumable), self.args
 
 
+class AuditInterrupt(KeyboardInterrupt):
+    """An audit was interrupted; what was done before is saved.
+
+    Attributes:
+        saved: number of attacks whose records are saved.
+    """
+
+    def __init__(self, saved: int, planned: int, name: str) -> None:
+        super().__init__(
+            f"{saved:,} of {planned:,} planned attacks are saved; resume with weakspot audit --resume "
+            f"{shlex.quote(name)}"
+        )
+        self.saved = saved
+
+
 def digest_of(content: bytes | memoryview, number: int | None = None) -> str:
     """Sixteen hex digits (BLAKE2b) of some content and, if given, of its number."""
     return hashlib.blake2b(content, digest_size=SIZE, salt=_salt(number)).hexdigest()
@@ -46,6 +62,14 @@ def file_digest(path: Path, number: int | None = None) -> str:
     blake2b = partial(hashlib.blake2b, digest_size=SIZE, salt=_salt(number))
     with path.open("rb") as file:
         return hashlib.file_digest(file, blake2b).hexdigest()
+
+
+def digest_or_none(path: Path) -> str | None:
+    """The digest of a file, None if it cannot be read."""
+    try:
+        return file_digest(path)
+    except OSError:
+        return None
 
 
 def _salt(number: int | None) -> bytes:

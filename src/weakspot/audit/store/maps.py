@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weakspot._io.files import synchronize
-from weakspot.audit.store.digests import file_digest
+from weakspot.audit.store.digests import digest_or_none, file_digest
 
 MAPS = "maps.zarr"
+CLEAN = "clean"  # pictures of the images themselves, the only map without attacks and regions
 SCALE = ".scale"
 MISSING = 255  # in uint8, for images without this map
 LARGEST, SMALLEST = 2.0**14, 2.0**-13  # range of a map's largest value in which float16 needs no scale
@@ -47,57 +48,79 @@ class MapBlock:
     """One quantity of some consecutive images of a run.
 
     Attributes:
-        values: uint8 or float16, (images, attacks, regions, ...) or, for pictures of the images, (images, ...).
+        values: uint8 or float16. Of a group, (images, ...). Of a shard, (images, attacks, regions, ...) or, for the
+            clean pictures, (images, ...).
         about: attributes of the array, such as kind and title.
-        scale: float32 (images, attacks, regions), factors of float16 values.
+        scale: float32, factors of float16 values: (images,) or (images, attacks, regions).
     """
 
     values: Values
     about: Attributes
     scale: NDArray[np.float32] | None = None
 
+    @classmethod
+    def empty(cls, shape: Sequence[int], cells: int, *, exact: bool, about: Attributes) -> MapBlock:
+        """A block of missing values, of integers if `exact`; the scale has its first `cells` axes."""
+        if exact:
+            return cls(np.full(shape, MISSING, np.uint8), about)
+        return cls(np.full(shape, np.nan, np.float16), about, np.ones(shape[:cells], np.float32))
+
 
 @dataclass(eq=False)
-class BlockBuilder:
-    """Blocks that are filled cell by cell and packed at once, so that only the small form is in memory.
+class GroupMaps:
+    """The maps of one group, packed as they are added, so that only the small form is in memory.
 
     Attributes:
-        images: number of images of the block, including those without maps.
-        attacks: number of attacks.
-        regions: number of regions.
+        images: number of images of the group, including those without maps.
+        blocks: name -> block.
     """
 
     images: int
-    attacks: int
-    regions: int
     blocks: dict[str, MapBlock] = field(default_factory=dict)
 
-    def add(
-        self, name: str, places: Sequence[int], cell: tuple[int, int], values: Values, about: Attributes
-    ) -> None:
-        """Add maps (n, ...) of the images at these places in one cell; maps of another shape get their own array."""
+    def add(self, name: str, places: Sequence[int], values: Values, about: Attributes) -> None:
+        """Add maps (n, ...) of the images at these places; maps of another shape get their own block."""
         kind, name = _kind(name, values, about)
-        shape = (self.images, self.attacks, self.regions, *values.shape[1:])
+        shape, exact = (self.images, *values.shape[1:]), kind in {"category", "picture"}
         if name in self.blocks and self.blocks[name].values.shape != shape:
-            name = _sized_name(name, shape)
+            name = _sized_name(name, shape[1:])
         if name not in self.blocks:
             about = {**about, "kind": kind, "loss": LOSS.get(kind, LOSS["magnitude"])}
-            if kind in {"category", "picture"}:
-                self.blocks[name] = MapBlock(np.full(shape, MISSING, np.uint8), about)
-            else:
-                scale = np.ones(shape[:3], np.float32)
-                self.blocks[name] = MapBlock(np.full(shape, np.nan, np.float16), about, scale)
-        block, at = self.blocks[name], (np.asarray(places, dtype=np.int64), *cell)
+            self.blocks[name] = MapBlock.empty(shape, 1, exact=exact, about=about)
+        block, at = self.blocks[name], np.asarray(places, np.int64)
         if block.scale is not None:
             block.values[at], block.scale[at] = _packed(values)
         else:
             block.values[at] = _levels(values) if kind == "picture" else values.astype(np.uint8)
 
-    def add_pictures(self, name: str, places: Sequence[int], values: Values, about: Attributes) -> None:
-        """Add pictures (n, C, H, W) in [0, 1] of the images themselves, independent of the attack."""
-        block = np.full((self.images, *values.shape[1:]), MISSING, np.uint8)
-        block[np.asarray(places, dtype=np.int64)] = _levels(values)
-        self.blocks[name] = MapBlock(block, {**about, "kind": "picture", "loss": LOSS["picture"]})
+
+def merge_block(
+    blocks: dict[str, MapBlock],
+    name: str,
+    block: MapBlock,
+    shape: tuple[int, int, int],
+    at: tuple[int, int, int],
+) -> None:
+    """Copy the block of a group into that of its shard; maps of another shape get a block of their own.
+
+    Args:
+        blocks: of the shard.
+        name: of the map.
+        block: of the group.
+        shape: numbers of images, attacks and regions of the shard.
+        at: the group's first image, its attack and its region.
+    """
+    whole = shape[:1] if name == CLEAN else shape
+    full = (*whole, *block.values.shape[1:])
+    if name in blocks and blocks[name].values.shape != full:
+        name = _sized_name(name, block.values.shape[1:])
+    if name not in blocks:
+        blocks[name] = MapBlock.empty(full, len(whole), exact=block.scale is None, about=block.about)
+    target = blocks[name]
+    place: tuple[slice | int, ...] = (slice(at[0], at[0] + len(block.values)), *at[1 : len(whole)])
+    target.values[place] = block.values
+    if target.scale is not None and block.scale is not None:
+        target.scale[place] = block.scale
 
 
 def _kind(name: str, values: Values, about: Attributes) -> tuple[str, str]:
@@ -114,7 +137,7 @@ def _kind(name: str, values: Values, about: Attributes) -> tuple[str, str]:
 
 
 def _sized_name(name: str, shape: Sequence[int]) -> str:
-    return f"{name} {'x'.join(map(str, shape[3:]))}"
+    return f"{name} {'x'.join(map(str, shape))}"
 
 
 def _levels(values: Values) -> NDArray[np.uint8]:
@@ -184,7 +207,7 @@ class MapWriter:
         """Write the values; returns their file and the description of the array."""
         stored: Any = self.group.get(name)
         if stored is not None and tuple(stored.shape[1:]) != values.shape[1:]:
-            name = _sized_name(name, values.shape)
+            name = _sized_name(name, values.shape[3:])
         if name in self.group:
             array: Any = self.group[name]
         else:
@@ -203,7 +226,7 @@ class MapWriter:
         from zarr.codecs import Crc32cCodec, ZstdCodec
 
         # Pictures of the images themselves have the axes image, channel, y, x.
-        axes = ["image"] if about["kind"] == "picture" and values.ndim <= 4 else ["image", "attack", "region"]
+        axes = ["image"] if name == CLEAN else ["image", "attack", "region"]
         first = "layer" if "steps" in about else "channel"
         more = values.ndim - len(axes)
         inner = [first] if "curve" in about else [first, "y", "x"][-more:] if more else []
@@ -248,3 +271,18 @@ def drop_maps(folder: Path, numbers: Collection[int]) -> None:
 def drop_array(folder: Path, description: str) -> None:
     """Remove a whole array whose zarr.json, at that path below maps.zarr, is damaged."""
     shutil.rmtree((folder / MAPS / description).parent, ignore_errors=True)
+
+
+def damaged_maps(
+    folder: Path, files: Mapping[str, tuple[int, str]], sizes: Mapping[str, int] | None = None
+) -> list[str]:
+    """Paths below maps.zarr of a shard's files that are gone or differ from what was written.
+
+    Args:
+        folder: of the run.
+        files: of the shard, with their sizes and digests, as its note has them.
+        sizes: of the files at a URL; if given, only sizes are compared.
+    """
+    if sizes is not None:
+        return [path for path, (size, _) in files.items() if sizes.get(path) != size]
+    return [path for path, (_, digest) in files.items() if digest_or_none(folder / MAPS / path) != digest]

@@ -8,15 +8,16 @@ computed again shard by shard.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weakspot._io.files import write_atomic
-from weakspot.audit.plan.limits import Limit, limit_of
-from weakspot.audit.plan.plan import Plan
-from weakspot.audit.store.digests import digest_of, file_digest
+from weakspot.audit.plan.plan import Limit, Plan, limit_of
+from weakspot.audit.plan.schema import Reader
+from weakspot.audit.store.digests import damaged, digest_of, digest_or_none, file_digest
+from weakspot.audit.store.run_info import RunInfo
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,9 +83,9 @@ class Note:
     """
 
     read: int
-    skipped: Sequence[tuple[str, str]]
-    missing: Sequence[tuple[str, str]] = ()
-    contents: Sequence[str | None] = ()
+    skipped: tuple[tuple[str, str], ...]
+    missing: tuple[tuple[str, str], ...] = ()
+    contents: tuple[str | None, ...] = ()
     seconds: float = 0.0
     maps: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
@@ -95,11 +96,7 @@ class Note:
     @classmethod
     def from_json(cls, content: bytes) -> Note:
         """Read what `to_json` wrote."""
-        values = json.loads(content)
-        for name in ("skipped", "missing"):
-            values[name] = [(image, reason) for image, reason in values[name]]
-        values["maps"] = {path: (size, digest) for path, (size, digest) in values["maps"].items()}
-        return cls(**values)
+        return Reader().table(cls, json.loads(content), "note")
 
 
 def shard_files(folder: Path) -> dict[int, Path]:
@@ -118,7 +115,7 @@ def is_intact(shard: Path) -> bool:
     return shard.stem.partition("-")[2] == file_digest(shard, shard_number(shard))
 
 
-def write_shard(folder: Path, number: int, rows: pd.DataFrame, note: Note) -> Path:
+def write_shard(folder: Path, number: int, rows: pa.Table, note: Note) -> Path:
     """Write one shard atomically and return its file.
 
     Its maps must be on the disk already: a shard that exists is complete, so the next session skips it.
@@ -127,14 +124,34 @@ def write_shard(folder: Path, number: int, rows: pd.DataFrame, note: Note) -> Pa
     import pyarrow.parquet as pq
 
     # In memory first: the name of the file needs the digest of its content.
-    table = pa.Table.from_pandas(rows, preserve_index=False)
     sink = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata({NOTE: note.to_json()}), sink, compression="zstd")
+    pq.write_table(rows.replace_schema_metadata({NOTE: note.to_json()}), sink, compression="zstd")
     content = sink.getvalue().to_pybytes()
     path = folder / SHARDS / f"{number:07d}-{digest_of(content, number)}.parquet"
     path.parent.mkdir(exist_ok=True)
     write_atomic(path, lambda draft: draft.write_bytes(content), durable=True)
     return path
+
+
+def as_rows(frame: pd.DataFrame) -> pa.Table:
+    """Records as they are stored. Scores that no row has take the type that they have in other rows."""
+    import pyarrow as pa
+
+    table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
+    columns = [
+        pa.nulls(len(table)) if name not in COLUMNS and column.null_count == len(table) else column
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    ]
+    return pa.table(columns, names=table.column_names)
+
+
+def merged_rows(tables: Sequence[pa.Table]) -> pa.Table:
+    """The rows of all tables by image; rows of one image stay in order."""
+    import numpy as np
+    import pyarrow as pa
+
+    table = pa.concat_tables(tables, promote_options="permissive")
+    return table.take(np.argsort(table["index"].to_numpy(), kind="stable"))
 
 
 def read_note(shard: Path) -> Note:
@@ -147,6 +164,13 @@ def read_note(shard: Path) -> Note:
 def read_notes(folder: Path) -> Iterator[Note]:
     """The notes of all shards, in order."""
     return map(read_note, shard_files(folder).values())
+
+
+def count_rows(shards: Iterable[Path]) -> int:
+    """The number of records in these shards."""
+    import pyarrow.parquet as pq
+
+    return sum(pq.read_metadata(path).num_rows for path in shards)
 
 
 def no_rows() -> pd.DataFrame:
@@ -172,8 +196,8 @@ def unified_schema(folder: Path) -> pa.Schema:
     return schema
 
 
-def compact(folder: Path) -> dict[str, str]:
-    """Write records.parquet and skipped.parquet from all shards, in order; return the digest of each.
+def compact(folder: Path, notes: Iterable[Note]) -> dict[str, str]:
+    """Write records.parquet and skipped.parquet from all shards and their notes, in order; return the digest of each.
 
     One shard and at most `ROWS` further rows are in memory at a time.
     """
@@ -194,7 +218,7 @@ def compact(folder: Path) -> dict[str, str]:
             if waiting:
                 writer.write_table(pa.concat_tables(waiting))
 
-    skipped = [pair for note in read_notes(folder) for pair in note.skipped]
+    skipped = [pair for note in notes for pair in note.skipped]
     columns = [pa.array([pair[column] for pair in skipped], pa.large_string()) for column in (0, 1)]
     table = pa.table(dict(zip(("image", "reason"), columns, strict=True)))
     write_atomic(folder / SKIPPED, lambda draft: pq.write_table(table, draft), durable=True)
@@ -270,3 +294,30 @@ def _within(limit: Limit | None, fooled: str) -> str:
 def quoted(text: str) -> str:
     """A text as an SQL literal."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def check_records(folder: Path, info: RunInfo, name: str) -> None:
+    """Compare all records (of an incomplete run, its shards) with their digests.
+
+    Raises:
+        DamagedError: naming the files that differ in the run called `name`.
+    """
+    bad = damaged_tables(folder, info)
+    if not info.complete:
+        bad += [f"{SHARDS}/{path.name}" for path in damaged_shards(folder)]
+    if bad:
+        raise damaged(name, bad)
+
+
+def damaged_tables(folder: Path, info: RunInfo) -> list[str]:
+    """Names of the run's own Parquet files that are gone or differ from what was written."""
+    names = [LISTING, RECORDS, SKIPPED] if info.complete else [LISTING] if LISTING in info.checksums else []
+    return [name for name in names if digest_or_none(folder / name) != info.checksums.get(name)]
+
+
+def damaged_shards(folder: Path) -> list[Path]:
+    """Shard files that differ from what was written, or duplicate the number of another."""
+    paths = sorted((folder / SHARDS).glob("[0-9]*-*.parquet"))
+    # Reversed, so that the first file in order wins.
+    first = {shard_number(path): path for path in reversed(paths)}
+    return [path for path in paths if not is_intact(path) or first[shard_number(path)] != path]

@@ -1,27 +1,53 @@
-"""Runs: what an audit has stored, opened for questions."""
+"""Runs: what an audit has stored, opened for questions, and the folders that other commands write."""
 
 from __future__ import annotations
 
+import json
 import tempfile
-from functools import cached_property
-from pathlib import Path
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
 from weakspot._checks import require
+from weakspot._io.files import write_atomic
 from weakspot._io.urls import is_url, place
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.maps import MAPS
-from weakspot.audit.store.records import LISTING, SKIPPED, outcomes_query, read_all, read_notes, scan
-from weakspot.audit.store.run_info import RunInfo
-from weakspot.audit.store.stored_maps import StoredMaps
+from weakspot.audit.store.records import (
+    LISTING,
+    SKIPPED,
+    check_records,
+    outcomes_query,
+    read_all,
+    read_notes,
+    scan,
+)
+from weakspot.audit.store.run_info import RUN_FILE, RunInfo, versions
+from weakspot.audit.store.stored_maps import MapCheck, StoredMaps
 from weakspot.audit.store.stores import download
-from weakspot.audit.store.verification import MapCheck, check_records
+from weakspot.explanations.explanation import Explanation
 
 if TYPE_CHECKING:
     import duckdb
     import pandas as pd
     import pyarrow as pa
 
+FILES = ("report.html", "scores.csv", "pairs.safetensors", "maps.npz", RUN_FILE)
+SCHEMA = 1  # of run.json
+LONGEST = 180  # bytes of a file name
+SQL_MEMORY = "4GB"  # of the queries of `Run.sql`
+SQL_SECONDS = 120.0
+LOCKED = (
+    "autoinstall_known_extensions = false",
+    "autoload_known_extensions = false",
+    "enable_external_access = false",  # files, network, and variables of the caller
+)
 PACKAGES = ("duckdb", "fsspec", "pyarrow", "zarr")
 
 
@@ -128,16 +154,57 @@ class Run:
     def sql(self, query: str, **values: object) -> duckdb.DuckDBPyRelation:
         """Run a DuckDB query on the tables records, outcomes, skipped and images; `.df()` makes a DataFrame.
 
-        outcomes are the records with the columns fooled and robust (see `outcomes_query`).
+        outcomes are the records with the columns fooled and robust (see `outcomes_query`). A query reads nothing but
+        these tables: no files, no network, no extensions. `SQL_MEMORY` and `SQL_SECONDS` bound it; `connect` has no
+        such limits.
 
         Args:
             query: SQL.
             **values: for the placeholders $name in it.
 
         Raises:
-            duckdb.Error: if the query is invalid.
+            duckdb.Error: if the query is invalid, needs too much memory, or wants more than these tables.
+            TimeoutError: if it takes too long.
         """
-        return self._connection.sql(query, params=values) if values else self._connection.sql(query)
+        import duckdb
+
+        connection, late = self._connection, threading.Event()
+
+        def stop() -> None:
+            late.set()
+            connection.interrupt()
+
+        timer = threading.Timer(SQL_SECONDS, stop)
+        timer.start()
+        try:
+            result = connection.sql(query, params=values) if values else connection.sql(query)
+            if result is None:  # a statement without a table
+                result = connection.sql("select true as success")
+            return _with_rows(result)
+        except duckdb.InterruptException:
+            if not late.is_set():
+                raise
+            raise TimeoutError(
+                f"query must end within {SQL_SECONDS:g} s, got a longer one (use connect, which has no limit)"
+            ) from None
+        finally:
+            timer.cancel()
+
+    def connect(self) -> duckdb.DuckDBPyConnection:
+        """A DuckDB connection with the tables of `sql` and without its limits: it can read and write files."""
+        import duckdb
+        import pyarrow.dataset as ds
+
+        connection = duckdb.connect()
+        # Through Arrow rather than by path, in which DuckDB would expand wildcards.
+        connection.register("records", scan(self._checked, complete=self.complete))
+        connection.register("skipped", self.skipped)
+        connection.execute(
+            f"create temp view outcomes as {outcomes_query(self.plan, eight_bit=self.eight_bit)}"
+        )
+        if (self.folder / LISTING).is_file():
+            connection.register("images", ds.dataset(self.folder / LISTING))
+        return connection
 
     @property
     def maps(self) -> StoredMaps:
@@ -152,19 +219,17 @@ class Run:
 
     @cached_property
     def _connection(self) -> duckdb.DuckDBPyConnection:
-        import duckdb
-        import pyarrow.dataset as ds
-
-        connection = duckdb.connect()
-        # Through Arrow rather than by path, in which DuckDB would expand wildcards.
-        connection.register("records", scan(self._checked, complete=self.complete))
-        connection.register("skipped", self.skipped)
-        connection.execute(
-            f"create temp view outcomes as {outcomes_query(self.plan, eight_bit=self.eight_bit)}"
-        )
-        if (self.folder / LISTING).is_file():
-            connection.register("images", ds.dataset(self.folder / LISTING))
+        connection = self.connect()
+        for setting in (*LOCKED, f"memory_limit = '{SQL_MEMORY}'", "lock_configuration = true"):
+            connection.execute(f"set {setting}")
         return connection
+
+
+def _with_rows(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelation:
+    """The relation, run once: otherwise its query would run when its rows are asked for, without a limit of time."""
+    keep = "materialize" if hasattr(relation, "materialize") else "execute"  # before DuckDB 2
+    rows: duckdb.DuckDBPyRelation = getattr(relation, keep)()
+    return rows
 
 
 def _frame(table: pa.Table) -> pd.DataFrame:
@@ -180,3 +245,77 @@ def _frame(table: pa.Table) -> pd.DataFrame:
             types_mapper=None if dtype is None else {field.type: dtype}.get
         )
     return pd.DataFrame(columns)
+
+
+def write_run(explanation: Explanation, folder: Path, about: Mapping[str, object]) -> dict[str, Path]:
+    """Write `FILES` into a folder, each atomically; other files in it stay.
+
+    Args:
+        explanation: to be written.
+        folder: created if it does not exist.
+        about: content of run.json besides versions.
+
+    Returns:
+        File name -> path.
+
+    Raises:
+        ValueError: if `folder` is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out must be a folder, got {folder}, which is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / name for name in FILES}
+    explanation.to_html(paths["report.html"])
+    explanation.pairs.save(paths["pairs.safetensors"])
+    maps = {name: tensor.numpy() for name, tensor in explanation.maps.items()}
+    write_atomic(paths["maps.npz"], lambda draft: _save_maps(draft, maps))
+    write_scores(explanation.scores, about, folder)
+    return paths
+
+
+def write_scores(
+    scores: pd.DataFrame, about: Mapping[str, object], folder: Path, *, name: str = "scores.csv"
+) -> None:
+    """Write the scores under that name and, last of all files, the run.json that says how they were made."""
+    write_atomic(folder / name, lambda draft: scores.to_csv(draft, index=False))
+    text = json.dumps({"schema": SCHEMA, **about, "versions": versions()}, indent=2) + "\n"
+    write_atomic(folder / RUN_FILE, lambda draft: draft.write_text(text, "utf-8"))
+
+
+def _save_maps(draft: Path, maps: Mapping[str, np.ndarray]) -> None:
+    with draft.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **maps)
+
+
+def write_pngs(images: Tensor, names: Sequence[str], folder: Path) -> list[str]:
+    """Write images (N, C, H, W) in [0, 1] as NAME.png, rounded to 8 bits.
+
+    Args:
+        images: gray or color.
+        names: of the original pictures; folders in them are kept, suffixes replaced, and equal names numbered.
+        folder: created if it does not exist.
+
+    Returns:
+        Paths within `folder`, one per image.
+    """
+    written, taken = [], {str(parent).lower() for name in names for parent in _stem(name).parents}
+    for image, name in zip(images, names, strict=True):
+        stem = _stem(name)
+        path, number = stem.with_name(stem.name + ".png"), 1
+        while str(path).lower() in taken:  # file systems may ignore case
+            number += 1
+            path = stem.with_name(f"{stem.name}-{number}.png")
+        taken.add(str(path).lower())
+        levels = (image.detach().cpu().clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy()
+        picture = Image.fromarray(levels if levels.shape[-1] == 3 else levels[..., 0])
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / path, partial(picture.save, format="PNG"))
+        written.append(str(path))
+    return written
+
+
+def _stem(name: str) -> PurePosixPath:
+    """The name without suffix, confined to its folder, and short enough for any file system."""
+    parts = [part for part in PurePosixPath(name.replace("\\", "/")).parts if part not in {"/", "..", "."}]
+    path = PurePosixPath(*parts) if parts else PurePosixPath("image")
+    return path.with_name(path.stem.encode()[:LONGEST].decode(errors="ignore") or "image")

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from weakspot._io.files import write_atomic
 from weakspot.audit.plan.plan import Plan
+from weakspot.audit.plan.schema import Reader
 from weakspot.audit.store.digests import enumerated
 from weakspot.models.probe import Probe, read_probe
 
@@ -152,33 +152,11 @@ class RunInfo:
                 f"{name} was written by a newer weakspot (schema {schema}, this one reads up to {SCHEMA}; upgrade "
                 "weakspot to open it)"
             )
+        reader = Reader(own={Plan: Plan.from_mapping, Probe: read_probe})  # type: ignore[dict-item]  # they check
         try:
-            return cls._from_values(values)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{name} is damaged: a value is missing or has the wrong type ({error}; restore it or start another "
-                "audit)"
-            ) from None
+            return reader.table(cls, values, "run")
         except ValueError as error:
-            raise ValueError(f"{name} is damaged: {error}") from None
-
-    @classmethod
-    def _from_values(cls, values: Mapping[str, Any]) -> RunInfo:
-        # Keys of a newer version with the same schema are ignored.
-        known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
-        nested: dict[str, Any] = {"plan": Plan.from_mapping(_table(known["plan"]))}
-        if "model" in known:
-            model = _table(known["model"])
-            size, probe = tuple(model["input_size"]), read_probe(_table(model["probe"]))
-            nested["model"] = ModelInfo(**{**model, "input_size": size, "probe": probe})
-        if "images" in known:
-            nested["images"] = ImageCounts(**_table(known["images"]))
-        if "missing" in known:
-            missing = _table(known["missing"])
-            nested["missing"] = MissingImages(**{**missing, "names": tuple(missing["names"])})
-        for name in ("absent", "remarks"):
-            nested[name] = tuple(_list(known.get(name, [])))
-        return cls(**{**known, **nested})
+            raise ValueError(f"{name} is damaged: {error} (restore it or start another audit)") from None
 
     def to_json(self) -> dict[str, object]:
         """Plain values that `from_json` reads; what is not known yet is left out."""
@@ -260,15 +238,3 @@ def now() -> str:
 
 def _without_none(values: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in values.items() if value is not None}
-
-
-def _table(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"expected a table, got {value!r}")
-    return value
-
-
-def _list(value: object) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise TypeError(f"expected a list of texts, got {value!r}")
-    return value

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from weakspot._io.urls import place
-from weakspot.audit.store.digests import DamagedError
-from weakspot.audit.store.maps import SCALE
+from weakspot.audit.store.digests import DamagedError, damaged, digest_or_none
+from weakspot.audit.store.maps import MAPS, SCALE, chunk_path
+from weakspot.audit.store.records import SHARDS, Note, is_intact, read_note, shard_files
 
 if TYPE_CHECKING:
     import zarr
@@ -154,3 +155,48 @@ class StoredMap:
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         del copy
         return np.asarray(self[:], dtype=dtype)
+
+
+class MapCheck:
+    """Compares the files that maps are read from with their digests, each once.
+
+    Maps of unfinished shards have no digests. Maps at a URL are left to the checksums of their chunks.
+
+    Args:
+        folder: of the run.
+        size: number of images of a shard.
+        name: the path or URL that the user gave.
+    """
+
+    def __init__(self, folder: Path, size: int, name: str) -> None:
+        self.folder, self.size, self.name = folder, size, name
+        self.shards = shard_files(folder)
+        self.notes: dict[int, Note] = {}
+        self.checked: set[tuple[str, int]] = set()
+
+    def __call__(self, array: str, ndim: int, images: NDArray[np.int64]) -> None:
+        """Raise DamagedError if one of these images of an array is in a file that differs from what was written."""
+        bad = []
+        # Consecutive images share a shard, and so one file of every array.
+        for number in np.unique(images // self.size).tolist():
+            if (array, number) in self.checked or number not in self.shards:
+                continue
+            note = self._note(number)
+            for path in (f"{array}/zarr.json", chunk_path(array, number, ndim)):
+                size_and_digest = note.maps.get(path)
+                if size_and_digest is None and path.endswith("zarr.json"):
+                    continue  # the array holds nothing of this shard
+                # A chunk that the note does not mention must not exist.
+                expected = None if size_and_digest is None else size_and_digest[1]
+                if digest_or_none(self.folder / MAPS / path) != expected:
+                    bad.append(f"{MAPS}/{path}")
+            self.checked.add((array, number))
+        if bad:
+            raise damaged(self.name, bad)
+
+    def _note(self, number: int) -> Note:
+        if number not in self.notes:
+            if not is_intact(self.shards[number]):
+                raise damaged(self.name, [f"{SHARDS}/{self.shards[number].name}"])
+            self.notes[number] = read_note(self.shards[number])
+        return self.notes[number]

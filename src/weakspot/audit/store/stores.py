@@ -13,8 +13,17 @@ from typing import ParamSpec, TypeVar
 from weakspot._checks import first_line
 from weakspot._io.urls import Place, is_url, place
 from weakspot.audit.store.maps import MAPS, drop_maps
-from weakspot.audit.store.records import LISTING, RECORDS, SHARDS, SKIPPED, shard_files, shard_number
+from weakspot.audit.store.records import (
+    LISTING,
+    RECORDS,
+    SHARDS,
+    SKIPPED,
+    clear_drafts,
+    shard_files,
+    shard_number,
+)
 from weakspot.audit.store.run_info import RUN_FILE
+from weakspot.audit.store.unfinished import SUFFIX, UNFINISHED, remove_unfinished, unfinished_files
 
 DRAFT = ".part"
 ATOMIC = {
@@ -74,6 +83,14 @@ class LocalStore:
         """Store a shard and its maps, which have been written to the folder."""
         del shard
 
+    def add_unfinished(self, path: Path) -> None:
+        """Store results of an unfinished shard, which have been written to the folder."""
+        del path
+
+    def drop_unfinished(self, numbers: Collection[int]) -> None:
+        """Remove the unfinished results of these shards."""
+        remove_unfinished(self.folder, numbers)
+
     def map_sizes(self) -> Mapping[str, int] | None:
         """Sizes of the maps' files by their paths below maps.zarr; None if their content can be read instead."""
         return None
@@ -84,9 +101,11 @@ class LocalStore:
             if shard_number(path) in numbers:
                 path.unlink()
         drop_maps(self.folder, numbers)
+        self.drop_unfinished(numbers)
 
     def finish(self) -> None:
-        """Store everything that is left; the run is complete."""
+        """Store everything that is left and remove drafts; the run is complete."""
+        clear_drafts(self.folder)
 
 
 class RemoteStore(LocalStore):
@@ -113,12 +132,13 @@ class RemoteStore(LocalStore):
         """Fetch everything but the contents of maps."""
         self.folder.mkdir(parents=True)
         download(self.remote, self.folder, self.name)
-        system, root = self.remote.below(MAPS)
-        for path in self._call(system.find, root):
-            if path.endswith("/zarr.json"):
-                target = self.folder / MAPS / path[len(root) :].lstrip("/")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                self._call(system.get_file, path, str(target))
+        for name, end in ((MAPS, "/zarr.json"), (UNFINISHED, SUFFIX)):
+            system, root = self.remote.below(name)
+            for path in self._call(system.find, root):
+                if path.endswith(end):
+                    target = self.folder / name / path[len(root) :].lstrip("/")
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    self._call(system.get_file, path, str(target))
         self.sent = {path: _state(path) for path in self.folder.rglob("*") if path.is_file()}
 
     def save_info(self) -> None:
@@ -134,6 +154,17 @@ class RemoteStore(LocalStore):
                 if path.name != "zarr.json":
                     path.unlink()
         self._send(shard)
+
+    def add_unfinished(self, path: Path) -> None:
+        self._send(path)
+
+    def drop_unfinished(self, numbers: Collection[int]) -> None:
+        for path in unfinished_files(self.folder):
+            if shard_number(path) in numbers:
+                system, target = self.remote.below(path.relative_to(self.folder).as_posix())
+                if self._call(system.exists, target):
+                    self._call(system.rm_file, target)
+        super().drop_unfinished(numbers)
 
     def map_sizes(self) -> Mapping[str, int]:
         system, root = self.remote.below(MAPS)
@@ -154,6 +185,7 @@ class RemoteStore(LocalStore):
         for path in [*sorted(files - {self.folder / RUN_FILE}), self.folder / RUN_FILE]:
             self._send(path)
         self._remove(lambda path: path.endswith(DRAFT))  # of a writer that died
+        super().finish()
 
     def _remove(self, matches: Callable[[str], bool]) -> None:
         system, root = self.remote

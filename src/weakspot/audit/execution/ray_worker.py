@@ -1,4 +1,4 @@
-"""A worker of the Ray engine: holds the model and computes shards by number."""
+"""A worker of the Ray engine: holds the model and computes the groups of shards by number."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weakspot._checks import describe_error, warn
-from weakspot.audit.execution.attacked_groups import ShardResult, audit_shard
+from weakspot.audit.execution.attacked_groups import attack_groups
 from weakspot.audit.execution.batches import AuditModel
+from weakspot.audit.execution.job import Backlog, Job
 from weakspot.audit.execution.preparation import load_planned
-from weakspot.audit.plan.image_list import entries
 from weakspot.audit.plan.plan import Plan
 from weakspot.audit.store.run_info import changed_versions
+from weakspot.audit.store.unfinished import GroupResult
 from weakspot.models.probe import Probe
 
 if TYPE_CHECKING:
@@ -39,8 +40,7 @@ class Task:
     Attributes:
         plan: resolved, with the kind of device that the model is on.
         listing: all images.
-        size: number of images of a shard.
-        batch_size: images attacked at once; None for as many as memory holds.
+        backlog: what is left to compute.
         fingerprint: of the model's weights where the audit was started.
         probe: the model's answers there.
         versions: of everything that decides a result, there.
@@ -54,8 +54,7 @@ class Task:
 
     plan: Plan
     listing: pa.Table
-    size: int
-    batch_size: int | None
+    backlog: Backlog
     fingerprint: str
     probe: Probe
     versions: Mapping[str, str]
@@ -71,7 +70,7 @@ class Task:
 class Reply:
     """What a worker sends: a result or the exception in its place, and the warnings on the way."""
 
-    result: ShardResult | Exception
+    result: GroupResult | Exception
     warnings: Warnings
 
 
@@ -117,7 +116,7 @@ def _recorded(messages: Warnings) -> Iterator[None]:
 
 
 class Worker:
-    """Computes tables of one shard number each.
+    """Computes the groups of shards, given tables of one shard number each.
 
     It raises nothing: an exception is sent in place of a result, so that it arrives as it was and not as Ray's account
     of it.
@@ -131,34 +130,39 @@ class Worker:
             try:
                 # Every worker begins once, so deaths are those beyond the number of workers.
                 with _attempt(task, "loading the model", DEATHS + task.workers):
-                    self.model = _load(task)
+                    self.job, self.model = _load(task)
             except Exception as error:  # noqa: BLE001
                 self.error = error
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         import pyarrow as pa
 
         # batch_size=1 in `map_batches`.
         (number,) = batch["number"].to_pylist()
-        messages = list(self.warnings)
-        with _recorded(messages):
-            result = self._result(number)
-        content = pickle.dumps(Reply(result, messages), protocol=5)
-        return pa.table({"number": [number], "content": pa.array([content], pa.large_binary())})
+        results = self._results(number)
+        while True:
+            messages = list(self.warnings)
+            with _recorded(messages):
+                result = next(results, None)
+            if result is None:
+                return
+            content = pickle.dumps(Reply(result, messages), protocol=5)
+            yield pa.table({"content": pa.array([content], pa.large_binary())})
 
-    def _result(self, number: int) -> ShardResult | Exception:
+    def _results(self, number: int) -> Iterator[GroupResult | Exception]:
         if self.error is not None:
-            return _sendable(self.error)
-        images = entries(self.task.listing, number * self.task.size, self.task.size)
+            yield _sendable(self.error)
+            return
+        first = self.job.entries(number, count=1)[0].name
         try:
-            with _attempt(self.task, f"shard {number} ({images[0].name} and what follows)", DEATHS):
-                return audit_shard(self.model, self.task.plan, images)
+            with _attempt(self.task, f"shard {number} ({first} and what follows)", DEATHS):
+                yield from attack_groups(self.model, self.job, self.task.backlog[number], lambda _: None)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - an attack or a region may raise anything
-            return _sendable(error)
+            yield _sendable(error)
 
 
-def _load(task: Task) -> AuditModel:
-    """The model, loaded and compared.
+def _load(task: Task) -> tuple[Job, AuditModel]:
+    """The job here, with the model loaded and compared.
 
     Raises:
         ValueError: if model or images differ from those where the audit was started.
@@ -176,7 +180,8 @@ def _load(task: Task) -> AuditModel:
                 "machines share, or a URL)"
             )
     spec = task.plan.model.spec
-    model = AuditModel.of(load_planned(task.plan.model), task.plan, task.listing, task.batch_size)
+    job = Job.of(task.plan, load_planned(task.plan.model), task.listing)
+    model = AuditModel.of(job)
     if model.watch.weights != task.fingerprint:
         raise ValueError(
             f"model {spec} has other weights on the machine {node} (fingerprint {model.watch.weights}) than where the "
@@ -190,7 +195,7 @@ def _load(task: Task) -> AuditModel:
     changes = changed_versions(task.versions, then="here", now="there")
     if changes:
         warn(f"the machine {node} has other versions ({changes}); the last digits may differ", UserWarning)
-    return model
+    return job, model
 
 
 def _sendable(error: BaseException) -> Exception:

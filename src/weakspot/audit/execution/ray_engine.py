@@ -1,4 +1,4 @@
-"""The Ray engine: Ray Data hands shards to workers that hold the model, on this machine or on a cluster."""
+"""The Ray engine: Ray Data hands shards to workers that hold the model, and gets back their groups."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from weakspot._checks import first_line, require, warn
 from weakspot._io.urls import is_url
-from weakspot.audit.engines.ray_worker import Attempts, GivenUpError, Reply, Task, Worker
-from weakspot.audit.execution.attacked_groups import ShardResult
-from weakspot.audit.execution.audit_engine import Backlog, Engine, Progress, Results
+from weakspot.audit.execution.attacked_groups import Progress
+from weakspot.audit.execution.audit_engine import Engine, Results
+from weakspot.audit.execution.job import Backlog, Job
+from weakspot.audit.execution.ray_worker import Attempts, GivenUpError, Reply, Task, Worker
 from weakspot.audit.store.digests import StoppedError
 from weakspot.audit.store.run_info import versions
+from weakspot.audit.store.unfinished import GroupResult
 from weakspot.models.probe import probe
 from weakspot.models.specs import fingerprint
 
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 OBJECT_STORE = 2**30  # bytes of shared memory of a cluster that is started here; more goes to the disk
 PATIENCE = 10  # seconds in which a cluster must answer
 AHEAD = 2  # shards per worker: the one it works on, and the next
-CHATTER = ("enable_progress_bars", "print_on_execution_start")  # settings of Ray Data
+SETTINGS = {"enable_progress_bars": False, "print_on_execution_start": False}  # of Ray Data
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
@@ -171,9 +173,9 @@ def _quiet_ray_data() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
-    before = {name: getattr(context, name) for name in CHATTER if hasattr(context, name)}
+    before = {name: getattr(context, name) for name in SETTINGS if hasattr(context, name)}
     for name in before:
-        setattr(context, name, False)
+        setattr(context, name, SETTINGS[name])
     try:
         with contextlib.redirect_stdout(_WithoutRay(sys.stdout)):
             yield
@@ -194,21 +196,20 @@ class RayEngine:
         self.workers = workers
         self.about: Mapping[str, str | int | None] = {"name": "ray"}
 
-    def results(self, backlog: Backlog, progress: Progress) -> Results:
-        del progress  # workers report whole shards only
-        if not backlog.missing:
+    def results(self, job: Job, backlog: Backlog, progress: Progress) -> Results:
+        del progress  # workers report whole groups only
+        if not backlog:
             return
         import ray
         from ray.exceptions import RayError
 
-        workers, threads, gpus = allocation(backlog.classifier.mean.device.type, self.workers)
+        workers, threads, gpus = allocation(job.classifier.mean.device.type, self.workers)
         self.about = {"name": "ray", "version": ray.__version__, "workers": workers, "threads": threads}
         try:
-            with closing(_batches(backlog, min(workers, len(backlog.missing)), threads, gpus)) as batches:
+            with closing(_replies(job, backlog, min(workers, len(backlog)), threads, gpus)) as batches:
                 for batch in batches:
-                    columns = (batch[name].to_pylist() for name in batch.column_names)
-                    for number, content in zip(*columns, strict=True):
-                        yield number, _unpacked(content)
+                    for content in batch["content"].to_pylist():
+                        yield _unpacked(content)
         except (RayError, GivenUpError) as error:
             reason = first_line(error)
             if isinstance(error, RayError):
@@ -249,19 +250,20 @@ def allocation(device: str, workers: int | None) -> tuple[int, int, float]:
     return count, min(max(fitting), most), min(1.0, gpus / count)
 
 
-def _batches(backlog: Backlog, workers: int, threads: int, gpus: float) -> Generator[pa.Table, None, None]:
-    """Tables of number and content, usually of one row, as they arrive."""
+def _replies(
+    job: Job, backlog: Backlog, workers: int, threads: int, gpus: float
+) -> Generator[pa.Table, None, None]:
+    """Tables of content, usually of one row, as they arrive."""
     import ray
 
-    device = backlog.classifier.mean.device.type
-    sources = (source for source in backlog.plan.sources if not is_url(source))
+    device = job.classifier.mean.device.type
+    sources = (source for source in job.plan.sources if not is_url(source))
     task = Task(
-        plan=replace(backlog.plan, model=replace(backlog.plan.model, device=device)),
-        listing=backlog.listing,
-        size=backlog.size,
-        batch_size=backlog.batch_size,
-        fingerprint=fingerprint(backlog.classifier),
-        probe=probe(backlog.classifier),
+        plan=replace(job.plan, model=replace(job.plan.model, device=device)),
+        listing=job.listing,
+        backlog=backlog,
+        fingerprint=fingerprint(job.classifier),
+        probe=probe(job.classifier),
         versions=versions(),
         sources=tuple(source for source in sources if Path(source).exists()),
         threads=threads,
@@ -272,7 +274,7 @@ def _batches(backlog: Backlog, workers: int, threads: int, gpus: float) -> Gener
     )
     # One block per shard, so that Ray hands out shards one by one.
     numbers = ray.data.from_items(
-        [{"number": number} for number in backlog.missing], override_num_blocks=len(backlog.missing)
+        [{"number": number} for number in backlog], override_num_blocks=len(backlog)
     )
     results = numbers.map_batches(
         Worker,
@@ -286,7 +288,7 @@ def _batches(backlog: Backlog, workers: int, threads: int, gpus: float) -> Gener
     yield from results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
-def _unpacked(content: bytes) -> ShardResult:
+def _unpacked(content: bytes) -> GroupResult:
     """The result that a worker sent, with its warnings raised; or its exception, raised."""
     reply: Reply = pickle.loads(content)  # noqa: S301 - from our own worker, like everything that Ray carries
     # Raised in this process, so that the user's filters apply and repetitions are shown once.
