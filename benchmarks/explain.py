@@ -61,7 +61,7 @@ def analyses(title: str, model: Classifier, image: Tensor) -> None:
     A network of tokens goes whole through every edit, so its counted images are all its passes. Where edits go by
     windows, they are not counted.
     """
-    counted = Counted(model.network)
+    counted = Counted(model.network).eval()
     model = Classifier.wrap(counted, mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist())
     labels = predict(model, image).argmax(1)
     pairs = attacks.pgd(model, image, labels, steps=STEPS)
