@@ -397,6 +397,16 @@ def test_the_first_verdict_is_on_screen_before_deeper_analyses(
         assert late.seen == ""
 
 
+def test_several_images_are_summed_up_before_each_gets_its_verdict(run: Run, photographs: Path) -> None:
+    ended = run("explain", photographs, *TINY, "--steps", 3, "--analyses", "overlap,cam", "--out", "run")
+    assert ended.code == 0, ended.err
+    before, summed, verdicts = ended.out.partition("The attack succeeds on")
+    assert summed
+    assert "Further analyses follow: cam" in before
+    assert "is still classified as" not in before
+    assert verdicts.count("is still classified as") == 4
+
+
 def test_an_interrupt_keeps_the_analyses_that_had_finished(
     run: Run, photographs: Path, tmp_path: Path, last_analysis: Callable[[Interrupting], None]
 ) -> None:

@@ -132,6 +132,7 @@ def explain(
         made = {
             "attack": attacked.how,
             "labels": attacked.source,
+            **({} if pair or aims.region == "none" else {"region": aims.region}),
             **({} if others is None else {"reference": f"{len(others)} images in {reference}"}),
             **({"analyses left out": ", ".join(left_out)} if interrupted or quick else {}),
             **session.provenance(seed),

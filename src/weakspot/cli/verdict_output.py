@@ -28,6 +28,7 @@ class VerdictOutput:
         every: whether all images are shown.
         latest: the explanation after the last analysis that has finished.
         printed: the verdicts that were printed, by row.
+        begun: whether the table of classes was printed.
     """
 
     session: Session
@@ -35,6 +36,7 @@ class VerdictOutput:
     every: bool
     latest: Explanation | None = None
     printed: dict[int, str] = field(default_factory=dict)
+    begun: bool = False
 
     @property
     def missing(self) -> list[str]:
@@ -43,30 +45,40 @@ class VerdictOutput:
         return [name for name in self.planned if name not in done]
 
     def update(self, explanation: Explanation) -> None:
-        """Keep the explanation so far; print the first verdicts while deeper analyses follow."""
+        """Keep the explanation so far; print what is known after the first analysis while deeper ones follow."""
         first, self.latest = self.latest is None, explanation
         if first and not self.session.output.silent:
             with self.session.showing():
-                self._print_verdicts(explanation)
+                self._print_classes(explanation)
+                if len(explanation.scores) == 1:
+                    self._print_verdicts(explanation)
                 if self.missing:
                     following = f"Further analyses follow: {', '.join(self.missing)}"
                     print_text(f"\n{following} (Ctrl-C keeps those that have finished)", style="dim")
 
     def finish(self, explanation: Explanation) -> None:
-        """Print what the verdicts say beyond those printed before, and what each analysis cost."""
-        if not self.printed:
+        """Print the verdicts, or what they say beyond those printed before, and what each analysis cost."""
+        from weakspot.report.image_findings import overview
+
+        if not self.begun:
+            self._print_classes(explanation)
+        if self.printed:
+            for index, before in self.printed.items():
+                verdict = explanation.verdict(index)
+                if verdict != before:
+                    print_text("\n" + verdict.replace(before, "").strip())
+        else:
+            # Before the images one by one: what holds for all of them.
+            if sentence := overview(explanation.scores):
+                print_text(f"\n{sentence}", style="bold")
             self._print_verdicts(explanation)
-        for index, before in self.printed.items():
-            verdict = explanation.verdict(index)
-            if verdict != before:
-                print_text(f"\n{explanation.scores['image'].iloc[index]}", style="bold")
-                print_text(verdict.removeprefix(before).strip())
         if explanation.seconds:
             costs = (f"{name} {seconds:.1f} s" for name, seconds in explanation.seconds.items())
             print_text(f"\nAnalyses: {', '.join(costs)}{self.session.ending()}", style="dim")
 
-    def _print_verdicts(self, explanation: Explanation) -> None:
-        """How many images were fooled, a table, then the verdict on each image of the table."""
+    def _print_classes(self, explanation: Explanation) -> None:
+        """How many images were fooled, and a table of their classes before and after."""
+        self.begun = True
         scores = explanation.scores
         # An image that is misclassified without an attack is no success of the attack.
         right = scores["read_clean_as"] == scores["label"]
@@ -74,8 +86,11 @@ class VerdictOutput:
         which = "images" if right.all() else "correctly classified images"
         ending = self.session.ending()
         print_text(f"{fooled} of {int(right.sum())} {which} fooled as 8-bit files{ending}.\n")
-        rows, more = first_rows([row for _, row in scores.iterrows()], every=self.every)
-        _print_table(scores, rows, every=self.every)
+        _print_table(scores, self._rows(explanation)[0], every=self.every)
+
+    def _print_verdicts(self, explanation: Explanation) -> None:
+        """The verdict on each image of the table."""
+        rows, more = self._rows(explanation)
         for index, row in enumerate(rows):
             self.printed[index] = explanation.verdict(index)
             print_text(f"\n{row['image']}", style="bold")
@@ -84,6 +99,9 @@ class VerdictOutput:
             print_text(
                 f"\n... and {more} more images (show them with --all; all are in the report)", style="dim"
             )
+
+    def _rows(self, explanation: Explanation) -> tuple[Sequence[pd.Series], int]:
+        return first_rows([row for _, row in explanation.scores.iterrows()], every=self.every)
 
 
 def _print_table(scores: pd.DataFrame, rows: Sequence[pd.Series], *, every: bool) -> None:

@@ -47,7 +47,7 @@ def next_steps(explanation: Explanation) -> list[Step]:
     elif 2 * len(fooled) > len(correct):
         steps.append(
             Step(
-                f"{_of(len(fooled), len(correct))} fooled. Training on attacked images is the defense that holds best "
+                f"{_of(len(fooled), len(correct))} fooled. Train a network on attacked images "
                 "(a folder with one folder per class):",
                 "weakspot train photos/ --size 64x64 --recipe full --out runs/full",
             )
