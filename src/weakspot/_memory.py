@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -17,7 +17,7 @@ from weakspot._state import HOOKS, hooks
 
 Result = TypeVar("Result")
 _this = threading.local()
-_Memory = tuple[int, dict[Hashable, Any]]  # how many hooks a model had, and what was computed for it
+_Memory = tuple[int, dict[Hashable, object]]  # how many hooks a model had, and what was computed for it
 
 
 @contextmanager

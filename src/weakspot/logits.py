@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +46,7 @@ def logits_of(output: object) -> Tensor:
     return logits.flatten(1)
 
 
-def _remedy(output: Any) -> str:
+def _remedy(output: object) -> str:
     """What to do with one value for each image."""
     is_one = isinstance(output, Tensor) and output.ndim > 0 and output.numel() == len(output)
     return " (one logit, z against 0: wrap the network in weakspot.OneLogit)" if is_one else ""

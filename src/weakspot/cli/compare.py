@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from weakspot.cli.app import Failure, command, console, one_line
 from weakspot.cli.gate_options import Gate, GateOptions, check_writable
@@ -23,7 +23,7 @@ from weakspot.cli.output import (
 if TYPE_CHECKING:
     from weakspot.audit.findings.comparison import Comparison
 
-Row = Mapping[str, Any]  # of a table
+Row = Mapping[str, object]  # of a table
 LEAST_NAME = 12  # characters of a name in a table
 
 

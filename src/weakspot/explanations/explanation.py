@@ -178,9 +178,8 @@ def explain(
         raise ValueError(f"names must have one entry for each of {len(pairs)} pairs, got {len(names)}")
     names = names if names is not None else pairs.names or [f"image {row}" for row in range(len(pairs))]
     functions = find_analyses(analyses)
-    if reference is not None and not any(
-        accepted_options(each, {"reference": None}) for each in functions.values()
-    ):
+    compares = any(accepted_options(each, {"reference": None}) for each in functions.values())
+    if reference is not None and not compares:
         raise ValueError(
             "analyses must include one that compares images if there is a reference (ssim, overlap, promotion), "
             f"got {', '.join(functions) or 'none'}"
