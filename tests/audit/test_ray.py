@@ -180,7 +180,8 @@ def test_an_interrupted_audit_leaves_no_worker_and_resumes_with_either_engine(
 
     with pytest.raises(KeyboardInterrupt):
         audit(small_plan(pictures), out, engine="ray", workers=1, watch=stop)
-    assert len(set(shard_files(out))) in {1, 2}
+    # What was done is on the disk: whole shards, or groups of the shard at work.
+    assert shard_files(out) or list((out / "unfinished").iterdir())
     run = resume(out)
     same_records(expected, run)
     same_maps(expected, run)

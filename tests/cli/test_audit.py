@@ -123,7 +123,7 @@ def test_the_labels_of_an_array_are_used(run: Run, tmp_path: Path) -> None:
         (
             ("photos", "--out", "x", "--fraction", ".5"),
             2,
-            "--fraction has no effect without cam or support in",
+            "--fraction has no effect without cam or superpixels or support in",
         ),
         (("photos", "--out", "x", "--control-images", "3"), 2, "--control-images has no effect without"),
         (("photos", "--out", "x", "--controls"), 2, "regions must name one to control"),
@@ -393,6 +393,14 @@ def test_ray_prints_nothing_of_its_own_and_leaves_nothing_running(
     assert is_gone(child.pid)
 
 
+def _without_progress(err: str) -> str:
+    """Standard error without what depends on how busy the machine is."""
+    lines = err.splitlines(keepends=True)
+    return "".join(
+        line for line in lines if not line.startswith(("auditing: ", "note: this machine is busy"))
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("request_to_end", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_workers_and_cluster_too(
@@ -407,7 +415,7 @@ def test_an_interrupt_ends_workers_and_cluster_too(
     _, err = child.communicate(timeout=60)
     assert child.returncode == 5, err
     sentence = r"weakspot: interrupted; \d of 4 planned attacks are saved; resume with weakspot audit --resume made\n"
-    assert re.fullmatch(sentence, err)
+    assert re.fullmatch(sentence, _without_progress(err))
     assert is_gone(child.pid)
 
 

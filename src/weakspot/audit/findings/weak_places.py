@@ -135,7 +135,8 @@ def weak_places(run: Run) -> WeakPlaces | None:
     median = np.median(sizes, axis=0) if len(sizes) else np.full((0, 0), np.nan)
     areas = _areas(run.maps[ESTIMATE].shape[-2:]) if len(sizes) else np.empty((0, 0), np.int64)
     weakest, p = _common_place(sizes, areas, run.plan.seed)
-    squares = best[["index", "image", "side", "fraction", "top", "left"]].sort_values(["side", "index"])
+    places = {name: best[name].astype(float) for name in ("side", "fraction", "top", "left")}  # None is NaN
+    squares = best[["index", "image"]].assign(**places).sort_values(["side", "index"])
     budget = float(best["budget"].iloc[0])
     return WeakPlaces(cell, budget, squares.reset_index(drop=True), correct - len(best), median, weakest, p)
 
