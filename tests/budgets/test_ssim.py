@@ -455,3 +455,15 @@ def test_a_mode_is_global_or_local(mode: str, words: str) -> None:
 def test_it_is_named_with_its_mode_and_patch() -> None:
     assert str(SSIM(0.01)) == "0.01 SSIM (global, patches of 8)"
     assert str(SSIM(0.02, patch=4, mode="local")) == "0.02 SSIM (local, patches of 4)"
+
+
+def test_a_change_inside_the_ball_that_leaves_the_box_is_only_clamped() -> None:
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    images[:, :, 2, 3], images[:, :, 11, 9] = 1.0, 0.0
+    perturbation = torch.full_like(images, 0.001)
+    perturbation[:, :, 11, 9] = -0.004  # below 0; at (2, 3) above 1
+    clamped = (images + perturbation).clamp(0, 1) - images
+    budget = SSIM(0.05, mode="local")
+    assert (budget.distance(clamped, images) < 0.05).all()
+    # Neither the alternating projection nor the ball may move what was inside already.
+    torch.testing.assert_close(budget.project(perturbation, images), clamped, atol=2e-6, rtol=0)
