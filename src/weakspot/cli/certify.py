@@ -1,0 +1,345 @@
+"""`weakspot certify`: prove that no color of a pixel, or no patch, changes the class; check such a certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+
+from weakspot.cli.aims import Aim, AimOptions, Labels, find_labels, find_region
+from weakspot.cli.app import GATE_FAILED, Failure, command, note
+from weakspot.cli.options import (
+    QUICK_IMAGES,
+    FractionOption,
+    ImagesArgument,
+    LabelsOption,
+    LimitOption,
+    ModelOptions,
+    OutputOptions,
+    QuickOption,
+    RegionOption,
+    SamplesOption,
+    SeedOption,
+    flag,
+    option,
+    parse_number,
+    refuse,
+    refuse_fraction,
+    trial_sentence,
+)
+from weakspot.cli.output import json_rows, print_text, shorten_name
+from weakspot.cli.session import Images, Session, check_output, check_sources, draw_rows, open_session
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+    from weakspot.proofs import PixelCertificate
+
+FILES = ("certificate.json", "maps", "scores.csv", "pairs.safetensors")
+PIXEL_OPTIONS = ("region", "fraction", "colors", "time", "exact")
+MANY = 64 * 64  # pixels of an image above which certifying all takes long
+
+
+@command(
+    "weakspot certify digit.png --model mnist_standard --colors 8bit",
+    "weakspot certify photos/ --model my_package.models:build --colors 8/255 --time 60",
+    "weakspot certify photos/ --patch 2% --out runs/patches",
+    "weakspot certify --check weakspot-certify/certificate.json --model mnist_standard",
+    "weakspot explain --pair weakspot-certify/pairs.safetensors",
+)
+def certify(
+    context: typer.Context,
+    network: ModelOptions,
+    output: OutputOptions,
+    images: ImagesArgument = None,
+    samples: SamplesOption = False,
+    labels: LabelsOption = None,
+    region: RegionOption = "none",
+    fraction: FractionOption = 0.3,
+    colors: Annotated[
+        str,
+        option(
+            "COLORS",
+            "Colors that one pixel may take: full (all), 8bit (all of an 8-bit image), a radius such as 8/255 around "
+            "its own, or 8bit:8/255.",
+        ),
+    ] = "full",
+    time: Annotated[
+        str | None,
+        option("SECONDS", "Stop after so many seconds; the pixels left are unknown.", default="no limit"),
+    ] = None,
+    exact: Annotated[
+        bool,
+        flag(
+            "--exact",
+            "Prove for exact arithmetic instead of float32 as run, which reaches deeper networks.",
+        ),
+    ] = False,
+    patch: Annotated[
+        str | None,
+        option(
+            "SIZE",
+            "Certify the network behind double masking against patches instead: a side in pixels (32), or an area "
+            "(0.02, 2%).",
+            default="single pixels",
+        ),
+    ] = None,
+    check: Annotated[
+        Path | None,
+        option(
+            "FILE",
+            "Check a certificate anew. Without IMAGES, those it names are read.",
+            default="make a certificate",
+        ),
+    ] = None,
+    limit: LimitOption = None,
+    quick: QuickOption = False,
+    seed: SeedOption = 0,
+    out: Annotated[Path, option("FOLDER", f"Folder for {', '.join(FILES)}.")] = Path("weakspot-certify"),
+) -> None:
+    """Prove which pixels can take no color that changes the class, each pixel alone, and refute others.
+
+    With --patch, certify the network behind double masking against every patch of a size. A pixel that is neither
+    proven nor refuted is unknown. `weakspot explain --pair OUT/pairs.safetensors` explains the colors that refute.
+    """
+    sources = list(images or [])
+    if check is not None:
+        refuse(
+            context,
+            ("labels", "patch", "limit", "quick", "seed", "out", *PIXEL_OPTIONS),
+            "with --check (leave out one of the two)",
+        )
+        _check(context, network, output, check, sources, samples=samples)
+        return
+    if patch is None:
+        refuse_fraction(context, [region])
+    else:
+        refuse(context, PIXEL_OPTIONS, "with --patch (leave out one of the two)")
+    if quick:
+        refuse(context, ["limit"], "with --quick, which sets it (leave out one of the two)")
+        limit = QUICK_IMAGES
+    check_sources(sources, samples=samples)
+    check_output(out, sources, folders=FILES[1:2])
+    size = None if patch is None else _parse_patch(patch)
+    seconds = None if time is None else parse_number("--time", time)
+    with open_session(context, network, output, out, FILES) as session:
+        from weakspot._io.files import write_atomic
+
+        read = session.read_images(sources, samples=samples)
+        aim = find_labels(labels, session.classifier, read)
+        rows = draw_rows(len(read.names), limit, seed)
+        read, aim = read.subset(rows), Labels(aim.labels[rows], aim.logits[rows], aim.source)
+        session.make_folder()
+        if size is None:
+            where = _find_region(
+                session, AimOptions(region=region, fraction=fraction), read, aim, seed, seconds
+            )
+            statement = "exact arithmetic" if exact else "float32 as run"
+            scores, summary = _certify_pixels(
+                session, read, aim, where, PixelOptions(colors, seconds, statement)
+            )
+        else:
+            scores, summary = _certify_patches(session, read, aim, size)
+        write_atomic(out / FILES[2], partial(scores.to_csv, index=False))
+
+    def show() -> None:
+        if len(scores) > 1:
+            print_text(f"{summary}\n")
+        for _, row in scores.iterrows():
+            print_text(f"{shorten_name(row['image'])}: {row['sentence']}")
+        if quick:
+            print_text(f"\n{trial_sentence()}", style="dim")
+        print_text(f"\nCertificate: {(out / FILES[0]).resolve()}{session.ending()}", style="dim")
+
+    session.report(
+        lambda: {
+            "summary": summary,
+            "scores": json_rows(scores),
+            "skipped": session.skipped,
+            "certificate": str(out / FILES[0]),
+        },
+        show,
+    )
+
+
+def _parse_patch(text: str) -> int | float:
+    """Pixels as an integer, or a fraction."""
+    if text.strip().isdigit():
+        return int(text)
+    percent = text.strip().endswith("%")
+    return parse_number("--patch", text.strip().removesuffix("%")) / (100 if percent else 1)
+
+
+def _check(
+    context: typer.Context,
+    network: ModelOptions,
+    output: OutputOptions,
+    path: Path,
+    sources: Sequence[Path],
+    *,
+    samples: bool,
+) -> None:
+    """Check a certificate, and exit with the code of a failed gate if it does not hold."""
+    from weakspot.proofs.certificate_file import CertificateFile
+
+    file = CertificateFile.open(path)
+    if not sources and not samples:
+        sources = [Path(name) for name in file.texts("names")]
+        if not sources:
+            raise Failure(f"{path} names no images (give the images that it is about)")
+    check_sources(sources, samples=samples)
+    with open_session(context, network, output, path.parent, ()) as session:
+        from weakspot.proofs import check_certificate
+
+        read = session.read_images(sources, samples=samples)
+        step = session.display.step("checking the certificate", counted=False)
+        found = check_certificate(session.classifier, path, read.pixels, progress=step)
+        for remark in found.notes:
+            note(f"{path}: {remark}")
+
+    def show() -> None:
+        print_text(found.sentence)
+        for problem in found.problems[1:]:
+            print_text(f"- {problem}")
+
+    session.report(
+        lambda: {
+            "holds": found.passed,
+            "problems": list(found.problems),
+            "checked": list(found.checked),
+            "complete": found.complete,
+            "seed": found.seed,
+        },
+        show,
+    )
+    if not found.passed:
+        raise typer.Exit(GATE_FAILED)
+
+
+class PixelOptions(NamedTuple):
+    """How pixels are certified: the arguments `colors`, `seconds` and `statement` of `certify_pixels`."""
+
+    colors: str
+    seconds: float | None
+    statement: str
+
+
+def _find_region(
+    session: Session, options: AimOptions, read: Images, aim: Labels, seed: int, seconds: float | None
+) -> Tensor | None:
+    """The pixels to ask about, with a note if they are many."""
+    pixels = read.pixels.to(aim.labels.device)
+    goal = Aim(pixels, aim.labels, None, read.names, aim.logits.argmax(1) == aim.labels)
+    region, _ = find_region(options, session.classifier, goal, seed)
+    asked = pixels[0, 0].numel() if region is None else int(region.sum()) // len(region)
+    if asked > MANY and seconds is None:
+        note(f"{asked:,} pixels an image take long (--region asks about fewer, --time sets a limit)")
+    return region
+
+
+def _certify_pixels(
+    session: Session, read: Images, aim: Labels, region: Tensor | None, options: PixelOptions
+) -> tuple[pd.DataFrame, str]:
+    """Write the certificate, its figures and its counterexamples; return a row per image, and a sentence on all."""
+    from dataclasses import replace
+
+    import pandas as pd
+
+    from weakspot.proofs import certify_pixels
+    from weakspot.proofs.sentences import pixel_sentence, pixels_summary
+
+    classifier, before = session.classifier, aim.logits.argmax(1).tolist()
+    certificate = certify_pixels(
+        classifier, read.pixels, aim.labels, region=region, **options._asdict(),
+        progress=session.display.step("certifying", total=len(read.names)),
+    )  # fmt: skip
+    session.display.step("writing")
+    certificate = replace(certificate, names=tuple(read.paths))
+    rows = []
+    for number, name in enumerate(read.names):
+        inside = certificate.region[number, 0]
+        counts = {
+            key: int(((certificate.status[number] == status) & inside).sum())
+            for key, status in (("proven", 1), ("refuted", -1), ("unknown", 0))
+        }
+        rows.append(
+            {
+                "image": name,
+                "label": classifier.class_name(int(aim.labels[number])),
+                "classified_as": classifier.class_name(before[number]),
+                "pixels": int(inside.sum()),
+                **counts,
+                "sentence": pixel_sentence(certificate, number, before[number], classifier.class_names),
+            }
+        )
+    scores = pd.DataFrame(rows)
+    certificate.to_json(session.out / FILES[0])
+    _draw(session.out / FILES[1], certificate, scores)
+    _save_pairs(session.out / FILES[3], certificate)
+    correct = [label == index for label, index in zip(aim.labels.tolist(), before, strict=True)]
+    return scores, pixels_summary(certificate, correct)
+
+
+def _save_pairs(path: Path, certificate: PixelCertificate) -> None:
+    """Write the pairs whose pixel differs; an image that is misclassified already has none."""
+    path.unlink(missing_ok=True)  # pairs of an earlier run would pass for those of this one
+    if bool((certificate.status == -1).any()):
+        pairs = certificate.counterexamples
+        changed = (pairs.perturbation != 0).flatten(1).any(1)
+        if bool(changed.any()):
+            pairs[changed].save(path)
+
+
+def _certify_patches(session: Session, read: Images, aim: Labels, patch: float) -> tuple[pd.DataFrame, str]:
+    """Write the certificate; return a row per image, and a sentence on all."""
+    from dataclasses import replace
+
+    import pandas as pd
+
+    from weakspot.proofs import certify_patches
+    from weakspot.proofs.sentences import patch_sentence
+
+    classifier, before = session.classifier, aim.logits.argmax(1).tolist()
+    certificate = certify_patches(
+        classifier, read.pixels, aim.labels, patch=patch,
+        progress=session.display.step("masking twice", total=len(read.names)),
+    )  # fmt: skip
+    session.display.step("writing")
+    certificate = replace(certificate, names=tuple(read.paths))
+    scores = pd.DataFrame(
+        {
+            "image": read.names,
+            "label": [classifier.class_name(label) for label in aim.labels.tolist()],
+            "classified_as": [classifier.class_name(index) for index in before],
+            "behind_masks": [classifier.class_name(index) for index in certificate.predicted.tolist()],
+            "certified": certificate.certified.tolist(),
+            "margin": certificate.margin.tolist(),
+            "sentence": [
+                patch_sentence(certificate, n, classifier.class_names) for n in range(len(certificate))
+            ],
+        }
+    )
+    certificate.to_json(session.out / FILES[0])
+    return scores, certificate.sentence
+
+
+def _draw(folder: Path, certificate: PixelCertificate, scores: pd.DataFrame) -> None:
+    """Write a picture of each image."""
+    from weakspot._io.files import write_atomic
+    from weakspot.report.certificate_figure import CertificateView, certificate_figure
+
+    folder.mkdir(exist_ok=True)
+    for number, row in scores.iterrows():
+        index = int(str(number))
+        view = CertificateView(
+            certificate.images[index].cpu().numpy(),
+            certificate.status[index].cpu().numpy(),
+            certificate.region[index, 0].cpu().numpy(),
+        )
+        figure = certificate_figure(view, shorten_name(row["image"], 60), row["sentence"])
+        path = folder / f"{index + 1:04} {Path(row['image']).stem}.png"
+        write_atomic(path, partial(figure.savefig, dpi=130, format="png"))

@@ -1,0 +1,182 @@
+"""Affine forms: values that depend on the color of a pixel, as c + G e + [-r, r] with e in [-1, 1]^k.
+
+The first generators are the channels of the pixel. With one more generator for each unstable activation the forms are
+zonotopes (Singh et al. 2018, "Fast and Effective Robustness Certification", DeepZ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from weakspot.proofs.rounding_errors import TINY
+
+ULP = 2.0**-52
+
+
+@dataclass(frozen=True)
+class Form:
+    """Values of M boxes of colors, each an affine function of its generators with an interval around it.
+
+    Attributes:
+        center: (M, ...) float64.
+        generators: (M, k, ...).
+        radius: (M, ...) at least 0.
+        blocks: the number of the step that made each group of generators, and how many they are; step -1 for the
+            channels of the pixel.
+        tops: (M,) row of each window's first site if the form covers a window of a map, with axes (M, h, w, C); None if
+            it covers the whole of it, as the network sees it.
+        lefts: (M,) column of that site, or None.
+    """
+
+    center: Tensor
+    generators: Tensor
+    radius: Tensor
+    blocks: tuple[tuple[int, int], ...]
+    tops: Tensor | None = None
+    lefts: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.center)
+
+    @cached_property
+    def deviation(self) -> Tensor:
+        """(M, ...) how far a value may be from its center, rounded up."""
+        count = self.generators.shape[1]
+        total = torch.linalg.vector_norm(self.generators, 1, 1) + self.radius if count else self.radius
+        return total * (1 + (count + 4) * ULP) + TINY
+
+    @property
+    def magnitude(self) -> Tensor:
+        """(M, ...) largest absolute value, rounded up."""
+        return (self.center.abs() + self.deviation) * (1 + 2 * ULP)
+
+    @property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Lower and upper bounds (M, ...), rounded outward."""
+        reach = self.deviation + 2 * ULP * self.center.abs()
+        return (self.center - reach) - ULP * reach, (self.center + reach) + ULP * reach
+
+    def with_values(self, center: Tensor, generators: Tensor, radius: Tensor) -> Form:
+        return replace(self, center=center, generators=generators, radius=radius)
+
+
+def point(values: Tensor) -> Form:
+    """Values (M, ...) that depend on nothing and are exact."""
+    return Form(values, values.new_zeros(len(values), 0, *values.shape[1:]), torch.zeros_like(values), ())
+
+
+def aligned(forms: Sequence[Form]) -> list[Form]:
+    """The same forms over one list of generators: those that a form lacks are zero."""
+    blocks = tuple(sorted({block for form in forms for block in form.blocks}))
+    if all(form.blocks == blocks for form in forms):
+        return list(forms)
+    result = []
+    for form in forms:
+        starts, start = {}, 0
+        for block in form.blocks:
+            starts[block] = start
+            start += block[1]
+        shape = form.center.shape
+        parts = [
+            form.generators[:, starts[block] : starts[block] + block[1]]
+            if block in starts
+            else form.generators.new_zeros(shape[0], block[1], *shape[1:])
+            for block in blocks
+        ]
+        result.append(replace(form, generators=torch.cat(parts, 1), blocks=blocks))
+    return result
+
+
+def clamped(form: Form, low: float, high: float, step: int | None) -> Form:
+    """min(max(x, low), high): ReLU, ReLU6, hardtanh and clamp; exact for float32 as well.
+
+    Between its ends l and u a value is replaced by slope * x + [h_min, h_max]. The slope is that of the chord, which
+    for ReLU gives the parallelogram of least area; any slope is sound, because h = f(x) - slope * x is piecewise
+    linear and is evaluated at its ends and corners.
+
+    Args:
+        form: x.
+        low: may be minus infinity.
+        high: may be infinity.
+        step: the number of this step, to give each unstable value a generator of its own; None to widen the radius.
+    """
+    lower, upper = form.ends
+    inside = (lower >= low) & (upper <= high)
+    span = (upper - lower).clamp(min=TINY)
+    slope = ((upper.clamp(low, high) - lower.clamp(low, high)) / span).clamp(0, 1)
+    slope = torch.where(inside, 1.0, slope)
+    corners = [lower, upper]
+    corners += [
+        torch.minimum(torch.maximum(lower, torch.full_like(lower, end)), upper)
+        for end in (low, high)
+        if abs(end) < float("inf")
+    ]
+    rests = torch.stack([corner.clamp(low, high) - slope * corner for corner in corners])
+    most, least = rests.amax(0), rests.amin(0)
+    constant = (upper <= low) | (lower >= high)
+    # Six roundings of numbers no larger than the ends or the limits.
+    error = 8 * ULP * torch.maximum(lower.abs(), upper.abs()) + TINY
+    shift = torch.where(inside, 0.0, (most + least) / 2)
+    half = torch.where(inside | constant, 0.0, (most - least) / 2 + error)
+    center = torch.where(inside, form.center, slope * form.center + shift)
+    center = torch.where(constant, center.clamp(low, high), center)
+    slope = torch.where(constant, 0.0, slope)
+    generators = form.generators * slope[:, None]
+    radius = torch.where(inside, form.radius, slope * form.radius + torch.where(constant, 0.0, error))
+    changed = form.with_values(center, generators, radius)
+    if step is None:
+        return replace(changed, radius=radius + half * (1 + 4 * ULP))
+    return _with_generators(changed, half, step)
+
+
+def _with_generators(form: Form, half: Tensor, step: int) -> Form:
+    """The form with a generator of its own for each value that may move by `half` (M, ...) on its own."""
+    flat = half.flatten(1)
+    moves = flat > 0
+    many = int(moves.sum(1).max()) if len(form) else 0
+    if not many:
+        return form
+    boxes, places = moves.nonzero(as_tuple=True)
+    ranks = moves.cumsum(1)[boxes, places] - 1
+    fresh = flat.new_zeros(len(form), many, flat.shape[1])
+    fresh[boxes, ranks, places] = flat[boxes, places] * (1 + 4 * ULP)
+    generators = torch.cat([form.generators, fresh.view(len(form), many, *half.shape[1:])], 1)
+    return replace(form, generators=generators, blocks=(*form.blocks, (step, many)))
+
+
+def largest(candidates: Form, count: int, axis: int) -> Form:
+    """The largest of each `count` neighbors along an axis of the values, as max pooling takes it; exact for float32.
+
+    The candidate j with the largest center stands for the maximum, which is x_j + [0, d] with d the largest amount by
+    which any other candidate may exceed it.
+
+    Args:
+        candidates: with an axis of length channels * count, the candidates of one channel one after the other.
+        count: of candidates.
+        axis: of `center`.
+    """
+    center = candidates.center.unflatten(axis, (-1, count))
+    radius = candidates.radius.unflatten(axis, (-1, count))
+    generators = candidates.generators.unflatten(axis + 1, (-1, count))
+    best = center.argmax(axis + 1, keepdim=True)
+    own = [
+        center.gather(axis + 1, best),
+        radius.gather(axis + 1, best),
+        generators.gather(axis + 2, best[:, None].expand(-1, generators.shape[1], *[-1] * (center.ndim - 1))),
+    ]
+    ahead = center - own[0] + (generators - own[2]).abs().sum(1) + radius + own[1]
+    scale = center.abs() + own[0].abs() + generators.abs().sum(1) + own[2].abs().sum(1) + radius + own[1]
+    ahead = ahead + (generators.shape[1] + 8) * ULP * scale
+    ahead = ahead.scatter(axis + 1, best, 0.0).clamp(min=0).amax(axis + 1)
+    center, radius, generators = (
+        part.squeeze(place) for part, place in zip(own, (axis + 1, axis + 1, axis + 2), strict=True)
+    )
+    half = ahead / 2 * (1 + 2 * ULP)
+    shift = torch.where(half > 0, half, 0.0)
+    error = torch.where(half > 0, 4 * ULP * (center.abs() + half), 0.0)
+    return candidates.with_values(center + shift, generators, radius + half + error)

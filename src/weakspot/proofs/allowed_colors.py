@@ -1,0 +1,100 @@
+"""The colors that a pixel may take: a box for each pixel, of all real colors or of the 8-bit ones among them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from weakspot._checks import is_number
+
+TOP = 255  # the highest of the 256 levels
+# A radius such as 8/255 is rounded, and so are the levels of an image: less than this of a level is rounding.
+NEAR = 1e-3
+
+
+@dataclass(frozen=True)
+class AllowedColors:
+    """Which colors one pixel may take.
+
+    Attributes:
+        radius: the largest change of a channel; 1 for every color.
+        eight_bit: whether only the colors k/255 are meant.
+    """
+
+    radius: float = 1.0
+    eight_bit: bool = False
+
+    def __str__(self) -> str:
+        near = "" if self.radius >= 1 else f" within {TOP * self.radius:.4g}/255 of the pixel's own"
+        return f"{'8-bit colors' if self.eight_bit else 'colors'}{near}"
+
+    def box(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Lowest and highest allowed value of each channel of each pixel, both (N, C, H, W) in float64.
+
+        For 8-bit colors both are levels k/255, rounded to float32 as 8-bit images are.
+        """
+        own = images.double()
+        if not self.eight_bit:
+            if self.radius >= 1:
+                return torch.zeros_like(own), torch.ones_like(own)
+            # Outward by more than the rounding of the two sums.
+            reach = self.radius * (1 + 2**-50) + 2**-52
+            return (own - reach).clamp(min=0), (own + reach).clamp(max=1)
+        low = (TOP * (own - self.radius) - NEAR).ceil().clamp(0, TOP)
+        high = (TOP * (own + self.radius) + NEAR).floor().clamp(0, TOP)
+        return eight_bit_value(low), eight_bit_value(high)
+
+
+def eight_bit_value(levels: Tensor) -> Tensor:
+    """The values of levels 0 to 255 in float64, rounded to float32 as in images read from 8-bit files."""
+    return (levels.float() / TOP).double()
+
+
+def float32_below(values: Tensor) -> Tensor:
+    """The largest float32 numbers that are at most the given float64 ones, in float64."""
+    nearest = values.float()
+    below = torch.nextafter(nearest, torch.full_like(nearest, -torch.inf))
+    return torch.where(nearest.double() > values, below, nearest).double()
+
+
+def parse_colors(colors: str | float | AllowedColors) -> AllowedColors:
+    """Read "full", "8bit", a radius such as 8/255 (a number or text), or "8bit:8/255".
+
+    Raises:
+        ValueError: if it is none of these.
+
+    >>> parse_colors("8bit:8/255").eight_bit
+    True
+    """
+    if isinstance(colors, AllowedColors):
+        return colors
+    kind, colon, amount = str(colors).strip().lower().partition(":")
+    eight_bit = kind == "8bit"
+    if not colon and kind in {"full", "8bit"}:
+        return AllowedColors(eight_bit=eight_bit)
+    radius = _radius(amount if eight_bit and colon else colors)
+    if not 0 < radius <= 1:
+        hint = f" (did you mean {radius:g}/255?)" if 1 < radius <= TOP else ""
+        raise ValueError(f"colors must have a radius above 0 and at most 1, got {colors!r}{hint}")
+    if eight_bit and radius < 1 / TOP - NEAR / TOP:
+        raise ValueError(
+            f"colors must have a radius of at least 1/255 to reach other 8-bit colors, got {colors!r}"
+        )
+    return AllowedColors(radius, eight_bit)
+
+
+def _radius(value: object) -> float:
+    try:
+        radius = float(value) if is_number(value) else float(Fraction(str(value).strip()))  # type: ignore[arg-type]
+    except (ValueError, ZeroDivisionError, OverflowError):
+        radius = math.nan
+    if not math.isfinite(radius):
+        raise ValueError(
+            'colors must be "full", "8bit", a radius such as 8/255, or "8bit:8/255" (the 8-bit colors within a '
+            f"radius), got {value!r}"
+        )
+    return radius

@@ -1,0 +1,154 @@
+"""Steps on affine forms: what each does to centers, to generators, and to the magnitudes that bound rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from weakspot.edits.steps import Slot, Step, pair
+
+PATCH_BYTES = 8 * 2**20  # of patches copied at once; glibc asks the system anew for each tensor beyond 32 MiB
+
+
+class NotSupportedError(Exception):
+    """The network has a step that affine forms do not cover; the message names it."""
+
+
+@dataclass(frozen=True)
+class LinearStep:
+    """A step that is linear in its inputs, up to a constant.
+
+    Attributes:
+        value: the step in float64.
+        linear: the step without its constant.
+        absolute: the step with absolute values in place of its factors, without its constant.
+        rounding: as `absolute`, but applied to magnitudes to bound rounding; the same step where nothing is merged.
+        terms: the number n of gamma_n; 0 if nothing is rounded.
+        constant: magnitude of the constant, broadcast over the result; None if there is none.
+    """
+
+    value: Step
+    linear: Step
+    absolute: Step
+    rounding: Step
+    terms: int
+    constant: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ClampStep:
+    """min(max(x, low), high)."""
+
+    step: Step
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class MaxStep:
+    """The largest of each `count` channels, one after the other."""
+
+    step: Step
+    count: int
+
+
+BoundStep = LinearStep | ClampStep | MaxStep
+
+
+def because(step: Step, detail: str = "") -> str:
+    """Why a step has no bounds."""
+    return f"{step.name} is not supported{' ' + detail if detail else ''}"
+
+
+def check_only_input(step: Step) -> None:
+    """Raises NotSupportedError unless the step's first argument is its only input."""
+    if len(step.inputs) != 1 or step.arguments[0] != Slot(step.inputs[0]):
+        raise NotSupportedError(because(step, "with these arguments"))
+
+
+def convolve(
+    maps: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
+    transposed: bool, output_padding: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    """torch.convolution in float64; as one product of matrices, which takes a third of the time, where it can be."""
+    if groups != 1 or set(dilation) != {1}:
+        return torch.convolution(
+            maps.contiguous(), weight, bias, stride, padding, dilation, transposed, output_padding, groups
+        )
+    down, along = pair(padding)
+    sites = F.pad(maps.permute(0, 2, 3, 1), (0, 0, along, along, down, down))
+    high, wide = weight.shape[2:]
+    patches = sites.unfold(1, high, pair(stride)[0]).unfold(2, wide, pair(stride)[1])
+    # Channels last, so that the copy moves long stretches of memory.
+    patches = patches.permute(0, 1, 2, 4, 5, 3)
+    factors = weight.permute(2, 3, 1, 0).reshape(-1, len(weight))
+    each = max(1, PATCH_BYTES // max(1, 8 * patches[0].numel()))
+    rows = [part.reshape(-1, len(factors)) @ factors for part in patches.split(each)]
+    values = torch.cat(rows).view(*patches.shape[:3], len(weight))
+    return (values if bias is None else values + bias).permute(0, 3, 1, 2)
+
+
+def matrix_step(
+    step: Step, matrix: Tensor, magnitudes: Tensor, bias: Tensor | None, weight: Tensor
+) -> LinearStep:
+    """Rows times a matrix (in, out) plus a bias (out,).
+
+    Args:
+        step: whose inputs and outputs it has.
+        matrix: factors.
+        magnitudes: what bounds the rounding; at least the absolute factors.
+        bias: constant, or None.
+        weight: (out,) magnitude of the bias.
+    """
+
+    def times(factors: Tensor, constant: Tensor | None) -> Step:
+        def call(rows: Tensor) -> Tensor:
+            result = rows @ factors
+            return result if constant is None else result + constant
+
+        return replace(step, name="mm", call=call, arguments=(Slot(step.inputs[0]),), keywords={})
+
+    return LinearStep(
+        value=times(matrix, bias),
+        linear=times(matrix, None),
+        absolute=times(matrix.abs(), None),
+        rounding=times(magnitudes, None),
+        terms=len(matrix) + 2,
+        constant=weight[None] if bias is not None else None,
+    )
+
+
+def matrix_of(step: Step) -> tuple[Tensor, Tensor | None] | None:
+    """Matrix (in, out) and bias of a step that multiplies rows by a constant matrix; None if it is another."""
+    if step.name not in {"addmm", "mm"} or len(step.inputs) != 1 or step.keywords:
+        return None
+    place = 1 if step.name == "addmm" else 0
+    if step.arguments[place] != Slot(step.inputs[0]) or not isinstance(step.arguments[place + 1], Tensor):
+        return None
+    bias = step.arguments[0] if place else None
+    matrix = step.arguments[place + 1].detach().cpu().double()
+    if bias is None:
+        return matrix, None
+    return matrix, bias.detach().cpu().double().flatten().expand(matrix.shape[1])
+
+
+def differences(step: Step, label: int) -> LinearStep | None:
+    """A last step of logits, merged with the differences of the label's logit and each other; None if it is no matrix.
+
+    Merged, errors that both logits share cancel. The rounding of both logits counts.
+    """
+    factors = matrix_of(step)
+    if factors is None:
+        return None
+    matrix, bias = factors
+    others = [column for column in range(matrix.shape[1]) if column != label]
+    merged = matrix[:, label : label + 1] - matrix[:, others]
+    sizes = matrix[:, label : label + 1].abs() + matrix[:, others].abs()
+    if bias is None:
+        return matrix_step(step, merged, sizes, None, torch.zeros(0))
+    return matrix_step(
+        step, merged, sizes, bias[label] - bias[others], bias[label].abs() + bias[others].abs()
+    )

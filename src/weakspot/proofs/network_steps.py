@@ -1,0 +1,81 @@
+"""A recorded network as steps on affine forms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weakspot._checks import quiet
+from weakspot.classifier import Classifier
+from weakspot.edits.recording import record
+from weakspot.edits.steps import CannotRecordError, Recording, Step
+from weakspot.proofs.bound_steps import bound_steps, leading_copies
+from weakspot.proofs.linear_steps import BoundStep, LinearStep, NotSupportedError, because, differences
+
+
+@dataclass(frozen=True, eq=False)
+class BoundNetwork:
+    """A recorded network as steps on affine forms.
+
+    Attributes:
+        steps: from images in slot 0 to `logits`.
+        logits: a slot (N, K).
+        last: the recorded step that makes them, if it is a matrix product.
+        recording: that it was made of.
+    """
+
+    steps: Sequence[BoundStep]
+    logits: int
+    last: Step | None
+    recording: Recording
+
+
+def bound_network(classifier: Classifier, image: Tensor) -> BoundNetwork:
+    """Record a network, not fused: folded weights would be rounded differently.
+
+    Args:
+        classifier: in eval mode.
+        image: (1, C, H, W).
+
+    Raises:
+        NotSupportedError: if it cannot be recorded or has a step that affine forms do not cover.
+    """
+    try:
+        with quiet():
+            recording = record(classifier, image)
+        shapes = _shapes(recording, image)
+    except CannotRecordError as reason:
+        raise NotSupportedError(f"the network cannot be recorded ({reason})") from None
+    logits = leading_copies(recording.steps, recording.logits, shapes)
+    # What follows the logits only copies them. A last matrix is merged for each image, with its label.
+    makers = [number for number, step in enumerate(recording.steps) if logits in step.outputs]
+    needed = recording.steps[: makers[0] + 1] if makers else []
+    merged = needed[-1] if needed and differences(needed[-1], 0) else None
+    steps = [part for step in needed if step is not merged for part in bound_steps(step, shapes)]
+    _check_made(steps, merged, logits)
+    return BoundNetwork(steps, logits, merged, recording)
+
+
+def _check_made(steps: Sequence[BoundStep], merged: Step | None, logits: int) -> None:
+    """Raises NotSupportedError if a step reads a value without bounds, such as the indices of max pooling."""
+    made = {0}
+    for step in steps:
+        source = step.value if isinstance(step, LinearStep) else step.step
+        if not made.issuperset(source.inputs):
+            raise NotSupportedError(because(source, "on a value without bounds"))
+        made.add(source.outputs[0])
+    if not made.issuperset(merged.inputs if merged else (logits,)):
+        raise NotSupportedError("logits that are a value without bounds are not supported")
+
+
+def _shapes(recording: Recording, image: Tensor) -> dict[int, torch.Size]:
+    """Shapes of all values, for as many images as were recorded."""
+    values: dict[int, Tensor] = {0: image.detach().expand(recording.count, -1, -1, -1).clone()}
+    with torch.no_grad():
+        for step in recording.steps:
+            result = step.run(values, recording.count, recording.count)
+            values.update(zip(step.outputs, result if step.several else [result], strict=True))
+    return {slot: value.shape for slot, value in values.items() if isinstance(value, Tensor)}

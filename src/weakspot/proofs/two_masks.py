@@ -1,0 +1,316 @@
+"""Two-mask agreement: a certificate against patches, for any network behind double masking.
+
+PatchCleanser (Xiang, Mahloujifar and Mittal 2022, arXiv 2108.09135). A set of masks covers every patch of a size:
+wherever the patch is, one mask hides it whole. If the network gives the label under every two masks of an image, then
+the classifier that masks twice, `DoubleMasking`, gives the label whatever a patch shows: the mask that hides the patch
+always has a say, and no other mask is believed against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from weakspot._checks import check_classes
+from weakspot._progress import ProgressOption, shown
+from weakspot.classifier import Classifier, as_classifier, check_images, default_batch, evaluating, predict
+from weakspot.edits import Edits, Prepared, prepare
+from weakspot.logits import logit_scale, margin
+from weakspot.proofs.certificate import (
+    AS_RUN,
+    digest,
+    float32_settings,
+    network_record,
+    versions,
+    write_record,
+)
+from weakspot.proofs.mask_set import MaskSet, Patch
+from weakspot.statistics.number_format import counted
+
+# `Edits` is exact to 1e-4 of the range of the logits; a margin is a difference of two, here and where it is used.
+SLACK = 4e-4
+PATCH_FORMAT = "weakspot patch certificate 1"
+AT_ONCE = 4  # a batch has so many times the images that are masked at once, each by all masks
+
+
+class DoubleMasking(nn.Module):
+    """A classifier that hides parts of the image and takes the answer that a patch cannot have made.
+
+    It classifies the image under each mask. If all masks agree, that class is the answer. Otherwise each mask that
+    disagrees with the majority is combined with all masks: if its class stays the same under all of these, it is the
+    answer. Otherwise the majority is (algorithm 1 of arXiv 2108.09135).
+
+    Its logits (N, K) are the number of masks for each class; a class that the second round chose has one more than all
+    masks. They have no gradients. The network runs on whole masked images, without the shortcuts of the certificate.
+
+    Attributes:
+        classifier: the network behind the masks.
+        patch: side in pixels, or fraction of the image, of the patches to withstand.
+        masks: along each side, at most.
+
+    >>> network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).eval()
+    >>> DoubleMasking(network, patch=2, masks=3)(torch.rand(5, 1, 8, 8)).shape
+    torch.Size([5, 2])
+    """
+
+    def __init__(self, model: nn.Module, *, patch: Patch = 0.02, masks: int = 6) -> None:
+        super().__init__()
+        self.classifier, self.patch, self.masks = as_classifier(model), patch, masks
+        self.training = self.classifier.training
+        self.fixed_batch = None  # batches are made inside
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Votes (N, K) on images (N, C, H, W) in [0, 1]."""
+        cover = MaskSet.covering((images.shape[2], images.shape[3]), self.patch, self.masks)
+        hidden, fill = cover.hidden(images.device), fill_color(self.classifier, images)
+
+        def ask(images: Tensor) -> Tensor:
+            masked = torch.where(hidden, fill, images[:, None]).flatten(0, 1)
+            with torch.no_grad():
+                return predict(self.classifier, masked).view(len(images), len(hidden), -1)
+
+        def second(image: Tensor, number: int) -> Tensor:
+            return ask(torch.where(hidden[number], fill, image[None]))[0].argmax(1)
+
+        votes = []
+        for group in images.detach().split(max(1, default_batch(images) // AT_ONCE)):
+            for image, logits in zip(group, ask(group), strict=True):
+                votes.append(count_votes(logits.argmax(1), logits.shape[1], partial(second, image)))
+        return torch.stack(votes)
+
+
+def fill_color(classifier: Classifier, images: Tensor) -> Tensor:
+    """(1, C, 1, 1) of hidden pixels: the mean that the classifier subtracts. It must not depend on the image.
+
+    A mean color of the image would: a patch could then act through its mask.
+    """
+    return classifier.mean.to(images).clamp(0, 1).expand(1, images.shape[1], 1, 1)
+
+
+def count_votes(first: Tensor, classes: int, second: Callable[[int], Tensor]) -> Tensor:
+    """Votes (K,) of double masking on one image.
+
+    Args:
+        first: (M,) classes under each mask.
+        classes: number K.
+        second: returns the classes (M,) under one mask, by its number, and each of all masks.
+    """
+    votes = torch.bincount(first, minlength=classes)
+    majority = votes.argmax()
+    for number in (first != majority).nonzero()[:, 0].tolist():
+        if bool((second(number) == first[number]).all()):
+            votes[first[number]] = len(first) + 1
+            break
+    return votes.float()
+
+
+@dataclass(frozen=True, eq=False)
+class PatchCertificate:
+    """Which images the double-masked classifier gives their labels, whatever a patch shows.
+
+    It is about `DoubleMasking(model, ...)` in float32 as run, and not about the model without the masks. Masked
+    images are classified by windows (`weakspot.edits`), which are assumed to be within 1e-4 of the range of the logits:
+    tested, not proven.
+
+    Attributes:
+        certified: (N,) bool.
+        labels: (N,).
+        margin: (N,) lowest margin of the label seen under two masks, as a fraction of the range of the image's logits.
+            Masks are no longer tried once an image has failed.
+        pair: (N, 2) long, numbers of the two masks with that margin; equal for one mask alone.
+        predicted: (N,) class of the double-masked classifier without a patch.
+        masks: that were used.
+        images: (N, C, H, W).
+        n_forward: (N,) masked images that were classified.
+        network: name and fingerprint of the network, see `network_record`.
+        names: N names of the images, or empty.
+    """
+
+    certified: Tensor
+    labels: Tensor
+    margin: Tensor
+    pair: Tensor
+    predicted: Tensor
+    masks: MaskSet
+    images: Tensor
+    n_forward: Tensor
+    network: Mapping[str, str] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.certified)
+
+    def __repr__(self) -> str:
+        return f"PatchCertificate({int(self.certified.sum())} of {len(self)} certified, {self.masks.words})"
+
+    @property
+    def statement(self) -> str:
+        """What a certified image is certified for, and of which classifier."""
+        height, width = self.masks.mask
+        return (
+            f"behind double masking ({len(self.masks)} masks of {height} x {width} pixels), in float32 as run, the "
+            f"classifier gives the label whatever a patch of up to {self.masks.words} shows, anywhere, as long as "
+            "logits computed by windows are within 1e-4 of their range of the network's own, which is tested "
+            "and not proven; nothing is certified of the classifier without the masks"
+        )
+
+    @property
+    def sentence(self) -> str:
+        """The result on all images."""
+        correct = int((self.predicted == self.labels).sum())
+        return (
+            f"Behind double masking, the label of {int(self.certified.sum())} of {counted(len(self))} withstands every "
+            f"patch of up to {self.masks.words}, anywhere; without a patch, {counted(correct)} "
+            f"{'is' if correct == 1 else 'are'} classified as labeled. This certifies the classifier behind the masks, "
+            "not the network alone."
+        )
+
+    def to_json(self, path: Path | str) -> Path:
+        """Write the certificate, atomically."""
+        return write_record(path, self.record())
+
+    def record(self) -> dict[str, object]:
+        """What `to_json` writes."""
+        return {
+            "format": PATCH_FORMAT,
+            "statement": AS_RUN,
+            "meaning": self.statement,
+            "network": dict(self.network),
+            "versions": versions(),
+            "settings": float32_settings(),
+            "image_shape": list(self.images.shape[1:]),
+            "images": [digest(image) for image in self.images],
+            "names": list(self.names),
+            "labels": self.labels.tolist(),
+            "patch": self.masks.patch,
+            "mask": list(self.masks.mask),
+            "tops": list(self.masks.tops),
+            "lefts": list(self.masks.lefts),
+            "certified": self.certified.int().tolist(),
+            "margin": self.margin.tolist(),
+            "pair": self.pair.tolist(),
+            "predicted": self.predicted.tolist(),
+            "n_forward": self.n_forward.tolist(),
+        }
+
+
+def certify_patches(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    patch: Patch = 0.02,
+    masks: int = 6,
+    progress: ProgressOption = None,
+) -> PatchCertificate:
+    """Certify the classifier behind double masking against every patch of a size, at every place.
+
+    An image is certified if the network gives the label under every two masks (theorem 1 of arXiv 2108.09135): 666
+    masked images at six masks a side. A margin below 4e-4 of the range of the logits counts as a failure, because the
+    rounding in another batch may turn it.
+
+    Args:
+        model: any classifier of images in [0, 1], left as it was.
+        images: (N, C, H, W) in [0, 1].
+        labels: (N,).
+        patch: side of a square in pixels (an integer), or its area as a fraction of the image, rounded up to whole
+            pixels. A patch of any shape that fits into such a square is covered.
+        masks: along each side, at most. More masks are smaller, hide less and take longer.
+        progress: True for a bar, or a function of the fraction done.
+
+    Raises:
+        ValueError: if an argument does not fit.
+
+    >>> network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).eval()
+    >>> network[1].weight.data, network[1].bias.data = torch.ones(2, 64), torch.tensor([1.0, 0.0])
+    >>> certify_patches(network, torch.rand(3, 1, 8, 8), torch.tensor([0, 0, 1]), patch=2)
+    PatchCertificate(2 of 3 certified, 2 x 2 pixels (6.25% of the image))
+    """
+    with evaluating(model) as classifier, torch.no_grad():
+        images = check_images(images, classifier)
+        cover = MaskSet.covering((images.shape[2], images.shape[3]), patch, masks)
+        count = predict(classifier, images[:1]).shape[1]
+        check_classes(labels, len(images), count)
+        labels = labels.to(images.device)
+        prepared = prepare(classifier, images[:1])
+        rows = []
+        with shown(progress, "masking twice", total=len(images)) as report:
+            for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+                rows.append(_Masked(classifier, prepared, cover, image).certify(label))
+                if report is not None:
+                    report((number + 1) / len(images))
+    return PatchCertificate(
+        torch.tensor([row.certified for row in rows], device=images.device),
+        labels,
+        torch.tensor([row.margin for row in rows], device=images.device),
+        torch.tensor([row.pair for row in rows], device=images.device),
+        torch.tensor([row.predicted for row in rows], device=images.device),
+        cover,
+        images,
+        torch.tensor([row.n_forward for row in rows], device=images.device),
+        network=network_record(classifier),
+    )
+
+
+class _Row(NamedTuple):
+    certified: bool
+    margin: float
+    pair: tuple[int, int]
+    predicted: int
+    n_forward: int
+
+
+class _Masked:
+    """One image under one and two masks."""
+
+    def __init__(self, classifier: Classifier, prepared: Prepared, cover: MaskSet, image: Tensor) -> None:
+        self.classifier, self.prepared, self.cover, self.image = classifier, prepared, cover, image[None]
+        self.tops, self.lefts = cover.places(image.device)
+        self.hidden, self.fill = cover.hidden(image.device), fill_color(classifier, self.image)
+        self.n_forward = 0
+
+    def certify(self, label: int) -> _Row:
+        """The verdict on this image."""
+        every = torch.arange(len(self.cover), device=self.image.device)
+        first = self.logits(self.image, every)
+        scale = logit_scale(first)
+        margins = margins_of(first, label) / scale
+        lowest, number = margins.min(0)
+        worst = (float(lowest), (int(number), int(number)))
+        # The masks that leave the label the least margin are the likeliest to fail with another one.
+        order = margins.argsort()
+        for position, base in enumerate(order.tolist()):
+            if worst[0] <= SLACK:
+                break
+            others = order[position + 1 :]
+            if len(others):
+                least, place = margins_of(self.logits(self.masked(base), others), label).min(0)
+                worst = min(worst, (float(least / scale), (base, int(others[place]))))
+        if worst[0] > SLACK:
+            return _Row(True, *worst, label, self.n_forward)
+        votes = count_votes(
+            first.argmax(1), first.shape[1], lambda base: self.logits(self.masked(base), every).argmax(1)
+        )
+        return _Row(False, *worst, int(votes.argmax()), self.n_forward)
+
+    def masked(self, number: int) -> Tensor:
+        """(1, C, H, W) the image under one mask."""
+        return torch.where(self.hidden[number], self.fill, self.image)
+
+    def logits(self, base: Tensor, numbers: Tensor) -> Tensor:
+        """(n, K) of an image (1, C, H, W) under each of some masks (n,)."""
+        self.n_forward += len(numbers)
+        edits = Edits(self.classifier, base, self.prepared)
+        patches = self.fill.expand(len(numbers), -1, *self.cover.mask)
+        return edits.logits(torch.zeros_like(numbers), self.tops[numbers], self.lefts[numbers], patches)
+
+
+def margins_of(logits: Tensor, label: int) -> Tensor:
+    """(n,) margins of a class in logits (n, K)."""
+    return margin(logits, torch.full_like(logits[:, 0], label, dtype=torch.long))

@@ -1,0 +1,277 @@
+"""Certificates of pixels on planted weaknesses, which must never be proven, and on networks without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.networks import Made, Wrapped, untouched
+from tests.proofs.architectures import ARCHITECTURES
+from tests.proofs.test_enumeration import brute_force, weakened
+from weakspot import certify_pixels, explain
+from weakspot.proofs.certificate import AS_RUN, EXACT
+
+STATEMENTS = pytest.mark.parametrize("statement", [AS_RUN, EXACT])
+
+
+class Trapdoor(nn.Module):
+    """Two logits, 6 and 5 + a spike of height 2 where one pixel has nearly one color, built from ReLUs.
+
+    With d the distance of one channel to the color, relu(d + w) - 2 relu(d) + relu(d - w) is a triangle of width 2 w
+    and height w. The spike needs all channels at once.
+    """
+
+    def __init__(self, color: Tensor, width: float, place: tuple[int, int] = (1, 2)) -> None:
+        super().__init__()
+        self.color, self.width, self.place = color, width, place
+
+    def forward(self, images: Tensor) -> Tensor:
+        row, column = self.place
+        channels = images.shape[1]
+        apart = images[:, :, row : row + 1, column : column + 1].flatten(1) - self.color[None]
+        parts = (
+            torch.relu(apart + self.width)
+            - torch.relu(apart)
+            - torch.relu(apart)
+            + torch.relu(apart - self.width)
+        )
+        total = (parts / self.width).sum(1, keepdim=True)
+        spike = torch.relu(total - channels + 1)
+        return torch.cat([6 + 0 * spike, 5 + 2 * spike], 1)
+
+
+class Threshold(nn.Module):
+    """Two logits, 0 and the value of one pixel less a threshold."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, images: Tensor) -> Tensor:
+        excess = images[:, :1, 1, 1] - self.threshold
+        return torch.cat([0 * excess, excess], 1)
+
+
+def gray_image() -> Tensor:
+    return torch.full((1, 1, 3, 4), 0.25)
+
+
+@STATEMENTS
+@pytest.mark.parametrize("color", [[0.6180339], [0.3, 0.7, 0.1]], ids=["gray", "color"])
+def test_a_trapdoor_of_one_color_is_never_proven(color: list[float], statement: str) -> None:
+    network = Trapdoor(torch.tensor(color), 0.001).eval()
+    image = torch.full((1, len(color), 3, 4), 0.25)
+    with torch.no_grad():
+        edited = image.clone()
+        edited[0, :, 1, 2] = torch.tensor(color)
+        assert int(network(image).argmax(1)) == 0
+        assert int(network(edited).argmax(1)) == 1
+    certificate = certify_pixels(network, image, torch.tensor([0]), statement=statement)
+    expected = torch.ones(3, 4, dtype=torch.int8)
+    assert int(certificate.status[0, 1, 2]) != 1
+    certificate.status[0, 1, 2] = 1
+    assert torch.equal(certificate.status[0], expected)  # nothing else is accused
+
+
+def test_a_trapdoor_between_8bit_grays_is_open_to_floats_alone() -> None:
+    network = Trapdoor(torch.tensor([137.5 / 255]), 0.2 / 255).eval()
+    labels = torch.tensor([0])
+    assert bool((certify_pixels(network, gray_image(), labels, colors="8bit").status == 1).all())
+    full = certify_pixels(network, gray_image(), labels)
+    assert int(full.status[0, 1, 2]) != 1
+    assert int((full.status == 1).sum()) == 11
+
+
+def test_a_trapdoor_at_an_8bit_gray_is_found_by_enumeration() -> None:
+    network = Trapdoor(torch.tensor([137 / 255]), 0.2 / 255).eval()
+    certificate = certify_pixels(network, gray_image(), torch.tensor([0]), colors="8bit")
+    assert int(certificate.status[0, 1, 2]) == -1
+    assert float(certificate.color[0, 0, 1, 2]) == pytest.approx(137 / 255, abs=1e-7)
+    assert certificate.counterexample_pixels.tolist() == [[0, 1, 2]]
+    assert int(certificate.counterexamples.targets) == 1
+
+
+@STATEMENTS
+@pytest.mark.parametrize("hair", [1e-6, 1e-3])
+def test_flips_just_inside_and_just_outside_a_box_are_told_apart(hair: float, statement: str) -> None:
+    image, radius = gray_image(), 8 / 255
+    inside, outside = (
+        certify_pixels(
+            Threshold(0.25 + radius + shift).eval(),
+            image,
+            torch.tensor([0]),
+            colors=radius,
+            statement=statement,
+        )
+        for shift in (-hair, hair)
+    )
+    assert int(inside.status[0, 1, 1]) == -1
+    assert bool((outside.status == 1).all())
+    assert int((inside.status == 1).sum()) == 11
+    color = float(inside.color[0, 0, 1, 1])
+    assert 0.25 + radius - hair < color <= 0.25 + radius
+
+
+def test_a_margin_within_rounding_is_proven_in_exact_arithmetic_alone() -> None:
+    linear = nn.Linear(12, 2)
+    with torch.no_grad():
+        linear.weight.fill_(1.0)
+        linear.bias.copy_(torch.tensor([1e-7, 0.0]))
+    network = nn.Sequential(nn.Flatten(), linear).eval()
+    exact = certify_pixels(network, gray_image(), torch.tensor([0]), statement=EXACT)
+    assert bool((exact.status == 1).all())
+    assert exact.statement == EXACT
+    assert float(exact.lower_bound.max()) <= 1.0001e-7
+    as_run = certify_pixels(network, gray_image(), torch.tensor([0]), statement=AS_RUN)
+    assert not bool((as_run.status == 1).any())
+
+
+@pytest.mark.parametrize("make", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_a_certificate_holds_for_every_color_tried(make: Callable[[], Made]) -> None:
+    network, images = make()
+    network = Wrapped(network, after=lambda output: output[0] if isinstance(output, tuple) else output).eval()
+    network, labels = weakened(network, images, 0.9)
+    with untouched(network, images):
+        certificate = certify_pixels(network, images[:1], labels)
+    assert bool((certificate.status != 0).double().mean() > 0.9)
+    colors = torch.rand(40, images.shape[1], generator=torch.Generator().manual_seed(0))
+    colors[:20] = colors[:20].round()
+    proven = (certificate.status[0] == 1).nonzero()
+    with torch.no_grad():
+        for color in colors:
+            edited = images[:1].repeat(len(proven), 1, 1, 1)
+            edited[torch.arange(len(proven)), :, proven[:, 0], proven[:, 1]] = color
+            logits = network(edited).double()
+            other = logits.scatter(1, labels[:, None].expand(len(logits), 1), -torch.inf).amax(1)
+            margins = logits[:, int(labels)] - other
+            assert bool((margins >= certificate.lower_bound[0, proven[:, 0], proven[:, 1]]).all())
+        refuted = certificate.counterexamples
+        assert bool((network(refuted.adversarial).argmax(1) != labels).all() if len(refuted) else True)
+
+
+def test_8bit_grays_of_bounded_networks_equal_brute_force() -> None:
+    for name in ("gray, two classes, not square", "max pooling, linear layers"):
+        network, images = ARCHITECTURES[name]()
+        network, labels = weakened(network, images, 0.97)
+        certificate = certify_pixels(network, images[:1], labels, colors="8bit")
+        expected = brute_force(network, images[:1], labels)
+        assert torch.equal(certificate.status[0], expected)
+        assert {-1, 1} == set(expected.flatten().tolist())
+
+
+def test_8bit_colors_near_the_pixel_equal_brute_force() -> None:
+    network, images = ARCHITECTURES["convolutions and linear layers, normalized"]()
+    image = (images[:1] * 255).round() / 255
+    network, labels = weakened(network, image, 0.995)
+    region = torch.zeros(1, 1, 12, 12, dtype=torch.bool)
+    region[:, :, 3:6, 2:7] = True
+    certificate = certify_pixels(network, image, labels, colors="8bit:2/255", region=region)
+    offsets = torch.cartesian_prod(*[torch.arange(-2, 3)] * 3)
+    for row, column in region[0, 0].nonzero().tolist():
+        levels = ((image[0, :, row, column] * 255).round() + offsets).clamp(0, 255)
+        edited = image.repeat(len(levels), 1, 1, 1)
+        edited[:, :, row, column] = levels / 255
+        with torch.no_grad():
+            holds = all(bool((network(part).argmax(1) == labels).all()) for part in edited.split(64))
+        assert int(certificate.status[0, row, column]) == (1 if holds else -1)
+    assert {-1, 1} == set(certificate.status[region[:, 0]].tolist())
+    assert not bool(certificate.status[~region[:, 0]].any())
+
+
+@STATEMENTS
+def test_layers_without_bounds_leave_pixels_unknown_with_a_reason(statement: str) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(8, 2)).eval()
+    with torch.no_grad():
+        labels = network(gray_image()).argmax(1)
+    certificate = certify_pixels(network, gray_image(), labels, statement=statement)
+    assert "gelu is not supported" in certificate.unknown_because()
+    assert not bool((certificate.status == 1).any())
+
+
+def test_time_that_is_up_leaves_the_rest_unknown() -> None:
+    network, images = ARCHITECTURES["branches, pooling, ReLU6, tuple"]()
+    certificate = certify_pixels(network, images, torch.tensor([0, 1, 2]), seconds=1e-9)
+    assert bool((certificate.status == 0).all())
+    assert certificate.unknown_because() == {"the time was up": 240}
+
+
+def test_a_region_of_one_pixel_and_images_of_several_labels() -> None:
+    network, images = ARCHITECTURES["convolutions and linear layers, normalized"]()
+    with torch.no_grad():
+        labels = network(images).argmax(1)
+    region = torch.zeros(1, 1, 12, 12, dtype=torch.bool)
+    region[:, :, 11, 0] = True
+    alone = certify_pixels(network, images, labels, region=region)
+    everything = certify_pixels(network, images, labels)
+    assert torch.equal(alone.status[:, 11, 0], everything.status[:, 11, 0])
+    assert int(alone.status.abs().sum()) == int(everything.status[:, 11, 0].abs().sum())
+    torch.testing.assert_close(alone.lower_bound[:, 11, 0], everything.lower_bound[:, 11, 0])
+    assert bool((alone.proven_fraction + alone.refuted_fraction + alone.unknown_fraction == 1).all())
+
+
+@contextmanager
+def changed_float32(how: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if how.endswith("FPMATH_MODE"):
+        monkeypatch.setenv(how, "BF16")
+    before = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
+    try:
+        if how == "matmul precision":
+            torch.set_float32_matmul_precision("medium")
+        elif how == "TF32":
+            torch.backends.cuda.matmul.allow_tf32 = True
+        elif how == "denormal":
+            torch.set_flush_denormal(True)
+        with torch.backends.mkldnn.flags(enabled=how != "mkldnn"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cuda.matmul.allow_tf32 = before[1]
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "ONEDNN_DEFAULT_FPMATH_MODE",
+        "DNNL_DEFAULT_FPMATH_MODE",
+        "matmul precision",
+        "TF32",
+        "denormal",
+        "mkldnn",
+        "half precision",
+        "float64",
+    ],
+)
+def test_settings_that_change_float32_are_refused_by_name(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, images = ARCHITECTURES["gray, two classes, not square"]()
+    if how == "half precision":
+        network = network.bfloat16()
+    if how == "float64":
+        network = network.double()
+    message = f'statement must be "exact arithmetic" here.*({how}|precision)'
+    with changed_float32(how, monkeypatch), pytest.raises(ValueError, match=message):
+        certify_pixels(network, images, torch.zeros(3, dtype=torch.long))
+
+
+def test_counterexamples_are_pairs_that_explain_takes() -> None:
+    network, images = ARCHITECTURES["residual, batch norm, in-place ReLU"]()
+    network, labels = weakened(network, images, 0.999)
+    certificate = certify_pixels(network, images[:1], labels)
+    pairs = certificate.counterexamples
+    assert len(pairs) == int((certificate.status == -1).sum()) > 0
+    assert bool((pairs.distances["pixels"] == 1).all())
+    scores = explain(network, pairs[:2], analyses=["ssim"]).scores
+    assert len(scores) == 2
+
+
+def test_a_region_without_pixels_claims_nothing() -> None:
+    network, images = ARCHITECTURES["gray, two classes, not square"]()
+    region = torch.zeros(1, 1, 16, 12, dtype=torch.bool)
+    certificate = certify_pixels(network, images, torch.zeros(3, dtype=torch.long), region=region)
+    assert "no pixel in the region" in repr(certificate)
+    assert not bool(certificate.status.any())
+    assert not len(certificate.boxes)
