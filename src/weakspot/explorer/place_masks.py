@@ -1,0 +1,161 @@
+"""Masks that the bench can propose, and the place of equal area that a mask is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weakspot import regions
+from weakspot._checks import collected_warnings
+from weakspot.budgets import read_budget
+from weakspot.explorer.bench import Bench, Exhibit
+from weakspot.explorer.messages import Message, Request, RequestError, mask_text
+from weakspot.statistics.number_format import percent
+from weakspot.vulnerability import smallest_square
+
+DEFAULT_FRACTION = 0.3
+MOST_PIECES = 5000
+
+
+@dataclass(frozen=True)
+class MaskKind:
+    """A kind of mask.
+
+    Attributes:
+        make: (bench, image, request) -> bool (1, 1, H, W), and the text that `--region` takes for it, or None.
+        summary: which part of the image it is.
+        takes: the settings that it reads from a request.
+    """
+
+    make: Callable[[Bench, Exhibit, Request], tuple[Tensor, str | None]]
+    summary: str
+    takes: tuple[str, ...] = ()
+
+
+def _fraction(request: Request) -> float:
+    return request.number("fraction", 0, 1, DEFAULT_FRACTION)
+
+
+def _cam(bench: Bench, exhibit: Exhibit, request: Request) -> tuple[Tensor, str | None]:
+    mask = regions.cam(bench.classifier, exhibit.pixels, exhibit.label_tensor, fraction=_fraction(request))
+    return mask, "cam"
+
+
+def _background(bench: Bench, exhibit: Exhibit, _: Request) -> tuple[Tensor, str | None]:
+    classes = exhibit.label_tensor
+    return regions.background(exhibit.pixels, model=bench.classifier, classes=classes), "background"
+
+
+def _foreground(bench: Bench, exhibit: Exhibit, request: Request) -> tuple[Tensor, str | None]:
+    return ~_background(bench, exhibit, request)[0], "~background"
+
+
+def _superpixels(bench: Bench, exhibit: Exhibit, request: Request) -> tuple[Tensor, str | None]:
+    count = request.whole("count", 1, MOST_PIECES, 100)
+    mask = regions.important_superpixels(
+        bench.classifier, exhibit.pixels, exhibit.label_tensor, fraction=_fraction(request), count=count
+    )
+    return mask, f"superpixels:{count}"
+
+
+def _superpixel(bench: Bench, exhibit: Exhibit, request: Request) -> tuple[Tensor, str | None]:  # noqa: ARG001
+    y, x = request.whole("y", 0, exhibit.size[0] - 1), request.whole("x", 0, exhibit.size[1] - 1)
+    pieces = regions.superpixels(exhibit.pixels, count=request.whole("count", 1, MOST_PIECES, 100))
+    return pieces == pieces[0, 0, y, x], None
+
+
+def _border(bench: Bench, exhibit: Exhibit, request: Request) -> tuple[Tensor, str | None]:  # noqa: ARG001
+    width = request.whole("count", 1, max(exhibit.size), 8)
+    return regions.border(exhibit.pixels, width=width), f"border:{width}"
+
+
+def _weakest(bench: Bench, exhibit: Exhibit, request: Request) -> tuple[Tensor, str | None]:
+    budget = read_budget(request.text("budget", "linf:4/255"))
+    square = smallest_square(bench.classifier, exhibit.pixels, exhibit.label_tensor, budget=budget)
+    side, top, left = (int(values[0]) for values in (square.side, square.top, square.left))
+    if not side:
+        raise RequestError(f"no square was found in which {budget} is enough to leave the label")
+    mask = torch.zeros_like(exhibit.pixels[:, :1], dtype=torch.bool)
+    mask[..., top : top + side, left : left + side] = True
+    return mask, None
+
+
+MASKS = {
+    "cam": MaskKind(_cam, "where the network finds most evidence for the label", ("fraction",)),
+    "background": MaskKind(_background, "outside the object"),
+    "foreground": MaskKind(_foreground, "the object"),
+    "superpixels": MaskKind(
+        _superpixels, "pieces of similar color with most evidence for the label", ("fraction", "count")
+    ),
+    "superpixel": MaskKind(_superpixel, "the piece of similar color at a point", ("y", "x", "count")),
+    "border": MaskKind(_border, "a frame", ("count",)),
+    "weakest": MaskKind(
+        _weakest, "the smallest square that was found to be enough for a budget", ("budget",)
+    ),
+}
+
+
+def propose(bench: Bench, request: Request) -> Message:
+    """A mask of a kind, with what it warns of."""
+    exhibit = bench.exhibit(request.whole("image", 0, 10**6))
+    kind = request.choice("kind", list(MASKS))
+    with collected_warnings() as remarks:
+        mask, region = MASKS[kind].make(bench, exhibit, request)
+    mask = mask.cpu()
+    if not bool(mask.any()):
+        raise RequestError(f"the {kind} mask of this image is empty")
+    pixels = int(mask.sum())
+    return {
+        "mask": mask_text(mask),
+        "pixels": pixels,
+        "fraction": pixels / mask.numel(),
+        "region": region,
+        "remark": " ".join(remarks) or None,
+    }
+
+
+def control_of(mask: Tensor, exhibit: Exhibit, seed: int) -> Tensor | None:
+    """A place of exactly equal area: the mask, shifted as a whole around the image; None for the whole image.
+
+    The same that `--region matched:FILE` makes for this image and seed.
+    """
+    if bool(mask.all()):
+        return None
+    return regions.matched(mask.cpu(), seed=seed, images=exhibit.pixels)
+
+
+def measure_area(bench: Bench, request: Request) -> Message:
+    """How large a mask is, and its control."""
+    exhibit = bench.exhibit(request.whole("image", 0, 10**6))
+    mask = request.mask("mask", exhibit.size)
+    if mask is None:
+        raise RequestError("mask must be a picture of the brushed pixels, got nothing")
+    bench.brushed = mask
+    return describe(mask, control_of(mask, exhibit, request.whole("seed", 0, 2**53, 0)))
+
+
+def describe(mask: Tensor, control: Tensor | None) -> Message:
+    """Area of a mask and of what it has in common with its control, and what follows from that."""
+    pixels = int(mask.sum())
+    overlap = None if control is None else int((mask & control.cpu()).sum())
+    return {
+        "pixels": pixels,
+        "fraction": pixels / mask.numel(),
+        "control": None if control is None else mask_text(control),
+        "overlap": overlap,
+        "remark": _remark(pixels, overlap),
+    }
+
+
+def _remark(pixels: int, overlap: int | None) -> str | None:
+    if overlap is None:
+        return "The mask is the whole image: there is no other place of equal area to compare it with."
+    if 2 * overlap > pixels:
+        return (
+            f"{percent(overlap / pixels)} of the control lies inside the mask: the two places hardly differ. Another "
+            "seed moves the control; a mask of at most half the image leaves room for one that does not overlap."
+        )
+    return None

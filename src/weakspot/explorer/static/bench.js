@@ -1,0 +1,386 @@
+// The bench: one picture, and everything a person can ask about it. It knows no transport: `ask` and `subscribe` come
+// from the page (fetch and a socket) or from a notebook.
+
+import { Attack } from "./attack.js";
+import { Brush } from "./brush.js";
+import { setColors } from "./colors.js";
+import { base64Of, button, make, percent, signed } from "./elements.js";
+import { Depth, Explanations } from "./inside.js";
+import { Links, restore, stateText } from "./links.js";
+import { readPixels } from "./pictures.js";
+import { UndoPlace, WeakMap } from "./places.js";
+import { Probe } from "./probe.js";
+import { Stage } from "./stage.js";
+
+const KEYS = [
+  ["P", "probe"], ["B", "brush"], ["E", "eraser"], ["R", "rectangle"], ["[", "smaller brush"], ["]", "larger brush"],
+  ["Ctrl-Z", "undo"], ["Ctrl-Y", "redo"], ["I", "invert"], ["0", "clear"], ["Arrows", "move the cursor on the picture; with Shift by ten"],
+  ["Space", "use the tool at the cursor"], ["?", "these keys"],
+];
+const PICTURES = { clean: "Clean picture", attack: "Attacked picture", control: "Attacked at the control", erased: "Attack erased in the green place" };
+const VIEWS = { clean: "Clean", attack: "Attacked", control: "Control", "attack difference": "Difference", erased: "Erased" };
+
+// Options: keys, the element or document whose keys are heard; hash, whether the state is kept in the address.
+export function mount(element, ask, subscribe, { keys = element, hash = false } = {}) {
+  const bench = new Bench(element, ask, subscribe, hash);
+  const press = (event) => bench.press(event);
+  keys.addEventListener("keydown", press);
+  bench.ready = bench.begin();
+  return {
+    bench,
+    ready: bench.ready,
+    open: async (index, record = null) => {
+      await bench.reload(index);
+      if (record) await bench.prefill(record);
+    },
+    stop() {
+      keys.removeEventListener("keydown", press);
+      bench.attack.stop();
+      bench.weak.stop();
+      bench.probe.forget();
+      element.replaceChildren();
+    },
+  };
+}
+
+class Bench {
+  constructor(element, ask, subscribe, hash) {
+    Object.assign(this, { element, hash, opening: Promise.resolve() });
+    this.ask = async (name, body) => {
+      const reply = await ask(name, body);
+      if (reply.error) throw new Error(reply.error);
+      return reply;
+    };
+    // Errors of a job reject `done`, and go to `failed` if it is given.
+    this.subscribe = (name, body, take, failed) => {
+      let error = null, given = Promise.resolve();
+      const job = subscribe(name, body, (event) => {
+        if (event.event === "error") error = new Error(event.error);
+        else given = Promise.resolve(take(event)).catch((thrown) => { error = thrown; });
+      });
+      const done = job.done.then(() => given).then(() => { if (error) throw error; });
+      if (failed) done.catch(failed);
+      return { stop: () => job.stop(), done };
+    };
+    element.classList.add("weakspot");
+    this.stage = new Stage({
+      down: (site) => (this.tool === "probe" ? this.probe.at(site) : this.brush.down(site)),
+      move: (site, { from, event }) => {
+        if (this.tool === "probe") this.probe.at(site);
+        else this.brush.move(site, event.type === "keydown" ? null : from);
+      },
+      up: () => { if (this.tool !== "probe") this.brush.up(); else this.stateChanged(); },
+      leave: () => this.probe.leave(),
+      press: (site) => (this.tool === "probe" ? this.probe.at(site) : this.brush.press(site)),
+    });
+    this.probe = new Probe(this);
+    this.brush = new Brush(this, (done) => this.painted(done));
+    this.attack = new Attack(this);
+    this.weak = new WeakMap(this);
+    this.undo = new UndoPlace(this);
+    this.explanations = new Explanations(this);
+    this.depth = new Depth(this);
+    this.links = new Links(this);
+    this.layOut();
+  }
+
+  get tool() { return this.brush.tool; }
+
+  seed() { return Number(this.attack.seedInput.value) || 0; }
+
+  budget() { return this.attack.budget.value.trim() || "linf:4/255"; }
+
+  layOut() {
+    this.title = make("h1", {}, "weakspot");
+    this.pictures = make("div", { class: "thumbs", role: "group", "aria-label": "Pictures" });
+    this.file = make("input", { type: "file", accept: "image/png,image/jpeg,image/webp", class: "away", "aria-label": "Add a picture", tabindex: -1, on: { change: () => { this.upload(this.file.files[0]); this.file.value = ""; } } });
+    this.next = make("p", { class: "next", role: "status" });
+    this.message = make("p", { class: "message", role: "alert", hidden: true });
+    this.spoken = make("p", { class: "away", role: "status" });
+    this.decision = make("div", { class: "decision", "aria-live": "polite" });
+    this.viewButtons = new Map(Object.entries(VIEWS).map(([view, text]) => [view, button(text, () => this.view(view), { "aria-pressed": String(view === "clean"), disabled: view !== "clean" })]));
+    this.blinkButton = button("Blink", () => this.blink(), { "aria-pressed": "false", disabled: true, title: "Clean and attacked in turn" });
+    this.zoom = make("select", { "aria-label": "Zoom", title: "Zoom; drag with Alt or the middle button to move", on: { change: () => this.stage.zoomTo(Number(this.zoom.value)) } },
+      ...[1, 2, 4, 8].map((times) => make("option", { value: times }, `${times}×`)));
+    this.help = make("dialog", { class: "keys-help", "aria-label": "Keys" }, make("h2", {}, "Keys"),
+      make("dl", {}, ...KEYS.flatMap(([key, meaning]) => [make("dt", {}, make("kbd", {}, key)), make("dd", {}, meaning)])),
+      button("Close", () => this.help.close()));
+    const more = (title, note, part, opened) => {
+      const details = make("details", { class: "fold card" }, make("summary", {}, make("strong", {}, title), make("span", {}, note)), part.root);
+      details.addEventListener("toggle", () => { if (details.open) opened?.(); });
+      return details;
+    };
+    this.depthFold = more("Layers and units", "how the attack travels through the network", this.depth, () => this.depth.open());
+    this.element.replaceChildren(
+      make("header", { class: "top" }, this.title, this.pictures, make("div", { class: "line" }, button("Add a picture", () => this.file.click()), this.file, button("Keys", () => this.help.showModal(), { "aria-keyshortcuts": "?", title: "Keys (?)" }))),
+      this.next, this.message, this.spoken,
+      make("main", { class: "bench" },
+        make("div", { class: "left" }, this.brush.root,
+          make("div", { class: "drop" }, this.stage.root),
+          make("div", { class: "line views", role: "group", "aria-label": "Shown picture" }, ...this.viewButtons.values(), this.blinkButton, this.zoom),
+          this.brush.under, this.probe.key),
+        make("div", { class: "right" },
+          make("section", { class: "card", "aria-label": "Decision" }, this.decision),
+          this.attack.root,
+          more("Weak-spot map", "how little is enough, and where", this.weak),
+          more("Undo a place", "erase the attack by hand", this.undo, () => this.undo.refresh()),
+          more("Explain the attack", "the report's panels, when you ask for them", this.explanations),
+          this.depthFold,
+          this.links.root)),
+      this.help);
+    this.listenToDrops();
+    this.shut();
+  }
+
+  // Nothing can be done before there is a picture.
+  shut() {
+    this.element.classList.add("empty");
+    this.next.textContent = "Loading…";
+  }
+
+  async begin() {
+    try {
+      this.hello = await this.ask("hello", {});
+      this.images = this.hello.images;
+      if (this.hello.model === null) {
+        this.next.textContent = "";
+        this.say(`The network of this run cannot be loaded, so that only its records can be seen. ${this.hello.reason}`);
+        return;
+      }
+      setColors(this.hello.colors);
+      this.title.replaceChildren("weakspot ", make("small", {}, this.hello.model));
+      this.brush.offer(this.hello.masks);
+      this.attack.offer(this.hello);
+      this.explanations.offer(this.hello.analyses);
+      this.listPictures();
+      if (this.images.length) await this.open(this.images[0].index);
+      else this.next.textContent = "Add a picture to begin: drop it here, or press “Add a picture”.";
+      if (this.hash && location.hash.length > 1) await restore(this, location.hash.slice(1));
+      this.restored = true;
+      this.element.dataset.shown = Math.round(performance.now()); // since the page was asked for
+      this.element.dataset.ready = "yes";
+    } catch (error) {
+      this.next.textContent = "";
+      this.fail(error);
+    }
+  }
+
+  listPictures() {
+    this.pictures.replaceChildren(...this.images.map(({ index, name, thumbnail }) => {
+      const one = make("button", { type: "button", class: "thumb", title: name, "aria-pressed": "false", on: { click: () => this.attempt("", () => this.open(index), { waits: false }) } },
+        make("img", { src: `data:image/jpeg;base64,${thumbnail}`, alt: name }));
+      one.dataset.index = index;
+      return one;
+    }));
+  }
+
+  // Another list of pictures, after one was added elsewhere (the gallery).
+  async reload(index) {
+    this.images = (await this.ask("hello", {})).images;
+    this.listPictures();
+    await this.open(index);
+  }
+
+  // Opens a picture; what is asked meanwhile waits for it (`attempt`).
+  open(index) {
+    this.opening = this.opening.catch(() => {}).then(() => this.openNow(index));
+    return this.opening;
+  }
+
+  async openNow(index) {
+    this.undo.leave();
+    this.blink(false);
+    this.weak.clear();
+    this.probe.forget();
+    this.attack.stop();
+    const image = await this.ask("image", { image: index });
+    const pixels = await readPixels(`data:image/png;base64,${image.png}`, image.width, image.height);
+    this.image = { ...image, index };
+    this.element.classList.remove("empty");
+    this.stage.open(pixels, [image.width, image.height]);
+    this.zoom.value = 1;
+    this.brush.start(image.width, image.height);
+    this.attack.reset();
+    this.explanations.forget();
+    this.depth.forget();
+    for (const one of this.pictures.children) one.setAttribute("aria-pressed", String(Number(one.dataset.index) === index));
+    this.view("clean");
+    if (image.pair) await this.attack.finish(image.pair);
+    this.undo.refresh();
+    this.hint();
+    this.stateChanged();
+  }
+
+  // Sets what was used for a record of an audit.
+  async prefill({ attack, budget, options, region, remark }) {
+    const { attack: form } = this;
+    if (form.list.some(({ name }) => name === attack)) form.attacks.value = attack;
+    if (budget) form.budget.value = budget;
+    if (options?.steps) form.steps.value = options.steps;
+    form.choose();
+    const kind = { "~background": "foreground" }[region] ?? region?.split(":")[0];
+    if (this.hello.masks.some((one) => one.kind === kind)) await this.brush.take(kind);
+    if (remark) this.say(remark);
+  }
+
+  async upload(file) {
+    if (!file) return;
+    await this.attempt("Reading the picture…", async () => {
+      const most = this.hello.limits.upload_bytes;
+      if (file.size > most) throw new Error(`A picture may have at most ${Math.floor(most / 2 ** 20)} MB.`);
+      const { image } = await this.ask("upload", { name: file.name, file: await base64Of(file) });
+      await this.reload(image);
+    });
+  }
+
+  listenToDrops() {
+    this.element.addEventListener("dragover", (event) => { event.preventDefault(); this.element.classList.add("dropping"); });
+    this.element.addEventListener("dragleave", () => this.element.classList.remove("dropping"));
+    this.element.addEventListener("drop", (event) => {
+      event.preventDefault();
+      this.element.classList.remove("dropping");
+      this.upload(event.dataTransfer.files[0]);
+    });
+  }
+
+  // The class, and the most probable ones, of the picture as it is or with a change.
+  showDecision({ top, predicted, label, margin }) {
+    const { label: own } = this.image;
+    const right = predicted.index === (label ?? own).index;
+    const title = make("h2", {}, predicted.name, make("small", {}, percent(predicted.probability)));
+    const bars = top.map(({ index, name, probability }) => make("li", index === own.index ? { class: "own" } : {},
+      make("span", {}, name), make("meter", { min: 0, max: 1, value: probability, "aria-label": `${name}: ${percent(probability)}` }), make("span", { class: "number" }, percent(probability))));
+    this.decision.replaceChildren(make("p", { class: "note" }, PICTURES[this.stage.shown.split(" ")[0]]), title, make("ol", { class: "bars" }, ...bars),
+      make("p", { class: "note" }, `${right ? "" : `The label is ${own.name}. `}Margin of ${own.name}: ${signed(margin)} (its logit less the largest other one; below 0, the network says something else).`));
+  }
+
+  toolChanged(tool) {
+    this.probe.root.hidden = tool !== "probe";
+    this.brush.sizes.hidden = tool === "probe";
+    this.brush.sizes.style.visibility = tool === "rectangle" ? "hidden" : "";
+    if (tool !== "probe") {
+      this.probe.leave();
+      this.probe.forget();
+    }
+    this.stage.canvas.style.cursor = tool === "probe" ? "crosshair" : tool === "rectangle" ? "cell" : "none";
+    this.hint();
+    this.stateChanged();
+  }
+
+  // What to do next, in one sentence.
+  hint() {
+    if (!this.image) return;
+    const { area } = this.brush.mask;
+    if (this.undo.on) this.next.textContent = "Brush where the attack should be erased, and watch the decision.";
+    else if (this.attack.running) this.next.textContent = "The attack is running; Stop keeps the best so far.";
+    else if (this.stage.pictures.attack) this.next.textContent = "Compare the two margins, then erase the attack in a place, open an explanation, or paint another mask.";
+    else if (area) this.next.textContent = `The mask is orange: press “${this.attack.go.textContent}”.`;
+    else if (this.tool === "probe") this.next.textContent = "Move over the picture to see what one changed pixel does, or paint a mask with the brush and attack inside it.";
+    else this.next.textContent = "Paint the place that you want to attack, or take a mask from the list, such as the background.";
+  }
+
+  painted(done) {
+    if (!this.image) return;
+    if (this.undo.on) this.undo.send();
+    else if (done) this.attack.describe();
+    if (done) this.hint();
+    if (done) this.stateChanged();
+  }
+
+  // An attack has ended.
+  attacked() {
+    for (const view of ["attack", "attack difference"]) this.viewButtons.get(view).disabled = false;
+    this.viewButtons.get("control").disabled = !this.stage.pictures.control;
+    this.blinkButton.disabled = false;
+    this.explanations.forget();
+    this.depth.forget();
+    if (this.depthFold.open) this.depth.open();
+    this.undo.refresh();
+    this.view("attack");
+    this.hint();
+  }
+
+  leaveUndo() {
+    this.undo.leave();
+    this.blink(false);
+  }
+
+  view(name) {
+    if (!this.stage.pictures[name]) return;
+    this.stage.shown = name;
+    for (const [view, each] of this.viewButtons) {
+      each.disabled = !this.stage.pictures[view];
+      each.setAttribute("aria-pressed", String(view === name));
+    }
+    this.blinkButton.disabled = !this.stage.pictures.attack;
+    const { result } = this.attack;
+    const shown = name.startsWith("attack") ? result?.attack : name === "control" ? result?.control : null;
+    if (shown) this.showDecision(shown);
+    else if (name === "clean") this.showDecision(this.image);
+    // Under the mask, the result could not be seen.
+    this.stage.plain = name !== "clean" && !this.undo.on;
+    this.stage.draw();
+  }
+
+  // The mask is painted on the clean picture, or on the attacked one where the attack is erased.
+  showMask() {
+    if (this.undo.on || this.stage.shown === "clean") this.stage.plain = false;
+    else this.view("clean");
+  }
+
+  blink(on = this.blinkButton.getAttribute("aria-pressed") !== "true") {
+    this.blinkButton.setAttribute("aria-pressed", String(on));
+    clearInterval(this.blinking);
+    if (on) this.blinking = setInterval(() => this.view(this.stage.shown === "attack" ? "clean" : "attack"), 600);
+  }
+
+  say(text) {
+    this.message.hidden = !text;
+    this.message.textContent = text;
+  }
+
+  fail(error) {
+    this.say(error.message.replace(/^./, (letter) => letter.toUpperCase()));
+  }
+
+  // Runs a task, after the picture has opened if one is on its way; what goes wrong is said in one sentence.
+  async attempt(doing, task, { waits = true } = {}) {
+    this.say("");
+    if (doing) this.next.textContent = doing;
+    try {
+      if (waits) await this.opening.catch(() => {});
+      await task();
+    } catch (error) {
+      this.fail(error);
+    }
+    this.hint();
+  }
+
+  stateChanged() {
+    if (!this.hash || !this.restored) return;
+    clearTimeout(this.saving);
+    this.saving = setTimeout(async () => {
+      const url = new URL(location.href);
+      url.hash = await stateText(this);
+      history.replaceState(null, "", url);
+    }, 300);
+  }
+
+  press(event) {
+    if (!this.image || this.help.open || this.links.dialog.open) return;
+    const target = event.composedPath()[0];
+    const typing = /^(TEXTAREA|SELECT)$/.test(target.tagName) || (target.tagName === "INPUT" && !/^(checkbox|range|color|file)$/.test(target.type));
+    if (typing || event.altKey) return;
+    const key = event.key.toLowerCase();
+    const act = event.ctrlKey || event.metaKey
+      ? { z: () => (event.shiftKey ? this.brush.redo() : this.brush.undo()), y: () => this.brush.redo() }[key]
+      : {
+        p: () => this.brush.use("probe"), b: () => this.brush.use("brush"), e: () => this.brush.use("eraser"), r: () => this.brush.use("rectangle"),
+        "[": () => this.brush.resizeBy(-1), "]": () => this.brush.resizeBy(1), i: () => this.brush.invert(), 0: () => this.brush.clear(),
+        "?": () => this.help.showModal(),
+      }[key];
+    if (!act) return;
+    event.preventDefault();
+    act();
+  }
+}

@@ -1,0 +1,188 @@
+"""The worker: one thread that owns the model, and the order in which requests have their turn.
+
+Probes come first and only the latest of a page counts; then short requests; then long ones in the order of arrival.
+Work in the background, a generator, goes on by one step whenever nothing else waits. Between two evaluations of an
+attack, probes and short requests are answered.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+Result = TypeVar("Result")
+
+
+class StopRequestedError(BaseException):
+    """Ends a long job whose stop flag is set. No `Exception`, so that nothing below takes it for a failure."""
+
+
+class WorkerClosedError(BaseException):
+    """Ends a long job whose worker is closed; nothing of it is of use any more."""
+
+
+@dataclass(eq=False)
+class Task(Generic[Result]):
+    """Work that waits for its turn.
+
+    Attributes:
+        run: does it.
+        result: of `run`; None of a probe that a later one has overtaken.
+        stop: set to end it early.
+    """
+
+    run: Callable[[], Result]
+    result: Future[Result | None] = field(default_factory=Future)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def work(self) -> None:
+        """Run, and pass on the result or the error."""
+        if not self.result.set_running_or_notify_cancel():
+            return
+        try:
+            self.result.set_result(self.run())
+        except BaseException as error:  # noqa: BLE001 - the caller gets whatever the model raises
+            self.result.set_exception(error)
+
+
+class Worker:
+    """One thread that owns the model."""
+
+    def __init__(self) -> None:
+        self._wake = threading.Condition()
+        self._probes: dict[str, Task[object]] = {}
+        self._short: deque[Task[object]] = deque()
+        self._long: deque[Task[object]] = deque()
+        self._background: deque[Task[object]] = deque()
+        self._running: Task[object] | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._loop, name="weakspot-explorer", daemon=True)
+        self._thread.start()
+
+    def probe(self, page: str, run: Callable[[], object]) -> Future[object]:
+        """Run ahead of everything else; an earlier probe of the page that still waits gets None."""
+        task = Task[object](run)
+        with self._wake:
+            earlier = self._probes.pop(page, None)
+            self._probes[page] = task
+            self._wake.notify()
+        if earlier is not None:
+            earlier.result.set_result(None)
+        return self._accepted(task)
+
+    def short(self, run: Callable[[], object]) -> Future[object]:
+        """Run a short request, between two steps of a long one if need be."""
+        return self._accepted(self._queued(self._short, Task[object](run)))
+
+    def long(self, run: Callable[[], object]) -> Task[object]:
+        """Run a long request after those that came before."""
+        return self._queued(self._long, Task[object](run))
+
+    def background(self, steps: Callable[[], Generator[None]]) -> Task[object]:
+        """Run a generator step by step while nothing else waits; its result is None."""
+        task: Task[object] = Task(lambda: None)
+        generator = steps()
+
+        def step() -> object:
+            try:
+                if not (task.stop.is_set() or self._closed):
+                    next(generator)
+                    return True
+            except StopIteration:
+                return False
+            generator.close()
+            return False
+
+        task.run = step
+        return self._queued(self._background, task)
+
+    def between_steps(self) -> None:
+        """Answer what is urgent; called by a long job between two of its steps.
+
+        Raises:
+            StopRequestedError: if the job has been stopped.
+            WorkerClosedError: if the worker has been closed.
+        """
+        running = self._running
+        while (task := self._next(urgent=True)) is not None:
+            task.work()
+        if self._closed:
+            raise WorkerClosedError
+        if running is not None and running.stop.is_set():
+            raise StopRequestedError
+
+    def close(self, timeout: float = 1.0) -> bool:
+        """End the thread; what waits is cancelled and a long job stops at its next step.
+
+        Returns:
+            Whether the thread ended within so many seconds.
+        """
+        with self._wake:
+            self._closed = True
+            waiting = [*self._probes.values(), *self._short, *self._long, *self._background]
+            self._probes.clear()
+            for queue in (self._short, self._long, self._background):
+                queue.clear()
+            self._wake.notify()
+        for task in waiting:
+            task.result.cancel()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _queued(self, queue: deque[Task[object]], task: Task[object]) -> Task[object]:
+        with self._wake:
+            if self._closed:
+                task.result.cancel()
+            else:
+                queue.append(task)
+            self._wake.notify()
+        return task
+
+    def _accepted(self, task: Task[object]) -> Future[object]:
+        if self._closed:
+            task.result.cancel()
+        return task.result
+
+    def _next(self, *, urgent: bool = False) -> Task[object] | None:
+        with self._wake:
+            if self._probes:
+                return self._probes.pop(next(iter(self._probes)))
+            if self._short:
+                return self._short.popleft()
+            return self._long.popleft() if self._long and not urgent else None
+
+    def _loop(self) -> None:
+        while not self._closed:
+            task = self._next()
+            if task is not None:
+                self._running = task
+                task.work()
+                self._running = None
+                del task  # results may hold much memory
+            elif not self._step_in_background():
+                with self._wake:
+                    if not (self._closed or self._probes or self._short or self._long or self._background):
+                        self._wake.wait()
+
+    def _step_in_background(self) -> bool:
+        """One step of the background work that has waited longest; False if there is none."""
+        with self._wake:
+            if not self._background:
+                return False
+            task = self._background.popleft()
+        try:
+            unfinished = bool(task.run())
+        except BaseException as error:  # noqa: BLE001
+            task.result.set_exception(error)
+            return True
+        if unfinished:
+            with self._wake:
+                self._background.append(task)
+        else:
+            task.result.set_result(None)
+        return True

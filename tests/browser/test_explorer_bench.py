@@ -1,0 +1,382 @@
+"""Everything a person can do on the explorer's bench, in a real browser, against the model itself."""
+
+from __future__ import annotations
+
+import io
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.browser.explorer_page import (
+    CORNER,
+    NAMES,
+    SAMPLES,
+    SIZE,
+    WAIT,
+    BenchPage,
+    box_mask,
+    corner_classifier,
+    corner_images,
+    expect,
+    first_number,
+    mask_file,
+)
+from tests.browser.test_explanation_page import browser  # noqa: F401 - a fixture
+from weakspot import regions
+from weakspot.explorer.service import Service
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    # The network is blind outside its corner, where controls often lie.
+    pytest.mark.filterwarnings("ignore:the gradient of CornerNetwork is zero"),
+]
+
+
+def logits_of(image: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = corner_classifier()(image[None])[0]
+    return logits
+
+
+def to_pixels(image: torch.Tensor) -> Any:
+    return (image * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+# ---------------------------------------------------------------- 1: picture, class, other pictures
+
+
+def test_the_first_screen_shows_picture_class_and_what_to_do(bench: BenchPage) -> None:
+    image = corner_images()[0]
+    assert (bench.pixels() == to_pixels(image)).all()
+    probabilities = logits_of(image).softmax(0)
+    best = int(probabilities.argmax())
+    assert bench.text(".decision h2").startswith(NAMES[best])
+    shown = [first_number(text) for text in bench.page.locator(".bars .number").all_inner_texts()]
+    wanted = (100 * probabilities.sort(descending=True).values).tolist()
+    assert all(abs(one - other) <= 0.51 for one, other in zip(shown, wanted, strict=True))
+    assert "paint a mask" in bench.text(".next")
+    box = bench.canvas.bounding_box()
+    assert box["y"] + box["height"] <= 900
+    assert "token" not in bench.page.url
+
+
+def test_another_picture_is_chosen_added_or_dropped(bench: BenchPage) -> None:
+    bench.page.click(".thumb >> nth=1")
+    expect(bench.page.locator(".thumb >> nth=1")).to_have_attribute("aria-pressed", "true")
+    assert (bench.pixels() == to_pixels(corner_images()[1])).all()
+    assert bench.page.locator(".thumb img").nth(1).get_attribute("alt") == SAMPLES[1]  # a name, not markup
+    added = np.full((*SIZE, 3), 90, np.uint8)
+    added[:10] = (200, 30, 60)
+    buffer = io.BytesIO()
+    Image.fromarray(added).save(buffer, "PNG")
+    count = bench.page.locator(".thumb").count()
+    bench.page.set_input_files(
+        "input[aria-label='Add a picture']",
+        {"name": "new.png", "mimeType": "image/png", "buffer": buffer.getvalue()},
+    )
+    expect(bench.page.locator(".thumb")).to_have_count(count + 1, timeout=WAIT)
+    expect(bench.page.locator(".thumb").last).to_have_attribute("aria-pressed", "true", timeout=WAIT)
+    assert (bench.pixels() == added).all()
+    dropped = bench.page.evaluate_handle(
+        "text => { const moved = new DataTransfer(); moved.items.add(new File([text], 'no.png')); return moved; }",
+        "no picture",
+    )
+    bench.page.dispatch_event("#bench", "drop", {"dataTransfer": dropped})
+    expect(bench.page.locator(".message")).to_be_visible(timeout=WAIT)
+    assert "picture" in bench.text(".message")
+    bench.wrong.clear()  # the browser lists the refused upload
+
+
+def answer_slowly(route: Any) -> None:
+    time.sleep(0.7)
+    route.continue_()
+
+
+def test_what_is_asked_while_a_picture_opens_is_about_that_picture(
+    bench: BenchPage, service: Service
+) -> None:
+    """Slow answers of one picture are never shown on another."""
+    bench.page.route("**/api/image", answer_slowly)
+    bench.page.click(".thumb >> nth=1")
+    bench.page.select_option("select[aria-label='Mask from']", "cam")
+    expect(bench.page.locator(".area")).to_contain_text("pixels", timeout=WAIT)
+    assert (bench.pixels("figure.side.attack canvas") == to_pixels(corner_images()[1])).all()
+    own = regions.cam(corner_classifier(), corner_images()[1:], bench_label(service, 1), fraction=0.3)
+    assert (torch.from_numpy(bench.saved_mask()) == own[0, 0]).all()
+    bench.page.route("**/api/mask", answer_slowly)
+    bench.page.select_option("select[aria-label='Mask from']", "border")
+    bench.page.click(".thumb >> nth=0")
+    expect(bench.page.locator(".thumb >> nth=0")).to_have_attribute("aria-pressed", "true", timeout=WAIT)
+    bench.page.wait_for_timeout(1500)
+    assert not bench.saved_mask().any()
+
+
+def bench_label(service: Service, number: int) -> torch.Tensor:
+    return service.desk.bench.exhibit(number).label_tensor  # type: ignore[union-attr]
+
+
+# ---------------------------------------------------------------- 2: probe
+
+
+def shown_logits(bench: BenchPage) -> dict[str, float]:
+    rows = bench.page.locator(".tip tbody tr").all()
+    return {
+        row.locator("th").inner_text(): first_number(row.locator("td").first.inner_text()) for row in rows
+    }
+
+
+def check_probe(bench: BenchPage, top: int, left: int, side: int, color: tuple[int, int, int]) -> None:
+    """The tip equals a forward pass of the edited image, to its two decimals."""
+    image = corner_images()[0].clone()
+    image[:, top : top + side, left : left + side] = torch.tensor(color)[:, None, None] / 255
+    logits = logits_of(image)
+    shown = shown_logits(bench)
+    assert set(shown) == set(NAMES)
+    slack = 0.0051 + 1e-4 * float(logits.max() - logits.min())
+    for name, value in shown.items():
+        assert abs(value - float(logits[NAMES.index(name)])) <= slack
+
+
+def test_logits_beside_the_cursor_are_the_models(bench: BenchPage) -> None:
+    bench.point(5, 7)
+    expect(bench.page.locator(".tip strong")).to_have_text("Row 7, column 5", timeout=WAIT)
+    check_probe(bench, 7, 5, 1, (0, 0, 0))
+    bench.page.select_option("label:has-text('Change') select", "9")
+    bench.page.fill("input[aria-label='Color of the probe']", "#ff2000")
+    bench.point(8, 12)
+    expect(bench.page.locator(".tip strong")).to_have_text(
+        "Row 12, column 8, 9 \u00d7 9 pixels", timeout=WAIT
+    )
+    check_probe(bench, 8, 4, 9, (255, 32, 0))
+    box, tip = bench.canvas.bounding_box(), bench.page.locator(".tip").bounding_box()
+    assert tip["x"] >= box["x"]
+    assert tip["x"] + tip["width"] <= box["x"] + box["width"] + 1
+
+
+def test_the_probe_follows_the_arrow_keys(bench: BenchPage) -> None:
+    bench.canvas.focus()
+    for key in ("ArrowRight", "ArrowUp", "Shift+ArrowLeft"):
+        bench.page.keyboard.press(key)
+    expect(bench.page.locator(".tip strong")).to_have_text("Row 19, column 14", timeout=WAIT)
+    check_probe(bench, 19, 14, 1, (0, 0, 0))
+
+
+def test_the_mask_is_probed_in_one_color(bench: BenchPage) -> None:
+    bench.page.set_input_files("input[aria-label='Open a mask file']", mask_file(box_mask(2, 3, 11, 12)))
+    expect(bench.page.locator(".area")).to_contain_text("100 pixels", timeout=WAIT)
+    bench.page.click("text=Color the mask")
+    expect(bench.page.locator(".tip strong")).to_have_text("The mask", timeout=WAIT)
+    check_probe(bench, 3, 2, 10, (0, 0, 0))
+
+
+def test_a_heat_map_fills_in_and_is_blank_where_the_network_is_blind(bench: BenchPage) -> None:
+    bench.page.select_option("label:has-text('Change') select", "5")
+    bench.point(40, 30)
+    expect(bench.page.locator(".heat-key")).to_contain_text("places", timeout=WAIT)
+    drawn = bench.pixels().astype(int)
+    clean = to_pixels(corner_images()[0]).astype(int)
+    changed = (drawn != clean).any(2)
+    cross = np.zeros(SIZE, bool)
+    cross[28:33, 36:45] = True
+    assert changed[: CORNER - 2, : CORNER - 2].mean() > 0.5
+    assert not (changed & ~cross)[CORNER + 8 :, CORNER + 8 :].any()
+    bench.page.uncheck("text=heat map")
+    expect(bench.page.locator(".heat-key")).to_be_hidden()
+
+
+# ---------------------------------------------------------------- 4: attack and control
+
+
+def test_the_mask_is_attacked_beside_its_control(bench: BenchPage) -> None:
+    bench.page.set_input_files("input[aria-label='Open a mask file']", mask_file(box_mask(0, 0, 13, 13)))
+    expect(bench.page.locator(".area")).to_contain_text("196 pixels", timeout=WAIT)
+    bench.page.check("text=show the control")
+    bench.unfold_settings()
+    bench.page.fill("label:has-text('Change each value') input", "linf:40/255")
+    sentence = bench.attack()
+    assert "Only the mask was enough; one other place is no test." in sentence
+    clean, attacked = corner_images()[0], bench.pixels("figure.side.attack canvas")
+    # The picture on the page, taken as an image, has the margin and the class that stand below it.
+    seen = torch.from_numpy(attacked.copy()).permute(2, 0, 1) / 255
+    logits, label = logits_of(seen), int(logits_of(clean).argmax())
+    margin = float(logits[label] - logits[torch.arange(4) != label].max())
+    assert abs(bench.number("figure.side.attack .margin") - margin) <= 0.05 + 0.02 * abs(margin)
+    assert bench.text("figure.side.attack .says").startswith(f"Fooled: {NAMES[int(logits.argmax())]}")
+    assert bench.text("figure.side.control .says").startswith("Not fooled")
+    changed = (attacked != to_pixels(clean)).any(2)
+    assert changed.any()
+    assert not (changed & ~box_mask(0, 0, 13, 13)).any()
+    assert bench.page.locator(".chart polyline").count() == 2
+    before = bench.pixels()
+    bench.page.click("button:text-is('Control')")
+    expect(bench.page.locator(".decision")).to_contain_text("Attacked at the control")
+    assert (bench.pixels() != before).any()
+    bench.page.click("button:text-is('Difference')")
+    bench.page.click("button:text-is('Blink')")
+    bench.page.click("button:text-is('Blink')")
+
+
+def test_without_a_mask_the_whole_image_is_attacked_and_has_no_control(bench: BenchPage) -> None:
+    assert bench.text("button.primary") == "Attack the whole image"
+    sentence = bench.attack(whole=True)
+    assert "place of equal area" not in sentence
+    assert not bench.page.is_visible("figure.side.control")
+
+
+def test_an_attack_toward_a_target_and_one_that_is_not_known(bench: BenchPage) -> None:
+    bench.unfold_settings()
+    label = int(logits_of(corner_images()[0]).argmax())
+    other = NAMES[(label + 1) % 4]
+    bench.page.fill("label:has-text('Target class') input", "zebra")
+    bench.page.click("button.primary")
+    expect(bench.page.locator(".message")).to_contain_text("No class is called “zebra”", timeout=WAIT)
+    bench.page.fill("label:has-text('Target class') input", other)
+    bench.page.fill("label:has-text('Change each value') input", "linf:60/255")
+    bench.attack(whole=True)
+    assert bench.text("figure.side.attack .says").startswith(f"Fooled: {other}")
+    # The curve is about the target, the number below the picture about the label.
+    assert f"Below the line, the network says {other}." in bench.text(".chart")
+    assert bench.number("figure.side.attack .margin") < 0
+
+
+def test_stop_keeps_the_best_so_far(bench: BenchPage) -> None:
+    bench.page.set_input_files("input[aria-label='Open a mask file']", mask_file(box_mask(0, 0, 13, 13)))
+    expect(bench.page.locator(".area")).to_contain_text("196 pixels", timeout=WAIT)
+    bench.unfold_settings()
+    bench.page.fill("label:has-text('Steps') input", "1000")
+    bench.page.click("button.primary")
+    expect(bench.page.locator("figure.side.attack .says")).to_contain_text("step", timeout=WAIT)
+    bench.page.click("button.primary")  # it says Stop
+    expect(bench.page.locator(".attack .sentence")).to_contain_text("Stopped early.", timeout=WAIT)
+    expect(bench.page.locator("button.primary")).to_have_text("Attack inside the mask")
+    bench.page.click("button:text-is('Attacked')")
+
+
+def test_a_budget_that_cannot_be_read_is_one_sentence(bench: BenchPage) -> None:
+    bench.unfold_settings()
+    bench.page.fill("label:has-text('Change each value') input", "linf:200")
+    bench.page.click("button.primary")
+    expect(bench.page.locator(".message")).to_be_visible(timeout=WAIT)
+    assert "200" in bench.text(".message")
+    assert bench.text("button.primary") == "Attack the whole image"
+
+
+# ---------------------------------------------------------------- weak-spot map, 5, 6, 7
+
+
+def test_a_cell_of_the_weak_spot_map_becomes_the_mask(bench: BenchPage) -> None:
+    bench.unfold("Weak-spot map")
+    bench.page.click("text=Estimate only")
+    expect(bench.page.locator(".fold .sentence").first).to_contain_text("Estimates", timeout=WAIT)
+    texts = bench.page.locator(".cells .spot text").all_text_contents()
+    assert len(texts) == 49
+    assert texts[-1] == "?"  # the network is blind there
+    bench.page.click(".cells .spot >> nth=8")
+    mask = bench.saved_mask()
+    rows, columns = (torch.arange(side) * 7 // side for side in SIZE)
+    assert (mask == ((rows == 1)[:, None] & (columns == 1)).numpy()).all()
+    bench.page.click("text=Hide the map")
+    assert bench.page.locator(".cells .spot").count() == 0
+
+
+def test_cells_are_searched_and_say_that_they_are_verified(bench: BenchPage) -> None:
+    bench.unfold("Weak-spot map")
+    bench.page.click("text=Map the weak spots")
+    expect(bench.page.locator(".fold .sentence").first).to_contain_text("Weakest of 49 cells", timeout=WAIT)
+    assert "no proof that there is none" in bench.text(".fold .sentence >> nth=0")
+    bench.page.click(".cells .spot >> nth=48")
+    assert "no change that is enough was found here" in bench.text(".fold .sentence >> nth=0")
+
+
+def test_panels_are_those_of_the_report_and_wait_until_they_are_opened(bench: BenchPage) -> None:
+    bench.page.click(".thumb >> nth=1")  # no test attacks this picture before
+    expect(bench.page.locator(".thumb >> nth=1")).to_have_attribute("aria-pressed", "true", timeout=WAIT)
+    bench.unfold("Explain the attack")
+    bench.unfold("Where does the network look?")
+    expect(bench.page.locator(".fold .inside p").first).to_contain_text(
+        "attack the image first", timeout=WAIT
+    )
+    bench.wrong.clear()  # the browser lists the refused request
+    bench.attack(whole=True)
+    bench.unfold("Where does the network look?")
+    canvas = bench.page.locator(".inside canvas.map").first
+    expect(canvas).to_have_attribute("width", str(SIZE[1]), timeout=WAIT)
+    assert len(np.unique(bench.pixels(".inside canvas.map"))) > 2
+    canvas.hover()
+    expect(bench.page.locator(".inside .readout")).to_contain_text("row")
+
+
+def test_layers_and_units_are_scrubbed(bench: BenchPage) -> None:
+    bench.attack(whole=True)
+    bench.unfold("Layers and units")
+    slider = bench.page.locator("input[aria-label='Layer']")
+    expect(slider).to_be_visible(timeout=WAIT)
+    expect(bench.page.locator(".units button").first).to_be_visible(timeout=WAIT)
+    slider.fill("0")
+    expect(bench.page.locator(".step").last).to_contain_text("1 of", timeout=WAIT)
+    expect(bench.page.locator(".units button")).to_have_count(8, timeout=WAIT)
+    bench.page.click(".units button >> nth=0")
+    expect(bench.page.locator(".unit .sentence")).to_contain_text("Without unit", timeout=WAIT)
+    assert len(np.unique(bench.pixels(".unit canvas"))) > 2
+
+
+def test_erasing_the_attack_everywhere_brings_the_decision_back(bench: BenchPage) -> None:
+    bench.unfold_settings()
+    bench.page.fill("label:has-text('Change each value') input", "linf:40/255")
+    bench.attack(whole=True)
+    assert bench.text("figure.side.attack .says").startswith("Fooled")
+    label = NAMES[int(logits_of(corner_images()[0]).argmax())]
+    bench.unfold("Undo a place")
+    bench.page.click("text=Erase the attack with the brush")
+    bench.drag((40, 30), (44, 35))  # where the network is blind
+    says = bench.page.locator(".fold .sentence").nth(1)
+    expect(says).to_contain_text("not restored", timeout=WAIT)
+    bench.page.keyboard.press("i")
+    expect(bench.page.locator(".decision h2")).to_contain_text(label, timeout=WAIT)
+    expect(says).to_contain_text("the decision is restored", timeout=WAIT)
+    bench.page.click("text=Stop erasing")
+    assert bench.text(".area") == "No mask: an attack may change the whole image."
+
+
+# ---------------------------------------------------------------- 8: links and copies
+
+
+def test_a_link_restores_mask_and_settings(bench: BenchPage, browser: Any) -> None:  # noqa: F811
+    bench.page.click(".thumb >> nth=1")
+    bench.page.keyboard.press("b")
+    bench.drag((5, 5), (20, 9))
+    bench.unfold_settings()
+    bench.page.fill("label:has-text('Change each value') input", "linf:3/255")
+    bench.page.fill("label:has-text('Seed') input", "7")
+    bench.page.keyboard.press("Tab")
+    drawn = bench.saved_mask()
+    bench.page.click("text=Copy link")
+    link = bench.text("dialog pre")
+    assert link.startswith("http://127.0.0.1")
+    assert "token" not in link
+    other = bench.context.new_page()
+    other.goto(link)
+    expect(other.locator("#bench[data-ready=yes]")).to_be_visible(timeout=WAIT)
+    expect(other.locator(".thumb >> nth=1")).to_have_attribute("aria-pressed", "true")
+    assert other.input_value("label:has-text('Change each value') input") == "linf:3/255"
+    assert other.input_value("label:has-text('Seed') input") == "7"
+    bench.page.click("dialog >> text=Close")
+    bench.page = other
+    assert (bench.saved_mask() == drawn).all()
+
+
+def test_the_attack_is_copied_as_command_and_as_python(bench: BenchPage) -> None:
+    bench.page.set_input_files("input[aria-label='Open a mask file']", mask_file(box_mask(0, 0, 13, 13)))
+    expect(bench.page.locator(".area")).to_contain_text("196 pixels", timeout=WAIT)
+    bench.page.click("text=Copy as command")
+    expect(bench.page.locator("dialog pre")).to_contain_text("weakspot attack first.png", timeout=WAIT)
+    assert "--region mask.png" in bench.text("dialog pre")
+    assert "--region matched:mask.png" in bench.text("dialog pre")
+    bench.page.keyboard.press("Escape")
+    bench.page.click("text=Copy as Python")
+    expect(bench.page.locator("dialog pre")).to_contain_text("import weakspot", timeout=WAIT)

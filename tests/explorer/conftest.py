@@ -1,0 +1,18 @@
+"""Fixtures of the explorer's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.explorer.benches import filled_bench
+from weakspot.explorer.desk import Desk
+
+
+@pytest.fixture
+def desk() -> Iterator[Desk]:
+    """A desk with two images of a small network."""
+    made = Desk(filled_bench())
+    yield made
+    made.close()

@@ -1,0 +1,233 @@
+"""The service: its port, its link, how it ends, and the view from Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.explorer.benches import filled_bench, network, photographs, png, square
+from tests.networks import untouched
+from weakspot import explore
+from weakspot.explorer.access import Access
+from weakspot.explorer.desk import Desk
+from weakspot.explorer.service import Service, forwarding_hint, has_display, open_port
+
+ROOT = Path(__file__).parents[2]
+TOKEN = "a-token-for-tests-only"  # noqa: S105
+
+
+def asked(url: str, name: str, body: dict[str, object]) -> dict[str, object]:
+    """The answer to a request, as a page with the link gets it."""
+    place, _, token = url.partition("?token=")
+    request = urllib.request.Request(  # noqa: S310 - an address of this machine
+        f"{place}api/{name}", json.dumps(body).encode(), {"Authorization": f"Bearer {token}"}
+    )
+    with urllib.request.urlopen(request, timeout=20) as answer:  # noqa: S310
+        told: dict[str, object] = json.load(answer)
+    return told
+
+
+def test_a_port_that_is_taken_is_followed_by_the_next_free_one() -> None:
+    first = open_port("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    try:
+        second = open_port("127.0.0.1", port)
+        assert port < second.getsockname()[1] <= port + 50
+        second.close()
+    finally:
+        first.close()
+
+
+def test_a_host_of_another_machine_is_refused() -> None:
+    with pytest.raises(ValueError, match="host must be"):
+        open_port("192.0.2.1", 0)
+    with pytest.raises(ValueError, match="host must be"):
+        open_port("no such host", 0)
+
+
+@pytest.mark.parametrize(
+    ("base_url", "start"),
+    [
+        ("", "http://127.0.0.1:PORT/?token="),
+        ("/a/b", "http://127.0.0.1:PORT/a/b/?token="),
+        ("https://hub.example.org/x/", "https://hub.example.org/x/?token="),
+    ],
+)
+def test_the_link_leads_to_the_page(base_url: str, start: str) -> None:
+    service = Service.prepare(Desk(filled_bench()), port=0, base_url=base_url)
+    try:
+        assert service.url.startswith(start.replace("PORT", str(service.access.port)))
+        assert len(service.url.rpartition("=")[2]) >= 32
+    finally:
+        service.close()
+
+
+def test_every_session_has_a_token_of_its_own() -> None:
+    assert len({Access(1).token for _ in range(20)}) == 20
+
+
+def test_over_ssh_the_tunnel_is_told_and_no_browser_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSH_CONNECTION", "10.0.0.2 50000 10.0.0.7 22")
+    monkeypatch.setenv("USER", "me")
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert forwarding_hint(8765) == "ssh -L 8765:127.0.0.1:8765 me@10.0.0.7"
+    assert not has_display()
+    monkeypatch.delenv("SSH_CONNECTION")
+    assert forwarding_hint(8765) is None
+    assert has_display()
+
+
+def test_the_view_from_python_serves_and_gives_back_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    model, images = network(), photographs(3)
+    labels = torch.tensor([0, 1, 2])
+    with untouched(model, images, labels), explore(model, images, labels=labels, port=0) as view:
+        assert view.mask is None
+        assert view.pairs is None
+        assert asked(view.url, "image", {"image": 1})["name"] == "image 1"
+        asked(view.url, "area", {"image": 1, "mask": png(square())})
+        mask = view.mask
+        assert mask is not None
+        assert torch.equal(mask, square())
+        order = {"image": 1, "mask": png(square()), "options": {"steps": 2}}
+        task = view.desk.subscribe("attack", order, lambda _: None)
+        task.result.result(30)
+        pairs = view.pairs
+        assert pairs is not None
+        assert pairs.names == ("image 1",)
+        assert pairs.labels.tolist() == [1]
+        assert torch.equal(pairs.clean, images[1:2])
+        url = view.url
+    with pytest.raises(OSError, match=r"refused|reset|closed|urlopen"):
+        asked(url, "hello", {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": torch.tensor([0, 1])}, "labels must be an integer tensor of shape"),
+        ({"labels": torch.tensor([0, 1, 9])}, "labels must be classes between 0 and 3, got 9"),
+        ({"names": ["one"]}, "names must have one entry for each of 3 images, got 1"),
+        ({"port": "x"}, "port must be an integer"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_told(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        explore(network(), photographs(3), **arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="images must"):
+        explore(network(), torch.zeros(0, 3, 24, 20))
+
+
+def command(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "weakspot", "explore", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        # A test run in the background ignores interrupts, and its children would, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_it_with_a_page_and_a_stream_open() -> None:
+    from websockets.sync.client import connect
+
+    taken = open_port("127.0.0.1", 0)
+    port = taken.getsockname()[1]
+    process = command("--samples", "--no-browser", "--token", TOKEN, "--port", str(port))
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(f"Port {port} is taken;")
+        link = re.search(r"http://127\.0\.0\.1:(\d+)/", process.stdout.readline())
+        assert link is not None
+        page = socket.create_connection(("127.0.0.1", int(link[1])))  # a page that keeps its connection
+        with connect(f"ws://127.0.0.1:{link[1]}/api/ws?token={TOKEN}") as stream:
+            order = {"image": 0, "attack": "carlini_wagner", "options": {"steps": 1000}}
+            stream.send(json.dumps({"id": 1, "name": "attack", "body": order}))
+            while json.loads(stream.recv(30))["event"] != "step":
+                pass
+            started = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            code = process.wait(20)
+            seconds = time.monotonic() - started
+        page.close()
+    finally:
+        process.kill()
+        taken.close()
+    assert code == 0
+    assert process.stderr is not None
+    assert "Traceback" not in process.stderr.read()
+    # Two seconds on a quiet machine (benchmarks/explorer.py measures them); a busy one gets more.
+    assert seconds < 10
+
+
+@pytest.mark.slow
+def test_a_short_token_and_no_images_are_refused() -> None:
+    for arguments, message in (
+        (["--samples", "--token", "short"], "--token must be at least 16"),
+        ([], "no images were named"),
+        (["--samples", "--host", "192.0.2.1"], "host must be"),
+    ):
+        process = command(*arguments)
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert message in told
+        assert "Traceback" not in told
+
+
+def test_a_missing_extra_is_named_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    original = importlib.util.find_spec
+
+    def find(name: str, *arguments: str) -> object:
+        return None if name == "uvicorn" else original(name, *arguments)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    with pytest.raises(ValueError, match=re.escape("needs uvicorn: pip install 'weakspot[explore]'")):
+        explore(network(), photographs(1))
+
+
+def test_a_server_on_every_address_answers_to_addresses_and_its_own_name_only() -> None:
+    access = Access(8765, "0.0.0.0", TOKEN)  # noqa: S104
+
+    def refused(host: str, origin: str | None = None) -> bool:
+        headers = {"host": host, "authorization": f"Bearer {TOKEN}"} | ({"origin": origin} if origin else {})
+        return access.refusal(headers, "") is not None
+
+    for host in ("10.1.2.3:8765", "[fe80::1]:8765", f"{socket.gethostname()}:8765", "localhost:8765"):
+        assert not refused(host, f"http://{host.lower()}")
+    for host in ("evil.example:8765", "10.1.2.3:80", "10.1.2.3", "10.1.2.3.evil.example:8765", ""):
+        assert refused(host)
+    assert refused("10.1.2.3:8765", "http://evil.example")
+    assert refused("10.1.2.3:8765", "http://10.1.2.4:8765")
+    alone = Access(8765, token=TOKEN)
+    assert alone.refusal({"host": "10.1.2.3:8765", "authorization": f"Bearer {TOKEN}"}, "") is not None
+
+
+def test_the_cookie_goes_to_no_other_server_behind_the_same_proxy() -> None:
+    from starlette.testclient import TestClient
+
+    from weakspot.explorer.application import Application
+
+    desk = Desk(filled_bench(1))
+    try:
+        access = Access(8765, token=TOKEN, base_url="https://hub.example.org/user/me/")
+        client = TestClient(Application(desk, access), base_url="https://hub.example.org")
+        cookie = client.get(f"/user/me/?token={TOKEN}").headers["set-cookie"].lower()
+    finally:
+        desk.close()
+    assert "path=/user/me;" in cookie
+    assert "; secure" in cookie

@@ -1,0 +1,191 @@
+"""The worker: one thread, latest probe wins, short requests between steps, stop within a step."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Generator, Iterator
+from functools import partial
+
+import pytest
+import torch
+
+from weakspot.explorer.worker import StopRequestedError, Worker, WorkerClosedError
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    made = Worker()
+    yield made
+    made.close()
+
+
+def blocked(worker: Worker) -> threading.Event:
+    """Keep the worker busy until the event is set."""
+    go, begun = threading.Event(), threading.Event()
+
+    def run() -> None:
+        begun.set()
+        go.wait(10)
+
+    worker.long(run)
+    assert begun.wait(10)
+    return go
+
+
+def test_everything_runs_in_one_thread(worker: Worker) -> None:
+    names = {worker.short(threading.get_ident).result(10) for _ in range(5)}
+    names.add(worker.long(threading.get_ident).result.result(10))
+    names.add(worker.probe("", threading.get_ident).result(10))
+    assert len(names) == 1
+    assert threading.get_ident() not in names
+
+
+def test_the_latest_probe_of_a_page_wins_and_pages_do_not_overtake_each_other(worker: Worker) -> None:
+    go = blocked(worker)
+    ran: list[str] = []
+
+    def probe(name: str) -> str:
+        ran.append(name)
+        return name
+
+    one = [worker.probe("one", partial(probe, f"one {number}")) for number in range(4)]
+    two = worker.probe("two", partial(probe, "two"))
+    # Told at once, before the worker is free.
+    assert [future.result(1) for future in one[:3]] == [None] * 3
+    assert not one[3].done()
+    go.set()
+    assert one[3].result(10) == "one 3"
+    assert two.result(10) == "two"
+    assert sorted(ran) == ["one 3", "two"]
+
+
+def test_probes_come_first_then_short_requests_then_long_ones(worker: Worker) -> None:
+    go = blocked(worker)
+    order: list[str] = []
+    last = worker.long(lambda: order.append("long"))
+    worker.short(lambda: order.append("short"))
+    worker.probe("", lambda: order.append("probe"))
+    go.set()
+    last.result.result(10)
+    assert order == ["probe", "short", "long"]
+
+
+def test_a_long_job_answers_others_between_its_steps_and_stops_within_one(worker: Worker) -> None:
+    begun, stepped = threading.Event(), 0
+
+    def job() -> str:
+        nonlocal stepped
+        begun.set()
+        try:
+            for _ in range(10_000):
+                time.sleep(0.001)
+                stepped += 1
+                worker.between_steps()
+        except StopRequestedError:
+            return "stopped"
+        return "finished"
+
+    task = worker.long(job)
+    assert begun.wait(10)
+    assert worker.short(lambda: "answered").result(10) == "answered"
+    assert worker.probe("", lambda: "probed").result(10) == "probed"
+    assert not task.result.done()
+    waiting = worker.long(lambda: "later")
+    before = stepped
+    task.stop.set()
+    assert task.result.result(10) == "stopped"
+    assert stepped - before <= 2
+    assert waiting.result.result(10) == "later"
+
+
+def test_the_memory_of_a_job_is_returned(worker: Worker) -> None:
+    kept: list[weakref.ref[torch.Tensor]] = []
+
+    def job() -> int:
+        large = torch.zeros(1000)
+        kept.append(weakref.ref(large))
+        return 1
+
+    task = worker.long(job)
+    assert task.result.result(10) == 1
+    del task
+    worker.short(lambda: None).result(10)
+    gc.collect()
+    assert kept[0]() is None
+
+
+def test_background_work_goes_on_only_while_nothing_waits(worker: Worker) -> None:
+    done: list[int] = []
+    half = threading.Event()
+
+    def steps() -> Generator[None]:
+        for number in range(40):
+            done.append(number)
+            if number == 5:
+                half.set()
+            time.sleep(0.002)
+            yield
+
+    task = worker.background(steps)
+    assert half.wait(10)
+    at = worker.long(lambda: len(done)).result.result(10)
+    assert isinstance(at, int)
+    assert at < 40
+    assert task.result.result(10) is None
+    assert done == list(range(40))
+
+
+def test_background_work_stops_and_its_errors_are_told(worker: Worker) -> None:
+    closed = threading.Event()
+
+    def endless() -> Generator[None]:
+        try:
+            while True:
+                yield
+        finally:
+            closed.set()
+
+    def broken() -> Generator[None]:
+        yield
+        raise ValueError("no")
+
+    task, other = worker.background(endless), worker.background(broken)
+    with pytest.raises(ValueError, match="no"):
+        other.result.result(10)
+    task.stop.set()
+    assert task.result.result(10) is None
+    assert closed.wait(10)
+
+
+def test_an_error_of_any_kind_is_told_and_the_worker_lives_on(worker: Worker) -> None:
+    def leave() -> None:
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        worker.short(leave).result(10)
+    assert worker.short(lambda: 1).result(10) == 1
+
+
+def test_closing_cancels_what_waits_and_stops_what_runs() -> None:
+    worker = Worker()
+    begun = threading.Event()
+
+    def job() -> str:
+        begun.set()
+        try:
+            while True:
+                time.sleep(0.001)
+                worker.between_steps()
+        except WorkerClosedError:
+            return "stopped"
+
+    running, waiting = worker.long(job), worker.long(lambda: 1)
+    assert begun.wait(10)
+    assert worker.close(10)
+    assert running.result.result(0) == "stopped"
+    assert waiting.result.cancelled()
+    assert worker.short(lambda: 1).cancelled()
+    assert worker.probe("", lambda: 1).cancelled()
