@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from weakspot.cli import app
@@ -32,3 +34,77 @@ def test_a_wrong_argument_is_one_sentence(arguments: list[str], message: str) ->
     result = runner.invoke(app, ["reproduce", *arguments])
     assert result.exit_code != 0
     assert message in str(result.output) + str(result.exception)
+
+
+NETWORK = """
+import torch
+from weakspot import Classifier
+
+def build():
+    torch.manual_seed({seed})
+    layers = [torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
+    return Classifier.wrap(torch.nn.Sequential(*layers, torch.nn.Linear(8, 10)).eval(), input_size={size})
+"""
+
+
+@pytest.fixture
+def cifar(tmp_path: Path) -> Path:
+    """300 images of noise with labels, in CIFAR's binary format."""
+    folder = tmp_path / "cifar"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    rows = generator.integers(0, 256, (300, 1 + 3072), dtype=np.uint8)
+    rows[:, 0] %= 10
+    (folder / "test_batch.bin").write_bytes(rows.tobytes())
+    return folder
+
+
+def test_random_weights_test_nothing(tmp_path: Path, cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "guessing_network.py").write_text(NETWORK.format(seed=0, size=(32, 32)))
+    monkeypatch.syspath_prepend(tmp_path)
+    for paper in ("spatial", "promotion", "one-pixel"):
+        arguments = ["reproduce", paper, "--data", str(cifar), "--model", "guessing_network:build", "--quick"]
+        result = runner.invoke(app, [*arguments, "--out", str(tmp_path / "out"), "--json"])
+        assert result.exit_code == 0, result.output
+        claims = json.loads(result.stdout)["claims"]
+        assert {claim["verdict"] for claim in claims} == {"cannot be tested on this data"}
+        assert "not clearly more than guessing among 10 classes" in claims[0]["measured"]
+
+
+def test_a_network_of_another_size_is_told_the_option(
+    tmp_path: Path, cifar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "large_network.py").write_text(NETWORK.format(seed=0, size=(64, 64)))
+    monkeypatch.syspath_prepend(tmp_path)
+    result = runner.invoke(
+        app, ["reproduce", "spatial", "--data", str(cifar), "--model", "large_network:build"]
+    )
+    assert "--size 32x32" in str(result.output) + str(result.exception)
+
+
+def test_the_same_photographs_are_drawn_with_the_same_seed(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    generator = np.random.default_rng(1)
+    for number in range(6):
+        pixels = generator.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    (folder / "notes.txt").write_text("no picture")
+    outputs = []
+    for seed, run in ((0, "a"), (0, "b")):
+        arguments = [
+            "reproduce",
+            "one-pixel",
+            "--data",
+            str(folder),
+            "--limit",
+            "3",
+            "--seed",
+            str(seed),
+            "--json",
+        ]
+        result = runner.invoke(app, [*arguments, "--out", str(tmp_path / run)])
+        assert result.exit_code == 0, result.output
+        outputs.append(json.loads(result.stdout)["claims"])
+        assert "3 photographs, labeled by the network itself, of photos" in json.loads(result.stdout)["data"]
+    assert outputs[0] == outputs[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from weakspot import zoo
-from weakspot.pairs import AttackResult
-from weakspot.reproduction import PAPERS, VERDICTS, Claim, Material, read_reproduction, reproduce
+from weakspot import Classifier, zoo
+from weakspot.datasets.labeled import from_tensors
+from weakspot.pairs import AttackResult, Pairs
+from weakspot.reproduction import (
+    PAPERS,
+    VERDICTS,
+    Claim,
+    Material,
+    Measurement,
+    proven_pixels,
+    read_reproduction,
+    reproduce,
+)
 from weakspot.reproduction.claims import CAUTION, CONFIRMED, NOT_CONFIRMED, UNTESTED, Difference
 from weakspot.reproduction.localized import Localized
-from weakspot.reproduction.one_pixel import OnePixel
+from weakspot.reproduction.material import guesses, unsure
+from weakspot.reproduction.one_pixel import OnePixel, ring_rates
+from weakspot.reproduction.paper_page import paper_page, verdict_table
+from weakspot.reproduction.proven_pixels import proven_safe
 from weakspot.reproduction.spatial import Spatial
 
 
@@ -52,10 +66,83 @@ def random_network() -> nn.Module:
     return zoo.two_conv(classes=4, channels=3, size=(16, 16)).eval()
 
 
+class Centered(nn.Module):
+    """A network with random weights whose classes are balanced on given images: it looks trained and is not."""
+
+    def __init__(self, network: nn.Module, images: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        with torch.no_grad():
+            logits = network(images)
+        self.register_buffer("middle", logits.mean(0))
+        self.register_buffer("spread", logits.std(0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = 3 * (self.network(images) - self.middle) / self.spread
+        return logits
+
+
+def pooled(classes: int) -> nn.Sequential:
+    """Three convolutions, the mean over sites, and one linear layer."""
+    layers: list[nn.Module] = []
+    for given, width, stride in ((3, 16, 1), (16, 16, 2), (16, 32, 2)):
+        layers += [nn.Conv2d(given, width, 3, stride, 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, classes)).eval()
+
+
+def untrained(seed: int, count: int = 40, size: int = 24) -> Material:
+    """Blurred noise and a network with random weights that divides it evenly into five classes."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 4, 4, generator=generator)
+    smooth = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
+    images = (smooth + 0.1 * torch.randn(count, 3, size, size, generator=generator)).clamp(0, 1)
+    torch.manual_seed(seed)
+    model = Centered(pooled(5), images).eval()
+    with torch.no_grad():
+        return Material(model, images, model(images).argmax(1), "noise")
+
+
+def quadrants(generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
+    """Noise with a bright blob, whose quadrant is the class."""
+    images = 0.4 + 0.025 * torch.randn(count, 3, 16, 16, generator=generator)
+    labels = torch.randint(0, 4, (count,), generator=generator)
+    places = torch.randint(1, 4, (count, 2), generator=generator)
+    for image, label, (down, right) in zip(images, labels.tolist(), places.tolist(), strict=True):
+        top, left = 8 * (label // 2) + down, 8 * (label % 2) + right
+        image[:, top : top + 3, left : left + 3] += 0.03
+    return images.clamp(0, 1), labels
+
+
+@pytest.fixture(scope="module")
+def learned() -> Material:
+    """A network that has learned to find the blob, and images that it classifies correctly."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(),
+        nn.AvgPool2d(4), nn.Flatten(), nn.Linear(96, 4),
+    )  # fmt: skip
+    network = Classifier.wrap(layers, mean=(0.4,), std=(0.1,), input_size=(16, 16))
+    optimizer = torch.optim.Adam(layers.parameters(), 3e-3)
+    for _ in range(300):
+        images, labels = quadrants(generator, 64)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(layers((images - 0.4) / 0.1), labels).backward()
+        optimizer.step()
+    layers.eval()
+    images, labels = quadrants(generator, 60)
+    with torch.no_grad():
+        right = network(images).argmax(1) == labels
+    assert right.float().mean() > 0.9
+    return Material(network, images[right][:24], labels[right][:24], "blobs")
+
+
 def test_the_own_entries_of_the_matrix_are_the_scores_of_overlap(random_network: nn.Module) -> None:
     spatial = Spatial(material(random_network, size=16))
     claim = spatial.looks()
-    assert claim.numbers["value"] == pytest.approx(spatial.overlap.scores["effect_in_roi"].mean(), abs=1e-4)
+    assert claim.value("effect on the own region of importance") == pytest.approx(
+        spatial.overlap.scores["effect_in_roi"].mean(), abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -80,7 +167,7 @@ def test_attacks_inside_their_own_region_of_importance_confirm_it(random_network
 def test_a_weakness_of_one_place_is_shared_by_neighbors_and_one_of_every_place_is_not() -> None:
     local, everywhere = (OnePixel(material(model)).neighbors() for model in (Window(), Bright()))
     assert local.verdict in {CONFIRMED, CAUTION}
-    assert local.numbers["neighbors"] > 2 * local.numbers["random"]
+    assert local.value("neighbors") > 2 * local.value("random")
     assert everywhere.verdict == NOT_CONFIRMED
 
 
@@ -94,6 +181,42 @@ def test_too_few_attacks_decide_nothing() -> None:
     assert "0 of 24 images can be fooled" in paper.neighbors().measured
 
 
+def test_pixels_that_no_color_turns_are_proven_safe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proven_pixels, "IMAGES", {True: 3})
+    monkeypatch.setattr(proven_pixels, "PIXELS", {True: 64})
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(192, 4)
+    linear.weight.data, linear.bias.data = torch.randn(4, 192, generator=generator), torch.zeros(4)
+    head, images = nn.Sequential(nn.Flatten(), linear).eval(), torch.rand(3, 3, 8, 8, generator=generator)
+    few = Material(head, images, head(images).argmax(1), "noise")
+    rows = {
+        one.name: one.value for one in proven_safe(few, Pairs.of(head, few.images, few.images, few.labels))
+    }
+    # A linear network has a closed form: the largest loss of margin that one color can cause.
+    weight, bias = linear.weight.double(), linear.bias.double()
+    logits = few.images.double().flatten(1) @ weight.T + bias
+    gain = (
+        weight[None] - weight[few.labels][:, None]
+    )  # (N, K, 192), what each value adds to another class's lead
+    own = few.images.double().flatten(1)[:, None]
+    best = torch.maximum(gain * (1 - own), gain * -own).view(3, 4, 3, 64).sum(2)
+    lead = logits - logits.gather(1, few.labels[:, None])
+    safe = ((lead[:, :, None] + best < 0) | (lead == 0)[:, :, None]).all(1)
+    assert 0 < float(safe.double().mean()) < 1
+    assert rows["pixels proven safe"] == pytest.approx(float(safe.double().mean()), abs=1e-5)
+    assert rows["pixels with a color that fools"] == pytest.approx(float((~safe).double().mean()), abs=1e-5)
+    assert rows["pixels not decided"] == 0
+
+
+def test_a_network_without_bounds_has_nothing_proven() -> None:
+    class Odd(Bright):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images).sin()
+
+    network = material(Odd(), 3)
+    assert proven_safe(network, Pairs.of(network.model, network.images, network.images)) == ()
+
+
 def test_photographs_are_too_large_for_one_pixel(random_network: nn.Module) -> None:
     large = Material(random_network, torch.rand(2, 3, 80, 80), torch.zeros(2, dtype=torch.long), "")
     assert OnePixel(large).reaches().verdict == UNTESTED
@@ -103,18 +226,111 @@ def test_training_needs_training_data(random_network: nn.Module, tmp_path: Path)
     assert Localized(material(random_network, size=16), tmp_path).training().verdict == UNTESTED
 
 
-@pytest.mark.parametrize("paper", ["spatial", "one-pixel"])
+@pytest.mark.parametrize("paper", ["spatial", "perceptual", "promotion", "one-pixel"])
 def test_the_same_seed_gives_the_same_claims_and_finished_ones_are_not_measured_again(
-    paper: str, random_network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    paper: str, learned: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = material(random_network, 12, size=16)
-    first = reproduce(paper, given, tmp_path / "one")
-    assert reproduce(paper, replace(given), tmp_path / "two") == first
+    first = reproduce(paper, replace(learned), tmp_path / "one")
+    assert {claim.verdict for claim in first.claims} != {UNTESTED}
+    assert reproduce(paper, replace(learned), tmp_path / "two") == first
     monkeypatch.setattr(AttackResult, "__getitem__", _never)
-    assert reproduce(paper, replace(given), tmp_path / "one") == first
+    assert reproduce(paper, replace(learned), tmp_path / "one") == first
     assert read_reproduction(tmp_path / "one" / f"{paper}.json") == first
     assert {claim.verdict for claim in first.claims} <= set(VERDICTS)
-    assert all(claim.quote in first.to_markdown() for claim in first.claims)
+    assert all(claim.quote in str(first) for claim in first.claims)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_network_with_random_weights_confirms_no_claim_about_learning(seed: int, tmp_path: Path) -> None:
+    """These claims have a control of their own; that the network guesses is not even looked at."""
+    given = untrained(seed)
+    owned = {
+        "spatial": ("regions correlate", "regions matter"),
+        "perceptual": ("changes lie where the network looks",),
+        "promotion": ("perturbations follow the class activation", "sensitive units are interpretable"),
+        "one-pixel": ("reaches the last layer", "becomes global", "neighbors share the weakness"),
+    }
+    for paper, names in owned.items():
+        claims = PAPERS[paper].claims(given, tmp_path).claims
+        for name in names:
+            claim = claims[name]()
+            assert claim.verdict in {NOT_CONFIRMED, UNTESTED}, str(claim)
+
+
+def test_a_network_that_guesses_tests_nothing(learned: Material, tmp_path: Path) -> None:
+    images, labels = quadrants(torch.Generator().manual_seed(5), 100)
+    torch.manual_seed(5)
+    fresh = zoo.two_conv(classes=4, channels=3, size=(16, 16)).eval()
+    with torch.no_grad():
+        assert "not clearly more than guessing among 4 classes" in guesses(
+            fresh(images).argmax(1) == labels, 4
+        )
+        assert not guesses(learned.model(images).argmax(1) == labels, 4)
+        assert "nothing shows that it has learned" in unsure(0.1 * fresh(images))
+        assert not unsure(10 * learned.model(images))
+    result = reproduce("spatial", replace(learned, unusable="It guesses."), tmp_path)
+    assert {(claim.verdict, claim.measured) for claim in result.claims} == {(UNTESTED, "It guesses.")}
+
+
+def test_images_of_one_class_test_nothing(learned: Material, tmp_path: Path) -> None:
+    one = replace(learned, labels=torch.zeros_like(learned.labels))
+    assert "have the same class" in one.why_not
+    assert {claim.verdict for claim in reproduce("one-pixel", one, tmp_path).claims} == {UNTESTED}
+    assert not learned.why_not
+
+
+def test_every_figure_is_drawn_and_survives_the_file(learned: Material, tmp_path: Path) -> None:
+    result = reproduce("spatial", learned, tmp_path)
+    maps = [panel for claim in result.claims for panel in claim.panels if panel.kind == "map"]
+    assert len(maps) == 2
+    # Both maps are relative to their own mean.
+    assert all(np.mean(np.array(panel.grid, dtype=float)) == pytest.approx(1, abs=1e-3) for panel in maps)
+    again = read_reproduction(tmp_path / "spatial.json")
+    assert again.claims == result.claims
+    page = paper_page(again, [f"{number}.svg" for number in range(3)])
+    assert all(text in page for text in (result.title, "**quick** run", "](2.svg)", "## Limits"))
+    assert all(claim.verdict in page and claim.quote in page for claim in result.claims)
+    assert "| [spatial](spatial.md) | regions matter |" in verdict_table([again], ["spatial.md"])
+    result.figure().savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    assert (result.made.seconds > 0, result.made.cpu_seconds > 0) == (True, True)
+
+
+def test_time_adds_up_over_the_pieces_of_an_interrupted_run(learned: Material, tmp_path: Path) -> None:
+    whole = reproduce("spatial", replace(learned), tmp_path)
+    resumed = reproduce("spatial", replace(learned), tmp_path)
+    assert resumed.made.cpu_seconds == whole.made.cpu_seconds
+    stored = next(tmp_path.glob(".spatial-regions-matter-*.json"))
+    stored.unlink()
+    assert reproduce("spatial", replace(learned), tmp_path) == whole
+
+
+def test_pieces_of_an_attack_equal_the_whole_and_are_not_attacked_again(
+    learned: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = OnePixel(learned).pairs
+    pieces = OnePixel(replace(learned, store=tmp_path)).pairs
+    assert whole is not None
+    assert pieces is not None
+    assert torch.equal(whole.adversarial, pieces.adversarial)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2  # 24 images in pieces of 16
+    monkeypatch.setattr("weakspot.attacks.few_pixel", _never)
+    again = OnePixel(replace(learned, store=tmp_path)).pairs
+    assert again is not None
+    assert torch.equal(again.adversarial, whole.adversarial)
+
+
+def test_rates_in_a_ring_count_its_sites() -> None:
+    success = torch.zeros(2, 5, 5, dtype=torch.bool)
+    success[0, 1, 1] = True  # one of the eight neighbors of (2, 2)
+    success[1, 0, 1] = True  # one of the three neighbors of the corner
+    assert ring_rates(success, torch.tensor([12, 0]), 1).tolist() == pytest.approx([1 / 8, 1 / 3])
+    assert len(ring_rates(success, torch.tensor([12, 0]), 3)) == 1  # none lies 3 away from the middle
+
+
+def test_a_measurement_that_is_not_defined_is_written_as_such() -> None:
+    assert Measurement("rate", float("nan"), float("nan"), 0.5).cells == ("rate", "not defined", "", "")
+    assert Measurement("rate", 0.25, 0.1, 0.5, 1200).cells == ("rate", "25%", "10% to 50%", "1,200")
 
 
 def _never(*_: object) -> None:
@@ -123,7 +339,7 @@ def _never(*_: object) -> None:
 
 def test_a_stored_reproduction_that_is_damaged_is_named(tmp_path: Path) -> None:
     path = tmp_path / "spatial.json"
-    path.write_text(json.dumps({"paper": "spatial"}))
+    path.write_text(json.dumps({"paper": "spatial", "claims": []}))
     with pytest.raises(ValueError, match=r"spatial\.json is not a stored reproduction"):
         read_reproduction(path)
 
@@ -153,3 +369,42 @@ def test_every_paper_has_claims_with_words_of_the_abstract(random_network: nn.Mo
         assert paper.claims(material(random_network, 2, size=16), tmp_path).claims
     claim = Claim("name", "the words", "measured", "control", CONFIRMED)
     assert "the words" in str(claim)
+
+
+@pytest.mark.train
+def test_trained_networks_are_not_trained_again(
+    learned: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    parts = []
+    for count, size in ((160, 32), (60, 32)):
+        images, labels = quadrants(generator, count)
+        large = nn.functional.interpolate((images - 0.4) * 8 + 0.5, size=size).clamp(0, 1)
+        order = labels.argsort()  # as in folders of classes
+        parts.append(from_tensors(large[order], labels[order], class_names=[*"abcd"], name="blobs"))
+    train, test = parts
+
+    def make(seed: int) -> nn.Module:
+        return zoo.build("two_conv", classes=4, channels=3, size=(32, 32), seed=seed)
+
+    given = replace(
+        learned,
+        images=test.images(torch.arange(20)),
+        labels=test.labels[:20],
+        train=train,
+        test=test,
+        make=make,
+    )
+    first = Localized(given, tmp_path).training()
+    assert first.verdict in VERDICTS
+    assert sorted(path.name for path in (tmp_path / "networks-quick").glob("*-0")) == [
+        "full-0",
+        "localized-0",
+        "standard-0",
+    ]
+    monkeypatch.setattr("torch.optim.SGD.step", _never)
+    assert Localized(given, tmp_path).training() == first
+    # One network is missing: only this one is trained.
+    shutil.rmtree(tmp_path / "networks-quick/full-0")
+    with pytest.raises(AssertionError, match="measured again"):
+        Localized(given, tmp_path).training()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import shlex
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weakspot.cli.app import Failure, command
+from weakspot.cli.app import UNREADABLE, Failure, command, one_line
 from weakspot.cli.options import ModelOptions, OutputOptions, SeedOption, argument, flag, option
 from weakspot.cli.output import print_text
 from weakspot.cli.session import Session, open_session
@@ -18,26 +20,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weakspot.datasets import LabeledImages
+    from weakspot.reproduction import Material
 
 # PAPERS of weakspot.reproduction, repeated because importing it takes seconds.
 NAMES = "spatial, perceptual, localized, promotion or one-pixel"
 PHOTOGRAPH = 96  # pixels a side: from here on, images count as photographs
+TRIED_AT_ONCE, MOST_TRIED = 100, 2000  # labeled images that are classified to find correct ones
 COUNTS = {"quick": (24, 64), "full": (100, 200)}  # images: photographs, small images
 
 
-@dataclass(frozen=True)
-class Data:
-    """What `--data` names."""
-
-    images: Tensor
-    labels: Tensor | None
-    name: str
-    train: LabeledImages | None = None
-    test: LabeledImages | None = None
-
-
 @command(
-    "weakspot reproduce one-pixel --data cifar10/ --model my_package.models:build",
+    "weakspot reproduce one-pixel --data cifar10/ --model my_package.models:build --size 32x32",
     "weakspot reproduce localized --data mnist/ --model mnist_standard",
     "weakspot reproduce spatial --data photos/ --full --out results/",
 )
@@ -55,7 +48,7 @@ def reproduce(
         ),
     ] = None,
     full: Annotated[
-        bool, flag("--full", "More images and steps: minutes to hours instead of minutes.")
+        bool, flag("--full/--quick", "More images and steps (minutes to hours), or fewer (minutes).")
     ] = False,
     limit: Annotated[
         int | None,
@@ -67,7 +60,9 @@ def reproduce(
         ),
     ] = None,
     seed: SeedOption = 0,
-    out: Annotated[Path, option("FOLDER", "Folder for PAPER.json.")] = Path("weakspot-out/reproduce"),
+    out: Annotated[Path, option("FOLDER", "Folder for PAPER.json and PAPER.png.")] = Path(
+        "weakspot-out/reproduce"
+    ),
 ) -> None:
     """Test the empirical claims of a paper, each beside its control.
 
@@ -75,7 +70,7 @@ def reproduce(
     confirmed, or cannot be tested on this data. Finished claims are stored in --out, so the same command resumes.
 
     The papers: spatial (arXiv 2011.10794), perceptual (2106.12731), localized (1909.04779), promotion (1904.02057) and
-    one-pixel (1902.02947).
+    one-pixel (1902.02947). PAPER.png shows the result as a figure.
     """
     from weakspot._checks import check_choice
     from weakspot.reproduction import PAPERS
@@ -83,72 +78,134 @@ def reproduce(
     check_choice("PAPER", paper, PAPERS)
     if data is not None and not data.is_dir():
         raise Failure(f"--data must be a folder, got {data}")
-    with open_session(context, network, output, out, [f"{paper}.json"]) as session:
-        from weakspot.reproduction import Material
+    with open_session(context, network, output, out, [f"{paper}.json", f"{paper}.png"]) as session:
         from weakspot.reproduction import reproduce as measure
 
-        source = _read(session, data)
-        photographs = min(source.images.shape[2:]) >= PHOTOGRAPH
-        count = limit or COUNTS["full" if full else "quick"][0 if photographs else 1]
-        images, labels = _correct(session, source, count)
+        material = _material(session, data, limit, full=full, seed=seed)
         session.make_folder()
-        material = Material(
-            session.classifier,
-            images,
-            labels,
-            f"{session.classifier.name}, {len(images)} correctly classified images of {source.name}",
-            quick=not full,
-            seed=seed,
-            train=source.train,
-            test=source.test,
-            make=network_maker(None, None, source.train, network.device) if source.train else None,
-            log=session.display.step,
-        )
-        result = measure(paper, material, out)
-    session.report(
-        lambda: asdict(result), lambda: print_text(f"{result}\n\n{out / f'{paper}.json'}{session.ending()}")
+        result = measure(paper, material, out, command=_command())
+        files = [f"{paper}.json"]
+        if result.drawn:
+            files.append(f"{paper}.png")
+            result.figure().savefig(out / files[-1], dpi=120)
+    written = "\n".join(str(out / name) for name in files)
+    session.report(lambda: asdict(result), lambda: print_text(f"{result}\n\n{written}{session.ending()}"))
+
+
+def _command() -> str:
+    """The command as typed, for a page that others read: without its output, and of absolute paths the last part."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    if "--out" in words:
+        place = words.index("--out")
+        del words[place : place + 2]
+    return shlex.join(["weakspot", *(word for word in words if word not in {"--quiet", "-q", "--json"})])
+
+
+def _material(session: Session, folder: Path | None, limit: int | None, *, full: bool, seed: int) -> Material:
+    """The network and correctly classified images, drawn at random; without labels, predictions are the labels."""
+    import torch
+
+    from weakspot.classifier import predict
+    from weakspot.reproduction import Material
+    from weakspot.reproduction.material import guesses, unsure
+
+    classifier = session.classifier
+    source = None if folder is None else _read(session, folder)
+    size = min(classifier.input_size)
+    count = limit or COUNTS["full" if full else "quick"][0 if size >= PHOTOGRAPH else 1]
+    if source is None:
+        images = _photographs(session, folder, count, seed)
+        logits = predict(classifier, images)
+        labels, unusable = logits.argmax(1), unsure(logits)
+        name = "the samples" if folder is None else folder.name
+        kind = "photographs, labeled by the network itself,"
+    else:
+        test, name = source[0], folder.name if folder else ""
+        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[:MOST_TRIED]
+        correct: list[Tensor] = []
+        images, labels = torch.empty(0, *test.shape), torch.empty(0, dtype=torch.long)
+        for rows in order.split(TRIED_AT_ONCE):
+            pixels = test.images(rows)
+            right = predict(classifier, pixels).argmax(1).cpu() == test.labels[rows]
+            correct.append(right)
+            images, labels = torch.cat([images, pixels[right]]), torch.cat([labels, test.labels[rows][right]])
+            if len(images) >= count:
+                break
+        unusable = guesses(torch.cat(correct), len(test.class_names))
+        kind = "correctly classified images"
+        images, labels = images[:count], labels[:count]
+        if not len(images):
+            raise Failure(
+                "no image is classified correctly (check --model, --mean, --std and the labels of --data)"
+            )
+    return Material(
+        classifier,
+        images,
+        labels.cpu(),
+        f"{classifier.name}, {len(images)} {kind} of {name}",
+        unusable=unusable,
+        quick=not full,
+        seed=seed,
+        train=source[1] if source else None,
+        test=source[0] if source else None,
+        make=network_maker(None, None, source[1], session.network.device) if source and source[1] else None,
+        log=session.display.step,
     )
 
 
-def _read(session: Session, folder: Path | None) -> Data:
-    """Labeled images if the folder holds some, else photographs without labels."""
-    import torch
-
+def _read(session: Session, folder: Path) -> tuple[LabeledImages, LabeledImages | None] | None:
+    """Labeled test images and, if there are any, training images; None if the folder holds photographs."""
     from weakspot.datasets import read_labeled
-    from weakspot.datasets.labeled import as_float
 
     classifier = session.classifier
-    if folder is None:
-        return Data(session.read_images([], samples=True).pixels, None, "the sample photographs")
+    given = {"size": classifier.input_size, "channels": classifier.channels}
     try:
-        test = read_labeled(folder, split="test", size=classifier.input_size, channels=classifier.channels)
+        test = read_labeled(folder, split="test", **given)  # type: ignore[arg-type]
     except (ValueError, FileNotFoundError):
-        return Data(session.read_images([folder]).pixels, None, folder.name)
+        return None
     if test.shape != (classifier.channels, *classifier.input_size):
+        wanted = f"{test.shape[1]}x{test.shape[2]}"
         raise Failure(
             f"--model {session.network.model} must take the images of {folder}, {_shape(test.shape)}, got a model for "
-            f"{_shape((classifier.channels, *classifier.input_size))} (channels x height x width)"
+            f"{_shape((classifier.channels, *classifier.input_size))} (channels x height x width); if it takes any "
+            f"size, add --size {wanted}"
         )
     try:
-        train = read_labeled(folder, split="train", size=classifier.input_size, channels=classifier.channels)
+        return test, read_labeled(folder, split="train", **given)  # type: ignore[arg-type]
     except (ValueError, FileNotFoundError):
-        train = None
-    rows = torch.arange(min(len(test.labels), 1000))
-    return Data(as_float(test.pixels(rows)), test.labels[rows], folder.name, train, test)
+        return test, None
 
 
-def _correct(session: Session, data: Data, count: int) -> tuple[Tensor, Tensor]:
-    """The first images that are classified correctly; without labels, the predictions are the labels."""
-    from weakspot.classifier import predict
+def _photographs(session: Session, folder: Path | None, count: int, seed: int) -> Tensor:
+    """Up to `count` photographs of a folder, drawn at random, or the samples."""
+    import random
 
-    predicted = predict(session.classifier, data.images).argmax(1)
-    labels = predicted if data.labels is None else data.labels
-    rows = (predicted == labels).nonzero()[:count, 0]
-    if not len(rows):
-        raise Failure(
-            "no image is classified correctly (check --model, --mean, --std and the labels of --data)"
-        )
-    return data.images[rows], labels[rows]
+    import torch
+
+    from weakspot.images import open_pictures
+
+    if folder is None:
+        return session.read_images([], samples=True).pixels
+    session.display.step("reading the images")
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    random.Random(seed).shuffle(files)  # noqa: S311 - a sample, not a secret
+    classifier = session.classifier
+    read: list[Tensor] = []
+    for path in files:
+        picture = open_pictures(path, size=classifier.input_size, channels=classifier.channels)[0]
+        if picture.pixels is None:
+            session.skipped.append(one_line(f"{path}: {picture.remark}"))
+        else:
+            read.append(picture.pixels)
+        if len(read) == count:
+            break
+    if not read:
+        raise Failure(f"none of the images in {folder} could be read", UNREADABLE)
+    return torch.stack(read)
 
 
 def _shape(size: tuple[int, ...]) -> str:

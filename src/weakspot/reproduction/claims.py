@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from weakspot._io.files import write_atomic
-from weakspot.statistics.number_format import counted, p_value, percent
+from weakspot.reproduction.claim_panels import Panel
+from weakspot.statistics.number_format import counted, number, p_value, percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CONFIRMED = "confirmed"
 CAUTION = "confirmed with a caution"
@@ -19,6 +25,51 @@ NOT_CONFIRMED = "not confirmed"
 UNTESTED = "cannot be tested on this data"
 VERDICTS = (CONFIRMED, CAUTION, NOT_CONFIRMED, UNTESTED)
 LEVEL = 0.05
+SMALLEST = (
+    0.05  # points by which a rate must exceed its control: less is found in networks without learning too
+)
+KINDS: Mapping[str, Callable[[float], str]] = {
+    "fraction": percent,
+    "number": number,
+    "p": lambda value: p_value(value, ""),
+}
+One = TypeVar("One")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number, for the table of a claim.
+
+    Attributes:
+        name: what was measured.
+        value: None if it is not defined.
+        low: lower end of the 95% interval, if there is one.
+        high: upper end.
+        images: over how many images.
+        kind: how it is written, a key of `KINDS`.
+    """
+
+    name: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    images: int | None = None
+    kind: str = "fraction"
+
+    def __post_init__(self) -> None:
+        # JSON has no NaN.
+        for one in ("value", "low", "high"):
+            given = getattr(self, one)
+            if given is not None:
+                object.__setattr__(self, one, None if math.isnan(given) else round(float(given), 6))
+
+    @property
+    def cells(self) -> tuple[str, str, str, str]:
+        """Name, value, interval and number of images, as a table shows them."""
+        write = KINDS[self.kind]
+        value = "not defined" if self.value is None else write(self.value)
+        ends = [] if self.low is None or self.high is None else [write(self.low), write(self.high)]
+        return self.name, value, " to ".join(ends), "" if self.images is None else f"{self.images:,}"
 
 
 @dataclass(frozen=True)
@@ -31,7 +82,8 @@ class Claim:
         measured: our measurement, with intervals.
         control: what the measurement was compared with.
         verdict: one of `VERDICTS`.
-        numbers: the numbers in `measured` and `control`.
+        table: the numbers in `measured` and `control`.
+        panels: their pictures, as plain data.
     """
 
     name: str
@@ -39,10 +91,44 @@ class Claim:
     measured: str
     control: str
     verdict: str
-    numbers: Mapping[str, float] = field(default_factory=dict)
+    table: tuple[Measurement, ...] = ()
+    panels: tuple[Panel, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.verdict.upper()}: {self.name}\n  “{self.quote}”\n  {self.measured}\n  {self.control}"
+
+    def value(self, name: str) -> float:
+        """The measurement of this name; NaN if it is not defined."""
+        values = {one.name: one.value for one in self.table}
+        value = values[name]
+        return math.nan if value is None else value
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, object]) -> Self:
+        """The claim that `dataclasses.asdict` took apart."""
+        given = dict(values)
+        table = tuple(_build(Measurement, one) for one in _listed(given.pop("table")))
+        panels = tuple(Panel.from_json(one) for one in _listed(given.pop("panels")))
+        return _build(cls, {**given, "table": table, "panels": panels})
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a reproduction was made.
+
+    Attributes:
+        date: of its end, as in 2026-11-23.
+        machine: processor, cores and versions.
+        command: what was typed; empty if it was called from Python.
+        seconds: of work, over all pieces of an interrupted run.
+        cpu_seconds: of the process, over all pieces.
+    """
+
+    date: str
+    machine: str
+    command: str
+    seconds: float
+    cpu_seconds: float
 
 
 @dataclass(frozen=True)
@@ -51,38 +137,54 @@ class Reproduction:
 
     Attributes:
         paper: short name, such as "spatial".
+        title: of the paper.
         citation: authors and arXiv number.
         data: what was attacked, and with which network.
-        settings: attack, sizes and seed.
+        attack: how.
+        size: "quick" or "full".
+        seed: of all random numbers.
+        method: what was measured, in five sentences.
+        limits: what the numbers do not say.
         claims: in the paper's order.
+        made: when, where and how long. Two reproductions that differ in nothing else are equal.
     """
 
     paper: str
+    title: str
     citation: str
     data: str
-    settings: str
+    attack: str
+    size: str
+    seed: int
+    method: str
+    limits: str
     claims: tuple[Claim, ...]
+    made: Provenance = field(compare=False)
 
     def __str__(self) -> str:
-        head = f"{self.citation}\n{self.data}; {self.settings}"
+        head = f"{self.citation}\n{self.data}; {self.attack}, {self.size}, seed {self.seed}"
         return "\n\n".join([head, *map(str, self.claims)])
+
+    def figure(self) -> Figure:
+        """All panels of the claims side by side.
+
+        Raises:
+            ValueError: if no claim has a panel.
+        """
+        from weakspot.reproduction.panel_figure import draw
+
+        return draw([panel for claim in self.claims for panel in claim.panels])
+
+    @property
+    def drawn(self) -> bool:
+        """Whether there is a figure."""
+        return any(claim.panels for claim in self.claims)
 
     def to_json(self, path: Path | str) -> Path:
         """Write everything to a JSON file; `read_reproduction` reads it."""
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         write_atomic(Path(path), lambda part: part.write_text(text, "utf-8"))
         return Path(path)
-
-    def to_markdown(self) -> str:
-        """A section for the docs: the sentences, then a table of verdicts."""
-        rows = [f"| {claim.name} | {claim.verdict} |" for claim in self.claims]
-        parts = [
-            f"### {claim.name}\n\n> {claim.quote}\n\n**{claim.verdict.capitalize()}.** {claim.measured}\n\n"
-            f"*Control:* {claim.control}"
-            for claim in self.claims
-        ]
-        table = "\n".join(["| claim | verdict |", "|---|---|", *rows])
-        return "\n\n".join([f"{self.citation}. {self.data}; {self.settings}.", table, *parts]) + "\n"
 
 
 def read_reproduction(path: Path | str) -> Reproduction:
@@ -93,10 +195,25 @@ def read_reproduction(path: Path | str) -> Reproduction:
     """
     try:
         values = json.loads(Path(path).read_text("utf-8"))
-        values["claims"] = tuple(Claim(**claim) for claim in values["claims"])
-        return Reproduction(**values)
+        values["claims"] = tuple(Claim.from_json(claim) for claim in values["claims"])
+        values["made"] = _build(Provenance, values["made"])
+        return _build(Reproduction, values)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is not a stored reproduction: {error}") from None
+
+
+def _build(kind: type[One], values: Mapping[str, object]) -> One:
+    """A dataclass from its fields, all of them."""
+    missing = {one.name for one in fields(kind)} - set(values)  # type: ignore[arg-type]
+    if missing:
+        raise ValueError(f"{kind.__name__} lacks {', '.join(sorted(missing))}")
+    return kind(**values)
+
+
+def _listed(values: object) -> Sequence[Mapping[str, object]]:
+    if not isinstance(values, list):
+        raise TypeError("a list was expected")
+    return values
 
 
 @dataclass(frozen=True)
@@ -119,8 +236,17 @@ class Difference:
 
     @property
     def beyond_zero(self) -> bool:
-        """Whether the first rate is larger beyond doubt."""
-        return self.low > 0
+        """Whether the first rate is larger beyond doubt, and by at least `SMALLEST`."""
+        return self.low > 0 and self.first - self.second >= SMALLEST
+
+    def table(self, first: str, second: str) -> tuple[Measurement, ...]:
+        """Both rates and their difference."""
+        images = self.images
+        return (
+            Measurement(first, self.first, images=images),
+            Measurement(second, self.second, images=images),
+            Measurement("difference", self.first - self.second, self.low, self.high, images, "number"),
+        )
 
     def __str__(self) -> str:
         points = (
@@ -132,8 +258,3 @@ class Difference:
 def untested(name: str, quote: str, why: str) -> Claim:
     """A claim that this data cannot decide."""
     return Claim(name, quote, why, "None was computed.", UNTESTED)
-
-
-def significance(p: float, null: str) -> str:
-    """The p value in words, with what it compares."""
-    return f"compared with {null}: {p_value(p)}"

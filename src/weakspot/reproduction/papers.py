@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
+import platform
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from weakspot._checks import check_choice
 from weakspot._io.files import write_atomic
-from weakspot.models.specs import fingerprint
+from weakspot.classifier import as_classifier
 from weakspot.reproduction import localized, one_pixel, perceptual, perturbation_types, spatial
-from weakspot.reproduction.claims import Claim, Reproduction
-from weakspot.reproduction.material import Material
+from weakspot.reproduction.claims import Claim, Provenance, Reproduction, untested
+from weakspot.reproduction.material import Material, spent_so_far
+
+
+class About(Protocol):
+    """What the module of a paper says about it."""
+
+    TITLE: str
+    CITATION: str
+    METHOD: str
+    LIMITS: str
+    QUOTES: Mapping[str, str]
 
 
 class Claims(Protocol):
@@ -33,31 +46,30 @@ class Claims(Protocol):
 class Paper:
     """How to reproduce one paper."""
 
-    citation: str
+    about: About
     claims: Callable[[Material, Path], Claims]
 
 
 PAPERS: Mapping[str, Paper] = {
-    "spatial": Paper(spatial.CITATION, lambda material, _: spatial.Spatial(material)),
-    "perceptual": Paper(perceptual.CITATION, lambda material, _: perceptual.Perceptual(material)),
-    "localized": Paper(localized.CITATION, localized.Localized),
-    "promotion": Paper(
-        perturbation_types.CITATION, lambda material, _: perturbation_types.Promotion(material)
-    ),
-    "one-pixel": Paper(one_pixel.CITATION, lambda material, _: one_pixel.OnePixel(material)),
+    "spatial": Paper(spatial, lambda material, _: spatial.Spatial(material)),
+    "perceptual": Paper(perceptual, lambda material, _: perceptual.Perceptual(material)),
+    "localized": Paper(localized, localized.Localized),
+    "promotion": Paper(perturbation_types, lambda material, _: perturbation_types.Promotion(material)),
+    "one-pixel": Paper(one_pixel, lambda material, _: one_pixel.OnePixel(material)),
 }
 
 
-def reproduce(paper: str, material: Material, out: Path | str) -> Reproduction:
+def reproduce(paper: str, material: Material, out: Path | str, *, command: str = "") -> Reproduction:
     """Test the empirical claims of a paper on your own network and images.
 
-    Every finished claim is stored in `out`, so the same call resumes after an interruption. The same seed
-    gives the same table.
+    Every finished claim is stored in `out`, so the same call resumes after an interruption. The same seed gives the
+    same table.
 
     Args:
         paper: "spatial", "perceptual", "localized", "promotion" or "one-pixel".
         material: the network and the images.
         out: a folder for PAPER.json.
+        command: what was typed, for the page.
 
     Raises:
         ValueError: if there is no such paper.
@@ -65,28 +77,53 @@ def reproduce(paper: str, material: Material, out: Path | str) -> Reproduction:
     check_choice("paper", paper, PAPERS)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    tested = PAPERS[paper].claims(material, out)
-    key = _key(material)
+    material = replace(material, store=out)
+    about, tested = PAPERS[paper].about, PAPERS[paper].claims(material, out)
     claims: list[Claim] = []
+    spent = np.zeros(2)
     for name, measure in tested.claims.items():
-        stored = out / f".{paper}-{name.replace(' ', '-')}-{key}.json"
-        if stored.exists():
-            claims.append(Claim(**json.loads(stored.read_text("utf-8"))))
-            continue
-        claim = measure()
-        text = json.dumps(asdict(claim), ensure_ascii=False)
-        write_atomic(stored, lambda part, text=text: part.write_text(text, "utf-8"))  # type: ignore[misc]
-        claims.append(claim)
-    settings = f"{tested.attack}, {'quick' if material.quick else 'full'}, seed {material.seed}"
-    result = Reproduction(paper, PAPERS[paper].citation, material.about, settings, tuple(claims))
+        stored = out / f".{paper}-{name.replace(' ', '-')}-{material.key}.json"
+        if not stored.exists():
+            # Stored pieces of attacks have times of their own, which outlive an interruption.
+            begun = spent_so_far() - material.spent_on_pieces
+            claim = untested(name, about.QUOTES[name], material.why_not) if material.why_not else measure()
+            took = spent_so_far() - material.spent_on_pieces - begun
+            text = json.dumps(
+                {"claim": asdict(claim), "spent": took.tolist()}, ensure_ascii=False, allow_nan=False
+            )
+            write_atomic(stored, lambda part, text=text: part.write_text(text, "utf-8"))  # type: ignore[misc]
+        values = json.loads(stored.read_text("utf-8"))
+        claims.append(Claim.from_json(values["claim"]))
+        spent += values["spent"]
+    seconds, cpu_seconds = (round(float(value), 1) for value in spent + material.spent_on_pieces)
+    result = Reproduction(
+        paper=paper,
+        title=about.TITLE,
+        citation=about.CITATION,
+        data=material.about,
+        attack=tested.attack,
+        size="quick" if material.quick else "full",
+        seed=material.seed,
+        method=about.METHOD,
+        limits=about.LIMITS,
+        claims=tuple(claims),
+        made=Provenance(
+            f"{datetime.now(UTC):%Y-%m-%d}",
+            _machine(material),
+            command,
+            round(seconds, 1),
+            round(cpu_seconds, 1),
+        ),
+    )
     result.to_json(out / f"{paper}.json")
     return result
 
 
-def _key(material: Material) -> str:
-    """What the claims depend on: network, images, size and seed."""
-    digest = hashlib.sha256(fingerprint(material.model).encode())
-    digest.update(material.images.contiguous().cpu().numpy().tobytes())
-    digest.update(torch.as_tensor(material.labels).cpu().numpy().tobytes())
-    digest.update(f"{material.quick} {material.seed}".encode())
-    return digest.hexdigest()[:12]
+def _machine(material: Material) -> str:
+    """Processor, cores, threads and versions; no name of a host."""
+    device = as_classifier(material.model).mean.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    return (
+        f"{os.cpu_count()} {platform.machine()} cores, {torch.get_num_threads()} used, {name}, "
+        f"torch {torch.__version__}"
+    )
