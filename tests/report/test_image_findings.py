@@ -195,6 +195,17 @@ def test_commands_repeat_the_model_and_the_budget() -> None:
     assert "--model" not in " ".join(steps([RIGHT], command="weakspot explain --samples"))
 
 
+def test_a_map_is_recommended_where_none_was_made() -> None:
+    def maps(found: list[str]) -> list[str]:
+        return [step for step in found if "weakspot map" in step]
+
+    (step,) = maps(steps([RIGHT], command=COMMAND))
+    assert step.endswith(
+        "weakspot map photos/ --budget linf:8/255 --model 'my nets:build' --size=32x32 --out runs/map"
+    )
+    assert not maps(steps([{**RIGHT, **SQUARE}], command=COMMAND))
+
+
 def test_recommendations_follow_from_the_findings() -> None:
     failed = " ".join(steps([LOST, LOST], command="weakspot explain a b"))
     assert "The attack failed on 2 images, which does not prove that they are robust." in failed

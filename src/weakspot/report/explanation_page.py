@@ -1,74 +1,43 @@
 """The explanation page: one self-contained HTML file that opens offline with a double click."""
 
-from __future__ import annotations
-
 import html
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from torch import Tensor
 
 from weakspot.explanations.explanation import Explanation
 from weakspot.explanations.locality_by_radius import RATES, locality_of, locality_sentence
 from weakspot.report.glossary import TERMS, anchor, linked
-from weakspot.report.image_findings import (
-    HELPS,
-    LOCAL,
-    QUESTIONS,
-    WHERE,
-    WHY,
-    findings,
-    in_levels,
-    overview,
-    strongest_fact,
-)
+from weakspot.report.image_findings import overview, strongest_fact
 from weakspot.report.image_verdict import headline, page_verdict
-from weakspot.report.layer_browser import layer_browser
-from weakspot.report.map_views import MapView, filled, map_views, worth_drawing
+from weakspot.report.map_views import filled, map_views, worth_drawing
 from weakspot.report.next_steps import next_steps
-from weakspot.report.rendering import (
-    CATEGORIES,
-    base64_text,
-    color_table,
-    compressed_levels,
-    gradient,
-    picture_url,
-    rendered,
-)
+from weakspot.report.page_sections import eight_bit, layer_browsers, map_values, pair_data, sections
+from weakspot.report.rendering import gradient, picture_url, rendered, shared_colors
 from weakspot.statistics.number_format import number, p_value, percent
 
 THUMBNAIL = 96  # pixels
 FRACTIONS = {
     "effect_in_roi", "jaccard", "roa_largest_fraction", "changed_fraction", "reached_fraction", "roi_fraction",
-    "margin_taken", "completeness_gap",
+    "margin_taken", "completeness_gap", "proven_fraction", "refuted_fraction", "unknown_fraction",
 }  # fmt: skip
 COMPANIONS = ("_null", "_p", "_q", "_shift_null", "_shift_p")  # columns that belong to a score
 RELATIONS = {1: "where it looks", -1: "away from there", 0: "not clear"}
 SORT_KEYS = ("effect_in_roi", "relation_p", "margin_drop")
-# The question that each analysis answers; those of other packages come last, under a heading of their own.
-ANSWERS = {
-    "weak_spots": WHERE,
-    "cam": WHERE, "ssim": WHERE, "overlap": WHERE, "promotion": WHY, "propagation": WHY, "locality": LOCAL,
-    "restoration": HELPS, "units": HELPS,
-}  # fmt: skip
-OTHER = "Other analyses"
-LEADS = (
-    "first_order",
-    "vulnerability",
-)  # the first picture of a pair: the first of these maps that shows something
+# The first picture of a pair is the first of these maps that shows something.
+LEADS = ("first_order", "vulnerability")
 
 
 def page(explanation: Explanation) -> str:
     """The whole report as HTML; all text from outside is escaped."""
-    kinds = ("signed", "magnitude")
     return rendered(
         "page.html",
-        rules="".join(f"i.{kind} {{ background: {gradient(kind)} }}\n" for kind in kinds),
-        scripts=["folds.js", "page.js"],
+        rules="".join(f"i.{kind} {{ background: {gradient(kind)} }}\n" for kind in ("signed", "magnitude")),
+        script="page.js",
         linked=linked,
         anchor=anchor,
         model=explanation.model,
@@ -81,10 +50,7 @@ def page(explanation: Explanation) -> str:
         terms=TERMS,
         meanings={name: text for name, text in explanation.meanings.items() if not name.endswith(COMPANIONS)},
         made=dict(explanation.made),
-        shared={
-            "tables": {kind: base64_text(color_table(kind).tobytes()) for kind in kinds},
-            "categories": list(CATEGORIES),
-        },
+        shared=shared_colors(),
     )
 
 
@@ -99,12 +65,7 @@ def _pair(explanation: Explanation, index: int) -> dict[str, object]:
     row = explanation.scores.iloc[index]
     views, remarks = worth_drawing(map_views(explanation, index))
     leads = [view for name in LEADS for view in views if view.name == name]
-    browsers = {name: layer_browser(series, index) for name, series in explanation.series.items()}
-    height, width = explanation.pairs.clean.shape[2:]
-    pixels = [
-        _eight_bit(images[index]) for images in (explanation.pairs.clean, explanation.pairs.adversarial)
-    ]
-    clean, adversarial = map(picture_url, pixels)
+    browsers = layer_browsers(explanation, index)
     scores = [
         _score_row(row, name, meaning)
         for name, meaning in explanation.meanings.items()
@@ -118,65 +79,16 @@ def _pair(explanation: Explanation, index: int) -> dict[str, object]:
         "verdict": verdict,
         "finding": spoken if spoken.startswith(fact) else f"{fact} {spoken}",
         "failure": _failure(row),
-        "thumbnail": _thumbnail(pixels[1]),
-        "lead": _map(leads[0]) if leads else None,
-        "difference": next(_map(view) for view in views if view.name == "difference"),
-        "sections": _sections(explanation, row, [v for v in views if v not in leads[:1]], remarks, browsers),
+        "thumbnail": _thumbnail(eight_bit(explanation.pairs.adversarial[index])),
+        "lead": map_values(leads[0]) if leads else None,
+        "difference": next(map_values(view) for view in views if view.name == "difference"),
+        "sections": sections(explanation, row, [v for v in views if v not in leads[:1]], remarks, browsers),
         "scores": scores,
         "compared": any(score.p for score in scores),
         "related": row.get("relation_p", np.nan) >= 0,
         "sort": {key: float(row[key]) for key in SORT_KEYS if key in row},
-        "data": {
-            "clean": clean,
-            "adversarial": adversarial,
-            "height": height,
-            "width": width,
-            "maps": {view.name: _levels(view) for view in views},
-            "series": {name: frames for name, (_, frames) in browsers.items()},
-        },
+        "data": pair_data(explanation, index, views, browsers),
     }
-
-
-@dataclass(frozen=True)
-class PageSection:
-    """What the page says and shows about one question, for one pair.
-
-    Attributes:
-        title: the question.
-        finding: the answer in a few words; may be empty.
-        sentences: the answer in full, and what maps would show that are not drawn.
-        scales: groups of maps that share a color scale.
-        browsers: the template's variables of maps along the layers.
-    """
-
-    title: str
-    finding: str
-    sentences: Sequence[str]
-    scales: Sequence[Mapping[str, object]]
-    browsers: Sequence[Mapping[str, object]]
-
-
-def _sections(
-    explanation: Explanation,
-    row: pd.Series,
-    views: Sequence[MapView],
-    remarks: Mapping[str, str],
-    browsers: Mapping[str, tuple[dict[str, object], list[dict[str, object]]]],
-) -> list[PageSection]:
-    """The questions that an analysis answered, in order."""
-    found = findings(row)
-    sections = []
-    for title in (*QUESTIONS, OTHER):
-        analyses = [a for name, a in explanation.analyses.items() if ANSWERS.get(name, OTHER) == title]
-        names = [name for analysis in analyses for name in analysis.maps]
-        series = [name for analysis in analyses for name in analysis.series]
-        finding, sentences = found.get(title, ("", []))
-        shown = [view for view in views if view.name in names]
-        said = [*sentences, *(remarks[name] for name in names if name in remarks)]
-        if shown or said or series:
-            drawn = [{"key": name, **browsers[name][0]} for name in series]
-            sections.append(PageSection(title, finding, said, _scales(shown), drawn))
-    return sections
 
 
 def _overlays(explanation: Explanation) -> list[tuple[str, str]]:
@@ -194,72 +106,10 @@ def _failure(row: pd.Series) -> str:
     return "fools only before rounding to 8 bits" if correct and row["success"] else "attack failed"
 
 
-def _eight_bit(image: Tensor) -> NDArray[np.uint8]:
-    """(C, H, W) in [0, 1] as (H, W, 3), or the mean over channels (H, W) if there are not three."""
-    levels: NDArray[np.uint8] = (image.clamp(0, 1) * 255).round().byte().numpy()
-    return levels.transpose(1, 2, 0) if len(levels) == 3 else levels.mean(0).astype(np.uint8)
-
-
 def _thumbnail(pixels: NDArray[np.uint8]) -> str:
     """A small JPEG of about `THUMBNAIL` pixels."""
     step = max(1, min(pixels.shape[:2]) // THUMBNAIL)
     return picture_url(np.ascontiguousarray(pixels[::step, ::step]), jpeg_quality=80)
-
-
-def _map(view: MapView) -> dict[str, object]:
-    legend = [
-        {"name": name, "category": category, "area": percent(float((view.values == category).mean()))}  # noqa: PD011
-        for category, name in enumerate(view.picture.categories)
-    ]
-    return {
-        "name": view.name,
-        "title": view.title,
-        "meaning": view.meaning,
-        "kind": view.picture.kind,
-        "low": _end(view, view.low),
-        "high": _end(view, view.high),
-        "legend": legend,
-        "square": view.square,
-        "size": view.values.shape,  # noqa: PD011 - an array
-    }
-
-
-def _end(view: MapView, value: float) -> str:
-    """The value of the first or last color, as text."""
-    if view.logarithmic:
-        return in_levels(value) + (" (weak)" if value == view.high else "")
-    return f"{value:+.2g}" if view.picture.kind == "signed" else f"{value:.3g}"
-
-
-def _scales(views: Sequence[MapView]) -> list[dict[str, object]]:
-    """Maps in groups that share one color scale, in order."""
-    groups: dict[str, list[MapView]] = {}
-    for view in views:
-        groups.setdefault(view.picture.scale or view.name, []).append(view)
-    return [
-        {
-            "title": title[:1].upper() + title[1:] if len(group) > 1 else "",
-            "maps": [_map(view) for view in group],
-            "meanings": list(dict.fromkeys(view.meaning for view in group)),
-        }
-        for title, group in groups.items()
-    ]
-
-
-def _levels(view: MapView) -> dict[str, object]:
-    """The raw map for the page's script: 8-bit levels between its own smallest and largest value."""
-    values, *limits = view.scaled
-    low, high = float(values.min()), float(values.max())
-    if view.picture.kind == "category":
-        low, high = 0.0, 255.0
-    return {
-        "values": compressed_levels(values, low, high),
-        "range": [low, high],
-        "limits": limits,
-        "logarithmic": view.logarithmic,
-        "kind": view.picture.kind,
-        "categories": list(view.picture.categories),
-    }
 
 
 @dataclass(frozen=True)

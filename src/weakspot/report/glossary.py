@@ -1,7 +1,5 @@
 """The glossary of the explanation page: its terms, and links to them from any text of the page."""
 
-from __future__ import annotations
-
 import re
 
 from markupsafe import Markup, escape

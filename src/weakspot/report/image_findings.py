@@ -2,14 +2,13 @@
 question.
 """
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 
 import pandas as pd
 
 from weakspot.explanations.agreement import WHOLE
+from weakspot.explanations.certified_pixels import certificate_finding
 from weakspot.explanations.weakest_places import square_finding
 from weakspot.report.image_verdict import located, location, perturbation_type
 from weakspot.statistics.number_format import counted, number, percent
@@ -72,6 +71,8 @@ def findings(row: pd.Series) -> dict[str, tuple[str, list[str]]]:
             f"From gradients alone, the weakest cell needs a change of {in_levels(weakest)} (an estimate "
             "for each cell, if only that cell may change)."
         )
+    if certified := certificate_finding(row):
+        where.append(certified)
     found[WHERE] = (_where(row), where)
     if "promotion_log2_ratio" in row and row["read_clean_as"] == row["label"]:
         found[WHY] = (_why(row), [perturbation_type(row)])

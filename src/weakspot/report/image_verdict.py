@@ -1,7 +1,5 @@
 """The verdict on an explained image: what happened, with the number, the chance level and the doubt."""
 
-from __future__ import annotations
-
 import math
 
 import pandas as pd
@@ -100,7 +98,7 @@ def _outcome(row: pd.Series) -> str:
 
 
 def location(row: pd.Series) -> str:
-    """Where the effect of an attack lies, or why that is not said."""
+    """Where the effect of an attack lies, or why the verdict does not name a place."""
     if row["roi_fraction"] == 0:
         return f"No part of the image stands out for {row['label']}, so there is no region where the network looks."
     if math.isnan(row["effect_in_roi"]):

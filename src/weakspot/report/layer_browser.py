@@ -1,7 +1,5 @@
 """Maps along the layers of a network as the explanation page draws them: a slider over maps, and curves."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor

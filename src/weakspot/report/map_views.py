@@ -1,7 +1,5 @@
 """The maps of a pair as they are drawn, and a sentence in place of each map that would show nothing new."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from weakspot.attacks.first_order import cell_numbers
 from weakspot.explanations.analysis import Picture
 from weakspot.explanations.explanation import Explanation
+from weakspot.explanations.weakest_places import GRID
 from weakspot.statistics.number_format import number
 
 # In fractions of the color scale.
@@ -68,6 +68,18 @@ class MapView:
         return logs, math.log10(self.low), math.log10(self.high)
 
     @property
+    def cells(self) -> dict[str, object] | None:
+        """Where the cells of a weak-spot map begin and end, and the change that each needs; None for other maps.
+
+        A change of the whole range or more is no size: no change inside the image is that large.
+        """
+        if not self.logarithmic:
+            return None
+        tops, lefts = cell_edges(self.values.shape, GRID)
+        sizes = [[_size(self.values[top, left]) for left in lefts[:-1]] for top in tops[:-1]]
+        return {"tops": tops, "lefts": lefts, "sizes": sizes, "verified": False}
+
+    @property
     def colors(self) -> NDArray[np.float32]:
         """(H, W) place of each value on the color scale, 0 to 1; values that are not defined are 0."""
         values, low, high = self.scaled
@@ -104,6 +116,23 @@ def _square(explanation: Explanation, index: int) -> tuple[int, int, int] | None
     row = explanation.scores.iloc[index]
     place = [float(row.get(f"{OUTLINED}_{name}", math.nan)) for name in ("top", "left", "side")]
     return None if any(map(math.isnan, place)) else (int(place[0]), int(place[1]), int(place[2]))
+
+
+def _size(value: float) -> float | None:
+    return float(value) if 0 <= value < 1 else None
+
+
+def cell_edges(size: Sequence[int], grid: int) -> tuple[list[int], list[int]]:
+    """First rows and first columns of the cells of a grid over (height, width), and the ends of the last ones.
+
+    >>> cell_edges((2, 5), 2)
+    ([0, 1, 2], [0, 3, 5])
+    """
+    numbers, (rows, columns) = cell_numbers((size[0], size[1]), grid)
+    tops = numbers[:, 0].div(columns, rounding_mode="floor").bincount().cumsum(0).tolist()
+    lefts = numbers[0].bincount().cumsum(0).tolist()
+    assert len(tops) == rows  # noqa: S101
+    return [0, *tops], [0, *lefts]
 
 
 def _ends(sizes: NDArray[np.float32]) -> tuple[float, float]:

@@ -1,7 +1,5 @@
 """What to do next after an explanation: a reason that the findings support, and the exact command."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,6 +74,13 @@ def next_steps(explanation: Explanation) -> list[Step]:
             f"weakspot audit photos/ --regions none,cam,background --controls{_budget(made)}{model} --out runs/first",
         )
     )
+    if "smallest_square_side" not in scores:
+        steps.append(
+            Step(
+                "Where each image is weak, whatever this attack did, was not looked for. Map it:",
+                f"weakspot map photos/{_budget(made)}{model} --out runs/map",
+            )
+        )
     untested = "relation" in scores and scores["relation"].isna().all()
     if untested and any(located(row) for _, row in fooled.iterrows()):
         steps.append(

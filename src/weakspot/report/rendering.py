@@ -1,18 +1,19 @@
 """Rendering: a template with its style and script in one HTML file, and the colors that pages and figures share."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io
 import zlib
 from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
 
 import jinja2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from weakspot.report.bundle import bundled, drawing_modules
 
 # Blue, white, orange: the two ends differ in hue for every kind of color vision.
 DIVERGING = ((0, 69, 134), (86, 140, 190), (247, 247, 247), (236, 152, 60), (166, 80, 0))
@@ -31,6 +32,14 @@ def color_table(kind: str) -> NDArray[np.uint8]:
 
     colors = colormaps["viridis"](np.arange(256))[:, :3]
     return np.asarray(np.rint(colors * 255), dtype=np.uint8)
+
+
+def shared_colors() -> dict[str, object]:
+    """The color tables and the colors of categories, for the drawing modules (static/colors.js)."""
+    return {
+        "tables": {kind: base64_text(color_table(kind).tobytes()) for kind in ("signed", "magnitude")},
+        "categories": list(CATEGORIES),
+    }
 
 
 def gradient(kind: str, stops: int = 9) -> str:
@@ -70,7 +79,7 @@ def rendered(
     *,
     styles: Sequence[str] = (),
     rules: str = "",
-    scripts: Sequence[str] = (),
+    script: str = "",
     later: Sequence[str] = (),
     **values: object,
 ) -> str:
@@ -83,33 +92,46 @@ def rendered(
         template: name of its file.
         styles: names of style sheets, inserted after page.css.
         rules: more style rules.
-        scripts: names of script files, inserted one after the other.
-        later: scripts that these insert into the page.
+        script: name of the ES module of the page, inserted with all that it imports.
+        later: scripts that it inserts into the page.
         values: the template's variables.
     """
-    templates = files("weakspot.report").joinpath("templates")
+    style = drawing_modules().joinpath("drawing.css").read_text("utf-8")
+    style += "".join(map(_template, ("page.css", *styles))) + rules
+    code = bundled(script) if script else ""
+    # A policy without a hash must say 'none'.
+    hashes = [_content_hash(content) for content in (code, *later) if content] or ["'none'"]
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            style=style,
+            script=code,
+            style_hash=_content_hash(style),
+            script_hashes=" ".join(hashes),
+            **values,
+        )
+    )
 
-    def read(name: str) -> str:
-        return templates.joinpath(name).read_text("utf-8")
 
+def fragment(template: str, **values: object) -> str:
+    """The template as a part of a page, without style and script; all values are escaped."""
+    return _environment().get_template(template).render(**values)
+
+
+@cache
+def _environment() -> jinja2.Environment:
     # StrictUndefined: a misspelled variable raises instead of leaving a gap in the page.
-    environment = jinja2.Environment(
+    return jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
-        loader=jinja2.FunctionLoader(read),
+        loader=jinja2.FunctionLoader(_template),
     )
-    style = "".join(map(read, ("page.css", *styles))) + rules
-    code = "".join(map(read, scripts))
-    # A policy without a hash must say 'none'.
-    hashes = [_content_hash(content) for content in (code, *later) if content] or ["'none'"]
-    return environment.get_template(template).render(
-        style=style,
-        script=code,
-        style_hash=_content_hash(style),
-        script_hashes=" ".join(hashes),
-        **values,
-    )
+
+
+def _template(name: str) -> str:
+    return files("weakspot.report").joinpath("templates").joinpath(name).read_text("utf-8")
 
 
 def _content_hash(content: str) -> str:

@@ -1,7 +1,5 @@
 """The unit page: what a layer's units respond to, with the pictures that activate them most, in one HTML file."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +45,7 @@ def unit_page(
     return rendered(
         "units.html",
         styles=["units.css"],
-        scripts=["folds.js", "units.js"],
+        script="units.js",
         model=model,
         made=dict(made),
         layers=[_layer(one, pictures.get(name, {}), studies.get(name)) for name, one in layers.items()],

@@ -1,4 +1,3 @@
-"use strict";
 let drawings;
 const rest = JSON.parse(document.getElementById("rest").textContent);
 

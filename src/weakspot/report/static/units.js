@@ -1,3 +1,5 @@
+import { reveal } from "./folds.js";
+
 for (const table of document.querySelectorAll("table.units")) {
   const body = table.tBodies[0];
   for (const button of table.querySelectorAll("th button")) {

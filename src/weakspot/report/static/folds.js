@@ -1,7 +1,6 @@
-"use strict";
 // Folded sections: links lead into them, and on paper all of them are open.
 
-function reveal() {
+export function reveal() {
   const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
   for (let part = target; part; part = part.parentElement) if (part.tagName === "DETAILS") part.open = true;
   if (target) target.scrollIntoView();
