@@ -1,4 +1,5 @@
 """Small edits: LocalEdits compared with whole forward passes, in one run. Run: python -m benchmarks.edits [SECTION ...]
+[--json FILE]
 
 Sections: throughput (edits of one pixel and of a cell, every network), sweep (all pixels of CIFAR-10 images),
 promotion (cells of a photograph), locality (successful pixels moved to other sites). Sections without their real data
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peers, real, sections
+from benchmarks.records import recorded
 from benchmarks.timing import peak_gigabytes
 from weakspot import Pairs, attacks, load, locality, promotion_suppression, sample_images
 from weakspot.classifier import Classifier, evaluating
@@ -259,4 +261,5 @@ SECTIONS = {"throughput": throughput, "promotion": promotion, "locality": local,
 
 
 if __name__ == "__main__":
-    sections.run(SECTIONS)
+    with recorded("edits", "Small edits: LocalEdits beside whole forward passes."):
+        sections.run(SECTIONS)

@@ -1,4 +1,7 @@
-"""The cost of an explanation beside the passes that it needs. Run: python -m benchmarks.explain [analyses]"""
+"""The cost of an explanation beside the passes that it needs.
+
+Run: python -m benchmarks.explain [analyses] [--json FILE].
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.records import recorded
 from benchmarks.timing import alternate, peak_gigabytes, show
 from weakspot import attacks, class_activation, explain, load, overlap, sample_images
 from weakspot.attribution import margin_drop
 from weakspot.classifier import Classifier, default_batch, predict
-from weakspot.explanations.analysis import available_analyses
+from weakspot.explanations.analysis import FIRST, usual_analyses
 from weakspot.statistics import products_over_shifts
 
 STEPS = 10
@@ -65,7 +69,7 @@ def analyses(title: str, model: Classifier, image: Tensor) -> None:
     model = Classifier.wrap(counted, mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist())
     labels = predict(model, image).argmax(1)
     pairs = attacks.pgd(model, image, labels, steps=STEPS)
-    names = available_analyses()
+    names = sorted(usual_analyses(), key=lambda name: name != FIRST)  # the order in which they run
     batch = image.expand(default_batch(image), -1, -1, -1)
     one = min(_seconds(lambda: predict(model, batch)) for _ in range(5)) / len(batch)
     times, images = [], []
@@ -162,4 +166,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded("explain", "The cost of an explanation beside the passes that it needs."):
+        main()

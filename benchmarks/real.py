@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from weakspot import load, sample_images
+from weakspot.classifier import Classifier
 
 FOLDER = Path(os.environ.get("WEAKSPOT_DATA", "../shared/data"))
 
@@ -75,4 +76,4 @@ def predictions(model: nn.Module, images: Tensor) -> Tensor:
 def resnet20() -> nn.Module:
     """ResNet-20 for CIFAR-10, for the model spec "benchmarks.real:resnet20"."""
     model: nn.Module = networks().network("cifar10_resnet20")
-    return model.eval()
+    return Classifier(model.eval(), input_size=(32, 32), name="ResNet-20")

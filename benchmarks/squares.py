@@ -1,6 +1,7 @@
 """The smallest square beside exhaustive searches over its places: side and CPU seconds for each image.
 
-Run: python -m benchmarks.squares photographs|cifar [--first N] [--images N]. Every row is printed as it is done.
+Run: python -m benchmarks.squares photographs|cifar [--first N] [--images N]
+[--json FILE]. Every row is printed as it is done.
 
 `photographs`: EfficientNet-Lite0 at 8/255. A step is a tenth of the side, at least one pixel. At a side one step and a
 pixel below the found one, PGD runs at all places of a grid at half the side's distance, 3 steps at all of 256 places,
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import real
+from benchmarks.records import recorded
 from weakspot import Linf, attacks, load, sample_images, smallest_square
 from weakspot.attacks.context import AttackOptions, attack_context
 from weakspot.attacks.first_order import linearize
@@ -62,30 +64,34 @@ def photographs(first: int, count: int) -> None:
         images = torch.cat([images, real.networks().imagenet(200)[0][[17, 90]]])
         names = [*names, "imagenet17", "imagenet90"]
     labels = real.predictions(model, images)
+    print("| photograph | side | CPU s | gradients | smaller side | places tried | within a step | CPU s |")
+    print("|---|---|---|---|---|---|---|---|")
     for number in range(first, min(first + count, len(images))):
         row = slice(number, number + 1)
         start = time.process_time()
         found = smallest_square(model, images[row], labels[row], budget=BUDGET)
         seconds, side = time.process_time() - start, int(found.side)
-        line = f"{names[number]}: side {side}, {seconds:.1f} CPU s, {int(found.pairs.n_backward)} gradients"
+        cells = [names[number], str(side), f"{seconds:.1f}", str(int(found.pairs.n_backward))]
         below = side - max(1, side // PRECISION) - 1
         if below >= 1:
             start = time.process_time()
             tried = grid_search(model, images[row], labels[row], below)
-            verdict = "within a step" if tried < 0 else "NOT within a step"
-            line += (
-                f"; side {below} at {abs(tried)} places: {verdict}, {time.process_time() - start:.0f} CPU s"
-            )
-        print(line, flush=True)
+            took = f"{time.process_time() - start:.0f}"
+            cells += [str(below), str(abs(tried)), "yes" if tried < 0 else "no", took]
+        else:
+            cells += [""] * 4
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def cifar(first: int, count: int) -> None:
     model, images, labels = real.correct("cifar10_resnet20", first + count)
+    print("| image | side | CPU s | smaller side | places that fool | exact | CPU s |")
+    print("|---|---|---|---|---|---|---|")
     for number in range(first, first + count):
         row = slice(number, number + 1)
         start = time.process_time()
         side = int(smallest_square(model, images[row], labels[row], budget=BUDGET).side)
-        line = f"image {number}: side {side}, {time.process_time() - start:.1f} CPU s"
+        cells = [str(number), str(side), f"{time.process_time() - start:.1f}"]
         if side > 1:
             start = time.process_time()
             ends = (range(33 - side + 1) for _ in range(2))
@@ -103,16 +109,19 @@ def cifar(first: int, count: int) -> None:
                 steps=20,
             )
             fooled = int(result.fooled.sum())
-            line += f"; side {side - 1}: {fooled} of {many} places fool, "
-            line += f"{'NOT exact' if fooled else 'exact'}, {time.process_time() - start:.0f} CPU s"
-        print(line, flush=True)
+            took = f"{time.process_time() - start:.0f}"
+            cells += [str(side - 1), f"{fooled} of {many}", "no" if fooled else "yes", took]
+        else:
+            cells += ["", "", "yes" if side else "", ""]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("section", choices=["photographs", "cifar"])
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--images", type=int, default=6)
-    given = parser.parse_args()
-    (photographs if given.section == "photographs" else cifar)(given.first, given.images)
+    with recorded("squares", "The smallest square beside exhaustive searches over its places."):
+        parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+        parser.add_argument("section", choices=["photographs", "cifar"])
+        parser.add_argument("--first", type=int, default=0)
+        parser.add_argument("--images", type=int, default=6)
+        given = parser.parse_args()
+        (photographs if given.section == "photographs" else cifar)(given.first, given.images)

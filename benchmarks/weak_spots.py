@@ -1,7 +1,7 @@
 """The weak-spot map beside the best of several references: sizes per cell, cells missed, ranks, CPU seconds.
 
 Run: python -m benchmarks.weak_spots reference|measure|table|regions FOLDER [--network efficientnet|resnet20]
-[--images N] [--every K] [--minutes M].
+[--images N] [--every K] [--minutes M] [--json FILE].
 
 - reference: for every K-th cell, the smallest size over `fmn` with 300 steps, foolbox's FMN with 300 steps, and PGD at
   bisected radii toward each of three runner-up classes. It stops after M minutes.
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peers, real
+from benchmarks.records import recorded
 from weakspot import load, sample_images
 from weakspot.attacks import minimal_pgd
 from weakspot.attacks.context import AttackOptions, Problem, attack_context
@@ -235,7 +236,7 @@ class _Traced(SmallestChange):
     """Notes the passes per cell and the sizes after every round."""
 
     def __init__(self, problem: Problem) -> None:
-        super().__init__(problem, "linf", polish=False)
+        super().__init__(problem, "linf", thorough=False)
         self.trace: list[tuple[float, Tensor]] = []
         self.begun = int(problem.n_forward.sum())
 
@@ -357,4 +358,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with recorded("weak_spots", "The weak-spot map beside the best of several searches."):
+        main()

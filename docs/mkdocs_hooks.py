@@ -1,13 +1,23 @@
-"""Pages of the site that live outside `docs/`, where GitHub shows them, and links between the two."""
+"""Pages of the site that live outside `docs/`, where GitHub shows them, those made from stored results, and links."""
 
+import io
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from weakspot.report.glossary import TERMS
+from weakspot.reproduction import PAPERS, Reproduction, read_reproduction
+from weakspot.reproduction.panel_figure import draw
+from weakspot.reproduction.paper_page import paper_page, verdict_table
+
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs/results"  # of `weakspot reproduce`, one JSON file for each paper
+BENCHMARKS = ROOT / "benchmarks/results"  # of the benchmarks with --json, one file for each run
 OUTSIDE = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -24,11 +34,54 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages from outside."""
     for source, page in OUTSIDE.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text("utf-8")))
+    for paper, result in _results().items():
+        pictures = list(_pictures(paper, result))
+        for address, content in pictures:
+            files.append(File.generated(config, address, content=content))
+        text = paper_page(result, [address for address, _ in pictures])
+        files.append(File.generated(config, f"paper-{paper}.md", content=text))
     return files
 
 
+def _results() -> dict[str, Reproduction]:
+    """The stored reproduction of each paper that has one."""
+    stored = {paper: RESULTS / f"{paper}.json" for paper in PAPERS}
+    return {paper: read_reproduction(path) for paper, path in stored.items() if path.exists()}
+
+
+def _pictures(paper: str, result: Reproduction) -> Iterator[tuple[str, bytes]]:
+    """Address and SVG of each panel."""
+    for number, panel in enumerate(panel for claim in result.claims for panel in claim.panels):
+        buffer = io.BytesIO()
+        draw([panel]).savefig(buffer, format="svg", metadata={"Date": None})
+        yield f"pictures/{paper}-{number + 1}.svg", buffer.getvalue()
+
+
+def _verdicts() -> str:
+    """The table of all claims."""
+    results = _results()
+    return verdict_table(list(results.values()), [f"paper-{paper}.md" for paper in results])
+
+
+def _benchmarks() -> str:
+    """The tables of the stored benchmarks."""
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.records import stored_tables
+
+    return stored_tables(BENCHMARKS)
+
+
+def _terms() -> str:
+    """The terms of the report's glossary."""
+    return "\n\n".join(f"**{term}**: {meaning}" for term, meaning in TERMS.items())
+
+
+# What a page has in place of the line `<!-- NAME -->`.
+MADE = {"verdicts of the papers": _verdicts, "stored benchmarks": _benchmarks, "terms of the report": _terms}
+
+
 def on_page_markdown(markdown: str, *, page: Page, **_: object) -> str:
-    """Point links between files of the repository at the pages of the site."""
+    """Put stored results into their pages, and point links between files of the repository at the pages of the site."""
     sources = {name: source for source, name in OUTSIDE.items()}
     folder = (ROOT / sources.get(page.file.src_uri, f"docs/{page.file.src_uri}")).parent
 
@@ -42,4 +95,8 @@ def on_page_markdown(markdown: str, *, page: Page, **_: object) -> str:
             return text
         return f"{image}[{text}]({OUTSIDE.get(name, name.removeprefix('docs/'))}{anchor})"
 
-    return LINK.sub(rewritten, markdown)
+    for name, make in MADE.items():
+        if f"<!-- {name} -->" in markdown:
+            markdown = markdown.replace(f"<!-- {name} -->", make())
+    # Pictures with a width are written in HTML, which GitHub shows as well.
+    return LINK.sub(rewritten, markdown).replace('<img src="docs/', '<img src="')

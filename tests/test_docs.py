@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 import shlex
+import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import typer
 
+from benchmarks import records
 from weakspot import cli
 from weakspot.attacks import available_attacks
 from weakspot.budgets import read_budget
 from weakspot.explanations.analysis import available_analyses
+from weakspot.reproduction import PAPERS, read_reproduction
 from weakspot.training import RECIPES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SLOW = {"README.md-0", "how-to-attack.md-0", "how-to-evaluate-a-defense.md-0"}
+SLOW = {
+    "README.md-0",
+    "how-to-explain.md-0",
+    "how-to-attack.md-0",
+    "how-to-evaluate-a-defense.md-0",
+    "how-to-explore.md-0",
+}
 PYTHON = re.compile(r"```python\n(.*?)```(?:\n\nprints\n\n```(?:text)?\n(.*?)```)?", re.DOTALL)
+TUTORIAL = ROOT / "docs/tutorial.md"
+NOTEBOOK = ROOT / "docs/tutorial.ipynb"
 BLOCKS = [
     pytest.param(*example, id=name, marks=pytest.mark.slow if name in SLOW else ())
     for page in PAGES
+    if page != TUTORIAL
     for number, example in enumerate(PYTHON.findall(page.read_text("utf-8")))
     for name in [f"{page.name}-{number}"]
 ]
@@ -56,6 +70,60 @@ def test_a_python_example_runs_and_prints_what_the_page_shows(
         assert without_numbers(printed) == without_numbers(output), f"the page should show: {printed}"
     if "to_html" in block:
         assert (tmp_path / "report.html").stat().st_size > 100_000
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_from_top_to_bottom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its blocks build on each other."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "tutorial"}
+    blocks = PYTHON.findall(TUTORIAL.read_text("utf-8"))
+    assert len(blocks) >= 5
+    for block, output in blocks:
+        exec(compile(block, "tutorial", "exec"), names)  # noqa: S102 - our own docs
+        printed = capsys.readouterr().out
+        assert without_numbers(printed) == without_numbers(output), f"the page should show: {printed}"
+    assert (tmp_path / "report.html").stat().st_size > 100_000
+
+
+def test_the_notebook_has_the_code_of_the_tutorial() -> None:
+    spec = importlib.util.spec_from_file_location("notebook_of_the_docs", ROOT / "docs/notebook.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = module.notebook(TUTORIAL.read_text("utf-8"))
+    assert NOTEBOOK.read_text("utf-8") == made, "run python docs/notebook.py"
+    code = ["".join(cell["source"]) for cell in json.loads(made)["cells"] if cell["cell_type"] == "code"]
+    assert code == [block.strip() for block, _ in PYTHON.findall(TUTORIAL.read_text("utf-8"))]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_in_jupyter(tmp_path: Path) -> None:
+    nbformat = pytest.importorskip("nbformat")
+    client = pytest.importorskip("nbclient").NotebookClient
+    opened = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(opened)
+    kernel = {"metadata": {"path": str(tmp_path)}}
+    done = client(opened, timeout=300, kernel_name="python3", resources=kernel).execute()
+    printed = "".join(
+        output.get("text", "")
+        for cell in done.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if output.get("name") == "stdout"
+    )
+    shown = "".join(output for _, output in PYTHON.findall(TUTORIAL.read_text("utf-8")))
+    assert without_numbers(printed) == without_numbers(shown)
+
+
+def test_the_glossary_and_its_markers_are_known_to_the_site() -> None:
+    hooks = (ROOT / "docs/mkdocs_hooks.py").read_text("utf-8")
+    markers = {name for page in PAGES for name in re.findall(r"<!-- ([\w ]+) -->", page.read_text("utf-8"))}
+    assert markers == {"verdicts of the papers", "stored benchmarks", "terms of the report"}
+    assert all(f'"{name}"' in hooks for name in markers)
 
 
 def test_the_analysis_of_the_how_to_measures_the_border() -> None:
@@ -132,3 +200,50 @@ def test_the_citation_names_the_version_of_the_package() -> None:
 def test_every_page_of_the_docs_is_in_the_menu_of_the_site() -> None:
     menu = re.findall(r"([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
     assert {page.name for page in (ROOT / "docs").glob("*.md")} <= set(menu)
+
+
+def test_what_a_benchmark_prints_is_kept_and_shown_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bench", "cifar", "--json", str(tmp_path / "run.json"), "--images", "2"])
+    with records.recorded("bench", "What it measures."):
+        assert sys.argv == ["bench", "cifar", "--images", "2"]
+        sys.stdout.write("A title\n\n| job | seconds |\n|---|---|\n| one | 0.5 |\n| two | -1 |\n\nthe end\n")
+    assert "| two | -1 |" in capsys.readouterr().out
+    page = records.stored_tables(tmp_path)
+    assert (
+        "## bench\n\nWhat it measures.\n\nA title\n\n| job | seconds |\n| --- | --- |\n| one | 0.5 |" in page
+    )
+    assert "the end" in page
+    assert "`python -m benchmarks.bench cifar --images 2`" in page
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_benchmark_without_a_file_only_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bench"])
+    with records.recorded("bench", ""):
+        sys.stdout.write("hello\n")
+    assert capsys.readouterr().out == "hello\n"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.stem
+)
+def test_stored_benchmarks_have_tables(path: Path) -> None:
+    record = records.Record(**json.loads(path.read_text("utf-8")))
+    assert any(not isinstance(part, str) for part in record.parts)
+    assert (ROOT / f"benchmarks/{record.benchmark}.py").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs/results").glob("*.json")), ids=lambda path: path.stem)
+def test_stored_reproductions_are_those_of_today(path: Path) -> None:
+    """Their methods, limits and quotes are those of the code that would measure them again."""
+    result = read_reproduction(path)
+    about = PAPERS[result.paper].about
+    assert (result.title, result.method, result.limits) == (about.TITLE, about.METHOD, about.LIMITS)
+    assert {claim.name: claim.quote for claim in result.claims} == dict(about.QUOTES)
+    assert path.stem == result.paper
+    assert result.made.cpu_seconds > 0
+    assert "/tmp" not in result.made.command  # noqa: S108 - no path of one machine
