@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
+from torch.overrides import TorchFunctionMode
 
 from tests.networks import NETWORKS, untouched
 from weakspot import fusion
 from weakspot.classifier import Classifier, default_batch
-from weakspot.fusion import fused, measured_batch
+from weakspot.fusion import fused, measured_batch, runs_by_onednn
 
 TOLERANCE = 1e-5  # of the largest logit, as promised
 
@@ -402,3 +403,42 @@ def test_a_classifier_that_cannot_be_copied_is_not_measured() -> None:
     classifier, _ = made("not to be copied")
     images = torch.rand(64, 3, 112, 112)
     assert measured_batch(classifier, images) == default_batch(images)
+
+
+@pytest.mark.parametrize(("count", "side", "dilated"), [(1, 8, False), (2, 8, True), (1, 64, True)])
+def test_a_pointwise_convolution_gives_the_same_however_it_is_called(
+    count: int, side: int, dilated: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 12, 1, stride=2)
+    maps = torch.randn(count, 6, side, side)
+    assert runs_by_onednn(maps, layer.weight) is dilated
+    called = F.conv2d(maps, layer.weight, layer.bias, stride=2, dilation=2)
+    torch.testing.assert_close(called, layer(maps))
+    assert not runs_by_onednn(maps, torch.zeros(12, 6, 3, 3))
+    assert not runs_by_onednn(maps.to("meta"), layer.weight)
+
+
+def test_inside_fused_only_pointwise_convolutions_are_called_with_a_dilation() -> None:
+    torch.manual_seed(0)
+    middle = pair(nn.Conv2d(6, 6, 1)), nn.ReLU(), pair(nn.Conv2d(6, 6, 3))
+    model = Classifier.wrap(network(nn.ReLU(), *middle).eval(), mean=[0.5] * 3, std=[0.5] * 3)
+    images = torch.rand(3, 3, 16, 16)
+    seen: list[tuple[int, object]] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            if func is F.conv2d:
+                seen.append((kwargs["weight"].shape[-1], kwargs["dilation"]))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        expected = model(images)
+        with fused(model, images[:1]):
+            pass  # from here on it is known what to fold
+        with Watch(), fused(model, images[:1]):
+            logits = model(images)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert seen == [(3, (1, 1)), (1, 2), (3, (1, 1))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import weakspot
 from tests.networks import PoolingNetwork
 from weakspot import Classifier, LocalEdits, Pairs, attacks, class_activation, explain, regions
-from weakspot._checks import ModelWarning, quiet, warn
+from weakspot._checks import ModelWarning, collected_warnings, quiet, warn
 from weakspot.classifier import evaluating, predict
 
 
@@ -101,3 +102,24 @@ def test_each_model_is_warned_of_once() -> None:
         predict(Classifier.wrap(model), IMAGES)
         enter(model)
     assert len([one for one in caught if "train mode" in str(one.message)]) == 1
+
+
+def test_warnings_can_be_collected_in_one_thread_alone() -> None:
+    others: list[str] = []
+
+    def other() -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            warn("theirs", ModelWarning)
+        others.extend(str(one.message) for one in caught)
+
+    with collected_warnings() as mine:
+        warn("mine", ModelWarning)
+        with quiet(ModelWarning):
+            warn("unheard", ModelWarning)
+        with collected_warnings() as inner:
+            warn("inner", ModelWarning)
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert (mine, inner, others) == (["mine"], ["inner"], ["theirs"])

@@ -45,10 +45,12 @@ from weakspot.explanations import (
     restoration,
     ssim_alignment,
 )
+from weakspot.explorer import explore
 from weakspot.images import read_images, sample_images
 from weakspot.logits import OneLogit
 from weakspot.models import load
 from weakspot.pairs import AttackResult, Pairs
+from weakspot.proofs import DoubleMasking, PatchCertificate, PixelCertificate, certify_patches, certify_pixels
 from weakspot.similarity import ssim_map
 from weakspot.vulnerability import SmallestSquare, WeakSpots, smallest_square, weak_spots
 
@@ -63,6 +65,7 @@ __all__ = [
     "Classifier",
     "ConceptSet",
     "Dissection",
+    "DoubleMasking",
     "Explanation",
     "ImageWarning",
     "Linf",
@@ -72,7 +75,9 @@ __all__ = [
     "OneLogit",
     "Overlap",
     "Pairs",
+    "PatchCertificate",
     "Picture",
+    "PixelCertificate",
     "Promotion",
     "Propagation",
     "PropagationStudy",
@@ -82,12 +87,15 @@ __all__ = [
     "WeakSpots",
     "attacks",
     "build_concepts",
+    "certify_patches",
+    "certify_pixels",
     "class_activation",
     "defenses",
     "demo_concepts",
     "dissect",
     "dissect_layers",
     "explain",
+    "explore",
     "interpretability_score",
     "load",
     "locality",

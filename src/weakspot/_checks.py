@@ -3,8 +3,6 @@
 Every error is one sentence: "ARGUMENT must be EXPECTED, got VALUE (remedy)".
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import importlib.metadata
@@ -14,7 +12,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -42,6 +40,9 @@ class NotFiniteError(ValueError):
 
 def warn(message: str, category: type[Warning]) -> None:
     """Warn at the line that called weakspot, however deep inside weakspot the cause is."""
+    if (collected := getattr(_this, "collected", None)) is not None:
+        collected += [] if is_quiet(category) else [message]
+        return
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(INSIDE):
         frame = frame.f_back
@@ -103,6 +104,18 @@ def quiet(category: type[Warning] = Warning) -> Iterator[None]:
                 del _filters[category]
             with contextlib.suppress(ValueError):  # other code has reset the filters
                 warnings.filters.remove(entry[1])  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """The messages of `warn` in this thread, in a list instead of as warnings, for callers that tell them otherwise."""
+    before = getattr(_this, "collected", None)
+    messages: list[str] = []
+    _this.collected = messages
+    try:
+        yield messages
+    finally:
+        _this.collected = before
 
 
 class _ThisThread:
@@ -325,24 +338,3 @@ def check_batch_size(batch_size: int | None) -> None:
     """Raises ValueError unless `batch_size` is None or an integer of at least 1."""
     if batch_size is not None:
         check_count("batch_size", batch_size)
-
-
-def check_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
-    """Raises ValueError unless mean and std have one value for all channels or one for each, on the scale of images."""
-    for name, values in (("mean", mean), ("std", std)):
-        if not isinstance(values, Sequence):
-            raise ValueError(
-                f"{name} must be a list of one number for all channels or one for each, got {values!r}"
-            )
-    lengths = {len(mean), len(std)} - {1}
-    if len(lengths) > 1 or 0 in lengths:
-        raise ValueError(
-            "mean and std must have one value for all channels or one for each, "
-            f"got {len(mean)} and {len(std)} values"
-        )
-    if not all(0 < value < float("inf") for value in std):
-        raise ValueError(f"std must be positive, on the [0, 1] scale of images, got {list(std)}")
-    if not all(-1 <= value <= 2 for value in mean):
-        raise ValueError(
-            f"mean must be on the [0, 1] scale of images, got {list(mean)} (divide means of bytes by 255)"
-        )

@@ -4,8 +4,6 @@ Nothing is kept beyond the call, because a model's weights may change between ca
 threads, whose hooks differ.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager

@@ -158,7 +158,7 @@ def open_display(console: Console | None = None) -> Iterator[Display]:
 
     console = console or Console(stderr=True, highlight=False)
     display = Display()
-    if _in_notebook():
+    if in_notebook():
         shower = _notebook_bar(display)
     elif console.is_terminal:
         shower = _terminal_bar(display, console)
@@ -227,7 +227,7 @@ def _terminal_bar(display: Display, console: Console) -> Iterator[None]:
 @contextmanager
 def _notebook_bar(display: Display) -> Iterator[None]:
     """A progress element in the output of the cell. Needs IPython alone, which every notebook has."""
-    from IPython.display import HTML  # type: ignore[import-not-found, unused-ignore]
+    from IPython.display import HTML
     from IPython.display import display as show
 
     def draw() -> HTML:
@@ -262,7 +262,7 @@ def repeat(action: Callable[[], None], first: float, every: float) -> Iterator[N
         thread.join()
 
 
-def _in_notebook() -> bool:
+def in_notebook() -> bool:
     """Whether this process is the kernel of a notebook."""
     # A notebook has imported IPython before us; a shell of IPython in a terminal has no kernel.
     get_shell = getattr(sys.modules.get("IPython"), "get_ipython", None)

@@ -4,8 +4,6 @@ A counter is hashed with a key of the image's content and a seed (splitmix64: St
 10.1145/2714064.2660195). Any number of any image's stream can be computed directly, for all images at once.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 

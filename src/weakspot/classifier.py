@@ -14,7 +14,6 @@ from weakspot._checks import (
     ModelWarning,
     check_batch,
     check_finite,
-    check_normalization,
     check_range,
     contain_exits,
     first_line,
@@ -67,7 +66,7 @@ class Classifier(nn.Module):
         name: str | None = None,
     ) -> None:
         super().__init__()
-        check_normalization(mean, std)
+        _check_normalization(mean, std)
         tensors = itertools.chain(network.parameters(), network.buffers())
         reference = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(()))
         for key, values in (("mean", mean), ("std", std)):
@@ -170,6 +169,27 @@ class Classifier(nn.Module):
     def class_name(self, index: int) -> str:
         """Name of a class, or "class 3" if it has no name."""
         return self.class_names[index] if 0 <= index < len(self.class_names) else f"class {index}"
+
+
+def _check_normalization(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raises ValueError unless mean and std have one value for all channels or one for each, on the scale of images."""
+    for name, values in (("mean", mean), ("std", std)):
+        if not isinstance(values, Sequence):
+            raise ValueError(
+                f"{name} must be a list of one number for all channels or one for each, got {values!r}"
+            )
+    lengths = {len(mean), len(std)} - {1}
+    if len(lengths) > 1 or 0 in lengths:
+        raise ValueError(
+            "mean and std must have one value for all channels or one for each, "
+            f"got {len(mean)} and {len(std)} values"
+        )
+    if not all(0 < value < float("inf") for value in std):
+        raise ValueError(f"std must be positive, on the [0, 1] scale of images, got {list(std)}")
+    if not all(-1 <= value <= 2 for value in mean):
+        raise ValueError(
+            f"mean must be on the [0, 1] scale of images, got {list(mean)} (divide means of bytes by 255)"
+        )
 
 
 def as_classifier(model: nn.Module) -> Classifier:

@@ -10,8 +10,6 @@ network therefore still work, other threads see the unchanged network, and an in
 restore. Which batch-norms can be folded is determined once, by recording a pass of one image through a copy.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 import weakref
@@ -32,15 +30,8 @@ from weakspot.classifier import Classifier, default_batch
 TOLERANCE = 1e-5  # of the largest logit
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # arguments of F.conv2d
 INSPECTIONS = {
-    "dim",
-    "ndimension",
-    "size",
-    "stride",
-    "numel",
-    "is_contiguous",
-    "is_floating_point",
-    "is_complex",
-}
+    "dim", "ndimension", "size", "stride", "numel", "is_contiguous", "is_floating_point", "is_complex",
+}  # fmt: skip
 Fold = tuple[str, str]  # names of a convolution and of the batch-norm that follows it
 _plans: weakref.WeakKeyDictionary[nn.Module, tuple[object, Sequence[Fold]]] = weakref.WeakKeyDictionary()
 _batches: weakref.WeakKeyDictionary[nn.Module, dict[object, int]] = weakref.WeakKeyDictionary()
@@ -155,12 +146,12 @@ def _record_folds(twin: Classifier, images: Tensor) -> tuple[Tensor, Sequence[Fo
     read: dict[str, str] = {}
     names = {id(module): name for name, module in modules.items()}
 
-    def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def before(module: nn.Module, arguments: tuple[object, ...]) -> None:
         source = made.get(id(arguments[0])) if arguments else None
         if source is not None:
             read[names[id(module)]] = source[0]
 
-    def after(module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+    def after(module: nn.Module, _: tuple[object, ...], output: object) -> None:
         name = names[id(module)]
         calls[name] = calls.get(name, 0) + 1
         if _is_convolution(module) and isinstance(output, Tensor):
@@ -205,8 +196,8 @@ class _Readers(TorchFunctionMode):
         self.counts: dict[int, int] = {}
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name not in INSPECTIONS and not (name == "__get__" and not isinstance(result, Tensor)):
@@ -267,18 +258,30 @@ class _Folded(TorchFunctionMode):
         self.statistics = {id(norm.running_mean) for _, norm in folds}
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> object:
         if func is F.conv2d:
             folded = self.weights.get(id(_argument(1, "weight", args, kwargs)))
             if folded is not None:
-                return func(**dict(zip(CONVOLUTION, args, strict=False)) | (kwargs or {}) | folded)
+                call = dict(zip(CONVOLUTION, args, strict=False)) | (kwargs or {}) | folded
+                return func(
+                    **call | ({"dilation": 2} if runs_by_onednn(call["input"], folded["weight"]) else {})
+                )
         elif func is F.batch_norm and id(_argument(1, "running_mean", args, kwargs)) in self.statistics:
             return _argument(0, "input", args, kwargs)
         return func(*args, **(kwargs or {}))
 
 
-def _argument(place: int, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
+def runs_by_onednn(maps: Tensor, weight: Tensor) -> bool:
+    """Whether to call a pointwise convolution with a dilation: one site has nothing to dilate.
+
+    With one thread and fewer than 16 images torch 2.13 takes a slower matrix product for it unless it is dilated.
+    """
+    big = len(maps) > 1 or maps.numel() > 20480  # as in torch's `use_mkldnn`
+    return big and weight.shape[2:] == (1, 1) and maps.is_cpu
+
+
+def _argument(place: int, name: str, args: tuple[Any, ...], kwargs: Any) -> Any:
     return args[place] if len(args) > place else (kwargs or {}).get(name)
 
 

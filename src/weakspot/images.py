@@ -1,7 +1,5 @@
 """Image files, folders and sample photographs as tensors (N, C, H, W) in [0, 1]."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Logits: finding them in what a network returns, margins between classes, and telling probabilities from logits."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch
@@ -123,6 +121,15 @@ def margin(logits: Tensor, labels: Tensor, others: Tensor | None = None) -> Tens
     if others is not None:
         return own - logits.gather(1, others[:, None])[:, 0]
     return own - runner_up(logits, labels)[0]
+
+
+def logit_scale(logits: Tensor) -> Tensor:
+    """What rounding errors of logits (M, K) are relative to: their range over masks and classes.
+
+    The range of one row will not do: of two classes, the margin is always the whole range.
+    """
+    spread = logits.max() - logits.min()
+    return torch.maximum(spread, 0.1 * logits.abs().max()).clamp(min=torch.finfo(logits.dtype).tiny)
 
 
 def runner_up(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

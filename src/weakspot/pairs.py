@@ -41,6 +41,8 @@ class Pairs:
         targets: (N,) class t of the adversarial image, or the target of the attack.
         names: N names of the images, or empty; `named` gives them.
 
+    There may be no pairs at all, where nothing was found; a part of pairs holds at least one.
+
     Raises:
         ValueError: if shapes do not fit each other or values are not finite.
     """
@@ -52,8 +54,9 @@ class Pairs:
     names: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        check_batch(self.clean, name="clean")
-        check_batch(self.adversarial, name="adversarial")
+        for name, images in (("clean", self.clean), ("adversarial", self.adversarial)):
+            if not _is_empty(self.clean) or not _is_empty(self.adversarial):
+                check_batch(images, name=name)
         _check_same_shape(self.clean, self.adversarial)
         check_classes(self.labels, len(self.clean), name="labels")
         check_classes(self.targets, len(self.clean), name="targets")
@@ -76,6 +79,7 @@ class Pairs:
             ValueError: if there is no pair, or more than one, of this name.
         """
         chosen = self._numbers(rows)
+        check_batch(self.clean[chosen.to(self.clean.device)], name="clean")
         parts = {name: tensor[chosen.to(tensor.device)] for name, tensor in self._tensors().items()}
         return type(self)(
             **parts, names=tuple(self.names[row] for row in chosen.tolist()) if self.names else ()
@@ -106,6 +110,8 @@ class Pairs:
 
     def __repr__(self) -> str:
         sides = " x ".join(map(str, self.clean.shape))
+        if not len(self):
+            return f"{type(self).__name__}(none)"
         largest = float(self.perturbation.abs().max())
         return f"{type(self).__name__}({sides} on {self.clean.device}, largest change {largest:.3g})"
 
@@ -330,6 +336,11 @@ def _stored_names(metadata: Mapping[str, str] | None) -> tuple[str, ...]:
     except (ValueError, TypeError, KeyError, RecursionError):
         return ()
     return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
+def _is_empty(images: object) -> bool:
+    """Whether it is a batch of no images."""
+    return isinstance(images, Tensor) and images.ndim == 4 and not len(images)
 
 
 def _check_same_shape(clean: Tensor, adversarial: Tensor) -> None:

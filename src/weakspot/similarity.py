@@ -1,7 +1,5 @@
 """Structural similarity of two images, and the Gaussian smoothing and luma that it uses."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -18,9 +16,10 @@ def gaussian(maps: Tensor, sigma: float, radius: int) -> Tensor:
         sigma: in pixels.
         radius: in pixels, at which the Gaussian is cut off.
     """
+    # A Gaussian of two axes is the product of two of one axis: 2 (2r + 1) taps instead of (2r + 1)^2.
     offsets = torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    kernel = kernel / kernel.sum()
+    kernel = kernel / kernel.sum()  # a constant map stays as it is
     for side in (3, 2):
         size = maps.shape[side]
         mirrored = maps.index_select(side, _mirrored(size, radius, maps.device))
@@ -39,7 +38,7 @@ def _mirrored(size: int, radius: int, device: torch.device) -> Tensor:
 
 
 SIGMA, RADIUS = 1.5, 5  # 11 x 11 Gaussian
-C1, C2 = 0.01**2, 0.03**2
+C1, C2 = 0.01**2, 0.03**2  # (K L)^2 of Wang et al., for values in [0, 1]; they keep flat patches from 0 / 0
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -69,10 +68,13 @@ def ssim_map(clean: Tensor, adversarial: Tensor) -> Tensor:
     # float64, because local variances are small differences of large squares (MPS has no float64).
     precision = torch.float32 if clean.device.type == "mps" else torch.float64
     first, second = luma(clean.detach().to(precision)), luma(adversarial.detach().to(precision))
+    # Local E[x], E[y], E[x^2], E[y^2] and E[xy], all in one pass.
     moments = gaussian(torch.cat([first, second, first**2, second**2, first * second], 1), SIGMA, RADIUS)
     mean_1, mean_2, square_1, square_2, product = moments.split(1, 1)
+    # var x = E[x^2] - E[x]^2 and cov = E[xy] - E[x] E[y]: of the population, so without a factor n / (n - 1).
     variance_1, variance_2 = square_1 - mean_1**2, square_2 - mean_2**2
     covariance = product - mean_1 * mean_2
+    # Equation 13 as the product of luminance and of contrast and structure together (exponents 1, C3 = C2 / 2).
     luminance = (2 * mean_1 * mean_2 + C1) / (mean_1**2 + mean_2**2 + C1)
     structure = (2 * covariance + C2) / (variance_1 + variance_2 + C2)
     similarity: Tensor = luminance * structure

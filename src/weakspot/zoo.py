@@ -1,7 +1,5 @@
 """Small networks to train: two convolutions for MNIST, ResNet-20 and pre-activation ResNet-18 for CIFAR."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

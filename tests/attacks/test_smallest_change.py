@@ -225,3 +225,23 @@ def test_a_wrong_argument_is_refused_by_name(pooling: Made, argument: str, value
     model, images = pooling
     with pytest.raises(ValueError, match=rf"^{argument} must be "):
         minimal_pgd(model, images, torch.zeros(3, dtype=torch.long), **{argument: value})  # type: ignore[arg-type]
+
+
+class TwoSides(nn.Module):
+    """One pixel x = 0.5 whose gradient leads upward to a change of 0.4, while 0.1 downward is enough.
+
+    With d = x - 0.5, the margin is 0.2 - 2 min(d, 0.09) - 0.065 max(d - 0.09, 0) - 8 max(-d - 0.05, 0): its first-order
+    distance is 0.1, the upward boundary lies at 0.09 + 0.02 / 0.065 = 0.398 and the downward one at 0.1.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        d = images.flatten(1)[:, :1] - 0.5
+        margin = 0.2 - 2 * d.clamp(max=0.09) - 0.065 * (d - 0.09).clamp(min=0) - 8 * (-d - 0.05).clamp(min=0)
+        return torch.cat([margin, torch.zeros_like(margin)], 1)
+
+
+def test_a_nearer_change_against_the_gradient_is_found_from_a_corner() -> None:
+    image, label = torch.full((1, 1, 1, 1), 0.5), torch.zeros(1, dtype=torch.long)
+    result = minimal_pgd(TwoSides().eval(), image, label, on_grid=False)
+    assert result.success.all()
+    torch.testing.assert_close(result.perturbation.flatten(), torch.tensor([-0.1]), rtol=0.02, atol=0)

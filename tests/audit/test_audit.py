@@ -504,3 +504,14 @@ def test_records_have_no_statistics_over_other_images(whole: Run) -> None:
     """P values against other images are a property of the run, not of a row."""
     assert "effect_in_roi_shift_p" in whole.records
     assert not whole.records.filter(regex="^relation|(?<!_shift)(_null|_p|_q)$").columns.tolist()
+
+
+def test_progress_never_decreases_and_ends_with_all(
+    pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = small_plan(pictures, limit=3, analyses=())
+    seen: list[float] = []
+    audit(plan, pictures.parent / "seen", progress=seen.append)
+    assert seen == sorted(seen)
+    assert (seen[0], seen[-1]) == (0, 1)
+    assert capsys.readouterr().err == ""

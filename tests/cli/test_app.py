@@ -28,6 +28,8 @@ COMMANDS = (
     "explain",
     "attack",
     "audit",
+    "map",
+    "certify",
     "compare",
     "report",
     "defend",
@@ -50,7 +52,7 @@ OWN = {
         "--quick",
     },
     "audit": {"--out", "--labels", "--set", "--resume"},
-    "dissect": {"--out"},
+    "dissect": {"--out", "--quick"},
     "explain": {"--quick"},  # each leaves out something else
     "defend": {"--quick"},
 }

@@ -14,7 +14,7 @@ from tests.cli.conftest import TINY as MODEL
 from tests.cli.conftest import Run
 from weakspot import Linf, _progress, defenses, load, read_images
 from weakspot.cli.app import Failure
-from weakspot.cli.defend import find_defense
+from weakspot.cli.defense_choice import find_defense
 
 TINY = (*MODEL, "--steps", "2", "--queries", "4")
 QUICK = (*MODEL, "--steps", "1", "--queries", "1")
@@ -109,6 +109,28 @@ def test_table_verdict_figure_and_record_are_written_and_agree(
     assert record["labels"] == "the model's predictions on the clean images"
     with Image.open(folder / "defense.png") as sheet:
         assert sheet.width > 800
+
+
+def test_an_interrupt_keeps_the_attacks_that_had_finished(
+    run: Run, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("weakspot.defenses.attack_sequence.square_search", interrupt)
+    ended = run("defend", photographs, *TINY, "--budget", "linf:1/255", "--out", "made")
+    assert ended.code == 130, ended.err
+    table = pd.read_csv(tmp_path / "made/defense.csv")
+    assert table["attack"].tolist()[0] == "clean"
+    assert not table["attack"].str.startswith("square search").any()
+    assert f"no verdict: {', '.join(table['attack'])}" in ended.err
+    document = json.loads((tmp_path / "made/defense.json").read_text())
+    assert document["status"] == "cannot be judged"
+    assert "was interrupted after white-box (region of importance). Accuracy so far" in document["verdict"]
+    # Nothing is kept where no attack had finished.
+    monkeypatch.setattr("weakspot.defenses.attack_sequence.is_correct", interrupt)
+    ended = run("defend", photographs, *TINY, "--out", "none")
+    assert (ended.code, ended.err.splitlines()[-1]) == (130, "weakspot: interrupted; nothing was written")
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from tests.cli.conftest import NAMES, TINY, Run, save
+from tests.cli.test_map import PLANTED
 from weakspot import Analysis, Classifier, Pairs, sample_images
 from weakspot.audit.store.run import FILES
 from weakspot.cli.app import Failure
@@ -371,7 +372,7 @@ def last_analysis(monkeypatch: pytest.MonkeyPatch) -> Callable[[Interrupting], N
         real = find_analyses(["overlap"])
         for module in (explanation, explain_command):
             monkeypatch.setattr(module, "find_analyses", lambda names: {"late": function, **real})
-        monkeypatch.setattr(explain_command, "available_analyses", lambda: ["late", "overlap"])
+        monkeypatch.setattr(explain_command, "usual_analyses", lambda: ["late", "overlap"])
 
     return install
 
@@ -397,14 +398,25 @@ def test_the_first_verdict_is_on_screen_before_deeper_analyses(
         assert late.seen == ""
 
 
-def test_several_images_are_summed_up_before_each_gets_its_verdict(run: Run, photographs: Path) -> None:
+def test_several_images_are_summed_up_before_their_classes_and_verdicts(run: Run, photographs: Path) -> None:
     ended = run("explain", photographs, *TINY, "--steps", 3, "--analyses", "overlap,cam", "--out", "run")
     assert ended.code == 0, ended.err
-    before, summed, verdicts = ended.out.partition("The attack succeeds on")
-    assert summed
-    assert "Further analyses follow: cam" in before
+    assert ended.out.startswith("The attack succeeds on ")
+    before, following, verdicts = ended.out.partition("Further analyses follow: cam")
+    assert following
+    assert "fooled as 8-bit files" in before
     assert "is still classified as" not in before
     assert verdicts.count("is still classified as") == 4
+    assert ended.out.count("The attack succeeds on") == 1
+
+
+def test_the_smallest_squares_come_first(run: Run, photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "planted_square.py").write_text(PLANTED)
+    model = ("--model", "planted_square:patch", "--size", "64x64", "--budget", "linf:1", "--steps", 3)
+    ended = run("explain", photographs, *model, "--analyses", "overlap,weak_spots,cam", "--out", "run")
+    assert ended.code == 0, ended.err
+    assert ended.out.startswith("A square of ")
+    assert "Further analyses follow: cam (" in ended.out
 
 
 def test_an_interrupt_keeps_the_analyses_that_had_finished(

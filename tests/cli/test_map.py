@@ -55,8 +55,18 @@ def test_sentences_come_first_and_files_hold_the_rest(run: Run, photographs: Pat
 def test_a_planted_square_is_named_and_a_small_budget_finds_none(
     run: Run, photographs: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "planted.py").write_text(PLANTED)
-    model = ("--model", "planted:patch", "--size", "64x64", "--effort", "verified", "--grid", 8, "--json")
+    (tmp_path / "planted_square.py").write_text(PLANTED)
+    model = (
+        "--model",
+        "planted_square:patch",
+        "--size",
+        "64x64",
+        "--effort",
+        "verified",
+        "--grid",
+        8,
+        "--json",
+    )
     strong = json.loads(run("map", photographs, *model, "--budget", "linf:1").out)["scores"]
     assert all(4 <= row["top"] + row["side"] <= 24 for row in strong)  # it covers a part of the patch
     assert all(row["cells_found"] == 1 for row in strong)  # and only the patch's cell is weak
@@ -68,8 +78,8 @@ def test_a_planted_square_is_named_and_a_small_budget_finds_none(
 
 
 def test_an_image_with_another_label_needs_no_change(run: Run, photographs: Path, tmp_path: Path) -> None:
-    (tmp_path / "planted.py").write_text(PLANTED)
-    model = ("--model", "planted:patch", "--size", "64x64")
+    (tmp_path / "planted_square.py").write_text(PLANTED)
+    model = ("--model", "planted_square:patch", "--size", "64x64")
     rows = json.loads(run("map", photographs, *model, "--json").out)["scores"]
     labels = tmp_path / "labels.csv"
     lines = [f"photos/{row['image']},{'class 1' if row['label'] == 'class 0' else 'class 0'}" for row in rows]

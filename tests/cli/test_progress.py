@@ -27,6 +27,7 @@ COMMANDS = {
     "attack": ("attack", "photos", "--set", "steps=4"),
     "defend": ("defend", "photos", "--steps", 2, "--queries", 2),
     "map": ("map", "photos"),
+    "certify": ("certify", "photos", "--colors", "8bit", "--region", "border:1"),
     "dissect": ("dissect", "--demo", "--layer", "inner.0"),
     "audit": ("audit", "photos", "--attacks", "fgsm", "--out", "run", "--no-report"),
     "train": ("train", "photos", "--recipe", "standard", "--epochs", 1, "--batch-size", 2),

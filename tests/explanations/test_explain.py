@@ -22,7 +22,7 @@ from weakspot.budgets import L2, Linf
 from weakspot.classifier import Classifier
 from weakspot.edits import engine
 from weakspot.explanations import Analysis, Picture, explain, overlap
-from weakspot.explanations.analysis import ORDER, available_analyses
+from weakspot.explanations.analysis import ON_REQUEST, ORDER, available_analyses, usual_analyses
 from weakspot.pairs import AttackResult, Pairs
 from weakspot.similarity import ssim_map
 
@@ -169,7 +169,8 @@ def test_every_analysis_adds_its_scores_and_maps_on_the_cpu(any_model: Made) -> 
         parameter.grad = torch.full_like(parameter, 0.5)
     with untouched(model, pairs.clean, pairs.adversarial, pairs.labels):
         result = explain(model, pairs)
-    assert list(result.analyses) == available_analyses()
+    assert list(result.analyses) == usual_analyses()
+    assert set(available_analyses()) == {*usual_analyses(), *ON_REQUEST}
     for maps in result.maps.values():
         assert maps.device.type == "cpu"
         assert not maps.requires_grad
@@ -184,7 +185,7 @@ def test_every_analysis_adds_its_scores_and_maps_on_the_cpu(any_model: Made) -> 
     assert set(result.meanings) <= set(result.scores)
 
 
-@pytest.mark.parametrize("name", available_analyses())
+@pytest.mark.parametrize("name", usual_analyses())
 def test_an_analysis_finds_alone_what_it_finds_among_others(name: str, pooling: Made) -> None:
     """What analyses share in one explanation changes none of them, nor the model, its hooks or generators."""
     model, images = pooling

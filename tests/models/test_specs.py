@@ -18,6 +18,7 @@ from weakspot._checks import ModelError
 from weakspot.classifier import Classifier
 from weakspot.images import sample_images
 from weakspot.models import available_models, load
+from weakspot.models.specs import fingerprint
 
 MODULE = """
 from torch import nn
@@ -394,3 +395,10 @@ def test_missing_weights_are_file_not_found(tmp_path: Path) -> None:
         FileNotFoundError, match=r"weights must be a file, got .*none\.pt, which does not exist"
     ):
         load(linear(), weights=tmp_path / "none.pt", device="cpu")
+
+
+def test_the_fingerprint_reads_values_whatever_their_strides() -> None:
+    plain, strided = nn.Module(), nn.Module()
+    plain.register_buffer("scale", torch.zeros(1))
+    strided.register_buffer("scale", torch.arange(10.0).as_strided((1,), (5,)))
+    assert fingerprint(plain) == fingerprint(strided)

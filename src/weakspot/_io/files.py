@@ -1,7 +1,5 @@
 """Files that are written whole or not at all, and the lock of a folder that one process writes to."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,7 +1,5 @@
 """Auto-PGD: projected gradient descent that sets its own step (Croce and Hein 2020, arXiv 2003.01690)."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from weakspot._checks import (
 from weakspot._progress import Progress, ProgressOption, shown
 from weakspot.attacks.eight_bit import stored
 from weakspot.attacks.losses import Loss, check_values, conservative_margin, margin
+from weakspot.attacks.observers import Observer, current_observer, notify
 from weakspot.budgets import SSIM, Budget, Linf, PreparedBudget, prepare
 from weakspot.classifier import Classifier, check_images, check_logits, evaluating, predict
 from weakspot.edits import Crops, Prepared
@@ -102,6 +103,7 @@ class Problem:
         lead: another classifier whose logits and gradients losses get; success is judged by `classifier`.
         crops: if not None, `clean` and `region` are these parts of whole images, and the rest of them is fixed.
         progress: called with the fraction done, 0 to 1.
+        observer: sees every image that is evaluated, and may end the attack.
     """
 
     classifier: Classifier
@@ -122,6 +124,7 @@ class Problem:
     lead: Classifier | None = None
     crops: Crops | None = None
     progress: Progress | None = None
+    observer: Observer | None = field(default_factory=current_observer)
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -176,6 +179,7 @@ class Problem:
                 logits = self._logits(images[part], owners[part])
                 margins.append(self.margins(logits, owners[part]))
                 batches.append(logits)
+                notify(self.observer, images[part], owners[part], margins[-1], self.rows, self.crops)
         return torch.cat(margins), torch.cat(batches)
 
     def _logits(self, images: Tensor, owners: Tensor) -> Tensor:
@@ -230,6 +234,7 @@ class Problem:
                 direction = torch.where(self.region[part], direction, 0)
             margins = conservative_margin(logits.detach(), labels, targets)
             batches.append((margins.to(self.clean), values.detach().to(self.clean), direction))
+            notify(self.observer, point.detach(), part, margins, self.rows, self.crops)
         every = torch.arange(len(self), device=images.device)
         self.count_forwards(every)
         self.count_backwards(every)
@@ -255,9 +260,9 @@ class Problem:
 
     def _check(self, logits: Tensor, labels: Tensor, targets: Tensor | None) -> None:
         check_logits(logits, self.classifier, self.clean)
-        for name, classes in (("labels", labels), ("targets", targets)):
-            if classes is not None:
-                check_classes(classes, len(logits), logits.shape[1], name=name)
+        check_classes(labels, len(logits), logits.shape[1])
+        if targets is not None:
+            check_classes(targets, len(logits), logits.shape[1], name="targets")
 
     def result(self, adversarial: Tensor) -> AttackResult:
         """Verify images (N, C, H, W) by fresh forward passes, as they are and as 8-bit files within the budget."""

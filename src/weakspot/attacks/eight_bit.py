@@ -1,7 +1,5 @@
 """Images as 8-bit files store them, and the nearest such image within a budget."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """The ensemble: several attacks without parameters, each on the images that the earlier ones did not fool."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

@@ -7,8 +7,6 @@ estimate is the smallest e for which this reaches the margin, the minimum over s
 for a linear network, and costs one gradient per class whatever the number of places.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 

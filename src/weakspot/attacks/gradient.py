@@ -1,7 +1,5 @@
 """Gradient attacks: FGSM, its iterations, and PGD inside any region and any budget."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

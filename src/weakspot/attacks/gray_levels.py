@@ -1,7 +1,5 @@
 """Minimal-norm attacks that end on the 8-bit grid, so that a picture file of the image fools too."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

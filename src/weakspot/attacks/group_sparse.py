@@ -1,7 +1,5 @@
 """Sparse attacks: few channels of few pixels (elastic net), or few groups of pixels (StrAttack)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

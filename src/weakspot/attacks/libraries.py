@@ -1,7 +1,5 @@
 """Adapters for foolbox, torchattacks and ART, each of which runs one attack of its library."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import math

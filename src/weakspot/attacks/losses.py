@@ -1,7 +1,5 @@
 """What an attack drives down: a loss of the logits, or the size of the change."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal, TypeVar
 

@@ -1,7 +1,5 @@
 """Candidates of a few-pixel search: images with some pixels repainted, evaluated in batches."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,6 +8,7 @@ from torch import Tensor
 
 from weakspot.attacks.context import Problem
 from weakspot.attacks.losses import log_odds
+from weakspot.attacks.observers import Observation
 from weakspot.edits import Edits, prepare
 from weakspot.edits.local import WORTH, work_saved
 
@@ -73,4 +72,13 @@ def _by_windows(problem: Problem, images: Tensor, owners: Tensor, sites: Tensor,
         targets = None if problem.targets is None else problem.targets[owners[rows]]
         margins[rows] = problem.margins(logits, owners[rows])
         fitness[rows] = log_odds(logits, problem.labels[owners[rows]], targets).to(fitness)
+        if problem.observer is not None:
+            image, own, painted = images[owner : owner + 1], sites[rows, None], colors[rows, None]
+
+            def picture(
+                number: int, image: Tensor = image, own: Tensor = own, painted: Tensor = painted
+            ) -> Tensor:
+                return paint(image, own[number : number + 1], painted[number : number + 1])[0]
+
+            problem.observer(Observation(problem.rows[owners[rows]], margins[rows], picture))
     return Painted(margins, fitness)

@@ -1,7 +1,5 @@
 """Few-pixel attacks: differential evolution, and a search in the order that the gradient suggests."""
 
-from __future__ import annotations
-
 import itertools
 
 import torch

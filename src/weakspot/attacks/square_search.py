@@ -1,7 +1,5 @@
 """Square search: random squares, accepted where they help (Andriushchenko et al. 2020, arXiv 1912.00049)."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Pixel sweep: every pixel in every color of a list, exactly."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

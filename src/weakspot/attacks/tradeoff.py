@@ -1,7 +1,5 @@
 """Minimal-norm attacks by penalty: minimize size + c * loss, with c tuned for each image."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol

@@ -10,12 +10,13 @@ al. 2016, arXiv 1701.04128), measured from gradients, is the better place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -106,6 +107,7 @@ def effective_grid(classifier: Classifier, image: Tensor, layer: Layer) -> Grid 
         # Lengths instead of squares: a cell of high activation counts no more than its neighbors.
         looked_at = (cells_seen.square().sum(1) + 1e-12).sqrt().sum()
         (gradient,) = torch.autograd.grad(looked_at, point)
+        # As fractions: a probe that excites the cells more counts no more than the others.
         each = gradient[: len(batch)].square().sum(1)
         energy += (each / each.sum((1, 2), keepdim=True).clamp(min=1e-30)).sum(0)
     if not bool(energy.any()):
@@ -147,8 +149,10 @@ def place(maps: Tensor, size: tuple[int, int], grid: Grid | None, *, unseen: flo
         pixel = torch.arange(pixels, device=maps.device, dtype=maps.dtype)
         cell = (pixel - axis.offset) / axis.stride
         positions.append(2 * cell / max(cells - 1, 1) - 1)  # for grid_sample: -1 the first cell, 1 the last
+        # Negative between the first and the last center, otherwise the distance to the nearer of the two.
         beyond = torch.maximum(axis.offset - pixel, pixel - axis.offset - axis.stride * (cells - 1))
         seen.append(beyond <= max(axis.reach, axis.stride))
+    # grid_sample takes (x, y): across first.
     down, across = torch.meshgrid(*positions, indexing="ij")
     where = torch.stack([across, down], -1).expand(len(maps), -1, -1, -1)
     placed = F.grid_sample(maps, where, mode="bilinear", padding_mode="border", align_corners=True)
@@ -160,11 +164,15 @@ class _Grids(DispatchMode):
 
     def __init__(self, image: Tensor) -> None:
         super().__init__()
-        self.known: Any = WeakIdKeyDictionary({image: (Axis(), Axis())})
+        self.known: MutableMapping[Tensor, Grid] = WeakIdKeyDictionary({image: (Axis(), Axis())})
 
     def __torch_dispatch__(
-        self, func: Any, types: object, args: Arguments = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: OpOverload,
+        types: object,
+        args: Arguments = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         output = func(*args, **(kwargs or {}))
         made = output[0] if isinstance(output, tuple | list) and output else output
         if isinstance(made, Tensor) and made.ndim == 4:

@@ -1,7 +1,5 @@
 """Class activation: where in the image a network finds evidence for a class."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Reading and replacing the maps of many layers in one forward pass, each as it appears."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, is_dataclass, replace

@@ -1,7 +1,5 @@
 """Integrated gradients: which sites of a perturbation cost the margin."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -86,17 +84,20 @@ class _Paths:
         # Every image at every point is one row; rows go through the network in batches of the usual size.
         image = torch.arange(count, device=clean.device).repeat_interleave(points)
         point = torch.arange(points, device=clean.device).repeat(count)
+        # sum_p w_p dF/dx at x + t_p (x' - x), a quadrature of the integral over t from 0 to 1.
         summed = torch.zeros_like(clean)
         for rows in torch.arange(count * points, device=clean.device).split(default_batch(clean)):
             which, where = image[rows], point[rows]
             position = fractions[which, where][:, None, None, None]
             inputs = (clean[which] + position * change[which]).requires_grad_()
             margins = margin(self.classifier(inputs), labels[which], competing[which])
+            # A margin depends on its own row alone, so the gradient of their sum holds each row's own.
             if margins.requires_grad:
                 (gradient,) = torch.autograd.grad(
                     margins.sum(), inputs, allow_unused=True, materialize_grads=True
                 )
                 summed.index_add_(0, which, gradient * weights[where, None, None, None])
+        # IG_i = (x'_i - x_i) times that integral is what the margin gains; a drop is its negative, over all channels.
         return -(change * summed).sum(1, keepdim=True)
 
 
@@ -145,11 +146,13 @@ def _integrate(paths: _Paths) -> MarginDrop:
             inexact = (gap > TOLERANCE).nonzero()[:, 0]
             if not len(inexact):
                 break
+            # Exact for polynomials of degree 2 P - 1 in t; kinks of ReLUs are what asks for more points.
             nodes, weights = np.polynomial.legendre.leggauss(points)
             # From [-1, 1], the interval of Gauss and Legendre, to [0, 1].
             fractions = torch.from_numpy((nodes + 1) / 2).to(paths.clean).expand(len(inexact), -1)
             drop = paths.drop(inexact, fractions, torch.from_numpy(weights / 2).to(paths.clean))
             sites[inexact], used[inexact] = drop, points
+            # Completeness: the sites sum to F(x) - F(x'). What is missing is the error of the quadrature.
             missed = (drop.flatten(1).double().sum(1) - total[inexact].double()).abs()
             gap[inexact] = (missed / total[inexact].double().abs().clamp(min=1e-6)).to(gap)
     return MarginDrop(sites, total, gap, before, used)

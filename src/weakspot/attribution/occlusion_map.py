@@ -1,7 +1,5 @@
 """Occlusion: how much a class's logit falls where a cell of the image is covered."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

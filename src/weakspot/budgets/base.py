@@ -1,7 +1,5 @@
 """The contract of a budget, which says how much of an image may change."""
 
-from __future__ import annotations
-
 from typing import Protocol, runtime_checkable
 
 import torch

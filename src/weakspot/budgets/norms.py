@@ -1,7 +1,5 @@
 """Budgets that are norms: L-infinity, L2 and L1."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

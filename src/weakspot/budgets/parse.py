@@ -1,7 +1,5 @@
 """Budgets as text: linf:4/255, l2:1.5, l1:12, ssim:0.01, ssim-local:0.01."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple

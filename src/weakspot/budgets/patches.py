@@ -1,7 +1,5 @@
 """Images cut into patches, and the moments that structural similarity compares."""
 
-from __future__ import annotations
-
 from functools import cached_property
 
 import torch

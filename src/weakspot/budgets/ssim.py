@@ -1,7 +1,5 @@
 """The perceptual budget: balls of structural similarity, in closed form for each patch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import cached_property
 

@@ -60,6 +60,17 @@ class Aim(NamedTuple):
     names: list[str]
     correct: Tensor
 
+    def subset(self, rows: Sequence[int]) -> Aim:
+        """The aim on some of the images."""
+        chosen = list(rows)
+        return Aim(
+            self.images[chosen],
+            self.labels[chosen],
+            None if self.targets is None else self.targets[chosen],
+            [self.names[row] for row in chosen],
+            self.correct[chosen],
+        )
+
 
 def find_labels(text: str | None, classifier: Classifier, images: Images) -> Labels:
     """Labels as --labels describes them: from a label file, "folders", or None for the model's predictions."""

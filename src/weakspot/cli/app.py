@@ -1,7 +1,5 @@
 """The application: commands with option groups, exit codes, and how exceptions become sentences."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import re
@@ -28,6 +26,7 @@ WRITTEN_KEY = (
 )
 EXTRAS = {
     "audit": (("pyarrow", "duckdb", "zarr", "fsspec", "vl_convert"), "audit, compare, report"),
+    "explore": (("starlette", "uvicorn", "websockets"), "explore"),
     "train": (("lightning_fabric",), "train"),
     "ray": (("ray",), "audit --engine ray"),
     "datasets": (("datasets",), "train hf:NAME"),

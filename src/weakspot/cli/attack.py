@@ -14,17 +14,22 @@ from weakspot.cli.aims import AimOptions, find_aim, find_region
 from weakspot.cli.app import command
 from weakspot.cli.attack_choice import AttackChoice
 from weakspot.cli.options import (
+    QUICK_IMAGES,
     BatchSizeOption,
     EveryOption,
     ImagesArgument,
+    LimitOption,
     ModelOptions,
     OutputOptions,
+    QuickOption,
     SamplesOption,
     SeedOption,
     flag,
     option,
     parse_batch_size,
+    refuse,
     refuse_fraction,
+    trial_sentence,
 )
 from weakspot.cli.output import (
     add_row,
@@ -36,7 +41,7 @@ from weakspot.cli.output import (
     print_text,
     shorten_name,
 )
-from weakspot.cli.session import check_output, check_sources, open_session
+from weakspot.cli.session import check_output, check_sources, draw_rows, open_session
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,6 +69,8 @@ def attack(
     images: ImagesArgument = None,
     samples: SamplesOption = False,
     batch_size: BatchSizeOption = "auto",
+    limit: LimitOption = None,
+    quick: QuickOption = False,
     seed: SeedOption = 0,
     every: EveryOption = False,
     out: Annotated[Path, option("FOLDER", f"Folder for {', '.join(FILES)}.")] = Path("weakspot-attack"),
@@ -83,11 +90,16 @@ def attack(
     check_sources(sources, samples=samples)
     check_output(out, sources, folders=FILES[:2], files=FILES[2:3])
     refuse_fraction(context, [aims.region])
-    chosen = choice.choose(context)
+    if quick:
+        refuse(context, ["limit", "steps"], "with --quick, which sets them (leave out one of the two)")
+        limit = QUICK_IMAGES
+    chosen = choice.choose(context, quick=quick)
     batch = parse_batch_size(batch_size)
     with open_session(context, network, output, out, FILES) as session:
         classifier = session.classifier
         aim, source = find_aim(classifier, session.read_images(sources, samples=samples), aims)
+        # Labels first: folders stand for classes in the order of all of them.
+        aim = aim.subset(draw_rows(len(aim.names), limit, seed))
         session.make_folder()
         mask, where = find_region(aims, classifier, aim, seed)
         step = session.display.step("attacking", total=len(aim.images), counted=False)
@@ -106,7 +118,14 @@ def attack(
             "skipped": session.skipped,
             "folder": str(out.resolve()),
         },
-        lambda: _print(scores, aim.correct.tolist(), session.ending(), out, every=every),
+        lambda: _print(
+            scores,
+            aim.correct.tolist(),
+            session.ending(),
+            out,
+            every=every,
+            trial=trial_sentence(chosen.settings.get("steps")) if quick else "",
+        ),
     )
 
 
@@ -143,8 +162,10 @@ def _write(
     return scores
 
 
-def _print(scores: pd.DataFrame, correct: Sequence[bool], ending: str, out: Path, *, every: bool) -> None:
-    """What the attack achieved, then a row for each image."""
+def _print(
+    scores: pd.DataFrame, correct: Sequence[bool], ending: str, out: Path, *, every: bool, trial: str
+) -> None:
+    """What the attack achieved, a row for each image, and what was left out of a trial."""
     from weakspot.statistics.number_format import size_of_change
 
     # An image that is misclassified without an attack is no success of the attack.
@@ -186,6 +207,8 @@ def _print(scores: pd.DataFrame, correct: Sequence[bool], ending: str, out: Path
     print_table(table, whole=every)
     if more:
         print_text(f"... and {more} more (show them with --all; all scores are in scores.csv)", style="dim")
+    if trial:
+        print_text(f"\n{trial}", style="dim")
     print_text(f"\nWritten to {out.resolve()} (look at overview.png; all scores are in scores.csv)")
 
 

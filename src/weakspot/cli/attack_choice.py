@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import typer
 
 from weakspot.cli.app import Failure
-from weakspot.cli.options import ATTACK, STEPS, BudgetOption, SetOption, Value, given, option, parse_settings
+from weakspot.cli.options import (
+    ATTACK,
+    QUICK_STEPS,
+    STEPS,
+    BudgetOption,
+    SetOption,
+    Value,
+    given,
+    option,
+    parse_settings,
+)
 
 if TYPE_CHECKING:
     from weakspot.attacks import Attack, AttackOptions
@@ -36,8 +46,12 @@ class AttackChoice:
     steps: Annotated[int | None, option("N", STEPS, least=1, default="the attack's own")] = None
     settings: SetOption = None
 
-    def choose(self, context: typer.Context) -> ChosenAttack:
+    def choose(self, context: typer.Context, *, quick: bool = False) -> ChosenAttack:
         """Find the attack, and check its budget and arguments before any work.
+
+        Args:
+            context: of the running command.
+            quick: whether --quick sets the steps.
 
         Raises:
             Failure: if the attack does not take one of them.
@@ -47,12 +61,14 @@ class AttackChoice:
         attack = find_attack(self.name)
         budget = find_budget(attack, self.budget, given=bool(given(context, ["budget"])))
         settings = list(self.settings or [])
-        if self.steps is not None:
+        steps = quick_steps(attack) if quick else self.steps
+        if steps is not None:
             if any(setting.partition("=")[0] == "steps" for setting in settings):
-                raise Failure("--steps and --set steps=N must not both be given (leave out one of the two)")
+                name = "--quick" if quick else "--steps"
+                raise Failure(f"{name} and --set steps=N must not both be given (leave out one of the two)")
             if not attack.takes("steps"):
                 raise Failure(f"{attack.name} takes no --steps (see weakspot attack --list)")
-            settings.append(f"steps={self.steps}")
+            settings.append(f"steps={steps}")
         return ChosenAttack(attack, budget, read_settings(attack, settings))
 
 
@@ -94,6 +110,14 @@ class ChosenAttack:
         budget = [] if self.budget is None else [str(self.budget)]
         toward = [] if aim.targets is None else [f"toward {classifier.class_name(int(aim.targets[0]))}"]
         return ", ".join([self.attack.name, *settings, *budget, where, *toward])
+
+
+def quick_steps(attack: Attack) -> int | None:
+    """The steps of a trial: at most `QUICK_STEPS`; None if the attack has none of its own."""
+    steps = attack.parameters.get("steps")
+    if steps is None:
+        return None
+    return min(QUICK_STEPS, steps.default) if isinstance(steps.default, int) else QUICK_STEPS
 
 
 def find_budget(attack: Attack, text: str, *, given: bool) -> Budget | None:

@@ -20,14 +20,18 @@ from weakspot.cli.app import RESUMABLE, UNREADABLE, Failure, command, complain, 
 from weakspot.cli.gate_options import Gate, GateOptions
 from weakspot.cli.options import (
     OUTPUT,
+    QUICK_STEPS,
     EveryOption,
     FloatOption,
     ModelOptions,
     OutputOptions,
+    QuickOption,
     argument,
     flag,
     option,
+    refuse,
     refuse_fraction,
+    trial_sentence,
 )
 from weakspot.cli.output import (
     add_row,
@@ -40,7 +44,7 @@ from weakspot.cli.output import (
     progress_display,
     warnings_as_notes,
 )
-from weakspot.cli.plan_options import EngineOptions, PlanOptions, given_options, plan_table
+from weakspot.cli.plan_options import EngineOptions, PlanOptions, given_options, plan_table, quick_plan
 from weakspot.cli.session import command_line
 
 if TYPE_CHECKING:
@@ -92,6 +96,7 @@ def audit(
         bool, flag("--report/--no-report", "Write report.html at the end.", panel=OUTPUT)
     ] = True,
     floats: FloatOption = False,
+    quick: QuickOption = False,
     every: EveryOption = False,
 ) -> None:
     """Attack every image with every attack in every region: one row per image x attack x region.
@@ -110,9 +115,13 @@ def audit(
     started = time.perf_counter()
     gate.check()
     overrides = given_options(context, plan, network)
+    settings = list(plan.settings or [])
     if resume is None:
-        table, where = plan_table(list(images or []), overrides, plan.settings, out)
-    elif images or overrides or plan.settings or out is not None:
+        if quick:
+            _check_quick(context, settings)
+        table, where = plan_table(list(images or []), overrides, settings, out)
+        table = quick_plan(table) if quick else table
+    elif images or overrides or settings or quick or out is not None:
         raise Failure("--resume takes no images and no plan options, because the run holds them")
     else:
         table, where = {}, resume
@@ -158,12 +167,20 @@ def audit(
     if output.as_json:
         print_json(_document(run, summary, result))
     elif not output.quiet:
-        _print(run, summary, time.perf_counter() - started, every=every)
+        trial = trial_sentence(f"at most {QUICK_STEPS}") if quick else ""
+        _print(run, summary, time.perf_counter() - started, every=every, trial=trial)
     for sentence in shortfalls:
         complain(sentence)
     result.announce(silent=output.silent)
     if shortfalls or not (run.info.images and run.info.images.read):
         raise typer.Exit(UNREADABLE)
+
+
+def _check_quick(context: typer.Context, settings: Sequence[str]) -> None:
+    """Refuse what --quick sets."""
+    refuse(context, ["limit"], "with --quick, which sets it (leave out one of the two)")
+    if any(setting.partition("=")[0].endswith(".steps") for setting in settings):
+        raise Failure("--quick and --set ATTACK.steps=N must not both be given (leave out one of the two)")
 
 
 @contextmanager
@@ -242,7 +259,7 @@ def _document(run: Run, summary: Summary, gate: Gate) -> dict[str, object]:
     }
 
 
-def _print(run: Run, summary: Summary, seconds: float, *, every: bool) -> None:
+def _print(run: Run, summary: Summary, seconds: float, *, every: bool, trial: str) -> None:
     from weakspot.statistics.number_format import percent, with_interval
 
     regions = summary.regions if every else summary.weak_regions()
@@ -284,4 +301,6 @@ def _print(run: Run, summary: Summary, seconds: float, *, every: bool) -> None:
         print_text(f"... and {len(skipped) - SHOWN} more, listed in skipped.parquet", style="dim")
     tail = f", {len(skipped)} skipped" if len(skipped) else ""
     print_text(f"{summary.images} images audited{tail}, in {seconds:.1f} s", style="dim")
+    if trial:
+        print_text(trial, style="dim")
     print_text(f"\nWritten to {_location(run)}")

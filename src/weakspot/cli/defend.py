@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,12 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weakspot._checks import check_fraction, unknown_choice
+from weakspot._checks import check_fraction
 from weakspot.budgets import read_budget
 from weakspot.cli.aims import find_labels
-from weakspot.cli.app import Failure, command
+from weakspot.cli.app import INTERRUPTED, Failure, command
+from weakspot.cli.defense_choice import find_defense
 from weakspot.cli.options import (
     ATTACK,
+    QUICK_IMAGES,
+    QUICK_STEPS,
     BudgetOption,
     EveryOption,
     FractionOption,
@@ -33,7 +34,6 @@ from weakspot.cli.options import (
     flag,
     given,
     option,
-    parse_settings,
     refuse,
 )
 from weakspot.cli.output import MOST_ROWS, add_row, json_rows, make_table, print_table, print_text
@@ -41,6 +41,7 @@ from weakspot.cli.session import (
     Session,
     check_output,
     check_sources,
+    draw_rows,
     load_classifier,
     open_session,
     shorten_paths,
@@ -48,15 +49,13 @@ from weakspot.cli.session import (
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import nn
+    from torch import Tensor, nn
 
     from weakspot.classifier import Classifier
 
 FILES = ("defense.csv", "defense.json", "defense.png", "run.json")
-QUICK = {"limit": 16, "steps": 10, "queries": 500}
+QUICK = {"limit": QUICK_IMAGES, "steps": QUICK_STEPS, "queries": 500}
 QUICK_SUMMARY = "At most {limit} images, {steps} steps and {queries} queries".format(**QUICK)
-BUILT_IN = ("neutralize", "mask_units")
-FORMS = "neutralize, mask_units or package.module:factory"
 
 
 @command(
@@ -139,8 +138,9 @@ def defend(
     check_fraction(fraction)
     with open_session(context, network, output, out, FILES) as session:
         from weakspot.classifier import check_images
-        from weakspot.defenses import evaluate_defense, oracle_neutralized, verdict
+        from weakspot.defenses import evaluate_defense, verdict
         from weakspot.defenses.randomized import is_random
+        from weakspot.defenses.verdicts import unfinished
 
         classifier = session.classifier
         defended = find_defense(defense, settings, classifier)
@@ -152,20 +152,24 @@ def defend(
             refuse(context, ["draws"], f"with {defense}, which is not random")
         # Before --limit, so that a table must list every image whatever the limit.
         truth, _, where = find_labels(labels, classifier, read)
-        if limit is not None and limit < len(truth):
-            rows = sorted(random.Random(seed).sample(range(len(truth)), limit))  # noqa: S311 - no secret
-            read, truth = read.subset(rows), truth[rows]
+        rows = draw_rows(len(truth), limit, seed)
+        read, truth = read.subset(rows), truth[rows]
         session.make_folder()
-        # The oracle is the same defense with the region of the clean image.
-        module = getattr(defended, "network", None)
-        own = {key: getattr(module, key) for key in ("fraction", "fill") if oracle}
-        table = evaluate_defense(
-            classifier, defended, read.pixels, truth, budget=spent, steps=steps, fraction=fraction, draws=draws,
-            queries=queries, substitute=other, thorough=thorough, seed=seed,
-            oracle=partial(oracle_neutralized, classifier, **own) if oracle else None,
-            progress=session.display.step("attacking", total=len(truth), counted=False),
-        )  # fmt: skip
-        result = verdict(table)
+        finished: list[pd.DataFrame] = []
+        interrupted = False
+        try:
+            table = evaluate_defense(
+                classifier, defended, read.pixels, truth, budget=spent, steps=steps, fraction=fraction, draws=draws,
+                queries=queries, substitute=other, thorough=thorough, seed=seed,
+                oracle=_oracle(classifier, defended) if oracle else None,
+                progress=session.display.step("attacking", total=len(truth), counted=False),
+                on_attack=finished.append,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            if not finished:
+                raise
+            table, interrupted = finished[-1], True
+        result = unfinished(table) if interrupted else verdict(table)
         session.display.step("writing")
         about = {
             "defense": ", ".join([defense, *(settings or [])]),
@@ -177,11 +181,20 @@ def defend(
             "labels": where,
             **session.provenance(seed),
         }
-        document: dict[str, object] = {key: about[key] for key in ("status", "verdict", "defense", "labels")}
-        document |= {"images": len(truth), "attacks": json_rows(table)}
+        document = {
+            **{key: about[key] for key in ("status", "verdict", "defense", "labels")},
+            "images": len(truth),
+            "attacks": json_rows(table),
+        }
         title = f"{result.sentence} {classifier.name}, {about['defense']}, {len(truth)} images, {spent}"
         names = read.paths if samples else shorten_paths(read.paths)
         _write(out, table, document, {**about, "images": names}, title)
+    if interrupted:
+        raise Failure(
+            f"interrupted; {out / 'defense.csv'} holds the attacks that had finished on all images, and no verdict: "
+            f"{', '.join(table['attack'])}",
+            INTERRUPTED,
+        )
 
     def show() -> None:
         _print(table, result.sentence, where, _meanings(steps, substitute, table), every=every)
@@ -199,71 +212,12 @@ def _load_substitute(session: Session, model: str) -> Classifier:
     return load_classifier(ModelOptions(model, size=size, device=session.network.device))
 
 
-def find_defense(text: str, settings: Sequence[str] | None, classifier: Classifier) -> nn.Module:
-    """The defended model that the options describe.
+def _oracle(classifier: Classifier, defended: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """The same defense with the region of the clean image."""
+    from weakspot.defenses import oracle_neutralized
 
-    Args:
-        text: a built-in defense, or package.module:factory. The factory is called with the undefended classifier and
-            the settings, and returns a module that takes the same images and returns logits.
-        settings: NAME=VALUE each.
-        classifier: the undefended classifier.
-    """
-    from torch import nn
-
-    from weakspot.models.specs import find_factory
-
-    module, colon, name = text.partition(":")
-    if not colon and text not in BUILT_IN:
-        raise Failure(unknown_choice("--defense", text, BUILT_IN, remedy="or give package.module:factory"))
-    if not colon:
-        defended = _built_in(text, settings, classifier)
-    else:
-        factory = find_factory(module, name, kind="defense", forms=FORMS)
-        if not callable(factory):
-            raise Failure(
-                f"--defense {text} must be a function of the undefended classifier, got {type(factory).__name__}"
-            )
-        values = parse_settings(settings, texts=("layer", "units"))
-        try:
-            defended = factory(classifier, **values)
-        except Exception as error:
-            given_settings = f" and {', '.join(settings)}" if settings else ""
-            raise Failure(
-                f"--defense {text} failed on the undefended classifier{given_settings}: {type(error).__name__}: {error}"
-            ) from error
-    if not isinstance(defended, nn.Module):
-        raise Failure(
-            f"--defense {text} must return a torch.nn.Module that takes images in [0, 1] and returns logits, got "
-            f"{type(defended).__name__}"
-        )
-    for part in defended.modules():  # flags rather than .eval(), which exported modules refuse
-        part.training = False
-    return defended.to(classifier.mean.device)
-
-
-def _built_in(name: str, settings: Sequence[str] | None, classifier: Classifier) -> nn.Module:
-    from weakspot.defenses import mask_units, neutralizing
-
-    make: Callable[..., nn.Module] = neutralizing if name == "neutralize" else mask_units
-    values: dict[str, object] = {**parse_settings(settings, texts=("layer", "units"))}
-    parameters = {key: p for key, p in inspect.signature(make).parameters.items() if key != "model"}
-    for key in values:
-        if key not in parameters:
-            raise Failure(unknown_choice(f"--set of {name}", key, parameters))
-    missing = [key for key, p in parameters.items() if p.default is p.empty and key not in values]
-    if missing:
-        raise Failure(f"{name} needs {' and '.join(missing)} (give --set layer=_blocks.5 --set units=3,17)")
-    if name == "neutralize" and "seed" in values and not values.get("randomness"):
-        raise Failure("--set seed has no effect without randomness (add --set randomness=0.5)")
-    if "units" in values:
-        units = [part.strip() for part in str(values["units"]).split(",")]
-        if not all(part.isascii() and part.isdigit() for part in units):
-            raise Failure(f"units must be integers separated by commas such as 3,17, got {values['units']!r}")
-        values["units"] = [int(part) for part in units]
-    try:
-        return make(classifier, **values)
-    except TypeError as error:
-        raise Failure(f"{name} failed with {', '.join(settings or ())}: {error}") from error
+    own = {name: getattr(defended.network, name) for name in ("fraction", "fill")}
+    return partial(oracle_neutralized, classifier, **own)
 
 
 def _write(

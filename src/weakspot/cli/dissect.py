@@ -20,6 +20,8 @@ from weakspot.cli.attacked_units import (
     read_attacked,
 )
 from weakspot.cli.options import (
+    QUICK_IMAGES,
+    QUICK_STEPS,
     EveryOption,
     ModelOptions,
     OutputOptions,
@@ -30,7 +32,7 @@ from weakspot.cli.options import (
     refuse,
 )
 from weakspot.cli.output import first_rows, print_rows, print_text
-from weakspot.cli.session import Session, check_existing, open_session
+from weakspot.cli.session import Session, check_existing, draw_rows, open_session
 
 if TYPE_CHECKING:
     from weakspot.classifier import Classifier
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 FILES = ("cache", "concepts", "demo-concepts-*", "report.html", "*.csv", "run.json")
 SHOWN = 40  # units of a layer whose images are shown
 FEWEST = 2  # images to attack; twice as many if half of them choose the units that are masked
+QUICK_LABELED = 100  # labeled images of a trial
 DEMO_QUANTILE, QUANTILE = 0.01, 0.005
 
 
@@ -107,6 +110,14 @@ def dissect(
     alignment: Annotated[
         str, option("NAME", "How maps are aligned with images: receptive_field, effective or resize.")
     ] = "receptive_field",
+    quick: Annotated[
+        bool,
+        flag(
+            "--quick",
+            f"A trial: at most {QUICK_LABELED} labeled images, and of --images at most {QUICK_IMAGES} in "
+            f"{QUICK_STEPS} steps. Shows that it works, not how well.",
+        ),
+    ] = False,
     seed: SeedOption = 0,
     every: EveryOption = False,
     out: Annotated[Path, option("FOLDER", "Folder for report.html, a table per layer, run.json.")] = Path(
@@ -128,6 +139,9 @@ def dissect(
         refuse(context, ("names", "void"), "without --masks")
     if not attack.images:
         refuse(context, ("budget", "steps", "mask", "seed"), "without --images")
+    if quick:
+        refuse(context, ["steps"], "with --quick, which sets it (leave out one of the two)")
+    steps = QUICK_STEPS if quick else attack.steps
     mask = parse_mask(attack.mask, len(layer or []))
     check_existing(attack.images or [])
     budget = read_budget(attack.budget)
@@ -136,6 +150,8 @@ def dissect(
 
         classifier = session.classifier
         images = read_attacked(session, attack, mask) if attack.images else None
+        if images is not None and quick:
+            images = images[draw_rows(len(images), QUICK_IMAGES, seed)]
         session.make_folder()
         session.display.step("reading the concepts")
         folder = _find_concepts(dataset, out, classifier, concepts)
@@ -148,20 +164,23 @@ def dissect(
             min_iou=min_iou,
             denominator=denominator,
             alignment=alignment,
+            limit=QUICK_LABELED if quick else None,
             cache=out / "cache",
             progress=session.display.step("dissecting"),
         )
         attacked = AttackedUnits()
         if images is not None:
             attacked = attack_units(
-                session, dissections, images, budget=budget, steps=attack.steps, mask=mask, seed=seed
+                session, dissections, images, budget=budget, steps=steps, mask=mask, seed=seed
             )
         session.display.step("drawing")
         options = asdict(next(iter(dissections.values())).options)
         made = {
             "concepts": f"{folder}" if dataset else "colors and textures that weakspot generated",
             "layers": ", ".join(layers),
-            **{name: str(value) for name, value in options.items() if name != "dataset"},
+            **{
+                name: str(value) for name, value in options.items() if name != "dataset" and value is not None
+            },
             **({"attack": attacked.attack} if attacked.attack else {}),
             **session.provenance(seed),
         }
@@ -179,6 +198,10 @@ def dissect(
             print_text(f"... and {more} more layers (show them with --all)", style="dim")
         for paragraph in attacked.paragraphs():
             print_text(f"\n{paragraph}")
+        if quick:
+            print_text(
+                f"\n--quick: at most {QUICK_LABELED} labeled images, which shows that it works, not how well."
+            )
         print_text(f"\n{len(layers)} layers{session.ending()}", style="dim")
         print_text(f"\nReport: {page.resolve()}")
 

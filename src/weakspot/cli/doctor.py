@@ -1,7 +1,5 @@
 """`weakspot models` and `weakspot doctor`: what is installed and whether it works."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import time

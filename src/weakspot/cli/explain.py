@@ -32,7 +32,7 @@ from weakspot.cli.output import json_rows, print_text
 from weakspot.cli.session import Images, Session, check_existing, check_sources, open_session
 from weakspot.cli.verdict_output import VerdictOutput
 from weakspot.explanations import explain as explain_pairs
-from weakspot.explanations.analysis import QUICK, available_analyses, find_analyses
+from weakspot.explanations.analysis import QUICK, find_analyses, usual_analyses
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +98,7 @@ def explain(
     attack = choice.choose(context)
     if quick:
         refuse(context, ["analyses"], "with --quick (leave out one of the two)")
-    every_name = available_analyses()
+    every_name = usual_analyses()
     chosen = every_name if analyses == "all" else [] if analyses == "none" else parse_names(analyses)
     planned = list(find_analyses(QUICK if quick else chosen))
     with open_session(context, network, output, out, FILES) as session:

@@ -12,17 +12,22 @@ import typer
 from weakspot.cli.aims import find_labels
 from weakspot.cli.app import command
 from weakspot.cli.options import (
+    QUICK_IMAGES,
     BudgetOption,
     ImagesArgument,
     LabelsOption,
+    LimitOption,
     ModelOptions,
     OutputOptions,
+    QuickOption,
     SamplesOption,
     SeedOption,
     option,
+    refuse,
+    trial_sentence,
 )
 from weakspot.cli.output import json_rows, print_text, shorten_name
-from weakspot.cli.session import check_output, check_sources, open_session
+from weakspot.cli.session import check_output, check_sources, draw_rows, open_session
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,6 +58,8 @@ def map(  # noqa: A001 - the name of the command
             "EFFORT", "estimate (from gradients), or verified (every cell is searched, which takes longer)."
         ),
     ] = "estimate",
+    limit: LimitOption = None,
+    quick: QuickOption = False,
     seed: SeedOption = 0,
     out: Annotated[Path, option("FOLDER", f"Folder for {', '.join(FILES)}.")] = Path("weakspot-map"),
 ) -> None:
@@ -64,6 +71,9 @@ def map(  # noqa: A001 - the name of the command
     sources = list(images or [])
     check_sources(sources, samples=samples)
     check_output(out, sources, folders=FILES[:1])
+    if quick:
+        refuse(context, ["limit", "effort"], "with --quick, which sets them (leave out one of the two)")
+        limit = QUICK_IMAGES
     with open_session(context, network, output, out, FILES) as session:
         from weakspot._checks import check_choice
         from weakspot._io.files import write_atomic
@@ -75,15 +85,17 @@ def map(  # noqa: A001 - the name of the command
         check_choice("--effort", effort, EFFORTS)
         classifier = session.classifier
         read = session.read_images(sources, samples=samples)
-        aim = find_labels(labels, classifier, read)
+        truth = find_labels(labels, classifier, read).labels
+        rows = draw_rows(len(truth), limit, seed)
+        read, truth = read.subset(rows), truth[rows]
         session.make_folder()
         count = len(read.names)
         squares = smallest_square(
-            classifier, read.pixels, aim.labels, budget=spent, seed=seed,
+            classifier, read.pixels, truth, budget=spent, seed=seed,
             progress=session.display.step("looking for the smallest squares", total=count),
         )  # fmt: skip
         spots = weak_spots(
-            classifier, read.pixels, aim.labels, grid=grid, norm="l2" if isinstance(spent, L2) else "linf",
+            classifier, read.pixels, truth, grid=grid, norm="l2" if isinstance(spent, L2) else "linf",
             effort=effort, seed=seed,
             progress=session.display.step("searching the cells", total=count, counted=False),
         )  # fmt: skip
@@ -98,6 +110,8 @@ def map(  # noqa: A001 - the name of the command
             print_text(f"{_summary(scores)}\n")
         for _, row in scores.iterrows():
             print_text(f"{shorten_name(row['image'])}: {row['sentence']}")
+        if quick:
+            print_text(f"\n{trial_sentence()}", style="dim")
         print_text(f"\nMaps: {pictures.resolve()}{session.ending()}", style="dim")
 
     session.report(

@@ -1,7 +1,5 @@
 """Options that several commands share, each with one name, one default, one help text and one meaning."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,6 +64,15 @@ LabelsOption = Annotated[
 LimitOption = Annotated[
     int | None, option("N", "Use at most N images, chosen by --seed.", least=1, default="all images")
 ]
+QUICK_IMAGES, QUICK_STEPS = 16, 10  # of a trial
+QuickOption = Annotated[
+    bool,
+    flag(
+        "--quick",
+        f"A trial: at most {QUICK_IMAGES} images, chosen by --seed, and at most {QUICK_STEPS} steps of every attack "
+        "that takes steps. Shows that it works, not how well.",
+    ),
+]
 BudgetOption = Annotated[
     str,
     option(
@@ -108,7 +115,13 @@ SetOption = Annotated[
         panel=ATTACK,
     ),
 ]
-AnalysesOption = Annotated[str, option("NAMES", "Analyses to run, separated by commas, or all, or none.")]
+AnalysesOption = Annotated[
+    str,
+    option(
+        "NAMES",
+        "Analyses to run, separated by commas; all (but certificate, which takes minutes an image); or none.",
+    ),
+]
 EveryOption = Annotated[bool, flag("--all", "Show every row and column of the table.", panel=OUTPUT)]
 FloatOption = Annotated[
     bool,
@@ -217,6 +230,12 @@ def refuse(context: typer.Context, names: Sequence[str], why: str) -> None:
         *rest, last = options
         listed = f"{', '.join(rest)} and {last}" if rest else last
         raise Failure(f"{listed} {'have' if rest else 'has'} no effect {why}")
+
+
+def trial_sentence(steps: object = None) -> str:
+    """What --quick did: on how many images, and in how many steps if the attack takes steps."""
+    fewer = f" and {steps} steps" if steps else ""
+    return f"--quick: at most {QUICK_IMAGES} images{fewer}, which shows that it works, not how well."
 
 
 def refuse_fraction(context: typer.Context, regions: Sequence[str], option: str = "--region") -> None:

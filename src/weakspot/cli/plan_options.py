@@ -1,7 +1,5 @@
 """The plan of an audit on the command line: options, and a plan.toml that they override."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,8 +8,10 @@ from typing import Annotated, Any, cast
 import typer
 
 from weakspot.cli.app import Failure
+from weakspot.cli.attack_choice import quick_steps
 from weakspot.cli.options import (
     ATTACK,
+    QUICK_IMAGES,
     AnalysesOption,
     BudgetOption,
     FractionOption,
@@ -152,6 +152,27 @@ def plan_table(
     images = table["images"]
     check_existing([images] if isinstance(images, str) else images)  # type: ignore[arg-type]  # a list of texts
     return table, out
+
+
+def quick_plan(table: dict[str, object]) -> dict[str, object]:
+    """The plan of a trial: fewer images, and fewer steps of every attack that takes steps, unless it states less.
+
+    What has a wrong type stays as it is, for `Plan.from_mapping` to refuse.
+    """
+    from weakspot.attacks import find_attack
+
+    limit, attacks = table.get("limit", QUICK_IMAGES), table.get("attacks", "pgd")
+    if isinstance(attacks, str | list) and all(isinstance(attack, str | dict) for attack in attacks):
+        attacks = tables = _with_settings(attacks, ())
+        for attack in tables:
+            name, own = attack.get("name"), attack.get("settings", {})
+            steps = quick_steps(find_attack(name)) if isinstance(name, str) else None
+            if steps is not None and isinstance(own, dict):
+                stated = own.get("steps", steps)
+                fewer = min(stated, steps) if isinstance(stated, int) else stated
+                attack["settings"] = {**own, "steps": fewer}
+    fewest = min(limit, QUICK_IMAGES) if isinstance(limit, int) else limit
+    return {**table, "limit": fewest, "attacks": attacks}
 
 
 def _with_settings(attacks: object, settings: Sequence[str]) -> list[dict[str, Any]]:

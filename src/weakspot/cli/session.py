@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shlex
 import sys
 import time
@@ -297,6 +298,13 @@ def load_classifier(options: ModelOptions) -> Classifier:
     if options.classes is not None and names != logits.shape[1]:
         raise Failure(f"--classes must hold {logits.shape[1]} names, one for each class, got {names}")
     return classifier
+
+
+def draw_rows(total: int, limit: int | None, seed: int) -> list[int]:
+    """The rows of `limit` images of `total`, drawn by the seed, in their order; all rows without a limit."""
+    if limit is None or limit >= total:
+        return list(range(total))
+    return sorted(random.Random(seed).sample(range(total), limit))  # noqa: S311 - no secret
 
 
 def command_line() -> str:

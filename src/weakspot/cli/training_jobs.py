@@ -246,7 +246,7 @@ def print_training(results: Results, seconds: float, out: Path, *, matrix: bool)
     print_text(f"\nWritten to {out.resolve()} in {seconds:.0f} s; {following}", style="dim")
 
 
-def _accuracy(row: Mapping[str, Any], *, interval: bool) -> str:
+def _accuracy(row: Mapping[str, float | None], *, interval: bool) -> str:
     # low is null in JSON, or NaN, where there is no interval.
     known = interval and row["low"] is not None and row["low"] == row["low"]
     return f"{row['accuracy']:.1%}" + (f" ({row['low']:.1%}-{row['high']:.1%})" if known else "")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from weakspot.explanations import Explanation
 
+SQUARES = "weak_spots"  # the analysis that finds the smallest squares
+
 
 @dataclass(eq=False)
 class VerdictOutput:
@@ -45,21 +47,25 @@ class VerdictOutput:
         return [name for name in self.planned if name not in done]
 
     def update(self, explanation: Explanation) -> None:
-        """Keep the explanation so far; print what is known after the first analysis while deeper ones follow."""
-        first, self.latest = self.latest is None, explanation
-        if first and not self.session.output.silent:
-            with self.session.showing():
-                self._print_classes(explanation)
-                if len(explanation.scores) == 1:
-                    self._print_verdicts(explanation)
-                if self.missing:
-                    following = f"Further analyses follow: {', '.join(self.missing)}"
-                    print_text(f"\n{following} (Ctrl-C keeps those that have finished)", style="dim")
+        """Keep the explanation so far; print what is known while deeper analyses follow.
+
+        One image: its verdict after the first analysis. Several: first the sentence over all of them, so the smallest
+        squares must be known.
+        """
+        self.latest = explanation
+        several = len(explanation.scores) > 1
+        if self.begun or self.session.output.silent or (several and SQUARES in self.missing):
+            return
+        with self.session.showing():
+            self._print_classes(explanation)
+            if not several:
+                self._print_verdicts(explanation)
+            if self.missing:
+                following = f"Further analyses follow: {', '.join(self.missing)}"
+                print_text(f"\n{following} (Ctrl-C keeps those that have finished)", style="dim")
 
     def finish(self, explanation: Explanation) -> None:
         """Print the verdicts, or what they say beyond those printed before, and what each analysis cost."""
-        from weakspot.report.image_findings import overview
-
         if not self.begun:
             self._print_classes(explanation)
         if self.printed:
@@ -68,18 +74,19 @@ class VerdictOutput:
                 if verdict != before:
                     print_text("\n" + verdict.replace(before, "").strip())
         else:
-            # Before the images one by one: what holds for all of them.
-            if sentence := overview(explanation.scores):
-                print_text(f"\n{sentence}", style="bold")
             self._print_verdicts(explanation)
         if explanation.seconds:
             costs = (f"{name} {seconds:.1f} s" for name, seconds in explanation.seconds.items())
             print_text(f"\nAnalyses: {', '.join(costs)}{self.session.ending()}", style="dim")
 
     def _print_classes(self, explanation: Explanation) -> None:
-        """How many images were fooled, and a table of their classes before and after."""
+        """What holds for all images, and a table of their classes before and after."""
+        from weakspot.report.image_findings import overview
+
         self.begun = True
         scores = explanation.scores
+        if sentence := overview(scores):
+            print_text(f"{sentence}\n", style="bold")
         # An image that is misclassified without an attack is no success of the attack.
         right = scores["read_clean_as"] == scores["label"]
         fooled = int((scores["success_8bit"] & right).sum())
@@ -105,7 +112,7 @@ class VerdictOutput:
 
 
 def _print_table(scores: pd.DataFrame, rows: Sequence[pd.Series], *, every: bool) -> None:
-    """A row for each image: classes before and after, and where the effect lies if that can be told."""
+    """A row for each image: classes before and after, and where the effect lies if the verdict says so."""
     from weakspot.report.image_verdict import headline
     from weakspot.statistics.number_format import p_value, percent
 

@@ -1,7 +1,5 @@
 """Images and labels in one .npz or .npy file of arrays."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from pathlib import Path
 from typing import Any

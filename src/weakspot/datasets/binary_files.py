@@ -3,8 +3,6 @@
 IDX, also that of Fashion-MNIST, is a magic number, the shape, and bytes. CIFAR-10 and CIFAR-100 are labels and pixels.
 """
 
-from __future__ import annotations
-
 import gzip
 import math
 import zlib

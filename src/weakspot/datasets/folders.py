@@ -1,7 +1,5 @@
 """Data sets by path: the content decides how a file or folder is read. Folders of one class each are read here."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Hugging Face data sets, read with the library `datasets`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

@@ -8,8 +8,6 @@ Two sources of labels are elsewhere: labels stored beside images in an array (`a
 data (`folders`), which define the classes of a model instead of naming those of one.
 """
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass

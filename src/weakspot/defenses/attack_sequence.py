@@ -87,6 +87,7 @@ class AttackSequence:
         ends: (N, C, H, W) where each gradient attack on the defended model ended, by its name.
         rows: of the table so far.
         transferred: (N, C, H, W) images attacked for the undefended model.
+        on_attack: called with the rows after each attack.
         after_transfer: (N,) bool, whether the undefended model withstands them.
         undefended: the first side.
         defended: the second side.
@@ -117,6 +118,7 @@ class AttackSequence:
         self.transferred = images
         self.after_transfer = torch.zeros_like(labels, dtype=torch.bool)
         self.done = 0.0
+        self.on_attack: Callable[[list[dict[str, object]]], None] = lambda _: None
         self.part: Progress = lambda fraction: self.report(0.1 * fraction)
 
     def run(self, substitute: nn.Module | None) -> None:
@@ -322,6 +324,7 @@ class AttackSequence:
                 correct[rows] = is_correct(side.judged, fitted, self.labels[rows])
             side.correct = correct
         self.rows.append(table_row(name, self.undefended.correct, self.defended.correct))
+        self.on_attack(self.rows)
 
 
 def is_correct(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

@@ -6,8 +6,6 @@ defended model is one lead, the undefended model another, and a third goes strai
 Agreement is whether a step along a lead's gradient changes the defended model's margin as the gradient predicts.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress

@@ -45,6 +45,7 @@ def evaluate_defense(
     thorough: bool = False,
     seed: int = 0,
     progress: ProgressOption = None,
+    on_attack: Callable[[pd.DataFrame], None] | None = None,
 ) -> pd.DataFrame:
     """Accuracy of the undefended and of the defended model under the same attacks; `verdict` sums it up.
 
@@ -87,6 +88,7 @@ def evaluate_defense(
         thorough: whether the ensemble, which is slow, is run too.
         seed: of the attacks and of draws from the global generators, which are restored.
         progress: True for a bar on standard error or in the notebook, or a function of the fraction done.
+        on_attack: called after each attack with the rows so far.
 
     Returns:
         One row per attack. "undefended" and "defended" are accuracies, each with "_low" and "_high" (the exact 95%
@@ -112,6 +114,8 @@ def evaluate_defense(
     effort = Effort(whole_levels(budget), steps, fraction, draws, queries, thorough=thorough, seed=seed)
     with shown(progress, "attacking", total=len(images), counted=False) as report:
         sequence = AttackSequence((model, defended), images, labels, effort, report)
+        if on_attack is not None:
+            sequence.on_attack = lambda rows: on_attack(pd.DataFrame(rows))
         sequence.run(substitute)
         rows = sequence.rows
         if oracle is not None:

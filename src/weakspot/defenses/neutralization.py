@@ -5,8 +5,6 @@ and every parameter are ours. Evaluate it by attacks on the defended model (`eva
 for the undefended model say nothing about an attacker who knows the defense.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

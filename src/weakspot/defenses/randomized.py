@@ -10,8 +10,6 @@ image, so an image that fools it once fools it always. An attacker who has its s
 is; its randomness protects only as long as the seed is secret and nobody may query.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager

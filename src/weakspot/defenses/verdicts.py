@@ -100,6 +100,21 @@ def verdict(table: pd.DataFrame) -> Verdict:
     return Verdict("protects", f"Protects against these attacks: {measured}.{_masking_note(leads)}")
 
 
+def unfinished(table: pd.DataFrame) -> Verdict:
+    """The verdict on an evaluation that was interrupted: none, with the accuracy so far.
+
+    Args:
+        table: the rows of the attacks that had finished.
+    """
+    last = table.iloc[-1]
+    return Verdict(
+        "cannot be judged",
+        f"Cannot be judged: the evaluation was interrupted after {last['attack']}. Accuracy so far is "
+        f"{_accuracy(last, 'defended')} with the defense and {_accuracy(last, UNDEFENDED)} without it "
+        f"({int(last['images'])} images).",
+    )
+
+
 def _doubts(rows: pd.DataFrame, leads: pd.DataFrame) -> list[str]:
     """The reasons why a gain may be an illusion."""
     reasons = []

@@ -4,8 +4,6 @@ The layout is that of network dissection's own data set (Bau et al. 2017): image
 with one line per image, label.csv with one line per label. A mask's pixel is red + 256 x green; blue is 0.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import re

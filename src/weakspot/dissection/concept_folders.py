@@ -1,7 +1,5 @@
 """`build_concepts`: a folder of pictures, with masks or sorted into folders by label, becomes a concept set."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path

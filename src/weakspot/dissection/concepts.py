@@ -1,7 +1,5 @@
 """Concept sets: images with labeled concepts in Broden's layout, and their images and masks batch by batch."""
 
-from __future__ import annotations
-
 import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,8 +87,12 @@ class ConceptSet:
     _lookup: NDArray[np.int32] = field(repr=False)
 
     @classmethod
-    def open(cls, folder: Path | str) -> Self:
+    def open(cls, folder: Path | str, *, limit: int | None = None) -> Self:
         """Read index.csv and label.csv; images and masks are not read yet.
+
+        Args:
+            folder: of the set.
+            limit: at most so many images, evenly spaced in index.csv, which lists one source after the other.
 
         Raises:
             FileNotFoundError: if one of the two files is missing.
@@ -108,6 +110,8 @@ class ConceptSet:
             _parse_row(index, line, dict(zip(header, cells, strict=True)), categories)
             for line, cells in lines
         )
+        if limit is not None and limit < len(rows):
+            rows = tuple(rows[number * len(rows) // limit] for number in range(limit))
         labels = read_label_table(folder / "label.csv")
         concepts = tuple(
             Concept(number, name, category)

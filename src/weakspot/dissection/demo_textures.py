@@ -1,7 +1,5 @@
 """Demo textures: a concept set of colors and textures that is drawn, not collected, so that it needs no data."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 

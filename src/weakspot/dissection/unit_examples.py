@@ -1,7 +1,5 @@
 """Unit examples: the pictures that excite a unit most, and where in them it is active."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,7 +69,7 @@ def show_units(
             units_of.setdefault(image, []).append(unit)
     if not units_of:
         return {unit: [] for unit in units}
-    concepts = ConceptSet.open(dataset)
+    concepts = ConceptSet.open(dataset, limit=dissection.options.limit)
     thresholds = torch.tensor(dissection.units["threshold"].to_numpy())
     examples: dict[tuple[int, int], UnitExample] = {}
     with evaluating(model) as classifier:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from weakspot._checks import check_batch_size, check_choice, is_number
+from weakspot._checks import check_batch_size, check_choice, check_count, is_number
 from weakspot._progress import Progress, ProgressOption, shown
 from weakspot.attribution.alignment import Grid
 from weakspot.attribution.hooks import Place, fused_for, reading, spatial_layers
@@ -51,6 +51,7 @@ class DissectionOptions:
         alignment: where the cells of a layer lie in the image.
         min_iou: least intersection over union of a detector.
         dataset: the folder of the data set.
+        limit: at most so many of its images; None for all.
     """
 
     quantile: float = 0.005
@@ -58,6 +59,7 @@ class DissectionOptions:
     alignment: str = "receptive_field"
     min_iou: float = 0.04
     dataset: str = ""
+    limit: int | None = None
 
     def check(self) -> None:
         """Raises ValueError unless every option is valid."""
@@ -67,6 +69,8 @@ class DissectionOptions:
             )
         if not is_number(self.min_iou) or not 0 <= self.min_iou <= 1:
             raise ValueError(f"min_iou must be between 0 and 1, such as 0.04, got {self.min_iou!r}")
+        if self.limit is not None:
+            check_count("limit", self.limit)
         check_choice("denominator", self.denominator, DENOMINATORS)
         check_choice("alignment", self.alignment, ALIGNMENTS)
 
@@ -155,21 +159,25 @@ def dissect_layers(
     min_iou: float = 0.04,
     denominator: str = "category",
     alignment: str = "receptive_field",
+    limit: int | None = None,
     batch_size: int | None = None,
     cache: Path | str | None = None,
     progress: ProgressOption = None,
 ) -> dict[str, Dissection]:
-    """`dissect` for several layers in the same two passes over the data, with all concepts and the top images."""
-    options = DissectionOptions(quantile, denominator, alignment, min_iou, str(Path(dataset)))
+    """`dissect` for several layers in the same two passes over the data, with all concepts and the top images.
+
+    `limit` takes at most so many images, evenly spaced in index.csv.
+    """
+    options = DissectionOptions(quantile, denominator, alignment, min_iou, str(Path(dataset)), limit)
     options.check()
     check_batch_size(batch_size)
     if isinstance(layers, str) or not isinstance(layers, Sequence) or not len(layers):
         raise ValueError(f"layers must be a list of layer names, got {layers!r}")
-    concepts = ConceptSet.open(dataset)
+    concepts = ConceptSet.open(dataset, limit=limit)
     for file, rows in (("index.csv", len(concepts)), ("label.csv", len(concepts.concepts))):
         if not rows:
             raise ValueError(f"{Path(dataset) / file} must have at least one row, got none that can be used")
-    decisive = {"quantile": quantile, "denominator": denominator, "alignment": alignment}
+    decisive = {"quantile": quantile, "denominator": denominator, "alignment": alignment, "limit": limit}
     with (
         evaluating(model) as classifier,
         shown(progress, "dissecting", total=len(concepts), counted=False) as report,

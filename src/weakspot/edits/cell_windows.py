@@ -1,7 +1,5 @@
 """Cells and superpixels of an image, as windows that edits are made in."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

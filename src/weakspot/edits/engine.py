@@ -1,7 +1,5 @@
 """The engine of many small edits: whatever an edit does not reach is taken from the unedited image."""
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Sequence
@@ -230,7 +228,7 @@ def _prepare(classifier: Classifier, image: Tensor) -> Prepared:
         phase = (
             "it cannot be recorded" if recording is None else "its recording fits one number of images only"
         )
-        return Prepared(None, f"{phase} ({type(problem).__name__}: {str(problem).partition(chr(10))[0]})")
+        return Prepared(None, f"{phase} ({type(problem).__name__})")
     if error > TOLERANCE:
         return Prepared(None, f"its recording is off by {error:.1e} of the range of its logits")
     _known[classifier.network] = (structure, sums, recording)

@@ -128,7 +128,10 @@ class _Kernel:
     def reach(self, axis: int, starts: Tensor, length: int, results: int) -> _Reach:
         """What windows (M,) of this length reach along an axis (0 down, 1 along) with so many results."""
         stride, padding = self.stride[axis], self.padding[axis]
+        # A dilated kernel of k sites spans d (k - 1) + 1.
         extent = self.dilation[axis] * (self.size[axis] - 1) + 1
+        # Result r reads `extent` sites from r * stride - padding on. The first to meet the window is the least r with
+        # r * stride > start + padding - extent, the last the greatest with r * stride < start + padding + length.
         # ceil(a / stride) as floor((a + stride - 1) / stride).
         first, last = starts + (padding - extent + stride), starts + (padding + length - 1)
         if stride > 1:
@@ -137,7 +140,10 @@ class _Kernel:
         # Fewer at the borders. Rounded up, so that few sizes occur: torch sets up its kernels for each.
         multiple = max(1, results // SIZES)
         reached = max(1, -(-int((last - first).amax() + 1) // multiple) * multiple)
+        # (length + extent - 2) // stride + 1: no window of this length reaches more, wherever it begins.
         count = min(reached, (length + extent - 2) // stride + 1, results)
+        # Moved back inside the map rather than cut, so that all windows have one size: more results are then computed
+        # than were reached, from unedited sites, and come out unedited.
         first = first.clamp(max=results - count)
         # A stride longer than the kernel skips sites, on which the window may begin or end.
         before, behind = max(0, stride - extent), stride - 1
@@ -203,10 +209,12 @@ def _slide(
     clean, (rows, columns) = state.cleans[step.inputs[0]], state.sizes[step.outputs[0]]
     down = kernel.reach(0, windows.tops, windows.size[0], rows)
     along = kernel.reach(1, windows.lefts, windows.size[1], columns)
+    # Every kernel makes windows grow; near the whole map, cutting and pasting costs more than it saves.
     if down.count * along.count > state.room * rows * columns:
         return None
     widths = (*along.border(clean.size[1]), *down.border(clean.size[0]))
     bordered = clean.with_border(widths, kernel.border)
+    # The unedited surroundings first, then the edit on top: so the kernel reads what it would read in the whole map.
     cut = gathered(bordered, state.owners, down.cut, along.cut, (down.length, along.length))
     paste(cut, down.inside, along.inside, windows.values)
     seen = as_seen(cut[:, down.before :, along.before :], "maps")

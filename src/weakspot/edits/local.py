@@ -1,14 +1,12 @@
 """LocalEdits: exact logits of an image under many small edits, by windows or whole images, whichever is less work."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
 from weakspot._checks import check_batch_size, check_range
@@ -289,8 +287,8 @@ class _Multiplications(DispatchMode):
         self.count = 0
 
     def __torch_dispatch__(
-        self, func: Any, types: object, args: Arguments = (), kwargs: Keywords | None = None
-    ) -> Any:
+        self, func: OpOverload, types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in flop_registry:
             self.count += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)

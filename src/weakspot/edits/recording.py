@@ -1,12 +1,11 @@
 """Recording: a classifier is watched once, and becomes a list of steps that can be repeated in other ways."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
@@ -57,8 +56,8 @@ class _Recorder(DispatchMode):
         return self.slots.get(id(value))
 
     def __torch_dispatch__(
-        self, func: Any, types: object, args: Arguments = (), kwargs: Keywords | None = None
-    ) -> Any:
+        self, func: OpOverload, types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
         del types
         kwargs = kwargs or {}
         leaves = [leaf for leaf in _pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -71,6 +70,7 @@ class _Recorder(DispatchMode):
         )
         if looks and any(id(leaf) in self.slots for leaf in leaves):
             raise CannotRecordError("it decides by the values of an image")
+        # Functions with out=...; only in-place functions have a counterpart that returns its result.
         if any(
             argument.alias_info is not None and argument.alias_info.is_write
             for argument in func._schema.arguments
@@ -87,7 +87,7 @@ class _Recorder(DispatchMode):
             self._note(func, name, args, kwargs, result)
         return result
 
-    def _note(self, func: Any, name: str, args: Arguments, kwargs: Keywords, result: Any) -> None:
+    def _note(self, func: OpOverload, name: str, args: Arguments, kwargs: Keywords, result: Any) -> None:
         if name in {"_local_scalar_dense", "equal", "is_nonzero"}:
             raise CannotRecordError("it decides by the values of an image")
         written = [
@@ -117,6 +117,7 @@ class _Recorder(DispatchMode):
             self.slots[id(value)] = number = len(self.alive) - 1
             outputs.append(number)
             storage = _storage(value)
+            # Writing makes this tensor the only one of its storage that is up to date; later views of it are, too.
             if any(value is one for one in written):
                 self.current[storage] = {id(value)}
             elif storage in self.current:
@@ -140,8 +141,8 @@ class _ReadGuard(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(
-        self, func: Any, types: object, args: Arguments = (), kwargs: Keywords | None = None
-    ) -> Any:
+        self, func: Callable[..., object], types: object, args: Arguments = (), kwargs: Keywords | None = None
+    ) -> object:
         del types
         if getattr(func, "__name__", "") in LOOKS and args and self.recorder.slot_of(args[0]) is not None:
             raise CannotRecordError("it decides by the values of an image")
@@ -156,7 +157,7 @@ def _indexes_by_numbers(name: str, arguments: Arguments) -> bool:
     )
 
 
-def _without_writing(func: Any, name: str) -> tuple[Any, str]:
+def _without_writing(func: OpOverload, name: str) -> tuple[OpOverload, str]:
     """The counterpart of an in-place function that returns its result instead, and its name."""
     twin = getattr(torch.ops.aten, name.removesuffix("_"), None) if name.endswith("_") else None
     overload = getattr(twin, func._overloadname, None)

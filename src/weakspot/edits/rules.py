@@ -3,8 +3,6 @@
 A rule returns None where it does not apply; the step is then done on whole maps, which is always right and never fast.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -49,12 +47,14 @@ def _sitewise(state: State, step: Step, values: Values) -> Windows | None:
     windows = [values[slot] for slot in step.inputs]
     if not all(isinstance(one, Windows) for one in windows):
         return None
+    # An input that is no windows is a whole map already; maps of other sizes would be broadcast over sites.
     order = windows[0].order
     sizes = {state.sizes[slot] for slot in step.inputs}
     if any(one.order != order for one in windows) or len(sizes) > 1:
         return None
     if not all(_has_no_sites(leaf, order) for leaf in (*step.arguments, *step.keywords.values())):
         return None
+    # One map: its windows as they are. Several: windows of common places, since values are combined site by site.
     common: list[Windows] | None = windows
     if len(windows) > 1:
         common = joined(windows, [state.cleans[slot] for slot in step.inputs], state.owners, state.room)
@@ -101,6 +101,7 @@ def _layer_norm(state: State, step: Step, values: Values) -> Windows | None:
 def _linear(state: State, step: Step, values: Values) -> Windows | None:
     """Rows times a constant matrix: addmm(bias, rows, matrix) or mm(rows, matrix)."""
     del state
+    # The windows must be the rows and not the matrix: rows are sites, which do not mix.
     place = 1 if step.name == "addmm" else 0
     windows: Windows = values[step.inputs[0]]
     if len(step.inputs) != 1 or step.arguments[place] != Slot(step.inputs[0]) or windows.order != "rows":
@@ -155,6 +156,7 @@ def _pad(state: State, step: Step, values: Values) -> Windows | None:
     widths = [*step.arguments[1], 0, 0, 0, 0, 0, 0]
     if windows.order != "maps" or min(widths) < 0 or any(widths[6:]):
         return None
+    # Sites behind the map move nothing, and the new border is the same in the unedited map, which holds it.
     left, _, top, _, front, back = widths[:6]
     value = step.arguments[2] if len(step.arguments) > 2 else 0
     padded = F.pad(windows.values, (front, back), value=value) if front or back else windows.values

@@ -1,7 +1,5 @@
 """A recorded network as a list of steps, and the steps rewritten so that fewer passes over memory are made."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from weakspot.fusion import runs_by_onednn
 
 RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias", "expand"}  # their second argument is a shape
 SITEWISE = {
@@ -187,18 +187,15 @@ def without_growth(recording: Recording) -> Recording:
 
 
 def by_onednn(steps: Sequence[Step]) -> list[Step]:
-    """The steps, where pointwise convolutions on CPUs go through oneDNN whatever the number of images.
+    """The steps, where pointwise convolutions on CPUs go through oneDNN (see `fusion.runs_by_onednn`)."""
+    return [replace(step, call=_pointwise) if step.is_pointwise else step for step in steps]
 
-    With one thread and fewer than 16 images torch 2.13 takes a matrix product instead, which needs up to twice the
-    time. It does not if the kernel is dilated, and a kernel of one site has nothing to dilate.
-    """
 
-    def dilated(step: Step) -> Step:
-        if not step.is_pointwise or step.arguments[1].device.type != "cpu":
-            return step
-        return replace(step, arguments=(*step.arguments[:5], [2, 2], *step.arguments[6:]))
-
-    return [dilated(step) for step in steps]
+def _pointwise(
+    maps: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, *rest: Any
+) -> Tensor:
+    dilation = [2, 2] if runs_by_onednn(maps, weight) else dilation
+    return torch.convolution(maps, weight, bias, stride, padding, dilation, *rest)
 
 
 def in_place(steps: Sequence[Step]) -> list[Step]:

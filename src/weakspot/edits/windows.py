@@ -147,6 +147,7 @@ def joined(
         for one in several[1:]
     ):  # fmt: skip
         return list(several)
+    # Branches of a residual block reach windows of different sizes. The smallest that contains all serves them all.
     height, width = cleans[0].size
     tops, tall = _span([one.tops for one in several], [one.size[0] for one in several], height)
     lefts, wide = _span([one.lefts for one in several], [one.size[1] for one in several], width)
@@ -155,6 +156,7 @@ def joined(
     grown = []
     for one, clean in zip(several, cleans, strict=True):
         if one.size != (tall, wide) or not torch.equal(one.tops, tops) or not torch.equal(one.lefts, lefts):
+            # What a branch did not reach is unedited there, so its clean map fills the rest exactly.
             around = gathered(clean.sites, owners, tops, lefts, (tall, wide))
             values = paste(around, one.tops - tops, one.lefts - lefts, one.values)
             grown.append(replace(one, values=values, tops=tops, lefts=lefts))
@@ -168,4 +170,5 @@ def _span(starts: Sequence[Tensor], lengths: Sequence[int], limit: int) -> tuple
     start = torch.stack(list(starts)).amin(0)
     end = torch.stack([begin + length for begin, length in zip(starts, lengths, strict=True)]).amax(0)
     length = int((end - start).max())
+    # Moved back inside where the longest would leave the map; it then contains its own stretch all the same.
     return start.clamp(max=limit - length), length

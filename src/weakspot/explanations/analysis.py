@@ -38,8 +38,10 @@ ORDER = (
     "locality",
     "propagation",
     "units",
+    "certificate",
 )
 FIRST = "overlap"  # `explain` runs this one first: the verdict rests on it
+ON_REQUEST = ("certificate",)  # takes minutes an image: it runs only if it is named
 QUICK = ("cam", "ssim", "overlap")  # enough for classes, place and verdict
 
 
@@ -143,8 +145,13 @@ def available_analyses() -> list[str]:
     return first + sorted(names.difference(first))
 
 
+def usual_analyses() -> list[str]:
+    """Names of the analyses that run unless others are named: all but those of `ON_REQUEST`."""
+    return [name for name in available_analyses() if name not in ON_REQUEST]
+
+
 def find_analyses(names: Sequence[str] | None) -> dict[str, AnalysisFunction]:
-    """Name to function; all analyses if `names` is None.
+    """Name to function; the usual analyses if `names` is None.
 
     Raises:
         ValueError: if a name is not registered in the entry-point group "weakspot.analyses".
@@ -153,7 +160,7 @@ def find_analyses(names: Sequence[str] | None) -> dict[str, AnalysisFunction]:
     for name in names or ():
         if name not in available:
             raise ValueError(unknown_choice("analysis", name, available))
-    chosen = available if names is None else [name for name in available if name in names]
+    chosen = usual_analyses() if names is None else [name for name in available if name in names]
     return {entry.name: entry.load() for name in chosen for entry in entry_points(group=GROUP, name=name)}
 
 
@@ -210,7 +217,7 @@ def prepare_pairs(classifier: Classifier, pairs: P) -> P:
 
 
 def check_pairs(pairs: Pairs, model: nn.Module) -> None:
-    """Raises ValueError unless `pairs` are Pairs and `model` is a module."""
+    """Raises ValueError unless `pairs` are Pairs, at least one, and `model` is a module."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module that returns logits, got {type(model).__name__}")
     if not isinstance(pairs, Pairs):
@@ -218,3 +225,5 @@ def check_pairs(pairs: Pairs, model: nn.Module) -> None:
             f"pairs must be Pairs, got {type(pairs).__name__} (attacks return them, and "
             "Pairs.of(model, clean, adversarial) makes them)"
         )
+    if not len(pairs):
+        raise ValueError("pairs must hold at least one pair, got none")

@@ -7,6 +7,7 @@ for small sets is ours. The curves are their own control: with no cell removed t
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -91,8 +92,9 @@ def restoration(
     with evaluating(model) as classifier:
         pairs = prepare_pairs(classifier, pairs)
         groups = cells(pairs.clean.shape[2], pairs.clean.shape[3], cell).to(pairs.clean.device)
-        with fused(classifier, pairs.clean[:1]):  # once for the many single passes
-            prepared = prepare(classifier, pairs.clean[:1])
+        prepared = prepare(classifier, pairs.clean[:1])
+        # Once for the many single passes; a recording is of the fused network already.
+        with nullcontext() if prepared.recording else fused(classifier, pairs.clean[:1]):
             search = _CellSearch(classifier, groups, windowed(groups, cell), prepared, batch_size)
             results = [search.of(pairs, number) for number in range(len(pairs))]
     counts, deletion, insertion, necessary, sufficient = (

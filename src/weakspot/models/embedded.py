@@ -3,8 +3,6 @@
 EfficientNet-Lite0 and its ImageNet weights are Python packages; three networks for MNIST are trained folders.
 """
 
-from __future__ import annotations
-
 import json
 import reprlib
 from collections.abc import Mapping

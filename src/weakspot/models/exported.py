@@ -5,8 +5,6 @@ expressions, names and guards of the archive. Archives are therefore inspected f
 tensors, every expression must be arithmetic, every name an identifier, and every operator one of torch's own.
 """
 
-from __future__ import annotations
-
 import ast
 import io
 import json

@@ -1,7 +1,5 @@
 """Pretrained networks of Hugging Face transformers, timm and torchvision, if these are installed."""
 
-from __future__ import annotations
-
 import importlib
 import json
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 Also the identity of a network: a fingerprint of its weights and the settings of its modules.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import inspect
@@ -271,7 +269,8 @@ def fingerprint(model: nn.Module) -> str:
     """SHA-256 of names, shapes and bytes of the state dict, 16 hex digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        plain = tensor.detach().cpu().contiguous()
+        # A buffer of one element may have any stride, which `contiguous` leaves and a view as bytes refuses.
+        plain = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         digest.update(f"{name} {tuple(plain.shape)} {plain.dtype}".encode())
-        digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -1,7 +1,5 @@
 """Regions of activation: where a network finds evidence for a class, and for the two classes of an attack."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

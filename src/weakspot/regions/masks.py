@@ -1,7 +1,5 @@
 """Masks that need no network: highest scores, frames, superpixels, painted pictures, and controls of equal area."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Backgrounds: the sites outside the object, which a localized attack may alter."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

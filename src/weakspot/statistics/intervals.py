@@ -3,8 +3,6 @@
 The percentile bootstrap is not used: for a proportion of ten images it covers .62 instead of .95.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -1,7 +1,5 @@
 """Numbers as people read them, for the sentences, tables and charts of reports."""
 
-from __future__ import annotations
-
 import math
 
 ROUNDING = 1e-9

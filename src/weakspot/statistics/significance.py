@@ -1,7 +1,5 @@
 """P values over images: paired proportions, means, regions against other images' regions, many tests at once."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -1,7 +1,5 @@
 """The adversary inside a training: it perturbs the attacked images of a batch, in little more than its passes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Files of a training: its checkpoint, its record (training.json), and what makes two trainings the same one."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

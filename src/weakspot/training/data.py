@@ -1,7 +1,5 @@
 """Data of a training, in every form that users have it in, and its augmentation."""
 
-from __future__ import annotations
-
 import hashlib
 import operator
 from collections.abc import Callable, Iterator, Sequence

@@ -7,8 +7,6 @@ convolution of Shi et al. 2016 (arXiv 1609.05158, section 2.1) as the adjoint of
 small network costs 1.11 times its bare passes with it and 1.26 times without (docs/decisions.md).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """`train`: a trained copy of a network."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -4,8 +4,6 @@ An engine is found by the entry-point group `weakspot.engines`: a function (work
 manager of an `Engine`. This file has the one of this process.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol

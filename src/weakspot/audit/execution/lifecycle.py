@@ -5,8 +5,6 @@ Order of writes, so that a crash at any point loses seconds of work: the list of
 are atomic and durable.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -17,6 +15,7 @@ from typing import TypedDict, Unpack
 from weakspot._checks import first_line, require, warn
 from weakspot._io.files import locked
 from weakspot._io.urls import FetchError
+from weakspot._progress import ProgressOption, shown
 from weakspot.audit.execution.audit_engine import Engine, open_engine
 from weakspot.audit.execution.job import Job, Ledger
 from weakspot.audit.execution.preparation import (
@@ -77,6 +76,7 @@ class SessionOptions(TypedDict, total=False):
     Attributes:
         command: recorded in run.json.
         watch: called with the `AuditProgress` whenever it changes.
+        progress: True for a bar on standard error or in the notebook, or a function of the fraction done.
         engine: local, ray or the name of an installed engine; by default local.
         workers: of Ray; by default one per CPU or GPU.
         address: of a Ray cluster; by default the one this process has joined, or one started on this machine.
@@ -84,6 +84,7 @@ class SessionOptions(TypedDict, total=False):
 
     command: str
     watch: Callable[[AuditProgress], None] | None
+    progress: ProgressOption
     engine: str
     workers: int | None
     address: str | None
@@ -194,14 +195,21 @@ def _carry_out(job: Job, ledger: Ledger, engine: Engine, session: SessionOptions
     started, before = time.perf_counter(), ledger.done
 
     def report(attacks: float = 0.0) -> None:
+        done = ledger.done + attacks
+        if bar is not None:
+            bar(done / job.attacks if job.attacks else 1.0)
         if watch is not None:
-            elapsed, done = time.perf_counter() - started, ledger.done + attacks
+            elapsed = time.perf_counter() - started
             speed = (done - before) / cells / elapsed if elapsed else 0.0
             watch(AuditProgress(done / cells, len(job.listing), speed))
 
     try:
         # The engine stops before the ledger is closed, however the block ends.
-        with ledger, closing(engine.results(job, ledger.backlog, report)) as results:
+        with (
+            shown(session.get("progress"), "auditing", total=len(job.listing)) as bar,
+            ledger,
+            closing(engine.results(job, ledger.backlog, report)) as results,
+        ):
             report()
             for result in results:
                 ledger.add(result)

@@ -1,7 +1,5 @@
 """Comparison of two runs on the images that both contain: which scores moved, by how much, and how certain that is."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -95,7 +93,7 @@ class Comparison:
         }
 
 
-class _Shared(NamedTuple):
+class Shared(NamedTuple):
     """What two runs have in common: attacks as pairs (before, after), regions and scores."""
 
     attacks: list[tuple[AttackPlan, AttackPlan]]
@@ -123,10 +121,10 @@ def compare(before: Run, after: Run) -> Comparison:
     images = _matched_images(before, after)
     if images.empty:
         raise ValueError(f"{before.name} and {after.name} have no image in common: no content is in both")
-    shared = _shared(before, after)
+    shared = shared_parts(before, after)
     rows, incomparable = [_differences(images, [CLEAN], "", "")], []
     for own, other in shared.attacks:
-        comparable = _same_limit(before.plan, own, after.plan, other)
+        comparable = same_limit(before.plan, own, after.plan, other)
         if not comparable:
             incomparable.append(own.label)
         scores = [ROBUST, *shared.scores] if comparable else shared.scores
@@ -201,20 +199,21 @@ def _matched(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     return before.merge(after, on=["content", "copy"], suffixes=("", "_after"), validate="one_to_one")
 
 
-def _shared(before: Run, after: Run) -> _Shared:
+def shared_parts(before: Run, after: Run) -> Shared:
+    """What both runs contain, whatever the names of attacks."""
     by_identity = {(one.name, one.budget, one.settings): one for one in after.plan.attacks}
     attacks = [(one, by_identity.get((one.name, one.budget, one.settings))) for one in before.plan.attacks]
     # Reported regions only: regions of other images are controls within their own run.
     regions = [region for region in before.plan.reported_regions if region in after.plan.reported_regions]
     scores = score_names(after, ATTACK_SCORES)
-    return _Shared(
+    return Shared(
         [(one, other) for one, other in attacks if other is not None],
         regions,
         [name for name in score_names(before, ATTACK_SCORES) if name in scores],
     )
 
 
-def _same_limit(plan: Plan, attack: AttackPlan, other_plan: Plan, other: AttackPlan) -> bool:
+def same_limit(plan: Plan, attack: AttackPlan, other_plan: Plan, other: AttackPlan) -> bool:
     """Whether robust accuracy under an attack is counted at the same budget in both runs."""
     if not attack.is_minimal:
         return True

@@ -1,7 +1,5 @@
 """Curves of a run: images fooled by changes up to a size, and how changes spread through the layers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Distributions: scores, classes and extreme images of a run, counted by DuckDB on disk."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,7 +109,7 @@ def distributions(run: Run) -> Distributions:
         summaries.append(_in_plan_order(run, summary.assign(score=score)))
         if not summary["images"].sum():
             continue
-        low, high = _axis(summary)
+        low, high = axis_limits(summary)
         width = (high - low) / BINS
         counts = run.sql(
             f"select attack, region, case when not correct then '{MISCLASSIFIED}' when fooled then 'fooled' "
@@ -131,8 +129,12 @@ def distributions(run: Run) -> Distributions:
     )
 
 
-def _axis(summary: pd.DataFrame) -> tuple[float, float]:
-    """The limits of an axis: all values, or all but the tails if these would take up most of it."""
+def axis_limits(summary: pd.DataFrame) -> tuple[float, float]:
+    """The limits of an axis: all values, or all but the tails if these would take up most of it.
+
+    Args:
+        summary: columns least, most, and the quantiles `TAIL` and 1 - `TAIL` as lower and upper; one row per cell.
+    """
     low, high = float(summary["least"].min()), float(summary["most"].max())
     # The widest range that leaves out only the tails of every cell.
     inner = float(summary["lower"].min()), float(summary["upper"].max())

@@ -1,7 +1,5 @@
 """Gates: conditions on the rows of a run or comparison that make a build fail."""
 
-from __future__ import annotations
-
 import ast
 import math
 import operator

@@ -1,7 +1,5 @@
 """Cells of a run, one attack in one region each: their outcomes and their robust accuracy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps

@@ -1,7 +1,5 @@
 """The summary of an audit, in numbers and in sentences, and the table that gates check."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ Both come from the analysis "weak_spots", which looks at the clean image and tak
 attack.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

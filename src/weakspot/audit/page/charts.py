@@ -4,8 +4,6 @@ The specifications are written out directly: they are checked by Vega's own comp
 Vega's libraries, so that no other charting package is needed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

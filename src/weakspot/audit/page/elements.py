@@ -1,7 +1,5 @@
 """Elements of a run's page: sections, tables, cells and thumbnails, as plain values that the template writes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass

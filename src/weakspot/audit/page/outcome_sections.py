@@ -3,8 +3,6 @@
 Each sentence states what the numbers support, with its interval and no more.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict

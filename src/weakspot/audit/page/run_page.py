@@ -1,7 +1,5 @@
 """The page of a run: a whole data set in one self-contained HTML file."""
 
-from __future__ import annotations
-
 import json
 import math
 import shlex
@@ -136,7 +134,7 @@ def run_page(header: Header, sections: Sequence[Section], made: Mapping[str, str
     return rendered(
         "run.html",
         styles=["run.css"],
-        scripts=["run.js"],
+        script="run.js",
         later=[libraries],
         header=header,
         sections=sections,

@@ -1,7 +1,5 @@
 """The section on weak spots: the first picture of the page."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Thumbnails of a run's images: clean, adversarial and importance, as data URLs with a caption."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Hashable, Mapping
 
@@ -45,14 +43,14 @@ def square_thumbnails(run: Run, places: WeakPlaces, count: int) -> list[Thumbnai
         return []
     for row in places.squares[places.squares["side"].notna()].head(count).to_dict("records"):
         image, side = int(row["index"]), int(row["side"])
-        clean = _pixels(stored["clean"][image])
+        clean = pixels_of(stored["clean"][image])
         # Less change needed is drawn brighter, on a logarithmic scale.
         needed = np.log(np.clip(stored[ESTIMATE][image, *places.cell], LEAST_CHANGE, 1).astype(np.float32))
         strength = (needed.max() - needed) / (float(np.ptp(needed)) or 1.0)
         outlined = _outlined(clean, int(row["left"]), int(row["top"]), side)
         pictures = [("the square, outlined", outlined)]
         if strength.max() > 0:
-            pictures.append(("estimate: brighter needs less", _encoded(_overlaid(clean, strength), clean)))
+            pictures.append(("estimate: brighter needs less", encoded(_overlaid(clean, strength), clean)))
         caption = f"{side} x {side} pixels, {percent(row['fraction'])} of the image"
         result.append(Thumbnail(str(row["image"]), caption, pictures, max(clean.shape[:2]) <= EXACT))
     return result
@@ -64,7 +62,7 @@ def _outlined(clean: NDArray[np.uint8], left: int, top: int, side: int) -> str:
     picture = Image.fromarray(clean.repeat(scale, 0).repeat(scale, 1))
     box = (scale * left - 1, scale * top - 1, scale * (left + side), scale * (top + side))
     ImageDraw.Draw(picture).rectangle(box, outline=OUTLINE, width=max(2, max(picture.size) // 100))
-    return _encoded(np.asarray(picture), np.asarray(picture))
+    return encoded(np.asarray(picture), np.asarray(picture))
 
 
 def _pictures(
@@ -73,21 +71,21 @@ def _pictures(
     """(title, data URL) of the stored pictures of an image, and whether its pixels are drawn as squares."""
     if not {"clean", "adversarial"} <= set(maps):
         return [], False
-    clean = _pixels(maps["clean"][image])
+    clean = pixels_of(maps["clean"][image])
     pictures = [
-        ("clean", _encoded(clean, clean)),
-        ("adversarial", _encoded(_pixels(maps["adversarial"][image, attack, region]), clean)),
+        ("clean", encoded(clean, clean)),
+        ("adversarial", encoded(pixels_of(maps["adversarial"][image, attack, region]), clean)),
     ]
     if "importance" in maps:
         values = np.nan_to_num(maps["importance"][image, attack, region], nan=0, posinf=0, neginf=0)
         if values.max(initial=0) > 0:
-            pictures.append(("importance", _encoded(_overlaid(clean, values), clean)))
+            pictures.append(("importance", encoded(_overlaid(clean, values), clean)))
         else:
             pictures.append(("no evidence for the label, so no importance is drawn", ""))
     return pictures, max(clean.shape[:2]) <= EXACT
 
 
-def _pixels(levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def pixels_of(levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """(C, H, W) of 8 bits as (H, W, 3); other channel counts than three are drawn as their gray mean."""
     if len(levels) == 3:
         return np.ascontiguousarray(levels.transpose(1, 2, 0))
@@ -106,7 +104,7 @@ def _overlaid(pixels: NDArray[np.uint8], importance: NDArray[np.float32]) -> NDA
     return np.rint(mixed).astype(np.uint8)
 
 
-def _encoded(pixels: NDArray[np.uint8], clean: NDArray[np.uint8]) -> str:
+def encoded(pixels: NDArray[np.uint8], clean: NDArray[np.uint8]) -> str:
     """A data URL: lossless if the image is small, else a reduced JPEG."""
     picture, buffer = Image.fromarray(pixels), io.BytesIO()
     if max(clean.shape[:2]) <= EXACT:

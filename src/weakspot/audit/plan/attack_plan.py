@@ -1,7 +1,5 @@
 """What a plan states about its network and its attacks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 

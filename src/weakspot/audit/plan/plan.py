@@ -22,7 +22,7 @@ from weakspot.audit.plan.image_list import LABELS
 from weakspot.audit.plan.schema import Reader
 from weakspot.budgets import read_budget
 from weakspot.datasets.labels import LABEL_FILE
-from weakspot.explanations.analysis import available_analyses, find_analyses
+from weakspot.explanations.analysis import available_analyses, find_analyses, usual_analyses
 from weakspot.regions.spec import RegionSpec
 
 NORMS = ("linf", "l2", "l1")  # budgets that have a distance in the records
@@ -102,7 +102,7 @@ class Plan:
         plan, budgets = _typed(mapping)
         folder = (folder or Path.cwd()).absolute()
         weights, labels = plan.model.weights, plan.labels
-        analyses = tuple(available_analyses()) if plan.analyses == ("all",) else plan.analyses
+        analyses = tuple(usual_analyses()) if plan.analyses == ("all",) else plan.analyses
         return replace(
             plan,
             sources=tuple(_within(folder, path) for path in plan.sources),

@@ -1,7 +1,5 @@
 """Typed values from the plain ones of TOML and JSON: dataclasses are the schema, every wrong type is one sentence."""
 
-from __future__ import annotations
-
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass

@@ -1,7 +1,5 @@
 """Digests of stored content, and the errors of runs that are damaged or cannot continue."""
 
-from __future__ import annotations
-
 import hashlib
 import shlex
 from collections.abc import Iterable, Sequence

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import threading
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
@@ -18,6 +17,7 @@ from weakspot._checks import require
 from weakspot._io.files import write_atomic
 from weakspot._io.urls import is_url, place
 from weakspot.audit.plan.plan import Plan
+from weakspot.audit.store.locked_sql import LockedConnection
 from weakspot.audit.store.maps import MAPS
 from weakspot.audit.store.records import (
     LISTING,
@@ -43,11 +43,6 @@ SCHEMA = 1  # of run.json
 LONGEST = 180  # bytes of a file name
 SQL_MEMORY = "4GB"  # of the queries of `Run.sql`
 SQL_SECONDS = 120.0
-LOCKED = (
-    "autoinstall_known_extensions = false",
-    "autoload_known_extensions = false",
-    "enable_external_access = false",  # files, network, and variables of the caller
-)
 PACKAGES = ("duckdb", "fsspec", "pyarrow", "zarr")
 
 
@@ -166,29 +161,12 @@ class Run:
             duckdb.Error: if the query is invalid, needs too much memory, or wants more than these tables.
             TimeoutError: if it takes too long.
         """
-        import duckdb
+        remedy = "use connect, which has no limit"
+        return self._locked.sql(query, values, seconds=SQL_SECONDS, remedy=remedy)
 
-        connection, late = self._connection, threading.Event()
-
-        def stop() -> None:
-            late.set()
-            connection.interrupt()
-
-        timer = threading.Timer(SQL_SECONDS, stop)
-        timer.start()
-        try:
-            result = connection.sql(query, params=values) if values else connection.sql(query)
-            if result is None:  # a statement without a table
-                result = connection.sql("select true as success")
-            return _with_rows(result)
-        except duckdb.InterruptException:
-            if not late.is_set():
-                raise
-            raise TimeoutError(
-                f"query must end within {SQL_SECONDS:g} s, got a longer one (use connect, which has no limit)"
-            ) from None
-        finally:
-            timer.cancel()
+    def close(self) -> None:
+        """Close the connection of `sql`, which raises from then on; the files are not kept open."""
+        self._locked.close()
 
     def connect(self) -> duckdb.DuckDBPyConnection:
         """A DuckDB connection with the tables of `sql` and without its limits: it can read and write files."""
@@ -218,18 +196,8 @@ class Run:
         return MapCheck(self.folder, self.plan.shard or 1, self.name)
 
     @cached_property
-    def _connection(self) -> duckdb.DuckDBPyConnection:
-        connection = self.connect()
-        for setting in (*LOCKED, f"memory_limit = '{SQL_MEMORY}'", "lock_configuration = true"):
-            connection.execute(f"set {setting}")
-        return connection
-
-
-def _with_rows(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelation:
-    """The relation, run once: otherwise its query would run when its rows are asked for, without a limit of time."""
-    keep = "materialize" if hasattr(relation, "materialize") else "execute"  # before DuckDB 2
-    rows: duckdb.DuckDBPyRelation = getattr(relation, keep)()
-    return rows
+    def _locked(self) -> LockedConnection:
+        return LockedConnection(self.connect(), SQL_MEMORY)
 
 
 def _frame(table: pa.Table) -> pd.DataFrame:

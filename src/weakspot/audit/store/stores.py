@@ -1,7 +1,5 @@
 """Where a run is stored while an audit works on it: its own folder, or a URL that a local folder is sent to."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import tempfile
