@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import io
 import re
 from collections.abc import Iterator
@@ -46,10 +48,16 @@ class CornerNetwork(nn.Module):
         return 3 * logits
 
 
-def corner_classifier() -> Classifier:
-    """The network, the same in every test."""
+@functools.cache
+def corner_network() -> nn.Module:
+    """The network, drawn once: a running explorer uses the global random generator in a thread of its own."""
     torch.manual_seed(3)
-    return Classifier.wrap(CornerNetwork().eval(), input_size=SIZE, class_names=NAMES)
+    return CornerNetwork().eval()
+
+
+def corner_classifier() -> Classifier:
+    """A copy of the network."""
+    return Classifier.wrap(copy.deepcopy(corner_network()), input_size=SIZE, class_names=NAMES)
 
 
 def corner_images() -> Tensor:
