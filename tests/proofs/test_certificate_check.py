@@ -424,6 +424,12 @@ def test_patch_certificates_are_checked_too(tmp_path: Path) -> None:
     def margin_of_the_other(record: Record) -> None:
         record["margin"][1] = 0.9
 
+    def margin_of_a_tie(record: Record) -> None:
+        record["margin"][1] = 1e-5
+
+    def negative_margin(record: Record) -> None:
+        record["margin"][0] = -1e-5
+
     def impossible_pair(record: Record) -> None:
         record["pair"][0] = [0, 99]
 
@@ -436,6 +442,8 @@ def test_patch_certificates_are_checked_too(tmp_path: Path) -> None:
         (lowered_margin, "under the two masks that it names"),
         (impossible_class, "behind the masks, image 2 is not classified as stated"),
         (margin_of_the_other, "image 2 has a margin of 0.9, but is not certified"),
+        (margin_of_a_tie, "image 2 has a margin of 1e-05, but is not certified"),
+        (negative_margin, "image 1 has a margin of -1e-05, but is certified"),
         (impossible_pair, "its pairs are not masks between 0 and"),
         (other_meaning, "its meaning is not what"),
         (exact_statement, "its statement is not what"),

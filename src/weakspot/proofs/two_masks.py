@@ -8,9 +8,8 @@ always has a say, and no other mask is believed against it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 
 from weakspot._checks import check_classes
 from weakspot._progress import ProgressOption, shown
-from weakspot.classifier import Classifier, as_classifier, check_images, default_batch, evaluating, predict
+from weakspot.classifier import Classifier, as_classifier, check_images, evaluating, predict
 from weakspot.edits import Edits, Prepared, prepare
-from weakspot.logits import logit_scale, margin
+from weakspot.logits import logit_scale
 from weakspot.proofs.certificate import (
     AS_RUN,
     digest,
@@ -31,12 +30,13 @@ from weakspot.proofs.certificate import (
     write_record,
 )
 from weakspot.proofs.mask_set import MaskSet, Patch
+from weakspot.proofs.masked_image import NONE, MaskedImage, count_votes, margins_of
 from weakspot.statistics.number_format import counted
 
-# `Edits` is exact to 1e-4 of the range of the logits; a margin is a difference of two, here and where it is used.
+# `Edits` is exact to 1e-4 of the range of the logits; a margin is a difference of two, here and where it is used. What
+# is nearer to a tie is run by the network itself.
 SLACK = 4e-4
 PATCH_FORMAT = "weakspot patch certificate 1"
-AT_ONCE = 4  # a batch has so many times the images that are masked at once, each by all masks
 
 
 class DoubleMasking(nn.Module):
@@ -48,6 +48,7 @@ class DoubleMasking(nn.Module):
 
     Its logits (N, K) are the number of masks for each class; a class that the second round chose has one more than all
     masks. They have no gradients. The network runs on whole masked images, without the shortcuts of the certificate.
+    Those of one image make a batch, so that the answer does not depend on the other images.
 
     Attributes:
         classifier: the network behind the masks.
@@ -68,46 +69,9 @@ class DoubleMasking(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Votes (N, K) on images (N, C, H, W) in [0, 1]."""
         cover = MaskSet.covering((images.shape[2], images.shape[3]), self.patch, self.masks)
-        hidden, fill = cover.hidden(images.device), fill_color(self.classifier, images)
-
-        def ask(images: Tensor) -> Tensor:
-            masked = torch.where(hidden, fill, images[:, None]).flatten(0, 1)
-            with torch.no_grad():
-                return predict(self.classifier, masked).view(len(images), len(hidden), -1)
-
-        def second(image: Tensor, number: int) -> Tensor:
-            return ask(torch.where(hidden[number], fill, image[None]))[0].argmax(1)
-
-        votes = []
-        for group in images.detach().split(max(1, default_batch(images) // AT_ONCE)):
-            for image, logits in zip(group, ask(group), strict=True):
-                votes.append(count_votes(logits.argmax(1), logits.shape[1], partial(second, image)))
-        return torch.stack(votes)
-
-
-def fill_color(classifier: Classifier, images: Tensor) -> Tensor:
-    """(1, C, 1, 1) of hidden pixels: the mean that the classifier subtracts. It must not depend on the image.
-
-    A mean color of the image would: a patch could then act through its mask.
-    """
-    return classifier.mean.to(images).clamp(0, 1).expand(1, images.shape[1], 1, 1)
-
-
-def count_votes(first: Tensor, classes: int, second: Callable[[int], Tensor]) -> Tensor:
-    """Votes (K,) of double masking on one image.
-
-    Args:
-        first: (M,) classes under each mask.
-        classes: number K.
-        second: returns the classes (M,) under one mask, by its number, and each of all masks.
-    """
-    votes = torch.bincount(first, minlength=classes)
-    majority = votes.argmax()
-    for number in (first != majority).nonzero()[:, 0].tolist():
-        if bool((second(number) == first[number]).all()):
-            votes[first[number]] = len(first) + 1
-            break
-    return votes.float()
+        return torch.stack(
+            [MaskedImage(self.classifier, cover, image).votes() for image in images.detach().split(1)]
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,13 +80,14 @@ class PatchCertificate:
 
     It is about `DoubleMasking(model, ...)` in float32 as run, and not about the model without the masks. Masked
     images are classified by windows (`weakspot.edits`), which are assumed to be within 1e-4 of the range of the logits:
-    tested, not proven.
+    tested, not proven. What windows leave within 4e-4 of a tie was run by the network itself, in the batches of
+    `DoubleMasking`.
 
     Attributes:
         certified: (N,) bool.
         labels: (N,).
-        margin: (N,) lowest margin of the label seen under two masks, as a fraction of the range of the image's logits.
-            Masks are no longer tried once an image has failed.
+        margin: (N,) lowest margin of the label seen under two masks, as a fraction of the range of the image's logits;
+            above zero if the image is certified. Masks are no longer tried once an image has failed.
         pair: (N, 2) long, numbers of the two masks with that margin; equal for one mask alone.
         predicted: (N,) class of the double-masked classifier without a patch.
         masks: that were used.
@@ -157,7 +122,8 @@ class PatchCertificate:
             f"behind double masking ({len(self.masks)} masks of {height} x {width} pixels), in float32 as run, the "
             f"classifier gives the label whatever a patch of up to {self.masks.words} shows, anywhere, as long as "
             "logits computed by windows are within 1e-4 of their range of the network's own, which is tested "
-            "and not proven; nothing is certified of the classifier without the masks"
+            "and not proven; masked images within 4e-4 of a tie by windows were run by the network itself, in the "
+            "batches of the masked classifier; nothing is certified of the classifier without the masks"
         )
 
     @property
@@ -212,8 +178,8 @@ def certify_patches(
     """Certify the classifier behind double masking against every patch of a size, at every place.
 
     An image is certified if the network gives the label under every two masks (theorem 1 of arXiv 2108.09135): 666
-    masked images at six masks a side. A margin below 4e-4 of the range of the logits counts as a failure, because the
-    rounding in another batch may turn it.
+    masked images at six masks a side. Where windows leave the margin within 4e-4 of the range of the logits, the
+    network itself decides, in the batches in which `DoubleMasking` asks it.
 
     Args:
         model: any classifier of images in [0, 1], left as it was.
@@ -267,50 +233,58 @@ class _Row(NamedTuple):
 
 
 class _Masked:
-    """One image under one and two masks."""
+    """One image under one and two masks: by windows, and near a tie by the network itself."""
 
     def __init__(self, classifier: Classifier, prepared: Prepared, cover: MaskSet, image: Tensor) -> None:
-        self.classifier, self.prepared, self.cover, self.image = classifier, prepared, cover, image[None]
+        self.classifier, self.prepared, self.cover = classifier, prepared, cover
+        self.whole = MaskedImage(classifier, cover, image[None])
         self.tops, self.lefts = cover.places(image.device)
-        self.hidden, self.fill = cover.hidden(image.device), fill_color(classifier, self.image)
-        self.n_forward = 0
+        self.every = torch.arange(len(cover), device=image.device)
+        self.by_windows = 0
 
     def certify(self, label: int) -> _Row:
         """The verdict on this image."""
-        every = torch.arange(len(self.cover), device=self.image.device)
-        first = self.logits(self.image, every)
-        scale = logit_scale(first)
-        margins = margins_of(first, label) / scale
+        first = self.windows(NONE, self.every)
+        scale = float(logit_scale(first))
+        margins = self.margins(NONE, self.every, first, label, scale)
         lowest, number = margins.min(0)
         worst = (float(lowest), (int(number), int(number)))
         # The masks that leave the label the least margin are the likeliest to fail with another one.
         order = margins.argsort()
         for position, base in enumerate(order.tolist()):
-            if worst[0] <= SLACK:
+            if worst[0] <= 0:
                 break
             others = order[position + 1 :]
             if len(others):
-                least, place = margins_of(self.logits(self.masked(base), others), label).min(0)
-                worst = min(worst, (float(least / scale), (base, int(others[place]))))
-        if worst[0] > SLACK:
-            return _Row(True, *worst, label, self.n_forward)
-        votes = count_votes(
-            first.argmax(1), first.shape[1], lambda base: self.logits(self.masked(base), every).argmax(1)
-        )
-        return _Row(False, *worst, int(votes.argmax()), self.n_forward)
+                pairs = self.margins(base, others, self.windows(base, others), label, scale)
+                least, place = pairs.min(0)
+                worst = min(worst, (float(least), (base, int(others[place]))))
+        certified, predicted = worst[0] > 0, label
+        if not certified:
+            votes = count_votes(
+                self.classes(NONE, first, scale),
+                first.shape[1],
+                lambda base: self.classes(base, self.windows(base, self.every), scale),
+            )
+            predicted = int(votes.argmax())
+        return _Row(certified, *worst, predicted, self.by_windows + self.whole.n_forward)
 
-    def masked(self, number: int) -> Tensor:
-        """(1, C, H, W) the image under one mask."""
-        return torch.where(self.hidden[number], self.fill, self.image)
+    def margins(self, base: int, numbers: Tensor, logits: Tensor, label: int, scale: float) -> Tensor:
+        """(n,) margins as fractions of the scale, by windows' logits (n, K) under a mask and some masks (n,)."""
+        margins = margins_of(logits, label) / scale
+        for place in (margins.abs() <= SLACK).nonzero()[:, 0].tolist():
+            margins[place] = self.whole.margin(base, int(numbers[place]), label) / scale
+        return margins
 
-    def logits(self, base: Tensor, numbers: Tensor) -> Tensor:
-        """(n, K) of an image (1, C, H, W) under each of some masks (n,)."""
-        self.n_forward += len(numbers)
-        edits = Edits(self.classifier, base, self.prepared)
-        patches = self.fill.expand(len(numbers), -1, *self.cover.mask)
+    def classes(self, base: int, logits: Tensor, scale: float) -> Tensor:
+        """(M,) classes under a mask and each of all, by windows' logits (M, K)."""
+        top = logits.topk(2, 1).values
+        near = bool((top[:, 0] - top[:, 1] <= SLACK * scale).any())
+        return (self.whole.logits(base) if near else logits).argmax(1)
+
+    def windows(self, base: int, numbers: Tensor) -> Tensor:
+        """(n, K) under a mask and each of some masks (n,), to 1e-4 of the range of the logits."""
+        self.by_windows += len(numbers)
+        edits = Edits(self.classifier, self.whole.masked(base), self.prepared)
+        patches = self.whole.fill.expand(len(numbers), -1, *self.cover.mask)
         return edits.logits(torch.zeros_like(numbers), self.tops[numbers], self.lefts[numbers], patches)
-
-
-def margins_of(logits: Tensor, label: int) -> Tensor:
-    """(n,) margins of a class in logits (n, K)."""
-    return margin(logits, torch.full_like(logits[:, 0], label, dtype=torch.long))
