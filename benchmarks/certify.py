@@ -1,15 +1,17 @@
 """Certificates on real networks: what is decided, and what it costs.
 
 Run: python -m benchmarks.certify ROW ... [--first N] [--images N] [--cpu S] [--seconds S] [--out FILE] [--brute]
-[--json FILE]. ROW is a name of `ROWS`, or `MASKS`. Images of `ROWS` are the first test images that the network
-classifies correctly. One line of JSON for each image is appended to FILE; images that it already holds are skipped, so
-that a stopped run goes on. No image of a row begins once its images have taken S CPU seconds (`--cpu`).
+[--json FILE]. ROW is a name of `ROWS`, `MASKS`, or of `PEERS`. Images of `ROWS` are the first test images that the
+network classifies correctly. One line of JSON for each image is appended to FILE; images that it already holds are
+skipped, so that a stopped run goes on. No image of a row begins once its images have taken S CPU seconds (`--cpu`).
 
 "intervals" is the fraction of pixels that interval bounds of one box prove under the same statement and the same
 rounding. `--brute` compares with all 256 grays of every pixel, run by the network itself.
 
 `MASKS`: the two-mask certificate of EfficientNet-Lite0 against a patch of 2%, on the first photographs and their true
 labels, whether or not the network classifies them correctly.
+
+Rows of `PEERS` compare bounds with those of auto_LiRPA, on N pixels (`--images`) of each of five images.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import real
+from benchmarks.certify_peer import PEERS, peer_table
 from benchmarks.records import recorded
 from benchmarks.timing import peak_of
 from weakspot import PixelCertificate, certify_patches, certify_pixels
@@ -242,7 +245,7 @@ def mask_table(results: Sequence[Result]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rows", nargs="+", choices=[*ROWS, MASKS], metavar="ROW")
+    parser.add_argument("rows", nargs="+", choices=[*ROWS, MASKS, *PEERS], metavar="ROW")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--cpu", type=float, default=float("inf"))
@@ -250,12 +253,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("certify.jsonl"))
     parser.add_argument("--brute", action="store_true")
     given = parser.parse_args()
-    results = {name: measure(name, given) for name in given.rows}
+    results = {name: measure(name, given) for name in given.rows if name not in PEERS}
     masks = results.pop(MASKS, None)
     if results:
         pixel_table(results)
     if masks:
         mask_table(masks)
+    for name in given.rows:
+        if name in PEERS:
+            peer_table(name, given.images)
 
 
 if __name__ == "__main__":
