@@ -44,7 +44,6 @@ MEANINGS = {
     "negative_fraction": "Fraction of the cells that work against the attack on either logit.",
     "additivity_gap": "How far the sum of the cells' effects is from the whole change, as a fraction of it. Far from "
     "0, cells act together and no cell's effect is its own.",
-    "additivity_gap_add_one": "The same with each cell of the perturbation added alone to the clean image.",
     "interpretability_label": "Fraction of the perturbation's length in the 30% of the image that matter most for "
     "the label; by area alone it would be .548.",
     "interpretability_target": "Fraction of the perturbation's length in the 30% of the image that matter most for "
@@ -301,15 +300,13 @@ def analyze_promotion(
 
     side = max(1, round(min(pairs.clean.shape[2:]) / 14))
     result = promotion_suppression(model, pairs, cell=side)
-    add_one = promotion_suppression(model, pairs, cell=side, variant="add_one")
     interpretability = [
         interpretability_test(model, pairs, of=of, reference=reference, compare=compare)
         for of in ("label", "target")
     ]
-    gap = add_one.scores[["additivity_gap"]].add_suffix("_add_one")
     category = (result.kind.long() + 2).clamp(min=0)  # -128, -1, 0, 1 become the positions in KINDS
     return Analysis(
-        scores=pd.concat([result.scores, gap, *interpretability], axis=1),
+        scores=pd.concat([result.scores, *interpretability], axis=1),
         maps={
             "promotion": result.on_pixels(result.promotion)[:, :1],
             "suppression": result.on_pixels(result.suppression)[:, :1],
