@@ -245,3 +245,37 @@ def test_a_nearer_change_against_the_gradient_is_found_from_a_corner() -> None:
     result = minimal_pgd(TwoSides().eval(), image, label, on_grid=False)
     assert result.success.all()
     torch.testing.assert_close(result.perturbation.flatten(), torch.tensor([-0.1]), rtol=0.02, atol=0)
+
+
+class OneCorner(nn.Module):
+    """Class 1 wins in one corner of the box only; from near the clean image, gradients lead to the opposite one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        signs = torch.tensor([1, -1, -1, 1, 1, -1, 1, 1, -1, 1, -1, -1, -1, 1, 1, -1.0])
+        self.register_buffer("signs", signs.view(1, 1, 4, 4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        along = ((images[:, :, 1:5, 1:5] - 0.5) * self.signs).sum((1, 2, 3), keepdim=True)[:, :, 0, 0] / 8
+        return torch.cat([1 - 0.9 * torch.relu(-along) - 1.02 * torch.relu(along), 0 * along], 1)
+
+
+class ThinBasin(nn.Module):
+    """Class 1 wins only where each value is near one of its own, far from the clean image and inside the box."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        wanted = 0.7 + 0.015 * torch.arange(16.0).view(1, 1, 4, 4)
+        far = (images[:, :, 1:5, 1:5] - wanted).abs().mean((1, 2, 3))[:, None]
+        return torch.cat([far - 0.012, 0 * far], 1)
+
+
+@pytest.mark.parametrize("planted", [OneCorner(), ThinBasin()])
+def test_the_only_change_far_from_the_image_is_found(planted: nn.Module) -> None:
+    """Both need most of the way to black or white, where steps as long as the ball pass over it or lead elsewhere."""
+    image, label = torch.full((1, 1, 6, 6), 0.1), torch.zeros(1, dtype=torch.long)
+    if isinstance(planted, OneCorner):
+        image[:, :, 1:5, 1:5] = 0.45 - 0.03 * planted.signs
+    region = square((6, 6), 1, 1, 4)
+    result = minimal_pgd(planted.eval(), image, label, region=region, on_grid=False)
+    assert result.success.all()
+    assert float(result.perturbation.abs().max()) > 0.5

@@ -28,20 +28,24 @@ class Pace:
     Attributes:
         growth: by how much the ball grows or shrinks per step.
         steps: their length, in units of the ball's radius.
+        longer: times the usual number of steps.
     """
 
     growth: tuple[float, float]
     steps: tuple[float, float]
+    longer: float = 1.0
 
 
 # Ten equal outcomes in a row move the first radius by a factor of more than 20: no first guess is too far off.
 FIRST, LATER = Pace((0.5, 0.01), (1.0, 0.1)), Pace((0.1, 0.01), (1.0, 0.1))
 LAST = Pace((0.02, 0.002), (0.25, 0.02))
 SLOW, MEDIUM = Pace((0.1, 0.01), (0.5, 0.05)), Pace((0.3, 0.02), (0.5, 0.05))
+# At the largest size, values that are best between black and white need steps that end short.
+SHORT, WIDE = Pace((0.1, 0.01), (0.1, 0.01), 1.5), Pace((0.1, 0.01), (1.0, 0.02), 1.5)
+NEARLY = 0.2  # of the clean margin: searches that got it lower without fooling are worth more passes
+BOX_CORNERS = 4  # that are tried for them
 MOMENTUM = 0.75
-PATIENCE = (
-    10  # steps of a first round toward a further class without a smaller change, after which it is given up
-)
+PATIENCE = 10  # steps of a first round toward a further class that may go by without a smaller change
 WORTH = 1.5  # times the smallest size so far: a class whose first-order size is beyond it is not tried
 FAR = 2.0  # times the first-order size: sizes beyond it are rare where descents do well
 CURVED = 1.5  # times the first-order size: beyond it, corners are tried as well
@@ -94,9 +98,9 @@ def minimal_pgd(
     percent per step, which is too little where the first-order guess is far off, as in small regions. The first
     rounds try the classes that are nearest to first order. More rounds start at the smallest change so far, as long
     as they gain 2%. If that change is far from its first-order size, the boundary is approached from corners of a
-    smaller ball as well. A last round takes shorter steps. Regions that fit into half of the image are searched as
-    crops, whose passes recompute only what they reach. Nothing is random. Shared arguments are described in
-    `AttackOptions`.
+    smaller ball as well. Where nothing fools but came near, shorter steps and a few corners of the box are tried. A
+    last round takes shorter steps. Regions that fit into half of the image are searched as crops, whose passes
+    recompute only what they reach. Nothing is random. Shared arguments are described in `AttackOptions`.
 
     Args:
         norm: "linf" or "l2".
@@ -164,6 +168,7 @@ class SmallestChange:
         self.thorough = thorough
         self.problem, self.norm, self.steps, self.rounds = problem, NORMS[norm], steps, rounds
         self.best = BestSoFar(problem, self.norm.size, 0.0)
+        self.clean_margins = self.best.lowest.clone()
         self.toward = problem.labels.clone()
         clean = problem.clean
         largest = self.norm.size(torch.where(problem.region, torch.maximum(clean, 1 - clean), 0))
@@ -186,6 +191,7 @@ class SmallestChange:
         rows = ((best.size > FAR * nearest) & nearest.isfinite()).nonzero()[:, 0]
         for pace in (SLOW, MEDIUM):
             self._round(rows, None, nearest[rows], pace=pace)
+        self._try_harder()
         fooled = (best.size.isfinite() & (best.size > 0)).nonzero()[:, 0]
         rows = fooled
         for number in range(count, count + self.rounds):
@@ -214,6 +220,20 @@ class SmallestChange:
         highest = part.logits(part.apply(start))[1].scatter(1, part.labels[:, None], -torch.inf).argmax(1)
         self.toward[rows] = highest if part.targets is None else part.targets
         self._round(rows, self.toward[rows], radius, start=start)
+
+    def _try_harder(self) -> None:
+        """Go on at the largest size where nothing fooled but came near: in short steps, then from corners of the box.
+
+        The corners are fixed patterns, neither of the image nor of its gradients, which led elsewhere.
+        """
+        for number in (None, *range(BOX_CORNERS)):
+            near = self.best.lowest < NEARLY * self.clean_margins
+            rows = (self.best.size.isinf() & near).nonzero()[:, 0]
+            clean, start, pace = self.problem.clean[rows], self.best.images[rows], SHORT
+            if number is not None:
+                pattern = torch.rand(clean.shape[1:], generator=torch.Generator().manual_seed(number))
+                start, pace = torch.where(self.problem.region[rows], pattern.to(clean).round(), clean), WIDE
+            self._round(rows, None, self.largest[rows], start=start - clean, pace=pace)
 
     def _try_corners(self, rows: Tensor, classes: Tensor) -> None:
         """Approach the boundary from corners of a smaller ball, toward each of the classes (n, T).
@@ -262,7 +282,7 @@ class SmallestChange:
         radius = torch.minimum(radius, largest)
         change = torch.zeros_like(part.clean) if start is None else norm.into(start, spread(radius))
         velocity, idle = torch.zeros_like(change), torch.zeros_like(rows)
-        for step in range(self.steps):
+        for step in range(steps := round(pace.longer * self.steps)):
             if not len(rows):
                 break
             points = part.apply(change)
@@ -276,7 +296,7 @@ class SmallestChange:
                     self.toward[rows[improved]] = won.argmax(1)
             else:
                 self.toward[rows[improved]] = targets[improved]
-            factor, length = (annealed(*ends, step / self.steps) for ends in (pace.growth, pace.steps))
+            factor, length = (annealed(*ends, step / steps) for ends in (pace.growth, pace.steps))
             if step or not first:  # the clean image says nothing about the radius
                 shrunk = torch.minimum(radius, norm.size(points - part.clean)) * (1 - factor)
                 radius = torch.where(margins < 0, shrunk, radius * (1 + factor))
@@ -294,7 +314,7 @@ class SmallestChange:
                 targets = None if targets is None else targets[on]
                 radius, largest, change, velocity = radius[on], largest[on], change[on], velocity[on]
             if progress is not None:
-                progress((step + 1) / self.steps)
+                progress((step + 1) / steps)
 
 
 def cropped(problem: Problem, masks: Tensor, owners: Tensor) -> Problem:
