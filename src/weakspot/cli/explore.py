@@ -77,6 +77,10 @@ def explore(
     from weakspot._checks import require
 
     require("weakspot explore", "starlette", "uvicorn", "websockets", extra="explore")
+    if output.as_json:
+        raise Failure(
+            "--json has no effect on explore, which opens a page and prints no results (leave it out)"
+        )
     sources = list(images or [])
     check_sources(sources, samples=samples)
     _check_token(token)
