@@ -17,6 +17,7 @@ from weakspot._io.urls import is_url
 from weakspot.audit.execution.opened_images import open_entries
 from weakspot.audit.page.thumbnails import encoded, pixels_of
 from weakspot.audit.plan.image_list import entries
+from weakspot.audit.store.chunk_files import ChunkFiles
 from weakspot.audit.store.digests import DamagedError
 from weakspot.audit.store.maps import CLEAN, MAPS
 from weakspot.audit.store.records import LISTING
@@ -84,6 +85,7 @@ class RecordPictures:
         path = f"{run.name.rstrip('/')}/{MAPS}" if is_url(run.name) else run.folder / MAPS
         self._stored = StoredMaps(path)
         self._maps: dict[str, StoredMap] | None = None
+        self._files: dict[str, ChunkFiles | None] = {}
         self._small: OrderedDict[tuple[str, Key], str] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -102,7 +104,6 @@ class RecordPictures:
         """
         url = self._remembered(kind, place)
         if url is None:
-            # One request for each: reading many at once makes Zarr's threads wait for each other.
             sources = (CLEAN, ADVERSARIAL) if kind == CHANGE else (kind,)
             levels = [self._levels(source, place) for source in sources]
             pixels = pixels_of(_magnified(*levels) if kind == CHANGE else levels[0])
@@ -145,10 +146,21 @@ class RecordPictures:
         maps = self._opened()
         if kind not in maps:
             raise ValueError(NO_PICTURES)
-        levels: NDArray[np.uint8] = maps[kind][_key(kind, place)]
+        levels = self._read(maps[kind], kind, place)
         if (levels == NOTHING).all():
             raise ValueError(BLANK)
         return levels
+
+    def _read(self, stored: StoredMap, kind: str, place: Place) -> NDArray[np.uint8]:
+        with self._lock:
+            if kind not in self._files:
+                self._files[kind] = ChunkFiles.of(self._stored.path, stored.array)
+            files = self._files[kind]
+        if files is None:
+            levels: NDArray[np.uint8] = stored[_key(kind, place)]
+            return levels
+        whole = files.read(place.image)
+        return whole if kind == CLEAN else whole[place.attack, place.region]
 
     def _opened(self) -> dict[str, StoredMap]:
         with self._lock:
