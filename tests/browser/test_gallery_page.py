@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 
 import weakspot
 from tests.audit.fixtures import NETWORKS, TINY, draw_pictures, small_plan, store_records
-from tests.browser.test_explanation_page import HOSTILE, browser
+from tests.browser.explorer_page import WAIT, expect
+from tests.browser.test_explanation_page import HOSTILE
 from weakspot.audit import ModelPlan, audit, open_run
 from weakspot.explorer.bench import Bench
 from weakspot.explorer.desk import Desk
@@ -21,7 +23,6 @@ from weakspot.explorer.service import Service
 
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 
-__all__ = ["browser"]  # a fixture
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 REASON = "The model of the run, lost:build, cannot be loaded."
 SERIOUS = {"serious", "critical"}
@@ -59,24 +60,30 @@ def served(runs: Path) -> Iterator[Any]:
     services = {name: Service.prepare(desk, port=0) for name, desk in desks.items()}
     for service in services.values():
         service.start()
-    yield services
-    for service in services.values():
-        service.close()
+    try:
+        yield services
+    finally:
+        for service in services.values():
+            service.close()
 
 
 class Shown:
     """The gallery in a browser, with what went wrong and which hosts were asked."""
 
-    def __init__(self, browser: Any, service: Service, width: int = 1280, scheme: str = "light") -> None:
+    def __init__(
+        self, browser: Any, service: Service, width: int = 1280, scheme: str = "light", fragment: str = ""
+    ) -> None:
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        context.set_default_timeout(WAIT)
         self.page = context.new_page()
         self.wrong: list[str] = []
         self.asked: set[str] = set()
         self.page.on("console", lambda message: self.wrong.append(message.text))
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
         self.page.on("request", lambda request: self.asked.add(request.url.partition("/api")[0]))
-        self.page.goto(service.url)
-        self.page.wait_for_selector(".tile img:not([hidden])", timeout=30_000)
+        self.page.goto(f"{service.url}#{fragment}" if fragment else service.url)
+        self.page.wait_for_selector(".tile img:not([hidden])")
+        self.settle()
         self.home = service.url.partition("/?")[0]
 
     def count(self) -> int:
@@ -86,7 +93,7 @@ class Shown:
 
     def settle(self) -> None:
         """Wait until everything that was asked for is shown."""
-        self.page.wait_for_selector(".gallery-view[aria-busy=false]", state="attached", timeout=30_000)
+        self.page.wait_for_selector(".gallery-view[aria-busy=false]", state="attached")
 
     def wait_for_count(self, expected: int) -> None:
         """Wait until the page says that there are so many."""
@@ -177,13 +184,79 @@ def test_a_click_on_a_record_brings_its_image_to_the_bench(browser: Any, served:
     shown = Shown(browser, served["one"])
     page = shown.page
     page.click(".tile >> nth=7 >> button")
-    page.wait_for_selector("#bench .thumb", state="visible", timeout=30_000)
-    page.wait_for_selector("#bench .bars li", state="visible", timeout=30_000)
+    page.wait_for_selector("#bench .thumb", state="visible")
+    page.wait_for_selector("#bench .bars li", state="visible")
     assert len(page.query_selector_all("#bench .thumb")) == 1
     assert not page.is_visible(".tiles")
     page.click("#tabs button:has-text('Gallery')")
     assert page.is_visible(".tiles")
     assert shown.wrong == []
+
+
+def test_the_address_holds_filters_order_page_and_the_record_on_the_bench(browser: Any, served: Any) -> None:
+    shown = Shown(browser, served["one"])
+    page = shown.page
+    page.click(".values button:has-text('pgd')")
+    shown.wait_for_count(60)
+    page.select_option("label:has-text('sorted by') select", "l2")
+    page.select_option("label:has-text('order') select", "down")
+    page.select_option("label:has-text('picture') select", "adversarial")
+    shown.settle()
+    page.click("text=next page")
+    shown.settle()
+    names = page.locator(".tile strong").all_inner_texts()
+    count = page.inner_text(".count")
+    assert len(names) == 10
+    page.click(".tile >> nth=3 >> button")
+    page.wait_for_selector("#bench .bars li", state="visible")
+    page.keyboard.press("r")
+    box = page.locator("canvas.picture").bounding_box()
+    page.mouse.move(box["x"] + 0.2 * box["width"], box["y"] + 0.2 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 0.6 * box["height"])
+    page.mouse.up()
+    page.wait_for_function("location.hash.includes('mask=') && location.hash.includes('records=')")
+    area = page.inner_text(".area")
+    assert "token" not in page.url
+    again = page.context.new_page()
+    again.on("pageerror", lambda error: shown.wrong.append(str(error)))
+    again.goto(page.url)
+    again.wait_for_selector("body[data-ready=yes]")
+    expect(again.locator("#bench h2").first).to_be_visible()
+    expect(again.locator(".area")).to_have_text(area)
+    assert again.get_attribute(".thumb[aria-pressed=true]", "title") == names[3]
+    again.click("#tabs button:has-text('Gallery')")
+    expect(again.locator(".count")).to_have_text(count)
+    assert again.locator(".tile strong").all_inner_texts() == names
+    assert again.input_value("label:has-text('sorted by') select") == "l2"
+    assert again.input_value("label:has-text('picture') select") == "adversarial"
+    expect(again.locator(".values button[aria-pressed=true]")).to_have_text(re.compile("pgd"))
+    shown.check()
+
+
+def test_a_brushed_score_is_in_the_address_and_another_run_says_that_it_is_not_meant(
+    browser: Any, served: Any
+) -> None:
+    shown = Shown(browser, served["one"])
+    page = shown.page
+    page.select_option("select[aria-label='add a histogram']", "l2")
+    slider = page.locator("input[aria-label='l2: to']")
+    slider.focus()
+    for _ in range(15):
+        page.keyboard.press("ArrowLeft")
+    shown.settle()
+    count = page.inner_text(".count")
+    page.wait_for_function("location.hash.includes('bins')")
+    link = page.url.partition("#")[2]
+    again = Shown(browser, served["one"], fragment=link)
+    assert again.page.inner_text(".count") == count
+    assert again.page.input_value("input[aria-label='l2: to']") == slider.input_value()
+    assert again.page.is_visible("text=clear all filters")
+    other = Shown(browser, served["two"], fragment=link)
+    expect(other.page.locator(".gallery-view .message")).to_contain_text("This link is about")
+    assert other.count() == 120
+    again.check()
+    other.check()
 
 
 def test_all_values_of_a_record_are_shown_on_demand(browser: Any, served: Any) -> None:
@@ -211,12 +284,12 @@ def test_findings_are_shown_and_lead_to_their_records(browser: Any, served: Any,
     shown = Shown(browser, served["two"])
     page = shown.page
     page.click("text=Weak classes and regions")
-    page.wait_for_selector(".finding", timeout=60_000)
+    page.wait_for_selector(".finding")
     assert "No class was compared" in page.inner_text(
         ".gallery-view"
     ) or "No class was shown" in page.inner_text(".gallery-view")
     page.click("text=What changed")
-    page.wait_for_selector("h3:has-text('first against second')", timeout=90_000)
+    page.wait_for_selector("h3:has-text('first against second')")
     target = page.locator("td button:visible").first
     expected = int(target.inner_text())
     target.click()
@@ -232,7 +305,7 @@ def test_sql_answers_and_refuses(browser: Any, served: Any) -> None:
     page.fill("textarea", "select attack, count(*) as n from outcomes group by 1 order by 1")
     page.focus("textarea")
     page.keyboard.press("Control+Enter")
-    page.wait_for_selector("td:text-is('60')", timeout=30_000)
+    page.wait_for_selector("td:text-is('60')")
     page.fill("textarea", "drop view outcomes")
     page.click("button:text-is('Run')")
     page.wait_for_selector("pre[role=alert]")
@@ -248,7 +321,7 @@ def test_names_are_never_markup(browser: Any, served: Any) -> None:
     page.click("details.values:has(summary:text-is('class')) summary")
     assert HOSTILE in page.inner_text("details.values:has(summary:text-is('class'))")
     page.click("text=Weak classes and regions")
-    page.wait_for_selector(".gallery-view table th:has-text('img')", timeout=60_000)
+    page.wait_for_selector(".gallery-view table th:has-text('img')")
     page.click("nav button:has-text('SQL')")
     page.fill("textarea", "select label_name from records limit 1")
     page.click("button:text-is('Run')")
@@ -278,7 +351,7 @@ def test_pages_fit_and_have_no_serious_finding_of_axe(
             for fold in page.query_selector_all(".filters, .values"):
                 fold.evaluate("fold => { fold.open = true; }")
         elif view != "SQL":
-            page.wait_for_selector(".finding:visible", timeout=90_000)
+            page.wait_for_selector(".finding:visible")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         found = axe.Axe().run(page).response["violations"]
         assert [one["id"] for one in found if one["impact"] in SERIOUS] == []

@@ -8,15 +8,15 @@ const PICTURES = { clean: "the image", adversarial: "attacked", change: "the cha
 const TITLES = { label_name: "class", adversarial_class_name: "ends as", change: "first against second run" };
 const FIRST = 3; // histograms that are shown at the start
 
-export function mountGallery(element, ask, { onOpen = () => {} } = {}) {
-  const gallery = new GalleryView(element, ask, onOpen);
-  gallery.start();
-  return { stop: () => gallery.stop() };
+// `state` is what an earlier gallery gave `onState`; `ready` becomes whether there is anything to see.
+export function mountGallery(element, ask, { onOpen = () => {}, state = null, onState = () => {} } = {}) {
+  const gallery = new GalleryView(element, ask, onOpen, onState);
+  return { ready: gallery.start(state), openRecord: (id) => gallery.openRecord({ id }), stop: () => gallery.stop() };
 }
 
 class GalleryView {
-  constructor(element, ask, onOpen) {
-    Object.assign(this, { element, onOpen, stopped: false, filters: {}, sort: null, descending: false, cursors: [null], next: null, picture: "clean" });
+  constructor(element, ask, onOpen, onState) {
+    Object.assign(this, { element, onOpen, onState, view: "records", stopped: false, filters: {}, sort: null, descending: false, cursors: [null], next: null, picture: "clean" });
     this.ask = async (name, body) => {
       const reply = await ask(name, body);
       if (reply.error) throw new Error(reply.error);
@@ -36,18 +36,37 @@ class GalleryView {
     this.element.replaceChildren();
   }
 
-  async start() {
+  async start(state) {
     this.element.replaceChildren(this.message, make("p", { role: "status" }, "Opening the records…"));
     try {
       this.run = await this.ask("run", {});
     } catch (error) {
       this.element.replaceChildren(this.message);
       this.fail(error);
-      return;
+      return false;
     }
-    if (this.stopped) return;
+    if (this.stopped) return false;
+    const fits = state && state.run === this.run.name && (state.other ?? null) === this.run.other;
+    if (fits) this.take(state);
     this.build();
+    if (state && !fits) this.fail(new Error(`This link is about ${state.run}${state.other ? ` beside ${state.other}` : ""}, which is not what is shown here.`));
     this.refresh({ counts: true });
+    return !state || fits;
+  }
+
+  // What a link says. The program checks it, as it checks every request.
+  take({ filters, sort, descending, cursors, picture, view }) {
+    if (filters && typeof filters === "object") this.filters = { ...filters };
+    if (this.run.columns.some(({ name, kind }) => name === sort && kind === "number")) this.sort = sort;
+    this.descending = descending === true;
+    if (Array.isArray(cursors) && cursors.length) this.cursors = cursors;
+    if (this.run.pictures.includes(picture)) this.picture = picture;
+    if (["records", "weak", "changed", "sql"].includes(view)) this.view = view;
+  }
+
+  tellState() {
+    const { filters, sort, descending, cursors, picture, view, run } = this;
+    this.onState({ run: run.name, other: run.other, filters, sort, descending, cursors, picture, view, ...(this.record === undefined ? {} : { record: this.record }) });
   }
 
   fail(error) {
@@ -66,10 +85,12 @@ class GalleryView {
         make("p", { class: "note" }, `${counted(run.records, "record")} of ${counted(run.images, "image")}${run.model ? `, ${run.model}` : ""}`),
         ...run.remarks.map((sentence) => make("p", { class: "note" }, sentence))),
       make("nav", { class: "line", "aria-label": "Views of the run" }, ...this.tabs), this.message, ...Object.values(views));
-    this.open("records");
+    this.open(this.view in titles ? this.view : "records");
   }
 
   open(name) {
+    this.view = name;
+    this.tellState();
     for (const [key, view] of Object.entries(this.views)) view.hidden = key !== name;
     for (const tab of this.tabs) tab.setAttribute("aria-pressed", String(tab.dataset.name === name));
     if (name === "weak") this.facts(this.views.weak, "weak_regions", (reply) => weakRegions(reply, (filters) => this.choose(filters)));
@@ -97,13 +118,21 @@ class GalleryView {
     const run = this.run;
     const sorted = choice([["", "the list of images"], ...run.columns.filter(({ kind }) => kind === "number").map(({ name }) => [name, name])], { on: { change: () => { this.sort = sorted.value || null; this.change({ counts: false }); } } });
     const direction = choice([["", "smallest first"], ["down", "largest first"]], { on: { change: () => { this.descending = direction.value === "down"; this.change({ counts: false }); } } });
-    const picture = choice(run.pictures.map((kind) => [kind, PICTURES[kind] ?? kind]), { on: { change: () => { this.picture = picture.value; this.thumbnails(); } } });
+    const picture = choice(run.pictures.map((kind) => [kind, PICTURES[kind] ?? kind]), { on: { change: () => { this.picture = picture.value; this.tellState(); this.thumbnails(); } } });
+    sorted.value = this.sort ?? "";
+    direction.value = this.descending ? "down" : "";
+    if (run.pictures.length) picture.value = this.picture;
     this.back = button("previous page", () => this.turn(-1));
     this.forward = button("next page", () => this.turn(1));
-    this.reset = button("clear all filters", () => this.choose({}), { hidden: true });
+    this.reset = button("clear all filters", () => this.choose({}), { hidden: Object.keys(this.filters).length === 0 });
     this.scores = make("div", { class: "scores" });
     const more = choice([["", "add a score…"], ...run.scores.map((name) => [name, name])], { "aria-label": "add a histogram", on: { change: () => { this.addHistogram(more.value); more.value = ""; } } });
     for (const name of run.scores.slice(0, FIRST)) this.addHistogram(name, { load: false });
+    for (const [name, { bins }] of Object.entries(this.filters)) {
+      if (!Array.isArray(bins) || !run.scores.includes(name)) continue;
+      this.addHistogram(name, { load: false });
+      this.histograms.get(name).mark(bins);
+    }
     const lists = run.values.map((column) => this.valueList(column));
     const legend = make("ul", { class: "legend" }, ...OUTCOMES.map(([text, kind]) => make("li", {}, make("i", { class: `swatch ${kind}` }), text)));
     const wide = matchMedia("(min-width: 45rem)").matches;
@@ -142,6 +171,7 @@ class GalleryView {
   change({ counts = true, first = true } = {}) {
     if (first) this.cursors = [null];
     this.reset.hidden = Object.keys(this.filters).length === 0;
+    this.tellState();
     // A newer request without counts must not swallow the counts of an older one.
     this.stale = this.stale || counts;
     this.element.setAttribute("aria-busy", "true");
@@ -233,10 +263,11 @@ class GalleryView {
   }
 
   async thumbnails() {
-    const tiles = this.tiles;
+    const { tiles, picture } = this;
     if (!this.run.pictures.length || !this.records.length) return;
     try {
-      const { pictures } = await this.ask("thumbnails", { ids: this.records.map(({ id }) => id), picture: this.picture });
+      const { pictures } = await this.ask("thumbnails", { ids: this.records.map(({ id }) => id), picture });
+      if (picture !== this.picture) return; // another kind was chosen meanwhile
       for (const [id, { url, missing }] of Object.entries(pictures)) {
         const tile = tiles.get(id);
         if (!tile || tiles !== this.tiles) continue;
@@ -264,7 +295,10 @@ class GalleryView {
     const before = this.status.textContent;
     this.status.textContent = "Opening the image on the bench…";
     try {
-      await this.onOpen(await this.ask("open", { id }));
+      const opened = await this.ask("open", { id });
+      this.record = id;
+      this.tellState();
+      await this.onOpen(opened);
       this.message.hidden = true;
     } catch (error) {
       this.fail(error);

@@ -22,6 +22,23 @@ export async function stateText(bench) {
   return parts.toString();
 }
 
+// All that the address holds: the state of the bench, if there is a picture on it, and that of the gallery.
+export async function addressText(bench) {
+  const parts = bench.image ? [await stateText(bench)] : [];
+  if (bench.records) parts.push(new URLSearchParams({ records: JSON.stringify(bench.records) }).toString());
+  return parts.join("&");
+}
+
+// The gallery's part of an address; null if there is none that can be read.
+export function recordsOf(text) {
+  try {
+    const records = JSON.parse(new URLSearchParams(text).get("records"));
+    return records && typeof records === "object" ? records : null;
+  } catch {
+    return null;
+  }
+}
+
 // Puts a state on the bench; parts that do not fit are left out, and named.
 export async function restore(bench, text) {
   const parts = new URLSearchParams(text);
@@ -79,7 +96,7 @@ export class Links {
   async link() {
     await this.bench.attempt("", async () => {
       const url = new URL(location.href);
-      url.hash = await stateText(this.bench);
+      url.hash = await addressText(this.bench);
       url.search = "";
       await this.show("This link restores the picture, the mask and the settings, for people who run the same weakspot explore.", url.href);
     });

@@ -69,16 +69,22 @@ if (new URLSearchParams(location.search).has("token")) history.replaceState(null
 const place = document.getElementById("bench");
 const bench = mount(place, ask, subscribe, { keys: document, hash: true });
 
-// Tabs, if the program was started with a run.
+// Tabs, if the program was started with a run. The address holds the state of both.
 await bench.ready;
 if (bench.bench.hello?.gallery) {
-  const { mountGallery } = await import("./gallery.js");
+  const [{ mountGallery }, { recordsOf, restore }] = await Promise.all([import("./gallery.js"), import("./links.js")]);
+  const linked = location.hash.slice(1), wanted = recordsOf(linked);
   const other = document.getElementById("gallery");
   const tabs = document.getElementById("tabs");
-  const show = (name) => {
-    place.hidden = name !== "bench";
-    other.hidden = name !== "gallery";
-    for (const tab of tabs.children) tab.setAttribute("aria-pressed", String(tab.dataset.name === name));
+  const remember = (records) => {
+    bench.bench.records = { ...bench.bench.records, ...records };
+    bench.bench.stateChanged();
+  };
+  const show = (tab) => {
+    place.hidden = tab !== "bench";
+    other.hidden = tab !== "gallery";
+    for (const each of tabs.children) each.setAttribute("aria-pressed", String(each.dataset.name === tab));
+    remember({ tab });
   };
   for (const [name, text] of [["gallery", "Gallery"], ["bench", "Bench"]]) {
     const tab = button(text, () => show(name));
@@ -86,11 +92,21 @@ if (bench.bench.hello?.gallery) {
     tabs.append(tab);
   }
   tabs.hidden = false;
-  mountGallery(other, ask, {
+  const gallery = mountGallery(other, ask, {
+    state: wanted,
+    onState: remember,
     async onOpen(record) {
       show("bench");
       await bench.open(record.image, record);
     },
   });
   show("gallery");
+  if ((await gallery.ready) && wanted?.record !== undefined && bench.bench.hello.model !== null) {
+    await gallery.openRecord(wanted.record);
+    if (bench.bench.image) await restore(bench.bench, linked);
+    show(wanted.tab === "bench" && bench.bench.image ? "bench" : "gallery");
+  }
+  bench.bench.restored = true;
+  bench.bench.stateChanged();
+  document.body.dataset.ready = "yes";
 }
