@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from tests.browser.test_explanation_page import browser
+from tests.browser.explorer_page import WAIT
 from tests.networks import NETWORKS
 from weakspot.explorer.desk import Desk
 from weakspot.explorer.messages import Message
 from weakspot.explorer.notebook_view import NotebookDesk, bench_widget
 from weakspot.explorer.view import NotebookView, fill_bench
 
-__all__ = ["browser"]  # a fixture
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 PAGE = "<!doctype html><html lang=en><style>h3 { font-size: 40px }</style><h3>A notebook</h3><div id=cell></div></html>"
 SHELL = """
@@ -59,7 +59,9 @@ def shown(browser: Any) -> Iterator[tuple[Any, NotebookView, list[str], Notebook
     widget: Any = bench_widget(desk)
     queue = Queue()
     shell = NotebookDesk(desk, queue)
-    page = browser.new_context(viewport={"width": 1000, "height": 900}).new_page()
+    context = browser.new_context(viewport={"width": 1000, "height": 900})
+    context.set_default_timeout(WAIT)
+    page = context.new_page()
     wrong: list[str] = []
     page.on("console", lambda message: wrong.append(message.text))
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -68,35 +70,39 @@ def shown(browser: Any) -> Iterator[tuple[Any, NotebookView, list[str], Notebook
     page.expose_function("fromKernel", queue.fetch)
     page.set_content(PAGE)
     page.evaluate(SHELL, [widget._esm, widget.style])
-    page.wait_for_selector(".weakspot canvas.picture", timeout=30_000)
-    yield page, NotebookView("", desk.bench, desk, widget), wrong, shell
-    desk.close()
+    page.wait_for_selector(".weakspot .bars li")
+    try:
+        yield page, NotebookView("", desk.bench, desk, widget), wrong, shell
+    finally:
+        desk.close()
+
+
+def wait_until(page: Any, condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT / 1000
+    while not condition():
+        assert time.monotonic() < end, "it did not become so"
+        page.wait_for_timeout(20)  # messages of the page are taken meanwhile
 
 
 def test_a_mask_is_brushed_and_attacked_in_a_cell(shown: Any) -> None:
     page, view, wrong, _ = shown
-    page.wait_for_selector(".weakspot .bars li", timeout=30_000)
     page.click("button:text-is('Brush')")
     box = page.locator("canvas.picture").bounding_box()
     page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.3 * box["height"])
     page.mouse.down()
     page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.4 * box["height"], steps=4)
     page.mouse.up()
-    for _ in range(100):
-        if view.mask is not None:
-            break
-        page.wait_for_timeout(100)
+    wait_until(page, lambda: view.mask is not None)
     assert view.mask is not None
     assert 0 < int(view.mask.sum()) < view.mask.numel()
     assert view.pairs is None
     page.click(".weakspot button.primary")
-    for _ in range(200):
-        if view.pairs is not None:
-            break
-        page.wait_for_timeout(100)
+    wait_until(page, lambda: view.pairs is not None)
     assert view.pairs is not None
     outside = view.pairs.perturbation.masked_fill(view.mask, 0)
     assert float(outside.abs().max()) == 0
+    page.click("button:text-is('Clear')")
+    wait_until(page, lambda: view.mask is None)
     assert wrong == []
 
 
@@ -108,5 +114,5 @@ def test_the_notebook_keeps_its_style_and_the_cell_can_be_left(shown: Any) -> No
     assert page.evaluate(inside) == "15px"
     page.evaluate("leave()")
     assert page.evaluate("document.querySelector('#cell').children.length") == 0
-    assert shell._jobs == {}
+    wait_until(page, lambda: not shell._jobs)
     assert wrong == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,6 +89,10 @@ def test_a_brushed_mask_and_the_attack_in_it_come_back_as_tensors(
     assert view.mask is not None
     assert (view.mask.dtype, tuple(view.mask.shape)) == (torch.bool, (1, 1, 20, 20))
     np.testing.assert_array_equal(view.mask[0, 0].numpy(), drawn)
+    emptied = {"kind": "ask", "view": "v", "id": "v-0", "name": "area", "body": {"image": 1, "mask": None}}
+    shell.receive(emptied)
+    assert cell.wait("v-0")["pixels"] == 0
+    assert view.mask is None
     order = {
         "image": 1,
         "mask": png(drawn),
@@ -114,10 +117,8 @@ def test_stop_ends_a_job_and_leaving_a_page_ends_its_jobs(made: tuple[Desk, Cell
     for number, ending in (("a-1", {"kind": "stop", "id": "a-1"}), ("b-1", {"kind": "close", "view": "b"})):
         shell.receive({"kind": "subscribe", "view": number[0], "id": number, "name": "attack", "body": order})
         cell.wait(number, "step")
-        begun = time.monotonic()
         shell.receive(ending)
         cell.wait(number, "done")
-        assert time.monotonic() - begun < 20  # a step on a quiet machine
     assert shell._jobs == {}
 
 
@@ -174,7 +175,7 @@ def test_a_notebook_shows_the_bench_without_a_port() -> None:
         "[one.name for one in threading.enumerate() if 'server' in one.name], view.url, view.mask, view.pairs"
     )
     send = "view.widget._handle_custom_msg({'kind': 'ask', 'id': 'v-1', 'name': 'hello', 'body': {}}, [])"
-    count = f"{send}\nimport time; time.sleep(1); len(view.bench.exhibits)"
+    count = f"{send}\nlen(view.bench.exhibits)"
     cells = [PLAIN, show, f"import threading\n{about}", count, "weakspot.explore(network, images[0])"]
     v4: Any = nbformat.v4
     notebook = v4.new_notebook(cells=[v4.new_code_cell(text) for text in cells])

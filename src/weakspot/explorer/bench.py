@@ -92,7 +92,7 @@ class Bench:
         exhibits: the images.
         concepts: (layer, unit) to the concept that a dissection found, for networks that were dissected.
         state: a number that grows with every change.
-        brushed: the mask that a page sent last, bool (1, 1, H, W).
+        brushed: the mask on the page, bool (1, 1, H, W); None where none is brushed.
     """
 
     classifier: Classifier

@@ -124,7 +124,6 @@ def attack_pair(bench: Bench, order: Order, send: Send, pause: Pause) -> Message
     control = None if order.mask is None else control_of(order.mask, exhibit, order.seed)
     mask = torch.ones(1, 1, *exhibit.size, dtype=torch.bool) if order.mask is None else order.mask
     masks = [mask] if control is None else [mask, control]
-    bench.brushed = order.mask if order.mask is not None else bench.brushed
     send({"event": "start", **describe(mask, control)})
     sides = len(masks)
     norm = order.attack.norm(order.settings) if order.attack.minimizes else None

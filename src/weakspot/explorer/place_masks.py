@@ -128,12 +128,12 @@ def control_of(mask: Tensor, exhibit: Exhibit, seed: int) -> Tensor | None:
 
 
 def measure_area(bench: Bench, request: Request) -> Message:
-    """How large a mask is, and its control."""
+    """How large a mask is, and its control; without a mask, that none is brushed."""
     exhibit = bench.exhibit(request.whole("image", 0, 10**6))
     mask = request.mask("mask", exhibit.size)
-    if mask is None:
-        raise RequestError("mask must be a picture of the brushed pixels, got nothing")
     bench.brushed = mask
+    if mask is None:
+        return {"pixels": 0, "fraction": 0.0, "control": None, "overlap": None, "remark": None}
     return describe(mask, control_of(mask, exhibit, request.whole("seed", 0, 2**53, 0)))
 
 

@@ -42,7 +42,7 @@ class View:
 
     @property
     def mask(self) -> Tensor | None:
-        """The mask that was brushed last: bool (1, 1, H, W), on the CPU; None if there is none."""
+        """The mask as it is on the page: bool (1, 1, H, W), on the CPU; None if nothing is brushed."""
         return self.bench.brushed
 
     @property
@@ -132,7 +132,7 @@ def explore(
         port: to serve on, or the next free one; not used in a notebook.
 
     Returns:
-        A view: `.url`, `.mask` (bool (1, 1, H, W), brushed last), `.pairs` (of the last attack on each image) and
+        A view: `.url`, `.mask` (bool (1, 1, H, W), as brushed now), `.pairs` (of the last attack on each image) and
         `.close()`. It is a context manager.
 
     Raises:
