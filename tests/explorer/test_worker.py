@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 
+from tests.explorer.benches import wait_for
 from weakspot.explorer.worker import StopRequestedError, Worker, WorkerClosedError
 
 
@@ -28,17 +29,17 @@ def blocked(worker: Worker) -> threading.Event:
 
     def run() -> None:
         begun.set()
-        go.wait(10)
+        go.wait(60)
 
     worker.long(run)
-    assert begun.wait(10)
+    assert begun.wait(60)
     return go
 
 
 def test_everything_runs_in_one_thread(worker: Worker) -> None:
-    names = {worker.short(threading.get_ident).result(10) for _ in range(5)}
-    names.add(worker.long(threading.get_ident).result.result(10))
-    names.add(worker.probe("", threading.get_ident).result(10))
+    names = {worker.short(threading.get_ident).result(60) for _ in range(5)}
+    names.add(worker.long(threading.get_ident).result.result(60))
+    names.add(worker.probe("", threading.get_ident).result(60))
     assert len(names) == 1
     assert threading.get_ident() not in names
 
@@ -54,11 +55,11 @@ def test_the_latest_probe_of_a_page_wins_and_pages_do_not_overtake_each_other(wo
     one = [worker.probe("one", partial(probe, f"one {number}")) for number in range(4)]
     two = worker.probe("two", partial(probe, "two"))
     # Told at once, before the worker is free.
-    assert [future.result(1) for future in one[:3]] == [None] * 3
+    assert [future.result(0) for future in one[:3]] == [None] * 3
     assert not one[3].done()
     go.set()
-    assert one[3].result(10) == "one 3"
-    assert two.result(10) == "two"
+    assert one[3].result(60) == "one 3"
+    assert two.result(60) == "two"
     assert sorted(ran) == ["one 3", "two"]
 
 
@@ -69,36 +70,36 @@ def test_probes_come_first_then_short_requests_then_long_ones(worker: Worker) ->
     worker.short(lambda: order.append("short"))
     worker.probe("", lambda: order.append("probe"))
     go.set()
-    last.result.result(10)
+    last.result.result(60)
     assert order == ["probe", "short", "long"]
 
 
 def test_a_long_job_answers_others_between_its_steps_and_stops_within_one(worker: Worker) -> None:
-    begun, stepped = threading.Event(), 0
+    begun, enough = threading.Event(), threading.Event()
+    after = 0  # steps that began after the job was stopped
 
     def job() -> str:
-        nonlocal stepped
+        nonlocal after
         begun.set()
         try:
-            for _ in range(10_000):
-                time.sleep(0.001)
-                stepped += 1
+            while True:
+                if enough.is_set():
+                    after += task.stop.is_set()
+                    task.stop.set()
                 worker.between_steps()
         except StopRequestedError:
             return "stopped"
-        return "finished"
 
     task = worker.long(job)
-    assert begun.wait(10)
-    assert worker.short(lambda: "answered").result(10) == "answered"
-    assert worker.probe("", lambda: "probed").result(10) == "probed"
+    assert begun.wait(60)
+    assert worker.short(lambda: "answered").result(60) == "answered"
+    assert worker.probe("", lambda: "probed").result(60) == "probed"
     assert not task.result.done()
     waiting = worker.long(lambda: "later")
-    before = stepped
-    task.stop.set()
-    assert task.result.result(10) == "stopped"
-    assert stepped - before <= 2
-    assert waiting.result.result(10) == "later"
+    enough.set()
+    assert task.result.result(60) == "stopped"
+    assert after == 0
+    assert waiting.result.result(60) == "later"
 
 
 def test_the_memory_of_a_job_is_returned(worker: Worker) -> None:
@@ -110,32 +111,54 @@ def test_the_memory_of_a_job_is_returned(worker: Worker) -> None:
         return 1
 
     task = worker.long(job)
-    assert task.result.result(10) == 1
+    assert task.result.result(60) == 1
     del task
-    worker.short(lambda: None).result(10)
+    worker.short(lambda: None).result(60)
     gc.collect()
     assert kept[0]() is None
 
 
 def test_background_work_goes_on_only_while_nothing_waits(worker: Worker) -> None:
     done: list[int] = []
-    half = threading.Event()
+    half, queued = threading.Event(), threading.Event()
 
     def steps() -> Generator[None]:
         for number in range(40):
             done.append(number)
             if number == 5:
                 half.set()
-            time.sleep(0.002)
+                assert queued.wait(60)
             yield
 
     task = worker.background(steps)
-    assert half.wait(10)
-    at = worker.long(lambda: len(done)).result.result(10)
-    assert isinstance(at, int)
-    assert at < 40
-    assert task.result.result(10) is None
+    assert half.wait(60)
+    waiting = worker.long(lambda: len(done))
+    queued.set()
+    assert waiting.result.result(60) == 6
+    assert task.result.result(60) is None
     assert done == list(range(40))
+
+
+def test_background_work_rests_while_probes_come(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weakspot.explorer.worker.REST", 1000.0)
+    done: list[int] = []
+
+    def steps() -> Generator[None]:
+        while True:
+            done.append(1)
+            yield
+
+    assert worker.probe("", lambda: 1).result(60) == 1
+    task = worker.background(steps)
+    for _ in range(5):
+        assert worker.probe("", lambda: 1).result(60) == 1
+        assert worker.short(lambda: 2).result(60) == 2
+    assert not done
+    monkeypatch.setattr("weakspot.explorer.worker.REST", 0.0)
+    worker.short(lambda: 3).result(60)  # wakes the thread
+    wait_for(lambda: len(done) > 3)
+    task.stop.set()
+    assert task.result.result(60) is None
 
 
 def test_background_work_stops_and_its_errors_are_told(worker: Worker) -> None:
@@ -154,10 +177,10 @@ def test_background_work_stops_and_its_errors_are_told(worker: Worker) -> None:
 
     task, other = worker.background(endless), worker.background(broken)
     with pytest.raises(ValueError, match="no"):
-        other.result.result(10)
+        other.result.result(60)
     task.stop.set()
-    assert task.result.result(10) is None
-    assert closed.wait(10)
+    assert task.result.result(60) is None
+    assert closed.wait(60)
 
 
 def test_an_error_of_any_kind_is_told_and_the_worker_lives_on(worker: Worker) -> None:
@@ -165,8 +188,8 @@ def test_an_error_of_any_kind_is_told_and_the_worker_lives_on(worker: Worker) ->
         raise SystemExit(3)
 
     with pytest.raises(SystemExit):
-        worker.short(leave).result(10)
-    assert worker.short(lambda: 1).result(10) == 1
+        worker.short(leave).result(60)
+    assert worker.short(lambda: 1).result(60) == 1
 
 
 def test_closing_cancels_what_waits_and_stops_what_runs() -> None:
@@ -183,8 +206,8 @@ def test_closing_cancels_what_waits_and_stops_what_runs() -> None:
             return "stopped"
 
     running, waiting = worker.long(job), worker.long(lambda: 1)
-    assert begun.wait(10)
-    assert worker.close(10)
+    assert begun.wait(60)
+    assert worker.close(60)
     assert running.result.result(0) == "stopped"
     assert waiting.result.cancelled()
     assert worker.short(lambda: 1).cancelled()

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from weakspot._checks import NotFiniteError, first_line
 from weakspot.attacks import available_attacks, find_attack
 from weakspot.budgets.parse import BUDGETS
-from weakspot.explanations.analysis import available_analyses
+from weakspot.explanations.analysis import usual_analyses
 from weakspot.explorer.bench import Bench
 from weakspot.explorer.edit_probe import LARGEST, heat_map, probe
 from weakspot.explorer.layer_maps import list_layers, show_layer, show_unit
 from weakspot.explorer.links import copy_command
+from weakspot.explorer.mask_certificate import certify_mask, provable
 from weakspot.explorer.messages import PIXELS, UPLOAD_BYTES, Message, Request, RequestError
 from weakspot.explorer.pair_attack import Order, attack_pair, pair_message
 from weakspot.explorer.pair_panels import explain_pair
@@ -195,7 +196,7 @@ def _hello(desk: Desk, _: Request) -> Message:
             }
             for name, kind in MASKS.items()
         ],
-        "analyses": [{"name": name} for name in available_analyses()],
+        "analyses": [{"name": name} for name in usual_analyses()],
         "limits": {"upload_bytes": UPLOAD_BYTES, "pixels": PIXELS, "probe_size": LARGEST},
         "defaults": {"attack": "pgd", "budget": "linf:4/255", "seed": 0, "fraction": 0.3, "steps": 20},
         "colors": shared_colors(),
@@ -252,7 +253,7 @@ QUESTIONS = {
     "upload": Question(lambda desk, request: upload(desk.bench, request)),
     "undo_place": Question(lambda desk, request: undo_place(desk.bench, request)),
     "command": Question(lambda desk, request: copy_command(desk.bench, request)),
-    "explain": Question(lambda desk, request: explain_pair(desk.bench, request), short=False),
+    "provable": Question(lambda desk, request: provable(desk.bench, request), short=False),
     "layers": Question(lambda desk, request: list_layers(desk.bench, request), short=False),
     "layer": Question(lambda desk, request: show_layer(desk.bench, request), short=False),
     "unit": Question(lambda desk, request: show_unit(desk.bench, request), short=False),
@@ -290,8 +291,30 @@ def _subscribe_spots(desk: Desk, request: Request, send: Send) -> Task[object]:
     return desk.worker.long(run)
 
 
+def _subscribe_panel(desk: Desk, request: Request, send: Send) -> Task[object]:
+    def run() -> object:
+        with desk.worker.interruptible():
+            panel = explain_pair(desk.bench, request)
+        send({"event": "done", "stopped": False, **panel})
+        return None
+
+    return desk.worker.long(run)
+
+
+def _subscribe_certificate(desk: Desk, request: Request, send: Send) -> Task[object]:
+    def run() -> object:
+        with desk.worker.interruptible():
+            certificate = certify_mask(desk.bench, request, send)
+        send({"event": "done", "stopped": False, **certificate})
+        return None
+
+    return desk.worker.long(run)
+
+
 SUBSCRIPTIONS: dict[str, Subscription] = {
     "weak_spots": _subscribe_spots,
     "attack": _subscribe_attack,
     "heat": _subscribe_heat,
+    "explain": _subscribe_panel,
+    "certify": _subscribe_certificate,
 }

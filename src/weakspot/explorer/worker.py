@@ -1,18 +1,26 @@
 """The worker: one thread that owns the model, and the order in which requests have their turn.
 
 Probes come first and only the latest of a page counts; then short requests; then long ones in the order of arrival.
-Work in the background, a generator, goes on by one step whenever nothing else waits. Between two evaluations of an
+Work in the background, a generator, goes on by one step whenever nothing else waits and no probe has come for a while:
+while a cursor moves, its next probe would have to wait for the rest of a step. Between two evaluations of an
 attack, probes and short requests are answered.
 """
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
+
+from torch.overrides import TorchFunctionMode
+
+REST = 0.25  # seconds after a probe in which nothing is done in the background
 
 Result = TypeVar("Result")
 
@@ -23,6 +31,21 @@ class StopRequestedError(BaseException):
 
 class WorkerClosedError(BaseException):
     """Ends a long job whose worker is closed; nothing of it is of use any more."""
+
+
+class _BetweenOperations(TorchFunctionMode):
+    """Calls a function before each operation of torch in this thread, until that raises."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        super().__init__()
+        self._check, self._ended = check, False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if not self._ended:  # afterward, what restores the model on the way out must run undisturbed
+            self._ended = True
+            self._check()
+            self._ended = False
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(eq=False)
@@ -59,6 +82,7 @@ class Worker:
         self._long: deque[Task[object]] = deque()
         self._background: deque[Task[object]] = deque()
         self._running: Task[object] | None = None
+        self._probed = -math.inf  # when the last probe began
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="weakspot-explorer", daemon=True)
         self._thread.start()
@@ -110,6 +134,19 @@ class Worker:
         running = self._running
         while (task := self._next(urgent=True)) is not None:
             task.work()
+        self._raise_if_stopped(running)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let the long job that runs be ended between any two operations of torch; nobody else has a turn meanwhile.
+
+        For work that has no steps of its own. Raises as `between_steps` does.
+        """
+        running = self._running
+        with _BetweenOperations(lambda: self._raise_if_stopped(running)):
+            yield
+
+    def _raise_if_stopped(self, running: Task[object] | None) -> None:
         if self._closed:
             raise WorkerClosedError
         if running is not None and running.stop.is_set():
@@ -151,6 +188,7 @@ class Worker:
     def _next(self, *, urgent: bool = False) -> Task[object] | None:
         with self._wake:
             if self._probes:
+                self._probed = time.monotonic()
                 return self._probes.pop(next(iter(self._probes)))
             if self._short:
                 return self._short.popleft()
@@ -164,25 +202,26 @@ class Worker:
                 task.work()
                 self._running = None
                 del task  # results may hold much memory
-            elif not self._step_in_background():
-                with self._wake:
-                    if not (self._closed or self._probes or self._short or self._long or self._background):
-                        self._wake.wait()
+            else:
+                self._step_in_background()
 
-    def _step_in_background(self) -> bool:
-        """One step of the background work that has waited longest; False if there is none."""
+    def _step_in_background(self) -> None:
+        """One step of the background work that has waited longest, or wait for something to do."""
         with self._wake:
-            if not self._background:
-                return False
+            if self._closed or self._probes or self._short or self._long:
+                return
+            rest = self._probed + REST - time.monotonic()
+            if rest > 0 or not self._background:
+                self._wake.wait(rest if self._background else None)
+                return
             task = self._background.popleft()
         try:
             unfinished = bool(task.run())
         except BaseException as error:  # noqa: BLE001
             task.result.set_exception(error)
-            return True
+            return
         if unfinished:
             with self._wake:
                 self._background.append(task)
         else:
             task.result.set_result(None)
-        return True

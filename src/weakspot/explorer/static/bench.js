@@ -3,10 +3,11 @@
 
 import { Attack } from "./attack.js";
 import { Brush } from "./brush.js";
+import { Certificate } from "./certificate.js";
 import { setColors } from "./colors.js";
 import { base64Of, button, make, percent, signed } from "./elements.js";
 import { Depth, Explanations } from "./inside.js";
-import { Links, restore, stateText } from "./links.js";
+import { addressText, Links, restore } from "./links.js";
 import { readPixels } from "./pictures.js";
 import { UndoPlace, WeakMap } from "./places.js";
 import { Probe } from "./probe.js";
@@ -37,6 +38,8 @@ export function mount(element, ask, subscribe, { keys = element, hash = false } 
       keys.removeEventListener("keydown", press);
       bench.attack.stop();
       bench.weak.stop();
+      bench.certificate.forget();
+      bench.explanations.forget();
       bench.probe.forget();
       element.replaceChildren();
     },
@@ -51,12 +54,13 @@ class Bench {
       if (reply.error) throw new Error(reply.error);
       return reply;
     };
-    // Errors of a job reject `done`, and go to `failed` if it is given.
+    // Errors of a job reject `done`, and go to `failed` if it is given. Events are taken one after the other: a picture
+    // of an early step that is decoded late would cover the result.
     this.subscribe = (name, body, take, failed) => {
       let error = null, given = Promise.resolve();
       const job = subscribe(name, body, (event) => {
         if (event.event === "error") error = new Error(event.error);
-        else given = Promise.resolve(take(event)).catch((thrown) => { error = thrown; });
+        else given = given.then(() => take(event)).catch((thrown) => { error = thrown; });
       });
       const done = job.done.then(() => given).then(() => { if (error) throw error; });
       if (failed) done.catch(failed);
@@ -78,6 +82,7 @@ class Bench {
     this.attack = new Attack(this);
     this.weak = new WeakMap(this);
     this.undo = new UndoPlace(this);
+    this.certificate = new Certificate(this);
     this.explanations = new Explanations(this);
     this.depth = new Depth(this);
     this.links = new Links(this);
@@ -124,6 +129,7 @@ class Bench {
           this.attack.root,
           more("Weak-spot map", "how little is enough, and where", this.weak),
           more("Undo a place", "erase the attack by hand", this.undo, () => this.undo.refresh()),
+          more("Certify the mask", "what no single pixel can do", this.certificate, () => this.certificate.open()),
           more("Explain the attack", "the report's panels, when you ask for them", this.explanations),
           this.depthFold,
           this.links.root)),
@@ -155,8 +161,9 @@ class Bench {
       this.listPictures();
       if (this.images.length) await this.open(this.images[0].index);
       else this.next.textContent = "Add a picture to begin: drop it here, or press “Add a picture”.";
-      if (this.hash && location.hash.length > 1) await restore(this, location.hash.slice(1));
-      this.restored = true;
+      // With a gallery, the picture of a link is put on the bench from its record first.
+      if (this.hash && !this.hello.gallery && location.hash.length > 1) await restore(this, location.hash.slice(1));
+      this.restored = !this.hello.gallery;
       this.element.dataset.shown = Math.round(performance.now()); // since the page was asked for
       this.element.dataset.ready = "yes";
     } catch (error) {
@@ -191,6 +198,7 @@ class Bench {
     this.undo.leave();
     this.blink(false);
     this.weak.clear();
+    this.certificate.forget();
     this.probe.forget();
     this.attack.stop();
     const image = await this.ask("image", { image: index });
@@ -361,7 +369,7 @@ class Bench {
     clearTimeout(this.saving);
     this.saving = setTimeout(async () => {
       const url = new URL(location.href);
-      url.hash = await stateText(this);
+      url.hash = await addressText(this);
       history.replaceState(null, "", url);
     }, 300);
   }

@@ -27,6 +27,7 @@ export class Explanations {
     this.root = make("section", { class: "body" },
       make("p", { class: "note" }, "Each answer is computed when you open it. They are the panels of weakspot's report."));
     this.folds = [];
+    this.jobs = new Set();
   }
 
   offer(analyses) {
@@ -42,10 +43,20 @@ export class Explanations {
     inside.dataset.done = "yes";
     const { image } = this.bench, { result } = this.bench.attack;
     const stale = () => this.bench.image !== image || this.bench.attack.result !== result;
-    inside.replaceChildren(make("p", { class: "note", role: "status" }, "Computing…"));
     try {
-      const { html, data, scores = [] } = await this.bench.ask("explain", { image: image.index, analysis: name });
+      let panel = {};
+      const job = this.bench.subscribe("explain", { image: image.index, analysis: name }, (event) => { if (event.event === "done") panel = event; });
+      this.jobs.add(job);
+      const halt = button("Stop", () => { job.stop(); halt.textContent = "Stopping…"; });
+      inside.replaceChildren(make("div", { class: "line" }, make("span", { class: "note", role: "status" }, "Computing…"), halt));
+      await job.done.finally(() => this.jobs.delete(job));
       if (stale()) return;
+      const { html, data, scores = [] } = panel;
+      if (!html) {
+        delete inside.dataset.done;
+        inside.replaceChildren(make("p", { class: "note", role: "status" }, "Stopped."), button("Compute again", () => this.open(name, inside)));
+        return;
+      }
       const zoom = make("select", { "aria-label": "Zoom" }, ...[1, 2, 4, 8].map((times) => make("option", { value: times }, `${times}×`)));
       const readout = make("output", { class: "readout" }, "Point at a map to read its values; click to center the zoom.");
       const body = make("div", {});
@@ -70,6 +81,7 @@ export class Explanations {
 
   // After another attack or picture: what is open is computed again.
   forget() {
+    for (const job of this.jobs) job.stop();
     for (const { details, inside } of this.folds) {
       details.open = false;
       delete inside.dataset.done;
