@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,8 @@ from weakspot import Classifier, Linf, explain, sample_images
 from weakspot.attacks import pgd
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
-playwright = pytest.importorskip("playwright.sync_api")
 
 HOSTILE = "<img src=x onerror=\"document.title='broken'\">"
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
 
 
 def write_report(folder: Path, class_names: list[str], names: list[str]) -> Path:
@@ -50,17 +43,6 @@ def plain_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(tmp_path_factory.mktemp("plain"), ["Egyptian cat", "espresso", "missile"], names)
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium is installed")
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=chromium, args=FLAGS.split())
-        yield running
-        running.close()
-
-
 class Opened:
     """A page with what went wrong in it."""
 
@@ -68,6 +50,7 @@ class Opened:
         context = browser.new_context(
             viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True
         )
+        context.set_default_timeout(60_000)
         self.page = context.new_page()
         self.wrong: list[str] = []
         self.asked: list[str] = []
@@ -75,7 +58,7 @@ class Opened:
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.goto(report.as_uri())
-        self.page.wait_for_selector("body[data-ready=yes]", timeout=20_000)
+        self.page.wait_for_selector("body[data-ready=yes]")
 
     def pixels(self, selector: str) -> list[int]:
         pixels: list[int] = self.page.eval_on_selector(
@@ -194,7 +177,6 @@ def test_space_blinks_the_images_and_digits_choose_overlays(opened: Opened) -> N
           return said.includes("Clean") && shown.every((value, place) => value === wanted[place]);
         }""",
         arg=[ADVERSARIAL, clean],
-        timeout=20_000,
     )
     opened.page.keyboard.press("Space")
     assert opened.pixels(ADVERSARIAL) == adversarial

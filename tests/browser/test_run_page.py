@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from tests.audit.fixtures import NETWORKS, draw_pictures, small_plan
-from tests.browser.test_explanation_page import Opened, browser, check_injections_are_blocked
+from tests.browser.test_explanation_page import Opened, check_injections_are_blocked
 from weakspot.audit import Run, audit, write_run_report
 from weakspot.audit.findings.contrasts import Contrast
 from weakspot.audit.findings.curves import BUDGET_COLUMNS
@@ -19,7 +19,6 @@ from weakspot.audit.page.elements import Section, Table, count_cell, text_cell
 from weakspot.audit.page.outcome_sections import budget_section
 from weakspot.audit.page.run_page import Header, Queries, run_page
 
-__all__ = ["browser"]  # a fixture
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 UNFOLD = "for (const fold of document.querySelectorAll('details')) fold.open = true"
 MARKS = "svg .mark-rect path, svg .mark-symbol path, svg .mark-line path, svg .mark-rule line, svg .mark-area path"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.browser.test_explanation_page import Opened, browser  # noqa: F401 - a fixture
+from tests.browser.test_explanation_page import Opened
 from weakspot import Classifier, Linf, explain, weak_spots
 from weakspot.attacks import pgd
 from weakspot.report.map_views import cell_edges
@@ -32,7 +32,7 @@ def corner() -> tuple[Classifier, torch.Tensor]:
 
 
 @pytest.fixture
-def opened(browser: Any, corner: tuple[Classifier, torch.Tensor], tmp_path: Path) -> Opened:  # noqa: F811
+def opened(browser: Any, corner: tuple[Classifier, torch.Tensor], tmp_path: Path) -> Opened:
     model, images = corner
     pairs = pgd(model, images, model(images).argmax(1), budget=Linf(0.1), steps=2)
     explanation = explain(model, pairs, analyses=["weak_spots"])

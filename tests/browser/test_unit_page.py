@@ -10,7 +10,6 @@ import pytest
 from tests.browser.test_explanation_page import (
     HOSTILE,
     Opened,
-    browser,  # noqa: F401 - a fixture
     check_injections_are_blocked,
 )
 from tests.dissection.test_units import planted, seeing
@@ -35,7 +34,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def page(path: Path, browser: Any) -> Opened:  # noqa: F811
+def page(path: Path, browser: Any) -> Opened:
     return Opened(browser, path)
 
 
@@ -70,7 +69,7 @@ def test_units_can_be_sorted_and_filtered_and_nothing_hostile_runs(page: Opened)
 
 def test_only_the_scripts_and_styles_of_the_page_run(
     path: Path,
-    browser: Any,  # noqa: F811
+    browser: Any,
     tmp_path: Path,
 ) -> None:
     check_injections_are_blocked(browser, path, tmp_path)
@@ -79,7 +78,7 @@ def test_only_the_scripts_and_styles_of_the_page_run(
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_is_short_before_unfolding_and_fits_its_window(
     path: Path,
-    browser: Any,  # noqa: F811
+    browser: Any,
     width: int,
 ) -> None:
     page = Opened(browser, path, width).page

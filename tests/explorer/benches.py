@@ -94,7 +94,7 @@ class Events:
         return [event for event in self.every if event["event"] == kind]
 
 
-def wait_for(condition: Callable[[], bool], timeout: float = 20) -> None:
+def wait_for(condition: Callable[[], bool], timeout: float = 60) -> None:
     """Wait until something is so; fail if it does not become so."""
     end = time.monotonic() + timeout
     while not condition():

@@ -267,7 +267,7 @@ def test_a_page_that_leaves_stops_its_jobs(client: TestClient, desk: Desk) -> No
         while socket.receive_json()["event"] != "step":
             pass
     # The worker is free again: a short job that waits behind the attack is answered.
-    assert "pixels" in desk.ask("mask", {"image": 0, "kind": "border"}).result(20)
+    assert "pixels" in desk.ask("mask", {"image": 0, "kind": "border"}).result(60)
     assert desk.bench.exhibit(0).how.endswith("stopped early")
 
 
@@ -317,7 +317,7 @@ def test_errors_hold_no_path_and_no_traceback(client: TestClient) -> None:
         ("image", {"image": 99}),
         ("mask", {"image": 0, "kind": "/etc/passwd"}),
         ("mask", {"image": 0, "kind": "weakest", "budget": "linf:-1"}),
-        ("explain", {"image": 0, "analysis": "cam"}),
+        ("provable", {"image": 99}),
         ("area", {"image": 0, "mask": "AAAA"}),
         ("command", {"image": 0, "attack": "pgd", "options": {"momentum": "x", "steps": -3}}),
     ):

@@ -52,8 +52,6 @@ plausible = {
 bodies = st.dictionaries(st.sampled_from(fields), values, max_size=6).flatmap(
     lambda odd: st.fixed_dictionaries({}, optional=plausible).map(lambda plain: {**plain, **odd})
 )
-# The slowest analyses and searches are left to tests of their own.
-SLOW = {"explain"}
 often = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -70,7 +68,7 @@ def client() -> Iterator[TestClient]:
 
 
 @often
-@given(name=st.sampled_from(sorted({*QUESTIONS, "probe"} - SLOW)), body=bodies)
+@given(name=st.sampled_from(sorted({*QUESTIONS, "probe"})), body=bodies)
 def test_every_request_is_answered_by_json_in_plain_words(
     client: TestClient, name: str, body: dict[str, object]
 ) -> None:

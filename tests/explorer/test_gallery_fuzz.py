@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +154,7 @@ def test_sql_that_is_more_than_a_question_is_refused(gallery: Gallery, folder: P
 )
 def test_sql_without_end_ends(gallery: Gallery, query: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(query_box, "SECONDS", 0.5)
-    begun = time.monotonic()
-    assert "error" in asked(gallery, "sql", {"query": query})
-    assert time.monotonic() - begun < 15  # half a second on a quiet machine
+    assert "error" in asked(gallery, "sql", {"query": query})  # of the time, or of the memory
     is_well(gallery)
 
 
@@ -223,14 +220,14 @@ def test_a_list_as_a_body_is_refused(gallery: Gallery) -> None:
         ("image", {}, "no such request"),
     ):
         with pytest.raises(RequestError, match=sentence):
-            desk.ask(name, body).result(30)
-    assert desk.ask("hello", {}).result(30)["gallery"] is True
+            desk.ask(name, body).result(60)
+    assert desk.ask("hello", {}).result(60)["gallery"] is True
     events: list[Any] = []
     assert desk.subscribe("attack", {}, events.append).result.done()
     assert events == [{"event": "error", "error": "No model here."}]
     desk.close()
     with pytest.raises(RequestError):
-        desk.ask("run", {}).result(30)
+        desk.ask("run", {}).result(60)
 
 
 @pytest.fixture(scope="module")
@@ -291,14 +288,14 @@ def test_the_desk_opens_records_on_the_bench_once(odd: Path, monkeypatch: pytest
     model = weakspot.load("audited_networks:build", input_size=(24, 24))
     desk = Desk(Bench(model), gallery_questions(Gallery(open_run(odd))))
     try:
-        assert desk.ask("hello", {}).result(30)["gallery"] is True
-        first: Any = desk.ask("open", {"id": 5}).result(30)
-        again: Any = desk.ask("open", {"id": 4}).result(30)  # the same image under another attack or region
+        assert desk.ask("hello", {}).result(60)["gallery"] is True
+        first: Any = desk.ask("open", {"id": 5}).result(60)
+        again: Any = desk.ask("open", {"id": 4}).result(60)  # the same image under another attack or region
         assert first["image"] == again["image"] == 0
-        other: Any = desk.ask("open", {"id": 9}).result(30)
+        other: Any = desk.ask("open", {"id": 9}).result(60)
         assert other["image"] == 1
         assert (first["attack"], first["region"]) != (again["attack"], again["region"])
         with pytest.raises(RequestError, match="id must be"):
-            desk.ask("open", {"id": "../../etc/passwd"}).result(30)
+            desk.ask("open", {"id": "../../etc/passwd"}).result(60)
     finally:
         desk.close()

@@ -54,7 +54,7 @@ def copied(photograph: Path, body: Message) -> tuple[Message, Message, Bench]:
     try:
         done = Events(desk, "attack", body).last()
         assert done["event"] == "done", done
-        return done, desk.ask("command", body).result(20), bench
+        return done, desk.ask("command", body).result(60), bench
     finally:
         desk.close()
 
@@ -133,7 +133,7 @@ def test_a_model_from_python_has_no_command_and_code_that_says_so(
     monkeypatch.chdir(tmp_path)
     desk = Desk(filled_bench())
     try:
-        copies = desk.ask("command", BODY).result(20)
+        copies = desk.ask("command", BODY).result(60)
     finally:
         desk.close()
     assert copies["command"] is None
@@ -151,8 +151,8 @@ def test_an_uploaded_picture_must_be_saved_first(photograph: Path) -> None:
     desk = Desk(bench)
     try:
         sent = {"name": "my cat.png", "file": base64.b64encode(photograph.read_bytes()).decode()}
-        number = desk.ask("upload", sent).result(20)["image"]
-        copies = desk.ask("command", {**BODY, "image": number}).result(20)
+        number = desk.ask("upload", sent).result(60)["image"]
+        copies = desk.ask("command", {**BODY, "image": number}).result(60)
     finally:
         desk.close()
     assert "Save the picture that you dropped as my cat.png first." in str(copies["remark"])
@@ -165,7 +165,7 @@ def test_nothing_of_the_request_reaches_the_shell_unquoted(photograph: Path) -> 
     bench.add(read_images(photograph, size=SIZE)[0], ["cat"], paths=[str(photograph)])
     desk = Desk(bench)
     try:
-        command = str(desk.ask("command", body).result(20)["command"])
+        command = str(desk.ask("command", body).result(60)["command"])
     finally:
         desk.close()
     line = next(line for line in command.splitlines() if line.startswith("weakspot"))

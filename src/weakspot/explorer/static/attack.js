@@ -120,6 +120,8 @@ export class Attack {
   }
 
   async start() {
+    if (this.root.dataset.running === "yes") return; // pressed again before the request was made
+    this.root.dataset.running = "yes";
     await this.bench.attempt("", async () => {
       const { image } = this.bench;
       this.bench.leaveUndo();
@@ -149,6 +151,7 @@ export class Attack {
         this.describe();
       }
     });
+    this.root.dataset.running = "no";
   }
 
   stop() {
@@ -164,40 +167,42 @@ export class Attack {
       this.sides[event.side].number.textContent = this.aim === null ? `margin ${signed(event.best)}` : `still missing ${signed(Math.max(0, event.best))}`;
       this.sides[event.side].says.textContent = `step ${event.step}`;
       this.drawCurves();
-      if (event.png) await this.drawSide(event.side, event.png);
+      if (!event.png) return;
+      const { image } = this.bench, pixels = await this.decode(event.png);
+      if (this.bench.image === image) this.drawPixels(event.side, pixels);
     } else if (event.event === "done" && event.attack) await this.finish(event);
     else if (event.event === "done") this.sentence.textContent = "Stopped before anything was tried.";
   }
 
-  // The pair of results; also those that the program remembers of a picture.
+  // The pair of results; also those that the program remembers of a picture. Words and pictures change together.
   async finish({ attack, control, sentence, remark }) {
+    const { image } = this.bench, results = Object.entries({ attack, control }).filter(([, result]) => result);
+    const decoded = await Promise.all(results.map(([, { png }]) => this.decode(png)));
+    if (this.bench.image !== image) return;
     this.sentence.textContent = sentence;
     this.remark.textContent = remark ?? "";
     this.result = { attack, control };
     const wrong = this.bench.image.predicted.index !== this.bench.image.label.index; // without any attack
     this.sides.control.root.hidden = !control;
     this.sides.attack.title.lastChild.textContent = control ? SIDES[0][1] : "Whole image";
-    for (const [side, result] of Object.entries(this.result)) {
-      if (!result) continue;
+    results.forEach(([side, result], at) => {
       const view = this.sides[side];
       const { name, probability } = result.predicted;
       view.number.textContent = `margin ${signed(result.margin)}`;
       view.says.textContent = `${wrong ? "Misclassified as it was: " : result.success ? "Fooled: " : "Not fooled: "}${name} ${percent(probability)}`;
       view.root.classList.toggle("fooled", result.success && !wrong);
       view.canvas.setAttribute("aria-label", `${view.title.textContent}: ${view.says.textContent}, ${view.number.textContent}`);
-      const pixels = await this.drawSide(side, result.png);
-      this.bench.stage.pictures[side] = pixels;
+      this.drawPixels(side, decoded[at]);
+      this.bench.stage.pictures[side] = decoded[at];
       this.bench.stage.pictures[`${side} difference`] = differencePixels(floats(result.difference).values);
-    }
+    });
     this.drawCurves();
     this.bench.attacked();
   }
 
-  async drawSide(side, png) {
+  decode(png) {
     const { width, height } = this.bench.image;
-    const pixels = await readPixels(`data:image/png;base64,${png}`, width, height);
-    this.drawPixels(side, pixels);
-    return pixels;
+    return readPixels(`data:image/png;base64,${png}`, width, height);
   }
 
   drawPixels(side, pixels) {
