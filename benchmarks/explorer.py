@@ -1,10 +1,10 @@
-"""The explorer's bench in a browser, against its goals: first paint, probes, Stop, bytes, requests, masks, logits.
+"""The explorer against its goals: first paint, probes, Stop, bytes, requests, masks, logits; filters and pictures.
 
-Run: python -m benchmarks.explorer [--screenshot FILE] [--json FILE]. It needs Chromium.
+Run: python -m benchmarks.explorer [--json FILE]. It needs Chromium.
 
 Starts `weakspot explore --samples` (EfficientNet-Lite0 at 224) as a person would, opens it in a headless browser, and
 measures what the person sees: from a pointer's move to the logits beside the cursor, from a click on Stop to the
-result.
+result. The gallery of 100,000 records is measured last, without a browser (benchmarks/gallery.py).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks import gallery
 from benchmarks.records import recorded
 from weakspot import load, sample_images
 from weakspot.report.bundle import drawing_modules
@@ -102,10 +103,17 @@ def first_paints(browser: Browser, url: str, asked: list[str]) -> tuple[list[flo
     return paints, pictures
 
 
-def probe_times(page: Page, *, heat: bool) -> list[float]:
-    """Milliseconds from the pointer's move to new logits beside it, at places drawn at random."""
+def probe_times(page: Page, *, heat: bool, still: float = 0) -> list[float]:
+    """Milliseconds from the pointer's move to new logits beside it, at places drawn at random.
+
+    Args:
+        page: with the bench.
+        heat: whether the heat map fills in meanwhile.
+        still: milliseconds that the pointer rests before each move; 0 for a pointer that goes on at once.
+    """
     page.evaluate(WATCH_PROBES)
     toggle = page.get_by_label("heat map")
+    toggle.set_checked(False)  # what an earlier measurement has filled in is forgotten
     toggle.set_checked(heat)
     left, top, width, height = page.eval_on_selector(
         "canvas.picture",
@@ -114,6 +122,7 @@ def probe_times(page: Page, *, heat: bool) -> list[float]:
     rng = np.random.default_rng(0)
     times = []
     for across, down in rng.uniform(0.02, 0.98, (PROBES + 5, 2)):
+        page.wait_for_timeout(still)
         page.evaluate("() => { window.shown = 0; }")
         page.mouse.move(left + across * width, top + down * height)
         while not page.evaluate("window.shown"):
@@ -207,29 +216,6 @@ def page_bytes(asked: Sequence[str]) -> int:
     )
 
 
-def screenshot(browser: Browser, url: str, file: Path) -> None:
-    """A picture of the bench after the smallest square that is enough was attacked, beside its control."""
-    page = browser.new_context(viewport={"width": 1280, "height": 860}).new_page()
-    page.goto(url)
-    page.wait_for_selector("#bench[data-ready=yes]", timeout=WAIT)
-    page.click(".thumb >> nth=1")
-    page.get_by_label("Mask from", exact=True).select_option("weakest")
-    page.locator(".area", has_text="pixels").wait_for(timeout=WAIT)
-    page.check("text=show the control")
-    page.click("summary:text-is('Settings of the attack')")
-    page.fill("label:has-text('Change each value') input", "linf:6/255")
-    page.click("summary:text-is('Settings of the attack')")
-    page.click("button.primary")
-    page.locator(".attack .sentence", has_text="equal area").wait_for(timeout=WAIT)
-    page.click("button:text-is('Clean')")
-    page.wait_for_timeout(500)
-    page.mouse.move(5, 5)
-    picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-    # 128 colors keep text sharp, and the file small.
-    picture.quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)
-    page.context.close()
-
-
 def resident(process: int) -> float:
     """Megabytes that a process holds."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
@@ -284,7 +270,6 @@ def main() -> None:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         sys.exit("the explorer is measured in Chromium, which is not installed")
-    picture = Path(sys.argv[sys.argv.index("--screenshot") + 1]) if "--screenshot" in sys.argv else None
     asked: list[str] = []
     with explorer() as (url, process), sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=FLAGS.split())
@@ -294,13 +279,12 @@ def main() -> None:
         page = opened(browser, url, asked)
         plain = probe_times(page, heat=False)
         cpu.append(cpu_seconds(process))
-        busy = probe_times(page, heat=True)
+        moving = probe_times(page, heat=True)
+        resting = probe_times(page, heat=True, still=400)
         errors, masks = logit_errors(page), changed_masks(page)
         started = cpu_seconds(process)
         stops, more = stop_times(page, process)
         ended = cpu_seconds(process)
-        if picture is not None:
-            screenshot(browser, url, picture)
         browser.close()
     away = [one for one in asked if urlsplit(one).hostname not in {"127.0.0.1", None}]
     weight = page_bytes(asked)
@@ -310,7 +294,8 @@ def main() -> None:
         Series("opening the link, first paint", paints, cpu[1] - cpu[0], 1000, strict=True),
         Series("opening the link, picture and classes", pictures, cpu[1] - cpu[0], 1000, strict=True),
         Series("pointer moves, logits beside it", plain, cpu[2] - cpu[1], 100),
-        Series("the same while the heat map fills", busy, float("nan"), 100),
+        Series("the same with a heat map, which rests meanwhile", moving, float("nan"), 100),
+        Series("pointer moves after 0.4 s, while the heat map fills", resting, float("nan"), 100),
         Series("click on Stop, result (CPU: of the whole attack)", stops, ended - started, 500),
     ):
         print(series.row)
@@ -328,8 +313,16 @@ def main() -> None:
         (f"memory after {STOPS} stopped attacks, less after 2", f"{more:+.0f} MB", "under 50 MB", more < 50),
     ):
         print(f"| {what} | {value} | {goal} | {'met' if met else 'missed'} |")
+    gallery.main()
+    jobs = os.getloadavg()[0]
+    print(
+        f"\nLoad of the machine at the end: {jobs:.1f}; over {os.cpu_count()}, other jobs ran beside this one."
+    )
 
 
 if __name__ == "__main__":
-    with recorded("explorer", "The explorer's bench in a browser, against its goals."):
+    with recorded(
+        "explorer",
+        "The explorer's bench in a browser and its gallery of 100,000 records, against their goals.",
+    ):
         main()
