@@ -55,8 +55,8 @@ def main() -> None:
         browser = driver.chromium.launch(executable_path=chromium, args=FLAGS.split())
         picture = screenshot(browser, url)
         browser.close()
-    # 128 colors keep text sharp, and the file small.
-    picture.quantize(128, dither=Image.Dither.NONE).save(Path(sys.argv[1]), optimize=True)
+    # 256 colors keep text sharp, and the file small.
+    picture.quantize(256, dither=Image.Dither.NONE).save(Path(sys.argv[1]), optimize=True)
 
 
 if __name__ == "__main__":
