@@ -87,7 +87,7 @@ class Proxy:
 
     async def request(self, request: Request) -> Response:
         headers = {name: value for name, value in request.headers.items() if name not in OWN | {"origin"}}
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(timeout=WAIT / 1000) as client:
             answer = await client.request(
                 request.method,
                 f"http://{self.url(request.path_params['path'], request.url.query)}",
@@ -101,7 +101,9 @@ class Proxy:
         await browser_side.accept()
         url = f"ws://{self.url(browser_side.path_params['path'], browser_side.url.query)}"
         cookie = {"cookie": browser_side.headers.get("cookie", "")}
-        async with websockets.connect(url, additional_headers=cookie, max_size=None) as server_side:
+        async with websockets.connect(
+            url, additional_headers=cookie, max_size=None, open_timeout=WAIT / 1000
+        ) as server_side:
 
             async def back() -> None:
                 async for text in server_side:

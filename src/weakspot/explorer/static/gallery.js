@@ -239,7 +239,7 @@ class GalleryView {
   show({ records, count }) {
     const before = 50 * (this.cursors.length - 1);
     const place = records.length ? `: ${(before + 1).toLocaleString("en-US")} to ${(before + records.length).toLocaleString("en-US")}` : "";
-    this.status.textContent = count === 0 ? "No record has all of these properties." : `${counted(count, "record")}${count < this.run.records ? ` of ${this.run.records.toLocaleString("en-US")}` : ""}${place}`;
+    this.status.textContent = this.counted = count === 0 ? "No record has all of these properties." : `${counted(count, "record")}${count < this.run.records ? ` of ${this.run.records.toLocaleString("en-US")}` : ""}${place}`;
     this.back.disabled = this.cursors.length < 2;
     this.forward.disabled = this.next === null;
     this.tiles = new Map();
@@ -292,7 +292,6 @@ class GalleryView {
   }
 
   async openRecord({ id }) {
-    const before = this.status.textContent;
     this.status.textContent = "Opening the image on the bench…";
     try {
       const opened = await this.ask("open", { id });
@@ -303,7 +302,7 @@ class GalleryView {
     } catch (error) {
       this.fail(error);
     } finally {
-      this.status.textContent = before;
+      this.status.textContent = this.counted ?? ""; // other records may have been shown meanwhile
     }
   }
 }
