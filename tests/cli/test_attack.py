@@ -227,6 +227,8 @@ def test_names_that_clash_or_are_too_long_get_new_names(run: Run, tmp_path: Path
 
 
 PLUGIN = """
+import torch
+
 import weakspot
 from weakspot import attacks
 
@@ -242,16 +244,43 @@ def free(model, images, labels, **options):
 
 def wrong(model, images, labels):
     return images
+
+
+def _result(images, adversarial, labels, claim):
+    none = labels * 0
+    success = (none + claim).bool()
+    return weakspot.AttackResult(images, adversarial, labels, (labels + 1) % 10, success, none, none)
+
+
+def boastful(model, images, labels, *, region=None):
+    return _result(images, images.clone(), labels, 1)  # says that it fooled, and nothing of files
+
+
+def modest(model, images, labels):
+    return _result(images, images.clone(), labels, 0)
+
+
+def everywhere(model, images, labels, *, region=None):
+    return _result(images, 1 - images, labels, 0)
+
+
+def greedy(model, images, labels, *, budget):
+    return _result(images, (images + 2 * budget.eps).clamp(0, 1), labels, 0)
+
+
+def small(model, images, labels):
+    return _result(images[:, :, :8], images[:, :, :8], labels, 0)
 """
+PLUGGED = ("simple", "free", "wrong", "boastful", "modest", "everywhere", "greedy", "small")
 
 
 @pytest.fixture
 def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attacks of another package, one of which cannot be imported."""
     (tmp_path / "plugged.py").write_text(PLUGIN)
-    entries = [
-        EntryPoint(name, f"plugged:{name}", registry.GROUP) for name in ("simple", "free", "wrong")
-    ] + [EntryPoint("broken", "no_such_package:attack", registry.GROUP)]
+    entries = [EntryPoint(name, f"plugged:{name}", registry.GROUP) for name in PLUGGED] + [
+        EntryPoint("broken", "no_such_package:attack", registry.GROUP)
+    ]
 
     def installed(*, group: str, name: str | None = None) -> list[EntryPoint]:
         own = entries if group == registry.GROUP else []
@@ -285,9 +314,34 @@ def test_attacks_of_other_packages_are_listed_and_get_what_they_take(
         (["wrong"], "attack wrong must return an AttackResult, got Tensor"),
         (["broken"], "attack broken (no_such_package:attack) cannot be loaded"),
         (["free", "--set", "stpes=1"], "free failed with these arguments"),
+        (
+            ["everywhere", "--region", "border:2"],
+            "must leave pixels outside the region as they are, got 3600 changed in image 0",
+        ),
+        (
+            ["greedy", "--budget", "linf:8/255"],
+            "must stay inside its budget of 8/255 L-infinity, got 0.0627 in",
+        ),
+        (["small"], "attack small must return images of shape (1, 3, 64, 64), got (1, 3, 8, 64)"),
     ):
         ended = run("attack", image, *TINY, "--out", "other", "--attack", *arguments)
         assert (ended.code, message in ended.err) == (2, True), ended.err
+
+
+@pytest.mark.usefixtures("plugins", "run")
+def test_the_success_of_an_attack_of_another_package_is_verified() -> None:
+    model = load("tiny_networks:build", input_size=(64, 64))
+    images = torch.rand(2, 3, 64, 64)
+    predicted = model(images).argmax(1)
+    labels = torch.stack(
+        [predicted[0], (predicted[1] + 1) % 10]
+    )  # the second image is taken for another class
+    for name in ("boastful", "modest"):
+        result = find_attack(name).run(model, images, labels, attacks.AttackOptions(), {})
+        assert result.success.tolist() == [False, True]
+        assert result.success_8bit is not None
+        assert result.success_8bit.tolist() == [False, True]
+        assert result.n_forward.tolist() == [2, 2]
 
 
 @pytest.mark.parametrize(

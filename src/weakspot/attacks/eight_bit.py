@@ -15,6 +15,9 @@ SCALES = (1.0, 0.995, 0.99, 0.98, 0.96, 0.93, 0.9, 0.85, 0.8, 0.7, 0.5, 0.0)
 CLOSE = 1e-6  # relative rounding error of a budget
 NEAR = 1e-3  # of a level: less is rounding of float32
 OVER = 1e-5  # of a budget: less is rounding of float32
+LEAST = (
+    1e-7  # the same for tiny budgets: the difference of two values in [0, 1] is rounded by up to half of this
+)
 
 
 def rounded(images: Tensor) -> Tensor:
@@ -69,7 +72,7 @@ def fit(images: Tensor, clean: Tensor, budget: Budget) -> Tensor:
         start = clean[pending]
         tried = rounded(start + scale * (images[pending] - start))
         change = tried - start
-        inside = _is_inside(change, start, budget)
+        inside = is_inside(change, start, budget)
         fitted[pending[inside]] = tried[inside]
         pending = pending[~inside]
         if not len(pending):
@@ -77,11 +80,11 @@ def fit(images: Tensor, clean: Tensor, budget: Budget) -> Tensor:
     return fitted
 
 
-def _is_inside(change: Tensor, clean: Tensor, budget: Budget) -> Tensor:
-    """(N,) bool, up to rounding."""
+def is_inside(change: Tensor, clean: Tensor, budget: Budget) -> Tensor:
+    """(N,) bool, whether perturbations (N, C, H, W) are inside the budget, up to rounding of float32."""
     limit = getattr(budget, "eps", None)
     if limit is not None and is_number(limit):
-        return budget.distance(change, clean) <= float(limit) * (1 + CLOSE)
+        return budget.distance(change, clean) <= float(limit) * (1 + OVER) + LEAST
     # A user's budget need not have a limit of this name: what is inside is projected on itself.
     return (budget.project(change, clean) - change).flatten(1).abs().amax(1) <= CLOSE
 
@@ -124,7 +127,7 @@ def stored(images: Tensor, clean: Tensor, budget: Budget | None = None) -> tuple
         # Of the whole batch: a budget may have a limit for each image.
         every = levels.index_copy(0, rows, files)
         spent = budget.distance((every - before) / TOP, before / TOP)
-        return (spent > most * (1 + OVER) + 1e-7)[rows]
+        return (spent > most * (1 + OVER) + LEAST)[rows]
 
     rows = over(levels, fits.nonzero()[:, 0]).nonzero()[:, 0]
     if len(rows):

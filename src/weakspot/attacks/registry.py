@@ -18,6 +18,7 @@ from weakspot.attacks.context import AttackOptions
 from weakspot.attacks.libraries import LIBRARIES
 from weakspot.attacks.library_attacks import external
 from weakspot.attacks.losses import Minimized, Norm
+from weakspot.attacks.plug_ins import verified
 from weakspot.pairs import AttackResult
 
 GROUP = "weakspot.attacks"
@@ -52,6 +53,7 @@ class Attack:
         minimizes: the norm in which it looks for the smallest change; "other" if that is a size that is no norm, or
             one that only the attack knows; None if it does not look for the smallest change.
         norm_argument: the name of the argument that overrides `minimizes`, or None.
+        plug_in: whether it is another package's, so that `run` checks and verifies what it returns.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Attack:
     default_budget: bool = False
     minimizes: Minimized | None = None
     norm_argument: str | None = None
+    plug_in: bool = False
 
     @classmethod
     def of(cls, name: str, function: Callable[..., AttackResult]) -> Attack:
@@ -82,6 +85,7 @@ class Attack:
             default_budget=budget is not None and budget.default is not None,
             minimizes=getattr(function, "minimizes", None),
             norm_argument=getattr(function, "norm_argument", None),
+            plug_in=not _is_ours(function),
         )
 
     def __repr__(self) -> str:
@@ -121,8 +125,11 @@ class Attack:
     ) -> AttackResult:
         """Call the function with as many of the shared options as it takes, and with settings of its own.
 
+        The success of a plug-in's result comes from fresh forward passes of ours.
+
         Raises:
-            ValueError: if there is a region and it takes none, or it does not return an AttackResult.
+            ValueError: if there is a region and it takes none; or if a plug-in returns no AttackResult, or one that
+                leaves the region or the budget.
         """
         if options.region is not None and "region" not in self.accepts:
             raise ValueError(f"region must be none for attack {self.name}, which takes no region")
@@ -134,10 +141,15 @@ class Attack:
             if entry.name in self.accepts and not omitted:
                 taken[entry.name] = value
         result = self.function(model, images, labels, **taken, **settings)
-        if not isinstance(result, AttackResult):
-            kind = type(result).__name__
-            raise ValueError(f"attack {self.name} must return an AttackResult, got {kind}")
-        return result
+        if not self.plug_in:
+            return result
+        asked = options if "budget" in taken else replace(options, budget=None)
+        return verified(self.name, result, model, images, labels, asked)
+
+
+def _is_ours(function: Callable[..., AttackResult]) -> bool:
+    function = function.func if isinstance(function, partial) else function
+    return (getattr(function, "__module__", None) or "").partition(".")[0] == "weakspot"
 
 
 def available_attacks() -> dict[str, str]:

@@ -10,7 +10,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from weakspot._checks import quiet, warn
 from weakspot.attacks import AttackOptions, find_attack
-from weakspot.attacks.eight_bit import stored
 from weakspot.audit.execution.batches import NOT_FINITE, AuditModel, Errors, Parts
 from weakspot.audit.execution.cell_results import CellResult, CleanImages, add_maps, cell_rows
 from weakspot.audit.execution.job import Job
@@ -204,9 +202,6 @@ class _Images:
         errors = dict(errors)
         started = time.perf_counter()
         rows, result = self._attack(attack, text, region, errors, progress)
-        # Success is counted on the 8-bit file that a user would store.
-        if result is not None and result.success_8bit is None:
-            result = self._with_eight_bit(result, attack)
         attacked = time.perf_counter()
         logits, explained = None, []
         if result is not None:
@@ -256,13 +251,6 @@ class _Images:
         )
         described = find_attack(attack.name)
         return described.run(self.model.fixed, images, labels, options, attack.own_settings())
-
-    def _with_eight_bit(self, result: AttackResult, attack: AttackPlan) -> AttackResult:
-        """The result with the success of its 8-bit files, which attacks of users need not state."""
-        files, within_budget = stored(result.adversarial, result.clean, attack.parsed_budget())
-        logits = self.model.predict(files, {})  # a file on which the model raises is no success
-        fooled = logits.isfinite().all(1) & (logits.argmax(1) != result.labels)
-        return replace(result, success_8bit=fooled & within_budget)
 
     def _explain(
         self, attack: AttackPlan, text: str, rows: Tensor, result: AttackResult, errors: Errors
