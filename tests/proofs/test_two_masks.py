@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.networks import NETWORKS, Made, Wrapped, seeded, untouched
-from weakspot.classifier import Classifier
+from weakspot.classifier import Classifier, evaluating
 from weakspot.proofs import DoubleMasking, MaskSet, certify_patches
+from weakspot.proofs.masked_image import NONE, MaskedImage
 from weakspot.proofs.two_masks import SLACK
 
 CORNER = 6  # side of the images of planted networks
@@ -282,6 +283,21 @@ def test_any_network_is_masked_and_left_as_it_was(any_model: Made) -> None:
     torch.testing.assert_close(together.margin, torch.cat([one.margin for one in alone]))
     assert together.predicted.tolist() == votes.argmax(1).tolist()
     assert bool((together.predicted == labels)[together.certified].all())
+
+
+def test_under_the_masks_that_hide_a_patch_logits_are_equal_to_the_last_bit(any_model: Made) -> None:
+    """The theorem needs it: the rows of a batch beside them, where the patch shows, are others."""
+    network, images = any_model
+    image, patched = images[:1], images[:1].clone()
+    patched[:, :, 1:3, 1:3] = 1 - patched[:, :, 1:3, 1:3]
+    cover = MaskSet.covering((image.shape[2], image.shape[3]), 2, 3)
+    with evaluating(network) as classifier:
+        clean, attacked = (MaskedImage(classifier, cover, one) for one in (image, patched))
+        hides = clean.hidden[:, 0, 1:3, 1:3].flatten(1).all(1)
+        assert 0 < int(hides.sum()) < len(cover)
+        for base in (NONE, *range(len(cover))):
+            rows = hides if base == NONE or not bool(hides[base]) else torch.ones_like(hides)
+            assert torch.equal(clean.logits(base)[rows], attacked.logits(base)[rows]), base
 
 
 def test_hidden_pixels_have_a_color_that_no_patch_can_choose() -> None:
