@@ -21,6 +21,7 @@ import json
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ from weakspot.proofs.certificate import AS_RUN, EXACT
 from weakspot.proofs.margin_bounds import MarginBounds
 from weakspot.proofs.network_steps import bound_network
 from weakspot.statistics import proportion_interval
+from weakspot.statistics.number_format import counted
 
 Case = tuple[nn.Module, Tensor, Tensor]
 Result = dict[str, Any]
@@ -222,6 +224,13 @@ def pixel_table(rows: Mapping[str, Sequence[Result]]) -> None:
             f"{max(one['megabytes'] for one in results):.0f} |"
             + (f" {sum(compared)} on {len(compared)} images |" if brute else "")
         )
+    for name, results in rows.items():
+        reasons = sum((Counter(one["because"]) for one in results), Counter[str]())
+        if reasons:
+            print(
+                f"\n{name}, unknown: "
+                + "; ".join(f"{why} ({counted(count, 'pixel')})" for why, count in reasons.items())
+            )
 
 
 def mask_table(results: Sequence[Result]) -> None:
@@ -233,7 +242,7 @@ def mask_table(results: Sequence[Result]) -> None:
         ("certified", "certified"),
     ):
         hits = np.array([one[key] for one in results])
-        low, _, high = proportion_interval(hits)
+        _, low, high = proportion_interval(hits)
         print(f"| {words} | {hits.sum()} of {len(hits)} | {hits.mean():.1%} | {low:.1%} to {high:.1%} |")
     sure = [one["cpu"] for one in results if one["certified"]] or [0.0]
     cpu = [one["cpu"] for one in results]
