@@ -250,6 +250,8 @@ def test_a_nearer_change_against_the_gradient_is_found_from_a_corner() -> None:
 class OneCorner(nn.Module):
     """Class 1 wins in one corner of the box only; from near the clean image, gradients lead to the opposite one."""
 
+    signs: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         signs = torch.tensor([1, -1, -1, 1, 1, -1, 1, 1, -1, 1, -1, -1, -1, 1, 1, -1.0])
