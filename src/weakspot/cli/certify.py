@@ -30,7 +30,7 @@ from weakspot.cli.options import (
     refuse_fraction,
     trial_sentence,
 )
-from weakspot.cli.output import json_rows, print_text, shorten_name
+from weakspot.cli.output import json_rows, print_sentences, print_text, shorten_name
 from weakspot.cli.session import Images, Session, check_output, check_sources, draw_rows, open_session
 
 if TYPE_CHECKING:
@@ -147,10 +147,7 @@ def certify(
         write_atomic(out / FILES[2], partial(scores.to_csv, index=False))
 
     def show() -> None:
-        if len(scores) > 1:
-            print_text(f"{summary}\n")
-        for _, row in scores.iterrows():
-            print_text(f"{shorten_name(row['image'])}: {row['sentence']}")
+        print_sentences(scores, summary)
         if quick:
             print_text(f"\n{trial_sentence()}", style="dim")
         print_text(f"\nCertificate: {(out / FILES[0]).resolve()}{session.ending()}", style="dim")

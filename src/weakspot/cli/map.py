@@ -26,7 +26,7 @@ from weakspot.cli.options import (
     refuse,
     trial_sentence,
 )
-from weakspot.cli.output import json_rows, print_text, shorten_name
+from weakspot.cli.output import json_rows, print_sentences, print_text, shorten_name
 from weakspot.cli.session import check_output, check_sources, draw_rows, open_session
 
 if TYPE_CHECKING:
@@ -106,10 +106,7 @@ def map(  # noqa: A001 - the name of the command
         squares.pairs.save(out / "pairs.safetensors")
 
     def show() -> None:
-        if len(scores) > 1:
-            print_text(f"{_summary(scores)}\n")
-        for _, row in scores.iterrows():
-            print_text(f"{shorten_name(row['image'])}: {row['sentence']}")
+        print_sentences(scores, _summary(scores))
         if quick:
             print_text(f"\n{trial_sentence()}", style="dim")
         print_text(f"\nMaps: {pictures.resolve()}{session.ending()}", style="dim")

@@ -69,8 +69,8 @@ QuickOption = Annotated[
     bool,
     flag(
         "--quick",
-        f"A trial: at most {QUICK_IMAGES} images, chosen by --seed, and at most {QUICK_STEPS} steps of every attack "
-        "that takes steps. Shows that it works, not how well.",
+        f"A trial: at most {QUICK_IMAGES} images, chosen by --seed, and at most {QUICK_STEPS} steps of each attack "
+        "chosen by name. Shows that it works, not how well.",
     ),
 ]
 BudgetOption = Annotated[

@@ -112,6 +112,14 @@ def first_rows(rows: Sequence[Row], *, every: bool) -> tuple[Sequence[Row], int]
     return shown, len(rows) - len(shown)
 
 
+def print_sentences(scores: pd.DataFrame, summary: str) -> None:
+    """Print one sentence for each image (columns image and sentence), of several images the summary first."""
+    if len(scores) > 1:
+        print_text(f"{summary}\n")
+    for _, row in scores.iterrows():
+        print_text(f"{shorten_name(row['image'])}: {row['sentence']}")
+
+
 def shorten_name(name: str, width: int = NAME_WIDTH) -> str:
     """A file name with its middle left out, because photographs often differ only at the end.
 

@@ -189,8 +189,8 @@ export class Brush {
       this.controlData = null;
       this.area.textContent = this.bench.undo.on ? "Nothing is erased yet." : "No mask: an attack may change the whole image.";
       this.drawControl();
-      if (this.told && !this.bench.undo.on) { // Python and notebooks read the mask from the program
-        this.told = false;
+      if (this.sentMask && !this.bench.undo.on) { // Python and notebooks read the mask from the program
+        this.sentMask = false;
         await this.bench.ask("area", { image: this.bench.image.index, mask: null }).catch((error) => this.bench.fail(error));
       }
       return;
@@ -198,7 +198,7 @@ export class Brush {
     const text = `${this.bench.undo.on ? "The green place" : "The mask"} covers ${percent(area / all)} of the image: ${counted(area, "pixel")}.`;
     this.area.textContent = text;
     if (this.bench.undo.on) return; // undoing has a control of its own
-    this.told = true;
+    this.sentMask = true;
     try {
       const reply = await this.bench.ask("area", { image: this.bench.image.index, mask: await this.text(), seed: this.bench.seed() });
       if (mask !== this.mask) return;
