@@ -43,11 +43,12 @@ if TYPE_CHECKING:
 OPENED, PROBES, STOPS, MASKS, CHECKED = 8, 60, 10, 5, 20  # how often each is measured
 WAIT = 120_000  # milliseconds
 FLAGS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
+# The page itself waits, by a promise: asking it again and again would take time from the network on the same cores.
 # Notes the time of each move of the pointer, and of each change of the tip beside the cursor.
 WATCH_PROBES = """() => {
   const canvas = document.querySelector('canvas.picture');
   canvas.addEventListener('pointermove', () => { window.moved = performance.now(); }, true);
-  const seen = new MutationObserver(() => { window.shown = performance.now(); });
+  const seen = new MutationObserver(() => { window.shown = performance.now(); window.told?.(); });
   seen.observe(document.querySelector('.tip'), { childList: true, subtree: true });
 }"""
 # Notes the time of each click on the button of the attack, and of the sentence about an attack that was stopped.
@@ -55,7 +56,7 @@ WATCH_STOPS = """() => {
   const button = document.querySelector('button.primary'), sentence = document.querySelector('.attack .sentence');
   button.addEventListener('click', () => { window.clicked = performance.now(); }, true);
   const seen = new MutationObserver(() => {
-    if (sentence.textContent.startsWith('Stopped')) window.ended = performance.now();
+    if (sentence.textContent.startsWith('Stopped')) { window.ended = performance.now(); window.told?.(); }
   });
   seen.observe(sentence, { childList: true, characterData: true, subtree: true });
 }"""
@@ -99,6 +100,9 @@ def first_paints(browser: Browser, url: str, asked: list[str]) -> tuple[list[flo
         entry = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
         paints.append(float(page.evaluate(entry)))
         pictures.append(float(page.evaluate("Number(document.querySelector('#bench').dataset.shown)")))
+        page.wait_for_timeout(
+            3000
+        )  # the network is recorded for probes meanwhile, and the next visitor finds it at rest
         page.context.close()
     return paints, pictures
 
@@ -125,8 +129,7 @@ def probe_times(page: Page, *, heat: bool, still: float = 0) -> list[float]:
         page.wait_for_timeout(still)
         page.evaluate("() => { window.shown = 0; }")
         page.mouse.move(left + across * width, top + down * height)
-        while not page.evaluate("window.shown"):
-            page.wait_for_timeout(2)
+        page.evaluate("() => window.shown || new Promise((told) => { window.told = told; })")
         times.append(float(page.evaluate("window.shown - window.moved")))
     return times[5:]
 
@@ -149,8 +152,7 @@ def stop_times(page: Page, process: int) -> tuple[list[float], float]:
         page.locator("figure.side.attack .says", has_text="step").wait_for(timeout=WAIT)
         page.wait_for_timeout(float(rng.uniform(300, 1500)))
         page.click("button.primary")
-        while not page.evaluate("window.ended"):
-            page.wait_for_timeout(5)
+        page.evaluate("() => window.ended || new Promise((told) => { window.told = told; })")
         times.append(float(page.evaluate("window.ended - window.clicked")))
         page.locator("button.primary", has_text="Attack").wait_for(timeout=WAIT)
         memory.append(resident(process))

@@ -39,7 +39,9 @@ def open_port(host: str, port: int) -> socket.socket:
     except OSError:
         raise ValueError(f"host must be a name or an address of this machine, got {host!r}") from None
     for candidate in range(port, min(port + TRIED, 65536)):
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        # asyncio sends small answers at once (TCP_NODELAY) only on sockets that name their protocol; on others the
+        # body of an answer waits 40 ms for the acknowledgment of its head.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         if os.name != "nt":  # on Windows, the option lets two servers share a port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
