@@ -13,7 +13,7 @@ from weakspot.logits import margin, runner_up
 
 LARGEST = 64  # pixels a side of a probed patch
 GRID = 28  # patches a side of the heat map
-AT_ONCE = 4  # patches of the heat map that a probe may have to wait for
+AT_ONCE = 7  # patches of the heat map that a probe may have to wait for
 
 
 def probe(bench: Bench, request: Request) -> Message:
