@@ -6,6 +6,9 @@
 ['chelsea', 'coffee', 'rocket', 'motorcycle']
 """
 
+import weakspot._openmp  # noqa: F401 - before torch
+
+# isort: split
 from importlib.metadata import version
 
 from weakspot import attacks, defenses, regions, training

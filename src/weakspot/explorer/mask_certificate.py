@@ -39,14 +39,14 @@ def provable(bench: Bench, request: Request) -> Message:
 
 
 def certify_mask(bench: Bench, request: Request, send: Callable[[Message], None]) -> Message:
-    """Certify the pixels of a mask of the clean image, drawn as in `weakspot certify`.
+    """Certify the pixels of a mask of the clean image, drawn as the map of `weakspot certify`.
 
     Args:
         bench: with the image.
         request: image, mask, colors, and the seconds after which the rest stays unknown.
         send: takes the fraction done.
     """
-    from weakspot.report.certificate_figure import CertificateView, certificate_figure
+    from weakspot.report.certificate_figure import CertificateView, certificate_chart
 
     exhibit = bench.exhibit(request.whole("image", 0, 10**6, 0))
     mask = request.mask("mask", exhibit.size)
@@ -70,7 +70,7 @@ def certify_mask(bench: Bench, request: Request, send: Callable[[Message], None]
         exhibit.pixels[0].cpu().numpy(), certificate.status[0].numpy().astype(np.int8), mask[0, 0].numpy()
     )
     buffer = io.BytesIO()
-    certificate_figure(view, exhibit.name, sentence).savefig(buffer, format="png", dpi=110)
+    certificate_chart(view).savefig(buffer, format="png", dpi=160)
     return {
         "sentence": with_cautions(cautions) + sentence,
         "png": base64.b64encode(buffer.getvalue()).decode("ascii"),

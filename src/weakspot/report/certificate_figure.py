@@ -67,6 +67,21 @@ def certificate_figure(view: CertificateView, title: str, sentence: str) -> Figu
     return sheet
 
 
+def certificate_chart(view: CertificateView) -> Figure:
+    """Draw the map alone with its legend, narrow enough for a phone: for a page that shows the rest beside it."""
+    from matplotlib.figure import Figure
+
+    height, width = view.status.shape
+    sheet = Figure(figsize=(3.6, 0.7 + 3.4 * min(1.6, max(0.4, height / width))), layout="constrained")
+    chart = sheet.subplots()
+    sheet.legend(
+        handles=draw_certificate(chart, view), loc="outside lower center", ncols=2, fontsize=9, frameon=False
+    )
+    chart.set_xticks([])
+    chart.set_yticks([])
+    return sheet
+
+
 def draw_certificate(axis: Axes, view: CertificateView) -> list[Artist]:
     """Draw proven pixels light, unknown ones hatched, refuted ones dark with a white cross; return the legend's."""
     from matplotlib.colors import to_rgb

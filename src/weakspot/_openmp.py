@@ -1,0 +1,27 @@
+"""How long waiting threads of OpenMP spin where weakspot is a program of its own; imported before torch, which asks.
+
+By default, waiting threads of GNU's OpenMP spin 300,000 rounds. With another job on one of the cores, each of thousands
+of short operations waits for a thread that has no core, while the other fills its own: several times slower. The number
+of rounds changes no bit of a result. A process that only imports weakspot keeps its setting.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROUNDS = "3000"  # see docs/decisions.md
+
+
+def is_own_program(command: Sequence[str]) -> bool:
+    """Whether a command, such as `sys.orig_argv`, starts weakspot by its name or as a module."""
+    for at, part in enumerate(command[1:], 1):
+        if part == "-m":
+            return command[at + 1 : at + 2] == ["weakspot"]
+        if not part.startswith("-"):
+            return Path(part).stem == "weakspot"
+    return False
+
+
+if is_own_program(sys.orig_argv) and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", ROUNDS)

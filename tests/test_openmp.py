@@ -1,0 +1,61 @@
+"""Threads spin less where weakspot is the program, and as before in every other process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from weakspot._openmp import ROUNDS, is_own_program
+
+ROOT = Path(__file__).parents[1]
+PRINT = "import os, weakspot; print(os.environ.get('GOMP_SPINCOUNT'))"
+
+
+@pytest.mark.parametrize(
+    ("command", "own"),
+    [
+        (["python", "-m", "weakspot", "attack"], True),
+        (["python", "-u", "-m", "weakspot"], True),
+        (["/usr/bin/python3", "/opt/bin/weakspot", "audit"], True),
+        (["python", "-m", "pytest", "weakspot"], False),
+        (["python", "study.py", "weakspot"], False),
+        (["python", "-c", "import weakspot", "weakspot"], False),
+        (["python", "-m"], False),
+        (["python"], False),
+        ([], False),
+    ],
+)
+def test_only_the_program_itself_is_meant(command: list[str], own: bool) -> None:
+    assert is_own_program(command) is own
+
+
+@pytest.mark.parametrize(
+    ("as_program", "settings", "printed"),
+    [
+        (True, {}, ROUNDS),
+        (True, {"GOMP_SPINCOUNT": "7"}, "7"),
+        (True, {"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+        (False, {}, "None"),
+    ],
+)
+def test_a_setting_of_the_user_stays(
+    tmp_path: Path, as_program: bool, settings: Mapping[str, str], printed: str
+) -> None:
+    script = tmp_path / ("weakspot" if as_program else "study.py")
+    script.write_text(PRINT)
+    kept = {
+        name: value for name, value in os.environ.items() if name not in {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    }
+    ended = subprocess.run(
+        [sys.executable, str(script)],
+        env={**kept, "PYTHONPATH": str(ROOT / "src"), "PYTHONSAFEPATH": "1", **settings},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout.strip() == printed
