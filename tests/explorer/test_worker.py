@@ -161,6 +161,34 @@ def test_background_work_rests_while_probes_come(worker: Worker, monkeypatch: py
     assert task.result.result(60) is None
 
 
+def test_a_probe_ends_a_part_of_background_work_which_begins_again(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weakspot.explorer.worker.REST", 0.0)
+    begun, results = threading.Event(), list[float]()
+    starts, finished = list[int](), list[int]()
+
+    def part() -> float:
+        starts.append(1)
+        total = torch.zeros(())
+        begun.set()
+        for _ in range(1 if len(starts) > 1 else 10**9):  # the first time, until a probe comes
+            total = total + 1
+        finished.append(1)
+        return float(total)
+
+    def steps() -> Generator[None]:
+        results.append((yield from worker.unless_probed(part)))
+        yield
+
+    task = worker.background(steps)
+    assert begun.wait(60)
+    assert worker.probe("", lambda: len(finished)).result(60) == 0
+    assert task.result.result(60) is None
+    assert results == [1.0]
+    assert len(starts) == 2
+
+
 def test_background_work_stops_and_its_errors_are_told(worker: Worker) -> None:
     closed = threading.Event()
 

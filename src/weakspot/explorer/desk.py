@@ -272,7 +272,7 @@ def _subscribe_attack(desk: Desk, request: Request, send: Send) -> Task[object]:
 
 def _subscribe_heat(desk: Desk, request: Request, send: Send) -> Task[object]:
     def steps() -> Generator[None]:
-        return heat_map(desk.bench, request, send)
+        return heat_map(desk.bench, request, send, desk.worker)
 
     return desk.worker.background(steps)
 

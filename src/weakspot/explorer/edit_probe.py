@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from weakspot.explorer.bench import Bench, Exhibit
 from weakspot.explorer.messages import Message, Request, RequestError, finite, floats
+from weakspot.explorer.worker import Worker
 from weakspot.logits import margin, runner_up
 
 LARGEST = 64  # pixels a side of a probed patch
 GRID = 28  # patches a side of the heat map
-AT_ONCE = 7  # patches of the heat map that a probe may have to wait for
+AT_ONCE = 7  # patches of the heat map that a probe can undo
 
 
 def probe(bench: Bench, request: Request) -> Message:
@@ -61,7 +63,9 @@ def _box_of(mask: Tensor) -> tuple[int, int, int, int]:
     return top, left, int(rows[-1]) + 1 - top, int(columns[-1]) + 1 - left
 
 
-def heat_map(bench: Bench, request: Request, send: Callable[[Message], None]) -> Generator[None]:
+def heat_map(
+    bench: Bench, request: Request, send: Callable[[Message], None], worker: Worker
+) -> Generator[None]:
     """The margin under one edit at every place of a grid, row by row; a step of the generator is a part of a row.
 
     Raises:
@@ -82,9 +86,9 @@ def heat_map(bench: Bench, request: Request, send: Callable[[Message], None]) ->
     for number_of_row, row in enumerate((rows - size // 2).tolist()):
         parts = []
         for some in lefts.split(AT_ONCE):
-            with torch.no_grad():
-                place = torch.full_like(some, row), some
-                parts.append(bench.edits(number).logits(*place, patches[: len(some)]))
+            logits_of = torch.no_grad()(bench.edits(number).logits)
+            part = partial(logits_of, torch.full_like(some, row), some, patches[: len(some)])
+            parts.append((yield from worker.unless_probed(part)))
             yield
         logits = torch.cat(parts)
         labels = exhibit.label_tensor.expand(len(logits))

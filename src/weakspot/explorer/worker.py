@@ -3,7 +3,8 @@
 Probes come first and only the latest of a page counts; then short requests; then long ones in the order of arrival.
 Work in the background, a generator, goes on by one step whenever nothing else waits and no probe has come for a while:
 while a cursor moves, its next probe would have to wait for the rest of a step. Between two evaluations of an
-attack, probes and short requests are answered.
+attack, probes and short requests are answered. A part of background work that a probe would have to wait for is ended
+and begins again later.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ class StopRequestedError(BaseException):
 
 class WorkerClosedError(BaseException):
     """Ends a long job whose worker is closed; nothing of it is of use any more."""
+
+
+class ProbeWaitsError(BaseException):
+    """Ends a part of background work, because a probe waits."""
 
 
 class _BetweenOperations(TorchFunctionMode):
@@ -123,6 +128,22 @@ class Worker:
 
         task.run = step
         return self._queued(self._background, task)
+
+    def unless_probed(self, run: Callable[[], Result]) -> Generator[None, None, Result]:
+        """Run a part of background work that changes nothing before it returns.
+
+        A probe ends it between two operations of torch; it begins again at the generator's next turn.
+        """
+        while True:
+            try:
+                with _BetweenOperations(self._raise_if_probed):
+                    return run()
+            except ProbeWaitsError:
+                yield
+
+    def _raise_if_probed(self) -> None:
+        if self._probes:
+            raise ProbeWaitsError
 
     def between_steps(self) -> None:
         """Answer what is urgent; called by a long job between two of its steps.
