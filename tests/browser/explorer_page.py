@@ -199,6 +199,18 @@ class BenchPage:
         return first_number(self.text(selector))
 
 
+def logits_of(image: torch.Tensor) -> torch.Tensor:
+    """(4,) of the corner network."""
+    with torch.no_grad():
+        logits: torch.Tensor = corner_classifier()(image[None])[0]
+    return logits
+
+
+def to_pixels(image: torch.Tensor) -> Any:
+    """(H, W, C) uint8."""
+    return (image * 255).round().byte().permute(1, 2, 0).numpy()
+
+
 def first_number(text: str) -> float:
     match = re.search(r"[-\u2212]?\d+(\.\d+)?", text)
     assert match, text

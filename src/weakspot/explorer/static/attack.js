@@ -47,7 +47,7 @@ export class Attack {
     view.says = make("p", { class: "says" });
     view.title = make("h3", {}, make("i", { class: `mark ${side}`, "aria-hidden": "true" }), title);
     view.root = make("figure", { class: `side ${side}` }, view.title,
-      make("button", { type: "button", class: "bare", title: "Show on the large picture", "aria-label": `Show on the large picture: ${title}`, on: { click: () => this.bench.view(side) } }, view.canvas),
+      make("button", { type: "button", class: "bare", title: "Show on the large picture", "aria-label": `Show on the large picture: ${title}`, on: { click: () => this.bench.views.show(side) } }, view.canvas),
       make("figcaption", {}, view.number, view.says));
     return view;
   }

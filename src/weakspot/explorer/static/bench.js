@@ -5,21 +5,20 @@ import { Attack } from "./attack.js";
 import { Brush } from "./brush.js";
 import { Certificate } from "./certificate.js";
 import { setColors } from "./colors.js";
-import { base64Of, button, make, percent, signed } from "./elements.js";
+import { base64Of, button, make } from "./elements.js";
 import { Depth, Explanations } from "./inside.js";
 import { addressText, Links, restore } from "./links.js";
 import { readPixels } from "./pictures.js";
 import { UndoPlace, WeakMap } from "./places.js";
 import { Probe } from "./probe.js";
 import { Stage } from "./stage.js";
+import { Views } from "./views.js";
 
 const KEYS = [
   ["P", "probe"], ["B", "brush"], ["E", "eraser"], ["R", "rectangle"], ["[", "smaller brush"], ["]", "larger brush"],
   ["Ctrl-Z", "undo"], ["Ctrl-Y", "redo"], ["I", "invert"], ["0", "clear"], ["Arrows", "move the cursor on the picture; with Shift by ten"],
   ["Space", "use the tool at the cursor"], ["?", "these keys"],
 ];
-const PICTURES = { clean: "Clean picture", attack: "Attacked picture", control: "Attacked at the control", erased: "Attack erased in the green place" };
-const VIEWS = { clean: "Clean", attack: "Attacked", control: "Control", "attack difference": "Difference", erased: "Erased" };
 
 // Options: keys, the element or document whose keys are heard; hash, whether the state is kept in the address.
 export function mount(element, ask, subscribe, { keys = element, hash = false } = {}) {
@@ -41,6 +40,7 @@ export function mount(element, ask, subscribe, { keys = element, hash = false } 
       bench.certificate.forget();
       bench.explanations.forget();
       bench.probe.forget();
+      bench.views.blink(false);
       element.replaceChildren();
     },
   };
@@ -77,6 +77,7 @@ class Bench {
       leave: () => this.probe.leave(),
       press: (site) => (this.tool === "probe" ? this.probe.at(site) : this.brush.press(site)),
     });
+    this.views = new Views(this);
     this.probe = new Probe(this);
     this.brush = new Brush(this, (done) => this.painted(done));
     this.attack = new Attack(this);
@@ -102,11 +103,6 @@ class Bench {
     this.next = make("p", { class: "next", role: "status" });
     this.message = make("p", { class: "message", role: "alert", hidden: true });
     this.spoken = make("p", { class: "away", role: "status" });
-    this.decision = make("div", { class: "decision", "aria-live": "polite" });
-    this.viewButtons = new Map(Object.entries(VIEWS).map(([view, text]) => [view, button(text, () => this.view(view), { "aria-pressed": String(view === "clean"), disabled: view !== "clean" })]));
-    this.blinkButton = button("Blink", () => this.blink(), { "aria-pressed": "false", disabled: true, title: "Clean and attacked in turn" });
-    this.zoom = make("select", { "aria-label": "Zoom", title: "Zoom; drag with Alt or the middle button to move", on: { change: () => this.stage.zoomTo(Number(this.zoom.value)) } },
-      ...[1, 2, 4, 8].map((times) => make("option", { value: times }, `${times}×`)));
     this.help = make("dialog", { class: "keys-help", "aria-label": "Keys" }, make("h2", {}, "Keys"),
       make("dl", {}, ...KEYS.flatMap(([key, meaning]) => [make("dt", {}, make("kbd", {}, key)), make("dd", {}, meaning)])),
       button("Close", () => this.help.close()));
@@ -122,10 +118,10 @@ class Bench {
       make("main", { class: "bench" },
         make("div", { class: "left" }, this.brush.root,
           make("div", { class: "drop" }, this.stage.root),
-          make("div", { class: "line views", role: "group", "aria-label": "Shown picture" }, ...this.viewButtons.values(), this.blinkButton, this.zoom),
+          this.views.root,
           this.brush.under, this.probe.key),
         make("div", { class: "right" },
-          make("section", { class: "card", "aria-label": "Decision" }, this.decision),
+          make("section", { class: "card", "aria-label": "Decision" }, this.views.decision),
           this.attack.root,
           more("Weak-spot map", "how little is enough, and where", this.weak),
           more("Undo a place", "erase the attack by hand", this.undo, () => this.undo.refresh()),
@@ -196,7 +192,7 @@ class Bench {
 
   async openNow(index) {
     this.undo.leave();
-    this.blink(false);
+    this.views.blink(false);
     this.weak.clear();
     this.certificate.forget();
     this.probe.forget();
@@ -206,13 +202,13 @@ class Bench {
     this.image = { ...image, index };
     this.element.classList.remove("empty");
     this.stage.open(pixels, [image.width, image.height]);
-    this.zoom.value = 1;
+    this.views.zoom.value = 1;
     this.brush.start(image.width, image.height);
     this.attack.reset();
     this.explanations.forget();
     this.depth.forget();
     for (const one of this.pictures.children) one.setAttribute("aria-pressed", String(Number(one.dataset.index) === index));
-    this.view("clean");
+    this.views.show("clean");
     if (image.pair) await this.attack.finish(image.pair);
     this.undo.refresh();
     this.hint();
@@ -251,17 +247,6 @@ class Bench {
     });
   }
 
-  // The class, and the most probable ones, of the picture as it is or with a change.
-  showDecision({ top, predicted, label, margin }) {
-    const { label: own } = this.image;
-    const right = predicted.index === (label ?? own).index;
-    const title = make("h2", {}, predicted.name, make("small", {}, percent(predicted.probability)));
-    const bars = top.map(({ index, name, probability }) => make("li", index === own.index ? { class: "own" } : {},
-      make("span", {}, name), make("meter", { min: 0, max: 1, value: probability, "aria-label": `${name}: ${percent(probability)}` }), make("span", { class: "number" }, percent(probability))));
-    this.decision.replaceChildren(make("p", { class: "note" }, PICTURES[this.stage.shown.split(" ")[0]]), title, make("ol", { class: "bars" }, ...bars),
-      make("p", { class: "note" }, `${right ? "" : `The label is ${own.name}. `}Margin of ${own.name}: ${signed(margin)} (its logit less the largest other one; below 0, the network says something else).`));
-  }
-
   toolChanged(tool) {
     this.probe.root.hidden = tool !== "probe";
     this.brush.sizes.hidden = tool === "probe";
@@ -297,49 +282,17 @@ class Bench {
 
   // An attack has ended.
   attacked() {
-    for (const view of ["attack", "attack difference"]) this.viewButtons.get(view).disabled = false;
-    this.viewButtons.get("control").disabled = !this.stage.pictures.control;
-    this.blinkButton.disabled = false;
     this.explanations.forget();
     this.depth.forget();
     if (this.depthFold.open) this.depth.open();
     this.undo.refresh();
-    this.view("attack");
+    this.views.show("attack");
     this.hint();
   }
 
   leaveUndo() {
     this.undo.leave();
-    this.blink(false);
-  }
-
-  view(name) {
-    if (!this.stage.pictures[name]) return;
-    this.stage.shown = name;
-    for (const [view, each] of this.viewButtons) {
-      each.disabled = !this.stage.pictures[view];
-      each.setAttribute("aria-pressed", String(view === name));
-    }
-    this.blinkButton.disabled = !this.stage.pictures.attack;
-    const { result } = this.attack;
-    const shown = name.startsWith("attack") ? result?.attack : name === "control" ? result?.control : null;
-    if (shown) this.showDecision(shown);
-    else if (name === "clean") this.showDecision(this.image);
-    // Under the mask, the result could not be seen.
-    this.stage.plain = name !== "clean" && !this.undo.on;
-    this.stage.draw();
-  }
-
-  // The mask is painted on the clean picture, or on the attacked one where the attack is erased.
-  showMask() {
-    if (this.undo.on || this.stage.shown === "clean") this.stage.plain = false;
-    else this.view("clean");
-  }
-
-  blink(on = this.blinkButton.getAttribute("aria-pressed") !== "true") {
-    this.blinkButton.setAttribute("aria-pressed", String(on));
-    clearInterval(this.blinking);
-    if (on) this.blinking = setInterval(() => this.view(this.stage.shown === "attack" ? "clean" : "attack"), 600);
+    this.views.blink(false);
   }
 
   say(text) {

@@ -35,7 +35,7 @@ export class Brush {
     this.file = make("input", { type: "file", accept: "image/png", class: "away", "aria-label": "Open a mask file", tabindex: -1,
       on: { change: () => this.open() } });
     this.area = make("p", { class: "area", role: "status" });
-    this.showControl = make("input", { type: "checkbox", on: { change: () => { bench.showMask(); this.drawControl(); } } });
+    this.showControl = make("input", { type: "checkbox", on: { change: () => { bench.views.showMask(); this.drawControl(); } } });
     this.measure = latest(() => this.measureNow());
     this.root = make("div", { class: "tools", role: "group", "aria-label": "Tools" },
       make("div", { class: "line" }, ...this.buttons.values(), this.undoButton, this.redoButton,
@@ -91,7 +91,7 @@ export class Brush {
   }
 
   down(site) {
-    this.bench.showMask();
+    this.bench.views.showMask();
     if (this.tool === "rectangle") {
       this.corner = site;
       this.mask.begin();
@@ -141,7 +141,7 @@ export class Brush {
   }
 
   invert() {
-    this.bench.showMask();
+    this.bench.views.showMask();
     this.mask.invert();
     this.refresh(true);
   }
@@ -152,7 +152,7 @@ export class Brush {
   }
 
   set(data) {
-    this.bench.showMask();
+    this.bench.views.showMask();
     this.mask.set(data);
     this.refresh(true);
   }

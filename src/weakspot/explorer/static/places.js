@@ -137,7 +137,7 @@ export class UndoPlace {
     this.refresh();
     brush.attach();
     if (brush.tool === "probe") brush.use("brush");
-    this.bench.view("attack");
+    this.bench.views.show("attack");
     stage.root.scrollIntoView({ block: "nearest" });
     this.says.textContent = NOTHING;
     if (filled) this.send();
@@ -154,7 +154,7 @@ export class UndoPlace {
     brush.mask = this.kept;
     brush.attach();
     this.refresh();
-    if (stage.pictures.attack) this.bench.view("attack");
+    if (stage.pictures.attack) this.bench.views.show("attack");
   }
 
   async sendNow() {
@@ -162,7 +162,7 @@ export class UndoPlace {
     if (!this.on) return;
     if (!mask.area) {
       this.says.textContent = NOTHING;
-      bench.view("attack");
+      bench.views.show("attack");
       return;
     }
     try {
@@ -172,9 +172,9 @@ export class UndoPlace {
       this.last = reply;
       bench.stage.pictures.erased = pixels;
       bench.brush.controlData = reply.control && await readMask(pngBlob(reply.control.mask), image.width, image.height);
-      bench.view("erased");
+      bench.views.show("erased");
       bench.brush.drawControl();
-      bench.showDecision(reply);
+      bench.views.decide(reply);
       this.says.textContent = reply.sentence;
     } catch (error) {
       bench.fail(error);
