@@ -217,6 +217,17 @@ def test_runs_of_different_attacks_compare_clean_accuracy(before: Run, pictures:
     assert scores[0]["difference"] == 0
 
 
+def test_attacks_of_one_name_are_told_apart_by_budget_and_settings(before: Run, pictures: Path) -> None:
+    attack = replace(before.plan.attacks[0], budget="linf:2/255", settings=(("restarts", 2),))
+    plan = small_plan(pictures, attacks=(attack,), analyses=(), maps=False)
+    after = audit(plan, pictures.parent / "weaker")
+    only = compare(before, after).only
+    own = before.plan.attacks[0]
+    assert own.settings == (("steps", 3),)
+    assert f"attack pgd at {own.budget} with steps=3 and the default restarts only in {before.name}" in only
+    assert f"attack pgd at linf:2/255 with restarts=2 and the default steps only in {after.name}" in only
+
+
 def test_a_run_without_records_is_refused(before: Run, pictures: Path) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

@@ -45,7 +45,9 @@ def test_audits_with_different_attacks_share_only_clean_accuracy(run: Run, audit
     ended = run("compare", audited / "one", audited / "two")
     assert ended.code == 0, ended.err
     assert "nothing to compare" in ended.out
-    assert "attack pgd only in" in ended.out
+    for side, steps in (("one", 1), ("two", 2)):
+        assert f"attack pgd with steps={steps} only in {audited / side}" in ended.out
+    assert "significant" not in ended.out
 
 
 def test_a_comparison_is_a_table_a_sentence_and_files(run: Run, audited: Path, tmp_path: Path) -> None:

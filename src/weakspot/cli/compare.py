@@ -106,7 +106,7 @@ def _print(comparison: Comparison, *, every: bool) -> None:
             shown = names if every else [shorten_name(one_line(name), width) for name in names]
             add_row(table, *shown, *line)
         print_table(table, whole=every)
-    else:
+    elif comparison.table["attack"].ne("").any():
         print_text("No change of a score is significant (q below .05).")
     if more:
         print_text(f"... and {more} more (show them with --all)", style="dim")

@@ -63,7 +63,10 @@ class RecordTable:
         kind = "table" if count <= IN_MEMORY else "view"
         connection.execute(f"create temp {kind} gallery as {query}")
         if other is not None and not connection.sql("select 1 from gallery limit 1").fetchall():
-            raise ValueError(f"{run.name} and {other.name} have no image, attack and region in common")
+            raise ValueError(
+                f"{run.name} and {other.name} have no image, attack and region in common (attacks are the same if "
+                "their name, budget and settings are)"
+            )
         relation = connection.sql("select * from gallery limit 0")
         self.columns: dict[str, Column] = columns_of(
             list(relation.columns), [str(kind) for kind in relation.types]

@@ -143,8 +143,8 @@ def compare(before: Run, after: Run) -> Comparison:
     if relabeled and not (_has_predicted_labels(before) and _has_predicted_labels(after)):
         remarks.append(f"labels differ on {relabeled} of these images")
     only = [
-        *_only_in(before, [own for own, _ in shared.attacks], shared.regions),
-        *_only_in(after, [other for _, other in shared.attacks], shared.regions),
+        *_only_in(before, after.plan, [own for own, _ in shared.attacks], shared.regions),
+        *_only_in(after, before.plan, [other for _, other in shared.attacks], shared.regions),
     ]
     return Comparison(table[list(COLUMNS)], len(images), tuple(only), tuple(remarks))
 
@@ -221,11 +221,33 @@ def same_limit(plan: Plan, attack: AttackPlan, other_plan: Plan, other: AttackPl
     return first is not None and second is not None and first[1:] == second[1:]  # kind and size, not the text
 
 
-def _only_in(run: Run, attacks: Sequence[AttackPlan], regions: Sequence[str]) -> list[str]:
+def _only_in(run: Run, other: Plan, attacks: Sequence[AttackPlan], regions: Sequence[str]) -> list[str]:
     """What only this run contains."""
-    parts = [f"attack {attack.label}" for attack in run.plan.attacks if attack not in attacks]
+    labels = {attack.label: attack for attack in other.attacks}
+    parts = [
+        f"attack {attack.label}{_different(attack, labels.get(attack.label))}"
+        for attack in run.plan.attacks
+        if attack not in attacks
+    ]
     parts += [f"region {region}" for region in run.plan.reported_regions if region not in regions]
     return [f"{part} only in {run.name}" for part in parts]
+
+
+def _different(attack: AttackPlan, other: AttackPlan | None) -> str:
+    """What tells an attack from another one of the same label."""
+    if other is None:
+        return ""
+    own, others = dict(attack.settings), dict(other.settings)
+    parts = [] if attack.name == other.name else [f"that is {attack.name}"]
+    if attack.budget != other.budget:
+        parts.append(f"at {attack.budget}" if attack.budget else "without a budget")
+    different = [
+        key for key in {**own, **others} if (key in own, own.get(key)) != (key in others, others.get(key))
+    ]
+    if different:
+        settings = [f"{key}={own[key]}" if key in own else f"the default {key}" for key in different]
+        parts.append(f"with {' and '.join(settings)}")
+    return " " + " ".join(parts)
 
 
 def _has_predicted_labels(run: Run) -> bool:
