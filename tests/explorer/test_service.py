@@ -11,18 +11,22 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.audit.fixtures import Audited, audited, networks, pictures, small_plan
 from tests.explorer.benches import filled_bench, network, photographs, png, square
 from tests.networks import untouched
 from weakspot import explore
+from weakspot.audit import AttackPlan
 from weakspot.explorer.access import Access
 from weakspot.explorer.desk import Desk
 from weakspot.explorer.service import Service, forwarding_hint, has_display, open_port
 
+__all__ = ["audited", "networks", "pictures"]  # fixtures
 ROOT = Path(__file__).parents[2]
 TOKEN = "a-token-for-tests-only"  # noqa: S105
 
@@ -150,11 +154,11 @@ def test_arguments_that_do_not_fit_are_told(arguments: dict[str, object], messag
         explore(network(), torch.zeros(0, 3, 24, 20))
 
 
-def command(*arguments: str) -> subprocess.Popen[str]:
+def command(*arguments: str, modules: Path = ROOT) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "weakspot", "explore", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{modules}", "OMP_NUM_THREADS": "1"},
         # A test run in the background ignores interrupts, and its children would, too.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     )  # fmt: skip
@@ -187,6 +191,30 @@ def test_ctrl_c_ends_it_with_a_page_and_a_stream_open() -> None:
     assert code == 0
     assert process.stderr is not None
     assert "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.slow
+def test_the_records_of_audits_are_served_until_ctrl_c(audited: Audited, pictures: Path) -> None:
+    folder = pictures.parent
+    plan = small_plan(pictures, attacks=(AttackPlan("fgsm"),), analyses=())
+    for name, own in (("first", plan), ("second", replace(plan, seed=1))):
+        audited(name, own, folder / name)
+    for runs in (["first"], ["first", "second"]):
+        process = command(*runs, "--no-browser", "--port", "0", modules=folder)
+        try:
+            assert process.stdout is not None
+            link = re.search(r"http://\S+", process.stdout.readline())
+            assert link is not None
+            records = asked(link[0], "records", {})["records"]
+            assert isinstance(records, list)
+            assert len(records) == 28
+            assert asked(link[0], "open", {"id": records[0]["id"]})["image"] == 0
+            process.send_signal(signal.SIGINT)
+            _, told = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert process.returncode == 0
+        assert "Traceback" not in told
 
 
 @pytest.mark.slow

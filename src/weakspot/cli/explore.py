@@ -7,9 +7,10 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -91,16 +92,13 @@ def explore(
         raise Failure("--dissected has no effect on an audit (explore the images themselves)")
     address = Address(host, port, base_url, token, browser=not no_browser, quiet=output.quiet)
     if runs:
-        with (
-            warnings_as_notes(output.quiet),
-            progress_display(output.silent) as display,
-            run_desk(runs, network, display) as desk,
-        ):
-            service = address.service(desk)
-            with display.paused():
-                address.announce(service)
-        _serve(service, output.quiet)
-        return
+        with ExitStack() as opened:
+            with warnings_as_notes(output.quiet), progress_display(output.silent) as display:
+                service = address.service(opened.enter_context(run_desk(runs, network, display)))
+                with display.paused():
+                    address.announce(service)
+            _serve(service, output.quiet)
+        _end()
     with open_session(context, network, output, Path(), ()) as session:
         from weakspot.explorer.bench import Bench, Origin
         from weakspot.explorer.desk import Desk
@@ -118,6 +116,7 @@ def explore(
         with session.showing():
             address.announce(service)
     _serve(service, output.quiet)
+    _end()
 
 
 @dataclass(frozen=True)
@@ -159,13 +158,17 @@ class Address:
 
 
 def _serve(service: Service, quiet: bool) -> None:
-    """Serve until Ctrl-C, without a display of progress, then end the process at once.
+    """Serve until Ctrl-C, without a display of progress."""
+    with warnings_as_notes(quiet):
+        service.run()
+
+
+def _end() -> NoReturn:
+    """End the process at once.
 
     The interpreter's own end would search torch's objects for garbage for seconds, and would abort the process if a
     thread were inside the model.
     """
-    with warnings_as_notes(quiet):
-        service.run()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -174,7 +174,7 @@ def as_request_error(error: BaseException) -> RequestError:
         return RequestError("the memory is not enough for this request", 413)
     if isinstance(error, StopRequestedError | WorkerClosedError):
         return RequestError("the explorer has been closed", 503)
-    return RequestError(f"the model cannot do this: {type(error).__name__}")
+    return RequestError(f"the request failed with {type(error).__name__}, in the model or in weakspot")
 
 
 def _hello(desk: Desk, _: Request) -> Message:
