@@ -2,7 +2,7 @@
 
 import { button, choice, counted, field, latest, make } from "./elements.js";
 import { Histogram, OUTCOMES, short } from "./histogram.js";
-import { changes, queryBox, weakRegions, whole } from "./record_facts.js";
+import { changes, placeOf, queryBox, weakRegions, whole } from "./record_facts.js";
 
 const PICTURES = { clean: "the image", adversarial: "attacked", change: "the change, enlarged", adversarial_after: "attacked, second run", change_after: "the change, second run" };
 const TITLES = { label_name: "class", adversarial_class_name: "ends as", change: "first against second run" };
@@ -222,7 +222,7 @@ class GalleryView {
     const missing = chosen.filter((value) => !reply.values.some((row) => row.value === value)).map((value) => ({ value, n: 0, fooled: 0, known: 0 }));
     const focused = this.element.getRootNode().activeElement?.dataset?.key;
     list.replaceChildren(...[...missing, ...reply.values].map(({ value, n, fooled, known }) => {
-      const name = value === null ? "unknown" : value === true ? "yes" : value === false ? "no" : value;
+      const name = value === null ? "unknown" : value === true ? "yes" : value === false ? "no" : column === "region" ? placeOf(value) : value;
       const key = JSON.stringify([column, value]);
       const toggle = button("", () => {
         const left = chosen.includes(value) ? chosen.filter((one) => one !== value) : [...chosen, value];
@@ -251,7 +251,7 @@ class GalleryView {
     const note = make("span", { class: "note blank" }, this.run.pictures.length ? "…" : "no pictures stored");
     const name = make("strong", {}, record.image);
     const label = record.label_name ?? (record.label === null ? "no label" : `class ${record.label}`);
-    const place = `${record.attack}, ${record.region === "none" ? "whole image" : record.region}`;
+    const place = `${record.attack}, ${placeOf(record.region)}`;
     const outcome = record.error ? "failed" : record.fooled === null ? "outcome unknown" : !record.correct ? `misclassified as ${record.predicted_name ?? "another class"} without an attack` : record.fooled ? `fooled: ${record.adversarial_class_name ?? "another class"}` : "withstood";
     const kind = record.fooled === null ? "unknown" : !record.correct ? "misclassified" : record.fooled ? "fooled" : "withstood";
     const sorted = this.sort && this.sort !== "margin_adversarial" ? `; ${this.sort} ${short(record.value)}` : "";

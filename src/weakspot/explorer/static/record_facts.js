@@ -24,7 +24,7 @@ export async function whole(ask, name, body, place) {
 
 const interval = (value, low, high) => (value === null ? "–" : `${percent(value)} [${percent(low)}, ${percent(high)}]`);
 const probability = (q) => (q === null ? "–" : q < 0.001 ? "< .001" : q > 0.995 ? "1" : q.toFixed(q < 0.1 ? 3 : 2).replace(/^0/, ""));
-const placeOf = (region) => (region === "none" ? "whole image" : region);
+export const placeOf = (region) => (region === "none" ? "whole image" : region);
 
 export function weakRegions(reply, onShow) {
   const rows = reply.rows.map((row) => [
