@@ -51,7 +51,7 @@ OWN = {
         "--list",
         "--quick",
     },
-    "audit": {"--out", "--labels", "--set", "--resume"},
+    "audit": {"--out", "--labels", "--set", "--steps", "--resume"},
     "dissect": {"--out", "--quick"},
     "explain": {"--quick"},  # each leaves out something else
     "defend": {"--quick"},

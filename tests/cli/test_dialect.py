@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.cli.conftest import NAMES, TINY, Run
 from weakspot import AttackResult
+from weakspot.audit import open_run
 from weakspot.cli.app import EXTRAS, Failure, app
 from weakspot.cli.options import parse_settings, read_class_names
 
@@ -62,6 +63,44 @@ def test_wrong_arguments_of_an_attack_are_one_sentence(
     run: Run, photographs: Path, command: str, options: tuple[str, ...], message: str
 ) -> None:
     ended = run(command, photographs, *TINY, *options, "--out", "made")
+    assert ended.code == 2
+    assert message in ended.err
+    assert len(ended.err.strip().splitlines()) == 1
+
+
+def test_steps_of_an_audit_are_those_of_every_attack_that_takes_steps(run: Run, photographs: Path) -> None:
+    plain = ("--analyses", "none", "--no-report", "--limit", 2)
+    ended = run("audit", photographs, *TINY, *plain, "--attacks", "pgd,fgsm", "--steps", 2, "--out", "made")
+    assert ended.code == 0, ended.err
+    assert [dict(attack.settings) for attack in open_run("made").plan.attacks] == [{"steps": 2}, {}]
+    assert open_run("made").records.query("attack == 'pgd'")["n_backward"].max() == 2
+    # Given on the command line, they override those of a plan.
+    Path("plan.toml").write_text(
+        f'images = ["{photographs.as_posix()}"]\nout = "planned"\n'
+        '[[attacks]]\nname = "pgd"\nsettings = {steps = 7, loss = "dlr"}\n'
+    )
+    ended = run("audit", "plan.toml", *TINY, *plain, "--steps", 2)
+    assert ended.code == 0, ended.err
+    assert [dict(attack.settings) for attack in open_run("planned").plan.attacks] == [
+        {"steps": 2, "loss": "dlr"}
+    ]
+    ended = run("audit", "--resume", "made", "--steps", 3)
+    assert (ended.code, "--resume takes no images and no plan options" in ended.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--steps", 3, "--set", "pgd.steps=3"), "--steps and --set ATTACK.steps=N must not both be given"),
+        (("--steps", 3, "--quick"), "--steps has no effect with --quick"),
+        (("--attacks", "fgsm", "--steps", 3), "fgsm takes no --steps"),
+        (("--steps", 0), "--steps must be"),
+    ],
+)
+def test_wrong_steps_of_an_audit_are_one_sentence(
+    run: Run, photographs: Path, options: tuple[object, ...], message: str
+) -> None:
+    ended = run("audit", photographs, *TINY, *options, "--out", "made")
     assert ended.code == 2
     assert message in ended.err
     assert len(ended.err.strip().splitlines()) == 1

@@ -44,7 +44,14 @@ from weakspot.cli.output import (
     progress_display,
     warnings_as_notes,
 )
-from weakspot.cli.plan_options import EngineOptions, PlanOptions, given_options, plan_table, quick_plan
+from weakspot.cli.plan_options import (
+    EngineOptions,
+    PlanOptions,
+    given_options,
+    plan_table,
+    quick_plan,
+    with_steps,
+)
 from weakspot.cli.session import command_line
 
 if TYPE_CHECKING:
@@ -117,11 +124,11 @@ def audit(
     overrides = given_options(context, plan, network)
     settings = list(plan.settings or [])
     if resume is None:
-        if quick:
-            _check_quick(context, settings)
+        _check_steps(context, plan, settings, quick=quick)
         table, where = plan_table(list(images or []), overrides, settings, out)
+        table = table if plan.steps is None else with_steps(table, plan.steps)
         table = quick_plan(table) if quick else table
-    elif images or overrides or settings or quick or out is not None:
+    elif images or overrides or settings or plan.steps or quick or out is not None:
         raise Failure("--resume takes no images and no plan options, because the run holds them")
     else:
         table, where = {}, resume
@@ -176,11 +183,13 @@ def audit(
         raise typer.Exit(UNREADABLE)
 
 
-def _check_quick(context: typer.Context, settings: Sequence[str]) -> None:
-    """Refuse what --quick sets."""
-    refuse(context, ["limit"], "with --quick, which sets it (leave out one of the two)")
-    if any(setting.partition("=")[0].endswith(".steps") for setting in settings):
-        raise Failure("--quick and --set ATTACK.steps=N must not both be given (leave out one of the two)")
+def _check_steps(context: typer.Context, plan: PlanOptions, settings: Sequence[str], *, quick: bool) -> None:
+    """Refuse steps that are given in two ways, and what --quick sets."""
+    if quick:
+        refuse(context, ["limit", "steps"], "with --quick, which sets them (leave out one of the two)")
+    name = "--quick" if quick else "--steps" if plan.steps is not None else None
+    if name and any(setting.partition("=")[0].endswith(".steps") for setting in settings):
+        raise Failure(f"{name} and --set ATTACK.steps=N must not both be given (leave out one of the two)")
 
 
 @contextmanager

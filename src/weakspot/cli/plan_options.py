@@ -1,9 +1,11 @@
 """The plan of an audit on the command line: options, and a plan.toml that they override."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -29,6 +31,9 @@ from weakspot.cli.options import (
 from weakspot.cli.session import check_existing
 from weakspot.datasets.labels import LABEL_FILE
 
+if TYPE_CHECKING:
+    from weakspot.attacks import Attack
+
 
 @dataclass(frozen=True)
 class PlanOptions:
@@ -47,6 +52,12 @@ class PlanOptions:
             "--set SETTING",
             "ATTACK.NAME=VALUE, an argument of an attack, such as pgd.steps=50. Repeat for several.",
             panel=ATTACK,
+        ),
+    ] = None
+    steps: Annotated[
+        int | None,
+        option(
+            "N", "Steps of each attack that takes steps.", default="the attacks' own", least=1, panel=ATTACK
         ),
     ] = None
     regions: Annotated[
@@ -108,7 +119,8 @@ class EngineOptions:
 def given_options(context: typer.Context, plan: PlanOptions, network: ModelOptions) -> dict[str, object]:
     """The plan options that were given, as `Plan.from_mapping` takes them."""
     # Only what was given: a default must not override a plan.toml.
-    chosen = given(context, [field.name for field in fields(plan) if field.name != "settings"])
+    names = [field.name for field in fields(plan) if field.name not in {"settings", "steps"}]
+    chosen = given(context, names)
     values: dict[str, object] = {name: getattr(plan, name) for name in chosen}
     parsed = {
         "spec": network.model,
@@ -154,25 +166,53 @@ def plan_table(
     return table, out
 
 
+def with_steps(table: dict[str, object], steps: int) -> dict[str, object]:
+    """The plan with so many steps of every attack that takes steps.
+
+    Raises:
+        Failure: if no attack takes steps.
+    """
+    attacks, takers = _takers_of_steps(table.get("attacks", "pgd"))
+    if attacks and isinstance(attacks, list) and not takers:
+        names = " and ".join(str(entry.get("name")) for entry in attacks)
+        raise Failure(
+            f"{names} {'take' if len(attacks) > 1 else 'takes'} no --steps (see weakspot attack --list)"
+        )
+    for entry, own, _ in takers:
+        entry["settings"] = {**own, "steps": steps}
+    return {**table, "attacks": attacks}
+
+
 def quick_plan(table: dict[str, object]) -> dict[str, object]:
     """The plan of a trial: fewer images, and fewer steps of every attack that takes steps, unless it states less.
+
+    A limit of a wrong type stays as it is, for `Plan.from_mapping` to refuse.
+    """
+    limit = table.get("limit", QUICK_IMAGES)
+    attacks, takers = _takers_of_steps(table.get("attacks", "pgd"))
+    for entry, own, attack in takers:
+        steps = quick_steps(attack)
+        if steps is not None:
+            stated = own.get("steps", steps)
+            fewer = min(stated, steps) if isinstance(stated, int) else stated
+            entry["settings"] = {**own, "steps": fewer}
+    fewest = min(limit, QUICK_IMAGES) if isinstance(limit, int) else limit
+    return {**table, "limit": fewest, "attacks": attacks}
+
+
+def _takers_of_steps(attacks: object) -> tuple[object, list[tuple[dict[str, Any], dict[str, Any], Attack]]]:
+    """The attacks as tables, and of each that takes steps its table, its settings and the attack.
 
     What has a wrong type stays as it is, for `Plan.from_mapping` to refuse.
     """
     from weakspot.attacks import find_attack
 
-    limit, attacks = table.get("limit", QUICK_IMAGES), table.get("attacks", "pgd")
-    if isinstance(attacks, str | list) and all(isinstance(attack, str | dict) for attack in attacks):
-        attacks = tables = _with_settings(attacks, ())
-        for attack in tables:
-            name, own = attack.get("name"), attack.get("settings", {})
-            steps = quick_steps(find_attack(name)) if isinstance(name, str) else None
-            if steps is not None and isinstance(own, dict):
-                stated = own.get("steps", steps)
-                fewer = min(stated, steps) if isinstance(stated, int) else stated
-                attack["settings"] = {**own, "steps": fewer}
-    fewest = min(limit, QUICK_IMAGES) if isinstance(limit, int) else limit
-    return {**table, "limit": fewest, "attacks": attacks}
+    if not isinstance(attacks, str | list) or not all(isinstance(attack, str | dict) for attack in attacks):
+        return attacks, []
+    tables = _with_settings(attacks, ())
+    named = [(table, table.get("settings", {}), table.get("name")) for table in tables]
+    known = [(table, own, find_attack(name)) for table, own, name in named if isinstance(name, str)]
+    return tables, [entry for entry in known if isinstance(entry[1], dict) and entry[2].takes("steps")]
 
 
 def _with_settings(attacks: object, settings: Sequence[str]) -> list[dict[str, Any]]:
