@@ -30,6 +30,8 @@ NETWORKS = """
 import torch
 from torch import nn
 
+from weakspot import Classifier
+
 
 def build():
     torch.manual_seed(0)
@@ -48,11 +50,15 @@ class Loud(nn.Module):
         return self.inner(images)
 
 
+def normalized():
+    return Classifier.wrap(build(), mean=[0.5], std=[0.25])
+
+
 def gray():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 10)).eval()
 """
-TINY = ("--model", "tiny_networks:build", "--size", "64x64")
+TINY = ("--model", "tiny_networks:build", "--size", "64x64", "--mean", "0", "--std", "1")
 NAMES = ["chelsea.png", "coffee.png", "motorcycle.png", "rocket.png"]
 
 

@@ -28,7 +28,7 @@ from weakspot.audit.store.records import TIMES
 from weakspot.cli.app import Failure
 from weakspot.cli.plan_options import PlanOptions, plan_table
 
-TINY = ("--model", "tiny_networks:build", "--size", "32x32")
+TINY = ("--model", "tiny_networks:build", "--size", "32x32", "--mean", "0", "--std", "1")
 WRITER = "weakspot.audit.execution.job.write_shard"
 QUICK = ("--set", "pgd.steps=2", "--attacks", "pgd", "--analyses", "none", "--no-report")
 

@@ -172,8 +172,12 @@ def test_a_defense_of_the_user_is_evaluated(run: Run, photographs: Path, foreign
     assert "note" not in notes
     evaluated("rounded", "--set", "levels=6")
     evaluated("noisy")
-    table, _ = evaluated("noisy", "--draws", 2, "--substitute", "tiny_networks:build")
+    table, notes = evaluated("noisy", "--draws", 2, "--substitute", "tiny_networks:build")
     assert "transferred from the substitute" in table
+    assert (
+        notes.count("gets pixels in [0, 1] as they are") == 1
+    )  # --mean and --std are those of the attacked model
+    assert "(let it return weakspot.Classifier.wrap(network, mean=..., std=...) unless" in notes
 
 
 @pytest.mark.slow

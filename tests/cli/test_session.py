@@ -188,3 +188,71 @@ def test_a_classifier_that_does_not_fit_is_one_sentence(
 ) -> None:
     with pytest.raises((Failure, ValueError), match=message):
         load_classifier(options)
+
+
+AS_THEY_ARE = "gets pixels in [0, 1] as they are"
+ONE_STEP = ("--limit", 1, "--steps", 1)
+STATISTICS = ("--mean", ".485,.456,.406", "--std", ".229,.224,.225")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("attack", *ONE_STEP),
+        ("audit", *ONE_STEP, "--analyses", "none", "--no-report", "--out", "made"),
+        ("explain", "--steps", 1, "--analyses", "none"),
+        ("map", "--limit", 1),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_network_whose_preprocessing_is_not_known_is_named_once(
+    run: Run, photographs: Path, command: tuple[object, ...]
+) -> None:
+    name, *options = command
+    ended = run(name, photographs, "--model", "tiny_networks:build", "--size", "64x64", *options)
+    assert ended.code == 0, ended.err
+    assert ended.err.count(f"note: tiny_networks:build {AS_THEY_ARE} (give ") == 1
+    assert "unless it normalizes them itself or was trained on such pixels" in ended.err
+    assert AS_THEY_ARE not in ended.out
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        ("tiny_networks:build", *STATISTICS),
+        ("tiny_networks:build", "--mean", "0", "--std", "1"),  # the user says that this is right
+        ("tiny_networks:build", "--quiet"),
+        ("tiny_networks:normalized",),
+    ],
+    ids=" ".join,
+)
+def test_preprocessing_that_is_given_is_not_doubted(
+    run: Run, photographs: Path, model: tuple[str, ...]
+) -> None:
+    for command in (
+        ("attack", *ONE_STEP),
+        ("audit", *ONE_STEP, "--analyses", "none", "--no-report", "--out", "made"),
+    ):
+        ended = run(command[0], photographs, "--size", "64x64", *command[1:], "--model", *model)
+        assert (ended.code, ended.err) == (0, "")
+
+
+def test_networks_that_come_with_weakspot_need_no_preprocessing(run: Run, tmp_path: Path) -> None:
+    """mnist_standard takes pixels in [0, 1], as it was trained."""
+    digits = tmp_path / "digits"
+    digits.mkdir()
+    Image.new("L", (28, 28), 40).save(digits / "one.png")
+    ended = run("attack", digits, "--model", "mnist_standard", *ONE_STEP)
+    assert (ended.code, ended.err) == (0, "")
+
+
+def test_an_audit_that_resumes_does_not_repeat_the_note(run: Run, photographs: Path) -> None:
+    plain = (*ONE_STEP, "--analyses", "none", "--no-report", "--size", "64x64")
+    Path("plan.toml").write_text(
+        f'images = ["{photographs.as_posix()}"]\nout = "planned"\n'
+        '[model]\nspec = "tiny_networks:build"\nmean = [0.5]\nstd = [0.25]\n'
+    )
+    assert AS_THEY_ARE not in run("audit", "plan.toml", *plain).err
+    made = run("audit", photographs, "--model", "tiny_networks:build", *plain, "--out", "made")
+    assert AS_THEY_ARE in made.err
+    assert AS_THEY_ARE not in run("audit", "--resume", "made", "--no-report").err

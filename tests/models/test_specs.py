@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from weakspot._checks import ModelError
 from weakspot.classifier import Classifier
 from weakspot.images import sample_images
 from weakspot.models import available_models, load
-from weakspot.models.specs import fingerprint
+from weakspot.models.specs import fingerprint, plain_pixels_note
 
 MODULE = """
 from torch import nn
@@ -402,3 +403,31 @@ def test_the_fingerprint_reads_values_whatever_their_strides() -> None:
     plain.register_buffer("scale", torch.zeros(1))
     strided.register_buffer("scale", torch.arange(10.0).as_strided((1,), (5,)))
     assert fingerprint(plain) == fingerprint(strided)
+
+
+@pytest.mark.parametrize("spec", ["my_models:build", "my_models:instance", "exported.pt2", "installed"])
+def test_networks_of_the_user_may_need_normalized_images(
+    project: Path, monkeypatch: pytest.MonkeyPatch, spec: str
+) -> None:
+    entry = EntryPoint("installed", "my_models:build", "weakspot.models")
+    monkeypatch.setattr("weakspot.models.specs.entry_points", lambda **_: [entry])
+    assert project.is_dir()
+    bare = Classifier.wrap(nn.Flatten())
+    assert plain_pixels_note(spec, bare, "give mean and std") == (
+        f"{spec} gets pixels in [0, 1] as they are (give mean and std unless it normalizes them itself or was trained "
+        "on such pixels)"
+    )
+    # One that shifts or scales them gets other values.
+    assert plain_pixels_note(spec, Classifier.wrap(nn.Flatten(), mean=[0.5]), "") is None
+    assert plain_pixels_note(spec, Classifier.wrap(nn.Flatten(), std=[1.0, 1.0, 0.5]), "") is None
+
+
+@pytest.mark.parametrize(
+    "spec", ["mnist_standard", "hf:folder", "timm:resnet18", "torchvision:resnet18", "run"]
+)
+def test_networks_whose_preprocessing_is_known_get_what_they_were_trained_on(
+    project: Path, spec: str
+) -> None:
+    (project / "run").mkdir()
+    (project / "run/training.json").write_text("{}")
+    assert plain_pixels_note(spec, Classifier.wrap(nn.Flatten()), "give mean and std") is None

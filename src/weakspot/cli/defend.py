@@ -209,7 +209,10 @@ def defend(
 def _load_substitute(session: Session, model: str) -> Classifier:
     """The model of --substitute, with weights and normalization of its own, for images of the same size."""
     size = "x".join(map(str, session.classifier.input_size))
-    return load_classifier(ModelOptions(model, size=size, device=session.network.device))
+    options = ModelOptions(model, size=size, device=session.network.device)
+    return load_classifier(
+        options, remedy="let it return weakspot.Classifier.wrap(network, mean=..., std=...)"
+    )
 
 
 def _oracle(classifier: Classifier, defended: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import typer
 
-from weakspot._checks import ModelError
+from weakspot._checks import ModelError, warn
 from weakspot._progress import Display
 from weakspot.cli.app import UNREADABLE, WRITTEN_KEY, Failure, complain, note, one_line
 from weakspot.cli.options import ModelOptions, OutputOptions, parse_numbers, parse_size, read_class_names
@@ -266,12 +266,16 @@ def check_existing(sources: Sequence[Path | str]) -> None:
         raise typer.Exit(UNREADABLE)
 
 
-def load_classifier(options: ModelOptions) -> Classifier:
-    """Load the classifier, and check with a gray image that it takes images of its size and channels."""
+def load_classifier(options: ModelOptions, *, remedy: str = "give --mean and --std") -> Classifier:
+    """Load the classifier, and check with a gray image that it takes images of its size and channels.
+
+    A note says if a network of the user's gets images that are not normalized, and what the `remedy` is.
+    """
     import torch
 
     from weakspot.classifier import evaluating, predict
     from weakspot.models import load
+    from weakspot.models.specs import plain_pixels_note
 
     classifier = load(
         options.model,
@@ -297,6 +301,10 @@ def load_classifier(options: ModelOptions) -> Classifier:
     names = len(classifier.class_names)
     if options.classes is not None and names != logits.shape[1]:
         raise Failure(f"--classes must hold {logits.shape[1]} names, one for each class, got {names}")
+    if options.mean is None and options.std is None:
+        remark = plain_pixels_note(options.model, classifier, remedy)
+        if remark:
+            warn(remark, UserWarning)
     return classifier
 
 

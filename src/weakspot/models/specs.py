@@ -74,6 +74,32 @@ def load(
     return classifier.to(find_device(device))
 
 
+def plain_pixels_note(spec: str, classifier: Classifier, remedy: str) -> str | None:
+    """A sentence if a network of the user's gets pixels that are not normalized, which may be a mistake.
+
+    Args:
+        spec: as `load` takes it.
+        classifier: loaded from it, without a mean and std from the caller.
+        remedy: how to give them.
+    """
+    if bool((classifier.mean != 0).any() or (classifier.std != 1).any()) or not _is_own(spec):
+        return None
+    return (
+        f"{spec} gets pixels in [0, 1] as they are ({remedy} unless it normalizes them itself or was trained on such "
+        "pixels)"
+    )
+
+
+def _is_own(spec: str) -> bool:
+    """Whether nothing but the user knows how images are normalized: not a network of weakspot or of a hub."""
+    if is_trained(Path(spec)):
+        return False
+    source, colon, _ = spec.partition(":")
+    if spec.endswith(".pt2") or colon:
+        return source not in HUBS
+    return not any(entry.value.startswith("weakspot.") for entry in entry_points(group=GROUP, name=spec))
+
+
 def available_models() -> list[str]:
     """Names of installed models, from the entry-point group "weakspot.models"."""
     return sorted(entry.name for entry in entry_points(group=GROUP))
