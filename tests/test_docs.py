@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import sys
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from weakspot import cli
 from weakspot.attacks import available_attacks
 from weakspot.budgets import read_budget
 from weakspot.explanations.analysis import available_analyses
+from weakspot.regions import segmentation
 from weakspot.reproduction import PAPERS, read_reproduction
 from weakspot.training import RECIPES
 
@@ -188,6 +190,19 @@ def test_the_docs_have_commands_of_every_kind() -> None:
 def test_links_between_files_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text("utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_table_of_backgrounds_has_the_numbers_of_the_code() -> None:
+    rows = re.findall(
+        r"^\| (?:gray|color|either|the same)\b.*$", (ROOT / "docs/how-to-attack.md").read_text(), re.MULTILINE
+    )
+    least, most = segmentation.PLAUSIBLE
+    assert [re.findall(r"[\d./]*\d%?", row) for row in rows] == [
+        [f"{segmentation.INK}"],
+        [],
+        [f"{least:.0%}", f"{most:.0%}", f"{segmentation.FOREGROUND:.0%}"],
+        [str(Fraction(segmentation.INNER))],
+    ]
 
 
 def test_the_citation_names_the_version_of_the_package() -> None:
