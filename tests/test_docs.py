@@ -205,6 +205,18 @@ def test_the_table_of_backgrounds_has_the_numbers_of_the_code() -> None:
     ]
 
 
+def test_what_was_not_found_has_one_wording() -> None:
+    """The glossary has it: "not found", "no ... was found", "this does not mean that none exists"."""
+    texts = [
+        *PAGES,
+        *(path for path in (ROOT / "src").rglob("*.*") if path.suffix in {".py", ".js", ".html"}),
+    ]
+    retired = re.compile(
+        r"no proof that|\(failed\)[\"']|[Tt]he attack failed|[Nn]one was found|may have missed"
+    )
+    assert {path.name: found for path in texts if (found := retired.findall(path.read_text("utf-8")))} == {}
+
+
 def test_the_citation_names_the_version_of_the_package() -> None:
     version = r'^version(?:: | = ")([\d.]+)"?$'
     files = [(ROOT / name).read_text("utf-8") for name in ("CITATION.cff", "pyproject.toml")]

@@ -207,8 +207,9 @@ def test_a_network_that_nothing_changes_is_not_accused() -> None:
     finally:
         desk.close()
     assert side(last, "attack")["success"] is side(last, "control")["success"] is False
-    assert str(last["sentence"]).endswith("Neither was found to be enough, which is no proof that none is.")
-    # With zero gradients, that the attack failed says nothing: the person must be told.
+    none = "At neither place was a change found that is enough; this does not mean that none exists."
+    assert str(last["sentence"]).endswith(none)
+    # With zero gradients, that nothing was found says nothing: the person must be told.
     assert "Caution: the gradient of Constant is zero everywhere in the region" in str(last["sentence"])
 
 
@@ -329,8 +330,8 @@ def test_no_sentence_claims_more_than_the_pair_shows() -> None:
     assert "nothing special" in said(yes, yes)
     assert "Only the mask" in said(yes, no)
     assert "Only the mask" not in said(no, yes)
-    assert "no proof" in said(no, no)
-    assert "no proof" in said(no, None)
+    assert "does not mean that none exists" in said(no, no)
+    assert "does not mean that none exists" in said(no, None)
     assert "nothing special" not in said(yes, None)
     assert "not once rounded" in said(outcome(success=True, eight=False), no)
     missed = SideOutcome(False, False, "lynx", -1.0, target="toaster")

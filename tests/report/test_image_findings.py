@@ -73,7 +73,7 @@ def test_the_strongest_fact_is_what_was_found_to_be_enough() -> None:
     assert strongest_fact(row(RIGHT, **SQUARE)) == (
         "A 24 x 24 square, 1.1% of the image, changed by at most 8/255, is enough to turn 'lynx' into 'tabby'."
     )
-    # A search of its own: it may succeed where the attack failed.
+    # A search of its own: it may succeed where the attack found nothing.
     assert "24 x 24" in strongest_fact(row(LOST, **SQUARE))
     cells = {"sufficient_fraction": 1 / 64}
     assert (
@@ -101,8 +101,8 @@ def test_the_verdict_below_a_headline_is_the_outcome_only_if_it_is_not_a_plain_s
     assert page_verdict(row(RIGHT)).startswith("It acts where the network looks: 61% of the effect")
     assert page_verdict(row(RIGHT, reached_fraction=0.4)) == ""  # not compared, so p is not spoken
     assert page_verdict(row(LOST, relation=NAN)) == (
-        "The attack failed: the image is still classified as lynx (40% before, 30% after); the closest other class is "
-        "tabby. The attack removed 34% of the margin of lynx over tabby."
+        "The attack found no adversarial example: the image is still classified as lynx (40% before, 30% after); the "
+        "closest other class is tabby. The attack removed 34% of the margin of lynx over tabby."
     )
     assert "removed nothing of the margin" in page_verdict(row(LOST, relation=NAN, margin_taken=-0.2))
     assert "misclassified" not in page_verdict(row(MISREAD, relation=NAN))
@@ -208,11 +208,13 @@ def test_a_map_is_recommended_where_none_was_made() -> None:
 
 def test_recommendations_follow_from_the_findings() -> None:
     failed = " ".join(steps([LOST, LOST], command="weakspot explain a b"))
-    assert "The attack failed on 2 images, which does not prove that they are robust." in failed
+    assert (
+        "The attack found no adversarial example for 2 images; this does not mean that none exists." in failed
+    )
     assert "--recipe" not in failed
     fooled = " ".join(steps([RIGHT, RIGHT], command="weakspot explain a b"))
     assert "Both images are fooled." in fooled
-    assert "failed" not in fooled
+    assert "found no adversarial example" not in fooled
     assert "--reference" not in fooled  # it was tested
     assert "neutralize" not in fooled
     few = {**RIGHT, "necessary_fraction": 0.1}

@@ -108,8 +108,8 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
         (
             {"success": False, "adversarial_class": "lynx", "adversarial_class_adversarial": 0.3},
             (
-                "The attack failed: the image is still classified as lynx (40% before, 30% after); the closest other "
-                "class is tabby."
+                "The attack found no adversarial example: the image is still classified as lynx (40% before, 30% "
+                "after); the closest other class is tabby."
             ),
         ),
         (
@@ -119,7 +119,10 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
                 "adversarial_class": "fox",
                 "adversarial_class_adversarial": 0.5,
             },
-            "The attack failed: its target tabby reached 97%, and the image is classified as fox (50%).",
+            (
+                "The attack found no adversarial example for its target tabby, which reached 97%; the image is "
+                "classified as fox (50%)."
+            ),
         ),
         (
             {"read_clean_as": "dog"},
@@ -135,7 +138,10 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
                 "adversarial_class": "lynx",
                 "adversarial_class_adversarial": 0.3,
             },
-            "The attack failed: its target tabby reached 97%, and the image is classified as lynx (30%).",
+            (
+                "The attack found no adversarial example for its target tabby, which reached 97%; the image is "
+                "classified as lynx (30%)."
+            ),
         ),
         ({"changed_fraction": 0.27}, "It acts where the network looks"),
         (
@@ -159,7 +165,7 @@ def test_a_success_on_one_side_of_rounding_is_reported_as_such() -> None:
         "tabby (97%), but the result no longer fools the network when stored in an image file."
     )
     assert after.startswith("The attack fools the network only after rounding to 8 bits")
-    assert "failed" in verdict_for(success=False)
+    assert "found no adversarial example" in verdict_for(success=False)
 
 
 @pytest.mark.parametrize("success", [True, False])

@@ -153,7 +153,7 @@ def _write(
     write_pngs(result.clean, names, out / "clean")
     scores["png"] = [f"adversarial/{file}" for file in files]
     captions = [
-        f"{row['image']}: {row['before']} → {row['after']}{'' if fooled else ' (failed)'}"
+        f"{row['image']}: {row['before']} → {row['after']}{'' if fooled else ' (not found)'}"
         for (_, row), fooled in zip(scores.iterrows(), result.fooled.tolist(), strict=True)
     ]
     contact_sheet(result, captions, out / "overview.png")

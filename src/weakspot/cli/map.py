@@ -194,7 +194,8 @@ def _summary(scores: pd.DataFrame) -> str:
         return "No image is classified as its label."
     found = correct["side"].dropna()
     if not len(found):
-        return f"No square was found in any of {len(correct)} correctly classified images."
+        images = f"{len(correct)} correctly classified images"
+        return f"No square was found in any of {images}; this does not mean that none exists."
     return (
         f"In {len(found)} of {len(correct)} correctly classified images, a square that is enough was found; half of "
         f"these squares are at most {int(found.astype(float).median())} pixels wide."

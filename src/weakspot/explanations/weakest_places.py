@@ -23,7 +23,7 @@ GRID = 7
 LEVEL = 1 / 255
 MEANINGS = {
     "smallest_square_side": "Side in pixels of the smallest square found inside which this pair's largest change, "
-    "anew, is enough to change the decision. Smaller ones may exist. Missing if none was found.",
+    "anew, is enough to change the decision. Smaller ones may exist. Missing if not found.",
     "smallest_square_fraction": "Area of that square as a fraction of the image.",
     "smallest_square_top": "First row of that square.",
     "smallest_square_left": "First column of that square.",

@@ -61,8 +61,12 @@ def outcome_sentence(
         return f"The image is {needless} without an attack, so that no place needs to change."
     start = "Stopped early. " if stopped else ""
     if control is None:
-        end = "" if mask.success else ". This is no proof that nothing is enough"
-        return f"{start}Whole image: {mask}{end}."
+        none = (
+            ""
+            if mask.success
+            else " No change was found that is enough; this does not mean that none exists."
+        )
+        return f"{start}Whole image: {mask}.{none}"
     both = f"Inside the mask, {percent(area)} of the image: {mask}. At a place of equal area: {control}."
     return f"{start}{both} {_compared(mask, control)}"
 
@@ -78,8 +82,8 @@ def _compared(mask: SideOutcome, control: SideOutcome) -> str:
     if mask.success:
         return "Only the mask was enough; one other place is no test."
     if control.success:
-        return "The other place was enough, and the mask was not found to be."
-    return "Neither was found to be enough, which is no proof that none is."
+        return "Only the other place was enough; inside the mask, no change was found that is."
+    return "At neither place was a change found that is enough; this does not mean that none exists."
 
 
 def with_cautions(warned: Sequence[str]) -> str:

@@ -77,7 +77,7 @@ def spots_sentence(bench: Bench, exhibit: Exhibit, spots: WeakSpots) -> str:
     sizes = spots.size[0]
     found, cells = sizes.isfinite(), sizes.numel()
     missing = cells - int(found.sum())
-    none = f"No change was found in {counted(missing, 'cell')}, which is no proof that there is none."
+    none = f"No change was found in {counted(missing, 'cell')}; this does not mean that none exists."
     if not bool(found.any()):
         return none
     weakest = int(sizes.where(found, math.inf).argmin())

@@ -103,7 +103,7 @@ def _failure(row: pd.Series) -> str:
     correct = row["read_clean_as"] == row["label"]
     if correct and row["success_8bit"]:
         return ""
-    return "fools only before rounding to 8 bits" if correct and row["success"] else "attack failed"
+    return "fools only before rounding to 8 bits" if correct and row["success"] else "not found"
 
 
 def _thumbnail(pixels: NDArray[np.uint8]) -> str:

@@ -91,7 +91,7 @@ def in_levels(size: float) -> str:
 
 
 def _squares(correct: pd.DataFrame) -> str:
-    """On how many images of how many the budget is enough inside a square; empty if none was found or looked for."""
+    """On how many images of how many the budget is enough inside a square; empty if not found or not looked for."""
     if "smallest_square_side" not in correct or not (correct["smallest_square_side"] > 0).any():
         return ""
     found = correct[correct["smallest_square_side"] > 0]

@@ -88,12 +88,12 @@ def _outcome(row: pd.Series) -> str:
         )
     if row["asked_for_target"]:
         return (
-            f"The attack failed: its target {target} reached {percent(row['target_adversarial'])}, and the image is "
-            f"classified as {reached} ({after})."
+            f"The attack found no adversarial example for its target {target}, which reached "
+            f"{percent(row['target_adversarial'])}; the image is classified as {reached} ({after})."
         )
     return (
-        f"The attack failed: the image is still classified as {label} ({before} before, {after} after); the closest "
-        f"other class is {target}."
+        f"The attack found no adversarial example: the image is still classified as {label} ({before} before, {after} "
+        f"after); the closest other class is {target}."
     )
 
 

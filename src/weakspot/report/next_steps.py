@@ -51,11 +51,10 @@ def next_steps(explanation: Explanation) -> list[Step]:
             )
         )
     if len(failed):
-        reason = f"The attack failed on {counted(len(failed))}, which does not prove that it is robust"
-        reason = reason if len(failed) == 1 else reason.replace("it is", "they are")
+        none = f"The attack found no adversarial example for {counted(len(failed))}"
         steps.append(
             Step(
-                f"{reason}. Try the ensemble of attacks:",
+                f"{none}; this does not mean that none exists. Try the ensemble of attacks:",
                 f"weakspot attack photos/ --attack ensemble{_budget(made)}{model} --out runs/ensemble",
             )
         )

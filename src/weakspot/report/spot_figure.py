@@ -26,9 +26,9 @@ class SpotView:
     Attributes:
         image: (C, H, W) in [0, 1].
         estimate: (gh, gw) change that each cell needs to first order; infinite where none is enough.
-        square: side, top and left of the smallest square found; None if none was found.
+        square: side, top and left of the smallest square found; None if not found.
         norm: of the sizes, "linf" or "l2".
-        sizes: (gh, gw) the smallest change found in each cell, verified; NaN where none was found. None if the cells
+        sizes: (gh, gw) the smallest change found in each cell, verified; NaN where not found. None if the cells
             were not searched.
         max_size: up to which they were searched.
     """

@@ -81,7 +81,7 @@ def cell_summaries(run: Run) -> list[CellSummary]:
     summaries = []
     for attack, region in run.plan.reported_cells:
         rows = outcomes[(outcomes["attack"] == attack.label) & (outcomes["region"] == region)]
-        # The outcome is unknown where the model or the attack failed on the image.
+        # The outcome is unknown where the model or the attack raised an exception.
         known = rows[rows["fooled"].notna()].sort_values("index")
         robust = known["robust"].dropna().to_numpy(dtype=bool)
         interval = proportion_interval(robust) if len(robust) else (np.nan,) * 3

@@ -37,7 +37,7 @@ class WeakPlaces:
     Attributes:
         cell: (attack, region) numbers in the plan, of the pairs whose size of change was taken.
         budget: by how much values may change inside a square, for all these images alike.
-        squares: one row per image, smallest square first, with the columns index, image, side (NaN if none was found),
+        squares: one row per image, smallest square first, with the columns index, image, side (NaN if not found),
             fraction, top, left.
         left_out: correctly classified images whose pair has no change, or one of another size.
         median: (rows, columns) of a grid: the median over images of the change that is needed there if only this cell
@@ -68,7 +68,7 @@ class WeakPlaces:
         if not found:
             square = (
                 f"In none of {images} was a square found that is enough to change the decision if it is {change}; this "
-                "is no proof that there is none."
+                "does not mean that none exists."
             )
         else:
             # At least half of the images have a square of this side or a smaller one, if half have any.
@@ -82,7 +82,7 @@ class WeakPlaces:
             if len(sides) > 1 and np.isfinite(half):
                 square += f" In half of {images}, one of at most {half:.0f} x {half:.0f} pixels was found."
             if found < len(sides):
-                square += f" None was found in {counted(len(sides) - found, 'image')}."
+                square += f" No square was found in {counted(len(sides) - found, 'image')}."
         if self.left_out:
             square += (
                 f" Left out: {counted(self.left_out, 'image')} that the attack did not change by this size."

@@ -16,7 +16,7 @@ export function levelsText(size) {
 // The size of a change in words, in the norm "linf" (gray levels) or "l2" (length, values in [0, 1]).
 export const sizeText = (size, norm = "linf") => (norm === "linf" ? `${levelsText(size)}/255` : `length ${size.toPrecision(2)}`);
 
-// `cells`: norm of the sizes; tops (rows + 1) and lefts (columns + 1) in pixels; sizes, rows of numbers or null where none was found, which
+// `cells`: norm of the sizes; tops (rows + 1) and lefts (columns + 1) in pixels; sizes, rows of numbers or null where not found, which
 // may come later (`set`); verified: whether forward passes confirmed them. `choose` gets {row, column, x, y, sentence}.
 export class SpotCells {
   constructor(svg, cells, choose) {
@@ -37,7 +37,7 @@ export class SpotCells {
     this.groups.forEach((line, row) => line.forEach((_, column) => this.set(row, column, cells.sizes?.[row]?.[column])));
   }
 
-  // undefined: not known yet; null: none found.
+  // undefined: not known yet; null: not found.
   set(row, column, size, color = null) {
     const { group, text } = this.groups[row][column];
     (this.cells.sizes ??= this.groups.map((line) => line.map(() => undefined)))[row][column] = size;
@@ -52,7 +52,7 @@ export class SpotCells {
     const size = this.cells.sizes[row][column];
     if (size === undefined) return `${place}: not searched yet.`;
     if (size === null) {
-      return this.cells.verified ? `${place}: no change that is enough was found here. That is no proof that there is none.`
+      return this.cells.verified ? `${place}: not found. This does not mean that no change here is enough.`
         : `${place}: no change here would be enough if the network were linear. This estimate is not verified.`;
     }
     if (size === 0) return `${place}: no change is needed, the image is misclassified as it is.`;
