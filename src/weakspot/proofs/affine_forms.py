@@ -44,11 +44,18 @@ class Form:
         return len(self.center)
 
     @cached_property
+    def spread(self) -> Tensor:
+        """(M, ...) how far generators may move a value, rounded up."""
+        count = self.generators.shape[1]
+        if not count:
+            return torch.zeros_like(self.radius)
+        total: Tensor = torch.linalg.vector_norm(self.generators, 1, 1)
+        return total * (1 + (count + 2) * ULP)
+
+    @cached_property
     def deviation(self) -> Tensor:
         """(M, ...) how far a value may be from its center, rounded up."""
-        count = self.generators.shape[1]
-        total = torch.linalg.vector_norm(self.generators, 1, 1) + self.radius if count else self.radius
-        return total * (1 + (count + 4) * ULP) + TINY
+        return (self.spread + self.radius) * (1 + 4 * ULP) + TINY
 
     @property
     def magnitude(self) -> Tensor:

@@ -94,7 +94,7 @@ def convolve(
 def matrix_step(
     step: Step, matrix: Tensor, magnitudes: Tensor, bias: Tensor | None, weight: Tensor
 ) -> LinearStep:
-    """Rows times a matrix (in, out) plus a bias (out,).
+    """Rows, or flattened maps, times a matrix (in, out) plus a bias (out,).
 
     Args:
         step: whose inputs and outputs it has.
@@ -105,11 +105,11 @@ def matrix_step(
     """
 
     def times(factors: Tensor, constant: Tensor | None) -> Step:
-        def call(rows: Tensor) -> Tensor:
-            result = rows @ factors
+        def call(rows: Tensor, factors: Tensor) -> Tensor:
+            result = rows.flatten(1) @ factors
             return result if constant is None else result + constant
 
-        return replace(step, name="mm", call=call, arguments=(Slot(step.inputs[0]),), keywords={})
+        return replace(step, name="mm", call=call, arguments=(Slot(step.inputs[0]), factors), keywords={})
 
     return LinearStep(
         value=times(matrix, bias),

@@ -12,7 +12,7 @@ from weakspot.edits.engine import ROOM
 from weakspot.edits.kernels import State
 from weakspot.edits.rules import apply
 from weakspot.edits.steps import Step
-from weakspot.edits.windows import Map, Windows, as_seen, as_sites, whole
+from weakspot.edits.windows import Map, Windows, as_seen, as_sites, gathered, whole
 from weakspot.proofs.affine_forms import Form, aligned, clamped, largest, point
 from weakspot.proofs.linear_steps import (
     BoundStep,
@@ -25,19 +25,9 @@ from weakspot.proofs.network_steps import BoundNetwork
 from weakspot.proofs.rounding_errors import LARGEST, SMALLEST, TINY, gamma, own
 
 BY_WINDOWS = {
-    "convolution",
-    "avg_pool2d",
-    "constant_pad_nd",
-    "slice",
-    "cat",
-    "add",
-    "sub",
-    "rsub",
-    "mul",
-    "div",
-    "neg",
-}
-BY_WINDOWS |= {"alias", "detach", "clone", "contiguous", "lift_fresh", "_to_copy"}
+    "convolution", "avg_pool2d", "constant_pad_nd", "slice", "cat", "add", "sub", "rsub", "mul", "div", "neg", "alias",
+    "detach", "clone", "contiguous", "lift_fresh", "_to_copy",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,6 +73,7 @@ class MarginBounds:
         self.deep_bytes = 0
         self._clean: dict[int, Form] = {}
         self._maps: dict[tuple[int, float], Map] = {}
+        self._rows: dict[int, Tensor] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
         self._last_use = _last_use(self._steps, network.logits)
         self._overflows = torch.zeros(1, dtype=torch.bool)
@@ -187,10 +178,29 @@ class MarginBounds:
             result = self._by_windows(step, forms, factor)
             if result is not None:
                 return result
+        if step.linear.name == "mm" and forms[0].tops is not None:
+            return self._product(step, forms[0], factor)
         whole_forms = [self._whole(form, slot) for form, slot in zip(forms, step.value.inputs, strict=True)]
         return self._on_whole(step, whole_forms, factor)
 
-    def _on_whole(self, step: LinearStep, forms: Sequence[Form], factor: float) -> Form:
+    def _product(self, step: LinearStep, form: Form, factor: float) -> Form:
+        """A matrix product of a map: generators are zero outside the window and meet only its rows of the matrix."""
+        slot, matrix = step.linear.inputs[0], step.linear.arguments[1]
+        if slot not in self._rows:
+            sites = matrix.unflatten(0, (-1, *self._sizes[slot])).permute(1, 2, 0, 3)
+            self._rows[slot] = sites.flatten(2)[None].contiguous()
+        size = form.center.shape[1:3]
+        owners = torch.zeros(len(form), dtype=torch.long)
+        rows = gathered(self._rows[slot], owners, form.tops, form.lefts, size)  # type: ignore[arg-type]
+        generators = form.generators.flatten(2) @ rows.view(len(form), -1, matrix.shape[1])
+        # One generator, the sum of all, has the same magnitudes.
+        summed = form.with_values(form.center, form.spread[:, None], form.radius)
+        return self._on_whole(step, [self._whole(summed, slot)], factor, generators)
+
+    def _on_whole(
+        self, step: LinearStep, forms: Sequence[Form], factor: float, generators: Tensor | None = None
+    ) -> Form:
+        """The step on whole maps, unless its generators are known already."""
         count, recorded = len(forms[0]), self.network.recording.count
         many = forms[0].generators.shape[1]
         slots = step.value.inputs
@@ -201,11 +211,11 @@ class MarginBounds:
             return value
 
         center = run(step.value, [form.center for form in forms])
-        if many:
-            generators = run(step.linear, [form.generators.flatten(0, 1) for form in forms])
-            generators = generators.unflatten(0, (count, many))
-        else:
+        if generators is None:
             generators = center.new_zeros(count, 0, *center.shape[1:])
+            if many:
+                generators = run(step.linear, [form.generators.flatten(0, 1) for form in forms])
+                generators = generators.unflatten(0, (count, many))
         if step.rounding is step.absolute:
             radius = run(step.absolute, [self._noise(form.radius, form.magnitude, factor) for form in forms])
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,9 +11,16 @@ from torch import Tensor
 from weakspot._checks import quiet
 from weakspot.classifier import Classifier
 from weakspot.edits.recording import record
-from weakspot.edits.steps import CannotRecordError, Recording, Step
+from weakspot.edits.steps import RESHAPES, CannotRecordError, Recording, Slot, Step, filled
 from weakspot.proofs.bound_steps import bound_steps, leading_copies
-from weakspot.proofs.linear_steps import BoundStep, LinearStep, NotSupportedError, because, differences
+from weakspot.proofs.linear_steps import (
+    BoundStep,
+    LinearStep,
+    NotSupportedError,
+    because,
+    differences,
+    matrix_of,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +59,32 @@ def bound_network(classifier: Classifier, image: Tensor) -> BoundNetwork:
     logits = leading_copies(recording.steps, recording.logits, shapes)
     # What follows the logits only copies them. A last matrix is merged for each image, with its label.
     makers = [number for number, step in enumerate(recording.steps) if logits in step.outputs]
-    needed = recording.steps[: makers[0] + 1] if makers else []
+    needed = _on_maps(recording.steps[: makers[0] + 1], shapes, logits) if makers else []
     merged = needed[-1] if needed and differences(needed[-1], 0) else None
     steps = [part for step in needed if step is not merged for part in bound_steps(step, shapes)]
     _check_made(steps, merged, logits)
     return BoundNetwork(steps, logits, merged, recording)
+
+
+def _on_maps(steps: Sequence[Step], shapes: dict[int, torch.Size], logits: int) -> list[Step]:
+    """The steps with products of flattened maps as products of the maps themselves, which may stay windows."""
+    maps = {
+        step.outputs[0]: step.inputs[0]
+        for step in steps
+        if step.name in RESHAPES
+        and len(shapes[step.inputs[0]]) == 4
+        and shapes[step.outputs[0]] == (shapes[step.inputs[0]][0], shapes[step.inputs[0]][1:].numel())
+    }
+
+    def on_map(step: Step) -> Step:
+        if not matrix_of(step) or step.inputs[0] not in maps:
+            return step
+        slot = maps[step.inputs[0]]
+        return replace(step, arguments=filled(step.arguments, {step.inputs[0]: Slot(slot)}), inputs=(slot,))
+
+    result = [on_map(step) for step in steps]
+    read = {logits, *(slot for step in result for slot in step.inputs)}
+    return [step for step in result if step.outputs[0] in read or step.outputs[0] not in maps]
 
 
 def _check_made(steps: Sequence[BoundStep], merged: Step | None, logits: int) -> None:
