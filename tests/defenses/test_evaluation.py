@@ -310,4 +310,4 @@ def test_the_embedded_network_on_a_photograph() -> None:
     undefended = by_attack(table)["undefended"]
     assert undefended["clean"] == 1
     assert undefended["transferred from the undefended model"] == 0
-    assert verdict(table).status == "no protection"
+    assert verdict(table).status == "cannot be judged"  # one image

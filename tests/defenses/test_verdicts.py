@@ -51,7 +51,10 @@ def standing(
 @pytest.mark.parametrize(
     ("made", "status", "words"),
     [
-        (table(standing(0.2, 0.25)), "no protection", "No protection: accuracy .* 25%"),
+        (table(standing(0.2, 0.25)), "no protection", "No protection shown: accuracy .* 25%"),
+        (table(standing(0.2, 0.2)), "no protection", "No protection: accuracy .* 20%"),
+        # Sixty images changed sides: 5 more points may have been missed.
+        (table(standing(0.3, 0.3), lost=30), "no protection", "No protection shown: accuracy .* 30%"),
         (table(standing(0.2, 0.26)), "protects", r"Protects against these attacks: accuracy .* 26% \[18%, 36%\] w"),
         (table(standing(0.2, 0.1)), "no protection", "No protection: accuracy .* 10%"),
         # Six points of sixty images that changed sides: chance.
@@ -112,6 +115,8 @@ def test_so_few_images_that_no_outcome_is_significant_cannot_be_judged(images: i
     result = verdict(made)
     assert result.status == status
     assert ("4 images are too few to show a gain" in str(result)) == (images == 4)
+    lost = made.assign(defended_only=0, undefended_only=images)
+    assert verdict(lost).status == ("cannot be judged" if images == 4 else "no protection")
 
 
 def test_mcnemar_is_the_fraction_of_all_ways_to_flip_the_pairs() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weakspot.statistics import mcnemar_counts
+import numpy as np
+
+from weakspot.statistics import mcnemar_counts, paired_proportion_interval
 from weakspot.statistics.number_format import p_value, percent, with_interval
 
 if TYPE_CHECKING:
@@ -59,10 +61,11 @@ class Verdict:
 def verdict(table: pd.DataFrame) -> Verdict:
     """Sum up the table of `evaluate_defense`.
 
-    A defense protects if two conditions hold:
+    Fewer than 5 images cannot be judged. With more, a defense protects if two conditions hold:
 
     1. After all attacks, it has more than 5 points of accuracy over the undefended model (exact one-sided McNemar p at
-       most .05). Otherwise there is no protection.
+       most .05). Otherwise there is no protection, or none shown if the 95% interval of the gain reaches beyond 5
+       points.
     2. Nothing shows that stronger attacks would succeed. Some gradients predict the defended model's margin on at least
        90% of the images and, where their attack ended, still lower it on half of the surviving images. The last
        doubling of queries, and of the draws of a random defense, reduced accuracy by at most 2 points. Queries reduced
@@ -82,14 +85,18 @@ def verdict(table: pd.DataFrame) -> Verdict:
         f"accuracy after all attacks is {_accuracy(worst, 'defended')} with the defense and "
         f"{_accuracy(worst, UNDEFENDED)} without it ({count} images, {p_value(p)})"
     )
-    if gain <= MIN_GAIN + ROUNDING:
-        return Verdict("no protection", f"No protection: {measured}.")
     # Even if every image were gained, p = 2 ** -count would exceed the level.
     if mcnemar_counts(count, 0, alternative="greater") > SIGNIFICANT:
         return Verdict(
             "cannot be judged",
             f"Cannot be judged: {count} images are too few to show a gain. Measured: {measured}.",
         )
+    if gain <= MIN_GAIN + ROUNDING:
+        # With few images, a gain that was not seen is not excluded.
+        places = np.arange(count)
+        gained, lost = places < int(worst["defended_only"]), places >= count - int(worst["undefended_only"])
+        excluded = paired_proportion_interval(gained, lost)[2] <= MIN_GAIN
+        return Verdict("no protection", f"No protection{'' if excluded else ' shown'}: {measured}.")
     if p > SIGNIFICANT:
         return Verdict("no protection", f"No protection shown: {measured}, and the difference can be chance.")
     reasons = _doubts(rows, leads)
