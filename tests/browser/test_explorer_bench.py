@@ -225,9 +225,7 @@ def test_cells_are_searched_and_say_that_they_are_verified(bench: BenchPage) -> 
     expect(bench.page.locator(".fold .sentence").first).to_contain_text("Weakest of 49 cells")
     assert "does not mean that none exists" in bench.text(".fold .sentence >> nth=0")
     bench.page.click(".cells .spot >> nth=48")
-    expect(bench.page.locator(".fold .sentence").first).to_contain_text(
-        "no change that is enough was found here"
-    )
+    expect(bench.page.locator(".fold .sentence").first).to_contain_text("column 7: not found.")
 
 
 def test_panels_are_those_of_the_report_and_wait_until_they_are_opened(bench: BenchPage) -> None:
