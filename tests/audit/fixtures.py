@@ -89,7 +89,9 @@ FILES = [
     "skipped.parquet",
 ]  # of a whole run
 QUICK: dict[str, Any] = {"attacks": (AttackPlan("pgd", settings=(("steps", 2),)),), "analyses": ()}
-TINY = ModelPlan("audited_networks:build", size=(24, 24), classes=("cat", "dog", "fish", "owl"))
+TINY = ModelPlan(
+    "audited_networks:build", mean=(0.0,), std=(1.0,), size=(24, 24), classes=("cat", "dog", "fish", "owl")
+)
 
 
 Audited = Callable[[str, Plan, Path], Run]
