@@ -131,8 +131,12 @@ def test_a_preprocessor_that_does_not_say_how_to_normalize_is_warned_of(
     torch.testing.assert_close(classifier(images), original(pixel_values=images).logits)
 
 
-def test_mean_and_std_that_are_given_go_before_the_preprocessors(tmp_path: Path, images: Tensor) -> None:
-    original = saved(tmp_path, tiny_vit, NORMALIZED, num_labels=3)
+@pytest.mark.parametrize("how", [NORMALIZED, None], ids=["preprocessor", "no preprocessor"])
+def test_mean_and_std_that_are_given_go_before_the_preprocessors(
+    tmp_path: Path, images: Tensor, how: dict[str, Any] | None
+) -> None:
+    """Nor is there a warning that images are not normalized, which would be an error here."""
+    original = saved(tmp_path, tiny_vit, how, num_labels=3)
     classifier = load(f"hf:{tmp_path}", device="cpu", mean=[0.1], std=[0.9])
     torch.testing.assert_close(classifier(images), original(pixel_values=(images - 0.1) / 0.9).logits)
 

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from weakspot._checks import contain_exits, entry_points, first_line, unknown_choice
+from weakspot._checks import ModelWarning, contain_exits, entry_points, first_line, quiet, unknown_choice
 from weakspot.classifier import Classifier
 from weakspot.models.embedded import from_training, is_trained
 from weakspot.models.exported import load_exported
@@ -55,7 +56,9 @@ def load(
         ValueError: if the spec is not valid, a package is not installed, or the weights do not fit.
         FileNotFoundError: if a file does not exist.
     """
-    with contain_exits(f"model {spec}" if isinstance(spec, str) else "the model's factory"):
+    # A hub's warning that it does not know the normalization is not true if the caller states it.
+    stated = nullcontext() if mean is None and std is None else quiet(ModelWarning)
+    with stated, contain_exits(f"model {spec}" if isinstance(spec, str) else "the model's factory"):
         network = _from_name(spec) if isinstance(spec, str) else _call_factory(spec, spec)
     classifier = network if isinstance(network, Classifier) else Classifier(network)
     if any(value is not None for value in (mean, std, input_size, class_names)):
