@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tests.networks import LinearNetwork, Made, doubled
 from tests.proofs.architectures import ARCHITECTURES
 from weakspot.classifier import evaluating
-from weakspot.proofs.affine_forms import Form, clamped, largest, point
+from weakspot.proofs import margin_bounds
+from weakspot.proofs.affine_forms import Form, clamped, largest, point, written_out
 from weakspot.proofs.linear_steps import NotSupportedError
 from weakspot.proofs.margin_bounds import MarginBounds, Margins
 from weakspot.proofs.network_steps import bound_network
@@ -100,6 +101,20 @@ def test_bounds_at_one_color_are_the_margin_and_rounding(make: Callable[[], Made
     assert 1e-8 < float(width.max()) < 0.02  # rounding of float32, and no more
 
 
+@pytest.mark.parametrize("make", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_windows_and_fresh_generators_change_no_bound(
+    make: Callable[[], Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, images = make()
+    boxes = random_boxes(images[:1], 40, 9)
+    sparse = bounds_of(network, images[:1], 1, as_run=False).bounds(*boxes, deep=True)
+    monkeypatch.setattr(margin_bounds, "ROOM", 0.0)
+    monkeypatch.setattr(margin_bounds, "takes_fresh", lambda _: False)
+    dense = bounds_of(network, images[:1], 1, as_run=False).bounds(*boxes, deep=True)
+    torch.testing.assert_close(sparse.lower, dense.lower, rtol=0, atol=1e-9)
+    torch.testing.assert_close(sparse.upper, dense.upper, rtol=0, atol=1e-9)
+
+
 def test_bounds_of_a_linear_network_are_exact() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3, 5, 4, generator=generator)
@@ -164,7 +179,7 @@ def test_clamped_forms_hold_every_value(limits: tuple[float, float], step: int |
         torch.randn(50, 3, 4, generator=generator).double(),
         torch.rand(50, 4, generator=generator).double(),
     )
-    result = clamped(form, *limits, step)
+    result = written_out(clamped(form, *limits, step))
     for seed in range(30):
         generator.manual_seed(seed)
         signs = 2 * torch.rand(50, 3, 1, generator=generator).double() - 1

@@ -19,6 +19,23 @@ ULP = 2.0**-52
 
 
 @dataclass(frozen=True)
+class Fresh:
+    """Generators of a form that move one value each.
+
+    Attributes:
+        step: the number of the step that made them.
+        half: (M, ...) how far each value moves.
+        places: (M, k) numbers of the values that move, of the form as it was made, flattened.
+        amounts: (M, k) how far these move; 0 where fewer than k values move.
+    """
+
+    step: int
+    half: Tensor
+    places: Tensor
+    amounts: Tensor
+
+
+@dataclass(frozen=True)
 class Form:
     """Values of M boxes of colors, each an affine function of its generators with an interval around it.
 
@@ -31,6 +48,7 @@ class Form:
         tops: (M,) row of each window's first site if the form covers a window of a map, with axes (M, h, w, C); None if
             it covers the whole of it, as the network sees it.
         lefts: (M,) column of that site, or None.
+        fresh: generators besides those of `generators`.
     """
 
     center: Tensor
@@ -39,6 +57,7 @@ class Form:
     blocks: tuple[tuple[int, int], ...]
     tops: Tensor | None = None
     lefts: Tensor | None = None
+    fresh: Fresh | None = None
 
     def __len__(self) -> int:
         return len(self.center)
@@ -47,10 +66,10 @@ class Form:
     def spread(self) -> Tensor:
         """(M, ...) how far generators may move a value, rounded up."""
         count = self.generators.shape[1]
-        if not count:
-            return torch.zeros_like(self.radius)
-        total: Tensor = torch.linalg.vector_norm(self.generators, 1, 1)
-        return total * (1 + (count + 2) * ULP)
+        total = self.generators.abs().sum(1)
+        if self.fresh is not None:
+            total = total + self.fresh.half
+        return total * (1 + (count + 3) * ULP)
 
     @cached_property
     def deviation(self) -> Tensor:
@@ -136,24 +155,27 @@ def clamped(form: Form, low: float, high: float, step: int | None) -> Form:
     generators = form.generators * slope[:, None]
     radius = torch.where(inside, form.radius, slope * form.radius + torch.where(constant, 0.0, error))
     changed = form.with_values(center, generators, radius)
+    half = half * (1 + 4 * ULP)
     if step is None:
-        return replace(changed, radius=radius + half * (1 + 4 * ULP))
-    return _with_generators(changed, half, step)
-
-
-def _with_generators(form: Form, half: Tensor, step: int) -> Form:
-    """The form with a generator of its own for each value that may move by `half` (M, ...) on its own."""
+        return replace(changed, radius=radius + half)
     flat = half.flatten(1)
-    moves = flat > 0
-    many = int(moves.sum(1).max()) if len(form) else 0
+    many = int((flat > 0).sum(1).max()) if len(form) else 0
     if not many:
+        return changed
+    amounts, places = flat.topk(many, 1)
+    return replace(changed, fresh=Fresh(step, half, places, amounts))
+
+
+def written_out(form: Form) -> Form:
+    """The form with its fresh generators among the others."""
+    fresh = form.fresh
+    if fresh is None:
         return form
-    boxes, places = moves.nonzero(as_tuple=True)
-    ranks = moves.cumsum(1)[boxes, places] - 1
-    fresh = flat.new_zeros(len(form), many, flat.shape[1])
-    fresh[boxes, ranks, places] = flat[boxes, places] * (1 + 4 * ULP)
-    generators = torch.cat([form.generators, fresh.view(len(form), many, *half.shape[1:])], 1)
-    return replace(form, generators=generators, blocks=(*form.blocks, (step, many)))
+    many = fresh.places.shape[1]
+    added = form.center.new_zeros(len(form), many, form.center[0].numel())
+    added.scatter_(2, fresh.places[:, :, None], fresh.amounts[:, :, None])
+    generators = torch.cat([form.generators, added.view(len(form), many, *form.center.shape[1:])], 1)
+    return replace(form, generators=generators, blocks=(*form.blocks, (fresh.step, many)), fresh=None)
 
 
 def largest(candidates: Form, count: int, axis: int) -> Form:

@@ -124,7 +124,9 @@ class ColorSearch:
         if self.bounds is None or not self.as_run or self.eight_bit:
             return boxes
         sites = boxes.sites.unique()
-        sites = sites[self._news[sites]]
+        # One pixel hardly changes how much rounding may take from the margin.
+        lost = float((self.bounds.clean.upper - self.bounds.clean.lower).amax()) / 2
+        sites = sites[self._news[sites] & (self._least[sites] < 2 * lost)]
         self._news[sites] = False
         for part in sites.split(AT_ONCE):
             if not len(part):

@@ -12,8 +12,8 @@ from weakspot.edits.engine import ROOM
 from weakspot.edits.kernels import State
 from weakspot.edits.rules import apply
 from weakspot.edits.steps import Step
-from weakspot.edits.windows import Map, Windows, as_seen, as_sites, gathered, whole
-from weakspot.proofs.affine_forms import Form, aligned, clamped, largest, point
+from weakspot.edits.windows import Map, Windows, as_seen, as_sites, whole
+from weakspot.proofs.affine_forms import Form, aligned, clamped, largest, point, written_out
 from weakspot.proofs.linear_steps import (
     BoundStep,
     ClampStep,
@@ -23,6 +23,7 @@ from weakspot.proofs.linear_steps import (
 )
 from weakspot.proofs.network_steps import BoundNetwork
 from weakspot.proofs.rounding_errors import LARGEST, SMALLEST, TINY, gamma, own
+from weakspot.proofs.sparse_generators import takes_fresh, window_product, with_fresh
 
 BY_WINDOWS = {
     "convolution", "avg_pool2d", "constant_pad_nd", "slice", "cat", "add", "sub", "rsub", "mul", "div", "neg", "alias",
@@ -73,7 +74,6 @@ class MarginBounds:
         self.deep_bytes = 0
         self._clean: dict[int, Form] = {}
         self._maps: dict[tuple[int, float], Map] = {}
-        self._rows: dict[int, Tensor] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
         self._last_use = _last_use(self._steps, network.logits)
         self._overflows = torch.zeros(1, dtype=torch.bool)
@@ -118,7 +118,7 @@ class MarginBounds:
 
     def _margins(self, logits: Form) -> Margins:
         """Margins of the form of the logits, or of their differences if the last step made those."""
-        form = logits
+        form = written_out(logits)
         if self.network.last is None:
             flat = form.with_values(
                 form.center.flatten(1), form.generators.flatten(2), form.radius.flatten(1)
@@ -147,14 +147,17 @@ class MarginBounds:
         for number, step in enumerate(self._steps):
             source = step.value if isinstance(step, LinearStep) else step.step
             forms = [values[slot] for slot in source.inputs]
-            if isinstance(step, LinearStep):
+            if isinstance(step, LinearStep) and takes_fresh(step):
                 result = self._linear(step, forms)
+                result = with_fresh(step, forms[0], result, self._sizes.get(source.inputs[0], (1, 1)))
+            elif isinstance(step, LinearStep):
+                result = self._linear(step, [written_out(form) for form in forms])
             elif isinstance(step, ClampStep):
-                result = clamped(forms[0], step.low, step.high, number if deep else None)
+                result = clamped(written_out(forms[0]), step.low, step.high, number if deep else None)
                 if self.as_run:
                     result = replace(result, radius=result.radius + limit_error(step))
             else:
-                result = self._largest(step, forms[0])
+                result = self._largest(step, written_out(forms[0]))
             values[source.outputs[0]] = result
             if deep and len(result):
                 self.deep_bytes = max(self.deep_bytes, result.generators.nbytes // len(result))
@@ -178,24 +181,13 @@ class MarginBounds:
             result = self._by_windows(step, forms, factor)
             if result is not None:
                 return result
+        generators = None
         if step.linear.name == "mm" and forms[0].tops is not None:
-            return self._product(step, forms[0], factor)
+            generators = window_product(step, forms[0], self._sizes[step.linear.inputs[0]])
+            # One generator, the sum of all, has the same magnitudes.
+            forms = [replace(forms[0], generators=forms[0].spread[:, None], fresh=None)]
         whole_forms = [self._whole(form, slot) for form, slot in zip(forms, step.value.inputs, strict=True)]
-        return self._on_whole(step, whole_forms, factor)
-
-    def _product(self, step: LinearStep, form: Form, factor: float) -> Form:
-        """A matrix product of a map: generators are zero outside the window and meet only its rows of the matrix."""
-        slot, matrix = step.linear.inputs[0], step.linear.arguments[1]
-        if slot not in self._rows:
-            sites = matrix.unflatten(0, (-1, *self._sizes[slot])).permute(1, 2, 0, 3)
-            self._rows[slot] = sites.flatten(2)[None].contiguous()
-        size = form.center.shape[1:3]
-        owners = torch.zeros(len(form), dtype=torch.long)
-        rows = gathered(self._rows[slot], owners, form.tops, form.lefts, size)  # type: ignore[arg-type]
-        generators = form.generators.flatten(2) @ rows.view(len(form), -1, matrix.shape[1])
-        # One generator, the sum of all, has the same magnitudes.
-        summed = form.with_values(form.center, form.spread[:, None], form.radius)
-        return self._on_whole(step, [self._whole(summed, slot)], factor, generators)
+        return self._on_whole(step, whole_forms, factor, generators)
 
     def _on_whole(
         self, step: LinearStep, forms: Sequence[Form], factor: float, generators: Tensor | None = None
@@ -309,14 +301,9 @@ class MarginBounds:
         generators = center.new_zeros(count, 0, *center.shape[1:])
         if many:
             generators = pasted(form.generators.flatten(0, 1), -2.0, many).unflatten(0, (count, many))
-        return replace(
-            form,
-            center=center,
-            generators=generators,
-            radius=pasted(form.radius, 0.0, 1),
-            tops=None,
-            lefts=None,
-        )
+        # Of fresh generators only the magnitudes are needed here.
+        fresh = form.fresh and replace(form.fresh, half=pasted(form.fresh.half, -2.0, 1))
+        return Form(center, generators, pasted(form.radius, 0.0, 1), form.blocks, fresh=fresh)
 
 
 def limit_error(step: ClampStep) -> float:
