@@ -84,6 +84,7 @@ def test_a_plan_file_does_the_same_and_options_override_it(
     (tmp_path / "inner/plan.toml").write_text(
         'images = ["../photos"]\nout = "../planned"\nanalyses = "none"\nseed = 4\n'
         '[model]\nspec = "tiny_networks:build"\nsize = [32, 32]\nclasses = "../classes.txt"\n'
+        "mean = [0]\nstd = [1]\n"
         '[[attacks]]\nname = "pgd"\nsettings = {steps = 2}\n'
     )
     assert run("audit", "inner/plan.toml", "--no-report").code == 0
