@@ -38,12 +38,10 @@ class Margins:
     Attributes:
         lower: (M, K - 1) float64, rounded down.
         upper: (M, K - 1) float64, rounded up.
-        pull: (M, C) how much of the width of the worst class's margin each channel makes.
     """
 
     lower: Tensor
     upper: Tensor
-    pull: Tensor
 
     @property
     def bound(self) -> Tensor:
@@ -135,12 +133,7 @@ class MarginBounds:
         unbounded = self._overflows | self._clean_overflows | (lower.isnan() | upper.isnan()).any(1)
         lower = lower.masked_fill(unbounded[:, None], -torch.inf)
         upper = upper.masked_fill(unbounded[:, None], torch.inf)
-        worst = lower.argmin(1)
-        channels = min(self.image.shape[1], form.generators.shape[1])
-        pull = form.generators[:, :channels].abs().gather(
-            2, worst[:, None, None].expand(-1, channels, 1)
-        )[:, :, 0]  # fmt: skip
-        return Margins(lower, upper, pull)
+        return Margins(lower, upper)
 
     def _run(self, values: dict[int, Form], *, deep: bool, keep: bool = False) -> dict[int, Form]:
         self._overflows = torch.zeros(len(values[0]), dtype=torch.bool)
