@@ -158,6 +158,30 @@ def test_the_mask_is_attacked_beside_its_control(bench: BenchPage) -> None:
         expect(blink).to_have_attribute("aria-pressed", pressed)
 
 
+def test_a_result_says_when_the_mask_is_no_longer_its_own(
+    bench: BenchPage, browser: Any, service: Service
+) -> None:
+    drawn = box_mask(1, 1, 9, 9)
+    bench.open_mask(drawn)
+    old = bench.page.locator(".attack .old")
+    bench.attack()
+    expect(old).to_be_empty()
+    again = BenchPage(browser, service.url)  # the program remembers the attack
+    expect(again.page.locator(".attack .sentence")).to_have_text(bench.text(".attack .sentence"))
+    assert (again.saved_mask() == drawn).all()
+    assert "seed 0" in again.text(".attack")
+    again.page.close()
+    bench.page.keyboard.press("i")
+    expect(old).to_contain_text("for another mask")
+    expect(bench.page.locator(".next")).to_contain_text("The mask has changed since the attack")
+    bench.page.keyboard.press("i")
+    expect(old).to_be_empty()
+    bench.page.keyboard.press("0")
+    expect(old).to_contain_text("for another mask")
+    bench.attack()
+    expect(old).to_be_empty()
+
+
 def test_without_a_mask_the_whole_image_is_attacked_and_has_no_control(bench: BenchPage) -> None:
     assert bench.text("button.primary") == "Attack the whole image"
     assert bench.attack().startswith("Whole image")
@@ -269,7 +293,7 @@ def test_erasing_the_attack_everywhere_brings_the_decision_back(bench: BenchPage
     bench.page.keyboard.press("i")
     expect(bench.page.locator(".decision h2")).to_contain_text(label)
     expect(says).to_contain_text("the decision is restored")
-    bench.page.click("text=Stop erasing")
+    bench.page.click("text=Put the attack back")
     expect(bench.page.locator(".area")).to_have_text("No mask: an attack may change the whole image.")
 
 
@@ -305,7 +329,7 @@ def test_the_attack_is_copied_as_command_and_as_python(bench: BenchPage) -> None
     bench.page.click("text=Copy as command")
     expect(bench.page.locator("dialog pre")).to_contain_text("weakspot attack first.png")
     assert "--region mask.png" in bench.text("dialog pre")
-    assert "--region matched:mask.png" in bench.text("dialog pre")
+    assert "--region control.png" in bench.text("dialog pre")
     bench.page.keyboard.press("Escape")
     bench.page.click("text=Copy as Python")
     expect(bench.page.locator("dialog pre")).to_contain_text("import weakspot")

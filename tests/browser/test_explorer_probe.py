@@ -70,6 +70,16 @@ def test_the_mask_is_probed_in_one_color(bench: BenchPage) -> None:
     check_probe(bench, 3, 2, 10, (0, 0, 0))
 
 
+def test_the_probe_says_that_it_changes_the_clean_picture(bench: BenchPage) -> None:
+    bench.attack()
+    bench.point(5, 7)
+    expect(bench.page.locator(".tip strong")).to_have_text("Clean picture: row 7, column 5")
+    check_probe(bench, 7, 5, 1, (0, 0, 0))
+    expect(bench.page.locator(".heat-key")).to_be_hidden()
+    bench.choose(1)
+    expect(bench.page.locator(".tip")).to_be_hidden()
+
+
 def test_a_heat_map_fills_in_and_is_blank_where_the_network_is_blind(bench: BenchPage) -> None:
     bench.page.select_option("label:has-text('Change') select", "5")
     bench.point(40, 30)

@@ -73,7 +73,7 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
         (
             {"changed_fraction": 0.3, "reached_fraction": 0.4},
             (
-                "It changed 30% of the pixels and left 60% of the image untouched. Its effect can only lie near "
+                "It changed 30% of the pixels, and 60% of the image lies away from them. Its effect can only lie near "
                 "changed pixels, so it is not compared with where the network looks."
             ),
         ),

@@ -38,6 +38,9 @@ Body = Mapping[str, object]
 
 PAGE, MAX_PAGE = 50, 200  # records
 READERS = 4  # threads that read pictures: one waits for the disk and Zarr while another encodes
+PREDICTED = (
+    "Labels are the model's own predictions: fooled means that the answer changed, not that it became wrong."
+)
 GRACE = 1.0  # seconds that computations have when the gallery is closed
 LISTED = 30  # values of a column that does not hold numbers
 SHOWN = (
@@ -194,7 +197,11 @@ class Gallery:
         return {
             "name": run.name,
             "status": run.info.status,
-            "remarks": [*([run.shortfall] if run.shortfall else []), *run.remarks],
+            "remarks": [
+                *([PREDICTED] if set(run.info.labels) == {"prediction"} else []),
+                *([run.shortfall] if run.shortfall else []),
+                *run.remarks,
+            ],
             "model": None if run.info.model is None else run.info.model.name,
             **counts[0],
             "columns": [{"name": column.name, "kind": column.kind} for column in columns.values()],

@@ -90,8 +90,8 @@ def list_layers(bench: Bench, request: Request) -> Message:
     return {
         "layers": listed,
         "sentence": f"In the last layer, {last}, the perturbation changes {percent(own)} of the sites by over a tenth "
-        f"of the layer's peak; a random edit of its size changes {percent(random)}. Attacks that fail travel almost as "
-        "far, and the pixels of a random edit are scattered.",
+        f"of the layer's peak; a random edit of its size changes {percent(random)}. Reaching far is no sign "
+        "of success: attacks that fail reach almost as far.",
     }
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 import textwrap
+from collections.abc import Mapping
 from pathlib import PurePath
 
 from weakspot.explorer.bench import Bench, Exhibit
 from weakspot.explorer.messages import Message, Request, mask_text
 from weakspot.explorer.pair_attack import Order
+from weakspot.explorer.place_masks import control_of
 
-MASK_FILE = "mask.png"
 LINE = 76  # characters of base64 on a line
 
 
@@ -19,7 +20,10 @@ def copy_command(bench: Bench, request: Request) -> Message:
     """The attack of a request, at its mask and at its control, as shell commands and as Python."""
     order = Order.read(bench, request)
     exhibit = bench.exhibit(order.number)
-    mask = None if order.mask is None else mask_text(order.mask)
+    control = None if order.mask is None else control_of(order.mask, order.seed)
+    masks = {
+        name: mask_text(one) for name, one in (("mask", order.mask), ("control", control)) if one is not None
+    }
     remarks = []
     if exhibit.uploaded:
         remarks.append(f"Save the picture that you dropped as {_file_name(exhibit)} first.")
@@ -29,10 +33,10 @@ def copy_command(bench: Bench, request: Request) -> Message:
         )
     elif bench.origin.samples and not exhibit.uploaded:
         remarks.append("The command attacks all four sample photographs; the Python code attacks this one.")
-    command = None if bench.origin.model is None else _shell(bench, order, exhibit, mask)
+    command = None if bench.origin.model is None else _shell(bench, order, exhibit, masks)
     return {
         "command": command,
-        "python": _python(bench, order, exhibit, mask),
+        "python": _python(bench, order, exhibit, masks),
         "remark": " ".join(remarks) or None,
     }
 
@@ -41,8 +45,8 @@ def _file_name(exhibit: Exhibit) -> str:
     return PurePath(exhibit.name).name or "picture.png"
 
 
-def _shell(bench: Bench, order: Order, exhibit: Exhibit, mask: str | None) -> str:
-    """Shell commands: one writes the mask, one attacks inside it, one at its control."""
+def _shell(bench: Bench, order: Order, exhibit: Exhibit, masks: Mapping[str, str]) -> str:
+    """Shell commands: for the mask and its control, one that writes it and one that attacks inside it."""
     parts = ["weakspot", "attack"]
     if exhibit.path is None and not exhibit.uploaded:
         parts.append("--samples")
@@ -59,12 +63,12 @@ def _shell(bench: Bench, order: Order, exhibit: Exhibit, mask: str | None) -> st
         parts += ["--labels", shlex.quote(bench.origin.labels)]
     parts += ["--seed", str(order.seed), "--batch-size", "1"]
     attack = " ".join(parts)
-    if mask is None:
+    if not masks:
         return f"{attack} --out weakspot-attack\n"
-    return (
-        f"base64 -d > {MASK_FILE} <<'END'\n{_wrapped(mask)}\nEND\n"
-        f"{attack} --region {MASK_FILE} --out weakspot-attack/mask\n"
-        f"{attack} --region matched:{MASK_FILE} --out weakspot-attack/control\n"
+    return "".join(
+        f"base64 -d > {name}.png <<'END'\n{_wrapped(mask)}\nEND\n"
+        f"{attack} --region {name}.png --out weakspot-attack/{name}\n"
+        for name, mask in masks.items()
     )
 
 
@@ -73,26 +77,23 @@ def _json_text(value: str | float | bool | None) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _python(bench: Bench, order: Order, exhibit: Exhibit, mask: str | None) -> str:
+def _python(bench: Bench, order: Order, exhibit: Exhibit, masks: Mapping[str, str]) -> str:
     """A script that attacks at the mask and at its control and prints what came of each."""
     lines = ["import base64", "from pathlib import Path", "", "import torch", "import weakspot", ""]
-    if mask is None:
+    if not masks:
         lines = lines[3:]
     lines += _inputs(bench, exhibit, order.number)
     lines.append(
         f"label = torch.tensor([{exhibit.label}], device=image.device)  # {_comment(bench, exhibit)}"
     )
-    if mask is None:
-        lines.append('places = {"whole image": None}')
-    else:
+    lines.append("places = {}" if masks else 'places = {"whole image": None}')
+    for name, mask in masks.items():
         text = textwrap.indent("\n".join(f'"{line}"' for line in _wrapped(mask).splitlines()), "    ")
         lines += [
-            f'Path("{MASK_FILE}").write_bytes(base64.b64decode(',
+            f'Path("{name}.png").write_bytes(base64.b64decode(',
             text,
             "))",
-            f'mask = weakspot.regions.from_file("{MASK_FILE}", image)',
-            f"control = weakspot.regions.matched(mask, seed={order.seed}, images=image)",
-            'places = {"mask": mask, "control": control}',
+            f'places["{name}"] = weakspot.regions.from_file("{name}.png", image)',
         ]
     lines += [
         "for place, region in places.items():",

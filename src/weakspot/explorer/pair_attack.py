@@ -14,9 +14,17 @@ from weakspot.budgets import Budget, read_budget
 from weakspot.classifier import evaluating
 from weakspot.explorer.attack_progress import NORMS, Pause, Progress, Send
 from weakspot.explorer.bench import Bench, Exhibit
-from weakspot.explorer.messages import Message, Request, RequestError, finite, floats, picture_text
+from weakspot.explorer.messages import (
+    Message,
+    Request,
+    RequestError,
+    finite,
+    floats,
+    mask_text,
+    picture_text,
+)
 from weakspot.explorer.pair_sentences import SideOutcome, outcome_sentence, with_cautions
-from weakspot.explorer.place_masks import control_of, describe
+from weakspot.explorer.place_masks import MOST_SHARED, control_of, describe
 from weakspot.pairs import AttackResult
 
 Settings = dict[str, str | int | float | bool | None]
@@ -121,7 +129,7 @@ def attack_pair(bench: Bench, order: Order, send: Send, pause: Pause) -> Message
         pause: called between evaluations; raises StopRequestedError to end the attack with the best so far.
     """
     exhibit = bench.exhibit(order.number)
-    control = None if order.mask is None else control_of(order.mask, exhibit, order.seed)
+    control = None if order.mask is None else control_of(order.mask, order.seed)
     mask = torch.ones(1, 1, *exhibit.size, dtype=torch.bool) if order.mask is None else order.mask
     masks = [mask] if control is None else [mask, control]
     send({"event": "start", **describe(mask, control)})
@@ -160,6 +168,7 @@ def attack_pair(bench: Bench, order: Order, send: Send, pause: Pause) -> Message
         mine,
         others[0] if others else None,
         area=float(mask.float().mean()),
+        shared=_shared(mask, control),
         needless=_needless(bench, exhibit, order.target),
         stopped=stopped,
     )
@@ -180,6 +189,12 @@ def _side_outcome(
         norm,
         None if order.target is None else bench.classifier.class_name(order.target),
     )
+
+
+def _shared(mask: Tensor, control: Tensor | None) -> float | None:
+    """The fraction of the mask's pixels that are in the control, too; None if there are few."""
+    fraction = 0.0 if control is None else float((mask & control).sum() / mask.sum())
+    return fraction if fraction > MOST_SHARED else None
 
 
 def _needless(bench: Bench, exhibit: Exhibit, target: int | None) -> str:
@@ -247,6 +262,7 @@ def pair_message(bench: Bench, exhibit: Exhibit) -> Message:
     return {
         "attack": side_message(bench, exhibit, exhibit.pair, logits[0]),
         "control": None if control is None else side_message(bench, exhibit, control, logits[1]),
+        "mask": None if exhibit.control is None or exhibit.masks is None else mask_text(exhibit.masks[0]),
         "sentence": exhibit.sentence,
         "how": exhibit.how,
     }

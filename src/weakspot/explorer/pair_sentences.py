@@ -45,6 +45,7 @@ def outcome_sentence(
     control: SideOutcome | None,
     *,
     area: float,
+    shared: float | None = None,
     needless: str = "",
     stopped: bool = False,
 ) -> str:
@@ -54,6 +55,7 @@ def outcome_sentence(
         mask: inside the mask.
         control: at the place of equal area; None if there is none.
         area: fraction of the image in the mask.
+        shared: fraction of the mask's pixels that are in the control, too, if that is much.
         needless: why the image needs no change; empty if it does.
         stopped: whether the attack was ended early.
     """
@@ -68,6 +70,8 @@ def outcome_sentence(
         )
         return f"{start}Whole image: {mask}.{none}"
     both = f"Inside the mask, {percent(area)} of the image: {mask}. At a place of equal area: {control}."
+    if shared is not None:
+        return f"{start}{both} The two places share {percent(shared)} of their pixels, so comparing them says little."
     return f"{start}{both} {_compared(mask, control)}"
 
 

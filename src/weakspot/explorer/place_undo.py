@@ -124,7 +124,7 @@ def undo_sentence(own: Erased, other: Erased | None, before: float, total: int, 
     """
     if not own.pixels:
         return "The perturbation changes nothing in this place."
-    start = f"Without the perturbation in this place, {percent(own.pixels / total)} of its pixels"
+    start = f"Without the perturbation in this place, where {percent(own.pixels / total)} of the changed pixels are"
     what = f"{own.predicted}, margin {number(before)} to {number(own.margin)}"
     if not fooled:
         return f"{start}: {what}. The perturbation does not fool the network, so that there is no decision to restore."

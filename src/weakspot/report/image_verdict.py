@@ -116,9 +116,9 @@ def location(row: pd.Series) -> str:
         return f"{_margin_taken(row)}. {_relation(row, 'That margin was lost')}."
     if row["reached_fraction"] < WHOLE:
         return (
-            f"It changed {percent(row['changed_fraction'])} of the pixels and left "
-            f"{percent(1 - row['reached_fraction'])} of the image untouched. Its effect can only lie near changed "
-            "pixels, so it is not compared with where the network looks."
+            f"It changed {percent(row['changed_fraction'])} of the pixels, and "
+            f"{percent(1 - row['reached_fraction'])} of the image lies away from them. Its effect can only lie near "
+            "changed pixels, so it is not compared with where the network looks."
         )
     return f"{_relation(row, 'It acts')}."
 

@@ -1,6 +1,7 @@
 // The attack inside the painted place, and the same attack at its control: live curves, pictures, a pair of numbers.
 
 import { button, choice, field, floats, make, percent, signed } from "./elements.js";
+import { pngBlob, readMask } from "./mask.js";
 import { readPixels } from "./pictures.js";
 import { tableColor } from "./colors.js";
 
@@ -27,7 +28,8 @@ export class Attack {
     this.chart = make("div", { class: "chart" });
     this.sides = Object.fromEntries(SIDES.map(([side, title]) => [side, this.sideView(side, title)]));
     this.sentence = make("p", { class: "sentence", role: "status" });
-    this.remark = make("p", { class: "note", role: "status" });
+    this.old = make("p", { class: "note old", role: "status" });
+    this.how = make("p", { class: "note" });
     this.settings = make("details", { class: "more" }, make("summary", {}, "Settings of the attack"),
       make("div", { class: "fields" }, field("Attack", this.attacks), this.budgetField, this.stepsField, this.targetField, field("Seed", this.seedInput)),
       this.about, this.budgetList, this.classes);
@@ -35,9 +37,9 @@ export class Attack {
       make("div", { class: "line" }, this.go, this.bar),
       this.summaryLine = make("p", { class: "note" }),
       this.settings,
-      this.sentence,
+      this.sentence, this.old,
       make("div", { class: "sides" }, ...SIDES.map(([side]) => this.sides[side].root)),
-      this.chart, this.remark);
+      this.chart, this.how);
     this.reset();
   }
 
@@ -175,13 +177,14 @@ export class Attack {
   }
 
   // The pair of results; also those that the program remembers of a picture. Words and pictures change together.
-  async finish({ attack, control, sentence, remark }) {
+  async finish({ attack, control, sentence, how, mask }) {
     const { image } = this.bench, results = Object.entries({ attack, control }).filter(([, result]) => result);
     const decoded = await Promise.all(results.map(([, { png }]) => this.decode(png)));
+    const place = mask && await readMask(pngBlob(mask), image.width, image.height);
     if (this.bench.image !== image) return;
     this.sentence.textContent = sentence;
-    this.remark.textContent = remark ?? "";
-    this.result = { attack, control };
+    this.how.textContent = `The attack: ${how}.`;
+    this.result = { attack, control, place };
     const wrong = this.bench.image.predicted.index !== this.bench.image.label.index; // without any attack
     this.sides.control.root.hidden = !control;
     this.sides.attack.title.lastChild.textContent = control ? SIDES[0][1] : "Whole image";
@@ -197,7 +200,15 @@ export class Attack {
       this.bench.stage.pictures[`${side} difference`] = differencePixels(floats(result.difference).values);
     });
     this.drawCurves();
+    this.compare();
     this.bench.attacked();
+  }
+
+  // Says so when the mask is no longer that of the result.
+  compare() {
+    const { place } = this.result ?? {}, { mask } = this.bench.undo.on ? { mask: this.bench.undo.kept } : this.bench.brush;
+    this.outdated = Boolean(this.result) && (place ? place.some((value, site) => value !== mask.data[site]) : mask.area > 0);
+    this.old.textContent = this.outdated ? "This is the result for another mask than the one on the picture." : "";
   }
 
   decode(png) {
@@ -215,7 +226,8 @@ export class Attack {
     this.curves = { attack: [], control: [] };
     this.aim = null;
     this.result = null;
-    this.sentence.textContent = this.remark.textContent = "";
+    this.outdated = false;
+    this.sentence.textContent = this.old.textContent = this.how.textContent = "";
     for (const [side, title] of SIDES) {
       const view = this.sides[side];
       view.number.textContent = "margin –";
@@ -241,6 +253,7 @@ export class Attack {
       const points = [start, ...values].map((value, at) => `${((at / longest) * WIDE).toFixed(1)},${y(value ?? 0).toFixed(1)}`);
       return `<polyline class="line-${side}" points="${points.join(" ")}"/>`;
     };
+    this.chart.style.visibility = this.result && !all.length ? "hidden" : ""; // a result that was remembered comes without its steps
     const any = all.length > 0, name = this.bench.image?.label.name ?? "the label";
     const last = (side) => signed(this.curves[side].at(-1));
     this.chart.innerHTML = `<svg viewBox="0 -6 ${WIDE} ${HIGH + 12}" preserveAspectRatio="none" role="img"><line class="zero" x1="0" x2="${WIDE}" y1="${y(0)}" y2="${y(0)}"/>${any ? line(this.curves.control, "control") + line(this.curves.attack, "attack") : ""}</svg>`;

@@ -8,6 +8,7 @@ import { setColors } from "./colors.js";
 import { base64Of, button, make } from "./elements.js";
 import { Depth, Explanations } from "./inside.js";
 import { addressText, Links, restore } from "./links.js";
+import { pngBlob, readMask } from "./mask.js";
 import { readPixels } from "./pictures.js";
 import { UndoPlace, WeakMap } from "./places.js";
 import { Probe } from "./probe.js";
@@ -93,7 +94,6 @@ class Bench {
   get tool() { return this.brush.tool; }
 
   seed() { return Number(this.attack.seedInput.value) || 0; }
-
   budget() { return this.attack.budget.value.trim() || "linf:4/255"; }
 
   layOut() {
@@ -131,11 +131,7 @@ class Bench {
           this.links.root)),
       this.help);
     this.listenToDrops();
-    this.shut();
-  }
-
-  // Nothing can be done before there is a picture.
-  shut() {
+    // Nothing can be done before there is a picture.
     this.element.classList.add("empty");
     this.next.textContent = "Loading…";
   }
@@ -196,6 +192,8 @@ class Bench {
     this.weak.clear();
     this.certificate.forget();
     this.probe.forget();
+    this.probe.leave();
+    this.spoken.textContent = "";
     this.attack.stop();
     const image = await this.ask("image", { image: index });
     const pixels = await readPixels(`data:image/png;base64,${image.png}`, image.width, image.height);
@@ -209,6 +207,7 @@ class Bench {
     this.depth.forget();
     for (const one of this.pictures.children) one.setAttribute("aria-pressed", String(Number(one.dataset.index) === index));
     this.views.show("clean");
+    if (image.pair?.mask) this.brush.set(await readMask(pngBlob(image.pair.mask), image.width, image.height));
     if (image.pair) await this.attack.finish(image.pair);
     this.undo.refresh();
     this.hint();
@@ -266,6 +265,7 @@ class Bench {
     const { area } = this.brush.mask;
     if (this.undo.on) this.next.textContent = "Brush where the attack should be erased, and watch the decision.";
     else if (this.attack.running) this.next.textContent = "The attack is running; Stop keeps the best so far.";
+    else if (this.attack.outdated) this.next.textContent = area ? `The mask has changed since the attack: press “${this.attack.go.textContent}”.` : "The mask is gone: an attack would change the whole image.";
     else if (this.stage.pictures.attack) this.next.textContent = "Compare the two margins, then erase the attack in a place, open an explanation, or paint another mask.";
     else if (area) this.next.textContent = `The mask is orange: press “${this.attack.go.textContent}”.`;
     else if (this.tool === "probe") this.next.textContent = "Move over the picture to see what one changed pixel does, or paint a mask with the brush and attack inside it.";
@@ -275,7 +275,10 @@ class Bench {
   painted(done) {
     if (!this.image) return;
     if (this.undo.on) this.undo.send();
-    else if (done) this.attack.describe();
+    else if (done) {
+      this.attack.describe();
+      this.attack.compare();
+    }
     if (done) this.hint();
     if (done) this.stateChanged();
   }

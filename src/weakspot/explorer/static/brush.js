@@ -31,7 +31,7 @@ export class Brush {
     this.undoButton = button("Undo", () => this.undo(), { "aria-keyshortcuts": "Control+Z", title: "Undo (Ctrl-Z)" });
     this.redoButton = button("Redo", () => this.redo(), { "aria-keyshortcuts": "Control+Y", title: "Redo (Ctrl-Y)" });
     this.kinds = choice([["", "Mask from…"]], { "aria-label": "Mask from", on: { change: () => this.take() } });
-    this.fraction = make("input", { type: "number", min: 1, max: 99, value: 30, "aria-label": "Percent of the image that the mask from the list covers" });
+    this.fraction = make("input", { type: "number", min: 1, max: 99, value: 30, "aria-label": "Percent of the image, for the most important part and pieces", on: { input: () => this.nameKinds() } });
     this.file = make("input", { type: "file", accept: "image/png", class: "away", "aria-label": "Open a mask file", tabindex: -1,
       on: { change: () => this.open() } });
     this.area = make("p", { class: "area", role: "status" });
@@ -53,8 +53,19 @@ export class Brush {
 
   offer(kinds) {
     this.kinds.append(...kinds.map(({ kind, summary }) =>
-      make("option", { value: kind, title: summary }, NAMES[kind] ?? kind)));
+      make("option", { value: kind, title: summary })));
+    this.nameKinds();
   }
+
+  nameKinds() {
+    for (const option of [...this.kinds.options].slice(1)) {
+      const name = NAMES[option.value] ?? option.value;
+      option.textContent = TAKEN.includes(option.value) ? `${name} (${Math.round(100 * this.share)}%)` : name;
+    }
+  }
+
+  // The fraction of the image that is asked for.
+  get share() { return Math.max(0.01, Math.min(0.99, Number(this.fraction.value) / 100 || 0.3)); }
 
   // A new picture: an empty mask.
   start(width, height) {
@@ -173,7 +184,7 @@ export class Brush {
       const { image, stage } = this.bench;
       const site = stage.cursor ?? [Math.floor(this.mask.width / 2), Math.floor(this.mask.height / 2)];
       const body = { image: image.index, kind, x: site[0], y: site[1] };
-      if (TAKEN.includes(kind)) body.fraction = Math.max(0.01, Math.min(0.99, Number(this.fraction.value) / 100 || 0.3));
+      if (TAKEN.includes(kind)) body.fraction = this.share;
       if (kind === "weakest") body.budget = this.bench.budget();
       const reply = await this.bench.ask("mask", body);
       if (this.bench.image !== image) return; // another picture was opened meanwhile

@@ -285,7 +285,7 @@ class GalleryView {
     if (place.querySelector("dl")) return;
     try {
       const { record } = await this.ask("record", { id });
-      place.append(make("dl", {}, ...record.filter(({ value }) => value !== null).flatMap(({ name, value }) => [make("dt", {}, name), make("dd", {}, short(value))])));
+      place.append(make("dl", {}, ...record.filter(({ value }) => value !== null).map(({ name, value }) => make("div", {}, make("dt", {}, name), make("dd", {}, short(value))))));
     } catch (error) {
       this.fail(error);
     }

@@ -98,7 +98,7 @@ export class Links {
       const url = new URL(location.href);
       url.hash = await addressText(this.bench);
       url.search = "";
-      await this.show("This link restores the picture, the mask and the settings, for people who run the same weakspot explore.", url.href);
+      await this.show("This link restores the picture, the mask and the settings. It opens in a browser in which the link that weakspot explore printed has been opened.", url.href);
     });
   }
 
@@ -107,7 +107,7 @@ export class Links {
       const body = await this.bench.attack.body();
       const reply = await this.bench.ask("command", body);
       if (!reply[kind]) throw new Error(reply.remark ?? "There is no command for this.");
-      await this.show(reply.remark ?? (kind === "command" ? "Run this in a terminal." : "Run this in Python."), reply[kind]);
+      await this.show(reply.remark ?? (kind === "command" ? "Run this in a terminal, in the folder in which weakspot explore runs." : "Run this in Python, in the folder in which weakspot explore runs."), reply[kind]);
     });
   }
 

@@ -1,7 +1,7 @@
 // What a place does to an attack: the weak-spot map of the picture, and undoing the attack in a brushed place.
 
 import { tableColor } from "./colors.js";
-import { button, floats, latest, make } from "./elements.js";
+import { button, floats, latest, make, percent } from "./elements.js";
 import { Mask, pngBlob, readMask } from "./mask.js";
 import { readPixels } from "./pictures.js";
 import { SpotCells } from "./spots.js";
@@ -26,6 +26,7 @@ export class WeakMap {
     this.stop();
     await this.bench.attempt("", async () => {
       const { image } = this.bench;
+      this.first = null;
       this.says.textContent = "Estimating…";
       this.bar.removeAttribute("value");
       this.bar.classList.remove("idle");
@@ -59,13 +60,24 @@ export class WeakMap {
       this.draw();
       this.bench.stage.root.scrollIntoView({ block: "nearest" });
       this.says.textContent = verify ? "Estimates from gradients alone. Searching every cell…" : "";
-    } else if (event.event === "progress") this.bar.value = event.fraction;
+    } else if (event.event === "progress") this.searched(event.fraction);
     else if (event.event === "cell") this.cells.sizes[event.row][event.column] = event.size;
     else if (event.event === "done") {
       if (event.sentence && verify && !event.stopped) this.cells.verified = true;
       if (this.cells) this.draw();
       this.says.textContent = event.sentence ?? "Stopped: the numbers are estimates from gradients alone.";
     }
+  }
+
+  // After some progress, how long the rest will take.
+  searched(fraction) {
+    this.bar.value = fraction;
+    const now = performance.now();
+    this.first ??= { fraction, now };
+    const speed = (fraction - this.first.fraction) / (now - this.first.now);
+    const left = speed > 0 ? (1 - fraction) / speed / 1000 : null;
+    const rest = left === null ? "" : `, about ${left > 90 ? `${Math.round(left / 60)} min` : `${Math.ceil(left)} s`} left`;
+    this.says.textContent = `Estimates from gradients alone. Searching every cell: ${percent(fraction)}${rest}.`;
   }
 
   // The weakest cells are brightest, on a logarithmic scale as in the report.
@@ -133,7 +145,7 @@ export class UndoPlace {
     this.on = true;
     stage.erased = true;
     this.toggle.setAttribute("aria-pressed", "true");
-    this.toggle.textContent = "Stop erasing";
+    this.toggle.textContent = "Put the attack back";
     this.refresh();
     brush.attach();
     if (brush.tool === "probe") brush.use("brush");

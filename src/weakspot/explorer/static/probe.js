@@ -57,7 +57,9 @@ export class Probe {
   // Beside the cursor: the classes with the largest logits, and what became of the margin.
   show(body, reply) {
     const { label } = this.bench.image;
-    const place = body.mask ? "The mask" : `Row ${body.y}, column ${body.x}${body.size > 1 ? `, ${body.size} × ${body.size} pixels` : ""}`;
+    const where = body.mask ? "The mask" : `Row ${body.y}, column ${body.x}${body.size > 1 ? `, ${body.size} × ${body.size} pixels` : ""}`;
+    // Other views show an attack, which the probe knows nothing of.
+    const place = this.bench.stage.shown === "clean" ? where : `Clean picture: ${where.toLowerCase()}`;
     const rows = reply.top.slice(0, 4).map((guess) => make("tr", guess.index === label.index ? { class: "own" } : {},
       make("th", { scope: "row" }, guess.name), make("td", {}, signed(guess.logit)), make("td", {}, percent(guess.probability))));
     const decision = reply.changed ? `The network now says ${reply.predicted.name}.` : "The decision stays.";
@@ -79,7 +81,7 @@ export class Probe {
 
   // Fills the heat map row by row, once for each picture, size and color.
   startHeat() {
-    if (!this.heatOn.checked || this.job) return;
+    if (!this.heatOn.checked || this.job || this.bench.stage.shown !== "clean") return;
     const { image, stage } = this.bench, mine = {};
     this.job = mine;
     if (this.size > Math.min(image.height, image.width)) return;
