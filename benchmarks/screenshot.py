@@ -1,4 +1,4 @@
-"""The picture of the bench in docs/how-to-explore.md: the background is the mask, attacked beside its control.
+"""The picture of the bench in docs/how-to-explore.md: the object is the mask, attacked beside its control.
 
 Run: python -m benchmarks.screenshot docs/explore.png. It needs Chromium.
 """
@@ -18,11 +18,11 @@ from benchmarks.explorer import FLAGS, WAIT, explorer
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-PICTURE = 2  # of the sample photographs
+PICTURE = 1  # of the sample photographs
 
 
 def screenshot(browser: Browser, url: str, width: int = 1280, height: int = 900) -> Image.Image:
-    """The bench after an attack on the background, with the control drawn on the clean picture."""
+    """The bench after an attack on the object, with the control drawn on the clean picture."""
     page = browser.new_context(viewport={"width": width, "height": height}).new_page()
     page.set_default_timeout(WAIT)
     page.goto(url)
@@ -32,7 +32,7 @@ def screenshot(browser: Browser, url: str, width: int = 1280, height: int = 900)
     page.wait_for_function("n => document.querySelectorAll('.thumb')[n].ariaPressed === 'true'", arg=PICTURE)
     page.check("text=show the control")
     with page.expect_response("**/api/area"):
-        page.get_by_label("Mask from", exact=True).select_option("background")
+        page.get_by_label("Mask from", exact=True).select_option("foreground")
     page.locator(".area", has_text="pixels").wait_for()
     page.click("button.primary")
     page.wait_for_selector("section.attack[data-running=no]")
