@@ -253,6 +253,10 @@ def side_message(bench: Bench, exhibit: Exhibit, result: AttackResult, logits: T
     }
 
 
+def _mask_texts(mask: Tensor, control: Tensor | None) -> Message:
+    return {"attack": mask_text(mask), **({} if control is None else {"control": mask_text(control)})}
+
+
 def pair_message(bench: Bench, exhibit: Exhibit) -> Message:
     """Both sides of the last attack on an image."""
     logits = exhibit.pair_logits
@@ -262,7 +266,7 @@ def pair_message(bench: Bench, exhibit: Exhibit) -> Message:
     return {
         "attack": side_message(bench, exhibit, exhibit.pair, logits[0]),
         "control": None if control is None else side_message(bench, exhibit, control, logits[1]),
-        "mask": None if exhibit.control is None or exhibit.masks is None else mask_text(exhibit.masks[0]),
+        "masks": None if control is None or exhibit.masks is None else _mask_texts(*exhibit.masks),
         "sentence": exhibit.sentence,
         "how": exhibit.how,
     }

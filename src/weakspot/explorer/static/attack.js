@@ -3,9 +3,12 @@
 import { button, choice, field, floats, make, percent, signed } from "./elements.js";
 import { pngBlob, readMask } from "./mask.js";
 import { readPixels } from "./pictures.js";
-import { tableColor } from "./colors.js";
+import { categories, tableColor } from "./colors.js";
+import { CONTROL, MASK } from "./stage.js";
 
 const WIDE = 600, HIGH = 150;
+const OUTLINED = 96; // pixels a side, at the least, of a picture that gets an outline
+const COLORS = { attack: MASK, control: CONTROL };
 const SIDES = [["attack", "Inside the mask"], ["control", "Control of equal area"]];
 
 export class Attack {
@@ -177,14 +180,14 @@ export class Attack {
   }
 
   // The pair of results; also those that the program remembers of a picture. Words and pictures change together.
-  async finish({ attack, control, sentence, how, mask }) {
+  async finish({ attack, control, sentence, how, masks }) {
     const { image } = this.bench, results = Object.entries({ attack, control }).filter(([, result]) => result);
     const decoded = await Promise.all(results.map(([, { png }]) => this.decode(png)));
-    const place = mask && await readMask(pngBlob(mask), image.width, image.height);
+    const places = await Promise.all(Object.values(masks ?? {}).map((one) => readMask(pngBlob(one), image.width, image.height)));
     if (this.bench.image !== image) return;
     this.sentence.textContent = sentence;
     this.how.textContent = `The attack: ${how}.`;
-    this.result = { attack, control, place };
+    this.result = { attack, control, place: places[0] };
     const wrong = this.bench.image.predicted.index !== this.bench.image.label.index; // without any attack
     this.sides.control.root.hidden = !control;
     this.sides.attack.title.lastChild.textContent = control ? SIDES[0][1] : "Whole image";
@@ -195,7 +198,7 @@ export class Attack {
       view.says.textContent = `${wrong ? "Misclassified as it was: " : result.success ? "Fooled: " : "Not fooled: "}${name} ${percent(probability)}`;
       view.root.classList.toggle("fooled", result.success && !wrong);
       view.canvas.setAttribute("aria-label", `${view.title.textContent}: ${view.says.textContent}, ${view.number.textContent}`);
-      this.drawPixels(side, decoded[at]);
+      this.drawPixels(side, decoded[at], places[at]);
       this.bench.stage.pictures[side] = decoded[at];
       this.bench.stage.pictures[`${side} difference`] = differencePixels(floats(result.difference).values);
     });
@@ -216,10 +219,19 @@ export class Attack {
     return readPixels(`data:image/png;base64,${png}`, width, height);
   }
 
-  drawPixels(side, pixels) {
+  // With the outline of the attacked place, unless the picture is so small that it would be hidden.
+  drawPixels(side, pixels, place = null) {
     const { width, height } = this.bench.image, { canvas } = this.sides[side];
     Object.assign(canvas, { width, height });
-    canvas.getContext("2d").putImageData(new ImageData(new Uint8ClampedArray(pixels), width, height), 0, 0);
+    const context = canvas.getContext("2d");
+    context.putImageData(new ImageData(new Uint8ClampedArray(pixels), width, height), 0, 0);
+    if (!place || Math.min(width, height) < OUTLINED) return;
+    context.fillStyle = `rgb(${categories[COLORS[side]].join(",")})`;
+    const inside = (x, y) => x >= 0 && y >= 0 && x < width && y < height && place[y * width + x];
+    place.forEach((value, site) => {
+      const x = site % width, y = (site - x) / width;
+      if (value && !(inside(x - 1, y) && inside(x + 1, y) && inside(x, y - 1) && inside(x, y + 1))) context.fillRect(x, y, 1, 1);
+    });
   }
 
   reset() {

@@ -207,7 +207,7 @@ class Bench {
     this.depth.forget();
     for (const one of this.pictures.children) one.setAttribute("aria-pressed", String(Number(one.dataset.index) === index));
     this.views.show("clean");
-    if (image.pair?.mask) this.brush.set(await readMask(pngBlob(image.pair.mask), image.width, image.height));
+    if (image.pair?.masks) this.brush.set(await readMask(pngBlob(image.pair.masks.attack), image.width, image.height));
     if (image.pair) await this.attack.finish(image.pair);
     this.undo.refresh();
     this.hint();

@@ -4,7 +4,8 @@ import { categories, tableColor } from "./colors.js";
 import { make } from "./elements.js";
 import { cross, paint, pixelUnder, visiblePart } from "./pictures.js";
 
-const MASK = 2, CONTROL = 1, ERASED = 4; // categories whose colors these places have
+export const MASK = 2, CONTROL = 1; // categories whose colors these places have
+const ERASED = 4;
 const STEPS = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] };
 
 export class Stage {
