@@ -138,12 +138,16 @@ class ModelError(RuntimeError):
     """A model raised SystemExit or another exception that is not an `Exception`."""
 
 
+class Interruption(BaseException):
+    """Ends work of weakspot's own and passes through models. No `Exception`, so nothing takes it for a failure."""
+
+
 @contextlib.contextmanager
 def contain_exits(name: str) -> Iterator[None]:
     """Turn SystemExit, and every other exception that is not an `Exception`, into a `ModelError`.
 
     Code that comes with a model may call `sys.exit(0)`, which would end the process with a success code.
-    KeyboardInterrupt passes, because the user may have sent it.
+    KeyboardInterrupt passes, because the user may have sent it, and so does an `Interruption`.
 
     Args:
         name: of the model.
@@ -153,7 +157,7 @@ def contain_exits(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (Exception, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt, Interruption):
         raise
     except BaseException as error:
         raise ModelError(

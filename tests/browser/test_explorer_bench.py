@@ -172,13 +172,22 @@ def test_a_result_says_when_the_mask_is_no_longer_its_own(
     assert "seed 0" in again.text(".attack")
     again.page.close()
     bench.page.keyboard.press("i")
-    expect(old).to_contain_text("for another mask")
-    expect(bench.page.locator(".next")).to_contain_text("The mask has changed since the attack")
+    expect(old).to_have_text("The result is that of an earlier mask.")
+    expect(bench.page.locator(".next")).to_contain_text(
+        "The result is that of an earlier mask. To attack anew"
+    )
     bench.page.keyboard.press("i")
     expect(old).to_be_empty()
     bench.page.keyboard.press("0")
-    expect(old).to_contain_text("for another mask")
+    expect(old).to_have_text("The result is that of an earlier mask.")
     bench.attack()
+    expect(old).to_be_empty()
+    bench.page.keyboard.press("i")  # all pixels: an attack on the whole image
+    expect(bench.page.locator(".area")).to_contain_text("100% of the image")
+    expect(old).to_be_empty()
+    bench.open_mask(drawn)
+    expect(old).to_have_text("The result is that of the whole image, not of the mask.")
+    bench.page.keyboard.press("0")
     expect(old).to_be_empty()
 
 

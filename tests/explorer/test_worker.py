@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tests.explorer.benches import wait_for
-from weakspot.explorer.worker import StopRequestedError, Worker, WorkerClosedError
+from weakspot.classifier import Classifier
+from weakspot.explorer.worker import ProbeWaitsError, StopRequestedError, Worker, WorkerClosedError
 
 
 @pytest.fixture
@@ -187,6 +188,60 @@ def test_a_probe_ends_a_part_of_background_work_which_begins_again(
     assert task.result.result(60) is None
     assert results == [1.0]
     assert len(starts) == 2
+
+
+class Endless(torch.nn.Module):
+    """A network whose first pass after `begin` ends only if something ends it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 2)
+        self.begin, self.begun = False, threading.Event()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        means = images.mean((2, 3))
+        if self.begin and not self.begun.is_set():
+            self.begun.set()
+            while True:
+                means = means + 0
+        logits: torch.Tensor = self.linear(means)
+        return logits
+
+
+def test_a_probe_ends_a_pass_of_any_network(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weakspot.explorer.worker.REST", 0.0)
+    network = Endless().eval()
+    model, images = Classifier.wrap(network), torch.rand(1, 3, 8, 8)
+    results = list[torch.Tensor]()
+
+    def steps() -> Generator[None]:
+        results.append((yield from worker.unless_probed(lambda: model(images))))
+        yield
+
+    network.begin = True
+    task = worker.background(steps)
+    assert network.begun.wait(60)
+    assert worker.probe("", torch.is_grad_enabled).result(60) is True
+    assert task.result.result(60) is None
+    assert torch.equal(results[0], model(images).detach())
+
+
+def test_probes_do_not_keep_background_work_from_being_done(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weakspot.explorer.worker.REST", 0.0)
+
+    def raise_probed() -> None:
+        raise ProbeWaitsError
+
+    monkeypatch.setattr(worker, "_raise_if_probed", raise_probed)
+
+    def steps() -> Generator[None]:
+        results.append((yield from worker.unless_probed(lambda: float(torch.zeros(1) + 1))))
+
+    results = list[float]()
+    assert worker.background(steps).result.result(60) is None
+    assert results == [1.0]
 
 
 def test_background_work_stops_and_its_errors_are_told(worker: Worker) -> None:

@@ -153,8 +153,11 @@ def _write(
     write_pngs(result.clean, names, out / "clean")
     scores["png"] = [f"adversarial/{file}" for file in files]
     captions = [
-        f"{row['image']}: {row['before']} → {row['after']}{'' if fooled else ' (not found)'}"
-        for (_, row), fooled in zip(scores.iterrows(), result.fooled.tolist(), strict=True)
+        f"{row['image']}: {row['before']} → {row['after']}"
+        + ("" if fooled else " (only before rounding)" if success else " (not found)")
+        for (_, row), fooled, success in zip(
+            scores.iterrows(), result.fooled.tolist(), result.success.tolist(), strict=True
+        )
     ]
     contact_sheet(result, captions, out / "overview.png")
     result.named(names).save(out / "pairs.safetensors")

@@ -123,7 +123,8 @@ def _print_table(scores: pd.DataFrame, rows: Sequence[pd.Series], *, every: bool
     headings += ["in other images", "p"] if compared else []
     table = make_table(headings)
     for row in rows:
-        failed = "" if row["success_8bit"] or row["linf"] == 0 else " (not found)"
+        missed = " (only before rounding)" if row["success"] else " (not found)"
+        failed = "" if row["success_8bit"] or row["linf"] == 0 else missed
         failed = failed if row["read_clean_as"] == row["label"] else " (wrong before)"
         name = str(row["image"]) if every else shorten_name(str(row["image"]))
         cells: list[str | Text] = [name, Text.assemble(one_line(headline(row)), (failed, "yellow"))]

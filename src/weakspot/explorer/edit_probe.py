@@ -86,8 +86,7 @@ def heat_map(
     for number_of_row, row in enumerate((rows - size // 2).tolist()):
         parts = []
         for some in lefts.split(AT_ONCE):
-            logits_of = torch.no_grad()(bench.edits(number).logits)
-            part = partial(logits_of, torch.full_like(some, row), some, patches[: len(some)])
+            part = partial(bench.edits(number).logits, torch.full_like(some, row), some, patches[: len(some)])
             parts.append((yield from worker.unless_probed(part)))
             yield
         logits = torch.cat(parts)

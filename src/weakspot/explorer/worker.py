@@ -19,22 +19,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+import torch
 from torch.overrides import TorchFunctionMode
 
+from weakspot._checks import Interruption
+
 REST = 0.25  # seconds after a probe in which nothing is done in the background
+RESTARTS = 3  # of a part of background work, because of probes
 
 Result = TypeVar("Result")
 
 
-class StopRequestedError(BaseException):
-    """Ends a long job whose stop flag is set. No `Exception`, so that nothing below takes it for a failure."""
+class StopRequestedError(Interruption):
+    """Ends a long job whose stop flag is set."""
 
 
-class WorkerClosedError(BaseException):
+class WorkerClosedError(Interruption):
     """Ends a long job whose worker is closed; nothing of it is of use any more."""
 
 
-class ProbeWaitsError(BaseException):
+class ProbeWaitsError(Interruption):
     """Ends a part of background work, because a probe waits."""
 
 
@@ -132,14 +136,19 @@ class Worker:
     def unless_probed(self, run: Callable[[], Result]) -> Generator[None, None, Result]:
         """Run a part of background work that changes nothing before it returns.
 
-        A probe ends it between two operations of torch; it begins again at the generator's next turn.
+        A probe ends it between two operations of torch, and it begins again at the generator's next turn; after some
+        times probes wait, so that many of them do not keep it from being done.
         """
-        while True:
+        for _ in range(RESTARTS):
             try:
-                with _BetweenOperations(self._raise_if_probed):
+                # Outside the checks, one of which may end the work on the way out of its own contexts.
+                with torch.no_grad(), _BetweenOperations(self._raise_if_probed):
                     return run()
             except ProbeWaitsError:
-                yield
+                pass
+            yield
+        with torch.no_grad():
+            return run()
 
     def _raise_if_probed(self) -> None:
         if self._probes:

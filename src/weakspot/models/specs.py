@@ -57,7 +57,7 @@ def load(
         FileNotFoundError: if a file does not exist.
     """
     # A hub's warning that it does not know the normalization is not true if the caller states it.
-    stated = nullcontext() if mean is None and std is None else quiet(ModelWarning)
+    stated = nullcontext() if mean is None or std is None else quiet(ModelWarning)
     with stated, contain_exits(f"model {spec}" if isinstance(spec, str) else "the model's factory"):
         network = _from_name(spec) if isinstance(spec, str) else _call_factory(spec, spec)
     classifier = network if isinstance(network, Classifier) else Classifier(network)

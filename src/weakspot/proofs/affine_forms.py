@@ -158,7 +158,7 @@ def clamped(form: Form, low: float, high: float, step: int | None) -> Form:
     half = half * (1 + 4 * ULP)
     if step is None:
         return replace(changed, radius=radius + half)
-    flat = half.flatten(1)
+    flat = half.flatten(1).nan_to_num(torch.inf, torch.inf)
     many = int((flat > 0).sum(1).max()) if len(form) else 0
     if not many:
         return changed

@@ -101,9 +101,11 @@ def _overlays(explanation: Explanation) -> list[tuple[str, str]]:
 def _failure(row: pd.Series) -> str:
     """What to say about an attack that did not succeed; empty if it did."""
     correct = row["read_clean_as"] == row["label"]
-    if correct and row["success_8bit"]:
+    if not correct:
+        return "misclassified without an attack"
+    if row["success_8bit"]:
         return ""
-    return "fools only before rounding to 8 bits" if correct and row["success"] else "not found"
+    return "fools only before rounding to 8 bits" if row["success"] else "not found"
 
 
 def _thumbnail(pixels: NDArray[np.uint8]) -> str:

@@ -247,7 +247,7 @@ def _different(attack: AttackPlan, other: AttackPlan | None) -> str:
     if different:
         settings = [f"{key}={own[key]}" if key in own else f"the default {key}" for key in different]
         parts.append(f"with {' and '.join(settings)}")
-    return " " + " ".join(parts)
+    return "".join(f" {part}" for part in parts)
 
 
 def _has_predicted_labels(run: Run) -> bool:

@@ -209,9 +209,12 @@ export class Attack {
 
   // Says so when the mask is no longer that of the result.
   compare() {
-    const { place } = this.result ?? {}, { mask } = this.bench.undo.on ? { mask: this.bench.undo.kept } : this.bench.brush;
-    this.outdated = Boolean(this.result) && (place ? place.some((value, site) => value !== mask.data[site]) : mask.area > 0);
-    this.old.textContent = this.outdated ? "This is the result for another mask than the one on the picture." : "";
+    const { undo, brush } = this.bench, { area, data } = undo.on ? undo.kept : brush.mask;
+    const { place } = this.result ?? {};
+    const partial = this.chosen.takes_region && area > 0 && area < data.length;
+    const other = place ? place.some((value, site) => value !== data[site]) : partial;
+    this.outdated = !this.result || !other ? "" : place ? "The result is that of an earlier mask." : "The result is that of the whole image, not of the mask.";
+    this.old.textContent = this.outdated;
   }
 
   decode(png) {
@@ -238,7 +241,7 @@ export class Attack {
     this.curves = { attack: [], control: [] };
     this.aim = null;
     this.result = null;
-    this.outdated = false;
+    this.outdated = "";
     this.sentence.textContent = this.old.textContent = this.how.textContent = "";
     for (const [side, title] of SIDES) {
       const view = this.sides[side];

@@ -95,7 +95,6 @@ class Bench {
 
   seed() { return Number(this.attack.seedInput.value) || 0; }
   budget() { return this.attack.budget.value.trim() || "linf:4/255"; }
-
   layOut() {
     this.title = make("h1", {}, "weakspot");
     this.pictures = make("div", { class: "thumbs", role: "group", "aria-label": "Pictures" });
@@ -201,8 +200,8 @@ class Bench {
     this.element.classList.remove("empty");
     this.stage.open(pixels, [image.width, image.height]);
     this.views.zoom.value = 1;
-    this.brush.start(image.width, image.height);
     this.attack.reset();
+    this.brush.start(image.width, image.height);
     this.explanations.forget();
     this.depth.forget();
     for (const one of this.pictures.children) one.setAttribute("aria-pressed", String(Number(one.dataset.index) === index));
@@ -223,6 +222,7 @@ class Bench {
     form.choose();
     const kind = { "~background": "foreground" }[region] ?? region?.split(":")[0];
     if (this.hello.masks.some((one) => one.kind === kind)) await this.brush.take(kind);
+    else if (this.brush.mask.area) this.brush.clear(); // that of an earlier attack
     if (remark) this.say(remark);
   }
 
@@ -265,7 +265,7 @@ class Bench {
     const { area } = this.brush.mask;
     if (this.undo.on) this.next.textContent = "Brush where the attack should be erased, and watch the decision.";
     else if (this.attack.running) this.next.textContent = "The attack is running; Stop keeps the best so far.";
-    else if (this.attack.outdated) this.next.textContent = area ? `The mask has changed since the attack: press “${this.attack.go.textContent}”.` : "The mask is gone: an attack would change the whole image.";
+    else if (this.attack.outdated) this.next.textContent = `${this.attack.outdated} To attack anew, press “${this.attack.go.textContent}”.`;
     else if (this.stage.pictures.attack) this.next.textContent = "Compare the two margins, then erase the attack in a place, open an explanation, or paint another mask.";
     else if (area) this.next.textContent = `The mask is orange: press “${this.attack.go.textContent}”.`;
     else if (this.tool === "probe") this.next.textContent = "Move over the picture to see what one changed pixel does, or paint a mask with the brush and attack inside it.";

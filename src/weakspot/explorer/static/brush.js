@@ -238,6 +238,10 @@ export class Brush {
   async open() {
     const [file] = this.file.files;
     this.file.value = "";
-    if (file) await this.bench.attempt("", async () => this.set(await readMask(file, this.mask.width, this.mask.height)));
+    if (!file) return;
+    await this.bench.attempt("", async () => {
+      const { mask } = this, data = await readMask(file, mask.width, mask.height);
+      if (mask === this.mask) this.set(data); // another picture may have been opened meanwhile
+    });
   }
 }

@@ -65,6 +65,7 @@ export async function restore(bench, text) {
   const [size, color] = (parts.get("probe") ?? "").split(" ");
   if (/^#[0-9a-f]{6}$/i.test(color ?? "")) probe.color.value = color;
   if ([...probe.sizes.options].some((one) => one.value === size)) probe.sizes.value = size;
+  if (brush.mask.area) brush.clear(); // that of an earlier attack
   if (parts.get("mask") === "saved-apart") missing.push("the mask, which was too large for a link (save it as a file)");
   else if (parts.has("mask")) {
     try {
@@ -98,7 +99,8 @@ export class Links {
       const url = new URL(location.href);
       url.hash = await addressText(this.bench);
       url.search = "";
-      await this.show("This link restores the picture, the mask and the settings. It opens in a browser in which the link that weakspot explore printed has been opened.", url.href);
+      const held = url.hash.includes("mask=saved-apart") ? "the picture and the settings, but not the mask, which is too large for a link (save it as a file)" : "the picture, the mask and the settings";
+      await this.show(`This link restores ${held}. It opens in a browser in which the link that weakspot explore printed has been opened.`, url.href);
     });
   }
 
@@ -107,7 +109,8 @@ export class Links {
       const body = await this.bench.attack.body();
       const reply = await this.bench.ask("command", body);
       if (!reply[kind]) throw new Error(reply.remark ?? "There is no command for this.");
-      await this.show(reply.remark ?? (kind === "command" ? "Run this in a terminal, in the folder in which weakspot explore runs." : "Run this in Python, in the folder in which weakspot explore runs."), reply[kind]);
+      const where = `Run this in ${kind === "command" ? "a terminal" : "Python"}, in the folder in which weakspot explore runs.`;
+      await this.show([where, reply.remark].filter(Boolean).join(" "), reply[kind]);
     });
   }
 
