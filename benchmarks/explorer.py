@@ -66,7 +66,11 @@ WATCH_STOPS = """() => {
 def explorer() -> Iterator[tuple[str, int]]:
     """The address of a running `weakspot explore --samples`, and its process number."""
     command = [sys.executable, "-m", "weakspot", "explore", "--samples", "--no-browser", "--port", "8790"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # A run in the background ignores interrupts, and its children would, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
+    )  # fmt: skip
     try:
         for line in process.stdout or ():
             found = re.search(r"http://\S+token=\S+", line)
