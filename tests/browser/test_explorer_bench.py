@@ -333,6 +333,18 @@ def test_a_link_restores_mask_and_settings(bench: BenchPage, browser: Any) -> No
     assert (bench.saved_mask() == drawn).all()
 
 
+def test_an_address_without_a_mask_brings_no_earlier_mask_back(bench: BenchPage) -> None:
+    bench.open_mask(box_mask(1, 1, 9, 9))
+    bench.attack()
+    bench.wait_until(lambda: "mask=" in bench.page.url)
+    bench.page.keyboard.press("0")
+    bench.wait_until(lambda: "mask=" not in bench.page.url)
+    bench.page.reload()
+    expect(bench.page.locator("#bench[data-ready=yes]")).to_be_visible()
+    expect(bench.page.locator(".attack .old")).to_have_text("The result is that of an earlier mask.")
+    assert not bench.saved_mask().any()
+
+
 def test_the_attack_is_copied_as_command_and_as_python(bench: BenchPage) -> None:
     bench.open_mask(box_mask(0, 0, 13, 13))
     bench.page.click("text=Copy as command")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from benchmarks.gallery_run import synthetic_run
 from tests.audit.fixtures import Audited, audited, networks, pictures, small_plan, store_records
-from weakspot.audit import Run, open_run
+from weakspot.audit import AttackPlan, Run, open_run
 from weakspot.audit.findings.distributions import BINS
 from weakspot.audit.store.digests import DamagedError
 from weakspot.explorer.background import Later
@@ -205,6 +205,13 @@ def test_a_file_that_changed_since_the_audit_is_not_shown_as_the_audited_one(run
     assert float((opened.image - before.image).abs().max()) <= 0.5 / 255 + 1e-6
     location.unlink()
     assert Gallery(run).record(0, model).remark
+
+
+def test_labels_that_are_predictions_are_named(audited: Audited, pictures: Path) -> None:
+    for labels in ("predictions", "folders"):
+        plan = small_plan(pictures, labels=labels, attacks=(AttackPlan("fgsm"),), analyses=(), maps=False)
+        remarks: Any = Gallery(audited(labels, plan, pictures.parent / labels)).answer("run", {})["remarks"]
+        assert any("the model's own predictions" in one for one in remarks) == (labels == "predictions")
 
 
 def test_a_run_without_pictures_says_so(audited: Audited, pictures: Path) -> None:
