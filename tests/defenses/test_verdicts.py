@@ -115,6 +115,9 @@ def test_so_few_images_that_no_outcome_is_significant_cannot_be_judged(images: i
     result = verdict(made)
     assert result.status == status
     assert ("4 images are too few to show a gain" in str(result)) == (images == 4)
+    one = verdict(made.assign(images=1, defended_only=1)).sentence
+    assert one.startswith("Cannot be judged: 1 image is too few to show a gain.")
+    assert "(1 image, p" in one
     lost = made.assign(defended_only=0, undefended_only=images)
     assert verdict(lost).status == ("cannot be judged" if images == 4 else "no protection")
 

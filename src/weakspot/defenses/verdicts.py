@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from weakspot.statistics import mcnemar_counts, paired_proportion_interval
-from weakspot.statistics.number_format import p_value, percent, with_interval
+from weakspot.statistics.number_format import counted, p_value, percent, with_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,13 +83,14 @@ def verdict(table: pd.DataFrame) -> Verdict:
     leads = rows.set_index("attack").dropna(subset="agreement")
     measured = (
         f"accuracy after all attacks is {_accuracy(worst, 'defended')} with the defense and "
-        f"{_accuracy(worst, UNDEFENDED)} without it ({count} images, {p_value(p)})"
+        f"{_accuracy(worst, UNDEFENDED)} without it ({counted(count, 'image')}, {p_value(p)})"
     )
     # Even if every image were gained, p = 2 ** -count would exceed the level.
     if mcnemar_counts(count, 0, alternative="greater") > SIGNIFICANT:
         return Verdict(
             "cannot be judged",
-            f"Cannot be judged: {count} images are too few to show a gain. Measured: {measured}.",
+            f"Cannot be judged: {counted(count, 'image')} {'is' if count == 1 else 'are'} too few to show a gain. "
+            f"Measured: {measured}.",
         )
     if gain <= MIN_GAIN + ROUNDING:
         # With few images, a gain that was not seen is not excluded.

@@ -26,6 +26,7 @@ from weakspot.explorer.messages import (
 from weakspot.explorer.pair_sentences import SideOutcome, outcome_sentence, with_cautions
 from weakspot.explorer.place_masks import MOST_SHARED, control_of, describe
 from weakspot.pairs import AttackResult
+from weakspot.statistics.number_format import counted
 
 Settings = dict[str, str | int | float | bool | None]
 
@@ -99,7 +100,7 @@ class Order:
         settings = [f"{name}={value}" for name, value in self.settings.items()]
         budget = [] if self.budget_text is None else [self.budget_text]
         toward = [] if self.target is None else [f"toward {bench.classifier.class_name(self.target)}"]
-        where = "whole image" if self.mask is None else f"{int(self.mask.sum())} brushed pixels"
+        where = "whole image" if self.mask is None else counted(int(self.mask.sum()), "brushed pixel")
         return ", ".join([self.attack.name, *settings, *budget, where, *toward, f"seed {self.seed}"])
 
 

@@ -125,12 +125,22 @@ def control_of(mask: Tensor, seed: int) -> Tensor | None:
     """
     if bool(mask.all()):
         return None
-    pixels = mask[0, 0].cpu()
-    spectrum = torch.fft.rfft2(pixels.double())
-    overlaps = torch.fft.irfft2(spectrum.abs().square(), s=pixels.shape).round()
-    shifts = (overlaps == overlaps.min()).nonzero()
+    mask = mask.cpu()
+    return shifted(mask, pixels_met(mask, mask), seed)
+
+
+def pixels_met(mask: Tensor, other: Tensor) -> Tensor:
+    """(H, W) how many pixels of another mask a mask (1, 1, H, W) meets when it is shifted down and right by so much."""
+    spectrum = torch.fft.rfft2(mask[0, 0].double()).conj()
+    met: Tensor = torch.fft.irfft2(torch.fft.rfft2(other[0, 0].double()) * spectrum, s=mask.shape[2:])
+    return met.round()
+
+
+def shifted(mask: Tensor, costs: Tensor, seed: int) -> Tensor:
+    """The mask after one of the shifts of least cost (H, W), drawn by the seed, wrapping around."""
+    shifts = (costs == costs.min()).nonzero()
     drawn = torch.randint(len(shifts), (), generator=torch.Generator().manual_seed(seed))
-    return mask.cpu().roll(shifts[drawn].tolist(), (2, 3))
+    return mask.roll(shifts[drawn].tolist(), (2, 3))
 
 
 def measure_area(bench: Bench, request: Request) -> Message:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from weakspot.explorer.bench import Bench, Exhibit
 from weakspot.explorer.messages import Message, Request, RequestError, finite, mask_text, picture_text
+from weakspot.explorer.place_masks import pixels_met, shifted
 from weakspot.pairs import AttackResult
 from weakspot.statistics.number_format import number, percent
 
@@ -97,19 +98,11 @@ def comparable_place(mask: Tensor, changed: Tensor, seed: int) -> Tensor | None:
     own = int((mask & changed).sum())
     if not own:
         return None
-    spectrum = torch.fft.rfft2(mask[0, 0].double()).conj()
-    met, shared = (
-        torch.fft.irfft2(torch.fft.rfft2(other[0, 0].double()) * spectrum, s=mask.shape[2:]).round()
-        for other in (changed, mask)
-    )
+    met, shared = pixels_met(mask, changed), pixels_met(mask, mask)
     fits = (shared == 0) & ((met - own).abs() <= NEAR * own)
     if not bool(fits.any()):
         return None
-    nearest = (met - own).abs().where(fits, torch.inf)
-    shifts = (nearest == nearest.min()).nonzero()
-    generator = torch.Generator().manual_seed(seed)
-    down, right = shifts[int(torch.randint(len(shifts), (), generator=generator))].tolist()
-    return mask.roll((down, right), (2, 3))
+    return shifted(mask, (met - own).abs().where(fits, torch.inf), seed)
 
 
 def undo_sentence(own: Erased, other: Erased | None, before: float, total: int, *, fooled: bool) -> str:

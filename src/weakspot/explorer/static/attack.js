@@ -1,7 +1,7 @@
 // The attack inside the painted place, and the same attack at its control: live curves, pictures, a pair of numbers.
 
 import { button, choice, field, floats, make, percent, signed } from "./elements.js";
-import { pngBlob, readMask } from "./mask.js";
+import { onEdge, pngBlob, readMask } from "./mask.js";
 import { readPixels } from "./pictures.js";
 import { categories, tableColor } from "./colors.js";
 import { CONTROL, MASK } from "./stage.js";
@@ -230,10 +230,9 @@ export class Attack {
     context.putImageData(new ImageData(new Uint8ClampedArray(pixels), width, height), 0, 0);
     if (!place || Math.min(width, height) < OUTLINED) return;
     context.fillStyle = `rgb(${categories[COLORS[side]].join(",")})`;
-    const inside = (x, y) => x >= 0 && y >= 0 && x < width && y < height && place[y * width + x];
     place.forEach((value, site) => {
       const x = site % width, y = (site - x) / width;
-      if (value && !(inside(x - 1, y) && inside(x + 1, y) && inside(x, y - 1) && inside(x, y + 1))) context.fillRect(x, y, 1, 1);
+      if (value && onEdge(place, x, y, width, height)) context.fillRect(x, y, 1, 1);
     });
   }
 

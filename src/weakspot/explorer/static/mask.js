@@ -147,6 +147,12 @@ export async function readMask(blob, width, height) {
   });
 }
 
+// Whether a site of a mask has a neighbor outside it.
+export function onEdge(data, x, y, width, height) {
+  const at = (column, row) => column >= 0 && row >= 0 && column < width && row < height && data[row * width + column];
+  return !at(x - 1, y) || !at(x + 1, y) || !at(x, y - 1) || !at(x, y + 1);
+}
+
 // A PNG file from the server.
 export function pngBlob(text) {
   return new Blob([Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0))], { type: "image/png" });

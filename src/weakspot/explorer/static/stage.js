@@ -2,6 +2,7 @@
 
 import { categories, tableColor } from "./colors.js";
 import { make } from "./elements.js";
+import { onEdge } from "./mask.js";
 import { cross, paint, pixelUnder, visiblePart } from "./pictures.js";
 
 export const MASK = 2, CONTROL = 1; // categories whose colors these places have
@@ -184,8 +185,7 @@ export class Stage {
   coloring() {
     const [width, height] = this.size, mask = this.mask?.data, { control, heat } = this;
     if (!mask && !control && !heat) return null;
-    const at = (data, x, y) => x >= 0 && y >= 0 && x < width && y < height && data[y * width + x];
-    const edge = (data, x, y) => !at(data, x - 1, y) || !at(data, x + 1, y) || !at(data, x, y - 1) || !at(data, x, y + 1);
+    const edge = (data, x, y) => onEdge(data, x, y, width, height);
     const tint = categories[this.erased ? ERASED : MASK], other = categories[CONTROL];
     const [outline, inside, otherOutline, stripe] = [[...tint, 1], [...tint, 0.4], [...other, 1], [...other, 0.6]];
     return (site, x, y) => {
