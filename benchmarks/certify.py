@@ -96,7 +96,9 @@ def intervals(model: nn.Module, image: Tensor, label: int, row: Row) -> float:
                 center.new_zeros(len(part), 0, *shape[1:]),
                 reach.view(shape) * (1 + 2**-50),
             )
-            form = bounds._run({0: Form(*values, (), rows, columns)}, deep=False)[bounds.network.logits]
+            form = bounds._propagation.run(Form(*values, (), rows, columns), deep=False)[
+                bounds.network.logits
+            ]
             proven += int((form.ends[0].amin(1) > 0).sum()) if bounds.network.last else 0
     return proven / len(pixels)
 

@@ -4,6 +4,9 @@ Run: python -m benchmarks.certify_probes [--probes N] [--network NAME], with the
 each network of `NETWORKS` and both statements: a margin of the network below its lower bound, or above its upper one,
 is a violation. Under "float32 as run" the network runs in float32, under "exact arithmetic" a copy of it in float64.
 N is shared by the networks, or all for NAME.
+
+A second table: what the bounds of rounding take from margins at single colors, followed forward from layer to layer and
+backward, and what rounding does take there, beside float64.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks import real
 from weakspot.classifier import evaluating
-from weakspot.proofs.margin_bounds import MarginBounds
+from weakspot.proofs.margin_bounds import MarginBounds, _form_of
 from weakspot.proofs.network_steps import bound_network
 
 NETWORKS = (
@@ -72,6 +75,40 @@ def violations(
     return wrong
 
 
+def rounding(model: nn.Module, image: Tensor, label: int, generator: torch.Generator) -> Tensor:
+    """(3,) largest over random pixels, colors and classes: by bounds forward, by bounds backward, and what it is."""
+    rows, columns, colors, _ = boxes(image, generator)
+    colors = colors.float().double()
+    with evaluating(model) as classifier, torch.no_grad():
+        bounds = MarginBounds(bound_network(classifier, image), image, label, as_run=True)
+        forms = bounds._propagation.run(_form_of(rows, columns, colors, colors), deep=False, keep=True)
+        ahead = bounds._margins(forms)
+        every = torch.arange(ahead.lower.shape[1])
+        back = bounds._moved_by_rounding(forms, bounds._propagation.overflows, every)
+        edited = image.repeat(BOXES, 1, 1, 1)
+        edited[torch.arange(BOXES), :, rows, columns] = colors.float()
+        lost = model(edited).double() - copy.deepcopy(model).double()(edited.double())
+    others = [k for k in range(lost.shape[1]) if k != label]
+    taken = (lost[:, label : label + 1] - lost[:, others]).abs()
+    if bool((taken > back + FLOAT64).any()):
+        raise AssertionError("rounding takes more than its bound")
+    return torch.stack([(ahead.upper - ahead.lower).amax() / 2, back.amax(), taken.amax()])
+
+
+def rounding_table(names: Sequence[str], images_each: int) -> None:
+    print("\n| network | images | forward | backward | taken |\n|---|---|---|---|---|")
+    for name in names:
+        model, images, labels = real.correct(name, images_each)
+        generator = torch.Generator().manual_seed(0)
+        each = [
+            rounding(model, images[row : row + 1], int(labels[row]), generator) for row in range(len(images))
+        ]
+        middle = torch.stack(each).median(0).values
+        print(
+            f"| {name} | {len(each)} | {' | '.join(f'{float(value):.2g}' for value in middle)} |", flush=True
+        )
+
+
 def main(probes: int, names: Sequence[str]) -> None:
     print("| network | statement | generators | probes | violations | CPU s |\n|---|---|---|---|---|---|")
     total = broken = 0
@@ -95,6 +132,7 @@ def main(probes: int, names: Sequence[str]) -> None:
                     flush=True,
                 )
     print(f"\n{broken} violations in {total:,} probes")
+    rounding_table(names, 20)
 
 
 if __name__ == "__main__":

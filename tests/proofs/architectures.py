@@ -65,7 +65,7 @@ class Deep(nn.Module):
         return logits
 
 
-def plain() -> nn.Module:
+def plain() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(3, 6, 4, 2, 1), nn.ReLU(), nn.Conv2d(6, 8, 4, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 9, 10),
         nn.ReLU(), nn.Linear(10, 5),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.networks import LinearNetwork, Made, doubled
 from tests.proofs.architectures import ARCHITECTURES
 from weakspot.classifier import evaluating
-from weakspot.proofs import margin_bounds
+from weakspot.proofs import propagation
 from weakspot.proofs.affine_forms import Form, clamped, largest, point, written_out
 from weakspot.proofs.linear_steps import NotSupportedError
 from weakspot.proofs.margin_bounds import MarginBounds, Margins
@@ -108,8 +108,8 @@ def test_windows_and_fresh_generators_change_no_bound(
     network, images = make()
     boxes = random_boxes(images[:1], 40, 9)
     sparse = bounds_of(network, images[:1], 1, as_run=False).bounds(*boxes, deep=True)
-    monkeypatch.setattr(margin_bounds, "ROOM", 0.0)
-    monkeypatch.setattr(margin_bounds, "takes_fresh", lambda _: False)
+    monkeypatch.setattr(propagation, "ROOM", 0.0)
+    monkeypatch.setattr(propagation, "takes_fresh", lambda _: False)
     dense = bounds_of(network, images[:1], 1, as_run=False).bounds(*boxes, deep=True)
     torch.testing.assert_close(sparse.lower, dense.lower, rtol=0, atol=1e-9)
     torch.testing.assert_close(sparse.upper, dense.upper, rtol=0, atol=1e-9)
@@ -162,7 +162,7 @@ def by_intervals(bounds: MarginBounds, rows: Tensor, columns: Tensor, low: Tenso
     shape = (count, 1, 1, channels)
     center, reach = ((low + high) / 2).view(shape), ((high - low) / 2 * (1 + 2**-50)).view(shape)
     form = Form(center, center.new_zeros(count, 0, *shape[1:]), reach, (), rows, columns)
-    margins: Margins = bounds._margins(bounds._run({0: form}, deep=False)[bounds.network.logits])
+    margins: Margins = bounds._margins(bounds._propagation.run(form, deep=False))
     return margins.lower
 
 

@@ -82,6 +82,11 @@ class Form:
         return (self.center.abs() + self.deviation) * (1 + 2 * ULP)
 
     @property
+    def nonzero(self) -> Tensor:
+        """(M, ...) bool, whether a value may be other than zero, in float32 too."""
+        return (self.center != 0) | (self.spread > 0) | (self.radius > 0)
+
+    @property
     def ends(self) -> tuple[Tensor, Tensor]:
         """Lower and upper bounds (M, ...), rounded outward."""
         reach = self.deviation + 2 * ULP * self.center.abs()

@@ -96,6 +96,8 @@ def _convolution(step: Step, _: dict[int, torch.Size]) -> LinearStep:
     maps, weight, bias, *rest = step.arguments
     step = replace(step, call=convolve)
     absolute = replace(step, arguments=(maps, weight.abs(), None, *rest))
+    # One count for all results of a site, which read the same values unless channels form groups.
+    ones = torch.ones_like(weight[:1] if rest[-1] == 1 else weight)
     return LinearStep(
         value=step,
         linear=replace(step, arguments=(maps, weight, None, *rest)),
@@ -103,6 +105,7 @@ def _convolution(step: Step, _: dict[int, torch.Size]) -> LinearStep:
         rounding=absolute,
         terms=weight[0].numel() + 2,
         constant=None if bias is None else bias.abs().view(1, -1, 1, 1),
+        counting=replace(step, arguments=(maps, ones, None, *rest)),
     )
 
 
@@ -131,6 +134,9 @@ def _move(step: Step, shapes: dict[int, torch.Size]) -> LinearStep:
     if images_move or step.name == "t" or before[0] != after[0]:
         raise NotSupportedError(because(step, "across images"))
     rounds = step.name == "_to_copy" and step.keywords.get("dtype") is not None
+    if step.name in COPIES:
+        # Derivatives pass through all of them, also where torch's function stops them.
+        step = replace(step, call=_first, arguments=step.arguments[:1], keywords={})
     return LinearStep(step, step, step, step, 1 if rounds else 0)
 
 

@@ -319,10 +319,9 @@ class _PixelCheck:
             if self.network is None:
                 self.network = bound_network(self.classifier, one.images[:1].to(self.classifier.mean.device))
             clean, label = one.images[image : image + 1], int(one.labels[image])
-            exact = MarginBounds(self.network, clean, label, as_run=False)
-            check_trial(exact, self.classifier, clean.to(self.classifier.mean.device), label)
-            as_run = one.statement == AS_RUN
-            self._latest = {image: MarginBounds(self.network, clean, label, as_run=True) if as_run else exact}
+            bounds = MarginBounds(self.network, clean, label, as_run=one.statement == AS_RUN)
+            check_trial(bounds.exact, self.classifier, clean.to(self.classifier.mean.device), label)
+            self._latest = {image: bounds}
         return self._latest[image]
 
     def _chosen_boxes(self) -> Tensor:

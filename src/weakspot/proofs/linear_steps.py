@@ -28,6 +28,8 @@ class LinearStep:
         rounding: as `absolute`, but applied to magnitudes to bound rounding; the same step where nothing is merged.
         terms: the number n of gamma_n; 0 if nothing is rounded.
         constant: magnitude of the constant, broadcast over the result; None if there is none.
+        counting: applied to ones and zeros, how many products with ones are summed up, broadcast over the result; None
+            if that is not known.
     """
 
     value: Step
@@ -36,6 +38,7 @@ class LinearStep:
     rounding: Step
     terms: int
     constant: Tensor | None = None
+    counting: Step | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ def matrix_step(
         rounding=times(magnitudes, None),
         terms=len(matrix) + 2,
         constant=weight[None] if bias is not None else None,
+        counting=times(torch.ones_like(matrix[:, :1]), None),
     )
 
 

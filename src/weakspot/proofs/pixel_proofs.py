@@ -154,12 +154,12 @@ class _Prover:
         if self.network is None or self.reason:
             return None, self.reason
         try:
+            bounds = MarginBounds(self.network, clean, int(label), as_run=self.as_run)
             # Under float32 as run the bounds of a deep network may be so wide that a trial would find nothing.
-            exact = MarginBounds(self.network, clean, int(label), as_run=False)
-            check_trial(exact, self.classifier, clean, int(label))
-            return (MarginBounds(self.network, clean, int(label), as_run=True) if self.as_run else exact), ""
+            check_trial(bounds.exact, self.classifier, clean, int(label))
         except NotSupportedError as reason:
             return None, str(reason)
+        return bounds, ""
 
 
 def _steps_of(classifier: Classifier, image: Tensor, prepared: Prepared) -> BoundNetwork:

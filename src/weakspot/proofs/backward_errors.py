@@ -1,0 +1,127 @@
+"""How far rounding in float32 may move the margins, followed backward from them.
+
+Forward, the rounding of a layer becomes an interval, and each later layer takes it by its absolute weights, as if all
+errors conspired. Backward, the weights of the layers between are multiplied first, and their signs cancel.
+
+Let y be the result of a step, e a bound of its own rounding, and J an interval that contains the derivatives of the
+margin with respect to y, of the network in real numbers from there on, at all values that the network may compute.
+Replace the computed steps by exact ones, one after the other from the last to the first: by the mean value theorem each
+replacement moves the margin by at most sup|J| e, so
+
+    |margin as run - margin in real numbers| <= sum over the steps of sup|J| e.
+
+J is multiplied backward through the steps as center and radius (Zhang et al., "RecurJac", arXiv 1810.11783): an
+activation has slope 0 or 1, or anything between if its input may lie on either side of a corner. All values between
+computed and exact ones lie in the forms of the network as run, so these decide which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from weakspot.edits.steps import Step
+from weakspot.proofs.affine_forms import Form
+from weakspot.proofs.linear_steps import BoundStep, ClampStep, LinearStep, MaxStep
+from weakspot.proofs.rounding_errors import TINY, own
+
+Interval = tuple[Tensor, Tensor]
+"""Centers and radii of derivatives, each (M, number of margins, ...)."""
+
+
+def moved_by_rounding(
+    steps: Sequence[BoundStep],
+    forms: Mapping[int, Form],
+    rounding: Callable[[BoundStep], Tensor | float],
+    margins: tuple[int, Tensor],
+    recorded: int,
+) -> Tensor:
+    """(M, number of margins) how far rounding may move each margin.
+
+    Args:
+        steps: of the network.
+        forms: by slot, on whole maps; they contain what the network may compute.
+        rounding: how far a step's own rounding may move its result, (M, ...) or one number; 0 if it rounds nothing.
+        margins: a slot (M, ...), and the derivatives of the margins with respect to it, (number of margins, ...).
+        recorded: images in the recording of the network.
+    """
+    slot, derivatives = margins
+    count = len(forms[slot])
+    derivatives = derivatives.expand(count, *derivatives.shape)
+    intervals: dict[int, Interval] = {slot: (derivatives, torch.zeros_like(derivatives))}
+    moved = derivatives.new_zeros(count, derivatives.shape[1])
+    for step in reversed(steps):
+        source = step.value if isinstance(step, LinearStep) else step.step
+        if source.outputs[0] not in intervals:
+            continue
+        center, radius = intervals.pop(source.outputs[0])
+        error = rounding(step)
+        if isinstance(error, Tensor) or error:
+            error = torch.as_tensor(error, dtype=torch.float64)
+            error = error[:, None] if error.ndim else error
+            moved = moved + ((center.abs() + radius) * error).flatten(2).sum(2)
+        if isinstance(step, LinearStep):
+            befores = _before_linear(step, (center, radius), forms, recorded)
+        elif isinstance(step, ClampStep):
+            befores = [_before_clamp(step, (center, radius), forms[source.inputs[0]])]
+        else:
+            befores = [_before_maximum(step, (center, radius), forms[source.inputs[0]])]
+        for before, interval in zip(source.inputs, befores, strict=True):
+            other = intervals.get(before)
+            intervals[before] = interval if other is None else _sum(interval, other)
+    terms = sum(form.center[0].numel() for form in forms.values())
+    moved = moved * (1 + own(terms)) + TINY
+    return moved.nan_to_num(torch.inf, torch.inf)
+
+
+def _sum(one: Interval, other: Interval) -> Interval:
+    center = one[0] + other[0]
+    return center, (one[1] + other[1] + own(2) * center.abs()) * (1 + own(2))
+
+
+def _before_linear(
+    step: LinearStep, after: Interval, forms: Mapping[int, Form], recorded: int
+) -> list[Interval]:
+    """Derivatives with respect to each input of a linear step."""
+    center, radius = after
+    slots = step.linear.inputs
+    shapes = [forms[slot].center.shape[1:] for slot in slots]
+
+    def transposed(what: Step, values: Tensor) -> list[Tensor]:
+        rows = values.flatten(0, 1)
+        with torch.enable_grad():
+            zeros = [rows.new_zeros(len(rows), *shape).requires_grad_() for shape in shapes]
+            result = what.run(dict(zip(slots, zeros, strict=True)), len(rows), recorded)
+            result = result[0] if what.several else result
+            made = torch.autograd.grad(result, zeros, rows.reshape(result.shape), materialize_grads=True)
+        return [part.unflatten(0, values.shape[:2]) for part in made]
+
+    # Each derivative sums up at most as many products as the step has results.
+    loss = own(center[0, 0].numel())
+    centers = transposed(step.linear, center)
+    radii = transposed(step.absolute, radius + loss * (center.abs() + radius))
+    return [(one, other * (1 + loss) + TINY) for one, other in zip(centers, radii, strict=True)]
+
+
+def _before_clamp(step: ClampStep, after: Interval, form: Form) -> Interval:
+    center, radius = after
+    lower, upper = (end[:, None] for end in form.ends)
+    inside = (lower >= step.low) & (upper <= step.high)
+    outside = (upper <= step.low) | (lower >= step.high)
+    between = ~(inside | outside)
+    half = torch.where(inside, 1.0, torch.where(between, 0.5, 0.0))
+    return center * half, torch.where(between, center.abs() / 2, 0.0) + torch.where(outside, 0.0, radius)
+
+
+def _before_maximum(step: MaxStep, after: Interval, form: Form) -> Interval:
+    """Derivatives with respect to candidates: between 0 and 1 times those of the largest, unless it is certain."""
+    center, radius = (part.repeat_interleave(step.count, 2) for part in after)
+    lower, upper = (end.unflatten(1, (-1, step.count)) for end in form.ends)
+    may = upper >= lower.amax(2, keepdim=True)
+    certain = may & (may.sum(2, keepdim=True) == 1)
+    may, certain = (part.flatten(1, 2)[:, None] for part in (may, certain))
+    half = torch.where(certain, 1.0, torch.where(may, 0.5, 0.0))
+    between = may & ~certain
+    return center * half, torch.where(between, center.abs() / 2, 0.0) + torch.where(may, radius, 0.0)
