@@ -74,6 +74,10 @@ ROWS = {
         f"cifar10_{name}_exact": Row(f"cifar10_{name}", statement=EXACT)
         for name in ("conv_small_pgd", "resnet2b_adv", "resnet4b_adv")
     },
+    **{
+        f"cifar10_{name}_exact_64": Row(f"cifar10_{name}", statement=EXACT, sparse=True)
+        for name in ("resnet2b_adv", "resnet4b_adv")
+    },
     "cifar10_resnet20_8bit": Row("cifar10_resnet20", "8bit:8/255", sparse=True),
     "cifar10_resnet20_exact": Row("cifar10_resnet20", "8/255", EXACT, sparse=True),
 }
