@@ -66,6 +66,7 @@ class L2:
                 break
             scale = grown
         inside = (scale * wanted).clamp(low, high)
+        # Rounding and the tolerance above may leave the length a little over the budget.
         return (inside * (self.eps / _length(inside)).clamp(max=1)).view_as(perturbation)
 
     def steepest_step(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:  # noqa: ARG002
@@ -109,6 +110,7 @@ class L1:
             left = size - shrink
             cut = torch.minimum(left.clamp(min=0), room)
             over = cut.sum(1, keepdim=True) - self.eps
+            # Solved as well where the perturbation is inside the budget without any shrinking.
             solved = (over.abs() <= 1e-6 * self.eps).logical_or((over <= 0) & (shrink <= 0))
             if bool(solved.all()):
                 break
@@ -120,6 +122,7 @@ class L1:
             step = torch.where(bracketed, newton, (low + high) / 2)
             shrink = torch.where(solved, shrink, step)
         inside = torch.minimum((size - shrink).clamp(min=0), room)
+        # Rounding and the tolerance above may leave the sum a little over the budget.
         total = inside.sum(1, keepdim=True).clamp(min=1e-20)
         return (inside * (self.eps / total).clamp(max=1) * wanted.sign()).view_as(perturbation)
 

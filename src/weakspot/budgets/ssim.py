@@ -109,6 +109,8 @@ class _GlobalSSIM:
         moved = patches.total(movable)
         slope_mean = patches.total(slope) / moved.clamp(min=1)
         # Written so that nothing cancels: the deviation from the mean slope, and the mean slope's own step.
+        # The matrix is I / S + a 11^T with S = structure, L = level, n = count and a = 1 / (n^2 L) - 1 / (n S). On the
+        # k = moved sites that may change, Sherman and Morrison divide by 1 + k S a, which is `common`.
         common = 1 - moved / patches.count + moved * structure / (level * patches.count.square())
         of_mean = slope_mean / common.clamp(min=TINY)
         step = (slope - slope_mean).add_(self.level * of_mean).mul_(structure).mul_(movable)
@@ -157,7 +159,9 @@ class _GlobalSSIM:
             guess = fraction * (limit * (1 - 1e-7) / spent.clamp(min=TINY)).sqrt()
             bracketed = (guess > low) & (guess < high) & (number % 2 == 0)
             fraction = torch.where(bracketed, guess, (low + high) / 2)
+            # Images that are done stay where they are while others of the batch go on.
             fraction = torch.where(low >= high * (1 - 1e-6), low, fraction)
+        # The end of the bracket that is within the budget.
         return low.to(perturbation.dtype).view(-1, 1, 1, 1)
 
 

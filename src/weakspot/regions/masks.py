@@ -216,6 +216,7 @@ def _control(mask: Tensor, kind: str, seed: int, image: bytes) -> Tensor:
     if kind == "shift":
         if height * width == 1:
             return mask.clone()
+        # One number for both axes, from 1 on: every shift but none at all is equally likely.
         move = int(torch.randint(1, height * width, (), generator=generator))
         return mask.roll((move // width, move % width), (2, 3))
     scores = torch.rand(1, 1, height, width, generator=generator)

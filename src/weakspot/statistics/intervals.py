@@ -184,6 +184,7 @@ def _bootstrap_t(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
         weights = rng.multinomial(images, np.full(images, 1 / images), size).astype(np.float64)
         counts = np.maximum(weights @ known, 2)  # a resample may hold one or none of a column's images
         shift = weights @ centered / counts
+        # The variance is the mean square times n / (n - 1), and that of a mean is the n-th part: the two n cancel.
         error = np.sqrt(np.maximum(weights @ centered**2 / counts - shift**2, 0) / (counts - 1))
         # A resample of equal values has no standard error: its statistic lies beyond all others.
         flat = error <= ROUNDING * spread

@@ -192,6 +192,7 @@ def run_test(matrix: Tensor, *, seed: int = 0) -> RunTest:
     count = len(values)
     if not count:
         return RunTest(0, np.nan, np.nan, np.nan)
+    # An undefined value counts as the mean of its attack, which draws permutations neither up nor down.
     values = np.where(np.isfinite(values), values, np.nanmean(values, 1, keepdims=True))
     value, null = float(values.diagonal().mean()), float(values.mean())
     if count < LEAST_RUN:
