@@ -123,6 +123,7 @@ def in_train_mode(module: nn.Module) -> bool:
 def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
     """Hold the model's parameters without gradients, so that backward passes do not add to their `.grad`."""
     with _lock:
+        # Those that another thread holds count as well: it gives them their gradients back when it leaves.
         weights = [weight for weight in model.parameters() if weight.requires_grad or id(weight) in _frozen]
         for weight in weights:
             _frozen.setdefault(id(weight), _Held(weight, 0)).holders += 1
@@ -279,6 +280,7 @@ def preserve_random_state(device: torch.device | None = None) -> Iterator[None]:
                 for first in reversed(_first_states):  # the first thread's state last: it is the oldest
                     first.restore()
                 _first_states.clear()
+            # A nested context restores what it found, but not under another thread that draws from the same generators.
             elif set(_drawing) == {thread}:
                 state.restore()
 

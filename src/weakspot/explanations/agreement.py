@@ -123,6 +123,7 @@ def agreement(importance: Tensor, vulnerability: Tensor, *, fraction: float = 0.
         return {
             "effect_in_roi": _products(vulnerable.double(), roi) / lost_margin(vulnerable)[:, 0] + blank,
             "jaccard": common / union + blank,
+            # Pearson's correlation is the mean product of standardized maps; of ranks, it is Spearman's.
             "spearman": _products(standardized(ranks(vulnerable)), standardized(ranks(important))) / sites,
             # Bivariate Moran's I: importance with the mean vulnerability of the eight neighbors.
             "moran_i": _products(queen_lag(worked), looked) / sites,

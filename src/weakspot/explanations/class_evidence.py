@@ -126,6 +126,7 @@ def interpretability_test(
         classes = pairs.labels if of == "label" else competing_classes(classifier, pairs)
         if len(others):
             logits = predict(classifier, others)
+            # A reference image has no attack: its runner-up stands for the target.
             first = logits.argmax(1)
             classes = torch.cat([classes, first if of == "label" else runner_up(logits, first)[1]])
         evidence = class_activation(classifier, images, classes, alignment="effective")

@@ -227,6 +227,7 @@ def stream(
 ) -> Iterator[ChangedBatch]:
     """Batch by batch, each layer's maps of clean and changed images compared as they appear and then dropped."""
     fixed = classifier.fixed_batch
+    # Half the usual batch, because clean and changed images go through the network together.
     size = fixed or batch_size or max(1, default_batch(clean) // 2)
     for start in range(0, len(clean), size):
         rows = slice(start, min(start + size, len(clean)))
