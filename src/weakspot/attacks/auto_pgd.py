@@ -20,6 +20,7 @@ def checkpoints(steps: int) -> list[int]:
     while fractions[-1] < 1:
         # p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06)
         fractions.append(fractions[-1] + max(fractions[-1] - fractions[-2] - 0.03, 0.06))
+    # Rounded before the ceiling, so that 11.000000000000002 steps are 11 and not 12.
     return sorted({math.ceil(round(fraction * steps, 6)) for fraction in fractions if 0 < fraction < 1})
 
 
@@ -108,6 +109,7 @@ class _State:
         self.size = torch.where(stalled, self.size / 2, self.size)
         self.perturbation = torch.where(stalled, self.best, self.perturbation)
         self.direction = torch.where(stalled, self.best_direction, self.direction)
+        # From the best point on, momentum starts anew.
         self.before = torch.where(stalled, self.best, self.before)
         self.latest = torch.where(stalled, self.lowest, self.latest)
         self.gains = torch.zeros_like(self.gains)

@@ -48,6 +48,7 @@ def evolve(
             break
         three = _three_others(part.keys, generation + 1, population)
         children = _Candidates(
+            # Just below the sides, so that every place is cut to a pixel of the image.
             places=parents.combined("places", *three).clamp(min=0).minimum(sides - 1e-3),
             colors=parents.combined("colors", *three).clamp(0, 1),
         )
@@ -158,6 +159,7 @@ def _evaluate(problem: Problem, children: _Candidates, parents: _Candidates | No
     first[own.flip(0)] = torch.arange(len(own), device=every.device).flip(0)
     new = (fitness.isnan() & (first >= 0)).nonzero()[:, 0]
     if len(new):
+        # In the order of children, image by image: names are hashes, and their order means nothing.
         which = first[new].sort()
         painted = evaluate_painted(
             problem,

@@ -163,6 +163,7 @@ def _parts(owners: Tensor, count: int, limit: int) -> Iterator[tuple[slice, slic
     ends = torch.bincount(owners, minlength=count).cumsum(0).tolist()
     first = start = 0
     for place, end in enumerate(ends):
+        # A part ends before the place that would make it too long, so that a place is never divided.
         if place + 1 == count or ends[place + 1] - start > limit:
             yield slice(start, end), slice(first, place + 1)
             first, start = place + 1, end

@@ -143,6 +143,7 @@ def _within_groups(best: BestSoFar, groups: Tensor) -> BestSoFar:
     changed = (group_lengths(images - problem.clean, groups) > 0).gather(1, groups.flatten(1))
     inside = replace(problem, region=problem.region & changed.view_as(groups), everywhere=False)
     refined = BestSoFar(inside, squared, best.confidence)
+    # The refinement starts from what the search found, and replaces it only by something better.
     refined.images, refined.lowest = images, best.lowest
     refined.size = torch.where(best.size.isinf(), torch.inf, squared(images - problem.clean))
     return refined

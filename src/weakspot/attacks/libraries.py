@@ -14,6 +14,7 @@ from weakspot._checks import unknown_choice
 from weakspot.attacks.context import Problem
 from weakspot.budgets import L1, L2, Budget, Linf
 
+# Classes of ART that need targets, and classes that are given one image at a time.
 ONLY_TARGETED = {"SaliencyMapMethod", "TargetedUniversalPerturbation"}
 ONE_BY_ONE = {"SimBA", "ShadowAttack"}
 PACKAGES = {"foolbox": "foolbox", "torchattacks": "torchattacks", "art": "adversarial-robustness-toolbox"}

@@ -106,4 +106,5 @@ def check_values(values: Tensor, count: int) -> None:
 def conservative_margin(logits: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
     """(N,) the margin plus the error that rounding may make: if it is below zero, the image fools in any batch."""
     with torch.no_grad():
+        # A logit may be off by 1e-5 of the largest (`fusion.TOLERANCE`), and a margin is the difference of two logits.
         return margin(logits, labels, targets) + 2e-5 * logits.abs().amax(1)

@@ -61,6 +61,7 @@ def verified(
                     f"attack {name} must stay inside its budget of {problem.budget}, got {spent:.3g} in image {row}"
                 )
         result = problem.result(adversarial)
+        # The passes of the plug-in, and the two of `problem.result`.
         return replace(
             result,
             n_forward=returned.n_forward.to(result.n_forward) + result.n_forward,

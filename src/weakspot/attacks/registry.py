@@ -143,6 +143,7 @@ class Attack:
         result = self.function(model, images, labels, **taken, **settings)
         if not self.plug_in:
             return result
+        # An attack that was given no budget is not held to one.
         asked = options if "budget" in taken else replace(options, budget=None)
         return verified(self.name, result, model, images, labels, asked)
 

@@ -182,6 +182,7 @@ class SmallestChange:
         for number in range(count):
             wanted = starts.sizes[:, number] < WORTH * best.size if number else best.size > 0
             rows = wanted.nonzero()[:, 0]
+            # A further class must need less than the best class so far, so its round starts inside that change.
             radius = torch.minimum(starts.sizes[rows, number], 0.99 * best.size[rows])
             part = part_of(progress, number, number + 1, whole)
             self._round(rows, starts.classes[rows, number], radius, progress=part)

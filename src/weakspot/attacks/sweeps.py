@@ -151,6 +151,7 @@ class _Search:
             count, block = inside.sum(1), EARLY_BLOCK
         else:
             inside = allowed.repeat_interleave(len(palette), 1)
+            # A stable sort puts the candidates of the region first and leaves them in reading order.
             order = (~inside).byte().argsort(dim=1, stable=True)
             count, block = inside.sum(1), max(1, BLOCK // len(order))
         total = int(count.max())
