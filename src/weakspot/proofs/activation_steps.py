@@ -70,9 +70,11 @@ def max_pool_steps(step: Step, shapes: dict[int, torch.Size]) -> list[BoundStep]
             (middle,),
             False,
         )
+        # Generators and radii of the padding are zero: only its value is far below.
         zero = replace(value, arguments=(Slot(source), around, 0.0))
         steps.append(LinearStep(value, zero, zero, zero, 0))
         source = middle
+    # One kernel for each place of the window, which copies that place.
     weight = torch.eye(many, dtype=torch.float64).view(many, 1, high, wide).repeat(channels, 1, 1, 1)
     arguments = (Slot(source), weight, None, list(stride), [0, 0], list(dilation), False, [0, 0], channels)
     spread = Step("convolution", convolve, arguments, {}, (source,), (candidates,), False)

@@ -140,6 +140,7 @@ def clamped(form: Form, low: float, high: float, step: int | None) -> Form:
     inside = (lower >= low) & (upper <= high)
     span = (upper - lower).clamp(min=TINY)
     slope = ((upper.clamp(low, high) - lower.clamp(low, high)) / span).clamp(0, 1)
+    # Exactly 1 where the value passes unchanged, which the quotient of two differences may miss.
     slope = torch.where(inside, 1.0, slope)
     corners = [lower, upper]
     corners += [
@@ -163,6 +164,7 @@ def clamped(form: Form, low: float, high: float, step: int | None) -> Form:
     half = half * (1 + 4 * ULP)
     if step is None:
         return replace(changed, radius=radius + half)
+    # As infinity, NaN is counted below; as NaN, it would get no generator, and the bound would not hold.
     flat = half.flatten(1).nan_to_num(torch.inf, torch.inf)
     many = int((flat > 0).sum(1).max()) if len(form) else 0
     if not many:
@@ -203,6 +205,7 @@ def largest(candidates: Form, count: int, axis: int) -> Form:
         radius.gather(axis + 1, best),
         generators.gather(axis + 2, best[:, None].expand(-1, generators.shape[1], *[-1] * (center.ndim - 1))),
     ]
+    # The most by which x_i may exceed x_j: generators that both share cancel, radii do not.
     ahead = center - own[0] + (generators - own[2]).abs().sum(1) + radius + own[1]
     scale = center.abs() + own[0].abs() + generators.abs().sum(1) + own[2].abs().sum(1) + radius + own[1]
     ahead = ahead + (generators.shape[1] + 8) * ULP * scale
@@ -210,6 +213,7 @@ def largest(candidates: Form, count: int, axis: int) -> Form:
     center, radius, generators = (
         part.squeeze(place) for part, place in zip(own, (axis + 1, axis + 1, axis + 2), strict=True)
     )
+    # [0, d] is d / 2 with a radius of d / 2.
     half = ahead / 2 * (1 + 2 * ULP)
     shift = torch.where(half > 0, half, 0.0)
     error = torch.where(half > 0, 4 * ULP * (center.abs() + half), 0.0)

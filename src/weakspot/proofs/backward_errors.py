@@ -54,6 +54,7 @@ def moved_by_rounding(
     moved = derivatives.new_zeros(count, derivatives.shape[1])
     for step in reversed(steps):
         source = step.value if isinstance(step, LinearStep) else step.step
+        # No margin depends on this result.
         if source.outputs[0] not in intervals:
             continue
         center, radius = intervals.pop(source.outputs[0])
@@ -71,6 +72,7 @@ def moved_by_rounding(
         for before, interval in zip(source.inputs, befores, strict=True):
             other = intervals.get(before)
             intervals[before] = interval if other is None else _sum(interval, other)
+    # The sum above is itself rounded in float64.
     terms = sum(form.center[0].numel() for form in forms.values())
     moved = moved * (1 + own(terms)) + TINY
     return moved.nan_to_num(torch.inf, torch.inf)
@@ -90,6 +92,7 @@ def _before_linear(
     shapes = [forms[slot].center.shape[1:] for slot in slots]
 
     def transposed(what: Step, values: Tensor) -> list[Tensor]:
+        # The transpose of a linear step is its vector-Jacobian product, wherever that is taken: here, at zero.
         rows = values.flatten(0, 1)
         with torch.enable_grad():
             zeros = [rows.new_zeros(len(rows), *shape).requires_grad_() for shape in shapes]
@@ -111,6 +114,7 @@ def _before_clamp(step: ClampStep, after: Interval, form: Form) -> Interval:
     inside = (lower >= step.low) & (upper <= step.high)
     outside = (upper <= step.low) | (lower >= step.high)
     between = ~(inside | outside)
+    # A slope between 0 and 1, times c with a radius of r, is within |c| / 2 + r of c / 2.
     half = torch.where(inside, 1.0, torch.where(between, 0.5, 0.0))
     return center * half, torch.where(between, center.abs() / 2, 0.0) + torch.where(outside, 0.0, radius)
 

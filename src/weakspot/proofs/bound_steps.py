@@ -128,6 +128,7 @@ def _move(step: Step, shapes: dict[int, torch.Size]) -> LinearStep:
     images_move = any(isinstance(axis, int) and axis % max(len(before), 1) == 0 for axis in axes)
     if step.name == "slice":
         whole = (*step.arguments[2:], None, None)[:2]
+        # A slice to the end is recorded with the largest integer of 64 bits as its end.
         images_move = images_move and not (whole[0] in {None, 0} and (whole[1] is None or whole[1] > 2**31))
     if step.name == "permute":
         images_move = step.arguments[1][0] != 0

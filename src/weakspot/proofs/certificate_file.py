@@ -91,6 +91,7 @@ class CertificateFile:
             values = _tensor(self.part(*keys), dtype)
         except (ValueError, TypeError, RuntimeError, OverflowError):
             raise self.error(f"{'.'.join(keys)} holds something else than finite numbers") from None
+        # An empty list has lost its other sides in JSON.
         if not values.numel():
             values = values.view([max(0, side) for side in shape]) if 0 in _sized(shape) else values
         expected = [values.shape[0] if side == -1 and values.ndim else side for side in shape]

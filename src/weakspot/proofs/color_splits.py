@@ -153,6 +153,7 @@ class ColorSearch:
         total = max(1, len(sites))
         first = True
         while len(boxes) and not self.late:
+            # The boxes of the first round have had shared generators already, in `prove_at_once`.
             if not first and (self._cheap[0] < TRIED or self._cheap[1] >= WORTHWHILE * self._cheap[0]):
                 before = len(boxes)
                 boxes = self._shared(boxes)

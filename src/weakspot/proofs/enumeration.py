@@ -86,6 +86,7 @@ def eight_bit_colors(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     counts = (last - first + 1).clamp(min=0)
     totals = counts.prod(1)
     owners = torch.repeat_interleave(torch.arange(len(totals)), totals)
+    # The number of each color within its box, whose digits are the levels of the channels, the last channel first.
     rest = torch.arange(len(owners)) - (totals.cumsum(0) - totals)[owners]
     levels = []
     for channel in range(first.shape[1] - 1, -1, -1):

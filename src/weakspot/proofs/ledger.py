@@ -88,6 +88,7 @@ class Ledger:
         self.boxes.append(boxes)
         self.status[sites] = PROVEN
         self.reason[sites] = -1
+        # The worst box bounds a pixel; an earlier bound of all its colors at once holds as well, and the larger counts.
         lowest = torch.full_like(self.lower_bound, torch.inf).scatter_reduce(0, sites, boxes.bound, "amin")
         self.lower_bound[sites] = torch.maximum(lowest, self.lower_bound)[sites]
 

@@ -79,6 +79,7 @@ class MarginBounds:
         self.exact = self
         if as_run:
             self.exact = MarginBounds(network, image, label, as_run=False)
+            # Nothing varies in the unchanged image: half the width of its bounds is what rounding takes.
             self._lost = float((self.clean.upper - self.clean.lower).amax()) / 2
             self.clean = self._closer(
                 self.clean, self.exact.clean, self._propagation.clean, self._propagation.overflows

@@ -95,6 +95,7 @@ def patch_side(patch: Patch, image: tuple[int, int]) -> int:
         raise ValueError(
             f"patch must be a side in pixels such as 32, or a fraction of the image such as 0.02, got {patch!r}"
         )
+    # Rounding of the root must not add a pixel to a side that is whole.
     side = int(patch) if whole else math.ceil(math.sqrt(patch * math.prod(image)) - 1e-9)
     if side > most:
         raise ValueError(f"patch must be at most {most} pixels a side in such images, got {patch!r}")

@@ -83,6 +83,7 @@ def _on_maps(steps: Sequence[Step], shapes: dict[int, torch.Size], logits: int) 
         return replace(step, arguments=filled(step.arguments, {step.inputs[0]: Slot(slot)}), inputs=(slot,))
 
     result = [on_map(step) for step in steps]
+    # Flattened maps that nothing reads any more are left out.
     read = {logits, *(slot for step in result for slot in step.inputs)}
     return [step for step in result if step.outputs[0] in read or step.outputs[0] not in maps]
 

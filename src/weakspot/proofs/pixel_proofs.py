@@ -134,6 +134,7 @@ class _Prover:
             eight_bit=self.allowed.eight_bit,
             deadline=self.deadline,
         )
+        # If not even the unchanged image is proven, no box that holds its color can be.
         loose = bounds is not None and bool(bounds.clean.bound <= 0)
         if bounds is not None and not loose:
             search.prove_at_once(ledger.open_sites(image))
@@ -206,6 +207,7 @@ def _sweep(search: ColorSearch, sites: Tensor) -> None:
     low, high = ledger.box(sites)
     own = ledger.color[sites].double()
     corners = [
+        # The float32 numbers next to the ends of the box, on its inside: an image cannot have others.
         torch.where(torch.tensor(corner, dtype=torch.bool), float32_below(high), -float32_below(-low))
         for corner in itertools.product((False, True), repeat=low.shape[1])
     ]

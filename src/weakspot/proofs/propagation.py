@@ -198,8 +198,10 @@ class Propagation:
             return radius
         sums = run(step.rounding, "magnitude")
         sums = sums if constant is None else sums + constant
+        # Rounding in float64 of the center and the generators; the last line is for that of the radius itself.
         radius = radius + own(step.terms) * sums
         if self.as_run:
+            # Negated, because NaN is below nothing and must count as an overflow.
             self.overflows |= ~(sums.flatten(1) < LARGEST).all(1)
             radius = radius + self._rounding(step, sums, run)
         return radius * (1 + own(step.terms)) + TINY
@@ -210,6 +212,7 @@ class Propagation:
         terms = torch.tensor(float(step.terms), dtype=torch.float64)
         if step.counting is not None:
             terms = run(step.counting, "nonzero") + 2
+        # The last part is for products below the normal range, each of which adds less than the smallest normal number.
         return gamma(terms, torch.float32) * (1 + 2**-40) * sums + 4 * step.terms * SMALLEST
 
     def _map(self, slot: int, part: str) -> Map:

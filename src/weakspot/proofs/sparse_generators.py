@@ -72,6 +72,7 @@ def _convolved(step: LinearStep, result: Form, numbers: Tensor, size: tuple[int,
             places[:, :, None] + pair(padding)[axis] - pair(stride)[axis] * results.view(-1, 1, reached[axis])
         )
         inside.append(torch.where((reads >= 0) & (reads < extent), reads, extent))
+    # A row of the padded kernel is all output channels of one place and input channel, found by one flat number.
     padded = F.pad(weight, (0, 1, 0, 1)).permute(2, 3, 1, 0)
     chosen = inside[0][..., :, None] * padded.shape[1] + inside[1][..., None, :]
     chosen = chosen * padded.shape[2] + channels[..., None, None]

@@ -254,6 +254,7 @@ class _Masked:
         for position, base in enumerate(order.tolist()):
             if worst[0] <= 0:
                 break
+            # Pairs with the masks before this one have been tried.
             others = order[position + 1 :]
             if len(others):
                 pairs = self.margins(base, others, self.windows(base, others), label, scale)
