@@ -113,6 +113,7 @@ class Access:
         if not self.knows(host):
             return "This server does not answer under that host name (see weakspot explore --base-url)."
         origin = headers.get("origin")
+        # Under an address that `knows` takes beyond the listed hosts, the page's own origin is that address.
         own = self.origins | ({f"http://{host}"} if host not in self.hosts else set())
         if origin is not None and origin.lower() not in own:
             return "This server answers its own pages only."

@@ -101,6 +101,7 @@ class Application(Starlette):
                     jobs.pop(number, None)
                 outbox.put_nowait({"id": number, **event})
 
+            # Events come from the desk's threads; only that of the loop touches the jobs and the outbox.
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(put)
 

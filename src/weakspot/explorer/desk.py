@@ -110,6 +110,7 @@ class Desk:
         Returns:
             The job: set its `stop` to end it at its next step.
         """
+        # A job ends by an event of its own, and then its result arrives as well: the page gets one end.
         ended = threading.Event()
 
         def send_last(event: Message) -> None:

@@ -182,6 +182,7 @@ class Gallery:
         regions = self.run.plan.regions
         attack, region = attacks.index(str(row["attack"])), list(regions).index(str(row["region"]))
         if suffix and self.other is not None:
+            # The second run may have the same attack under another number and label.
             own = self.run.plan.attacks[attack]
             identity = (own.name, own.budget, own.settings)
             others = [(one.name, one.budget, one.settings) for one in self.other.plan.attacks]

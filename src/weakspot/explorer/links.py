@@ -81,6 +81,7 @@ def _python(bench: Bench, order: Order, exhibit: Exhibit, masks: Mapping[str, st
     """A script that attacks at the mask and at its control and prints what came of each."""
     lines = ["import base64", "from pathlib import Path", "", "import torch", "import weakspot", ""]
     if not masks:
+        # Only masks need the first two imports.
         lines = lines[3:]
     lines += _inputs(bench, exhibit, order.number)
     lines.append(

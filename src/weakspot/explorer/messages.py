@@ -137,6 +137,7 @@ class Request:
         settings: dict[str, str | int | float | bool | None] = {}
         for key, one in value.items():
             plain = one is None or isinstance(one, bool | int | float | str)
+            # Negated for NaN, which Python's reader of JSON takes.
             if isinstance(one, int | float) and not abs(one) <= LARGEST:
                 raise RequestError(f"{key} must be between {-LARGEST} and {LARGEST}, got {_shown(one)}")
             if not str(key).isidentifier() or not plain or len(str(one)) > TEXT:

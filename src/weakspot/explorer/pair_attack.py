@@ -229,6 +229,7 @@ def _verified(
         labels=labels,
         targets=reached if aims is None else aims,
         success=success,
+        # With the two passes above; which of the observed passes had gradients is not known.
         n_forward=torch.tensor(progress.passes).to(labels) + 2,
         n_backward=torch.zeros_like(labels),
         success_8bit=success_8bit & fits,

@@ -131,6 +131,7 @@ def control_of(mask: Tensor, seed: int) -> Tensor | None:
 
 def pixels_met(mask: Tensor, other: Tensor) -> Tensor:
     """(H, W) how many pixels of another mask a mask (1, 1, H, W) meets when it is shifted down and right by so much."""
+    # The conjugate turns the convolution into a correlation. Counts are whole numbers, which the transform blurs.
     spectrum = torch.fft.rfft2(mask[0, 0].double()).conj()
     met: Tensor = torch.fft.irfft2(torch.fft.rfft2(other[0, 0].double()) * spectrum, s=mask.shape[2:])
     return met.round()

@@ -159,6 +159,7 @@ class RecordPictures:
         if files is None:
             levels: NDArray[np.uint8] = stored[_key(kind, place)]
             return levels
+        # A chunk holds one image with all attacks and regions.
         whole = files.read(place.image)
         return whole if kind == CLEAN else whole[place.attack, place.region]
 

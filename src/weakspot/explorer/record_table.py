@@ -133,6 +133,7 @@ def _others(run: Run, other: Run) -> object:
     frame = frame[frame["attack"].isin(names) & frame["region"].isin(shared.regions)]
     frame = frame.assign(attack=frame["attack"].map(names))
     for before, after in shared.attacks:
+        # Robust at one size says nothing about robust at another.
         if not same_limit(run.plan, before, other.plan, after):
             frame.loc[frame["attack"] == before.label, "robust"] = None
     return frame.astype({"robust": "boolean"})

@@ -51,6 +51,7 @@ class _BetweenOperations(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if not self._ended:  # afterward, what restores the model on the way out must run undisturbed
+            # It stays set if the check raises.
             self._ended = True
             self._check()
             self._ended = False
@@ -241,6 +242,7 @@ class Worker:
             if self._closed or self._probes or self._short or self._long:
                 return
             rest = self._probed + REST - time.monotonic()
+            # Without background work there is nothing to wake up for by itself: the next request notifies.
             if rest > 0 or not self._background:
                 self._wake.wait(rest if self._background else None)
                 return
