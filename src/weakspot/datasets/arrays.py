@@ -132,6 +132,7 @@ def _key(keys: list[str], names: tuple[str, ...]) -> str | None:
 
 def _key_of_split(path: Path, keys: list[str], names: tuple[str, ...], split: str) -> str:
     """The array of images or labels of a split."""
+    # All but the last name, which numpy gives to arrays without a name.
     of_split = [form for name in names[:-1] for form in (f"{name}_{split}", f"{split}_{name}")]
     key = _key(keys, (*of_split, *(names if split == "train" else ())))
     if key is not None:
@@ -195,6 +196,7 @@ def _pixels(images: Array) -> Tensor:
         raise ValueError(f"images must be uint8 or floats in [0, 1], got {_type(images)}")
     if images.dtype.kind == "f" and images.dtype.itemsize > 8:
         images = images.astype(np.float64)  # torch has no longer floats
+    # torch takes arrays in the byte order of the machine only.
     pixels = torch.from_numpy(np.ascontiguousarray(images, images.dtype.newbyteorder("=")))
     return pixels[:, None] if pixels.ndim == 3 else _channels_first(pixels).contiguous()
 

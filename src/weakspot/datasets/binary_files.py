@@ -115,6 +115,7 @@ def _find_idx(folder: Path, part: str, kind: str) -> Path | None:
 
 
 def _idx_names(part: str, kind: str) -> list[str]:
+    # Some copies of MNIST have a dot where the original names have the second hyphen.
     return [
         f"{part}-{kind}{between}{IDX_KINDS[kind]}-ubyte{packed}" for packed in ("", ".gz") for between in "-."
     ]

@@ -40,6 +40,7 @@ def from_transformers(name: str) -> Classifier:
         network,
         mean=settings.get("image_mean") or [0.0],
         std=settings.get("image_std") or [1.0],
+        # The crop is what the network sees; without one, the resized image is.
         input_size=_height_width(
             (settings.get("do_center_crop", True) and settings.get("crop_size"))
             or settings.get("size")

@@ -105,7 +105,9 @@ def fixed_images(classifier: Classifier) -> Tensor:
     height, width = classifier.input_size
     c, y, x = np.ogrid[: classifier.channels, :height, :width]
     place = ((c * height + y) * width + x).astype(np.uint64)
+    # Knuth's multiplicative hash of the pixel's number, of which the upper bits look random.
     noise = (((place + 1) * 2654435761) % 2**32 >> 16) % 256
+    # Triangle waves in two directions, then blocks of which there are about six a side.
     slopes = [np.abs((x * a + y * b + c * 85) % 510 - 255) for a, b in ((9, 4), (-23, 37))]
     shapes = (y * 6 // height + x * 6 // width + c) % 4 * 60 + 30
     levels = np.stack([noise, *(np.broadcast_to(one, place.shape) for one in (*slopes, shapes))])

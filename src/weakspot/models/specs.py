@@ -233,6 +233,7 @@ def _load_weights(network: nn.Module, path: Path) -> None:
         for prefix in ("", "module.", "model.", "_orig_mod.", "network.")
     ]
     stripped = max(spellings, key=lambda spelling: len(own.keys() & spelling.keys()))
+    # Old files have no counter of batches, which eval mode does not read.
     missing = sorted(
         own.keys() - stripped.keys() - {key for key in own if key.endswith("num_batches_tracked")}
     )

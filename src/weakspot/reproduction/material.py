@@ -167,6 +167,7 @@ class Material:
 
     def others(self, maps: Tensor) -> Tensor:
         """Every image's map replaced by that of another image, none by its own."""
+        # In a random order, each image gets the map of the one before it and the first that of the last.
         order = torch.randperm(len(maps), generator=torch.Generator().manual_seed(self.seed))
         return maps[order.roll(1)[order.argsort()]]
 
@@ -199,6 +200,7 @@ def unsure(logits: Tensor) -> str:
         logits: (N, K).
     """
     confidence = float(logits.double().softmax(1).amax(1).mean())
+    # Twice the probability that guessing gives; .6 for two classes, where that would be 1.
     if confidence > max(LEAST_CONFIDENCE, 2 / logits.shape[1] if logits.shape[1] > 2 else 0.6):
         return ""
     return (

@@ -282,6 +282,7 @@ class OnePixel:
         """Of each successful attack: the rate among the eight neighbors minus the rate at all other sites."""
         assert self.pairs is not None  # noqa: S101
         changed = (self.pairs.perturbation != 0).any(1, keepdim=True)
+        # A maximum over 3 x 3 marks the eight neighbors.
         around = max_pool2d(changed.float(), 3, 1, 1).bool() & ~changed
         near, other = around[:, 0], ~changed[:, 0]
 

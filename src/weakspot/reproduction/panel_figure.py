@@ -50,6 +50,7 @@ def _rates(axis: Axes, panel: Panel) -> None:
     """A row for each category, with a dot and an interval for each series."""
     count = len(panel.categories)
     for number, series in enumerate(panel.series):
+        # The series of a category share half of its row, one below the other.
         places = np.arange(count) + 0.5 * ((number + 0.5) / len(panel.series) - 0.5)
         color, x = COLORS[number % len(COLORS)], _array(series.x)
         if series.low:

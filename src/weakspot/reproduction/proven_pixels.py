@@ -29,6 +29,7 @@ def proven_safe(material: Material, pairs: Pairs) -> tuple[Measurement, ...]:
     clean = chosen.clean
     material.log("proving pixels safe")
     draws = _random.uniform(_random.keys(clean, material.seed), 0, clean[0, 0].numel())
+    # The place of each pixel in a random order, which depends on the image and the seed alone.
     ranks = draws.argsort(1).argsort(1)
     region = (ranks < PIXELS[quick]).view(len(clean), 1, *clean.shape[2:])
     result = certify_pixels(material.model, clean, chosen.labels, region=region, seconds=SECONDS[quick])
