@@ -156,6 +156,7 @@ class _GlobalSSIM:
             low, high = torch.where(spent <= limit, fraction, low), torch.where(spent > limit, fraction, high)
             if bool((low >= high * (1 - 1e-6)).all()):
                 break
+            # Aimed a little below the limit: a guess on it would end on either side.
             guess = fraction * (limit * (1 - 1e-7) / spent.clamp(min=TINY)).sqrt()
             bracketed = (guess > low) & (guess < high) & (number % 2 == 0)
             fraction = torch.where(bracketed, guess, (low + high) / 2)

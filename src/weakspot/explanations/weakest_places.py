@@ -51,6 +51,7 @@ def analyze_weak_spots(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Anal
     masks = torch.zeros_like(clean[:, :1], dtype=torch.long)
     reached = [""] * len(pairs)
     with evaluating(model) as classifier:
+        # Images with equal changes share a search, because a search has one budget.
         for eps in budgets[budgets > 0].unique().tolist():
             rows = (budgets == eps).nonzero()[:, 0]
             result = smallest_square(classifier, clean[rows], labels[rows], budget=Linf(eps), seed=seed)

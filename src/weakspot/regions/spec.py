@@ -196,6 +196,7 @@ class _Maker:
 
     def make(self, spec: RegionSpec) -> Tensor:
         """The region of a spec, which may be a part of the text."""
+        # Regions of other images are made by audits, which have these images.
         if spec.control_of is not None and spec.donor is None:
             return matched(self.make(spec.control_of), seed=self.seed, images=self.images)
         if _is_file(spec.text):
