@@ -16,7 +16,7 @@ from tests.networks import NETWORKS, LinearNetwork, Made, doubled, untouched
 from weakspot import Classifier, attacks
 from weakspot._checks import ModelWarning
 from weakspot.attacks import ensemble
-from weakspot.attacks.auto_pgd import adaptive_descent, checkpoints
+from weakspot.attacks.auto_pgd import _State, adaptive_descent, checkpoints
 from weakspot.attacks.context import AttackOptions, attack_context
 from weakspot.attacks.losses import cross_entropy
 from weakspot.attacks.square_search import square_search
@@ -374,3 +374,15 @@ def test_a_network_in_double_precision_is_attacked_all_the_same(attack: Any, poo
     result = attack(Classifier.wrap(model), images, labels, **short.get(attack, {}))
     assert torch.equal(result.success, model(result.adversarial.double()).argmax(1) != labels)
     assert result.adversarial.dtype == torch.float32
+
+
+def test_the_starting_point_is_no_gain() -> None:
+    """Algorithm 1 of Croce and Hein: w comparisons precede checkpoint w, none with the starting point itself."""
+    model, images = on_the_margin(0.5)
+    options = AttackOptions(Linf(1e-4))
+    with attack_context(model, images, predicted(model, images), options) as problem:
+        state = _State(torch.zeros_like(problem.clean))
+        ones = torch.ones(len(images))
+        for value in (3.0, 2.0, 2.5, 1.0):
+            state.note(value * ones, torch.zeros_like(problem.clean))
+    assert state.gains.flatten().tolist() == [2.0] * len(images)

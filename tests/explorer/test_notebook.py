@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import nbformat
@@ -17,10 +17,11 @@ from PIL import Image
 
 import weakspot
 from tests.networks import Made
-from weakspot.explorer.desk import Desk
+from weakspot.explorer.desk import QUESTIONS, Desk, Question
 from weakspot.explorer.messages import Message
 from weakspot.explorer.notebook_view import JOBS, NotebookDesk, bench_widget
 from weakspot.explorer.view import NotebookView, explore, fill_bench
+from weakspot.explorer.worker import Task
 
 PLAIN = """
 import torch, weakspot
@@ -120,6 +121,31 @@ def test_stop_ends_a_job_and_leaving_a_page_ends_its_jobs(made: tuple[Desk, Cell
         shell.receive(ending)
         cell.wait(number, "done")
     assert shell._jobs == {}
+
+
+def test_a_job_that_ends_before_it_is_noted_leaves_no_trace(
+    made: tuple[Desk, Cell, NotebookDesk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk, cell, shell = made
+    running: Task[object] = Task(lambda: None)
+
+    def at_once(name: str, body: object, send: Callable[[Message], None]) -> Task[object]:
+        del name, body
+        send({"event": "done"})
+        return running  # its future is set a moment later
+
+    monkeypatch.setattr(desk, "subscribe", at_once)
+    shell.receive({"kind": "subscribe", "view": "a", "id": "a-1", "name": "attack", "body": {}})
+    cell.wait("a-1", "done")
+    assert shell._jobs == {}
+
+
+@pytest.mark.parametrize("name", [*QUESTIONS, "probe", "apart"])
+def test_a_closed_desk_says_so(pooling: Made, name: str) -> None:
+    desk = Desk(fill_bench(*pooling), {"apart": Question(lambda _desk, _request: {}, apart=True)})
+    desk.close()
+    error = desk.ask(name, {}).exception(60)
+    assert str(error) == "the explorer has been closed"
 
 
 def test_odd_messages_are_answered_with_a_sentence_or_ignored(made: tuple[Desk, Cell, NotebookDesk]) -> None:

@@ -161,6 +161,8 @@ def test_a_region_depends_on_the_image_exactly_if_its_table_says_so(pooling: Mad
         ("matched:cam", "cam", None),
         ("matched:~cam", "~cam", None),
         ("matched:(cam & border:3)", "cam & border:3", None),
+        ("matched:(cam) & (border:3)", None, None),  # neither
+        ("matched:((cam) & (border:3))", "(cam) & (border:3)", None),
         ("matched:cam & border:3", None, None),  # part of a control is no control
         ("other:cam#1", "cam", 1),
         ("other:(~cam)#12", "~cam", 12),

@@ -80,7 +80,8 @@ class _State:
         self.perturbation, self.before = perturbation, perturbation
         self.direction = torch.zeros_like(perturbation)
         self.best, self.best_direction = perturbation, self.direction
-        self.lowest, self.latest = column + torch.inf, column + torch.inf
+        # The starting point is no gain over anything.
+        self.lowest, self.latest = column + torch.inf, column - torch.inf
         self.lowest_at_checkpoint = column + torch.inf
         self.size, self.size_at_checkpoint = column + 2, column + 2
         self.gains = column

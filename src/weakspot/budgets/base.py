@@ -34,7 +34,7 @@ class PreparedBudget(Protocol):
 
     Attributes:
         steps_to_optimum: whether `steepest_step` leads from the perturbation to the best admissible one. Otherwise
-            its length is that of the whole budget, wherever the perturbation is.
+            the step is as long as the whole budget, wherever the perturbation is.
     """
 
     @property

@@ -67,11 +67,12 @@ class SSIM:
         return self.prepare(images).project(perturbation, region)
 
     def steepest_step(self, gradient: Tensor, perturbation: Tensor, images: Tensor) -> Tensor:
-        """Return the steepest step; sites without gradient do not change.
+        """Return the steepest step.
 
-        Mode "local": from the perturbation to the exact maximizer of the linear objective. Mode "global": the gradient
-        preconditioned by each patch's denominators at the perturbed image, with the part of the patches' means
-        multiplied by `level`, scaled to spend the whole budget under them.
+        Mode "local": from the perturbation to the exact maximizer of the linear objective, which may move sites without
+        gradient. Mode "global": the gradient preconditioned by each patch's denominators at the perturbed image, with
+        the part of the patches' means multiplied by `level`, scaled to spend the whole budget under them; sites without
+        gradient do not change.
         """
         return self.prepare(images).steepest_step(gradient, perturbation)
 

@@ -72,7 +72,7 @@ def locality_table(
         difference = (values - random)[usable & fooled]
         mean, low, high = mean_interval(difference)
         if np.isnan(low):
-            # All images have the same difference, so t has no spread. Map it from [-1, 1] to a rate in [0, 1] and back.
+            # The differences spread too little for t. Map them from [-1, 1] to rates in [0, 1] and back.
             _, low, high = (2 * bound - 1 for bound in rate_interval((difference + 1) / 2))
         if len(difference) < FEWEST:
             low, high = np.nan, np.nan

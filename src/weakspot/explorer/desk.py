@@ -99,7 +99,10 @@ class Desk:
             return self.worker.probe(request.text("page", ""), lambda: probe(self.bench, request))
         question = self.questions[name]
         if question.apart:
-            return self._apart.submit(lambda: question.answer(self, request))
+            try:
+                return self._apart.submit(lambda: question.answer(self, request))
+            except RuntimeError:  # the pool takes nothing after `close`
+                raise RequestError("the explorer has been closed", 503) from None
         if question.short:
             return self.worker.short(lambda: question.answer(self, request))
         return self.worker.long(lambda: question.answer(self, request)).result

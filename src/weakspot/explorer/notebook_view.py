@@ -68,14 +68,19 @@ class NotebookDesk:
             self._send({"id": number, "event": {"event": "error", "error": sentence}})
             return
 
+        ended = threading.Event()
+
         def send(event: Message) -> None:
             if event.get("event") in {"done", "error"}:
+                ended.set()
                 self._jobs.pop(number, None)
             self._send({"id": number, "event": event})
 
         task = self.desk.subscribe(name, body, send)
-        if not task.result.done():
-            self._jobs[number] = task
+        self._jobs[number] = task
+        # A short job may have ended before it was noted.
+        if ended.is_set() or task.result.done():
+            self._jobs.pop(number, None)
 
     def _close(self, view: str) -> None:
         """Stop the jobs of a view that is gone."""

@@ -281,4 +281,11 @@ def _enclosed(text: str) -> str:
 
 
 def _without_parentheses(text: str) -> str:
-    return text[1:-1] if text.startswith("(") and text.endswith(")") else text
+    """The text without a pair of parentheses around all of it."""
+    depth = 0
+    for at, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            # The first parenthesis is closed here.
+            return text[1:-1] if text.startswith("(") and at == len(text) - 1 else text
+    return text

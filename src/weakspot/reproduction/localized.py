@@ -181,9 +181,7 @@ class Localized:
         return QUICK_RECIPES if self.material.quick else FULL_RECIPES
 
     def training(self) -> Claim:
-        """Localized training against standard training, on clean images and in the background, beside full "
-        "training.
-        """
+        """Localized against standard training, on clean images and in the background, beside full training."""
         name = "localized training helps"
         if self.matrix is None:
             return untested(

@@ -117,9 +117,7 @@ class Perceptual:
         return Claim(name, IMPERCEPTIBLE, measured, control, outcome, table, (panel,))
 
     def semantic(self) -> Claim:
-        """Whether the visible change lies in the class activation: against other images, variance x gradient "
-        "and PGD.
-        """
+        """Whether the visible change lies in the class activation: against other images, variance x gradient, PGD."""
         name, material = "changes lie where the network looks", self.material
         if material.count < LEAST_RUN:
             return untested(
