@@ -82,17 +82,17 @@ def rounding(model: nn.Module, image: Tensor, label: int, generator: torch.Gener
     with evaluating(model) as classifier, torch.no_grad():
         bounds = MarginBounds(bound_network(classifier, image), image, label, as_run=True)
         forms = bounds._propagation.run(_form_of(rows, columns, colors, colors), deep=False, keep=True)
-        ahead = bounds._margins(forms)
-        every = torch.arange(ahead.lower.shape[1])
-        back = bounds._moved_by_rounding(forms, bounds._propagation.overflows, every)
+        forward = bounds._margins(forms)
+        every = torch.ones_like(forward.lower, dtype=torch.bool)
+        backward = bounds._moved_by_rounding(forms, bounds._propagation.overflows, every)
         edited = image.repeat(BOXES, 1, 1, 1)
         edited[torch.arange(BOXES), :, rows, columns] = colors.float()
         lost = model(edited).double() - copy.deepcopy(model).double()(edited.double())
     others = [k for k in range(lost.shape[1]) if k != label]
     taken = (lost[:, label : label + 1] - lost[:, others]).abs()
-    if bool((taken > back + FLOAT64).any()):
+    if bool((taken > backward + FLOAT64).any()):
         raise AssertionError("rounding takes more than its bound")
-    return torch.stack([(ahead.upper - ahead.lower).amax() / 2, back.amax(), taken.amax()])
+    return torch.stack([(forward.upper - forward.lower).amax() / 2, backward.amax(), taken.amax()])
 
 
 def rounding_table(names: Sequence[str], images_each: int) -> None:

@@ -14,9 +14,10 @@ from tests.proofs.test_bounds import bounds_of, random_boxes
 from weakspot import certify_pixels
 from weakspot.proofs.affine_forms import Form
 from weakspot.proofs.backward_errors import _before_linear, _before_maximum, moved_by_rounding
-from weakspot.proofs.linear_steps import BoundStep, ClampStep, LinearStep, MaxStep
-from weakspot.proofs.margin_bounds import MarginBounds, Margins, _form_of
+from weakspot.proofs.linear_steps import BoundStep, ClampStep, LinearStep, MaxStep, NotSupportedError
+from weakspot.proofs.margin_bounds import MarginBounds, _form_of
 from weakspot.proofs.propagation import Propagation
+from weakspot.proofs.rounding_errors import gamma
 
 
 def propagation_of(name: str) -> tuple[MarginBounds, Propagation, Tensor]:
@@ -83,7 +84,7 @@ def test_errors_at_every_step_move_margins_no_further(name: str, wide: bool) -> 
     high = high if wide else low
     forms = propagation.run(_form_of(rows, columns, low, high), deep=False, keep=True)
     wholes = propagation.on_whole_maps(forms)
-    margins = (bounds.network.logits, derivatives)
+    margins = (bounds.network.logits, derivatives.expand(12, -1, -1))
 
     def rounding(step: BoundStep) -> Tensor | float:
         return propagation.own_rounding(step, wholes)
@@ -113,7 +114,7 @@ def test_errors_at_every_step_move_margins_no_further(name: str, wide: bool) -> 
                     slot: 0.99 * size * (torch.zeros_like(size) if slope is None else slope.sign())
                     for (slot, size), slope in zip(errors.items(), slopes, strict=True)
                 }
-                change = float(value_of(run_with_errors(propagation, edited, worst)) - plain_value)
+                change = float((value_of(run_with_errors(propagation, edited, worst)) - plain_value).detach())
                 assert abs(change) <= float(moved[box, margin])
                 shares.append(change / float(moved[box, margin]))
     if not wide:
@@ -158,25 +159,77 @@ def test_margins_of_a_network_without_a_last_matrix() -> None:
         propagation.steps,
         wholes,
         lambda step: propagation.own_rounding(step, wholes),
-        (bounds.network.logits, derivatives_of(bounds)),
+        (bounds.network.logits, derivatives_of(bounds)[None]),
         propagation._recorded,
     )
-    # As if nothing were known but margins of 1 in real numbers.
-    nothing, ones = torch.full_like(moved, torch.inf), torch.ones_like(moved)
-    known = Margins(ones, ones)
-    closer = bounds._closer(Margins(-nothing, nothing), known, propagation.clean, torch.tensor([False]))
-    torch.testing.assert_close(1 - closer.lower, moved, rtol=1e-6, atol=0)
-    torch.testing.assert_close(closer.upper - 1, moved, rtol=1e-6, atol=0)
+    every = torch.ones_like(moved, dtype=torch.bool)
+    found = bounds._moved_by_rounding(propagation.clean, torch.tensor([False]), every)
+    torch.testing.assert_close(found, moved, rtol=1e-6, atol=0)
+    some = every.clone()
+    some[0, 1] = False
+    found = bounds._moved_by_rounding(propagation.clean, torch.tensor([False]), some)
+    assert (found[0] == torch.inf).tolist() == [False, True, False]
+
+
+def test_each_box_has_its_own_margins_followed() -> None:
+    bounds, propagation, image = propagation_of("convolutions and linear layers, normalized")
+    forms = propagation.run(_form_of(*random_boxes(image, 3, seed=0)), deep=False, keep=True)
+    follow = torch.tensor([[True, False, True, False], [False] * 3 + [True], [True] * 4])
+    fine = torch.zeros(3, dtype=torch.bool)
+    moved = bounds._moved_by_rounding(forms, fine, torch.ones_like(follow))
+    found = bounds._moved_by_rounding(forms, fine, follow)
+    torch.testing.assert_close(found, moved.masked_fill(~follow, torch.inf), rtol=1e-9, atol=0)
 
 
 def test_where_float32_may_overflow_rounding_is_not_followed() -> None:
     network, image, label = with_margin(0.01)
     bounds = bounds_of(network, image, label, as_run=True)
-    nothing = Margins(torch.full((1, 4), -torch.inf).double(), torch.full((1, 4), torch.inf).double())
-    known = Margins(*torch.ones(2, 1, 4, dtype=torch.float64))
+    every = torch.ones(1, 4, dtype=torch.bool)
     for overflows in (False, True):
-        closer = bounds._closer(nothing, known, bounds._propagation.clean, torch.tensor([overflows]))
-        assert bool((closer.lower == -torch.inf).all() if overflows else (closer.lower > 0).all())
+        moved = bounds._moved_by_rounding(bounds._propagation.clean, torch.tensor([overflows]), every)
+        assert bool((moved == torch.inf).all()) == overflows
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_bounds_of_a_box_do_not_depend_on_the_other_boxes(deep: bool) -> None:
+    # Two classes are near: rounding decides one or the other, or both.
+    network, image, label = with_margin(1.0)
+    clean = bounds_of(network, image, label, as_run=True).clean
+    lost, last = (clean.upper - clean.lower)[0] / 2, list(network.children())[-1]
+    assert isinstance(last, nn.Linear)
+    with torch.no_grad():
+        last.bias[1] += 1 - 1.2 * float(lost[0])
+        last.bias[2] += float(clean.lower[0, 1]) - 1.5 * float(lost[1])
+    bounds = bounds_of(network, image, label, as_run=True)
+    rows, columns = (torch.arange(60) // 12, torch.arange(60) % 12)
+    own_colors = image[0, :, rows, columns].T.double()
+    low, high = ((own_colors + 20 * sign * lost.max()).clamp(0, 1) for sign in (-1, 1))
+    together = bounds.bounds(rows, columns, low, high, deep=deep)
+    alone = [
+        bounds.bounds(rows[one], columns[one], low[one], high[one], deep=deep)
+        for one in torch.arange(60).split(1)
+    ]
+    assert 0 < int((together.bound > 0).sum()) < 60
+    torch.testing.assert_close(together.lower, torch.cat([one.lower for one in alone]), rtol=0, atol=1e-9)
+    torch.testing.assert_close(together.upper, torch.cat([one.upper for one in alone]), rtol=0, atol=1e-9)
+
+
+def test_long_sums_have_no_bounds_as_run() -> None:
+    """A worst case of float32 rounding exists only for fewer than 2^24 products."""
+    with pytest.raises(ValueError, match="terms must be below"):
+        gamma(2**24, torch.float32)
+    with pytest.raises(ValueError, match="terms must be below"):
+        gamma(torch.tensor([2.0, 2.0**24]), torch.float32)
+
+    class Mean(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            mean = images.mean((2, 3))
+            return torch.cat([mean * 0.5 + 0.25, images[:, :, 0, 0], mean * 0.5], 1)
+
+    image = torch.zeros(1, 1, 2100, 2100)
+    bounds_of(Mean().eval(), image, 0, as_run=False)
+    with pytest.raises(NotSupportedError, match="products is not supported"):
+        bounds_of(Mean().eval(), image, 0, as_run=True)
 
 
 def test_derivatives_of_a_maximum() -> None:
@@ -214,7 +267,7 @@ def test_derivatives_pass_through_copies() -> None:
         ) -> Tensor | float:
             return at.own_rounding(step, wholes)
 
-        margins = (bounds.network.logits, derivatives_of(bounds))
+        margins = (bounds.network.logits, derivatives_of(bounds)[None])
         moved.append(moved_by_rounding(propagation.steps, wholes, rounding, margins, propagation._recorded))
     torch.testing.assert_close(moved[0], moved[1], rtol=1e-6, atol=0)
 

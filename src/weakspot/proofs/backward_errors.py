@@ -4,9 +4,10 @@ Forward, the rounding of a layer becomes an interval, and each later layer takes
 errors conspired. Backward, the weights of the layers between are multiplied first, and their signs cancel.
 
 Let y be the result of a step, e a bound of its own rounding, and J an interval that contains the derivatives of the
-margin with respect to y, of the network in real numbers from there on, at all values that the network may compute.
-Replace the computed steps by exact ones, one after the other from the last to the first: by the mean value theorem each
-replacement moves the margin by at most sup|J| e, so
+margin with respect to y, of the network in real numbers from there on, at all values that the network may compute or
+that lie between computed and exact ones. Replace the computed steps by exact ones, one after the other from the last to
+the first: by the mean value theorem for piecewise linear functions, each replacement moves the margin by at most
+sup|J| e, so
 
     |margin as run - margin in real numbers| <= sum over the steps of sup|J| e.
 
@@ -44,12 +45,12 @@ def moved_by_rounding(
         steps: of the network.
         forms: by slot, on whole maps; they contain what the network may compute.
         rounding: how far a step's own rounding may move its result, (M, ...) or one number; 0 if it rounds nothing.
-        margins: a slot (M, ...), and the derivatives of the margins with respect to it, (number of margins, ...).
+        margins: a slot (M, ...), and the derivatives of each box's margins with respect to it,
+            (M, number of margins, ...).
         recorded: images in the recording of the network.
     """
     slot, derivatives = margins
     count = len(forms[slot])
-    derivatives = derivatives.expand(count, *derivatives.shape)
     intervals: dict[int, Interval] = {slot: (derivatives, torch.zeros_like(derivatives))}
     moved = derivatives.new_zeros(count, derivatives.shape[1])
     for step in reversed(steps):
@@ -64,12 +65,12 @@ def moved_by_rounding(
             error = error[:, None] if error.ndim else error
             moved = moved + ((center.abs() + radius) * error).flatten(2).sum(2)
         if isinstance(step, LinearStep):
-            befores = _before_linear(step, (center, radius), forms, recorded)
+            input_intervals = _before_linear(step, (center, radius), forms, recorded)
         elif isinstance(step, ClampStep):
-            befores = [_before_clamp(step, (center, radius), forms[source.inputs[0]])]
+            input_intervals = [_before_clamp(step, (center, radius), forms[source.inputs[0]])]
         else:
-            befores = [_before_maximum(step, (center, radius), forms[source.inputs[0]])]
-        for before, interval in zip(source.inputs, befores, strict=True):
+            input_intervals = [_before_maximum(step, (center, radius), forms[source.inputs[0]])]
+        for before, interval in zip(source.inputs, input_intervals, strict=True):
             other = intervals.get(before)
             intervals[before] = interval if other is None else _sum(interval, other)
     # The sum above is itself rounded in float64.
@@ -101,7 +102,8 @@ def _before_linear(
             made = torch.autograd.grad(result, zeros, rows.reshape(result.shape), materialize_grads=True)
         return [part.unflatten(0, values.shape[:2]) for part in made]
 
-    # Each derivative sums up at most as many products as the step has results.
+    # Each derivative sums up at most as many products as the step has results, or twice as many where the step reads a
+    # value twice; `own` allows for eight more.
     loss = own(center[0, 0].numel())
     centers = transposed(step.linear, center)
     radii = transposed(step.absolute, radius + loss * (center.abs() + radius))
@@ -120,7 +122,7 @@ def _before_clamp(step: ClampStep, after: Interval, form: Form) -> Interval:
 
 
 def _before_maximum(step: MaxStep, after: Interval, form: Form) -> Interval:
-    """Derivatives with respect to candidates: between 0 and 1 times those of the largest, unless it is certain."""
+    """Derivatives of candidates: 0 to 1 times that of the maximum; all of it if only one can be the largest."""
     center, radius = (part.repeat_interleave(step.count, 2) for part in after)
     lower, upper = (end.unflatten(1, (-1, step.count)) for end in form.ends)
     may = upper >= lower.amax(2, keepdim=True)

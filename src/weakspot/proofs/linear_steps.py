@@ -28,8 +28,8 @@ class LinearStep:
         rounding: as `absolute`, but applied to magnitudes to bound rounding; the same step where nothing is merged.
         terms: the number n of gamma_n; 0 if nothing is rounded.
         constant: magnitude of the constant, broadcast over the result; None if there is none.
-        counting: applied to ones and zeros, how many products with ones are summed up, broadcast over the result; None
-            if that is not known.
+        counting: applied to ones where values may be nonzero, and zeros elsewhere, the number of products that may be
+            nonzero, broadcast over the result; None if that is not known.
     """
 
     value: Step

@@ -15,10 +15,12 @@ from weakspot.proofs.network_steps import BoundNetwork
 from weakspot.proofs.propagation import Propagation
 from weakspot.proofs.rounding_errors import TINY, own
 
-# Rounding is followed backward where bounds are so near to zero, in multiples of what it takes from clean margins, and
-# unless that is such a multiple of the margin.
+# Rounding is followed backward for boxes whose bound is above -NEAR times what forward rounding takes from the clean
+# margins, unless that is more than PLAUSIBLE times the exact bound.
 NEAR, PLAUSIBLE = 2, 100
-BACKWARD_AT_ONCE, MARGINS_AT_ONCE = 32, 16  # boxes, and margins of each, that are followed at once
+# Margins times values of the network that are followed at most, for one box (about 25 ms) and for the clean image.
+WORK, CLEAN_WORK = 2**19, 2**25
+BACKWARD_BYTES, BACKWARD_AT_ONCE = 64 * 2**20, 32  # of one tensor, and boxes
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,10 @@ class MarginBounds:
             self.exact = MarginBounds(network, image, label, as_run=False)
             # Nothing varies in the unchanged image: half the width of its bounds is what rounding takes.
             self._lost = float((self.clean.upper - self.clean.lower).amax()) / 2
-            self.clean = self._closer(
-                self.clean, self.exact.clean, self._propagation.clean, self._propagation.overflows
-            )
+            follow = self._to_follow(self.clean, self.exact.clean, CLEAN_WORK)
+            if bool(follow.any()):
+                moved = self._moved_by_rounding(self._propagation.clean, self._propagation.overflows, follow)
+                self.clean = self.clean.within(self.exact.clean, moved)
 
     @property
     def deep_bytes(self) -> int:
@@ -107,55 +110,67 @@ class MarginBounds:
         if not self.as_run:
             return margins
         near = ((margins.bound <= 0) & (margins.bound > -NEAR * self._lost)).nonzero()[:, 0]
-        for part in near.split(BACKWARD_AT_ONCE) if len(near) else ():
+        for part in near.split(self._boxes_at_once) if len(near) else ():
             exact = self.exact.bounds(*(values[part] for values in boxes), deep=deep)
-            positive = exact.bound > 0
-            if bool(positive.any()):
-                chosen = part[positive]
+            follow = self._to_follow(margins.select(part), exact)
+            worthwhile = follow.any(1)
+            if bool(worthwhile.any()):
+                chosen = part[worthwhile]
                 form = _form_of(*(values[chosen] for values in boxes))
                 forms = self._propagation.run(form, deep=False, keep=True)
-                closer = self._closer(
-                    margins.select(chosen), exact.select(positive), forms, self._propagation.overflows
-                )
+                moved = self._moved_by_rounding(forms, self._propagation.overflows, follow[worthwhile])
+                closer = margins.select(chosen).within(exact.select(worthwhile), moved)
                 margins.lower[chosen], margins.upper[chosen] = closer.lower, closer.upper
         return margins
 
-    def _closer(
-        self, margins: Margins, exact: Margins, forms: Mapping[int, Form], overflows: Tensor
-    ) -> Margins:
-        """Bounds as run, closer where rounding decides: it is followed backward, which takes more time and less margin.
+    @property
+    def _values(self) -> int:
+        """How many values the network computes for one image."""
+        return sum(form.center.numel() for form in self._propagation.clean.values())
+
+    @property
+    def _boxes_at_once(self) -> int:
+        return max(1, min(BACKWARD_AT_ONCE, BACKWARD_BYTES // (8 * self._values)))
+
+    def _to_follow(self, margins: Margins, exact: Margins, work: int = WORK) -> Tensor:
+        """(M, K - 1) bool, the margins as run for which rounding is followed backward, given those in real numbers.
+
+        Each box is judged by itself, so that its bounds do not depend on the others.
+        """
+        follow = (margins.lower <= 0) & (exact.bound > 0)[:, None]
+        # With so much rounding, following it backward will hardly help.
+        hopeless = self._lost > PLAUSIBLE * exact.bound
+        return follow & ~(hopeless | (follow.sum(1) * self._values > work))[:, None]
+
+    def _moved_by_rounding(self, forms: Mapping[int, Form], overflows: Tensor, follow: Tensor) -> Tensor:
+        """(M, K - 1) how far rounding may move the margins in `follow`; infinity for the others.
 
         Args:
-            margins: bounds as run.
-            exact: in real numbers.
-            forms: of the same boxes.
+            forms: of the boxes.
             overflows: (M,) where float32 may overflow.
+            follow: (M, K - 1) bool.
         """
-        # So much rounding that it is not known which activations act.
-        hopeless = self._lost > PLAUSIBLE * exact.bound.abs()
-        open_margins = ((margins.lower <= 0) & (exact.lower > 0) & ~hopeless[:, None]).any(0)
-        if not bool(open_margins.any()):
-            return margins
-        return margins.within(exact, self._moved_by_rounding(forms, overflows, open_margins.nonzero()[:, 0]))
-
-    def _moved_by_rounding(self, forms: Mapping[int, Form], overflows: Tensor, chosen: Tensor) -> Tensor:
-        """(M, K - 1) how far rounding may move the margins with the chosen numbers; infinity for the others."""
-        wholes = self._propagation.on_whole_maps(forms)
+        whole_forms = self._propagation.on_whole_maps(forms)
         logits = forms[self.network.logits].center[0]
         derivatives = torch.eye(logits.numel(), dtype=torch.float64).view(-1, *logits.shape)
         if self.network.last is None:
             others = [k for k in range(len(derivatives)) if k != self.label]
             derivatives = derivatives[self.label] - derivatives[others]
-        moved = torch.full((len(overflows), len(derivatives)), torch.inf, dtype=torch.float64)
-        for part in chosen.split(MARGINS_AT_ONCE):
-            moved[:, part] = moved_by_rounding(
+        moved = torch.full(follow.shape, torch.inf, dtype=torch.float64)
+        # Of each box its own margins, as many as the box with the most has.
+        chosen = follow.double().topk(int(follow.sum(1).max()), 1).indices
+        largest = max(form.center.numel() for form in whole_forms.values())
+        for part in chosen.split(max(1, BACKWARD_BYTES // (8 * largest)), 1):
+            found = moved_by_rounding(
                 self._propagation.steps,
-                wholes,
-                lambda step: self._propagation.own_rounding(step, wholes),
+                whole_forms,
+                lambda step: self._propagation.own_rounding(step, whole_forms),
                 (self.network.logits, derivatives[part]),
                 self.network.recording.count,
             )
-        return moved.masked_fill((overflows | self._clean_overflows)[:, None], torch.inf)
+            moved.scatter_(1, part, found)
+        unknown = (overflows | self._clean_overflows)[:, None] | ~follow
+        return moved.masked_fill(unknown, torch.inf)
 
     def _margins(self, forms: Mapping[int, Form]) -> Margins:
         """Margins of the last run, whose last form is that of logits, or of their differences."""
@@ -173,9 +188,8 @@ class MarginBounds:
             form = flat.with_values(center, generators, radius * (1 + 2**-50) + own(2) * sizes)
         lower, upper = form.ends
         # Where float32 may overflow, or float64 did, nothing is known.
-        unbounded = (
-            self._propagation.overflows | self._clean_overflows | (lower.isnan() | upper.isnan()).any(1)
-        )
+        broken = (lower.isnan() | upper.isnan() | (lower > upper)).any(1)
+        unbounded = self._propagation.overflows | self._clean_overflows | broken
         lower = lower.masked_fill(unbounded[:, None], -torch.inf)
         upper = upper.masked_fill(unbounded[:, None], torch.inf)
         return Margins(lower, upper)

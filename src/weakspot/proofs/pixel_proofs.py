@@ -145,7 +145,8 @@ class _Prover:
         if self.as_run and self.allowed.eight_bit:
             search.enumerate_whole(ledger.open_sites(image))
         if bounds is not None and loose:
-            lost = float((bounds.clean.upper - bounds.clean.lower).amax()) / 2
+            nearest = bounds.clean.lower.argmin(1)
+            lost = float((bounds.clean.upper - bounds.clean.lower)[0, nearest]) / 2
             kind = "float32" if self.as_run else "float64, in which bounds are computed"
             reason = f"the image's margin is less than the bound of rounding in {kind}: {lost:.3g}"
         ledger.give_up(ledger.unexplained(image), TIME_UP if search.late else reason)

@@ -14,8 +14,8 @@ from weakspot.edits.rules import apply
 from weakspot.edits.steps import Step
 from weakspot.edits.windows import Map, Windows, as_seen, as_sites, whole
 from weakspot.proofs.affine_forms import Form, aligned, clamped, largest, point, written_out
-from weakspot.proofs.linear_steps import BoundStep, ClampStep, LinearStep, MaxStep
-from weakspot.proofs.rounding_errors import LARGEST, SMALLEST, TINY, gamma, own
+from weakspot.proofs.linear_steps import BoundStep, ClampStep, LinearStep, MaxStep, NotSupportedError
+from weakspot.proofs.rounding_errors import LARGEST, MOST_TERMS, SMALLEST, TINY, gamma, own
 from weakspot.proofs.sparse_generators import takes_fresh, window_product, with_fresh
 
 BY_WINDOWS = {
@@ -46,12 +46,18 @@ class Propagation:
         image: (1, C, H, W) float64.
         recorded: images in the recording of the network.
         as_run: whether forms contain the network's values in float32, or in real numbers.
+
+    Raises:
+        NotSupportedError: as run, if a step sums up more than `MOST_TERMS` products.
     """
 
     def __init__(
         self, steps: Sequence[BoundStep], logits: int, image: Tensor, recorded: int, *, as_run: bool
     ) -> None:
         self.steps, self.as_run = steps, as_run
+        terms = max((step.terms for step in steps if isinstance(step, LinearStep)), default=0)
+        if as_run and terms > MOST_TERMS:
+            raise NotSupportedError(f"a sum of more than {MOST_TERMS:,} products is not supported")
         self.overflows = torch.zeros(1, dtype=torch.bool)
         self.deep_bytes = 0
         self._recorded = recorded
@@ -91,7 +97,7 @@ class Propagation:
         return values
 
     def on_whole_maps(self, forms: Mapping[int, Form]) -> dict[int, Form]:
-        """The same with one generator each, which moves values as far as all of them."""
+        """The forms on whole maps, their generators replaced by one that moves each value as far as all together."""
         return {
             slot: self._whole(replace(form, generators=form.spread[:, None], fresh=None), slot)
             for slot, form in forms.items()
@@ -103,7 +109,8 @@ class Propagation:
             inputs = [forms[slot] for slot in step.value.inputs]
             sums = self._on_maps(step.rounding, "magnitude", inputs)
             sums = sums if step.constant is None else sums + step.constant
-            return self._rounding(step, sums, lambda what, part: self._on_maps(what, part, inputs))
+            error = self._rounding(step, sums, lambda what, part: self._on_maps(what, part, inputs))
+            return error * (1 + own(step.terms))
         return limit_error(step) if isinstance(step, ClampStep) else 0.0
 
     @staticmethod

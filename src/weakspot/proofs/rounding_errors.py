@@ -33,12 +33,15 @@ UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 SMALLEST = 2.0**-126  # the smallest normal float32
 # Values and sums of magnitudes must stay below it as run: averages sum up before they divide, by far less than 2^27.
 LARGEST = 2.0**100
+MOST_TERMS = 2**22  # gamma_n of float32 is positive only up to 2^24
 TINY = 2.0**-1000  # more than underflow of float64 can add to any bound here
 
 
 def gamma(terms: Terms, dtype: torch.dtype) -> Terms:
     """gamma_n of Higham, equation 3.4, rounded up; of a number, or of each number in a tensor."""
     part = terms * UNIT[dtype]
+    if not bool(torch.as_tensor(part < 0.5).all()):
+        raise ValueError(f"terms must be below {0.5 / UNIT[dtype]:g} in {dtype}, got {terms}")
     return part / (1 - part) * (1 + 2**-50)
 
 
