@@ -59,6 +59,8 @@ def test_the_cam_region_has_the_fraction_of_the_image(aim: tuple[torch.nn.Module
     assert region is not None
     assert region.float().mean((1, 2, 3)).tolist() == [0.25] * 4
     assert where == "the 25% of the image with most evidence for its class"
+    where = find_region(AimOptions(region="cam", fraction=0.004), aim[0], aim[1], 0)[1]  # type: ignore[arg-type]
+    assert where == "the 0.4% of the image with most evidence for its class"
     assert find_region(AimOptions(), aim[0], aim[1], 0) == (None, "whole image")  # type: ignore[arg-type]
 
 

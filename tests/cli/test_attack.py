@@ -115,6 +115,21 @@ def test_json_is_the_only_output(run: Run, photographs: Path) -> None:
     assert Path(document["folder"]).name == "made"
 
 
+def test_a_targeted_attack_that_misses_does_not_deny_that_the_network_was_fooled(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    rows = json.loads(run("attack", photographs, *TINY, "--json", "--budget", "linf:0", "--out", "a").out)
+    label = rows["scores"][0]["label"]
+    target = next(number for number in range(4) if number != label)
+    ended = run(
+        "attack", photographs / NAMES[0], *TINY, "--target", target, "--budget", "linf:0", "--out", "made"
+    )
+    assert ended.code == 0, ended.err
+    assert f"0 of 1 image changed to class {target} as 8-bit files (0 before rounding)" in ended.out
+    assert "fooled" not in ended.out
+    assert "on target" in ended.out
+
+
 @pytest.mark.parametrize("attack", available_attacks())
 def test_every_attack_on_the_list_runs(run: Run, photographs: Path, tmp_path: Path, attack: str) -> None:
     short = {

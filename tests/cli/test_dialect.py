@@ -152,7 +152,7 @@ def test_many_wrong_labels_are_counted(run: Run, tmp_path: Path) -> None:
     ended = run("attack", folder, *TINY, "--labels", "labels.csv", "--steps", 1, "--out", "made")
     assert ended.err.count("without an attack") == 6
     assert "... and 3 more images are misclassified without an attack" in ended.err
-    assert ended.out.startswith("0 of 0 correctly classified images fooled")
+    assert ended.out.startswith("Images classified as their label without an attack: none of 8,")
 
 
 @pytest.mark.parametrize(

@@ -287,7 +287,7 @@ def test_images_that_are_classified_as_the_target_are_named_and_left_out(run: Ru
     ended = run("explain", photographs, *QUICK, "--target", target, "--json")
     if len(alike) == len(rows):
         assert ended.code == 2
-        assert f"already classified as the target, {target}" in ended.err
+        assert f"already classified or labeled as the target, {target}" in ended.err
     else:
         left = [row["image"] for row in json.loads(ended.out)["scores"]]
         assert left == [row["image"] for row in rows if row["image"] not in alike]

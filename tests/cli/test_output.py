@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ from weakspot.cli.output import (
     add_row,
     first_rows,
     make_table,
+    outcome_sentence,
     print_rows,
     print_table,
     print_text,
@@ -127,3 +129,25 @@ def test_styled_cells_stay_styled() -> None:
     add_row(table, Text("no", style="yellow"))
     (cell,) = table.columns[0].cells
     assert isinstance(cell, Text)
+
+
+@pytest.mark.parametrize(
+    ("correct", "done", "sentence"),
+    [
+        ([True, True], "fooled", "1 of 2 images fooled as 8-bit files (2 before rounding), in 1 s."),
+        (
+            [True, False],
+            "fooled",
+            "1 of 1 correctly classified image fooled as 8-bit files (1 before rounding), in 1 s.",
+        ),
+        (
+            [True, True],
+            "changed to cat",
+            "1 of 2 images changed to cat as 8-bit files (2 before rounding), in 1 s.",
+        ),
+        ([False, False], "fooled", "Images classified as their label without an attack: none of 2, in 1 s."),
+    ],
+)
+def test_outcomes_count_only_what_an_attack_can_do(correct: list[bool], done: str, sentence: str) -> None:
+    scores = pd.DataFrame({"success": [True, True], "success_8bit": [True, False]})
+    assert outcome_sentence(scores, correct, done, ", in 1 s") == sentence

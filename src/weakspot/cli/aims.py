@@ -121,7 +121,10 @@ def find_aim(classifier: Classifier, images: Images, options: AimOptions) -> tup
         how = "classified" if predicted[row] == target else "labeled"
         note(f"{images.names[row]}: already {how} as {classifier.class_name(target)}; skipped")
     if not rows:
-        raise Failure(f"every image is already classified as the target, {classifier.class_name(target)}")
+        raise Failure(
+            "every image is already classified or labeled as the target, "
+            f"{classifier.class_name(target)} (give another --target)"
+        )
     targets = torch.full_like(labels[rows], target)
     names = [images.names[row] for row in rows]
     return Aim(pixels[rows], labels[rows], targets, names, (predicted == labels)[rows]), source
@@ -131,12 +134,16 @@ def _note_misclassified(
     classifier: Classifier, names: Sequence[str], labels: Tensor, predicted: Tensor
 ) -> None:
     """Name the images whose label is not what the model predicts, at most five of them."""
+    from weakspot.statistics.number_format import counted
+
     wrong = (labels != predicted).nonzero().flatten().tolist()
     for row in wrong[:MOST_ROWS]:
         label, reached = (classifier.class_name(int(classes[row])) for classes in (labels, predicted))
         note(f"{names[row]}: labeled {label}, classified as {reached} without an attack")
     if len(wrong) > MOST_ROWS:
-        note(f"... and {len(wrong) - MOST_ROWS} more images are misclassified without an attack")
+        more = len(wrong) - MOST_ROWS
+        verb = "is" if more == 1 else "are"
+        note(f"... and {counted(more, 'more image')} {verb} misclassified without an attack")
 
 
 def find_region(
@@ -147,6 +154,7 @@ def find_region(
     from weakspot.regions import read_region
     from weakspot.regions.masks import UnreadableError
     from weakspot.regions.spec import REGIONS
+    from weakspot.statistics.number_format import percent
 
     text, fraction = options.region, options.fraction
     check_fraction(fraction)
@@ -162,7 +170,8 @@ def find_region(
     if not bool(region.any()):
         raise Failure(f"region must hold at least one pixel, got {text!r} with fraction {fraction}")
     if text == "cam":
-        return region, f"the {fraction:.0%} of the image with most evidence for its class"
+        return region, f"the {percent(fraction)} of the image with most evidence for its class"
     if text == "superpixels":
-        return region, f"the superpixels with most evidence for its class, up to {fraction:.0%} of the image"
+        area = percent(fraction)
+        return region, f"the superpixels with most evidence for its class, up to {area} of the image"
     return region, f"the marked part of {text}" if text not in REGIONS and os.path.isfile(text) else text  # noqa: PTH113

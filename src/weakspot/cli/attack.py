@@ -36,6 +36,7 @@ from weakspot.cli.output import (
     first_rows,
     json_rows,
     make_table,
+    outcome_sentence,
     print_choices,
     print_table,
     print_text,
@@ -45,6 +46,7 @@ from weakspot.cli.session import check_output, check_sources, draw_rows, open_se
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
     from weakspot.budgets import Budget
     from weakspot.classifier import Classifier
@@ -111,7 +113,7 @@ def attack(
             "labels": source,
             **session.provenance(seed),
         }
-        scores = _write(out, classifier, result, aim.names, chosen.budget, about)
+        scores = _write(out, classifier, result, aim.names, chosen.budget, about, targets=aim.targets)
     session.report(
         lambda: {
             "scores": json_rows(scores),
@@ -125,6 +127,7 @@ def attack(
             out,
             every=every,
             trial=trial_sentence(chosen.settings.get("steps")) if quick else "",
+            target=None if aim.targets is None else classifier.class_name(int(aim.targets[0])),
         ),
     )
 
@@ -136,6 +139,8 @@ def _write(
     names: Sequence[str],
     spent: Budget | None,
     about: Mapping[str, str],
+    *,
+    targets: Tensor | None,
 ) -> pd.DataFrame:
     """Write all files; returns the table of scores.csv."""
     from weakspot.attacks import stored
@@ -152,9 +157,10 @@ def _write(
     files = write_pngs(stored(result.adversarial, result.clean, spent)[0], names, out / "adversarial")
     write_pngs(result.clean, names, out / "clean")
     scores["png"] = [f"adversarial/{file}" for file in files]
+    missed = " (not found)" if targets is None else " (not the target)"
     captions = [
         f"{row['image']}: {row['before']} → {row['after']}"
-        + ("" if fooled else " (only before rounding)" if success else " (not found)")
+        + ("" if fooled else " (only before rounding)" if success else missed)
         for (_, row), fooled, success in zip(
             scores.iterrows(), result.fooled.tolist(), result.success.tolist(), strict=True
         )
@@ -166,25 +172,29 @@ def _write(
 
 
 def _print(
-    scores: pd.DataFrame, correct: Sequence[bool], ending: str, out: Path, *, every: bool, trial: str
+    scores: pd.DataFrame,
+    correct: Sequence[bool],
+    ending: str,
+    out: Path,
+    *,
+    every: bool,
+    trial: str,
+    target: str | None,
 ) -> None:
     """What the attack achieved, a row for each image, and what was left out of a trial."""
     from weakspot.statistics.number_format import size_of_change
 
-    # An image that is misclassified without an attack is no success of the attack.
-    stored, floats = (
-        sum(fooled and right for fooled, right in zip(scores[key], correct, strict=True))
-        for key in ("success_8bit", "success")
-    )
+    done = "fooled" if target is None else f"changed to {target}"
+    print_text(outcome_sentence(scores, correct, done, ending))
     wrong = len(scores) - sum(correct)
-    which = "correctly classified images" if wrong else "images"
-    print_text(
-        f"{stored} of {sum(correct)} {which} fooled as 8-bit files ({floats} before rounding){ending}."
-    )
-    if wrong:
+    if 0 < wrong < len(scores):
         print_text(f"Misclassified without an attack: {wrong} of the {len(scores)} images.")
     spent = [name for name in ("ssim_budget_spent", "ssim_local_budget_spent") if name in scores]
-    flags = {"fooled": "success_8bit", **({"unrounded": "success"} if every else {})}
+    # A targeted attack that ends in a third class has fooled the network, and is no success.
+    flags = {
+        "fooled" if target is None else "on target": "success_8bit",
+        **({"unrounded": "success"} if every else {}),
+    }
     numbers = ["linf", *(["l2", "ssim_windowed", "ssim_windowed_min", *spent] if every else [])]
     counts = ["pixels", "n_forward", *(["n_backward"] if every else [])]
     texts = ("image", "before → after")

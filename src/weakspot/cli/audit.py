@@ -269,7 +269,7 @@ def _document(run: Run, summary: Summary, gate: Gate) -> dict[str, object]:
 
 
 def _print(run: Run, summary: Summary, seconds: float, *, every: bool, trial: str) -> None:
-    from weakspot.statistics.number_format import percent, with_interval
+    from weakspot.statistics.number_format import counted, percent, with_interval
 
     regions = summary.regions if every else summary.weak_regions()
     for sentence in (summary.weakest, *regions, *summary.remarks):
@@ -309,7 +309,7 @@ def _print(run: Run, summary: Summary, seconds: float, *, every: bool, trial: st
     if len(skipped) > SHOWN:
         print_text(f"... and {len(skipped) - SHOWN} more, listed in skipped.parquet", style="dim")
     tail = f", {len(skipped)} skipped" if len(skipped) else ""
-    print_text(f"{summary.images} images audited{tail}, in {seconds:.1f} s", style="dim")
+    print_text(f"{counted(summary.images)} audited{tail}, in {seconds:.1f} s", style="dim")
     if trial:
         print_text(trial, style="dim")
     print_text(f"\nWritten to {_location(run)}")

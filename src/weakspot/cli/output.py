@@ -112,6 +112,30 @@ def first_rows(rows: Sequence[Row], *, every: bool) -> tuple[Sequence[Row], int]
     return shown, len(rows) - len(shown)
 
 
+def outcome_sentence(
+    scores: pd.DataFrame, correct: Sequence[bool], done: str = "fooled", ending: str = ""
+) -> str:
+    """On how many of the images that are classified as their label without an attack the attack succeeds.
+
+    Args:
+        scores: columns success and success_8bit.
+        correct: whether each image is classified as its label; if not, no attack can succeed on it.
+        done: what success is, in words.
+        ending: of the sentence.
+    """
+    from weakspot.statistics.number_format import counted
+
+    right = sum(correct)
+    if not right:
+        return f"Images classified as their label without an attack: none of {len(scores)}{ending}."
+    stored, floats = (
+        sum(success and own for success, own in zip(scores[key], correct, strict=True))
+        for key in ("success_8bit", "success")
+    )
+    which = "image" if right == len(scores) else "correctly classified image"
+    return f"{stored} of {counted(right, which)} {done} as 8-bit files ({floats} before rounding){ending}."
+
+
 def print_sentences(scores: pd.DataFrame, summary: str) -> None:
     """Print one sentence for each image (columns image and sentence), of several images the summary first."""
     if len(scores) > 1:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from weakspot.cli.app import one_line
-from weakspot.cli.output import add_row, first_rows, make_table, print_table, print_text, shorten_name
+from weakspot.cli.output import (
+    add_row,
+    first_rows,
+    make_table,
+    outcome_sentence,
+    print_table,
+    print_text,
+    shorten_name,
+)
 from weakspot.cli.session import Session
 
 if TYPE_CHECKING:
@@ -87,16 +95,17 @@ class VerdictOutput:
         scores = explanation.scores
         if sentence := overview(scores):
             print_text(f"{sentence}\n", style="bold")
-        # An image that is misclassified without an attack is no success of the attack.
-        right = scores["read_clean_as"] == scores["label"]
-        fooled = int((scores["success_8bit"] & right).sum())
-        which = "images" if right.all() else "correctly classified images"
+        right = (scores["read_clean_as"] == scores["label"]).tolist()
+        # A targeted attack that ends in a third class has fooled the network, and is no success.
+        done = "changed to the target" if scores["asked_for_target"].any() else "fooled"
         ending = self.session.ending()
-        print_text(f"{fooled} of {int(right.sum())} {which} fooled as 8-bit files{ending}.\n")
+        print_text(f"{outcome_sentence(scores, right, done, ending)}\n")
         _print_table(scores, self._rows(explanation)[0], every=self.every)
 
     def _print_verdicts(self, explanation: Explanation) -> None:
         """The verdict on each image of the table."""
+        from weakspot.statistics.number_format import counted
+
         rows, more = self._rows(explanation)
         for index, row in enumerate(rows):
             self.printed[index] = explanation.verdict(index)
@@ -104,7 +113,8 @@ class VerdictOutput:
             print_text(self.printed[index])
         if more:
             print_text(
-                f"\n... and {more} more images (show them with --all; all are in the report)", style="dim"
+                f"\n... and {counted(more, 'more image')} (show them with --all; all are in the report)",
+                style="dim",
             )
 
     def _rows(self, explanation: Explanation) -> tuple[Sequence[pd.Series], int]:
