@@ -157,6 +157,12 @@ def test_a_class_without_a_name_is_called_by_its_number(index: int, name: str) -
     assert Classifier.wrap(nn.Linear(2, 3)).class_name(index) == f"class {index}"
 
 
+def test_classes_that_share_a_name_are_told_apart_by_their_numbers() -> None:
+    classifier = Classifier.wrap(nn.Linear(2, 3), class_names=["crane", "dog", "crane"])
+    names = [classifier.class_name(index) for index in range(3)]
+    assert names == ["crane (class 0)", "dog", "crane (class 2)"]
+
+
 # ---------------------------------------------------------------- what networks return
 
 FORMS: dict[str, Callable[[Tensor], Any]] = {

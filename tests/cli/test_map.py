@@ -11,6 +11,7 @@ import torch
 
 from tests.cli.conftest import NAMES, TINY, Run
 from weakspot import Pairs
+from weakspot.cli.map import _summary
 
 PLANTED = """
 import torch
@@ -87,7 +88,30 @@ def test_an_image_with_another_label_needs_no_change(run: Run, photographs: Path
     ended = run("map", photographs, *model, "--labels", labels)
     assert ended.code == 0, ended.err
     assert ended.out.count("No change is needed: the image is classified as") == 4
-    assert ended.out.startswith("No image is classified as its label.")
+    assert ended.out.startswith("No image is classified as its label without a change.")
+
+
+NONE_FOUND = "No square was found in {}; this does not mean that none exists."
+FOUND = "correctly classified images, a square that is enough was found; "
+
+
+@pytest.mark.parametrize(
+    ("sides", "sentence"),
+    [
+        ([None], NONE_FOUND.format("the one correctly classified image")),
+        ([None] * 2, NONE_FOUND.format("any of 2 correctly classified images")),
+        (
+            [1],
+            "In the one correctly classified image, a square that is enough was found; it is 1 pixel wide.",
+        ),
+        ([7, None], f"In 1 of 2 {FOUND}it is 7 pixels wide."),
+        ([3, 6], f"In 2 of 2 {FOUND}at least half of these squares are at most 3 pixels wide."),
+        ([5, 1, 1], f"In 3 of 3 {FOUND}at least half of these squares are at most 1 pixel wide."),
+    ],
+)
+def test_the_summary_is_true_of_one_two_and_no_squares(sides: list[int | None], sentence: str) -> None:
+    columns = {"label": "a", "classified_as": "a", "side": pd.array(sides, dtype="Int64")}
+    assert _summary(pd.DataFrame(columns)) == sentence
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,15 @@ def test_verified_cells_are_numbered_and_missing_ones_are_said_to_be_not_found()
     assert "?" not in legend(spot_figure(replace(VIEW, sizes=sizes[:1]), "a", "b"))
 
 
+def test_a_question_mark_is_explained_only_where_one_is_drawn() -> None:
+    nothing = np.full((2, 2), np.nan, dtype=np.float32)
+    many = np.pad(np.full((13, 12), 0.1, dtype=np.float32), ((0, 0), (0, 1)), constant_values=np.nan)
+    for sizes in (nothing, many):
+        figure = spot_figure(replace(VIEW, sizes=sizes, estimate=sizes), "a", "b")
+        assert texts(figure) == []
+        assert "Uncolored: not found up to 255/255." in legend(figure)
+
+
 def test_nothing_is_said_of_what_is_not_drawn() -> None:
     figure = spot_figure(replace(VIEW, estimate=ESTIMATE[:1], square=None), "a", "b")
     assert legend(figure) == "Cells: the change that each needs alone, estimated from gradients."

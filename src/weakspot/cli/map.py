@@ -189,14 +189,25 @@ def _draw(folder: Path, scores: pd.DataFrame, squares: SmallestSquare, spots: We
 
 def _summary(scores: pd.DataFrame) -> str:
     """One sentence over all images."""
+    from weakspot.statistics.number_format import counted
+
     correct = scores[scores["label"] == scores["classified_as"]]
     if not len(correct):
-        return "No image is classified as its label."
+        return "No image is classified as its label without a change."
     found = correct["side"].dropna()
     if not len(found):
-        images = f"{len(correct)} correctly classified images"
-        return f"No square was found in any of {images}; this does not mean that none exists."
+        images = "the one correctly classified image"
+        if len(correct) > 1:
+            images = f"any of {len(correct)} correctly classified images"
+        return f"No square was found in {images}; this does not mean that none exists."
+    if len(correct) == 1:
+        side = counted(int(found.iloc[0]), "pixel")
+        return f"In the one correctly classified image, a square that is enough was found; it is {side} wide."
+    # The smaller one of two in the middle is still at least as large as half of them.
+    sides = sorted(found.astype(int))
+    half = sides[(len(sides) - 1) // 2]
+    width = f"it is {half}" if len(sides) == 1 else f"at least half of these squares are at most {half}"
     return (
-        f"In {len(found)} of {len(correct)} correctly classified images, a square that is enough was found; half of "
-        f"these squares are at most {int(found.astype(float).median())} pixels wide."
+        f"In {len(found)} of {len(correct)} correctly classified images, a square that is enough was found; {width} "
+        f"{'pixel' if half == 1 else 'pixels'} wide."
     )

@@ -153,7 +153,9 @@ def _legend(view: SpotView) -> str:
         parts.append("Cells: the smallest change found in each alone, verified.")
         if np.isnan(view.sizes).any():
             most = f"{255 * view.max_size:g}/255" if view.norm == "linf" else f"{view.max_size:g} L2"
-            parts.append(f"{NOT_FOUND}: not found up to {most}.")
+            # Without numbers, and without a single color, no cell has a mark.
+            marked = view.sizes.size <= MOST_NUMBERS and np.isfinite(view.sizes).any()
+            parts.append(f"{NOT_FOUND if marked else 'Uncolored'}: not found up to {most}.")
     if view.square is not None:
         parts.append("Outline: the smallest square found.")
     return " ".join(parts)
