@@ -6,6 +6,7 @@ import copy
 from typing import cast
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -27,7 +28,7 @@ from weakspot import (
     ssim_alignment,
 )
 from weakspot.classifier import as_classifier
-from weakspot.explanations.alignment_findings import STATISTICS, alignment
+from weakspot.explanations.alignment_findings import STATISTICS, SsimAlignment, alignment
 from weakspot.explanations.analysis import competing_classes
 from weakspot.explanations.visible_change import (
     margin_gradient,
@@ -36,6 +37,7 @@ from weakspot.explanations.visible_change import (
     with_shuffled_weights,
 )
 from weakspot.similarity import ssim_map
+from weakspot.statistics import RunTest
 
 SIZE, COUNT = 32, 40
 
@@ -244,6 +246,17 @@ def test_permuted_weights_are_an_optional_control() -> None:
     for old, own, new in zip(before, model.parameters(), shuffled.parameters(), strict=True):
         assert torch.equal(old, own)
         assert torch.equal(old.flatten().sort().values, new.flatten().sort().values)
+
+
+@pytest.mark.parametrize(("count", "verb"), [(0, "show"), (1, "shows"), (2, "show")])
+def test_images_that_are_aligned_by_themselves_are_counted(count: int, verb: str) -> None:
+    own = torch.arange(20) < count
+    columns = {"": torch.where(own, 3.0, 1.0), "_null": torch.ones(20), "_p": torch.where(own, 0.01, 0.5)}
+    scores = pd.DataFrame({f"ssim_concentration{end}": values for end, values in columns.items()})
+    scores["ssim_concentration_q"] = scores["ssim_concentration_p"]
+    maps = torch.zeros(20, 1, 2, 2)
+    result = SsimAlignment(maps, maps, scores, {"other images": RunTest(20, 1.1, 1.0, 0.4)})
+    assert f"Tested individually, {count} of 20 images {verb} a visible change that" in result.sentences[2]
 
 
 # ---------------------------------------------------------------- what is not defined

@@ -176,6 +176,17 @@ def test_no_claim_without_evidence_images_or_success() -> None:
     )
 
 
+def test_rates_that_round_to_nothing_and_images_without_far_sites_are_said_as_they_are() -> None:
+    everything = np.ones(30, dtype=bool)
+    rare = rates(30, 0.0, 0.0).assign(fools_at_radius_1=[0.05, *[0.0] * 29])
+    sentence = locality_sentence(locality_table(rare, everything, ~everything))
+    assert "still fools the model at 0.2% [" in sentence
+    tiny = rates(30, 0.4, 0.0).assign(fools_at_random_site=np.nan)
+    sentence = locality_sentence(locality_table(tiny, everything, ~everything))
+    assert sentence.endswith("There are no other sites to compare with, so no claim is made.")
+    assert "nan" not in sentence
+
+
 @pytest.mark.parametrize("images", [5, 10, 20, 50])
 def test_the_interval_of_rates_covers_their_mean(images: int) -> None:
     """Shares of few sites, most of them none: nominally 95 of 100, on the mean over five means at least 92."""

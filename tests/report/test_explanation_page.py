@@ -8,6 +8,7 @@ import io
 import json
 import re
 import zlib
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,14 @@ def test_class_names_with_braces_stay_as_they_are(explanation: Explanation) -> N
         titles = {view.name: view.title for view in map_views(explanation, index)}
         assert titles["cam_label_clean"] == f"{own}, clean image"
         assert titles["cam_target_clean"] == f"{other}, clean image"
+
+
+def test_a_difference_over_the_whole_range_is_not_amplified(explanation: Explanation) -> None:
+    pairs = replace(explanation.pairs, adversarial=1 - explanation.pairs.clean.round())
+    pairs = replace(pairs, clean=explanation.pairs.clean.round())
+    views = map_views(replace(explanation, pairs=pairs), 0)
+    assert views[0].title == "Difference"
+    assert map_views(explanation, 0)[0].title.startswith("Difference, amplified ")
 
 
 def test_the_page_of_four_photographs_is_under_five_megabytes_and_has_the_verdicts(

@@ -63,6 +63,18 @@ def row(base: dict[str, object], **changed: object) -> pd.Series:
             ),
         ),
         ([{**RIGHT, **NO_SQUARE}] * 2, "The attack succeeds on both images."),
+        (
+            [{**RIGHT, **SQUARE, "smallest_square_fraction": 1.0}, {**MISREAD, **NO_SQUARE}],
+            ("A square of 24 pixels a side (100% of the image), changed by at most 8/255, is enough to fool the "
+            "network on the one image that the network classifies correctly; the attack succeeds on the one image; 1 "
+            "is misclassified without any attack."),
+        ),
+        (
+            [{**RIGHT, **SQUARE}, {**LOST, **SQUARE}, {**MISREAD, **NO_SQUARE}],
+            ("A square of 24 pixels a side (1.1% of the image), changed by at most 8/255, is enough to fool the "
+            "network on both images that the network classifies correctly; the attack succeeds on 1 of the 2 images; "
+            "1 is misclassified without any attack."),
+        ),
     ],
 )  # fmt: skip
 def test_one_sentence_over_all_images(rows: list[dict[str, object]], wanted: str) -> None:
@@ -155,6 +167,20 @@ def test_a_cell_that_no_change_of_which_is_enough_has_no_size() -> None:
     assert said == "From gradients alone, no change of a single cell of the grid is enough (an estimate)."
 
 
+def test_all_changed_cells_are_no_small_set() -> None:
+    found = findings(row(RIGHT, sufficient_fraction=1.0, necessary_fraction=1.0))
+    assert found[LOCAL] == (
+        "",
+        ["No part of the changed cells was found to be enough alone (a greedy search)."],
+    )
+    assert found[HELPS] == (
+        "",
+        [
+            "No part of the changed cells was found whose clean values alone stop the attack (a greedy search)."
+        ],
+    )
+
+
 def test_restoring_all_units_is_no_finding() -> None:
     found = findings(row(RIGHT, units_to_revert=1.0, random_units_to_revert=1.0))
     assert found[HELPS] == ("", [])
@@ -221,3 +247,15 @@ def test_recommendations_follow_from_the_findings() -> None:
     assert "neutralize" in " ".join(steps([few, few], command="weakspot explain a b"))
     assert "neutralize" not in " ".join(steps([few, RIGHT, RIGHT], command="weakspot explain a b c"))
     assert "1 image is an example, not a rate." in " ".join(steps([RIGHT]))
+
+
+def test_recommendations_are_true_of_one_image_of_some_and_of_many() -> None:
+    few = {**RIGHT, "necessary_fraction": 0.1}
+    one, two = steps([few]), steps([few] * 2)
+    assert any("or less stops the successful attack." in step for step in one)
+    assert any("or less stops most of the successful attacks." in step for step in two)
+    assert steps([RIGHT, MISREAD])[0].startswith("The one correctly classified image is fooled.")
+    assert steps([RIGHT, RIGHT, MISREAD])[0].startswith("Both correctly classified images are fooled.")
+    many = " ".join(steps([RIGHT] * 40))
+    assert "not a rate" not in many
+    assert "Measure robust accuracy" in many

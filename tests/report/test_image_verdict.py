@@ -219,6 +219,7 @@ def test_without_overlap_the_verdict_is_the_outcome() -> None:
         (8.2, 1.5, 2.45, "promotion-dominated", "promotion-dominated: it raises the logit of tabby by 8.2 and lowers "),
         (8.2, 1.5, 2.45, "promotion-dominated", "and lowers that of lynx by 1.5."),
         (8.2, -1.5, 10.0, "promotion-dominated", "it raises the logit of tabby by 8.2 and raises that of lynx by 1.5."),
+        (8.2, 0.0, 10.0, "promotion-dominated", "of tabby by 8.2 and does not change that of lynx."),
         (0.5, 3.0, -2.58, "suppression-dominated", "suppression-dominated: it raises the logit of tabby by 0.5"),
         (2.0, 3.0, -0.58, "balanced", "balanced: it raises the logit of tabby by 2 and lowers that of lynx by 3, and "),
         (2.0, 3.0, -0.58, "balanced", "and neither effect is more than twice the other."),

@@ -246,9 +246,8 @@ def _single_images(result: SsimAlignment) -> list[str]:
     if not tested:
         return []
     aligned = int(result.aligned.sum())
-    return [
-        f"Tested individually, {aligned} of {counted(tested)} show a visible change that lies where the network looks."
-    ]
+    found = f"{aligned} of {counted(tested)} {'shows' if aligned == 1 else 'show'}"
+    return [f"Tested individually, {found} a visible change that lies where the network looks."]
 
 
 def _listed(parts: Sequence[str], word: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weakspot.statistics import mean_interval, rate_interval
-from weakspot.statistics.number_format import counted
+from weakspot.statistics.number_format import counted, with_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,15 +100,20 @@ def locality_sentence(table: pd.DataFrame) -> str:
     images = int(near["images"])
     if not images:
         return "No image was fooled by one pixel, so there is no pixel to move."
+    elsewhere = (
+        f", and moved to any other site of the image at {_interval(random)}" if random["images"] else ""
+    )
     numbers = (
         f"moved to a neighboring site, the pixel of a successful attack ({counted(images)}) still fools the model at "
-        f"{_with_interval(near)} of these sites, and moved to any other site of the image at {_with_interval(random)}"
+        f"{_interval(near)} of these sites{elsewhere}"
     )
     if near["failed_images"]:
         numbers += (
             f"; the pixel of a failed attack ({counted(int(near['failed_images']))}) fools it at "
-            f"{_with_interval(near, 'failed_')} of the neighboring sites"
+            f"{_interval(near, 'failed_')} of the neighboring sites"
         )
+    if not random["images"]:  # an image of a few pixels has no sites beyond the neighboring ones
+        return f"{numbers[0].upper()}{numbers[1:]}. There are no other sites to compare with, so no claim is made."
     if images < FEWEST:
         return f"{numbers[0].upper()}{numbers[1:]}. With fewer than {FEWEST} images, no claim is made."
     if near["excess_low"] > 0 and near["p"] <= LEVEL:
@@ -125,6 +130,6 @@ def _greater_p(differences: NDArray[np.floating]) -> float:
     return float(ttest_1samp(differences, 0, alternative="greater").pvalue)
 
 
-def _with_interval(row: pd.Series, prefix: str = "") -> str:
+def _interval(row: pd.Series, prefix: str = "") -> str:
     rate, low, high = (float(row[f"{prefix}{part}"]) for part in RATES)
-    return f"{rate:.0%} [{low:.0%}, {high:.0%}]"
+    return with_interval(rate, low, high)

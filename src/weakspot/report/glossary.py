@@ -47,8 +47,8 @@ TERMS = {
     ),
     "SSIM": ("Structural similarity: how alike two images look, 1 for identical ones (Wang et al. 2004)."),
     "changed cells": (
-        "The image is divided into 8 x 8 square cells. The change is removed from some of them, or put into "
-        "the clean image in some of them alone."
+        "The image is divided into square cells, about eight along its shorter side. The change is removed from some "
+        "of them, or put into the clean image in some of them alone."
     ),
     "units": ("The channels of a layer of the network."),
     "8 bits": (

@@ -37,7 +37,9 @@ def overview(scores: pd.DataFrame) -> str:
     else:
         sentence = f"The attack succeeds on {done or 'none'} of {which}"
     if squares := _squares(correct):
-        sentence = f"{squares}; {sentence[0].lower()}{sentence[1:]}"
+        known = " that the network classifies correctly"
+        sentence = sentence.removesuffix(known)
+        sentence = f"{squares}{known if wrong else ''}; {sentence[0].lower()}{sentence[1:]}"
     if rounded:
         sentence += f", and on {rounded} only before rounding to 8 bits"
     if wrong:
@@ -100,11 +102,11 @@ def _squares(correct: pd.DataFrame) -> str:
         for name in ("side", "fraction", "budget")
     )
     side = _range(f"{sides[0]:.0f}", f"{sides[1]:.0f}")
-    area = _range(f"{100 * areas[0]:.2g}%", f"{100 * areas[1]:.2g}%")
+    area = _range(*(f"{100 * one:.2g}%" if one < 0.095 else percent(one) for one in areas))
     budget = _range(*map(in_levels, budgets))
-    count = (
-        _all(len(correct)) if len(found) == len(correct) else f"{len(found)} of the {counted(len(correct))}"
-    )
+    count = f"{len(found)} of the {counted(len(correct))}"
+    if len(found) == len(correct):
+        count = _all(len(correct)) if len(correct) > 1 else "the one image"
     return (
         f"A square of {side} pixels a side ({area} of the image), changed by at most {budget}, is enough to fool the "
         f"network on {count}"
@@ -156,7 +158,9 @@ def _how_local(row: pd.Series) -> tuple[str, list[str]]:
         short = f"a square of {counted(int(side), 'pixel')} is enough" if found else "no square found"
         sentences.append(f"{square} A smaller one may be enough, too." if found else square)
     sufficient, weak = (row.get(name, math.nan) for name in ("sufficient_fraction", "weak_pixels"))
-    if not math.isnan(sufficient):
+    if sufficient == 1:
+        sentences.append("No part of the changed cells was found to be enough alone (a greedy search).")
+    elif not math.isnan(sufficient):
         short = short or f"changing {_cells(sufficient)} is enough"
         sentences.append(
             f"Changing {_cells(sufficient)} is enough to fool the network, with the rest of the image clean (a small "
@@ -180,7 +184,11 @@ def _how_local(row: pd.Series) -> tuple[str, list[str]]:
 def _what_helps(row: pd.Series) -> tuple[str, list[str]]:
     short, sentences = "", []
     needed, units = (row.get(name, math.nan) for name in ("necessary_fraction", "units_to_revert"))
-    if not math.isnan(needed):
+    if needed == 1:
+        sentences.append(
+            "No part of the changed cells was found whose clean values alone stop the attack (a greedy search)."
+        )
+    elif not math.isnan(needed):
         short = f"undoing {_cells(needed)} stops it"
         sentences.append(
             f"If {percent(needed)} of the changed cells get their clean values back, the attack no longer succeeds (a "

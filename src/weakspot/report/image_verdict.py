@@ -168,13 +168,15 @@ def perturbation_type(row: pd.Series) -> str:
     if math.isnan(row["promotion_log2_ratio"]):
         return f"The perturbation neither raises the logit of {target} nor lowers that of {label}."
     effects = (
-        f"{_verb(promotion)} the logit of {target} by {number(abs(promotion))} and "
-        f"{_verb(-suppression)} that of {label} by {number(abs(suppression))}"
+        f"{_effect(promotion, f'the logit of {target}')} and {_effect(-suppression, f'that of {label}')}"
     )
     if row["perturbation_type"] == "balanced":
         return f"The perturbation is balanced: it {effects}, and neither effect is more than twice the other."
     return f"The perturbation is {row['perturbation_type']}: it {effects}."
 
 
-def _verb(change: float) -> str:
-    return "raises" if change > 0 else "lowers"
+def _effect(change: float, logit: str) -> str:
+    size = number(abs(change))
+    if size == "0":
+        return f"does not change {logit}"
+    return f"{'raises' if change > 0 else 'lowers'} {logit} by {size}"

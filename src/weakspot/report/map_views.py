@@ -103,7 +103,7 @@ def map_views(explanation: Explanation, index: int) -> list[MapView]:
         same_scale = [maps[key] for key in maps if picture.scale and pictures[key].scale == picture.scale]
         low, high = _ends(values) if name in LOGARITHMIC else _limits(picture, same_scale or [values])
         title = filled(picture.title, label, target)
-        if name == "difference" and high > 0:
+        if name == "difference" and 0 < high < 1 / 1.5:
             title = f"Difference, amplified {1 / high:.0f} times"
         meaning = filled(picture.meaning, label, target)
         square = _square(explanation, index) if name in LOGARITHMIC else None

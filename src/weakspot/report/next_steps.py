@@ -12,6 +12,7 @@ from weakspot.statistics import LEAST_OTHERS
 from weakspot.statistics.number_format import counted
 
 MOST = 4  # steps shown
+MIN_IMAGES = 40  # for a verdict on a region
 FEW_CELLS = (
     0.25  # of the change: if undoing so much stops most attacks, a defense that finds the place may help
 )
@@ -41,11 +42,11 @@ def next_steps(explanation: Explanation) -> list[Step]:
     failed = correct[~correct["success"] & ~correct["success_8bit"] & (correct["linf"] > 0)]
     steps = []
     if len(fooled) and made.get("region") == "background":
-        steps += _background(len(fooled), len(correct), model)
+        steps += _background(_of(len(fooled), len(correct), len(scores)), model)
     elif 2 * len(fooled) > len(correct):
         steps.append(
             Step(
-                f"{_of(len(fooled), len(correct))} fooled. Train a network on attacked images "
+                f"{_of(len(fooled), len(correct), len(scores))} fooled. Train a network on attacked images "
                 "(a folder with one folder per class):",
                 "weakspot train photos/ --size 64x64 --recipe full --out runs/full",
             )
@@ -59,17 +60,19 @@ def next_steps(explanation: Explanation) -> list[Step]:
             )
         )
     if _few_cells(fooled):
+        stopped = "the successful attack" if len(fooled) == 1 else "most of the successful attacks"
         steps.append(
             Step(
-                "Undoing a quarter of the change or less stops most of these attacks. Test whether a defense can find "
-                "the place by itself:",
+                f"Undoing a quarter of the change or less stops {stopped}. Test whether a defense can find the place "
+                "by itself:",
                 f"weakspot defend photos/ --defense neutralize{_budget(made)}{model}",
             )
         )
-    few = f"{counted(len(scores))} {'is an example' if len(scores) == 1 else 'are examples'}, not a rate."
+    few = f"{counted(len(scores))} {'is an example' if len(scores) == 1 else 'are examples'}, not a rate. "
     steps.append(
         Step(
-            f"{few} Measure robust accuracy and weak regions on your own photographs, at least 40 of them:",
+            f"{few if len(scores) < MIN_IMAGES else ''}Measure robust accuracy and weak regions on your own "
+            f"photographs, at least {MIN_IMAGES} of them:",
             f"weakspot audit photos/ --regions none,cam,background --controls{_budget(made)}{model} --out runs/first",
         )
     )
@@ -92,10 +95,10 @@ def next_steps(explanation: Explanation) -> list[Step]:
     return steps[:MOST]
 
 
-def _background(fooled: int, total: int, model: str) -> list[Step]:
+def _background(fooled: str, model: str) -> list[Step]:
     return [
         Step(
-            f"{_of(fooled, total)} fooled by a change of the background alone. Train on images whose background is "
+            f"{fooled} fooled by a change of the background alone. Train on images whose background is "
             "attacked (a folder with one folder per class):",
             "weakspot train photos/ --size 64x64 --recipe localized --out runs/localized",
         ),
@@ -106,12 +109,14 @@ def _background(fooled: int, total: int, model: str) -> list[Step]:
     ]
 
 
-def _of(part: int, total: int) -> str:
+def _of(part: int, total: int, every: int) -> str:
+    """Some of the images that are classified as their label, out of all that were explained, and the verb."""
+    noun = "image" if total == every else "correctly classified image"
     if total == 1:
-        return "The image is"
+        return f"The {noun if total == every else f'one {noun}'} is"
     if part == total:
-        return "Both images are" if total == 2 else f"All {counted(total)} are"
-    return f"{part} of {counted(total)} {'is' if part == 1 else 'are'}"
+        return f"Both {noun}s are" if total == 2 else f"All {counted(total, noun)} are"
+    return f"{part} of {counted(total, noun)} {'is' if part == 1 else 'are'}"
 
 
 def _few_cells(fooled: pd.DataFrame) -> bool:
