@@ -138,6 +138,7 @@ def test_a_difference_below_the_floor_is_said_and_is_no_weak_region(side: int) -
 
 def test_too_few_images_or_a_missing_control_allow_no_verdict() -> None:
     assert verdict(contrasts(images=(39, 40))) == "none (at least 40 images are needed, 39 are available)"
+    assert verdict(contrasts(images=(1, 40))) == "none (at least 40 images are needed, 1 is available)"
     assert verdict(contrasts(images=(0, 40), q=(np.nan, 0.001))).endswith("0 are available)")
     others, shifted = contrasts()
     assert "no other images' regions" in verdict([shifted])

@@ -70,6 +70,16 @@ def test_an_unknown_value_fails_the_gate(missing: float | None) -> None:
     assert not Condition("attack == 'none' and low < 1", NAMES).judge({**ROW, "low": missing}, "pgd").failed
 
 
+def test_a_value_beside_its_limit_is_not_rounded_to_it() -> None:
+    def why(text: str, value: float) -> str:
+        return Condition(text, NAMES).judge({**ROW, "robust_accuracy": value}, "pgd").why
+
+    assert why("robust_accuracy < 0.4", 0.39999).endswith("robust_accuracy is 0.39999")
+    assert why("robust_accuracy < -0.4", -0.400004).endswith("robust_accuracy is -0.400004")
+    assert why("robust_accuracy < 0.4", 1 / 3).endswith("robust_accuracy is 0.3333")
+    assert why("robust_accuracy < 0.4", 0.4).endswith("robust_accuracy is 0.4")
+
+
 @pytest.mark.parametrize("text", ["attack < 3", "attack == 3", "low / 0 < 1", "attack * 2 < 1 + attack"])
 def test_a_condition_that_cannot_be_judged_fails_the_gate(text: str) -> None:
     assert Condition(text, NAMES).judge(ROW, "pgd").failed

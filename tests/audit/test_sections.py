@@ -125,6 +125,17 @@ def findings(*rows: dict[str, Any]) -> Section:
     return finding_section(pd.DataFrame(list(rows), columns=list(Finding._fields)))
 
 
+def test_other_scores_are_counted_by_q_alone_and_none_is_called_equal() -> None:
+    own = {"against": "its null"}
+    # Equal differences in all images have no interval.
+    equal = finding("ssim", 0.01) | own | {"excess_low": nan, "excess_high": nan}
+    (count, value) = findings(equal, finding("depth", 0.5) | own).sentences
+    assert count.startswith("Of 2 other mean scores tested against a null value, 1 differs from it")
+    assert "(difference 0.3, 48 images)" in value
+    (count,) = findings(finding("depth", 0.5) | own).sentences
+    assert "none was shown to differ from it (q at most .05)" in count
+
+
 def test_an_attack_acts_where_the_network_looks_if_it_beats_other_images() -> None:
     known = ("attack", "region", "score", "images", "mean", "low", "high")
     bare = {name: nan for name in Finding._fields if name not in known} | {"against": ""}
@@ -177,6 +188,20 @@ def test_regions_are_listed_and_not_ranked(robust: tuple[float, float]) -> None:
     assert sentence == (
         f"Under pgd confined to region 0 (0% of the image), {first} of 9 images remain correctly classified (95% "
         f"without an attack); confined to region 1 (10% of the image), {other}."
+    )
+
+
+def test_regions_with_fewer_known_outcomes_say_so() -> None:
+    first, other = cells(0.5, 0.5)
+    (sentence,) = robust_section([first, replace(other, images=1)], 1.0).sentences
+    assert sentence.endswith("confined to region 1 (10% of the image), 50% [40%, 60%] of 1 image.")
+
+
+def test_less_than_half_is_said_with_the_largest_size() -> None:
+    (rare, _) = budget_section(curves(fooled=0.2), NONE).sentences
+    assert rare == (
+        "Up to 10/255, the largest size (linf) in the run, pgd fools less than half of the correctly classified images "
+        "in every region."
     )
 
 

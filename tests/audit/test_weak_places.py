@@ -121,13 +121,20 @@ def test_sentences_claim_only_the_squares_that_were_found() -> None:
     assert "this does not mean that none exists" in none
     most = made_up([3, 5, 8, math.nan]).sentences()[0]
     assert "3 x 3 pixels, 0.9% of the image a.png: changed by at most 8/255" in most
-    assert "In half of 4 correctly classified images, one of at most 5 x 5 pixels" in most
+    assert "In at least half of 4 correctly classified images, one of at most 5 x 5 pixels" in most
     assert "No square was found in 1 image." in most
     few = made_up([3, math.nan, math.nan]).sentences()[0]
-    assert "In half" not in few  # of three images, two have none
+    assert "half of" not in few  # of three images, two have none
     assert "No square was found in 2 images." in few
     one = made_up([3]).sentences()[0]
-    assert "In half" not in one
+    assert "half of" not in one
+    assert (
+        made_up([math.nan])
+        .sentences()[0]
+        .startswith(
+            "In the one correctly classified image, no square was found that is enough to change the decision"
+        )
+    )
     assert "was not tested" in made_up([3], math.nan).sentences()[1]
 
 

@@ -126,7 +126,8 @@ def verdict(contrasts: Sequence[Contrast]) -> str:
         return f"none (the run has no {missing} as controls)"
     images = min(contrast.images for contrast in contrasts)
     if images < MIN_IMAGES:
-        return f"none (at least {MIN_IMAGES} images are needed, {images} are available)"
+        verb = "is" if images == 1 else "are"
+        return f"none (at least {MIN_IMAGES} images are needed, {images} {verb} available)"
     directions = {contrast.direction for contrast in contrasts}
     if len(directions) > 1 or 0 in directions:
         return UNCLEAR

@@ -69,6 +69,7 @@ class Condition:
     def __init__(self, text: str, names: Sequence[str] | None = None) -> None:
         self.text = text.strip()
         self.names: list[str] = []
+        self.limits: list[float] = []
         try:
             self._tree = ast.parse(self.text, mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -94,6 +95,8 @@ class Condition:
                     raise ValueError(
                         f"fail-if must hold numbers and texts only, got {node.value!r} in {self.text!r}"
                     )
+                if not isinstance(node.value, str):
+                    self.limits.append(node.value)
             case ast.BoolOp():
                 parts = [*node.values]  # noqa: PD011 - a syntax tree
             case ast.Compare():
@@ -128,7 +131,9 @@ class Condition:
             return Verdict(self.text, name, True, f"{unknown} is not known, so {self.text} cannot be judged")
         except NOT_COMPUTABLE as error:
             return Verdict(self.text, name, True, f"{self.text} cannot be judged ({error})")
-        values = ", ".join(f"{column} is {_formatted(row[column])}" for column in dict.fromkeys(self.names))
+        values = ", ".join(
+            f"{column} is {_formatted(row[column], self.limits)}" for column in dict.fromkeys(self.names)
+        )
         return Verdict(self.text, name, holds, f"{self.text}: {values}")
 
     def _value(self, node: ast.AST, row: Row) -> object:
@@ -252,8 +257,12 @@ def junit(verdicts: Sequence[Verdict], suite: str) -> str:
     return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def _formatted(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _formatted(value: object, limits: Sequence[float]) -> str:
+    """A value with four digits, or with all of them where those would make it equal to a limit."""
+    if not isinstance(value, float):
+        return str(value)
+    short = f"{value:.4g}"
+    return repr(float(value)) if float(short) != value and abs(float(short)) in limits else short
 
 
 def _xml_text(text: str) -> str:

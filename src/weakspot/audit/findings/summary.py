@@ -204,7 +204,10 @@ def robust_accuracy_sentence(cells: Sequence[CellSummary], clean: float) -> str:
         f"Under {first.name} {_place(first)}, {_accuracy(first)} of {counted(first.images)} {verb} correctly "
         f"classified{unattacked}"
     )
-    return "; ".join([sentence, *(f"{_place(cell)}, {_accuracy(cell)}" for cell in others)])
+    # Outcomes of some images may be unknown in some regions.
+    of = ["" if cell.images == first.images else f" of {counted(cell.images)}" for cell in others]
+    rest = (f"{_place(cell)}, {_accuracy(cell)}{count}" for cell, count in zip(others, of, strict=True))
+    return "; ".join([sentence, *rest])
 
 
 def no_robust_accuracy(cells: Sequence[CellSummary]) -> list[str]:

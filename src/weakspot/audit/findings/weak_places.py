@@ -66,9 +66,14 @@ class WeakPlaces:
         found, images = int(np.isfinite(sides).sum()), counted(len(sides), "correctly classified image")
         change = f"changed by at most {size_of_change(self.budget, 'linf')}"
         if not found:
+            where = (
+                f"In none of {images}"
+                if len(sides) > 1
+                else "In the one correctly classified image, no square"
+            )
             square = (
-                f"In none of {images} was a square found that is enough to change the decision if it is {change}; this "
-                "does not mean that none exists."
+                f"{where} was {'a square ' if len(sides) > 1 else ''}found that is enough to change the decision if it "
+                f"is {change}; this does not mean that none exists."
             )
         else:
             # At least half of the images have a square of this side or a smaller one, if half have any.
@@ -80,7 +85,9 @@ class WeakPlaces:
                 f"the decision."
             )
             if len(sides) > 1 and np.isfinite(half):
-                square += f" In half of {images}, one of at most {half:.0f} x {half:.0f} pixels was found."
+                square += (
+                    f" In at least half of {images}, one of at most {half:.0f} x {half:.0f} pixels was found."
+                )
             if found < len(sides):
                 square += f" No square was found in {counted(len(sides) - found, 'image')}."
         if self.left_out:
@@ -95,7 +102,8 @@ class WeakPlaces:
                 "Whether images are weak in the same place was not tested: the run stored no maps (--maps)."
             )
         if np.isnan(self.p):
-            return f"Whether images are weak in the same place was not tested: the test needs {LEAST_RUN} images."
+            needed = f"the test needs at least {LEAST_RUN} images"
+            return f"Whether images are weak in the same place was not tested: {needed}."
         if self.p > MAX_P:
             return (
                 "No place was found to be weak in more images than chance explains, by the estimate "

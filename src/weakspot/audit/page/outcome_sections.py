@@ -160,7 +160,7 @@ def class_sentences(by_class: Classes) -> list[str]:
         even = f"{_class_accuracy(weak)} {names[weak['label']]} remain correctly classified"
         return [f"Under {cell}, no class stands out: {even}.", ends]
     doubt = (
-        f"With {len(rows)} classes compared, part of that difference is chance."
+        f"With {len(rows)} classes compared, part of that difference may be chance."
         if intervals_are_apart(weak, strong)
         else "The intervals overlap, so the difference may be chance."
     )
@@ -292,7 +292,11 @@ def _half_sentence(attack: str, norm: str, curves: pd.DataFrame) -> str:
         for region, curve in curves.groupby("region", sort=False)
     }
     if all(math.isnan(size) for size in halves.values()):
-        return f"{attack} ({norm}) fools less than half of the correctly classified images in every region."
+        largest = size_of_change(float(curves["size"].max()), norm)
+        return (
+            f"Up to {largest}, the largest size ({norm}) in the run, {attack} fools less than half of the correctly "
+            "classified images in every region."
+        )
     sizes = [
         f"{in_region(region)}, {'none of the tested sizes' if math.isnan(size) else size_of_change(size, norm)}"
         for region, size in halves.items()

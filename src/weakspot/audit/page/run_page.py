@@ -257,9 +257,10 @@ def _warning(run: Run, done: int) -> str:
         if run.info.missing is not None:
             shortfall += f" All numbers are about the other {counted(done)}."
         else:
-            total = f" of {run.info.images.listed:,}" if run.info.images else ""
+            images = f"{done:,} of {counted(run.info.images.listed)}" if run.info.images else counted(done)
             shortfall = (
-                f"This audit is not complete: {done:,}{total} images are done, and all numbers are about those. "
+                f"This audit is not complete: {images} {'is' if done == 1 else 'are'} done, and all numbers are about "
+                f"{'it' if done == 1 else 'those'}. "
                 f"Continue it with weakspot audit --resume {shlex.quote(run.name)}."
             )
     return " ".join([*([shortfall] if shortfall else []), *run.remarks])

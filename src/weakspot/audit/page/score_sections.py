@@ -125,19 +125,24 @@ def finding_sentences(findings: pd.DataFrame) -> list[str]:
     located = tested["against"] == "other images"
     sentences = [_location_sentence(rows) for _, rows in tested[located].groupby("attack", sort=False)]
     others = tested[~located]
-    different = others[(others["q"] <= MAX_Q) & others["excess_low"].notna()].sort_values("q")
+    different = others[others["q"] <= MAX_Q].sort_values("q")
     if len(others):
-        differ = f"{len(different) or 'none'} {'differ' if len(different) > 1 else 'differs'}"
+        differ = f"{len(different)} {'differs' if len(different) == 1 else 'differ'}"
         sentences.append(
-            f"Of {counted(len(others), 'other mean score')} tested against a null value, {differ} from it "
-            "(q at most .05)."
+            f"Of {counted(len(others), 'other mean score')} tested against a null value, "
+            f"{differ if len(different) else 'none was shown to differ'} from it (q at most .05)."
         )
     return sentences + [
         f"The mean {score_title(row['score'])} of {_cell(row)} is {number(row['mean'])}; its null value is "
-        f"{number(row['null'])} (difference {number(row['excess'])} [{number(row['excess_low'])}, "
-        f"{number(row['excess_high'])}], {counted(int(row['compared']))})."
+        f"{number(row['null'])} (difference {_excess(row)}, {counted(int(row['compared']))})."
         for row in different.head(2).to_dict("records")
     ]
+
+
+def _excess(row: Row) -> str:
+    """A difference with its interval; equal differences, and those of few images, have none."""
+    low, high = row["excess_low"], row["excess_high"]
+    return number(row["excess"]) + ("" if math.isnan(low) else f" [{number(low)}, {number(high)}]")
 
 
 def _location_sentence(findings: pd.DataFrame) -> str:
