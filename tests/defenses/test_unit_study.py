@@ -110,3 +110,15 @@ def test_noise_has_its_own_sentence_beside_the_attack() -> None:
     assert sentences[1].startswith("For sensitivity to noise of the same size, ")
     assert len(association_sentences(table.head(15))) == 1
     assert association_sentences(table.assign(sensitivity=np.inf))[0].startswith("Fewer than 10 units vary")
+    constant = association_sentences(table.assign(noise=1.0))
+    assert constant[1] == "For sensitivity to noise of the same size, nothing is left to correlate."
+
+
+def test_of_units_that_were_not_tested_nothing_is_denied() -> None:
+    model, images, labels = leaking(8)
+    # Noise with changes of more than a half does not fit into the middle of the range.
+    pairs = Pairs(images, (images < 0.5).float(), labels, labels)
+    study = unit_study(model, dissected(8, ["blue", *[None] * 7]), pairs, mask=1)
+    assert study.sentences[0].startswith("No unit was tested")
+    assert not any("No detector" in sentence or "No unit changes" in sentence for sentence in study.sentences)
+    assert "No unit was shown to change more than under noise" in study.sentences[-1]

@@ -101,7 +101,7 @@ def test_joined_units_say_which_concepts_an_attack_moves() -> None:
     assert counts.to_numpy().tolist() == [[2, 1, 1, 0], [1, 1, 0, 1], [1, 0, 0, 0], [1, 1, 0, 0]]
     assert concept_sentence(moved_concepts(table)) == (
         "The attack moves detectors more than noise of the same size does: it promotes dotted (1 of 2 detectors); it "
-        "suppresses ear (1 of 1 detectors); it moves wheel (1 of 1 detectors) in no common direction."
+        "suppresses ear (1 of 1 detector); it moves wheel (1 of 1 detector) in no common direction."
     )
     still = "No detector clearly moves more than under noise of the same size."
     assert concept_sentence(moved_concepts(table, level=0.0)) == still

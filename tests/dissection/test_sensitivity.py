@@ -151,6 +151,15 @@ def test_noise_of_one_pixel_is_one_pixel_that_fits() -> None:
     assert "No unit was tested" in sensitivity_sentence(only)
 
 
+def test_units_that_do_not_vary_have_no_median_sensitivity() -> None:
+    clean = noise(1, 1).mul(0.2).add(0.4).repeat(3, 1, 1, 1)  # one image three times
+    adversarial = clean.clone()
+    adversarial[:, 2] += 0.1
+    sentence = sensitivity_sentence(unit_sensitivity(planted(), "look", pairs_of(clean, adversarial)))
+    assert "inf" not in sentence
+    assert sentence.endswith("is not defined, because units do not vary over the clean images.")
+
+
 def test_pairs_without_a_difference_move_nothing() -> None:
     clean = noise(5, 1)
     table = unit_sensitivity(planted(), "look", pairs_of(clean, clean))

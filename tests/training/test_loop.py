@@ -258,6 +258,12 @@ def test_training_stops_if_robustness_is_lost_and_returns_the_best_weights_befor
     assert torch.equal(weights(trained), seen[1])
 
 
+def test_a_rest_of_robustness_is_not_called_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned([0.6, 0.85, 0.004], monkeypatch)
+    with pytest.warns(ModelWarning, match=r"fell to 0\.4% in epoch 3"):
+        quick_train(fresh(), halves(), recipe="fast", epochs=5)
+
+
 def test_the_best_weights_survive_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = planned([0.6, 0.85, 0.8, 0.02], monkeypatch)
 

@@ -188,21 +188,24 @@ def dissect(
     rows = _layer_rows(dissections)
 
     def show() -> None:
+        from weakspot.statistics.number_format import counted
+
         units, detectors = (sum(int(row[key]) for row in rows) for key in ("units", "detectors"))
         print_text(
-            f"{detectors} of {units} units detect a concept (intersection over union of at least {min_iou:g}).\n"
+            f"{detectors} of {counted(units, 'unit')} {'detects' if detectors == 1 else 'detect'} a concept "
+            f"(intersection over union of at least {min_iou:g}).\n"
         )
         shown, more = first_rows(rows, every=every)
         print_rows(shown)
         if more:
-            print_text(f"... and {more} more layers (show them with --all)", style="dim")
+            print_text(f"... and {counted(more, 'more layer')} (show them with --all)", style="dim")
         for paragraph in attacked.paragraphs():
             print_text(f"\n{paragraph}")
         if quick:
             print_text(
                 f"\n--quick: at most {QUICK_LABELED} labeled images, which shows that it works, not how well."
             )
-        print_text(f"\n{len(layers)} layers{session.ending()}", style="dim")
+        print_text(f"\n{counted(len(layers), 'layer')}{session.ending()}", style="dim")
         print_text(f"\nReport: {page.resolve()}")
 
     files = {"report.html": str(page.resolve())}

@@ -24,7 +24,7 @@ from weakspot.attribution.layers import unit_axis
 from weakspot.classifier import Classifier, as_classifier, check_images, default_batch, evaluating, predict
 from weakspot.pairs import Pairs
 from weakspot.statistics import mcnemar, proportion_interval
-from weakspot.statistics.number_format import p_value, percent, with_interval
+from weakspot.statistics.number_format import counted, p_value, percent, with_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -262,9 +262,10 @@ def masking_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
     unmasked, these = rows.pop(UNMASKED), rows.pop(THESE)
     count = int(these["units"])
     units = f"{count} unit{'s' if count > 1 else ''}"
+    images = counted(int(these["images"]))
     figures = (
-        f"under a new attack, the masked network classifies {_ranged(these)} of {these['images']} images correctly and "
-        f"the unmasked one {_ranged(unmasked)} ({p_value(unmasked['p'])})"
+        f"under a new attack, the masked network classifies {_ranged(these)} of {images} correctly and the unmasked "
+        f"one {_ranged(unmasked)} ({p_value(unmasked['p'])})"
     )
     with_mask, without = percent(these["clean"]), percent(unmasked["clean"])
     cost = f"Without attack, accuracy is {with_mask} with the mask and {without} without it."

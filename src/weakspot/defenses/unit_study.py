@@ -31,6 +31,7 @@ from weakspot.pairs import Pairs
 if TYPE_CHECKING:
     import pandas as pd
 
+LEAST_PAIRS = 2  # whose noise is as large as the perturbation, for a test
 FRACTION = 0.2  # of a layer's units that are masked, if no number is given
 
 
@@ -86,17 +87,17 @@ def unit_study(
     table = join(unit_sensitivity(model, dissection.layer, pairs, seed=seed), dissection.units)
     if progress is not None:
         progress(0.3 if mask is not None else 1.0)
-    sentences = [
-        sensitivity_sentence(table),
-        concept_sentence(moved_concepts(table)),
-        *association_sentences(table),
-    ]
+    sentences = [sensitivity_sentence(table)]
+    if table["images"].iloc[0] >= LEAST_PAIRS:  # of what was not tested, nothing is said
+        sentences.append(concept_sentence(moved_concepts(table)))
+    sentences += association_sentences(table)
     if mask is None:
         return UnitStudy(dissection.layer, table, sentences)
     masked, images, labels = _chosen(model, dissection.layer, pairs, mask, count=len(table), seed=seed)
     if not masked:
         sentences.append(
-            "No unit changes more than under noise in the images that units are chosen on, so nothing is masked."
+            "No unit was shown to change more than under noise in the images that units are chosen on, so nothing is "
+            "masked."
         )
         return UnitStudy(dissection.layer, table, sentences)
 
@@ -129,10 +130,9 @@ def association_sentences(table: pd.DataFrame) -> list[str]:
     noise = table.assign(sensitivity=table["noise"])
     if association.units >= ENOUGH and np.isfinite(noise["sensitivity"]).sum() >= ENOUGH:
         of_noise = associate(noise)
-        sentences.append(
-            f"For sensitivity to noise of the same size, {of_noise.partial:.2f} "
-            f"[{of_noise.low:.2f}, {of_noise.high:.2f}] is left."
-        )
+        left = f"{of_noise.partial:.2f} [{of_noise.low:.2f}, {of_noise.high:.2f}] is left"
+        left = "nothing is left to correlate" if np.isnan(of_noise.partial) else left
+        sentences.append(f"For sensitivity to noise of the same size, {left}.")
     return sentences
 
 

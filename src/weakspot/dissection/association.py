@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weakspot._checks import check_seed
+from weakspot.statistics.number_format import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -168,7 +169,7 @@ def concept_sentence(concepts: pd.DataFrame, most: int = 3) -> str:
     parts = []
     for verb, (rows, column) in groups.items():
         names = [
-            f"{row['concept']} ({row[column]} of {row['units']} detectors)"
+            f"{row['concept']} ({row[column]} of {counted(row['units'], 'detector')})"
             for row in rows.sort_values(column, ascending=False, kind="stable").head(most).to_dict("records")
         ]
         more = f" and {len(rows) - most} more" if len(rows) > most else ""

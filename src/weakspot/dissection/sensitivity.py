@@ -171,10 +171,11 @@ def sensitivity_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
     basis = f"{images} images, {level:.0%} false discoveries"
     if not moved:
         return f"No unit clearly moves more than under noise of the same size ({units} units, {basis})."
-    return (
-        f"The attack moves {moved} of {units} units more than noise of the same size does ({basis}); the median "
-        f"sensitivity is {table['sensitivity'].median():.2g}, and {table['noise'].median():.2g} under noise."
-    )
+    median, noise = (float(table[name].median()) for name in ("sensitivity", "noise"))
+    medians = f"the median sensitivity is {median:.2g}, and {noise:.2g} under noise"
+    if not (np.isfinite(median) and np.isfinite(noise)):
+        medians = "the median sensitivity is not defined, because units do not vary over the clean images"
+    return f"The attack moves {moved} of {units} units more than noise of the same size does ({basis}); {medians}."
 
 
 def _paired_p(differences: NDArray[np.floating], alternative: str, least: float) -> NDArray[np.float64]:

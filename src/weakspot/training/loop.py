@@ -19,6 +19,7 @@ from weakspot._state import EvalMode
 from weakspot.classifier import Classifier
 from weakspot.datasets import LabeledImages
 from weakspot.datasets.labeled import as_float
+from weakspot.statistics.number_format import percent
 from weakspot.training.adversary import perturbed, scattered, trades_loss, uniform_noise
 from weakspot.training.backgrounds import Backgrounds
 from weakspot.training.checkpoint import Best, State
@@ -307,9 +308,9 @@ class Loop:
         if self.held_out is None or len(self.held_out.labels) < ENOUGH or not searches:
             return
         if collapsed([earlier["robust"] for earlier in self.history], self.held_out.constant):
+            fell = f"robust accuracy fell to {percent(row['robust'])} in epoch {self.epoch}"
             self.stopped = (
-                f"robust accuracy fell to {row['robust']:.0%} in epoch {self.epoch} (catastrophic overfitting); the "
-                "weights are those of the best epoch before"
+                f"{fell} (catastrophic overfitting); the weights are those of the best epoch before"
             )
         elif self.best is None or row["robust"] > self.best["robust"]:
             self.best = {"robust": row["robust"], "model": _on_cpu(self.classifier.state_dict())}
