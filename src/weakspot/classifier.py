@@ -168,12 +168,9 @@ class Classifier(nn.Module):
         return f"Classifier({self.name}: images {sides}, mean {mean}, std {std}{classes})"
 
     def class_name(self, index: int) -> str:
-        """Name of a class, with its number if other classes share the name, or "class 3" if it has no name."""
-        if not 0 <= index < len(self.class_names):
-            return f"class {index}"
-        name = self.class_names[index]
-        # Sentences and tables compare classes by name: torchvision's ImageNet has two of "crane" and "maillot".
-        return name if self.class_names.count(name) == 1 else f"{name} (class {index})"
+        """Unique name of a class, with its number if others share the name, or "class 3" if it has no name."""
+        name = self.class_names[index] if 0 <= index < len(self.class_names) else f"class {index}"
+        return f"{name} (class {index})" if self.class_names.count(name) > 1 else name
 
 
 def _check_normalization(mean: Sequence[float], std: Sequence[float]) -> None:

@@ -81,6 +81,14 @@ def test_one_sentence_over_all_images(rows: list[dict[str, object]], wanted: str
     assert overview(pd.DataFrame(rows)) == wanted
 
 
+def test_sizes_of_many_digits_are_gray_levels_rounded_upward() -> None:
+    odd = {**RIGHT, **SQUARE, "smallest_square_budget": 100.0412 / 255}
+    assert "changed by at most 100.1/255, is enough" in strongest_fact(row(odd))
+    assert "changed by at most 8/255 to 100.1/255, is enough" in overview(
+        pd.DataFrame([odd, {**RIGHT, **SQUARE}])
+    )
+
+
 def test_the_strongest_fact_is_what_was_found_to_be_enough() -> None:
     assert strongest_fact(row(RIGHT, **SQUARE)) == (
         "A 24 x 24 square, 1.1% of the image, changed by at most 8/255, is enough to turn 'lynx' into 'tabby'."
@@ -145,7 +153,11 @@ def test_each_question_has_its_own_answer() -> None:
     assert found[LOCAL][0] == "a square of 24 pixels is enough"
     assert "the worst leaves 75% of the margin of lynx" in found[LOCAL][1][-1]
     assert found[HELPS][0] == "undoing 40% of the changed cells stops it"
-    assert "of units drawn at random, only all of them do" in found[HELPS][1][1]
+    assert "of units drawn at random, no part that was tried does, only all of them." in found[HELPS][1][1]
+    less = findings(row(RIGHT, units_to_revert=0.3, random_units_to_revert=0.1))[HELPS][1][0]
+    assert less.endswith(
+        "restore the decision; of units drawn at random, 10% was the smallest part tried that does."
+    )
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FRACTIONS = (0.01, 0.03, 0.1, 0.3, 1.0)
 MEANINGS = {
     "units_to_revert": "Smallest fraction of the last layer's units, those that changed most, whose clean values "
-    "restore the decision; 1, 3, 10, 30 and 100% are tried.",
+    "restore the decision; 1, 3, 10, 30 and 100% are tried, rounded to whole units, at least one.",
     "random_units_to_revert": "The same for units drawn at random.",
 }
 
@@ -190,8 +190,10 @@ def analyze_units(model: nn.Module, pairs: Pairs, *, seed: int = 0) -> Analysis:
         called_once = [place for place in places.values() if place.module is not None and place.calls == 1]
         if not called_once:
             return Analysis(scores=pd.DataFrame(index=range(len(pairs))), maps={})
-        changed, random, _ = _restore_all(classifier, called_once[-1], pairs, FRACTIONS, seed=seed)
-    fractions = torch.tensor(FRACTIONS, dtype=torch.float64, device=changed.device)[:, None]
+        changed, random, units = _restore_all(classifier, called_once[-1], pairs, FRACTIONS, seed=seed)
+    # One unit of four is a quarter, whatever fraction was asked for.
+    tried = [_count(fraction, units) / units for fraction in FRACTIONS]
+    fractions = torch.tensor(tried, dtype=torch.float64, device=changed.device)[:, None]
     scores = {}
     for name, restored in zip(MEANINGS, (changed, random), strict=True):
         smallest = fractions.where(restored == 1, torch.inf).amin(0)

@@ -7,11 +7,13 @@ from fractions import Fraction
 
 import pandas as pd
 
+from weakspot.budgets import Linf
 from weakspot.explanations.agreement import WHOLE
 from weakspot.explanations.certified_pixels import certificate_finding
 from weakspot.explanations.weakest_places import square_finding
 from weakspot.report.image_verdict import located, location, perturbation_type
 from weakspot.statistics.number_format import counted, number, percent
+from weakspot.vulnerability.square import at_most
 
 FEW = 0.5  # fraction of the changed cells up to which they are worth a headline
 WHERE, WHY, LOCAL, HELPS = QUESTIONS = ("Where", "Why", "How local", "What helps")
@@ -103,7 +105,7 @@ def _squares(correct: pd.DataFrame) -> str:
     )
     side = _range(f"{sides[0]:.0f}", f"{sides[1]:.0f}")
     area = _range(*(f"{100 * one:.2g}%" if one < 0.095 else percent(one) for one in areas))
-    budget = _range(*map(in_levels, budgets))
+    budget = _range(*(at_most(Linf(budget)) for budget in budgets))
     count = f"{len(found)} of the {counted(len(correct))}"
     if len(found) == len(correct):
         count = _all(len(correct)) if len(correct) > 1 else "the one image"
@@ -196,7 +198,8 @@ def _what_helps(row: pd.Series) -> tuple[str, list[str]]:
         )
     if units < 1:
         random = row["random_units_to_revert"]
-        beside = "only all of them do" if random == 1 else f"{percent(random)} are needed"
+        beside = f"{percent(random)} was the smallest part tried that does"
+        beside = "no part that was tried does, only all of them" if random == 1 else beside
         sentences.append(
             f"The clean values of the {percent(units)} of the last layer's units that changed most restore the "
             f"decision; of units drawn at random, {beside}."
