@@ -304,6 +304,37 @@ def test_a_failure_stays_a_failure_when_it_is_saved_and_explained_again(run: Run
     assert all(row["verdict"].startswith("The attack found no adversarial example") for row in again)
 
 
+THIRD = """
+import torch
+from torch import nn
+
+
+class Third(nn.Module):
+    # Brighter images are of class 1, long before they are of class 2.
+    def forward(self, images):
+        mean = images.mean((1, 2, 3))
+        return torch.stack([10 * (0.51 - mean), 10 * (mean - 0.51), 40 * (mean - 0.9)], 1)
+
+
+def build():
+    return Third().eval()
+"""
+
+
+def test_a_targeted_attack_that_ends_in_a_third_class_is_no_failure_to_fool(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "third_network.py").write_text(THIRD)
+    save(torch.full((3, 16, 16), 0.5), tmp_path / "gray.png")
+    model = ("--model", "third_network:build", "--size", "16x16", "--mean", "0", "--std", "1")
+    ended = run("explain", "gray.png", *model, "--target", 2, "--budget", "linf:60/255", "--out", "run")
+    assert ended.code == 0, ended.err
+    assert ended.out.startswith("0 of 1 image changed to the target as 8-bit files (0 before rounding)")
+    assert "class 1 99% (not the target)" in ended.out
+    assert "found no adversarial example for its target class 2" in ended.out
+    assert ".  " not in ended.out  # what a later analysis adds stands in one piece
+    page = (tmp_path / "run/report.html").read_text()
+    assert "found no adversarial example for 1 image" not in page
+
+
 BRITTLE = """
 import torch
 from torch import nn

@@ -19,6 +19,7 @@ from weakspot import cli, load, training
 from weakspot._io.files import locked
 from weakspot.cli.app import Failure
 from weakspot.cli.train import DEFAULT_RECIPES, EvaluationOptions, _check_attacked
+from weakspot.cli.training_jobs import print_training
 
 QUICK = ("--epochs", "2", "--batch-size", "20", "--steps", "2", "--learning-rate", "0.05")
 
@@ -335,3 +336,17 @@ def test_an_interrupt_says_whether_there_is_anything_to_resume(
         ended = run(*command)
     assert (ended.code, "the same command resumes from cut" in ended.err) == (5, True), ended.err
     assert run(*command).code == 0
+
+
+def test_accuracies_are_printed_with_their_images_and_a_command_that_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    row = {"accuracy": 1.0, "low": 0.5, "high": 1.0}
+    tests = [{**row, "test": "clean", "images": 6}, {**row, "test": "strongest", "images": 6}]
+    print_training({"tests": tests}, 1.0, Path("a run"), matrix=False)
+    out = capsys.readouterr().out
+    assert "Tested on 6 images." in out
+    assert "weakspot explain IMAGES --model 'a run'" in out
+    tests[1]["images"] = 1
+    print_training({"tests": tests}, 1.0, Path("a run"), matrix=False)
+    assert "Tested on so many images: clean 6, strongest 1." in capsys.readouterr().out

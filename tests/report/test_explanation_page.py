@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from markupsafe import escape
@@ -23,7 +24,7 @@ from tests.networks import NETWORKS
 from weakspot import Classifier, Explanation, Linf, explain
 from weakspot.attacks import pgd
 from weakspot.explanations.analysis import Picture
-from weakspot.report.explanation_page import notebook_frame, page
+from weakspot.report.explanation_page import _failure, notebook_frame, page
 from weakspot.report.glossary import TERMS, WORDS
 from weakspot.report.image_findings import QUESTIONS
 from weakspot.report.map_views import MapView, map_views, worth_drawing
@@ -139,6 +140,29 @@ def test_class_names_with_braces_stay_as_they_are(explanation: Explanation) -> N
         titles = {view.name: view.title for view in map_views(explanation, index)}
         assert titles["cam_label_clean"] == f"{own}, clean image"
         assert titles["cam_target_clean"] == f"{other}, clean image"
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({}, "not found"),
+        ({"asked_for_target": True}, "not the target"),
+        ({"asked_for_target": True, "read_clean_as": "b"}, "misclassified without an attack"),
+        ({"success": True}, "fools only before rounding to 8 bits"),
+        ({"success": True, "success_8bit": True}, ""),
+    ],
+)
+def test_an_attack_that_did_not_succeed_is_named_as_what_it_is(
+    changed: dict[str, object], words: str
+) -> None:
+    row = {
+        "read_clean_as": "a",
+        "label": "a",
+        "success": False,
+        "success_8bit": False,
+        "asked_for_target": False,
+    }
+    assert _failure(pd.Series({**row, **changed})) == words
 
 
 def test_a_difference_over_the_whole_range_is_not_amplified(explanation: Explanation) -> None:

@@ -261,6 +261,12 @@ def test_recommendations_follow_from_the_findings() -> None:
     assert "1 image is an example, not a rate." in " ".join(steps([RIGHT]))
 
 
+def test_a_targeted_attack_that_ends_in_a_third_class_has_found_an_adversarial_example() -> None:
+    third = {**LOST, "adversarial_class": "fox", "asked_for_target": True}
+    assert "found no adversarial example" not in " ".join(steps([third, third]))
+    assert "found no adversarial example for 1 image;" in " ".join(steps([third, LOST]))
+
+
 def test_recommendations_are_true_of_one_image_of_some_and_of_many() -> None:
     few = {**RIGHT, "necessary_fraction": 0.1}
     one, two = steps([few]), steps([few] * 2)

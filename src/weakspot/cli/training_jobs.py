@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,15 +236,26 @@ def print_training(results: Results, seconds: float, out: Path, *, matrix: bool)
             cells = [_accuracy(row, interval=console().width >= WIDE) for row in own]
             add_row(table, *([name] if matrix else []), *cells)
         print_table(table)
+        print_text(_images_sentence(rows), style="dim")
     stopped = results.get("stopped") or {}
     for name, why in stopped.items() if matrix else [("training", stopped)] if stopped else []:
         print_text(f"{name} stopped early: {why}", style="yellow")
     spec = results.get("network", {}).get("spec")
-    use = f"{spec} --weights {out / 'model.safetensors'}" if spec else str(out)
+    use = f"{spec} --weights {shlex.quote(str(out / 'model.safetensors'))}" if spec else shlex.quote(str(out))
     following = (
         "look at matrix.png and accuracy.csv" if matrix else f"next: weakspot explain IMAGES --model {use}"
     )
     print_text(f"\nWritten to {out.resolve()} in {seconds:.0f} s; {following}", style="dim")
+
+
+def _images_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many images the accuracies are fractions of: a percentage of six images says little."""
+    from weakspot.statistics.number_format import counted
+
+    images = {str(row["test"]): int(row["images"]) for row in rows}
+    if len(set(images.values())) == 1:
+        return f"Tested on {counted(next(iter(images.values())))}."
+    return f"Tested on so many images: {', '.join(f'{test} {count:,}' for test, count in images.items())}."
 
 
 def _accuracy(row: Mapping[str, float | None], *, interval: bool) -> str:

@@ -80,7 +80,7 @@ class VerdictOutput:
             for index, before in self.printed.items():
                 verdict = explanation.verdict(index)
                 if verdict != before:
-                    print_text("\n" + verdict.replace(before, "").strip())
+                    print_text("\n" + " ".join(verdict.replace(before, "").split()))
         else:
             self._print_verdicts(explanation)
         if explanation.seconds:
@@ -133,7 +133,9 @@ def _print_table(scores: pd.DataFrame, rows: Sequence[pd.Series], *, every: bool
     headings += ["in other images", "p"] if compared else []
     table = make_table(headings)
     for row in rows:
-        missed = " (only before rounding)" if row["success"] else " (not found)"
+        # A targeted attack may have ended in a third class.
+        missed = " (not the target)" if row["asked_for_target"] else " (not found)"
+        missed = " (only before rounding)" if row["success"] else missed
         failed = "" if row["success_8bit"] or row["linf"] == 0 else missed
         failed = failed if row["read_clean_as"] == row["label"] else " (wrong before)"
         name = str(row["image"]) if every else shorten_name(str(row["image"]))

@@ -105,7 +105,9 @@ def _failure(row: pd.Series) -> str:
         return "misclassified without an attack"
     if row["success_8bit"]:
         return ""
-    return "fools only before rounding to 8 bits" if row["success"] else "not found"
+    if row["success"]:
+        return "fools only before rounding to 8 bits"
+    return "not the target" if row["asked_for_target"] else "not found"
 
 
 def _thumbnail(pixels: NDArray[np.uint8]) -> str:

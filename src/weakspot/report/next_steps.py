@@ -40,6 +40,7 @@ def next_steps(explanation: Explanation) -> list[Step]:
     correct = scores[scores["read_clean_as"] == scores["label"]]
     fooled = correct[correct["success_8bit"]]
     failed = correct[~correct["success"] & ~correct["success_8bit"] & (correct["linf"] > 0)]
+    failed = failed[~failed["asked_for_target"]]  # which may have ended in a third class
     steps = []
     if len(fooled) and made.get("region") == "background":
         steps += _background(_of(len(fooled), len(correct), len(scores)), model)
