@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,12 @@ def test_a_missing_value_is_damage(status: str) -> None:
     del values[status]
     with pytest.raises(ValueError, match=rf"run\.json is damaged: run must have the key {status}"):
         RunInfo.from_json(values)
+
+
+def test_shortfalls_name_what_is_absent_and_a_command_that_runs() -> None:
+    done = replace(example("complete"), missing=None)
+    assert done.shortfall("runs/a").endswith("start another audit once it does")
+    both = replace(done, absent=("/gone", "/too"))
+    assert both.shortfall("runs/a").endswith("start another audit once they do")
+    assert "weakspot audit --resume 'my runs/a'" in example().shortfall("my runs/a")
+    assert "weakspot audit --resume s3://bucket/a" in example().shortfall("s3://bucket/a")

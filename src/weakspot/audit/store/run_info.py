@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -193,7 +194,7 @@ class RunInfo:
         Args:
             name: the run's folder or URL.
         """
-        command = f"weakspot audit --resume {name}"
+        command = f"weakspot audit --resume {shlex.quote(name)}"
         if not self.complete and self.missing is not None and self.images is not None:
             names = ", ".join(self.missing.names)
             more = ", ..." if self.missing.images > len(self.missing.names) else ""
@@ -204,9 +205,10 @@ class RunInfo:
         if not self.complete:
             return f"the audit is not complete; continue with {command}"
         if self.absent:
+            exist = "it does" if len(self.absent) == 1 else "they do"
             return (
                 f"the audit lacks {enumerated(self.absent)}, which did not exist when it began; start another audit "
-                "once it does"
+                f"once {exist}"
             )
         return ""
 
