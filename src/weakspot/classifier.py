@@ -72,7 +72,6 @@ class Classifier(nn.Module):
         for key, values in (("mean", mean), ("std", std)):
             statistics = torch.tensor(values, dtype=reference.dtype, device=reference.device)
             self.register_buffer(key, statistics.view(1, -1, 1, 1), persistent=False)
-        # One channel and a longer std broadcast to several channels, so that even a std of ones is divided by.
         self.unscaled = all(value == 1 for value in std) and len(std) <= len(mean)
         self.network = network
         self.name = name or type(network).__name__
