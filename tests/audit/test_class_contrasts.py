@@ -11,8 +11,7 @@ from scipy.stats import fisher_exact
 
 from benchmarks.gallery_run import PLANTED, synthetic_run
 from weakspot.audit.findings.class_contrasts import UNCONTROLLED, class_contrasts, compare_classes
-from weakspot.audit.findings.contrasts import MIN_IMAGES
-from weakspot.statistics import proportion_interval
+from weakspot.statistics import LEAST_REGION, proportion_interval
 
 CONTROLLED = ("none", "cam", "matched:cam", *(f"other:cam#{number}" for number in range(1, 4)))
 
@@ -41,7 +40,7 @@ def test_numbers_equal_the_closed_forms_class_by_class() -> None:
         assert (row["rest"], row["rest_low"], row["rest_high"]) == pytest.approx(proportion_interval(rest))
         square = [[own.sum(), (~own).sum()], [rest.sum(), (~rest).sum()]]
         above, below = (fisher_exact(square, alternative=side).pvalue for side in ("greater", "less"))
-        if images[place] < MIN_IMAGES:
+        if images[place] < LEAST_REGION:
             assert np.isnan(row["p"])
         else:
             assert row["p"] == pytest.approx(min(1, 2 * min(above, below)))

@@ -66,6 +66,14 @@ def test_cells_lie_where_the_program_puts_them(opened: Opened) -> None:
     ]
 
 
+def test_the_outline_of_the_square_hides_no_number(opened: Opened) -> None:
+    """The smallest square lies in the weakest cell, whose number matters most."""
+    later = opened.page.eval_on_selector_all(
+        ".outlined svg", "all => all.map(svg => svg.getAttribute('class'))"
+    )
+    assert later[:2] == ["square", "spots"]
+
+
 def test_a_cell_says_what_it_needs_and_that_this_is_an_estimate(opened: Opened) -> None:
     first = opened.page.text_content("svg.spots .spot text")
     opened.page.click("svg.spots .spot")

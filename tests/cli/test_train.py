@@ -349,4 +349,4 @@ def test_accuracies_are_printed_with_their_images_and_a_command_that_runs(
     assert "weakspot explain IMAGES --model 'a run'" in out
     tests[1]["images"] = 1
     print_training({"tests": tests}, 1.0, Path("a run"), matrix=False)
-    assert "Tested on so many images: clean 6, strongest 1." in capsys.readouterr().out
+    assert "Images tested: clean 6, strongest 1." in capsys.readouterr().out

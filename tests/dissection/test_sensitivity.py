@@ -157,7 +157,7 @@ def test_units_that_do_not_vary_have_no_median_sensitivity() -> None:
     adversarial[:, 2] += 0.1
     sentence = sensitivity_sentence(unit_sensitivity(planted(), "look", pairs_of(clean, adversarial)))
     assert "inf" not in sentence
-    assert sentence.endswith("is not defined, because units do not vary over the clean images.")
+    assert sentence.endswith("is not defined, because too many units do not vary over the clean images.")
 
 
 def test_pairs_without_a_difference_move_nothing() -> None:

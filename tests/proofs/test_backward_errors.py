@@ -15,7 +15,7 @@ from weakspot import certify_pixels
 from weakspot.proofs.affine_forms import Form
 from weakspot.proofs.backward_errors import _before_linear, _before_maximum, moved_by_rounding
 from weakspot.proofs.linear_steps import BoundStep, ClampStep, LinearStep, MaxStep, NotSupportedError
-from weakspot.proofs.margin_bounds import MarginBounds, _form_of
+from weakspot.proofs.margin_bounds import MarginBounds, Margins, _form_of
 from weakspot.proofs.propagation import Propagation
 from weakspot.proofs.rounding_errors import gamma
 
@@ -212,6 +212,41 @@ def test_bounds_of_a_box_do_not_depend_on_the_other_boxes(deep: bool) -> None:
     assert 0 < int((together.bound > 0).sum()) < 60
     torch.testing.assert_close(together.lower, torch.cat([one.lower for one in alone]), rtol=0, atol=1e-9)
     torch.testing.assert_close(together.upper, torch.cat([one.upper for one in alone]), rtol=0, atol=1e-9)
+
+
+def test_what_costs_too_much_or_cannot_help_is_not_followed() -> None:
+    network, image, label = with_margin(0.01)
+    bounds = bounds_of(network, image, label, as_run=True)
+    below = -torch.ones(3, 4, dtype=torch.float64)
+    margins = Margins(below, -below)
+    exact = torch.full((3, 4), 2 * bounds._lost, dtype=torch.float64)
+    exact[1] = bounds._lost / 101  # as if rounding took far more than the margin
+    exact[2, 0] = -bounds._lost  # no proof even in real numbers
+    follow = bounds._to_follow(margins, Margins(exact, exact))
+    assert follow.tolist() == [[True] * 4, [False] * 4, [False] * 4]
+    assert not bool(bounds._to_follow(margins, Margins(exact, exact), work=4 * bounds._values - 1).any())
+    margins.lower[0, 1:] = 1.0  # one margin costs less than four
+    follow = bounds._to_follow(margins, Margins(exact, exact), work=bounds._values)
+    assert follow[0].tolist() == [True, False, False, False]
+
+
+def test_bounds_in_the_wrong_order_prove_nothing() -> None:
+    network, image, label = with_margin(1.0)
+    bounds = bounds_of(network, image, label, as_run=True)
+    form = bounds._propagation.clean[bounds.network.logits]
+    broken = replace(form, radius=form.radius - 1)
+    margins = bounds._margins({bounds.network.logits: broken})
+    assert bool((margins.lower == -torch.inf).all())
+    assert bool((margins.upper == torch.inf).all())
+
+
+def test_the_bound_of_rounding_that_is_stated_is_that_of_the_nearest_class() -> None:
+    network, image, label = with_margin(1e-5)
+    clean = bounds_of(network, image, label, as_run=True).clean
+    own_bound = float((clean.upper - clean.lower)[0, 0]) / 2
+    assert float((clean.upper - clean.lower).amax()) > 2.2 * own_bound
+    (reason,) = certify_pixels(network, image, torch.tensor([label]), colors=1e-6).unknown_because()
+    assert reason.endswith(f"in float32: {own_bound:.3g}")
 
 
 def test_long_sums_have_no_bounds_as_run() -> None:

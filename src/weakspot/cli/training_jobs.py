@@ -255,7 +255,7 @@ def _images_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
     images = {str(row["test"]): int(row["images"]) for row in rows}
     if len(set(images.values())) == 1:
         return f"Tested on {counted(next(iter(images.values())))}."
-    return f"Tested on so many images: {', '.join(f'{test} {count:,}' for test, count in images.items())}."
+    return f"Images tested: {', '.join(f'{test} {count:,}' for test, count in images.items())}."
 
 
 def _accuracy(row: Mapping[str, float | None], *, interval: bool) -> str:

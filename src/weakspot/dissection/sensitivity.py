@@ -174,7 +174,9 @@ def sensitivity_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
     median, noise = (float(table[name].median()) for name in ("sensitivity", "noise"))
     medians = f"the median sensitivity is {median:.2g}, and {noise:.2g} under noise"
     if not (np.isfinite(median) and np.isfinite(noise)):
-        medians = "the median sensitivity is not defined, because units do not vary over the clean images"
+        medians = (
+            "the median sensitivity is not defined, because too many units do not vary over the clean images"
+        )
     return f"The attack moves {moved} of {units} units more than noise of the same size does ({basis}); {medians}."
 
 

@@ -8,11 +8,10 @@ import pandas as pd
 
 from weakspot.explanations.explanation import Explanation
 from weakspot.report.image_verdict import located
-from weakspot.statistics import LEAST_OTHERS
+from weakspot.statistics import LEAST_OTHERS, LEAST_REGION
 from weakspot.statistics.number_format import counted
 
 MOST = 4  # steps shown
-MIN_IMAGES = 40  # for a verdict on a region
 FEW_CELLS = (
     0.25  # of the change: if undoing so much stops most attacks, a defense that finds the place may help
 )
@@ -72,8 +71,8 @@ def next_steps(explanation: Explanation) -> list[Step]:
     few = f"{counted(len(scores))} {'is an example' if len(scores) == 1 else 'are examples'}, not a rate. "
     steps.append(
         Step(
-            f"{few if len(scores) < MIN_IMAGES else ''}Measure robust accuracy and weak regions on your own "
-            f"photographs, at least {MIN_IMAGES} of them:",
+            f"{few if len(scores) < LEAST_REGION else ''}Measure robust accuracy and weak regions on your own "
+            f"photographs, at least {LEAST_REGION} of them:",
             f"weakspot audit photos/ --regions none,cam,background --controls{_budget(made)}{model} --out runs/first",
         )
     )

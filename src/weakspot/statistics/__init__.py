@@ -9,6 +9,7 @@ from weakspot.statistics.intervals import (
 )
 from weakspot.statistics.nulls import (
     LEAST_OTHERS,
+    LEAST_REGION,
     LEAST_RUN,
     OtherImageTest,
     RunTest,
@@ -25,6 +26,7 @@ from weakspot.statistics.significance import false_discovery, mcnemar, mcnemar_c
 
 __all__ = [
     "LEAST_OTHERS",
+    "LEAST_REGION",
     "LEAST_RUN",
     "OtherImageTest",
     "RunTest",

@@ -68,6 +68,7 @@ def queen_lag(maps: Tensor) -> Tensor:
 
 LEAST_OTHERS = 19  # other images for a p value of one image; with fewer, p cannot reach .05
 LEAST_RUN = 10  # images for the p value of a whole run
+LEAST_REGION = 40  # images for a verdict on a region or a class
 PERMUTATIONS = 9999
 
 

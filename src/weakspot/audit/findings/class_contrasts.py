@@ -15,7 +15,6 @@ import pandas as pd
 
 from weakspot.audit.findings.contrasts import (
     MAX_Q,
-    MIN_IMAGES,
     MIN_POINTS,
     ROUNDING,
     WEAK,
@@ -27,7 +26,7 @@ from weakspot.audit.findings.control_outcomes import compared, comparisons, larg
 from weakspot.audit.findings.outcomes import attack_name, in_region, in_reported_regions
 from weakspot.audit.plan.plan import counted_budget
 from weakspot.audit.store.run import Run
-from weakspot.statistics import false_discovery
+from weakspot.statistics import LEAST_REGION, false_discovery
 from weakspot.statistics.intervals import LEVEL
 from weakspot.statistics.number_format import counted, p_value, with_interval
 
@@ -120,7 +119,7 @@ def compare_classes(counts: pd.DataFrame) -> pd.DataFrame:
     # Under equal chances, the class's part of all fooled images follows the hypergeometric distribution.
     law = hypergeom(all_images, all_hits, images)
     both = np.minimum(law.sf(hits - 1), law.cdf(hits))
-    enough = (images >= MIN_IMAGES) & (all_images - images >= MIN_IMAGES)
+    enough = (images >= LEAST_REGION) & (all_images - images >= LEAST_REGION)
     table["p"] = np.where(enough, np.minimum(1.0, 2 * both), np.nan)
     table["q"] = false_discovery(table["p"].to_numpy(float))
     gap = own[:, 0] - rest[:, 0]
@@ -150,7 +149,7 @@ def _class_contrasts(run: Run, watch: Callable[[float], None] | None) -> dict[in
         outcomes = read_outcomes(run, attack, region, texts, norm)
         largest = None if norm is None else largest_size(run, attack, norm)
         labels, sizes = np.unique(outcomes.labels[outcomes.labels >= 0], return_counts=True)
-        chosen = labels[sizes >= MIN_IMAGES]
+        chosen = labels[sizes >= LEAST_REGION]
         for place, label in enumerate(chosen.tolist()):
             fields = compared(outcomes.of_class(label), norm, largest)
             rows.append((label, (attack, region, control, len(texts), *fields)))
@@ -179,14 +178,14 @@ def _sentences_on_classes(table: pd.DataFrame, spelled: dict[str, str]) -> list[
     tested, weak = table[table["q"].notna()], table[table["weak_class"]]
     if tested.empty:
         sentence = (
-            f"No class was compared with the others: that needs {MIN_IMAGES} correctly classified images of the "
+            f"No class was compared with the others: that needs {LEAST_REGION} correctly classified images of the "
             "class, and as many of others, with a known outcome."
         )
         return [sentence]
     if weak.empty:
         classes = counted(tested["label"].nunique(), "class")
         sentence = (
-            f"No class was shown to be fooled more often than the others ({classes} with at least {MIN_IMAGES} "
+            f"No class was shown to be fooled more often than the others ({classes} with at least {LEAST_REGION} "
             "correctly classified images)."
         )
         return [sentence]
@@ -204,7 +203,7 @@ def _sentences_on_regions(run: Run, contrasts: dict[int, list[Contrast]], names:
         return [UNCONTROLLED]
     if not contrasts:
         sentence = (
-            f"No class has {MIN_IMAGES} images that were attacked both in a region and in its controls, which a "
+            f"No class has {LEAST_REGION} images that were attacked both in a region and in its controls, which a "
             "verdict on the regions of a class needs."
         )
         return [sentence]

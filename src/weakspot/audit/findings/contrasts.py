@@ -23,11 +23,10 @@ from weakspot.audit.findings.control_outcomes import (
 from weakspot.audit.findings.outcomes import once_per_run
 from weakspot.audit.store.run import Run
 from weakspot.regions.spec import RegionSpec
-from weakspot.statistics import false_discovery
+from weakspot.statistics import LEAST_REGION, false_discovery
 from weakspot.statistics.number_format import counted, p_value, percent, points, size_of_change
 
 MAX_Q = 0.05
-MIN_IMAGES = 40  # for a verdict
 MIN_POINTS = 0.05  # difference of the fractions of images fooled, for a verdict
 MIN_RATIO = 1.1  # of the smallest sizes, for a verdict
 ROUNDING = 1e-9
@@ -125,9 +124,9 @@ def verdict(contrasts: Sequence[Contrast]) -> str:
         missing = "shifted regions" if SHIFTED not in by_control else "other images' regions"
         return f"none (the run has no {missing} as controls)"
     images = min(contrast.images for contrast in contrasts)
-    if images < MIN_IMAGES:
+    if images < LEAST_REGION:
         verb = "is" if images == 1 else "are"
-        return f"none (at least {MIN_IMAGES} images are needed, {images} {verb} available)"
+        return f"none (at least {LEAST_REGION} images are needed, {images} {verb} available)"
     directions = {contrast.direction for contrast in contrasts}
     if len(directions) > 1 or 0 in directions:
         return UNCLEAR
