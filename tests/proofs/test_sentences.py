@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from weakspot import certify_patches, certify_pixels
+from weakspot import Classifier, certify_patches, certify_pixels
 from weakspot.proofs import AllowedColors, PatchCertificate, PixelCertificate
 from weakspot.proofs.sentences import patch_sentence, pixel_sentence, pixels_summary
 
-NAMES = ("cat", "dog", "horse")
+NAMES = Classifier.wrap(nn.Linear(1, 3), class_names=("cat", "dog", "horse")).class_name
 
 
 def certificate(
@@ -124,3 +124,13 @@ def test_sentences_on_patches() -> None:
     assert patch_sentence(patches(-0.2, 2, [0, 0]), 0, NAMES) == (
         "Not certified: behind double masking, the image is classified as 'horse', not as 'cat', without any patch."
     )
+
+
+def test_classes_that_share_a_name_are_told_apart() -> None:
+    name = Classifier.wrap(nn.Linear(1, 3), class_names=("crane", "dog", "crane")).class_name
+    wrong = pixel_sentence(certificate([[1]], colors=FULL), 0, 2, name)
+    assert wrong.startswith(
+        "The image is classified as 'crane (class 2)', not as 'crane (class 0)', to begin"
+    )
+    wrong = patch_sentence(patches(-0.2, 2, [0, 0]), 0, name)
+    assert "classified as 'crane (class 2)', not as 'crane (class 0)', without any patch" in wrong

@@ -270,7 +270,7 @@ def _certify_pixels(
                 "classified_as": classifier.class_name(before[number]),
                 "pixels": int(inside.sum()),
                 **counts,
-                "sentence": pixel_sentence(certificate, number, before[number], classifier.class_names),
+                "sentence": pixel_sentence(certificate, number, before[number], classifier.class_name),
             }
         )
     scores = pd.DataFrame(rows)
@@ -316,7 +316,7 @@ def _certify_patches(session: Session, read: Images, aim: Labels, patch: float) 
             "certified": certificate.certified.tolist(),
             "margin": certificate.margin.tolist(),
             "sentence": [
-                patch_sentence(certificate, n, classifier.class_names) for n in range(len(certificate))
+                patch_sentence(certificate, n, classifier.class_name) for n in range(len(certificate))
             ],
         }
     )

@@ -65,7 +65,7 @@ def certify_mask(bench: Bench, request: Request, send: Callable[[Message], None]
             progress=lambda fraction: send({"event": "progress", "fraction": fraction}),
         )
     before = int(exhibit.logits.argmax())
-    sentence = pixel_sentence(certificate, 0, before, bench.classifier.class_names)
+    sentence = pixel_sentence(certificate, 0, before, bench.classifier.class_name)
     view = CertificateView(
         exhibit.pixels[0].cpu().numpy(), certificate.status[0].numpy().astype(np.int8), mask[0, 0].numpy()
     )

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from weakspot.proofs.allowed_colors import AllowedColors
 from weakspot.proofs.certificate import PROVEN, REFUTED, UNKNOWN, PixelCertificate
 from weakspot.proofs.two_masks import PatchCertificate
 from weakspot.statistics.number_format import counted
 
-Names = Sequence[str]  # of classes; classes beyond them have none
-
-
-def class_words(names: Names, index: int) -> str:
-    """A class in quotes, as in "'cat'" or "'class 3'"."""
-    return f"'{names[index] if 0 <= index < len(names) else f'class {index}'}'"
+Name = Callable[[int], str]  # of a class, by its number, as `Classifier.class_name`
 
 
 def color_words(colors: AllowedColors) -> str:
@@ -22,19 +17,21 @@ def color_words(colors: AllowedColors) -> str:
     return str(colors).replace("colors", "color", 1)
 
 
-def pixel_sentence(certificate: PixelCertificate, image: int, before: int, names: Names = ()) -> str:
+def pixel_sentence(
+    certificate: PixelCertificate, image: int, before: int, name: Name = "class {}".format
+) -> str:
     """What is known of the pixels of one image.
 
     Args:
         certificate: of pixels.
         image: its number.
         before: class of the image without a change.
-        names: of the classes.
+        name: of a class.
     """
     one, label = certificate, int(certificate.labels[image])
     if before != label:
         return (
-            f"The image is classified as {class_words(names, before)}, not as {class_words(names, label)}, to begin "
+            f"The image is classified as '{name(before)}', not as '{name(label)}', to begin "
             "with; there is nothing to prove."
         )
     inside = one.region[image, 0]
@@ -44,7 +41,7 @@ def pixel_sentence(certificate: PixelCertificate, image: int, before: int, names
     proven, refuted, unknown = (
         int(((one.status[image] == status) & inside).sum()) for status in (PROVEN, REFUTED, UNKNOWN)
     )
-    turns, color = f"turns {class_words(names, label)} into another class", color_words(one.colors)
+    turns, color = f"turns '{name(label)}' into another class", color_words(one.colors)
     where = "all" if proven == total > 1 else "" if proven == total else f"{proven:,} of"
     parts = [
         f"At {where} {counted(total, 'pixel')}, no {color} {turns} (proven, {one.statement})".replace(
@@ -102,22 +99,22 @@ def pixels_summary(certificate: PixelCertificate, correct: Sequence[bool]) -> st
     )
 
 
-def patch_sentence(certificate: PatchCertificate, image: int, names: Names = ()) -> str:
+def patch_sentence(certificate: PatchCertificate, image: int, name: Name = "class {}".format) -> str:
     """Whether one image is certified against patches, and what prevents it.
 
     Args:
         certificate: against patches.
         image: its number.
-        names: of the classes.
+        name: of a class.
     """
     one, label = certificate, int(certificate.labels[image])
-    words = class_words(names, label)
+    words = f"'{name(label)}'"
     if bool(one.certified[image]):
         return f"Behind double masking, no patch of up to {one.masks.words} turns {words} into another class."
     predicted = int(one.predicted[image])
     if predicted != label:
         return (
-            f"Not certified: behind double masking, the image is classified as {class_words(names, predicted)}, not as "
+            f"Not certified: behind double masking, the image is classified as '{name(predicted)}', not as "
             f"{words}, without any patch."
         )
     tops, lefts = one.masks.places(one.images.device)
