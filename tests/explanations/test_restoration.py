@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.networks import PoolingNetwork
-from weakspot import Linf, Pairs, attacks, occlusion, overlap, restoration
+from weakspot import Linf, Pairs, attacks, explain, occlusion, overlap, restoration
+from weakspot.report.map_views import map_views, worth_drawing
 
 
 def test_sets_flip_the_decision_and_every_member_is_needed() -> None:
@@ -153,6 +154,17 @@ def test_an_attack_that_fails_has_no_causal_set() -> None:
     result = restoration(model, Pairs(images, images, labels, (labels + 1) % 4), cell=4)
     assert not bool(result.necessary.any() | result.sufficient.any())
     assert result.scores.isna().all(axis=None)
+
+
+def test_the_page_says_that_nothing_was_tried_for_an_attack_that_fails() -> None:
+    model = PoolingNetwork().eval()
+    images = torch.rand(1, 3, 16, 16)
+    pairs = Pairs.of(model, images, images + 1e-6, model(images).argmax(1))
+    views = map_views(explain(model, pairs, analyses=["restoration"]), 0)
+    assert worth_drawing(views)[1]["causal_cells"] == (
+        "“What is enough, what is needed” is the same everywhere: nothing was tried, because the attack did not "
+        "succeed."
+    )
 
 
 COLORS = {"gray": 0.5, "black": 0.0}

@@ -332,7 +332,7 @@ def view(
         ([view("a", [0.5, 0.5, 0.5])], ["“a” is 0.5 everywhere."]),
         ([view("a", [-3.0, -2.0, -0.1])], ["“a” is nowhere above 0."]),
         ([view("a", [NAN, NAN, NAN])], ["“a” is not defined for this image."]),
-        ([view("a", [1, 1, 1], "category")], ["“a”: both everywhere."]),
+        ([view("a", [1, 1, 1], "category")], ["“a” is the same everywhere: both."]),
         ([view("a", [0, 0, 1], "category")], []),
         # One place that differs is what a map is for.
         ([view("a", [0.5, 0.5, 0.5, 0.9])], []),

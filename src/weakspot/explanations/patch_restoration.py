@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 
 AT_ONCE = 4  # cells that are tried at once, at first
 POINTS = 32  # of a curve, at most, after its start
-PARTS = ("neither", "in the set that is enough", "in the set that is needed", "in both")
+PARTS = (
+    "neither",
+    "in the set that is enough",
+    "in the set that is needed",
+    "in both",
+    "nothing was tried, because the attack did not succeed",
+)
 MEANINGS = {
     "deletion_auc": "Mean margin of the label while the changed cells are removed, the most harmful first, as a "
     "fraction of the way from the adversarial to the clean margin. The nearer to 1, the fewer cells carry the attack.",
@@ -239,9 +245,11 @@ def analyze_restoration(
 ) -> Analysis:
     """`restoration` in cells of 1/8 of the image: the search goes cell by cell, so there are few of them."""
     result = restoration(model, pairs, cell=max(1, round(min(pairs.clean.shape[2:]) / 8)))
+    parts = result.sufficient * 1 + result.necessary * 2
+    untried = ~parts.any(dim=(1, 2, 3), keepdim=True)  # a successful attack has a set of each kind
     return Analysis(
         scores=result.scores,
-        maps={"causal_cells": result.sufficient * 1 + result.necessary * 2},
+        maps={"causal_cells": parts.masked_fill(untried, len(PARTS) - 1)},
         meanings=MEANINGS,
         pictures={
             "causal_cells": Picture(

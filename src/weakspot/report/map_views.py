@@ -193,7 +193,8 @@ def _uniform(view: MapView) -> str:
         if (values != first).any():
             return ""
         named = first < len(view.picture.categories)
-        return f"“{view.title}”: {view.picture.categories[first] if named else first} everywhere."
+        value = view.picture.categories[first] if named else first
+        return f"“{view.title}” is the same everywhere: {value}."
     colors = view.colors
     if finite.size < values.size or colors.max() - colors.min() >= UNIFORM:
         return ""
