@@ -62,6 +62,15 @@ def test_a_query_has_bounded_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -
         run.sql("select len(list(range::varchar)) from range(20000000)").fetchall()
 
 
+def test_a_query_that_exceeds_the_memory_writes_no_temporary_files(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "SQL_MEMORY", "50MB")
+    assert run.sql("select current_setting('temp_directory')").fetchall() == [("",)]
+    with pytest.raises(duckdb.OutOfMemoryException):
+        run.sql("select md5(range::varchar) as text from range(2000000) order by text")
+
+
 def test_values_and_chained_relations(run: Run) -> None:
     rows = run.sql("select image from records where region = $region", region="cam")
     assert len(rows.df()) == 14

@@ -197,7 +197,7 @@ class Run:
 
     @cached_property
     def _locked(self) -> LockedConnection:
-        return LockedConnection(self.connect(), SQL_MEMORY)
+        return LockedConnection(self.connect(), SQL_MEMORY, strict=True)
 
 
 def _frame(table: pa.Table) -> pd.DataFrame:
