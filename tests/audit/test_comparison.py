@@ -228,6 +228,14 @@ def test_attacks_of_one_name_are_told_apart_by_budget_and_settings(before: Run, 
     assert f"attack pgd at linf:2/255 with restarts=2 and the default steps only in {after.name}" in only
 
 
+def test_a_default_that_is_written_out_is_the_same_setting(before: Run, pictures: Path) -> None:
+    attack = replace(before.plan.attacks[0], label="", settings=(("restarts", 1), ("steps", 3)))
+    plan = small_plan(pictures, attacks=(attack,), analyses=(), maps=False)
+    comparison = compare(before, audit(plan, pictures.parent / "written out"))
+    assert not any("attack pgd" in text for text in comparison.only)
+    assert set(comparison.table["attack"]) == {"", "pgd"}
+
+
 def test_a_run_without_records_is_refused(before: Run, pictures: Path) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

@@ -183,9 +183,8 @@ class Gallery:
         attack, region = attacks.index(str(row["attack"])), list(regions).index(str(row["region"]))
         if suffix and self.other is not None:
             # The second run may have the same attack under another number and label.
-            own = self.run.plan.attacks[attack]
-            identity = (own.name, own.budget, own.settings)
-            others = [(one.name, one.budget, one.settings) for one in self.other.plan.attacks]
+            identity = self.run.plan.attacks[attack].identity
+            others = [one.identity for one in self.other.plan.attacks]
             attack, region = others.index(identity), list(self.other.plan.regions).index(str(row["region"]))
         return Place(whole(row["index" + suffix]), attack, region)
 

@@ -105,7 +105,7 @@ def compare(before: Run, after: Run) -> Comparison:
     """Compare two runs image by image, usually of two models or versions.
 
     Images are the same if their stored content is the same, whatever their names and folders. Attacks are the same if
-    name, budget and settings are; regions if their text is.
+    name, budget and settings are, whether a default is written out or not; regions if their text is.
 
     Raises:
         ValueError: if the runs have no image in common, a run has no records yet, or `eight_bit` differs.
@@ -201,8 +201,8 @@ def _matched(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
 
 def shared_parts(before: Run, after: Run) -> Shared:
     """What both runs contain, whatever the names of attacks."""
-    by_identity = {(one.name, one.budget, one.settings): one for one in after.plan.attacks}
-    attacks = [(one, by_identity.get((one.name, one.budget, one.settings))) for one in before.plan.attacks]
+    by_identity = {one.identity: one for one in reversed(after.plan.attacks)}
+    attacks = [(one, by_identity.get(one.identity)) for one in before.plan.attacks]
     # Reported regions only: regions of other images are controls within their own run.
     regions = [region for region in before.plan.reported_regions if region in after.plan.reported_regions]
     scores = score_names(after, ATTACK_SCORES)
@@ -237,7 +237,7 @@ def _different(attack: AttackPlan, other: AttackPlan | None) -> str:
     """What tells an attack from another one of the same label."""
     if other is None:
         return ""
-    own, others = dict(attack.settings), dict(other.settings)
+    own, others = dict(sorted(attack.identity[2])), dict(other.identity[2])
     parts = [] if attack.name == other.name else [f"that is {attack.name}"]
     if attack.budget != other.budget:
         parts.append(f"at {attack.budget}" if attack.budget else "without a budget")

@@ -61,6 +61,13 @@ class AttackPlan:
                 raise ValueError(unknown_choice(f"setting of attack {self.name}", key, attack.parameters))
         return dict(self.settings)
 
+    @property
+    def identity(self) -> tuple[str, str | None, frozenset[tuple[str, Value]]]:
+        """Name, budget, and the settings that are not at their default; all of them if it is not installed here."""
+        attack = self._installed()
+        defaults = set() if attack is None else {(key, one.default) for key, one in attack.parameters.items()}
+        return self.name, self.budget, frozenset(self.settings) - defaults
+
     def parsed_budget(self) -> Budget | None:
         """The budget that the attack gets, None if the plan states none."""
         return None if self.budget is None else read_budget(self.budget)
