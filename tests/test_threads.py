@@ -29,7 +29,7 @@ from weakspot import (
     explain,
 )
 from weakspot._checks import quiet
-from weakspot._state import EvalMode, hooked, preserve_random_state, without_parameter_gradients
+from weakspot._state import EvalMode, hooked, preserve_random_state, seeded, without_parameter_gradients
 from weakspot.classifier import evaluating, predict
 from weakspot.defenses.randomized import DrawnByImage, defender_model, expectation
 from weakspot.defenses.unit_masking import mask_units
@@ -342,6 +342,16 @@ def test_random_generators_come_back_though_threads_overlap() -> None:
     together(first, second)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (random.getstate(), str(np.random.get_state())) == before[1:]  # noqa: NPY002
+
+
+def test_the_generator_of_an_mps_device_is_seeded_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [torch.tensor([5])]
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: states[-1])
+    monkeypatch.setattr(torch.mps, "set_rng_state", states.append)
+    monkeypatch.setattr(torch.mps, "manual_seed", lambda seed: states.append(torch.tensor([seed])))
+    with seeded(9, torch.device("mps")):
+        assert states[-1] == 9
+    assert states[-1] == 5
 
 
 def test_one_thread_that_is_quiet_leaves_anothers_warnings_and_the_filters_alone() -> None:

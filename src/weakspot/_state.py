@@ -234,22 +234,26 @@ class _RandomState:
     """States of the global generators of torch, numpy and random."""
 
     def __init__(self, device: torch.device | None) -> None:
-        self.device = device if device is not None and device.type == "cuda" else None
+        self.device = device if device is not None and device.type in {"cuda", "mps"} else None
         self._cpu = torch.get_rng_state()
-        self._cuda = None if self.device is None else torch.cuda.get_rng_state(self.device)
+        if self.device is not None:
+            mps = self.device.type == "mps"
+            self._own = torch.mps.get_rng_state() if mps else torch.cuda.get_rng_state(self.device)
         self._random = random.getstate()
         self._numpy = np.random.get_state()  # noqa: NPY002 - models may draw from it
 
     def restore(self) -> None:
         torch.set_rng_state(self._cpu)
-        if self._cuda is not None and self.device is not None:
-            torch.cuda.set_rng_state(self._cuda, self.device)
+        if self.device is not None and self.device.type == "mps":
+            torch.mps.set_rng_state(self._own)
+        elif self.device is not None:
+            torch.cuda.set_rng_state(self._own, self.device)
         random.setstate(self._random)
         np.random.set_state(self._numpy)  # noqa: NPY002
 
 
 _drawing: dict[int, int] = {}  # by thread: how many `preserve_random_state` it is inside
-_first_states: list[_RandomState] = []  # states that the first thread found, one per CUDA device
+_first_states: list[_RandomState] = []  # states that the first thread found, one per device beside the CPU
 
 
 @contextmanager
@@ -259,7 +263,7 @@ def preserve_random_state(device: torch.device | None = None) -> Iterator[None]:
     If threads overlap in this context, the last one to leave restores the state that the first one found.
 
     Args:
-        device: a CUDA device whose generator is restored too.
+        device: a CUDA or MPS device whose generator is restored too.
     """
     thread = threading.get_ident()
     with _lock:
@@ -301,7 +305,7 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 
     Args:
         seed: of all generators; numpy takes its lowest 32 bits.
-        device: a CUDA device whose generator is seeded and restored too.
+        device: a CUDA or MPS device whose generator is seeded and restored too.
     """
     with SEEDED, preserve_random_state(device):
         # Not torch.manual_seed, which would seed the generators of other devices, and nothing restores those.
@@ -309,6 +313,8 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         if device is not None and device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
+        elif device is not None and device.type == "mps":
+            torch.mps.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         yield

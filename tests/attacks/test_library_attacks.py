@@ -128,6 +128,16 @@ def test_same_seed_same_result_whatever_the_global_generators_hold(
     assert not torch.equal(made(1, 10), made(2, 10))
 
 
+def test_the_generators_of_other_devices_are_not_seeded(
+    library: Callable[[Search], str], pooling: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images = pooling
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    external(library(noisy), model, images, predicted(model, images))
+    assert seeds == []
+
+
 def test_passes_of_some_images_only_are_counted_for_those(
     library: Callable[[Search], str], pooling: Made
 ) -> None:

@@ -334,14 +334,17 @@ def test_the_tolerance_scales_with_the_spread_of_the_logits(scale: float, shift:
     assert replace(same, device="cuda").agrees(close)
 
 
-def test_probing_changes_neither_model_nor_random_state(odd: Path) -> None:
+def test_probing_changes_neither_model_nor_random_state(odd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Dropout(), nn.Linear(12, 3))
     state = {name: value.clone() for name, value in network.state_dict().items()}
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
+    seeds_of_other_devices: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds_of_other_devices.append)
     with pytest.warns(UserWarning, match="train mode"):
         assert Watch(Classifier.wrap(network, input_size=(2, 2))).probe.repeats
+    assert seeds_of_other_devices == []
     assert network.training
     assert torch.equal(torch.rand(2), expected)
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())

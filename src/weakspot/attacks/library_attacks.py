@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from contextlib import redirect_stdout
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from weakspot._checks import ModelWarning, quiet, warn
 from weakspot._progress import ProgressOption
-from weakspot._state import SEEDED, without_parameter_gradients
+from weakspot._state import seeded, without_parameter_gradients
 from weakspot.attacks.context import AttackOptions, Problem, attack_context
 from weakspot.attacks.gray_levels import settle
 from weakspot.attacks.libraries import ONE_BY_ONE, Library, Task, eps_of, find, takes_eps
@@ -148,12 +146,9 @@ def _run(library: Library, task: Task) -> Tensor:
     clean = task.problem.clean
     number = int(task.problem.keys[0]) % 2**32
     try:
-        # Warnings about the library's own insides are not ours to pass on. Random generators and standard output belong
-        # to the whole process: one thread at a time.
-        with SEEDED, quiet(), redirect_stdout(sys.stderr):
-            torch.manual_seed(number)
-            np.random.seed(number)  # noqa: NPY002 - the libraries draw from it
-            random.seed(number)
+        # Warnings about the library's own insides are not ours to pass on. Standard output belongs to the whole process,
+        # like the random generators; `seeded` lets in one thread at a time.
+        with seeded(number, clean.device), quiet(), redirect_stdout(sys.stderr):
             made = library(task, _Watched(task.problem))
     except ValueError as error:
         if str(error).startswith(f"attack {task.name}"):

@@ -7,7 +7,6 @@ logits are compared within a tolerance and not hashed, because kernels round dif
 from __future__ import annotations
 
 import base64
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from weakspot._state import seeded
 from weakspot.classifier import Classifier, evaluating
 from weakspot.models.specs import fingerprint
 
@@ -132,10 +132,7 @@ def alike(one: NDArray[np.float64], other: NDArray[np.float64], tolerance: float
 def _logits(classifier: Classifier, passes: int) -> list[NDArray[np.float64]]:
     """Logits (4, K) of every pass; the first starts from fixed seeds, so that a random network repeats them."""
     images = fixed_images(classifier)
-    with evaluating(classifier), torch.no_grad():
-        random.seed(0)
-        np.random.seed(0)  # noqa: NPY002 - models may draw from it; `evaluating` restores it
-        torch.manual_seed(0)
+    with evaluating(classifier), seeded(0, images.device), torch.no_grad():
         logits = [[_logits_of_one(classifier, image[None]) for image in images] for _ in range(passes)]
     classes = max((len(row) for rows in logits for row in rows), default=0)
     empty = np.full(classes, np.nan)
