@@ -146,8 +146,8 @@ def _run(library: Library, task: Task) -> Tensor:
     clean = task.problem.clean
     number = int(task.problem.keys[0]) % 2**32
     try:
-        # Warnings about the library's own insides are not ours to pass on. Standard output belongs to the whole process,
-        # like the random generators; `seeded` lets in one thread at a time.
+        # Warnings about the library's own insides are not ours to pass on. Random generators and standard output belong
+        # to the whole process: `seeded` lets one thread in at a time.
         with seeded(number, clean.device), quiet(), redirect_stdout(sys.stderr):
             made = library(task, _Watched(task.problem))
     except ValueError as error:
