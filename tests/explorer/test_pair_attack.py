@@ -23,8 +23,10 @@ from tests.explorer.benches import (
 from tests.networks import untouched
 from weakspot import attacks
 from weakspot.attacks.context import Problem
+from weakspot.attacks.observers import Observation
 from weakspot.budgets import Linf
 from weakspot.classifier import Classifier
+from weakspot.explorer.attack_progress import NORMS, Progress
 from weakspot.explorer.bench import Bench
 from weakspot.explorer.desk import Desk
 from weakspot.explorer.messages import Message, read_mask
@@ -160,6 +162,13 @@ def test_a_stopped_search_for_the_smallest_change_keeps_the_smallest_that_fools(
     pair = desk.bench.exhibit(0).pair
     assert pair is not None
     assert 0 < float(pair.perturbation.abs().max()) < 1
+
+
+def test_the_smallest_of_all_images_that_fool_is_kept() -> None:
+    progress = Progress(lambda _: None, lambda: None, torch.zeros(1, 2, 2), NORMS["linf"], 1)
+    images = torch.linspace(1, 0.05, 20)[:, None, None, None].expand(20, 1, 2, 2)
+    progress(Observation(torch.zeros(20, dtype=torch.long), torch.full((20,), -1.0), images.__getitem__))
+    assert torch.equal(progress.best[0], images[19])
 
 
 class Corner(nn.Module):

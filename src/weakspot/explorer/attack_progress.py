@@ -75,7 +75,7 @@ class Progress:
         self.lowest[side] = min(self.lowest[side], lowest)
         if self.size is not None and lowest < 0:
             fooling = own[(margins < 0).nonzero()[:, 0]]
-            sizes = [(self.size(seen.picture(int(one)) - self.clean), int(one)) for one in fooling[:16]]
+            sizes = [(self.size(seen.picture(int(one)) - self.clean), int(one)) for one in fooling]
             smallest, number = min(sizes)
             rank = (False, smallest)
         else:
