@@ -28,13 +28,14 @@ from tests.audit.fixtures import (
 )
 from weakspot.audit import AttackPlan, StoppedError, audit, open_run, resume
 from weakspot.audit.execution.audit_engine import open_engine
+from weakspot.audit.execution.lifecycle import AuditProgress
 from weakspot.audit.execution.ray_engine import allocation
 from weakspot.audit.store.records import shard_files
 
 __all__ = ["networks", "pictures"]  # fixtures
 pytestmark = pytest.mark.ray
 CHECKED = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 from audited_networks import build
 
@@ -50,8 +51,25 @@ class Mortal(type(build())):
                 os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(images)
 
+class Waiting(type(build())):
+    # A worker waits in its fortieth pass until a result has arrived.
+    def forward(self, images):
+        here = Path("{folder}")
+        self.passes = getattr(self, "passes", 0) + 1
+        if "default_worker" in sys.argv[0] and self.passes == 40:
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline and not (here / "arrived").exists():
+                time.sleep(0.05)
+            (here / ("in time" if (here / "arrived").exists() else "late")).touch()
+        return super().forward(images)
+
 def mortal():
-    network = Mortal()
+    return with_weights(Mortal())
+
+def waiting():
+    return with_weights(Waiting())
+
+def with_weights(network):
     network.load_state_dict(build().state_dict())
     return network.eval()
 
@@ -136,6 +154,18 @@ def test_a_killed_worker_costs_one_retry(
     assert not (mortal.parent / "once").exists()
     same_records(expected, run)
     same_maps(expected, run)
+
+
+def test_results_arrive_before_their_shard_is_complete(cluster: None, mortal: Path) -> None:
+    arrived = mortal.parent / "arrived"
+    plan = with_model(mortal, "waiting", shard=14)
+
+    def watch(progress: AuditProgress) -> None:
+        if progress.done:
+            arrived.touch()
+
+    audit(plan, mortal.parent / "found", engine="ray", workers=1, watch=watch)
+    assert (mortal.parent / "in time").exists()
 
 
 @pytest.mark.kill

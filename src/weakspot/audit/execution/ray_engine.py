@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 OBJECT_STORE = 2**30  # bytes of shared memory of a cluster that is started here; more goes to the disk
 PATIENCE = 10  # seconds in which a cluster must answer
 AHEAD = 2  # shards per worker: the one it works on, and the next
-SETTINGS = {"enable_progress_bars": False, "print_on_execution_start": False}  # of Ray Data
+# Of Ray Data. A block of its own for each result, which therefore arrives as soon as it is there.
+SETTINGS = {"enable_progress_bars": False, "print_on_execution_start": False, "target_max_block_size": 1}
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
