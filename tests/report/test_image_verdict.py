@@ -15,6 +15,7 @@ BASE = {
     "label_clean": 0.4, "label_adversarial": 0.01, "target_clean": 0.1, "target_adversarial": 0.97,
     "adversarial_class_adversarial": 0.97, "linf": 0.016, "changed_fraction": 1.0,
     "effect_in_roi": 0.61, "effect_in_roi_null": 0.31, "roi_fraction": 0.2, "margin_taken": 1.8, "margin_drop": 3.0,
+    "moran_i": 0.2,
     "relation": 1.0, "relation_p": 0.012, "relation_q": 0.04,
 }  # fmt: skip
 
@@ -78,8 +79,20 @@ def test_the_headline_names_both_classes_with_their_confidence() -> None:
             ),
         ),
         (
+            {"effect_in_roi": NAN, "margin_drop": -0.2, "completeness_gap": 9.0},
+            "The attack did not noticeably reduce the margin of lynx over tabby, so there is no effect to locate.",
+        ),
+        (
             {"effect_in_roi": NAN},
-            "The attack hardly reduced the margin of lynx, or the loss could not be located.",
+            "The effect on the margin could not be located: gains and losses at different places nearly cancel.",
+        ),
+        (
+            {"effect_in_roi": NAN, "moran_i": NAN},
+            "The effect on the margin could not be located: every place lost the same.",
+        ),
+        (
+            {"effect_in_roi": NAN, "completeness_gap": 9.0},
+            "differs from the actual drop of the margin by 900%",
         ),
         (
             {"roi_fraction": 0.0},

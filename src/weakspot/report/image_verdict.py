@@ -11,6 +11,7 @@ from weakspot.statistics import LEAST_OTHERS
 from weakspot.statistics.number_format import number, p_value, percent
 
 MAX_GAP = 0.1  # completeness gap above which nothing is claimed
+NO_DROP = 1e-6  # drop of the margin up to which there is nothing to locate, as in `agreement.lost_margin`
 IDENTICAL = "The two images are identical; there is nothing to explain."
 
 
@@ -101,14 +102,20 @@ def location(row: pd.Series) -> str:
     """Where the effect of an attack lies, or why the verdict does not name a place."""
     if row["roi_fraction"] == 0:
         return f"No part of the image stands out for {row['label']}, so there is no region where the network looks."
-    if math.isnan(row["effect_in_roi"]):
-        return f"The attack hardly reduced the margin of {row['label']}, or the loss could not be located."
+    unlocated = math.isnan(row["effect_in_roi"])
+    if unlocated and not row["margin_drop"] > NO_DROP:
+        margin = f"the margin of {row['label']} over {row['target']}"
+        return f"The attack did not noticeably reduce {margin}, so there is no effect to locate."
     # Completeness of integrated gradients: the map must sum to the whole drop of the margin.
     if row["completeness_gap"] > MAX_GAP:
         return (
             "The effect could not be located: the sum of the vulnerability map differs from the actual drop of "
             f"the margin by {percent(row['completeness_gap'])}, which happens if a network's output is random."
         )
+    if unlocated:
+        flat = math.isnan(row["moran_i"])  # the vulnerability map has no contrast
+        why = "every place lost the same" if flat else "gains and losses at different places nearly cancel"
+        return f"The effect on the margin could not be located: {why}."
     if not row["success"] or row["read_clean_as"] != row["label"]:
         # It has no effect to locate, but may have reduced the margin.
         if row["reached_fraction"] < WHOLE:
