@@ -188,6 +188,7 @@ def test_a_click_on_a_record_brings_its_image_to_the_bench(browser: Any, served:
     page.wait_for_selector("#bench .bars li", state="visible")
     assert len(page.query_selector_all("#bench .thumb")) == 1
     assert not page.is_visible(".tiles")
+    expect(page.locator(".attack .note:has-text('those of the record')")).to_be_visible()
     page.click("#tabs button:has-text('Gallery')")
     assert page.is_visible(".tiles")
     assert shown.wrong == []

@@ -292,6 +292,7 @@ def test_the_desk_opens_records_on_the_bench_once(odd: Path, monkeypatch: pytest
         first: Any = desk.ask("open", {"id": 5}).result(60)
         again: Any = desk.ask("open", {"id": 4}).result(60)  # the same image under another attack or region
         assert first["image"] == again["image"] == 0
+        assert first["seed"] == 0
         other: Any = desk.ask("open", {"id": 9}).result(60)
         assert other["image"] == 1
         assert (first["attack"], first["region"]) != (again["attack"], again["region"])

@@ -51,6 +51,7 @@ def _open(gallery: Gallery, desk: Desk, request: Request) -> Message:
         "attack": record.attack,
         "budget": record.budget,
         "options": dict(record.settings),
+        "seed": gallery.run.plan.seed,
         "region": record.region,
         "remark": record.remark,
     }

@@ -24,7 +24,7 @@ export class Attack {
     this.classes = make("datalist", { id: "weakspot-classes" });
     this.target = make("input", { type: "text", list: "weakspot-classes", placeholder: "any other class", on: { input: () => this.suggest(), change: () => bench.stateChanged() } });
     this.targetField = field("Target class", this.target);
-    this.seedInput = make("input", { type: "number", min: 0, max: 999999, value: 0, on: { change: () => { bench.brush.measure(); bench.stateChanged(); } } });
+    this.seedInput = make("input", { type: "number", min: 0, value: 0, on: { change: () => { bench.brush.measure(); bench.stateChanged(); } } });
     this.known = new Map();
     this.go = button("Attack the whole image", () => (this.running ? this.stop() : this.start()), { class: "primary" });
     this.bar = make("progress", { max: 1, value: 0, class: "idle", "aria-label": "Progress of the attack" });
@@ -78,6 +78,16 @@ export class Attack {
     this.stepsField.hidden = !options.some(({ name }) => name === "steps");
     this.describe();
     this.bench.stateChanged();
+  }
+
+  // Sets what was used for a record of an audit.
+  prefill({ attack, budget, options, seed }) {
+    if (this.list.some(({ name }) => name === attack)) this.attacks.value = attack;
+    if (budget) this.budget.value = budget;
+    if (options?.steps) this.steps.value = options.steps;
+    if (Number.isSafeInteger(seed) && seed >= 0) this.seedInput.value = seed;
+    this.choose();
+    if (!this.result) this.how.textContent = "The settings are those of the record as far as the bench has them; with others, an attack can end at another margin.";
   }
 
   // One line on what the button will do.

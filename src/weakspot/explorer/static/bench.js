@@ -214,12 +214,8 @@ class Bench {
   }
 
   // Sets what was used for a record of an audit.
-  async prefill({ attack, budget, options, region, remark }) {
-    const { attack: form } = this;
-    if (form.list.some(({ name }) => name === attack)) form.attacks.value = attack;
-    if (budget) form.budget.value = budget;
-    if (options?.steps) form.steps.value = options.steps;
-    form.choose();
+  async prefill({ region, remark, ...record }) {
+    this.attack.prefill(record);
     const kind = { "~background": "foreground" }[region] ?? region?.split(":")[0];
     if (this.hello.masks.some((one) => one.kind === kind)) await this.brush.take(kind);
     else if (this.brush.mask.area) this.brush.clear(); // that of an earlier attack
