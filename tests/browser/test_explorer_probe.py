@@ -91,5 +91,10 @@ def test_a_heat_map_fills_in_and_is_blank_where_the_network_is_blind(bench: Benc
     cross[28:33, 36:45] = True
     assert changed[: CORNER - 2, : CORNER - 2].mean() > 0.5
     assert not (changed & ~cross)[CORNER + 8 :, CORNER + 8 :].any()
+    # Purple or green over the picture, not the colors of the mask and its control.
+    toward = np.array([[118, 42, 131], [27, 120, 55]])[:, None] - clean[changed & ~cross]
+    moved = (drawn - clean)[changed & ~cross]
+    share = (moved * toward).sum(2, keepdims=True) / (toward * toward).sum(2, keepdims=True)
+    assert np.abs(moved - share * toward).max(2).min(0).max() <= 1
     bench.page.uncheck("text=heat map")
     expect(bench.page.locator(".heat-key")).to_be_hidden()

@@ -86,7 +86,7 @@ export class Probe {
     this.job = mine;
     if (this.size > Math.min(image.height, image.width)) return;
     this.key.hidden = false;
-    this.key.textContent = `Heat map: orange where this color lowers the margin of ${image.label.name}, blue where it raises it. It fills in row by row.`;
+    this.key.textContent = `Heat map: purple where this color lowers the margin of ${image.label.name}, green where it raises it. It fills in row by row.`;
     mine.stop = this.bench.subscribe("heat", { image: image.index, size: this.size, color: this.rgb }, (event) => {
       if (this.job !== mine || event.event !== "rows") return;
       const { rows, columns, row, clean } = event;
@@ -95,7 +95,7 @@ export class Probe {
         stage.heat.values[row * columns + at] = margin - clean;
         stage.heat.top = Math.max(stage.heat.top, Math.abs(margin - clean));
       });
-      this.key.textContent = `Heat map: orange where this color lowers the margin of ${image.label.name} (by up to ${signed(stage.heat.top)}), blue where it raises it. ${row + 1 < rows ? `Row ${row + 1} of ${rows}.` : `${rows} × ${columns} places.`}`;
+      this.key.textContent = `Heat map: purple where this color lowers the margin of ${image.label.name} (by up to ${signed(stage.heat.top)}), green where it raises it. ${row + 1 < rows ? `Row ${row + 1} of ${rows}.` : `${rows} × ${columns} places.`}`;
       stage.draw();
     }, (error) => this.bench.fail(error)).stop;
   }

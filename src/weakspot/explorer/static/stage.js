@@ -1,12 +1,13 @@
 // The large picture: what is drawn on it, its zoom, its cursor, and the pointer and keys on it.
 
-import { categories, tableColor } from "./colors.js";
+import { categories } from "./colors.js";
 import { make } from "./elements.js";
 import { onEdge } from "./mask.js";
 import { cross, paint, pixelUnder, visiblePart } from "./pictures.js";
 
 export const MASK = 2, CONTROL = 1; // categories whose colors these places have
 const ERASED = 4;
+const LOWERS = [118, 42, 131], RAISES = [27, 120, 55]; // no colors of masks
 const STEPS = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] };
 
 export class Stage {
@@ -195,12 +196,11 @@ export class Stage {
     };
   }
 
-  // Orange where the color of the probe lowers the margin, blue where it raises it; clear where it changes nothing.
+  // Purple where the color of the probe lowers the margin, green where it raises it; clear where it changes nothing.
   heatColor(x, y) {
     const { rows, columns, values, top } = this.heat, [width, height] = this.size;
     const value = values[Math.floor((y * rows) / height) * columns + Math.floor((x * columns) / width)];
     if (Number.isNaN(value) || !top) return null;
-    const place = Math.max(-1, Math.min(1, -value / top));
-    return [...tableColor("signed", 0.5 + place / 2), Math.min(0.8, 0.9 * Math.abs(place) ** 0.7)];
+    return [...(value < 0 ? LOWERS : RAISES), 0.8 * Math.min(1, Math.abs(value) / top) ** 0.7];
   }
 }
