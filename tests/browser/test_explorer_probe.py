@@ -70,6 +70,14 @@ def test_the_mask_is_probed_in_one_color(bench: BenchPage) -> None:
     check_probe(bench, 3, 2, 10, (0, 0, 0))
 
 
+def test_a_warning_moves_nothing(bench: BenchPage) -> None:
+    before = bench.canvas.bounding_box()
+    bench.page.click("text=Color the mask")
+    expect(bench.page.locator(".message")).to_have_text("Paint a mask first.")
+    expect(bench.page.locator(".message")).to_be_visible()
+    assert bench.canvas.bounding_box() == before
+
+
 def test_the_probe_says_that_it_changes_the_clean_picture(bench: BenchPage) -> None:
     bench.attack()
     bench.point(5, 7)

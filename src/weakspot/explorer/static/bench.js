@@ -113,7 +113,7 @@ class Bench {
     this.depthFold = more("Layers and units", "how the attack travels through the network", this.depth, () => this.depth.open());
     this.element.replaceChildren(
       make("header", { class: "top" }, this.title, this.pictures, make("div", { class: "line" }, button("Add a picture", () => this.file.click()), this.file, button("Keys", () => this.help.showModal(), { "aria-keyshortcuts": "?", title: "Keys (?)" }))),
-      this.next, this.message, this.spoken,
+      make("div", { class: "notice" }, this.message), this.next, this.spoken,
       make("main", { class: "bench" },
         make("div", { class: "left" }, this.brush.root,
           make("div", { class: "drop" }, this.stage.root),

@@ -80,11 +80,11 @@ class GalleryView {
     const titles = { records: "Records", weak: "Weak classes and regions", ...(run.other ? { changed: "What changed" } : {}), sql: "SQL" };
     this.views = views;
     this.tabs = Object.entries(titles).map(([name, text]) => button(text, () => this.open(name), { "data-name": name }));
-    this.element.replaceChildren(
+    this.element.replaceChildren(make("div", { class: "notice" }, this.message),
       make("header", {}, make("h2", {}, run.other ? `${run.name} beside ${run.other}` : run.name),
         make("p", { class: "note" }, `${counted(run.records, "record")} of ${counted(run.images, "image")}${run.model ? `, ${run.model}` : ""}`),
         ...run.remarks.map((sentence) => make("p", { class: "note" }, sentence))),
-      make("nav", { class: "line", "aria-label": "Views of the run" }, ...this.tabs), this.message, ...Object.values(views));
+      make("nav", { class: "line", "aria-label": "Views of the run" }, ...this.tabs), ...Object.values(views));
     this.open(this.view in titles ? this.view : "records");
   }
 
