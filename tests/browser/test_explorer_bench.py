@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,8 @@ def test_the_mask_is_attacked_beside_its_control(bench: BenchPage) -> None:
     assert changed.any()
     assert not (changed & ~box_mask(0, 0, 13, 13)).any()
     expect(bench.page.locator(".chart polyline")).to_have_count(2)
+    assert bench.number(".chart .lowest") <= bench.number("figure.side.attack .margin") + 0.01
+    expect(bench.page.locator(".chart .note")).to_contain_text(re.compile(r"over \d+ evaluations"))
     before = bench.pixels()
     bench.page.click("button:text-is('Control')")
     expect(bench.page.locator(".decision")).to_contain_text("Attacked at the control")

@@ -285,10 +285,12 @@ export class Attack {
     const zero = make("span", { class: "zero-label", "aria-hidden": "true" }, any ? "0: decision" : "0");
     zero.classList.toggle("below", y(0) < 24);
     zero.style.top = `${(100 * (y(0) + 6)) / (HIGH + 12)}%`;
-    this.chart.append(make("div", { class: "axis" }, this.chart.firstChild, zero));
+    const ends = [y(0) < 24 ? "" : signed(high), signed(low)].map((text, at) => make("span", { class: at ? "lowest" : "highest", "aria-hidden": "true" }, any ? text : ""));
+    this.chart.append(make("div", { class: "axis" }, this.chart.firstChild, zero, ...ends));
+    const evaluations = any ? `${longest} evaluation${longest === 1 ? "" : "s"}` : "the evaluations";
     this.chart.append(make("p", { class: "note" }, this.aim === null
-      ? `Margin of ${name} over the evaluations of the attack: its logit less the largest other one. Below the line, the network says something else.`
-      : `The largest other logit less that of ${this.aim}, over the evaluations of the attack. Below the line, the network says ${this.aim}.`));
+      ? `Margin of ${name} over ${evaluations} of the attack: its logit less the largest other one. Below the line, the network says something else.`
+      : `The largest other logit less that of ${this.aim}, over ${evaluations} of the attack. Below the line, the network says ${this.aim}.`));
   }
 }
 

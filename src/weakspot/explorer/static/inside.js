@@ -95,7 +95,7 @@ export class Depth {
     this.bench = bench;
     this.slider = make("input", { type: "range", min: 0, max: 0, value: 0, step: 1, "aria-label": "Layer", on: { input: () => this.move() } });
     this.name = make("output", { class: "step", "aria-live": "polite" });
-    this.curve = make("div", { class: "depth-curve" });
+    this.curve = make("div", { class: "depth-curve axis" });
     this.own = this.mapView("The perturbation of the attack");
     this.random = this.mapView("A random edit of its size");
     this.units = make("div", { class: "units", role: "group", "aria-label": "Units that change most" });
@@ -148,7 +148,7 @@ export class Depth {
     this.name.textContent = `${number + 1} of ${this.layers.length}: ${layer.name}, ${layer.height} × ${layer.width}. Changed sites: ${layer.spread === null ? "not defined" : percent(layer.spread)}, random edit ${layer.spread_random === null ? "not defined" : percent(layer.spread_random)}.`;
     const across = (at) => (this.layers.length > 1 ? (WIDE * at) / (this.layers.length - 1) : WIDE / 2);
     const line = (key) => this.layers.map((one, at) => `${across(at).toFixed(1)},${(HIGH * (1 - (one[key] ?? 0))).toFixed(1)}`).join(" ");
-    this.curve.innerHTML = `<svg viewBox="0 -4 ${WIDE} ${HIGH + 8}" preserveAspectRatio="none" role="img" aria-label="Fraction of changed sites in each layer"><line class="cursor" x1="${across(number)}" x2="${across(number)}" y1="-4" y2="${HIGH + 4}"/><polyline class="line-control" points="${line("spread_random")}"/><polyline class="line-attack" points="${line("spread")}"/></svg>`;
+    this.curve.innerHTML = `<svg viewBox="0 -4 ${WIDE} ${HIGH + 8}" preserveAspectRatio="none" role="img" aria-label="Fraction of changed sites in each layer"><line class="cursor" x1="${across(number)}" x2="${across(number)}" y1="-4" y2="${HIGH + 4}"/><polyline class="line-control" points="${line("spread_random")}"/><polyline class="line-attack" points="${line("spread")}"/></svg><span class="highest" aria-hidden="true">100%</span><span class="lowest" aria-hidden="true">0%</span>`;
     this.showLayer(layer.name);
   }
 
