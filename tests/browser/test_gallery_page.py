@@ -285,6 +285,17 @@ def test_findings_are_shown_and_lead_to_their_records(browser: Any, served: Any,
     assert "No class was compared" in page.inner_text(
         ".gallery-view"
     ) or "No class was shown" in page.inner_text(".gallery-view")
+    assert not page.is_visible("text=show all rows")
+    rows = page.locator(".gallery-view section:visible tbody tr").count()
+    page.click("nav button:has-text('Records')")
+    page.click(".values button:has-text('cam')")
+    shown.wait_for_count(60)
+    page.click("text=Weak classes and regions")
+    expect(page.locator("p:visible:has-text('fit the filters of region')")).to_be_visible()
+    assert page.locator(".gallery-view section:visible tbody tr").count() < rows
+    page.click("text=show all rows")
+    expect(page.locator("text=show all rows")).to_have_count(0)
+    expect(page.locator(".gallery-view section:visible tbody tr")).to_have_count(rows)
     page.click("text=What changed")
     page.wait_for_selector("h3:has-text('first against second')")
     target = page.locator("td button:visible").first

@@ -93,7 +93,7 @@ class GalleryView {
     this.tellState();
     for (const [key, view] of Object.entries(this.views)) view.hidden = key !== name;
     for (const tab of this.tabs) tab.setAttribute("aria-pressed", String(tab.dataset.name === name));
-    if (name === "weak") this.facts(this.views.weak, "weak_regions", (reply) => weakRegions(reply, (filters) => this.choose(filters)));
+    if (name === "weak") this.facts(this.views.weak, "weak_regions", (reply) => weakRegions(reply, Object.keys(this.filters), (filters) => this.choose(filters), () => { this.choose({}); this.open("weak"); }));
     if (name === "changed") this.facts(this.views.changed, "compare", (reply) => changes(reply, [this.run.name, this.run.other], (filters) => this.choose(filters)));
   }
 

@@ -26,7 +26,9 @@ const interval = (value, low, high) => (value === null ? "–" : `${percent(valu
 const probability = (q) => (q === null ? "–" : q < 0.001 ? "< .001" : q > 0.995 ? "1" : q.toFixed(q < 0.1 ? 3 : 2).replace(/^0/, ""));
 export const placeOf = (region) => (region === "none" ? "whole image" : region);
 
-export function weakRegions(reply, onShow) {
+// `filters` are the names of those that are set; `onAll` clears them.
+export function weakRegions(reply, filters, onShow, onAll) {
+  const used = filters.filter((name) => !reply.ignored.includes(name)).map((name) => (name === "label_name" ? "class" : name));
   const rows = reply.rows.map((row) => [
     row.name, row.attack, placeOf(row.region), row.images.toLocaleString("en-US"), interval(row.fooled, row.low, row.high),
     interval(row.rest, row.rest_low, row.rest_high), probability(row.q),
@@ -37,6 +39,7 @@ export function weakRegions(reply, onShow) {
     ...reply.sentences.map((sentence) => make("p", { class: "finding" }, sentence)),
     reply.more_sentences ? make("p", { class: "note" }, `and ${reply.more_sentences} more`) : null,
     make("p", { class: "note" }, "Fractions of the images that are correctly classified without an attack, with exact 95% intervals. q is the p value for a class against all others, corrected for the number of classes compared; – where there are too few images. Numbers and sentences are those of the whole run: filters only choose rows."),
+    used.length ? make("p", { class: "line" }, `Only rows that fit the filters of ${used.join(", ")}, set under “Records”.`, button("show all rows", onAll)) : null,
     reply.ignored.length ? make("p", { class: "note" }, `Not used here: the filters of ${reply.ignored.join(", ")}.`) : null,
     table(["class", "attack", "region", "images", "fooled", "other classes", "q", "verdict", ""], rows),
     reply.more ? make("p", { class: "note" }, `${counted(reply.more, "more row")}; choose a class to see others.`) : null,
