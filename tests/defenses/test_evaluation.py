@@ -155,7 +155,7 @@ def test_both_sides_get_the_same_queries_which_double_until_they_take_little_mor
     short, result = judged(ROBUST, queries=999)
     assert short["attack"].tolist() == ATTACKS[:-1]
     assert result.status == "cannot be judged"
-    assert "the number of queries was never doubled from 500 (raise queries to at least 1000)" in str(result)
+    assert "the number of queries was never doubled (raise queries to at least 1000)" in str(result)
 
 
 class OffGrid(nn.Module):

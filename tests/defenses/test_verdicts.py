@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from weakspot.defenses import verdict
+from weakspot.defenses.verdicts import unfinished
 from weakspot.statistics import mcnemar_counts, proportion_interval
 
 COUNT = 100
@@ -111,15 +112,51 @@ def test_the_rule(made: pd.DataFrame, status: str, words: str) -> None:
 
 @pytest.mark.parametrize(("images", "status"), [(4, "cannot be judged"), (5, "protects")])
 def test_so_few_images_that_no_outcome_is_significant_cannot_be_judged(images: int, status: str) -> None:
-    made = table(standing(0.0, 1.0)).assign(images=images, defended_only=images)
+    made = table(standing(0.0, 1.0)).assign(images=images)
+    attacked = made["attack"] != "clean"
+    made = made.assign(defended_only=images * attacked)
     result = verdict(made)
     assert result.status == status
     assert ("4 images are too few to show a gain" in str(result)) == (images == 4)
-    one = verdict(made.assign(images=1, defended_only=1)).sentence
+    one = verdict(made.assign(images=1, defended_only=1 * attacked)).sentence
     assert one.startswith("Cannot be judged: 1 image is too few to show a gain.")
     assert "(1 image, p" in one
-    lost = made.assign(defended_only=0, undefended_only=images)
+    lost = made.assign(defended_only=0, undefended_only=images * attacked)
     assert verdict(lost).status == ("cannot be judged" if images == 4 else "no protection")
+
+
+def test_attacks_that_fool_almost_no_image_do_not_show_that_a_defense_is_worthless() -> None:
+    for defended in (1.0, 0.96, 0.93):
+        result = verdict(table(standing(0.96, defended)))
+        assert result.status == "cannot be judged", result
+        assert (
+            "fool too few images without a defense for a gain of more than 5 points (raise the budget)"
+            in str(result)
+        )
+    assert verdict(table(standing(0.94, 0.94))).status == "no protection"
+    # A defense that is weaker than nothing is none, whatever the budget.
+    assert verdict(table(standing(0.96, 0.3))).sentence.startswith("No protection: accuracy")
+
+
+@pytest.mark.parametrize(
+    ("attacked", "status"),
+    [
+        ((0.5, 1.0), "no protection"),  # the attacks took nothing from either model
+        ((0.4, 0.9), "no protection"),  # nor less from one than from the other
+        ((0.3, 0.82), "no protection"),
+        ((0.3, 0.9), "protects"),
+    ],
+)
+def test_a_better_classifier_is_no_defense(attacked: tuple[float, float], status: str) -> None:
+    result = verdict(table(standing(*attacked) | {"clean": (0.5, 1.0)}))
+    assert result.status == status, result
+    assert "(100 images, 50 of them gained without an attack already, p" in str(result)
+
+
+def test_an_evaluation_that_was_interrupted_says_after_what() -> None:
+    one = table({"clean": (1.0, 1.0)}).assign(images=1)
+    assert "interrupted after the clean images. Accuracy so far" in str(unfinished(one))
+    assert str(unfinished(one)).endswith("(1 image).")
 
 
 def test_mcnemar_is_the_fraction_of_all_ways_to_flip_the_pairs() -> None:

@@ -61,11 +61,12 @@ class Verdict:
 def verdict(table: pd.DataFrame) -> Verdict:
     """Sum up the table of `evaluate_defense`.
 
-    Fewer than 5 images cannot be judged. With more, a defense protects if two conditions hold:
+    Fewer than 5 images cannot be judged, nor attacks that leave the undefended model 95% of accuracy. With more, a
+    defense protects if two conditions hold:
 
     1. After all attacks, it has more than 5 points of accuracy over the undefended model (exact one-sided McNemar p at
-       most .05). Otherwise there is no protection, or none shown if the 95% interval of the gain reaches beyond 5
-       points.
+       most .05), beyond what it gains without an attack. Otherwise there is no protection, or none shown if the 95%
+       interval of the gain reaches beyond 5 points.
     2. Nothing shows that stronger attacks would succeed. Some gradients predict the defended model's margin on at least
        90% of the images and, where their attack ended, still lower it on half of the surviving images. The last
        doubling of queries, and of the draws of a random defense, reduced accuracy by at most 2 points. Queries reduced
@@ -77,13 +78,18 @@ def verdict(table: pd.DataFrame) -> Verdict:
     rows = table[table["attack"] != AttackRow.ORACLE]
     worst = rows.iloc[-1]
     count = int(worst["images"])
-    gain = (int(worst["defended_only"]) - int(worst["undefended_only"])) / count
+    # A model that is more accurate without an attack keeps that gain under attacks, which is no protection.
+    clean = rows.iloc[0]
+    already = max(0, int(clean["defended_only"]) - int(clean["undefended_only"]))
+    gained, lost = max(0, int(worst["defended_only"]) - already), int(worst["undefended_only"])
+    gain = (gained - lost) / count
     # Only images that the two models classify differently carry evidence; the others cancel.
-    p = mcnemar_counts(int(worst["defended_only"]), int(worst["undefended_only"]), alternative="greater")
+    p = mcnemar_counts(gained, lost, alternative="greater")
     leads = rows.set_index("attack").dropna(subset="agreement")
     measured = (
         f"accuracy after all attacks is {_accuracy(worst, 'defended')} with the defense and "
-        f"{_accuracy(worst, UNDEFENDED)} without it ({counted(count, 'image')}, {p_value(p)})"
+        f"{_accuracy(worst, UNDEFENDED)} without it ({counted(count, 'image')}, "
+        f"{f'{already:,} of them gained without an attack already, ' if already else ''}{p_value(p)})"
     )
     # Even if every image were gained, p = 2 ** -count would exceed the level.
     if mcnemar_counts(count, 0, alternative="greater") > SIGNIFICANT:
@@ -92,11 +98,16 @@ def verdict(table: pd.DataFrame) -> Verdict:
             f"Cannot be judged: {counted(count, 'image')} {'is' if count == 1 else 'are'} too few to show a gain. "
             f"Measured: {measured}.",
         )
+    if float(worst[UNDEFENDED]) >= 1 - MIN_GAIN - ROUNDING and gain >= -MIN_GAIN:
+        return Verdict(
+            "cannot be judged",
+            f"Cannot be judged: the attacks fool too few images without a defense for a gain of more than "
+            f"{100 * MIN_GAIN:.0f} points (raise the budget). Measured: {measured}.",
+        )
     if gain <= MIN_GAIN + ROUNDING:
         # With few images, a gain that was not seen is not excluded.
         places = np.arange(count)
-        gained, lost = places < int(worst["defended_only"]), places >= count - int(worst["undefended_only"])
-        excluded = paired_proportion_interval(gained, lost)[2] <= MIN_GAIN
+        excluded = paired_proportion_interval(places < gained, places >= count - lost)[2] <= MIN_GAIN
         return Verdict("no protection", f"No protection{'' if excluded else ' shown'}: {measured}.")
     if p > SIGNIFICANT:
         return Verdict("no protection", f"No protection shown: {measured}, and the difference can be chance.")
@@ -117,10 +128,14 @@ def unfinished(table: pd.DataFrame) -> Verdict:
     last = table.iloc[-1]
     return Verdict(
         "cannot be judged",
-        f"Cannot be judged: the evaluation was interrupted after {last['attack']}. Accuracy so far is "
+        f"Cannot be judged: the evaluation was interrupted after {_after(str(last['attack']))}. Accuracy so far is "
         f"{_accuracy(last, 'defended')} with the defense and {_accuracy(last, UNDEFENDED)} without it "
-        f"({int(last['images'])} images).",
+        f"({counted(int(last['images']))}).",
     )
+
+
+def _after(attack: str) -> str:
+    return "the clean images" if attack == AttackRow.CLEAN else attack
 
 
 def _doubts(rows: pd.DataFrame, leads: pd.DataFrame) -> list[str]:
@@ -150,7 +165,7 @@ def _doubts(rows: pd.DataFrame, leads: pd.DataFrame) -> list[str]:
             f"{falls[averages].iloc[-1] * count:.0f} more of {count} images)"
         )
     if searches.sum() < 2:
-        reasons.append("the number of queries was never doubled from 500 (raise queries to at least 1000)")
+        reasons.append("the number of queries was never doubled (raise queries to at least 1000)")
     elif falls[searches].iloc[-1] > MAX_LAST_DOUBLING + ROUNDING:
         reasons.append(
             f"the query-based attack still improves with more queries (the last doubling fooled "
