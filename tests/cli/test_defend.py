@@ -14,6 +14,7 @@ from tests.cli.conftest import TINY as MODEL
 from tests.cli.conftest import Run
 from weakspot import Linf, _progress, defenses, load, read_images
 from weakspot.cli.app import Failure
+from weakspot.cli.defend import _print
 from weakspot.cli.defense_choice import find_defense
 
 TINY = (*MODEL, "--steps", "2", "--queries", "4")
@@ -50,6 +51,20 @@ def noisy(classifier):
     return Noisy(classifier)
 
 
+class Alone(nn.Module):
+    # Calls no network: its layers are one product. Its classes are far apart, so no attack fools it.
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[0.1], [0.0], [0.0], [0.0]]))
+
+    def forward(self, images):
+        return images.mean((1, 2, 3))[:, None] @ self.weight.T + torch.tensor([10.0, 0.0, 0.0, 0.0])
+
+
+def alone(classifier):
+    return Alone()
+
+
 def unchanged(classifier):
     return classifier
 
@@ -63,6 +78,27 @@ def failing(classifier):
 
 
 number = 3
+"""
+
+BETWEEN = """
+import torch
+from torch import nn
+
+
+class OnLevels(nn.Module):
+    # Class 1 on images whose values are whole levels of 8 bits.
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Conv2d(1, 1, 1)
+
+    def forward(self, images):
+        levels = 255 * images
+        off = (levels - levels.round()).abs().amax((1, 2, 3)) - 0.01 + 0 * self.scale(images).sum((1, 2, 3))
+        return torch.stack([off, -off], 1)
+
+
+def build():
+    return OnLevels().eval()
 """
 
 
@@ -149,6 +185,63 @@ def test_json_is_nothing_but_json_and_quiet_is_quiet(run: Run, photographs: Path
     } < set(document["attacks"][0])
     ended = run("defend", photographs / "chelsea.png", *TINY, "--quiet", "--out", "made")
     assert (ended.code, ended.out) == (0, "")
+
+
+def test_the_oracle_is_shown_and_named_for_what_it_is(run: Run, photographs: Path) -> None:
+    options = (*QUICK, "--oracle", "--set", "fraction=.1", "--out", "made")
+    ended = run("defend", photographs / "chelsea.png", *options, "--budget", "linf:0.01")
+    assert ended.code == 0, ended.err
+    # Of eight rows, those that fooled no further image are left out; the oracle is asked for, and no attack.
+    assert re.search(r"^oracle region +\d", ended.out, re.MULTILINE)
+    assert (
+        "oracle region: the transferred attack alone; the region is taken from the clean image" in ended.out
+    )
+    left_out = re.search(r"\.\.\. and (\d) attacks? that fooled no further image", ended.out)
+    assert left_out is not None
+    assert int(left_out[1]) < 7
+    assert "\n1 image, in " in ended.out
+    # A budget between two gray levels is not the one that is spent.
+    assert "so 0.01 L-infinity is cut to 2/255 L-infinity" in ended.err
+    assert json.loads(Path("made/run.json").read_text())["attacks"].startswith("2/255 L-infinity, 1 step (")
+    assert "is cut" not in run("defend", photographs / "chelsea.png", *options, "--budget", "linf:2/255").err
+
+
+def test_a_defense_without_a_network_inside_is_not_said_to_have_one(
+    run: Run, photographs: Path, foreign: str
+) -> None:
+    inside = "PGD with the gradients of the network inside the defended model"
+    (Path("labels.csv")).write_text("file,label\nphotos/chelsea.png,0\n")
+    options = (*QUICK, "--labels", "labels.csv", "--all", "--out", "made")
+    ended = run("defend", photographs / "chelsea.png", "-D", f"{foreign}:alone", *options)
+    assert ended.code == 0, ended.err
+    assert "from other starts, because no network was found inside it" in ended.out
+    assert inside not in ended.out
+    ended = run(
+        "defend", photographs / "chelsea.png", "-D", f"{foreign}:rounded", *QUICK, "--all", "--out", "made"
+    )
+    assert inside in ended.out
+
+
+def test_accuracies_that_are_not_whole_are_not_rounded_to_whole_ones(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    row = {"attack": "clean", "images": 1000}
+    sides = {"undefended": 0.999, "undefended_low": 0.994, "undefended_high": 1.0}
+    sides |= {"defended": 0.001, "defended_low": 0.0, "defended_high": 0.006}
+    _print(pd.DataFrame([row | sides]), "So.", "labels.csv", {"clean": "no attack"}, every=True)
+    assert re.search(r"clean +99.9% +99.4%-100% +0.1% +0%-0.6%", capsys.readouterr().out)
+
+
+def test_the_models_answers_are_those_to_the_images_that_are_attacked(run: Run) -> None:
+    """Gray samples lie between two of 256 levels, and so may a decision."""
+    Path("between.py").write_text(BETWEEN)
+    ended = run(
+        "defend", "--samples", "--model", "between:build", "--size", "8x8", "--mean", "0", "--steps", 1,
+        "--queries", 1, "--all", "--out", "made",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert "clean accuracy is 100% by definition" in ended.out
+    assert re.search(r"^clean +100%", ended.out, re.MULTILINE)
 
 
 def test_masked_units_are_evaluated(run: Run, photographs: Path) -> None:

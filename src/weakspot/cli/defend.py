@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,7 @@ import typer
 from weakspot._checks import check_fraction
 from weakspot.budgets import read_budget
 from weakspot.cli.aims import find_labels
-from weakspot.cli.app import INTERRUPTED, Failure, command
+from weakspot.cli.app import INTERRUPTED, Failure, command, note
 from weakspot.cli.defense_choice import find_defense
 from weakspot.cli.options import (
     ATTACK,
@@ -38,6 +39,7 @@ from weakspot.cli.options import (
 )
 from weakspot.cli.output import MOST_ROWS, add_row, json_rows, make_table, print_table, print_text
 from weakspot.cli.session import (
+    Images,
     Session,
     check_output,
     check_sources,
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor, nn
 
+    from weakspot.budgets import Budget
     from weakspot.classifier import Classifier
 
 FILES = ("defense.csv", "defense.json", "defense.png", "run.json")
@@ -134,21 +137,19 @@ def defend(
     if quick:
         refuse(context, list(QUICK), "with --quick, which sets them (leave out one of the two)")
         limit, steps, queries = QUICK.values()
-    spent = read_budget(budget)
+    asked = read_budget(budget)
     check_fraction(fraction)
     with open_session(context, network, output, out, FILES) as session:
-        from weakspot.classifier import check_images
         from weakspot.defenses import evaluate_defense, verdict
-        from weakspot.defenses.randomized import is_random
         from weakspot.defenses.verdicts import unfinished
+        from weakspot.statistics.number_format import counted, percent
 
+        spent = _whole_levels(asked)
         classifier = session.classifier
         defended = find_defense(defense, settings, classifier)
         other = None if substitute is None else _load_substitute(session, substitute)
-        read = session.read_images(sources, samples=samples)
-        if given(context, ["draws"]) and not is_random(
-            defended, check_images(read.pixels, classifier), seed=seed
-        ):
+        read = _whole_gray_levels(session.read_images(sources, samples=samples))
+        if given(context, ["draws"]) and not _is_random(defended, classifier, read, seed):
             refuse(context, ["draws"], f"with {defense}, which is not random")
         # Before --limit, so that a table must list every image whatever the limit.
         truth, _, where = find_labels(labels, classifier, read)
@@ -175,8 +176,8 @@ def defend(
             "defense": ", ".join([defense, *(settings or [])]),
             "status": result.status,
             "verdict": result.sentence,
-            "attacks": f"{spent}, {steps} steps, at most {queries} queries, {draws} draws of a random defense, region "
-            f"of importance {fraction:.0%}",
+            "attacks": f"{spent}, {counted(steps, 'step')} (two thirds on a random defense, on "
+            f"{counted(draws, 'draw')}), at most {queries} queries, region of importance {percent(fraction)}",
             "substitute": substitute or "none",
             "labels": where,
             **session.provenance(seed),
@@ -186,7 +187,7 @@ def defend(
             "images": len(truth),
             "attacks": json_rows(table),
         }
-        title = f"{result.sentence} {classifier.name}, {about['defense']}, {len(truth)} images, {spent}"
+        title = f"{result.sentence} {classifier.name}, {about['defense']}, {counted(len(truth))}, {spent}"
         names = read.paths if samples else shorten_paths(read.paths)
         _write(out, table, document, {**about, "images": names}, title)
     if interrupted:
@@ -197,13 +198,37 @@ def defend(
         )
 
     def show() -> None:
-        _print(table, result.sentence, where, _meanings(steps, substitute, table), every=every)
-        print_text(f"\n{len(truth)} images{session.ending()}", style="dim")
+        _print(table, result.sentence, where, _meanings(substitute, table), every=every)
+        print_text(f"\n{counted(len(truth))}{session.ending()}", style="dim")
         if quick:
             print_text(f"--quick: {QUICK_SUMMARY}: too few to say that a defense protects.")
         print_text(f"\nWritten to {out.resolve()} (look at defense.png)")
 
     session.report(lambda: {**document, "skipped": session.skipped, "folder": str(out.resolve())}, show)
+
+
+def _whole_levels(budget: Budget) -> Budget:
+    """The budget that is spent on 8-bit images, with a note if it is smaller."""
+    from weakspot.attacks.eight_bit import whole_levels
+
+    spent = whole_levels(budget)
+    if str(spent) != str(budget):
+        note(f"attacked images are rounded to 8 bits, so {budget} is cut to {spent}")
+    return spent
+
+
+def _whole_gray_levels(read: Images) -> Images:
+    """Images as they are attacked, so that predictions that serve as labels are of the same images."""
+    from weakspot.attacks.eight_bit import rounded
+
+    return replace(read, pixels=rounded(read.pixels))
+
+
+def _is_random(defended: nn.Module, classifier: Classifier, read: Images, seed: int) -> bool:
+    from weakspot.classifier import check_images
+    from weakspot.defenses.randomized import is_random
+
+    return is_random(defended, check_images(read.pixels, classifier), seed=seed)
 
 
 def _load_substitute(session: Session, model: str) -> Classifier:
@@ -238,23 +263,31 @@ def _write(
     write_scores(table, about, out, name="defense.csv")
 
 
-def _meanings(steps: int, substitute: str | None, table: pd.DataFrame) -> dict[str, str]:
+def _meanings(substitute: str | None, table: pd.DataFrame) -> dict[str, str]:
     """What each row of the table is."""
     from weakspot.defenses.verdicts import AttackRow
 
+    own = "PGD with the defended model's gradients"
+    measured = table.set_index("attack")["agreement"].dropna()
+    alone = (
+        len(measured) > 0 and AttackRow.STRAIGHT not in measured
+    )  # the defended model calls no network inside
     meanings = {
         AttackRow.CLEAN: "no attack",
-        AttackRow.TRANSFERRED: f"PGD-{steps} on the undefended model (the naive evaluation)",
+        AttackRow.TRANSFERRED: "PGD on the undefended model (the naive evaluation)",
         AttackRow.SUBSTITUTE: f"momentum iterations on {substitute}",
-        AttackRow.OWN: f"PGD-{steps} with the defended model's gradients",
-        AttackRow.STRAIGHT: "PGD with the gradients of the network inside the defended model",
+        AttackRow.OWN: own,
+        AttackRow.STRAIGHT: f"{own} from other starts, because no network was found inside it"
+        if alone
+        else "PGD with the gradients of the network inside the defended model",
         AttackRow.UNDEFENDED_GRADIENTS: "PGD with the gradients of the undefended model",
-        AttackRow.REGION: "PGD in the region of importance, with the defended model's gradients",
+        AttackRow.REGION: f"{own}, in the region of importance",
         AttackRow.ENSEMBLE: "Auto-PGD on two losses, targeted, square search",
-        AttackRow.ORACLE: "region taken from the clean image, which no real defender has",
+        AttackRow.ORACLE: "the transferred attack alone; the region is taken from the clean image, which no real "
+        "defender has; not part of the verdict",
     }
     families = {
-        AttackRow.DRAWS: "the same, averaged over more draws",
+        AttackRow.DRAWS: f"{own}, averaged over more draws",
         AttackRow.QUERIES: "random squares, without gradients",
     }
     for name in table["attack"]:
@@ -267,6 +300,8 @@ def _meanings(steps: int, substitute: str | None, table: pd.DataFrame) -> dict[s
 def _print(
     table: pd.DataFrame, sentence: str, where: str, meanings: Mapping[str, str], *, every: bool
 ) -> None:
+    from weakspot.statistics.number_format import counted, percent
+
     print_text(f"{sentence}\n", style="bold")
     headings = ("accuracy after", "undefended", "95%", "defended", "95%")
     shown = make_table(headings, fold=(), right=("undefended", "defended"))
@@ -278,12 +313,16 @@ def _print(
         cells = [
             cell
             for side in ("undefended", "defended")
-            for cell in (f"{row[side]:.0%}", f"{row[f'{side}_low']:.0%}-{row[f'{side}_high']:.0%}")
+            for cell in (
+                percent(row[side]),
+                f"{percent(row[f'{side}_low'])}-{percent(row[f'{side}_high'])}",
+            )
         ]
         add_row(shown, str(row["attack"]), *cells)
     print_table(shown, whole=every)
     if idle:
-        print_text(f"... and {idle} attacks that fooled no further image (show them with --all)", style="dim")
+        attacks = counted(idle, "attack")
+        print_text(f"... and {attacks} that fooled no further image (show them with --all)", style="dim")
     lines = [f"{row['attack']}: {meanings[str(row['attack'])]}" for row in rows]
     print_text("\n" + "\n".join(lines), style="dim")
     print_text(
@@ -297,9 +336,13 @@ def _print(
 
 
 def _decisive(rows: Sequence[pd.Series]) -> list[pd.Series]:
-    """The first row, and those on which the accuracy of a side is below that of every row before."""
+    """The first row, the oracle's, and those on which the accuracy of a side is below that of every row before."""
+    from weakspot.defenses.verdicts import AttackRow
+
     shown = [rows[0]]
     for row in rows[1:]:
-        if any(row[side] < min(other[side] for other in shown) for side in ("undefended", "defended")):
+        if row["attack"] == AttackRow.ORACLE or any(
+            row[side] < min(other[side] for other in shown) for side in ("undefended", "defended")
+        ):
             shown.append(row)
     return shown

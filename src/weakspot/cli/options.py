@@ -1,6 +1,7 @@
 """Options that several commands share, each with one name, one default, one help text and one meaning."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -289,7 +290,7 @@ def parse_names(text: str) -> list[str]:
 def parse_settings(
     settings: Sequence[str] | None, *, form: str = "NAME=VALUE", texts: Sequence[str] = ()
 ) -> dict[str, Value]:
-    """The values of --set: numbers, true, false and null as in JSON, anything else as text.
+    """The values of --set: numbers (.5 too), true, false and null as in JSON, anything else as text.
 
     Args:
         settings: as given.
@@ -302,7 +303,7 @@ def parse_settings(
         if not (equals and name):
             raise Failure(f"--set must be {form}, got {setting!r}")
         try:
-            value = json.loads(text)
+            value = json.loads(f"0{text}" if re.match(r"\.\d", text) else text)
         except (ValueError, RecursionError):
             value = text
         # Lists and objects stay text: only an attack knows what they mean.
