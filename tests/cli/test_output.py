@@ -151,3 +151,24 @@ def test_styled_cells_stay_styled() -> None:
 def test_outcomes_count_only_what_an_attack_can_do(correct: list[bool], done: str, sentence: str) -> None:
     scores = pd.DataFrame({"success": [True, True], "success_8bit": [True, False]})
     assert outcome_sentence(scores, correct, done, ", in 1 s") == sentence
+
+
+def test_quiet_prints_errors_and_nothing_else(run: Run, photographs: Path, tmp_path: Path) -> None:
+    images = sorted(path.name for path in photographs.iterdir())
+    for label in range(2):  # some labels are wrong, whatever the network predicts
+        (tmp_path / "labels.csv").write_text(
+            "file,label\n" + "\n".join(f"photos/{name},{label}" for name in images)
+        )
+        options = ("attack", photographs, *TINY, "--labels", "labels.csv", "--steps", 1)
+        loud = run(*options, "--out", "made")
+        quiet = run(*options, "--quiet", "--out", "made")
+        assert (quiet.out, quiet.err) == ("", "")
+        if "note: " in loud.err:
+            break
+    else:
+        pytest.fail("every label was right")
+    (photographs / "broken.png").write_bytes(b"broken")
+    assert (
+        "broken.png: not an image in a known format; skipped"
+        in run("attack", photographs, *TINY, "--steps", 1, "--quiet", "--out", "made").err
+    )

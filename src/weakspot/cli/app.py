@@ -4,6 +4,7 @@ import inspect
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from importlib.metadata import version
@@ -57,6 +58,7 @@ def one_line(text: str) -> str:
 
 
 notes = console(stderr=True)
+_quiet = threading.Event()  # whether the running command has --quiet; for all of its threads
 
 
 class Failure(Exception):  # noqa: N818 - a mistake of the user, not of the program
@@ -167,6 +169,7 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
                     info.show_default = "none"
 
         def call(**values: object) -> None:
+            _quiet.set() if values.get("quiet") else _quiet.clear()
             threads = values.pop("threads")
             if isinstance(threads, int):
                 set_threads(threads)
@@ -200,8 +203,10 @@ def complain(sentence: str) -> None:
     notes.print(Text.assemble(("weakspot:", "red"), f" {one_line(sentence)}"), soft_wrap=True)
 
 
-def note(sentence: str) -> None:
-    """Print a note to standard error."""
+def note(sentence: str, *, failure: bool = False) -> None:
+    """Print a note to standard error; with --quiet, only if it is about a failure."""
+    if _quiet.is_set() and not failure:
+        return
     notes.print(Text.assemble(("note:", "yellow"), f" {one_line(sentence)}"), soft_wrap=True)
 
 

@@ -242,7 +242,8 @@ def _write_report(run: Run) -> None:
     except OSError as error:
         note(
             f"{FILE} could not be written ({error.strerror or error}); the audit is complete (run weakspot report "
-            f"{shlex.quote(run.name)} to try again)"
+            f"{shlex.quote(run.name)} to try again)",
+            failure=True,
         )
 
 

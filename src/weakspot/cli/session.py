@@ -112,12 +112,12 @@ class Session:
         for source in sources:
             files = open_pictures(source, size=size, channels=channels) if source.exists() else []
             if source.exists() and not files:
-                note(f"{source}: the folder is empty")
+                note(f"{source}: the folder is empty", failure=True)
             for file in files:
                 name = str(source / file.name) if source.is_dir() else str(source)
                 remark = one_line(f"{name}: {file.remark}")
                 if file.remark:
-                    note(remark)
+                    note(remark, failure=file.pixels is None)
                 if file.pixels is None:
                     self.skipped.append(remark)
                 else:
