@@ -196,6 +196,11 @@ def test_a_result_says_when_the_mask_is_no_longer_its_own(
 
 def test_without_a_mask_the_whole_image_is_attacked_and_has_no_control(bench: BenchPage) -> None:
     assert bench.text("button.primary") == "Attack the whole image"
+    bench.unfold_settings()
+    for attack, about in (("fmn", "fmn: looks for the smallest change."), ("few_pixel", "few_pixel. ")):
+        bench.page.select_option("label:has-text('Attack') select", attack)
+        assert bench.text("section.attack > p.note >> nth=0").startswith(about)
+    bench.page.select_option("label:has-text('Attack') select", "pgd")
     assert bench.attack().startswith("Whole image")
     assert "place of equal area" not in bench.text(".attack .sentence")
     expect(bench.page.locator("figure.side.control")).to_be_hidden()

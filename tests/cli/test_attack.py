@@ -179,7 +179,7 @@ def test_images_with_one_name_in_two_folders_stay_apart(run: Run, photographs: P
 @pytest.mark.parametrize(
     ("name", "budget", "settings", "message"),
     [
-        ("carlini_wagner", "l2:1", [], "searches for the smallest change and takes no --budget"),
+        ("few_pixel", "l2:1", [], "few_pixel takes no --budget"),
         ("pgd", "ssm:0.1", [], "ssm"),
         ("pgd", "linf:8", [], "8/255"),
         ("pgd", None, ["stes=3"], "--set of pgd must be one of"),

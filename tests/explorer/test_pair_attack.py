@@ -281,8 +281,8 @@ def test_a_session_leaves_the_model_as_it_was() -> None:
         ({"attack": "foolbox:LinfPGD"}, "attack must be one of"),
         ({"budget": "linf:8"}, "eps must be between 0 and 1"),
         (
-            {"attack": "fmn", "budget": "linf:4/255"},
-            "fmn searches for the smallest change and takes no budget",
+            {"attack": "few_pixel", "budget": "linf:4/255"},
+            "few_pixel takes no budget",
         ),
         ({"attack": "weak_spots", "mask": png(square())}, "weak_spots takes no mask"),
         ({"options": {"stepz": 3}}, "options of pgd must be one of"),

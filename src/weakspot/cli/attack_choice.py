@@ -125,7 +125,7 @@ def find_budget(attack: Attack, text: str, *, given: bool) -> Budget | None:
     from weakspot.budgets import read_budget
 
     if given and not attack.takes_budget:
-        raise Failure(f"{attack.name} searches for the smallest change and takes no --budget")
+        raise Failure(f"{attack.name} takes no --budget")
     # Attacks that search for the smallest change may take a budget, but have none by default.
     needed = attack.takes_budget and attack.default_budget
     return read_budget(text) if given or needed else None

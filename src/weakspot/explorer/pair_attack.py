@@ -113,7 +113,7 @@ def own_attack(request: Request) -> str:
 
 def _takes_budget(attack: Attack, request: Request) -> bool:
     if request.has("budget") and not attack.takes_budget:
-        raise RequestError(f"{attack.name} searches for the smallest change and takes no budget")
+        raise RequestError(f"{attack.name} takes no budget")
     return attack.takes_budget and (attack.default_budget or request.has("budget"))
 
 

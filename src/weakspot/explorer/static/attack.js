@@ -95,7 +95,7 @@ export class Attack {
     const { takes_region: region } = this.chosen;
     const place = region && this.bench.brush?.mask?.area;
     if (!this.running) this.go.textContent = place ? "Attack inside the mask" : "Attack the whole image";
-    const budget = this.budgetField.hidden ? ": looks for the smallest change" : ` within ${this.budget.value}`;
+    const budget = this.budgetField.hidden ? (this.chosen.minimizes ? ": looks for the smallest change" : "") : ` within ${this.budget.value}`;
     const target = this.target.value && !this.targetField.hidden ? `, toward ${this.target.value}` : "";
     this.summaryLine.textContent = `${this.attacks.value}${budget}${target}. ${place
       ? "The same attack runs at another place of equal area, for comparison." : region
