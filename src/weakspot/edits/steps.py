@@ -192,9 +192,10 @@ def by_onednn(steps: Sequence[Step]) -> list[Step]:
 
 
 def _pointwise(
-    maps: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, *rest: Any
+    maps: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, _: Any, *rest: Any
 ) -> Tensor:
-    dilation = [2, 2] if runs_by_onednn(maps, weight) else dilation
+    # The recorded dilation may be meant for more images than there are now.
+    dilation = [2, 2] if runs_by_onednn(maps, weight) else [1, 1]
     return torch.convolution(maps, weight, bias, stride, padding, dilation, *rest)
 
 
