@@ -6,6 +6,7 @@ import shlex
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from weakspot._io.files import write_atomic
@@ -165,6 +166,7 @@ def _hidden_rows(table: Table) -> list[list[list[float | str | None]]]:
     return [[[cell.text, order(cell.order), cell.small] for cell in row] for row in table.rows[SHOWN:]]
 
 
+@cache  # takes more than a second
 def vega_libraries() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script."""
     import vl_convert
