@@ -154,8 +154,16 @@ def contact_sheet(pairs: Pairs, captions: Sequence[str], path: Path) -> Path:
     from matplotlib.figure import Figure
 
     shown = min(len(pairs), SHEET_ROWS)
-    sheet = Figure(figsize=(SHEET_WIDTH, ROW_HEIGHT * shown), layout="constrained")
+    sheet = Figure(figsize=(SHEET_WIDTH, ROW_HEIGHT * shown))
     axes = sheet.subplots(shown, 3, squeeze=False)
+    # Fixed margins: a layout that measures every text would draw the sheet twice.
+    ends = {
+        "left": 0.01,
+        "right": 0.99,
+        "bottom": 0.3 / sheet.get_figheight(),
+        "top": 1 - 0.2 / sheet.get_figheight(),
+    }
+    sheet.subplots_adjust(**ends, wspace=0.02, hspace=0.17)
     for row in range(shown):
         change = pairs.perturbation[row].float().cpu()
         largest = float(change.abs().max())
@@ -167,7 +175,7 @@ def contact_sheet(pairs: Pairs, captions: Sequence[str], path: Path) -> Path:
             photograph(axis, image.numpy().clip(0, 1))
             axis.set_title(title, fontsize=8, parse_math=False)
             axis.set_axis_off()
-        caption, place = textwrap.shorten(captions[row], 130), axes[row, 0].transAxes
+        caption, place = textwrap.shorten(captions[row], 105), axes[row, 0].transAxes
         axes[row, 0].text(0, -0.04, caption, transform=place, va="top", fontsize=8, parse_math=False)
     write_atomic(path, lambda draft: sheet.savefig(draft, dpi=100, format="png"))
     return path
