@@ -50,7 +50,7 @@ def rate_interval(rates: NDArray[np.floating]) -> Interval:
     >>> tuple(round(bound, 3) for bound in rate_interval(np.array([0.5, 0.5, 1.0, 1.0])))
     (0.75, 0.194, 0.994)
     """
-    from scipy.stats import beta
+    from scipy.special import betaincinv
 
     count = len(rates)
     if not count:
@@ -58,8 +58,8 @@ def rate_interval(rates: NDArray[np.floating]) -> Interval:
     # Quantiles of the beta distribution are the exact bounds of the binomial, here for a sum that may be fractional.
     total = float(np.sum(rates))
     tail = (1 - LEVEL) / 2
-    low = float(beta.ppf(tail, total, count - total + 1)) if total > 0 else 0.0
-    high = float(beta.ppf(1 - tail, total + 1, count - total)) if total < count else 1.0
+    low = float(betaincinv(total, count - total + 1, tail)) if total > 0 else 0.0
+    high = float(betaincinv(total + 1, count - total, 1 - tail)) if total < count else 1.0
     return total / count, low, high
 
 
@@ -80,7 +80,7 @@ def paired_proportion_interval(first: NDArray[np.bool_], second: NDArray[np.bool
     >>> tuple(round(bound, 3) for bound in paired_proportion_interval(yes, no))
     (1.0, -0.02, 1.0)
     """
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     first, second = np.asarray(first, bool), np.asarray(second, bool)
     count = len(first)
@@ -92,7 +92,7 @@ def paired_proportion_interval(first: NDArray[np.bool_], second: NDArray[np.bool
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     # One pair is added to each discordant count, and two to the number of pairs.
     up, down = (only_first + 1) / (count + 2), (only_second + 1) / (count + 2)
-    half = t.ppf((1 + LEVEL) / 2, count - 1) * ((up + down - (up - down) ** 2) / (count + 2)) ** 0.5
+    half = stdtrit(count - 1, (1 + LEVEL) / 2) * ((up + down - (up - down) ** 2) / (count + 2)) ** 0.5
     return difference, max(-1.0, float(up - down - half)), min(1.0, float(up - down + half))
 
 
@@ -145,11 +145,11 @@ def mean_intervals(values: NDArray[np.floating], seed: int = 0) -> NDArray[np.fl
 
 def _studentized(values: NDArray[np.float64], seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Low and high of every column; on each side the farther bound of Student's and the bootstrap-t interval."""
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     tail = (1 - LEVEL) / 2
     mean, error, count = _moments(values)
-    half = t.ppf(1 - tail, count - 1) * error
+    half = stdtrit(count - 1, 1 - tail) * error
     low, high = mean - half, mean + half
     short = count <= MANY
     if short.any():
