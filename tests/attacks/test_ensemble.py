@@ -76,12 +76,12 @@ def test_results_are_in_range_in_budget_in_region_and_verified(
     assert not adversarial.requires_grad
 
 
-@pytest.mark.parametrize("budget", BUDGETS[::2], ids=str)
+@pytest.mark.parametrize(("network", "budget"), [*zip(NETWORKS, BUDGETS, strict=True)], ids=str)
 def test_an_images_result_depends_on_no_batch_size_no_order_and_no_neighbor(
-    any_model: Made, budget: Budget
+    network: str, budget: Budget
 ) -> None:
     """In double precision: an attack's choices turn last bits, which kernels round by the batch, into more."""
-    model, images = doubled(any_model)
+    model, images = doubled(NETWORKS[network]())
     labels, region = predicted(model, images), region_of("scattered", images)
     assert region is not None
 
@@ -331,6 +331,20 @@ def test_checkpoints_are_inside_the_steps_and_grow_closer(steps: int) -> None:
     assert all(0 < step <= steps for step in judged)
     if steps == 100:  # as in the paper: periods shrink by three until they are six
         assert judged[:6] == [22, 41, 57, 70, 80, 87]
+
+
+@pytest.mark.parametrize("budget", [Linf(1e-3), L1(0.1)], ids=str)  # too small: every image stays to the end
+def test_a_square_search_depends_on_no_neighbor(budget: Budget) -> None:
+    network, images = doubled(NETWORKS["pooling"]())
+    labels = predicted(network, images)
+
+    def found(rows: list[int]) -> Tensor:
+        with attack_context(network, images[rows], labels[rows], AttackOptions(budget)) as problem:
+            return square_search(problem, queries=70, stream=1000)[0]
+
+    together = found([0, 1, 2])
+    assert bool((together != images).flatten(1).any(1).all())
+    torch.testing.assert_close(torch.cat([found([2]), found([0, 1])])[[1, 2, 0]], together, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.networks import NETWORKS
-from weakspot.attacks import AttackOptions, find_attack
+from weakspot.attacks import AttackOptions, ensemble, find_attack
 from weakspot.attacks.observers import AttackEndedError, Observation, current_observer, observed
 from weakspot.budgets import Linf
 from weakspot.logits import margin
@@ -38,6 +38,12 @@ def half(images: Tensor) -> Tensor:
     region = torch.zeros(1, 1, *images.shape[2:], dtype=torch.bool)
     region[..., : images.shape[3] // 2] = True
     return region
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"STEPS": 8, "QUERIES": 30}.items():
+        monkeypatch.setitem(ensemble.__globals__, name, value)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
