@@ -31,6 +31,10 @@ SLOW = {
     "how-to-attack.md-0",
     "how-to-evaluate-a-defense.md-0",
     "how-to-explore.md-0",
+    "how-to-map-weak-spots.md-0",
+    "how-to-look-inside.md-3",
+    "how-to-edit.md-2",
+    "how-to-attack.md-3",
 }
 PYTHON = re.compile(r"```python\n(.*?)```(?:\n\nprints\n\n```(?:text)?\n(.*?)```)?", re.DOTALL)
 TUTORIAL = ROOT / "docs/tutorial.md"
