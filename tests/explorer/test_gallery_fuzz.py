@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.gallery_run import synthetic_run
@@ -22,7 +22,7 @@ from weakspot.explorer.gallery_desk import RecordDesk, answered
 from weakspot.explorer.messages import Request, RequestError
 
 NAMES = ("run", "records", "record", "histogram", "thumbnails", "weak_regions", "sql")
-FILES = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FILES = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,8 @@ bodies = st.fixed_dictionaries(
 
 @FILES
 @given(name=st.sampled_from(NAMES), body=bodies)
+@example(name="records", body={"size": "1"})
+@example(name="record", body={"id": 2**63})
 def test_any_body_gets_a_reply_or_a_sentence(gallery: Gallery, name: str, body: Any) -> None:
     asked(gallery, name, body)
     is_well(gallery)
