@@ -60,6 +60,12 @@ def material(
     return Material(model, images, labels, "random images")
 
 
+@pytest.fixture(autouse=True)
+def few_proofs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proven_pixels, "IMAGES", {True: 2})
+    monkeypatch.setattr(proven_pixels, "PIXELS", {True: 3})
+
+
 @pytest.fixture(scope="module")
 def random_network() -> nn.Module:
     torch.manual_seed(0)
