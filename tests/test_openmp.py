@@ -13,7 +13,8 @@ import pytest
 from weakspot._openmp import ROUNDS, is_own_program
 
 ROOT = Path(__file__).parents[1]
-PRINT = "import os, weakspot; print(os.environ.get('GOMP_SPINCOUNT'))"
+ALL = "import weakspot"
+ALONE = f"import runpy; runpy.run_path({str(ROOT / 'src/weakspot/_openmp.py')!r})"  # quicker
 
 
 @pytest.mark.parametrize(
@@ -35,19 +36,20 @@ def test_only_the_program_itself_is_meant(command: list[str], own: bool) -> None
 
 
 @pytest.mark.parametrize(
-    ("as_program", "settings", "printed"),
+    ("as_program", "settings", "load", "printed"),
     [
-        (True, {}, ROUNDS),
-        (True, {"GOMP_SPINCOUNT": "7"}, "7"),
-        (True, {"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
-        (False, {}, "None"),
+        (True, {}, ALL, ROUNDS),
+        (True, {"GOMP_SPINCOUNT": "7"}, ALONE, "7"),
+        (True, {"OMP_WAIT_POLICY": "ACTIVE"}, ALONE, "None"),
+        (False, {}, ALONE, "None"),
     ],
+    ids=["unset", "rounds", "policy", "not the program"],
 )
 def test_a_setting_of_the_user_stays(
-    tmp_path: Path, as_program: bool, settings: Mapping[str, str], printed: str
+    tmp_path: Path, as_program: bool, settings: Mapping[str, str], load: str, printed: str
 ) -> None:
     script = tmp_path / ("weakspot" if as_program else "study.py")
-    script.write_text(PRINT)
+    script.write_text(f"import os; {load}; print(os.environ.get('GOMP_SPINCOUNT'))")
     kept = {
         name: value for name, value in os.environ.items() if name not in {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
     }
