@@ -72,6 +72,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     # No progress line, however slow the machine is.
     monkeypatch.setattr(_progress, "FIRST_LINE", 3600.0)
     monkeypatch.setattr(output, "busy_remark", lambda: None)
+    monkeypatch.setattr("weakspot.report.figures.SHEET_ROWS", 4)
 
     def call(*arguments: object) -> Ended:
         monkeypatch.setattr(sys, "argv", ["weakspot", *map(str, arguments)])

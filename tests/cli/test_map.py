@@ -68,6 +68,8 @@ def test_a_planted_square_is_named_and_a_small_budget_finds_none(
         8,
         "--json",
     )
+    for name in NAMES[2:]:
+        (photographs / name).unlink()
     strong = json.loads(run("map", photographs, *model, "--budget", "linf:1").out)["scores"]
     assert all(4 <= row["top"] + row["side"] <= 24 for row in strong)  # it covers a part of the patch
     assert all(row["cells_found"] == 1 for row in strong)  # and only the patch's cell is weak

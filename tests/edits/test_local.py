@@ -579,6 +579,7 @@ def test_a_recording_keeps_the_weights_of_its_time(image: Tensor) -> None:
     torch.testing.assert_close(edits.logits(torch.zeros_like(tops), tops, lefts, patches), before)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_gives_the_same_logits_and_the_recorder_is_not_compiled() -> None:
     code = (
         "import torch, weakspot\n"
