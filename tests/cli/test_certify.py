@@ -48,8 +48,8 @@ def test_the_planted_pixel_alone_is_refuted(
     assert ended.code == 0, ended.err
     lines = ended.out.splitlines()
     assert lines[0] == (
-        "Of 256 pixels in 4 correctly classified images, each changed alone: 252 proven (float32 as run), 4 refuted, 0 "
-        "unknown; 4 images can be turned by a color of one pixel."
+        "Of 256 pixels in 4 correctly classified images, each alone in any 8-bit color: 252 proven (float32 as run), 4 "
+        "refuted, 0 unknown; a color that turns the image was found in 4 images."
     )
     for name in NAMES:
         assert (
@@ -98,6 +98,25 @@ def test_a_certificate_is_checked_with_the_images_that_it_names(
     assert len(found["problems"]) == 1
 
 
+def test_a_certificate_of_the_samples_is_checked_without_naming_them(run: Run, planted: None) -> None:
+    assert run("certify", "--samples", *PIXEL, "--colors", "8bit", "--out", "made").code == 0
+    ended = run("certify", "--check", "made/certificate.json", *PIXEL)
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out.startswith("The certificate holds: ")
+
+
+def test_pairs_and_pictures_of_an_earlier_run_are_not_left_beside_a_certificate(
+    run: Run, photographs: Path, tmp_path: Path, planted: None
+) -> None:
+    assert run("certify", photographs, *PIXEL, "--colors", "8bit", "--out", "made").code == 0
+    assert (tmp_path / "made/pairs.safetensors").exists()
+    assert run("certify", photographs / NAMES[1], *PIXEL, "--colors", "8bit", "--out", "made").code == 0
+    assert [path.name for path in (tmp_path / "made/maps").iterdir()] == ["0001 coffee.png"]
+    assert run("certify", photographs / NAMES[0], *PIXEL, "--patch", "2", "--out", "made").code == 0
+    assert not (tmp_path / "made/pairs.safetensors").exists()
+    assert not list((tmp_path / "made/maps").iterdir())
+
+
 def test_another_network_or_picture_is_one_sentence(run: Run, photographs: Path, planted: None) -> None:
     assert run("certify", photographs, *PIXEL, "--colors", "8bit", "--out", "made").code == 0
     ended = run("certify", "--check", "made/certificate.json", *PIXEL[:2], "--mean", "0.1", *PIXEL[4:])
@@ -144,7 +163,7 @@ def test_a_misclassified_image_is_not_certified(
 def test_only_the_region_is_asked_about(run: Run, photographs: Path, tmp_path: Path, planted: None) -> None:
     ended = run("certify", photographs / NAMES[0], *PIXEL, "--colors", "8bit", "--region", "border:1")
     assert ended.code == 0, ended.err
-    assert "At all 28 pixels, no 8-bit color turns 'class 0' into another class" in ended.out
+    assert "At all 28 pixels of the region, no 8-bit color turns 'class 0' into another class" in ended.out
     assert not (tmp_path / "weakspot-certify/pairs.safetensors").exists()
 
 

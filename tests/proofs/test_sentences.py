@@ -77,9 +77,10 @@ def test_nothing_is_said_of_pixels_outside_the_region_or_of_a_misclassified_imag
     region = torch.zeros(1, 1, 2, 2, dtype=torch.bool)
     region[0, 0, 0, 0] = True
     inside = replace(made, region=region)
-    assert pixel_sentence(inside, 0, 0, NAMES).startswith("At 1 pixel, no color turns 'cat'")
-    assert "1 proven (float32 as run), 0 refuted, 0 unknown; 0 images can be turned" in pixels_summary(
-        inside, [True]
+    assert pixel_sentence(inside, 0, 0, NAMES).startswith("At 1 pixel of the region, no color turns 'cat'")
+    assert pixels_summary(inside, [True]) == (
+        "Of 1 pixel of the region in 1 correctly classified image, each alone in any color: 1 proven (float32 as run), "
+        "0 refuted, 0 unknown; a color that turns the image was found in 0 images."
     )
     assert pixel_sentence(replace(made, region=region & False), 0, 0) == "The region holds no pixel."
     wrong = pixel_sentence(made, 0, 1, NAMES)
@@ -87,6 +88,15 @@ def test_nothing_is_said_of_pixels_outside_the_region_or_of_a_misclassified_imag
         wrong == "The image is classified as 'dog', not as 'cat', to begin with; there is nothing to prove."
     )
     assert "proven" not in pixels_summary(made, [False])
+
+
+def test_what_is_unknown_or_was_not_asked_is_not_denied() -> None:
+    """No color was found, of those that are allowed: others may turn the image."""
+    made = certificate([[0, 0]], colors=NEAR, reasons=("the time was up",))
+    assert pixels_summary(made, [True]) == (
+        "Of 2 pixels in 1 correctly classified image, each alone in any 8-bit color within 8/255 of the pixel's own: 0 "
+        "proven (float32 as run), 0 refuted, 2 unknown; a color that turns the image was found in 0 images."
+    )
 
 
 def test_the_statement_is_named_as_it_was_proven() -> None:

@@ -49,7 +49,7 @@ MANY = 64 * 64  # pixels of an image above which certifying all takes long
     "weakspot certify photos/ --model my_package.models:build --colors 8/255 --time 60",
     "weakspot certify photos/ --patch 2% --out runs/patches",
     "weakspot certify --check weakspot-certify/certificate.json --model mnist_standard",
-    "weakspot explain --pair weakspot-certify/pairs.safetensors",
+    "weakspot explain --pair weakspot-certify/pairs.safetensors --model mnist_standard",
 )
 def certify(
     context: typer.Context,
@@ -104,7 +104,8 @@ def certify(
     """Prove which pixels can take no color that changes the class, each pixel alone, and refute others.
 
     With --patch, certify the network behind double masking against every patch of a size. A pixel that is neither
-    proven nor refuted is unknown. `weakspot explain --pair OUT/pairs.safetensors` explains the colors that refute.
+    proven nor refuted is unknown. If some are refuted, `weakspot explain --pair OUT/pairs.safetensors` with the same
+    model explains their colors.
     """
     sources = list(images or [])
     if check is not None:
@@ -188,6 +189,8 @@ def _check(
         sources = [Path(name) for name in file.texts("names")]
         if not sources:
             raise Failure(f"{path} names no images (give the images that it is about)")
+        samples = _are_samples(sources)
+        sources = [] if samples else sources
     check_sources(sources, samples=samples)
     with open_session(context, network, output, path.parent, ()) as session:
         from weakspot.proofs import check_certificate
@@ -215,6 +218,13 @@ def _check(
     )
     if not found.passed:
         raise typer.Exit(GATE_FAILED)
+
+
+def _are_samples(names: Sequence[Path]) -> bool:
+    """Whether a certificate names sample photographs, which have no files of their own."""
+    from weakspot.images import SAMPLE_NAMES
+
+    return not any(name.exists() for name in names) and {str(name) for name in names} <= set(SAMPLE_NAMES)
 
 
 class PixelOptions(NamedTuple):
@@ -274,6 +284,7 @@ def _certify_pixels(
             }
         )
     scores = pd.DataFrame(rows)
+    _remove_earlier(session.out)
     certificate.to_json(session.out / FILES[0])
     _draw(session.out / FILES[1], certificate, scores)
     _save_pairs(session.out / FILES[3], certificate)
@@ -281,9 +292,15 @@ def _certify_pixels(
     return scores, pixels_summary(certificate, correct)
 
 
+def _remove_earlier(out: Path) -> None:
+    """Remove pairs and pictures of an earlier run, which would pass for those of this one."""
+    (out / FILES[3]).unlink(missing_ok=True)
+    for picture in (out / FILES[1]).glob("[0-9][0-9][0-9][0-9] *.png"):
+        picture.unlink()
+
+
 def _save_pairs(path: Path, certificate: PixelCertificate) -> None:
     """Write the pairs whose pixel differs; an image that is misclassified already has none."""
-    path.unlink(missing_ok=True)  # pairs of an earlier run would pass for those of this one
     if bool((certificate.status == -1).any()):
         pairs = certificate.counterexamples
         changed = (pairs.perturbation != 0).flatten(1).any(1)
@@ -320,6 +337,7 @@ def _certify_patches(session: Session, read: Images, aim: Labels, patch: float) 
             ],
         }
     )
+    _remove_earlier(session.out)
     certificate.to_json(session.out / FILES[0])
     return scores, certificate.sentence
 

@@ -42,14 +42,11 @@ def pixel_sentence(
         int(((one.status[image] == status) & inside).sum()) for status in (PROVEN, REFUTED, UNKNOWN)
     )
     turns, color = f"turns '{name(label)}' into another class", color_words(one.colors)
-    where = "all" if proven == total > 1 else "" if proven == total else f"{proven:,} of"
-    parts = [
-        f"At {where} {counted(total, 'pixel')}, no {color} {turns} (proven, {one.statement})".replace(
-            "  ", " "
-        )
-    ]
+    where = "all " if proven == total > 1 else "" if proven == total else f"{proven:,} of "
+    part = "" if bool(inside.all()) else " of the region"
+    parts = [f"At {where}{counted(total, 'pixel')}{part}, no {color} {turns} (proven, {one.statement})"]
     if not proven:
-        parts = [f"No pixel is proven ({one.statement})"]
+        parts = [f"No pixel{part} is proven ({one.statement})"]
     if refuted:
         one_of_them = "one does" if proven else f"{_article(color)} {color} {turns}"
         parts.append(f"at {f'{refuted:,}' if proven else counted(refuted, 'pixel')}, {one_of_them}")
@@ -92,10 +89,11 @@ def pixels_summary(certificate: PixelCertificate, correct: Sequence[bool]) -> st
         int(((certificate.status[rows] == status) & inside).sum()) for status in (PROVEN, REFUTED, UNKNOWN)
     )
     weak = int(((certificate.status[rows] == REFUTED) & inside).flatten(1).any(1).sum())
+    part = "" if bool(inside.all()) else " of the region"
     return (
-        f"Of {counted(total, 'pixel')} in {counted(len(rows), 'correctly classified image')}, each changed alone: "
-        f"{proven:,} proven ({certificate.statement}), {refuted:,} refuted, {unknown:,} unknown; "
-        f"{counted(weak, 'image')} can be turned by a color of one pixel."
+        f"Of {counted(total, 'pixel')}{part} in {counted(len(rows), 'correctly classified image')}, each alone in any "
+        f"{color_words(certificate.colors)}: {proven:,} proven ({certificate.statement}), {refuted:,} refuted, "
+        f"{unknown:,} unknown; a color that turns the image was found in {counted(weak)}."
     )
 
 
