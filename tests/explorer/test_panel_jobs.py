@@ -139,7 +139,9 @@ def test_a_certificate_is_that_of_the_library(desk: Desk) -> None:
         desk.bench.classifier, exhibit.pixels, exhibit.label_tensor, region=MASK, colors="8/255"
     )
     proven = int((alone.status[0][MASK[0, 0]] == 1).sum())
-    assert f"At {'all ' if proven == 9 else f'{proven} of '}9 pixels of the region, no color" in str(last["sentence"])
+    assert f"At {'all ' if proven == 9 else f'{proven} of '}9 pixels of the region, no color" in str(
+        last["sentence"]
+    )
     assert picture_of(last["png"]).size[0] > 400
     assert desk.bench.exhibit(0).pair is None
 

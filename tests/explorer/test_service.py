@@ -21,9 +21,14 @@ from tests.audit.fixtures import Audited, audited, networks, pictures, small_pla
 from tests.explorer.benches import filled_bench, network, photographs, png, square
 from tests.networks import untouched
 from weakspot import explore
+from weakspot._progress import Display
 from weakspot.audit import AttackPlan
+from weakspot.cli.explore import Address
+from weakspot.cli.explored_runs import run_desk
+from weakspot.cli.options import ModelOptions
 from weakspot.explorer.access import Access
 from weakspot.explorer.desk import Desk
+from weakspot.explorer.gallery_desk import RecordDesk
 from weakspot.explorer.service import Service, forwarding_hint, has_display, open_port
 
 __all__ = ["audited", "networks", "pictures"]  # fixtures
@@ -110,6 +115,56 @@ def test_over_ssh_the_tunnel_is_told_and_no_browser_is_opened(monkeypatch: pytes
     monkeypatch.delenv("SSH_CONNECTION")
     assert forwarding_hint(8765) is None
     assert has_display()
+
+
+@pytest.mark.parametrize(
+    ("host", "open_to_others", "tunnel"),
+    [("127.0.0.1", False, "127.0.0.1"), ("127.0.0.2", False, "127.0.0.2"), ("localhost", False, "localhost"),
+     ("0.0.0.0", True, "127.0.0.1")],  # noqa: S104
+)  # fmt: skip
+def test_what_is_printed_fits_the_address(
+    host: str,
+    open_to_others: bool,
+    tunnel: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SSH_CONNECTION", "10.0.0.2 50000 10.0.0.7 22")
+    address = Address(host, 0, "", None, browser=False, quiet=False)
+    service = address.service(Desk(filled_bench()))
+    port = service.access.port
+    try:
+        address.announce(service)
+        printed = capsys.readouterr().out
+        assert ("Other machines can connect" in printed) == open_to_others
+        # A tunnel leads where the service listens.
+        assert f"ssh -L {port}:{tunnel}:{port} " in printed
+        assert "not free" not in printed  # any port was asked for
+        replace(address, port=port - 1).announce(service)
+        assert f"Port {port - 1} is not free; {port} is used." in capsys.readouterr().out
+    finally:
+        service.close()
+
+
+def test_the_model_that_cannot_be_loaded_is_the_one_that_is_named(audited: Audited, pictures: Path) -> None:
+    run = audited("service", small_plan(pictures), pictures.parent / "run")
+    folder = Path(run.folder)
+    with run_desk([folder], ModelOptions(model="nowhere:build"), Display()) as desk:
+        assert isinstance(desk, RecordDesk)
+        assert desk.reason.startswith("The model that was named, nowhere:build, cannot be loaded: ")
+        assert "--model" not in desk.reason
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("weakspot.audit.execution.preparation.load_planned", failing)
+        with run_desk([folder], ModelOptions(), Display()) as desk:
+            assert isinstance(desk, RecordDesk)
+            assert desk.reason.startswith(
+                f"The model of the run, {run.plan.model.spec}, cannot be loaded: gone"
+            )
+            assert desk.reason.endswith("(name it with --model).")
+
+
+def failing(*_: object) -> None:
+    raise ValueError("gone")
 
 
 def test_the_view_from_python_serves_and_gives_back_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:

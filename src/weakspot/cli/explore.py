@@ -73,7 +73,7 @@ def explore(
     Of an audit, the records are shown: filtered, sorted, with pictures, each a click away from the bench. Two audits
     are shown side by side.
 
-    The page is served on this machine only, behind a random token. Ctrl-C ends it.
+    The page is served on this machine only (without --host), behind a token. Ctrl-C ends it.
     """
     from weakspot._checks import require
 
@@ -144,12 +144,12 @@ class Address:
 
         port = service.access.port
         if self.port and port != self.port:
-            print_text(f"Port {self.port} is taken; {port} is used.")
+            print_text(f"Port {self.port} is not free; {port} is used.")
         print_text(f"The explorer is at {service.url}")
-        hint = forwarding_hint(port)
+        hint = forwarding_hint(port, service.host)
         if hint is not None:
             print_text(f"To open it on your own machine, run there: {hint}")
-        if service.access.host not in {"127.0.0.1", "localhost", "::1"}:
+        if not service.is_local:
             print_text("Other machines can connect, and the token travels unencrypted.")
         if not self.quiet:
             print_text("Ctrl-C ends it.")

@@ -83,25 +83,29 @@ def _desk(gallery: Gallery, run: Run, network: ModelOptions) -> Desk | RecordDes
     try:
         classifier = _classifier(run, network)
     except Exception as error:  # noqa: BLE001 - whatever a factory raises: the records can be read without it
+        why = f"cannot be loaded: {one_line(first_line(error))}"
         reason = (
-            f"The model of the run, {run.plan.model.spec}, cannot be loaded: {one_line(first_line(error))} "
-            "(name it with --model)."
+            f"The model that was named, {network.model}, {why}."
+            if _is_named(network)
+            else f"The model of the run, {run.plan.model.spec}, {why} (name it with --model)."
         )
         note(f"{reason} The bench stays closed; the records are shown.")
         return RecordDesk(gallery, reason)
     return Desk(Bench(classifier), gallery_questions(gallery))
 
 
+def _is_named(network: ModelOptions) -> bool:
+    """Whether the user named a model or changed how it is loaded."""
+    asked = ModelOptions()
+    own = ("model", "weights", "mean", "std", "size", "classes")
+    return any(getattr(network, name) != getattr(asked, name) for name in own)
+
+
 def _classifier(run: Run, network: ModelOptions) -> Classifier:
     from weakspot.audit.execution.preparation import load_planned
     from weakspot.models.specs import fingerprint
 
-    asked = ModelOptions()
-    own = ("model", "weights", "mean", "std", "size", "classes")
-    if any(getattr(network, name) != getattr(asked, name) for name in own):
-        classifier = load_classifier(network)
-    else:
-        classifier = load_planned(run.plan.model)
+    classifier = load_classifier(network) if _is_named(network) else load_planned(run.plan.model)
     known = run.info.model
     if known is not None and fingerprint(classifier) != known.fingerprint:
         note(

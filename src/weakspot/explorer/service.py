@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import ipaddress
 import os
 import socket
 import sys
@@ -106,10 +107,19 @@ class Service:
         """The link to open, with the token."""
         base = self.access.base_url
         if "://" not in base:
-            host = "127.0.0.1" if self.access.host in {"0.0.0.0", "::"} else self.access.host  # noqa: S104
-            shown = f"[{host}]" if ":" in host else host
-            base = f"http://{shown}:{self.access.port}{self.access.prefix}/"
+            base = f"http://{self.host}:{self.access.port}{self.access.prefix}/"
         return f"{base.rstrip('/')}/?token={self.access.token}"
+
+    @property
+    def host(self) -> str:
+        """The host under which this machine reaches the service, in brackets if it has colons."""
+        host = "127.0.0.1" if self.access.host in {"0.0.0.0", "::"} else self.access.host  # noqa: S104
+        return f"[{host}]" if ":" in host else host
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can connect."""
+        return ipaddress.ip_address(self.listener.getsockname()[0].partition("%")[0]).is_loopback
 
     def run(self) -> bool:
         """Serve in this thread until Ctrl-C or `close`.
@@ -138,13 +148,18 @@ class Service:
         self.listener.close()
 
 
-def forwarding_hint(port: int) -> str | None:
-    """How to reach this machine from the one in front of the user; None if that is the same machine."""
+def forwarding_hint(port: int, host: str = "127.0.0.1") -> str | None:
+    """How to reach this machine from the one in front of the user; None if that is the same machine.
+
+    Args:
+        port: of the service.
+        host: under which this machine reaches it.
+    """
     if "SSH_CONNECTION" not in os.environ:
         return None
     here = os.environ["SSH_CONNECTION"].split()
-    user, host = os.environ.get("USER", "USER"), here[2] if len(here) > 2 else socket.gethostname()
-    return f"ssh -L {port}:127.0.0.1:{port} {user}@{host}"
+    user, machine = os.environ.get("USER", "USER"), here[2] if len(here) > 2 else socket.gethostname()
+    return f"ssh -L {port}:{host}:{port} {user}@{machine}"
 
 
 def has_display() -> bool:
