@@ -20,7 +20,9 @@ from typer.core import TyperGroup
 
 import weakspot
 from tests.cli.conftest import NETWORKS, TINY, Run
+from weakspot import Classifier, Linf, attacks
 from weakspot._checks import ModelError
+from weakspot.cli import doctor
 from weakspot.cli.app import Failure, app, explained
 from weakspot.cli.output import busy_remark
 
@@ -328,6 +330,61 @@ def test_models_and_doctor_list_what_is_missing(run: Run) -> None:
     assert checks["result"] == "everything works"
     assert checks["analyses"].startswith("weak_spots, cam, ssim, overlap")
     assert checks["extra audit"].endswith("for audit, compare, report")
+
+
+def test_an_extra_is_missing_only_if_its_own_module_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in (("needy", "import weakspot_needs_this"), ("silent", "raise ImportError")):
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert doctor.installed(["absent"], "one") == "absent is not installed; run: pip install 'weakspot[one]'"
+    assert doctor.installed(["needy"], "one").startswith(
+        "needy is installed but cannot be imported: ModuleNotFoundError: No module named 'weakspot_needs_this'"
+    )
+    assert doctor.installed(["silent"], "one").startswith(
+        "silent is installed but cannot be imported: ImportError"
+    )
+
+
+def test_the_doctor_names_what_does_not_work(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def result() -> tuple[int, str]:
+        ended = run("doctor", "--json")
+        return ended.code, {row["check"]: row["result"] for row in json.loads(ended.out)}["result"]
+
+    monkeypatch.setattr(doctor, "_compare_threads", lambda *_: "")
+    monkeypatch.setattr(
+        doctor, "installed", lambda _, extra: f"{extra} {doctor.BROKEN}" if extra == "ray" else "yes"
+    )
+    assert result() == (0, "the network works, but not extra ray")
+    # The predictions are right, and no photograph is fooled.
+    kept = attacks.pgd
+
+    def weak(*arguments: object, **options: object) -> object:
+        return kept(*arguments, **options | {"budget": Linf(1e-9)})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(attacks, "pgd", weak)
+    assert result() == (1, "the attack should fool a photograph")
+
+
+@pytest.mark.parametrize(
+    ("load", "alone", "advice"),
+    [
+        (0.1, 0.5, ": give --threads 1 for single images"),
+        (9.0, 0.5, "while this machine is busy"),
+        (9.0, 2.0, "cores"),
+    ],
+)
+def test_a_machine_is_called_busy_only_if_it_is(
+    load: float, alone: float, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(doctor, "_seconds_per_pass", lambda *_: alone)
+    wrapped = Classifier.wrap(torch.nn.Linear(1, 1))
+    assert doctor._compare_threads(wrapped, torch.zeros(1), 1.0).endswith(advice)
 
 
 def test_every_command_takes_threads(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

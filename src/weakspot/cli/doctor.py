@@ -7,12 +7,14 @@ import time
 import typer
 from torch import Tensor
 
+from weakspot._checks import describe_error
 from weakspot.classifier import Classifier
 from weakspot.cli.app import EXTRAS, command
 from weakspot.cli.options import OutputOptions
 from weakspot.cli.output import print_rows
 
 FASTER = 0.8  # one thread is recommended if it takes at most this fraction of the time
+BROKEN = "is installed but cannot be imported"
 EXPECTED = ("Egyptian cat", "espresso", "missile", "moped")  # classes of the sample images
 
 
@@ -57,9 +59,16 @@ def doctor(output: OutputOptions) -> None:
     fooled = pgd(classifier, images, labels, steps=3).success
     attack = time.perf_counter() - started
     predicted = [classifier.class_name(int(label)) for label in labels]
-    healthy = predicted == [*EXPECTED] and bool(fooled.any())
+    troubles = []
+    if predicted != [*EXPECTED]:
+        troubles.append(f"the network should predict {', '.join(EXPECTED)}")
+    if not bool(fooled.any()):
+        troubles.append("the attack should fool a photograph")
+    extras = {extra: installed(modules, extra) for extra, (modules, _) in EXTRAS.items()}
+    broken = [extra for extra, found in extras.items() if BROKEN in found]
+    works = f"the network works, but not extra {', '.join(broken)}" if broken else "everything works"
     checks = {
-        "result": "everything works" if healthy else f"the network should predict {', '.join(EXPECTED)}",
+        "result": "; ".join(troubles) or works,
         **versions(),
         "device": f"{device}, {torch.get_num_threads()} threads",
         "embedded network": f"predicts {', '.join(predicted)}",
@@ -68,11 +77,11 @@ def doctor(output: OutputOptions) -> None:
         "attack": f"{int(fooled.sum())} of 4 photographs fooled in 3 steps, {attack:.1f} s",
         "analyses": ", ".join(available_analyses()),
     }
-    for extra, (modules, purpose) in EXTRAS.items():
-        checks[f"extra {extra}"] = f"{installed(modules, extra)}; for {purpose}"
+    for extra, (_, purpose) in EXTRAS.items():
+        checks[f"extra {extra}"] = f"{extras[extra]}; for {purpose}"
     if not output.quiet:
         print_rows([{"check": name, "result": text} for name, text in checks.items()], as_json=output.as_json)
-    if not healthy:
+    if troubles:
         raise typer.Exit(1)
 
 
@@ -89,6 +98,8 @@ def _compare_threads(classifier: Classifier, images: Tensor, seconds: float) -> 
     """How fast a forward pass is with one thread, compared with `seconds` with all of them."""
     import torch
 
+    from weakspot.statistics.number_format import counted
+
     threads = torch.get_num_threads()
     if classifier.mean.device.type != "cpu" or threads == 1:
         return f"{threads}"
@@ -97,11 +108,14 @@ def _compare_threads(classifier: Classifier, images: Tensor, seconds: float) -> 
         alone = _seconds_per_pass(classifier, images)
     finally:
         torch.set_num_threads(threads)
-    load = f", load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores" if hasattr(os, "getloadavg") else ""
-    measured = f"{1000 * alone:.0f} ms with 1 thread, {1000 * seconds:.0f} ms with {threads}{load}"
-    if alone < FASTER * seconds:
+    load, cores = getattr(os, "getloadavg", lambda: [0.0])()[0], os.cpu_count() or 1
+    shown = f", load {load:.1f} on {counted(cores, 'core')}" if hasattr(os, "getloadavg") else ""
+    measured = f"{1000 * alone:.0f} ms with 1 thread, {1000 * seconds:.0f} ms with {threads}{shown}"
+    if not alone < FASTER * seconds:
+        return measured
+    if load > cores:
         return f"{measured}: give --threads 1 (or set OMP_WAIT_POLICY=passive) while this machine is busy"
-    return measured
+    return f"{measured}: give --threads 1 for single images"
 
 
 def installed(modules: tuple[str, ...] | list[str], extra: str) -> str:
@@ -110,9 +124,9 @@ def installed(modules: tuple[str, ...] | list[str], extra: str) -> str:
     for name in modules:
         try:
             imported.append(importlib.import_module(name))
-        except ModuleNotFoundError:
-            return f"{name} is not installed; run: pip install 'weakspot[{extra}]'"
         except Exception as error:  # noqa: BLE001 - a broken package may raise anything, and this reports it
-            return f"{name} is installed but cannot be imported: {str(error).splitlines()[0][:100]}"
+            if isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]:
+                return f"{name} is not installed; run: pip install 'weakspot[{extra}]'"
+            return f"{name} {BROKEN}: {describe_error(error)[:100]}"
     versions = (f"{module.__name__} {getattr(module, '__version__', '')}".strip() for module in imported)
     return f"yes ({', '.join(versions)})"
