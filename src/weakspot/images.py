@@ -1,6 +1,7 @@
 """Image files, folders and sample photographs as tensors (N, C, H, W) in [0, 1]."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,6 +136,11 @@ def sample_images(size: tuple[int, int] = (224, 224)) -> tuple[Tensor, list[str]
     ]
     images = [read_images(file, size=size)[0] for file in files]
     return torch.cat(images), list(SAMPLE_NAMES)
+
+
+def are_samples(names: Sequence[Path]) -> bool:
+    """Whether these are names of sample images, which have no files of their own."""
+    return not any(name.exists() for name in names) and {str(name) for name in names} <= set(SAMPLE_NAMES)
 
 
 def _open_picture(path: Path, name: str, size: tuple[int, int] | None, channels: int, marks: bool) -> Picture:

@@ -104,8 +104,7 @@ def certify(
     """Prove which pixels can take no color that changes the class, each pixel alone, and refute others.
 
     With --patch, certify the network behind double masking against every patch of a size. A pixel that is neither
-    proven nor refuted is unknown. If some are refuted, `weakspot explain --pair OUT/pairs.safetensors` with the same
-    model explains their colors.
+    proven nor refuted is unknown. `weakspot explain --pair OUT/pairs.safetensors` explains colors that refute.
     """
     sources = list(images or [])
     if check is not None:
@@ -136,13 +135,10 @@ def certify(
         read, aim = read.subset(rows), Labels(aim.labels[rows], aim.logits[rows], aim.source)
         session.make_folder()
         if size is None:
-            where = _find_region(
-                session, AimOptions(region=region, fraction=fraction), read, aim, seed, seconds
-            )
-            statement = "exact arithmetic" if exact else "float32 as run"
-            scores, summary = _certify_pixels(
-                session, read, aim, where, PixelOptions(colors, seconds, statement)
-            )
+            asked = AimOptions(region=region, fraction=fraction)
+            where = _find_region(session, asked, read, aim, seed, seconds)
+            how = PixelOptions(colors, seconds, "exact arithmetic" if exact else "float32 as run")
+            scores, summary = _certify_pixels(session, read, aim, where, how)
         else:
             scores, summary = _certify_patches(session, read, aim, size)
         write_atomic(out / FILES[2], partial(scores.to_csv, index=False))
@@ -182,6 +178,7 @@ def _check(
     samples: bool,
 ) -> None:
     """Check a certificate, and exit with the code of a failed gate if it does not hold."""
+    from weakspot.images import are_samples
     from weakspot.proofs.certificate_file import CertificateFile
 
     file = CertificateFile.open(path)
@@ -189,7 +186,7 @@ def _check(
         sources = [Path(name) for name in file.texts("names")]
         if not sources:
             raise Failure(f"{path} names no images (give the images that it is about)")
-        samples = _are_samples(sources)
+        samples = are_samples(sources)
         sources = [] if samples else sources
     check_sources(sources, samples=samples)
     with open_session(context, network, output, path.parent, ()) as session:
@@ -218,13 +215,6 @@ def _check(
     )
     if not found.passed:
         raise typer.Exit(GATE_FAILED)
-
-
-def _are_samples(names: Sequence[Path]) -> bool:
-    """Whether a certificate names sample photographs, which have no files of their own."""
-    from weakspot.images import SAMPLE_NAMES
-
-    return not any(name.exists() for name in names) and {str(name) for name in names} <= set(SAMPLE_NAMES)
 
 
 class PixelOptions(NamedTuple):
@@ -294,9 +284,8 @@ def _certify_pixels(
 
 def _remove_earlier(out: Path) -> None:
     """Remove pairs and pictures of an earlier run, which would pass for those of this one."""
-    (out / FILES[3]).unlink(missing_ok=True)
-    for picture in (out / FILES[1]).glob("[0-9][0-9][0-9][0-9] *.png"):
-        picture.unlink()
+    for earlier in (out / FILES[3], *(out / FILES[1]).glob("[0-9][0-9][0-9][0-9] *.png")):
+        earlier.unlink(missing_ok=True)
 
 
 def _save_pairs(path: Path, certificate: PixelCertificate) -> None:
