@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,7 @@ from tests.proofs.architectures import ARCHITECTURES
 from tests.proofs.test_enumeration import brute_force, weakened
 from weakspot import certify_pixels, explain
 from weakspot.proofs.certificate import AS_RUN, EXACT
+from weakspot.proofs.margin_bounds import MarginBounds, Margins
 
 STATEMENTS = pytest.mark.parametrize("statement", [AS_RUN, EXACT])
 
@@ -197,6 +199,28 @@ def test_time_that_is_up_leaves_the_rest_unknown() -> None:
     certificate = certify_pixels(network, images, torch.tensor([0, 1, 2]), seconds=1e-9)
     assert bool((certificate.status == 0).all())
     assert certificate.unknown_because() == {"the time was up": 240}
+
+
+@pytest.mark.parametrize("statement", [AS_RUN, EXACT])
+def test_no_bound_is_begun_after_the_time_is_up(statement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, images = ARCHITECTURES["convolutions and linear layers, normalized"]()
+    with torch.no_grad():
+        labels = network(images).argmax(1)
+    now, begun = 0.0, []
+    bounds = MarginBounds.bounds
+
+    def slow(self: MarginBounds, *boxes: Tensor, deep: bool = False) -> Margins:
+        nonlocal now
+        begun.append(now)
+        now += 1
+        return bounds(self, *boxes, deep=deep)
+
+    monkeypatch.setattr(MarginBounds, "bounds", slow)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    certificate = certify_pixels(network, images, labels, statement=statement, seconds=2.5)
+    assert max(begun) <= 3
+    assert len(begun) >= 3
+    assert "the time was up" in certificate.unknown_because()
 
 
 def test_a_region_of_one_pixel_and_images_of_several_labels() -> None:

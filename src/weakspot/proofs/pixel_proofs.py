@@ -119,6 +119,9 @@ class _Prover:
 
     def certify(self, image: int, report: Progress | None) -> None:
         """Decide what can be decided of one image, and say of the rest why not."""
+        if time.monotonic() > self.deadline:
+            self.ledger.give_up(self.ledger.unexplained(image), TIME_UP)
+            return
         ledger, device = self.ledger, self.classifier.mean.device
         clean, label = (
             ledger.images[image : image + 1].to(device),

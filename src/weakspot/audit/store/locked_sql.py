@@ -22,8 +22,8 @@ class LockedConnection:
     Args:
         connection: with the tables; it is locked for good.
         memory: of all its queries, such as "4GB".
-        strict: whether the limits hold for a query that is typed to exceed them: no temporary files, and no evaluation
-            of constants before the query runs, which counts for no limit (range(500000000) would take 30 GB).
+        strict: no temporary files, and no evaluation of constants before the query runs, which counts for no limit
+            (range(500000000) would take 30 GB). One expression that makes a long list can still exceed the memory.
     """
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, memory: str, *, strict: bool = False) -> None:
