@@ -21,7 +21,7 @@ from weakspot.attribution import cam, class_activation
 from weakspot.budgets import L2, Linf
 from weakspot.classifier import Classifier
 from weakspot.edits import engine
-from weakspot.explanations import Analysis, Picture, explain, overlap
+from weakspot.explanations import Analysis, Explanation, Picture, explain, overlap
 from weakspot.explanations.analysis import ON_REQUEST, ORDER, available_analyses, usual_analyses
 from weakspot.pairs import AttackResult, Pairs
 from weakspot.similarity import ssim_map
@@ -185,17 +185,25 @@ def test_every_analysis_adds_its_scores_and_maps_on_the_cpu(any_model: Made) -> 
     assert set(result.meanings) <= set(result.scores)
 
 
-@pytest.mark.parametrize("name", usual_analyses())
-def test_an_analysis_finds_alone_what_it_finds_among_others(name: str, pooling: Made) -> None:
-    """What analyses share in one explanation changes none of them, nor the model, its hooks or generators."""
-    model, images = pooling
+@pytest.fixture(scope="module")
+def together() -> tuple[nn.Module, AttackResult, Explanation]:
+    """A network, pairs of it, and what all analyses find."""
+    model, images = NETWORKS["pooling"]()
     pairs = attacked(model, images)
-    together = explain(model, pairs)
+    return model, pairs, explain(model, pairs)
+
+
+@pytest.mark.parametrize("name", usual_analyses())
+def test_an_analysis_finds_alone_what_it_finds_among_others(
+    name: str, together: tuple[nn.Module, AttackResult, Explanation]
+) -> None:
+    """What analyses share in one explanation changes none of them, nor the model, its hooks or generators."""
+    model, pairs, all_found = together
     with untouched(model, pairs.clean, pairs.adversarial, pairs.labels):
         alone = explain(model, pairs, analyses=[name])
     for maps in alone.maps:
-        torch.testing.assert_close(alone.maps[maps], together.maps[maps], rtol=1e-5, atol=1e-6)
-    pd.testing.assert_frame_equal(alone.scores, together.scores[list(alone.scores)], rtol=1e-4)
+        torch.testing.assert_close(alone.maps[maps], all_found.maps[maps], rtol=1e-5, atol=1e-6)
+    pd.testing.assert_frame_equal(alone.scores, all_found.scores[list(alone.scores)], rtol=1e-4)
 
 
 def test_layers_alignments_and_recordings_are_found_once(
