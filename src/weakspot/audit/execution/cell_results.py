@@ -102,27 +102,25 @@ def cell_rows(clean: CleanImages, classifier: Classifier, cell: CellResult) -> p
     import pandas as pd
 
     entries, finite = clean.opened.entries, clean.finite
-    frame = pd.DataFrame(
-        {
-            "index": [entry.index for entry in entries],
-            "image": [entry.name for entry in entries],
-            "content": list(clean.opened.contents),
-            "attack": cell.attack.label,
-            "budget": cell.attack.budget,
-            "region": cell.region_text,
-            "region_fraction": cell.region.flatten(1).double().mean(1).cpu().numpy(),
-            "label_from": [entry.label_from for entry in entries],
-            "error": [cell.errors.get(row) for row in range(len(entries))],
-            "remark": [remark or None for remark in clean.opened.remarks],
-            "attack_seconds": cell.seconds[0],
-            "analysis_seconds": cell.seconds[1],
-        },
-        index=range(len(entries)),
-    )
+    values: dict[str, ArrayLike | None] = {
+        **dict.fromkeys(COLUMNS),
+        "index": [entry.index for entry in entries],
+        "image": [entry.name for entry in entries],
+        "content": list(clean.opened.contents),
+        "attack": cell.attack.label,
+        "budget": cell.attack.budget,
+        "region": cell.region_text,
+        "region_fraction": cell.region.flatten(1).double().mean(1).cpu().numpy(),
+        "label_from": [entry.label_from for entry in entries],
+        "error": np.array([cell.errors.get(row) for row in range(len(entries))], dtype=object),
+        "remark": np.array([remark or None for remark in clean.opened.remarks], dtype=object),
+        "attack_seconds": cell.seconds[0],
+        "analysis_seconds": cell.seconds[1],
+    }
     # A given label is known even if the model failed; a predicted one is not.
     predicted = clean.logits.argmax(1)
     labeled = torch.tensor([entry.label >= 0 for entry in entries], device=finite.device) | finite
-    columns = _Columns(frame, classifier)
+    columns = _Columns(values, len(entries), classifier)
     columns.set_classes("label", clean.labels, labeled)
     columns.set_classes("predicted", predicted, finite)
     columns.set_where("correct", predicted == clean.labels, finite)
@@ -140,7 +138,7 @@ def cell_rows(clean: CleanImages, classifier: Classifier, cell: CellResult) -> p
         confidence = _confidence(cell.logits, labels)[fine]
         columns.set("confidence_adversarial", rows, confidence.double().cpu().numpy())
         columns.set("margin_adversarial", rows, margin(cell.logits, labels)[fine].double().cpu().numpy())
-    base = frame.reindex(columns=list(COLUMNS)).astype(COLUMNS)
+    base = pd.DataFrame(values, columns=list(COLUMNS), index=range(len(entries))).astype(COLUMNS)
     scores = _scores(cell.rows, cell.explained, len(entries))
     # A score may not replace a column of the records.
     taken = {name: f"{name}_score" for name in scores if name in base or name in DERIVED}
@@ -149,16 +147,17 @@ def cell_rows(clean: CleanImages, classifier: Classifier, cell: CellResult) -> p
 
 @dataclass
 class _Columns:
-    """Columns of a frame that are set for some of its rows."""
+    """Columns of a frame with `count` rows that are set for some of them."""
 
-    frame: pd.DataFrame
+    values: dict[str, ArrayLike | None]
+    count: int
     classifier: Classifier
 
     def set(self, name: str, rows: Tensor, values: ArrayLike) -> None:
         # Object columns hold missing values of any type; `astype(COLUMNS)` gives them their own type.
-        column = np.full(len(self.frame), None, dtype=object)
+        column = np.full(self.count, None, dtype=object)
         column[rows.cpu().numpy()] = values
-        self.frame[name] = column
+        self.values[name] = column
 
     def set_where(self, name: str, values: Tensor, known: Tensor) -> None:
         rows = known.nonzero()[:, 0]
@@ -166,7 +165,7 @@ class _Columns:
         self.set(name, rows, (chosen.double() if chosen.is_floating_point() else chosen).cpu().numpy())
 
     def set_classes(self, name: str, classes: Tensor, known: Tensor, rows: Tensor | None = None) -> None:
-        """Class numbers and, in `<name>_name`, class names; of the frame's rows in order unless `rows` are given."""
+        """Class numbers and, in `<name>_name`, class names; of all rows in order unless `rows` are given."""
         chosen = classes[known]
         where = known.nonzero()[:, 0] if rows is None else rows[known]
         names = [self.classifier.class_name(int(number)) for number in chosen]
