@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def by_attack(table: pd.DataFrame) -> pd.DataFrame:
     return table.set_index("attack")
 
 
+@cache  # several tests look at one verdict
 def judged(defended: nn.Module, **options: Any) -> tuple[pd.DataFrame, Verdict]:
     undefended, _, _, images, labels = planted()
     table = evaluate_defense(undefended, defended.eval(), images, labels, budget=BUDGET, steps=10, **options)
@@ -61,8 +62,9 @@ def by_hash(images: Tensor, strength: float) -> Tensor:
 
 
 FIRST, SECOND, ROBUST, *_ = planted()
+DETACHED, ONE_HOT = Wrapped(FIRST, detached), Inline(SECOND, after=one_hot)
 BROKEN: dict[str, Callable[[], nn.Module]] = {
-    "detach, own network": lambda: Wrapped(FIRST, detached),
+    "detach, own network": lambda: DETACHED,
     "detach, foreign network": lambda: Wrapped(SECOND, detached),
     "detach, no inner network": lambda: Inline(SECOND, detached),
     "reversed gradient": lambda: Wrapped(SECOND, reversed_gradient),
@@ -90,7 +92,7 @@ def test_a_broken_defense_does_not_protect(name: str) -> None:
 
 def test_a_broken_defense_that_withstands_every_attack_cannot_be_judged() -> None:
     """Neither gradients nor outputs show its weakness: one-hot logits, and no inner network."""
-    table, result = judged(Inline(SECOND, after=one_hot))
+    table, result = judged(ONE_HOT)
     assert float(table["defended"].iloc[-1]) == 1
     assert result.status == "cannot be judged"
     assert (
@@ -150,7 +152,7 @@ def test_accuracy_only_decreases_and_the_order_of_images_does_not_matter() -> No
 
 
 def test_both_sides_get_the_same_queries_which_double_until_they_take_little_more() -> None:
-    table, _ = judged(Inline(SECOND, after=one_hot))
+    table, _ = judged(ONE_HOT)
     assert table["attack"].tolist() == ATTACKS
     short, result = judged(ROBUST, queries=999)
     assert short["attack"].tolist() == ATTACKS[:-1]
@@ -176,7 +178,7 @@ def test_images_that_fool_only_between_8_bit_levels_do_not_count() -> None:
 
 
 def test_the_verdict_survives_a_file(tmp_path: Path) -> None:
-    for defended in (ROBUST, Wrapped(FIRST, detached), Inline(SECOND, after=one_hot)):
+    for defended in (ROBUST, DETACHED, ONE_HOT):
         table, result = judged(defended)
         table.to_csv(tmp_path / "defense.csv", index=False)
         assert verdict(pd.read_csv(tmp_path / "defense.csv")) == result
