@@ -23,6 +23,7 @@ from tests.audit.fixtures import (
 )
 from weakspot.audit import AttackPlan, Comparison, Run, audit, compare, open_run
 from weakspot.audit.store.records import RECORDS
+from weakspot.cli.compare import _print
 from weakspot.statistics import false_discovery, mean_interval, mean_test, paired_proportion_interval
 
 __all__ = ["audited", "networks", "pictures"]  # fixtures
@@ -64,6 +65,55 @@ def test_a_change_that_so_few_images_cannot_show_is_not_denied(images: int) -> N
         )
     else:
         assert "even a change of all would be within chance" in sentence
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        ((14,), "for the attack and region, on 14 images that both runs contain."),
+        ((14, 14), "for any of 2 attacks x regions, on 14 images that both runs contain."),
+        # Nothing is known of the third, and little of the second.
+        (
+            (14, 9, 0),
+            "for any of 2 attacks x regions, on 9 to 14 of 14 images that both runs contain, where both outcomes are "  # noqa: ISC004
+            "known.",
+        ),
+        (
+            (3, 0),
+            "for the attack and region, on 3 of 14 images that both runs contain, where both outcomes are known (of 3 "  # noqa: ISC004
+            "images, even a change of all would be within chance).",
+        ),
+    ],
+)
+def test_only_what_was_tested_is_said_not_to_have_moved(images: tuple[int, ...], words: str) -> None:
+    row = {"score": "robust_accuracy", "attack": "pgd", "region": "cam", "q": 1.0, "p": 1.0}
+    row |= {"before": 0.5, "after": 0.5, "difference": 0.0, "low": -0.1, "high": 0.1}
+    table = pd.DataFrame([row | {"images": count} for count in images])
+    assert Comparison(table, 14, (), ()).sentence() == (
+        f"No change of robust accuracy beyond chance was found {words}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("q", "words"),
+    [
+        (
+            (0.001, 0.9),
+            "1 change of a score is significant (q below .05), but without a 95% interval that excludes",
+        ),
+        ((0.001, 0.002), "2 changes of a score are significant (q below .05), but without a 95% interval"),
+        ((0.05, 0.9), "No change of a score is significant (q below .05)."),
+    ],
+)
+def test_a_change_without_an_interval_is_not_denied(
+    q: tuple[float, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fourteen margins that fall alike: a small p value, and no interval of the mean."""
+    row = {"score": "margin", "attack": "pgd", "region": "cam", "images": 14, "before": 3.0, "after": 0.0}
+    row |= {"difference": -3.0, "low": np.nan, "high": np.nan}
+    table = pd.DataFrame([row | {"p": one, "q": one} for one in q])
+    _print(Comparison(table, 14, (), ()), every=False)
+    assert words in capsys.readouterr().out
 
 
 def test_rows_are_paired_differences_of_the_records(before: Run, pictures: Path) -> None:

@@ -85,7 +85,8 @@ def _row_name(row: Row) -> str:
 
 def _print(comparison: Comparison, *, every: bool) -> None:
     """The sentence that counts, the scores that moved (all with `every`), and other differences of the runs."""
-    from weakspot.statistics.number_format import number, p_value
+    from weakspot.audit.findings.comparison import MAX_Q
+    from weakspot.statistics.number_format import counted, number, p_value
 
     print_text(f"{comparison.sentence()}\n")
     rows, more = first_rows(list((comparison.table if every else comparison.moved).iterrows()), every=every)
@@ -106,6 +107,11 @@ def _print(comparison: Comparison, *, every: bool) -> None:
             shown = names if every else [shorten_name(one_line(name), width) for name in names]
             add_row(table, *shown, *line)
         print_table(table, whole=every)
+    elif (uncertain := int((comparison.table["q"] < MAX_Q).sum())) > 0:
+        print_text(
+            f"{counted(uncertain, 'change')} of a score {'is' if uncertain == 1 else 'are'} significant (q below .05), "
+            "but without a 95% interval that excludes zero (show them with --all)."
+        )
     elif comparison.table["attack"].ne("").any():
         print_text("No change of a score is significant (q below .05).")
     if more:

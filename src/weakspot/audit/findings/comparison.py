@@ -65,14 +65,11 @@ class Comparison:
             return "No image has a known attack outcome in both runs: there is nothing to compare."
         moved = self.moved[self.moved["score"] == ROBUST]
         if moved.empty:
-            few = (
-                f" (of {counted(self.images)}, even a change of all would be within chance)"
-                if self.images < LEAST_IMAGES
-                else ""
-            )
+            tested = robust[robust["images"] > 0]
+            cells = "the attack and region" if len(tested) == 1 else f"any of {len(tested)} attacks x regions"
             return (
-                f"No change of robust accuracy beyond chance was found for any of {len(robust)} attacks x regions, on "
-                f"{counted(self.images)} that both runs contain{few}."
+                f"No change of robust accuracy beyond chance was found for {cells}, on "
+                f"{self._tested_images(tested['images'])}."
             )
         changes = [
             f"{row['attack']} {in_region(row['region'])} from {percent(row['before'])} to {percent(row['after'])} "
@@ -80,6 +77,19 @@ class Comparison:
             for row in moved.to_dict("records")
         ]
         return f"Robust accuracy has moved: {'; '.join(changes)}."
+
+    def _tested_images(self, counts: pd.Series) -> str:
+        """The images with known outcomes in both runs, from their number in each row, and whether they are too few."""
+        least, most = int(counts.min()), int(counts.max())
+        few = (
+            f" (of {counted(most)}, even a change of all would be within chance)"
+            if most < LEAST_IMAGES
+            else ""
+        )
+        if least == self.images:
+            return f"{counted(self.images)} that both runs contain{few}"
+        known = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        return f"{known} of {counted(self.images)} that both runs contain, where both outcomes are known{few}"
 
     def as_mapping(self) -> dict[str, object]:
         """Values for JSON; an unknown number is None."""
