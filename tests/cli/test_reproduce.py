@@ -108,3 +108,16 @@ def test_the_same_photographs_are_drawn_with_the_same_seed(tmp_path: Path) -> No
         outputs.append(json.loads(result.stdout)["claims"])
         assert "3 photographs, labeled by the network itself, of photos" in json.loads(result.stdout)["data"]
     assert outputs[0] == outputs[1]
+    one = [
+        "reproduce",
+        "one-pixel",
+        "--data",
+        str(folder),
+        "--limit",
+        "1",
+        "--json",
+        "--out",
+        str(tmp_path / "c"),
+    ]
+    about = json.loads(runner.invoke(app, one).stdout)["data"]
+    assert "1 photograph, labeled by the network itself, of photos" in about

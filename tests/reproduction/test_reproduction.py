@@ -7,13 +7,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
 
-from weakspot import Classifier, zoo
+from weakspot import Classifier, attacks, regions, zoo
 from weakspot.datasets.labeled import from_tensors
 from weakspot.pairs import AttackResult, Pairs
 from weakspot.reproduction import (
@@ -26,11 +28,12 @@ from weakspot.reproduction import (
     read_reproduction,
     reproduce,
 )
-from weakspot.reproduction.claims import CAUTION, CONFIRMED, NOT_CONFIRMED, UNTESTED, Difference
+from weakspot.reproduction.claims import CAUTION, CONFIRMED, NOT_CONFIRMED, UNTESTED, Difference, too_few
 from weakspot.reproduction.localized import Localized
 from weakspot.reproduction.material import guesses, unsure
-from weakspot.reproduction.one_pixel import OnePixel, ring_rates
+from weakspot.reproduction.one_pixel import OnePixel, _beside, ring_rates
 from weakspot.reproduction.paper_page import paper_page, verdict_table
+from weakspot.reproduction.perturbation_types import Promotion
 from weakspot.reproduction.proven_pixels import proven_safe
 from weakspot.reproduction.spatial import Spatial
 
@@ -167,7 +170,11 @@ def test_attacks_inside_their_own_region_of_importance_confirm_it(random_network
     roi[rows, 0, (rows * 5) % 16, 5:12] = True
     planted = replace(spatial.overlap, roi=roi, vulnerability=roi.float() + 0.01)
     spatial.__dict__["overlap"] = planted
-    assert spatial.looks().verdict == CONFIRMED
+    claim = spatial.looks()
+    assert claim.verdict == CONFIRMED
+    assert "both favor the middle" not in claim.control.replace(
+        "may both", "may"
+    )  # here, both favor the left
 
 
 def test_a_weakness_of_one_place_is_shared_by_neighbors_and_one_of_every_place_is_not() -> None:
@@ -184,7 +191,92 @@ def test_too_few_attacks_decide_nothing() -> None:
 
     paper = OnePixel(material(Deaf()))
     assert {claim().verdict for claim in paper.claims.values()} == {UNTESTED}
-    assert "0 of 24 images can be fooled" in paper.neighbors().measured
+    assert "One pixel fooled the network on 0 of 24 images; 20 are needed." in paper.neighbors().measured
+
+
+def test_controls_that_are_missing_are_not_given_as_numbers() -> None:
+    """Every attack succeeds: there is no failed one beside them."""
+    paper = OnePixel(material(Bright()))
+    assert paper.pairs is not None
+    assert bool(paper.pairs.success.all())
+    assert paper.neighbors().control == "There is no failed attack to compare with."
+    none = pd.Series({"images": 0, "spread": np.nan, "reach": np.nan})
+    some = pd.Series({"images": 24, "spread": 0.5, "spread_low": 0.4, "spread_high": 0.6})
+    some = pd.concat([some, pd.Series({"reach": 1.0, "reach_low": 0.9, "reach_high": 1.1})])
+    rows = {"successes": some, "failures": none, "random edits": some}
+    assert _beside(rows) == "Random edits: 50% [40%, 60%] of the sites, 1 [0.9, 1.1] times the peak."
+    assert _beside({"successes": some, "failures": none}) == "There is no other attack to compare with."
+
+
+def test_a_control_that_is_not_exceeded_is_not_said_to_be_equal(
+    monkeypatch: pytest.MonkeyPatch, learned: Material
+) -> None:
+    """Wide intervals: a network without learning passes on half as much, and failed attacks a quarter."""
+
+    def row(group: str, reach: float, low: float, high: float) -> dict[str, object]:
+        spread = {"spread": 0.6, "spread_low": 0.5, "spread_high": 0.7}
+        reached = {"reach": reach, "reach_low": low, "reach_high": high}
+        return {"layer": "last", "group": group, "images": 24, **spread, **reached}
+
+    paper = OnePixel(material(Bright()))
+    rows = [
+        row("successes", 0.8, 0.5, 1.1),
+        row("failures", 0.2, 0.0, 0.6),
+        row("random edits", 0.6, 0.3, 0.9),
+    ]
+    paper.__dict__["study"] = SimpleNamespace(layers=["last"], table=pd.DataFrame(rows))
+    paper.__dict__["unlearned"] = pd.Series(row("random edits", 0.3, 0.1, 0.5))
+    claim = paper.reaches()
+    assert claim.verdict == NOT_CONFIRMED
+    assert claim.control.endswith(
+        "Random pixels do not clearly arrive more strongly than in a network that has learned nothing."
+    )
+    paper.__dict__["unlearned"] = pd.Series(row("random edits", 0.1, 0.0, 0.2))
+    claim = paper.reaches()
+    assert claim.verdict == CAUTION
+    assert "Successful attacks do not clearly exceed failed ones and random pixels" in claim.control
+    # Nothing was measured on the network with permuted weights.
+    promotion = Promotion(replace(learned))
+    monkeypatch.setattr(promotion, "_without_learning", lambda: (np.nan, np.nan, np.nan))
+    claim = promotion.cam()
+    assert claim.verdict != UNTESTED
+    assert "with the same attack, the difference is not defined." in claim.control.replace(
+        "and the", "with the"
+    )
+    assert "does not clearly exceed" not in claim.control
+
+
+def test_what_is_too_few_agrees_with_its_verb(
+    random_network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert too_few(1, "attack", "succeed", 10) == "Only 1 attack succeeds; 10 are needed."
+    assert too_few(0, "attack", "succeed", 10) == "Only 0 attacks succeed; 10 are needed."
+    masks = torch.zeros(24, 1, 16, 16, dtype=torch.bool)
+    masks[3, :, :4] = True
+    monkeypatch.setattr(regions, "background", lambda _: masks)
+    claim = Localized(material(random_network, size=16), tmp_path).background()
+    assert claim.measured == "Only 1 image has a background that can be found; 10 are needed."
+
+
+def test_the_background_is_compared_with_the_whole_image(
+    random_network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control may lie in the background too, so nothing is known of the rest."""
+    masks = torch.zeros(24, 1, 16, 16, dtype=torch.bool)
+    masks[:, :, :4] = True
+    monkeypatch.setattr(regions, "background", lambda _: masks)
+    outcomes = iter([torch.arange(24) < 12, torch.ones(24, dtype=torch.bool)])
+
+    class Confined:
+        def __init__(self) -> None:
+            self.success = next(outcomes)
+
+    monkeypatch.setattr(attacks, "pgd", lambda *_, **__: Confined())
+    claim = Localized(material(random_network, size=16), tmp_path).background()
+    assert claim.verdict == CAUTION
+    assert claim.control.endswith(
+        "The background is less sensitive than as many pixels anywhere, but sensitive."
+    )
 
 
 def test_pixels_that_no_color_turns_are_proven_safe(monkeypatch: pytest.MonkeyPatch) -> None:

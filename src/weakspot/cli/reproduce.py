@@ -108,6 +108,7 @@ def _material(session: Session, folder: Path | None, limit: int | None, *, full:
     from weakspot.classifier import predict
     from weakspot.reproduction import Material
     from weakspot.reproduction.material import guesses, unsure
+    from weakspot.statistics.number_format import counted
 
     classifier = session.classifier
     source = None if folder is None else _read(session, folder)
@@ -118,7 +119,7 @@ def _material(session: Session, folder: Path | None, limit: int | None, *, full:
         logits = predict(classifier, images)
         labels, unusable = logits.argmax(1), unsure(logits)
         name = "the samples" if folder is None else folder.name
-        kind = "photographs, labeled by the network itself,"
+        kind, more = "photograph", ", labeled by the network itself,"
     else:
         test, name = source[0], folder.name if folder else ""
         order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[:MOST_TRIED]
@@ -132,7 +133,7 @@ def _material(session: Session, folder: Path | None, limit: int | None, *, full:
             if len(images) >= count:
                 break
         unusable = guesses(torch.cat(correct), len(test.class_names))
-        kind = "correctly classified images"
+        kind, more = "correctly classified image", ""
         images, labels = images[:count], labels[:count]
         if not len(images):
             raise Failure(
@@ -142,7 +143,7 @@ def _material(session: Session, folder: Path | None, limit: int | None, *, full:
         classifier,
         images,
         labels.cpu(),
-        f"{classifier.name}, {len(images)} {kind} of {name}",
+        f"{classifier.name}, {counted(len(images), kind)}{more} of {name}",
         unusable=unusable,
         quick=not full,
         seed=seed,

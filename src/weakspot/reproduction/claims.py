@@ -255,6 +255,19 @@ class Difference:
         return f"{percent(self.first)} against {percent(self.second)}, {points}, {counted(self.images)}"
 
 
+def too_few(found: int, noun: str, verb: str, needed: int) -> str:
+    """Why a claim is not tested, as in "Only 1 attack succeeds; 10 are needed."
+
+    Args:
+        found: how many there are.
+        noun: of what.
+        verb: what they do, with a plural; "s" is added for one, and "have" becomes "has".
+        needed: how many the test takes.
+    """
+    one = "has" + verb.removeprefix("have") if verb.startswith("have") else f"{verb}s"
+    return f"Only {counted(found, noun)} {one if found == 1 else verb}; {needed} are needed."
+
+
 def untested(name: str, quote: str, why: str) -> Claim:
     """A claim that this data cannot decide."""
     return Claim(name, quote, why, "None was computed.", UNTESTED)

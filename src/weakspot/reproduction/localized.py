@@ -24,6 +24,7 @@ from weakspot.reproduction.claims import (
     Claim,
     Difference,
     Measurement,
+    too_few,
     untested,
 )
 from weakspot.reproduction.material import Material
@@ -86,7 +87,7 @@ class Localized:
             return untested(
                 name,
                 BACKGROUND,
-                f"Only {int(usable.sum())} images have a background that can be found; {LEAST_RUN} are needed.",
+                too_few(int(usable.sum()), "image", "have a background that can be found", LEAST_RUN),
             )
         masks, images, labels = masks[usable], material.images[usable], material.labels[usable]
         area = masks.double().mean((1, 2, 3))
@@ -116,7 +117,7 @@ class Localized:
         outcome = CONFIRMED if low >= SENSITIVE else NOT_CONFIRMED
         if outcome == CONFIRMED and difference.high < 0:
             outcome = CAUTION
-            sentence += " The background is less sensitive than the rest of the image, but sensitive."
+            sentence += " The background is less sensitive than as many pixels anywhere, but sensitive."
         return Claim(
             name,
             BACKGROUND,

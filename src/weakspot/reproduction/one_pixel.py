@@ -22,7 +22,7 @@ from weakspot.reproduction.claims import CAUTION, CONFIRMED, NOT_CONFIRMED, Clai
 from weakspot.reproduction.material import Material
 from weakspot.reproduction.proven_pixels import proven_safe
 from weakspot.statistics import mean_interval, rate_interval
-from weakspot.statistics.number_format import counted, number, percent, with_interval
+from weakspot.statistics.number_format import counted, number, percent, points, with_interval
 
 TITLE = "Understanding the One-Pixel Attack: Propagation Maps and Locality Analysis"
 CITATION = "Vargas and Su, arXiv 1902.02947"
@@ -105,9 +105,7 @@ class OnePixel:
             return f"The images have {height} x {width} pixels; the test needs images of up to {LARGEST} x {LARGEST}."
         fooled = int(self.pairs.success.sum())
         if fooled < FEWEST:
-            return (
-                f"{fooled} of {counted(self.material.count)} can be fooled by one pixel; {FEWEST} are needed."
-            )
+            return f"One pixel fooled the network on {fooled} of {counted(self.material.count)}; {FEWEST} are needed."
         return ""
 
     def _last(self) -> dict[str, pd.Series]:
@@ -140,9 +138,12 @@ class OnePixel:
         if own["reach_low"] >= ARRIVES and learned:
             outcome = CONFIRMED if beyond else CAUTION
             if not beyond:
-                control += " Failed attacks or random pixels arrive too: arriving does not say why an attack succeeds."
+                control += (
+                    " Successful attacks do not clearly exceed failed ones and random pixels: arriving does not say "
+                    "why an attack succeeds."
+                )
         elif not learned:
-            control += " A network that has learned nothing passes on as much."
+            control += " Random pixels do not clearly arrive more strongly than in a network that has learned nothing."
         return Claim(
             name, REACHES, measured, control, outcome, self._measurements(rows, "reach"), (self._depth(),)
         )
@@ -243,10 +244,11 @@ class OnePixel:
         control = (
             f"The pixel of a failed attack fools at {_rate(failed, 'rate')} of its neighbors "
             f"({counted(int(failed['images']))})."
+            if failed["images"]
+            else "There is no failed attack to compare with."
         )
         excess, low, high = mean_interval(self._excess(result.success), self.material.seed)
-        points = f"{100 * excess:+.0f} points [{100 * low:.0f}, {100 * high:.0f}]"
-        measured += f" The difference within an image is {points}."
+        measured += f" The difference within an image is {points(excess, low, high)}."
         outcome = CONFIRMED if low >= EXCESS else NOT_CONFIRMED
         if outcome == CONFIRMED and failed["images"] and failed["high"] >= near["low"]:
             outcome = CAUTION
@@ -304,12 +306,13 @@ def _times(row: pd.Series) -> str:
 
 
 def _beside(rows: dict[str, pd.Series]) -> str:
-    others = [group for group in rows if group != "successes"]
+    others = [group for group in rows if group != "successes" and rows[group]["images"]]
     parts = [
         f"{group}: {_rate(rows[group], 'spread')} of the sites, {_times(rows[group])} the peak"
         for group in others
     ]
-    return f"{'; '.join(parts)}.".capitalize() if parts else "No failed attack to compare with."
+    text = f"{'; '.join(parts)}." if parts else "there is no other attack to compare with."
+    return text[0].upper() + text[1:]
 
 
 def ring_rates(success: Tensor, places: Tensor, radius: int) -> NDArray[np.float64]:

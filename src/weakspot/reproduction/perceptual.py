@@ -5,6 +5,7 @@ arXiv 2106.12731.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -27,7 +28,7 @@ from weakspot.reproduction.claims import (
 from weakspot.reproduction.material import Material
 from weakspot.similarity import ssim_map
 from weakspot.statistics import LEAST_RUN, mean_interval, mean_test
-from weakspot.statistics.number_format import counted, p_value
+from weakspot.statistics.number_format import counted, number, p_value
 
 TITLE = "Can Perceptual Guidance Lead to Semantically Explainable Adversarial Perturbations?"
 CITATION = "Pochimireddy, Siripuram and Channappayya, arXiv 2106.12731"
@@ -90,11 +91,12 @@ class Perceptual:
         difference = (by_ssim - by_linf)[both].double().numpy()
         mean, low, high = mean_interval(difference, material.seed)
         p = mean_test(difference, material.seed)
+        interval = "" if math.isnan(low) else f" [{low:+.5f}, {high:+.5f}]"
         first, second = float(by_ssim[both].mean()), float(by_linf[both].mean())
         measured = (
             f"At the smallest budget on a ladder of factor 2 that fools each image, the mean SSIM under the "
             f"quality ball is "
-            f"{first:.5f} and under L-infinity {second:.5f}: {mean:+.5f} [{low:+.5f}, {high:+.5f}] ({p_value(p)}, "
+            f"{first:.5f} and under L-infinity {second:.5f}: {mean:+.5f}{interval} ({p_value(p)}, "
             f"{counted(count)})."
         )
         control = "The same attack (PGD) with the same steps under L-infinity, on the same images."
@@ -143,7 +145,7 @@ class Perceptual:
         }
         control = (
             "The same density for "
-            + ", ".join(f"{names[key]}: {value:.2f}" for key, value in levels.items())
+            + ", ".join(f"{names[key]}: {number(value)}" for key, value in levels.items())
             + "."
         )
         exceeded = set(result.exceeded)
@@ -154,7 +156,7 @@ class Perceptual:
             outcome = CAUTION
             control += " The change does not clearly exceed all of them: the agreement is not that of a quality ball."
         elif "other images" in exceeded:
-            control += " A network that has learned nothing gives as much agreement."
+            control += " The density does not clearly exceed that with permuted weights."
         elif test.value > test.null and test.p <= LEVEL:
             control += (
                 " To exceed means with p at most .05 and by a quarter, so other images' are not exceeded."

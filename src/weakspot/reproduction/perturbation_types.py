@@ -22,7 +22,7 @@ from weakspot.reproduction.claim_panels import Panel, Series, rounded
 from weakspot.reproduction.claims import CAUTION, CONFIRMED, NOT_CONFIRMED, Claim, Measurement, untested
 from weakspot.reproduction.material import Material
 from weakspot.statistics import LEAST_OTHERS, mean_interval, mean_test, proportion_interval
-from weakspot.statistics.number_format import counted, p_value, percent
+from weakspot.statistics.number_format import counted, number, p_value, percent
 
 TITLE = "Interpreting Adversarial Examples by Activation Promotion and Suppression"
 CITATION = "Xu, Liu, et al., arXiv 1904.02057"
@@ -159,11 +159,11 @@ class Promotion:
             f"With the class activation of other images it is {percent(float(null.mean()))}: {mean:+.3f} "
             f"[{low:+.3f}, {high:+.3f}] "
             f"({p_value(p)}). An even perturbation has {percent(0.3**0.5)} by area. With the weights permuted and "
-            f"the same attack, the difference is {unlearned:+.3f}."
+            f"the same attack, the difference is {'not defined' if np.isnan(unlearned) else f'{unlearned:+.3f}'}."
         )
         outcome = NOT_CONFIRMED
-        if low > 0 and not low > unlearned:
-            control += " A network that has learned nothing gives as much."
+        if low > 0 and low <= unlearned:
+            control += " It does not clearly exceed that of the network with permuted weights."
         elif low > 0 and mean < LEAST_EXCESS:
             control += f" A difference under {LEAST_EXCESS} counts as none."
         elif low > 0:
@@ -191,7 +191,7 @@ class Promotion:
         difference = table["interpretability_label"] - table["interpretability_label_null"]
         values = difference.dropna().to_numpy(float)
         if len(values) < 2:
-            return 0.0, np.nan, np.nan
+            return np.nan, np.nan, np.nan
         return mean_interval(values, material.seed)
 
     def units(self) -> Claim:
@@ -228,25 +228,27 @@ class Promotion:
             )
         finite = np.isfinite(table[["sensitivity", "iou", "mean_activation"]].to_numpy(float)).all(1)
         if finite.sum() < 2 * FEWEST_UNITS:
-            return untested(name, UNITS, f"Only {int(finite.sum())} units of {layer} vary over the images.")
+            units = f"unit of {layer}" if finite.sum() == 1 else f"units of {layer}"
+            why = f"Only {int(finite.sum())} {units} can be compared; {2 * FEWEST_UNITS} are needed."
+            return untested(name, UNITS, why)
         own = associate(table, seed=material.seed)
         noise = associate(table.assign(sensitivity=table["noise"]), seed=material.seed)
         control = (
-            f"Busy units move more and overlap more: at equal mean activation the correlation is "
-            f"{own.partial:.2f} [{own.low:.2f}, "
-            f"{own.high:.2f}]. For noise of the same size instead of the attack, {noise.partial:.2f}. Concepts "
-            f"are drawn colors and "
-            "textures, not objects."
+            f"Busy units may move more and overlap more. At equal mean activation, the correlation is "
+            f"{number(own.partial)} [{number(own.low)}, {number(own.high)}]; for noise of the same size instead of the "
+            f"attack, it is {number(noise.partial)}. Concepts are drawn colors and textures, not objects."
         )
         measured = (
-            f"The rank correlation of sensitivity and interpretability (IoU) is {own.correlation:.2f} over "
+            f"The rank correlation of sensitivity and interpretability (IoU) is {number(own.correlation)} over "
             f"{own.units} units of {layer}."
         )
         outcome = NOT_CONFIRMED
         if own.low > max(0.0, noise.partial):
             outcome = CONFIRMED if own.partial >= TIGHT else CAUTION
         elif own.low > 0:
-            control += " The noise does not differ from it clearly, so this is not special to attacks."
+            control += (
+                " The noise does not differ from it clearly, so this is not shown to be special to attacks."
+            )
         measurements = (
             Measurement("rank correlation", own.correlation, images=None, kind="number"),
             Measurement(

@@ -25,6 +25,7 @@ from weakspot.reproduction.claims import (
     Claim,
     Difference,
     Measurement,
+    too_few,
     untested,
 )
 from weakspot.reproduction.material import Material
@@ -46,7 +47,7 @@ METHOD = (
 )
 LIMITS = (
     "The abstract defines no formula for the regions, so these are ours. A region of attack is made of one "
-    "attack's gradients, which follow the network everywhere a little. Attacks and importance both favor the "
+    "attack's gradients, which follow the network everywhere a little. Attacks and importance may both favor the "
     "middle of an image: only other images of the same source show what is special to an image."
 )
 DENSITY = "times as much as on average"
@@ -117,8 +118,8 @@ class Spatial:
         control = (
             f"With the importance maps of other images it is {percent(test.null)} ({p_value(test.p)}, permutation "
             f"test); shifted "
-            f"within the same image, {percent(shifted)}, which is no null because attacks and importance both "
-            f"favor the middle."
+            f"within the same image, {percent(shifted)}, which is no null because attacks and importance may "
+            f"both favor the middle."
         )
         table = (
             Measurement("effect on the own region of importance", test.value, low, high, test.images),
@@ -158,9 +159,7 @@ class Spatial:
         """Whether each region is critical for what it is named after: more than the same region of another image."""
         name, material = "regions matter", self.material
         if material.successes < LEAST_RUN:
-            return untested(
-                name, REGIONS, f"Only {material.successes} attacks succeed; {LEAST_RUN} are needed."
-            )
+            return untested(name, REGIONS, too_few(material.successes, "attack", "succeed", LEAST_RUN))
         pairs = material.fooled
         roi, roa = (region[material.pairs.success] for region in (self.overlap.roi, self.overlap.roa))
 
@@ -189,16 +188,15 @@ class Spatial:
         if evidence.beyond_zero != attack.beyond_zero:
             # Each region is chosen by what it is then tested for, so one half alone holds for many networks.
             only = "importance" if evidence.beyond_zero else "attack"
-            control += f" Only the region of {only} exceeds it beyond doubt."
+            least = f"{100 * SMALLEST:.0f} points"
+            control += f" Only the region of {only} exceeds it beyond doubt and by at least {least}."
         return Claim(name, REGIONS, measured, control, outcome, table)
 
     def helps(self) -> Claim:
         """Whether neutralization is a defense: against the old attack, and against one that knows it."""
         name, material = "neutralizing helps", self.material
         if material.successes < LEAST_RUN:
-            return untested(
-                name, NEUTRALIZING, f"Only {material.successes} attacks succeed; {LEAST_RUN} are needed."
-            )
+            return untested(name, NEUTRALIZING, too_few(material.successes, "attack", "succeed", LEAST_RUN))
         pairs = material.fooled
         # What a defender can compute: from the attacked image alone.
         with evaluating(material.model) as classifier:
@@ -250,7 +248,7 @@ class Spatial:
             outcome = CONFIRMED
         elif naive.beyond_zero and judged.status == "no protection":
             outcome = CAUTION
-            control += " It helps only against an attacker who does not know it."
+            control += " It is shown to help only against an attacker who does not know it."
         return Claim(name, NEUTRALIZING, measured, control, outcome, measurements)
 
 
