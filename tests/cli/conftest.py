@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -85,15 +86,19 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     sys.modules.pop("tiny_networks", None)
 
 
-@pytest.fixture
-def photographs(tmp_path: Path) -> Path:
-    """A folder of four photographs of 64 x 64 pixels."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
+@pytest.fixture(scope="session")
+def drawn_photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photographs")
     images, names = sample_images((64, 64))
     for image, name in zip(images, names, strict=True):
         save(image, folder / f"{name}.png")
     return folder
+
+
+@pytest.fixture
+def photographs(tmp_path: Path, drawn_photographs: Path) -> Path:
+    """A folder of four photographs of 64 x 64 pixels, the test's own."""
+    return Path(shutil.copytree(drawn_photographs, tmp_path / "photos"))
 
 
 def save(image: torch.Tensor, path: Path) -> None:
