@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tests.defenses.planted import BUDGET, Inline, planted, reversed_gradient
 from tests.networks import NETWORKS, Wrapped, untouched
 from weakspot import L1, L2, SSIM, Linf
-from weakspot.attacks.eight_bit import fit, on_8bit_images, rounded, whole_levels
+from weakspot.attacks.eight_bit import LEAST, OVER, fit, on_8bit_images, rounded, whole_levels
 from weakspot.budgets import Budget
 from weakspot.classifier import Classifier, as_classifier
 from weakspot.defenses.bpda import agreement, leads_on, straight_through_models
@@ -205,6 +205,7 @@ def test_a_slope_that_vanishes_near_the_decision_boundary_does_not_lead_on() -> 
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 @given(seed=st.integers(0, 2**31), reach=st.floats(0.01, 3))
+@example(seed=139808701, reach=1.6875)  # SSIM, local: above its limit by what `is_inside` leaves to rounding
 @settings(max_examples=15, deadline=None)
 def test_a_fitted_image_is_on_the_grid_and_inside_the_budget(budget: Budget, seed: int, reach: float) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -215,7 +216,7 @@ def test_a_fitted_image_is_on_the_grid_and_inside_the_budget(budget: Budget, see
     fitted = fit(attacked, clean, cut)
     levels = fitted * 255
     assert float((levels - levels.round()).abs().max()) < 1e-4
-    assert bool((cut.distance(fitted - clean, clean) <= limit(budget) * (1 + 1e-5)).all())
+    assert bool((cut.distance(fitted - clean, clean) <= limit(budget) * (1 + OVER) + LEAST).all())
     # An image that is on the grid and inside the budget does not change.
     assert torch.equal(fit(fitted, clean, cut), fitted)
 
