@@ -323,6 +323,8 @@ def check_seed(seed: int) -> None:
 
 def check_fraction(fraction: float, *, name: str = "fraction") -> None:
     """Raises ValueError unless `fraction` is a number between 0 and 1."""
+    if isinstance(fraction, str | None):  # as --set leaves what is no number
+        raise ValueError(f"{name} must be between 0 and 1, got {fraction!r}")
     if not 0 <= fraction <= 1:
         tenth, percent = fraction / 10, fraction / 100
         hint = f" (did you mean {tenth if tenth < 1 else percent:g}?)" if 1 < fraction <= 100 else ""

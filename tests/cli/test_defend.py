@@ -16,6 +16,7 @@ from weakspot import Linf, _progress, defenses, load, read_images
 from weakspot.cli.app import Failure
 from weakspot.cli.defend import _print
 from weakspot.cli.defense_choice import find_defense
+from weakspot.report.figures import accuracy_figure
 
 TINY = (*MODEL, "--steps", "2", "--queries", "4")
 QUICK = (*MODEL, "--steps", "1", "--queries", "1")
@@ -232,6 +233,17 @@ def test_accuracies_that_are_not_whole_are_not_rounded_to_whole_ones(
     assert re.search(r"clean +99.9% +99.4%-100% +0.1% +0%-0.6%", capsys.readouterr().out)
 
 
+def test_the_figure_rounds_as_the_table_does_and_sets_the_oracle_apart() -> None:
+    row = {"attack": "clean", "undefended": 0.999, "undefended_low": 0.994, "undefended_high": 1.0}
+    row |= {"defended": 0.001, "defended_low": 0.0, "defended_high": 0.006}
+    axis = accuracy_figure(pd.DataFrame([row, row | {"attack": "oracle region"}]), "So.").axes[0]
+    assert {text.get_text() for text in axis.texts} == {"99.9%", "0.1%"}
+    assert [" ".join(tick.get_text().split()) for tick in axis.get_yticklabels()] == [
+        "clean",
+        "oracle region (transferred attack alone)",
+    ]
+
+
 def test_the_models_answers_are_those_to_the_images_that_are_attacked(run: Run) -> None:
     """Gray samples lie between two of 256 levels, and so may a decision."""
     Path("between.py").write_text(BETWEEN)
@@ -355,7 +367,8 @@ def test_folders_without_class_names_stand_for_classes_in_sorted_order(
         ("neutralize", ["fractoin=0.1"], "did you mean 'fraction'?"),
         ("neutralize", ["fraction"], "--set must be NAME=VALUE, got 'fraction'"),
         ("neutralize", ["fraction=2"], "fraction"),
-        ("neutralize", ["fraction=much"], "neutralize failed with fraction=much"),
+        ("neutralize", ["fraction=much"], "fraction must be between 0 and 1, got 'much'"),
+        ("neutralize", ["fraction=null"], "fraction must be between 0 and 1, got None"),
         ("neutralize", ["randomness=2"], "randomness"),
         ("neutralize", ["seed=3"], "--set seed has no effect without randomness"),
         ("neutralize", ["seed=3", "randomness=0"], "--set seed has no effect without randomness"),

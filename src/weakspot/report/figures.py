@@ -19,6 +19,7 @@ from weakspot.pairs import Pairs
 from weakspot.report.image_verdict import headline
 from weakspot.report.map_views import MapView, map_views, worth_drawing
 from weakspot.report.rendering import CATEGORIES, HATCHES, color_table
+from weakspot.statistics.number_format import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -226,6 +227,8 @@ def accuracy_figure(table: pd.DataFrame, title: str) -> Figure:
     """
     from matplotlib.figure import Figure
 
+    from weakspot.defenses.verdicts import AttackRow
+
     sheet = Figure(figsize=(8.6, 1.5 + 0.62 * len(table)), layout="constrained")
     axis = sheet.subplots()
     for number, (side, color, hatch, marker) in enumerate(SIDES):
@@ -238,8 +241,10 @@ def accuracy_figure(table: pd.DataFrame, title: str) -> Figure:
         # A bar of length zero shows no color, but its marker does.
         axis.plot(value, places, marker, color=color, mec="#222222", ms=5, zorder=3, clip_on=False)
         for place, accuracy, end in zip(places, value, high, strict=True):
-            axis.text(end + 0.012, place, f"{accuracy:.0%}", va="center", fontsize=9)
-    names = [textwrap.fill(str(name), 22) for name in table["attack"]]
+            axis.text(end + 0.012, place, percent(accuracy), va="center", fontsize=9)
+    # The oracle has no adaptive attacker: its row is not the accuracy after all attacks above it.
+    alone = {AttackRow.ORACLE: f"{AttackRow.ORACLE} (transferred attack alone)"}
+    names = [textwrap.fill(alone.get(str(name), str(name)), 22) for name in table["attack"]]
     axis.set_yticks(range(len(table)), names, fontsize=9.5)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.09)
