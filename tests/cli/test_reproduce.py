@@ -11,6 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from weakspot.cli import app
+from weakspot.cli.reproduce import _command
 
 runner = CliRunner()
 
@@ -121,3 +122,14 @@ def test_the_same_photographs_are_drawn_with_the_same_seed(tmp_path: Path) -> No
     ]
     about = json.loads(runner.invoke(app, one).stdout)["data"]
     assert "1 photograph, labeled by the network itself, of photos" in about
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--data", "/home/me/photos", "--out", "/home/me/x"], ["--data=/home/me/photos", "--out=/home/me/x"]],
+)
+def test_the_command_of_a_page_names_no_place_of_this_machine(
+    options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["weakspot", "reproduce", "spatial", *options, "-q"])
+    assert _command() == "weakspot reproduce spatial --data photos"

@@ -14,7 +14,7 @@ from tests.dissection.test_units import planted, seeing
 from tests.networks import NETWORKS, PoolingNetwork, untouched
 from weakspot import Classifier, LocalEdits, Pairs, attacks, dissect, unit_sensitivity
 from weakspot.budgets import Linf
-from weakspot.defenses import mask_units, masking, masking_sentence
+from weakspot.defenses import mask_units, masking, masking_sentence, neutralizing
 
 LAYERS = {"pooling": "stem.0", "tokens, not square": "encoder.layers.0", "normalized": "network.branch"}
 
@@ -42,6 +42,13 @@ def test_the_masked_network_is_the_network_with_these_units_at_zero(kind: str) -
     torch.testing.assert_close(result, expected)
     assert not torch.allclose(result, model(images))
     torch.testing.assert_close(mask_units(model, LAYERS[kind], [])(images), model(images))
+
+
+def test_names_of_defended_models_say_how_much() -> None:
+    model, _ = NETWORKS["pooling"]()
+    assert mask_units(model, "stem.0", [1]).name.endswith(" without 1 unit of stem.0")
+    assert mask_units(model, "stem.0", [1, 2]).name.endswith(" without 2 units of stem.0")
+    assert neutralizing(model, randomness=0.004).name.endswith("(mean, 0.4% random)")
 
 
 def test_rows_of_features_can_be_masked_too() -> None:

@@ -112,7 +112,7 @@ SetOption = Annotated[
     list[str] | None,
     option(
         "--set NAME=VALUE",
-        "Set an argument of the attack or defense, such as steps=50. Repeat for several.",
+        "Set an argument of the attack (steps=50) or defense (fraction=0.1). Repeat for several.",
         panel=ATTACK,
     ),
 ]

@@ -94,7 +94,11 @@ def reproduce(
 
 def _command() -> str:
     """The command as typed, for a page that others read: without its output, and of absolute paths the last part."""
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    # --option=value as two words, like the others
+    typed = [
+        part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])
+    ]
+    words = [Path(word).name if Path(word).is_absolute() else word for word in typed]
     if "--out" in words:
         place = words.index("--out")
         del words[place : place + 2]

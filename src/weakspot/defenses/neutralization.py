@@ -19,6 +19,7 @@ from weakspot.classifier import Classifier, as_classifier, as_wrapped_classifier
 from weakspot.defenses.randomized import DrawnByImage
 from weakspot.regions import top
 from weakspot.similarity import gaussian
+from weakspot.statistics.number_format import percent
 
 RANK = 8  # of the truncated SVD
 RADIUS = 3  # pixels of surroundings that inpainting uses
@@ -146,7 +147,7 @@ def neutralizing(
         raise ValueError(f"randomness must be between 0 and 1, got {randomness!r}")
     check_seed(seed)
     classifier = as_classifier(model)
-    description = f"{fill}, {randomness:.0%} random" if randomness else fill
+    description = f"{fill}, {percent(randomness)} random" if randomness else fill
     return as_wrapped_classifier(
         _Neutralizing(classifier, fraction, fill, randomness, seed),
         classifier,

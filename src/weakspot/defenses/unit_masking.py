@@ -64,7 +64,7 @@ def mask_units(model: nn.Module, layer: str, units: Sequence[int] | Tensor) -> C
         std=std,
         input_size=classifier.input_size,
         class_names=classifier.class_names,
-        name=f"{classifier.name} without {len(wanted)} units of {layer}",
+        name=f"{classifier.name} without {counted(len(wanted), 'unit')} of {layer}",
     )
     masked.channels = classifier.channels
     masked.training = classifier.training
@@ -261,7 +261,7 @@ def masking_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
     rows = {row["masked"]: row for row in table.to_dict("records")}
     unmasked, these = rows.pop(UNMASKED), rows.pop(THESE)
     count = int(these["units"])
-    units = f"{count} unit{'s' if count > 1 else ''}"
+    units = counted(count, "unit")
     images = counted(int(these["images"]))
     figures = (
         f"under a new attack, the masked network classifies {_ranged(these)} of {images} correctly and the unmasked "
