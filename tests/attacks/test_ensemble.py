@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.attacks.test_gradient import Watched, balanced, bits, limit, predicted, region_of, tagged, times
+from tests.covering import sampled
 from tests.networks import NETWORKS, LinearNetwork, Made, doubled, untouched
 from weakspot import Classifier, attacks
 from weakspot._checks import ModelWarning
@@ -52,16 +53,7 @@ class Hiding(nn.Module):
         return logits
 
 
-# Every network with two budgets, and every budget on two networks, in both kinds of regions.
-@pytest.mark.parametrize(
-    ("network", "budget", "kind"),
-    [
-        (network, BUDGETS[(place + shift) % 5], ("everywhere", "empty for one")[(place + shift // 2) % 2])
-        for place, network in enumerate(NETWORKS)
-        for shift in (0, 2)
-    ],
-    ids=str,
-)
+@sampled("network, budget, kind", NETWORKS, BUDGETS, ["everywhere", "empty for one"])
 def test_results_are_in_range_in_budget_in_region_and_verified(
     network: str, budget: Budget, kind: str
 ) -> None:
