@@ -16,6 +16,7 @@ from tests.networks import NETWORKS, LinearNetwork, Made, untouched
 from weakspot._checks import ImageWarning, ModelWarning
 from weakspot.attacks import bim, ensemble, fgsm, pgd
 from weakspot.attacks import stored as as_file
+from weakspot.attacks.context import AttackOptions, attack_context
 from weakspot.attacks.losses import conservative_margin
 from weakspot.budgets import L1, L2, SSIM, Budget, Linf
 from weakspot.logits import margin
@@ -47,6 +48,16 @@ def region_of(kind: str, images: Tensor) -> Tensor | None:
     if kind == "empty for one":
         drawn[1] = False
     return drawn
+
+
+def test_a_change_is_applied_inside_the_region_and_the_range_of_images() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).eval()
+    images, region = torch.full((1, 1, 4, 4), 0.9), torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    region[..., :2] = True
+    options = AttackOptions(Linf(0.5), region)
+    with attack_context(model, images, torch.tensor([0]), options) as problem:
+        applied = problem.apply(torch.full_like(images, 0.5))
+    assert torch.equal(applied, torch.where(region, 1.0, images))
 
 
 def bits(images: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from weakspot.reproduction import (
     Claim,
     Material,
     Measurement,
+    one_pixel,
     proven_pixels,
     read_reproduction,
     reproduce,
@@ -206,6 +207,23 @@ def test_controls_that_are_missing_are_not_given_as_numbers() -> None:
     rows = {"successes": some, "failures": none, "random edits": some}
     assert _beside(rows) == "Random edits: 50% [40%, 60%] of the sites, 1 [0.9, 1.1] times the peak."
     assert _beside({"successes": some, "failures": none}) == "There is no other attack to compare with."
+
+
+def test_what_has_learned_nothing_is_the_network_with_permuted_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    permuted, studied = Classifier.wrap(Bright()), []
+
+    def study(model: nn.Module, pairs: Pairs, *, seed: int) -> SimpleNamespace:
+        studied.append(model)
+        assert bool((pairs.labels != model(pairs.clean).argmax(1)).all())
+        row = {"layer": "last", "group": "random edits", "reach_high": 0.25}
+        return SimpleNamespace(layers=["last"], table=pd.DataFrame([row, {**row, "group": "successes"}]))
+
+    monkeypatch.setattr(one_pixel, "with_shuffled_weights", lambda *_: permuted)
+    monkeypatch.setattr(one_pixel, "propagation_study", study)
+    assert OnePixel(material(Bright())).unlearned["reach_high"] == 0.25
+    assert studied == [permuted]
 
 
 def test_a_control_that_is_not_exceeded_is_not_said_to_be_equal(
