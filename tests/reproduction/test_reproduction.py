@@ -212,7 +212,7 @@ def test_controls_that_are_missing_are_not_given_as_numbers() -> None:
 def test_what_has_learned_nothing_is_the_network_with_permuted_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    permuted, studied = Classifier.wrap(Bright()), []
+    permuted, studied = Classifier.wrap(Bright().eval()), []
 
     def study(model: nn.Module, pairs: Pairs, *, seed: int) -> SimpleNamespace:
         studied.append(model)
@@ -222,7 +222,7 @@ def test_what_has_learned_nothing_is_the_network_with_permuted_weights(
 
     monkeypatch.setattr(one_pixel, "with_shuffled_weights", lambda *_: permuted)
     monkeypatch.setattr(one_pixel, "propagation_study", study)
-    assert OnePixel(material(Bright())).unlearned["reach_high"] == 0.25
+    assert OnePixel(material(Bright().eval())).unlearned["reach_high"] == 0.25
     assert studied == [permuted]
 
 
