@@ -228,7 +228,7 @@ def test_ctrl_c_ends_it_with_a_page_and_a_stream_open() -> None:
     process = command("--samples", "--no-browser", "--token", TOKEN, "--port", str(port))
     try:
         assert process.stdout is not None
-        assert process.stdout.readline().startswith(f"Port {port} is taken;")
+        assert process.stdout.readline().startswith(f"Port {port} is not free;")
         link = re.search(r"http://127\.0\.0\.1:(\d+)/", process.stdout.readline())
         assert link is not None
         page = socket.create_connection(("127.0.0.1", int(link[1])))  # a page that keeps its connection
