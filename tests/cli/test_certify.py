@@ -108,7 +108,11 @@ def test_a_certificate_of_the_samples_is_checked_without_naming_them(run: Run, p
 def test_pairs_and_pictures_of_an_earlier_run_are_not_left_beside_a_certificate(
     run: Run, photographs: Path, tmp_path: Path, planted: None
 ) -> None:
+    others = tmp_path / "made/maps/0009 of another command.png"
+    others.parent.mkdir(parents=True)
+    others.touch()
     assert run("certify", photographs, *PIXEL, "--colors", "8bit", "--out", "made").code == 0
+    assert others.exists()
     assert (tmp_path / "made/pairs.safetensors").exists()
     assert run("certify", photographs / NAMES[1], *PIXEL, "--colors", "8bit", "--out", "made").code == 0
     assert [path.name for path in (tmp_path / "made/maps").iterdir()] == ["0001 coffee.png"]

@@ -283,11 +283,10 @@ def _certify_pixels(
 
 
 def _remove_earlier(out: Path) -> None:
-    """Remove pairs and pictures of an earlier certificate, which would pass for those of this one."""
-    if not (out / FILES[0]).is_file():
-        return  # what is there belongs to another command
-    for earlier in (out / FILES[3], *(out / FILES[1]).glob("[0-9][0-9][0-9][0-9] *.png")):
-        earlier.unlink(missing_ok=True)
+    """Remove pairs and pictures of an earlier certificate, but not what other commands wrote without one."""
+    if (out / FILES[0]).is_file():
+        for earlier in (out / FILES[3], *(out / FILES[1]).glob("[0-9][0-9][0-9][0-9] *.png")):
+            earlier.unlink(missing_ok=True)
 
 
 def _save_pairs(path: Path, certificate: PixelCertificate) -> None:
