@@ -22,6 +22,7 @@ from tests.audit.fixtures import (
     store_records,
 )
 from weakspot.audit import AttackPlan, Comparison, Run, audit, compare, open_run
+from weakspot.audit.findings.comparison import matched_attacks
 from weakspot.audit.store.records import RECORDS
 from weakspot.cli.compare import _print
 from weakspot.statistics import false_discovery, mean_interval, mean_test, paired_proportion_interval
@@ -284,6 +285,20 @@ def test_a_default_that_is_written_out_is_the_same_setting(before: Run, pictures
     comparison = compare(before, audit(plan, pictures.parent / "written out"))
     assert not any("attack pgd" in text for text in comparison.only)
     assert set(comparison.table["attack"]) == {"", "pgd"}
+
+
+def test_attacks_written_alike_are_matched_first_and_each_one_once() -> None:
+    plain = AttackPlan("pgd", "linf:4/255", label="plain")
+    written = AttackPlan("pgd", "linf:4/255", (("restarts", 1),), label="written out")
+    fgsm = AttackPlan("fgsm", "linf:4/255", label="fgsm")
+
+    def matched(first: tuple[AttackPlan, ...], second: tuple[AttackPlan, ...]) -> list[tuple[str, str]]:
+        plans = (replace(small_plan("pictures"), attacks=attacks) for attacks in (first, second))
+        return [(one.label, other.label) for one, other in matched_attacks(*plans)]
+
+    assert matched((plain, written), (written, plain)) == [("plain", "plain"), ("written out", "written out")]
+    assert matched((written, plain), (plain, fgsm)) == [("plain", "plain")]
+    assert matched((fgsm, written), (plain,)) == [("written out", "plain")]
 
 
 def test_a_run_without_records_is_refused(before: Run, pictures: Path) -> None:

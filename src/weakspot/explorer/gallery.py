@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from weakspot._checks import unknown_choice
+from weakspot.audit.findings.comparison import matched_attacks
 from weakspot.audit.findings.distributions import BINS, MISCLASSIFIED
 from weakspot.audit.findings.outcomes import score_names
 from weakspot.audit.store.digests import DamagedError
@@ -183,9 +184,9 @@ class Gallery:
         attack, region = attacks.index(str(row["attack"])), list(regions).index(str(row["region"]))
         if suffix and self.other is not None:
             # The second run may have the same attack under another number and label.
-            identity = self.run.plan.attacks[attack].identity
-            others = [one.identity for one in self.other.plan.attacks]
-            attack, region = others.index(identity), list(self.other.plan.regions).index(str(row["region"]))
+            other = {one.label: other for one, other in matched_attacks(self.run.plan, self.other.plan)}
+            attack = self.other.plan.attacks.index(other[str(row["attack"])])
+            region = list(self.other.plan.regions).index(str(row["region"]))
         return Place(whole(row["index" + suffix]), attack, region)
 
     def _about(self, body: Body) -> Reply:  # noqa: ARG002 - every question has a body

@@ -211,16 +211,31 @@ def _matched(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
 
 def shared_parts(before: Run, after: Run) -> Shared:
     """What both runs contain, whatever the names of attacks."""
-    by_identity = {one.identity: one for one in reversed(after.plan.attacks)}
-    attacks = [(one, by_identity.get(one.identity)) for one in before.plan.attacks]
     # Reported regions only: regions of other images are controls within their own run.
     regions = [region for region in before.plan.reported_regions if region in after.plan.reported_regions]
     scores = score_names(after, ATTACK_SCORES)
     return Shared(
-        [(one, other) for one, other in attacks if other is not None],
+        matched_attacks(before.plan, after.plan),
         regions,
         [name for name in score_names(before, ATTACK_SCORES) if name in scores],
     )
+
+
+def matched_attacks(before: Plan, after: Plan) -> list[tuple[AttackPlan, AttackPlan]]:
+    """The same attacks of both plans, each of them once; those that are written alike come first."""
+    left = list(after.attacks)
+    found: dict[str, tuple[AttackPlan, AttackPlan]] = {}
+    for key in (_as_written, lambda attack: attack.identity):
+        for attack in before.attacks:
+            other = next((other for other in left if key(other) == key(attack)), None)
+            if attack.label not in found and other is not None:
+                found[attack.label] = attack, other
+                left.remove(other)
+    return [found[attack.label] for attack in before.attacks if attack.label in found]
+
+
+def _as_written(attack: AttackPlan) -> object:
+    return attack.name, attack.budget, attack.settings
 
 
 def same_limit(plan: Plan, attack: AttackPlan, other_plan: Plan, other: AttackPlan) -> bool:
