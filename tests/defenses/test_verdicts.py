@@ -134,6 +134,8 @@ def test_attacks_that_fool_almost_no_image_do_not_show_that_a_defense_is_worthle
             in str(result)
         )
     assert verdict(table(standing(0.94, 0.94))).status == "no protection"
+    # Images that are misclassified without an attack are not fooled by one.
+    assert verdict(table(standing(0.6, 0.6) | {"clean": (0.6, 0.6)})).status == "cannot be judged"
     # A defense that is weaker than nothing is none, whatever the budget.
     assert verdict(table(standing(0.96, 0.3))).sentence.startswith("No protection: accuracy")
 
@@ -141,7 +143,7 @@ def test_attacks_that_fool_almost_no_image_do_not_show_that_a_defense_is_worthle
 @pytest.mark.parametrize(
     ("attacked", "status"),
     [
-        ((0.5, 1.0), "no protection"),  # the attacks took nothing from either model
+        ((0.5, 1.0), "cannot be judged"),  # the attacks took nothing from either model
         ((0.4, 0.9), "no protection"),  # nor less from one than from the other
         ((0.3, 0.82), "no protection"),
         ((0.3, 0.9), "protects"),
@@ -150,7 +152,13 @@ def test_attacks_that_fool_almost_no_image_do_not_show_that_a_defense_is_worthle
 def test_a_better_classifier_is_no_defense(attacked: tuple[float, float], status: str) -> None:
     result = verdict(table(standing(*attacked) | {"clean": (0.5, 1.0)}))
     assert result.status == status, result
-    assert "(100 images, 50 of them gained without an attack already, p" in str(result)
+    assert "(100 images, a net gain of 50 without an attack is not counted, p" in str(result)
+
+
+def test_images_gained_without_an_attack_are_not_counted_as_enough_images() -> None:
+    few = table(standing(0.0, 1.0) | {"clean": (0.8, 1.0)}).assign(images=5)
+    few[["undefended_only", "defended_only"]] = [[0, 1], *[[0, 5]] * (len(few) - 1)]
+    assert "5 images are too few to show a gain" in verdict(few).sentence
 
 
 def test_an_evaluation_that_was_interrupted_says_after_what() -> None:

@@ -61,11 +61,11 @@ class Verdict:
 def verdict(table: pd.DataFrame) -> Verdict:
     """Sum up the table of `evaluate_defense`.
 
-    Fewer than 5 images cannot be judged, nor attacks that leave the undefended model 95% of accuracy. With more, a
-    defense protects if two conditions hold:
+    Fewer than 5 images cannot be judged, nor attacks that cost the undefended model at most 5 points of accuracy. With
+    more, a defense protects if two conditions hold:
 
-    1. After all attacks, it has more than 5 points of accuracy over the undefended model (exact one-sided McNemar p at
-       most .05), beyond what it gains without an attack. Otherwise there is no protection, or none shown if the 95%
+    1. After all attacks, it has more than 5 points of accuracy over the undefended model beyond its net gain without
+       an attack (one-sided McNemar p of what is left at most .05). Otherwise there is no protection, or none shown if the 95%
        interval of the gain reaches beyond 5 points.
     2. Nothing shows that stronger attacks would succeed. Some gradients predict the defended model's margin on at least
        90% of the images and, where their attack ended, still lower it on half of the surviving images. The last
@@ -89,16 +89,16 @@ def verdict(table: pd.DataFrame) -> Verdict:
     measured = (
         f"accuracy after all attacks is {_accuracy(worst, 'defended')} with the defense and "
         f"{_accuracy(worst, UNDEFENDED)} without it ({counted(count, 'image')}, "
-        f"{f'{already:,} of them gained without an attack already, ' if already else ''}{p_value(p)})"
+        f"{f'a net gain of {already:,} without an attack is not counted, ' if already else ''}{p_value(p)})"
     )
-    # Even if every image were gained, p = 2 ** -count would exceed the level.
-    if mcnemar_counts(count, 0, alternative="greater") > SIGNIFICANT:
+    # Even if every other image were gained, p would exceed the level.
+    if mcnemar_counts(count - already, 0, alternative="greater") > SIGNIFICANT:
         return Verdict(
             "cannot be judged",
             f"Cannot be judged: {counted(count, 'image')} {'is' if count == 1 else 'are'} too few to show a gain. "
             f"Measured: {measured}.",
         )
-    if float(worst[UNDEFENDED]) >= 1 - MIN_GAIN - ROUNDING and gain >= -MIN_GAIN:
+    if float(clean[UNDEFENDED] - worst[UNDEFENDED]) <= MIN_GAIN + ROUNDING and gain >= -MIN_GAIN:
         return Verdict(
             "cannot be judged",
             f"Cannot be judged: the attacks fool too few images without a defense for a gain of more than "
