@@ -65,8 +65,8 @@ def verdict(table: pd.DataFrame) -> Verdict:
     more, a defense protects if two conditions hold:
 
     1. After all attacks, it has more than 5 points of accuracy over the undefended model beyond its net gain without
-       an attack (one-sided McNemar p of what is left at most .05). Otherwise there is no protection, or none shown if the 95%
-       interval of the gain reaches beyond 5 points.
+       an attack (one-sided McNemar p of what is left at most .05). Otherwise there is no protection, or none shown if
+       the 95% interval of the gain reaches beyond 5 points.
     2. Nothing shows that stronger attacks would succeed. Some gradients predict the defended model's margin on at least
        90% of the images and, where their attack ended, still lower it on half of the surviving images. The last
        doubling of queries, and of the draws of a random defense, reduced accuracy by at most 2 points. Queries reduced
