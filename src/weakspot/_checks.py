@@ -323,7 +323,7 @@ def check_seed(seed: int) -> None:
 
 def check_fraction(fraction: float, *, name: str = "fraction") -> None:
     """Raises ValueError unless `fraction` is a number between 0 and 1."""
-    if isinstance(fraction, str | None):  # as --set leaves what is no number
+    if not is_number(fraction):  # as --set leaves what is none
         raise ValueError(f"{name} must be between 0 and 1, got {fraction!r}")
     if not 0 <= fraction <= 1:
         tenth, percent = fraction / 10, fraction / 100

@@ -156,14 +156,17 @@ def test_an_attack_that_fails_has_no_causal_set() -> None:
     assert result.scores.isna().all(axis=None)
 
 
-def test_the_page_says_that_nothing_was_tried_for_an_attack_that_fails() -> None:
+@pytest.mark.parametrize("labeled", ["as classified", "as another class"])
+def test_the_page_says_why_an_attack_has_no_sets(labeled: str) -> None:
     model = PoolingNetwork().eval()
     images = torch.rand(1, 3, 16, 16)
-    pairs = Pairs.of(model, images, images + 1e-6, model(images).argmax(1))
+    logits = model(images)
+    labels = logits.argmax(1) if labeled == "as classified" else logits.argmin(1)
+    pairs = Pairs.of(model, images, images + 1e-6, labels)
     views = map_views(explain(model, pairs, analyses=["restoration"]), 0)
     assert worth_drawing(views)[1]["causal_cells"] == (
-        "“What is enough, what is needed” is the same everywhere: nothing was tried, because the attack did not "
-        "succeed."
+        "“What is enough, what is needed” is the same everywhere: no set, because the attack did not succeed "
+        "or the image was misclassified already."
     )
 
 

@@ -119,7 +119,7 @@ def find_aim(classifier: Classifier, images: Images, options: AimOptions) -> tup
     rows = ((labels != target) & (predicted != target)).nonzero().flatten().tolist()
     for row in sorted(set(range(len(labels))) - set(rows)):
         how = "classified" if predicted[row] == target else "labeled"
-        note(f"{images.names[row]}: already {how} as {classifier.class_name(target)}; skipped")
+        note(f"{images.names[row]}: already {how} as {classifier.class_name(target)}; skipped", failure=True)
     if not rows:
         raise Failure(
             "every image is already classified or labeled as the target, "

@@ -89,7 +89,7 @@ def _desk(gallery: Gallery, run: Run, network: ModelOptions) -> Desk | RecordDes
             if _is_named(network)
             else f"The model of the run, {run.plan.model.spec}, {why} (name it with --model)."
         )
-        note(f"{reason} The bench stays closed; the records are shown.")
+        note(f"{reason} The bench stays closed; the records are shown.", failure=True)
         return RecordDesk(gallery, reason)
     return Desk(Bench(classifier), gallery_questions(gallery))
 

@@ -34,7 +34,7 @@ PARTS = (
     "in the set that is enough",
     "in the set that is needed",
     "in both",
-    "nothing was tried, because the attack did not succeed",
+    "no set, because the attack did not succeed or the image was misclassified already",
 )
 MEANINGS = {
     "deletion_auc": "Mean margin of the label while the changed cells are removed, the most harmful first, as a "

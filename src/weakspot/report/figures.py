@@ -33,6 +33,7 @@ LAYER_MEASURES = {
 LINE_COLORS = ("#0072b2", "#d55e00", "#555555")
 DASHES = ("solid", "dashed", "dotted")
 SHEET_ROWS = 12  # pairs on a contact sheet
+CAPTION = 105  # characters under a row, as many as fit
 SHEET_WIDTH, ROW_HEIGHT = 9.0, 3.2  # inches
 # From the palette of Okabe and Ito; they differ in gray as well, and one is hatched.
 SIDES = (("undefended", "#56b4e9", "", "o"), ("defended", "#d55e00", "///", "D"))
@@ -112,8 +113,9 @@ def _draw(axis: Axes, view: MapView, clean: NDArray[np.float32]) -> None:
         color, hatch = CATEGORIES[category % len(CATEGORIES)], HATCHES[category % len(HATCHES)]
         if category and sites.any() and min(sites.shape) > 1:  # contours need two rows and columns
             axis.contourf(sites, levels=[0.5, 1.5], colors=[color], alpha=0.6, hatches=[hatch])
-        label = f"{title} {sites.mean():.0%}"
-        handles.append(Patch(facecolor=color, hatch=hatch, label=label, edgecolor="0.4"))
+        if sites.any():
+            label = f"{title} {sites.mean():.0%}"
+            handles.append(Patch(facecolor=color, hatch=hatch, label=label, edgecolor="0.4"))
     axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=7, frameon=False)
 
 
@@ -176,7 +178,8 @@ def contact_sheet(pairs: Pairs, captions: Sequence[str], path: Path) -> Path:
             photograph(axis, image.numpy().clip(0, 1))
             axis.set_title(title, fontsize=8, parse_math=False)
             axis.set_axis_off()
-        caption, place = textwrap.shorten(captions[row], 105), axes[row, 0].transAxes
+        caption, place = captions[row], axes[row, 0].transAxes
+        caption = caption if len(caption) <= CAPTION else f"{caption[: CAPTION - 1]}…"
         axes[row, 0].text(0, -0.04, caption, transform=place, va="top", fontsize=8, parse_math=False)
     write_atomic(path, lambda draft: sheet.savefig(draft, dpi=100, format="png"))
     return path
