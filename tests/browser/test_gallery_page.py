@@ -183,12 +183,19 @@ def test_records_are_sorted_and_turned_page_by_page(browser: Any, served: Any, r
 def test_a_click_on_a_record_brings_its_image_to_the_bench(browser: Any, served: Any) -> None:
     shown = Shown(browser, served["one"])
     page = shown.page
+    steps, target = (
+        page.locator(f".attack label:has-text('{name}') input") for name in ("Steps", "Target class")
+    )
+    steps.evaluate("one => { one.value = 77; }")  # of another record
+    target.evaluate("one => { one.value = 'cat'; }")
     page.click(".tile >> nth=7 >> button")
     page.wait_for_selector("#bench .thumb", state="visible")
     page.wait_for_selector("#bench .bars li", state="visible")
     assert len(page.query_selector_all("#bench .thumb")) == 1
     assert not page.is_visible(".tiles")
     expect(page.locator(".attack .note:has-text('those of the record')")).to_be_visible()
+    assert steps.input_value() != "77"
+    assert target.input_value() == ""
     page.click("#tabs button:has-text('Gallery')")
     assert page.is_visible(".tiles")
     assert shown.wrong == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from tests.cli.conftest import TINY as MODEL
 from tests.cli.conftest import Run
 from weakspot import Linf, _progress, defenses, load, read_images
 from weakspot.cli.app import Failure
-from weakspot.cli.defend import _print
+from weakspot.cli.defend import _meanings, _print
 from weakspot.cli.defense_choice import find_defense
+from weakspot.defenses.verdicts import AttackRow
 from weakspot.report.figures import accuracy_figure
 
 TINY = (*MODEL, "--steps", "2", "--queries", "4")
@@ -221,6 +223,9 @@ def test_a_defense_without_a_network_inside_is_not_said_to_have_one(
         "defend", photographs / "chelsea.png", "-D", f"{foreign}:rounded", *QUICK, "--all", "--out", "made"
     )
     assert inside in ended.out
+    # The attacks before it fooled every image: nothing was left to look for a network with.
+    row = {"attack": AttackRow.STRAIGHT, "agreement": math.nan}
+    assert _meanings(None, pd.DataFrame([row])) == {AttackRow.STRAIGHT: f"{inside}, if it calls one"}
 
 
 def test_accuracies_that_are_not_whole_are_not_rounded_to_whole_ones(

@@ -268,18 +268,18 @@ def _meanings(substitute: str | None, table: pd.DataFrame) -> dict[str, str]:
     from weakspot.defenses.verdicts import AttackRow
 
     own = "PGD with the defended model's gradients"
+    inside = "PGD with the gradients of the network inside the defended model"
     measured = table.set_index("attack")["agreement"].dropna()
-    alone = (
-        len(measured) > 0 and AttackRow.STRAIGHT not in measured
-    )  # the defended model calls no network inside
+    if measured.empty:  # no image was left to measure with
+        inside += ", if it calls one"
+    elif AttackRow.STRAIGHT not in measured:
+        inside = f"{own} from other starts, because no network was found inside it"
     meanings = {
         AttackRow.CLEAN: "no attack",
         AttackRow.TRANSFERRED: "PGD on the undefended model (the naive evaluation)",
         AttackRow.SUBSTITUTE: f"momentum iterations on {substitute}",
         AttackRow.OWN: own,
-        AttackRow.STRAIGHT: f"{own} from other starts, because no network was found inside it"
-        if alone
-        else "PGD with the gradients of the network inside the defended model",
+        AttackRow.STRAIGHT: inside,
         AttackRow.UNDEFENDED_GRADIENTS: "PGD with the gradients of the undefended model",
         AttackRow.REGION: f"{own}, in the region of importance",
         AttackRow.ENSEMBLE: "Auto-PGD on two losses, targeted, square search",

@@ -83,8 +83,9 @@ export class Attack {
   // Sets what was used for a record of an audit.
   prefill({ attack, budget, options, seed }) {
     if (this.list.some(({ name }) => name === attack)) this.attacks.value = attack;
-    if (budget) this.budget.value = budget;
-    if (options?.steps) this.steps.value = options.steps;
+    this.budget.value = budget ?? "";
+    this.steps.value = options?.steps ?? this.chosen.options.find(({ name }) => name === "steps")?.default ?? this.steps.value;
+    this.target.value = "";
     if (Number.isSafeInteger(seed) && seed >= 0) this.seedInput.value = seed;
     this.choose();
     if (!this.result) this.how.textContent = "The settings are those of the record as far as the bench has them; with others, an attack can end at another margin.";
