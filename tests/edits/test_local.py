@@ -18,6 +18,7 @@ from weakspot import Classifier, ImageWarning, LocalEdits, ModelWarning
 from weakspot.classifier import evaluating
 from weakspot.edits import Edits, prepare
 from weakspot.edits.local import WORTH
+from weakspot.edits.steps import _pointwise
 
 TOLERANCE = 1e-4  # of the range of the logits
 
@@ -594,3 +595,15 @@ def test_a_compiled_model_gives_the_same_logits_and_the_recorder_is_not_compiled
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "recording.py" not in result.stderr
+
+
+@pytest.mark.parametrize(("count", "dilation"), [(1, [1, 1]), (2, [2, 2])])
+def test_a_pointwise_convolution_is_dilated_only_where_that_is_faster(
+    count: int, dilation: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    monkeypatch.setattr(torch, "convolution", lambda *arguments: given.append(arguments[5]))
+    # Recorded with more images than there are now, or fewer.
+    for recorded in ([1, 1], [2, 2]):
+        _pointwise(torch.ones(count, 2, 3, 3), torch.ones(4, 2, 1, 1), None, [1, 1], [0, 0], recorded)
+    assert given == [dilation, dilation]
