@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from weakspot import attacks
-from weakspot._io.files import write_atomic
 from weakspot.budgets import Budget, Linf
 from weakspot.classifier import as_classifier, predict
 from weakspot.datasets import LabeledImages
@@ -26,7 +21,7 @@ from weakspot.statistics import proportion_interval
 from weakspot.statistics.number_format import counted, percent
 
 LEAST_CONFIDENCE = 0.1  # mean probability of the first class
-SCHEMA = 3  # of the stored claims
+SCHEMA = 4  # of the stored claims
 PIECE = 16  # images between two writes
 ONE_CLASS = 0.9  # fraction of the images above which they count as being of one class
 
@@ -126,21 +121,10 @@ class Material:
             if path is not None and path.exists():
                 pieces.append(AttackResult.load(path).to(self.images.device))
                 continue
-            begun = spent_so_far()
             pieces.append(attack(rows))
             if path is not None:
                 pieces[-1].save(path)
-                took = json.dumps((spent_so_far() - begun).tolist())
-                write_atomic(path.with_suffix(".json"), lambda part, took=took: part.write_text(took))  # type: ignore[misc]
         return AttackResult.concatenate(pieces)
-
-    @property
-    def spent_on_pieces(self) -> NDArray[np.float64]:
-        """(2,) seconds and CPU seconds of all stored pieces, those of interrupted runs included."""
-        files = [] if self.store is None else sorted(self.store.glob(f".*-{self.key}.json"))
-        times = [json.loads(path.read_text()) for path in files if path.with_suffix(".safetensors").exists()]
-        total: NDArray[np.float64] = np.array([[0.0, 0.0], *times]).sum(0)
-        return total
 
     @cached_property
     def key(self) -> str:
@@ -170,11 +154,6 @@ class Material:
         # In a random order, each image gets the map of the one before it and the first that of the last.
         order = torch.randperm(len(maps), generator=torch.Generator().manual_seed(self.seed))
         return maps[order.roll(1)[order.argsort()]]
-
-
-def spent_so_far() -> NDArray[np.float64]:
-    """(2,) the clock in seconds, and the CPU seconds of this process."""
-    return np.array([time.perf_counter(), time.process_time()])
 
 
 def guesses(correct: Tensor, classes: int) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from weakspot._checks import check_choice
@@ -19,7 +19,7 @@ from weakspot._io.files import write_atomic
 from weakspot.classifier import as_classifier
 from weakspot.reproduction import localized, one_pixel, perceptual, perturbation_types, spatial
 from weakspot.reproduction.claims import Claim, Provenance, Reproduction, untested
-from weakspot.reproduction.material import Material, spent_so_far
+from weakspot.reproduction.material import Material
 
 
 class About(Protocol):
@@ -77,25 +77,19 @@ def reproduce(paper: str, material: Material, out: Path | str, *, command: str =
     check_choice("paper", paper, PAPERS)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    material = replace(material, store=out)
+    spent = Spent(out / f".{paper}-{material.key}-spent.json")
+    material = replace(material, store=out, log=spent.saving(material.log))
     about, tested = PAPERS[paper].about, PAPERS[paper].claims(material, out)
     claims: list[Claim] = []
-    spent = np.zeros(2)
     for name, measure in tested.claims.items():
         stored = out / f".{paper}-{name.replace(' ', '-')}-{material.key}.json"
         if not stored.exists():
-            # Stored pieces of attacks have times of their own, which outlive an interruption.
-            begun = spent_so_far() - material.spent_on_pieces
             claim = untested(name, about.QUOTES[name], material.why_not) if material.why_not else measure()
-            took = spent_so_far() - material.spent_on_pieces - begun
-            text = json.dumps(
-                {"claim": asdict(claim), "spent": took.tolist()}, ensure_ascii=False, allow_nan=False
-            )
+            text = json.dumps(asdict(claim), ensure_ascii=False, allow_nan=False)
             write_atomic(stored, lambda part, text=text: part.write_text(text, "utf-8"))  # type: ignore[misc]
-        values = json.loads(stored.read_text("utf-8"))
-        claims.append(Claim.from_json(values["claim"]))
-        spent += values["spent"]
-    seconds, cpu_seconds = (round(float(value), 1) for value in spent + material.spent_on_pieces)
+            spent.save()
+        claims.append(Claim.from_json(json.loads(stored.read_text("utf-8"))))
+    seconds, cpu_seconds = spent.stored()
     result = Reproduction(
         paper=paper,
         title=about.TITLE,
@@ -117,6 +111,42 @@ def reproduce(paper: str, material: Material, out: Path | str, *, command: str =
     )
     result.to_json(out / f"{paper}.json")
     return result
+
+
+class Spent:
+    """Seconds and CPU seconds spent on a paper, in a file that outlives an interruption."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.before, self.begun = self.stored(), _clocks()
+
+    def stored(self) -> tuple[float, float]:
+        """What the file says."""
+        if not self.path.exists():
+            return 0.0, 0.0
+        seconds, cpu_seconds = json.loads(self.path.read_text())
+        return seconds, cpu_seconds
+
+    def save(self) -> None:
+        """Add what this process has spent to what earlier ones had."""
+        total = [
+            before + now - begun
+            for before, now, begun in zip(self.before, _clocks(), self.begun, strict=True)
+        ]
+        write_atomic(self.path, lambda part: part.write_text(json.dumps(total)))
+
+    def saving(self, log: Callable[[str], object]) -> Callable[[str], object]:
+        """A log that saves before each entry."""
+
+        def saved(text: str) -> object:
+            self.save()
+            return log(text)
+
+        return saved
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 def _machine(material: Material) -> str:
