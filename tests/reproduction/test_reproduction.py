@@ -421,6 +421,29 @@ def test_time_adds_up_over_the_pieces_of_an_interrupted_run(learned: Material, t
     assert reproduce("spatial", replace(learned), tmp_path) == whole
 
 
+def test_time_of_an_interrupted_run_counts(
+    learned: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hours = iter(range(10_000))
+    monkeypatch.setattr("weakspot.reproduction.papers._clocks", lambda: (3600.0 * (hour := next(hours)), hour))
+    steps: list[str] = []
+
+    def interrupted(step: str) -> None:
+        steps.append(step)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reproduce("spatial", replace(learned, log=interrupted), tmp_path)
+    (stored,) = tmp_path.glob(".spatial-*-spent.json")
+    before = json.loads(stored.read_text())
+    assert before[1] >= 4
+    made = reproduce("spatial", replace(learned), tmp_path).made
+    # All hours but the one between the two runs.
+    assert made.cpu_seconds == next(hours) - 2
+    assert made.seconds == 3600 * made.cpu_seconds
+
+
 def test_pieces_of_an_attack_equal_the_whole_and_are_not_attacked_again(
     learned: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
