@@ -425,7 +425,9 @@ def test_time_of_an_interrupted_run_counts(
     learned: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hours = iter(range(10_000))
-    monkeypatch.setattr("weakspot.reproduction.papers._clocks", lambda: (3600.0 * (hour := next(hours)), hour))
+    monkeypatch.setattr(
+        "weakspot.reproduction.papers._clocks", lambda: (3600.0 * (hour := next(hours)), hour)
+    )
     steps: list[str] = []
 
     def interrupted(step: str) -> None:

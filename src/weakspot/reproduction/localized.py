@@ -140,10 +140,13 @@ class Localized:
             return None
         material.log("training")
 
-        def log(network: str) -> None:
-            material.log(f"training {network}")
-
         config = self._config
+
+        def log(network: str, row: Mapping[str, float]) -> None:
+            # The last call for a network has its accuracies instead of an epoch.
+            done = f"epoch {row['epoch']:.0f} of {config.epochs} done" if "epoch" in row else "tested"
+            material.log(f"training {network}, {done}")
+
         # Drawn at random, because files of one class often lie together.
         data, test = (
             images.subset(self._drawn(len(images), most.get(self._size, len(images))))
@@ -158,7 +161,7 @@ class Localized:
             recipes=self._recipes,
             seeds=SEEDS,
             strongest=STRONGEST,
-            on_epoch=lambda network, _: log(network),
+            on_epoch=log,
         )
 
     @property
