@@ -205,7 +205,9 @@ def test_the_oracle_is_shown_and_named_for_what_it_is(run: Run, photographs: Pat
     assert "\n1 image, in " in ended.out
     # A budget between two gray levels is not the one that is spent.
     assert "so 0.01 L-infinity is cut to 2/255 L-infinity" in ended.err
-    assert json.loads(Path("made/run.json").read_text())["attacks"].startswith("2/255 L-infinity, 1 step (")
+    assert json.loads(Path("made/run.json").read_text())["attacks"].startswith(
+        "2/255 L-infinity, 1 step, at most "
+    )
     assert "is cut" not in run("defend", photographs / "chelsea.png", *options, "--budget", "linf:2/255").err
 
 
@@ -284,6 +286,10 @@ def test_a_defense_of_the_user_is_evaluated(run: Run, photographs: Path, foreign
     evaluated("noisy")
     table, notes = evaluated("noisy", "--draws", 2, "--substitute", "tiny_networks:build")
     assert "transferred from the substitute" in table
+    assert (
+        " (two thirds on the random defense, on 2 draws), "
+        in json.loads(Path("made/run.json").read_text())["attacks"]
+    )
     assert (
         notes.count("gets pixels in [0, 1] as they are") == 1
     )  # --mean and --std are those of the attacked model

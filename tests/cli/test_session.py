@@ -112,6 +112,17 @@ def test_values_are_parsed(tmp_path: Path) -> None:
     given = ["steps=3", "loss=dlr", "early=true", "layer=0", "steps=4"]
     values = {"steps": 4, "loss": "dlr", "early": True, "layer": "0"}
     assert parse_settings(given, texts=["layer"]) == values
+    numbers = parse_settings(["a=.5", "b=-.5", "c=+.5", "d=+5", "e=+-5", "f=+true", "g=-2e-3", "h=."])
+    assert numbers == {
+        "a": 0.5,
+        "b": -0.5,
+        "c": 0.5,
+        "d": 5,
+        "g": -0.002,
+        "e": "+-5",
+        "f": "+true",
+        "h": ".",
+    }
     for name, text in (
         ("names.txt", "cat\ndog"),
         ("list.json", '["cat", "dog"]'),

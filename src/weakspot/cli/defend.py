@@ -149,7 +149,7 @@ def defend(
         defended = find_defense(defense, settings, classifier)
         other = None if substitute is None else _load_substitute(session, substitute)
         read = _whole_gray_levels(session.read_images(sources, samples=samples))
-        if given(context, ["draws"]) and not _is_random(defended, classifier, read, seed):
+        if not (random := _is_random(defended, classifier, read, seed)) and given(context, ["draws"]):
             refuse(context, ["draws"], f"with {defense}, which is not random")
         # Before --limit, so that a table must list every image whatever the limit.
         truth, _, where = find_labels(labels, classifier, read)
@@ -176,8 +176,9 @@ def defend(
             "defense": ", ".join([defense, *(settings or [])]),
             "status": result.status,
             "verdict": result.sentence,
-            "attacks": f"{spent}, {counted(steps, 'step')} (two thirds on a random defense, on "
-            f"{counted(draws, 'draw')}), at most {queries} queries, region of importance {percent(fraction)}",
+            "attacks": f"{spent}, {counted(steps, 'step')}"
+            + (f" (two thirds on the random defense, on {counted(draws, 'draw')})" if random else "")
+            + f", at most {counted(queries, 'query')}, region of importance {percent(fraction)}",
             "substitute": substitute or "none",
             "labels": where,
             **session.provenance(seed),

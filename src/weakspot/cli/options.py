@@ -290,7 +290,7 @@ def parse_names(text: str) -> list[str]:
 def parse_settings(
     settings: Sequence[str] | None, *, form: str = "NAME=VALUE", texts: Sequence[str] = ()
 ) -> dict[str, Value]:
-    """The values of --set: numbers (.5 too), true, false and null as in JSON, anything else as text.
+    """The values of --set: numbers (+1 and -.5 too), true, false and null as in JSON, anything else as text.
 
     Args:
         settings: as given.
@@ -303,7 +303,9 @@ def parse_settings(
         if not (equals and name):
             raise Failure(f"--set must be {form}, got {setting!r}")
         try:
-            value = json.loads(f"0{text}" if re.match(r"\.\d", text) else text)
+            # JSON knows neither a plus nor a number without digits before the point.
+            number = re.sub(r"^(?:\+|(-))?\.(?=\d)", r"\g<1>0.", text)
+            value = json.loads(re.sub(r"^\+(?=\d)", "", number))
         except (ValueError, RecursionError):
             value = text
         # Lists and objects stay text: only an attack knows what they mean.

@@ -86,7 +86,13 @@ def size_of_change(size: float, norm: str) -> str:
 def counted(count: int, noun: str = "image") -> str:
     """A count with its noun.
 
-    >>> counted(1), counted(2000), counted(2, "class")
-    ('1 image', '2,000 images', '2 classes')
+    >>> counted(1), counted(2000), counted(2, "class"), counted(2, "query")
+    ('1 image', '2,000 images', '2 classes', '2 queries')
     """
-    return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
+    if count == 1:
+        return f"1 {noun}"
+    return (
+        f"{count:,} {noun[:-1]}ies"
+        if noun.endswith("ry")
+        else f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"
+    )
