@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import itertools
 import random
 import sys
 import threading
@@ -24,6 +25,7 @@ from weakspot import (
     Classifier,
     LocalEdits,
     ModelWarning,
+    _state,
     attacks,
     class_activation,
     explain,
@@ -278,6 +280,37 @@ def test_a_module_that_is_held_twice_is_let_go_by_the_second() -> None:
             pass
         assert [module.training for module in network.modules()] == [False, False, False]
     assert [module.training for module in network.modules()] == [True, True, False]
+
+
+@pytest.mark.parametrize("restored", range(3))
+def test_an_interrupted_exit_is_made_up_for(restored: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.Sequential(nn.Dropout(), nn.BatchNorm2d(3)).train()
+    switch, switches = _state._set_training, itertools.count()
+
+    def interrupted(module: nn.Module, mode: bool) -> None:
+        if mode and next(switches) == restored:
+            raise KeyboardInterrupt
+        switch(module, mode)
+
+    monkeypatch.setattr(_state, "_set_training", interrupted)
+    try:
+        with EvalMode(network):
+            pass
+    except KeyboardInterrupt:
+        pass
+    else:
+        pytest.fail("was not interrupted")
+    assert [module.training for module in network.modules()] == [True, True, True]
+    assert not _state._evaluated
+
+
+def test_a_held_module_that_its_user_switches_is_evaluated_all_the_same() -> None:
+    network = nn.Sequential(nn.Dropout()).train()
+    with EvalMode(network):
+        network.train()
+        with EvalMode(network):
+            assert [module.training for module in network.modules()] == [False, False]
+    assert [module.training for module in network.modules()] == [True, True]
 
 
 # ---------------------------------------------------------------- hooks

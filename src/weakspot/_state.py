@@ -76,6 +76,7 @@ class EvalMode:
                     if id(module) in _evaluated:
                         _evaluated[id(module)].holders += 1
                         self.train.append(module)
+                        _set_training(module, False)  # the user may have switched it since
                     elif module.training if mode is None else mode:  # None: TorchScript has a property
                         _evaluated[id(module)] = _Held(module)
                         self.train.append(module)
@@ -94,15 +95,23 @@ class EvalMode:
 
     def __exit__(self, *_: object) -> None:
         with _lock:
-            for module in self.train:
-                held = _evaluated[id(module)]
-                held.holders -= 1
-                if not held.holders:
-                    del _evaluated[id(module)]
+            # Ctrl-C raises after calls only, so that a module leaves `train` together with its entry.
+            while self.train:
+                module = self.train[-1]
+                key = id(module)
+                if _evaluated[key].holders == 1:
                     _set_training(module, True)
+                    del _evaluated[key]
+                else:
+                    _evaluated[key].holders -= 1
+                del self.train[-1]
             for module in self.eval:  # the network may have switched its own submodules
                 if module.__dict__.get("training", False) and id(module) not in _evaluated:
                     _set_training(module, False)
+
+    def __del__(self) -> None:
+        if getattr(self, "train", None):  # Ctrl-C came on the way into `__exit__`
+            self.__exit__()
 
 
 def _set_training(module: nn.Module, mode: bool) -> None:
