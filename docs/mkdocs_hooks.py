@@ -16,7 +16,7 @@ from weakspot.reproduction.panel_figure import draw
 from weakspot.reproduction.paper_page import paper_page, verdict_table
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs/results"  # of `weakspot reproduce`, one JSON file for each paper
+RESULTS = ROOT / "docs/results"  # of `weakspot reproduce`: PAPER.json, and PAPER-DATA.json for further data
 BENCHMARKS = ROOT / "benchmarks/results"  # of the benchmarks with --json, one file for each run
 OUTSIDE = {
     "README.md": "index.md",
@@ -34,33 +34,37 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages from outside."""
     for source, page in OUTSIDE.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text("utf-8")))
-    for paper, result in _results().items():
-        pictures = list(_pictures(paper, result))
+    for name, result in _results().items():
+        pictures = list(_pictures(name, result))
         for address, content in pictures:
             files.append(File.generated(config, address, content=content))
         text = paper_page(result, [address for address, _ in pictures])
-        files.append(File.generated(config, f"paper-{paper}.md", content=text))
+        files.append(File.generated(config, f"paper-{name}.md", content=text))
     return files
 
 
 def _results() -> dict[str, Reproduction]:
-    """The stored reproduction of each paper that has one."""
-    stored = {paper: RESULTS / f"{paper}.json" for paper in PAPERS}
-    return {paper: read_reproduction(path) for paper, path in stored.items() if path.exists()}
+    """The stored reproductions by the name of their file, in the order of the papers."""
+    paths = [
+        path
+        for paper in PAPERS
+        for path in sorted(RESULTS.glob(f"{paper}*.json"), key=lambda path: path.stem)
+    ]
+    return {path.stem: read_reproduction(path) for path in paths}
 
 
-def _pictures(paper: str, result: Reproduction) -> Iterator[tuple[str, bytes]]:
+def _pictures(name: str, result: Reproduction) -> Iterator[tuple[str, bytes]]:
     """Address and SVG of each panel."""
     for number, panel in enumerate(panel for claim in result.claims for panel in claim.panels):
         buffer = io.BytesIO()
         draw([panel]).savefig(buffer, format="svg", metadata={"Date": None})
-        yield f"pictures/{paper}-{number + 1}.svg", buffer.getvalue()
+        yield f"pictures/{name}-{number + 1}.svg", buffer.getvalue()
 
 
 def _verdicts() -> str:
     """The table of all claims."""
     results = _results()
-    return verdict_table(list(results.values()), [f"paper-{paper}.md" for paper in results])
+    return verdict_table(list(results.values()), [f"paper-{name}.md" for name in results])
 
 
 def _benchmarks() -> str:
