@@ -143,6 +143,10 @@ class Localized:
         config = self._config
 
         log = cache(material.log)  # each text once, although progress comes after every update
+
+        def report(activity: str, done: float) -> None:
+            log(f"{activity}, {done:.0%} of all done")
+
         # Drawn at random, because files of one class often lie together.
         data, test = (
             images.subset(self._drawn(len(images), most.get(self._size, len(images))))
@@ -157,7 +161,7 @@ class Localized:
             recipes=self._recipes,
             seeds=SEEDS,
             strongest=STRONGEST,
-            progress=lambda activity, done: log(f"{activity}, {done:.0%} of all done"),
+            progress=report,
         )
 
     @property
