@@ -21,8 +21,8 @@ from weakspot.cli.options import refuse_fraction
 def aim(run: Run) -> tuple[torch.nn.Module, Aim]:
     classifier = load("tiny_networks:build", input_size=(64, 64))
     images = sample_images((64, 64))[0]
-    correct = torch.ones(4, dtype=torch.bool)
-    return classifier, Aim(images, classifier(images).argmax(1), None, ["a", "b", "c", "d"], correct)
+    predicted = classifier(images).argmax(1)
+    return classifier, Aim(images, predicted, None, ["a", "b", "c", "d"], predicted)
 
 
 @pytest.mark.parametrize(

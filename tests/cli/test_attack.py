@@ -104,6 +104,24 @@ def test_saved_pairs_can_be_explained(run: Run, photographs: Path) -> None:
     assert ended.code == 0, ended.err
 
 
+def test_a_misclassified_image_is_no_success_anywhere(
+    run: Run, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions: list[str] = []
+    monkeypatch.setattr("weakspot.report.figures.contact_sheet", lambda _, lines, __: captions.extend(lines))
+    image = photographs / NAMES[0]
+    made = run("attack", image, *TINY, "--budget", "linf:0", "--json", "--out", "made")
+    own = json.loads(made.out)["scores"][0]
+    assert (own["correct"], own["before"]) == (True, f"class {own['label']}")
+    Path("labels.csv").write_text(f"file,label\n{image.name},{(own['label'] + 1) % 4}")
+    made = run(
+        "attack", image, *TINY, "--labels", "labels.csv", "--budget", "linf:0", "--json", "--out", "made"
+    )
+    row = json.loads(made.out)["scores"][0]
+    assert (row["correct"], row["before"], row["after"]) == (False, own["before"], own["before"])
+    assert captions[1] == f"{NAMES[0]}: {own['before']} → {own['before']} (misclassified without an attack)"
+
+
 def test_json_is_the_only_output(run: Run, photographs: Path) -> None:
     ended = run(
         "attack", photographs, *TINY, "--json", "--budget", "linf:8/255", "--target", 2, "--out", "made"

@@ -19,7 +19,7 @@ def named(path: Path, images: Tensor) -> Tensor:
     """As --region PATH on the command line."""
     zeros = torch.zeros(len(images), dtype=torch.long)
     aims = AimOptions(region=str(path))
-    region, _ = find_region(aims, Classifier.wrap(nn.Identity()), Aim(images, zeros, None, [], zeros == 0), 0)
+    region, _ = find_region(aims, Classifier.wrap(nn.Identity()), Aim(images, zeros, None, [], zeros), 0)
     assert region is not None
     return region
 

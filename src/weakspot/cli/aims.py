@@ -51,14 +51,19 @@ class Aim(NamedTuple):
         labels: (N,) classes that the images stand for.
         targets: (N,) classes to reach, or None.
         names: N names.
-        correct: (N,) bool, whether the clean image is classified as its label.
+        predicted: (N,) classes of the clean images.
     """
 
     images: Tensor
     labels: Tensor
     targets: Tensor | None
     names: list[str]
-    correct: Tensor
+    predicted: Tensor
+
+    @property
+    def correct(self) -> Tensor:
+        """(N,) bool, whether the clean image is classified as its label."""
+        return self.predicted == self.labels
 
     def subset(self, rows: Sequence[int]) -> Aim:
         """The aim on some of the images."""
@@ -68,7 +73,7 @@ class Aim(NamedTuple):
             self.labels[chosen],
             None if self.targets is None else self.targets[chosen],
             [self.names[row] for row in chosen],
-            self.correct[chosen],
+            self.predicted[chosen],
         )
 
 
@@ -112,7 +117,7 @@ def find_aim(classifier: Classifier, images: Images, options: AimOptions) -> tup
     predicted = logits.argmax(1)
     _note_misclassified(classifier, images.names, labels, predicted)
     if options.target is None:
-        return Aim(pixels, labels, None, images.names, predicted == labels), source
+        return Aim(pixels, labels, None, images.names, predicted), source
     classes = ClassIndex(tuple(classifier.class_names), logits.shape[1])
     target = classes.index(options.target, "--target")
     # An image whose label or prediction is the target leaves nothing to aim at.
@@ -127,7 +132,7 @@ def find_aim(classifier: Classifier, images: Images, options: AimOptions) -> tup
         )
     targets = torch.full_like(labels[rows], target)
     names = [images.names[row] for row in rows]
-    return Aim(pixels[rows], labels[rows], targets, names, (predicted == labels)[rows]), source
+    return Aim(pixels[rows], labels[rows], targets, names, predicted[rows]), source
 
 
 def _note_misclassified(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from weakspot.attacks import AttackOptions
-from weakspot.cli.aims import AimOptions, find_aim, find_region
+from weakspot.cli.aims import Aim, AimOptions, find_aim, find_region
 from weakspot.cli.app import command
 from weakspot.cli.attack_choice import AttackChoice
 from weakspot.cli.options import (
@@ -46,7 +46,6 @@ from weakspot.cli.session import check_output, check_sources, draw_rows, open_se
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import Tensor
 
     from weakspot.budgets import Budget
     from weakspot.classifier import Classifier
@@ -113,7 +112,7 @@ def attack(
             "labels": source,
             **session.provenance(seed),
         }
-        scores = _write(out, classifier, result, aim.names, chosen.budget, about, targets=aim.targets)
+        scores = _write(out, classifier, result, aim, chosen.budget, about)
     session.report(
         lambda: {
             "scores": json_rows(scores),
@@ -122,7 +121,6 @@ def attack(
         },
         lambda: _print(
             scores,
-            aim.correct.tolist(),
             session.ending(),
             out,
             every=every,
@@ -136,11 +134,9 @@ def _write(
     out: Path,
     classifier: Classifier,
     result: AttackResult,
-    names: Sequence[str],
+    aim: Aim,
     spent: Budget | None,
     about: Mapping[str, str],
-    *,
-    targets: Tensor | None,
 ) -> pd.DataFrame:
     """Write all files; returns the table of scores.csv."""
     from weakspot.attacks import stored
@@ -150,20 +146,23 @@ def _write(
 
     with evaluating(classifier):
         reached = predict(classifier, result.adversarial).argmax(1).tolist()
-    scores = result.table
+    scores, names = result.table, aim.names
     scores.insert(0, "image", list(names))
-    scores.insert(2, "before", [classifier.class_name(label) for label in result.labels.tolist()])
-    scores.insert(3, "after", [classifier.class_name(label) for label in reached])
+    scores.insert(2, "correct", aim.correct.tolist())
+    scores.insert(3, "before", [classifier.class_name(index) for index in aim.predicted.tolist()])
+    scores.insert(4, "after", [classifier.class_name(index) for index in reached])
     files = write_pngs(stored(result.adversarial, result.clean, spent)[0], names, out / "adversarial")
     write_pngs(result.clean, names, out / "clean")
     scores["png"] = [f"adversarial/{file}" for file in files]
-    missed = " (not found)" if targets is None else " (not the target)"
+    missed = " (not found)" if aim.targets is None else " (not the target)"
+
+    def remark(row: pd.Series) -> str:
+        if not row["correct"]:
+            return " (misclassified without an attack)"
+        return "" if row["success_8bit"] else " (only before rounding)" if row["success"] else missed
+
     captions = [
-        f"{row['image']}: {row['before']} → {row['after']}"
-        + ("" if fooled else " (only before rounding)" if success else missed)
-        for (_, row), fooled, success in zip(
-            scores.iterrows(), result.fooled.tolist(), result.success.tolist(), strict=True
-        )
+        f"{row['image']}: {row['before']} → {row['after']}{remark(row)}" for _, row in scores.iterrows()
     ]
     contact_sheet(result, captions, out / "overview.png")
     result.named(names).save(out / "pairs.safetensors")
@@ -173,7 +172,6 @@ def _write(
 
 def _print(
     scores: pd.DataFrame,
-    correct: Sequence[bool],
     ending: str,
     out: Path,
     *,
@@ -185,8 +183,8 @@ def _print(
     from weakspot.statistics.number_format import size_of_change
 
     done = "fooled" if target is None else f"changed to {target}"
-    print_text(outcome_sentence(scores, correct, done, ending))
-    wrong = len(scores) - sum(correct)
+    print_text(outcome_sentence(scores, scores["correct"].tolist(), done, ending))
+    wrong = int((~scores["correct"]).sum())
     if 0 < wrong < len(scores):
         print_text(f"Misclassified without an attack: {wrong} of the {len(scores)} images.")
     spent = [name for name in ("ssim_budget_spent", "ssim_local_budget_spent") if name in scores]
@@ -202,9 +200,9 @@ def _print(
     words = {} if every else {"linf": "largest\nchange", "pixels": "pixels\nchanged", "n_forward": "passes"}
     headings = [*texts, *flags, *(words.get(name, name) for name in (*numbers, *counts))]
     table = make_table(headings, fold=texts)
-    pairs = zip([row for _, row in scores.iterrows()], correct, strict=True)
-    rows, more = first_rows([*pairs], every=every)
-    for row, right in rows:
+    rows, more = first_rows([row for _, row in scores.iterrows()], every=every)
+    for row in rows:
+        right = row["correct"]
         add_row(
             table,
             str(row["image"]) if every else shorten_name(str(row["image"])),

@@ -230,7 +230,7 @@ def _find_region(
 ) -> Tensor | None:
     """The pixels to ask about, with a note if they are many."""
     pixels = read.pixels.to(aim.labels.device)
-    goal = Aim(pixels, aim.labels, None, read.names, aim.logits.argmax(1) == aim.labels)
+    goal = Aim(pixels, aim.labels, None, read.names, aim.logits.argmax(1))
     region, _ = find_region(options, session.classifier, goal, seed)
     asked = pixels[0, 0].numel() if region is None else int(region.sum()) // len(region)
     if asked > MANY and seconds is None:
