@@ -154,9 +154,12 @@ def test_masking_the_unit_that_attacks_use_helps_against_an_attacker_who_knows()
     assert rows["p"]["these units"] == 1
     # Wilson's interval of 20 of 20.
     assert rows["attacked_again_low"]["these units"] == pytest.approx(0.8316, abs=1e-3)
-    assert masking_sentence(table).startswith(
-        "Masking 1 unit helps, and more than masking as many random units or"
-    )
+    helps = "Masking 1 unit helps, and more than masking as many other units"
+    assert masking_sentence(table).startswith(f"{helps} ({', '.join(controls)}; p at most .001)")
+    # The sentence compares with nothing that was not masked.
+    without = masking_sentence(table[table["masked"] != "most active units"])
+    assert without.startswith(f"{helps} (random units 1")
+    assert "most active" not in without
 
 
 def test_masking_a_unit_that_attacks_do_not_use_does_not_help_against_a_new_attack() -> None:

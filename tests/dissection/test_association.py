@@ -101,8 +101,10 @@ def test_joined_units_say_which_concepts_an_attack_moves() -> None:
     assert counts.to_numpy().tolist() == [[2, 1, 1, 0], [1, 1, 0, 1], [1, 0, 0, 0], [1, 1, 0, 0]]
     assert concept_sentence(moved_concepts(table)) == (
         "The attack moves detectors more than noise of the same size does: it promotes dotted (1 of 2 detectors); it "
-        "suppresses ear (1 of 1 detector); it moves wheel (1 of 1 detector) in no common direction."
+        "suppresses ear (1 of 1 detector); it moves wheel (1 of 1 detector) (direction not shown)."
     )
+    both = moved_concepts(table).query("concept == 'dotted'").assign(moved=2, suppressed=1)
+    assert concept_sentence(both).endswith("it moves dotted (2 of 2 detectors) in both directions.")
     still = "No detector clearly moves more than under noise of the same size."
     assert concept_sentence(moved_concepts(table, level=0.0)) == still
     assert concept_sentence(moved_concepts(table.assign(concept=None))) == "No unit detects a concept."

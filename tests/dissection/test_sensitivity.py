@@ -155,8 +155,11 @@ def test_units_that_do_not_vary_have_no_median_sensitivity() -> None:
     clean = noise(1, 1).mul(0.2).add(0.4).repeat(3, 1, 1, 1)  # one image three times
     adversarial = clean.clone()
     adversarial[:, 2] += 0.1
-    sentence = sensitivity_sentence(unit_sensitivity(planted(), "look", pairs_of(clean, adversarial)))
+    table = unit_sensitivity(planted(), "look", pairs_of(clean, adversarial))
+    sentence = sensitivity_sentence(table)
     assert "inf" not in sentence
+    one = table[table["p_value"] <= 0.05].head(1)
+    assert "moves 1 of 1 unit more" in sensitivity_sentence(one)
     assert sentence.endswith("is not defined, because too many units do not vary over the clean images.")
 
 

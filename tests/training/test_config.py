@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ def test_values_that_are_not_given_are_those_of_the_data(
     resolved = config.resolved(channels)
     assert (resolved.budget, resolved.steps, resolved.step_size, resolved.augment) == pytest.approx(expected)
     assert resolved.resolved(channels) == resolved
+
+
+def test_a_fraction_that_attacks_no_image_is_refused_only_where_images_are_attacked() -> None:
+    small = TrainConfig(batch_size=16, attacked_fraction=0.01)
+    with pytest.raises(ValueError, match="attacks no image of a batch of 16"):
+        small.resolved(1)
+    assert replace(small, recipe="standard").resolved(1).attacked == 0
+    assert replace(small, attacked_fraction=0.0).resolved(1).attacked == 0
+    assert replace(small, attacked_fraction=0.04).resolved(1).attacked == 1
 
 
 def test_the_repr_has_what_differs_from_the_defaults() -> None:
@@ -82,6 +92,10 @@ def test_values_that_do_not_fit_are_named(changes: dict[str, Any], message: str)
         ({"out": 3}, "out must be the path of a folder, got 3"),
         ({"about": {"settings": 1}}, "about must not have the names .*, got 'settings'"),
         ({"about": {"path": Path()}}, "about must hold values that JSON has"),
+        (
+            {"attacked_fraction": 0.01, "batch_size": 16},
+            r"attacked_fraction must be 0 or more than 0.03125, got 0.01 \(which attacks no image of a batch of 16",
+        ),
         (
             {"learning_rate": 1e30},
             r"learning_rate must be .* got 1e\+30 \(the training diverged in epoch 1\)",

@@ -285,7 +285,7 @@ def masking_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
         )
     largest = p_value(max(row["p"] for row in rows.values()), "")
     return (
-        f"Masking {units} helps, and more than masking as many random units or the most active ones (p at most "
+        f"Masking {units} helps, and more than masking as many other units ({', '.join(map(str, rows))}; p at most "
         f"{largest.removeprefix('< ')}): {figures}. {cost}"
     )
 

@@ -161,19 +161,19 @@ def concept_sentence(concepts: pd.DataFrame, most: int = 3) -> str:
     if concepts.empty:
         return "No unit detects a concept."
     up, down = concepts["promoted"] > 0, concepts["suppressed"] > 0
-    groups = {
-        "promotes": (concepts[up & ~down], "promoted"),
-        "suppresses": (concepts[down & ~up], "suppressed"),
-        "moves": (concepts[(concepts["moved"] > 0) & (up == down)], "moved"),
-    }
+    groups = (
+        ("promotes", concepts[up & ~down], "promoted", ""),
+        ("suppresses", concepts[down & ~up], "suppressed", ""),
+        ("moves", concepts[up & down], "moved", " in both directions"),
+        ("moves", concepts[(concepts["moved"] > 0) & ~up & ~down], "moved", " (direction not shown)"),
+    )
     parts = []
-    for verb, (rows, column) in groups.items():
+    for verb, rows, column, end in groups:
         names = [
             f"{row['concept']} ({row[column]} of {counted(row['units'], 'detector')})"
             for row in rows.sort_values(column, ascending=False, kind="stable").head(most).to_dict("records")
         ]
         more = f" and {len(rows) - most} more" if len(rows) > most else ""
-        end = " in no common direction" if verb == "moves" else ""
         if names:
             parts.append(f"{verb} {', '.join(names)}{more}{end}")
     if not parts:

@@ -23,6 +23,7 @@ from weakspot.classifier import Classifier, default_batch, evaluating
 from weakspot.explanations.analysis import check_pairs, prepare_pairs
 from weakspot.pairs import Pairs
 from weakspot.statistics import false_discovery
+from weakspot.statistics.number_format import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -170,14 +171,17 @@ def sensitivity_sentence(table: pd.DataFrame, level: float = LEVEL) -> str:
     moved = int((table["p_value"] <= level).sum())
     basis = f"{images} images, {level:.0%} false discoveries"
     if not moved:
-        return f"No unit clearly moves more than under noise of the same size ({units} units, {basis})."
+        return f"No unit clearly moves more than under noise of the same size ({counted(units, 'unit')}, {basis})."
     median, noise = (float(table[name].median()) for name in ("sensitivity", "noise"))
     medians = f"the median sensitivity is {median:.2g}, and {noise:.2g} under noise"
     if not (np.isfinite(median) and np.isfinite(noise)):
         medians = (
             "the median sensitivity is not defined, because too many units do not vary over the clean images"
         )
-    return f"The attack moves {moved} of {units} units more than noise of the same size does ({basis}); {medians}."
+    return (
+        f"The attack moves {moved} of {counted(units, 'unit')} more than noise of the same size does ({basis}); "
+        f"{medians}."
+    )
 
 
 def _paired_p(differences: NDArray[np.floating], alternative: str, least: float) -> NDArray[np.float64]:

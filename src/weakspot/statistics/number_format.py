@@ -44,12 +44,21 @@ def number(value: float) -> str:
 
     >>> number(0.123456), number(51.97), number(float("nan")), number(31), number(-1.5e-17), number(12345.6)
     ('0.123', '52', 'not defined', '31', '0', '12,346')
+    >>> number(999.7), number(999.4), number(0.9996), number(-0.99996), number(0.99999999), number(1.0)
+    ('1,000', '999', '0.9996', '-0.99996', '1', '1')
     """
     if math.isnan(value):
         return "not defined"
-    if abs(value) < ROUNDING:
+    size = abs(value)
+    if size < ROUNDING:
         return "0"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if size >= 999.5:
+        return f"{value:,.0f}"
+    # 1 may mean "unchanged" or "perfect", so a value below it gets as many digits as tell it from 1.
+    digits = 3
+    while digits < 6 and size < 1 == float(f"{size:.{digits}g}"):
+        digits += 1
+    return f"{value:.{digits}g}"
 
 
 def with_interval(value: float, low: float, high: float) -> str:
@@ -64,11 +73,12 @@ def with_interval(value: float, low: float, high: float) -> str:
 def points(difference: float, low: float = math.nan, high: float = math.nan) -> str:
     """A difference of two fractions in percentage points, with its interval, if there is one.
 
-    >>> points(0.125, 0.031, 0.22), points(-0.3)
-    ('+12.5 points [+3.1, +22.0]', '-30.0 points')
+    >>> points(0.125, 0.031, 0.22), points(-0.3), points(-0.0004)
+    ('+12.5 points [+3.1, +22.0]', '-30.0 points', '+0.0 points')
     """
-    interval = "" if math.isnan(low) else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
-    return f"{100 * difference:+.1f} points{interval}"
+    # Adding 0.0 takes the sign from a zero.
+    value, least, most = (f"{round(100 * one, 1) + 0.0:+.1f}" for one in (difference, low, high))
+    return f"{value} points" + ("" if math.isnan(low) else f" [{least}, {most}]")
 
 
 def size_of_change(size: float, norm: str) -> str:

@@ -181,6 +181,15 @@ class ResolvedConfig(TrainConfig):
     step_size: float = 0.0
     augment: str = "none"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        attacks = find_recipe(self.recipe).search != "none"
+        if attacks and self.attacked_fraction > 0 and not self.attacked:
+            raise ValueError(
+                f"attacked_fraction must be 0 or more than {0.5 / self.batch_size:g}, got {self.attacked_fraction} "
+                f"(which attacks no image of a batch of {self.batch_size}; or give a larger batch_size)"
+            )
+
     @property
     def attacked(self) -> int:
         """Images of every batch that are attacked."""
