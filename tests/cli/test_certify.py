@@ -108,17 +108,22 @@ def test_a_certificate_of_the_samples_is_checked_without_naming_them(run: Run, p
 def test_pairs_and_pictures_of_an_earlier_run_are_not_left_beside_a_certificate(
     run: Run, photographs: Path, tmp_path: Path, planted: None
 ) -> None:
-    others = tmp_path / "made/maps/0009 of another command.png"
-    others.parent.mkdir(parents=True)
-    others.touch()
+    maps, foreign = tmp_path / "made/maps", ["0009 of another command.png", "0001 holiday.png"]
+    maps.mkdir(parents=True)
+    for name in foreign:
+        (maps / name).touch()
     assert run("certify", photographs, *PIXEL, "--colors", "8bit", "--out", "made").code == 0
-    assert others.exists()
+    assert len([*maps.iterdir()]) == 6
     assert (tmp_path / "made/pairs.safetensors").exists()
     assert run("certify", photographs / NAMES[1], *PIXEL, "--colors", "8bit", "--out", "made").code == 0
-    assert [path.name for path in (tmp_path / "made/maps").iterdir()] == ["0001 coffee.png"]
+    assert {path.name for path in maps.iterdir()} == {"0001 coffee.png", *foreign}
     assert run("certify", photographs / NAMES[0], *PIXEL, "--patch", "2", "--out", "made").code == 0
     assert not (tmp_path / "made/pairs.safetensors").exists()
-    assert not list((tmp_path / "made/maps").iterdir())
+    assert {path.name for path in maps.iterdir()} == set(foreign)
+    # No certificate of patches comes with pairs, so these are of another command.
+    (tmp_path / "made/pairs.safetensors").touch()
+    assert run("certify", photographs / NAMES[0], *PIXEL, "--patch", "2", "--out", "made").code == 0
+    assert (tmp_path / "made/pairs.safetensors").exists()
 
 
 def test_another_network_or_picture_is_one_sentence(run: Run, photographs: Path, planted: None) -> None:

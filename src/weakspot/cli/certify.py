@@ -11,6 +11,7 @@ import typer
 
 from weakspot.cli.aims import Aim, AimOptions, Labels, find_labels, find_region
 from weakspot.cli.app import GATE_FAILED, Failure, command, note
+from weakspot.cli.certificate_files import FILES, draw_pictures, remove_earlier, save_pairs
 from weakspot.cli.options import (
     QUICK_IMAGES,
     FractionOption,
@@ -30,16 +31,14 @@ from weakspot.cli.options import (
     refuse_fraction,
     trial_sentence,
 )
-from weakspot.cli.output import json_rows, print_sentences, print_text, shorten_name
+from weakspot.cli.output import json_rows, print_sentences, print_text
 from weakspot.cli.session import Images, Session, check_output, check_sources, draw_rows, open_session
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-    from weakspot.proofs import PixelCertificate
 
-FILES = ("certificate.json", "maps", "scores.csv", "pairs.safetensors")
 PIXEL_OPTIONS = ("region", "fraction", "colors", "time", "exact")
 MANY = 64 * 64  # pixels of an image above which certifying all takes long
 
@@ -274,28 +273,12 @@ def _certify_pixels(
             }
         )
     scores = pd.DataFrame(rows)
-    _remove_earlier(session.out)
+    remove_earlier(session.out)
     certificate.to_json(session.out / FILES[0])
-    _draw(session.out / FILES[1], certificate, scores)
-    _save_pairs(session.out / FILES[3], certificate)
+    draw_pictures(session.out / FILES[1], certificate, scores)
+    save_pairs(session.out / FILES[3], certificate)
     correct = [label == index for label, index in zip(aim.labels.tolist(), before, strict=True)]
     return scores, pixels_summary(certificate, correct)
-
-
-def _remove_earlier(out: Path) -> None:
-    """Remove pairs and pictures of an earlier certificate, but not what other commands wrote without one."""
-    if (out / FILES[0]).is_file():
-        for earlier in (out / FILES[3], *(out / FILES[1]).glob("[0-9][0-9][0-9][0-9] *.png")):
-            earlier.unlink(missing_ok=True)
-
-
-def _save_pairs(path: Path, certificate: PixelCertificate) -> None:
-    """Write the pairs whose pixel differs; an image that is misclassified already has none."""
-    if bool((certificate.status == -1).any()):
-        pairs = certificate.counterexamples
-        changed = (pairs.perturbation != 0).flatten(1).any(1)
-        if bool(changed.any()):
-            pairs[changed].save(path)
 
 
 def _certify_patches(session: Session, read: Images, aim: Labels, patch: float) -> tuple[pd.DataFrame, str]:
@@ -327,24 +310,6 @@ def _certify_patches(session: Session, read: Images, aim: Labels, patch: float) 
             ],
         }
     )
-    _remove_earlier(session.out)
+    remove_earlier(session.out)
     certificate.to_json(session.out / FILES[0])
     return scores, certificate.sentence
-
-
-def _draw(folder: Path, certificate: PixelCertificate, scores: pd.DataFrame) -> None:
-    """Write a picture of each image."""
-    from weakspot._io.files import write_atomic
-    from weakspot.report.certificate_figure import CertificateView, certificate_figure
-
-    folder.mkdir(exist_ok=True)
-    for number, row in scores.iterrows():
-        index = int(str(number))
-        view = CertificateView(
-            certificate.images[index].cpu().numpy(),
-            certificate.status[index].cpu().numpy(),
-            certificate.region[index, 0].cpu().numpy(),
-        )
-        figure = certificate_figure(view, shorten_name(row["image"], 60), row["sentence"])
-        path = folder / f"{index + 1:04} {Path(row['image']).stem}.png"
-        write_atomic(path, partial(figure.savefig, dpi=130, format="png"))
