@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -93,6 +94,26 @@ def test_the_terminal_has_the_sentence_first_and_80_columns(
     assert "\x1b" not in ended.out
     assert ":smile:" in ended.out
     assert label.replace("\x1b", "\\x1b") in run("compare", audited / "one", audited / "two", "--all").out
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(1, "1 change of a score is .* .show it"), (2, "2 changes .* .show them")]
+)
+def test_uncertain_changes_are_counted(
+    run: Run, audited: Path, monkeypatch: pytest.MonkeyPatch, count: int, shown: str
+) -> None:
+    row = {
+        "score": "a",
+        "attack": "",
+        "region": "",
+        "images": 50,
+        "before": 0.5,
+        "after": 0.4,
+        "difference": -0.1,
+    }
+    table = pd.DataFrame([row | {"low": -0.2, "high": 0.1, "p": 0.001, "q": 0.01}] * count)
+    monkeypatch.setattr(audits, "compare", lambda *_: Comparison(table, 50, (), ()))
+    assert re.search(shown, run("compare", audited / "one", audited / "two").out)
 
 
 def test_a_failed_gate_ends_with_three_and_writes_junit(run: Run, audited: Path, tmp_path: Path) -> None:
@@ -251,6 +272,10 @@ def test_a_folder_without_an_audit_is_one_sentence(run: Run, tmp_path: Path) -> 
 def test_a_report_is_a_file(run: Run, audited: Path) -> None:
     ended = run("report", audited / "one", "--out", audited)
     assert (ended.code, "--out must be a file, got the folder" in ended.err) == (2, True)
+    Path("names.txt").touch()
+    ended = run("report", audited / "one", "--out", "names.txt/deep/page.html")
+    message = "--out must be inside a folder, got names.txt/deep/page.html (names.txt is a file)"
+    assert (ended.code, message in ended.err) == (2, True), ended.err
 
 
 @pytest.mark.slow

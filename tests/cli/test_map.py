@@ -116,12 +116,23 @@ def test_the_summary_is_true_of_one_two_and_no_squares(sides: list[int | None], 
     assert _summary(pd.DataFrame(columns)) == sentence
 
 
+def test_zero_gradients_are_counted_once_over_all_images(run: Run, photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "flat.py").write_text(
+        PLANTED.replace("0.6 - value", "0.6 - 0 * value").replace("value - 0.6", "0 * value")
+    )
+    ended = run("map", photographs, "--model", "flat:patch", "--size", "64x64", "--grid", 2, "--out", "made")
+    assert ended.code == 0, ended.err
+    assert ended.err.count("is zero everywhere in the region") == 1
+    assert "for 4 of 4 images" in ended.err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--effort", "quick"), "--effort must be one of estimate, verified, got 'quick'"),
         (("--grid", "0"), "--grid must be"),
         (("--budget", "8"), "budget must be KIND:AMOUNT"),
+        (("--budget", "linf:0"), "--budget must be above 0, got linf:0"),
     ],
 )
 def test_bad_options_are_refused_in_one_sentence(

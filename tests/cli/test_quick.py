@@ -112,7 +112,9 @@ def test_dissect_takes_fewer_images(
     network = ("--model", "tiny_networks:build", "--size", "32x32")
     ended = run("dissect", dataset, *network, "--quick", "--images", folder, "--out", "made")
     assert ended.code == 0, ended.err
-    assert "--quick: at most 4 labeled images" in ended.out
+    assert (
+        "--quick: at most 4 labeled images, and of --images at most 16 in 10 steps; this shows" in ended.out
+    )
     about = json.loads((tmp_path / "made/run.json").read_text())
     assert about["limit"] == "4"
     assert "10 steps, on 16 images" in about["attack"]
@@ -124,7 +126,12 @@ def test_dissect_takes_fewer_images(
         (("attack", "--limit", 3), "--limit"),
         (("attack", "--steps", 3), "--steps"),
         (("attack", "--set", "steps=3"), "--quick and --set steps=N must not both be given"),
-        (("map", "--effort", "verified"), "--effort"),
+        (
+            ("attack", "--limit", 3, "--steps", 3),
+            "--limit and --steps have no effect with --quick, which sets its own",
+        ),
+        (("map", "--effort", "verified"), "--effort has no effect with --quick, which uses the estimate"),
+        (("defend", "--queries", 3), "--queries has no effect with --quick, which sets its own"),
         (("audit", "--limit", 3, "--out", "made"), "--limit"),
         (("audit", "--set", "pgd.steps=3", "--out", "made"), "--quick and --set ATTACK.steps=N"),
     ],

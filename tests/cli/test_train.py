@@ -131,7 +131,7 @@ def test_folders_of_images_and_a_network_of_the_user(run: Run, tmp_path: Path) -
         "own",
     )
     assert again.code == 0, again.err
-    assert "--model tiny_networks:unseeded --weights own/model.safetensors" in again.out
+    assert "--model tiny_networks:unseeded --weights own/model.safetensors --size 16x16" in again.out
     torch.rand(3)
     same = run(
         "train",
@@ -208,6 +208,7 @@ def test_recipes_and_tests_are_listed(run: Run) -> None:
         (("digits.npz", "--step-size", "tiny"), 2, "--step-size must be a number such as 0.03 or 8/255"),
         (("digits.npz", "--attacked-fraction", "2"), 2, "attacked_fraction"),
         (("digits.npz", "--out", "digits.npz"), 2, "digits.npz"),
+        (("digits.npz", "--attacked-fraction", ".01", "--batch-size", "16"), 2, "no image of a batch of 16"),
         (("digits.npz", "--batch-size", "1000"), 2, "batch_size must be at most the 180 images"),
         (("digits.npz", "--evaluate", "matrix", "--recipes", "standard,foo"), 2, "got 'foo'"),
         (("digits.npz", "--size", "16x16"), 2, "--size has no effect with digits.npz, which holds arrays"),

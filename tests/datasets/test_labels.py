@@ -169,6 +169,15 @@ def test_a_target_is_a_class_by_the_same_spellings() -> None:
     assert [classes.index(text) for text in ("fish", "FISH, aquarium", "2", "class 2")] == [2] * 4
 
 
+def test_without_class_names_only_numbers_are_classes() -> None:
+    classes = ClassIndex((), 3)
+    message = r"must be a number from 0 to 2, got '{}' \(the model has no class names; --classes gives them\)"
+    with pytest.raises(ValueError, match="target " + message.format(5)):
+        classes.index("5")
+    with pytest.raises(ValueError, match="labels: a folder " + message.format("cat")):
+        folder_classes(["cat", "1"], classes)
+
+
 def test_data_sets_and_classifiers_print_in_one_line() -> None:
     data = from_tensors(torch.rand(5, 3, 8, 6), torch.arange(5), name="digits")
     assert repr(data) == "LabeledImages('digits': 5 x 3 x 8 x 6, 5 classes, in memory)"

@@ -42,7 +42,7 @@ def idx(array: np.ndarray) -> bytes:
 
 def test_arrays_without_a_split_are_those_of_training(tmp_path: Path) -> None:
     np.savez(tmp_path / "plain.npz", images=IMAGES, labels=LABELS)
-    message = "must hold images or images_test .or x_test., got images, labels"
+    message = "plain.npz must hold images_test .or x_test., got images, labels"
     refused(tmp_path / "plain.npz", message, kind=FileNotFoundError, split="test")
     np.savez(tmp_path / "test.npz", x_test=IMAGES, y_test=LABELS)
     refused(
@@ -54,7 +54,7 @@ def test_arrays_without_a_split_are_those_of_training(tmp_path: Path) -> None:
     np.save(tmp_path / "one.npy", IMAGES)
     refused((tmp_path / "one.npy").rename(tmp_path / "one.npz"), "got one array")
     np.savez(tmp_path / "odd.npz", pictures=IMAGES)
-    refused(tmp_path / "odd.npz", "must hold images or images_test .* got pictures", split="test")
+    refused(tmp_path / "odd.npz", "must hold images_test .* got pictures", split="test")
 
 
 def test_numbers_of_the_other_byte_order_are_read(tmp_path: Path) -> None:

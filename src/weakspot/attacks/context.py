@@ -30,6 +30,7 @@ from weakspot.classifier import Classifier, check_images, check_logits, evaluati
 from weakspot.edits import Crops, Prepared
 from weakspot.fusion import fused, measured_batch
 from weakspot.pairs import AttackResult
+from weakspot.statistics.number_format import counted
 
 DEFAULT_BUDGET = Linf(4 / 255)
 
@@ -254,7 +255,7 @@ class Problem:
         if bool(flat.any()):
             warn(
                 f"the gradient of {self.classifier.name} is zero everywhere in the region for {int(flat.sum())} of "
-                f"{len(flat)} images: a gradient attack cannot judge it (masked or saturated gradients)",
+                f"{counted(len(flat))}: a gradient attack cannot judge it (masked or saturated gradients)",
                 ModelWarning,
             )
 

@@ -92,7 +92,7 @@ def attack(
     check_output(out, sources, folders=FILES[:2], files=FILES[2:3])
     refuse_fraction(context, [aims.region])
     if quick:
-        refuse(context, ["limit", "steps"], "with --quick, which sets them (leave out one of the two)")
+        refuse(context, ["limit", "steps"], "with --quick, which sets its own (leave out one or the other)")
         limit = QUICK_IMAGES
     chosen = choice.choose(context, quick=quick)
     batch = parse_batch_size(batch_size)

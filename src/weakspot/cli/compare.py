@@ -110,7 +110,7 @@ def _print(comparison: Comparison, *, every: bool) -> None:
     elif (uncertain := int((comparison.table["q"] < MAX_Q).sum())) > 0:
         print_text(
             f"{counted(uncertain, 'change')} of a score {'is' if uncertain == 1 else 'are'} significant (q below .05), "
-            "but without a 95% interval that excludes zero (show them with --all)."
+            f"but without a 95% interval that excludes zero (show {'it' if uncertain == 1 else 'them'} with --all)."
         )
     elif comparison.table["attack"].ne("").any():
         print_text("No change of a score is significant (q below .05).")
@@ -141,6 +141,8 @@ def report(
     opened = open_run(run, eight_bit=not floats)
     if out is not None and out.is_dir():
         raise Failure(f"--out must be a file, got the folder {out}")
+    if out is not None and (file := next(filter(Path.is_file, out.parents), None)):
+        raise Failure(f"--out must be inside a folder, got {out} ({file} is a file)")
     where = store_run_report(opened) if out is None else str(write_run_report(opened, out).resolve())
     if output.as_json:
         print_json({"report": str(where)})

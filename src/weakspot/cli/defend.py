@@ -135,7 +135,7 @@ def defend(
     if oracle and defense != "neutralize":
         raise Failure(f"--oracle needs --defense neutralize, got {defense}")
     if quick:
-        refuse(context, list(QUICK), "with --quick, which sets them (leave out one of the two)")
+        refuse(context, list(QUICK), "with --quick, which sets its own (leave out one or the other)")
         limit, steps, queries = QUICK.values()
     asked = read_budget(budget)
     check_fraction(fraction)

@@ -160,7 +160,7 @@ def dissect(
             classifier,
             layers,
             folder,
-            quantile=quantile or (DEMO_QUANTILE if concepts.demo else QUANTILE),
+            quantile=(DEMO_QUANTILE if concepts.demo else QUANTILE) if quantile is None else quantile,
             min_iou=min_iou,
             denominator=denominator,
             alignment=alignment,
@@ -202,14 +202,18 @@ def dissect(
         for paragraph in attacked.paragraphs():
             print_text(f"\n{paragraph}")
         if quick:
-            print_text(
-                f"\n--quick: at most {QUICK_LABELED} labeled images, which shows that it works, not how well."
-            )
+            print_text(f"\n{_trial(attacked=bool(attack.images))}")
         print_text(f"\n{counted(len(layers), 'layer')}{session.ending()}", style="dim")
         print_text(f"\nReport: {page.resolve()}")
 
     files = {"report.html": str(page.resolve())}
     session.report(lambda: {"layers": rows, **attacked.as_json(), "files": files}, show)
+
+
+def _trial(*, attacked: bool) -> str:
+    """What --quick did."""
+    fewer = f", and of --images at most {QUICK_IMAGES} in {QUICK_STEPS} steps" if attacked else ""
+    return f"--quick: at most {QUICK_LABELED} labeled images{fewer}; this shows that it works, not how well."
 
 
 def _write(

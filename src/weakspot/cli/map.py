@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from weakspot.cli.aims import find_labels
-from weakspot.cli.app import command
+from weakspot.cli.app import Failure, command
 from weakspot.cli.options import (
     QUICK_IMAGES,
     BudgetOption,
@@ -72,7 +73,8 @@ def map(  # noqa: A001 - the name of the command
     check_sources(sources, samples=samples)
     check_output(out, sources, folders=FILES[:1])
     if quick:
-        refuse(context, ["limit", "effort"], "with --quick, which sets them (leave out one of the two)")
+        refuse(context, ["limit"], "with --quick, which sets it (leave out one of the two)")
+        refuse(context, ["effort"], "with --quick, which uses the estimate (leave out one of the two)")
         limit = QUICK_IMAGES
     with open_session(context, network, output, out, FILES) as session:
         from weakspot._checks import check_choice
@@ -82,6 +84,10 @@ def map(  # noqa: A001 - the name of the command
         from weakspot.vulnerability.spot_map import EFFORTS
 
         spent = read_budget(budget)
+        if getattr(spent, "eps", None) == 0:
+            raise Failure(
+                f"--budget must be above 0, got {budget} (no change of this size changes a decision)"
+            )
         check_choice("--effort", effort, EFFORTS)
         classifier = session.classifier
         read = session.read_images(sources, samples=samples)
@@ -90,10 +96,13 @@ def map(  # noqa: A001 - the name of the command
         read, truth = read.subset(rows), truth[rows]
         session.make_folder()
         count = len(read.names)
-        squares = smallest_square(
-            classifier, read.pixels, truth, budget=spent, seed=seed,
-            progress=session.display.step("looking for the smallest squares", total=count),
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            # The map says for how many images the gradient is zero; the squares would say it image by image.
+            warnings.filterwarnings("ignore", "the gradient of .* is zero everywhere")
+            squares = smallest_square(
+                classifier, read.pixels, truth, budget=spent, seed=seed,
+                progress=session.display.step("looking for the smallest squares", total=count),
+            )  # fmt: skip
         spots = weak_spots(
             classifier, read.pixels, truth, grid=grid, norm="l2" if isinstance(spent, L2) else "linf",
             effort=effort, seed=seed,

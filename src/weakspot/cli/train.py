@@ -225,7 +225,7 @@ def train(
         raise Failure("no data was named (give a folder, an .npz file or hf:NAME)")
     evaluation.check(context)
     if quick:
-        refuse(context, ["limit", "epochs"], "with --quick, which sets them (leave out one of the two)")
+        refuse(context, ["limit", "epochs"], "with --quick, which sets its own (leave out one or the other)")
         reading, training = replace(reading, limit=QUICK_LIMIT), replace(training, epochs=1)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
     silent = output.silent or not first

@@ -240,8 +240,12 @@ def print_training(results: Results, seconds: float, out: Path, *, matrix: bool)
     stopped = results.get("stopped") or {}
     for name, why in stopped.items() if matrix else [("training", stopped)] if stopped else []:
         print_text(f"{name} stopped early: {why}", style="yellow")
-    spec = results.get("network", {}).get("spec")
-    use = f"{spec} --weights {shlex.quote(str(out / 'model.safetensors'))}" if spec else shlex.quote(str(out))
+    network, use = results.get("network", {}), shlex.quote(str(out))
+    if "spec" in network:
+        # A factory does not know the size of the images that its network was trained on.
+        size = "x".join(map(str, network["size"]))
+        weights = shlex.quote(str(out / "model.safetensors"))
+        use = f"{network['spec']} --weights {weights} --size {size}"
     following = (
         "look at matrix.png and accuracy.csv" if matrix else f"next: weakspot explain IMAGES --model {use}"
     )

@@ -138,7 +138,8 @@ def _key_of_split(path: Path, keys: list[str], names: tuple[str, ...], split: st
     if key is not None:
         return key
     listed = ", ".join(keys[:20]) or "nothing"
-    message = f"{path} must hold {names[0]} or {names[0]}_{split} (or {names[1]}_{split}), got {listed}"
+    plain = f"{names[0]} or " if split == "train" else ""
+    message = f"{path} must hold {plain}{names[0]}_{split} (or {names[1]}_{split}), got {listed}"
     has_other_split = any(name in key.lower().split("_") for key in keys for name in names)
     raise FileNotFoundError(message) if has_other_split else ValueError(message)
 

@@ -57,9 +57,15 @@ class ClassIndex:
         """
         number = self.find(text)
         if number is None:
-            remedy = f"or give a number from 0 to {self.count - 1}"
-            raise ValueError(unknown_choice(argument, text, self.names, remedy=remedy))
+            raise ValueError(self.unknown(argument, text))
         return number
+
+    def unknown(self, argument: str, text: str) -> str:
+        """The message for a text that names no class."""
+        numbers = f"a number from 0 to {self.count - 1}"
+        if not self.names:
+            return f"{argument} must be {numbers}, got {text!r} (the model has no class names; --classes gives them)"
+        return unknown_choice(argument, text, self.names, remedy=f"or give {numbers}")
 
     @cached_property
     def _by_name(self) -> Mapping[str, int]:
@@ -198,8 +204,7 @@ def read_labels(path: Path, classes: ClassIndex) -> LabelTable:
     for name, label, is_number in form.read(path):
         number = classes.find(label, numbers_first=is_number)
         if number is None:
-            message = unknown_choice(f"label of {name}", label, classes.names)
-            raise ValueError(f"labels: {path}: {message} (or give a number from 0 to {classes.count - 1})")
+            raise ValueError(f"labels: {path}: {classes.unknown(f'label of {name}', label)}")
         key = Path(name).as_posix()
         if table.setdefault(key, number) != number:
             raise ValueError(f"labels: {path} must give one label for {name}, got {table[key]} and {number}")
@@ -226,5 +231,5 @@ def folder_classes(
     if sorted_order and len(unknown) == len(names) == classes.count:
         return {name: number for number, name in enumerate(names)}
     if unknown:
-        raise ValueError(unknown_choice("labels: a folder", unknown[0], classes.names))
+        raise ValueError(classes.unknown("labels: a folder", unknown[0]))
     return {name: number for name, number in numbers.items() if number is not None}

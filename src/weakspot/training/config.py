@@ -187,7 +187,7 @@ class ResolvedConfig(TrainConfig):
         if attacks and self.attacked_fraction > 0 and not self.attacked:
             raise ValueError(
                 f"attacked_fraction must be 0 or more than {0.5 / self.batch_size:g}, got {self.attacked_fraction} "
-                f"(which attacks no image of a batch of {self.batch_size}; or give a larger batch_size)"
+                f"(which attacks no image of a batch of {self.batch_size})"
             )
 
     @property
