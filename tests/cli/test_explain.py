@@ -97,7 +97,7 @@ def test_a_named_file_that_is_missing_does_not_stop_the_others_but_shows_in_the_
         (["--region", "nowhere"], "got 'nowhere'"),
         (["--region", "~none"], "region must hold at least one pixel, got '~none'"),
         (["--analyses", "overlop"], "did you mean 'overlap'?"),
-        (["--target", "nothing"], "--target must be one of"),
+        (["--target", "nothing"], "--target must be a number from 0 to 3, got 'nothing'"),
         (["--out", "tiny_networks.py"], "--out must be a folder, got the file tiny_networks.py"),
         (["--region", "cam", "--fraction", "3"], "fraction must be between 0 and 1, got 3.0 (did you mean 0.3?)"),
     ],
