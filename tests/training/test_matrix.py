@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.training.tiny import QUICK, fresh, halves
 from weakspot import Linf, attacks
 from weakspot.datasets import LabeledImages, from_tensors
 from weakspot.training import (
+    RECIPES,
     TESTS,
     Judged,
     TestConfig,
@@ -25,6 +27,7 @@ from weakspot.training import (
     robust_accuracy,
     robustness_matrix,
     swap_backgrounds,
+    train,
 )
 
 pytestmark = [pytest.mark.train, pytest.mark.filterwarnings("ignore:.*lightning.*")]
@@ -130,6 +133,37 @@ def test_the_matrix_is_what_its_networks_do(tmp_path: Path) -> None:
     assert rows.count("full-0") == 4  # three epochs and the result
     assert repr(result).splitlines()[0] == "Matrix(2 recipes, 5 tests)"
     assert repr(result).splitlines()[1].startswith("  standard: clean ")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_passes_are_those_that_a_training_makes(recipe: str) -> None:
+    """Counted in the network: images that pass forward and back, during an epoch."""
+    images, labels = halves(24)
+    model = fresh()
+    counted = [0]
+
+    def count(_: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> None:
+        counted[0] += len(inputs[0]) if torch.is_grad_enabled() else 0
+
+    config = replace(QUICK, recipe=recipe, epochs=1, batch_size=8, steps=3, held_out=0, budget=Linf(0.05))
+    model.register_forward_hook(count)
+    train(model, (images, labels), config)
+    assert counted[0] / 24 == config.resolved(1).passes
+
+
+def test_at_equal_passes_cheap_recipes_have_more_epochs(tmp_path: Path) -> None:
+    epochs: dict[str, int] = {}
+
+    def note(name: str, row: Mapping[str, float]) -> None:
+        epochs[name] = max(epochs.get(name, 0), int(row.get("epoch", 0)))
+
+    config = replace(QUICK, epochs=2, batch_size=20, steps=3, attacked_fraction=0.5, held_out=0)
+    options: dict[str, Any] = {"recipes": ("standard", "full", "fast"), "strongest": 2, "on_epoch": note}
+    robustness_matrix(make, data(20), data(8), config, out=tmp_path / "passes", equal_passes=True, **options)
+    assert epochs == {"standard-0": 5, "full-0": 2, "fast-0": 3}  # 5, 5 and 4.5 passes an image
+    epochs.clear()
+    robustness_matrix(make, data(20), data(8), config, out=tmp_path / "epochs", **options)
+    assert epochs == {"standard-0": 2, "full-0": 2, "fast-0": 2}
 
 
 def test_test_images_of_another_kind_are_refused_before_anything_is_trained(tmp_path: Path) -> None:

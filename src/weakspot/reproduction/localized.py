@@ -29,7 +29,7 @@ from weakspot.reproduction.claims import (
 )
 from weakspot.reproduction.material import Material
 from weakspot.statistics import LEAST_RUN, proportion_interval
-from weakspot.statistics.number_format import percent
+from weakspot.statistics.number_format import counted, percent
 from weakspot.training import Matrix, TrainConfig, robustness_matrix
 
 TITLE = "Localized Adversarial Training for Increased Accuracy and Robustness in Image Classification"
@@ -46,16 +46,18 @@ TRAINING = (
 METHOD = (
     "The background is found by a threshold (gray images) or by GrabCut (color images). For the first claim, "
     "PGD may change only the background, and then as many pixels drawn at random over the whole image. For the "
-    "second, networks of one kind are trained from the same three seeds for as many epochs: without attacks, "
-    "and at equal cost on attacks of the background, and on attacks of the whole image; with --full also on "
-    "attacks of the foreground and of random pixels. Every network is tested without an attack, against PGD in "
-    "the background, and against PGD everywhere. Localized training is then compared with standard training, "
-    "image by image, and its gain must exceed what networks of other seeds differ by."
+    "second, networks of one kind are trained from the same seeds at equal cost, which is as many forward and "
+    "backward passes: without attacks, on attacks of the background, and on attacks of the whole image; with "
+    "--full also on attacks of as many random pixels as the background has. Every network is tested without an "
+    "attack, against PGD in the background, and against PGD everywhere. Localized training is then compared with "
+    "standard training, image by image, and its gain must exceed what networks of other seeds differ by. With "
+    "--full, each recipe has one color network instead of three; the claim is then confirmed with a caution at most."
 )
 LIMITS = (
     "The masks, the network, the budget and the schedule are ours; the abstract states none. The intervals are "
-    "over test images; three seeds show only roughly how much trainings differ. With --quick, training is short "
-    "and its attacks are weak. With --full, color networks are trained in bfloat16 on attacks of three steps."
+    "over test images; three seeds show only roughly how much trainings differ. Training attacks with fewer steps "
+    "than testing: with --quick 3, with --full 10 on gray images and 2 on color. At equal cost, standard training "
+    "sees every image more often than the other recipes do."
 )
 QUOTES: Mapping[str, str] = {
     "the background is enough": BACKGROUND,
@@ -68,7 +70,7 @@ SEEDS = 3  # networks of each recipe; they differ by more than their intervals
 TRAINED_ON, TESTED_ON = {"quick": 4000}, {"quick": 100, "full": 2000}  # images
 STRONGEST = 10  # images for the ensemble of attacks, which no claim uses
 QUICK_RECIPES = ("standard", "localized", "full")
-FULL_RECIPES = ("standard", "localized", "foreground", "random_mask", "full")
+FULL_RECIPES = ("standard", "localized", "random_mask", "full")
 
 
 class Localized:
@@ -159,26 +161,33 @@ class Localized:
             config,
             out=self.out / f"networks-{self._size}",
             recipes=self._recipes,
-            seeds=SEEDS,
+            seeds=self._seeds,
             strongest=STRONGEST,
+            equal_passes=True,
             progress=report,
         )
 
     @property
     def _config(self) -> TrainConfig:
-        """Of all trainings; with --full, the usual budget, and for gray images the usual steps."""
+        """Of the recipes with attacks; with --full within the usual budget, in hours on two cores."""
         material = self.material
-        gray = material.images.shape[1] == 1
         if material.quick:
             config = TrainConfig(budget=material.budget, epochs=6, steps=3, seed=material.seed)
-        elif gray:
+        elif self._gray:
             # At the usual rate of .1, random_mask from seed 0 still named one class for all images after four epochs.
-            config = TrainConfig(epochs=6, learning_rate=0.05, seed=material.seed)
+            config = TrainConfig(epochs=6, steps=10, learning_rate=0.05, seed=material.seed)
         else:
-            config = TrainConfig(
-                epochs=20, steps=3, batch_size=64, precision="bf16-mixed", seed=material.seed
-            )
+            config = TrainConfig(epochs=10, steps=2, batch_size=64, held_out=200, seed=material.seed)
         return config.resolved(material.images.shape[1])
+
+    @property
+    def _gray(self) -> bool:
+        return self.material.images.shape[1] == 1
+
+    @property
+    def _seeds(self) -> int:
+        """Networks of each recipe; one where each takes half an hour."""
+        return SEEDS if self.material.quick or self._gray else 1
 
     @property
     def _size(self) -> str:
@@ -211,7 +220,7 @@ class Localized:
         measured = (
             f"Localized against standard training: without attack {_points(clean)}, attacked in the background "
             f"{_points(robust)}, attacked "
-            f"everywhere {_points(everywhere)} ({images} test images, means of {SEEDS} networks)."
+            f"everywhere {_points(everywhere)} ({images} test images, {counted(self._seeds, 'network')} each)."
         )
         rows = [
             f"{recipe}: {percent(_rate(matrix, recipe, 'clean'))} clean, "
@@ -219,16 +228,19 @@ class Localized:
             f"attacked in the background, {percent(_rate(matrix, recipe, 'full'))} everywhere"
             for recipe in self._recipes
         ]
-        control = f"After as many epochs, all attacked recipes at equal cost: {'; '.join(rows)}."
+        control = f"All recipes at equal cost: {'; '.join(rows)}."
         spread = max(_spread(matrix, recipe, "localized") for recipe in ("localized", "standard"))
-        control += f" Networks of one recipe with other seeds differ by up to {100 * spread:.0f} points."
+        if self._seeds == 1:
+            control += " How much networks of one recipe with other seeds differ is not measured."
+        else:
+            control += f" Networks of one recipe with other seeds differ by up to {100 * spread:.0f} points."
         outcome = NOT_CONFIRMED
         gains = robust["low"] > 0 and robust["difference"] > spread
         if robust["low"] > 0 and not gains:
             control += " The gain in the background is no larger."
         if gains:
-            outcome = CONFIRMED if clean["low"] > 0 else CAUTION
-            if outcome == CAUTION:
+            outcome = CONFIRMED if clean["low"] > 0 and self._seeds > 1 else CAUTION
+            if clean["low"] <= 0:
                 control += " Accuracy without attack is not shown to rise."
         full = _difference(matrix, "localized", "full")
         if gains and full["high"] < 0:

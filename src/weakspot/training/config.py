@@ -197,6 +197,13 @@ class ResolvedConfig(TrainConfig):
             return 0
         return round(self.attacked_fraction * self.batch_size)
 
+    @property
+    def passes(self) -> float:
+        """Forward and backward passes over the network for every image of an epoch, those of the attack included."""
+        recipe, attacked = find_recipe(self.recipe), self.attacked / self.batch_size
+        steps = {"none": 0, "noise": 0, "step": 1, "descent": self.steps}[recipe.search]
+        return 1 + attacked * (steps + recipe.trades)  # TRADES passes attacked images on beside the clean ones
+
     def rate(self, progress: float) -> float:
         """The learning rate after this fraction of all updates: a cosine to zero (arXiv 1608.03983, equation 5)."""
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))

@@ -72,6 +72,7 @@ def robustness_matrix(
     seeds: int = 1,
     limit: int | None = None,
     strongest: int = 500,
+    equal_passes: bool = False,
     about: Record | None = None,
     on_epoch: Callable[[str, Mapping[str, float]], None] | None = None,
     progress: Callable[[str, float], None] | None = None,
@@ -92,6 +93,8 @@ def robustness_matrix(
         seeds: networks per recipe.
         limit: test only this many images, the first ones. Default: all.
         strongest: images for the ensemble of attacks, the first ones.
+        equal_passes: train recipes that cost less per epoch for more epochs, so that all networks see as many forward
+            and backward passes. `config.epochs` is then that of the most expensive recipe.
         about: more entries for every training.json.
         on_epoch: called with a network's name and its row after each epoch and, at the end, its accuracies.
         progress: called with the current activity and the fraction done.
@@ -108,6 +111,10 @@ def robustness_matrix(
     _check_alike(data, test)
     out = Path(out)
     tests = TestConfig.usual(config.resolved(data.shape[0]).budget, data.shape[0], strongest=strongest)
+    epochs = dict.fromkeys(recipes, config.epochs)
+    if equal_passes:
+        passes = {recipe: replace(config, recipe=recipe).resolved(data.shape[0]).passes for recipe in recipes}
+        epochs = {recipe: round(config.epochs * max(passes.values()) / cost) for recipe, cost in passes.items()}
 
     def part(activity: str, start: float, end: float) -> Callable[[float], None] | None:
         return None if progress is None else lambda done: progress(activity, start + (end - start) * done)
@@ -129,7 +136,7 @@ def robustness_matrix(
         network = train(
             make(int(seed)),
             data,
-            replace(config, recipe=recipe, seed=int(seed)),
+            replace(config, recipe=recipe, seed=int(seed), epochs=epochs[recipe]),
             out=out / name,
             cache=out,
             about=about,
