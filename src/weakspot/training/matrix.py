@@ -114,7 +114,9 @@ def robustness_matrix(
     epochs = dict.fromkeys(recipes, config.epochs)
     if equal_passes:
         passes = {recipe: replace(config, recipe=recipe).resolved(data.shape[0]).passes for recipe in recipes}
-        epochs = {recipe: round(config.epochs * max(passes.values()) / cost) for recipe, cost in passes.items()}
+        epochs = {
+            recipe: round(config.epochs * max(passes.values()) / cost) for recipe, cost in passes.items()
+        }
 
     def part(activity: str, start: float, end: float) -> Callable[[float], None] | None:
         return None if progress is None else lambda done: progress(activity, start + (end - start) * done)
